@@ -1,0 +1,43 @@
+# Every target makes what it needs; `make test` is what continuous integration runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+SOURCES := models service training pimc_client tests benchmarks docs docker
+
+.PHONY: demo serve test lint format bench clean
+
+# The environment: torch first, so that nothing that depends on it picks another build.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,service,training,dev]'
+	touch $@
+
+# What the service and the demo need: no torch, a quarter of the time.
+$(VENV)/served: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,service,demo]'
+	touch $@
+
+demo: $(VENV)/served
+	$(BIN)/python docs/demo.py
+
+serve: $(VENV)/served
+	PIMC_PORT=$(PORT) $(BIN)/python -m service
+
+test: $(VENV)/ready lint
+	$(BIN)/pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

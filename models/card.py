@@ -1,0 +1,219 @@
+"""The model card: everything a bundle says about itself.
+
+A bundle is a folder with a `card.json` and the ONNX files that the card names. The card is
+the only thing that the service reads to learn what a model takes and returns, and it is what
+`GET /models/{name}` answers. No torch here: the service imports this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Task = Literal["classify-pixels", "forecast", "landcover", "embed"]
+Modality = Literal["pixel", "patch"]
+Precision = Literal["float32", "float16", "int8"]
+StartRule = Literal["calendar-year", "fullest-year", "last-steps"]
+
+CARD_FILE = "card.json"
+
+# What the graph of each modality takes, by name; `day_of_year` only where the card says so.
+PIXEL_INPUTS = ("values", "valid", "days")
+PATCH_INPUTS = ("patches",)
+# The one output of each task's graph.
+OUTPUTS: dict[Task, str] = {
+    "classify-pixels": "probabilities",
+    "forecast": "quantiles",
+    "landcover": "probabilities",
+    "embed": "embedding",
+}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedWindow:
+    """A model's time window, laid over the dates of one series."""
+
+    start: date
+    """The first day from which observations are used; what an answer echoes."""
+    first_day: date
+    """The day of the regular grid's first step; `days` in the graph count from here."""
+    used: tuple[int, ...]
+    """Positions, in the dates given, of those inside the window."""
+    last: date | None
+    """The last date used, None where none is."""
+
+    def days(self, dates: Sequence[date]) -> list[int]:
+        """Days from `first_day` to each used date, what the graph takes as `days` (T)."""
+        return [(dates[i] - self.first_day).days for i in self.used]
+
+
+class TimeWindow(_Frozen):
+    """The stretch of time that a model looks at: `steps` steps of `step_days` days."""
+
+    steps: Annotated[int, Field(ge=2)]
+    """M, the length of the regular grid."""
+    step_days: Annotated[int, Field(ge=1)]
+    """Days between two steps of the regular grid."""
+    start: StartRule
+    """How the first day is chosen where the request does not say.
+
+    `calendar-year`: 1 January of the year with the most dates. `fullest-year`: the first of
+    the month that puts the most dates into the window. `last-steps`: the window ends on the
+    last date. The later year wins a tie, and in `fullest-year` January does.
+    """
+
+    def resolve(self, dates: Sequence[date], start: date | None = None) -> ResolvedWindow:
+        """Lay the window over dates.
+
+        Args:
+            dates: acquisition dates (T), at least one, in any order.
+            start: first day of the window; None applies the card's rule.
+
+        Returns:
+            The window, with the dates inside it in the order given.
+        """
+        length = timedelta(days=self.steps * self.step_days)
+        if self.start == "last-steps":
+            inside = [d for d in dates if start is None or start <= d < start + length]
+            last = max(inside, default=None)
+            # The grid's last step is the last date, so that a forecast starts one step later.
+            end = last or (start + length if start else max(dates))
+            first_day = end - timedelta(days=(self.steps - 1) * self.step_days)
+            lower = max(start, first_day) if start else first_day
+            used = tuple(i for i, d in enumerate(dates) if last and lower <= d <= last)
+            return ResolvedWindow(
+                start=start or first_day, first_day=first_day, used=used, last=last
+            )
+        first_day = start or max(
+            self._candidates(dates),
+            key=lambda s: (sum(s <= d < s + length for d in set(dates)), s.month == 1, s),
+        )
+        used = tuple(i for i, d in enumerate(dates) if first_day <= d < first_day + length)
+        last = max((dates[i] for i in used), default=None)
+        return ResolvedWindow(start=first_day, first_day=first_day, used=used, last=last)
+
+    def _candidates(self, dates: Sequence[date]) -> list[date]:
+        years = range(min(dates).year - 1, max(dates).year + 1)
+        months = range(1, 13) if self.start == "fullest-year" else (1,)
+        return [date(year, month, 1) for year in years for month in months]
+
+
+class LegendClass(_Frozen):
+    """One class: the pixel value it has in a map, and how it is shown."""
+
+    value: Annotated[int, Field(ge=0, le=254)]
+    """Pixel value in the `class` raster, and position among the probabilities."""
+    name: str
+    color: Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$")]
+    code: int | None = None
+    """The source legend's own number (CDL, WorldCover), None where it has none."""
+
+
+class TrainingData(_Frozen):
+    """One data set that a model was trained on."""
+
+    name: str
+    use: str
+    """What it was used for: pretraining, labels, validation."""
+    n: int
+    """Samples used."""
+    licence: str
+    source: str
+
+
+class Variant(_Frozen):
+    """One ONNX file of the bundle."""
+
+    name: Precision
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+\.onnx$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: int
+    opset: int
+    loss: dict[str, float] = {}
+    """Measured change of each metric against float32 (negative is worse)."""
+
+
+class ModelCard(_Frozen):
+    """What a bundle is, takes, returns, was trained on and scored."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
+    task: Task
+    modality: Modality
+    description: str
+    bands: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Sentinel-2 band names, in the order of the graph's C axis."""
+    indices: tuple[str, ...] = ()
+    """Spectral indices computed in the graph (K), by name; empty for imagery."""
+    window: TimeWindow | None = None
+    """The time window of a pixel model; None for imagery."""
+    patch: int | None = None
+    """Side of a patch in pixels, for imagery; None for pixels."""
+    day_of_year: bool = False
+    """Whether the graph also takes `day_of_year` (N): that of the first day, 1 to 366."""
+    min_observations: Annotated[int, Field(ge=1)]
+    """Clear observations that a pixel needs; fewer, and it has no answer."""
+    classes: tuple[LegendClass, ...] = ()
+    horizon: int | None = None
+    """Steps ahead that a forecast reaches at most (H)."""
+    quantiles: tuple[float, ...] = ()
+    """The quantiles of a forecast (Q), ascending."""
+    embedding: int | None = None
+    """D, the length of an embedding."""
+    default: bool = False
+    """Whether the model answers its task where a request names none."""
+    metrics: dict[str, Any] = {}
+    training_data: tuple[TrainingData, ...] = ()
+    training: dict[str, Any] = {}
+    """How it was made: the command, the configuration, the seed, the time it took."""
+    licence: str
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of the float32 variant's file."""
+
+    @property
+    def id(self) -> str:
+        """The name with the version, as `name@version`."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs."""
+        if self.modality == "patch":
+            return PATCH_INPUTS
+        return (*PIXEL_INPUTS, "day_of_year") if self.day_of_year else PIXEL_INPUTS
+
+    @property
+    def output(self) -> str:
+        """Name of the graph's output."""
+        return OUTPUTS[self.task]
+
+    @model_validator(mode="after")
+    def _fits_its_task(self) -> ModelCard:
+        needs: dict[str, bool] = {
+            "window": self.modality == "pixel",
+            "indices": self.modality == "pixel",
+            "patch": self.modality == "patch",
+            "classes": self.task in {"classify-pixels", "landcover"},
+            "horizon": self.task == "forecast",
+            "quantiles": self.task == "forecast",
+            "embedding": self.task == "embed",
+        }
+        for field, needed in needs.items():
+            if bool(getattr(self, field)) != needed:
+                verb = "needs" if needed else "must not have"
+                msg = f"a {self.task} card of modality {self.modality} {verb} '{field}'"
+                raise ValueError(msg)
+        if [c.value for c in self.classes] != list(range(len(self.classes))):
+            raise ValueError("class values must count up from 0")
+        if self.variants[0].name != "float32" or self.variants[0].sha256 != self.sha256:
+            raise ValueError("the first variant must be float32, with the card's sha256")
+        return self

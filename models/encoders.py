@@ -1,0 +1,198 @@
+"""The two encoders of PIMC: pixels by their recurrence plots, patches by their imagery."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.recurrence import recurrence_plot
+
+# Typical mean and standard deviation of vegetation indices over cropland; the networks learn the
+# rest. Kept here, not measured per data set, so that two bundles see the same plot of one series.
+_CENTER = 0.3
+_SPREAD = 0.25
+# Reflectance at which imagery saturates: EuroSAT's RGB was cut at 2750 / 10000.
+_BRIGHTEST = 0.275
+
+
+class _Block(nn.Module):
+    """Residual two-layer perceptron over the last axis.
+
+    BatchNorm rather than LayerNorm: after export it is part of the matrix product that follows.
+    """
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = _ChannelNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.up(self.norm(x)))
+        out: Tensor = x + self.down(self.dropout(hidden))
+        return out
+
+
+class _ChannelNorm(nn.BatchNorm1d):
+    """Batch normalisation of the last axis, whatever stands before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+class PixelEncoder(nn.Module):
+    """Encodes a pixel from the recurrence plots of its spectral indices.
+
+    Each step of the regular grid is a token that holds its row of every index's recurrence plot
+    (its distance to every other step), and beside it what the plot lost: the level and sign of
+    the series, and how well the step was observed. The rows pass a pyramid that joins three
+    neighbouring steps at a time, 1 -> 3 -> 9 steps, in matrix products alone.
+
+    Args:
+        steps: M, a multiple of 9.
+        indices: K.
+        width: channels of the finest level; doubled at each join.
+        depth: residual blocks a level.
+        embedding: D.
+        dropout: share of hidden values dropped in training.
+        plots: whether the encoder sees the recurrence plots.
+        series: whether it sees the series beside them.
+        calendar: whether each step also carries its place in the year.
+        threshold: of the recurrence plots, in standardised index units; None keeps distances.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: int = 36,
+        indices: int = 3,
+        width: int = 64,
+        depth: int = 1,
+        embedding: int = 256,
+        dropout: float = 0.3,
+        plots: bool = True,
+        series: bool = True,
+        calendar: bool = False,
+        threshold: float | None = None,
+    ) -> None:
+        super().__init__()
+        if steps % 9:
+            raise ValueError(f"steps must be a multiple of 9, not {steps}")
+        if not (plots or series):
+            raise ValueError("an encoder needs the plots, the series or both")
+        self.plots, self.series, self.calendar, self.threshold = plots, series, calendar, threshold
+        self.embedding = embedding
+        features = (indices * steps if plots else 0) + (indices if series else 0) + 1
+        self.row = nn.Linear(features + (2 if calendar else 0), width)
+        widths = (width, 2 * width, 4 * width)
+        self.levels = nn.ModuleList(
+            nn.Sequential(*(_Block(w, dropout / 2) for _ in range(depth))) for w in widths
+        )
+        self.joins = nn.ModuleList(nn.Linear(3 * w, 2 * w) for w in widths[:-1])
+        self.head = nn.Sequential(
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(widths[-1] * steps // 9, embedding),
+            _ChannelNorm(embedding),
+            nn.ReLU(),
+        )
+
+    def forward(self, series: Tensor, observed: Tensor, season: Tensor | None = None) -> Tensor:
+        """Encode pixels.
+
+        Args:
+            series: spectral indices on the regular grid (N, K, M).
+            observed: how well each step is observed (N, 1, M), 0 to 1.
+            season: sine and cosine of each step's day of the year (N, 2, M), for `calendar`.
+
+        Returns:
+            Embeddings (N, D).
+        """
+        standardised = (series - _CENTER) / _SPREAD
+        tokens = [observed]
+        if self.series:
+            tokens.append(standardised)
+        if self.calendar and season is not None:
+            tokens.append(season)
+        if self.plots:
+            # Symmetric: row j of the plot is its column j, so (N, K, M, M) folds to (N, K * M, M).
+            tokens.append(recurrence_plot(standardised, threshold=self.threshold).flatten(1, 2))
+        x: Tensor = self.row(torch.cat(tokens, dim=1).transpose(1, 2))
+        for i, level in enumerate(self.levels):
+            x = level(x)
+            if i < len(self.joins):
+                n, m, width = x.shape
+                x = self.joins[i](x.reshape(n, m // 3, 3 * width))
+        out: Tensor = self.head(x)
+        return out
+
+
+class PatchEncoder(nn.Module):
+    """Encodes a patch of imagery: a small residual network.
+
+    Args:
+        bands: C.
+        width: channels at half resolution; doubled at each of the two further levels.
+        depth: residual blocks a level.
+        embedding: D.
+        dropout: share of the pooled features dropped in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        bands: int = 3,
+        width: int = 32,
+        depth: int = 1,
+        embedding: int = 256,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        # 4 x 4 with stride 2: a quarter of the products of a full-resolution stem.
+        self.stem = _convolution(bands, width, kernel=4, stride=2)
+        levels: list[nn.Module] = []
+        for i in range(4):
+            w = width * 2**i
+            if i:
+                levels.append(_convolution(w // 2, w, kernel=2, stride=2))
+            levels.extend(_Residual(w) for _ in range(depth))
+        self.levels = nn.Sequential(*levels)
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width * 8, embedding), nn.ReLU())
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Encode patches.
+
+        Args:
+            patches: reflectance (N, C, H, W), unitless, H and W multiples of 16.
+
+        Returns:
+            Embeddings (N, D).
+        """
+        x = patches.clamp(0.0, _BRIGHTEST) * (2.0 / _BRIGHTEST) - 1.0
+        x = self.levels(self.stem(x))
+        out: Tensor = self.head(x.mean(dim=(2, 3)))
+        return out
+
+
+def _convolution(inputs: int, outputs: int, *, kernel: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
+
+
+class _Residual(nn.Module):
+    """Two 3 x 3 convolutions and the identity (He et al. 2016, arXiv 1512.03385)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = _convolution(width, width, kernel=3)
+        self.second = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.second(self.first(x)))

@@ -1,0 +1,120 @@
+"""The whole graph, from what a raster holds to an answer: what is trained is what is exported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.encoders import PatchEncoder, PixelEncoder
+from models.heads import ClassificationHead, ForecastHead
+from models.indices import SpectralIndices
+from models.timegrid import TimeGrid
+
+_YEAR = 365.25
+
+
+class PixelGraph(nn.Module):
+    """Series of reflectance in, answer out.
+
+    indices -> regular grid -> recurrence plots -> encoder -> head. The head decides the answer:
+    probabilities (N, K), quantiles (N, H, S, Q), or, without a head, the embedding (N, D).
+
+    Args:
+        bands: names of the bands on the C axis.
+        indices: names of the spectral indices.
+        steps: M.
+        step_days: days between two steps.
+        encoder: the pixel encoder.
+        head: None answers with the embedding.
+    """
+
+    def __init__(
+        self,
+        *,
+        bands: Sequence[str],
+        indices: Sequence[str],
+        steps: int,
+        step_days: int,
+        encoder: PixelEncoder,
+        head: ClassificationHead | ForecastHead | None,
+    ) -> None:
+        super().__init__()
+        self.indices = SpectralIndices(indices, bands)
+        self.grid = TimeGrid(steps, step_days)
+        self.encoder = encoder
+        self.head = head
+
+    def regular(self, values: Tensor, valid: Tensor, days: Tensor) -> tuple[Tensor, Tensor]:
+        """Spectral indices on the regular grid.
+
+        Args:
+            values: reflectance (N, T, C); anything where not valid.
+            valid: True where usable (N, T).
+            days: days since the window's first day (T).
+
+        Returns:
+            Series (N, K, M), NaN for a pixel with no usable date; observed (N, 1, M), 0 to 1.
+        """
+        x = self.indices(values)
+        # A date whose index cannot be computed is missing, in all indices alike.
+        usable = valid & (x == x).all(dim=-1)
+        series, observed = self.grid(x.transpose(1, 2), usable, days)
+        return series, observed
+
+    def raw(
+        self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
+    ) -> Tensor:
+        """What training needs: logits (N, K), quantiles (N, H, S, Q) or embeddings (N, D)."""
+        series, observed = self.regular(values, valid, days)
+        season = None if day_of_year is None else self._season(day_of_year)
+        embeddings: Tensor = self.encoder(series, observed, season)
+        if self.head is None:
+            return embeddings
+        if isinstance(self.head, ForecastHead):
+            quantiles: Tensor = self.head(embeddings, series)
+            return quantiles
+        logits: Tensor = self.head(embeddings)
+        return logits
+
+    def forward(
+        self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
+    ) -> Tensor:
+        """Answer for pixels; see the class.
+
+        Args:
+            values: reflectance (N, T, C), unitless; anything where not valid.
+            valid: True where usable (N, T).
+            days: days since the window's first day (T).
+            day_of_year: the first day's place in its year (N), 1 to 366, for a calendar encoder.
+        """
+        out = self.raw(values, valid, days, day_of_year)
+        if isinstance(self.head, ClassificationHead):
+            return self.head.probabilities(out)
+        return out
+
+    def _season(self, day_of_year: Tensor) -> Tensor:
+        """Sine and cosine of each step's day of the year (N, 2, M)."""
+        angle = (day_of_year[:, None] + self.grid.grid) * (2.0 * math.pi / _YEAR)
+        return torch.stack([torch.sin(angle), torch.cos(angle)], dim=1)
+
+
+class PatchGraph(nn.Module):
+    """Patches of imagery in, probabilities (N, K) or, without a head, embeddings (N, D) out."""
+
+    def __init__(self, *, encoder: PatchEncoder, head: ClassificationHead | None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def raw(self, patches: Tensor) -> Tensor:
+        """What training needs: logits (N, K) or embeddings (N, D)."""
+        embeddings: Tensor = self.encoder(patches)
+        return embeddings if self.head is None else self.head(embeddings)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Answer for patches of reflectance (N, C, H, W), unitless."""
+        out = self.raw(patches)
+        return out if self.head is None else self.head.probabilities(out)

@@ -1,0 +1,99 @@
+"""What stands on an encoder: projection, classification, forecast, embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ProjectionHead(nn.Module):
+    """Maps embeddings to the unit sphere on which the contrastive loss compares (training only)."""
+
+    def __init__(self, embedding: int, projection: int = 128) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(embedding, embedding), nn.ReLU(), nn.Linear(embedding, projection)
+        )
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """`(N, D) -> (N, P)` of unit length."""
+        return nn.functional.normalize(self.layers(embeddings), dim=-1)
+
+
+class ClassificationHead(nn.Module):
+    """Class logits, and probabilities under a fitted temperature.
+
+    The temperature (Guo et al. 2017, arXiv 1706.04599) is fitted after training on the
+    validation places, so that a probability is the share of cases in which the class is right.
+    """
+
+    def __init__(self, embedding: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(embedding, classes)
+        self.register_buffer("temperature", torch.ones(()))
+
+    temperature: Tensor
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """`(N, D) -> (N, K)` logits."""
+        logits: Tensor = self.linear(embeddings)
+        return logits
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """`(N, K)` logits to probabilities that sum to 1."""
+        return torch.softmax(logits / self.temperature, dim=-1)
+
+
+class ForecastHead(nn.Module):
+    """Quantiles of the next values of each spectral index.
+
+    The forecast is the last value of the series (persistence), plus a linear map of the whole
+    series (which alone would be ridge regression), plus the encoder's share; the outer quantiles
+    are distances from the median, so they cannot cross.
+
+    Args:
+        embedding: D.
+        steps: M.
+        indices: S.
+        horizon: H.
+        quantiles: Q, odd, the median in the middle.
+    """
+
+    def __init__(
+        self, embedding: int, *, steps: int, indices: int, horizon: int, quantiles: int
+    ) -> None:
+        super().__init__()
+        self.shape = (horizon, indices, quantiles)
+        self.series = nn.Linear(steps * indices, horizon * indices)
+        self.encoder = nn.Linear(embedding, horizon * indices * quantiles)
+        nn.init.zeros_(self.series.weight)
+        nn.init.normal_(self.encoder.weight, std=1e-3)
+
+    def forward(self, embeddings: Tensor, series: Tensor) -> Tensor:
+        """Forecast.
+
+        Args:
+            embeddings: (N, D).
+            series: spectral indices on the regular grid (N, S, M).
+
+        Returns:
+            Quantiles (N, H, S, Q), ascending, in index units.
+        """
+        horizon, indices, quantiles = self.shape
+        middle = quantiles // 2
+        last = series[..., -1]
+        change = self.series((series - last[..., None]).flatten(1)).view(-1, horizon, indices)
+        share = self.encoder(embeddings).view(-1, horizon, indices, quantiles)
+        median = last[:, None] + change + share[..., middle]
+        width = 0.1 * nn.functional.softplus(share)
+        below = median[..., None] - _outward(width[..., :middle].flip(-1)).flip(-1)
+        above = median[..., None] + _outward(width[..., middle + 1 :])
+        return torch.cat([below, median[..., None], above], dim=-1)
+
+
+def _outward(widths: Tensor) -> Tensor:
+    """Running sum over the last axis, written out: it has one or two entries."""
+    sums = [widths[..., 0]]
+    for i in range(1, widths.shape[-1]):
+        sums.append(sums[-1] + widths[..., i])
+    return torch.stack(sums, dim=-1)

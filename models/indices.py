@@ -1,0 +1,82 @@
+"""Spectral indices, by name.
+
+Formulas as the Awesome Spectral Indices catalogue has them (Montero et al. 2023,
+doi:10.1038/s41597-023-02096-0), on Sentinel-2 bands as reflectance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+# name -> (bands, formula). The formula takes the bands in that order and gives the numerator and
+# the denominator, so that the division is guarded in one place.
+_Formula = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _normalized_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return a - b, a + b
+
+
+FORMULAS: dict[str, tuple[tuple[str, ...], _Formula]] = {
+    # Rouse et al. 1974
+    "ndvi": (("B08", "B04"), _normalized_difference),
+    # Huete et al. 2002, doi:10.1016/S0034-4257(02)00096-2: G = 2.5, C1 = 6, C2 = 7.5, L = 1
+    "evi": (
+        ("B08", "B04", "B02"),
+        lambda nir, red, blue: (2.5 * (nir - red), nir + 6.0 * red - 7.5 * blue + 1.0),
+    ),
+    # Huete 1988, doi:10.1016/0034-4257(88)90106-X: L = 0.5
+    "savi": (("B08", "B04"), lambda nir, red: (1.5 * (nir - red), nir + red + 0.5)),
+    # Gitelson and Merzlyak 1994
+    "ndrei": (("B08", "B05"), _normalized_difference),
+    # Gao 1996, doi:10.1016/S0034-4257(96)00067-3
+    "ndmi": (("B08", "B11"), _normalized_difference),
+    # Key and Benson 2006
+    "nbr": (("B08", "B12"), _normalized_difference),
+}
+
+# Where the denominator is this small the index says nothing about the ground: EVI's passes
+# through zero over bright blue targets (cloud, snow).
+_SMALLEST_DENOMINATOR = 0.05
+# Clear land lies well inside; what lies outside is cloud edge or sun glint.
+_LIMIT = 1.5
+
+
+class SpectralIndices(nn.Module):
+    """Computes spectral indices from bands: `(..., C) -> (..., K)`.
+
+    Args:
+        names: indices to compute (K), keys of `FORMULAS`.
+        bands: names of the bands on the last axis of the input (C).
+
+    Raises:
+        KeyError: an index is unknown, or needs a band that is not there.
+    """
+
+    def __init__(self, names: Sequence[str], bands: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        place = {band: i for i, band in enumerate(bands)}
+        self._places = [tuple(place[b] for b in FORMULAS[name][0]) for name in names]
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Compute the indices.
+
+        Args:
+            values: reflectance (..., C), unitless; NaN where missing.
+
+        Returns:
+            Indices (..., K) in -1.5 to 1.5; NaN where a band is missing or the formula's
+            denominator vanishes.
+        """
+        bands = values.unbind(-1)
+        out = []
+        for name, places in zip(self.names, self._places, strict=True):
+            numerator, denominator = FORMULAS[name][1](*(bands[p] for p in places))
+            ratio = (numerator / denominator).clamp(-_LIMIT, _LIMIT)
+            # Not `denominator <= limit`: a comparison with NaN is false, and must land on NaN.
+            out.append(torch.where(denominator > _SMALLEST_DENOMINATOR, ratio, torch.nan))
+        return torch.stack(out, dim=-1)

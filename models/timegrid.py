@@ -1,0 +1,62 @@
+"""Brings irregular, cloudy dates onto a regular grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class TimeGrid(nn.Module):
+    """Masked kernel regression of irregular series onto M regular steps.
+
+    `grid = (x * valid) @ W / (valid @ W)` with `W (T, M)` made from the dates alone, so that all
+    pixels of a stack share it and the whole is two matrix products (Nadaraya 1964, Watson 1964).
+    W adds a narrow Gaussian, which decides where clear dates are near, and a wide Cauchy kernel
+    of a thousandth of its height, which decides where none is: its tail never underflows, so no
+    step is empty as long as the series holds one valid date.
+
+    Args:
+        steps: M.
+        step_days: days between steps.
+        narrow: standard deviation of the Gaussian, in steps.
+        wide: half width of the Cauchy kernel, in steps.
+    """
+
+    _WIDE_HEIGHT = 1e-3
+
+    def __init__(
+        self, steps: int, step_days: float, narrow: float = 0.45, wide: float = 2.0
+    ) -> None:
+        super().__init__()
+        self.steps = steps
+        self.narrow = narrow * step_days
+        self.wide = wide * step_days
+        self.register_buffer(
+            "grid", torch.arange(steps, dtype=torch.float32) * step_days, persistent=False
+        )
+
+    grid: Tensor
+
+    def forward(self, x: Tensor, valid: Tensor, days: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring series onto the grid.
+
+        Args:
+            x: series (N, K, T); anything, NaN included, where not valid.
+            valid: True where usable (N, T).
+            days: days since the window's first day (T).
+
+        Returns:
+            The series on the grid (N, K, M), NaN for a pixel with no valid date; and how well each
+            step is observed (N, 1, M), 0 (no date near) to 1.
+        """
+        distance = days[:, None] - self.grid[None, :]
+        narrow = torch.exp(-0.5 * (distance / self.narrow) ** 2)
+        wide = self._WIDE_HEIGHT / (1.0 + (distance / self.wide) ** 2)
+        weight = narrow + wide
+        usable = valid[:, None, :]
+        # `where`, not a product: 0 * NaN is NaN.
+        weighted = torch.where(usable, x, torch.zeros_like(x)) @ weight
+        present = usable.to(x.dtype)
+        series = weighted / (present @ weight)
+        density = present @ narrow
+        return series, density / (density + 0.5)

@@ -1,0 +1,1 @@
+"""Serves the bundles: GeoTIFFs in, maps, forecasts and labels out."""

@@ -1,0 +1,270 @@
+"""What can go wrong, named after the arrow it breaks.
+
+    body → intake → files → stack → window of values → engine → answers → output → answer
+           │                │                          │
+           RequestError     RasterError                Overloaded
+
+    PIMCError
+    ├── RequestError
+    │   ├── InvalidRequest                   a field fails validation
+    │   ├── WrongTask                        the model named serves another task
+    │   ├── UnsupportedMedia, NotAcceptable  a body or an answer of a type that is not served
+    │   ├── Unauthorized, ForbiddenReference
+    │   ├── NotFound, MethodNotAllowed, UnknownModel, UnknownJob
+    │   ├── ResultNotReady                   the job is not finished
+    │   ├── BodyTooLarge                     over the upload limit
+    │   └── BodyStalled                      the upload stopped half way
+    ├── RasterError                          what the files hold
+    │   ├── NotAGeoTIFF, CorruptRaster, NoGeoreference, GridMismatch
+    │   ├── MissingBands, MissingDates, TooFewDates
+    │   ├── ImplausibleReflectance
+    │   └── RasterTooLarge
+    ├── Overloaded                           no place is free; nothing was started
+    ├── NotReady                             the models are still being loaded and warmed
+    └── InternalError                        ours, not the caller's
+
+The errors know no HTTP; `STATUS` alone gives each code its status. A message names the file or
+field and both sides of the conflict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+
+class PIMCError(Exception):
+    """Any error that a caller is told about."""
+
+    code: ClassVar[str] = "internal_error"
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+class RequestError(PIMCError):
+    """The request itself cannot be served."""
+
+
+class InvalidRequest(RequestError):
+    """A field fails validation; `errors` lists each as `{"field", "detail"}`."""
+
+    code = "invalid_request"
+    title = "Invalid request"
+
+    def __init__(self, detail: str, errors: Sequence[Mapping[str, str]] = ()) -> None:
+        super().__init__(detail)
+        self.errors = tuple(errors)
+
+    @classmethod
+    def of(cls, field: str, detail: str) -> InvalidRequest:
+        """The error of one field."""
+        return cls(f"{field}: {detail}", [{"field": field, "detail": detail}])
+
+
+class WrongTask(RequestError):
+    """The model named serves another task."""
+
+    code = "wrong_task"
+    title = "Wrong task"
+
+
+class UnsupportedMedia(RequestError):
+    """A body of a type that the endpoint does not read."""
+
+    code = "unsupported_media_type"
+    title = "Unsupported media type"
+
+
+class NotAcceptable(RequestError):
+    """No type in `Accept` can be answered."""
+
+    code = "not_acceptable"
+    title = "Not acceptable"
+
+
+class Unauthorized(RequestError):
+    """Keys are required and none or a wrong one came."""
+
+    code = "unauthorized"
+    title = "Unauthorized"
+
+
+class ForbiddenReference(RequestError):
+    """An href outside the allowed roots and hosts."""
+
+    code = "forbidden_reference"
+    title = "Forbidden reference"
+
+
+class NotFound(RequestError):
+    """No such path."""
+
+    code = "not_found"
+    title = "Not found"
+
+
+class MethodNotAllowed(RequestError):
+    """The path has no such method."""
+
+    code = "method_not_allowed"
+    title = "Method not allowed"
+
+
+class UnknownModel(RequestError):
+    """No bundle of that name and version."""
+
+    code = "unknown_model"
+    title = "Unknown model"
+
+
+class UnknownJob(RequestError):
+    """No job of that id."""
+
+    code = "unknown_job"
+    title = "Unknown job"
+
+
+class ResultNotReady(RequestError):
+    """The job is not finished."""
+
+    code = "result_not_ready"
+    title = "Result not ready"
+
+
+class BodyTooLarge(RequestError):
+    """Over the upload limit."""
+
+    code = "body_too_large"
+    title = "Body too large"
+
+
+class BodyStalled(RequestError):
+    """The upload stopped half way, and holds a place that others wait for."""
+
+    code = "body_stalled"
+    title = "Body stalled"
+
+
+class RasterError(PIMCError):
+    """The files do not make a usable stack."""
+
+
+class NotAGeoTIFF(RasterError):
+    """Not a TIFF that GDAL's GTiff driver opens."""
+
+    code = "not_a_geotiff"
+    title = "Not a GeoTIFF"
+
+
+class CorruptRaster(RasterError):
+    """The header opens, the pixels do not."""
+
+    code = "corrupt_raster"
+    title = "Corrupt raster"
+
+
+class NoGeoreference(RasterError):
+    """No CRS or no transform."""
+
+    code = "no_georeference"
+    title = "No georeference"
+
+
+class GridMismatch(RasterError):
+    """Files differ in CRS, transform or size."""
+
+    code = "grid_mismatch"
+    title = "Grid mismatch"
+
+
+class MissingBands(RasterError):
+    """Bands that the model needs are not there."""
+
+    code = "missing_bands"
+    title = "Missing bands"
+
+
+class MissingDates(RasterError):
+    """A file or band has no date."""
+
+    code = "missing_dates"
+    title = "Missing dates"
+
+
+class TooFewDates(RasterError):
+    """Fewer dates in the window than the card's `min_observations`."""
+
+    code = "too_few_dates"
+    title = "Too few dates"
+
+
+class ImplausibleReflectance(RasterError):
+    """The median of the clear pixels lies outside -0.2 to 1.6 after scale and offset."""
+
+    code = "implausible_reflectance"
+    title = "Implausible reflectance"
+
+
+class RasterTooLarge(RasterError):
+    """Over the decoded-size limit, judged from headers."""
+
+    code = "raster_too_large"
+    title = "Raster too large"
+
+
+class Overloaded(PIMCError):
+    """No place is free; nothing was started."""
+
+    code = "overloaded"
+    title = "Overloaded"
+
+    def __init__(self, detail: str, retry_after: int = 5) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
+class NotReady(PIMCError):
+    """The models are still being loaded and warmed, or one of them is not there."""
+
+    code = "not_ready"
+    title = "Not ready"
+
+    def __init__(self, detail: str, retry_after: int = 5) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
+class InternalError(PIMCError):
+    """Ours, not the caller's; the log has the rest."""
+
+
+STATUS: Mapping[str, int] = {
+    "not_a_geotiff": 422,
+    "corrupt_raster": 422,
+    "no_georeference": 422,
+    "grid_mismatch": 422,
+    "missing_bands": 422,
+    "missing_dates": 422,
+    "too_few_dates": 422,
+    "implausible_reflectance": 422,
+    "raster_too_large": 413,
+    "body_too_large": 413,
+    "body_stalled": 408,
+    "unknown_model": 404,
+    "unknown_job": 404,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "not_acceptable": 406,
+    "unsupported_media_type": 415,
+    "wrong_task": 422,
+    "invalid_request": 422,
+    "result_not_ready": 409,
+    "forbidden_reference": 403,
+    "unauthorized": 401,
+    "overloaded": 503,
+    "not_ready": 503,
+    "internal_error": 500,
+}

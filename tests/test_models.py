@@ -1,0 +1,276 @@
+"""The graph, part by part and whole, against independent references."""
+
+from __future__ import annotations
+
+from datetime import date, timedelta
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from pyts.image import RecurrencePlot
+
+from models.encoders import PatchEncoder, PixelEncoder
+from models.graph import PatchGraph, PixelGraph
+from models.heads import ClassificationHead, ForecastHead, ProjectionHead
+from models.indices import SpectralIndices
+from models.recurrence import recurrence_plot
+from models.timegrid import TimeGrid
+
+BANDS = ("B02", "B04", "B08")
+INDICES = ("ndvi", "evi", "savi")
+
+
+def random_series(n: int, t: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reflectance with a third of the dates missing as NaN, but for the first."""
+    rng = torch.Generator().manual_seed(seed)
+    values = torch.rand(n, t, 3, generator=rng) * 0.5 + 0.02
+    valid = torch.rand(n, t, generator=rng) > 0.33
+    valid[:, 0] = True
+    values[~valid] = torch.nan
+    days = torch.sort(torch.randperm(350, generator=rng)[:t]).values.float()
+    return values, valid, days
+
+
+def pixel_graph(
+    head: ClassificationHead | ForecastHead | None = None, *, calendar: bool = False
+) -> PixelGraph:
+    torch.manual_seed(0)
+    encoder = PixelEncoder(steps=36, width=16, embedding=32, calendar=calendar)
+    graph = PixelGraph(
+        bands=BANDS, indices=INDICES, steps=36, step_days=10, encoder=encoder, head=head
+    )
+    return graph.eval()
+
+
+class TestSpectralIndices:
+    def test_equal_the_published_formulas(self) -> None:
+        rng = np.random.default_rng(0)
+        blue, red, nir = rng.uniform(0.01, 0.5, (3, 200))
+        got = SpectralIndices(INDICES, BANDS)(torch.tensor(np.stack([blue, red, nir], -1))).numpy()
+        ndvi = (nir - red) / (nir + red)
+        evi = np.clip(2.5 * (nir - red) / (nir + 6 * red - 7.5 * blue + 1), -1.5, 1.5)
+        evi[nir + 6 * red - 7.5 * blue + 1 <= 0.05] = np.nan
+        savi = 1.5 * (nir - red) / (nir + red + 0.5)
+        np.testing.assert_allclose(got, np.stack([ndvi, evi, savi], -1), atol=1e-12)
+
+    @pytest.mark.parametrize("missing", range(3))
+    def test_a_missing_band_is_nan_and_not_zero(self, missing: int) -> None:
+        values = torch.tensor([0.1, 0.1, 0.4])
+        values[missing] = torch.nan
+        got = SpectralIndices(("evi",), BANDS)(values)
+        assert torch.isnan(got).all()
+
+    def test_a_vanishing_denominator_is_missing(self) -> None:
+        # Bright blue cloud: 0.3 + 6 * 0.3 - 7.5 * 0.42 + 1 = -0.05.
+        got = SpectralIndices(INDICES, BANDS)(torch.tensor([0.42, 0.3, 0.3]))
+        assert torch.isnan(got).tolist() == [False, True, False]
+
+    def test_bands_are_found_by_name(self) -> None:
+        values = torch.tensor([0.05, 0.07, 0.31])
+        turned = SpectralIndices(INDICES, BANDS[::-1])(values.flip(0))
+        torch.testing.assert_close(turned, SpectralIndices(INDICES, BANDS)(values))
+
+    def test_an_index_without_its_bands_is_refused(self) -> None:
+        with pytest.raises(KeyError):
+            SpectralIndices(("ndmi",), BANDS)
+
+
+class TestTimeGrid:
+    def test_equals_a_plain_loop(self) -> None:
+        grid = TimeGrid(12, 30.0)
+        _, valid, days = random_series(4, 9)
+        x = torch.rand(4, 2, 9)
+        series, observed = grid(x.masked_fill(~valid[:, None], torch.nan), valid, days)
+        for n in range(4):
+            for m in range(12):
+                gap = (days[valid[n]] - 30.0 * m).numpy()
+                narrow = np.exp(-0.5 * (gap / 13.5) ** 2)
+                weight = narrow + 1e-3 / (1 + (gap / 60.0) ** 2)
+                want = (x[n][:, valid[n]].numpy() * weight).sum(-1) / weight.sum()
+                np.testing.assert_allclose(series[n, :, m], want, rtol=1e-4)
+                density = narrow.sum()
+                np.testing.assert_allclose(observed[n, 0, m], density / (density + 0.5), atol=1e-5)
+
+    def test_a_regular_clear_series_stays_what_it_is(self) -> None:
+        x = torch.sin(torch.arange(36) / 6.0)[None, None]
+        days = torch.arange(36) * 10.0
+        series, observed = TimeGrid(36, 10.0)(x, torch.ones(1, 36, dtype=torch.bool), days)
+        assert (series - x).abs().max() < 0.03
+        assert observed.min() > 0.6
+
+    def test_no_step_is_empty_however_far_the_only_date(self) -> None:
+        series, observed = TimeGrid(36, 10.0)(
+            torch.full((1, 1, 1), 0.7), torch.tensor([[True]]), torch.tensor([0.0])
+        )
+        torch.testing.assert_close(series, torch.full((1, 1, 36), 0.7))
+        assert observed[0, 0, -1] == 0.0
+
+    def test_a_pixel_without_dates_is_nan_and_alone(self) -> None:
+        valid = torch.tensor([[False, False], [True, False]])
+        series, _ = TimeGrid(4, 10.0)(torch.rand(2, 1, 2), valid, torch.tensor([0.0, 10.0]))
+        assert torch.isnan(series[0]).all()
+        assert torch.isfinite(series[1]).all()
+
+
+class TestRecurrencePlot:
+    @pytest.mark.parametrize("threshold", [None, 0.2, "point", "distance"])
+    @pytest.mark.parametrize(("dimension", "time_delay"), [(1, 1), (2, 1), (3, 4)])
+    def test_equals_pyts(self, threshold: object, dimension: int, time_delay: int) -> None:
+        x = np.random.default_rng(3).uniform(-1, 1, (7, 36))
+        want = RecurrencePlot(
+            dimension=dimension, time_delay=time_delay, threshold=threshold, percentage=13
+        ).transform(x)
+        got = recurrence_plot(
+            torch.tensor(x),
+            dimension=dimension,
+            time_delay=time_delay,
+            threshold=threshold,  # type: ignore[arg-type]  # parametrised
+            percentage=13,
+        )
+        np.testing.assert_allclose(got.numpy(), want, atol=1e-6)
+
+    @pytest.mark.parametrize("percentage", [0.0, 10.0, 50.0, 100.0])
+    def test_point_threshold_at_the_ends(self, percentage: float) -> None:
+        x = np.random.default_rng(4).uniform(-1, 1, (3, 12))
+        want = RecurrencePlot(threshold="point", percentage=percentage).transform(x)
+        got = recurrence_plot(torch.tensor(x), threshold="point", percentage=percentage)
+        np.testing.assert_array_equal(got.numpy(), want)
+
+
+class TestHeads:
+    def test_quantiles_never_cross(self) -> None:
+        torch.manual_seed(0)
+        head = ForecastHead(8, steps=36, indices=3, horizon=10, quantiles=5)
+        torch.nn.init.normal_(head.encoder.weight, std=3.0)
+        out = head(torch.randn(50, 8), torch.randn(50, 3, 36))
+        assert out.shape == (50, 10, 3, 5)
+        assert (out.diff(dim=-1) > 0).all()
+
+    def test_an_untrained_forecast_is_persistence(self) -> None:
+        head = ForecastHead(8, steps=36, indices=3, horizon=10, quantiles=3)
+        with torch.no_grad():
+            head.series.bias.zero_()
+            head.encoder.weight.zero_()
+            head.encoder.bias.zero_()
+        series = torch.randn(5, 3, 36)
+        out = head(torch.randn(5, 8), series)
+        torch.testing.assert_close(out[..., 1], series[:, None, :, -1].expand(5, 10, 3))
+
+    def test_temperature_changes_confidence_and_not_the_class(self) -> None:
+        head = ClassificationHead(8, 5)
+        logits = torch.randn(20, 5)
+        sharp = head.probabilities(logits)
+        head.temperature.fill_(4.0)
+        flat = head.probabilities(logits)
+        assert (sharp.argmax(-1) == flat.argmax(-1)).all()
+        assert (flat.max(-1).values < sharp.max(-1).values).all()
+
+    def test_projections_have_unit_length(self) -> None:
+        out = ProjectionHead(8, 4)(torch.randn(6, 8))
+        torch.testing.assert_close(out.norm(dim=-1), torch.ones(6))
+
+
+class TestGraph:
+    def test_missing_dates_do_not_matter(self) -> None:
+        """Whatever stands where a date is not valid, the answer is the one without that date."""
+        graph = pixel_graph(ClassificationHead(32, 5))
+        values, valid, days = random_series(6, 14)
+        keep = torch.ones(14, dtype=torch.bool)
+        keep[[3, 8]] = False
+        valid[:, ~keep] = False
+        want = graph(values[:, keep], valid[:, keep], days[keep])
+        for fill in (torch.nan, torch.inf, 0.0, 1e30):
+            spoilt = values.masked_fill(~valid[..., None], fill)
+            torch.testing.assert_close(graph(spoilt, valid, days), want, atol=1e-5, rtol=0)
+
+    def test_a_nan_that_is_called_valid_is_still_missing(self) -> None:
+        graph = pixel_graph(ClassificationHead(32, 5))
+        values, valid, days = random_series(2, 8)
+        want = graph(values, valid, days)
+        torch.testing.assert_close(graph(values, torch.ones_like(valid), days), want)
+
+    def test_order_of_dates_and_pixels_does_not_matter(self) -> None:
+        graph = pixel_graph(ClassificationHead(32, 5))
+        values, valid, days = random_series(6, 14)
+        want = graph(values, valid, days)
+        turned = graph(values.flip(0, 1), valid.flip(0, 1), days.flip(0)).flip(0)
+        torch.testing.assert_close(turned, want, atol=1e-5, rtol=0)
+
+    def test_a_pixel_without_dates_answers_nan_and_alone(self) -> None:
+        graph = pixel_graph(ClassificationHead(32, 5))
+        values, valid, days = random_series(3, 8)
+        want = graph(values, valid, days)
+        valid[1] = False
+        got = graph(values, valid, days)
+        assert torch.isnan(got[1]).all()
+        torch.testing.assert_close(got[[0, 2]], want[[0, 2]])
+
+    def test_calendar_graph_sees_the_season(self) -> None:
+        graph = pixel_graph(None, calendar=True)
+        values, valid, days = random_series(2, 8)
+        winter = graph(values, valid, days, torch.full((2,), 1.0))
+        summer = graph(values, valid, days, torch.full((2,), 182.0))
+        year_on = graph(values, valid, days, torch.full((2,), 366.25))
+        assert (winter - summer).abs().max() > 1e-3
+        torch.testing.assert_close(winter, year_on, atol=1e-4, rtol=0)
+
+
+def export(
+    graph: torch.nn.Module, path: Path, names: list[str], args: tuple[torch.Tensor, ...]
+) -> onnxruntime.InferenceSession:
+    from training.export import to_onnx
+
+    to_onnx(graph, path, inputs=names, output="out", example=args)
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def romania_like(shared_data: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Real pixels of the crops data as a graph takes them."""
+    with np.load(shared_data / "crops_us_2021" / "crops_us_2021_dev.npz") as file:
+        raw = file["reflectance"][::64]
+        dates = [date.fromisoformat(d) for d in file["dates"]]
+        places = [list(file["bands"]).index(b) for b in BANDS]
+    valid = ~(raw == 0).all(-1)
+    values = (raw[..., places] / 10_000).astype(np.float32)
+    days = [(d - date(2021, 1, 1)) / timedelta(days=1) for d in dates]
+    return torch.tensor(values), torch.tensor(valid), torch.tensor(days, dtype=torch.float32)
+
+
+class TestOnnx:
+    @pytest.mark.parametrize("kind", ["classify", "forecast", "embed"])
+    def test_pixel_graph_equals_torch(self, kind: str, tmp_path: Path, shared_data: Path) -> None:
+        heads = {
+            "classify": ClassificationHead(32, 5),
+            "forecast": ForecastHead(32, steps=36, indices=3, horizon=10, quantiles=3),
+            "embed": None,
+        }
+        graph = pixel_graph(heads[kind], calendar=kind == "forecast")
+        names = ["values", "valid", "days"]
+        extra = [torch.full((3,), 100.0)] if kind == "forecast" else []
+        if extra:
+            names.append("day_of_year")
+        session = export(graph, tmp_path / "m.onnx", names, (*random_series(3, 7), *extra))
+        cases = [random_series(n, t, seed=n + t) for n, t in [(1, 1), (2, 40), (65, 118)]]
+        blind = random_series(4, 6)
+        blind[1][2] = False
+        for values, valid, days in [*cases, blind, romania_like(shared_data)]:
+            more = (torch.full((len(values),), 274.0),) if extra else ()
+            with torch.no_grad():
+                want = graph(values, valid, days, *more).numpy()
+            feed = dict(zip(names, (values, valid, days, *more), strict=True))
+            got = session.run(None, {k: v.numpy() for k, v in feed.items()})[0]
+            np.testing.assert_allclose(got, want, atol=1e-4)
+
+    def test_patch_graph_equals_torch(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        encoder = PatchEncoder(width=8, embedding=16)
+        graph = PatchGraph(encoder=encoder, head=ClassificationHead(16, 10)).eval()
+        session = export(graph, tmp_path / "m.onnx", ["patches"], (torch.rand(3, 3, 64, 64),))
+        for n in (1, 5):
+            patches = torch.rand(n, 3, 64, 64)
+            with torch.no_grad():
+                want = graph(patches).numpy()
+            got = session.run(None, {"patches": patches.numpy()})[0]
+            np.testing.assert_allclose(got, want, atol=1e-4)

@@ -1,0 +1,205 @@
+"""Cards and the registry: windows over dates, and bundles that are refused with a reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from models.card import ModelCard, TimeWindow
+from models.registry import ZOO, BundleError, Registry, load_bundle
+
+
+def card(content: bytes = b"onnx", **changes: Any) -> dict[str, Any]:
+    sha256 = hashlib.sha256(content).hexdigest()
+    return {
+        "name": "toy",
+        "version": "1.0.0",
+        "task": "classify-pixels",
+        "modality": "pixel",
+        "description": "A toy.",
+        "bands": ["B02", "B04", "B08"],
+        "indices": ["ndvi"],
+        "window": {"steps": 36, "step_days": 10, "start": "calendar-year"},
+        "min_observations": 3,
+        "classes": [{"value": 0, "name": "Trees", "color": "#006400", "code": 10}],
+        "licence": "MIT",
+        "variants": [
+            {
+                "name": "float32",
+                "file": "model.onnx",
+                "sha256": sha256,
+                "bytes": len(content),
+                "opset": 20,
+            }
+        ],
+        "sha256": sha256,
+        **changes,
+    }
+
+
+def write(folder: Path, content: bytes = b"onnx", **changes: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(content)
+    (folder / "card.json").write_text(json.dumps(card(**changes)))
+    return folder
+
+
+def every(days: int, first: date, last: date) -> list[date]:
+    return [first + timedelta(days=d) for d in range(0, (last - first).days + 1, days)]
+
+
+class TestTimeWindow:
+    def test_calendar_year_is_the_one_with_the_most_dates(self) -> None:
+        dates = every(5, date(2017, 8, 14), date(2018, 11, 20))
+        window = TimeWindow(steps=36, step_days=10, start="calendar-year").resolve(dates)
+        assert window.start == window.first_day == date(2018, 1, 1)
+        assert {dates[i].year for i in window.used} == {2018}
+        assert window.days(dates)[0] == (dates[window.used[0]] - date(2018, 1, 1)).days
+
+    def test_the_later_year_wins_a_tie(self) -> None:
+        dates = [date(y, m, 1) for y in (2019, 2020) for m in range(1, 12)]
+        window = TimeWindow(steps=36, step_days=10, start="calendar-year").resolve(dates)
+        assert window.start == date(2020, 1, 1)
+
+    def test_fullest_year_takes_a_season_that_crosses_the_new_year(self) -> None:
+        dates = every(10, date(2020, 7, 3), date(2021, 6, 20))
+        window = TimeWindow(steps=36, step_days=10, start="fullest-year").resolve(dates)
+        assert window.start == date(2020, 7, 1)
+        assert len(window.used) == len(dates)
+
+    def test_fullest_year_prefers_january(self) -> None:
+        dates = [date(2018, m, 10) for m in range(1, 12)]
+        window = TimeWindow(steps=36, step_days=10, start="fullest-year").resolve(dates)
+        assert window.start == date(2018, 1, 1)
+
+    def test_last_steps_ends_on_the_last_date(self) -> None:
+        dates = every(10, date(2021, 1, 5), date(2021, 12, 31))
+        window = TimeWindow(steps=32, step_days=10, start="last-steps").resolve(dates[::-1])
+        assert window.last == dates[-1]
+        assert window.first_day == dates[-1] - timedelta(days=310)
+        assert max(window.days(dates[::-1])) == 310
+        assert min(window.days(dates[::-1])) == 0
+
+    def test_a_given_start_bounds_what_is_used(self) -> None:
+        dates = every(10, date(2020, 1, 1), date(2021, 12, 31))
+        start = date(2020, 6, 1)
+        for rule in ("calendar-year", "fullest-year", "last-steps"):
+            window = TimeWindow(steps=36, step_days=10, start=rule).resolve(dates, start)  # type: ignore[arg-type]
+            used = [dates[i] for i in window.used]
+            assert window.start == start
+            assert start <= min(used) < max(used) < start + timedelta(days=360)
+
+    def test_a_start_after_every_date_uses_none(self) -> None:
+        for rule in ("calendar-year", "last-steps"):
+            window = TimeWindow(steps=36, step_days=10, start=rule).resolve(  # type: ignore[arg-type]
+                [date(2020, 1, 1)], date(2022, 1, 1)
+            )
+            assert window.used == ()
+            assert window.last is None
+
+
+class TestCard:
+    def test_round_trip(self) -> None:
+        first = ModelCard.model_validate(card())
+        assert ModelCard.model_validate_json(first.model_dump_json()) == first
+        assert first.id == "toy@1.0.0"
+        assert first.inputs == ("values", "valid", "days")
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"task": "forecast"}, "must not have 'classes'|needs 'horizon'"),
+            ({"window": None}, "needs 'window'"),
+            ({"patch": 64}, "must not have 'patch'"),
+            ({"classes": []}, "needs 'classes'"),
+            ({"sha256": "0" * 64}, "first variant"),
+            ({"colour": "red"}, "Extra inputs"),
+            ({"classes": [{"value": 3, "name": "x", "color": "#000000"}]}, "count up from 0"),
+        ],
+    )
+    def test_a_card_that_contradicts_itself_is_refused(
+        self, changes: dict[str, Any], reason: str
+    ) -> None:
+        with pytest.raises(ValidationError, match=reason):
+            ModelCard.model_validate(card(**changes))
+
+
+class TestRegistry:
+    def test_finds_by_name_and_version(self, tmp_path: Path) -> None:
+        write(tmp_path / "a")
+        registry = Registry.load(tmp_path)
+        assert registry.refused == {}
+        bundle = registry.find("toy")
+        assert bundle is not None
+        assert bundle.path().read_bytes() == b"onnx"
+        assert registry.find("toy@1.0.0") == bundle
+        assert registry.find("toy@2.0.0") is None
+        assert registry.find("other") is None
+
+    def test_a_default_is_the_card_that_says_so(self, tmp_path: Path) -> None:
+        write(tmp_path / "a", name="a-model")
+        write(tmp_path / "b", name="b-model", default=True)
+        bundle = Registry.load(tmp_path).default("classify-pixels")
+        assert bundle is not None
+        assert bundle.card.name == "b-model"
+        assert Registry.load(tmp_path).default("forecast") is None
+
+    def test_the_later_folder_wins_a_name(self, tmp_path: Path) -> None:
+        write(tmp_path / "one" / "toy")
+        write(tmp_path / "two" / "toy", version="2.0.0")
+        bundle = Registry.load(tmp_path / "one", tmp_path / "two").find("toy")
+        assert bundle is not None
+        assert bundle.card.version == "2.0.0"
+
+    def test_one_bad_bundle_does_not_take_the_others_down(self, tmp_path: Path) -> None:
+        write(tmp_path / "good")
+        write(tmp_path / "bad", name="bad")
+        (tmp_path / "bad" / "model.onnx").write_bytes(b"tampered")
+        registry = Registry.load(tmp_path)
+        assert list(registry.bundles) == ["toy"]
+        assert "sha256" in registry.refused["bad"]
+
+    def test_each_refusal_says_which_and_why(self, tmp_path: Path) -> None:
+        missing = write(tmp_path / "missing")
+        (missing / "model.onnx").unlink()
+        with pytest.raises(BundleError, match="'missing'.*model.onnx, which is not there"):
+            load_bundle(missing)
+        pickled = write(tmp_path / "pickled")
+        (pickled / "weights.pt").write_bytes(b"")
+        with pytest.raises(BundleError, match="'pickled'.*weights.pt, and pickles"):
+            load_bundle(pickled)
+        broken = write(tmp_path / "broken")
+        (broken / "card.json").write_text("{}")
+        with pytest.raises(BundleError, match="'broken'.*card.json is not valid"):
+            load_bundle(broken)
+        with pytest.raises(BundleError, match="'absent'.*cannot be read"):
+            load_bundle(tmp_path / "absent")
+
+
+class TestZoo:
+    def test_the_zoo_is_whole(self) -> None:
+        registry = Registry.load(ZOO)
+        assert registry.refused == {}
+        assert set(registry.bundles) == {
+            "pixels-landcover",
+            "pixels-crops-us",
+            "forecast-vi",
+            "landcover-eurosat",
+            "embed-pixel",
+            "embed-patch",
+        }
+        assert sum(p.stat().st_size for p in ZOO.rglob("*") if p.is_file()) < 40e6
+
+    def test_the_legends_carry_their_sources_codes(self) -> None:
+        registry = Registry.load(ZOO)
+        crops = registry.bundles["pixels-crops-us"].card.classes
+        assert len(crops) == 17
+        assert {1, 2, 3, 5, 61, 69, 75, 176} < {c.code for c in crops}
+        assert {c.code for c in registry.bundles["pixels-landcover"].card.classes} >= {10, 30, 40}
+        assert len(registry.bundles["landcover-eurosat"].card.classes) == 10

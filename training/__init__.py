@@ -1,0 +1,1 @@
+"""Makes bundles: reads data, pretrains, fine-tunes, evaluates, exports."""
