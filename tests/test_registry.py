@@ -168,17 +168,17 @@ class TestRegistry:
     def test_each_refusal_says_which_and_why(self, tmp_path: Path) -> None:
         missing = write(tmp_path / "missing")
         (missing / "model.onnx").unlink()
-        with pytest.raises(BundleError, match="'missing'.*model.onnx, which is not there"):
+        with pytest.raises(BundleError, match=r"'missing'.*model\.onnx, which is not there"):
             load_bundle(missing)
         pickled = write(tmp_path / "pickled")
         (pickled / "weights.pt").write_bytes(b"")
-        with pytest.raises(BundleError, match="'pickled'.*weights.pt, and pickles"):
+        with pytest.raises(BundleError, match=r"'pickled'.*weights\.pt, and pickles"):
             load_bundle(pickled)
         broken = write(tmp_path / "broken")
         (broken / "card.json").write_text("{}")
-        with pytest.raises(BundleError, match="'broken'.*card.json is not valid"):
+        with pytest.raises(BundleError, match=r"'broken'.*card\.json is not valid"):
             load_bundle(broken)
-        with pytest.raises(BundleError, match="'absent'.*cannot be read"):
+        with pytest.raises(BundleError, match=r"'absent'.*cannot be read"):
             load_bundle(tmp_path / "absent")
 
 

@@ -1,0 +1,178 @@
+"""The one place that opens GeoTIFFs: with GDAL's GTiff driver alone, and nothing beside the file.
+
+`read_header` takes everything that decides whether a file can be used, and reads no pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from affine import Affine
+from rasterio.crs import CRS
+from rasterio.enums import Interleaving, MaskFlags
+from rasterio.errors import RasterioError
+
+from service.errors import NotAGeoTIFF, RasterTooLarge
+
+MAX_BLOCK_BYTES = 256 * 2**20
+"""Most bytes that one strip or tile may decode to: a few kB on disk can claim far more."""
+MAX_BANDS = 20_000
+"""Most bands of a file; more are no time series, and listing them costs memory."""
+
+_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # TIFF and BigTIFF in both byte orders
+_GDAL: Mapping[str, str | int] = {
+    # An upload's folder holds other uploads: no sidecar (.aux.xml, .tfw, .msk, .ovr) is looked for.
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    # Nor is a statistics or metadata sidecar read or written by another road.
+    "GDAL_PAM_ENABLED": "NO",
+    # Georeference is what the file itself says, as with the two above.
+    "GDAL_GEOREF_SOURCES": "INTERNAL",
+    # In bytes: rasterio hands the number to GDALSetCacheMax64, and not to GDAL's parser, which
+    # takes a small one for megabytes. GDAL's default, 5 % of the machine, is no bound to promise;
+    # one block of the largest size allowed fits, so that its other bands are not decoded again.
+    "GDAL_CACHEMAX": 2 * MAX_BLOCK_BYTES,
+}
+# Threads decode the blocks of one read side by side. Measured on small strips they cost 1 ms a
+# read and gain nothing; on tiles of half a megabyte they pay.
+_THREADS_PAY_FROM = 2**18
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """A file as the caller knows it, and where it lies."""
+
+    name: str
+    """As the caller called it; only ever shown, never used as a path."""
+    path: Path
+    """Where it lies on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a GeoTIFF says before a pixel is read. Tuples hold one entry a band."""
+
+    source: SourceFile
+    width: int
+    height: int
+    crs: CRS | None
+    transform: Affine
+    dtypes: tuple[str, ...]
+    nodata: tuple[float | None, ...]
+    scales: tuple[float, ...]
+    """GDAL's scale, 1 where there is none."""
+    offsets: tuple[float, ...]
+    """GDAL's offset, 0 where there is none."""
+    descriptions: tuple[str | None, ...]
+    tags: Mapping[str, str]
+    """The file's tags, by lower-case name."""
+    band_tags: tuple[Mapping[str, str], ...]
+    """Each band's tags, by lower-case name."""
+    block: tuple[int, int]
+    """Rows and columns of a strip or tile."""
+    block_bytes: int
+    """What one strip or tile decodes to."""
+    masked: bool
+    """Whether an internal mask marks missing pixels."""
+
+    @property
+    def name(self) -> str:
+        """The file's name as the caller knows it."""
+        return self.source.name
+
+    @property
+    def count(self) -> int:
+        """Bands in the file."""
+        return len(self.dtypes)
+
+
+def gdal_options() -> rasterio.Env:
+    """GDAL's options for every open and read; GDAL keeps them per thread, so enter it in each."""
+    return rasterio.Env(**_GDAL)
+
+
+def open_geotiff(path: Path, *, block_bytes: int = 0) -> rasterio.DatasetReader:
+    """Open a file with the GTiff driver alone.
+
+    Args:
+        path: the file.
+        block_bytes: what one of its blocks decodes to, where known: large ones are decoded by
+            several threads.
+
+    Raises:
+        RasterioError: GDAL cannot open it.
+    """
+    threads = {"NUM_THREADS": "ALL_CPUS"} if block_bytes >= _THREADS_PAY_FROM else {}
+    return rasterio.open(path, driver="GTiff", **threads)
+
+
+def read_header(source: SourceFile) -> Header:
+    """Read a file's header, inside `gdal_options`.
+
+    Raises:
+        NotAGeoTIFF: no TIFF, one that GDAL does not open, or one of complex numbers.
+        RasterTooLarge: a block, or the number of bands, is beyond reason.
+    """
+    _check_magic(source)
+    try:
+        with open_geotiff(source.path) as dataset:
+            header = _header(source, dataset)
+    except (RasterioError, ValueError, UnicodeDecodeError) as error:
+        raise NotAGeoTIFF(
+            f"'{source.name}' has the first bytes of a TIFF, but no header that "
+            "GDAL's GTiff driver opens"
+        ) from error
+    return header
+
+
+def _check_magic(source: SourceFile) -> None:
+    try:
+        with source.path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise NotAGeoTIFF(f"'{source.name}' cannot be read as a file") from error
+    if magic not in _MAGICS:
+        raise NotAGeoTIFF(f"'{source.name}' is no TIFF: it starts with {magic!r}")
+
+
+def _header(source: SourceFile, dataset: rasterio.DatasetReader) -> Header:
+    strange = sorted({dtype for dtype in dataset.dtypes if dtype.startswith("complex")})
+    if strange:
+        raise NotAGeoTIFF(f"'{source.name}' holds {strange[0]} numbers, not reflectance")
+    if dataset.count > MAX_BANDS:
+        raise RasterTooLarge(f"'{source.name}' has {dataset.count} bands, the limit is {MAX_BANDS}")
+    rows, columns = dataset.block_shapes[0]
+    together = dataset.count if dataset.interleaving == Interleaving.pixel else 1
+    block_bytes = rows * columns * np.dtype(dataset.dtypes[0]).itemsize * together
+    if block_bytes > MAX_BLOCK_BYTES:
+        raise RasterTooLarge(
+            f"'{source.name}': one block of {rows} x {columns} pixels and {together} bands decodes "
+            f"to {block_bytes} bytes, the limit is {MAX_BLOCK_BYTES}"
+        )
+    # An alpha band is no mask here: GDAL takes the fourth of four 8-bit bands for alpha, and in a
+    # satellite image that is the near infrared.
+    flags = dataset.mask_flag_enums[0]
+    return Header(
+        source=source,
+        width=dataset.width,
+        height=dataset.height,
+        crs=dataset.crs,
+        transform=dataset.transform,
+        dtypes=dataset.dtypes,
+        nodata=dataset.nodatavals,
+        scales=dataset.scales,
+        offsets=dataset.offsets,
+        descriptions=dataset.descriptions,
+        tags=_lower(dataset.tags()),
+        band_tags=tuple(_lower(dataset.tags(index)) for index in dataset.indexes),
+        block=(rows, columns),
+        block_bytes=block_bytes,
+        masked=MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags,
+    )
+
+
+def _lower(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key.lower(): value for key, value in tags.items()}

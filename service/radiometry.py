@@ -1,0 +1,131 @@
+"""Judges from a sample of a stack whether its numbers are plausible reflectance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import ImplausibleReflectance
+
+PLAUSIBLE = (-0.2, 1.6)
+"""Between these lies the median of the clear values of any real scene, snow and glint included."""
+BASELINE_CHANGE = date(2022, 1, 25)
+"""From here on ESA's Sentinel-2 products (processing baseline 04.00) hold an offset of -0.1."""
+
+_BRIGHT_RED = 0.15
+_RED_OVER_NIR = 1.3
+_BASELINE_STEP = 0.05
+_DARK_PERCENTILE = 2
+_LARGEST_UINT8 = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackWarning:
+    """Something odd that is no error."""
+
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Some pixels of some dates, and how they were made into reflectance."""
+
+    values: NDArray[np.float32]
+    """(T, C, N) reflectance, NaN where missing."""
+    valid: NDArray[np.bool_]
+    """(T, N): True where usable."""
+    dates: tuple[date, ...]
+    """(T); empty for undated imagery."""
+    bands: tuple[str, ...]
+    """(C) by name."""
+    scale: float
+    offset: float
+    integer: bool
+    """Whether the files hold integers."""
+    offset_known: bool
+    """Whether the caller or a file said an offset."""
+
+
+def judge(sample: Sample) -> tuple[StackWarning, ...]:
+    """Warnings about a sample; none where no pixel of it is clear.
+
+    Raises:
+        ImplausibleReflectance: the median of the clear values is outside `PLAUSIBLE`.
+    """
+    if not sample.valid.any():
+        return ()
+    _check_median(sample)
+    return (*_swapped(sample), *_baseline(sample))
+
+
+def _check_median(sample: Sample) -> None:
+    median = float(np.median(sample.values.transpose(0, 2, 1)[sample.valid]))
+    low, high = PLAUSIBLE
+    if low <= median <= high:
+        return
+    stored = (median - sample.offset) / sample.scale
+    raise ImplausibleReflectance(
+        f"the median of the clear pixels sampled is {median:.4g}, outside {low} to {high}, with "
+        f"scale {sample.scale:g} and offset {sample.offset:g} (stored: {stored:.6g}); "
+        f"{_likely_fix(stored, sample)}"
+    )
+
+
+def _likely_fix(stored: float, sample: Sample) -> str:
+    if stored < 0:
+        return "missing pixels seem to hold a number that no nodata tag names, or offset is wrong"
+    if PLAUSIBLE[0] <= stored <= PLAUSIBLE[1]:
+        return "the numbers stored look like reflectance: give scale=1 and offset=0"
+    if stored <= 100:
+        return "if the numbers stored are percent, give scale=0.01"
+    if stored <= _LARGEST_UINT8 and sample.integer:
+        return "the numbers stored look like an 8-bit picture, which is no reflectance"
+    if stored * 1e-4 <= PLAUSIBLE[1]:
+        return "the numbers stored look like reflectance x 10000: give scale=0.0001"
+    return "give the scale and offset that make reflectance of the numbers stored"
+
+
+def _band(sample: Sample, name: str) -> NDArray[np.float32]:
+    return sample.values[:, sample.bands.index(name)]
+
+
+def _swapped(sample: Sample) -> Iterator[StackWarning]:
+    """Land is brighter in the near infrared than in red, and water is dark in both."""
+    if not {"B04", "B08"} <= set(sample.bands):
+        return
+    red, nir = (_band(sample, name)[sample.valid] for name in ("B04", "B08"))
+    share = float(np.mean((red > _BRIGHT_RED) & (red > _RED_OVER_NIR * nir)))
+    if share > 0.5:
+        yield StackWarning(
+            code="bands_suspected_swapped",
+            detail=f"red (B04) is far brighter than near infrared (B08) in {share:.0%} of the "
+            "clear pixels sampled; check the order of the bands",
+        )
+
+
+def _baseline(sample: Sample) -> Iterator[StackWarning]:
+    """Integers from both sides of the change, and the dark end rises as if by the offset."""
+    band = next((name for name in ("B02", "B04") if name in sample.bands), None)
+    if band is None or sample.offset_known or not sample.integer:
+        return
+    sides: dict[bool, list[float]] = {False: [], True: []}
+    for day, values, valid in zip(sample.dates, _band(sample, band), sample.valid, strict=False):
+        if valid.any():
+            dark = float(np.percentile(values[valid], _DARK_PERCENTILE))
+            sides[day >= BASELINE_CHANGE].append(dark)
+    if not (sides[False] and sides[True]):
+        return
+    # Of each side the median over dates: one hazy date does not make a step.
+    before, after = (float(np.median(sides[late])) for late in (False, True))
+    if after - before > _BASELINE_STEP:
+        yield StackWarning(
+            code="baseline_offset_suspected",
+            detail=f"the dark end of {band} rises from {before:.3f} before {BASELINE_CHANGE} to "
+            f"{after:.3f} from then on: the later files seem to hold Sentinel-2's offset of "
+            "-0.1 (baseline 04.00), which no file and no option says",
+        )

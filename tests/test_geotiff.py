@@ -1,0 +1,211 @@
+"""Files that must not open, or must not be read beside what they are."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio.shutil
+from affine import Affine
+from rasterio._env import get_gdal_config
+from rasterio.windows import Window
+from rasters import write
+
+from service.errors import CorruptRaster, NoGeoreference, NotAGeoTIFF, PIMCError, RasterTooLarge
+from service.geotiff import gdal_options, read_header
+from service.stack import SourceFile, StackOptions, StackReader, check_radiometry, open_stack
+
+BANDS = ("B02", "B04", "B08")
+rng = np.random.default_rng(5)
+
+
+def pixels(height: int = 40, width: int = 30) -> np.ndarray:
+    return rng.integers(200, 4000, (3, height, width), dtype=np.uint16)
+
+
+def scene(path: Path, **how: object) -> SourceFile:
+    how = {"descriptions": BANDS, "tags": {"datetime": "2021-01-05"}, **how}
+    return write(path, how.pop("bands", pixels()), **how)
+
+
+def opened(*files: SourceFile, max_bytes: int = 2**24, **options: object):
+    return open_stack(files, StackOptions(**options), bands=BANDS, max_bytes=max_bytes)
+
+
+def test_a_vrt_that_names_another_file_never_opens(tmp_path: Path) -> None:
+    inside = scene(tmp_path / "secret.tif")
+    vrt = tmp_path / "stack.tif"
+    vrt.write_text(
+        '<VRTDataset rasterXSize="30" rasterYSize="40"><VRTRasterBand dataType="UInt16" band="1">'
+        f"<SimpleSource><SourceFilename>{inside.path}</SourceFilename></SimpleSource>"
+        "</VRTRasterBand></VRTDataset>"
+    )
+    with pytest.raises(NotAGeoTIFF, match=r"'upload\.tif' is no TIFF"):
+        opened(SourceFile(name="upload.tif", path=vrt))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"II", b"\x89PNG\r\n\x1a\n", b"not a raster", b"MM\0\x2c"]
+)
+def test_other_files_are_refused_by_their_first_bytes(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.tif").write_bytes(content)
+    with pytest.raises(NotAGeoTIFF, match=r"'x\.tif'"):
+        opened(SourceFile(name="x.tif", path=tmp_path / "x.tif"))
+
+
+def test_a_folder_or_nothing_is_no_geotiff(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nothing.tif", Path("/vsimem/x.tif")):
+        with pytest.raises(NotAGeoTIFF, match="cannot be read") as caught:
+            opened(SourceFile(name="x.tif", path=path))
+        assert str(tmp_path) not in caught.value.detail
+
+
+def test_a_tiff_without_a_directory_is_no_geotiff(tmp_path: Path) -> None:
+    (tmp_path / "x.tif").write_bytes(b"II*\0" + struct.pack("<I", 8) + b"\0" * 20)
+    with pytest.raises(NotAGeoTIFF, match="no header") as caught:
+        opened(SourceFile(name="x.tif", path=tmp_path / "x.tif"))
+    assert caught.value.__cause__ is not None
+
+
+def test_complex_numbers_are_refused(tmp_path: Path) -> None:
+    file = scene(tmp_path / "x.tif", bands=np.ones((3, 4, 4), np.complex64))
+    with pytest.raises(NotAGeoTIFF, match="complex64"):
+        opened(file)
+
+
+def test_no_sidecar_is_read(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.tif", pixels(), crs=None, transform=Affine.identity())
+    (tmp_path / "x.tfw").write_text("10\n0\n0\n-10\n500000\n5600000\n")
+    (tmp_path / "x.tif.aux.xml").write_text(
+        "<PAMDataset><SRS>EPSG:32631</SRS><Metadata><MDI key='datetime'>2021-01-05</MDI></Metadata>"
+        "<PAMRasterBand band='1'><Description>B02</Description></PAMRasterBand></PAMDataset>"
+    )
+    scene(tmp_path / "x.tif.msk")
+    with gdal_options():
+        header = read_header(file)
+    assert not header.crs
+    assert header.transform == Affine.identity()
+    assert header.descriptions == (None, None, None)
+    assert "datetime" not in header.tags
+    assert not header.masked
+
+
+def test_the_block_cache_is_bounded_and_large_enough_for_a_block() -> None:
+    with gdal_options():
+        assert get_gdal_config("GDAL_CACHEMAX") == 512 * 2**20
+
+
+def test_no_georeference(tmp_path: Path) -> None:
+    with pytest.raises(NoGeoreference, match=r"'a\.tif' has no CRS"):
+        opened(scene(tmp_path / "a.tif", crs=None))
+    with pytest.raises(NoGeoreference, match=r"'b\.tif' has the CRS EPSG:32631 but no transform"):
+        opened(scene(tmp_path / "b.tif", transform=Affine.identity()))
+
+
+def test_the_limit_is_judged_from_headers(tmp_path: Path) -> None:
+    file = scene(tmp_path / "x.tif")
+    decoded = 40 * 30 * 3 * 2
+    opened(file, max_bytes=decoded)
+    with pytest.raises(RasterTooLarge) as caught:
+        opened(file, max_bytes=decoded - 1)
+    assert f"{decoded} bytes" in caught.value.detail
+    assert f"limit is {decoded - 1}" in caught.value.detail
+
+
+def test_bands_that_are_not_needed_count_nothing(tmp_path: Path) -> None:
+    five = np.concatenate([pixels(), pixels()])
+    names = [*BANDS, "B11", "B12", None]
+    opened(scene(tmp_path / "x.tif", bands=five, descriptions=names), max_bytes=40 * 30 * 3 * 2)
+
+
+def test_a_small_file_that_claims_a_huge_raster_is_refused_unread(tmp_path: Path) -> None:
+    file = scene(tmp_path / "x.tif")
+    huge = {256: 200_000, 257: 200_000}  # ImageWidth, ImageLength
+    file.path.write_bytes(_with_tags(file.path.read_bytes(), huge))
+    with pytest.raises(RasterTooLarge, match="200000 x 200000"):
+        opened(file)
+
+
+def test_a_small_file_that_claims_a_huge_strip_is_refused_unread(tmp_path: Path) -> None:
+    # Compressed: of a strip that is not, GDAL makes small blocks by itself.
+    file = scene(tmp_path / "x.tif", compress="deflate")
+    claims = {256: 20_000, 257: 20_000, 278: 20_000}  # and RowsPerStrip
+    file.path.write_bytes(_with_tags(file.path.read_bytes(), claims))
+    with pytest.raises(RasterTooLarge, match="one block of 20000 x 20000"):
+        opened(file, max_bytes=2**40)
+
+
+def _with_tags(tiff: bytes, values: dict[int, int]) -> bytes:
+    """A little-endian TIFF with numbers of its first directory written over, as LONG."""
+    out = bytearray(tiff)
+    (start,) = struct.unpack_from("<I", out, 4)
+    (entries,) = struct.unpack_from("<H", out, start)
+    for entry in range(start + 2, start + 2 + 12 * entries, 12):
+        (tag,) = struct.unpack_from("<H", out, entry)
+        if tag in values:
+            struct.pack_into("<HII", out, entry + 2, 4, 1, values[tag])
+    return bytes(out)
+
+
+@pytest.mark.parametrize("compress", ["none", "deflate", "lzw"])
+def test_pixels_that_do_not_decode_are_named(tmp_path: Path, compress: str) -> None:
+    good = scene(tmp_path / "a.tif")
+    scene(tmp_path / "late.tif", bands=pixels(), tags={"datetime": "2021-02-05"})
+    # A copy has its header first, so that the pixels alone are cut off.
+    stored = tmp_path / "stored-name.tif"
+    rasterio.shutil.copy(tmp_path / "late.tif", stored, driver="GTiff", compress=compress)
+    stored.write_bytes(stored.read_bytes()[:-2000])
+    stack = opened(good, SourceFile(name="b.tif", path=stored))
+    with (
+        StackReader(stack) as reader,
+        pytest.raises(CorruptRaster, match=r"'b\.tif': .* rows 0 to 39, columns 0 to 29") as caught,
+    ):
+        reader.read(Window(0, 0, 30, 40))
+    assert caught.value.__cause__ is not None
+    assert "stored-name" not in caught.value.detail
+
+
+def test_a_file_gone_since_is_corrupt(tmp_path: Path) -> None:
+    file = scene(tmp_path / "a.tif")
+    stack = opened(file)
+    file.path.unlink()
+    with StackReader(stack) as reader, pytest.raises(CorruptRaster):
+        reader.read(Window(0, 0, 30, 40))
+
+
+def test_tags_in_no_utf8_do_no_harm(tmp_path: Path) -> None:
+    file = scene(tmp_path / "x_20210105.tif", tags={"place": "Lièges"})
+    content = file.path.read_bytes()
+    file.path.write_bytes(content.replace("è".encode(), b"\xe8\xe8"))
+    assert opened(file).dates
+
+
+# rasterio's own log callback cannot decode some of what GDAL says of such files; it goes on.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damaged_files_give_our_errors_alone(tmp_path: Path) -> None:
+    """Bytes changed at random, mostly in the header: a plain answer or one of our errors."""
+    file = scene(tmp_path / "x.tif", compress="deflate", nodata=0)
+    whole = file.path.read_bytes()
+    chance = np.random.default_rng(7)
+    told = []
+    for _ in range(250):
+        damaged = bytearray(whole)
+        reach = 1200 if chance.random() < 0.8 else len(damaged)
+        for _ in range(chance.integers(1, 7)):
+            # The header stands at the end of the file.
+            damaged[-int(chance.integers(1, reach))] = int(chance.integers(256))
+        if chance.random() < 0.2:
+            del damaged[int(chance.integers(len(damaged))) :]
+        file.path.write_bytes(damaged)
+        try:
+            stack = opened(file)
+            check_radiometry(stack)
+            with StackReader(stack) as reader:
+                reader.read(Window(0, 0, stack.grid.width, stack.grid.height))
+        except PIMCError as error:
+            told.append(error.detail)
+    assert 30 < len(told) < 250
+    assert all(re.search(r"x\.tif|median|decode to", detail) for detail in told)

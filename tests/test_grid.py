@@ -1,0 +1,142 @@
+"""Pixel areas and the comparison of grids, against pyproj's geodesics and plain arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from affine import Affine
+from pyproj import Geod
+from rasterio.crs import CRS
+from rasterio.warp import transform as warp
+
+from service.errors import GridMismatch
+from service.grid import Grid
+
+
+def grid(crs: str, transform: Affine, width: int = 40, height: int = 30) -> Grid:
+    return Grid(crs=CRS.from_string(crs), transform=transform, width=width, height=height)
+
+
+def geodesic_hectares(
+    transform: Affine, row: int, column: int, *, ellipsoid: str = "WGS84"
+) -> float:
+    """Area of a pixel of a geographic grid, its edges cut fine: parallels are no geodesics."""
+    steps = np.linspace(0, 1, 200)
+    ring = [
+        *((column + s, row) for s in steps),
+        *((column + 1, row + s) for s in steps),
+        *((column + 1 - s, row + 1) for s in steps),
+        *((column, row + 1 - s) for s in steps),
+    ]
+    longitude, latitude = zip(*(transform @ corner for corner in ring), strict=True)
+    area, _ = Geod(ellps=ellipsoid).polygon_area_perimeter(longitude, latitude)
+    return abs(area) / 1e4
+
+
+def test_projected_area_is_the_determinant_in_metres() -> None:
+    utm = grid("EPSG:32631", Affine(10, 0, 5e5, 0, -20, 5.6e6))
+    assert utm.hectares(slice(None)) == pytest.approx(np.full(30, 0.02))
+    feet = grid("EPSG:2225", Affine(100, 0, 6e6, 0, -100, 2e6))
+    assert feet.hectares(range(2)) == pytest.approx(np.full(2, (100 * 0.3048006096) ** 2 / 1e4))
+
+
+def test_rotated_projected_area_does_not_change_by_the_rotation() -> None:
+    turned = Affine.translation(5e5, 5.6e6) @ Affine.rotation(30) @ Affine.scale(10, -10)
+    assert grid("EPSG:32631", turned).hectares(range(3)) == pytest.approx(np.full(3, 0.01))
+
+
+def test_sinusoidal_pixels_all_have_the_same_area() -> None:
+    modis = "+proj=sinu +lon_0=0 +x_0=0 +y_0=0 +R=6371007.181 +units=m"
+    side = 231.65635826
+    areas = grid(modis, Affine(side, 0, -6e6, 0, -side, -1.3e6)).hectares(slice(0, 30))
+    assert areas == pytest.approx(np.full(30, side**2 / 1e4))
+
+
+@pytest.mark.parametrize("top", [0.0, 51.0, -33.5, 80.0])
+def test_geographic_area_is_exact_on_the_ellipsoid(top: float) -> None:
+    transform = Affine(0.1, 0, 4.0, 0, -0.1, top)
+    areas = grid("EPSG:4326", transform).hectares(range(5, 25))
+    expected = [geodesic_hectares(transform, row, 0) for row in range(5, 25)]
+    assert areas == pytest.approx(expected, rel=1e-6)
+
+
+def test_geographic_area_uses_the_ellipsoid_and_the_unit_of_the_crs() -> None:
+    # EPSG:4807: Clarke 1880 (IGN), in grads. The same pixel in degrees, by pyproj.
+    grads = Affine(0.1, 0, 1.0, 0, -0.1, 54.0)
+    degrees = Affine.scale(0.9) @ grads
+    areas = grid("EPSG:4807", grads).hectares(range(3))
+    expected = [geodesic_hectares(degrees, row, 0, ellipsoid="clrk80ign") for row in range(3)]
+    assert areas == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_whole_sphere_comes_out() -> None:
+    whole = grid("+proj=longlat +R=6371000", Affine(1, 0, -180, 0, -1, 90), 360, 180)
+    total = whole.hectares(slice(None)).sum() * 360
+    assert total == pytest.approx(4 * np.pi * 6371000**2 / 1e4)
+
+
+def test_rows_beyond_the_pole_have_no_area() -> None:
+    beyond = grid("EPSG:4326", Affine(1, 0, 0, 0, -1, 92), 10, 10)
+    assert beyond.hectares(range(4))[:2] == pytest.approx([0, 0])
+    assert (beyond.hectares(range(4))[2:] > 0).all()
+
+
+def test_rotated_geographic_area_is_the_mean_of_the_row() -> None:
+    turned = Affine.translation(4, 51) @ Affine.rotation(25) @ Affine.scale(0.05, -0.05)
+    areas = grid("EPSG:4326", turned).hectares(range(0, 30, 10))
+    expected = [
+        np.mean([geodesic_hectares(turned, row, column) for column in range(40)])
+        for row in range(0, 30, 10)
+    ]
+    assert areas == pytest.approx(expected, rel=1e-5)
+
+
+def test_utm_pixels_are_close_to_their_geodesic_area() -> None:
+    # Not ours to correct: the projection's own scale, 0.04 % at most within the zone's middle.
+    transform = Affine(10, 0, 500_000, 0, -10, 5_600_000)
+    corners = [transform @ c for c in [(0, 0), (1, 0), (1, 1), (0, 1)]]
+    longitude, latitude = warp("EPSG:32631", "EPSG:4326", *zip(*corners, strict=True))
+    area, _ = Geod(ellps="WGS84").polygon_area_perimeter(longitude, latitude)
+    ours = grid("EPSG:32631", transform).hectares(range(1))[0]
+    assert ours == pytest.approx(abs(area) / 1e4, rel=1e-3)
+
+
+NORTH_UP = Affine(10, 0, 5e5, 0, -10, 5.6e6)
+
+
+def test_grids_that_differ_by_rounding_are_the_same() -> None:
+    one = grid("EPSG:32631", NORTH_UP)
+    one.check_same("a.tif", grid("EPSG:32631", Affine(10, 0, 5e5 + 5e-3, 0, -10, 5.6e6)), "b.tif")
+    by_wkt = grid(CRS.from_epsg(32631).to_wkt(), NORTH_UP)
+    one.check_same("a.tif", by_wkt, "b.tif")
+
+
+@pytest.mark.parametrize(
+    ("other", "both"),
+    [
+        (grid("EPSG:32632", NORTH_UP), ["EPSG:32631", "EPSG:32632"]),
+        (grid("EPSG:32631", NORTH_UP, width=41), ["41 x 30", "40 x 30"]),
+        (
+            grid("EPSG:32631", Affine(10, 0, 5e5 + 5, 0, -10, 5.6e6)),
+            ["500005", "500000", "0.5 pixels"],
+        ),
+        # Half a pixel off in the last corner alone.
+        (grid("EPSG:32631", Affine(10.125, 0, 5e5, 0, -10, 5.6e6)), ["10.125", "0.5 pixels"]),
+        (
+            grid("+proj=sinu +R=6371007.181 +units=m", NORTH_UP),
+            ["+proj=sinu", "EPSG:32631"],
+        ),
+    ],
+)
+def test_grids_that_differ_are_refused_with_both_sides(other: Grid, both: list[str]) -> None:
+    with pytest.raises(GridMismatch) as caught:
+        grid("EPSG:32631", NORTH_UP).check_same("a.tif", other, "b.tif")
+    for part in ["'a.tif'", "'b.tif'", *both]:
+        assert part in caught.value.detail
+
+
+def test_crs_without_an_epsg_code_compare_by_what_they_are() -> None:
+    sinusoidal = grid("+proj=sinu +R=6371007.181 +units=m", NORTH_UP)
+    sinusoidal.check_same("a", grid("+proj=sinu +R=6371007.181 +units=m", NORTH_UP), "b")
+    with pytest.raises(GridMismatch, match="CRS"):
+        sinusoidal.check_same("a", grid("+proj=sinu +R=6371007.181 +lon_0=9", NORTH_UP), "b")

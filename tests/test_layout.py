@@ -1,0 +1,527 @@
+"""Which band of which file is which band of which date: every plane holds a number that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+from affine import Affine
+from rasterio.windows import Window
+from rasters import write
+
+from service.errors import InvalidRequest, MissingBands, MissingDates
+from service.stack import SourceFile, Stack, StackOptions, StackReader, open_stack
+
+NEEDED = ("B02", "B04", "B08")
+CODE = {"B02": 2, "B03": 3, "B04": 4, "B08": 8, "SCL": 5, "B8A": 80}
+D1, D2, D3 = date(2021, 1, 5), date(2021, 1, 15), date(2021, 2, 4)
+
+
+def plane(band: str, t: int) -> np.ndarray:
+    """2 x 2 pixels that tell the band and the date: 1000 t + the band's code."""
+    value = 5 if band == "SCL" else 1000 * t + CODE.get(band, 99)
+    return np.full((2, 2), value, dtype=np.uint16)
+
+
+def bands_of(*what: tuple[str, int]) -> np.ndarray:
+    return np.stack([plane(band, t) for band, t in what])
+
+
+def opened(
+    files: Sequence[SourceFile],
+    *,
+    bands: Sequence[str] = NEEDED,
+    dated: bool = True,
+    **options: object,
+) -> Stack:
+    return open_stack(files, StackOptions(**options), bands=bands, dated=dated, max_bytes=2**20)
+
+
+def told(stack: Stack) -> list[list[int]]:
+    """What the planes say of themselves, (T, C)."""
+    with StackReader(stack) as reader:
+        sits = reader.read(Window(0, 0, 2, 2))
+    assert sits.valid.all()
+    return np.rint(sits.values[:, :, 0, 0] / 1e-4).astype(int).tolist()
+
+
+def expected(*ts: int) -> list[list[int]]:
+    return [[1000 * t + CODE[band] for band in NEEDED] for t in ts]
+
+
+def one_date(path: Path, t: int, names: Sequence[str] = ("B08", "B02", "B04"), **how: object):
+    return write(path, bands_of(*((name, t) for name in names)), descriptions=names, **how)
+
+
+# --- file-per-date --------------------------------------------------------------------------
+
+
+def test_a_file_a_date_in_any_order(tmp_path: Path) -> None:
+    files = [
+        one_date(tmp_path / "x_20210115.tif", 2),
+        one_date(tmp_path / "x_20210204.tif", 3, ("B02", "B03", "B04", "B08", "SCL")),
+        one_date(tmp_path / "x_20210105.tif", 1),
+    ]
+    stack = opened(files, mask="none")
+    assert (stack.layout, stack.dates, stack.bands) == ("file-per-date", (D1, D2, D3), NEEDED)
+    assert told(stack) == expected(1, 2, 3)
+    assert stack.warnings == ()
+
+
+def test_one_file_of_one_date_is_a_file_per_date(tmp_path: Path) -> None:
+    stack = opened([one_date(tmp_path / "x_20210105.tif", 1)])
+    assert (stack.layout, stack.dates) == ("file-per-date", (D1,))
+
+
+def test_bands_come_in_the_order_asked_for(tmp_path: Path) -> None:
+    stack = opened([one_date(tmp_path / "x_20210105.tif", 1)], bands=("B08", "B02"))
+    assert told(stack) == [[1008, 1002]]
+
+
+@pytest.mark.parametrize("name", ["datetime", "ACQUISITION_DATE", "TIFFTAG_DATETIME"])
+def test_tags_date_a_file_before_its_name(tmp_path: Path, name: str) -> None:
+    text = "2021:01:05 10:54:16" if name == "TIFFTAG_DATETIME" else "2021-01-05T10:54:16Z"
+    stack = opened([one_date(tmp_path / "x_20190101.tif", 1, tags={name: text})])
+    assert stack.dates == (D1,)
+
+
+def test_the_acquisition_counts_before_the_time_of_writing(tmp_path: Path) -> None:
+    tags = {"TIFFTAG_DATETIME": "2023:05:05 00:00:00", "ACQUISITION_DATE": "2021-01-05"}
+    assert opened([one_date(tmp_path / "x.tif", 1, tags=tags)]).dates == (D1,)
+
+
+def test_files_all_written_on_one_day_are_dated_by_their_names(tmp_path: Path) -> None:
+    tags = {"TIFFTAG_DATETIME": "2023:05:05 00:00:00"}
+    files = [
+        one_date(tmp_path / "x_20210105.tif", 1, tags=tags),
+        one_date(tmp_path / "x_20210115.tif", 2, tags=tags),
+    ]
+    assert opened(files).dates == (D1, D2)
+
+
+def test_descriptions_date_a_file_that_nothing_else_does(tmp_path: Path) -> None:
+    pixels = bands_of(("B02", 1), ("B04", 1), ("B08", 1))
+    names = ["B02_2021-01-05", "B04_2021-01-05", "B08_2021-01-05"]
+    stack = opened([write(tmp_path / "x.tif", pixels, descriptions=names)])
+    assert (stack.layout, stack.dates) == ("file-per-date", (D1,))
+
+
+def test_dates_given_count_before_those_of_the_files(tmp_path: Path) -> None:
+    files = [one_date(tmp_path / f"x_2019010{t}.tif", t) for t in (1, 2)]
+    stack = opened(files, dates=(D3, D1))
+    assert stack.dates == (D1, D3)
+    assert told(stack) == expected(2, 1)
+
+
+def test_dates_may_be_given_for_all_files_or_for_those_used(tmp_path: Path) -> None:
+    label = write(tmp_path / "LABEL.tif", bands_of(("LC", 1)))
+    files = [label, *(one_date(tmp_path / f"{t}.tif", t) for t in (1, 2))]
+    assert opened(files, dates=(D1, D2)).dates == (D1, D2)
+    assert opened(files, dates=(D1, D2, D3)).dates == (D2, D3)
+
+
+def test_fewer_dates_than_files_are_missing_and_more_are_invalid(tmp_path: Path) -> None:
+    files = [one_date(tmp_path / f"{t}.tif", t) for t in range(8)]
+    days = tuple(date(2021, 1, d) for d in range(1, 10))
+    with pytest.raises(MissingDates, match="8 files but 7 dates"):
+        opened(files, dates=days[:7])
+    with pytest.raises(InvalidRequest, match="8 files but 9 dates") as caught:
+        opened(files, dates=days)
+    assert caught.value.errors[0]["field"] == "dates"
+
+
+def test_missing_dates_name_the_files(tmp_path: Path) -> None:
+    files = [one_date(tmp_path / "x_20210105.tif", 1), one_date(tmp_path / "march.tif", 2)]
+    with pytest.raises(MissingDates, match=r"1 of 2 files \('march\.tif'\)"):
+        opened(files)
+
+
+def test_missing_bands_are_named_with_what_was_found(tmp_path: Path) -> None:
+    with pytest.raises(MissingBands) as caught:
+        opened([one_date(tmp_path / "x_20210105.tif", 1, ("B02", "B03", "B8A"))])
+    assert caught.value.detail.startswith("B04, B08 not found")
+    assert "B02, B03, B8A" in caught.value.detail
+    assert "'x_20210105.tif'" in caught.value.detail
+
+
+def test_bands_without_a_name_are_missing(tmp_path: Path) -> None:
+    with pytest.raises(MissingBands, match="no band that is named and 4 bands without a name"):
+        opened([write(tmp_path / "x_20210105.tif", np.ones((4, 2, 2), np.uint16))])
+
+
+def test_a_band_missing_on_one_date_is_named(tmp_path: Path) -> None:
+    files = [
+        one_date(tmp_path / "x_20210105.tif", 1),
+        one_date(tmp_path / "x_20210115.tif", 2, ("B02", "B04")),
+    ]
+    with pytest.raises(MissingBands, match=r"2021-01-15 has no B08.*x_20210115\.tif"):
+        opened(files)
+
+
+def test_b8a_is_not_b08(tmp_path: Path) -> None:
+    with pytest.raises(MissingBands, match="B08 not found"):
+        opened([one_date(tmp_path / "x_20210105.tif", 1, ("B02", "B04", "B8A"))])
+    names = ("B8A", "B8", "B2", "B4")
+    pixels = bands_of(("B8A", 1), ("B08", 1), ("B02", 1), ("B04", 1))
+    stack = opened([write(tmp_path / "y_20210105.tif", pixels, descriptions=names)])
+    assert told(stack) == expected(1)
+
+
+def test_band_tags_name_bands_too(tmp_path: Path) -> None:
+    pixels = bands_of(("B04", 1), ("B08", 1), ("B02", 1))
+    tags = {1: {"long_name": "red"}, 2: {"name": "nir"}, 3: {"BandName": "blue"}}
+    assert told(opened([write(tmp_path / "20210105.tif", pixels, band_tags=tags)])) == expected(1)
+
+
+def test_names_given_count_before_descriptions(tmp_path: Path) -> None:
+    pixels = bands_of(("B04", 1), ("B02", 1), ("B08", 1))
+    file = write(tmp_path / "20210105.tif", pixels, descriptions=NEEDED)
+    assert told(opened([file], bands=NEEDED)) == [[1004, 1002, 1008]]
+    stack = open_stack(
+        [file],
+        StackOptions(bands=("red", "B2", "nir")),
+        bands=NEEDED,
+        max_bytes=2**20,
+    )
+    assert stack.layout == "file-per-date"
+    assert told(stack) == expected(1)
+
+
+def with_names(files: Sequence[SourceFile], *names: str, **options: object) -> Stack:
+    return open_stack(files, StackOptions(bands=names, **options), bands=NEEDED, max_bytes=2**20)
+
+
+def test_names_that_do_not_fit_the_bands_are_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "20210105.tif", np.ones((4, 2, 2), np.uint16))
+    with pytest.raises(InvalidRequest, match=r"5 names but '20210105\.tif' has 4 bands"):
+        with_names([file], "B02", "B03", "B04", "B08", "SCL")
+    with pytest.raises(InvalidRequest, match=r"3 names but '20210105\.tif' has 4 bands"):
+        with_names([file], *NEEDED, layout="file-per-date")
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B10 B11 B12",
+        "B01 B02 B03 B04 B05 B06 B07 B08 B09 B10 B11 B12 B8A",
+        "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B11 B12",
+    ],
+)
+def test_whole_products_need_no_names(tmp_path: Path, order: str) -> None:
+    pixels = bands_of(*((band, 1) for band in order.split()))
+    stack = opened([write(tmp_path / "x_20210105.tif", pixels)])
+    assert (stack.layout, told(stack)) == ("file-per-date", expected(1))
+
+
+def test_files_without_a_needed_band_are_left_out(tmp_path: Path) -> None:
+    elsewhere = {"crs": "EPSG:3857", "transform": Affine(1, 0, 0, 0, -1, 9)}
+    label = write(tmp_path / "LABEL_CT.tif", bands_of(("LC", 1)), **elsewhere)
+    swir = one_date(tmp_path / "swir_20210105.tif", 1, ("B11", "B12"), crs=None)
+    stack = opened([label, one_date(tmp_path / "x_20210105.tif", 1), swir])
+    assert stack.files == ("x_20210105.tif",)
+    assert told(stack) == expected(1)
+
+
+def test_a_file_that_lost_its_names_is_not_left_out(tmp_path: Path) -> None:
+    files = [
+        one_date(tmp_path / "x_20210105.tif", 1),
+        write(tmp_path / "x_20210115.tif", bands_of(*((band, 2) for band in NEEDED))),
+    ]
+    with pytest.raises(MissingBands, match=r"'x_20210115\.tif' has 3 bands as the other files"):
+        opened(files)
+
+
+def test_bands_of_one_date_in_several_files_come_together(tmp_path: Path) -> None:
+    files = []
+    for t, day in ((1, "20210105"), (2, "20210115")):
+        files.append(one_date(tmp_path / f"{day}_10m.tif", t))
+        files.append(write(tmp_path / f"{day}_SCL.tif", bands_of(("SCL", t))))
+    stack = opened(files)
+    assert (stack.mask, stack.dates, stack.warnings) == ("scl", (D1, D2), ())
+    assert told(stack) == expected(1, 2)
+
+
+def test_a_band_twice_in_a_file_of_one_date_is_refused(tmp_path: Path) -> None:
+    file = one_date(tmp_path / "20210105.tif", 1, ("B02", "B04", "B08", "B04"))
+    with pytest.raises(InvalidRequest, match=r"holds B04 in its bands 2 and 4") as caught:
+        opened([file], layout="file-per-date")
+    assert caught.value.errors[0]["field"] == "layout"
+
+
+def test_files_of_different_layouts_are_refused(tmp_path: Path) -> None:
+    red = write(tmp_path / "b.tif", bands_of(("B04", 1), ("B04", 2)), descriptions=["B04", "B04"])
+    with pytest.raises(
+        InvalidRequest, match=r"'20210105\.tif' reads as file-per-date but 'b\.tif'"
+    ):
+        opened([one_date(tmp_path / "20210105.tif", 1), red])
+
+
+# --- file-per-band --------------------------------------------------------------------------
+
+
+def one_band(path: Path, band: str, ts: Sequence[int] = (1, 2, 3), **how: object) -> SourceFile:
+    return write(path, bands_of(*((band, t) for t in ts)), **how)
+
+
+def colours(folder: Path, **how: object) -> list[SourceFile]:
+    names = {"nir.tif": "B08", "blue.tif": "B02", "red.tif": "B04", "ndvi.tif": "x", "doy.tif": "x"}
+    return [one_band(folder / name, band, **how) for name, band in names.items()]
+
+
+def test_a_file_a_band_by_its_name(tmp_path: Path) -> None:
+    stack = opened(colours(tmp_path), dates=(D3, D1, D2))
+    assert (stack.layout, stack.dates) == ("file-per-band", (D1, D2, D3))
+    assert stack.files == ("nir.tif", "blue.tif", "red.tif")
+    assert told(stack) == expected(2, 3, 1)
+
+
+def test_bands_of_a_file_are_dated_by_their_descriptions(tmp_path: Path) -> None:
+    days = ["2021-02-04", "2021-01-05", "2021-01-15"]
+    stack = opened(colours(tmp_path, descriptions=days))
+    assert (stack.layout, stack.dates) == ("file-per-band", (D1, D2, D3))
+    assert told(stack) == expected(2, 3, 1)
+
+
+def test_bands_of_a_file_are_dated_by_their_tags(tmp_path: Path) -> None:
+    tags = {n: {"datetime": d.isoformat()} for n, d in enumerate((D1, D2, D3), start=1)}
+    assert opened(colours(tmp_path, band_tags=tags)).dates == (D1, D2, D3)
+
+
+def test_a_file_a_band_by_its_descriptions(tmp_path: Path) -> None:
+    files = [
+        one_band(tmp_path / f"{n}.tif", band, descriptions=[f"{band}_{d}" for d in (D1, D2, D3)])
+        for n, band in enumerate(NEEDED)
+    ]
+    stack = opened(files)
+    assert (stack.layout, told(stack)) == ("file-per-band", expected(1, 2, 3))
+
+
+def test_a_file_a_band_by_the_names_given(tmp_path: Path) -> None:
+    files = [one_band(tmp_path / f"{n}.tif", b) for n, b in enumerate(("B08", "x", "B02", "B04"))]
+    stack = with_names(files, "B08", "NDVI", "B02", "B04", dates=(D1, D2, D3))
+    assert (stack.layout, told(stack)) == ("file-per-band", expected(1, 2, 3))
+    with pytest.raises(InvalidRequest, match="3 names but 4 files"):
+        with_names(files, *NEEDED, dates=(D1, D2, D3), layout="file-per-band")
+
+
+def test_as_many_names_as_files_and_bands_are_told_apart_by_the_files_names(tmp_path: Path) -> None:
+    by_band = [
+        one_band(tmp_path / f"{c}.tif", b)
+        for c, b in [("blue", "B02"), ("red", "B04"), ("nir", "B08")]
+    ]
+    stack = with_names(by_band, *NEEDED, dates=(D1, D2, D3))
+    assert (stack.layout, told(stack)) == ("file-per-band", expected(1, 2, 3))
+    by_date = [
+        write(tmp_path / f"2021010{t}.tif", bands_of(*((b, t) for b in NEEDED))) for t in (1, 2, 3)
+    ]
+    stack = with_names(by_date, *NEEDED)
+    assert (stack.layout, told(stack)) == ("file-per-date", expected(1, 2, 3))
+
+
+def test_sentinel_2_names_give_band_and_date(tmp_path: Path) -> None:
+    files = [
+        one_band(tmp_path / f"T31UES_{day}T105416_{band}_10m.tif", band, (t,))
+        for band in (*NEEDED, "B03", "SCL")
+        for t, day in ((1, "20210105"), (2, "20210115"))
+    ]
+    stack = opened(files)
+    assert (stack.layout, stack.dates, stack.mask) == ("file-per-band", (D1, D2), "scl")
+    assert told(stack) == expected(1, 2)
+
+
+def test_files_of_one_band_and_date_may_be_dated_one_by_one(tmp_path: Path) -> None:
+    files = [one_band(tmp_path / f"{n}_{band}.tif", band, (n,)) for n in (1, 2) for band in NEEDED]
+    stack = opened(files, dates=(D1, D1, D1, D2, D2, D2))
+    assert told(stack) == expected(1, 2)
+
+
+def test_dates_that_do_not_fit_the_bands_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingDates, match=r"'nir\.tif' has 3 bands but 2 dates"):
+        opened(colours(tmp_path), dates=(D1, D2))
+    with pytest.raises(MissingDates, match=r"3 of 3 files \('nir\.tif', 'blue\.tif', 'red\.tif'\)"):
+        opened(colours(tmp_path))
+
+
+def test_a_band_file_with_a_date_less_is_refused(tmp_path: Path) -> None:
+    days = [f"{d}" for d in (D1, D2, D3)]
+    files = [
+        one_band(tmp_path / "blue.tif", "B02", descriptions=days),
+        one_band(tmp_path / "red.tif", "B04", (1, 2), descriptions=days[:2]),
+        one_band(tmp_path / "nir.tif", "B08", descriptions=days),
+    ]
+    with pytest.raises(MissingBands, match="2021-02-04 has no B04"):
+        opened(files)
+
+
+def test_a_layout_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"file-per-band, but '20210105\.tif' holds B02, B04"):
+        opened([one_date(tmp_path / "20210105.tif", 1)], layout="file-per-band")
+    with pytest.raises(MissingBands):
+        opened(colours(tmp_path), layout="single-file", dates=(D1, D2, D3))
+
+
+# --- single-file ----------------------------------------------------------------------------
+
+DATE_MAJOR = [(band, t) for t in (1, 2, 3) for band in ("B02", "B03", "B04", "B08")]
+BAND_MAJOR = [(band, t) for band in ("B02", "B03", "B04", "B08") for t in (1, 2, 3)]
+DAYS = {1: D1, 2: D2, 3: D3}
+
+
+def test_dates_of_one_file_stand_together_by_default(tmp_path: Path) -> None:
+    file = write(tmp_path / "stack.tif", bands_of(*DATE_MAJOR))
+    stack = with_names([file], "B02", "B03", "B04", "B08", dates=(D1, D2, D3))
+    assert (stack.layout, stack.dates) == ("single-file", (D1, D2, D3))
+    assert told(stack) == expected(1, 2, 3)
+
+
+@pytest.mark.parametrize("planes", [DATE_MAJOR, BAND_MAJOR, DATE_MAJOR[::-1]])
+@pytest.mark.parametrize("form", ["{band}_{day}", "{day}_{band}", "{band} - {day:%Y%m%d}"])
+def test_descriptions_decide_the_order(
+    tmp_path: Path, planes: list[tuple[str, int]], form: str
+) -> None:
+    texts = [form.format(band=band, day=DAYS[t]) for band, t in planes]
+    stack = opened([write(tmp_path / "stack.tif", bands_of(*planes), descriptions=texts)])
+    assert (stack.layout, stack.dates) == ("single-file", (D1, D2, D3))
+    assert told(stack) == expected(1, 2, 3)
+
+
+@pytest.mark.parametrize("planes", [DATE_MAJOR, BAND_MAJOR])
+def test_described_bands_and_given_dates(tmp_path: Path, planes: list[tuple[str, int]]) -> None:
+    file = write(tmp_path / "stack.tif", bands_of(*planes), descriptions=[b for b, _ in planes])
+    stack = opened([file], dates=(D1, D2, D3))
+    assert (stack.layout, told(stack)) == ("single-file", expected(1, 2, 3))
+    with pytest.raises(MissingDates, match=r"'stack\.tif' holds 3 dates \(12 bands\) but 2 dates"):
+        opened([file], dates=(D1, D2))
+
+
+@pytest.mark.parametrize("planes", [DATE_MAJOR, BAND_MAJOR])
+def test_described_dates_and_given_bands(tmp_path: Path, planes: list[tuple[str, int]]) -> None:
+    days = [str(DAYS[t]) for _, t in planes]
+    file = write(tmp_path / "stack.tif", bands_of(*planes), descriptions=days)
+    stack = with_names([file], "B02", "B03", "B04", "B08")
+    assert (stack.layout, stack.dates) == ("single-file", (D1, D2, D3))
+    assert told(stack) == expected(1, 2, 3)
+
+
+def test_every_band_may_be_named_in_file_order(tmp_path: Path) -> None:
+    file = write(tmp_path / "stack.tif", bands_of(*BAND_MAJOR))
+    stack = with_names([file], *(band for band, _ in BAND_MAJOR), dates=(D1, D2, D3))
+    assert (stack.layout, told(stack)) == ("single-file", expected(1, 2, 3))
+
+
+def test_whole_products_in_one_file(tmp_path: Path) -> None:
+    product = [f"B{n:02d}" for n in range(1, 14)]
+    file = write(tmp_path / "stack.tif", bands_of(*((b, t) for t in (1, 2) for b in product)))
+    stack = opened([file], dates=(D1, D2))
+    assert (stack.layout, told(stack)) == ("single-file", expected(1, 2))
+
+
+def test_a_date_of_a_single_file_that_lacks_a_band_is_refused(tmp_path: Path) -> None:
+    planes = DATE_MAJOR[:-1]
+    texts = [f"{band}_{DAYS[t]}" for band, t in planes]
+    with pytest.raises(MissingBands, match="2021-02-04 has no B08"):
+        opened([write(tmp_path / "stack.tif", bands_of(*planes), descriptions=texts)])
+
+
+def test_uneven_described_dates_are_not_guessed_at(tmp_path: Path) -> None:
+    planes = [("B02", 1), ("B04", 1), ("B08", 1), ("B02", 2), ("B04", 3), ("B08", 3)]
+    days = [str(DAYS[t]) for _, t in planes]
+    file = write(tmp_path / "stack.tif", bands_of(*planes), descriptions=days)
+    with pytest.raises(InvalidRequest, match=r"3 names but 'stack\.tif' has 1 band of 2021-01-15"):
+        with_names([file], *NEEDED)
+
+
+def test_single_file_given_for_one_date(tmp_path: Path) -> None:
+    stack = opened([one_date(tmp_path / "20210105.tif", 1)], layout="single-file")
+    assert (stack.layout, stack.dates, told(stack)) == ("single-file", (D1,), expected(1))
+
+
+# --- the same date, and no date -------------------------------------------------------------
+
+
+def test_files_of_one_date_are_one_observation(tmp_path: Path) -> None:
+    files = [
+        one_date(tmp_path / "a_20210105.tif", 1),
+        one_date(tmp_path / "b_20210105.tif", 2),
+        one_date(tmp_path / "c_20210115.tif", 3),
+    ]
+    stack = opened(files)
+    assert stack.dates == (D1, D2)
+    (warning,) = stack.warnings
+    assert warning.code == "merged_dates"
+    assert "3 observations on 2 dates" in warning.detail
+    assert "2021-01-05" in warning.detail
+    assert told(stack) == expected(1, 3)
+    assert told(opened([files[1], files[0], files[2]])) == expected(2, 3)
+
+
+def test_granules_kept_a_file_a_band_stay_apart(tmp_path: Path) -> None:
+    files = [
+        one_band(tmp_path / f"{tile}_20210105_{band}.tif", band, (t,))
+        for band in NEEDED
+        for t, tile in ((1, "first"), (2, "second"))
+    ]
+    stack = opened(files)
+    assert [warning.code for warning in stack.warnings] == ["merged_dates"]
+    assert told(stack) == expected(1)
+
+
+def test_a_date_twice_in_a_band_file_is_one_observation(tmp_path: Path) -> None:
+    stack = opened(colours(tmp_path), dates=(D1, D2, D1))
+    assert stack.dates == (D1, D2)
+    assert [warning.code for warning in stack.warnings] == ["merged_dates"]
+    assert told(stack) == expected(1, 2)
+
+
+def test_imagery_needs_no_dates(tmp_path: Path) -> None:
+    files = [one_date(tmp_path / f"{name}.tif", t) for t, name in ((1, "b"), (2, "a"))]
+    stack = opened(files, dated=False)
+    assert (stack.dates, stack.observations, stack.warnings) == ((), 2, ())
+    assert told(stack) == expected(1, 2)
+
+
+def test_imagery_with_dates_keeps_them(tmp_path: Path) -> None:
+    files = [one_date(tmp_path / f"{day}.tif", t) for t, day in ((2, "20210115"), (1, "20210105"))]
+    stack = opened(files, dated=False)
+    assert (stack.dates, told(stack)) == ((D1, D2), expected(1, 2))
+
+
+def test_imagery_partly_dated_is_undated(tmp_path: Path) -> None:
+    files = [one_date(tmp_path / "20210115.tif", 1), one_date(tmp_path / "scene.tif", 2)]
+    stack = opened(files, dated=False)
+    assert (stack.dates, stack.observations, told(stack)) == ((), 2, expected(1, 2))
+
+
+def test_imagery_of_one_band_a_file_comes_together(tmp_path: Path) -> None:
+    stack = opened(
+        [
+            one_band(tmp_path / f"{c}.tif", b, (1,))
+            for c, b in [("nir", "B08"), ("red", "B04"), ("blue", "B02")]
+        ],
+        dated=False,
+    )
+    assert (stack.dates, stack.observations, told(stack)) == ((), 1, expected(1))
+
+
+# --- the scene classification ---------------------------------------------------------------
+
+
+def test_a_mask_asked_for_and_absent_is_refused(tmp_path: Path) -> None:
+    files = [one_date(tmp_path / "20210105.tif", 1)]
+    assert opened(files).mask == "none"
+    with pytest.raises(InvalidRequest, match="0 of 1 observation") as caught:
+        opened(files, mask="scl")
+    assert caught.value.errors[0]["field"] == "mask"
+
+
+def test_a_mask_for_some_dates_is_refused(tmp_path: Path) -> None:
+    files = [
+        one_date(tmp_path / "20210105.tif", 1, (*NEEDED, "SCL")),
+        one_date(tmp_path / "20210115.tif", 2),
+    ]
+    with pytest.raises(InvalidRequest, match=r"1 of 2 observations, not in '20210115\.tif'"):
+        opened(files)
+    assert opened(files, mask="none").mask == "none"
