@@ -1,0 +1,67 @@
+"""When a request is sent again, and after how long. Pure: `transports` does the sending."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RETRIED_STATUS = 503
+"""The one answer that is retried: `overloaded` or `not_ready`, and nothing was started."""
+
+
+def seconds_to_wait(retry_after: str | None) -> float | None:
+    """Read a `Retry-After` header: seconds or an HTTP date; None where it is missing or neither."""
+    if not retry_after:
+        return None
+    if retry_after.strip().isdecimal():
+        return float(retry_after)
+    # Imported here: a date in Retry-After is rare, and these imports are slow.
+    from datetime import UTC, datetime
+    from email.utils import parsedate_to_datetime
+
+    try:
+        moment = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """How often a request is sent again, and the pauses between."""
+
+    retries: int = 3
+    """Repeats after the first try; 0 never retries."""
+    first_pause: float = 0.5
+    """Upper bound of the first pause, in seconds; it doubles with each try."""
+    longest_pause: float = 60.0
+    """No pause is longer, in seconds. A service that asks for more is believed, and the error
+    comes at once instead of after a wait that is known to be in vain."""
+
+    def __post_init__(self) -> None:
+        if self.retries < 0:
+            raise ValueError(f"retries must be 0 or more, not {self.retries}")
+
+    def pause(self, tries: int, retry_after: float | None = None) -> float | None:
+        """Seconds to wait before the next try.
+
+        Args:
+            tries: how often the request was sent, 1 or more.
+            retry_after: seconds that the service asked for, None where it did not.
+
+        Returns:
+            The pause, with jitter so that clients turned away together do not come back
+            together; None gives up.
+        """
+        if tries > self.retries:
+            return None
+        import random  # slow to import, and most requests are never sent again
+
+        backoff = min(self.longest_pause, self.first_pause * 2.0 ** (tries - 1))
+        jitter = random.uniform(0.5, 1.0)  # noqa: S311 (spreads load; nothing secret hangs on it)
+        if retry_after is None:
+            return backoff * jitter
+        if retry_after > self.longest_pause:
+            return None
+        return min(self.longest_pause, retry_after + self.first_pause * jitter)

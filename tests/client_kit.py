@@ -1,0 +1,120 @@
+"""What the tests of the SDK share: both clients through one interface, and a server to talk to."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from pimc_client import AsyncClient, AsyncJob, Client
+
+
+class Awaited:
+    """An `AsyncClient` or `AsyncJob` whose methods are called without `await`."""
+
+    def __init__(self, thing, runner: asyncio.Runner) -> None:
+        self._thing = thing
+        self._runner = runner
+
+    def __getattr__(self, name):
+        value = getattr(self._thing, name)
+        if not inspect.iscoroutinefunction(value):
+            return value
+
+        def call(*args, **options):
+            found = self._runner.run(value(*args, **options))
+            if isinstance(found, list) and found and isinstance(found[0], AsyncJob):
+                return [Awaited(job, self._runner) for job in found]
+            return Awaited(found, self._runner) if isinstance(found, AsyncJob) else found
+
+        return call
+
+
+@contextmanager
+def connected(kind: str, base_url: str, **options) -> Iterator[Client | Awaited]:
+    """A client of one kind, `sync` or `async`, closed afterwards."""
+    if kind == "sync":
+        with Client(base_url, **options) as client:
+            yield client
+        return
+    with asyncio.Runner() as runner:
+        client = AsyncClient(base_url, **options)
+        yield Awaited(client, runner)
+        runner.run(client.aclose())
+
+
+@dataclass
+class Received:
+    """A request as it came over the wire."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass
+class Reply:
+    """What a server says; `drop` breaks the connection off instead."""
+
+    status: int = 200
+    body: bytes = b"{}"
+    headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
+    drop: bool = False
+
+
+@contextmanager
+def serving(answer: Callable[[Received], Reply]) -> Iterator[tuple[str, list[Received]]]:
+    """A server on a free port: its URL, and a growing list of what it received."""
+    received: list[Received] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _any(self) -> None:
+            request = Received(
+                self.command,
+                self.path,
+                {k.lower(): v for k, v in self.headers.items()},
+                self._body(),
+            )
+            received.append(request)
+            reply = answer(request)
+            if reply.drop:
+                self.close_connection = True
+                return
+            self.send_response(reply.status)
+            for name, value in {**reply.headers, "Content-Length": str(len(reply.body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            with suppress(ConnectionError):  # A client may have given up.
+                self.wfile.write(reply.body)
+
+        do_GET = do_POST = do_DELETE = _any  # noqa: N815 (the names that http.server calls)
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return body
+
+        def log_message(self, *args) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", received
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,449 @@
+"""What comes back: rasters written by rasterio, zips, GeoJSON, series, cards; for both clients."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import math
+import zipfile
+from datetime import date
+
+import httpx
+import numpy as np
+import pytest
+import rasterio
+import rasterio.shutil
+from client_kit import connected
+from rasterio.io import MemoryFile
+from rasterio.transform import Affine
+
+from pimc_client import (
+    Embedding,
+    Forecast,
+    LegendClass,
+    PixelClass,
+    Raster,
+    Rasters,
+    ServiceWarning,
+    Summary,
+    Unauthorized,
+    UnexpectedAnswer,
+)
+
+KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
+COG = "image/tiff; application=geotiff; profile=cloud-optimized"
+FILE = ("a.tif", b"x")
+TRANSFORM = Affine(10.0, 0.0, 600_000.0, 0.0, -10.0, 5_600_000.0)
+LEGEND = [
+    {"value": 0, "name": "Tree cover", "color": "#006400", "code": 10},
+    {"value": 1, "name": "Grass & herbs", "color": "#ffff4c", "code": None},
+]
+CARD = {
+    "name": "pixels-landcover", "version": "1.0.0", "task": "classify-pixels", "description": "d",
+    "bands": ["B02", "B04", "B08"], "min_observations": 6,
+    "window": {"steps": 36, "step_days": 10, "start": "calendar-year"},
+    "classes": LEGEND, "metrics": {"accuracy": 0.9}, "training_data": [{"name": "s2"}],
+    "licence": "MIT", "variants": [{"name": "float32"}], "sha256": "0" * 64, "horizon": None,
+}  # fmt: skip
+HEADERS = [
+    ("X-Request-ID", "r-1"),
+    ("PIMC-Model", "pixels-landcover@1.0.0"),
+    ("PIMC-Provider", "CPUExecutionProvider"),
+    ("Server-Timing", "read;dur=12.5, infer;dur=1000, write;dur=0.25"),
+    ("PIMC-Warning", "merged_dates; 2 files of 2021-01-05, as one"),
+    ("PIMC-Warning", "dates_outside_window; 1 of 9; not used"),
+]
+
+
+def cog(
+    values,
+    *,
+    descriptions=(),
+    nodata=None,
+    crs="EPSG:32631",
+    colors=None,
+    compress="deflate",
+    **tags,
+):
+    """Bytes of a COG."""
+    plain, finished = MemoryFile(), MemoryFile()
+    with plain, finished:
+        shape = {"count": values.shape[0], "height": values.shape[1], "width": values.shape[2]}
+        with plain.open(
+            driver="GTiff", dtype=values.dtype, crs=crs, transform=TRANSFORM, nodata=nodata, **shape
+        ) as file:
+            file.write(values)
+            file.update_tags(**tags)
+            for band, text in enumerate(descriptions, 1):
+                file.set_band_description(band, text)
+            if colors:
+                file.write_colormap(1, colors)
+        with plain.open() as file:
+            rasterio.shutil.copy(file, finished.name, driver="COG", compress=compress)
+        finished.seek(0)
+        return finished.read()
+
+
+def classes(**tags):
+    values = np.array([[[0, 1, 255], [1, 1, 0]]], np.uint8)
+    return cog(
+        values,
+        descriptions=["class"],
+        nodata=255,
+        colors={0: (0, 100, 0), 1: (255, 255, 76)},
+        **tags,
+    )
+
+
+def zipped(**members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            archive.writestr(name.replace("__", "."), data)
+    return file.getvalue()
+
+
+def transport(content, kind=COG, *, card=None, status=200, headers=HEADERS):
+    """Answers a task with one body, and `GET /models/…` with a card where there is one."""
+
+    def handle(request):
+        if request.method == "GET" and "/models/" in request.url.path:
+            problem = {"code": "unknown_model", "status": 404, "detail": "none"}
+            return httpx.Response(200, json=card) if card else httpx.Response(404, json=problem)
+        return httpx.Response(status, content=content, headers=[*headers, ("Content-Type", kind)])
+
+    return httpx.MockTransport(handle)
+
+
+def ask(kind, method, content, mime=COG, *args, card=None, headers=HEADERS, **options):
+    sent = transport(content, mime, card=card, headers=headers)
+    with connected(kind, "http://test", transport=sent) as client:
+        return getattr(client, method)(*(args or (FILE,)), **options)
+
+
+def ask_json(kind, method, document, *args, mime="application/json", **options):
+    return ask(kind, method, json.dumps(document).encode(), mime, *args, **options)
+
+
+@KINDS
+def test_a_class_map(kind, tmp_path):
+    content = classes(PIMC_LEGEND=json.dumps(LEGEND))
+    raster = ask(kind, "classify_pixels", content)
+    assert isinstance(raster, Raster)
+    assert raster.name == "class"
+    np.testing.assert_array_equal(raster.array, [[0, 1, 255], [1, 1, 0]])
+    assert raster.array is raster.array
+    assert raster.content == content
+    assert raster.shape == (1, 2, 3)
+    assert raster.crs == "EPSG:32631"
+    assert raster.transform == tuple(TRANSFORM)[:6]
+    assert raster.nodata == 255
+    assert raster.descriptions == ("class",)
+    assert raster.legend == {
+        0: LegendClass(value=0, name="Tree cover", color="#006400", code=10),
+        1: LegendClass(value=1, name="Grass & herbs", color="#ffff4c", code=None),
+    }
+    assert raster.header.colors[1] == "#ffff4c"
+    saved = raster.save(tmp_path / "classes.tif")
+    assert saved.read_bytes() == content
+    assert [p.name for p in tmp_path.iterdir()] == ["classes.tif"]
+    with rasterio.open(saved) as file:
+        np.testing.assert_array_equal(file.read(1), raster.array)
+
+
+@KINDS
+def test_what_every_answer_says_of_itself(kind):
+    raster = ask(kind, "classify_pixels", classes())
+    assert raster.model == "pixels-landcover@1.0.0"
+    assert raster.provider == "CPUExecutionProvider"
+    assert raster.request_id == "r-1"
+    assert raster.timing == {"read": 0.0125, "infer": 1.0, "write": 0.00025}
+    assert raster.warnings == (
+        ServiceWarning(code="merged_dates", detail="2 files of 2021-01-05, as one"),
+        ServiceWarning(code="dates_outside_window", detail="1 of 9; not used"),
+    )
+
+
+@KINDS
+def test_a_map_without_a_legend_has_the_models(kind):
+    raster = ask(kind, "classify_pixels", classes(), card=CARD)
+    assert [c.name for c in raster.legend.values()] == ["Tree cover", "Grass & herbs"]
+
+
+@KINDS
+def test_a_map_without_any_legend_is_still_a_map(kind):
+    raster = ask(kind, "landcover", classes())
+    assert raster.legend == {}
+    assert raster.array.shape == (2, 3)
+
+
+@KINDS
+def test_a_forecast_has_a_band_for_each_date_and_quantile(kind):
+    names = [f"NDVI_2021-11-0{day}_{q}" for day in (1, 2) for q in ("q10", "q50")]
+    values = np.random.default_rng(0).normal(size=(4, 5, 6)).astype("float32")
+    values[:, 0, 0] = np.nan
+    content = cog(values, descriptions=names, nodata=math.nan)
+    raster = ask(kind, "forecast", content, outputs=["q10", "q50"])
+    assert raster.name == "forecast"
+    np.testing.assert_array_equal(raster.array, values)
+    assert raster.descriptions == tuple(names)
+    assert math.isnan(raster.nodata)
+    assert raster.legend == {}
+
+
+@KINDS
+def test_several_outputs_come_by_name(kind, tmp_path):
+    confidence = np.full((1, 2, 3), 0.5, "float32")
+    members = {
+        "class__tif": classes(PIMC_LEGEND=json.dumps(LEGEND)),
+        "class__tif__aux__xml": b"<PAMDataset/>",
+        "confidence__tif": cog(confidence, descriptions=["confidence"]),
+    }
+    rasters = ask(
+        kind,
+        "classify_pixels",
+        zipped(**members),
+        "application/zip",
+        outputs=["class", "confidence"],
+    )
+    assert isinstance(rasters, Rasters)
+    assert list(rasters) == ["class", "confidence"]
+    assert len(rasters) == 2
+    np.testing.assert_array_equal(rasters["confidence"].array, confidence[0])
+    assert rasters["class"].legend[0].name == "Tree cover"
+    assert rasters["class"] is rasters["class"]
+    assert rasters["confidence"].name == "confidence"
+    assert rasters.model == rasters["class"].model == "pixels-landcover@1.0.0"
+    with pytest.raises(KeyError):
+        rasters["entropy"]
+    saved = rasters.save(tmp_path / "new" / "folder")
+    assert [path.name for path in saved] == ["class.tif", "confidence.tif"]
+    assert saved[0].read_bytes() == members["class__tif"]
+    assert (tmp_path / "new" / "folder" / "class.tif.aux.xml").read_bytes() == b"<PAMDataset/>"
+
+
+@KINDS
+def test_names_in_a_zip_stay_inside_the_folder(kind, tmp_path):
+    content = zipped(**{"../../class__tif": classes(), "/evil__xml": b"x"})
+    folder = tmp_path / "in"
+    ask(kind, "classify_pixels", content, "application/zip", outputs=["class"]).save(folder)
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")) == [
+        "in/class.tif",
+        "in/evil.xml",
+    ]
+
+
+@KINDS
+def test_a_crs_without_a_code_is_none(kind):
+    sinusoidal = "+proj=sinu +lon_0=0 +x_0=0 +y_0=0 +R=6371007.181 +units=m +no_defs"
+    raster = ask(kind, "embed", cog(np.zeros((2, 3, 3), "float32"), crs=sinusoidal))
+    assert raster.crs is None
+    assert raster.name == "embedding"
+
+
+@KINDS
+def test_a_large_answer_lies_on_disk_and_goes_with_its_raster(kind):
+    values = np.random.default_rng(1).random((1, 3100, 3100), dtype="float32")
+    raster = ask(kind, "classify_pixels", cog(values, compress="none"), outputs="confidence")
+    assert raster._file._rolled
+    np.testing.assert_array_equal(raster.array, values[0])
+    file = raster._file
+    del raster
+    gc.collect()
+    assert file.closed
+
+
+@KINDS
+def test_a_closed_raster_keeps_what_was_read(kind):
+    with ask(kind, "classify_pixels", classes()) as raster:
+        array = raster.array
+    assert raster.array is array
+    with pytest.raises(ValueError, match="closed"):
+        raster.save("nowhere.tif")
+
+
+@KINDS
+def test_a_summary(kind):
+    document = {
+        "model": "pixels-landcover@1.0.0",
+        "valid_share": 0.75,
+        "warnings": [{"code": "merged_dates", "detail": "two"}],
+    }
+    summary = ask_json(kind, "classify_pixels", document, answer="summary")
+    assert isinstance(summary, Summary)
+    assert dict(summary) == document
+    assert summary["valid_share"] == 0.75
+    assert summary.warnings == (ServiceWarning(code="merged_dates", detail="two"),)
+    assert summary.request_id == "r-1"
+
+
+def collection(*properties):
+    return {
+        "type": "FeatureCollection",
+        "model": "m@1.0.0",
+        "warnings": [],
+        "features": [
+            {
+                "type": "Feature",
+                "geometry": {"type": "Point", "coordinates": [4.0 + n, 50.0]},
+                "properties": one,
+            }
+            for n, one in enumerate(properties)
+        ],
+    }
+
+
+@KINDS
+@pytest.mark.parametrize("method", ["classify_pixels", "landcover"])
+def test_points_of_classes(kind, method):
+    document = collection(
+        {
+            "status": "ok",
+            "class": "Tree cover",
+            "value": 0,
+            "confidence": 0.9,
+            "entropy": 0.3,
+            "probabilities": {"Tree cover": 0.9, "Grass & herbs": 0.1},
+        },
+        {"status": "no_data"},
+        {"status": "outside"},
+    )
+    found = ask_json(
+        kind, method, document, mime="application/geo+json", points=[(4, 50), (5, 50), (6, 50)]
+    )
+    assert isinstance(found, list)
+    assert found.model == "m@1.0.0"
+    assert [(p.lon, p.lat, p.status) for p in found] == [
+        (4.0, 50.0, "ok"),
+        (5.0, 50.0, "no_data"),
+        (6.0, 50.0, "outside"),
+    ]
+    assert found[0].result == PixelClass(
+        id=None,
+        status="ok",
+        label="Tree cover",
+        value=0,
+        confidence=0.9,
+        entropy=0.3,
+        probabilities={"Tree cover": 0.9, "Grass & herbs": 0.1},
+    )
+    assert found[1].result.label is None
+    assert found[2].result.probabilities == {}
+
+
+FORECAST = {
+    "dates": ["2021-11-05", "2021-11-15"],
+    "NDVI": {"q10": [0.1, None], "q50": [0.2, 0.3], "q90": [0.3, 0.4]},
+    "EVI": {"q50": [0.1, 0.1]},
+    "SAVI": {"q50": [0.1, 0.1]},
+}
+
+
+def is_the_forecast(found):
+    assert isinstance(found, Forecast)
+    assert found.dates == (date(2021, 11, 5), date(2021, 11, 15))
+    assert list(found.indices) == ["NDVI", "EVI", "SAVI"]
+    np.testing.assert_array_equal(found["NDVI"]["q10"], [0.1, np.nan])
+    assert found["NDVI"]["q50"].dtype == np.float64
+
+
+@KINDS
+def test_points_of_a_forecast_and_an_embedding(kind):
+    answer = collection({"status": "ok", **FORECAST}, {"status": "no_data"})
+    found = ask_json(kind, "forecast", answer, mime="application/geo+json", points=[(4, 50)])
+    is_the_forecast(found[0].result)
+    assert found[1].result.dates == ()
+    assert found[1].result.indices == {}
+    answer = collection({"status": "ok", "embedding": [1, 2.5]}, {"status": "outside"})
+    found = ask_json(kind, "embed", answer, mime="application/geo+json", points=[(4, 50)])
+    assert isinstance(found[0].result, Embedding)
+    np.testing.assert_array_equal(found[0].result.values, [1, 2.5])
+    assert found[1].result.values is None
+
+
+@KINDS
+def test_series_of_each_task(kind):
+    def results(*records):
+        return {"model": "m@1.0.0", "results": list(records), "warnings": []}
+
+    # As the contract's own example has it, without a status.
+    record = {"id": "field-7", "class": "Maize", "confidence": 0.97, "probabilities": {"Maize": 1}}
+    found = ask_json(kind, "classify_series", results(record), [one_series()])
+    assert found.model == "m@1.0.0"
+    assert (found[0].id, found[0].label, found[0].status) == ("field-7", "Maize", "ok")
+    found = ask_json(kind, "forecast_series", results({"id": "f", **FORECAST}), [one_series()])
+    is_the_forecast(found[0])
+    found = ask_json(
+        kind, "embed_series", results({"id": "e", "embedding": [0, 1]}), [one_series()]
+    )
+    np.testing.assert_array_equal(found[0].values, [0, 1])
+
+
+def one_series():
+    from pimc_client import Series
+
+    return Series(id="a", dates=["2021-01-01"], B02=[0.1], B04=[0.1], B08=[0.3])
+
+
+@KINDS
+def test_the_registry_and_a_card(kind):
+    document = {"models": [CARD], "defaults": {"classify-pixels": "pixels-landcover"}}
+    content = json.dumps(document).encode()
+    with connected(kind, "http://test", transport=transport(content, "application/json")) as client:
+        models = client.models()
+    assert len(models) == 1
+    assert [m.id for m in models] == ["pixels-landcover@1.0.0"]
+    assert models.defaults == {"classify-pixels": "pixels-landcover"}
+    card = models["pixels-landcover"]
+    assert card.window.start == "calendar-year"
+    assert card.legend[0].code == 10
+    assert card.card == CARD
+    with connected(kind, "http://test", transport=transport(b"", card=CARD)) as client:
+        assert client.model("pixels-landcover") == card
+
+
+@KINDS
+def test_readiness(kind):
+    body = {"status": "ready", "provider": "CPUExecutionProvider", "models": ["a@1.0.0"]}
+    content = json.dumps(body).encode()
+    with connected(kind, "http://test", transport=transport(content, "application/json")) as client:
+        found = client.ready()
+    assert found
+    assert (found.provider, found.models) == ("CPUExecutionProvider", ("a@1.0.0",))
+
+
+@KINDS
+def test_an_error_has_everything_that_the_service_said(kind):
+    problem = {
+        "type": "urn:x", "title": "Unauthorized", "status": 401, "code": "unauthorized",
+        "detail": "a key is needed", "request_id": "r-9",
+    }  # fmt: skip
+    sent = transport(json.dumps(problem).encode(), "application/problem+json", status=401)
+    with (
+        connected(kind, "http://test", transport=sent, api_key="hush") as client,
+        pytest.raises(Unauthorized) as caught,
+    ):
+        client.classify_pixels(FILE)
+    assert caught.value.request_id == "r-9"
+    assert "hush" not in repr(client)
+    assert "hush" not in str(caught.value)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("content", "mime"),
+    [
+        (b"<html>hello</html>", "text/html"),
+        (b"{", "application/json"),
+        (b"[]", "application/json"),
+        (b"no zip", "application/zip"),
+        (b"no tiff", COG),
+        (b'{"type": "FeatureCollection"}', "application/geo+json"),
+    ],
+)
+def test_an_answer_that_is_none_of_the_services(kind, content, mime):
+    with pytest.raises(UnexpectedAnswer):
+        ask(kind, "classify_pixels", content, mime)
+    with pytest.raises(UnexpectedAnswer):
+        ask(kind, "classify_series", content, mime, [one_series()])

@@ -1,0 +1,184 @@
+"""What the package promises from outside: its names, its errors, and what importing it costs."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import pimc_client
+from pimc_client.errors import BY_CODE, ServiceError, WaitTimedOut, service_error
+from service.errors import STATUS
+
+ROOT = Path(__file__).parents[1]
+
+NAMES = [
+    "About",
+    "AsyncClient",
+    "AsyncJob",
+    "BodyStalled",
+    "BodyTooLarge",
+    "Client",
+    "ConnectionFailed",
+    "CorruptRaster",
+    "Embedding",
+    "ForbiddenReference",
+    "Forecast",
+    "GeoTIFFError",
+    "GridMismatch",
+    "ImplausibleReflectance",
+    "InternalError",
+    "InvalidRequest",
+    "Job",
+    "JobDismissed",
+    "JobError",
+    "JobFailed",
+    "JobState",
+    "LegendClass",
+    "MethodNotAllowed",
+    "MissingBands",
+    "MissingDates",
+    "Model",
+    "ModelWindow",
+    "Models",
+    "NoGeoreference",
+    "NotAGeoTIFF",
+    "NotAcceptable",
+    "NotFound",
+    "NotReady",
+    "Overloaded",
+    "PIMCError",
+    "PixelClass",
+    "PointResult",
+    "Raster",
+    "RasterError",
+    "RasterTooLarge",
+    "Rasters",
+    "Readiness",
+    "Reference",
+    "RequestError",
+    "ResultNotReady",
+    "Results",
+    "Series",
+    "ServiceError",
+    "ServiceWarning",
+    "Summary",
+    "TimedOut",
+    "TooFewDates",
+    "TransportError",
+    "Unauthorized",
+    "UnexpectedAnswer",
+    "UnknownJob",
+    "UnknownModel",
+    "UnsupportedMedia",
+    "WaitTimedOut",
+    "WrongTask",
+    "__version__",
+]
+
+
+def test_the_names_exported_are_these():
+    assert sorted(pimc_client.__all__) == sorted(NAMES)
+    assert all(hasattr(pimc_client, name) for name in NAMES)
+
+
+def test_every_code_of_the_service_has_its_own_class():
+    assert set(BY_CODE) == set(STATUS)
+    assert len(set(BY_CODE.values())) == len(STATUS)
+    assert all(kind.__name__ in pimc_client.__all__ for kind in BY_CODE.values())
+
+
+@pytest.mark.parametrize(("code", "status"), STATUS.items())
+def test_an_error_answer_becomes_its_exception(code, status):
+    body = f'{{"code": "{code}", "status": {status}, "detail": "both", "request_id": "r1"}}'
+    error = service_error(status, {}, body.encode())
+    assert type(error) is BY_CODE[code]
+    assert (error.status, error.code, error.detail, error.request_id) == (
+        status,
+        code,
+        "both",
+        "r1",
+    )
+    assert str(error) == f"{code}: both [request r1]"
+
+
+def test_an_unknown_code_is_a_service_error_with_that_code():
+    error = service_error(418, {}, b'{"code": "teapot", "detail": "short and stout"}')
+    assert type(error) is ServiceError
+    assert (error.code, error.status, error.detail) == ("teapot", 418, "short and stout")
+
+
+@pytest.mark.parametrize("body", [b"<html>Bad Gateway</html>", b"", b"[1]", b"\xff\xfe"])
+def test_an_error_that_a_proxy_wrote(body):
+    error = service_error(502, {"x-request-id": "r2"}, body)
+    assert type(error) is ServiceError
+    assert (error.status, error.code, error.request_id) == (502, "unknown", "r2")
+    assert "502" in error.detail
+
+
+def test_errors_survive_a_process_pool():
+    original = service_error(
+        422, {}, b'{"code": "invalid_request", "detail": "d", "errors": [{"field": "dates"}]}'
+    )
+    copy = pickle.loads(pickle.dumps(original))  # noqa: S301 (our own bytes)
+    assert type(copy) is type(original)
+    assert copy.errors == ({"field": "dates"},)
+    assert str(copy) == str(original)
+    waited = pickle.loads(pickle.dumps(WaitTimedOut("slow", job_id="j")))  # noqa: S301
+    assert (waited.job_id, str(waited)) == ("j", "slow")
+    assert isinstance(waited, TimeoutError)
+
+
+def test_the_version_is_the_projects():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert pimc_client.__version__ == project["version"]
+    assert (ROOT / "pimc_client" / "py.typed").exists()
+
+
+def imported_by(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_importing_it_loads_nothing_heavy_and_nothing_of_ours():
+    heavy = {"httpx", "numpy", "asyncio", "typer", "rich"}
+    ours = {"models", "service", "training"}
+    assert not imported_by("import pimc_client, pimc_client.command") & (heavy | ours)
+
+
+def test_a_client_needs_httpx_alone_until_pixels_are_asked_for():
+    loaded = imported_by("import pimc_client; pimc_client.Client('http://localhost')")
+    assert "httpx" in loaded
+    assert not loaded & {"numpy", "typer", "rasterio", "models", "service"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (pimc_client.Client, pimc_client.AsyncClient),
+        (pimc_client.Job, pimc_client.AsyncJob),
+    ],
+)
+def test_both_clients_have_the_same_methods_with_the_same_arguments(one, other):
+    def methods(kind):
+        found = {n: f for n, f in vars(kind).items() if callable(f) and not n.startswith("_")}
+        return {
+            n.removeprefix("a"): inspect.signature(f).parameters.keys() for n, f in found.items()
+        }
+
+    def annotations(kind, name):
+        parameters = inspect.signature(getattr(kind, name)).parameters.values()
+        return [str(p) for p in parameters]
+
+    assert methods(one) == methods(other)
+    for name in methods(one).keys() - {"close"}:
+        assert annotations(one, name) == annotations(other, name)
+        assert inspect.iscoroutinefunction(getattr(other, name))

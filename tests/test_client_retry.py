@@ -1,0 +1,242 @@
+"""Retries: when, after how long, and that a body sent again is the same, byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import threading
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import httpx
+import pytest
+from client_kit import Reply, connected, serving
+
+from pimc_client import (
+    ConnectionFailed,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    Series,
+    TimedOut,
+)
+from pimc_client.retry import RetryPolicy, seconds_to_wait
+from pimc_client.transports import AsyncRetryTransport, RetryTransport
+
+KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
+OVERLOADED = b'{"code": "overloaded", "status": 503, "detail": "4 of 4 places taken"}'
+
+
+def overloaded(retry_after="0"):
+    return Reply(503, OVERLOADED, {"Retry-After": retry_after, "Content-Type": "application/json"})
+
+
+def one_after_another(*replies):
+    left = list(replies)
+    return lambda _request: left.pop(0) if len(left) > 1 else left[0]
+
+
+def stack(folder):
+    """Every kind of file that can be sent again, one of them larger than a piece."""
+    first = folder / "2021-01-05.tif"
+    first.write_bytes(os.urandom(700_000))
+    second = folder / "second.tif"
+    second.write_bytes(os.urandom(1000))
+    opened = second.open("rb")
+    opened.seek(10)  # only what follows is to be sent
+    return [first, opened, ("third.tif", b"in memory"), io.BytesIO(b"a stream")], opened
+
+
+@KINDS
+@pytest.mark.parametrize("failure", [overloaded(), Reply(drop=True)], ids=["503", "dropped"])
+def test_the_whole_body_is_sent_again(tmp_path, kind, failure):
+    files, opened = stack(tmp_path)
+    with opened, serving(one_after_another(failure, failure, Reply())) as (url, received):
+        with connected(kind, url) as client:
+            client.classify_pixels(files, answer="summary", dates="2021-01-05")
+        assert len(received) == 3
+        first, *others = received
+        assert all(other.body == first.body for other in others)
+        assert all(other.headers == first.headers for other in others)
+        assert int(first.headers["content-length"]) == len(first.body)
+        whole = (tmp_path / "2021-01-05.tif").read_bytes()
+        assert first.body.count(whole) == 1
+        assert first.body.count((tmp_path / "second.tif").read_bytes()[10:]) == 1
+        assert (tmp_path / "second.tif").read_bytes() not in first.body
+        assert not opened.closed
+
+
+@KINDS
+def test_a_json_body_is_sent_again(kind):
+    with (
+        serving(one_after_another(overloaded(), Reply(body=b'{"results": []}'))) as (
+            url,
+            received,
+        ),
+        connected(kind, url) as client,
+    ):
+        client.classify_series(
+            [Series(id="a", dates=["2021-01-01"], B02=[0.1], B04=[0.1], B08=[0.3])]
+        )
+    assert len(received) == 2
+    assert received[0].body == received[1].body
+
+
+@KINDS
+def test_what_cannot_be_rewound_is_sent_once(kind):
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as pipe:
+        os.write(writer, b"only once")
+        os.close(writer)
+        with (
+            serving(lambda _: overloaded()) as (url, received),
+            connected(kind, url) as client,
+            pytest.raises(Overloaded),
+        ):
+            client.classify_pixels(pipe)
+    assert len(received) == 1
+    assert received[0].headers["transfer-encoding"] == "chunked"
+    assert b"only once" in received[0].body
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [(422, "invalid_request", InvalidRequest), (500, "internal_error", InternalError)],
+)
+def test_no_other_error_is_retried(kind, status, code, error):
+    answer = Reply(status, f'{{"code": "{code}", "detail": "no"}}'.encode())
+    with (
+        serving(lambda _: answer) as (url, received),
+        connected(kind, url) as client,
+        pytest.raises(error),
+    ):
+        client.classify_pixels(("a.tif", b"x"))
+    assert len(received) == 1
+
+
+@KINDS
+def test_when_retries_are_used_up_the_error_says_when_to_come_back(kind):
+    with serving(lambda _: overloaded()) as (url, received), connected(kind, url, retries=2) as c:
+        with pytest.raises(Overloaded) as caught:
+            c.models()
+        assert len(received) == 3
+        assert caught.value.retry_after == 0
+
+
+@KINDS
+def test_a_wait_that_is_too_long_is_not_begun(kind):
+    with serving(lambda _: overloaded("7200")) as (url, received), connected(kind, url) as client:
+        with pytest.raises(Overloaded) as caught:
+            client.models()
+        assert len(received) == 1
+        assert caught.value.retry_after == 7200
+
+
+@KINDS
+def test_readiness_is_asked_once(kind):
+    body = b'{"code": "not_ready", "status": 503, "detail": "loading forecast-vi"}'
+    answer = Reply(503, body, {"Retry-After": "1"})
+    with serving(lambda _: answer) as (url, received), connected(kind, url) as client:
+        found = client.ready()
+    assert not found
+    assert found.detail == "loading forecast-vi"
+    assert len(received) == 1
+
+
+@KINDS
+def test_nobody_there(kind):
+    with serving(lambda _: Reply()) as (url, _):
+        pass  # The port was free, and is again.
+    with connected(kind, url, retries=0) as client, pytest.raises(ConnectionFailed) as caught:
+        client.models()
+    assert url in str(caught.value)
+    assert isinstance(caught.value.__cause__, httpx.ConnectError)
+
+
+@KINDS
+def test_a_slow_service_is_not_asked_twice(kind):
+    release = threading.Event()
+
+    def slow(_request):
+        release.wait(10)
+        return Reply()
+
+    with serving(slow) as (url, received):
+        with connected(kind, url, timeout=0.1) as client, pytest.raises(TimedOut):
+            client.models()
+        release.set()
+    assert len(received) == 1
+
+
+def test_negative_retries_are_refused():
+    with pytest.raises(ValueError, match="-1"):
+        RetryPolicy(retries=-1)
+
+
+def test_pauses_grow_to_a_cap_and_never_fall_short_of_what_was_asked():
+    policy = RetryPolicy(retries=9, first_pause=1.0, longest_pause=10.0)
+    for tries in range(1, 10):
+        bound = min(10.0, 2.0 ** (tries - 1))
+        pauses = [policy.pause(tries) for _ in range(50)]
+        assert all(bound / 2 <= pause <= bound for pause in pauses)
+        assert len(set(pauses)) > 1
+        assert all(3.0 <= policy.pause(tries, 3.0) <= 4.0 for _ in range(50))
+    assert policy.pause(10) is None
+    assert policy.pause(1, 10.5) is None
+    assert policy.pause(1, 10.0) == 10.0
+
+
+def test_retry_after_as_the_standard_has_it():
+    assert seconds_to_wait("12") == 12.0
+    assert seconds_to_wait(None) is None
+    assert seconds_to_wait("soon") is None
+    later = datetime.now(UTC) + timedelta(hours=1)
+    assert seconds_to_wait(format_datetime(later, usegmt=True)) == pytest.approx(3600, abs=30)
+    assert seconds_to_wait("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+
+
+def script(*outcomes):
+    """A transport that answers or fails in turn."""
+    left = list(outcomes)
+
+    def handle(_request):
+        outcome = left.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return httpx.Response(outcome, headers={"Retry-After": "2"} if outcome == 503 else {})
+
+    return httpx.MockTransport(handle)
+
+
+@KINDS
+def test_the_transport_serves_plain_httpx_as_well_and_waits_as_asked(kind):
+    waits = []
+    policy = RetryPolicy(retries=3, first_pause=0.5, longest_pause=60.0)
+    inner = script(503, httpx.ConnectError("no"), httpx.ReadError("cut"), 200)
+    if kind == "sync":
+        with httpx.Client(transport=RetryTransport(inner, policy, waits.append)) as client:
+            status = client.post("http://x/", content=b"bytes").status_code
+    else:
+
+        async def wait(seconds):
+            waits.append(seconds)
+
+        async def go():
+            transport = AsyncRetryTransport(inner, policy, wait)
+            async with httpx.AsyncClient(transport=transport) as client:
+                return (await client.post("http://x/", content=b"bytes")).status_code
+
+        status = asyncio.run(go())
+    assert status == 200
+    assert len(waits) == 3
+    assert 2.25 <= waits[0] <= 2.5
+    assert 0.5 <= waits[1] <= 1.0
+    assert 1.0 <= waits[2] <= 2.0
+
+
+def test_a_body_that_the_transport_does_not_know_is_sent_once():
+    transport = RetryTransport(script(503, 200), sleep=lambda _: None)
+    with httpx.Client(transport=transport) as client:
+        assert client.post("http://x/", content=iter([b"once"])).status_code == 503

@@ -1,0 +1,420 @@
+"""The SDK against the service itself, over a real socket; sync and async alike.
+
+With small bundles, whose answers are known, and with the zoo's own where it is there. What the
+SDK decodes is compared with rasterio, one way of asking with another.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from datetime import date, timedelta
+from itertools import pairwise
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import rasterio
+import tiny_zoo
+from client_kit import connected
+from rasterio.io import MemoryFile
+from rasterio.warp import transform as reproject
+from rasters import write
+from serving import served
+
+from models.registry import ZOO, Registry
+from pimc_client import (
+    BodyTooLarge,
+    GridMismatch,
+    InvalidRequest,
+    NotAGeoTIFF,
+    Overloaded,
+    Raster,
+    Rasters,
+    Series,
+    Unauthorized,
+    UnknownModel,
+    WrongTask,
+)
+
+KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
+H, W, T = 70, 90, 12
+BANDS = ("B02", "B03", "B04", "B08")
+DATES = [date(2021, 1, 5) + timedelta(days=30 * t) for t in range(T)]
+DEFAULTS = {"pixels-landcover", "forecast-vi", "landcover-eurosat", "embed-pixel", "embed-patch"}
+
+
+@pytest.fixture(scope="module", params=["tiny", "zoo"])
+def url(request, tmp_path_factory):
+    """The address of a running service."""
+    if request.param == "zoo":
+        lacking = DEFAULTS - set(Registry.load(ZOO).bundles)
+        if lacking:
+            pytest.skip(f"models/zoo has no {', '.join(sorted(lacking))}")
+        with served() as http:
+            yield str(http.base_url)
+        return
+    folder = tiny_zoo.write_zoo(tmp_path_factory.mktemp("zoo"))
+    with served(model_dir=folder) as http:
+        yield str(http.base_url)
+
+
+@pytest.fixture(scope="module")
+def values():
+    """(T, C, H, W) reflectance x 10,000 of a landscape with seasons; one corner has no data."""
+    random = np.random.default_rng(7)
+    season = 0.5 + 0.4 * np.sin(np.linspace(0, 2 * np.pi, T))[:, None, None]
+    green = random.random((H, W)) * season
+    stack = np.stack(
+        [0.05 + 0 * green, 0.06 + 0.02 * green, 0.12 - 0.08 * green, 0.15 + 0.4 * green], axis=1
+    )
+    noisy = stack + random.normal(0, 0.003, stack.shape)
+    scaled = np.clip(noisy * 10_000, 1, None).astype(np.uint16)
+    scaled[:, :, :8, :8] = 0
+    return scaled
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, values):
+    folder = tmp_path_factory.mktemp("stack")
+    return [
+        write(folder / f"{day}.tif", one, descriptions=BANDS, nodata=0).path
+        for day, one in zip(DATES, values, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def points(paths):
+    """(longitude, latitude, row, column) of three places with data, and of one without."""
+    with rasterio.open(paths[0]) as file:
+        places = [(20, 30), (69, 89), (40, 12), (2, 2)]
+        xy = [file.xy(row, column) for row, column in places]
+        lon, lat = reproject(file.crs, "EPSG:4326", *zip(*xy, strict=True))
+    return [(x, y, *place) for x, y, place in zip(lon, lat, places, strict=True)]
+
+
+def read_back(raster):
+    with MemoryFile(raster.content) as memory, memory.open() as file:
+        return file.read(), file.descriptions, file.crs, file.transform, file.nodata
+
+
+def agrees_with_rasterio(raster: Raster, path):
+    pixels, descriptions, crs, transform, nodata = read_back(raster)
+    expected = pixels[0] if len(pixels) == 1 else pixels
+    np.testing.assert_array_equal(raster.array, expected)
+    assert raster.descriptions == descriptions
+    assert raster.crs == str(crs)
+    assert raster.transform == pytest.approx(tuple(transform)[:6])
+    np.testing.assert_equal(raster.nodata, nodata)
+    with rasterio.open(path) as source:
+        assert raster.crs == str(source.crs)
+        assert raster.transform[2::3] == pytest.approx((source.transform.c, source.transform.f))
+
+
+@KINDS
+def test_the_service_is_ready_and_says_what_it_has(url, kind):
+    with connected(kind, url) as client:
+        found = client.ready()
+        assert found
+        assert found.provider == "CPUExecutionProvider"
+        models = client.models()
+        assert set(models.defaults.values()) >= DEFAULTS
+        assert set(found.models) == {model.id for model in models}
+        card = client.model("pixels-landcover")
+        assert card == models["pixels-landcover"]
+        assert card.window.steps > 1
+        assert client.model(card.id) == card
+
+
+@KINDS
+def test_a_class_map_as_rasterio_has_it(url, kind, paths, tmp_path):
+    with connected(kind, url) as client:
+        classes = client.classify_pixels(paths)
+        card = client.model("pixels-landcover")
+    agrees_with_rasterio(classes, paths[0])
+    assert classes.array.shape == (H, W)
+    assert (classes.array[:8, :8] == 255).all()
+    assert (classes.array != 255).any()
+    assert classes.legend == card.legend
+    assert set(np.unique(classes.array)) <= {*card.legend, 255}
+    assert all(classes.header.colors[v] == c.color for v, c in classes.legend.items())
+    assert classes.model == card.id
+    assert classes.provider == "CPUExecutionProvider"
+    assert classes.request_id
+    assert set(classes.timing) == {"read", "infer", "write"}
+    with rasterio.open(classes.save(tmp_path / "classes.tif")) as file:
+        assert file.profile["driver"] == "GTiff"
+
+
+@KINDS
+def test_outputs_by_name_are_consistent(url, kind, paths, tmp_path):
+    names = ["class", "confidence", "entropy", "probabilities"]
+    with connected(kind, url) as client:
+        answers = client.classify_pixels(paths, outputs=names)
+        alone = client.classify_pixels(paths, outputs="confidence")
+        listed = client.classify_pixels(paths, outputs=["confidence"])
+    assert isinstance(answers, Rasters)
+    assert list(answers) == names
+    for raster in answers.values():
+        agrees_with_rasterio(raster, paths[0])
+    best = answers["probabilities"].array
+    seen = answers["class"].array != 255
+    np.testing.assert_array_equal(answers["class"].array[seen], best.argmax(axis=0)[seen])
+    np.testing.assert_array_equal(answers["confidence"].array, best.max(axis=0))
+    np.testing.assert_array_equal(alone.array, answers["confidence"].array)
+    assert alone.name == "confidence"
+    np.testing.assert_array_equal(listed["confidence"].array, alone.array)
+    legend = answers["class"].legend.values()
+    assert answers["probabilities"].descriptions == tuple(c.name for c in legend)
+    saved = answers.save(tmp_path)
+    assert {path.name for path in saved} == {f"{name}.tif" for name in names}
+
+
+@KINDS
+def test_a_forecast_goes_on_from_the_last_date(url, kind, paths):
+    with connected(kind, url) as client:
+        raster = client.forecast(paths, horizon=2, outputs=["q10", "q50", "q90"])
+        card = client.model("forecast-vi")
+    agrees_with_rasterio(raster, paths[0])
+    step = timedelta(days=card.window.step_days)
+    expected = [
+        f"{index}_{DATES[-1] + step * ahead}_{quantile}"
+        for index in ("NDVI", "EVI", "SAVI")
+        for ahead in (1, 2)
+        for quantile in ("q10", "q50", "q90")
+    ]
+    assert list(raster.descriptions) == expected
+    assert np.isnan(raster.array[:, :8, :8]).all()
+    low, middle, high = raster.array[:3, 20:, 20:]
+    assert (low <= middle).all()
+    assert (middle <= high).all()
+
+
+@KINDS
+@pytest.mark.parametrize("stride", [64, 3])
+def test_land_cover_lies_on_a_coarser_grid(url, kind, paths, stride):
+    with connected(kind, url) as client:
+        cover = client.landcover(paths[3:6], stride=stride)
+    rows, columns = (H - 64) // stride + 1, (W - 64) // stride + 1
+    assert cover.shape == (1, rows, columns)
+    agrees_with_rasterio(cover, paths[0])
+    assert cover.transform[0] == pytest.approx(10.0 * stride)
+    assert cover.legend
+
+
+@KINDS
+@pytest.mark.parametrize("modality", ["pixel", "patch"])
+def test_embeddings(url, kind, paths, modality):
+    with connected(kind, url) as client:
+        raster = client.embed(paths, modality=modality)
+    agrees_with_rasterio(raster, paths[0])
+    assert raster.name == "embedding"
+    assert raster.model.startswith(f"embed-{modality}@")
+
+
+@KINDS
+def test_points_and_series_say_what_the_raster_says(url, kind, paths, points, values):
+    places = [(lon, lat) for lon, lat, _, _ in points]
+    with connected(kind, url) as client:
+        answers = client.classify_pixels(paths, outputs=["class", "confidence"])
+        found = client.classify_pixels(paths, points=[*places, (0.0, 0.0)])
+        in_series = client.classify_series(
+            [
+                Series(
+                    id=str(n),
+                    dates=DATES,
+                    **{
+                        band: values[:, BANDS.index(band), row, column] * 1e-4
+                        for band in ("B02", "B04", "B08")
+                    },
+                )
+                for n, (_, _, row, column) in enumerate(points[:3])
+            ]
+        )
+    assert [p.status for p in found] == ["ok", "ok", "ok", "no_data", "outside"]
+    assert found[3].result.label is None
+    for (lon, lat, row, column), point, single in zip(
+        points, found, [*in_series, None], strict=False
+    ):
+        assert (point.lon, point.lat) == pytest.approx((lon, lat))
+        if single is None:
+            continue
+        value = answers["class"].array[row, column]
+        assert point.result.value == single.value == value
+        assert point.result.label == single.label == answers["class"].legend[value].name
+        expected = pytest.approx(float(answers["confidence"].array[row, column]), abs=1e-4)
+        assert point.result.confidence == expected
+        assert single.confidence == expected
+        assert sum(single.probabilities.values()) == pytest.approx(1, abs=1e-4)
+    assert [one.id for one in in_series] == ["0", "1", "2"]
+
+
+@KINDS
+def test_forecasts_and_embeddings_of_points_and_series(url, kind, paths, points, values):
+    lon, lat, row, column = points[0]
+    bands = {
+        band: values[:, BANDS.index(band), row, column] * 1e-4 for band in ("B02", "B04", "B08")
+    }
+    series = [Series(id="one", dates=DATES, **bands)]
+    with connected(kind, url) as client:
+        raster = client.forecast(paths)
+        point = client.forecast(paths, points=[(lon, lat)])[0].result
+        single = client.forecast_series(series, horizon=2)[0]
+        embedded = client.embed_series(series)[0]
+        everywhere = client.embed(paths)
+    horizon = len(raster.descriptions) // 3
+    assert len(point.dates) == horizon
+    assert single.dates == point.dates[:2]
+    assert all(a < b for a, b in pairwise(point.dates))
+    np.testing.assert_allclose(point["NDVI"]["q50"], raster.array[:horizon, row, column], atol=2e-3)
+    np.testing.assert_allclose(single["NDVI"]["q50"], point["NDVI"]["q50"][:2], atol=2e-3)
+    np.testing.assert_allclose(embedded.values, everywhere.array[:, row, column], atol=2e-3)
+
+
+@KINDS
+def test_a_summary_counts_what_the_map_shows(url, kind, paths):
+    with connected(kind, url) as client:
+        summary = client.classify_pixels(paths, answer="summary")
+        classes = client.classify_pixels(paths)
+    counts = {row["value"]: row["pixels"] for row in summary["classes"]}
+    assert sum(counts.values()) == (classes.array != 255).sum()
+    assert all((classes.array == value).sum() == n for value, n in counts.items())
+    assert summary.model == classes.model
+    assert sorted(summary["dates_used"]) == [day.isoformat() for day in DATES]
+
+
+@KINDS
+def test_files_come_in_any_form(url, kind, paths):
+    data = [(path.name, path.read_bytes()) for path in paths]
+    with connected(kind, url) as client:
+        expected = client.classify_pixels(paths).array
+        opened = [path.open("rb") for path in paths]
+        try:
+            np.testing.assert_array_equal(client.classify_pixels(opened).array, expected)
+        finally:
+            for file in opened:
+                file.close()
+        np.testing.assert_array_equal(client.classify_pixels(data).array, expected)
+        told = client.classify_pixels(
+            [(f"{n}.tif", content) for n, (_, content) in enumerate(data)],
+            dates=DATES,
+            bands=BANDS,
+            layout="file-per-date",
+            scale=1e-4,
+            offset=0.0,
+            mask="none",
+            model="pixels-landcover",
+            start=date(2021, 1, 1),
+        )
+        np.testing.assert_array_equal(told.array, expected)
+
+
+@KINDS
+def test_errors_arrive_as_themselves(url, kind, paths, tmp_path):
+    other = write(
+        tmp_path / "2021-12-25.tif", np.ones((4, H, W + 1), np.uint16), descriptions=BANDS
+    ).path
+    with connected(kind, url) as client:
+        with pytest.raises(NotAGeoTIFF) as caught:
+            client.classify_pixels([*paths, ("2021-12-30.tif", b"no tiff")])
+        assert caught.value.status == 422
+        assert caught.value.request_id
+        assert "2021-12-30.tif" in caught.value.detail
+        with pytest.raises(GridMismatch, match=r"2021-12-25\.tif"):
+            client.classify_pixels([*paths, other])
+        with pytest.raises(UnknownModel, match="nobody"):
+            client.classify_pixels(paths, model="nobody")
+        with pytest.raises(UnknownModel):
+            client.model("nobody")
+        with pytest.raises(WrongTask):
+            client.classify_pixels(paths, model="forecast-vi")
+        with pytest.raises(InvalidRequest) as invalid:
+            client.landcover(paths, stride=65)
+        assert [error["field"] for error in invalid.value.errors] == ["stride"]
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A service with a key, a small upload limit, and one place."""
+    folder = tiny_zoo.write_zoo(tmp_path_factory.mktemp("guarded"))
+    with served(
+        model_dir=folder, api_keys="right", max_body_bytes=300_000, max_concurrency=1
+    ) as http:
+        yield str(http.base_url)
+
+
+@KINDS
+def test_keys(guarded, kind):
+    for key in (None, "wrong"):
+        with connected(kind, guarded, api_key=key) as client, pytest.raises(Unauthorized):
+            client.models()
+    with connected(kind, guarded, api_key="right") as client:
+        assert client.models()
+
+
+@KINDS
+def test_an_upload_over_the_limit(guarded, kind):
+    with (
+        connected(kind, guarded, api_key="right") as client,
+        pytest.raises(BodyTooLarge, match="300000"),
+    ):
+        client.classify_pixels(("a.tif", bytes(5_000_000)))
+
+
+@contextmanager
+def full(url):
+    """Takes both seats of a service with one place, by uploads that do not go on."""
+    place = urlsplit(url)
+    head = (
+        f"POST /classify-pixels HTTP/1.1\r\nHost: {place.netloc}\r\nX-API-Key: right\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 1000\r\n\r\n--b"
+    )
+    with ExitStack() as stack:
+        for _ in range(2):
+            seat = stack.enter_context(socket.create_connection((place.hostname, place.port)))
+            seat.sendall(head.encode())
+        yield
+
+
+@KINDS
+def test_a_full_service_turns_away_at_once(guarded, kind, paths):
+    with connected(kind, guarded, api_key="right", retries=0) as client, full(guarded):
+        turned_away = eventually(client, paths)
+    assert turned_away.status == 503
+    assert turned_away.retry_after == 5
+
+
+def eventually(client, paths):
+    """The refusal; the seats are taken a moment after the bytes were sent."""
+    for _ in range(100):
+        try:
+            client.classify_pixels(paths[:4])
+        except Overloaded as error:
+            return error
+    return None
+
+
+def test_retrying_gets_in_when_a_seat_comes_free(guarded, paths):
+    with (
+        connected("sync", guarded, api_key="right", retries=0) as probe,
+        connected("sync", guarded, api_key="right", retries=3) as patient,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        with full(guarded):
+            assert eventually(probe, paths)
+            asked = pool.submit(patient.classify_pixels, paths[:4])
+            time.sleep(0.5)
+            assert not asked.done()
+        assert isinstance(asked.result(timeout=60), Raster)
+
+
+@pytest.mark.usefixtures("shared_data")
+@KINDS
+def test_a_real_stack(url, kind, shared_data):
+    files = sorted((shared_data / "flanders_2017_2018").glob("*2018*.tif"))[::3]
+    with connected(kind, url) as client:
+        classes = client.classify_pixels(files)
+    agrees_with_rasterio(classes, files[0])
+    assert (classes.array != 255).mean() > 0.9
