@@ -1,0 +1,519 @@
+"""ONNX Runtime: one warm session a bundle, and batches through it.
+
+    values (N, T, C) → batches of one size → session → answers (N, …)
+
+On a CPU the batches of one call run side by side on a small pool of threads, each with a
+single-threaded session run; on CUDA they run one after the other, padded to few shapes. ONNX
+Runtime is not imported anywhere else, and its exceptions leave this module as ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state
+
+from models.card import Modality, ModelCard, Precision, Task
+from models.registry import Bundle, BundleError, Registry
+from service.errors import InternalError, UnknownModel, WrongTask
+
+Providers = Literal["auto", "cuda", "cpu"]
+Floats = NDArray[np.float32]
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+# On a CPU, what is in use at once must stay in the cache. Measured with the encoders' default
+# widths, one thread, 32 MiB of third-level cache: 144 us a pixel in batches of 32, 125 of 128 or
+# 256, 135 to 140 of 1024; 2.7 ms a patch alone, 2.1 in batches of 8 to 32. A device wants
+# thousands of pixels; its sizes are not measured yet.
+PIXEL_BATCH: Mapping[str, int] = {CPU: 256, CUDA: 8192}
+PATCH_BATCH: Mapping[str, int] = {CPU: 8, CUDA: 512}
+
+TOLERATED_LOSS = 0.003
+"""A reduced precision may cost this much of any metric: 0.3 points of a share."""
+
+_LOG = logging.getLogger(__name__)
+_WARM_UP = 3
+"""Pixels or patches of the warm-up: more than one, so that a fixed batch axis shows."""
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    # The runtime's own exceptions share no base class but Exception.
+    *(
+        kind
+        for kind in vars(onnxruntime_pybind11_state).values()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    ),
+    ValueError,  # from its Python layer, and from `_one`: an array of the wrong shape
+)
+
+
+class ProviderUnavailable(RuntimeError):
+    """CUDA was demanded and cannot be had; the service must not start."""
+
+
+class Engine:
+    """Every bundle of a registry, loaded and warm.
+
+    Args:
+        registry: verified bundles.
+        providers: `auto` takes CUDA where a session really gets it; `cuda` demands it; `cpu`.
+        threads: threads that run batches on the CPU, for all models and callers together;
+            None takes the CPUs that this process may use.
+
+    Raises:
+        ProviderUnavailable: `cuda` is demanded and a session does not get it.
+    """
+
+    def __init__(
+        self, registry: Registry, *, providers: Providers = "auto", threads: int | None = None
+    ) -> None:
+        self.registry = registry
+        self.threads = threads or _usable_cpus()
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="infer")
+        # One call at a time on the device: two would take turns anyway and double its memory.
+        self._device = threading.Lock()
+        provider = _wanted(providers)
+        models: dict[str, LoadedModel] = {}
+        refused: dict[str, str] = dict(registry.refused)
+        try:
+            for name, bundle in registry.bundles.items():
+                try:
+                    models[name] = self._load(bundle, provider)
+                except BundleError as error:
+                    refused[name] = str(error)
+                    # With what the runtime said: it names paths, which callers need not see.
+                    _LOG.error("%s", error, exc_info=error)
+                    continue
+                if models[name].provider != provider:
+                    if providers == "cuda":
+                        raise ProviderUnavailable(  # noqa: TRY301 - the pool must be closed
+                            f"CUDA is demanded, but the session of '{name}' runs on "
+                            f"{models[name].provider}: the driver, CUDA or cuDNN does not load"
+                        )
+                    _LOG.warning("CUDA is offered but no session gets it; serving on the CPU")
+                    provider = CPU  # asking again for each bundle would fail as slowly
+        except BaseException:
+            self.close()
+            raise
+        self.models: Mapping[str, LoadedModel] = models
+        self.refused: Mapping[str, str] = refused
+        """Bundles that are not served, with the reason, the registry's refusals included."""
+
+    @property
+    def provider(self) -> str:
+        """The execution provider in use, as the sessions say: CUDA only where all got it."""
+        on_cuda = bool(self.models) and all(m.provider == CUDA for m in self.models.values())
+        return CUDA if on_cuda else CPU
+
+    def find(
+        self, reference: str | None, task: Task, modality: Modality | None = None
+    ) -> LoadedModel:
+        """The model of a `name` or `name@version`, or the task's default.
+
+        Raises:
+            UnknownModel: none of that name and version, or none for the task, is served.
+            WrongTask: the model serves another task or modality.
+        """
+        if reference is None:
+            bundle = self.registry.default(task, modality)
+        else:
+            bundle = self.registry.find(reference)
+        model = self.models.get(bundle.card.name) if bundle else None
+        if model is None:
+            raise UnknownModel(self._why_unknown(reference, task, bundle))
+        card = model.card
+        if card.task != task:
+            raise WrongTask(f"model '{card.id}' serves {card.task}, and {task} was asked for")
+        if modality not in {None, card.modality}:
+            raise WrongTask(
+                f"model '{card.id}' takes {card.modality} input, and modality {modality} was "
+                "asked for"
+            )
+        return model
+
+    def close(self) -> None:
+        """Let the threads go; a call in progress still ends."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(self, bundle: Bundle, provider: str) -> LoadedModel:
+        session = open_session(bundle, provider)
+        if session.provider != provider:
+            # The variant and the options of CUDA are not those of the CPU.
+            session = open_session(bundle, session.provider)
+        return LoadedModel(bundle.card, session, pool=self._pool, device=self._device)
+
+    def _why_unknown(self, reference: str | None, task: Task, bundle: Bundle | None) -> str:
+        if bundle and bundle.card.name in self.refused:
+            return f"model '{bundle.card.id}' could not be loaded: {self.refused[bundle.card.name]}"
+        served = ", ".join(sorted(m.card.id for m in self.models.values())) or "none"
+        asked = f"no model '{reference}'" if reference else f"no model serves {task}"
+        return f"{asked}; there are: {served}"
+
+
+class LoadedModel:
+    """One bundle's warm session.
+
+    Args:
+        card: what the bundle says of itself.
+        session: its checked session.
+        pool: threads for batches on the CPU.
+        device: held while batches run on CUDA.
+
+    Raises:
+        BundleError: the warm-up fails, or answers another shape than the card's.
+    """
+
+    def __init__(
+        self,
+        card: ModelCard,
+        session: Session,
+        *,
+        pool: ThreadPoolExecutor,
+        device: threading.Lock,
+    ) -> None:
+        self.card = card
+        self.provider = session.provider
+        self.variant: Precision = session.variant
+        self.width = answer_shape(card)
+        """Trailing shape of an answer: (K,), (H, S, Q) or (D,)."""
+        sizes = PIXEL_BATCH if card.modality == "pixel" else PATCH_BATCH
+        self._batch = sizes[self.provider]
+        self._session = session
+        self._pool = pool
+        self._device = device
+        self._warm_up()
+
+    @property
+    def chunk(self) -> int:
+        """Pixels or patches worth handing over at once: enough to keep every thread busy."""
+        return self._batch * 4 if self.provider == CUDA else self._batch * 16
+
+    def pixels(
+        self,
+        values: Floats,
+        valid: NDArray[np.bool_],
+        days: NDArray[np.float32],
+        day_of_year: int | Floats | None = None,
+    ) -> Floats:
+        """Answers for pixels.
+
+        Args:
+            values: reflectance (N, T, C), unitless, bands as the card orders them; anything,
+                NaN too, where not valid.
+            valid: True where usable (N, T).
+            days: days since the window's first day (T).
+            day_of_year: the first day's place in its year, 1 to 366, of all or of each (N).
+                Only a model whose card says `day_of_year` needs it.
+
+        Returns:
+            Probabilities (N, K), quantiles (N, H, S, Q) or embeddings (N, D); NaN for a pixel
+            without a usable date.
+
+        Raises:
+            InternalError: the runtime failed.
+        """
+        each: dict[str, NDArray[Any]] = {
+            "values": np.ascontiguousarray(values, np.float32),
+            "valid": np.ascontiguousarray(valid, np.bool_),
+        }
+        if self.card.day_of_year:
+            if day_of_year is None:
+                raise InternalError(f"model '{self.card.id}' needs the day of the year")
+            each["day_of_year"] = np.full(len(values), day_of_year, np.float32)
+        return self._run(each, {"days": np.ascontiguousarray(days, np.float32)})
+
+    def patches(self, patches: Floats) -> Floats:
+        """Answers for patches.
+
+        Args:
+            patches: reflectance (N, C, P, P), unitless, bands as the card orders them.
+
+        Returns:
+            Probabilities (N, K) or embeddings (N, D).
+
+        Raises:
+            InternalError: the runtime failed.
+        """
+        return self._run({"patches": np.ascontiguousarray(patches, np.float32)}, {})
+
+    def _run(self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]]) -> Floats:
+        count = len(next(iter(each.values())))
+        out = np.empty((count, *self.width), np.float32)
+        run = self._run_on_device if self.provider == CUDA else self._run_on_threads
+        try:
+            run(each, shared, out)
+        except _ORT_ERRORS as error:
+            # What the runtime says is for the log, as the cause, not for the caller.
+            raise InternalError(f"model '{self.card.id}' failed to run") from error
+        return out
+
+    def _run_on_threads(
+        self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]], out: Floats
+    ) -> None:
+        # The last batch runs short: a CPU has nothing to gain from a fixed shape.
+        jobs = [
+            self._pool.submit(self._one, each, shared, out, part)
+            for part in _parts(len(out), self._batch)
+        ]
+        _, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
+        for job in waiting:
+            job.cancel()
+        for job in jobs:
+            if not job.cancelled():
+                job.result()
+
+    def _run_on_device(
+        self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]], out: Floats
+    ) -> None:
+        with self._device:
+            start = 0
+            while start < len(out):
+                stop = min(start + self._batch, len(out))
+                try:
+                    self._one(each, shared, out, slice(start, stop), pad=True)
+                except _ORT_ERRORS as error:
+                    if not _is_out_of_memory(error) or self._batch == 1:
+                        raise
+                    self._batch //= 2
+                    _LOG.warning("out of device memory; batches are now of %d", self._batch)
+                else:
+                    start = stop
+
+    def _one(
+        self,
+        each: Mapping[str, NDArray[Any]],
+        shared: Mapping[str, NDArray[Any]],
+        out: Floats,
+        part: slice,
+        *,
+        pad: bool = False,
+    ) -> None:
+        count = part.stop - part.start
+        size = _padded(count, self._batch) if pad else count
+        feeds = {name: _repeat_last(array[part], size) for name, array in each.items()}
+        answer = self._session.run({**feeds, **shared})
+        if answer.shape != (size, *self.width):
+            # Else another pixel's answer could pass for this one's.
+            raise ValueError(f"{answer.shape} answered, {(size, *self.width)} expected")
+        out[part] = answer[:count]
+
+    def _warm_up(self) -> None:
+        """Run once, so that the first caller does not wait and a false card does not pass."""
+        try:
+            answer = self._session.run(_sample(self.card, _WARM_UP))
+        except _ORT_ERRORS as error:
+            raise BundleError(
+                f"bundle '{self.card.name}': the warm-up failed, the log says how"
+            ) from error
+        if answer.shape != (_WARM_UP, *self.width):
+            raise BundleError(
+                f"bundle '{self.card.name}': '{self.card.output}' answers "
+                f"{answer.shape[1:]} a {self.card.modality}, the card says {self.width}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A session whose inputs and output are the card's."""
+
+    session: onnxruntime.InferenceSession
+    output: str
+    """Name of the one output."""
+    variant: Precision
+    """The ONNX file that was loaded."""
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that the session really got."""
+        return str(self.session.get_providers()[0])
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> Floats:
+        """One run; the GIL is free meanwhile. Input that stays on a device would be bound here."""
+        (answer,) = self.session.run([self.output], dict(feeds))
+        return np.asarray(answer, np.float32)
+
+
+def open_session(bundle: Bundle, provider: str) -> Session:
+    """Load the variant that suits a provider, and check it against the card.
+
+    The session may get less than it asks for: ask it.
+
+    Raises:
+        BundleError: the file does not load, or its inputs or output are not the card's.
+    """
+    card = bundle.card
+    variant = pick_variant(card, provider)
+    asked: list[Any] = [CPU] if provider == CPU else [(CUDA, _cuda_options()), CPU]
+    try:
+        session = onnxruntime.InferenceSession(
+            bundle.path(variant), sess_options=_session_options(provider), providers=asked
+        )
+    except _ORT_ERRORS as error:
+        raise BundleError(
+            f"bundle '{card.name}': {variant} does not load, the log says why"
+        ) from error
+    # Else a failing device is answered from a new CPU session, behind everybody's back.
+    session.disable_fallback()
+    _check_names(session, card)
+    return Session(session=session, output=card.output, variant=variant)
+
+
+def pick_variant(card: ModelCard, provider: str) -> Precision:
+    """The variant to load: float16 on CUDA, int8 on a CPU, where it costs nearly nothing.
+
+    A variant whose measured loss reaches `TOLERATED_LOSS` in any metric is never taken, and int8
+    only where a loss was measured at all; float32 otherwise.
+    """
+    wish: Precision = "float16" if provider == CUDA else "int8"
+    for variant in card.variants:
+        if variant.name == wish:
+            worst = min(variant.loss.values(), default=0.0)
+            measured = bool(variant.loss) or wish == "float16"
+            if measured and worst > -TOLERATED_LOSS:
+                return wish
+    return "float32"
+
+
+def answer_shape(card: ModelCard) -> tuple[int, ...]:
+    """Shape of the answer for one pixel or patch: (K,), (H, S, Q) or (D,)."""
+    if card.task == "forecast":
+        return (card.horizon or 0, len(card.indices), len(card.quantiles))
+    if card.task == "embed":
+        return (card.embedding or 0,)
+    return (len(card.classes),)
+
+
+def _check_names(session: onnxruntime.InferenceSession, card: ModelCard) -> None:
+    where = f"bundle '{card.name}'"
+    found = {node.name: node for node in session.get_inputs()}
+    if set(found) != set(card.inputs):
+        raise BundleError(
+            f"{where}: the graph takes {_listed(found)}, the card says {_listed(card.inputs)}"
+        )
+    outputs = [node.name for node in session.get_outputs()]
+    if outputs != [card.output]:
+        raise BundleError(
+            f"{where}: the graph returns {_listed(outputs)}, the card says {card.output}"
+        )
+    name, axis = ("values", 2) if card.modality == "pixel" else ("patches", 1)
+    shape = found[name].shape
+    if len(shape) <= axis or shape[axis] not in {len(card.bands)} | _symbols(shape):
+        raise BundleError(
+            f"{where}: '{name}' is {shape}, the card has {len(card.bands)} bands on axis {axis}"
+        )
+
+
+def _symbols(shape: list[int | str | None]) -> set[int | str | None]:
+    """The axes of any length: the warm-up alone can tell whether they fit."""
+    return {length for length in shape if not isinstance(length, int)}
+
+
+def _listed(names: Any) -> str:  # noqa: ANN401 - any iterable of names
+    return ", ".join(sorted(names))
+
+
+def _sample(card: ModelCard, count: int) -> dict[str, NDArray[Any]]:
+    """Input of plausible reflectance, only to see that the graph runs."""
+    random = np.random.default_rng(0)
+    if card.modality == "patch":
+        side = card.patch or 0
+        shape = (count, len(card.bands), side, side)
+        return {"patches": random.uniform(0.0, 0.4, shape).astype(np.float32)}
+    window = card.window
+    dates = max(card.min_observations, 4)
+    length = window.steps * window.step_days if window else dates
+    feeds = {
+        "values": random.uniform(0.02, 0.4, (count, dates, len(card.bands))).astype(np.float32),
+        "valid": np.ones((count, dates), np.bool_),
+        "days": np.linspace(0, length - 1, dates, dtype=np.float32),
+        "day_of_year": np.ones(count, np.float32),
+    }
+    return {name: feeds[name] for name in card.inputs}
+
+
+def _session_options(provider: str) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    # Two single-threaded runs on halves of a batch beat one run on two threads: the layers are
+    # small, and splitting each of them costs more than it gains.
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    # A spinning thread takes the CPU from the reader and the writer, and from other callers.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if provider == CPU:
+        # A pattern is kept for every shape ever seen, and T changes with each caller's stack; it
+        # gains nothing measurable.
+        options.enable_mem_pattern = False
+    return options
+
+
+def _cuda_options() -> dict[str, str]:
+    return {
+        # EXHAUSTIVE, the default, times every algorithm anew for each shape: seconds for a
+        # caller with a new T. HEURISTIC asks cuDNN, in no time.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        # Grow by what is asked for: the default doubles, and takes memory from other processes.
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+
+
+def _wanted(providers: Providers) -> str:
+    """The provider to ask sessions for."""
+    if providers == "cpu":
+        return CPU
+    if CUDA not in onnxruntime.get_available_providers():
+        if providers == "cuda":
+            raise ProviderUnavailable(
+                "CUDA is demanded, but this build of ONNX Runtime offers only "
+                + ", ".join(onnxruntime.get_available_providers())
+            )
+        return CPU
+    if hasattr(onnxruntime, "preload_dlls"):
+        # CUDA and cuDNN that came as wheels lie on no loader path. What it cannot find it prints.
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            onnxruntime.preload_dlls()
+        _LOG.debug("preloading CUDA: %s", said.getvalue().strip())
+    return CUDA
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):  # where it is missing, every CPU may be used
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _padded(count: int, batch: int) -> int:
+    """The next power of two, at most the batch: few shapes, so few plans and little waste."""
+    return min(1 << (count - 1).bit_length(), batch)
+
+
+def _repeat_last(array: NDArray[Any], size: int) -> NDArray[Any]:
+    missing = size - len(array)
+    return array if missing <= 0 else np.concatenate([array, array[-1:].repeat(missing, axis=0)])
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return "out of memory" in text or "failed to allocate memory" in text

@@ -1,0 +1,132 @@
+"""The OpenAPI description of what the routes read and answer by hand: bodies, files, problems.
+
+Everything is made from the models of `service.schemas`, so that what is described is what is
+checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from models.card import Task
+from service.errors import STATUS
+from service.intake import FILES, FORM, JSON
+from service.problems import PROBLEM
+from service.responses import COG, GEOJSON, ZIP
+from service.schemas import FIELDS, SERIES, PointsAnswer, Problem, SeriesAnswer, SummaryAnswer
+
+_REF = "#/components/schemas/{model}"
+_TASK_ERRORS = (
+    "unauthorized", "forbidden_reference", "unknown_model", "not_acceptable", "body_stalled",
+    "body_too_large", "raster_too_large", "unsupported_media_type", "invalid_request",
+    "wrong_task", "not_a_geotiff", "corrupt_raster", "no_georeference", "grid_mismatch",
+    "missing_bands", "missing_dates", "too_few_dates", "implausible_reflectance", "overloaded",
+    "not_ready", "internal_error",
+)  # fmt: skip
+_HEADERS: Mapping[str, str] = {
+    "X-Request-ID": "the request's id, in the log as well",
+    "PIMC-Model": "the model that answered, `name@version`",
+    "PIMC-Provider": "the execution provider that computed",
+    "Server-Timing": "milliseconds busy: `read`, `infer`, `write`",
+    "PIMC-Warning": "`code; detail` of what is odd but no error; repeated",
+}
+_MODELS: tuple[type[BaseModel], ...] = (
+    *FIELDS.values(),
+    *SERIES.values(),
+    SummaryAnswer,
+    SeriesAnswer,
+    PointsAnswer,
+    Problem,
+)
+
+
+class Described(FastAPI):
+    """An application whose description includes the models that routes use by hand."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        document = super().openapi()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        _, defined = models_json_schema([(m, "validation") for m in _MODELS], ref_template=_REF)
+        forms = {model.__name__ for model in FIELDS.values()}
+        for name, schema in defined["$defs"].items():
+            schemas[name] = _form(schema) if name in forms else schema
+        return document
+
+
+def body(task: Task) -> dict[str, Any]:
+    """`openapi_extra` of a task's route: the bodies it reads."""
+    content: dict[str, Any] = {
+        FORM: {"schema": _ref(FIELDS[task]), "encoding": {FILES: {"contentType": "image/tiff"}}}
+    }
+    if task in SERIES:
+        content[JSON] = {"schema": _ref(SERIES[task])}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def answers(task: Task) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a task's route."""
+    summaries: list[type[BaseModel]] = [SummaryAnswer]
+    if task in SERIES:
+        summaries.append(SeriesAnswer)
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    return {
+        200: {
+            "description": "The answer, in the type that `Accept` asks for",
+            "headers": {
+                name: {"description": text, "schema": {"type": "string"}}
+                for name, text in _HEADERS.items()
+            },
+            "content": {
+                COG: binary,
+                ZIP: binary,
+                JSON: {"schema": {"anyOf": [_ref(model) for model in summaries]}},
+                GEOJSON: {"schema": _ref(PointsAnswer)},
+            },
+        },
+        **problems(_TASK_ERRORS),
+    }
+
+
+def problems(codes: Iterable[str]) -> dict[int | str, dict[str, Any]]:
+    """`responses` for errors, by status, each naming its codes."""
+    by_status: dict[int, list[str]] = {}
+    for code in codes:
+        by_status.setdefault(STATUS[code], []).append(f"`{code}`")
+    return {
+        status: {
+            "description": ", ".join(names),
+            "content": {PROBLEM: {"schema": _ref(Problem)}},
+        }
+        for status, names in sorted(by_status.items())
+    }
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REF.format(model=model.__name__)}
+
+
+def _form(schema: dict[str, Any]) -> dict[str, Any]:
+    """A form's schema: with the files, which are no field of the model, as they lie on disk."""
+    files = {
+        "type": "array",
+        "items": {"type": "string", "format": "binary"},
+        "minItems": 1,
+        "description": "the GeoTIFF stack",
+    }
+    fields = {name: _without_null(field) for name, field in schema["properties"].items()}
+    return {**schema, "properties": {FILES: files, **fields}, "required": [FILES]}
+
+
+def _without_null(field: dict[str, Any]) -> dict[str, Any]:
+    """A field's schema without null, which a form has no way to say: it leaves the field out."""
+    kept = {key: value for key, value in field.items() if key != "anyOf"}
+    if kept.get("default", ...) is None:
+        del kept["default"]
+    options = [option for option in field.get("anyOf", []) if option.get("type") != "null"]
+    return {**kept, **options[0]} if len(options) == 1 else field

@@ -1,0 +1,609 @@
+"""A run: windows of a stack through a model, into rasters and a summary.
+
+    stack ── read ahead ──▶ Sits ── infer ──▶ answers ── write behind ──▶ COGs, summary
+
+Pixel models go over the stack once. Patch models first make a cloud-free composite, so that
+overlapping patches decode no file twice; then the patches of it are answered; where they overlap,
+a last pass averages their probabilities. Memory is bounded by `WINDOW_BYTES` a window, whatever
+the raster, and where a window ends never shows in an answer.
+
+Points take the same models without windows; series have a module of their own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+import rasterio.warp
+from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError  # `warp.transform` raises it, and `errors` lacks it
+from rasterio.windows import Window
+
+from service.answers import JSON, Layer
+from service.executors import Cancelled, Executor, ThreadExecutor, Timing, check
+from service.output import RasterWriter, create_raster
+from service.patches import PatchGrid, box_mean, fill_gaps
+from service.runs import (
+    RasterRun,
+    check_run,
+    outside_window,
+    plan_raster,
+    resolve_window,
+    said_of_dates,
+)
+from service.series import SeriesInput, SeriesOutcome, run_series
+from service.stack import (
+    Grid,
+    Sits,
+    StackReader,
+    StackWarning,
+    median_composite,
+)
+
+__all__ = [
+    "Cancelled",
+    "Outcome",
+    "PointOutcome",
+    "RasterRun",
+    "SeriesInput",
+    "SeriesOutcome",
+    "Timing",
+    "plan_raster",
+    "resolve_window",
+    "run_points",
+    "run_raster",
+    "run_series",
+    "windows",
+]
+
+Floats = NDArray[np.float32]
+
+WINDOW_BYTES = 64 * 2**20
+"""Values, validity and answers of one window. Up to six windows are alive at once."""
+
+_SEVERAL = 8
+"""Windows that a larger raster is cut into at least, so that the stages overlap."""
+_FEW_PIXELS = 4096
+"""Below this a window costs more to handle than its overlap brings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a raster run gives."""
+
+    files: Mapping[str, Path]
+    """Finished COGs, by output name; a class map's side file lies beside it."""
+    summary: dict[str, JSON]
+    """The answer as `application/json`."""
+    timing: Timing
+    warnings: tuple[StackWarning, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointOutcome:
+    """What points give."""
+
+    results: tuple[dict[str, JSON], ...]
+    """A result a point, in order: `status` ok, outside or no_data, and where ok the answer."""
+    timing: Timing
+    warnings: tuple[StackWarning, ...]
+
+
+# Windows --------------------------------------------------------------------------------------
+
+
+def windows(
+    grid: Grid, block: tuple[int, int], pixel_bytes: int, budget: int = WINDOW_BYTES
+) -> list[Window]:
+    """Windows that cover a raster, each pixel once, in an order that reads each block once.
+
+    Args:
+        grid: of the raster.
+        block: rows and columns of a block on disk.
+        pixel_bytes: memory that a pixel of a window takes.
+        budget: bytes that a window may take; one pixel is always taken.
+
+    Returns:
+        Windows made of whole blocks, or, where one block is over the budget, of parts of one.
+    """
+    whole = Window(0, 0, grid.width, grid.height)
+    rows, cols = min(block[0], grid.height), min(block[1], grid.width)
+    most = max(1, budget // pixel_bytes)
+    if rows * cols > most:
+        part_cols = min(cols, most)
+        part_rows = max(1, most // part_cols)
+        return [
+            part for one in _tiles(whole, rows, cols) for part in _tiles(one, part_rows, part_cols)
+        ]
+    aim = min(most, max(_FEW_PIXELS, -(-grid.height * grid.width // _SEVERAL)))
+    blocks = max(1, aim // (rows * cols))
+    across = -(-grid.width // cols)
+    if blocks < across:
+        return list(_tiles(whole, rows, blocks * cols))
+    return list(_tiles(whole, rows * (blocks // across), grid.width))
+
+
+def _tiles(area: Window, rows: int, cols: int) -> Iterator[Window]:
+    for row in range(0, area.height, rows):
+        for col in range(0, area.width, cols):
+            yield Window(
+                area.col_off + col,
+                area.row_off + row,
+                min(cols, area.width - col),
+                min(rows, area.height - row),
+            )
+
+
+# Rasters --------------------------------------------------------------------------------------
+
+
+def run_raster(
+    run: RasterRun,
+    folder: Path,
+    *,
+    progress: Callable[[float], None] = lambda _: None,
+    cancelled: threading.Event | None = None,
+    executor: Executor | None = None,
+    window_bytes: int = WINDOW_BYTES,
+) -> Outcome:
+    """Answer for every pixel or patch of a raster.
+
+    Whether its numbers are reflectance at all is for `check_radiometry` to say beforehand.
+
+    Args:
+        run: what to do.
+        folder: where the finished files go; it exists. A run that fails leaves nothing in it.
+        progress: told the share done, 0 to 1, in the calling thread.
+        cancelled: set it to take the run back.
+        executor: where windows run; None takes threads of this process.
+        window_bytes: memory for one window.
+
+    Raises:
+        Cancelled: `cancelled` was set.
+        PIMCError: whatever the stack, the model or the request is at fault for.
+    """
+    check_run(run)
+    check(cancelled)
+    work = _Work(
+        run=run,
+        folder=folder,
+        progress=_Progress(progress),
+        cancelled=cancelled,
+        executor=executor or ThreadExecutor(),
+        window_bytes=window_bytes,
+    )
+    return _run_pixels(work) if run.model.card.modality == "pixel" else _run_patches(work)
+
+
+class _Progress:
+    """Adds up the shares of several passes."""
+
+    def __init__(self, report: Callable[[float], None]) -> None:
+        self._report = report
+        self._done = 0.0
+
+    def of(self, share: float, grid: Grid) -> Callable[[int], None]:
+        """What a pass over a grid calls with the number of pixels just done."""
+        total = grid.width * grid.height
+
+        def advance(count: int) -> None:
+            self._done += share * count / total
+            # The rest is finishing the files.
+            self._report(min(self._done, 0.99))
+
+        return advance
+
+    def finish(self) -> None:
+        self._report(1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """A run with everything around it."""
+
+    run: RasterRun
+    folder: Path
+    progress: _Progress
+    cancelled: threading.Event | None
+    executor: Executor
+    window_bytes: int
+
+    def each(
+        self,
+        parts: Sequence[Window],
+        *,
+        read: Callable[[Window], Any],
+        infer: Callable[[Any], Any],
+        write: Callable[[Window, Any], None],
+    ) -> Timing:
+        return self.executor.run(
+            parts, read=read, infer=infer, write=write, cancelled=self.cancelled
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """The answers of one window."""
+
+    index: NDArray[np.intp]
+    """Places in the flattened window (n) that have an answer."""
+    answers: Floats
+    """Their answers (n, …)."""
+
+
+class _Sink:
+    """Takes the answers of windows: into rasters where they are wanted, and the tally always."""
+
+    def __init__(self, work: _Work, grid: Grid, stack: ExitStack) -> None:
+        run = work.run
+        self._work = work
+        self._grid = grid
+        self._answers = run.answers
+        self._layers = {layer.name: layer for layer in run.answers.layers if run.rasters}
+        self._tally = run.answers.tally()
+        self._valid = 0
+        self._writer = stack.enter_context(
+            RasterWriter(work.folder, grid, tuple(self._layers.values()), _tags(run))
+        )
+
+    def write(self, window: Window, found: _Found) -> None:
+        missing = np.isnan(found.answers).any(axis=tuple(range(1, found.answers.ndim)))
+        self._valid += int((~missing).sum())
+        rows = range(window.row_off, window.row_off + window.height)
+        hectares = np.repeat(self._grid.hectares(rows), window.width)
+        self._tally.add(found.answers, hectares[found.index])
+        if not self._layers:
+            return
+        bands = {}
+        for name, values in self._answers.bands(found.answers).items():
+            whole = self._layers[name].empty(window.height * window.width)
+            whole[:, found.index] = values
+            bands[name] = whole.reshape(-1, window.height, window.width)
+        self._writer.write(window, bands)
+
+    def outcome(self, timing: Timing) -> Outcome:
+        """Finish the files, and sum up."""
+        start = time.perf_counter()
+        check(self._work.cancelled)
+        files = self._writer.finish()
+        check(self._work.cancelled)
+        self._work.progress.finish()
+        total = self._grid.width * self._grid.height
+        warnings = _warnings(self._work.run)
+        summary: dict[str, JSON] = {
+            **_summary_head(self._work.run),
+            "pixels": total,
+            "valid_share": self._valid / total,
+            **self._tally.summary(),
+            "warnings": [{"code": w.code, "detail": w.detail} for w in warnings],
+        }
+        return Outcome(
+            files=files,
+            summary=summary,
+            timing=timing + Timing(write=time.perf_counter() - start),
+            warnings=warnings,
+        )
+
+
+def _warnings(run: RasterRun) -> tuple[StackWarning, ...]:
+    outside = outside_window(run.model.card, run.stack.dates, run.window)
+    return (*run.stack.warnings, *outside)
+
+
+def _summary_head(run: RasterRun) -> dict[str, JSON]:
+    stack, card = run.stack, run.model.card
+    head: dict[str, JSON] = {
+        "model": card.id,
+        "task": card.task,
+        "provider": run.model.provider,
+        **said_of_dates(run),
+        "layout": stack.layout,
+        "scale": stack.scale,
+        "offset": stack.offset,
+        "mask": stack.mask,
+    }
+    return {**head, "stride": run.stride} if card.modality == "patch" else head
+
+
+def _tags(run: RasterRun) -> dict[str, str]:
+    """What every file says of where it comes from."""
+    tags = {"TIFFTAG_SOFTWARE": "PIMC", "PIMC_MODEL": run.model.card.id}
+    if run.window:
+        tags["PIMC_WINDOW_START"] = run.window.start.isoformat()
+    if run.stack.dates:
+        tags["PIMC_DATES"] = ",".join(run.stack.dates[t].isoformat() for t in run.used)
+    return tags
+
+
+# Pixels ---------------------------------------------------------------------------------------
+
+
+def _run_pixels(work: _Work) -> Outcome:
+    run = work.run
+    grid = run.stack.grid
+    with ExitStack() as stack:
+        sink = _Sink(work, grid, stack)
+        reader = stack.enter_context(StackReader(run.stack, run.used))
+        infer = _PixelInference(work, work.progress.of(0.9, grid))
+        parts = windows(
+            grid, run.stack.block, run.pixel_bytes + run.answer_bytes, work.window_bytes
+        )
+        timing = work.each(parts, read=reader.read, infer=infer, write=sink.write)
+        return sink.outcome(timing)
+
+
+class _PixelInference:
+    """Answers for the pixels of a window that have enough clear dates."""
+
+    def __init__(self, work: _Work, advance: Callable[[int], None]) -> None:
+        self._model = work.run.model
+        self._days, self._day_of_year = _model_time(work.run)
+        self._cancelled = work.cancelled
+        self._advance = advance
+
+    def __call__(self, sits: Sits) -> _Found:
+        T, C, h, w = sits.values.shape
+        values, valid = sits.values.reshape(T, C, h * w), sits.valid.reshape(T, h * w)
+        index = np.flatnonzero(valid.sum(axis=0) >= self._model.card.min_observations)
+        self._advance(h * w - len(index))
+        answers = np.empty((len(index), *self._model.width), np.float32)
+        # By chunks: only these are copied into (N, T, C), and a cancelled run stops soon.
+        for start in range(0, len(index), self._model.chunk):
+            check(self._cancelled)
+            at = index[start : start + self._model.chunk]
+            answers[start : start + len(at)] = self._model.pixels(
+                values[:, :, at].transpose(2, 0, 1), valid[:, at].T, self._days, self._day_of_year
+            )
+            self._advance(len(at))
+        return _Found(index=index, answers=answers)
+
+
+def _model_time(run: RasterRun) -> tuple[NDArray[np.float32], int]:
+    """Days (T) since the window's first day, and that day's place in its year."""
+    if run.window is None:
+        raise TypeError(f"'{run.model.card.id}' takes no time series")
+    days = np.asarray(run.window.days(run.stack.dates), np.float32)
+    return days, run.window.first_day.timetuple().tm_yday
+
+
+# Patches --------------------------------------------------------------------------------------
+
+
+def _run_patches(work: _Work) -> Outcome:
+    run = work.run
+    patches = run.patches
+    # An embedding between two others is no place between them, so those are never averaged.
+    averaged = run.model.card.task == "landcover" and patches.reach > 0
+    with ExitStack() as stack:
+        sink = _Sink(work, patches.grid, stack)
+        composite = stack.enter_context(_Scratch(work.folder / "composite.scratch.tif"))
+        timing = _make_composite(work, composite)
+        if not averaged:
+            timing += _answer_patches(work, patches, composite, sink.write)
+            return sink.outcome(timing)
+        raw = stack.enter_context(_Scratch(work.folder / "patches.scratch.tif"))
+        with raw.create(patches.grid, run.model.width[0]) as file:
+            timing += _answer_patches(
+                work, patches, composite, lambda w, found: file.write(_spread(found, w), window=w)
+            )
+        timing += _average(work, patches, raw, sink.write)
+        return sink.outcome(timing)
+
+
+class _Scratch:
+    """A float raster that lives from one pass to the next; a context manager that removes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> _Scratch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def create(self, grid: Grid, bands: int) -> Any:  # noqa: ANN401 - rasterio has no types
+        """The raster, open for writing."""
+        layer = Layer(name="scratch", bands=tuple(str(b) for b in range(bands)))
+        return create_raster(self._path, grid, layer)
+
+    def open(self) -> Any:  # noqa: ANN401 - rasterio has no types
+        """The raster, open for reading."""
+        return rasterio.open(self._path)
+
+
+def _spread(found: _Found, window: Window) -> Floats:
+    """Answers (n, K) as a raster (K, h, w), NaN elsewhere."""
+    whole = np.full((found.answers.shape[1], window.height * window.width), np.nan, np.float32)
+    whole[:, found.index] = found.answers.T
+    return whole.reshape(-1, window.height, window.width)
+
+
+def _make_composite(work: _Work, target: _Scratch) -> Timing:
+    """First pass: the median of each pixel's clear dates, NaN where it has too few."""
+    run, grid = work.run, work.run.stack.grid
+    advance = work.progress.of(0.2, grid)
+
+    def infer(sits: Sits) -> Floats:
+        advance(sits.valid[0].size)
+        return _composite(run, sits)
+
+    with (
+        StackReader(run.stack, run.used) as reader,
+        target.create(grid, len(run.stack.bands)) as file,
+    ):
+        # The median sorts a copy.
+        pixel_bytes = 2 * run.pixel_bytes + 4 * len(run.stack.bands)
+        parts = windows(grid, run.stack.block, pixel_bytes, work.window_bytes)
+        return work.each(
+            parts, read=reader.read, infer=infer, write=lambda w, v: file.write(v, window=w)
+        )
+
+
+def _composite(run: RasterRun, sits: Sits) -> Floats:
+    """Reflectance (C, h, w), NaN in pixels with too few clear dates."""
+    median = median_composite(sits)
+    median[:, sits.valid.sum(axis=0) < run.model.card.min_observations] = np.nan
+    return median
+
+
+def _answer_patches(
+    work: _Work,
+    patches: PatchGrid,
+    composite: _Scratch,
+    write: Callable[[Window, _Found], None],
+) -> Timing:
+    """Second pass: the answer of every patch, written to its cell."""
+    run, cells = work.run, patches.grid
+    advance = work.progress.of(0.6, cells)
+
+    def infer(imagery: Floats) -> _Found:
+        views = patches.cut(imagery)
+        h, w = views.shape[:2]
+        index, answers = [], []
+        for start in range(0, h * w, run.model.chunk):
+            check(work.cancelled)
+            part = np.arange(start, min(start + run.model.chunk, h * w))
+            clear, filled = fill_gaps(views[part // w, part % w])
+            index.append(part[clear])
+            answers.append(run.model.patches(filled))
+            advance(len(part))
+        return _Found(index=np.concatenate(index), answers=np.concatenate(answers))
+
+    with composite.open() as file:
+        cell_bytes = 4 * len(run.stack.bands) * patches.stride**2 + run.answer_bytes
+        parts = windows(cells, (1, 1), cell_bytes, work.window_bytes)
+        return work.each(
+            parts, read=lambda w: file.read(window=patches.pixels(w)), infer=infer, write=write
+        )
+
+
+def _average(
+    work: _Work, patches: PatchGrid, raw: _Scratch, write: Callable[[Window, _Found], None]
+) -> Timing:
+    """Last pass: each cell's mean over all patches that contain it."""
+    cells = patches.grid
+    advance = work.progress.of(0.1, cells)
+
+    def infer(item: tuple[Window, Floats]) -> _Found:
+        window, probabilities = item
+        advance(window.height * window.width)
+        mean = box_mean(probabilities, patches.reach + 1)[:, -window.height :, -window.width :]
+        flat = mean.reshape(len(mean), -1)
+        index = np.flatnonzero(~np.isnan(flat[0]))
+        return _Found(index=index, answers=np.ascontiguousarray(flat[:, index].T))
+
+    with raw.open() as file:
+        # As read, twice as running sums in float64, and as means.
+        cell_bytes = 3 * work.run.answer_bytes
+        parts = windows(cells, (1, 1), cell_bytes, work.window_bytes)
+        return work.each(
+            parts, read=lambda w: (w, file.read(window=patches.behind(w))), infer=infer, write=write
+        )
+
+
+# Points ---------------------------------------------------------------------------------------
+
+
+def run_points(run: RasterRun, points: Sequence[tuple[float, float]]) -> PointOutcome:
+    """Answer for single places.
+
+    Args:
+        run: what to do; rasters of it are not made.
+        points: longitude and latitude in degrees (EPSG:4326).
+
+    Raises:
+        PIMCError: whatever the stack, the model or the request is at fault for.
+    """
+    check_run(run)
+    rows, cols, inside = _places(run.stack.grid, points)
+    ask = _ask_pixels if run.model.card.modality == "pixel" else _ask_patches
+    with StackReader(run.stack, run.used) as reader:
+        answers, timing = ask(run, reader, rows[inside], cols[inside])
+    results: list[dict[str, JSON]] = [{"status": "outside"} for _ in points]
+    for place, answer in zip(np.flatnonzero(inside), answers, strict=True):
+        there = not np.isnan(answer).any()
+        record = run.answers.record(answer) if there else {}
+        results[place] = {"status": "ok" if there else "no_data", **record}
+    return PointOutcome(results=tuple(results), timing=timing, warnings=_warnings(run))
+
+
+def _places(
+    grid: Grid, points: Sequence[tuple[float, float]]
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.bool_]]:
+    """Row and column of the pixel under each point, and whether there is one."""
+    xs, ys = _projected(grid, points)
+    with np.errstate(invalid="ignore"):
+        cols, rows = np.floor(~grid.transform @ (xs, ys))
+    # Where the projection holds no such place, these are not numbers, and compare as outside.
+    inside = (rows >= 0) & (rows < grid.height) & (cols >= 0) & (cols < grid.width)
+    return (
+        np.where(inside, rows, 0).astype(np.intp),
+        np.where(inside, cols, 0).astype(np.intp),
+        inside,
+    )
+
+
+def _projected(
+    grid: Grid, points: Sequence[tuple[float, float]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """X and y of points in the grid's CRS, NaN for those that it cannot hold."""
+    try:
+        xs, ys = rasterio.warp.transform(
+            "EPSG:4326", grid.crs, [p[0] for p in points], [p[1] for p in points]
+        )
+    except CPLE_BaseError:
+        # One point beyond the projection fails them all, so look for it by halves.
+        if len(points) == 1:
+            return np.array([np.nan]), np.array([np.nan])
+        half = len(points) // 2
+        (ax, ay), (bx, by) = _projected(grid, points[:half]), _projected(grid, points[half:])
+        return np.concatenate([ax, bx]), np.concatenate([ay, by])
+    return np.asarray(xs, np.float64), np.asarray(ys, np.float64)
+
+
+def _ask_pixels(
+    run: RasterRun, reader: StackReader, rows: NDArray[np.intp], cols: NDArray[np.intp]
+) -> tuple[Floats, Timing]:
+    """Answers (N, …) for pixels, NaN where one has too few clear dates."""
+    start = time.perf_counter()
+    sits = reader.read_pixels(rows, cols)
+    read = time.perf_counter()
+    days, day_of_year = _model_time(run)
+    answers = np.full((len(rows), *run.model.width), np.nan, np.float32)
+    enough = sits.valid.sum(axis=0) >= run.model.card.min_observations
+    answers[enough] = run.model.pixels(
+        sits.values[:, :, enough].transpose(2, 0, 1), sits.valid[:, enough].T, days, day_of_year
+    )
+    return answers, Timing(read=read - start, infer=time.perf_counter() - read)
+
+
+def _ask_patches(
+    run: RasterRun, reader: StackReader, rows: NDArray[np.intp], cols: NDArray[np.intp]
+) -> tuple[Floats, Timing]:
+    """Answers (N, …) for the patches centred on pixels, NaN where one is not clear enough."""
+    patches, grid = run.patches, run.stack.grid
+    answers = np.full((len(rows), *run.model.width), np.nan, np.float32)
+    timing = Timing()
+    for at in range(0, len(rows), run.model.chunk):
+        part = slice(at, at + run.model.chunk)
+        start = time.perf_counter()
+        imagery = np.stack(
+            [
+                _composite(run, reader.read(patches.centred(grid, int(row), int(col))))
+                for row, col in zip(rows[part], cols[part], strict=True)
+            ]
+        )
+        read = time.perf_counter()
+        clear, filled = fill_gaps(imagery)
+        answers[part][clear] = run.model.patches(filled)
+        timing += Timing(read=read - start, infer=time.perf_counter() - read)
+    return answers, timing

@@ -1,0 +1,127 @@
+"""The tasks: a stack or series in, a map or numbers out.
+
+Each route is one line; `_serve` is the whole way of a request.
+"""
+
+# No `from __future__ import annotations` here: FastAPI needs the types at run time.
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request, Response
+
+from models.card import Modality, Task
+from service.dependencies import KNOWN_CALLER, App, Folder, Held
+from service.errors import InvalidRequest
+from service.intake import FILES, FORM, media_type, read_form, read_json
+from service.negotiation import negotiate
+from service.openapi import answers, body
+from service.orders import Bounds, Order, RasterOrder, SeriesOrder, carry_out
+from service.responses import FILE_TYPES, offers, respond
+from service.schemas import read_fields, read_series
+from service.telemetry import CountedExecutor
+from service.watch import run_watched
+
+router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER], default_response_class=Response)
+
+
+@router.post(
+    "/classify-pixels",
+    responses=answers("classify-pixels"),
+    openapi_extra=body("classify-pixels"),
+)
+async def classify_pixels(request: Request, app: App, folder: Folder) -> Response:
+    """A class for every pixel of a satellite image time series."""
+    return await _serve("classify-pixels", request, app, folder)
+
+
+@router.post("/forecast", responses=answers("forecast"), openapi_extra=body("forecast"))
+async def forecast(request: Request, app: App, folder: Folder) -> Response:
+    """The next values of NDVI, EVI and SAVI for every pixel, with quantiles."""
+    return await _serve("forecast", request, app, folder)
+
+
+@router.post("/landcover", responses=answers("landcover"), openapi_extra=body("landcover"))
+async def landcover(request: Request, app: App, folder: Folder) -> Response:
+    """Land-cover labels from imagery: one per 64 x 64 patch, or denser with `stride`."""
+    return await _serve("landcover", request, app, folder)
+
+
+@router.post("/embed", responses=answers("embed"), openapi_extra=body("embed"))
+async def embed(
+    request: Request,
+    app: App,
+    folder: Folder,
+    modality: Annotated[Modality | None, Query(description="as in the body")] = None,
+) -> Response:
+    """The embedding of every pixel, from recurrence plots, or patch, from imagery."""
+    return await _serve("embed", request, app, folder, modality)
+
+
+async def _serve(
+    task: Task, request: Request, app: Held, folder: Path, modality: Modality | None = None
+) -> Response:
+    """Body → intake → order → run → answer.
+
+    Args:
+        task: what is asked for.
+        request: its body not yet read.
+        app: what the application holds.
+        folder: of this request alone; removed once the answer is sent.
+        modality: of an embedding, where the query says it.
+    """
+    _check_query(request, {"modality"} if task == "embed" else set())
+    async with app.admission.seat():
+        order = await _take_in(task, request, app, folder, modality)
+        media = negotiate(request.headers.get("accept", ""), offers(order))
+        run = partial(
+            carry_out,
+            order,
+            app.engine,
+            Bounds(raster_bytes=app.settings.max_raster_bytes, pixels=app.settings.sync_max_pixels),
+            folder,
+            rasters=media in FILE_TYPES,
+            executor=CountedExecutor(app.metrics),
+        )
+        async with app.admission.place():
+            with app.metrics.run():
+                reply = await run_watched(request, run)
+        app.metrics.ran(task=task, pixels=reply.pixels, timing=reply.timing)
+        return await to_thread.run_sync(respond, order, reply, media, folder)
+
+
+def _check_query(request: Request, known: set[str]) -> None:
+    """Refuse a field that came in the query, where nobody would look for it.
+
+    Raises:
+        InvalidRequest: with every such field.
+    """
+    strange = sorted(set(request.query_params) - known)
+    if strange:
+        errors = [{"field": name, "detail": "goes into the body"} for name in strange]
+        raise InvalidRequest(f"the query holds {', '.join(strange)}: fields go in the body", errors)
+
+
+async def _take_in(
+    task: Task, request: Request, app: Held, folder: Path, modality: Modality | None
+) -> Order:
+    """The order that a body makes.
+
+    Raises:
+        RequestError: the body is no order for this task.
+    """
+    if media_type(request) == FORM:
+        form = await read_form(request, folder, app.limits)
+        said = dict(form.fields)
+        if modality is not None:
+            said["modality"] = tuple({modality, *said.get("modality", ())})
+        fields = await to_thread.run_sync(read_fields, task, said)
+        if not form.files:
+            raise InvalidRequest.of(FILES, "no GeoTIFF came")
+        return RasterOrder(task=task, files=form.files, fields=fields)
+    text = await read_json(request, app.limits)
+    series = await to_thread.run_sync(read_series, task, text)
+    if modality == "patch":
+        raise InvalidRequest.of("modality", "a series has no imagery, so no patches")
+    return SeriesOrder(task=task, request=series)

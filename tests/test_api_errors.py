@@ -1,0 +1,530 @@
+"""Every error code, reached from outside, in the one form that errors have."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from affine import Affine
+from rasters import NORTH_UP, write
+from serving import served
+from tiny_zoo import write_zoo
+
+from service.errors import STATUS
+
+BANDS = ("B02", "B04", "B08")
+# No job can be asked for yet, and a stalled body takes a minute: see test_api_intake.
+ELSEWHERE = {"unknown_job", "result_not_ready", "body_stalled"}
+BODY_LIMIT, RASTER_LIMIT, PIXEL_LIMIT = 200_000, 100_000, 4_000
+
+Files = list[tuple[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def api(zoo: Path) -> Iterator[httpx.Client]:
+    with served(
+        model_dir=zoo,
+        max_body_bytes=BODY_LIMIT,
+        max_raster_bytes=RASTER_LIMIT,
+        sync_max_pixels=PIXEL_LIMIT,
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("files")
+
+
+def tiff(
+    folder: Path,
+    day: str | None = "2021-03-01",
+    *,
+    shape: tuple[int, int] = (8, 8),
+    level: int = 2000,
+    bands: tuple[str, ...] = BANDS,
+    **profile: Any,
+) -> tuple[str, Any]:
+    name = f"scene_{day}.tif" if day else "scene.tif"
+    values = np.full((len(bands), *shape), level, np.uint16)
+    source = write(folder / name, values, descriptions=bands, nodata=0, **profile)
+    return ("files", (name, source.path.read_bytes(), "image/tiff"))
+
+
+def stack(folder: Path, dates: int = 3, **how: Any) -> Files:
+    return [tiff(folder, f"2021-0{month}-01", **how) for month in range(1, dates + 1)]
+
+
+def corrupt(folder: Path) -> Files:
+    """A header that opens before pixels that do not."""
+    # Random numbers compress to nothing short, so most of the file is pixels.
+    noise = np.random.default_rng(1).integers(1, 4000, (3, 64, 32)).astype(np.uint16)
+    source = write(
+        folder / "scene_2021-04-01.tif", noise, descriptions=BANDS, compress="deflate", nodata=0
+    )
+    sound = stack(folder, shape=(64, 32))
+    content = bytearray(source.path.read_bytes())
+    content[1000:6000] = bytes(5000)
+    return [*sound, ("files", ("scene_2021-04-01.tif", bytes(content)))]
+
+
+def posted(
+    api: httpx.Client, files: Files, task: str = "classify-pixels", **how: Any
+) -> httpx.Response:
+    return api.post(f"/{task}", files=files, **how)
+
+
+# What to send, by the code that it must be answered with.
+CASES: dict[str, list[Callable[[httpx.Client, Path], httpx.Response]]] = {
+    "not_a_geotiff": [
+        lambda api, f: posted(api, [("files", ("a.tif", b"GIF89a and no TIFF"))]),
+        lambda api, f: posted(api, [("files", ("a.tif", b'<VRTDataset rasterXSize="5"/>'))]),
+    ],
+    "corrupt_raster": [lambda api, f: posted(api, corrupt(f))],
+    "no_georeference": [
+        lambda api, f: posted(api, stack(f, crs=None)),
+        lambda api, f: posted(api, stack(f, transform=Affine.identity())),
+    ],
+    "grid_mismatch": [
+        lambda api, f: posted(api, [*stack(f), tiff(f, "2021-05-01", shape=(8, 9))]),
+        lambda api, f: posted(
+            api, [*stack(f), tiff(f, "2021-05-01", transform=NORTH_UP * Affine.translation(1, 0))]
+        ),
+    ],
+    "missing_bands": [
+        lambda api, f: posted(api, stack(f, bands=("B02", "B03", "B04"))),
+        lambda api, f: api.post(
+            "/embed", json={"series": [{"id": "a", "dates": ["2021-01-01"], "B04": [0.1]}]}
+        ),
+    ],
+    "missing_dates": [lambda api, f: posted(api, [tiff(f, None)])],
+    "too_few_dates": [
+        lambda api, f: posted(api, stack(f, 1)),
+        lambda api, f: posted(api, stack(f), data={"start": "1999-01-01"}),
+    ],
+    "implausible_reflectance": [
+        lambda api, f: posted(api, stack(f), data={"scale": "1"}),
+    ],
+    "raster_too_large": [
+        lambda api, f: posted(api, stack(f, shape=(60, 100), compress="deflate")),
+        lambda api, f: posted(api, stack(f, shape=(1, PIXEL_LIMIT + 1), compress="deflate")),
+    ],
+    "body_too_large": [
+        lambda api, f: posted(api, [("files", ("a.tif", bytes(BODY_LIMIT)))]),
+        # Without a length, and so found out only on the way.
+        lambda api, f: api.post(
+            "/embed",
+            content=(bytes(1000) for _ in range(BODY_LIMIT // 500)),
+            headers={"Content-Type": "application/json"},
+        ),
+    ],
+    "unknown_model": [
+        lambda api, f: api.get("/models/nobody"),
+        lambda api, f: posted(api, stack(f), data={"model": "nobody"}),
+        lambda api, f: posted(api, stack(f), data={"model": "pixels-landcover@9.0.0"}),
+    ],
+    "wrong_task": [
+        lambda api, f: posted(api, stack(f), data={"model": "forecast-vi"}),
+        lambda api, f: posted(
+            api, stack(f), "embed", data={"model": "embed-pixel", "modality": "patch"}
+        ),
+    ],
+    "not_found": [
+        lambda api, f: api.get("/nowhere"),
+        lambda api, f: api.post("/jobs"),
+    ],
+    "method_not_allowed": [
+        lambda api, f: api.get("/classify-pixels"),
+        lambda api, f: api.delete("/models"),
+    ],
+    "not_acceptable": [
+        lambda api, f: posted(api, stack(f), headers={"Accept": "text/html"}),
+        lambda api, f: posted(
+            api,
+            stack(f),
+            headers={"Accept": "image/tiff"},
+            data={"points": json.dumps(points((0, 0)))},
+        ),
+        lambda api, f: api.post("/embed", json=series(), headers={"Accept": "image/tiff"}),
+    ],
+    "unsupported_media_type": [
+        lambda api, f: api.post("/embed", content=b"x", headers={"Content-Type": "text/plain"}),
+        lambda api, f: api.post("/embed", data={"model": "a"}),
+        lambda api, f: api.post("/embed"),
+        lambda api, f: api.post("/embed", json=series(), headers={"Content-Encoding": "gzip"}),
+    ],
+    "forbidden_reference": [
+        lambda api, f: api.post(
+            "/classify-pixels", json={"items": [{"href": "file:///etc/passwd"}]}
+        ),
+        lambda api, f: api.post("/landcover", json={"items": []}),
+    ],
+    "unauthorized": [],
+    "overloaded": [],
+    "not_ready": [],
+    "internal_error": [
+        # This model runs for four dates only, as its warm-up has.
+        lambda api, f: posted(api, stack(f), data={"model": "pixels-brittle"}),
+    ],
+    "invalid_request": [lambda api, f: posted(api, stack(f), data={"horizon": "3"})],
+}
+
+
+def points(*places: tuple[float, float]) -> dict[str, Any]:
+    features = [
+        {"type": "Feature", "geometry": {"type": "Point", "coordinates": place}, "properties": {}}
+        for place in places
+    ]
+    return {"type": "FeatureCollection", "features": features}
+
+
+def series(**change: Any) -> dict[str, Any]:
+    one: dict[str, Any] = {"id": "a", "dates": ["2021-01-01", "2021-02-01"]}
+    one |= {band: [0.1, 0.2] for band in BANDS}
+    return {"series": [one | change]}
+
+
+def check_problem(answer: httpx.Response, code: str) -> dict[str, Any]:
+    assert answer.headers["content-type"] == "application/problem+json", answer.text
+    body: dict[str, Any] = answer.json()
+    assert body["code"] == code, body
+    assert body["status"] == answer.status_code == STATUS[code]
+    assert {"type", "title", "status", "detail", "code", "request_id"} <= set(body)
+    assert body["request_id"] == answer.headers["X-Request-ID"]
+    assert body["detail"]
+    assert "/tmp" not in answer.text  # noqa: S108 - where files lie is nobody's business
+    assert "Traceback" not in answer.text
+    return body
+
+
+def test_there_is_a_case_for_every_code() -> None:
+    assert set(CASES) == set(STATUS) - ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    ("code", "number"), [(code, n) for code, cases in CASES.items() for n in range(len(cases))]
+)
+def test_each_error_has_its_code_and_status(
+    api: httpx.Client, folder: Path, code: str, number: int
+) -> None:
+    check_problem(CASES[code][number](api, folder), code)
+
+
+def test_the_inside_stays_inside(api: httpx.Client, folder: Path) -> None:
+    answer = posted(api, stack(folder), data={"model": "pixels-brittle"})
+    detail = check_problem(answer, "internal_error")["detail"]
+    assert "brittle" not in detail
+    assert "Reshape" not in detail
+
+
+def test_a_refused_method_says_which_are_taken(api: httpx.Client) -> None:
+    answer = api.get("/embed")
+    assert answer.headers["Allow"] == "POST"
+
+
+def test_a_raster_too_large_names_the_limit_and_its_setting(
+    api: httpx.Client, folder: Path
+) -> None:
+    answer = posted(api, stack(folder, shape=(1, PIXEL_LIMIT + 1), compress="deflate"))
+    detail = check_problem(answer, "raster_too_large")["detail"]
+    assert str(PIXEL_LIMIT) in detail
+    assert "PIMC_SYNC_MAX_PIXELS" in detail
+
+
+def test_points_of_a_large_raster_are_answered(api: httpx.Client, folder: Path) -> None:
+    files = stack(folder, 2, shape=(1, PIXEL_LIMIT + 1), compress="deflate")
+    answer = posted(api, files, data={"points": json.dumps(points((0, 0)))})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["features"][0]["properties"]["status"] == "outside"
+
+
+# Validation ---------------------------------------------------------------------------------
+
+UTM_CRS = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32631"}}
+LONG = points(*[(0.0, 0.0)] * 10_001)
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "failing"),
+    [
+        ("classify-pixels", {"nonsense": "1"}, {"nonsense"}),
+        (
+            "classify-pixels",
+            {"horizon": "3", "stride": "2", "scale": "x"},
+            {"horizon", "stride", "scale"},
+        ),
+        ("classify-pixels", {"layout": "cube"}, {"layout"}),
+        ("classify-pixels", {"dates": "2021-01-01,yesterday"}, {"dates.1"}),
+        ("classify-pixels", {"dates": "20210101"}, {"dates.0"}),
+        ("classify-pixels", {"dates": "2021-02-30"}, {"dates.0"}),
+        ("classify-pixels", {"bands": "B02,,B04"}, {"bands.1"}),
+        ("classify-pixels", {"scale": "nan"}, {"scale"}),
+        ("classify-pixels", {"scale": "0"}, {"scale"}),
+        ("classify-pixels", {"offset": "inf"}, {"offset"}),
+        ("classify-pixels", {"mask": "clouds"}, {"mask"}),
+        ("classify-pixels", {"start": "1.1.2021"}, {"start"}),
+        ("classify-pixels", {"outputs": "class,q50"}, {"outputs.1"}),
+        ("classify-pixels", {"points": "{"}, {"points"}),
+        ("embed", {"points": json.dumps(points((0, 91)))}, {"points.features.0.geometry"}),
+        ("classify-pixels", {"points": json.dumps(points())}, {"points.features"}),
+        ("embed", {"points": json.dumps({"type": "Point", "coordinates": [0, 0]})}, None),
+        ("embed", {"points": json.dumps({**points((0, 0)), "crs": UTM_CRS})}, {"points"}),
+        ("classify-pixels", {"model": ["a", "b"]}, {"model"}),
+        ("forecast", {"horizon": "0"}, {"horizon"}),
+        ("forecast", {"horizon": "99"}, {"horizon"}),
+        ("forecast", {"outputs": "class"}, {"outputs.0"}),
+        ("landcover", {"stride": "65"}, {"stride"}),
+        ("landcover", {"stride": "0"}, {"stride"}),
+        ("landcover", {"start": "2021-01-01"}, {"start"}),
+        ("embed", {"modality": "both"}, {"modality"}),
+        ("embed", {"stride": "8"}, {"stride"}),
+        ("embed", {"modality": "patch", "start": "2021-01-01"}, {"start"}),
+    ],
+)  # fmt: skip
+def test_each_failing_field_is_listed(
+    api: httpx.Client, folder: Path, task: str, fields: dict[str, Any], failing: set[str] | None
+) -> None:
+    files = stack(folder, bands=("B02", "B03", "B04", "B08"))
+    body = check_problem(posted(api, files, task, data=fields), "invalid_request")
+    found = {error["field"] for error in body["errors"]}
+    assert all(error["detail"] for error in body["errors"])
+    if failing is None:
+        assert found
+    else:
+        assert found == failing
+
+
+def test_too_many_points_are_refused(zoo: Path, folder: Path) -> None:
+    with served(model_dir=zoo) as client:
+        answer = posted(client, stack(folder), data={"points": json.dumps(LONG)})
+        body = check_problem(answer, "invalid_request")
+    assert body["errors"][0]["field"] == "points.features"
+
+
+@pytest.mark.parametrize(
+    ("task", "body", "failing"),
+    [
+        ("embed", series(B04=[0.1]), "series.0"),
+        ("embed", series(dates=["2021-01-01", 20210201]), "series.0.dates.1"),
+        ("embed", series(B08=["0.1", "lots"]), "series.0.B08.1"),
+        ("embed", series(ndvi=[0.1, 0.2]), "series.0.ndvi"),
+        ("embed", series(id=None), "series.0.id"),
+        ("embed", {"series": []}, "series"),
+        ("embed", {}, "series"),
+        ("embed", {**series(), "modality": "patch"}, "modality"),
+        ("embed", {**series(), "horizon": 3}, "horizon"),
+        ("embed", [1, 2], "body"),
+        ("forecast", {**series(), "horizon": 99}, "horizon"),
+        ("landcover", series(), "series"),
+    ],
+)
+def test_each_failing_field_of_a_series_is_listed(
+    api: httpx.Client, task: str, body: Any, failing: str
+) -> None:
+    answer = api.post(f"/{task}", json=body)
+    assert failing in {e["field"] for e in check_problem(answer, "invalid_request")["errors"]}
+
+
+def test_a_patch_embedding_of_a_series_is_refused(api: httpx.Client) -> None:
+    answer = api.post("/embed", params={"modality": "patch"}, json=series())
+    assert check_problem(answer, "invalid_request")["errors"][0]["field"] == "modality"
+
+
+def test_a_field_in_the_query_is_not_passed_over(api: httpx.Client, folder: Path) -> None:
+    answer = posted(api, stack(folder), params={"outputs": "confidence", "model": "x"})
+    body = check_problem(answer, "invalid_request")
+    assert [error["field"] for error in body["errors"]] == ["model", "outputs"]
+
+
+def test_the_query_and_the_form_must_agree(api: httpx.Client, folder: Path) -> None:
+    how = {"params": {"modality": "patch"}, "data": {"modality": "pixel"}}
+    body = check_problem(posted(api, stack(folder), "embed", **how), "invalid_request")
+    assert body["errors"][0]["field"] == "modality"
+    query = posted(api, stack(folder), "embed", params={"modality": "both"})
+    assert check_problem(query, "invalid_request")["errors"][0]["field"] == "modality"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"series": NaN}', b"null"])
+def test_what_is_no_json_is_said(api: httpx.Client, content: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    check_problem(api.post("/forecast", content=content, headers=headers), "invalid_request")
+
+
+def test_a_flood_of_errors_is_cut_short(api: httpx.Client) -> None:
+    flood = {"series": [{"id": "a"} for _ in range(500)]}
+    body = check_problem(api.post("/embed", json=flood), "invalid_request")
+    assert len(body["errors"]) == 20
+    assert "500" in body["detail"]
+
+
+@pytest.mark.parametrize(
+    ("files", "field"),
+    [
+        ([("files", ("empty.tif", b""))], "files"),
+        ([("file", ("a.tif", b"II*\0"))], "file"),
+        ([("model", (None, "pixels-landcover"))], "files"),
+        ([("files", (None, "text"))], "files"),
+    ],
+)
+def test_files_that_did_not_come_are_missed(api: httpx.Client, files: Files, field: str) -> None:
+    body = check_problem(api.post("/classify-pixels", files=files), "invalid_request")
+    assert [error["field"] for error in body["errors"]] == [field]
+
+
+# Keys ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def keyed(zoo: Path) -> Iterator[httpx.Client]:
+    with served(model_dir=zoo, api_keys=("first-key", "second-key")) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": "Bearer first-key"},
+        {"Authorization": "bearer first-key"},
+        {"X-API-Key": "first-key"},
+    ],
+)
+def test_a_key_opens(keyed: httpx.Client, headers: dict[str, str]) -> None:
+    assert keyed.get("/models", headers=headers).status_code == 200
+    assert keyed.post("/embed", json=series(), headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Basic first-key"},
+        {"X-API-Key": ""},
+        {"X-API-Key": "first-key2"},
+    ],
+)
+def test_anything_else_does_not(keyed: httpx.Client, headers: dict[str, str]) -> None:
+    for answer in (
+        keyed.get("/models", headers=headers),
+        keyed.get("/models/embed-pixel", headers=headers),
+        keyed.post("/embed", json=series(), headers=headers),
+        keyed.post("/classify-pixels", content=b"", headers=headers),
+    ):
+        body = check_problem(answer, "unauthorized")
+        assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+        assert "first-key" not in body["detail"]
+
+
+def test_an_operator_and_a_reader_need_no_key(keyed: httpx.Client) -> None:
+    for path in ("/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json", "/"):
+        assert keyed.get(path).status_code == 200
+
+
+# Room ---------------------------------------------------------------------------------------
+
+
+def started_upload(client: httpx.Client) -> socket.socket:
+    """An upload that has begun and goes on for as long as the socket is open."""
+    connection = socket.create_connection((client.base_url.host, client.base_url.port or 80))
+    connection.sendall(
+        b"POST /classify-pixels HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n"
+        b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+    )
+    return connection
+
+
+def test_who_finds_no_seat_is_told_at_once(zoo: Path, folder: Path) -> None:
+    with served(model_dir=zoo, max_concurrency=1) as client:
+        uploads = [started_upload(client) for _ in range(2)]
+        answer = posted(client, stack(folder))
+        while answer.status_code == 200:  # the uploads have not all been seen yet
+            answer = posted(client, stack(folder))
+        check_problem(answer, "overloaded")
+        assert int(answer.headers["Retry-After"]) > 0
+        for upload in uploads:
+            upload.close()
+        # Their seats come free; nothing is left of them.
+        until = time.monotonic() + 20
+        while posted(client, stack(folder)).status_code != 200:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def test_what_can_be_refused_by_its_length_is_not_uploaded(api: httpx.Client) -> None:
+    where = (api.base_url.host, api.base_url.port or 80)
+    with socket.create_connection(where, timeout=20) as connection:
+        connection.sendall(
+            b"POST /classify-pixels HTTP/1.1\r\nHost: here\r\nContent-Length: 99999999999\r\n"
+            b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+        )
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_more_at_once_than_there_is_room_for(zoo: Path, folder: Path) -> None:
+    """All are answered in full or told that nothing was started; none is lost."""
+    files = stack(folder, 4, shape=(60, 60))
+    found: list[httpx.Response] = []
+    with served(model_dir=zoo, max_concurrency=1) as client:
+        ready = threading.Barrier(8)
+
+        def ask() -> None:
+            ready.wait()
+            found.append(posted(client, files))
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 8
+    good = [answer for answer in found if answer.status_code == 200]
+    assert good
+    assert len({answer.content for answer in good}) == 1
+    for answer in found:
+        if answer.status_code != 200:
+            check_problem(answer, "overloaded")
+
+
+# Readiness ----------------------------------------------------------------------------------
+
+
+def test_a_default_that_cannot_be_loaded_makes_it_unready(tmp_path: Path, folder: Path) -> None:
+    zoo = write_zoo(tmp_path)
+    card = json.loads((zoo / "forecast-vi" / "card.json").read_text())
+    (zoo / "forecast-vi" / "model.onnx").write_bytes(b"no graph")
+    card["sha256"] = card["variants"][0]["sha256"] = hashlib.sha256(b"no graph").hexdigest()
+    (zoo / "forecast-vi" / "card.json").write_text(json.dumps(card))
+    with served(model_dir=zoo) as client:
+        answer = client.get("/health/ready")
+        assert "forecast-vi" in check_problem(answer, "not_ready")["detail"]
+        assert int(answer.headers["Retry-After"]) > 0
+        # The others go on.
+        assert client.get("/health/live").status_code == 200
+        assert posted(client, stack(folder)).status_code == 200
+        check_problem(posted(client, stack(folder), "forecast"), "unknown_model")
+        assert "forecast" not in client.get("/models").json()["defaults"]
+        check_problem(client.get("/models/forecast-vi"), "unknown_model")
+
+
+def test_a_refused_bundle_is_told_with_the_reason(zoo: Path, tmp_path: Path) -> None:
+    own = write_zoo(tmp_path)
+    (own / "pixels-brittle" / "model.onnx").write_bytes(b"tampered with")
+    with served(model_dir=own) as client:
+        ready = client.get("/health/ready")
+        assert ready.status_code == 200
+        assert "sha256" in ready.json()["refused"]["pixels-brittle"]

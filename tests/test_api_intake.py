@@ -1,0 +1,333 @@
+"""Bodies: streamed to disk however they are cut, bounded, and gone afterwards."""
+
+from __future__ import annotations
+
+import json
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rasters import write
+from serving import served
+from starlette.requests import Request
+from tiny_zoo import write_zoo
+
+from service.admission import Admission
+from service.errors import (
+    BodyStalled,
+    BodyTooLarge,
+    InvalidRequest,
+    Overloaded,
+    PIMCError,
+    UnsupportedMedia,
+)
+from service.executors import Cancelled, check
+from service.intake import Form, Limits, label, media_type, read_form, read_json
+from service.watch import run_watched
+
+BOUNDARY = "edge"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def request_of(
+    pieces: list[bytes], kind: str = f"multipart/form-data; boundary={BOUNDARY}", **headers: str
+) -> Request:
+    """A request whose body comes in these pieces; after the last, silence."""
+    left = list(pieces)
+
+    async def receive() -> dict[str, Any]:
+        if not left:
+            await anyio.sleep_forever()
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+    named = {"content-type": kind, **{k.replace("_", "-"): v for k, v in headers.items()}}
+    raw = [(name.encode(), value.encode()) for name, value in named.items()]
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": raw}, receive)
+
+
+def part(name: str, content: bytes, filename: str | None = None) -> bytes:
+    called = "" if filename is None else f'; filename="{filename}"'
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"{called}\r\n\r\n'
+    return head.encode() + content + b"\r\n"
+
+
+def body_of(*parts: bytes) -> bytes:
+    return b"".join(parts) + f"--{BOUNDARY}--\r\n".encode()
+
+
+def taken(pieces: list[bytes], folder: Path, limits: Limits | None = None, **how: str) -> Form:
+    bounds = limits or Limits(body_bytes=10**7)
+    return anyio.run(read_form, request_of(pieces, **how), folder, bounds)
+
+
+CONTENTS = [bytes(range(256)) * 40, b"--edge", b"\r\n--edge-no\r\n", b"\r\n" * 50]
+
+
+@given(st.data())
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_form_is_the_same_however_it_is_cut(data: Any) -> None:
+    whole = body_of(
+        part("dates", b"2021-01-01"),
+        *(part("files", content, f"f{n}.tif") for n, content in enumerate(CONTENTS)),
+        part("dates", "2021-02-01, é".encode()),
+    )
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(whole) - 1), max_size=30)))
+    pieces = [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        form = taken(pieces, Path(folder))
+        assert [file.name for file in form.files] == ["f0.tif", "f1.tif", "f2.tif", "f3.tif"]
+        assert [file.path.read_bytes() for file in form.files] == CONTENTS
+        assert form.fields == {"dates": ("2021-01-01", "2021-02-01, é")}
+
+
+def test_what_a_caller_calls_a_file_is_no_path(tmp_path: Path) -> None:
+    names = ["../../up.tif", "/etc/passwd", "..", "", "a\\b.tif", "C:\\x\\y.tif", "n\x01ul.tif"]
+    form = taken([body_of(*(part("files", b"x", name) for name in names))], tmp_path)
+    assert {file.path.parent for file in form.files} == {tmp_path}
+    assert [file.path.name for file in form.files] == [f"{n:04d}.tif" for n in range(len(names))]
+    assert [file.name for file in form.files] == [
+        "up.tif", "passwd", "file 3", "file 4", "b.tif", "y.tif", "nul.tif",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["x" * 500 + "_2021-01-01.tif", "é.tif", "../..", "\n\r"])
+def test_a_label_is_short_and_shows_the_end(name: str) -> None:
+    shown = label(name, 6)
+    assert 0 < len(shown) <= 120
+    assert "/" not in shown
+    assert shown.isprintable()
+    if name.endswith("2021-01-01.tif"):
+        assert shown.endswith("_2021-01-01.tif")
+
+
+@pytest.mark.parametrize(
+    ("body", "limits", "kind"),
+    [
+        (body_of(part("files", b"x" * 200, "a.tif")), {"body_bytes": 100}, BodyTooLarge),
+        (body_of(part("a", b"x" * 200)), {"field_bytes": 100}, InvalidRequest),
+        (body_of(*[part("a", b"x" * 20)] * 6), {"field_bytes": 100}, InvalidRequest),
+        (body_of(*[part("a", b"x")] * 4), {"fields": 3}, InvalidRequest),
+        (body_of(*[part("files", b"x", "a.tif")] * 4), {"files": 3}, InvalidRequest),
+        (body_of(part("files", b"", "a.tif")), {}, InvalidRequest),
+        (body_of(part("files", b"x")), {}, InvalidRequest),
+        (body_of(part("files", b"x" * 200, "a.tif"))[:-60], {}, InvalidRequest),
+        (part("a", b"x"), {}, InvalidRequest),
+        (b"", {}, InvalidRequest),
+        (b"no form at all", {}, InvalidRequest),
+        (f"--{BOUNDARY}\r\nX-Else: 1\r\n\r\nx\r\n--{BOUNDARY}--".encode(), {}, InvalidRequest),
+        (f"--{BOUNDARY}\r\n{'X' * 9000}: 1\r\n\r\nx".encode(), {}, InvalidRequest),
+    ],
+)
+def test_a_form_that_is_none_or_too_much_is_refused(
+    tmp_path: Path, body: bytes, limits: dict[str, int], kind: type[PIMCError]
+) -> None:
+    with pytest.raises(kind) as caught:
+        taken([body], tmp_path, Limits(**{"body_bytes": 10**6, **limits}))
+    assert caught.value.detail
+
+
+def test_the_limit_holds_whatever_the_length_says(tmp_path: Path) -> None:
+    pieces = [part("files", b"x" * 500, "a.tif")] * 10
+    for said in ("10", "0", "nonsense"):
+        with pytest.raises(BodyTooLarge):
+            taken(list(pieces), tmp_path / said, Limits(body_bytes=50), content_length=said)
+    with pytest.raises(BodyTooLarge, match="5000"):
+        taken([b""], tmp_path, Limits(body_bytes=50), content_length="5000")
+
+
+def test_a_form_needs_a_boundary(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="boundary"):
+        taken([b""], tmp_path, kind="multipart/form-data")
+    with pytest.raises(InvalidRequest, match="form"):
+        taken([b""], tmp_path, kind=f"multipart/form-data; boundary={'x' * 500}")
+
+
+def test_an_upload_that_stops_is_given_up(tmp_path: Path) -> None:
+    async def receive() -> dict[str, Any]:
+        if begun:
+            await anyio.sleep_forever()
+        begun.append(True)
+        return {"type": "http.request", "body": part("files", b"x", "a.tif"), "more_body": True}
+
+    begun: list[bool] = []
+    request = Request(request_of([]).scope, receive)
+    limits = Limits(body_bytes=10**6, idle_seconds=0.05)
+    with pytest.raises(BodyStalled):
+        anyio.run(read_form, request, tmp_path, limits)
+    begun.clear()
+    with pytest.raises(BodyStalled):
+        anyio.run(read_json, Request(request_of([]).scope, receive), limits)
+
+
+def test_json_is_held_in_memory_and_so_bounded_more_tightly() -> None:
+    limits = Limits(body_bytes=10**9, json_bytes=10)
+    assert anyio.run(read_json, request_of([b'{"a"', b": 1}"]), limits) == b'{"a": 1}'
+    with pytest.raises(BodyTooLarge, match="10"):
+        anyio.run(read_json, request_of([b"x" * 6, b"x" * 6]), limits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [
+        ("multipart/form-data; boundary=x", "multipart/form-data"),
+        ("Application/JSON; charset=utf-8", "application/json"),
+    ],
+)
+def test_two_kinds_of_body_are_read(kind: str, read: str) -> None:
+    assert media_type(request_of([], kind=kind)) == read
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "text/plain", "application/x-www-form-urlencoded", "image/tiff"]
+)
+def test_any_other_is_refused(kind: str) -> None:
+    with pytest.raises(UnsupportedMedia):
+        media_type(request_of([], kind=kind))
+
+
+# Admission and disconnects ------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_seats_are_given_back_also_after_a_fault() -> None:
+    admission = Admission(1)
+    for _ in range(5):
+        with pytest.raises(ValueError, match="inside"):
+            async with admission.seat(), admission.place():
+                raise ValueError("inside")
+    async with admission.seat(), admission.seat():
+        with pytest.raises(Overloaded) as caught:
+            async with admission.seat():
+                pytest.fail("there are only two seats")
+        assert caught.value.retry_after > 0
+
+
+@pytest.mark.anyio
+async def test_a_place_is_waited_for_but_not_for_long() -> None:
+    admission = Admission(1, wait_seconds=0.02)
+    async with admission.place():
+        with pytest.raises(Overloaded):
+            async with admission.place():
+                pytest.fail("there is only one place")
+    patient = Admission(1, wait_seconds=30)
+    order: list[str] = []
+
+    async def second() -> None:
+        async with patient.place():
+            order.append("second")
+
+    async with anyio.create_task_group() as group, patient.place():
+        group.start_soon(second)
+        await anyio.sleep(0.02)
+        order.append("first")
+    assert order == ["first", "second"]
+
+
+@pytest.mark.anyio
+async def test_a_run_is_told_when_its_caller_has_gone() -> None:
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    def run(*, cancelled: Any) -> None:
+        assert cancelled.wait(timeout=30)
+        check(cancelled)
+
+    with pytest.raises(Cancelled):
+        await run_watched(Request(request_of([]).scope, receive), run)
+
+
+# Leftovers ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def api(tmp_path: Path, scratch: Path) -> Iterator[httpx.Client]:
+    with served(model_dir=write_zoo(tmp_path / "zoo")) as client:
+        yield client
+
+
+def emptied(folder: Path) -> bool:
+    """Whether the folder is empty, soon: an answer is there before its folder is gone."""
+    until = time.monotonic() + 20
+    while any(folder.iterdir()) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not any(folder.iterdir())
+
+
+def files_in(folder: Path) -> list[tuple[str, Any]]:
+    found = []
+    for month in (1, 2, 3):
+        values = np.full((3, 8, 8), 2000, np.uint16)
+        name = f"s_2021-0{month}-01.tif"
+        source = write(folder / name, values, descriptions=("B02", "B04", "B08"), nodata=0)
+        found.append(("files", (name, source.path.read_bytes())))
+    return found
+
+
+def test_nothing_stays_of_a_request(api: httpx.Client, tmp_path: Path, scratch: Path) -> None:
+    files = files_in(tmp_path)
+    outputs = {"outputs": "class,confidence"}
+    assert api.post("/classify-pixels", files=files, data=outputs).status_code == 200
+    assert api.post("/classify-pixels", files=files, data={"scale": "x"}).status_code == 422
+    assert api.post("/classify-pixels", files=files, data={"scale": "9"}).status_code == 422
+    brittle = {"model": "pixels-brittle"}
+    assert api.post("/classify-pixels", files=files, data=brittle).status_code == 500
+    assert emptied(scratch)
+
+
+def test_nothing_stays_of_a_caller_who_hangs_up(
+    api: httpx.Client, tmp_path: Path, scratch: Path
+) -> None:
+    where = (api.base_url.host, api.base_url.port or 80)
+    form = body_of(*(part("files", f[1][1], f[1][0]) for f in files_in(tmp_path)))
+    head = (
+        "POST /classify-pixels HTTP/1.1\r\nHost: here\r\n"
+        f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
+        f"Content-Length: {len(form)}\r\n\r\n"
+    ).encode()
+    for sent in (head + form[: len(form) // 2], head + form):
+        with socket.create_connection(where) as connection:
+            connection.sendall(sent)
+            until = time.monotonic() + 20
+            while not any(scratch.iterdir()) and time.monotonic() < until:
+                time.sleep(0.001)
+        assert emptied(scratch)
+    assert api.get("/health/live").status_code == 200
+
+
+def test_a_chunked_upload_is_read_like_any_other(api: httpx.Client, tmp_path: Path) -> None:
+    form = body_of(*(part("files", f[1][1], f[1][0]) for f in files_in(tmp_path)))
+
+    def pieces() -> Iterator[bytes]:
+        for at in range(0, len(form), 100):
+            yield form[at : at + 100]
+
+    answer = api.post(
+        "/classify-pixels",
+        content=pieces(),
+        headers={"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"},
+    )
+    assert answer.status_code == 200, answer.text
+    assert json.loads(api.get("/health/ready").text)["status"] == "ready"

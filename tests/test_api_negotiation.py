@@ -1,0 +1,53 @@
+"""`Accept`, as RFC 9110 has it."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.errors import NotAcceptable
+from service.negotiation import negotiate
+
+COG = "image/tiff; application=geotiff; profile=cloud-optimized"
+ZIP = "application/zip"
+JSON = "application/json"
+OFFERS = (COG, ZIP, JSON)
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        ("", COG),
+        ("*/*", COG),
+        ("image/tiff", COG),
+        ("image/*", COG),
+        ("image/tiff; application=geotiff", COG),
+        ('image/tiff; application="geotiff"; profile=cloud-optimized', COG),
+        ("IMAGE/TIFF; Application=GeoTIFF", COG),
+        ("application/zip", ZIP),
+        ("application/*", ZIP),
+        ("application/json", JSON),
+        ("application/json, */*;q=0.1", JSON),
+        ("application/json;q=0.5, application/zip;q=0.8", ZIP),
+        ("text/html, application/xhtml+xml, */*;q=0.8", COG),
+        # The closest range counts, not the most generous one.
+        ("image/tiff;q=0, */*", ZIP),
+        ("*/*, image/*;q=0, application/zip;q=0.2", JSON),
+        ("application/json;q=0.2, application/*;q=0.9", ZIP),
+        # What makes no sense is passed over.
+        ("nonsense, application/json", JSON),
+        ("application/zip;q=x, application/json;q=0.1", JSON),
+    ],
+)
+def test_the_best_liked_offer_is_chosen(accept: str, chosen: str) -> None:
+    assert negotiate(accept, OFFERS) == chosen
+
+
+@pytest.mark.parametrize(
+    "accept",
+    ["text/html", "image/png", "image/tiff; profile=other", "*/*;q=0", "application/json;q=0"],
+)
+def test_nothing_acceptable_is_said_with_both_sides(accept: str) -> None:
+    with pytest.raises(NotAcceptable) as caught:
+        negotiate(accept, OFFERS)
+    assert accept in caught.value.detail
+    assert ZIP in caught.value.detail

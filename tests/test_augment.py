@@ -1,0 +1,120 @@
+"""Augmentations do what they say and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from training.augment import (
+    NO_PATCH_AUGMENTATION,
+    NO_PIXEL_AUGMENTATION,
+    PatchAugmentation,
+    PixelAugmentation,
+    augment_patches,
+    augment_pixels,
+    crop,
+    disturb,
+    drop_dates,
+    flip,
+    jitter_dates,
+    shift_season,
+)
+
+
+def chance(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def test_dropping_keeps_the_least_and_never_adds():
+    valid = chance().random((200, 36)) < np.linspace(0.02, 1.0, 200)[:, None]
+    kept = drop_dates(valid, chance(1), most=0.9, least=4)
+    assert not (kept & ~valid).any()
+    assert (kept.sum(1) >= np.minimum(valid.sum(1), 4)).all()
+    assert kept.sum() < 0.75 * valid.sum()
+
+
+def test_dropping_nothing_changes_nothing():
+    valid = chance().random((20, 10)) < 0.5
+    np.testing.assert_array_equal(drop_dates(valid, chance(), most=0.0, least=0), valid)
+
+
+def test_share_dropped_is_drawn_for_each_pixel():
+    kept = drop_dates(np.ones((4000, 100), bool), chance(), most=0.6, least=0).mean(1)
+    assert kept.mean() == pytest.approx(0.7, abs=0.01)
+    assert kept.min() < 0.45
+    assert kept.max() > 0.97
+
+
+def test_jitter_moves_dates_apart_and_season_moves_them_together():
+    days = np.arange(0, 3600, 10, dtype=np.float32)
+    jittered = jitter_dates(days, chance(), deviation=2.0) - days
+    assert jittered.std() == pytest.approx(2.0, rel=0.15)
+    shifts = [shift_season(days, chance(i), most=15.0) - days for i in range(200)]
+    assert all(np.allclose(s, s[0], atol=1e-3) for s in shifts)
+    firsts = np.array([s[0] for s in shifts])
+    assert np.abs(firsts).max() <= 15.0
+    assert firsts.std() == pytest.approx(15.0 / np.sqrt(3.0), rel=0.15)
+
+
+def test_gain_is_a_pixels_own_and_keeps_missing_missing():
+    values = np.full((500, 6, 3), 0.2, np.float32)
+    values[:, 2] = np.nan
+    out = disturb(values, chance(), noise=0.0, gain=0.05)
+    assert np.isnan(out[:, 2]).all()
+    ratio = np.delete(out, 2, axis=1) / 0.2
+    assert np.ptp(ratio, axis=(1, 2)).max() < 1e-5
+    assert np.log(ratio[:, 0, 0]).std() == pytest.approx(0.05, rel=0.15)
+
+
+def test_no_augmentation_is_the_identity():
+    values = chance().random((5, 7, 3)).astype(np.float32)
+    valid = np.ones((5, 7), bool)
+    days = np.arange(7, dtype=np.float32)
+    out = augment_pixels(values, valid, days, NO_PIXEL_AUGMENTATION, chance())
+    for got, expected in zip(out, (values, valid, days), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    patches = chance().random((3, 3, 16, 16)).astype(np.float32)
+    np.testing.assert_array_equal(
+        augment_patches(patches, NO_PATCH_AUGMENTATION, chance()), patches
+    )
+
+
+def test_inputs_are_left_alone_and_chance_repeats():
+    values = chance().random((5, 7, 3)).astype(np.float32)
+    valid, days = np.ones((5, 7), bool), np.arange(7, dtype=np.float32)
+    patches = chance().random((4, 3, 16, 16)).astype(np.float32)
+    before = [a.copy() for a in (values, valid, days, patches)]
+    first = augment_pixels(values, valid, days, PixelAugmentation(), chance(3))
+    second = augment_pixels(values, valid, days, PixelAugmentation(), chance(3))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(
+        augment_patches(patches, PatchAugmentation(), chance(3)),
+        augment_patches(patches, PatchAugmentation(), chance(3)),
+    )
+    for now, then in zip((values, valid, days, patches), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_flips_are_the_eight_symmetries():
+    patch = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    seen = {flip(patch, chance(seed)).tobytes() for seed in range(200)}
+    expected = {
+        np.ascontiguousarray(turned).tobytes()
+        for k in range(4)
+        for turned in (np.rot90(patch[0, 0], k), np.rot90(patch[0, 0], k)[:, ::-1])
+    }
+    assert seen == expected
+
+
+def test_a_crop_is_a_part_of_the_patch_scaled_back():
+    rows, cols = np.meshgrid(np.arange(32.0), np.arange(32.0), indexing="ij")
+    patch = np.stack([rows, cols])[None].repeat(50, axis=0).astype(np.float32)
+    out = crop(patch, chance(), most=0.5)
+    assert out.shape == patch.shape
+    for got_rows, got_cols in out:
+        # Axes stay apart, in order, and cover at least half of the side.
+        assert (got_rows == got_rows[:, :1]).all()
+        assert (got_cols == got_cols[:1]).all()
+        assert (np.diff(got_rows[:, 0]) >= 0).all()
+        assert got_rows[-1, 0] - got_rows[0, 0] >= 14

@@ -1,0 +1,73 @@
+"""Each error has its status, and the table of API.md is kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from service import errors
+from service.errors import STATUS, InvalidRequest, PIMCError
+
+# As the API's page has it.
+DOCUMENTED = {
+    "not_a_geotiff": 422,
+    "corrupt_raster": 422,
+    "no_georeference": 422,
+    "grid_mismatch": 422,
+    "missing_bands": 422,
+    "missing_dates": 422,
+    "too_few_dates": 422,
+    "implausible_reflectance": 422,
+    "raster_too_large": 413,
+    "body_too_large": 413,
+    "unknown_model": 404,
+    "unknown_job": 404,
+    "wrong_task": 422,
+    "invalid_request": 422,
+    "result_not_ready": 409,
+    "forbidden_reference": 403,
+    "unauthorized": 401,
+    "overloaded": 503,
+    "internal_error": 500,
+}
+# Nodes of the tree that group others and are not raised.
+GROUPS = {"PIMCError", "RequestError", "RasterError"}
+
+
+def every_error(root: type[PIMCError] = PIMCError) -> set[type[PIMCError]]:
+    return {root}.union(*(every_error(child) for child in root.__subclasses__()))
+
+
+@pytest.mark.parametrize("kind", sorted(every_error(), key=lambda kind: kind.__name__))
+def test_every_error_has_a_status(kind: type[PIMCError]) -> None:
+    assert 400 <= STATUS[kind.code] <= 599
+
+
+def test_every_status_has_its_error_and_no_two_share_a_code() -> None:
+    leaves = [kind for kind in every_error() if kind.__name__ not in GROUPS]
+    codes = [kind.code for kind in leaves]
+    assert len(set(codes)) == len(codes)
+    assert set(codes) == set(STATUS)
+
+
+def test_documented_codes_keep_their_status() -> None:
+    assert DOCUMENTED.items() <= dict(STATUS).items()
+
+
+def test_every_error_says_its_own_title() -> None:
+    for kind in every_error():
+        if kind.__name__ not in GROUPS:
+            assert kind.title.lower().replace(" ", "_") == kind.code or kind.code in {
+                "not_a_geotiff"
+            }, kind
+
+
+def test_the_tree_in_the_docstring_names_every_error() -> None:
+    assert errors.__doc__
+    missing = {k.__name__ for k in every_error() if k.__name__ not in errors.__doc__}
+    assert not missing
+
+
+def test_an_error_of_one_field_names_it_twice() -> None:
+    error = InvalidRequest.of("stride", "65 is over 64")
+    assert error.detail == "stride: 65 is over 64"
+    assert error.errors == ({"field": "stride", "detail": "65 is over 64"},)

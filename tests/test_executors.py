@@ -1,0 +1,138 @@
+"""The three stages: order, bounds, errors and cancellation, with plain functions."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from service.executors import Cancelled, ThreadExecutor, Timing
+
+
+class Fault(Exception):
+    pass
+
+
+def failing_at(item, do=lambda value: value):
+    def stage(value):
+        if value == item:
+            raise Fault(f"at {item}")
+        return do(value)
+
+    return stage
+
+
+def run(items, *, read=lambda i: i, infer=lambda v: v, write=lambda i, a: None, **more):
+    return ThreadExecutor().run(items, read=read, infer=infer, write=write, **more)
+
+
+def test_every_item_goes_through_in_order():
+    written = []
+    run(
+        range(50),
+        read=lambda i: i * 10,
+        infer=lambda v: v + 1,
+        write=lambda i, a: written.append((i, a)),
+    )
+    assert written == [(i, i * 10 + 1) for i in range(50)]
+
+
+def test_no_items_no_calls():
+    assert run([]) == Timing()
+
+
+@pytest.mark.parametrize("stage", ["read", "infer", "write"])
+def test_a_stage_that_fails_stops_the_others_and_is_heard_as_it_is(stage):
+    begun, written = [], []
+    stages = {
+        "read": lambda i: begun.append(i) or i,
+        "infer": lambda v: v,
+        "write": lambda i, a: written.append(i),
+    }
+    ok = stages[stage]
+
+    def broken(item, *rest):
+        if item == 5:
+            raise Fault("at 5")
+        return ok(item, *rest)
+
+    with pytest.raises(Fault, match="at 5"):
+        run(range(1000), **{**stages, stage: broken})
+    # What was inferred but not yet written is dropped.
+    assert written == list(range(len(written)))
+    assert 5 not in written
+    # At most what may lie between the stages was begun in vain.
+    assert len(begun) < 20
+
+
+def test_no_stage_runs_away_from_the_next():
+    lock, alive, most = threading.Lock(), 0, 0
+
+    def read(item):
+        nonlocal alive, most
+        with lock:
+            alive += 1
+            most = max(most, alive)
+        return item
+
+    def write(item, answer):
+        nonlocal alive
+        with lock:
+            alive -= 1
+
+    run(range(300), read=read, write=write)
+    assert alive == 0
+    assert most <= 6
+
+
+def test_reading_goes_on_while_an_item_is_inferred():
+    read_second = threading.Event()
+
+    def infer(item):
+        # Were the stages one after the other, the second item would never be read meanwhile.
+        return item == 0 and read_second.wait(60)
+
+    answers = []
+    run(
+        [0, 1],
+        read=lambda i: i if i == 0 else (read_second.set(), i)[1],
+        infer=infer,
+        write=lambda i, a: answers.append(a),
+    )
+    assert answers[0] is True
+
+
+def test_cancelling_stops_after_the_item_at_hand():
+    cancelled, written = threading.Event(), []
+
+    def infer(item):
+        if item == 3:
+            cancelled.set()
+        return item
+
+    with pytest.raises(Cancelled):
+        run(range(100), infer=infer, write=lambda i, a: written.append(i), cancelled=cancelled)
+    assert written in ([0, 1, 2], [0, 1, 2, 3])
+
+
+def test_cancelled_before_it_began_reads_nothing():
+    cancelled, read = threading.Event(), []
+    cancelled.set()
+    with pytest.raises(Cancelled):
+        run(range(3), read=read.append, cancelled=cancelled)
+    assert read == []
+
+
+def test_threads_end_with_the_run():
+    before = threading.active_count()
+    with pytest.raises(Fault):
+        run(range(10), infer=failing_at(2))
+    run(range(10))
+    assert threading.active_count() == before
+
+
+def test_times_add_up():
+    total = Timing(read=1, infer=2, write=3) + Timing(write=4)
+    assert total == Timing(read=1, infer=2, write=7)
+    measured = run([0], infer=lambda v: threading.Event().wait(0.05))
+    assert measured.infer >= 0.05

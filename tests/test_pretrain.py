@@ -1,0 +1,162 @@
+"""Pretraining learns, and a killed run goes on exactly."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.config import PatchEncoderConfig, PixelEncoderConfig
+from training.pretrain import (
+    CHECKPOINT,
+    LOG_FILE,
+    ForeignCheckpoint,
+    PretrainConfig,
+    learning_rate,
+    load_networks,
+    pretrain,
+)
+from training.sources import Places, SourceNotGiven, SourcesConfig
+
+ROOT = Path(__file__).parents[1]
+TINY = PretrainConfig(
+    steps=8,
+    groups=2,
+    per_group=12,
+    series_views=0,
+    imagery_views=0,
+    side=16,
+    pixel=PixelEncoderConfig(width=8, embedding=16, dropout=0.1),
+    patch=PatchEncoderConfig(width=8, depths=(0, 0, 0, 1), embedding=16, dropout=0.1),
+    projection=16,
+    measure_every=4,
+    keep_every=3,
+    measured_batches=1,
+    sources=SourcesConfig(stacks=(), synthetic=2, series=(), eurosat=False),
+)
+NOWHERE = Places(data=Path("nowhere"))
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The log, without the time it took."""
+    with (folder / LOG_FILE).open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    stored = torch.load(folder / CHECKPOINT, weights_only=True)
+    return {
+        f"{part}.{name}": value
+        for part in ("pixel_encoder", "patch_encoder", "projections", "losses")
+        for name, value in stored[part].items()
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    torch.set_num_threads(1)
+    pretrain(TINY, places=NOWHERE, folder=folder, device="cpu")
+    return folder
+
+
+def test_a_killed_run_goes_on_exactly(tmp_path, undisturbed):
+    (tmp_path / "config.json").write_text(TINY.model_copy(update={"steps": 8}).model_dump_json())
+    program = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from training.pretrain import PretrainConfig, pretrain\n"
+        "from training.sources import Places\n"
+        "folder = Path(sys.argv[1])\n"
+        "config = PretrainConfig.model_validate_json((folder / 'config.json').read_text())\n"
+        "pretrain(config, places=Places(data=Path('nowhere')), folder=folder, device='cpu')\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
+    try:
+        while run.poll() is None and not (tmp_path / CHECKPOINT).exists():
+            time.sleep(0.005)
+        os.kill(run.pid, signal.SIGKILL)
+    finally:
+        run.wait()
+    stopped = torch.load(tmp_path / CHECKPOINT, weights_only=True)["step"]
+    assert 3 <= stopped < 8
+    # What the kill may have left after the checkpoint is made anew, not kept twice.
+    with (tmp_path / LOG_FILE).open("a") as file:
+        file.write(f"{stopped + 1},1.0,half a row")
+    pretrain(TINY, places=NOWHERE, folder=tmp_path, device="cpu")
+    assert rows(tmp_path) == rows(undisturbed)
+    torch.testing.assert_close(weights(tmp_path), weights(undisturbed), rtol=0, atol=0)
+
+
+def test_the_log_holds_what_is_promised(undisturbed):
+    log = rows(undisturbed)
+    assert [int(row["step"]) for row in log] == list(range(1, 9))
+    assert all(float(row["loss"]) > 0 for row in log)
+    measured = [row for row in log if row["pixel_to_patch"]]
+    assert [int(row["step"]) for row in measured] == [4, 8]
+    for name in ("patch_to_pixel", "uniformity_patch", "spread_pixel", "alignment"):
+        assert all(row[name] for row in measured)
+    assert list((undisturbed / "events").iterdir())
+
+
+def test_the_checkpoint_gives_the_encoders_back(undisturbed):
+    config, networks = load_networks(undisturbed / CHECKPOINT)
+    assert config == TINY
+    stored = torch.load(undisturbed / CHECKPOINT, weights_only=True)
+    torch.testing.assert_close(networks.patch.state_dict(), stored["patch_encoder"])
+    torch.testing.assert_close(networks.pixel.encoder.state_dict(), stored["pixel_encoder"])
+
+
+def test_a_folder_of_another_run_is_refused(undisturbed):
+    other = TINY.model_copy(update={"seed": 1})
+    with pytest.raises(ForeignCheckpoint, match="another configuration"):
+        pretrain(other, places=NOWHERE, folder=undisturbed, device="cpu")
+
+
+def test_a_source_without_its_place_is_named(tmp_path):
+    config = TINY.model_copy(update={"sources": SourcesConfig(stacks=(), pastis=1.0)})
+    with pytest.raises(SourceNotGiven, match="pastis"):
+        pretrain(config, places=NOWHERE, folder=tmp_path, device="cpu")
+
+
+def test_it_learns_to_find_the_place(tmp_path):
+    changes = {"steps": 50, "learning_rate": 5e-3, "measure_every": 50, "keep_every": 50}
+    networks = pretrain(
+        TINY.model_copy(update=changes), places=NOWHERE, folder=tmp_path, device="cpu"
+    )
+    losses = [float(row["loss_pairs"]) for row in rows(tmp_path)]
+    assert sum(losses[-10:]) < sum(losses[:10]) * 0.9
+    last = rows(tmp_path)[-1]
+    # On fields of scenes it never saw: well above the chance of 5 in 24.
+    assert float(last["pixel_to_patch_5"]) > 0.35
+    assert all(torch.isfinite(p).all() for p in networks.parameters())
+
+
+def test_chunks_change_memory_not_the_run(tmp_path, undisturbed):
+    """Chunks as large as the batch take the cached path of other batches, with equal results."""
+    views = {"series_views": 0, "imagery_views": 0, "steps": 2, "measure_every": 2}
+    whole = TINY.model_copy(update=views)
+    chunked = whole.model_copy(update={"chunk": 8})
+    for name, config in (("whole", whole), ("chunked", chunked)):
+        pretrain(config, places=NOWHERE, folder=tmp_path / name, device="cpu")
+    one, two = (float(rows(tmp_path / n)[0]["loss"]) for n in ("whole", "chunked"))
+    # Only the statistics of batch normalisation and the dropout differ.
+    assert one == pytest.approx(two, rel=0.25)
+    assert weights(tmp_path / "chunked").keys() == weights(undisturbed).keys()
+
+
+def test_the_learning_rate_rises_and_falls():
+    config = TINY.model_copy(update={"steps": 1000})
+    rates = [learning_rate(config, s) for s in range(1000)]
+    peak = rates.index(max(rates))
+    assert peak == pytest.approx(50, abs=2)
+    assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
+    assert max(rates) == pytest.approx(config.learning_rate)
+    assert rates[-1] < config.learning_rate * 0.02

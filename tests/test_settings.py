@@ -1,0 +1,136 @@
+"""Settings: from the environment, checked, documented, and safe to bind with."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.security import check_binding
+from service.settings import Settings, SettingsError, read_settings, unknown_variables
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("PIMC_"):
+            monkeypatch.delenv(name)
+
+
+def test_defaults_stay_on_this_machine() -> None:
+    settings = read_settings()
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert settings.api_keys == ()
+    assert settings.providers == "auto"
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PIMC_PORT", "8765")
+    monkeypatch.setenv("PIMC_MODEL_DIR", str(tmp_path))
+    monkeypatch.setenv("PIMC_MAX_BODY_BYTES", "2MiB")
+    monkeypatch.setenv("PIMC_MAX_RASTER_BYTES", "1000")
+    monkeypatch.setenv("PIMC_LOG_LEVEL", "DEBUG")
+    monkeypatch.setenv("PIMC_API_KEYS", " one, two ,")
+    settings = read_settings()
+    assert settings.port == 8765
+    assert settings.model_dir == tmp_path
+    assert settings.max_body_bytes == 2 * 1024 * 1024
+    assert settings.max_raster_bytes == 1000
+    assert settings.log_level == "debug"
+    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIMC_MAX_CONCURRENCY", "")
+    monkeypatch.setenv("PIMC_API_KEYS", "")
+    settings = read_settings()
+    assert settings.max_concurrency == Settings.model_fields["max_concurrency"].default
+    assert settings.api_keys == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PIMC_PROVIDERS", "tpu"),
+        ("PIMC_PORT", "70000"),
+        ("PIMC_MAX_BODY_BYTES", "0"),
+        ("PIMC_MAX_BODY_BYTES", "many"),
+        ("PIMC_MAX_CONCURRENCY", "0"),
+        ("PIMC_SYNC_MAX_PIXELS", "-1"),
+        ("PIMC_MODEL_DIR", "/no/such/folder"),
+        ("PIMC_LOG_LEVEL", "loud"),
+        ("PIMC_API_KEYS", "good,bad key"),
+        ("PIMC_API_KEYS", "clé"),
+    ],
+)
+def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=name) as caught:
+        read_settings()
+    assert name != "PIMC_API_KEYS" or value not in str(caught.value)
+
+
+def test_keys_are_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIMC_API_KEYS", "swordfish")
+    assert "swordfish" not in repr(read_settings())
+    assert "swordfish" not in read_settings().model_dump_json()
+
+
+def test_misspelt_variables_are_found() -> None:
+    environment = {"PIMC_PORT": "1", "PIMC_MAX_BODY": "1", "PATH": "/bin"}
+    assert unknown_variables(environment) == ["PIMC_MAX_BODY"]
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    rows = dict(re.findall(r"^\| `(PIMC_\w+)` \| (`[^`]*`|none) \|", page, re.MULTILINE))
+    fields = {f"PIMC_{name.upper()}": field for name, field in Settings.model_fields.items()}
+    assert set(rows) == set(fields)
+    for name, shown in rows.items():
+        default = fields[name].default
+        if shown == "none":
+            assert default in (None, ())
+        else:
+            name_of_field = name.removeprefix("PIMC_").lower()
+            assert getattr(Settings(**{name_of_field: shown.strip("`")}), name_of_field) == default
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])
+def test_this_machine_alone_needs_no_key(host: str) -> None:
+    check_binding(Settings(host=host))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])  # noqa: S104 - refused
+def test_an_open_address_needs_a_key_or_a_word(host: str) -> None:
+    with pytest.raises(SettingsError, match="PIMC_ALLOW_ANONYMOUS"):
+        check_binding(Settings(host=host))
+    check_binding(Settings(host=host, allow_anonymous=True))
+    check_binding(Settings(host=host, api_keys=("k",)))
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"PIMC_HOST": "0.0.0.0"}, "PIMC_API_KEYS"),  # noqa: S104 - refused
+        ({"PIMC_PROVIDERS": "tpu"}, "PIMC_PROVIDERS"),
+    ],
+)
+def test_the_command_refuses_with_a_clear_word(variables: dict[str, str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "service"],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
