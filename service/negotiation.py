@@ -54,11 +54,14 @@ def negotiate(accept: str, offers: Sequence[str]) -> str:
 
     Args:
         accept: the `Accept` header; empty accepts anything.
-        offers: media types, the one to take where all are liked alike first.
+        offers: media types, the one to take where all are liked alike first. A lone offer is
+            taken whatever `Accept` says, as RFC 9110 (12.4.1) allows: a refusal helps nobody.
 
     Raises:
-        NotAcceptable: no offer is accepted.
+        NotAcceptable: none of several offers is accepted.
     """
+    if len(offers) == 1:
+        return offers[0]
     ranges = [found for text in accept.split(",") if (found := MediaRange.parse(text))]
     if not ranges:
         return offers[0]

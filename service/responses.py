@@ -31,7 +31,7 @@ def offers(order: Order) -> tuple[str, ...]:
     if not isinstance(order, RasterOrder):
         return (JSON,)
     if order.fields.points is not None:
-        return (GEOJSON, JSON)
+        return (GEOJSON,)
     return (COG, ZIP, JSON)
 
 
@@ -45,10 +45,7 @@ def respond(order: Order, reply: Reply, media: str, folder: Path) -> Response:
         folder: where a zip may be written; it outlives the sending.
     """
     if media not in FILE_TYPES:
-        is_points = isinstance(order, RasterOrder) and order.fields.points is not None
-        return _named(
-            JSONResponse(reply.document, media_type=GEOJSON if is_points else JSON), reply
-        )
+        return _named(JSONResponse(reply.document, media_type=media), reply)
     response = _named(_file(reply, media, folder), reply)
     for text in warning_headers(reply.warnings):
         response.headers.append("PIMC-Warning", text)

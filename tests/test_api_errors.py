@@ -153,13 +153,6 @@ CASES: dict[str, list[Callable[[httpx.Client, Path], httpx.Response]]] = {
     ],
     "not_acceptable": [
         lambda api, f: posted(api, stack(f), headers={"Accept": "text/html"}),
-        lambda api, f: posted(
-            api,
-            stack(f),
-            headers={"Accept": "image/tiff"},
-            data={"points": json.dumps(points((0, 0)))},
-        ),
-        lambda api, f: api.post("/embed", json=series(), headers={"Accept": "image/tiff"}),
     ],
     "unsupported_media_type": [
         lambda api, f: api.post("/embed", content=b"x", headers={"Content-Type": "text/plain"}),

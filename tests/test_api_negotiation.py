@@ -51,3 +51,7 @@ def test_nothing_acceptable_is_said_with_both_sides(accept: str) -> None:
         negotiate(accept, OFFERS)
     assert accept in caught.value.detail
     assert ZIP in caught.value.detail
+
+
+def test_a_lone_offer_is_taken_whatever_is_accepted() -> None:
+    assert negotiate("image/tiff", (JSON,)) == JSON
