@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,12 +30,13 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
+from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_origin
 from rasterio.warp import reproject
 from rich.console import Console
 from rich.table import Table
 
-from pimc_client import Client, Raster
+from pimc_client import Client, ConnectionFailed, Raster
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "demo"
@@ -44,7 +46,7 @@ TREES = "nrt/data/tree_cover_density_2018_romania.tif"
 BANDS = {"B02": "B2", "B03": "B3", "B04": "B4", "B08": "B8", "SCL": "SCL"}
 FIRST_DAY = date(2015, 8, 1)
 STRIDE = 4
-SYNCHRONOUS_READY_SECONDS = 120.0
+READY_SECONDS = 120.0
 
 console = Console(width=100)
 
@@ -93,8 +95,11 @@ def to_geotiffs(cube: Path, folder: Path) -> list[Path]:
 
 
 def _variable(cube: Path, name: str) -> NDArray[np.generic]:
-    with rasterio.open(f"netcdf:{cube}:{name}") as file:
-        values: NDArray[np.generic] = file.read()
+    with warnings.catch_warnings():
+        # The axes of the cube carry the georeference; its variables have none.
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(f"netcdf:{cube}:{name}") as file:
+            values: NDArray[np.generic] = file.read()
     return values
 
 
@@ -106,7 +111,7 @@ def service() -> Iterator[str]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     log = (OUT / "service.log").open("w")
-    process = subprocess.Popen( 
+    process = subprocess.Popen(
         [sys.executable, "-m", "service"],
         cwd=ROOT,
         env={**os.environ, "PIMC_PORT": str(port), "PIMC_HOST": "127.0.0.1"},
@@ -124,12 +129,20 @@ def service() -> Iterator[str]:
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     """Poll until the models are loaded; SystemExit where the service ends or never is."""
-    deadline = time.monotonic() + SYNCHRONOUS_READY_SECONDS
+    deadline = time.monotonic() + READY_SECONDS
     with Client(url, retries=0) as pimc:
-        while not pimc.ready():
+        while not is_ready(pimc):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"the service did not start; see {OUT.name}/service.log")
             time.sleep(0.2)
+
+
+def is_ready(pimc: Client) -> bool:
+    """Whether the service answers and is ready; it does not listen before its models are loaded."""
+    try:
+        return bool(pimc.ready())
+    except ConnectionFailed:
+        return False
 
 
 def timed_row(table: Table, name: str, answer: Raster, cells: int, seconds: float) -> None:

@@ -43,8 +43,8 @@ class Settings(BaseSettings):
     """Largest upload, in bytes or as `500MB`, `2GiB`."""
     max_raster_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(16 * 2**30)
     """Largest decoded stack, in bytes or as `500MB`, `2GiB`, judged from the headers."""
-    sync_max_pixels: Annotated[int, Field(ge=1)] = 2048 * 2048
-    """Pixels of the largest raster that is answered while the caller waits."""
+    sync_max_pixels: Annotated[int, Field(ge=1)] = 10980 * 10980
+    """Pixels of the largest raster that is answered while the caller waits; a Sentinel-2 tile."""
     max_concurrency: Annotated[int, Field(ge=1)] = 4
     """Runs at once. As many again may upload or wait; the next is refused as overloaded."""
     log_level: LogLevel = "info"
