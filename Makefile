@@ -11,7 +11,7 @@ SOURCES := models service training pimc_client tests benchmarks docs docker
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,service,training,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,service,training,demo,dev]'
 	touch $@
 
 # What the service and the demo need: no torch, a quarter of the time.
@@ -38,6 +38,10 @@ lint: $(VENV)/ready
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# Ratios of things measured in one run; the benchmarks say what they compare.
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/request.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

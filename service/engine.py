@@ -10,6 +10,7 @@ Runtime is not imported anywhere else, and its exceptions leave this module as o
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import logging
 import os
@@ -485,12 +486,23 @@ def _wanted(providers: Providers) -> str:
                 + ", ".join(onnxruntime.get_available_providers())
             )
         return CPU
+    if providers == "auto" and not _has_driver():
+        return CPU  # asking all the same would print ONNX Runtime's alarm about missing libraries
     if hasattr(onnxruntime, "preload_dlls"):
         # CUDA and cuDNN that came as wheels lie on no loader path. What it cannot find it prints.
         with contextlib.redirect_stdout(io.StringIO()) as said:
             onnxruntime.preload_dlls()
         _LOG.debug("preloading CUDA: %s", said.getvalue().strip())
     return CUDA
+
+
+def _has_driver() -> bool:
+    """Whether NVIDIA's driver is installed, whatever else is missing."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _usable_cpus() -> int:
