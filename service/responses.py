@@ -35,11 +35,10 @@ def offers(order: Order) -> tuple[str, ...]:
     return (COG, ZIP, JSON)
 
 
-def respond(order: Order, reply: Reply, media: str, folder: Path) -> Response:
+def respond(reply: Reply, media: str, folder: Path) -> Response:
     """The answer that a reply makes. Blocks where it writes a zip.
 
     Args:
-        order: what was asked for.
         reply: what came of it.
         media: the type negotiated, one of `offers`.
         folder: where a zip may be written; it outlives the sending.

@@ -88,7 +88,7 @@ async def _serve(
             with app.metrics.run():
                 reply = await run_watched(request, run)
         app.metrics.ran(task=task, pixels=reply.pixels, timing=reply.timing)
-        return await to_thread.run_sync(respond, order, reply, media, folder)
+        return await to_thread.run_sync(respond, reply, media, folder)
 
 
 def _check_query(request: Request, known: set[str]) -> None:
