@@ -1,0 +1,80 @@
+# The image that serves, for a CPU (the default target, `cpu`) or an NVIDIA GPU (`gpu`).
+#
+#   packages ──► packages-cpu ──► cpu
+#        └─────► packages-gpu ──► gpu        runtime ──► cpu, gpu
+#
+# Everything that pip needs stays in the stages called packages*: what is served has an environment
+# of finished wheels, no torch and no compiler.
+
+# A tag, so that the base gets its security updates; a release should name a digest instead:
+# --build-arg PYTHON_IMAGE=python@sha256:…
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS packages
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /build
+COPY pyproject.toml constraints.txt ./
+# The extra's requirements alone: `pip install .[service]` would bring the SDK as well.
+# Wheels only: a package that would have to be compiled is an error, not a slow build.
+# ONNX Runtime's plug-in for TensorRT is never asked for, and TensorRT itself is not there.
+RUN python -m venv --without-pip /opt/venv \
+    && python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*extras['service'], sep='\n')" > requirements.txt \
+    && python -m pip --python /opt/venv/bin/python install --only-binary=:all: \
+        --constraint constraints.txt --requirement requirements.txt \
+    && rm /opt/venv/lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime_providers_tensorrt.so
+
+# The same package computes on a CPU and on a GPU, and 80 % of it is the plug-in for CUDA. Without
+# that, onnxruntime-gpu takes 66 MB, as onnxruntime (the package for CPUs) does, so a second set of
+# pinned packages would gain nothing. libonnxruntime_providers_shared.so (15 kB) is missed at import.
+FROM packages AS packages-cpu
+RUN rm /opt/venv/lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so
+
+# CUDA 13 and cuDNN 9 from wheels: the base need not be an image of NVIDIA's, and the host needs
+# nothing but its driver (580 or newer) and the container toolkit.
+FROM packages AS packages-gpu
+RUN python -m pip --python /opt/venv/bin/python install --only-binary=:all: \
+        --constraint constraints.txt "onnxruntime-gpu[cuda,cudnn]"
+
+FROM ${PYTHON_IMAGE} AS runtime
+# libexpat1: the GDAL in rasterio's wheel links to it, and the slim image has none. Its version is
+# left to Debian: a pinned one disappears from the archive with the next security update.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends libexpat1 \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 10001 pimc \
+    && useradd --uid 10001 --gid pimc --no-create-home --home-dir /tmp --shell /usr/sbin/nologin pimc \
+    && install --directory --owner=pimc --group=pimc /models /var/lib/pimc
+# TMPDIR: uploads and maps of some GB pass through there. /tmp is memory where the root file system
+# is read-only; /var/tmp is a volume, so disk.
+ENV PATH=/opt/venv/bin:${PATH} \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp \
+    TMPDIR=/var/tmp \
+    PIMC_HOST=0.0.0.0 \
+    PIMC_PORT=8000 \
+    PIMC_MODEL_DIR=/models
+WORKDIR /srv/pimc
+COPY models/ models/
+COPY service/ service/
+# A number, so that an orchestrator can see that it is not root.
+USER 10001:10001
+VOLUME ["/models", "/var/lib/pimc", "/var/tmp"]
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+# http.client, as urllib would send even this through a proxy that the environment names.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python", "-c", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['PIMC_PORT']), timeout=4); c.request('GET', '/health/ready'); sys.exit(c.getresponse().status != 200)"]
+CMD ["python", "-m", "service"]
+
+FROM runtime AS gpu
+COPY --from=packages-gpu /opt/venv /opt/venv
+# Where the wheels keep CUDA and cuDNN, and what the container toolkit adds from the host's driver.
+ENV LD_LIBRARY_PATH=/opt/venv/lib/python3.11/site-packages/nvidia/cu13/lib:/opt/venv/lib/python3.11/site-packages/nvidia/cudnn/lib \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+FROM runtime AS cpu
+COPY --from=packages-cpu /opt/venv /opt/venv
+ENV PIMC_PROVIDERS=cpu
