@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,8 @@ _CENTER = 0.3
 _SPREAD = 0.25
 # Reflectance at which imagery saturates: EuroSAT's RGB was cut at 2750 / 10000.
 _BRIGHTEST = 0.275
+# Tokens that the pyramid of a pixel encoder ends with.
+_TOKENS = 4
 
 
 class _Block(nn.Module):
@@ -46,11 +50,12 @@ class PixelEncoder(nn.Module):
 
     Each step of the regular grid is a token that holds its row of every index's recurrence plot
     (its distance to every other step), and beside it what the plot lost: the level and sign of
-    the series, and how well the step was observed. The rows pass a pyramid that joins three
-    neighbouring steps at a time, 1 -> 3 -> 9 steps, in matrix products alone.
+    the series, and how well the step was observed. The rows pass a pyramid that joins neighbouring
+    steps twice, in matrix products alone, until four tokens are left: 36 steps by three and three,
+    32 by four and two.
 
     Args:
-        steps: M, a multiple of 9.
+        steps: M, four times a product of two factors.
         indices: K.
         width: channels of the finest level; doubled at each join.
         depth: residual blocks a level.
@@ -60,6 +65,8 @@ class PixelEncoder(nn.Module):
         series: whether it sees the series beside them.
         calendar: whether each step also carries its place in the year.
         threshold: of the recurrence plots, in standardised index units; None keeps distances.
+        plot_dropout: share of the pixels whose plots are hidden in training, where the series
+            stands beside them: without it the plots, many and alike, are what it overfits on.
     """
 
     def __init__(
@@ -75,25 +82,29 @@ class PixelEncoder(nn.Module):
         series: bool = True,
         calendar: bool = False,
         threshold: float | None = None,
+        plot_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if steps % 9:
-            raise ValueError(f"steps must be a multiple of 9, not {steps}")
         if not (plots or series):
             raise ValueError("an encoder needs the plots, the series or both")
         self.plots, self.series, self.calendar, self.threshold = plots, series, calendar, threshold
+        self.plot_dropout = plot_dropout if series else 0.0
         self.embedding = embedding
+        self.factors = _factors(steps)
         features = (indices * steps if plots else 0) + (indices if series else 0) + 1
         self.row = nn.Linear(features + (2 if calendar else 0), width)
         widths = (width, 2 * width, 4 * width)
         self.levels = nn.ModuleList(
             nn.Sequential(*(_Block(w, dropout / 2) for _ in range(depth))) for w in widths
         )
-        self.joins = nn.ModuleList(nn.Linear(3 * w, 2 * w) for w in widths[:-1])
+        self.joins = nn.ModuleList(
+            nn.Linear(factor * w, 2 * w)
+            for factor, w in zip(self.factors, widths[:-1], strict=True)
+        )
         self.head = nn.Sequential(
             nn.Flatten(),
             nn.Dropout(dropout),
-            nn.Linear(widths[-1] * steps // 9, embedding),
+            nn.Linear(widths[-1] * _TOKENS, embedding),
             _ChannelNorm(embedding),
             nn.ReLU(),
         )
@@ -117,15 +128,33 @@ class PixelEncoder(nn.Module):
             tokens.append(season)
         if self.plots:
             # Symmetric: row j of the plot is its column j, so (N, K, M, M) folds to (N, K * M, M).
-            tokens.append(recurrence_plot(standardised, threshold=self.threshold).flatten(1, 2))
+            plots = recurrence_plot(standardised, threshold=self.threshold).flatten(1, 2)
+            tokens.append(self._hide(plots))
         x: Tensor = self.row(torch.cat(tokens, dim=1).transpose(1, 2))
         for i, level in enumerate(self.levels):
             x = level(x)
             if i < len(self.joins):
                 n, m, width = x.shape
-                x = self.joins[i](x.reshape(n, m // 3, 3 * width))
+                factor = self.factors[i]
+                x = self.joins[i](x.reshape(n, m // factor, factor * width))
         out: Tensor = self.head(x)
         return out
+
+    def _hide(self, plots: Tensor) -> Tensor:
+        """In training, plots (N, K * M, M) of zeros for a random share of the pixels."""
+        if not (self.training and self.plot_dropout):
+            return plots
+        shown = torch.rand(len(plots), 1, 1, device=plots.device) >= self.plot_dropout
+        return plots * shown
+
+
+def _factors(steps: int) -> tuple[int, int]:
+    """How many steps each of the two joins takes together, the larger first."""
+    product, rest = divmod(steps, _TOKENS)
+    small = max((f for f in range(2, product) if f * f <= product and product % f == 0), default=0)
+    if rest or not small:
+        raise ValueError(f"steps must be {_TOKENS} times a product of two factors, not {steps}")
+    return product // small, small
 
 
 class PatchEncoder(nn.Module):
@@ -133,8 +162,9 @@ class PatchEncoder(nn.Module):
 
     Args:
         bands: C.
-        width: channels at half resolution; doubled at each of the two further levels.
-        depth: residual blocks a level.
+        width: channels at half resolution; doubled at each further level.
+        depths: residual blocks of each of the four levels. None at the finest is the cheapest: a
+            convolution there costs twice one of the same products at half the resolution.
         embedding: D.
         dropout: share of the pooled features dropped in training.
     """
@@ -144,7 +174,7 @@ class PatchEncoder(nn.Module):
         *,
         bands: int = 3,
         width: int = 32,
-        depth: int = 1,
+        depths: Sequence[int] = (1, 1, 1, 1),
         embedding: int = 256,
         dropout: float = 0.2,
     ) -> None:
@@ -153,13 +183,15 @@ class PatchEncoder(nn.Module):
         # 4 x 4 with stride 2: a quarter of the products of a full-resolution stem.
         self.stem = _convolution(bands, width, kernel=4, stride=2)
         levels: list[nn.Module] = []
-        for i in range(4):
+        for i, depth in enumerate(depths):
             w = width * 2**i
             if i:
                 levels.append(_convolution(w // 2, w, kernel=2, stride=2))
             levels.extend(_Residual(w) for _ in range(depth))
         self.levels = nn.Sequential(*levels)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width * 8, embedding), nn.ReLU())
+        self.head = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(width * 2 ** (len(depths) - 1), embedding), nn.ReLU()
+        )
 
     def forward(self, patches: Tensor) -> Tensor:
         """Encode patches.

@@ -12,7 +12,12 @@ class ProjectionHead(nn.Module):
     def __init__(self, embedding: int, projection: int = 128) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(embedding, embedding), nn.ReLU(), nn.Linear(embedding, projection)
+            nn.Linear(embedding, embedding),
+            # Embeddings are rectified, so that all of them point one way; without centring, the
+            # contrastive loss spends its first thousand steps on undoing that.
+            nn.BatchNorm1d(embedding),
+            nn.ReLU(),
+            nn.Linear(embedding, projection),
         )
 
     def forward(self, embeddings: Tensor) -> Tensor:

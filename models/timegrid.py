@@ -43,13 +43,14 @@ class TimeGrid(nn.Module):
         Args:
             x: series (N, K, T); anything, NaN included, where not valid.
             valid: True where usable (N, T).
-            days: days since the window's first day (T).
+            days: days since the window's first day (T); training, where each pixel has dates of its
+                own, gives (N, T).
 
         Returns:
             The series on the grid (N, K, M), NaN for a pixel with no valid date; and how well each
             step is observed (N, 1, M), 0 (no date near) to 1.
         """
-        distance = days[:, None] - self.grid[None, :]
+        distance = days[..., None] - self.grid
         narrow = torch.exp(-0.5 * (distance / self.narrow) ** 2)
         wide = self._WIDE_HEIGHT / (1.0 + (distance / self.wide) ** 2)
         weight = narrow + wide

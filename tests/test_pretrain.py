@@ -8,22 +8,27 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from training.config import PatchEncoderConfig, PixelEncoderConfig
+from training.datasets import PatchSet
+from training.datasets.synthetic import make_dates, make_pixels, make_scene
 from training.pretrain import (
     CHECKPOINT,
     LOG_FILE,
     ForeignCheckpoint,
     PretrainConfig,
+    Pretraining,
     learning_rate,
     load_networks,
     pretrain,
 )
-from training.sources import Places, SourceNotGiven, SourcesConfig
+from training.sources import Places, SourceNotGiven, Sources, SourcesConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = PretrainConfig(
@@ -68,7 +73,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 def test_a_killed_run_goes_on_exactly(tmp_path, undisturbed):
-    (tmp_path / "config.json").write_text(TINY.model_copy(update={"steps": 8}).model_dump_json())
+    (tmp_path / "config.json").write_text(TINY.model_dump_json())
     program = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
@@ -89,7 +94,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path, undisturbed):
     assert 3 <= stopped < 8
     # What the kill may have left after the checkpoint is made anew, not kept twice.
     with (tmp_path / LOG_FILE).open("a") as file:
-        file.write(f"{stopped + 1},1.0,half a row")
+        file.write("1")  # a row of step 10, say, cut after its first digit
     pretrain(TINY, places=NOWHERE, folder=tmp_path, device="cpu")
     assert rows(tmp_path) == rows(undisturbed)
     torch.testing.assert_close(weights(tmp_path), weights(undisturbed), rtol=0, atol=0)
@@ -139,10 +144,8 @@ def test_it_learns_to_find_the_place(tmp_path):
     assert all(torch.isfinite(p).all() for p in networks.parameters())
 
 
-def test_chunks_change_memory_not_the_run(tmp_path, undisturbed):
-    """Chunks as large as the batch take the cached path of other batches, with equal results."""
-    views = {"series_views": 0, "imagery_views": 0, "steps": 2, "measure_every": 2}
-    whole = TINY.model_copy(update=views)
+def test_a_run_in_chunks_starts_as_the_whole_one_does(tmp_path, undisturbed):
+    whole = TINY.model_copy(update={"steps": 2, "measure_every": 2})
     chunked = whole.model_copy(update={"chunk": 8})
     for name, config in (("whole", whole), ("chunked", chunked)):
         pretrain(config, places=NOWHERE, folder=tmp_path / name, device="cpu")
@@ -160,3 +163,32 @@ def test_the_learning_rate_rises_and_falls():
     assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
     assert max(rates) == pytest.approx(config.learning_rate)
     assert rates[-1] < config.learning_rate * 0.02
+
+
+def test_views_of_either_side_alone_are_learned_from(tmp_path):
+    scene = make_scene(size=32, dates=make_dates(date(2020, 1, 1), days=400), seed=0)
+    rng = np.random.default_rng(0)
+    tones = rng.uniform(0.02, 0.25, (64, 3, 1, 1)) + rng.normal(0, 0.002, (64, 3, 32, 32))
+    imagery = PatchSet(
+        source="tones",
+        bands=("B04", "B03", "B02"),
+        values=tones.astype(np.float32),
+        scale=1.0,
+        places=np.arange(64),
+        validation=np.zeros(64, dtype=bool),
+    )
+    sources = Sources(
+        scenes=[scene],
+        weights=[1.0],
+        held_out=[],
+        series=[make_pixels(scene).select(("B02", "B04", "B08"))],
+        imagery=imagery,
+    )
+    changes = {"series_views": 16, "imagery_views": 16, "steps": 40, "learning_rate": 5e-3}
+    Pretraining(TINY.model_copy(update=changes), sources, tmp_path, torch.device("cpu")).run()
+    log = rows(tmp_path)
+    for name in ("loss_pairs", "loss_series", "loss_imagery"):
+        losses = [float(row[name]) for row in log]
+        assert sum(losses[-8:]) < sum(losses[:8]), name
+    # Nothing is held out, so nothing is measured.
+    assert not any(row["pixel_to_patch"] for row in log)

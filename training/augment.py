@@ -1,0 +1,155 @@
+"""Augmentations of both sides: pixel series and patches of imagery.
+
+Everything here is a function of its arguments and a random generator, so that a batch is made
+again exactly from its seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelAugmentation:
+    """How pixel series are disturbed; the zero of each field disturbs nothing."""
+
+    drop: float = 0.4
+    """Largest share of a pixel's dates dropped; the share itself is drawn for each pixel."""
+    least: int = 4
+    """Usable dates that dropping always leaves, where there were as many."""
+    jitter: float = 2.0
+    """Standard deviation of a date's shift, in days."""
+    season: float = 10.0
+    """Largest shift of a whole season, in days, either way."""
+    noise: float = 0.005
+    """Standard deviation of the noise of each value, reflectance."""
+    gain: float = 0.05
+    """Standard deviation of a pixel's gain, shared by its dates and bands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchAugmentation:
+    """How patches are disturbed; the zero of each field disturbs nothing."""
+
+    flip: bool = True
+    """Whether patches are turned and mirrored at random (the eight symmetries of the square)."""
+    crop: float = 0.25
+    """Largest share of a side that a crop cuts off; the crop is scaled back."""
+    gain: float = 0.1
+    """Standard deviation of the gain, shared by the bands."""
+    band_gain: float = 0.03
+    """Standard deviation of the gain of each band on its own."""
+    offset: float = 0.005
+    """Standard deviation of the brightness added, reflectance."""
+    noise: float = 0.003
+    """Standard deviation of the noise of each value, reflectance."""
+
+
+NO_PIXEL_AUGMENTATION = PixelAugmentation(drop=0.0, jitter=0.0, season=0.0, noise=0.0, gain=0.0)
+NO_PATCH_AUGMENTATION = PatchAugmentation(
+    flip=False, crop=0.0, gain=0.0, band_gain=0.0, offset=0.0, noise=0.0
+)
+
+
+def drop_dates(valid: Bools, rng: Generator, *, most: float, least: int) -> Bools:
+    """Mark some usable dates as missing.
+
+    Args:
+        valid: True where usable (N, T).
+        rng: source of chance.
+        most: largest share dropped; each pixel draws its own share from 0 to this.
+        least: usable dates that remain, where there were as many.
+
+    Returns:
+        A new mask (N, T), True nowhere that `valid` is False.
+    """
+    share = rng.uniform(0.0, most, (len(valid), 1))
+    luck = rng.random(valid.shape)
+    # The `least` luckiest usable dates of a pixel are safe.
+    rank = np.where(valid, luck, -1.0).argsort(axis=1)[:, ::-1].argsort(axis=1)
+    return valid & ((luck >= share) | (rank < least))
+
+
+def jitter_dates(days: Floats, rng: Generator, *, deviation: float) -> Floats:
+    """Shift each date by itself, in days (T)."""
+    return days + rng.normal(0.0, deviation, days.shape).astype(np.float32)
+
+
+def shift_season(days: Floats, rng: Generator, *, most: float) -> Floats:
+    """Shift all dates together, by up to `most` days either way (T)."""
+    return days + np.float32(rng.uniform(-most, most))
+
+
+def disturb(values: Floats, rng: Generator, *, noise: float, gain: float) -> Floats:
+    """Gain of each pixel and noise of each value, on reflectance (N, T, C)."""
+    gains = np.exp(rng.normal(0.0, gain, (len(values), 1, 1)))
+    return (values * gains + rng.normal(0.0, noise, values.shape)).astype(np.float32)
+
+
+def augment_pixels(
+    values: Floats, valid: Bools, days: Floats, how: PixelAugmentation, rng: Generator
+) -> tuple[Floats, Bools, Floats]:
+    """Disturb series that share their dates.
+
+    Args:
+        values: reflectance (N, T, C); NaN stays NaN.
+        valid: True where usable (N, T).
+        days: days since the window's first day (T).
+        how: how much.
+        rng: source of chance.
+
+    Returns:
+        values, valid and days, disturbed; all new arrays.
+    """
+    moved = jitter_dates(days, rng, deviation=how.jitter)
+    return (
+        disturb(values, rng, noise=how.noise, gain=how.gain),
+        drop_dates(valid, rng, most=how.drop, least=how.least),
+        shift_season(moved, rng, most=how.season),
+    )
+
+
+def flip(patches: Floats, rng: Generator) -> Floats:
+    """One of the eight symmetries of the square for each patch (N, C, P, P)."""
+    out = np.empty_like(patches)
+    for i, (turns, mirrored) in enumerate(
+        zip(rng.integers(4, size=len(patches)), rng.random(len(patches)) < 0.5, strict=True)
+    ):
+        turned = np.rot90(patches[i], turns, axes=(1, 2))
+        out[i] = turned[:, :, ::-1] if mirrored else turned
+    return out
+
+
+def crop(patches: Floats, rng: Generator, *, most: float) -> Floats:
+    """Cut off up to `most` of the sides and scale the rest back (N, C, P, P), nearest pixel."""
+    side = patches.shape[-1]
+    kept = side * (1.0 - rng.uniform(0.0, most, len(patches)))
+    corners = rng.random((2, len(patches))) * (side - kept)
+    steps = (np.arange(side) + 0.5) / side
+    rows, cols = np.floor(corners[:, :, None] + kept[:, None] * steps).astype(np.int64)
+    bands = np.arange(patches.shape[1])[None, :, None, None]
+    number = np.arange(len(patches))[:, None, None, None]
+    return np.asarray(patches[number, bands, rows[:, None, :, None], cols[:, None, None, :]])
+
+
+def brighten(patches: Floats, rng: Generator, how: PatchAugmentation) -> Floats:
+    """Gain, brightness and noise, on reflectance (N, C, P, P)."""
+    n, c = patches.shape[:2]
+    shared = rng.normal(0.0, how.gain, (n, 1, 1, 1))
+    own = rng.normal(0.0, how.band_gain, (n, c, 1, 1))
+    added = rng.normal(0.0, how.offset, (n, 1, 1, 1))
+    grain = rng.normal(0.0, how.noise, patches.shape)
+    return (patches * np.exp(shared + own) + added + grain).astype(np.float32)
+
+
+def augment_patches(patches: Floats, how: PatchAugmentation, rng: Generator) -> Floats:
+    """Disturb patches of reflectance (N, C, P, P); a new array. Other dates are the sampler's."""
+    turned = flip(patches, rng) if how.flip else patches
+    return brighten(crop(turned, rng, most=how.crop), rng, how)

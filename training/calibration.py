@@ -1,0 +1,97 @@
+"""Scores of classifiers, and the temperature that makes their confidence true."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32] | NDArray[np.float64]
+Ints = NDArray[np.int64]
+_BINS = 15
+
+
+def fit_temperature(logits: Floats, labels: Ints) -> float:
+    """The temperature of least cross entropy (Guo et al. 2017, arXiv 1706.04599).
+
+    Args:
+        logits: (N, K).
+        labels: positions of the right classes (N).
+    """
+    scores = torch.from_numpy(np.asarray(logits, dtype=np.float64))
+    target = torch.from_numpy(labels)
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(scores / log_temperature.exp(), target)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch's own signature
+    return float(log_temperature.detach().exp())
+
+
+def probabilities(logits: Floats, temperature: float = 1.0) -> NDArray[np.float64]:
+    """Softmax of logits (N, K) under a temperature."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def expected_calibration_error(shares: Floats, labels: Ints) -> float:
+    """Mean gap between confidence and accuracy, over 15 bins of confidence (Guo et al. 2017).
+
+    Args:
+        shares: probabilities (N, K).
+        labels: positions of the right classes (N).
+    """
+    confidence, right = shares.max(axis=1), shares.argmax(axis=1) == labels
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    gaps = [
+        abs(confidence[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean()
+        for b in range(_BINS)
+        if (bins == b).any()
+    ]
+    return float(np.sum(gaps))
+
+
+def f1_by_class(predicted: Ints, labels: Ints, classes: int) -> NDArray[np.float64]:
+    """F1 of each class (K); NaN for a class that is neither predicted nor there."""
+    right = np.bincount(labels[predicted == labels], minlength=classes)
+    both = np.bincount(predicted, minlength=classes) + np.bincount(labels, minlength=classes)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(2 * right / both)
+
+
+def macro_f1(predicted: Ints, labels: Ints, classes: int) -> float:
+    """Mean F1 of the classes that are there."""
+    there = np.bincount(labels, minlength=classes) > 0
+    return float(np.nan_to_num(f1_by_class(predicted, labels, classes))[there].mean())
+
+
+def cross_fitted_scores(logits: Floats, labels: Ints, places: Ints) -> dict[str, Any]:
+    """Accuracy, macro-F1 and calibration of logits (N, K).
+
+    The temperature is fitted on one half of the places and judged on the other, both ways, so
+    that the calibration error is that of pixels that the temperature has not seen.
+    """
+    half = np.unique(places, return_inverse=True)[1] % 2 == 0
+    shares = np.empty(logits.shape)
+    for part in (half, ~half):
+        shares[part] = probabilities(logits[part], fit_temperature(logits[~part], labels[~part]))
+    predicted = shares.argmax(axis=1)
+    classes = logits.shape[1]
+    return {
+        "n": len(labels),
+        "accuracy": round(float((predicted == labels).mean()), 4),
+        "macro_f1": round(macro_f1(predicted, labels, classes), 4),
+        "expected_calibration_error": round(expected_calibration_error(shares, labels), 4),
+        "f1": [
+            round(v, 3) if np.isfinite(v) else None
+            for v in f1_by_class(predicted, labels, classes).tolist()
+        ],
+    }

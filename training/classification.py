@@ -1,0 +1,176 @@
+"""The pixel classification task: classes of series, learned on points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.encoders import PixelEncoder
+from models.graph import PixelGraph
+from models.heads import ClassificationHead
+from training.calibration import cross_fitted_scores, fit_temperature
+from training.config import BANDS, INDICES, ClassifyConfig
+from training.legends import CDL, WORLDCOVER, crop_sets, landcover_sets
+from training.series import (
+    SeriesAugmentation,
+    SeriesTable,
+    any_year,
+    augment_series,
+    computable,
+    tabulate,
+)
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+_LEGENDS = {"cdl": CDL, "worldcover": WORLDCOVER}
+# The broad classifier must work on monthly, ten-day and five-day series with thin cloud in them.
+_AUGMENTATION = {
+    "cdl": SeriesAugmentation(),
+    "worldcover": SeriesAugmentation(drop=0.85, gap=0.15, jitter=4.0, gain=0.08, haze=0.04),
+}
+_BATCH = 1024
+
+
+class PixelClassification:
+    """Classes of pixels by their series.
+
+    Args:
+        config: what is trained.
+        data: folder of the data sets.
+        everything: whether the validation places are trained on too.
+    """
+
+    def __init__(self, config: ClassifyConfig, data: Path, *, everything: bool = False) -> None:
+        self.config = config
+        self.legend = _LEGENDS[config.legend]
+        sets = crop_sets(data) if config.legend == "cdl" else landcover_sets(data)
+        table = tabulate(sets, config.window, least=config.min_observations)
+        self.table = table.take(table.labels >= 0)
+        self.validation = self.table.take(self.table.validation)
+        chosen = np.flatnonzero(~self.table.validation | everything)
+        self.train = self.table.take(_share(chosen, self.table.places, config))
+
+    def graph(self) -> PixelGraph:
+        """A new, untrained graph."""
+        window = self.config.window
+        encoder = PixelEncoder(
+            steps=window.steps, indices=len(INDICES), **self.config.encoder.model_dump()
+        )
+        return PixelGraph(
+            bands=BANDS,
+            indices=INDICES,
+            steps=window.steps,
+            step_days=window.step_days,
+            encoder=encoder,
+            head=ClassificationHead(encoder.embedding, len(self.legend)),
+        )
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch."""
+        return max(len(self.train) // self.config.optimisation.batch, 8)
+
+    def batches(self, epoch: int, rng: Generator) -> Iterator[tuple[Tensor, ...]]:  # noqa: ARG002  # the same in every epoch
+        """Augmented series and their classes: values, valid, days, labels."""
+        how = _AUGMENTATION[self.config.legend]
+        weights = sampling_weights(self.train, self.config.balance)
+        batch = self.config.optimisation.batch
+        order = (
+            rng.choice(len(self.train), self.steps * batch, p=weights)
+            if self.config.balance or len(self.train) < self.steps * batch
+            else rng.permutation(len(self.train))
+        )
+        for i in range(self.steps):
+            part = self.train.take(order[i * batch : (i + 1) * batch])
+            valid, days = part.valid, part.days
+            if self.config.window.start == "fullest-year":
+                valid, days = any_year(valid, days, rng, least=how.least)
+            values, valid, days = augment_series(part.values, valid, days, how, rng)
+            kept = computable(values, valid)
+            yield tuple(torch.from_numpy(a[kept]) for a in (values, valid, days, part.labels))
+
+    def loss(self, graph: PixelGraph, batch: tuple[Tensor, ...]) -> Tensor:
+        """Cross entropy."""
+        values, valid, days, labels = batch
+        return nn.functional.cross_entropy(
+            graph.raw(values, valid, days), labels, label_smoothing=self.config.smoothing
+        )
+
+    def finish(self, graph: PixelGraph) -> None:
+        """Fit the temperature on the validation places."""
+        logits = self.logits(graph, self.validation)
+        if not isinstance(graph.head, ClassificationHead):
+            raise TypeError("a classifier without a head has no temperature")
+        graph.head.temperature.fill_(fit_temperature(logits, self.validation.labels))
+
+    def scores(self, graph: PixelGraph) -> dict[str, Any]:
+        """Accuracy and calibration on the validation places, and by source where there are more."""
+        table, logits = self.validation, self.logits(graph, self.validation)
+        scores = cross_fitted_scores(logits, table.labels, table.places)
+        for i, source in enumerate(table.sources):
+            part = table.source == i
+            if part.any() and not part.all():
+                scores[source] = cross_fitted_scores(
+                    logits[part], table.labels[part], table.places[part]
+                )
+        return scores
+
+    def logits(self, graph: PixelGraph, table: SeriesTable) -> Floats:
+        """Logits of a table's pixels (N, K), each in the window that the card's rule gives."""
+        graph.eval()
+        valid = in_window(table, self.config.window.steps * self.config.window.step_days)
+        parts = []
+        with torch.inference_mode():
+            for i in range(0, len(table), _BATCH):
+                rows = slice(i, i + _BATCH)
+                arrays = (table.values[rows], valid[rows], table.days[rows])
+                parts.append(graph.raw(*(torch.from_numpy(a) for a in arrays)).numpy())
+        return np.concatenate(parts)
+
+    def data(self) -> list[dict[str, Any]]:
+        """What it trains on."""
+        return [
+            {"name": source, "use": use, "n": n}
+            for use, table in (("labels", self.train), ("validation", self.validation))
+            for i, source in enumerate(table.sources)
+            if (n := int((table.source == i).sum()))
+        ]
+
+
+def in_window(table: SeriesTable, length: int) -> NDArray[np.bool_]:
+    """True for usable dates within the first `length` days of each pixel's window (N, T).
+
+    A pixel with none there keeps all it has, so that it is scored and not left out.
+    """
+    inside = table.valid & (table.days >= 0) & (table.days < length)
+    empty = ~inside.any(axis=1, keepdims=True)
+    return np.where(empty, table.valid, inside)
+
+
+def sampling_weights(table: SeriesTable, balance: float) -> NDArray[np.float64]:
+    """Chance of each pixel to be drawn (N).
+
+    A class of one source is drawn in proportion to its size to the power 1 - balance: 0 is the
+    data as they are, 1 draws all classes and sources alike.
+    """
+    cells = table.labels * len(table.sources) + table.source
+    _, cell, sizes = np.unique(cells, return_inverse=True, return_counts=True)
+    weights = sizes[cell] ** -balance
+    return np.asarray(weights / weights.sum())
+
+
+def _share(chosen: Ints, places: Ints, config: ClassifyConfig) -> Ints:
+    """The first share of the chosen pixels, place by place in random order."""
+    if config.labels == 1.0:
+        return chosen
+    rng = np.random.default_rng(config.optimisation.seed)
+    order = rng.permutation(places.max() + 1)
+    ranked = chosen[np.argsort(order[places[chosen]], kind="stable")]
+    return np.asarray(ranked[: max(round(config.labels * len(chosen)), 1)])

@@ -1,0 +1,131 @@
+"""EuroSAT: 64 x 64 patches of Sentinel-2 in ten land-cover classes (Helber et al. 2019).
+
+The RGB version as JPEGs in zips with a spatial split, and the multispectral GeoTIFFs.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from PIL import Image
+
+from training.datasets import PatchSet
+
+CLASSES = (
+    "AnnualCrop",
+    "Forest",
+    "HerbaceousVegetation",
+    "Highway",
+    "Industrial",
+    "Pasture",
+    "PermanentCrop",
+    "Residential",
+    "River",
+    "SeaLake",
+)
+RGB = ("B04", "B03", "B02")
+# The JPEGs hold reflectance x 10,000 cut at 2750, as 0 to 255.
+JPEG_SCALE = 0.275 / 255.0
+# The GeoTIFFs hold reflectance x 10,000, level 1C, in this order.
+MS_BANDS = (
+    *("B01", "B02", "B03", "B04", "B05", "B06", "B07"),
+    *("B08", "B09", "B10", "B11", "B12", "B8A"),
+)
+MS_SCALE = 1e-4
+
+
+class EuroSATError(Exception):
+    """A EuroSAT folder that lacks patches its lists name, or files of another shape."""
+
+
+def eurosat_rgb(folder: Path) -> PatchSet:
+    """The RGB patches that `train.txt` and `val.txt` list: the spatial split.
+
+    Where a patch lies is not in a JPEG, so each is a place of its own.
+
+    Args:
+        folder: holds the lists and zips with `<Class>/<Class>_<n>.jpg`.
+
+    Raises:
+        EuroSATError: a listed patch is in none of the zips.
+    """
+    lists = [_lines(folder / name) for name in ("train.txt", "val.txt")]
+    names = [name for part in lists for name in part]
+    images = _images(folder.glob("*.zip"), names)
+    missing = [name for name in names if name not in images]
+    if missing:
+        raise EuroSATError(f"{len(missing)} listed patches are in no zip, {missing[0]} the first")
+    return PatchSet(
+        source="eurosat",
+        bands=RGB,
+        values=np.stack([images[name] for name in names]),
+        scale=JPEG_SCALE,
+        places=np.arange(len(names)),
+        validation=np.arange(len(names)) >= len(lists[0]),
+        labels=_labels(names),
+        legend=dict(enumerate(CLASSES)),
+    )
+
+
+def eurosat_ms(folder: Path, listed: Path, *, bands: tuple[str, ...] = RGB) -> PatchSet:
+    """The multispectral GeoTIFFs of a folder, as reflectance.
+
+    Args:
+        folder: holds `<Class>_<n>.tif` of 13 bands.
+        listed: folder of `train.txt` and `val.txt`; patches in neither are left out.
+        bands: the bands wanted.
+
+    Raises:
+        EuroSATError: a file has not 13 bands.
+    """
+    split = {Path(name).stem: False for name in _lines(listed / "train.txt")}
+    split |= {Path(name).stem: True for name in _lines(listed / "val.txt")}
+    paths = [path for path in sorted(folder.glob("*.tif")) if path.stem in split]
+    values = np.stack([_geotiff(path, bands) for path in paths])
+    return PatchSet(
+        source="eurosat",
+        bands=bands,
+        values=values,
+        scale=1.0,
+        places=np.arange(len(paths)),
+        validation=np.array([split[path.stem] for path in paths]),
+        labels=_labels(path.name for path in paths),
+        legend=dict(enumerate(CLASSES)),
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines() if line]
+
+
+def _labels(names: Iterable[str]) -> NDArray[np.int64]:
+    return np.array([CLASSES.index(name.rpartition("_")[0]) for name in names], dtype=np.int64)
+
+
+def _images(zips: Iterable[Path], names: Iterable[str]) -> Mapping[str, NDArray[np.uint8]]:
+    """The patches (C, P, P) of the names wanted, by name."""
+    wanted = set(names)
+    images: dict[str, NDArray[np.uint8]] = {}
+    for path in sorted(zips):
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.namelist():
+                name = PurePosixPath(entry).name
+                if name in wanted:
+                    with Image.open(io.BytesIO(archive.read(entry))) as image:
+                        images[name] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    return images
+
+
+def _geotiff(path: Path, bands: tuple[str, ...]) -> NDArray[np.float32]:
+    """Reflectance (C, P, P) of one file."""
+    with rasterio.open(path) as file:
+        if file.count != len(MS_BANDS):
+            raise EuroSATError(f"{path.name} has {file.count} bands, EuroSAT has {len(MS_BANDS)}")
+        stored = file.read([MS_BANDS.index(b) + 1 for b in bands])
+    return np.asarray(stored * np.float32(MS_SCALE), dtype=np.float32)

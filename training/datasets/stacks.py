@@ -1,0 +1,216 @@
+"""GeoTIFF stacks: a folder with one file a date becomes a `Scene`.
+
+Reads what the shared data and the Romania cube need, and any folder of that layout. The served
+reader (`service/stack.py`) understands more layouts and reads windows; this one reads a whole
+area into memory, as stored.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+
+from training.datasets import Scene
+
+# Scene classification of Sentinel-2 level 2A: vegetation, bare soil, water, unclassified.
+CLEAR_SCL = (4, 5, 6, 7)
+_DATE = re.compile(r"(?<!\d)((?:19|20)\d{2})[-_]?(0[1-9]|1[0-2])[-_]?(0[1-9]|[12]\d|3[01])(?!\d)")
+# The netCDF names of the Romania cube.
+_NETCDF_BANDS = {"B02": "B2", "B03": "B3", "B04": "B4", "B08": "B8"}
+_DAYS_SINCE = re.compile(r"days since (\d{4}-\d{2}-\d{2})")
+
+
+class StackError(Exception):
+    """A folder or file that is no stack; the message says which and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """One file: the observation of one date."""
+
+    day: date
+    bands: tuple[str, ...]
+    values: NDArray[np.generic]
+    """(C, H, W), as stored."""
+    missing: NDArray[np.bool_]
+    """(H, W): nodata, or zero in every band."""
+    scale: float
+
+
+def read_stack(
+    folder: Path,
+    *,
+    source: str | None = None,
+    offset: float = 0.0,
+    labels: Path | None = None,
+    validation: bool = False,
+) -> Scene:
+    """Read a folder with one GeoTIFF a date.
+
+    The date is the `datetime` tag, else a date in the file's name; files with neither (labels)
+    are left out. Files of one date are merged, the first clear value of a pixel counts. A band
+    described as SCL is not a band but decides what is usable.
+
+    Args:
+        folder: holds the files.
+        source: name of the data set; the folder's name where None.
+        offset: added after scaling, -0.1 for level 2A of baseline 04.00 and later that still
+            holds the offset.
+        labels: raster of codes on the same grid.
+        validation: whether the area is a validation place.
+
+    Raises:
+        StackError: no dated file, or files that differ in size or bands.
+    """
+    layers = [layer for path in sorted(folder.glob("*.tif")) if (layer := _layer(path))]
+    if not layers:
+        raise StackError(f"{folder.name} holds no GeoTIFF with a date in its tags or its name")
+    first = layers[0]
+    for layer in layers:
+        if layer.bands != first.bands or layer.values.shape != first.values.shape:
+            raise StackError(
+                f"{folder.name}: {layer.day} has bands {layer.bands} of {layer.values.shape[1:]}, "
+                f"{first.day} has {first.bands} of {first.values.shape[1:]}"
+            )
+    days = sorted({layer.day for layer in layers})
+    merged = [_merge([layer for layer in layers if layer.day == day]) for day in days]
+    bands = tuple(b for b in first.bands if b != "SCL")
+    chosen = [first.bands.index(b) for b in bands]
+    return Scene(
+        source=source or folder.name,
+        bands=bands,
+        dates=tuple(days),
+        values=np.stack([values[chosen] for values, _ in merged]),
+        scale=first.scale,
+        offset=offset,
+        valid=np.stack([valid for _, valid in merged]),
+        labels=None if labels is None else _read_labels(labels),
+        validation=validation,
+    )
+
+
+def read_romania(path: Path, *, validation: bool = False) -> Scene:
+    """Read the Romania cube: `sentinel2_cube_subset_romania_10m.nc` of the wheel `nrt==0.2.1`.
+
+    The file has no geotransform that GDAL understands, so GDAL would take it for bottom-up and
+    turn it over; read in file order, its first row is the northernmost, as in the tree cover
+    raster beside it.
+
+    Raises:
+        StackError: the file is not that cube.
+    """
+    try:
+        # Having no geotransform is what is worked around here; the caller need not hear of it.
+        with rasterio.Env(GDAL_NETCDF_BOTTOMUP="NO"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            layers = {name: _read_variable(path, name) for name in (*_NETCDF_BANDS.values(), "SCL")}
+            days = _netcdf_dates(path)
+    except rasterio.errors.RasterioIOError as error:
+        raise StackError(f"{path.name} is not the Romania cube: {error}") from error
+    return Scene(
+        source="romania",
+        bands=tuple(_NETCDF_BANDS),
+        dates=days,
+        values=np.stack([layers[name] for name in _NETCDF_BANDS.values()], axis=1),
+        scale=1e-4,
+        valid=np.isin(layers["SCL"], CLEAR_SCL),
+        validation=validation,
+    )
+
+
+def split_north(scene: Scene, share: float) -> tuple[Scene, ...]:
+    """Hold out the northern rows of an area as a validation place of its own.
+
+    The two parts share no pixel, and a patch that reaches over the edge of its part is mirrored
+    there, so no imagery of one is ever seen by the other.
+
+    Args:
+        scene: the area.
+        share: of the rows, 0 to 1; 0 keeps the whole for training.
+    """
+    rows = round(scene.shape[0] * share)
+    if rows == 0:
+        return (scene,)
+    every = slice(None)
+    return (
+        scene.crop(slice(rows, None), every),
+        scene.crop(slice(0, rows), every, validation=True),
+    )
+
+
+def _layer(path: Path) -> _Layer | None:
+    with rasterio.open(path) as file:
+        stamp = file.tags().get("datetime") or path.stem
+        found = _DATE.search(stamp)
+        if found is None:
+            return None
+        values = file.read()
+        scales = set(file.scales)
+        scale = float(file.tags().get("scale", scales.pop() if len(scales) == 1 else 1.0))
+        if scale == 1.0 and np.issubdtype(values.dtype, np.integer):
+            scale = 1e-4
+        names = tuple(name or f"band {i}" for i, name in enumerate(file.descriptions, start=1))
+        bands = tuple(_band_name(name) for name in names)
+        spectral = values[[i for i, b in enumerate(bands) if b != "SCL"]]
+        missing = (np.nan_to_num(spectral) == 0).all(axis=0)
+        if file.nodata is not None:
+            missing |= (spectral == file.nodata).any(axis=0)
+    year, month, day = (int(part) for part in found.groups())
+    return _Layer(
+        day=date(year, month, day), bands=bands, values=values, missing=missing, scale=scale
+    )
+
+
+def _band_name(described: str) -> str:
+    """`B2` and `b02` are `B02`; anything else as it is."""
+    plain = re.fullmatch(r"[Bb](\d)", described)
+    return f"B0{plain[1]}" if plain else described.upper()
+
+
+def _merge(layers: Sequence[_Layer]) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    values = layers[0].values.copy()
+    valid = _usable(layers[0])
+    for layer in layers[1:]:
+        better = _usable(layer) & ~valid
+        values[:, better] = layer.values[:, better]
+        valid |= better
+    return values, valid
+
+
+def _usable(layer: _Layer) -> NDArray[np.bool_]:
+    if "SCL" not in layer.bands:
+        return ~layer.missing
+    return ~layer.missing & np.isin(layer.values[layer.bands.index("SCL")], CLEAR_SCL)
+
+
+def _read_labels(path: Path) -> NDArray[np.int64]:
+    with rasterio.open(path) as file:
+        codes: NDArray[np.int64] = file.read(1).astype(np.int64)
+        if file.nodata is not None:
+            codes[codes == int(file.nodata)] = -1
+        return codes
+
+
+def _read_variable(path: Path, name: str) -> NDArray[np.generic]:
+    with rasterio.open(f"netcdf:{path}:{name}") as file:
+        values: NDArray[np.generic] = file.read()
+        return values
+
+
+def _netcdf_dates(path: Path) -> tuple[date, ...]:
+    with rasterio.open(f"netcdf:{path}:B2") as file:
+        tags = file.tags()
+    since = _DAYS_SINCE.match(tags.get("time#units", ""))
+    if since is None:
+        raise StackError(f"{path.name}: its time is not counted in days since a date")
+    start = date.fromisoformat(since[1])
+    offsets = tags["NETCDF_DIM_time_VALUES"].strip("{}").split(",")
+    return tuple(start + timedelta(days=int(days)) for days in offsets)

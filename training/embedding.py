@@ -1,0 +1,296 @@
+"""A pretrained checkpoint becomes two bundles, `embed-pixel` and `embed-patch`, with scores.
+
+checkpoint -> graphs without heads -> scores beside an untrained encoder -> bundles
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.card import TimeWindow, TrainingData
+from models.graph import PatchGraph, PixelGraph
+from training.config import BANDS, INDICES
+from training.datasets import PatchSet, PixelSet
+from training.datasets.eurosat import eurosat_rgb
+from training.export import machine, megaflop, parameters, write_bundle
+from training.legends import crop_sets
+from training.pretrain import (
+    CHECKPOINT,
+    LOG_FILE,
+    PATCH_BANDS,
+    Networks,
+    PretrainConfig,
+    Pretraining,
+)
+from training.probe import Labelled, probe
+from training.sources import Places, Sources, open_sources
+from training.terms import LICENCE, TERMS
+
+log = logging.getLogger(__name__)
+
+VERSION = "1.0.0"
+# Side of a served patch, and of the patches that the patch encoder is probed on.
+PATCH = 64
+_BATCH = 256
+_PROBED_PATCHES = 5000
+_DESCRIPTIONS = {
+    "embed-pixel": (
+        "Embedding of a pixel from a year of B02, B04 and B08: the PIMC pixel encoder on "
+        "recurrence plots of NDVI, EVI and SAVI, pretrained without labels against the imagery "
+        "around the pixel. Not of unit length: normalise before comparing by cosine. A first "
+        "version from a short run on few places: compare it with the scores of an untrained "
+        "encoder below before relying on it."
+    ),
+    "embed-patch": (
+        "Embedding of a 64 x 64 patch from red, green and blue: the PIMC patch encoder, pretrained "
+        "without labels against pixel series and on EuroSAT imagery. Reflectance above 0.275 "
+        "counts as 0.275. Not of unit length: normalise before comparing by cosine. A first "
+        "version from a short run on few places: compare it with the scores of an untrained "
+        "encoder below before relying on it."
+    ),
+}
+
+
+def export_embeddings(folder: Path, zoo: Path, *, places: Places) -> tuple[Path, Path]:
+    """Score a finished pretraining run and write both bundles.
+
+    Args:
+        folder: of the run.
+        zoo: folder of bundles; those of the same names are replaced.
+        places: where the data lies.
+
+    Returns:
+        The folders of `embed-pixel` and `embed-patch`.
+
+    Raises:
+        ParityError: ONNX Runtime answers unlike torch.
+    """
+    stored = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
+    config = PretrainConfig.model_validate(stored["config"])
+    networks = Networks(config)
+    networks.restore(stored)
+    networks.eval()
+    sources = open_sources(config.sources, places, seed=config.seed)
+    facts = {**_training_facts(config, stored), "log": last_row(folder)}
+    data = _training_data(sources)
+    pairs = measure_retrieval(networks, config, sources, folder)
+    crops = crop_sets(places.data)[0]
+    eurosat = eurosat_rgb(places.data / "eurosat")
+    untrained = _untrained(config)
+    pixel, patch = pixel_graph(networks), PatchGraph(encoder=networks.patch, head=None).eval()
+    common = {"version": VERSION, "task": "embed", "licence": LICENCE, "training_data": data}
+    return (
+        write_bundle(
+            pixel,
+            zoo / "embed-pixel",
+            fields={
+                **common,
+                "name": "embed-pixel",
+                "description": _DESCRIPTIONS["embed-pixel"],
+                "modality": "pixel",
+                "default": True,
+                "bands": BANDS,
+                "indices": INDICES,
+                "window": _window(config),
+                "day_of_year": False,
+                "min_observations": config.min_observations,
+                "embedding": config.pixel.embedding,
+                "metrics": {
+                    "crops_us_2021": {
+                        "split": "validation blocks of 0.1 degree; labels are USDA's map",
+                        "pretrained": probe(embed_crops(pixel, crops)),
+                        "untrained": probe(embed_crops(pixel_graph(untrained), crops)),
+                    },
+                    "retrieval": pairs,
+                },
+                "training": {**facts, **_size(pixel)},
+            },
+            real=_real_pixels(crops),
+        ),
+        write_bundle(
+            patch,
+            zoo / "embed-patch",
+            fields={
+                **common,
+                "name": "embed-patch",
+                "description": _DESCRIPTIONS["embed-patch"],
+                "modality": "patch",
+                "bands": PATCH_BANDS,
+                "patch": PATCH,
+                "day_of_year": False,
+                "min_observations": 1,
+                "embedding": config.patch.embedding,
+                "metrics": {
+                    "eurosat": {
+                        "split": "EuroSAT's spatial split; 5,000 random patches of both sides",
+                        "pretrained": probe(embed_patches(patch, eurosat)),
+                        "untrained": probe(
+                            embed_patches(PatchGraph(encoder=untrained.patch, head=None), eurosat)
+                        ),
+                    },
+                    "retrieval": pairs,
+                },
+                "training": {**facts, **_size(patch)},
+            },
+            real={"patches": _reflectance(eurosat, np.flatnonzero(eurosat.validation)[:64])},
+        ),
+    )
+
+
+def pixel_graph(networks: Networks) -> PixelGraph:
+    """The pixel side as it is served: no head, the embedding is the answer."""
+    return networks.pixel.eval()
+
+
+def measure_retrieval(
+    networks: Networks, config: PretrainConfig, sources: Sources, folder: Path
+) -> Mapping[str, Any]:
+    """Pixel to patch and back on each source's held-out place, one date or median, no disturbance.
+
+    Args:
+        networks: as trained.
+        config: of the run.
+        sources: of the run.
+        folder: of the run; nothing is written.
+    """
+    scores: dict[str, Any] = {
+        "candidates": config.groups * config.per_group,
+        "chance": round(1.0 / (config.groups * config.per_group), 4),
+        "note": (
+            "rows of each scene that training never saw, median image; candidates of all sources "
+            f"or of one alone; candidates closer than {config.near:g} pixels left out"
+        ),
+    }
+    several = config.model_copy(update={"measured_batches": 16})
+    for name in ("all", *sorted({s.source for s in sources.held_out})):
+        part = replace(sources, held_out=[s for s in sources.held_out if name in {"all", s.source}])
+        run = Pretraining(several, part, folder, torch.device("cpu"))
+        run.networks.load_state_dict(networks.state_dict())
+        scores[name] = {key: round(value, 4) for key, value in run.measure().items()}
+    return scores
+
+
+def embed_crops(graph: PixelGraph, crops: PixelSet) -> Labelled:
+    """Embeddings of the labelled US crops with enough observations."""
+    labels = crops.labels if crops.labels is not None else np.full(len(crops.values), -1)
+    pixels = crops.select(BANDS)
+    kept = np.flatnonzero((labels >= 0) & (pixels.valid.sum(axis=1) >= 4))
+    part = pixels.take(kept)
+    days = _days(part)
+    parts = []
+    with torch.inference_mode():
+        for i in range(0, len(kept), _BATCH):
+            rows = slice(i, i + _BATCH)
+            arrays = (part.values[rows], part.valid[rows])
+            parts.append(graph(*(torch.from_numpy(a) for a in arrays), days).numpy())
+    return Labelled(
+        embeddings=np.concatenate(parts),
+        labels=labels[kept],
+        validation=part.validation,
+        places=part.places,
+    )
+
+
+def embed_patches(graph: PatchGraph, patches: PatchSet, *, seed: int = 0) -> Labelled:
+    """Embeddings of a random part of EuroSAT."""
+    graph.eval()
+    rng = np.random.default_rng(seed)
+    most = min(_PROBED_PATCHES, len(patches.values))
+    chosen = np.sort(rng.permutation(len(patches.values))[:most])
+    parts = []
+    with torch.inference_mode():
+        for i in range(0, most, _BATCH):
+            batch = _reflectance(patches, chosen[i : i + _BATCH])
+            parts.append(graph(torch.from_numpy(batch)).numpy())
+    labels = patches.labels if patches.labels is not None else np.full(len(patches.values), -1)
+    return Labelled(
+        embeddings=np.concatenate(parts),
+        labels=labels[chosen],
+        validation=patches.validation[chosen],
+        places=patches.places[chosen],
+    )
+
+
+def _reflectance(patches: PatchSet, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
+    return patches.values[chosen].astype(np.float32) * np.float32(patches.scale)
+
+
+def _days(pixels: PixelSet) -> torch.Tensor:
+    first = pixels.dates[0].replace(day=1)
+    return torch.tensor([float((day - first).days) for day in pixels.dates])
+
+
+def _real_pixels(crops: PixelSet) -> dict[str, NDArray[Any]]:
+    part = crops.select(BANDS).take(np.flatnonzero(crops.validation)[:256])
+    return {"values": part.values, "valid": part.valid, "days": _days(part).numpy()}
+
+
+def _untrained(config: PretrainConfig) -> Networks:
+    torch.manual_seed(config.seed + 1)
+    return Networks(config).eval()
+
+
+def last_row(folder: Path) -> dict[str, float]:
+    """What the log of a run says of its last step."""
+    with (folder / LOG_FILE).open(newline="") as file:
+        *_, last = csv.DictReader(file)
+    return {name: round(float(value), 5) for name, value in last.items() if value}
+
+
+def _window(config: PretrainConfig) -> TimeWindow:
+    return TimeWindow(
+        steps=config.steps_per_window, step_days=config.step_days, start="fullest-year"
+    )
+
+
+def _size(graph: PixelGraph | PatchGraph) -> dict[str, float]:
+    if isinstance(graph, PixelGraph):
+        dates = 36
+        inputs: Sequence[torch.Tensor] = (
+            torch.rand(1, dates, len(BANDS)),
+            torch.ones(1, dates, dtype=torch.bool),
+            torch.arange(dates) * 10.0,
+        )
+    else:
+        inputs = (torch.rand(1, len(PATCH_BANDS), PATCH, PATCH),)
+    return {
+        "parameters": parameters(graph.encoder),
+        "megaflop": round(megaflop(graph, inputs), 2),
+    }
+
+
+def _training_data(sources: Sources) -> tuple[TrainingData, ...]:
+    return tuple(
+        TrainingData(
+            name=name,
+            use="pretraining without labels, training places alone",
+            n=n,
+            licence=TERMS[name].licence,
+            source=TERMS[name].source,
+        )
+        for name, n in sources.counts().items()
+    )
+
+
+def _training_facts(config: PretrainConfig, stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "command": (
+            "python -m training pretrain --threads 1 --romania CUBE; "
+            "python -m training embed runs/pretrain --romania CUBE"
+        ),
+        "config": config.model_dump(mode="json"),
+        "seed": config.seed,
+        "steps": stored["step"],
+        "seconds": stored["seconds"],
+        "machine": machine(),
+        "torch": torch.__version__,
+    }

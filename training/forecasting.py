@@ -1,0 +1,242 @@
+"""The forecast task: the next values of spectral indices, learned on every series there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.encoders import PixelEncoder
+from models.graph import PixelGraph
+from models.heads import ForecastHead
+from training.config import BANDS, INDICES, ForecastConfig
+from training.datasets.points import crops_us_2021, modis_brazil, s2_points
+from training.losses import pinball
+from training.series import (
+    SeriesAugmentation,
+    SeriesTable,
+    augment_series,
+    computable,
+    ordinal_day_of_year,
+    tabulate,
+)
+
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+# Gain and noise stay small: they are the same before and after the cut only if nothing is added.
+_AUGMENTATION = SeriesAugmentation(
+    drop=0.3, least=3, jitter=1.0, season=0.0, noise=0.003, gain=0.0, haze=0.0
+)
+# The case that is scored: the first 26 composites of 2021 in, the next ten out.
+SCORED_SOURCE = "crops_us_2021"
+SCORED_CUT = 26
+# Dates before a cut below which there is nothing to learn from.
+_SHORTEST = 5
+_BATCH = 1024
+
+
+class PixelForecast:
+    """Quantiles of the next values of NDVI, EVI and SAVI.
+
+    Args:
+        config: what is trained.
+        data: folder of the data sets.
+        everything: whether the validation places are trained on too.
+    """
+
+    def __init__(self, config: ForecastConfig, data: Path, *, everything: bool = False) -> None:
+        self.config = config
+        sets = [
+            *crops_us_2021(data / "crops_us_2021"),
+            *s2_points(data / "s2_points"),
+            *modis_brazil(data / "modis_brazil"),
+        ]
+        table = tabulate(sets, config.window, least=config.min_observations)
+        self.validation = table.take(
+            table.validation & (table.source == table.sources.index(SCORED_SOURCE))
+        )
+        self.train = table.take(~table.validation | everything)
+        self.scored = self.train.source == table.sources.index(SCORED_SOURCE)
+
+    def graph(self) -> PixelGraph:
+        """A new, untrained graph."""
+        window = self.config.window
+        encoder = PixelEncoder(
+            steps=window.steps, indices=len(INDICES), **self.config.encoder.model_dump()
+        )
+        head = ForecastHead(
+            encoder.embedding,
+            steps=window.steps,
+            indices=len(INDICES),
+            horizon=self.config.horizon,
+            quantiles=len(self.config.quantiles),
+        )
+        return PixelGraph(
+            bands=BANDS,
+            indices=INDICES,
+            steps=window.steps,
+            step_days=window.step_days,
+            encoder=encoder,
+            head=head,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch."""
+        return len(self.train) // self.config.optimisation.batch
+
+    def batches(self, epoch: int, rng: Generator) -> Iterator[tuple[Tensor, ...]]:  # noqa: ARG002  # the same in every epoch
+        """Series up to a random date, and what came: see `cut`."""
+        batch = self.config.optimisation.batch
+        focus = self.config.focus
+        weights = np.where(
+            self.scored, focus / self.scored.sum(), (1.0 - focus) / (~self.scored).sum()
+        )
+        order = rng.choice(len(self.train), self.steps * batch, p=weights)
+        for i in range(self.steps):
+            chosen = order[i * batch : (i + 1) * batch]
+            part = self.train.take(chosen)
+            yield self._tensors(part, self._positions(part, self.scored[chosen], rng), rng)
+
+    def _positions(self, part: SeriesTable, scored: Bools, rng: Generator) -> Ints:
+        """How many dates come before each pixel's cut (N).
+
+        Half of the US crops are cut where they are scored, the rest anywhere.
+        """
+        dates = part.present.sum(axis=1)
+        low = np.minimum(_SHORTEST, dates - 1)
+        drawn = rng.integers(low, dates)
+        return np.where(scored & (rng.random(len(part)) < 0.5), SCORED_CUT, drawn)
+
+    def _tensors(
+        self, part: SeriesTable, positions: Ints, rng: Generator | None = None
+    ) -> tuple[Tensor, ...]:
+        valid, days, day_of_year, target, known = cut(
+            part, positions, self.config.window.steps, self.config.window.step_days,
+            self.config.horizon,
+        )  # fmt: skip
+        values = part.values
+        if rng is not None:
+            values, valid, days = augment_series(values, valid, days, _AUGMENTATION, rng)
+        kept = _usable(valid, known) & computable(values, valid)
+        arrays = (values, valid, days, day_of_year, target, known)
+        return tuple(torch.from_numpy(a[kept]) for a in arrays)
+
+    def loss(self, graph: PixelGraph, batch: tuple[Tensor, ...]) -> Tensor:
+        """Pinball loss, and the squared error of the median, over the targets that are known."""
+        *inputs, target, known = batch
+        quantiles = graph.raw(*inputs)
+        loss = pinball(quantiles, target, self.config.quantiles, known)
+        middle = quantiles[..., len(self.config.quantiles) // 2]
+        squared = torch.where(known, (middle - target).square(), 0.0).sum() / known.sum().clamp(1)
+        return loss + self.config.squared * squared
+
+    def finish(self, graph: PixelGraph) -> None:
+        """Nothing is fitted after training."""
+
+    def scores(self, graph: PixelGraph) -> dict[str, Any]:
+        """RMSE in index units and the coverage of the outer quantiles, at the scored cut."""
+        quantiles, target, known = self.predict(graph)
+        return forecast_scores(quantiles, target, known)
+
+    def predict(self, graph: PixelGraph) -> tuple[Floats, Floats, Bools]:
+        """Quantiles (N, H, S, Q), targets and which are known (N, H, S) at the scored cut."""
+        graph.eval()
+        positions = np.full(len(self.validation), SCORED_CUT)
+        inputs = self._tensors(self.validation, positions)
+        with torch.inference_mode():
+            parts = [
+                graph.raw(*(a[i : i + _BATCH] for a in inputs[:4])).numpy()
+                for i in range(0, len(inputs[0]), _BATCH)
+            ]
+        return np.concatenate(parts), inputs[4].numpy(), inputs[5].numpy()
+
+    def kept(self) -> Bools:
+        """Which validation pixels `predict` answers for: those with something in and out."""
+        valid, _, _, _, known = cut(
+            self.validation,
+            np.full(len(self.validation), SCORED_CUT),
+            self.config.window.steps,
+            self.config.window.step_days,
+            self.config.horizon,
+        )
+        return _usable(valid, known)
+
+    def data(self) -> list[dict[str, Any]]:
+        """What it trains on."""
+        return [
+            {"name": source, "use": use, "n": n}
+            for use, table in (("series", self.train), ("validation", self.validation))
+            for i, source in enumerate(table.sources)
+            if (n := int((table.source == i).sum()))
+        ]
+
+
+def _usable(valid: Bools, known: Bools) -> Bools:
+    """True for series with something before and after the cut (N)."""
+    return np.asarray(valid.any(axis=1) & known.any(axis=(1, 2)))
+
+
+def cut(
+    table: SeriesTable, positions: Ints, steps: int, step_days: int, horizon: int
+) -> tuple[Bools, Floats, Floats, Floats, Bools]:
+    """Cut series in what is known and what is to be forecast.
+
+    The regular grid ends on the last date before the cut. A target is the clear observation
+    nearest to its step, unknown where none lies within half a step.
+
+    Args:
+        table: N series.
+        positions: how many dates of each come before its cut (N), 1 or more.
+        steps: M.
+        step_days: days between steps.
+        horizon: H.
+
+    Returns:
+        valid (N, T) up to the cut; days (N, T) since the grid's first day; day_of_year (N) of
+        that day; targets (N, H, S), index units; known (N, H, S).
+    """
+    rows = np.arange(len(table))
+    last = table.days[rows, positions - 1]
+    origin = last - (steps - 1) * step_days
+    days = table.days - origin[:, None]
+    before = np.arange(table.days.shape[1]) < positions[:, None]
+    valid = table.valid & before & (days >= 0)
+    ahead = (steps - 1 + np.arange(1, horizon + 1)) * step_days
+    gap = np.abs(days[:, None, :] - ahead[None, :, None])
+    gap = np.where((table.valid & ~before)[:, None], gap, np.inf)
+    nearest = gap.argmin(axis=2)
+    near = np.take_along_axis(gap, nearest[..., None], axis=2)[..., 0] <= step_days / 2
+    target = table.indices[rows[:, None], nearest]
+    known = np.broadcast_to(near[..., None], target.shape).copy()
+    day_of_year = ordinal_day_of_year(table.first_day + origin.astype(np.int64))
+    return valid, days.astype(np.float32), day_of_year, target, known
+
+
+def forecast_scores(quantiles: Floats, target: Floats, known: Bools) -> dict[str, Any]:
+    """RMSE of the median by index and their mean, and how much the outer quantiles cover.
+
+    Args:
+        quantiles: (N, H, S, Q), index units.
+        target: (N, H, S).
+        known: True where the target counts (N, H, S).
+    """
+    error = quantiles[..., quantiles.shape[-1] // 2] - target
+    rmse = {
+        name: float(np.sqrt(np.square(error[..., i][known[..., i]]).mean()))
+        for i, name in enumerate(INDICES)
+    }
+    inside = (target >= quantiles[..., 0]) & (target <= quantiles[..., -1])
+    return {
+        "n": int(known[..., 0].sum()),
+        "rmse": {name: round(value, 4) for name, value in rmse.items()},
+        "rmse_mean": round(float(np.mean(list(rmse.values()))), 4),
+        "coverage": round(float(inside[known].mean()), 4),
+    }

@@ -1,0 +1,109 @@
+"""Gradients of a large batch in the memory of a small one.
+
+A contrastive loss compares every row with every other, so its batch cannot simply be split. But
+given the embeddings, the loss knows nothing of the encoders: its gradient at the embeddings is
+found first, and then carried into the encoders chunk by chunk (Gao et al. 2021, arXiv 2101.06983).
+Memory holds one chunk's activations; the price is a second forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_BatchNorms = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One side of a loss: rows that an encoder turns into embeddings."""
+
+    encode: Callable[[slice], Tensor]
+    """Embeddings (n, D) of the rows of a slice, as `order` has them."""
+    size: int
+    """Rows (N)."""
+    order: Tensor | None = None
+    """Which row of the batch is encoded at each place (N); None where they are as they come."""
+
+    def restored(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (N, D) in the batch's own order."""
+        return embeddings if self.order is None else embeddings[self.order.argsort()]
+
+
+def backward(
+    sides: Sequence[Side],
+    loss: Callable[[Sequence[Tensor]], Tensor],
+    *,
+    network: nn.Module,
+    chunk: int,
+) -> Tensor:
+    """Add the gradients of a loss over whole batches to the parameters.
+
+    With batch normalisation a chunk is normalised by its own statistics, so chunks should be
+    shuffled, and the result is that of the whole batch only up to these statistics.
+
+    Args:
+        sides: what the loss compares.
+        loss: of the embeddings of each side (N, D), a scalar; may have parameters of its own.
+        network: holds every module that the sides run, for its statistics.
+        chunk: rows that an encoder sees at once.
+
+    Returns:
+        The loss (), detached.
+    """
+    if all(side.size <= chunk for side in sides):
+        whole = loss([side.restored(side.encode(slice(0, side.size))) for side in sides])
+        torch.autograd.backward(whole)
+        return whole.detach()
+    states: list[list[tuple[Tensor, list[Tensor]]]] = []
+    embeddings = []
+    with torch.no_grad(), _statistics_kept(network):
+        for side in sides:
+            parts, seen = [], []
+            for rows in _chunks(side.size, chunk):
+                seen.append(_chance())
+                parts.append(side.encode(rows))
+            states.append(seen)
+            embeddings.append(torch.cat(parts))
+    leaves = [part.requires_grad_() for part in embeddings]
+    value = loss([side.restored(leaf) for side, leaf in zip(sides, leaves, strict=True)])
+    torch.autograd.backward(value)
+    for side, leaf, seen in zip(sides, leaves, states, strict=True):
+        if leaf.grad is None:
+            continue
+        for rows, state in zip(_chunks(side.size, chunk), seen, strict=True):
+            _set_chance(state)  # the same units are dropped as in the first pass
+            torch.autograd.backward(side.encode(rows), leaf.grad[rows])
+    return value.detach()
+
+
+def _chunks(size: int, chunk: int) -> Iterator[slice]:
+    for start in range(0, size, chunk):
+        yield slice(start, min(start + chunk, size))
+
+
+def _chance() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+
+def _set_chance(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state_all(state[1])
+
+
+@contextmanager
+def _statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Batch statistics are used but not remembered: the second pass does that, once."""
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorms)]
+    momenta = [m.momentum for m in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

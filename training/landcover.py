@@ -1,0 +1,157 @@
+"""The land-cover task: classes of patches of imagery, learned on EuroSAT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.encoders import PatchEncoder
+from models.graph import PatchGraph
+from models.heads import ClassificationHead
+from training.augment import PatchAugmentation, augment_patches
+from training.calibration import cross_fitted_scores, fit_temperature
+from training.config import LandcoverConfig
+from training.datasets.eurosat import RGB, eurosat_ms, eurosat_rgb
+
+_AUGMENTATION = PatchAugmentation(gain=0.12, band_gain=0.06, offset=0.006, noise=0.002)
+Floats = NDArray[np.float32]
+
+
+class PatchClassification:
+    """EuroSAT's ten classes from red, green and blue.
+
+    Args:
+        config: what is trained.
+        data: folder of the data sets.
+        everything: whether the validation patches are trained on too.
+    """
+
+    def __init__(self, config: LandcoverConfig, data: Path, *, everything: bool = False) -> None:
+        self.config = config
+        self.patches = eurosat_rgb(data / "eurosat")
+        self.geotiffs = data / "eurosat" / "ms_sample"
+        if self.patches.labels is None or self.patches.legend is None:
+            raise ValueError(f"{self.patches.source} has no labels")
+        self.labels = self.patches.labels
+        self.legend = self.patches.legend
+        self.train = np.flatnonzero(~self.patches.validation | everything)
+        self.validation = np.flatnonzero(self.patches.validation)
+
+    def graph(self) -> PatchGraph:
+        """A new, untrained graph."""
+        encoder = PatchEncoder(bands=len(RGB), **self.config.encoder.model_dump())
+        head = ClassificationHead(encoder.embedding, len(self.legend))
+        return PatchGraph(encoder=encoder, head=head)
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch."""
+        return len(self.train) // self.config.optimisation.batch
+
+    def batches(self, epoch: int, rng: Generator) -> Iterator[tuple[Tensor, ...]]:
+        """Augmented patches (N, C, P, P) and soft labels (N, K)."""
+        how = self.config
+        small = epoch < how.small_epochs * how.optimisation.epochs
+        order = rng.permutation(self.train)
+        for i in range(self.steps):
+            chosen = order[i * how.optimisation.batch : (i + 1) * how.optimisation.batch]
+            patches = augment_patches(self.read(chosen), _AUGMENTATION, rng)
+            if small:
+                patches = _cut(patches, how.small_patch, rng)
+            target = np.eye(len(self.legend), dtype=np.float32)[self.labels[chosen]]
+            if rng.random() < how.mix:
+                patches, target = cut_mix(patches, target, rng)
+            yield torch.from_numpy(patches), torch.from_numpy(target)
+
+    def loss(self, graph: PatchGraph, batch: tuple[Tensor, ...]) -> Tensor:
+        """Cross entropy with soft labels."""
+        patches, target = batch
+        return nn.functional.cross_entropy(
+            graph.raw(patches), target, label_smoothing=self.config.smoothing
+        )
+
+    def finish(self, graph: PatchGraph) -> None:
+        """Fit the temperature on the validation patches."""
+        if graph.head is None:
+            raise TypeError("a classifier without a head has no temperature")
+        graph.head.temperature.fill_(
+            fit_temperature(self.logits(graph), self.labels[self.validation])
+        )
+
+    def scores(self, graph: PatchGraph) -> dict[str, Any]:
+        """Accuracy and calibration on the validation patches, as JPEGs and as GeoTIFFs."""
+        scores = cross_fitted_scores(
+            self.logits(graph), self.labels[self.validation], self.patches.places[self.validation]
+        )
+        if self.geotiffs.is_dir():
+            raw = eurosat_ms(self.geotiffs, self.geotiffs.parent)
+            chosen = np.flatnonzero(raw.validation)
+            predicted = _answer(graph, raw.values[chosen]).argmax(axis=1)
+            right = raw.labels is not None and predicted == raw.labels[chosen]
+            scores["geotiffs"] = {"n": len(chosen), "accuracy": round(float(np.mean(right)), 4)}
+        return scores
+
+    def logits(self, graph: PatchGraph) -> Floats:
+        """Logits of the validation patches (N, K)."""
+        parts = [
+            _answer(graph, self.read(chosen))
+            for chosen in np.array_split(self.validation, -(-len(self.validation) // 256))
+        ]
+        return np.concatenate(parts)
+
+    def data(self) -> list[dict[str, Any]]:
+        """What it trains on."""
+        return [
+            {"name": "eurosat", "use": "labels", "n": len(self.train)},
+            {"name": "eurosat", "use": "validation", "n": len(self.validation)},
+        ]
+
+    def read(self, chosen: NDArray[np.int64]) -> Floats:
+        """Reflectance of patches (N, C, P, P)."""
+        scale = np.float32(self.patches.scale)
+        return self.patches.values[chosen].astype(np.float32) * scale
+
+
+def _answer(graph: PatchGraph, patches: NDArray[Any]) -> Floats:
+    """Logits (N, K) of patches of reflectance."""
+    graph.eval()
+    with torch.inference_mode():
+        return np.asarray(graph.raw(torch.from_numpy(patches)).numpy())
+
+
+def _cut(patches: Floats, side: int, rng: Generator) -> Floats:
+    """One random part of `side` pixels a side of a batch, the same for all its patches."""
+    row, col = rng.integers(patches.shape[-1] - side + 1, size=2)
+    return np.ascontiguousarray(patches[:, :, row : row + side, col : col + side])
+
+
+def cut_mix(patches: Floats, target: Floats, rng: Generator) -> tuple[Floats, Floats]:
+    """Exchange a rectangle between patches, and its share of their labels.
+
+    Yun et al. 2019, arXiv 1905.04899.
+
+    Args:
+        patches: (N, C, P, P).
+        target: soft labels (N, K).
+        rng: source of chance.
+
+    Returns:
+        The mixed patches and labels, new arrays.
+    """
+    other = rng.permutation(len(patches))
+    side = patches.shape[-1]
+    height, width = np.round(side * np.sqrt(rng.uniform(0.0, 0.6)) * np.ones(2)).astype(int)
+    row, col = rng.integers(side - height + 1), rng.integers(side - width + 1)
+    mixed = patches.copy()
+    mixed[:, :, row : row + height, col : col + width] = patches[
+        other, :, row : row + height, col : col + width
+    ]
+    share = np.float32(height * width / side**2)
+    return mixed, (1 - share) * target + share * target[other]

@@ -1,0 +1,114 @@
+"""The classes of the zoo's pixel classifiers, and how each source's labels map to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.card import LegendClass
+from training.datasets import PixelSet
+from training.datasets.ground import synthetic_ground
+from training.datasets.points import crops_us_2021, s2_points
+
+Ints = NDArray[np.int64]
+
+# Codes of USDA's CDL with at least 100 pixels in the archive, held-back places included, with
+# names as the archive has them and colours after CDL's own legend.
+CDL = {
+    1: ("Corn", "#ffd300"),
+    2: ("Cotton", "#ff2626"),
+    3: ("Rice", "#00a8e2"),
+    5: ("Soybeans", "#267000"),
+    24: ("Winter wheat", "#a57000"),
+    26: ("Winter wheat / soybeans (double crop)", "#707026"),
+    36: ("Alfalfa", "#ffa5e2"),
+    54: ("Tomatoes", "#f2a377"),
+    61: ("Fallow / idle cropland", "#bfbf77"),
+    69: ("Grapes", "#704489"),
+    75: ("Almonds", "#00a582"),
+    76: ("Walnuts", "#ead6b0"),
+    77: ("Pears", "#b29b70"),
+    121: ("Developed, open space", "#b5b5b5"),
+    122: ("Developed, low intensity", "#6e6e6e"),
+    176: ("Grassland / pasture", "#e8ffbf"),
+    204: ("Pistachios", "#00ff8c"),
+}
+# ESA WorldCover's classes and colours. Mangroves (95) have two samples and are left out, as are
+# snow and ice (70) and moss and lichen (100), which have none.
+WORLDCOVER = {
+    10: ("Trees", "#006400"),
+    20: ("Shrubs", "#ffbb22"),
+    30: ("Grass", "#ffff4c"),
+    40: ("Crops", "#f096ff"),
+    50: ("Built-up", "#fa0000"),
+    60: ("Bare or sparse vegetation", "#b4b4b4"),
+    80: ("Water", "#0064c8"),
+    90: ("Wetland", "#0096a0"),
+}
+# CDL code -> WorldCover code. Orchards and vineyards are left out: WorldCover maps them as trees
+# in one place and as crops in another. So is developed open space, which is mostly lawn.
+_CDL_TO_WORLDCOVER = {
+    **dict.fromkeys((1, 2, 3, 4, 5, 6, 10, 24, 26, 33, 36, 54, 61, 225), 40),
+    **dict.fromkeys((122, 123, 124), 50),
+    131: 60,
+    **dict.fromkeys((141, 142, 143), 10),
+    152: 20,
+    176: 30,
+    111: 80,
+    **dict.fromkeys((190, 195), 90),
+}
+
+
+def legend_classes(legend: Mapping[int, tuple[str, str]]) -> tuple[LegendClass, ...]:
+    """The classes of a card: values count up in the order of the codes."""
+    return tuple(
+        LegendClass(value=value, name=name, color=color, code=code)
+        for value, (code, (name, color)) in enumerate(legend.items())
+    )
+
+
+def crop_sets(data: Path) -> list[PixelSet]:
+    """US crops, with labels that are positions in `CDL`; -1 for a code that is not in it."""
+    return [_relabelled(s, CDL) for s in crops_us_2021(data / "crops_us_2021")]
+
+
+def landcover_sets(data: Path) -> list[PixelSet]:
+    """Sentinel-2 points, US crops and synthetic ground.
+
+    Labels are positions in `WORLDCOVER`, -1 for a pixel of none of its classes.
+    """
+    return [
+        *(_relabelled(s, WORLDCOVER) for s in s2_points(data / "s2_points")),
+        *(
+            _relabelled(s, WORLDCOVER, _CDL_TO_WORLDCOVER)
+            for s in crops_us_2021(data / "crops_us_2021")
+        ),
+        _relabelled(synthetic_ground(), WORLDCOVER),
+    ]
+
+
+def _relabelled(
+    pixels: PixelSet,
+    legend: Mapping[int, tuple[str, str]],
+    codes: Mapping[int, int] | None = None,
+) -> PixelSet:
+    """The pixels with labels that are positions in a legend.
+
+    Args:
+        pixels: labelled with their source's codes.
+        legend: keyed by code.
+        codes: the source's code to the legend's; None where they are the same.
+    """
+    if pixels.labels is None:
+        raise ValueError(f"{pixels.source} has no labels")
+    position = {code: i for i, code in enumerate(legend)}
+    of_code = {
+        code: position.get(codes.get(code, -1) if codes else code, -1)
+        for code in np.unique(pixels.labels).tolist()
+    }
+    unique, where = np.unique(pixels.labels, return_inverse=True)
+    labels = np.array([of_code[code] for code in unique.tolist()], dtype=np.int64)[where]
+    return pixels.relabel(labels)

@@ -1,0 +1,169 @@
+"""Losses, as pure functions in the terms of their papers, and small classes over them.
+
+`z0` and `z1` are the projections of the two views of a place: pixels (recurrence plots) and
+patches (imagery), both of unit length; row i of one belongs with row i of the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def info_nce(
+    z0: Tensor, z1: Tensor, temperature: Tensor | float, excluded: Tensor | None = None
+) -> Tensor:
+    """Contrastive loss from z0 to z1: van den Oord et al. 2018, arXiv 1807.03748.
+
+    The cross entropy of finding, for each row of z0, its own row among those of z1.
+
+    Args:
+        z0: unit vectors (N, P).
+        z1: unit vectors (N, P).
+        temperature: divides the cosines, above 0.
+        excluded: True where row j of z1 is no negative of row i of z0 (N, N), so it is left out
+            of the sum; the diagonal, the positives, must be False.
+
+    Returns:
+        The loss (), in nats; log N where the vectors say nothing.
+    """
+    logits = z0 @ z1.T / temperature
+    if excluded is not None:
+        logits = logits.masked_fill(excluded, -torch.inf)
+    places = torch.arange(len(z0), device=z0.device)
+    return nn.functional.cross_entropy(logits, places)
+
+
+def symmetric_info_nce(
+    z0: Tensor, z1: Tensor, temperature: Tensor | float, excluded: Tensor | None = None
+) -> Tensor:
+    """Mean of both directions of `info_nce` (Radford et al. 2021, arXiv 2103.00020)."""
+    back = None if excluded is None else excluded.T
+    return 0.5 * (info_nce(z0, z1, temperature, excluded) + info_nce(z1, z0, temperature, back))
+
+
+class SymmetricInfoNCE(nn.Module):
+    """`symmetric_info_nce` under a learned temperature.
+
+    The logarithm of the inverse is learned, so that the temperature stays above 0, and held
+    within limits: a temperature that falls without bound buys loss by confidence alone.
+
+    Args:
+        temperature: at the start.
+        lowest: the least it may become.
+        highest: the most it may become.
+    """
+
+    def __init__(
+        self, temperature: float = 0.07, *, lowest: float = 0.02, highest: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.limits = (math.log(1.0 / highest), math.log(1.0 / lowest))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1.0 / temperature)))
+
+    @property
+    def temperature(self) -> Tensor:
+        """The temperature in use ()."""
+        return torch.exp(-self.log_scale.clamp(*self.limits))
+
+    def forward(self, z0: Tensor, z1: Tensor, excluded: Tensor | None = None) -> Tensor:
+        """The loss () of a batch; see `info_nce` for the arguments."""
+        return symmetric_info_nce(z0, z1, self.temperature, excluded)
+
+
+def same_group(groups: Tensor) -> Tensor:
+    """Pairs of different rows of one group, which are no negatives of one another.
+
+    Args:
+        groups: a number for each row (N), such as its field; negative where unknown, and an
+            unknown group is nobody's.
+
+    Returns:
+        Mask (N, N), symmetric, False on the diagonal.
+    """
+    same = (groups[:, None] == groups[None, :]) & (groups >= 0)[:, None]
+    return same & ~_diagonal(len(groups), groups.device)
+
+
+def near(scenes: Tensor, positions: Tensor, distance: float) -> Tensor:
+    """Pairs of different rows that lie closer than `distance` in one scene.
+
+    The patches of such pixels overlap, so that each patch fits both series.
+
+    Args:
+        scenes: number of each row's scene (N).
+        positions: row and column of each pixel in its scene (N, 2).
+        distance: in pixels, the larger of rows and columns (as patches overlap); 0 masks nothing.
+
+    Returns:
+        Mask (N, N), symmetric, False on the diagonal.
+    """
+    apart = (positions[:, None] - positions[None, :]).abs().amax(dim=-1)
+    close = (apart < distance) & (scenes[:, None] == scenes[None, :])
+    return close & ~_diagonal(len(scenes), scenes.device)
+
+
+def alike(series: Tensor, threshold: float) -> Tensor:
+    """Pairs of different rows whose series hardly differ: most likely one field or one cover.
+
+    Args:
+        series: series on the regular grid (N, K, M), index units.
+        threshold: root mean square difference below which two series are alike.
+
+    Returns:
+        Mask (N, N), symmetric, False on the diagonal.
+    """
+    flat = series.flatten(1)
+    apart = torch.cdist(flat, flat) / math.sqrt(flat.shape[1])
+    close = apart < threshold
+    # The two halves of `cdist` may round differently.
+    return (close | close.T) & ~_diagonal(len(series), series.device)
+
+
+def _diagonal(size: int, device: torch.device) -> Tensor:
+    return torch.eye(size, dtype=torch.bool, device=device)
+
+
+def alignment(z0: Tensor, z1: Tensor) -> Tensor:
+    """Mean squared distance of positive pairs (): Wang and Isola 2020, arXiv 2005.10242.
+
+    0 is perfect; 2 is what unrelated directions have.
+    """
+    return (z0 - z1).square().sum(dim=1).mean()
+
+
+def uniformity(z: Tensor) -> Tensor:
+    """Log of the mean Gaussian potential of all pairs (): Wang and Isola 2020.
+
+    0 where all vectors are one (collapse); near -4 where they cover the sphere.
+
+    Args:
+        z: unit vectors (N, P), at least two.
+    """
+    return torch.pdist(z).square().mul(-2.0).exp().mean().log()
+
+
+def pinball(
+    predicted: Tensor, target: Tensor, quantiles: Sequence[float], valid: Tensor | None = None
+) -> Tensor:
+    """Quantile loss: Koenker and Bassett 1978, doi:10.2307/1913643.
+
+    Args:
+        predicted: quantiles (..., Q), in the unit of the target.
+        target: what came (...); anything, NaN included, where not valid.
+        quantiles: the levels (Q), each in 0 to 1.
+        valid: True where the target counts (...); None counts all that is not NaN.
+
+    Returns:
+        The mean () over valid targets and quantiles; 0 where none is valid.
+    """
+    counts = target == target if valid is None else valid & (target == target)
+    levels = predicted.new_tensor(quantiles)
+    # A zero target where none is valid: NaN times zero would poison the gradient.
+    miss = torch.where(counts, target, 0.0)[..., None] - predicted
+    loss = torch.maximum(levels * miss, (levels - 1.0) * miss)
+    kept = torch.where(counts[..., None], loss, 0.0)
+    return kept.sum() / (counts.sum().clamp(min=1) * len(quantiles))

@@ -1,0 +1,615 @@
+"""Pretraining without labels: PIMC (arXiv 2601.04127).
+
+batch(step) -> regular series -> encoders -> projections -> symmetric InfoNCE -> weights
+
+A pixel's recurrence plots and the imagery around it are a positive pair; the other places of the
+batch are negatives, but for those that are most likely the same ground. Two views of series
+without imagery, and of imagery without series, may teach each side more.
+
+Whatever is random follows from the seed and the step, so a run that was killed goes on from its
+last checkpoint exactly as if it had not been.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.tensorboard import SummaryWriter
+
+from models.encoders import PatchEncoder, PixelEncoder
+from models.graph import PixelGraph
+from models.heads import ProjectionHead
+from training.augment import PatchAugmentation, PixelAugmentation
+from training.config import BANDS, INDICES, PatchEncoderConfig, PixelEncoderConfig
+from training.gradient_cache import Side, backward
+from training.losses import SymmetricInfoNCE, alike, near, same_group
+from training.pairs import (
+    ImageryViews,
+    ImageryViewSampler,
+    Pairs,
+    PairSampler,
+    SeriesGroup,
+    SeriesViews,
+    SeriesViewSampler,
+    plain,
+)
+from training.retrieval import PairScores, pair_scores
+from training.sources import Places, Sources, SourcesConfig, open_sources
+
+log = logging.getLogger(__name__)
+
+PATCH_BANDS = ("B04", "B03", "B02")
+CHECKPOINT = "checkpoint.pt"
+LOG_FILE = "log.csv"
+_WARM_UP = 0.05
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PretrainConfig(_Frozen):
+    """A pretraining run; stored in its checkpoints."""
+
+    seed: int = 0
+    steps: int = Field(default=20_000, ge=1)
+    """Optimiser steps."""
+    groups: int = 8
+    """Groups of pairs in a batch: each one scene, one area, one window."""
+    per_group: int = 32
+    """Pixels in a group; a batch has groups x per_group pairs."""
+    series_views: int = 128
+    """Pixels without imagery in a batch, in two views; 0 for none."""
+    imagery_views: int = 64
+    """Patches without series in a batch, in two views; 0 for none."""
+    series_weight: float = 1.0
+    """Weight of the loss of the series views; the pairs' is 1."""
+    imagery_weight: float = 1.0
+    chunk: int = 4096
+    """Rows that an encoder sees at once: memory is bounded by it, not by the batch."""
+    side: int = 32
+    """Side of the imagery around a pixel, and of a view, in pixels, a multiple of 16."""
+    steps_per_window: int = 36
+    """M."""
+    step_days: int = 10
+    min_observations: int = 4
+    pixel: PixelEncoderConfig = PixelEncoderConfig()
+    patch: PatchEncoderConfig = PatchEncoderConfig()
+    projection: int = 128
+    """Length of z0 and z1."""
+    temperature: float = 0.1
+    """At the start; it is learned."""
+    near: float = 8.0
+    """Pixels closer than this in a scene are no negatives of one another; 0 keeps them all."""
+    alike: float = 0.03
+    """Pixels whose series differ by less (root mean square, index units) are no negatives."""
+    same_field: bool = False
+    """Whether pixels of one field are negatives of one another, where fields are known."""
+    pixel_augmentation: PixelAugmentation = PixelAugmentation()
+    patch_augmentation: PatchAugmentation = PatchAugmentation()
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    measure_every: int = 100
+    """Steps between measurements on the held-out places."""
+    keep_every: int = 100
+    """Steps between checkpoints."""
+    measured_batches: int = 4
+    """Held-out batches in a measurement."""
+    sources: SourcesConfig = SourcesConfig()
+
+    @property
+    def window_days(self) -> int:
+        """Length of the time window."""
+        return self.steps_per_window * self.step_days
+
+
+# The run behind the zoo's `embed-pixel` and `embed-patch`: small enough for two CPU cores.
+FIRST = PretrainConfig(
+    steps=700,
+    groups=8,
+    per_group=16,
+    series_views=128,
+    imagery_views=64,
+    series_weight=0.5,
+    imagery_weight=0.5,
+    side=32,
+    learning_rate=2e-3,
+    keep_every=50,
+    sources=SourcesConfig(romania=2.0),
+)
+
+
+class ForeignCheckpoint(Exception):
+    """The folder holds a run of another configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one step learns from."""
+
+    pairs: Pairs
+    series: SeriesViews | None
+    imagery: ImageryViews | None
+
+    @property
+    def groups(self) -> tuple[SeriesGroup, ...]:
+        """All series: those of the pairs, then the first views, then the second."""
+        views = self.series
+        return self.pairs.groups + ((*views.first, *views.second) if views else ())
+
+    @property
+    def patches(self) -> Tensor:
+        """All imagery (N, C, P, P): that of the pairs, then the first views, then the second."""
+        views = self.imagery
+        return torch.cat([self.pairs.patches, *((views.first, views.second) if views else ())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Comparison:
+    """Two sets of embeddings that the loss compares: a projection and rows of the batch each."""
+
+    first: tuple[str, slice]
+    second: tuple[str, slice]
+    excluded: Tensor | None
+    weight: float
+
+
+class Networks(nn.Module):
+    """Both encoders, and what stands on them during training."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        super().__init__()
+        encoder = PixelEncoder(
+            steps=config.steps_per_window, indices=len(INDICES), **config.pixel.model_dump()
+        )
+        self.pixel = PixelGraph(
+            bands=BANDS,
+            indices=INDICES,
+            steps=config.steps_per_window,
+            step_days=config.step_days,
+            encoder=encoder,
+            head=None,
+        )
+        self.patch = PatchEncoder(bands=len(PATCH_BANDS), **config.patch.model_dump())
+        wide = {"pixel": encoder.embedding, "patch": self.patch.embedding}
+        # Views have projections of their own: what two views of a series share is not what a
+        # series shares with its imagery.
+        self.projections = nn.ModuleDict(
+            {
+                name: ProjectionHead(wide[name.partition("_")[0]], config.projection)
+                for name in ("pixel", "patch", "pixel_views", "patch_views")
+            }
+        )
+        self.losses = nn.ModuleDict(
+            {name: SymmetricInfoNCE(config.temperature) for name in ("pairs", "series", "imagery")}
+        )
+
+    def checkpoint(self) -> dict[str, Any]:
+        """State by part; `pixel_encoder` and `patch_encoder` are what finetuning starts from."""
+        return {
+            "pixel_encoder": self.pixel.encoder.state_dict(),
+            "patch_encoder": self.patch.state_dict(),
+            "projections": self.projections.state_dict(),
+            "losses": self.losses.state_dict(),
+        }
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """The inverse of `checkpoint`."""
+        self.pixel.encoder.load_state_dict(stored["pixel_encoder"])
+        self.patch.load_state_dict(stored["patch_encoder"])
+        self.projections.load_state_dict(stored["projections"])
+        self.losses.load_state_dict(stored["losses"])
+
+
+def pretrain(
+    config: PretrainConfig,
+    *,
+    places: Places,
+    folder: Path,
+    device: str = "auto",
+    workers: int = 1,
+) -> Networks:
+    """Train both encoders; goes on where an earlier run in the same folder stopped.
+
+    Args:
+        config: everything that decides the outcome.
+        places: where the data lies.
+        folder: for checkpoint, CSV log and TensorBoard events.
+        device: `auto`, `cpu` or `cuda`.
+        workers: threads that make batches ahead; their number changes nothing but the speed.
+
+    Returns:
+        The networks as trained, on the device.
+
+    Raises:
+        ForeignCheckpoint: the folder holds a run of another configuration.
+    """
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = open_sources(config.sources, places, seed=config.seed)
+    return Pretraining(config, sources, folder, torch.device(chosen)).run(workers=workers)
+
+
+class Pretraining:
+    """One run: its networks, its optimiser, its samplers and its log."""
+
+    def __init__(
+        self, config: PretrainConfig, sources: Sources, folder: Path, device: torch.device
+    ) -> None:
+        self.config, self.folder, self.device = config, folder, device
+        torch.manual_seed(config.seed)
+        self.networks = Networks(config).to(device)
+        self.optimizer = _optimizer(self.networks, config)
+        self.pairs = _pair_sampler(config, sources)
+        held_out = replace(
+            self.pairs, scenes=sources.held_out, weights=[1.0] * len(sources.held_out)
+        )
+        self.held_out = plain(held_out) if sources.held_out else None
+        self.series = _series_sampler(config, sources)
+        self.imagery = _imagery_sampler(config, sources)
+
+    def run(self, *, workers: int = 1) -> Networks:
+        """Train to the last step."""
+        step, spent = self._resume()
+        rows = _RunLog(self.folder, first=step)
+        started = time.monotonic() - spent
+        for batch in self._ahead(step, workers):
+            losses = self.step(batch, step)
+            step += 1
+            row: dict[str, float] = {"step": step, **losses}
+            if step % self.config.measure_every == 0 or step == self.config.steps:
+                row |= self.measure()
+            row["seconds"] = round(time.monotonic() - started, 2)
+            rows.write(row)
+            _report(row, self.config.steps, begun=step - 1 == 0)
+            if step % self.config.keep_every == 0 or step == self.config.steps:
+                rows.flush()
+                self._keep(step, row["seconds"])
+        rows.close()
+        return self.networks
+
+    def step(self, batch: Batch, step: int) -> dict[str, float]:
+        """One optimiser step; its losses, temperature and learning rate."""
+        torch.manual_seed(_mixed(self.config.seed, step))
+        self.networks.train()
+        rate = learning_rate(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        series, observed = self._regular(batch.groups)
+        patches = batch.patches.to(self.device)
+        comparisons = self._comparisons(batch, series)
+        found: dict[str, Tensor] = {}
+
+        def loss(embeddings: Sequence[Tensor]) -> Tensor:
+            found.update(self._losses(comparisons, *embeddings))
+            return torch.stack([comparisons[n].weight * found[n] for n in found]).sum()
+
+        sides = [
+            self._shuffled(self.networks.pixel.encoder, series, observed),
+            self._shuffled(self.networks.patch, patches),
+        ]
+        total = backward(sides, loss, network=self.networks, chunk=self.config.chunk)
+        nn.utils.clip_grad_norm_(self.networks.parameters(), self.config.clip)
+        self.optimizer.step()
+        return {
+            "loss": total.item(),
+            **{f"loss_{name}": value.item() for name, value in found.items()},
+            "temperature": self._loss("pairs").temperature.item(),
+            "learning_rate": rate,
+        }
+
+    def measure(self) -> dict[str, float]:
+        """Mean scores of pairs of the held-out places; empty where nothing is held out."""
+        if self.held_out is None:
+            return {}
+        self.networks.eval()
+        with torch.inference_mode():
+            scores = [
+                self._score(self.held_out.batch(self.config.seed + 1, number))
+                for number in range(self.config.measured_batches)
+            ]
+        names = asdict(scores[0])
+        return {name: sum(getattr(s, name) for s in scores) / len(scores) for name in names}
+
+    def _score(self, pairs: Pairs) -> PairScores:
+        series, observed = self._regular(pairs.groups)
+        pixels = self.networks.pixel.encoder(series, observed)
+        patches = self.networks.patch(pairs.patches.to(self.device))
+        z0 = self.networks.projections["pixel"](pixels)
+        z1 = self.networks.projections["patch"](patches)
+        # Patches that overlap most show the same ground: finding the neighbour is no miss.
+        excluded = near(pairs.scenes, pairs.positions, self.config.near).to(self.device)
+        return pair_scores(z0, z1, pixels, patches, excluded)
+
+    def _shuffled(self, encoder: nn.Module, *inputs: Tensor) -> Side:
+        """A side of all rows of the batch, pairs and views alike.
+
+        They go through an encoder together, so that the batch statistics in training are those of
+        the mixture, as they are in use; and shuffled, so that a chunk's are too.
+        """
+        order = torch.randperm(len(inputs[0])).to(self.device)
+
+        def encode(rows: slice) -> Tensor:
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
+            ):  # bfloat16 has float32's range, so no gradient scaling is needed
+                embeddings: Tensor = encoder(*(part[order[rows]] for part in inputs))
+            return embeddings.float()
+
+        return Side(encode=encode, size=len(order), order=order)
+
+    def _comparisons(self, batch: Batch, series: Tensor) -> dict[str, _Comparison]:
+        """What the loss compares: pairs, then views where there are any."""
+        pairs = len(batch.pairs.patches)
+        comparisons = {
+            "pairs": _Comparison(
+                first=("pixel", slice(0, pairs)),
+                second=("patch", slice(0, pairs)),
+                excluded=self._false_negatives(batch.pairs, series[:pairs]),
+                weight=1.0,
+            )
+        }
+        for name, side, rows, weight in (
+            ("series", "pixel", len(series), self.config.series_weight),
+            ("imagery", "patch", len(batch.patches), self.config.imagery_weight),
+        ):
+            middle = pairs + (rows - pairs) // 2
+            if rows == pairs:
+                continue
+            first, second = slice(pairs, middle), slice(middle, rows)
+            comparisons[name] = _Comparison(
+                first=(f"{side}_views", first),
+                second=(f"{side}_views", second),
+                excluded=alike(series[first], self.config.alike) if side == "pixel" else None,
+                weight=weight,
+            )
+        return comparisons
+
+    def _losses(
+        self, comparisons: Mapping[str, _Comparison], pixels: Tensor, patches: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss () of each comparison, given all embeddings of the batch."""
+        embeddings = {"pixel": pixels, "patch": patches}
+        losses = {}
+        for name, what in comparisons.items():
+            z0, z1 = (
+                self.networks.projections[projection](
+                    embeddings[projection.partition("_")[0]][rows]
+                )
+                for projection, rows in (what.first, what.second)
+            )
+            losses[name] = self._loss(name)(z0, z1, what.excluded)
+        return losses
+
+    def _loss(self, name: str) -> SymmetricInfoNCE:
+        loss = self.networks.losses[name]
+        if not isinstance(loss, SymmetricInfoNCE):
+            raise TypeError(f"{name} is no contrastive loss")
+        return loss
+
+    def _regular(self, groups: Sequence[SeriesGroup]) -> tuple[Tensor, Tensor]:
+        """Indices on the regular grid (N, K, M) and how well each step is observed (N, 1, M)."""
+        with torch.no_grad():
+            parts = [
+                self.networks.pixel.regular(
+                    g.values.to(self.device), g.valid.to(self.device), g.days.to(self.device)
+                )
+                for g in groups
+            ]
+        series, observed = (torch.cat(part) for part in zip(*parts, strict=True))
+        # A pixel whose indices cannot be computed on any date has no series; zeros, marked as
+        # unobserved, keep it from spoiling the batch statistics of the others.
+        return torch.nan_to_num(series), observed
+
+    def _false_negatives(self, pairs: Pairs, series: Tensor) -> Tensor:
+        excluded = near(pairs.scenes, pairs.positions, self.config.near).to(self.device)
+        if not self.config.same_field:
+            excluded |= same_group(pairs.fields).to(self.device)
+        return excluded | alike(series, self.config.alike)
+
+    def _ahead(self, first: int, workers: int) -> Iterator[Batch]:
+        """The batches from step `first` on, the next ones made while one is learned from."""
+        with ThreadPoolExecutor(max_workers=workers) as pool:
+            coming = deque(
+                pool.submit(self._batch, step)
+                for step in range(first, min(first + workers, self.config.steps))
+            )
+            for step in range(first, self.config.steps):
+                batch = coming.popleft().result()
+                if step + workers < self.config.steps:
+                    coming.append(pool.submit(self._batch, step + workers))
+                yield batch
+
+    def _batch(self, step: int) -> Batch:
+        seed = self.config.seed
+        return Batch(
+            pairs=self.pairs.batch(seed, step),
+            series=None if self.series is None else self.series.batch(seed, step),
+            imagery=None if self.imagery is None else self.imagery.batch(seed, step),
+        )
+
+    def _keep(self, step: int, spent: float) -> None:
+        stored = {
+            **self.networks.checkpoint(),
+            "optimizer": self.optimizer.state_dict(),
+            "config": self.config.model_dump(mode="json"),
+            "step": step,
+            "seconds": spent,
+        }
+        path = self.folder / CHECKPOINT
+        # Written beside and renamed: a kill in between leaves the last whole one.
+        torch.save(stored, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def _resume(self) -> tuple[int, float]:
+        """Load the checkpoint, if there is one: steps done and seconds spent."""
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return 0, 0.0
+        stored = torch.load(path, map_location=self.device, weights_only=True)
+        if stored["config"] != self.config.model_dump(mode="json"):
+            raise ForeignCheckpoint(
+                f"{self.folder} holds a run of another configuration; choose another folder"
+            )
+        self.networks.restore(stored)
+        self.optimizer.load_state_dict(stored["optimizer"])
+        log.info("goes on after step %d", stored["step"])
+        return stored["step"], stored["seconds"]
+
+
+def load_networks(checkpoint: Path) -> tuple[PretrainConfig, Networks]:
+    """The networks of a checkpoint, in evaluation mode, on the CPU."""
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    config = PretrainConfig.model_validate(stored["config"])
+    networks = Networks(config)
+    networks.restore(stored)
+    return config, networks.eval()
+
+
+def learning_rate(config: PretrainConfig, step: int) -> float:
+    """Rises linearly, then falls along a cosine to a hundredth; a function of the step alone."""
+    warm = max(1, round(_WARM_UP * config.steps))
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    done = torch.tensor((step - warm) / max(1, config.steps - warm))
+    share = 0.01 + 0.99 * 0.5 * (1.0 + torch.cos(done * torch.pi).item())
+    return config.learning_rate * share
+
+
+class _RunLog:
+    """Writes a row a step to CSV and TensorBoard; rows after a checkpoint are written anew."""
+
+    COLUMNS = (
+        "step",
+        "loss",
+        "loss_pairs",
+        "loss_series",
+        "loss_imagery",
+        "temperature",
+        "learning_rate",
+        *PairScores.__dataclass_fields__,
+        "seconds",
+    )
+
+    def __init__(self, folder: Path, *, first: int) -> None:
+        path = folder / LOG_FILE
+        kept = _rows_until(path, first)
+        self.file = path.open("w", newline="")
+        self.csv = csv.DictWriter(self.file, self.COLUMNS)
+        self.csv.writeheader()
+        self.csv.writerows(kept)
+        self.file.flush()
+        self.events = SummaryWriter(str(folder / "events"), purge_step=first + 1)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        self.csv.writerow(row)
+        self.file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self.events.add_scalar(name, value, int(row["step"]))
+
+    def flush(self) -> None:
+        self.events.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        self.events.close()
+
+
+def _rows_until(path: Path, step: int) -> list[dict[str, str]]:
+    if not path.exists() or step == 0:
+        return []
+    with path.open(newline="") as file:
+        # A row that a kill cut short lacks its last column, and its step may lack a digit.
+        return [row for row in csv.DictReader(file) if row["seconds"] and int(row["step"]) <= step]
+
+
+def _report(row: Mapping[str, float], steps: int, *, begun: bool) -> None:
+    """Progress, with an estimate of the time left."""
+    step = int(row["step"])
+    if not (begun or step % 10 == 0 or step == steps):
+        return
+    left = row["seconds"] / step * (steps - step)
+    found = ""
+    if "pixel_to_patch" in row:
+        found = f", finds {row['pixel_to_patch']:.3f} / {row['patch_to_pixel']:.3f}"
+    log.info(
+        "step %d of %d, loss %.3f (pairs %.3f)%s, %.1f min left",
+        step,
+        steps,
+        row["loss"],
+        row["loss_pairs"],
+        found,
+        left / 60.0,
+    )
+
+
+def _optimizer(networks: Networks, config: PretrainConfig) -> AdamW:
+    """AdamW; biases, norms and temperatures are not decayed."""
+    decayed = [p for p in networks.parameters() if p.ndim > 1]
+    free = [p for p in networks.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=config.learning_rate)
+
+
+def _pair_sampler(config: PretrainConfig, sources: Sources) -> PairSampler:
+    return PairSampler(
+        scenes=sources.scenes,
+        weights=sources.weights,
+        pixel_bands=BANDS,
+        patch_bands=PATCH_BANDS,
+        side=config.side,
+        window_days=config.window_days,
+        min_observations=config.min_observations,
+        groups=config.groups,
+        per_group=config.per_group,
+        pixel_augmentation=config.pixel_augmentation,
+        patch_augmentation=config.patch_augmentation,
+    )
+
+
+def _series_sampler(config: PretrainConfig, sources: Sources) -> SeriesViewSampler | None:
+    if not sources.series or not config.series_views:
+        return None
+    groups = min(4, config.series_views)
+    return SeriesViewSampler(
+        sets=sources.series,
+        window_days=config.window_days,
+        groups=groups,
+        per_group=config.series_views // groups,
+        augmentation=config.pixel_augmentation,
+    )
+
+
+def _imagery_sampler(config: PretrainConfig, sources: Sources) -> ImageryViewSampler | None:
+    if sources.imagery is None or not config.imagery_views:
+        return None
+    return ImageryViewSampler(
+        patches=sources.imagery,
+        side=config.side,
+        size=config.imagery_views,
+        augmentation=config.patch_augmentation,
+    )
+
+
+def _mixed(seed: int, step: int) -> int:
+    """A seed for torch that differs for each seed and step."""
+    return seed * 1_000_003 + step

@@ -1,0 +1,201 @@
+"""Pixel series of several sources in one table, and what training does to them.
+
+Sources differ in their dates, so in a table each pixel has dates of its own: series are padded
+to one length T, and `days` is (N, T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from models.card import TimeWindow
+from models.indices import SpectralIndices
+from training.augment import disturb, drop_dates, jitter_dates
+from training.config import BANDS, INDICES
+from training.datasets import PixelSet
+
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+_YEAR = 365.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesTable:
+    """Pixel series, each with its own dates."""
+
+    values: Floats
+    """Reflectance of B02, B04, B08 (N, T, C), unitless; 0 where not valid."""
+    indices: Floats
+    """NDVI, EVI and SAVI (N, T, S); 0 where not valid."""
+    valid: Bools
+    """True where all indices can be computed (N, T)."""
+    days: Floats
+    """Days from `first_day` to each date (N, T); 0 where padded."""
+    present: Bools
+    """True for a date that the series has, clear or not; False for padding (N, T)."""
+    first_day: Ints
+    """Proleptic ordinal of the first day of each pixel's window (N), by the card's rule."""
+    labels: Ints
+    """Class (N), -1 where unknown."""
+    places: Ints
+    """Place (N), unlike between sources."""
+    validation: Bools
+    """True for the pixels of the validation places (N)."""
+    source: Ints
+    """Position of each pixel's source in `sources` (N)."""
+    sources: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def take(self, chosen: Bools | Ints) -> SeriesTable:
+        """The pixels chosen by a mask or by positions."""
+        fields = {
+            name: getattr(self, name)[chosen]
+            for name in self.__dataclass_fields__
+            if name != "sources"
+        }
+        return replace(self, **fields)
+
+
+def tabulate(sets: Sequence[PixelSet], window: TimeWindow, *, least: int) -> SeriesTable:
+    """Put sets into one table, leaving out pixels with fewer than `least` usable dates."""
+    names = sorted({s.source.partition("/")[0] for s in sets})
+    longest = max(len(s.dates) for s in sets)
+    parts = [_tabulate(s, window, longest, names) for s in sets]
+    fields = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    _, fields["places"] = np.unique(
+        np.column_stack([fields["source"], fields["places"]]), axis=0, return_inverse=True
+    )
+    table = SeriesTable(sources=tuple(names), **fields)
+    return table.take(table.valid.sum(axis=1) >= least)
+
+
+def _tabulate(
+    pixels: PixelSet, window: TimeWindow, longest: int, names: Sequence[str]
+) -> dict[str, NDArray[np.generic]]:
+    n, dates = len(pixels.places), len(pixels.dates)
+    values = np.asarray(pixels.select(BANDS).values, dtype=np.float32)
+    indices = SpectralIndices(INDICES, BANDS)(torch.from_numpy(values)).numpy()
+    valid = pixels.valid & np.isfinite(indices).all(axis=-1)
+    first_day = window.resolve(pixels.dates).first_day
+    days = np.array([(day - first_day).days for day in pixels.dates], dtype=np.float32)
+
+    def padded(array: NDArray[np.generic]) -> NDArray[np.generic]:
+        return np.pad(array, [(0, 0), (0, longest - dates), *[(0, 0)] * (array.ndim - 2)])
+
+    return {
+        "values": padded(np.where(valid[..., None], values, np.float32(0))),
+        "indices": padded(np.where(valid[..., None], indices, np.float32(0))),
+        "valid": padded(valid),
+        "days": padded(np.broadcast_to(days, (n, dates))),
+        "present": padded(np.ones((n, dates), dtype=bool)),
+        "first_day": np.full(n, first_day.toordinal()),
+        "labels": np.full(n, -1) if pixels.labels is None else pixels.labels,
+        "places": pixels.places,
+        "validation": pixels.validation,
+        "source": np.full(n, names.index(pixels.source.partition("/")[0])),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesAugmentation:
+    """How series are disturbed in training; the zero of each field disturbs nothing."""
+
+    drop: float = 0.4
+    """Largest share of a pixel's dates dropped."""
+    gap: float = 0.0
+    """Share of the pixels that lose all dates of one stretch of the year."""
+    least: int = 4
+    """Usable dates that always remain."""
+    jitter: float = 2.0
+    """Standard deviation of each date's shift, in days."""
+    season: float = 6.0
+    """Standard deviation of the shift of a pixel's whole season, in days."""
+    noise: float = 0.005
+    """Standard deviation of the noise of each value, reflectance."""
+    gain: float = 0.05
+    """Standard deviation of a pixel's gain."""
+    haze: float = 0.0
+    """Share of the dates that are brightened, as by thin cloud that no mask has found."""
+
+
+def augment_series(
+    values: Floats, valid: Bools, days: Floats, how: SeriesAugmentation, rng: Generator
+) -> tuple[Floats, Bools, Floats]:
+    """Disturb series with dates of their own.
+
+    Args:
+        values: reflectance (N, T, C).
+        valid: True where usable (N, T).
+        days: (N, T).
+        how: how much.
+        rng: source of chance.
+
+    Returns:
+        values, valid and days, disturbed; all new arrays.
+    """
+    n = len(values)
+    values = disturb(values, rng, noise=how.noise, gain=how.gain)
+    if how.haze:
+        hazy = rng.random(valid.shape) < how.haze
+        values = values + (hazy * rng.exponential(0.06, valid.shape))[..., None].astype(np.float32)
+    valid = drop_dates(valid, rng, most=how.drop, least=how.least)
+    if how.gap:
+        start, length = rng.uniform(0, _YEAR, (n, 1)), rng.uniform(30, 150, (n, 1))
+        kept = valid & ~((days >= start) & (days < start + length))
+        lost = (rng.random(n) < how.gap) & (kept.sum(axis=1) >= how.least)
+        valid = np.where(lost[:, None], kept, valid)
+    shift = rng.normal(0.0, how.season, (n, 1)).astype(np.float32)
+    return values, valid, jitter_dates(days, rng, deviation=how.jitter) + shift
+
+
+def computable(values: Floats, valid: Bools) -> Bools:
+    """True for series with a usable date on which all indices can be computed (N).
+
+    One that disturbance left without would be NaN, and poison its whole batch.
+    """
+    indices = SpectralIndices(INDICES, BANDS)(torch.from_numpy(values)).numpy()
+    return np.asarray((valid & np.isfinite(indices).all(axis=-1)).any(axis=1))
+
+
+def any_year(valid: Bools, days: Floats, rng: Generator, *, least: int) -> tuple[Bools, Floats]:
+    """A year of each series, begun on any day of it, so that a network knows no calendar.
+
+    A stretch of one year is chosen where the series is longer, and turned by a random number of
+    days: what falls off its end comes back at its start, one year earlier.
+
+    Args:
+        valid: True where usable (N, T).
+        days: (N, T).
+        rng: source of chance.
+        least: usable dates below which the stretch that holds the most is taken instead.
+
+    Returns:
+        valid within the year, and days from its new start, 0 to a year.
+    """
+    n = len(valid)
+    first = np.where(valid, days, np.inf).min(axis=1, initial=np.inf, keepdims=True)
+    last = np.where(valid, days, -np.inf).max(axis=1, initial=-np.inf, keepdims=True)
+    start = first + rng.random((n, 1)) * np.maximum(last - first - _YEAR + 20, 0)
+    inside = valid & (days >= start) & (days < start + _YEAR)
+    few = inside.sum(axis=1, keepdims=True) < least
+    start = np.where(few, first, start)
+    inside = np.where(few, valid & (days < first + _YEAR), inside)
+    turn = rng.random((n, 1)) * _YEAR
+    return inside, ((days - start + turn) % _YEAR).astype(np.float32)
+
+
+def ordinal_day_of_year(ordinals: Ints) -> Floats:
+    """Day of the year, 1 to 366, of proleptic ordinals (N)."""
+    unique, where = np.unique(ordinals, return_inverse=True)
+    days = [date.fromordinal(o).timetuple().tm_yday for o in unique.tolist()]
+    return np.array(days, dtype=np.float32)[where]

@@ -1,0 +1,82 @@
+"""Whose the training data are, and under which terms: what the cards say of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Of the weights: the project's own.
+LICENCE = "MIT"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """A data set's source and licence."""
+
+    source: str
+    licence: str
+
+
+TERMS = {
+    "eurosat": Terms(
+        source="EuroSAT (Helber et al. 2019, doi:10.1109/JSTARS.2019.2918242), Sentinel-2 imagery",
+        licence="MIT; contains modified Copernicus Sentinel data",
+    ),
+    "crops_us_2021": Terms(
+        source="Sentinel-2 ten-day composites of 2021; labels USDA NASS Cropland Data Layer",
+        licence="Copernicus Sentinel data terms; labels public domain",
+    ),
+    "s2_points": Terms(
+        source=(
+            "Sentinel-2 series of Canada, Corsica, western France and the world, collected by the "
+            "WorldCereal project; labels ESA WorldCover"
+        ),
+        licence=(
+            "Copernicus Sentinel data terms; Open Government Licence Canada (AAFC Annual Crop "
+            "Inventory); Licence Ouverte (RPG France); CC BY 4.0 (ESA WorldCover)"
+        ),
+    ),
+    "modis_brazil": Terms(
+        source="NASA MOD13Q1 series of Brazil; labels from the R packages sits and inSitu",
+        licence="imagery public domain; labels GPL-2",
+    ),
+    "synthetic_ground": Terms(
+        source=(
+            "synthetic series of trees, shrubs, built-up, bare, water and wetland, from ranges of "
+            "reflectance and double logistic seasons; never used for a score"
+        ),
+        licence="MIT",
+    ),
+    "flanders_2017_2018": Terms(
+        source="Sentinel-2 level 2A stack of Flanders, collected by the WorldCereal project",
+        licence="Copernicus Sentinel data terms",
+    ),
+    "hesbaye_a_monthly": Terms(
+        source=(
+            "Monthly Sentinel-2 composites of Hesbaye, "
+            "Belgium, collected by the WorldCereal project"
+        ),
+        licence="Copernicus Sentinel data terms",
+    ),
+    "hesbaye_b_monthly": Terms(
+        source=(
+            "Monthly Sentinel-2 composites of Hesbaye, "
+            "Belgium, collected by the WorldCereal project"
+        ),
+        licence="Copernicus Sentinel data terms",
+    ),
+    "romania": Terms(
+        source=(
+            "Sentinel-2 stack of a forest edge in Romania, in the "
+            "package nrt 0.2.1 of the European Commission's Joint Research Centre"
+        ),
+        licence="EUPL 1.2; contains modified Copernicus Sentinel data",
+    ),
+    "synthetic": Terms(
+        source="Made by training/datasets/synthetic.py",
+        licence="MIT",
+    ),
+    "pastis": Terms(
+        source=("PASTIS (Garnot and Landrieu 2021, arXiv 2107.07933), Sentinel-2 series of France"),
+        licence="Etalab 2.0; Copernicus Sentinel data terms",
+    ),
+}
