@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -19,3 +22,26 @@ def shared_data() -> Path:
             pytest.fail(f"CI must have the real data, and {folder.name} is not there")
         pytest.skip("needs the real satellite data at ../shared/data")
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo() -> ModuleType:
+    """The module that `make demo` runs."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "docs" / "demo.py")
+    if spec is None or spec.loader is None:
+        pytest.fail("docs/demo.py is not there")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def romania(demo: ModuleType) -> tuple[Path, Path]:
+    """The Romania cube and its tree cover; skips where it cannot be fetched, but never in CI."""
+    try:
+        cube, trees = demo.fetch(ROOT / "demo" / "data")
+    except subprocess.CalledProcessError:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"{demo.WHEEL} cannot be fetched")
+    return cube, trees

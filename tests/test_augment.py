@@ -12,6 +12,7 @@ from training.augment import (
     PixelAugmentation,
     augment_patches,
     augment_pixels,
+    clear_atmosphere,
     crop,
     disturb,
     drop_dates,
@@ -118,3 +119,16 @@ def test_a_crop_is_a_part_of_the_patch_scaled_back():
         assert (got_cols == got_cols[:1]).all()
         assert (np.diff(got_rows[:, 0]) >= 0).all()
         assert got_rows[-1, 0] - got_rows[0, 0] >= 14
+
+
+def test_clearing_the_atmosphere_takes_most_from_blue_and_spares_the_rest() -> None:
+    """Dark forest at the top of the atmosphere, 0.05 to 0.1, is near 0.03 on the ground."""
+    patches = np.full((200, 3, 4, 4), 1.0, np.float32) * [[[[0.045]], [[0.07]], [[0.085]]]]
+    out = clear_atmosphere(patches.astype(np.float32), chance(), share=0.5)
+    changed = (out != patches.astype(np.float32)).any(axis=(1, 2, 3))
+    assert 0.3 < changed.mean() < 0.7
+    taken = (patches - out)[changed].mean(axis=(0, 2, 3))
+    assert taken[0] < taken[1] < taken[2]
+    assert 0.0 <= out[changed].mean() < 0.05
+    bright = np.full((50, 3, 2, 2), 0.25, np.float32)
+    assert abs(clear_atmosphere(bright, chance(), share=1.0).mean() - 0.25) < 0.03

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from datetime import date
 from pathlib import Path
 
@@ -156,26 +155,15 @@ def test_hesbaye_has_no_scl(shared_data):
         np.testing.assert_array_equal(valid[2], (file.read() != 0).all(axis=0))
 
 
-@pytest.fixture(scope="module")
-def romania() -> Path:
-    """The cube's folder, where the wheel is installed; never downloaded by a test."""
-    # Found, not imported: the package's own dependencies are none of ours.
-    spec = importlib.util.find_spec("nrt")
-    places = [Path(p) / "data" for p in (spec.submodule_search_locations or [])] if spec else []
-    for place in places:
-        if (place / "sentinel2_cube_subset_romania_10m.nc").is_file():
-            return place
-    pytest.skip("needs the Romania cube of the wheel nrt==0.2.1")
-
-
 def test_romania_lies_as_the_tree_cover_beside_it(romania):
-    scene = read_romania(romania / "sentinel2_cube_subset_romania_10m.nc")
+    cube, cover = romania
+    scene = read_romania(cube)
     assert scene.shape == (100, 100)
     assert (scene.dates[0], scene.dates[-1]) == (date(2015, 8, 1), date(2021, 1, 1))
     values, _ = scene.read(("B04", "B08"))
     with np.errstate(invalid="ignore"):
         ndvi = np.nanmean((values[:, 1] - values[:, 0]) / (values[:, 1] + values[:, 0]), axis=0)
-    with rasterio.open(romania / "tree_cover_density_2018_romania.tif") as file:
+    with rasterio.open(cover) as file:
         trees = np.kron(file.read(1), np.ones((2, 2)))
 
     def agreement(image: np.ndarray) -> float:

@@ -6,10 +6,7 @@ once: neither the reader, nor the windows, nor the writer of the service is in i
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import os
-import subprocess
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -23,7 +20,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import rasterio
-from conftest import ROOT
 from numpy.typing import NDArray
 from rasterio.io import MemoryFile
 from rio_cogeo.cogeo import cog_validate
@@ -43,24 +39,10 @@ def http() -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "docs" / "demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def romania(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    try:
-        cube, _ = demo.fetch(ROOT / "demo" / "data")
-    except subprocess.CalledProcessError:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"{demo.WHEEL} cannot be fetched")
-    paths: list[Path] = demo.to_geotiffs(cube, tmp_path_factory.mktemp("romania"))
+def romania_stack(
+    demo: ModuleType, romania: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    paths: list[Path] = demo.to_geotiffs(romania[0], tmp_path_factory.mktemp("romania"))
     return paths
 
 
@@ -258,7 +240,8 @@ def test_mato_grosso_file_per_band(http: httpx.Client, shared_data: Path) -> Non
     agrees(pixels[0], want)
 
 
-def test_romania(http: httpx.Client, romania: list[Path]) -> None:
+def test_romania(http: httpx.Client, romania_stack: list[Path]) -> None:
+    romania = romania_stack
     dates = [date.fromisoformat(p.stem[3:]) for p in romania]
     start = date(2018, 1, 1)
     pixels, profile, _ = raster(post(http, "/classify-pixels", romania, start=str(start)).content)

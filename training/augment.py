@@ -50,12 +50,20 @@ class PatchAugmentation:
     """Standard deviation of the brightness added, reflectance."""
     noise: float = 0.003
     """Standard deviation of the noise of each value, reflectance."""
+    clear: float = 0.0
+    """Share of the patches, of bands B04, B03, B02, that lose the atmosphere's own light: imagery
+    of level 1C then looks as level 2A does."""
 
 
 NO_PIXEL_AUGMENTATION = PixelAugmentation(drop=0.0, jitter=0.0, season=0.0, noise=0.0, gain=0.0)
 NO_PATCH_AUGMENTATION = PatchAugmentation(
     flip=False, crop=0.0, gain=0.0, band_gain=0.0, offset=0.0, noise=0.0
 )
+
+
+# Optical depth of the air's molecules in B04, B03, B02 (665, 560, 490 nm) at sea level: Bodhaine
+# et al. 1999, doi:10.1175/1520-0426(1999)016<1854:ORODC>2.0.CO;2.
+_RAYLEIGH = np.array([0.045, 0.090, 0.155], np.float32)
 
 
 def drop_dates(valid: Bools, rng: Generator, *, most: float, least: int) -> Bools:
@@ -149,7 +157,27 @@ def brighten(patches: Floats, rng: Generator, how: PatchAugmentation) -> Floats:
     return (patches * np.exp(shared + own) + added + grain).astype(np.float32)
 
 
+def clear_atmosphere(patches: Floats, rng: Generator, *, share: float) -> Floats:
+    """Take the light that air molecules scatter off some patches: level 1C to level 2A, roughly.
+
+    Single scattering (Hansen and Travis 1974): `surface = (top - t / 4m) / (1 - t (1 + 1/m) / 2)`
+    with the optical depth t of a band and the cosine m of the sun's zenith angle, here 0.5 to 0.9.
+
+    Args:
+        patches: reflectance (N, 3, P, P) of B04, B03, B02.
+        rng: source of chance.
+        share: of the patches that are changed.
+    """
+    cosine = rng.uniform(0.5, 0.9, (len(patches), 1, 1, 1))
+    depth = _RAYLEIGH[None, :, None, None]
+    surface = (patches - depth / (4.0 * cosine)) / (1.0 - 0.5 * depth * (1.0 + 1.0 / cosine))
+    chosen = rng.random((len(patches), 1, 1, 1)) < share
+    return np.where(chosen, np.maximum(surface, 0.0), patches).astype(np.float32)
+
+
 def augment_patches(patches: Floats, how: PatchAugmentation, rng: Generator) -> Floats:
     """Disturb patches of reflectance (N, C, P, P); a new array. Other dates are the sampler's."""
     turned = flip(patches, rng) if how.flip else patches
-    return brighten(crop(turned, rng, most=how.crop), rng, how)
+    cut = crop(turned, rng, most=how.crop) if how.crop else turned
+    seen = clear_atmosphere(cut, rng, share=how.clear) if how.clear else cut
+    return brighten(seen, rng, how)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.card import TimeWindow
+from training.augment import PatchAugmentation
 
 FinetuneTask = Literal["classify", "forecast", "landcover"]
 BANDS = ("B02", "B04", "B08")
@@ -112,6 +113,9 @@ class LandcoverConfig(_Frozen):
     """Share of the epochs on small patches."""
     mix: float = 0.25
     """Share of the batches in which parts of patches are exchanged (CutMix)."""
+    augmentation: PatchAugmentation = PatchAugmentation(
+        gain=0.12, band_gain=0.06, offset=0.006, noise=0.002
+    )
 
 
 FinetuneConfig = Annotated[
@@ -149,8 +153,8 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
             window=TimeWindow(steps=36, step_days=10, start="fullest-year"),
             min_observations=4,
             encoder=PixelEncoderConfig(plot_dropout=0.4),
-            optimisation=Optimisation(epochs=14),
-            balance=0.7,
+            optimisation=Optimisation(epochs=20),
+            balance=0.6,
         ),
         ForecastConfig(
             name="forecast-vi",

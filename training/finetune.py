@@ -190,17 +190,23 @@ def _epoch(
 
 
 def load_encoder(graph: Graph, checkpoint: Path) -> None:
-    """Put the encoder of a pretraining checkpoint under a graph's head.
+    """Put an encoder that was trained before under a graph's head.
+
+    Args:
+        graph: whose encoder is replaced.
+        checkpoint: of a pretraining, or the weights of an earlier run.
 
     Raises:
         CheckpointMismatch: no encoder of the graph's kind in the checkpoint, or another shape.
     """
     key = "pixel_encoder" if isinstance(graph, PixelGraph) else "patch_encoder"
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if key not in stored:
+    prefix = "encoder."
+    finetuned = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+    if key not in stored and not finetuned:
         raise CheckpointMismatch(f"{checkpoint.name} holds {sorted(stored)}, not '{key}'")
     try:
-        graph.encoder.load_state_dict(stored[key])
+        graph.encoder.load_state_dict(stored.get(key, finetuned))
     except RuntimeError as error:
         raise CheckpointMismatch(f"{checkpoint.name}: {error}") from error
 

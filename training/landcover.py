@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from models.encoders import PatchEncoder
 from models.graph import PatchGraph
 from models.heads import ClassificationHead
-from training.augment import PatchAugmentation, augment_patches
+from training.augment import augment_patches
 from training.calibration import cross_fitted_scores, fit_temperature
 from training.config import LandcoverConfig
 from training.datasets.eurosat import RGB, eurosat_ms, eurosat_rgb
 
-_AUGMENTATION = PatchAugmentation(gain=0.12, band_gain=0.06, offset=0.006, noise=0.002)
 Floats = NDArray[np.float32]
 
 
@@ -62,7 +61,7 @@ class PatchClassification:
         order = rng.permutation(self.train)
         for i in range(self.steps):
             chosen = order[i * how.optimisation.batch : (i + 1) * how.optimisation.batch]
-            patches = augment_patches(self.read(chosen), _AUGMENTATION, rng)
+            patches = augment_patches(self.read(chosen), how.augmentation, rng)
             if small:
                 patches = _cut(patches, how.small_patch, rng)
             target = np.eye(len(self.legend), dtype=np.float32)[self.labels[chosen]]
