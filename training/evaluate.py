@@ -398,6 +398,7 @@ def romania_report(folder: Path, *, zoo: Path, report: Path) -> str:
         f"Pixels on which the class `Trees` of {bundle.card.id} agrees with tree cover of 50 % or "
         f"more: {agreement['agreement']:.3f} of {agreement['n']}. Tree cover holds "
         f"{agreement['tree_cover_share']:.3f} of the area, the map {agreement['map_share']:.3f}. "
+        f"Calling every pixel a tree would agree on {agreement['tree_cover_share']:.3f}. "
         f"No label of this area was trained on."
     )
     write_section(report, "pixels-landcover on the Romania cube", text)

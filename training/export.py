@@ -95,7 +95,9 @@ DESCRIPTIONS: Mapping[str, Description] = {
             "grassland; trees, shrubs, built-up, bare, water and wetland have few, and the labels "
             "are themselves maps (WorldCover about 77 % right). Orchards and vineyards were left "
             "out, for WorldCover maps them as trees in one place and as crops in another; so were "
-            "mangroves (two samples), snow and moss (none)."
+            "mangroves (two samples), snow and moss (none). Synthetic series of the rare classes "
+            "were added for training, never for a score. Shrubs, built-up, bare, water and wetland "
+            "are weak; treat them as hints."
         ),
     ),
     "forecast-vi": Description(
