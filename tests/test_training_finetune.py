@@ -28,7 +28,7 @@ from training.calibration import (
 from training.classification import PixelClassification
 from training.config import ZOO, ClassifyConfig, Run
 from training.evaluate import evaluate, place_confusions, write_section
-from training.export import ParityError, check_parity, export_run
+from training.export import ParityError, check_parity, commands, export_run
 from training.finetune import (
     CHECKPOINT,
     CheckpointMismatch,
@@ -305,3 +305,21 @@ def test_a_section_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
     got = report.read_text()
     assert "first" not in got
     assert got.index("third") < got.index("second")
+
+
+def test_the_commands_of_a_run_make_it_again(tmp_path: Path) -> None:
+    """What differs from the zoo's configuration is said, and the run it starts from comes first."""
+    usual = ZOO["landcover-eurosat"]
+    first = Run(config=usual, data=tmp_path)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "run.json").write_text(first.model_dump_json())
+    shorter = usual.model_copy(
+        update={"optimisation": usual.optimisation.model_copy(update={"epochs": 3})}
+    )
+    weights = tmp_path / "first" / "weights.pt"
+    found = commands(Run(config=shorter, data=tmp_path, pretrained=weights))
+    call = "python -m training finetune landcover-eurosat"
+    assert found == [
+        f"{call} --run {tmp_path}/first",
+        f"{call} --pretrained {weights} --set optimisation.epochs=3",
+    ]

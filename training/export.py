@@ -35,9 +35,17 @@ from models.card import (
 from models.graph import PatchGraph
 from models.registry import load_bundle, sha256_of
 from training.classification import PixelClassification
-from training.config import BANDS, INDICES, ClassifyConfig, ForecastConfig, LandcoverConfig, Run
+from training.config import (
+    BANDS,
+    INDICES,
+    ZOO,
+    ClassifyConfig,
+    ForecastConfig,
+    LandcoverConfig,
+    Run,
+)
 from training.datasets.eurosat import CLASSES, RGB
-from training.finetune import Graph, Task, load_finished
+from training.finetune import RUN, WEIGHTS, Graph, Task, load_finished
 from training.forecasting import PixelForecast
 from training.landcover import PatchClassification
 from training.legends import CDL, WORLDCOVER, legend_classes
@@ -424,18 +432,56 @@ def _training_data(task: Task[Any]) -> tuple[TrainingData, ...]:
 
 
 def training_facts(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """How a run was made: command, configuration, seed, time, machine."""
-    scratch = run.pretrained is None
+    """How a run was made: commands, configuration, seed, time, machine."""
     return {
-        "command": f"python -m training finetune {run.config.name}",
+        "command": " && ".join(commands(run)),
         "config": json.loads(run.config.model_dump_json()),
-        "pretrained": None if scratch else str(run.pretrained and run.pretrained.name),
         "places": "all" if run.everything else "all but the validation places",
         "seed": run.config.optimisation.seed,
-        "seconds": metrics["seconds"],
+        "seconds_of_last_command": metrics["seconds"],
         "machine": machine(),
         "torch": torch.__version__,
     }
+
+
+def commands(run: Run, folder: Path | None = None) -> list[str]:
+    """What to call to make a run again, the runs that it starts from first.
+
+    Args:
+        run: what was told.
+        folder: of the run, where a later one starts from it; None leaves the default.
+    """
+    name = run.config.name
+    words = ["python -m training finetune", name]
+    earlier: list[str] = []
+    if folder:
+        words += ["--run", folder.as_posix()]
+    if run.pretrained:
+        words += ["--pretrained", run.pretrained.as_posix()]
+        told = run.pretrained.parent / RUN
+        # A pretraining run tells its own command; a finetuning one is part of this.
+        if run.pretrained.name == WEIGHTS and told.is_file():
+            before = Run.model_validate_json(told.read_bytes())
+            earlier = commands(before, run.pretrained.parent)
+    if run.everything:
+        words.append("--everything")
+    now = _leaves(run.config.model_dump(mode="json"))
+    if name in ZOO:
+        usual = _leaves(ZOO[name].model_dump(mode="json"))
+        changes = {key: value for key, value in now.items() if usual.get(key) != value}
+        words += [f"--set {key}={json.dumps(value)}" for key, value in changes.items()]
+    return [*earlier, " ".join(words)]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _leaves(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def machine() -> str:

@@ -41,8 +41,8 @@ TERMS = {
     ),
     "synthetic_ground": Terms(
         source=(
-            "synthetic series of trees, shrubs, built-up, bare, water and wetland, from ranges of "
-            "reflectance and double logistic seasons; never used for a score"
+            "synthetic series of trees, clearings, shrubs, built-up, bare, water and wetland, from "
+            "ranges of reflectance and double logistic seasons; never used for a score"
         ),
         licence="MIT",
     ),

@@ -1,4 +1,4 @@
-"""Synthetic series of ground that the labelled points lack: trees, shrubs, water, built-up, bare.
+"""Synthetic series of ground that the labelled points lack: trees, clearings, shrubs, water, bare.
 
 The labelled points were drawn on cropland, so other covers have a handful of samples, most of
 them hazy. These series come from ranges of reflectance that spectral libraries and textbooks give
@@ -53,7 +53,7 @@ GROUNDS = (
     Ground(
         code=10,
         resting=((0.015, 0.05), (0.035, 0.085), (0.13, 0.23)),
-        growing=((0.008, 0.03), (0.015, 0.035), (0.28, 0.48)),
+        growing=((0.008, 0.035), (0.015, 0.038), (0.28, 0.55)),
         rise=(85, 140),
         length=(130, 220),
         pixels=700,
@@ -65,6 +65,15 @@ GROUNDS = (
         code=10,
         resting=((0.015, 0.045), (0.025, 0.07), (0.14, 0.24)),
         growing=((0.012, 0.035), (0.018, 0.045), (0.22, 0.40)),
+        pixels=300,
+    ),
+    # Clearings and rough meadows: redder than a closed canopy, most of all before the season.
+    Ground(
+        code=30,
+        resting=((0.03, 0.06), (0.06, 0.11), (0.18, 0.28)),
+        growing=((0.02, 0.05), (0.032, 0.06), (0.28, 0.50)),
+        rise=(90, 150),
+        length=(110, 200),
         pixels=300,
     ),
     Ground(
