@@ -5,8 +5,9 @@ A configuration is stored with its checkpoints and in the card, so a bundle can 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -154,7 +155,7 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
             min_observations=4,
             encoder=PixelEncoderConfig(plot_dropout=0.4),
             optimisation=Optimisation(epochs=20),
-            balance=0.6,
+            balance=0.4,
         ),
         ForecastConfig(
             name="forecast-vi",
@@ -166,3 +167,16 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
         LandcoverConfig(name="landcover-eurosat"),
     )
 }
+
+
+def difference(
+    base: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Settings of `other` that differ from `base`, the seed and the name apart, by dotted name."""
+    changes: dict[str, Any] = {}
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            changes |= difference(base[key], value, f"{prefix}{key}.")
+        elif key not in {"seed", "name"} and base.get(key) != value:
+            changes[prefix + key] = value
+    return changes

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from models.registry import Bundle, load_bundle
 from models.timegrid import TimeGrid
 from training.calibration import cross_fitted_scores, macro_f1
 from training.classification import PixelClassification, in_window
-from training.config import ZOO, ClassifyConfig, ForecastConfig, LandcoverConfig
+from training.config import ZOO, ClassifyConfig, ForecastConfig, LandcoverConfig, difference
 from training.datasets.stacks import read_romania
 from training.export import write_card
 from training.finetune import Task, load_finished
@@ -96,12 +96,13 @@ class Loaded:
     task: Task[Any]
     graph: Any
     metrics: Mapping[str, Any]
+    label: str
+    """`OURS`, or what differs from the zoo's configuration."""
 
-    @property
-    def label(self) -> str:
-        """`OURS`, or what differs from the zoo's configuration."""
-        changes = difference(ZOO[self.config.name].model_dump(), self.config.model_dump())
-        return ", ".join(f"{key} {value}" for key, value in changes.items()) or OURS
+
+def _label(config: Config) -> str:
+    changes = difference(ZOO[config.name].model_dump(), config.model_dump())
+    return ", ".join(f"{key} {value}" for key, value in changes.items()) or OURS
 
 
 def evaluate(runs: Sequence[Path], *, zoo: Path, report: Path) -> list[Table]:
@@ -121,27 +122,26 @@ def evaluate(runs: Sequence[Path], *, zoo: Path, report: Path) -> list[Table]:
         run, task, graph, metrics = load_finished(folder)
         if run.everything:
             continue
-        loaded = Loaded(folder=folder, config=run.config, task=task, graph=graph, metrics=metrics)
-        grouped[run.config.name].append(loaded)
+        grouped[run.config.name].append(
+            Loaded(
+                folder=folder,
+                config=run.config,
+                task=task,
+                graph=graph,
+                metrics=metrics,
+                label=_label(run.config),
+            )
+        )
+    for name, loaded in grouped.items():
+        if len({run.label for run in loaded}) == 1:
+            # Nothing of ours to tell it from: whatever its configuration, it is the one we ship.
+            grouped[name] = [replace(run, label=OURS) for run in loaded]
     tables = [_table(name, loaded) for name, loaded in grouped.items()]
     for table in tables:
         write_section(report, table.bundle, markdown(table))
         if (zoo / table.bundle).is_dir():
             _into_card(zoo / table.bundle, table)
     return tables
-
-
-def difference(
-    base: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
-) -> dict[str, Any]:
-    """Settings of `other` that differ from `base`, the seed and the name apart, by dotted name."""
-    changes: dict[str, Any] = {}
-    for key, value in other.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            changes |= difference(base[key], value, f"{prefix}{key}.")
-        elif key not in {"seed", "name"} and base.get(key) != value:
-            changes[prefix + key] = value
-    return changes
 
 
 def _table(name: str, loaded: Sequence[Loaded]) -> Table:

@@ -43,6 +43,7 @@ from training.config import (
     ForecastConfig,
     LandcoverConfig,
     Run,
+    difference,
 )
 from training.datasets.eurosat import CLASSES, RGB
 from training.finetune import RUN, WEIGHTS, Graph, Task, load_finished
@@ -185,7 +186,7 @@ def write_bundle(graph: Graph, folder: Path, *, fields: Mapping[str, Any], real:
             output=OUTPUTS[fields["task"]],
             example=[torch.from_numpy(array) for array in example.values()],
         )
-        difference = check_parity(graph, path, real)
+        off = check_parity(graph, path, real)
         digest = sha256_of(path)
         variant = Variant(
             name="float32",
@@ -194,7 +195,7 @@ def write_bundle(graph: Graph, folder: Path, *, fields: Mapping[str, Any], real:
             bytes=path.stat().st_size,
             opset=OPSET,
         )
-        training = {**fields["training"], "parity_with_torch": difference}
+        training = {**fields["training"], "parity_with_torch": off}
         card = ModelCard.model_validate(
             {**fields, "training": training, "variants": (variant,), "sha256": digest}
         )
@@ -465,23 +466,11 @@ def commands(run: Run, folder: Path | None = None) -> list[str]:
             earlier = commands(before, run.pretrained.parent)
     if run.everything:
         words.append("--everything")
-    now = _leaves(run.config.model_dump(mode="json"))
     if name in ZOO:
-        usual = _leaves(ZOO[name].model_dump(mode="json"))
-        changes = {key: value for key, value in now.items() if usual.get(key) != value}
-        words += [f"--set {key}={json.dumps(value)}" for key, value in changes.items()]
+        usual, now = (config.model_dump(mode="json") for config in (ZOO[name], run.config))
+        words += [f"--set {key}={json.dumps(v)}" for key, v in difference(usual, now).items()]
+        words += [f"--seed {run.config.optimisation.seed}"] if run.config.optimisation.seed else []
     return [*earlier, " ".join(words)]
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of nested mappings by dotted name."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= _leaves(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def machine() -> str:

@@ -42,6 +42,7 @@ class Ground:
     pixels: int = 200
 
 
+_SNOW = (0.6, 0.58, 0.55)
 _GRASS: tuple[Range, Range, Range] = ((0.03, 0.06), (0.04, 0.08), (0.25, 0.42))
 _EVERGREEN: tuple[Range, Range, Range] = ((0.008, 0.03), (0.012, 0.035), (0.14, 0.27))
 _RAINFOREST: tuple[Range, Range, Range] = ((0.01, 0.03), (0.015, 0.035), (0.26, 0.42))
@@ -56,6 +57,15 @@ GROUNDS = (
         growing=((0.008, 0.035), (0.015, 0.038), (0.28, 0.55)),
         rise=(85, 140),
         length=(130, 220),
+        pixels=700,
+    ),
+    # Closed stands of beech or oak: near infrared as bright as a crop's, red as dark as water's.
+    Ground(
+        code=10,
+        resting=((0.02, 0.05), (0.045, 0.09), (0.15, 0.26)),
+        growing=((0.008, 0.03), (0.012, 0.028), (0.36, 0.62)),
+        rise=(95, 135),
+        length=(140, 195),
         pixels=700,
     ),
     Ground(code=10, resting=_EVERGREEN, growing=((0.01, 0.03), (0.015, 0.03), (0.18, 0.32))),
@@ -155,6 +165,12 @@ def _pixels(ground: Ground, day: NDArray[np.float64], rng: Generator) -> NDArray
     # Slopes that face away from the sun are darker, most of all when it stands low.
     low_sun = 0.5 + 0.5 * np.cos((day - rng.uniform(-15, 15, (n, 1))) * (2 * np.pi / _YEAR))
     values = values * (1 - rng.uniform(0.0, 0.45, (n, 1, 1)) * (0.3 + 0.7 * low_sun)[..., None])
+    # Snow under the trees and between the houses, on dates that scene classification calls clear.
+    snowy = (low_sun > 0.7) & (rng.random((n, len(day))) < rng.uniform(0.0, 0.6, (n, 1)))
+    cover = np.where(snowy, rng.uniform(0.05, 0.4, (n, len(day))), 0.0)[..., None]
+    values = values * (1 - cover) + cover * np.array(_SNOW)
+    # Cloud shadow that was missed.
+    values = values * np.where(rng.random(shape) < 0.05, rng.uniform(0.4, 0.8, shape), 1.0)
     # Haze brightens blue most; on some dates it is thick.
     thick = np.where(rng.random(shape) < 0.08, 0.05, 0.006)
     values = values + rng.exponential(thick) * np.array([1.0, 0.7, 0.5])
