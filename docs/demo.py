@@ -166,8 +166,9 @@ def class_picture(answer: Raster, path: Path, title: str) -> None:
 
 
 def forecast_picture(answer: Raster, path: Path) -> None:
-    """NDVI at the first and the last date of the forecast, on one scale."""
-    layers = [i for i, name in enumerate(answer.descriptions) if name.startswith("NDVI")]
+    """Median NDVI at the first and the last date of the forecast, on one scale."""
+    names = list(answer.descriptions)
+    layers = [i for i, n in enumerate(names) if n.startswith("NDVI") and n.endswith("q50")]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     for ax, layer in zip(axes, (layers[0], layers[-1]), strict=True):
         picture = ax.imshow(
