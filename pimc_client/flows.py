@@ -136,17 +136,17 @@ def series(
     return parse_series(reply, read)
 
 
-def classify_series(given: Iterable[Series], **options: Any) -> Flow[Results[PixelClass]]:  # noqa: ANN401
+def classify_series(given: Iterable[Series], **options: Any) -> Flow[Results[PixelClass]]:  # noqa: ANN401 (see `build_series`)
     """A class for each series."""
     return series("classify-pixels", given, pixel_class, **options)
 
 
-def forecast_series(given: Iterable[Series], **options: Any) -> Flow[Results[Forecast]]:  # noqa: ANN401
+def forecast_series(given: Iterable[Series], **options: Any) -> Flow[Results[Forecast]]:  # noqa: ANN401 (see `build_series`)
     """A forecast for each series."""
     return series("forecast", given, forecast, **options)
 
 
-def embed_series(given: Iterable[Series], **options: Any) -> Flow[Results[Embedding]]:  # noqa: ANN401
+def embed_series(given: Iterable[Series], **options: Any) -> Flow[Results[Embedding]]:  # noqa: ANN401 (see `build_series`)
     """An embedding for each series."""
     return series("embed", given, embedding, **options)
 
