@@ -66,15 +66,20 @@ async def known_caller(
     app: Annotated[Held, Depends(held)],
     _bearer: Annotated[object, Security(_BEARER)],
     _key: Annotated[object, Security(_API_KEY)],
-) -> None:
+) -> str | None:
     """Only callers with a key, where keys are set.
+
+    Returns:
+        The caller's id, which stays the same for a key; None where no keys are set.
 
     Raises:
         Unauthorized: none or a wrong one came.
     """
-    app.keys.check(request.headers)
+    return app.keys.check(request.headers)
 
 
 App = Annotated[Held, Depends(held)]
 Folder = Annotated[Path, Depends(own_folder)]
 KNOWN_CALLER = Depends(known_caller)
+Caller = Annotated[str | None, Depends(known_caller)]
+"""Who asks: `None` where no keys are set. Checked once a request, however often it is asked for."""

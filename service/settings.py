@@ -4,7 +4,9 @@
 """
 
 # No `from __future__ import annotations` here: pydantic needs the types at run time.
+import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +15,9 @@ from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validato
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "PIMC_"
+KEY_HASH = "sha256:"
+"""How an API key begins that came hashed, and that every key is kept as."""
+_SHA256 = re.compile(KEY_HASH + r"[0-9a-fA-F]{64}")
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
@@ -33,7 +38,8 @@ class Settings(BaseSettings):
     allow_anonymous: bool = False
     """Whether an address that others can reach may be bound although no key is needed."""
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
-    """Keys, comma-separated; with one or more, the tasks and the models need one of them."""
+    """Keys, comma-separated, each plain or as `sha256:` and its hex SHA-256; with one or more, the
+    tasks, the jobs and the models need one of them. Kept as hashes, whichever way they came."""
     model_dir: Path | None = None
     """Folder of further bundles; a bundle here replaces the built-in one of the same name."""
     providers: Literal["auto", "cuda", "cpu"] = "auto"
@@ -59,12 +65,8 @@ class Settings(BaseSettings):
 
     @field_validator("api_keys")
     @classmethod
-    def _fit_for_a_header(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        for key in value:
-            text = key.get_secret_value()
-            if not (text.isascii() and text.isprintable() and " " not in text and text):
-                raise ValueError("a key must be printable ASCII without spaces, as headers are")
-        return value
+    def _hashed(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        return tuple(SecretStr(_key_hash(key.get_secret_value())) for key in value)
 
     @field_validator("log_level", mode="before")
     @classmethod
@@ -77,6 +79,17 @@ class Settings(BaseSettings):
         if value is not None and not value.is_dir():
             raise ValueError(f"{value} is no folder")
         return value
+
+
+def _key_hash(key: str) -> str:
+    """`sha256:…` of a key, or of what is that already."""
+    if key.startswith(KEY_HASH):
+        if not _SHA256.fullmatch(key):
+            raise ValueError(f"what begins with {KEY_HASH} needs 64 hex digits after it")
+        return key.lower()
+    if not (key.isascii() and key.isprintable() and " " not in key and key):
+        raise ValueError("a key must be printable ASCII without spaces, as headers are")
+    return KEY_HASH + hashlib.sha256(key.encode()).hexdigest()
 
 
 def read_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - whatever a field takes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -43,7 +44,8 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert settings.max_body_bytes == 2 * 1024 * 1024
     assert settings.max_raster_bytes == 1000
     assert settings.log_level == "debug"
-    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
+    hashes = [f"sha256:{hashlib.sha256(key).hexdigest()}" for key in (b"one", b"two")]
+    assert [key.get_secret_value() for key in settings.api_keys] == hashes
 
 
 def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +69,7 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
         ("PIMC_LOG_LEVEL", "loud"),
         ("PIMC_API_KEYS", "good,bad key"),
         ("PIMC_API_KEYS", "clé"),
+        ("PIMC_API_KEYS", "sha256:c0ffee"),
     ],
 )
 def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -80,6 +83,19 @@ def test_keys_are_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIMC_API_KEYS", "swordfish")
     assert "swordfish" not in repr(read_settings())
     assert "swordfish" not in read_settings().model_dump_json()
+
+
+def test_a_key_that_comes_hashed_is_the_same_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIMC_API_KEYS", "swordfish")
+    plain = read_settings().api_keys
+    digest = hashlib.sha256(b"swordfish").hexdigest().upper()
+    monkeypatch.setenv("PIMC_API_KEYS", f"sha256:{digest}")
+    assert read_settings().api_keys == plain
+
+
+def test_no_key_is_kept_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIMC_API_KEYS", "swordfish")
+    assert "swordfish" not in str([key.get_secret_value() for key in read_settings().api_keys])
 
 
 def test_misspelt_variables_are_found() -> None:
