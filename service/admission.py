@@ -1,12 +1,13 @@
-"""Who may start: a bounded number of runs, and an answer at once for the rest.
+"""Who may start: a bounded number of requests, and an answer at once for the rest.
 
-    arrival ──── a seat? ──── body ──── a place? ──── run
-                   │                      │
-               Overloaded             Overloaded
+    arrival ──── a seat? ──── body ──── a place ──── run ──── answer
+                   │
+               Overloaded
 
-A seat is taken before the body is read, so that nothing is uploaded in vain; a place is taken
-only for the run, so that a slow upload keeps no model idle. There are twice as many seats as
-places.
+A seat is taken before the body is read, so that nothing is uploaded in vain, and whoever gets none
+is told at once. A place is taken only for the run, so that a slow upload keeps no model idle. There
+are twice as many seats as places: who has a seat waits for at most as many others, in the order
+they came, and is never turned away after that.
 """
 
 from __future__ import annotations
@@ -19,19 +20,16 @@ import anyio
 from service.errors import Overloaded
 
 _SEATS_PER_PLACE = 2
-_WAIT_SECONDS = 5.0
 _RETRY_SECONDS = 5
 
 
 class Admission:
     """Counts who is in, on one event loop."""
 
-    def __init__(self, places: int, *, wait_seconds: float = _WAIT_SECONDS) -> None:
-        self._places = places
+    def __init__(self, places: int) -> None:
         self._free = anyio.Semaphore(places)
         self._seats = _SEATS_PER_PLACE * places
         self._seated = 0
-        self._wait_seconds = wait_seconds
 
     @asynccontextmanager
     async def seat(self) -> AsyncIterator[None]:
@@ -54,20 +52,6 @@ class Admission:
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
-        """A place to run, after a short wait if need be.
-
-        Raises:
-            Overloaded: no place came free in time.
-        """
-        with anyio.move_on_after(self._wait_seconds) as waiting:
-            await self._free.acquire()
-        if waiting.cancelled_caught:
-            raise Overloaded(
-                f"{self._places} runs may go on at once, and none ended within "
-                f"{self._wait_seconds:g} s; nothing was started",
-                retry_after=_RETRY_SECONDS,
-            )
-        try:
+        """A place to run, in the order of asking; the wait ends early only by cancelling it."""
+        async with self._free:
             yield
-        finally:
-            self._free.release()

@@ -20,6 +20,7 @@ from service.routes import explorer, health, models, tasks
 from service.security import Keys, SecurityHeaders
 from service.settings import Settings, read_settings
 from service.telemetry import Metrics, RequestRecord
+from service.watch import ReadersPace
 
 _LOG = logging.getLogger(__name__)
 _DESCRIPTION = (
@@ -62,8 +63,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(router)
     add_handlers(app)
     app.add_middleware(SecurityHeaders)
-    # Added last, so outermost: it sees every answer, and what the other let through.
+    # Later is further out. The record sees every answer, and what the other let through; the pace
+    # is about the socket alone.
     app.add_middleware(RequestRecord, metrics=metrics, on_fault=fault)
+    app.add_middleware(ReadersPace)
     return app
 
 

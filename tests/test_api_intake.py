@@ -7,6 +7,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,10 @@ from serving import served
 from starlette.requests import Request
 from tiny_zoo import write_zoo
 
-from service.admission import Admission
 from service.errors import (
     BodyStalled,
     BodyTooLarge,
     InvalidRequest,
-    Overloaded,
     PIMCError,
     UnsupportedMedia,
 )
@@ -200,42 +199,7 @@ def test_any_other_is_refused(kind: str) -> None:
         media_type(request_of([], kind=kind))
 
 
-# Admission and disconnects ------------------------------------------------------------------
-
-
-@pytest.mark.anyio
-async def test_seats_are_given_back_also_after_a_fault() -> None:
-    admission = Admission(1)
-    for _ in range(5):
-        with pytest.raises(ValueError, match="inside"):
-            async with admission.seat(), admission.place():
-                raise ValueError("inside")
-    async with admission.seat(), admission.seat():
-        with pytest.raises(Overloaded) as caught:
-            async with admission.seat():
-                pytest.fail("there are only two seats")
-        assert caught.value.retry_after > 0
-
-
-@pytest.mark.anyio
-async def test_a_place_is_waited_for_but_not_for_long() -> None:
-    admission = Admission(1, wait_seconds=0.02)
-    async with admission.place():
-        with pytest.raises(Overloaded):
-            async with admission.place():
-                pytest.fail("there is only one place")
-    patient = Admission(1, wait_seconds=30)
-    order: list[str] = []
-
-    async def second() -> None:
-        async with patient.place():
-            order.append("second")
-
-    async with anyio.create_task_group() as group, patient.place():
-        group.start_soon(second)
-        await anyio.sleep(0.02)
-        order.append("first")
-    assert order == ["first", "second"]
+# Disconnects ----------------------------------------------------------------------------------
 
 
 @pytest.mark.anyio
@@ -248,7 +212,7 @@ async def test_a_run_is_told_when_its_caller_has_gone() -> None:
         check(cancelled)
 
     with pytest.raises(Cancelled):
-        await run_watched(Request(request_of([]).scope, receive), run)
+        await run_watched(Request(request_of([]).scope, receive), run, place=nullcontext())
 
 
 # Leftovers ----------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ Each route is one line; `_serve` is the whole way of a request.
 """
 
 # No `from __future__ import annotations` here: FastAPI needs the types at run time.
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -84,11 +86,17 @@ async def _serve(
             rasters=media in FILE_TYPES,
             executor=CountedExecutor(app.metrics),
         )
-        async with app.admission.place():
-            with app.metrics.run():
-                reply = await run_watched(request, run)
+        reply = await run_watched(request, run, place=_place(app))
         app.metrics.ran(task=task, pixels=reply.pixels, timing=reply.timing)
         return await to_thread.run_sync(respond, reply, media, folder)
+
+
+@asynccontextmanager
+async def _place(app: Held) -> AsyncIterator[None]:
+    """A place, and the run counted while it is held."""
+    async with app.admission.place():
+        with app.metrics.run():
+            yield
 
 
 def _check_query(request: Request, known: set[str]) -> None:
