@@ -102,19 +102,44 @@ class PixelGraph(nn.Module):
 
 
 class PatchGraph(nn.Module):
-    """Patches of imagery in, probabilities (N, K) or, without a head, embeddings (N, D) out."""
+    """Patches of imagery in, probabilities (N, K) or, without a head, embeddings (N, D) out.
 
-    def __init__(self, *, encoder: PatchEncoder, head: ClassificationHead | None) -> None:
+    Args:
+        encoder: the patch encoder.
+        head: None answers with the embedding.
+        symmetries: whether a classifier answers with the mean logits of a patch's eight symmetries.
+            Land seen from above has no up, and what the network says of a patch should not depend
+            on how it lies. Training sees one symmetry of each at a time.
+    """
+
+    def __init__(
+        self, *, encoder: PatchEncoder, head: ClassificationHead | None, symmetries: bool = False
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.symmetries = symmetries
 
     def raw(self, patches: Tensor) -> Tensor:
         """What training needs: logits (N, K) or embeddings (N, D)."""
-        embeddings: Tensor = self.encoder(patches)
-        return embeddings if self.head is None else self.head(embeddings)
+        if self.head is None:
+            embeddings: Tensor = self.encoder(patches)
+            return embeddings
+        if self.training or not self.symmetries:
+            return self._logits(patches)
+        return torch.stack([self._logits(p) for p in symmetries(patches)]).mean(dim=0)
 
     def forward(self, patches: Tensor) -> Tensor:
         """Answer for patches of reflectance (N, C, H, W), unitless."""
         out = self.raw(patches)
         return out if self.head is None else self.head.probabilities(out)
+
+    def _logits(self, patches: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.encoder(patches))  # type: ignore[misc]  # raw has looked
+        return logits
+
+
+def symmetries(patches: Tensor) -> list[Tensor]:
+    """The eight symmetries of square patches (N, C, P, P): turned and mirrored."""
+    mirrored = [patches, patches.flip(-1), patches.flip(-2), patches.flip(-1, -2)]
+    return [*mirrored, *(m.transpose(-1, -2) for m in mirrored)]

@@ -263,10 +263,9 @@ class TestOnnx:
             got = session.run(None, {k: v.numpy() for k, v in feed.items()})[0]
             np.testing.assert_allclose(got, want, atol=1e-4)
 
-    def test_patch_graph_equals_torch(self, tmp_path: Path) -> None:
-        torch.manual_seed(0)
-        encoder = PatchEncoder(width=8, embedding=16)
-        graph = PatchGraph(encoder=encoder, head=ClassificationHead(16, 10)).eval()
+    @pytest.mark.parametrize("symmetries", [False, True])
+    def test_patch_graph_equals_torch(self, symmetries: bool, tmp_path: Path) -> None:
+        graph = patch_graph(symmetries=symmetries)
         session = export(graph, tmp_path / "m.onnx", ["patches"], (torch.rand(3, 3, 64, 64),))
         for n in (1, 5):
             patches = torch.rand(n, 3, 64, 64)
@@ -274,3 +273,35 @@ class TestOnnx:
                 want = graph(patches).numpy()
             got = session.run(None, {"patches": patches.numpy()})[0]
             np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+class TestSymmetries:
+    def test_answer_does_not_depend_on_how_the_patch_lies(self) -> None:
+        patches = torch.rand(2, 3, 64, 64)
+        turned = torch.from_numpy(np.rot90(patches.numpy(), axes=(2, 3)).copy())
+        with torch.no_grad():
+            plain, mean = patch_graph(symmetries=False), patch_graph(symmetries=True)
+            assert not torch.allclose(plain(patches), plain(turned), atol=1e-6)
+            torch.testing.assert_close(mean(patches), mean(turned))
+            torch.testing.assert_close(mean(patches), mean(patches.flip(-1)))
+
+    def test_training_sees_the_patch_as_it_lies(self) -> None:
+        graph = patch_graph(symmetries=True)
+        patches = torch.rand(2, 3, 64, 64)
+        graph.train()
+        for module in graph.modules():
+            if isinstance(module, torch.nn.Dropout | torch.nn.BatchNorm2d):
+                module.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(
+                graph.raw(patches), patch_graph(symmetries=False).raw(patches)
+            )
+
+
+def patch_graph(*, symmetries: bool) -> PatchGraph:
+    torch.manual_seed(0)
+    encoder = PatchEncoder(width=8, embedding=16)
+    head = ClassificationHead(16, 10)
+    # Far enough from zero that classes differ.
+    torch.nn.init.normal_(head.linear.weight)
+    return PatchGraph(encoder=encoder, head=head, symmetries=symmetries).eval()

@@ -114,6 +114,8 @@ class LandcoverConfig(_Frozen):
     """Share of the epochs on small patches."""
     mix: float = 0.25
     """Share of the batches in which parts of patches are exchanged (CutMix)."""
+    symmetries: bool = True
+    """Whether the answer is the mean over the eight symmetries of a patch."""
     augmentation: PatchAugmentation = PatchAugmentation(
         gain=0.12, band_gain=0.06, offset=0.006, noise=0.002
     )
