@@ -18,7 +18,8 @@
     └── ServiceError               the service said no: status, code, detail, request_id, errors
         ├── RequestError
         │   ├── InvalidRequest, WrongTask, UnsupportedMedia, NotAcceptable
-        │   ├── Unauthorized, ForbiddenReference
+        │   ├── Unauthorized
+        │   ├── ForbiddenReference, UnreachableReference
         │   ├── NotFound, MethodNotAllowed, UnknownModel, UnknownJob
         │   ├── ResultNotReady
         │   └── BodyTooLarge, BodyStalled
@@ -175,6 +176,12 @@ class ForbiddenReference(RequestError):
     """An href outside the roots and hosts that the service may read."""
 
     known_code = "forbidden_reference"
+
+
+class UnreachableReference(RequestError):
+    """An href that is allowed, and whose host does not answer with the file."""
+
+    known_code = "unreachable_reference"
 
 
 class NotFound(RequestError):

@@ -9,7 +9,8 @@
     │   ├── InvalidRequest                   a field fails validation
     │   ├── WrongTask                        the model named serves another task
     │   ├── UnsupportedMedia, NotAcceptable  a body or an answer of a type that is not served
-    │   ├── Unauthorized, ForbiddenReference
+    │   ├── Unauthorized
+    │   ├── ForbiddenReference, UnreachableReference
     │   ├── NotFound, MethodNotAllowed, UnknownModel, UnknownJob
     │   ├── ResultNotReady                   the job is not finished
     │   ├── BodyTooLarge                     over the upload limit
@@ -21,6 +22,7 @@
     │   └── RasterTooLarge
     ├── Overloaded                           no place is free; nothing was started
     ├── NotReady                             the models are still being loaded and warmed
+    ├── InsufficientStorage                  the disk takes no more of a body or an answer
     └── InternalError                        ours, not the caller's
 
 The errors know no HTTP; `STATUS` alone gives each code its status. A message names the file or
@@ -29,6 +31,8 @@ field and both sides of the conflict.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -97,6 +101,13 @@ class ForbiddenReference(RequestError):
 
     code = "forbidden_reference"
     title = "Forbidden reference"
+
+
+class UnreachableReference(RequestError):
+    """An href that is allowed, and whose host does not answer with the file."""
+
+    code = "unreachable_reference"
+    title = "Unreachable reference"
 
 
 class NotFound(RequestError):
@@ -237,6 +248,13 @@ class NotReady(PIMCError):
         self.retry_after = retry_after
 
 
+class InsufficientStorage(PIMCError):
+    """The disk takes no more of a body, a job or an answer."""
+
+    code = "insufficient_storage"
+    title = "Insufficient storage"
+
+
 class InternalError(PIMCError):
     """Ours, not the caller's; the log has the rest."""
 
@@ -263,8 +281,22 @@ STATUS: Mapping[str, int] = {
     "invalid_request": 422,
     "result_not_ready": 409,
     "forbidden_reference": 403,
+    "unreachable_reference": 422,
     "unauthorized": 401,
     "overloaded": 503,
     "not_ready": 503,
+    "insufficient_storage": 507,
     "internal_error": 500,
 }
+
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def no_room(error: BaseException) -> InsufficientStorage | None:
+    """The error that a full disk makes of the system's own, None where it says anything else."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return InsufficientStorage(
+            f"the service's disk takes no more: {os.strerror(error.errno).lower()}"
+        )
+    return None

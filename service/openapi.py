@@ -18,13 +18,22 @@ from service.errors import STATUS
 from service.intake import FILES, FORM, JSON
 from service.problems import PROBLEM
 from service.responses import COG, GEOJSON, ZIP
-from service.schemas import FIELDS, SERIES, PointsAnswer, Problem, SeriesAnswer, SummaryAnswer
+from service.schemas import (
+    FIELDS,
+    ITEMS,
+    SERIES,
+    PointsAnswer,
+    Problem,
+    SeriesAnswer,
+    SummaryAnswer,
+)
 
 _REF = "#/components/schemas/{model}"
 _TASK_ERRORS = (
-    "unauthorized", "forbidden_reference", "unknown_model", "not_acceptable", "body_stalled",
-    "body_too_large", "raster_too_large", "unsupported_media_type", "invalid_request",
-    "wrong_task", "not_a_geotiff", "corrupt_raster", "no_georeference", "grid_mismatch",
+    "unauthorized", "forbidden_reference", "unreachable_reference", "unknown_model",
+    "not_acceptable", "body_stalled", "body_too_large", "raster_too_large",
+    "unsupported_media_type", "invalid_request", "wrong_task", "not_a_geotiff",
+    "corrupt_raster", "no_georeference", "grid_mismatch",
     "missing_bands", "missing_dates", "too_few_dates", "implausible_reflectance", "overloaded",
     "not_ready", "internal_error",
 )  # fmt: skip
@@ -37,6 +46,7 @@ _HEADERS: Mapping[str, str] = {
 }
 _MODELS: tuple[type[BaseModel], ...] = (
     *FIELDS.values(),
+    *ITEMS.values(),
     *SERIES.values(),
     SummaryAnswer,
     SeriesAnswer,
@@ -64,8 +74,10 @@ def body(task: Task) -> dict[str, Any]:
     content: dict[str, Any] = {
         FORM: {"schema": _ref(FIELDS[task]), "encoding": {FILES: {"contentType": "image/tiff"}}}
     }
+    bodies: list[type[BaseModel]] = [ITEMS[task]]
     if task in SERIES:
-        content[JSON] = {"schema": _ref(SERIES[task])}
+        bodies.append(SERIES[task])
+    content[JSON] = {"schema": {"anyOf": [_ref(model) for model in bodies]}}
     return {"requestBody": {"required": True, "content": content}}
 
 

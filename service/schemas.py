@@ -240,6 +240,63 @@ FIELDS: Mapping[Task, type[RasterFields]] = {
     "embed": EmbedFields,
 }
 
+# Requests by reference ----------------------------------------------------------------------
+
+MAX_ITEMS = 2_000
+
+
+class Item(_Strict):
+    """A file of a stack, named instead of sent."""
+
+    href: Annotated[
+        str,
+        Field(min_length=1, max_length=8192, description="a path, a `file:` or an `http(s):` URL"),
+    ]
+    date: Annotated[_IsoDate | None, Field(description="of all items or of none")] = None
+
+
+class _Items(_Strict):
+    """A raster request as JSON: files named instead of sent, and points as they are."""
+
+    items: Annotated[tuple[Item, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+    points: Annotated[
+        PointCollection | None,
+        Field(description="GeoJSON FeatureCollection of Points, EPSG:4326: answer for these alone"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _dated_once(self) -> Self:
+        dated = [item for item in self.items if item.date]
+        if dated and len(dated) < len(self.items):
+            raise ValueError(f"{len(self.items)} items but {len(dated)} with a date")
+        if dated and getattr(self, "dates", None):
+            raise ValueError("dates are given twice: with the items, and as 'dates'")
+        return self
+
+
+class ClassifyItems(_Items, ClassifyFields):
+    """JSON body of `POST /classify-pixels` that names its files."""
+
+
+class ForecastItems(_Items, ForecastFields):
+    """JSON body of `POST /forecast` that names its files."""
+
+
+class LandcoverItems(_Items, LandcoverFields):
+    """JSON body of `POST /landcover` that names its files."""
+
+
+class EmbedItems(_Items, EmbedFields):
+    """JSON body of `POST /embed` that names its files."""
+
+
+ITEMS: Mapping[Task, type[ClassifyItems | ForecastItems | LandcoverItems | EmbedItems]] = {
+    "classify-pixels": ClassifyItems,
+    "forecast": ForecastItems,
+    "landcover": LandcoverItems,
+    "embed": EmbedItems,
+}
+
 # Series requests ----------------------------------------------------------------------------
 
 _Values = Annotated[
@@ -417,16 +474,45 @@ def read_fields(task: Task, raw: Mapping[str, Sequence[str]]) -> RasterFields:
     return _checked(model, {name: value for name, value in given.items() if value != []})
 
 
-def read_series(task: Task, body: bytes) -> SeriesRequest:
-    """A JSON body, checked.
+def read_items(
+    task: Task, body: bytes, *, allowed: bool, modality: Modality | None = None
+) -> tuple[tuple[Item, ...], RasterFields] | None:
+    """The files that a JSON body names and its fields, checked; None where it names none.
+
+    Args:
+        task: what is asked for.
+        body: as it came.
+        allowed: whether files may be named at all.
+        modality: of an embedding, where the query says it.
 
     Raises:
         InvalidRequest: with every field that fails.
-        ForbiddenReference: the body names files for the service to fetch.
+        ForbiddenReference: the body names files, and none may be.
     """
-    if _checked(_Reference, body).items is not None:
-        # Requests by reference come in here once roots and hosts can be allowed.
+    if _checked(_Reference, body).items is None:
+        return None
+    if not allowed:
         raise ForbiddenReference("requests by reference are off, and the body names 'items'")
+    named = _checked(ITEMS[task], body)
+    plain = FIELDS[task]
+    fields = {name: getattr(named, name) for name in plain.model_fields}
+    if named.items[0].date:
+        fields["dates"] = tuple(item.date for item in named.items)
+    if modality is not None:
+        if fields["modality"] not in {None, modality}:
+            said = f"{modality} in the query, and {fields['modality']} in the body"
+            raise InvalidRequest.of("modality", said)
+        fields["modality"] = modality
+    # Not validated again: a form's `points` would be a text.
+    return named.items, plain.model_construct(**fields)
+
+
+def read_series(task: Task, body: bytes) -> SeriesRequest:
+    """A JSON body of series, checked.
+
+    Raises:
+        InvalidRequest: with every field that fails.
+    """
     if task not in SERIES:
         raise InvalidRequest.of("series", f"/{task} takes imagery, sent as multipart/form-data")
     return _checked(SERIES[task], body)

@@ -5,9 +5,11 @@
 
 # No `from __future__ import annotations` here: pydantic needs the types at run time.
 import hashlib
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,12 +20,59 @@ PREFIX = "PIMC_"
 KEY_HASH = "sha256:"
 """How an API key begins that came hashed, and that every key is kept as."""
 _SHA256 = re.compile(KEY_HASH + r"[0-9a-fA-F]{64}")
+_HOST = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<host>[^:\[\]/@\s]+))(?::(?P<port>\d{1,5}))?")
+_NAME = re.compile(r"(?=.{1,253}\.?$)[a-zA-Z0-9_-]{1,63}(\.[a-zA-Z0-9_-]{1,63})*\.?")
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
 class SettingsError(Exception):
     """The environment does not make usable settings; the message names each variable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostRule:
+    """One entry of `PIMC_ALLOWED_HOSTS`: a name, or a network of addresses, and perhaps a port."""
+
+    name: str | None = None
+    """A host's name, lower case, ASCII; None for addresses."""
+    network: ipaddress.IPv4Network | ipaddress.IPv6Network | None = None
+    """Addresses that may be read from even where they are not public; None for a name."""
+    port: int | None = None
+    """The only port allowed; None for all."""
+
+    @classmethod
+    def read(cls, text: str) -> "HostRule":
+        """The rule that an entry says.
+
+        Raises:
+            ValueError: it is no name, address or network.
+        """
+        network = _network(text)
+        if network is not None:  # before the port: 2001:db8::1 has none
+            return cls(network=network)
+        found = _HOST.fullmatch(text)
+        if found is None:
+            raise ValueError(f"'{text}' is no name, name:port, address or network (10.0.0.0/8)")
+        port = int(found["port"]) if found["port"] else None
+        host = found["bracketed"] or found["host"]
+        network = _network(host)
+        if network is not None:
+            return cls(network=network, port=port)
+        if not _NAME.fullmatch(host) or host.rpartition(".")[2].isdecimal():
+            raise ValueError(f"'{host}' is no host's name; one beyond ASCII is written as xn--…")
+        return cls(name=host.lower().removesuffix("."), port=port)
+
+    def __str__(self) -> str:
+        host = self.name or str(self.network)
+        return host if self.port is None else f"{host}:{self.port}"
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        return None
 
 
 class Settings(BaseSettings):
@@ -53,14 +102,33 @@ class Settings(BaseSettings):
     """Pixels of the largest raster that is answered while the caller waits; a Sentinel-2 tile."""
     max_concurrency: Annotated[int, Field(ge=1)] = 4
     """Runs at once. As many again may upload or wait; the next is refused as overloaded."""
+    allowed_roots: Annotated[tuple[Path, ...], NoDecode] = ()
+    """Folders, comma-separated, whose files a request may name instead of sending them."""
+    allowed_hosts: Annotated[tuple[HostRule, ...], NoDecode] = ()
+    """Hosts, comma-separated, from which a request may have files fetched: `name`, `name:port`, an
+    address or a network; only public addresses unless the address or its network is here too."""
     log_level: LogLevel = "info"
     """Least severe level that is logged."""
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "allowed_roots", mode="before")
     @classmethod
-    def _split_keys(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(key.strip() for key in value.split(",") if key.strip())
+    def _split(cls, value: object) -> object:
+        return _parts(value)
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _read_rules(cls, value: object) -> object:
+        parts = _parts(value)
+        if not isinstance(parts, tuple | list):
+            return value
+        return tuple(HostRule.read(part) if isinstance(part, str) else part for part in parts)
+
+    @field_validator("allowed_roots")
+    @classmethod
+    def _are_folders(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        for root in value:
+            if not root.is_absolute() or not root.is_dir():
+                raise ValueError(f"{root} is no folder, named from the root of the file system")
         return value
 
     @field_validator("api_keys")
@@ -79,6 +147,13 @@ class Settings(BaseSettings):
         if value is not None and not value.is_dir():
             raise ValueError(f"{value} is no folder")
         return value
+
+
+def _parts(value: object) -> object:
+    """What a comma-separated variable lists."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
 
 
 def _key_hash(key: str) -> str:

@@ -266,5 +266,8 @@ def log_config(level: LogLevel) -> dict[str, Any]:
             # It notes each guess at a part's edge.
             "python_multipart": {"level": "WARNING"},
             "rasterio": {"level": "WARNING"},
+            # It names each URL fetched, and a signed one is a secret.
+            "httpx": {"level": "WARNING"},
+            "httpcore": {"level": "WARNING"},
         },
     }

@@ -22,8 +22,9 @@ from tiny_zoo import write_zoo
 from service.errors import STATUS
 
 BANDS = ("B02", "B04", "B08")
-# No job can be asked for yet, and a stalled body takes a minute: see test_api_intake.
-ELSEWHERE = {"unknown_job", "result_not_ready", "body_stalled"}
+# No job can be asked for yet, and a stalled body takes a minute: see test_api_intake. What is named
+# instead of sent is in test_references.
+ELSEWHERE = {"unknown_job", "result_not_ready", "body_stalled", "unreachable_reference"}
 BODY_LIMIT, RASTER_LIMIT, PIXEL_LIMIT = 200_000, 100_000, 4_000
 
 Files = list[tuple[str, Any]]

@@ -75,6 +75,7 @@ NAMES = [
     "UnexpectedAnswer",
     "UnknownJob",
     "UnknownModel",
+    "UnreachableReference",
     "UnsupportedMedia",
     "WaitTimedOut",
     "WrongTask",
