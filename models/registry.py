@@ -7,16 +7,22 @@ good ones in `cards` and the refusals in `refused`.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from models.card import CARD_FILE, Modality, ModelCard, Precision, Task
+from models.card import CARD_FILE, Modality, ModelCard, Precision, Task, Variant
+from models.onnxfile import NotONNX, inspect_onnx
 
 ZOO = Path(__file__).parent / "zoo"
-_PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".joblib", ".npy", ".npz"})
+# By name and by content: a pickle runs code when it is loaded, so a folder that carries one is
+# not trusted, whatever the file is called.
+_PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".npy", ".npz"})
+_PICKLE = re.compile(rb"\x80[\x02-\x05]")  # the protocols that begin with their number
+_ZIP = b"PK\x03\x04"  # what torch.save and np.savez write
 
 
 class BundleError(Exception):
@@ -50,13 +56,15 @@ class Registry:
         bundles: dict[str, Bundle] = {}
         refused: dict[str, str] = {}
         for root in folders:
-            for card in sorted(root.glob(f"*/{CARD_FILE}")):
+            here: dict[str, str] = {}
+            for folder in _folders(root):
                 try:
-                    bundle = load_bundle(card.parent)
+                    bundle = load_bundle(folder, taken=here)
                 except BundleError as error:
-                    refused[card.parent.name] = str(error)
+                    refused[folder.name] = str(error)
                 else:
                     bundles[bundle.card.name] = bundle
+                    here[bundle.card.name] = folder.name
         return cls(bundles=bundles, refused=refused)
 
     def find(self, reference: str) -> Bundle | None:
@@ -80,12 +88,23 @@ class Registry:
         return next((b for b in fits if b.card.default), fits[0] if fits else None)
 
 
-def load_bundle(folder: Path) -> Bundle:
+def _folders(root: Path) -> list[Path]:
+    """The folders that are bundles, or are meant to be: with a card or a graph."""
+    return sorted(
+        {path.parent for name in (CARD_FILE, "*.onnx") for path in root.glob(f"*/{name}")}
+    )
+
+
+def load_bundle(folder: Path, *, taken: Mapping[str, str] | None = None) -> Bundle:
     """Read and verify one bundle.
 
+    Args:
+        folder: with the card and what it names.
+        taken: names that are borne already, each with the folder that bears it.
+
     Raises:
-        BundleError: no card, a card that does not validate, a missing file, a wrong sha256, or
-            a Python pickle in the folder.
+        BundleError: no card, a card that does not validate, a name that is taken, a file that is
+            missing, unreadable or not the card's, or a Python pickle in the folder.
     """
     where = f"bundle '{folder.name}'"
     try:
@@ -96,20 +115,58 @@ def load_bundle(folder: Path) -> Bundle:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "card"
         raise BundleError(f"{where}: {CARD_FILE} is not valid: {place}: {first['msg']}") from error
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if taken and card.name in taken:
+        raise BundleError(f"{where}: is named '{card.name}', and so is '{taken[card.name]}'")
+    try:
+        pickles = sorted(path for path in folder.rglob("*") if _is_pickle(path))
+        for variant in card.variants:
+            _verify(folder / variant.file, variant, where)
+    except OSError as error:
+        file = Path(str(error.filename)).name
+        raise BundleError(f"{where}: {file} cannot be read ({error.strerror})") from error
     if pickles:
-        raise BundleError(f"{where}: holds {pickles[0]}, and pickles are never loaded")
-    for variant in card.variants:
-        path = folder / variant.file
-        if not path.is_file():
-            raise BundleError(f"{where}: the card names {variant.file}, which is not there")
-        found = sha256_of(path)
-        if found != variant.sha256:
-            raise BundleError(
-                f"{where}: {variant.file} has sha256 {found[:12]}…, the card says "
-                f"{variant.sha256[:12]}…"
-            )
+        file = str(pickles[0].relative_to(folder))
+        raise BundleError(f"{where}: holds {file}, and pickles are never loaded")
     return Bundle(card=card, folder=folder)
+
+
+def _is_pickle(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    if path.suffix.lower() in _PICKLES:
+        return True
+    with path.open("rb") as file:
+        start = file.read(4)
+    return bool(_PICKLE.match(start)) or start == _ZIP
+
+
+def _verify(path: Path, variant: Variant, where: str) -> None:
+    """See that a graph is the card's, byte for byte, and is all there is.
+
+    Raises:
+        BundleError: it is not.
+    """
+    if not path.is_file():
+        raise BundleError(f"{where}: the card names {path.name}, which is not there")
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != variant.sha256:
+        raise BundleError(
+            f"{where}: {path.name} has sha256 {found[:12]}…, the card says {variant.sha256[:12]}…"
+        )
+    try:
+        onnx = inspect_onnx(content)
+    except NotONNX:
+        return  # the runtime refuses it, and knows better why
+    if onnx.external:
+        raise BundleError(
+            f"{where}: {path.name} keeps weights in '{onnx.external[0]}', which no sha256 in the "
+            "card vouches for"
+        )
+    if onnx.opsets.get("") != variant.opset:
+        raise BundleError(
+            f"{where}: {path.name} is of opset {onnx.opsets.get('')}, the card says {variant.opset}"
+        )
 
 
 def sha256_of(path: Path) -> str:

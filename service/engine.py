@@ -3,8 +3,10 @@
     values (N, T, C) → batches of one size → session → answers (N, …)
 
 On a CPU the batches of one call run side by side on a small pool of threads, each with a
-single-threaded session run; on CUDA they run one after the other, padded to few shapes. ONNX
-Runtime is not imported anywhere else, and its exceptions leave this module as ours.
+single-threaded session run; on CUDA they run one after the other, padded to few shapes. Out of
+memory, a batch is halved and the run goes on; any other fault of a device is tried once more and
+then reported. ONNX Runtime is not imported anywhere else, and its exceptions leave this module as
+ours.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import ctypes
 import io
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -27,7 +30,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 
 from models.card import Modality, ModelCard, Precision, Task
 from models.registry import Bundle, BundleError, Registry
+from service.cpus import usable_cpus
 from service.errors import InternalError, UnknownModel, WrongTask
+from service.settings import SettingsError
 
 Providers = Literal["auto", "cuda", "cpu"]
 Floats = NDArray[np.float32]
@@ -59,7 +64,16 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
 )
 
 
-class ProviderUnavailable(RuntimeError):
+# The last from numpy, where a batch is put together.
+_FAULTS: tuple[type[Exception], ...] = (*_ORT_ERRORS, MemoryError)
+_ADRIFT = 0.05
+"""A device may answer the sample this far from the CPU, on average, as a share of the largest."""
+_ROUGHLY = 0.01  # float16 has three digits
+_RECHECKED = 16
+"""Pixels or patches that are asked of the CPU where a device answers no number."""
+
+
+class ProviderUnavailable(SettingsError):
     """CUDA was demanded and cannot be had; the service must not start."""
 
 
@@ -70,7 +84,7 @@ class Engine:
         registry: verified bundles.
         providers: `auto` takes CUDA where a session really gets it; `cuda` demands it; `cpu`.
         threads: threads that run batches on the CPU, for all models and callers together;
-            None takes the CPUs that this process may use.
+            None takes the CPUs that this process may use, `usable_cpus`.
 
     Raises:
         ProviderUnavailable: `cuda` is demanded and a session does not get it.
@@ -80,7 +94,7 @@ class Engine:
         self, registry: Registry, *, providers: Providers = "auto", threads: int | None = None
     ) -> None:
         self.registry = registry
-        self.threads = threads or _usable_cpus()
+        self.threads = threads or usable_cpus()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="infer")
         # One call at a time on the device: two would take turns anyway and double its memory.
         self._device = threading.Lock()
@@ -116,6 +130,11 @@ class Engine:
         """The execution provider in use, as the sessions say: CUDA only where all got it."""
         on_cuda = bool(self.models) and all(m.provider == CUDA for m in self.models.values())
         return CUDA if on_cuda else CPU
+
+    @property
+    def failing(self) -> list[str]:
+        """Models whose last run failed on the device, as `name@version`."""
+        return sorted(model.card.id for model in self.models.values() if model.failing)
 
     def find(
         self, reference: str | None, task: Task, modality: Modality | None = None
@@ -158,7 +177,10 @@ class Engine:
         if session.provider != provider:
             # The variant and the options of CUDA are not those of the CPU.
             session = open_session(bundle, session.provider)
-        return LoadedModel(bundle.card, session, pool=self._pool, device=self._device)
+        reference = open_session(bundle, CPU) if session.provider == CUDA else None
+        return LoadedModel(
+            bundle.card, session, pool=self._pool, device=self._device, reference=reference
+        )
 
     def _why_unknown(self, reference: str | None, task: Task, bundle: Bundle | None) -> str:
         if bundle and bundle.card.name in self.refused:
@@ -176,9 +198,10 @@ class LoadedModel:
         session: its checked session.
         pool: threads for batches on the CPU.
         device: held while batches run on CUDA.
+        reference: on CUDA, the same model on the CPU, to judge the device by.
 
     Raises:
-        BundleError: the warm-up fails, or answers another shape than the card's.
+        BundleError: the warm-up fails, or answers what the card's task cannot mean.
     """
 
     def __init__(
@@ -188,6 +211,7 @@ class LoadedModel:
         *,
         pool: ThreadPoolExecutor,
         device: threading.Lock,
+        reference: Session | None = None,
     ) -> None:
         self.card = card
         self.provider = session.provider
@@ -199,6 +223,9 @@ class LoadedModel:
         self._session = session
         self._pool = pool
         self._device = device
+        self._reference = reference
+        self.failing = False
+        """Whether the last run failed on the device, in spite of a second try."""
         self._warm_up()
 
     @property
@@ -257,12 +284,17 @@ class LoadedModel:
     def _run(self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]]) -> Floats:
         count = len(next(iter(each.values())))
         out = np.empty((count, *self.width), np.float32)
-        run = self._run_on_device if self.provider == CUDA else self._run_on_threads
+        on_device = self.provider == CUDA
+        run = self._run_on_device if on_device else self._run_on_threads
         try:
             run(each, shared, out)
-        except _ORT_ERRORS as error:
+            if on_device:
+                self._recheck(each, shared, out)
+        except _FAULTS as error:
+            self.failing = on_device
             # What the runtime says is for the log, as the cause, not for the caller.
             raise InternalError(f"model '{self.card.id}' failed to run") from error
+        self.failing = False
         return out
 
     def _run_on_threads(
@@ -270,7 +302,7 @@ class LoadedModel:
     ) -> None:
         # The last batch runs short: a CPU has nothing to gain from a fixed shape.
         jobs = [
-            self._pool.submit(self._one, each, shared, out, part)
+            self._pool.submit(self._in_halves, each, shared, out, part)
             for part in _parts(len(out), self._batch)
         ]
         _, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
@@ -280,22 +312,69 @@ class LoadedModel:
             if not job.cancelled():
                 job.result()
 
+    def _in_halves(
+        self,
+        each: Mapping[str, NDArray[Any]],
+        shared: Mapping[str, NDArray[Any]],
+        out: Floats,
+        part: slice,
+    ) -> None:
+        """One batch, or as many smaller ones as memory asks for."""
+        size = part.stop - part.start
+        try:
+            self._one(each, shared, out, part)
+        except _FAULTS as error:
+            if not _is_out_of_memory(error) or size == 1:
+                raise
+        else:
+            return
+        # After the handler, so that what failed is let go first.
+        _LOG.warning("out of memory; a batch of %d goes on in halves", size)
+        middle = part.start + size // 2
+        self._in_halves(each, shared, out, slice(part.start, middle))
+        self._in_halves(each, shared, out, slice(middle, part.stop))
+
     def _run_on_device(
         self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]], out: Floats
     ) -> None:
         with self._device:
-            start = 0
+            start, tried_again = 0, False
             while start < len(out):
                 stop = min(start + self._batch, len(out))
                 try:
                     self._one(each, shared, out, slice(start, stop), pad=True)
-                except _ORT_ERRORS as error:
-                    if not _is_out_of_memory(error) or self._batch == 1:
+                except _FAULTS as error:
+                    if _is_out_of_memory(error) and self._batch > 1:
+                        self._batch //= 2
+                        _LOG.warning("out of device memory; batches are now of %d", self._batch)
+                    elif tried_again:
                         raise
-                    self._batch //= 2
-                    _LOG.warning("out of device memory; batches are now of %d", self._batch)
+                    else:
+                        tried_again = True
+                        _LOG.warning("a run failed on the device; once more", exc_info=error)
                 else:
                     start = stop
+
+    def _recheck(
+        self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]], out: Floats
+    ) -> None:
+        """Ask the CPU about a few of those that the device answers with no number.
+
+        NaN is the answer for a pixel without a usable date. From a device that fails silently it
+        would pass for that, and a hole in the map for clouds.
+
+        Raises:
+            ValueError: the CPU has numbers for them.
+        """
+        if self._reference is None:
+            return
+        empty = np.flatnonzero(~np.isfinite(out.reshape(len(out), -1)).all(axis=1))
+        rows = empty[_has_input(each, empty)][:_RECHECKED]
+        if rows.size == 0:
+            return
+        told = self._reference.run({**{name: a[rows] for name, a in each.items()}, **shared})
+        if np.isfinite(told).all(axis=tuple(range(1, told.ndim))).any():
+            raise ValueError(f"{self.provider} answers no numbers where the CPU does")
 
     def _one(
         self,
@@ -317,17 +396,23 @@ class LoadedModel:
 
     def _warm_up(self) -> None:
         """Run once, so that the first caller does not wait and a false card does not pass."""
+        where = f"bundle '{self.card.name}'"
+        sample = _sample(self.card, _WARM_UP)
         try:
-            answer = self._session.run(_sample(self.card, _WARM_UP))
-        except _ORT_ERRORS as error:
-            raise BundleError(
-                f"bundle '{self.card.name}': the warm-up failed, the log says how"
-            ) from error
+            answer = self._session.run(sample)
+            told = answer if self._reference is None else self._reference.run(sample)
+        except _FAULTS as error:
+            raise BundleError(f"{where}: the warm-up failed, the log says how") from error
         if answer.shape != (_WARM_UP, *self.width):
             raise BundleError(
-                f"bundle '{self.card.name}': '{self.card.output}' answers "
-                f"{answer.shape[1:]} a {self.card.modality}, the card says {self.width}"
+                f"{where}: '{self.card.output}' answers {answer.shape[1:]} a "
+                f"{self.card.modality}, the card says {self.width}"
             )
+        wrong = _impossible(answer, self.card)
+        if wrong:
+            raise BundleError(f"{where}: for a plausible {self.card.modality}, {wrong}")
+        if np.abs(answer - told).mean() > _ADRIFT * np.abs(told).max():
+            raise BundleError(f"{where}: {self.provider} does not answer as the CPU does")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,12 +452,10 @@ def open_session(bundle: Bundle, provider: str) -> Session:
             bundle.path(variant), sess_options=_session_options(provider), providers=asked
         )
     except _ORT_ERRORS as error:
-        raise BundleError(
-            f"bundle '{card.name}': {variant} does not load, the log says why"
-        ) from error
+        raise BundleError(_why_not(bundle, variant, error)) from error
     # Else a failing device is answered from a new CPU session, behind everybody's back.
     session.disable_fallback()
-    _check_names(session, card)
+    _check_ends(session, card)
     return Session(session=session, output=card.output, variant=variant)
 
 
@@ -401,7 +484,35 @@ def answer_shape(card: ModelCard) -> tuple[int, ...]:
     return (len(card.classes),)
 
 
-def _check_names(session: onnxruntime.InferenceSession, card: ModelCard) -> None:
+def _why_not(bundle: Bundle, variant: Precision, error: Exception) -> str:
+    """What to say of a file that does not load; the runtime's own words name paths."""
+    where = f"bundle '{bundle.card.name}': {bundle.path(variant).name}"
+    newest = re.search(r"support for domain ai\.onnx is till opset (\d+)", str(error))
+    if newest is None:
+        return f"{where}: {variant} does not load, the log says why"
+    opset = next(v.opset for v in bundle.card.variants if v.name == variant)
+    return (
+        f"{where} is of opset {opset}, and ONNX Runtime {onnxruntime.__version__} takes none above "
+        f"{newest[1]}"
+    )
+
+
+# Type and rank of each input, as the engine feeds them.
+_INPUTS: Mapping[str, tuple[str, int]] = {
+    "values": ("tensor(float)", 3),
+    "valid": ("tensor(bool)", 2),
+    "days": ("tensor(float)", 1),
+    "day_of_year": ("tensor(float)", 1),
+    "patches": ("tensor(float)", 4),
+}
+
+
+def _check_ends(session: onnxruntime.InferenceSession, card: ModelCard) -> None:
+    """See that a graph takes and returns what its card says.
+
+    Raises:
+        BundleError: it does not.
+    """
     where = f"bundle '{card.name}'"
     found = {node.name: node for node in session.get_inputs()}
     if set(found) != set(card.inputs):
@@ -413,12 +524,32 @@ def _check_names(session: onnxruntime.InferenceSession, card: ModelCard) -> None
         raise BundleError(
             f"{where}: the graph returns {_listed(outputs)}, the card says {card.output}"
         )
+    for name, node in found.items():
+        kind, rank = _INPUTS[name]
+        if (node.type, len(node.shape)) != (kind, rank):
+            raise BundleError(
+                f"{where}: '{name}' is a {node.type} of {len(node.shape)} axes, and is fed a "
+                f"{kind} of {rank}"
+            )
     name, axis = ("values", 2) if card.modality == "pixel" else ("patches", 1)
     shape = found[name].shape
-    if len(shape) <= axis or shape[axis] not in {len(card.bands)} | _symbols(shape):
+    if shape[axis] not in {len(card.bands)} | _symbols(shape):
         raise BundleError(
             f"{where}: '{name}' is {shape}, the card has {len(card.bands)} bands on axis {axis}"
         )
+
+
+def _impossible(answer: Floats, card: ModelCard) -> str | None:
+    """What no model of this task may answer for a plausible input, None where all is well."""
+    if not np.isfinite(answer).all():
+        return f"'{card.output}' holds NaN or infinity"
+    if card.task == "forecast" and (np.diff(answer, axis=-1) < -_ROUGHLY).any():
+        return "the quantiles do not ascend"
+    if card.output == "probabilities" and (
+        (answer < -_ROUGHLY).any() or (np.abs(answer.sum(axis=1) - 1) > _ROUGHLY).any()
+    ):
+        return f"probabilities sum to {answer.sum(axis=1)[0]:.4g}, not to 1"
+    return None
 
 
 def _symbols(shape: list[int | str | None]) -> set[int | str | None]:
@@ -449,8 +580,19 @@ def _sample(card: ModelCard, count: int) -> dict[str, NDArray[Any]]:
     return {name: feeds[name] for name in card.inputs}
 
 
+def _has_input(each: Mapping[str, NDArray[Any]], rows: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Whether there is anything to answer from, for each row asked about."""
+    if "patches" in each:
+        finite = np.isfinite(each["patches"][rows])
+        return np.asarray(finite.reshape(len(finite), -1).all(axis=1))
+    finite = np.isfinite(each["values"][rows]).all(axis=2)
+    return np.asarray((finite & each["valid"][rows]).any(axis=1))
+
+
 def _session_options(provider: str) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
+    # What fails comes as an exception; said on stderr as well, it would be no line of the log.
+    options.log_severity_level = 4
     # Two single-threaded runs on halves of a batch beat one run on two threads: the layers are
     # small, and splitting each of them costs more than it gains.
     options.intra_op_num_threads = 1
@@ -505,12 +647,6 @@ def _has_driver() -> bool:
     return True
 
 
-def _usable_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):  # where it is missing, every CPU may be used
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _parts(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
@@ -526,6 +662,15 @@ def _repeat_last(array: NDArray[Any], size: int) -> NDArray[Any]:
     return array if missing <= 0 else np.concatenate([array, array[-1:].repeat(missing, axis=0)])
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
     text = str(error).lower()
-    return "out of memory" in text or "failed to allocate memory" in text
+    return any(words in text for words in _OUT_OF_MEMORY)
+
+
+# As ONNX Runtime's arena, CUDA, C++, cuBLAS and cuDNN put it.
+_OUT_OF_MEMORY = (
+    "failed to allocate memory", "smaller than requested bytes", "out of memory", "bad_alloc",
+    "bad allocation", "alloc_failed", "allocation_failed",
+)  # fmt: skip

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 from tiny_zoo import write_bundle, write_zoo
 
-from models.registry import Registry, sha256_of
+from models.registry import ZOO, BundleError, Registry, sha256_of
 from service.engine import (
     CPU,
     CUDA,
@@ -26,6 +31,8 @@ from service.engine import (
     pick_variant,
 )
 from service.errors import InternalError, UnknownModel, WrongTask
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +178,89 @@ def test_a_bundle_that_is_not_its_card_is_refused_and_the_others_serve(tmp_path,
             engine.find("bad", "classify-pixels")
 
 
+def changed(folder, change):
+    """A bundle whose graph was changed, with a card that vouches for the new one."""
+    file = folder / "model.onnx"
+    model = onnx.load(file)
+    change(model)
+    file.write_bytes(model.SerializeToString())
+    card = json.loads((folder / "card.json").read_text())
+    variant = card["variants"][0]
+    card["sha256"] = variant["sha256"] = sha256_of(file)
+    variant["opset"] = model.opset_import[0].version
+    (folder / "card.json").write_text(json.dumps(card))
+
+
+def newest_opset(model):
+    model.opset_import[0].version = 999
+
+
+def double(model):
+    """Takes float64, as exporters left to themselves may have it."""
+    values = model.graph.input[0]
+    values.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    model.graph.node.insert(
+        0, onnx.helper.make_node("Cast", ["values"], ["single"], to=onnx.TensorProto.FLOAT)
+    )
+    for node in model.graph.node[1:]:
+        for at, name in enumerate(node.input):
+            if name == "values":
+                node.input[at] = "single"
+
+
+def days_of_each(model):
+    """Wants the days of each pixel, not of all."""
+    shape = model.graph.input[2].type.tensor_type.shape
+    shape.dim.add().dim_param = "more"
+
+
+def sums_to_more(model):
+    model.graph.node[-1].output[0] = "shares"
+    two = onnx.numpy_helper.from_array(np.float32(2), "two")
+    model.graph.initializer.append(two)
+    model.graph.node.append(onnx.helper.make_node("Mul", ["shares", "two"], ["probabilities"]))
+
+
+def no_number(model):
+    model.graph.node[-1].output[0] = "shares"
+    zero = onnx.numpy_helper.from_array(np.float32(0), "nought")
+    model.graph.initializer.append(zero)
+    model.graph.node.append(onnx.helper.make_node("Div", ["shares", "nought"], ["probabilities"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            newest_opset,
+            r"model\.onnx is of opset 999, and ONNX Runtime [\d.]+ takes none above \d+",
+        ),
+        (double, r"'values' is a tensor\(double\) of 3 axes, and is fed a tensor\(float\) of 3"),
+        (days_of_each, r"'days' is a tensor\(float\) of 2 axes, and is fed a .* of 1"),
+        (sums_to_more, r"for a plausible pixel, probabilities sum to 2, not to 1"),
+        (no_number, r"for a plausible pixel, 'probabilities' holds NaN or infinity"),
+    ],
+)
+def test_a_graph_that_cannot_serve_is_refused_and_the_others_serve(tmp_path, change, says):
+    write_bundle(tmp_path, "good", "embed", "pixel")
+    changed(write_bundle(tmp_path, "bad", "classify-pixels", "pixel"), change)
+    with Engine(Registry.load(tmp_path), providers="cpu", threads=1) as engine:
+        assert set(engine.models) == {"good"}
+        assert engine.refused["bad"].startswith("bundle 'bad'")
+        assert re.search(says, engine.refused["bad"])
+        assert "/" not in engine.refused["bad"]
+
+
+def test_quantiles_that_do_not_ascend_are_refused(tmp_path):
+    def descending(model):
+        steps = next(c for c in model.graph.initializer if c.name == "steps")
+        steps.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(steps), "steps"))
+
+    changed(write_bundle(tmp_path, "bad", "forecast", "pixel"), descending)
+    with Engine(Registry.load(tmp_path), providers="cpu", threads=1) as engine:
+        assert "the quantiles do not ascend" in engine.refused["bad"]
+
+
 def test_a_graph_of_another_task_is_refused(tmp_path):
     folder = write_bundle(tmp_path, "embed", "embed", "pixel")
     card = json.loads((folder / "card.json").read_text())
@@ -242,27 +332,38 @@ def test_the_variant_that_costs_nothing_is_taken(zoo):
 class SmallDevice:
     """ONNX Runtime's session, with memory for so many pixels and one of another kind of fault."""
 
-    def __init__(self, session, most, fault=None):
-        self.session, self.most, self.fault = session, most, fault
+    def __init__(self, session, most, fault=None, times=10**9):
+        self.session, self.most, self.fault, self.times = session, most, fault, times
         self.sizes = []
+        self.holes = {}
 
     def get_providers(self):
         return [CUDA, CPU]
 
     def run(self, names, feeds):
         self.sizes.append(len(feeds["values"]))
-        if self.fault and len(self.sizes) > 1:
+        if self.fault and 1 < len(self.sizes) <= 1 + self.times:
             raise self.fault
         if len(feeds["values"]) > self.most:
             raise Fail("BFCArena: Failed to allocate memory for requested buffer")
-        return self.session.run(names, feeds)
+        (answer,) = self.session.run(names, feeds)
+        for row, value in self.holes.items():
+            answer[row] = value
+        return [answer]
 
 
-def on_a_device(zoo, most, fault=None):
+def on_a_device(zoo, most, fault=None, times=10**9, kind=SmallDevice):
     bundle = Registry.load(zoo).bundles["pixels-landcover"]
-    small = SmallDevice(open_session(bundle, CPU).session, most, fault)
+    reference = open_session(bundle, CPU)
+    small = kind(open_session(bundle, CPU).session, most, fault, times)
     session = Session(session=small, output="probabilities", variant="float32")
-    model = LoadedModel(bundle.card, session, pool=ThreadPoolExecutor(1), device=threading.Lock())
+    model = LoadedModel(
+        bundle.card,
+        session,
+        pool=ThreadPoolExecutor(1),
+        device=threading.Lock(),
+        reference=reference,
+    )
     return model, small
 
 
@@ -289,4 +390,105 @@ def test_another_fault_of_the_device_is_no_reason_to_halve(zoo):
     model, device = on_a_device(zoo, most=10**9, fault=InvalidArgument("wrong rank"))
     with pytest.raises(InternalError):
         model.pixels(*series(100))
-    assert len(device.sizes) == 2
+    assert device.sizes[1:] == [128, 128]  # tried once more, and reported
+    assert model.failing
+
+
+def test_a_fault_that_passes_is_tried_once_more_and_noticed_by_nobody(zoo, engine):
+    model, _ = on_a_device(zoo, most=10**9, fault=Fail("CUDA failure 719"), times=1)
+    values, valid, days = series(5000)
+    found = model.pixels(values, valid, days)
+    expected = engine.models["pixels-landcover"].pixels(values, valid, days)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert not model.failing
+
+
+def test_a_device_that_failed_and_answers_again_is_failing_no_more(zoo):
+    model, _ = on_a_device(zoo, most=10**9, fault=Fail("CUDA failure 719"), times=2)
+    with pytest.raises(InternalError):
+        model.pixels(*series(10))
+    assert model.failing
+    model.pixels(*series(10))
+    assert not model.failing
+
+
+@pytest.mark.parametrize("hole", [np.nan, np.inf])
+def test_a_device_without_numbers_where_the_cpu_has_them_is_reported(zoo, hole):
+    model, device = on_a_device(zoo, most=10**9)
+    values, valid, days = series(300)
+    valid[7] = False  # nothing to answer from: NaN is right
+    assert np.isnan(model.pixels(values, valid, days)[7]).all()
+    device.holes = {8: hole}
+    with pytest.raises(InternalError):
+        model.pixels(values, valid, days)
+
+
+def test_a_device_that_answers_otherwise_than_the_cpu_is_refused(zoo):
+    class Reversed(SmallDevice):
+        def run(self, names, feeds):
+            return [answer[:, ::-1] for answer in super().run(names, feeds)]
+
+    with pytest.raises(BundleError, match="CUDAExecutionProvider does not answer as the CPU"):
+        on_a_device(zoo, most=10**9, kind=Reversed)
+    on_a_device(zoo, most=10**9)  # which is not
+
+
+# What memory there is, ONNX Runtime is really refused more of, in a process of its own.
+STARVED = """
+import logging, resource, sys
+import numpy as np
+import onnxruntime
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from models.registry import Registry, ZOO
+from service import engine as e
+
+logging.basicConfig(stream=sys.stderr)
+how, source, target = sys.argv[1:]
+given = np.load(source)
+bundle = Registry.load(ZOO).bundles["pixels-landcover"]
+if how == "arena":  # an arena of 8 MiB, as one of a device that others fill
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    config = onnxruntime.OrtArenaCfg({"max_mem": 8 * 2**20, "arena_extend_strategy": 1})
+    onnxruntime.create_and_register_allocator(memory, config)
+    options = e._session_options(e.CPU)
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    inner = onnxruntime.InferenceSession(bundle.path(), options, providers=[e.CPU])
+    session = e.Session(session=inner, output="probabilities", variant="float32")
+else:
+    session = e.open_session(bundle, e.CPU)
+pool = ThreadPoolExecutor(1)
+model = e.LoadedModel(bundle.card, session, pool=pool, device=threading.Lock())
+pool.submit(int).result()  # its thread takes memory as well
+if how == "system":
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 6 * 2**20, -1))
+answer = model.pixels(given["values"], given["valid"], given["days"])
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+np.save(target, answer)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
+@pytest.mark.parametrize("how", ["arena", "system"])
+def test_real_want_of_memory_halves_the_batch_and_changes_no_answer(tmp_path, how):
+    values, valid, days = series(600, dates=40)
+    days *= 9
+    np.savez(tmp_path / "given.npz", values=values, valid=valid, days=days)
+    done = subprocess.run(
+        [sys.executable, "-c", STARVED, how, tmp_path / "given.npz", tmp_path / "answer.npy"],
+        env={**os.environ, "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"out of memory; a batch of \d+ goes on in halves", done.stderr)
+    with Engine(Registry.load(ZOO), providers="cpu", threads=1) as undisturbed:
+        expected = undisturbed.models["pixels-landcover"].pixels(values, valid, days)
+    found = np.load(tmp_path / "answer.npy")
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert (found.argmax(axis=1) == expected.argmax(axis=1)).all()
