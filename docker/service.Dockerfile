@@ -54,7 +54,8 @@ ENV PATH=/opt/venv/bin:${PATH} \
     TMPDIR=/var/tmp \
     PIMC_HOST=0.0.0.0 \
     PIMC_PORT=8000 \
-    PIMC_MODEL_DIR=/models
+    PIMC_MODEL_DIR=/models \
+    PIMC_STATE_DIR=/var/lib/pimc
 WORKDIR /srv/pimc
 COPY models/ models/
 COPY service/ service/

@@ -1,19 +1,23 @@
-"""`python -m service`: bind, serve, and say clearly why not."""
+"""`python -m service`: bind, serve, stop in order, and say clearly why not."""
 
 from __future__ import annotations
 
 import logging.config
+import signal
 import sys
+import time
+from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from service.app import create_app
+from service.dependencies import Held
+from service.jobs import check_state
 from service.security import check_binding
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
 from service.telemetry import log_config
 
-# A run that is going on may end; after that it is cut off.
-_GRACE_SECONDS = 30
 _MISUSE = 2
 
 
@@ -22,6 +26,7 @@ def main() -> None:
     try:
         settings = read_settings()
         check_binding(settings)
+        check_state(settings.state_folder)
     except SettingsError as error:
         sys.exit(_refusal(error))
     serve(settings)
@@ -29,19 +34,70 @@ def main() -> None:
 
 def serve(settings: Settings) -> None:
     """Serve with settings already checked."""
-    config = log_config(settings.log_level)
-    logging.config.dictConfig(config)
+    log = log_config(settings.log_level)
+    logging.config.dictConfig(log)
     for name in unknown_variables():
         logging.getLogger("service").warning("%s is no setting of this service", name)
-    uvicorn.run(
-        create_app(settings),
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
         host=settings.host,
         port=settings.port,
-        log_config=config,
+        log_config=log,
         access_log=False,  # each request has its own line, with its id
         server_header=False,
-        timeout_graceful_shutdown=_GRACE_SECONDS,
     )
+    server = DrainingServer(config, app, grace_seconds=settings.grace_seconds)
+    try:
+        server.run()
+    except SystemExit as stop:
+        # uvicorn has a status of its own for a start that failed; the log says why.
+        sys.exit(_MISUSE if stop.code == STARTUP_FAILURE else stop.code)
+
+
+class DrainingServer(uvicorn.Server):
+    """Ends in order: what is new is refused, what runs may end, then the sockets close.
+
+    uvicorn alone closes the sockets first, and who comes then cannot tell a stop from a crash.
+
+    Args:
+        config: uvicorn's.
+        app: made by `create_app`.
+        grace_seconds: how long requests under way may go on.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, *, grace_seconds: float) -> None:
+        super().__init__(config)
+        self._app = app
+        self._grace_seconds = grace_seconds
+        self._deadline: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop; a second signal does not wait."""
+        del frame
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._grace_seconds
+            held = self._held()
+            if held is not None:
+                held.closing.set()
+        else:
+            self.should_exit = True
+            self.force_exit = self.force_exit or sig == signal.SIGINT
+
+    async def on_tick(self, counter: int) -> bool:
+        """See whether it is time to close: ten times a second."""
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            held = self._held()
+            if left <= 0 or held is None or not held.admission.seated:
+                # For answers still being sent; then they are cut off.
+                self.config.timeout_graceful_shutdown = max(1, round(left))
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+    def _held(self) -> Held | None:
+        """What the application holds; None before its start is through."""
+        return getattr(self._app.state, "held", None)
 
 
 def _refusal(error: SettingsError) -> int:

@@ -31,6 +31,11 @@ class Admission:
         self._seats = _SEATS_PER_PLACE * places
         self._seated = 0
 
+    @property
+    def seated(self) -> int:
+        """Requests that are in."""
+        return self._seated
+
     @asynccontextmanager
     async def seat(self) -> AsyncIterator[None]:
         """A seat, for as long as the request is being taken in and run.

@@ -9,7 +9,7 @@ One class for each kind of answer: classes, forecasts, embeddings. No files and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any, Protocol
@@ -23,6 +23,8 @@ from service.errors import InvalidRequest
 Floats = NDArray[np.float32]
 # What the json module writes.
 JSON = dict[str, "JSON"] | list["JSON"] | str | float | int | bool | None
+# The sums over a part of the answers, by name.
+Counts = Mapping[str, NDArray[Any]]
 
 NO_CLASS = 255
 """The `class` of a pixel without an answer."""
@@ -57,8 +59,12 @@ class Layer:
 class Tally(Protocol):
     """Sums over answers as they come, in memory that does not grow."""
 
-    def add(self, answers: Floats, hectares: NDArray[np.float64]) -> None:
-        """Count answers (N, …) and the area of each (N), NaN answers as none."""
+    def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
+        """What answers (N, …) with the area of each (N) add, NaN answers as none."""
+        ...
+
+    def add(self, counts: Counts) -> None:
+        """Add what was counted."""
         ...
 
     def summary(self) -> dict[str, JSON]:
@@ -206,15 +212,23 @@ class ClassTally:
         self._hectares = np.zeros(len(legend))
         self._confidence = np.zeros(len(legend))
 
-    def add(self, answers: Floats, hectares: NDArray[np.float64]) -> None:
+    def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
         """See `Tally`."""
         classes = most_probable(answers)
         there = classes != NO_CLASS
         classes = classes[there]
         size = len(self._legend)
-        self._pixels += np.bincount(classes, minlength=size)
-        self._hectares += np.bincount(classes, hectares[there], minlength=size)
-        self._confidence += np.bincount(classes, answers[there].max(axis=1), minlength=size)
+        return {
+            "pixels": np.bincount(classes, minlength=size),
+            "hectares": np.bincount(classes, hectares[there], minlength=size),
+            "confidence": np.bincount(classes, answers[there].max(axis=1), minlength=size),
+        }
+
+    def add(self, counts: Counts) -> None:
+        """See `Tally`."""
+        self._pixels += counts["pixels"]
+        self._hectares += counts["hectares"]
+        self._confidence += counts["confidence"]
 
     def summary(self) -> dict[str, JSON]:
         """See `Tally`."""
@@ -286,7 +300,8 @@ class ForecastAnswers:
         asked = [self.quantiles.index(name) for name in self.outputs]
         # (N, H, S, Q) to (S, H, Q, N): index, date, quantile is the order of the bands.
         stacked = answers[:, : len(self.dates), :, asked].transpose(2, 1, 3, 0)
-        return {"forecast": stacked.reshape(-1, len(answers))}
+        # In full, as -1 could be anything where no pixel has an answer.
+        return {"forecast": stacked.reshape(len(self.layers[0].bands), len(answers))}
 
     def record(self, answer: Floats) -> dict[str, JSON]:
         """See `Answers`."""
@@ -329,13 +344,17 @@ class ForecastTally:
         shape = (len(answers.dates), len(answers.indices), len(answers.quantiles))
         self._sum = np.zeros(shape)
 
-    def add(self, answers: Floats, hectares: NDArray[np.float64]) -> None:
+    def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
         """See `Tally`; an area has no part in it."""
         del hectares
         asked = answers[:, : len(self._answers.dates)]
         there = ~np.isnan(asked).any(axis=(1, 2, 3))
-        self._pixels += int(there.sum())
-        self._sum += asked[there].sum(axis=0, dtype=np.float64)
+        return {"pixels": there.sum(), "sum": asked[there].sum(axis=0, dtype=np.float64)}
+
+    def add(self, counts: Counts) -> None:
+        """See `Tally`."""
+        self._pixels += int(counts["pixels"])
+        self._sum += counts["sum"]
 
     def summary(self) -> dict[str, JSON]:
         """See `Tally`."""
@@ -380,13 +399,17 @@ class EmbeddingTally:
         self._pixels = 0
         self._norm = 0.0
 
-    def add(self, answers: Floats, hectares: NDArray[np.float64]) -> None:
+    def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
         """See `Tally`; an area has no part in it."""
         del hectares
         norms = np.linalg.norm(answers.astype(np.float64), axis=1)
         there = ~np.isnan(norms)
-        self._pixels += int(there.sum())
-        self._norm += float(norms[there].sum())
+        return {"pixels": there.sum(), "norm": norms[there].sum()}
+
+    def add(self, counts: Counts) -> None:
+        """See `Tally`."""
+        self._pixels += int(counts["pixels"])
+        self._norm += float(counts["norm"])
 
     def summary(self) -> dict[str, JSON]:
         """See `Tally`."""

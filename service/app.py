@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 from anyio import to_thread
@@ -14,9 +15,12 @@ from models.registry import ZOO, Registry
 from service.admission import Admission
 from service.dependencies import Held
 from service.engine import Engine
+from service.intake import Lingering
+from service.jobs import JobStore
 from service.openapi import Described
 from service.problems import add_handlers, fault
-from service.routes import explorer, health, models, tasks
+from service.routes import explorer, health, jobs, models, tasks
+from service.runner import JobRunner
 from service.security import Keys, SecurityHeaders
 from service.settings import Settings, read_settings
 from service.telemetry import Metrics, RequestRecord
@@ -43,23 +47,40 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # The port opens only once everything is loaded and warm, or has said why not.
-        engine = await to_thread.run_sync(_load, settings)
-        metrics.provider(engine.provider)
-        app.state.held = Held(
-            settings=settings,
-            engine=engine,
-            admission=Admission(settings.max_concurrency),
-            metrics=metrics,
-            keys=Keys(key.get_secret_value() for key in settings.api_keys),
-        )
-        try:
+        async with AsyncExitStack() as stack:
+            store = await to_thread.run_sync(_open_jobs, settings)
+            stack.push_async_callback(to_thread.run_sync, store.close)
+            # The port opens only once everything is loaded and warm, or has said why not.
+            engine = await to_thread.run_sync(_load, settings)
+            stack.push_async_callback(to_thread.run_sync, engine.close)
+            metrics.provider(engine.provider)
+            closing = threading.Event()
+            runner = JobRunner(
+                store,
+                engine,
+                metrics,
+                max_raster_bytes=settings.max_raster_bytes,
+                workers=settings.job_workers,
+                ttl=settings.job_ttl,
+                closing=closing,
+            )
+            await to_thread.run_sync(runner.start)
+            stack.push_async_callback(to_thread.run_sync, runner.join)
+            stack.callback(closing.set)
+            app.state.held = Held(
+                settings=settings,
+                engine=engine,
+                admission=Admission(settings.max_concurrency),
+                metrics=metrics,
+                keys=Keys(key.get_secret_value() for key in settings.api_keys),
+                jobs=store,
+                runner=runner,
+                closing=closing,
+            )
             yield
-        finally:
-            await to_thread.run_sync(engine.close)
 
     app = Described(title="PIMC", version=_version(), description=_DESCRIPTION, lifespan=lifespan)
-    for router in (tasks.router, models.router, health.router, explorer.router):
+    for router in (tasks.router, jobs.router, models.router, health.router, explorer.router):
         app.include_router(router)
     add_handlers(app)
     app.add_middleware(SecurityHeaders)
@@ -67,7 +88,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     # is about the socket alone.
     app.add_middleware(RequestRecord, metrics=metrics, on_fault=fault)
     app.add_middleware(ReadersPace)
+    app.add_middleware(Lingering)
     return app
+
+
+def _open_jobs(settings: Settings) -> JobStore:
+    return JobStore(settings.state_folder, ttl=settings.job_ttl, max_waiting=settings.max_jobs)
 
 
 def _load(settings: Settings) -> Engine:

@@ -47,6 +47,15 @@ class PIMCError(Exception):
         super().__init__(detail)
         self.detail = detail
 
+    @staticmethod
+    def of_code(code: str, detail: str, errors: Sequence[Mapping[str, str]] = ()) -> PIMCError:
+        """The error that a code names, as one that was written down."""
+        kinds: list[type[PIMCError]] = [PIMCError]
+        for kind in kinds:
+            kinds += kind.__subclasses__()
+        kind = next((k for k in kinds if k.code == code and not k.__subclasses__()), InternalError)
+        return kind(detail, errors) if issubclass(kind, InvalidRequest) else kind(detail)
+
 
 class RequestError(PIMCError):
     """The request itself cannot be served."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,16 @@ def negotiate(accept: str, offers: Sequence[str]) -> str:
     if liked[best] == 0:
         raise NotAcceptable(f"Accept is '{accept}', and there is {', '.join(offers)}")
     return best
+
+
+def prefers_async(values: Sequence[str]) -> bool:
+    """Whether `Prefer` headers ask for an answer later (RFC 7240, section 4.1).
+
+    Args:
+        values: of each such header; a name, perhaps with a value and parameters, by commas.
+    """
+    wishes = [wish for value in values for wish in value.split(",")]
+    return any(re.split("[;=]", wish)[0].strip().lower() == "respond-async" for wish in wishes)
 
 
 def _liking(offer: str, ranges: Sequence[MediaRange]) -> float:

@@ -22,6 +22,7 @@ from service.schemas import (
     FIELDS,
     ITEMS,
     SERIES,
+    JobInfo,
     PointsAnswer,
     Problem,
     SeriesAnswer,
@@ -35,7 +36,7 @@ _TASK_ERRORS = (
     "unsupported_media_type", "invalid_request", "wrong_task", "not_a_geotiff",
     "corrupt_raster", "no_georeference", "grid_mismatch",
     "missing_bands", "missing_dates", "too_few_dates", "implausible_reflectance", "overloaded",
-    "not_ready", "internal_error",
+    "not_ready", "insufficient_storage", "internal_error",
 )  # fmt: skip
 _HEADERS: Mapping[str, str] = {
     "X-Request-ID": "the request's id, in the log as well",
@@ -44,6 +45,12 @@ _HEADERS: Mapping[str, str] = {
     "Server-Timing": "milliseconds busy: `read`, `infer`, `write`",
     "PIMC-Warning": "`code; detail` of what is odd but no error; repeated",
 }
+_JOB_HEADERS: Mapping[str, str] = {
+    "X-Request-ID": "the request's id, in the log as well",
+    "Location": "the job's status",
+    "Preference-Applied": "`respond-async`, where `Prefer` said so",
+}
+_BINARY: Mapping[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _MODELS: tuple[type[BaseModel], ...] = (
     *FIELDS.values(),
     *ITEMS.values(),
@@ -86,22 +93,33 @@ def answers(task: Task) -> dict[int | str, dict[str, Any]]:
     summaries: list[type[BaseModel]] = [SummaryAnswer]
     if task in SERIES:
         summaries.append(SeriesAnswer)
-    binary = {"schema": {"type": "string", "format": "binary"}}
     return {
-        200: {
-            "description": "The answer, in the type that `Accept` asks for",
-            "headers": {
-                name: {"description": text, "schema": {"type": "string"}}
-                for name, text in _HEADERS.items()
-            },
-            "content": {
-                COG: binary,
-                ZIP: binary,
-                JSON: {"schema": {"anyOf": [_ref(model) for model in summaries]}},
-                GEOJSON: {"schema": _ref(PointsAnswer)},
-            },
+        200: _answer(*summaries),
+        202: {
+            "description": "A job runs, as `Prefer` asks for or as the raster is large",
+            "headers": _described(_JOB_HEADERS),
+            "content": {JSON: {"schema": _ref(JobInfo)}},
         },
         **problems(_TASK_ERRORS),
+    }
+
+
+def _answer(*documents: type[BaseModel]) -> dict[str, Any]:
+    return {
+        "description": "The answer, in the type that `Accept` asks for",
+        "headers": _described(_HEADERS),
+        "content": {
+            COG: _BINARY,
+            ZIP: _BINARY,
+            JSON: {"schema": {"anyOf": [_ref(model) for model in documents]}},
+            GEOJSON: {"schema": _ref(PointsAnswer)},
+        },
+    }
+
+
+def _described(headers: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        name: {"description": text, "schema": {"type": "string"}} for name, text in headers.items()
     }
 
 
@@ -121,6 +139,24 @@ def problems(codes: Iterable[str]) -> dict[int | str, dict[str, Any]]:
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": _REF.format(model=model.__name__)}
+
+
+# A failed job answers what it failed of, which may be all that a task does.
+_RESULT_ERRORS = (*_TASK_ERRORS, "unknown_job", "result_not_ready")
+RESULT: Mapping[int | str, dict[str, Any]] = {
+    200: _answer(SummaryAnswer, SeriesAnswer),
+    **problems(_RESULT_ERRORS),
+}
+"""`responses` of a job's result."""
+FILE: Mapping[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The raster",
+        "headers": _described(_HEADERS),
+        "content": {COG: _BINARY},
+    },
+    **problems((*_RESULT_ERRORS, "not_found")),
+}
+"""`responses` of one raster of a job's result."""
 
 
 def _form(schema: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -32,10 +33,13 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError  # `shutil.copy` raises it, and `errors` lacks it
+from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from models.card import LegendClass
 from service.answers import NO_CLASS, Layer
+from service.errors import InsufficientStorage, no_room
 from service.stack import Grid
 
 SIDECAR = ".aux.xml"
@@ -47,6 +51,7 @@ _LARGE = 1024
 _PLACEHOLDER = "PIMC_RAT"
 # A COG's header lies at its front, before any pixel.
 _HEADER_BYTES = 8 * 2**20
+_COPY_BYTES = 2**20
 
 
 class RasterWriter:
@@ -91,20 +96,28 @@ class RasterWriter:
         Args:
             window: whole pixels inside the grid.
             bands: arrays (B, h, w) by layer name.
+
+        Raises:
+            InsufficientStorage: the disk takes no more.
         """
-        for name, values in bands.items():
-            layer = self._layers[name]
-            if name not in self._open:
-                self._open[name] = self._create(layer)
-            self._open[name].write(values.astype(layer.dtype, copy=False), window=window)
+        with stored():
+            for name, values in bands.items():
+                layer = self._layers[name]
+                if name not in self._open:
+                    self._open[name] = self._create(layer)
+                self._open[name].write(values.astype(layer.dtype, copy=False), window=window)
 
     def finish(self) -> dict[str, Path]:
         """Turn every layer into a COG.
 
         Returns:
             Each layer's file, by name. A class map's side file lies beside it.
+
+        Raises:
+            InsufficientStorage: the disk takes no more.
         """
-        return {name: self._finish(layer) for name, layer in self._layers.items()}
+        with stored():
+            return {name: self._finish(layer) for name, layer in self._layers.items()}
 
     def _create(self, layer: Layer) -> Any:  # noqa: ANN401 - rasterio has no types
         """The layer's temporary file, with all but its pixels: GDAL wants those last."""
@@ -119,10 +132,12 @@ class RasterWriter:
 
     def _finish(self, layer: Layer) -> Path:
         self._open.pop(layer.name).close()
+        check_whole(self._part(layer.name))
         whole = self._parts / f"{layer.name}.tif"
         rasterio.shutil.copy(
             self._part(layer.name), whole, driver="COG", **cog_options(layer, self._grid)
         )
+        check_whole(whole)
         self._part(layer.name).unlink()
         target = self._folder / whole.name
         if layer.legend:
@@ -133,6 +148,45 @@ class RasterWriter:
         self._finished.append(target)
         whole.replace(target)
         return target
+
+
+@contextmanager
+def stored() -> Iterator[None]:
+    """Says in our terms that a write failed: what is written is ours, so the disk is at fault.
+
+    Raises:
+        InsufficientStorage: GDAL or the system could not write.
+    """
+    try:
+        yield
+    except (RasterioError, CPLE_BaseError) as error:
+        raise InsufficientStorage(
+            "the answer cannot be written: the service's disk is full, or it fails"
+        ) from error
+    except OSError as error:
+        raise no_room(error) or error from error
+
+
+def check_whole(path: Path) -> None:
+    """See that each block of a GeoTIFF lies in the file: GDAL closes a file cut short in silence.
+
+    Raises:
+        InsufficientStorage: one does not.
+    """
+    size = path.stat().st_size
+    with rasterio.open(path, driver="GTiff") as file:
+        # Bands of a pixel lie together, so the first band's blocks are everybody's.
+        for _, window in file.block_windows(1):
+            row = window.row_off // file.block_shapes[0][0]
+            col = window.col_off // file.block_shapes[0][1]
+            place = [
+                file.get_tag_item(f"BLOCK_{what}_{col}_{row}", "TIFF", bidx=1)
+                for what in ("OFFSET", "SIZE")
+            ]
+            if None in place or sum(map(int, place)) > size:
+                raise InsufficientStorage(
+                    "the answer was cut short: the service's disk is full, or it fails"
+                )
 
 
 def create_raster(path: Path, grid: Grid, layer: Layer) -> Any:  # noqa: ANN401 - rasterio has no types
@@ -209,10 +263,19 @@ def zip_files(files: Mapping[str, Path], path: Path) -> Path:
     # Stored: a COG is compressed already, and a stored one can still be read by ranges.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, file in files.items():
-            archive.write(file, f"{name}.tif")
+            _add(archive, file, f"{name}.tif")
             if sidecar_of(file).exists():
-                archive.write(sidecar_of(file), f"{name}.tif{SIDECAR}")
+                _add(archive, sidecar_of(file), f"{name}.tif{SIDECAR}")
     return path
+
+
+def _add(archive: zipfile.ZipFile, file: Path, name: str) -> None:
+    # Without the file's own date: the same answer is the same bytes.
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = 0o644 << 16
+    entry.file_size = file.stat().st_size  # decides on ZIP64 before a byte is written
+    with file.open("rb") as source, archive.open(entry, "w") as target:
+        shutil.copyfileobj(source, target, _COPY_BYTES)
 
 
 # The legend -----------------------------------------------------------------------------------

@@ -7,6 +7,10 @@ overlapping patches decode no file twice; then the patches of it are answered; w
 a last pass averages their probabilities. Memory is bounded by `WINDOW_BYTES` a window, whatever
 the raster, and where a window ends never shows in an answer.
 
+A journal, where one is given, has each finished window before it counts, and hands it back to a
+run that begins again: only the windows that it lacks are read and answered anew, and what comes
+out is byte for byte what an undisturbed run gives.
+
 Points take the same models without windows; series have a module of their own.
 """
 
@@ -15,10 +19,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import rasterio
@@ -29,7 +33,7 @@ from rasterio.windows import Window
 
 from service.answers import JSON, Layer
 from service.executors import Cancelled, Executor, ThreadExecutor, Timing, check
-from service.output import RasterWriter, create_raster
+from service.output import RasterWriter, check_whole, create_raster, stored
 from service.patches import PatchGrid, box_mean, fill_gaps
 from service.runs import (
     RasterRun,
@@ -39,7 +43,6 @@ from service.runs import (
     resolve_window,
     said_of_dates,
 )
-from service.series import SeriesInput, SeriesOutcome, run_series
 from service.stack import (
     Grid,
     Sits,
@@ -49,22 +52,24 @@ from service.stack import (
 )
 
 __all__ = [
+    "Arrays",
     "Cancelled",
+    "Journal",
     "Outcome",
     "PointOutcome",
     "RasterRun",
-    "SeriesInput",
-    "SeriesOutcome",
+    "Step",
     "Timing",
     "plan_raster",
     "resolve_window",
     "run_points",
     "run_raster",
-    "run_series",
     "windows",
 ]
 
 Floats = NDArray[np.float32]
+Arrays = Mapping[str, NDArray[Any]]
+"""What is kept of a window, by name."""
 
 WINDOW_BYTES = 64 * 2**20
 """Values, validity and answers of one window. Up to six windows are alive at once."""
@@ -73,6 +78,8 @@ _SEVERAL = 8
 """Windows that a larger raster is cut into at least, so that the stages overlap."""
 _FEW_PIXELS = 4096
 """Below this a window costs more to handle than its overlap brings."""
+_COUNTED = "tally."
+"""Before the names of a tally's counts, beside those of layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +102,29 @@ class PointOutcome:
     """A result a point, in order: `status` ok, outside or no_data, and where ok the answer."""
     timing: Timing
     warnings: tuple[StackWarning, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One window of one pass of a run."""
+
+    stage: str
+    """The pass: `composite`, `patches`, `answers`."""
+    number: int
+    """Of the window, from 0, in the pass's order."""
+    window: Window
+
+
+class Journal(Protocol):
+    """Keeps what a run has finished. Called from one thread at a time."""
+
+    def load(self, step: Step) -> Arrays | None:
+        """What was saved of a step; None where nothing was."""
+        ...
+
+    def save(self, step: Step, arrays: Arrays) -> None:
+        """Keep a finished step; it is safe once this returns."""
+        ...
 
 
 # Windows --------------------------------------------------------------------------------------
@@ -152,6 +182,7 @@ def run_raster(
     progress: Callable[[float], None] = lambda _: None,
     cancelled: threading.Event | None = None,
     executor: Executor | None = None,
+    journal: Journal | None = None,
     window_bytes: int = WINDOW_BYTES,
 ) -> Outcome:
     """Answer for every pixel or patch of a raster.
@@ -164,6 +195,7 @@ def run_raster(
         progress: told the share done, 0 to 1, in the calling thread.
         cancelled: set it to take the run back.
         executor: where windows run; None takes threads of this process.
+        journal: has the windows finished before, and gets those finished now; None keeps none.
         window_bytes: memory for one window.
 
     Raises:
@@ -178,6 +210,7 @@ def run_raster(
         progress=_Progress(progress),
         cancelled=cancelled,
         executor=executor or ThreadExecutor(),
+        journal=journal,
         window_bytes=window_bytes,
     )
     return _run_pixels(work) if run.model.card.modality == "pixel" else _run_patches(work)
@@ -214,19 +247,68 @@ class _Work:
     progress: _Progress
     cancelled: threading.Event | None
     executor: Executor
+    journal: Journal | None
     window_bytes: int
 
     def each(
         self,
+        stage: str,
         parts: Sequence[Window],
         *,
         read: Callable[[Window], Any],
         infer: Callable[[Any], Any],
-        write: Callable[[Window, Any], None],
+        digest: Callable[[Window, Any], Arrays],
+        keep: Callable[[Window, Arrays], None],
+        advance: Callable[[int], None],
     ) -> Timing:
+        """One pass: every window read, answered, and what is worth keeping of it kept.
+
+        Args:
+            stage: the pass.
+            parts: its windows.
+            read: in a thread of its own, ahead.
+            infer: in the calling thread.
+            digest: of an answer, what `keep` needs.
+            keep: takes windows in order, those of the journal first.
+            advance: told the pixels of windows that need not be answered again.
+        """
+        steps = [Step(stage=stage, number=n, window=part) for n, part in enumerate(parts)]
+        begin = self._recall(steps, keep, advance)
+
+        def write(step: Step, answer: object) -> None:
+            arrays = digest(step.window, answer)
+            if self.journal is not None:
+                self.journal.save(step, arrays)
+            keep(step.window, arrays)
+
         return self.executor.run(
-            parts, read=read, infer=infer, write=write, cancelled=self.cancelled
+            steps[begin:],
+            read=lambda step: read(step.window),
+            infer=infer,
+            write=write,
+            cancelled=self.cancelled,
         )
+
+    def _recall(
+        self,
+        steps: Sequence[Step],
+        keep: Callable[[Window, Arrays], None],
+        advance: Callable[[int], None],
+    ) -> int:
+        """How many windows, from the first on, the journal had.
+
+        What comes after a gap is done again: sums of floats must be added in one order.
+        """
+        if self.journal is None:
+            return 0
+        for step in steps:
+            check(self.cancelled)
+            arrays = self.journal.load(step)
+            if arrays is None:
+                return step.number
+            keep(step.window, arrays)
+            advance(step.window.height * step.window.width)
+        return len(steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,20 +336,29 @@ class _Sink:
             RasterWriter(work.folder, grid, tuple(self._layers.values()), _tags(run))
         )
 
-    def write(self, window: Window, found: _Found) -> None:
+    def digest(self, window: Window, found: _Found) -> Arrays:
+        """A window's bands by layer, `valid` answers, and what it adds to the tally."""
         missing = np.isnan(found.answers).any(axis=tuple(range(1, found.answers.ndim)))
-        self._valid += int((~missing).sum())
         rows = range(window.row_off, window.row_off + window.height)
         hectares = np.repeat(self._grid.hectares(rows), window.width)
-        self._tally.add(found.answers, hectares[found.index])
+        counts = self._tally.count(found.answers, hectares[found.index])
+        arrays = {f"{_COUNTED}{name}": values for name, values in counts.items()}
+        arrays["valid"] = (~missing).sum()
         if not self._layers:
-            return
-        bands = {}
+            return arrays
         for name, values in self._answers.bands(found.answers).items():
             whole = self._layers[name].empty(window.height * window.width)
             whole[:, found.index] = values
-            bands[name] = whole.reshape(-1, window.height, window.width)
-        self._writer.write(window, bands)
+            arrays[name] = whole.reshape(-1, window.height, window.width)
+        return arrays
+
+    def keep(self, window: Window, arrays: Arrays) -> None:
+        """Count a window, and write its bands."""
+        self._valid += int(arrays["valid"])
+        self._tally.add(
+            {n.removeprefix(_COUNTED): a for n, a in arrays.items() if n.startswith(_COUNTED)}
+        )
+        self._writer.write(window, {name: arrays[name] for name in self._layers})
 
     def outcome(self, timing: Timing) -> Outcome:
         """Finish the files, and sum up."""
@@ -332,11 +423,19 @@ def _run_pixels(work: _Work) -> Outcome:
     with ExitStack() as stack:
         sink = _Sink(work, grid, stack)
         reader = stack.enter_context(StackReader(run.stack, run.used))
-        infer = _PixelInference(work, work.progress.of(0.9, grid))
+        advance = work.progress.of(0.9, grid)
         parts = windows(
             grid, run.stack.block, run.pixel_bytes + run.answer_bytes, work.window_bytes
         )
-        timing = work.each(parts, read=reader.read, infer=infer, write=sink.write)
+        timing = work.each(
+            "answers",
+            parts,
+            read=reader.read,
+            infer=_PixelInference(work, advance),
+            digest=sink.digest,
+            keep=sink.keep,
+            advance=advance,
+        )
         return sink.outcome(timing)
 
 
@@ -387,14 +486,12 @@ def _run_patches(work: _Work) -> Outcome:
         composite = stack.enter_context(_Scratch(work.folder / "composite.scratch.tif"))
         timing = _make_composite(work, composite)
         if not averaged:
-            timing += _answer_patches(work, patches, composite, sink.write)
+            timing += _answer_patches(work, patches, composite, sink.digest, sink.keep)
             return sink.outcome(timing)
         raw = stack.enter_context(_Scratch(work.folder / "patches.scratch.tif"))
         with raw.create(patches.grid, run.model.width[0]) as file:
-            timing += _answer_patches(
-                work, patches, composite, lambda w, found: file.write(_spread(found, w), window=w)
-            )
-        timing += _average(work, patches, raw, sink.write)
+            timing += _answer_patches(work, patches, composite, _spread, _write_to(file))
+        timing += _average(work, patches, raw, sink)
         return sink.outcome(timing)
 
 
@@ -410,21 +507,36 @@ class _Scratch:
     def __exit__(self, *_: object) -> None:
         self._path.unlink(missing_ok=True)
 
-    def create(self, grid: Grid, bands: int) -> Any:  # noqa: ANN401 - rasterio has no types
-        """The raster, open for writing."""
+    @contextmanager
+    def create(self, grid: Grid, bands: int) -> Iterator[Any]:
+        """The raster, open for writing; whole once the context is left."""
         layer = Layer(name="scratch", bands=tuple(str(b) for b in range(bands)))
-        return create_raster(self._path, grid, layer)
+        with stored():
+            file = create_raster(self._path, grid, layer)
+        with file:
+            yield file
+        check_whole(self._path)
 
     def open(self) -> Any:  # noqa: ANN401 - rasterio has no types
         """The raster, open for reading."""
         return rasterio.open(self._path)
 
 
-def _spread(found: _Found, window: Window) -> Floats:
-    """Answers (n, K) as a raster (K, h, w), NaN elsewhere."""
+def _spread(window: Window, found: _Found) -> Arrays:
+    """Answers (n, K) as `values` (K, h, w), NaN elsewhere."""
     whole = np.full((found.answers.shape[1], window.height * window.width), np.nan, np.float32)
     whole[:, found.index] = found.answers.T
-    return whole.reshape(-1, window.height, window.width)
+    return {"values": whole.reshape(-1, window.height, window.width)}
+
+
+def _write_to(file: Any) -> Callable[[Window, Arrays], None]:  # noqa: ANN401 - rasterio has no types
+    """Writes `values` (K, h, w) of each window."""
+
+    def write(window: Window, arrays: Arrays) -> None:
+        with stored():
+            file.write(arrays["values"], window=window)
+
+    return write
 
 
 def _make_composite(work: _Work, target: _Scratch) -> Timing:
@@ -444,7 +556,13 @@ def _make_composite(work: _Work, target: _Scratch) -> Timing:
         pixel_bytes = 2 * run.pixel_bytes + 4 * len(run.stack.bands)
         parts = windows(grid, run.stack.block, pixel_bytes, work.window_bytes)
         return work.each(
-            parts, read=reader.read, infer=infer, write=lambda w, v: file.write(v, window=w)
+            "composite",
+            parts,
+            read=reader.read,
+            infer=infer,
+            digest=lambda _, values: {"values": values},
+            keep=_write_to(file),
+            advance=advance,
         )
 
 
@@ -459,7 +577,8 @@ def _answer_patches(
     work: _Work,
     patches: PatchGrid,
     composite: _Scratch,
-    write: Callable[[Window, _Found], None],
+    digest: Callable[[Window, _Found], Arrays],
+    keep: Callable[[Window, Arrays], None],
 ) -> Timing:
     """Second pass: the answer of every patch, written to its cell."""
     run, cells = work.run, patches.grid
@@ -482,13 +601,17 @@ def _answer_patches(
         cell_bytes = 4 * len(run.stack.bands) * patches.stride**2 + run.answer_bytes
         parts = windows(cells, (1, 1), cell_bytes, work.window_bytes)
         return work.each(
-            parts, read=lambda w: file.read(window=patches.pixels(w)), infer=infer, write=write
+            "patches",
+            parts,
+            read=lambda w: file.read(window=patches.pixels(w)),
+            infer=infer,
+            digest=digest,
+            keep=keep,
+            advance=advance,
         )
 
 
-def _average(
-    work: _Work, patches: PatchGrid, raw: _Scratch, write: Callable[[Window, _Found], None]
-) -> Timing:
+def _average(work: _Work, patches: PatchGrid, raw: _Scratch, sink: _Sink) -> Timing:
     """Last pass: each cell's mean over all patches that contain it."""
     cells = patches.grid
     advance = work.progress.of(0.1, cells)
@@ -506,7 +629,13 @@ def _average(
         cell_bytes = 3 * work.run.answer_bytes
         parts = windows(cells, (1, 1), cell_bytes, work.window_bytes)
         return work.each(
-            parts, read=lambda w: (w, file.read(window=patches.behind(w))), infer=infer, write=write
+            "answers",
+            parts,
+            read=lambda w: (w, file.read(window=patches.behind(w))),
+            infer=infer,
+            digest=sink.digest,
+            keep=sink.keep,
+            advance=advance,
         )
 
 

@@ -22,6 +22,7 @@ from service.errors import (
     Overloaded,
     PIMCError,
     Unauthorized,
+    no_room,
 )
 from service.executors import Cancelled
 from service.schemas import invalid_request
@@ -35,6 +36,7 @@ _CLOSED = 499  # as nginx calls it: the caller went away, and nobody reads the a
 def add_handlers(app: FastAPI) -> None:
     """Have every error leave the application as a problem."""
     app.add_exception_handler(PIMCError, _on_error)
+    app.add_exception_handler(OSError, _on_system)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
@@ -82,6 +84,16 @@ def _on_error(request: Request, error: Exception) -> Response:
         _LOG.error("internal error", exc_info=error)
         return fault(request)
     return problem(request, error)
+
+
+def _on_system(request: Request, error: Exception) -> Response:
+    """What the operating system refuses: room on the disk, or what nobody foresaw."""
+    full = no_room(error)
+    if full is None:
+        _LOG.error("unforeseen fault", exc_info=error)
+        return fault(request)
+    _LOG.error("the disk is full", exc_info=error)
+    return problem(request, full)
 
 
 def _on_http(request: Request, error: Exception) -> Response:

@@ -45,10 +45,14 @@ def respond(reply: Reply, media: str, folder: Path) -> Response:
     """
     if media not in FILE_TYPES:
         return _named(JSONResponse(reply.document, media_type=media), reply)
-    response = _named(_file(reply, media, folder), reply)
+    return heads(_file(reply, media, folder), reply)
+
+
+def heads(response: Response, reply: Reply) -> Response:
+    """A raster with the headers that say who answered, how fast, and what is odd."""
     for text in warning_headers(reply.warnings):
         response.headers.append("PIMC-Warning", text)
-    return response
+    return _named(response, reply)
 
 
 def _file(reply: Reply, media: str, folder: Path) -> Response:

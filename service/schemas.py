@@ -6,7 +6,7 @@ The same models check a request and describe it in the OpenAPI document.
 # No `from __future__ import annotations` here: pydantic needs the types at run time.
 import re
 from collections.abc import Collection, Mapping, Sequence
-from datetime import date
+from datetime import date, datetime
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -423,6 +423,38 @@ class PointsAnswer(BaseModel):
     features: list[dict[str, Any]]
     model: str
     warnings: list[Warned]
+
+
+class Link(BaseModel):
+    """Where something else is."""
+
+    href: str
+    rel: str
+    type: str | None = None
+    title: str | None = None
+
+
+class JobInfo(BaseModel):
+    """A job's status, as OGC API - Processes' `statusInfo` has it. Times are UTC."""
+
+    jobID: str  # noqa: N815 - the standard's name
+    type: Literal["process"] = "process"
+    processID: Annotated[str, Field(description="the task")]  # noqa: N815 - the standard's name
+    status: Literal["accepted", "running", "successful", "failed", "dismissed"]
+    message: Annotated[str | None, Field(description="of a failed job: of what")] = None
+    progress: Annotated[int, Field(ge=0, le=100, description="per cent; never falls")]
+    created: datetime
+    started: datetime | None
+    finished: datetime | None
+    updated: datetime
+    links: list[Link]
+
+
+class JobList(BaseModel):
+    """The caller's jobs, the newest first."""
+
+    jobs: list[JobInfo]
+    links: list[Link]
 
 
 class ModelList(BaseModel):

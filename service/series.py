@@ -67,14 +67,27 @@ class _Series:
     """Reflectance (T, C), NaN in all bands where one is missing."""
 
 
-def run_series(
+@dataclass(frozen=True, kw_only=True)
+class SeriesRun:
+    """Series that are known to fit their model."""
+
+    model: LoadedModel
+    ready: tuple[_Series, ...]
+    readings: tuple[Answers | None, ...]
+    """How the answer of each is read, None where it has no window."""
+    warnings: tuple[StackWarning, ...]
+    seconds: float
+    """Spent on preparing them."""
+
+
+def plan_series(
     model: LoadedModel,
     series: Sequence[SeriesInput],
     *,
     start: date | None = None,
     horizon: int | None = None,
-) -> SeriesOutcome:
-    """Answer for each series.
+) -> SeriesRun:
+    """See that each series fits the model.
 
     Args:
         model: a pixel model.
@@ -104,14 +117,23 @@ def run_series(
             ready.append(_without_window(one))
     if len(refused) == len(series):
         raise refused[0]
-    readings = [_reading(model.card, one, horizon) for one in ready]
-    prepared = time.perf_counter()
-    answers = _infer(model, ready)
-    results = tuple(map(_result, ready, readings, answers))
-    return SeriesOutcome(
-        results=results,
-        timing=Timing(read=prepared - began, infer=time.perf_counter() - prepared),
+    return SeriesRun(
+        model=model,
+        ready=tuple(ready),
+        readings=tuple(_reading(model.card, one, horizon) for one in ready),
         warnings=_gathered(warned),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def run_series(run: SeriesRun) -> SeriesOutcome:
+    """Answer for each series."""
+    began = time.perf_counter()
+    answers = _infer(run.model, run.ready)
+    return SeriesOutcome(
+        results=tuple(map(_result, run.ready, run.readings, answers)),
+        timing=Timing(read=run.seconds, infer=time.perf_counter() - began),
+        warnings=run.warnings,
     )
 
 

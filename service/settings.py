@@ -96,10 +96,12 @@ class Settings(BaseSettings):
     back to the CPU."""
     max_body_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(2 * 2**30)
     """Largest upload, in bytes or as `500MB`, `2GiB`."""
+    upload_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
+    """Seconds within which the next 64 KiB of an upload must come, or its end."""
     max_raster_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(16 * 2**30)
     """Largest decoded stack, in bytes or as `500MB`, `2GiB`, judged from the headers."""
-    sync_max_pixels: Annotated[int, Field(ge=1)] = 10980 * 10980
-    """Pixels of the largest raster that is answered while the caller waits; a Sentinel-2 tile."""
+    sync_max_pixels: Annotated[int, Field(ge=1)] = 2048 * 2048
+    """Pixels of the largest raster that is answered while the caller waits; more becomes a job."""
     max_concurrency: Annotated[int, Field(ge=1)] = 4
     """Runs at once. As many again may upload or wait; the next is refused as overloaded."""
     allowed_roots: Annotated[tuple[Path, ...], NoDecode] = ()
@@ -107,8 +109,23 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[tuple[HostRule, ...], NoDecode] = ()
     """Hosts, comma-separated, from which a request may have files fetched: `name`, `name:port`, an
     address or a network; only public addresses unless the address or its network is here too."""
+    state_dir: Path | None = None
+    """Folder of jobs and their results; None takes `state/<port>` in the checkout."""
+    job_workers: Annotated[int, Field(ge=1)] = 1
+    """Jobs at once, beside the runs that somebody waits for."""
+    max_jobs: Annotated[int, Field(ge=1)] = 100
+    """Jobs that may wait for their turn; the next is refused as overloaded."""
+    job_ttl: Annotated[int, Field(ge=1)] = 7 * 24 * 3600
+    """Seconds for which a job that ended is kept, with its result."""
+    grace_seconds: Annotated[int, Field(ge=0)] = 30
+    """Seconds for which runs under way may go on once the service is told to stop."""
     log_level: LogLevel = "info"
     """Least severe level that is logged."""
+
+    @property
+    def state_folder(self) -> Path:
+        """Where jobs are kept: services of different ports do not meet."""
+        return self.state_dir or Path(__file__).parents[1] / "state" / str(self.port)
 
     @field_validator("api_keys", "allowed_roots", mode="before")
     @classmethod

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
@@ -36,12 +37,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.executors import Answer, Item, Read, ThreadExecutor, Timing
-from service.settings import LogLevel
+from service.settings import LogLevel, SettingsError
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _LOG = logging.getLogger(__name__)
 _REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+_JOB_ID: ContextVar[str | None] = ContextVar("job_id", default=None)
 # What a caller may choose as an id: it goes into headers and logs.
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -85,6 +87,14 @@ class Metrics:
             ["provider"],
             registry=self._registry,
         )
+        self._jobs = Gauge("pimc_jobs", "Jobs kept, by status", ["status"], registry=self._registry)
+        self._job_seconds = Histogram(
+            "pimc_job_seconds",
+            "From the beginning of a job's last run to its success",
+            ["task"],
+            buckets=_STAGE_BUCKETS,
+            registry=self._registry,
+        )
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         return Counter(name, text, labels, registry=self._registry)
@@ -104,6 +114,15 @@ class Metrics:
         self._pixels.labels(task).inc(pixels)
         for stage, spent in asdict(timing).items():
             self._stages.labels(task, stage).observe(spent)
+
+    def jobs(self, counts: Mapping[str, int]) -> None:
+        """Note how many jobs there are, by status."""
+        for status, count in counts.items():
+            self._jobs.labels(status).set(count)
+
+    def job_ran(self, *, task: str, seconds: float) -> None:
+        """Count one job that succeeded."""
+        self._job_seconds.labels(task).observe(seconds)
 
     @contextmanager
     def run(self) -> Iterator[None]:
@@ -158,6 +177,16 @@ class CountedExecutor:
             self._metrics.windows(len(ended) - len(begun))
 
 
+@contextmanager
+def job_named(job_id: str) -> Iterator[None]:
+    """Every log line from inside names the job."""
+    token = _JOB_ID.set(job_id)
+    try:
+        yield
+    finally:
+        _JOB_ID.reset(token)
+
+
 class RequestRecord:
     """ASGI middleware: names each request, logs and counts it, answers what nobody foresaw."""
 
@@ -175,7 +204,7 @@ class RequestRecord:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the call on, with a name and an eye on its answer."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, _in_short(send))
             return
         begin = time.perf_counter()
         request_id = sane_request_id(Headers(scope=scope).get("x-request-id"))
@@ -226,6 +255,18 @@ class RequestRecord:
         )
 
 
+def _in_short(send: Send) -> Send:
+    """Sends a start that failed on, as a sentence where an administrator can mend it."""
+
+    async def send_short(message: Message) -> None:
+        error = sys.exception()  # Starlette sends from its handler, and the whole stack
+        if message["type"] == "lifespan.startup.failed" and isinstance(error, SettingsError):
+            message = {**message, "message": str(error)}
+        await send(message)
+
+    return send_short
+
+
 def sane_request_id(given: str | None) -> str:
     """The caller's id where it is one that may be echoed, else a new one."""
     return given if given and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
@@ -245,6 +286,9 @@ class JsonFormatter(logging.Formatter):
         request_id = _REQUEST_ID.get()
         if request_id is not None:
             entry["request_id"] = request_id
+        job_id = _JOB_ID.get()
+        if job_id is not None:
+            entry["job_id"] = job_id
         entry |= {k: v for k, v in vars(record).items() if k not in _RECORD_FIELDS}
         entry.pop("color_message", None)  # uvicorn's own, for terminals
         if record.exc_info:

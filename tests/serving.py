@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 from service.app import create_app
 from service.settings import Settings
@@ -18,7 +21,14 @@ from service.settings import Settings
 @contextmanager
 def served(**settings: Any) -> Iterator[httpx.Client]:
     """A client of a service with these settings, which ends with the context."""
-    app = create_app(Settings(**{"providers": "cpu", **settings}))
+    with ExitStack() as stack:
+        if "state_dir" not in settings:  # services of one test run would meet in the default one
+            settings["state_dir"] = Path(stack.enter_context(TemporaryDirectory(prefix="state-")))
+        app = create_app(Settings(**{"providers": "cpu", **settings}))
+        yield from _run(app)
+
+
+def _run(app: FastAPI) -> Iterator[httpx.Client]:
     config = uvicorn.Config(
         app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=5
     )

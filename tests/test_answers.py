@@ -54,7 +54,7 @@ def test_class_tally_adds_up_whatever_the_parts():
     answers = ClassAnswers(legend=LEGEND, outputs=())
     tally = answers.tally()
     for part in np.array_split(np.arange(1000), 13):
-        tally.add(found[part], hectares[part])
+        tally.add(tally.count(found[part], hectares[part]))
     there = ~np.isnan(found).any(axis=1)
     best = np.where(there, np.nan_to_num(found).argmax(axis=1), -1)
     rows = tally.summary()["classes"]
@@ -70,7 +70,7 @@ def test_class_tally_adds_up_whatever_the_parts():
 
 def test_an_empty_tally_is_json_without_nan():
     tally = ClassAnswers(legend=LEGEND, outputs=()).tally()
-    tally.add(np.full((3, 4), np.nan, np.float32), np.ones(3))
+    tally.add(tally.count(np.full((3, 4), np.nan, np.float32), np.ones(3)))
     text = json.dumps(tally.summary(), allow_nan=False)
     assert json.loads(text)["classes"][0]["mean_confidence"] is None
     json.dumps(EmbeddingAnswers(size=3).tally().summary(), allow_nan=False)
@@ -112,8 +112,8 @@ def test_forecast_records_and_tally(forecast):
     assert record["EVI"]["q90"] == pytest.approx(values[7, :, 1, 2].tolist())
     values[3] = np.nan
     tally = answers.tally()
-    tally.add(values[:15], np.ones(15))
-    tally.add(values[15:], np.ones(25))
+    tally.add(tally.count(values[:15], np.ones(15)))
+    tally.add(tally.count(values[15:], np.ones(25)))
     summary = tally.summary()
     mean = np.nanmean(values.astype(float), axis=0)
     assert set(summary["SAVI"]) == {"mean", "q10"}

@@ -380,13 +380,6 @@ def test_what_is_odd_is_said_once_in_headers_and_in_json(api: httpx.Client, scen
 # Requests -----------------------------------------------------------------------------------
 
 
-def test_an_async_preference_is_passed_over_for_now(api: httpx.Client, scene: Scene) -> None:
-    headers = {"Prefer": "respond-async"}
-    answer = api.post("/classify-pixels", files=scene.files(), headers=headers)
-    assert answer.status_code == 200
-    assert "Preference-Applied" not in answer.headers
-
-
 def test_a_hostile_file_name_stays_a_label(api: httpx.Client, scene: Scene) -> None:
     names = [f"../../etc/{day}\x07<b>é雪.tif" for day in DATES]
     good = api.post("/classify-pixels", files=scene.files(*names))
@@ -495,6 +488,7 @@ def test_the_command_serves_and_logs_json(tmp_path: Path) -> None:
             "PIMC_PORT": "0",
             "PIMC_PROVIDERS": "cpu",
             "PIMC_MODEL_DIR": str(write_zoo(tmp_path)),
+            "PIMC_STATE_DIR": str(tmp_path / "state"),
             "PIMC_MISSPELT": "1",
         },
         stderr=subprocess.PIPE,
@@ -543,7 +537,7 @@ def test_the_description_is_whole_and_true(api: httpx.Client) -> None:
     for task in ("classify-pixels", "forecast", "landcover", "embed"):
         route = document["paths"][f"/{task}"]["post"]
         bodies = route["requestBody"]["content"]
-        assert ("application/json" in bodies) == (task != "landcover")
+        assert "application/json" in bodies
         form = document["components"]["schemas"][
             bodies["multipart/form-data"]["schema"]["$ref"].rpartition("/")[2]
         ]
@@ -555,6 +549,6 @@ def test_the_description_is_whole_and_true(api: httpx.Client) -> None:
         assert form["properties"]["scale"]["type"] == "number"
         assert '"null"' not in json.dumps(form)
         assert {COG, ZIP, GEOJSON, "application/json"} == set(route["responses"]["200"]["content"])
-        for status in ("401", "404", "406", "413", "415", "422", "500", "503"):
+        for status in ("401", "404", "406", "413", "415", "422", "500", "503", "507"):
             content = route["responses"][status]["content"]
             assert set(content) == {"application/problem+json"}

@@ -275,7 +275,7 @@ def test_only_the_gpu_profiles_ask_for_a_gpu(name, expected, compose):
 @pytest.mark.parametrize("name", SERVING)
 def test_every_setting_can_be_set_and_no_other(name, compose):
     passed = {n.removeprefix(PREFIX).lower() for n in compose["services"][name]["environment"]}
-    of_the_image = {"host", "port", "model_dir", "providers"}
+    of_the_image = {"host", "port", "model_dir", "state_dir", "providers"}
     assert passed == set(Settings.model_fields) - of_the_image
 
 
@@ -289,12 +289,17 @@ def test_what_compose_sets_by_default_makes_settings(name, compose, monkeypatch)
 
 
 def test_a_stop_waits_for_the_requests_under_way(compose):
-    from service.__main__ import _GRACE_SECONDS
-
+    grace = Settings.model_fields["grace_seconds"].default
     for name in SERVING:
-        assert (
-            int(compose["services"][name]["stop_grace_period"].removesuffix("s")) > _GRACE_SECONDS
-        )
+        assert int(compose["services"][name]["stop_grace_period"].removesuffix("s")) > grace
+
+
+def test_jobs_lie_on_a_volume_that_outlives_the_container(compose):
+    for name in SERVING:
+        place = environment_of(line_of(DOCKERFILES["service"], name))["PIMC_STATE_DIR"]
+        assert ("state", place, "rw") in [
+            mount_of(volume) for volume in compose["services"][name]["volumes"]
+        ]
 
 
 @pytest.mark.parametrize("name", SERVING + TRAINING)

@@ -17,7 +17,7 @@ from service.errors import (
     MissingDates,
     TooFewDates,
 )
-from service.series import SeriesInput, run_series
+from service.series import SeriesInput, SeriesOutcome, plan_series, run_series
 
 JANUARY = date(2021, 1, 1)
 
@@ -32,6 +32,11 @@ def engine(tmp_path_factory):
 @pytest.fixture(scope="module")
 def classifier(engine):
     return engine.models["pixels-landcover"]
+
+
+def answered(model, given, **options) -> SeriesOutcome:
+    """Both steps at once."""
+    return run_series(plan_series(model, given, **options))
 
 
 def series(name="a", count=6, first=JANUARY, step=20, seed=0, **bands):
@@ -53,7 +58,7 @@ def softmax(x):
 
 def test_a_class_as_worked_out_by_hand(classifier):
     one = series("field-7")
-    (result,) = run_series(classifier, [one]).results
+    (result,) = answered(classifier, [one]).results
     expected = softmax(mean(one))
     assert result["id"] == "field-7"
     assert result["status"] == "ok"
@@ -66,7 +71,7 @@ def test_a_class_as_worked_out_by_hand(classifier):
 
 def test_a_forecast_goes_on_from_the_last_date(engine):
     one = series(count=5, step=10)
-    (result,) = run_series(engine.models["forecast-vi"], [one], horizon=2).results
+    (result,) = answered(engine.models["forecast-vi"], [one], horizon=2).results
     assert result["dates"] == ["2021-02-20", "2021-03-02"]
     expected = mean(one)
     for k, index in enumerate(("NDVI", "EVI", "SAVI")):
@@ -76,7 +81,7 @@ def test_a_forecast_goes_on_from_the_last_date(engine):
 
 def test_an_embedding(engine):
     one = series()
-    (result,) = run_series(engine.models["embed-pixel"], [one]).results
+    (result,) = answered(engine.models["embed-pixel"], [one]).results
     assert result["embedding"] == pytest.approx(mean(one), rel=1e-5)
 
 
@@ -85,8 +90,8 @@ def test_many_series_answer_as_each_alone_whatever_their_dates(classifier):
         series(str(n), count=4 + n, first=date(2015 + n, 1 + n, 3), step=7 + n, seed=n)
         for n in range(6)
     ]
-    together = run_series(classifier, many).results
-    alone = [run_series(classifier, [one]).results[0] for one in many]
+    together = answered(classifier, many).results
+    alone = [answered(classifier, [one]).results[0] for one in many]
     assert [r["id"] for r in together] == [one.id for one in many]
     assert len({r["start"] for r in together}) == 6
     for a, b in zip(together, alone, strict=True):
@@ -99,7 +104,7 @@ def test_each_date_takes_its_own_place_on_the_shared_axis(engine):
     # Days 0, 20, 40 and days 0, 30, 60 of different years share an axis of five days.
     first = series("a", count=3, step=20, first=date(2020, 1, 1))
     second = series("b", count=3, step=30, first=date(2019, 1, 1), seed=1)
-    found = run_series(engine.models["embed-pixel"], [first, second]).results
+    found = answered(engine.models["embed-pixel"], [first, second]).results
     assert found[0]["embedding"] == pytest.approx(mean(first), rel=1e-5)
     assert found[1]["embedding"] == pytest.approx(mean(second), rel=1e-5)
 
@@ -109,12 +114,12 @@ def test_the_order_of_dates_does_not_matter(classifier):
     turned = SeriesInput(
         id="a", dates=one.dates[::-1], bands={b: v[::-1] for b, v in one.bands.items()}
     )
-    assert run_series(classifier, [turned]).results == run_series(classifier, [one]).results
+    assert answered(classifier, [turned]).results == answered(classifier, [one]).results
 
 
 def test_a_missing_value_takes_its_date_out(engine):
     one = series(B04=[0.1, None, 0.3, float("nan"), 0.2, 0.4])
-    (result,) = run_series(engine.models["embed-pixel"], [one]).results
+    (result,) = answered(engine.models["embed-pixel"], [one]).results
     expected = mean(series(B04=[0.1, 0, 0.3, 0, 0.2, 0.4]), keep=[0, 2, 4, 5])
     assert result["embedding"] == pytest.approx(expected, rel=1e-5)
 
@@ -126,7 +131,7 @@ def test_of_a_doubled_date_the_first_clear_observation_counts(engine):
         dates=[plain.dates[0], *plain.dates, plain.dates[2]],
         bands={b: [None, *v, 0.9] for b, v in plain.bands.items()},
     )
-    outcome = run_series(engine.models["embed-pixel"], [doubled])
+    outcome = answered(engine.models["embed-pixel"], [doubled])
     assert outcome.results[0]["embedding"] == pytest.approx(mean(plain), rel=1e-5)
     (warning,) = outcome.warnings
     assert warning.code == "merged_dates"
@@ -135,7 +140,7 @@ def test_of_a_doubled_date_the_first_clear_observation_counts(engine):
 
 def test_dates_outside_the_window_are_not_used_and_said(engine):
     one = series(count=24, step=30)  # two years
-    outcome = run_series(engine.models["embed-pixel"], [one], start=date(2021, 1, 1))
+    outcome = answered(engine.models["embed-pixel"], [one], start=date(2021, 1, 1))
     inside = [n for n, day in enumerate(one.dates) if day < date(2021, 12, 27)]
     assert outcome.results[0]["embedding"] == pytest.approx(mean(one, keep=inside), rel=1e-5)
     (warning,) = outcome.warnings
@@ -146,18 +151,18 @@ def test_dates_outside_the_window_are_not_used_and_said(engine):
 
 def test_too_few_observations_are_no_data(classifier):
     one = series(count=3, B02=[0.1, None, None])
-    (result,) = run_series(classifier, [one]).results
+    (result,) = answered(classifier, [one]).results
     assert result == {"id": "a", "status": "no_data", "start": "2021-01-01"}
 
 
 def test_too_few_dates_are_no_data_among_others_and_an_error_alone(classifier):
     short, long = series("short", count=1), series("long")
-    results = run_series(classifier, [short, long]).results
+    results = answered(classifier, [short, long]).results
     assert [r["status"] for r in results] == ["no_data", "ok"]
     with pytest.raises(
         TooFewDates, match=r"series 'short' has 1 of its 1 dates.*2021-12-26.*at least 2"
     ):
-        run_series(classifier, [short, short])
+        answered(classifier, [short, short])
 
 
 @pytest.mark.parametrize(
@@ -184,18 +189,18 @@ def test_too_few_dates_are_no_data_among_others_and_an_error_alone(classifier):
 )
 def test_what_is_wrong_with_a_series_is_said_with_its_name(classifier, one, error, says):
     if error is None:
-        (result,) = run_series(classifier, [one]).results
+        (result,) = answered(classifier, [one]).results
         assert result["status"] == says
         return
     with pytest.raises(error, match=says):
-        run_series(classifier, [series("good"), one])
+        answered(classifier, [series("good"), one])
 
 
 def test_no_series_is_an_error(classifier):
     with pytest.raises(InvalidRequest, match="series"):
-        run_series(classifier, [])
+        answered(classifier, [])
 
 
 def test_a_horizon_out_of_reach_is_an_error_before_anything_runs(engine):
     with pytest.raises(InvalidRequest, match="horizon: 9 steps"):
-        run_series(engine.models["forecast-vi"], [series()], horizon=9)
+        answered(engine.models["forecast-vi"], [series()], horizon=9)

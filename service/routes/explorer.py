@@ -20,6 +20,7 @@ _PAGE = """<!doctype html>
 <li><code>POST /forecast</code>: the next values of NDVI, EVI and SAVI
 <li><code>POST /landcover</code>: land-cover labels from imagery
 <li><code>POST /embed</code>: embeddings of pixels or patches
+<li><a href="/jobs">/jobs</a>: runs that go on by themselves
 <li><a href="/models">/models</a>: the models and their cards
 <li><a href="/docs">/docs</a>, <a href="/openapi.json">/openapi.json</a>: the API
 <li><a href="/health/ready">/health/ready</a>, <a href="/metrics">/metrics</a>: how it is doing

@@ -29,6 +29,8 @@ async def live() -> Live:
 @router.get("/health/ready", responses=problems(["not_ready"]))
 async def ready(app: App) -> Ready:
     """200 only once every default model is loaded and warm."""
+    if app.closing.is_set():
+        raise NotReady("the service is stopping", retry_after=10)
     engine = app.engine
     lacking = [_why(engine, *which) for which in DEFAULTS.values() if not _served(engine, *which)]
     if lacking:

@@ -4,6 +4,7 @@ Each route is one line; `_serve` is the whole way of a request.
 """
 
 # No `from __future__ import annotations` here: FastAPI needs the types at run time.
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -14,14 +15,17 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 
 from models.card import Modality, Task
-from service.dependencies import KNOWN_CALLER, App, Folder, Held
-from service.errors import InvalidRequest
+from service.dependencies import KNOWN_CALLER, App, Asked, Caller, Folder, Held, Wishes
+from service.errors import InvalidRequest, NotReady
 from service.intake import FILES, FORM, media_type, read_form, read_json
+from service.jobs import Repeatable, fingerprint
 from service.negotiation import negotiate
 from service.openapi import answers, body
-from service.orders import Bounds, Order, RasterOrder, SeriesOrder, carry_out
+from service.orders import Order, RasterOrder, Ready, Reply, SeriesOrder, carry_out, prepare
+from service.references import fetch_items
 from service.responses import FILE_TYPES, offers, respond
-from service.schemas import read_fields, read_series
+from service.routes.jobs import accepted
+from service.schemas import read_fields, read_items, read_series
 from service.telemetry import CountedExecutor
 from service.watch import run_watched
 
@@ -33,21 +37,27 @@ router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER], default_response
     responses=answers("classify-pixels"),
     openapi_extra=body("classify-pixels"),
 )
-async def classify_pixels(request: Request, app: App, folder: Folder) -> Response:
+async def classify_pixels(
+    request: Request, app: App, folder: Folder, caller: Caller, asked: Asked
+) -> Response:
     """A class for every pixel of a satellite image time series."""
-    return await _serve("classify-pixels", request, app, folder)
+    return await _serve("classify-pixels", request, app, folder, caller, asked)
 
 
 @router.post("/forecast", responses=answers("forecast"), openapi_extra=body("forecast"))
-async def forecast(request: Request, app: App, folder: Folder) -> Response:
+async def forecast(
+    request: Request, app: App, folder: Folder, caller: Caller, asked: Asked
+) -> Response:
     """The next values of NDVI, EVI and SAVI for every pixel, with quantiles."""
-    return await _serve("forecast", request, app, folder)
+    return await _serve("forecast", request, app, folder, caller, asked)
 
 
 @router.post("/landcover", responses=answers("landcover"), openapi_extra=body("landcover"))
-async def landcover(request: Request, app: App, folder: Folder) -> Response:
+async def landcover(
+    request: Request, app: App, folder: Folder, caller: Caller, asked: Asked
+) -> Response:
     """Land-cover labels from imagery: one per 64 x 64 patch, or denser with `stride`."""
-    return await _serve("landcover", request, app, folder)
+    return await _serve("landcover", request, app, folder, caller, asked)
 
 
 @router.post("/embed", responses=answers("embed"), openapi_extra=body("embed"))
@@ -55,40 +65,87 @@ async def embed(
     request: Request,
     app: App,
     folder: Folder,
+    caller: Caller,
+    asked: Asked,
     modality: Annotated[Modality | None, Query(description="as in the body")] = None,
 ) -> Response:
     """The embedding of every pixel, from recurrence plots, or patch, from imagery."""
-    return await _serve("embed", request, app, folder, modality)
+    return await _serve("embed", request, app, folder, caller, asked, modality)
 
 
 async def _serve(
-    task: Task, request: Request, app: Held, folder: Path, modality: Modality | None = None
+    task: Task,
+    request: Request,
+    app: Held,
+    folder: Path,
+    caller: str | None,
+    asked: Wishes,
+    modality: Modality | None = None,
 ) -> Response:
-    """Body → intake → order → run → answer.
+    """Body → intake → order → run → answer, or a job that runs later.
 
     Args:
         task: what is asked for.
         request: its body not yet read.
         app: what the application holds.
         folder: of this request alone; removed once the answer is sent.
+        caller: who asks.
+        asked: whether for a job, and whether again.
         modality: of an embedding, where the query says it.
     """
     _check_query(request, {"modality"} if task == "embed" else set())
+    if app.closing.is_set():
+        raise NotReady("the service is stopping; nothing was started", retry_after=10)
+    owner = caller or ""
+    if asked.respond_async:
+        # Before the body, so that nothing is sent in vain.
+        await to_thread.run_sync(app.jobs.check_room, owner, asked.idempotency_key)
     async with app.admission.seat():
         order = await _take_in(task, request, app, folder, modality)
         media = negotiate(request.headers.get("accept", ""), offers(order))
-        run = partial(
-            carry_out,
-            order,
-            app.engine,
-            Bounds(raster_bytes=app.settings.max_raster_bytes, pixels=app.settings.sync_max_pixels),
-            folder,
-            rasters=media in FILE_TYPES,
-            executor=CountedExecutor(app.metrics),
-        )
-        reply = await run_watched(request, run, place=_place(app))
-        app.metrics.ran(task=task, pixels=reply.pixels, timing=reply.timing)
-        return await to_thread.run_sync(respond, reply, media, folder)
+        repeatable = await _repeatable(order, folder, asked)
+        if repeatable:
+            first = await to_thread.run_sync(app.jobs.repeated, owner, repeatable)
+            if first:
+                return accepted(first, preferred=asked.respond_async)
+        run = partial(_run, app, order, media, folder, later=asked.respond_async)
+        outcome = await run_watched(request, run, place=_place(app))
+        if isinstance(outcome, Ready):
+            job = await to_thread.run_sync(
+                partial(app.jobs.accept, outcome, folder, owner=owner, repeatable=repeatable)
+            )
+            await to_thread.run_sync(app.runner.accepted)
+            return accepted(job, preferred=asked.respond_async)
+        app.metrics.ran(task=task, pixels=outcome.pixels, timing=outcome.timing)
+        return await to_thread.run_sync(respond, outcome, media, folder)
+
+
+def _run(
+    app: Held,
+    order: Order,
+    media: str,
+    folder: Path,
+    *,
+    later: bool,
+    cancelled: threading.Event,
+) -> Reply | Ready:
+    """The answer; or, for a job, only that there can be one."""
+    ready = prepare(
+        order,
+        app.engine,
+        max_raster_bytes=app.settings.max_raster_bytes,
+        rasters=media in FILE_TYPES,
+    )
+    if later or ready.pixels > app.settings.sync_max_pixels:
+        return ready
+    return carry_out(ready, folder, executor=CountedExecutor(app.metrics), cancelled=cancelled)
+
+
+async def _repeatable(order: Order, folder: Path, asked: Wishes) -> Repeatable | None:
+    if asked.idempotency_key is None:
+        return None
+    print_of = await to_thread.run_sync(fingerprint, order, folder)
+    return Repeatable(key=asked.idempotency_key, fingerprint=print_of)
 
 
 @asynccontextmanager
@@ -129,6 +186,15 @@ async def _take_in(
             raise InvalidRequest.of(FILES, "no GeoTIFF came")
         return RasterOrder(task=task, files=form.files, fields=fields)
     text = await read_json(request, app.limits)
+    settings = app.settings
+    allowed = bool(settings.allowed_roots or settings.allowed_hosts)
+    named = await to_thread.run_sync(
+        partial(read_items, task, text, allowed=allowed, modality=modality)
+    )
+    if named is not None:
+        items, fields = named
+        files = await fetch_items(items, folder, settings)
+        return RasterOrder(task=task, files=files, fields=fields)
     series = await to_thread.run_sync(read_series, task, text)
     if modality == "patch":
         raise InvalidRequest.of("modality", "a series has no imagery, so no patches")

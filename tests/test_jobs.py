@@ -1,0 +1,491 @@
+"""Jobs over a real socket: from 202 to the result, and every way that leads elsewhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+import uuid
+import zipfile
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from job_kit import ASYNC, BANDS, SLOW, Files, stack, until, waited, zoo_with_a_slow_one
+from prometheus_client.parser import text_string_to_metric_families
+from rasters import write
+from serving import served
+
+from service.responses import COG, GEOJSON, ZIP
+
+SERIES = {
+    "series": [
+        {
+            "id": "a",
+            "dates": ["2021-01-05", "2021-03-05", "2021-05-05"],
+            "B02": [0.05, 0.05, 0.06],
+            "B04": [0.07, 0.06, None],
+            "B08": [0.31, 0.33, 0.4],
+        }
+    ]
+}
+POINTS = {
+    "type": "FeatureCollection",
+    "features": [
+        {"type": "Feature", "id": 7, "geometry": {"type": "Point", "coordinates": [3.001, 50.53]}},
+        {"type": "Feature", "geometry": {"type": "Point", "coordinates": [0, 0]}},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return zoo_with_a_slow_one(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def api(zoo: Path, state: Path) -> Iterator[httpx.Client]:
+    with served(model_dir=zoo, state_dir=state) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return stack(tmp_path_factory.mktemp("stack"))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Some seconds of work for the slow model."""
+    return stack(tmp_path_factory.mktemp("large"), 128, 256)
+
+
+def submit(
+    api: httpx.Client, task: str = "classify-pixels", headers: Any = (), **how: Any
+) -> dict[str, Any]:
+    answer = api.post(f"/{task}", headers={**ASYNC, **dict(headers)}, **how)
+    assert answer.status_code == 202, answer.text
+    return answer.json()
+
+
+def problem_of(answer: httpx.Response, code: str, status: int) -> dict[str, Any]:
+    assert answer.headers["content-type"] == "application/problem+json", answer.text
+    document = answer.json()
+    assert (document["code"], answer.status_code) == (code, status), document
+    return document
+
+
+# From 202 to the result -----------------------------------------------------------------------
+
+
+def test_a_job_tells_how_it_stands_as_ogc_has_it(api: httpx.Client, files: Files) -> None:
+    answer = api.post("/classify-pixels", files=files, headers=ASYNC)
+    assert answer.status_code == 202
+    assert answer.headers["Preference-Applied"] == "respond-async"
+    info = answer.json()
+    assert answer.headers["Location"] == f"/jobs/{info['jobID']}"
+    assert str(uuid.UUID(info["jobID"], version=4)) == info["jobID"]
+    assert (info["type"], info["processID"]) == ("process", "classify-pixels")
+    assert (info["status"], info["progress"]) == ("accepted", 0)
+    assert info["started"] is info["finished"] is None
+    done = waited(api, info["jobID"])
+    assert (done["status"], done["progress"]) == ("successful", 100)
+    times = [datetime.fromisoformat(done[name]) for name in ("created", "started", "finished")]
+    assert times == sorted(times)
+    links = {link["rel"].rpartition("/")[2]: link["href"] for link in done["links"]}
+    assert links["self"] == answer.headers["Location"]
+    assert api.get(links["results"]).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("task", "accept", "kind", "data"),
+    [
+        ("classify-pixels", "", COG, {}),
+        ("classify-pixels", "", ZIP, {"outputs": "class,confidence,probabilities"}),
+        ("classify-pixels", "application/zip", ZIP, {}),
+        ("classify-pixels", "application/json", "application/json", {"start": "2021-01-01"}),
+        ("classify-pixels", "", GEOJSON, {"points": json.dumps(POINTS)}),
+        ("forecast", "", COG, {"outputs": "q10,q90", "horizon": "2"}),
+        ("forecast", "application/json", "application/json", {}),
+        ("landcover", "", COG, {"stride": "3"}),
+        ("landcover", "application/json", "application/json", {"stride": "64"}),
+        ("embed", "", COG, {}),
+        ("embed", "", COG, {"modality": "patch", "stride": "16"}),
+    ],
+)
+def test_a_result_is_what_would_have_been_answered_at_once(
+    api: httpx.Client, files: Files, task: str, accept: str, kind: str, data: dict[str, str]
+) -> None:
+    headers = {"Accept": accept} if accept else {}
+    at_once = api.post(f"/{task}", files=files, data=data, headers=headers)
+    assert at_once.status_code == 200, at_once.text
+    job = submit(api, task, files=files, data=data, headers=headers)["jobID"]
+    assert waited(api, job)["status"] == "successful"
+    later = api.get(f"/jobs/{job}/result", headers=headers)
+    assert later.headers["content-type"] == at_once.headers["content-type"] == kind
+    assert later.content == at_once.content
+    for name in ("PIMC-Model", "PIMC-Provider", "PIMC-Warning", "Content-Disposition", "Vary"):
+        assert later.headers.get(name) == at_once.headers.get(name)
+    assert "infer;dur=" in later.headers["Server-Timing"]
+
+
+@pytest.mark.parametrize("task", ["classify-pixels", "forecast", "embed"])
+def test_series_can_be_a_job(api: httpx.Client, task: str) -> None:
+    at_once = api.post(f"/{task}", json=SERIES)
+    job = submit(api, task, json=SERIES)["jobID"]
+    assert waited(api, job)["status"] == "successful"
+    assert api.get(f"/jobs/{job}/result").content == at_once.content
+    problem_of(api.get(f"/jobs/{job}/result/class"), "not_found", 404)
+
+
+def test_each_output_has_its_own_address(api: httpx.Client, files: Files) -> None:
+    data = {"outputs": "class,confidence"}
+    job = submit(api, files=files, data=data)["jobID"]
+    waited(api, job)
+    with zipfile.ZipFile(io.BytesIO(api.get(f"/jobs/{job}/result").content)) as archive:
+        for output in ("class", "confidence"):
+            answer = api.get(f"/jobs/{job}/result/{output}")
+            assert answer.headers["content-type"] == COG
+            assert answer.content == archive.read(f"{output}.tif")
+            part = api.get(f"/jobs/{job}/result/{output}", headers={"Range": "bytes=0-3"})
+            assert (part.status_code, part.content) == (206, answer.content[:4])
+    for strange in ("entropy", "reply.json", "..%2Freply.json", "class.tif"):
+        problem_of(api.get(f"/jobs/{job}/result/{strange}"), "not_found", 404)
+
+
+def test_a_result_is_negotiated_when_it_is_asked_for(api: httpx.Client, files: Files) -> None:
+    job = submit(api, files=files, headers={"Accept": "application/json"})["jobID"]
+    waited(api, job)
+    assert api.get(f"/jobs/{job}/result").headers["content-type"] == COG
+    summary = api.get(f"/jobs/{job}/result", headers={"Accept": "application/json"})
+    assert summary.json()["pixels"] == 70 * 90
+    refused = api.get(f"/jobs/{job}/result", headers={"Accept": "text/html"})
+    problem_of(refused, "not_acceptable", 406)
+
+
+def test_a_large_raster_becomes_a_job_unasked(zoo: Path, files: Files) -> None:
+    with served(model_dir=zoo, sync_max_pixels=70 * 90 - 1) as api:
+        answer = api.post("/classify-pixels", files=files)
+        assert answer.status_code == 202
+        assert answer.headers["Location"] == f"/jobs/{answer.json()['jobID']}"
+        assert "Preference-Applied" not in answer.headers  # none was expressed
+        assert waited(api, answer.json()["jobID"])["status"] == "successful"
+        # Points are few, however large the raster.
+        points = {"points": json.dumps(POINTS)}
+        assert api.post("/classify-pixels", files=files, data=points).status_code == 200
+    with served(model_dir=zoo, sync_max_pixels=70 * 90) as api:
+        assert api.post("/classify-pixels", files=files).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "prefer", ["respond-async, wait=5", "RESPOND-ASYNC; foo=bar", 'handling="a", respond-async']
+)
+def test_a_preference_is_read_as_its_standard_has_it(
+    api: httpx.Client, files: Files, prefer: str
+) -> None:
+    answer = api.post("/classify-pixels", files=files, headers={"Prefer": prefer})
+    assert answer.status_code == 202
+
+
+def test_another_preference_is_no_wish_for_a_job(api: httpx.Client) -> None:
+    answer = api.post("/embed", json=SERIES, headers={"Prefer": "wait=10, return=minimal"})
+    assert answer.status_code == 200
+
+
+# What is refused ------------------------------------------------------------------------------
+
+
+def test_a_bad_request_is_refused_at_once(api: httpx.Client, files: Files) -> None:
+    before = len(api.get("/jobs").json()["jobs"])
+    one = api.post("/classify-pixels", files=files[:1], headers=ASYNC)
+    problem_of(one, "too_few_dates", 422)
+    dark = {"series": [{**SERIES["series"][0], "B08": [90.0, 90.0, 90.0], "B04": [90.0] * 3}]}
+    problem_of(api.post("/embed", json=dark, headers=ASYNC), "implausible_reflectance", 422)
+    unknown = api.post("/embed", json={**SERIES, "model": "nobody"}, headers=ASYNC)
+    problem_of(unknown, "unknown_model", 404)
+    refused = api.post("/classify-pixels", files=files, headers={**ASYNC, "Accept": "text/html"})
+    problem_of(refused, "not_acceptable", 406)
+    assert len(api.get("/jobs").json()["jobs"]) == before
+
+
+@pytest.mark.parametrize("name", [str(uuid.uuid4()), "x", "..", "%2e%2e%2fjobs.sqlite", "a" * 5000])
+def test_an_unknown_job(api: httpx.Client, name: str) -> None:
+    for path in (f"/jobs/{name}", f"/jobs/{name}/result", f"/jobs/{name}/result/class"):
+        if ".." in httpx.URL(path).path and name == "..":
+            continue  # the client itself takes it out
+        assert api.get(path).json()["code"] in {"unknown_job", "not_found"}
+    assert api.delete(f"/jobs/{uuid.uuid4()}").json()["code"] == "unknown_job"
+
+
+def test_a_result_that_is_not_there_yet(api: httpx.Client, large: Files) -> None:
+    job = submit(api, files=large, data={"model": SLOW})["jobID"]
+    found = until(api, job, progress=1)
+    assert found["status"] == "running"
+    assert found["started"]
+    waiting = submit(api, json=SERIES, task="embed")["jobID"]
+    said = problem_of(api.get(f"/jobs/{job}/result"), "result_not_ready", 409)
+    assert "running" in said["detail"]
+    said = problem_of(api.get(f"/jobs/{waiting}/result"), "result_not_ready", 409)
+    assert "accepted" in said["detail"]
+    problem_of(api.get(f"/jobs/{job}/result/class"), "result_not_ready", 409)
+    api.delete(f"/jobs/{job}")
+    # In the order of acceptance: once the first is gone, the second has its turn.
+    assert waited(api, waiting)["status"] == "successful"
+
+
+def test_progress_never_falls(api: httpx.Client, large: Files) -> None:
+    job = submit(api, files=large, data={"model": SLOW})["jobID"]
+    seen = []
+    while (info := api.get(f"/jobs/{job}").json())["status"] != "successful":
+        seen.append(info["progress"])
+        assert info["progress"] < 100
+        time.sleep(0.02)
+    assert seen == sorted(seen)
+    assert all(isinstance(percent, int) for percent in seen)
+    assert len(set(seen)) > 3
+    assert info["progress"] == 100
+
+
+# Failures -------------------------------------------------------------------------------------
+
+
+def test_a_job_fails_of_what_only_its_pixels_show(
+    api: httpx.Client, state: Path, tmp_path: Path
+) -> None:
+    files = stack(tmp_path, 600, 400, dates=2, compress="deflate")
+    broken = bytearray(files[1][1][1])
+    # Between the places where a sample is taken before a job is accepted: the last rows.
+    broken[-60_000:-20_000] = bytes(40_000)
+    files[1] = ("files", (files[1][1][0], bytes(broken), "image/tiff"))
+    job = submit(api, files=files)["jobID"]
+    info = waited(api, job)
+    assert info["status"] == "failed"
+    said = problem_of(api.get(f"/jobs/{job}/result"), "corrupt_raster", 422)
+    assert said["detail"] == info["message"]
+    assert "scene_2021-02-01.tif" in said["detail"]
+    assert not (state / "jobs" / job).exists()
+    assert waited(api, submit(api, "embed", json=SERIES)["jobID"])["status"] == "successful"
+
+
+def test_what_nobody_foresaw_says_nothing_of_the_inside(api: httpx.Client, tmp_path: Path) -> None:
+    files = stack(tmp_path, dates=3)
+    job = submit(api, files=files, data={"model": "pixels-brittle"})["jobID"]
+    assert waited(api, job)["status"] == "failed"
+    said = problem_of(api.get(f"/jobs/{job}/result"), "internal_error", 500)
+    assert job in said["detail"]
+    assert "Reshape" not in said["detail"]
+
+
+# Dismissal ------------------------------------------------------------------------------------
+
+
+def test_a_running_job_is_stopped_and_removed(api: httpx.Client, state: Path, large: Files) -> None:
+    job = submit(api, files=large, data={"model": SLOW})["jobID"]
+    until(api, job, progress=1)
+    answer = api.delete(f"/jobs/{job}")
+    assert (answer.status_code, answer.json()["status"]) == (200, "dismissed")
+    assert answer.json()["finished"]
+    assert api.delete(f"/jobs/{job}").json()["status"] == "dismissed"
+    said = problem_of(api.get(f"/jobs/{job}/result"), "result_not_ready", 409)
+    assert "dismissed" in said["detail"]
+    end = time.monotonic() + 10
+    while (state / "jobs" / job).exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert waited(api, submit(api, "embed", json=SERIES)["jobID"])["status"] == "successful"
+    assert api.get(f"/jobs/{job}").json()["status"] == "dismissed"
+
+
+def test_a_finished_job_is_removed_with_its_files(
+    api: httpx.Client, state: Path, files: Files
+) -> None:
+    job = submit(api, files=files)["jobID"]
+    waited(api, job)
+    kept = sorted(path.name for path in (state / "jobs" / job).iterdir())
+    assert kept == ["result"]  # what was sent and what was half done is gone already
+    assert api.delete(f"/jobs/{job}").json()["status"] == "dismissed"
+    assert not (state / "jobs" / job).exists()
+    problem_of(api.get(f"/jobs/{job}/result"), "result_not_ready", 409)
+
+
+def test_a_result_that_is_being_sent_is_sent_whole(
+    api: httpx.Client, state: Path, tmp_path: Path
+) -> None:
+    job = submit(api, "embed", files=stack(tmp_path, 700, 700))["jobID"]
+    waited(api, job)
+    whole = (state / "jobs" / job / "result" / "embedding.tif").read_bytes()
+    with api.stream("GET", f"/jobs/{job}/result") as answer:
+        chunks = answer.iter_bytes(2**14)
+        first = next(chunks)
+        assert api.delete(f"/jobs/{job}").json()["status"] == "dismissed"
+        assert first + b"".join(chunks) == whole
+
+
+# Repetition -----------------------------------------------------------------------------------
+
+
+def test_a_repeat_gets_the_first_ones_job(api: httpx.Client, files: Files) -> None:
+    key = {"Idempotency-Key": "mine-1"}
+    first = submit(api, files=files, headers=key)["jobID"]
+    assert submit(api, files=files, headers=key)["jobID"] == first
+    waited(api, first)
+    again = submit(api, files=files, headers=key)
+    assert (again["jobID"], again["status"]) == (first, "successful")
+    # Without a wish for a job too: the key says that it is the same request.
+    assert api.post("/classify-pixels", files=files, headers=key).json()["jobID"] == first
+    assert submit(api, files=files)["jobID"] != first
+
+
+@pytest.mark.parametrize("how", ["field", "pixel", "task", "name"])
+def test_a_key_is_for_one_request(api: httpx.Client, tmp_path: Path, how: str) -> None:
+    files = stack(tmp_path, 8, 9)
+    key = {"Idempotency-Key": f"conflict {how}".replace(" ", "-")}
+    first = submit(api, files=files, headers=key)["jobID"]
+    task, data = "classify-pixels", {}
+    if how == "field":
+        data = {"start": "2021-01-01"}
+    elif how == "pixel":
+        files = [*files[:-1], *stack(tmp_path, 8, 9, dates=5)[-1:]]
+    elif how == "task":
+        task = "embed"
+    else:
+        files = [*files[:-1], ("files", ("a_2021-04-01.tif", files[-1][1][1]))]
+    answer = api.post(f"/{task}", files=files, data=data, headers={**ASYNC, **key})
+    said = problem_of(answer, "invalid_request", 422)
+    assert said["errors"][0]["field"] == "Idempotency-Key"
+    assert first in said["detail"]
+
+
+def test_the_same_request_at_the_same_time_is_one_job(api: httpx.Client, files: Files) -> None:
+    found: list[str] = []
+    key = {"Idempotency-Key": "at-once"}
+
+    def ask() -> None:
+        found.append(submit(api, files=files, headers=key)["jobID"])
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("key", ["", "a" * 256, "two words"])
+def test_a_key_that_is_none(api: httpx.Client, key: str) -> None:
+    answer = api.post("/embed", json=SERIES, headers={**ASYNC, "Idempotency-Key": key})
+    said = problem_of(answer, "invalid_request", 422)
+    assert said["errors"][0]["field"].lower() == "idempotency-key"
+
+
+# Whose jobs -----------------------------------------------------------------------------------
+
+
+def test_a_job_belongs_to_its_key(zoo: Path, files: Files) -> None:
+    with served(model_dir=zoo, api_keys=("anna", "ben")) as api:
+        anna, ben = {"X-API-Key": "anna"}, {"Authorization": "Bearer ben"}
+        key = {"Idempotency-Key": "1"}
+        mine = submit(api, files=files, headers=anna | key)["jobID"]
+        yours = submit(api, files=files, headers=ben | key)["jobID"]
+        assert mine != yours  # one key of repetition a caller
+        while api.get(f"/jobs/{mine}", headers=anna).json()["status"] != "successful":
+            time.sleep(0.02)
+        assert [j["jobID"] for j in api.get("/jobs", headers=anna).json()["jobs"]] == [mine]
+        for path in (f"/jobs/{mine}", f"/jobs/{mine}/result", f"/jobs/{mine}/result/class"):
+            problem_of(api.get(path, headers=ben), "unknown_job", 404)
+            problem_of(api.get(path), "unauthorized", 401)
+            assert api.get(path, headers=anna).status_code == 200
+        problem_of(api.delete(f"/jobs/{mine}", headers=ben), "unknown_job", 404)
+        assert api.get(f"/jobs/{mine}/result", headers=anna).status_code == 200
+
+
+def test_jobs_are_listed_newest_first(api: httpx.Client) -> None:
+    made = [submit(api, "embed", json=SERIES)["jobID"] for _ in range(3)]
+    listed = [job["jobID"] for job in api.get("/jobs").json()["jobs"]]
+    assert listed[:3] == made[::-1]
+    assert len(api.get("/jobs", params={"limit": 2}).json()["jobs"]) == 2
+    problem_of(api.get("/jobs", params={"limit": 0}), "invalid_request", 422)
+
+
+# How many, how long ---------------------------------------------------------------------------
+
+
+def test_no_more_than_a_set_number_may_wait(zoo: Path, large: Files) -> None:
+    with served(model_dir=zoo, max_jobs=2) as api:
+        runs = submit(api, files=large, data={"model": SLOW})["jobID"]
+        until(api, runs, progress=1)
+        key = {"Idempotency-Key": "1"}
+        waiting = [submit(api, "embed", json=SERIES, headers=key)["jobID"]]
+        waiting.append(submit(api, "embed", json=SERIES)["jobID"])
+        answer = api.post("/embed", json=SERIES, headers=ASYNC)
+        problem_of(answer, "overloaded", 503)
+        assert int(answer.headers["Retry-After"]) > 0
+        # Who repeats has its place already, and who waits on the line needs none.
+        assert submit(api, "embed", json=SERIES, headers=key)["jobID"] == waiting[0]
+        assert api.post("/embed", json=SERIES).status_code == 200
+        api.delete(f"/jobs/{waiting[1]}")
+        submit(api, "embed", json=SERIES)
+        api.delete(f"/jobs/{runs}")
+
+
+def test_old_jobs_are_removed(zoo: Path, tmp_path: Path, files: Files) -> None:
+    with served(model_dir=zoo, state_dir=tmp_path, job_ttl=1) as api:
+        job = submit(api, files=files)["jobID"]
+        assert waited(api, job)["status"] == "successful"
+        assert api.get(f"/jobs/{job}/result").status_code == 200
+        end = time.monotonic() + 20
+        while api.get(f"/jobs/{job}").status_code == 200:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        problem_of(api.get(f"/jobs/{job}/result"), "unknown_job", 404)
+        assert list((tmp_path / "jobs").iterdir()) == []
+
+
+def test_metrics_count_jobs(api: httpx.Client) -> None:
+    waited(api, submit(api, "embed", json=SERIES)["jobID"])
+    time.sleep(0.1)
+    counted = {
+        (s.name, *s.labels.values()): s.value
+        for f in text_string_to_metric_families(api.get("/metrics").text)
+        for s in f.samples
+    }
+    jobs = api.get("/jobs").json()["jobs"]
+    for status in ("successful", "failed", "dismissed", "running", "accepted"):
+        assert counted["pimc_jobs", status] == sum(j["status"] == status for j in jobs)
+    assert counted["pimc_job_seconds_count", "embed"] > 0
+    assert counted["pimc_runs_in_flight",] == 0
+    assert counted["pimc_windows_in_flight",] == 0
+
+
+def test_nothing_of_a_request_stays(api: httpx.Client, state: Path) -> None:
+    assert list((state / "requests").iterdir()) == []
+
+
+# What is kept ---------------------------------------------------------------------------------
+
+
+def test_a_hostile_file_name_stays_a_label(api: httpx.Client, state: Path, tmp_path: Path) -> None:
+    pixels = np.full((4, 8, 9), 2000, np.uint16)
+    files = []
+    for month in (1, 2, 3):
+        path = write(tmp_path / "a.tif", pixels, descriptions=BANDS, nodata=0).path
+        name = f"../../../x/2021-0{month}-01.tif"
+        files.append(("files", (name, path.read_bytes(), "image/tiff")))
+    job = submit(api, files=files)["jobID"]
+    assert waited(api, job)["status"] == "successful"
+    assert sorted(p.name for p in (state / "jobs" / job / "result").iterdir()) == [
+        "class.tif",
+        "class.tif.aux.xml",
+        "reply.json",
+    ]
