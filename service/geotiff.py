@@ -16,10 +16,9 @@ from rasterio.crs import CRS
 from rasterio.enums import Interleaving, MaskFlags
 from rasterio.errors import RasterioError
 
+from service.directories import MAX_BLOCK_BYTES, check_directories
 from service.errors import NotAGeoTIFF, RasterTooLarge
 
-MAX_BLOCK_BYTES = 256 * 2**20
-"""Most bytes that one strip or tile may decode to: a few kB on disk can claim far more."""
 MAX_BANDS = 20_000
 """Most bands of a file; more are no time series, and listing them costs memory."""
 
@@ -31,6 +30,8 @@ _GDAL: Mapping[str, str | int] = {
     "GDAL_PAM_ENABLED": "NO",
     # Georeference is what the file itself says, as with the two above.
     "GDAL_GEOREF_SOURCES": "INTERNAL",
+    # No name inside a file leads to the network: this is the only one that GDAL would fetch.
+    "CPL_VSIL_CURL_ALLOWED_FILENAME": "none",
     # In bytes: rasterio hands the number to GDALSetCacheMax64, and not to GDAL's parser, which
     # takes a small one for megabytes. GDAL's default, 5 % of the machine, is no bound to promise;
     # one block of the largest size allowed fits, so that its other bands are not decoded again.
@@ -39,6 +40,8 @@ _GDAL: Mapping[str, str | int] = {
 # Threads decode the blocks of one read side by side. Measured on small strips they cost 1 ms a
 # read and gain nothing; on tiles of half a megabyte they pay.
 _THREADS_PAY_FROM = 2**18
+# Dates, numbers and names are short. What is longer says nothing that is asked, and is not kept.
+_TAG_LENGTH = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +117,14 @@ def read_header(source: SourceFile) -> Header:
 
     Raises:
         NotAGeoTIFF: no TIFF, one that GDAL does not open, or one of complex numbers.
-        RasterTooLarge: a block, or the number of bands, is beyond reason.
+        RasterTooLarge: a block, the number of bands, or what describes them is beyond reason.
     """
     _check_magic(source)
     try:
+        check_directories(source.path, source.name)
         with open_geotiff(source.path) as dataset:
             header = _header(source, dataset)
-    except (RasterioError, ValueError, UnicodeDecodeError) as error:
+    except (RasterioError, OSError, ValueError) as error:
         raise NotAGeoTIFF(
             f"'{source.name}' has the first bytes of a TIFF, but no header that "
             "GDAL's GTiff driver opens"
@@ -175,4 +179,4 @@ def _header(source: SourceFile, dataset: rasterio.DatasetReader) -> Header:
 
 
 def _lower(tags: Mapping[str, str]) -> dict[str, str]:
-    return {key.lower(): value for key, value in tags.items()}
+    return {key.lower(): value for key, value in tags.items() if len(value) <= _TAG_LENGTH}

@@ -20,7 +20,9 @@ from anyio import to_thread
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import BodyStalled, BodyTooLarge, InvalidRequest, UnsupportedMedia
 from service.geotiff import SourceFile
@@ -49,7 +51,9 @@ class Limits:
     files: int = 2_000
     """GeoTIFFs."""
     idle_seconds: float = 60.0
-    """How long the next chunk may take to come."""
+    """How long the next `least_bytes` may take to come, or the end."""
+    least_bytes: int = 2**16
+    """What must come in that time: a byte now and then keeps no place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +90,11 @@ async def read_json(request: Request, limits: Limits) -> bytes:
 
     Raises:
         BodyTooLarge: over the limit for JSON, or for any body.
-        BodyStalled: the next chunk did not come in time.
+        BodyStalled: too little came in time.
     """
     limit = min(limits.json_bytes, limits.body_bytes)
     body = bytearray()
-    async for batch in _batches(request, limit, limits.idle_seconds):
+    async for batch in _batches(request, limit, limits):
         body += batch
     return bytes(body)
 
@@ -105,7 +109,7 @@ async def read_form(request: Request, folder: Path, limits: Limits) -> Form:
 
     Raises:
         BodyTooLarge: over the limit, whatever `Content-Length` says.
-        BodyStalled: the next chunk did not come in time.
+        BodyStalled: too little came in time.
         InvalidRequest: not a well-formed form, too many parts, an empty file.
     """
     _, options = parse_options_header(request.headers.get("content-type"))
@@ -116,26 +120,33 @@ async def read_form(request: Request, folder: Path, limits: Limits) -> Form:
         )
     reader = _FormReader(boundary, folder, limits)
     try:
-        async for batch in _batches(request, limits.body_bytes, limits.idle_seconds):
+        async for batch in _batches(request, limits.body_bytes, limits):
             await to_thread.run_sync(reader.feed, batch)
         return await to_thread.run_sync(reader.finish)
     finally:
         reader.close()
 
 
-async def _batches(request: Request, limit: int, idle_seconds: float) -> AsyncIterator[bytes]:
-    """The body in pieces of about `_BATCH_BYTES`, counted as they come."""
+async def _batches(request: Request, limit: int, limits: Limits) -> AsyncIterator[bytes]:
+    """The body in pieces of about `_BATCH_BYTES`, counted and timed as they come."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise BodyTooLarge(f"the body has {announced} bytes, and {limit} are allowed")
     chunks = request.stream()
     batch = bytearray()
-    total = 0
+    total = enough = 0
+    until = anyio.current_time()
     while True:
-        with anyio.move_on_after(idle_seconds) as waiting:
+        if total >= enough:
+            enough = total + limits.least_bytes
+            until = anyio.current_time() + limits.idle_seconds
+        with anyio.CancelScope(deadline=until) as waiting:
             chunk = await anext(chunks, None)
         if waiting.cancelled_caught:
-            raise BodyStalled(f"{total} bytes came, and then none for {idle_seconds:g} s")
+            raise BodyStalled(
+                f"{total} bytes came, fewer than {limits.least_bytes} of them in the last "
+                f"{limits.idle_seconds:g} s"
+            )
         if chunk is None:
             break
         total += len(chunk)
@@ -143,8 +154,10 @@ async def _batches(request: Request, limit: int, idle_seconds: float) -> AsyncIt
             raise BodyTooLarge(f"the body has more than the {limit} bytes that are allowed")
         batch += chunk
         if len(batch) >= _BATCH_BYTES:
+            paused = anyio.current_time()
             yield bytes(batch)
             batch.clear()
+            until += anyio.current_time() - paused  # a slow disk is not the caller's
     if batch:
         yield bytes(batch)
 
@@ -159,6 +172,77 @@ class _Part:
     """Where a GeoTIFF goes; None for a field."""
     size: int = 0
     """Bytes of the GeoTIFF so far."""
+
+
+class Lingering:
+    """ASGI middleware: an answer given before the body is in still reaches the caller.
+
+    A server that closes with bytes unread resets the connection, and the reset may overtake the
+    answer. So a short rest is read before the answer, which then needs no closing, and a long one
+    after it, for a while; only then is the connection closed.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, seconds: float = 5.0, size: int = 2**26, before_seconds: float = 0.1
+    ) -> None:
+        """Bound what is read on.
+
+        Args:
+            app: the application.
+            seconds: how long to read on after an answer.
+            size: how many bytes to read on after an answer.
+            before_seconds: how long an answer may wait for a short rest.
+        """
+        self._app = app
+        self._seconds = seconds
+        self._size = size
+        self._before_seconds = before_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the call on; see the body to its end where the application did not."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = _Rest(receive, Headers(scope=scope))
+        closing = False
+
+        async def send_lingering(message: Message) -> None:
+            nonlocal closing
+            if message["type"] == "http.response.start":
+                await body.read_on(_BATCH_BYTES, self._before_seconds)
+                closing = not body.ended
+                if closing:
+                    MutableHeaders(scope=message)["Connection"] = "close"
+            if closing and message["type"] == "http.response.body" and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                await body.read_on(self._size, self._seconds)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        await self._app(scope, body.receive, send_lingering)
+
+
+class _Rest:
+    """What of a body has not come yet."""
+
+    def __init__(self, receive: Receive, headers: Headers) -> None:
+        self._receive = receive
+        self.ended = headers.get("content-length", "0") == "0" and (
+            "transfer-encoding" not in headers
+        )
+
+    async def receive(self) -> Message:
+        """The next message, for the application."""
+        message = await self._receive()
+        if not message.get("more_body"):  # the last, or a disconnect
+            self.ended = True
+        return message
+
+    async def read_on(self, size: int, seconds: float) -> None:
+        """Read and forget, within bounds."""
+        with anyio.move_on_after(seconds):
+            while size > 0 and not self.ended:
+                size -= len((await self.receive()).get("body", b""))
 
 
 class _FormReader:

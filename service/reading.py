@@ -32,8 +32,12 @@ CLEAR_CLASSES = range(4, 8)
 # Float rasters mark missing pixels by -3.4e38 and its like, with a nodata tag or without.
 _NO_VALUE = 1e30
 _MAX_OPEN = 256
-# Points are read in windows of about this many pixels a side.
+# An open file keeps the block that it decoded last; together they may take this much memory.
+_MAX_HELD_BYTES = 256 * 2**20
+# Points are read in windows of about this many pixels a side,
 _CELL = 256
+# and of no more than these bytes, however large a block is.
+_CELL_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +152,7 @@ class StackReader:
         self._used = tuple(range(stack.observations) if used is None else used)
         self._layers = _layers(stack, self._used)
         self._open: dict[SourceFile, rasterio.DatasetReader] = {}
+        self._held_bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -165,6 +170,7 @@ class StackReader:
         while self._open:
             _, dataset = self._open.popitem()
             dataset.close()
+        self._held_bytes = 0
 
     def read(self, window: Window) -> Sits:
         """Decode a window.
@@ -210,6 +216,9 @@ class StackReader:
         values = np.empty(shape, dtype=np.float32)
         valid = np.empty((shape[0], shape[2]), dtype=np.bool_)
         height, width = (max(1, _CELL // side) * side for side in self._stack.block)
+        most = max(1, _CELL_BYTES // (4 * shape[0] * shape[1]))
+        width = min(width, most)
+        height = min(height, max(1, most // width))
         cells = defaultdict(list)
         for n, cell in enumerate(zip(row // height, column // width, strict=True)):
             cells[cell].append(n)
@@ -277,9 +286,11 @@ class StackReader:
         if dataset is not None:
             yield dataset
             return
-        dataset = open_geotiff(read.source.path, block_bytes=read.planes[0].block_bytes)
-        if len(self._open) < _MAX_OPEN:
+        block_bytes = read.planes[0].block_bytes
+        dataset = open_geotiff(read.source.path, block_bytes=block_bytes)
+        if len(self._open) < _MAX_OPEN and self._held_bytes + block_bytes <= _MAX_HELD_BYTES:
             self._open[read.source] = dataset
+            self._held_bytes += block_bytes
             yield dataset
             return
         with dataset:

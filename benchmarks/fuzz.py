@@ -1,0 +1,209 @@
+"""Mutated GeoTIFFs through the real service, on a real socket, until it breaks or does not.
+
+    python benchmarks/fuzz.py [--cases 10000] [--first 0] [--workers 2]
+
+Each worker is a process that holds a service and sends it one case after another, so that a
+crash in C ends that process alone, and is told with the seed that did it. A case fails when the
+process dies, when no answer comes within the limit, when the status is 5xx, or when the answer
+tells anything of the inside. The last line is the count, as JSON; a failure makes it exit 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the kits of the tests
+
+from mutations import Case, case, sound_files  # noqa: E402 - from the folder just named
+from serving import served  # noqa: E402
+from tiny_zoo import write_zoo  # noqa: E402
+
+LIMIT_SECONDS = 60.0
+# Of a service that takes uploads from strangers on a small machine.
+SETTINGS = {"max_raster_bytes": 64 * 2**20, "max_body_bytes": 8 * 2**20, "max_concurrency": 1}
+_INSIDE = re.compile(
+    rb"Traceback|site-packages|\.py\b|rasterio|CPLE_|numpy|onnx|0x[0-9a-f]{6,}|pimc-|/tmp|"
+    rb"/(?:home|root|usr|var|work|proc)/|\d{4}\.tif"
+)
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What came of the cases."""
+
+    cases: int = 0
+    seconds: float = 0.0
+    slowest: float = 0.0
+    slowest_seed: int = -1
+    peak_mb: int = 0
+    """Largest resident memory of a worker, in MiB."""
+    codes: Counter[str] = field(default_factory=Counter)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+
+def main() -> None:
+    """Run the cases asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT_SECONDS, help="seconds a case may take"
+    )
+    parser.add_argument("--keep", type=Path, help="folder for the files of cases that fail")
+    asked = parser.parse_args()
+    begun = time.monotonic()
+    report = Report()
+    shares = [range(asked.first + n, asked.first + asked.cases, asked.workers)
+              for n in range(asked.workers)]  # fmt: skip
+    lock = threading.Lock()
+    threads = [
+        threading.Thread(target=_watch, args=(list(share), report, lock, asked.limit))
+        for share in shares
+    ]
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        os.environ["TMPDIR"] = folder
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        left = [name for name in os.listdir(folder) if name.startswith("pimc-")]  # noqa: PTH208 - names
+    report.seconds = round(time.monotonic() - begun, 1)
+    if left:
+        report.failures.append({"seed": None, "why": f"left behind: {left[:5]}"})
+    if asked.keep:
+        _keep(report, asked.keep)
+    print(json.dumps({**vars(report), "codes": dict(report.codes.most_common())}))
+    sys.exit(1 if report.failures else 0)
+
+
+def _watch(seeds: list[int], report: Report, lock: threading.Lock, limit: float) -> None:
+    """Have workers do these cases, a new one where the last has died or hangs."""
+    context = multiprocessing.get_context("spawn")
+    while seeds:
+        ours, theirs = context.Pipe()
+        worker = context.Process(target=work, args=(theirs, seeds), daemon=True)
+        worker.start()
+        theirs.close()
+        why = _listen(ours, worker, seeds, report, lock, limit)
+        if why:
+            with lock:
+                report.cases += 1
+                report.failures.append({"seed": seeds[0], "why": why})
+            print(f"seed {seeds[0]}: {why}", file=sys.stderr)
+            del seeds[0]
+        worker.kill()
+        worker.join()
+
+
+def _listen(
+    ours: Connection, worker: BaseProcess, seeds: list[int], report: Report, lock: threading.Lock,
+    limit: float,
+) -> str:  # fmt: skip
+    """Take in answers until all are there, or the worker does not go on; why it does not."""
+    patience = limit + 60  # the first case waits for the service to start
+    while seeds:
+        if not ours.poll(patience):
+            return f"no answer within {limit:g} s"
+        patience = limit
+        try:
+            told = ours.recv()
+        except EOFError:
+            worker.join()
+            return f"the process died: exit code {worker.exitcode}"
+        if told is None:
+            continue  # the service is up
+        with lock:
+            report.cases += 1
+            report.codes[told["code"]] += 1
+            report.peak_mb = max(report.peak_mb, told["peak_mb"])
+            if told["seconds"] > report.slowest:
+                report.slowest, report.slowest_seed = told["seconds"], seeds[0]
+            if told["why"]:
+                report.failures.append({"seed": seeds[0], "why": told["why"]})
+                print(f"seed {seeds[0]}: {told['why']}", file=sys.stderr)
+        del seeds[0]
+    return ""
+
+
+def work(theirs: Connection, seeds: list[int]) -> None:
+    """In a process of its own: a service, and the cases one after another."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-files-") as folder:
+        sound = sound_files(Path(folder))
+        with served(model_dir=write_zoo(Path(folder) / "zoo"), **SETTINGS) as client:
+            theirs.send(None)
+            for seed in seeds:
+                theirs.send(_one(client, case(seed, sound)))
+
+
+def _one(client: httpx.Client, sent: Case) -> dict[str, Any]:
+    begun = time.monotonic()
+    answer = client.post(
+        f"/{sent.task}",
+        files=[("files", file) for file in sent.files],
+        data=dict(sent.fields),
+        headers={"Accept": sent.accept},
+    )
+    seconds = round(time.monotonic() - begun, 3)
+    kind = answer.headers.get("content-type", "")
+    code = answer.json().get("code", "200") if "problem" in kind else str(answer.status_code)
+    return {
+        "code": code,
+        "seconds": seconds,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "why": wrong(answer, sent),
+    }
+
+
+def wrong(answer: httpx.Response, sent: Case) -> str:
+    """What is wrong with an answer; nothing where nothing is."""
+    if answer.status_code >= 500:
+        return f"{answer.status_code} ({sent.told}, {sent.task}): {answer.text[:300]}"
+    kind = answer.headers.get("content-type", "")
+    if not kind.startswith(
+        ("application/json", "application/problem+json", "application/geo+json")
+    ):
+        return ""
+    # What the caller said may come back: a name, a date.
+    text = answer.content
+    for name, _ in sent.files:
+        text = text.replace(name.rpartition("/")[2].encode(), b"")
+    for said in sent.fields.values():
+        text = text.replace(said.encode(), b"")
+    found = _INSIDE.search(text)
+    return f"tells of the inside ({found[0]!r}): {answer.text[:300]}" if found else ""
+
+
+def _keep(report: Report, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        sound = sound_files(Path(scratch))
+    for failure in report.failures:
+        if failure["seed"] is None:
+            continue
+        for number, (_, content) in enumerate(case(failure["seed"], sound).files):
+            (folder / f"{failure['seed']}-{number}.tif").write_bytes(content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""A short run of the fuzz of `benchmarks/fuzz.py`: mutated GeoTIFFs against the service."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from mutations import Tiff, case, edited, sound_files
+
+ROOT = Path(__file__).parents[1]
+CASES = 240
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return sound_files(tmp_path_factory.mktemp("sound"))
+
+
+def test_what_is_taken_apart_can_be_put_together(sound: dict[str, bytes], tmp_path: Path) -> None:
+    """Else the cases would be damaged by the kit, and not by the edits."""
+    for name, content in sound.items():
+        for number, same in enumerate((content, edited(content, lambda tiff, directory: None))):
+            (tmp_path / f"{number}.tif").write_bytes(same)
+        with rasterio.open(tmp_path / "0.tif") as one, rasterio.open(tmp_path / "1.tif") as two:
+            assert one.profile == two.profile, name
+            assert one.tags() == two.tags()
+            assert one.descriptions == two.descriptions
+            assert one.overviews(1) == two.overviews(1)
+            np.testing.assert_array_equal(one.read(), two.read())
+            np.testing.assert_array_equal(one.dataset_mask(), two.dataset_mask())
+
+
+def test_a_seed_is_always_the_same_case(sound: dict[str, bytes]) -> None:
+    again = dict(reversed(sound.items()))
+    assert all(case(seed, sound) == case(seed, again) for seed in range(30))
+    assert len({case(seed, sound).files for seed in range(30)}) == 30
+    assert Tiff.parse(sound["bigtiff-big-endian"]).order == ">"
+
+
+def test_no_mutated_file_crashes_hangs_or_makes_it_tell(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--cases", str(CASES),
+         "--first", "1000000", "--workers", "2"],
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report["failures"] == []
+    assert report["cases"] == CASES
+    assert run.returncode == 0
+    # The cases reach all depths: no file at all, a header that misleads, pixels, an answer.
+    codes = report["codes"]
+    for code in ("not_a_geotiff", "missing_bands", "corrupt_raster", "no_georeference", "200"):
+        assert codes.get(code, 0) >= 2, codes
