@@ -21,6 +21,9 @@ _RED_OVER_NIR = 1.3
 _BASELINE_STEP = 0.05
 _DARK_PERCENTILE = 2
 _LARGEST_UINT8 = 255
+# Nothing on Earth is so dark in its brightest tenth.
+_BRIGHT_PERCENTILE = 90
+_NEVER_SO_DARK = 9.9e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +54,26 @@ class Sample:
     """Whether the caller or a file said an offset."""
 
 
-def judge(sample: Sample) -> tuple[StackWarning, ...]:
+def judge(sample: Sample, wider: Sample | None = None) -> tuple[StackWarning, ...]:
     """Warnings about a sample; none where no pixel of it is clear.
+
+    Args:
+        sample: of the dates that a run uses.
+        wider: of dates on both sides of the change of baseline, used or not: a run of the later
+            ones alone shows no step, and needs the warning most. None where it is `sample`.
 
     Raises:
         ImplausibleReflectance: the median of the clear values is outside `PLAUSIBLE`.
     """
     if not sample.valid.any():
         return ()
-    _check_median(sample)
-    return (*_swapped(sample), *_baseline(sample))
+    clear = sample.values.transpose(0, 2, 1)[sample.valid]
+    _check_median(clear, sample)
+    return (*_dark(clear, sample), *_swapped(sample), *_baseline(wider or sample))
 
 
-def _check_median(sample: Sample) -> None:
-    median = float(np.median(sample.values.transpose(0, 2, 1)[sample.valid]))
+def _check_median(clear: NDArray[np.float32], sample: Sample) -> None:
+    median = float(np.median(clear))
     low, high = PLAUSIBLE
     if low <= median <= high:
         return
@@ -88,6 +97,18 @@ def _likely_fix(stored: float, sample: Sample) -> str:
     if stored * 1e-4 <= PLAUSIBLE[1]:
         return "the numbers stored look like reflectance x 10000: give scale=0.0001"
     return "give the scale and offset that make reflectance of the numbers stored"
+
+
+def _dark(clear: NDArray[np.float32], sample: Sample) -> Iterator[StackWarning]:
+    """A scale applied twice, by the writer and by its tag, leaves next to nothing."""
+    bright = float(np.percentile(np.abs(clear), _BRIGHT_PERCENTILE))
+    if bright < _NEVER_SO_DARK:
+        yield StackWarning(
+            code="scale_suspected",
+            detail=f"nine tenths of the clear values sampled lie below {bright:.2g}, with scale "
+            f"{sample.scale:g}: the numbers stored may be reflectance already (then give scale=1), "
+            "or missing pixels hold a number that no nodata tag names",
+        )
 
 
 def _band(sample: Sample, name: str) -> NDArray[np.float32]:

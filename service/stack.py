@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 
 import numpy as np
@@ -114,7 +115,10 @@ def open_stack(
         ),
         looks=looks,
         files=tuple(header.name for header in arranged.used),
-        warnings=_merged(arranged.granules, len(keys)),
+        warnings=(
+            *_merged(arranged.granules, len(keys)),
+            *_eight_bits(arranged.granules, bands, options),
+        ),
     )
 
 
@@ -164,6 +168,27 @@ def _merged(granules: Sequence[Granule], observations: int) -> tuple[StackWarnin
     return (StackWarning(code="merged_dates", detail=detail),)
 
 
+def _eight_bits(
+    granules: Sequence[Granule], bands: Sequence[str], options: StackOptions
+) -> tuple[StackWarning, ...]:
+    """Reflectance x 10,000 does not fit into 8 bits, and no other scale is usual."""
+    planes = [granule.planes[band] for granule in granules for band in bands]
+    small = (
+        header
+        for header, number in planes
+        if header.dtypes[number - 1] in {"uint8", "int8"}
+        and _said_scale(header, number - 1) is None
+    )
+    first = next(small, None)
+    if options.scale is not None or first is None:
+        return ()
+    detail = (
+        f"'{first.name}' holds 8-bit numbers and says no scale, so they are taken x "
+        f"{INTEGER_SCALE:g}: give the scale that makes reflectance of them"
+    )
+    return (StackWarning(code="scale_suspected", detail=detail),)
+
+
 def _plane(header: Header, number: int, options: StackOptions) -> Plane:
     at = number - 1
     dtype = np.dtype(header.dtypes[at])
@@ -183,11 +208,7 @@ def _plane(header: Header, number: int, options: StackOptions) -> Plane:
 def _radiometry(header: Header, at: int, options: StackOptions) -> tuple[float, float]:
     """Scale and offset: as asked, else GDAL's, else a tag's, else what the number type implies."""
     tags = {**header.tags, **header.band_tags[at]}
-    scale = options.scale
-    if scale is None and header.scales[at] != 1:
-        scale = header.scales[at]
-    if scale is None:
-        scale = tagged_number(tags, "scale", "scale_factor")
+    scale = _said_scale(header, at) if options.scale is None else options.scale
     offset = options.offset
     if offset is None and header.offsets[at] != 0:
         offset = header.offsets[at]
@@ -196,6 +217,13 @@ def _radiometry(header: Header, at: int, options: StackOptions) -> tuple[float, 
     # A scale of 0 would make every value the same: no scale was meant.
     usual = INTEGER_SCALE if np.dtype(header.dtypes[at]).kind in "iu" else 1.0
     return scale or usual, offset or 0.0
+
+
+def _said_scale(header: Header, at: int) -> float | None:
+    """The scale that a file says of a band."""
+    if header.scales[at] != 1:
+        return header.scales[at]
+    return tagged_number({**header.tags, **header.band_tags[at]}, "scale", "scale_factor")
 
 
 def _as_native(nodata: float | None, dtype: np.dtype[np.generic]) -> int | float | None:
@@ -228,36 +256,64 @@ def check_radiometry(stack: Stack, used: Sequence[int] | None = None) -> tuple[S
         ImplausibleReflectance: the median of the clear values is outside -0.2 to 1.6.
         CorruptRaster: a file does not decode.
     """
-    positions = _sampled_dates(stack, used)
+    positions = sorted(range(stack.observations) if used is None else used)
     if not positions:
         return ()
-    with StackReader(stack, positions) as reader:
-        parts = [reader.read(window) for window in _sampled_windows(stack)]
-    T, C = len(positions), len(stack.bands)
+    sample = _sample(stack, _sampled_dates(stack, positions))
+    beyond = _other_side(stack, positions)
+    if not beyond or not sample.integer or stack.offset_known:
+        return judge(sample)
+    wider = _sample(stack, beyond)
     return judge(
-        Sample(
-            values=np.concatenate([part.values.reshape(T, C, -1) for part in parts], axis=2),
-            valid=np.concatenate([part.valid.reshape(T, -1) for part in parts], axis=1),
-            dates=tuple(stack.dates[t] for t in positions) if stack.dates else (),
-            bands=stack.bands,
-            scale=stack.scale,
-            offset=stack.offset,
-            integer=all(plane.integer for look in stack.looks for plane in look.planes),
-            offset_known=stack.offset_known,
-        )
+        sample,
+        replace(
+            sample,
+            values=np.concatenate([sample.values, wider.values]),
+            valid=np.concatenate([sample.valid, wider.valid]),
+            dates=sample.dates + wider.dates,
+        ),
     )
 
 
-def _sampled_dates(stack: Stack, used: Sequence[int] | None) -> list[int]:
+def _sample(stack: Stack, positions: Sequence[int]) -> Sample:
+    """A few places of these dates."""
+    with StackReader(stack, positions) as reader:
+        parts = [reader.read(window) for window in _sampled_windows(stack)]
+    T, C = len(positions), len(stack.bands)
+    return Sample(
+        values=np.concatenate([part.values.reshape(T, C, -1) for part in parts], axis=2),
+        valid=np.concatenate([part.valid.reshape(T, -1) for part in parts], axis=1),
+        dates=tuple(stack.dates[t] for t in positions) if stack.dates else (),
+        bands=stack.bands,
+        scale=stack.scale,
+        offset=stack.offset,
+        integer=all(plane.integer for look in stack.looks for plane in look.planes),
+        offset_known=stack.offset_known,
+    )
+
+
+def _sides(stack: Stack, positions: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The positions before the change of baseline, and those from then on."""
+    late = [t for t in positions if stack.dates and stack.dates[t] >= BASELINE_CHANGE]
+    return [t for t in positions if t not in set(late)], late
+
+
+def _sampled_dates(stack: Stack, positions: Sequence[int]) -> list[int]:
     """A few positions, evenly spread, and where the baseline changes as many from each side."""
-    positions = sorted(range(stack.observations) if used is None else used)
-    if not stack.dates:
-        return _spread(positions, _SAMPLED_DATES)
-    early = [t for t in positions if stack.dates[t] < BASELINE_CHANGE]
-    late = [t for t in positions if stack.dates[t] >= BASELINE_CHANGE]
+    early, late = _sides(stack, positions)
     if not (early and late):
         return _spread(positions, _SAMPLED_DATES)
     return _spread(early, _SAMPLED_DATES // 2) + _spread(late, _SAMPLED_DATES // 2)
+
+
+def _other_side(stack: Stack, used: Sequence[int]) -> list[int]:
+    """A few dates from the side of the change of baseline on which no date is used."""
+    used_sides = _sides(stack, used)
+    all_sides = _sides(stack, range(stack.observations))
+    if all(used_sides) or not stack.dates:
+        return []
+    other = all_sides[0] if used_sides[1] else all_sides[1]
+    return _spread(other, _SAMPLED_DATES // 2)
 
 
 def _spread(positions: Sequence[int], n: int) -> list[int]:

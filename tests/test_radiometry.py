@@ -153,9 +153,10 @@ def test_the_offset_of_the_later_baseline_is_suspected(tmp_path: Path) -> None:
     (warning,) = check_radiometry(stack)
     assert warning.code == "baseline_offset_suspected"
     assert "2022-01-25" in warning.detail
-    assert codes(stack, [0, 1, 2]) == []
-    assert codes(stack, [3, 4, 5]) == []
-    assert codes(stack, [2, 3]) == ["baseline_offset_suspected"]
+    # Also where a run uses the dates of one side alone: the later ones then are wrong by 0.1.
+    for used in ([2, 3], [0, 1, 2], [3, 4, 5], [5]):
+        assert codes(stack, used) == ["baseline_offset_suspected"]
+    assert codes(opened(seasons(tmp_path, late=1000)[:3])) == []
 
 
 def test_without_blue_the_red_band_tells(tmp_path: Path) -> None:
@@ -182,6 +183,36 @@ def test_one_hazy_date_is_no_baseline(tmp_path: Path) -> None:
     files = seasons(tmp_path, late=0)
     files[-1] = field(tmp_path / "20230105.tif", levels=(0.3, 0.3, 0.4))
     assert codes(opened(files)) == []
+
+
+# --- scale_suspected ------------------------------------------------------------------------
+
+
+def test_a_scale_that_counts_twice_is_suspected(tmp_path: Path) -> None:
+    """Reflectance already, with the tag of the integers that it was made from."""
+    scaled = {"dtype": "float32", "times": 1}
+    twice = field(tmp_path / "a.tif", scales=(1e-4,) * 3, **scaled)
+    (warning,) = check_radiometry(opened([twice]))
+    assert warning.code == "scale_suspected"
+    assert "scale=1" in warning.detail
+    assert codes(opened([twice], scale=1.0)) == []
+    assert codes(opened([field(tmp_path / "b.tif", **scaled)])) == []
+
+
+def test_zeros_that_no_tag_calls_missing_are_suspected(tmp_path: Path) -> None:
+    zeros = write(tmp_path / "a.tif", np.zeros((3, 9, 9), "float32"), descriptions=BANDS)
+    assert codes(opened([zeros])) == ["scale_suspected"]
+
+
+def test_8_bits_need_a_scale(tmp_path: Path) -> None:
+    eight = {"dtype": "uint8", "times": 250}
+    stack = opened([field(tmp_path / "a.tif", **eight)])
+    (warning,) = stack.warnings
+    assert warning.code == "scale_suspected"
+    assert "'a.tif' holds 8-bit numbers" in warning.detail
+    assert opened([field(tmp_path / "a.tif", **eight)], scale=0.004).warnings == ()
+    tagged = field(tmp_path / "b.tif", scales=(0.004,) * 3, **eight)
+    assert opened([tagged]).warnings == ()
 
 
 # --- the sample -----------------------------------------------------------------------------

@@ -1,0 +1,201 @@
+"""Uploads over a real socket: refused ones hear why, slow ones end, nothing is held for them."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from serving import served
+from tiny_zoo import write_zoo
+
+from pimc_client import Client, PIMCError
+from service.intake import Lingering
+
+LARGE = 24 * 2**20  # more than the sockets of both sides hold
+FORM = {"Content-Type": "multipart/form-data; boundary=edge"}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def api(zoo: Path) -> Iterator[httpx.Client]:
+    with served(
+        model_dir=zoo, api_keys=("key",), max_body_bytes=300_000, upload_seconds=1
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    path = tmp_path / "large.tif"
+    with path.open("wb") as file:
+        file.truncate(LARGE)
+    return path
+
+
+def chunks() -> Iterator[bytes]:
+    yield b"--edge\r\n"
+    for _ in range(LARGE // 2**16):
+        yield bytes(2**16)
+
+
+@pytest.mark.parametrize(("key", "status"), [("", 401), ("key", 413)])
+@pytest.mark.parametrize("connection", ["keep-alive", "close"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_early_refusal_of_a_large_body_arrives(
+    api: httpx.Client, large: Path, key: str, status: int, connection: str, chunked: bool
+) -> None:
+    headers = {"X-API-Key": key, "Connection": connection}
+    for _ in range(3):
+        if chunked:
+            answer = api.post("/embed", content=chunks(), headers={**headers, **FORM})
+        else:
+            with large.open("rb") as file:
+                answer = api.post("/embed", files=[("files", file)], headers=headers)
+        assert answer.status_code == status
+        assert answer.json()["status"] == status
+
+
+def test_the_sdk_hears_it_too(api: httpx.Client, large: Path) -> None:
+    for key, code in (("wrong", "unauthorized"), ("key", "body_too_large")):
+        with Client(str(api.base_url), api_key=key) as pimc, pytest.raises(PIMCError) as caught:
+            pimc.classify_pixels([large])
+        assert code in f"{getattr(caught.value, 'code', '')} {caught.value}"
+
+
+def connected(api: httpx.Client) -> socket.socket:
+    where = (api.base_url.host, api.base_url.port or 80)
+    return socket.create_connection(where, timeout=20)
+
+
+def received(connection: socket.socket) -> bytes:
+    """All that comes, until the other side closes."""
+    found = b""
+    while more := connection.recv(65536):
+        found += more
+    return found
+
+
+def test_an_answer_before_the_whole_body_came_is_sent_at_once_and_the_rest_is_read(
+    api: httpx.Client,
+) -> None:
+    head = "POST /embed HTTP/1.1\r\nHost: here\r\nContent-Length: {}\r\nX-API-Key: {}\r\n\r\n"
+    with connected(api) as connection:
+        connection.sendall(head.format(LARGE, "wrong").encode())
+        connection.sendall(bytes(2**16))
+        begun = time.monotonic()
+        first = connection.recv(65536)
+        assert first.startswith(b"HTTP/1.1 401 ")
+        assert b"connection: close" in first.lower()
+        assert time.monotonic() - begun < 5
+        connection.sendall(bytes(LARGE - 2**16))  # nobody resets it
+        assert b"HTTP/1.1" not in received(connection)
+
+
+def test_a_short_body_that_nobody_reads_costs_no_connection(api: httpx.Client) -> None:
+    head = b"POST /nowhere HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\n"
+    with connected(api) as connection:
+        for _ in range(3):
+            connection.sendall(head + bytes(1000))
+            answer = connection.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 404 ")
+            assert b"connection: close" not in answer.lower()
+
+
+def test_what_is_read_on_is_bounded() -> None:
+    """A caller who never ends is not listened to for ever, in bytes or in seconds."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b"no"})
+
+    async def run(pause: float, **bounds: float) -> tuple[int, list[dict[str, Any]]]:
+        read, sent = 0, []
+
+        async def receive() -> dict[str, Any]:
+            nonlocal read
+            await anyio.sleep(pause)
+            read += 1000
+            return {"type": "http.request", "body": bytes(1000), "more_body": True}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "headers": [(b"content-length", b"999999999")]}
+        with anyio.fail_after(20):
+            await Lingering(app, **bounds)(scope, receive, send)
+        return read, sent
+
+    read, sent = anyio.run(lambda: run(0, size=5000, seconds=60))
+    assert read <= 2**20 + 6000
+    assert [message.get("body") for message in sent[1:]] == [b"no", b""]
+    assert (b"connection", b"close") in sent[0]["headers"]
+    read, sent = anyio.run(lambda: run(0.05, size=10**9, seconds=0.3))
+    assert 0 < read < 20_000
+    assert sent[-1].get("more_body", False) is False
+
+
+# Slow uploads -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=edge", "application/json"])
+def test_a_drip_feed_times_out(api: httpx.Client, kind: str) -> None:
+    """A byte now and then keeps no place: what counts is how much comes in the time."""
+    head = (
+        "POST /embed HTTP/1.1\r\nHost: here\r\nX-API-Key: key\r\n"
+        f"Content-Type: {kind}\r\nContent-Length: 90000\r\n\r\n--edge\r\n"
+    ).encode()
+    begun = time.monotonic()
+    with connected(api) as connection:
+        connection.sendall(head)
+        connection.settimeout(0.1)
+        answer = b""
+        while not answer and time.monotonic() - begun < 20:
+            connection.sendall(b"x")
+            try:
+                answer = connection.recv(65536)
+            except TimeoutError:
+                continue
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"body_stalled" in answer
+
+
+def test_a_silent_upload_times_out_and_gives_its_seat_back(zoo: Path) -> None:
+    with served(model_dir=zoo, max_concurrency=1, upload_seconds=1) as client:
+        idle = [connected(client) for _ in range(2)]
+        for connection in idle:
+            connection.sendall(
+                b"POST /embed HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n"
+                b"Content-Type: application/json\r\n\r\n{"
+            )
+        for connection in idle:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 408 ")
+            connection.close()
+        one = {"id": "a", "dates": ["2021-01-01", "2021-02-01"]}
+        one |= {band: [0.1, 0.2] for band in ("B02", "B04", "B08")}
+        assert client.post("/embed", json={"series": [one]}).status_code == 200
+
+
+def test_a_slow_upload_that_goes_on_is_served(api: httpx.Client) -> None:
+    """Slower than the limit in all, but never too little in its time."""
+
+    def slowly() -> Iterator[bytes]:
+        yield b'{"series": ['
+        yield b" " * 66_000
+        time.sleep(0.7)
+        yield b" " * 66_000
+        time.sleep(0.7)
+        yield b"]}"
+
+    headers = {"X-API-Key": "key", "Content-Type": "application/json"}
+    answer = api.post("/embed", content=slowly(), headers=headers)
+    assert answer.json()["code"] == "invalid_request"  # read to its end, and no series in it
