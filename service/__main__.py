@@ -11,14 +11,22 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from service.app import create_app
+from service.app import create_app, open_jobs
 from service.dependencies import Held
-from service.jobs import check_state
+from service.jobs import JobStore
 from service.security import check_binding
-from service.settings import Settings, SettingsError, read_settings, unknown_variables
+from service.settings import (
+    SHORT_KEY,
+    Settings,
+    SettingsError,
+    read_settings,
+    short_keys,
+    unknown_variables,
+)
 from service.telemetry import log_config
 
 _MISUSE = 2
+_UVICORN_FAILED = 3
 
 
 def main() -> None:
@@ -26,19 +34,22 @@ def main() -> None:
     try:
         settings = read_settings()
         check_binding(settings)
-        check_state(settings.state_folder)
+        jobs = open_jobs(settings)
     except SettingsError as error:
         sys.exit(_refusal(error))
-    serve(settings)
+    serve(settings, jobs)
 
 
-def serve(settings: Settings) -> None:
-    """Serve with settings already checked."""
+def serve(settings: Settings, jobs: JobStore) -> None:
+    """Serve with settings already checked, and the state directory held."""
     log = log_config(settings.log_level)
     logging.config.dictConfig(log)
     for name in unknown_variables():
         logging.getLogger("service").warning("%s is no setting of this service", name)
-    app = create_app(settings)
+    if short := short_keys():
+        said = "%d of the API keys have fewer than %d characters and can be guessed"
+        logging.getLogger("service").warning(said, short, SHORT_KEY)
+    app = create_app(settings, jobs)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -52,7 +63,7 @@ def serve(settings: Settings) -> None:
         server.run()
     except SystemExit as stop:
         # uvicorn has a status of its own for a start that failed; the log says why.
-        sys.exit(_MISUSE if stop.code == STARTUP_FAILURE else stop.code)
+        sys.exit(_MISUSE if stop.code == _UVICORN_FAILED else stop.code)
 
 
 class DrainingServer(uvicorn.Server):

@@ -19,7 +19,8 @@ from service.intake import Lingering
 from service.jobs import JobStore
 from service.openapi import Described
 from service.problems import add_handlers, fault
-from service.routes import explorer, health, jobs, models, tasks
+from service.routes import explorer, health, models, tasks
+from service.routes import jobs as job_routes
 from service.runner import JobRunner
 from service.security import Keys, SecurityHeaders
 from service.settings import Settings, read_settings
@@ -33,11 +34,12 @@ _DESCRIPTION = (
 )
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -> FastAPI:
     """The service as an ASGI application; models are loaded when its lifespan starts.
 
     Args:
         settings: None reads them from the environment.
+        jobs: the state directory, closed with the lifespan; None opens it when that starts.
 
     Raises:
         SettingsError: the environment makes no usable settings.
@@ -48,7 +50,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            store = await to_thread.run_sync(_open_jobs, settings)
+            store = await to_thread.run_sync(open_jobs, settings) if jobs is None else jobs
             stack.push_async_callback(to_thread.run_sync, store.close)
             # The port opens only once everything is loaded and warm, or has said why not.
             engine = await to_thread.run_sync(_load, settings)
@@ -60,6 +62,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 engine,
                 metrics,
                 max_raster_bytes=settings.max_raster_bytes,
+                roots=settings.allowed_roots,
                 workers=settings.job_workers,
                 ttl=settings.job_ttl,
                 closing=closing,
@@ -79,20 +82,32 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             )
             yield
 
-    app = Described(title="PIMC", version=_version(), description=_DESCRIPTION, lifespan=lifespan)
-    for router in (tasks.router, jobs.router, models.router, health.router, explorer.router):
+    app = Described(
+        title="PIMC",
+        version=_version(),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,  # the explorer has the page, with a policy of its own
+        redoc_url=None,
+    )
+    for router in (tasks.router, job_routes.router, models.router, health.router, explorer.router):
         app.include_router(router)
     add_handlers(app)
-    app.add_middleware(SecurityHeaders)
-    # Later is further out. The record sees every answer, and what the other let through; the pace
-    # is about the socket alone.
+    # Later is further out. The record answers what nobody foresaw, which is protected as well; the
+    # pace is about the socket alone.
     app.add_middleware(RequestRecord, metrics=metrics, on_fault=fault)
+    app.add_middleware(SecurityHeaders)
     app.add_middleware(ReadersPace)
     app.add_middleware(Lingering)
     return app
 
 
-def _open_jobs(settings: Settings) -> JobStore:
+def open_jobs(settings: Settings) -> JobStore:
+    """The state directory, held until it is closed.
+
+    Raises:
+        SettingsError: it cannot be used, or another service uses it.
+    """
     return JobStore(settings.state_folder, ttl=settings.job_ttl, max_waiting=settings.max_jobs)
 
 

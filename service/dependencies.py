@@ -20,7 +20,7 @@ from service.intake import Limits
 from service.jobs import JobStore
 from service.negotiation import prefers_async
 from service.runner import JobRunner
-from service.security import Keys
+from service.security import Keys, check_reached
 from service.settings import Settings
 from service.telemetry import Metrics
 
@@ -101,6 +101,7 @@ async def known_caller(
     Raises:
         Unauthorized: none or a wrong one came.
     """
+    check_reached(request.scope, app.settings)
     return app.keys.check(request.headers)
 
 

@@ -164,7 +164,8 @@ class Engine:
 
     def close(self) -> None:
         """Let the threads go; a call in progress still ends."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        # Batches not begun are not cancelled: who waits for one taken back here waits for ever.
+        self._pool.shutdown(wait=True)
 
     def __enter__(self) -> Engine:
         return self
@@ -462,15 +463,14 @@ def open_session(bundle: Bundle, provider: str) -> Session:
 def pick_variant(card: ModelCard, provider: str) -> Precision:
     """The variant to load: float16 on CUDA, int8 on a CPU, where it costs nearly nothing.
 
-    A variant whose measured loss reaches `TOLERATED_LOSS` in any metric is never taken, and int8
-    only where a loss was measured at all; float32 otherwise.
+    A variant whose loss nobody measured, or whose measured loss reaches `TOLERATED_LOSS` in any
+    metric, is never taken; float32 otherwise.
     """
     wish: Precision = "float16" if provider == CUDA else "int8"
     for variant in card.variants:
         if variant.name == wish:
             worst = min(variant.loss.values(), default=0.0)
-            measured = bool(variant.loss) or wish == "float16"
-            if measured and worst > -TOLERATED_LOSS:
+            if variant.loss and worst > -TOLERATED_LOSS:
                 return wish
     return "float32"
 
@@ -628,8 +628,10 @@ def _wanted(providers: Providers) -> str:
                 + ", ".join(onnxruntime.get_available_providers())
             )
         return CPU
-    if providers == "auto" and not _has_driver():
-        return CPU  # asking all the same would print ONNX Runtime's alarm about missing libraries
+    if not _has_driver():  # asking all the same would print ONNX Runtime's alarm about libraries
+        if providers == "cuda":
+            raise ProviderUnavailable("CUDA is demanded, but NVIDIA's driver is not installed")
+        return CPU
     if hasattr(onnxruntime, "preload_dlls"):
         # CUDA and cuDNN that came as wheels lie on no loader path. What it cannot find it prints.
         with contextlib.redirect_stdout(io.StringIO()) as said:

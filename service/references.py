@@ -120,13 +120,13 @@ async def fetch_items(
     return tuple(files)
 
 
-def check_again(files: Iterable[SourceFile], folder: Path, settings: Settings) -> None:
+def check_again(files: Iterable[SourceFile], folder: Path, roots: Sequence[Path]) -> None:
     """See that files read where they lie may still be read: roots change, and so do links.
 
     Args:
         files: of an order made earlier.
         folder: the order's own; what lies there was fetched or uploaded.
-        settings: the roots that may be read now.
+        roots: what may be read now.
 
     Raises:
         ForbiddenReference: one may not, or is not there any more.
@@ -134,7 +134,7 @@ def check_again(files: Iterable[SourceFile], folder: Path, settings: Settings) -
     for n, file in enumerate(files):
         if not file.path.is_relative_to(folder):
             place = _Local(field=f"items.{n}.href", last=file.name, path=file.path)
-            place.find(settings.allowed_roots)
+            place.find(roots)
 
 
 # Places -------------------------------------------------------------------------------------

@@ -13,13 +13,15 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from service.engine import Engine
 from service.errors import InternalError, PIMCError, UnknownModel, no_room
 from service.executors import Cancelled
 from service.jobs import Job, JobStore, WindowFile
-from service.orders import Ready, carry_out, prepare, reply_document
+from service.orders import RasterOrder, Ready, carry_out, prepare, reply_document
+from service.references import check_again
 from service.telemetry import CountedExecutor, Metrics, job_named
 
 _LOG = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class JobRunner:
         engine: the models.
         metrics: counts them.
         max_raster_bytes: decoded bytes that a stack may have.
+        roots: folders whose files a job may read where they lie.
         workers: jobs that run at once.
         ttl: seconds for which an ended job is kept.
         closing: set once the service stops.
@@ -49,6 +52,7 @@ class JobRunner:
         metrics: Metrics,
         *,
         max_raster_bytes: int,
+        roots: Sequence[Path],
         workers: int,
         ttl: float,
         closing: threading.Event,
@@ -57,6 +61,7 @@ class JobRunner:
         self._engine = engine
         self._metrics = metrics
         self._max_raster_bytes = max_raster_bytes
+        self._roots = roots
         self._sweep_seconds = min(_SWEEP_SECONDS, max(0.1, ttl / 10))
         self._closing = closing
         self._turn = threading.Condition()
@@ -201,8 +206,11 @@ class JobRunner:
         self._store.succeed(job)
 
     def _compute(self, job: Job, cancelled: threading.Event) -> None:
+        order = self._store.order(job)
+        if isinstance(order, RasterOrder):
+            check_again(order.files, self._store.folder(job), self._roots)
         ready = prepare(
-            self._store.order(job),
+            order,
             self._engine,
             max_raster_bytes=self._max_raster_bytes,
             rasters=True,

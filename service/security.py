@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,10 +15,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import Unauthorized
 from service.settings import KEY_HASH, Settings, SettingsError
 
-_HEADERS = {
+# For what a browser is not meant to show: nothing may be loaded, run or framed.
+_NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+# Of these a route may know better.
+_DEFAULTS: Mapping[str, str] = {
+    "Content-Security-Policy": _NOTHING,
+    # Answers are made of somebody's data, and may be of one key alone.
+    "Cache-Control": "no-store",
 }
 
 
@@ -92,6 +103,61 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def check_reached(scope: Scope, settings: Settings) -> None:
+    """Serve nobody who came by an address that others can reach, where nobody is asked for a key.
+
+    `check_binding` says so at the start; this holds where another server than `python -m service`
+    binds the address, and the application never learns which.
+
+    Raises:
+        Unauthorized: no key is set, and nobody said that this is meant.
+    """
+    if settings.api_keys or settings.allow_anonymous:
+        return
+    host = (scope.get("server") or ("", None))[0]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a socket in the file system, or a test without a network
+        return
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    if not (mapped or address).is_loopback:
+        raise Unauthorized(
+            "the service is reached by an address that is open to others, and has no keys: its "
+            "administrator sets PIMC_API_KEYS, or PIMC_ALLOW_ANONYMOUS=1"
+        )
+
+
+def page_policy(html: str, *, styles: str = "", images: str = "'self' data:", cdn: str = "") -> str:
+    """The Content-Security-Policy of a page: its own scripts and styles, and what it says.
+
+    Args:
+        html: the page; the scripts and styles written into it may run as they are now, by hash.
+        styles: further sources of styles.
+        images: sources of images.
+        cdn: a host of scripts and styles.
+    """
+    scripts = [cdn, *_hashes(html, "script")]
+    sheets = [cdn, styles, *([] if styles else _hashes(html, "style"))]
+    rules = {
+        "default-src": ["'none'"],
+        "script-src": ["'self'", *scripts],
+        "style-src": ["'self'", *sheets],
+        "img-src": [images],
+        "font-src": ["'self'"],
+        "connect-src": ["'self'"],
+        "base-uri": ["'none'"],
+        "form-action": ["'none'"],
+        "frame-ancestors": ["'none'"],
+    }
+    return "; ".join(" ".join([rule, *filter(None, said)]) for rule, said in rules.items())
+
+
+def _hashes(html: str, tag: str) -> list[str]:
+    found = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    digests = (hashlib.sha256(text.encode()).digest() for text in found)
+    return [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+
+
 class SecurityHeaders:
     """ASGI middleware: the headers that keep a browser from guessing, leaking and framing."""
 
@@ -103,7 +169,10 @@ class SecurityHeaders:
 
         async def send_protected(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(_HEADERS)
+                headers = MutableHeaders(scope=message)
+                headers.update(_HEADERS)
+                for name, value in _DEFAULTS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         await self._app(scope, receive, send_protected)

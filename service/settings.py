@@ -19,6 +19,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 PREFIX = "PIMC_"
 KEY_HASH = "sha256:"
 """How an API key begins that came hashed, and that every key is kept as."""
+SHORT_KEY = 16
+"""An API key of fewer characters is warned about: a hash without salt keeps no short secret."""
 _SHA256 = re.compile(KEY_HASH + r"[0-9a-fA-F]{64}")
 _HOST = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<host>[^:\[\]/@\s]+))(?::(?P<port>\d{1,5}))?")
 _NAME = re.compile(r"(?=.{1,253}\.?$)[a-zA-Z0-9_-]{1,63}(\.[a-zA-Z0-9_-]{1,63})*\.?")
@@ -198,6 +200,13 @@ def read_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - whatever a fi
             for e in error.errors(include_input=False)  # a key must not end in a log
         ]
         raise SettingsError("\n".join(lines)) from error
+
+
+def short_keys(environment: Mapping[str, str] = os.environ) -> int:
+    """How many API keys came plain and are short enough to be guessed."""
+    parts = environment.get(f"{PREFIX}API_KEYS", "").split(",")
+    keys = [key.strip() for key in parts if not key.strip().startswith(KEY_HASH)]
+    return sum(0 < len(key) < SHORT_KEY for key in keys)
 
 
 def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:

@@ -246,17 +246,16 @@ def test_other_schemes_are_refused(root: Path, folder: Path, href: str) -> None:
 
 
 def test_a_file_is_looked_at_again(root: Path, folder: Path) -> None:
-    settings = Settings(allowed_roots=(root,))
     path = root / "in" / "2021-01-05.tif"
     mine = SourceFile(name="x", path=folder / "0000.tif")
     files = (mine, *fetch(str(path), folder, allowed_roots=(root,)))
-    check_again(files, folder, settings)
+    check_again(files, folder, (root,))
     with pytest.raises(ForbiddenReference, match=r"items\.1"):
-        check_again(files, folder, Settings(allowed_roots=(folder,)))
+        check_again(files, folder, (folder,))
     path.unlink()
     path.symlink_to(root.parent / "secret.tif")
     with pytest.raises(ForbiddenReference, match=r"items\.1"):
-        check_again(files, folder, settings)
+        check_again(files, folder, (root,))
 
 
 # Hosts ------------------------------------------------------------------------------------------
@@ -706,6 +705,51 @@ def test_options_are_those_of_a_form(api: httpx.Client, scene: Path, web: Host) 
     )
     assert (sent.status_code, named.status_code) == (200, 200), named.text
     assert named.json() == sent.json()
+
+
+def finished(api: httpx.Client, job: str) -> dict[str, object]:
+    until = time.monotonic() + 60
+    while (info := api.get(f"/jobs/{job}").json())["status"] in {"accepted", "running"}:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return dict(info)
+
+
+@pytest.mark.parametrize("kind", ["path", "http"])
+def test_a_job_reads_what_was_named(api: httpx.Client, scene: Path, web: Host, kind: str) -> None:
+    body = {"items": items(scene, web, kind)}
+    at_once = api.post("/classify-pixels", json=body)
+    job = api.post("/classify-pixels", json=body, headers={"Prefer": "respond-async"})
+    assert job.status_code == 202, job.text
+    name = job.json()["jobID"]
+    assert finished(api, name)["status"] == "successful"
+    assert api.get(f"/jobs/{name}/result").content == at_once.content
+    api.delete(f"/jobs/{name}")
+    assert len(list(scene.iterdir())) == 3  # a job's files are its own, and these are not
+
+
+def test_a_job_resumed_under_other_roots_reads_nothing(tmp_path: Path) -> None:
+    zoo, old, new = (tmp_path / name for name in ("zoo", "old", "new"))
+    write_bundle(zoo, "pixels-landcover", "classify-pixels", "pixel", slow=True)
+    old.mkdir()
+    new.mkdir()
+    for month in (3, 5, 7):
+        bands = np.full((3, 120, 120), 2000, np.uint16)
+        path = old / f"2021-0{month}-01.tif"
+        rasters.write(path, bands, descriptions=["B02", "B04", "B08"])
+    body = {"items": [{"href": str(path)} for path in sorted(old.iterdir())]}
+    there = {"model_dir": zoo, "state_dir": tmp_path / "state"}
+    with served(**there, allowed_roots=(old,)) as first:
+        # One runs, one waits; neither is through when the service stops.
+        asked = [
+            first.post("/classify-pixels", json=body, headers={"Prefer": "respond-async"})
+            for _ in range(2)
+        ]
+    names = [answer.json()["jobID"] for answer in asked]
+    with served(**there, allowed_roots=(new,)) as second:
+        assert [finished(second, name)["status"] for name in names] == ["failed", "failed"]
+        for name in names:
+            problem(second.get(f"/jobs/{name}/result"), "forbidden_reference")
 
 
 def problem(answer: httpx.Response, code: str) -> str:

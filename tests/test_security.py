@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import re
+from collections.abc import Iterator
 
+import httpx
 import pytest
+from serving import served
 from starlette.datastructures import Headers
+from tiny_zoo import write_bundle
 
 from service.errors import Unauthorized
-from service.security import Keys
+from service.security import Keys, check_reached, page_policy
 from service.settings import Settings
 
 
@@ -55,3 +61,88 @@ class TestKeys:
         for given in (digest, f"sha256:{digest}"):
             with pytest.raises(Unauthorized):
                 keys("key-of-one").check(bearer(given))
+
+
+class TestReached:
+    @pytest.mark.parametrize(
+        "address", ["192.168.1.5", "10.0.0.1", "2001:db8::1", "::ffff:10.0.0.1"]
+    )
+    def test_an_open_address_serves_nobody_without_a_key_or_a_word(self, address: str) -> None:
+        scope = {"server": (address, 8000)}
+        with pytest.raises(Unauthorized, match="PIMC_ALLOW_ANONYMOUS"):
+            check_reached(scope, Settings())
+        check_reached(scope, Settings(allow_anonymous=True))
+        check_reached(scope, Settings(api_keys=("k",)))
+
+    @pytest.mark.parametrize(
+        "server",
+        [("127.0.0.1", 80), ("::1", 80), ("::ffff:127.0.0.1", 80), ("/run/pimc.sock", None), None],
+    )
+    def test_this_machine_alone_needs_none(self, server: tuple[str, int | None] | None) -> None:
+        check_reached({"server": server}, Settings())
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    zoo = tmp_path_factory.mktemp("zoo")
+    write_bundle(zoo, "embed-pixel", "embed", "pixel")
+    with served(model_dir=zoo, api_keys="swordfish") as client:
+        yield client
+
+
+def policy(answer: httpx.Response) -> dict[str, list[str]]:
+    rules = [rule.split() for rule in answer.headers["Content-Security-Policy"].split(";")]
+    return {rule[0]: rule[1:] for rule in rules}
+
+
+class TestHeaders:
+    @pytest.mark.parametrize(
+        ("method", "path", "status"),
+        [
+            ("GET", "/", 200),
+            ("GET", "/docs", 200),
+            ("GET", "/openapi.json", 200),
+            ("GET", "/health/live", 200),
+            ("GET", "/metrics", 200),
+            ("GET", "/models", 401),
+            ("POST", "/embed", 401),
+            ("GET", "/nowhere", 404),
+            ("PUT", "/models", 405),
+        ],
+    )
+    def test_every_answer_is_protected(
+        self, api: httpx.Client, method: str, path: str, status: int
+    ) -> None:
+        answer = api.request(method, path)
+        assert answer.status_code == status
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Referrer-Policy"] == "no-referrer"
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert "Access-Control-Allow-Origin" not in answer.headers
+        rules = policy(answer)
+        assert rules["default-src"] == rules["frame-ancestors"] == rules["base-uri"] == ["'none'"]
+        assert "'unsafe-inline'" not in rules.get("script-src", [])
+        assert "'unsafe-eval'" not in answer.headers["Content-Security-Policy"]
+
+    @pytest.mark.parametrize("path", ["/", "/docs"])
+    def test_a_pages_policy_lets_the_page_itself_run_and_nothing_else(
+        self, api: httpx.Client, path: str
+    ) -> None:
+        answer = api.get(path)
+        rules = policy(answer)
+        for tag, rule in (("script", "script-src"), ("style", "style-src")):
+            for inline in re.findall(rf"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL):
+                digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+                assert f"'sha256-{digest}'" in rules[rule]
+        sources = re.findall(r"(?:src|href)=\"(https?://[^/\"]+)", answer.text)
+        for source in sources:
+            assert source in rules["script-src"]
+            assert source in rules["style-src"]
+        assert path == "/docs" or not sources
+        assert not re.search(r"\son\w+=", answer.text)  # no handler written into the page
+        if path == "/":
+            assert "'unsafe-inline'" not in rules["style-src"]
+
+    def test_a_changed_script_has_another_policy(self) -> None:
+        assert page_policy("<script>a()</script>") != page_policy("<script>b()</script>")

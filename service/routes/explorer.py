@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
+from starlette.requests import Request
+
+from service.security import page_policy
+
+_CDN = "https://cdn.jsdelivr.net"
 
 router = APIRouter(include_in_schema=False)
 
@@ -30,6 +36,22 @@ _PAGE = """<!doctype html>
 
 
 @router.get("/", response_class=HTMLResponse)
-async def home() -> str:
+async def home() -> HTMLResponse:
     """The endpoints, listed."""
-    return _PAGE
+    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": page_policy(_PAGE)})
+
+
+@router.get("/docs", response_class=HTMLResponse)
+async def documentation(request: Request) -> HTMLResponse:
+    """Swagger UI over the OpenAPI document."""
+    page = get_swagger_ui_html(
+        openapi_url=f"{request.scope.get('root_path', '')}/openapi.json",
+        title="PIMC - API",
+        swagger_js_url=f"{_CDN}/npm/swagger-ui-dist@5/swagger-ui-bundle.js",
+        swagger_css_url=f"{_CDN}/npm/swagger-ui-dist@5/swagger-ui.css",
+        swagger_favicon_url="data:,",
+    )
+    # Swagger UI writes style attributes as it goes, which no hash can foresee.
+    policy = page_policy(bytes(page.body).decode(), styles="'unsafe-inline'", cdn=_CDN)
+    page.headers["Content-Security-Policy"] = policy
+    return page

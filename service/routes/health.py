@@ -33,6 +33,7 @@ async def ready(app: App) -> Ready:
         raise NotReady("the service is stopping", retry_after=10)
     engine = app.engine
     lacking = [_why(engine, *which) for which in DEFAULTS.values() if not _served(engine, *which)]
+    lacking += [f"'{name}' fails on {engine.provider}" for name in engine.failing]
     if lacking:
         raise NotReady("; ".join(lacking), retry_after=60)
     return Ready(

@@ -1,0 +1,171 @@
+"""The start, as a process of its own: ready or refused in a sentence, and nothing heavy loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from models.registry import ZOO, Registry
+from service.engine import CUDA, Engine
+
+ROOT = Path(__file__).parents[1]
+RUNNING = re.compile(r"running on http://\S*?:(\d+)")
+
+
+def environment(state: Path, **settings: str) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PIMC_")}
+    return {**inherited, "PIMC_STATE_DIR": str(state), "PIMC_PROVIDERS": "cpu", **settings}
+
+
+def refused(state: Path, **settings: str) -> tuple[int, str]:
+    """How `python -m service` ends, and what it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "service"],
+        cwd=ROOT,
+        env=environment(state, **settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+@contextmanager
+def started(log: Path, *command: str, **settings: str) -> Iterator[int]:
+    """The port of a service that runs as a process; its log is in a file."""
+    with log.open("w") as to:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            env=environment(log.parent / "state", **settings),
+            stderr=to,
+        )
+    try:
+        until = time.monotonic() + 60
+        while not (found := RUNNING.search(log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        yield int(found[1])
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", socket.gethostname()])  # noqa: S104 - refused
+def test_no_open_address_is_bound_without_a_key_or_a_word(tmp_path: Path, host: str) -> None:
+    status, said = refused(tmp_path, PIMC_HOST=host)
+    assert status == 2
+    assert said.startswith(f"PIMC_HOST is {host}, which others can reach")
+    assert len(said.splitlines()) == 1
+
+
+def test_settings_that_cannot_be_used_end_the_start_with_a_sentence_each(tmp_path: Path) -> None:
+    status, said = refused(
+        tmp_path,
+        PIMC_PORT="http",
+        PIMC_PROVIDERS="tpu",
+        PIMC_MODEL_DIR="/no/such/folder",
+        PIMC_ALLOWED_HOSTS="a/b",
+        PIMC_API_KEYS="swordfish,sha256:12",
+    )
+    assert status == 2
+    lines = dict(line.split(": ", 1) for line in said.splitlines())
+    assert set(lines) == {
+        "PIMC_PORT", "PIMC_PROVIDERS", "PIMC_MODEL_DIR", "PIMC_ALLOWED_HOSTS", "PIMC_API_KEYS",
+    }  # fmt: skip
+    assert lines["PIMC_MODEL_DIR"] == "/no/such/folder is no folder"
+    assert lines["PIMC_API_KEYS"].startswith("what begins with sha256:")
+    assert "swordfish" not in said
+
+
+def test_cuda_that_is_not_there_ends_the_start_with_a_sentence(tmp_path: Path) -> None:
+    with Engine(Registry.load(ZOO), threads=1) as engine:
+        if engine.provider == CUDA:
+            pytest.skip("needs a machine without CUDA")
+    status, said = refused(tmp_path, PIMC_PROVIDERS="cuda", PIMC_PORT="0")
+    assert status == 2
+    errors = [line for line in map(json.loads, said.splitlines()) if line["level"] == "error"]
+    assert errors[0]["message"].startswith("CUDA is demanded, but ")
+    assert "\n" not in errors[0]["message"]
+    assert not any("stack" in line for line in errors)
+
+
+def test_a_refused_bundle_is_logged_and_the_whole_zoo_serves(tmp_path: Path) -> None:
+    bad = tmp_path / "models" / "handed-in"
+    bad.mkdir(parents=True)
+    (bad / "card.json").write_text("{}")
+    log = tmp_path / "log"
+    with started(log, "service", PIMC_PORT="0", PIMC_MODEL_DIR=str(bad.parent)) as port:
+        ready = httpx.get(f"http://127.0.0.1:{port}/health/ready")
+    assert ready.status_code == 200
+    assert set(ready.json()["refused"]) == {"handed-in"}
+    assert {name.partition("@")[0] for name in ready.json()["models"]} == {
+        path.parent.name for path in ZOO.glob("*/card.json")
+    }
+    told = [line for line in map(json.loads, log.read_text().splitlines()) if "bundle" in line]
+    assert [(line["level"], line["bundle"]) for line in told] == [("error", "handed-in")]
+    assert "card.json is not valid" in told[0]["reason"]
+
+
+def own_address() -> str:
+    """An address of this machine that others can reach."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # for documentation: nothing is sent
+            address = str(probe.getsockname()[0])
+        except OSError:
+            address = "127.0.0.1"
+    if address.startswith("127."):
+        pytest.skip("needs an address besides the loopback")
+    return address
+
+
+def test_another_server_may_bind_what_it_likes_and_still_serves_no_stranger(
+    tmp_path: Path,
+) -> None:
+    command = ["uvicorn", "service.app:create_app", "--factory", "--host=0.0.0.0", "--port=0"]
+    address = own_address()
+    with (
+        started(tmp_path / "log", *command) as port,
+        httpx.Client(base_url=f"http://{address}:{port}") as stranger,
+    ):
+        answer = stranger.get("/models")
+        assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
+        assert "PIMC_API_KEYS" in answer.json()["detail"]
+        assert stranger.get("/health/live").status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/models").status_code == 200
+    with (
+        started(tmp_path / "log", *command, PIMC_API_KEYS="swordfish") as port,
+        httpx.Client(base_url=f"http://{address}:{port}") as stranger,
+    ):
+        assert stranger.get("/models").status_code == 401
+        assert stranger.get("/models", headers={"X-API-Key": "swordfish"}).status_code == 200
+
+
+def test_importing_the_service_loads_nothing_that_training_needs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import service.__main__, sys; print(*sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "onnxruntime" in loaded
+    heavy = {"torch", "onnx", "onnxscript", "sklearn", "scipy", "pandas", "matplotlib", "PIL"}
+    assert not loaded & (heavy | {"training", "pimc_client"})
