@@ -22,12 +22,22 @@ import httpx
 import numpy as np
 import pytest
 import rasters
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serving import served
 from tiny_zoo import write_bundle
 
+from pimc_client import Client, Reference
 from service.errors import BodyTooLarge, ForbiddenReference, UnreachableReference
 from service.geotiff import SourceFile
-from service.references import MAX_REDIRECTS, Patience, check_again, fetch_items
+from service.references import (
+    MAX_REDIRECTS,
+    Patience,
+    _Local,
+    _place,
+    check_again,
+    fetch_items,
+)
 from service.schemas import Item
 from service.settings import HostRule, Settings, SettingsError, read_settings
 
@@ -134,11 +144,11 @@ def names(*known: tuple[str, Sequence[str]]) -> Callable[[str, int], Awaitable[S
 
 
 def fetch(hrefs: str | Sequence[str], folder: Path, **options: object) -> tuple[SourceFile, ...]:
-    settings = Settings(
+    given_settings = Settings(
         **{k: options.pop(k) for k in list(options) if k.startswith(("allowed", "max"))}
     )
     items = [Item(href=href) for href in ([hrefs] if isinstance(hrefs, str) else hrefs)]
-    return anyio.run(lambda: fetch_items(items, folder, settings, **options))
+    return anyio.run(lambda: fetch_items(items, folder, given_settings, **options))
 
 
 # Off --------------------------------------------------------------------------------------------
@@ -239,9 +249,9 @@ def test_every_other_path_is_refused_in_the_same_words(root: Path, folder: Path,
 )
 def test_other_schemes_are_refused(root: Path, folder: Path, href: str) -> None:
     item = Item.model_construct(href=href.format(root=root))
-    settings = Settings(allowed_roots=(root,), allowed_hosts="127.0.0.1")
+    rules = Settings(allowed_roots=(root,), allowed_hosts="127.0.0.1")
     with pytest.raises(ForbiddenReference) as caught:
-        anyio.run(lambda: fetch_items([item], folder, settings))
+        anyio.run(lambda: fetch_items([item], folder, rules))
     assert str(root) not in caught.value.detail
 
 
@@ -256,6 +266,29 @@ def test_a_file_is_looked_at_again(root: Path, folder: Path) -> None:
     path.symlink_to(root.parent / "secret.tif")
     with pytest.raises(ForbiddenReference, match=r"items\.1"):
         check_again(files, folder, (root,))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.one_of(
+        st.text(max_size=40),
+        st.builds("{}{}".format, st.sampled_from(["/", "file:", "file://", "http://"]), st.text()),
+        st.builds("http://127.0.0.1{}".format, st.text(max_size=20)),
+        st.builds("http://{}@127.0.0.1:9/".format, st.text(max_size=20)),
+        st.builds("http://127.0.0.1:{}/".format, st.integers(-1, 99999)),
+    )
+)
+def test_any_text_is_a_place_or_refused(href: str) -> None:
+    rules = Settings(allowed_roots=("/usr/lib",), allowed_hosts="127.0.0.1")
+    with contextlib.suppress(ForbiddenReference):
+        place = _place(href, "items.0.href", rules)
+        if isinstance(place, _Local):
+            place.find(rules.allowed_roots)
+        else:
+            assert (place.url.scheme, place.host, place.url.userinfo) in {
+                ("http", "127.0.0.1", b""),
+                ("https", "127.0.0.1", b""),
+            }
 
 
 # Hosts ------------------------------------------------------------------------------------------
@@ -705,6 +738,15 @@ def test_options_are_those_of_a_form(api: httpx.Client, scene: Path, web: Host) 
     )
     assert (sent.status_code, named.status_code) == (200, 200), named.text
     assert named.json() == sent.json()
+
+
+def test_the_sdk_names_files_too(api: httpx.Client, scene: Path, web: Host) -> None:
+    references = [Reference(**item) for item in items(scene, web, "http")]
+    sent = [str(scene / f"{name}.tif") for name in "abc"]
+    with Client(str(api.base_url)) as pimc:
+        named = pimc.classify_pixels(references)
+        by_hand = pimc.classify_pixels(sent, dates=DATES)
+    assert (named.array == by_hand.array).all()
 
 
 def finished(api: httpx.Client, job: str) -> dict[str, object]:
