@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from service.errors import (
     STATUS,
@@ -28,6 +29,8 @@ from service.executors import Cancelled
 from service.schemas import invalid_request
 
 PROBLEM = "application/problem+json"
+
+METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
 _LOG = logging.getLogger(__name__)
 _CLOSED = 499  # as nginx calls it: the caller went away, and nobody reads the answer
@@ -103,10 +106,20 @@ def _on_http(request: Request, error: Exception) -> Response:
     if error.status_code == STATUS[NotFound.code]:
         return problem(request, NotFound(f"there is no {request.url.path}"))
     if error.status_code == STATUS[MethodNotAllowed.code]:
-        allowed = (error.headers or {}).get("Allow", "")
+        allowed = ", ".join(_allowed(request))
         detail = f"{request.url.path} takes {allowed}, not {request.method}"
         return problem(request, MethodNotAllowed(detail), {"Allow": allowed})
     return problem(request, InvalidRequest(str(error.detail)))
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods that a path takes; the framework's own error names those of one route alone."""
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    return [
+        method
+        for method, scope in scopes.items()
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    ]
 
 
 def _on_validation(request: Request, error: Exception) -> Response:

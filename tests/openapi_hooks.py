@@ -1,0 +1,28 @@
+"""What schemathesis cannot know from the description: files that are GeoTIFFs."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import schemathesis
+from hypothesis import strategies as st
+from rasters import write
+
+BANDS = ("B02", "B03", "B04", "B08")
+
+
+def _geotiffs() -> list[bytes]:
+    """Two dates of a small scene, and what is no TIFF."""
+    made = [b"no TIFF"]
+    values = np.random.default_rng(4).integers(300, 4000, (2, 4, 66, 67)).astype(np.uint16)
+    with tempfile.TemporaryDirectory() as folder:
+        for day, bands in zip(("2021-03-01", "2021-06-01"), values, strict=True):
+            path = Path(folder) / "a.tif"
+            write(path, bands, descriptions=BANDS, tags={"datetime": day}, compress="deflate")
+            made.append(path.read_bytes())
+    return made
+
+
+schemathesis.openapi.media_type("image/tiff", st.sampled_from(_geotiffs()))

@@ -1,0 +1,68 @@
+"""The description against the service: schemathesis, every check on, GeoTIFFs where files go.
+
+The longer run: `SCHEMATHESIS_EXAMPLES=300 python -m pytest tests/test_openapi_fuzz.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import served
+from tiny_zoo import write_zoo
+
+TESTS = Path(__file__).parent
+EXAMPLES = os.environ.get("SCHEMATHESIS_EXAMPLES", "6")
+ALIKE = "^/(classify-pixels|forecast|landcover)$"  # as /embed, which takes whatever they take
+
+_COMMAND = "from schemathesis.cli import schemathesis; schemathesis()"
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with served(
+        model_dir=write_zoo(tmp_path_factory.mktemp("zoo")),
+        api_keys=("key",),
+        max_body_bytes=10**6,
+        max_raster_bytes=10**8,
+    ) as client:
+        yield client
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "part", [["--exclude-path-regex", ALIKE], ["--include-path-regex", ALIKE, "--phases=fuzzing"]]
+)
+def test_what_is_described_is_what_is_done(
+    api: httpx.Client, tmp_path: Path, part: list[str]
+) -> None:
+    if EXAMPLES != "6":
+        part = [argument for argument in part if not argument.startswith("--phases")]
+    run = subprocess.run(
+        [
+            sys.executable, "-c", _COMMAND, "--config-file", str(TESTS / "schemathesis.toml"),
+            "run", f"{api.base_url}/openapi.json", "--checks", "all", "--seed", "1", "--no-color",
+            "--header", "Authorization: Bearer key", "--max-examples", EXAMPLES, *part,
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS)))},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    told = "\n".join(line[:500] for line in run.stdout.splitlines())
+    assert run.returncode == 0, told
+    found = re.search(r"(\d+) generated, (\d+) passed", run.stdout)
+    assert found, told
+    assert int(found[1]) == int(found[2]) > 0
+
+
+def test_every_method_of_a_path_is_in_allow(api: httpx.Client) -> None:
+    for path, item in api.get("/openapi.json").json()["paths"].items():
+        answer = api.request("OPTIONS", path.replace("{job_id}", "1").replace("{name}", "x"))
+        assert answer.status_code == 405
+        allowed = set(answer.headers["Allow"].split(", "))
+        assert {method.upper() for method in item} <= allowed <= {*map(str.upper, item), "HEAD"}
