@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.recurrence import recurrence_plot
+from models.recurrence import Threshold, recurrence_plot
 
 # Typical mean and standard deviation of vegetation indices over cropland; the networks learn the
 # rest. Kept here, not measured per data set, so that two bundles see the same plot of one series.
@@ -17,6 +17,11 @@ _SPREAD = 0.25
 _BRIGHTEST = 0.275
 # Tokens that the pyramid of a pixel encoder ends with.
 _TOKENS = 4
+
+
+def standardised(series: Tensor) -> Tensor:
+    """Spectral indices in the unit that every encoder sees: about -2 to 2."""
+    return (series - _CENTER) / _SPREAD
 
 
 class _Block(nn.Module):
@@ -64,7 +69,9 @@ class PixelEncoder(nn.Module):
         plots: whether the encoder sees the recurrence plots.
         series: whether it sees the series beside them.
         calendar: whether each step also carries its place in the year.
-        threshold: of the recurrence plots, in standardised index units; None keeps distances.
+        threshold: of the recurrence plots, in standardised index units, or `point` or `distance`
+            (see `recurrence_plot`); None keeps distances.
+        percentage: of the thresholds `point` and `distance`.
         plot_dropout: share of the pixels whose plots are hidden in training, where the series
             stands beside them: without it the plots, many and alike, are what it overfits on.
     """
@@ -81,13 +88,15 @@ class PixelEncoder(nn.Module):
         plots: bool = True,
         series: bool = True,
         calendar: bool = False,
-        threshold: float | None = None,
+        threshold: Threshold = None,
+        percentage: float = 10.0,
         plot_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if not (plots or series):
             raise ValueError("an encoder needs the plots, the series or both")
-        self.plots, self.series, self.calendar, self.threshold = plots, series, calendar, threshold
+        self.plots, self.series, self.calendar = plots, series, calendar
+        self.threshold, self.percentage = threshold, percentage
         self.plot_dropout = plot_dropout if series else 0.0
         self.embedding = embedding
         self.factors = _factors(steps)
@@ -120,15 +129,17 @@ class PixelEncoder(nn.Module):
         Returns:
             Embeddings (N, D).
         """
-        standardised = (series - _CENTER) / _SPREAD
+        levels = standardised(series)
         tokens = [observed]
         if self.series:
-            tokens.append(standardised)
+            tokens.append(levels)
         if self.calendar and season is not None:
             tokens.append(season)
         if self.plots:
             # Symmetric: row j of the plot is its column j, so (N, K, M, M) folds to (N, K * M, M).
-            plots = recurrence_plot(standardised, threshold=self.threshold).flatten(1, 2)
+            plots = recurrence_plot(
+                levels, threshold=self.threshold, percentage=self.percentage
+            ).flatten(1, 2)
             tokens.append(self._hide(plots))
         x: Tensor = self.row(torch.cat(tokens, dim=1).transpose(1, 2))
         for i, level in enumerate(self.levels):

@@ -58,7 +58,7 @@ class SpectralIndices(nn.Module):
 
     def __init__(self, names: Sequence[str], bands: Sequence[str]) -> None:
         super().__init__()
-        self.names = tuple(names)
+        self.names, self.bands = tuple(names), tuple(bands)
         place = {band: i for i, band in enumerate(bands)}
         self._places = [tuple(place[b] for b in FORMULAS[name][0]) for name in names]
 

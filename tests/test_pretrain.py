@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from training.config import PatchEncoderConfig, PixelEncoderConfig
 from training.datasets import PatchSet
 from training.datasets.synthetic import make_dates, make_pixels, make_scene
+from training.export import pretrain_command
 from training.pretrain import (
     CHECKPOINT,
     LOG_FILE,
@@ -73,17 +75,10 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 def test_a_killed_run_goes_on_exactly(tmp_path, undisturbed):
-    (tmp_path / "config.json").write_text(TINY.model_dump_json())
-    program = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from pathlib import Path\n"
-        "from training.pretrain import PretrainConfig, pretrain\n"
-        "from training.sources import Places\n"
-        "folder = Path(sys.argv[1])\n"
-        "config = PretrainConfig.model_validate_json((folder / 'config.json').read_text())\n"
-        "pretrain(config, places=Places(data=Path('nowhere')), folder=folder, device='cpu')\n"
-    )
-    run = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
+    # As a person calls it, and as the card of the bundle tells it.
+    words = shlex.split(pretrain_command(TINY, tmp_path))[1:]
+    call = [sys.executable, *words, "--device", "cpu", "--data", "nowhere"]
+    run = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while run.poll() is None and not (tmp_path / CHECKPOINT).exists():
             time.sleep(0.005)
@@ -95,7 +90,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path, undisturbed):
     # What the kill may have left after the checkpoint is made anew, not kept twice.
     with (tmp_path / LOG_FILE).open("a") as file:
         file.write("1")  # a row of step 10, say, cut after its first digit
-    pretrain(TINY, places=NOWHERE, folder=tmp_path, device="cpu")
+    subprocess.run(call, cwd=ROOT, check=True, capture_output=True)
     assert rows(tmp_path) == rows(undisturbed)
     torch.testing.assert_close(weights(tmp_path), weights(undisturbed), rtol=0, atol=0)
 

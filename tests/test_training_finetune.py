@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
+import shutil
 from collections.abc import Iterator
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +15,44 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from serving import served
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from small_crops import TINY, write_crops
 from typer.testing import CliRunner
 
 from models.encoders import PixelEncoder
 from models.registry import Registry, load_bundle
-from training.__main__ import app, changed, configuration
+from training.__main__ import app
+from training.answers import load
+from training.baselines import MultilayerPerceptron, TempCNN
 from training.calibration import (
+    cross_fitted_scores,
     expected_calibration_error,
     fit_temperature,
     macro_f1,
     probabilities,
 )
 from training.classification import PixelClassification
-from training.config import ZOO, ClassifyConfig, Run
-from training.evaluate import evaluate, place_confusions, write_section
-from training.export import ParityError, check_parity, commands, export_run
+from training.config import (
+    ZOO,
+    ClassifyConfig,
+    PatchEncoderConfig,
+    PixelEncoderConfig,
+    Run,
+    changed,
+    configuration,
+)
+from training.evaluate import evaluate
+from training.export import ParityError, VersionNotRaised, check_parity, commands, export_run
 from training.finetune import (
     CHECKPOINT,
     CheckpointMismatch,
+    ManyEncoders,
+    NoGraph,
+    NothingToStopOn,
     finetune,
     fit,
     load_encoder,
@@ -40,40 +61,15 @@ from training.finetune import (
 )
 from training.landcover import cut_mix
 from training.legends import CDL
-
-TINY = [
-    "encoder.width=8",
-    "encoder.embedding=16",
-    "optimisation.batch=32",
-    "optimisation.epochs=3",
-    "optimisation.average=0.5",
-]
+from training.pretrain import PretrainConfig, pretrain
+from training.probe import embedded
+from training.sources import Places, SourcesConfig
+from training.tables import place_confusions, write_section
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Crops whose class is the height of their season, in the layout of the archive."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    n, codes, t = 192, np.array([1, 5, 176]), 36
-    kind = rng.integers(3, size=n)
-    season = np.exp(-0.5 * ((np.arange(t) - 10 - 7 * kind[:, None]) / 4) ** 2)
-    nir, red = 0.2 + 0.25 * season, 0.15 - 0.1 * season
-    bands = np.stack([red * 0.6, red, nir], axis=-1) + rng.normal(0, 0.01, (n, t, 3))
-    reflectance = (np.maximum(bands, 0.001) * 10_000).astype(np.int16)
-    reflectance[rng.random((n, t)) < 0.15] = 0
-    lonlat = np.column_stack([-120 + 0.1 * (np.arange(n) % 16), np.full(n, 36.0)]) + 0.05
-    (folder / "crops_us_2021").mkdir()
-    np.savez(
-        folder / "crops_us_2021" / "crops_us_2021_dev.npz",
-        reflectance=reflectance,
-        dates=np.array([str(date(2021, 1, 5) + timedelta(days=10 * i)) for i in range(t)]),
-        bands=np.array(["B02", "B04", "B08"]),
-        lonlat=lonlat,
-        label=codes[kind].astype(np.int16),
-        is_val=np.arange(n) % 16 >= 12,
-    )
-    return folder
+    return write_crops(tmp_path_factory.mktemp("data"))
 
 
 def tiny_run(data: Path, **fields: object) -> Run:
@@ -84,8 +80,12 @@ def tiny_run(data: Path, **fields: object) -> Run:
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    finetune(tiny_run(data), folder, device="cpu")
+    finetune(tiny_run(data), folder, device="cpu", threads=1)
     return folder
+
+
+def finished_data(folder: Path) -> Path:
+    return Run.model_validate_json((folder / "run.json").read_bytes()).data
 
 
 class Interrupted(PixelClassification):
@@ -143,6 +143,47 @@ class TestFinetune:
         assert len(few) == round(0.25 * len(whole))
         assert len(set(few.places.tolist())) <= 4
 
+    def test_early_stopping_keeps_the_best_epoch_and_goes_on_after_a_kill(
+        self, data: Path, tmp_path: Path
+    ) -> None:
+        # A rate at which nothing is learned: no epoch is better than the first.
+        config = changed(
+            tiny_run(data).config,
+            ["optimisation.epochs=9", "optimisation.patience=2", "optimisation.learning_rate=0"],
+        )
+        run = Run(config=config, data=data)
+        finetune(run, tmp_path, device="cpu", threads=1)
+        with (tmp_path / "log.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        scores = [float(row["score"]) for row in rows]
+        best = int(np.argmax(scores)) + 1
+        assert len(rows) == best + 2 < 9
+        metrics = json.loads((tmp_path / "metrics.json").read_text())
+        assert metrics["epoch_chosen_on_the_validation_places"] == best
+        # Called again, it knows that it has stopped.
+        finetune(run, tmp_path, device="cpu", threads=1)
+        with (tmp_path / "log.csv").open() as file:
+            assert len(list(csv.DictReader(file))) == len(rows)
+
+    def test_early_stopping_needs_places_left_out(self, data: Path, tmp_path: Path) -> None:
+        config = changed(tiny_run(data).config, ["optimisation.patience=2"])
+        with pytest.raises(NothingToStopOn):
+            finetune(Run(config=config, data=data, everything=True), tmp_path, device="cpu")
+
+    @pytest.mark.parametrize(
+        ("network", "encoder"), [("tempcnn", TempCNN), ("mlp", MultilayerPerceptron)]
+    )
+    def test_a_baselines_network_goes_through_the_same_loop(
+        self, data: Path, tmp_path: Path, network: str, encoder: type
+    ) -> None:
+        config = changed(
+            tiny_run(data).config, [f"network={network}", "members=2", "optimisation.epochs=1"]
+        )
+        finetune(Run(config=config, data=data), tmp_path, device="cpu", threads=1)
+        _, _, graph, _ = load_finished(tmp_path)
+        assert isinstance(graph.encoder, encoder)
+        assert all(isinstance(pair[0], encoder) for pair in graph.others)
+
     def test_starts_from_a_pretrained_encoder(self, data: Path, tmp_path: Path) -> None:
         graph = task_of(tiny_run(data)).graph()
         torch.manual_seed(7)
@@ -157,6 +198,43 @@ class TestFinetune:
         torch.save({"pixel_encoder": wide.state_dict()}, tmp_path / "wide.pt")
         with pytest.raises(CheckpointMismatch, match="size mismatch"):
             load_encoder(graph, tmp_path / "wide.pt")
+
+
+class TestProtocols:
+    """The encoder of the finished run, frozen."""
+
+    def run(self, data: Path, finished: Path, protocol: str) -> Run:
+        return tiny_run(data, pretrained=finished / "weights.pt", protocol=protocol)
+
+    def test_a_linear_probe_is_scikit_learns_and_a_graph(
+        self, data: Path, finished: Path, tmp_path: Path
+    ) -> None:
+        run = self.run(data, finished, "linear")
+        finetune(run, tmp_path, device="cpu", threads=1)
+        _, task, graph, metrics = load_finished(tmp_path)
+        frozen = torch.load(finished / "weights.pt", weights_only=True)
+        for name, weights in graph.encoder.state_dict().items():
+            torch.testing.assert_close(weights, frozen[f"encoder.{name}"], msg=name)
+        train, labels = embedded(task, graph, training=True)
+        rest, truth = embedded(task, graph, training=False)
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, tol=1e-3, max_iter=2000))
+        want = model.fit(train, labels).predict(rest)
+        assert (task.logits(graph, task.validation).argmax(axis=1) == want).mean() > 0.98
+        assert metrics["scores"]["accuracy"] == pytest.approx((want == truth).mean(), abs=0.03)
+
+    def test_nearest_neighbours_end_in_scores_alone(
+        self, data: Path, finished: Path, tmp_path: Path
+    ) -> None:
+        done = finetune(self.run(data, finished, "knn"), tmp_path / "knn", device="cpu", threads=1)
+        assert done.graph is None
+        assert done.scores["accuracy"] > 0.6
+        with pytest.raises(NoGraph):
+            export_run(tmp_path / "knn", tmp_path / "zoo")
+
+    def test_a_probe_is_of_one_encoder(self, data: Path, tmp_path: Path) -> None:
+        config = changed(tiny_run(data).config, ["members=2"])
+        with pytest.raises(ManyEncoders):
+            finetune(Run(config=config, data=data, protocol="knn"), tmp_path, device="cpu")
 
 
 class TestExport:
@@ -194,6 +272,81 @@ class TestExport:
         assert not any(node.metadata_props for node in model.graph.node)
         assert str(Path(__file__).parents[1]).encode() not in path.read_bytes()
 
+    def test_float16_stands_in_the_card_with_what_it_costs(self, zoo: Path) -> None:
+        bundle = load_bundle(zoo / "pixels-crops-us")
+        half = next(v for v in bundle.card.variants if v.name == "float16")
+        assert set(half.loss) == {"accuracy", "macro_f1"}
+        assert half.bytes < bundle.card.variants[0].bytes
+        both = [
+            onnxruntime.InferenceSession(bundle.path(name), providers=["CPUExecutionProvider"])
+            for name in ("float32", "float16")
+        ]
+        rng = np.random.default_rng(1)
+        inputs = {
+            "values": rng.uniform(0.01, 0.6, (9, 20, 3)).astype(np.float32),
+            "valid": rng.random((9, 20)) < 0.7,
+            "days": np.arange(20, dtype=np.float32) * 17,
+        }
+        # No date at all; and one date alone, which the grid's wide kernel carries to all steps:
+        # its weights are smaller than float16 can hold.
+        inputs["valid"][0] = False
+        inputs["valid"][1] = np.arange(20) == 19
+        full, less = (session.run(None, inputs)[0] for session in both)
+        assert less.dtype == np.float32
+        assert np.isnan(less[0]).all()
+        assert np.isfinite(less[1:]).all()
+        np.testing.assert_allclose(less[1:], full[1:], atol=5e-3)
+
+    def test_another_model_needs_another_version(
+        self, zoo: Path, data: Path, finished: Path, tmp_path: Path
+    ) -> None:
+        run = tiny_run(data, pretrained=finished / "weights.pt", protocol="linear")
+        finetune(run, tmp_path / "other", device="cpu", threads=1)
+        shutil.copytree(zoo, tmp_path / "zoo")
+        with pytest.raises(VersionNotRaised, match=r"1\.0\.0"):
+            export_run(tmp_path / "other", tmp_path / "zoo")
+        assert [p.name for p in (tmp_path / "zoo").iterdir()] == ["pixels-crops-us"]
+        load_bundle(tmp_path / "zoo" / "pixels-crops-us")
+
+    def test_the_card_tells_the_training(self, zoo: Path) -> None:
+        facts = load_bundle(zoo / "pixels-crops-us").card.training
+        assert facts["log"]["epochs"] == 3
+        assert facts["log"]["loss"] > 0
+        assert facts["seconds_of_last_command"] > 0
+        assert facts["machine"].endswith("one thread")
+        assert "--set encoder.width=8" in facts["command"]
+
+    def test_a_users_bundle_is_served_without_code(
+        self, data: Path, finished: Path, tmp_path: Path
+    ) -> None:
+        export_run(finished, tmp_path, name="my-crops", version="2.1.0")
+        _, task, graph, _ = load_finished(finished)
+        part = task.validation.take(np.arange(3))
+        series = [
+            {
+                "id": str(i),
+                "dates": [str(date.fromordinal(int(part.first_day[i] + d))) for d in part.days[i]],
+                **{
+                    band: [
+                        float(v) if ok else None
+                        for v, ok in zip(part.values[i, :, c], part.valid[i], strict=True)
+                    ]
+                    for c, band in enumerate(("B02", "B04", "B08"))
+                },
+            }
+            for i in range(3)
+        ]
+        with served(model_dir=tmp_path) as http:
+            answer = http.post(
+                "/classify-pixels", json={"series": series, "model": "my-crops"}
+            ).json()
+        with torch.inference_mode():
+            inputs = (part.values, part.valid, part.days[0])
+            want = graph(*(torch.from_numpy(a) for a in inputs)).argmax(dim=1)
+        names = [name for name, _ in CDL.values()]
+        assert answer["model"] == "my-crops@2.1.0"
+        assert [r["class"] for r in answer["results"]] == [names[i] for i in want]
+
     def test_a_graph_unlike_its_file_is_refused(self, zoo: Path, finished: Path) -> None:
         _, task, graph, _ = load_finished(finished)
         with torch.no_grad():
@@ -208,7 +361,20 @@ class TestExport:
     ) -> None:
         report = tmp_path / "results.md"
         report.write_text("# Results\n\n## Another\n\nkept\n")
-        (table,) = evaluate([finished], zoo=zoo, report=report)
+        other = tmp_path / "seed-1"
+        settings = [*TINY, "optimisation.seed=1", "optimisation.epochs=1"]
+        config = changed(ZOO["pixels-crops-us"], settings)
+        # As if it had been trained as long: what is looked at is how seeds meet in a row.
+        finetune(Run(config=config, data=finished_data(finished)), other, device="cpu", threads=1)
+        told = json.loads((other / "run.json").read_text())
+        told["config"]["optimisation"]["epochs"] = 3
+        (other / "run.json").write_text(json.dumps(told))
+        (table,) = evaluate([finished, other], zoo=zoo, report=report)
+        ours = next(row for row in table.rows if row.name == "ours")
+        each = [cross_fitted_scores(**load(folder))["accuracy"] for folder in (finished, other)]
+        assert ours.seeds == 2
+        assert ours.scores["accuracy"].value == pytest.approx(np.mean(each), abs=1e-4)
+        assert ours.scores["accuracy"].spread == pytest.approx(np.std(each, ddof=1), abs=1e-4)
         assert {"random forest", "extra trees", "logistic regression"} < {
             row.name for row in table.rows
         }
@@ -218,6 +384,9 @@ class TestExport:
         models = load_bundle(zoo / "pixels-crops-us").card.metrics["evaluation"]["models"]
         value, low, high = models["random forest"]["accuracy"]
         assert low <= value <= high
+        # Exported again, the bundle keeps what was measured of it.
+        export_run(finished, zoo)
+        assert "evaluation" in load_bundle(zoo / "pixels-crops-us").card.metrics
 
 
 class TestCalibration:
@@ -323,3 +492,44 @@ def test_the_commands_of_a_run_make_it_again(tmp_path: Path) -> None:
         f"{call} --run {tmp_path}/first",
         f"{call} --pretrained {weights} --set optimisation.epochs=3",
     ]
+
+
+TINY_PRETRAINING = PretrainConfig(
+    steps=2,
+    groups=2,
+    per_group=8,
+    series_views=0,
+    imagery_views=0,
+    side=16,
+    pixel=PixelEncoderConfig(width=8, embedding=16),
+    patch=PatchEncoderConfig(width=8, depths=(0, 0, 0, 1), embedding=16),
+    seed=5,
+    sources=SourcesConfig(stacks=(), synthetic=1, series=(), eurosat=False),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "more"),
+    [("pixels-crops-us", None, "labels=0.5"), ("my-crops", "classify", "optimisation.seed=3")],
+)
+def test_the_commands_of_a_chain_are_read_as_that_chain(
+    data: Path, tmp_path: Path, name: str, task: str | None, more: str
+) -> None:
+    """Whatever was told, `python -m training` makes the same of the commands in the card."""
+    folder = tmp_path / "pretrained"
+    pretrain(TINY_PRETRAINING, places=Places(data=data), folder=folder, device="cpu")
+    run = Run(
+        config=changed(configuration(name, task), [*TINY, "members=1", more]),
+        data=data,
+        pretrained=folder / "checkpoint.pt",
+        everything=True,
+        protocol="linear",
+    )
+    before, last = commands(run)
+    call = [*shlex.split(last)[3:], "--data", str(data), "--run", str(tmp_path / "again")]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    assert Run.model_validate_json((tmp_path / "again" / "run.json").read_bytes()) == run
+    # The folder holds a pretraining: one of another configuration would be refused.
+    result = CliRunner().invoke(app, [*shlex.split(before)[3:], "--data", str(data)])
+    assert result.exit_code == 0, result.output

@@ -1,19 +1,19 @@
-"""`python -m training`: pretrain, embed, finetune, evaluate, export."""
+"""`python -m training`: pretrain, embed, finetune, evaluate, ablate, export."""
 
 import json
 import logging
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
-from pydantic import BaseModel
 from rich.console import Console
 from rich.logging import RichHandler
 
-from training.config import ZOO, ClassifyConfig, ForecastConfig, LandcoverConfig, Run
-
-Config = ClassifyConfig | ForecastConfig | LandcoverConfig
-Told = TypeVar("Told", bound=BaseModel)
+from training.config import ZOO, Run, UnknownSetting, changed, configuration
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Makes bundles.")
 
@@ -28,6 +28,18 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A setting of the configuration, as optimisation.epochs=5."),
 ]
+Version = Annotated[
+    str | None,
+    typer.Option(help="Of the bundle; it must rise where another model takes a bundle's name."),
+]
+
+
+class Protocol(StrEnum):
+    """What is trained, and how the encoder is judged."""
+
+    finetune = "finetune"
+    linear = "linear"
+    knn = "knn"
 
 
 @app.callback()
@@ -53,7 +65,8 @@ def pretrain(
     from training.sources import Places
 
     _use_threads(threads)
-    config = changed(FIRST, settings or [])
+    with _as_usage():
+        config = changed(FIRST, settings or [])
     places = Places(data=data, romania=romania, pastis=pastis)
     train(config, places=places, folder=run, device=device, workers=workers)
 
@@ -63,7 +76,9 @@ def finetune(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(ZOO)}, or a new name.")],
     *,
     data: Data = Path("../shared/data"),
-    run: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name>.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the run; runs/<name>, and the seed above 0.")
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help="classify, forecast or landcover, for a new name.")
     ] = None,
@@ -73,6 +88,14 @@ def finetune(
     everything: Annotated[
         bool, typer.Option(help="Train on the validation places too; no score is reported.")
     ] = False,
+    protocol: Annotated[
+        Protocol,
+        typer.Option(help="Train all, or freeze the encoder and probe what its embeddings know."),
+    ] = Protocol.finetune,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="Stop after as many epochs without a better validation score."),
+    ] = None,
     seed: int = 0,
     device: Device = "auto",
     threads: Threads = 0,
@@ -81,11 +104,21 @@ def finetune(
     """Train a graph for a downstream task; goes on where a killed run stopped."""
     from training.finetune import finetune as train
 
-    config: Config = changed(
-        configuration(name, task), [*(settings or []), f"optimisation.seed={seed}"]
+    told_last = [f"optimisation.seed={seed}"]
+    if patience:
+        told_last.append(f"optimisation.patience={patience}")
+    with _as_usage():
+        config = changed(configuration(name, task), [*(settings or []), *told_last])
+    told = Run(
+        config=config,
+        data=data,
+        pretrained=pretrained,
+        everything=everything,
+        protocol=protocol.value,
     )
-    told = Run(config=config, data=data, pretrained=pretrained, everything=everything)
-    done = train(told, run or RUNS / name, device=device, threads=threads)
+    words = [name, *([protocol.value] if protocol != Protocol.finetune else [])]
+    words += [f"seed-{seed}"] if seed else []
+    done = train(told, run or RUNS / "-".join(words), device=device, threads=threads)
     Console().print_json(json.dumps(dict(done.scores)))
 
 
@@ -103,13 +136,66 @@ def evaluate(
 ) -> None:
     """Score runs beside the baselines; write docs/results.md and the cards."""
     from training.evaluate import evaluate as score
-    from training.evaluate import markdown, romania_report
+    from training.evaluate import romania_report
+    from training.tables import markdown
 
     _use_threads(threads)
     for table in score(runs, zoo=zoo, report=report):
-        Console().print(markdown(table), markup=False)
+        Console().print(markdown(table), markup=False, soft_wrap=True)
     if romania:
         Console().print(romania_report(romania, zoo=zoo, report=report), markup=False)
+
+
+@app.command()
+def ablate(
+    study: Annotated[str, typer.Argument(help="inputs, labels, ...: docs/training.md lists them.")],
+    *,
+    bundle: Annotated[
+        str, typer.Option(help="Whose configuration the study changes.")
+    ] = "pixels-crops-us",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 3,
+    epochs: Annotated[int | None, typer.Option(help="Of each finetuning.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each pretraining.")] = None,
+    pretrained: Annotated[
+        Path, typer.Option(help="Checkpoint for arms that start from one.")
+    ] = RUNS / "pretrain" / "checkpoint.pt",
+    data: Data = Path("../shared/data"),
+    romania: Annotated[Path | None, typer.Option(help="The Romania cube of nrt 0.2.1.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS / "ablations",
+    report: Annotated[Path, typer.Option(help="The Markdown file.")] = Path("docs/results.md"),
+    device: Device = "auto",
+    threads: Threads = 1,
+    settings: Settings = None,
+) -> None:
+    """Measure what a choice is worth: run what is missing of a study and write its table."""
+    from training.ablation import STUDIES, NothingToCompare, Plan
+    from training.ablation import ablate as run_study
+    from training.sources import Places
+
+    if study not in STUDIES:
+        raise typer.BadParameter(f"'{study}' is not one of {', '.join(STUDIES)}")
+    told = {"bundle": bundle, "seeds": seeds, "epochs": epochs, "steps": steps}
+    words = [f"--{name} {value}" for name, value in told.items() if value is not None]
+    words += ["--romania CUBE"] if romania and STUDIES[study].pretraining else []
+    words += [f"--set {shlex.quote(setting)}" for setting in settings or []]
+    plan = Plan(
+        bundle=bundle,
+        places=Places(data=data, romania=romania),
+        runs=runs,
+        report=report,
+        seeds=seeds,
+        epochs=epochs,
+        steps=steps,
+        pretrained=pretrained,
+        settings=tuple(settings or ()),
+        device=device,
+        threads=threads,
+        command=" ".join([f"python -m training ablate {study}", *words]),
+    )
+    try:
+        Console().print(run_study(study, plan), markup=False, soft_wrap=True)
+    except (NothingToCompare, UnknownSetting) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @app.command()
@@ -118,14 +204,15 @@ def export(
     *,
     zoo: Annotated[Path, typer.Option(help="Folder that takes the bundles.")] = BUNDLES,
     name: Annotated[str | None, typer.Option(help="Name of the bundle, for one run.")] = None,
+    version: Version = None,
 ) -> None:
-    """Turn finished runs into bundles: ONNX checked against torch, and a card."""
+    """Turn finished runs into bundles: ONNX checked against torch, variants, and a card."""
     from training.export import export_run
 
     if name and len(runs) > 1:
         raise typer.BadParameter(f"--name {name} names one bundle, not {len(runs)}")
     for folder in runs:
-        Console().print(str(export_run(folder, zoo, name=name)))
+        Console().print(str(export_run(folder, zoo, name=name, version=version)))
 
 
 @app.command()
@@ -136,6 +223,7 @@ def embed(
     romania: Annotated[Path | None, typer.Option(help="The Romania cube of nrt 0.2.1.")] = None,
     pastis: Annotated[Path | None, typer.Option(help="A PASTIS folder.")] = None,
     zoo: Annotated[Path, typer.Option(help="Folder that takes the bundles.")] = BUNDLES,
+    version: Version = None,
     threads: Threads = 0,
 ) -> None:
     """Turn a pretraining run into embed-pixel and embed-patch: probes, retrieval, ONNX, cards."""
@@ -144,43 +232,17 @@ def embed(
 
     _use_threads(threads)
     places = Places(data=data, romania=romania, pastis=pastis)
-    for folder in export_embeddings(run, zoo, places=places):
+    for folder in export_embeddings(run, zoo, places=places, version=version):
         Console().print(str(folder))
 
 
-def configuration(name: str, task: str | None) -> Config:
-    """The zoo's configuration of a name, or of the first of a task under a new name."""
-    if name in ZOO:
-        if task not in {None, ZOO[name].task}:
-            raise typer.BadParameter(f"{name} is for {ZOO[name].task}, not {task}")
-        return ZOO[name]
-    for config in ZOO.values():
-        if config.task == task:
-            return config.model_copy(update={"name": name})
-    raise typer.BadParameter(f"{name} is not one of {', '.join(ZOO)}: say its --task")
-
-
-def changed(config: Told, settings: list[str]) -> Told:
-    """A configuration with some settings changed.
-
-    Args:
-        config: what to change.
-        settings: each `dotted.name=value`, the value in JSON or plain text.
-    """
-    told: dict[str, Any] = config.model_dump(mode="json")
-    for setting in settings:
-        name, _, text = setting.partition("=")
-        *outer, last = name.split(".")
-        place = told
-        for key in outer:
-            place = place.get(key, {})
-        if last not in place:
-            raise typer.BadParameter(f"'{name}' is no setting of {type(config).__name__}")
-        try:
-            place[last] = json.loads(text)
-        except json.JSONDecodeError:
-            place[last] = text
-    return type(config).model_validate(told)
+@contextmanager
+def _as_usage() -> Iterator[None]:
+    """A setting that is not there is the caller's mistake, told as one."""
+    try:
+        yield
+    except UnknownSetting as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _use_threads(threads: int) -> None:

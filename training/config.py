@@ -5,9 +5,10 @@ A configuration is stored with its checkpoints and in the card, so a bundle can 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +16,11 @@ from models.card import TimeWindow
 from training.augment import PatchAugmentation
 
 FinetuneTask = Literal["classify", "forecast", "landcover"]
+Network = Literal["pimc", "tempcnn", "mlp"]
+"""Our encoder, or that of a baseline in its place: see `training.baselines`."""
+Protocol = Literal["finetune", "linear", "knn"]
+"""All weights are trained; or the encoder is frozen, and judged by a linear map of its embeddings
+or by their nearest neighbours."""
 BANDS = ("B02", "B04", "B08")
 INDICES = ("ndvi", "evi", "savi")
 QUANTILES = (0.1, 0.5, 0.9)
@@ -33,7 +39,8 @@ class PixelEncoderConfig(_Frozen):
     dropout: float = 0.3
     plots: bool = True
     series: bool = True
-    threshold: float | None = None
+    threshold: float | Literal["point", "distance"] | None = None
+    percentage: float = 10.0
     plot_dropout: float = 0.0
     calendar: bool = False
 
@@ -61,6 +68,10 @@ class Optimisation(_Frozen):
     average: float = 0.99
     """Decay of the exponential moving average of the weights, which is what is exported."""
     seed: int = 0
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Epochs without a better score on the validation places after which training stops, and the
+    best averaged weights are kept; None trains to the end. Those places then choose the epoch,
+    and the card says so."""
 
 
 class ClassifyConfig(_Frozen):
@@ -72,14 +83,26 @@ class ClassifyConfig(_Frozen):
     """Which classes: those of the US crops, or the broad ones."""
     window: TimeWindow
     min_observations: int
+    bands: tuple[str, ...] = BANDS
+    indices: tuple[str, ...] = INDICES
+    """Names of spectral indices in `models.indices`, of those bands."""
     encoder: PixelEncoderConfig = PixelEncoderConfig()
+    members: Annotated[int, Field(ge=1)] = 1
+    """Networks whose mean is the answer, trained side by side."""
     optimisation: Optimisation = Optimisation()
     smoothing: float = 0.05
     """Label smoothing."""
     balance: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Classes are drawn in proportion to their size to the power 1 - balance."""
+    adjust: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """How far the logits forget how frequent a class is: 0 not at all, 1 wholly (logit adjustment,
+    Menon et al. 2021, arXiv 2007.07314)."""
+    mix: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of the pixels that are mixed with another of the batch, as two covers share a pixel on
+    the ground; the larger part gives the label."""
     labels: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the labelled training pixels used, drawn by place."""
+    network: Network = "pimc"
 
 
 class ForecastConfig(_Frozen):
@@ -92,11 +115,14 @@ class ForecastConfig(_Frozen):
     horizon: int = 10
     quantiles: tuple[float, ...] = QUANTILES
     encoder: PixelEncoderConfig = PixelEncoderConfig(calendar=True)
+    members: Annotated[int, Field(ge=1)] = 1
+    """Networks whose mean is the answer, trained side by side."""
     optimisation: Optimisation = Optimisation()
     focus: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.65
     """Share of the batches' pixels that come from the source that is scored."""
     squared: float = 1.0
     """Weight of the squared error of the median beside the pinball loss."""
+    network: Network = "pimc"
 
 
 class LandcoverConfig(_Frozen):
@@ -136,6 +162,7 @@ class Run(_Frozen):
     """Checkpoint whose encoder the run starts from; None starts from scratch."""
     everything: bool = False
     """Whether the validation places are trained on too; such a run can report no score."""
+    protocol: Protocol = "finetune"
 
 
 # The zoo's bundles that finetuning makes. `python -m training finetune <name>` trains one.
@@ -182,3 +209,54 @@ def difference(
         elif key not in {"seed", "name"} and base.get(key) != value:
             changes[prefix + key] = value
     return changes
+
+
+class UnknownSetting(ValueError):
+    """A setting or a name that no configuration has."""
+
+
+Told = TypeVar("Told", bound=BaseModel)
+
+
+def configuration(
+    name: str, task: str | None = None
+) -> ClassifyConfig | ForecastConfig | LandcoverConfig:
+    """The zoo's configuration of a name, or the first of a task under a new name.
+
+    Raises:
+        UnknownSetting: the name is new and no task is given, or the name is for another task.
+    """
+    if name in ZOO:
+        if task not in {None, ZOO[name].task}:
+            raise UnknownSetting(f"{name} is for {ZOO[name].task}, not {task}")
+        return ZOO[name]
+    for config in ZOO.values():
+        if config.task == task:
+            return config.model_copy(update={"name": name})
+    raise UnknownSetting(f"{name} is not one of {', '.join(ZOO)}: say its --task")
+
+
+def changed(config: Told, settings: Sequence[str]) -> Told:
+    """A configuration with some settings changed.
+
+    Args:
+        config: what to change.
+        settings: each `dotted.name=value`, the value in JSON or plain text.
+
+    Raises:
+        UnknownSetting: a name that the configuration has not.
+    """
+    told: dict[str, Any] = config.model_dump(mode="json")
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        *outer, last = name.split(".")
+        place = told
+        for key in outer:
+            place = place.get(key, {})
+        if last not in place:
+            raise UnknownSetting(f"'{name}' is no setting of {type(config).__name__}")
+        try:
+            place[last] = json.loads(text)
+        except json.JSONDecodeError:
+            place[last] = text
+    return type(config).model_validate(told)

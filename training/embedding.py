@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from models.card import TimeWindow, TrainingData
 from models.graph import PatchGraph, PixelGraph
+from training.answers import Answers
 from training.config import BANDS, INDICES
 from training.datasets import PatchSet, PixelSet
 from training.datasets.eurosat import eurosat_rgb
-from training.export import machine, megaflop, parameters, write_bundle
+from training.export import megaflop, parameters, pretrain_command, write_bundle
+from training.finetune import machine
 from training.legends import crop_sets
 from training.pretrain import (
     CHECKPOINT,
@@ -31,13 +33,12 @@ from training.pretrain import (
     PretrainConfig,
     Pretraining,
 )
-from training.probe import Labelled, probe
+from training.probe import Labelled, linear_logits, probe
 from training.sources import Places, Sources, open_sources
 from training.terms import LICENCE, TERMS
 
 log = logging.getLogger(__name__)
 
-VERSION = "1.0.0"
 # Side of a served patch, and of the patches that the patch encoder is probed on.
 PATCH = 64
 _BATCH = 256
@@ -60,13 +61,16 @@ _DESCRIPTIONS = {
 }
 
 
-def export_embeddings(folder: Path, zoo: Path, *, places: Places) -> tuple[Path, Path]:
+def export_embeddings(
+    folder: Path, zoo: Path, *, places: Places, version: str | None = None
+) -> tuple[Path, Path]:
     """Score a finished pretraining run and write both bundles.
 
     Args:
         folder: of the run.
         zoo: folder of bundles; those of the same names are replaced.
         places: where the data lies.
+        version: of both bundles; None keeps that of those replaced, or begins at 1.0.0.
 
     Returns:
         The folders of `embed-pixel` and `embed-patch`.
@@ -80,14 +84,14 @@ def export_embeddings(folder: Path, zoo: Path, *, places: Places) -> tuple[Path,
     networks.restore(stored)
     networks.eval()
     sources = open_sources(config.sources, places, seed=config.seed)
-    facts = {**_training_facts(config, stored), "log": last_row(folder)}
+    facts = {**_training_facts(config, stored, folder), "log": last_row(folder)}
     data = _training_data(sources)
     pairs = measure_retrieval(networks, config, sources, folder)
     crops = crop_sets(places.data)[0]
     eurosat = eurosat_rgb(places.data / "eurosat")
     untrained = _untrained(config)
     pixel, patch = pixel_graph(networks), PatchGraph(encoder=networks.patch, head=None).eval()
-    common = {"version": VERSION, "task": "embed", "licence": LICENCE, "training_data": data}
+    common = {"task": "embed", "licence": LICENCE, "training_data": data}
     return (
         write_bundle(
             pixel,
@@ -115,6 +119,7 @@ def export_embeddings(folder: Path, zoo: Path, *, places: Places) -> tuple[Path,
                 "training": {**facts, **_size(pixel)},
             },
             real=_real_pixels(crops),
+            version=version,
         ),
         write_bundle(
             patch,
@@ -142,6 +147,7 @@ def export_embeddings(folder: Path, zoo: Path, *, places: Places) -> tuple[Path,
                 "training": {**facts, **_size(patch)},
             },
             real={"patches": _reflectance(eurosat, np.flatnonzero(eurosat.validation)[:64])},
+            version=version,
         ),
     )
 
@@ -177,6 +183,27 @@ def measure_retrieval(
         run.networks.load_state_dict(networks.state_dict())
         scores[name] = {key: round(value, 4) for key, value in run.measure().items()}
     return scores
+
+
+def probe_answers(networks: Networks, data: Path) -> dict[str, Answers]:
+    """What linear probes of both encoders answer on the validation places.
+
+    Args:
+        networks: as trained.
+        data: folder of the data sets; EuroSAT is left out where it is missing.
+    """
+    found = {"crops": embed_crops(pixel_graph(networks), crop_sets(data)[0])}
+    if (data / "eurosat").is_dir():
+        graph = PatchGraph(encoder=networks.patch, head=None)
+        found["eurosat"] = embed_patches(graph, eurosat_rgb(data / "eurosat"))
+    answers: dict[str, Answers] = {}
+    for name, what in found.items():
+        train, labels = what.part(~what.validation)
+        rest, truth = what.part(what.validation)
+        logits = linear_logits(train, labels, rest, int(what.labels.max()) + 1)
+        places = what.places[what.validation]
+        answers[name] = {"logits": logits, "labels": truth, "places": places}
+    return answers
 
 
 def embed_crops(graph: PixelGraph, crops: PixelSet) -> Labelled:
@@ -281,11 +308,13 @@ def _training_data(sources: Sources) -> tuple[TrainingData, ...]:
     )
 
 
-def _training_facts(config: PretrainConfig, stored: Mapping[str, Any]) -> dict[str, Any]:
+def _training_facts(
+    config: PretrainConfig, stored: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
     return {
         "command": (
-            "python -m training pretrain --threads 1 --romania CUBE; "
-            "python -m training embed runs/pretrain --romania CUBE"
+            f"{pretrain_command(config, folder)} && "
+            f"python -m training embed {folder.as_posix()} --romania CUBE"
         ),
         "config": config.model_dump(mode="json"),
         "seed": config.seed,

@@ -1,17 +1,20 @@
 """Finished runs become bundles: the graph as ONNX, checked against torch, and a card.
 
-run -> graph -> ONNX -> parity on random and on real input -> card -> bundle, whole or not at all
+run -> graph -> ONNX -> parity on random and on real input -> variants, each with what it loses
+    -> card -> bundle, whole or not at all
 """
 
 from __future__ import annotations
 
+import copy
 import json
-import os
-import platform
+import logging
+import shlex
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +32,15 @@ from models.card import (
     OUTPUTS,
     LegendClass,
     ModelCard,
+    Precision,
     TrainingData,
     Variant,
 )
-from models.graph import PatchGraph
+from models.graph import PatchGraph, PixelGraph
 from models.registry import load_bundle, sha256_of
+from training import answers as kept
+from training.answers import Answers, AnyTask, answer, scores_of
+from training.baselines import replace_encoders
 from training.classification import PixelClassification
 from training.config import (
     BANDS,
@@ -43,19 +50,25 @@ from training.config import (
     ForecastConfig,
     LandcoverConfig,
     Run,
+    configuration,
     difference,
 )
 from training.datasets.eurosat import CLASSES, RGB
-from training.finetune import RUN, WEIGHTS, Graph, Task, load_finished
+from training.finetune import RUN, WEIGHTS, Graph, load_finished, machine
 from training.forecasting import PixelForecast
 from training.landcover import PatchClassification
 from training.legends import CDL, WORLDCOVER, legend_classes
+from training.pretrain import CHECKPOINT, FIRST, PretrainConfig
 from training.terms import LICENCE, TERMS
 
 OPSET = 20
 # Largest difference between ONNX Runtime and torch that a bundle may have.
 TOLERANCE = 1e-4
+# Of a float16 variant: three decimal digits, and the softmax in float32.
+HALF_TOLERANCE = 2e-2
 MODEL_FILE = "model.onnx"
+HALF_FILE = "model.float16.onnx"
+EVALUATION = "evaluation.json"
 _EUROSAT_COLORS = {
     "AnnualCrop": "#f5c542",
     "Forest": "#1b6b2f",
@@ -75,18 +88,20 @@ class ParityError(Exception):
     """The exported graph does not answer as torch does."""
 
 
+class VersionNotRaised(Exception):
+    """Another model would take the name and version of a bundle that is there."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Description:
     """What a card says that neither the configuration nor the run knows."""
 
-    version: str
     text: str
     default: bool = False
 
 
 DESCRIPTIONS: Mapping[str, Description] = {
     "pixels-crops-us": Description(
-        version="1.0.0",
         text=(
             "Crops of the United States by a calendar year of B02, B04 and B08: the 17 codes of "
             "the Cropland Data Layer with at least 100 pixels in the data. Trained on California "
@@ -96,7 +111,6 @@ DESCRIPTIONS: Mapping[str, Description] = {
         ),
     ),
     "pixels-landcover": Description(
-        version="1.0.0",
         default=True,
         text=(
             "Broad land cover by any year of B02, B04 and B08, after ESA WorldCover's classes, on "
@@ -110,7 +124,6 @@ DESCRIPTIONS: Mapping[str, Description] = {
         ),
     ),
     "forecast-vi": Description(
-        version="1.0.0",
         default=True,
         text=(
             "The next ten ten-day values of NDVI, EVI and SAVI with a band from the 10 % to the "
@@ -119,7 +132,6 @@ DESCRIPTIONS: Mapping[str, Description] = {
         ),
     ),
     "landcover-eurosat": Description(
-        version="1.0.0",
         default=True,
         text=(
             "EuroSAT's ten classes of 64 x 64 patches from red, green and blue, trained from "
@@ -130,24 +142,30 @@ DESCRIPTIONS: Mapping[str, Description] = {
 }
 
 
-def export_run(folder: Path, zoo: Path, *, name: str | None = None) -> Path:
+def export_run(
+    folder: Path, zoo: Path, *, name: str | None = None, version: str | None = None
+) -> Path:
     """Turn a finished run into a bundle.
 
     Args:
         folder: of the run.
         zoo: folder of bundles; the bundle of the same name is replaced.
         name: of the bundle; the configuration's where None.
+        version: of the bundle; None keeps that of the bundle replaced, or begins at 1.0.0.
 
     Returns:
         The bundle's folder.
 
     Raises:
+        NoGraph: a run of nearest neighbours.
         ParityError: ONNX Runtime answers unlike torch.
+        VersionNotRaised: the bundle replaced is of this version and another model.
     """
     run, task, graph, metrics = load_finished(folder)
     told = name or run.config.name
     real = _real_inputs(task)
     fields = card_fields(run, task, metrics, told)
+    fields["metrics"] |= _evaluation(folder, zoo / told, run)
     one = [
         torch.from_numpy(array if name == "days" else array[:1])
         for name, array in real.items()
@@ -159,45 +177,58 @@ def export_run(folder: Path, zoo: Path, *, name: str | None = None) -> Path:
         zoo / told,
         fields={**fields, "training": {**fields["training"], **size}},
         real=real,
+        version=version,
+        loss=lambda file: measured_loss(
+            kept.load(folder) if (folder / kept.FILE).exists() else answer(task, graph), task, file
+        ),
     )
 
 
-def write_bundle(graph: Graph, folder: Path, *, fields: Mapping[str, Any], real: Inputs) -> Path:
+def write_bundle(
+    graph: Graph,
+    folder: Path,
+    *,
+    fields: Mapping[str, Any],
+    real: Inputs,
+    version: str | None = None,
+    loss: Callable[[Path], Mapping[str, float]] | None = None,
+) -> Path:
     """Export a graph and write the bundle, whole or not at all.
 
     Args:
         graph: in evaluation mode, on the CPU.
         folder: the bundle's; replaced where it exists.
-        fields: of the card, but for `variants` and `sha256`.
+        fields: of the card, but for `version`, `variants` and `sha256`.
         real: input on which parity is checked beside random input.
+        version: of the bundle; None keeps that of the bundle replaced, or begins at 1.0.0.
+        loss: measures what a reduced graph's file loses; None writes float32 alone, for no variant
+            goes out unmeasured.
 
     Raises:
         ParityError: ONNX Runtime answers unlike torch.
+        VersionNotRaised: the bundle replaced is of this version and another model.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         path = new / MODEL_FILE
-        example = next(_random_inputs(graph, dayed=fields["day_of_year"]))
-        to_onnx(
-            graph,
-            path,
-            inputs=list(example),
-            output=OUTPUTS[fields["task"]],
-            example=[torch.from_numpy(array) for array in example.values()],
-        )
+        _export(graph, path, fields)
         off = check_parity(graph, path, real)
-        digest = sha256_of(path)
-        variant = Variant(
-            name="float32",
-            file=MODEL_FILE,
-            sha256=digest,
-            bytes=path.stat().st_size,
-            opset=OPSET,
-        )
-        training = {**fields["training"], "parity_with_torch": off}
+        variants = [_variant("float32", path, {})]
+        version = _version(folder, version, variants[0].sha256)
+        if loss is not None:
+            half = new / HALF_FILE
+            _export(in_half(graph), half, fields)
+            check_parity(graph, half, real, tolerance=HALF_TOLERANCE)
+            variants.append(_variant("float16", half, loss(half)))
         card = ModelCard.model_validate(
-            {**fields, "training": training, "variants": (variant,), "sha256": digest}
+            {
+                **fields,
+                "version": version,
+                "training": {**fields["training"], "parity_with_torch": off},
+                "variants": tuple(variants),
+                "sha256": variants[0].sha256,
+            }
         )
         write_card(new, card)
         load_bundle(new)
@@ -209,6 +240,63 @@ def write_bundle(graph: Graph, folder: Path, *, fields: Mapping[str, Any], real:
         shutil.rmtree(new, ignore_errors=True)
         raise
     return folder
+
+
+def _export(graph: Graph, path: Path, fields: Mapping[str, Any]) -> None:
+    example = next(_random_inputs(graph, dayed=fields["day_of_year"]))
+    to_onnx(
+        graph,
+        path,
+        inputs=list(example),
+        output=OUTPUTS[fields["task"]],
+        example=[torch.from_numpy(array) for array in example.values()],
+    )
+
+
+def _variant(name: Precision, path: Path, loss: Mapping[str, float]) -> Variant:
+    return Variant(
+        name=name,
+        file=path.name,
+        sha256=sha256_of(path),
+        bytes=path.stat().st_size,
+        opset=OPSET,
+        loss=dict(loss),
+    )
+
+
+def _version(folder: Path, told: str | None, sha256: str) -> str:
+    """The version of a bundle that takes a folder.
+
+    Answers name the model's version: two models under one version could not be told apart.
+    """
+    if not (folder / CARD_FILE).exists():
+        return told or "1.0.0"
+    old = ModelCard.model_validate_json((folder / CARD_FILE).read_bytes())
+    if old.version == (told or old.version) and old.sha256 != sha256:
+        raise VersionNotRaised(
+            f"{old.id} is another model than this one: say a --version other than {old.version}"
+        )
+    return told or old.version
+
+
+def _evaluation(run_folder: Path, bundle: Path, run: Run) -> dict[str, Any]:
+    """The evaluation of a run beside the baselines, where there is one.
+
+    It lies beside a run that was evaluated. One that trained on every place can have none; it
+    keeps that of the bundle it replaces, where that was made alike.
+    """
+    if (run_folder / EVALUATION).exists():
+        return {"evaluation": json.loads((run_folder / EVALUATION).read_text())}
+    if not (bundle / CARD_FILE).exists():
+        return {}
+    old = ModelCard.model_validate_json((bundle / CARD_FILE).read_bytes())
+    found, was = old.metrics.get("evaluation"), old.training.get("config")
+    if not found or not was:
+        return {}
+    # As a configuration, not as text: a setting that is new since then has its default.
+    before = Run.model_validate({"config": was, "data": run.data}).config
+    changes = difference(before.model_dump(mode="json"), run.config.model_dump(mode="json"))
+    return {} if changes else {"evaluation": found}
 
 
 def write_card(folder: Path, card: ModelCard) -> None:
@@ -247,7 +335,7 @@ def to_onnx(
         ParityError: torch made no ONNX program.
     """
     axes = {"N": Dim("N", min=1), "T": Dim("T", min=1)}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet():
         # The exporter warns that axes of one letter are one axis, which is what is meant, and of
         # what it uses of torch itself.
         warnings.simplefilter("ignore", FutureWarning)
@@ -269,6 +357,20 @@ def to_onnx(
     onnx.save(_plain(program.model_proto), path)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter logs of its own passes: hundreds of lines a graph."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
 def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
     """Without what the exporter notes for its own debugging: stack traces, paths, guards."""
     for node in model.graph.node:
@@ -284,11 +386,106 @@ def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def check_parity(graph: Graph, path: Path, real: Inputs) -> float:
+class HalfPrecision(nn.Module):
+    """An encoder in float16 between a graph and a head in float32.
+
+    Only the encoder: the grid's wide kernel weighs 1e-3 and less, which float16 rounds to nothing,
+    and a softmax costs little.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder.half()
+
+    def forward(
+        self, first: Tensor, second: Tensor | None = None, third: Tensor | None = None
+    ) -> Tensor:
+        """Encode as the encoder does, whatever it takes: the exporter wants each by itself."""
+        inputs = (first, second, third)
+        out: Tensor = self.encoder(*(x.half() for x in inputs if x is not None))
+        return out.float()
+
+
+def in_half(graph: Graph) -> Graph:
+    """The graph with its encoder in float16; inputs and answers stay float32."""
+    half = copy.deepcopy(graph)
+    replace_encoders(half, HalfPrecision)
+    return half.eval()
+
+
+class Served:
+    """A bundle's file in the place of its graph: a task scores what is served.
+
+    Args:
+        path: the ONNX file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
+        self.names = [i.name for i in self.session.get_inputs()]
+
+    def eval(self) -> Served:
+        """A file knows no training."""
+        return self
+
+    def raw(self, *inputs: Tensor) -> Tensor:
+        """Quantiles, or logarithms of probabilities, in the order of the inputs.
+
+        Args:
+            inputs: as the graph takes them; days may be each pixel's own (N, T), though the file
+                takes one list for all: pixels of the same days are answered together.
+        """
+        feeds = {n: x.numpy() for n, x in zip(self.names, inputs, strict=False)}
+        groups = [np.arange(len(inputs[0]))]
+        days = feeds.get("days")
+        if days is not None and days.ndim == 2:
+            kind = np.unique(days, axis=0, return_inverse=True)[1].ravel()
+            groups = [np.flatnonzero(kind == k) for k in range(kind.max() + 1)]
+        parts = [self._run(feeds, rows) for rows in groups]
+        order = np.argsort(np.concatenate(groups))
+        return torch.from_numpy(np.concatenate(parts)[order])
+
+    def _run(self, feeds: Inputs, rows: NDArray[np.int64]) -> NDArray[Any]:
+        given = {name: x[rows] for name, x in feeds.items() if name != "days"}
+        if "days" in feeds:
+            given["days"] = feeds["days"][rows[0]] if feeds["days"].ndim == 2 else feeds["days"]
+        (output,) = self.session.get_outputs()
+        answer = np.asarray(self.session.run(None, given)[0])
+        return np.log(np.maximum(answer, 1e-9)) if output.name == "probabilities" else answer
+
+
+def measured_loss(full: Answers, task: AnyTask, file: Path) -> dict[str, float]:
+    """Change of each score on the validation places; negative is worse.
+
+    Args:
+        full: what the graph answers in float32.
+        task: with the validation places.
+        file: the reduced graph.
+    """
+    before, after = scores_of(full), scores_of(answer(task, Served(file)))
+    signs = {"accuracy": 1, "macro_f1": 1, "rmse_mean": -1}
+    return {
+        name: round(sign * (after[name] - before[name]), 4)
+        for name, sign in signs.items()
+        if name in before
+    }
+
+
+def check_parity(graph: Graph, path: Path, real: Inputs, *, tolerance: float = TOLERANCE) -> float:
     """Largest difference between ONNX Runtime and torch, on random input and on real.
 
+    Args:
+        graph: in float32.
+        path: the ONNX file, of whatever precision.
+        real: real input; parity is checked on random input too.
+        tolerance: what the difference may be.
+
     Raises:
-        ParityError: it is over `TOLERANCE`, or a NaN is where torch has none or the reverse.
+        ParityError: it is more, or a NaN is where torch has none or the reverse.
     """
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
@@ -300,9 +497,23 @@ def check_parity(graph: Graph, path: Path, real: Inputs) -> float:
         if got.shape != want.shape or (np.isnan(got) != np.isnan(want)).any():
             raise ParityError(f"{path.name}: {got.shape} of ONNX Runtime, {want.shape} of torch")
         worst = max(worst, float(np.nan_to_num(np.abs(got - want)).max()))
-    if worst > TOLERANCE:
-        raise ParityError(f"{path.name} is {worst:.1e} off torch, {TOLERANCE} is allowed")
+    if worst > tolerance:
+        raise ParityError(f"{path.name} is {worst:.1e} off torch, {tolerance} is allowed")
     return worst
+
+
+def pixel_inputs(graph: PixelGraph, n: int, dates: int) -> dict[str, NDArray[Any]]:
+    """Random input of a pixel graph, by name: n pixels with some dates missing."""
+    rng = np.random.default_rng(0)
+    shape = (n, dates, len(graph.indices.bands))
+    inputs: dict[str, NDArray[Any]] = {
+        "values": rng.uniform(0.01, 0.6, shape).astype(np.float32),
+        "valid": rng.random((n, dates)) < 0.8,
+        "days": np.linspace(0, graph.grid.steps * 10, dates, dtype=np.float32),
+    }
+    if getattr(graph.encoder, "calendar", False):
+        inputs["day_of_year"] = np.ones(n, dtype=np.float32)
+    return inputs
 
 
 def _random_inputs(graph: Graph, *, dayed: bool) -> Iterator[dict[str, NDArray[Any]]]:
@@ -313,7 +524,7 @@ def _random_inputs(graph: Graph, *, dayed: bool) -> Iterator[dict[str, NDArray[A
             yield {"patches": rng.uniform(-0.05, 0.5, (n, len(RGB), 64, 64)).astype(np.float32)}
         return
     for n, t in ((5, 7), (1, 40), (6, 1), (1, 1), (64, 73)):
-        values = rng.uniform(0.01, 0.6, (n, t, len(BANDS))).astype(np.float32)
+        values = rng.uniform(0.01, 0.6, (n, t, len(graph.indices.bands))).astype(np.float32)
         valid = rng.random((n, t)) < 0.7
         values[~valid] = np.nan
         # Invalid numbers must not count, and one pixel of several has nothing at all.
@@ -331,7 +542,7 @@ def _random_inputs(graph: Graph, *, dayed: bool) -> Iterator[dict[str, NDArray[A
         yield inputs
 
 
-def _real_inputs(task: Task[Any]) -> Inputs:
+def _real_inputs(task: AnyTask) -> Inputs:
     """Validation input of a task that shares its dates, as the service would give it."""
     if isinstance(task, PatchClassification):
         patches = task.read(task.validation[:64])
@@ -349,19 +560,18 @@ def _real_inputs(task: Task[Any]) -> Inputs:
     raise TypeError(f"no real input is known for {type(task).__name__}")
 
 
-def card_fields(run: Run, task: Task[Any], metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
+def card_fields(run: Run, task: AnyTask, metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The card of a run, but for its files."""
     config = run.config
     about = DESCRIPTIONS.get(name) or Description(
-        version="1.0.0", text=f"{name}: a bundle finetuned for {config.task}."
+        text=f"{name}: a bundle finetuned for {config.task}."
     )
     return {
         "name": name,
-        "version": about.version,
         "description": about.text,
         "default": about.default,
         "licence": LICENCE,
-        "metrics": _metrics(config, metrics["scores"]),
+        "metrics": _metrics(config, metrics),
         "training_data": _training_data(task),
         "training": training_facts(run, metrics),
         "day_of_year": False,
@@ -384,8 +594,8 @@ def _shape_fields(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> 
         }
     pixel = {
         "modality": "pixel",
-        "bands": BANDS,
-        "indices": INDICES,
+        "bands": BANDS if isinstance(config, ForecastConfig) else config.bands,
+        "indices": INDICES if isinstance(config, ForecastConfig) else config.indices,
         "window": config.window,
         "min_observations": config.min_observations,
         "day_of_year": config.encoder.calendar,
@@ -401,6 +611,7 @@ def _shape_fields(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> 
     return {**pixel, "task": "classify-pixels", "classes": legend_classes(legend)}
 
 
+_CHOSEN = "epoch_chosen_on_the_validation_places"
 _SPLITS = {
     "classify": "places of 0.1 degree that training never saw; labels are maps, not field surveys",
     "forecast": (
@@ -412,14 +623,18 @@ _SPLITS = {
 
 
 def _metrics(
-    config: ClassifyConfig | ForecastConfig | LandcoverConfig, scores: Mapping[str, Any]
+    config: ClassifyConfig | ForecastConfig | LandcoverConfig, metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
+    scores = metrics["scores"]
     if not scores:
         return {"validation": "none: trained on every place"}
-    return {"validation": {"split": _SPLITS[config.task], **scores}}
+    split = _SPLITS[config.task]
+    if _CHOSEN in metrics:
+        split += f"; they chose the epoch ({metrics[_CHOSEN]}), so the scores flatter somewhat"
+    return {"validation": {"split": split, **scores}}
 
 
-def _training_data(task: Task[Any]) -> tuple[TrainingData, ...]:
+def _training_data(task: AnyTask) -> tuple[TrainingData, ...]:
     return tuple(
         TrainingData(
             name=part["name"],
@@ -433,16 +648,24 @@ def _training_data(task: Task[Any]) -> tuple[TrainingData, ...]:
 
 
 def training_facts(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """How a run was made: commands, configuration, seed, time, machine."""
+    """How a run was made: commands, configuration, seed, log, time, machine."""
     return {
         "command": " && ".join(commands(run)),
         "config": json.loads(run.config.model_dump_json()),
+        "protocol": run.protocol,
         "places": "all" if run.everything else "all but the validation places",
         "seed": run.config.optimisation.seed,
+        "log": {key: metrics[key] for key in ("epochs", "loss", _CHOSEN) if key in metrics},
         "seconds_of_last_command": metrics["seconds"],
-        "machine": machine(),
+        "machine": _machine_of(metrics),
         "torch": torch.__version__,
     }
+
+
+def _machine_of(metrics: Mapping[str, Any]) -> str:
+    """The machine that trained; runs that did not note it were trained where they are exported."""
+    threads = f", {metrics['threads']} threads" if "threads" in metrics else ""
+    return str(metrics.get("machine", machine())) + threads.replace(" 1 threads", " one thread")
 
 
 def commands(run: Run, folder: Path | None = None) -> list[str]:
@@ -452,32 +675,54 @@ def commands(run: Run, folder: Path | None = None) -> list[str]:
         run: what was told.
         folder: of the run, where a later one starts from it; None leaves the default.
     """
-    name = run.config.name
-    words = ["python -m training finetune", name]
+    config = run.config
+    words = ["python -m training finetune", config.name]
     earlier: list[str] = []
+    new = config.name not in ZOO
+    if new:
+        words += ["--task", config.task]
     if folder:
         words += ["--run", folder.as_posix()]
     if run.pretrained:
         words += ["--pretrained", run.pretrained.as_posix()]
-        told = run.pretrained.parent / RUN
-        # A pretraining run tells its own command; a finetuning one is part of this.
-        if run.pretrained.name == WEIGHTS and told.is_file():
-            before = Run.model_validate_json(told.read_bytes())
-            earlier = commands(before, run.pretrained.parent)
+        earlier = _commands_before(run.pretrained)
     if run.everything:
         words.append("--everything")
-    if name in ZOO:
-        usual, now = (config.model_dump(mode="json") for config in (ZOO[name], run.config))
-        words += [f"--set {key}={json.dumps(v)}" for key, v in difference(usual, now).items()]
-        words += [f"--seed {run.config.optimisation.seed}"] if run.config.optimisation.seed else []
+    if run.protocol != "finetune":
+        words += ["--protocol", run.protocol]
+    usual = configuration(config.name, config.task if new else None)
+    changes = difference(usual.model_dump(mode="json"), config.model_dump(mode="json"))
+    words += _as_settings(changes)
+    words += [f"--seed {config.optimisation.seed}"] if config.optimisation.seed else []
     return [*earlier, " ".join(words)]
 
 
-def machine() -> str:
-    """What this machine is, in a few words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} shared CPU cores, {platform.machine()}"
+def _commands_before(checkpoint: Path) -> list[str]:
+    """What makes a checkpoint: a pretraining, or a run and those that it starts from."""
+    told = checkpoint.parent / RUN
+    if checkpoint.name == WEIGHTS and told.is_file():
+        return commands(Run.model_validate_json(told.read_bytes()), checkpoint.parent)
+    if checkpoint.name == CHECKPOINT and checkpoint.is_file():
+        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if "pixel_encoder" in stored and "config" in stored:
+            config = PretrainConfig.model_validate(stored["config"])
+            return [pretrain_command(config, checkpoint.parent)]
+    return []
+
+
+def pretrain_command(config: PretrainConfig, folder: Path) -> str:
+    """What to call to pretrain again; CUBE and PASTIS stand for where these data lie."""
+    usual, now = (c.model_dump(mode="json") for c in (FIRST, config))
+    words = ["python -m training pretrain --threads 1", f"--run {folder.as_posix()}"]
+    words += ["--romania CUBE"] if config.sources.romania else []
+    words += ["--pastis PASTIS"] if config.sources.pastis else []
+    words += _as_settings(difference(usual, now))
+    words += [f"--set seed={config.seed}"] if config.seed != FIRST.seed else []
+    return " ".join(words)
+
+
+def _as_settings(changes: Mapping[str, Any]) -> list[str]:
+    return [f"--set {shlex.quote(f'{key}={json.dumps(v)}')}" for key, v in changes.items()]
 
 
 def parameters(network: nn.Module) -> int:

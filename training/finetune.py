@@ -4,20 +4,23 @@ task (data -> batches -> loss) -> fit (optimise, average, checkpoint) -> finish 
 
 A task is what differs: its graph, its batches, its loss and its scores. The loop is the same, on
 CPU and GPU, and goes on where a killed run stopped: every epoch leaves a checkpoint, and the
-chance of an epoch depends on the seed and the epoch's number alone.
+chance of an epoch depends on the seed and the epoch's number alone. A run under the protocol
+`linear` or `knn` trains no encoder: see `training.probe`.
 """
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import logging
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,10 +32,13 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.graph import PatchGraph, PixelGraph
+from training.answers import AnyTask, keep, load, scores_of
+from training.baselines import put_network
 from training.classification import PixelClassification
-from training.config import ClassifyConfig, ForecastConfig, Optimisation, Run
+from training.config import ClassifyConfig, ForecastConfig, LandcoverConfig, Optimisation, Run
 from training.forecasting import PixelForecast
 from training.landcover import PatchClassification
+from training.probe import probed, put_linear_head
 
 log = logging.getLogger(__name__)
 
@@ -78,23 +84,46 @@ class CheckpointMismatch(Exception):
     """A checkpoint of another configuration than the run's, or without the encoder wanted."""
 
 
+class NothingToStopOn(ValueError):
+    """Early stopping was asked for in a run that trains on the validation places too."""
+
+
+class ManyEncoders(ValueError):
+    """A probe is of one encoder, and the configuration has several."""
+
+
+class NoGraph(ValueError):
+    """A run of nearest neighbours ends in scores alone: there is nothing to load or export."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finished:
     """A run that came to its end."""
 
-    graph: Graph
-    """With the averaged weights, in evaluation mode, on the CPU."""
+    graph: Graph | None
+    """With the averaged weights, in evaluation mode, on the CPU; None for nearest neighbours."""
     scores: Mapping[str, Any]
     folder: Path
 
 
-def task_of(run: Run) -> Task[Any]:
+def task_of(run: Run) -> AnyTask:
     """The task that a run's configuration names, with its data loaded."""
     if isinstance(run.config, ClassifyConfig):
         return PixelClassification(run.config, run.data, everything=run.everything)
     if isinstance(run.config, ForecastConfig):
         return PixelForecast(run.config, run.data, everything=run.everything)
     return PatchClassification(run.config, run.data, everything=run.everything)
+
+
+def new_graph(run: Run, task: AnyTask) -> Any:  # noqa: ANN401  # of the task's kind
+    """A run's graph before training, its weights by the run's seed."""
+    torch.manual_seed(run.config.optimisation.seed)
+    graph = task.graph()
+    if isinstance(graph, PixelGraph) and not isinstance(run.config, LandcoverConfig):
+        put_network(graph, run.config.network)
+    if run.pretrained:
+        load_encoder(graph, run.pretrained)
+    return graph
 
 
 def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) -> Finished:
@@ -108,25 +137,58 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
 
     Raises:
         CheckpointMismatch: the folder holds a run of another configuration.
+        NothingToStopOn: early stopping, and no validation places left out.
     """
     if threads:
         torch.set_num_threads(threads)
+    if run.protocol != "finetune" and getattr(run.config, "members", 1) > 1:
+        raise ManyEncoders(f"{run.protocol} probes one encoder: --set members=1")
+    if run.everything and run.config.optimisation.patience:
+        raise NothingToStopOn("a run that trains on every place has none to stop on")
     chosen = "cuda" if device == "auto" and torch.cuda.is_available() else device
     where = torch.device("cpu" if chosen == "auto" else chosen)
     folder.mkdir(parents=True, exist_ok=True)
     _same_run(run, folder)
     task = task_of(run)
-    torch.manual_seed(run.config.optimisation.seed)
-    graph = task.graph()
-    if run.pretrained:
-        load_encoder(graph, run.pretrained)
-    graph = fit(task, graph, run.config.optimisation, folder, where)
-    task.finish(graph)
-    torch.save(graph.state_dict(), folder / WEIGHTS)
-    scores = {} if run.everything else task.scores(graph)
-    summary = {"scores": scores, "data": task.data(), "seconds": _seconds(folder)}
+    graph = new_graph(run, task)
+    started = time.monotonic()
+    facts: dict[str, Any] = {}
+    if run.protocol == "finetune":
+        graph = fit(cast("Task[Any]", task), graph, run.config.optimisation, folder, where)
+        facts = _log_summary(folder)
+    elif run.protocol == "linear" and not isinstance(task, PixelForecast):
+        put_linear_head(task, graph)
+    else:
+        _probe(run, task, graph, folder)
+        graph = None
+    if graph is not None:
+        task.finish(graph)
+        torch.save(graph.state_dict(), folder / WEIGHTS)
+    scores = _scores(run, task, graph, folder)
+    summary = {
+        "scores": scores,
+        "data": task.data(),
+        "seconds": round(time.monotonic() - started, 1),
+        **facts,
+        "machine": machine(where),
+        "threads": torch.get_num_threads(),
+    }
     (folder / METRICS).write_text(json.dumps(summary, indent=1))
     return Finished(graph=graph, scores=scores, folder=folder)
+
+
+def _probe(run: Run, task: AnyTask, graph: Graph, folder: Path) -> None:
+    """Keep the answers of a probe that is no graph."""
+    if run.everything:
+        raise NoGraph(f"{run.protocol} of {run.config.task} ends in scores, and none are left out")
+    keep(probed(task, graph, run.protocol), folder)
+
+
+def _scores(run: Run, task: Any, graph: Graph | None, folder: Path) -> dict[str, Any]:  # noqa: ANN401  # a task of the graph's kind
+    if run.everything:
+        return {}
+    found: dict[str, Any] = scores_of(load(folder)) if graph is None else task.scores(graph)
+    return found
 
 
 def fit(
@@ -135,7 +197,8 @@ def fit(
     """Optimise the weights.
 
     Returns:
-        The graph with the averaged weights, in evaluation mode, on the CPU.
+        The graph with the averaged weights, in evaluation mode, on the CPU: those of the last
+        epoch, or under early stopping of the best.
     """
     graph = graph.to(device)
     average = AveragedModel(
@@ -151,18 +214,42 @@ def fit(
         pct_start=how.warm_up,
     )
     state = {"graph": graph, "average": average, "optimizer": optimizer, "schedule": schedule}
-    first, spent = _resume(state, folder)
+    first, spent, best = _resume(state, folder)
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as progress:
         bar = progress.add_task(folder.name, total=how.epochs, completed=first)
         for epoch in range(first, how.epochs):
+            if best and how.patience and epoch - best["epoch"] >= how.patience:
+                log.info("%s: no better since epoch %d", folder.name, best["epoch"])
+                break
             started = time.monotonic()
             loss = _epoch(task, state, how, epoch, device)
+            row = {"epoch": epoch + 1, "loss": round(loss, 5)}
+            if how.patience:
+                best, row["score"] = _better(best, task, average.module, epoch + 1)
             spent += time.monotonic() - started
-            _keep(state, folder, epoch + 1, spent)
-            _log(folder, {"epoch": epoch + 1, "loss": round(loss, 5), "seconds": round(spent, 1)})
+            _keep(state, folder, epoch + 1, spent, best)
+            _log(folder, {**row, "seconds": round(spent, 1)})
             progress.update(bar, advance=1, description=f"{folder.name} loss {loss:.4f}")
-    graph.load_state_dict(average.module.state_dict())
+    graph.load_state_dict(best["weights"] if best else average.module.state_dict())
     return graph.cpu().eval()
+
+
+def _better(
+    best: dict[str, Any] | None, task: Task[Any], averaged: nn.Module, epoch: int
+) -> tuple[dict[str, Any], float]:
+    """The better of the best weights so far and those of this epoch, and this epoch's score.
+
+    The score is the mean of accuracy and macro-F1 for classes, and less the error for forecasts.
+    """
+    graph = copy.deepcopy(averaged).cpu().eval()
+    scores = task.scores(graph)
+    if "rmse_mean" in scores:
+        score = -float(scores["rmse_mean"])
+    else:
+        score = (float(scores["accuracy"]) + float(scores["macro_f1"])) / 2
+    if best is None or score > best["score"]:
+        best = {"score": score, "epoch": epoch, "weights": graph.state_dict()}
+    return best, round(score, 5)
 
 
 def _epoch(
@@ -206,45 +293,65 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
     if key not in stored and not finetuned:
         raise CheckpointMismatch(f"{checkpoint.name} holds {sorted(stored)}, not '{key}'")
     try:
-        graph.encoder.load_state_dict(stored.get(key, finetuned))
+        for encoder in (graph.encoder, *(pair[0] for pair in getattr(graph, "others", ()))):
+            encoder.load_state_dict(stored.get(key, finetuned))
     except RuntimeError as error:
         raise CheckpointMismatch(f"{checkpoint.name}: {error}") from error
 
 
-def load_finished(folder: Path) -> tuple[Run, Task[Any], Any, dict[str, Any]]:
-    """A finished run again: what it was told, its task, its graph and its metrics."""
+def load_finished(folder: Path) -> tuple[Run, AnyTask, Any, dict[str, Any]]:
+    """A finished run again: what it was told, its task, its graph and its metrics.
+
+    Raises:
+        NoGraph: a run of nearest neighbours.
+    """
     run = Run.model_validate_json((folder / RUN).read_bytes())
+    if not (folder / WEIGHTS).exists():
+        raise NoGraph(f"{folder.name} ({run.protocol}) ended in scores alone")
     task = task_of(run)
-    graph = task.graph()
+    # The encoder that it once started from is not needed, and may be gone.
+    graph = new_graph(run.model_copy(update={"pretrained": None}), task)
     graph.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True))
     return run, task, graph.eval(), json.loads((folder / METRICS).read_text())
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run came to its end: its metrics are written last."""
+    return (folder / METRICS).exists()
+
+
 def _same_run(run: Run, folder: Path) -> None:
     path = folder / RUN
-    told = run.model_dump_json(indent=1)
-    if path.exists() and path.read_text() != told:
+    # As values, not as text: a setting that is new since then has its default.
+    if path.exists() and Run.model_validate_json(path.read_bytes()) != run:
         raise CheckpointMismatch(f"{folder} holds a run of another configuration; choose another")
-    path.write_text(told)
+    path.write_text(run.model_dump_json(indent=1))
 
 
-def _resume(state: Mapping[str, Any], folder: Path) -> tuple[int, float]:
-    """Load the checkpoint, if there is one; epochs done and seconds spent."""
+def _resume(state: Mapping[str, Any], folder: Path) -> tuple[int, float, dict[str, Any] | None]:
+    """Load the checkpoint, if there is one; epochs done, seconds spent and the best weights."""
     path = folder / CHECKPOINT
     if not path.exists():
-        return 0, 0.0
+        return 0, 0.0, None
     stored = torch.load(path, map_location="cpu", weights_only=True)
     for name, part in state.items():
         part.load_state_dict(stored[name])
     log.info("%s: goes on after epoch %d", folder.name, stored["epoch"])
-    return stored["epoch"], stored["seconds"]
+    return stored["epoch"], stored["seconds"], stored.get("best")
 
 
-def _keep(state: Mapping[str, Any], folder: Path, epoch: int, seconds: float) -> None:
-    stored = {name: part.state_dict() for name, part in state.items()}
+def _keep(
+    state: Mapping[str, Any],
+    folder: Path,
+    epoch: int,
+    seconds: float,
+    best: Mapping[str, Any] | None,
+) -> None:
+    stored: dict[str, Any] = {name: part.state_dict() for name, part in state.items()}
     path = folder / CHECKPOINT
     # Written beside and renamed: a kill in between leaves the last whole one.
-    torch.save({**stored, "epoch": epoch, "seconds": seconds}, path.with_suffix(".new"))
+    stored |= {"epoch": epoch, "seconds": seconds, "best": best}
+    torch.save(stored, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
 
 
@@ -260,6 +367,24 @@ def _log(folder: Path, row: Mapping[str, float]) -> None:
         os.fsync(file.fileno())
 
 
-def _seconds(folder: Path) -> float:
+def _log_summary(folder: Path) -> dict[str, Any]:
+    """What the log of a training comes down to."""
     with (folder / LOG).open() as file:
-        return float(list(csv.DictReader(file))[-1]["seconds"])
+        rows = list(csv.DictReader(file))
+    facts: dict[str, Any] = {
+        "seconds": float(rows[-1]["seconds"]),
+        "epochs": int(rows[-1]["epoch"]),
+        "loss": float(rows[-1]["loss"]),
+    }
+    best = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True).get("best")
+    if best:
+        # The places that chose the epoch are those that are scored: the card must say so.
+        facts["epoch_chosen_on_the_validation_places"] = best["epoch"]
+    return facts
+
+
+def machine(device: torch.device | None = None) -> str:
+    """What this machine is, in a few words: the GPU where one is used, or the CPU."""
+    if device.type == "cuda" if device else torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} shared CPU cores, {platform.machine()}"

@@ -462,7 +462,8 @@ class Pretraining:
         if not path.exists():
             return 0, 0.0
         stored = torch.load(path, map_location=self.device, weights_only=True)
-        if stored["config"] != self.config.model_dump(mode="json"):
+        # As configurations, not as text: a setting that is new since then has its default.
+        if PretrainConfig.model_validate(stored["config"]) != self.config:
             raise ForeignCheckpoint(
                 f"{self.folder} holds a run of another configuration; choose another folder"
             )

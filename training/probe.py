@@ -1,27 +1,42 @@
 """What frozen embeddings know: a linear probe and nearest neighbours.
 
-The validation places choose nothing here: both probes have fixed settings, so their scores are
+frozen encoder -> embeddings of all places -> a linear map, or the nearest training pixels
+
+The validation places choose nothing here: all probes have fixed settings, so their scores are
 those of places that neither the encoder nor the probe has seen.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
+from models.heads import ClassificationHead
+from training.answers import Answers, AnyTask, classes, forecasts
 from training.calibration import macro_f1
+from training.classification import PixelClassification
+from training.forecasting import PixelForecast
+from training.landcover import PatchClassification
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 NEIGHBOURS = 15
 _ITERATIONS = 2000
+_BATCH = 256
+# A probability that nearest neighbours give no class at all, and the logit of a class that a
+# linear probe has never seen.
+_SMALLEST = 1e-3
+_UNSEEN = -30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +67,10 @@ def probe(data: Labelled, *, resamples: int = 1000, seed: int = 0) -> dict[str, 
     """
     train, labels = data.part(~data.validation)
     rest, truth = data.part(data.validation)
-    linear = make_pipeline(
-        StandardScaler(), LogisticRegression(C=0.1, tol=1e-3, max_iter=_ITERATIONS)
-    )
-    # On unit vectors the nearest by distance are the nearest by cosine.
-    nearest = KNeighborsClassifier(NEIGHBOURS, weights="distance")
+    many = int(data.labels.max()) + 1
     found = {
-        "linear_probe": linear.fit(train, labels).predict(rest),
-        f"knn_{NEIGHBOURS}": nearest.fit(normalize(train), labels).predict(normalize(rest)),
+        "linear_probe": linear_logits(train, labels, rest, many).argmax(axis=1),
+        f"knn_{NEIGHBOURS}": nearest_logits(train, labels, rest, many).argmax(axis=1),
     }
     places = data.places[data.validation]
     scores: dict[str, object] = {
@@ -67,6 +78,119 @@ def probe(data: Labelled, *, resamples: int = 1000, seed: int = 0) -> dict[str, 
         for name, answer in found.items()
     }
     return {**scores, "n_train": len(train), "n_validation": len(rest)}
+
+
+def linear_logits(train: Floats, labels: Ints, rest: Floats, many: int) -> Floats:
+    """Logits (N, K) of a logistic regression on standardised embeddings."""
+    weight, bias = _linear(train, labels, many)
+    return np.asarray(rest @ weight.T + bias, dtype=np.float32)
+
+
+def nearest_logits(train: Floats, labels: Ints, rest: Floats, many: int) -> Floats:
+    """Logits (N, K) of the nearest training places' classes, by cosine."""
+    # On unit vectors the nearest by distance are the nearest by cosine.
+    model = KNeighborsClassifier(min(NEIGHBOURS, len(train)), weights="distance")
+    model.fit(normalize(train), labels)
+    shares = np.zeros((len(rest), many), dtype=np.float32)
+    shares[:, model.classes_] = model.predict_proba(normalize(rest))
+    return np.log(np.maximum(shares, _SMALLEST))
+
+
+def _linear(train: Floats, labels: Ints, many: int) -> tuple[Floats, Floats]:
+    """Weights (K, D) and biases (K) of a logistic regression, standardisation included."""
+    scaler = StandardScaler().fit(train)
+    weight = np.zeros((many, train.shape[1]), dtype=np.float32)
+    bias = np.full(many, _UNSEEN, dtype=np.float32)
+    there = np.unique(labels)
+    if len(there) == 1:  # nothing to tell apart
+        bias[there] = 0.0
+        return weight, bias
+    model = LogisticRegression(C=0.1, tol=1e-3, max_iter=_ITERATIONS)
+    model.fit(scaler.transform(train), labels)
+    rows, offsets = model.coef_, model.intercept_
+    if len(there) == 2:  # one row, which speaks for the second class
+        rows, offsets = np.stack([-rows[0], rows[0]]) / 2, np.array([-offsets[0], offsets[0]]) / 2
+    weight[there] = rows / scaler.scale_
+    bias[there] = offsets - (rows / scaler.scale_) @ scaler.mean_
+    return weight, bias
+
+
+# Protocols of a run -----------------------------------------------------------------------------
+
+
+def put_linear_head(task: AnyTask, graph: Any) -> None:  # noqa: ANN401  # of the task's kind
+    """Make a graph's head a logistic regression on its frozen encoder's embeddings.
+
+    What stands there is a graph like any other: it is scored, calibrated and exported alike.
+    """
+    if isinstance(task, PixelForecast) or not isinstance(graph.head, ClassificationHead):
+        raise TypeError("a linear head is for classes")
+    train, labels = embedded(task, graph, training=True)
+    weight, bias = _linear(train, labels, graph.head.linear.out_features)
+    with torch.no_grad():
+        graph.head.linear.weight.copy_(torch.from_numpy(weight))
+        graph.head.linear.bias.copy_(torch.from_numpy(bias))
+    graph.eval()
+
+
+def probed(task: AnyTask, graph: Any, protocol: str) -> Answers:  # noqa: ANN401  # of the task's kind
+    """Answers of a probe that no graph holds: nearest neighbours, and regressions of forecasts."""
+    if isinstance(task, PixelForecast):
+        return _probed_forecast(task, graph, protocol)
+    train, labels = embedded(task, graph, training=True)
+    rest, _ = embedded(task, graph, training=False)
+    many = len(task.legend)
+    find = linear_logits if protocol == "linear" else nearest_logits
+    return classes(task, find(train, labels, rest, many))
+
+
+def embedded(
+    task: PixelClassification | PatchClassification,
+    graph: Any,  # noqa: ANN401  # of the task's kind
+    *,
+    training: bool,
+) -> tuple[Floats, Ints]:
+    """Embeddings (N, D) and labels (N) of the training or of the validation places."""
+    bare = _headless(graph)
+    if isinstance(task, PixelClassification):
+        table = task.train if training else task.validation
+        return task.logits(bare, table), table.labels
+    chosen = task.train if training else task.validation
+    with torch.inference_mode():
+        parts = [
+            bare.raw(torch.from_numpy(task.read(rows))).numpy()
+            for rows in np.array_split(chosen, -(-len(chosen) // _BATCH))
+        ]
+    return np.concatenate(parts), task.labels[chosen]
+
+
+def _probed_forecast(task: PixelForecast, graph: Any, protocol: str) -> Answers:  # noqa: ANN401
+    bare = _headless(graph)
+    earlier = copy.copy(task)
+    earlier.validation = task.train.take(task.scored)
+    train, ahead, seen = earlier.predict(bare)
+    rest, target, known = task.predict(bare)
+    if protocol == "knn":
+        train, rest = normalize(train), normalize(rest)
+    found = []
+    for step in range(ahead.shape[1]):
+        rows = seen[:, step].all(axis=1)
+        model = (
+            make_pipeline(StandardScaler(), Ridge(10.0))
+            if protocol == "linear"
+            else KNeighborsRegressor(min(NEIGHBOURS, int(rows.sum())), weights="distance")
+        )
+        found.append(model.fit(train[rows], ahead[rows, step]).predict(rest))
+    median = np.stack(found, axis=1).astype(np.float32)
+    return forecasts(task, median[..., None], target, known)
+
+
+def _headless(graph: Any) -> Any:  # noqa: ANN401  # of the task's kind
+    """The same graph without its head, frozen: its answer is the embedding."""
+    bare = copy.copy(graph)
+    # A shallow copy shares the table of parts with the graph, which must keep its head.
+    bare._modules = {**graph._modules, "head": None}  # noqa: SLF001  # torch has no other way
+    return bare.eval()
 
 
 def score(

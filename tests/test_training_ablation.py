@@ -1,0 +1,144 @@
+"""Studies: what is missing is run, once, and what was asked stands in the report."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_crops import TINY, write_crops
+
+from training.ablation import STUDIES, NothingToCompare, Plan, ablate
+from training.config import Run, changed, configuration
+from training.finetune import new_graph, task_of
+from training.sources import Places
+from training.speed import Speed, compare, picture
+from training.tables import Row, measured
+
+SETTINGS = tuple(s for s in TINY if "epochs" not in s)
+PRETRAINING = (
+    *("groups=2", "per_group=8", "series_views=0", "imagery_views=0", "side=16"),
+    *("pixel.width=8", "pixel.embedding=16", "patch.width=8", "patch.embedding=16"),
+    *("sources.stacks=[]", "sources.synthetic=1", "sources.series=[]", "sources.eurosat=false"),
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_crops(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def plan(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder = tmp_path_factory.mktemp("studies")
+    return Plan(
+        bundle="pixels-crops-us",
+        places=Places(data=data),
+        runs=folder / "runs",
+        report=folder / "results.md",
+        seeds=2,
+        epochs=1,
+        steps=2,
+        settings=SETTINGS,
+        device="cpu",
+        command="python -m training ablate",
+    )
+
+
+@pytest.fixture(scope="module")
+def negatives(plan: Plan) -> str:
+    return ablate("negatives", replace(plan, settings=PRETRAINING, seeds=1))
+
+
+def weights(plan: Plan) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in plan.runs.rglob("weights.pt")}
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_a_study_is_run_once_and_shares_what_others_have_run(plan: Plan) -> None:
+    text = ablate("inputs", plan)
+    table = cells(text)
+    assert set(table) == {"model", "both", "plots alone", "series alone"}
+    # Two seeds, so an interval and a spread; of the small archive's 48 validation pixels.
+    assert re.fullmatch(r"0\.\d{3} \(0\.\d{3} to \d\.\d{3}\) ± 0\.\d{3}", table["both"][1])
+    assert "n = 48, 4 places" in text
+    assert "python -m training ablate" in text
+    assert "1 epochs" in text
+    assert "pixels-crops-us: inputs" in plan.report.read_text()
+    before = weights(plan)
+    assert len(before) == 6
+    again = ablate("inputs", plan)
+    assert cells(again) == table
+    assert weights(plan) == before
+    networks = ablate("networks", plan)
+    # Two of the three arms are new.
+    assert len(weights(plan)) == 6 + 4
+    assert cells(networks)["ours"] == table["both"]
+
+
+def test_each_arm_is_what_its_label_says(data: Path) -> None:
+    arms = {arm.label: arm for study in STUDIES.values() for arm in study.arms}
+
+    def graph(label: str, *more: str) -> torch.nn.Module:
+        config = changed(configuration("pixels-crops-us"), [*arms[label].settings, *more])
+        run = Run(config=config, data=data)
+        return new_graph(run, task_of(run))
+
+    assert not graph("plots alone").encoder.series
+    assert not graph("series alone").encoder.plots
+    assert graph("point, 20 %").encoder.percentage == 20.0
+    assert graph("M = 48", "window.step_days=8").grid.steps == 48
+    assert len(graph("width 64, depth 2").encoder.levels[0]) == 2
+
+
+def test_pretraining_arms_are_probed_alike(negatives: str, plan: Plan) -> None:
+    table = cells(negatives)
+    assert len(table) == 1 + len(STUDIES["negatives"].arms)
+    assert table["model"] == ["seeds", "accuracy", "macro-F1", "pixel to patch", "back"]
+    assert "2 steps each" in negatives
+    assert "pretraining: negatives" in plan.report.read_text()
+
+
+def test_few_labels_are_studied_from_the_checkpoint(negatives: str, plan: Plan) -> None:
+    with pytest.raises(NothingToCompare, match="--pretrained"):
+        ablate("labels", plan)
+    checkpoint = next(plan.runs.glob("pretrain/*/seed-0/checkpoint.pt"))
+    text = ablate("labels", replace(plan, pretrained=checkpoint, seeds=1))
+    table = cells(text)
+    assert len(table) == 1 + 3 * 5
+    assert "10% of the labels, nearest neighbours of the pretrained" in table
+
+
+def test_a_study_that_does_not_fit_says_so(plan: Plan) -> None:
+    with pytest.raises(NothingToCompare, match="targets"):
+        ablate("steps", replace(plan, bundle="forecast-vi", settings=()))
+    with pytest.raises(NothingToCompare, match="labels"):
+        ablate("labels", replace(plan, bundle="landcover-eurosat", pretrained=Path(__file__)))
+
+
+def test_speeds_are_relative_to_the_first_and_drawn(plan: Plan, tmp_path: Path) -> None:
+    ablate("inputs", plan)
+    folders = [p.parent for p in plan.runs.rglob("seed-0/weights.pt") if "tempcnn" not in str(p)]
+    whole = next(f for f in folders if "plots" not in str(f) and "series" not in str(f))
+    series = next(f for f in folders if "plots=false" in str(f))
+    speeds = compare({"both": whole, "series alone": series})
+    assert speeds["both"].relative == 1.0
+    assert speeds["both"].megaflop > speeds["series alone"].megaflop
+    rows = [
+        Row(name=name, seeds=1, scores={k: measured([0.5]) for k in ("accuracy", "macro-F1")})
+        for name in speeds
+    ]
+    drawn = []
+    for name in ("a.svg", "b.svg"):
+        picture(rows, speeds, tmp_path / name, title="a title")
+        drawn.append((tmp_path / name).read_text())
+    assert drawn[0] == drawn[1]
+    assert isinstance(speeds["both"], Speed)
+    assert np.isfinite([s.relative for s in speeds.values()]).all()

@@ -1,0 +1,442 @@
+"""Studies: what a choice is worth, measured by training with it and without it.
+
+study -> arms x seeds -> runs, each done once -> answers -> a table in the report
+
+A run lies in a folder named after its settings, so that studies share runs, a killed study goes on
+where it stopped, and a change of the configuration begins anew and mixes with nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training import answers as kept
+from training.answers import Answers
+from training.config import (
+    ClassifyConfig,
+    Run,
+    UnknownSetting,
+    changed,
+    configuration,
+    difference,
+)
+from training.config import Protocol as RunProtocol
+from training.embedding import measure_retrieval, probe_answers
+from training.evaluate import SPLITS, answers_of
+from training.export import pretrain_command
+from training.finetune import finetune, is_finished
+from training.pretrain import CHECKPOINT, FIRST, PretrainConfig, load_networks, pretrain
+from training.sources import Places, open_sources
+from training.speed import Speed, compare, picture
+from training.tables import Row, Score, Table, answers_row, markdown, measured, sized, write_section
+
+log = logging.getLogger(__name__)
+
+PICTURE = "size.svg"
+_PROBES = "probes.json"
+_CROPS = "crops"
+_PATCHES = "eurosat"
+
+
+class NothingToCompare(ValueError):
+    """A study that does not fit a bundle, or lacks what it compares."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One choice."""
+
+    label: str
+    settings: tuple[str, ...] = ()
+    """As `--set` takes them."""
+    pretrained: bool = False
+    """Whether the encoder starts from the checkpoint."""
+    protocol: RunProtocol = "finetune"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A question, and the choices that answer it."""
+
+    question: str
+    arms: tuple[Arm, ...]
+    pretraining: bool = False
+    """Whether the arms differ in pretraining; else in finetuning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a study is run with."""
+
+    bundle: str
+    """Name of the configuration that the arms change."""
+    places: Places
+    runs: Path
+    """Folder of the runs."""
+    report: Path
+    """The Markdown file."""
+    seeds: int = 3
+    epochs: int | None = None
+    """Of each finetuning; None takes the configuration's."""
+    steps: int | None = None
+    """Of each pretraining; None takes the configuration's."""
+    pretrained: Path | None = None
+    settings: tuple[str, ...] = ()
+    """Of all arms alike."""
+    device: str = "auto"
+    threads: int = 1
+    command: str = ""
+    """What was called, for the report."""
+
+
+def _sizes() -> tuple[Arm, ...]:
+    shapes = ((64, 1), (32, 1), (48, 1), (96, 1), (128, 1), (64, 2))
+    return tuple(
+        Arm(
+            label=f"width {width}, depth {depth}",
+            settings=(f"encoder.width={width}", f"encoder.depth={depth}"),
+        )
+        for width, depth in shapes
+    )
+
+
+def _few_labels() -> tuple[Arm, ...]:
+    ways: tuple[tuple[str, bool, RunProtocol], ...] = (
+        ("from scratch", False, "finetune"),
+        ("pretrained", True, "finetune"),
+        ("linear probe of the pretrained", True, "linear"),
+        ("nearest neighbours of the pretrained", True, "knn"),
+        ("linear probe of the untrained", False, "linear"),
+    )
+    return tuple(
+        Arm(
+            label=f"{share:.0%} of the labels, {how}",
+            settings=(f"labels={share}",),
+            pretrained=pretrained,
+            protocol=protocol,
+        )
+        for share in (0.01, 0.1, 1.0)
+        for how, pretrained, protocol in ways
+    )
+
+
+_NO_STACKS: Mapping[str, tuple[str, ...]] = {
+    "Flanders": ("flanders_2017_2018",),
+    "Hesbaye": ("hesbaye_a_monthly", "hesbaye_b_monthly"),
+}
+
+
+def _sources() -> tuple[Arm, ...]:
+    stacks = [stack.model_dump(mode="json") for stack in FIRST.sources.stacks]
+    without = [
+        Arm(
+            label=f"without {name}",
+            settings=(
+                "sources.stacks=" + json.dumps([s for s in stacks if s["folder"] not in folders]),
+            ),
+        )
+        for name, folders in _NO_STACKS.items()
+    ]
+    return (
+        Arm(label="all sources"),
+        *without,
+        Arm(label="without Romania", settings=("sources.romania=0",)),
+        Arm(label="without synthetic scenes", settings=("sources.synthetic=0",)),
+        Arm(label="without series of US crops", settings=('sources.series=["s2_points"]',)),
+        Arm(label="without series of points", settings=('sources.series=["crops_us_2021"]',)),
+        Arm(label="without EuroSAT's imagery", settings=("sources.eurosat=false",)),
+    )
+
+
+STUDIES: Mapping[str, Study] = {
+    "inputs": Study(
+        question="Recurrence plots, the series, or both?",
+        arms=(
+            Arm(label="both"),
+            Arm(label="plots alone", settings=("encoder.series=false",)),
+            Arm(label="series alone", settings=("encoder.plots=false",)),
+        ),
+    ),
+    "threshold": Study(
+        question=(
+            "Distances, or plots thresholded? Thresholds in standard deviations of an index "
+            "(0.25); `point` marks the smallest 20 % of each plot."
+        ),
+        arms=(
+            Arm(label="none"),
+            *(Arm(label=f"{t}", settings=(f"encoder.threshold={t}",)) for t in (0.2, 0.5, 1.0)),
+            Arm(
+                label="point, 20 %",
+                settings=('encoder.threshold="point"', "encoder.percentage=20.0"),
+            ),
+        ),
+    ),
+    "steps": Study(
+        question="How many steps does the regular grid need? All cover the year.",
+        arms=tuple(
+            Arm(label=f"M = {m}", settings=(f"window.steps={m}",)) for m in (24, 32, 36, 48, 64)
+        ),
+    ),
+    "labels": Study(
+        question="What is pretraining worth, with few labels and with many?",
+        arms=_few_labels(),
+    ),
+    "size": Study(question="What does a larger encoder buy, and cost?", arms=_sizes()),
+    "networks": Study(
+        question="Ours beside other networks, in the same graph, loop and schedule.",
+        arms=(
+            Arm(label="ours"),
+            Arm(label="TempCNN", settings=("network=tempcnn",)),
+            Arm(label="multilayer perceptron", settings=("network=mlp",)),
+        ),
+    ),
+    "negatives": Study(
+        question="Which places of a batch are negatives of one another?",
+        pretraining=True,
+        arms=(
+            Arm(label="all but neighbours, one's own field and look-alikes (default)"),
+            Arm(label="neighbours too", settings=("near=0",)),
+            Arm(label="one's own field too", settings=("same_field=true",)),
+            Arm(label="look-alikes too", settings=("alike=0",)),
+            Arm(label="all places", settings=("near=0", "same_field=true", "alike=0")),
+        ),
+    ),
+    "sources": Study(
+        question="What is each source of pretraining worth? Each is left out in turn.",
+        pretraining=True,
+        arms=_sources(),
+    ),
+}
+
+
+def ablate(name: str, plan: Plan) -> str:
+    """Run what is missing of a study and write its table into the report.
+
+    Args:
+        name: of the study, one of `STUDIES`.
+        plan: what it is run with.
+
+    Returns:
+        The section, as Markdown.
+
+    Raises:
+        NothingToCompare: the study does not fit the bundle, or there is no checkpoint.
+    """
+    study = STUDIES[name]
+    make = _pretraining_section if study.pretraining else _finetuning_section
+    title, text = make(name, study, plan)
+    text = f"{study.question}\n\n{text}"
+    write_section(plan.report, title, text)
+    return f"## {title}\n\n{text}"
+
+
+# Finetuning -------------------------------------------------------------------------------------
+
+
+def _finetuning_section(name: str, study: Study, plan: Plan) -> tuple[str, str]:
+    config = configuration(plan.bundle)
+    if any(arm.pretrained for arm in study.arms) and not (
+        plan.pretrained and plan.pretrained.exists()
+    ):
+        raise NothingToCompare(f"study '{name}' needs a checkpoint: say --pretrained")
+    runs = {arm: [_run(arm, plan, seed) for seed in range(plan.seeds)] for arm in study.arms}
+    folders = {arm: [_folder(run, plan) for run in seeds] for arm, seeds in runs.items()}
+    for arm, seeds in runs.items():
+        for run, folder in zip(seeds, folders[arm], strict=True):
+            if not is_finished(folder):
+                log.info("%s: %s, seed %d", name, arm.label, run.config.optimisation.seed)
+                finetune(run, folder, device=plan.device, threads=plan.threads)
+    answers = {arm: [answers_of(folder) for folder in seeds] for arm, seeds in folders.items()}
+    rows = [answers_row(arm.label, seeds) for arm, seeds in answers.items()]
+    if name == "size":
+        rows = _with_speed(rows, {arm.label: seeds[0] for arm, seeds in folders.items()}, plan)
+    epochs = next(iter(runs.values()))[0].config.optimisation.epochs
+    table = _table(f"{plan.bundle}: {name}", SPLITS[config.task], rows, answers, plan)
+    notes = [f"All arms were trained for {epochs} epochs."]
+    return table.title, markdown(replace(table, notes=[*notes, *table.notes])) + (
+        f"\n\n![Accuracy by speed](pictures/{PICTURE})" if name == "size" else ""
+    )
+
+
+def _table(
+    title: str,
+    split: str,
+    rows: Sequence[Row],
+    answers: Mapping[Arm, Sequence[Answers]],
+    plan: Plan,
+) -> Table:
+    n, places = sized(next(iter(answers.values()))[0])
+    return Table(
+        title=title,
+        split=split,
+        n=n,
+        places=places,
+        rows=rows,
+        commands=[plan.command] if plan.command else [],
+        notes=[f"Set alike in all: {', '.join(plan.settings)}."] if plan.settings else [],
+    )
+
+
+def _run(arm: Arm, plan: Plan, seed: int) -> Run:
+    """What a run of an arm is told."""
+    config = configuration(plan.bundle)
+    try:
+        changed(config, arm.settings)
+    except UnknownSetting as error:
+        raise NothingToCompare(f"'{arm.label}' does not fit {plan.bundle}: {error}") from error
+    # One network of an ensemble: what a choice is worth shows sooner, and costs less.
+    alone = ["members=1"] if hasattr(config, "members") else []
+    settings = [*alone, *plan.settings, *arm.settings, f"optimisation.seed={seed}"]
+    if arm in STUDIES["labels"].arms and plan.pretrained:
+        settings += _encoder_settings(plan.pretrained)
+    if plan.epochs:
+        settings.append(f"optimisation.epochs={plan.epochs}")
+    steps = next((s for s in arm.settings if s.startswith("window.steps=")), None)
+    if steps:
+        if not isinstance(config, ClassifyConfig):
+            raise NothingToCompare("other steps make other targets: only classes can be compared")
+        length = config.window.steps * config.window.step_days
+        settings.append(f"window.step_days={-(-length // int(steps.partition('=')[2]))}")
+    return Run(
+        config=changed(config, settings),
+        data=plan.places.data,
+        pretrained=plan.pretrained if arm.pretrained else None,
+        protocol=arm.protocol,
+    )
+
+
+_SHAPE = ("width", "depth", "embedding", "plots", "series", "threshold", "percentage", "calendar")
+
+
+def _encoder_settings(checkpoint: Path) -> list[str]:
+    """Settings that give an encoder the shape of a pretrained one."""
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    pixel = PretrainConfig.model_validate(stored["config"]).pixel.model_dump(mode="json")
+    return [f"encoder.{key}={json.dumps(pixel[key])}" for key in _SHAPE]
+
+
+def _folder(run: Run, plan: Plan) -> Path:
+    """Where a run lies: named after what it changes, apart from every other configuration."""
+    usual = configuration(plan.bundle).model_dump(mode="json")
+    told = run.config.model_dump(mode="json")
+    words = [f"{key}={value}" for key, value in difference(usual, told).items()]
+    words += ["pretrained"] if run.pretrained else []
+    words += [run.protocol] if run.protocol != "finetune" else []
+    told["optimisation"]["seed"] = None
+    identity = [told, str(run.pretrained), run.protocol, str(run.data.resolve())]
+    seed = run.config.optimisation.seed
+    return plan.runs / plan.bundle / _named(words, identity) / f"seed-{seed}"
+
+
+def _named(words: Sequence[str], identity: object) -> str:
+    """A folder's name that a person can read, and a digest that tells it from every other."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    readable = re.sub(r"[^a-z0-9=.]+", "-", "_".join(words).lower())[:60].strip("-")
+    return f"{readable or 'default'}-{digest}"
+
+
+def _with_speed(rows: Sequence[Row], folders: Mapping[str, Path], plan: Plan) -> list[Row]:
+    """Rows with the size and speed of the exported graphs, and their picture."""
+    speeds = compare(folders)
+    title = f"{plan.bundle}, pixels a second of the exported graph on one CPU thread"
+    picture(rows, speeds, plan.report.parent / "pictures" / PICTURE, title=title)
+    return [replace(row, scores={**row.scores, **_speed_scores(speeds[row.name])}) for row in rows]
+
+
+def _speed_scores(speed: Speed) -> dict[str, Score]:
+    return {
+        "MFLOP": measured([speed.megaflop]),
+        "speed, relative": Score(value=speed.relative, low=speed.low, high=speed.high),
+    }
+
+
+# Pretraining ------------------------------------------------------------------------------------
+
+
+def _pretraining_section(name: str, study: Study, plan: Plan) -> tuple[str, str]:
+    runs = {arm: [_pretrained(arm, plan, seed) for seed in range(plan.seeds)] for arm in study.arms}
+    # An arm that changes nothing, as one that leaves out what is not given, would be run twice.
+    usual = [_pretrain_folder(config, plan) for config in next(iter(runs.values()))]
+    arms = [
+        arm
+        for i, arm in enumerate(study.arms)
+        if i == 0 or [_pretrain_folder(c, plan) for c in runs[arm]] != usual
+    ]
+    whole = runs[study.arms[0]][0]
+    for arm in arms:
+        for config in runs[arm]:
+            folder = _pretrain_folder(config, plan)
+            if not (folder / _PROBES).exists():
+                log.info("%s: %s, seed %d", name, arm.label, config.seed)
+                _pretrain_and_probe(config, whole, folder, plan)
+    rows, answers = [], {}
+    for arm in arms:
+        folders = [_pretrain_folder(config, plan) for config in runs[arm]]
+        answers[arm] = [kept.load(folder / _CROPS) for folder in folders]
+        rows.append(_probed_row(arm.label, answers[arm], folders))
+    split = (
+        "linear probe of frozen pixel embeddings on US crops (17 classes), places of 0.1 degree "
+        "that neither encoder nor probe has seen; EuroSAT: linear probe of frozen patch "
+        "embeddings on its spatial split; retrieval: a pixel's own patch among the first five, "
+        "on held-out rows and scenes of all sources"
+    )
+    table = _table(f"pretraining: {name}", split, rows, answers, plan)
+    command = f"default: `{pretrain_command(whole, Path('runs/pretrain'))}`"
+    return table.title, markdown(
+        replace(table, notes=[f"{whole.steps} steps each; {command}.", *table.notes])
+    )
+
+
+def _pretrained(arm: Arm, plan: Plan, seed: int) -> PretrainConfig:
+    settings = [*plan.settings, *arm.settings, f"seed={seed}"]
+    if plan.steps:
+        settings.append(f"steps={plan.steps}")
+    if plan.places.romania is None:
+        settings.append("sources.romania=0")
+    return changed(FIRST, settings)
+
+
+def _pretrain_folder(config: PretrainConfig, plan: Plan) -> Path:
+    told = config.model_dump(mode="json")
+    changes = difference(FIRST.model_dump(mode="json"), told)
+    words = [k if isinstance(v, list) else f"{k}={v}" for k, v in changes.items()]
+    identity = {**told, "seed": None, "data": str(plan.places.data.resolve())}
+    return plan.runs / "pretrain" / _named(words, identity) / f"seed-{config.seed}"
+
+
+def _pretrain_and_probe(
+    config: PretrainConfig, whole: PretrainConfig, folder: Path, plan: Plan
+) -> None:
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    pretrain(config, places=plan.places, folder=folder, device=plan.device)
+    _, networks = load_networks(folder / CHECKPOINT)
+    # Of every source alike, also of one that this arm has not learned from. Scenes of another
+    # seed are no others' training scenes.
+    sources = open_sources(whole.sources, plan.places, seed=config.seed)
+    for name, answers in probe_answers(networks, plan.places.data).items():
+        (folder / name).mkdir(exist_ok=True)
+        kept.keep(answers, folder / name)
+    retrieval = measure_retrieval(networks, whole, sources, folder)
+    (folder / _PROBES).write_text(json.dumps(retrieval, indent=1))
+
+
+def _probed_row(label: str, crops: Sequence[Answers], folders: Sequence[Path]) -> Row:
+    row = answers_row(label, crops)
+    scores = {key: row.scores[key] for key in ("accuracy", "macro-F1")}
+    if all((folder / _PATCHES / kept.FILE).exists() for folder in folders):
+        patches = answers_row(label, [kept.load(folder / _PATCHES) for folder in folders])
+        scores["EuroSAT accuracy"] = patches.scores["accuracy"]
+    found: list[dict[str, Any]] = [json.loads((f / _PROBES).read_text())["all"] for f in folders]
+    for key, title in (("pixel_to_patch_5", "pixel to patch"), ("patch_to_pixel_5", "back")):
+        scores[title] = measured([one[key] for one in found])
+    return replace(row, scores=scores)

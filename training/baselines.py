@@ -1,0 +1,114 @@
+"""Encoders of others, put in place of ours: the same graph, loop, augmentation and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from models.encoders import standardised
+from models.graph import PatchGraph, PixelGraph
+from training.config import Network
+
+_FILTERS = 64
+_KERNEL = 5
+_HIDDEN = 512
+
+
+class TempCNN(nn.Module):
+    """Three convolutions over time and a dense layer.
+
+    Pelletier et al. 2019, doi:10.3390/rs11050523.
+
+    Args:
+        steps: M.
+        indices: K.
+        embedding: units of the dense layer, 256 in the paper.
+        dropout: share of values dropped after each layer in training, 0.5 in the paper.
+    """
+
+    def __init__(
+        self, *, steps: int, indices: int, embedding: int = 256, dropout: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        layers: list[nn.Module] = []
+        for inputs in (indices, _FILTERS, _FILTERS):
+            layers += [
+                nn.Conv1d(inputs, _FILTERS, _KERNEL, padding=_KERNEL // 2),
+                nn.BatchNorm1d(_FILTERS),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+            ]
+        self.layers = nn.Sequential(
+            *layers, nn.Flatten(), *_dense(_FILTERS * steps, embedding, dropout)
+        )
+
+    def forward(self, series: Tensor, *_: Tensor | None) -> Tensor:
+        """Encode series (N, K, M) as (N, D); what else our encoder sees is not looked at."""
+        out: Tensor = self.layers(standardised(series))
+        return out
+
+
+class MultilayerPerceptron(nn.Module):
+    """Two dense layers on the whole series.
+
+    Args:
+        steps: M.
+        indices: K.
+        embedding: D.
+        dropout: share of values dropped after each layer in training.
+    """
+
+    def __init__(
+        self, *, steps: int, indices: int, embedding: int = 256, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.layers = nn.Sequential(
+            nn.Flatten(),
+            *_dense(indices * steps, _HIDDEN, dropout),
+            *_dense(_HIDDEN, embedding, dropout),
+        )
+
+    def forward(self, series: Tensor, *_: Tensor | None) -> Tensor:
+        """Encode series (N, K, M) as (N, D); what else our encoder sees is not looked at."""
+        out: Tensor = self.layers(standardised(series))
+        return out
+
+
+NETWORKS = {"tempcnn": TempCNN, "mlp": MultilayerPerceptron}
+NAMES = {"tempcnn": "TempCNN", "mlp": "multilayer perceptron"}
+
+
+def put_network(graph: PixelGraph, network: Network) -> None:
+    """Replace a graph's encoder by a baseline's; `pimc` leaves ours.
+
+    Grid, head and the length of the embedding stay, so all else is the same.
+    """
+    if network != "pimc":
+        steps, indices = graph.grid.steps, len(graph.indices.names)
+        embedding = graph.encoder.embedding
+        replace_encoders(
+            graph,
+            lambda _: NETWORKS[network](steps=steps, indices=indices, embedding=embedding),
+        )
+
+
+def replace_encoders(
+    graph: PixelGraph | PatchGraph, make: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Put another encoder in the place of each of a graph's, made from it."""
+    graph.add_module("encoder", make(graph.encoder))
+    if isinstance(graph, PixelGraph):
+        for pair in graph.others:
+            pair[0] = make(pair[0])  # type: ignore[index,operator]  # a list, which torch types as a module
+
+
+def _dense(inputs: int, outputs: int, dropout: float) -> list[nn.Module]:
+    return [
+        nn.Linear(inputs, outputs),
+        nn.BatchNorm1d(outputs),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+    ]
