@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import socket
@@ -22,13 +23,14 @@ from tiny_zoo import write_zoo
 from service.errors import STATUS
 
 BANDS = ("B02", "B04", "B08")
-# Jobs and a full disk have tests of their own; what stalls takes long: see test_api_intake.
+# Codes that need a service of their own, and the test that reaches each over HTTP.
 ELSEWHERE = {
-    "unknown_job",
-    "result_not_ready",
-    "insufficient_storage",
-    "body_stalled",
-    "unreachable_reference",
+    "unauthorized": ("test_api_errors.py", "test_anything_else_does_not"),
+    "overloaded": ("test_api_errors.py", "test_who_finds_no_seat_is_told_at_once"),
+    "not_ready": ("test_api_errors.py", "test_a_default_that_cannot_be_loaded_makes_it_unready"),
+    "result_not_ready": ("test_jobs.py", "test_a_result_that_is_not_there_yet"),
+    "insufficient_storage": ("job_kit.py", "check_full"),
+    "unreachable_reference": ("test_references.py", "test_a_mistake_is_told"),
 }
 BODY_LIMIT, RASTER_LIMIT, PIXEL_LIMIT = 200_000, 100_000, 4_000
 
@@ -47,6 +49,7 @@ def api(zoo: Path) -> Iterator[httpx.Client]:
         max_body_bytes=BODY_LIMIT,
         max_raster_bytes=RASTER_LIMIT,
         sync_max_pixels=PIXEL_LIMIT,
+        upload_seconds=1,
     ) as client:
         yield client
 
@@ -171,15 +174,27 @@ CASES: dict[str, list[Callable[[httpx.Client, Path], httpx.Response]]] = {
         ),
         lambda api, f: api.post("/landcover", json={"items": []}),
     ],
-    "unauthorized": [],
-    "overloaded": [],
-    "not_ready": [],
+    "unknown_job": [
+        lambda api, f: api.get("/jobs/00000000-0000-4000-8000-000000000000"),
+        lambda api, f: api.delete("/jobs/00000000-0000-4000-8000-000000000000"),
+    ],
+    "body_stalled": [
+        lambda api, f: api.post(
+            "/embed", content=dripping(), headers={"Content-Type": "application/json"}
+        ),
+    ],
     "internal_error": [
         # This model runs for four dates only, as its warm-up has.
         lambda api, f: posted(api, stack(f), data={"model": "pixels-brittle"}),
     ],
     "invalid_request": [lambda api, f: posted(api, stack(f), data={"horizon": "3"})],
 }
+
+
+def dripping() -> Iterator[bytes]:
+    for _ in range(8):
+        yield b" "
+        time.sleep(0.2)
 
 
 def points(*places: tuple[float, float]) -> dict[str, Any]:
@@ -210,7 +225,20 @@ def check_problem(answer: httpx.Response, code: str) -> dict[str, Any]:
 
 
 def test_there_is_a_case_for_every_code() -> None:
-    assert set(CASES) == set(STATUS) - ELSEWHERE
+    assert set(CASES) | set(ELSEWHERE) == set(STATUS)
+    assert all(CASES.values())
+
+
+@pytest.mark.parametrize("code", ELSEWHERE)
+def test_what_is_tested_elsewhere_is(code: str) -> None:
+    file, name = ELSEWHERE[code]
+    text = (Path(__file__).parent / file).read_text()
+    (found,) = (
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    )
+    assert f'"{code}"' in (ast.get_source_segment(text, found) or "")
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def api(tmp_path: Path, scratch: Path) -> Iterator[httpx.Client]:
-    with served(model_dir=write_zoo(tmp_path / "zoo")) as client:
+    with served(model_dir=write_zoo(tmp_path / "zoo"), state_dir=tmp_path / "state") as client:
         yield client
 
 
