@@ -320,8 +320,9 @@ def card_with(zoo, **losses):
 
 def test_the_variant_that_costs_nothing_is_taken(zoo):
     assert pick_variant(card_with(zoo), CPU) == "float32"
-    assert pick_variant(card_with(zoo, float16={}), CUDA) == "float16"
-    assert pick_variant(card_with(zoo, float16={}), CPU) == "float32"
+    assert pick_variant(card_with(zoo, float16={"accuracy": 0.0}), CUDA) == "float16"
+    assert pick_variant(card_with(zoo, float16={"accuracy": 0.0}), CPU) == "float32"
+    assert pick_variant(card_with(zoo, float16={}), CUDA) == "float32"  # a loss nobody measured
     assert pick_variant(card_with(zoo, float16={"accuracy": -0.02}), CUDA) == "float32"
     assert pick_variant(card_with(zoo, int8={"accuracy": -0.001}), CPU) == "int8"
     assert pick_variant(card_with(zoo, int8={"accuracy": -0.001, "f1": -0.004}), CPU) == "float32"

@@ -22,7 +22,7 @@ from training.answers import Answers
 from training.config import BANDS, INDICES
 from training.datasets import PatchSet, PixelSet
 from training.datasets.eurosat import eurosat_rgb
-from training.export import megaflop, parameters, pretrain_command, write_bundle
+from training.export import Served, megaflop, parameters, pretrain_command, write_bundle
 from training.finetune import machine
 from training.legends import crop_sets
 from training.pretrain import (
@@ -91,6 +91,7 @@ def export_embeddings(
     eurosat = eurosat_rgb(places.data / "eurosat")
     untrained = _untrained(config)
     pixel, patch = pixel_graph(networks), PatchGraph(encoder=networks.patch, head=None).eval()
+    known = probe(embed_crops(pixel, crops)), probe(embed_patches(patch, eurosat))
     common = {"task": "embed", "licence": LICENCE, "training_data": data}
     return (
         write_bundle(
@@ -111,7 +112,7 @@ def export_embeddings(
                 "metrics": {
                     "crops_us_2021": {
                         "split": "validation blocks of 0.1 degree; labels are USDA's map",
-                        "pretrained": probe(embed_crops(pixel, crops)),
+                        "pretrained": known[0],
                         "untrained": probe(embed_crops(pixel_graph(untrained), crops)),
                     },
                     "retrieval": pairs,
@@ -120,6 +121,7 @@ def export_embeddings(
             },
             real=_real_pixels(crops),
             version=version,
+            loss=lambda file: _loss(known[0], probe(embed_crops(Served(file), crops))),
         ),
         write_bundle(
             patch,
@@ -137,7 +139,7 @@ def export_embeddings(
                 "metrics": {
                     "eurosat": {
                         "split": "EuroSAT's spatial split; 5,000 random patches of both sides",
-                        "pretrained": probe(embed_patches(patch, eurosat)),
+                        "pretrained": known[1],
                         "untrained": probe(
                             embed_patches(PatchGraph(encoder=untrained.patch, head=None), eurosat)
                         ),
@@ -148,8 +150,15 @@ def export_embeddings(
             },
             real={"patches": _reflectance(eurosat, np.flatnonzero(eurosat.validation)[:64])},
             version=version,
+            loss=lambda file: _loss(known[1], probe(embed_patches(Served(file), eurosat))),
         ),
     )
+
+
+def _loss(full: Mapping[str, Any], reduced: Mapping[str, Any]) -> dict[str, float]:
+    """Change of what a linear probe scores; negative is worse."""
+    before, after = full["linear_probe"], reduced["linear_probe"]
+    return {name: round(after[name] - before[name], 4) for name in ("accuracy", "macro_f1")}
 
 
 def pixel_graph(networks: Networks) -> PixelGraph:
@@ -206,7 +215,7 @@ def probe_answers(networks: Networks, data: Path) -> dict[str, Answers]:
     return answers
 
 
-def embed_crops(graph: PixelGraph, crops: PixelSet) -> Labelled:
+def embed_crops(graph: PixelGraph | Served, crops: PixelSet) -> Labelled:
     """Embeddings of the labelled US crops with enough observations."""
     labels = crops.labels if crops.labels is not None else np.full(len(crops.values), -1)
     pixels = crops.select(BANDS)
@@ -217,8 +226,8 @@ def embed_crops(graph: PixelGraph, crops: PixelSet) -> Labelled:
     with torch.inference_mode():
         for i in range(0, len(kept), _BATCH):
             rows = slice(i, i + _BATCH)
-            arrays = (part.values[rows], part.valid[rows])
-            parts.append(graph(*(torch.from_numpy(a) for a in arrays), days).numpy())
+            values, valid = (torch.from_numpy(a[rows]) for a in (part.values, part.valid))
+            parts.append(graph.raw(values, valid, days).numpy())
     return Labelled(
         embeddings=np.concatenate(parts),
         labels=labels[kept],
@@ -227,7 +236,7 @@ def embed_crops(graph: PixelGraph, crops: PixelSet) -> Labelled:
     )
 
 
-def embed_patches(graph: PatchGraph, patches: PatchSet, *, seed: int = 0) -> Labelled:
+def embed_patches(graph: PatchGraph | Served, patches: PatchSet, *, seed: int = 0) -> Labelled:
     """Embeddings of a random part of EuroSAT."""
     graph.eval()
     rng = np.random.default_rng(seed)
@@ -237,7 +246,7 @@ def embed_patches(graph: PatchGraph, patches: PatchSet, *, seed: int = 0) -> Lab
     with torch.inference_mode():
         for i in range(0, most, _BATCH):
             batch = _reflectance(patches, chosen[i : i + _BATCH])
-            parts.append(graph(torch.from_numpy(batch)).numpy())
+            parts.append(graph.raw(torch.from_numpy(batch)).numpy())
     labels = patches.labels if patches.labels is not None else np.full(len(patches.values), -1)
     return Labelled(
         embeddings=np.concatenate(parts),
