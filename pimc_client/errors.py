@@ -29,6 +29,7 @@
         │   ├── ImplausibleReflectance
         │   └── RasterTooLarge
         ├── Overloaded             nothing was started; `retry_after` says when to come back
+        ├── InsufficientStorage    the service's disk is full
         ├── NotReady               the models are still being loaded; likewise
         └── InternalError          the service's fault; its log has the request id
 
@@ -288,6 +289,12 @@ class Overloaded(ServiceError):
     """No place was free and nothing was started, however often it was retried."""
 
     known_code = "overloaded"
+
+
+class InsufficientStorage(ServiceError):
+    """The service's disk takes no more of a body, a job or an answer."""
+
+    known_code = "insufficient_storage"
 
 
 class NotReady(ServiceError):

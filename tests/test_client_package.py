@@ -32,6 +32,7 @@ NAMES = [
     "GeoTIFFError",
     "GridMismatch",
     "ImplausibleReflectance",
+    "InsufficientStorage",
     "InternalError",
     "InvalidRequest",
     "Job",
