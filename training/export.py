@@ -110,6 +110,13 @@ DESCRIPTIONS: Mapping[str, Description] = {
             "whatever it sees."
         ),
     ),
+    "pixels-crops-us-20m": Description(
+        text=(
+            "Crops of the United States as `pixels-crops-us` has them, for stacks that carry the "
+            "20 m bands too: red-edge and shortwave indices stand beside the vegetation indices. "
+            "The same places, the same year, the same limits."
+        ),
+    ),
     "pixels-landcover": Description(
         default=True,
         text=(
