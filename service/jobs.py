@@ -412,7 +412,8 @@ class JobStore:
         sync_folder(self.folder(job))
 
     def succeed(self, job: Job) -> None:
-        """A running job's result is there."""
+        """A running job's result is there, and is all that is kept."""
+        _keep_result(self.folder(job))
         self._end(job, "successful", progress=100)
 
     def fail(self, job: Job, error: PIMCError) -> None:
@@ -434,14 +435,10 @@ class JobStore:
             db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
 
     def clear(self, job: Job) -> None:
-        """Remove what a job that ended needs no more, and all of it where it has no result."""
+        """Remove the files of a job that ended without a result."""
         current = self._one("SELECT * FROM jobs WHERE number = ?", job.number)
         if current is None or current.status in {"failed", "dismissed"}:
             self.remove(job)
-        elif current.status == "successful":
-            for path in self.folder(job).iterdir():
-                if path.name != "result":
-                    _remove(path)
 
     def make_room(self, job: Job) -> None:
         """Remove what a run can make again."""
@@ -525,9 +522,7 @@ class JobStore:
             if status in {None, "failed", "dismissed"}:
                 _remove(place)
             elif status == "successful":
-                for path in place.iterdir():
-                    if path.name != "result":
-                        _remove(path)
+                _keep_result(place)
         with self._transaction() as db:
             db.execute("UPDATE jobs SET status = 'accepted' WHERE status = 'running'")
             (seen,) = db.execute("SELECT seen FROM clock").fetchone()
@@ -612,17 +607,6 @@ class WindowFile:
 
 
 # The folder -----------------------------------------------------------------------------------
-
-
-def check_state(folder: Path) -> None:
-    """See that a state directory can be used, before anything else is begun.
-
-    Raises:
-        SettingsError: it cannot, or another service uses it.
-    """
-    with _usable(folder):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(lock(folder))
 
 
 def lock(folder: Path) -> int:
@@ -730,6 +714,12 @@ def _link(path: Path, target: Path) -> None:
         raise
     except OSError:  # a file system without links
         shutil.copyfile(path, target)
+
+
+def _keep_result(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "result":
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
+import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import httpx
@@ -23,6 +26,17 @@ ROOT = Path(__file__).parents[1]
 SLOW = "pixels-slow"
 ASYNC = {"Prefer": "respond-async"}
 BANDS = ("B02", "B03", "B04", "B08")
+SERIES = {
+    "series": [
+        {
+            "id": "a",
+            "dates": ["2021-01-05", "2021-03-05"],
+            "B02": [0.05, 0.05],
+            "B04": [0.07, 0.06],
+            "B08": [0.31, 0.33],
+        }
+    ]
+}
 ENDED = {"successful", "failed", "dismissed"}
 
 Files = list[tuple[str, Any]]
@@ -66,10 +80,35 @@ def until(api: httpx.Client, job_id: str, *, progress: int) -> dict[str, Any]:
     return info
 
 
+def leftovers(state: Path) -> list[str]:
+    """Files of a state directory that are neither the service's own nor a result's."""
+    return [
+        str(path.relative_to(state))
+        for folder in ("requests", "jobs")
+        for path in (state / folder).rglob("*")
+        if "result" not in path.parts and path.is_file()
+    ]
+
+
+def check_healthy(api: httpx.Client) -> None:
+    """Small things are still done, now and later."""
+    assert api.get("/health/ready").status_code == 200
+    assert api.post("/embed", json=SERIES).status_code == 200
+    answer = api.post("/embed", json=SERIES, headers=ASYNC)
+    assert waited(api, answer.json()["jobID"])["status"] == "successful"
+
+
+def check_full(answer: httpx.Response) -> dict[str, Any]:
+    assert (answer.status_code, answer.json()["code"]) == (507, "insufficient_storage"), answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    return dict(answer.json())
+
+
 class Service:
     """`python -m service`, as a process that may be killed."""
 
-    def __init__(self, state: Path, zoo: Path, **variables: str) -> None:
+    def __init__(self, state: Path, zoo: Path, *, file_bytes: int = 0, **variables: str) -> None:
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "service"],
             cwd=ROOT,
@@ -83,40 +122,56 @@ class Service:
             },
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=limit if file_bytes else None,
         )
-        self.lines: list[dict[str, Any]] = []
-        self.api = httpx.Client(base_url=self._address(), timeout=60)
+        self.log: list[str] = []
+        self._url: Queue[str | None] = Queue()
+        # All of it is read as it comes: a full pipe would stop the service.
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+        url = self._url.get(timeout=60)
+        if url is None:
+            raise RuntimeError(f"it ended with {self.process.wait()}: {self.log}")
+        self.api = httpx.Client(base_url=url, timeout=60)
 
-    def _address(self) -> str:
-        assert self.process.stderr is not None
-        for text in self.process.stderr:
-            self.lines.append(json.loads(text))
-            running = re.search(r"running on (http://127\.0\.0\.1:\d+)", self.lines[-1]["message"])
-            if running:
-                return running[1]
-        raise RuntimeError(f"it ended with {self.process.wait()}: {self.lines}")
+    def _listen(self) -> None:
+        for text in self.process.stderr or ():
+            self.log.append(text)
+            if running := re.search(r"running on (http://127\.0\.0\.1:\d+)", text):
+                self._url.put(running[1])
+        self._url.put(None)
 
     def kill(self) -> None:
         """As the power would."""
         self.process.kill()
         self.end()
 
-    def stop(self) -> None:
-        """As an orchestrator does."""
-        self.process.send_signal(signal.SIGTERM)
-        self.end()
-
-    def end(self) -> None:
+    def end(self) -> int:
         """Wait for its end, and hear the rest of its log."""
-        _, rest = self.process.communicate(timeout=60)
-        self.lines += [json.loads(text) for text in rest.splitlines()]
+        code = self.process.wait(timeout=60)
+        self._reader.join()
+        if self.process.stderr:
+            self.process.stderr.close()
         self.api.close()
+        return code
+
+    def lines(self, message: str) -> list[dict[str, Any]]:
+        """What it logged under a message."""
+        lines = [json.loads(text) for text in self.log]
+        return [line for line in lines if line["message"] == message]
 
 
 @contextmanager
-def running(state: Path, zoo: Path, **variables: str) -> Iterator[Service]:
-    """A service that does not outlive the test."""
-    service = Service(state, zoo, **variables)
+def running(state: Path, zoo: Path, *, file_bytes: int = 0, **variables: str) -> Iterator[Service]:
+    """A service that does not outlive the test.
+
+    Args:
+        state: its state directory.
+        zoo: bundles beside the built-in ones.
+        file_bytes: how large a file may become, as if the disk were full; 0 for no limit.
+        variables: of its environment.
+    """
+    service = Service(state, zoo, file_bytes=file_bytes, **variables)
     try:
         yield service
     finally:

@@ -16,24 +16,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from job_kit import ASYNC, BANDS, SLOW, Files, stack, until, waited, zoo_with_a_slow_one
+from job_kit import ASYNC, BANDS, SERIES, SLOW, Files, stack, until, waited, zoo_with_a_slow_one
 from prometheus_client.parser import text_string_to_metric_families
 from rasters import write
 from serving import served
+from tiny_zoo import write_bundle, write_zoo
 
 from service.responses import COG, GEOJSON, ZIP
 
-SERIES = {
-    "series": [
-        {
-            "id": "a",
-            "dates": ["2021-01-05", "2021-03-05", "2021-05-05"],
-            "B02": [0.05, 0.05, 0.06],
-            "B04": [0.07, 0.06, None],
-            "B08": [0.31, 0.33, 0.4],
-        }
-    ]
-}
 POINTS = {
     "type": "FeatureCollection",
     "features": [
@@ -83,6 +73,14 @@ def problem_of(answer: httpx.Response, code: str, status: int) -> dict[str, Any]
     document = answer.json()
     assert (document["code"], answer.status_code) == (code, status), document
     return document
+
+
+def gone(folder: Path) -> None:
+    """Wait until a folder is removed."""
+    end = time.monotonic() + 10
+    while folder.exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 # From 202 to the result -----------------------------------------------------------------------
@@ -209,7 +207,7 @@ def test_a_bad_request_is_refused_at_once(api: httpx.Client, files: Files) -> No
     before = len(api.get("/jobs").json()["jobs"])
     one = api.post("/classify-pixels", files=files[:1], headers=ASYNC)
     problem_of(one, "too_few_dates", 422)
-    dark = {"series": [{**SERIES["series"][0], "B08": [90.0, 90.0, 90.0], "B04": [90.0] * 3}]}
+    dark = {"series": [{**SERIES["series"][0], "B08": [90.0] * 2, "B04": [90.0] * 2}]}
     problem_of(api.post("/embed", json=dark, headers=ASYNC), "implausible_reflectance", 422)
     unknown = api.post("/embed", json={**SERIES, "model": "nobody"}, headers=ASYNC)
     problem_of(unknown, "unknown_model", 404)
@@ -273,7 +271,7 @@ def test_a_job_fails_of_what_only_its_pixels_show(
     said = problem_of(api.get(f"/jobs/{job}/result"), "corrupt_raster", 422)
     assert said["detail"] == info["message"]
     assert "scene_2021-02-01.tif" in said["detail"]
-    assert not (state / "jobs" / job).exists()
+    gone(state / "jobs" / job)
     assert waited(api, submit(api, "embed", json=SERIES)["jobID"])["status"] == "successful"
 
 
@@ -298,10 +296,7 @@ def test_a_running_job_is_stopped_and_removed(api: httpx.Client, state: Path, la
     assert api.delete(f"/jobs/{job}").json()["status"] == "dismissed"
     said = problem_of(api.get(f"/jobs/{job}/result"), "result_not_ready", 409)
     assert "dismissed" in said["detail"]
-    end = time.monotonic() + 10
-    while (state / "jobs" / job).exists():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    gone(state / "jobs" / job)
     assert waited(api, submit(api, "embed", json=SERIES)["jobID"])["status"] == "successful"
     assert api.get(f"/jobs/{job}").json()["status"] == "dismissed"
 
@@ -470,6 +465,39 @@ def test_metrics_count_jobs(api: httpx.Client) -> None:
 
 def test_nothing_of_a_request_stays(api: httpx.Client, state: Path) -> None:
     assert list((state / "requests").iterdir()) == []
+
+
+# Starts and stops -----------------------------------------------------------------------------
+
+
+def test_a_job_whose_model_has_changed_says_so(zoo: Path, large: Files, tmp_path: Path) -> None:
+    with served(model_dir=zoo, state_dir=tmp_path / "state") as api:
+        job = submit(api, files=large, data={"model": SLOW})["jobID"]
+        before = until(api, job, progress=1)["progress"]
+    other = zoo_with_a_slow_one(tmp_path / "zoo")
+    card = other / SLOW / "card.json"
+    card.write_text(card.read_text().replace('"0.0.1"', '"0.0.2"'))
+    with served(model_dir=other, state_dir=tmp_path / "state") as api:
+        info = waited(api, job)
+        assert info["status"] == "failed"
+        assert info["progress"] >= before
+        assert f"{SLOW}@0.0.1" in info["message"]
+        problem_of(api.get(f"/jobs/{job}/result"), "unknown_model", 404)
+
+
+def test_a_job_keeps_the_model_that_was_the_default(zoo: Path, tmp_path: Path) -> None:
+    blocker = stack(tmp_path, 128, 256)
+    with served(model_dir=zoo, state_dir=tmp_path / "state") as api:
+        submit(api, files=blocker, data={"model": SLOW})
+        job = submit(api, json=SERIES)["jobID"]
+    other = write_zoo(tmp_path / "zoo")
+    write_bundle(other, "a-new-default", "classify-pixels", "pixel")
+    card = other / "pixels-landcover" / "card.json"
+    card.write_text(card.read_text().replace('"default": true', '"default": false'))
+    with served(model_dir=other, state_dir=tmp_path / "state") as api:
+        assert api.post("/classify-pixels", json=SERIES).json()["model"] == "a-new-default@0.0.1"
+        assert waited(api, job)["status"] == "successful"
+        assert api.get(f"/jobs/{job}/result").json()["model"] == "pixels-landcover@0.0.1"
 
 
 # What is kept ---------------------------------------------------------------------------------

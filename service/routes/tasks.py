@@ -4,6 +4,7 @@ Each route is one line; `_serve` is the whole way of a request.
 """
 
 # No `from __future__ import annotations` here: FastAPI needs the types at run time.
+import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -109,7 +110,13 @@ async def _serve(
             if first:
                 return accepted(first, preferred=asked.respond_async)
         run = partial(_run, app, order, media, folder, later=asked.respond_async)
-        outcome = await run_watched(request, run, place=_place(app))
+        try:
+            outcome = await run_watched(request, run, place=_place(app))
+        except asyncio.CancelledError:
+            if not app.closing.is_set():
+                raise
+            # The grace is over: the server cancels what is left, and its own answer is no problem.
+            raise NotReady("the service stopped before the run ended", retry_after=10) from None
         if isinstance(outcome, Ready):
             job = await to_thread.run_sync(
                 partial(app.jobs.accept, outcome, folder, owner=owner, repeatable=repeatable)

@@ -1,0 +1,121 @@
+"""The SDK's jobs against the service itself, over a real socket; sync and async alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from client_kit import connected
+from job_kit import SLOW, stack, zoo_with_a_slow_one
+from serving import served
+
+from pimc_client import (
+    InternalError,
+    JobDismissed,
+    MissingBands,
+    Raster,
+    Rasters,
+    ResultNotReady,
+    Summary,
+    UnknownJob,
+)
+
+KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    zoo = zoo_with_a_slow_one(tmp_path_factory.mktemp("zoo"))
+    with served(model_dir=zoo, sync_max_pixels=70 * 90) as http:
+        yield str(http.base_url)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("stack"))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """More than is answered while the line is held, and some seconds for the slow model."""
+    return made(tmp_path_factory.mktemp("large"), 128, 256)
+
+
+def made(folder, *size) -> list[Path]:
+    stack(folder, *size)
+    return sorted(folder.iterdir())
+
+
+@KINDS
+def test_submit_wait_and_result(url, kind, paths):
+    heard = []
+    with connected(kind, url) as client:
+        at_once = client.classify_pixels(paths)
+        job = client.submit("classify-pixels", paths)
+        raster = job.wait(progress=heard.append)
+        assert isinstance(raster, Raster)
+        np.testing.assert_array_equal(raster.array, at_once.array)
+        assert raster.content == at_once.content
+        assert raster.legend == at_once.legend
+        assert heard == sorted(heard)
+        assert heard[-1] == 100
+        assert (job.status, job.progress, job.done) == ("successful", 100, True)
+        assert job.state.created <= job.state.started <= job.state.finished
+        found = client.job(job.id)
+        assert (found.task, found.status) == ("classify-pixels", "successful")
+        assert found.result().content == raster.content
+        assert job.id in [other.id for other in client.jobs()]
+
+
+@KINDS
+def test_several_outputs_and_one_of_them(url, kind, paths):
+    with connected(kind, url) as client:
+        job = client.submit("classify-pixels", paths, outputs=["class", "confidence"])
+        both = job.wait()
+        assert isinstance(both, Rasters)
+        np.testing.assert_array_equal(job.result("confidence").array, both["confidence"].array)
+        summary = client.submit("classify-pixels", paths, answer="summary").wait()
+        assert isinstance(summary, Summary)
+
+
+@KINDS
+def test_what_is_too_large_for_the_line_comes_all_the_same(url, kind, large):
+    with connected(kind, url) as client:
+        before = len(client.jobs())
+        raster = client.classify_pixels(large)
+        assert raster.array.shape == (128, 256)
+        assert len(client.jobs()) == before + 1
+
+
+@KINDS
+def test_cancel(url, kind, large):
+    with connected(kind, url) as client:
+        job = client.submit("classify-pixels", large, model=SLOW)
+        with pytest.raises(ResultNotReady):
+            job.result()
+        job.cancel()
+        assert (job.status, job.done) == ("dismissed", True)
+        with pytest.raises(JobDismissed):
+            job.wait()
+
+
+@KINDS
+def test_a_repeat_finds_the_first_job(url, kind, paths):
+    with connected(kind, url) as client:
+        first = client.submit("embed", paths, idempotency_key=f"mine-{kind}")
+        assert client.submit("embed", paths, idempotency_key=f"mine-{kind}").id == first.id
+        assert client.submit("embed", paths).id != first.id
+
+
+@KINDS
+def test_what_goes_wrong_is_raised(url, kind, paths):
+    with connected(kind, url) as client:
+        with pytest.raises(MissingBands):
+            client.submit("classify-pixels", paths, bands=["B02", "B03", "B04", "B05"])
+        with pytest.raises(UnknownJob):
+            client.job("00000000-0000-4000-8000-000000000000")
+        job = client.submit("classify-pixels", paths[:3], model="pixels-brittle")
+        with pytest.raises(InternalError):
+            job.wait()
+        assert job.status == "failed"

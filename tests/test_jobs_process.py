@@ -1,0 +1,226 @@
+"""Jobs and a service that is killed, stopped, or has no disk: a real process and real signals."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+from job_kit import (
+    ASYNC,
+    ROOT,
+    SERIES,
+    SLOW,
+    Files,
+    Service,
+    check_full,
+    check_healthy,
+    leftovers,
+    running,
+    stack,
+    until,
+    waited,
+    zoo_with_a_slow_one,
+)
+
+KILLS = 5
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return zoo_with_a_slow_one(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Some seconds of work for the slow model, in windows of a fraction of a second."""
+    return stack(tmp_path_factory.mktemp("large"), 160, 256)
+
+
+def submitted(api: httpx.Client, files: Files, **data: str) -> str:
+    answer = api.post("/classify-pixels", files=files, data=data, headers=ASYNC)
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["jobID"])
+
+
+def windows_counted(state: Path) -> int:
+    with closing(sqlite3.connect(state / "jobs.sqlite")) as db:
+        return int(db.execute("SELECT count(*) FROM windows").fetchone()[0])
+
+
+# kill -9 --------------------------------------------------------------------------------------
+
+
+def test_a_job_survives_any_number_of_kills(zoo: Path, large: Files, tmp_path: Path) -> None:
+    moments = random.Random(4)  # noqa: S311 - no secret
+    how = {"model": SLOW, "outputs": "class,probabilities"}
+    service = Service(tmp_path, zoo)
+    job = submitted(service.api, large, **how)
+    second = submitted(service.api, large, **how)
+    seen, counted = [0], [0]
+    try:
+        for kill in range(KILLS):
+            # The first as soon as the answer is there; every other one after some progress.
+            while kill % 2 and windows_counted(tmp_path) <= counted[-1]:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 0.5) if kill else 0)
+            info = service.api.get(f"/jobs/{job}").json()
+            assert info["status"] in {"accepted", "running"}, "too fast a machine for this test"
+            seen.append(info["progress"])
+            service.kill()
+            counted.append(windows_counted(tmp_path))
+            service = Service(tmp_path, zoo)
+            seen.append(service.api.get(f"/jobs/{job}").json()["progress"])
+        assert waited(service.api, job)["status"] == "successful"
+        # The second one was never killed while it ran.
+        assert waited(service.api, second)["status"] == "successful"
+        for output in ("class", "probabilities"):
+            killed = service.api.get(f"/jobs/{job}/result/{output}").content
+            undisturbed = service.api.get(f"/jobs/{second}/result/{output}").content
+            assert killed == undisturbed
+        accept = {"Accept": "application/json"}
+        results = [
+            service.api.get(f"/jobs/{name}/result", headers=accept).content
+            for name in (job, second)
+        ]
+        assert results[0] == results[1]
+        assert seen == sorted(seen)
+        assert counted == sorted(counted)  # a finished window stays finished
+        assert counted[-1] > 0
+        (line,) = service.lines("job ends")[:1]
+        assert line["job_id"] == job
+    finally:
+        service.kill()
+
+
+# SIGTERM --------------------------------------------------------------------------------------
+
+
+def test_a_stop_lets_requests_end_and_puts_jobs_back(
+    zoo: Path, large: Files, tmp_path: Path
+) -> None:
+    answers: list[httpx.Response] = []
+    with running(tmp_path, zoo) as service:
+        job = submitted(service.api, large, model=SLOW)
+        until(service.api, job, progress=1)
+
+        def ask() -> None:
+            answers.append(
+                httpx.post(
+                    f"{service.api.base_url}/classify-pixels",
+                    files=large,
+                    data={"model": SLOW},
+                    timeout=60,
+                )
+            )
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while "pimc_runs_in_flight 2.0" not in service.api.get("/metrics").text:
+            time.sleep(0.02)
+        service.process.send_signal(signal.SIGTERM)
+        refused = service.api.post("/embed", json=SERIES)
+        assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
+        assert int(refused.headers["Retry-After"]) > 0
+        assert service.api.get("/health/ready").status_code == 503
+        assert service.api.get("/health/live").status_code == 200
+        progress = service.api.get(f"/jobs/{job}").json()["progress"]
+        assert service.end() == 0
+        asking.join()
+        assert [answer.status_code for answer in answers] == [200]
+        assert service.lines("job stops")[0]["stopping"] is True
+    with running(tmp_path, zoo) as service:
+        again = service.api.get(f"/jobs/{job}").json()
+        assert again["status"] in {"accepted", "running"}
+        assert again["progress"] >= progress > 0
+        assert waited(service.api, job)["status"] == "successful"
+        assert service.api.get(f"/jobs/{job}/result").content == answers[0].content
+
+
+def test_a_stop_does_not_wait_for_ever(zoo: Path, large: Files, tmp_path: Path) -> None:
+    with running(tmp_path, zoo, PIMC_GRACE_SECONDS="1") as service:
+        answers: list[httpx.Response] = []
+
+        def ask() -> None:
+            url = f"{service.api.base_url}/classify-pixels"
+            answers.append(
+                httpx.post(url, files=[*large, *large], data={"model": SLOW}, timeout=60)
+            )
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while "pimc_runs_in_flight 1.0" not in service.api.get("/metrics").text:
+            time.sleep(0.02)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.end() == 0
+        asking.join()
+        assert (answers[0].status_code, answers[0].json()["code"]) == (503, "not_ready")
+
+
+# The state directory --------------------------------------------------------------------------
+
+
+def refused(state: Path, zoo: Path) -> str:
+    """What a service says that refuses to start: one line, and no trace of the inside."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "service"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PIMC_PORT": "0",
+            "PIMC_MODEL_DIR": str(zoo),
+            "PIMC_STATE_DIR": str(state),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 2, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"PIMC_STATE_DIR: {state} ")
+    return line
+
+
+def test_a_second_service_is_refused(zoo: Path, tmp_path: Path) -> None:
+    with running(tmp_path, zoo) as service:
+        line = refused(tmp_path, zoo)
+        assert "in use by another service" in line
+        assert str(service.process.pid) in line
+        assert service.api.get("/health/ready").status_code == 200
+
+
+# A full disk ----------------------------------------------------------------------------------
+
+
+def test_files_that_may_not_grow(zoo: Path, tmp_path: Path) -> None:
+    """A limit on the size of files: what is sent fits, what is answered does not."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    files = stack(tmp_path, 256, 256)
+    state = tmp_path / "state"
+    with running(state, zoo, file_bytes=700_000, TMPDIR=str(temporary)) as service:
+        api = service.api
+        check_healthy(api)
+        check_full(api.post("/embed", files=files))
+        answer = api.post("/embed", files=files, headers=ASYNC)
+        job = answer.json()["jobID"]
+        info = waited(api, job)
+        assert info["status"] == "failed"
+        assert check_full(api.get(f"/jobs/{job}/result"))["detail"] == info["message"]
+        assert "disk" in info["message"]
+        # And what does not fit when it is sent.
+        wide = stack(tmp_path, 300, 320)
+        check_full(api.post("/embed", files=wide))
+        check_full(api.post("/embed", files=wide, headers=ASYNC))
+        check_healthy(api)
+        assert leftovers(state) == []
+        assert list(temporary.glob("pimc-*")) == []

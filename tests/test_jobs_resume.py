@@ -1,0 +1,133 @@
+"""A run that was interrupted at any window gives the bytes of one that was not."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from job_kit import stack
+from tiny_zoo import write_zoo
+
+from models.registry import Registry
+from service.engine import Engine
+from service.executors import ThreadExecutor
+from service.geotiff import SourceFile
+from service.orders import RasterOrder, Ready, carry_out, prepare
+from service.pipeline import Arrays, Step
+from service.schemas import read_fields
+
+RUNS: dict[str, tuple[Any, dict[str, tuple[str, ...]]]] = {
+    "classes": ("classify-pixels", {"outputs": ("class,confidence,probabilities",)}),
+    "forecast": ("forecast", {"outputs": ("q10,q90",)}),
+    "patches": ("landcover", {"stride": ("64",)}),
+    "overlapping patches": ("landcover", {"stride": ("16",)}),
+    "embedding": ("embed", {"modality": ("patch",), "stride": ("8",)}),
+}
+
+
+class Killed(Exception):
+    """The process ended here."""
+
+
+class Kept:
+    """A journal that is killed in the middle of saving window number `after`."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self.after = after
+        self.saved: dict[tuple[str, int], Arrays] = {}
+
+    def load(self, step: Step) -> Arrays | None:
+        return self.saved.get((step.stage, step.number))
+
+    def save(self, step: Step, arrays: Arrays) -> None:
+        if len(self.saved) == self.after:
+            raise Killed
+        self.saved[step.stage, step.number] = {n: a.copy() for n, a in arrays.items()}
+
+
+class Counting(ThreadExecutor):
+    """Notes which windows are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "read", [])
+
+    def run(self, items: Any, *, read: Callable[[Any], Any], **stages: Any) -> Any:
+        def noted(step: Step) -> Any:
+            self.read.append((step.stage, step.number))
+            return read(step)
+
+        return super().run(items, read=noted, **stages)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with Engine(Registry.load(write_zoo(tmp_path_factory.mktemp("zoo"))), providers="cpu") as made:
+        yield made
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=str)
+def ready(request: Any, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    folder = tmp_path_factory.mktemp("stack")
+    stack(folder, 150, 230)
+    task, fields = RUNS[request.param]
+    files = tuple(SourceFile(name=p.name, path=p) for p in sorted(folder.iterdir()))
+    order = RasterOrder(task=task, files=files, fields=read_fields(task, fields))
+    return prepare(order, engine, max_raster_bytes=2**30, rasters=True)
+
+
+def ran(
+    ready: Ready, folder: Path, journal: Kept | None, executor: ThreadExecutor | None = None
+) -> tuple[dict[str, bytes], object, list[float]]:
+    """The files' bytes, the document, and the progress told."""
+    folder.mkdir()
+    shares: list[float] = []
+    reply = carry_out(
+        ready,
+        folder,
+        executor=executor or ThreadExecutor(),
+        cancelled=threading.Event(),
+        progress=shares.append,
+        journal=journal,
+    )
+    return {p.name: p.read_bytes() for p in folder.iterdir()}, reply.document, shares
+
+
+def test_an_interruption_leaves_no_trace(ready: Ready, tmp_path: Path) -> None:
+    whole = Kept()
+    files, document, _ = ran(ready, tmp_path / "undisturbed", None)
+    with_journal, same, _ = ran(ready, tmp_path / "journal", whole)
+    assert (with_journal, same) == (files, document)
+    steps = list(whole.saved)
+    assert len(steps) >= 6
+    for after in sorted({0, 1, len(steps) // 2, len(steps) - 1}):
+        kept = Kept(after)
+        with pytest.raises(Killed):
+            ran(ready, tmp_path / f"killed-{after}", kept)
+        # What other runs leave behind is for who made the folder to remove; no answer is there.
+        assert not list((tmp_path / f"killed-{after}").glob("*.tif"))
+        kept.after = None
+        executor = Counting()
+        again, document_again, shares = ran(ready, tmp_path / f"again-{after}", kept, executor)
+        assert again == files
+        assert document_again == document
+        assert executor.read == steps[after:]  # type: ignore[attr-defined]
+        assert shares == sorted(shares)
+        assert shares[-1] == 1
+
+
+def test_windows_after_a_gap_are_done_again(ready: Ready, tmp_path: Path) -> None:
+    kept = Kept()
+    files, document, _ = ran(ready, tmp_path / "undisturbed", kept)
+    steps = list(kept.saved)
+    lost = len(steps) // 2
+    del kept.saved[steps[lost]]
+    executor = Counting()
+    again, same, _ = ran(ready, tmp_path / "again", kept, executor)
+    assert (again, same) == (files, document)
+    # To the end of that pass; what later passes had is the same, and is kept.
+    expected = [step for step in steps[lost:] if step[0] == steps[lost][0]]
+    assert executor.read == expected  # type: ignore[attr-defined]

@@ -1,0 +1,332 @@
+"""The state directory itself: clocks that jump, full disks, folders that cannot be used."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from job_kit import ASYNC, SLOW, check_full, check_healthy, leftovers, stack, until, waited
+from job_kit import zoo_with_a_slow_one as slow_zoo
+from rasterio.windows import Window
+from serving import served
+
+from models.registry import Registry
+from service.engine import Engine
+from service.errors import InvalidRequest, UnknownJob
+from service.jobs import Job, JobStore, Repeatable, WindowFile
+from service.orders import Ready, SeriesOrder, prepare
+from service.pipeline import Step
+from service.schemas import read_series
+from service.settings import SettingsError
+
+YEAR = 365 * 24 * 3600.0
+WEEK = 7 * 24 * 3600.0
+BODY = (
+    b'{"series": [{"id": "a", "dates": ["2021-01-05", "2021-03-05"],'
+    b' "B02": [0.1, 0.1], "B04": [0.1, 0.1], "B08": [0.3, 0.3]}]}'
+)
+STEP = Step(stage="answers", number=0, window=Window(0, 0, 4, 2))
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return slow_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def ready(zoo: Path) -> Iterator[Ready]:
+    """A small order that is known to fit."""
+    with Engine(Registry.load(zoo), providers="cpu") as engine:
+        order = SeriesOrder(task="embed", request=read_series("embed", BODY))
+        yield prepare(order, engine, max_raster_bytes=1, rasters=True)
+
+
+@contextmanager
+def opened(folder: Path, **how: Any) -> Iterator[JobStore]:
+    store = JobStore(folder, **{"ttl": WEEK, "max_waiting": 9, **how})
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def done(store: JobStore, ready: Ready, folder: Path) -> Job:
+    """A job that has succeeded."""
+    store.accept(ready, folder, owner="")
+    job = store.take()
+    assert job is not None
+    store.succeed(job)
+    return store.find("", job.id)
+
+
+def change(folder: Path, statement: str, *values: object) -> None:
+    """What another clock would have written."""
+    with closing(sqlite3.connect(folder / "jobs.sqlite")) as db, db:
+        db.execute(statement, values)
+
+
+# Time -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jump", [-YEAR, YEAR, 100 * YEAR])
+def test_a_clock_that_jumped_while_nothing_ran(ready: Ready, tmp_path: Path, jump: float) -> None:
+    with opened(tmp_path) as store:
+        kept = done(store, ready, tmp_path)
+        store.accept(ready, tmp_path, owner="")
+    # As if the clock now were `jump` later than it was when all this was written.
+    change(tmp_path, "UPDATE clock SET seen = seen - ?", jump)
+    change(
+        tmp_path,
+        "UPDATE jobs SET created = created - ?, started = started - ?, finished = finished - ?",
+        *[jump] * 3,
+    )
+    for _ in range(2):  # the second start finds what the first one wrote
+        with opened(tmp_path) as store:
+            found = store.find("", kept.id)
+            assert found.status == "successful"
+            store.sweep(60)
+            assert store.find("", kept.id)
+            assert [job.status for job in store.latest("", 9)] == ["accepted", "successful"]
+    with opened(tmp_path) as store:
+        # A week of running makes it old, whatever the clock says.
+        store.sweep(WEEK)
+        with pytest.raises(UnknownJob):
+            store.find("", kept.id)
+        assert len(store.latest("", 9)) == 1
+
+
+def test_a_clock_that_jumps_while_the_service_runs(zoo: Path, tmp_path: Path) -> None:
+    with served(model_dir=zoo, state_dir=tmp_path, job_ttl=5) as api:
+        job = api.post("/embed", content=BODY, headers={**ASYNC, **JSON}).json()["jobID"]
+        waited(api, job)
+        change(tmp_path, "UPDATE jobs SET created = 9e9, started = 9e9, finished = 9e9 + 1")
+        change(tmp_path, "UPDATE clock SET seen = 9e9")
+        assert api.get(f"/jobs/{job}").json()["finished"].startswith("2255-")
+        time.sleep(1.2)  # two sweeps
+        assert api.get(f"/jobs/{job}").status_code == 200
+        end = time.monotonic() + 30
+        while api.get(f"/jobs/{job}").status_code == 200:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def test_a_stop_makes_results_older_but_never_by_all_of_their_time(
+    ready: Ready, tmp_path: Path
+) -> None:
+    with opened(tmp_path) as store:
+        kept = done(store, ready, tmp_path)
+        store.sweep(WEEK / 2)
+    change(tmp_path, "UPDATE clock SET seen = seen - ?", 1000.0)
+    with opened(tmp_path) as store:
+        store.sweep(WEEK / 2 - 1001)
+        assert store.find("", kept.id)
+        store.sweep(2)
+        with pytest.raises(UnknownJob):
+            store.find("", kept.id)
+
+
+# What the last service left -------------------------------------------------------------------
+
+
+def test_folders_without_a_job_are_removed_at_start(ready: Ready, tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        gone = done(store, ready, tmp_path)
+        waits = store.accept(ready, tmp_path, owner="")
+        (store.folder(gone) / "result").mkdir(parents=True)
+        (store.folder(gone) / "work").mkdir()
+        (store.folder(gone) / "windows").write_text("x")
+    orphan = tmp_path / "jobs" / "0" / "input"
+    orphan.mkdir(parents=True)
+    (tmp_path / "requests" / "pimc-half" / "sent").mkdir(parents=True)
+    with opened(tmp_path) as store:
+        took = store.take()
+        assert took is not None
+        assert took.id == waits.id
+        assert not orphan.exists()
+        assert [path.name for path in store.folder(gone).iterdir()] == ["result"]
+        assert list((tmp_path / "requests").iterdir()) == []
+
+
+def test_a_window_counts_only_with_its_bytes(ready: Ready, tmp_path: Path) -> None:
+    arrays = {"class": np.arange(8, dtype=np.uint8).reshape(1, 2, 4), "valid": np.array(8)}
+    with opened(tmp_path) as store:
+        store.accept(ready, tmp_path, owner="")
+        job = store.take()
+        assert job is not None
+        with WindowFile(store, job, lambda: 40) as journal:
+            assert journal.load(STEP) is None
+            journal.save(STEP, arrays)
+            other = Step(stage="answers", number=0, window=Window(0, 0, 2, 4))
+            assert journal.load(other) is None  # cut otherwise: another window
+        # Bytes that nobody counted, as a kill between the two leaves them.
+        with (store.folder(job) / "windows").open("ab") as file:
+            file.write(b"half a window")
+        with WindowFile(store, job, lambda: 30) as journal:
+            found = journal.load(STEP)
+            assert found is not None
+            np.testing.assert_array_equal(found["class"], arrays["class"])
+            second = Step(stage="answers", number=1, window=Window(0, 2, 4, 2))
+            journal.save(second, arrays)
+        assert store.find("", job.id).progress == 40
+        with (store.folder(job) / "windows").open("r+b") as file:
+            file.seek(100)
+            file.write(b"?")
+        with WindowFile(store, job, lambda: 0) as journal:
+            assert journal.load(STEP) is None  # gone bad: done again
+            assert journal.load(second) is not None
+
+
+def test_windows_of_another_device_are_forgotten(ready: Ready, tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        store.accept(ready, tmp_path, owner="")
+        job = store.take()
+        assert job is not None
+        store.begin(job, "CPUExecutionProvider float32")
+        with WindowFile(store, job, lambda: 1) as journal:
+            journal.save(STEP, {"a": np.zeros(3)})
+        store.put_back(job)
+        job = store.take()
+        assert job is not None
+        store.begin(job, "CPUExecutionProvider float32")
+        with WindowFile(store, job, lambda: 1) as journal:
+            assert journal.load(STEP) is not None
+        store.begin(job, "CUDAExecutionProvider float16")
+        with WindowFile(store, job, lambda: 1) as journal:
+            assert journal.load(STEP) is None
+
+
+def test_a_key_of_repetition_is_the_owners(ready: Ready, tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        same = Repeatable(key="k", fingerprint="1")
+        first = store.accept(ready, tmp_path, owner="anna", repeatable=same)
+        # Twice at once: the second finds out only when it writes.
+        assert store.accept(ready, tmp_path, owner="anna", repeatable=same) == first
+        assert store.accept(ready, tmp_path, owner="ben", repeatable=same) != first
+        with pytest.raises(InvalidRequest, match=first.id):
+            store.accept(
+                ready, tmp_path, owner="anna", repeatable=Repeatable(key="k", fingerprint="2")
+            )
+        assert len(list((tmp_path / "jobs").iterdir())) == 2
+
+
+# Folders that cannot be used ------------------------------------------------------------------
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(SettingsError) as caught, opened(folder):
+        pytest.fail("it was opened")
+    said = str(caught.value)
+    assert said.startswith(f"PIMC_STATE_DIR: {folder} ")
+    assert "\n" not in said
+    return said
+
+
+def test_a_folder_in_use(tmp_path: Path) -> None:
+    with opened(tmp_path):
+        assert "in use by another service" in refusal(tmp_path)
+    with opened(tmp_path):
+        pass
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in refusal(tmp_path / "file" / "state")
+
+
+def test_a_database_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "jobs.sqlite").write_text("no database at all, but some text " * 99)
+    assert "not a database" in refusal(tmp_path)
+
+
+def test_a_database_of_a_later_version(tmp_path: Path) -> None:
+    with opened(tmp_path):
+        pass
+    change(tmp_path, "PRAGMA user_version = 99")
+    assert "version 99" in refusal(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "pimc-test", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a file system of its own")
+    try:
+        yield place
+    finally:
+        unmount = ["umount", "--lazy", str(place)]
+        subprocess.run(unmount, check=True)
+
+
+def test_a_folder_that_is_read_only(small_disk: Path) -> None:
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    subprocess.run(remount, check=True)
+    assert "Read-only file system" in refusal(small_disk)
+    assert "Read-only file system" in refusal(small_disk / "deeper" / "state")
+
+
+# A full disk ----------------------------------------------------------------------------------
+
+
+def fill(disk: Path) -> Path:
+    """Take every byte that is left."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+def test_a_job_that_fills_the_disk(zoo: Path, small_disk: Path, tmp_path: Path) -> None:
+    with served(model_dir=zoo, state_dir=small_disk / "state") as api:
+        # 8 MB are sent, and embeddings of 700 x 700 pixels want 12 MB and more.
+        big = stack(tmp_path, 700, 700, dates=2)
+        answer = api.post("/embed", files=big, headers=ASYNC)
+        assert answer.status_code == 202
+        job = answer.json()["jobID"]
+        assert waited(api, job)["status"] == "failed"
+        check_full(api.get(f"/jobs/{job}/result"))
+        check_healthy(api)
+        assert leftovers(small_disk / "state") == []
+
+
+def test_a_disk_that_others_fill(zoo: Path, small_disk: Path, tmp_path: Path) -> None:
+    files = stack(tmp_path, 128, 256)
+    with served(model_dir=zoo, state_dir=small_disk / "state") as api:
+        answer = api.post("/classify-pixels", files=files, data={"model": SLOW}, headers=ASYNC)
+        job = answer.json()["jobID"]
+        until(api, job, progress=1)
+        filler = fill(small_disk)
+        check_full(api.post("/classify-pixels", files=files, headers=ASYNC))
+        assert api.get("/health/ready").status_code == 200
+        assert api.get(f"/jobs/{job}").status_code == 200
+        assert api.post("/classify-pixels", files=files).status_code == 200  # needs no state
+        filler.unlink()
+        # It failed of the full disk, or came through between two windows; never in between.
+        info = waited(api, job)
+        if info["status"] == "failed":
+            check_full(api.get(f"/jobs/{job}/result"))
+        else:
+            assert whole(api, job) == api.post("/classify-pixels", files=files).content
+        check_healthy(api)
+        assert leftovers(small_disk / "state") == []
+
+
+def whole(api: httpx.Client, job: str) -> bytes:
+    answer = api.get(f"/jobs/{job}/result")
+    assert answer.status_code == 200
+    return answer.content
