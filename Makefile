@@ -40,8 +40,15 @@ format: $(VENV)/ready
 	$(BIN)/ruff format $(SOURCES)
 
 # Ratios of things measured in one run; the benchmarks say what they compare.
-bench: $(VENV)/ready
-	$(BIN)/python benchmarks/request.py
+bench: $(VENV)/peers
+	$(BIN)/python -m benchmarks --out bench.json
+
+# What others use. Of rslearn one file is taken, which carries Presto; what the rest of it needs (a
+# training framework, torchvision, readers of stores) is not.
+$(VENV)/peers: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	$(BIN)/pip install --quiet --no-deps rslearn==0.1.19
+	touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build bench.json *.egg-info

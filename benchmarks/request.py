@@ -1,145 +1,313 @@
-"""A whole `/classify-pixels` request against the bare ONNX session, in one run.
+"""Whole requests over a socket against the bare session; the service's memory; its start.
 
-    python benchmarks/request.py [--side 512] [--dates 36]
+    python -m benchmarks.request [--side 2048] [--memory]
 
-The same pixels go through the default classifier twice: once straight into `LoadedModel.pixels`,
-as arrays in memory, and once as tiled GeoTIFFs over a socket and back as a COG. What matters is
-the ratio; both rates depend on the machine and on who else uses it.
+The same number of pixels goes straight into the session, as arrays in memory, before and after the
+request, so that whoever else uses the machine disturbs both. As in `benchmarks.session`, rates are
+told by the clock and by processor time: the second is what the request adds, on a busy machine too.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+import http.client
+import json
+import resource
+import statistics
+import subprocess
+import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import date, timedelta
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
-import rasterio
-import uvicorn
-from numpy.typing import NDArray
-from rasterio.transform import from_origin
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.landscape import days, write_stack
+from benchmarks.load import FORM, form
+from benchmarks.process import ROOT, Served, machine, served
+from benchmarks.session import CORES, DATES, PIXELS, pixels_input
 from models.registry import ZOO, Registry
-from pimc_client import Client
-from service.app import create_app
-from service.engine import Engine
-from service.settings import Settings
+from service.engine import Engine, LoadedModel
 
-BANDS = ("B02", "B04", "B08")
-FIRST = date(2021, 1, 5)
+sys.path.append(str(ROOT / "tests"))  # the kit that makes a model of next to no cost
 
+from tiny_zoo import write_bundle
 
-def landscape(side: int, dates: int, seed: int = 0) -> NDArray[np.uint16]:
-    """Fields with a season and noise: (T, 3, side, side), reflectance x 10,000."""
-    rng = np.random.default_rng(seed)
-    fields = np.kron(rng.uniform(0, 1, (side // 16 + 1,) * 2), np.ones((16, 16)))[:side, :side]
-    out = np.empty((dates, 3, side, side), np.uint16)
-    for t in range(dates):
-        green = np.clip(np.sin(np.pi * (t / dates + 0.3 * fields)), 0, 1)
-        clean = np.stack([0.06 - 0.02 * green, 0.12 - 0.08 * green, 0.18 + 0.3 * green])
-        out[t] = (clean + rng.normal(0, 0.004, clean.shape)).clip(0.001) * 10_000
-    return out
+CHIP = ROOT.parent / "shared" / "data" / "flanders_2017_2018"
+MOST_RESIDENT = 1_500_000_000
+"""Bytes that the service may take, whatever the raster."""
+_TIMEOUT = 3600.0
 
 
-def write_stack(values: NDArray[np.uint16], days: list[date], folder: Path) -> list[Path]:
-    """One tiled, deflated GeoTIFF a date, as products come."""
-    paths = []
-    for day, bands in zip(days, values, strict=True):
-        paths.append(folder / f"S2_{day:%Y%m%d}.tif")
-        with rasterio.open(
-            paths[-1],
-            "w",
-            driver="GTiff",
-            dtype="uint16",
-            count=len(BANDS),
-            width=bands.shape[2],
-            height=bands.shape[1],
-            nodata=0,
-            crs="EPSG:32631",
-            transform=from_origin(500_000, 5_600_000, 10, 10),
-            tiled=True,
-            blockxsize=256,
-            blockysize=256,
-            compress="deflate",
-        ) as file:
-            file.write(bands)
-            file.descriptions = BANDS
-    return paths
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What something took."""
+
+    clock: float
+    """Seconds by the clock."""
+    processor: float
+    """Seconds of the processors together."""
+    stages: str = ""
+    """The answer's `Server-Timing`."""
 
 
-@contextmanager
-def service() -> Iterator[str]:
-    """The service on a free port, in a thread."""
-    app = create_app(Settings(providers="auto"))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A request beside the bare session for the same pixels."""
+
+    name: str
+    pixels: int
+    request: Taken
+    session: Taken
+
+    @property
+    def share(self) -> tuple[float, float]:
+        """The request's pixels a second over the session's, by the clock and by processor time."""
+        request, session = self.request, self.session
+        return session.clock / request.clock, session.processor / request.processor
+
+    @property
+    def quiet_extra(self) -> float:
+        """Seconds over the session that processor time alone makes, on one core."""
+        return self.request.processor - self.session.processor
 
 
-def bare(values: NDArray[np.uint16], days: list[date], repeats: int) -> tuple[float, str]:
-    """Best seconds of the session alone, and its provider."""
-    pixels = values.reshape(len(days), 3, -1).transpose(2, 0, 1) / np.float32(10_000)
-    valid = np.ones(pixels.shape[:2], np.bool_)
-    offsets = np.array([(d - date(days[0].year, 1, 1)).days for d in days], np.float32)
-    with Engine(Registry.load(ZOO), providers="auto") as engine:
+def bare(model: LoadedModel, count: int, dates: int, least: float = 0.0) -> Taken:
+    """The session alone for a number of pixels; a few of them stand for many."""
+    few = min(count, PIXELS)
+    feeds = pixels_input(model, few, dates)
+    model.pixels(feeds["values"], feeds["valid"], feeds["days"], 1)
+    times = 0
+    began, cpu = time.perf_counter(), time.process_time()
+    while not times or time.perf_counter() - began < least:
+        model.pixels(feeds["values"], feeds["valid"], feeds["days"], 1)
+        times += 1
+    scale = count / few / times
+    return Taken(
+        clock=(time.perf_counter() - began) * scale, processor=(time.process_time() - cpu) * scale
+    )
+
+
+def ask(service: Served, body: bytes, kind: str = FORM) -> Taken:
+    """One request to `/classify-pixels`, from the first byte sent to the last received.
+
+    Raises:
+        RuntimeError: it was not answered.
+    """
+    connection = http.client.HTTPConnection(service.host, service.port, timeout=_TIMEOUT)
+    before, began = service.processor_seconds(), time.perf_counter()
+    connection.request("POST", "/classify-pixels", body, {"Content-Type": kind})
+    answer = connection.getresponse()
+    content = answer.read()
+    taken = time.perf_counter() - began
+    connection.close()
+    if answer.status != 200:
+        raise RuntimeError(f"{answer.status}: {content[:300]!r}")
+    return Taken(
+        clock=taken,
+        processor=service.processor_seconds() - before,
+        stages=answer.headers.get("Server-Timing", ""),
+    )
+
+
+def raster(service: Served, model: LoadedModel, side: int) -> Compared:
+    """A tiled stack of `DATES` dates, files in to COG out."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_stack(Path(folder), side, DATES, scl=True)
+        body = form({path.name: path.read_bytes() for path in paths})
+    before = bare(model, side**2, DATES, least=5.0)
+    request = ask(service, body)
+    after = bare(model, side**2, DATES, least=5.0)
+    mean = Taken(
+        clock=(before.clock + after.clock) / 2, processor=(before.processor + after.processor) / 2
+    )
+    return Compared(name=f"{side} x {side}, {DATES} dates", pixels=side**2, request=request,
+                    session=mean)  # fmt: skip
+
+
+def chip(service: Served, model: LoadedModel, rounds: int) -> Compared:
+    """64 x 64 pixels, one file a date: the real chip where it is there, else one like it."""
+    if CHIP.is_dir():
+        paths = [path for path in sorted(CHIP.glob("*.tif")) if not path.name.startswith("LABEL")]
+        files = {path.name: path.read_bytes() for path in paths}
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            files = {p.name: p.read_bytes() for p in write_stack(Path(folder), 64, 118, scl=True)}
+    body, dates = form(files), len(files)
+    pairs = [(ask(service, body), bare(model, 64**2, dates)) for _ in range(rounds)]
+    return Compared(
+        name=f"64 x 64, {dates} dates",
+        pixels=64**2,
+        request=_least(pair[0] for pair in pairs),
+        session=_least(pair[1] for pair in pairs),
+    )
+
+
+def one_pixel(service: Served, model: LoadedModel, rounds: int) -> Compared:
+    """A series of one pixel, as JSON."""
+    when = [day.isoformat() for day in days(DATES)]
+    series = {"id": "a", "dates": when, **{b: [0.1] * DATES for b in ("B02", "B04", "B08")}}
+    body = json.dumps({"series": [series]}).encode()
+    pairs = [
+        (ask(service, body, "application/json"), bare(model, 1, DATES)) for _ in range(20 * rounds)
+    ]
+    return Compared(
+        name="one series",
+        pixels=1,
+        request=_middle([p[0] for p in pairs]),
+        session=_middle([p[1] for p in pairs]),
+    )
+
+
+def _least(taken: Iterable[Taken]) -> Taken:
+    """The least of each: whoever else uses the machine only adds."""
+    every = list(taken)
+    return Taken(
+        clock=min(t.clock for t in every),
+        processor=min(t.processor for t in every),
+        stages=min(every, key=lambda t: t.clock).stages,
+    )
+
+
+def _middle(taken: Sequence[Taken]) -> Taken:
+    """The median by the clock; the mean by processor time, whose clock is coarse."""
+    return Taken(
+        clock=statistics.median(t.clock for t in taken),
+        processor=statistics.fmean(t.processor for t in taken),
+    )
+
+
+def memory(sides: Sequence[int], dates: int = 12) -> Mapping[int, int]:
+    """The most that the service had in memory, by the side of the raster.
+
+    The sessions of the whole zoo are loaded, and the default classifier is run first; the rasters
+    go through a model of next to no cost, as only the pipeline is in question.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        zoo = Path(folder) / "zoo"
+        write_bundle(zoo, "pixels-cheap", "classify-pixels", "pixel", default=False)
+        with served(PIMC_MODEL_DIR=str(zoo)) as service:
+            small = write_stack(Path(folder), 256, dates)
+            ask(service, form({path.name: path.read_bytes() for path in small}))
+            for side in sides:
+                own = Path(folder) / str(side)
+                own.mkdir()
+                paths = write_stack(own, side, dates, noise=0.0)
+                body = form(
+                    {path.name: path.read_bytes() for path in paths}, {"model": "pixels-cheap"}
+                )
+                service.forget_peak()
+                ask(service, body)
+                found[side] = service.peak()
+    return found
+
+
+def start(times: int = 3) -> Mapping[str, Taken]:
+    """Until the service is ready, and the SDK's import beyond what Python itself takes."""
+    ready = []
+    for _ in range(times):
+        with served() as service:
+            ready.append(Taken(clock=service.ready_seconds, processor=service.processor_seconds()))
+    python, sdk = _imported("pass"), _imported("import pimc_client")
+    imported = Taken(clock=sdk.clock - python.clock, processor=sdk.processor - python.processor)
+    return {"service ready": _least(ready), "SDK imported": imported}
+
+
+def _imported(code: str) -> Taken:
+    found = []
+    for _ in range(5):
+        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)  # noqa: S603 - ours
+        clock, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        found.append(Taken(clock=clock, processor=spent))
+    return _least(found)
+
+
+def loads_torch() -> bool:
+    """Whether importing the service imports torch."""
+    code = "import service.app, service.__main__, sys; sys.exit('torch' in sys.modules)"
+    return subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode != 0  # noqa: S603 - ours
+
+
+def compare(side: int, rounds: int = 5) -> list[Compared]:
+    """The three requests."""
+    with Engine(Registry.load(ZOO), providers="cpu") as engine, served() as service:
         model = engine.find(None, "classify-pixels")
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            model.pixels(pixels, valid, offsets, 1)
-            seconds.append(time.perf_counter() - start)
-    return min(seconds), model.provider
+        return [
+            one_pixel(service, model, rounds),
+            chip(service, model, rounds),
+            raster(service, model, side),
+        ]
 
 
-def whole(paths: list[Path], repeats: int) -> tuple[float, dict[str, float]]:
-    """Best seconds of the request, and its stages."""
-    runs = []
-    with service() as url, Client(url) as pimc:
-        for _ in range(repeats):
-            start = time.perf_counter()
-            answer = pimc.classify_pixels(paths)
-            runs.append((time.perf_counter() - start, dict(answer.timing)))
-    return min(runs, key=lambda run: run[0])
+def show(found: Sequence[Compared], console: Console) -> None:
+    """Print the requests."""
+    table = Table("request", "by the clock", "bare", "processor", "bare", "", "bar", box=None)
+    for one in found:
+        clock, processor = one.share
+        if one.pixels > PIXELS * 8:
+            told = f"{clock:.0%} by the clock, {processor:.0%} by processor time"
+            bar = "90 %"
+        elif one.pixels == 1:
+            told = f"{(one.request.clock - one.session.clock) * 1e3:.1f} ms over"
+            bar = "10 ms"
+        else:
+            limit = 1.5 * one.session.clock + 0.15
+            quiet = one.session.processor / CORES + one.quiet_extra
+            quiet_limit = 1.5 * one.session.processor / CORES + 0.15
+            told = (
+                f"{one.request.clock / limit:.2f} of the limit; of processor time "
+                f"{quiet * 1e3:.0f} of {quiet_limit * 1e3:.0f} ms"
+            )
+            bar = "1.5 x bare + 150 ms"
+        seconds = (one.request.clock, one.session.clock, one.request.processor,
+                   one.session.processor)  # fmt: skip
+        table.add_row(one.name, *(f"{s * 1e3:,.1f} ms" for s in seconds), told, bar)
+    console.print(table)
+    for one in found:
+        if one.request.stages:
+            console.print(f"{one.name}, stages: {one.request.stages}")
+
+
+def show_memory(found: Mapping[int, int], console: Console) -> None:
+    """Print the memory."""
+    for side, most in found.items():
+        console.print(f"{side} x {side}, 12 dates: at most {most / 1e6:.0f} MB")
+    first, *_, last = found.values()
+    console.print(
+        f"largest / smallest: {last / first:.2f} (bar 1.10, and {MOST_RESIDENT / 1e6:.0f} MB)"
+    )
+
+
+def show_start(found: Mapping[str, Taken], console: Console) -> None:
+    """Print the start."""
+    for name, taken in found.items():
+        console.print(
+            f"{name}: {taken.clock * 1e3:.0f} ms by the clock, {taken.processor * 1e3:.0f} ms of "
+            "processor time"
+        )
+    console.print("(bars: 5 s with the whole zoo, 150 ms)")
+    console.print(f"torch is loaded with the service: {'yes' if loads_torch() else 'no'}")
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--side", type=int, default=512)
-    parser.add_argument("--dates", type=int, default=36)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--side", type=int, default=2048)
+    parser.add_argument("--largest", type=int, help="memory alone, up to a raster of this side")
     options = parser.parse_args()
-    days = [FIRST + timedelta(days=10 * t) for t in range(options.dates)]
-    values = landscape(options.side, options.dates)
-    count = options.side**2
-    with tempfile.TemporaryDirectory() as folder:
-        paths = write_stack(values, days, Path(folder))
-        request, stages = whole(paths, options.repeats)
-    session, provider = bare(values, days, options.repeats)
-    table = Table("what", "seconds", "pixels/s", box=None)
-    table.add_row("bare session", f"{session:.2f}", f"{count / session:,.0f}")
-    table.add_row("whole request", f"{request:.2f}", f"{count / request:,.0f}")
     console = Console()
-    console.print(
-        f"{options.side} x {options.side} pixels, {options.dates} dates; {provider}, "
-        f"onnxruntime {onnxruntime.__version__}, {platform.machine()}, {platform.system()}"
-    )
-    console.print(table)
-    console.print(f"request / session rate: {session / request:.2f}; stages (s): {stages}")
+    console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    if options.largest:
+        show_memory(memory((1024, options.largest)), console)
+        return
+    show(compare(options.side), console)
+    show_start(start(), console)
 
 
 if __name__ == "__main__":

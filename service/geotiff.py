@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,13 @@ import rasterio
 from affine import Affine
 from rasterio.crs import CRS
 from rasterio.enums import Interleaving, MaskFlags
-from rasterio.errors import RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from service.directories import MAX_BLOCK_BYTES, check_directories
 from service.errors import NotAGeoTIFF, RasterTooLarge
+
+# A file without georeference is refused by us; rasterio's warning would only be printed.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 MAX_BANDS = 20_000
 """Most bands of a file; more are no time series, and listing them costs memory."""
@@ -92,9 +96,14 @@ class Header:
         return len(self.dtypes)
 
 
-def gdal_options() -> rasterio.Env:
-    """GDAL's options for every open and read; GDAL keeps them per thread, so enter it in each."""
-    return rasterio.Env(**_GDAL)
+def gdal_options(*, georeferenced: bool = True) -> rasterio.Env:
+    """GDAL's options for every open and read; GDAL keeps them per thread, so enter it in each.
+
+    Args:
+        georeferenced: False leaves out where a file lies, for those whose header was read before.
+            It is most of what opening costs: 1.5 ms with, 0.3 without.
+    """
+    return rasterio.Env(**{**_GDAL, **({} if georeferenced else {"GDAL_GEOREF_SOURCES": "NONE"})})
 
 
 def open_geotiff(path: Path, *, block_bytes: int = 0) -> rasterio.DatasetReader:

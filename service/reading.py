@@ -188,7 +188,7 @@ class StackReader:
         (top, bottom), (left, right) = window.toranges()
         if not (0 <= top < bottom <= grid.height and 0 <= left < right <= grid.width):
             raise ValueError(f"{window} is not inside {grid.height} rows x {grid.width} columns")
-        with gdal_options():
+        with gdal_options(georeferenced=False):
             merged = self._read_layer(self._layers[0], window)
             for layer in self._layers[1:]:
                 more = self._read_layer(layer, window)

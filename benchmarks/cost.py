@@ -1,0 +1,77 @@
+"""What a graph costs in floating point operations, counted from the graph itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import helper
+
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
+_UNKNOWN = frozenset({"Einsum", "ConvTranspose", "LSTM", "GRU", "RNN", "Attention"})
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product, (rows, inner) x (inner, columns), for all pixels of a run."""
+
+    rows: float
+    """Of one pixel."""
+    inner: int
+    columns: int
+
+    @property
+    def flop(self) -> float:
+        """Multiplications and additions for one pixel."""
+        return 2.0 * self.rows * self.inner * self.columns
+
+
+def products_of(path: Path, feeds: Mapping[str, NDArray[Any]], count: int) -> list[Product]:
+    """The matrix products that a graph does for one pixel.
+
+    The graph runs once with what goes into and out of each product as outputs, so that shapes are
+    those of a real run. All else (indices, plots, normalisation) is not counted.
+
+    Args:
+        path: a float32 graph.
+        feeds: its input for `count` pixels.
+        count: N.
+
+    Raises:
+        ValueError: the graph holds products of a kind that is not counted.
+    """
+    model = onnx.load(path)
+    strange = {node.op_type for node in model.graph.node} & _UNKNOWN
+    if strange or model.functions:
+        raise ValueError(f"{path.name} holds {', '.join(sorted(strange)) or 'functions'}")
+    nodes = [node for node in model.graph.node if node.op_type in _PRODUCTS]
+    shapes = {init.name: tuple(init.dims) for init in model.graph.initializer}
+    shapes |= {name: array.shape for name, array in feeds.items()}
+    asked = [name for node in nodes for name in (node.input[0], node.input[1], node.output[0])]
+    shown = list(dict.fromkeys(name for name in asked if name not in shapes))
+    already = {output.name for output in model.graph.output}
+    model.graph.output.extend(
+        helper.make_empty_tensor_value_info(name) for name in shown if name not in already
+    )
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    arrays = session.run(shown, dict(feeds))
+    shapes |= {name: array.shape for name, array in zip(shown, arrays, strict=True)}
+    return [_product(node, shapes, count) for node in nodes]
+
+
+def _product(node: Any, shapes: Mapping[str, Sequence[int]], count: int) -> Product:  # noqa: ANN401 - onnx's own
+    first, second, out = shapes[node.input[0]], shapes[node.input[1]], shapes[node.output[0]]
+    if node.op_type == "Conv":
+        inner, columns = int(np.prod(second[1:])), out[1]
+    else:
+        turned = next((a.i for a in node.attribute if a.name == "transA"), 0)
+        inner, columns = first[0] if turned else first[-1], out[-1]
+    return Product(rows=int(np.prod(out)) / columns / count, inner=inner, columns=columns)

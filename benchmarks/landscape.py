@@ -1,0 +1,105 @@
+"""Synthetic stacks: fields with a season, noise and clouds, as tiled and deflated GeoTIFFs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rasterio.transform import from_origin
+from rasterio.windows import Window
+
+BANDS = ("B02", "B03", "B04", "B08")
+PIXEL_BANDS = ("B02", "B04", "B08")
+FIRST = date(2021, 1, 5)
+_TILE = 256
+_FIELD = 16
+_CLOUD = 9
+"""SCL's class of clouds of high probability."""
+_VEGETATION = 4
+
+
+def days(dates: int) -> list[date]:
+    """Dates over one year, from its fifth day."""
+    return [FIRST + timedelta(days=(350 * t) // max(1, dates - 1)) for t in range(dates)]
+
+
+def landscape(side: int, dates: int, seed: int = 0, *, noise: float = 0.004) -> NDArray[np.uint16]:
+    """Fields with a season and noise: (T, 4, side, side), reflectance x 10,000."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.uniform(0, 1, (side // _FIELD + 1,) * 2)
+    fields = np.kron(blocks, np.ones((_FIELD, _FIELD)))[:side, :side]
+    out = np.empty((dates, len(BANDS), side, side), np.uint16)
+    for t in range(dates):
+        green = np.clip(np.sin(np.pi * (t / dates + 0.3 * fields)), 0, 1)
+        clean = np.stack(
+            [0.06 - 0.02 * green, 0.09 - 0.03 * green, 0.12 - 0.08 * green, 0.18 + 0.3 * green]
+        )
+        out[t] = (clean + rng.normal(0, noise, clean.shape)).clip(0.001) * 10_000
+    return out
+
+
+def write_stack(
+    folder: Path,
+    side: int,
+    dates: int,
+    *,
+    scl: bool = False,
+    bands: Sequence[str] = PIXEL_BANDS,
+    seed: int = 0,
+    noise: float = 0.004,
+    **profile: Any,  # noqa: ANN401 - whatever the driver takes
+) -> list[Path]:
+    """One tiled, deflated GeoTIFF a date, as products come.
+
+    The landscape is made once for a tile and laid side by side, so that large stacks take no
+    longer to make than to compress.
+
+    Args:
+        folder: where the files go.
+        side: width and height in pixels.
+        dates: files.
+        scl: whether a scene classification comes along, a quarter of it clouds.
+        bands: of `BANDS`.
+        seed: of the landscape.
+        noise: standard deviation of the reflectance; without any, files are small.
+        profile: further creation options of the GTiff driver.
+    """
+    tile = min(side, _TILE)
+    values = landscape(tile, dates, seed, noise=noise)
+    rng = np.random.default_rng(seed + 1)
+    paths = []
+    names = (*bands, "SCL") if scl else tuple(bands)
+    for day, reflectance in zip(days(dates), values, strict=True):
+        layers = [reflectance[BANDS.index(name)] for name in bands]
+        if scl:
+            cloudy = np.kron(rng.random((tile // _FIELD + 1,) * 2) < 0.25, np.ones((_FIELD,) * 2))
+            layers.append(np.where(cloudy[:tile, :tile] > 0, _CLOUD, _VEGETATION))
+        block = np.stack(layers).astype(np.uint16)
+        paths.append(folder / f"S2_{day:%Y%m%d}.tif")
+        options = {
+            "tiled": True, "blockxsize": _TILE, "blockysize": _TILE, "compress": "deflate",
+        }  # fmt: skip
+        with rasterio.open(
+            paths[-1],
+            "w",
+            driver="GTiff",
+            dtype="uint16",
+            count=len(names),
+            width=side,
+            height=side,
+            nodata=0,
+            crs="EPSG:32631",
+            transform=from_origin(500_000, 5_600_000, 10, 10),
+            **{**options, **profile},
+        ) as file:
+            for row in range(0, side, tile):
+                for col in range(0, side, tile):
+                    h, w = min(tile, side - row), min(tile, side - col)
+                    file.write(block[:, :h, :w], window=Window(col, row, w, h))
+            file.descriptions = names
+    return paths

@@ -1,0 +1,559 @@
+"""Fifty callers of every kind at once, for ten minutes: what fails, what grows, what is left.
+
+    python -m benchmarks.load [--seconds 600] [--callers 50] [--out load.json]
+
+The service runs as a process of its own. The callers ask for maps from 1 x 1 to 512 x 512, series,
+points, summaries and zips; some leave half way, some send or read slowly, some never read, some
+send rubbish. Meanwhile a process of its own asks for health and metrics. The run passes when
+nothing failed but what should have, nothing is left, and memory stood still: docs/reliability.md
+says what that means in numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import io
+import json
+import multiprocessing
+import random
+import select
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.landscape import BANDS, days, write_stack
+from benchmarks.process import Sampler, Served, machine, served
+
+MOST_RESIDENT = 1_500_000_000
+"""Bytes that the service may have in memory, whatever is asked of it."""
+MOST_GROWTH = 0.05
+"""How far the last minute's memory may lie above or below the third minute's."""
+SLOWEST_PROBE = 0.100
+"""Seconds within which 99 of 100 health and metrics answers must be there."""
+
+_TIMEOUT = 300.0
+_BOUNDARY = "b0undary"
+FORM = f"multipart/form-data; boundary={_BOUNDARY}"
+_PROBES = ("/health/live", "/health/ready", "/metrics")
+_DATES = 12
+_OVERLOADED = 503
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One kind of request."""
+
+    name: str
+    path: str
+    body: bytes
+    kind: str = FORM
+    accept: str = "*/*"
+    status: int = 200
+    """What it must be answered, unless the service says that it is overloaded."""
+    code: str | None = None
+    """The error's code, where it must be refused."""
+    weight: float = 1.0
+    manner: str = "plain"
+    """How the caller behaves; a key of `_MANNERS`."""
+
+
+@dataclass
+class Tally:
+    """What came of the requests; added to by many threads."""
+
+    answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    """Of each kind of request, how often each outcome came."""
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Of each kind, how long the good answers took."""
+    refused_seconds: list[float] = field(default_factory=list)
+    """From the first byte sent until `overloaded` was there, the body being sent meanwhile."""
+    failures: list[str] = field(default_factory=list)
+    """Everything that should not have come."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, ask: Ask, outcome: str, seconds: float, failure: str | None = None) -> None:
+        """Count one request."""
+        with self.lock:
+            self.answers[ask.name][outcome] += 1
+            if outcome == "overloaded":
+                self.refused_seconds.append(seconds)
+            elif failure is None:
+                self.seconds[ask.name].append(seconds)
+            if failure is not None:
+                self.failures.append(f"{ask.name}: {failure}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run found."""
+
+    machine: Mapping[str, str]
+    seconds: float
+    callers: int
+    answers: Mapping[str, Mapping[str, int]]
+    medians: Mapping[str, float]
+    """Of each kind of request, the median seconds of a good answer."""
+    failures: Sequence[str]
+    leftovers: Sequence[str]
+    """Temporary files still there after everybody left."""
+    running: float
+    """Runs in flight after everybody left."""
+    refused_p99: float
+    """Seconds until `overloaded` was there."""
+    resident: Sequence[float]
+    """Bytes in memory, one number a second."""
+    probes: Mapping[str, Sequence[float]]
+    """Seconds that each health and metrics answer took."""
+
+    @property
+    def growth(self) -> float:
+        """The last minute's mean memory over the third's, less 1; 0 for runs too short."""
+        if len(self.resident) < 240:
+            return 0.0
+        third, last = self.resident[120:180], self.resident[-60:]
+        return statistics.fmean(last) / statistics.fmean(third) - 1
+
+    @property
+    def faults(self) -> list[str]:
+        """What keeps the run from passing, whatever the machine."""
+        found = list(dict.fromkeys(self.failures))
+        if self.leftovers:
+            found.append(f"{len(self.leftovers)} temporary files left: {self.leftovers[:5]}")
+        if self.running:
+            found.append(f"{self.running:g} runs still in flight")
+        if max(self.resident) > MOST_RESIDENT:
+            found.append(f"{max(self.resident) / 1e6:.0f} MB in memory")
+        return found
+
+    @property
+    def delays(self) -> list[str]:
+        """What keeps the run from passing on a machine that nothing else slows down."""
+        found = []
+        if abs(self.growth) > MOST_GROWTH:
+            found.append(f"memory went from the third to the last minute by {self.growth:+.1%}")
+        for path, seconds in self.probes.items():
+            if percentile(seconds, 0.99) > SLOWEST_PROBE:
+                found.append(f"{path}: 99 of 100 within {percentile(seconds, 0.99) * 1e3:.0f} ms")
+        return found
+
+
+def percentile(numbers: Sequence[float], share: float) -> float:
+    """The number that a share of the numbers does not exceed; NaN of none."""
+    ordered = sorted(numbers)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+
+
+# What is asked ------------------------------------------------------------------------------
+
+
+def asks(largest: int = 512) -> list[Ask]:
+    """Every kind of request, made once; the callers send the same bytes again and again.
+
+    Args:
+        largest: side of the largest raster in pixels.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [side for side in (1, 7, 64, 128, 256, 512) if side <= largest]
+        stacks = {side: _stack(Path(folder), side) for side in sides}
+    small, middle, large = stacks[64], stacks[min(128, largest)], stacks[largest]
+    tiff, zipped, text = "image/tiff", "application/zip", "application/json"
+    more = {"outputs": "class,confidence,entropy,probabilities"}
+    pixels, forecast = "/classify-pixels", "/forecast"
+    good = [
+        Ask(name=f"map {side} x {side}", path=pixels, body=form(files), accept=tiff,
+            weight=min(8.0, 60_000 / side**2))
+        for side, files in stacks.items()
+    ]  # fmt: skip
+    good += [
+        Ask(name="summary", path=pixels, body=form(middle), accept=text, weight=3),
+        Ask(name="zip", path=pixels, body=form(middle, more), accept=zipped, weight=3),
+        Ask(name="points", path=pixels, body=form(middle, {"points": _points(40)}), weight=4),
+        Ask(name="forecast", path=forecast, body=form(small), weight=3),
+        Ask(name="embed pixels", path="/embed", body=form(stacks[7], {"modality": "pixel"})),
+        Ask(name="embed patches", path="/embed", body=form(middle, {"modality": "patch"})),
+        Ask(name="landcover", path="/landcover", body=form(middle, {"stride": "16"}), weight=2),
+        Ask(name="landcover large", path="/landcover", body=form(large), weight=0.5),
+        _series("series of 1", pixels, 1, weight=8),
+        _series("series of 300", pixels, 300, weight=2),
+        _series("forecast series", forecast, 20, weight=4),
+    ]
+    manners = [
+        Ask(name="leaves while sending", path=pixels, body=form(large), manner="half", weight=3),
+        Ask(name="leaves while waiting", path=pixels, body=form(large), manner="leave", weight=4),
+        Ask(name="sends slowly", path=pixels, body=form(small), manner="drip", weight=2),
+        Ask(name="reads slowly", path=pixels, body=form(middle, more), manner="sip", weight=2),
+        Ask(name="never reads", path=pixels, body=form(middle, more), manner="deaf", weight=1),
+    ]
+    return good + manners + _rubbish(small)
+
+
+def _rubbish(files: Mapping[str, bytes]) -> list[Ask]:
+    name, first = next(iter(files.items()))
+    pixels = "/classify-pixels"
+    third = len(first) // 3
+    spoilt = {**files, name: first[:third] + bytes(third) + first[2 * third :]}
+    bad = [
+        ("no TIFF", form({"a.tif": b"not a raster at all"}), "not_a_geotiff"),
+        ("spoilt", form(spoilt), "corrupt_raster"),
+        ("one date", form({name: first}), "too_few_dates"),
+        ("bad field", form(files, {"scale": "much"}), "invalid_request"),
+        ("unknown model", form(files, {"model": "no-such"}), "unknown_model"),
+        ("bands unknown", form(files, {"bands": "B01,B05,B09,B10,SCL"}), "missing_bands"),
+        ("scaled twice", form(files, {"scale": "1"}), "implausible_reflectance"),
+    ]
+    status = {"unknown_model": 404}
+    return [
+        Ask(name=name, path=pixels, body=body, code=code, status=status.get(code, 422), weight=0.7)
+        for name, body, code in bad
+    ]
+
+
+def _stack(root: Path, side: int) -> dict[str, bytes]:
+    folder = root / str(side)
+    folder.mkdir()
+    return {
+        p.name: p.read_bytes() for p in write_stack(folder, side, _DATES, bands=BANDS, scl=True)
+    }
+
+
+def form(files: Mapping[str, bytes], fields: Mapping[str, str] | None = None) -> bytes:
+    """A body of type `FORM`."""
+    parts = [
+        f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'.encode()
+        for name, text in (fields or {}).items()
+    ]
+    for name, content in files.items():
+        head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="files"; filename="{name}"'
+        parts.append(f"{head}\r\n\r\n".encode() + content + b"\r\n")
+    return b"".join(parts) + f"--{_BOUNDARY}--\r\n".encode()
+
+
+def _points(count: int) -> str:
+    """Around the stacks' upper left corner: some inside, some not."""
+    rng = random.Random(0)
+    features = [
+        {
+            "type": "Feature",
+            "properties": {},
+            "geometry": {
+                "type": "Point",
+                "coordinates": [3.0 + rng.uniform(0, 0.01), 50.55 - rng.uniform(0, 0.008)],
+            },
+        }
+        for _ in range(count)
+    ]
+    return json.dumps({"type": "FeatureCollection", "features": features})
+
+
+def _series(name: str, path: str, count: int, weight: float) -> Ask:
+    rng = random.Random(count)
+    when = [day.isoformat() for day in days(_DATES)]
+    series = [
+        {
+            "id": str(n),
+            "dates": when,
+            "B02": [round(rng.uniform(0.03, 0.06), 4) for _ in when],
+            "B04": [round(rng.uniform(0.04, 0.10), 4) for _ in when],
+            "B08": [round(rng.uniform(0.2, 0.4), 4) for _ in when],
+        }
+        for n in range(count)
+    ]
+    text = json.dumps({"series": series}).encode()
+    return Ask(name=name, path=path, body=text, kind="application/json", weight=weight)
+
+
+# How it is asked ----------------------------------------------------------------------------
+
+
+Answer = tuple[http.client.HTTPResponse, bytes]
+
+
+class Gone(Exception):
+    """The caller left on purpose, and heard nothing."""
+
+
+def _plain(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
+    return _read(_sent(connection, ask))
+
+
+def _half(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
+    _send(connection, ask, ask.body[: len(ask.body) // 2])
+    time.sleep(random.uniform(0, 0.5))
+    raise Gone
+
+
+def _leave(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
+    _send(connection, ask, ask.body)
+    time.sleep(random.uniform(0, 3))
+    raise Gone
+
+
+def _drip(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
+    """The body in forty pieces, over some four seconds."""
+    return _read(_sent(connection, ask, size=-(-len(ask.body) // 40), rest=0.1))
+
+
+def _sip(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
+    """The answer in small pieces, with a rest after each; then what is left of it."""
+    response = _heard_through_a_straw(connection, ask)
+    body = b""
+    for _ in range(20):
+        body += response.read(2**10)
+        time.sleep(0.1)
+    return response, body + response.read()
+
+
+def _deaf(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
+    response = _heard_through_a_straw(connection, ask)
+    if response.status != ask.status:
+        return _read(response)
+    time.sleep(10)
+    raise Gone
+
+
+def _heard_through_a_straw(
+    connection: http.client.HTTPConnection, ask: Ask
+) -> http.client.HTTPResponse:
+    """A response of which the system takes in next to nothing by itself."""
+    connection.connect()
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
+    return _sent(connection, ask)
+
+
+def _sent(
+    connection: http.client.HTTPConnection, ask: Ask, size: int = 2**17, rest: float = 0.0
+) -> http.client.HTTPResponse:
+    """Send a request piece by piece, but no further once the answer is there, as curl does."""
+    _send(connection, ask, b"")
+    for at in range(0, len(ask.body), size):
+        if select.select([connection.sock], [], [], rest)[0]:
+            break
+        connection.send(ask.body[at : at + size])
+    return connection.getresponse()
+
+
+def _read(response: http.client.HTTPResponse) -> Answer:
+    return response, response.read()
+
+
+def _send(connection: http.client.HTTPConnection, ask: Ask, body: bytes) -> None:
+    """The head of a request that announces all of the body, and some of it."""
+    connection.putrequest("POST", ask.path)
+    for name, value in _headers(ask).items():
+        connection.putheader(name, value)
+    connection.putheader("Content-Length", str(len(ask.body)))
+    connection.endheaders(body)
+
+
+def _headers(ask: Ask) -> dict[str, str]:
+    return {"Content-Type": ask.kind, "Accept": ask.accept}
+
+
+Manner = Callable[[http.client.HTTPConnection, Ask], Answer]
+_MANNERS: Mapping[str, Manner] = {
+    "plain": _plain, "half": _half, "leave": _leave, "drip": _drip, "sip": _sip, "deaf": _deaf,
+}  # fmt: skip
+
+
+def call(service: Served, ask: Ask, tally: Tally) -> bool:
+    """Ask once; whether the service had room."""
+    begun = time.perf_counter()
+    connection = http.client.HTTPConnection(service.host, service.port, timeout=_TIMEOUT)
+    try:
+        response, body = _MANNERS[ask.manner](connection, ask)
+    except Gone:
+        tally.add(ask, "left", time.perf_counter() - begun)
+        return True
+    except (OSError, http.client.HTTPException) as error:
+        tally.add(ask, "broken", 0.0, f"{type(error).__name__}: {error}")
+        return True
+    finally:
+        connection.close()
+    seconds = time.perf_counter() - begun
+    if response.status == _OVERLOADED and _code(body) == "overloaded":
+        wait = response.headers.get("Retry-After", "")
+        tally.add(ask, "overloaded", seconds, None if wait.isdigit() else "no Retry-After")
+        return False
+    said = f"{response.status} {_code(body) or ''}".strip()
+    wrong = None if response.status == ask.status else f"{said}: {body[:300]!r}"
+    tally.add(ask, said, seconds, wrong or _fault_of(ask, response, body))
+    return True
+
+
+def _fault_of(ask: Ask, response: http.client.HTTPResponse, body: bytes) -> str | None:
+    """What is wrong with an answer of the right status."""
+    if ask.code is not None:
+        return None if _code(body) == ask.code else f"code {_code(body)}, not {ask.code}"
+    kind = response.headers.get("Content-Type", "")
+    if kind.startswith("image/tiff"):
+        return None if body[:4] in (b"II*\0", b"II+\0") else "no TIFF"
+    if kind == "application/zip":
+        with zipfile.ZipFile(io.BytesIO(body)) as archive:
+            return archive.testzip()
+    return None if json.loads(body) else "an empty document"
+
+
+def _code(body: bytes) -> str | None:
+    with contextlib.suppress(ValueError):
+        document = json.loads(body)
+        return document.get("code") if isinstance(document, dict) else None
+    return None
+
+
+def _caller(service: Served, kinds: Sequence[Ask], tally: Tally, end: float, seed: int) -> None:
+    rng = random.Random(seed)
+    weights = [ask.weight for ask in kinds]
+    while time.monotonic() < end:
+        (ask,) = rng.choices(kinds, weights)
+        try:
+            had_room = call(service, ask, tally)
+        except Exception as error:  # noqa: BLE001 - a caller that dies unheard would hide a fault
+            tally.add(ask, "caller failed", 0.0, repr(error))
+            continue
+        if not had_room:  # sooner again than it was told, but not at once
+            time.sleep(rng.uniform(0.5, 1.5))
+
+
+# The probe ----------------------------------------------------------------------------------
+
+
+def _probe(host: str, port: int, out: Connection) -> None:
+    """Ask for health and metrics, in a process that nothing else slows, until told to stop."""
+    found: dict[str, list[float]] = {path: [] for path in _PROBES}
+    connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
+    while not out.poll(0.03):
+        for path in _PROBES:
+            begun = time.perf_counter()
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            answer.read()
+            found[path].append(time.perf_counter() - begun)
+            if answer.status != 200:
+                out.send(f"{path} answered {answer.status}")
+                return
+    out.send(found)
+
+
+# All together -------------------------------------------------------------------------------
+
+
+def run(seconds: float, callers: int, kinds: Sequence[Ask], **settings: str) -> Report:
+    """Start a service, let everybody at it, and look at what is left."""
+    tally = Tally()
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    about = machine()
+    with served(**settings) as service:
+        probe = context.Process(target=_probe, args=(service.host, service.port, there))
+        probe.start()
+        end = time.monotonic() + seconds
+        threads = [
+            threading.Thread(target=_caller, args=(service, kinds, tally, end, seed))
+            for seed in range(callers)
+        ]
+        with Sampler(take=service.resident) as resident:
+            for thread in threads:
+                thread.start()
+            time.sleep(max(0.0, end - time.monotonic()))
+        here.send("stop")
+        probes = here.recv()
+        probe.join()
+        for thread in threads:
+            thread.join()
+        _settle(service)
+        if isinstance(probes, str):
+            tally.failures.append(probes)
+            probes = {path: [] for path in _PROBES}
+        tally.failures += _errors(service.log)
+        return Report(
+            machine=about,
+            seconds=seconds,
+            callers=callers,
+            answers={name: dict(counts) for name, counts in tally.answers.items()},
+            medians={name: statistics.median(s) for name, s in tally.seconds.items()},
+            failures=tally.failures,
+            leftovers=service.leftovers(),
+            running=service.metric("pimc_runs_in_flight"),
+            refused_p99=percentile(tally.refused_seconds, 0.99),
+            resident=[number for _, number in resident.samples],
+            probes=probes,
+        )
+
+
+def _settle(service: Served) -> None:
+    """Wait, though not for ever, until nothing runs and nothing lies about."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        if not service.leftovers() and not service.metric("pimc_runs_in_flight"):
+            return
+        time.sleep(0.2)
+
+
+def _errors(log: Path) -> list[str]:
+    """What the service itself called an error, but for callers who stopped reading."""
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    told = [f"log: {entry['message']}" for entry in lines if entry["level"] == "error"]
+    return [line for line in told if "without completing response" not in line]
+
+
+def show(report: Report) -> None:
+    """Print the report."""
+    console = Console()
+    console.print(", ".join(f"{name} {value}" for name, value in report.machine.items()))
+    table = Table("request", "answers", "median s", box=None)
+    for name, counts in report.answers.items():
+        told = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(counts.items()))
+        table.add_row(name, told, f"{report.medians.get(name, float('nan')):.2f}")
+    console.print(table)
+    total = sum(sum(counts.values()) for counts in report.answers.values())
+    refused = sum(counts.get("overloaded", 0) for counts in report.answers.values())
+    console.print(
+        f"{total} requests of {report.callers} callers in {report.seconds:.0f} s; {refused} were "
+        f"told overloaded, 99 of 100 within {report.refused_p99 * 1e3:.0f} ms"
+    )
+    for path, seconds in report.probes.items():
+        half, most = percentile(seconds, 0.5), percentile(seconds, 0.99)
+        console.print(
+            f"{path}: {len(seconds)} times, median {half * 1e3:.1f} ms, 99 of 100 within "
+            f"{most * 1e3:.1f} ms, longest {max(seconds, default=0) * 1e3:.0f} ms"
+        )
+    minutes = [report.resident[at : at + 60] for at in range(0, len(report.resident), 60)]
+    means = ", ".join(f"{statistics.fmean(minute) / 1e6:.0f}" for minute in minutes)
+    console.print(f"memory by minute (MB): {means}; most {max(report.resident) / 1e6:.0f}")
+    console.print(f"third to last minute: {report.growth:+.1%}")
+    for line in (*report.faults, *report.delays):
+        console.print(f"[red]FAULT[/red] {line}")
+
+
+def main() -> int:
+    """Measure, print, and say by the status whether it passed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--callers", type=int, default=50)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    report = run(options.seconds, options.callers, asks())
+    show(report)
+    if options.out:
+        options.out.write_text(json.dumps(asdict(report), indent=1))
+    return 1 if report.faults or report.delays else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""The service as a process of its own: its address, its memory, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+ROOT = Path(__file__).parents[1]
+_START_SECONDS = 120.0
+_STOP_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A service that runs."""
+
+    process: subprocess.Popen[bytes]
+    host: str
+    port: int
+    scratch: Path
+    """The folder of its temporary files."""
+    log: Path
+    at_start: frozenset[Path]
+    """What lay in that folder once it was ready: ONNX Runtime puts a file there when imported."""
+    ready_seconds: float
+    """From the start of the process until it answered that it is ready."""
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://{self.host}:{self.port}"
+
+    def get(self, path: str) -> str:
+        """The body of an answer."""
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as answer:  # noqa: S310 - ours
+            return str(answer.read().decode())
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        lines = re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
+        return sum(map(float, lines))
+
+    def leftovers(self) -> list[str]:
+        """Temporary files that are still there."""
+        found = set(self.scratch.rglob("*")) - self.at_start
+        return sorted(str(path.relative_to(self.scratch)) for path in found)
+
+    def resident(self) -> int:
+        """Bytes in memory, of the process and its children."""
+        return sum(_status(pid, "VmRSS") for pid in _family(self.process.pid))
+
+    def processor_seconds(self) -> float:
+        """What the process has taken of the processors so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def peak(self) -> int:
+        """The most bytes that the process ever had in memory, or since `forget_peak`."""
+        return _status(self.process.pid, "VmHWM")
+
+    def forget_peak(self) -> None:
+        """Have the peak counted from now on."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+
+@contextmanager
+def served(**settings: str) -> Iterator[Served]:
+    """`python -m service` on a free port, with a folder of its own for temporary files.
+
+    Args:
+        settings: further environment variables.
+
+    Raises:
+        RuntimeError: it ended before it was ready, or did not stop in time.
+    """
+    with tempfile.TemporaryDirectory(prefix="pimc-bench-") as own:
+        folder = Path(own)
+        scratch, log, state = folder / "scratch", folder / "log", folder / "state"
+        scratch.mkdir()
+        state.mkdir()
+        environment = {
+            **os.environ,
+            "TMPDIR": str(scratch),
+            "PIMC_PORT": "0",
+            "PIMC_STATE_DIR": str(state),
+            **settings,
+        }
+        begun = time.perf_counter()
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "service"], env=environment, stderr=file, cwd=ROOT
+            )
+        try:
+            host, port = _address(process, log)
+            service = Served(
+                process=process,
+                host=host,
+                port=port,
+                scratch=scratch,
+                log=log,
+                at_start=frozenset(scratch.rglob("*")),
+                ready_seconds=time.perf_counter() - begun,
+            )
+            service.get("/health/ready")
+            yield service
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise RuntimeError("the service did not stop when told to") from None
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> tuple[str, int]:
+    """Where it listens, as its log says once it is ready."""
+    until = time.monotonic() + _START_SECONDS
+    while time.monotonic() < until and process.poll() is None:
+        for line in log.read_text().splitlines():
+            found = re.search(r"running on http://([\d.]+):(\d+)", json.loads(line)["message"])
+            if found:
+                return found[1], int(found[2])
+        time.sleep(0.005)
+    raise RuntimeError(f"the service did not start: {log.read_text()[-2000:]}")
+
+
+def _family(pid: int) -> list[int]:
+    """A process and its children, as far as they are still there."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return [pid]
+    return [pid, *(each for child in text.split() for each in _family(int(child)))]
+
+
+def _status(pid: int, field_name: str) -> int:
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it ended meanwhile
+        return 0
+    found = re.search(rf"^{field_name}:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+@dataclass(kw_only=True)
+class Sampler:
+    """Takes a number every so often, in a thread; a context manager."""
+
+    take: Callable[[], float]
+    seconds: float = 1.0
+    samples: list[tuple[float, float]] = field(default_factory=list)
+    """Seconds since the beginning, and the number."""
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def between(self, begin: float, end: float) -> list[float]:
+        """The numbers taken in a span of seconds."""
+        return [number for at, number in self.samples if begin <= at < end]
+
+    def _run(self) -> None:
+        begun = time.monotonic()
+        while not self._stop.is_set():
+            self.samples.append((time.monotonic() - begun, self.take()))
+            self._stop.wait(self.seconds)
+
+
+def machine() -> Mapping[str, str]:
+    """What was measured on, and with which versions."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {
+        "processor": _processor(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "instructions": _instructions(),
+        "system": f"{platform.system()} {platform.release()}, CPython {platform.python_version()}",
+        "load when begun": f"{os.getloadavg()[0]:.1f}",
+    }
+    for name in ("onnxruntime-gpu", "numpy", "rasterio", "torch", "uvicorn", "pyts"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _cpu_field(name: str) -> str:
+    found = re.search(rf"^{name}\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else "unknown"
+
+
+def _processor() -> str:
+    model, family, number = (_cpu_field(n) for n in ("model name", "cpu family", "model"))
+    return f"{model} (family {family}, model {number})"
+
+
+def _instructions() -> str:
+    telling = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
+    flags = set(_cpu_field("flags").split())
+    return ", ".join(flag for flag in telling if flag in flags)

@@ -1,0 +1,343 @@
+"""The bare session of the default pixel classifier against the machine and against its peers.
+
+    python -m benchmarks.session [--rounds 5]
+
+All candidates take turns, round by round, and each keeps its best round, so that whoever else uses
+the machine disturbs them alike. Two rates are told: by the clock on all cores, and by processor
+time on one thread times the cores, which holds on a busy machine too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cost import Product, products_of
+from benchmarks.peers import MONTHS, STEPS, PeerMissing, Presto, UsualPipeline
+from benchmarks.process import machine
+from models.registry import ZOO, Registry
+from service.engine import Engine, LoadedModel
+
+PIXELS = 4096
+DATES = 36
+CORES = len(os.sched_getaffinity(0))
+PRODUCT_SIDE = 1024
+_MEGA = 1e6
+_GIGA = 1e9
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """Units of work a second."""
+
+    clock: float
+    """By the clock, with every thread that the candidate takes."""
+    processor: float
+    """By processor time, times the cores."""
+
+    def over(self, other: Rate) -> Rate:
+        """This rate in terms of another."""
+        return Rate(clock=self.clock / other.clock, processor=self.processor / other.processor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Something to be measured."""
+
+    name: str
+    amount: float
+    """Units of work of one run."""
+    clock: Run
+    """On all cores."""
+    processor: Run
+    """On one thread."""
+
+
+def measure(candidates: list[Candidate], rounds: int) -> dict[str, Rate]:
+    """The best of each candidate's rounds, all candidates taking turns."""
+    clock: dict[str, float] = {}
+    processor: dict[str, float] = {}
+    for candidate in candidates:
+        candidate.processor()
+        candidate.clock()
+    for _ in range(rounds):
+        for candidate in candidates:
+            begun = time.perf_counter()
+            candidate.clock()
+            taken = time.perf_counter() - begun
+            clock[candidate.name] = min(taken, clock.get(candidate.name, taken))
+            begun = time.process_time()
+            candidate.processor()
+            taken = time.process_time() - begun
+            processor[candidate.name] = min(taken, processor.get(candidate.name, taken))
+    return {
+        c.name: Rate(clock=c.amount / clock[c.name], processor=CORES * c.amount / processor[c.name])
+        for c in candidates
+    }
+
+
+def pixels_input(model: LoadedModel, count: int, dates: int = DATES) -> dict[str, NDArray[Any]]:
+    """Plausible reflectance as the graph takes it, every date clear."""
+    random = np.random.default_rng(0)
+    feeds: dict[str, NDArray[Any]] = {
+        "values": random.uniform(0.02, 0.4, (count, dates, len(model.card.bands))),
+        "valid": np.ones((count, dates), np.bool_),
+        "days": np.linspace(0, 355, dates),
+        "day_of_year": np.ones(count),
+    }
+    return {
+        name: feeds[name] if name == "valid" else feeds[name].astype(np.float32)
+        for name in model.card.inputs
+    }
+
+
+def bare(engine: Engine, alone: Engine, count: int = PIXELS) -> Candidate:
+    """The session that the service would take for the default pixel classifier."""
+    feeds = pixels_input(engine.find(None, "classify-pixels"), count)
+
+    def on(which: Engine) -> Run:
+        model = which.find(None, "classify-pixels")
+        return lambda: model.pixels(feeds["values"], feeds["valid"], feeds["days"], 1)
+
+    return Candidate(name="bare session", amount=count, clock=on(engine), processor=on(alone))
+
+
+def product(side: int = PRODUCT_SIDE) -> list[Candidate]:
+    """Square float32 products: the machine's rate is the better library's. In FLOP."""
+    random = np.random.default_rng(0)
+    a, b = (random.standard_normal((side, side)).astype(np.float32) for _ in range(2))
+
+    def by_runtime(threads: int) -> Run:
+        session = product_session({"b": b}, threads=threads)
+        return lambda: session.run(None, {"a": a})
+
+    def by_torch(threads: int) -> Run:
+        import torch
+
+        x, y = torch.from_numpy(a), torch.from_numpy(b)
+
+        def run() -> None:
+            torch.set_num_threads(threads)
+            torch.mm(x, y)
+
+        return run
+
+    return [
+        Candidate(name=f"float32 product, {name}", amount=2.0 * side**3, clock=make(CORES),
+                  processor=make(1))
+        for name, make in (("ONNX Runtime", by_runtime), ("PyTorch", by_torch))
+    ]  # fmt: skip
+
+
+def product_session(
+    constants: Mapping[str, NDArray[Any]], *, threads: int, kind: str = "float32"
+) -> onnxruntime.InferenceSession:
+    """A graph of one product, a x b, with a constant b.
+
+    Args:
+        constants: `b`, (inner, columns) float32.
+        threads: of the session.
+        kind: `float32`; `int8`, the activations quantised on the way in as ONNX Runtime's dynamic
+            quantisation does; `int8-alone`, where they come quantised.
+    """
+    b = constants["b"]
+    scale = np.float32(np.abs(b).max() / 127)
+    whole = np.clip(np.round(b / scale), -127, 127).astype(np.int8)
+    kept = [numpy_helper.from_array(whole if kind != "float32" else b, "b")]
+    into = TensorProto.UINT8 if kind == "int8-alone" else TensorProto.FLOAT
+    out = TensorProto.INT32 if kind == "int8-alone" else TensorProto.FLOAT
+    if kind == "float32":
+        nodes = [helper.make_node("MatMul", ["a", "b"], ["out"])]
+    elif kind == "int8-alone":
+        nodes = [helper.make_node("MatMulInteger", ["a", "b"], ["out"])]
+    else:
+        kept.append(numpy_helper.from_array(np.asarray(scale), "b_scale"))
+        nodes = [
+            helper.make_node("DynamicQuantizeLinear", ["a"], ["qa", "a_scale", "a_zero"]),
+            helper.make_node("MatMulInteger", ["qa", "b", "a_zero"], ["product"]),
+            helper.make_node("Cast", ["product"], ["real"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["a_scale", "b_scale"], ["both"]),
+            helper.make_node("Mul", ["real", "both"], ["out"]),
+        ]
+    graph = helper.make_graph(
+        nodes,
+        "product",
+        [helper.make_tensor_value_info("a", into, ["M", b.shape[0]])],
+        [helper.make_tensor_value_info("out", out, ["M", b.shape[1]])],
+        kept,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def peers() -> list[Candidate]:
+    """Presto's encoder, and plots with a ResNet-18; each in the batch that suits it best.
+
+    Raises:
+        PeerMissing: a package of the extra `peers` is not installed.
+    """
+    import torch
+
+    random = np.random.default_rng(0)
+    presto, usual = Presto(), UsualPipeline()
+    months = random.uniform(0, 0.4, (256, MONTHS, 10)).astype(np.float32)
+    series = random.uniform(0, 0.9, (64, 3, STEPS)).astype(np.float32)
+
+    def on(threads: int, ask: Callable[[Any], object], given: NDArray[np.float32]) -> Run:
+        def run() -> None:
+            torch.set_num_threads(threads)
+            ask(given)
+
+        return run
+
+    return [
+        Candidate(name=name, amount=len(given), clock=on(CORES, ask, given),
+                  processor=on(1, ask, given))
+        for name, ask, given in (("Presto", presto, months), ("plots, ResNet-18", usual, series))
+    ]  # fmt: skip
+
+
+def precision(products: list[Product], rounds: int) -> dict[str, dict[str, Rate]]:
+    """Rates of the graph's heaviest products in float32 and int8, in FLOP a second, by shape."""
+    heaviest = sorted(products, key=lambda p: p.flop, reverse=True)
+    shapes = list(dict.fromkeys((p.inner, p.columns, p.rows) for p in heaviest))[:4]
+    random = np.random.default_rng(0)
+    found = {}
+    for inner, columns, rows in shapes:
+        count = int(256 * rows)
+        a = random.standard_normal((count, inner)).astype(np.float32)
+        b = random.standard_normal((inner, columns)).astype(np.float32)
+        candidates = []
+        for kind in ("float32", "int8", "int8-alone"):
+            given = a if kind != "int8-alone" else np.clip(a * 40 + 128, 0, 255).astype(np.uint8)
+            sessions = [product_session({"b": b}, threads=t, kind=kind) for t in (CORES, 1)]
+            both, one = (_repeat(session, given) for session in sessions)
+            amount = 8 * 2.0 * count * inner * columns
+            candidates.append(Candidate(name=kind, amount=amount, clock=both, processor=one))
+        found[f"({count}, {inner}) x ({inner}, {columns})"] = measure(candidates, rounds)
+    return found
+
+
+def _repeat(session: onnxruntime.InferenceSession, given: NDArray[Any], times: int = 8) -> Run:
+    def run() -> None:
+        for _ in range(times):
+            session.run(None, {"a": given})
+
+    return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What the comparison found."""
+
+    model: str
+    variant: str
+    flop: float
+    """Of all products, for one pixel of `DATES` dates."""
+    rates: Mapping[str, Rate]
+    missing: str | None
+    """Why there are no peers; None where there are."""
+    reduced: Mapping[str, Mapping[str, Rate]]
+
+    @property
+    def machine_rate(self) -> Rate:
+        """The better of the libraries' float32 products, in FLOP a second."""
+        found = [rate for name, rate in self.rates.items() if name.startswith("float32 product")]
+        return Rate(clock=max(r.clock for r in found), processor=max(r.processor for r in found))
+
+    @property
+    def share(self) -> Rate:
+        """Of the machine's rate, in what the session does by products."""
+        bare_rate = self.rates["bare session"]
+        flop = Rate(clock=bare_rate.clock * self.flop, processor=bare_rate.processor * self.flop)
+        return flop.over(self.machine_rate)
+
+
+def compare(rounds: int) -> Found:
+    """Measure everything."""
+    registry = Registry.load(ZOO)
+    with (
+        Engine(registry, providers="cpu") as engine,
+        Engine(registry, providers="cpu", threads=1) as alone,
+    ):
+        model = engine.find(None, "classify-pixels")
+        float32 = next(v for v in model.card.variants if v.name == "float32")
+        products = products_of(
+            ZOO / model.card.name / float32.file, pixels_input(model, 4), count=4
+        )
+        candidates = [bare(engine, alone), *product()]
+        missing = None
+        try:
+            candidates += peers()
+        except PeerMissing as error:
+            missing = str(error)
+        rates = measure(candidates, rounds)
+        return Found(
+            model=model.card.id,
+            variant=model.variant,
+            flop=sum(p.flop for p in products),
+            rates=rates,
+            missing=missing,
+            reduced=precision(products, rounds),
+        )
+
+
+def show(found: Found, console: Console) -> None:
+    """Print what was found."""
+    console.print(
+        f"{found.model} ({found.variant}): {found.flop / _MEGA:.2f} MFLOP a pixel in products; "
+        f"{PIXELS} pixels of {DATES} dates, {CORES} cores"
+    )
+    table = Table("", "by the clock", "by processor time", "bar", box=None)
+    bare_rate = found.rates["bare session"]
+    for name, rate in found.rates.items():
+        unit, size = ("GFLOP/s", _GIGA) if name.startswith("float32") else ("px/s", 1.0)
+        cells = (f"{number / size:,.0f} {unit}" for number in (rate.clock, rate.processor))
+        table.add_row(name, *cells, "")
+    share = found.share
+    table.add_row("session / product rate", f"{share.clock:.0%}", f"{share.processor:.0%}", "75 %")
+    for name, bar in (("Presto", 30), ("plots, ResNet-18", 60)):
+        if name in found.rates:
+            ratio = bare_rate.over(found.rates[name])
+            cells = (f"{number:.1f} x" for number in (ratio.clock, ratio.processor))
+            table.add_row(f"session / {name}", *cells, f"{bar} x")
+    console.print(table)
+    if found.missing:
+        console.print(f"no peers: {found.missing}")
+    table = Table(
+        "product", "float32", "int8", "int8 alone", box=None, title="GFLOP/s, one thread x cores"
+    )
+    for shape, rates in found.reduced.items():
+        table.add_row(shape, *(f"{rates[k].processor / _GIGA:.0f}" for k in rates))
+    console.print(table)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    console = Console()
+    console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    show(compare(options.rounds), console)
+
+
+if __name__ == "__main__":
+    main()
