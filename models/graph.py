@@ -22,6 +22,10 @@ class PixelGraph(nn.Module):
     indices -> regular grid -> recurrence plots -> encoder -> head. The head decides the answer:
     probabilities (N, K), quantiles (N, H, S, Q), or, without a head, the embedding (N, D).
 
+    Several small networks may share indices and grid; the answer is then their mean (of logits or
+    of quantiles). Where pixels are few, that errs less than one network of the same cost
+    (Lakshminarayanan et al. 2017, arXiv 1612.01474).
+
     Args:
         bands: names of the bands on the C axis.
         indices: names of the spectral indices.
@@ -29,6 +33,7 @@ class PixelGraph(nn.Module):
         step_days: days between two steps.
         encoder: the pixel encoder.
         head: None answers with the embedding.
+        others: further encoders, each with its head.
     """
 
     def __init__(
@@ -40,12 +45,14 @@ class PixelGraph(nn.Module):
         step_days: int,
         encoder: PixelEncoder,
         head: ClassificationHead | ForecastHead | None,
+        others: Sequence[tuple[PixelEncoder, ClassificationHead | ForecastHead]] = (),
     ) -> None:
         super().__init__()
         self.indices = SpectralIndices(indices, bands)
         self.grid = TimeGrid(steps, step_days)
         self.encoder = encoder
         self.head = head
+        self.others = nn.ModuleList(nn.ModuleList(pair) for pair in others)
 
     def regular(self, values: Tensor, valid: Tensor, days: Tensor) -> tuple[Tensor, Tensor]:
         """Spectral indices on the regular grid.
@@ -67,17 +74,24 @@ class PixelGraph(nn.Module):
     def raw(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
     ) -> Tensor:
-        """What training needs: logits (N, K), quantiles (N, H, S, Q) or embeddings (N, D)."""
+        """What is scored: logits (N, K), quantiles (N, H, S, Q) or embeddings (N, D)."""
+        answers = self.each(values, valid, days, day_of_year)
+        return answers[0] if len(answers) == 1 else torch.stack(answers).mean(dim=0)
+
+    def each(
+        self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
+    ) -> list[Tensor]:
+        """What is trained: the answer of each network, as `raw` gives their mean."""
         series, observed = self.regular(values, valid, days)
         season = None if day_of_year is None else self._season(day_of_year)
-        embeddings: Tensor = self.encoder(series, observed, season)
-        if self.head is None:
-            return embeddings
-        if isinstance(self.head, ForecastHead):
-            quantiles: Tensor = self.head(embeddings, series)
-            return quantiles
-        logits: Tensor = self.head(embeddings)
-        return logits
+        answers = []
+        for encoder, head in ((self.encoder, self.head), *self.others):
+            embeddings: Tensor = encoder(series, observed, season)
+            if isinstance(head, ForecastHead):
+                answers.append(head(embeddings, series))
+            else:
+                answers.append(embeddings if head is None else head(embeddings))
+        return answers
 
     def forward(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None

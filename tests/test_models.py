@@ -275,6 +275,43 @@ class TestOnnx:
             np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+class TestSeveralNetworks:
+    def graph(self) -> PixelGraph:
+        torch.manual_seed(0)
+        pairs = [
+            (PixelEncoder(width=16, embedding=32), ClassificationHead(32, 5)) for _ in range(3)
+        ]
+        (encoder, head), *others = pairs
+        return PixelGraph(
+            bands=BANDS,
+            indices=INDICES,
+            steps=36,
+            step_days=10,
+            encoder=encoder,
+            head=head,
+            others=others,
+        ).eval()
+
+    def test_answer_is_the_mean_of_each(self) -> None:
+        graph, series = self.graph(), random_series(4, 20)
+        alone = []
+        for encoder, head in ((graph.encoder, graph.head), *graph.others):
+            single = PixelGraph(
+                bands=BANDS, indices=INDICES, steps=36, step_days=10, encoder=encoder, head=head
+            ).eval()
+            alone.append(single.raw(*series))
+        assert not torch.allclose(alone[0], alone[1])
+        torch.testing.assert_close(graph.raw(*series), sum(alone) / 3)
+        torch.testing.assert_close(graph(*series), torch.softmax(sum(alone) / 3, dim=-1))
+
+    def test_onnx_equals_torch(self, tmp_path: Path) -> None:
+        graph, names = self.graph(), ["values", "valid", "days"]
+        session = export(graph, tmp_path / "m.onnx", names, random_series(3, 7))
+        series = random_series(9, 30, seed=5)
+        got = session.run(None, {k: v.numpy() for k, v in zip(names, series, strict=True)})[0]
+        np.testing.assert_allclose(got, graph(*series).detach().numpy(), atol=1e-4)
+
+
 class TestSymmetries:
     def test_answer_does_not_depend_on_how_the_patch_lies(self) -> None:
         patches = torch.rand(2, 3, 64, 64)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from models.card import TimeWindow
-from training.classification import in_window, sampling_weights
+from models.indices import SpectralIndices
+from training.classification import in_window, log_shares, mix_pixels, sampling_weights
+from training.config import BANDS, INDICES
 from training.datasets import PixelSet
 from training.forecasting import cut, forecast_scores
 from training.series import (
@@ -139,7 +141,8 @@ class TestAugmentation:
     def test_a_series_of_cloud_alone_is_not_computable(self) -> None:
         values = np.full((2, 3, 3), 0.2, dtype=np.float32)
         values[1] = (0.42, 0.3, 0.3)  # EVI's denominator vanishes
-        assert computable(values, np.ones((2, 3), dtype=bool)).tolist() == [True, False]
+        spectral = SpectralIndices(INDICES, BANDS)
+        assert computable(values, np.ones((2, 3), dtype=bool), spectral).tolist() == [True, False]
 
 
 def test_balance_draws_small_classes_more_often(sets: list[PixelSet]) -> None:
@@ -192,3 +195,39 @@ def test_day_of_year_is_that_of_the_date() -> None:
     days = [date(2020, 12, 31), date(2021, 1, 1), date(2021, 3, 1)]
     got = ordinal_day_of_year(np.array([d.toordinal() for d in days]))
     assert got.tolist() == [366, 1, 60]
+
+
+def test_shares_are_of_what_is_drawn(sets: list[PixelSet]) -> None:
+    table = tabulate(sets, YEAR, least=1)
+    table = table.take(np.flatnonzero(table.labels != 2))
+    shares = log_shares(table, 0.0, 4)
+    np.testing.assert_allclose(np.exp(shares[:2]), [(table.labels == k).mean() for k in (0, 1)])
+    # A class that is nowhere is not made infinitely likely.
+    np.testing.assert_array_equal(shares[2:], 0)
+
+
+class TestMixedPixels:
+    def mixed(self, share: float) -> tuple[SeriesTable, np.ndarray, np.ndarray]:
+        table = tabulate([pixel_set("a", date(2021, 1, 5), 10, 36, n=40)], YEAR, least=1)
+        rng = np.random.default_rng(3)
+        return table, *mix_pixels(table, table.values, table.valid, share, rng)
+
+    def test_the_smaller_part_lies_between_both_pixels(self) -> None:
+        table, values, valid = self.mixed(1.0)
+        other = np.random.default_rng(3).permutation(len(table))
+        changed = np.flatnonzero((values != table.values).any(axis=(1, 2)))
+        changed = changed[other[changed] != changed]
+        assert len(changed) > 3
+        for i in changed:
+            assert table.source[i] == table.source[other[i]]
+            np.testing.assert_array_equal(table.days[i], table.days[other[i]])
+            np.testing.assert_array_equal(valid[i], table.valid[i] & table.valid[other[i]])
+            here, there = table.values[i][valid[i]], table.values[other[i]][valid[i]]
+            area = ((values[i][valid[i]] - here) / (there - here)).ravel()
+            np.testing.assert_allclose(area, area[0], atol=1e-3)
+            assert 0 < area[0] <= 0.5
+
+    def test_none_is_mixed_where_none_is_asked_for(self) -> None:
+        table, values, valid = self.mixed(0.0)
+        np.testing.assert_array_equal(values, table.values)
+        np.testing.assert_array_equal(valid, table.valid)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from models.encoders import PixelEncoder
 from models.graph import PixelGraph
 from models.heads import ClassificationHead
+from models.indices import SpectralIndices
 from training.calibration import cross_fitted_scores, fit_temperature
-from training.config import BANDS, INDICES, ClassifyConfig
+from training.config import ClassifyConfig
 from training.legends import CDL, WORLDCOVER, crop_sets, landcover_sets
 from training.series import (
     SeriesAugmentation,
@@ -29,6 +30,7 @@ from training.series import (
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 _LEGENDS = {"cdl": CDL, "worldcover": WORLDCOVER}
 # The broad classifier must work on monthly, ten-day and five-day series with thin cloud in them.
 _AUGMENTATION = {
@@ -51,26 +53,37 @@ class PixelClassification:
         self.config = config
         self.legend = _LEGENDS[config.legend]
         sets = crop_sets(data) if config.legend == "cdl" else landcover_sets(data)
-        table = tabulate(sets, config.window, least=config.min_observations)
+        self.spectral = SpectralIndices(config.indices, config.bands)
+        table = tabulate(sets, config.window, least=config.min_observations, spectral=self.spectral)
         self.table = table.take(table.labels >= 0)
         self.validation = self.table.take(self.table.validation)
         chosen = np.flatnonzero(~self.table.validation | everything)
         self.train = self.table.take(_share(chosen, self.table.places, config))
+        self.adjustment = torch.from_numpy(
+            config.adjust * log_shares(self.train, config.balance, len(self.legend))
+        )
 
     def graph(self) -> PixelGraph:
         """A new, untrained graph."""
         window = self.config.window
-        encoder = PixelEncoder(
-            steps=window.steps, indices=len(INDICES), **self.config.encoder.model_dump()
-        )
+        (encoder, head), *others = [self._member() for _ in range(self.config.members)]
         return PixelGraph(
-            bands=BANDS,
-            indices=INDICES,
+            bands=self.config.bands,
+            indices=self.config.indices,
             steps=window.steps,
             step_days=window.step_days,
             encoder=encoder,
-            head=ClassificationHead(encoder.embedding, len(self.legend)),
+            head=head,
+            others=others,
         )
+
+    def _member(self) -> tuple[PixelEncoder, ClassificationHead]:
+        encoder = PixelEncoder(
+            steps=self.config.window.steps,
+            indices=len(self.config.indices),
+            **self.config.encoder.model_dump(),
+        )
+        return encoder, ClassificationHead(encoder.embedding, len(self.legend))
 
     @property
     def steps(self) -> int:
@@ -89,19 +102,26 @@ class PixelClassification:
         )
         for i in range(self.steps):
             part = self.train.take(order[i * batch : (i + 1) * batch])
-            valid, days = part.valid, part.days
+            values, valid, days = part.values, part.valid, part.days
+            if self.config.mix:
+                values, valid = mix_pixels(part, values, valid, self.config.mix, rng)
             if self.config.window.start == "fullest-year":
                 valid, days = any_year(valid, days, rng, least=how.least)
-            values, valid, days = augment_series(part.values, valid, days, how, rng)
-            kept = computable(values, valid)
+            values, valid, days = augment_series(values, valid, days, how, rng)
+            kept = computable(values, valid, self.spectral)
             yield tuple(torch.from_numpy(a[kept]) for a in (values, valid, days, part.labels))
 
     def loss(self, graph: PixelGraph, batch: tuple[Tensor, ...]) -> Tensor:
-        """Cross entropy."""
-        values, valid, days, labels = batch
-        return nn.functional.cross_entropy(
-            graph.raw(values, valid, days), labels, label_smoothing=self.config.smoothing
-        )
+        """Cross entropy, the mean of the networks'."""
+        *inputs, labels = batch
+        adjustment = self.adjustment.to(labels.device)
+        losses = [
+            nn.functional.cross_entropy(
+                logits + adjustment, labels, label_smoothing=self.config.smoothing
+            )
+            for logits in graph.each(*inputs)
+        ]
+        return torch.stack(losses).mean()
 
     def finish(self, graph: PixelGraph) -> None:
         """Fit the temperature on the validation places."""
@@ -164,6 +184,44 @@ def sampling_weights(table: SeriesTable, balance: float) -> NDArray[np.float64]:
     _, cell, sizes = np.unique(cells, return_inverse=True, return_counts=True)
     weights = sizes[cell] ** -balance
     return np.asarray(weights / weights.sum())
+
+
+def log_shares(table: SeriesTable, balance: float, classes: int) -> Floats:
+    """Logarithm of each class's share of what is drawn (K); 0 for a class that is not there."""
+    weights = sampling_weights(table, balance)
+    shares = np.bincount(table.labels, weights, minlength=classes)
+    return np.log(np.where(shares > 0, shares, 1.0)).astype(np.float32)
+
+
+def mix_pixels(
+    part: SeriesTable, values: Floats, valid: Bools, share: float, rng: Generator
+) -> tuple[Floats, Bools]:
+    """Put a second cover into some pixels, by up to half of their area.
+
+    Reflectance is linear in the areas. Mixed are pixels of one set (the same source and the same
+    dates) on dates that both have; a pixel left with fewer than half its dates stays as it was.
+
+    Args:
+        part: the pixels (N), for their source and days.
+        values: reflectance (N, T, C).
+        valid: True where usable (N, T).
+        share: of the pixels that are mixed.
+        rng: source of chance.
+
+    Returns:
+        values and valid, new arrays; the labels stay, for the larger part keeps its own.
+    """
+    other = rng.permutation(len(values))
+    both = valid & valid[other]
+    alike = (part.days == part.days[other]).all(axis=1) & (part.source == part.source[other])
+    enough = 2 * both.sum(axis=1) >= valid.sum(axis=1)
+    mixed = alike & enough & (rng.random(len(values)) < share)
+    area = rng.uniform(0.0, 0.5, (len(values), 1, 1)).astype(np.float32)
+    blend = (1 - area) * values + area * values[other]
+    return (
+        np.where(mixed[:, None, None], blend, values),
+        np.where(mixed[:, None], both, valid),
+    )
 
 
 def _share(chosen: Ints, places: Ints, config: ClassifyConfig) -> Ints:

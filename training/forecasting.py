@@ -15,6 +15,7 @@ from torch import Tensor
 from models.encoders import PixelEncoder
 from models.graph import PixelGraph
 from models.heads import ForecastHead
+from models.indices import SpectralIndices
 from training.config import BANDS, INDICES, ForecastConfig
 from training.datasets.points import crops_us_2021, modis_brazil, s2_points
 from training.losses import pinball
@@ -68,16 +69,7 @@ class PixelForecast:
     def graph(self) -> PixelGraph:
         """A new, untrained graph."""
         window = self.config.window
-        encoder = PixelEncoder(
-            steps=window.steps, indices=len(INDICES), **self.config.encoder.model_dump()
-        )
-        head = ForecastHead(
-            encoder.embedding,
-            steps=window.steps,
-            indices=len(INDICES),
-            horizon=self.config.horizon,
-            quantiles=len(self.config.quantiles),
-        )
+        (encoder, head), *others = [self._member() for _ in range(self.config.members)]
         return PixelGraph(
             bands=BANDS,
             indices=INDICES,
@@ -85,7 +77,22 @@ class PixelForecast:
             step_days=window.step_days,
             encoder=encoder,
             head=head,
+            others=others,
         )
+
+    def _member(self) -> tuple[PixelEncoder, ForecastHead]:
+        steps = self.config.window.steps
+        encoder = PixelEncoder(
+            steps=steps, indices=len(INDICES), **self.config.encoder.model_dump()
+        )
+        head = ForecastHead(
+            encoder.embedding,
+            steps=steps,
+            indices=len(INDICES),
+            horizon=self.config.horizon,
+            quantiles=len(self.config.quantiles),
+        )
+        return encoder, head
 
     @property
     def steps(self) -> int:
@@ -125,14 +132,20 @@ class PixelForecast:
         values = part.values
         if rng is not None:
             values, valid, days = augment_series(values, valid, days, _AUGMENTATION, rng)
-        kept = _usable(valid, known) & computable(values, valid)
+        kept = _usable(valid, known) & computable(values, valid, SpectralIndices(INDICES, BANDS))
         arrays = (values, valid, days, day_of_year, target, known)
         return tuple(torch.from_numpy(a[kept]) for a in arrays)
 
     def loss(self, graph: PixelGraph, batch: tuple[Tensor, ...]) -> Tensor:
-        """Pinball loss, and the squared error of the median, over the targets that are known."""
+        """Pinball loss, and the squared error of the median, over the targets that are known.
+
+        The mean of the networks'.
+        """
         *inputs, target, known = batch
-        quantiles = graph.raw(*inputs)
+        losses = [self._loss(quantiles, target, known) for quantiles in graph.each(*inputs)]
+        return torch.stack(losses).mean()
+
+    def _loss(self, quantiles: Tensor, target: Tensor, known: Tensor) -> Tensor:
         loss = pinball(quantiles, target, self.config.quantiles, known)
         middle = quantiles[..., len(self.config.quantiles) // 2]
         squared = torch.where(known, (middle - target).square(), 0.0).sum() / known.sum().clamp(1)

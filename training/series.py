@@ -32,9 +32,9 @@ class SeriesTable:
     """Pixel series, each with its own dates."""
 
     values: Floats
-    """Reflectance of B02, B04, B08 (N, T, C), unitless; 0 where not valid."""
+    """Reflectance of the model's bands (N, T, C), unitless; 0 where not valid."""
     indices: Floats
-    """NDVI, EVI and SAVI (N, T, S); 0 where not valid."""
+    """The model's spectral indices (N, T, S); 0 where not valid."""
     valid: Bools
     """True where all indices can be computed (N, T)."""
     days: Floats
@@ -66,11 +66,25 @@ class SeriesTable:
         return replace(self, **fields)
 
 
-def tabulate(sets: Sequence[PixelSet], window: TimeWindow, *, least: int) -> SeriesTable:
-    """Put sets into one table, leaving out pixels with fewer than `least` usable dates."""
+def tabulate(
+    sets: Sequence[PixelSet],
+    window: TimeWindow,
+    *,
+    least: int,
+    spectral: SpectralIndices | None = None,
+) -> SeriesTable:
+    """Put sets into one table, leaving out pixels with fewer than `least` usable dates.
+
+    Args:
+        sets: each with the bands that the indices need.
+        window: the model's.
+        least: usable dates.
+        spectral: the indices, and by them the bands; the default ones where None.
+    """
+    spectral = spectral or SpectralIndices(INDICES, BANDS)
     names = sorted({s.source.partition("/")[0] for s in sets})
     longest = max(len(s.dates) for s in sets)
-    parts = [_tabulate(s, window, longest, names) for s in sets]
+    parts = [_tabulate(s, window, longest, names, spectral) for s in sets]
     fields = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     _, fields["places"] = np.unique(
         np.column_stack([fields["source"], fields["places"]]), axis=0, return_inverse=True
@@ -80,11 +94,15 @@ def tabulate(sets: Sequence[PixelSet], window: TimeWindow, *, least: int) -> Ser
 
 
 def _tabulate(
-    pixels: PixelSet, window: TimeWindow, longest: int, names: Sequence[str]
+    pixels: PixelSet,
+    window: TimeWindow,
+    longest: int,
+    names: Sequence[str],
+    spectral: SpectralIndices,
 ) -> dict[str, NDArray[np.generic]]:
     n, dates = len(pixels.places), len(pixels.dates)
-    values = np.asarray(pixels.select(BANDS).values, dtype=np.float32)
-    indices = SpectralIndices(INDICES, BANDS)(torch.from_numpy(values)).numpy()
+    values = np.asarray(pixels.select(spectral.bands).values, dtype=np.float32)
+    indices = spectral(torch.from_numpy(values)).numpy()
     valid = pixels.valid & np.isfinite(indices).all(axis=-1)
     first_day = window.resolve(pixels.dates).first_day
     days = np.array([(day - first_day).days for day in pixels.dates], dtype=np.float32)
@@ -158,12 +176,12 @@ def augment_series(
     return values, valid, jitter_dates(days, rng, deviation=how.jitter) + shift
 
 
-def computable(values: Floats, valid: Bools) -> Bools:
+def computable(values: Floats, valid: Bools, spectral: SpectralIndices) -> Bools:
     """True for series with a usable date on which all indices can be computed (N).
 
     One that disturbance left without would be NaN, and poison its whole batch.
     """
-    indices = SpectralIndices(INDICES, BANDS)(torch.from_numpy(values)).numpy()
+    indices = spectral(torch.from_numpy(values)).numpy()
     return np.asarray((valid & np.isfinite(indices).all(axis=-1)).any(axis=1))
 
 
