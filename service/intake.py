@@ -42,7 +42,7 @@ class Limits:
 
     body_bytes: int
     """Of the whole body, whatever it is."""
-    json_bytes: int = 64 * 2**20
+    json_bytes: int = 32 * 2**20
     """Of a JSON body, which is held in memory."""
     field_bytes: int = 8 * 2**20
     """Of all fields together, which are held in memory; `points` is the longest."""

@@ -32,6 +32,7 @@ QuantileOutput = Literal["q10", "q50", "q90"]
 # The fields that take several values.
 _LISTED = frozenset({"dates", "bands", "outputs"})
 _MAX_ERRORS = 20
+_MAX_STRUCTURE = 500_000
 _ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -300,7 +301,7 @@ ITEMS: Mapping[Task, type[ClassifyItems | ForecastItems | LandcoverItems | Embed
 # Series requests ----------------------------------------------------------------------------
 
 _Values = Annotated[
-    tuple[_Number | None, ...] | None,
+    Annotated[tuple[_Number | None, ...], Field(fail_fast=True)] | None,
     Field(description="reflectance, 0 to 1, one per date; null is a missing observation"),
 ]
 
@@ -309,7 +310,7 @@ class Series(_Strict):
     """One pixel's observations: reflectance by band, one value per date."""
 
     id: Annotated[str, Field(max_length=200, description="echoed in the answer")]
-    dates: Annotated[tuple[_IsoDate, ...], Field(min_length=1, max_length=10_000)]
+    dates: Annotated[tuple[_IsoDate, ...], Field(min_length=1, max_length=10_000, fail_fast=True)]
     B01: _Values = None
     B02: _Values = None
     B03: _Values = None
@@ -559,10 +560,29 @@ class _Reference(_Loose):
 def _checked(model: type[_Model], given: bytes | Mapping[str, object]) -> _Model:
     try:
         if isinstance(given, bytes):
+            _check_shape(given)
             return model.model_validate_json(given)
         return model.model_validate(given)
     except ValidationError as error:
-        raise invalid_request(error.errors(include_url=False), model.model_fields) from error
+        raise invalid_request(
+            error.errors(include_url=False, include_input=False), model.model_fields
+        ) from error
+
+
+def _check_shape(body: bytes) -> None:
+    """Refuse JSON that would take many times its size in memory: mostly brackets, mostly keys.
+
+    An empty list is two bytes and takes some 260 once parsed; a key too many is an error of its
+    own. A body of series has one of either in every hundred bytes.
+    """
+    for what, number in (
+        ("lists and objects", body.count(b"[") + body.count(b"{")),
+        ("keys", body.count(b":")),
+    ):
+        if number > _MAX_STRUCTURE:
+            raise InvalidRequest.of(
+                "body", f"about {number} {what}, and {_MAX_STRUCTURE} may be in one request"
+            )
 
 
 def invalid_request(

@@ -389,6 +389,29 @@ def test_a_flood_of_errors_is_cut_short(api: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        b'{"series": [' + b"[]," * 600_000 + b"[]]}",
+        b'{"series": [' + b"{}," * 600_000 + b"{}]}",
+        b'{"series": [{' + b",".join(b'"k%d":0' % n for n in range(600_000)) + b"}]}",
+    ],
+    ids=["lists", "objects", "keys"],
+)
+def test_json_of_mere_structure_is_refused_unparsed(zoo: Path, content: bytes) -> None:
+    """It would take a hundred times its size in memory."""
+    with served(model_dir=zoo) as client:
+        headers = {"Content-Type": "application/json"}
+        answer = client.post("/embed", content=content, headers=headers)
+        assert "500000" in check_problem(answer, "invalid_request")["detail"]
+
+
+def test_of_a_list_of_wrong_values_the_first_is_told(api: httpx.Client) -> None:
+    flood = {**series()["series"][0], "dates": [0] * 20_000}
+    body = check_problem(api.post("/embed", json={"series": [flood]}), "invalid_request")
+    assert [error["field"] for error in body["errors"]] == ["series.0.dates.0"]
+
+
+@pytest.mark.parametrize(
     ("files", "field"),
     [
         ([("files", ("empty.tif", b""))], "files"),
