@@ -57,6 +57,7 @@ from training.finetune import (
     fit,
     load_encoder,
     load_finished,
+    new_graph,
     task_of,
 )
 from training.landcover import cut_mix
@@ -198,6 +199,21 @@ class TestFinetune:
         torch.save({"pixel_encoder": wide.state_dict()}, tmp_path / "wide.pt")
         with pytest.raises(CheckpointMismatch, match="size mismatch"):
             load_encoder(graph, tmp_path / "wide.pt")
+
+    def test_on_every_place_goes_on_from_the_whole_of_an_earlier_run(
+        self, data: Path, finished: Path, tmp_path: Path
+    ) -> None:
+        earlier = torch.load(finished / "weights.pt", weights_only=True)
+        run = tiny_run(data, pretrained=finished / "weights.pt", everything=True)
+        graph = new_graph(run, task_of(run))
+        for name, weights in graph.state_dict().items():
+            torch.testing.assert_close(weights, earlier[name], msg=name)
+        done = finetune(run, tmp_path, device="cpu", threads=1)
+        later = torch.load(tmp_path / "weights.pt", weights_only=True)
+        assert not torch.equal(later["head.linear.weight"], earlier["head.linear.weight"])
+        # No place was left out to fit it on, so it is the earlier run's.
+        assert later["head.temperature"] == earlier["head.temperature"]
+        assert done.scores == {}
 
 
 class TestProtocols:

@@ -120,6 +120,8 @@ class ForecastConfig(_Frozen):
     optimisation: Optimisation = Optimisation()
     focus: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.65
     """Share of the batches' pixels that come from the source that is scored."""
+    scored_cut: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Share of those pixels that are cut at the date where they are scored, the rest anywhere."""
     squared: float = 1.0
     """Weight of the squared error of the median beside the pinball loss."""
     network: Network = "pimc"

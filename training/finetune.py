@@ -162,7 +162,10 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
         _probe(run, task, graph, folder)
         graph = None
     if graph is not None:
-        task.finish(graph)
+        if not run.everything:
+            # Places that were trained on say nothing of how sure to be: a run on every place keeps
+            # the temperature of the run that it goes on from.
+            task.finish(graph)
         torch.save(graph.state_dict(), folder / WEIGHTS)
     scores = _scores(run, task, graph, folder)
     summary = {
@@ -279,6 +282,8 @@ def _epoch(
 def load_encoder(graph: Graph, checkpoint: Path) -> None:
     """Put an encoder that was trained before under a graph's head.
 
+    Of an earlier run with a graph of the same shape, all is taken: head and temperature too.
+
     Args:
         graph: whose encoder is replaced.
         checkpoint: of a pretraining, or the weights of an earlier run.
@@ -288,6 +293,9 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
     """
     key = "pixel_encoder" if isinstance(graph, PixelGraph) else "patch_encoder"
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if _shapes(stored) == _shapes(graph.state_dict()):
+        graph.load_state_dict(stored)
+        return
     prefix = "encoder."
     finetuned = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
     if key not in stored and not finetuned:
@@ -297,6 +305,10 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
             encoder.load_state_dict(stored.get(key, finetuned))
     except RuntimeError as error:
         raise CheckpointMismatch(f"{checkpoint.name}: {error}") from error
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    return {name: getattr(value, "shape", None) for name, value in state.items()}
 
 
 def load_finished(folder: Path) -> tuple[Run, AnyTask, Any, dict[str, Any]]:

@@ -115,12 +115,13 @@ class PixelForecast:
     def _positions(self, part: SeriesTable, scored: Bools, rng: Generator) -> Ints:
         """How many dates come before each pixel's cut (N).
 
-        Half of the US crops are cut where they are scored, the rest anywhere.
+        A share of the US crops are cut where they are scored, the rest anywhere.
         """
         dates = part.present.sum(axis=1)
         low = np.minimum(_SHORTEST, dates - 1)
         drawn = rng.integers(low, dates)
-        return np.where(scored & (rng.random(len(part)) < 0.5), SCORED_CUT, drawn)
+        chosen = scored & (rng.random(len(part)) < self.config.scored_cut)
+        return np.where(chosen, SCORED_CUT, drawn)
 
     def _tensors(
         self, part: SeriesTable, positions: Ints, rng: Generator | None = None
