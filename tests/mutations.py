@@ -149,7 +149,7 @@ class Tiff:
         code = _CODES.get(kind, "B")
         if code in "fd":
             return struct.pack(f"{self.order}{len(values)}{code}", *map(float, values))
-        limit = 2 ** (8 * _SIZES.get(kind, 1))
+        limit = 2 ** (8 * struct.calcsize(code))
         unsigned = code.upper()
         whole = [int(value) % limit for value in values]
         return struct.pack(f"{self.order}{len(whole)}{unsigned}", *whole)
