@@ -31,6 +31,9 @@ _WIDTH, _HEIGHT, _ROWS = 256, 257, 278
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 _SUBFILE, _MASK = 254, 4
 _METADATA = 42112
+# ModelPixelScale, Intergraph's matrix, ModelTiepoint, ModelTransformation and the three of GeoKeys.
+_PLACE = frozenset({33550, 33920, 33922, 34264, 34735, 34736, 34737})
+_MAX_PLACE_BYTES = 2**16
 _NUMBERS = frozenset({_WIDTH, _HEIGHT, _ROWS, _TILE_WIDTH, _TILE_HEIGHT, _SUBFILE})
 _ASCII = 2
 _SIZES: Mapping[int, int] = {
@@ -75,24 +78,44 @@ class _Entry:
         return self.count * _SIZES.get(self.kind, 1)
 
 
-def check_directories(path: Path, name: str) -> None:
+def check_directories(path: Path, name: str) -> bytes:
     """Refuse a TIFF whose directories claim what no raster needs.
 
     Args:
         path: the file; its first bytes are a TIFF's.
         name: as the caller calls it.
 
+    Returns:
+        The georeference as it is written in the first directory: the same bytes say the same
+        place. Empty where there is none, or one beyond the usual length.
+
     Raises:
         RasterTooLarge: too many directories, entries, values or items, or a mask of huge blocks.
         NotAGeoTIFF: the metadata names another file for GDAL to open.
     """
+    place: bytes | None = None
     with path.open("rb") as file:
         for form, entries in _directories(file, name):
             _check_values(entries, name)
+            if place is None:
+                place = _georeference(file, form, entries)
             _check_mask(form, entries, name)
             for entry in entries:
                 if entry.tag == _METADATA:
                     _check_metadata(_value(file, form, entry), name)
+    return place or b""
+
+
+def _georeference(file: BinaryIO, form: _Form, entries: list[_Entry]) -> bytes:
+    """All that GDAL makes CRS and transform from, its form included."""
+    telling = [entry for entry in entries if entry.tag in _PLACE]
+    if sum(entry.size for entry in telling) > _MAX_PLACE_BYTES:
+        return b""
+    return b"".join(
+        struct.pack("<cHHQ", form.order.encode(), entry.tag, entry.kind, entry.count)
+        + _value(file, form, entry)
+        for entry in telling
+    )
 
 
 def _directories(file: BinaryIO, name: str) -> Iterator[tuple[_Form, list[_Entry]]]:

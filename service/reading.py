@@ -188,7 +188,7 @@ class StackReader:
         (top, bottom), (left, right) = window.toranges()
         if not (0 <= top < bottom <= grid.height and 0 <= left < right <= grid.width):
             raise ValueError(f"{window} is not inside {grid.height} rows x {grid.width} columns")
-        with gdal_options(georeferenced=False):
+        with gdal_options():
             merged = self._read_layer(self._layers[0], window)
             for layer in self._layers[1:]:
                 more = self._read_layer(layer, window)
@@ -287,7 +287,8 @@ class StackReader:
             yield dataset
             return
         block_bytes = read.planes[0].block_bytes
-        dataset = open_geotiff(read.source.path, block_bytes=block_bytes)
+        # Windows count in pixels; where they lie was settled by the headers.
+        dataset = open_geotiff(read.source.path, block_bytes=block_bytes, georeferenced=False)
         if len(self._open) < _MAX_OPEN and self._held_bytes + block_bytes <= _MAX_HELD_BYTES:
             self._open[read.source] = dataset
             self._held_bytes += block_bytes

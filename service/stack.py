@@ -24,7 +24,7 @@ import numpy as np
 from rasterio.windows import Window
 
 from service.errors import InvalidRequest, RasterTooLarge
-from service.geotiff import Header, SourceFile, gdal_options, read_header
+from service.geotiff import Header, Placed, SourceFile, gdal_options, read_header
 from service.grid import Grid
 from service.layout import Arrangement, Granule, Layout, MaskRule, StackOptions, arrange
 from service.metadata import SCL, tagged_number
@@ -84,7 +84,8 @@ def open_stack(
     """
     _check_options(files, options)
     with gdal_options():
-        headers = [read_header(file) for file in files]
+        placed: dict[bytes, Placed] = {}
+        headers = [read_header(file, placed) for file in files]
         arranged = arrange(headers, options, bands=bands, dated=dated)
         grid = _one_grid(arranged.used)
     keys = list(dict.fromkeys(granule.key for granule in arranged.granules))

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import rasterio.shutil
 from affine import Affine
 from rasterio._env import get_gdal_config
 from rasterio.windows import Window
-from rasters import write
+from rasters import NORTH_UP, write
 
 from service.errors import CorruptRaster, NoGeoreference, NotAGeoTIFF, PIMCError, RasterTooLarge
-from service.geotiff import gdal_options, read_header
+from service.geotiff import Placed, gdal_options, read_header
 from service.stack import SourceFile, StackOptions, StackReader, check_radiometry, open_stack
 
 BANDS = ("B02", "B04", "B08")
@@ -91,6 +92,32 @@ def test_no_sidecar_is_read(tmp_path: Path) -> None:
     assert header.descriptions == (None, None, None)
     assert "datetime" not in header.tags
     assert not header.masked
+
+
+def test_a_georeference_that_was_worked_out_once_serves_the_files_that_write_the_same(
+    tmp_path: Path,
+) -> None:
+    places = [
+        {},
+        {},
+        {"transform": NORTH_UP @ Affine.translation(1, 0)},
+        {"crs": "EPSG:32632"},
+        {"crs": "EPSG:4326", "transform": Affine(1e-4, 0, 4, 0, -1e-4, 51)},
+        {"transform": NORTH_UP @ Affine.rotation(20)},
+        {"crs": None, "transform": Affine.identity()},
+        {"crs": None, "transform": Affine.identity()},
+    ]
+    placed: dict[bytes, Placed] = {}
+    with gdal_options():
+        for number, place in enumerate(places):
+            file = write(tmp_path / f"{number}.tif", pixels(), **place)
+            alone, together = read_header(file), read_header(file, placed)
+            assert (together.crs, together.transform) == (alone.crs, alone.transform)
+            assert (together.descriptions, together.block) == (alone.descriptions, alone.block)
+            with rasterio.open(file.path) as plain:
+                assert (together.crs, together.transform) == (plain.crs, plain.transform)
+    # Of eight files the first two say the same, and so do the last two.
+    assert len(placed) == 6
 
 
 def test_the_block_cache_is_bounded_and_large_enough_for_a_block() -> None:
