@@ -244,7 +244,7 @@ def test_bombs_cost_no_memory_and_little_time(sound: bytes, tmp_path: Path) -> N
         (tmp_path / f"bomb-{name}.tif").write_bytes(content)
     child = subprocess.run(
         [sys.executable, "-c", _CHILD.format(root=str(ROOT), folder=str(tmp_path))],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=280, check=True,
     )  # fmt: skip
     found = {line[0]: line[1:] for line in map(json.loads, child.stdout.splitlines())}
     assert set(found) == set(bombs)
