@@ -12,6 +12,7 @@ CODES = np.array([1, 5, 176])
 TINY = (
     "encoder.width=8",
     "encoder.embedding=16",
+    "members=1",
     "optimisation.batch=32",
     "optimisation.epochs=3",
     "optimisation.average=0.5",
