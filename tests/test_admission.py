@@ -128,9 +128,9 @@ def long_upload(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture
-def narrow(scratch: Path) -> Iterator[httpx.Client]:
-    """One place, so two seats."""
-    with served(max_concurrency=1) as client:
+def narrow(scratch: Path, tmp_path: Path) -> Iterator[httpx.Client]:
+    """One place, so two seats; its state lies elsewhere than what a request leaves."""
+    with served(max_concurrency=1, state_dir=tmp_path / "state") as client:
         yield client
 
 

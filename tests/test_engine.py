@@ -493,3 +493,18 @@ def test_real_want_of_memory_halves_the_batch_and_changes_no_answer(tmp_path, ho
     found = np.load(tmp_path / "answer.npy")
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert (found.argmax(axis=1) == expected.argmax(axis=1)).all()
+
+
+def test_the_runtime_leaves_no_trace_and_reports_to_nobody(tmp_path: Path) -> None:
+    told = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    for module, traces in (("onnxruntime", 1), ("service.engine", 0)):
+        folder = tmp_path / module
+        folder.mkdir()
+        subprocess.run(
+            [sys.executable, "-c", f"import {module}"],
+            env={**told, "TMPDIR": str(folder)},
+            check=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        # Were the first 0 too, the runtime has changed, and this setting with it.
+        assert len(list(folder.iterdir())) == traces
