@@ -151,6 +151,8 @@ class StackReader:
         self._stack = stack
         self._used = tuple(range(stack.observations) if used is None else used)
         self._layers = _layers(stack, self._used)
+        planes = [p for layer in self._layers for read in layer.reads for p in read.planes]
+        self._block_bytes = max((plane.block_bytes for plane in planes), default=0)
         self._open: dict[SourceFile, rasterio.DatasetReader] = {}
         self._held_bytes = 0
 
@@ -188,7 +190,7 @@ class StackReader:
         (top, bottom), (left, right) = window.toranges()
         if not (0 <= top < bottom <= grid.height and 0 <= left < right <= grid.width):
             raise ValueError(f"{window} is not inside {grid.height} rows x {grid.width} columns")
-        with gdal_options():
+        with gdal_options(block_bytes=self._block_bytes):
             merged = self._read_layer(self._layers[0], window)
             for layer in self._layers[1:]:
                 more = self._read_layer(layer, window)

@@ -122,6 +122,8 @@ def test_a_georeference_that_was_worked_out_once_serves_the_files_that_write_the
 
 def test_the_block_cache_is_bounded_and_large_enough_for_a_block() -> None:
     with gdal_options():
+        assert get_gdal_config("GDAL_CACHEMAX") == 64 * 2**20
+    with gdal_options(block_bytes=256 * 2**20):
         assert get_gdal_config("GDAL_CACHEMAX") == 512 * 2**20
 
 
