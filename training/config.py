@@ -188,6 +188,8 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
                 "name": "pixels-crops-us-20m",
                 "bands": (*BANDS, "B05", "B11", "B12"),
                 "indices": (*INDICES, "ndrei", "ndmi", "nbr"),
+                # Twice the plots: a third network would pass 12 MFLOP a pixel.
+                "members": 2,
             }
         ),
         ClassifyConfig(
@@ -195,7 +197,7 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
             legend="worldcover",
             window=TimeWindow(steps=36, step_days=10, start="fullest-year"),
             min_observations=4,
-            encoder=PixelEncoderConfig(width=48, plot_dropout=0.4),
+            encoder=PixelEncoderConfig(width=32, plot_dropout=0.4),
             optimisation=Optimisation(epochs=20),
             balance=0.4,
             mix=0.3,
@@ -215,8 +217,10 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
             encoder=PatchEncoderConfig(width=32, depths=(0, 1, 2, 1)),
             optimisation=Optimisation(epochs=40, batch=128, learning_rate=3e-3),
             mix=0.3,
+            # Colour tells forest from water and field from field: disturbed by a few per cent more,
+            # the same network lost six points on places it had not seen.
             augmentation=PatchAugmentation(
-                gain=0.06, band_gain=0.03, offset=0.006, noise=0.002, clear=0.3
+                gain=0.02, band_gain=0.01, offset=0.001, noise=0.001, clear=0.0
             ),
         ),
     )
