@@ -71,8 +71,12 @@ Floats = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
 """What is kept of a window, by name."""
 
-WINDOW_BYTES = 64 * 2**20
-"""Values, validity and answers of one window. Up to six windows are alive at once."""
+WINDOW_BYTES = 32 * 2**20
+"""Values, validity and answers of one window. Up to six windows are alive at once.
+
+Rasters from about 1000 x 1000 pixels on have windows of this size, so that none takes more memory
+than these: with 64 MiB, 4096 x 4096 pixels of 12 dates took 633 MB and 1024 x 1024 took 413 MB.
+"""
 
 _SEVERAL = 8
 """Windows that a larger raster is cut into at least, so that the stages overlap."""
