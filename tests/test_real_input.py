@@ -20,6 +20,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import rasterio
+from affine import Affine
 from numpy.typing import NDArray
 from rasterio.io import MemoryFile
 from rio_cogeo.cogeo import cog_validate
@@ -168,6 +169,38 @@ def test_flanders_every_output_and_the_summary(http: httpx.Client, shared_data: 
         assert counts.get(entry.name, 0) == (maps["class"][0] == entry.value).sum()
     hectares = sum(c["hectares"] for c in summary["classes"])
     assert hectares == pytest.approx((maps["class"][0] != 255).sum() * 0.01)
+
+
+@pytest.mark.parametrize("name", ["pixels-crops-us", "pixels-crops-us-20m"])
+def test_us_crops_as_a_raster(
+    http: httpx.Client, shared_data: Path, tmp_path: Path, name: str
+) -> None:
+    """Labelled pixels of the archive, laid out as a raster of 10 bands a date."""
+    side = 24
+    with np.load(shared_data / "crops_us_2021" / "crops_us_2021_dev.npz") as archive:
+        bands, dates = archive["bands"].tolist(), archive["dates"].tolist()
+        chosen = np.flatnonzero(archive["is_val"])[: side * side]
+        stored = archive["reflectance"][chosen].transpose(1, 2, 0).reshape(36, -1, side, side)
+        labels = archive["label"][chosen].reshape(side, side)
+    profile = {"driver": "GTiff", "width": side, "height": side, "count": len(bands)}
+    place = {"crs": "EPSG:32610", "transform": Affine(10, 0, 600_000, 0, -10, 4_300_000)}
+    paths = [tmp_path / f"S2_{day}.tif" for day in dates]
+    for path, layers in zip(paths, stored, strict=True):
+        with rasterio.open(path, "w", dtype="uint16", nodata=0, **profile, **place) as file:
+            file.write(layers.astype(np.uint16))
+            file.descriptions = tuple(bands)
+    answer = post(http, "/classify-pixels", paths, model=name)
+    pixels, _, _ = raster(answer.content)
+    card = load_bundle(ZOO / name).card
+    used = [i for i, day in enumerate(dates) if date.fromisoformat(day) < date(2021, 12, 27)]
+    values, valid = read_dates([paths[i] for i in used], card.bands)
+    days = [date.fromisoformat(dates[i]) for i in used]
+    _, want = infer(name, values, valid, days, date(2021, 1, 1))
+    agrees(pixels[0], want)
+    codes = np.array([c.code for c in card.classes] + [-1] * (256 - len(card.classes)))
+    known = np.isin(labels, codes)
+    # Right, and not merely equal to itself: a swapped band or date would cost far more than this.
+    assert (codes[pixels[0]] == labels)[known].mean() > 0.8
 
 
 def test_a_date_split_over_two_granules_is_one_observation(

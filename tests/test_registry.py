@@ -321,6 +321,7 @@ class TestZoo:
         assert set(registry.bundles) == {
             "pixels-landcover",
             "pixels-crops-us",
+            "pixels-crops-us-20m",
             "forecast-vi",
             "landcover-eurosat",
             "embed-pixel",
