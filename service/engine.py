@@ -259,8 +259,8 @@ class LoadedModel:
             InternalError: the runtime failed.
         """
         each: dict[str, NDArray[Any]] = {
-            "values": np.ascontiguousarray(values, np.float32),
-            "valid": np.ascontiguousarray(valid, np.bool_),
+            "values": np.asarray(values, np.float32),
+            "valid": np.asarray(valid, np.bool_),
         }
         if self.card.day_of_year:
             if day_of_year is None:
@@ -280,7 +280,7 @@ class LoadedModel:
         Raises:
             InternalError: the runtime failed.
         """
-        return self._run({"patches": np.ascontiguousarray(patches, np.float32)}, {})
+        return self._run({"patches": np.asarray(patches, np.float32)}, {})
 
     def _run(self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]]) -> Floats:
         count = len(next(iter(each.values())))
@@ -388,7 +388,11 @@ class LoadedModel:
     ) -> None:
         count = part.stop - part.start
         size = _padded(count, self._batch) if pad else count
-        feeds = {name: _repeat_last(array[part], size) for name, array in each.items()}
+        # Into the graph's order here, by batch: the threads share it, and none waits for the whole.
+        feeds = {
+            name: np.ascontiguousarray(_repeat_last(array[part], size))
+            for name, array in each.items()
+        }
         answer = self._session.run({**feeds, **shared})
         if answer.shape != (size, *self.width):
             # Else another pixel's answer could pass for this one's.
