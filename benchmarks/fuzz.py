@@ -112,6 +112,8 @@ def _watch(seeds: list[int], report: Report, lock: threading.Lock, limit: float)
                 report.failures.append({"seed": seeds[0], "why": why})
             print(f"seed {seeds[0]}: {why}", file=sys.stderr)
             del seeds[0]
+        else:
+            worker.join(60)  # it still tidies up after its last answer
         worker.kill()
         worker.join()
 

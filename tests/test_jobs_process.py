@@ -146,15 +146,14 @@ def test_a_stop_lets_requests_end_and_puts_jobs_back(
         assert service.api.get(f"/jobs/{job}/result").content == answers[0].content
 
 
-def test_a_stop_does_not_wait_for_ever(zoo: Path, large: Files, tmp_path: Path) -> None:
+def test_a_stop_does_not_wait_for_ever(zoo: Path, tmp_path: Path) -> None:
+    endless = stack(tmp_path, 640, 640)  # minutes of work
     with running(tmp_path, zoo, PIMC_GRACE_SECONDS="1") as service:
         answers: list[httpx.Response] = []
 
         def ask() -> None:
             url = f"{service.api.base_url}/classify-pixels"
-            answers.append(
-                httpx.post(url, files=[*large, *large], data={"model": SLOW}, timeout=60)
-            )
+            answers.append(httpx.post(url, files=endless, data={"model": SLOW}, timeout=60))
 
         asking = threading.Thread(target=ask)
         asking.start()
