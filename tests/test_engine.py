@@ -449,13 +449,12 @@ how, source, target = sys.argv[1:]
 given = np.load(source)
 bundle = Registry.load(ZOO).bundles["pixels-landcover"]
 if how == "arena":  # an arena of 8 MiB, as one of a device that others fill
+    options = e._session_options(e.CPU)  # the sessions share one, which the next takes the place of
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
     config = onnxruntime.OrtArenaCfg({"max_mem": 8 * 2**20, "arena_extend_strategy": 1})
     onnxruntime.create_and_register_allocator(memory, config)
-    options = e._session_options(e.CPU)
-    options.add_session_config_entry("session.use_env_allocators", "1")
     inner = onnxruntime.InferenceSession(bundle.path(), options, providers=[e.CPU])
     session = e.Session(session=inner, output="probabilities", variant="float32")
 else:
