@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from service.errors import NotAGeoTIFF, RasterTooLarge
 
@@ -51,31 +51,42 @@ class _Form:
     """How numbers are written in one file."""
 
     order: str
-    big: bool
+    word: struct.Struct
+    """An offset or a count."""
+    length: struct.Struct
+    """The number of entries of a directory."""
+    entry: struct.Struct
+    """Tag, type and count, and the value's field."""
 
-    @property
-    def word(self) -> struct.Struct:
-        """An offset or a count."""
-        return struct.Struct(self.order + ("Q" if self.big else "I"))
+    @classmethod
+    def of(cls, order: str, *, big: bool) -> _Form:
+        """The form of a TIFF or BigTIFF in a byte order, as `struct` writes it."""
+        word = struct.Struct(order + ("Q" if big else "I"))
+        return cls(
+            order=order,
+            word=word,
+            length=struct.Struct(order + ("Q" if big else "H")),
+            entry=struct.Struct(f"{order}HH{word.format[1:]}{word.size}s"),
+        )
 
-    @property
-    def length(self) -> struct.Struct:
-        """The number of entries of a directory."""
-        return struct.Struct(self.order + ("Q" if self.big else "H"))
+
+_FORMS: Mapping[tuple[str, bool], _Form] = {
+    (order, big): _Form.of(order, big=big) for order in "<>" for big in (False, True)
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
+class _Entry(NamedTuple):  # a stack has thousands, and a frozen dataclass takes thrice as long
     tag: int
     kind: int
-    count: int
+    length: int
+    """How many of that kind."""
     field: bytes
     """The value where it fits, else its offset."""
 
     @property
     def size(self) -> int:
         """Bytes of the value."""
-        return self.count * _SIZES.get(self.kind, 1)
+        return self.length * _SIZES.get(self.kind, 1)
 
 
 def check_directories(path: Path, name: str) -> bytes:
@@ -112,7 +123,7 @@ def _georeference(file: BinaryIO, form: _Form, entries: list[_Entry]) -> bytes:
     if sum(entry.size for entry in telling) > _MAX_PLACE_BYTES:
         return b""
     return b"".join(
-        struct.pack("<cHHQ", form.order.encode(), entry.tag, entry.kind, entry.count)
+        struct.pack("<cHHQ", form.order.encode(), entry.tag, entry.kind, entry.length)
         + _value(file, form, entry)
         for entry in telling
     )
@@ -121,8 +132,9 @@ def _georeference(file: BinaryIO, form: _Form, entries: list[_Entry]) -> bytes:
 def _directories(file: BinaryIO, name: str) -> Iterator[tuple[_Form, list[_Entry]]]:
     """Each directory of the chain, as far as it can be read; a loop ends it."""
     head = file.read(16)
-    form = _Form(order="<" if head[:2] == b"II" else ">", big=43 in head[2:4])
-    at = _number(form.word, head, 8 if form.big else 4)
+    big = 43 in head[2:4]
+    form = _FORMS["<" if head[:2] == b"II" else ">", big]
+    at = _number(form.word, head, 8 if big else 4)
     seen: set[int] = set()
     while at and at not in seen:
         seen.add(at)
@@ -138,15 +150,11 @@ def _directories(file: BinaryIO, name: str) -> Iterator[tuple[_Form, list[_Entry
             raise RasterTooLarge(
                 f"'{name}' has a directory of {n} entries, the limit is {_MAX_ENTRIES}"
             )
-        size = 4 + 2 * form.word.size
+        size = form.entry.size
         content = file.read(n * size + form.word.size)
-        yield (
-            form,
-            [
-                _entry(form, content[start : start + size])
-                for start in range(0, min(n * size, len(content) - size + 1), size)
-            ],
-        )
+        # A file that ends early has fewer.
+        there = min(n, len(content) // size) * size
+        yield form, [_Entry._make(each) for each in form.entry.iter_unpack(content[:there])]
         at = _number(form.word, content, n * size)
 
 
@@ -158,15 +166,13 @@ def _number(layout: struct.Struct, data: bytes, at: int) -> int | None:
     return number if number < 2**63 else None
 
 
-def _entry(form: _Form, data: bytes) -> _Entry:
-    tag, kind = struct.unpack_from(form.order + "HH", data)
-    (count,) = form.word.unpack_from(data, 4)
-    return _Entry(tag=tag, kind=kind, count=count, field=data[4 + form.word.size :])
-
-
 def _check_values(entries: list[_Entry], name: str) -> None:
-    text = sum(entry.size for entry in entries if entry.kind == _ASCII or entry.tag == _METADATA)
-    rest = sum(entry.size for entry in entries) - text
+    text = rest = 0
+    for entry in entries:
+        if entry.kind == _ASCII or entry.tag == _METADATA:
+            text += entry.size
+        else:
+            rest += entry.size
     for what, size, limit in (
         ("text", text, _MAX_TEXT_BYTES),
         ("values", rest, _MAX_VALUE_BYTES),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import date, timedelta
+from functools import lru_cache
 
 SCL = "SCL"
 """The scene classification band of Sentinel-2 level 2A."""
@@ -57,6 +58,7 @@ _NOT_A_BAND = re.compile(
 )
 _CODE = re.compile(r"b0?([1-9]|1[0-2]|8a)")
 _WORD = re.compile(r"[a-z0-9]+")
+_USUAL_LENGTH = 100
 
 # Year first, as in 20180521, 2018-05-21, 2018_05_21, 2018:05:21, also before a time of day; and
 # MODIS's A2018141, the day of the year.
@@ -97,7 +99,15 @@ def band_of(text: str | None) -> str | None:
     Returns:
         B01 to B12, B8A or SCL; None where the text names no band, several, or contradicts itself.
     """
-    words = _WORD.findall((text or "").lower())
+    if not text:
+        return None
+    # The bands of a stack mostly have a few names over and over. A long text is not worth the
+    # memory that it would keep.
+    return _usual_band(text) if len(text) <= _USUAL_LENGTH else _band(text)
+
+
+def _band(text: str) -> str | None:
+    words = _WORD.findall(text.lower())
     if any(_NOT_A_BAND.fullmatch(word) for word in words):
         return None
     codes = {_canonical(match[1]) for word in words if (match := _CODE.fullmatch(word))}
@@ -107,6 +117,9 @@ def band_of(text: str | None) -> str | None:
     (band,) = codes or named
     near: frozenset[str] = frozenset({band}).union(*(f for f in _FAMILIES if band in f))
     return band if named <= near else None
+
+
+_usual_band = lru_cache(maxsize=1024)(_band)
 
 
 def _canonical(digits: str) -> str:
@@ -149,7 +162,7 @@ def date_of(text: str | None) -> date | None:
 
 def tagged_date(tags: Mapping[str, str]) -> date | None:
     """The acquisition date among tags (lower-case keys), the writing tag left aside."""
-    return next((day for key in _DATE_TAGS if (day := date_of(tags.get(key)))), None)
+    return next((day for key in _DATE_TAGS if key in tags and (day := date_of(tags[key]))), None)
 
 
 def tagged_band(tags: Mapping[str, str]) -> str | None:

@@ -157,6 +157,8 @@ def windows(
         return [
             part for one in _tiles(whole, rows, cols) for part in _tiles(one, part_rows, part_cols)
         ]
+    if grid.height * grid.width <= min(most, _FEW_PIXELS):
+        return [whole]  # else a rest of a few rows would be read and answered by itself
     aim = min(most, max(_FEW_PIXELS, -(-grid.height * grid.width // _SEVERAL)))
     blocks = max(1, aim // (rows * cols))
     across = -(-grid.width // cols)

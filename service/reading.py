@@ -6,6 +6,7 @@ more in memory than the window asks for.
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from service.errors import CorruptRaster
-from service.geotiff import SourceFile, gdal_options, open_geotiff
+from service.geotiff import SourceFile, for_each, gdal_options, open_geotiff
 from service.grid import Grid
 from service.layout import Layout, MaskRule
 from service.radiometry import StackWarning
@@ -55,6 +56,12 @@ class Plane:
     masked: bool
     """Whether the file's internal mask marks missing pixels."""
     block_bytes: int
+
+    @property
+    def may_be_beyond(self) -> bool:
+        """Whether a number of it may be none, or become too large for reflectance."""
+        # 64 bits hold less than 1e20. A scale or offset of NaN compares as false.
+        return not (self.integer and abs(self.scale) * 1e20 + abs(self.offset) < _NO_VALUE / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +140,11 @@ class _Layer:
     looks: list[Look]
     reads: list[_FileRead]
 
+    @property
+    def apart(self) -> bool:
+        """Whether no two files hold the same look, so that two threads touch no array at once."""
+        return sum(len({t for t, _ in read.targets}) for read in self.reads) == len(self.looks)
+
 
 class StackReader:
     """Reads windows of a stack. For one thread at a time; close it, or use it in `with`.
@@ -155,6 +167,7 @@ class StackReader:
         self._block_bytes = max((plane.block_bytes for plane in planes), default=0)
         self._open: dict[SourceFile, rasterio.DatasetReader] = {}
         self._held_bytes = 0
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -190,14 +203,13 @@ class StackReader:
         (top, bottom), (left, right) = window.toranges()
         if not (0 <= top < bottom <= grid.height and 0 <= left < right <= grid.width):
             raise ValueError(f"{window} is not inside {grid.height} rows x {grid.width} columns")
-        with gdal_options(block_bytes=self._block_bytes):
-            merged = self._read_layer(self._layers[0], window)
-            for layer in self._layers[1:]:
-                more = self._read_layer(layer, window)
-                for t, values, valid in zip(layer.positions, more.values, more.valid, strict=True):
-                    better = valid & ~merged.valid[t]
-                    np.copyto(merged.values[t], values, where=better)
-                    merged.valid[t] |= better
+        merged = self._read_layer(self._layers[0], window)
+        for layer in self._layers[1:]:
+            more = self._read_layer(layer, window)
+            for t, values, valid in zip(layer.positions, more.values, more.valid, strict=True):
+                better = valid & ~merged.valid[t]
+                np.copyto(merged.values[t], values, where=better)
+                merged.valid[t] |= better
         return merged
 
     def read_pixels(self, rows: ArrayLike, columns: ArrayLike) -> Sits:
@@ -242,20 +254,29 @@ class StackReader:
         # True where some band is not zero; all True where a zero is a value.
         told = np.array([not look.zero_is_missing for look in layer.looks], dtype=np.bool_)
         something = np.repeat(told, h * w).reshape(T, h, w)
-        for read in layer.reads:
+
+        def fill(read: _FileRead) -> None:
             raw, mask = self._decode(read, window)
             for data, plane, (t, c) in zip(raw, read.planes, read.targets, strict=True):
                 if c == C:
                     clear[t] &= (data >= CLEAR_CLASSES[0]) & (data <= CLEAR_CLASSES[-1])
                     continue
                 _reflectance(data, plane, values[t, c])
-                present[t] &= np.abs(values[t, c]) < _NO_VALUE  # False for NaN, too
+                if plane.may_be_beyond:
+                    present[t] &= np.abs(values[t, c]) < _NO_VALUE  # False for NaN, too
                 if plane.nodata is not None:
                     present[t] &= data != plane.nodata
                 if mask is not None:
                     present[t] &= mask != 0
                 if not told[t]:
                     something[t] |= data != 0
+
+        if layer.apart:
+            for_each(layer.reads, fill, block_bytes=self._block_bytes)
+        else:
+            with gdal_options(block_bytes=self._block_bytes):
+                for read in layer.reads:
+                    fill(read)
         present &= something
         np.copyto(values, np.float32(np.nan), where=~present[:, None])
         return Sits(values=values, valid=present & clear)
@@ -291,13 +312,20 @@ class StackReader:
         block_bytes = read.planes[0].block_bytes
         # Windows count in pixels; where they lie was settled by the headers.
         dataset = open_geotiff(read.source.path, block_bytes=block_bytes, georeferenced=False)
-        if len(self._open) < _MAX_OPEN and self._held_bytes + block_bytes <= _MAX_HELD_BYTES:
-            self._open[read.source] = dataset
-            self._held_bytes += block_bytes
+        if self._stays(read.source, dataset, block_bytes):
             yield dataset
             return
         with dataset:
             yield dataset
+
+    def _stays(self, source: SourceFile, dataset: rasterio.DatasetReader, block_bytes: int) -> bool:
+        """Keep a file open where there is room for it."""
+        with self._lock:
+            room = len(self._open) < _MAX_OPEN and self._held_bytes + block_bytes <= _MAX_HELD_BYTES
+            if room:
+                self._open[source] = dataset
+                self._held_bytes += block_bytes
+            return room
 
 
 def _layers(stack: Stack, used: Sequence[int]) -> list[_Layer]:

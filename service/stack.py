@@ -19,12 +19,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
+from functools import lru_cache, partial
 
 import numpy as np
 from rasterio.windows import Window
 
 from service.errors import InvalidRequest, RasterTooLarge
-from service.geotiff import Header, Placed, SourceFile, gdal_options, read_header
+from service.geotiff import Header, Placed, SourceFile, for_each, gdal_options, read_header
 from service.grid import Grid
 from service.layout import Arrangement, Granule, Layout, MaskRule, StackOptions, arrange
 from service.metadata import SCL, tagged_number
@@ -83,10 +84,9 @@ def open_stack(
         InvalidRequest: the options contradict the files or themselves.
     """
     _check_options(files, options)
+    headers = _headers(files)
+    arranged = arrange(headers, options, bands=bands, dated=dated)
     with gdal_options():
-        placed: dict[bytes, Placed] = {}
-        headers = [read_header(file, placed) for file in files]
-        arranged = arrange(headers, options, bands=bands, dated=dated)
         grid = _one_grid(arranged.used)
     keys = list(dict.fromkeys(granule.key for granule in arranged.granules))
     position = {key: number for number, key in enumerate(keys)}
@@ -132,12 +132,25 @@ def _check_options(files: Sequence[SourceFile], options: StackOptions) -> None:
         raise InvalidRequest.of("offset", f"{options.offset} is no finite number")
 
 
+def _headers(files: Sequence[SourceFile]) -> list[Header]:
+    placed: dict[bytes, Placed] = {}
+    read = partial(read_header, placed=placed)
+    # The first by itself: most of the others write the place that it found.
+    return [*for_each(files[:1], read), *for_each(files[1:], read)]
+
+
 def _one_grid(headers: Sequence[Header]) -> Grid:
     first, *others = headers
     grid = Grid.of(first)
     for other in others:
-        grid.check_same(first.name, Grid.of(other), other.name)
+        # Where a georeference was worked out once, these are the same objects.
+        if _place(other) != _place(first):
+            grid.check_same(first.name, Grid.of(other), other.name)
     return grid
+
+
+def _place(header: Header) -> tuple[object, ...]:
+    return header.crs, header.transform, header.width, header.height
 
 
 def _check_size(arranged: Arrangement, grid: Grid, wanted: Sequence[str], max_bytes: int) -> None:
@@ -199,7 +212,7 @@ def _plane(header: Header, number: int, options: StackOptions) -> Plane:
         number=number,
         scale=scale,
         offset=offset,
-        nodata=_as_native(header.nodata[at], dtype),
+        nodata=_as_native(header.nodata[at], header.dtypes[at]),
         integer=dtype.kind in "iu",
         masked=header.masked,
         block_bytes=header.block_bytes,
@@ -227,15 +240,17 @@ def _said_scale(header: Header, at: int) -> float | None:
     return tagged_number({**header.tags, **header.band_tags[at]}, "scale", "scale_factor")
 
 
-def _as_native(nodata: float | None, dtype: np.dtype[np.generic]) -> int | float | None:
+@lru_cache(maxsize=64)  # the bands of a stack mostly have one
+def _as_native(nodata: float | None, name: str) -> int | float | None:
     """A nodata number as the raster's own type can hold it.
 
     None where it cannot, or where it is NaN or infinite: those are missing anyway.
     """
     if nodata is None or not np.isfinite(nodata):
         return None
+    dtype = np.dtype(name)
     if dtype.kind in "iu":
-        info = np.iinfo(str(dtype))
+        info = np.iinfo(name)
         whole = int(nodata)
         return whole if whole == nodata and info.min <= whole <= info.max else None
     with np.errstate(over="ignore"):

@@ -16,7 +16,7 @@ from rasterio.windows import Window
 from rasters import NORTH_UP, write
 
 from service.errors import CorruptRaster, NoGeoreference, NotAGeoTIFF, PIMCError, RasterTooLarge
-from service.geotiff import Placed, gdal_options, read_header
+from service.geotiff import Placed, for_each, gdal_options, read_header
 from service.stack import SourceFile, StackOptions, StackReader, check_radiometry, open_stack
 
 BANDS = ("B02", "B04", "B08")
@@ -127,6 +127,18 @@ def test_the_block_cache_is_bounded_and_large_enough_for_a_block() -> None:
         assert get_gdal_config("GDAL_CACHEMAX") == 512 * 2**20
 
 
+@pytest.mark.parametrize("block_bytes", [0, 2**20])
+@pytest.mark.parametrize("count", [0, 1, 8, 9, 100])
+def test_files_are_worked_on_in_gdals_options_and_come_back_in_order(
+    count: int, block_bytes: int
+) -> None:
+    def work(number: int) -> tuple[int, str]:
+        return number, get_gdal_config("GDAL_DISABLE_READDIR_ON_OPEN")
+
+    found = for_each(range(count), work, block_bytes=block_bytes)
+    assert found == [(number, "EMPTY_DIR") for number in range(count)]
+
+
 def test_no_georeference(tmp_path: Path) -> None:
     with pytest.raises(NoGeoreference, match=r"'a\.tif' has no CRS"):
         opened(scene(tmp_path / "a.tif", crs=None))
@@ -195,6 +207,19 @@ def test_pixels_that_do_not_decode_are_named(tmp_path: Path, compress: str) -> N
         reader.read(Window(0, 0, 30, 40))
     assert caught.value.__cause__ is not None
     assert "stored-name" not in caught.value.detail
+
+
+def test_of_many_files_the_first_that_fails_is_named(tmp_path: Path) -> None:
+    files = [
+        scene(tmp_path / f"{t}.tif", tags={"datetime": f"2021-01-{t + 1:02d}"}) for t in range(28)
+    ]
+    stack = opened(*files)
+    for broken in (26, 11, 13):
+        files[broken].path.write_bytes(b"no longer a raster")
+    with StackReader(stack) as reader, pytest.raises(CorruptRaster, match=r"'11\.tif'"):
+        reader.read(Window(0, 0, 30, 40))
+    with pytest.raises(NotAGeoTIFF, match=r"'11\.tif'"):
+        opened(*files)
 
 
 def test_a_file_gone_since_is_corrupt(tmp_path: Path) -> None:

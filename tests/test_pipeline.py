@@ -126,6 +126,9 @@ def test_a_larger_raster_is_cut_so_that_the_stages_overlap_and_a_small_one_is_no
         return len(windows(grid, block, 100))
 
     assert count(60, (60, 60)) == 1
+    assert (
+        count(64, (12, 64)) == 1
+    )  # not 60 rows and a rest of 4, for which each file is read again
     assert count(1000, (128, 128)) >= 4
     assert count(1000, (1, 1000)) >= 8
 

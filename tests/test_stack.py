@@ -184,6 +184,17 @@ def test_numbers_that_are_no_reflectance_are_missing_without_a_tag(
     assert np.isnan(sits.values[0, :, 1, 1]).all()
 
 
+def test_integers_that_a_scale_makes_no_reflectance_are_missing(tmp_path: Path) -> None:
+    pixels = numbers()
+    pixels[:, 2:] = 1
+    for name, scales in (("none", (1e29,) * 3), ("nan", (np.nan, 1e-4, 1e-4))):
+        (tmp_path / name).mkdir()
+        stack = opened(scene(tmp_path / name / "20210105.tif", pixels, scales=scales))
+        valid = read(stack).valid[0]
+        assert not valid[:2].any()
+        assert valid[2:].all() == (name == "none")
+
+
 def test_nodata_that_the_number_type_cannot_hold_means_nothing(tmp_path: Path) -> None:
     pixels = numbers()
     file = scene(tmp_path / "20210105.tif", pixels, nodata=12345)
@@ -359,6 +370,35 @@ def test_more_files_than_may_stay_open(tmp_path: Path, monkeypatch: pytest.Monke
             np.testing.assert_allclose(sits.values, np.stack(pixels) * 1e-4, rtol=1e-6)
             assert len(reader._open) == 3
     assert not reader._open
+
+
+def test_many_small_files_are_read_in_threads_and_in_order(tmp_path: Path) -> None:
+    pixels = [numbers(seed=t) for t in range(28)]
+    files = [scene(tmp_path / f"202101{t + 1:02d}.tif", p) for t, p in enumerate(pixels)]
+    stack = opened(*files)
+    with StackReader(stack) as reader:
+        for _ in range(2):  # opened by one thread, the second time perhaps read by another
+            sits = reader.read(Window(0, 0, 5, 6))
+            np.testing.assert_allclose(sits.values, np.stack(pixels) * 1e-4, rtol=1e-6)
+
+
+def test_files_that_hold_one_date_together_are_not_read_at_once(tmp_path: Path) -> None:
+    """Two threads that clear bits of one array in place may undo each other's work."""
+    pixels = [numbers(seed=t) for t in range(6)]
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    together.mkdir()
+    apart.mkdir()
+    for t, bands in enumerate(pixels):
+        scene(apart / f"2021010{t + 1}.tif", bands)
+        for name, band in zip(BANDS, bands, strict=True):
+            scene(together / f"2021010{t + 1}_{name}.tif", band[None], [name])
+    one, many = (
+        opened(*(SourceFile(name=path.name, path=path) for path in sorted(folder.iterdir())))
+        for folder in (apart, together)
+    )
+    assert [layer.apart for layer in StackReader(one)._layers] == [True]
+    assert [layer.apart for layer in StackReader(many)._layers] == [False]
+    np.testing.assert_array_equal(read(many).values, read(one).values)
 
 
 def test_a_stack_opened_here_is_read_in_another_thread(tiled: tuple[Stack, np.ndarray]) -> None:
