@@ -22,6 +22,7 @@ from serving import served
 from starlette.requests import Request
 from tiny_zoo import write_zoo
 
+from service import intake
 from service.errors import (
     BodyStalled,
     BodyTooLarge,
@@ -92,6 +93,23 @@ def test_a_form_is_the_same_however_it_is_cut(data: Any) -> None:
         assert [file.name for file in form.files] == ["f0.tif", "f1.tif", "f2.tif", "f3.tif"]
         assert [file.path.read_bytes() for file in form.files] == CONTENTS
         assert form.fields == {"dates": ("2021-01-01", "2021-02-01, é")}
+
+
+def test_bytes_that_come_one_by_one_do_not_pile_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: list[int] = []
+
+    class Reader(intake._FormReader):
+        def feed(self, chunks: Any) -> None:
+            handed.append(len(chunks))
+            super().feed(chunks)
+
+    monkeypatch.setattr(intake, "_FormReader", Reader)
+    body = body_of(part("files", b"x" * 5000, "a.tif"))
+    form = taken([body[at : at + 1] for at in range(len(body))], tmp_path)
+    assert form.files[0].path.read_bytes() == b"x" * 5000
+    assert max(handed) <= 1024
 
 
 def test_what_a_caller_calls_a_file_is_no_path(tmp_path: Path) -> None:
