@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,8 @@ _SEVERAL = 8
 """Windows that a larger raster is cut into at least, so that the stages overlap."""
 _FEW_PIXELS = 4096
 """Below this a window costs more to handle than its overlap brings."""
+_AT_ONCE = 2
+"""Parts of a chunk: while one is gathered, or waits for its last batch, the other's batches run."""
 _COUNTED = "tally."
 """Before the names of a tally's counts, beside those of layers."""
 
@@ -460,14 +463,20 @@ class _PixelInference:
         index = np.flatnonzero(valid.sum(axis=0) >= self._model.card.min_observations)
         self._advance(h * w - len(index))
         answers = np.empty((len(index), *self._model.width), np.float32)
-        # By chunks: only these are copied into (N, T, C), and a cancelled run stops soon.
-        for start in range(0, len(index), self._model.chunk):
+        size = max(1, self._model.chunk // _AT_ONCE)
+
+        def answer(start: int) -> int:
             check(self._cancelled)
-            at = index[start : start + self._model.chunk]
+            at = index[start : start + size]
             answers[start : start + len(at)] = self._model.pixels(
                 values[:, :, at].transpose(2, 0, 1), valid[:, at].T, self._days, self._day_of_year
             )
-            self._advance(len(at))
+            return len(at)
+
+        # By chunks: only these are copied into (N, T, C), and a cancelled run stops soon.
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="chunk") as pool:
+            for count in pool.map(answer, range(0, len(index), size)):
+                self._advance(count)
         return _Found(index=index, answers=answers)
 
 

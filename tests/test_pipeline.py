@@ -540,6 +540,23 @@ def test_a_graph_that_fails_stops_the_run_and_leaves_nothing(engine, scene, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_pixels_are_gathered_while_others_are_answered(engine, scene, tmp_path, monkeypatch):
+    """Else the engine's threads wait for each chunk's last batch, and for the next one."""
+    both = threading.Barrier(2, timeout=60)
+    model = engine.models["pixels-landcover"]
+    answer, first = model.pixels, iter(range(2))
+
+    def pixels(*given):
+        if next(first, None) is not None:
+            both.wait()  # nobody comes where a chunk is answered alone
+        return answer(*given)
+
+    monkeypatch.setattr(model, "pixels", pixels)
+    run = plan_raster(model, scene.stack())
+    assert scene.valid[0].size > model.chunk
+    run_raster(run, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "which", "after"),
     [
