@@ -1,4 +1,4 @@
-"""Everything that `make bench` measures, on the CPU, as a table and as JSON.
+"""Everything that `make bench` measures, as a table and as JSON.
 
 python -m benchmarks [--out bench.json] [--side 2048] [--largest 4096]
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import request, session
+from benchmarks import device, request, session
 from benchmarks.process import machine
 
 
@@ -34,6 +34,9 @@ def main() -> None:
     console.rule("the session, the machine and the peers")
     compared = session.compare(options.rounds)
     session.show(compared, console)
+    console.rule("the session on a CUDA device")
+    on_device = device.measure(options.rounds)
+    device.show(on_device, console)
     console.rule("whole requests")
     requests = request.compare(options.side)
     request.show(requests, console)
@@ -48,6 +51,7 @@ def main() -> None:
         found = {
             "machine": about,
             "session": asdict(compared),
+            "device": asdict(on_device) if on_device else None,
             "requests": [asdict(one) for one in requests],
             "start": {name: asdict(taken) for name, taken in started.items()},
             "memory": memory,

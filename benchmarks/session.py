@@ -1,6 +1,8 @@
 """The bare session of the default pixel classifier against the machine and against its peers.
 
-    python -m benchmarks.session [--rounds 5]
+    python -m benchmarks.session [--rounds 5] [--device-only]
+
+Where there is a CUDA device, the same session on it comes last (`benchmarks.device`).
 
 All candidates take turns, round by round, and each keeps its best round, so that whoever else uses
 the machine disturbs them alike. Two rates are told: by the clock on all cores, and by processor
@@ -27,7 +29,7 @@ from benchmarks.cost import Product, products_of
 from benchmarks.peers import MONTHS, STEPS, PeerMissing, Presto, UsualPipeline
 from benchmarks.process import machine
 from models.registry import ZOO, Registry
-from service.engine import Engine, LoadedModel
+from service.engine import CPU, Engine, LoadedModel
 
 PIXELS = 4096
 DATES = 36
@@ -37,6 +39,11 @@ _MEGA = 1e6
 _GIGA = 1e9
 
 Run = Callable[[], object]
+# What goes into a product and comes out, by kind, where it is not float32.
+_ENDS: Mapping[str, tuple[int, int]] = {
+    "float16": (TensorProto.FLOAT16, TensorProto.FLOAT16),
+    "int8-alone": (TensorProto.UINT8, TensorProto.INT32),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,23 +150,28 @@ def product(side: int = PRODUCT_SIDE) -> list[Candidate]:
 
 
 def product_session(
-    constants: Mapping[str, NDArray[Any]], *, threads: int, kind: str = "float32"
+    constants: Mapping[str, NDArray[Any]],
+    *,
+    threads: int,
+    kind: str = "float32",
+    provider: str = CPU,
 ) -> onnxruntime.InferenceSession:
     """A graph of one product, a x b, with a constant b.
 
     Args:
-        constants: `b`, (inner, columns) float32.
+        constants: `b`, (inner, columns) float32, or float16 for that kind.
         threads: of the session.
-        kind: `float32`; `int8`, the activations quantised on the way in as ONNX Runtime's dynamic
-            quantisation does; `int8-alone`, where they come quantised.
+        kind: `float32` or `float16`; `int8`, the activations quantised on the way in as ONNX
+            Runtime's dynamic quantisation does; `int8-alone`, where they come quantised.
+        provider: what computes.
     """
     b = constants["b"]
+    plain = kind in {"float32", "float16"}
     scale = np.float32(np.abs(b).max() / 127)
     whole = np.clip(np.round(b / scale), -127, 127).astype(np.int8)
-    kept = [numpy_helper.from_array(whole if kind != "float32" else b, "b")]
-    into = TensorProto.UINT8 if kind == "int8-alone" else TensorProto.FLOAT
-    out = TensorProto.INT32 if kind == "int8-alone" else TensorProto.FLOAT
-    if kind == "float32":
+    kept = [numpy_helper.from_array(b if plain else whole, "b")]
+    into, out = _ENDS.get(kind, (TensorProto.FLOAT, TensorProto.FLOAT))
+    if plain:
         nodes = [helper.make_node("MatMul", ["a", "b"], ["out"])]
     elif kind == "int8-alone":
         nodes = [helper.make_node("MatMulInteger", ["a", "b"], ["out"])]
@@ -182,9 +194,7 @@ def product_session(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])
 
 
 def peers() -> list[Candidate]:
@@ -333,10 +343,15 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device-only", action="store_true", help="the CUDA device alone")
     options = parser.parse_args()
+    from benchmarks import device  # here, for it takes its input and its product from this module
+
     console = Console()
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    show(compare(options.rounds), console)
+    if not options.device_only:
+        show(compare(options.rounds), console)
+    device.show(device.measure(options.rounds), console)
 
 
 if __name__ == "__main__":

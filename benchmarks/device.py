@@ -1,0 +1,217 @@
+"""The default pixel classifier on a CUDA device: its rate, its traffic, and what the device allows.
+
+    python -m benchmarks.session    # tells it last, where there is such a device
+
+The rate is that of the service's engine: batches put together on the CPU, copied, run, and the
+answers copied back. Beside it stand two bounds, measured on the same device: its products in the
+precision that the engine picked, and copies of memory such as numpy's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cost import products_of
+from benchmarks.session import DATES, pixels_input, product_session
+from models.registry import ZOO, Bundle, Registry
+from service.engine import CPU, CUDA, Engine, LoadedModel, ProviderUnavailable, open_session
+
+BATCHES = 8
+"""Batches of one call; the service hands over as many within two chunks."""
+RAW_BYTES = 2
+"""Of a value in a Sentinel-2 product: uint16."""
+PLOT_BYTES = 3 * 64 * 64 * 4
+"""Three recurrence plots of 64 steps in float32, which stay on the device."""
+_PRODUCT_SIDE = 4096
+_COPIED = 2**28
+_MEGA = 1e6
+_GIGA = 1e9
+_TERA = 1e12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes between the CPU and the session, for one pixel."""
+
+    into: float
+    out: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What was found."""
+
+    name: str
+    model: str
+    variant: str
+    flop: float
+    """Of all products, for one pixel."""
+    rate: float
+    """Pixels a second through the engine."""
+    traffic: Traffic
+    raw: int
+    """Bytes of a pixel's values as its files hold them."""
+    product: float
+    """FLOP a second of a square product, all on the device."""
+    copied: float
+    """Bytes a second, from the CPU's memory to the device."""
+
+    @property
+    def by_products(self) -> float:
+        """Pixels a second that the products allow."""
+        return self.product / self.flop
+
+    @property
+    def by_copies(self) -> float:
+        """Pixels a second that the copies allow, if both ways are as fast."""
+        return self.copied / (self.traffic.into + self.traffic.out)
+
+    @property
+    def roof(self) -> float:
+        """Pixels a second that both allow: a run copies, then computes, then copies."""
+        return 1 / (1 / self.by_products + 1 / self.by_copies)
+
+
+class Counting:
+    """ONNX Runtime's session, counting what goes in and comes out."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self.into = self.out = 0
+
+    def get_providers(self) -> list[str]:
+        """As the session says."""
+        return list(self._session.get_providers())
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """As the session runs."""
+        answers: list[NDArray[Any]] = self._session.run(names, feeds)
+        self.into += sum(array.nbytes for array in feeds.values())
+        self.out += sum(array.nbytes for array in answers)
+        return answers
+
+
+def traffic(bundle: Bundle, provider: str, count: int, dates: int = DATES) -> Traffic:
+    """What the engine moves for a pixel, the padding of its batches included."""
+    session = open_session(bundle, provider)
+    counting = Counting(session.session)
+    with ThreadPoolExecutor(1) as pool:
+        model = LoadedModel(
+            bundle.card, replace(session, session=counting), pool=pool, device=threading.Lock()
+        )
+        before = counting.into, counting.out  # the warm-up's
+        ask(model, pixels_input(model, count, dates))
+    return Traffic(into=(counting.into - before[0]) / count, out=(counting.out - before[1]) / count)
+
+
+def ask(model: LoadedModel, feeds: Mapping[str, NDArray[Any]]) -> None:
+    """One call, as the pipeline makes it."""
+    model.pixels(feeds["values"], feeds["valid"], feeds["days"], 1)
+
+
+def product_rate(provider: str, precision: str, *, side: int, rounds: int) -> float:
+    """FLOP a second of a square product, everything lying where it is computed."""
+    random = np.random.default_rng(0)
+    kind = np.float16 if precision == "float16" else np.float32
+    a, b = (random.standard_normal((side, side)).astype(kind) for _ in range(2))
+    session = product_session({"b": b}, threads=1, kind=precision, provider=provider)
+    where = "cuda" if provider == CUDA else "cpu"
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("a", onnxruntime.OrtValue.ortvalue_from_numpy(a, where, 0))
+    binding.bind_output("out", where, 0)
+    # A run returns once the device has finished.
+    return 2.0 * side**3 / _least(lambda: session.run_with_iobinding(binding), rounds)
+
+
+def copy_rate(provider: str, *, size: int, rounds: int) -> float:
+    """Bytes a second from numpy's memory to the provider's, as a run copies its input."""
+    here = np.ones(size, np.uint8)
+    there = onnxruntime.OrtValue.ortvalue_from_numpy(here, "cuda" if provider == CUDA else "cpu", 0)
+    return size / _least(lambda: there.update_inplace(here), rounds)
+
+
+def _least(run: Callable[[], object], rounds: int) -> float:
+    """The seconds of the fastest round; one before them does not count."""
+    run()
+    taken = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - begun)
+    return min(taken)
+
+
+def measure(rounds: int) -> Device | None:
+    """Measure the device; None where the engine gets none."""
+    registry = Registry.load(ZOO)
+    try:
+        engine = Engine(registry, providers="cuda")
+    except ProviderUnavailable:
+        return None
+    with engine:
+        model = engine.find(None, "classify-pixels")
+        bundle = registry.bundles[model.card.name]
+        count = BATCHES * model.chunk // 4
+        feeds = pixels_input(model, count)
+        taken = _least(lambda: ask(model, feeds), rounds)
+        float32 = next(v for v in model.card.variants if v.name == "float32")
+        products = products_of(bundle.path(float32.name), pixels_input(model, 4), count=4)
+        return Device(
+            name=_device_name(),
+            model=model.card.id,
+            variant=model.variant,
+            flop=sum(p.flop for p in products),
+            rate=count / taken,
+            traffic=traffic(bundle, CUDA, count),
+            raw=RAW_BYTES * DATES * len(model.card.bands),
+            product=product_rate(CUDA, model.variant, side=_PRODUCT_SIDE, rounds=rounds),
+            copied=copy_rate(CUDA, size=_COPIED, rounds=rounds),
+        )
+
+
+def _device_name() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown"
+    asked = [tool, "--query-gpu=name", "--format=csv,noheader", "--id=0"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False)  # noqa: S603 - ours
+    return said.stdout.strip() or "unknown"
+
+
+def show(found: Device | None, console: Console) -> None:
+    """Print what was found."""
+    if found is None:
+        console.print(f"no CUDA provider here: a GPU was not measured, {CPU} alone")
+        return
+    console.print(
+        f"{found.model} ({found.variant}) on {found.name}, through the service's engine: "
+        f"{found.flop / _MEGA:.2f} MFLOP a pixel in products, {DATES} dates"
+    )
+    table = Table("", "", box=None)
+    into, out = found.traffic.into, found.traffic.out
+    for name, told in (
+        ("pixels a second", f"{found.rate:,.0f} px/s"),
+        ("to the device", f"{into:.0f} bytes a pixel, {into / found.raw:.2f} x its raw values"),
+        ("plots, had they come along", f"{PLOT_BYTES / into:.0f} x as many"),
+        ("back", f"{out:.0f} bytes a pixel"),
+        (f"{found.variant} product", f"{found.product / _TERA:,.1f} TFLOP/s"),
+        ("copies to the device", f"{found.copied / _GIGA:,.1f} GB/s"),
+        ("allowed by products", f"{found.by_products:,.0f} px/s"),
+        ("allowed by copies", f"{found.by_copies:,.0f} px/s"),
+        ("share of what both allow", f"{found.rate / found.roof:.0%}"),
+    ):
+        table.add_row(name, told)
+    console.print(table)
