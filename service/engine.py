@@ -633,6 +633,9 @@ def _share_memory() -> None:
 
 
 def _cuda_options() -> dict[str, str]:
+    # No CUDA graphs: one is of one shape, input and output at fixed addresses, and T changes with
+    # each caller's stack. Nor is input bound by hand: it comes from the CPU and is used once, so
+    # that a run copies no more than binding would.
     return {
         # EXHAUSTIVE, the default, times every algorithm anew for each shape: seconds for a
         # caller with a new T. HEURISTIC asks cuDNN, in no time.
