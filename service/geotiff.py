@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import rasterio
 from affine import Affine
-from rasterio._env import set_gdal_config  # `Env` undoes it on the way out
+from rasterio._env import set_gdal_config  # an `Env` puts back what it sets
 from rasterio.crs import CRS
 from rasterio.enums import Interleaving, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
@@ -117,8 +117,9 @@ def gdal_options(*, block_bytes: int = 0) -> Iterator[None]:
         block_bytes: what the largest block to be read decodes to.
     """
     with rasterio.Env(**_GDAL):
-        # Not an option of the `Env`, which would put back what was before, for every thread: 5 % of
-        # the machine's memory. Nobody would be bound who writes, or reads on in another thread.
+        # Not among the `Env`'s own, which it puts back when it is left. GDAL's default is 5 % of
+        # the machine's memory, and would then hold for whoever writes, or still reads in another
+        # thread: 2048 x 2048 pixels of 17 bands took 480 MB to write on 24 GB, and so take 220.
         #
         # In bytes: rasterio hands the number to GDALSetCacheMax64, and not to GDAL's parser, which
         # takes a small one for megabytes. One block must fit, so that its other bands are not

@@ -11,7 +11,7 @@ import pytest
 import rasterio
 import rasterio.shutil
 from affine import Affine
-from rasterio._env import get_gdal_config
+from rasterio._env import get_gdal_config, set_gdal_config
 from rasterio.windows import Window
 from rasters import NORTH_UP, write
 
@@ -125,6 +125,15 @@ def test_the_block_cache_is_bounded_and_large_enough_for_a_block() -> None:
         assert get_gdal_config("GDAL_CACHEMAX") == 64 * 2**20
     with gdal_options(block_bytes=256 * 2**20):
         assert get_gdal_config("GDAL_CACHEMAX") == 512 * 2**20
+
+
+def test_the_block_cache_stays_bounded_for_who_writes_after_a_read() -> None:
+    set_gdal_config("GDAL_CACHEMAX", 2**40)  # as much as GDAL may take by itself
+    with gdal_options():
+        pass
+    assert get_gdal_config("GDAL_CACHEMAX") == 64 * 2**20
+    with rasterio.Env():
+        assert get_gdal_config("GDAL_CACHEMAX") == 64 * 2**20
 
 
 @pytest.mark.parametrize("block_bytes", [0, 2**20])
