@@ -48,6 +48,8 @@ _TEMPORARY_BLOCK = 256
 _BLOCK_BYTES = 8 * 2**20
 _LARGE = 1024
 """From this side on, blocks of 512: fewer requests a map; below, 256 reads less too much."""
+_BLOCK_STEP = 16
+"""Sides of a TIFF's tiles are multiples of this."""
 _PLACEHOLDER = "PIMC_RAT"
 # A COG's header lies at its front, before any pixel.
 _HEADER_BYTES = 8 * 2**20
@@ -194,6 +196,10 @@ def check_whole(path: Path) -> None:
 
 def create_raster(path: Path, grid: Grid, layer: Layer) -> Any:  # noqa: ANN401 - rasterio has no types
     """A new GeoTIFF for windows in any order: tiled, so that none is written twice in full."""
+    around = -(-max(grid.width, grid.height) // _BLOCK_STEP) * _BLOCK_STEP
+    # A block is held whole, also where it is mostly outside the raster: with blocks of 256, an
+    # embedding of 7 x 7 pixels took 240 MB to write and to turn into a COG, and so takes 50.
+    block = min(_TEMPORARY_BLOCK, _block(layer, grid), around)
     file = rasterio.open(
         path,
         "w",
@@ -206,8 +212,8 @@ def create_raster(path: Path, grid: Grid, layer: Layer) -> Any:  # noqa: ANN401 
         dtype=layer.dtype,
         nodata=layer.nodata,
         tiled=True,
-        blockxsize=_TEMPORARY_BLOCK,
-        blockysize=_TEMPORARY_BLOCK,
+        blockxsize=block,
+        blockysize=block,
         # Windows end inside blocks. Compressed, such a block would be written anew each time
         # and leave a hole in the file.
         compress="NONE",

@@ -17,7 +17,7 @@ from rio_cogeo.cogeo import cog_validate
 
 from models.card import LegendClass
 from service.answers import Layer
-from service.output import RasterWriter, sidecar_of, zip_files
+from service.output import RasterWriter, create_raster, sidecar_of, zip_files
 from service.stack import Grid
 
 LEGEND = (
@@ -83,6 +83,18 @@ def test_valid_cogs_with_every_pixel(tmp_path, size):
         assert file.dtypes == ("float32", "float32")
         assert np.isnan(file.nodata)
         assert file.descriptions == PAIR.bands
+
+
+@pytest.mark.parametrize(
+    ("size", "bands", "side"),
+    [((7, 5), 256, 16), ((2, 40), 256, 48), ((300, 200), 256, 128), ((300, 200), 2, 256)],
+)
+def test_a_block_that_is_written_is_no_larger_than_raster_and_bands_need(
+    tmp_path, size, bands, side
+):
+    layer = Layer(name="deep", bands=tuple(map(str, range(bands))))
+    with create_raster(tmp_path / "open.tif", grid(*size), layer) as file:
+        assert set(file.block_shapes) == {(side, side)}
 
 
 def test_nothing_else_is_left_in_the_folder(tmp_path):
