@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Task = Literal["classify-pixels", "forecast", "landcover", "embed"]
 Modality = Literal["pixel", "patch"]
 Precision = Literal["float32", "float16", "int8"]
-StartRule = Literal["calendar-year", "fullest-year", "last-steps"]
+StartRule = Literal["calendar-year", "fullest-year", "every-date", "last-steps"]
 
 CARD_FILE = "card.json"
 
@@ -66,8 +66,13 @@ class TimeWindow(_Frozen):
     """How the first day is chosen where the request does not say.
 
     `calendar-year`: 1 January of the year with the most dates. `fullest-year`: the first of
-    the month that puts the most dates into the window. `last-steps`: the window ends on the
-    last date. The later year wins a tie, and in `fullest-year` January does.
+    the month that puts the most dates into the window. `every-date`: all dates count, whatever
+    their year, each at its place in the year; the first day is 1 January of the first date's
+    year. Its graph folds the years into one, so it suits what does not change from year to year.
+    `last-steps`: the window ends on the last date. The later year wins a tie, and in
+    `fullest-year` January does.
+
+    A start that is given bounds every rule's window to its length.
     """
 
     def resolve(self, dates: Sequence[date], start: date | None = None) -> ResolvedWindow:
@@ -91,6 +96,13 @@ class TimeWindow(_Frozen):
             used = tuple(i for i, d in enumerate(dates) if last and lower <= d <= last)
             return ResolvedWindow(
                 start=start or first_day, first_day=first_day, used=used, last=last
+            )
+        if self.start == "every-date" and start is None:
+            return ResolvedWindow(
+                start=date(min(dates).year, 1, 1),
+                first_day=date(min(dates).year, 1, 1),
+                used=tuple(range(len(dates))),
+                last=max(dates),
             )
         first_day = start or max(
             self._candidates(dates),

@@ -15,6 +15,9 @@ _CENTER = 0.3
 _SPREAD = 0.25
 # Reflectance at which imagery saturates: EuroSAT's RGB was cut at 2750 / 10000.
 _BRIGHTEST = 0.275
+# The same for square roots of reflectance, which spread dark ground and bright ground alike.
+_ROOT_CENTER = 0.35
+_ROOT_SPREAD = 0.2
 # Tokens that the pyramid of a pixel encoder ends with.
 _TOKENS = 4
 
@@ -22,6 +25,11 @@ _TOKENS = 4
 def standardised(series: Tensor) -> Tensor:
     """Spectral indices in the unit that every encoder sees: about -2 to 2."""
     return (series - _CENTER) / _SPREAD
+
+
+def standardised_roots(reflectance: Tensor) -> Tensor:
+    """Reflectance in the unit that every encoder sees: about -2 to 2."""
+    return (reflectance.clamp(0.0, 1.0).sqrt() - _ROOT_CENTER) / _ROOT_SPREAD
 
 
 class _Block(nn.Module):
@@ -62,6 +70,8 @@ class PixelEncoder(nn.Module):
     Args:
         steps: M, four times a product of two factors.
         indices: K.
+        bands: C, whose reflectance stands beside the series; 0 for none. An index tells bright
+            ground from dark only where its formula does, and most are ratios.
         width: channels of the finest level; doubled at each join.
         depth: residual blocks a level.
         embedding: D.
@@ -81,6 +91,7 @@ class PixelEncoder(nn.Module):
         *,
         steps: int = 36,
         indices: int = 3,
+        bands: int = 0,
         width: int = 64,
         depth: int = 1,
         embedding: int = 256,
@@ -100,7 +111,7 @@ class PixelEncoder(nn.Module):
         self.plot_dropout = plot_dropout if series else 0.0
         self.embedding = embedding
         self.factors = _factors(steps)
-        features = (indices * steps if plots else 0) + (indices if series else 0) + 1
+        features = (indices * steps if plots else 0) + (indices if series else 0) + bands + 1
         self.row = nn.Linear(features + (2 if calendar else 0), width)
         widths = (width, 2 * width, 4 * width)
         self.levels = nn.ModuleList(
@@ -118,13 +129,20 @@ class PixelEncoder(nn.Module):
             nn.ReLU(),
         )
 
-    def forward(self, series: Tensor, observed: Tensor, season: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        series: Tensor,
+        observed: Tensor,
+        season: Tensor | None = None,
+        reflectance: Tensor | None = None,
+    ) -> Tensor:
         """Encode pixels.
 
         Args:
             series: spectral indices on the regular grid (N, K, M).
             observed: how well each step is observed (N, 1, M), 0 to 1.
             season: sine and cosine of each step's day of the year (N, 2, M), for `calendar`.
+            reflectance: the bands on the regular grid (N, C, M), for an encoder with bands.
 
         Returns:
             Embeddings (N, D).
@@ -135,6 +153,8 @@ class PixelEncoder(nn.Module):
             tokens.append(levels)
         if self.calendar and season is not None:
             tokens.append(season)
+        if reflectance is not None:
+            tokens.append(standardised_roots(reflectance))
         if self.plots:
             # Symmetric: row j of the plot is its column j, so (N, K, M, M) folds to (N, K * M, M).
             plots = recurrence_plot(

@@ -14,6 +14,7 @@ from models.indices import SpectralIndices
 from models.timegrid import TimeGrid
 
 _YEAR = 365.25
+_BLUE = "B02"
 
 
 class PixelGraph(nn.Module):
@@ -34,6 +35,11 @@ class PixelGraph(nn.Module):
         encoder: the pixel encoder.
         head: None answers with the embedding.
         others: further encoders, each with its head.
+        yearly: whether dates of several years lie on one (see `TimeGrid`, `period`).
+        clarity: how fast a date's weight falls with its blue reflectance, e.g. 40: a date 0.05
+            brighter than its neighbours in time then counts e^2 times less. Thin cloud, haze and
+            snow brighten blue most, and no mask finds all of them. 0 weighs all dates alike.
+        reflectance: whether the encoders see the bands beside the indices.
     """
 
     def __init__(
@@ -46,16 +52,24 @@ class PixelGraph(nn.Module):
         encoder: PixelEncoder,
         head: ClassificationHead | ForecastHead | None,
         others: Sequence[tuple[PixelEncoder, ClassificationHead | ForecastHead]] = (),
+        yearly: bool = False,
+        clarity: float = 0.0,
+        reflectance: bool = False,
     ) -> None:
         super().__init__()
         self.indices = SpectralIndices(indices, bands)
-        self.grid = TimeGrid(steps, step_days)
+        self.grid = TimeGrid(steps, step_days, period=_YEAR if yearly else None)
+        self.clarity = clarity
+        self.reflectance = reflectance
+        self.blue = bands.index(_BLUE) if clarity else 0
         self.encoder = encoder
         self.head = head
         self.others = nn.ModuleList(nn.ModuleList(pair) for pair in others)
 
-    def regular(self, values: Tensor, valid: Tensor, days: Tensor) -> tuple[Tensor, Tensor]:
-        """Spectral indices on the regular grid.
+    def regular(
+        self, values: Tensor, valid: Tensor, days: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Spectral indices, and bands where the encoders see them, on the regular grid.
 
         Args:
             values: reflectance (N, T, C); anything where not valid.
@@ -63,13 +77,24 @@ class PixelGraph(nn.Module):
             days: days since the window's first day (T).
 
         Returns:
-            Series (N, K, M), NaN for a pixel with no usable date; observed (N, 1, M), 0 to 1.
+            Series (N, K, M), NaN for a pixel with no usable date; observed (N, 1, M), 0 to 1;
+            reflectance (N, C, M) or None.
         """
         x = self.indices(values)
         # A date whose index cannot be computed is missing, in all indices alike.
         usable = valid & (x == x).all(dim=-1)
-        series, observed = self.grid(x.transpose(1, 2), usable, days)
-        return series, observed
+        worth = self._worth(values) if self.clarity else None
+        if not self.reflectance:
+            return *self.grid(x.transpose(1, 2), usable, days, worth), None
+        # One product for both.
+        both = torch.cat([x, values], dim=-1).transpose(1, 2)
+        series, observed = self.grid(both, usable, days, worth)
+        return series[:, : x.shape[-1]], observed, series[:, x.shape[-1] :]
+
+    def _worth(self, values: Tensor) -> Tensor:
+        """Weight of each date by how little blue light it shows (N, T), above 0."""
+        # The bound keeps the weight of the brightest snow far above what float32 can hold.
+        return torch.exp(-self.clarity * values[..., self.blue].clamp(0.0, 1.0))
 
     def raw(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
@@ -82,11 +107,11 @@ class PixelGraph(nn.Module):
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
     ) -> list[Tensor]:
         """What is trained: the answer of each network, as `raw` gives their mean."""
-        series, observed = self.regular(values, valid, days)
+        series, observed, reflectance = self.regular(values, valid, days)
         season = None if day_of_year is None else self._season(day_of_year)
         answers = []
         for encoder, head in ((self.encoder, self.head), *self.others):
-            embeddings: Tensor = encoder(series, observed, season)
+            embeddings: Tensor = encoder(series, observed, season, reflectance)
             if isinstance(head, ForecastHead):
                 answers.append(head(embeddings, series))
             else:

@@ -20,24 +20,34 @@ class TimeGrid(nn.Module):
         step_days: days between steps.
         narrow: standard deviation of the Gaussian, in steps.
         wide: half width of the Cauchy kernel, in steps.
+        period: days after which the grid begins anew, such as those of a year: dates of any number
+            of years then lie on one, and the grid's ends are neighbours. None for one stretch.
     """
 
     _WIDE_HEIGHT = 1e-3
 
     def __init__(
-        self, steps: int, step_days: float, narrow: float = 0.45, wide: float = 2.0
+        self,
+        steps: int,
+        step_days: float,
+        narrow: float = 0.45,
+        wide: float = 2.0,
+        period: float | None = None,
     ) -> None:
         super().__init__()
         self.steps = steps
         self.narrow = narrow * step_days
         self.wide = wide * step_days
+        self.period = period
         self.register_buffer(
             "grid", torch.arange(steps, dtype=torch.float32) * step_days, persistent=False
         )
 
     grid: Tensor
 
-    def forward(self, x: Tensor, valid: Tensor, days: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, valid: Tensor, days: Tensor, worth: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Bring series onto the grid.
 
         Args:
@@ -45,19 +55,33 @@ class TimeGrid(nn.Module):
             valid: True where usable (N, T).
             days: days since the window's first day (T); training, where each pixel has dates of its
                 own, gives (N, T).
+            worth: how much each date counts beside its neighbours in time (N, T), above 0; None
+                for all alike.
 
         Returns:
             The series on the grid (N, K, M), NaN for a pixel with no valid date; and how well each
             step is observed (N, 1, M), 0 (no date near) to 1.
         """
-        distance = days[..., None] - self.grid
+        distance = self._distance(days)
         narrow = torch.exp(-0.5 * (distance / self.narrow) ** 2)
         wide = self._WIDE_HEIGHT / (1.0 + (distance / self.wide) ** 2)
         weight = narrow + wide
         usable = valid[:, None, :]
         # `where`, not a product: 0 * NaN is NaN.
-        weighted = torch.where(usable, x, torch.zeros_like(x)) @ weight
+        seen = torch.where(usable, x, torch.zeros_like(x))
         present = usable.to(x.dtype)
-        series = weighted / (present @ weight)
+        # How well a step is observed is a matter of its dates alone, whatever each is worth.
         density = present @ narrow
+        if worth is not None:
+            present = torch.where(usable, worth[:, None, :], torch.zeros_like(present))
+            seen = seen * present
+        series = seen @ weight / (present @ weight)
         return series, density / (density + 0.5)
+
+    def _distance(self, days: Tensor) -> Tensor:
+        """Days from each date to each step (T, M) or (N, T, M), signed unless periodic."""
+        distance = days[..., None] - self.grid
+        if self.period is None:
+            return distance
+        within = distance - self.period * torch.floor(distance / self.period)
+        return torch.minimum(within, self.period - within)

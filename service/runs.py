@@ -180,7 +180,9 @@ def window_ends(card: ModelCard, window: ResolvedWindow) -> tuple[date, date]:
         # It ends on its last step, and takes nothing from before its first.
         first = max(window.start, window.first_day)
         return first, window.first_day + timedelta(days=length - card.window.step_days)
-    return window.start, window.start + timedelta(days=length - 1)
+    end = window.start + timedelta(days=length - 1)
+    # One that takes every date has no length.
+    return window.start, max(end, window.last or end)
 
 
 def outside_window(

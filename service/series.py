@@ -221,16 +221,18 @@ def _infer(model: LoadedModel, series: Sequence[_Series]) -> list[Floats | None]
         if one.window and int((~np.isnan(one.values[:, 0])).sum()) >= least
     ]
     answers: list[Floats | None] = [None] * len(series)
-    for part in _batches(model.card, enough):
+    for part in _batches(model.card, series, enough):
         batch = [series[n] for n in part]
         for n, answer in zip(part, _infer_batch(model, batch), strict=True):
             answers[n] = None if np.isnan(answer).any() else answer
     return answers
 
 
-def _batches(card: ModelCard, places: Sequence[int]) -> Iterator[Sequence[int]]:
+def _batches(
+    card: ModelCard, series: Sequence[_Series], places: Sequence[int]
+) -> Iterator[Sequence[int]]:
     """Parts whose input is bounded even if all their days differ."""
-    most_days = card.window.steps * card.window.step_days if card.window else 1
+    most_days = len(np.unique(np.concatenate([series[n].days for n in places]))) if places else 1
     size = max(1, _BATCH_BYTES // (most_days * (4 * len(card.bands) + 1)))
     for at in range(0, len(places), size):
         yield places[at : at + size]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -112,6 +113,38 @@ class TestTimeGrid:
         series, _ = TimeGrid(4, 10.0)(torch.rand(2, 1, 2), valid, torch.tensor([0.0, 10.0]))
         assert torch.isnan(series[0]).all()
         assert torch.isfinite(series[1]).all()
+
+    def test_a_periodic_grid_lays_every_year_on_one(self) -> None:
+        _, valid, days = random_series(4, 30)
+        x = torch.rand(4, 2, 30)
+        grid = TimeGrid(36, 10.0, period=365.25)
+        years = torch.arange(30) % 5
+        folded, seen = grid(x, valid, days)
+        spread, seen_again = grid(x, valid, days + years * 365.25)
+        torch.testing.assert_close(folded, spread, atol=1e-3, rtol=0)
+        torch.testing.assert_close(seen, seen_again, atol=1e-3, rtol=0)
+
+    def test_the_ends_of_a_periodic_grid_are_neighbours(self) -> None:
+        # One date, a day before the year begins anew.
+        one = torch.full((1, 1, 1), 0.7), torch.tensor([[True]]), torch.tensor([364.25])
+        _, stretch = TimeGrid(36, 10.0)(*one)
+        _, year = TimeGrid(36, 10.0, period=365.25)(*one)
+        assert stretch[0, 0, 0] == 0.0
+        assert year[0, 0, 0] > 0.6
+
+    def test_dates_of_little_worth_give_way_to_their_neighbours_alone(self) -> None:
+        x = torch.tensor([[[0.2, 0.8, 0.8]]])
+        valid = torch.ones(1, 3, dtype=torch.bool)
+        days = torch.tensor([10.0, 11.0, 200.0])
+        worth = torch.tensor([[1.0, 1e-3, 1e-3]])
+        grid = TimeGrid(36, 10.0)
+        alike, seen = grid(x, valid, days)
+        series, seen_again = grid(x, valid, days, worth)
+        assert alike[0, 0, 1] > 0.45
+        assert series[0, 0, 1] == pytest.approx(0.2, abs=2e-3)
+        # Nothing better is near, so that it decides there as before.
+        assert series[0, 0, 20] == pytest.approx(0.8, abs=1e-2)
+        torch.testing.assert_close(seen, seen_again)
 
 
 class TestRecurrencePlot:
@@ -273,6 +306,77 @@ class TestOnnx:
                 want = graph(patches).numpy()
             got = session.run(None, {"patches": patches.numpy()})[0]
             np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+class TestWhatTheGridIsGiven:
+    def graph(self, **options: Any) -> PixelGraph:
+        torch.manual_seed(0)
+        bands = 3 if options.get("reflectance") else 0
+        return PixelGraph(
+            bands=BANDS,
+            indices=INDICES,
+            steps=36,
+            step_days=10,
+            encoder=PixelEncoder(width=16, embedding=32, bands=bands),
+            head=ClassificationHead(32, 5),
+            **options,
+        ).eval()
+
+    def test_a_hazy_date_beside_a_clear_one_hardly_counts(self) -> None:
+        clear = torch.tensor([0.03, 0.03, 0.40]).expand(1, 36, 3).clone()
+        hazy = clear.clone()
+        hazy[:, ::2] += torch.tensor([0.25, 0.2, 0.1])
+        days, valid = torch.arange(36) * 5.0, torch.ones(1, 36, dtype=torch.bool)
+
+        def ndvi(graph: PixelGraph) -> torch.Tensor:
+            return graph.regular(hazy, valid, days)[0][0, 0, 2:16]
+
+        want = self.graph().regular(clear, valid, days)[0][0, 0, 2:16]
+        assert (ndvi(self.graph()) - want).abs().max() > 0.1
+        torch.testing.assert_close(ndvi(self.graph(clarity=40.0)), want, atol=0.02, rtol=0)
+
+    def test_nothing_underflows_under_snow(self) -> None:
+        snow = torch.full((2, 5, 3), 0.95)
+        days, valid = torch.arange(5) * 3.0, torch.ones(2, 5, dtype=torch.bool)
+        graph = self.graph(clarity=60.0, reflectance=True)
+        assert torch.isfinite(graph(snow, valid, days)).all()
+
+    def test_bands_stand_beside_the_indices(self) -> None:
+        values, valid, days = random_series(4, 20)
+        plain, seen, none = self.graph().regular(values, valid, days)
+        series, observed, bands = self.graph(reflectance=True).regular(values, valid, days)
+        assert none is None
+        torch.testing.assert_close(series, plain)
+        torch.testing.assert_close(observed, seen)
+        # A date whose index cannot be computed is missing in all.
+        usable = valid & torch.isfinite(SpectralIndices(INDICES, BANDS)(values)).all(dim=-1)
+        want, _ = TimeGrid(36, 10)(values.transpose(1, 2), usable, days)
+        torch.testing.assert_close(bands, want)
+
+    def test_twice_as_bright_ground_of_the_same_index_is_told_apart(self) -> None:
+        values, valid, days = random_series(4, 20)
+        graph = PixelGraph(
+            bands=BANDS,
+            indices=("ndvi",),
+            steps=36,
+            step_days=10,
+            encoder=PixelEncoder(indices=1, width=16, embedding=32, bands=3),
+            head=None,
+            reflectance=True,
+        ).eval()
+        assert not torch.allclose(graph(values, valid, days), graph(0.5 * values, valid, days))
+
+    def test_onnx_equals_torch(self, tmp_path: Path) -> None:
+        graph = self.graph(yearly=True, clarity=40.0, reflectance=True)
+        names = ["values", "valid", "days"]
+        session = export(graph, tmp_path / "m.onnx", names, random_series(3, 7))
+        values, valid, days = random_series(9, 30, seed=5)
+        days = days + 365.25 * (torch.arange(30) % 4)
+        got = session.run(
+            None, {"values": values.numpy(), "valid": valid.numpy(), "days": days.numpy()}
+        )[0]
+        want = graph(values, valid, days).detach().numpy()
+        np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 class TestSeveralNetworks:

@@ -133,15 +133,26 @@ def test_flanders_file_per_date(http: httpx.Client, shared_data: Path) -> None:
     with rasterio.open(paths[0]) as source:
         assert (profile["crs"], profile["transform"]) == (source.crs, source.transform)
     assert (profile["dtype"], profile["nodata"], profile["count"]) == ("uint8", 255, 1)
+    # Both years count, laid on one.
     start = date.fromisoformat(tags["PIMC_WINDOW_START"])
-    months = [date(2017 + m // 12, m % 12 + 1, 1) for m in range(24)]
-    counts = {month: len(within(dates, month, 360)) for month in months}
-    assert counts[start] == max(counts.values())
-    used = within(dates, start, 360)
-    values, valid = read_dates([paths[i] for i in used], ("B02", "B04", "B08"))
-    card, want = infer("pixels-landcover", values, valid, [dates[i] for i in used], start)
+    assert start == date(2017, 1, 1)
+    values, valid = read_dates(paths, ("B02", "B04", "B08"))
+    card, want = infer("pixels-landcover", values, valid, dates, start)
     assert answer.headers["PIMC-Model"] == card.id
     assert answer.headers["PIMC-Provider"] == "CPUExecutionProvider"
+    assert "dates_outside_window" not in answer.headers.get("PIMC-Warning", "")
+    agrees(pixels[0], want)
+
+
+def test_a_start_keeps_to_one_year(http: httpx.Client, shared_data: Path) -> None:
+    paths, dates = flanders(shared_data)
+    start = date(2018, 1, 1)
+    answer = post(http, "/classify-pixels", paths, start=str(start))
+    pixels, _, tags = raster(answer.content)
+    used = within(dates, start, 360)
+    assert tags["PIMC_DATES"] == ",".join(str(dates[i]) for i in used)
+    values, valid = read_dates([paths[i] for i in used], ("B02", "B04", "B08"))
+    _, want = infer("pixels-landcover", values, valid, [dates[i] for i in used], start)
     assert "dates_outside_window" in answer.headers["PIMC-Warning"]
     agrees(pixels[0], want)
 
@@ -171,7 +182,9 @@ def test_flanders_every_output_and_the_summary(http: httpx.Client, shared_data: 
     assert hectares == pytest.approx((maps["class"][0] != 255).sum() * 0.01)
 
 
-@pytest.mark.parametrize("name", ["pixels-crops-us", "pixels-crops-us-20m"])
+@pytest.mark.parametrize(
+    "name", ["pixels-crops-us", "pixels-crops-us-20m", "pixels-crops-us-small"]
+)
 def test_us_crops_as_a_raster(
     http: httpx.Client, shared_data: Path, tmp_path: Path, name: str
 ) -> None:

@@ -100,6 +100,15 @@ class TestTimeWindow:
         window = TimeWindow(steps=36, step_days=10, start="fullest-year").resolve(dates)
         assert window.start == date(2018, 1, 1)
 
+    def test_every_date_takes_all_years(self) -> None:
+        dates = every(30, date(2016, 3, 5), date(2020, 11, 20))
+        rule = TimeWindow(steps=36, step_days=10, start="every-date")
+        window = rule.resolve(dates[::-1])
+        assert window.start == window.first_day == date(2016, 1, 1)
+        assert len(window.used) == len(dates)
+        assert window.last == dates[-1]
+        assert max(window.days(dates[::-1])) == (dates[-1] - date(2016, 1, 1)).days
+
     def test_last_steps_ends_on_the_last_date(self) -> None:
         dates = every(10, date(2021, 1, 5), date(2021, 12, 31))
         window = TimeWindow(steps=32, step_days=10, start="last-steps").resolve(dates[::-1])
@@ -111,7 +120,7 @@ class TestTimeWindow:
     def test_a_given_start_bounds_what_is_used(self) -> None:
         dates = every(10, date(2020, 1, 1), date(2021, 12, 31))
         start = date(2020, 6, 1)
-        for rule in ("calendar-year", "fullest-year", "last-steps"):
+        for rule in ("calendar-year", "fullest-year", "every-date", "last-steps"):
             window = TimeWindow(steps=36, step_days=10, start=rule).resolve(dates, start)  # type: ignore[arg-type]
             used = [dates[i] for i in window.used]
             assert window.start == start
@@ -322,6 +331,7 @@ class TestZoo:
             "pixels-landcover",
             "pixels-crops-us",
             "pixels-crops-us-20m",
+            "pixels-crops-us-small",
             "forecast-vi",
             "landcover-eurosat",
             "embed-pixel",

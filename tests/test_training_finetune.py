@@ -73,8 +73,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_crops(tmp_path_factory.mktemp("data"))
 
 
-def tiny_run(data: Path, **fields: object) -> Run:
-    config = changed(ZOO["pixels-crops-us"], TINY)
+def tiny_run(data: Path, *settings: str, **fields: object) -> Run:
+    config = changed(ZOO["pixels-crops-us"], [*TINY, *settings])
     return Run.model_validate({"config": config.model_dump(), "data": data, **fields})
 
 
@@ -186,7 +186,7 @@ class TestFinetune:
         assert all(isinstance(pair[0], encoder) for pair in graph.others)
 
     def test_starts_from_a_pretrained_encoder(self, data: Path, tmp_path: Path) -> None:
-        graph = task_of(tiny_run(data)).graph()
+        graph = task_of(tiny_run(data, "reflectance=false")).graph()
         torch.manual_seed(7)
         other = PixelEncoder(width=8, embedding=16)
         torch.save({"pixel_encoder": other.state_dict()}, tmp_path / "pretrained.pt")
@@ -535,7 +535,7 @@ def test_the_commands_of_a_chain_are_read_as_that_chain(
     folder = tmp_path / "pretrained"
     pretrain(TINY_PRETRAINING, places=Places(data=data), folder=folder, device="cpu")
     run = Run(
-        config=changed(configuration(name, task), [*TINY, "members=1", more]),
+        config=changed(configuration(name, task), [*TINY, "reflectance=false", more]),
         data=data,
         pretrained=folder / "checkpoint.pt",
         everything=True,

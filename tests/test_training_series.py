@@ -90,10 +90,16 @@ class TestTabulate:
 
     def test_only_the_window_is_looked_at(self, sets: list[PixelSet]) -> None:
         table = tabulate(sets, YEAR, least=1)
-        inside = in_window(table, 360)
+        inside = in_window(table, YEAR)
         assert not (inside & (table.days >= 360)).any()
         # The monthly series began two months before the year with the most dates.
         assert (table.valid & ~inside)[:6].any()
+
+    def test_a_window_of_every_date_looks_at_all(self, sets: list[PixelSet]) -> None:
+        window = YEAR.model_copy(update={"start": "every-date"})
+        table = tabulate(sets, window, least=1)
+        np.testing.assert_array_equal(in_window(table, window), table.valid)
+        assert (table.days[table.valid] >= 0).all()
 
 
 class TestAugmentation:

@@ -162,7 +162,7 @@ STUDIES: Mapping[str, Study] = {
         question="Recurrence plots, the series, or both?",
         arms=(
             Arm(label="both"),
-            Arm(label="plots alone", settings=("encoder.series=false",)),
+            Arm(label="plots alone", settings=("encoder.series=false", "reflectance=false")),
             Arm(label="series alone", settings=("encoder.plots=false",)),
         ),
     ),
@@ -321,7 +321,8 @@ def _encoder_settings(checkpoint: Path) -> list[str]:
     """Settings that give an encoder the shape of a pretrained one."""
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
     pixel = PretrainConfig.model_validate(stored["config"]).pixel.model_dump(mode="json")
-    return [f"encoder.{key}={json.dumps(pixel[key])}" for key in _SHAPE]
+    # Pretraining knows indices alone.
+    return ["reflectance=false", *(f"encoder.{key}={json.dumps(pixel[key])}" for key in _SHAPE)]
 
 
 def _folder(run: Run, plan: Plan) -> Path:

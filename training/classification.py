@@ -12,6 +12,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.card import TimeWindow
 from models.encoders import PixelEncoder
 from models.graph import PixelGraph
 from models.heads import ClassificationHead
@@ -26,6 +27,7 @@ from training.series import (
     augment_series,
     computable,
     tabulate,
+    turned,
 )
 
 Floats = NDArray[np.float32]
@@ -75,12 +77,16 @@ class PixelClassification:
             encoder=encoder,
             head=head,
             others=others,
+            yearly=window.start == "every-date",
+            clarity=self.config.clarity,
+            reflectance=self.config.reflectance,
         )
 
     def _member(self) -> tuple[PixelEncoder, ClassificationHead]:
         encoder = PixelEncoder(
             steps=self.config.window.steps,
             indices=len(self.config.indices),
+            bands=len(self.config.bands) if self.config.reflectance else 0,
             **self.config.encoder.model_dump(),
         )
         return encoder, ClassificationHead(encoder.embedding, len(self.legend))
@@ -107,6 +113,8 @@ class PixelClassification:
                 values, valid = mix_pixels(part, values, valid, self.config.mix, rng)
             if self.config.window.start == "fullest-year":
                 valid, days = any_year(valid, days, rng, least=how.least)
+            elif self.config.window.start == "every-date":
+                days = turned(days, rng)
             values, valid, days = augment_series(values, valid, days, how, rng)
             kept = computable(values, valid, self.spectral)
             yield tuple(torch.from_numpy(a[kept]) for a in (values, valid, days, part.labels))
@@ -145,7 +153,7 @@ class PixelClassification:
     def logits(self, graph: PixelGraph, table: SeriesTable) -> Floats:
         """Logits of a table's pixels (N, K), each in the window that the card's rule gives."""
         graph.eval()
-        valid = in_window(table, self.config.window.steps * self.config.window.step_days)
+        valid = in_window(table, self.config.window)
         parts = []
         with torch.inference_mode():
             for i in range(0, len(table), _BATCH):
@@ -164,11 +172,12 @@ class PixelClassification:
         ]
 
 
-def in_window(table: SeriesTable, length: int) -> NDArray[np.bool_]:
-    """True for usable dates within the first `length` days of each pixel's window (N, T).
+def in_window(table: SeriesTable, window: TimeWindow) -> NDArray[np.bool_]:
+    """True for usable dates within each pixel's window, which begins on day 0 (N, T).
 
     A pixel with none there keeps all it has, so that it is scored and not left out.
     """
+    length = np.inf if window.start == "every-date" else window.steps * window.step_days
     inside = table.valid & (table.days >= 0) & (table.days < length)
     empty = ~inside.any(axis=1, keepdims=True)
     return np.where(empty, table.valid, inside)

@@ -202,7 +202,7 @@ def regular_series(table: SeriesTable, config: ClassifyConfig) -> Floats:
     """What the baselines see: the indices of each pixel on the regular grid (N, S x M)."""
     window = config.window
     grid = TimeGrid(window.steps, window.step_days)
-    valid = in_window(table, window.steps * window.step_days)
+    valid = in_window(table, window)
     indices = torch.from_numpy(table.indices).transpose(1, 2)
     series, _ = grid(indices, torch.from_numpy(valid), torch.from_numpy(table.days))
     return np.asarray(series.flatten(1).numpy())

@@ -117,11 +117,20 @@ DESCRIPTIONS: Mapping[str, Description] = {
             "The same places, the same year, the same limits."
         ),
     ),
+    "pixels-crops-us-small": Description(
+        text=(
+            "Crops of the United States as `pixels-crops-us` has them, at a quarter of the cost: "
+            "one network instead of three. The same places, the same year, the same limits."
+        ),
+    ),
     "pixels-landcover": Description(
         default=True,
         text=(
-            "Broad land cover by any year of B02, B04 and B08, after ESA WorldCover's classes, on "
-            "monthly to five-day series that begin on any day. Most labels are cropland and "
+            "Broad land cover by a year of B02, B04 and B08 or several, after ESA WorldCover's "
+            "classes, on monthly to five-day series that begin on any day. All dates given are "
+            "used, laid on one year: with several years the map is of what stayed, and `start` "
+            "keeps to the year that begins there. A pixel is of the cover that holds most of it. "
+            "Most labels are cropland and "
             "grassland; trees, shrubs, built-up, bare, water and wetland have few, and the labels "
             "are themselves maps (WorldCover about 77 % right). Orchards and vineyards were left "
             "out, for WorldCover maps them as trees in one place and as crops in another; so were "
@@ -405,11 +414,17 @@ class HalfPrecision(nn.Module):
         self.encoder = encoder.half()
 
     def forward(
-        self, first: Tensor, second: Tensor | None = None, third: Tensor | None = None
+        self,
+        first: Tensor,
+        second: Tensor | None = None,
+        third: Tensor | None = None,
+        fourth: Tensor | None = None,
     ) -> Tensor:
         """Encode as the encoder does, whatever it takes: the exporter wants each by itself."""
-        inputs = (first, second, third)
-        out: Tensor = self.encoder(*(x.half() for x in inputs if x is not None))
+        inputs = [None if x is None else x.half() for x in (first, second, third, fourth)]
+        while inputs[-1] is None:  # what this encoder may not even have
+            inputs.pop()
+        out: Tensor = self.encoder(*inputs)
         return out.float()
 
 

@@ -264,10 +264,11 @@ def _epoch(
     # Of the seed and the epoch alone, so that a resumed run draws what the whole one would.
     torch.manual_seed(how.seed * 100_003 + epoch)
     rng = np.random.default_rng((how.seed, epoch))
+    mixed = how.bfloat16 or device.type == "cuda"
     total = 0.0
     for batch in task.batches(epoch, rng):
         moved = tuple(part.to(device, non_blocking=True) for part in batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             loss = task.loss(graph, moved)
         state["optimizer"].zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature

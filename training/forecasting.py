@@ -78,12 +78,17 @@ class PixelForecast:
             encoder=encoder,
             head=head,
             others=others,
+            clarity=self.config.clarity,
+            reflectance=self.config.reflectance,
         )
 
     def _member(self) -> tuple[PixelEncoder, ForecastHead]:
         steps = self.config.window.steps
         encoder = PixelEncoder(
-            steps=steps, indices=len(INDICES), **self.config.encoder.model_dump()
+            steps=steps,
+            indices=len(INDICES),
+            bands=len(BANDS) if self.config.reflectance else 0,
+            **self.config.encoder.model_dump(),
         )
         head = ForecastHead(
             encoder.embedding,

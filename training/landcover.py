@@ -78,7 +78,7 @@ class PatchClassification:
         """Cross entropy with soft labels."""
         patches, target = batch
         return nn.functional.cross_entropy(
-            graph.raw(patches.contiguous(memory_format=torch.channels_last)),
+            graph.raw(patches.contiguous(memory_format=torch.channels_last)).float(),
             target,
             label_smoothing=self.config.smoothing,
         )

@@ -408,7 +408,7 @@ class Pretraining:
             parts = [
                 self.networks.pixel.regular(
                     g.values.to(self.device), g.valid.to(self.device), g.days.to(self.device)
-                )
+                )[:2]
                 for g in groups
             ]
         series, observed = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -212,6 +212,11 @@ def any_year(valid: Bools, days: Floats, rng: Generator, *, least: int) -> tuple
     return inside, ((days - start + turn) % _YEAR).astype(np.float32)
 
 
+def turned(days: Floats, rng: Generator) -> Floats:
+    """Days (N, T) that begin anywhere in the year, for graphs that fold years into one."""
+    return (days + rng.random((len(days), 1)) * _YEAR).astype(np.float32)
+
+
 def ordinal_day_of_year(ordinals: Ints) -> Floats:
     """Day of the year, 1 to 366, of proleptic ordinals (N)."""
     unique, where = np.unique(ordinals, return_inverse=True)

@@ -55,10 +55,10 @@ GROUNDS = (
     Ground(
         code=10,
         resting=((0.015, 0.05), (0.035, 0.085), (0.13, 0.23)),
-        growing=((0.008, 0.035), (0.015, 0.038), (0.28, 0.55)),
+        growing=((0.008, 0.03), (0.013, 0.03), (0.28, 0.55)),
         rise=(85, 140),
         length=(130, 220),
-        pixels=700,
+        pixels=400,
     ),
     # Closed stands of beech or oak: near infrared as bright as a crop's, red as dark as water's.
     Ground(
@@ -67,17 +67,10 @@ GROUNDS = (
         growing=((0.008, 0.03), (0.012, 0.028), (0.36, 0.62)),
         rise=(95, 135),
         length=(140, 195),
-        pixels=700,
+        pixels=400,
     ),
     Ground(code=10, resting=_EVERGREEN, growing=((0.01, 0.03), (0.015, 0.03), (0.18, 0.32))),
     Ground(code=10, resting=_RAINFOREST, growing=_RAINFOREST),
-    # A mixed stand, or an open one over grass.
-    Ground(
-        code=10,
-        resting=((0.015, 0.045), (0.025, 0.07), (0.14, 0.24)),
-        growing=((0.012, 0.035), (0.018, 0.045), (0.22, 0.40)),
-        pixels=300,
-    ),
     # Clearings and rough meadows: redder than a closed canopy, most of all before the season.
     Ground(
         code=30,
@@ -85,7 +78,7 @@ GROUNDS = (
         growing=((0.02, 0.05), (0.032, 0.06), (0.28, 0.50)),
         rise=(90, 150),
         length=(110, 200),
-        pixels=300,
+        pixels=1800,
     ),
     Ground(
         code=20,
@@ -118,14 +111,17 @@ GROUNDS = (
 )
 
 
-def synthetic_ground(*, seed: int = 0) -> PixelSet:
-    """Five-day series of one year of every kind of ground; labels are WorldCover's codes.
+def synthetic_ground(*, years: int = 3, seed: int = 0) -> PixelSet:
+    """Five-day series of every kind of ground; labels are WorldCover's codes.
 
-    Dates are clouded over at random, and thin cloud, view angle and noise disturb the rest.
+    Dates are clouded over at random, and thin cloud, view angle and noise disturb the rest; the
+    ground itself is the same every year.
     """
     rng = np.random.default_rng(seed)
-    dates = make_dates(date(2021, 1, 1), every=5)
-    day = np.arange(len(dates), dtype=np.float64) * 5.0
+    dates = tuple(
+        day for year in range(years) for day in make_dates(date(2019 + year, 1, 1), every=5)
+    )
+    day = np.array([day.timetuple().tm_yday - 1.0 for day in dates])
     values = np.concatenate([_pixels(ground, day, rng) for ground in GROUNDS])
     clear = rng.beta(2.0, 2.5, (len(values), 1))
     valid = rng.random(values.shape[:2]) < np.maximum(clear, 0.15)
