@@ -110,6 +110,7 @@ class PixelEncoder(nn.Module):
         self.threshold, self.percentage = threshold, percentage
         self.plot_dropout = plot_dropout if series else 0.0
         self.embedding = embedding
+        self.bands = bands
         self.factors = _factors(steps)
         features = (indices * steps if plots else 0) + (indices if series else 0) + bands + 1
         self.row = nn.Linear(features + (2 if calendar else 0), width)

@@ -13,6 +13,7 @@ TINY = (
     "encoder.width=8",
     "encoder.embedding=16",
     "members=1",
+    "reflectance=false",
     "optimisation.batch=32",
     "optimisation.epochs=3",
     "optimisation.average=0.5",

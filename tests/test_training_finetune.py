@@ -24,6 +24,8 @@ from small_crops import TINY, write_crops
 from typer.testing import CliRunner
 
 from models.encoders import PixelEncoder
+from models.graph import PixelGraph
+from models.heads import ClassificationHead
 from models.registry import Registry, load_bundle
 from training.__main__ import app
 from training.answers import load
@@ -37,6 +39,8 @@ from training.calibration import (
 )
 from training.classification import PixelClassification
 from training.config import (
+    BANDS,
+    INDICES,
     ZOO,
     ClassifyConfig,
     PatchEncoderConfig,
@@ -46,7 +50,15 @@ from training.config import (
     configuration,
 )
 from training.evaluate import evaluate
-from training.export import ParityError, VersionNotRaised, check_parity, commands, export_run
+from training.export import (
+    ParityError,
+    VersionNotRaised,
+    check_parity,
+    commands,
+    export_run,
+    in_half,
+    pixel_inputs,
+)
 from training.finetune import (
     CHECKPOINT,
     CheckpointMismatch,
@@ -73,8 +85,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_crops(tmp_path_factory.mktemp("data"))
 
 
-def tiny_run(data: Path, *settings: str, **fields: object) -> Run:
-    config = changed(ZOO["pixels-crops-us"], [*TINY, *settings])
+def tiny_run(data: Path, **fields: object) -> Run:
+    config = changed(ZOO["pixels-crops-us"], TINY)
     return Run.model_validate({"config": config.model_dump(), "data": data, **fields})
 
 
@@ -186,7 +198,7 @@ class TestFinetune:
         assert all(isinstance(pair[0], encoder) for pair in graph.others)
 
     def test_starts_from_a_pretrained_encoder(self, data: Path, tmp_path: Path) -> None:
-        graph = task_of(tiny_run(data, "reflectance=false")).graph()
+        graph = task_of(tiny_run(data)).graph()
         torch.manual_seed(7)
         other = PixelEncoder(width=8, embedding=16)
         torch.save({"pixel_encoder": other.state_dict()}, tmp_path / "pretrained.pt")
@@ -524,6 +536,24 @@ TINY_PRETRAINING = PretrainConfig(
 )
 
 
+def test_half_precision_keeps_every_input_in_its_place() -> None:
+    """An encoder without a calendar but with bands gets the bands as bands."""
+    torch.manual_seed(0)
+    graph = PixelGraph(
+        bands=BANDS,
+        indices=INDICES,
+        steps=36,
+        step_days=10,
+        encoder=PixelEncoder(width=16, embedding=32, bands=3),
+        head=ClassificationHead(32, 5),
+        reflectance=True,
+    ).eval()
+    inputs = pixel_inputs(graph, 20, 30)
+    tensors = [torch.from_numpy(inputs[name]) for name in ("values", "valid", "days")]
+    with torch.inference_mode():
+        np.testing.assert_allclose(in_half(graph)(*tensors), graph(*tensors), atol=0.01)
+
+
 @pytest.mark.parametrize(
     ("name", "task", "more"),
     [("pixels-crops-us", None, "labels=0.5"), ("my-crops", "classify", "optimisation.seed=3")],
@@ -535,7 +565,7 @@ def test_the_commands_of_a_chain_are_read_as_that_chain(
     folder = tmp_path / "pretrained"
     pretrain(TINY_PRETRAINING, places=Places(data=data), folder=folder, device="cpu")
     run = Run(
-        config=changed(configuration(name, task), [*TINY, "reflectance=false", more]),
+        config=changed(configuration(name, task), [*TINY, more]),
         data=data,
         pretrained=folder / "checkpoint.pt",
         everything=True,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from models.encoders import standardised
+from models.encoders import PixelEncoder, standardised, standardised_roots
 from models.graph import PatchGraph, PixelGraph
 from training.config import Network
 
@@ -23,17 +24,24 @@ class TempCNN(nn.Module):
     Args:
         steps: M.
         indices: K.
+        bands: C, where the bands stand beside the indices.
         embedding: units of the dense layer, 256 in the paper.
         dropout: share of values dropped after each layer in training, 0.5 in the paper.
     """
 
     def __init__(
-        self, *, steps: int, indices: int, embedding: int = 256, dropout: float = 0.5
+        self,
+        *,
+        steps: int,
+        indices: int,
+        bands: int = 0,
+        embedding: int = 256,
+        dropout: float = 0.5,
     ) -> None:
         super().__init__()
         self.embedding = embedding
         layers: list[nn.Module] = []
-        for inputs in (indices, _FILTERS, _FILTERS):
+        for inputs in (indices + bands, _FILTERS, _FILTERS):
             layers += [
                 nn.Conv1d(inputs, _FILTERS, _KERNEL, padding=_KERNEL // 2),
                 nn.BatchNorm1d(_FILTERS),
@@ -44,9 +52,16 @@ class TempCNN(nn.Module):
             *layers, nn.Flatten(), *_dense(_FILTERS * steps, embedding, dropout)
         )
 
-    def forward(self, series: Tensor, *_: Tensor | None) -> Tensor:
-        """Encode series (N, K, M) as (N, D); what else our encoder sees is not looked at."""
-        out: Tensor = self.layers(standardised(series))
+    def forward(
+        self,
+        series: Tensor,
+        observed: Tensor,
+        season: Tensor | None = None,
+        reflectance: Tensor | None = None,
+    ) -> Tensor:
+        """Encode series (N, K, M), and bands (N, C, M), as (N, D); the rest is not looked at."""
+        del observed, season
+        out: Tensor = self.layers(_seen(series, reflectance))
         return out
 
 
@@ -56,25 +71,47 @@ class MultilayerPerceptron(nn.Module):
     Args:
         steps: M.
         indices: K.
+        bands: C, where the bands stand beside the indices.
         embedding: D.
         dropout: share of values dropped after each layer in training.
     """
 
     def __init__(
-        self, *, steps: int, indices: int, embedding: int = 256, dropout: float = 0.1
+        self,
+        *,
+        steps: int,
+        indices: int,
+        bands: int = 0,
+        embedding: int = 256,
+        dropout: float = 0.1,
     ) -> None:
         super().__init__()
         self.embedding = embedding
         self.layers = nn.Sequential(
             nn.Flatten(),
-            *_dense(indices * steps, _HIDDEN, dropout),
+            *_dense((indices + bands) * steps, _HIDDEN, dropout),
             *_dense(_HIDDEN, embedding, dropout),
         )
 
-    def forward(self, series: Tensor, *_: Tensor | None) -> Tensor:
-        """Encode series (N, K, M) as (N, D); what else our encoder sees is not looked at."""
-        out: Tensor = self.layers(standardised(series))
+    def forward(
+        self,
+        series: Tensor,
+        observed: Tensor,
+        season: Tensor | None = None,
+        reflectance: Tensor | None = None,
+    ) -> Tensor:
+        """Encode series (N, K, M), and bands (N, C, M), as (N, D); the rest is not looked at."""
+        del observed, season
+        out: Tensor = self.layers(_seen(series, reflectance))
         return out
+
+
+def _seen(series: Tensor, reflectance: Tensor | None) -> Tensor:
+    """What our encoder, too, sees of a series (N, K + C, M)."""
+    levels = standardised(series)
+    if reflectance is None:
+        return levels
+    return torch.cat([levels, standardised_roots(reflectance)], dim=1)
 
 
 NETWORKS = {"tempcnn": TempCNN, "mlp": MultilayerPerceptron}
@@ -88,10 +125,12 @@ def put_network(graph: PixelGraph, network: Network) -> None:
     """
     if network != "pimc":
         steps, indices = graph.grid.steps, len(graph.indices.names)
-        embedding = graph.encoder.embedding
+        ours: PixelEncoder = graph.encoder
         replace_encoders(
             graph,
-            lambda _: NETWORKS[network](steps=steps, indices=indices, embedding=embedding),
+            lambda _: NETWORKS[network](
+                steps=steps, indices=indices, bands=ours.bands, embedding=ours.embedding
+            ),
         )
 
 
