@@ -158,10 +158,10 @@ def test_another_server_may_bind_what_it_likes_and_still_serves_no_stranger(
 
 
 # Runs `main` with the settings replaced by a look at the C library's heaps, as its own report has
-# them: those that eight threads make, and whether 4 MiB are still mapped alone once 8 MiB, which
-# were, are freed.
+# them: those that eight threads make, whether 4 MiB are still mapped alone once 8 MiB, which were,
+# are freed, and whether 64 MiB of holes below what stays leave the memory.
 _HEAPS = """
-import ctypes, re, sys, threading
+import ctypes, re, sys, threading, time
 from service import __main__ as start
 
 libc = ctypes.CDLL(None)
@@ -188,11 +188,27 @@ def look():
     mapped = 'type="mmap" count="([0-9]+)"'
     before = int(told(mapped)[-1])
     libc.malloc(4 * 2**20)
-    print(heaps, int(told(mapped)[-1]) - before)
+    alone = int(told(mapped)[-1]) - before
+
+    holes = [libc.malloc(2**16) for _ in range(1024)]
+    libc.malloc(2**16)
+    for hole in holes:
+        ctypes.memset(hole, 1, 2**16)
+    full = resident()
+    for hole in holes:
+        libc.free(ctypes.c_void_p(hole))
+    until = time.monotonic() + 30
+    while resident() > full - 2**25 and time.monotonic() < until:
+        time.sleep(0.01)
+    print(heaps, alone, resident() < full - 2**25)
     together.wait()
     raise SystemExit
 
+def resident():
+    return 1024 * int(re.search("VmRSS:(.*) kB", open("/proc/self/status").read())[1])
+
 start.read_settings = look
+start._TRIM_SECONDS = 0.01
 start.main()
 """
 
@@ -200,7 +216,7 @@ start.main()
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "malloc_info"), reason="the C library is not glibc"
 )
-def test_the_process_keeps_two_heaps_and_gives_large_arrays_back(tmp_path: Path) -> None:
+def test_the_process_keeps_two_heaps_and_gives_large_arrays_and_holes_back(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _HEAPS, str(tmp_path / "heaps.xml")],
         cwd=ROOT,
@@ -209,7 +225,7 @@ def test_the_process_keeps_two_heaps_and_gives_large_arrays_back(tmp_path: Path)
         timeout=60,
         check=False,
     )
-    assert done.stdout.split() == ["2", "1"], done.stderr
+    assert done.stdout.split() == ["2", "1", "True"], done.stderr
 
 
 def test_importing_the_service_loads_nothing_that_training_needs() -> None:
