@@ -241,7 +241,7 @@ def main() -> None:
     table = Table("task", "model", "pixels", "seconds", "pixels/s", box=None)
     with service() as url, Client(url) as pimc:
         start = time.perf_counter()
-        classes = pimc.classify_pixels(paths, start="2018-01-01")
+        classes = pimc.classify_pixels(paths)
         timed_row(
             table, "classify-pixels", classes, classes.array.size, time.perf_counter() - start
         )
@@ -262,7 +262,7 @@ def main() -> None:
             time.perf_counter() - start,
         )
         cover.save(OUT / "landcover.tif")
-    class_picture(classes, OUT / "classes.png", "Land cover by pixel series, 2018")
+    class_picture(classes, OUT / "classes.png", "Land cover by pixel series, 2015 to 2021")
     class_picture(cover, OUT / "landcover.png", "Land cover by imagery, summer 2018")
     forecast_picture(forecast, OUT / "forecast.png")
     agreement, n = tree_agreement(OUT / "classes.tif", trees)
