@@ -177,7 +177,7 @@ class TestLandcoverSources:
         assert np.isnan(pixels.values[~pixels.valid]).all()
         values = pixels.values[pixels.valid]
         assert values.min() >= 0
-        assert values.max() < 0.9
+        assert values.max() < 1.0
 
     def test_synthetic_ground_looks_like_its_class(self) -> None:
         pixels = synthetic_ground()
