@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ _GDAL: Mapping[str, str | int] = {
     # No name inside a file leads to the network: this is the only one that GDAL would fetch.
     "CPL_VSIL_CURL_ALLOWED_FILENAME": "none",
 }
-_CACHE_BYTES = 64 * 2**20
+_CACHE_BYTES = 32 * 2**20
 # Threads decode the blocks of one read side by side. Measured on small strips they cost 1 ms a
 # read and gain nothing; on tiles of half a megabyte they pay.
 _THREADS_PAY_FROM = 2**18
@@ -111,23 +112,48 @@ class Header:
 def gdal_options(*, block_bytes: int = 0) -> Iterator[None]:
     """GDAL's options for every open and read; GDAL keeps them per thread, so enter it in each.
 
-    Its block cache is one for the process, and stays bounded when this is left.
-
     Args:
         block_bytes: what the largest block to be read decodes to.
     """
-    with rasterio.Env(**_GDAL):
-        # Not among the `Env`'s own, which it puts back when it is left. GDAL's default is 5 % of
-        # the machine's memory, and would then hold for whoever writes, or still reads in another
-        # thread: 2048 x 2048 pixels of 17 bands took 480 MB to write on 24 GB, and so take 220.
-        #
-        # In bytes: rasterio hands the number to GDALSetCacheMax64, and not to GDAL's parser, which
-        # takes a small one for megabytes. One block must fit, so that its other bands are not
-        # decoded again. More is of no use, as windows decode no block twice, and with large rasters
-        # it fills: 512 MiB made the service's memory on 4096 x 4096 pixels 2.4 times that on
-        # 1024 x 1024.
-        set_gdal_config("GDAL_CACHEMAX", max(_CACHE_BYTES, 2 * block_bytes))
+    # One block must fit, so that its other bands are not decoded again. More is of no use, as
+    # windows decode no block twice, and with large rasters it fills: 512 MiB made the service's
+    # memory on 4096 x 4096 pixels 2.4 times that on 1024 x 1024.
+    with rasterio.Env(**_GDAL), BLOCK_CACHE.of(2 * block_bytes):
         yield
+
+
+class _BlockCache:
+    """GDAL's cache of decoded blocks: one for the process, as large as anybody needs just now.
+
+    Its bound is not left to an `Env`, which puts back what was before, for every thread. GDAL's
+    default is 5 % of the machine's memory, and would then hold for whoever writes: 2048 x 2048
+    pixels of 17 bands took 480 MB to write on 24 GB, and so take 220.
+    """
+
+    def __init__(self) -> None:
+        self._needed = [_CACHE_BYTES]
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def of(self, size: int) -> Iterator[None]:
+        """Room for blocks of at least `size` bytes, whoever else needs less meanwhile."""
+        with self._lock:
+            self._needed.append(size)
+            self._bound()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._needed.remove(size)
+                self._bound()
+
+    def _bound(self) -> None:
+        # In bytes: rasterio hands the number to GDALSetCacheMax64, and not to GDAL's parser, which
+        # takes a small one for megabytes.
+        set_gdal_config("GDAL_CACHEMAX", max(self._needed))
+
+
+BLOCK_CACHE = _BlockCache()
 
 
 def for_each(

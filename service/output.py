@@ -40,6 +40,7 @@ from rasterio.windows import Window
 from models.card import LegendClass
 from service.answers import NO_CLASS, Layer
 from service.errors import InsufficientStorage, no_room
+from service.geotiff import BLOCK_CACHE
 from service.stack import Grid
 
 SIDECAR = ".aux.xml"
@@ -56,6 +57,8 @@ _HEADER_BYTES = 8 * 2**20
 _COPY_BYTES = 2**20
 _OVERVIEW_BYTES = 2_000_000
 """What GDAL makes overviews from at once: its 10 MB, in several threads, are no faster."""
+_MOST_CACHED = 256 * 2**20
+"""Of blocks while overviews are made, however wide and deep a raster is."""
 
 
 class RasterWriter:
@@ -138,7 +141,15 @@ class RasterWriter:
         self._open.pop(layer.name).close()
         check_whole(self._part(layer.name))
         whole = self._parts / f"{layer.name}.tif"
-        with rasterio.Env(GDAL_OVR_CHUNK_MAX_SIZE=_OVERVIEW_BYTES):
+        block = _block(layer, self._grid)
+        deep = block * len(layer.bands) * np.dtype(layer.dtype).itemsize
+        # Overviews are made piece by piece along rows of blocks, of this raster and of the overview
+        # before. A row that does not fit is decoded again for each piece, and a block for each of
+        # its pieces: 512 x 512 pixels of 256 bands then take 102 s of processor time, and so 11.
+        with (
+            BLOCK_CACHE.of(min(2 * deep * self._grid.width, _MOST_CACHED)),
+            rasterio.Env(GDAL_OVR_CHUNK_MAX_SIZE=max(_OVERVIEW_BYTES, deep * block)),
+        ):
             rasterio.shutil.copy(
                 self._part(layer.name), whole, driver="COG", **cog_options(layer, self._grid)
             )

@@ -122,7 +122,7 @@ def test_a_georeference_that_was_worked_out_once_serves_the_files_that_write_the
 
 def test_the_block_cache_is_bounded_and_large_enough_for_a_block() -> None:
     with gdal_options():
-        assert get_gdal_config("GDAL_CACHEMAX") == 64 * 2**20
+        assert get_gdal_config("GDAL_CACHEMAX") == 32 * 2**20
     with gdal_options(block_bytes=256 * 2**20):
         assert get_gdal_config("GDAL_CACHEMAX") == 512 * 2**20
 
@@ -131,9 +131,18 @@ def test_the_block_cache_stays_bounded_for_who_writes_after_a_read() -> None:
     set_gdal_config("GDAL_CACHEMAX", 2**40)  # as much as GDAL may take by itself
     with gdal_options():
         pass
-    assert get_gdal_config("GDAL_CACHEMAX") == 64 * 2**20
+    assert get_gdal_config("GDAL_CACHEMAX") == 32 * 2**20
     with rasterio.Env():
-        assert get_gdal_config("GDAL_CACHEMAX") == 64 * 2**20
+        assert get_gdal_config("GDAL_CACHEMAX") == 32 * 2**20
+
+
+def test_the_block_cache_is_as_large_as_anybody_needs_meanwhile() -> None:
+    large, small = gdal_options(block_bytes=64 * 2**20), gdal_options(block_bytes=2**10)
+    with large:
+        with small:
+            assert get_gdal_config("GDAL_CACHEMAX") == 128 * 2**20
+        assert get_gdal_config("GDAL_CACHEMAX") == 128 * 2**20
+    assert get_gdal_config("GDAL_CACHEMAX") == 32 * 2**20
 
 
 @pytest.mark.parametrize("block_bytes", [0, 2**20])
