@@ -776,7 +776,7 @@ def test_a_job_resumed_under_other_roots_reads_nothing(tmp_path: Path) -> None:
     old.mkdir()
     new.mkdir()
     for month in (3, 5, 7):
-        bands = np.full((3, 120, 120), 2000, np.uint16)
+        bands = np.full((3, 480, 480), 2000, np.uint16)  # not through when it stops, however fast
         path = old / f"2021-0{month}-01.tif"
         rasters.write(path, bands, descriptions=["B02", "B04", "B08"])
     body = {"items": [{"href": str(path)} for path in sorted(old.iterdir())]}
