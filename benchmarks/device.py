@@ -187,7 +187,7 @@ def _device_name() -> str:
     if tool is None:
         return "unknown"
     asked = [tool, "--query-gpu=name", "--format=csv,noheader", "--id=0"]
-    said = subprocess.run(asked, capture_output=True, text=True, check=False)  # noqa: S603 - ours
+    said = subprocess.run(asked, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
     return said.stdout.strip() or "unknown"
 
 

@@ -75,6 +75,11 @@ class TimeWindow(_Frozen):
     A start that is given bounds every rule's window to its length.
     """
 
+    @property
+    def yearly(self) -> bool:
+        """Whether the graph lays the dates of several years on one."""
+        return self.start == "every-date"
+
     def resolve(self, dates: Sequence[date], start: date | None = None) -> ResolvedWindow:
         """Lay the window over dates.
 
@@ -97,13 +102,10 @@ class TimeWindow(_Frozen):
             return ResolvedWindow(
                 start=start or first_day, first_day=first_day, used=used, last=last
             )
-        if self.start == "every-date" and start is None:
-            return ResolvedWindow(
-                start=date(min(dates).year, 1, 1),
-                first_day=date(min(dates).year, 1, 1),
-                used=tuple(range(len(dates))),
-                last=max(dates),
-            )
+        if self.yearly and start is None:
+            first_day = date(min(dates).year, 1, 1)
+            used = tuple(range(len(dates)))
+            return ResolvedWindow(start=first_day, first_day=first_day, used=used, last=max(dates))
         first_day = start or max(
             self._candidates(dates),
             key=lambda s: (sum(s <= d < s + length for d in set(dates)), s.month == 1, s),

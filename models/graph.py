@@ -13,7 +13,8 @@ from models.heads import ClassificationHead, ForecastHead
 from models.indices import SpectralIndices
 from models.timegrid import TimeGrid
 
-_YEAR = 365.25
+YEAR = 365.25
+"""Days of a year, the period of a yearly grid."""
 _BLUE = "B02"
 
 
@@ -58,7 +59,7 @@ class PixelGraph(nn.Module):
     ) -> None:
         super().__init__()
         self.indices = SpectralIndices(indices, bands)
-        self.grid = TimeGrid(steps, step_days, period=_YEAR if yearly else None)
+        self.grid = TimeGrid(steps, step_days, period=YEAR if yearly else None)
         self.clarity = clarity
         self.reflectance = reflectance
         self.blue = bands.index(_BLUE) if clarity else 0
@@ -136,7 +137,7 @@ class PixelGraph(nn.Module):
 
     def _season(self, day_of_year: Tensor) -> Tensor:
         """Sine and cosine of each step's day of the year (N, 2, M)."""
-        angle = (day_of_year[:, None] + self.grid.grid) * (2.0 * math.pi / _YEAR)
+        angle = (day_of_year[:, None] + self.grid.grid) * (2.0 * math.pi / YEAR)
         return torch.stack([torch.sin(angle), torch.cos(angle)], dim=1)
 
 

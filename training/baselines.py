@@ -16,7 +16,28 @@ _KERNEL = 5
 _HIDDEN = 512
 
 
-class TempCNN(nn.Module):
+class _OnSeries(nn.Module):
+    """Layers that encode what our encoder, too, sees of a series."""
+
+    layers: nn.Sequential
+
+    def forward(
+        self,
+        series: Tensor,
+        observed: Tensor,
+        season: Tensor | None = None,
+        reflectance: Tensor | None = None,
+    ) -> Tensor:
+        """Encode series (N, K, M), and bands (N, C, M), as (N, D); the rest is not looked at."""
+        del observed, season
+        seen = standardised(series)
+        if reflectance is not None:
+            seen = torch.cat([seen, standardised_roots(reflectance)], dim=1)
+        out: Tensor = self.layers(seen)
+        return out
+
+
+class TempCNN(_OnSeries):
     """Three convolutions over time and a dense layer.
 
     Pelletier et al. 2019, doi:10.3390/rs11050523.
@@ -52,20 +73,8 @@ class TempCNN(nn.Module):
             *layers, nn.Flatten(), *_dense(_FILTERS * steps, embedding, dropout)
         )
 
-    def forward(
-        self,
-        series: Tensor,
-        observed: Tensor,
-        season: Tensor | None = None,
-        reflectance: Tensor | None = None,
-    ) -> Tensor:
-        """Encode series (N, K, M), and bands (N, C, M), as (N, D); the rest is not looked at."""
-        del observed, season
-        out: Tensor = self.layers(_seen(series, reflectance))
-        return out
 
-
-class MultilayerPerceptron(nn.Module):
+class MultilayerPerceptron(_OnSeries):
     """Two dense layers on the whole series.
 
     Args:
@@ -92,26 +101,6 @@ class MultilayerPerceptron(nn.Module):
             *_dense((indices + bands) * steps, _HIDDEN, dropout),
             *_dense(_HIDDEN, embedding, dropout),
         )
-
-    def forward(
-        self,
-        series: Tensor,
-        observed: Tensor,
-        season: Tensor | None = None,
-        reflectance: Tensor | None = None,
-    ) -> Tensor:
-        """Encode series (N, K, M), and bands (N, C, M), as (N, D); the rest is not looked at."""
-        del observed, season
-        out: Tensor = self.layers(_seen(series, reflectance))
-        return out
-
-
-def _seen(series: Tensor, reflectance: Tensor | None) -> Tensor:
-    """What our encoder, too, sees of a series (N, K + C, M)."""
-    levels = standardised(series)
-    if reflectance is None:
-        return levels
-    return torch.cat([levels, standardised_roots(reflectance)], dim=1)
 
 
 NETWORKS = {"tempcnn": TempCNN, "mlp": MultilayerPerceptron}

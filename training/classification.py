@@ -77,7 +77,7 @@ class PixelClassification:
             encoder=encoder,
             head=head,
             others=others,
-            yearly=window.start == "every-date",
+            yearly=window.yearly,
             clarity=self.config.clarity,
             reflectance=self.config.reflectance,
         )
@@ -113,7 +113,7 @@ class PixelClassification:
                 values, valid = mix_pixels(part, values, valid, self.config.mix, rng)
             if self.config.window.start == "fullest-year":
                 valid, days = any_year(valid, days, rng, least=how.least)
-            elif self.config.window.start == "every-date":
+            elif self.config.window.yearly:
                 days = turned(days, rng)
             values, valid, days = augment_series(values, valid, days, how, rng)
             kept = computable(values, valid, self.spectral)
@@ -177,7 +177,7 @@ def in_window(table: SeriesTable, window: TimeWindow) -> NDArray[np.bool_]:
 
     A pixel with none there keeps all it has, so that it is scored and not left out.
     """
-    length = np.inf if window.start == "every-date" else window.steps * window.step_days
+    length = np.inf if window.yearly else window.steps * window.step_days
     inside = table.valid & (table.days >= 0) & (table.days < length)
     empty = ~inside.any(axis=1, keepdims=True)
     return np.where(empty, table.valid, inside)

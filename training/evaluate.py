@@ -27,6 +27,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from models.card import ModelCard
+from models.graph import YEAR
 from models.registry import Bundle, load_bundle
 from models.timegrid import TimeGrid
 from training import answers as kept
@@ -213,7 +214,7 @@ def _on_grid(
 ) -> Floats:
     """Indices and, where the encoders see them, roots of the bands (N, S + C, M)."""
     window = config.window
-    period = 365.25 if window.start == "every-date" else None
+    period = YEAR if window.yearly else None
     grid = TimeGrid(window.steps, window.step_days, period=period)
     seen = [table.indices]
     if config.reflectance:
