@@ -24,6 +24,9 @@ CARD_FILE = "card.json"
 # What the graph of each modality takes, by name; `day_of_year` only where the card says so.
 PIXEL_INPUTS = ("values", "valid", "days")
 PATCH_INPUTS = ("patches",)
+# The input that is reflectance: float16 in a float16 variant, whose way to a device it halves, and
+# float32 in any other. All else is the same for all variants.
+REFLECTANCE = ("values", "patches")
 # The one output of each task's graph.
 OUTPUTS: dict[Task, str] = {
     "classify-pixels": "probabilities",

@@ -32,7 +32,7 @@ def standardised_roots(reflectance: Tensor) -> Tensor:
     return (reflectance.clamp(0.0, 1.0).sqrt() - _ROOT_CENTER) / _ROOT_SPREAD
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Residual two-layer perceptron over the last axis.
 
     BatchNorm rather than LayerNorm: after export it is part of the matrix product that follows.
@@ -40,21 +40,23 @@ class _Block(nn.Module):
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.norm = _ChannelNorm(width)
+        self.norm = ChannelNorm(width)
         self.up = nn.Linear(width, 2 * width)
         self.down = nn.Linear(2 * width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(..., C) -> (..., C)`."""
         hidden = torch.relu(self.up(self.norm(x)))
         out: Tensor = x + self.down(self.dropout(hidden))
         return out
 
 
-class _ChannelNorm(nn.BatchNorm1d):
+class ChannelNorm(nn.BatchNorm1d):
     """Batch normalisation of the last axis, whatever stands before it."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(..., C) -> (..., C)`."""
         return super().forward(x.flatten(0, -2)).view_as(x)
 
 
@@ -73,7 +75,8 @@ class PixelEncoder(nn.Module):
         bands: C, whose reflectance stands beside the series; 0 for none. An index tells bright
             ground from dark only where its formula does, and most are ratios.
         width: channels of the finest level; doubled at each join.
-        depth: residual blocks a level.
+        depths: residual blocks of each of the three levels. None at the finest saves most: its
+            tokens are many and narrow, and narrow products are the slowest.
         embedding: D.
         dropout: share of hidden values dropped in training.
         plots: whether the encoder sees the recurrence plots.
@@ -93,7 +96,7 @@ class PixelEncoder(nn.Module):
         indices: int = 3,
         bands: int = 0,
         width: int = 64,
-        depth: int = 1,
+        depths: Sequence[int] = (1, 1, 1),
         embedding: int = 256,
         dropout: float = 0.3,
         plots: bool = True,
@@ -110,13 +113,15 @@ class PixelEncoder(nn.Module):
         self.threshold, self.percentage = threshold, percentage
         self.plot_dropout = plot_dropout if series else 0.0
         self.embedding = embedding
-        self.bands = bands
+        self.steps, self.bands = steps, bands
         self.factors = _factors(steps)
         features = (indices * steps if plots else 0) + (indices if series else 0) + bands + 1
         self.row = nn.Linear(features + (2 if calendar else 0), width)
         widths = (width, 2 * width, 4 * width)
         self.levels = nn.ModuleList(
-            nn.Sequential(*(_Block(w, dropout / 2) for _ in range(depth))) for w in widths
+            # Without a block, two linear maps would follow one another and be one.
+            nn.Sequential(*(Block(w, dropout / 2) for _ in range(depth))) if depth else nn.ReLU()
+            for w, depth in zip(widths, depths, strict=True)
         )
         self.joins = nn.ModuleList(
             nn.Linear(factor * w, 2 * w)
@@ -126,7 +131,7 @@ class PixelEncoder(nn.Module):
             nn.Flatten(),
             nn.Dropout(dropout),
             nn.Linear(widths[-1] * _TOKENS, embedding),
-            _ChannelNorm(embedding),
+            ChannelNorm(embedding),
             nn.ReLU(),
         )
 

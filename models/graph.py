@@ -81,21 +81,24 @@ class PixelGraph(nn.Module):
             Series (N, K, M), NaN for a pixel with no usable date; observed (N, 1, M), 0 to 1;
             reflectance (N, C, M) or None.
         """
-        x = self.indices(values)
-        # A date whose index cannot be computed is missing, in all indices alike.
-        usable = valid & (x == x).all(dim=-1)
-        worth = self._worth(values) if self.clarity else None
+        # What comes in float16, to spare the way to a device, is computed with in float32.
+        bands = values.transpose(1, 2).float()
+        x = self.indices(bands, dim=1)
+        # A date whose index cannot be computed is missing, in all indices alike: NaN in one of
+        # these bounded numbers is NaN in their sum, and only NaN is unlike itself.
+        total = x.sum(dim=1)
+        usable = valid & (total == total)
+        worth = self._worth(bands[:, self.blue]) if self.clarity else None
         if not self.reflectance:
-            return *self.grid(x.transpose(1, 2), usable, days, worth), None
+            return *self.grid(x, usable, days, worth), None
         # One product for both.
-        both = torch.cat([x, values], dim=-1).transpose(1, 2)
-        series, observed = self.grid(both, usable, days, worth)
-        return series[:, : x.shape[-1]], observed, series[:, x.shape[-1] :]
+        series, observed = self.grid(torch.cat([x, bands], dim=1), usable, days, worth)
+        return series[:, : x.shape[1]], observed, series[:, x.shape[1] :]
 
-    def _worth(self, values: Tensor) -> Tensor:
-        """Weight of each date by how little blue light it shows (N, T), above 0."""
+    def _worth(self, blue: Tensor) -> Tensor:
+        """Weight of each date (N, T), above 0, by how little blue light it shows (N, T)."""
         # The bound keeps the weight of the brightest snow far above what float32 can hold.
-        return torch.exp(-self.clarity * values[..., self.blue].clamp(0.0, 1.0))
+        return torch.exp(-self.clarity * blue.clamp(0.0, 1.0))
 
     def raw(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
@@ -162,6 +165,7 @@ class PatchGraph(nn.Module):
 
     def raw(self, patches: Tensor) -> Tensor:
         """What training needs: logits (N, K) or embeddings (N, D)."""
+        patches = patches.float()  # see `PixelGraph.regular`
         if self.head is None:
             embeddings: Tensor = self.encoder(patches)
             return embeddings

@@ -46,11 +46,11 @@ _LIMIT = 1.5
 
 
 class SpectralIndices(nn.Module):
-    """Computes spectral indices from bands: `(..., C) -> (..., K)`.
+    """Computes spectral indices from bands: `(..., C, ...) -> (..., K, ...)`.
 
     Args:
         names: indices to compute (K), keys of `FORMULAS`.
-        bands: names of the bands on the last axis of the input (C).
+        bands: names of the bands of the input (C), in order.
 
     Raises:
         KeyError: an index is unknown, or needs a band that is not there.
@@ -62,21 +62,22 @@ class SpectralIndices(nn.Module):
         place = {band: i for i, band in enumerate(bands)}
         self._places = [tuple(place[b] for b in FORMULAS[name][0]) for name in names]
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Tensor, dim: int = -1) -> Tensor:
         """Compute the indices.
 
         Args:
-            values: reflectance (..., C), unitless; NaN where missing.
+            values: reflectance, unitless; NaN where missing.
+            dim: axis of the bands.
 
         Returns:
-            Indices (..., K) in -1.5 to 1.5; NaN where a band is missing or the formula's
-            denominator vanishes.
+            Indices, on the axis of the bands, in -1.5 to 1.5; NaN where a band is missing or the
+            formula's denominator vanishes.
         """
-        bands = values.unbind(-1)
+        bands = values.unbind(dim)
         out = []
         for name, places in zip(self.names, self._places, strict=True):
             numerator, denominator = FORMULAS[name][1](*(bands[p] for p in places))
             ratio = (numerator / denominator).clamp(-_LIMIT, _LIMIT)
             # Not `denominator <= limit`: a comparison with NaN is false, and must land on NaN.
             out.append(torch.where(denominator > _SMALLEST_DENOMINATOR, ratio, torch.nan))
-        return torch.stack(out, dim=-1)
+        return torch.stack(out, dim=dim)

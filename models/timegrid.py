@@ -25,6 +25,8 @@ class TimeGrid(nn.Module):
     """
 
     _WIDE_HEIGHT = 1e-3
+    # The Gaussian is nowhere below e to minus this, 1e-26: nothing beside the wide kernel.
+    _FAR = 60.0
 
     def __init__(
         self,
@@ -63,17 +65,18 @@ class TimeGrid(nn.Module):
             step is observed (N, 1, M), 0 (no date near) to 1.
         """
         distance = self._distance(days)
-        narrow = torch.exp(-0.5 * (distance / self.narrow) ** 2)
+        # Bounded, for what lies below float32's normal numbers is multiplied far more slowly.
+        narrow = torch.exp(-(0.5 * (distance / self.narrow) ** 2).clamp(max=self._FAR))
         wide = self._WIDE_HEIGHT / (1.0 + (distance / self.wide) ** 2)
         weight = narrow + wide
         usable = valid[:, None, :]
         # `where`, not a product: 0 * NaN is NaN.
-        seen = torch.where(usable, x, torch.zeros_like(x))
+        seen = torch.where(usable, x, x.new_zeros(()))
         present = usable.to(x.dtype)
         # How well a step is observed is a matter of its dates alone, whatever each is worth.
         density = present @ narrow
         if worth is not None:
-            present = torch.where(usable, worth[:, None, :], torch.zeros_like(present))
+            present = torch.where(usable, worth[:, None, :], worth.new_zeros(()))
             seen = seen * present
         series = seen @ weight / (present @ weight)
         return series, density / (density + 0.5)

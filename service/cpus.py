@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: its affinity and its container's quota, not the machine's."""
+"""The CPUs that this process may use, how many and of what kind."""
 
 from __future__ import annotations
 
@@ -7,11 +7,30 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# As Linux names them: AVX-512's VNNI, AVX's, and AMX's.
+_INT8_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+
+
+def multiplies_int8(info: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPUs have instructions for products of int8 (x86 on Linux; elsewhere False).
+
+    Without them such products gain little over float32.
+
+    Args:
+        info: what the kernel says of the CPUs.
+    """
+    try:
+        lines = info.read_text().splitlines()
+    except OSError:  # no Linux
+        return False
+    flags = [set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")]
+    return bool(flags) and all(have & _INT8_PRODUCTS for have in flags)
+
 
 def usable_cpus(
     groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> int:
-    """CPUs that this process may use: of its affinity, and of its container's quota.
+    """CPUs that this process may use: of its affinity and its container's quota, not the machine's.
 
     A quota of one and a half CPUs counts as two: one thread alone would leave the half unused.
 

@@ -29,9 +29,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state
 
-from models.card import Modality, ModelCard, Precision, Task
+from models.card import REFLECTANCE, Modality, ModelCard, Precision, Task
 from models.registry import Bundle, BundleError, Registry
-from service.cpus import usable_cpus
+from service.cpus import multiplies_int8, usable_cpus
 from service.errors import InternalError, UnknownModel, WrongTask
 from service.settings import SettingsError
 
@@ -389,11 +389,8 @@ class LoadedModel:
     ) -> None:
         count = part.stop - part.start
         size = _padded(count, self._batch) if pad else count
-        # Into the graph's order here, by batch: the threads share it, and none waits for the whole.
-        feeds = {
-            name: np.ascontiguousarray(_repeat_last(array[part], size))
-            for name, array in each.items()
-        }
+        # Put into the graph's order by batch: the threads share it, and none waits for the whole.
+        feeds = {name: _repeat_last(array[part], size) for name, array in each.items()}
         answer = self._session.run({**feeds, **shared})
         if answer.shape != (size, *self.width):
             # Else another pixel's answer could pass for this one's.
@@ -428,6 +425,8 @@ class Session:
     session: onnxruntime.InferenceSession
     output: str
     """Name of the one output."""
+    kinds: Mapping[str, type[np.generic]]
+    """What the graph takes, by input."""
     variant: Precision
     """The ONNX file that was loaded."""
 
@@ -438,7 +437,8 @@ class Session:
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Floats:
         """One run; the GIL is free meanwhile. Input that stays on a device would be bound here."""
-        (answer,) = self.session.run([self.output], dict(feeds))
+        given = {name: np.ascontiguousarray(x, self.kinds[name]) for name, x in feeds.items()}
+        (answer,) = self.session.run([self.output], given)
         return np.asarray(answer, np.float32)
 
 
@@ -462,15 +462,18 @@ def open_session(bundle: Bundle, provider: str) -> Session:
     # Else a failing device is answered from a new CPU session, behind everybody's back.
     session.disable_fallback()
     _check_ends(session, card)
-    return Session(session=session, output=card.output, variant=variant)
+    kinds = {node.name: _KINDS[node.type] for node in session.get_inputs()}
+    return Session(session=session, output=card.output, kinds=kinds, variant=variant)
 
 
 def pick_variant(card: ModelCard, provider: str) -> Precision:
-    """The variant to load: float16 on CUDA, int8 on a CPU, where it costs nearly nothing.
+    """The variant to load where it costs nearly nothing: float16 on CUDA, int8 on a fitting CPU.
 
     A variant whose loss nobody measured, or whose measured loss reaches `TOLERATED_LOSS` in any
     metric, is never taken; float32 otherwise.
     """
+    if provider != CUDA and not multiplies_int8():
+        return "float32"
     wish: Precision = "float16" if provider == CUDA else "int8"
     for variant in card.variants:
         if variant.name == wish:
@@ -502,13 +505,18 @@ def _why_not(bundle: Bundle, variant: Precision, error: Exception) -> str:
     )
 
 
-# Type and rank of each input, as the engine feeds them.
-_INPUTS: Mapping[str, tuple[str, int]] = {
-    "values": ("tensor(float)", 3),
-    "valid": ("tensor(bool)", 2),
-    "days": ("tensor(float)", 1),
-    "day_of_year": ("tensor(float)", 1),
-    "patches": ("tensor(float)", 4),
+# Kind and rank of each input, as the engine feeds them; reflectance may be float16 too.
+_INPUTS: Mapping[str, tuple[type[np.generic], int]] = {
+    "values": (np.float32, 3),
+    "valid": (np.bool_, 2),
+    "days": (np.float32, 1),
+    "day_of_year": (np.float32, 1),
+    "patches": (np.float32, 4),
+}
+_KINDS: Mapping[str, type[np.generic]] = {
+    "tensor(float16)": np.float16,
+    "tensor(float)": np.float32,
+    "tensor(bool)": np.bool_,
 }
 
 
@@ -531,10 +539,12 @@ def _check_ends(session: onnxruntime.InferenceSession, card: ModelCard) -> None:
         )
     for name, node in found.items():
         kind, rank = _INPUTS[name]
-        if (node.type, len(node.shape)) != (kind, rank):
+        told = _KINDS.get(node.type)
+        half = told is np.float16 and name in REFLECTANCE
+        if not (told is kind or half) or len(node.shape) != rank:
             raise BundleError(
-                f"{where}: '{name}' is a {node.type} of {len(node.shape)} axes, and is fed a "
-                f"{kind} of {rank}"
+                f"{where}: '{name}' is a {node.type} of {len(node.shape)} axes, and is fed "
+                f"{kind.__name__} of {rank}"
             )
     name, axis = ("values", 2) if card.modality == "pixel" else ("patches", 1)
     shape = found[name].shape
@@ -605,6 +615,8 @@ def _session_options(provider: str) -> onnxruntime.SessionOptions:
     # A spinning thread takes the CPU from the reader and the writer, and from other callers.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    # Without it, products of int8 overflow on a CPU that has no instructions for them.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if provider == CPU:
         # A pattern is kept for every shape ever seen, and T changes with each caller's stack; it
         # gains nothing measurable.

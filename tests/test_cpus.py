@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cpus import usable_cpus
+from service.cpus import multiplies_int8, usable_cpus
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +66,23 @@ def test_without_control_groups_the_affinity_alone_counts(tmp_path: Path) -> Non
 
 def test_on_this_machine_there_is_one_at_least() -> None:
     assert 1 <= usable_cpus() <= 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "able"),
+    [
+        (["fpu avx2 avx512f", "fpu avx2 avx512f"], False),
+        (["fpu avx2 avx_vnni", "fpu avx2 avx_vnni"], True),
+        (["fpu avx512f avx512_vnni amx_int8"], True),
+        (["fpu avx_vnni", "fpu avx2"], False),  # the slower kind may get the work
+        ([], False),
+    ],
+)
+def test_products_of_int8_are_for_cpus_that_have_instructions_for_them(tmp_path, flags, able):
+    info = tmp_path / "cpuinfo"
+    info.write_text("".join(f"processor\t: {i}\nflags\t\t: {f}\n\n" for i, f in enumerate(flags)))
+    assert multiplies_int8(info) is able
+
+
+def test_where_the_kernel_says_nothing_of_cpus_there_is_no_int8(tmp_path):
+    assert not multiplies_int8(tmp_path / "none")

@@ -235,8 +235,8 @@ def no_number(model):
             newest_opset,
             r"model\.onnx is of opset 999, and ONNX Runtime [\d.]+ takes none above \d+",
         ),
-        (double, r"'values' is a tensor\(double\) of 3 axes, and is fed a tensor\(float\) of 3"),
-        (days_of_each, r"'days' is a tensor\(float\) of 2 axes, and is fed a .* of 1"),
+        (double, r"'values' is a tensor\(double\) of 3 axes, and is fed float32 of 3"),
+        (days_of_each, r"'days' is a tensor\(float\) of 2 axes, and is fed float32 of 1"),
         (sums_to_more, r"for a plausible pixel, probabilities sum to 2, not to 1"),
         (no_number, r"for a plausible pixel, 'probabilities' holds NaN or infinity"),
     ],
@@ -318,7 +318,29 @@ def card_with(zoo, **losses):
     return card.model_copy(update={"variants": (first, *more)})
 
 
-def test_the_variant_that_costs_nothing_is_taken(zoo):
+def half_values(model):
+    (given,) = (i for i in model.graph.input if i.name == "values")
+    given.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    model.graph.node.insert(
+        0, onnx.helper.make_node("Cast", ["values"], ["whole"], to=onnx.TensorProto.FLOAT)
+    )
+    for node in model.graph.node[1:]:
+        node.input[:] = ["whole" if name == "values" else name for name in node.input]
+
+
+def test_reflectance_goes_into_a_float16_graph_as_float16(tmp_path):
+    write_bundle(tmp_path, "whole", "embed", "pixel")
+    changed(write_bundle(tmp_path, "half", "embed", "pixel"), half_values)
+    with Engine(Registry.load(tmp_path), providers="cpu", threads=1) as engine:
+        assert engine.refused == {}
+        values, valid, days = series(40, dates=9)
+        want = engine.models["whole"].pixels(values, valid, days)
+        got = engine.models["half"].pixels(values, valid, days)
+    assert 0 < np.nanmax(np.abs(got - want)) < 2e-3
+
+
+def test_the_variant_that_costs_nothing_is_taken(zoo, monkeypatch):
+    monkeypatch.setattr("service.engine.multiplies_int8", lambda: True)
     assert pick_variant(card_with(zoo), CPU) == "float32"
     assert pick_variant(card_with(zoo, float16={"accuracy": 0.0}), CUDA) == "float16"
     assert pick_variant(card_with(zoo, float16={"accuracy": 0.0}), CPU) == "float32"
@@ -328,6 +350,8 @@ def test_the_variant_that_costs_nothing_is_taken(zoo):
     assert pick_variant(card_with(zoo, int8={"accuracy": -0.001, "f1": -0.004}), CPU) == "float32"
     assert pick_variant(card_with(zoo, int8={}), CPU) == "float32"  # a loss nobody measured
     assert pick_variant(card_with(zoo, int8={"accuracy": 0.01}), CUDA) == "float32"
+    monkeypatch.setattr("service.engine.multiplies_int8", lambda: False)
+    assert pick_variant(card_with(zoo, int8={"accuracy": 0.01}), CPU) == "float32"
 
 
 class SmallDevice:
@@ -357,7 +381,8 @@ def on_a_device(zoo, most, fault=None, times=10**9, kind=SmallDevice):
     bundle = Registry.load(zoo).bundles["pixels-landcover"]
     reference = open_session(bundle, CPU)
     small = kind(open_session(bundle, CPU).session, most, fault, times)
-    session = Session(session=small, output="probabilities", variant="float32")
+    kinds = {"values": np.float32, "valid": np.bool_, "days": np.float32}
+    session = Session(session=small, output="probabilities", kinds=kinds, variant="float32")
     model = LoadedModel(
         bundle.card,
         session,
@@ -456,7 +481,8 @@ if how == "arena":  # an arena of 8 MiB, as one of a device that others fill
     config = onnxruntime.OrtArenaCfg({"max_mem": 8 * 2**20, "arena_extend_strategy": 1})
     onnxruntime.create_and_register_allocator(memory, config)
     inner = onnxruntime.InferenceSession(bundle.path(), options, providers=[e.CPU])
-    session = e.Session(session=inner, output="probabilities", variant="float32")
+    kinds = {"values": np.float32, "valid": np.bool_, "days": np.float32}
+    session = e.Session(session=inner, output="probabilities", kinds=kinds, variant="float32")
 else:
     session = e.open_session(bundle, e.CPU)
 pool = ThreadPoolExecutor(1)

@@ -95,7 +95,7 @@ def test_each_arm_is_what_its_label_says(data: Path) -> None:
     assert not graph("series alone").encoder.plots
     assert graph("point, 20 %").encoder.percentage == 20.0
     assert graph("M = 48", "window.step_days=8").grid.steps == 48
-    assert len(graph("width 64, depth 2").encoder.levels[0]) == 2
+    assert len(graph("width 64, depths (2, 2, 2)").encoder.levels[0]) == 2
 
 
 def test_pretraining_arms_are_probed_alike(negatives: str, plan: Plan) -> None:

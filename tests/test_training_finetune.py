@@ -319,11 +319,25 @@ class TestExport:
         # its weights are smaller than float16 can hold.
         inputs["valid"][0] = False
         inputs["valid"][1] = np.arange(20) == 19
-        full, less = (session.run(None, inputs)[0] for session in both)
+        kinds = [session.get_inputs()[0].type for session in both]
+        assert kinds == ["tensor(float)", "tensor(float16)"]
+        full = both[0].run(None, inputs)[0]
+        halved = {**inputs, "values": inputs["values"].astype(np.float16)}
+        less = both[1].run(None, halved)[0]
         assert less.dtype == np.float32
         assert np.isnan(less[0]).all()
         assert np.isfinite(less[1:]).all()
         np.testing.assert_allclose(less[1:], full[1:], atol=5e-3)
+
+    def test_int8_stands_in_the_card_with_what_it_costs(self, zoo: Path) -> None:
+        bundle = load_bundle(zoo / "pixels-crops-us")
+        less = next(v for v in bundle.card.variants if v.name == "int8")
+        assert set(less.loss) == {"accuracy", "macro_f1"}
+        assert sorted(p.name for p in bundle.path().parent.glob("*.onnx")) == [
+            "model.float16.onnx",
+            "model.int8.onnx",
+            "model.onnx",
+        ]
 
     def test_another_model_needs_another_version(
         self, zoo: Path, data: Path, finished: Path, tmp_path: Path

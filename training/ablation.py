@@ -99,13 +99,18 @@ class Plan:
 
 
 def _sizes() -> tuple[Arm, ...]:
-    shapes = ((64, 1), (32, 1), (48, 1), (96, 1), (128, 1), (64, 2))
+    shapes = (
+        (64, (1, 1, 1)),
+        *((width, (0, 1, 2)) for width in (24, 32, 38, 64)),
+        *((width, (1, 1, 1)) for width in (24, 32, 38, 96)),
+        (64, (2, 2, 2)),
+    )
     return tuple(
         Arm(
-            label=f"width {width}, depth {depth}",
-            settings=(f"encoder.width={width}", f"encoder.depth={depth}"),
+            label=f"width {width}, depths {depths}",
+            settings=(f"encoder.width={width}", f"encoder.depths={list(depths)}"),
         )
-        for width, depth in shapes
+        for width, depths in shapes
     )
 
 
@@ -314,7 +319,7 @@ def _run(arm: Arm, plan: Plan, seed: int) -> Run:
     )
 
 
-_SHAPE = ("width", "depth", "embedding", "plots", "series", "threshold", "percentage", "calendar")
+_SHAPE = ("width", "depths", "embedding", "plots", "series", "threshold", "percentage", "calendar")
 
 
 def _encoder_settings(checkpoint: Path) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.card import TimeWindow
 from training.augment import PatchAugmentation
@@ -34,7 +34,7 @@ class PixelEncoderConfig(_Frozen):
     """The arguments of `models.encoders.PixelEncoder` that are chosen, not derived."""
 
     width: int = 64
-    depth: int = 1
+    depths: tuple[int, int, int] = (1, 1, 1)
     embedding: int = 256
     dropout: float = 0.3
     plots: bool = True
@@ -43,6 +43,15 @@ class PixelEncoderConfig(_Frozen):
     percentage: float = 10.0
     plot_dropout: float = 0.0
     calendar: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_depth(cls, told: Any) -> Any:  # noqa: ANN401 - whatever was stored
+        """Runs and cards of earlier versions have one depth for all levels."""
+        if isinstance(told, dict) and "depth" in told:
+            rest = {name: value for name, value in told.items() if name != "depth"}
+            return {**rest, "depths": (told["depth"],) * 3}
+        return told
 
 
 class PatchEncoderConfig(_Frozen):

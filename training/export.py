@@ -6,7 +6,6 @@ run -> graph -> ONNX -> parity on random and on real input -> variants, each wit
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import shlex
@@ -30,6 +29,7 @@ from torch.export import Dim
 from models.card import (
     CARD_FILE,
     OUTPUTS,
+    REFLECTANCE,
     LegendClass,
     ModelCard,
     Precision,
@@ -40,7 +40,6 @@ from models.graph import PatchGraph, PixelGraph
 from models.registry import load_bundle, sha256_of
 from training import answers as kept
 from training.answers import Answers, AnyTask, answer, scores_of
-from training.baselines import replace_encoders
 from training.classification import PixelClassification
 from training.config import (
     BANDS,
@@ -60,14 +59,22 @@ from training.landcover import PatchClassification
 from training.legends import CDL, WORLDCOVER, legend_classes
 from training.pretrain import CHECKPOINT, FIRST, PretrainConfig
 from training.terms import LICENCE, TERMS
+from training.variants import Inputs, folded, in_half, quantise
 
 OPSET = 20
 # Largest difference between ONNX Runtime and torch that a bundle may have.
 TOLERANCE = 1e-4
 # Of a float16 variant: three decimal digits, and the softmax in float32.
 HALF_TOLERANCE = 2e-2
+# Of an int8 variant, on real input and in the mean: its scales fit no other, and a single number
+# may well be off by more.
+INT8_TOLERANCE = 2e-2
+# Pixels that int8 finds its scales from, and how many of those of one set of dates.
+_TYPICAL = 4096
+_TYPICAL_ALIKE = 1024
 MODEL_FILE = "model.onnx"
 HALF_FILE = "model.float16.onnx"
+INT8_FILE = "model.int8.onnx"
 EVALUATION = "evaluation.json"
 _EUROSAT_COLORS = {
     "AnnualCrop": "#f5c542",
@@ -81,7 +88,6 @@ _EUROSAT_COLORS = {
     "River": "#4fa3e0",
     "SeaLake": "#0b4f9c",
 }
-Inputs = Mapping[str, NDArray[Any]]
 
 
 class ParityError(Exception):
@@ -193,6 +199,7 @@ def export_run(
         zoo / told,
         fields={**fields, "training": {**fields["training"], **size}},
         real=real,
+        typical=_typical_inputs(task),
         version=version,
         loss=lambda file: measured_loss(
             kept.load(folder) if (folder / kept.FILE).exists() else answer(task, graph), task, file
@@ -206,6 +213,7 @@ def write_bundle(
     *,
     fields: Mapping[str, Any],
     real: Inputs,
+    typical: Sequence[Inputs] = (),
     version: str | None = None,
     loss: Callable[[Path], Mapping[str, float]] | None = None,
 ) -> Path:
@@ -216,6 +224,8 @@ def write_bundle(
         folder: the bundle's; replaced where it exists.
         fields: of the card, but for `version`, `variants` and `sha256`.
         real: input on which parity is checked beside random input.
+        typical: input of training from which an int8 variant finds its scales; without, there is
+            none.
         version: of the bundle; None keeps that of the bundle replaced, or begins at 1.0.0.
         loss: measures what a reduced graph's file loses; None writes float32 alone, for no variant
             goes out unmeasured.
@@ -228,15 +238,22 @@ def write_bundle(
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         path = new / MODEL_FILE
-        _export(graph, path, fields)
+        _export(folded(graph), path, fields)
         off = check_parity(graph, path, real)
         variants = [_variant("float32", path, {})]
         version = _version(folder, version, variants[0].sha256)
         if loss is not None:
             half = new / HALF_FILE
-            _export(in_half(graph), half, fields)
+            _export(in_half(graph), half, fields, reflectance=np.float16)
             check_parity(graph, half, real, tolerance=HALF_TOLERANCE)
             variants.append(_variant("float16", half, loss(half)))
+        if loss is not None and typical:
+            apart, small = new / "apart.onnx", new / INT8_FILE
+            _export(folded(graph, apart=True), apart, fields)
+            quantise(apart, small, typical)
+            apart.unlink()
+            check_parity_int8(graph, small, real)
+            variants.append(_variant("int8", small, loss(small)))
         card = ModelCard.model_validate(
             {
                 **fields,
@@ -258,14 +275,23 @@ def write_bundle(
     return folder
 
 
-def _export(graph: Graph, path: Path, fields: Mapping[str, Any]) -> None:
+def _export(
+    graph: Graph,
+    path: Path,
+    fields: Mapping[str, Any],
+    *,
+    reflectance: type[np.floating[Any]] = np.float32,
+) -> None:
     example = next(_random_inputs(graph, dayed=fields["day_of_year"]))
     to_onnx(
         graph,
         path,
         inputs=list(example),
         output=OUTPUTS[fields["task"]],
-        example=[torch.from_numpy(array) for array in example.values()],
+        example=[
+            torch.from_numpy(array.astype(reflectance) if name in REFLECTANCE else array)
+            for name, array in example.items()
+        ],
     )
 
 
@@ -402,39 +428,6 @@ def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-class HalfPrecision(nn.Module):
-    """An encoder in float16 between a graph and a head in float32.
-
-    Only the encoder: the grid's wide kernel weighs 1e-3 and less, which float16 rounds to nothing,
-    and a softmax costs little.
-    """
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder.half()
-
-    def forward(
-        self,
-        first: Tensor,
-        second: Tensor | None = None,
-        third: Tensor | None = None,
-        fourth: Tensor | None = None,
-    ) -> Tensor:
-        """Encode as the encoder does, whatever it takes: the exporter wants each by itself."""
-        inputs = [None if x is None else x.half() for x in (first, second, third, fourth)]
-        while inputs[-1] is None:  # what this encoder may not even have
-            inputs.pop()
-        out: Tensor = self.encoder(*inputs)
-        return out.float()
-
-
-def in_half(graph: Graph) -> Graph:
-    """The graph with its encoder in float16; inputs and answers stay float32."""
-    half = copy.deepcopy(graph)
-    replace_encoders(half, HalfPrecision)
-    return half.eval()
-
-
 class Served:
     """A bundle's file in the place of its graph: a task scores what is served.
 
@@ -443,11 +436,7 @@ class Served:
     """
 
     def __init__(self, path: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
+        self.session = open_cpu(path)
         self.names = [i.name for i in self.session.get_inputs()]
 
     def eval(self) -> Served:
@@ -476,7 +465,7 @@ class Served:
         if "days" in feeds:
             given["days"] = feeds["days"][rows[0]] if feeds["days"].ndim == 2 else feeds["days"]
         (output,) = self.session.get_outputs()
-        answer = np.asarray(self.session.run(None, given)[0])
+        answer = np.asarray(self.session.run(None, _fed(self.session, given))[0])
         return np.log(np.maximum(answer, 1e-9)) if output.name == "probabilities" else answer
 
 
@@ -497,6 +486,22 @@ def measured_loss(full: Answers, task: AnyTask, file: Path) -> dict[str, float]:
     }
 
 
+def check_parity_int8(graph: Graph, path: Path, real: Inputs) -> float:
+    """Mean difference between an int8 graph in ONNX Runtime and torch, on real input.
+
+    Raises:
+        ParityError: it is more than `INT8_TOLERANCE`, or a NaN is where torch has none or the
+            reverse, be it on random input.
+    """
+    names = [i.name for i in open_cpu(path).get_inputs()]
+    for inputs in _random_inputs(graph, dayed="day_of_year" in names):
+        _difference(graph, path, inputs)
+    off = float(np.nan_to_num(_difference(graph, path, real)).mean())
+    if off > INT8_TOLERANCE:
+        raise ParityError(f"{path.name} is {off:.1e} off torch, {INT8_TOLERANCE} is allowed")
+    return off
+
+
 def check_parity(graph: Graph, path: Path, real: Inputs, *, tolerance: float = TOLERANCE) -> float:
     """Largest difference between ONNX Runtime and torch, on random input and on real.
 
@@ -509,19 +514,40 @@ def check_parity(graph: Graph, path: Path, real: Inputs, *, tolerance: float = T
     Raises:
         ParityError: it is more, or a NaN is where torch has none or the reverse.
     """
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [i.name for i in session.get_inputs()]
+    names = [i.name for i in open_cpu(path).get_inputs()]
     worst = 0.0
     for inputs in (*_random_inputs(graph, dayed="day_of_year" in names), real):
-        got = session.run(None, {name: inputs[name] for name in names})[0]
-        with torch.inference_mode():
-            want = graph(*(torch.from_numpy(inputs[name]) for name in names)).numpy()
-        if got.shape != want.shape or (np.isnan(got) != np.isnan(want)).any():
-            raise ParityError(f"{path.name}: {got.shape} of ONNX Runtime, {want.shape} of torch")
-        worst = max(worst, float(np.nan_to_num(np.abs(got - want)).max()))
+        worst = max(worst, float(np.nan_to_num(_difference(graph, path, inputs)).max()))
     if worst > tolerance:
         raise ParityError(f"{path.name} is {worst:.1e} off torch, {tolerance} is allowed")
     return worst
+
+
+def _difference(graph: Graph, path: Path, inputs: Inputs) -> NDArray[np.float32]:
+    """How far ONNX Runtime's answers lie from torch's, NaN where neither has a number."""
+    session = open_cpu(path)
+    names = [i.name for i in session.get_inputs()]
+    got = session.run(None, _fed(session, {name: inputs[name] for name in names}))[0]
+    with torch.inference_mode():
+        want = graph(*(torch.from_numpy(inputs[name]) for name in names)).numpy()
+    if got.shape != want.shape or (np.isnan(got) != np.isnan(want)).any():
+        raise ParityError(f"{path.name}: {got.shape} of ONNX Runtime, {want.shape} of torch")
+    return np.asarray(np.abs(got - want), np.float32)
+
+
+def _fed(session: onnxruntime.InferenceSession, inputs: Inputs) -> Inputs:
+    """Inputs with the reflectance in the precision that a graph takes."""
+    half = {i.name for i in session.get_inputs() if i.type == "tensor(float16)"}
+    return {name: x.astype(np.float16) if name in half else x for name, x in inputs.items()}
+
+
+def open_cpu(path: Path) -> onnxruntime.InferenceSession:
+    """A session on the CPU, with as many threads as torch has."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Without it, products of int8 overflow on a processor that has no instructions for them.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def pixel_inputs(graph: PixelGraph, n: int, dates: int) -> dict[str, NDArray[Any]]:
@@ -580,6 +606,37 @@ def _real_inputs(task: AnyTask) -> Inputs:
             "day_of_year": np.ones(len(part), dtype=np.float32),
         }
     raise TypeError(f"no real input is known for {type(task).__name__}")
+
+
+def _typical_inputs(task: AnyTask) -> list[Inputs]:
+    """Training input as the service would give it: pixels of the same dates together.
+
+    Empty for imagery, whose convolutions gain nothing from int8.
+    """
+    if isinstance(task, PatchClassification):
+        return []
+    table = task.train
+    rng = np.random.default_rng(0)
+    kind = np.unique(table.days, axis=0, return_inverse=True)[1].ravel()
+    found: list[Inputs] = []
+    taken = 0
+    # The larger sets first: they hold most of what is seen.
+    for k in np.argsort(-np.bincount(kind), kind="stable"):
+        rows = rng.permutation(np.flatnonzero(kind == k))[:_TYPICAL_ALIKE]
+        part = table.take(rows)
+        seen = part.present.any(axis=0)
+        found.append(
+            {
+                "values": np.where(part.valid[..., None], part.values, np.float32(np.nan))[:, seen],
+                "valid": part.valid[:, seen],
+                "days": part.days[0, seen],
+                "day_of_year": rng.integers(1, 367, len(part)).astype(np.float32),
+            }
+        )
+        taken += len(part)
+        if taken >= _TYPICAL:
+            break
+    return found
 
 
 def card_fields(run: Run, task: AnyTask, metrics: Mapping[str, Any], name: str) -> dict[str, Any]:

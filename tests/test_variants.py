@@ -1,0 +1,153 @@
+"""What is exported instead of the graph that was trained: the same answers, for less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from models.encoders import ChannelNorm, PatchEncoder, PixelEncoder
+from models.graph import PatchGraph, PixelGraph
+from models.heads import ClassificationHead, ForecastHead
+from training.config import BANDS, INDICES
+from training.export import check_parity_int8, pixel_inputs, to_onnx
+from training.variants import FoldedEncoder, folded, quantise
+
+BATCH = 300
+
+
+def pixel_graph(members: int = 1, *, forecast: bool = False, **encoder: Any) -> PixelGraph:
+    """A graph whose normalisation has statistics of its own, as after training."""
+    torch.manual_seed(1)
+    encoder = {"width": 16, "embedding": 32, "calendar": forecast, **encoder}
+
+    def member() -> tuple[PixelEncoder, nn.Module]:
+        head = (
+            ForecastHead(32, steps=36, indices=3, horizon=4, quantiles=3)
+            if forecast
+            else ClassificationHead(32, 5)
+        )
+        return PixelEncoder(**encoder), head
+
+    (first, head), *others = (member() for _ in range(members))
+    graph = PixelGraph(
+        bands=BANDS,
+        indices=INDICES,
+        steps=36,
+        step_days=10,
+        encoder=first,
+        head=head,
+        others=others,
+        reflectance=bool(encoder.get("bands")),
+    )
+    for norm in graph.modules():
+        if isinstance(norm, ChannelNorm):
+            nn.init.normal_(norm.running_mean, std=0.5)
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+            nn.init.normal_(norm.weight, mean=1.0, std=0.3)
+            nn.init.normal_(norm.bias, std=0.3)
+    return graph.eval()
+
+
+def answers(graph: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.inference_mode():
+        out: torch.Tensor = graph(*(torch.from_numpy(array) for array in inputs.values()))
+    return out
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"depths": (0, 1, 2), "bands": 3},
+        {"depths": (2, 0, 1)},
+        {"members": 2, "bands": 3},
+        {"forecast": True},
+        {"plots": False},
+        {"series": False},
+        {"threshold": 0.5},
+        {"threshold": "point", "percentage": 20.0},
+    ],
+    ids=str,
+)
+def test_a_folded_graph_answers_as_the_graph(told: dict[str, Any], apart: bool) -> None:
+    graph = pixel_graph(**told)
+    inputs = pixel_inputs(graph, 40, 30)
+    inputs["valid"][3] = False
+    want = answers(graph, inputs)
+    assert torch.isnan(want[3]).all()
+    got = answers(folded(graph, apart=apart), inputs)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-5, equal_nan=True)
+    # The one that was trained is as it was.
+    assert isinstance(graph.encoder, PixelEncoder)
+
+
+def test_what_is_folded_holds_nothing_but_products_and_sums() -> None:
+    kinds = {type(module) for module in FoldedEncoder(pixel_graph().encoder).modules()}
+    assert not kinds & {nn.Linear, nn.Dropout, ChannelNorm}
+
+
+def test_imagery_has_nothing_to_fold() -> None:
+    graph = PatchGraph(encoder=PatchEncoder(width=8), head=ClassificationHead(256, 3)).eval()
+    patches = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(graph)(patches), graph(patches))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[PixelGraph, Path]:
+    """A graph of two networks, and its int8 file."""
+    graph = pixel_graph(members=2, bands=3, depths=(0, 1, 2))
+    inputs = pixel_inputs(graph, BATCH, 30)
+    folder = tmp_path_factory.mktemp("int8")
+    to_onnx(
+        folded(graph, apart=True),
+        folder / "apart.onnx",
+        inputs=list(inputs),
+        output="probabilities",
+        example=[torch.from_numpy(array) for array in inputs.values()],
+    )
+    quantise(folder / "apart.onnx", folder / "int8.onnx", [inputs])
+    return graph, folder / "int8.onnx"
+
+
+def test_the_encoders_products_are_in_int8_and_no_others(small: tuple[PixelGraph, Path]) -> None:
+    model = onnx.load(small[1])
+    whole = {tensor.name for tensor in model.graph.initializer if tensor.data_type == 3}
+    # Of each network: the plots, two joins, the head, and two in each of three blocks.
+    assert sum("weight_quantized" in name for name in whole) == 2 * 10
+    assert not any("head.linear" in name or ".tokens." in name for name in whole)
+    # No rectifier is left between two products, for the scale of what follows begins at nought.
+    assert not any(node.op_type == "Relu" and "layers" in node.name for node in model.graph.node)
+
+
+def test_int8_answers_nearly_as_float32(small: tuple[PixelGraph, Path]) -> None:
+    graph, path = small
+    inputs = pixel_inputs(graph, BATCH, 30)
+    want = answers(graph, inputs).numpy()
+    got = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, inputs)[
+        0
+    ]
+    off = np.abs(got - want)
+    assert 0 < off.mean() < 0.1 * np.abs(want - want.mean(axis=0)).mean()
+    assert check_parity_int8(graph, path, inputs) == pytest.approx(off.mean(), rel=0.3)
+
+
+def test_int8_knows_who_has_no_answer(small: tuple[PixelGraph, Path]) -> None:
+    graph, path = small
+    inputs = pixel_inputs(graph, 9, 30)
+    inputs["valid"][[2, 5]] = False
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    together = session.run(None, inputs)[0]
+    assert np.isnan(together).all(axis=1).nonzero()[0].tolist() == [2, 5]
+    # Scales are fixed: a pixel's answer does not depend on its neighbours in the batch.
+    for i in (0, 4):
+        alone = {n: a if n == "days" else a[i : i + 1] for n, a in inputs.items()}
+        np.testing.assert_allclose(session.run(None, alone)[0][0], together[i], atol=1e-6)

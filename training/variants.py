@@ -1,0 +1,293 @@
+"""What is exported of a graph: the same function in fewer operations, or in fewer bits."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from torch import Tensor, nn
+
+from models.encoders import Block, ChannelNorm, PixelEncoder, standardised, standardised_roots
+from models.recurrence import recurrence_plot
+from training.baselines import replace_encoders
+from training.finetune import Graph
+
+Inputs = Mapping[str, NDArray[Any]]
+# A product of fewer inputs than these gains nothing from int8: its numbers must be quantised first.
+_FEWEST_INPUTS = 16
+
+
+class _Product(nn.Module):
+    """Rows of as many numbers as the weights take, times the weights, plus the bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = _constant(weight)
+        self.bias = _constant(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(R, I)`, or of as many numbers in other rows, `-> (R', O)`."""
+        return torch.addmm(self.bias, x.reshape(-1, self.weight.shape[0]), self.weight)
+
+
+class _Added(nn.Module):
+    """A product that is added to what is there.
+
+    In float32 that is one operation, as a bias is. A product in int8 adds no matrix; there the
+    weights are negative and subtracted from what is there, for ONNX Runtime would merge product
+    and sum into that one operation before it looks for products to do in int8.
+    """
+
+    def __init__(self, weight: Tensor, *, apart: bool) -> None:
+        super().__init__()
+        self.weight = _constant(-weight if apart else weight)
+        self.apart = apart
+
+    def forward(self, there: Tensor, x: Tensor) -> Tensor:
+        """`(R, O), (R, I) -> (R, O)`."""
+        if self.apart:
+            return there - torch.mm(x, self.weight)
+        return torch.addmm(there, x, self.weight)
+
+
+class _FoldedBlock(nn.Module):
+    def __init__(self, up: _Product, down: _Added) -> None:
+        super().__init__()
+        self.up = up
+        self.down = down
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(x, torch.relu(self.up(x)))
+        return out
+
+
+class FoldedEncoder(nn.Module):
+    """What a pixel encoder does in evaluation mode, in fewer operations.
+
+    Batch normalisation goes into the product that follows; the bias of a block's second product
+    into the next product, so that the block's sum is part of its product; the rows of the plots
+    are made in the order in which they are multiplied, and are not copied beside the tokens.
+
+    Args:
+        encoder: in evaluation mode.
+        apart: whether a block's sum stays apart from its product, as int8 needs it; then also
+            what has no number stays NaN, which int8 does not know.
+    """
+
+    def __init__(self, encoder: PixelEncoder, *, apart: bool = False) -> None:
+        super().__init__()
+        self.embedding = encoder.embedding
+        self.calendar, self.series, self.apart = encoder.calendar, encoder.series, apart
+        self.threshold, self.percentage = encoder.threshold, encoder.percentage
+        weight, bias = _linear(encoder.row)
+        beside = 1 + encoder.bands + 2 * encoder.calendar
+        if encoder.series:
+            # Of the rest, K are the series' and K * M the plots'.
+            steps = encoder.steps if encoder.plots else 0
+            beside += (len(weight) - beside) // (1 + steps)
+        self.tokens = _Product(weight[:beside], bias)
+        self.plots = _Added(weight[beside:], apart=apart) if encoder.plots else None
+        layers: list[nn.Module] = []
+        # What must still be added to every row: the biases of second products.
+        owed = torch.zeros(encoder.row.out_features)
+        for i, level in enumerate(encoder.levels):
+            if isinstance(level, nn.ReLU):
+                layers.append(nn.ReLU())
+            for block in level.children():
+                if not isinstance(block, Block):
+                    raise TypeError(f"no {type(block).__name__} can be folded")
+                scale, shift = _affine(block.norm)
+                up = block.up.weight.T
+                bias = block.up.bias + (scale * owed + shift) @ up
+                down = _Added(block.down.weight.T, apart=apart)
+                layers.append(_FoldedBlock(_Product(scale[:, None] * up, bias), down))
+                owed = owed + block.down.bias
+            if i < len(encoder.joins):
+                weight, bias = _linear(encoder.joins[i])
+                layers.append(_Product(weight, bias + _repeated(owed, weight) @ weight))
+                owed = torch.zeros(weight.shape[1])
+        *_, last, norm, _ = encoder.head
+        scale, shift = _affine(norm)
+        weight, bias = _linear(last)
+        bias = (bias + _repeated(owed, weight) @ weight) * scale + shift
+        weight = weight * scale
+        self.layers = nn.Sequential(*layers, _Product(weight, bias), nn.ReLU())
+
+    def forward(
+        self,
+        series: Tensor,
+        observed: Tensor,
+        season: Tensor | None = None,
+        reflectance: Tensor | None = None,
+    ) -> Tensor:
+        """Encode pixels, as `PixelEncoder` does."""
+        levels = standardised(series)
+        tokens = [observed]
+        if self.series:
+            tokens.append(levels)
+        if self.calendar and season is not None:
+            tokens.append(season)
+        if reflectance is not None:
+            tokens.append(standardised_roots(reflectance))
+        # The product counts its rows by what it takes.
+        x: Tensor = self.tokens(torch.cat(tokens, dim=1).transpose(1, 2))
+        if self.plots is not None:
+            x = self.plots(x, self._rows(levels))
+        out: Tensor = self.layers(x)
+        return out + 0.0 * series[:, 0, :1] if self.apart else out
+
+    def _rows(self, levels: Tensor) -> Tensor:
+        """Rows of the plots of all indices, one a step: (N, K, M) -> (N * M, K * M)."""
+        indices, steps = levels.shape[1:]
+        if self.threshold is None:
+            plots = (levels.transpose(1, 2)[..., None] - levels[:, None]).abs()
+        else:
+            plots = recurrence_plot(
+                levels, threshold=self.threshold, percentage=self.percentage
+            ).transpose(1, 2)
+        return plots.reshape(-1, indices * steps)
+
+
+def _constant(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach().clone().contiguous(), requires_grad=False)
+
+
+def _linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weights (I, O) and bias (O) of a linear layer."""
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"no {type(layer).__name__} can be folded")
+    return layer.weight.T, layer.bias
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Factor and summand of batch normalisation with its running statistics."""
+    if not isinstance(norm, ChannelNorm) or norm.running_mean is None or norm.running_var is None:
+        raise TypeError("only batch normalisation that counts can be folded")
+    scale: Tensor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def _repeated(row: Tensor, weight: Tensor) -> Tensor:
+    """A row as often as rows are taken together by a product with the weights."""
+    return row.repeat(len(weight) // len(row))
+
+
+def folded(graph: Graph, *, apart: bool = False) -> Graph:
+    """The graph with its pixel encoders folded; others stay as they are."""
+
+    def fold(encoder: nn.Module) -> nn.Module:
+        if isinstance(encoder, PixelEncoder):
+            return FoldedEncoder(encoder, apart=apart)
+        return encoder
+
+    new = copy.deepcopy(graph)
+    with torch.no_grad():
+        replace_encoders(new, fold)
+    return new.eval()
+
+
+class HalfPrecision(nn.Module):
+    """An encoder in float16 between a graph and a head in float32.
+
+    Only the encoder: the grid's wide kernel weighs 1e-3 and less, which float16 rounds to nothing,
+    and a softmax costs little.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder.half()
+
+    def forward(
+        self,
+        first: Tensor,
+        second: Tensor | None = None,
+        third: Tensor | None = None,
+        fourth: Tensor | None = None,
+    ) -> Tensor:
+        """Encode as the encoder does, whatever it takes: the exporter wants each by itself."""
+        inputs = [None if x is None else x.half() for x in (first, second, third, fourth)]
+        while inputs[-1] is None:  # what this encoder may not even have
+            inputs.pop()
+        out: Tensor = self.encoder(*inputs)
+        return out.float()
+
+
+def in_half(graph: Graph) -> Graph:
+    """The graph with its encoder in float16; inputs and answers stay float32."""
+    half = folded(graph)
+    replace_encoders(half, HalfPrecision)
+    return half.eval()
+
+
+class _Batches(CalibrationDataReader):  # type: ignore[misc]  # it comes without types
+    """Typical input, as the quantiser asks for it."""
+
+    def __init__(self, batches: Sequence[Inputs], names: Sequence[str]) -> None:
+        self._next = iter([{name: batch[name] for name in names} for batch in batches])
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._next, None)
+
+
+def quantise(source: Path, target: Path, typical: Sequence[Inputs]) -> None:
+    """Do the encoder's products in int8, with scales that are fixed in advance.
+
+    Weights have a scale a column; what is multiplied has one a matrix, from the smallest to the
+    largest number seen. Indices, grid, plots, sums, head and the first small product stay float32.
+
+    Args:
+        source: a graph folded with sums apart.
+        target: the file to write.
+        typical: inputs of the graph, from which the scales are found.
+    """
+    model = onnx.load(source)
+    weights = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    rest = [
+        node.name
+        for node in model.graph.node
+        if node.op_type in {"Gemm", "MatMul"} and not _is_encoders(node.input[1], weights)
+    ]
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        # The quantiser writes beside its source what it makes on the way.
+        copied = Path(folder) / source.name
+        copied.write_bytes(source.read_bytes())
+        quantize_static(
+            copied,
+            target,
+            _Batches(typical, [i.name for i in model.graph.input]),
+            quant_format=QuantFormat.QDQ,
+            # A rectifier before a product in int8 is done by where its scale begins.
+            op_types_to_quantize=["Gemm", "MatMul", "Relu"],
+            nodes_to_exclude=rest,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
+        )
+
+
+def _is_encoders(name: str, weights: Mapping[str, Sequence[int]]) -> bool:
+    """Whether these are weights of an encoder's product that gains from int8."""
+    of_encoder = name.startswith("encoder.") or (name.startswith("others.") and ".0." in name)
+    return of_encoder and name in weights and weights[name][0] >= _FEWEST_INPUTS
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantiser's advice, which it logs as a warning for each matrix."""
+    logger = logging.getLogger()
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
