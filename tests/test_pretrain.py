@@ -41,6 +41,7 @@ TINY = PretrainConfig(
     imagery_views=0,
     side=16,
     pixel=PixelEncoderConfig(width=8, embedding=16, dropout=0.1),
+    reflectance=True,
     patch=PatchEncoderConfig(width=8, depths=(0, 0, 0, 1), embedding=16, dropout=0.1),
     projection=16,
     measure_every=4,

@@ -325,9 +325,12 @@ _SHAPE = ("width", "depths", "embedding", "plots", "series", "threshold", "perce
 def _encoder_settings(checkpoint: Path) -> list[str]:
     """Settings that give an encoder the shape of a pretrained one."""
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    pixel = PretrainConfig.model_validate(stored["config"]).pixel.model_dump(mode="json")
-    # Pretraining knows indices alone.
-    return ["reflectance=false", *(f"encoder.{key}={json.dumps(pixel[key])}" for key in _SHAPE)]
+    config = PretrainConfig.model_validate(stored["config"])
+    pixel = config.pixel.model_dump(mode="json")
+    return [
+        f"reflectance={json.dumps(config.reflectance)}",
+        *(f"encoder.{key}={json.dumps(pixel[key])}" for key in _SHAPE),
+    ]
 
 
 def _folder(run: Run, plan: Plan) -> Path:

@@ -119,7 +119,8 @@ def export_embeddings(
                 },
                 "training": {**facts, **_size(pixel)},
             },
-            real=_real_pixels(crops),
+            real=_real_pixels(crops, crops.validation),
+            typical=[_real_pixels(crops, ~crops.validation)],
             version=version,
             loss=lambda file: _loss(known[0], probe(embed_crops(Served(file), crops))),
         ),
@@ -265,8 +266,9 @@ def _days(pixels: PixelSet) -> torch.Tensor:
     return torch.tensor([float((day - first).days) for day in pixels.dates])
 
 
-def _real_pixels(crops: PixelSet) -> dict[str, NDArray[Any]]:
-    part = crops.select(BANDS).take(np.flatnonzero(crops.validation)[:256])
+def _real_pixels(crops: PixelSet, of: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+    chosen = np.random.default_rng(0).permutation(np.flatnonzero(of))[:1024]
+    part = crops.select(BANDS).take(chosen)
     return {"values": part.values, "valid": part.valid, "days": _days(part).numpy()}
 
 

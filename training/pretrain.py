@@ -86,6 +86,8 @@ class PretrainConfig(_Frozen):
     step_days: int = 10
     min_observations: int = 4
     pixel: PixelEncoderConfig = PixelEncoderConfig()
+    reflectance: bool = False
+    """Whether the pixel encoder sees the bands' reflectance beside the indices."""
     patch: PatchEncoderConfig = PatchEncoderConfig()
     projection: int = 128
     """Length of z0 and z1."""
@@ -103,6 +105,8 @@ class PretrainConfig(_Frozen):
     weight_decay: float = 0.05
     clip: float = 1.0
     """Largest norm of the gradient."""
+    bfloat16: bool = False
+    """Whether a CPU, too, runs the encoders in bfloat16; see `config.Optimisation`."""
     measure_every: int = 100
     """Steps between measurements on the held-out places."""
     keep_every: int = 100
@@ -127,6 +131,7 @@ FIRST = PretrainConfig(
     series_weight=0.5,
     imagery_weight=0.5,
     side=32,
+    reflectance=True,
     learning_rate=2e-3,
     keep_every=50,
     sources=SourcesConfig(romania=2.0),
@@ -174,7 +179,10 @@ class Networks(nn.Module):
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
         encoder = PixelEncoder(
-            steps=config.steps_per_window, indices=len(INDICES), **config.pixel.model_dump()
+            steps=config.steps_per_window,
+            indices=len(INDICES),
+            bands=len(BANDS) if config.reflectance else 0,
+            **config.pixel.model_dump(),
         )
         self.pixel = PixelGraph(
             bands=BANDS,
@@ -183,6 +191,7 @@ class Networks(nn.Module):
             step_days=config.step_days,
             encoder=encoder,
             head=None,
+            reflectance=config.reflectance,
         )
         self.patch = PatchEncoder(bands=len(PATCH_BANDS), **config.patch.model_dump())
         wide = {"pixel": encoder.embedding, "patch": self.patch.embedding}
@@ -290,7 +299,7 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        series, observed = self._regular(batch.groups)
+        series, *beside = self._regular(batch.groups)
         patches = batch.patches.to(self.device)
         comparisons = self._comparisons(batch, series)
         found: dict[str, Tensor] = {}
@@ -300,7 +309,7 @@ class Pretraining:
             return torch.stack([comparisons[n].weight * found[n] for n in found]).sum()
 
         sides = [
-            self._shuffled(self.networks.pixel.encoder, series, observed),
+            self._shuffled(self.networks.pixel.encoder, series, *beside),
             self._shuffled(self.networks.patch, patches),
         ]
         total = backward(sides, loss, network=self.networks, chunk=self.config.chunk)
@@ -327,8 +336,7 @@ class Pretraining:
         return {name: sum(getattr(s, name) for s in scores) / len(scores) for name in names}
 
     def _score(self, pairs: Pairs) -> PairScores:
-        series, observed = self._regular(pairs.groups)
-        pixels = self.networks.pixel.encoder(series, observed)
+        pixels = self.networks.pixel.encoder(*self._regular(pairs.groups))
         patches = self.networks.patch(pairs.patches.to(self.device))
         z0 = self.networks.projections["pixel"](pixels)
         z1 = self.networks.projections["patch"](patches)
@@ -336,19 +344,21 @@ class Pretraining:
         excluded = near(pairs.scenes, pairs.positions, self.config.near).to(self.device)
         return pair_scores(z0, z1, pixels, patches, excluded)
 
-    def _shuffled(self, encoder: nn.Module, *inputs: Tensor) -> Side:
+    def _shuffled(self, encoder: nn.Module, *inputs: Tensor | None) -> Side:
         """A side of all rows of the batch, pairs and views alike.
 
         They go through an encoder together, so that the batch statistics in training are those of
         the mixture, as they are in use; and shuffled, so that a chunk's are too.
         """
-        order = torch.randperm(len(inputs[0])).to(self.device)
+        size = max(len(part) for part in inputs if part is not None)
+        order = torch.randperm(size).to(self.device)
+        short = self.config.bfloat16 or self.device.type == "cuda"
 
         def encode(rows: slice) -> Tensor:
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
-            ):  # bfloat16 has float32's range, so no gradient scaling is needed
-                embeddings: Tensor = encoder(*(part[order[rows]] for part in inputs))
+            given = (None if part is None else part[order[rows]] for part in inputs)
+            # bfloat16 has float32's range, so no gradient scaling is needed
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=short):
+                embeddings: Tensor = encoder(*given)
             return embeddings.float()
 
         return Side(encode=encode, size=len(order), order=order)
@@ -402,19 +412,25 @@ class Pretraining:
             raise TypeError(f"{name} is no contrastive loss")
         return loss
 
-    def _regular(self, groups: Sequence[SeriesGroup]) -> tuple[Tensor, Tensor]:
-        """Indices on the regular grid (N, K, M) and how well each step is observed (N, 1, M)."""
+    def _regular(self, groups: Sequence[SeriesGroup]) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        """What the pixel encoder takes.
+
+        Indices on the regular grid (N, K, M), how well each step is observed (N, 1, M), no season,
+        and the bands (N, C, M) where it sees them.
+        """
         with torch.no_grad():
             parts = [
                 self.networks.pixel.regular(
                     g.values.to(self.device), g.valid.to(self.device), g.days.to(self.device)
-                )[:2]
+                )
                 for g in groups
             ]
-        series, observed = (torch.cat(part) for part in zip(*parts, strict=True))
         # A pixel whose indices cannot be computed on any date has no series; zeros, marked as
         # unobserved, keep it from spoiling the batch statistics of the others.
-        return torch.nan_to_num(series), observed
+        series = torch.nan_to_num(torch.cat([series for series, _, _ in parts]))
+        observed = torch.cat([observed for _, observed, _ in parts])
+        bands = [bands for _, _, bands in parts if bands is not None]
+        return series, observed, None, torch.nan_to_num(torch.cat(bands)) if bands else None
 
     def _false_negatives(self, pairs: Pairs, series: Tensor) -> Tensor:
         excluded = near(pairs.scenes, pairs.positions, self.config.near).to(self.device)
