@@ -16,6 +16,7 @@ Points take the same models without windows; series have a module of their own.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,6 +80,8 @@ Rasters from about 1000 x 1000 pixels on have windows of this size, so that none
 than these: with 64 MiB, 4096 x 4096 pixels of 12 dates took 633 MB and 1024 x 1024 took 413 MB.
 """
 
+_OVER = 1.25
+"""How far over its budget a window of one whole block may be."""
 _SEVERAL = 8
 """Windows that a larger raster is cut into at least, so that the stages overlap."""
 _FEW_PIXELS = 4096
@@ -146,7 +149,8 @@ def windows(
         grid: of the raster.
         block: rows and columns of a block on disk.
         pixel_bytes: memory that a pixel of a window takes.
-        budget: bytes that a window may take; one pixel is always taken.
+        budget: bytes that a window may take; one pixel is always taken, and one whole block where
+            it takes a quarter more at most.
 
     Returns:
         Windows made of whole blocks, or, where one block is over the budget, of parts of one.
@@ -154,6 +158,9 @@ def windows(
     whole = Window(0, 0, grid.width, grid.height)
     rows, cols = min(block[0], grid.height), min(block[1], grid.width)
     most = max(1, budget // pixel_bytes)
+    # A block a little over the budget is taken whole: what is cut in two is decoded twice.
+    if rows * cols <= _OVER * most:
+        most = max(most, rows * cols)
     if rows * cols > most:
         part_cols = min(cols, most)
         part_rows = max(1, most // part_cols)
@@ -347,7 +354,9 @@ class _Sink:
 
     def digest(self, window: Window, found: _Found) -> Arrays:
         """A window's bands by layer, `valid` answers, and what it adds to the tally."""
-        missing = np.isnan(found.answers).any(axis=tuple(range(1, found.answers.ndim)))
+        # A sum of numbers is a number, and made faster than each of them is looked at.
+        flat = found.answers.reshape(len(found.answers), math.prod(found.answers.shape[1:]))
+        missing = np.isnan(np.einsum("ij->i", flat))
         rows = range(window.row_off, window.row_off + window.height)
         hectares = np.repeat(self._grid.hectares(rows), window.width)
         counts = self._tally.count(found.answers, hectares[found.index])
@@ -467,11 +476,14 @@ class _PixelInference:
 
         def answer(start: int) -> int:
             check(self._cancelled)
-            at = index[start : start + size]
-            answers[start : start + len(at)] = self._model.pixels(
+            chunk = index[start : start + size]
+            # Mostly no pixel is left out between the first and the last: then nothing is copied.
+            whole = chunk[-1] - chunk[0] + 1 == len(chunk)
+            at = slice(chunk[0], chunk[-1] + 1) if whole else chunk
+            answers[start : start + len(chunk)] = self._model.pixels(
                 values[:, :, at].transpose(2, 0, 1), valid[:, at].T, self._days, self._day_of_year
             )
-            return len(at)
+            return len(chunk)
 
         # By chunks: only these are copied into (N, T, C), and a cancelled run stops soon.
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="chunk") as pool:

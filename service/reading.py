@@ -278,7 +278,8 @@ class StackReader:
                 for read in layer.reads:
                     fill(read)
         present &= something
-        np.copyto(values, np.float32(np.nan), where=~present[:, None])
+        for t in np.flatnonzero(~present.all(axis=(1, 2))):  # few dates lack anything
+            np.copyto(values[t], np.float32(np.nan), where=~present[t])
         return Sits(values=values, valid=present & clear)
 
     def _decode(
