@@ -71,7 +71,8 @@ class TimeWindow(_Frozen):
     `calendar-year`: 1 January of the year with the most dates. `fullest-year`: the first of
     the month that puts the most dates into the window. `every-date`: all dates count, whatever
     their year, each at its place in the year; the first day is 1 January of the first date's
-    year. Its graph folds the years into one, so it suits what does not change from year to year.
+    year. Its graph folds the years into one that begins on 1 January, also where a start is given,
+    so it suits what does not change from year to year.
     `last-steps`: the window ends on the last date. The later year wins a tie, and in
     `fullest-year` January does.
 
@@ -105,10 +106,17 @@ class TimeWindow(_Frozen):
             return ResolvedWindow(
                 start=start or first_day, first_day=first_day, used=used, last=last
             )
-        if self.yearly and start is None:
-            first_day = date(min(dates).year, 1, 1)
-            used = tuple(range(len(dates)))
-            return ResolvedWindow(start=first_day, first_day=first_day, used=used, last=max(dates))
+        if self.yearly:
+            used = tuple(
+                i for i, d in enumerate(dates) if start is None or start <= d < start + length
+            )
+            # The grid's first step is 1 January whatever is asked for, so that a season lies where
+            # training had it.
+            first_day = date((start or min(dates)).year, 1, 1)
+            last = max((dates[i] for i in used), default=None)
+            return ResolvedWindow(
+                start=start or first_day, first_day=first_day, used=used, last=last
+            )
         first_day = start or max(
             self._candidates(dates),
             key=lambda s: (sum(s <= d < s + length for d in set(dates)), s.month == 1, s),

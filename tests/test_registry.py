@@ -109,6 +109,19 @@ class TestTimeWindow:
         assert window.last == dates[-1]
         assert max(window.days(dates[::-1])) == (dates[-1] - date(2016, 1, 1)).days
 
+    def test_a_start_moves_no_season_of_every_date(self) -> None:
+        dates = every(10, date(2018, 1, 4), date(2020, 12, 20))
+        rule = TimeWindow(steps=36, step_days=10, start="every-date")
+        window = rule.resolve(dates, date(2019, 5, 1))
+        assert window.start == date(2019, 5, 1)
+        assert window.first_day == date(2019, 1, 1)
+        told = dict(zip(window.used, window.days(dates), strict=True))
+        # A day of May lies where it lies without a start; of the next January, a year later.
+        whole = rule.resolve(dates).days(dates)
+        assert all((whole[i] - day) % 365 in {0, 364, 1} for i, day in told.items())
+        assert min(told.values()) >= 120
+        assert max(told.values()) <= 120 + 360
+
     def test_last_steps_ends_on_the_last_date(self) -> None:
         dates = every(10, date(2021, 1, 5), date(2021, 12, 31))
         window = TimeWindow(steps=32, step_days=10, start="last-steps").resolve(dates[::-1])

@@ -20,6 +20,7 @@ from training.series import (
     augment_series,
     computable,
     ordinal_day_of_year,
+    other_hemisphere,
     tabulate,
 )
 
@@ -136,6 +137,13 @@ class TestAugmentation:
         gaps = np.diff(turned, axis=1) % 365.25
         np.testing.assert_allclose(gaps, 10, atol=1e-3)
         assert np.ptp(turned[:, 0]) > 300
+
+    def test_a_share_of_the_pixels_gets_the_seasons_of_the_other_hemisphere(self) -> None:
+        _, _, days = self.arrays(2000)
+        moved = other_hemisphere(days, 0.25, np.random.default_rng(0)) - days
+        assert 0.2 < (moved[:, 0] > 0).mean() < 0.3
+        assert set(np.unique(moved.round(3)).tolist()) <= {0.0, 182.625}
+        np.testing.assert_array_equal(moved.min(axis=1), moved.max(axis=1))
 
     def test_a_long_series_is_cut_to_one_year(self) -> None:
         days = np.broadcast_to(np.arange(60, dtype=np.float32) * 30, (50, 60))

@@ -212,9 +212,13 @@ def any_year(valid: Bools, days: Floats, rng: Generator, *, least: int) -> tuple
     return inside, ((days - start + turn) % _YEAR).astype(np.float32)
 
 
-def turned(days: Floats, rng: Generator) -> Floats:
-    """Days (N, T) that begin anywhere in the year, for graphs that fold years into one."""
-    return (days + rng.random((len(days), 1)) * _YEAR).astype(np.float32)
+def other_hemisphere(days: Floats, share: float, rng: Generator) -> Floats:
+    """Days (N, T) with half a year added for a share of the pixels: seasons of the other half.
+
+    For graphs that fold years into one, which begins on 1 January wherever the pixel lies.
+    """
+    chosen = rng.random((len(days), 1)) < share
+    return (days + chosen * (_YEAR / 2)).astype(np.float32)
 
 
 def ordinal_day_of_year(ordinals: Ints) -> Floats:

@@ -20,6 +20,8 @@ from training.datasets import PixelSet
 from training.datasets.synthetic import make_dates
 
 BANDS = ("B02", "B04", "B08")
+SYNTHETIC = "synthetic_ground"
+"""The name of this source."""
 _YEAR = 365.25
 Range = tuple[float, float]
 
@@ -126,7 +128,7 @@ def synthetic_ground(*, years: int = 3, seed: int = 0) -> PixelSet:
     clear = rng.beta(2.0, 2.5, (len(values), 1))
     valid = rng.random(values.shape[:2]) < np.maximum(clear, 0.15)
     return PixelSet(
-        source="synthetic_ground",
+        source=SYNTHETIC,
         bands=BANDS,
         dates=dates,
         values=np.where(valid[..., None], values, np.nan).astype(np.float32),
