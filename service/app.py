@@ -114,11 +114,13 @@ def open_jobs(settings: Settings) -> JobStore:
 def _load(settings: Settings) -> Engine:
     folders = [ZOO] if settings.model_dir is None else [ZOO, settings.model_dir]
     registry = Registry.load(*folders)
-    engine = Engine(registry, providers=settings.providers)
+    engine = Engine(registry, providers=settings.providers, precision=settings.precision)
     for name, reason in registry.refused.items():  # the engine logs its own
         _LOG.error("refused bundle", extra={"bundle": name, "reason": reason})
     served = sorted(model.card.id for model in engine.models.values())
-    _LOG.info("models loaded", extra={"provider": engine.provider, "models": served})
+    precisions = sorted({model.variant for model in engine.models.values()})
+    told = {"provider": engine.provider, "precisions": precisions, "models": served}
+    _LOG.info("models loaded", extra=told)
     return engine
 
 

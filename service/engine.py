@@ -36,6 +36,7 @@ from service.errors import InternalError, UnknownModel, WrongTask
 from service.settings import SettingsError
 
 Providers = Literal["auto", "cuda", "cpu"]
+Wish = Literal["auto", "float32"]
 Floats = NDArray[np.float32]
 
 CPU = "CPUExecutionProvider"
@@ -86,15 +87,22 @@ class Engine:
         providers: `auto` takes CUDA where a session really gets it; `cuda` demands it; `cpu`.
         threads: threads that run batches on the CPU, for all models and callers together;
             None takes the CPUs that this process may use, `usable_cpus`.
+        precision: `auto` takes variants that lose next to nothing; `float32` none.
 
     Raises:
         ProviderUnavailable: `cuda` is demanded and a session does not get it.
     """
 
     def __init__(
-        self, registry: Registry, *, providers: Providers = "auto", threads: int | None = None
+        self,
+        registry: Registry,
+        *,
+        providers: Providers = "auto",
+        threads: int | None = None,
+        precision: Wish = "auto",
     ) -> None:
         self.registry = registry
+        self._precision = precision
         self.threads = threads or usable_cpus()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="infer")
         # One call at a time on the device: two would take turns anyway and double its memory.
@@ -175,11 +183,12 @@ class Engine:
         self.close()
 
     def _load(self, bundle: Bundle, provider: str) -> LoadedModel:
-        session = open_session(bundle, provider)
+        session = open_session(bundle, provider, self._precision)
         if session.provider != provider:
             # The variant and the options of CUDA are not those of the CPU.
-            session = open_session(bundle, session.provider)
-        reference = open_session(bundle, CPU) if session.provider == CUDA else None
+            session = open_session(bundle, session.provider, self._precision)
+        on_device = session.provider == CUDA
+        reference = open_session(bundle, CPU, self._precision) if on_device else None
         return LoadedModel(
             bundle.card, session, pool=self._pool, device=self._device, reference=reference
         )
@@ -442,16 +451,21 @@ class Session:
         return np.asarray(answer, np.float32)
 
 
-def open_session(bundle: Bundle, provider: str) -> Session:
+def open_session(bundle: Bundle, provider: str, precision: Wish = "auto") -> Session:
     """Load the variant that suits a provider, and check it against the card.
 
     The session may get less than it asks for: ask it.
+
+    Args:
+        bundle: verified.
+        provider: to ask for.
+        precision: `float32` takes that file whatever else there is.
 
     Raises:
         BundleError: the file does not load, or its inputs or output are not the card's.
     """
     card = bundle.card
-    variant = pick_variant(card, provider)
+    variant = "float32" if precision == "float32" else pick_variant(card, provider)
     asked: list[Any] = [CPU] if provider == CPU else [(CUDA, _cuda_options()), CPU]
     try:
         session = onnxruntime.InferenceSession(

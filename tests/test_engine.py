@@ -354,6 +354,13 @@ def test_the_variant_that_costs_nothing_is_taken(zoo, monkeypatch):
     assert pick_variant(card_with(zoo, int8={"accuracy": 0.01}), CPU) == "float32"
 
 
+def test_float32_is_had_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr("service.engine.multiplies_int8", lambda: True)
+    bundle = Registry.load(ZOO).bundles["pixels-landcover"]
+    assert open_session(bundle, CPU).variant == "int8"
+    assert open_session(bundle, CPU, "float32").variant == "float32"
+
+
 class SmallDevice:
     """ONNX Runtime's session, with memory for so many pixels and one of another kind of fault."""
 
