@@ -491,7 +491,7 @@ if how == "arena":  # an arena of 8 MiB, as one of a device that others fill
     kinds = {"values": np.float32, "valid": np.bool_, "days": np.float32}
     session = e.Session(session=inner, output="probabilities", kinds=kinds, variant="float32")
 else:
-    session = e.open_session(bundle, e.CPU)
+    session = e.open_session(bundle, e.CPU, "float32")
 pool = ThreadPoolExecutor(1)
 model = e.LoadedModel(bundle.card, session, pool=pool, device=threading.Lock())
 pool.submit(int).result()  # its thread takes memory as well
@@ -520,7 +520,8 @@ def test_real_want_of_memory_halves_the_batch_and_changes_no_answer(tmp_path, ho
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"out of memory; a batch of \d+ goes on in halves", done.stderr)
-    with Engine(Registry.load(ZOO), providers="cpu", threads=1) as undisturbed:
+    registry = Registry.load(ZOO)
+    with Engine(registry, providers="cpu", threads=1, precision="float32") as undisturbed:
         expected = undisturbed.models["pixels-landcover"].pixels(values, valid, days)
     found = np.load(tmp_path / "answer.npy")
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
