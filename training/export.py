@@ -524,7 +524,10 @@ def check_parity(graph: Graph, path: Path, real: Inputs, *, tolerance: float = T
 
 
 def _difference(graph: Graph, path: Path, inputs: Inputs) -> NDArray[np.float32]:
-    """How far ONNX Runtime's answers lie from torch's, NaN where neither has a number."""
+    """How far ONNX Runtime's answers lie from torch's, NaN where neither has a number.
+
+    As a share of the largest number where that is above 1, as an embedding's may be.
+    """
     session = open_cpu(path)
     names = [i.name for i in session.get_inputs()]
     got = session.run(None, _fed(session, {name: inputs[name] for name in names}))[0]
@@ -532,7 +535,8 @@ def _difference(graph: Graph, path: Path, inputs: Inputs) -> NDArray[np.float32]
         want = graph(*(torch.from_numpy(inputs[name]) for name in names)).numpy()
     if got.shape != want.shape or (np.isnan(got) != np.isnan(want)).any():
         raise ParityError(f"{path.name}: {got.shape} of ONNX Runtime, {want.shape} of torch")
-    return np.asarray(np.abs(got - want), np.float32)
+    largest = max(1.0, float(np.nan_to_num(np.abs(want)).max()))
+    return np.asarray(np.abs(got - want) / largest, np.float32)
 
 
 def _fed(session: onnxruntime.InferenceSession, inputs: Inputs) -> Inputs:
