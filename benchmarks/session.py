@@ -111,15 +111,17 @@ def pixels_input(model: LoadedModel, count: int, dates: int = DATES) -> dict[str
     }
 
 
-def bare(engine: Engine, alone: Engine, count: int = PIXELS) -> Candidate:
-    """The session that the service would take for the default pixel classifier."""
+def bare(
+    engine: Engine, alone: Engine, count: int = PIXELS, name: str = "bare session"
+) -> Candidate:
+    """The session that the engines take for the default pixel classifier."""
     feeds = pixels_input(engine.find(None, "classify-pixels"), count)
 
     def on(which: Engine) -> Run:
         model = which.find(None, "classify-pixels")
         return lambda: model.pixels(feeds["values"], feeds["valid"], feeds["days"], 1)
 
-    return Candidate(name="bare session", amount=count, clock=on(engine), processor=on(alone))
+    return Candidate(name=name, amount=count, clock=on(engine), processor=on(alone))
 
 
 def product(side: int = PRODUCT_SIDE) -> list[Candidate]:
@@ -280,12 +282,17 @@ class Found:
         return flop.over(self.machine_rate)
 
 
+_EXACT = "session in float32"
+
+
 def compare(rounds: int) -> Found:
     """Measure everything."""
     registry = Registry.load(ZOO)
     with (
         Engine(registry, providers="cpu") as engine,
         Engine(registry, providers="cpu", threads=1) as alone,
+        Engine(registry, providers="cpu", precision="float32") as exact,
+        Engine(registry, providers="cpu", precision="float32", threads=1) as exact_alone,
     ):
         model = engine.find(None, "classify-pixels")
         float32 = next(v for v in model.card.variants if v.name == "float32")
@@ -293,6 +300,8 @@ def compare(rounds: int) -> Found:
             ZOO / model.card.name / float32.file, pixels_input(model, 4), count=4
         )
         candidates = [bare(engine, alone), *product()]
+        if model.variant != "float32":
+            candidates.append(bare(exact, exact_alone, name=_EXACT))
         missing = None
         try:
             candidates += peers()
@@ -318,16 +327,16 @@ def show(found: Found, console: Console) -> None:
     table = Table("", "by the clock", "by processor time", "bar", box=None)
     bare_rate = found.rates["bare session"]
     for name, rate in found.rates.items():
-        unit, size = ("GFLOP/s", _GIGA) if name.startswith("float32") else ("px/s", 1.0)
+        unit, size = ("GFLOP/s", _GIGA) if "product" in name else ("px/s", 1.0)
         cells = (f"{number / size:,.0f} {unit}" for number in (rate.clock, rate.processor))
         table.add_row(name, *cells, "")
     share = found.share
     table.add_row("session / product rate", f"{share.clock:.0%}", f"{share.processor:.0%}", "75 %")
-    for name, bar in (("Presto", 30), ("plots, ResNet-18", 60)):
+    for name, bar in (("Presto", "30 x"), ("plots, ResNet-18", "60 x"), (_EXACT, "")):
         if name in found.rates:
             ratio = bare_rate.over(found.rates[name])
-            cells = (f"{number:.1f} x" for number in (ratio.clock, ratio.processor))
-            table.add_row(f"session / {name}", *cells, f"{bar} x")
+            cells = (f"{number:.3g} x" for number in (ratio.clock, ratio.processor))
+            table.add_row(f"session / {name}", *cells, bar)
     console.print(table)
     if found.missing:
         console.print(f"no peers: {found.missing}")
