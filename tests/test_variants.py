@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from models.encoders import ChannelNorm, PatchEncoder, PixelEncoder
 from models.graph import PatchGraph, PixelGraph
 from models.heads import ClassificationHead, ForecastHead
 from training.config import BANDS, INDICES
-from training.export import check_parity_int8, pixel_inputs, to_onnx
+from training.export import check_parity_int8, open_cpu, pixel_inputs, to_onnx
 from training.variants import FoldedEncoder, folded, quantise
 
 BATCH = 300
@@ -144,7 +143,7 @@ def test_int8_knows_who_has_no_answer(small: tuple[PixelGraph, Path]) -> None:
     graph, path = small
     inputs = pixel_inputs(graph, 9, 30)
     inputs["valid"][[2, 5]] = False
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = open_cpu(path)
     together = session.run(None, inputs)[0]
     assert np.isnan(together).all(axis=1).nonzero()[0].tolist() == [2, 5]
     # Scales are fixed: a pixel's answer does not depend on its neighbours in the batch.
