@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.device import (
+    RAW_BYTES,
     Device,
     Traffic,
     copy_rate,
@@ -54,6 +55,14 @@ def test_what_goes_to_the_session_is_values_and_validity_once_and_no_plot() -> N
     batches = 2  # of 256, each with the days
     assert found.into * count == count * (T * (4 * C + 1) + own) + batches * 4 * T
     assert found.out == 4 * len(bundle.card.classes)
+
+
+def test_float16_sends_little_more_than_the_files_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.engine.pick_variant", lambda *_: "float16")
+    bundle = Registry.load(ZOO).default("classify-pixels")
+    assert bundle is not None
+    T, C = 36, len(bundle.card.bands)
+    assert traffic(bundle, CPU, 256, T).into / (T * C * RAW_BYTES) < 1.2
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])

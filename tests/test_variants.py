@@ -131,9 +131,7 @@ def test_int8_answers_nearly_as_float32(small: tuple[PixelGraph, Path]) -> None:
     graph, path = small
     inputs = pixel_inputs(graph, BATCH, 30)
     want = answers(graph, inputs).numpy()
-    got = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, inputs)[
-        0
-    ]
+    got = open_cpu(path).run(None, inputs)[0]
     off = np.abs(got - want)
     assert 0 < off.mean() < 0.1 * np.abs(want - want.mean(axis=0)).mean()
     assert check_parity_int8(graph, path, inputs) == pytest.approx(off.mean(), rel=0.3)
