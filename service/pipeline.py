@@ -469,7 +469,8 @@ class _PixelInference:
     def __call__(self, sits: Sits) -> _Found:
         T, C, h, w = sits.values.shape
         values, valid = sits.values.reshape(T, C, h * w), sits.valid.reshape(T, h * w)
-        index = np.flatnonzero(valid.sum(axis=0) >= self._model.card.min_observations)
+        seen = valid.sum(axis=0, dtype=np.uint32)
+        index = np.flatnonzero(seen >= self._model.card.min_observations)
         self._advance(h * w - len(index))
         answers = np.empty((len(index), *self._model.width), np.float32)
         size = max(1, self._model.chunk // _AT_ONCE)

@@ -257,19 +257,21 @@ class StackReader:
 
         def fill(read: _FileRead) -> None:
             raw, mask = self._decode(read, window)
-            for data, plane, (t, c) in zip(raw, read.planes, read.targets, strict=True):
-                if c == C:
-                    clear[t] &= (data >= CLEAR_CLASSES[0]) & (data <= CLEAR_CLASSES[-1])
-                    continue
-                _reflectance(data, plane, values[t, c])
-                if plane.may_be_beyond:
-                    present[t] &= np.abs(values[t, c]) < _NO_VALUE  # False for NaN, too
-                if plane.nodata is not None:
-                    present[t] &= data != plane.nodata
-                if mask is not None:
-                    present[t] &= mask != 0
-                if not told[t]:
-                    something[t] |= data != 0
+            # What float32 cannot hold becomes infinite.
+            with np.errstate(over="ignore", invalid="ignore"):
+                for data, plane, (t, c) in zip(raw, read.planes, read.targets, strict=True):
+                    if c == C:
+                        clear[t] &= (data >= CLEAR_CLASSES[0]) & (data <= CLEAR_CLASSES[-1])
+                        continue
+                    _reflectance(data, plane, values[t, c])
+                    if plane.may_be_beyond:
+                        present[t] &= np.abs(values[t, c]) < _NO_VALUE  # False for NaN, too
+                    if plane.nodata is not None:
+                        present[t] &= data != plane.nodata
+                    if mask is not None:
+                        present[t] &= mask != 0
+                    if not told[t]:
+                        something[t] |= data != 0
 
         if layer.apart:
             for_each(layer.reads, fill, block_bytes=self._block_bytes)
@@ -360,11 +362,10 @@ def _reads(looks: Sequence[Look]) -> list[_FileRead]:
 
 
 def _reflectance(data: NDArray[np.generic], plane: Plane, out: NDArray[np.float32]) -> None:
-    """`data` x scale + offset into `out`; what float32 cannot hold becomes infinite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        np.multiply(data, np.float32(plane.scale), out=out, dtype=np.float32, casting="same_kind")
-        if plane.offset:
-            out += np.float32(plane.offset)
+    """`data` x scale + offset into `out`."""
+    np.multiply(data, np.float32(plane.scale), out=out, dtype=np.float32, casting="same_kind")
+    if plane.offset:
+        out += np.float32(plane.offset)
 
 
 def median_composite(sits: Sits) -> NDArray[np.float32]:

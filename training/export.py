@@ -36,6 +36,7 @@ from models.card import (
     TrainingData,
     Variant,
 )
+from models.encoders import PixelEncoder
 from models.graph import PatchGraph, PixelGraph
 from models.registry import load_bundle, sha256_of
 from training import answers as kept
@@ -199,7 +200,8 @@ def export_run(
         zoo / told,
         fields={**fields, "training": {**fields["training"], **size}},
         real=real,
-        typical=_typical_inputs(task),
+        # Of other networks nobody looked at what int8 makes of them.
+        typical=_typical_inputs(task) if isinstance(graph.encoder, PixelEncoder) else (),
         version=version,
         loss=lambda file: measured_loss(
             kept.load(folder) if (folder / kept.FILE).exists() else answer(task, graph), task, file
