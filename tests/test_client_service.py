@@ -373,9 +373,25 @@ def full(url):
     )
     with ExitStack() as stack:
         for _ in range(2):
-            seat = stack.enter_context(socket.create_connection((place.hostname, place.port)))
-            seat.sendall(head.encode())
+            stack.enter_context(seat((place.hostname, place.port), head.encode()))
         yield
+
+
+def seat(address, head):
+    """A connection that holds a seat: one that does not is answered at once.
+
+    Whoever held it before may have left a moment ago.
+    """
+    for _ in range(100):
+        connection = socket.create_connection(address)
+        connection.sendall(head)
+        connection.settimeout(0.1)
+        try:
+            connection.recv(1)
+        except TimeoutError:
+            return connection
+        connection.close()
+    raise AssertionError("no seat came free")
 
 
 @KINDS
