@@ -154,13 +154,12 @@ class PixelEncoder(nn.Module):
             Embeddings (N, D).
         """
         levels = standardised(series)
-        tokens = [observed]
-        if self.series:
-            tokens.append(levels)
-        if self.calendar and season is not None:
-            tokens.append(season)
-        if reflectance is not None:
-            tokens.append(standardised_roots(reflectance))
+        tokens = token_parts(
+            levels if self.series else None,
+            observed,
+            season if self.calendar else None,
+            reflectance,
+        )
         if self.plots:
             # Symmetric: row j of the plot is its column j, so (N, K, M, M) folds to (N, K * M, M).
             plots = recurrence_plot(
@@ -183,6 +182,24 @@ class PixelEncoder(nn.Module):
             return plots
         shown = torch.rand(len(plots), 1, 1, device=plots.device) >= self.plot_dropout
         return plots * shown
+
+
+def token_parts(
+    levels: Tensor | None, observed: Tensor, season: Tensor | None, reflectance: Tensor | None
+) -> list[Tensor]:
+    """What a step's token holds beside its rows of the plots, in the order of the weights.
+
+    Args:
+        levels: standardised series (N, K, M), where the encoder sees them.
+        observed: how well each step is observed (N, 1, M).
+        season: sine and cosine of each step's day of the year (N, 2, M), where it knows them.
+        reflectance: the bands (N, C, M), where it sees them.
+
+    Returns:
+        Parts (N, ..., M) of the tokens.
+    """
+    roots = None if reflectance is None else standardised_roots(reflectance)
+    return [part for part in (observed, levels, season, roots) if part is not None]
 
 
 def _factors(steps: int) -> tuple[int, int]:

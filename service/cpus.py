@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 _INT8_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
+@functools.cache  # asked for each bundle, and the CPUs stay what they are
 def multiplies_int8(info: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the CPUs have instructions for products of int8 (x86 on Linux; elsewhere False).
 

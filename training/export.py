@@ -495,10 +495,10 @@ def check_parity_int8(graph: Graph, path: Path, real: Inputs) -> float:
         ParityError: it is more than `INT8_TOLERANCE`, or a NaN is where torch has none or the
             reverse, be it on random input.
     """
-    names = [i.name for i in open_cpu(path).get_inputs()]
-    for inputs in _random_inputs(graph, dayed="day_of_year" in names):
-        _difference(graph, path, inputs)
-    off = float(np.nan_to_num(_difference(graph, path, real)).mean())
+    session = open_cpu(path)
+    for inputs in _random_inputs(graph, dayed=_dayed(session)):
+        _difference(graph, session, inputs, path.name)
+    off = float(np.nan_to_num(_difference(graph, session, real, path.name)).mean())
     if off > INT8_TOLERANCE:
         raise ParityError(f"{path.name} is {off:.1e} off torch, {INT8_TOLERANCE} is allowed")
     return off
@@ -516,27 +516,34 @@ def check_parity(graph: Graph, path: Path, real: Inputs, *, tolerance: float = T
     Raises:
         ParityError: it is more, or a NaN is where torch has none or the reverse.
     """
-    names = [i.name for i in open_cpu(path).get_inputs()]
+    session = open_cpu(path)
     worst = 0.0
-    for inputs in (*_random_inputs(graph, dayed="day_of_year" in names), real):
-        worst = max(worst, float(np.nan_to_num(_difference(graph, path, inputs)).max()))
+    for inputs in (*_random_inputs(graph, dayed=_dayed(session)), real):
+        worst = max(
+            worst, float(np.nan_to_num(_difference(graph, session, inputs, path.name)).max())
+        )
     if worst > tolerance:
         raise ParityError(f"{path.name} is {worst:.1e} off torch, {tolerance} is allowed")
     return worst
 
 
-def _difference(graph: Graph, path: Path, inputs: Inputs) -> NDArray[np.float32]:
+def _dayed(session: onnxruntime.InferenceSession) -> bool:
+    return "day_of_year" in {i.name for i in session.get_inputs()}
+
+
+def _difference(
+    graph: Graph, session: onnxruntime.InferenceSession, inputs: Inputs, name: str
+) -> NDArray[np.float32]:
     """How far ONNX Runtime's answers lie from torch's, NaN where neither has a number.
 
     As a share of the largest number where that is above 1, as an embedding's may be.
     """
-    session = open_cpu(path)
     names = [i.name for i in session.get_inputs()]
     got = session.run(None, _fed(session, {name: inputs[name] for name in names}))[0]
     with torch.inference_mode():
         want = graph(*(torch.from_numpy(inputs[name]) for name in names)).numpy()
     if got.shape != want.shape or (np.isnan(got) != np.isnan(want)).any():
-        raise ParityError(f"{path.name}: {got.shape} of ONNX Runtime, {want.shape} of torch")
+        raise ParityError(f"{name}: {got.shape} of ONNX Runtime, {want.shape} of torch")
     largest = max(1.0, float(np.nan_to_num(np.abs(want)).max()))
     return np.asarray(np.abs(got - want) / largest, np.float32)
 

@@ -16,6 +16,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from models.card import TimeWindow
+from models.graph import YEAR
 from models.indices import SpectralIndices
 from training.augment import disturb, drop_dates, jitter_dates
 from training.config import BANDS, INDICES
@@ -24,7 +25,6 @@ from training.datasets import PixelSet
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
-_YEAR = 365.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ def augment_series(
         values = values + (hazy * rng.exponential(0.06, valid.shape))[..., None].astype(np.float32)
     valid = drop_dates(valid, rng, most=how.drop, least=how.least)
     if how.gap:
-        start, length = rng.uniform(0, _YEAR, (n, 1)), rng.uniform(30, 150, (n, 1))
+        start, length = rng.uniform(0, YEAR, (n, 1)), rng.uniform(30, 150, (n, 1))
         kept = valid & ~((days >= start) & (days < start + length))
         lost = (rng.random(n) < how.gap) & (kept.sum(axis=1) >= how.least)
         valid = np.where(lost[:, None], kept, valid)
@@ -203,13 +203,13 @@ def any_year(valid: Bools, days: Floats, rng: Generator, *, least: int) -> tuple
     n = len(valid)
     first = np.where(valid, days, np.inf).min(axis=1, initial=np.inf, keepdims=True)
     last = np.where(valid, days, -np.inf).max(axis=1, initial=-np.inf, keepdims=True)
-    start = first + rng.random((n, 1)) * np.maximum(last - first - _YEAR + 20, 0)
-    inside = valid & (days >= start) & (days < start + _YEAR)
+    start = first + rng.random((n, 1)) * np.maximum(last - first - YEAR + 20, 0)
+    inside = valid & (days >= start) & (days < start + YEAR)
     few = inside.sum(axis=1, keepdims=True) < least
     start = np.where(few, first, start)
-    inside = np.where(few, valid & (days < first + _YEAR), inside)
-    turn = rng.random((n, 1)) * _YEAR
-    return inside, ((days - start + turn) % _YEAR).astype(np.float32)
+    inside = np.where(few, valid & (days < first + YEAR), inside)
+    turn = rng.random((n, 1)) * YEAR
+    return inside, ((days - start + turn) % YEAR).astype(np.float32)
 
 
 def other_hemisphere(days: Floats, share: float, rng: Generator) -> Floats:
@@ -218,7 +218,7 @@ def other_hemisphere(days: Floats, share: float, rng: Generator) -> Floats:
     For graphs that fold years into one, which begins on 1 January wherever the pixel lies.
     """
     chosen = rng.random((len(days), 1)) < share
-    return (days + chosen * (_YEAR / 2)).astype(np.float32)
+    return (days + chosen * (YEAR / 2)).astype(np.float32)
 
 
 def ordinal_day_of_year(ordinals: Ints) -> Floats:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor, nn
 
-from models.encoders import Block, ChannelNorm, PixelEncoder, standardised, standardised_roots
+from models.encoders import Block, ChannelNorm, PixelEncoder, standardised, token_parts
 from models.recurrence import recurrence_plot
 from training.baselines import replace_encoders
 from training.finetune import Graph
@@ -131,13 +130,12 @@ class FoldedEncoder(nn.Module):
     ) -> Tensor:
         """Encode pixels, as `PixelEncoder` does."""
         levels = standardised(series)
-        tokens = [observed]
-        if self.series:
-            tokens.append(levels)
-        if self.calendar and season is not None:
-            tokens.append(season)
-        if reflectance is not None:
-            tokens.append(standardised_roots(reflectance))
+        tokens = token_parts(
+            levels if self.series else None,
+            observed,
+            season if self.calendar else None,
+            reflectance,
+        )
         # The product counts its rows by what it takes.
         x: Tensor = self.tokens(torch.cat(tokens, dim=1).transpose(1, 2))
         if self.plots is not None:
@@ -256,12 +254,9 @@ def quantise(source: Path, target: Path, typical: Sequence[Inputs]) -> None:
         for node in model.graph.node
         if node.op_type in {"Gemm", "MatMul"} and not _is_encoders(node.input[1], weights)
     ]
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
-        # The quantiser writes beside its source what it makes on the way.
-        copied = Path(folder) / source.name
-        copied.write_bytes(source.read_bytes())
+    with _quiet():
         quantize_static(
-            copied,
+            source,
             target,
             _Batches(typical, [i.name for i in model.graph.input]),
             quant_format=QuantFormat.QDQ,
