@@ -127,6 +127,16 @@ def test_the_encoders_products_are_in_int8_and_no_others(small: tuple[PixelGraph
     assert not any(node.op_type == "Relu" and "layers" in node.name for node in model.graph.node)
 
 
+def test_series_are_rounded_before_their_plots_are_made(small: tuple[PixelGraph, Path]) -> None:
+    model = onnx.shape_inference.infer_shapes(onnx.load(small[1]), strict_mode=True)
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    # Both networks read the same plots.
+    (plots,) = (node for node in model.graph.node if node.op_type == "Max")
+    assert [made_by[name].op_type for name in plots.input] == ["QuantizeLinear"] * 2
+    types = {info.name: info.type.tensor_type.elem_type for info in model.graph.value_info}
+    assert types[plots.output[0]] == onnx.TensorProto.UINT8
+
+
 def test_int8_answers_nearly_as_float32(small: tuple[PixelGraph, Path]) -> None:
     graph, path = small
     inputs = pixel_inputs(graph, BATCH, 30)

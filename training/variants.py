@@ -76,6 +76,11 @@ class FoldedEncoder(nn.Module):
     into the next product, so that the block's sum is part of its product; the rows of the plots
     are made in the order in which they are multiplied, and are not copied beside the tokens.
 
+    Distances are never made. As |a - b| = 2 max(a, b) - a - b, their product is one of the larger
+    values, and a and b enter by the sums of the weights. That is one pass over the plots for two,
+    and in int8 a series is rounded before its plots are made of it, not after: the larger of two
+    rounded numbers is the rounded larger one.
+
     Args:
         encoder: in evaluation mode.
         apart: whether a block's sum stays apart from its product, as int8 needs it; then also
@@ -88,13 +93,23 @@ class FoldedEncoder(nn.Module):
         self.calendar, self.series, self.apart = encoder.calendar, encoder.series, apart
         self.threshold, self.percentage = encoder.threshold, encoder.percentage
         weight, bias = _linear(encoder.row)
+        steps = encoder.steps if encoder.plots else 0
         beside = 1 + encoder.bands + 2 * encoder.calendar
-        if encoder.series:
-            # Of the rest, K are the series' and K * M the plots'.
-            steps = encoder.steps if encoder.plots else 0
-            beside += (len(weight) - beside) // (1 + steps)
-        self.tokens = _Product(weight[:beside], bias)
-        self.plots = _Added(weight[beside:], apart=apart) if encoder.plots else None
+        # Of the rest, K are the series' and K * M the plots'.
+        indices = (len(weight) - beside) // (encoder.series + steps)
+        beside += indices * encoder.series
+        tokens, plots = weight[:beside], weight[beside:]
+        self.larger = encoder.plots and encoder.threshold is None
+        if self.larger:
+            # The series' weights come second, after how well a step was observed.
+            own = tokens[1 : 1 + indices] if encoder.series else torch.zeros(indices, len(bias))
+            own = own - plots.reshape(indices, steps, -1).sum(dim=1)
+            tokens = torch.cat([tokens[:1], own, tokens[1 + indices * encoder.series :]])
+            self.series = True
+            self.pixel = _Product(-plots, bias)
+            plots = 2.0 * plots
+        self.tokens, self.bias = _constant(tokens), _constant(bias)
+        self.plots = _Added(plots, apart=apart) if encoder.plots else None
         layers: list[nn.Module] = []
         # What must still be added to every row: the biases of second products.
         owed = torch.zeros(encoder.row.out_features)
@@ -136,18 +151,22 @@ class FoldedEncoder(nn.Module):
             season if self.calendar else None,
             reflectance,
         )
-        # The product counts its rows by what it takes.
-        x: Tensor = self.tokens(torch.cat(tokens, dim=1).transpose(1, 2))
+        alike = self.pixel(levels.flatten(1))[:, None] if self.larger else self.bias
+        x = (torch.cat(tokens, dim=1).transpose(1, 2) @ self.tokens + alike).flatten(0, 1)
         if self.plots is not None:
             x = self.plots(x, self._rows(levels))
+        # The first product counts its rows by what it takes.
         out: Tensor = self.layers(x)
         return out + 0.0 * series[:, 0, :1] if self.apart else out
 
     def _rows(self, levels: Tensor) -> Tensor:
-        """Rows of the plots of all indices, one a step: (N, K, M) -> (N * M, K * M)."""
+        """Rows of the plots of all indices, one a step: (N, K, M) -> (N * M, K * M).
+
+        Of distances, the larger value of each pair.
+        """
         indices, steps = levels.shape[1:]
-        if self.threshold is None:
-            plots = (levels.transpose(1, 2)[..., None] - levels[:, None]).abs()
+        if self.larger:
+            plots = torch.maximum(levels.transpose(1, 2)[..., None], levels[:, None])
         else:
             plots = recurrence_plot(
                 levels, threshold=self.threshold, percentage=self.percentage
@@ -268,12 +287,46 @@ def quantise(source: Path, target: Path, typical: Sequence[Inputs]) -> None:
             weight_type=QuantType.QInt8,
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
         )
+    model = onnx.load(target)
+    _round_before_plots(model.graph)
+    onnx.checker.check_model(model)
+    onnx.save(model, target)
+
+
+def _round_before_plots(graph: onnx.GraphProto) -> None:
+    """Round series before the larger of each pair of their values is taken, not after.
+
+    One number a step is rounded then for M, and the plots are made and read in bytes.
+    """
+    made_by = {name: node for node in graph.node for name in node.output}
+    for rounding in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
+        rows = made_by.get(rounding.input[0])
+        larger = made_by.get(rows.input[0]) if rows is not None else None
+        if rows is None or larger is None or larger.op_type != "Max":
+            continue
+        place = list(graph.node).index(larger)
+        for i, side in enumerate(larger.input):
+            larger.input[i] = f"{side}_rounded"
+            graph.node.insert(
+                place,
+                onnx.helper.make_node(
+                    "QuantizeLinear", [side, *rounding.input[1:]], [larger.input[i]]
+                ),
+            )
+        rows.output[0] = rounding.output[0]
+        graph.node.remove(rounding)
+    # The types that are noted of numbers in between hold no longer.
+    del graph.value_info[:]
 
 
 def _is_encoders(name: str, weights: Mapping[str, Sequence[int]]) -> bool:
-    """Whether these are weights of an encoder's product that gains from int8."""
+    """Whether these are weights of an encoder's product that gains from int8.
+
+    What all steps of a pixel share is one row a pixel, and is taken from what is rounded otherwise.
+    """
     of_encoder = name.startswith("encoder.") or (name.startswith("others.") and ".0." in name)
-    return of_encoder and name in weights and weights[name][0] >= _FEWEST_INPUTS
+    gains = name in weights and weights[name][0] >= _FEWEST_INPUTS and ".pixel." not in name
+    return of_encoder and gains
 
 
 @contextmanager
