@@ -15,6 +15,9 @@ _CENTER = 0.3
 _SPREAD = 0.25
 # Reflectance at which imagery saturates: EuroSAT's RGB was cut at 2750 / 10000.
 _BRIGHTEST = 0.275
+# Spread, of the 2 between dark and _BRIGHTEST, below which a patch's contrast fades: about what
+# calm water shows.
+_LEAST_SPREAD = 0.03
 # The same for square roots of reflectance, which spread dark ground and bright ground alike.
 _ROOT_CENTER = 0.35
 _ROOT_SPREAD = 0.2
@@ -221,6 +224,9 @@ class PatchEncoder(nn.Module):
             convolution there costs twice one of the same products at half the resolution.
         embedding: D.
         dropout: share of the pooled features dropped in training.
+        contrast: whether each band also comes standardised by its mean and spread over the patch.
+            Light, air and soil differ from place to place and shift whole patches; what stands
+            out within one does not, and dark water and dark forest differ by it alone.
     """
 
     def __init__(
@@ -231,11 +237,13 @@ class PatchEncoder(nn.Module):
         depths: Sequence[int] = (1, 1, 1, 1),
         embedding: int = 256,
         dropout: float = 0.2,
+        contrast: bool = False,
     ) -> None:
         super().__init__()
         self.embedding = embedding
+        self.contrast = contrast
         # 4 x 4 with stride 2: a quarter of the products of a full-resolution stem.
-        self.stem = _convolution(bands, width, kernel=4, stride=2)
+        self.stem = _convolution(2 * bands if contrast else bands, width, kernel=4, stride=2)
         levels: list[nn.Module] = []
         for i, depth in enumerate(depths):
             w = width * 2**i
@@ -257,6 +265,10 @@ class PatchEncoder(nn.Module):
             Embeddings (N, D).
         """
         x = patches.clamp(0.0, _BRIGHTEST) * (2.0 / _BRIGHTEST) - 1.0
+        if self.contrast:
+            off = x - x.mean(dim=(2, 3), keepdim=True)
+            spread = off.square().mean(dim=(2, 3), keepdim=True).sqrt()
+            x = torch.cat([x, off / (spread + _LEAST_SPREAD)], dim=1)
         x = self.levels(self.stem(x))
         out: Tensor = self.head(x.mean(dim=(2, 3)))
         return out

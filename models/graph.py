@@ -150,37 +150,47 @@ class PatchGraph(nn.Module):
     Args:
         encoder: the patch encoder.
         head: None answers with the embedding.
+        others: further encoders, each with its head; a classifier answers with the mean logits.
         symmetries: whether a classifier answers with the mean logits of a patch's eight symmetries.
             Land seen from above has no up, and what the network says of a patch should not depend
             on how it lies. Training sees one symmetry of each at a time.
     """
 
     def __init__(
-        self, *, encoder: PatchEncoder, head: ClassificationHead | None, symmetries: bool = False
+        self,
+        *,
+        encoder: PatchEncoder,
+        head: ClassificationHead | None,
+        others: Sequence[tuple[PatchEncoder, ClassificationHead]] = (),
+        symmetries: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.others = nn.ModuleList(nn.ModuleList(pair) for pair in others)
         self.symmetries = symmetries
 
     def raw(self, patches: Tensor) -> Tensor:
-        """What training needs: logits (N, K) or embeddings (N, D)."""
+        """What is scored: logits (N, K) or embeddings (N, D)."""
+        if self.training or self.head is None or not self.symmetries:
+            views = [patches]
+        else:
+            views = symmetries(patches)
+        answers = [answer for view in views for answer in self.each(view)]
+        return answers[0] if len(answers) == 1 else torch.stack(answers).mean(dim=0)
+
+    def each(self, patches: Tensor) -> list[Tensor]:
+        """What is trained: the answer of each network to patches as they lie."""
         patches = patches.float()  # see `PixelGraph.regular`
-        if self.head is None:
-            embeddings: Tensor = self.encoder(patches)
-            return embeddings
-        if self.training or not self.symmetries:
-            return self._logits(patches)
-        return torch.stack([self._logits(p) for p in symmetries(patches)]).mean(dim=0)
+        return [
+            encoder(patches) if head is None else head(encoder(patches))
+            for encoder, head in ((self.encoder, self.head), *self.others)
+        ]
 
     def forward(self, patches: Tensor) -> Tensor:
         """Answer for patches of reflectance (N, C, H, W), unitless."""
         out = self.raw(patches)
         return out if self.head is None else self.head.probabilities(out)
-
-    def _logits(self, patches: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.encoder(patches))  # type: ignore[misc]  # raw has looked
-        return logits
 
 
 def symmetries(patches: Tensor) -> list[Tensor]:

@@ -296,9 +296,13 @@ class TestOnnx:
             got = session.run(None, {k: v.numpy() for k, v in feed.items()})[0]
             np.testing.assert_allclose(got, want, atol=1e-4)
 
-    @pytest.mark.parametrize("symmetries", [False, True])
-    def test_patch_graph_equals_torch(self, symmetries: bool, tmp_path: Path) -> None:
-        graph = patch_graph(symmetries=symmetries)
+    @pytest.mark.parametrize(
+        "told",
+        [{}, {"symmetries": True}, {"contrast": True, "members": 2, "symmetries": True}],
+        ids=str,
+    )
+    def test_patch_graph_equals_torch(self, told: dict[str, Any], tmp_path: Path) -> None:
+        graph = patch_graph(**told)
         session = export(graph, tmp_path / "m.onnx", ["patches"], (torch.rand(3, 3, 64, 64),))
         for n in (1, 5):
             patches = torch.rand(n, 3, 64, 64)
@@ -439,10 +443,48 @@ class TestSymmetries:
             )
 
 
-def patch_graph(*, symmetries: bool) -> PatchGraph:
+class TestContrast:
+    def test_light_of_a_patch_changes_its_contrast_in_nothing(self) -> None:
+        """What the stem sees twice: as it is, and by numpy's mean and spread of each band."""
+        patches = np.random.default_rng(0).uniform(0.05, 0.1, (2, 3, 64, 64)).astype(np.float32)
+        for light in (patches, patches * 2.0, patches + 0.1):
+            seen = stem_input(torch.from_numpy(light))
+            np.testing.assert_allclose(seen[:, :3], light / 0.1375 - 1.0, atol=1e-5)
+            bands = light / 0.1375
+            off = bands - bands.mean(axis=(2, 3), keepdims=True)
+            want = off / (bands.std(axis=(2, 3), keepdims=True) + 0.03)
+            np.testing.assert_allclose(seen[:, 3:], want, atol=1e-4)
+
+    def test_a_patch_of_one_colour_has_none(self) -> None:
+        assert not stem_input(torch.full((1, 3, 64, 64), 0.07))[:, 3:].abs().max() > 1e-4
+
+    def test_networks_answer_with_their_mean(self) -> None:
+        graph = patch_graph(members=2)
+        patches = torch.rand(2, 3, 64, 64)
+        with torch.no_grad():
+            first, second = graph.each(patches)
+            torch.testing.assert_close(graph.raw(patches), (first + second) / 2)
+        assert not torch.allclose(first, second)
+
+
+def stem_input(patches: torch.Tensor) -> torch.Tensor:
+    encoder = PatchEncoder(width=8, contrast=True).eval()
+    seen: list[torch.Tensor] = []
+    encoder.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        encoder(patches)
+    return seen[0]
+
+
+def patch_graph(
+    *, symmetries: bool = False, contrast: bool = False, members: int = 1
+) -> PatchGraph:
     torch.manual_seed(0)
-    encoder = PatchEncoder(width=8, embedding=16)
-    head = ClassificationHead(16, 10)
+    (encoder, head), *others = [
+        (PatchEncoder(width=8, embedding=16, contrast=contrast), ClassificationHead(16, 10))
+        for _ in range(members)
+    ]
     # Far enough from zero that classes differ.
-    torch.nn.init.normal_(head.linear.weight)
-    return PatchGraph(encoder=encoder, head=head, symmetries=symmetries).eval()
+    for _, each in ((encoder, head), *others):
+        torch.nn.init.normal_(each.linear.weight)
+    return PatchGraph(encoder=encoder, head=head, others=others, symmetries=symmetries).eval()

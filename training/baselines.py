@@ -128,9 +128,8 @@ def replace_encoders(
 ) -> None:
     """Put another encoder in the place of each of a graph's, made from it."""
     graph.add_module("encoder", make(graph.encoder))
-    if isinstance(graph, PixelGraph):
-        for pair in graph.others:
-            pair[0] = make(pair[0])  # type: ignore[index,operator]  # a list, which torch types as a module
+    for pair in graph.others:
+        pair[0] = make(pair[0])  # type: ignore[index,operator]  # a list, which torch types as a module
 
 
 def _dense(inputs: int, outputs: int, dropout: float) -> list[nn.Module]:

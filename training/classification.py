@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.card import TimeWindow
 from models.encoders import PixelEncoder
@@ -20,6 +20,7 @@ from models.indices import SpectralIndices
 from training.calibration import cross_fitted_scores, fit_temperature
 from training.config import ClassifyConfig
 from training.legends import CDL, WORLDCOVER, crop_sets, landcover_sets
+from training.losses import cross_entropy
 from training.series import (
     SeriesAugmentation,
     SeriesTable,
@@ -125,13 +126,8 @@ class PixelClassification:
         """Cross entropy, the mean of the networks'."""
         *inputs, labels = batch
         adjustment = self.adjustment.to(labels.device)
-        losses = [
-            nn.functional.cross_entropy(
-                logits + adjustment, labels, label_smoothing=self.config.smoothing
-            )
-            for logits in graph.each(*inputs)
-        ]
-        return torch.stack(losses).mean()
+        answers = [logits + adjustment for logits in graph.each(*inputs)]
+        return cross_entropy(answers, labels, self.config.smoothing)
 
     def finish(self, graph: PixelGraph) -> None:
         """Fit the temperature on the validation places."""

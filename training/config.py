@@ -61,6 +61,7 @@ class PatchEncoderConfig(_Frozen):
     depths: tuple[int, ...] = (0, 1, 1, 1)
     embedding: int = 256
     dropout: float = 0.2
+    contrast: bool = False
 
 
 class Optimisation(_Frozen):
@@ -154,6 +155,8 @@ class LandcoverConfig(_Frozen):
     name: str
     patch: int = 64
     encoder: PatchEncoderConfig = PatchEncoderConfig()
+    members: Annotated[int, Field(ge=1)] = 1
+    """Networks trained side by side, whose mean answers."""
     optimisation: Optimisation = Optimisation(epochs=18, batch=128, learning_rate=3e-3)
     smoothing: float = 0.05
     small_patch: int = 48

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.encoders import PatchEncoder
 from models.graph import PatchGraph
@@ -19,6 +19,7 @@ from training.augment import augment_patches
 from training.calibration import cross_fitted_scores, fit_temperature
 from training.config import LandcoverConfig
 from training.datasets.eurosat import RGB, eurosat_ms, eurosat_rgb
+from training.losses import cross_entropy
 
 Floats = NDArray[np.float32]
 
@@ -45,14 +46,19 @@ class PatchClassification:
 
     def graph(self) -> PatchGraph:
         """A new, untrained graph."""
-        encoder = PatchEncoder(bands=len(RGB), **self.config.encoder.model_dump())
-        head = ClassificationHead(encoder.embedding, len(self.legend))
-        graph = PatchGraph(encoder=encoder, head=head, symmetries=self.config.symmetries)
+        (encoder, head), *others = [self._member() for _ in range(self.config.members)]
+        graph = PatchGraph(
+            encoder=encoder, head=head, others=others, symmetries=self.config.symmetries
+        )
         # Channels last: a third faster to train on a CPU, and what tensor cores take.
         for weight in graph.parameters():
             if weight.ndim == 4:
                 weight.data = weight.contiguous(memory_format=torch.channels_last)
         return graph
+
+    def _member(self) -> tuple[PatchEncoder, ClassificationHead]:
+        encoder = PatchEncoder(bands=len(RGB), **self.config.encoder.model_dump())
+        return encoder, ClassificationHead(encoder.embedding, len(self.legend))
 
     @property
     def steps(self) -> int:
@@ -75,13 +81,10 @@ class PatchClassification:
             yield torch.from_numpy(patches), torch.from_numpy(target)
 
     def loss(self, graph: PatchGraph, batch: tuple[Tensor, ...]) -> Tensor:
-        """Cross entropy with soft labels."""
+        """Cross entropy with soft labels, the mean of the networks'."""
         patches, target = batch
-        return nn.functional.cross_entropy(
-            graph.raw(patches.contiguous(memory_format=torch.channels_last)).float(),
-            target,
-            label_smoothing=self.config.smoothing,
-        )
+        answers = graph.each(patches.contiguous(memory_format=torch.channels_last))
+        return cross_entropy(answers, target, self.config.smoothing)
 
     def finish(self, graph: PatchGraph) -> None:
         """Fit the temperature on the validation patches."""

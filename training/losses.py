@@ -167,3 +167,21 @@ def pinball(
     loss = torch.maximum(levels * miss, (levels - 1.0) * miss)
     kept = torch.where(counts[..., None], loss, 0.0)
     return kept.sum() / (counts.sum().clamp(min=1) * len(quantiles))
+
+
+def cross_entropy(answers: Sequence[Tensor], target: Tensor, smoothing: float) -> Tensor:
+    """Cross entropy with smoothed labels, the mean over networks that are trained side by side.
+
+    Args:
+        answers: logits of each network (N, K).
+        target: classes (N) or soft labels (N, K).
+        smoothing: share of the label that all classes split.
+
+    Returns:
+        The loss (), in nats.
+    """
+    losses = [
+        nn.functional.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+        for logits in answers
+    ]
+    return torch.stack(losses).mean()
