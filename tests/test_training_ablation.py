@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from small_crops import TINY, write_crops
+from typer.testing import CliRunner
 
+from training.__main__ import app
 from training.ablation import STUDIES, NothingToCompare, Plan, ablate
 from training.config import Run, changed, configuration
 from training.finetune import new_graph, task_of
@@ -142,3 +144,16 @@ def test_speeds_are_relative_to_the_first_and_drawn(plan: Plan, tmp_path: Path) 
     assert drawn[0] == drawn[1]
     assert isinstance(speeds["both"], Speed)
     assert np.isfinite([s.relative for s in speeds.values()]).all()
+
+
+def test_a_table_says_which_checkpoint_its_arms_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr("training.ablation.ablate", lambda _, plan: plans.append(plan) or "")
+    for study in ("labels", "inputs"):
+        told = ["ablate", study, "--seeds", "1", "--pretrained", "runs/mine/checkpoint.pt"]
+        assert CliRunner().invoke(app, told).exit_code == 0
+    few, inputs = (plan.command for plan in plans)
+    assert few.endswith(
+        "labels --bundle pixels-crops-us --seeds 1 --pretrained runs/mine/checkpoint.pt"
+    )
+    assert "pretrained" not in inputs

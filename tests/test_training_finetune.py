@@ -53,6 +53,7 @@ from training.evaluate import evaluate
 from training.export import (
     ParityError,
     VersionNotRaised,
+    card_fields,
     check_parity,
     commands,
     export_run,
@@ -593,3 +594,19 @@ def test_the_commands_of_a_chain_are_read_as_that_chain(
     # The folder holds a pretraining: one of another configuration would be refused.
     result = CliRunner().invoke(app, [*shlex.split(before)[3:], "--data", str(data)])
     assert result.exit_code == 0, result.output
+
+
+def test_a_card_names_what_its_pretraining_learned_from(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pretrained"
+    pretrain(TINY_PRETRAINING, places=Places(data=data), folder=folder, device="cpu")
+    first = tiny_run(data, pretrained=folder / "checkpoint.pt")
+    finetune(first, tmp_path / "first", device="cpu", threads=1)
+    last = tiny_run(data, pretrained=tmp_path / "first" / "weights.pt", everything=True)
+    task, scratch = task_of(first), tiny_run(data)
+    metrics = {"seconds": 1.0, "scores": {}}
+    for run, learned in ((first, True), (last, True), (scratch, False)):
+        told = card_fields(run, task, metrics, "mine")["training_data"]
+        before = {part.name: part.n for part in told if part.use.startswith("pretraining")}
+        # One synthetic scene; its part that is held out is another scene.
+        assert before == ({"synthetic": 64 * 64} if learned else {})
+        assert {part.name for part in told if part.use == "labels"} == {"crops_us_2021"}

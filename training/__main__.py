@@ -176,6 +176,8 @@ def ablate(
         raise typer.BadParameter(f"'{study}' is not one of {', '.join(STUDIES)}")
     told = {"bundle": bundle, "seeds": seeds, "epochs": epochs, "steps": steps}
     words = [f"--{name} {value}" for name, value in told.items() if value is not None]
+    if any(arm.pretrained for arm in STUDIES[study].arms):
+        words.append(f"--pretrained {pretrained.as_posix()}")
     words += ["--romania CUBE"] if romania and STUDIES[study].pretraining else []
     words += [f"--set {shlex.quote(setting)}" for setting in settings or []]
     plan = Plan(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.card import TimeWindow, TrainingData
+from models.card import TimeWindow
 from models.graph import PatchGraph, PixelGraph
 from training.answers import Answers
 from training.config import BANDS, INDICES
@@ -35,7 +35,7 @@ from training.pretrain import (
 )
 from training.probe import Labelled, linear_logits, probe
 from training.sources import Places, Sources, open_sources
-from training.terms import LICENCE, TERMS
+from training.terms import LICENCE, pretraining_data
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def export_embeddings(
     networks.eval()
     sources = open_sources(config.sources, places, seed=config.seed)
     facts = {**_training_facts(config, stored, folder), "log": last_row(folder)}
-    data = _training_data(sources)
+    data = pretraining_data(sources.counts())
     pairs = measure_retrieval(networks, config, sources, folder)
     crops = crop_sets(places.data)[0]
     eurosat = eurosat_rgb(places.data / "eurosat")
@@ -304,19 +304,6 @@ def _size(graph: PixelGraph | PatchGraph) -> dict[str, float]:
         "parameters": parameters(graph.encoder),
         "megaflop": round(megaflop(graph, inputs), 2),
     }
-
-
-def _training_data(sources: Sources) -> tuple[TrainingData, ...]:
-    return tuple(
-        TrainingData(
-            name=name,
-            use="pretraining without labels, training places alone",
-            n=n,
-            licence=TERMS[name].licence,
-            source=TERMS[name].source,
-        )
-        for name, n in sources.counts().items()
-    )
 
 
 def _training_facts(

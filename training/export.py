@@ -59,7 +59,7 @@ from training.forecasting import PixelForecast
 from training.landcover import PatchClassification
 from training.legends import CDL, WORLDCOVER, legend_classes
 from training.pretrain import CHECKPOINT, FIRST, PretrainConfig
-from training.terms import LICENCE, TERMS
+from training.terms import LICENCE, pretraining_data, training_data
 from training.variants import Inputs, folded, in_half, quantise
 
 OPSET = 20
@@ -251,7 +251,7 @@ def write_bundle(
             variants.append(_variant("float16", half, loss(half)))
         if loss is not None and typical:
             apart, small = new / "apart.onnx", new / INT8_FILE
-            _export(folded(graph, apart=True), apart, fields)
+            _export(folded(graph, "int8"), apart, fields)
             quantise(apart, small, typical)
             apart.unlink()
             check_parity_int8(graph, small, real)
@@ -665,7 +665,7 @@ def card_fields(run: Run, task: AnyTask, metrics: Mapping[str, Any], name: str) 
         "default": about.default,
         "licence": LICENCE,
         "metrics": _metrics(config, metrics),
-        "training_data": _training_data(task),
+        "training_data": _training_data(run, task),
         "training": training_facts(run, metrics),
         "day_of_year": False,
         **_shape_fields(config),
@@ -727,17 +727,25 @@ def _metrics(
     return {"validation": {"split": split, **scores}}
 
 
-def _training_data(task: AnyTask) -> tuple[TrainingData, ...]:
-    return tuple(
-        TrainingData(
-            name=part["name"],
-            use=part["use"],
-            n=part["n"],
-            licence=TERMS[part["name"]].licence,
-            source=TERMS[part["name"]].source,
-        )
-        for part in task.data()
+def _training_data(run: Run, task: AnyTask) -> tuple[TrainingData, ...]:
+    """What a run learned from, and before it the pretraining that it started from."""
+    before = run.pretrained
+    while before and before.name == WEIGHTS:
+        told = before.parent / RUN
+        before = Run.model_validate_json(told.read_bytes()).pretrained if told.is_file() else None
+    stored = _pretraining(before) if before else None
+    return (
+        *pretraining_data(stored["learned_from"] if stored else {}),
+        *(training_data(**part) for part in task.data()),
     )
+
+
+def _pretraining(checkpoint: Path) -> dict[str, Any] | None:
+    """What a checkpoint holds, where it is that of a pretraining."""
+    if checkpoint.name != CHECKPOINT or not checkpoint.is_file():
+        return None
+    stored: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return stored if "pixel_encoder" in stored and "config" in stored else None
 
 
 def training_facts(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -795,12 +803,10 @@ def _commands_before(checkpoint: Path) -> list[str]:
     told = checkpoint.parent / RUN
     if checkpoint.name == WEIGHTS and told.is_file():
         return commands(Run.model_validate_json(told.read_bytes()), checkpoint.parent)
-    if checkpoint.name == CHECKPOINT and checkpoint.is_file():
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if "pixel_encoder" in stored and "config" in stored:
-            config = PretrainConfig.model_validate(stored["config"])
-            return [pretrain_command(config, checkpoint.parent)]
-    return []
+    stored = _pretraining(checkpoint)
+    if stored is None:
+        return []
+    return [pretrain_command(PretrainConfig.model_validate(stored["config"]), checkpoint.parent)]
 
 
 def pretrain_command(config: PretrainConfig, folder: Path) -> str:

@@ -263,6 +263,7 @@ class Pretraining:
         torch.manual_seed(config.seed)
         self.networks = Networks(config).to(device)
         self.optimizer = _optimizer(self.networks, config)
+        self.learned_from = sources.counts()
         self.pairs = _pair_sampler(config, sources)
         held_out = replace(
             self.pairs, scenes=sources.held_out, weights=[1.0] * len(sources.held_out)
@@ -464,6 +465,7 @@ class Pretraining:
             **self.networks.checkpoint(),
             "optimizer": self.optimizer.state_dict(),
             "config": self.config.model_dump(mode="json"),
+            "learned_from": self.learned_from,
             "step": step,
             "seconds": spent,
         }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from models.card import TrainingData
 
 # Of the weights: the project's own.
 LICENCE = "MIT"
@@ -80,3 +83,15 @@ TERMS = {
         licence="Etalab 2.0; Copernicus Sentinel data terms",
     ),
 }
+
+
+def training_data(name: str, use: str, n: int) -> TrainingData:
+    """What a card says of a data set that a model learned from."""
+    terms = TERMS[name]
+    return TrainingData(name=name, use=use, n=n, licence=terms.licence, source=terms.source)
+
+
+def pretraining_data(counts: Mapping[str, int]) -> tuple[TrainingData, ...]:
+    """The same of a pretraining, from the samples of each of its sources."""
+    use = "pretraining without labels, training places alone"
+    return tuple(training_data(name, use, n) for name, n in counts.items())

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor, nn
 
+from models.card import Precision
 from models.encoders import Block, ChannelNorm, PixelEncoder, standardised, token_parts
 from models.recurrence import recurrence_plot
 from training.baselines import replace_encoders
@@ -79,18 +80,20 @@ class FoldedEncoder(nn.Module):
     Distances are never made. As |a - b| = 2 max(a, b) - a - b, their product is one of the larger
     values, and a and b enter by the sums of the weights. That is one pass over the plots for two,
     and in int8 a series is rounded before its plots are made of it, not after: the larger of two
-    rounded numbers is the rounded larger one.
+    rounded numbers is the rounded larger one. Float16 keeps the distances, for what cancels here
+    is many times as large as what is left.
 
     Args:
         encoder: in evaluation mode.
-        apart: whether a block's sum stays apart from its product, as int8 needs it; then also
-            what has no number stays NaN, which int8 does not know.
+        precision: what the encoder is going to be. For int8, a block's sum stays apart from its
+            product, and what has no number stays NaN, which int8 does not know.
     """
 
-    def __init__(self, encoder: PixelEncoder, *, apart: bool = False) -> None:
+    def __init__(self, encoder: PixelEncoder, precision: Precision = "float32") -> None:
         super().__init__()
         self.embedding = encoder.embedding
-        self.calendar, self.series, self.apart = encoder.calendar, encoder.series, apart
+        apart = self.apart = precision == "int8"
+        self.calendar, self.series = encoder.calendar, encoder.series
         self.threshold, self.percentage = encoder.threshold, encoder.percentage
         weight, bias = _linear(encoder.row)
         steps = encoder.steps if encoder.plots else 0
@@ -99,7 +102,9 @@ class FoldedEncoder(nn.Module):
         indices = (len(weight) - beside) // (encoder.series + steps)
         beside += indices * encoder.series
         tokens, plots = weight[:beside], weight[beside:]
-        self.larger = encoder.plots and encoder.threshold is None
+        if apart and len(plots):
+            plots = _in_int8(plots)
+        self.larger = encoder.plots and encoder.threshold is None and precision != "float16"
         if self.larger:
             # The series' weights come second, after how well a step was observed.
             own = tokens[1 : 1 + indices] if encoder.series else torch.zeros(indices, len(bias))
@@ -167,11 +172,23 @@ class FoldedEncoder(nn.Module):
         indices, steps = levels.shape[1:]
         if self.larger:
             plots = torch.maximum(levels.transpose(1, 2)[..., None], levels[:, None])
+        elif self.threshold is None:
+            plots = (levels.transpose(1, 2)[..., None] - levels[:, None]).abs()
         else:
             plots = recurrence_plot(
                 levels, threshold=self.threshold, percentage=self.percentage
             ).transpose(1, 2)
         return plots.reshape(-1, indices * steps)
+
+
+def _in_int8(weight: Tensor) -> Tensor:
+    """Weights (I, O) as int8 holds them, with a scale a column.
+
+    Sums of weights are taken of these, so that what rounding changes is multiplied by distances,
+    and not by the larger values that stand for them.
+    """
+    scale = weight.abs().amax(dim=0).clamp(min=torch.finfo(weight.dtype).tiny) / 127
+    return (weight / scale).round() * scale
 
 
 def _constant(values: Tensor) -> nn.Parameter:
@@ -198,12 +215,12 @@ def _repeated(row: Tensor, weight: Tensor) -> Tensor:
     return row.repeat(len(weight) // len(row))
 
 
-def folded(graph: Graph, *, apart: bool = False) -> Graph:
+def folded(graph: Graph, precision: Precision = "float32") -> Graph:
     """The graph with its pixel encoders folded; others stay as they are."""
 
     def fold(encoder: nn.Module) -> nn.Module:
         if isinstance(encoder, PixelEncoder):
-            return FoldedEncoder(encoder, apart=apart)
+            return FoldedEncoder(encoder, precision)
         return encoder
 
     new = copy.deepcopy(graph)
@@ -240,7 +257,7 @@ class HalfPrecision(nn.Module):
 
 def in_half(graph: Graph) -> Graph:
     """The graph with its encoder in float16; inputs and answers stay float32."""
-    half = folded(graph)
+    half = folded(graph, "float16")
     replace_encoders(half, HalfPrecision)
     return half.eval()
 
@@ -262,7 +279,7 @@ def quantise(source: Path, target: Path, typical: Sequence[Inputs]) -> None:
     largest number seen. Indices, grid, plots, sums, head and the first small product stay float32.
 
     Args:
-        source: a graph folded with sums apart.
+        source: a graph folded for int8.
         target: the file to write.
         typical: inputs of the graph, from which the scales are found.
     """
@@ -296,7 +313,9 @@ def quantise(source: Path, target: Path, typical: Sequence[Inputs]) -> None:
 def _round_before_plots(graph: onnx.GraphProto) -> None:
     """Round series before the larger of each pair of their values is taken, not after.
 
-    One number a step is rounded then for M, and the plots are made and read in bytes.
+    One number a step is rounded then for M, and the plots are made and read in bytes. Whatever
+    else reads the series sees them rounded too: of |a - b| = 2 max(a, b) - a - b all three parts
+    must be off by the same.
     """
     made_by = {name: node for node in graph.node for name in node.output}
     for rounding in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
@@ -304,15 +323,21 @@ def _round_before_plots(graph: onnx.GraphProto) -> None:
         larger = made_by.get(rows.input[0]) if rows is not None else None
         if rows is None or larger is None or larger.op_type != "Max":
             continue
-        place = list(graph.node).index(larger)
-        for i, side in enumerate(larger.input):
-            larger.input[i] = f"{side}_rounded"
-            graph.node.insert(
-                place,
-                onnx.helper.make_node(
-                    "QuantizeLinear", [side, *rounding.input[1:]], [larger.input[i]]
-                ),
-            )
+        views = [larger]
+        for side in larger.input:
+            while (view := made_by[side]).op_type in {"Unsqueeze", "Transpose"}:
+                views.append(view)
+                side = view.input[0]  # up to what both sides are views of
+        series = views[-1].input[0]
+        step = rounding.input[1:]
+        whole, near = f"{series}_whole", f"{series}_near"
+        for node in graph.node:
+            seen = whole if node in views else near
+            node.input[:] = [seen if name == series else name for name in node.input]
+        place = list(graph.node).index(made_by[series]) + 1
+        make = onnx.helper.make_node
+        graph.node.insert(place, make("QuantizeLinear", [series, *step], [whole]))
+        graph.node.insert(place + 1, make("DequantizeLinear", [whole, *step], [near]))
         rows.output[0] = rounding.output[0]
         graph.node.remove(rounding)
     # The types that are noted of numbers in between hold no longer.
