@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +154,8 @@ class PatchGraph(nn.Module):
         others: further encoders, each with its head; a classifier answers with the mean logits.
         symmetries: whether a classifier answers with the mean logits of a patch's eight symmetries.
             Land seen from above has no up, and what the network says of a patch should not depend
-            on how it lies. Training sees one symmetry of each at a time.
+            on how it lies. Several networks share the eight among them, so that they cost no more
+            than one. Training sees one symmetry of each at a time.
     """
 
     def __init__(
@@ -172,20 +174,25 @@ class PatchGraph(nn.Module):
 
     def raw(self, patches: Tensor) -> Tensor:
         """What is scored: logits (N, K) or embeddings (N, D)."""
+        patches = patches.float()  # see `PixelGraph.regular`
         if self.training or self.head is None or not self.symmetries:
-            views = [patches]
+            answers = self.each(patches)
         else:
-            views = symmetries(patches)
-        answers = [answer for view in views for answer in self.each(view)]
+            networks = itertools.cycle(self._networks)
+            answers = [
+                network(view) for network, view in zip(networks, symmetries(patches), strict=False)
+            ]
         return answers[0] if len(answers) == 1 else torch.stack(answers).mean(dim=0)
 
     def each(self, patches: Tensor) -> list[Tensor]:
         """What is trained: the answer of each network to patches as they lie."""
-        patches = patches.float()  # see `PixelGraph.regular`
-        return [
-            encoder(patches) if head is None else head(encoder(patches))
-            for encoder, head in ((self.encoder, self.head), *self.others)
-        ]
+        return [network(patches.float()) for network in self._networks]
+
+    @property
+    def _networks(self) -> list[Callable[[Tensor], Tensor]]:
+        """Encoder and head of each, as one."""
+        heads = ((self.encoder, self.head), *self.others)
+        return [e if head is None else nn.Sequential(e, head) for e, head in heads]
 
     def forward(self, patches: Tensor) -> Tensor:
         """Answer for patches of reflectance (N, C, H, W), unitless."""

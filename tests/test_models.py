@@ -430,6 +430,27 @@ class TestSymmetries:
             torch.testing.assert_close(mean(patches), mean(turned))
             torch.testing.assert_close(mean(patches), mean(patches.flip(-1)))
 
+    def test_networks_share_the_symmetries_among_them(self) -> None:
+        graph = patch_graph(symmetries=True, members=2)
+        patches = torch.rand(2, 3, 64, 64)
+        calls = {0: 0, 1: 0}
+        encoders = [graph.encoder, graph.others[0][0]]
+        for i, encoder in enumerate(encoders):
+            encoder.register_forward_hook(lambda *_, i=i: calls.update({i: calls[i] + 1}))
+        with torch.no_grad():
+            got = graph.raw(patches)
+            assert calls == {0: 4, 1: 4}
+            # All eight were seen: with the same weights in both, they answer as one network does.
+            graph.others.load_state_dict(
+                {
+                    **{f"0.0.{k}": v for k, v in graph.encoder.state_dict().items()},
+                    **{f"0.1.{k}": v for k, v in graph.head.state_dict().items()},
+                }
+            )
+            alone = PatchGraph(encoder=graph.encoder, head=graph.head, symmetries=True).eval()
+            torch.testing.assert_close(graph.raw(patches), alone.raw(patches))
+            assert not torch.allclose(got, alone.raw(patches))
+
     def test_training_sees_the_patch_as_it_lies(self) -> None:
         graph = patch_graph(symmetries=True)
         patches = torch.rand(2, 3, 64, 64)
