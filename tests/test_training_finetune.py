@@ -23,8 +23,8 @@ from sklearn.preprocessing import StandardScaler
 from small_crops import TINY, write_crops
 from typer.testing import CliRunner
 
-from models.encoders import PixelEncoder
-from models.graph import PixelGraph
+from models.encoders import PatchEncoder, PixelEncoder
+from models.graph import PatchGraph, PixelGraph
 from models.heads import ClassificationHead
 from models.registry import Registry, load_bundle
 from training.__main__ import app
@@ -610,3 +610,22 @@ def test_a_card_names_what_its_pretraining_learned_from(data: Path, tmp_path: Pa
         # One synthetic scene; its part that is held out is another scene.
         assert before == ({"synthetic": 64 * 64} if learned else {})
         assert {part.name for part in told if part.use == "labels"} == {"crops_us_2021"}
+
+
+def test_one_network_goes_on_from_the_first_of_several(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pairs = [(PatchEncoder(width=8, embedding=16), ClassificationHead(16, 3)) for _ in range(3)]
+    (encoder, head), *others = pairs[:2]
+    several = PatchGraph(encoder=encoder, head=head, others=others)
+    several.head.temperature.fill_(1.5)
+    torch.save(several.state_dict(), tmp_path / "weights.pt")
+    alone = PatchGraph(encoder=pairs[2][0], head=pairs[2][1])
+    load_encoder(alone, tmp_path / "weights.pt")
+    patches = torch.rand(2, 3, 32, 32)
+    for graph in (several, alone):
+        graph.eval()
+    with torch.no_grad():
+        first, second = several.each(patches)
+        torch.testing.assert_close(alone.raw(patches), first)
+        assert not torch.allclose(first, second)
+    assert alone.head.temperature == 1.5

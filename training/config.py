@@ -254,7 +254,6 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
         LandcoverConfig(
             name="landcover-eurosat",
             encoder=PatchEncoderConfig(width=32, depths=(0, 1, 2, 1), contrast=True),
-            members=2,
             optimisation=Optimisation(epochs=64, batch=128, learning_rate=3e-3, average=0.998),
             mix=0.4,
             # Colour tells forest from water and field from field: disturbed by a few per cent more,

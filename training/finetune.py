@@ -283,7 +283,8 @@ def _epoch(
 def load_encoder(graph: Graph, checkpoint: Path) -> None:
     """Put an encoder that was trained before under a graph's head.
 
-    Of an earlier run with a graph of the same shape, all is taken: head and temperature too.
+    Of an earlier run with a graph of the same shape, all is taken: head and temperature too. Of one
+    with more networks, the first of them.
 
     Args:
         graph: whose encoder is replaced.
@@ -294,8 +295,10 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
     """
     key = "pixel_encoder" if isinstance(graph, PixelGraph) else "patch_encoder"
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if _shapes(stored) == _shapes(graph.state_dict()):
-        graph.load_state_dict(stored)
+    own, shapes = _shapes(graph.state_dict()), _shapes(stored)
+    beyond = {name for name in shapes.keys() - own.keys() if not name.startswith("others.")}
+    if not beyond and all(shapes.get(name) == shape for name, shape in own.items()):
+        graph.load_state_dict({name: stored[name] for name in own})
         return
     prefix = "encoder."
     finetuned = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
