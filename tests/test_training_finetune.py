@@ -430,6 +430,15 @@ class TestExport:
         # Exported again, the bundle keeps what was measured of it.
         export_run(finished, zoo)
         assert "evaluation" in load_bundle(zoo / "pixels-crops-us").card.metrics
+        # A run that goes on from it on every place can have no score, and has that one.
+        told = tiny_run(finished_data(finished)).model_copy(
+            update={"pretrained": finished / "weights.pt", "everything": True}
+        )
+        finetune(told, tmp_path / "all", device="cpu", threads=1)
+        export_run(tmp_path / "all", tmp_path / "new")
+        metrics = load_bundle(tmp_path / "new" / "pixels-crops-us").card.metrics
+        assert metrics["evaluation"]["models"] == models
+        assert metrics["validation"] == "none: trained on every place"
 
 
 class TestCalibration:

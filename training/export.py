@@ -326,11 +326,16 @@ def _version(folder: Path, told: str | None, sha256: str) -> str:
 def _evaluation(run_folder: Path, bundle: Path, run: Run) -> dict[str, Any]:
     """The evaluation of a run beside the baselines, where there is one.
 
-    It lies beside a run that was evaluated. One that trained on every place can have none; it
-    keeps that of the bundle it replaces, where that was made alike.
+    It lies beside a run that was evaluated. One that trained on every place can have none; it has
+    that of the run it goes on from, or keeps that of the bundle it replaces, where that was made
+    alike.
     """
-    if (run_folder / EVALUATION).exists():
-        return {"evaluation": json.loads((run_folder / EVALUATION).read_text())}
+    folders = [run_folder]
+    if run.everything and run.pretrained and run.pretrained.name == WEIGHTS:
+        folders.append(run.pretrained.parent)
+    for folder in folders:
+        if (folder / EVALUATION).exists():
+            return {"evaluation": json.loads((folder / EVALUATION).read_text())}
     if not (bundle / CARD_FILE).exists():
         return {}
     old = ModelCard.model_validate_json((bundle / CARD_FILE).read_bytes())
