@@ -60,8 +60,10 @@ def windows_counted(state: Path) -> int:
 # kill -9 --------------------------------------------------------------------------------------
 
 
-def test_a_job_survives_any_number_of_kills(zoo: Path, large: Files, tmp_path: Path) -> None:
+def test_a_job_survives_any_number_of_kills(zoo: Path, tmp_path: Path) -> None:
     moments = random.Random(4)  # noqa: S311 - no secret
+    (tmp_path / "stack").mkdir()
+    large = stack(tmp_path / "stack", 400, 256)  # lasts for all kills on a fast machine, too
     how = {"model": SLOW, "outputs": "class,probabilities"}
     service = Service(tmp_path, zoo)
     job = submitted(service.api, large, **how)
