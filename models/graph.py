@@ -174,19 +174,17 @@ class PatchGraph(nn.Module):
 
     def raw(self, patches: Tensor) -> Tensor:
         """What is scored: logits (N, K) or embeddings (N, D)."""
-        patches = patches.float()  # see `PixelGraph.regular`
         if self.training or self.head is None or not self.symmetries:
             answers = self.each(patches)
         else:
-            networks = itertools.cycle(self._networks)
-            answers = [
-                network(view) for network, view in zip(networks, symmetries(patches), strict=False)
-            ]
+            networks, views = itertools.cycle(self._networks), symmetries(patches.float())
+            answers = [network(view) for network, view in zip(networks, views, strict=False)]
         return answers[0] if len(answers) == 1 else torch.stack(answers).mean(dim=0)
 
     def each(self, patches: Tensor) -> list[Tensor]:
         """What is trained: the answer of each network to patches as they lie."""
-        return [network(patches.float()) for network in self._networks]
+        patches = patches.float()  # see `PixelGraph.regular`
+        return [network(patches) for network in self._networks]
 
     @property
     def _networks(self) -> list[Callable[[Tensor], Tensor]]:

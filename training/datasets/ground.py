@@ -16,13 +16,13 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from models.graph import YEAR
 from training.datasets import PixelSet
 from training.datasets.synthetic import make_dates
 
 BANDS = ("B02", "B04", "B08")
 SYNTHETIC = "synthetic_ground"
 """The name of this source."""
-_YEAR = 365.25
 Range = tuple[float, float]
 
 
@@ -153,7 +153,7 @@ def _pixels(ground: Ground, day: NDArray[np.float64], rng: Generator) -> NDArray
     speed = rng.uniform(0.05, 0.15, (n, 1))
     season = np.zeros((n, len(day)))
     # The season of the year before and after reach over New Year.
-    for year in (-_YEAR, 0.0, _YEAR):
+    for year in (-YEAR, 0.0, YEAR):
         greening = 1.0 / (1.0 + np.exp(-speed * (day - rise - year)))
         withering = 1.0 / (1.0 + np.exp(-speed * (day - rise - length - year)))
         season += greening - withering
@@ -162,7 +162,7 @@ def _pixels(ground: Ground, day: NDArray[np.float64], rng: Generator) -> NDArray
     shape = (n, len(day), 1)
     values = values * np.exp(rng.normal(0.0, 0.06, shape))
     # Slopes that face away from the sun are darker, most of all when it stands low.
-    low_sun = 0.5 + 0.5 * np.cos((day - rng.uniform(-15, 15, (n, 1))) * (2 * np.pi / _YEAR))
+    low_sun = 0.5 + 0.5 * np.cos((day - rng.uniform(-15, 15, (n, 1))) * (2 * np.pi / YEAR))
     values = values * (1 - rng.uniform(0.0, 0.45, (n, 1, 1)) * (0.3 + 0.7 * low_sun)[..., None])
     # Snow under the trees and between the houses, on dates that scene classification calls clear.
     snowy = (low_sun > 0.7) & (rng.random((n, len(day))) < rng.uniform(0.0, 0.6, (n, 1)))

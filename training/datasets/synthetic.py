@@ -14,10 +14,10 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from models.graph import YEAR
 from training.datasets import PixelSet, Scene
 
 BANDS = ("B02", "B03", "B04", "B08")
-_YEAR = 365.25
 _CLOUD = np.array([0.55, 0.56, 0.57, 0.62])
 _SENSOR_NOISE = 0.004
 
@@ -173,11 +173,11 @@ def make_pixels(scene: Scene, *, validation: float = 0.25, seed: int = 0) -> Pix
 def _field(cover: Cover, dates: Sequence[date], rng: Generator) -> NDArray[np.float64]:
     """Reflectance of one field (T, C): its class, with its own sowing date, vigour and soil."""
     shift = rng.normal(0.0, 8.0)
-    length = (cover.fall - cover.rise) % _YEAR + rng.normal(0.0, 6.0)
+    length = (cover.fall - cover.rise) % YEAR + rng.normal(0.0, 6.0)
     day = np.array([d.timetuple().tm_yday for d in dates], dtype=np.float64)
     season = np.zeros(len(dates))
     # The season of the year before and after reach over New Year.
-    for year in (-_YEAR, 0.0, _YEAR):
+    for year in (-YEAR, 0.0, YEAR):
         rise = cover.rise + shift + year
         season += double_logistic(day, rise=rise, fall=rise + length, speed=rng.normal(0.09, 0.01))
     vigour = np.clip(rng.normal(1.0, 0.08), 0.7, 1.1)
