@@ -179,9 +179,10 @@ class ClassAnswers:
 
     def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
         """See `Answers`."""
+        classes, sure = decided(answers)
         made: dict[str, Callable[[], NDArray[Any]]] = {
-            "class": lambda: most_probable(answers)[None],
-            "confidence": lambda: confidence(answers)[None],
+            "class": lambda: classes[None],
+            "confidence": lambda: sure[None],
             "entropy": lambda: entropy(answers)[None],
             "probabilities": lambda: answers.T,
         }
@@ -189,7 +190,7 @@ class ClassAnswers:
 
     def record(self, answer: Floats) -> dict[str, JSON]:
         """See `Answers`."""
-        value = int(most_probable(answer[None])[0])
+        value = int(decided(answer[None])[0][0])
         return {
             "class": self.legend[value].name,
             "value": value,
@@ -214,7 +215,7 @@ class ClassTally:
 
     def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
         """See `Tally`."""
-        classes, sure = most_probable(answers), confidence(answers)
+        classes, sure = decided(answers)
         there = classes != NO_CLASS
         classes = classes[there]
         size = len(self._legend)
@@ -249,19 +250,17 @@ class ClassTally:
         }
 
 
-def most_probable(probabilities: Floats) -> NDArray[np.uint8]:
-    """The most probable class (N) of probabilities (N, K), 255 where any is NaN."""
-    # NaN is larger than any number to argmax, so such a row needs its own answer.
-    best: NDArray[np.uint8] = probabilities.argmax(axis=1).astype(np.uint8)
-    best[np.isnan(confidence(probabilities))] = NO_CLASS
-    return best
+def decided(probabilities: Floats) -> tuple[NDArray[np.uint8], Floats]:
+    """The most probable class (N) of probabilities (N, K), and its probability (N).
 
-
-def confidence(probabilities: Floats) -> Floats:
-    """The largest probability (N) of probabilities (N, K), NaN where any is NaN."""
-    # Many times as fast along the long axis as along the short one.
-    largest: Floats = np.ascontiguousarray(probabilities.T).max(axis=0)
-    return largest
+    255 and NaN where any of them is NaN.
+    """
+    # NaN is larger than any number to argmax, so where there is one, it is what is found.
+    best = probabilities.argmax(axis=1)
+    sure: Floats = probabilities[np.arange(len(best)), best]
+    classes = best.astype(np.uint8)
+    classes[np.isnan(sure)] = NO_CLASS
+    return classes, sure
 
 
 def entropy(probabilities: Floats) -> Floats:

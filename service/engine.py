@@ -71,8 +71,6 @@ _FAULTS: tuple[type[Exception], ...] = (*_ORT_ERRORS, MemoryError)
 _ADRIFT = 0.05
 """A device may answer the sample this far from the CPU, on average, as a share of the largest."""
 _ROUGHLY = 0.01  # float16 has three digits
-_TURNED_AT_ONCE = 6
-"""Dates that are put into a graph's order together."""
 _RECHECKED = 16
 """Pixels or patches that are asked of the CPU where a device answers no number."""
 
@@ -448,23 +446,9 @@ class Session:
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Floats:
         """One run; the GIL is free meanwhile. Input that stays on a device would be bound here."""
-        given = {name: _in_order(x, self.kinds[name]) for name, x in feeds.items()}
+        given = {n: np.ascontiguousarray(x, self.kinds[n]) for n, x in feeds.items()}
         (answer,) = self.session.run([self.output], given)
         return np.asarray(answer, np.float32)
-
-
-def _in_order(array: NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:
-    """The array as one block of memory in the order of its axes.
-
-    Pixels of a window lie date after date, a power of two bytes apart, where no cache holds many of
-    them at once: a few dates at a time are turned into rows up to five times as fast as all.
-    """
-    if array.ndim < 2 or array.flags.c_contiguous:
-        return np.ascontiguousarray(array, kind)
-    out = np.empty(array.shape, kind)
-    for t in range(0, array.shape[1], _TURNED_AT_ONCE):
-        out[:, t : t + _TURNED_AT_ONCE] = array[:, t : t + _TURNED_AT_ONCE]
-    return out
 
 
 def open_session(bundle: Bundle, provider: str, precision: Wish = "auto") -> Session:

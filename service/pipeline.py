@@ -51,6 +51,7 @@ from service.stack import (
     StackReader,
     StackWarning,
     median_composite,
+    spaced,
 )
 
 __all__ = [
@@ -441,15 +442,17 @@ def _run_pixels(work: _Work) -> Outcome:
     with ExitStack() as stack:
         sink = _Sink(work, grid, stack)
         reader = stack.enter_context(StackReader(run.stack, run.used))
+        pool = stack.enter_context(ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="chunk"))
         advance = work.progress.of(0.9, grid)
+        pixels = _Pixels(work, reader, pool, advance)
         parts = windows(
             grid, run.stack.block, run.pixel_bytes + run.answer_bytes, work.window_bytes
         )
         timing = work.each(
             "answers",
             parts,
-            read=reader.read,
-            infer=_PixelInference(work, advance),
+            read=pixels.read,
+            infer=pixels.infer,
             digest=sink.digest,
             keep=sink.keep,
             advance=advance,
@@ -457,20 +460,48 @@ def _run_pixels(work: _Work) -> Outcome:
         return sink.outcome(timing)
 
 
-class _PixelInference:
+@dataclass(frozen=True, kw_only=True)
+class _Clear:
+    """A window, and which of its pixels have enough clear dates."""
+
+    sits: Sits
+    index: NDArray[np.intp]
+    """Their places in the flattened window."""
+
+
+class _Pixels:
     """Answers for the pixels of a window that have enough clear dates."""
 
-    def __init__(self, work: _Work, advance: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        work: _Work,
+        reader: StackReader,
+        pool: ThreadPoolExecutor,
+        advance: Callable[[int], None],
+    ) -> None:
         self._model = work.run.model
         self._days, self._day_of_year = _model_time(work.run)
         self._cancelled = work.cancelled
+        self._reader = reader
+        self._pool = pool
         self._advance = advance
 
-    def __call__(self, sits: Sits) -> _Found:
-        T, C, h, w = sits.values.shape
-        values, valid = sits.values.reshape(T, C, h * w), sits.valid.reshape(T, h * w)
-        seen = valid.sum(axis=0, dtype=np.uint32)
+    def read(self, window: Window) -> _Clear:
+        """The first stage: all that can be known before the model is asked."""
+        sits = self._reader.read(window)
+        T = len(sits.valid)
+        # In the smallest number that holds T: half a millisecond for a window's million, not six.
+        kind = np.uint8 if T < 256 else np.uint32
+        seen = np.add.reduce(sits.valid.view(np.uint8), axis=0, dtype=kind)
         index = np.flatnonzero(seen >= self._model.card.min_observations)
+        return _Clear(sits=sits, index=index)
+
+    def infer(self, clear: _Clear) -> _Found:
+        """The second stage."""
+        T, C, h, w = clear.sits.values.shape
+        values = clear.sits.values.reshape(T, C, h * w)
+        valid = clear.sits.valid.reshape(T, h * w)
+        index = clear.index
         self._advance(h * w - len(index))
         answers = np.empty((len(index), *self._model.width), np.float32)
         size = max(1, self._model.chunk // _AT_ONCE)
@@ -478,19 +509,26 @@ class _PixelInference:
         def answer(start: int) -> int:
             check(self._cancelled)
             chunk = index[start : start + size]
-            # Mostly no pixel is left out between the first and the last: then nothing is copied.
-            whole = chunk[-1] - chunk[0] + 1 == len(chunk)
-            at = slice(chunk[0], chunk[-1] + 1) if whole else chunk
+            some, there = _chosen(values, chunk), _chosen(valid, chunk)
             answers[start : start + len(chunk)] = self._model.pixels(
-                values[:, :, at].transpose(2, 0, 1), valid[:, at].T, self._days, self._day_of_year
+                some.transpose(2, 0, 1), there.T, self._days, self._day_of_year
             )
             return len(chunk)
 
         # By chunks: only these are copied into (N, T, C), and a cancelled run stops soon.
-        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="chunk") as pool:
-            for count in pool.map(answer, range(0, len(index), size)):
-                self._advance(count)
+        for count in self._pool.map(answer, range(0, len(index), size)):
+            self._advance(count)
+        self._reader.recycle(clear.sits)
         return _Found(index=index, answers=answers)
+
+
+def _chosen(planes: NDArray[Any], index: NDArray[np.intp]) -> NDArray[Any]:
+    """Some pixels (..., n) of planes (..., N), by ascending places in them."""
+    if index[-1] - index[0] + 1 == len(index):  # mostly none is left out: then nothing is copied
+        return planes[..., index[0] : index[-1] + 1]
+    out = spaced(planes.shape[:-1], index.shape, planes.dtype.type)
+    out[...] = planes[..., index]  # `np.take` would copy all planes first
+    return out
 
 
 def _model_time(run: RasterRun) -> tuple[NDArray[np.float32], int]:

@@ -6,6 +6,7 @@ more in memory than the window asks for.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import rasterio
@@ -39,6 +40,7 @@ _MAX_HELD_BYTES = 256 * 2**20
 _CELL = 256
 # and of no more than these bytes, however large a block is.
 _CELL_BYTES = 64 * 2**20
+_CACHE_LINE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +117,8 @@ class Sits:
     """A part of a time series in memory. The last axes are (h, w) of a window or (N) of points."""
 
     values: NDArray[np.float32]
-    """(T, C, h, w) or (T, C, N) float32 reflectance, C-contiguous; NaN in all bands of a date
-    where one of them is missing. Clouds keep their values."""
+    """(T, C, h, w) or (T, C, N) float32 reflectance, each band of a date in one block of memory;
+    NaN in all bands of a date where one of them is missing. Clouds keep their values."""
     valid: NDArray[np.bool_]
     """(T, h, w) or (T, N): True where the observation is there and clear."""
 
@@ -167,6 +169,7 @@ class StackReader:
         self._block_bytes = max((plane.block_bytes for plane in planes), default=0)
         self._open: dict[SourceFile, rasterio.DatasetReader] = {}
         self._held_bytes = 0
+        self._spare: dict[type[np.generic], list[NDArray[Any]]] = defaultdict(list)
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -186,6 +189,7 @@ class StackReader:
             _, dataset = self._open.popitem()
             dataset.close()
         self._held_bytes = 0
+        self._spare.clear()
 
     def read(self, window: Window) -> Sits:
         """Decode a window.
@@ -210,7 +214,32 @@ class StackReader:
                 better = valid & ~merged.valid[t]
                 np.copyto(merged.values[t], values, where=better)
                 merged.valid[t] |= better
+            self.recycle(more)
         return merged
+
+    def recycle(self, sits: Sits) -> None:
+        """Give back the memory of a window that was read, from any thread; a later one takes it.
+
+        New memory comes as pages of zeros, which cost as much as scaling the pixels does.
+
+        Args:
+            sits: from `read`; nobody looks at it, or at a part of it, any more.
+        """
+        self._put_back(sits.values)
+        self._put_back(sits.valid)
+
+    def _put_back(self, array: NDArray[Any]) -> None:
+        with self._lock:
+            # What it is a part of: an edge window leaves its memory as large as it took it.
+            self._spare[array.dtype.type].append(array if array.base is None else array.base)
+
+    def _array(
+        self, planes: tuple[int, ...], plane: tuple[int, ...], kind: type[np.generic]
+    ) -> NDArray[Any]:
+        """As `spaced` makes it; in memory put back before, where that is large enough."""
+        with self._lock:
+            spare = self._spare[kind].pop() if self._spare[kind] else None
+        return spaced(planes, plane, kind, spare)
 
     def read_pixels(self, rows: ArrayLike, columns: ArrayLike) -> Sits:
         """Decode single pixels, in small windows where they stand together.
@@ -243,17 +272,16 @@ class StackReader:
             part = self.read(window)
             values[:, :, points] = part.values[:, :, r - top, c - left]
             valid[:, points] = part.valid[:, r - top, c - left]
+            self.recycle(part)
         return Sits(values=values, valid=valid)
 
     def _read_layer(self, layer: _Layer, window: Window) -> Sits:
         T, C = len(layer.looks), len(self._stack.bands)
         h, w = int(window.height), int(window.width)
-        values = np.empty((T, C, h, w), dtype=np.float32)
-        present = np.ones((T, h, w), dtype=np.bool_)
-        clear = np.ones((T, h, w), dtype=np.bool_)
-        # True where some band is not zero; all True where a zero is a value.
-        told = np.array([not look.zero_is_missing for look in layer.looks], dtype=np.bool_)
-        something = np.repeat(told, h * w).reshape(T, h, w)
+        values = self._array((T, C), (h, w), np.float32)
+        present = self._array((T,), (h, w), np.bool_)
+        clear = self._array((T,), (h, w), np.bool_)
+        told = [not look.zero_is_missing for look in layer.looks]
 
         def fill(read: _FileRead) -> None:
             raw, mask = self._decode(read, window)
@@ -273,16 +301,24 @@ class StackReader:
                     if not told[t]:
                         something[t] |= data != 0
 
+        present.fill(True)
+        clear.fill(True)
+        # Whether some band is not zero, where zeros in all of them are no values.
+        something = {t: np.zeros((h, w), np.bool_) for t in range(T) if not told[t]}
         if layer.apart:
             for_each(layer.reads, fill, block_bytes=self._block_bytes)
         else:
             with gdal_options(block_bytes=self._block_bytes):
                 for read in layer.reads:
                     fill(read)
-        present &= something
-        for t in np.flatnonzero(~present.all(axis=(1, 2))):  # few dates lack anything
-            np.copyto(values[t], np.float32(np.nan), where=~present[t])
-        return Sits(values=values, valid=present & clear)
+        for t in range(T):
+            if not told[t]:
+                present[t] &= something[t]
+            if not present[t].all():  # few dates lack anything
+                np.copyto(values[t], np.float32(np.nan), where=~present[t])
+        np.logical_and(present, clear, out=clear)
+        self._put_back(present)
+        return Sits(values=values, valid=clear)
 
     def _decode(
         self, read: _FileRead, window: Window
@@ -366,6 +402,34 @@ def _reflectance(data: NDArray[np.generic], plane: Plane, out: NDArray[np.float3
     np.multiply(data, np.float32(plane.scale), out=out, dtype=np.float32, casting="same_kind")
     if plane.offset:
         out += np.float32(plane.offset)
+
+
+def spaced(
+    planes: tuple[int, ...],
+    plane: tuple[int, ...],
+    kind: type[np.generic],
+    memory: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """An array, of anything, whose planes lie an odd number of cache lines apart.
+
+    A pixel has a value in each plane. Where those lie a power of two bytes apart, as with windows
+    of 256 x 256 pixels, a cache has the same few places for all of them, and turning planes into
+    pixels' rows takes two to ten times as long.
+
+    Args:
+        planes: the first axes, as (T, C).
+        plane: the others, as (h, w); each plane is one block of memory.
+        kind: of the numbers.
+        memory: flat, of that kind; used where it is large enough. Without, it is new.
+
+    Returns:
+        The array; `base` is its memory.
+    """
+    pixels, line = math.prod(plane), _CACHE_LINE // np.dtype(kind).itemsize
+    pitch = line * (-(-pixels // line) | 1)
+    size = math.prod(planes) * pitch
+    flat = memory if memory is not None and memory.size >= size else np.empty(size, kind)
+    return flat[:size].reshape(-1, pitch)[:, :pixels].reshape(*planes, *plane)
 
 
 def median_composite(sits: Sits) -> NDArray[np.float32]:

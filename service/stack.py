@@ -30,7 +30,7 @@ from service.grid import Grid
 from service.layout import Arrangement, Granule, Layout, MaskRule, StackOptions, arrange
 from service.metadata import SCL, tagged_number
 from service.radiometry import BASELINE_CHANGE, Sample, StackWarning, judge
-from service.reading import Look, Plane, Sits, Stack, StackReader, median_composite
+from service.reading import Look, Plane, Sits, Stack, StackReader, median_composite, spaced
 
 __all__ = [
     "Grid",
@@ -45,6 +45,7 @@ __all__ = [
     "check_radiometry",
     "median_composite",
     "open_stack",
+    "spaced",
 ]
 
 INTEGER_SCALE = 0.0001

@@ -12,7 +12,7 @@ from tiny_zoo import write_bundle
 
 from models.card import LegendClass
 from models.registry import load_bundle
-from service.answers import ClassAnswers, EmbeddingAnswers, answers_of, entropy, most_probable
+from service.answers import ClassAnswers, EmbeddingAnswers, answers_of, decided, entropy
 from service.errors import InvalidRequest
 
 LEGEND = tuple(
@@ -41,10 +41,12 @@ def test_no_class_where_a_probability_is_missing():
     found = probabilities(5)
     found[2] = np.nan
     found[3, 1] = np.nan
-    best = most_probable(found)
+    best, sure = decided(found)
     assert best.dtype == np.uint8
     assert best[[2, 3]].tolist() == [255, 255]
+    assert np.isnan(sure[[2, 3]]).all()
     assert best[[0, 1, 4]].tolist() == found[[0, 1, 4]].argmax(axis=1).tolist()
+    assert sure[[0, 1, 4]].tolist() == found[[0, 1, 4]].max(axis=1).tolist()
 
 
 def test_class_tally_adds_up_whatever_the_parts():

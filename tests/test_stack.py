@@ -26,6 +26,7 @@ from service.stack import (
     StackReader,
     median_composite,
     open_stack,
+    spaced,
 )
 
 BANDS = ("B02", "B04", "B08")
@@ -56,11 +57,47 @@ def test_values_are_reflectance_in_float32_and_order(tmp_path: Path) -> None:
     sits = read(opened(*files))
     assert sits.values.shape == (2, 3, 6, 5)
     assert sits.values.dtype == np.float32
-    assert sits.values.flags.c_contiguous
+    assert sits.values[1, 2].flags.c_contiguous
     assert sits.valid.shape == (2, 6, 5)
     assert sits.valid.dtype == np.bool_
     assert sits.valid.all()
     np.testing.assert_allclose(sits.values, np.stack(pixels) * 1e-4, rtol=1e-6)
+
+
+def test_a_window_given_back_lends_its_memory_to_the_next_and_leaves_nothing_in_it(
+    tmp_path: Path,
+) -> None:
+    first, second = numbers(64, 64, seed=1), numbers(64, 64, seed=2)
+    first[:, :32], second[:, 32:] = 0, 0  # missing in the one half, and in the other
+    stack = opened(
+        scene(tmp_path / "20210101.tif", first), scene(tmp_path / "20210102.tif", second)
+    )
+    upper, lower, edge = Window(0, 0, 64, 32), Window(0, 32, 64, 32), Window(3, 60, 61, 4)
+    with StackReader(stack) as reader:
+        kept, gone = reader.read(upper), reader.read(lower)
+        before = kept.values.copy(), kept.valid.copy()
+        reader.recycle(gone)
+        small = reader.read(edge)
+        assert np.shares_memory(small.values, gone.values)
+        reader.recycle(small)
+        again = reader.read(lower)
+        assert np.shares_memory(again.values, gone.values)
+        np.testing.assert_array_equal(kept.values, before[0])
+        np.testing.assert_array_equal(kept.valid, before[1])
+    fresh = read(stack, lower)
+    np.testing.assert_array_equal(again.values, fresh.values)
+    np.testing.assert_array_equal(again.valid, fresh.valid)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.bool_])
+@pytest.mark.parametrize("plane", [(256, 256), (7, 9), (65536,), (1,)])
+def test_planes_lie_an_odd_number_of_cache_lines_apart(kind, plane: tuple[int, ...]) -> None:
+    array = spaced((5, 3), plane, kind)
+    assert array.shape == (5, 3, *plane)
+    assert array.strides[1] % 128 == 64
+    assert array.strides[0] == 3 * array.strides[1]
+    assert array[4, 2].flags.c_contiguous
+    assert array.reshape(5, 3, -1).base is array.base  # a view still
 
 
 def test_dates_used_come_in_the_order_asked_for(tmp_path: Path) -> None:
