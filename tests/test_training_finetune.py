@@ -621,6 +621,20 @@ def test_a_card_names_what_its_pretraining_learned_from(data: Path, tmp_path: Pa
         assert {part.name for part in told if part.use == "labels"} == {"crops_us_2021"}
 
 
+def test_a_pretraining_that_does_not_tell_its_sources_is_not_put_into_a_card(
+    data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pretrained"
+    pretrain(TINY_PRETRAINING, places=Places(data=data), folder=folder, device="cpu")
+    checkpoint = folder / "checkpoint.pt"
+    stored = torch.load(checkpoint, weights_only=True)
+    del stored["learned_from"]  # as an earlier version left it
+    torch.save(stored, checkpoint)
+    run = tiny_run(data, pretrained=checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt does not tell what it learned from"):
+        card_fields(run, task_of(run), {"seconds": 1.0, "scores": {}}, "mine")
+
+
 def test_one_network_goes_on_from_the_first_of_several(tmp_path: Path) -> None:
     torch.manual_seed(0)
     pairs = [(PatchEncoder(width=8, embedding=16), ClassificationHead(16, 3)) for _ in range(3)]

@@ -735,9 +735,8 @@ def _metrics(
 def _training_data(run: Run, task: AnyTask) -> tuple[TrainingData, ...]:
     """What a run learned from, and before it the pretraining that it started from."""
     before = run.pretrained
-    while before and before.name == WEIGHTS:
-        told = before.parent / RUN
-        before = Run.model_validate_json(told.read_bytes()).pretrained if told.is_file() else None
+    while before and (earlier := _run_of(before)):
+        before = earlier.pretrained
     stored = _pretraining(before) if before else None
     return (
         *pretraining_data(stored["learned_from"] if stored else {}),
@@ -745,12 +744,31 @@ def _training_data(run: Run, task: AnyTask) -> tuple[TrainingData, ...]:
     )
 
 
+def _run_of(weights: Path) -> Run | None:
+    """The run that left some weights, where it still lies beside them."""
+    told = weights.parent / RUN
+    if weights.name != WEIGHTS or not told.is_file():
+        return None
+    return Run.model_validate_json(told.read_bytes())
+
+
 def _pretraining(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint holds, where it is that of a pretraining."""
+    """What a checkpoint holds, where it is that of a pretraining.
+
+    Raises:
+        ValueError: it does not tell what it learned from.
+    """
     if checkpoint.name != CHECKPOINT or not checkpoint.is_file():
         return None
     stored: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    return stored if "pixel_encoder" in stored and "config" in stored else None
+    if "pixel_encoder" not in stored or "config" not in stored:
+        return None
+    if "learned_from" not in stored:
+        raise ValueError(
+            f"{checkpoint} does not tell what it learned from, which a card must: it was made by "
+            "an earlier version, so pretrain anew"
+        )
+    return stored
 
 
 def training_facts(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -805,9 +823,8 @@ def commands(run: Run, folder: Path | None = None) -> list[str]:
 
 def _commands_before(checkpoint: Path) -> list[str]:
     """What makes a checkpoint: a pretraining, or a run and those that it starts from."""
-    told = checkpoint.parent / RUN
-    if checkpoint.name == WEIGHTS and told.is_file():
-        return commands(Run.model_validate_json(told.read_bytes()), checkpoint.parent)
+    if earlier := _run_of(checkpoint):
+        return commands(earlier, checkpoint.parent)
     stored = _pretraining(checkpoint)
     if stored is None:
         return []
