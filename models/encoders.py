@@ -219,9 +219,12 @@ class PatchEncoder(nn.Module):
 
     Args:
         bands: C.
-        width: channels at half resolution; doubled at each further level.
-        depths: residual blocks of each of the four levels. None at the finest is the cheapest: a
-            convolution there costs twice one of the same products at half the resolution.
+        width: channels at the finest level; doubled at each further one, which halves the
+            resolution.
+        depths: residual blocks of each level. None at the finest is the cheapest: a convolution
+            there costs twice one of the same products at half the resolution.
+        stride: pixels from one place of the finest level to the next. With 1, four times the
+            products of 2, blocks see texture as fine as the imagery's.
         embedding: D.
         dropout: share of the pooled features dropped in training.
         contrast: whether each band also comes standardised by its mean and spread over the patch.
@@ -238,12 +241,13 @@ class PatchEncoder(nn.Module):
         embedding: int = 256,
         dropout: float = 0.2,
         contrast: bool = False,
+        stride: int = 2,
     ) -> None:
         super().__init__()
         self.embedding = embedding
         self.contrast = contrast
-        # 4 x 4 with stride 2: a quarter of the products of a full-resolution stem.
-        self.stem = _convolution(2 * bands if contrast else bands, width, kernel=4, stride=2)
+        inputs = 2 * bands if contrast else bands
+        self.stem = _convolution(inputs, width, kernel=2 + stride, stride=stride)
         levels: list[nn.Module] = []
         for i, depth in enumerate(depths):
             w = width * 2**i

@@ -62,6 +62,7 @@ class PatchEncoderConfig(_Frozen):
     embedding: int = 256
     dropout: float = 0.2
     contrast: bool = False
+    stride: Annotated[int, Field(ge=1, le=2)] = 2
 
 
 class Optimisation(_Frozen):
