@@ -298,7 +298,12 @@ class TestOnnx:
 
     @pytest.mark.parametrize(
         "told",
-        [{}, {"symmetries": True}, {"contrast": True, "members": 2, "symmetries": True}],
+        [
+            {},
+            {"symmetries": True},
+            {"stride": 1, "contrast": True},
+            {"contrast": True, "members": 2, "symmetries": True},
+        ],
         ids=str,
     )
     def test_patch_graph_equals_torch(self, told: dict[str, Any], tmp_path: Path) -> None:
@@ -488,6 +493,16 @@ class TestContrast:
         assert not torch.allclose(first, second)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_finest_level_lies_as_many_pixels_apart_as_told(stride: int) -> None:
+    encoder = PatchEncoder(width=8, stride=stride).eval()
+    shapes: list[torch.Size] = []
+    encoder.stem.register_forward_hook(lambda _, __, output: shapes.append(output.shape))
+    with torch.no_grad():
+        encoder(torch.rand(2, 3, 64, 64))
+    assert shapes == [(2, 8, 64 // stride, 64 // stride)]
+
+
 def stem_input(patches: torch.Tensor) -> torch.Tensor:
     encoder = PatchEncoder(width=8, contrast=True).eval()
     seen: list[torch.Tensor] = []
@@ -498,11 +513,14 @@ def stem_input(patches: torch.Tensor) -> torch.Tensor:
 
 
 def patch_graph(
-    *, symmetries: bool = False, contrast: bool = False, members: int = 1
+    *, symmetries: bool = False, contrast: bool = False, members: int = 1, stride: int = 2
 ) -> PatchGraph:
     torch.manual_seed(0)
     (encoder, head), *others = [
-        (PatchEncoder(width=8, embedding=16, contrast=contrast), ClassificationHead(16, 10))
+        (
+            PatchEncoder(width=8, embedding=16, contrast=contrast, stride=stride),
+            ClassificationHead(16, 10),
+        )
         for _ in range(members)
     ]
     # Far enough from zero that classes differ.
