@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.ndimage import map_coordinates
 
 from training.augment import (
     NO_PATCH_AUGMENTATION,
@@ -19,6 +20,7 @@ from training.augment import (
     flip,
     jitter_dates,
     shift_season,
+    zoom,
 )
 
 
@@ -90,8 +92,8 @@ def test_inputs_are_left_alone_and_chance_repeats():
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(
-        augment_patches(patches, PatchAugmentation(), chance(3)),
-        augment_patches(patches, PatchAugmentation(), chance(3)),
+        augment_patches(patches, PatchAugmentation(wider=0.2), chance(3)),
+        augment_patches(patches, PatchAugmentation(wider=0.2), chance(3)),
     )
     for now, then in zip((values, valid, days, patches), before, strict=True):
         np.testing.assert_array_equal(now, then)
@@ -119,6 +121,30 @@ def test_a_crop_is_a_part_of_the_patch_scaled_back():
         assert (got_cols == got_cols[:1]).all()
         assert (np.diff(got_rows[:, 0]) >= 0).all()
         assert got_rows[-1, 0] - got_rows[0, 0] >= 14
+
+
+@pytest.mark.parametrize(("closer", "wider"), [(0.4, 0.0), (0.0, 0.5), (0.3, 0.3)])
+def test_a_zoom_interpolates_as_scipy_does_and_mirrors_what_lies_outside(closer, wider):
+    rows, cols = np.meshgrid(np.arange(32.0), np.arange(32.0), indexing="ij")
+    image = chance().random((32, 32))
+    patch = np.stack([rows, cols, image])[None].repeat(50, axis=0).astype(np.float32)
+    out = zoom(patch, chance(1), closer=closer, wider=wider)
+    assert out.dtype == np.float32
+    for got_rows, got_cols, got in out:
+        # The first two bands tell where each pixel was seen.
+        want = map_coordinates(image, [got_rows, got_cols], order=1)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    steps = np.diff(out[:, 0, :, 0], axis=1)
+    scale = np.median(np.abs(steps), axis=1)
+    assert (scale > 1 - closer - 1e-3).all()
+    assert (scale < 1 + wider + 1e-3).all()
+    assert scale.max() - scale.min() > 0.5 * (closer + wider)
+    assert (steps.min() < 0) == (wider > 0)  # turned back at an edge
+
+
+def test_a_zoom_of_nothing_changes_nothing():
+    patch = chance().random((4, 3, 16, 16)).astype(np.float32)
+    np.testing.assert_allclose(zoom(patch, chance(), closer=0.0, wider=0.0), patch, atol=1e-6)
 
 
 def test_clearing_the_atmosphere_takes_most_from_blue_and_spares_the_rest() -> None:

@@ -41,7 +41,12 @@ class PatchAugmentation:
     flip: bool = True
     """Whether patches are turned and mirrored at random (the eight symmetries of the square)."""
     crop: float = 0.25
-    """Largest share of a side that a crop cuts off; the crop is scaled back."""
+    """Largest share of a side that a crop cuts off; the crop is scaled back, nearest pixel."""
+    closer: float = 0.0
+    """The same, interpolated. Texture of single pixels survives it better than `crop`, which
+    doubles rows and columns that no imagery doubles."""
+    wider: float = 0.0
+    """Largest share of a side by which a view grows beyond its patch, which is mirrored there."""
     gain: float = 0.1
     """Standard deviation of the gain, shared by the bands."""
     band_gain: float = 0.03
@@ -147,6 +152,31 @@ def crop(patches: Floats, rng: Generator, *, most: float) -> Floats:
     return np.asarray(patches[number, bands, rows[:, None, :, None], cols[:, None, None, :]])
 
 
+def zoom(patches: Floats, rng: Generator, *, closer: float, wider: float) -> Floats:
+    """See patches (N, C, P, P) from closer or from further away, linearly interpolated.
+
+    Args:
+        patches: reflectance (N, C, P, P).
+        rng: source of chance.
+        closer: largest share of a side that is cut off.
+        wider: largest share of a side that is added, mirrored at the edges.
+    """
+    n, side = len(patches), patches.shape[-1]
+    scale = rng.uniform(1.0 - closer, 1.0 + wider, n)
+    # Off the middle by as much as what is cut off, or what is mirrored, leaves room for.
+    middle = (side - 1) / 2 + (rng.random((2, n)) - 0.5) * np.abs(1.0 - scale) * side
+    at = middle[..., None] + scale[:, None] * (np.arange(side) - (side - 1) / 2)
+    at = (side - 1) - np.abs((side - 1) - np.abs(at))
+    below = np.clip(np.floor(at).astype(np.int64), 0, side - 2)
+    above = np.clip(at - below, 0.0, 1.0).astype(np.float32)
+    # How much of each pixel (last axis) is in each interpolated one: (2, N, P, P), rows, columns.
+    share = np.zeros((2, n, side, side), np.float32)
+    np.put_along_axis(share, below[..., None], 1.0 - above[..., None], axis=-1)
+    np.put_along_axis(share, below[..., None] + 1, above[..., None], axis=-1)
+    rows, cols = share[:, :, None]
+    return np.asarray(rows @ patches @ cols.swapaxes(-1, -2))
+
+
 def brighten(patches: Floats, rng: Generator, how: PatchAugmentation) -> Floats:
     """Gain, brightness and noise, on reflectance (N, C, P, P)."""
     n, c = patches.shape[:2]
@@ -179,5 +209,7 @@ def augment_patches(patches: Floats, how: PatchAugmentation, rng: Generator) -> 
     """Disturb patches of reflectance (N, C, P, P); a new array. Other dates are the sampler's."""
     turned = flip(patches, rng) if how.flip else patches
     cut = crop(turned, rng, most=how.crop) if how.crop else turned
+    if how.closer or how.wider:
+        cut = zoom(cut, rng, closer=how.closer, wider=how.wider)
     seen = clear_atmosphere(cut, rng, share=how.clear) if how.clear else cut
     return brighten(seen, rng, how)
