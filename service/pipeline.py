@@ -441,22 +441,25 @@ def _run_pixels(work: _Work) -> Outcome:
     grid = run.stack.grid
     with ExitStack() as stack:
         sink = _Sink(work, grid, stack)
-        reader = stack.enter_context(StackReader(run.stack, run.used))
-        pool = stack.enter_context(ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="chunk"))
         advance = work.progress.of(0.9, grid)
-        pixels = _Pixels(work, reader, pool, advance)
         parts = windows(
             grid, run.stack.block, run.pixel_bytes + run.answer_bytes, work.window_bytes
         )
-        timing = work.each(
-            "answers",
-            parts,
-            read=pixels.read,
-            infer=pixels.infer,
-            digest=sink.digest,
-            keep=sink.keep,
-            advance=advance,
-        )
+        # Closed, and its memory let go, before the files are finished.
+        with (
+            StackReader(run.stack, run.used) as reader,
+            ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="chunk") as pool,
+        ):
+            pixels = _Pixels(work, reader, pool, advance)
+            timing = work.each(
+                "answers",
+                parts,
+                read=pixels.read,
+                infer=pixels.infer,
+                digest=sink.digest,
+                keep=sink.keep,
+                advance=advance,
+            )
         return sink.outcome(timing)
 
 
