@@ -311,7 +311,6 @@ class LoadedModel:
     def _run_on_threads(
         self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]], out: Floats
     ) -> None:
-        # The last batch runs short: a CPU has nothing to gain from a fixed shape.
         jobs = [
             self._pool.submit(self._in_halves, each, shared, out, part)
             for part in _parts(len(out), self._batch)
@@ -333,7 +332,7 @@ class LoadedModel:
         """One batch, or as many smaller ones as memory asks for."""
         size = part.stop - part.start
         try:
-            self._one(each, shared, out, part)
+            self._one(each, shared, out, part, pad=True)
         except _FAULTS as error:
             if not _is_out_of_memory(error) or size == 1:
                 raise
@@ -632,7 +631,7 @@ def _session_options(provider: str) -> onnxruntime.SessionOptions:
     if provider == CPU:
         # The arena is one lock. With the runtime's memory patterns, which stay on, a run takes it
         # once for all its layers, and two threads wait less for each other: 5 to 9 % more pixels.
-        # A pattern is kept for every shape ever seen, T x N of a last batch: under 1 KB each.
+        # A pattern of 2 KB is kept for every shape ever seen, so last batches have few sizes.
         _share_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
     return options

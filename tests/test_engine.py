@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -117,10 +118,33 @@ def test_callers_at_the_same_time_get_their_own_answers(engine, zoo):
         np.testing.assert_allclose(answer, expected, rtol=1e-6)
 
 
+def test_last_batches_have_few_sizes_as_the_runtime_keeps_something_for_each(engine, zoo):
+    model = engine.models["pixels-landcover"]
+    sizes = set()
+
+    class Watched(Session):
+        def run(self, feeds):
+            sizes.add(len(feeds["values"]))
+            return super().run(feeds)
+
+    inner = model._session
+    model._session = Watched(**{f.name: getattr(inner, f.name) for f in fields(inner)})
+    try:
+        for count in (1, 3, 100, 255, 257, 300):
+            values, valid, days = series(count)
+            expected = direct(
+                zoo, "pixels-landcover", {"values": values, "valid": valid, "days": days}
+            )
+            np.testing.assert_allclose(model.pixels(values, valid, days), expected, rtol=1e-6)
+    finally:
+        model._session = inner
+    assert sizes == {1, 4, 64, 128, 256}  # 300 is 256 and 44
+
+
 def test_the_runtime_failing_is_our_error_with_its_cause_and_without_its_words(engine):
     values, valid, days = series(600, dates=5)
     with pytest.raises(InternalError, match=r"pixels-brittle@0\.0\.1") as caught:
-        engine.models["pixels-brittle"].pixels(values[:3], valid[:3], days)
+        engine.models["pixels-brittle"].pixels(values[:1], valid[:1], days)
     assert type(caught.value.__cause__).__module__.startswith("onnxruntime")
     assert "onnxruntime" not in caught.value.detail.lower()
     # 600 x 5 dates make whole rows of 4 dates, so it runs, and answers for too many pixels.
