@@ -49,7 +49,7 @@ def test_what_goes_to_the_session_is_values_and_validity_once_and_no_plot() -> N
     registry = Registry.load(ZOO)
     bundle = registry.default("classify-pixels")
     assert bundle is not None
-    T, C, count = 36, len(bundle.card.bands), 300
+    T, C, count = 36, len(bundle.card.bands), 512  # two whole batches, nothing rounded up
     found = traffic(bundle, CPU, count, T)
     own = 4 * bundle.card.day_of_year
     batches = 2  # of 256, each with the days
