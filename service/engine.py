@@ -3,10 +3,10 @@
     values (N, T, C) → batches of one size → session → answers (N, …)
 
 On a CPU the batches of one call run side by side on a small pool of threads, each with a
-single-threaded session run; on CUDA they run one after the other, padded to few shapes. Out of
-memory, a batch is halved and the run goes on; any other fault of a device is tried once more and
-then reported. ONNX Runtime is not imported anywhere else, and its exceptions leave this module as
-ours.
+single-threaded session run; on CUDA they run one after the other. The last one is padded, so that
+there are few shapes. Out of memory, a batch is halved and the run goes on; any other fault of a
+device is tried once more and then reported. ONNX Runtime is not imported anywhere else, and its
+exceptions leave this module as ours.
 """
 
 from __future__ import annotations
@@ -332,7 +332,7 @@ class LoadedModel:
         """One batch, or as many smaller ones as memory asks for."""
         size = part.stop - part.start
         try:
-            self._one(each, shared, out, part, pad=True)
+            self._one(each, shared, out, part)
         except _FAULTS as error:
             if not _is_out_of_memory(error) or size == 1:
                 raise
@@ -352,7 +352,7 @@ class LoadedModel:
             while start < len(out):
                 stop = min(start + self._batch, len(out))
                 try:
-                    self._one(each, shared, out, slice(start, stop), pad=True)
+                    self._one(each, shared, out, slice(start, stop))
                 except _FAULTS as error:
                     if _is_out_of_memory(error) and self._batch > 1:
                         self._batch //= 2
@@ -392,11 +392,9 @@ class LoadedModel:
         shared: Mapping[str, NDArray[Any]],
         out: Floats,
         part: slice,
-        *,
-        pad: bool = False,
     ) -> None:
         count = part.stop - part.start
-        size = _padded(count, self._batch) if pad else count
+        size = _padded(count, self._batch)
         # Put into the graph's order by batch: the threads share it, and none waits for the whole.
         feeds = {name: _repeat_last(array[part], size) for name, array in each.items()}
         answer = self._session.run({**feeds, **shared})
