@@ -217,7 +217,7 @@ class TestFinetune:
         self, data: Path, finished: Path, tmp_path: Path
     ) -> None:
         earlier = torch.load(finished / "weights.pt", weights_only=True)
-        run = tiny_run(data, pretrained=finished / "weights.pt", everything=True)
+        run = tiny_run(data, pretrained=(finished / "weights.pt",), everything=True)
         graph = new_graph(run, task_of(run))
         for name, weights in graph.state_dict().items():
             torch.testing.assert_close(weights, earlier[name], msg=name)
@@ -233,7 +233,7 @@ class TestProtocols:
     """The encoder of the finished run, frozen."""
 
     def run(self, data: Path, finished: Path, protocol: str) -> Run:
-        return tiny_run(data, pretrained=finished / "weights.pt", protocol=protocol)
+        return tiny_run(data, pretrained=(finished / "weights.pt",), protocol=protocol)
 
     def test_a_linear_probe_is_scikit_learns_and_a_graph(
         self, data: Path, finished: Path, tmp_path: Path
@@ -343,7 +343,7 @@ class TestExport:
     def test_another_model_needs_another_version(
         self, zoo: Path, data: Path, finished: Path, tmp_path: Path
     ) -> None:
-        run = tiny_run(data, pretrained=finished / "weights.pt", protocol="linear")
+        run = tiny_run(data, pretrained=(finished / "weights.pt",), protocol="linear")
         finetune(run, tmp_path / "other", device="cpu", threads=1)
         shutil.copytree(zoo, tmp_path / "zoo")
         with pytest.raises(VersionNotRaised, match=r"1\.0\.0"):
@@ -432,7 +432,7 @@ class TestExport:
         assert "evaluation" in load_bundle(zoo / "pixels-crops-us").card.metrics
         # A run that goes on from it on every place can have no score, and has that one.
         told = tiny_run(finished_data(finished)).model_copy(
-            update={"pretrained": finished / "weights.pt", "everything": True}
+            update={"pretrained": (finished / "weights.pt",), "everything": True}
         )
         finetune(told, tmp_path / "all", device="cpu", threads=1)
         export_run(tmp_path / "all", tmp_path / "new")

@@ -83,7 +83,11 @@ def finetune(
         str | None, typer.Option(help="classify, forecast or landcover, for a new name.")
     ] = None,
     pretrained: Annotated[
-        Path | None, typer.Option(help="Checkpoint with the encoder to start from.")
+        list[Path] | None,
+        typer.Option(
+            help="Checkpoint with the encoder to start from; several runs' weights, for a run that "
+            "joins their networks."
+        ),
     ] = None,
     everything: Annotated[
         bool, typer.Option(help="Train on the validation places too; no score is reported.")
@@ -112,7 +116,7 @@ def finetune(
     told = Run(
         config=config,
         data=data,
-        pretrained=pretrained,
+        pretrained=tuple(pretrained or ()),
         everything=everything,
         protocol=protocol.value,
     )

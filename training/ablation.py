@@ -23,6 +23,7 @@ from training import answers as kept
 from training.answers import Answers
 from training.config import (
     ClassifyConfig,
+    LandcoverConfig,
     Run,
     UnknownSetting,
     changed,
@@ -299,7 +300,7 @@ def _run(arm: Arm, plan: Plan, seed: int) -> Run:
     except UnknownSetting as error:
         raise NothingToCompare(f"'{arm.label}' does not fit {plan.bundle}: {error}") from error
     # One network of an ensemble: what a choice is worth shows sooner, and costs less.
-    alone = ["members=1"] if hasattr(config, "members") else []
+    alone = ["others=[]"] if isinstance(config, LandcoverConfig) else ["members=1"]
     settings = [*alone, *plan.settings, *arm.settings, f"optimisation.seed={seed}"]
     if arm in STUDIES["labels"].arms and plan.pretrained:
         settings += _encoder_settings(plan.pretrained)
@@ -314,7 +315,7 @@ def _run(arm: Arm, plan: Plan, seed: int) -> Run:
     return Run(
         config=changed(config, settings),
         data=plan.places.data,
-        pretrained=plan.pretrained if arm.pretrained else None,
+        pretrained=(plan.pretrained,) if arm.pretrained and plan.pretrained else (),
         protocol=arm.protocol,
     )
 
@@ -341,7 +342,8 @@ def _folder(run: Run, plan: Plan) -> Path:
     words += ["pretrained"] if run.pretrained else []
     words += [run.protocol] if run.protocol != "finetune" else []
     told["optimisation"]["seed"] = None
-    identity = [told, str(run.pretrained), run.protocol, str(run.data.resolve())]
+    start = ", ".join(map(str, run.pretrained)) or "None"
+    identity = [told, start, run.protocol, str(run.data.resolve())]
     seed = run.config.optimisation.seed
     return plan.runs / plan.bundle / _named(words, identity) / f"seed-{seed}"
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from models.card import TimeWindow
 from training.augment import PatchAugmentation
@@ -156,8 +156,9 @@ class LandcoverConfig(_Frozen):
     name: str
     patch: int = 64
     encoder: PatchEncoderConfig = PatchEncoderConfig()
-    members: Annotated[int, Field(ge=1)] = 1
-    """Networks trained side by side, whose mean answers."""
+    others: tuple[PatchEncoderConfig, ...] = ()
+    """Encoders of further networks beside it, each with its head; their mean answers. Networks of
+    other shapes err on other patches, which is what a mean gains from."""
     optimisation: Optimisation = Optimisation(epochs=18, batch=128, learning_rate=3e-3)
     smoothing: float = 0.05
     small_patch: int = 48
@@ -172,6 +173,15 @@ class LandcoverConfig(_Frozen):
         gain=0.12, band_gain=0.06, offset=0.006, noise=0.002
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_shape(cls, told: Any) -> Any:  # noqa: ANN401 - whatever was stored
+        """Runs and cards of earlier versions have a number of networks, all of one shape."""
+        if not isinstance(told, dict) or "members" not in told:
+            return told
+        rest = {name: value for name, value in told.items() if name != "members"}
+        return {**rest, "others": (told.get("encoder", {}),) * (told["members"] - 1)}
+
 
 FinetuneConfig = Annotated[
     ClassifyConfig | ForecastConfig | LandcoverConfig, Field(discriminator="task")
@@ -184,11 +194,18 @@ class Run(_Frozen):
     config: FinetuneConfig
     data: Path
     """Folder of the data sets."""
-    pretrained: Path | None = None
-    """Checkpoint whose encoder the run starts from; None starts from scratch."""
+    pretrained: tuple[Path, ...] = ()
+    """Checkpoints that the run starts from: of a pretraining or an earlier run, or of several
+    earlier runs, whose networks it joins; none starts from scratch."""
     everything: bool = False
     """Whether the validation places are trained on too; such a run can report no score."""
     protocol: Protocol = "finetune"
+
+    @field_validator("pretrained", mode="before")
+    @classmethod
+    def _several(cls, told: Any) -> Any:  # noqa: ANN401 - whatever was stored
+        """One checkpoint, or none, as a run of an earlier version has it."""
+        return () if told is None else (told,) if isinstance(told, str | Path) else told
 
 
 _CROPS = ClassifyConfig(
@@ -273,6 +290,11 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
         ),
     )
 }
+
+
+def networks(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> int:
+    """How many networks answer together."""
+    return 1 + len(config.others) if isinstance(config, LandcoverConfig) else config.members
 
 
 def difference(

@@ -161,7 +161,7 @@ def label_of(run: Run) -> str:
     if run.protocol != "finetune":
         words = [f"{_PROTOCOLS[run.protocol]} on {words[0]}"]
     if run.pretrained:
-        words.append(f"from {run.pretrained.parent.name}")
+        words.append("from " + " and ".join(path.parent.name for path in run.pretrained))
     return ", ".join([*words, *(f"{key} {value}" for key, value in changes.items())])
 
 

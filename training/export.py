@@ -331,8 +331,8 @@ def _evaluation(run_folder: Path, bundle: Path, run: Run) -> dict[str, Any]:
     alike.
     """
     folders = [run_folder]
-    if run.everything and run.pretrained and run.pretrained.name == WEIGHTS:
-        folders.append(run.pretrained.parent)
+    if run.everything and [path.name for path in run.pretrained] == [WEIGHTS]:
+        folders.append(run.pretrained[0].parent)
     for folder in folders:
         if (folder / EVALUATION).exists():
             return {"evaluation": json.loads((folder / EVALUATION).read_text())}
@@ -734,14 +734,21 @@ def _metrics(
 
 def _training_data(run: Run, task: AnyTask) -> tuple[TrainingData, ...]:
     """What a run learned from, and before it the pretraining that it started from."""
-    before = run.pretrained
-    while before and (earlier := _run_of(before)):
-        before = earlier.pretrained
-    stored = _pretraining(before) if before else None
     return (
-        *pretraining_data(stored["learned_from"] if stored else {}),
+        *pretraining_data(_learned_from(run)),
         *(training_data(**part) for part in task.data()),
     )
+
+
+def _learned_from(run: Run) -> dict[str, int]:
+    """How much of each source the pretrainings behind a run learned from."""
+    found: dict[str, int] = {}
+    for checkpoint in run.pretrained:
+        if earlier := _run_of(checkpoint):
+            found |= _learned_from(earlier)
+        elif stored := _pretraining(checkpoint):
+            found |= stored["learned_from"]
+    return found
 
 
 def _run_of(weights: Path) -> Run | None:
@@ -807,9 +814,9 @@ def commands(run: Run, folder: Path | None = None) -> list[str]:
         words += ["--task", config.task]
     if folder:
         words += ["--run", folder.as_posix()]
-    if run.pretrained:
-        words += ["--pretrained", run.pretrained.as_posix()]
-        earlier = _commands_before(run.pretrained)
+    for checkpoint in run.pretrained:
+        words += ["--pretrained", checkpoint.as_posix()]
+        earlier += [c for c in _commands_before(checkpoint) if c not in earlier]
     if run.everything:
         words.append("--everything")
     if run.protocol != "finetune":

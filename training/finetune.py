@@ -17,7 +17,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -35,7 +35,14 @@ from models.graph import PatchGraph, PixelGraph
 from training.answers import AnyTask, keep, load, scores_of
 from training.baselines import put_network
 from training.classification import PixelClassification
-from training.config import ClassifyConfig, ForecastConfig, LandcoverConfig, Optimisation, Run
+from training.config import (
+    ClassifyConfig,
+    ForecastConfig,
+    LandcoverConfig,
+    Optimisation,
+    Run,
+    networks,
+)
 from training.forecasting import PixelForecast
 from training.landcover import PatchClassification
 from training.probe import probed, put_linear_head
@@ -121,8 +128,10 @@ def new_graph(run: Run, task: AnyTask) -> Any:  # noqa: ANN401  # of the task's 
     graph = task.graph()
     if isinstance(graph, PixelGraph) and not isinstance(run.config, LandcoverConfig):
         put_network(graph, run.config.network)
-    if run.pretrained:
-        load_encoder(graph, run.pretrained)
+    if len(run.pretrained) == 1:
+        load_encoder(graph, run.pretrained[0])
+    elif run.pretrained:
+        join_networks(graph, run.pretrained)
     return graph
 
 
@@ -141,8 +150,9 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
     """
     if threads:
         torch.set_num_threads(threads)
-    if run.protocol != "finetune" and getattr(run.config, "members", 1) > 1:
-        raise ManyEncoders(f"{run.protocol} probes one encoder: --set members=1")
+    if run.protocol != "finetune" and networks(run.config) > 1:
+        one = "others=[]" if isinstance(run.config, LandcoverConfig) else "members=1"
+        raise ManyEncoders(f"{run.protocol} probes one encoder: --set {one}")
     if run.everything and run.config.optimisation.patience:
         raise NothingToStopOn("a run that trains on every place has none to stop on")
     chosen = "cuda" if device == "auto" and torch.cuda.is_available() else device
@@ -311,6 +321,43 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
         raise CheckpointMismatch(f"{checkpoint.name}: {error}") from error
 
 
+def join_networks(graph: Graph, weights: Sequence[Path]) -> None:
+    """Fill a graph with the networks of earlier runs, in their order, heads included.
+
+    Args:
+        graph: whose networks are replaced.
+        weights: of runs of the same task; each holds one network or several.
+
+    Raises:
+        CheckpointMismatch: more or fewer networks than the graph's, or other shapes.
+    """
+    joined: dict[str, Tensor] = {}
+    count = 0
+    for path in weights:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        i = 0
+        while any(name.startswith(_prefixes(i)) for name in stored):
+            for old, new in zip(_prefixes(i), _prefixes(count), strict=True):
+                here = {k: v for k, v in stored.items() if k.startswith(old)}
+                joined |= {new + k.removeprefix(old): v for k, v in here.items()}
+            i, count = i + 1, count + 1
+    told = " and ".join(path.as_posix() for path in weights)
+    wanted = 1 + len(graph.others)
+    if count != wanted:
+        raise CheckpointMismatch(f"{told} hold {count} networks, and the run has {wanted}")
+    try:
+        graph.load_state_dict(joined)
+    except RuntimeError as error:
+        raise CheckpointMismatch(f"{told}: {error}") from error
+
+
+def _prefixes(network: int) -> tuple[str, str]:
+    """How the names of a network's weights begin in a graph's: its encoder's, its head's."""
+    if not network:
+        return "encoder.", "head."
+    return f"others.{network - 1}.0.", f"others.{network - 1}.1."
+
+
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
     return {name: getattr(value, "shape", None) for name, value in state.items()}
 
@@ -326,7 +373,7 @@ def load_finished(folder: Path) -> tuple[Run, AnyTask, Any, dict[str, Any]]:
         raise NoGraph(f"{folder.name} ({run.protocol}) ended in scores alone")
     task = task_of(run)
     # The encoder that it once started from is not needed, and may be gone.
-    graph = new_graph(run.model_copy(update={"pretrained": None}), task)
+    graph = new_graph(run.model_copy(update={"pretrained": ()}), task)
     graph.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True))
     return run, task, graph.eval(), json.loads((folder / METRICS).read_text())
 

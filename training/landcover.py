@@ -17,7 +17,7 @@ from models.graph import PatchGraph
 from models.heads import ClassificationHead
 from training.augment import augment_patches
 from training.calibration import cross_fitted_scores, fit_temperature
-from training.config import LandcoverConfig
+from training.config import LandcoverConfig, PatchEncoderConfig
 from training.datasets.eurosat import RGB, eurosat_ms, eurosat_rgb
 from training.losses import cross_entropy
 
@@ -46,7 +46,8 @@ class PatchClassification:
 
     def graph(self) -> PatchGraph:
         """A new, untrained graph."""
-        (encoder, head), *others = [self._member() for _ in range(self.config.members)]
+        shapes = (self.config.encoder, *self.config.others)
+        (encoder, head), *others = [self._network(shape) for shape in shapes]
         graph = PatchGraph(
             encoder=encoder, head=head, others=others, symmetries=self.config.symmetries
         )
@@ -56,8 +57,8 @@ class PatchClassification:
                 weight.data = weight.contiguous(memory_format=torch.channels_last)
         return graph
 
-    def _member(self) -> tuple[PatchEncoder, ClassificationHead]:
-        encoder = PatchEncoder(bands=len(RGB), **self.config.encoder.model_dump())
+    def _network(self, shape: PatchEncoderConfig) -> tuple[PatchEncoder, ClassificationHead]:
+        encoder = PatchEncoder(bands=len(RGB), **shape.model_dump())
         return encoder, ClassificationHead(encoder.embedding, len(self.legend))
 
     @property

@@ -1,0 +1,124 @@
+"""Networks of imagery, on a small EuroSAT: trained alone, joined in one bundle."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from models.registry import load_bundle
+from training.config import (
+    LandcoverConfig,
+    Optimisation,
+    PatchEncoderConfig,
+    Run,
+    networks,
+)
+from training.datasets.eurosat import CLASSES
+from training.export import card_fields, commands, export_run
+from training.finetune import CheckpointMismatch, finetune, load_finished, new_graph, task_of
+
+COARSE = PatchEncoderConfig(width=4, depths=(0, 1, 0, 1), embedding=16, stride=2)
+FINE = PatchEncoderConfig(width=6, depths=(1, 0, 0, 1), embedding=8, stride=1, contrast=True)
+
+
+def config(encoder: PatchEncoderConfig, *others: PatchEncoderConfig) -> LandcoverConfig:
+    return LandcoverConfig(
+        name="my-cover",
+        encoder=encoder,
+        others=others,
+        optimisation=Optimisation(epochs=2, batch=16, learning_rate=3e-3),
+        symmetries=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten classes by their colour, in the archive's layout."""
+    folder = tmp_path_factory.mktemp("data") / "eurosat"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    colours = rng.integers(40, 200, (len(CLASSES), 3))
+    lists: dict[str, list[str]] = {"train": [], "val": []}
+    with zipfile.ZipFile(folder / "small.zip", "w") as archive:
+        for label, name in enumerate(CLASSES):
+            for number in range(6):
+                patch = np.clip(colours[label] + rng.normal(0, 8, (64, 64, 3)), 0, 255)
+                file = io.BytesIO()
+                Image.fromarray(patch.astype(np.uint8)).save(file, "JPEG")
+                archive.writestr(f"{name}/{name}_{number}.jpg", file.getvalue())
+                lists["val" if number > 3 else "train"].append(f"{name}_{number}.jpg")
+    for split, names in lists.items():
+        (folder / f"{split}.txt").write_text("\n".join(names))
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def apart(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two finished runs, each of one network of its own shape."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, shape in (("coarse", COARSE), ("fine", FINE)):
+        finetune(Run(config=config(shape), data=data), folder / name, device="cpu", threads=1)
+    return [folder / "coarse" / "weights.pt", folder / "fine" / "weights.pt"]
+
+
+def test_networks_of_two_runs_answer_together(data: Path, apart: list[Path]) -> None:
+    run = Run(config=config(COARSE, FINE), data=data, pretrained=tuple(apart))
+    task = task_of(run)
+    joined = new_graph(run, task).eval()
+    patches = torch.from_numpy(task.read(task.validation[::5]))
+    with torch.inference_mode():
+        alone = [load_finished(path.parent)[2].raw(patches) for path in apart]
+        torch.testing.assert_close(joined.raw(patches), (alone[0] + alone[1]) / 2)
+    assert not torch.allclose(alone[0], alone[1])
+
+
+def test_a_joined_run_is_scored_exported_and_made_again(
+    data: Path, apart: list[Path], tmp_path: Path
+) -> None:
+    run = Run(config=config(COARSE, FINE), data=data, pretrained=tuple(apart))
+    done = finetune(run, tmp_path / "joined", device="cpu", threads=1)
+    assert done.scores["n"] == 20
+    bundle = load_bundle(export_run(tmp_path / "joined", tmp_path / "zoo"))
+    _, task, graph, metrics = load_finished(tmp_path / "joined")
+    patches = task.read(task.validation)
+    session = onnxruntime.InferenceSession(bundle.path("float32"))
+    with torch.inference_mode():
+        want = graph(torch.from_numpy(patches)).numpy()
+    np.testing.assert_allclose(session.run(None, {"patches": patches})[0], want, atol=1e-5)
+    one, two, last = commands(run)
+    assert [text.split(" --run ")[1].split()[0] for text in (one, two)] == [
+        str(path.parent) for path in apart
+    ]
+    assert "--pretrained" not in one + two
+    assert last.count("--pretrained") == 2
+    told = card_fields(run, task, metrics, "my-cover")["training_data"]
+    assert [part.use for part in told] == ["labels", "validation"]
+
+
+def test_networks_that_do_not_fit_are_told(data: Path, apart: list[Path]) -> None:
+    for shapes, why in (
+        ((COARSE, FINE, FINE), "hold 2 networks, and the run has 3"),
+        ((FINE, COARSE), "size mismatch"),
+    ):
+        run = Run(config=config(*shapes), data=data, pretrained=tuple(apart))
+        with pytest.raises(CheckpointMismatch, match=why):
+            new_graph(run, task_of(run))
+
+
+def test_a_run_of_an_earlier_version_is_read(data: Path) -> None:
+    """It had a number of networks, all of one shape, and one checkpoint or none."""
+    now = Run(config=config(COARSE, COARSE), data=data, pretrained=(Path("a/weights.pt"),))
+    told = json.loads(now.model_dump_json())
+    del told["config"]["others"]
+    told["config"]["members"], told["pretrained"] = 2, "a/weights.pt"
+    assert Run.model_validate(told) == now
+    assert networks(now.config) == 2
+    assert Run.model_validate({**told, "pretrained": None}).pretrained == ()
