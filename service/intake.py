@@ -31,7 +31,8 @@ FORM = "multipart/form-data"
 JSON = "application/json"
 FILES = "files"
 
-_BATCH_BYTES = 2**20
+_BATCH_BYTES = 2**21
+"""What is read before it is parsed: each turn to the thread that does costs 0.2 ms or more."""
 _CHUNK_BYTES = 2**10
 """What a chunk counts at least: bytes that come one by one are objects of 40 bytes each."""
 _NAME_LENGTH = 120
