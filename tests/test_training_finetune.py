@@ -427,6 +427,12 @@ class TestExport:
         models = load_bundle(zoo / "pixels-crops-us").card.metrics["evaluation"]["models"]
         value, low, high = models["random forest"]["accuracy"]
         assert low <= value <= high
+        # A run of another configuration says nothing of the bundle.
+        told["config"]["optimisation"]["epochs"] = 4
+        (other / "run.json").write_text(json.dumps(told))
+        evaluate([other], zoo=zoo, report=tmp_path / "other.md")
+        assert (tmp_path / "other.md").exists()
+        assert load_bundle(zoo / "pixels-crops-us").card.metrics["evaluation"]["models"] == models
         # Exported again, the bundle keeps what was measured of it.
         export_run(finished, zoo)
         assert "evaluation" in load_bundle(zoo / "pixels-crops-us").card.metrics

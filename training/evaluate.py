@@ -10,6 +10,7 @@ runs, where an export finds it.
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,13 +46,15 @@ from training.config import (
 )
 from training.datasets.ground import SYNTHETIC
 from training.datasets.stacks import read_romania
-from training.export import EVALUATION, write_card
+from training.export import EVALUATION, made_alike, write_card
 from training.finetune import RUN, load_finished, task_of
 from training.forecasting import SCORED_CUT, PixelForecast, cut
 from training.landcover import PatchClassification
 from training.probe import NEIGHBOURS
 from training.series import SeriesTable
 from training.tables import Table, answers_row, as_evaluation, markdown, sized, write_section
+
+log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -87,7 +90,7 @@ def evaluate(runs: Sequence[Path], *, zoo: Path, report: Path) -> list[Table]:
     Args:
         runs: folders of finished runs; those that trained on the validation places are passed
             over, and those that differ in their seed alone share a row.
-        zoo: folder of bundles, whose cards get the table.
+        zoo: folder of bundles, whose cards get the table where they were made as one of the runs.
         report: the Markdown file.
 
     Returns:
@@ -107,7 +110,7 @@ def evaluate(runs: Sequence[Path], *, zoo: Path, report: Path) -> list[Table]:
         for one in scored:
             (one.folder / EVALUATION).write_text(json.dumps(evaluation, indent=1))
         if (zoo / table.title).is_dir():
-            _into_card(zoo / table.title, evaluation)
+            _into_card(zoo / table.title, evaluation, scored)
     return tables
 
 
@@ -375,8 +378,11 @@ def tree_agreement(folder: Path, bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _into_card(folder: Path, evaluation: Mapping[str, Any]) -> None:
-    """The table as the card's `evaluation`."""
+def _into_card(folder: Path, evaluation: Mapping[str, Any], scored: Sequence[Scored]) -> None:
+    """The table as the card's `evaluation`, where the bundle is of such a run."""
     card = load_bundle(folder).card
+    if not any(made_alike(card, one.run) for one in scored):
+        log.info("%s was made otherwise: its card stays, and an export takes the table", card.id)
+        return
     told = {**card.model_dump(), "metrics": {**card.metrics, "evaluation": evaluation}}
     write_card(folder, ModelCard.model_validate(told))

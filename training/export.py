@@ -339,13 +339,17 @@ def _evaluation(run_folder: Path, bundle: Path, run: Run) -> dict[str, Any]:
     if not (bundle / CARD_FILE).exists():
         return {}
     old = ModelCard.model_validate_json((bundle / CARD_FILE).read_bytes())
-    found, was = old.metrics.get("evaluation"), old.training.get("config")
-    if not found or not was:
-        return {}
+    found = old.metrics.get("evaluation")
+    return {"evaluation": found} if found and made_alike(old, run) else {}
+
+
+def made_alike(card: ModelCard, run: Run) -> bool:
+    """Whether a bundle was trained under a run's configuration, seed and name apart."""
+    if "config" not in card.training:
+        return False
     # As a configuration, not as text: a setting that is new since then has its default.
-    before = Run.model_validate({"config": was, "data": run.data}).config
-    changes = difference(before.model_dump(mode="json"), run.config.model_dump(mode="json"))
-    return {} if changes else {"evaluation": found}
+    was = Run.model_validate({"config": card.training["config"], "data": run.data}).config
+    return not difference(was.model_dump(mode="json"), run.config.model_dump(mode="json"))
 
 
 def write_card(folder: Path, card: ModelCard) -> None:
