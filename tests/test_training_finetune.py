@@ -504,7 +504,7 @@ class TestCommand:
         assert message in result.output
 
     def test_finetune_prints_its_scores(self, data: Path, tmp_path: Path) -> None:
-        settings = [f"--set={s}" for s in (*TINY, "optimisation.epochs=1")]
+        settings = [f"--set={s}" for s in (*TINY, "optimisation.epochs=1", "optimisation.seed=2")]
         result = CliRunner().invoke(
             app,
             [
@@ -514,6 +514,9 @@ class TestCommand:
         )
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout[result.stdout.index("{") :])["n"] > 0
+        # No --seed was said, and so it is that of the setting.
+        run = Run.model_validate_json((tmp_path / "run" / "run.json").read_bytes())
+        assert run.config.optimisation.seed == 2
 
 
 def test_cut_mix_shares_labels_by_area() -> None:

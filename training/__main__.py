@@ -98,9 +98,9 @@ def finetune(
     ] = Protocol.finetune,
     patience: Annotated[
         int | None,
-        typer.Option(help="Stop after as many epochs without a better validation score."),
+        typer.Option(min=1, help="Stop after as many epochs without a better validation score."),
     ] = None,
-    seed: int = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the run; 0 where none is said.")] = None,
     device: Device = "auto",
     threads: Threads = 0,
     settings: Settings = None,
@@ -108,9 +108,8 @@ def finetune(
     """Train a graph for a downstream task; goes on where a killed run stopped."""
     from training.finetune import finetune as train
 
-    told_last = [f"optimisation.seed={seed}"]
-    if patience:
-        told_last.append(f"optimisation.patience={patience}")
+    options = {"seed": seed, "patience": patience}
+    told_last = [f"optimisation.{name}={n}" for name, n in options.items() if n is not None]
     with _as_usage():
         config = changed(configuration(name, task), [*(settings or []), *told_last])
     told = Run(
@@ -121,7 +120,8 @@ def finetune(
         protocol=protocol.value,
     )
     words = [name, *([protocol.value] if protocol != Protocol.finetune else [])]
-    words += [f"seed-{seed}"] if seed else []
+    seeded = config.optimisation.seed
+    words += [f"seed-{seeded}"] if seeded else []
     done = train(told, run or RUNS / "-".join(words), device=device, threads=threads)
     Console().print_json(json.dumps(dict(done.scores)))
 
