@@ -33,8 +33,10 @@ FILES = "files"
 
 _BATCH_BYTES = 2**21
 """What is read before it is parsed: each turn to the thread that does costs 0.2 ms or more."""
-_CHUNK_BYTES = 2**10
+_CHUNK_BYTES = 2**11
 """What a chunk counts at least: bytes that come one by one are objects of 40 bytes each."""
+_SHORT_REST = 2**20
+"""Of a body: what an answer that was given before its end may wait for."""
 _NAME_LENGTH = 120
 _NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f]+")
 
@@ -214,7 +216,7 @@ class Lingering:
         async def send_lingering(message: Message) -> None:
             nonlocal closing
             if message["type"] == "http.response.start":
-                await body.read_on(_BATCH_BYTES, self._before_seconds)
+                await body.read_on(_SHORT_REST, self._before_seconds)
                 closing = not body.ended
                 if closing:
                     MutableHeaders(scope=message)["Connection"] = "close"
