@@ -23,12 +23,12 @@ from training import answers as kept
 from training.answers import Answers
 from training.config import (
     ClassifyConfig,
-    LandcoverConfig,
     Run,
     UnknownSetting,
     changed,
     configuration,
     difference,
+    one_network,
 )
 from training.config import Protocol as RunProtocol
 from training.embedding import measure_retrieval, probe_answers
@@ -300,8 +300,7 @@ def _run(arm: Arm, plan: Plan, seed: int) -> Run:
     except UnknownSetting as error:
         raise NothingToCompare(f"'{arm.label}' does not fit {plan.bundle}: {error}") from error
     # One network of an ensemble: what a choice is worth shows sooner, and costs less.
-    alone = ["others=[]"] if isinstance(config, LandcoverConfig) else ["members=1"]
-    settings = [*alone, *plan.settings, *arm.settings, f"optimisation.seed={seed}"]
+    settings = [one_network(config), *plan.settings, *arm.settings, f"optimisation.seed={seed}"]
     if arm in STUDIES["labels"].arms and plan.pretrained:
         settings += _encoder_settings(plan.pretrained)
     if plan.epochs:
@@ -342,6 +341,7 @@ def _folder(run: Run, plan: Plan) -> Path:
     words += ["pretrained"] if run.pretrained else []
     words += [run.protocol] if run.protocol != "finetune" else []
     told["optimisation"]["seed"] = None
+    # As a single checkpoint or none was always written, so that finished studies are found again.
     start = ", ".join(map(str, run.pretrained)) or "None"
     identity = [told, start, run.protocol, str(run.data.resolve())]
     seed = run.config.optimisation.seed

@@ -158,7 +158,7 @@ class LandcoverConfig(_Frozen):
     encoder: PatchEncoderConfig = PatchEncoderConfig()
     others: tuple[PatchEncoderConfig, ...] = ()
     """Encoders of further networks beside it, each with its head; their mean answers. Networks of
-    other shapes err on other patches, which is what a mean gains from."""
+    other shapes, or taught otherwise, err on other patches, which is what a mean gains from."""
     optimisation: Optimisation = Optimisation(epochs=18, batch=128, learning_rate=3e-3)
     smoothing: float = 0.05
     small_patch: int = 48
@@ -289,6 +289,11 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
 def networks(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> int:
     """How many networks answer together."""
     return 1 + len(config.others) if isinstance(config, LandcoverConfig) else config.members
+
+
+def one_network(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> str:
+    """The setting that leaves one network of several."""
+    return "others=[]" if isinstance(config, LandcoverConfig) else "members=1"
 
 
 def difference(

@@ -42,6 +42,7 @@ from training.config import (
     Optimisation,
     Run,
     networks,
+    one_network,
 )
 from training.forecasting import PixelForecast
 from training.landcover import PatchClassification
@@ -151,7 +152,7 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
     if threads:
         torch.set_num_threads(threads)
     if run.protocol != "finetune" and networks(run.config) > 1:
-        one = "others=[]" if isinstance(run.config, LandcoverConfig) else "members=1"
+        one = one_network(run.config)
         raise ManyEncoders(f"{run.protocol} probes one encoder: --set {one}")
     if run.everything and run.config.optimisation.patience:
         raise NothingToStopOn("a run that trains on every place has none to stop on")
