@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.encoders import PatchEncoder, PixelEncoder
 from models.heads import ClassificationHead, ForecastHead
-from models.indices import SpectralIndices
+from models.indices import SMALLEST_DENOMINATOR, SpectralIndices
 from models.timegrid import TimeGrid
 
 YEAR = 365.25
@@ -63,10 +63,17 @@ class PixelGraph(nn.Module):
         self.grid = TimeGrid(steps, step_days, period=YEAR if yearly else None)
         self.clarity = clarity
         self.reflectance = reflectance
+        # What is made of the bands in one product: the sums of the indices, then single bands.
+        single = torch.eye(len(bands))
         self.blue = bands.index(_BLUE) if clarity else 0
+        if not reflectance:  # but for the blue one, no band is needed by itself
+            single, self.blue = single[self.blue :][: int(clarity > 0)], 0
+        self.register_buffer("sums", torch.cat([self.indices.weights, single]), persistent=False)
         self.encoder = encoder
         self.head = head
         self.others = nn.ModuleList(nn.ModuleList(pair) for pair in others)
+
+    sums: Tensor
 
     def regular(
         self, values: Tensor, valid: Tensor, days: Tensor
@@ -83,12 +90,14 @@ class PixelGraph(nn.Module):
             reflectance (N, C, M) or None.
         """
         # What comes in float16, to spare the way to a device, is computed with in float32.
-        bands = values.transpose(1, 2).float()
-        x = self.indices(bands, dim=1)
-        # A date whose index cannot be computed is missing, in all indices alike: NaN in one of
-        # these bounded numbers is NaN in their sum, and only NaN is unlike itself.
-        total = x.sum(dim=1)
-        usable = valid & (total == total)
+        sums = (values.float() @ self.sums.T).transpose(1, 2)
+        count = 2 * len(self.indices.names)
+        x, denominators = self.indices.ratios(sums[:, :count], dim=1)
+        bands = sums[:, count:]
+        # A date whose index cannot be computed is missing, in all indices alike. A NaN in one band
+        # is NaN in every sum, and only NaN is unlike itself: not every device's minimum knows it.
+        least, first = denominators.amin(dim=1), denominators[:, 0]
+        usable = valid & (least > SMALLEST_DENOMINATOR) & (first == first)
         worth = self._worth(bands[:, self.blue]) if self.clarity else None
         if not self.reflectance:
             return *self.grid(x, usable, days, worth), None

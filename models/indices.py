@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 # name -> (bands, formula). The formula takes the bands in that order and gives the numerator and
-# the denominator, so that the division is guarded in one place.
+# the denominator, so that the division is guarded in one place. Both are sums of the bands times
+# constants, the denominator with or without a constant of its own: see `SpectralIndices`.
 _Formula = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -40,7 +41,8 @@ FORMULAS: dict[str, tuple[tuple[str, ...], _Formula]] = {
 
 # Where the denominator is this small the index says nothing about the ground: EVI's passes
 # through zero over bright blue targets (cloud, snow).
-_SMALLEST_DENOMINATOR = 0.05
+SMALLEST_DENOMINATOR = 0.05
+"""At most this, a denominator leaves its index unknown."""
 # Clear land lies well inside; what lies outside is cloud edge or sun glint.
 _LIMIT = 1.5
 
@@ -48,9 +50,15 @@ _LIMIT = 1.5
 class SpectralIndices(nn.Module):
     """Computes spectral indices from bands: `(..., C, ...) -> (..., K, ...)`.
 
+    Numerators and denominators are weighted sums of the bands, so that those of all indices are
+    one matrix product (`sums`). A graph makes its other sums of bands in the same one.
+
     Args:
         names: indices to compute (K), keys of `FORMULAS`.
         bands: names of the bands of the input (C), in order.
+
+    Attributes:
+        weights: of each band in each numerator and then in each denominator (2K, C).
 
     Raises:
         KeyError: an index is unknown, or needs a band that is not there.
@@ -59,8 +67,18 @@ class SpectralIndices(nn.Module):
     def __init__(self, names: Sequence[str], bands: Sequence[str]) -> None:
         super().__init__()
         self.names, self.bands = tuple(names), tuple(bands)
-        place = {band: i for i, band in enumerate(bands)}
-        self._places = [tuple(place[b] for b in FORMULAS[name][0]) for name in names]
+        # Asked of no light at all, a formula tells its constant; of one band alone, its weight.
+        light = torch.cat([torch.zeros(1, len(bands)), torch.eye(len(bands))])
+        columns = dict(zip(bands, light.unbind(dim=1), strict=True))
+        parts = []
+        for needs, formula in (FORMULAS[name] for name in names):
+            parts.append(torch.stack(formula(*(columns[band] for band in needs))))
+        told = torch.stack(parts, dim=1).flatten(0, 1)
+        self.register_buffer("weights", told[:, 1:] - told[:, :1], persistent=False)
+        self.register_buffer("constants", told[len(names) :, 0], persistent=False)
+
+    weights: Tensor
+    constants: Tensor
 
     def forward(self, values: Tensor, dim: int = -1) -> Tensor:
         """Compute the indices.
@@ -70,14 +88,27 @@ class SpectralIndices(nn.Module):
             dim: axis of the bands.
 
         Returns:
-            Indices, on the axis of the bands, in -1.5 to 1.5; NaN where a band is missing or the
+            Indices, on the axis of the bands, in -1.5 to 1.5; NaN where any band is missing or the
             formula's denominator vanishes.
         """
-        bands = values.unbind(dim)
-        out = []
-        for name, places in zip(self.names, self._places, strict=True):
-            numerator, denominator = FORMULAS[name][1](*(bands[p] for p in places))
-            ratio = (numerator / denominator).clamp(-_LIMIT, _LIMIT)
-            # Not `denominator <= limit`: a comparison with NaN is false, and must land on NaN.
-            out.append(torch.where(denominator > _SMALLEST_DENOMINATOR, ratio, torch.nan))
-        return torch.stack(out, dim=dim)
+        sums = values.movedim(dim, -1) @ self.weights.to(values.dtype).T
+        ratios, denominators = self.ratios(sums, dim=-1)
+        # Not `denominators <= limit`: a comparison with NaN is false, and must land on NaN.
+        known = denominators > SMALLEST_DENOMINATOR
+        return torch.where(known, ratios, torch.nan).movedim(-1, dim)
+
+    def ratios(self, sums: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Indices from the products of bands and `weights`.
+
+        Args:
+            sums: the products, 2K on one axis.
+            dim: that axis.
+
+        Returns:
+            Indices, in -1.5 to 1.5 and anything where the denominator is at most
+            `SMALLEST_DENOMINATOR` or NaN; and the denominators.
+        """
+        numerators, denominators = torch.split(sums, len(self.names), dim=dim)
+        shape = [-1] + [1] * (sums.ndim - 1 - dim % sums.ndim)
+        denominators = denominators + self.constants.to(sums.dtype).view(shape)
+        return (numerators / denominators).clamp(-_LIMIT, _LIMIT), denominators

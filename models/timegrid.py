@@ -64,10 +64,10 @@ class TimeGrid(nn.Module):
             The series on the grid (N, K, M), NaN for a pixel with no valid date; and how well each
             step is observed (N, 1, M), 0 (no date near) to 1.
         """
-        distance = self._distance(days)
+        square = self._distance(days).square()
         # Bounded, for what lies below float32's normal numbers is multiplied far more slowly.
-        narrow = torch.exp(-(0.5 * (distance / self.narrow) ** 2).clamp(max=self._FAR))
-        wide = self._WIDE_HEIGHT / (1.0 + (distance / self.wide) ** 2)
+        narrow = torch.exp((square * (-0.5 / self.narrow**2)).clamp(min=-self._FAR))
+        wide = self._WIDE_HEIGHT / (1.0 + square * self.wide**-2)
         weight = narrow + wide
         usable = valid[:, None, :]
         # `where`, not a product: 0 * NaN is NaN.

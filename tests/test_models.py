@@ -15,7 +15,7 @@ from pyts.image import RecurrencePlot
 from models.encoders import PatchEncoder, PixelEncoder
 from models.graph import PatchGraph, PixelGraph
 from models.heads import ClassificationHead, ForecastHead, ProjectionHead
-from models.indices import SpectralIndices
+from models.indices import FORMULAS, SpectralIndices
 from models.recurrence import recurrence_plot
 from models.timegrid import TimeGrid
 
@@ -55,6 +55,17 @@ class TestSpectralIndices:
         evi[nir + 6 * red - 7.5 * blue + 1 <= 0.05] = np.nan
         savi = 1.5 * (nir - red) / (nir + red + 0.5)
         np.testing.assert_allclose(got, np.stack([ndvi, evi, savi], -1), atol=1e-12)
+
+    @pytest.mark.parametrize("name", FORMULAS)
+    def test_sums_of_weighted_bands_are_the_formula(self, name: str) -> None:
+        needs, formula = FORMULAS[name]
+        bands = ("B01", *sorted(needs))
+        values = torch.rand(50, len(bands), dtype=torch.float64) * 0.4 + 0.05
+        numerator, denominator = formula(*(values[:, bands.index(band)] for band in needs))
+        want = (numerator / denominator).clamp(-1.5, 1.5)
+        want[denominator <= 0.05] = torch.nan
+        got = SpectralIndices((name,), bands)(values)
+        torch.testing.assert_close(got[:, 0], want, equal_nan=True)
 
     @pytest.mark.parametrize("missing", range(3))
     def test_a_missing_band_is_nan_and_not_zero(self, missing: int) -> None:

@@ -140,6 +140,47 @@ def test_the_encoders_products_are_in_int8_and_no_others(small: tuple[PixelGraph
     assert not any(node.op_type == "Relu" and "layers" in node.name for node in model.graph.node)
 
 
+def test_sums_around_blocks_are_in_int8(small: tuple[PixelGraph, Path]) -> None:
+    model = onnx.load(small[1])
+    made_by = {name: node.op_type for node in model.graph.node for name in node.output}
+    read_by = {name: node.op_type for node in model.graph.node for name in node.input}
+    sums = [
+        node
+        for node in model.graph.node
+        if node.op_type == "Add"
+        and {made_by.get(name) for name in node.input} == {"DequantizeLinear"}
+    ]
+    # Of each network: one for each of three blocks.
+    assert len(sums) == 2 * 3
+    assert {read_by[node.output[0]] for node in sums} <= {"QuantizeLinear", "Reshape"}
+
+
+def scales(path: Path) -> dict[str, float]:
+    """Scales of what is multiplied, by name."""
+    return {
+        tensor.name: float(onnx.numpy_helper.to_array(tensor))
+        for tensor in onnx.load(path).graph.initializer
+        if tensor.name.endswith("_scale") and not tensor.dims
+    }
+
+
+def test_an_outlier_does_not_stretch_the_scales(
+    small: tuple[PixelGraph, Path], tmp_path: Path
+) -> None:
+    graph, path = small
+    inputs = pixel_inputs(graph, 2000, 30)
+    meadow = np.array([0.04, 0.05, 0.35], np.float32)
+    inputs["values"] = meadow + 0.1 * (inputs["values"] - 0.3)
+    quantise(path.with_name("apart.onnx"), tmp_path / "meadow.onnx", [inputs])
+    inputs["values"][0, 10] = (0.02, 0.6, 0.05)  # as bare and red as no ground is
+    inputs["valid"][0, 10] = True
+    quantise(path.with_name("apart.onnx"), tmp_path / "odd.onnx", [inputs])
+    before, after = scales(tmp_path / "meadow.onnx"), scales(tmp_path / "odd.onnx")
+    assert before.keys() == after.keys()
+    for name, scale in before.items():
+        assert after[name] == pytest.approx(scale, rel=0.3), name
+
+
 def source(made_by: dict[str, onnx.NodeProto], name: str) -> str:
     """What a matrix is a view of."""
     while made_by[name].op_type in {"Unsqueeze", "Transpose"}:

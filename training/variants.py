@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -24,6 +26,9 @@ from training.finetune import Graph
 Inputs = Mapping[str, NDArray[Any]]
 # A product of fewer inputs than these gains nothing from int8: its numbers must be quantised first.
 _FEWEST_INPUTS = 16
+_PRODUCTS = {"Gemm", "MatMul"}
+# Share of the numbers of a matrix that its scale in int8 reaches, at each end.
+_KEPT = 0.9999
 
 
 class _Product(nn.Module):
@@ -42,12 +47,13 @@ class _Product(nn.Module):
 class _Added(nn.Module):
     """A product that is added to what is there.
 
-    In float32 that is one operation, as a bias is. A product in int8 adds no matrix; there the
-    weights are negative and subtracted from what is there, for ONNX Runtime would merge product
-    and sum into that one operation before it looks for products to do in int8.
+    In float32 that is one operation, as a bias is. A product in int8 adds no matrix; for one whose
+    sum is in float32 (`apart`) the weights are negative and subtracted from what is there, for
+    ONNX Runtime would merge product and sum into that one operation before it looks for products
+    to do in int8.
     """
 
-    def __init__(self, weight: Tensor, *, apart: bool) -> None:
+    def __init__(self, weight: Tensor, *, apart: bool = False) -> None:
         super().__init__()
         self.weight = _constant(-weight if apart else weight)
         self.apart = apart
@@ -60,14 +66,20 @@ class _Added(nn.Module):
 
 
 class _FoldedBlock(nn.Module):
-    def __init__(self, up: _Product, down: _Added) -> None:
+    """A block whose second product is added to its input, in one operation or in int8 in two."""
+
+    def __init__(self, up: _Product, down: _Added | _Product) -> None:
         super().__init__()
         self.up = up
         self.down = down
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(x, torch.relu(self.up(x)))
-        return out
+        hidden = torch.relu(self.up(x))
+        if isinstance(self.down, _Added):
+            out: Tensor = self.down(x, hidden)
+            return out
+        added: Tensor = x + self.down(hidden)
+        return added
 
 
 class FoldedEncoder(nn.Module):
@@ -75,7 +87,9 @@ class FoldedEncoder(nn.Module):
 
     Batch normalisation goes into the product that follows; the bias of a block's second product
     into the next product, so that the block's sum is part of its product; the rows of the plots
-    are made in the order in which they are multiplied, and are not copied beside the tokens.
+    are made in the order in which they are multiplied, and are not copied beside the tokens. What
+    all steps of a pixel share is not added to each of them: it is the weight of a feature that is
+    one in all of them, so that a pixel has weights of its own for its tokens.
 
     Distances are never made. As |a - b| = 2 max(a, b) - a - b, their product is one of the larger
     values, and a and b enter by the sums of the weights. That is one pass over the plots for two,
@@ -86,7 +100,8 @@ class FoldedEncoder(nn.Module):
     Args:
         encoder: in evaluation mode.
         precision: what the encoder is going to be. For int8, a block's sum stays apart from its
-            product, and what has no number stays NaN, which int8 does not know.
+            product, so that both are done in int8, and what has no number stays NaN, which int8
+            does not know.
     """
 
     def __init__(self, encoder: PixelEncoder, precision: Precision = "float32") -> None:
@@ -113,7 +128,9 @@ class FoldedEncoder(nn.Module):
             self.series = True
             self.pixel = _Product(-plots, bias)
             plots = 2.0 * plots
-        self.tokens, self.bias = _constant(tokens), _constant(bias)
+        else:
+            tokens = torch.cat([tokens, bias[None]])
+        self.tokens = _constant(tokens)
         self.plots = _Added(plots, apart=apart) if encoder.plots else None
         layers: list[nn.Module] = []
         # What must still be added to every row: the biases of second products.
@@ -127,9 +144,12 @@ class FoldedEncoder(nn.Module):
                 scale, shift = _affine(block.norm)
                 up = block.up.weight.T
                 bias = block.up.bias + (scale * owed + shift) @ up
-                down = _Added(block.down.weight.T, apart=apart)
-                layers.append(_FoldedBlock(_Product(scale[:, None] * up, bias), down))
-                owed = owed + block.down.bias
+                first, second = _Product(scale[:, None] * up, bias), block.down.weight.T
+                if apart:
+                    layers.append(_FoldedBlock(first, _Product(second, block.down.bias)))
+                else:
+                    layers.append(_FoldedBlock(first, _Added(second)))
+                    owed = owed + block.down.bias
             if i < len(encoder.joins):
                 weight, bias = _linear(encoder.joins[i])
                 layers.append(_Product(weight, bias + _repeated(owed, weight) @ weight))
@@ -156,13 +176,17 @@ class FoldedEncoder(nn.Module):
             season if self.calendar else None,
             reflectance,
         )
-        alike = self.pixel(levels.flatten(1))[:, None] if self.larger else self.bias
-        x = (torch.cat(tokens, dim=1).transpose(1, 2) @ self.tokens + alike).flatten(0, 1)
+        weights: Tensor = self.tokens
+        if self.larger:
+            alike = self.pixel(levels.flatten(1))[:, None]
+            weights = torch.cat([weights.expand(alike.shape[0], -1, -1), alike], dim=1)
+        tokens.append(torch.ones_like(observed))
+        x = (torch.cat(tokens, dim=1).transpose(1, 2) @ weights).flatten(0, 1)
         if self.plots is not None:
             x = self.plots(x, self._rows(levels))
         # The first product counts its rows by what it takes.
         out: Tensor = self.layers(x)
-        return out + 0.0 * series[:, 0, :1] if self.apart else out
+        return out + 0.0 * series.flatten(1)[:, :1] if self.apart else out
 
     def _rows(self, levels: Tensor) -> Tensor:
         """Rows of the plots of all indices, one a step: (N, K, M) -> (N * M, K * M).
@@ -262,21 +286,12 @@ def in_half(graph: Graph) -> Graph:
     return half.eval()
 
 
-class _Batches(CalibrationDataReader):  # type: ignore[misc]  # it comes without types
-    """Typical input, as the quantiser asks for it."""
-
-    def __init__(self, batches: Sequence[Inputs], names: Sequence[str]) -> None:
-        self._next = iter([{name: batch[name] for name in names} for batch in batches])
-
-    def get_next(self) -> dict[str, Any] | None:
-        return next(self._next, None)
-
-
 def quantise(source: Path, target: Path, typical: Sequence[Inputs]) -> None:
-    """Do the encoder's products in int8, with scales that are fixed in advance.
+    """Do the encoder's products and sums in int8, with scales that are fixed in advance.
 
-    Weights have a scale a column; what is multiplied has one a matrix, from the smallest to the
-    largest number seen. Indices, grid, plots, sums, head and the first small product stay float32.
+    Weights have a scale a column; what is multiplied or added has one a matrix, as wide as all but
+    the outermost numbers of typical input. Indices, grid, head and the first small product stay
+    float32.
 
     Args:
         source: a graph folded for int8.
@@ -285,11 +300,20 @@ def quantise(source: Path, target: Path, typical: Sequence[Inputs]) -> None:
     """
     model = onnx.load(source)
     weights = {tensor.name: tensor.dims for tensor in model.graph.initializer}
-    rest = [
-        node.name
+    products = [
+        node
         for node in model.graph.node
-        if node.op_type in {"Gemm", "MatMul"} and not _is_encoders(node.input[1], weights)
+        if node.op_type in _PRODUCTS and _is_encoders(node.input[1], weights)
     ]
+    made = {node.output[0] for node in products}
+    chosen = [
+        node
+        for node in model.graph.node
+        if node in products
+        or node.op_type == "Relu"
+        or (node.op_type == "Add" and made & {*node.input})
+    ]
+    kinds = {node.op_type for node in chosen}
     with _quiet():
         quantize_static(
             source,
@@ -297,17 +321,61 @@ def quantise(source: Path, target: Path, typical: Sequence[Inputs]) -> None:
             _Batches(typical, [i.name for i in model.graph.input]),
             quant_format=QuantFormat.QDQ,
             # A rectifier before a product in int8 is done by where its scale begins.
-            op_types_to_quantize=["Gemm", "MatMul", "Relu"],
-            nodes_to_exclude=rest,
+            op_types_to_quantize=sorted(kinds),
+            nodes_to_exclude=[
+                node.name
+                for node in model.graph.node
+                if node.op_type in kinds and node not in chosen
+            ],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
+            extra_options={
+                "OpTypesToExcludeOutputQuantization": ["MatMul"],
+                "TensorQuantOverrides": _widths(model, chosen, typical),
+            },
         )
     model = onnx.load(target)
     _round_before_plots(model.graph)
     onnx.checker.check_model(model)
     onnx.save(model, target)
+
+
+def _widths(
+    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], typical: Sequence[Inputs]
+) -> dict[str, list[dict[str, np.float32]]]:
+    """How far the scale of each matrix around some nodes reaches, as the quantiser wants it.
+
+    One outlier in a million would stretch the scale of all others; it is cut instead.
+    """
+    graph = onnx.ModelProto()
+    graph.CopyFrom(model)
+    names = {name: None for node in nodes for name in (*node.input, *node.output)}
+    for known in (*model.graph.initializer, *model.graph.input):
+        names.pop(known.name, None)
+    del graph.graph.output[:]
+    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    given = [i.name for i in session.get_inputs()]
+    found = [session.run(None, {name: inputs[name] for name in given}) for inputs in typical]
+    widths = {}
+    for name, *arrays in zip(names, *found, strict=True):
+        numbers = np.concatenate([array.ravel() for array in arrays])
+        least, most = np.nanquantile(numbers, [1.0 - _KEPT, _KEPT])
+        widths[name] = [{"rmin": np.float32(min(least, 0)), "rmax": np.float32(max(most, 0))}]
+    return widths
+
+
+class _Batches(CalibrationDataReader):  # type: ignore[misc]  # it comes without types
+    """Typical input, as the quantiser asks for it."""
+
+    def __init__(self, batches: Sequence[Inputs], names: Sequence[str]) -> None:
+        self._next = iter([{name: batch[name] for name in names} for batch in batches])
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._next, None)
 
 
 def _round_before_plots(graph: onnx.GraphProto) -> None:
