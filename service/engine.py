@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -73,6 +74,32 @@ _ADRIFT = 0.05
 _ROUGHLY = 0.01  # float16 has three digits
 _RECHECKED = 16
 """Pixels or patches that are asked of the CPU where a device answers no number."""
+# A run after which the arena returns what no other run holds: the blocks that a batch of many dates
+# or of patches made it grow by. Each costs a millisecond or two of asking for memory again.
+_GIVING_BACK = onnxruntime.RunOptions()
+_GIVING_BACK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+_GIVE_BACK_SECONDS = 10.0
+
+
+class _Turn:
+    """A turn that comes every so many seconds, for whoever asks first."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def taken(self) -> bool:
+        """Whether the turn had come, and is the caller's."""
+        now = time.monotonic()
+        with self._lock:
+            if now < self._next:
+                return False
+            self._next = now + self._seconds
+            return True
+
+
+_TURN_TO_GIVE_BACK = _Turn(_GIVE_BACK_SECONDS)
 
 
 class ProviderUnavailable(SettingsError):
@@ -444,7 +471,9 @@ class Session:
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Floats:
         """One run; the GIL is free meanwhile. Input that stays on a device would be bound here."""
         given = {n: np.ascontiguousarray(x, self.kinds[n]) for n, x in feeds.items()}
-        (answer,) = self.session.run([self.output], given)
+        on_cpu = self.provider == CPU
+        options = _GIVING_BACK if on_cpu and _TURN_TO_GIVE_BACK.taken() else None
+        (answer,) = self.session.run([self.output], given, options)
         return np.asarray(answer, np.float32)
 
 
@@ -661,6 +690,9 @@ def _cuda_options() -> dict[str, str]:
         # EXHAUSTIVE, the default, times every algorithm anew for each shape: seconds for a
         # caller with a new T. HEURISTIC asks cuDNN, in no time.
         "cudnn_conv_algo_search": "HEURISTIC",
+        # TF32 keeps ten bits of what is multiplied, so that of two bands a thousandth apart no
+        # difference is left. Products that may be rounded are in float16 anyway.
+        "use_tf32": "0",
         # Grow by what is asked for: the default doubles, and takes memory from other processes.
         "arena_extend_strategy": "kSameAsRequested",
     }

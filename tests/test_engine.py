@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from service.engine import (
     LoadedModel,
     ProviderUnavailable,
     Session,
+    _Turn,
     open_session,
     pick_variant,
 )
@@ -396,7 +398,7 @@ class SmallDevice:
     def get_providers(self):
         return [CUDA, CPU]
 
-    def run(self, names, feeds):
+    def run(self, names, feeds, options=None):
         self.sizes.append(len(feeds["values"]))
         if self.fault and 1 < len(self.sizes) <= 1 + self.times:
             raise self.fault
@@ -482,7 +484,7 @@ def test_a_device_without_numbers_where_the_cpu_has_them_is_reported(zoo, hole):
 
 def test_a_device_that_answers_otherwise_than_the_cpu_is_refused(zoo):
     class Reversed(SmallDevice):
-        def run(self, names, feeds):
+        def run(self, names, feeds, options=None):
             return [answer[:, ::-1] for answer in super().run(names, feeds)]
 
     with pytest.raises(BundleError, match="CUDAExecutionProvider does not answer as the CPU"):
@@ -550,6 +552,59 @@ def test_real_want_of_memory_halves_the_batch_and_changes_no_answer(tmp_path, ho
     found = np.load(tmp_path / "answer.npy")
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert (found.argmax(axis=1) == expected.argmax(axis=1)).all()
+
+
+GIVEN_BACK = """
+import ctypes, sys
+import numpy as np
+from models.registry import Registry, ZOO
+from service import engine as e
+
+def resident():
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+turn = e._TURN_TO_GIVE_BACK
+turn.taken()  # the first, and none comes for a while
+turn._next += 1e6
+with e.Engine(Registry.load(ZOO), providers="cpu", threads=1) as engine:
+    model = engine.models["landcover-eurosat"]
+    patches = np.full((32, 3, 64, 64), 0.1, np.float32)
+    before = model.patches(patches)
+    full = resident()
+    turn._next = 0.0
+    model.patches(patches[:1])
+    left = resident()
+    assert (model.patches(patches) == before).all()
+print(full - left)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc"
+)
+def test_memory_of_a_large_batch_is_given_back_after_a_while() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GIVEN_BACK],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 2**23
+
+
+def test_a_turn_comes_once_in_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("service.engine.time.monotonic", lambda: now)
+    turn = _Turn(10.0)
+    assert [turn.taken(), turn.taken()] == [True, False]
+    now = 109.9
+    assert not turn.taken()
+    now = 110.0
+    assert [turn.taken(), turn.taken()] == [True, False]
 
 
 def test_the_runtime_leaves_no_trace_and_reports_to_nobody(tmp_path: Path) -> None:
