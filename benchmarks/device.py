@@ -96,9 +96,14 @@ class Counting:
         """As the session says."""
         return list(self._session.get_providers())
 
-    def run(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    def run(
+        self,
+        names: Sequence[str],
+        feeds: Mapping[str, NDArray[Any]],
+        options: onnxruntime.RunOptions | None = None,
+    ) -> list[NDArray[Any]]:
         """As the session runs."""
-        answers: list[NDArray[Any]] = self._session.run(names, feeds)
+        answers: list[NDArray[Any]] = self._session.run(names, feeds, options)
         self.into += sum(array.nbytes for array in feeds.values())
         self.out += sum(array.nbytes for array in answers)
         return answers

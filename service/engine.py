@@ -43,12 +43,16 @@ Floats = NDArray[np.float32]
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
-# On a CPU, what is in use at once must stay in the cache. Measured with the encoders' default
-# widths, one thread, 32 MiB of third-level cache: 144 us a pixel in batches of 32, 125 of 128 or
-# 256, 135 to 140 of 1024; 2.7 ms a patch alone, 2.1 in batches of 8 to 32. A device wants
-# thousands of pixels; its sizes are not measured yet.
-PIXEL_BATCH: Mapping[str, int] = {CPU: 256, CUDA: 8192}
+# On a CPU, what is in use at once must stay in the caches, and each operation of a batch costs some
+# microseconds. Two threads, 2 MiB of second-level cache each, us a pixel of `pixels-landcover` /
+# `pixels-crops-us` in batches of 128, 256, 512: float32 11.0, 11.5, 12.0 / 49.7, 52.8, 62.2; int8,
+# with bytes for most floats, 7.45, 6.92, 6.29 / 26.8, 25.4, 25.2. A patch takes 2.7 ms alone, 2.1
+# in batches of 8 to 32. A device wants thousands of pixels; its sizes are not measured yet.
+PIXEL_BATCH: Mapping[str, int] = {CPU: 128, CUDA: 8192}
+INT8_BATCH = 512
 PATCH_BATCH: Mapping[str, int] = {CPU: 8, CUDA: 512}
+_FEWEST = {"pixel": 64, "patch": 1}
+"""Of a batch that is cut smaller so that each thread has one."""
 
 TOLERATED_LOSS = 0.003
 """A reduced precision may cost this much of any metric: 0.3 points of a share."""
@@ -217,7 +221,12 @@ class Engine:
         on_device = session.provider == CUDA
         reference = open_session(bundle, CPU, self._precision) if on_device else None
         return LoadedModel(
-            bundle.card, session, pool=self._pool, device=self._device, reference=reference
+            bundle.card,
+            session,
+            pool=self._pool,
+            threads=self.threads,
+            device=self._device,
+            reference=reference,
         )
 
     def _why_unknown(self, reference: str | None, task: Task, bundle: Bundle | None) -> str:
@@ -235,6 +244,7 @@ class LoadedModel:
         card: what the bundle says of itself.
         session: its checked session.
         pool: threads for batches on the CPU.
+        threads: how many these are.
         device: held while batches run on CUDA.
         reference: on CUDA, the same model on the CPU, to judge the device by.
 
@@ -249,6 +259,7 @@ class LoadedModel:
         *,
         pool: ThreadPoolExecutor,
         device: threading.Lock,
+        threads: int = 1,
         reference: Session | None = None,
     ) -> None:
         self.card = card
@@ -257,9 +268,10 @@ class LoadedModel:
         self.width = answer_shape(card)
         """Trailing shape of an answer: (K,), (H, S, Q) or (D,)."""
         sizes = PIXEL_BATCH if card.modality == "pixel" else PATCH_BATCH
-        self._batch = sizes[self.provider]
+        self._batch = INT8_BATCH if self.variant == "int8" else sizes[self.provider]
         self._session = session
         self._pool = pool
+        self._threads = threads
         self._device = device
         self._reference = reference
         self.failing = False
@@ -269,7 +281,9 @@ class LoadedModel:
     @property
     def chunk(self) -> int:
         """Pixels or patches worth handing over at once: enough to keep every thread busy."""
-        return self._batch * 4 if self.provider == CUDA else self._batch * 16
+        if self.provider == CUDA:
+            return self._batch * 4
+        return 8192 if self.card.modality == "pixel" else 128
 
     def pixels(
         self,
@@ -338,9 +352,12 @@ class LoadedModel:
     def _run_on_threads(
         self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]], out: Floats
     ) -> None:
+        size = self._batch
+        while len(out) < size * self._threads and size > _FEWEST[self.card.modality]:
+            size //= 2
         jobs = [
             self._pool.submit(self._in_halves, each, shared, out, part)
-            for part in _parts(len(out), self._batch)
+            for part in _parts(len(out), size)
         ]
         _, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
         for job in waiting:

@@ -21,7 +21,7 @@ from benchmarks.device import (
 )
 from benchmarks.session import product_session
 from models.registry import ZOO, Registry
-from service.engine import CPU
+from service.engine import CPU, PIXEL_BATCH
 
 
 def shown(found: Device | None) -> str:
@@ -45,14 +45,17 @@ def device() -> Device:
     )
 
 
-def test_what_goes_to_the_session_is_values_and_validity_once_and_no_plot() -> None:
+def test_what_goes_to_the_session_is_values_and_validity_once_and_no_plot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.engine.pick_variant", lambda *_: "float32")
     registry = Registry.load(ZOO)
     bundle = registry.default("classify-pixels")
     assert bundle is not None
-    T, C, count = 36, len(bundle.card.bands), 512  # two whole batches, nothing rounded up
+    T, C, count = 36, len(bundle.card.bands), 512  # whole batches, nothing rounded up
     found = traffic(bundle, CPU, count, T)
     own = 4 * bundle.card.day_of_year
-    batches = 2  # of 256, each with the days
+    batches = count // PIXEL_BATCH[CPU]  # each with the days
     assert found.into * count == count * (T * (4 * C + 1) + own) + batches * 4 * T
     assert found.out == 4 * len(bundle.card.classes)
 

@@ -132,7 +132,7 @@ def test_last_batches_have_few_sizes_as_the_runtime_keeps_something_for_each(eng
     inner = model._session
     model._session = Watched(**{f.name: getattr(inner, f.name) for f in fields(inner)})
     try:
-        for count in (1, 3, 100, 255, 257, 300):
+        for count in (1, 3, 100, 255, 256, 300):
             values, valid, days = series(count)
             expected = direct(
                 zoo, "pixels-landcover", {"values": values, "valid": valid, "days": days}
@@ -140,7 +140,8 @@ def test_last_batches_have_few_sizes_as_the_runtime_keeps_something_for_each(eng
             np.testing.assert_allclose(model.pixels(values, valid, days), expected, rtol=1e-6)
     finally:
         model._session = inner
-    assert sizes == {1, 4, 64, 128, 256}  # 300 is 256 and 44
+    # For two threads 100 are 64 and 36, 255 are 128 and 127, and 300 are 128, 128 and 44.
+    assert sizes == {1, 4, 64, 128}
 
 
 def test_the_runtime_failing_is_our_error_with_its_cause_and_without_its_words(engine):
@@ -506,12 +507,12 @@ logging.basicConfig(stream=sys.stderr)
 how, source, target = sys.argv[1:]
 given = np.load(source)
 bundle = Registry.load(ZOO).bundles["pixels-landcover"]
-if how == "arena":  # an arena of 8 MiB, as one of a device that others fill
+if how == "arena":  # an arena of 4 MiB, as one of a device that others fill
     options = e._session_options(e.CPU)  # the sessions share one, which the next takes the place of
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
-    config = onnxruntime.OrtArenaCfg({"max_mem": 8 * 2**20, "arena_extend_strategy": 1})
+    config = onnxruntime.OrtArenaCfg({"max_mem": 4 * 2**20, "arena_extend_strategy": 1})
     onnxruntime.create_and_register_allocator(memory, config)
     inner = onnxruntime.InferenceSession(bundle.path(), options, providers=[e.CPU])
     kinds = {"values": np.float32, "valid": np.bool_, "days": np.float32}
@@ -523,7 +524,7 @@ model = e.LoadedModel(bundle.card, session, pool=pool, device=threading.Lock())
 pool.submit(int).result()  # its thread takes memory as well
 if how == "system":
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 6 * 2**20, -1))
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 2**20, -1))
 answer = model.pixels(given["values"], given["valid"], given["days"])
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 np.save(target, answer)
