@@ -328,14 +328,20 @@ class _Work:
         return len(steps)
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """The answers of one window."""
+    """The answers of one window, the last of which may still be under way."""
 
     index: NDArray[np.intp]
     """Places in the flattened window (n) that have an answer."""
     answers: Floats
     """Their answers (n, …)."""
+    wait: Callable[[], None] = _nothing
+    """Returns once all of them are there, or raises what went wrong."""
 
 
 class _Sink:
@@ -355,6 +361,7 @@ class _Sink:
 
     def digest(self, window: Window, found: _Found) -> Arrays:
         """A window's bands by layer, `valid` answers, and what it adds to the tally."""
+        found.wait()
         # A sum of numbers is a number, and made faster than each of them is looked at.
         flat = found.answers.reshape(len(found.answers), math.prod(found.answers.shape[1:]))
         missing = np.isnan(np.einsum("ij->i", flat))
@@ -500,7 +507,11 @@ class _Pixels:
         return _Clear(sits=sits, index=index)
 
     def infer(self, clear: _Clear) -> _Found:
-        """The second stage."""
+        """The second stage.
+
+        It ends as the window's last chunks begin, and the next window's begin as they end: else
+        a thread would have nothing to do at the end of each window.
+        """
         T, C, h, w = clear.sits.values.shape
         values = clear.sits.values.reshape(T, C, h * w)
         valid = clear.sits.valid.reshape(T, h * w)
@@ -519,10 +530,23 @@ class _Pixels:
             return len(chunk)
 
         # By chunks: only these are copied into (N, T, C), and a cancelled run stops soon.
-        for count in self._pool.map(answer, range(0, len(index), size)):
-            self._advance(count)
-        self._reader.recycle(clear.sits)
-        return _Found(index=index, answers=answers)
+        chunks = [self._pool.submit(answer, start) for start in range(0, len(index), size)]
+        last = chunks[-_AT_ONCE:]
+        try:
+            for chunk in chunks[:-_AT_ONCE]:
+                self._advance(chunk.result())
+        except BaseException:
+            for chunk in chunks:
+                chunk.cancel()
+            raise
+        self._advance(len(index) - size * (len(chunks) - len(last)))
+
+        def wait() -> None:
+            for chunk in last:
+                chunk.result()
+            self._reader.recycle(clear.sits)
+
+        return _Found(index=index, answers=answers, wait=wait)
 
 
 def _chosen(planes: NDArray[Any], index: NDArray[np.intp]) -> NDArray[Any]:

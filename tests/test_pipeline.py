@@ -560,6 +560,44 @@ def test_pixels_are_gathered_while_others_are_answered(engine, scene, tmp_path, 
     run_raster(run, tmp_path)
 
 
+def test_a_window_begins_while_the_one_before_ends(engine, scene, tmp_path, monkeypatch):
+    """Else a thread has nothing to do at the end of each window."""
+    both = threading.Barrier(2, timeout=60)
+    model = engine.models["pixels-landcover"]
+    answer, first = model.pixels, iter(range(2))
+
+    def pixels(*given):
+        if next(first, None) is not None:
+            both.wait()
+        return answer(*given)
+
+    monkeypatch.setattr(model, "pixels", pixels)
+    run = plan_raster(model, scene.stack())
+    parts = windows(scene.stack().grid, (16, 32), run.pixel_bytes + run.answer_bytes, TINY)
+    assert parts[0].width * parts[0].height <= model.chunk // 2  # one chunk each
+    run_raster(run, tmp_path, window_bytes=TINY)
+
+
+@pytest.mark.parametrize("failing", ["first", "last"])
+def test_a_fault_in_one_window_stops_the_run(engine, scene, tmp_path, monkeypatch, failing):
+    model = engine.models["pixels-landcover"]
+    answer, calls = model.pixels, []
+    run = plan_raster(model, scene.stack())
+    parts = windows(scene.stack().grid, (16, 32), run.pixel_bytes + run.answer_bytes, TINY)
+    wrong = 1 if failing == "first" else len(parts)
+
+    def pixels(*given):
+        calls.append(given)
+        if len(calls) == wrong:
+            raise InternalError("this one fails")
+        return answer(*given)
+
+    monkeypatch.setattr(model, "pixels", pixels)
+    with pytest.raises(InternalError, match="this one fails"):
+        run_raster(run, tmp_path, window_bytes=TINY)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("name", "which", "after"),
     [
