@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -328,6 +328,28 @@ class _Work:
         return len(steps)
 
 
+class _Busy:
+    """A context manager for several threads at once: the seconds in which any of them was in it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._inside = 0
+        self._since = 0.0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._since = time.perf_counter()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self.seconds += time.perf_counter() - self._since
+
+
 def _nothing() -> None:
     pass
 
@@ -471,7 +493,7 @@ def _run_pixels(work: _Work) -> Outcome:
                 keep=sink.keep,
                 advance=advance,
             )
-        return sink.outcome(timing)
+        return sink.outcome(replace(timing, infer=pixels.busy.seconds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -493,6 +515,8 @@ class _Pixels:
         pool: ThreadPoolExecutor,
         advance: Callable[[int], None],
     ) -> None:
+        self.busy = _Busy()
+        """Whether some pixels are being answered."""
         self._model = work.run.model
         self._days, self._day_of_year = _model_time(work.run)
         self._cancelled = work.cancelled
@@ -533,8 +557,12 @@ class _Pixels:
             )
             return len(chunk)
 
+        def busy(start: int) -> int:
+            with self.busy:
+                return answer(start)
+
         # By chunks: only these are copied into (N, T, C), and a cancelled run stops soon.
-        chunks = [self._pool.submit(answer, start) for start in range(0, len(index), size)]
+        chunks = [self._pool.submit(busy, start) for start in range(0, len(index), size)]
         last = chunks[-_AT_ONCE:]
         try:
             for chunk in chunks[:-_AT_ONCE]:

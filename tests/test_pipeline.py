@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from dataclasses import replace
 from datetime import date, timedelta
 
@@ -576,6 +577,20 @@ def test_a_window_begins_while_the_one_before_ends(engine, scene, tmp_path, monk
     parts = windows(scene.stack().grid, (16, 32), run.pixel_bytes + run.answer_bytes, TINY)
     assert parts[0].width * parts[0].height <= model.chunk // 2  # one chunk each
     run_raster(run, tmp_path, window_bytes=TINY)
+
+
+def test_the_time_of_answering_is_told_of_one_window_too(engine, scene, tmp_path, monkeypatch):
+    model = engine.models["pixels-landcover"]
+    answer = model.pixels
+
+    def pixels(*given):
+        time.sleep(0.2)
+        return answer(*given)
+
+    monkeypatch.setattr(model, "pixels", pixels)
+    timing = run_raster(plan_raster(model, scene.stack()), tmp_path).timing
+    assert timing.infer > 0.2
+    assert timing.write < 0.2
 
 
 @pytest.mark.parametrize("failing", ["first", "last"])
