@@ -51,7 +51,7 @@ class SpectralIndices(nn.Module):
     """Computes spectral indices from bands: `(..., C, ...) -> (..., K, ...)`.
 
     Numerators and denominators are weighted sums of the bands, so that those of all indices are
-    one matrix product (`sums`). A graph makes its other sums of bands in the same one.
+    one matrix product. A graph makes its other sums of bands in the same one.
 
     Args:
         names: indices to compute (K), keys of `FORMULAS`.

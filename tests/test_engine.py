@@ -132,7 +132,7 @@ def test_last_batches_have_few_sizes_as_the_runtime_keeps_something_for_each(eng
     inner = model._session
     model._session = Watched(**{f.name: getattr(inner, f.name) for f in fields(inner)})
     try:
-        for count in (1, 3, 100, 255, 256, 300):
+        for count in (1, 3, 100, 255, 256, 257, 300):
             values, valid, days = series(count)
             expected = direct(
                 zoo, "pixels-landcover", {"values": values, "valid": valid, "days": days}
