@@ -199,6 +199,12 @@ class ModelCard(_Frozen):
     training_data: tuple[TrainingData, ...] = ()
     training: dict[str, Any] = {}
     """How it was made: the command, the configuration, the seed, the time it took."""
+    sensors: tuple[str, ...] = ()
+    """Sensors whose imagery the model learned from, e.g. `sentinel-2`; empty where unknown."""
+    pixel_size: tuple[float, float] | None = None
+    """Smallest and largest pixel size of that imagery, metres; None where unknown."""
+    regions: dict[str, Any] = {}
+    """Scores on regions left out whole, by region: accuracy or error, and calibration."""
     licence: str
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -237,6 +243,8 @@ class ModelCard(_Frozen):
                 verb = "needs" if needed else "must not have"
                 msg = f"a {self.task} card of modality {self.modality} {verb} '{field}'"
                 raise ValueError(msg)
+        if self.pixel_size and not 0 < self.pixel_size[0] <= self.pixel_size[1]:
+            raise ValueError("pixel_size must be the smallest and the largest size, above 0")
         if [c.value for c in self.classes] != list(range(len(self.classes))):
             raise ValueError("class values must count up from 0")
         if self.variants[0].name != "float32" or self.variants[0].sha256 != self.sha256:

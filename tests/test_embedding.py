@@ -17,7 +17,7 @@ from training.datasets import PatchSet, PixelSet
 from training.datasets.eurosat import eurosat_rgb
 from training.embedding import embed_crops, embed_patches, measure_retrieval, pixel_graph
 from training.pretrain import Networks, PretrainConfig
-from training.sources import Places, SourcesConfig, open_sources
+from training.pretraining_data import Places, SourcesConfig, open_sources
 
 TINY = PretrainConfig(
     groups=2,

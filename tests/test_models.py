@@ -264,7 +264,7 @@ class TestGraph:
 def export(
     graph: torch.nn.Module, path: Path, names: list[str], args: tuple[torch.Tensor, ...]
 ) -> onnxruntime.InferenceSession:
-    from training.export import to_onnx
+    from training.onnx_export import to_onnx
 
     to_onnx(graph, path, inputs=names, output="out", example=args)
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

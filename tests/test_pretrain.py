@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from training.card import pretrain_command
 from training.config import PatchEncoderConfig, PixelEncoderConfig
 from training.datasets import PatchSet
 from training.datasets.synthetic import make_dates, make_pixels, make_scene
-from training.export import pretrain_command
 from training.pretrain import (
     CHECKPOINT,
     LOG_FILE,
@@ -30,7 +30,7 @@ from training.pretrain import (
     load_networks,
     pretrain,
 )
-from training.sources import Places, SourceNotGiven, Sources, SourcesConfig
+from training.pretraining_data import Places, SourceNotGiven, Sources, SourcesConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = PretrainConfig(

@@ -155,6 +155,10 @@ class TestCard:
         assert first.id == "toy@1.0.0"
         assert first.inputs == ("values", "valid", "days")
 
+    def test_a_card_of_an_earlier_version_states_no_sensor(self) -> None:
+        first = ModelCard.model_validate(card())
+        assert (first.sensors, first.pixel_size, first.regions) == ((), None, {})
+
     @pytest.mark.parametrize(
         ("changes", "reason"),
         [
@@ -165,6 +169,8 @@ class TestCard:
             ({"sha256": "0" * 64}, "first variant"),
             ({"colour": "red"}, "Extra inputs"),
             ({"classes": [{"value": 3, "name": "x", "color": "#000000"}]}, "count up from 0"),
+            ({"pixel_size": [20, 10]}, "smallest and the largest"),
+            ({"pixel_size": [0, 10]}, "smallest and the largest"),
         ],
     )
     def test_a_card_that_contradicts_itself_is_refused(
@@ -351,6 +357,14 @@ class TestZoo:
             "embed-patch",
         }
         assert sum(p.stat().st_size for p in ZOO.rglob("*") if p.is_file()) < 60e6
+
+    def test_every_card_states_the_sensors_and_pixel_sizes_that_it_learned_from(self) -> None:
+        for bundle in Registry.load(ZOO).bundles.values():
+            card = bundle.card
+            learned = {part.name for part in card.training_data if part.use != "validation"}
+            assert "sentinel-2" in card.sensors
+            assert ("modis" in card.sensors) == ("modis_brazil" in learned)
+            assert card.pixel_size == (10.0, 250.0 if "modis" in card.sensors else 10.0)
 
     def test_the_legends_carry_their_sources_codes(self) -> None:
         registry = Registry.load(ZOO)

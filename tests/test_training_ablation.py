@@ -16,9 +16,9 @@ from training.__main__ import app
 from training.ablation import STUDIES, NothingToCompare, Plan, ablate
 from training.config import Run, changed, configuration
 from training.finetune import new_graph, task_of
-from training.sources import Places
+from training.pretraining_data import Places
+from training.score_tables import Row, measured
 from training.speed import Speed, compare, picture
-from training.tables import Row, measured
 
 SETTINGS = tuple(s for s in TINY if "epochs" not in s)
 PRETRAINING = (

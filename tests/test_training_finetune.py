@@ -28,7 +28,6 @@ from models.graph import PatchGraph, PixelGraph
 from models.heads import ClassificationHead
 from models.registry import Registry, load_bundle
 from training.__main__ import app
-from training.answers import load
 from training.baselines import MultilayerPerceptron, TempCNN
 from training.calibration import (
     cross_fitted_scores,
@@ -37,6 +36,7 @@ from training.calibration import (
     macro_f1,
     probabilities,
 )
+from training.card import card_fields, commands
 from training.classification import PixelClassification
 from training.config import (
     BANDS,
@@ -50,16 +50,7 @@ from training.config import (
     configuration,
 )
 from training.evaluate import evaluate
-from training.export import (
-    ParityError,
-    VersionNotRaised,
-    card_fields,
-    check_parity,
-    commands,
-    export_run,
-    in_half,
-    pixel_inputs,
-)
+from training.export import VersionNotRaised, export_run
 from training.finetune import (
     CHECKPOINT,
     CheckpointMismatch,
@@ -73,12 +64,15 @@ from training.finetune import (
     new_graph,
     task_of,
 )
+from training.graph_export import in_half
 from training.landcover import cut_mix
 from training.legends import CDL
+from training.parity import ParityError, check_parity, pixel_inputs
 from training.pretrain import PretrainConfig, pretrain
+from training.pretraining_data import Places, SourcesConfig
 from training.probe import embedded
-from training.sources import Places, SourcesConfig
-from training.tables import place_confusions, write_section
+from training.score_tables import place_confusions, write_section
+from training.validation_outputs import load
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from models.registry import load_bundle
+from training.card import card_fields, commands
 from training.config import (
     LandcoverConfig,
     Optimisation,
@@ -22,7 +23,7 @@ from training.config import (
     networks,
 )
 from training.datasets.eurosat import CLASSES
-from training.export import card_fields, commands, export_run
+from training.export import export_run
 from training.finetune import CheckpointMismatch, finetune, load_finished, new_graph, task_of
 
 COARSE = PatchEncoderConfig(width=4, depths=(0, 1, 0, 1), embedding=16, stride=2)

@@ -14,7 +14,6 @@ import rasterio
 from PIL import Image
 
 from training.datasets.eurosat import CLASSES, JPEG_SCALE, EuroSATError, eurosat_ms, eurosat_rgb
-from training.datasets.ground import GROUNDS, synthetic_ground
 from training.datasets.points import (
     blocks,
     crops_us_2021,
@@ -23,6 +22,7 @@ from training.datasets.points import (
     modis_legend,
     s2_points,
 )
+from training.datasets.synthetic_ground import GROUNDS, synthetic_ground
 from training.legends import CDL, WORLDCOVER, crop_sets, landcover_sets, legend_classes
 
 

@@ -62,7 +62,7 @@ def pretrain(
     """Train both encoders without labels; goes on where a killed run stopped."""
     from training.pretrain import FIRST
     from training.pretrain import pretrain as train
-    from training.sources import Places
+    from training.pretraining_data import Places
 
     _use_threads(threads)
     with _as_usage():
@@ -141,7 +141,7 @@ def evaluate(
     """Score runs beside the baselines; write docs/results.md and the cards."""
     from training.evaluate import evaluate as score
     from training.evaluate import romania_report
-    from training.tables import markdown
+    from training.score_tables import markdown
 
     _use_threads(threads)
     for table in score(runs, zoo=zoo, report=report):
@@ -174,7 +174,7 @@ def ablate(
     """Measure what a choice is worth: run what is missing of a study and write its table."""
     from training.ablation import STUDIES, NothingToCompare, Plan
     from training.ablation import ablate as run_study
-    from training.sources import Places
+    from training.pretraining_data import Places
 
     if study not in STUDIES:
         raise typer.BadParameter(f"'{study}' is not one of {', '.join(STUDIES)}")
@@ -234,7 +234,7 @@ def embed(
 ) -> None:
     """Turn a pretraining run into embed-pixel and embed-patch: probes, retrieval, ONNX, cards."""
     from training.embedding import export_embeddings
-    from training.sources import Places
+    from training.pretraining_data import Places
 
     _use_threads(threads)
     places = Places(data=data, romania=romania, pastis=pastis)

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from training import answers as kept
-from training.answers import Answers
+from training import validation_outputs as kept
+from training.card import pretrain_command
 from training.config import (
     ClassifyConfig,
     Run,
@@ -31,14 +31,23 @@ from training.config import (
     one_network,
 )
 from training.config import Protocol as RunProtocol
-from training.embedding import measure_retrieval, probe_answers
-from training.evaluate import SPLITS, answers_of
-from training.export import pretrain_command
+from training.embedding import measure_retrieval, probe_outputs
+from training.evaluate import SPLITS, outputs_of
 from training.finetune import finetune, is_finished
 from training.pretrain import CHECKPOINT, FIRST, PretrainConfig, load_networks, pretrain
-from training.sources import Places, open_sources
+from training.pretraining_data import Places, open_sources
+from training.score_tables import (
+    Row,
+    Score,
+    Table,
+    markdown,
+    measured,
+    outputs_row,
+    sized,
+    write_section,
+)
 from training.speed import Speed, compare, picture
-from training.tables import Row, Score, Table, answers_row, markdown, measured, sized, write_section
+from training.validation_outputs import Outputs
 
 log = logging.getLogger(__name__)
 
@@ -261,8 +270,8 @@ def _finetuning_section(name: str, study: Study, plan: Plan) -> tuple[str, str]:
             if not is_finished(folder):
                 log.info("%s: %s, seed %d", name, arm.label, run.config.optimisation.seed)
                 finetune(run, folder, device=plan.device, threads=plan.threads)
-    answers = {arm: [answers_of(folder) for folder in seeds] for arm, seeds in folders.items()}
-    rows = [answers_row(arm.label, seeds) for arm, seeds in answers.items()]
+    answers = {arm: [outputs_of(folder) for folder in seeds] for arm, seeds in folders.items()}
+    rows = [outputs_row(arm.label, seeds) for arm, seeds in answers.items()]
     if name == "size":
         rows = _with_speed(rows, {arm.label: seeds[0] for arm, seeds in folders.items()}, plan)
     epochs = next(iter(runs.values()))[0].config.optimisation.epochs
@@ -277,7 +286,7 @@ def _table(
     title: str,
     split: str,
     rows: Sequence[Row],
-    answers: Mapping[Arm, Sequence[Answers]],
+    answers: Mapping[Arm, Sequence[Outputs]],
     plan: Plan,
 ) -> Table:
     n, places = sized(next(iter(answers.values()))[0])
@@ -434,18 +443,18 @@ def _pretrain_and_probe(
     # Of every source alike, also of one that this arm has not learned from. Scenes of another
     # seed are no others' training scenes.
     sources = open_sources(whole.sources, plan.places, seed=config.seed)
-    for name, answers in probe_answers(networks, plan.places.data).items():
+    for name, answers in probe_outputs(networks, plan.places.data).items():
         (folder / name).mkdir(exist_ok=True)
         kept.keep(answers, folder / name)
     retrieval = measure_retrieval(networks, whole, sources, folder)
     (folder / _PROBES).write_text(json.dumps(retrieval, indent=1))
 
 
-def _probed_row(label: str, crops: Sequence[Answers], folders: Sequence[Path]) -> Row:
-    row = answers_row(label, crops)
+def _probed_row(label: str, crops: Sequence[Outputs], folders: Sequence[Path]) -> Row:
+    row = outputs_row(label, crops)
     scores = {key: row.scores[key] for key in ("accuracy", "macro-F1")}
     if all((folder / _PATCHES / kept.FILE).exists() for folder in folders):
-        patches = answers_row(label, [kept.load(folder / _PATCHES) for folder in folders])
+        patches = outputs_row(label, [kept.load(folder / _PATCHES) for folder in folders])
         scores["EuroSAT accuracy"] = patches.scores["accuracy"]
     found: list[dict[str, Any]] = [json.loads((f / _PROBES).read_text())["all"] for f in folders]
     for key, title in (("pixel_to_patch_5", "pixel to patch"), ("patch_to_pixel_5", "back")):

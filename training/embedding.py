@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 
 from models.card import TimeWindow
 from models.graph import PatchGraph, PixelGraph
-from training.answers import Answers
+from training.card import megaflop, parameters, pretrain_command
 from training.config import BANDS, INDICES
 from training.datasets import PatchSet, PixelSet
 from training.datasets.eurosat import eurosat_rgb
-from training.export import Served, megaflop, parameters, pretrain_command, write_bundle
+from training.export import write_bundle
 from training.finetune import machine
 from training.legends import crop_sets
+from training.licences import LICENCE, pretraining_data, sensed
+from training.parity import Served
 from training.pretrain import (
     CHECKPOINT,
     LOG_FILE,
@@ -33,9 +35,9 @@ from training.pretrain import (
     PretrainConfig,
     Pretraining,
 )
+from training.pretraining_data import Places, Sources, open_sources
 from training.probe import Labelled, linear_logits, probe
-from training.sources import Places, Sources, open_sources
-from training.terms import LICENCE, pretraining_data
+from training.validation_outputs import Outputs
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ def export_embeddings(
     untrained = _untrained(config)
     pixel, patch = pixel_graph(networks), PatchGraph(encoder=networks.patch, head=None).eval()
     known = probe(embed_crops(pixel, crops)), probe(embed_patches(patch, eurosat))
-    common = {"task": "embed", "licence": LICENCE, "training_data": data}
+    common = {"task": "embed", "licence": LICENCE, "training_data": data, **sensed(data)}
     return (
         write_bundle(
             pixel,
@@ -195,7 +197,7 @@ def measure_retrieval(
     return scores
 
 
-def probe_answers(networks: Networks, data: Path) -> dict[str, Answers]:
+def probe_outputs(networks: Networks, data: Path) -> dict[str, Outputs]:
     """What linear probes of both encoders answer on the validation places.
 
     Args:
@@ -206,7 +208,7 @@ def probe_answers(networks: Networks, data: Path) -> dict[str, Answers]:
     if (data / "eurosat").is_dir():
         graph = PatchGraph(encoder=networks.patch, head=None)
         found["eurosat"] = embed_patches(graph, eurosat_rgb(data / "eurosat"))
-    answers: dict[str, Answers] = {}
+    answers: dict[str, Outputs] = {}
     for name, what in found.items():
         train, labels = what.part(~what.validation)
         rest, truth = what.part(what.validation)

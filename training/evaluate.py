@@ -31,9 +31,9 @@ from models.card import ModelCard
 from models.graph import YEAR
 from models.registry import Bundle, load_bundle
 from models.timegrid import TimeGrid
-from training import answers as kept
-from training.answers import Answers, AnyTask, classes, forecasts
+from training import validation_outputs as kept
 from training.baselines import NAMES
+from training.card import made_alike, write_card
 from training.classification import in_window
 from training.config import (
     ZOO,
@@ -44,15 +44,16 @@ from training.config import (
     configuration,
     difference,
 )
-from training.datasets.ground import SYNTHETIC
 from training.datasets.stacks import read_romania
-from training.export import EVALUATION, made_alike, write_card
+from training.datasets.synthetic_ground import SYNTHETIC
+from training.export import EVALUATION
 from training.finetune import RUN, load_finished, task_of
 from training.forecasting import SCORED_CUT, PixelForecast, cut
 from training.landcover import PatchClassification
 from training.probe import NEIGHBOURS
+from training.score_tables import Table, as_evaluation, markdown, outputs_row, sized, write_section
 from training.series import SeriesTable
-from training.tables import Table, answers_row, as_evaluation, markdown, sized, write_section
+from training.validation_outputs import AnyTask, Outputs, classes, forecasts
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Scored:
 
     folder: Path
     run: Run
-    answers: Answers
+    answers: Outputs
 
 
 def evaluate(runs: Sequence[Path], *, zoo: Path, report: Path) -> list[Table]:
@@ -101,7 +102,7 @@ def evaluate(runs: Sequence[Path], *, zoo: Path, report: Path) -> list[Table]:
         run = Run.model_validate_json((folder / RUN).read_bytes())
         if not run.everything:
             grouped[run.config.name].append(
-                Scored(folder=folder, run=run, answers=answers_of(folder))
+                Scored(folder=folder, run=run, answers=outputs_of(folder))
             )
     tables = [_table(name, scored) for name, scored in grouped.items()]
     for table, scored in zip(tables, grouped.values(), strict=True):
@@ -114,13 +115,13 @@ def evaluate(runs: Sequence[Path], *, zoo: Path, report: Path) -> list[Table]:
     return tables
 
 
-def answers_of(folder: Path) -> Answers:
+def outputs_of(folder: Path) -> Outputs:
     """What a finished run answers on the validation places; computed once, then kept beside it."""
     if not (folder / kept.FILE).exists():
         run, task, graph, _ = load_finished(folder)
         if run.everything:
             raise ValueError(f"{folder.name} trained on the validation places: nothing to score")
-        kept.keep(kept.answer(task, graph), folder)
+        kept.keep(kept.outputs_on_validation(task, graph), folder)
     return kept.load(folder)
 
 
@@ -129,8 +130,8 @@ def _table(name: str, scored: Sequence[Scored]) -> Table:
     first = max(scored, key=lambda s: getattr(s.run.config, "labels", 1.0)).run
     task = task_of(first)
     rows = [
-        *(answers_row(title, [answers]) for title, answers in _baselines(task).items()),
-        *(answers_row(label, [s.answers for s in group]) for label, group in labelled(scored)),
+        *(outputs_row(title, [answers]) for title, answers in _baselines(task).items()),
+        *(outputs_row(label, [s.answers for s in group]) for label, group in labelled(scored)),
     ]
     n, places = sized(scored[0].answers)
     folders = " ".join(s.folder.as_posix() for s in scored)
@@ -175,8 +176,8 @@ def _is_new(config: Config) -> bool:
 # Baselines --------------------------------------------------------------------------------------
 
 
-def _baselines(task: AnyTask) -> dict[str, Answers]:
-    """Answers of the naive and the classical baselines, by name."""
+def _baselines(task: AnyTask) -> dict[str, Outputs]:
+    """Outputs of the naive and the classical baselines, by name."""
     if isinstance(task, PixelForecast):
         return _forecast_baselines(task)
     if isinstance(task, PatchClassification):
@@ -187,7 +188,7 @@ def _baselines(task: AnyTask) -> dict[str, Answers]:
     fit, judge = (regular_series(table, task.config) for table in (task.train, task.validation))
     labels, real = task.train.labels, task.train.source != _synthetic(task.train)
 
-    def told(model: Any, of: Bools) -> Answers:  # noqa: ANN401 - scikit-learn's have no type
+    def told(model: Any, of: Bools) -> Outputs:  # noqa: ANN401 - scikit-learn's have no type
         shares = model.fit(fit[of], labels[of]).predict_proba(judge)
         return classes(task, _spread(shares, np.unique(labels[of]), len(task.legend)))
 
@@ -260,7 +261,7 @@ def _logarithm(shares: Floats) -> Floats:
     return np.log(np.maximum(shares, 1e-3))
 
 
-def _forecast_baselines(task: PixelForecast) -> dict[str, Answers]:
+def _forecast_baselines(task: PixelForecast) -> dict[str, Outputs]:
     past, _, ahead, seen = _cut_series(task.train.take(task.scored), task)
     now, last, target, known = _cut_series(task.validation, task)
     mean = np.nanmean(np.where(seen, ahead, np.nan), axis=0)

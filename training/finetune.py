@@ -32,7 +32,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.graph import PatchGraph, PixelGraph
-from training.answers import AnyTask, keep, load, scores_of
 from training.baselines import put_network
 from training.classification import PixelClassification
 from training.config import (
@@ -47,6 +46,7 @@ from training.config import (
 from training.forecasting import PixelForecast
 from training.landcover import PatchClassification
 from training.probe import probed, put_linear_head
+from training.validation_outputs import AnyTask, keep, load, scores_of
 
 log = logging.getLogger(__name__)
 

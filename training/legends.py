@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from models.card import LegendClass
 from training.datasets import PixelSet
-from training.datasets.ground import synthetic_ground
 from training.datasets.points import crops_us_2021, s2_points
+from training.datasets.synthetic_ground import synthetic_ground
 
 Ints = NDArray[np.int64]
 

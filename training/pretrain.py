@@ -45,8 +45,8 @@ from training.pairs import (
     SeriesViewSampler,
     plain,
 )
+from training.pretraining_data import Places, Sources, SourcesConfig, open_sources
 from training.retrieval import PairScores, pair_scores
-from training.sources import Places, Sources, SourcesConfig, open_sources
 
 log = logging.getLogger(__name__)
 

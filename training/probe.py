@@ -22,11 +22,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
 from models.heads import ClassificationHead
-from training.answers import Answers, AnyTask, classes, forecasts
 from training.calibration import macro_f1
 from training.classification import PixelClassification
 from training.forecasting import PixelForecast
 from training.landcover import PatchClassification
+from training.validation_outputs import AnyTask, Outputs, classes, forecasts
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -133,8 +133,8 @@ def put_linear_head(task: AnyTask, graph: Any) -> None:  # noqa: ANN401  # of th
     graph.eval()
 
 
-def probed(task: AnyTask, graph: Any, protocol: str) -> Answers:  # noqa: ANN401  # of the task's kind
-    """Answers of a probe that no graph holds: nearest neighbours, and regressions of forecasts."""
+def probed(task: AnyTask, graph: Any, protocol: str) -> Outputs:  # noqa: ANN401  # of the task's kind
+    """Outputs of a probe that no graph holds: nearest neighbours, and regressions of forecasts."""
     if isinstance(task, PixelForecast):
         return _probed_forecast(task, graph, protocol)
     train, labels = embedded(task, graph, training=True)
@@ -164,7 +164,7 @@ def embedded(
     return np.concatenate(parts), task.labels[chosen]
 
 
-def _probed_forecast(task: PixelForecast, graph: Any, protocol: str) -> Answers:  # noqa: ANN401
+def _probed_forecast(task: PixelForecast, graph: Any, protocol: str) -> Outputs:  # noqa: ANN401
     bare = _headless(graph)
     earlier = copy.copy(task)
     earlier.validation = task.train.take(task.scored)

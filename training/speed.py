@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from models.card import OUTPUTS, Task
+from training.card import megaflop
 from training.config import ForecastConfig
-from training.export import megaflop, pixel_inputs, to_onnx
 from training.finetune import load_finished
-from training.tables import Row
+from training.onnx_export import to_onnx
+from training.parity import pixel_inputs
+from training.score_tables import Row
 
 _PIXELS = 256
 _DATES = 36

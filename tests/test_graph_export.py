@@ -16,8 +16,9 @@ from models.encoders import ChannelNorm, PatchEncoder, PixelEncoder
 from models.graph import PatchGraph, PixelGraph
 from models.heads import ClassificationHead, ForecastHead
 from training.config import BANDS, INDICES
-from training.export import check_parity_int8, open_cpu, pixel_inputs, to_onnx
-from training.variants import FoldedEncoder, folded, quantise
+from training.graph_export import FoldedEncoder, folded, quantise
+from training.onnx_export import to_onnx
+from training.parity import check_parity_int8, open_cpu, pixel_inputs
 
 BATCH = 300
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.answers import Answers
 from training.calibration import cross_fitted_scores, macro_f1
 from training.forecasting import forecast_scores
+from training.validation_outputs import Outputs
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -73,7 +73,7 @@ class Table:
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-def answers_row(name: str, seeds: Sequence[Answers]) -> Row:
+def outputs_row(name: str, seeds: Sequence[Outputs]) -> Row:
     """The row of a model that answered once for each seed, on the same places."""
     first = seeds[0]
     for other in seeds[1:]:
@@ -83,7 +83,7 @@ def answers_row(name: str, seeds: Sequence[Answers]) -> Row:
     return Row(name=name, seeds=len(seeds), scores=scores)
 
 
-def sized(answers: Answers) -> tuple[int, int]:
+def sized(answers: Outputs) -> tuple[int, int]:
     """What a table says of its split: numbers scored, and places."""
     n = int(answers["known"][..., 0].sum()) if "known" in answers else len(answers["labels"])
     return n, len(np.unique(answers["places"]))
@@ -94,7 +94,7 @@ def measured(values: Sequence[float]) -> Score:
     return _score([float(v) for v in values], None)
 
 
-def _class_scores(seeds: Sequence[Answers]) -> dict[str, Score]:
+def _class_scores(seeds: Sequence[Outputs]) -> dict[str, Score]:
     labels, places = seeds[0]["labels"], seeds[0]["places"]
     predicted = [answers["logits"].argmax(axis=1) for answers in seeds]
     many = seeds[0]["logits"].shape[1]
@@ -128,7 +128,7 @@ def _macro_f1(confusion: Floats) -> float:
     return float((2 * np.diag(confusion)[there] / both[there]).mean())
 
 
-def _errors(seeds: Sequence[Answers]) -> dict[str, Score]:
+def _errors(seeds: Sequence[Outputs]) -> dict[str, Score]:
     """RMSE by index, their mean, and the share within the outer quantiles."""
     sums, found = [], []
     for answers in seeds:

@@ -1,9 +1,10 @@
-"""Whose the training data are, and under which terms: what the cards say of them."""
+"""Sources, licences and sensors of the training data, as the cards state them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from models.card import TrainingData
 
@@ -13,10 +14,14 @@ LICENCE = "MIT"
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """A data set's source and licence."""
+    """A data set's source, licence and sensor."""
 
     source: str
     licence: str
+    sensor: str | None = "sentinel-2"
+    """The sensor that took the imagery; None for synthetic series."""
+    pixel_size: float = 10.0
+    """Metres; of Sentinel-2 that of the finest bands."""
 
 
 TERMS = {
@@ -41,6 +46,8 @@ TERMS = {
     "modis_brazil": Terms(
         source="NASA MOD13Q1 series of Brazil; labels from the R packages sits and inSitu",
         licence="imagery public domain; labels GPL-2",
+        sensor="modis",
+        pixel_size=250.0,
     ),
     "synthetic_ground": Terms(
         source=(
@@ -48,6 +55,7 @@ TERMS = {
             "ranges of reflectance and double logistic seasons; never used for a score"
         ),
         licence="MIT",
+        sensor=None,
     ),
     "flanders_2017_2018": Terms(
         source="Sentinel-2 level 2A stack of Flanders, collected by the WorldCereal project",
@@ -77,12 +85,30 @@ TERMS = {
     "synthetic": Terms(
         source="Made by training/datasets/synthetic.py",
         licence="MIT",
+        sensor=None,
     ),
     "pastis": Terms(
         source=("PASTIS (Garnot and Landrieu 2021, arXiv 2107.07933), Sentinel-2 series of France"),
         licence="Etalab 2.0; Copernicus Sentinel data terms",
     ),
 }
+
+
+def sensed(data: Sequence[TrainingData]) -> dict[str, Any]:
+    """The card's `sensors` and `pixel_size`, from the data that a model learned from.
+
+    Validation data are left out: a model does not learn from them.
+    """
+    real = [
+        TERMS[part.name]
+        for part in data
+        if part.use != "validation" and TERMS[part.name].sensor is not None
+    ]
+    sizes = [terms.pixel_size for terms in real]
+    return {
+        "sensors": tuple(sorted({terms.sensor for terms in real if terms.sensor})),
+        "pixel_size": (min(sizes), max(sizes)) if sizes else None,
+    }
 
 
 def training_data(name: str, use: str, n: int) -> TrainingData:

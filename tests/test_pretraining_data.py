@@ -7,9 +7,15 @@ import pytest
 
 from training.datasets.points import crops_us_2021
 from training.datasets.stacks import read_stack
+from training.licences import TERMS
 from training.pretrain import FIRST
-from training.sources import Places, SourceNotGiven, SourcesConfig, StackSource, open_sources
-from training.terms import TERMS
+from training.pretraining_data import (
+    Places,
+    SourceNotGiven,
+    SourcesConfig,
+    StackSource,
+    open_sources,
+)
 
 
 def test_weights_are_shared_by_the_scenes_of_a_source(tmp_path):

@@ -13,14 +13,14 @@ from training.classification import PixelClassification
 from training.forecasting import PixelForecast, forecast_scores
 from training.landcover import PatchClassification
 
-Answers = dict[str, NDArray[Any]]
+Outputs = dict[str, NDArray[Any]]
 """Of a classifier `logits` (N, K), `labels` (N), `places` (N); of a forecaster `quantiles`
 (N, H, S, Q), `target` and `known` (N, H, S), `places` (N)."""
 AnyTask = PixelClassification | PixelForecast | PatchClassification
-FILE = "answers.npz"
+FILE = "outputs.npz"
 
 
-def answer(task: AnyTask, graph: Any) -> Answers:  # noqa: ANN401  # of the task's kind
+def outputs_on_validation(task: AnyTask, graph: Any) -> Outputs:  # noqa: ANN401  # of the task's kind
     """A graph's answers on the validation places."""
     if isinstance(task, PixelForecast):
         quantiles, target, known = task.predict(graph)
@@ -30,7 +30,7 @@ def answer(task: AnyTask, graph: Any) -> Answers:  # noqa: ANN401  # of the task
     return classes(task, task.logits(graph))
 
 
-def classes(task: PixelClassification | PatchClassification, logits: NDArray[Any]) -> Answers:
+def classes(task: PixelClassification | PatchClassification, logits: NDArray[Any]) -> Outputs:
     """Logits (N, K) of the validation places, with what is right."""
     if isinstance(task, PixelClassification):
         labels, places = task.validation.labels, task.validation.places
@@ -41,13 +41,13 @@ def classes(task: PixelClassification | PatchClassification, logits: NDArray[Any
 
 def forecasts(
     task: PixelForecast, quantiles: NDArray[Any], target: NDArray[Any], known: NDArray[Any]
-) -> Answers:
+) -> Outputs:
     """Quantiles (N, H, S, Q) of the validation places, with what came."""
     places = task.validation.places[task.kept()]
     return {"quantiles": quantiles, "target": target, "known": known, "places": places}
 
 
-def scores_of(answers: Answers) -> dict[str, Any]:
+def scores_of(answers: Outputs) -> dict[str, Any]:
     """Scores of answers, as a task gives them; a lone median covers nothing."""
     if "logits" in answers:
         return cross_fitted_scores(answers["logits"], answers["labels"], answers["places"])
@@ -57,12 +57,12 @@ def scores_of(answers: Answers) -> dict[str, Any]:
     return scores
 
 
-def keep(answers: Answers, folder: Path) -> None:
+def keep(answers: Outputs, folder: Path) -> None:
     """Keep answers beside a run."""
     np.savez(folder / FILE, allow_pickle=False, **answers)
 
 
-def load(folder: Path) -> Answers:
+def load(folder: Path) -> Outputs:
     """What `keep` kept."""
     with np.load(folder / FILE) as stored:
         return dict(stored)

@@ -1,0 +1,341 @@
+"""What the card of a bundle says of the run that made it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.card import CARD_FILE, LegendClass, ModelCard, TrainingData
+from training.config import (
+    BANDS,
+    INDICES,
+    ZOO,
+    ClassifyConfig,
+    ForecastConfig,
+    LandcoverConfig,
+    Run,
+    configuration,
+    difference,
+)
+from training.datasets.eurosat import CLASSES, RGB
+from training.finetune import RUN, WEIGHTS, Graph, machine
+from training.legends import CDL, WORLDCOVER, legend_classes
+from training.licences import LICENCE, pretraining_data, sensed, training_data
+from training.pretrain import CHECKPOINT, FIRST, PretrainConfig
+from training.validation_outputs import AnyTask
+
+_EUROSAT_COLORS = {
+    "AnnualCrop": "#f5c542",
+    "Forest": "#1b6b2f",
+    "HerbaceousVegetation": "#a8c66c",
+    "Highway": "#4d4d4d",
+    "Industrial": "#8e44ad",
+    "Pasture": "#d4e157",
+    "PermanentCrop": "#c77b30",
+    "Residential": "#e74c3c",
+    "River": "#4fa3e0",
+    "SeaLake": "#0b4f9c",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a card says that neither the configuration nor the run knows."""
+
+    text: str
+    default: bool = False
+
+
+DESCRIPTIONS: Mapping[str, Description] = {
+    "pixels-crops-us": Description(
+        text=(
+            "Crops of the United States by a calendar year of B02, B04 and B08: the 17 codes of "
+            "the Cropland Data Layer with at least 100 pixels in the data. Trained on California "
+            "and Arkansas in 2021 and on labels that are themselves a map; elsewhere, in other "
+            "years and for other crops it is untested, and it answers with one of its classes "
+            "whatever it sees."
+        ),
+    ),
+    "pixels-crops-us-20m": Description(
+        text=(
+            "Crops of the United States as `pixels-crops-us` has them, for stacks that carry the "
+            "20 m bands too: red-edge and shortwave indices stand beside the vegetation indices. "
+            "The same places, the same year, the same limits."
+        ),
+    ),
+    "pixels-crops-us-small": Description(
+        text=(
+            "Crops of the United States as `pixels-crops-us` has them, at a quarter of the cost: "
+            "one network instead of three. The same places, the same year, the same limits."
+        ),
+    ),
+    "pixels-landcover": Description(
+        default=True,
+        text=(
+            "Broad land cover by a year of B02, B04 and B08 or several, after ESA WorldCover's "
+            "classes, on monthly to five-day series that begin on any day. All dates given are "
+            "used, laid on one year: with several years the map is of what stayed, and `start` "
+            "keeps to the year that begins there. A pixel is of the cover that holds most of it. "
+            "Most labels are cropland and "
+            "grassland; trees, shrubs, built-up, bare, water and wetland have few, and the labels "
+            "are themselves maps (WorldCover about 77 % right). Orchards and vineyards were left "
+            "out, for WorldCover maps them as trees in one place and as crops in another; so were "
+            "mangroves (two samples), snow and moss (none). Synthetic series of the rare classes "
+            "were added for training, never for a score. Shrubs, built-up, bare, water and wetland "
+            "are weak; treat them as hints."
+        ),
+    ),
+    "forecast-vi": Description(
+        default=True,
+        text=(
+            "The next ten ten-day values of NDVI, EVI and SAVI with a band from the 10 % to the "
+            "90 % quantile, from up to 320 days of B02, B04 and B08. It knows the day of the "
+            "year, not the weather or the place."
+        ),
+    ),
+    "landcover-eurosat": Description(
+        default=True,
+        text=(
+            "EuroSAT's ten classes of 64 x 64 patches from red, green and blue, trained from "
+            "scratch. Reflectance above 0.275 counts as 0.275, as in EuroSAT's images, which are "
+            "of Europe and level 1C."
+        ),
+    ),
+}
+
+
+def card_fields(run: Run, task: AnyTask, metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The card of a run, but for its files."""
+    config = run.config
+    about = DESCRIPTIONS.get(name) or Description(
+        text=f"{name}: a bundle finetuned for {config.task}."
+    )
+    data = _training_data(run, task)
+    return {
+        "name": name,
+        "description": about.text,
+        "default": about.default,
+        "licence": LICENCE,
+        "metrics": _metrics(config, metrics),
+        "training_data": data,
+        **sensed(data),
+        "training": training_facts(run, metrics),
+        "day_of_year": False,
+        **_shape_fields(config),
+    }
+
+
+def _shape_fields(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> dict[str, Any]:
+    if isinstance(config, LandcoverConfig):
+        return {
+            "task": "landcover",
+            "modality": "patch",
+            "bands": RGB,
+            "patch": config.patch,
+            "min_observations": 1,
+            "classes": tuple(
+                LegendClass(value=i, name=name, color=_EUROSAT_COLORS[name])
+                for i, name in enumerate(CLASSES)
+            ),
+        }
+    pixel = {
+        "modality": "pixel",
+        "bands": BANDS if isinstance(config, ForecastConfig) else config.bands,
+        "indices": INDICES if isinstance(config, ForecastConfig) else config.indices,
+        "window": config.window,
+        "min_observations": config.min_observations,
+        "day_of_year": config.encoder.calendar,
+    }
+    if isinstance(config, ForecastConfig):
+        return {
+            **pixel,
+            "task": "forecast",
+            "horizon": config.horizon,
+            "quantiles": config.quantiles,
+        }
+    legend = CDL if config.legend == "cdl" else WORLDCOVER
+    return {**pixel, "task": "classify-pixels", "classes": legend_classes(legend)}
+
+
+_CHOSEN = "epoch_chosen_on_the_validation_places"
+_SPLITS = {
+    "classify": "places of 0.1 degree that training never saw; labels are maps, not field surveys",
+    "forecast": (
+        "US crops of 2021 in places of 0.1 degree that training never saw; the first 26 ten-day "
+        "composites in, the next ten out; clear targets only, index units"
+    ),
+    "landcover": "EuroSAT's spatial split: scenes that training never saw",
+}
+
+
+def _metrics(
+    config: ClassifyConfig | ForecastConfig | LandcoverConfig, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    scores = metrics["scores"]
+    if not scores:
+        return {"validation": "none: trained on every place"}
+    split = _SPLITS[config.task]
+    if _CHOSEN in metrics:
+        split += f"; they chose the epoch ({metrics[_CHOSEN]}), so the scores flatter somewhat"
+    return {"validation": {"split": split, **scores}}
+
+
+def _training_data(run: Run, task: AnyTask) -> tuple[TrainingData, ...]:
+    """What a run learned from, and before it the pretraining that it started from."""
+    return (
+        *pretraining_data(_learned_from(run)),
+        *(training_data(**part) for part in task.data()),
+    )
+
+
+def _learned_from(run: Run) -> dict[str, int]:
+    """How much of each source the pretrainings behind a run learned from."""
+    found: dict[str, int] = {}
+    for checkpoint in run.pretrained:
+        if earlier := _run_of(checkpoint):
+            found |= _learned_from(earlier)
+        elif stored := _pretraining(checkpoint):
+            found |= stored["learned_from"]
+    return found
+
+
+def _run_of(weights: Path) -> Run | None:
+    """The run that left some weights, where it still lies beside them."""
+    told = weights.parent / RUN
+    if weights.name != WEIGHTS or not told.is_file():
+        return None
+    return Run.model_validate_json(told.read_bytes())
+
+
+def _pretraining(checkpoint: Path) -> dict[str, Any] | None:
+    """What a checkpoint holds, where it is that of a pretraining.
+
+    Raises:
+        ValueError: it does not tell what it learned from.
+    """
+    if checkpoint.name != CHECKPOINT or not checkpoint.is_file():
+        return None
+    stored: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if "pixel_encoder" not in stored or "config" not in stored:
+        return None
+    if "learned_from" not in stored:
+        raise ValueError(
+            f"{checkpoint} does not tell what it learned from, which a card must: it was made by "
+            "an earlier version, so pretrain anew"
+        )
+    return stored
+
+
+def training_facts(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run was made: commands, configuration, seed, log, time, machine."""
+    return {
+        "command": " && ".join(commands(run)),
+        "config": json.loads(run.config.model_dump_json()),
+        "protocol": run.protocol,
+        "places": "all" if run.everything else "all but the validation places",
+        "seed": run.config.optimisation.seed,
+        "log": {key: metrics[key] for key in ("epochs", "loss", _CHOSEN) if key in metrics},
+        "seconds_of_last_command": metrics["seconds"],
+        "machine": _machine_of(metrics),
+        "torch": torch.__version__,
+    }
+
+
+def _machine_of(metrics: Mapping[str, Any]) -> str:
+    """The machine that trained; runs that did not note it were trained where they are exported."""
+    threads = f", {metrics['threads']} threads" if "threads" in metrics else ""
+    return str(metrics.get("machine", machine())) + threads.replace(" 1 threads", " one thread")
+
+
+def commands(run: Run, folder: Path | None = None) -> list[str]:
+    """What to call to make a run again, the runs that it starts from first.
+
+    Args:
+        run: what was told.
+        folder: of the run, where a later one starts from it; None leaves the default.
+    """
+    config = run.config
+    words = ["python -m training finetune", config.name]
+    earlier: list[str] = []
+    new = config.name not in ZOO
+    if new:
+        words += ["--task", config.task]
+    if folder:
+        words += ["--run", folder.as_posix()]
+    for checkpoint in run.pretrained:
+        words += ["--pretrained", checkpoint.as_posix()]
+        earlier += [c for c in _commands_before(checkpoint) if c not in earlier]
+    if run.everything:
+        words.append("--everything")
+    if run.protocol != "finetune":
+        words += ["--protocol", run.protocol]
+    usual = configuration(config.name, config.task if new else None)
+    changes = difference(usual.model_dump(mode="json"), config.model_dump(mode="json"))
+    words += _as_settings(changes)
+    words += [f"--seed {config.optimisation.seed}"] if config.optimisation.seed else []
+    return [*earlier, " ".join(words)]
+
+
+def _commands_before(checkpoint: Path) -> list[str]:
+    """What makes a checkpoint: a pretraining, or a run and those that it starts from."""
+    if earlier := _run_of(checkpoint):
+        return commands(earlier, checkpoint.parent)
+    stored = _pretraining(checkpoint)
+    if stored is None:
+        return []
+    return [pretrain_command(PretrainConfig.model_validate(stored["config"]), checkpoint.parent)]
+
+
+def pretrain_command(config: PretrainConfig, folder: Path) -> str:
+    """What to call to pretrain again; CUBE and PASTIS stand for where these data lie."""
+    usual, now = (c.model_dump(mode="json") for c in (FIRST, config))
+    words = ["python -m training pretrain --threads 1", f"--run {folder.as_posix()}"]
+    words += ["--romania CUBE"] if config.sources.romania else []
+    words += ["--pastis PASTIS"] if config.sources.pastis else []
+    words += _as_settings(difference(usual, now))
+    words += [f"--set seed={config.seed}"] if config.seed != FIRST.seed else []
+    return " ".join(words)
+
+
+def _as_settings(changes: Mapping[str, Any]) -> list[str]:
+    return [f"--set {shlex.quote(f'{key}={json.dumps(v)}')}" for key, v in changes.items()]
+
+
+def parameters(network: nn.Module) -> int:
+    """Weights of a network."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def megaflop(graph: Graph, inputs: Sequence[Tensor]) -> float:
+    """Floating-point operations of one forward pass, in millions, a multiply-add as two.
+
+    Args:
+        graph: the whole graph; what is counted are its matrix products and convolutions.
+        inputs: of one pixel or patch.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        graph(*inputs)
+    return float(counter.get_total_flops()) / 1e6
+
+
+def made_alike(card: ModelCard, run: Run) -> bool:
+    """Whether a bundle was trained under a run's configuration, seed and name apart."""
+    if "config" not in card.training:
+        return False
+    # As a configuration, not as text: a setting that is new since then has its default.
+    was = Run.model_validate({"config": card.training["config"], "data": run.data}).config
+    return not difference(was.model_dump(mode="json"), run.config.model_dump(mode="json"))
+
+
+def write_card(folder: Path, card: ModelCard) -> None:
+    """Write a bundle's card."""
+    (folder / CARD_FILE).write_text(card.model_dump_json(indent=1) + "\n")

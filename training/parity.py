@@ -1,0 +1,187 @@
+"""Parity: an ONNX file in ONNX Runtime beside its torch graph, on random and on real input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.graph import PatchGraph, PixelGraph
+from training.datasets.eurosat import RGB
+from training.finetune import Graph
+from training.graph_export import Inputs
+
+# Largest difference between ONNX Runtime and torch that a bundle may have.
+TOLERANCE = 1e-4
+# Of a float16 variant: three decimal digits, and the softmax in float32.
+HALF_TOLERANCE = 2e-2
+# Of an int8 variant, on real input and in the mean: its scales fit no other, and a single number
+# may well be off by more.
+INT8_TOLERANCE = 2e-2
+
+
+class ParityError(Exception):
+    """The exported graph does not answer as torch does."""
+
+
+class Served:
+    """A bundle's file in the place of its graph: a task scores what is served.
+
+    Args:
+        path: the ONNX file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.session = open_cpu(path)
+        self.names = [i.name for i in self.session.get_inputs()]
+
+    def eval(self) -> Served:
+        """A file knows no training."""
+        return self
+
+    def raw(self, *inputs: Tensor) -> Tensor:
+        """Quantiles, or logarithms of probabilities, in the order of the inputs.
+
+        Args:
+            inputs: as the graph takes them; days may be each pixel's own (N, T), though the file
+                takes one list for all: pixels of the same days are answered together.
+        """
+        feeds = {n: x.numpy() for n, x in zip(self.names, inputs, strict=False)}
+        groups = [np.arange(len(inputs[0]))]
+        days = feeds.get("days")
+        if days is not None and days.ndim == 2:
+            kind = np.unique(days, axis=0, return_inverse=True)[1].ravel()
+            groups = [np.flatnonzero(kind == k) for k in range(kind.max() + 1)]
+        parts = [self._run(feeds, rows) for rows in groups]
+        order = np.argsort(np.concatenate(groups))
+        return torch.from_numpy(np.concatenate(parts)[order])
+
+    def _run(self, feeds: Inputs, rows: NDArray[np.int64]) -> NDArray[Any]:
+        given = {name: x[rows] for name, x in feeds.items() if name != "days"}
+        if "days" in feeds:
+            given["days"] = feeds["days"][rows[0]] if feeds["days"].ndim == 2 else feeds["days"]
+        (output,) = self.session.get_outputs()
+        answer = np.asarray(self.session.run(None, _fed(self.session, given))[0])
+        return np.log(np.maximum(answer, 1e-9)) if output.name == "probabilities" else answer
+
+
+def check_parity_int8(graph: Graph, path: Path, real: Inputs) -> float:
+    """Mean difference between an int8 graph in ONNX Runtime and torch, on real input.
+
+    Raises:
+        ParityError: it is more than `INT8_TOLERANCE`, or a NaN is where torch has none or the
+            reverse, be it on random input.
+    """
+    session = open_cpu(path)
+    for inputs in random_inputs(graph, dayed=_dayed(session)):
+        _difference(graph, session, inputs, path.name)
+    off = float(np.nan_to_num(_difference(graph, session, real, path.name)).mean())
+    if off > INT8_TOLERANCE:
+        raise ParityError(f"{path.name} is {off:.1e} off torch, {INT8_TOLERANCE} is allowed")
+    return off
+
+
+def check_parity(graph: Graph, path: Path, real: Inputs, *, tolerance: float = TOLERANCE) -> float:
+    """Largest difference between ONNX Runtime and torch, on random input and on real.
+
+    Args:
+        graph: in float32.
+        path: the ONNX file, of whatever precision.
+        real: real input; parity is checked on random input too.
+        tolerance: what the difference may be.
+
+    Raises:
+        ParityError: it is more, or a NaN is where torch has none or the reverse.
+    """
+    session = open_cpu(path)
+    worst = 0.0
+    for inputs in (*random_inputs(graph, dayed=_dayed(session)), real):
+        worst = max(
+            worst, float(np.nan_to_num(_difference(graph, session, inputs, path.name)).max())
+        )
+    if worst > tolerance:
+        raise ParityError(f"{path.name} is {worst:.1e} off torch, {tolerance} is allowed")
+    return worst
+
+
+def _dayed(session: onnxruntime.InferenceSession) -> bool:
+    return "day_of_year" in {i.name for i in session.get_inputs()}
+
+
+def _difference(
+    graph: Graph, session: onnxruntime.InferenceSession, inputs: Inputs, name: str
+) -> NDArray[np.float32]:
+    """How far ONNX Runtime's answers lie from torch's, NaN where neither has a number.
+
+    As a share of the largest number where that is above 1, as an embedding's may be.
+    """
+    names = [i.name for i in session.get_inputs()]
+    got = session.run(None, _fed(session, {name: inputs[name] for name in names}))[0]
+    with torch.inference_mode():
+        want = graph(*(torch.from_numpy(inputs[name]) for name in names)).numpy()
+    if got.shape != want.shape or (np.isnan(got) != np.isnan(want)).any():
+        raise ParityError(f"{name}: {got.shape} of ONNX Runtime, {want.shape} of torch")
+    largest = max(1.0, float(np.nan_to_num(np.abs(want)).max()))
+    return np.asarray(np.abs(got - want) / largest, np.float32)
+
+
+def _fed(session: onnxruntime.InferenceSession, inputs: Inputs) -> Inputs:
+    """Inputs with the reflectance in the precision that a graph takes."""
+    half = {i.name for i in session.get_inputs() if i.type == "tensor(float16)"}
+    return {name: x.astype(np.float16) if name in half else x for name, x in inputs.items()}
+
+
+def open_cpu(path: Path) -> onnxruntime.InferenceSession:
+    """A session on the CPU, with as many threads as torch has."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Without it, products of int8 overflow on a processor that has no instructions for them; the
+    # service, which takes int8 only where there are, does without, for it makes them half as fast.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def pixel_inputs(graph: PixelGraph, n: int, dates: int) -> dict[str, NDArray[Any]]:
+    """Random input of a pixel graph, by name: n pixels with some dates missing."""
+    rng = np.random.default_rng(0)
+    shape = (n, dates, len(graph.indices.bands))
+    inputs: dict[str, NDArray[Any]] = {
+        "values": rng.uniform(0.01, 0.6, shape).astype(np.float32),
+        "valid": rng.random((n, dates)) < 0.8,
+        "days": np.linspace(0, graph.grid.steps * 10, dates, dtype=np.float32),
+    }
+    if getattr(graph.encoder, "calendar", False):
+        inputs["day_of_year"] = np.ones(n, dtype=np.float32)
+    return inputs
+
+
+def random_inputs(graph: Graph, *, dayed: bool) -> Iterator[dict[str, NDArray[Any]]]:
+    """Random inputs: many dates, one pixel, one date, missing values, pixels with nothing."""
+    rng = np.random.default_rng(0)
+    if isinstance(graph, PatchGraph):
+        for n in (3, 1, 17):
+            yield {"patches": rng.uniform(-0.05, 0.5, (n, len(RGB), 64, 64)).astype(np.float32)}
+        return
+    for n, t in ((5, 7), (1, 40), (6, 1), (1, 1), (64, 73)):
+        values = rng.uniform(0.01, 0.6, (n, t, len(graph.indices.bands))).astype(np.float32)
+        valid = rng.random((n, t)) < 0.7
+        values[~valid] = np.nan
+        # Invalid numbers must not count, and one pixel of several has nothing at all.
+        values[0, 0], valid[0, -1] = 3.0, True
+        valid[0, 0] = t == 1
+        if n > 1:
+            valid[1] = False
+        inputs: dict[str, NDArray[Any]] = {
+            "values": values,
+            "valid": valid,
+            "days": np.sort(rng.uniform(0, 360, t)).astype(np.float32),
+        }
+        if dayed:
+            inputs["day_of_year"] = rng.integers(1, 367, n).astype(np.float32)
+        yield inputs
