@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 SOURCES := models service training pimc_client tests benchmarks docs docker
 
-.PHONY: demo serve test lint format bench clean
+.PHONY: demo serve test lint format bench docs clean
 
 # The environment: torch first, so that nothing that depends on it picks another build.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,service,training,demo,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,service,training,demo,docs,dev]'
 	touch $@
 
 # What the service and the demo need: no torch, a quarter of the time.
@@ -38,6 +38,11 @@ lint: $(VENV)/ready
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# The documentation as a site, in build/site. Strict: a broken link fails.
+docs: $(VENV)/ready
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict --quiet
 
 # Ratios of things measured in one run; the benchmarks say what they compare.
 bench: $(VENV)/peers

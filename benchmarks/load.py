@@ -5,8 +5,9 @@
 The service runs as a process of its own. The callers ask for maps from 1 x 1 to 512 x 512, series,
 points, summaries and zips; some leave half way, some send or read slowly, some never read, some
 send rubbish. Meanwhile a process of its own asks for health and metrics. The run passes when
-nothing failed but what should have, nothing is left, and memory stood still: docs/reliability.md
-says what that means in numbers.
+nothing failed but what should have, nothing is left, and memory stood still:
+docs/explanation/reliability.md says
+what that means in numbers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What an administrator may set: environment variables `PIMC_*`, read once, at start.
 
-`docs/configuration.md` has a row for each field here; a test keeps the two together.
+`docs/reference/settings.md` has a row for each field here; a test keeps the two together.
 """
 
 # No `from __future__ import annotations` here: pydantic needs the types at run time.

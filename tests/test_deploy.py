@@ -332,7 +332,7 @@ def mount_of(volume: str | dict) -> tuple[str, str, str]:
 
 
 def test_the_docs_name_each_variable_and_volume(compose):
-    docs = (ROOT / "docs" / "deploy.md").read_text()
+    docs = (ROOT / "docs" / "how-to" / "deploy.md").read_text()
     variables = set(re.findall(r"\$\{(\w+)", (ROOT / "docker-compose.yml").read_text()))
     for name in [*variables, *compose["volumes"], *compose["services"]]:
         assert f"`{name}`" in docs, name

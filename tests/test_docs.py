@@ -1,8 +1,11 @@
-"""What the docs say is what the code has: settings, routes, error codes, models, files."""
+"""The documentation agrees with the code: settings, endpoints, parameters, codes, models, links."""
 
 from __future__ import annotations
 
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,57 +13,77 @@ import pytest
 from models.registry import ZOO, Registry
 from service.app import create_app
 from service.errors import STATUS
+from service.schemas import FIELDS
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
-ALL = README + "".join(DOCS.values())
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
+README = PAGES["README.md"]
+HTTP_API = PAGES["docs/reference/http-api.md"]
+SETTINGS = PAGES["docs/reference/settings.md"]
+ERRORS = PAGES["docs/reference/errors.md"]
+GENERATED = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
 
 
-@pytest.mark.parametrize("name", sorted(Settings.model_fields))
-def test_each_setting_is_documented(name: str) -> None:
-    assert f"`PIMC_{name.upper()}`" in DOCS["configuration.md"]
+def test_settings_are_those_of_the_code() -> None:
+    rows = re.findall(r"^\| `PIMC_([A-Z_]+)` \|", SETTINGS, re.MULTILINE)
+    assert sorted(rows) == sorted(name.upper() for name in Settings.model_fields)
 
 
-def test_the_docs_name_no_setting_that_is_not_there() -> None:
-    named = set(re.findall(r"`PIMC_([A-Z_]+)`", DOCS["configuration.md"]))
-    assert named == {name.upper() for name in Settings.model_fields}
-
-
-def test_each_route_is_documented() -> None:
+def test_endpoints_are_those_of_the_application() -> None:
     paths = create_app().openapi()["paths"]
     routes = {f"{method.upper()} {path}" for path, item in paths.items() for method in item}
-    assert {r for r in routes if f"`{r}`" not in DOCS["api.md"]} == set()
+    rows = set(re.findall(r"^\| `([A-Z]+ /[^`]*)` \|", HTTP_API, re.MULTILINE))
+    assert routes - rows == set()
+    assert {row for row in rows - routes if row != "GET /"} == set()  # the home page has no schema
 
 
-def test_each_error_code_is_documented_with_its_status() -> None:
-    rows = dict(re.findall(r"^\| `([a-z_]+)` \| (\d{3}) \|", DOCS["api.md"], re.MULTILINE))
+def test_parameters_are_those_of_the_request_models() -> None:
+    section = HTTP_API.split("## Raster requests")[1].split("## Series requests")[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.MULTILINE)
+    for task, fields in FIELDS.items():
+        named = {name for name, tasks in rows if tasks.strip() == "all" or task in tasks}
+        assert named == set(fields.model_fields), task
+
+
+def test_warnings_are_those_of_the_code() -> None:
+    source = "".join(path.read_text() for path in sorted((ROOT / "service").rglob("*.py")))
+    codes = set(re.findall(r'StackWarning\(\s*code="(\w+)"', source))
+    section = HTTP_API.split("### Warnings")[1].split("## Jobs")[0]
+    assert codes <= set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
+
+
+def test_error_codes_are_those_of_the_code_with_their_status() -> None:
+    rows = dict(re.findall(r"^\| `([a-z_]+)` \| (\d{3}) \|", ERRORS, re.MULTILINE))
     assert {code: int(status) for code, status in rows.items()} == dict(STATUS)
 
 
-def test_each_model_stands_in_the_readme() -> None:
+@pytest.mark.parametrize("name", sorted(GENERATED))
+def test_generated_pages_are_current(name: str) -> None:
+    assert PAGES[f"docs/{name}"] == GENERATED[name](), "run `python docs/generate.py`"
+
+
+def test_the_readme_lists_every_model() -> None:
     for bundle in Registry.load(ZOO).bundles.values():
         assert f"`{bundle.card.name}`" in README
 
 
-def test_the_readme_tree_has_a_line_for_each_file() -> None:
-    packages = ("models", "service", "training", "pimc_client")
-    files = [
-        path.relative_to(ROOT)
-        for package in packages
-        for path in sorted((ROOT / package).rglob("*.py"))
-        if path.name != "__init__.py"
-    ]
-    assert [str(f) for f in files if not re.search(rf"^\s*{f.name}\s", README, re.MULTILINE)] == []
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tutorial.html").exists()
 
 
-def test_links_lead_somewhere() -> None:
-    for name, text in {"README.md": README, **{f"docs/{n}": t for n, t in DOCS.items()}}.items():
-        folder = (ROOT / name).parent
+def test_links_lead_to_files() -> None:
+    for name, text in PAGES.items():
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-            assert (folder / target).exists(), f"{name} links to {target}"
+            assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"
 
 
-def test_nothing_names_a_machine() -> None:
-    assert not re.search(r"/(work|root|home)/[a-z]", ALL)
+def test_no_page_names_a_path_of_a_machine() -> None:
+    for name, text in PAGES.items():
+        assert not re.search(r"/(work|root|home)/[a-z]", text), name

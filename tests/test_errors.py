@@ -1,4 +1,4 @@
-"""Each error has its status, and the table of API.md is kept."""
+"""Each error has a status, a code and a title of its own."""
 
 from __future__ import annotations
 
@@ -7,28 +7,6 @@ import pytest
 from service import errors
 from service.errors import STATUS, InvalidRequest, PIMCError
 
-# As the API's page has it.
-DOCUMENTED = {
-    "not_a_geotiff": 422,
-    "corrupt_raster": 422,
-    "no_georeference": 422,
-    "grid_mismatch": 422,
-    "missing_bands": 422,
-    "missing_dates": 422,
-    "too_few_dates": 422,
-    "implausible_reflectance": 422,
-    "raster_too_large": 413,
-    "body_too_large": 413,
-    "unknown_model": 404,
-    "unknown_job": 404,
-    "wrong_task": 422,
-    "invalid_request": 422,
-    "result_not_ready": 409,
-    "forbidden_reference": 403,
-    "unauthorized": 401,
-    "overloaded": 503,
-    "internal_error": 500,
-}
 # Nodes of the tree that group others and are not raised.
 GROUPS = {"PIMCError", "RequestError", "RasterError"}
 
@@ -47,10 +25,6 @@ def test_every_status_has_its_error_and_no_two_share_a_code() -> None:
     codes = [kind.code for kind in leaves]
     assert len(set(codes)) == len(codes)
     assert set(codes) == set(STATUS)
-
-
-def test_documented_codes_keep_their_status() -> None:
-    assert DOCUMENTED.items() <= dict(STATUS).items()
 
 
 def test_every_error_says_its_own_title() -> None:

@@ -114,7 +114,7 @@ def test_short_keys_are_counted_and_hashed_ones_are_not() -> None:
 
 
 def test_every_setting_is_documented_with_its_default() -> None:
-    page = (ROOT / "docs" / "configuration.md").read_text()
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text()
     rows = dict(re.findall(r"^\| `(PIMC_\w+)` \| (`[^`]*`|none) \|", page, re.MULTILINE))
     fields = {f"PIMC_{name.upper()}": field for name, field in Settings.model_fields.items()}
     assert set(rows) == set(fields)

@@ -152,7 +152,9 @@ def evaluate(
 
 @app.command()
 def ablate(
-    study: Annotated[str, typer.Argument(help="inputs, labels, ...: docs/training.md lists them.")],
+    study: Annotated[
+        str, typer.Argument(help="inputs, labels, ...: docs/how-to/train.md lists them.")
+    ],
     *,
     bundle: Annotated[
         str, typer.Option(help="Whose configuration the study changes.")

@@ -23,9 +23,9 @@ Ints = NDArray[np.int64]
 RESAMPLES = 1000
 _INTRODUCTION = """# Results
 
-Written by `python -m training evaluate` and `python -m training ablate`, which replace their own \
-sections ([training.md](training.md) says what each measures). Each row was scored on the same \
-pixels or patches as the others of its table, in places that no training saw.
+Written by `python -m training evaluate` and `python -m training ablate`; each replaces its own \
+sections ([how to train](how-to/train.md) describes them). All rows of a table were scored on the \
+same pixels or patches, at places that were held out from training.
 """
 
 

@@ -11,7 +11,7 @@ mounted read-only, with a tmpfs on `/tmp` and its volumes; it counts as ready wh
 `HEALTHCHECK` says so. An instruction that is not understood is an error.
 
 What this cannot show: the base image itself, layers and their cache, limits of memory and
-processors, seccomp, and networks. `docs/deploy.md` has the commands and what they printed.
+processors, seccomp, and networks. `docs/how-to/deploy.md` has the commands and what they printed.
 """
 
 from __future__ import annotations
