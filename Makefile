@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
-SOURCES := models service training pimc_client tests benchmarks docs docker
+SOURCES := models service training pimc_client tests benchmarks docs docker scripts
 
-.PHONY: demo serve test lint format bench docs clean
+.PHONY: demo serve test lint format client bench docs clean
 
 # The environment: torch first, so that nothing that depends on it picks another build.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -38,6 +38,10 @@ lint: $(VENV)/ready
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# The synchronous client of the SDK, from the asynchronous one.
+client: $(VENV)/ready
+	$(BIN)/python scripts/generate_sync_client.py
 
 # The documentation as a site, in build/site. Strict: a broken link fails.
 docs: $(VENV)/ready

@@ -1,37 +1,19 @@
-"""The client of PIMC, a service that maps land cover and forecasts vegetation from SITS.
+"""SDK of PIMC: land cover maps and vegetation forecasts from satellite image time series.
 
 ```python
 from pimc_client import Client
 
 with Client("http://127.0.0.1:8000") as pimc:
-    classes = pimc.classify_pixels(["2021-01-05.tif", "2021-01-15.tif"])
+    classes = pimc.classify_pixels("stack/")  # a folder, files, a zip or a pattern
     classes.array, classes.legend, classes.save("classes.tif")
 ```
 
-`AsyncClient` has the same methods, awaited. httpx and numpy are imported when they are first
+`AsyncClient` has the same methods, to be awaited. httpx and numpy are imported when they are first
 needed, so importing this package is quick.
 """
 
-from pimc_client.answers import (
-    About,
-    Embedding,
-    Forecast,
-    LegendClass,
-    Model,
-    Models,
-    ModelWindow,
-    PixelClass,
-    PointResult,
-    Raster,
-    Rasters,
-    Readiness,
-    Results,
-    ServiceWarning,
-    Summary,
-)
 from pimc_client.async_client import AsyncClient, AsyncJob
 from pimc_client.client import Client, Job
-from pimc_client.connection import __version__
 from pimc_client.errors import (
     BodyStalled,
     BodyTooLarge,
@@ -75,7 +57,25 @@ from pimc_client.errors import (
     WrongTask,
 )
 from pimc_client.inputs import Reference, Series
-from pimc_client.jobs import JobState
+from pimc_client.requests import __version__
+from pimc_client.results import (
+    About,
+    Embedding,
+    Forecast,
+    JobState,
+    LegendClass,
+    Model,
+    Models,
+    ModelWindow,
+    PixelClass,
+    PointResult,
+    Raster,
+    Rasters,
+    Readiness,
+    Results,
+    ServiceWarning,
+    Summary,
+)
 
 __all__ = [
     "About",

@@ -1,32 +1,20 @@
-"""The client, for code that awaits. The same as `client`, but for how it sends and waits."""
+"""The asynchronous client: `AsyncClient` and `AsyncJob`, which need asyncio.
+
+The synchronous client, `client.py`, is generated from this file by
+`scripts/generate_sync_client.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, overload
 
-from pimc_client import flows
-from pimc_client.answers import (
-    Embedding,
-    Forecast,
-    Model,
-    Models,
-    PixelClass,
-    PointResult,
-    Raster,
-    Rasters,
-    Readiness,
-    Results,
-    Summary,
-    new_file,
-)
-from pimc_client.calls import Reply, Request
-from pimc_client.connection import base_url_of, client_headers
-from pimc_client.flows import Flow
+from pimc_client import operations
 from pimc_client.inputs import (
     AnswerKind,
     ClassOutput,
     ClassOutputs,
+    Date,
     Files,
     JobOptions,
     Modality,
@@ -38,32 +26,53 @@ from pimc_client.inputs import (
     Task,
     WindowOptions,
 )
-from pimc_client.jobs import JobHandle, JobProgress
-from pimc_client.parse import Answer
+from pimc_client.operations import Operation
+from pimc_client.requests import Request, Response, base_url_of, client_headers
+from pimc_client.responses import TaskResult
+from pimc_client.results import (
+    Embedding,
+    Forecast,
+    JobHandle,
+    JobProgress,
+    Model,
+    Models,
+    PixelClass,
+    PointResult,
+    Raster,
+    Rasters,
+    Readiness,
+    Results,
+    Summary,
+    new_file,
+)
 from pimc_client.retry import RetryPolicy
 
 if TYPE_CHECKING:
-    from datetime import date
-
     import httpx
 
 T = TypeVar("T")
 
 
 class AsyncClient:
-    """`Client`, with every method awaited.
+    """A connection to the server; close it, or use it as a context manager.
 
-    Files are read by threads, so that the event loop goes on while they are sent. Needs asyncio.
+    The synchronous client may be shared between threads, the asynchronous one between the tasks of
+    one event loop. Every method raises a `ServiceError` if the server responds with an error, and a
+    `TransportError` if no response arrives. Imagery is sent piece by piece from disk, and large
+    results go to disk, so memory does not grow with the files.
 
     Args:
-        base_url: as for `Client`.
-        api_key: as for `Client`.
-        timeout: as for `Client`.
-        transport: as for `Client`, one of httpx's asynchronous ones.
-        retries: as for `Client`.
+        base_url: the server's address, such as `http://127.0.0.1:8000`, with any path before the
+            API's own.
+        api_key: the API key, if the server requires one.
+        timeout: seconds that the server may be silent; None waits for ever. Connecting has 10
+            seconds of its own. An `httpx.Timeout` sets each apart.
+        transport: an httpx transport in place of the network, for tests and special connections.
+        retries: how often a request is sent again that found no connection, or a server at
+            capacity. Files that cannot be rewound are sent once.
 
     Raises:
-        ValueError: a base URL that is none.
+        ValueError: a base URL that is not valid.
     """
 
     def __init__(
@@ -77,10 +86,12 @@ class AsyncClient:
     ) -> None:
         import httpx
 
-        from pimc_client.transports import AsyncRetryTransport, proxy_for, timeouts
+        from pimc_client.async_retry_transport import AsyncRetryTransport
+        from pimc_client.http import proxy_for, timeouts
 
         self._base_url = base_url_of(base_url)
-        inner = transport or httpx.AsyncHTTPTransport(proxy=proxy_for(self._base_url))
+        self._proxy = None if transport else proxy_for(self._base_url)
+        inner = transport or httpx.AsyncHTTPTransport(proxy=self._proxy)
         self._http = httpx.AsyncClient(
             base_url=self._base_url,
             headers=client_headers(api_key),
@@ -138,10 +149,24 @@ class AsyncClient:
         points: Points | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[WindowOptions],
-    ) -> Answer:
-        """`Client.classify_pixels`, awaited."""
+    ) -> TaskResult:
+        """A class for every pixel of a satellite image time series.
+
+        Args:
+            files: the GeoTIFF stack: paths, open binary files, `(name, bytes)`, or references.
+            outputs: `class` (the default), `confidence`, `entropy` or `probabilities`; one as
+                text, or a list.
+            points: answer for these pixels alone.
+            answer: `summary` for numbers in place of a raster.
+            **options: how to read the files, see `StackOptions`; `start` of the time window;
+                `progress` of the upload.
+
+        Returns:
+            A `Raster`; `Rasters` by name where `outputs` is a list; a `Summary`; or with `points`
+            a result for each.
+        """
         return await self.run(
-            flows.raster(
+            operations.raster(
                 "classify-pixels", files, outputs=outputs, points=points, answer=answer, **options
             )
         )
@@ -188,10 +213,23 @@ class AsyncClient:
         points: Points | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[WindowOptions],
-    ) -> Answer:
-        """`Client.forecast`, awaited."""
+    ) -> TaskResult:
+        """The next values of NDVI, EVI and SAVI for every pixel.
+
+        Args:
+            files: the GeoTIFF stack, as for `classify_pixels`.
+            horizon: how many steps ahead; else as far as the model reaches.
+            outputs: any of `q10`, `q50` (the default) and `q90`.
+            points: answer for these pixels alone.
+            answer: `summary` for numbers in place of a raster.
+            **options: as for `classify_pixels`.
+
+        Returns:
+            A `Raster` whose bands are `NDVI_2021-11-05_q50` and so on; a `Summary`; or with
+            `points` a result for each.
+        """
         return await self.run(
-            flows.raster(
+            operations.raster(
                 "forecast",
                 files,
                 horizon=horizon,
@@ -255,10 +293,22 @@ class AsyncClient:
         points: Points | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[StackOptions],
-    ) -> Answer:
-        """`Client.landcover`, awaited."""
+    ) -> TaskResult:
+        """EuroSAT land-cover labels from imagery, a label for each patch of 64 x 64 pixels.
+
+        Args:
+            files: imagery of one date or many, as for `classify_pixels`.
+            stride: pixels between labelled patches, 1 to 64 (the default); fewer is denser.
+            outputs: as for `classify_pixels`.
+            points: answer for the patches at these points alone.
+            answer: `summary` for numbers in place of a raster.
+            **options: as for `classify_pixels`, without `start`.
+
+        Returns:
+            As `classify_pixels`, on a grid `stride` times coarser.
+        """
         return await self.run(
-            flows.raster(
+            operations.raster(
                 "landcover",
                 files,
                 stride=stride,
@@ -311,10 +361,23 @@ class AsyncClient:
         points: Points | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[WindowOptions],
-    ) -> Answer:
-        """`Client.embed`, awaited."""
+    ) -> TaskResult:
+        """The PIMC embedding of every pixel or patch.
+
+        Args:
+            files: the GeoTIFF stack, as for `classify_pixels`.
+            modality: `pixel` (the default), from the time series; `patch`, from imagery.
+            stride: pixels between patches, for `patch` alone.
+            points: answer for these places alone.
+            answer: `summary` for numbers in place of a raster.
+            **options: as for `classify_pixels`; `start` for `pixel` alone.
+
+        Returns:
+            A `Raster` with a band for each dimension; a `Summary`; or with `points` a result for
+            each.
+        """
         return await self.run(
-            flows.raster(
+            operations.raster(
                 "embed",
                 files,
                 modality=modality,
@@ -332,10 +395,16 @@ class AsyncClient:
         series: Iterable[Series],
         *,
         model: str | None = None,
-        start: date | str | None = None,
+        start: Date | None = None,
     ) -> Results[PixelClass]:
-        """`Client.classify_series`, awaited."""
-        return await self.run(flows.classify_series(series, model=model, start=start))
+        """A class for each series, in order.
+
+        Args:
+            series: pixels or fields through time.
+            model: `name` or `name@version`; else the default of `classify-pixels`.
+            start: first day of the model's time window; else the card's rule.
+        """
+        return await self.run(operations.classify_series(series, model=model, start=start))
 
     async def forecast_series(
         self,
@@ -343,11 +412,18 @@ class AsyncClient:
         *,
         horizon: int | None = None,
         model: str | None = None,
-        start: date | str | None = None,
+        start: Date | None = None,
     ) -> Results[Forecast]:
-        """`Client.forecast_series`, awaited."""
+        """The next values of each series, in order.
+
+        Args:
+            series: pixels or fields through time.
+            horizon: how many steps ahead; else as far as the model reaches.
+            model: `name` or `name@version`; else the default of `forecast`.
+            start: first day of the model's time window; else the card's rule.
+        """
         return await self.run(
-            flows.forecast_series(series, horizon=horizon, model=model, start=start)
+            operations.forecast_series(series, horizon=horizon, model=model, start=start)
         )
 
     async def embed_series(
@@ -355,10 +431,16 @@ class AsyncClient:
         series: Iterable[Series],
         *,
         model: str | None = None,
-        start: date | str | None = None,
+        start: Date | None = None,
     ) -> Results[Embedding]:
-        """`Client.embed_series`, awaited."""
-        return await self.run(flows.embed_series(series, model=model, start=start))
+        """The embedding of each series, in order.
+
+        Args:
+            series: pixels or fields through time.
+            model: `name` or `name@version`; else the default of `embed`.
+            start: first day of the model's time window; else the card's rule.
+        """
+        return await self.run(operations.embed_series(series, model=model, start=start))
 
     # Jobs -----------------------------------------------------------------------------------------
 
@@ -416,31 +498,45 @@ class AsyncClient:
         answer: AnswerKind = "raster",
         **options: Unpack[JobOptions],
     ) -> AsyncJob[Any]:
-        """`Client.submit`, awaited."""
-        flow = flows.submit(task, files, outputs=outputs, points=points, answer=answer, **options)
-        return AsyncJob(self, await self.run(flow))
+        """Start a task and come back for its result later.
 
-    async def job(self, job_id: str) -> AsyncJob[Answer]:
+        Args:
+            task: `classify-pixels`, `forecast`, `landcover` or `embed`.
+            files: the GeoTIFF stack, as for `classify_pixels`.
+            outputs: as for the task's own method.
+            points: as for the task's own method.
+            answer: as for the task's own method.
+            **options: those of the task's own method, and `idempotency_key`.
+
+        Returns:
+            The job; `wait` gives what the task's own method would have given.
+        """
+        operation = operations.submit(
+            task, files, outputs=outputs, points=points, answer=answer, **options
+        )
+        return AsyncJob(self, await self.run(operation))
+
+    async def job(self, job_id: str) -> AsyncJob[TaskResult]:
         """A job by its id, such as one that another program submitted."""
-        return AsyncJob(self, await self.run(flows.job(job_id)))
+        return AsyncJob(self, await self.run(operations.job(job_id)))
 
-    async def jobs(self) -> list[AsyncJob[Answer]]:
+    async def jobs(self) -> list[AsyncJob[TaskResult]]:
         """Every job that the service has."""
-        return [AsyncJob(self, handle) for handle in await self.run(flows.jobs())]
+        return [AsyncJob(self, handle) for handle in await self.run(operations.jobs())]
 
     # The service ----------------------------------------------------------------------------------
 
     async def models(self) -> Models:
         """The models that the service has, and which answers where none is named."""
-        return await self.run(flows.models())
+        return await self.run(operations.models())
 
     async def model(self, name: str) -> Model:
         """One model's card, by `name` or `name@version`."""
-        return await self.run(flows.model(name))
+        return await self.run(operations.model(name))
 
     async def ready(self) -> Readiness:
         """Whether the service can answer; true or false, with what it says of itself."""
-        return await self.run(flows.ready())
+        return await self.run(operations.ready())
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -455,32 +551,31 @@ class AsyncClient:
     def __repr__(self) -> str:
         return f"<AsyncClient of {self._base_url}>"
 
-    # Doing what flows say -------------------------------------------------------------------------
+    # Running operations ---------------------------------------------------------------------------
 
-    async def run(self, flow: Flow[T]) -> T:
-        """Make the requests of a flow and give it the replies; every method is one such run."""
-        import asyncio  # slow to import, and who uses `Client` needs none of it
+    async def run(self, operation: Operation[T]) -> T:
+        """Send the requests of an operation, and hand it the responses; every method is one."""
+        import asyncio  # slow to import, and `import pimc_client` need not wait for it
 
         try:
-            request = next(flow)
+            request = next(operation)
             while True:
                 await asyncio.sleep(request.delay)
-                request = flow.send(await self._send(request))
+                request = operation.send(await self._send(request))
         except StopIteration as end:
             return cast("T", end.value)
 
-    async def _send(self, request: Request) -> Reply:
-        from pimc_client.transports import AsyncBody, extensions, our_errors
+    async def _send(self, request: Request) -> Response:
+        from pimc_client.http import extensions, translated_errors
 
         body = new_file()
-        content = None if request.body is None else AsyncBody(request.body)
         try:
-            with our_errors(self._base_url):
+            with translated_errors(self._base_url, self._proxy):
                 async with self._http.stream(
                     request.method,
                     request.path,
                     headers=request.all_headers(),
-                    content=content,
+                    content=request.acontent(),
                     extensions=extensions(request),
                 ) as response:
                     async for piece in response.aiter_bytes():
@@ -488,7 +583,7 @@ class AsyncClient:
         except BaseException:
             body.close()
             raise
-        return Reply(status=response.status_code, headers=response.headers, body=body)
+        return Response(status=response.status_code, headers=response.headers, body=body)
 
 
 class AsyncJob(JobHandle[T]):
@@ -500,12 +595,26 @@ class AsyncJob(JobHandle[T]):
 
     async def refresh(self) -> AsyncJob[T]:
         """Ask the service how the job stands."""
-        await self._client.run(flows.refresh(self))
+        await self._client.run(operations.refresh(self))
         return self
 
     async def wait(self, progress: JobProgress | None = None, timeout: float | None = None) -> T:
-        """`Job.wait`, awaited."""
-        answer = await self._client.run(flows.wait(self, progress, timeout))
+        """Wait until the job has ended.
+
+        Args:
+            progress: called with the percentage done whenever it has changed.
+            timeout: seconds to wait at most; None waits for ever.
+
+        Returns:
+            The result.
+
+        Raises:
+            ServiceError: what went wrong in the job.
+            JobFailed: it failed and the service does not say why.
+            JobDismissed: it was cancelled.
+            WaitTimedOut: it goes on; `wait` may be called again.
+        """
+        answer = await self._client.run(operations.wait(self, progress, timeout))
         return cast("T", answer)
 
     @overload
@@ -513,10 +622,15 @@ class AsyncJob(JobHandle[T]):
     @overload
     async def result(self, output: str) -> Raster: ...
     async def result(self, output: str | None = None) -> T | Raster:
-        """`Job.result`, awaited."""
-        answer = await self._client.run(flows.result(self, output))
+        """The result of a job that has ended, or one output of it.
+
+        Raises:
+            ResultNotReady: it has not ended.
+            ServiceError, JobFailed, JobDismissed: as `wait`.
+        """
+        answer = await self._client.run(operations.result(self, output))
         return cast("T", answer)
 
     async def cancel(self) -> None:
         """End the job; what it has done is lost."""
-        await self._client.run(flows.cancel(self))
+        await self._client.run(operations.cancel(self))

@@ -1,32 +1,51 @@
-"""The `pimc` command: one subcommand for each method of `Client`."""
+"""The `pimc` command: the client's methods as subcommands."""
 
 # No `from __future__ import annotations` here: typer needs the types at run time.
+import functools
+import inspect
 import json
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, TypeVar
 
-import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        SpinnerColumn,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TransferSpeedColumn,
+    )
+    from rich.table import Column, Table
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] not in {"typer", "rich"}:
+        raise
+    sys.exit(
+        "the pimc command needs typer and rich, which are not installed: "
+        "pip install 'pimc-client[command]'"
+    )
 
-from pimc_client import __version__, flows
-from pimc_client.answers import Raster, Rasters, Results, Summary
-from pimc_client.bodies import Progress as Report
+from pimc_client import operations
 from pimc_client.client import Client
-from pimc_client.inputs import Layout, MaskRule, Modality, Task
-from pimc_client.parse import Answer
+from pimc_client.errors import PIMCError
+from pimc_client.inputs import Layout, MaskRule, Modality, Series, Task
+from pimc_client.requests import __version__
+from pimc_client.responses import TaskResult
+from pimc_client.results import JobHandle, Raster, Rasters, Results, Summary
+from pimc_client.tables import csv_text, flat_record, series_of_file
+from pimc_client.uploads import Progress as UploadProgress
+from pimc_client.uploads import decoded_name
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="pimc",
@@ -35,290 +54,641 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+jobs_app = typer.Typer(
+    help="List the server's jobs, show one, fetch its result, or cancel it.",
+    invoke_without_command=True,
+)
+app.add_typer(jobs_app, name="jobs")
 
-Files = Annotated[
-    list[Path], typer.Argument(help="The GeoTIFF stack.", exists=True, dir_okay=False)
+STANDARD_OUTPUT = Path("-")
+
+# Arguments and options, in the order in which help lists them.
+Stack = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="FILE...",
+        help="GeoTIFFs of the stack: files, folders (all rasters in them), zips, or patterns such "
+        "as 'stack/*.tif'.",
+        show_default=False,
+    ),
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", "-o", help="File to write; a folder where several are asked for."),
+    typer.Option(
+        "--out",
+        "-o",
+        help="File to write, or folder if several outputs are requested; '-' writes to standard "
+        "output.",
+    ),
 ]
-Outputs = Annotated[
+ClassOutputs = Annotated[
     str | None,
-    typer.Option("--output", help="Any of class, confidence, entropy, probabilities; with commas."),
+    typer.Option(
+        "--output", help="Comma-separated: class (default), confidence, entropy, probabilities."
+    ),
 ]
 Quantiles = Annotated[
-    str | None, typer.Option("--output", help="Any of q10, q50, q90; with commas.")
+    str | None, typer.Option("--output", help="Comma-separated: q10, q50 (default), q90.")
 ]
-InNumbers = Annotated[bool, typer.Option("--summary", help="Print numbers, as JSON.")]
+AsSummary = Annotated[bool, typer.Option("--summary", help="Return a summary as JSON, no raster.")]
 PointsFile = Annotated[
     Path | None,
     typer.Option(
         "--points",
-        help="GeoJSON file of points: answer for these alone, as JSON.",
+        help="GeoJSON or CSV file of points (columns lon and lat, in degrees): return results for "
+        "these pixels alone, as JSON.",
         exists=True,
         dir_okay=False,
     ),
 ]
-ModelName = Annotated[str | None, typer.Option("--model", help="name or name@version.")]
-LayoutOption = Annotated[Layout | None, typer.Option("--layout", help="What a file holds.")]
-Dates = Annotated[str | None, typer.Option("--dates", help="ISO dates, with commas.")]
+AsJob = Annotated[
+    bool, typer.Option("--job", help="Start a background job and print its id; see 'pimc jobs'.")
+]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="name or name@version, from 'pimc models'.")
+]
+LayoutOption = Annotated[
+    Layout | None, typer.Option("--layout", help="How dates and bands are spread over the files.")
+]
+Dates = Annotated[str | None, typer.Option("--dates", help="Comma-separated ISO dates, in order.")]
 Bands = Annotated[
-    str | None, typer.Option("--bands", help="Sentinel-2 bands in band order, with commas.")
+    str | None,
+    typer.Option("--bands", help="Comma-separated Sentinel-2 band names, in band order."),
 ]
-Scale = Annotated[float | None, typer.Option("--scale", help="Reflectance = value x scale + …")]
-Offset = Annotated[float | None, typer.Option("--offset", help="… offset.")]
-Mask = Annotated[MaskRule | None, typer.Option("--mask", help="How clouds are told.")]
-Start = Annotated[str | None, typer.Option("--start", help="First day of the model's window.")]
-Stride = Annotated[int | None, typer.Option("--stride", help="Pixels between patches.")]
-Horizon = Annotated[int | None, typer.Option("--horizon", help="Steps ahead.")]
+Scale = Annotated[
+    float | None, typer.Option("--scale", help="Reflectance = value x scale + offset.")
+]
+Offset = Annotated[
+    float | None, typer.Option("--offset", help="Reflectance = value x scale + offset.")
+]
+Mask = Annotated[
+    MaskRule | None,
+    typer.Option(
+        "--mask",
+        help="How cloudy pixels are identified: scl by the scene classification band, none by "
+        "nodata alone.",
+    ),
+]
+Start = Annotated[
+    str | None, typer.Option("--start", help="First day of the model's time window, as ISO date.")
+]
+Stride = Annotated[
+    int | None, typer.Option("--stride", help="Pixels between patches, 1 to 64 (default).")
+]
+Horizon = Annotated[
+    int | None, typer.Option("--horizon", help="Steps ahead; default: the model's maximum.")
+]
 ModalityOption = Annotated[
-    Modality | None, typer.Option("--modality", help="From time series or from imagery.")
+    Modality | None,
+    typer.Option("--modality", help="Embeddings of pixel time series (default) or of patches."),
 ]
-AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
+URL_HELP = "Base URL of the server; also accepted after the subcommand."
+KEY_HELP = "API key, if the server requires one; also accepted after the subcommand."
+TIMEOUT_HELP = "Seconds that the server may be silent; also accepted after the subcommand."
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def main() -> None:
+    """Run the command; exit with status 1 and one line on an error."""
+    try:
+        app()
+    # A `ValueError` or `OSError` is about the user's input or files; so is a damaged zip.
+    except (PIMCError, OSError, ValueError, zipfile.BadZipFile) as error:
+        sys.exit(f"pimc: {' '.join(str(error).split())}")
+
+
+# --- options that subcommands share ---------------------------------------------------------------
+
+
+def _with(**shared: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the options of other functions to a subcommand.
+
+    Args:
+        **shared: functions whose parameters become options; what each returns becomes the
+            subcommand's argument of that name.
+    """
+    signatures = {name: inspect.signature(function) for name, function in shared.items()}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command).parameters.values()
+        added = [p for signature in signatures.values() for p in signature.parameters.values()]
+        parameters = {p.name: p for p in [*own, *added] if p.name not in shared}
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:  # noqa: ANN401 (any option)
+            mine = {p.name: values[p.name] for p in own if p.name in values}
+            given = {
+                name: function(**{key: values[key] for key in signatures[name].parameters})
+                for name, function in shared.items()
+            }
+            command(**mine, **given)
+
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined] # `inspect` reads it
+            [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
+        )
+        return run
+
+    return decorate
+
+
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"pimc {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def connect(
+def connection(
     context: typer.Context,
-    url: Annotated[
-        str, typer.Option(envvar="PIMC_URL", help="Where the service is.")
-    ] = "http://127.0.0.1:8000",
-    api_key: Annotated[
-        str | None, typer.Option(envvar="PIMC_API_KEY", help="The key, where it asks for one.")
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option(help="Seconds that the service may be silent.", min=0)
-    ] = 600.0,
+    url: Annotated[str, typer.Option(envvar="PIMC_URL", help=URL_HELP)] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(envvar="PIMC_API_KEY", help=KEY_HELP)] = None,
+    timeout: Annotated[float, typer.Option(help=TIMEOUT_HELP, min=0)] = 600.0,
     version: Annotated[  # noqa: ARG001 (its callback has done the work)
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Land cover and vegetation forecasts from satellite image time series."""
-    context.obj = context.with_resource(Client(url, api_key=api_key, timeout=timeout))
+    context.obj = {"url": url, "api_key": api_key, "timeout": timeout}
+
+
+def _client(
+    context: typer.Context,
+    url: Annotated[str | None, typer.Option(help="Base URL of the server.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds that the server may be silent.", min=0)
+    ] = None,
+) -> Client:
+    """A client by the options after the subcommand, and by those before it where these lack."""
+    after = {"url": url, "api_key": api_key, "timeout": timeout}
+    given: dict[str, Any] = {
+        name: context.obj[name] if value is None else value for name, value in after.items()
+    }
+    context.obj |= given  # of `jobs --url …`, for the subcommand of `jobs`
+    options = {"api_key": given["api_key"], "timeout": given["timeout"]}
+    client: Client = context.with_resource(Client(given["url"], **options))
+    return client
+
+
+def _reading(
+    model: ModelName = None,
+    layout: LayoutOption = None,
+    dates: Dates = None,
+    bands: Bands = None,
+    scale: Scale = None,
+    offset: Offset = None,
+    mask: Mask = None,
+) -> dict[str, Any]:
+    """The options that every raster request takes."""
+    return {
+        "model": model, "layout": layout, "dates": dates, "bands": bands, "scale": scale,
+        "offset": offset, "mask": mask,
+    }  # fmt: skip
+
+
+class _Delivery:
+    """Where a result goes, checked before anything is sent.
+
+    Raises:
+        typer.BadParameter: the output options exclude each other, or the path cannot be written.
+    """
+
+    def __init__(
+        self,
+        out: Out = None,
+        summary: AsSummary = False,
+        points: PointsFile = None,
+        job: AsJob = False,
+    ) -> None:
+        self.out, self.summary, self.points, self.job = out, summary, points, job
+
+    def check(self, outputs: str | list[str] | None) -> None:
+        """Refuse a combination of options, or a path that cannot be written."""
+        if self.summary and self.points is not None:
+            raise typer.BadParameter("--summary and --points exclude each other: leave one out")
+        if self.job:
+            if self.out is not None:
+                raise typer.BadParameter(
+                    "--job returns before there is a result: leave -o out, and later run "
+                    "'pimc jobs result ID -o FILE'"
+                )
+            return
+        if not self.is_raster:
+            if self.out is not None and self.out != STANDARD_OUTPUT:
+                _check_file(self.out)
+            return
+        if self.out is None:
+            raise typer.BadParameter(
+                "the result is a raster: name the file to write with -o, or use --summary, "
+                "--points or --job"
+            )
+        _check_raster_target(self.out, several=isinstance(outputs, list))
+
+    @property
+    def is_raster(self) -> bool:
+        """Whether the result is one raster or several."""
+        return not self.summary and self.points is None
 
 
 @app.command("classify-pixels")
+@_with(delivery=_Delivery, reading=_reading, client=_client)
 def classify_pixels(
-    context: typer.Context,
-    files: Files,
-    out: Out = None,
-    output: Outputs = None,
-    summary: InNumbers = False,
-    points: PointsFile = None,
-    model: ModelName = None,
-    layout: LayoutOption = None,
-    dates: Dates = None,
-    bands: Bands = None,
-    scale: Scale = None,
-    offset: Offset = None,
-    mask: Mask = None,
+    files: Stack,
+    *,
+    delivery: _Delivery,
+    output: ClassOutputs = None,
     start: Start = None,
+    reading: dict[str, Any],
+    client: Client,
 ) -> None:
-    """A class for every pixel of a satellite image time series."""
-    _raster(context, "classify-pixels", files, out, points, summary=summary, options={
-        "outputs": _outputs(output), "model": model, "layout": layout, "dates": dates,
-        "bands": bands, "scale": scale, "offset": offset, "mask": mask, "start": start,
-    })  # fmt: skip
+    """Predict a class for every pixel of a satellite image time series."""
+    _raster(client, "classify-pixels", files, delivery, _outputs(output), start=start, **reading)
 
 
 @app.command()
+@_with(delivery=_Delivery, reading=_reading, client=_client)
 def forecast(
-    context: typer.Context,
-    files: Files,
-    out: Out = None,
-    horizon: Horizon = None,
+    files: Stack,
+    *,
+    delivery: _Delivery,
     output: Quantiles = None,
-    summary: InNumbers = False,
-    points: PointsFile = None,
-    model: ModelName = None,
-    layout: LayoutOption = None,
-    dates: Dates = None,
-    bands: Bands = None,
-    scale: Scale = None,
-    offset: Offset = None,
-    mask: Mask = None,
+    horizon: Horizon = None,
     start: Start = None,
+    reading: dict[str, Any],
+    client: Client,
 ) -> None:
-    """The next values of NDVI, EVI and SAVI for every pixel."""
-    _raster(context, "forecast", files, out, points, summary=summary, options={
-        "outputs": _outputs(output), "horizon": horizon, "model": model, "layout": layout,
-        "dates": dates, "bands": bands, "scale": scale, "offset": offset, "mask": mask,
-        "start": start,
-    })  # fmt: skip
+    """Forecast NDVI, EVI and SAVI for every pixel."""
+    # Quantiles are bands of one file, so several of them are no several outputs.
+    options = {"horizon": horizon, "start": start, **reading}
+    _raster(client, "forecast", files, delivery, output, **options)
 
 
 @app.command()
+@_with(delivery=_Delivery, reading=_reading, client=_client)
 def landcover(
-    context: typer.Context,
-    files: Files,
-    out: Out = None,
+    files: Stack,
+    *,
+    delivery: _Delivery,
+    output: ClassOutputs = None,
     stride: Stride = None,
-    output: Outputs = None,
-    summary: InNumbers = False,
-    points: PointsFile = None,
-    model: ModelName = None,
-    layout: LayoutOption = None,
-    dates: Dates = None,
-    bands: Bands = None,
-    scale: Scale = None,
-    offset: Offset = None,
-    mask: Mask = None,
+    reading: dict[str, Any],
+    client: Client,
 ) -> None:
-    """EuroSAT land-cover labels from imagery."""
-    _raster(context, "landcover", files, out, points, summary=summary, options={
-        "outputs": _outputs(output), "stride": stride, "model": model, "layout": layout,
-        "dates": dates, "bands": bands, "scale": scale, "offset": offset, "mask": mask,
-    })  # fmt: skip
+    """Predict EuroSAT land-cover labels from imagery, one per patch of 64 x 64 pixels."""
+    _raster(client, "landcover", files, delivery, _outputs(output), stride=stride, **reading)
 
 
 @app.command()
+@_with(delivery=_Delivery, reading=_reading, client=_client)
 def embed(
-    context: typer.Context,
-    files: Files,
-    out: Out = None,
+    files: Stack,
+    *,
+    delivery: _Delivery,
     modality: ModalityOption = None,
     stride: Stride = None,
-    summary: InNumbers = False,
-    points: PointsFile = None,
-    model: ModelName = None,
-    layout: LayoutOption = None,
-    dates: Dates = None,
-    bands: Bands = None,
-    scale: Scale = None,
-    offset: Offset = None,
-    mask: Mask = None,
     start: Start = None,
+    reading: dict[str, Any],
+    client: Client,
 ) -> None:
-    """The PIMC embedding of every pixel or patch."""
-    _raster(context, "embed", files, out, points, summary=summary, options={
-        "modality": modality, "stride": stride, "model": model, "layout": layout,
-        "dates": dates, "bands": bands, "scale": scale, "offset": offset, "mask": mask,
-        "start": start,
-    })  # fmt: skip
+    """Compute the PIMC embedding of every pixel or patch."""
+    options = {"modality": modality, "stride": stride, "start": start, **reading}
+    _raster(client, "embed", files, delivery, None, **options)
 
 
 @app.command()
-def models(context: typer.Context, as_json: AsJSON = False) -> None:
-    """The models that the service has."""
-    served = _client(context).models()
+@_with(client=_client)
+def series(
+    task: Annotated[
+        Literal["classify-pixels", "forecast", "embed"],
+        typer.Argument(help="classify-pixels, forecast or embed.", show_default=False),
+    ],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="CSV with one row per observation (columns id, date, and one per band, such as "
+            "B02), or JSON with a list of series.",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="File to write: CSV if it ends in .csv, else JSON; default: print."
+        ),
+    ] = None,
+    model: ModelName = None,
+    horizon: Horizon = None,
+    start: Start = None,
+    client: Client,
+) -> None:
+    """Run a task on pixel or field series of a file, without a raster."""
+    if out is not None and out != STANDARD_OUTPUT:
+        _check_file(out)
+    if horizon is not None and task != "forecast":
+        raise typer.BadParameter(f"--horizon belongs to forecast, not to {task}")
+    given = [Series(id=s.id, dates=s.dates, **s.bands) for s in series_of_file(file)]
+    options = {"horizon": horizon} if task == "forecast" else {}
+    found = client.run(operations.series(task, given, dict, model=model, start=start, **options))
+    _print_warnings(found)
+    _write_records(found, out)
+
+
+# --- jobs -----------------------------------------------------------------------------------------
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of the job.", show_default=False)]
+
+
+@jobs_app.callback()
+@_with(client=_client)
+def jobs(context: typer.Context, *, as_json: AsJSON = False, client: Client) -> None:
+    """List the server's jobs, show one, fetch its result, or cancel it."""
+    if context.invoked_subcommand is not None:
+        return
+    listed = client.jobs()
+    if as_json:
+        _print_json([dict(job.state.document) for job in listed])
+        return
+    rows = [
+        (
+            job.id,
+            job.task,
+            job.status,
+            f"{job.progress:g} %",
+            f"{job.state.created:%Y-%m-%d %H:%M}" if job.state.created else "",
+        )
+        for job in listed
+    ]
+    _print_table(("id", "task", "status", "progress", "created"), rows)
+
+
+@jobs_app.command("show")
+@_with(client=_client)
+def show_job(job: JobId, *, client: Client) -> None:
+    """Print a job's state as JSON."""
+    _print_json(dict(client.job(job).state.document))
+
+
+@jobs_app.command("result")
+@_with(client=_client)
+def job_result(
+    job: JobId,
+    *,
+    out: Out = None,
+    output: Annotated[
+        str | None, typer.Option("--output", help="One output of several, such as confidence.")
+    ] = None,
+    client: Client,
+) -> None:
+    """Wait for a job and write its result: rasters to a file or folder, JSON to the terminal."""
+    if out is not None:
+        _check_raster_target(out, several=False)
+    with _bar("running", percent=True) as bar:
+        found = client.job(job)
+        result = found.wait(progress=lambda done: bar(int(done), 100))
+    if output is not None:
+        result = found.result(output)
+    if isinstance(result, Raster | Rasters) and out is None:
+        raise typer.BadParameter("the result is a raster: name the file to write with -o")
+    _print_warnings(result)
+    _deliver(result, out)
+
+
+@jobs_app.command("cancel")
+@_with(client=_client)
+def cancel_job(job: JobId, *, client: Client) -> None:
+    """Cancel a job; its unfinished work is lost."""
+    found = client.job(job)
+    found.cancel()
+    typer.echo(f"{found.id} {found.status}")
+
+
+# --- the server -----------------------------------------------------------------------------------
+
+
+@app.command()
+@_with(client=_client)
+def models(*, as_json: AsJSON = False, client: Client) -> None:
+    """List the server's models."""
+    served = client.models()
     if as_json:
         _print_json([dict(card.card) for card in served])
         return
     tasks = {name: task for task, name in served.defaults.items()}
-    table = Table("model", "task", "bands", "classes", "default of")
-    for card in served:
-        default = tasks.get(card.name, "")
-        table.add_row(
-            card.id, card.task, " ".join(card.bands), str(len(card.classes) or ""), default
+    rows = [
+        (
+            card.id,
+            card.task,
+            " ".join(card.bands),
+            str(len(card.classes) or ""),
+            tasks.get(card.name, ""),
         )
-    Console().print(table)
+        for card in served
+    ]
+    _print_table(("model", "task", "bands", "classes", "default of"), rows, wrapped="bands")
 
 
 @app.command()
+@_with(client=_client)
 def model(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(help="name or name@version.")],
+    name: Annotated[
+        str, typer.Argument(help="name or name@version, from 'pimc models'.", show_default=False)
+    ],
+    *,
+    client: Client,
 ) -> None:
-    """A model's card, as JSON."""
-    _print_json(_client(context).model(name).card)
+    """Print a model's card as JSON."""
+    _print_json(client.model(name).card)
 
 
 @app.command()
-def ready(context: typer.Context) -> None:
-    """Whether the service can answer; exits 1 where it cannot."""
-    found = _client(context).ready()
+@_with(client=_client)
+def ready(*, client: Client) -> None:
+    """Check that the server is ready; exits with status 1 if it is not."""
+    found = client.ready()
     if not found:
         sys.exit(f"pimc: not ready: {found.detail}")
     typer.echo(f"ready on {found.provider}: {', '.join(found.models)}")
 
 
-def _client(context: typer.Context) -> Client:
-    return cast("Client", context.obj)
+# --- running a task -------------------------------------------------------------------------------
 
 
 def _outputs(text: str | None) -> str | list[str] | None:
-    """One output as text, several as a list, as `Client` has it."""
+    """One output as text, several as a list, as `Client` takes them."""
     names = [] if text is None else [name.strip() for name in text.split(",")]
     return names if len(names) > 1 else (names[0] if names else None)
 
 
 def _raster(
-    context: typer.Context,
+    client: Client,
     task: Task,
     files: Sequence[Path],
-    out: Path | None,
-    points: Path | None,
-    *,
-    summary: bool,
-    options: Mapping[str, Any],
+    delivery: _Delivery,
+    outputs: str | list[str] | None,
+    **options: Any,  # noqa: ANN401 (any option of `build_raster`)
 ) -> None:
-    """Send a task's files, and write or print the answer."""
-    prints = summary or points is not None
-    if prints == (out is not None):
-        say = "prints: leave -o out" if prints else "is a file: say where with -o"
-        raise typer.BadParameter(f"the answer {say}")
-    where = None if points is None else json.loads(points.read_text(encoding="utf-8"))
-    with _upload_bar() as report:
-        answer = _client(context).run(
-            flows.raster(
-                task,
-                files,
-                points=where,
-                answer="summary" if summary else "raster",
-                progress=report,
-                **options,
+    """Send a task's files, and write or print the result."""
+    delivery.check(outputs)
+    given = {
+        **options,
+        "outputs": outputs,
+        "points": delivery.points,
+        "answer": "summary" if delivery.summary else "raster",
+    }
+    with _bar("sending") as report:
+        if delivery.job:
+            job: JobHandle[Any] = client.run(
+                operations.submit(task, files, progress=report, **given)
             )
+        else:
+            result = client.run(operations.raster(task, files, progress=report, **given))
+    if delivery.job:
+        typer.echo(job.id)
+        return
+    _print_warnings(result)
+    _deliver(result, delivery.out)
+
+
+def _check_raster_target(out: Path, *, several: bool) -> None:
+    if out == STANDARD_OUTPUT:
+        if sys.stdout.isatty():
+            raise typer.BadParameter(
+                "-o - writes the file to standard output, which is a terminal: redirect it, as in "
+                "'-o - > class.tif'"
+            )
+    elif several:
+        _check_folder(out)
+    elif not out.is_dir():  # into a folder, the raster goes by its own name
+        _check_file(out)
+
+
+def _check_folder(out: Path) -> None:
+    if out.suffix.lower() in {".tif", ".tiff"} or (out.exists() and not out.is_dir()):
+        raise typer.BadParameter(
+            f"-o {_shown(out)}: several outputs are written into a folder, and this is a file; "
+            "name a folder"
         )
-    for warning in answer.warnings:
-        typer.echo(f"pimc: {warning}", err=True)
-    _deliver(answer, out)
+    # `save` makes the folders that are missing, below the first that exists.
+    existing = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise typer.BadParameter(f"-o {_shown(out)}: no permission to write in {_shown(existing)}")
 
 
-def _deliver(answer: Answer, out: Path | None) -> None:
-    if isinstance(answer, Summary):
-        _print_json(dict(answer))
-    elif isinstance(answer, Results):
-        _print_json([{"lon": p.lon, "lat": p.lat, **p.properties} for p in answer])
+def _check_file(out: Path) -> None:
+    folder = out.absolute().parent
+    if out.is_dir():
+        raise typer.BadParameter(f"-o {_shown(out)} is a folder: name a file")
+    if not folder.is_dir():
+        raise typer.BadParameter(
+            f"-o {_shown(out)}: the folder {_shown(folder)} does not exist; make it first"
+        )
+    if not os.access(folder, os.W_OK):
+        raise typer.BadParameter(f"-o {_shown(out)}: no permission to write in {_shown(folder)}")
+
+
+def _deliver(result: TaskResult, out: Path | None) -> None:
+    if isinstance(result, Summary):
+        _write_text(_json(dict(result)), out)
+    elif isinstance(result, Results):
+        _write_records([{"lon": p.lon, "lat": p.lat, **p.properties} for p in result], out)
+    elif out == STANDARD_OUTPUT:
+        result.copy_to(sys.stdout.buffer)
     elif out is not None:
-        _save(answer, out)
+        _save(result, out)
 
 
-def _save(answer: Raster | Rasters, out: Path) -> None:
-    saved = [answer.save(out)] if isinstance(answer, Raster) else answer.save(out)
+def _save(result: Raster | Rasters, out: Path) -> None:
+    if isinstance(result, Rasters):
+        _check_folder(out)  # of a job, only the result shows that there are several
+        saved = result.save(out)
+    else:
+        saved = [result.save(out / f"{result.name}.tif" if out.is_dir() else out)]
     for path in saved:
-        typer.echo(f"{path} ({answer.model})")
+        typer.echo(f"{_shown(path)} ({result.model})")
+
+
+def _write_records(records: list[dict[str, Any]], out: Path | None) -> None:
+    if out is not None and out.suffix.lower() == ".csv":
+        _write_text(csv_text([flat_record(record) for record in records]), out)
+    else:
+        _write_text(_json(records), out)
+
+
+def _write_text(text: str, out: Path | None) -> None:
+    if out is None or out == STANDARD_OUTPUT:
+        typer.echo(text)
+        return
+    out.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
+    typer.echo(_shown(out), err=True)
+
+
+def _json(document: object) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False)
 
 
 def _print_json(document: object) -> None:
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    typer.echo(_json(document))
+
+
+def _print_warnings(result: TaskResult | Results[Any]) -> None:
+    for warning in result.warnings:
+        typer.echo(f"pimc: {warning}", err=True)
+
+
+def _print_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], wrapped: str | None = None
+) -> None:
+    """Print a table in which no word is cut off: on a narrow terminal, its lines are longer.
+
+    Args:
+        header: names of the columns.
+        rows: their cells.
+        wrapped: the column whose cells may take several lines.
+    """
+    columns = [Column(name, no_wrap=name != wrapped) for name in header]
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    whole = [
+        max(len(part) for cell in cells for part in (cell.split() if name == wrapped else [cell]))
+        for name, cells in zip(header, zip(header, *rows, strict=True), strict=True)
+    ]
+    console = Console()
+    console.width = max(console.width, sum(width + 2 for width in whole))
+    console.print(table)
+
+
+def _shown(path: Path) -> str:
+    """A path that any terminal can print."""
+    return decoded_name(str(path))
 
 
 @contextmanager
-def _upload_bar() -> Iterator[Report]:
-    """A bar on the terminal while files are sent, then a sign of life while the service works."""
+def _bar(label: str, *, percent: bool = False) -> Iterator[UploadProgress]:
+    """A progress bar on the terminal: of the upload, then of the time that the server takes."""
     console = Console(stderr=True)
+    measured = (TaskProgressColumn(),) if percent else (DownloadColumn(), TransferSpeedColumn())
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *measured,
         TimeElapsedColumn(),
     )
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bars:
-        bar = bars.add_task("sending", total=None)
+        bar = bars.add_task(label, total=None)
 
-        def report(sent: int, total: int | None) -> None:
-            doing = "computing" if sent == total else "sending"
-            bars.update(bar, completed=sent, total=total, description=doing)
+        def report(done: int, total: int | None) -> None:
+            doing = "computing" if done == total and not percent else label
+            bars.update(bar, completed=done, total=total, description=doing)
 
         yield report
+
+
+if __name__ == "__main__":
+    main()

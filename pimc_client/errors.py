@@ -1,21 +1,21 @@
-"""What can go wrong, as exceptions; one class a code of the service.
+"""Exceptions of the SDK: one class for each error code of the server.
 
-    your files → Client → transport → service → answer → Raster, Results, Summary, Job
+    your files → Client → transport → server → response → Raster, Results, Summary, Job
                  │        │           │         │                                  │
                  ValueError           │         UnexpectedAnswer, GeoTIFFError     JobFailed, …
                           TransportError
                                       ServiceError
 
     PIMCError
-    ├── TransportError             no answer came: not reached, broken off, too slow
+    ├── TransportError             no response: not reached, broken off, too slow
     │   ├── ConnectionFailed
     │   └── TimedOut
-    ├── UnexpectedAnswer           an answer that is none of this service's
-    ├── GeoTIFFError               a TIFF that `Raster.array` does not decode
-    ├── JobError                   a job that brings no result
+    ├── UnexpectedAnswer           a response that no route of the server sends
+    ├── GeoTIFFError               a result that `Raster.array` cannot decode
+    ├── JobError                   a job without a result
     │   ├── JobFailed, JobDismissed
-    │   └── WaitTimedOut           still running after the time you gave it
-    └── ServiceError               the service said no: status, code, detail, request_id, errors
+    │   └── WaitTimedOut           still running at the end of the time limit
+    └── ServiceError               an error response: status, code, detail, request_id, errors
         ├── RequestError
         │   ├── InvalidRequest, WrongTask, UnsupportedMedia, NotAcceptable
         │   ├── Unauthorized
@@ -28,13 +28,13 @@
         │   ├── MissingBands, MissingDates, TooFewDates
         │   ├── ImplausibleReflectance
         │   └── RasterTooLarge
-        ├── Overloaded             nothing was started; `retry_after` says when to come back
-        ├── InsufficientStorage    the service's disk is full
-        ├── NotReady               the models are still being loaded; likewise
-        └── InternalError          the service's fault; its log has the request id
+        ├── Overloaded             at capacity, nothing was started; see `retry_after`
+        ├── InsufficientStorage    the server's disk is full
+        ├── NotReady               the models are being loaded; see `retry_after`
+        └── InternalError          a fault of the server; its log has the request id
 
-A code that this version does not know is a plain `ServiceError` with that `code`. Mistakes seen
-before anything is sent are Python's own: `ValueError`, `TypeError`, `FileNotFoundError`.
+An error code that this version lacks is raised as a plain `ServiceError` with that `code`. Mistakes
+found before anything is sent are Python's own: `ValueError`, `TypeError`, `FileNotFoundError`.
 """
 
 from __future__ import annotations
@@ -63,27 +63,27 @@ class PIMCError(Exception):
 
 
 class TransportError(PIMCError):
-    """No answer came; the cause is httpx's own error."""
+    """No response arrived; `__cause__` is httpx's own error."""
 
 
 class ConnectionFailed(TransportError):
-    """The service was not reached, or the connection broke off."""
+    """The server was not reached, or the connection broke."""
 
 
 class TimedOut(TransportError):
-    """The service took longer than the client's `timeout`."""
+    """The server was silent for longer than the client's `timeout`."""
 
 
 class UnexpectedAnswer(PIMCError):
-    """An answer that is none of this service's; is the address right?"""
+    """A response that no route of the server sends: check the base URL."""
 
 
 class GeoTIFFError(PIMCError):
-    """A TIFF that the reader of this package does not decode."""
+    """A TIFF that is damaged, or of a form that the server does not write."""
 
 
 class JobError(PIMCError):
-    """A job that brings no result."""
+    """A job without a result."""
 
     def __init__(self, message: str, *, job_id: str) -> None:
         super().__init__(message)
@@ -91,7 +91,7 @@ class JobError(PIMCError):
 
 
 class JobFailed(JobError):
-    """The job ended in a failure that the service does not explain."""
+    """The job failed, and the server gives no reason."""
 
 
 class JobDismissed(JobError):
@@ -99,19 +99,19 @@ class JobDismissed(JobError):
 
 
 class WaitTimedOut(JobError, TimeoutError):
-    """The job was still running after the time given; it goes on, and `wait` may be repeated."""
+    """The job was still running at the end of the time limit; it continues, so wait again."""
 
 
 class ServiceError(PIMCError):
-    """The service answered with an error.
+    """The server responded with an error.
 
     Attributes:
         status: the HTTP status.
-        code: the error's name in the service, such as `grid_mismatch`; what to branch on.
-        detail: what is wrong, naming the file or field and both sides of the conflict.
-        request_id: what to quote to whoever runs the service; None where it sent none.
-        errors: each field that failed validation, as `{"field", "detail"}`.
-        retry_after: seconds after which the service asks to be tried again, None where it does not.
+        code: the error's code, such as `grid_mismatch`; stable, for programs to branch on.
+        detail: what is wrong: the file or parameter, what was given and what is allowed.
+        request_id: the request's id in the server's log; None if the server sent none.
+        errors: each parameter that failed validation, as `{"field", "detail"}`.
+        retry_after: seconds after which the server asks for a retry, None if it does not.
     """
 
     known_code: ClassVar[str | None] = None
@@ -135,8 +135,8 @@ class ServiceError(PIMCError):
         self.retry_after = retry_after
 
     def __str__(self) -> str:
-        said = f"{self.code}: {self.detail}"
-        return f"{said} [request {self.request_id}]" if self.request_id else said
+        text = f"{self.code}: {self.detail}"
+        return f"{text} [request {self.request_id}]" if self.request_id else text
 
 
 class RequestError(ServiceError):
@@ -144,7 +144,7 @@ class RequestError(ServiceError):
 
 
 class InvalidRequest(RequestError):
-    """A field fails validation; `errors` lists each."""
+    """A parameter fails validation; `errors` lists each."""
 
     known_code = "invalid_request"
 
@@ -156,55 +156,55 @@ class WrongTask(RequestError):
 
 
 class UnsupportedMedia(RequestError):
-    """A body of a type that the endpoint does not read."""
+    """A body of a media type that the endpoint does not read."""
 
     known_code = "unsupported_media_type"
 
 
 class NotAcceptable(RequestError):
-    """The service answers none of the types asked for."""
+    """The server cannot respond with any of the media types requested."""
 
     known_code = "not_acceptable"
 
 
 class Unauthorized(RequestError):
-    """Keys are required and none or a wrong one was sent."""
+    """An API key is required, and none or a wrong one was sent."""
 
     known_code = "unauthorized"
 
 
 class ForbiddenReference(RequestError):
-    """An href outside the roots and hosts that the service may read."""
+    """An href outside the roots and hosts that the server may read."""
 
     known_code = "forbidden_reference"
 
 
 class UnreachableReference(RequestError):
-    """An href that is allowed, and whose host does not answer with the file."""
+    """An href that is allowed, but whose host does not return the file."""
 
     known_code = "unreachable_reference"
 
 
 class NotFound(RequestError):
-    """No such path; is the base URL right?"""
+    """The server has no such path: check the base URL."""
 
     known_code = "not_found"
 
 
 class MethodNotAllowed(RequestError):
-    """The path has no such method; is the base URL right?"""
+    """The path does not support the method: check the base URL."""
 
     known_code = "method_not_allowed"
 
 
 class UnknownModel(RequestError):
-    """The service has no model of that name and version."""
+    """The server has no model of that name and version."""
 
     known_code = "unknown_model"
 
 
 class UnknownJob(RequestError):
-    """The service has no job of that id."""
+    """The server has no job of that id."""
 
     known_code = "unknown_job"
 
@@ -216,19 +216,19 @@ class ResultNotReady(RequestError):
 
 
 class BodyTooLarge(RequestError):
-    """Over the service's upload limit."""
+    """The request is over the server's upload limit."""
 
     known_code = "body_too_large"
 
 
 class BodyStalled(RequestError):
-    """The upload stopped half way."""
+    """The upload stopped before its end."""
 
     known_code = "body_stalled"
 
 
 class RasterError(ServiceError):
-    """The files do not make a usable stack."""
+    """The files are not a usable stack."""
 
 
 class NotAGeoTIFF(RasterError):
@@ -238,7 +238,7 @@ class NotAGeoTIFF(RasterError):
 
 
 class CorruptRaster(RasterError):
-    """A file whose header opens and whose pixels do not."""
+    """A file whose header can be read, but whose pixels cannot."""
 
     known_code = "corrupt_raster"
 
@@ -256,7 +256,7 @@ class GridMismatch(RasterError):
 
 
 class MissingBands(RasterError):
-    """Bands that the model needs are not there."""
+    """The stack lacks bands that the model needs."""
 
     known_code = "missing_bands"
 
@@ -268,43 +268,43 @@ class MissingDates(RasterError):
 
 
 class TooFewDates(RasterError):
-    """Fewer dates in the model's window than it needs."""
+    """The stack has fewer dates in the model's time window than the model needs."""
 
     known_code = "too_few_dates"
 
 
 class ImplausibleReflectance(RasterError):
-    """Values that are no reflectance; `scale` and `offset` say how to read them."""
+    """Values that cannot be reflectance; set `scale` and `offset`."""
 
     known_code = "implausible_reflectance"
 
 
 class RasterTooLarge(RasterError):
-    """Over the service's limit on decoded size."""
+    """The raster is over the server's limit on decoded size."""
 
     known_code = "raster_too_large"
 
 
 class Overloaded(ServiceError):
-    """No place was free and nothing was started, however often it was retried."""
+    """Server at capacity; nothing was started, and retries did not help."""
 
     known_code = "overloaded"
 
 
 class InsufficientStorage(ServiceError):
-    """The service's disk takes no more of a body, a job or an answer."""
+    """The server's disk has no room for the body, the job or the result."""
 
     known_code = "insufficient_storage"
 
 
 class NotReady(ServiceError):
-    """The service is still loading its models, and was so however often it was retried."""
+    """The server is loading its models, and retries did not help."""
 
     known_code = "not_ready"
 
 
 class InternalError(ServiceError):
-    """The service's fault; its log has the request id."""
+    """A fault of the server; its log has the request id."""
 
     known_code = "internal_error"
 
@@ -317,15 +317,15 @@ def _leaves(kind: type[ServiceError]) -> dict[str, type[ServiceError]]:
 
 
 BY_CODE: Mapping[str, type[ServiceError]] = _leaves(ServiceError)
-"""The class of each code."""
+"""Error code to exception class."""
 
 
 def service_error(status: int, headers: Mapping[str, str], body: bytes) -> ServiceError:
-    """The exception of an error answer, whether the service or a proxy before it wrote it.
+    """The exception for an error response, written by the server or by a proxy before it.
 
     Args:
         status: HTTP status, 400 or more.
-        headers: the answer's headers; keys in lower case, or a mapping that ignores case.
+        headers: the response's headers; keys in lower case, or a mapping that ignores case.
         body: an `application/problem+json` document, or anything.
     """
     try:
@@ -340,11 +340,15 @@ def service_error(status: int, headers: Mapping[str, str], body: bytes) -> Servi
 def problem_error(
     problem: Mapping[str, Any], *, status: int, headers: Mapping[str, str]
 ) -> ServiceError:
-    """The exception of a problem document (RFC 9457)."""
+    """The exception for a problem document (RFC 9457)."""
     code = str(problem.get("code", "unknown"))
     errors = problem.get("errors")
     return BY_CODE.get(code, ServiceError)(
-        str(problem.get("detail") or problem.get("title") or f"the answer was HTTP {status}"),
+        str(
+            problem.get("detail")
+            or problem.get("title")
+            or f"the response was HTTP {status} without a reason"
+        ),
         status=int(problem.get("status", status)),
         code=code,
         request_id=problem.get("request_id") or headers.get("x-request-id"),

@@ -1,7 +1,8 @@
-"""What a caller gives: files, points, series and options; and how the service is told them."""
+"""Inputs of a request: files, points, series and options, and the form in which they are sent."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, TypedDict
 
-from pimc_client.bodies import (
+from pimc_client.tables import points_of_file
+from pimc_client.uploads import (
     Progress,
     Source,
     source_of_bytes,
     source_of_file,
-    source_of_path,
+    sources_of_paths,
 )
 
 if TYPE_CHECKING:
@@ -32,38 +34,47 @@ AnswerKind = Literal["raster", "summary"]
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A file that the service reads itself, where its administrator allows it."""
+    """A file that the server reads itself, if its administrator allows it."""
 
     href: str
-    """A path or URL, as the service sees it."""
-    date: date | str | None = None
-    """The acquisition date, where neither metadata nor the file's name holds it."""
+    """A path or URL, as the server sees it."""
+    date: Date | None = None
+    """The acquisition date, if neither the metadata nor the file's name holds it."""
 
 
+Date: TypeAlias = "date | str | np.datetime64"
+"""A date of Python, numpy or pandas, or ISO text (`2021-01-05`)."""
+Dates: TypeAlias = "Sequence[Date] | NDArray[np.datetime64] | str"
+"""Dates in order, or one comma-separated text; a pandas `DatetimeIndex` or `Series` is one too."""
 File: TypeAlias = "str | os.PathLike[str] | BinaryIO | tuple[str, bytes]"
-"""A path, an open binary file (sent from where it stands), or `(name, bytes)`."""
+"""A path, an open binary file (sent from its current position), or `(name, bytes)`.
+
+A path may be a file, a folder (its rasters, also those in folders below), a zip (likewise) or a
+glob pattern.
+"""
 Files: TypeAlias = "File | Reference | Iterable[File] | Iterable[Reference]"
 """One file or many, in any order: dates come from `dates`, the metadata or the names."""
-Points: TypeAlias = "Mapping[str, Any] | Iterable[Sequence[float]]"
-"""A GeoJSON FeatureCollection of Points, or pairs of (longitude, latitude); EPSG:4326."""
+Points: TypeAlias = "Mapping[str, Any] | Iterable[Sequence[float]] | str | os.PathLike[str]"
+"""A GeoJSON FeatureCollection of Points, pairs of (longitude, latitude) in degrees (EPSG:4326), or
+the path of a GeoJSON or CSV file."""
 SeveralOutputs: TypeAlias = list[ClassOutput] | tuple[ClassOutput, ...]
 # No Sequence: text is one too, and a type checker could not tell one output from several.
 ClassOutputs: TypeAlias = ClassOutput | SeveralOutputs
-"""One output is answered as one `Raster`, a list as `Rasters`, however short the list."""
+"""One output is returned as one `Raster`, a list as `Rasters`, also a list of one."""
 QuantileOutputs: TypeAlias = "QuantileOutput | Sequence[QuantileOutput]"
 """The quantiles are bands of one file."""
 Values: TypeAlias = "Sequence[float | None] | NDArray[np.floating[Any]]"
 
 
 class StackOptions(TypedDict, total=False):
-    """What every raster request may say of its files; left out, the service works it out."""
+    """How the files of a raster request are read; the server works out what is left out."""
 
     model: str
-    """`name` or `name@version`; else the task's default model."""
+    """`name` or `name@version`; the task's default model if left out."""
     layout: Layout
-    """How dates and bands lie in the files."""
-    dates: Sequence[date | str] | str
-    """ISO dates: one per file, per band of a `file-per-band` file, or per date of a single file."""
+    """How dates and bands are spread over the files."""
+    dates: Dates
+    """One date per file, per band of a `file-per-band` file, or per date of a single file."""
     bands: Sequence[str] | str
     """Sentinel-2 band names in band order, such as `["B02", "B03", "B04", "B08", "SCL"]`."""
     scale: float
@@ -71,98 +82,165 @@ class StackOptions(TypedDict, total=False):
     offset: float
     """Reflectance = value x scale + offset."""
     mask: MaskRule
-    """`scl` uses the scene classification band; `none` only nodata and NaN."""
+    """`scl` uses the scene classification band; `none` uses nodata and NaN alone."""
     progress: Progress
-    """Called while files are sent, with the bytes sent and the bytes in all."""
+    """Called while files are sent, with the bytes sent and the total number of bytes."""
 
 
 class WindowOptions(StackOptions, total=False):
-    """What requests to models with a time window may say as well."""
+    """`StackOptions`, and the option of models that have a time window."""
 
-    start: date | str
-    """First day of the window; else the card's rule."""
+    start: Date
+    """First day of the time window; the rule on the model's card if left out."""
 
 
 class JobOptions(WindowOptions, total=False):
-    """What a job may say: the options of its task, and its own."""
+    """`WindowOptions`, the options of the job's task, and the job's own."""
 
     horizon: int
-    """Forecast: how many steps ahead."""
+    """Forecast: number of steps ahead."""
     stride: int
-    """Patches: pixels between one and the next."""
+    """Patches: pixels between one patch and the next."""
     modality: Modality
     """Embed: `pixel` or `patch`."""
     idempotency_key: str
-    """Submitting twice with one key makes one job; else each call makes its own."""
+    """Two submissions with one key make one job; without a key, each makes its own."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Series:
     """One pixel or field through time, without a raster.
 
+    ```python
+    Series(id="field-7", dates=["2021-01-05", "2021-01-15"], B02=[0.05, None], B04=[0.07, 0.06],
+           B08=[0.31, 0.33])
+    ```
+
+    Args:
+        id: the caller's own name for it; the result repeats it.
+        dates: T acquisition dates.
+        **bands: values (T) of each band that the model's card lists: reflectance, unitless, 0 to 1.
+            None, NaN, a masked value and pandas' `NA` are missing observations.
+
+    Attributes:
+        id: as given.
+        dates: as ISO text.
+        bands: band name to values; a missing observation is None.
+
     Raises:
-        ValueError: dates and values differ in number.
+        ValueError: dates and values differ in number, no band, an infinite value, a missing date.
+        TypeError: a value that is not a number, or a date that is not a date.
     """
 
-    id: str
-    """Yours; the answer repeats it."""
-    dates: Sequence[date | str]
-    """T acquisition dates."""
-    B02: Values
-    """Blue reflectance (T), unitless, 0 to 1; None or NaN where there is none."""
-    B04: Values
-    """Red reflectance (T)."""
-    B08: Values
-    """Near infrared reflectance (T)."""
-
-    def __post_init__(self) -> None:
-        for name in ("B02", "B04", "B08"):
-            found = len(getattr(self, name))
-            if found != len(self.dates):
+    def __init__(self, *, id: str, dates: Dates, **bands: Values) -> None:  # noqa: A002 (the contract's name)
+        if not bands:
+            raise ValueError(
+                f"series '{id}' has no band: give the values of each band that the model needs, "
+                "such as B02=[…]"
+            )
+        self.id = id
+        self.dates = tuple(_dates(dates, f"series '{id}': dates"))
+        self.bands: Mapping[str, tuple[float | None, ...]] = {
+            name: _reflectance(values, f"series '{id}': {name}") for name, values in bands.items()
+        }
+        for name, values in self.bands.items():
+            if len(values) != len(self.dates):
                 raise ValueError(
-                    f"series '{self.id}': {found} values of {name} but {len(self.dates)} dates"
+                    f"series '{id}': {len(values)} values of {name} but {len(self.dates)} dates; "
+                    "give one value per date, None if it is missing"
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """The series as the service reads it; a missing value is null."""
-        bands = {"B02": self.B02, "B04": self.B04, "B08": self.B08}
-        return {
-            "id": self.id,
-            "dates": [iso(day) for day in self.dates],
-            **{name: [_number(value) for value in values] for name, values in bands.items()},
-        }
+        """The series as the server reads it; a missing observation is null."""
+        bands = {name: list(values) for name, values in self.bands.items()}
+        return {"id": self.id, "dates": list(self.dates), **bands}
+
+    def __repr__(self) -> str:
+        return f"<Series {self.id}: {len(self.dates)} dates of {', '.join(self.bands)}>"
 
 
-def _number(value: float | None) -> float | None:
-    # NaN is the one value that differs from itself, and what numpy has for null.
-    return None if value is None or value != value else float(value)
+def _reflectance(values: Any, label: str) -> tuple[float | None, ...]:  # noqa: ANN401 (`Values`, of any library)
+    if hasattr(values, "filled"):  # a masked array of numpy
+        values = values.astype(float).filled(math.nan)
+    # `tolist` gives Python's own numbers at once, where there is one.
+    listed = values.tolist() if hasattr(values, "tolist") else list(values)
+    return tuple(_number(value, f"{label}[{at}]") for at, value in enumerate(listed))
 
 
-def iso(day: date | str) -> str:
-    """A date as YYYY-MM-DD; text is checked by the service, which can say where it came from."""
-    if isinstance(day, datetime):
+def _number(value: object, label: str) -> float | None:
+    """A finite number, None for a missing one."""
+    if value is None or _is_missing(value):
+        return None
+    try:
+        number = float(value) if not isinstance(value, str) else None  # type: ignore[arg-type] # tried
+    except (TypeError, ValueError):
+        number = None
+    if number is None:
+        raise TypeError(f"{label} is {value!r}, which is not a number; None is a missing value")
+    if math.isinf(number):
+        raise ValueError(
+            f"{label} is {number}: reflectance is finite; give None or NaN if it is missing"
+        )
+    return None if math.isnan(number) else number
+
+
+def _is_missing(value: object) -> bool:
+    # By name, since neither numpy nor pandas is imported for it.
+    return type(value).__name__ in {"NAType", "NaTType", "MaskedConstant"}
+
+
+def iso(day: Date, label: str = "the date") -> str:
+    """A date as YYYY-MM-DD; text is left to the server to check.
+
+    Raises:
+        ValueError: a missing date (`NaT`).
+        TypeError: not a date.
+    """
+    if isinstance(day, str):
+        return day
+    if _is_missing(day) or str(day) == "NaT":
+        raise ValueError(f"{label} is missing (NaT): every observation needs a date")
+    if isinstance(day, datetime):  # also pandas' Timestamp
         return day.date().isoformat()
-    return day.isoformat() if isinstance(day, date) else day
+    if isinstance(day, date):
+        return day.isoformat()
+    if getattr(getattr(day, "dtype", None), "kind", "") == "M":  # also xarray's, of no dimension
+        return str(_numpy().asarray(day, "datetime64[D]"))
+    raise TypeError(
+        f"{label} is {day!r}, a {type(day).__name__}: give ISO text (2021-01-05), a date, or a "
+        "date of numpy or pandas"
+    )
+
+
+def _numpy() -> Any:  # noqa: ANN401 (a module, imported when it is needed)
+    import numpy as np
+
+    return np
+
+
+def _dates(dates: Dates, label: str) -> list[str]:
+    if isinstance(dates, str):
+        return [value.strip() for value in dates.split(",")]
+    return [iso(day, f"{label}[{at}]") for at, day in enumerate(dates)]
 
 
 def sources_of(files: Files) -> list[Source] | list[Reference]:
     """The files to send, or the references to name.
 
     Raises:
-        TypeError: something that is no file, or files mixed with references.
-        ValueError: no file at all.
-        FileNotFoundError, IsADirectoryError: a path that is no file.
+        TypeError: not a file, or files mixed with references.
+        ValueError: no file at all; see also `sources_of_paths`.
+        FileNotFoundError: a path that does not exist.
     """
     given = [files] if _is_one(files) else list(files)  # type: ignore[arg-type] # many, so iterable
     if not given:
-        raise ValueError("no files were given")
+        raise ValueError("at least one file is required")
     references = [file for file in given if isinstance(file, Reference)]
     if references and len(references) < len(given):
         raise TypeError(
             f"{len(references)} of {len(given)} files are references: give files to send, or "
             "references alone"
         )
-    return references or [_source(file, number) for number, file in enumerate(given, 1)]
+    return references or _sources(given)
 
 
 def _is_one(files: object) -> bool:
@@ -171,15 +249,27 @@ def _is_one(files: object) -> bool:
     return isinstance(files, str | bytes | os.PathLike | Reference) or hasattr(files, "read")
 
 
+def _sources(files: Sequence[object]) -> list[Source]:
+    paths = [Path(file) for file in files if isinstance(file, str | os.PathLike)]
+    at_paths = iter(sources_of_paths(paths))
+    found: list[Source] = []
+    for number, file in enumerate(files, 1):
+        if isinstance(file, str | os.PathLike):
+            found += next(at_paths)
+        else:
+            found.append(_source(file, number))
+    return found
+
+
 def _source(file: object, number: int) -> Source:
-    if isinstance(file, str | os.PathLike):
-        return source_of_path(Path(file))
     if isinstance(file, tuple) and _is_one(file):
         return source_of_bytes(*file)
     if hasattr(file, "read"):
         return source_of_file(file, f"file-{number}.tif")  # type: ignore[arg-type] # it reads
     if isinstance(file, bytes):
-        raise TypeError("bytes need a name, which may hold the date: give (name, bytes)")
+        raise TypeError(
+            f"file {number} is bytes without a name, which may hold the date: give (name, bytes)"
+        )
     raise TypeError(
         f"file {number} is a {type(file).__name__}: give a path, a file open as 'rb', "
         "(name, bytes) or a Reference"
@@ -190,8 +280,10 @@ def points_json(points: Points) -> dict[str, Any]:
     """Points as a GeoJSON FeatureCollection.
 
     Raises:
-        ValueError: a pair that is not two numbers.
+        ValueError: a pair that is not two finite numbers, or a file that holds no points.
     """
+    if isinstance(points, str | os.PathLike):
+        return points_of_file(Path(points))
     if isinstance(points, Mapping):
         return dict(points)
     features = []
@@ -199,6 +291,8 @@ def points_json(points: Points) -> dict[str, Any]:
         if len(point) != 2:
             raise ValueError(f"point {number} has {len(point)} numbers: give (longitude, latitude)")
         coordinates = [float(point[0]), float(point[1])]
+        if not all(map(math.isfinite, coordinates)):
+            raise ValueError(f"point {number} is {tuple(coordinates)}: coordinates are finite")
         features.append(
             {
                 "type": "Feature",
@@ -209,8 +303,6 @@ def points_json(points: Points) -> dict[str, Any]:
     return {"type": "FeatureCollection", "features": features}
 
 
-def listed(values: Iterable[date | str] | str) -> list[str]:
+def listed(values: Iterable[Date] | Dates | str, label: str) -> list[str]:
     """Names or dates as a list of text, given as such or as one comma-separated text."""
-    if isinstance(values, str):
-        return [value.strip() for value in values.split(",")]
-    return [iso(value) for value in values]
+    return _dates(values, label)  # type: ignore[arg-type] # only iterated over

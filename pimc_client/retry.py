@@ -1,15 +1,15 @@
-"""When a request is sent again, and after how long. Pure: `transports` does the sending."""
+"""Retry policy: which responses are retried, and after how long. Pure: the transports send."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 RETRIED_STATUS = 503
-"""The one answer that is retried: `overloaded` or `not_ready`, and nothing was started."""
+"""The one status that is retried: `overloaded` or `not_ready`; the server started nothing."""
 
 
 def seconds_to_wait(retry_after: str | None) -> float | None:
-    """Read a `Retry-After` header: seconds or an HTTP date; None where it is missing or neither."""
+    """Read a `Retry-After` header: seconds or an HTTP date; None if it is missing or neither."""
     if not retry_after:
         return None
     if retry_after.strip().isdecimal():
@@ -32,12 +32,12 @@ class RetryPolicy:
     """How often a request is sent again, and the pauses between."""
 
     retries: int = 3
-    """Repeats after the first try; 0 never retries."""
+    """Tries after the first one; 0 never retries."""
     first_pause: float = 0.5
     """Upper bound of the first pause, in seconds; it doubles with each try."""
     longest_pause: float = 60.0
-    """No pause is longer, in seconds. A service that asks for more is believed, and the error
-    comes at once instead of after a wait that is known to be in vain."""
+    """The longest pause in seconds. If the server names a longer one in `Retry-After`, the error is
+    raised at once, because a retry before then would fail."""
 
     def __post_init__(self) -> None:
         if self.retries < 0:
@@ -48,18 +48,18 @@ class RetryPolicy:
 
         Args:
             tries: how often the request was sent, 1 or more.
-            retry_after: seconds that the service asked for, None where it did not.
+            retry_after: seconds that the server named, None if it named none.
 
         Returns:
-            The pause, with jitter so that clients turned away together do not come back
-            together; None gives up.
+            The pause, with jitter so that clients rejected together do not return together; None
+            if there is no next try.
         """
         if tries > self.retries:
             return None
-        import random  # slow to import, and most requests are never sent again
+        import random  # slow to import, and most requests are not retried
 
         backoff = min(self.longest_pause, self.first_pause * 2.0 ** (tries - 1))
-        jitter = random.uniform(0.5, 1.0)  # noqa: S311 (spreads load; nothing secret hangs on it)
+        jitter = random.uniform(0.5, 1.0)  # noqa: S311 (spreads load; no secret depends on it)
         if retry_after is None:
             return backoff * jitter
         if retry_after > self.longest_pause:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 import rasterio
 from client_kit import Reply, serving
-from test_client_answers import CARD, classes, zipped
+from test_client_answers import CARD, LEGEND, classes, zipped
 
-from pimc_client.command import main
+from pimc_client.cli import main
 
 ROOT = Path(__file__).parents[1]
 COG = {
@@ -48,6 +49,11 @@ def pimc(monkeypatch, capsys):
     return run
 
 
+def unwrapped(text):
+    """What a message of typer says, without the box and the line ends."""
+    return " ".join(text.replace("│", " ").split())
+
+
 def as_json(document, status=200):
     return Reply(status, json.dumps(document).encode(), {"Content-Type": "application/json"})
 
@@ -70,7 +76,7 @@ def test_a_class_map_to_a_file(pimc, file, tmp_path):
     assert posted.headers["authorization"] == "Bearer secret"
     assert b'name="dates"\r\n\r\n2021-01-05\r\n' in posted.body
     assert b'name="mask"\r\n\r\nnone\r\n' in posted.body
-    assert b'filename="2021-01-05.tif"' in posted.body
+    assert f'filename="{tmp_path.name}/2021-01-05.tif"'.encode() in posted.body
 
 
 def test_several_outputs_to_a_folder(pimc, file, tmp_path):
@@ -115,7 +121,8 @@ def test_the_registry(pimc):
     with serving(lambda request: answers[request.path]) as (url, _):
         code, table, _ = pimc(url, "models")
         assert code == 0
-        assert "classify-pixels" in table
+        assert table.split()[:5] == ["model", "task", "bands", "classes", "default"]
+        assert "pixels-landcover@1.0.0  classify-pixels  B02 B04 B08  2" in table
         _, listed, _ = pimc(url, "models", "--json")
         assert json.loads(listed) == [CARD]
         _, card, _ = pimc(url, "model", "pixels-landcover")
@@ -154,7 +161,7 @@ def test_nobody_there_and_a_url_that_is_none(pimc, monkeypatch):
     assert err.startswith("pimc: http://127.0.0.1:9/ cannot be reached")
     code, _, err = pimc("localhost", "models")
     assert code == 1
-    assert err.startswith("pimc: 'localhost' is no base URL")
+    assert err.startswith("pimc: 'localhost' is not a valid base URL")
 
 
 def test_wrong_use_is_explained_before_anything_is_sent(pimc, file, tmp_path):
@@ -162,11 +169,14 @@ def test_wrong_use_is_explained_before_anything_is_sent(pimc, file, tmp_path):
         code, _, err = pimc(url, "classify-pixels", file)
         assert code == 2
         assert "-o" in err
-        code, _, err = pimc(url, "classify-pixels", file, "--summary", "-o", tmp_path / "a.tif")
-        assert code == 2
         code, _, err = pimc(url, "classify-pixels", tmp_path / "no.tif", "--summary")
+        assert code == 1
+        assert err == f"pimc: {tmp_path}/no.tif: there is no such file or folder"
+        code, _, err = pimc(url, "embed", file, "--summary", "--points", file)
         assert code == 2
-        assert "no.tif" in err.replace("\n", "").replace(" ", "").replace("│", "")
+        code, _, err = pimc(url, "embed", file, "--job", "-o", tmp_path / "a.tif")
+        assert code == 2
+        assert "pimc jobs result" in unwrapped(err)
         points = tmp_path / "points.json"
         points.write_text("{")
         code, _, err = pimc(url, "forecast", file, "--points", points)
@@ -175,10 +185,274 @@ def test_wrong_use_is_explained_before_anything_is_sent(pimc, file, tmp_path):
     assert received == []
 
 
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_the_server_and_the_key_before_and_after_the_subcommand(pimc, where):
+    with serving(lambda _: as_json({"models": [], "defaults": {}})) as (url, received):
+        options = ["--url", url, "--api-key", "mine"]
+        arguments = [*options, "models"] if where == "before" else ["models", *options]
+        code, *_ = pimc("http://127.0.0.1:9", *arguments, PIMC_API_KEY="of the environment")
+    assert code == 0
+    assert received[0].headers["authorization"] == "Bearer mine"
+
+
+@pytest.mark.parametrize("columns", ["20", "80"])
+def test_names_of_models_are_whole_on_a_narrow_terminal(pimc, columns):
+    name = "pixels-of-a-model-with-a-rather-long-name"
+    bands = ["B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"]
+    card = {**CARD, "name": name, "bands": bands}
+    document = {"models": [card], "defaults": {"classify-pixels": name}}
+    with serving(lambda _: as_json(document)) as (url, _):
+        code, table, _ = pimc(url, "models", COLUMNS=columns)
+    assert code == 0
+    words = table.split()
+    assert f"{name}@1.0.0" in words
+    assert words.count("classify-pixels") == 2
+    assert set(bands) < set(words)
+    assert "…" not in table
+
+
+@pytest.mark.parametrize(
+    ("out", "outputs", "message"),
+    [
+        ("no/such/class.tif", "class", "does not exist"),
+        ("locked/class.tif", "class", "no permission"),
+        ("locked/maps", "class,entropy", "no permission"),
+        ("file.txt", "class,entropy", "name a folder"),
+        ("maps.tif", "class,entropy", "name a folder"),
+    ],
+)
+def test_where_the_result_goes_is_checked_before_anything_is_sent(
+    pimc, file, tmp_path, monkeypatch, out, outputs, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "file.txt").write_text("mine")
+    # Root may write everywhere, so permission itself is stood in for.
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: "locked" not in str(p) and access(p, mode))
+    with serving(lambda _: as_json({})) as (url, received):
+        code, _, err = pimc(url, "classify-pixels", file, "--output", outputs, "-o", out)
+    assert code == 2
+    assert message in unwrapped(err)
+    assert received == []
+
+
+def test_a_raster_into_a_folder_goes_by_its_own_name(pimc, file, tmp_path):
+    with serving(lambda _: Reply(body=classes(), headers=COG)) as (url, _):
+        code, *_ = pimc(url, "classify-pixels", file, "-o", tmp_path)
+    assert code == 0
+    assert (tmp_path / "class.tif").read_bytes() == classes()
+
+
+@pytest.mark.parametrize(
+    ("options", "body", "mime"),
+    [
+        ([], classes(), COG["Content-Type"]),
+        (["--output", "class,entropy"], zipped(class__tif=classes()), "application/zip"),
+    ],
+)
+def test_standard_output_is_the_file_and_nothing_else(file, options, body, mime):
+    reply = Reply(body=body, headers={**COG, "Content-Type": mime})
+    with serving(lambda _: reply) as (url, _):
+        done = subprocess.run(
+            [sys.executable, "-m", "pimc_client.cli", "--url", url, "classify-pixels", file,
+             "-o", "-", *options],
+            capture_output=True, cwd=ROOT, check=True,
+        )  # fmt: skip
+    assert done.stdout == body
+    assert b"merged_dates" in done.stderr
+    assert not Path("-").exists()
+
+
+POINTS = {
+    "comma.csv": b"id,lon,lat\n1,3.02,50.81\n2,3.5,51\n",
+    "excel.csv": "\ufeffName;Longitude;Latitude\r\n1;3,02;50,81\r\n2;3,5;51\r\n".encode(),
+    "latin.csv": "lat,lon,id,été\n50.81,3.02,1,oui\n51,3.5,2,ça\n".encode("latin-1"),
+    "tab.csv": "x\ty\tid\n3.02\t50.81\t1\n3.5\t51\t2\n".encode("utf-16"),
+    "bom.geojson": b"\xef\xbb\xbf" + json.dumps({
+        "type": "FeatureCollection",
+        "features": [
+            {"type": "Feature", "id": i, "properties": {},
+             "geometry": {"type": "Point", "coordinates": xy}}
+            for i, xy in (("1", [3.02, 50.81]), ("2", [3.5, 51.0]))
+        ],
+    }).encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_points_of_a_file(pimc, file, tmp_path, name):
+    (tmp_path / name).write_bytes(POINTS[name])
+    with serving(lambda _: as_json({"type": "FeatureCollection", "features": []})) as (url, sent):
+        code, _, err = pimc(url, "embed", file, "--points", tmp_path / name)
+    assert (code, err) == (0, "")
+    part = next(p for p in sent[0].body.split(b"\r\n--") if b'name="points"' in p)
+    features = json.loads(part.partition(b"\r\n\r\n")[2])["features"]
+    found = [(feature["id"], feature["geometry"]["coordinates"]) for feature in features]
+    assert found == [("1", [3.02, 50.81]), ("2", [3.5, 51.0])]
+    assert all(feature["geometry"]["type"] == "Point" for feature in features)
+    if name == "latin.csv":
+        assert features[1]["properties"]["été"] == "ça"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"id,lon\n1,3.02\n", "no column of latitudes (lat, latitude, y); its columns are id, lon"),
+        (b"lon,lat\n", "has a header and no points"),
+        (b"lon,lat\n3.02,50.81\nx,50\n", "row 2, column lon: 'x' is not a finite number"),
+        (b"lon,lat\n3.02,inf\n", "row 1, column lat: 'inf' is not a finite number"),
+        (b"lon,lat\n3.02\n", "row 1: 1 cells but 2 columns"),
+        (b"x,y\n600000,5600000\n", "600000 is not from -180 to 180; points are longitude and"),
+        (b"{", "starts like JSON and is not valid JSON"),
+        (b"[]", "is JSON but not a GeoJSON FeatureCollection"),
+    ],
+)
+def test_points_that_cannot_be_read(pimc, file, tmp_path, content, message):
+    points = tmp_path / "points"
+    points.write_bytes(content)
+    with serving(lambda _: as_json({})) as (url, received):
+        code, _, err = pimc(url, "embed", file, "--points", points)
+    assert code == 1
+    assert err.startswith(f"pimc: {points}")
+    assert message in err
+    assert received == []
+
+
+SERIES = {
+    "long.csv": b"id,date,B02,B05\na,2021-01-05,0.1,0.2\nb,2021-01-05,0.3,\na,2021-01-15,NA,0.4\n",
+    "list.json": json.dumps([
+        {"id": "a", "dates": ["2021-01-05", "2021-01-15"], "B02": [0.1, None], "B05": [0.2, 0.4]},
+        {"id": "b", "dates": ["2021-01-05"], "B02": [0.3], "B05": [None]},
+    ]).encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_series_of_a_file(pimc, tmp_path, name):
+    (tmp_path / name).write_bytes(SERIES[name])
+    results = [{"id": "a", "class": "Maize", "probabilities": {"Maize": 0.9}}, {"id": "b"}]
+    reply = as_json(
+        {"model": "m@1", "results": results, "warnings": [{"code": "c", "detail": "d"}]}
+    )
+    with serving(lambda _: reply) as (url, received):
+        code, out, err = pimc(url, "series", "classify-pixels", tmp_path / name, "--model", "m")
+        assert code == 0
+        assert json.loads(out) == results
+        assert "c: d" in err
+        target = tmp_path / "out.csv"
+        code, *_ = pimc(url, "series", "classify-pixels", tmp_path / name, "-o", target)
+    assert code == 0
+    assert target.read_text() == "id,class,probabilities.Maize\na,Maize,0.9\nb,,\n"
+    assert json.loads(received[0].body) == {
+        "series": json.loads(SERIES["list.json"]),
+        "model": "m",
+    }
+
+
+def test_a_forecast_of_series_as_a_table(pimc, tmp_path):
+    file = tmp_path / "field.csv"
+    file.write_text("date,B02,B04,B08\n2021-01-05,0.1,0.1,0.3\n")
+    result = {"id": "field", "dates": ["2021-01-15"], "NDVI": {"q10": [0.4], "q50": [0.5]}}
+    with serving(lambda _: as_json({"results": [result]})) as (url, received):
+        target = tmp_path / "out.csv"
+        code, *_ = pimc(url, "series", "forecast", file, "-o", target, "--horizon", "1")
+    assert code == 0
+    assert target.read_text() == "id,NDVI_2021-01-15_q10,NDVI_2021-01-15_q50\nfield,0.4,0.5\n"
+    sent = json.loads(received[0].body)
+    assert (sent["series"][0]["id"], sent["horizon"]) == ("field", 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"id,B02\n1,0.1\n", "no column of dates (date, datetime, time)"),
+        (b"id,date\n1,2021-01-05\n", "no column for a band, such as B02"),
+        (b"date,B02\n2021-01-05,much\n", "row 1, column B02: 'much' is not a finite number"),
+        (b'{"a": 1}', "is JSON without series"),
+        (b'[{"dates": "2021"}]', "series 1 is not"),
+        (b'[{"dates": ["2021-01-05"], "B02": [1, 2]}]', "series '1': 2 values of B02 but 1 dates"),
+    ],
+)
+def test_series_that_cannot_be_read(pimc, tmp_path, content, message):
+    file = tmp_path / "series"
+    file.write_bytes(content)
+    code, _, err = pimc("http://127.0.0.1:9", "series", "embed", file)
+    assert code == 1
+    assert message in err
+
+
+JOB = {
+    "jobID": "j-1", "type": "process", "processID": "classify-pixels", "status": "running",
+    "progress": 40, "created": "2026-01-05T10:00:00Z", "links": [],
+}  # fmt: skip
+
+
+def test_jobs_are_listed_shown_and_cancelled(pimc):
+    def answer(request):
+        if request.method == "DELETE":
+            return as_json({**JOB, "status": "dismissed"})
+        return as_json({"jobs": [JOB]} if request.path == "/jobs" else JOB)
+
+    with serving(answer) as (url, received):
+        code, table, _ = pimc(url, "jobs", COLUMNS="80")
+        assert code == 0
+        assert table.splitlines()[1].split() == [
+            "j-1", "classify-pixels", "running", "40", "%", "2026-01-05", "10:00",
+        ]  # fmt: skip
+        assert json.loads(pimc(url, "jobs", "--json")[1]) == [JOB]
+        for arguments in (
+            ["jobs", "show", "j-1", "--url", url],
+            ["jobs", "--url", url, "show", "j-1"],
+        ):
+            code, shown, _ = pimc("http://127.0.0.1:9", *arguments)
+            assert (code, json.loads(shown)) == (0, JOB)
+        code, out, _ = pimc(url, "jobs", "cancel", "j-1")
+    assert (code, out) == (0, "j-1 dismissed\n")
+    assert received[-1].method == "DELETE"
+
+
+def test_a_job_is_started_and_its_result_fetched(pimc, file, tmp_path):
+    states = iter([40, 70, 100])
+    content = classes(PIMC_LEGEND=json.dumps(LEGEND))
+
+    def answer(request):
+        if request.method == "POST":
+            return as_json(JOB, 202)
+        if request.path.startswith("/jobs/j-1/result"):
+            return Reply(body=content, headers=COG)
+        done = next(states)
+        return as_json(
+            {**JOB, "progress": done, "status": "successful" if done == 100 else "running"}
+        )
+
+    with serving(answer) as (url, received):
+        code, out, _ = pimc(url, "classify-pixels", file, "--job")
+        assert (code, out) == (0, "j-1\n")
+        assert received[0].headers["prefer"] == "respond-async"
+        code, *_ = pimc(url, "jobs", "result", "j-1", "-o", tmp_path / "a.tif")
+    assert code == 0
+    assert (tmp_path / "a.tif").read_bytes() == content
+
+
+def test_a_proxy_that_is_down_is_named(pimc, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
+    code, _, err = pimc("http://pimc.example", "models")
+    assert code == 1
+    assert err.startswith(
+        "pimc: http://pimc.example/ cannot be reached through the proxy http://127.0.0.1:9 ("
+    )
+    assert "add pimc.example to NO_PROXY" in err
+    assert "secret" not in err
+
+
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_its_extra_it_says_what_to_install(missing):
     script = (
-        f"import sys; sys.modules['{missing}'] = None\nfrom pimc_client.command import main\nmain()"
+        f"import sys; sys.modules['{missing}'] = None\nfrom pimc_client.cli import main\nmain()"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False

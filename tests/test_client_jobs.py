@@ -243,7 +243,7 @@ def test_a_service_without_jobs_is_told_apart(kind):
     answer = httpx.MockTransport(lambda _: httpx.Response(200, json={}))
     with (
         connected(kind, "http://test", transport=answer) as client,
-        pytest.raises(UnexpectedAnswer, match="does it know jobs"),
+        pytest.raises(UnexpectedAnswer, match="instead of 202 with a job"),
     ):
         client.submit("embed", FILE)
 

@@ -136,6 +136,14 @@ def test_errors_survive_a_process_pool():
     assert isinstance(waited, TimeoutError)
 
 
+def test_the_synchronous_client_is_generated_from_the_asynchronous_one():
+    script = ROOT / "scripts" / "generate_sync_client.py"
+    done = subprocess.run(
+        [sys.executable, script, "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_version_is_the_projects():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert pimc_client.__version__ == project["version"]
@@ -153,7 +161,7 @@ def imported_by(code: str) -> set[str]:
 def test_importing_it_loads_nothing_heavy_and_nothing_of_ours():
     heavy = {"httpx", "numpy", "asyncio", "typer", "rich"}
     ours = {"models", "service", "training"}
-    assert not imported_by("import pimc_client, pimc_client.command") & (heavy | ours)
+    assert not imported_by("import pimc_client") & (heavy | ours)
 
 
 def test_a_client_needs_httpx_alone_until_pixels_are_asked_for():

@@ -6,6 +6,8 @@ import email
 import email.policy
 import io
 import json
+import os
+import zipfile
 from datetime import UTC, date, datetime
 from pathlib import Path
 
@@ -104,9 +106,10 @@ def test_files_of_every_kind_in_order(kind, tmp_path):
         b"stream",
     ]
     assert all(mime == "image/tiff" for _, mime, _ in found)
-    assert found[0][0] == names[0]
-    assert f'filename="{names[1]}"'.encode() in request.content
-    assert b'filename="a%22b.tif"' in request.content
+    folder = tmp_path.name
+    assert found[0][0] == f"{folder}/{names[0]}"
+    assert f'filename="{folder}/{names[1]}"'.encode() in request.content
+    assert f'filename="{folder}/a%22b.tif"'.encode() in request.content
     assert found[4][0] == "file-5.tif"
 
 
@@ -288,21 +291,198 @@ def test_series(kind, method, path):
     assert request.url.path.endswith(path)
 
 
-def test_a_series_of_uneven_lengths_names_both():
-    with pytest.raises(ValueError, match=r"2 values of B08 but 1 dates"):
-        Series(id="a", dates=["2021-01-01"], B02=[1], B04=[1], B08=[1, 2])
+@KINDS
+def test_a_series_has_any_bands(kind):
+    series = Series(id="a", dates="2021-01-05, 2021-01-15", B05=[0.1, 0.2], B8A=[None, 0.3])
+    request = sent(kind, "embed_series", [series], document={"results": []})
+    assert json.loads(request.content)["series"] == [
+        {"id": "a", "dates": ["2021-01-05", "2021-01-15"], "B05": [0.1, 0.2], "B8A": [None, 0.3]}
+    ]
+
+
+class Timestamp(datetime):
+    """As pandas has it: a subclass of `datetime`."""
+
+
+NOT_A_TIME = np.datetime64("NaT")
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "dates",
+    [
+        np.array(["2021-01-05", "2021-01-15"], "datetime64[D]"),
+        np.array(["2021-01-05T10:30", "2021-01-15T23:59"], "datetime64[ns]"),
+        [np.datetime64("2021-01-05"), np.array("2021-01-15", "datetime64[us]")],
+        [Timestamp(2021, 1, 5, 10), Timestamp(2021, 1, 15)],
+    ],
+)
+def test_dates_of_numpy_and_pandas(kind, dates):
+    series = Series(id="a", dates=dates, B02=[0.1, 0.2])
+    request = sent(kind, "embed_series", [series], document={"results": []}, start=dates[0])
+    found = json.loads(request.content)
+    assert found["series"][0]["dates"] == ["2021-01-05", "2021-01-15"]
+    assert found["start"] == "2021-01-05"
+    files = [("a.tif", b"x"), ("b.tif", b"x")]
+    request = sent(kind, "forecast", files, answer="summary", dates=dates)
+    assert fields_of(request)["dates"] == "2021-01-05,2021-01-15"
+
+
+class NAType:
+    """As pandas has it: comparing it, or making a number of it, is an error."""
+
+    def __ne__(self, other):
+        raise TypeError("boolean value of NA is ambiguous")
+
+    __hash__ = None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.ma.masked_less(np.array([0.1, 0.0, 0.3]), 0.05),
+        np.ma.masked_array([1, 2, 3], mask=[False, True, False]),
+        [0.1, np.ma.masked, 0.3],
+        [0.1, NAType(), 0.3],
+        np.array([0.1, None, 0.3], object),
+    ],
+)
+def test_a_missing_value_is_null(values):
+    found = Series(id="a", dates=["2021-01-05"] * 3, B02=values).to_json()["B02"]
+    assert found[1] is None
+    assert None not in (found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("bands", "error", "message"),
+    [
+        ({"B08": [1, 2]}, ValueError, r"series 'a': 2 values of B08 but 1 dates"),
+        ({"B04": [np.inf]}, ValueError, r"series 'a': B04\[0\] is inf: reflectance is finite"),
+        ({"B04": np.array([-np.inf])}, ValueError, r"series 'a': B04\[0\] is -inf"),
+        ({"B04": ["0.1"]}, TypeError, r"series 'a': B04\[0\] is '0.1', which is not a number"),
+        ({"B04": np.ones((1, 1))}, TypeError, r"series 'a': B04\[0\] is \[1.0\]"),
+        ({}, ValueError, r"series 'a' has no band"),
+        ({"dates": [NOT_A_TIME], "B02": [1]}, ValueError, r"series 'a': dates\[0\] is missing"),
+        ({"dates": [20210105], "B02": [1]}, TypeError, r"dates\[0\] is 20210105, a int"),
+    ],
+)
+def test_a_wrong_series_is_named(bands, error, message):
+    with pytest.raises(error, match=message):
+        Series(**{"id": "a", "dates": ["2021-01-01"], **bands})
+
+
+@KINDS
+def test_numbers_of_numpy_are_options(kind):
+    series = [Series(id="a", dates=["2021-01-05"], B02=[0.1])]
+    request = sent(kind, "forecast_series", series, horizon=np.int64(3), document={"results": []})
+    assert json.loads(request.content)["horizon"] == 3
+
+
+def names_of(request):
+    return [file for name, file, _, _ in parts_of(request) if name == "files"]
+
+
+def stack_folder(folder):
+    """Two dates of two bands, one folder a date, with what else lies in such folders."""
+    for day in ("20210105", "20210115"):
+        inside = folder / f"S2B_31UES_{day}_0_L2A"
+        inside.mkdir(parents=True)
+        for name in ("B08.tif", "B04.TIFF", "._B04.tif", "metadata.xml", "B04.tif.aux.xml"):
+            (inside / name).write_bytes(f"{day} {name}".encode())
+    return folder
+
+
+EXPECTED = [
+    f"stack/S2B_31UES_{day}_0_L2A/{band}"
+    for day in ("20210105", "20210115")
+    for band in ("B04.TIFF", "B08.tif")
+]
+
+
+@KINDS
+def test_a_folder_is_its_rasters_with_the_folders_in_their_names(kind, tmp_path, monkeypatch):
+    folder = stack_folder(tmp_path / "stack")
+    request = sent(kind, "classify_pixels", folder, answer="summary")
+    assert names_of(request) == EXPECTED
+    assert parts_of(request)[0][3] == b"20210105 B04.TIFF"
+    monkeypatch.chdir(folder)
+    assert names_of(sent(kind, "classify_pixels", ".", answer="summary")) == EXPECTED
+    one = min(folder.iterdir())
+    assert names_of(sent(kind, "landcover", [one], answer="summary")) == [
+        name.removeprefix("stack/") for name in EXPECTED[:2]
+    ]
+
+
+@KINDS
+def test_files_of_several_folders_keep_the_folders_that_differ(kind, tmp_path, monkeypatch):
+    folder = stack_folder(tmp_path / "stack")
+    pattern = f"{folder}/*/B08.tif"
+    expected = [name for name in EXPECTED if name.endswith("B08.tif")]
+    assert names_of(sent(kind, "embed", pattern, answer="summary")) == expected
+    paths = sorted(folder.glob("*/B08.tif"))
+    assert names_of(sent(kind, "embed", paths, answer="summary")) == expected
+    monkeypatch.chdir(folder)
+    relative = [path.relative_to(folder) for path in paths]
+    assert names_of(sent(kind, "embed", relative, answer="summary")) == expected
+    # Files of one folder are named after it: it may be the one with the date.
+    assert names_of(sent(kind, "embed", relative[0], answer="summary")) == [
+        expected[0].removeprefix("stack/")
+    ]
+
+
+@KINDS
+@pytest.mark.parametrize("inside", ["", "stack/"])
+def test_a_zip_is_its_rasters(kind, tmp_path, inside):
+    path = tmp_path / "stack.zip"
+    folder = stack_folder(tmp_path / "stack")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in folder.rglob("*.*"):
+            if file.is_file():
+                archive.write(file, f"{inside}{file.relative_to(folder)}")
+        archive.writestr("__MACOSX/._B04.tif", b"no image")
+    request = sent(kind, "classify_pixels", [path, ("one.tif", b"more")], answer="summary")
+    assert names_of(request) == [*EXPECTED, "one.tif"]
+    content = [data for name, _, _, data in parts_of(request) if name == "files"]
+    assert content[1] == b"20210105 B08.tif"
+    assert request.headers["content-length"] == str(len(request.content))
+
+
+def test_a_zip_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "a.zip"
+    path.write_bytes(b"PK no zip")
+    with connected("sync", URL, transport=Recorder().transport) as client:
+        with pytest.raises(ValueError, match=r"a\.zip is not a readable zip"):
+            client.embed(path)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("read.me", b"")
+        with pytest.raises(ValueError, match=r"a\.zip contains no raster \(\.jp2, \.tif, \.tiff\)"):
+            client.embed(path)
+
+
+@KINDS
+def test_a_name_that_is_not_utf_8_on_disk(kind, tmp_path):
+    folder = os.fsencode(tmp_path / "été")
+    Path(os.fsdecode(folder)).mkdir()
+    path = folder + b"/caf\xe9.tif"
+    with open(path, "wb") as file:  # noqa: PTH123 (a name of bytes)
+        file.write(b"pixels")
+    request = sent(kind, "classify_pixels", Path(os.fsdecode(path)), answer="summary")
+    assert 'filename="été/café.tif"'.encode() in request.content
+    request = sent(kind, "classify_pixels", Path(os.fsdecode(folder)), answer="summary")
+    assert 'filename="été/café.tif"'.encode() in request.content
 
 
 @KINDS
 @pytest.mark.parametrize(
     ("files", "error", "message"),
     [
-        ([], ValueError, "no files"),
-        (b"II*", TypeError, "need a name"),
+        ([], ValueError, "at least one file"),
+        (b"II*", TypeError, "without a name"),
         ([3], TypeError, "file 1 is a int"),
         ([io.StringIO("text")], TypeError, "mode 'rb'"),
         (["nowhere/at-all.tif"], FileNotFoundError, "nowhere"),
-        ([Path(__file__).parent], IsADirectoryError, "folder"),
+        (["nowhere/*.tif"], FileNotFoundError, "no file matches"),
+        ([Path(__file__).parent], ValueError, "contains no raster"),
         ([Reference(href="/a.tif"), ("b.tif", b"x")], TypeError, "1 of 2"),
     ],
 )
@@ -321,7 +501,7 @@ def test_what_is_no_file_is_refused_before_anything_is_sent(kind, files, error, 
     ("options", "message"),
     [
         ({"points": [(1.0, 2.0, 3.0)]}, "3 numbers"),
-        ({"points": [(1.0, 2.0)], "answer": "summary"}, "one by one"),
+        ({"points": [(1.0, 2.0)], "answer": "summary"}, "exclude each other"),
         ({"answer": "sumary"}, "'sumary'"),
     ],
 )
@@ -345,7 +525,7 @@ def test_a_misspelt_option_is_a_type_error(kind):
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x"])
 @KINDS
 def test_a_base_url_that_is_none(kind, url):
-    with pytest.raises(ValueError, match="base URL"), connected(kind, url):
+    with pytest.raises(ValueError, match="not a valid base URL"), connected(kind, url):
         pass
 
 

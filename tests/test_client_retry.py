@@ -21,8 +21,9 @@ from pimc_client import (
     Series,
     TimedOut,
 )
+from pimc_client.async_retry_transport import AsyncRetryTransport
 from pimc_client.retry import RetryPolicy, seconds_to_wait
-from pimc_client.transports import AsyncRetryTransport, RetryTransport
+from pimc_client.retry_transport import RetryTransport
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 OVERLOADED = b'{"code": "overloaded", "status": 503, "detail": "4 of 4 places taken"}'

@@ -1,4 +1,4 @@
-"""Requests, built from what a caller gives. Pure: nothing here connects to anything."""
+"""HTTP requests, built from a caller's arguments. Pure: nothing here opens a connection."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote
 
-from pimc_client.bodies import Body, Progress, Source, json_body, multipart_body
 from pimc_client.inputs import (
     AnswerKind,
+    Date,
+    Dates,
     Files,
     Layout,
     MaskRule,
@@ -25,23 +26,24 @@ from pimc_client.inputs import (
     points_json,
     sources_of,
 )
+from pimc_client.uploads import AsyncBody, Body, Progress, Source, json_body, multipart_body
 
 if TYPE_CHECKING:
-    from datetime import date
-
     import httpx
+
+__version__ = "0.1.0"
 
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 ZIP = "application/zip"
 JSON = "application/json"
 GEOJSON = "application/geo+json"
 ANYTHING = f"{COG}, {ZIP};q=0.9, {GEOJSON};q=0.8, {JSON};q=0.7"
-"""What is accepted of a job whose request is not known any more."""
+"""Media types accepted of a job whose request is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One exchange to make."""
+    """One request to send."""
 
     method: str
     path: str
@@ -50,12 +52,20 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     body: Body | None = None
     delay: float = 0.0
-    """Seconds to wait before."""
+    """Seconds to wait before it is sent."""
     retry: bool = True
-    """Whether it may be sent again where it fails."""
+    """Whether it may be sent again if it fails."""
+
+    def content(self) -> Body | None:
+        """The body, as bytes to iterate over."""
+        return self.body
+
+    def acontent(self) -> AsyncBody | None:
+        """The body, as bytes to iterate over with `async for`."""
+        return None if self.body is None else AsyncBody(self.body)
 
     def all_headers(self) -> dict[str, str]:
-        """What goes over the wire beside the client's own headers."""
+        """The headers that belong to this request; the client adds its own."""
         headers = {"Accept": self.accept, **self.headers}
         if self.body is not None:
             headers["Content-Type"] = self.body.content_type
@@ -64,13 +74,13 @@ class Request:
         return headers
 
     def repeatable(self) -> bool:
-        """Whether sending it again sends the same."""
+        """Whether sending it again sends the same bytes."""
         return self.retry and (self.body is None or self.body.replayable)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What came back, whole; `body` is the receiver's to close."""
+class Response:
+    """A whole response; the receiver closes `body`."""
 
     status: int
     headers: httpx.Headers
@@ -81,6 +91,26 @@ class Reply:
         with self.body as body:
             body.seek(0)
             return body.read()
+
+
+def base_url_of(url: str) -> str:
+    """A base URL that paths can be appended to.
+
+    Raises:
+        ValueError: not an absolute http or https URL.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(
+            f"'{url}' is not a valid base URL: give one that starts with http:// or https://, such "
+            "as http://127.0.0.1:8000"
+        )
+    return url.rstrip("/") + "/"
+
+
+def client_headers(api_key: str | None) -> dict[str, str]:
+    """The headers of every request."""
+    headers = {"User-Agent": f"pimc-client/{__version__}"}
+    return {**headers, "Authorization": f"Bearer {api_key}"} if api_key else headers
 
 
 def build_raster(
@@ -95,43 +125,43 @@ def build_raster(
     modality: Modality | None = None,
     model: str | None = None,
     layout: Layout | None = None,
-    dates: Sequence[date | str] | str | None = None,
+    dates: Dates | None = None,
     bands: Sequence[str] | str | None = None,
     scale: float | None = None,
     offset: float | None = None,
     mask: MaskRule | None = None,
-    start: date | str | None = None,
+    start: Date | None = None,
     progress: Progress | None = None,
 ) -> Request:
-    """Imagery and what to make of it: a form with the files, or JSON that names references.
+    """A raster request: a form with the files, or JSON that names references.
 
     Raises:
-        TypeError: something that is no file.
-        ValueError: no file, a point that is no pair, or an answer that cannot be.
-        FileNotFoundError, IsADirectoryError: a path that is no file.
+        TypeError: something that is not a file or not a date.
+        ValueError: no file, a point that is not a pair, or options that exclude each other.
+        FileNotFoundError: a path that does not exist.
     """
     options: dict[str, Any] = {
         "model": model,
         "layout": layout,
-        "dates": None if dates is None else listed(dates),
-        "bands": None if bands is None else listed(bands),
+        "dates": None if dates is None else listed(dates, "dates"),
+        "bands": None if bands is None else listed(bands, "bands"),
         "scale": scale,
         "offset": offset,
         "mask": mask,
-        "start": None if start is None else iso(start),
+        "start": None if start is None else iso(start, "start"),
         "points": None if points is None else points_json(points),
-        "outputs": None if outputs is None else listed(outputs),
+        "outputs": None if outputs is None else listed(outputs, "outputs"),
         "horizon": horizon,
         "stride": stride,
         "modality": modality,
     }
-    said = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
     accept = _accept(task, outputs, points, answer)
     return Request(
         method="POST",
         path=task,
         accept=accept,
-        body=_raster_body(sources_of(files), said, progress),
+        body=_raster_body(sources_of(files), given, progress),
     )
 
 
@@ -139,10 +169,13 @@ def _accept(
     task: Task, outputs: str | Sequence[str] | None, points: Points | None, answer: AnswerKind
 ) -> str:
     if answer not in {"raster", "summary"}:
-        raise ValueError(f"answer is '{answer}': it can be 'raster' or 'summary'")
+        raise ValueError(f"answer='{answer}' is not valid: give 'raster' or 'summary'")
     if points is not None:
         if answer == "summary":
-            raise ValueError("points are answered one by one, and answer='summary' wants a summary")
+            raise ValueError(
+                "points and answer='summary' exclude each other: points return one result per "
+                "point, a summary is of the whole raster"
+            )
         return f"{GEOJSON}, {JSON};q=0.9"
     if answer == "summary":
         return JSON
@@ -162,7 +195,7 @@ def _raster_body(
 
 
 def _item(reference: Reference) -> dict[str, str]:
-    dated = {} if reference.date is None else {"date": iso(reference.date)}
+    dated = {} if reference.date is None else {"date": iso(reference.date, reference.href)}
     return {"href": reference.href, **dated}
 
 
@@ -177,30 +210,33 @@ def build_series(
     series: Iterable[Series],
     *,
     model: str | None = None,
-    start: date | str | None = None,
+    start: Date | None = None,
     horizon: int | None = None,
 ) -> Request:
-    """Pixels that need no raster.
+    """A series request: pixels or fields without a raster.
 
     Raises:
         ValueError: no series.
+        TypeError: one `Series` instead of several.
     """
-    given = [one.to_json() for one in series]
-    if not given:
-        raise ValueError("no series were given")
+    if isinstance(series, Series):
+        raise TypeError("series is one Series: give a list of them")
+    listed = [one.to_json() for one in series]
+    if not listed:
+        raise ValueError("at least one series is required")
     options = {
         "model": model,
-        "start": None if start is None else iso(start),
+        "start": None if start is None else iso(start, "start"),
         "horizon": horizon,
     }
-    said = {name: value for name, value in options.items() if value is not None}
-    return Request(method="POST", path=task, body=json_body({"series": given, **said}))
+    given = {name: value for name, value in options.items() if value is not None}
+    return Request(method="POST", path=task, body=json_body({"series": listed, **given}))
 
 
 def submitted(request: Request, idempotency_key: str | None) -> Request:
-    """The same request as a job.
+    """The same request, run as a job.
 
-    The key makes a second sending, by the retry or by you, find the first one's job.
+    A request that is sent twice with one key, by a retry or by the user, makes one job.
     """
     return Request(
         method=request.method,
@@ -216,7 +252,7 @@ def submitted(request: Request, idempotency_key: str | None) -> Request:
 
 
 def build_models() -> Request:
-    """The registry."""
+    """The model registry."""
     return Request(method="GET", path="models")
 
 
@@ -226,12 +262,12 @@ def build_model(reference: str) -> Request:
 
 
 def build_ready() -> Request:
-    """Readiness; "not yet" is an answer here and nothing to retry."""
+    """Readiness; "not ready" is a result here, so it is not retried."""
     return Request(method="GET", path="health/ready", retry=False)
 
 
 def build_jobs() -> Request:
-    """Every job."""
+    """The list of jobs."""
     return Request(method="GET", path="jobs")
 
 
@@ -241,7 +277,7 @@ def build_job(job_id: str, *, delay: float = 0.0) -> Request:
 
 
 def build_cancel(job_id: str) -> Request:
-    """An end to a job."""
+    """The cancellation of a job."""
     return Request(method="DELETE", path=f"jobs/{quote(job_id, safe='')}")
 
 

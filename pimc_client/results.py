@@ -1,13 +1,13 @@
-"""What a caller gets: rasters, summaries, points, series, models. Values, without a connection."""
+"""Results that the methods of a client return: rasters, summaries, points, models, jobs."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Literal, TypeVar, cast
@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 
 Status = Literal["ok", "no_data", "outside"]
 """`no_data`: too few clear dates; `outside`: not on the raster. Neither has values."""
+JobStatus = Literal["accepted", "running", "successful", "failed", "dismissed"]
+JobProgress = Callable[[float], object]
+"""Called with the percentage done, each time it has changed."""
 T = TypeVar("T")
 
 IN_MEMORY = 32 * 2**20
-"""Bytes of an answer that are held in memory; a longer one goes to a temporary file."""
+"""Bytes of a result that are held in memory; a longer one goes to a temporary file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceWarning:
-    """What was odd but no error, such as `dates_outside_window`."""
+    """A warning of the server, such as `dates_outside_window`."""
 
     code: str
     detail: str
@@ -41,45 +44,44 @@ class ServiceWarning:
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """How an answer came to be."""
+    """How a result was computed."""
 
     model: str | None = None
-    """The model that answered, as `name@version`."""
+    """The model that predicted, as `name@version`."""
     provider: str | None = None
-    """Where it ran: `CUDAExecutionProvider` or `CPUExecutionProvider`."""
+    """The execution provider: `CUDAExecutionProvider` or `CPUExecutionProvider`."""
     request_id: str | None = None
-    """What to quote to whoever runs the service."""
+    """The request's id in the server's log."""
     timing: Mapping[str, float] = field(default_factory=dict)
-    """Seconds that the service spent, by stage: `read`, `infer`, `write`."""
+    """Seconds that the server spent, by stage: `read`, `infer`, `write`."""
     warnings: tuple[ServiceWarning, ...] = ()
-    """What was odd but no error."""
 
 
 def new_file() -> BinaryIO:
-    """A file for an answer: in memory while it is small, else on disk; gone when closed."""
+    """A file for a result: in memory while it is small, else on disk; deleted when closed."""
     import tempfile
 
     return cast("BinaryIO", tempfile.SpooledTemporaryFile(max_size=IN_MEMORY))
 
 
-class _Answer:
-    """The same five facts at every answer."""
+class _Result:
+    """The members of `About`, as properties of every result."""
 
     about: About
 
     @property
     def model(self) -> str | None:
-        """The model that answered, as `name@version`."""
+        """The model that predicted, as `name@version`."""
         return self.about.model
 
     @property
     def provider(self) -> str | None:
-        """The execution provider that computed the answer."""
+        """The execution provider that ran the model."""
         return self.about.provider
 
     @property
     def request_id(self) -> str | None:
-        """The request's id in the service's log."""
+        """The request's id in the server's log."""
         return self.about.request_id
 
     @property
@@ -89,7 +91,7 @@ class _Answer:
 
     @property
     def warnings(self) -> tuple[ServiceWarning, ...]:
-        """What was odd but no error."""
+        """Warnings of the server."""
         return self.about.warnings
 
 
@@ -103,11 +105,11 @@ class LegendClass:
     color: str
     """As `#rrggbb`."""
     code: int | None = None
-    """The source legend's own number (CDL, WorldCover), None where it has none."""
+    """The source legend's own number (CDL, WorldCover), None if it has none."""
 
 
 def legend_in(tags: Mapping[str, str]) -> dict[int, LegendClass]:
-    """The legend that the service writes into a class map's tags; empty where there is none."""
+    """The legend that the server writes into a class map's tags; empty if there is none."""
     try:
         classes = [legend_class(c) for c in json.loads(tags.get("PIMC_LEGEND", "[]"))]
     except (ValueError, TypeError, KeyError):  # somebody else's tag of the same name
@@ -116,7 +118,7 @@ def legend_in(tags: Mapping[str, str]) -> dict[int, LegendClass]:
 
 
 def legend_class(document: Mapping[str, Any]) -> LegendClass:
-    """One class, as the service's JSON has it."""
+    """One class, from its JSON form."""
     return LegendClass(
         value=int(document["value"]),
         name=document["name"],
@@ -125,17 +127,17 @@ def legend_class(document: Mapping[str, Any]) -> LegendClass:
     )
 
 
-class Raster(_Answer):
-    """A GeoTIFF, as the service wrote it.
+class Raster(_Result):
+    """A GeoTIFF, as the server wrote it.
 
-    The file lies in memory, or on disk where it is large, until the raster is closed or
-    forgotten. The header is read at once, the pixels when `array` is first asked for.
+    The file is held in memory, or on disk if it is large, until the raster is closed or garbage
+    collected. The header is read at once, the pixels when `array` is first read.
 
     Attributes:
         name: the output's name, such as `class` or `forecast`.
-        about: how the answer came to be.
-        header: everything that the GeoTIFF's header says.
-        legend: pixel value to class; empty where pixels are no classes.
+        about: how the result was computed.
+        header: the contents of the GeoTIFF's header.
+        legend: pixel value to class; empty if pixels are not classes.
     """
 
     def __init__(
@@ -154,35 +156,39 @@ class Raster(_Answer):
 
     @cached_property
     def array(self) -> NDArray[Any]:
-        """The pixels: (rows, columns) of a single band, else (bands, rows, columns).
+        """The pixels: (rows, columns) if there is one band, else (bands, rows, columns).
 
         Raises:
-            GeoTIFFError: this package's small reader cannot decode the file.
+            GeoTIFFError: the file is damaged, or not one that this server writes.
         """
         pixels = read_array(self._file, self.header)
         return pixels[0] if self.header.count == 1 else pixels
 
     @property
     def content(self) -> bytes:
-        """The file itself."""
+        """The bytes of the file."""
         self._file.seek(0)
         return self._file.read()
 
+    def copy_to(self, file: BinaryIO) -> None:
+        """Write the bytes of the file to an open binary file, piece by piece."""
+        self._file.seek(0)
+        shutil.copyfileobj(self._file, file)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file; a file of that name is replaced, and never left half written."""
+        """Write the file; an existing one is replaced, and a file half written is never left."""
         target = Path(path)
         part = target.with_name(f"{target.name}.part")
-        self._file.seek(0)
         try:
             with part.open("wb") as file:
-                shutil.copyfileobj(self._file, file)
+                self.copy_to(file)
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
         return target
 
     def close(self) -> None:
-        """Let go of the file; `array` stays where it was read before."""
+        """Release the file; `array` remains if it was read before."""
         self._close()
 
     @property
@@ -197,12 +203,12 @@ class Raster(_Answer):
 
     @property
     def nodata(self) -> float | None:
-        """The value of pixels without an answer: 255 for classes, else NaN."""
+        """The value of pixels without a prediction: 255 for classes, else NaN."""
         return self.header.nodata
 
     @property
     def crs(self) -> str | None:
-        """`EPSG:<code>`; None where the CRS has no code, which rasterio then reads from `save`."""
+        """`EPSG:<code>`; None if the CRS has no code: rasterio reads such a CRS from the file."""
         return f"EPSG:{self.header.epsg}" if self.header.epsg else None
 
     @property
@@ -227,17 +233,18 @@ class Raster(_Answer):
         return f"<Raster {self.name}: {shape}, {self.crs}, from {self.model}>"
 
 
-class Rasters(_Answer, Mapping[str, Raster]):
-    """Several rasters of one request, by output name; each is unpacked when first asked for.
+class Rasters(_Result, Mapping[str, Raster]):
+    """Several rasters of one request, by output name; each is unpacked when it is first read.
 
     Attributes:
-        about: how the answer came to be.
+        about: how the result was computed.
     """
 
     def __init__(self, file: BinaryIO, *, about: About) -> None:
         import zipfile
 
         self.about = about
+        self._file = file
         self._close = weakref.finalize(self, file.close)
         self._archive = zipfile.ZipFile(file)
         names = {PurePosixPath(name): name for name in self._archive.namelist()}
@@ -260,11 +267,16 @@ class Rasters(_Answer, Mapping[str, Raster]):
     def __len__(self) -> int:
         return len(self._members)
 
-    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write each as `<name>.tif` into a folder, which is made where it is missing.
+    def copy_to(self, file: BinaryIO) -> None:
+        """Write the zip of all files to an open binary file, piece by piece."""
+        self._file.seek(0)
+        shutil.copyfileobj(self._file, file)
 
-        What the service sent beside them, such as the side file in which GDAL and QGIS look for
-        the names of classes, goes there as well.
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write each as `<name>.tif` into a folder, which is made if it is missing.
+
+        The files that the server sent beside them go there as well, such as the one from which GDAL
+        and QGIS read the names of classes.
 
         Returns:
             The rasters' paths.
@@ -276,7 +288,7 @@ class Rasters(_Answer, Mapping[str, Raster]):
         return [raster.save(target / f"{name}.tif") for name, raster in self.items()]
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Release the files."""
         for raster in self._rasters.values():
             raster.close()
         self._close()
@@ -291,14 +303,14 @@ class Rasters(_Answer, Mapping[str, Raster]):
         return f"<Rasters {', '.join(self)}, from {self.model}>"
 
 
-class Summary(_Answer, Mapping[str, Any]):
-    """The answer in numbers, as the service's JSON has it: dates used, valid share, and so on."""
+class Summary(_Result, Mapping[str, Any]):
+    """The summary of a raster, as the server's JSON: dates used, valid share and more."""
 
     def __init__(self, document: Mapping[str, Any], *, about: About) -> None:
         self.about = about
         self._document = dict(document)
 
-    def __getitem__(self, name: str) -> Any:  # noqa: ANN401 (whatever JSON can say)
+    def __getitem__(self, name: str) -> Any:  # noqa: ANN401 (any JSON)
         return self._document[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -311,7 +323,7 @@ class Summary(_Answer, Mapping[str, Any]):
         return f"<Summary of {', '.join(self)}, from {self.model}>"
 
 
-class Results(_Answer, list[T]):
+class Results(_Result, list[T]):
     """One result for each series or point, in the order given."""
 
     def __init__(self, results: list[T], *, about: About) -> None:
@@ -326,15 +338,15 @@ class PixelClass:
     id: str | None
     status: Status
     label: str | None
-    """The class's name, None without an answer."""
+    """The class's name, None without a prediction."""
     value: int | None
     """The class's pixel value, as in the legend."""
     confidence: float | None
     """The largest probability, 0 to 1."""
     entropy: float | None
-    """Shannon's, in nats, where it was given."""
+    """Shannon entropy of the probabilities, in nats, if the server sent it."""
     probabilities: Mapping[str, float]
-    """Class name to probability; empty without an answer."""
+    """Class name to probability; empty without a prediction."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -344,7 +356,7 @@ class Forecast:
     id: str | None
     status: Status
     dates: tuple[date, ...]
-    """H dates ahead; empty without an answer."""
+    """H dates ahead; empty without a prediction."""
     indices: Mapping[str, Mapping[str, NDArray[np.float64]]]
     """Spectral index (`NDVI`, `EVI`, `SAVI`) to quantile (`q10`, `q50`, `q90`) to values (H)."""
 
@@ -355,17 +367,17 @@ class Forecast:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Embedding:
-    """Where the encoder puts one pixel, field or patch."""
+    """The embedding of one pixel, field or patch."""
 
     id: str | None
     status: Status
     values: NDArray[np.float64] | None
-    """(D), None without an answer."""
+    """(D), None without a prediction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointResult(Generic[T]):
-    """The answer at one point."""
+    """The result at one point."""
 
     lon: float
     """Degrees."""
@@ -373,19 +385,19 @@ class PointResult(Generic[T]):
     """Degrees."""
     status: Status
     result: T
-    """What is there; without values where `status` is not `ok`."""
+    """The prediction; without values if `status` is not `ok`."""
     properties: Mapping[str, Any]
-    """The GeoJSON properties, as they came."""
+    """The GeoJSON properties, as the server sent them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelWindow:
-    """The stretch of time that a model looks at."""
+    """The span of dates that a model reads."""
 
     steps: int
     step_days: int
     start: str
-    """The rule for its first day where a request names none."""
+    """The rule for its first day if a request does not name one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,21 +409,21 @@ class Model:
     task: str
     description: str
     bands: tuple[str, ...]
-    """Sentinel-2 bands that it needs."""
+    """Sentinel-2 bands that the model needs."""
     window: ModelWindow | None
-    """None for imagery."""
+    """None for models of imagery."""
     min_observations: int
     """Clear observations that a pixel needs."""
     classes: tuple[LegendClass, ...]
     horizon: int | None
-    """Steps ahead that a forecast reaches at most."""
+    """The most steps ahead that it forecasts, None for other tasks."""
     metrics: Mapping[str, Any]
     training_data: tuple[Mapping[str, Any], ...]
     licence: str
     variants: tuple[Mapping[str, Any], ...]
     sha256: str
     card: Mapping[str, Any]
-    """The whole card, as it came."""
+    """The whole card, as the server sent it."""
 
     @property
     def id(self) -> str:
@@ -426,11 +438,11 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """What the service serves; iterate over the cards, or ask for one by name."""
+    """The models of the server; iterate over the cards, or take one by name."""
 
     cards: tuple[Model, ...]
     defaults: Mapping[str, str]
-    """Task to the model that answers where a request names none."""
+    """Task to the model that is used if a request does not name one."""
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self.cards)
@@ -439,21 +451,90 @@ class Models:
         return len(self.cards)
 
     def __getitem__(self, name: str) -> Model:
-        """The card of a name; KeyError where there is none."""
+        """The card of a name; KeyError if there is none."""
         return {card.name: card for card in self.cards}[name]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Readiness:
-    """Whether the service can answer; true where it can."""
+    """Whether the server is ready; true if it is."""
 
     ready: bool
     provider: str | None
     """The execution provider in use, None while not ready."""
     models: tuple[str, ...]
-    """What is loaded, as `name@version`."""
+    """The models loaded, as `name@version`."""
     detail: str | None
-    """Why not, None where it is ready."""
+    """Why it is not ready, None if it is."""
 
     def __bool__(self) -> bool:
         return self.ready
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """The state of a job when it was last read."""
+
+    id: str
+    task: str
+    """The task that runs, such as `classify-pixels`."""
+    status: JobStatus
+    progress: float
+    """Per cent, 0 to 100."""
+    created: datetime | None
+    started: datetime | None
+    """None while it is in the queue."""
+    finished: datetime | None
+    """None while it runs."""
+    message: str | None
+    """The server's message about the job, None if there is none."""
+    document: Mapping[str, Any]
+    """The whole state, as the server sent it."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the job has finished, successfully or not."""
+        return self.status not in {"accepted", "running"}
+
+
+class JobHandle(Generic[T]):
+    """A job and its state when it was last read.
+
+    Attributes:
+        state: as last read; `refresh` and `wait` read it again.
+        accept: media types to request the result in.
+        output: the single output requested, if it is known.
+    """
+
+    def __init__(self, state: JobState, *, accept: str, output: str | None = None) -> None:
+        self.state = state
+        self.accept = accept
+        self.output = output
+
+    @property
+    def id(self) -> str:
+        """The job's id; `Client.job` finds the job by it."""
+        return self.state.id
+
+    @property
+    def task(self) -> str:
+        """The task that runs."""
+        return self.state.task
+
+    @property
+    def status(self) -> JobStatus:
+        """The status when last read."""
+        return self.state.status
+
+    @property
+    def progress(self) -> float:
+        """Per cent done when last read."""
+        return self.state.progress
+
+    @property
+    def done(self) -> bool:
+        """Whether it had finished when last read."""
+        return self.state.done
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}: {self.task}, {self.status}>"

@@ -1,4 +1,4 @@
-"""Answers, read from what came back. Pure: nothing here connects to anything."""
+"""HTTP responses, parsed into results. Pure: nothing here opens a connection."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from datetime import date, datetime
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pimc_client.answers import (
+from pimc_client.errors import GeoTIFFError, UnexpectedAnswer, service_error
+from pimc_client.requests import COG, GEOJSON, JSON, ZIP, Response
+from pimc_client.results import (
     About,
     Embedding,
     Forecast,
+    JobState,
     Model,
     Models,
     ModelWindow,
@@ -27,18 +30,15 @@ from pimc_client.answers import (
     Summary,
     legend_class,
 )
-from pimc_client.calls import COG, GEOJSON, JSON, ZIP, Reply
-from pimc_client.errors import GeoTIFFError, UnexpectedAnswer, service_error
-from pimc_client.jobs import JobState
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 Record = Mapping[str, Any]
-Result = PixelClass | Forecast | Embedding
-Answer = Raster | Rasters | Summary | Results[PointResult[Any]]
-R = TypeVar("R", PixelClass, Forecast, Embedding)
+PlaceResult = PixelClass | Forecast | Embedding
+TaskResult = Raster | Rasters | Summary | Results[PointResult[Any]]
+R = TypeVar("R")
 
 _TIFF = COG.partition(";")[0]
 _NAMES = {"forecast": "forecast", "embed": "embedding"}
@@ -48,105 +48,116 @@ _SERVICE_UNAVAILABLE = 503
 
 @contextmanager
 def _documented() -> Iterator[None]:
-    """Says of an answer that lacks what it must have that it is none of the service's."""
+    """Raises a response that lacks a required member as `UnexpectedAnswer`."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UnexpectedAnswer(f"the answer is not as the service's are: {error!r}") from error
+        raise UnexpectedAnswer(
+            f"the response is not one of a PIMC server ({error!r}): check the base URL"
+        ) from error
 
 
-def checked(reply: Reply) -> Reply:
-    """The reply, where it is no error.
+def checked(response: Response) -> Response:
+    """The response, if it is not an error.
 
     Raises:
-        ServiceError: the service said no.
-        UnexpectedAnswer: a redirect, which no route of the service sends.
+        ServiceError: the server responded with an error.
+        UnexpectedAnswer: a redirect, which no route of the server sends.
     """
-    if reply.status >= 400:
-        raise service_error(reply.status, reply.headers, reply.read())
-    if reply.status >= 300:
-        reply.body.close()
-        target = reply.headers.get("location", "nowhere")
-        raise UnexpectedAnswer(f"the answer sends us on to {target}: is that the base URL?")
-    return reply
+    if response.status >= 400:
+        raise service_error(response.status, response.headers, response.read())
+    if response.status >= 300:
+        response.body.close()
+        target = response.headers.get("location", "no address")
+        raise UnexpectedAnswer(
+            f"the response is a redirect to {target}: the base URL may be the one redirected to"
+        )
+    return response
 
 
 @_documented()
-def parse_answer(reply: Reply, task: str, output: str | None = None) -> Answer:
-    """A raster request's answer, whatever its type.
+def parse_result(response: Response, task: str, output: str | None = None) -> TaskResult:
+    """The result of a raster request, by the response's media type.
 
     Args:
-        reply: no error.
-        task: what was asked for; it tells how to read points.
-        output: the output asked for, where it was one.
+        response: not an error.
+        task: the request's task, which says how points are read.
+        output: the output requested, if it was a single one.
 
     Raises:
-        UnexpectedAnswer: a type that is none of the service's, or content that is not of its type.
+        UnexpectedAnswer: a media type that no route sends, or content of another type.
     """
-    kind = _type(reply)
+    kind = _type(response)
     try:
         if kind == _TIFF:
-            return Raster(reply.body, name=_output_name(reply, task, output), about=_about(reply))
+            return Raster(
+                response.body, name=_output_name(response, task, output), about=_about(response)
+            )
         if kind == ZIP:
-            return Rasters(reply.body, about=_about(reply))
+            return Rasters(response.body, about=_about(response))
     except (GeoTIFFError, zipfile.BadZipFile) as error:
-        raise UnexpectedAnswer(f"an answer of type {kind} is none: {error}") from error
-    document = parse_json(reply)
-    about = _about(reply, document)
+        raise UnexpectedAnswer(
+            f"the response says {kind} and its content is not: {error}"
+        ) from error
+    document = parse_json(response)
+    about = _about(response, document)
     if document.get("type") == "FeatureCollection":
         return Results([_point(f, task) for f in document["features"]], about=about)
     return Summary(document, about=about)
 
 
 @_documented()
-def parse_series(reply: Reply, read: Callable[[Record], R]) -> Results[R]:
-    """A series request's answer, one result for each."""
-    document = parse_json(reply)
+def parse_series(response: Response, read: Callable[[Record], R]) -> Results[R]:
+    """The results of a series request, one for each series."""
+    document = parse_json(response)
     results = [read(record) for record in document["results"]]
-    return Results(results, about=_about(reply, document))
+    return Results(results, about=_about(response, document))
 
 
-def parse_json(reply: Reply) -> dict[str, Any]:
+def parse_json(response: Response) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
         UnexpectedAnswer: anything else.
     """
-    kind = _type(reply)
-    content = reply.read()
+    kind = _type(response)
+    content = response.read()
     if kind not in {JSON, GEOJSON}:
-        raise UnexpectedAnswer(f"the answer is '{kind}', which is none of the service's types")
+        raise UnexpectedAnswer(
+            f"the response has media type '{kind}', which no route of a PIMC server sends: check "
+            "the base URL"
+        )
     try:
         document = json.loads(content)
     except ValueError as error:
-        raise UnexpectedAnswer(f"the answer is no JSON although it says so: {error}") from error
+        raise UnexpectedAnswer(f"the response says JSON and is not: {error}") from error
     if not isinstance(document, dict):
-        raise UnexpectedAnswer("the answer is JSON, but no object")
+        raise UnexpectedAnswer("the response is JSON, but not an object")
     return document
 
 
-def _type(reply: Reply) -> str:
-    kind: str = reply.headers.get("content-type", "")
+def _type(response: Response) -> str:
+    kind: str = response.headers.get("content-type", "")
     return kind.partition(";")[0].strip().lower()
 
 
-def _output_name(reply: Reply, task: str, output: str | None) -> str:
+def _output_name(response: Response, task: str, output: str | None) -> str:
     if task in _NAMES:  # Of a forecast, `outputs` are bands.
         return _NAMES[task]
     if output:
         return output
-    _, _, filename = reply.headers.get("content-disposition", "").partition("filename=")
+    _, _, filename = response.headers.get("content-disposition", "").partition("filename=")
     return PurePosixPath(filename.strip('"; ')).stem or _DEFAULT_OUTPUT
 
 
-def _about(reply: Reply, document: Record | None = None) -> About:
-    """From the headers, and from the JSON where it says more."""
-    headers, said = reply.headers, document or {}
-    listed = said.get("warnings", ())
+def _about(response: Response, document: Record | None = None) -> About:
+    """From the headers, and from the JSON document if there is one."""
+    headers, content = response.headers, document or {}
+    listed = content.get("warnings", ())
     warnings = [ServiceWarning(code=w["code"], detail=w["detail"]) for w in listed]
     return About(
-        model=said.get("model") or headers.get("pimc-model"),
-        provider=said.get("provider") or headers.get("pimc-provider"),
+        model=content.get("model") or headers.get("pimc-model"),
+        provider=content.get("provider") or headers.get("pimc-provider"),
         request_id=headers.get("x-request-id"),
         timing=_timing(headers.get("server-timing", "")),
         warnings=tuple(warnings or map(_warning, headers.get_list("pimc-warning"))),
@@ -217,7 +228,7 @@ def _array(values: list[float | None]) -> NDArray[np.float64]:
     return np.array(values, dtype=np.float64)  # None becomes NaN
 
 
-_READERS: Mapping[str, Callable[[Record], Result]] = {
+_READERS: Mapping[str, Callable[[Record], PlaceResult]] = {
     "classify-pixels": pixel_class,
     "landcover": pixel_class,
     "forecast": forecast,
@@ -278,16 +289,16 @@ def parse_models(document: Record) -> Models:
 
 
 @_documented()
-def parse_ready(reply: Reply) -> Readiness:
-    """Readiness; "not yet" is an answer too.
+def parse_ready(response: Response) -> Readiness:
+    """Readiness; "not ready" is a result too.
 
     Raises:
         ServiceError: any other error.
     """
-    if reply.status == _SERVICE_UNAVAILABLE:
-        reason = service_error(reply.status, reply.headers, reply.read()).detail
+    if response.status == _SERVICE_UNAVAILABLE:
+        reason = service_error(response.status, response.headers, response.read()).detail
         return Readiness(ready=False, provider=None, models=(), detail=reason)
-    document = parse_json(checked(reply))
+    document = parse_json(checked(response))
     return Readiness(
         ready=True,
         provider=document.get("provider"),

@@ -1,0 +1,119 @@
+"""What both transports and both clients share of httpx: errors, time limits and the proxy.
+
+httpx is imported here and in the two transport modules alone; the clients load them when the first
+one is made, so that `import pimc_client` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+
+from pimc_client.errors import ConnectionFailed, TimedOut, TransportError
+from pimc_client.requests import Request
+from pimc_client.retry import RETRIED_STATUS, RetryPolicy, seconds_to_wait
+
+BROKEN = (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError)
+"""Errors that are retried: no connection, or one that broke. A server that is slow to respond is
+not: it is at work, and a second request would double the work."""
+
+_REPEATABLE = "pimc_client.repeatable"
+_CONNECT_SECONDS = 10.0
+
+
+def is_repeatable(request: httpx.Request) -> bool:
+    """Whether sending the request again sends the same bytes."""
+    # A request that was not built here is repeatable for certain only with bytes in memory.
+    in_memory = isinstance(request.stream, httpx.ByteStream)
+    return bool(request.extensions.get(_REPEATABLE, in_memory))
+
+
+def pause_before_retry(
+    policy: RetryPolicy, tries: int, response: httpx.Response | None
+) -> float | None:
+    """Seconds until the next try.
+
+    Args:
+        policy: how often and after how long a request is sent again.
+        tries: how often it was sent.
+        response: the server's; None if the connection broke.
+
+    Returns:
+        The pause, None if there is no next try.
+    """
+    if response is None:
+        return policy.pause(tries)
+    if response.status_code != RETRIED_STATUS:
+        return None
+    return policy.pause(tries, seconds_to_wait(response.headers.get("retry-after")))
+
+
+def extensions(request: Request) -> dict[str, bool]:
+    """What the retry transport must know about a request, as httpx's `extensions`."""
+    return {_REPEATABLE: request.repeatable()}
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy for a URL by the environment (`HTTP_PROXY`, `NO_PROXY`, …), None without one.
+
+    httpx reads the environment itself, but not if it is given a transport.
+    """
+    parts = urlsplit(url)
+    if proxy_bypass(parts.hostname or ""):
+        return None
+    proxies = getproxies()
+    return proxies.get(parts.scheme) or proxies.get("all")
+
+
+def timeouts(seconds: float | httpx.Timeout | None) -> httpx.Timeout:
+    """`seconds` for reading and writing, and 10 for connecting."""
+    if isinstance(seconds, httpx.Timeout):
+        return seconds
+    return httpx.Timeout(seconds, connect=_CONNECT_SECONDS, pool=None)
+
+
+@contextmanager
+def translated_errors(base_url: str, proxy: str | None) -> Iterator[None]:
+    """Raise httpx's errors as this package's.
+
+    Args:
+        base_url: the server's.
+        proxy: the proxy that requests go through, None without one.
+
+    Raises:
+        TimedOut: the server was silent for too long.
+        ConnectionFailed: the server was not reached, or the connection broke.
+        TransportError: any other fault of the connection.
+    """
+    way = "" if proxy is None else f" through the proxy {_without_password(proxy)}"
+    hint = (
+        ""
+        if proxy is None
+        else f"; the environment names this proxy: unset HTTP_PROXY, HTTPS_PROXY and ALL_PROXY, or "
+        f"add {urlsplit(base_url).hostname} to NO_PROXY, to connect directly"
+    )
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise TimedOut(
+            f"{base_url} did not respond in time{way} ({_named(error)}){hint}"
+        ) from error
+    except httpx.TransportError as error:
+        raise ConnectionFailed(
+            f"{base_url} cannot be reached{way} ({_named(error)}){hint}"
+        ) from error
+    except httpx.HTTPError as error:
+        raise TransportError(f"{base_url}: {_named(error)}") from error
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

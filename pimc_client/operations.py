@@ -1,0 +1,252 @@
+"""Operations: what each method of a client does, step by step, without sending anything.
+
+An operation is a generator: it yields each request to send, receives the response, and returns the
+method's result. `Client` and `AsyncClient` differ only in how they send a request and wait.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
+from typing import Any, TypeAlias, TypeVar
+
+from pimc_client.errors import (
+    JobDismissed,
+    JobFailed,
+    NotFound,
+    ResultNotReady,
+    ServiceError,
+    UnexpectedAnswer,
+    UnknownJob,
+    WaitTimedOut,
+)
+from pimc_client.inputs import Files, Series, Task
+from pimc_client.requests import (
+    ANYTHING,
+    Request,
+    Response,
+    build_cancel,
+    build_job,
+    build_jobs,
+    build_model,
+    build_models,
+    build_raster,
+    build_ready,
+    build_result,
+    build_series,
+    submitted,
+)
+from pimc_client.responses import (
+    Record,
+    TaskResult,
+    checked,
+    embedding,
+    forecast,
+    parse_job,
+    parse_json,
+    parse_model,
+    parse_models,
+    parse_ready,
+    parse_result,
+    parse_series,
+    pixel_class,
+)
+from pimc_client.results import (
+    Embedding,
+    Forecast,
+    JobHandle,
+    JobProgress,
+    JobState,
+    Model,
+    Models,
+    PixelClass,
+    Raster,
+    Rasters,
+    Readiness,
+    Results,
+)
+
+T = TypeVar("T")
+R = TypeVar("R")
+Operation: TypeAlias = Generator[Request, Response, T]
+
+_ACCEPTED, _NO_CONTENT = 202, 204
+_FIRST_PAUSE, _LONGEST_PAUSE, _SLOWER = 0.2, 5.0, 1.5  # seconds between two polls of a job
+
+
+def _exchange(request: Request) -> Operation[Response]:
+    return checked((yield request))
+
+
+def raster(task: Task, files: Files, **options: Any) -> Operation[TaskResult]:  # noqa: ANN401 (see `build_raster`)
+    """Send imagery and return the result, also if the server runs the request as a job."""
+    request = build_raster(task, files, **options)
+    output = _single(options.get("outputs"))
+    response = yield from _exchange(request)
+    if response.status == _ACCEPTED:  # Too large for a synchronous response.
+        state = parse_job(parse_json(response))
+        handle: JobHandle[TaskResult] = JobHandle(state, accept=request.accept, output=output)
+        return (yield from wait(handle))
+    return (yield from _with_legend(parse_result(response, task, output)))
+
+
+def submit(
+    task: Task,
+    files: Files,
+    *,
+    idempotency_key: str | None = None,
+    **options: Any,  # noqa: ANN401 (see `build_raster`)
+) -> Operation[JobHandle[TaskResult]]:
+    """Send imagery and return a job."""
+    request = submitted(build_raster(task, files, **options), idempotency_key)
+    response = yield from _exchange(request)
+    if response.status != _ACCEPTED:
+        response.body.close()
+        raise UnexpectedAnswer(
+            f"the server responded HTTP {response.status} instead of 202 with a job: check the "
+            "base URL"
+        )
+    state = parse_job(parse_json(response))
+    return JobHandle(state, accept=request.accept, output=_single(options.get("outputs")))
+
+
+def _single(outputs: object) -> str | None:
+    return outputs if isinstance(outputs, str) else None
+
+
+def _with_legend(result: TaskResult) -> Operation[TaskResult]:
+    """The same result; a class map without a legend receives the model's."""
+    found = result.get("class") if isinstance(result, Rasters) else result
+    if isinstance(found, Raster) and found.name == "class" and not found.legend and found.model:
+        # The map is useful without its legend, so a failure here does not lose it.
+        try:
+            found.legend = (yield from model(found.model)).legend
+        except (ServiceError, UnexpectedAnswer):
+            found.legend = {}
+    return result
+
+
+def series(
+    task: Task,
+    given: Iterable[Series],
+    read: Callable[[Record], R],
+    **options: Any,  # noqa: ANN401 (see `build_series`)
+) -> Operation[Results[R]]:
+    """Send series and return one result for each."""
+    response = yield from _exchange(build_series(task, given, **options))
+    return parse_series(response, read)
+
+
+def classify_series(given: Iterable[Series], **options: Any) -> Operation[Results[PixelClass]]:  # noqa: ANN401 (see `build_series`)
+    """A class for each series."""
+    return series("classify-pixels", given, pixel_class, **options)
+
+
+def forecast_series(given: Iterable[Series], **options: Any) -> Operation[Results[Forecast]]:  # noqa: ANN401 (see `build_series`)
+    """A forecast for each series."""
+    return series("forecast", given, forecast, **options)
+
+
+def embed_series(given: Iterable[Series], **options: Any) -> Operation[Results[Embedding]]:  # noqa: ANN401 (see `build_series`)
+    """An embedding for each series."""
+    return series("embed", given, embedding, **options)
+
+
+def models() -> Operation[Models]:
+    """The model registry."""
+    return parse_models(parse_json((yield from _exchange(build_models()))))
+
+
+def model(reference: str) -> Operation[Model]:
+    """One card."""
+    return parse_model(parse_json((yield from _exchange(build_model(reference)))))
+
+
+def ready() -> Operation[Readiness]:
+    """Whether the server is ready."""
+    return parse_ready((yield build_ready()))
+
+
+# --- jobs -----------------------------------------------------------------------------------------
+
+
+def jobs() -> Operation[list[JobHandle[TaskResult]]]:
+    """All jobs."""
+    document = parse_json((yield from _exchange(build_jobs())))
+    states = [parse_job(job) for job in document.get("jobs", ())]
+    return [JobHandle(state, accept=ANYTHING) for state in states]
+
+
+def job(job_id: str) -> Operation[JobHandle[TaskResult]]:
+    """One job."""
+    return JobHandle((yield from _state(job_id)), accept=ANYTHING)
+
+
+def _state(job_id: str, *, delay: float = 0.0) -> Operation[JobState]:
+    response = yield from _exchange(build_job(job_id, delay=delay))
+    return parse_job(parse_json(response))
+
+
+def refresh(handle: JobHandle[Any]) -> Operation[None]:
+    """Read the state of the job again."""
+    handle.state = yield from _state(handle.id)
+
+
+def wait(
+    handle: JobHandle[Any], progress: JobProgress | None = None, timeout: float | None = None
+) -> Operation[TaskResult]:
+    """Poll the job, with growing pauses, until it has finished; then return its result."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    reported, pause = None, _FIRST_PAUSE
+    while True:
+        if progress is not None and handle.progress != reported:
+            reported = handle.progress
+            progress(reported)
+        if handle.done:
+            return (yield from result(handle))
+        if deadline is not None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise WaitTimedOut(
+                    f"job {handle.id} is {handle.status} at {handle.progress:g} % after "
+                    f"{timeout:g} s and continues to run; call wait again, or cancel",
+                    job_id=handle.id,
+                )
+            pause = min(pause, left)
+        handle.state = yield from _state(handle.id, delay=pause)
+        pause = min(pause * _SLOWER, _LONGEST_PAUSE)
+
+
+def result(handle: JobHandle[Any], output: str | None = None) -> Operation[TaskResult]:
+    """The job's result, or one output of it."""
+    accept = handle.accept if output is None else ANYTHING
+    try:
+        response = yield from _exchange(build_result(handle.id, accept=accept, output=output))
+    except (ResultNotReady, NotFound, UnknownJob) as error:
+        # The server has no result; the job's state says why.
+        reason = _unsuccessful(handle.state)
+        if reason is None:
+            raise
+        raise reason from error
+    found = parse_result(response, handle.task, output or handle.output)
+    return (yield from _with_legend(found))
+
+
+def _unsuccessful(state: JobState) -> Exception | None:
+    said = f": {state.message}" if state.message else ""
+    if state.status == "failed":
+        return JobFailed(f"job {state.id} failed{said}", job_id=state.id)
+    if state.status == "dismissed":
+        return JobDismissed(f"job {state.id} was cancelled{said}", job_id=state.id)
+    return None
+
+
+def cancel(handle: JobHandle[Any]) -> Operation[None]:
+    """Cancel the job."""
+    response = yield from _exchange(build_cancel(handle.id))
+    if response.status == _NO_CONTENT:
+        response.body.close()
+        handle.state = replace(handle.state, status="dismissed")
+    else:
+        handle.state = parse_job(parse_json(response))

@@ -1,0 +1,333 @@
+"""Uploads: the files of a request, and bodies that are sent in pieces and can be sent again.
+
+    paths, folders, zips, open files, bytes → Source → Body → pieces on the wire
+
+A file is opened when its turn comes and closed after, so that a stack of hundreds of files needs
+one open file and one piece of memory.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import os
+import zipfile
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+PIECE = 256 * 1024
+"""Bytes read and sent at once."""
+RASTER_SUFFIXES = frozenset({".tif", ".tiff", ".jp2"})
+"""File endings, in lower case, that are taken from a folder or a zip."""
+
+Progress = Callable[[int, int | None], object]
+"""Called with the bytes sent so far and the total number of bytes (None if it is unknown)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One file to send."""
+
+    name: str
+    """The file's name in the request; the server may read its date and band from it."""
+    open: Callable[[], AbstractContextManager[BinaryIO]]
+    """Returns the file at its first byte; may be called again if `replayable`."""
+    length: int | None
+    """Size in bytes, None if only reading to the end shows it."""
+    replayable: bool
+    """Whether `open` may be called again."""
+
+
+def sources_of_paths(paths: Sequence[Path]) -> list[list[Source]]:
+    """The files at each path, which is a file, a folder, a zip or a glob pattern.
+
+    The folder is part of each name, because it may hold the date: `B04.tif` in the folder
+    `S2B_31UES_20210105_0_L2A` is sent as `S2B_31UES_20210105_0_L2A/B04.tif`. Files from several
+    folders keep the folders below the one that they have in common.
+
+    Args:
+        paths: files, folders, zips or patterns; all in one call, because the names of single files
+            depend on which folders the others are in.
+
+    Returns:
+        The files at each path, in the order of `paths`; those of one path are sorted by name.
+
+    Raises:
+        FileNotFoundError: a path does not exist, or a pattern matches nothing.
+        ValueError: a folder or zip without rasters, or a zip that cannot be read.
+    """
+    expanded = [_expand(path) for path in paths]
+    files = [file for found in expanded for file in found if not _is_container(file)]
+    top = _common_folder(files)
+    return [[source for file in found for source in _sources_at(file, top)] for found in expanded]
+
+
+def source_of_bytes(name: str, data: bytes) -> Source:
+    """A file in memory."""
+    return Source(
+        name=name,
+        open=lambda: nullcontext(io.BytesIO(data)),
+        length=len(data),
+        replayable=True,
+    )
+
+
+def source_of_file(file: BinaryIO, default_name: str) -> Source:
+    """An open binary file, from its current position; the file is left open.
+
+    Raises:
+        TypeError: the file is open as text.
+    """
+    if isinstance(file, io.TextIOBase):
+        raise TypeError(f"{file!r} is open as text: open it with mode 'rb'")
+    named = getattr(file, "name", None)
+    path = Path(os.fsdecode(named)).absolute() if isinstance(named, str | bytes) else None
+    name = default_name if path is None else _name_below(path, path.parent.parent)
+    if not file.seekable():
+        return Source(name=name, open=lambda: nullcontext(file), length=None, replayable=False)
+    start = file.tell()
+    length = file.seek(0, os.SEEK_END) - start
+    file.seek(start)
+
+    def rewound() -> AbstractContextManager[BinaryIO]:
+        file.seek(start)
+        return nullcontext(file)
+
+    return Source(name=name, open=rewound, length=length, replayable=True)
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+def _expand(path: Path) -> list[Path]:
+    """The path itself, or the sorted paths that a pattern matches."""
+    if path.exists():
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
+    # `Path.glob` takes no absolute pattern, and `glob.glob` takes any.
+    found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
+    if not found:
+        raise FileNotFoundError(f"{path}: no file matches this pattern")
+    return [Path(text) for text in found]
+
+
+def _is_container(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() == ".zip"
+
+
+def _sources_at(path: Path, top: Path) -> list[Source]:
+    if path.is_dir():
+        return _sources_in_folder(path)
+    return _sources_in_zip(path) if _is_container(path) else [_source(path, top)]
+
+
+def _source(path: Path, top: Path) -> Source:
+    return Source(
+        name=_name_below(path.absolute(), top),
+        open=lambda: path.open("rb"),
+        length=path.stat().st_size,
+        replayable=True,
+    )
+
+
+def _common_folder(files: Iterable[Path]) -> Path:
+    """The folder above the one that holds all files, so that at least one folder is in a name."""
+    folders = {os.path.abspath(file.parent) for file in files}  # noqa: PTH100 (resolves `..`, not links)
+    try:
+        return Path(os.path.commonpath(folders)).parent
+    except ValueError:  # no file, or files on several drives of Windows
+        return Path()
+
+
+def _name_below(path: Path, top: Path) -> str:
+    path = Path(os.path.abspath(path))  # noqa: PTH100 (resolves `..`, not links)
+    below = path.relative_to(top) if path.is_relative_to(top) else Path(path.parent.name, path.name)
+    return below.as_posix()
+
+
+def _sources_in_folder(folder: Path) -> list[Source]:
+    whole = Path(os.path.abspath(folder))  # noqa: PTH100 (keeps the name of a link)
+    top = whole.parent
+    inside = [Path(at, name) for at, _, names in os.walk(whole) for name in names]
+    found = [file for file in inside if _is_raster(file.relative_to(top))]
+    if not found:
+        raise ValueError(f"the folder {folder} contains no raster ({_suffixes()})")
+    return [_source(file, top) for file in sorted(found)]
+
+
+def _sources_in_zip(path: Path) -> list[Source]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = sorted(
+                (m for m in archive.infolist() if _is_raster(PurePosixPath(m.filename))),
+                key=lambda member: member.filename,
+            )
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a readable zip archive: {error}") from error
+    if not found:
+        raise ValueError(f"the zip {path} contains no raster ({_suffixes()})")
+    locked = [member.filename for member in found if member.flag_bits & 1]
+    if locked:
+        raise ValueError(f"the zip {path} is encrypted ({locked[0]}): extract it first")
+    return [_source_in_zip(path, member) for member in found]
+
+
+def _source_in_zip(path: Path, member: zipfile.ZipInfo) -> Source:
+    @contextmanager
+    def opened() -> Iterator[BinaryIO]:
+        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            yield cast("BinaryIO", file)
+
+    # A zip of a folder usually holds that folder already.
+    inside = PurePosixPath(member.filename)
+    named = inside if inside.parts[0] == path.stem else PurePosixPath(path.stem) / inside
+    return Source(name=str(named), open=opened, length=member.file_size, replayable=True)
+
+
+def _is_raster(path: PurePath) -> bool:
+    # Hidden files are no images of the stack: macOS puts `._a.tif` beside each `a.tif`.
+    hidden = any(part.startswith(".") for part in path.parts[1:] or path.parts)
+    return path.suffix.lower() in RASTER_SUFFIXES and not hidden
+
+
+def _suffixes() -> str:
+    return ", ".join(sorted(RASTER_SUFFIXES))
+
+
+# --- bodies ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """The body of a request; iterating twice returns the same bytes twice."""
+
+    content_type: str
+    segments: Sequence[bytes | Source]
+    progress: Progress | None = None
+
+    @property
+    def length(self) -> int | None:
+        """Size in bytes, None if the size of a file is unknown."""
+        lengths = [s.length if isinstance(s, Source) else len(s) for s in self.segments]
+        return None if None in lengths else sum(length or 0 for length in lengths)
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the body can be sent again."""
+        return all(s.replayable for s in self.segments if isinstance(s, Source))
+
+    def __iter__(self) -> Iterator[bytes]:
+        sent = 0
+        for piece in self.pieces():
+            yield piece
+            sent += len(piece)
+            self.report(sent)
+
+    def report(self, sent: int) -> None:
+        """Report to the caller how many bytes are sent."""
+        if self.progress is not None:
+            self.progress(sent, self.length)
+
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes, from the first, without a report."""
+        for segment in self.segments:
+            if isinstance(segment, bytes):
+                yield segment
+                continue
+            with segment.open() as file:
+                while piece := file.read(PIECE):
+                    yield piece
+
+
+class AsyncBody:
+    """A `Body` for `async for`; threads read its files, so that the event loop is not blocked."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        import asyncio  # slow to import, and `Client` does not need it
+
+        sent = 0
+        pieces = self._body.pieces()
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield piece
+            sent += len(piece)
+            self._body.report(sent)
+
+
+def json_body(document: Any) -> Body:  # noqa: ANN401 (any JSON)
+    """A JSON document.
+
+    Raises:
+        ValueError: a number that JSON does not have, such as NaN.
+        TypeError: a value that JSON does not have.
+    """
+    text = json.dumps(document, allow_nan=False, ensure_ascii=False, default=_plain)
+    return Body(content_type="application/json", segments=[text.encode(errors="replace")])
+
+
+def _plain(value: object) -> Any:  # noqa: ANN401 (any JSON)
+    """A scalar of numpy or pandas as Python's own."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{value!r} is a {type(value).__name__}, which JSON does not have")
+
+
+def multipart_body(
+    files: Sequence[Source], fields: Mapping[str, str], progress: Progress | None = None
+) -> Body:
+    """A form (RFC 7578): fields first, so that the server can refuse one before the files come."""
+    boundary = os.urandom(16).hex()
+    segments: list[bytes | Source] = [
+        _part_head(boundary, f'name="{name}"') + value.encode(errors="replace") + b"\r\n"
+        for name, value in fields.items()
+    ]
+    for file in files:
+        named = f'name="files"; filename="{_quoted(file.name)}"'
+        segments += [_part_head(boundary, named, "image/tiff"), file, b"\r\n"]
+    segments.append(f"--{boundary}--\r\n".encode())
+    return Body(
+        content_type=f"multipart/form-data; boundary={boundary}",
+        segments=segments,
+        progress=progress,
+    )
+
+
+def _part_head(boundary: str, disposition: str, content_type: str | None = None) -> bytes:
+    lines = [f"--{boundary}", f"Content-Disposition: form-data; {disposition}"]
+    if content_type:
+        lines.append(f"Content-Type: {content_type}")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def _quoted(name: str) -> str:
+    # As browsers escape a file's name, which servers undo.
+    name = decoded_name(name)
+    return name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def decoded_name(name: str) -> str:
+    """A file's name as text that can be encoded.
+
+    Python stands lone surrogates in for the bytes of a name on disk that are not valid in the file
+    system's encoding. Such names are most often Latin-1, which decodes any bytes.
+    """
+    return "/".join(map(_decoded, name.split("/")))
+
+
+def _decoded(part: str) -> str:
+    try:
+        part.encode()
+    except UnicodeEncodeError:
+        # Text with other lone surrogates is no name on disk; its other characters are kept.
+        try:
+            return part.encode(errors="surrogateescape").decode("latin-1")
+        except UnicodeEncodeError:
+            return part.encode(errors="replace").decode()
+    return part
