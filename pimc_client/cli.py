@@ -148,10 +148,17 @@ KEY_HELP = "API key, if the server requires one; also accepted after the subcomm
 TIMEOUT_HELP = "Seconds that the server may be silent; also accepted after the subcommand."
 
 
+class UsageError(ValueError):
+    """Options that exclude each other, or an output path that cannot be written."""
+
+
 def main() -> None:
-    """Run the command; exit with status 1 and one line on an error."""
+    """Run the command; an error is one line, with status 2 for wrong use and 1 for all else."""
     try:
         app()
+    except UsageError as error:
+        typer.echo(f"pimc: {error}", err=True)
+        sys.exit(2)
     # A `ValueError` or `OSError` is about the user's input or files; so is a damaged zip.
     except (PIMCError, OSError, ValueError, zipfile.BadZipFile) as error:
         sys.exit(f"pimc: {' '.join(str(error).split())}")
@@ -250,7 +257,7 @@ class _Delivery:
     """Where a result goes, checked before anything is sent.
 
     Raises:
-        typer.BadParameter: the output options exclude each other, or the path cannot be written.
+        UsageError: the output options exclude each other, or the path cannot be written.
     """
 
     def __init__(
@@ -265,10 +272,10 @@ class _Delivery:
     def check(self, outputs: str | list[str] | None) -> None:
         """Refuse a combination of options, or a path that cannot be written."""
         if self.summary and self.points is not None:
-            raise typer.BadParameter("--summary and --points exclude each other: leave one out")
+            raise UsageError("--summary and --points exclude each other: leave one out")
         if self.job:
             if self.out is not None:
-                raise typer.BadParameter(
+                raise UsageError(
                     "--job returns before there is a result: leave -o out, and later run "
                     "'pimc jobs result ID -o FILE'"
                 )
@@ -278,7 +285,7 @@ class _Delivery:
                 _check_file(self.out)
             return
         if self.out is None:
-            raise typer.BadParameter(
+            raise UsageError(
                 "the result is a raster: name the file to write with -o, or use --summary, "
                 "--points or --job"
             )
@@ -388,7 +395,7 @@ def series(
     if out is not None and out != STANDARD_OUTPUT:
         _check_file(out)
     if horizon is not None and task != "forecast":
-        raise typer.BadParameter(f"--horizon belongs to forecast, not to {task}")
+        raise UsageError(f"--horizon belongs to forecast, not to {task}")
     given = [Series(id=s.id, dates=s.dates, **s.bands) for s in series_of_file(file)]
     options = {"horizon": horizon} if task == "forecast" else {}
     found = client.run(operations.series(task, given, dict, model=model, start=start, **options))
@@ -451,7 +458,7 @@ def job_result(
     if output is not None:
         result = found.result(output)
     if isinstance(result, Raster | Rasters) and out is None:
-        raise typer.BadParameter("the result is a raster: name the file to write with -o")
+        raise UsageError("the result is a raster: name the file to write with -o")
     _print_warnings(result)
     _deliver(result, out)
 
@@ -555,7 +562,7 @@ def _raster(
 def _check_raster_target(out: Path, *, several: bool) -> None:
     if out == STANDARD_OUTPUT:
         if sys.stdout.isatty():
-            raise typer.BadParameter(
+            raise UsageError(
                 "-o - writes the file to standard output, which is a terminal: redirect it, as in "
                 "'-o - > class.tif'"
             )
@@ -567,26 +574,26 @@ def _check_raster_target(out: Path, *, several: bool) -> None:
 
 def _check_folder(out: Path) -> None:
     if out.suffix.lower() in {".tif", ".tiff"} or (out.exists() and not out.is_dir()):
-        raise typer.BadParameter(
+        raise UsageError(
             f"-o {_shown(out)}: several outputs are written into a folder, and this is a file; "
             "name a folder"
         )
     # `save` makes the folders that are missing, below the first that exists.
     existing = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
     if not os.access(existing, os.W_OK):
-        raise typer.BadParameter(f"-o {_shown(out)}: no permission to write in {_shown(existing)}")
+        raise UsageError(f"-o {_shown(out)}: no permission to write in {_shown(existing)}")
 
 
 def _check_file(out: Path) -> None:
     folder = out.absolute().parent
     if out.is_dir():
-        raise typer.BadParameter(f"-o {_shown(out)} is a folder: name a file")
+        raise UsageError(f"-o {_shown(out)} is a folder: name a file")
     if not folder.is_dir():
-        raise typer.BadParameter(
+        raise UsageError(
             f"-o {_shown(out)}: the folder {_shown(folder)} does not exist; make it first"
         )
     if not os.access(folder, os.W_OK):
-        raise typer.BadParameter(f"-o {_shown(out)}: no permission to write in {_shown(folder)}")
+        raise UsageError(f"-o {_shown(out)}: no permission to write in {_shown(folder)}")
 
 
 def _deliver(result: TaskResult, out: Path | None) -> None:

@@ -1,11 +1,12 @@
-"""Reads the GeoTIFFs that the service writes, with numpy and the standard library alone.
+"""Reader for the GeoTIFFs that the server writes, with NumPy and the standard library alone.
 
-    file → IFD (tags) → GeoTIFF (what the header says) → blocks → (bands, rows, columns)
+    file → IFD (tags) → GeoTIFF (the header's contents) → tiles → (bands, rows, columns)
 
-Little-endian classic and BigTIFF; tiles and strips; uncompressed, DEFLATE and LZW; predictors 1,
-2 and 3; integers and floats of 8 to 64 bits; both planar configurations. Only the first image is
-read: overviews and masks are not. Anything else is refused with a `GeoTIFFError`; rasterio reads
-it. Sources: TIFF 6.0; Adobe's technical note 3 (predictor 3); OGC GeoTIFF 1.1.
+The server writes Cloud Optimized GeoTIFFs by GDAL's COG driver: little-endian, classic or BigTIFF,
+tiled, the bands of a pixel side by side, DEFLATE with predictor 1, 2 or 3, pixels of uint8, int8 or
+float32. This module reads exactly that, and the first image alone, not its overviews. Any other
+TIFF raises `GeoTIFFError`; rasterio reads it. Sources: TIFF 6.0; BigTIFF; Adobe's technical note 3
+(predictor 3); OGC GeoTIFF 1.1; GDAL's `GDAL_METADATA` and `GDAL_NODATA` tags.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pimc_client.errors import GeoTIFFError
@@ -28,41 +29,29 @@ Transform = tuple[float, float, float, float, float, float]
 + f, of the upper left corner of a pixel."""
 
 # TIFF tags.
-_WIDTH, _HEIGHT, _BITS, _COMPRESSION = 256, 257, 258, 259
-_STRIP_OFFSETS, _SAMPLES, _ROWS_PER_STRIP, _STRIP_COUNTS = 273, 277, 278, 279
-_PLANAR, _PREDICTOR, _COLORMAP = 284, 317, 320
-_TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325
-_SAMPLE_FORMAT = 339
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _PLANAR = 256, 257, 258, 259, 277, 284
+_PREDICTOR, _COLORMAP, _SAMPLE_FORMAT = 317, 320, 339
+_TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_SIZES = 322, 323, 324, 325
 _PIXEL_SCALE, _TIEPOINT, _TRANSFORMATION = 33550, 33922, 34264
 _GEO_KEYS, _GDAL_METADATA, _GDAL_NODATA = 34735, 42112, 42113
 # GeoKeys.
-_MODEL_TYPE, _RASTER_TYPE, _GEOGRAPHIC, _PROJECTED = 1024, 1025, 2048, 3072
-_MODEL_GEOGRAPHIC, _PIXEL_IS_POINT, _USER_DEFINED = 2, 2, 32767
+_MODEL_TYPE, _GEOGRAPHIC, _PROJECTED = 1024, 2048, 3072
+_MODEL_GEOGRAPHIC, _USER_DEFINED = 2, 32767
 
-# Type code of a tag → `struct` letter.
-_TYPES = {
-    1: "B", 2: "s", 3: "H", 4: "I", 5: "2I", 6: "b", 7: "s", 8: "h", 9: "i", 10: "2i",
-    11: "f", 12: "d", 13: "I", 16: "Q", 17: "q", 18: "Q",
-}  # fmt: skip
-_DTYPES = {
-    (1, 8): "<u1", (1, 16): "<u2", (1, 32): "<u4", (1, 64): "<u8",
-    (2, 8): "<i1", (2, 16): "<i2", (2, 32): "<i4", (2, 64): "<i8",
-    (3, 16): "<f2", (3, 32): "<f4", (3, 64): "<f8",
-}  # fmt: skip
-_COMPRESSIONS = {
-    1: "none", 5: "LZW", 8: "DEFLATE", 32946: "DEFLATE",
-    7: "JPEG", 32773: "PackBits", 34887: "LERC", 34925: "LZMA", 50000: "ZSTD", 50001: "WebP",
-}  # fmt: skip
-_DECODED = {"none", "LZW", "DEFLATE"}
-_ASK_RASTERIO = "save it and open it with rasterio"
+# Type code of a tag → `struct` letter: bytes, text, and integers of 16, 32 and 64 bits, doubles.
+_TYPES = {1: "B", 2: "s", 3: "H", 4: "I", 12: "d", 16: "Q"}
+# Sample format → kind of number.
+_KINDS = {1: "uint", 2: "int", 3: "float"}
+_DTYPES = {"uint8", "int8", "float32"}
+_DEFLATE, _INTERLEAVED = 8, 1
 
 Tags = Mapping[int, Any]
-"""Tag number → bytes for text and opaque data, else a tuple of numbers."""
+"""Tag number → bytes for text, else a tuple of numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeoTIFF:
-    """What the header of a GeoTIFF says of its first image."""
+    """The contents of a GeoTIFF's header, for its first image."""
 
     width: int
     """Columns."""
@@ -71,9 +60,9 @@ class GeoTIFF:
     count: int
     """Bands."""
     dtype: str
-    """Of the pixels, as numpy names it: `uint8`, `float32`, ..."""
+    """Of the pixels, as NumPy names it."""
     nodata: float | None
-    """The value that means no answer, None where the file names none."""
+    """The value of pixels without a prediction, None if the file names none."""
     descriptions: tuple[str | None, ...]
     """Name of each band."""
     tags: Mapping[str, str]
@@ -83,18 +72,20 @@ class GeoTIFF:
     colors: Mapping[int, str]
     """Pixel value to `#rrggbb`; empty without a colour table."""
     epsg: int | None
-    """EPSG code of the CRS, None where it has none."""
+    """EPSG code of the CRS, None if it has none."""
     transform: Transform | None
-    """Pixel to CRS, None where the file is not georeferenced."""
-    ifd: Tags
-    """Every tag, by number, as the file has it."""
+    """Pixel to CRS, None if the file is not georeferenced."""
+    ifd: Tags = field(repr=False)
+    """Every tag, by number."""
 
 
 def read_header(file: BinaryIO) -> GeoTIFF:
     """Read the header of the first image of a TIFF.
 
+    A file in another form than the server's is described as well, so that it can be saved.
+
     Raises:
-        GeoTIFFError: not a little-endian TIFF, or a header that breaks off.
+        GeoTIFFError: not a little-endian TIFF, or a damaged header.
     """
     try:
         return _header(_first_ifd(file))
@@ -109,16 +100,16 @@ def read_array(file: BinaryIO, header: GeoTIFF) -> NDArray[Any]:
         (bands, rows, columns), of `header.dtype`.
 
     Raises:
-        GeoTIFFError: a compression, predictor or layout that this reader does not know, or a
-            block that does not decode.
+        GeoTIFFError: a file in another form than the server's, or a tile that does not decode.
     """
     import numpy as np
 
-    blocks = _Blocks.of(header)
-    shape = (header.count, header.height, header.width)
-    pixels = np.empty(shape, np.dtype(header.dtype))
-    for place in blocks.places():
-        pixels[place.bands, place.rows, place.columns] = blocks.read(file, place)
+    tiles = _Tiles.of(header)
+    pixels = np.empty((header.count, header.height, header.width), header.dtype)
+    for number, (rows, columns) in enumerate(tiles.places()):
+        tile = tiles.decode(file, number)
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        pixels[:, rows, columns] = tile[:height, :width].transpose(2, 0, 1)
     return pixels
 
 
@@ -126,7 +117,7 @@ def read_array(file: BinaryIO, header: GeoTIFF) -> NDArray[Any]:
 
 
 def _exactly(file: BinaryIO, offset: int, count: int) -> bytes:
-    # Before reading: a broken count may ask for more than there is memory.
+    # Checked before reading: a damaged count may exceed the memory.
     length = file.seek(0, os.SEEK_END)
     if offset + count > length:
         raise GeoTIFFError(
@@ -139,12 +130,9 @@ def _exactly(file: BinaryIO, offset: int, count: int) -> bytes:
 def _first_ifd(file: BinaryIO) -> Tags:
     file.seek(0)
     start = file.read(16)
-    order, version = start[:2], start[2:4]
-    if order == b"MM":
-        raise GeoTIFFError(f"a big-endian TIFF is not read here; {_ASK_RASTERIO}")
-    if order != b"II" or version not in {b"*\0", b"+\0"}:
-        raise GeoTIFFError(f"not a TIFF: it starts with {start[:4]!r}")
-    big = version == b"+\0"
+    if start[:4] not in {b"II*\0", b"II+\0"}:
+        raise GeoTIFFError(f"not a little-endian TIFF: the file starts with {start[:4]!r}")
+    big = start[2:3] == b"+"
     # Sizes of: the number of entries, one entry, and the value that fits inside an entry.
     counter, entry_size, inline = ("<Q", 20, 8) if big else ("<H", 12, 4)
     entry = "<HHQ" if big else "<HHI"
@@ -168,20 +156,15 @@ def _first_ifd(file: BinaryIO) -> Tags:
 
 
 def _values(kind: int, count: int, data: bytes) -> bytes | tuple[Any, ...]:
-    letter = _TYPES[kind]
-    if letter == "s":
-        return data
-    # A rational is two numbers, so its letters are "2I".
-    return struct.unpack(f"<{count * len(letter)}{letter[-1]}", data)
+    return data if _TYPES[kind] == "s" else struct.unpack(f"<{count}{_TYPES[kind]}", data)
 
 
 def _header(ifd: Tags) -> GeoTIFF:
-    count = ifd.get(_SAMPLES, (1,))[0]
+    width, height, count = ifd[_WIDTH][0], ifd[_HEIGHT][0], ifd.get(_SAMPLES, (1,))[0]
     tags, band_tags, descriptions = _metadata(ifd.get(_GDAL_METADATA, b""), count)
-    keys = _geo_keys(ifd.get(_GEO_KEYS, ()))
     return GeoTIFF(
-        width=ifd[_WIDTH][0],
-        height=ifd[_HEIGHT][0],
+        width=width,
+        height=height,
         count=count,
         dtype=_dtype(ifd),
         nodata=_nodata(ifd.get(_GDAL_NODATA, b"")),
@@ -189,24 +172,15 @@ def _header(ifd: Tags) -> GeoTIFF:
         tags=tags,
         band_tags=band_tags,
         colors=_colors(ifd.get(_COLORMAP, ())),
-        epsg=_epsg(keys),
-        transform=_transform(ifd, point=keys.get(_RASTER_TYPE) == _PIXEL_IS_POINT),
+        epsg=_epsg(ifd.get(_GEO_KEYS, ())),
+        transform=_transform(ifd),
         ifd=ifd,
     )
 
 
 def _dtype(ifd: Tags) -> str:
-    import numpy as np
-
-    bits = set(ifd.get(_BITS, (1,)))
-    formats = set(ifd.get(_SAMPLE_FORMAT, (1,)))
-    kind = (min(formats), min(bits))
-    if len(bits) > 1 or len(formats) > 1 or kind not in _DTYPES:
-        raise GeoTIFFError(
-            f"pixels of {sorted(bits)} bits in sample format {sorted(formats)} are not read here; "
-            f"{_ASK_RASTERIO}"
-        )
-    return np.dtype(_DTYPES[kind]).name
+    # Bands of several types are not a NumPy array, and no writer known makes them.
+    return f"{_KINDS.get(ifd.get(_SAMPLE_FORMAT, (1,))[0], 'other')}{ifd.get(_BITS, (1,))[0]}"
 
 
 def _text(data: bytes) -> str:
@@ -223,7 +197,7 @@ def _nodata(data: bytes) -> float | None:
 def _colors(table: tuple[int, ...]) -> dict[int, str]:
     size = len(table) // 3
     channels = [table[i * size : (i + 1) * size] for i in range(3)]
-    # 16 bits a channel in TIFF, of which the upper 8 are what GDAL was given.
+    # 16 bits per channel in TIFF, of which the upper 8 are GDAL's.
     return {
         value: "#" + "".join(f"{channel >> 8:02x}" for channel in color)
         for value, color in enumerate(zip(*channels, strict=True))
@@ -265,151 +239,111 @@ def _metadata_items(xml: str) -> Iterator[tuple[str, str, Mapping[str, str]]]:
         yield item.get("name", ""), text, item.attrib
 
 
-def _geo_keys(directory: tuple[int, ...]) -> dict[int, int]:
-    """The GeoKeys whose value is a number in the directory itself."""
+def _epsg(directory: tuple[int, ...]) -> int | None:
     entries = (directory[i : i + 4] for i in range(4, len(directory) - 3, 4))
-    return {key: value for key, location, _, value in entries if location == 0}
-
-
-def _epsg(keys: Mapping[int, int]) -> int | None:
+    # Where the location is 0, the value is in the directory itself.
+    keys = {key: value for key, location, _, value in entries if location == 0}
     key = _GEOGRAPHIC if keys.get(_MODEL_TYPE) == _MODEL_GEOGRAPHIC else _PROJECTED
     code = keys.get(key, 0)
     return code if 0 < code < _USER_DEFINED else None
 
 
-def _transform(ifd: Tags, *, point: bool) -> Transform | None:
-    if _TRANSFORMATION in ifd:
-        m = ifd[_TRANSFORMATION]
-        a, b, c, d, e, f = m[0], m[1], m[3], m[4], m[5], m[7]
-    elif _PIXEL_SCALE in ifd and _TIEPOINT in ifd:
-        scale_x, scale_y = ifd[_PIXEL_SCALE][:2]
-        column, row, _, x, y, _ = ifd[_TIEPOINT][:6]
-        a, b, c = scale_x, 0.0, x - column * scale_x
-        d, e, f = 0.0, -scale_y, y + row * scale_y
-    else:
+def _transform(ifd: Tags) -> Transform | None:
+    if _TRANSFORMATION in ifd:  # a rotated grid
+        a, b, _, c, d, e, _, f = ifd[_TRANSFORMATION][:8]
+        return (a, b, c, d, e, f)
+    if _PIXEL_SCALE not in ifd or _TIEPOINT not in ifd:
         return None
-    if point:  # The coordinates are those of pixel centres.
-        c, f = c - (a + b) / 2, f - (d + e) / 2
-    return (a, b, c, d, e, f)
+    scale_x, scale_y = ifd[_PIXEL_SCALE][:2]
+    column, row, _, x, y, _ = ifd[_TIEPOINT][:6]
+    return (scale_x, 0.0, x - column * scale_x, 0.0, -scale_y, y + row * scale_y)
 
 
 # --- pixels ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
-    """One block: which it is in the file, and what it holds of the image."""
-
-    number: int
-    bands: slice
-    rows: slice
-    columns: slice
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Blocks:
-    """The tiles or strips of an image, and how to decode one."""
+class _Tiles:
+    """The tiles of an image: their places in the file, and how to decode one."""
 
     header: GeoTIFF
     offsets: tuple[int, ...]
+    """First byte of each tile, row by row."""
     sizes: tuple[int, ...]
-    """Bytes of each block in the file; 0 is a block left out, all nodata."""
+    """Bytes of each tile."""
     rows: int
+    """Rows of a tile."""
     columns: int
-    """Of a full block."""
-    samples: int
-    """Bands that a block holds: all of them, or one where each band has its own blocks."""
-    padded: bool
-    """Whether blocks at the lower edge are full ones (tiles) or end with the image (strips)."""
-    compression: str
+    """Columns of a tile."""
     predictor: int
 
     @classmethod
-    def of(cls, header: GeoTIFF) -> _Blocks:
+    def of(cls, header: GeoTIFF) -> _Tiles:
+        """The tiles of an image.
+
+        Raises:
+            GeoTIFFError: a form that the server does not write, or lists that do not fit the image.
+        """
         ifd = header.ifd
-        number = ifd.get(_COMPRESSION, (1,))[0]
-        compression = _COMPRESSIONS.get(number, f"number {number}")
-        if compression not in _DECODED:
+        compression, planar = ifd.get(_COMPRESSION, (1,))[0], ifd.get(_PLANAR, (_INTERLEAVED,))[0]
+        predictor = ifd.get(_PREDICTOR, (1,))[0]
+        known = (
+            header.dtype in _DTYPES
+            and (compression, planar) == (_DEFLATE, _INTERLEAVED)
+            and predictor in {1, 2, 3 if header.dtype == "float32" else 1}
+        )
+        if not known or _TILE_OFFSETS not in ifd:
             raise GeoTIFFError(
-                f"compression {compression} is not decoded here, only none, LZW and DEFLATE; "
-                f"{_ASK_RASTERIO}"
+                f"pixels are read from tiles of {', '.join(sorted(_DTYPES))} with DEFLATE, bands side "
+                f"by side; this file has {'tiles' if _TILE_OFFSETS in ifd else 'strips'} of "
+                f"{header.dtype}, compression {compression}, predictor {predictor}, planar "
+                f"configuration {planar}: save it and open it with rasterio"
             )
-        predictor = ifd.get(_PREDICTOR, (1,))[0] if compression != "none" else 1
-        if predictor not in {1, 2, 3} or (predictor == 3 and not header.dtype.startswith("float")):
-            raise GeoTIFFError(
-                f"predictor {predictor} on {header.dtype} is not decoded here; {_ASK_RASTERIO}"
-            )
-        tiled = _TILE_OFFSETS in ifd
-        if not tiled and _STRIP_OFFSETS not in ifd:
-            raise GeoTIFFError("the image has neither tiles nor strips")
-        rows_per_strip = min(ifd.get(_ROWS_PER_STRIP, (header.height,))[0], header.height)
-        blocks = cls(
+        tiles = cls(
             header=header,
-            offsets=ifd[_TILE_OFFSETS if tiled else _STRIP_OFFSETS],
-            sizes=ifd.get(_TILE_COUNTS if tiled else _STRIP_COUNTS, ()),
-            rows=ifd[_TILE_HEIGHT][0] if tiled else rows_per_strip,
-            columns=ifd[_TILE_WIDTH][0] if tiled else header.width,
-            samples=1 if ifd.get(_PLANAR, (1,))[0] == 2 else header.count,
-            padded=tiled,
-            compression=compression,
+            offsets=ifd[_TILE_OFFSETS],
+            sizes=ifd.get(_TILE_SIZES, ()),
+            rows=ifd.get(_TILE_HEIGHT, (0,))[0],
+            columns=ifd.get(_TILE_WIDTH, (0,))[0],
             predictor=predictor,
         )
-        across = -(-header.width // blocks.columns)
-        down = -(-header.height // blocks.rows)
-        wanted = across * down * -(-header.count // blocks.samples)
-        if not len(blocks.offsets) == len(blocks.sizes) == wanted:
+        wanted = (
+            -(-header.width // tiles.columns) * -(-header.height // tiles.rows)
+            if tiles.rows and tiles.columns
+            else 0
+        )
+        if not len(tiles.offsets) == len(tiles.sizes) == wanted:
             raise GeoTIFFError(
-                f"the image has {wanted} blocks and the header lists {len(blocks.offsets)} "
-                f"offsets and {len(blocks.sizes)} sizes"
+                f"the image has {wanted} tiles and the header lists {len(tiles.offsets)} offsets "
+                f"and {len(tiles.sizes)} sizes"
             )
-        return blocks
+        return tiles
 
-    def places(self) -> Iterator[_Place]:
-        """Every block, in the file's order."""
-        header, number = self.header, 0
-        for band in range(0, header.count, self.samples):
-            for row in range(0, header.height, self.rows):
-                for column in range(0, header.width, self.columns):
-                    yield _Place(
-                        number=number,
-                        bands=slice(band, band + self.samples),
-                        rows=slice(row, min(row + self.rows, header.height)),
-                        columns=slice(column, min(column + self.columns, header.width)),
-                    )
-                    number += 1
+    def places(self) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of each tile, without the padding of those at the edges."""
+        for row in range(0, self.header.height, self.rows):
+            for column in range(0, self.header.width, self.columns):
+                yield (
+                    slice(row, min(row + self.rows, self.header.height)),
+                    slice(column, min(column + self.columns, self.header.width)),
+                )
 
-    def read(self, file: BinaryIO, place: _Place) -> NDArray[Any]:
-        """Decode one block: (bands, rows, columns), without the padding of tiles at the edges."""
+    def decode(self, file: BinaryIO, number: int) -> NDArray[Any]:
+        """One whole tile: (rows, columns, bands)."""
         import numpy as np
 
-        height = place.rows.stop - place.rows.start
-        width = place.columns.stop - place.columns.start
-        dtype = np.dtype(self.header.dtype).newbyteorder("<")
-        if self.sizes[place.number] == 0:
-            missing = self.header.nodata if self.header.nodata is not None else 0
-            return np.full((self.samples, height, width), missing, dtype)
-        rows = self.rows if self.padded else height
-        size = rows * self.columns * self.samples * dtype.itemsize
-        data = self._decompress(
-            _exactly(file, self.offsets[place.number], self.sizes[place.number]), size
-        )
-        if len(data) < size:
-            raise GeoTIFFError(
-                f"block {place.number} decodes to {len(data)} bytes and {size} are needed"
-            )
-        raw = np.frombuffer(data, np.uint8, size).reshape(rows, -1)
-        block = _unpredict(raw, self.predictor, dtype, self.samples)
-        return block.reshape(rows, self.columns, self.samples)[:height, :width].transpose(2, 0, 1)
-
-    def _decompress(self, data: bytes, size: int) -> bytes:
-        if self.compression == "none":
-            return data
-        if self.compression == "LZW":
-            return _lzw(data, size)
+        count, dtype = self.header.count, np.dtype(self.header.dtype).newbyteorder("<")
+        size = self.rows * self.columns * count * dtype.itemsize
+        packed = _exactly(file, self.offsets[number], self.sizes[number])
         try:
-            return zlib.decompressobj().decompress(data, size)
+            data = zlib.decompressobj().decompress(packed, size)
         except zlib.error as error:
-            raise GeoTIFFError(f"a DEFLATE block does not decode ({error})") from error
+            raise GeoTIFFError(f"tile {number} does not decode ({error})") from error
+        if len(data) < size:
+            raise GeoTIFFError(f"tile {number} decodes to {len(data)} bytes and {size} are needed")
+        raw = np.frombuffer(data, np.uint8, size).reshape(self.rows, -1)
+        pixels = _unpredict(raw, self.predictor, dtype, count)
+        return pixels.reshape(self.rows, self.columns, count)
 
 
 def _unpredict(
@@ -418,7 +352,7 @@ def _unpredict(
     """Undo a predictor.
 
     Args:
-        raw: the decompressed bytes of a block (rows, bytes of a row).
+        raw: the decompressed bytes of a tile (rows, bytes of a row).
         predictor: 1 none; 2 each value less the one to its left; 3 the bytes of a row's floats
             sorted by significance, each byte less the one to its left.
         dtype: of the values.
@@ -442,41 +376,3 @@ def _unpredict(
     # Planes run from the most significant byte to the least; little-endian values run back.
     ordered = np.ascontiguousarray(planes[:, ::-1].transpose(0, 2, 1))
     return ordered.reshape(rows, -1).view(dtype)
-
-
-_CLEAR, _END, _WIDEST = 256, 257, 12
-
-
-def _lzw(data: bytes, size: int) -> bytes:
-    """Decode LZW as TIFF has it: codes from the high bit, widened one code early.
-
-    Args:
-        data: the block in the file.
-        size: bytes to decode at most; what follows is padding.
-    """
-    out = bytearray()
-    table: list[bytes] = []
-    previous = b""
-    width, held, bits = 9, 0, 0
-    for byte in data:
-        held, bits = (held << 8) | byte, bits + 8
-        if bits < width:
-            continue
-        bits -= width
-        code, held = held >> bits, held & ((1 << bits) - 1)
-        if code == _CLEAR:
-            table = [bytes((i,)) for i in range(256)] + [b"", b""]
-            previous, width = b"", 9
-            continue
-        if code == _END or len(out) >= size:
-            break
-        if not table or code > len(table) or (code == len(table) and not previous):
-            raise GeoTIFFError(f"an LZW block does not decode (code {code} of {len(table)})")
-        word = table[code] if code < len(table) else previous + previous[:1]
-        out += word
-        if previous:
-            table.append(previous + word[:1])
-            if len(table) + 1 >= 1 << width and width < _WIDEST:
-                width += 1
-        previous = word
-    return bytes(out)
