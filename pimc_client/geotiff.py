@@ -294,8 +294,8 @@ class _Tiles:
         )
         if not known or _TILE_OFFSETS not in ifd:
             raise GeoTIFFError(
-                f"pixels are read from tiles of {', '.join(sorted(_DTYPES))} with DEFLATE, bands side "
-                f"by side; this file has {'tiles' if _TILE_OFFSETS in ifd else 'strips'} of "
+                f"pixels are read from DEFLATE tiles of {', '.join(sorted(_DTYPES))}, bands side by "
+                f"side; this file has {'tiles' if _TILE_OFFSETS in ifd else 'strips'} of "
                 f"{header.dtype}, compression {compression}, predictor {predictor}, planar "
                 f"configuration {planar}: save it and open it with rasterio"
             )
