@@ -294,10 +294,10 @@ class _Tiles:
         )
         if not known or _TILE_OFFSETS not in ifd:
             raise GeoTIFFError(
-                f"pixels are read from DEFLATE tiles of {', '.join(sorted(_DTYPES))}, bands side by "
-                f"side; this file has {'tiles' if _TILE_OFFSETS in ifd else 'strips'} of "
-                f"{header.dtype}, compression {compression}, predictor {predictor}, planar "
-                f"configuration {planar}: save it and open it with rasterio"
+                "pixels are read from DEFLATE tiles of uint8, int8 or float32, bands side by side; "
+                f"this file has {'tiles' if _TILE_OFFSETS in ifd else 'strips'} of {header.dtype}, "
+                f"compression {compression}, predictor {predictor}, planar configuration {planar}: "
+                "save it and open it with rasterio"
             )
         tiles = cls(
             header=header,
