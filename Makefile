@@ -11,7 +11,7 @@ SOURCES := models service training pimc_client tests benchmarks docs docker scri
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,service,training,demo,docs,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,analysis,service,training,demo,docs,dev]'
 	touch $@
 
 # What the service and the demo need: no torch, a quarter of the time.

@@ -12,12 +12,17 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Literal, TypeVar, cast
 
+from pimc_client import analysis
 from pimc_client.geotiff import GeoTIFF, Transform, read_array, read_header
+from pimc_client.tables import flat_record
 
 if TYPE_CHECKING:
     import os
 
+    import matplotlib.axes
     import numpy as np
+    import pandas as pd
+    import xarray
     from numpy.typing import NDArray
 
 Status = Literal["ok", "no_data", "outside"]
@@ -26,6 +31,7 @@ JobStatus = Literal["accepted", "running", "successful", "failed", "dismissed"]
 JobProgress = Callable[[float], object]
 """Called with the percentage done, each time it has changed."""
 T = TypeVar("T")
+
 
 IN_MEMORY = 32 * 2**20
 """Bytes of a result that are held in memory; a longer one goes to a temporary file."""
@@ -187,6 +193,39 @@ class Raster(_Result):
             part.unlink(missing_ok=True)
         return target
 
+    def to_xarray(self) -> xarray.DataArray:
+        """The pixels as an `xarray.DataArray`.
+
+        Dimensions are `y` and `x` (centres of pixels, in the CRS's units), before them `band` if
+        there are several, and of a forecast `index`, `time` and `quantile`. `rioxarray` reads the
+        CRS and nodata from it; a class map has its legend as the attributes `flag_values`,
+        `flag_meanings` and `flag_colors`.
+
+        Raises:
+            ImportError: xarray is not installed (`pip install 'pimc-client[analysis]'`).
+            GeoTIFFError: as `array`.
+        """
+        return analysis.data_array(self)
+
+    def plot(
+        self, band: int | str | None = None, ax: matplotlib.axes.Axes | None = None
+    ) -> matplotlib.axes.Axes:
+        """Draw one band with Matplotlib: a class map in its colours with a legend.
+
+        Args:
+            band: name or number from 1; the first if left out.
+            ax: the axes to draw into; a new figure if left out.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: Matplotlib is not installed (`pip install 'pimc-client[analysis]'`).
+            ValueError: the raster has no such band.
+            GeoTIFFError: as `array`.
+        """
+        return analysis.plot(self, band, ax)
+
     def close(self) -> None:
         """Release the file; `array` remains if it was read before."""
         self._close()
@@ -287,6 +326,16 @@ class Rasters(_Result, Mapping[str, Raster]):
             (target / name).write_bytes(self._archive.read(member))
         return [raster.save(target / f"{name}.tif") for name, raster in self.items()]
 
+    def to_xarray(self) -> xarray.Dataset:
+        """The rasters as an `xarray.Dataset`, one variable for each; see `Raster.to_xarray`.
+
+        The dimension of several bands is named after its variable, as in `probabilities_band`.
+
+        Raises:
+            ImportError: xarray is not installed (`pip install 'pimc-client[analysis]'`).
+        """
+        return analysis.dataset(self)
+
     def close(self) -> None:
         """Release the files."""
         for raster in self._rasters.values():
@@ -330,6 +379,18 @@ class Results(_Result, list[T]):
         super().__init__(results)
         self.about = about
 
+    def to_pandas(self) -> pd.DataFrame:
+        """The results as a `pandas.DataFrame`, one row for each.
+
+        Columns are named as the server names its properties; those of a forecast as the bands of a
+        raster (`NDVI_2021-11-05_q50`), the probability of a class `probabilities.<class>`, and the
+        dimensions of an embedding `embedding_0` and so on.
+
+        Raises:
+            ImportError: pandas is not installed (`pip install 'pimc-client[analysis]'`).
+        """
+        return analysis.data_frame([cast("Any", one).row() for one in self])
+
 
 @dataclass(frozen=True, kw_only=True)
 class PixelClass:
@@ -348,6 +409,12 @@ class PixelClass:
     probabilities: Mapping[str, float]
     """Class name to probability; empty without a prediction."""
 
+    def row(self) -> dict[str, Any]:
+        """The result as one row of a table."""
+        known = {"id": self.id, "status": self.status, "class": self.label, "value": self.value}
+        more = {"confidence": self.confidence, "entropy": self.entropy}
+        return flat_record({**known, **more, "probabilities": self.probabilities})
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Forecast:
@@ -364,6 +431,15 @@ class Forecast:
         """The quantiles of a spectral index: `forecast["NDVI"]["q50"]`."""
         return self.indices[index]
 
+    def row(self) -> dict[str, Any]:
+        """The result as one row of a table."""
+        values = {
+            index: {quantile: list(found) for quantile, found in quantiles.items()}
+            for index, quantiles in self.indices.items()
+        }
+        days = [day.isoformat() for day in self.dates]
+        return flat_record({"id": self.id, "status": self.status, "dates": days, **values})
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Embedding:
@@ -373,6 +449,11 @@ class Embedding:
     status: Status
     values: NDArray[np.float64] | None
     """(D), None without a prediction."""
+
+    def row(self) -> dict[str, Any]:
+        """The result as one row of a table."""
+        values = [] if self.values is None else self.values.tolist()
+        return flat_record({"id": self.id, "status": self.status, "embedding": values})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,6 +469,10 @@ class PointResult(Generic[T]):
     """The prediction; without values if `status` is not `ok`."""
     properties: Mapping[str, Any]
     """The GeoJSON properties, as the server sent them."""
+
+    def row(self) -> dict[str, Any]:
+        """The result as one row of a table."""
+        return {"lon": self.lon, "lat": self.lat, **flat_record(self.properties)}
 
 
 @dataclass(frozen=True, kw_only=True)

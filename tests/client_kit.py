@@ -1,16 +1,36 @@
-"""What the tests of the SDK share: both clients through one interface, and a server to talk to."""
+"""Kit of the SDK's tests: both clients through one interface, a server, and its responses."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import io
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
+import rasterio.shutil
+from rasterio.io import MemoryFile
+from rasterio.transform import Affine
+
 from pimc_client import AsyncClient, AsyncJob, Client
+
+TRANSFORM = Affine(10.0, 0.0, 600_000.0, 0.0, -10.0, 5_600_000.0)
+LEGEND = [
+    {"value": 0, "name": "Tree cover", "color": "#006400", "code": 10},
+    {"value": 1, "name": "Grass & herbs", "color": "#ffff4c", "code": None},
+]
+CARD = {
+    "name": "pixels-landcover", "version": "1.0.0", "task": "classify-pixels", "description": "d",
+    "bands": ["B02", "B04", "B08"], "min_observations": 6,
+    "window": {"steps": 36, "step_days": 10, "start": "calendar-year"},
+    "classes": LEGEND, "metrics": {"accuracy": 0.9}, "training_data": [{"name": "s2"}],
+    "licence": "MIT", "variants": [{"name": "float32"}], "sha256": "0" * 64, "horizon": None,
+}  # fmt: skip
 
 
 class Awaited:
@@ -118,3 +138,51 @@ def serving(answer: Callable[[Received], Reply]) -> Iterator[tuple[str, list[Rec
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def cog(
+    values,
+    *,
+    descriptions=(),
+    nodata=None,
+    crs="EPSG:32631",
+    colors=None,
+    transform=TRANSFORM,
+    **tags,
+):
+    """Bytes of a COG."""
+    plain, finished = MemoryFile(), MemoryFile()
+    with plain, finished:
+        shape = {"count": values.shape[0], "height": values.shape[1], "width": values.shape[2]}
+        with plain.open(
+            driver="GTiff", dtype=values.dtype, crs=crs, transform=transform, nodata=nodata, **shape
+        ) as file:
+            file.write(values)
+            file.update_tags(**tags)
+            for band, text in enumerate(descriptions, 1):
+                file.set_band_description(band, text)
+            if colors:
+                file.write_colormap(1, colors)
+        with plain.open() as file:
+            rasterio.shutil.copy(file, finished.name, driver="COG", compress="deflate")
+        finished.seek(0)
+        return finished.read()
+
+
+def classes(**tags):
+    values = np.array([[[0, 1, 255], [1, 1, 0]]], np.uint8)
+    return cog(
+        values,
+        descriptions=["class"],
+        nodata=255,
+        colors={0: (0, 100, 0), 1: (255, 255, 76)},
+        **tags,
+    )
+
+
+def zipped(**members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            archive.writestr(name.replace("__", "."), data)
+    return file.getvalue()

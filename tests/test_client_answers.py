@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import math
-import zipfile
 from datetime import date
 
 import httpx
 import numpy as np
 import pytest
 import rasterio
-import rasterio.shutil
-from client_kit import connected
-from rasterio.io import MemoryFile
-from rasterio.transform import Affine
+from client_kit import CARD, LEGEND, TRANSFORM, classes, cog, connected, zipped
 
 from pimc_client import (
     Embedding,
@@ -34,18 +29,6 @@ from pimc_client import (
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 FILE = ("a.tif", b"x")
-TRANSFORM = Affine(10.0, 0.0, 600_000.0, 0.0, -10.0, 5_600_000.0)
-LEGEND = [
-    {"value": 0, "name": "Tree cover", "color": "#006400", "code": 10},
-    {"value": 1, "name": "Grass & herbs", "color": "#ffff4c", "code": None},
-]
-CARD = {
-    "name": "pixels-landcover", "version": "1.0.0", "task": "classify-pixels", "description": "d",
-    "bands": ["B02", "B04", "B08"], "min_observations": 6,
-    "window": {"steps": 36, "step_days": 10, "start": "calendar-year"},
-    "classes": LEGEND, "metrics": {"accuracy": 0.9}, "training_data": [{"name": "s2"}],
-    "licence": "MIT", "variants": [{"name": "float32"}], "sha256": "0" * 64, "horizon": None,
-}  # fmt: skip
 HEADERS = [
     ("X-Request-ID", "r-1"),
     ("PIMC-Model", "pixels-landcover@1.0.0"),
@@ -54,54 +37,6 @@ HEADERS = [
     ("PIMC-Warning", "merged_dates; 2 files of 2021-01-05, as one"),
     ("PIMC-Warning", "dates_outside_window; 1 of 9; not used"),
 ]
-
-
-def cog(
-    values,
-    *,
-    descriptions=(),
-    nodata=None,
-    crs="EPSG:32631",
-    colors=None,
-    compress="deflate",
-    **tags,
-):
-    """Bytes of a COG."""
-    plain, finished = MemoryFile(), MemoryFile()
-    with plain, finished:
-        shape = {"count": values.shape[0], "height": values.shape[1], "width": values.shape[2]}
-        with plain.open(
-            driver="GTiff", dtype=values.dtype, crs=crs, transform=TRANSFORM, nodata=nodata, **shape
-        ) as file:
-            file.write(values)
-            file.update_tags(**tags)
-            for band, text in enumerate(descriptions, 1):
-                file.set_band_description(band, text)
-            if colors:
-                file.write_colormap(1, colors)
-        with plain.open() as file:
-            rasterio.shutil.copy(file, finished.name, driver="COG", compress=compress)
-        finished.seek(0)
-        return finished.read()
-
-
-def classes(**tags):
-    values = np.array([[[0, 1, 255], [1, 1, 0]]], np.uint8)
-    return cog(
-        values,
-        descriptions=["class"],
-        nodata=255,
-        colors={0: (0, 100, 0), 1: (255, 255, 76)},
-        **tags,
-    )
-
-
-def zipped(**members):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in members.items():
-            archive.writestr(name.replace("__", "."), data)
-    return file.getvalue()
 
 
 def transport(content, kind=COG, *, card=None, status=200, headers=HEADERS):

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from client_kit import Reply, serving
-from test_client_answers import CARD, LEGEND, classes, zipped
+from client_kit import CARD, LEGEND, Reply, classes, serving, zipped
 
 from pimc_client.cli import main
 

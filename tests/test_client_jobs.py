@@ -7,8 +7,7 @@ import json
 import httpx
 import numpy as np
 import pytest
-from client_kit import connected
-from test_client_answers import cog, zipped
+from client_kit import cog, connected, zipped
 
 from pimc_client import (
     CorruptRaster,

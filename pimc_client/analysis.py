@@ -1,0 +1,222 @@
+"""Results as objects of xarray, pandas, GeoPandas and Matplotlib.
+
+None of these libraries is needed until one of the functions here is called; then the one that it
+needs is imported. `pip install 'pimc-client[analysis]'` installs them all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import geopandas
+    import matplotlib.axes
+    import pandas as pd
+    import xarray
+    from numpy.typing import NDArray
+
+    from pimc_client.results import LegendClass, Raster, Rasters
+
+_FORECAST_BAND = re.compile(r"(?P<index>\w+)_(?P<date>\d{4}-\d\d-\d\d)_(?P<quantile>q\d+)")
+"""Name of a forecast's band, such as `NDVI_2021-11-05_q50`."""
+
+
+def required(library: str, user: str) -> Any:  # noqa: ANN401 (a module)
+    """Import an optional library.
+
+    Args:
+        library: the module's name.
+        user: what needs it, for the message.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        name = library.partition(".")[0]
+        if (error.name or "").partition(".")[0] != name:
+            raise
+        raise ImportError(
+            f"{user} needs {name}, which is not installed: pip install 'pimc-client[analysis]'",
+            name=name,
+        ) from error
+
+
+# --- xarray ---------------------------------------------------------------------------------------
+
+
+def data_array(raster: Raster) -> xarray.DataArray:
+    """A raster as a `DataArray`; see `Raster.to_xarray`."""
+    xr = required("xarray", "to_xarray")
+    pixels = raster.array
+    dims, coords = ["y", "x"], _coordinates(raster)
+    forecast = _forecast_axes(raster.descriptions)
+    if forecast is not None:
+        pixels = raster.array.reshape(*map(len, forecast.values()), *raster.shape[1:])
+        dims, coords = [*forecast, *dims], {**forecast, **coords}
+    elif raster.shape[0] > 1:
+        dims = ["band", *dims]
+        names = [name or str(number) for number, name in enumerate(raster.descriptions, 1)]
+        coords = {"band": names, **coords}
+    array: xarray.DataArray = xr.DataArray(
+        pixels, dims=dims, coords=coords, name=raster.name, attrs=_attributes(raster)
+    )
+    return array
+
+
+def dataset(rasters: Rasters) -> xarray.Dataset:
+    """Several rasters as a `Dataset`; see `Rasters.to_xarray`."""
+    xr = required("xarray", "to_xarray")
+    arrays = {}
+    for name, raster in rasters.items():
+        array = data_array(raster)
+        # Two outputs may have bands of different names, which one dimension could not hold.
+        arrays[name] = array.rename(band=f"{name}_band") if "band" in array.dims else array
+    found: xarray.Dataset = xr.Dataset(arrays, attrs={"model": rasters.model or ""})
+    return found
+
+
+def _forecast_axes(descriptions: Sequence[str | None]) -> dict[str, Any] | None:
+    """The index, time and quantile of a forecast's bands; None of any other raster."""
+    import numpy as np
+
+    found = [_FORECAST_BAND.fullmatch(name or "") for name in descriptions]
+    bands = [match.groups() for match in found if match]
+    if not bands or len(bands) < len(found):
+        return None
+    indices, dates, quantiles = (list(dict.fromkeys(values)) for values in zip(*bands, strict=True))
+    if bands != [(i, d, q) for i in indices for d in dates for q in quantiles]:
+        return None
+    return {"index": indices, "time": np.array(dates, "datetime64[ns]"), "quantile": quantiles}
+
+
+def _coordinates(raster: Raster) -> dict[str, Any]:
+    """Centres of pixels, and the CRS as rioxarray reads it."""
+    import numpy as np
+
+    xr = required("xarray", "to_xarray")
+    transform = raster.transform
+    if transform is None:
+        return {}
+    a, b, c, d, e, f = transform
+    # GDAL's order, as CF files written by GDAL hold it.
+    reference = {"GeoTransform": f"{c} {a} {b} {f} {d} {e}"}
+    if raster.crs:
+        reference |= {"spatial_ref": raster.crs, "crs_wkt": raster.crs}
+    coords: dict[str, Any] = {"spatial_ref": xr.Variable((), 0, reference)}
+    if b == d == 0:  # the axes of a rotated grid are not those of the CRS
+        _, rows, columns = raster.shape
+        coords["y"] = f + e * (np.arange(rows) + 0.5)
+        coords["x"] = c + a * (np.arange(columns) + 0.5)
+    return coords
+
+
+def _attributes(raster: Raster) -> dict[str, Any]:
+    attributes: dict[str, Any] = {"grid_mapping": "spatial_ref"}
+    if raster.model:
+        attributes["model"] = raster.model
+    if raster.nodata is not None:
+        attributes["_FillValue"] = raster.array.dtype.type(raster.nodata)
+    if raster.legend:  # as the CF conventions have it
+        attributes["flag_values"] = list(raster.legend)
+        names = [entry.name.replace(" ", "_") for entry in raster.legend.values()]
+        attributes["flag_meanings"] = " ".join(names)
+        attributes["flag_colors"] = " ".join(entry.color for entry in raster.legend.values())
+    return attributes
+
+
+# --- pandas ---------------------------------------------------------------------------------------
+
+
+def data_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows as a `DataFrame`; a row may lack columns of the others."""
+    frame: pd.DataFrame = required("pandas", "to_pandas").DataFrame(list(rows))
+    return frame
+
+
+def geo_data_frame(
+    rows: Sequence[Mapping[str, Any]], geometries: Sequence[Mapping[str, Any] | None]
+) -> geopandas.GeoDataFrame:
+    """Rows and their GeoJSON geometries (EPSG:4326) as a `GeoDataFrame`."""
+    gpd, shapely = (
+        required("geopandas", "to_geopandas"),
+        required("shapely.geometry", "to_geopandas"),
+    )
+    shapes = [None if one is None else shapely.shape(one) for one in geometries]
+    frame: geopandas.GeoDataFrame = gpd.GeoDataFrame(list(rows), geometry=shapes, crs="EPSG:4326")
+    return frame
+
+
+# --- Matplotlib -----------------------------------------------------------------------------------
+
+
+def plot(
+    raster: Raster, band: int | str | None, axes: matplotlib.axes.Axes | None
+) -> matplotlib.axes.Axes:
+    """Draw one band of a raster; see `Raster.plot`."""
+    number = _band_number(raster, band)
+    pixels = raster.array if raster.shape[0] == 1 else raster.array[number]
+    if axes is None:
+        axes = required("matplotlib.pyplot", "plot").subplots()[1]
+    place: dict[str, Any] = {"interpolation": "nearest", **_extent(raster)}
+    if raster.legend:
+        axes.imshow(_colored(pixels, raster.legend), **place)
+        _add_legend(axes, pixels, raster.legend)
+    else:
+        image = axes.imshow(pixels, **place)
+        if axes.figure is not None:
+            axes.figure.colorbar(image, ax=axes, label=raster.descriptions[number] or raster.name)
+    axes.set_title(f"{raster.name}, {raster.model}" if raster.model else raster.name)
+    if raster.crs:
+        axes.set_xlabel(raster.crs)
+    return axes
+
+
+def _band_number(raster: Raster, band: int | str | None) -> int:
+    if band is None:
+        return 0
+    names = list(raster.descriptions)
+    if isinstance(band, str):
+        if band not in names:
+            listed = ", ".join(str(name) for name in names[:6])
+            raise ValueError(
+                f"the raster has no band '{band}'; its bands are {listed}"
+                f"{' and more' if len(names) > 6 else ''}"
+            )
+        return names.index(band)
+    if not 1 <= band <= len(names):
+        raise ValueError(f"band {band} is not from 1 to {len(names)}, the bands of the raster")
+    return band - 1
+
+
+def _extent(raster: Raster) -> dict[str, Any]:
+    """Edges of the image in the units of the CRS; pixels of a rotated grid are counted."""
+    if raster.transform is None or raster.transform[1] or raster.transform[3]:
+        return {}
+    a, _, left, _, e, top = raster.transform
+    _, rows, columns = raster.shape
+    return {"extent": (left, left + a * columns, top + e * rows, top)}
+
+
+def _colored(pixels: NDArray[Any], legend: Mapping[int, LegendClass]) -> NDArray[Any]:
+    """(rows, columns, RGBA) of uint8; pixels of no class are transparent."""
+    import numpy as np
+
+    image = np.zeros((*pixels.shape, 4), np.uint8)
+    for value, entry in legend.items():
+        image[pixels == value] = [*bytes.fromhex(entry.color.removeprefix("#")), 255]
+    return image
+
+
+def _add_legend(
+    axes: matplotlib.axes.Axes, pixels: NDArray[Any], legend: Mapping[int, LegendClass]
+) -> None:
+    patches = required("matplotlib.patches", "plot")
+    shown = [entry for value, entry in legend.items() if (pixels == value).any()]
+    handles = [patches.Patch(color=entry.color, label=entry.name) for entry in shown]
+    if handles:
+        axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
