@@ -1,8 +1,8 @@
-"""The model card: everything a bundle says about itself.
+"""Model card: inputs, outputs, training data and scores of a bundle.
 
-A bundle is a folder with a `card.json` and the ONNX files that the card names. The card is
-the only thing that the service reads to learn what a model takes and returns, and it is what
-`GET /models/{name}` answers. No torch here: the service imports this module.
+A bundle is a folder with a `card.json` and the ONNX files that the card names. The service knows
+a model's inputs and outputs from the card alone, and `GET /models/{name}` returns it. No torch
+here: the service imports this module.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ StartRule = Literal["calendar-year", "fullest-year", "every-date", "last-steps"]
 
 CARD_FILE = "card.json"
 
-# What the graph of each modality takes, by name; `day_of_year` only where the card says so.
+# Inputs of the graph of each modality; `day_of_year` in addition if the card says so.
 PIXEL_INPUTS = ("values", "valid", "days")
 PATCH_INPUTS = ("patches",)
-# The input that is reflectance: float16 in a float16 variant, whose way to a device it halves, and
-# float32 in any other. All else is the same for all variants.
+# Inputs that are reflectance: float16 in a float16 variant, which halves the transfer to a device,
+# and float32 in any other. All other inputs are the same for all variants.
 REFLECTANCE = ("values", "patches")
 # The one output of each task's graph.
 OUTPUTS: dict[Task, str] = {
@@ -42,50 +42,49 @@ class _Frozen(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedWindow:
-    """A model's time window, laid over the dates of one series."""
+    """A model's time window, applied to the dates of one series."""
 
     start: date
-    """The first day from which observations are used; what an answer echoes."""
+    """The first day from which observations are used; responses repeat it."""
     first_day: date
     """The day of the regular grid's first step; `days` in the graph count from here."""
     used: tuple[int, ...]
     """Positions, in the dates given, of those inside the window."""
     last: date | None
-    """The last date used, None where none is."""
+    """The last date used, None if no date is."""
 
     def days(self, dates: Sequence[date]) -> list[int]:
-        """Days from `first_day` to each used date, what the graph takes as `days` (T)."""
+        """Days from `first_day` to each used date: the graph's input `days` (T)."""
         return [(dates[i] - self.first_day).days for i in self.used]
 
 
 class TimeWindow(_Frozen):
-    """The stretch of time that a model looks at: `steps` steps of `step_days` days."""
+    """The span of dates that a model sees: `steps` steps of `step_days` days."""
 
     steps: Annotated[int, Field(ge=2)]
     """M, the length of the regular grid."""
     step_days: Annotated[int, Field(ge=1)]
     """Days between two steps of the regular grid."""
     start: StartRule
-    """How the first day is chosen where the request does not say.
+    """How the first day is chosen if the request does not give it.
 
     `calendar-year`: 1 January of the year with the most dates. `fullest-year`: the first of
     the month that puts the most dates into the window. `every-date`: all dates count, whatever
-    their year, each at its place in the year; the first day is 1 January of the first date's
-    year. Its graph folds the years into one that begins on 1 January, also where a start is given,
-    so it suits what does not change from year to year.
-    `last-steps`: the window ends on the last date. The later year wins a tie, and in
-    `fullest-year` January does.
+    their year; the first day is 1 January of the first date's year. The graph places all years on
+    one that begins on 1 January, also if a start is given, so the rule suits what does not change
+    from year to year. `last-steps`: the window ends on the last date. Of several candidates with
+    the same number of dates, the later year wins, and in `fullest-year` January does.
 
-    A start that is given bounds every rule's window to its length.
+    With a given start, every rule's window has its length from there.
     """
 
     @property
     def yearly(self) -> bool:
-        """Whether the graph lays the dates of several years on one."""
+        """Whether the graph places the dates of several years on one."""
         return self.start == "every-date"
 
     def resolve(self, dates: Sequence[date], start: date | None = None) -> ResolvedWindow:
-        """Lay the window over dates.
+        """Apply the window to dates.
 
         Args:
             dates: acquisition dates (T), at least one, in any order.
@@ -110,8 +109,8 @@ class TimeWindow(_Frozen):
             used = tuple(
                 i for i, d in enumerate(dates) if start is None or start <= d < start + length
             )
-            # The grid's first step is 1 January whatever is asked for, so that a season lies where
-            # training had it.
+            # The grid's first step is always 1 January, so that the season has the same position
+            # as in training.
             first_day = date((start or min(dates)).year, 1, 1)
             last = max((dates[i] for i in used), default=None)
             return ResolvedWindow(
@@ -139,7 +138,7 @@ class LegendClass(_Frozen):
     name: str
     color: Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$")]
     code: int | None = None
-    """The source legend's own number (CDL, WorldCover), None where it has none."""
+    """The source legend's own number (CDL, WorldCover), None if it has none."""
 
 
 class TrainingData(_Frozen):
@@ -147,7 +146,7 @@ class TrainingData(_Frozen):
 
     name: str
     use: str
-    """What it was used for: pretraining, labels, validation."""
+    """Purpose: pretraining, labels, validation."""
     n: int
     """Samples used."""
     licence: str
@@ -167,7 +166,7 @@ class Variant(_Frozen):
 
 
 class ModelCard(_Frozen):
-    """What a bundle is, takes, returns, was trained on and scored."""
+    """Inputs, outputs, training data, scores and files of a bundle."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
@@ -185,26 +184,26 @@ class ModelCard(_Frozen):
     day_of_year: bool = False
     """Whether the graph also takes `day_of_year` (N): that of the first day, 1 to 366."""
     min_observations: Annotated[int, Field(ge=1)]
-    """Clear observations that a pixel needs; fewer, and it has no answer."""
+    """Clear observations that a pixel needs; with fewer it has no prediction."""
     classes: tuple[LegendClass, ...] = ()
     horizon: int | None = None
-    """Steps ahead that a forecast reaches at most (H)."""
+    """Largest number of steps that a forecast reaches (H)."""
     quantiles: tuple[float, ...] = ()
     """The quantiles of a forecast (Q), ascending."""
     embedding: int | None = None
     """D, the length of an embedding."""
     default: bool = False
-    """Whether the model answers its task where a request names none."""
+    """Whether the model is used for its task if a request names none."""
     metrics: dict[str, Any] = {}
     training_data: tuple[TrainingData, ...] = ()
     training: dict[str, Any] = {}
-    """How it was made: the command, the configuration, the seed, the time it took."""
+    """Provenance: the command, the configuration, the seed, the duration."""
     sensors: tuple[str, ...] = ()
-    """Sensors whose imagery the model learned from, e.g. `sentinel-2`; empty where unknown."""
+    """Sensors of the training imagery, e.g. `sentinel-2`; empty if unknown."""
     pixel_size: tuple[float, float] | None = None
-    """Smallest and largest pixel size of that imagery, metres; None where unknown."""
+    """Smallest and largest pixel size of the training imagery, metres; None if unknown."""
     regions: dict[str, Any] = {}
-    """Scores on regions left out whole, by region: accuracy or error, and calibration."""
+    """Scores on regions held out whole, by region: accuracy or error, and calibration."""
     licence: str
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -1,4 +1,4 @@
-"""The two encoders of PIMC: pixels by their recurrence plots, patches by their imagery."""
+"""Encoders: pixel series by their recurrence plots, patches by their imagery (PIMC)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from models.recurrence import Threshold, recurrence_plot
 
 # Typical mean and standard deviation of vegetation indices over cropland; the networks learn the
-# rest. Kept here, not measured per data set, so that two bundles see the same plot of one series.
+# rest. Constants, not measured per data set, so that two bundles see the same plot of one series.
 _CENTER = 0.3
 _SPREAD = 0.25
-# Reflectance at which imagery saturates: EuroSAT's RGB was cut at 2750 / 10000.
+# Reflectance at which imagery saturates: EuroSAT's RGB is clipped at 2750 / 10000.
 _BRIGHTEST = 0.275
-# Spread, of the 2 between dark and _BRIGHTEST, below which a patch's contrast fades: about what
-# calm water shows.
+# Standard deviation, in units where dark is -1 and _BRIGHTEST 1, below which a patch's contrast
+# fades: about that of calm water.
 _LEAST_SPREAD = 0.03
 # The same for square roots of reflectance, which spread dark ground and bright ground alike.
 _ROOT_CENTER = 0.35
 _ROOT_SPREAD = 0.2
-# Tokens that the pyramid of a pixel encoder ends with.
+# Number of tokens at the end of a pixel encoder's pyramid.
 _TOKENS = 4
 
 
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 class ChannelNorm(nn.BatchNorm1d):
-    """Batch normalisation of the last axis, whatever stands before it."""
+    """Batch normalisation of the last axis, for any number of leading axes."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., C) -> (..., C)`."""
@@ -66,30 +66,30 @@ class ChannelNorm(nn.BatchNorm1d):
 class PixelEncoder(nn.Module):
     """Encodes a pixel from the recurrence plots of its spectral indices.
 
-    Each step of the regular grid is a token that holds its row of every index's recurrence plot
-    (its distance to every other step), and beside it what the plot lost: the level and sign of
-    the series, and how well the step was observed. The rows pass a pyramid that joins neighbouring
-    steps twice, in matrix products alone, until four tokens are left: 36 steps by three and three,
-    32 by four and two.
+    Each step of the regular grid is a token. It holds the step's row of every index's recurrence
+    plot (its distance to every other step), and what a plot of distances does not show: the level
+    and sign of the series, and how well the step is observed. A pyramid of matrix products joins
+    neighbouring steps twice until four tokens are left: 36 steps by three and three, 32 by four
+    and two.
 
     Args:
         steps: M, four times a product of two factors.
         indices: K.
-        bands: C, whose reflectance stands beside the series; 0 for none. An index tells bright
-            ground from dark only where its formula does, and most are ratios.
+        bands: C, the bands whose reflectance the tokens also hold; 0 for none. Most indices are
+            ratios, which do not separate bright ground from dark.
         width: channels of the finest level; doubled at each join.
-        depths: residual blocks of each of the three levels. None at the finest saves most: its
+        depths: residual blocks of each of the three levels. 0 at the finest saves most time: its
             tokens are many and narrow, and narrow products are the slowest.
         embedding: D.
         dropout: share of hidden values dropped in training.
         plots: whether the encoder sees the recurrence plots.
-        series: whether it sees the series beside them.
-        calendar: whether each step also carries its place in the year.
+        series: whether it also sees the series.
+        calendar: whether each token also holds the step's day of the year.
         threshold: of the recurrence plots, in standardised index units, or `point` or `distance`
             (see `recurrence_plot`); None keeps distances.
         percentage: of the thresholds `point` and `distance`.
-        plot_dropout: share of the pixels whose plots are hidden in training, where the series
-            stands beside them: without it the plots, many and alike, are what it overfits on.
+        plot_dropout: share of the pixels whose plots are hidden in training, if the encoder also
+            sees the series. Without it the network overfits on the plots.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class PixelEncoder(nn.Module):
         self.row = nn.Linear(features + (2 if calendar else 0), width)
         widths = (width, 2 * width, 4 * width)
         self.levels = nn.ModuleList(
-            # Without a block, two linear maps would follow one another and be one.
+            # Without a block, two linear maps in sequence would be a single one.
             nn.Sequential(*(Block(w, dropout / 2) for _ in range(depth))) if depth else nn.ReLU()
             for w, depth in zip(widths, depths, strict=True)
         )
@@ -180,7 +180,7 @@ class PixelEncoder(nn.Module):
         return out
 
     def _hide(self, plots: Tensor) -> Tensor:
-        """In training, plots (N, K * M, M) of zeros for a random share of the pixels."""
+        """Zero the plots (N, K * M, M) of a random share of the pixels, in training only."""
         if not (self.training and self.plot_dropout):
             return plots
         shown = torch.rand(len(plots), 1, 1, device=plots.device) >= self.plot_dropout
@@ -190,13 +190,13 @@ class PixelEncoder(nn.Module):
 def token_parts(
     levels: Tensor | None, observed: Tensor, season: Tensor | None, reflectance: Tensor | None
 ) -> list[Tensor]:
-    """What a step's token holds beside its rows of the plots, in the order of the weights.
+    """The parts of a step's token other than its rows of the plots, in the order of the weights.
 
     Args:
-        levels: standardised series (N, K, M), where the encoder sees them.
-        observed: how well each step is observed (N, 1, M).
-        season: sine and cosine of each step's day of the year (N, 2, M), where it knows them.
-        reflectance: the bands (N, C, M), where it sees them.
+        levels: standardised series (N, K, M), or None if the encoder does not see them.
+        observed: how well each step is observed (N, 1, M), 0 to 1.
+        season: sine and cosine of each step's day of the year (N, 2, M), or None.
+        reflectance: the bands on the regular grid (N, C, M), unitless, or None.
 
     Returns:
         Parts (N, ..., M) of the tokens.
@@ -206,7 +206,7 @@ def token_parts(
 
 
 def _factors(steps: int) -> tuple[int, int]:
-    """How many steps each of the two joins takes together, the larger first."""
+    """Number of steps that each of the two joins combines, the larger first."""
     product, rest = divmod(steps, _TOKENS)
     small = max((f for f in range(2, product) if f * f <= product and product % f == 0), default=0)
     if rest or not small:
@@ -221,15 +221,16 @@ class PatchEncoder(nn.Module):
         bands: C.
         width: channels at the finest level; doubled at each further one, which halves the
             resolution.
-        depths: residual blocks of each level. None at the finest is the cheapest: a convolution
-            there costs twice one of the same products at half the resolution.
-        stride: pixels from one place of the finest level to the next. With 1, four times the
-            products of 2, blocks see texture as fine as the imagery's.
+        depths: residual blocks of each level. 0 at the finest is the cheapest: a convolution there
+            takes twice as long as one with the same number of products at half the resolution.
+        stride: pixels between positions of the finest level. With 1, blocks see texture at the
+            imagery's own resolution, at four times the cost of 2.
         embedding: D.
         dropout: share of the pooled features dropped in training.
-        contrast: whether each band also comes standardised by its mean and spread over the patch.
-            Light, air and soil differ from place to place and shift whole patches; what stands
-            out within one does not, and dark water and dark forest differ by it alone.
+        contrast: whether the input also holds each band standardised by its mean and standard
+            deviation over the patch. Light, air and soil differ between places and shift whole
+            patches; contrast within a patch does not shift, and only contrast separates dark water
+            from dark forest.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The whole graph, from what a raster holds to an answer: what is trained is what is exported."""
+"""The whole graph, from reflectance to prediction, as trained and as exported."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from models.indices import SMALLEST_DENOMINATOR, SpectralIndices
 from models.timegrid import TimeGrid
 
 YEAR = 365.25
-"""Days of a year, the period of a yearly grid."""
+"""Days in a year, the period of a yearly grid."""
 _BLUE = "B02"
 
 
 class PixelGraph(nn.Module):
-    """Series of reflectance in, answer out.
+    """Series of reflectance to predictions.
 
-    indices -> regular grid -> recurrence plots -> encoder -> head. The head decides the answer:
+    indices -> regular grid -> recurrence plots -> encoder -> head. The head determines the output:
     probabilities (N, K), quantiles (N, H, S, Q), or, without a head, the embedding (N, D).
 
-    Several small networks may share indices and grid; the answer is then their mean (of logits or
-    of quantiles). Where pixels are few, that errs less than one network of the same cost
-    (Lakshminarayanan et al. 2017, arXiv 1612.01474).
+    Several small networks may share indices and grid; the prediction is then their mean (of logits
+    or of quantiles). With few training pixels, that is more accurate than one network of the same
+    cost (Lakshminarayanan et al. 2017, arXiv 1612.01474).
 
     Args:
         bands: names of the bands on the C axis.
@@ -35,13 +35,13 @@ class PixelGraph(nn.Module):
         steps: M.
         step_days: days between two steps.
         encoder: the pixel encoder.
-        head: None answers with the embedding.
+        head: None returns the embedding.
         others: further encoders, each with its head.
-        yearly: whether dates of several years lie on one (see `TimeGrid`, `period`).
-        clarity: how fast a date's weight falls with its blue reflectance, e.g. 40: a date 0.05
-            brighter than its neighbours in time then counts e^2 times less. Thin cloud, haze and
-            snow brighten blue most, and no mask finds all of them. 0 weighs all dates alike.
-        reflectance: whether the encoders see the bands beside the indices.
+        yearly: whether dates of several years are placed on one (see `TimeGrid`, `period`).
+        clarity: how fast a date's weight falls with its blue reflectance. With 40, a date that is
+            0.05 brighter than its neighbours in time counts e^2 times less. Thin cloud, haze and
+            snow brighten blue most, and no mask finds all of them. 0 weighs all dates equally.
+        reflectance: whether the encoders see the bands in addition to the indices.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class PixelGraph(nn.Module):
         self.grid = TimeGrid(steps, step_days, period=YEAR if yearly else None)
         self.clarity = clarity
         self.reflectance = reflectance
-        # What is made of the bands in one product: the sums of the indices, then single bands.
+        # One product computes the sums of the indices and, after them, single bands.
         single = torch.eye(len(bands))
         self.blue = bands.index(_BLUE) if clarity else 0
-        if not reflectance:  # but for the blue one, no band is needed by itself
+        if not reflectance:  # no single band is needed, except blue for `clarity`
             single, self.blue = single[self.blue :][: int(clarity > 0)], 0
         self.register_buffer("sums", torch.cat([self.indices.weights, single]), persistent=False)
         self.encoder = encoder
@@ -78,49 +78,49 @@ class PixelGraph(nn.Module):
     def regular(
         self, values: Tensor, valid: Tensor, days: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Spectral indices, and bands where the encoders see them, on the regular grid.
+        """Spectral indices, and bands if the encoders see them, on the regular grid.
 
         Args:
-            values: reflectance (N, T, C); anything where not valid.
+            values: reflectance (N, T, C), unitless; any value where not valid.
             valid: True where usable (N, T).
             days: days since the window's first day (T).
 
         Returns:
-            Series (N, K, M), NaN for a pixel with no usable date; observed (N, 1, M), 0 to 1;
+            Series (N, K, M), NaN for a pixel without a usable date; observed (N, 1, M), 0 to 1;
             reflectance (N, C, M) or None.
         """
-        # What comes in float16, to spare the way to a device, is computed with in float32.
+        # A float16 variant takes float16 to halve the transfer to a device; it computes in float32.
         sums = (values.float() @ self.sums.T).transpose(1, 2)
         count = 2 * len(self.indices.names)
         x, denominators = self.indices.ratios(sums[:, :count], dim=1)
         bands = sums[:, count:]
-        # A date whose index cannot be computed is missing, in all indices alike. A NaN in one band
-        # is NaN in every sum, and only NaN is unlike itself: not every device's minimum knows it.
+        # A date on which one index cannot be computed is missing in all indices. NaN in one band
+        # is NaN in every sum; only NaN differs from itself, and some devices' minimum ignores NaN.
         least, first = denominators.amin(dim=1), denominators[:, 0]
         usable = valid & (least > SMALLEST_DENOMINATOR) & (first == first)
         worth = self._worth(bands[:, self.blue]) if self.clarity else None
         if not self.reflectance:
             return *self.grid(x, usable, days, worth), None
-        # One product for both.
+        # One matrix product for both.
         series, observed = self.grid(torch.cat([x, bands], dim=1), usable, days, worth)
         return series[:, : x.shape[1]], observed, series[:, x.shape[1] :]
 
     def _worth(self, blue: Tensor) -> Tensor:
-        """Weight of each date (N, T), above 0, by how little blue light it shows (N, T)."""
-        # The bound keeps the weight of the brightest snow far above what float32 can hold.
+        """Weight of each date (N, T), above 0, decreasing with its blue reflectance (N, T)."""
+        # The bound keeps the weight of the brightest snow far above the smallest float32.
         return torch.exp(-self.clarity * blue.clamp(0.0, 1.0))
 
     def raw(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
     ) -> Tensor:
-        """What is scored: logits (N, K), quantiles (N, H, S, Q) or embeddings (N, D)."""
+        """Mean output of the networks: logits (N, K), quantiles (N, H, S, Q), embeddings (N, D)."""
         answers = self.each(values, valid, days, day_of_year)
         return answers[0] if len(answers) == 1 else torch.stack(answers).mean(dim=0)
 
     def each(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
     ) -> list[Tensor]:
-        """What is trained: the answer of each network, as `raw` gives their mean."""
+        """Output of each network, on which the training loss is computed."""
         series, observed, reflectance = self.regular(values, valid, days)
         season = None if day_of_year is None else self._season(day_of_year)
         answers = []
@@ -135,13 +135,13 @@ class PixelGraph(nn.Module):
     def forward(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
     ) -> Tensor:
-        """Answer for pixels; see the class.
+        """Predict for pixels; the class describes the output.
 
         Args:
-            values: reflectance (N, T, C), unitless; anything where not valid.
+            values: reflectance (N, T, C), unitless; any value where not valid.
             valid: True where usable (N, T).
             days: days since the window's first day (T).
-            day_of_year: the first day's place in its year (N), 1 to 366, for a calendar encoder.
+            day_of_year: day of the year of the first day (N), 1 to 366, for a calendar encoder.
         """
         out = self.raw(values, valid, days, day_of_year)
         if isinstance(self.head, ClassificationHead):
@@ -155,16 +155,16 @@ class PixelGraph(nn.Module):
 
 
 class PatchGraph(nn.Module):
-    """Patches of imagery in, probabilities (N, K) or, without a head, embeddings (N, D) out.
+    """Patches of imagery to probabilities (N, K) or, without a head, embeddings (N, D).
 
     Args:
         encoder: the patch encoder.
-        head: None answers with the embedding.
-        others: further encoders, each with its head; a classifier answers with the mean logits.
-        symmetries: whether a classifier answers with the mean logits of a patch's eight symmetries.
-            Land seen from above has no up, and what the network says of a patch should not depend
-            on how it lies. Several networks share the eight among them, so that they cost no more
-            than one. Training sees one symmetry of each at a time.
+        head: None returns the embedding.
+        others: further encoders, each with its head; the prediction is the mean of their logits.
+        symmetries: whether the prediction is the mean of the logits over a patch's eight
+            symmetries: land seen from above has no up, so a prediction should not depend on the
+            orientation of the patch. Several networks share the eight, so that they cost no more
+            than one. In training each patch is seen in one symmetry at a time.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class PatchGraph(nn.Module):
         self.symmetries = symmetries
 
     def raw(self, patches: Tensor) -> Tensor:
-        """What is scored: logits (N, K) or embeddings (N, D)."""
+        """Mean output of the networks: logits (N, K) or embeddings (N, D)."""
         if self.training or self.head is None or not self.symmetries:
             answers = self.each(patches)
         else:
@@ -191,23 +191,23 @@ class PatchGraph(nn.Module):
         return answers[0] if len(answers) == 1 else torch.stack(answers).mean(dim=0)
 
     def each(self, patches: Tensor) -> list[Tensor]:
-        """What is trained: the answer of each network to patches as they lie."""
+        """Output of each network, without symmetries, on which the training loss is computed."""
         patches = patches.float()  # see `PixelGraph.regular`
         return [network(patches) for network in self._networks]
 
     @property
     def _networks(self) -> list[Callable[[Tensor], Tensor]]:
-        """Encoder and head of each, as one."""
+        """Encoder and head of each network, as one module."""
         heads = ((self.encoder, self.head), *self.others)
         return [e if head is None else nn.Sequential(e, head) for e, head in heads]
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Answer for patches of reflectance (N, C, H, W), unitless."""
+        """Predict for patches of reflectance (N, C, H, W), unitless."""
         out = self.raw(patches)
         return out if self.head is None else self.head.probabilities(out)
 
 
 def symmetries(patches: Tensor) -> list[Tensor]:
-    """The eight symmetries of square patches (N, C, P, P): turned and mirrored."""
+    """The eight symmetries of square patches (N, C, P, P): rotations and reflections."""
     mirrored = [patches, patches.flip(-1), patches.flip(-2), patches.flip(-1, -2)]
     return [*mirrored, *(m.transpose(-1, -2) for m in mirrored)]

@@ -1,4 +1,4 @@
-"""What stands on an encoder: projection, classification, forecast, embedding."""
+"""Heads: projection, classification, forecast."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class ProjectionHead(nn.Module):
-    """Maps embeddings to the unit sphere on which the contrastive loss compares (training only)."""
+    """Maps embeddings to the unit sphere of the contrastive loss (training only)."""
 
     def __init__(self, embedding: int, projection: int = 128) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(embedding, embedding),
-            # Embeddings are rectified, so that all of them point one way; without centring, the
-            # contrastive loss spends its first thousand steps on undoing that.
+            # Embeddings are rectified, so all of them point in similar directions; without
+            # centring, the contrastive loss spends its first thousand steps on undoing that.
             nn.BatchNorm1d(embedding),
             nn.ReLU(),
             nn.Linear(embedding, projection),
@@ -53,8 +53,8 @@ class ForecastHead(nn.Module):
     """Quantiles of the next values of each spectral index.
 
     The forecast is the last value of the series (persistence), plus a linear map of the whole
-    series (which alone would be ridge regression), plus the encoder's share; the outer quantiles
-    are distances from the median, so they cannot cross.
+    series (by itself a linear regression), plus the encoder's share. The outer quantiles are
+    distances from the median, so they cannot cross.
 
     Args:
         embedding: D.
@@ -97,7 +97,7 @@ class ForecastHead(nn.Module):
 
 
 def _outward(widths: Tensor) -> Tensor:
-    """Running sum over the last axis, written out: it has one or two entries."""
+    """Cumulative sum over the last axis, written out: it has one or two entries."""
     sums = [widths[..., 0]]
     for i in range(1, widths.shape[-1]):
         sums.append(sums[-1] + widths[..., i])

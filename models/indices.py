@@ -1,6 +1,6 @@
 """Spectral indices, by name.
 
-Formulas as the Awesome Spectral Indices catalogue has them (Montero et al. 2023,
+Formulas are those of the Awesome Spectral Indices catalogue (Montero et al. 2023,
 doi:10.1038/s41597-023-02096-0), on Sentinel-2 bands as reflectance.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-# name -> (bands, formula). The formula takes the bands in that order and gives the numerator and
-# the denominator, so that the division is guarded in one place. Both are sums of the bands times
-# constants, the denominator with or without a constant of its own: see `SpectralIndices`.
+# name -> (bands, formula). The formula takes the bands in that order and returns the numerator and
+# the denominator, so that one place guards the division. Both are weighted sums of the bands; the
+# denominator may add a constant: see `SpectralIndices`.
 _Formula = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -39,35 +39,35 @@ FORMULAS: dict[str, tuple[tuple[str, ...], _Formula]] = {
     "nbr": (("B08", "B12"), _normalized_difference),
 }
 
-# Where the denominator is this small the index says nothing about the ground: EVI's passes
-# through zero over bright blue targets (cloud, snow).
+# With a denominator this small an index is meaningless: EVI's passes through zero over bright
+# blue targets (cloud, snow).
 SMALLEST_DENOMINATOR = 0.05
-"""At most this, a denominator leaves its index unknown."""
-# Clear land lies well inside; what lies outside is cloud edge or sun glint.
+"""An index is missing if its denominator is at most this."""
+# Clear land lies well inside; values outside come from cloud edges and sun glint.
 _LIMIT = 1.5
 
 
 class SpectralIndices(nn.Module):
     """Computes spectral indices from bands: `(..., C, ...) -> (..., K, ...)`.
 
-    Numerators and denominators are weighted sums of the bands, so that those of all indices are
-    one matrix product. A graph makes its other sums of bands in the same one.
+    Numerators and denominators are weighted sums of the bands, so that one matrix product computes
+    those of all indices. A graph computes its other sums of bands in the same product.
 
     Args:
         names: indices to compute (K), keys of `FORMULAS`.
         bands: names of the bands of the input (C), in order.
 
     Attributes:
-        weights: of each band in each numerator and then in each denominator (2K, C).
+        weights: of each band in each numerator, then in each denominator (2K, C).
 
     Raises:
-        KeyError: an index is unknown, or needs a band that is not there.
+        KeyError: an index is unknown, or needs a band that is missing.
     """
 
     def __init__(self, names: Sequence[str], bands: Sequence[str]) -> None:
         super().__init__()
         self.names, self.bands = tuple(names), tuple(bands)
-        # Asked of no light at all, a formula tells its constant; of one band alone, its weight.
+        # With all bands 0 a formula returns its constant; with a single band 1, that band's weight.
         light = torch.cat([torch.zeros(1, len(bands)), torch.eye(len(bands))])
         columns = dict(zip(bands, light.unbind(dim=1), strict=True))
         parts = []
@@ -88,7 +88,7 @@ class SpectralIndices(nn.Module):
             dim: axis of the bands.
 
         Returns:
-            Indices, on the axis of the bands, in -1.5 to 1.5; NaN where any band is missing or the
+            Indices, on the axis of the bands, in -1.5 to 1.5; NaN where a band is missing or the
             formula's denominator vanishes.
         """
         sums = values.movedim(dim, -1) @ self.weights.to(values.dtype).T
@@ -105,7 +105,7 @@ class SpectralIndices(nn.Module):
             dim: that axis.
 
         Returns:
-            Indices, in -1.5 to 1.5 and anything where the denominator is at most
+            Indices in -1.5 to 1.5, of any value where the denominator is at most
             `SMALLEST_DENOMINATOR` or NaN; and the denominators.
         """
         numerators, denominators = torch.split(sums, len(self.names), dim=dim)

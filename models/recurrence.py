@@ -1,7 +1,7 @@
 """Recurrence plots, with parameters named as in pyts.
 
-Eckmann, Kamphorst and Ruelle 1987, doi:10.1209/0295-5075/4/9/004; the parameters and their
-meaning are those of `pyts.image.RecurrencePlot`, against which the tests compare.
+Eckmann, Kamphorst and Ruelle 1987, doi:10.1209/0295-5075/4/9/004. The parameters and their
+meaning are those of `pyts.image.RecurrencePlot`; the tests compare with it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def recurrence_plot(
         x: series (..., M).
         dimension: length of a state: `dimension` values, `time_delay` apart.
         time_delay: steps between two values of a state.
-        threshold: None keeps the distances; a number marks distances below it; `point` those
+        threshold: None keeps the distances; a number marks distances below it; `point` marks those
             below the `percentage` percentile of the plot; `distance` those below `percentage`
-            per cent of its largest.
-        percentage: for the last two, 0 to 100.
+            per cent of the largest.
+        percentage: for `point` and `distance`, 0 to 100.
 
     Returns:
         Plots (..., M', M') with M' = M - (dimension - 1) * time_delay: distances in the unit of
@@ -57,9 +57,9 @@ def recurrence_plot(
 
 
 def _percentile(flat: Tensor, percentage: float) -> Tensor:
-    """Linearly interpolated percentile of the last axis, as numpy's default.
+    """Linearly interpolated percentile of the last axis, as NumPy's default.
 
-    Written with `topk`, which ONNX has, rather than `torch.quantile`, which it has not.
+    Uses `topk`, because ONNX has no operator for `torch.quantile`.
     """
     size = flat.shape[-1]
     place = (size - 1) * percentage / 100.0

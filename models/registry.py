@@ -1,7 +1,7 @@
-"""Finds and verifies bundles. No torch, no ONNX Runtime: files and cards only.
+"""Registry: the bundles of one or more folders, verified. No torch, no ONNX Runtime.
 
-A bundle is refused, with the reason, without taking the others down: `Registry.load` keeps the
-good ones in `cards` and the refusals in `refused`.
+A bundle that fails verification does not affect the others: `Registry.load` keeps the valid ones
+in `bundles` and the reasons of the others in `refused`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from models.card import CARD_FILE, Modality, ModelCard, Precision, Task, Variant
 from models.onnxfile import NotONNX, inspect_onnx
 
 ZOO = Path(__file__).parent / "zoo"
-# By name and by content: a pickle runs code when it is loaded, so a folder that carries one is
-# not trusted, whatever the file is called.
+# By name and by content: loading a pickle runs code, so a folder that holds one is not trusted,
+# whatever the file is called.
 _PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".npy", ".npz"})
 _PICKLE = re.compile(rb"\x80[\x02-\x05]")  # the protocols that begin with their number
 _ZIP = b"PK\x03\x04"  # what torch.save and np.savez write
 
 
 class BundleError(Exception):
-    """A folder that is no usable bundle; the message says which and why."""
+    """A folder that is not a usable bundle; the message names the folder and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +37,18 @@ class Bundle:
     folder: Path
 
     def path(self, variant: Precision = "float32") -> Path:
-        """Path of the ONNX file of a variant; KeyError where the card has no such variant."""
+        """Path of the ONNX file of a variant; KeyError if the card has no such variant."""
         files = {v.name: v.file for v in self.card.variants}
         return self.folder / files[variant]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Registry:
-    """The bundles of one or more folders, by name; the later folder wins a name."""
+    """The bundles of one or more folders, by name; a later folder replaces earlier names."""
 
     bundles: Mapping[str, Bundle]
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Folder name to the reason why it was refused."""
+    """Folder name to the reason why it was rejected."""
 
     @classmethod
     def load(cls, *folders: Path) -> Registry:
@@ -68,7 +68,7 @@ class Registry:
         return cls(bundles=bundles, refused=refused)
 
     def find(self, reference: str) -> Bundle | None:
-        """The bundle of a `name` or `name@version`, None where there is none."""
+        """The bundle of a `name` or `name@version`, None if there is none."""
         name, _, version = reference.partition("@")
         bundle = self.bundles.get(name)
         if bundle is None or (version and version != bundle.card.version):
@@ -76,10 +76,7 @@ class Registry:
         return bundle
 
     def default(self, task: Task, modality: Modality | None = None) -> Bundle | None:
-        """The bundle that answers a task where the request names none.
-
-        One whose card says `default`, else the first by name.
-        """
+        """The bundle of a task if the request names none: one marked `default`, else the first."""
         fits = [
             bundle
             for _, bundle in sorted(self.bundles.items())
@@ -89,7 +86,7 @@ class Registry:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The folders that are bundles, or are meant to be: with a card or a graph."""
+    """The folders that are meant as bundles: with a card or an ONNX file."""
     return sorted(
         {path.parent for name in (CARD_FILE, "*.onnx") for path in root.glob(f"*/{name}")}
     )
@@ -99,12 +96,12 @@ def load_bundle(folder: Path, *, taken: Mapping[str, str] | None = None) -> Bund
     """Read and verify one bundle.
 
     Args:
-        folder: with the card and what it names.
-        taken: names that are borne already, each with the folder that bears it.
+        folder: the card and the files that it names.
+        taken: names already in use, each with its folder.
 
     Raises:
-        BundleError: no card, a card that does not validate, a name that is taken, a file that is
-            missing, unreadable or not the card's, or a Python pickle in the folder.
+        BundleError: the card is missing or not valid, its name is in use, a file is missing,
+            unreadable or differs from the card, or the folder holds a Python pickle.
     """
     where = f"bundle '{folder.name}'"
     try:
@@ -116,7 +113,7 @@ def load_bundle(folder: Path, *, taken: Mapping[str, str] | None = None) -> Bund
         place = ".".join(str(part) for part in first["loc"]) or "card"
         raise BundleError(f"{where}: {CARD_FILE} is not valid: {place}: {first['msg']}") from error
     if taken and card.name in taken:
-        raise BundleError(f"{where}: is named '{card.name}', and so is '{taken[card.name]}'")
+        raise BundleError(f"{where}: the name '{card.name}' is also that of '{taken[card.name]}'")
     try:
         pickles = sorted(path for path in folder.rglob("*") if _is_pickle(path))
         for variant in card.variants:
@@ -126,7 +123,7 @@ def load_bundle(folder: Path, *, taken: Mapping[str, str] | None = None) -> Bund
         raise BundleError(f"{where}: {file} cannot be read ({error.strerror})") from error
     if pickles:
         file = str(pickles[0].relative_to(folder))
-        raise BundleError(f"{where}: holds {file}, and pickles are never loaded")
+        raise BundleError(f"{where}: it holds {file}, but a bundle must not hold pickles")
     return Bundle(card=card, folder=folder)
 
 
@@ -141,13 +138,13 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _verify(path: Path, variant: Variant, where: str) -> None:
-    """See that a graph is the card's, byte for byte, and is all there is.
+    """Check that an ONNX file is that of the card, byte for byte, and has no external weights.
 
     Raises:
-        BundleError: it is not.
+        BundleError: it is not, or it has.
     """
     if not path.is_file():
-        raise BundleError(f"{where}: the card names {path.name}, which is not there")
+        raise BundleError(f"{where}: the card names {path.name}, which is missing")
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != variant.sha256:
@@ -157,11 +154,11 @@ def _verify(path: Path, variant: Variant, where: str) -> None:
     try:
         onnx = inspect_onnx(content)
     except NotONNX:
-        return  # the runtime refuses it, and knows better why
+        return  # ONNX Runtime rejects it with a better message
     if onnx.external:
         raise BundleError(
             f"{where}: {path.name} keeps weights in '{onnx.external[0]}', which no sha256 in the "
-            "card vouches for"
+            "card covers"
         )
     if onnx.opsets.get("") != variant.opset:
         raise BundleError(

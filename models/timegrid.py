@@ -1,4 +1,4 @@
-"""Brings irregular, cloudy dates onto a regular grid."""
+"""Regular time grid: irregular, cloudy dates to regular steps."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor, nn
 class TimeGrid(nn.Module):
     """Masked kernel regression of irregular series onto M regular steps.
 
-    `grid = (x * valid) @ W / (valid @ W)` with `W (T, M)` made from the dates alone, so that all
-    pixels of a stack share it and the whole is two matrix products (Nadaraya 1964, Watson 1964).
-    W adds a narrow Gaussian, which decides where clear dates are near, and a wide Cauchy kernel
-    of a thousandth of its height, which decides where none is: its tail never underflows, so no
-    step is empty as long as the series holds one valid date.
+    `grid = (x * valid) @ W / (valid @ W)`, where `W (T, M)` depends on the dates only, so that all
+    pixels of a stack share it and the regression is two matrix products (Nadaraya 1964, Watson
+    1964). W is the sum of a narrow Gaussian, which dominates near clear dates, and a wide Cauchy
+    kernel of a thousandth of its height, which dominates far from them. The Cauchy tail never
+    underflows, so no step is empty as long as the series holds one valid date.
 
     Args:
         steps: M.
         step_days: days between steps.
         narrow: standard deviation of the Gaussian, in steps.
         wide: half width of the Cauchy kernel, in steps.
-        period: days after which the grid begins anew, such as those of a year: dates of any number
-            of years then lie on one, and the grid's ends are neighbours. None for one stretch.
+        period: days after which the grid repeats, such as a year: dates of any number of years are
+            then placed on one, and the grid's ends are neighbours. None for a grid without period.
     """
 
     _WIDE_HEIGHT = 1e-3
-    # The Gaussian is nowhere below e to minus this, 1e-26: nothing beside the wide kernel.
+    # The Gaussian is clipped at e to minus this, 1e-26: negligible against the wide kernel.
     _FAR = 60.0
 
     def __init__(
@@ -50,22 +50,21 @@ class TimeGrid(nn.Module):
     def forward(
         self, x: Tensor, valid: Tensor, days: Tensor, worth: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Bring series onto the grid.
+        """Interpolate series onto the grid.
 
         Args:
-            x: series (N, K, T); anything, NaN included, where not valid.
+            x: series (N, K, T); any value, NaN included, where not valid.
             valid: True where usable (N, T).
-            days: days since the window's first day (T); training, where each pixel has dates of its
-                own, gives (N, T).
-            worth: how much each date counts beside its neighbours in time (N, T), above 0; None
-                for all alike.
+            days: days since the window's first day (T), or (N, T) in training, where each pixel
+                has its own dates.
+            worth: relative weight of each date (N, T), above 0; None for equal weights.
 
         Returns:
-            The series on the grid (N, K, M), NaN for a pixel with no valid date; and how well each
-            step is observed (N, 1, M), 0 (no date near) to 1.
+            The series on the grid (N, K, M), NaN for a pixel without a valid date; and how well
+            each step is observed (N, 1, M), 0 (no date near) to 1.
         """
         square = self._distance(days).square()
-        # Bounded, for what lies below float32's normal numbers is multiplied far more slowly.
+        # Clipped, because products with subnormal numbers are far slower.
         narrow = torch.exp((square * (-0.5 / self.narrow**2)).clamp(min=-self._FAR))
         wide = self._WIDE_HEIGHT / (1.0 + square * self.wide**-2)
         weight = narrow + wide
@@ -73,7 +72,7 @@ class TimeGrid(nn.Module):
         # `where`, not a product: 0 * NaN is NaN.
         seen = torch.where(usable, x, x.new_zeros(()))
         present = usable.to(x.dtype)
-        # How well a step is observed is a matter of its dates alone, whatever each is worth.
+        # How well a step is observed depends on the dates only, not on their weights.
         density = present @ narrow
         if worth is not None:
             present = torch.where(usable, worth[:, None, :], worth.new_zeros(()))

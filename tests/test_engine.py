@@ -206,7 +206,7 @@ def test_a_bundle_that_is_not_its_card_is_refused_and_the_others_serve(tmp_path,
 
 
 def changed(folder, change):
-    """A bundle whose graph was changed, with a card that vouches for the new one."""
+    """A bundle whose graph was changed, with a card that has its sha256."""
     file = folder / "model.onnx"
     model = onnx.load(file)
     change(model)

@@ -218,11 +218,11 @@ class TestRegistry:
     def test_each_refusal_says_which_and_why(self, tmp_path: Path) -> None:
         missing = write(tmp_path / "missing")
         (missing / "model.onnx").unlink()
-        with pytest.raises(BundleError, match=r"'missing'.*model\.onnx, which is not there"):
+        with pytest.raises(BundleError, match=r"'missing'.*model\.onnx, which is missing"):
             load_bundle(missing)
         pickled = write(tmp_path / "pickled")
         (pickled / "weights.pt").write_bytes(b"")
-        with pytest.raises(BundleError, match=r"'pickled'.*weights\.pt, and pickles"):
+        with pytest.raises(BundleError, match=r"'pickled'.*weights\.pt, but .* pickles"):
             load_bundle(pickled)
         broken = write(tmp_path / "broken")
         (broken / "card.json").write_text("{}")
@@ -235,13 +235,13 @@ class TestRegistry:
         for protocol in range(2, 6):
             folder = write(tmp_path / f"protocol-{protocol}")
             (folder / "weights.bin").write_bytes(pickle.dumps({"w": [1.0]}, protocol))
-            with pytest.raises(BundleError, match=r"holds weights\.bin, and pickles"):
+            with pytest.raises(BundleError, match=r"holds weights\.bin, but .* pickles"):
                 load_bundle(folder)
         nested = write(tmp_path / "nested")
         (nested / "more").mkdir()
         with zipfile.ZipFile(nested / "more" / "notes.txt", "w") as archive:  # as torch.save has it
             archive.writestr("archive/data.pkl", pickle.dumps([1]))
-        with pytest.raises(BundleError, match=r"'nested'.*holds more/notes\.txt, and pickles"):
+        with pytest.raises(BundleError, match=r"'nested'.*holds more/notes\.txt, but .* pickles"):
             load_bundle(nested)
 
     def test_what_is_no_pickle_may_lie_beside(self, tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ class TestRegistry:
 
     @pytest.mark.parametrize("location", ["weights.bin", "../../secret", "/etc/passwd"])
     def test_weights_outside_the_graph_are_refused(self, tmp_path: Path, location: str) -> None:
-        """The sha256 vouches for the graph alone, and the place may be anywhere."""
+        """The sha256 covers the graph only, and external weights may lie anywhere."""
         folder = write_bundle(tmp_path, "embed-pixel", "embed", "pixel")
         model = onnx.load(folder / "model.onnx")
         weight = model.graph.initializer[0]
@@ -300,7 +300,7 @@ class TestRegistry:
         write(tmp_path / "b", version="2.0.0")
         registry = Registry.load(tmp_path)
         assert registry.bundles["toy"].card.version == "1.0.0"
-        assert registry.refused["b"] == "bundle 'b': is named 'toy', and so is 'a'"
+        assert registry.refused["b"] == "bundle 'b': the name 'toy' is also that of 'a'"
 
     def test_a_file_that_cannot_be_read_takes_nobody_down(self, tmp_path: Path) -> None:
         write(tmp_path / "good")
