@@ -150,20 +150,28 @@ class AsyncClient:
         answer: AnswerKind = "raster",
         **options: Unpack[WindowOptions],
     ) -> TaskResult:
-        """A class for every pixel of a satellite image time series.
+        """Predict a class for every pixel of a satellite image time series.
 
         Args:
-            files: the GeoTIFF stack: paths, open binary files, `(name, bytes)`, or references.
+            files: the stack: paths of files, folders or zips, patterns, open binary files,
+                `(name, bytes)`, or references.
             outputs: `class` (the default), `confidence`, `entropy` or `probabilities`; one as
                 text, or a list.
-            points: answer for these pixels alone.
-            answer: `summary` for numbers in place of a raster.
-            **options: how to read the files, see `StackOptions`; `start` of the time window;
-                `progress` of the upload.
+            points: return results for these pixels alone: pairs of longitude and latitude,
+                GeoJSON, or the path of a GeoJSON or CSV file.
+            answer: `summary` returns a summary in place of a raster.
+            **options: how the files are read: `model`, `layout`, `dates`, `bands`, `scale`,
+                `offset`, `mask`; the first day of the time window, `start`; and `progress`, called
+                during the upload with the bytes sent and the total.
 
         Returns:
-            A `Raster`; `Rasters` by name where `outputs` is a list; a `Summary`; or with `points`
-            a result for each.
+            A `Raster`; `Rasters` by name if `outputs` is a list; a `Summary`; or with `points` one
+            result for each.
+
+        Raises:
+            ServiceError: the server responded with an error; each error code has its own class.
+            TransportError: no response arrived.
+            ValueError, TypeError, FileNotFoundError: an argument is not valid; nothing was sent.
         """
         return await self.run(
             operations.raster(
@@ -214,19 +222,19 @@ class AsyncClient:
         answer: AnswerKind = "raster",
         **options: Unpack[WindowOptions],
     ) -> TaskResult:
-        """The next values of NDVI, EVI and SAVI for every pixel.
+        """Forecast NDVI, EVI and SAVI for every pixel.
 
         Args:
             files: the GeoTIFF stack, as for `classify_pixels`.
-            horizon: how many steps ahead; else as far as the model reaches.
+            horizon: number of steps ahead; the model's maximum if left out.
             outputs: any of `q10`, `q50` (the default) and `q90`.
-            points: answer for these pixels alone.
-            answer: `summary` for numbers in place of a raster.
+            points: return results for these pixels alone, as for `classify_pixels`.
+            answer: `summary` returns a summary in place of a raster.
             **options: as for `classify_pixels`.
 
         Returns:
             A `Raster` whose bands are `NDVI_2021-11-05_q50` and so on; a `Summary`; or with
-            `points` a result for each.
+            `points` one result for each.
         """
         return await self.run(
             operations.raster(
@@ -294,14 +302,15 @@ class AsyncClient:
         answer: AnswerKind = "raster",
         **options: Unpack[StackOptions],
     ) -> TaskResult:
-        """EuroSAT land-cover labels from imagery, a label for each patch of 64 x 64 pixels.
+        """Predict EuroSAT land-cover labels from imagery, one for each patch of 64 x 64 pixels.
 
         Args:
             files: imagery of one date or many, as for `classify_pixels`.
-            stride: pixels between labelled patches, 1 to 64 (the default); fewer is denser.
+            stride: pixels between labelled patches, 1 to 64 (the default).
             outputs: as for `classify_pixels`.
-            points: answer for the patches at these points alone.
-            answer: `summary` for numbers in place of a raster.
+            points: return results for the patches at these points alone, as for
+                `classify_pixels`.
+            answer: `summary` returns a summary in place of a raster.
             **options: as for `classify_pixels`, without `start`.
 
         Returns:
@@ -362,19 +371,19 @@ class AsyncClient:
         answer: AnswerKind = "raster",
         **options: Unpack[WindowOptions],
     ) -> TaskResult:
-        """The PIMC embedding of every pixel or patch.
+        """Compute the PIMC embedding of every pixel or patch.
 
         Args:
             files: the GeoTIFF stack, as for `classify_pixels`.
             modality: `pixel` (the default), from the time series; `patch`, from imagery.
             stride: pixels between patches, for `patch` alone.
-            points: answer for these places alone.
-            answer: `summary` for numbers in place of a raster.
+            points: return results for these places alone, as for `classify_pixels`.
+            answer: `summary` returns a summary in place of a raster.
             **options: as for `classify_pixels`; `start` for `pixel` alone.
 
         Returns:
-            A `Raster` with a band for each dimension; a `Summary`; or with `points` a result for
-            each.
+            A `Raster` with a band for each dimension; a `Summary`; or with `points` one result
+            for each.
         """
         return await self.run(
             operations.raster(
@@ -397,12 +406,12 @@ class AsyncClient:
         model: str | None = None,
         start: Date | None = None,
     ) -> Results[PixelClass]:
-        """A class for each series, in order.
+        """Predict a class for each series, in order.
 
         Args:
             series: pixels or fields through time.
-            model: `name` or `name@version`; else the default of `classify-pixels`.
-            start: first day of the model's time window; else the card's rule.
+            model: `name` or `name@version`; if left out, the default of `classify-pixels`.
+            start: first day of the model's time window; the rule on the card if left out.
         """
         return await self.run(operations.classify_series(series, model=model, start=start))
 
@@ -414,13 +423,13 @@ class AsyncClient:
         model: str | None = None,
         start: Date | None = None,
     ) -> Results[Forecast]:
-        """The next values of each series, in order.
+        """Forecast each series, in order.
 
         Args:
             series: pixels or fields through time.
-            horizon: how many steps ahead; else as far as the model reaches.
-            model: `name` or `name@version`; else the default of `forecast`.
-            start: first day of the model's time window; else the card's rule.
+            horizon: number of steps ahead; the model's maximum if left out.
+            model: `name` or `name@version`; if left out, the default of `forecast`.
+            start: first day of the model's time window; the rule on the card if left out.
         """
         return await self.run(
             operations.forecast_series(series, horizon=horizon, model=model, start=start)
@@ -433,12 +442,12 @@ class AsyncClient:
         model: str | None = None,
         start: Date | None = None,
     ) -> Results[Embedding]:
-        """The embedding of each series, in order.
+        """Compute the embedding of each series, in order.
 
         Args:
             series: pixels or fields through time.
-            model: `name` or `name@version`; else the default of `embed`.
-            start: first day of the model's time window; else the card's rule.
+            model: `name` or `name@version`; if left out, the default of `embed`.
+            start: first day of the model's time window; the rule on the card if left out.
         """
         return await self.run(operations.embed_series(series, model=model, start=start))
 
@@ -498,7 +507,7 @@ class AsyncClient:
         answer: AnswerKind = "raster",
         **options: Unpack[JobOptions],
     ) -> AsyncJob[Any]:
-        """Start a task and come back for its result later.
+        """Start a task as a background job.
 
         Args:
             task: `classify-pixels`, `forecast`, `landcover` or `embed`.
@@ -509,7 +518,7 @@ class AsyncClient:
             **options: those of the task's own method, and `idempotency_key`.
 
         Returns:
-            The job; `wait` gives what the task's own method would have given.
+            The job; its `wait` returns the result that the task's own method would return.
         """
         operation = operations.submit(
             task, files, outputs=outputs, points=points, answer=answer, **options
@@ -521,13 +530,13 @@ class AsyncClient:
         return AsyncJob(self, await self.run(operations.job(job_id)))
 
     async def jobs(self) -> list[AsyncJob[TaskResult]]:
-        """Every job that the service has."""
+        """All jobs of this API key on the server."""
         return [AsyncJob(self, handle) for handle in await self.run(operations.jobs())]
 
-    # The service ----------------------------------------------------------------------------------
+    # The server -----------------------------------------------------------------------------------
 
     async def models(self) -> Models:
-        """The models that the service has, and which answers where none is named."""
+        """The server's models, and the default of each task."""
         return await self.run(operations.models())
 
     async def model(self, name: str) -> Model:
@@ -535,7 +544,7 @@ class AsyncClient:
         return await self.run(operations.model(name))
 
     async def ready(self) -> Readiness:
-        """Whether the service can answer; true or false, with what it says of itself."""
+        """Whether the server is ready: true or false in itself, with the reason."""
         return await self.run(operations.ready())
 
     async def aclose(self) -> None:
@@ -587,50 +596,48 @@ class AsyncClient:
 
 
 class AsyncJob(JobHandle[T]):
-    """A run that goes on in the service."""
+    """A job on the server."""
 
     def __init__(self, client: AsyncClient, handle: JobHandle[Any]) -> None:
         super().__init__(handle.state, accept=handle.accept, output=handle.output)
         self._client = client
 
     async def refresh(self) -> AsyncJob[T]:
-        """Ask the service how the job stands."""
+        """Read the job's state from the server."""
         await self._client.run(operations.refresh(self))
         return self
 
     async def wait(self, progress: JobProgress | None = None, timeout: float | None = None) -> T:
-        """Wait until the job has ended.
+        """Wait until the job has finished.
 
         Args:
-            progress: called with the percentage done whenever it has changed.
-            timeout: seconds to wait at most; None waits for ever.
+            progress: called with the percentage done, each time it has changed.
+            timeout: the longest wait in seconds; None waits for ever.
 
         Returns:
             The result.
 
         Raises:
-            ServiceError: what went wrong in the job.
-            JobFailed: it failed and the service does not say why.
+            ServiceError: the job failed with this error.
+            JobFailed: the job failed, and the server gives no reason.
             JobDismissed: it was cancelled.
-            WaitTimedOut: it goes on; `wait` may be called again.
+            WaitTimedOut: the job is still running; `wait` may be called again.
         """
-        answer = await self._client.run(operations.wait(self, progress, timeout))
-        return cast("T", answer)
+        return cast("T", await self._client.run(operations.wait(self, progress, timeout)))
 
     @overload
     async def result(self) -> T: ...
     @overload
     async def result(self, output: str) -> Raster: ...
     async def result(self, output: str | None = None) -> T | Raster:
-        """The result of a job that has ended, or one output of it.
+        """The result of a job that has finished, or one output of it.
 
         Raises:
-            ResultNotReady: it has not ended.
+            ResultNotReady: it has not finished.
             ServiceError, JobFailed, JobDismissed: as `wait`.
         """
-        answer = await self._client.run(operations.result(self, output))
-        return cast("T", answer)
+        return cast("T", await self._client.run(operations.result(self, output)))
 
     async def cancel(self) -> None:
-        """End the job; what it has done is lost."""
+        """Cancel the job; its unfinished work is lost."""
         await self._client.run(operations.cancel(self))

@@ -226,7 +226,7 @@ def _client(
         float | None, typer.Option(help="Seconds that the server may be silent.", min=0)
     ] = None,
 ) -> Client:
-    """A client by the options after the subcommand, and by those before it where these lack."""
+    """A client; options after the subcommand take precedence over those before it."""
     after = {"url": url, "api_key": api_key, "timeout": timeout}
     given: dict[str, Any] = {
         name: context.obj[name] if value is None else value for name, value in after.items()

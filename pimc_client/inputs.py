@@ -161,7 +161,7 @@ class Series:
 def _reflectance(values: Any, label: str) -> tuple[float | None, ...]:  # noqa: ANN401 (`Values`, of any library)
     if hasattr(values, "filled"):  # a masked array of numpy
         values = values.astype(float).filled(math.nan)
-    # `tolist` gives Python's own numbers at once, where there is one.
+    # `tolist` returns Python's own numbers, if the library has it.
     listed = values.tolist() if hasattr(values, "tolist") else list(values)
     return tuple(_number(value, f"{label}[{at}]") for at, value in enumerate(listed))
 

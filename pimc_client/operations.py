@@ -234,11 +234,11 @@ def result(handle: JobHandle[Any], output: str | None = None) -> Operation[TaskR
 
 
 def _unsuccessful(state: JobState) -> Exception | None:
-    said = f": {state.message}" if state.message else ""
+    reason = f": {state.message}" if state.message else ""
     if state.status == "failed":
-        return JobFailed(f"job {state.id} failed{said}", job_id=state.id)
+        return JobFailed(f"job {state.id} failed{reason}", job_id=state.id)
     if state.status == "dismissed":
-        return JobDismissed(f"job {state.id} was cancelled{said}", job_id=state.id)
+        return JobDismissed(f"job {state.id} was cancelled{reason}", job_id=state.id)
     return None
 
 

@@ -190,7 +190,7 @@ def _source_in_zip(path: Path, member: zipfile.ZipInfo) -> Source:
 
 
 def _is_raster(path: PurePath) -> bool:
-    # Hidden files are no images of the stack: macOS puts `._a.tif` beside each `a.tif`.
+    # Hidden files are not images of the stack: macOS puts `._a.tif` beside each `a.tif`.
     hidden = any(part.startswith(".") for part in path.parts[1:] or path.parts)
     return path.suffix.lower() in RASTER_SUFFIXES and not hidden
 
@@ -325,7 +325,7 @@ def _decoded(part: str) -> str:
     try:
         part.encode()
     except UnicodeEncodeError:
-        # Text with other lone surrogates is no name on disk; its other characters are kept.
+        # Not a name on disk: the lone surrogates are lost, the other characters kept.
         try:
             return part.encode(errors="surrogateescape").decode("latin-1")
         except UnicodeEncodeError:

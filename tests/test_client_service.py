@@ -6,12 +6,18 @@ SDK decodes is compared with rasterio, one way of asking with another.
 
 from __future__ import annotations
 
+import csv
+import json
 import socket
+import subprocess
+import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import date, timedelta
 from itertools import pairwise
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -40,6 +46,7 @@ from pimc_client import (
 )
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
+ROOT = Path(__file__).parents[1]
 H, W, T = 70, 90, 12
 BANDS = ("B02", "B03", "B04", "B08")
 DATES = [date(2021, 1, 5) + timedelta(days=30 * t) for t in range(T)]
@@ -309,6 +316,98 @@ def test_files_come_in_any_form(url, kind, paths):
             start=date(2021, 1, 1),
         )
         np.testing.assert_array_equal(told.array, expected)
+
+
+@KINDS
+def test_a_folder_a_pattern_and_a_zip_are_the_stack(url, kind, paths, tmp_path):
+    folder = paths[0].parent
+    archive = tmp_path / "stack.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for path in paths:
+            packed.write(path, f"{folder.name}/{path.name}")
+    with connected(kind, url) as client:
+        expected = client.classify_pixels(paths)
+        for stack in (folder, f"{folder}/*.tif", archive):
+            found = client.classify_pixels(stack)
+            np.testing.assert_array_equal(found.array, expected.array)
+        summary = client.classify_pixels(folder, answer="summary", dates=np.array(DATES, "M8[D]"))
+        assert summary["dates_used"] == [day.isoformat() for day in DATES]
+
+
+@KINDS
+def test_a_result_in_xarray_is_the_file(url, kind, paths, tmp_path):
+    with connected(kind, url) as client:
+        raster = client.forecast(paths, horizon=2, outputs=["q10", "q90"])
+    array = raster.to_xarray()
+    with rasterio.open(raster.save(tmp_path / "a.tif")) as file:
+        for number, name in enumerate(file.descriptions, 1):
+            index, day, quantile = name.split("_")
+            band = array.sel(index=index, time=day, quantile=quantile)
+            np.testing.assert_array_equal(band, file.read(number))
+        assert array.x.values[0] == file.xy(0, 0)[0]
+        assert array.y.values[-1] == file.xy(H - 1, 0)[1]
+
+
+def pimc(url, *arguments, binary=False):
+    """Runs the command; returns the exit status, standard output and standard error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pimc_client.cli", "--url", url, *map(str, arguments)],
+        capture_output=True, text=not binary, cwd=ROOT, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_writes_what_the_client_returns(url, paths, values, points, tmp_path):
+    folder = paths[0].parent
+    with connected("sync", url) as client:
+        expected = client.classify_pixels(paths)
+    assert pimc(url, "classify-pixels", folder, "-o", tmp_path)[0] == 0
+    with rasterio.open(tmp_path / "class.tif") as file:
+        np.testing.assert_array_equal(file.read(1), expected.array)
+    code, content, _ = pimc(url, "classify-pixels", folder, "-o", "-", binary=True)
+    assert code == 0
+    assert content == (tmp_path / "class.tif").read_bytes()
+    table = tmp_path / "points.csv"
+    rows = [f"p{n};{lon};{lat}".replace(".", ",") for n, (lon, lat, *_) in enumerate(points)]
+    table.write_text("\n".join(["id;lon;lat", *rows]), encoding="utf-8-sig")
+    code, printed, _ = pimc(url, "classify-pixels", folder, "--points", table)
+    assert code == 0
+    found = json.loads(printed)
+    assert [one["status"] for one in found] == ["ok", "ok", "ok", "no_data"]
+    _, _, row, column = points[0]
+    assert found[0]["value"] == expected.array[row, column]
+    series = tmp_path / "series.csv"
+    bands = [BANDS.index(band) for band in ("B02", "B04", "B08")]
+    lines = [
+        ",".join(["one", str(day), *(str(values[t, band, row, column] * 1e-4) for band in bands)])
+        for t, day in enumerate(DATES)
+    ]
+    series.write_text("\n".join(["id,date,B02,B04,B08", *lines]))
+    out = tmp_path / "results.csv"
+    assert pimc(url, "series", "classify-pixels", series, "-o", out)[0] == 0
+    (result,) = csv.DictReader(out.read_text().splitlines())
+    assert (result["id"], int(result["value"])) == ("one", expected.array[row, column])
+
+
+def test_the_command_runs_jobs(url, paths, tmp_path):
+    folder = paths[0].parent
+    options = ["--output", "class,confidence"]
+    code, job, _ = pimc(url, "classify-pixels", folder, "--job", *options)
+    assert code == 0
+    job = job.strip()
+    code, *_ = pimc(url, "jobs", "result", job, "-o", tmp_path / "maps")
+    assert code == 0
+    assert {path.name for path in (tmp_path / "maps").glob("*.tif")} == {
+        "class.tif",
+        "confidence.tif",
+    }
+    code, *_ = pimc(url, "jobs", "result", job, "--output", "confidence", "-o", tmp_path / "a.tif")
+    assert code == 0
+    assert (tmp_path / "a.tif").read_bytes() == (tmp_path / "maps/confidence.tif").read_bytes()
+    _, table, _ = pimc(url, "jobs")
+    assert [job, "classify-pixels", "successful"] in [
+        line.split()[:3] for line in table.splitlines()
+    ]
 
 
 @KINDS
