@@ -27,7 +27,9 @@ from rich.table import Table
 from benchmarks.cost import products_of
 from benchmarks.session import DATES, pixels_input, product_session
 from models.registry import ZOO, Bundle, Registry
-from service.engine import CPU, CUDA, Engine, LoadedModel, ProviderUnavailable, open_session
+from service.infer.engine import Engine
+from service.infer.model import LoadedModel
+from service.infer.session import CPU, CUDA, ProviderUnavailable, open_session
 
 BATCHES = 8
 """Batches of one call; the service hands over as many within two chunks."""

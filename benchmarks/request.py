@@ -31,7 +31,8 @@ from benchmarks.load import FORM, form
 from benchmarks.process import ROOT, Served, machine, served
 from benchmarks.session import CORES, DATES, PIXELS, pixels_input
 from models.registry import ZOO, Registry
-from service.engine import Engine, LoadedModel
+from service.infer.engine import Engine
+from service.infer.model import LoadedModel
 
 sys.path.append(str(ROOT / "tests"))  # the kit that makes a model of next to no cost
 

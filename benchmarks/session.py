@@ -29,7 +29,9 @@ from benchmarks.cost import Product, products_of
 from benchmarks.peers import MONTHS, STEPS, PeerMissing, Presto, UsualPipeline
 from benchmarks.process import machine
 from models.registry import ZOO, Registry
-from service.engine import CPU, Engine, LoadedModel
+from service.infer.engine import Engine
+from service.infer.model import LoadedModel
+from service.infer.session import CPU
 
 PIXELS = 4096
 DATES = 36

@@ -14,10 +14,10 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from service.app import create_app, open_jobs
-from service.dependencies import Held
-from service.jobs import JobStore
-from service.security import check_binding
+from service.api.app import create_app, open_jobs
+from service.api.auth import check_binding
+from service.api.dependencies import AppState
+from service.jobs.store import JobStore
 from service.settings import (
     SHORT_KEY,
     Settings,
@@ -121,9 +121,9 @@ class DrainingServer(uvicorn.Server):
         del frame
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace_seconds
-            held = self._held()
-            if held is not None:
-                held.closing.set()
+            state = self._state()
+            if state is not None:
+                state.closing.set()
         else:
             self.should_exit = True
             self.force_exit = self.force_exit or sig == signal.SIGINT
@@ -132,16 +132,16 @@ class DrainingServer(uvicorn.Server):
         """See whether it is time to close: ten times a second."""
         if self._deadline is not None:
             left = self._deadline - time.monotonic()
-            held = self._held()
-            if left <= 0 or held is None or not held.admission.seated:
+            state = self._state()
+            if left <= 0 or state is None or not state.admission.held:
                 # For answers still being sent; then they are cut off.
                 self.config.timeout_graceful_shutdown = max(1, round(left))
                 self.should_exit = True
         return await super().on_tick(counter)
 
-    def _held(self) -> Held | None:
-        """What the application holds; None before its start is through."""
-        return getattr(self._app.state, "held", None)
+    def _state(self) -> AppState | None:
+        """The application's state; None before its start is complete."""
+        return getattr(self._app.state, "pimc", None)
 
 
 def _refusal(error: SettingsError) -> int:

@@ -34,6 +34,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 
@@ -297,8 +298,6 @@ STATUS: Mapping[str, int] = {
     "insufficient_storage": 507,
     "internal_error": 500,
 }
-
-
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -309,3 +308,15 @@ def no_room(error: BaseException) -> InsufficientStorage | None:
             f"the service's disk takes no more: {os.strerror(error.errno).lower()}"
         )
     return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackWarning:
+    """Something odd that is no error."""
+
+    code: str
+    detail: str
+
+
+class Cancelled(Exception):
+    """The caller took the run back; nothing of it is left."""

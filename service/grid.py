@@ -1,18 +1,26 @@
-"""Where pixels lie: the one grid of a stack, and the area of its pixels."""
+"""Grids: CRS, transform and size of a raster, the area of its pixels, and places on it."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import rasterio.warp
 from affine import Affine
 from numpy.typing import NDArray
+
+# Private, as rasterio 1.4 and 1.5 have it: `warp.transform` and `shutil.copy` raise it, and
+# `rasterio.errors` lacks it.
+from rasterio._err import CPLE_BaseError as GDALError
 from rasterio.crs import CRS
+from rasterio.windows import Window
 
 from service.errors import GridMismatch, NoGeoreference
-from service.geotiff import Header
+
+__all__ = ["GDALError", "Grid", "Window", "crs_name"]
 
 _TOLERANCE = 1e-3
 """Pixels by which a corner may lie elsewhere: writers round transforms differently."""
@@ -32,20 +40,48 @@ class Grid:
     height: int
 
     @classmethod
-    def of(cls, header: Header) -> Grid:
-        """The grid of a file.
+    def of(cls, name: str, *, crs: CRS | None, transform: Affine, width: int, height: int) -> Grid:
+        """The grid that a file states.
+
+        Args:
+            name: the file's, for messages.
+            crs: its CRS.
+            transform: its transform; the identity where it states none.
+            width: columns.
+            height: rows.
 
         Raises:
             NoGeoreference: no CRS, no transform, or one whose pixels have no area.
         """
-        name, transform = header.name, header.transform
-        if not header.crs:
+        if not crs:
             raise NoGeoreference(f"'{name}' has no CRS")
         if transform == Affine.identity():
-            raise NoGeoreference(f"'{name}' has the CRS {crs_name(header.crs)} but no transform")
+            raise NoGeoreference(f"'{name}' has the CRS {crs_name(crs)} but no transform")
         if not (math.isfinite(transform.determinant) and transform.determinant):
             raise NoGeoreference(f"'{name}' has a transform whose pixels have no area")
-        return cls(crs=header.crs, transform=transform, width=header.width, height=header.height)
+        return cls(crs=crs, transform=transform, width=width, height=height)
+
+    def locate(
+        self, lonlat: Sequence[tuple[float, float]]
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.bool_]]:
+        """The pixel under each point.
+
+        Args:
+            lonlat: longitude and latitude in degrees (EPSG:4326) of N points.
+
+        Returns:
+            Row (N) and column (N), 0 for points outside; and which points (N) lie inside.
+        """
+        xs, ys = _projected(self.crs, lonlat)
+        with np.errstate(invalid="ignore"):
+            columns, rows = np.floor(~self.transform @ (xs, ys))
+        # NaN, where the projection holds no such point, compares as outside.
+        inside = (rows >= 0) & (rows < self.height) & (columns >= 0) & (columns < self.width)
+        return (
+            np.where(inside, rows, 0).astype(np.intp),
+            np.where(inside, columns, 0).astype(np.intp),
+            inside,
+        )
 
     def hectares(self, rows: slice | range) -> NDArray[np.float64]:
         """Area of one pixel in each of the rows, in hectares, shape (rows,) float64.
@@ -98,6 +134,24 @@ class Grid:
                 f"{differs}: its transform is {_numbers(other.transform)}, not "
                 f"{_numbers(self.transform)}, up to {away:.4g} pixels away"
             )
+
+
+def _projected(
+    crs: CRS, lonlat: Sequence[tuple[float, float]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """X and y of points in a CRS, NaN for those that it cannot hold."""
+    try:
+        xs, ys = rasterio.warp.transform(
+            "EPSG:4326", crs, [p[0] for p in lonlat], [p[1] for p in lonlat]
+        )
+    except GDALError:
+        # One point beyond the projection fails them all, so bisect.
+        if len(lonlat) == 1:
+            return np.array([np.nan]), np.array([np.nan])
+        half = len(lonlat) // 2
+        (ax, ay), (bx, by) = _projected(crs, lonlat[:half]), _projected(crs, lonlat[half:])
+        return np.concatenate([ax, bx]), np.concatenate([ay, by])
+    return np.asarray(xs, np.float64), np.asarray(ys, np.float64)
 
 
 def crs_name(crs: CRS) -> str:

@@ -3,7 +3,8 @@
 `docs/reference/settings.md` has a row for each field here; a test keeps the two together.
 """
 
-# No `from __future__ import annotations` here: pydantic needs the types at run time.
+from __future__ import annotations
+
 import hashlib
 import ipaddress
 import os
@@ -24,7 +25,6 @@ SHORT_KEY = 16
 _SHA256 = re.compile(KEY_HASH + r"[0-9a-fA-F]{64}")
 _HOST = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<host>[^:\[\]/@\s]+))(?::(?P<port>\d{1,5}))?")
 _NAME = re.compile(r"(?=.{1,253}\.?$)[a-zA-Z0-9_-]{1,63}(\.[a-zA-Z0-9_-]{1,63})*\.?")
-
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -44,7 +44,7 @@ class HostRule:
     """The only port allowed; None for all."""
 
     @classmethod
-    def read(cls, text: str) -> "HostRule":
+    def read(cls, text: str) -> HostRule:
         """The rule that an entry says.
 
         Raises:

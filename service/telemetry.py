@@ -1,23 +1,15 @@
-"""What the service tells its operator: one log line and a few counts for each request.
+"""Telemetry: JSON log lines and Prometheus metrics.
 
-Metrics live in a registry of their own for each application, so that two in one process do not
-meet. `RequestRecord` is the outermost ring: it names the request, and whatever goes wrong inside
-leaves it as an answer.
+Each application has a metrics registry of its own, so that two in one process do not meet.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
-import sys
-import threading
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,21 +23,12 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.executors import Answer, Item, Read, ThreadExecutor, Timing
-from service.settings import LogLevel, SettingsError
+from service.settings import LogLevel
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-_LOG = logging.getLogger(__name__)
-_REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 _JOB_ID: ContextVar[str | None] = ContextVar("job_id", default=None)
-# What a caller may choose as an id: it goes into headers and logs.
-_SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _STAGE_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)
 # The fields that every LogRecord has; the others came with `extra`.
@@ -109,10 +92,10 @@ class Metrics:
         self._requests.labels(route, known, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def ran(self, *, task: str, pixels: int, timing: Timing) -> None:
+    def ran(self, *, task: str, pixels: int, stages: Mapping[str, float]) -> None:
         """Count one finished run: its pixels, and its seconds by stage."""
         self._pixels.labels(task).inc(pixels)
-        for stage, spent in asdict(timing).items():
+        for stage, spent in stages.items():
             self._stages.labels(task, stage).observe(spent)
 
     def jobs(self, counts: Mapping[str, int]) -> None:
@@ -139,44 +122,6 @@ class Metrics:
         return bytes(generate_latest(self._registry))
 
 
-class CountedExecutor:
-    """Runs windows as `ThreadExecutor` does, and counts those read and not yet written."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def run(
-        self,
-        items: Sequence[Item],
-        *,
-        read: Callable[[Item], Read],
-        infer: Callable[[Read], Answer],
-        write: Callable[[Item, Answer], None],
-        cancelled: threading.Event | None = None,
-    ) -> Timing:
-        """See `Executor.run`."""
-        begun: list[None] = []
-        ended: list[None] = []  # lists, as two threads add to them
-
-        def read_counted(item: Item) -> Read:
-            begun.append(None)
-            self._metrics.windows(1)
-            return read(item)
-
-        def write_counted(item: Item, answer: Answer) -> None:
-            write(item, answer)
-            ended.append(None)
-            self._metrics.windows(-1)
-
-        try:
-            return ThreadExecutor().run(
-                items, read=read_counted, infer=infer, write=write_counted, cancelled=cancelled
-            )
-        finally:
-            # Windows of a run that failed half way are in flight no more.
-            self._metrics.windows(len(ended) - len(begun))
-
-
 @contextmanager
 def job_named(job_id: str) -> Iterator[None]:
     """Every log line from inside names the job."""
@@ -185,91 +130,6 @@ def job_named(job_id: str) -> Iterator[None]:
         yield
     finally:
         _JOB_ID.reset(token)
-
-
-class RequestRecord:
-    """ASGI middleware: names each request, logs and counts it, answers what nobody foresaw."""
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        metrics: Metrics,
-        on_fault: Callable[[Request], Response],
-    ) -> None:
-        self._app = app
-        self._metrics = metrics
-        self._on_fault = on_fault
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the call on, with a name and an eye on its answer."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, _in_short(send))
-            return
-        begin = time.perf_counter()
-        request_id = sane_request_id(Headers(scope=scope).get("x-request-id"))
-        scope.setdefault("state", {})["request_id"] = request_id
-        status = 0
-        recorded = False
-
-        def record() -> None:
-            nonlocal recorded
-            if not recorded:
-                recorded = True
-                self._record(scope, status, time.perf_counter() - begin)
-
-        async def send_named(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
-            elif not message.get("more_body", False):
-                record()  # before its end is sent: who has the answer finds it counted
-            await send(message)
-
-        token = _REQUEST_ID.set(request_id)
-        try:
-            await self._app(scope, receive, send_named)
-        except Exception:
-            _LOG.exception("unforeseen fault")
-            if status:  # an answer half sent cannot be taken back; the server must cut it off
-                raise
-            await self._on_fault(Request(scope))(scope, receive, send_named)
-        finally:
-            record()
-            _REQUEST_ID.reset(token)
-
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
-        method = scope["method"]
-        self._metrics.answered(route=route, method=method, status=status, seconds=seconds)
-        _LOG.info(
-            "request",
-            extra={
-                "method": method,
-                "route": route,
-                "path": scope["path"],
-                "status": status,
-                "ms": round(seconds * 1000, 1),
-            },
-        )
-
-
-def _in_short(send: Send) -> Send:
-    """Sends a start that failed on, as a sentence where an administrator can mend it."""
-
-    async def send_short(message: Message) -> None:
-        error = sys.exception()  # Starlette sends from its handler, and the whole stack
-        if message["type"] == "lifespan.startup.failed" and isinstance(error, SettingsError):
-            message = {**message, "message": str(error)}
-        await send(message)
-
-    return send_short
-
-
-def sane_request_id(given: str | None) -> str:
-    """The caller's id where it is one that may be echoed, else a new one."""
-    return given if given and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 class JsonFormatter(logging.Formatter):
@@ -283,7 +143,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        request_id = _REQUEST_ID.get()
+        request_id = REQUEST_ID.get()
         if request_id is not None:
             entry["request_id"] = request_id
         job_id = _JOB_ID.get()

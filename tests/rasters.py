@@ -10,7 +10,7 @@ import numpy as np
 import rasterio
 from affine import Affine
 
-from service.stack import SourceFile
+from service.read.geotiff import SourceFile
 
 UTM = "EPSG:32631"
 NORTH_UP = Affine(10, 0, 500_000, 0, -10, 5_600_000)

@@ -14,7 +14,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from service.app import create_app
+from service.api.app import create_app
 from service.settings import Settings
 
 

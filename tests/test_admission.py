@@ -22,9 +22,9 @@ from rasters import write
 from serving import served
 from starlette.responses import StreamingResponse
 
-from service.admission import Admission
+from service.api.admission import Admission
+from service.api.middleware import SlowClientMiddleware
 from service.errors import Overloaded
-from service.watch import ReadersPace
 
 PATIENCE = 30.0
 BOUNDARY = "b0undary"
@@ -58,11 +58,11 @@ async def test_seats_are_given_back_also_after_a_fault() -> None:
     admission = Admission(1)
     for _ in range(5):
         with pytest.raises(ValueError, match="inside"):
-            async with admission.seat(), admission.place():
+            async with admission.queue_slot(), admission.run_slot():
                 raise ValueError("inside")
-    async with admission.seat(), admission.seat():
+    async with admission.queue_slot(), admission.queue_slot():
         with pytest.raises(Overloaded) as caught:
-            async with admission.seat():
+            async with admission.queue_slot():
                 pytest.fail("there are only two seats")
         assert caught.value.retry_after > 0
 
@@ -73,10 +73,10 @@ async def test_places_come_in_the_order_of_asking_and_a_cancelled_wait_takes_non
     order: list[int] = []
 
     async def ask(number: int) -> None:
-        async with admission.place():
+        async with admission.run_slot():
             order.append(number)
 
-    async with anyio.create_task_group() as group, admission.place():
+    async with anyio.create_task_group() as group, admission.run_slot():
         for number in range(3):
             group.start_soon(ask, number)
             await anyio.wait_all_tasks_blocked()
@@ -207,7 +207,9 @@ def paced(**pace: float) -> Iterator[tuple[tuple[str, int], threading.Event, lis
         finally:
             closed.set()
 
-    config = uvicorn.Config(ReadersPace(app, **pace), port=0, log_config=None, lifespan="off")
+    config = uvicorn.Config(
+        SlowClientMiddleware(app, **pace), port=0, log_config=None, lifespan="off"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

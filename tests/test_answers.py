@@ -12,8 +12,14 @@ from tiny_zoo import write_bundle
 
 from models.card import LegendClass
 from models.registry import load_bundle
-from service.answers import ClassAnswers, EmbeddingAnswers, answers_of, decided, entropy
 from service.errors import InvalidRequest
+from service.write.predictions import (
+    ClassPredictions,
+    EmbeddingPredictions,
+    decided,
+    entropy,
+    predictions_of,
+)
 
 LEGEND = tuple(
     LegendClass(value=v, name=name, color=f"#0000{v:02x}", code=v * 10)
@@ -53,7 +59,7 @@ def test_class_tally_adds_up_whatever_the_parts():
     found = probabilities(1000)
     found[::7] = np.nan
     hectares = np.random.default_rng(1).random(1000)
-    answers = ClassAnswers(legend=LEGEND, outputs=())
+    answers = ClassPredictions(legend=LEGEND, outputs=())
     tally = answers.tally()
     for part in np.array_split(np.arange(1000), 13):
         tally.add(tally.count(found[part], hectares[part]))
@@ -71,11 +77,11 @@ def test_class_tally_adds_up_whatever_the_parts():
 
 
 def test_an_empty_tally_is_json_without_nan():
-    tally = ClassAnswers(legend=LEGEND, outputs=()).tally()
+    tally = ClassPredictions(legend=LEGEND, outputs=()).tally()
     tally.add(tally.count(np.full((3, 4), np.nan, np.float32), np.ones(3)))
     text = json.dumps(tally.summary(), allow_nan=False)
     assert json.loads(text)["classes"][0]["mean_confidence"] is None
-    json.dumps(EmbeddingAnswers(size=3).tally().summary(), allow_nan=False)
+    json.dumps(EmbeddingPredictions(size=3).tally().summary(), allow_nan=False)
 
 
 @pytest.fixture
@@ -87,7 +93,7 @@ def forecast(tmp_path):
 
 def test_forecast_bands_go_by_index_date_quantile(forecast):
     card, window = forecast
-    answers = answers_of(card, ("q90", "q10"), horizon=2, window=window)
+    answers = predictions_of(card, ("q90", "q10"), horizon=2, time_window=window)
     (layer,) = answers.layers
     assert layer.name == "forecast"
     assert layer.bands == tuple(
@@ -107,7 +113,7 @@ def test_forecast_bands_go_by_index_date_quantile(forecast):
 
 def test_forecast_records_and_tally(forecast):
     card, window = forecast
-    answers = answers_of(card, ("q10",), window=window)
+    answers = predictions_of(card, ("q10",), time_window=window)
     values = np.random.default_rng(0).random((40, 3, 3, 3), np.float32)
     record = answers.record(values[7])
     assert record["dates"] == ["2021-01-31", "2021-02-10", "2021-02-20"]
@@ -127,21 +133,21 @@ def test_forecast_records_and_tally(forecast):
 def test_a_horizon_out_of_reach_names_both_ends(forecast, horizon):
     card, window = forecast
     with pytest.raises(InvalidRequest, match=rf"horizon: {horizon} steps.*1 to 3"):
-        answers_of(card, ("q50",), horizon=horizon, window=window)
+        predictions_of(card, ("q50",), horizon=horizon, time_window=window)
 
 
 def test_an_output_that_is_not_there_is_named(forecast, tmp_path):
     card, window = forecast
     with pytest.raises(InvalidRequest, match=r"no class; there are: q10, q50, q90"):
-        answers_of(card, ("class",), window=window)
+        predictions_of(card, ("class",), time_window=window)
     classes = load_bundle(write_bundle(tmp_path, "c", "classify-pixels", "pixel")).card
     with pytest.raises(InvalidRequest, match="no q50; there are: class, confidence"):
-        answers_of(classes, ("class", "q50"))
+        predictions_of(classes, ("class", "q50"))
 
 
 def test_class_record_names_everything():
     found = probabilities(3)
-    record = ClassAnswers(legend=LEGEND, outputs=()).record(found[1])
+    record = ClassPredictions(legend=LEGEND, outputs=()).record(found[1])
     best = int(found[1].argmax())
     assert (record["value"], record["class"]) == (best, LEGEND[best].name)
     assert record["confidence"] == pytest.approx(float(found[1].max()))

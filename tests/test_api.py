@@ -26,7 +26,7 @@ from rasters import NORTH_UP, UTM, write
 from serving import served
 from tiny_zoo import CLASSES, HORIZON, SHARPNESS, SPREAD, STEP, write_zoo
 
-from service.responses import COG, GEOJSON, ZIP
+from service.api.responses import COG, GEOJSON, ZIP
 
 DATES = ("2021-03-01", "2021-04-01", "2021-05-01", "2021-06-01")
 BANDS = ("B02", "B03", "B04", "B08", "SCL")

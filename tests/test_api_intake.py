@@ -22,17 +22,19 @@ from serving import served
 from starlette.requests import Request
 from tiny_zoo import write_zoo
 
-from service import intake
+from service.api import uploads as intake
+from service.api.disconnect import run_watched
+from service.api.uploads import Form, Limits, media_type, read_form, read_json
 from service.errors import (
     BodyStalled,
     BodyTooLarge,
+    Cancelled,
     InvalidRequest,
     PIMCError,
     UnsupportedMedia,
 )
-from service.executors import Cancelled, check
-from service.intake import Form, Limits, label, media_type, read_form, read_json
-from service.watch import run_watched
+from service.read.geotiff import label
+from service.run.executors import check
 
 BOUNDARY = "edge"
 
@@ -230,7 +232,7 @@ async def test_a_run_is_told_when_its_caller_has_gone() -> None:
         check(cancelled)
 
     with pytest.raises(Cancelled):
-        await run_watched(Request(request_of([]).scope, receive), run, place=nullcontext())
+        await run_watched(Request(request_of([]).scope, receive), run, slot=nullcontext())
 
 
 # Leftovers ----------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from service.api.negotiation import negotiate
 from service.errors import NotAcceptable
-from service.negotiation import negotiate
 
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 ZIP = "application/zip"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cpus import multiplies_int8, usable_cpus
+from service.infer.cpus import multiplies_int8, usable_cpus
 
 
 @pytest.fixture(autouse=True)

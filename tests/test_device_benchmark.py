@@ -21,7 +21,8 @@ from benchmarks.device import (
 )
 from benchmarks.session import product_session
 from models.registry import ZOO, Registry
-from service.engine import CPU, PIXEL_BATCH
+from service.infer.model import PIXEL_BATCH
+from service.infer.session import CPU
 
 
 def shown(found: Device | None) -> str:
@@ -48,7 +49,7 @@ def device() -> Device:
 def test_what_goes_to_the_session_is_values_and_validity_once_and_no_plot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("service.engine.pick_variant", lambda *_: "float32")
+    monkeypatch.setattr("service.infer.session.pick_variant", lambda *_: "float32")
     registry = Registry.load(ZOO)
     bundle = registry.default("classify-pixels")
     assert bundle is not None
@@ -61,7 +62,7 @@ def test_what_goes_to_the_session_is_values_and_validity_once_and_no_plot(
 
 
 def test_float16_sends_little_more_than_the_files_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.engine.pick_variant", lambda *_: "float16")
+    monkeypatch.setattr("service.infer.session.pick_variant", lambda *_: "float16")
     bundle = Registry.load(ZOO).default("classify-pixels")
     assert bundle is not None
     T, C = 36, len(bundle.card.bands)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from models.registry import ZOO, Registry
-from service.app import create_app
+from service.api.app import create_app
 from service.errors import STATUS
 from service.schemas import FIELDS
 from service.settings import Settings

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +21,18 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 from tiny_zoo import write_bundle, write_zoo
 
 from models.registry import ZOO, BundleError, Registry, sha256_of
-from service.engine import (
+from service.errors import InternalError, UnknownModel, WrongTask
+from service.infer.engine import Engine
+from service.infer.model import PIXEL_BATCH, LoadedModel
+from service.infer.session import (
     CPU,
     CUDA,
-    PIXEL_BATCH,
-    Engine,
-    LoadedModel,
+    ArenaShrinking,
     ProviderUnavailable,
     Session,
-    _Turn,
     open_session,
     pick_variant,
 )
-from service.errors import InternalError, UnknownModel, WrongTask
 
 ROOT = Path(__file__).parents[1]
 
@@ -367,7 +366,7 @@ def test_reflectance_goes_into_a_float16_graph_as_float16(tmp_path):
 
 
 def test_the_variant_that_costs_nothing_is_taken(zoo, monkeypatch):
-    monkeypatch.setattr("service.engine.multiplies_int8", lambda: True)
+    monkeypatch.setattr("service.infer.session.multiplies_int8", lambda: True)
     assert pick_variant(card_with(zoo), CPU) == "float32"
     assert pick_variant(card_with(zoo, float16={"accuracy": 0.0}), CUDA) == "float16"
     assert pick_variant(card_with(zoo, float16={"accuracy": 0.0}), CPU) == "float32"
@@ -377,12 +376,12 @@ def test_the_variant_that_costs_nothing_is_taken(zoo, monkeypatch):
     assert pick_variant(card_with(zoo, int8={"accuracy": -0.001, "f1": -0.004}), CPU) == "float32"
     assert pick_variant(card_with(zoo, int8={}), CPU) == "float32"  # a loss nobody measured
     assert pick_variant(card_with(zoo, int8={"accuracy": 0.01}), CUDA) == "float32"
-    monkeypatch.setattr("service.engine.multiplies_int8", lambda: False)
+    monkeypatch.setattr("service.infer.session.multiplies_int8", lambda: False)
     assert pick_variant(card_with(zoo, int8={"accuracy": 0.01}), CPU) == "float32"
 
 
 def test_float32_is_had_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr("service.engine.multiplies_int8", lambda: True)
+    monkeypatch.setattr("service.infer.session.multiplies_int8", lambda: True)
     bundle = Registry.load(ZOO).bundles["pixels-landcover"]
     assert open_session(bundle, CPU).variant == "int8"
     assert open_session(bundle, CPU, "float32").variant == "float32"
@@ -416,7 +415,7 @@ def on_a_device(zoo, most, fault=None, times=10**9, kind=SmallDevice):
     reference = open_session(bundle, CPU)
     small = kind(open_session(bundle, CPU).session, most, fault, times)
     kinds = {"values": np.float32, "valid": np.bool_, "days": np.float32}
-    session = Session(session=small, output="probabilities", kinds=kinds, variant="float32")
+    session = replace(reference, session=small, kinds=kinds)
     model = LoadedModel(
         bundle.card,
         session,
@@ -501,7 +500,8 @@ import onnxruntime
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from models.registry import Registry, ZOO
-from service import engine as e
+from service.infer import model as m
+from service.infer import session as e
 
 logging.basicConfig(stream=sys.stderr)
 how, source, target = sys.argv[1:]
@@ -516,11 +516,12 @@ if how == "arena":  # an arena of 4 MiB, as one of a device that others fill
     onnxruntime.create_and_register_allocator(memory, config)
     inner = onnxruntime.InferenceSession(bundle.path(), options, providers=[e.CPU])
     kinds = {"values": np.float32, "valid": np.bool_, "days": np.float32}
-    session = e.Session(session=inner, output="probabilities", kinds=kinds, variant="float32")
+    session = e.Session(session=inner, output="probabilities", kinds=kinds, variant="float32",
+        shrinking=e.ArenaShrinking())
 else:
     session = e.open_session(bundle, e.CPU, "float32")
 pool = ThreadPoolExecutor(1)
-model = e.LoadedModel(bundle.card, session, pool=pool, device=threading.Lock())
+model = m.LoadedModel(bundle.card, session, pool=pool, device=threading.Lock())
 pool.submit(int).result()  # its thread takes memory as well
 if how == "system":
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -559,16 +560,16 @@ GIVEN_BACK = """
 import ctypes, sys
 import numpy as np
 from models.registry import Registry, ZOO
-from service import engine as e
+from service.infer.engine import Engine
 
 def resident():
     ctypes.CDLL(None).malloc_trim(0)
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
-turn = e._TURN_TO_GIVE_BACK
-turn.taken()  # the first, and none comes for a while
-turn._next += 1e6
-with e.Engine(Registry.load(ZOO), providers="cpu", threads=1) as engine:
+with Engine(Registry.load(ZOO), providers="cpu", threads=1) as engine:
+    turn = engine._shrinking
+    turn.options()  # the first run that shrinks the arena; no other one for a while
+    turn._next += 1e6
     model = engine.models["landcover-eurosat"]
     patches = np.full((32, 3, 64, 64), 0.1, np.float32)
     before = model.patches(patches)
@@ -597,21 +598,21 @@ def test_memory_of_a_large_batch_is_given_back_after_a_while() -> None:
     assert int(done.stdout) > 2**23
 
 
-def test_a_turn_comes_once_in_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_run_in_ten_seconds_shrinks_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("service.engine.time.monotonic", lambda: now)
-    turn = _Turn(10.0)
-    assert [turn.taken(), turn.taken()] == [True, False]
+    monkeypatch.setattr("service.infer.session.time.monotonic", lambda: now)
+    shrinking = ArenaShrinking(10.0)
+    assert [shrinking.options() is None, shrinking.options() is None] == [False, True]
     now = 109.9
-    assert not turn.taken()
+    assert shrinking.options() is None
     now = 110.0
-    assert [turn.taken(), turn.taken()] == [True, False]
+    assert [shrinking.options() is None, shrinking.options() is None] == [False, True]
 
 
 def test_the_runtime_leaves_no_trace_and_reports_to_nobody(tmp_path: Path) -> None:
     # It is silent by itself where it believes to be under test.
     told = {k: v for k, v in os.environ.items() if k not in {"ORT_DISABLE_TELEMETRY", "CI"}}
-    for module, traces in (("onnxruntime", 1), ("service.engine", 0)):
+    for module, traces in (("onnxruntime", 1), ("service.infer.engine", 0)):
         folder = tmp_path / module
         folder.mkdir()
         subprocess.run(

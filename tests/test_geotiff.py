@@ -16,8 +16,11 @@ from rasterio.windows import Window
 from rasters import NORTH_UP, write
 
 from service.errors import CorruptRaster, NoGeoreference, NotAGeoTIFF, PIMCError, RasterTooLarge
-from service.geotiff import Placed, for_each, gdal_options, read_header
-from service.stack import SourceFile, StackOptions, StackReader, check_radiometry, open_stack
+from service.read.geotiff import BlockCache, Placed, SourceFile, for_each, gdal_options, read_header
+from service.read.layouts import StackOptions
+from service.read.radiometry import check_radiometry
+from service.read.reader import StackReader
+from service.read.stack import open_stack
 
 BANDS = ("B02", "B04", "B08")
 rng = np.random.default_rng(5)
@@ -120,29 +123,16 @@ def test_a_georeference_that_was_worked_out_once_serves_the_files_that_write_the
     assert len(placed) == 6
 
 
-def test_the_block_cache_is_bounded_and_large_enough_for_a_block() -> None:
-    with gdal_options():
-        assert get_gdal_config("GDAL_CACHEMAX") == 32 * 2**20
-    with gdal_options(block_bytes=256 * 2**20):
-        assert get_gdal_config("GDAL_CACHEMAX") == 512 * 2**20
-
-
-def test_the_block_cache_stays_bounded_for_who_writes_after_a_read() -> None:
+def test_the_block_cache_is_bounded_and_as_large_as_any_reader_needs() -> None:
     set_gdal_config("GDAL_CACHEMAX", 2**40)  # as much as GDAL may take by itself
-    with gdal_options():
-        pass
+    cache = BlockCache()
     assert get_gdal_config("GDAL_CACHEMAX") == 32 * 2**20
+    with cache.room(512 * 2**20):
+        assert get_gdal_config("GDAL_CACHEMAX") == 512 * 2**20
+        with cache.room(2**10):
+            assert get_gdal_config("GDAL_CACHEMAX") == 512 * 2**20
     with rasterio.Env():
         assert get_gdal_config("GDAL_CACHEMAX") == 32 * 2**20
-
-
-def test_the_block_cache_is_as_large_as_anybody_needs_meanwhile() -> None:
-    large, small = gdal_options(block_bytes=64 * 2**20), gdal_options(block_bytes=2**10)
-    with large:
-        with small:
-            assert get_gdal_config("GDAL_CACHEMAX") == 128 * 2**20
-        assert get_gdal_config("GDAL_CACHEMAX") == 128 * 2**20
-    assert get_gdal_config("GDAL_CACHEMAX") == 32 * 2**20
 
 
 @pytest.mark.parametrize("block_bytes", [0, 2**20])

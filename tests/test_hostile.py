@@ -42,10 +42,12 @@ from mutations import (
 from rasterio.windows import Window
 from rasters import NORTH_UP, UTM, write
 
-from service import reading
 from service.errors import CorruptRaster, NotAGeoTIFF, PIMCError, RasterTooLarge
-from service.geotiff import gdal_options, open_geotiff
-from service.stack import SourceFile, Stack, StackOptions, StackReader, open_stack
+from service.read import reader as reading
+from service.read.geotiff import SourceFile, gdal_options, open_geotiff
+from service.read.layouts import StackOptions
+from service.read.reader import StackReader
+from service.read.stack import Stack, open_stack
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 2**34
@@ -306,7 +308,7 @@ def blocky(tmp_path: Path) -> Stack:
 def test_open_files_hold_no_more_blocks_than_there_is_memory_for(
     blocky: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block = blocky.looks[0].planes[0].block_bytes
+    block = blocky.acquisitions[0].planes[0].block_bytes
     assert block == 200 * 300 * 3 * 2
     window = Window(10, 10, 30, 20)
     with StackReader(blocky) as reader:
@@ -383,7 +385,7 @@ import sys
 import rasterio
 from contextlib import nullcontext
 sys.path[:0] = [sys.argv[3]]
-from service.geotiff import gdal_options
+from service.read.geotiff import gdal_options
 with gdal_options() if sys.argv[2] == "ours" else rasterio.Env():
     with rasterio.open(sys.argv[1], driver="GTiff") as file:
         print(file.overviews(1))

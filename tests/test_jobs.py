@@ -22,7 +22,7 @@ from rasters import write
 from serving import served
 from tiny_zoo import write_bundle, write_zoo
 
-from service.responses import COG, GEOJSON, ZIP
+from service.api.responses import COG, GEOJSON, ZIP
 
 POINTS = {
     "type": "FeatureCollection",

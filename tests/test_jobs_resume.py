@@ -12,12 +12,13 @@ from job_kit import stack
 from tiny_zoo import write_zoo
 
 from models.registry import Registry
-from service.engine import Engine
-from service.executors import ThreadExecutor
-from service.geotiff import SourceFile
-from service.orders import RasterOrder, Ready, carry_out, prepare
-from service.pipeline import Arrays, Step
-from service.schemas import read_fields
+from service.api.schemas import read_fields
+from service.infer.engine import Engine
+from service.read.geotiff import SourceFile
+from service.run.execute import execute
+from service.run.executors import ThreadExecutor
+from service.run.plan import Plan, plan_request
+from service.run.windows import Arrays, Step
 
 RUNS: dict[str, tuple[Any, dict[str, tuple[str, ...]]]] = {
     "classes": ("classify-pixels", {"outputs": ("class,confidence,probabilities",)}),
@@ -70,22 +71,22 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module", params=RUNS, ids=str)
-def ready(request: Any, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Ready:
+def ready(request: Any, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     folder = tmp_path_factory.mktemp("stack")
     stack(folder, 150, 230)
     task, fields = RUNS[request.param]
     files = tuple(SourceFile(name=p.name, path=p) for p in sorted(folder.iterdir()))
-    order = RasterOrder(task=task, files=files, fields=read_fields(task, fields))
-    return prepare(order, engine, max_raster_bytes=2**30, rasters=True)
+    request = read_fields(task, fields).request(task, files)
+    return plan_request(request, engine, max_raster_bytes=2**30, rasters=True)
 
 
 def ran(
-    ready: Ready, folder: Path, journal: Kept | None, executor: ThreadExecutor | None = None
+    ready: Plan, folder: Path, journal: Kept | None, executor: ThreadExecutor | None = None
 ) -> tuple[dict[str, bytes], object, list[float]]:
     """The files' bytes, the document, and the progress told."""
     folder.mkdir()
     shares: list[float] = []
-    reply = carry_out(
+    reply = execute(
         ready,
         folder,
         executor=executor or ThreadExecutor(),
@@ -96,7 +97,7 @@ def ran(
     return {p.name: p.read_bytes() for p in folder.iterdir()}, reply.document, shares
 
 
-def test_an_interruption_leaves_no_trace(ready: Ready, tmp_path: Path) -> None:
+def test_an_interruption_leaves_no_trace(ready: Plan, tmp_path: Path) -> None:
     whole = Kept()
     files, document, _ = ran(ready, tmp_path / "undisturbed", None)
     with_journal, same, _ = ran(ready, tmp_path / "journal", whole)
@@ -119,7 +120,7 @@ def test_an_interruption_leaves_no_trace(ready: Ready, tmp_path: Path) -> None:
         assert shares[-1] == 1
 
 
-def test_windows_after_a_gap_are_done_again(ready: Ready, tmp_path: Path) -> None:
+def test_windows_after_a_gap_are_done_again(ready: Plan, tmp_path: Path) -> None:
     kept = Kept()
     files, document, _ = ran(ready, tmp_path / "undisturbed", kept)
     steps = list(kept.saved)

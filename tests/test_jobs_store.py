@@ -20,12 +20,13 @@ from rasterio.windows import Window
 from serving import served
 
 from models.registry import Registry
-from service.engine import Engine
+from service.api.schemas import read_series
 from service.errors import InvalidRequest, UnknownJob
-from service.jobs import Job, JobStore, Repeatable, WindowFile
-from service.orders import Ready, SeriesOrder, prepare
-from service.pipeline import Step
-from service.schemas import read_series
+from service.infer.engine import Engine
+from service.jobs.store import Idempotency, Job, JobStore
+from service.jobs.window_journal import WindowFile
+from service.run.plan import Plan, plan_request
+from service.run.windows import Step
 from service.settings import SettingsError
 
 YEAR = 365 * 24 * 3600.0
@@ -34,7 +35,7 @@ BODY = (
     b'{"series": [{"id": "a", "dates": ["2021-01-05", "2021-03-05"],'
     b' "B02": [0.1, 0.1], "B04": [0.1, 0.1], "B08": [0.3, 0.3]}]}'
 )
-STEP = Step(stage="answers", number=0, window=Window(0, 0, 4, 2))
+STEP = Step(stage="predictions", number=0, window=Window(0, 0, 4, 2))
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +44,11 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ready(zoo: Path) -> Iterator[Ready]:
+def ready(zoo: Path) -> Iterator[Plan]:
     """A small order that is known to fit."""
     with Engine(Registry.load(zoo), providers="cpu") as engine:
-        order = SeriesOrder(task="embed", request=read_series("embed", BODY))
-        yield prepare(order, engine, max_raster_bytes=1, rasters=True)
+        request = read_series("embed", BODY).request("embed")
+        yield plan_request(request, engine, max_raster_bytes=1, rasters=True)
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def opened(folder: Path, **how: Any) -> Iterator[JobStore]:
         store.close()
 
 
-def done(store: JobStore, ready: Ready, folder: Path) -> Job:
+def done(store: JobStore, ready: Plan, folder: Path) -> Job:
     """A job that has succeeded."""
     store.accept(ready, folder, owner="")
     job = store.take()
@@ -78,7 +79,7 @@ def change(folder: Path, statement: str, *values: object) -> None:
 
 
 @pytest.mark.parametrize("jump", [-YEAR, YEAR, 100 * YEAR])
-def test_a_clock_that_jumped_while_nothing_ran(ready: Ready, tmp_path: Path, jump: float) -> None:
+def test_a_clock_that_jumped_while_nothing_ran(ready: Plan, tmp_path: Path, jump: float) -> None:
     with opened(tmp_path) as store:
         kept = done(store, ready, tmp_path)
         store.accept(ready, tmp_path, owner="")
@@ -123,7 +124,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 def test_a_stop_makes_results_older_but_never_by_all_of_their_time(
-    ready: Ready, tmp_path: Path
+    ready: Plan, tmp_path: Path
 ) -> None:
     with opened(tmp_path) as store:
         kept = done(store, ready, tmp_path)
@@ -140,7 +141,7 @@ def test_a_stop_makes_results_older_but_never_by_all_of_their_time(
 # What the last service left -------------------------------------------------------------------
 
 
-def test_folders_without_a_job_are_removed_at_start(ready: Ready, tmp_path: Path) -> None:
+def test_folders_without_a_job_are_removed_at_start(ready: Plan, tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         gone = done(store, ready, tmp_path)
         waits = store.accept(ready, tmp_path, owner="")
@@ -159,7 +160,7 @@ def test_folders_without_a_job_are_removed_at_start(ready: Ready, tmp_path: Path
         assert list((tmp_path / "requests").iterdir()) == []
 
 
-def test_a_window_counts_only_with_its_bytes(ready: Ready, tmp_path: Path) -> None:
+def test_a_window_counts_only_with_its_bytes(ready: Plan, tmp_path: Path) -> None:
     arrays = {"class": np.arange(8, dtype=np.uint8).reshape(1, 2, 4), "valid": np.array(8)}
     with opened(tmp_path) as store:
         store.accept(ready, tmp_path, owner="")
@@ -168,7 +169,7 @@ def test_a_window_counts_only_with_its_bytes(ready: Ready, tmp_path: Path) -> No
         with WindowFile(store, job, lambda: 40) as journal:
             assert journal.load(STEP) is None
             journal.save(STEP, arrays)
-            other = Step(stage="answers", number=0, window=Window(0, 0, 2, 4))
+            other = Step(stage="predictions", number=0, window=Window(0, 0, 2, 4))
             assert journal.load(other) is None  # cut otherwise: another window
         # Bytes that nobody counted, as a kill between the two leaves them.
         with (store.folder(job) / "windows").open("ab") as file:
@@ -177,7 +178,7 @@ def test_a_window_counts_only_with_its_bytes(ready: Ready, tmp_path: Path) -> No
             found = journal.load(STEP)
             assert found is not None
             np.testing.assert_array_equal(found["class"], arrays["class"])
-            second = Step(stage="answers", number=1, window=Window(0, 2, 4, 2))
+            second = Step(stage="predictions", number=1, window=Window(0, 2, 4, 2))
             journal.save(second, arrays)
         assert store.find("", job.id).progress == 40
         with (store.folder(job) / "windows").open("r+b") as file:
@@ -188,7 +189,7 @@ def test_a_window_counts_only_with_its_bytes(ready: Ready, tmp_path: Path) -> No
             assert journal.load(second) is not None
 
 
-def test_windows_of_another_device_are_forgotten(ready: Ready, tmp_path: Path) -> None:
+def test_windows_of_another_device_are_forgotten(ready: Plan, tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         store.accept(ready, tmp_path, owner="")
         job = store.take()
@@ -207,16 +208,16 @@ def test_windows_of_another_device_are_forgotten(ready: Ready, tmp_path: Path) -
             assert journal.load(STEP) is None
 
 
-def test_a_key_of_repetition_is_the_owners(ready: Ready, tmp_path: Path) -> None:
+def test_a_key_of_repetition_is_the_owners(ready: Plan, tmp_path: Path) -> None:
     with opened(tmp_path) as store:
-        same = Repeatable(key="k", fingerprint="1")
-        first = store.accept(ready, tmp_path, owner="anna", repeatable=same)
+        same = Idempotency(key="k", fingerprint="1")
+        first = store.accept(ready, tmp_path, owner="anna", idempotency=same)
         # Twice at once: the second finds out only when it writes.
-        assert store.accept(ready, tmp_path, owner="anna", repeatable=same) == first
-        assert store.accept(ready, tmp_path, owner="ben", repeatable=same) != first
+        assert store.accept(ready, tmp_path, owner="anna", idempotency=same) == first
+        assert store.accept(ready, tmp_path, owner="ben", idempotency=same) != first
         with pytest.raises(InvalidRequest, match=first.id):
             store.accept(
-                ready, tmp_path, owner="anna", repeatable=Repeatable(key="k", fingerprint="2")
+                ready, tmp_path, owner="anna", idempotency=Idempotency(key="k", fingerprint="2")
             )
         assert len(list((tmp_path / "jobs").iterdir())) == 2
 

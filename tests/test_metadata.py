@@ -6,7 +6,7 @@ from datetime import date
 
 import pytest
 
-from service.metadata import band_of, date_of, tagged_date, tagged_number
+from service.read.metadata import band_of, date_of, tagged_date, tagged_number
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,11 @@ from rasterio.windows import Window
 from rio_cogeo.cogeo import cog_validate
 
 from models.card import LegendClass
-from service.answers import Layer
-from service.output import RasterWriter, create_raster, sidecar_of, zip_files
-from service.stack import Grid
+from service.api.responses import zip_files
+from service.grid import Grid
+from service.write.cog import RasterWriter, create_raster
+from service.write.legend import sidecar_of
+from service.write.predictions import Layer
 
 LEGEND = (
     LegendClass(value=0, name="Water & <ice>", color="#1020ff", code=80),

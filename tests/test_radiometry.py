@@ -10,7 +10,10 @@ import pytest
 from rasters import write
 
 from service.errors import ImplausibleReflectance
-from service.stack import SourceFile, Stack, StackOptions, check_radiometry, open_stack
+from service.read.geotiff import SourceFile
+from service.read.layouts import StackOptions
+from service.read.radiometry import check_radiometry
+from service.read.stack import Stack, open_stack
 
 BANDS = ("B02", "B04", "B08")
 BEFORE = ("20210105", "20210605", "20220124")

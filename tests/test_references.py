@@ -28,9 +28,10 @@ from serving import served
 from tiny_zoo import write_bundle
 
 from pimc_client import Client, Reference
+from service.api.schemas import ItemBody
 from service.errors import BodyTooLarge, ForbiddenReference, UnreachableReference
-from service.geotiff import SourceFile
-from service.references import (
+from service.read.geotiff import SourceFile
+from service.read.references import (
     MAX_REDIRECTS,
     Patience,
     _Local,
@@ -38,7 +39,6 @@ from service.references import (
     check_again,
     fetch_items,
 )
-from service.schemas import Item
 from service.settings import HostRule, Settings, SettingsError, read_settings
 
 TIFF = b"II*\0 and the rest"
@@ -147,7 +147,7 @@ def fetch(hrefs: str | Sequence[str], folder: Path, **options: object) -> tuple[
     given_settings = Settings(
         **{k: options.pop(k) for k in list(options) if k.startswith(("allowed", "max"))}
     )
-    items = [Item(href=href) for href in ([hrefs] if isinstance(hrefs, str) else hrefs)]
+    items = [ItemBody(href=href) for href in ([hrefs] if isinstance(hrefs, str) else hrefs)]
     return anyio.run(lambda: fetch_items(items, folder, given_settings, **options))
 
 
@@ -248,7 +248,7 @@ def test_every_other_path_is_refused_in_the_same_words(root: Path, folder: Path,
     ],
 )
 def test_other_schemes_are_refused(root: Path, folder: Path, href: str) -> None:
-    item = Item.model_construct(href=href.format(root=root))
+    item = ItemBody.model_construct(href=href.format(root=root))
     rules = Settings(allowed_roots=(root,), allowed_hosts="127.0.0.1")
     with pytest.raises(ForbiddenReference) as caught:
         anyio.run(lambda: fetch_items([item], folder, rules))

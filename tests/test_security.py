@@ -13,13 +13,14 @@ from serving import served
 from starlette.datastructures import Headers
 from tiny_zoo import write_bundle
 
+from service.api.auth import ApiKeys, check_reached_address
+from service.api.middleware import page_policy
 from service.errors import Unauthorized
-from service.security import Keys, check_reached, page_policy
 from service.settings import Settings
 
 
-def keys(*plain: str) -> Keys:
-    return Keys(key.get_secret_value() for key in Settings(api_keys=plain).api_keys)
+def keys(*plain: str) -> ApiKeys:
+    return ApiKeys(key.get_secret_value() for key in Settings(api_keys=plain).api_keys)
 
 
 def bearer(key: str) -> Headers:
@@ -70,16 +71,16 @@ class TestReached:
     def test_an_open_address_serves_nobody_without_a_key_or_a_word(self, address: str) -> None:
         scope = {"server": (address, 8000)}
         with pytest.raises(Unauthorized, match="PIMC_ALLOW_ANONYMOUS"):
-            check_reached(scope, Settings())
-        check_reached(scope, Settings(allow_anonymous=True))
-        check_reached(scope, Settings(api_keys=("k",)))
+            check_reached_address(scope, Settings())
+        check_reached_address(scope, Settings(allow_anonymous=True))
+        check_reached_address(scope, Settings(api_keys=("k",)))
 
     @pytest.mark.parametrize(
         "server",
         [("127.0.0.1", 80), ("::1", 80), ("::ffff:127.0.0.1", 80), ("/run/pimc.sock", None), None],
     )
     def test_this_machine_alone_needs_none(self, server: tuple[str, int | None] | None) -> None:
-        check_reached({"server": server}, Settings())
+        check_reached_address({"server": server}, Settings())
 
 
 @pytest.fixture(scope="module")

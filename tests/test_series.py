@@ -9,7 +9,6 @@ import pytest
 from tiny_zoo import CLASSES, SHARPNESS, STEP, write_zoo
 
 from models.registry import Registry
-from service.engine import Engine
 from service.errors import (
     ImplausibleReflectance,
     InvalidRequest,
@@ -17,7 +16,8 @@ from service.errors import (
     MissingDates,
     TooFewDates,
 )
-from service.series import SeriesInput, SeriesOutcome, plan_series, run_series
+from service.infer.engine import Engine
+from service.run.series import SeriesInput, SeriesOutcome, plan_series, run_series
 
 JANUARY = date(2021, 1, 1)
 

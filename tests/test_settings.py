@@ -9,14 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from service.security import check_binding
-from service.settings import (
-    Settings,
-    SettingsError,
-    read_settings,
-    short_keys,
-    unknown_variables,
-)
+from service.api.auth import check_binding
+from service.settings import Settings, SettingsError, read_settings, short_keys, unknown_variables
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,18 +16,14 @@ from hypothesis import strategies as st
 from rasterio.windows import Window
 from rasters import UTM, write
 
-from service import reading
 from service.errors import GridMismatch, InvalidRequest
-from service.stack import (
-    Sits,
-    SourceFile,
-    Stack,
-    StackOptions,
-    StackReader,
-    median_composite,
-    open_stack,
-    spaced,
-)
+from service.infer.patches import median_composite
+from service.read import reader as reading
+from service.read.buffers import BufferPool, spaced
+from service.read.geotiff import SourceFile
+from service.read.layouts import StackOptions
+from service.read.reader import StackReader
+from service.read.stack import Sits, Stack, open_stack
 
 BANDS = ("B02", "B04", "B08")
 D1, D2 = date(2021, 1, 5), date(2021, 1, 15)
@@ -73,13 +69,14 @@ def test_a_window_given_back_lends_its_memory_to_the_next_and_leaves_nothing_in_
         scene(tmp_path / "20210101.tif", first), scene(tmp_path / "20210102.tif", second)
     )
     upper, lower, edge = Window(0, 0, 64, 32), Window(0, 32, 64, 32), Window(3, 60, 61, 4)
-    with StackReader(stack) as reader:
+    buffers = BufferPool()
+    with StackReader(stack, buffers=buffers) as reader:
         kept, gone = reader.read(upper), reader.read(lower)
         before = kept.values.copy(), kept.valid.copy()
-        reader.recycle(gone)
+        buffers.give_back(gone.values, gone.valid)
         small = reader.read(edge)
         assert np.shares_memory(small.values, gone.values)
-        reader.recycle(small)
+        buffers.give_back(small.values, small.valid)
         again = reader.read(lower)
         assert np.shares_memory(again.values, gone.values)
         np.testing.assert_array_equal(kept.values, before[0])
@@ -511,7 +508,7 @@ def test_the_composite_is_the_median_of_the_clear(T: int) -> None:
     values = rng.uniform(0, 1, (T, 3, 8, 9)).astype(np.float32)
     valid = rng.random((T, 8, 9)) < 0.6
     values[(~valid & (rng.random(valid.shape) < 0.5))[:, None].repeat(3, axis=1)] = np.nan
-    got = median_composite(Sits(values=values, valid=valid))
+    got = median_composite(values, valid)
     assert got.shape == (3, 8, 9)
     assert got.dtype == np.float32
     for row in range(8):

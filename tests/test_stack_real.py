@@ -13,16 +13,12 @@ from rasterio.windows import Window
 from rasters import write
 
 from service.errors import MissingDates
-from service.stack import (
-    Sits,
-    SourceFile,
-    Stack,
-    StackOptions,
-    StackReader,
-    check_radiometry,
-    median_composite,
-    open_stack,
-)
+from service.infer.patches import median_composite
+from service.read.geotiff import SourceFile
+from service.read.layouts import StackOptions
+from service.read.radiometry import check_radiometry
+from service.read.reader import StackReader
+from service.read.stack import Sits, Stack, open_stack
 
 BANDS = ("B02", "B04", "B08")
 
@@ -157,7 +153,8 @@ def test_eurosat_needs_no_dates(shared_data: Path) -> None:
     stack = opened(sources([path]), bands=("B04", "B03", "B02"), dated=False)
     assert (stack.layout, stack.dates, stack.observations) == ("file-per-date", (), 1)
     assert check_radiometry(stack) == ()
-    composite = median_composite(read(stack))
+    sits = read(stack)
+    composite = median_composite(sits.values, sits.valid)
     np.testing.assert_allclose(composite, pixels(path)[[3, 2, 1]] * 1e-4, rtol=1e-6)
 
 

@@ -18,7 +18,8 @@ import httpx
 import pytest
 
 from models.registry import ZOO, Registry
-from service.engine import CUDA, Engine
+from service.infer.engine import Engine
+from service.infer.session import CUDA
 
 ROOT = Path(__file__).parents[1]
 RUNNING = re.compile(r"running on http://\S*?:(\d+)")
@@ -138,7 +139,7 @@ def own_address() -> str:
 def test_another_server_may_bind_what_it_likes_and_still_serves_no_stranger(
     tmp_path: Path,
 ) -> None:
-    command = ["uvicorn", "service.app:create_app", "--factory", "--host=0.0.0.0", "--port=0"]
+    command = ["uvicorn", "service.api.app:create_app", "--factory", "--host=0.0.0.0", "--port=0"]
     address = own_address()
     with (
         started(tmp_path / "log", *command) as port,

@@ -16,15 +16,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from service.executors import Timing
-from service.telemetry import (
-    CountedExecutor,
-    JsonFormatter,
-    Metrics,
-    RequestRecord,
-    log_config,
-    sane_request_id,
-)
+from service.api.middleware import RequestRecordMiddleware, sane_request_id
+from service.run.executors import ThreadExecutor
+from service.telemetry import JsonFormatter, Metrics, log_config
 
 
 def counted(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -55,7 +49,7 @@ def small_app(metrics: Metrics) -> Starlette:
         routes=[Route("/fine/{id}", fine), Route("/broken", broken), Route("/half", half)]
     )
     app.add_middleware(
-        RequestRecord,
+        RequestRecordMiddleware,
         metrics=metrics,
         on_fault=lambda request: PlainTextResponse("fault", status_code=500),
     )
@@ -101,7 +95,9 @@ async def test_a_request_is_named_logged_and_counted(lines) -> None:
     metrics = Metrics()
     answer = await ask(small_app(metrics), "/fine/7", **{"X-Request-ID": "mine"})
     assert answer.headers["X-Request-ID"] == "mine" == answer.text
-    inside, record = [line for line in lines() if line["logger"] in {"inside", "service.telemetry"}]
+    inside, record = [
+        line for line in lines() if line["logger"] in {"inside", "service.api.middleware"}
+    ]
     assert (inside["message"], inside["step"], inside["request_id"]) == ("working", 3, "mine")
     assert record["request_id"] == "mine"
     assert (record["method"], record["path"], record["status"]) == ("GET", "/fine/7", 200)
@@ -145,7 +141,7 @@ async def test_unknown_paths_and_methods_make_no_new_series() -> None:
 
 def test_two_applications_count_apart() -> None:
     one, other = Metrics(), Metrics()
-    one.ran(task="forecast", pixels=10, timing=Timing(read=0.5, infer=2.0))
+    one.ran(task="forecast", pixels=10, stages={"read": 0.5, "infer": 2.0, "write": 0.0})
     assert counted(one)["pimc_pixels_total", (("task", "forecast"),)] == 10
     assert counted(one)["pimc_stage_seconds_sum", (("stage", "infer"), ("task", "forecast"))] == 2
     assert not [name for name, _ in counted(other) if name == "pimc_pixels_total"]
@@ -176,7 +172,7 @@ def test_windows_in_flight_come_back_to_none(fails_at: int | None) -> None:
         return item
 
     def run() -> None:
-        CountedExecutor(metrics).run(
+        ThreadExecutor(in_flight=metrics.windows).run(
             range(5), read=lambda item: item, infer=infer, write=lambda item, answer: None
         )
 

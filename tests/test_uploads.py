@@ -15,7 +15,7 @@ from serving import served
 from tiny_zoo import write_zoo
 
 from pimc_client import Client, PIMCError
-from service.intake import Lingering
+from service.api.middleware import LingeringCloseMiddleware
 
 LARGE = 24 * 2**20  # more than the sockets of both sides hold
 FORM = {"Content-Type": "multipart/form-data; boundary=edge"}
@@ -132,7 +132,7 @@ def test_what_is_read_on_is_bounded() -> None:
 
         scope = {"type": "http", "headers": [(b"content-length", b"999999999")]}
         with anyio.fail_after(20):
-            await Lingering(app, **bounds)(scope, receive, send)
+            await LingeringCloseMiddleware(app, **bounds)(scope, receive, send)
         return read, sent
 
     read, sent = anyio.run(lambda: run(0, size=5000, seconds=60))

@@ -1,0 +1,1 @@
+"""All of HTTP: routes, schemas, uploads, middleware, problems."""

@@ -1,0 +1,143 @@
+"""Application factory: settings in, ASGI application out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+from anyio import to_thread
+from fastapi import FastAPI
+
+from models.registry import ZOO, Registry
+from service.api.admission import Admission
+from service.api.auth import ApiKeys
+from service.api.dependencies import AppState
+from service.api.middleware import (
+    LingeringCloseMiddleware,
+    RequestRecordMiddleware,
+    SecurityHeadersMiddleware,
+    SlowClientMiddleware,
+)
+from service.api.openapi import DocumentedApp
+from service.api.problems import add_handlers, fault
+from service.api.routes import health, home, models, tasks
+from service.api.routes import jobs as job_routes
+from service.infer.engine import Engine
+from service.jobs.runner import JobRunner
+from service.jobs.store import JobStore
+from service.read.geotiff import BlockCache
+from service.run.executors import ThreadExecutor
+from service.settings import Settings, read_settings
+from service.telemetry import Metrics
+
+_LOG = logging.getLogger(__name__)
+_DESCRIPTION = (
+    "Land-cover classes, vegetation forecasts and embeddings from satellite image time series. "
+    "Send the GeoTIFFs of a stack as `files`; `Accept` chooses between a COG, a zip and JSON."
+)
+
+
+def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -> FastAPI:
+    """The service as an ASGI application; models are loaded when its lifespan starts.
+
+    Args:
+        settings: None reads them from the environment.
+        jobs: the state directory, closed with the lifespan; None opens it when that starts.
+
+    Raises:
+        SettingsError: the environment makes no usable settings.
+    """
+    settings = settings or read_settings()
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            store = await to_thread.run_sync(open_jobs, settings) if jobs is None else jobs
+            stack.push_async_callback(to_thread.run_sync, store.close)
+            # The port opens only once everything is loaded and warm, or has said why not.
+            engine = await to_thread.run_sync(_load, settings)
+            stack.push_async_callback(to_thread.run_sync, engine.close)
+            metrics.provider(engine.provider)
+            closing = threading.Event()
+            cache = BlockCache()
+            executor = ThreadExecutor(in_flight=metrics.windows)
+            runner = JobRunner(
+                store,
+                engine,
+                metrics,
+                max_raster_bytes=settings.max_raster_bytes,
+                roots=settings.allowed_roots,
+                workers=settings.job_workers,
+                ttl=settings.job_ttl,
+                closing=closing,
+                cache=cache,
+                executor=executor,
+            )
+            await to_thread.run_sync(runner.start)
+            stack.push_async_callback(to_thread.run_sync, runner.join)
+            stack.callback(closing.set)
+            app.state.pimc = AppState(
+                settings=settings,
+                engine=engine,
+                admission=Admission(settings.max_concurrency),
+                metrics=metrics,
+                keys=ApiKeys(key.get_secret_value() for key in settings.api_keys),
+                jobs=store,
+                cache=cache,
+                executor=executor,
+                runner=runner,
+                closing=closing,
+            )
+            yield
+
+    app = DocumentedApp(
+        title="PIMC",
+        version=_version(),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,  # the explorer has the page, with a policy of its own
+        redoc_url=None,
+    )
+    for router in (tasks.router, job_routes.router, models.router, health.router, home.router):
+        app.include_router(router)
+    add_handlers(app)
+    # Later is further out. The record answers what nobody foresaw, which is protected as well; the
+    # pace is about the socket alone.
+    app.add_middleware(RequestRecordMiddleware, metrics=metrics, on_fault=fault)
+    app.add_middleware(SecurityHeadersMiddleware)
+    app.add_middleware(SlowClientMiddleware)
+    app.add_middleware(LingeringCloseMiddleware)
+    return app
+
+
+def open_jobs(settings: Settings) -> JobStore:
+    """The state directory, held until it is closed.
+
+    Raises:
+        SettingsError: it cannot be used, or another service uses it.
+    """
+    return JobStore(settings.state_folder, ttl=settings.job_ttl, max_waiting=settings.max_jobs)
+
+
+def _load(settings: Settings) -> Engine:
+    folders = [ZOO] if settings.model_dir is None else [ZOO, settings.model_dir]
+    registry = Registry.load(*folders)
+    engine = Engine(registry, providers=settings.providers, precision=settings.precision)
+    for name, reason in registry.refused.items():  # the engine logs its own
+        _LOG.error("refused bundle", extra={"bundle": name, "reason": reason})
+    served = sorted(model.card.id for model in engine.models.values())
+    precisions = sorted({model.variant for model in engine.models.values()})
+    told = {"provider": engine.provider, "precisions": precisions, "models": served}
+    _LOG.info("models loaded", extra=told)
+    return engine
+
+
+def _version() -> str:
+    try:
+        return version("pimc-client")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return "0+checkout"

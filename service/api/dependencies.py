@@ -1,0 +1,152 @@
+"""Application state and per-request resources, as FastAPI dependencies."""
+
+# No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+import shutil
+import tempfile
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import anyio
+from anyio import to_thread
+from fastapi import Depends, Header, Request, Security
+from fastapi.security import APIKeyHeader, HTTPBearer
+
+from service.api.admission import Admission
+from service.api.auth import ApiKeys, check_reached_address
+from service.api.negotiation import prefers_async
+from service.api.uploads import Limits
+from service.infer.engine import Engine
+from service.jobs.runner import JobRunner
+from service.jobs.store import JobStore
+from service.read.geotiff import BlockCache
+from service.run.executors import Executor
+from service.settings import Settings
+from service.telemetry import Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppState:
+    """What outlives a request: made by the lifespan, `app.state.pimc`."""
+
+    settings: Settings
+    engine: Engine
+    admission: Admission
+    metrics: Metrics
+    keys: ApiKeys
+    jobs: JobStore
+    cache: BlockCache
+    executor: Executor
+    runner: JobRunner
+    closing: threading.Event
+    """Set once the service is told to stop: nothing new is begun."""
+
+    @property
+    def limits(self) -> Limits:
+        """What a body may hold."""
+        return Limits(
+            body_bytes=self.settings.max_body_bytes, idle_seconds=self.settings.upload_seconds
+        )
+
+
+async def app_state(request: Request) -> AppState:
+    """The application's own."""
+    found = request.app.state.pimc
+    if not isinstance(found, AppState):
+        raise TypeError("the lifespan has not run: app.state.pimc is not set")
+    return found
+
+
+async def own_folder(
+    request: Request, app: Annotated[AppState, Depends(app_state)]
+) -> AsyncIterator[Path]:
+    """A folder that lives until the answer is sent, or has failed.
+
+    What is to become a job's lies beside the jobs, so that it need not be copied.
+    """
+    stays = prefers_async(request.headers.getlist("prefer"))
+    async for folder in _folder(app.jobs.requests if stays else None):
+        yield folder
+
+
+async def response_folder(app: Annotated[AppState, Depends(app_state)]) -> AsyncIterator[Path]:
+    """A folder beside the jobs that lives until the answer is sent, or has failed."""
+    async for folder in _folder(app.jobs.requests):
+        yield folder
+
+
+async def _folder(parent: Path | None) -> AsyncIterator[Path]:
+    """A folder in another, or where the system keeps such."""
+    folder = Path(await to_thread.run_sync(lambda: tempfile.mkdtemp(prefix="pimc-", dir=parent)))
+    try:
+        yield folder
+    finally:
+        # Also where the request was cancelled: nothing of it may stay.
+        with anyio.CancelScope(shield=True):
+            await to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+# These two check nothing: they have Swagger UI ask for a key and send it along.
+_BEARER = HTTPBearer(auto_error=False, description="one of `PIMC_API_KEYS`, where set")
+_API_KEY = APIKeyHeader(name="X-API-Key", auto_error=False)
+
+
+async def known_caller(
+    request: Request,
+    app: Annotated[AppState, Depends(app_state)],
+    _bearer: Annotated[object, Security(_BEARER)],
+    _key: Annotated[object, Security(_API_KEY)],
+) -> str | None:
+    """Only callers with a key, where keys are set.
+
+    Returns:
+        The caller's id, which stays the same for a key; None where no keys are set.
+
+    Raises:
+        Unauthorized: none or a wrong one came.
+    """
+    check_reached_address(request.scope, app.settings)
+    return app.keys.check(request.headers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestPreferences:
+    """What the headers of a task ask for beside its answer's type."""
+
+    respond_async: bool
+    """A job, rather than an answer now."""
+    idempotency_key: str | None
+
+
+async def request_preferences(
+    request: Request,
+    prefer: Annotated[
+        str | None, Header(description="`respond-async`: answer 202 and a job at once")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            min_length=1,
+            max_length=255,
+            pattern=r"^[!-~]+$",
+            description="a repeat with the same key is answered with the first one's job",
+        ),
+    ] = None,
+) -> RequestPreferences:
+    """What the headers ask for; `Prefer` may come several times."""
+    del prefer  # there for the description
+    return RequestPreferences(
+        respond_async=prefers_async(request.headers.getlist("prefer")),
+        idempotency_key=idempotency_key,
+    )
+
+
+App = Annotated[AppState, Depends(app_state)]
+Folder = Annotated[Path, Depends(own_folder)]
+ResponseFolder = Annotated[Path, Depends(response_folder)]
+Preferences = Annotated[RequestPreferences, Depends(request_preferences)]
+KNOWN_CALLER = Depends(known_caller)
+Caller = Annotated[str | None, Depends(known_caller)]
+"""Who asks: `None` where no keys are set. Checked once a request, however often it is asked for."""

@@ -1,0 +1,308 @@
+"""ASGI middleware: request records, security headers, slow clients, lingering close."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import re
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+
+import anyio
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.settings import SettingsError
+from service.telemetry import REQUEST_ID, Metrics
+
+_LOG = logging.getLogger(__name__)
+
+# What a caller may choose as an id: it goes into headers and logs.
+_SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class RequestRecordMiddleware:
+    """ASGI middleware: names each request, logs and counts it, answers what nobody foresaw."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        on_fault: Callable[[Request], Response],
+    ) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._on_fault = on_fault
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the call on, with a name and an eye on its answer."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, _in_short(send))
+            return
+        begin = time.perf_counter()
+        request_id = sane_request_id(Headers(scope=scope).get("x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+        recorded = False
+
+        def record() -> None:
+            nonlocal recorded
+            if not recorded:
+                recorded = True
+                self._record(scope, status, time.perf_counter() - begin)
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            elif not message.get("more_body", False):
+                record()  # before its end is sent: who has the answer finds it counted
+            await send(message)
+
+        token = REQUEST_ID.set(request_id)
+        try:
+            await self._app(scope, receive, send_named)
+        except Exception:
+            _LOG.exception("unforeseen fault")
+            if status:  # an answer half sent cannot be taken back; the server must cut it off
+                raise
+            await self._on_fault(Request(scope))(scope, receive, send_named)
+        finally:
+            record()
+            REQUEST_ID.reset(token)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"]
+        self._metrics.answered(route=route, method=method, status=status, seconds=seconds)
+        _LOG.info(
+            "request",
+            extra={
+                "method": method,
+                "route": route,
+                "path": scope["path"],
+                "status": status,
+                "ms": round(seconds * 1000, 1),
+            },
+        )
+
+
+def _in_short(send: Send) -> Send:
+    """Sends a start that failed on, as a sentence where an administrator can mend it."""
+
+    async def send_short(message: Message) -> None:
+        error = sys.exception()  # Starlette sends from its handler, and the whole stack
+        if message["type"] == "lifespan.startup.failed" and isinstance(error, SettingsError):
+            message = {**message, "message": str(error)}
+        await send(message)
+
+    return send_short
+
+
+def sane_request_id(given: str | None) -> str:
+    """The caller's id where it is one that may be echoed, else a new one."""
+    return given if given and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+# For what a browser is not meant to show: nothing may be loaded, run or framed.
+_NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_HEADERS: Mapping[str, str] = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+# Of these a route may know better.
+_DEFAULTS: Mapping[str, str] = {
+    "Content-Security-Policy": _NOTHING,
+    # Answers are made of somebody's data, and may be of one key alone.
+    "Cache-Control": "no-store",
+}
+
+
+def page_policy(html: str, *, styles: str = "", images: str = "'self' data:", cdn: str = "") -> str:
+    """The Content-Security-Policy of a page: its own scripts and styles, and what it says.
+
+    Args:
+        html: the page; the scripts and styles written into it may run as they are now, by hash.
+        styles: further sources of styles.
+        images: sources of images.
+        cdn: a host of scripts and styles.
+    """
+    scripts = [cdn, *_hashes(html, "script")]
+    sheets = [cdn, styles, *([] if styles else _hashes(html, "style"))]
+    rules = {
+        "default-src": ["'none'"],
+        "script-src": ["'self'", *scripts],
+        "style-src": ["'self'", *sheets],
+        "img-src": [images],
+        "font-src": ["'self'"],
+        "connect-src": ["'self'"],
+        "base-uri": ["'none'"],
+        "form-action": ["'none'"],
+        "frame-ancestors": ["'none'"],
+    }
+    return "; ".join(" ".join([rule, *filter(None, said)]) for rule, said in rules.items())
+
+
+def _hashes(html: str, tag: str) -> list[str]:
+    found = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    digests = (hashlib.sha256(text.encode()).digest() for text in found)
+    return [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+
+
+class SecurityHeadersMiddleware:
+    """ASGI middleware: the headers that keep a browser from guessing, leaking and framing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the call on; add the headers to its answer."""
+
+        async def send_protected(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(_HEADERS)
+                for name, value in _DEFAULTS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self._app(scope, receive, send_protected)
+
+
+STALL_SECONDS = 60.0
+"""How long an answer may make no headway at all."""
+SLOWEST_BYTES = 16 * 2**10
+"""Bytes a second of an answer that a caller must take on average, beyond those seconds."""
+
+
+class SlowClientMiddleware:
+    """ASGI middleware: gives an answer up once its caller takes nothing of it, or too little.
+
+    Else a caller who never reads would keep the answer's files for as long as the socket stays
+    open, and many of them would fill the disk.
+
+    Args:
+        app: the ring inside.
+        stall_seconds: how long an answer may make no headway.
+        slowest: bytes a second that must be taken on average, beyond `stall_seconds`.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        stall_seconds: float = STALL_SECONDS,
+        slowest: float = SLOWEST_BYTES,
+    ) -> None:
+        self._app = app
+        self._stall_seconds = stall_seconds
+        self._slowest = slowest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the call on, with an eye on the pace of its answer."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun: float | None = None
+        sent = 0
+        # Cancelled from inside, so that everything opened for the answer is closed on the way out;
+        # the server then finds it unfinished and closes the connection.
+        answering = anyio.CancelScope()
+
+        async def send_in_time(message: Message) -> None:
+            nonlocal begun, sent
+            begun = begun or time.monotonic()
+            left = begun + self._stall_seconds + sent / self._slowest - time.monotonic()
+            with anyio.move_on_after(min(left, self._stall_seconds)) as taking:
+                await send(message)
+                sent += len(message.get("body", b""))
+            if taking.cancelled_caught:
+                answering.cancel()
+                await anyio.lowlevel.checkpoint()
+
+        with answering:
+            await self._app(scope, receive, send_in_time)
+
+
+_SHORT_REST = 2**20
+"""Of a body: what an answer that was given before its end may wait for."""
+
+
+class LingeringCloseMiddleware:
+    """ASGI middleware: an answer given before the body is in still reaches the caller.
+
+    A server that closes with bytes unread resets the connection, and the reset may overtake the
+    answer. So a short rest is read before the answer, which then needs no closing, and a long one
+    after it, for a while; only then is the connection closed.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, seconds: float = 5.0, size: int = 2**26, before_seconds: float = 0.1
+    ) -> None:
+        """Bound what is read on.
+
+        Args:
+            app: the application.
+            seconds: how long to read on after an answer.
+            size: how many bytes to read on after an answer.
+            before_seconds: how long an answer may wait for a short rest.
+        """
+        self._app = app
+        self._seconds = seconds
+        self._size = size
+        self._before_seconds = before_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the call on; see the body to its end where the application did not."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = _Rest(receive, Headers(scope=scope))
+        closing = False
+
+        async def send_lingering(message: Message) -> None:
+            nonlocal closing
+            if message["type"] == "http.response.start":
+                await body.read_on(_SHORT_REST, self._before_seconds)
+                closing = not body.ended
+                if closing:
+                    MutableHeaders(scope=message)["Connection"] = "close"
+            if closing and message["type"] == "http.response.body" and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                await body.read_on(self._size, self._seconds)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        await self._app(scope, body.receive, send_lingering)
+
+
+class _Rest:
+    """What of a body has not come yet."""
+
+    def __init__(self, receive: Receive, headers: Headers) -> None:
+        self._receive = receive
+        self.ended = headers.get("content-length", "0") == "0" and (
+            "transfer-encoding" not in headers
+        )
+
+    async def receive(self) -> Message:
+        """The next message, for the application."""
+        message = await self._receive()
+        if not message.get("more_body"):  # the last, or a disconnect
+            self.ended = True
+        return message
+
+    async def read_on(self, size: int, seconds: float) -> None:
+        """Read and forget, within bounds."""
+        with anyio.move_on_after(seconds):
+            while size > 0 and not self.ended:
+                size -= len((await self.receive()).get("body", b""))

@@ -1,0 +1,180 @@
+"""The OpenAPI description of what the routes read and answer by hand: bodies, files, problems.
+
+Everything is made from the models of `service.schemas`, so that what is described is what is
+checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from models.card import Task
+from service.api.problems import PROBLEM
+from service.api.responses import COG, GEOJSON, ZIP
+from service.api.schemas import (
+    FORMS,
+    ITEMS,
+    SERIES,
+    JobInfo,
+    PointsResponse,
+    Problem,
+    SeriesResponse,
+    SummaryResponse,
+)
+from service.api.uploads import FILES, FORM, JSON
+from service.errors import STATUS
+
+_REF = "#/components/schemas/{model}"
+_TASK_ERRORS = (
+    "unauthorized", "forbidden_reference", "unreachable_reference", "unknown_model",
+    "not_acceptable", "body_stalled", "body_too_large", "raster_too_large",
+    "unsupported_media_type", "invalid_request", "wrong_task", "not_a_geotiff",
+    "corrupt_raster", "no_georeference", "grid_mismatch",
+    "missing_bands", "missing_dates", "too_few_dates", "implausible_reflectance", "overloaded",
+    "not_ready", "insufficient_storage", "internal_error",
+)  # fmt: skip
+_HEADERS: Mapping[str, str] = {
+    "X-Request-ID": "the request's id, in the log as well",
+    "PIMC-Model": "the model that answered, `name@version`",
+    "PIMC-Provider": "the execution provider that computed",
+    "Server-Timing": "milliseconds busy: `read`, `infer`, `write`",
+    "PIMC-Warning": "`code; detail` of what is odd but no error; repeated",
+}
+_JOB_HEADERS: Mapping[str, str] = {
+    "X-Request-ID": "the request's id, in the log as well",
+    "Location": "the job's status",
+    "Preference-Applied": "`respond-async`, where `Prefer` said so",
+}
+_BINARY: Mapping[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+_MODELS: tuple[type[BaseModel], ...] = (
+    *FORMS.values(),
+    *ITEMS.values(),
+    *SERIES.values(),
+    SummaryResponse,
+    SeriesResponse,
+    PointsResponse,
+    Problem,
+)
+
+
+class DocumentedApp(FastAPI):
+    """An application whose description includes the models that routes use by hand."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        document = super().openapi()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        _, defined = models_json_schema([(m, "validation") for m in _MODELS], ref_template=_REF)
+        forms = {model.__name__ for model in FORMS.values()}
+        for name, schema in defined["$defs"].items():
+            schemas[name] = _form(schema) if name in forms else schema
+        return document
+
+
+def body(task: Task) -> dict[str, Any]:
+    """`openapi_extra` of a task's route: the bodies it reads."""
+    content: dict[str, Any] = {
+        FORM: {"schema": _ref(FORMS[task]), "encoding": {FILES: {"contentType": "image/tiff"}}}
+    }
+    bodies: list[type[BaseModel]] = [ITEMS[task]]
+    if task in SERIES:
+        bodies.append(SERIES[task])
+    content[JSON] = {"schema": {"anyOf": [_ref(model) for model in bodies]}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def answers(task: Task) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a task's route."""
+    summaries: list[type[BaseModel]] = [SummaryResponse]
+    if task in SERIES:
+        summaries.append(SeriesResponse)
+    return {
+        200: _answer(*summaries),
+        202: {
+            "description": "A job runs, as `Prefer` asks for or as the raster is large",
+            "headers": _described(_JOB_HEADERS),
+            "content": {JSON: {"schema": _ref(JobInfo)}},
+        },
+        **problems(_TASK_ERRORS),
+    }
+
+
+def _answer(*documents: type[BaseModel]) -> dict[str, Any]:
+    return {
+        "description": "The answer, in the type that `Accept` asks for",
+        "headers": _described(_HEADERS),
+        "content": {
+            COG: _BINARY,
+            ZIP: _BINARY,
+            JSON: {"schema": {"anyOf": [_ref(model) for model in documents]}},
+            GEOJSON: {"schema": _ref(PointsResponse)},
+        },
+    }
+
+
+def _described(headers: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        name: {"description": text, "schema": {"type": "string"}} for name, text in headers.items()
+    }
+
+
+def problems(codes: Iterable[str]) -> dict[int | str, dict[str, Any]]:
+    """`responses` for errors, by status, each naming its codes."""
+    by_status: dict[int, list[str]] = {}
+    for code in codes:
+        by_status.setdefault(STATUS[code], []).append(f"`{code}`")
+    return {
+        status: {
+            "description": ", ".join(names),
+            "content": {PROBLEM: {"schema": _ref(Problem)}},
+        }
+        for status, names in sorted(by_status.items())
+    }
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REF.format(model=model.__name__)}
+
+
+# A failed job answers what it failed of, which may be all that a task does.
+_RESULT_ERRORS = (*_TASK_ERRORS, "unknown_job", "result_not_ready")
+RESULT: Mapping[int | str, dict[str, Any]] = {
+    200: _answer(SummaryResponse, SeriesResponse),
+    **problems(_RESULT_ERRORS),
+}
+"""`responses` of a job's result."""
+FILE: Mapping[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The raster",
+        "headers": _described(_HEADERS),
+        "content": {COG: _BINARY},
+    },
+    **problems((*_RESULT_ERRORS, "not_found")),
+}
+"""`responses` of one raster of a job's result."""
+
+
+def _form(schema: dict[str, Any]) -> dict[str, Any]:
+    """A form's schema: with the files, which are no field of the model, as they lie on disk."""
+    files = {
+        "type": "array",
+        "items": {"type": "string", "format": "binary"},
+        "minItems": 1,
+        "description": "the GeoTIFF stack",
+    }
+    fields = {name: _without_null(field) for name, field in schema["properties"].items()}
+    return {**schema, "properties": {FILES: files, **fields}, "required": [FILES]}
+
+
+def _without_null(field: dict[str, Any]) -> dict[str, Any]:
+    """A field's schema without null, which a form has no way to say: it leaves the field out."""
+    kept = {key: value for key, value in field.items() if key != "anyOf"}
+    if kept.get("default", ...) is None:
+        del kept["default"]
+    options = [option for option in field.get("anyOf", []) if option.get("type") != "null"]
+    return {**kept, **options[0]} if len(options) == 1 else field

@@ -1,0 +1,130 @@
+"""Error responses: `application/problem+json` (RFC 9457) for every 4xx and 5xx."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
+
+from service.api.schemas import invalid_request
+from service.errors import (
+    STATUS,
+    Cancelled,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    NotReady,
+    Overloaded,
+    PIMCError,
+    Unauthorized,
+    no_room,
+)
+
+PROBLEM = "application/problem+json"
+METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+_LOG = logging.getLogger(__name__)
+_CLOSED = 499  # as nginx calls it: the caller went away, and nobody reads the answer
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Have every error leave the application as a problem."""
+    app.add_exception_handler(PIMCError, _on_error)
+    app.add_exception_handler(OSError, _on_system)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Cancelled, _on_disconnect)
+
+
+def problem(
+    request: Request, error: PIMCError, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The answer that an error makes."""
+    body: dict[str, Any] = {
+        "type": f"urn:pimc:problem:{error.code}",
+        "title": error.title,
+        "status": STATUS[error.code],
+        "detail": error.detail,
+        "code": error.code,
+        "request_id": request.state.request_id,
+    }
+    if isinstance(error, InvalidRequest):
+        body["errors"] = [dict(e) for e in error.errors]
+    return JSONResponse(
+        body,
+        status_code=body["status"],
+        headers={**(headers or {}), **_headers(error)},
+        media_type=PROBLEM,
+    )
+
+
+def fault(request: Request) -> Response:
+    """The answer to what nobody foresaw; the inside stays inside."""
+    detail = "something went wrong inside; the service's log has it under this request_id"
+    return problem(request, InternalError(detail))
+
+
+def _headers(error: PIMCError) -> dict[str, str]:
+    if isinstance(error, Overloaded | NotReady):
+        return {"Retry-After": str(error.retry_after)}
+    if isinstance(error, Unauthorized):
+        return {"WWW-Authenticate": 'Bearer realm="pimc"'}
+    return {}
+
+
+def _on_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, PIMCError) or STATUS[error.code] == STATUS[InternalError.code]:
+        _LOG.error("internal error", exc_info=error)
+        return fault(request)
+    return problem(request, error)
+
+
+def _on_system(request: Request, error: Exception) -> Response:
+    """What the operating system refuses: room on the disk, or what nobody foresaw."""
+    full = no_room(error)
+    if full is None:
+        _LOG.error("unforeseen fault", exc_info=error)
+        return fault(request)
+    _LOG.error("the disk is full", exc_info=error)
+    return problem(request, full)
+
+
+def _on_http(request: Request, error: Exception) -> Response:
+    """What the framework itself refuses."""
+    if not isinstance(error, HTTPException):
+        return fault(request)
+    if error.status_code == STATUS[NotFound.code]:
+        return problem(request, NotFound(f"there is no {request.url.path}"))
+    if error.status_code == STATUS[MethodNotAllowed.code]:
+        allowed = ", ".join(_allowed(request))
+        detail = f"{request.url.path} takes {allowed}, not {request.method}"
+        return problem(request, MethodNotAllowed(detail), {"Allow": allowed})
+    return problem(request, InvalidRequest(str(error.detail)))
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods that a path takes; the framework's own error names those of one route alone."""
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    return [
+        method
+        for method, scope in scopes.items()
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    ]
+
+
+def _on_validation(request: Request, error: Exception) -> Response:
+    found = error.errors() if isinstance(error, RequestValidationError) else []
+    # The first step of FastAPI's path to a field is where it looked: "query", "path".
+    return problem(request, invalid_request([{**e, "loc": e["loc"][1:]} for e in found]))
+
+
+def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=_CLOSED)

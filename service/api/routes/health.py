@@ -1,0 +1,62 @@
+"""Health and metrics routes: liveness, readiness, Prometheus counts."""
+
+# No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from models.card import Modality, Task
+from service.api.dependencies import App
+from service.api.openapi import problems
+from service.api.routes.models import DEFAULTS, defaults
+from service.api.schemas import Live, Ready
+from service.errors import NotReady
+from service.infer.engine import Engine
+from service.telemetry import METRICS_MEDIA_TYPE
+
+router = APIRouter(tags=["operations"])
+_METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {METRICS_MEDIA_TYPE: {"schema": {"type": "string"}}}}
+}
+
+
+@router.get("/health/live")
+async def live() -> Live:
+    """200 for as long as the process answers."""
+    return Live()
+
+
+@router.get("/health/ready", responses=problems(["not_ready"]))
+async def ready(app: App) -> Ready:
+    """200 only once every default model is loaded and warm."""
+    if app.closing.is_set():
+        raise NotReady("the service is stopping", retry_after=10)
+    engine = app.engine
+    lacking = [_why(engine, *which) for which in DEFAULTS.values() if not _served(engine, *which)]
+    lacking += [f"'{name}' fails on {engine.provider}" for name in engine.failing]
+    if lacking:
+        raise NotReady("; ".join(lacking), retry_after=60)
+    return Ready(
+        provider=engine.provider,
+        models=sorted(model.card.id for model in engine.models.values()),
+        defaults=defaults(engine),
+        refused=dict(engine.refused),
+    )
+
+
+@router.get("/metrics", response_class=Response, responses=_METRICS)
+async def metrics(app: App) -> Response:
+    """Counts, as Prometheus reads them."""
+    return Response(app.metrics.text(), media_type=METRICS_MEDIA_TYPE)
+
+
+def _served(engine: Engine, task: Task, modality: Modality) -> bool:
+    bundle = engine.registry.default(task, modality)
+    return bundle is not None and bundle.card.name in engine.models
+
+
+def _why(engine: Engine, task: Task, modality: Modality) -> str:
+    bundle = engine.registry.default(task, modality)
+    if bundle is None:
+        return f"no bundle serves {task} ({modality})"
+    return engine.refused.get(bundle.card.name, f"'{bundle.card.id}' is not loaded")

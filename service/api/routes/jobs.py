@@ -1,0 +1,134 @@
+"""Job routes: status, results, dismissal.
+
+A status document is OGC API - Processes' `statusInfo`. A caller sees only its own jobs: another
+caller's job is as unknown as one that never existed.
+"""
+
+# No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request, Response
+from starlette.responses import FileResponse, JSONResponse
+
+from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, ResponseFolder
+from service.api.negotiation import negotiate
+from service.api.openapi import FILE, RESULT, problems
+from service.api.problems import problem
+from service.api.responses import COG, make_response, offers, with_raster_headers
+from service.api.schemas import JobInfo, JobList, Link
+from service.errors import NotFound
+from service.jobs.store import Job
+from service.run.execute import Result
+
+_RESULTS = "http://www.opengis.net/def/rel/ogc/1.0/results"
+_MANY = 1000
+router = APIRouter(tags=["jobs"], dependencies=[KNOWN_CALLER])
+
+
+@router.get("/jobs", responses=problems(["unauthorized", "invalid_request", "internal_error"]))
+async def list_jobs(
+    app: App,
+    caller: Caller,
+    limit: Annotated[int, Query(ge=1, le=_MANY, description="how many at most")] = _MANY,
+) -> JobList:
+    """The caller's jobs, the newest first."""
+    found = await to_thread.run_sync(app.jobs.latest, caller or "", limit)
+    return JobList(jobs=[info(job) for job in found], links=[_link("/jobs", "self", "this list")])
+
+
+@router.get("/jobs/{job_id}", responses=problems(["unauthorized", "unknown_job", "internal_error"]))
+async def read_job(job_id: str, app: App, caller: Caller) -> JobInfo:
+    """How far a job is."""
+    return info(await _find(app, caller, job_id))
+
+
+@router.delete(
+    "/jobs/{job_id}",
+    responses=problems(["unauthorized", "unknown_job", "insufficient_storage", "internal_error"]),
+)
+async def dismiss_job(job_id: str, app: App, caller: Caller) -> JobInfo:
+    """End a job that waits or runs, or remove the result of one that ended."""
+    return info(await to_thread.run_sync(app.runner.dismiss, caller or "", job_id))
+
+
+@router.get("/jobs/{job_id}/result", responses=dict(RESULT), response_class=Response)
+async def read_result(
+    job_id: str, request: Request, app: App, caller: Caller, folder: ResponseFolder
+) -> Response:
+    """What came of a job, as the task itself would have answered; or the problem it failed of."""
+    job = await _find(app, caller, job_id)
+    if job.status == "failed":
+        return problem(request, job.error)
+    asked = await to_thread.run_sync(app.jobs.request, job)
+    media = negotiate(request.headers.get("accept", ""), offers(asked))
+    result = await _result(app, job, folder)
+    return await to_thread.run_sync(make_response, result, media, folder)
+
+
+@router.get("/jobs/{job_id}/result/{output}", responses=dict(FILE), response_class=Response)
+async def read_output(
+    job_id: str, output: str, request: Request, app: App, caller: Caller, folder: ResponseFolder
+) -> Response:
+    """One raster of a job's result."""
+    job = await _find(app, caller, job_id)
+    if job.status == "failed":
+        return problem(request, job.error)
+    result = await _result(app, job, folder)
+    path = result.files.get(output)
+    if path is None:
+        there = ", ".join(result.files) or "none, as the answer is no raster"
+        raise NotFound(f"job {job.id} has no output '{output[:64]}'; there are: {there}")
+    return with_raster_headers(FileResponse(path, media_type=COG, filename=f"{output}.tif"), result)
+
+
+async def _find(app: AppState, caller: str | None, job_id: str) -> Job:
+    return await to_thread.run_sync(app.jobs.find, caller or "", job_id)
+
+
+async def _result(app: AppState, job: Job, folder: Path) -> Result:
+    return await to_thread.run_sync(partial(app.jobs.result, job, folder))
+
+
+def accepted(job: Job, *, preferred: bool) -> Response:
+    """The answer to a request that became a job.
+
+    Args:
+        job: the new one, or the first one's where the request repeats it.
+        preferred: whether the caller asked for a job.
+    """
+    headers = {"Location": f"/jobs/{job.id}"}
+    if preferred:
+        headers["Preference-Applied"] = "respond-async"
+    return JSONResponse(info(job).model_dump(mode="json"), status_code=202, headers=headers)
+
+
+def info(job: Job) -> JobInfo:
+    """A job as its status document."""
+    here = f"/jobs/{job.id}"
+    links = [_link(here, "self", "this document")]
+    if job.status == "successful":
+        links.append(_link(f"{here}/result", _RESULTS, "the result", kind=None))
+    return JobInfo(
+        jobID=job.id,
+        processID=job.task,
+        status=job.status,
+        message=job.error.detail if job.status == "failed" else None,
+        progress=job.progress,
+        created=_moment(job.created),
+        started=None if job.started is None else _moment(job.started),
+        finished=None if job.finished is None else _moment(job.finished),
+        updated=_moment(job.updated),
+        links=links,
+    )
+
+
+def _link(href: str, rel: str, title: str, kind: str | None = "application/json") -> Link:
+    return Link(href=href, rel=rel, type=kind, title=title)
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

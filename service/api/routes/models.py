@@ -1,0 +1,52 @@
+"""Model registry routes: every model's card."""
+
+# No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+from collections.abc import Mapping
+
+from fastapi import APIRouter
+
+from models.card import Modality, ModelCard, Task
+from service.api.dependencies import KNOWN_CALLER, App
+from service.api.openapi import problems
+from service.api.schemas import ModelList
+from service.errors import UnknownModel
+from service.infer.engine import Engine
+
+DEFAULTS: Mapping[str, tuple[Task, Modality]] = {
+    "classify-pixels": ("classify-pixels", "pixel"),
+    "forecast": ("forecast", "pixel"),
+    "landcover": ("landcover", "patch"),
+    "embed": ("embed", "pixel"),
+    "embed-patch": ("embed", "patch"),
+}
+"""What a request that names no model is answered by: the task and modality of each default."""
+router = APIRouter(tags=["models"], dependencies=[KNOWN_CALLER])
+
+
+@router.get("/models", responses=problems(["unauthorized"]))
+async def list_models(app: App) -> ModelList:
+    """Every model served, and which answers where none is named."""
+    cards = [model.card for _, model in sorted(app.engine.models.items())]
+    return ModelList(models=cards, defaults=defaults(app.engine))
+
+
+@router.get(
+    "/models/{name}", responses=problems(["unauthorized", "unknown_model", "invalid_request"])
+)
+async def read_model(name: str, app: App) -> ModelCard:
+    """A model's card, by `name` or `name@version`."""
+    bundle = app.engine.registry.find(name)
+    if bundle is None or bundle.card.name not in app.engine.models:
+        served = ", ".join(sorted(app.engine.models)) or "none"
+        raise UnknownModel(f"no model '{name}'; there are: {served}")
+    return bundle.card
+
+
+def defaults(engine: Engine) -> dict[str, str]:
+    """The names of the default models that are served."""
+    found = {key: engine.registry.default(*which) for key, which in DEFAULTS.items()}
+    return {
+        key: bundle.card.name
+        for key, bundle in found.items()
+        if bundle is not None and bundle.card.name in engine.models
+    }

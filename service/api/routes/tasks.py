@@ -1,0 +1,221 @@
+"""Task routes: a stack or series in, a map or numbers out.
+
+Each route is one line; `_serve` is the whole path of a request.
+"""
+
+# No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request, Response
+
+from models.card import Modality, Task
+from service.api.dependencies import (
+    KNOWN_CALLER,
+    App,
+    AppState,
+    Caller,
+    Folder,
+    Preferences,
+    RequestPreferences,
+)
+from service.api.disconnect import run_watched
+from service.api.negotiation import negotiate
+from service.api.openapi import answers, body
+from service.api.responses import FILE_TYPES, make_response, offers
+from service.api.routes.jobs import accepted
+from service.api.schemas import read_fields, read_items, read_series
+from service.api.uploads import FILES, FORM, media_type, read_form, read_json
+from service.errors import InvalidRequest, NotReady
+from service.jobs.store import Idempotency, fingerprint
+from service.read.references import fetch_items
+from service.run.execute import Result, execute
+from service.run.plan import Plan, plan_request
+from service.run.request import TaskRequest
+
+router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER], default_response_class=Response)
+
+
+@router.post(
+    "/classify-pixels",
+    responses=answers("classify-pixels"),
+    openapi_extra=body("classify-pixels"),
+)
+async def classify_pixels(
+    request: Request, app: App, folder: Folder, caller: Caller, preferences: Preferences
+) -> Response:
+    """A class for every pixel of a satellite image time series."""
+    return await _serve("classify-pixels", request, app, folder, caller, preferences)
+
+
+@router.post("/forecast", responses=answers("forecast"), openapi_extra=body("forecast"))
+async def forecast(
+    request: Request, app: App, folder: Folder, caller: Caller, preferences: Preferences
+) -> Response:
+    """The next values of NDVI, EVI and SAVI for every pixel, with quantiles."""
+    return await _serve("forecast", request, app, folder, caller, preferences)
+
+
+@router.post("/landcover", responses=answers("landcover"), openapi_extra=body("landcover"))
+async def landcover(
+    request: Request, app: App, folder: Folder, caller: Caller, preferences: Preferences
+) -> Response:
+    """Land-cover labels from imagery: one per 64 x 64 patch, or denser with `stride`."""
+    return await _serve("landcover", request, app, folder, caller, preferences)
+
+
+@router.post("/embed", responses=answers("embed"), openapi_extra=body("embed"))
+async def embed(
+    request: Request,
+    app: App,
+    folder: Folder,
+    caller: Caller,
+    preferences: Preferences,
+    modality: Annotated[Modality | None, Query(description="as in the body")] = None,
+) -> Response:
+    """The embedding of every pixel, from recurrence plots, or patch, from imagery."""
+    return await _serve("embed", request, app, folder, caller, preferences, modality)
+
+
+async def _serve(
+    task: Task,
+    request: Request,
+    app: AppState,
+    folder: Path,
+    caller: str | None,
+    preferences: RequestPreferences,
+    modality: Modality | None = None,
+) -> Response:
+    """Body → upload → request → plan → result → response, or a job that runs later.
+
+    Args:
+        task: the task asked for.
+        request: its body not yet read.
+        app: application state.
+        folder: of this request alone; removed once the response is sent.
+        caller: the caller's id; None where no keys are set.
+        preferences: whether a job is preferred, and the idempotency key.
+        modality: of an embedding, if the query states it.
+    """
+    _check_query(request, {"modality"} if task == "embed" else set())
+    if app.closing.is_set():
+        raise NotReady("the service is stopping; nothing was started", retry_after=10)
+    owner = caller or ""
+    if preferences.respond_async:
+        # Before the body, so that nothing is sent in vain.
+        await to_thread.run_sync(app.jobs.check_room, owner, preferences.idempotency_key)
+    async with app.admission.queue_slot():
+        asked = await _read_request(task, request, app, folder, modality)
+        media = negotiate(request.headers.get("accept", ""), offers(asked))
+        idempotency = await _idempotency(asked, folder, preferences)
+        if idempotency:
+            first = await to_thread.run_sync(app.jobs.repeated, owner, idempotency)
+            if first:
+                return accepted(first, preferred=preferences.respond_async)
+        run = partial(_run, app, asked, media, folder, later=preferences.respond_async)
+        try:
+            outcome = await run_watched(request, run, slot=_run_slot(app))
+        except asyncio.CancelledError:
+            if not app.closing.is_set():
+                raise
+            # The grace is over: the server cancels what is left, and its own answer is no problem.
+            raise NotReady("the service stopped before the run ended", retry_after=10) from None
+        if isinstance(outcome, Plan):
+            job = await to_thread.run_sync(
+                partial(app.jobs.accept, outcome, folder, owner=owner, idempotency=idempotency)
+            )
+            await to_thread.run_sync(app.runner.accepted)
+            return accepted(job, preferred=preferences.respond_async)
+        app.metrics.ran(task=task, pixels=outcome.pixels, stages=asdict(outcome.timing))
+        return await to_thread.run_sync(make_response, outcome, media, folder)
+
+
+def _run(
+    app: AppState,
+    request: TaskRequest,
+    media: str,
+    folder: Path,
+    *,
+    later: bool,
+    cancelled: threading.Event,
+) -> Result | Plan:
+    """The result; or, for a job, the plan alone."""
+    plan = plan_request(
+        request,
+        app.engine,
+        max_raster_bytes=app.settings.max_raster_bytes,
+        rasters=media in FILE_TYPES,
+        cache=app.cache,
+    )
+    if later or plan.pixels > app.settings.sync_max_pixels:
+        return plan
+    return execute(plan, folder, executor=app.executor, cache=app.cache, cancelled=cancelled)
+
+
+async def _idempotency(
+    request: TaskRequest, folder: Path, preferences: RequestPreferences
+) -> Idempotency | None:
+    if preferences.idempotency_key is None:
+        return None
+    print_of = await to_thread.run_sync(fingerprint, request, folder)
+    return Idempotency(key=preferences.idempotency_key, fingerprint=print_of)
+
+
+@asynccontextmanager
+async def _run_slot(app: AppState) -> AsyncIterator[None]:
+    """A run slot, and the run counted while it is held."""
+    async with app.admission.run_slot():
+        with app.metrics.run():
+            yield
+
+
+def _check_query(request: Request, known: set[str]) -> None:
+    """Reject a parameter that came in the query, where it would be ignored.
+
+    Raises:
+        InvalidRequest: with every such field.
+    """
+    strange = sorted(set(request.query_params) - known)
+    if strange:
+        errors = [{"field": name, "detail": "goes into the body"} for name in strange]
+        raise InvalidRequest(f"the query holds {', '.join(strange)}: fields go in the body", errors)
+
+
+async def _read_request(
+    task: Task, request: Request, app: AppState, folder: Path, modality: Modality | None
+) -> TaskRequest:
+    """The request that a body holds.
+
+    Raises:
+        RequestError: the body does not hold a valid request for this task.
+    """
+    if media_type(request) == FORM:
+        form = await read_form(request, folder, app.limits)
+        said = dict(form.fields)
+        if modality is not None:
+            said["modality"] = tuple({modality, *said.get("modality", ())})
+        fields = await to_thread.run_sync(read_fields, task, said)
+        if not form.files:
+            raise InvalidRequest.of(FILES, "no GeoTIFF came")
+        return fields.request(task, form.files)
+    text = await read_json(request, app.limits)
+    settings = app.settings
+    allowed = bool(settings.allowed_roots or settings.allowed_hosts)
+    named = await to_thread.run_sync(
+        partial(read_items, task, text, allowed=allowed, modality=modality)
+    )
+    if named is not None:
+        items, fields = named
+        files = await fetch_items(items, folder, settings)
+        return fields.request(task, files)
+    series = await to_thread.run_sync(read_series, task, text)
+    if modality == "patch":
+        raise InvalidRequest.of("modality", "a series has no imagery, and so no patches")
+    return series.request(task)

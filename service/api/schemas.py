@@ -1,0 +1,644 @@
+"""Request and response types: form parameters, JSON bodies, responses.
+
+The same models validate a request and describe it in the OpenAPI document.
+"""
+
+# No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+import re
+from collections.abc import Collection, Mapping, Sequence
+from datetime import date, datetime
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Json,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from models.card import Modality, ModelCard, Task
+from service.errors import ForbiddenReference, InvalidRequest
+from service.read.geotiff import SourceFile
+from service.read.layouts import Layout, MaskRule, StackOptions
+from service.run.request import PointQuery, RasterRequest, SeriesInput, SeriesRequest
+
+MAX_POINTS = 10_000
+ClassOutput = Literal["class", "confidence", "entropy", "probabilities"]
+QuantileOutput = Literal["q10", "q50", "q90"]
+# The fields that take several values.
+_LISTED = frozenset({"dates", "bands", "outputs"})
+_MAX_ERRORS = 20
+_MAX_STRUCTURE = 500_000
+_ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _iso_date(value: object) -> object:
+    # Left to itself, pydantic would read "20210105" as seconds since 1970.
+    if isinstance(value, str) and not _ISO_DATE.fullmatch(value):
+        raise ValueError(f"'{value}' is no ISO date like 2021-01-05")
+    if not isinstance(value, str | date):
+        raise ValueError("an ISO date like 2021-01-05 is needed")  # noqa: TRY004 - pydantic's way
+    return value
+
+
+def _listed(value: object) -> object:
+    """A list from what came: "a,b", ["a", "b"] and ["a,b", "c"] alike."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list | tuple):
+        return value
+    parts: list[object] = []
+    for item in values:
+        parts += item.split(",") if isinstance(item, str) else [item]
+    return [part.strip() if isinstance(part, str) else part for part in parts]
+
+
+def _once(value: object) -> object:
+    """Without repetitions, in the order given."""
+    return list(dict.fromkeys(value)) if isinstance(value, list) else value
+
+
+_IsoDate = Annotated[
+    date,
+    BeforeValidator(_iso_date),
+    WithJsonSchema({"type": "string", "format": "date", "examples": ["2021-01-05"]}),
+]
+_Split = BeforeValidator(_listed)
+_SplitOnce = BeforeValidator(lambda value: _once(_listed(value)))
+_AtLeastOne = Field(min_length=1)
+_Band = Annotated[str, Field(min_length=1, max_length=64)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_ModelName = Annotated[
+    str | None,
+    Field(
+        min_length=1,
+        max_length=200,
+        description="`name` or `name@version` from `GET /models`; else the task's default",
+    ),
+]
+_Start = Annotated[
+    _IsoDate | None,
+    Field(description="first day of the model's time window; else the card's rule"),
+]
+_Horizon = Annotated[
+    int | None,
+    Field(ge=1, description="steps ahead, 1 to the card's maximum; else the maximum"),
+]
+_Stride = Annotated[
+    int | None,
+    Field(
+        ge=1,
+        le=64,
+        description="pixels between patches, else 64; below 64 patches overlap",
+    ),
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class _Loose(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+
+class Point(_Loose):
+    """A GeoJSON Point, EPSG:4326."""
+
+    type: Literal["Point"]
+    coordinates: Annotated[list[_Number], Field(min_length=2, max_length=4)]
+
+    @model_validator(mode="after")
+    def _on_earth(self) -> Self:
+        lon, lat = self.coordinates[:2]
+        if not (-180 <= lon <= 180 and -90 <= lat <= 90):
+            raise ValueError(f"({lon}, {lat}) is no longitude and latitude in degrees")
+        return self
+
+
+class PointFeature(_Loose):
+    """A GeoJSON Feature that is a Point."""
+
+    type: Literal["Feature"]
+    geometry: Point
+    id: str | int | float | None = None
+    properties: dict[str, Any] | None = None
+
+
+class PointCollection(_Loose):
+    """The places asked about: a GeoJSON FeatureCollection of Points."""
+
+    type: Literal["FeatureCollection"]
+    features: Annotated[list[PointFeature], Field(min_length=1, max_length=MAX_POINTS)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_degrees(cls, value: object) -> object:
+        # GeoJSON of 2008 could name a CRS; that of today (RFC 7946) is always in degrees.
+        crs = value.get("crs") if isinstance(value, Mapping) else None
+        name = str((crs.get("properties") or {}).get("name", "")) if isinstance(crs, dict) else ""
+        if name and not name.endswith(("CRS84", ":4326")):
+            raise ValueError(f"points must be in EPSG:4326, and 'crs' says {name}")
+        return value
+
+    @property
+    def lonlat(self) -> tuple[tuple[float, float], ...]:
+        """Longitude and latitude of each point, in degrees."""
+        return tuple((p.geometry.coordinates[0], p.geometry.coordinates[1]) for p in self.features)
+
+
+class RasterForm(_Strict):
+    """What every task takes beside the files."""
+
+    model: _ModelName = None
+    layout: Annotated[
+        Layout | None, Field(description="what a file holds; else worked out from the files")
+    ] = None
+    dates: Annotated[
+        Annotated[tuple[_IsoDate, ...], _AtLeastOne] | None,
+        _Split,
+        Field(
+            description="ISO dates, comma-separated or repeated: one per file, per band of a "
+            "`file-per-band` file, or per date of a `single-file` stack; else read from the files",
+        ),
+    ] = None
+    bands: Annotated[
+        Annotated[tuple[_Band, ...], _AtLeastOne] | None,
+        _Split,
+        Field(
+            description="Sentinel-2 band names in band order, comma-separated or repeated; else "
+            "read from the files",
+        ),
+    ] = None
+    scale: Annotated[
+        float | None,
+        Field(gt=0, allow_inf_nan=False, description="reflectance = value x scale + offset"),
+    ] = None
+    offset: Annotated[
+        float | None,
+        Field(allow_inf_nan=False, description="reflectance = value x scale + offset"),
+    ] = None
+    mask: Annotated[
+        MaskRule | None,
+        Field(description="`scl` uses the scene classification; `none` only nodata and NaN"),
+    ] = None
+    points: Annotated[
+        Json[PointCollection] | None,
+        Field(description="GeoJSON FeatureCollection of Points, EPSG:4326: answer for these alone"),
+    ] = None
+
+    def request(self, task: Task, files: tuple[SourceFile, ...]) -> RasterRequest:
+        """The form as a request that knows no HTTP.
+
+        Args:
+            task: the task asked for.
+            files: the stack.
+        """
+        points = None
+        if self.points is not None:
+            points = tuple(
+                PointQuery.of(feature.model_dump(exclude_none=True))
+                for feature in self.points.features
+            )
+        some = ("modality", "start", "outputs", "horizon", "stride")
+        return RasterRequest(
+            task=task,
+            files=files,
+            stack=StackOptions(
+                layout=self.layout,
+                dates=self.dates,
+                bands=self.bands,
+                scale=self.scale,
+                offset=self.offset,
+                mask=self.mask,
+            ),
+            model=self.model,
+            points=points,
+            **{name: getattr(self, name, None) for name in some},
+        )
+
+
+class ClassifyForm(RasterForm):
+    """Fields of `POST /classify-pixels`."""
+
+    start: _Start = None
+    outputs: Annotated[tuple[ClassOutput, ...], _AtLeastOne, _SplitOnce] = ("class",)
+
+
+class ForecastForm(RasterForm):
+    """Fields of `POST /forecast`."""
+
+    start: _Start = None
+    outputs: Annotated[tuple[QuantileOutput, ...], _AtLeastOne, _SplitOnce] = ("q50",)
+    horizon: _Horizon = None
+
+
+class LandcoverForm(RasterForm):
+    """Fields of `POST /landcover`."""
+
+    outputs: Annotated[tuple[ClassOutput, ...], _AtLeastOne, _SplitOnce] = ("class",)
+    stride: _Stride = None
+
+
+class EmbedForm(RasterForm):
+    """Fields of `POST /embed`."""
+
+    modality: Annotated[
+        Modality | None,
+        Field(
+            description="`pixel`: from recurrence plots; `patch`: from imagery; else what the "
+            "model named takes, else `pixel`"
+        ),
+    ] = None
+    start: _Start = None
+    stride: _Stride = None
+
+
+FORMS: Mapping[Task, type[RasterForm]] = {
+    "classify-pixels": ClassifyForm,
+    "forecast": ForecastForm,
+    "landcover": LandcoverForm,
+    "embed": EmbedForm,
+}
+MAX_ITEMS = 2_000
+
+
+class ItemBody(_Strict):
+    """A file of a stack, named instead of sent."""
+
+    href: Annotated[
+        str,
+        Field(min_length=1, max_length=8192, description="a path, a `file:` or an `http(s):` URL"),
+    ]
+    date: Annotated[_IsoDate | None, Field(description="of all items or of none")] = None
+
+
+class _Items(_Strict):
+    """A raster request as JSON: files named instead of sent, and points as they are."""
+
+    items: Annotated[tuple[ItemBody, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+    points: Annotated[
+        PointCollection | None,
+        Field(description="GeoJSON FeatureCollection of Points, EPSG:4326: answer for these alone"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _dated_once(self) -> Self:
+        dated = [item for item in self.items if item.date]
+        if dated and len(dated) < len(self.items):
+            raise ValueError(f"{len(self.items)} items but {len(dated)} with a date")
+        if dated and getattr(self, "dates", None):
+            raise ValueError("dates are given twice: with the items, and as 'dates'")
+        return self
+
+
+class ClassifyItems(_Items, ClassifyForm):
+    """JSON body of `POST /classify-pixels` that names its files."""
+
+
+class ForecastItems(_Items, ForecastForm):
+    """JSON body of `POST /forecast` that names its files."""
+
+
+class LandcoverItems(_Items, LandcoverForm):
+    """JSON body of `POST /landcover` that names its files."""
+
+
+class EmbedItems(_Items, EmbedForm):
+    """JSON body of `POST /embed` that names its files."""
+
+
+ITEMS: Mapping[Task, type[ClassifyItems | ForecastItems | LandcoverItems | EmbedItems]] = {
+    "classify-pixels": ClassifyItems,
+    "forecast": ForecastItems,
+    "landcover": LandcoverItems,
+    "embed": EmbedItems,
+}
+_Values = Annotated[
+    Annotated[tuple[_Number | None, ...], Field(fail_fast=True)] | None,
+    Field(description="reflectance, 0 to 1, one per date; null is a missing observation"),
+]
+
+
+class SeriesEntry(_Strict):
+    """One pixel's observations: reflectance by band, one value per date."""
+
+    id: Annotated[str, Field(max_length=200, description="echoed in the answer")]
+    dates: Annotated[tuple[_IsoDate, ...], Field(min_length=1, max_length=10_000, fail_fast=True)]
+    B01: _Values = None
+    B02: _Values = None
+    B03: _Values = None
+    B04: _Values = None
+    B05: _Values = None
+    B06: _Values = None
+    B07: _Values = None
+    B08: _Values = None
+    B8A: _Values = None
+    B09: _Values = None
+    B10: _Values = None
+    B11: _Values = None
+    B12: _Values = None
+
+    @property
+    def bands(self) -> dict[str, tuple[float | None, ...]]:
+        """The bands given, by name."""
+        given = ((name, getattr(self, name)) for name in type(self).model_fields if name[0] == "B")
+        return {name: values for name, values in given if values is not None}
+
+    @model_validator(mode="after")
+    def _one_value_a_date(self) -> Self:
+        for band, values in self.bands.items():
+            if len(values) != len(self.dates):
+                raise ValueError(f"{len(self.dates)} dates but {len(values)} values of {band}")
+        return self
+
+
+class SeriesBody(_Strict):
+    """A JSON body: pixels that need not come as a raster."""
+
+    series: Annotated[tuple[SeriesEntry, ...], Field(min_length=1)]
+    model: _ModelName = None
+    start: _Start = None
+
+    def request(self, task: Task) -> SeriesRequest:
+        """The body as a request that knows no HTTP.
+
+        Args:
+            task: the task asked for.
+        """
+        return SeriesRequest(
+            task=task,
+            series=tuple(
+                SeriesInput(id=one.id, dates=one.dates, bands=one.bands) for one in self.series
+            ),
+            model=self.model,
+            start=self.start,
+            horizon=getattr(self, "horizon", None),
+        )
+
+
+class ClassifySeries(SeriesBody):
+    """JSON body of `POST /classify-pixels`."""
+
+
+class ForecastSeries(SeriesBody):
+    """JSON body of `POST /forecast`."""
+
+    horizon: _Horizon = None
+
+
+class EmbedSeries(SeriesBody):
+    """JSON body of `POST /embed`."""
+
+    modality: Annotated[
+        Literal["pixel"], Field(description="a series has no imagery, so no patches")
+    ] = "pixel"
+
+
+SERIES: Mapping[Task, type[SeriesBody]] = {
+    "classify-pixels": ClassifySeries,
+    "forecast": ForecastSeries,
+    "embed": EmbedSeries,
+}
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 has it."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    errors: Annotated[
+        list[dict[str, str]] | None,
+        Field(description="with `invalid_request`: each field that fails, as field and detail"),
+    ] = None
+
+
+class WarningEntry(BaseModel):
+    """Something odd that is no error."""
+
+    code: str
+    detail: str
+
+
+class SummaryResponse(BaseModel):
+    """A raster's answer in numbers."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    warnings: list[WarningEntry]
+
+
+class SeriesResponse(BaseModel):
+    """One result a series, in order."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    results: list[dict[str, Any]]
+    warnings: list[WarningEntry]
+
+
+class PointsResponse(BaseModel):
+    """A GeoJSON FeatureCollection: the points asked about, results in `properties`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["FeatureCollection"]
+    features: list[dict[str, Any]]
+    model: str
+    warnings: list[WarningEntry]
+
+
+class Link(BaseModel):
+    """Where something else is."""
+
+    href: str
+    rel: str
+    type: str | None = None
+    title: str | None = None
+
+
+class JobInfo(BaseModel):
+    """A job's status, as OGC API - Processes' `statusInfo` has it. Times are UTC."""
+
+    jobID: str  # noqa: N815 - the standard's name
+    type: Literal["process"] = "process"
+    processID: Annotated[str, Field(description="the task")]  # noqa: N815 - the standard's name
+    status: Literal["accepted", "running", "successful", "failed", "dismissed"]
+    message: Annotated[str | None, Field(description="of a failed job: of what")] = None
+    progress: Annotated[int, Field(ge=0, le=100, description="per cent; never falls")]
+    created: datetime
+    started: datetime | None
+    finished: datetime | None
+    updated: datetime
+    links: list[Link]
+
+
+class JobList(BaseModel):
+    """The caller's jobs, the newest first."""
+
+    jobs: list[JobInfo]
+    links: list[Link]
+
+
+class ModelList(BaseModel):
+    """Every model served, and which answers where none is named."""
+
+    models: list[ModelCard]
+    defaults: dict[str, str]
+
+
+class Live(BaseModel):
+    """The process answers."""
+
+    status: Literal["live"] = "live"
+
+
+class Ready(BaseModel):
+    """Every default model is loaded and warm."""
+
+    status: Literal["ready"] = "ready"
+    provider: Annotated[str, Field(description="the execution provider really in use")]
+    models: Annotated[list[str], Field(description="each as `name@version`")]
+    defaults: dict[str, str]
+    refused: Annotated[dict[str, str], Field(description="bundles not served, with the reason")]
+
+
+def read_fields(task: Task, raw: Mapping[str, Sequence[str]]) -> RasterForm:
+    """The fields of a form, checked.
+
+    Args:
+        task: what is asked for.
+        raw: each field's values as they came; an empty one counts as not given.
+
+    Raises:
+        InvalidRequest: with every field that fails.
+    """
+    model = FORMS[task]
+    given: dict[str, object] = {}
+    for name, values in raw.items():
+        filled = [value for value in values if value.strip()]
+        if name in _LISTED:
+            given[name] = filled
+        elif len(filled) > 1:
+            raise InvalidRequest.of(name, f"given {len(filled)} times, and one value is needed")
+        elif filled or name not in model.model_fields:
+            given[name] = "".join(filled)
+    return _checked(model, {name: value for name, value in given.items() if value != []})
+
+
+def read_items(
+    task: Task, body: bytes, *, allowed: bool, modality: Modality | None = None
+) -> tuple[tuple[ItemBody, ...], RasterForm] | None:
+    """The files that a JSON body names and its fields, checked; None where it names none.
+
+    Args:
+        task: what is asked for.
+        body: as it came.
+        allowed: whether files may be named at all.
+        modality: of an embedding, where the query says it.
+
+    Raises:
+        InvalidRequest: with every field that fails.
+        ForbiddenReference: the body names files, and none may be.
+    """
+    if _checked(_Reference, body).items is None:
+        return None
+    if not allowed:
+        raise ForbiddenReference("requests by reference are off, and the body names 'items'")
+    named = _checked(ITEMS[task], body)
+    plain = FORMS[task]
+    fields = {name: getattr(named, name) for name in plain.model_fields}
+    if named.items[0].date:
+        fields["dates"] = tuple(item.date for item in named.items)
+    if modality is not None:
+        if fields["modality"] not in {None, modality}:
+            said = f"{modality} in the query, and {fields['modality']} in the body"
+            raise InvalidRequest.of("modality", said)
+        fields["modality"] = modality
+    # Not validated again: a form's `points` would be a text.
+    return named.items, plain.model_construct(**fields)
+
+
+def read_series(task: Task, body: bytes) -> SeriesBody:
+    """A JSON body of series, checked.
+
+    Raises:
+        InvalidRequest: with every field that fails.
+    """
+    if task not in SERIES:
+        raise InvalidRequest.of("series", f"/{task} takes imagery, sent as multipart/form-data")
+    return _checked(SERIES[task], body)
+
+
+class _Reference(_Loose):
+    """Whether a JSON body names files to fetch."""
+
+    items: Any = None
+
+
+def _checked(model: type[_Model], given: bytes | Mapping[str, object]) -> _Model:
+    try:
+        if isinstance(given, bytes):
+            _check_shape(given)
+            return model.model_validate_json(given)
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise invalid_request(
+            error.errors(include_url=False, include_input=False), model.model_fields
+        ) from error
+
+
+def _check_shape(body: bytes) -> None:
+    """Refuse JSON that would take many times its size in memory: mostly brackets, mostly keys.
+
+    An empty list is two bytes and takes some 260 once parsed; a key too many is an error of its
+    own. A body of series has one of either in every hundred bytes.
+    """
+    for what, number in (
+        ("lists and objects", body.count(b"[") + body.count(b"{")),
+        ("keys", body.count(b":")),
+    ):
+        if number > _MAX_STRUCTURE:
+            raise InvalidRequest.of(
+                "body", f"about {number} {what}, and {_MAX_STRUCTURE} may be in one request"
+            )
+
+
+def invalid_request(
+    errors: Sequence[Mapping[str, Any]], known: Collection[str] = ()
+) -> InvalidRequest:
+    """What pydantic found wrong, in our terms.
+
+    Args:
+        errors: pydantic's own list.
+        known: names of the fields that there are, told to who sends another.
+    """
+    # A list whose every entry fails counts as too short as well, which would only confuse.
+    within = {error["loc"][:-1] for error in errors} | {error["loc"][:-2] for error in errors}
+    errors = [e for e in errors if e["type"] != "too_short" or e["loc"] not in within]
+    listed = [_field_error(error, known) for error in errors[:_MAX_ERRORS]]
+    names = ", ".join(error["field"] for error in listed)
+    if len(errors) == 1:
+        return InvalidRequest("{field}: {detail}".format(**listed[0]), listed)
+    more = ", …" if len(errors) > _MAX_ERRORS else ""
+    return InvalidRequest(f"{len(errors)} fields fail: {names}{more}", listed)
+
+
+def _field_error(error: Mapping[str, Any], known: Collection[str]) -> dict[str, str]:
+    place = error["loc"]
+    detail = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        detail = "unknown field"
+        if len(place) == 1:
+            detail += f"; there are {', '.join(sorted(known))}"
+    return {"field": ".".join(str(part) for part in place) or "body", "detail": detail}

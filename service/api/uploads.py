@@ -1,0 +1,297 @@
+"""Upload parsing: multipart forms streamed to disk, JSON bodies, size and idle limits."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import anyio
+from anyio import to_thread
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+from starlette.requests import Request
+
+from service.errors import BodyStalled, BodyTooLarge, InvalidRequest, UnsupportedMedia
+from service.read.geotiff import SourceFile, label
+
+FORM = "multipart/form-data"
+JSON = "application/json"
+FILES = "files"
+_BATCH_BYTES = 2**21
+"""What is read before it is parsed: each turn to the thread that does costs 0.2 ms or more."""
+_CHUNK_BYTES = 2**11
+"""What a chunk counts at least: bytes that come one by one are objects of 40 bytes each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a body may hold."""
+
+    body_bytes: int
+    """Of the whole body, whatever it is."""
+    json_bytes: int = 32 * 2**20
+    """Of a JSON body, which is held in memory."""
+    field_bytes: int = 8 * 2**20
+    """Of all fields together, which are held in memory; `points` is the longest."""
+    fields: int = 2_000
+    """Fields, counting each repetition."""
+    files: int = 2_000
+    """GeoTIFFs."""
+    idle_seconds: float = 60.0
+    """How long the next `least_bytes` may take to come, or the end."""
+    least_bytes: int = 2**16
+    """What must come in that time: a byte now and then keeps no place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """A multipart body, taken in."""
+
+    files: tuple[SourceFile, ...]
+    """The parts named `files`, in order, each a file on disk."""
+    fields: Mapping[str, tuple[str, ...]]
+    """Every other part, by name: its values in order."""
+
+
+def media_type(request: Request) -> str:
+    """The body's type without parameters, one of `FORM` and `JSON`.
+
+    Raises:
+        UnsupportedMedia: another type, none, or an encoded body.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMedia(
+            f"the body is encoded as '{encoding}', and none but identity is read"
+        )
+    given = request.headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    if kind not in {FORM, JSON}:
+        said = f"the body is '{kind}'" if kind else "the body has no Content-Type"
+        raise UnsupportedMedia(f"{said}; {FORM} and {JSON} are read")
+    return kind
+
+
+async def read_json(request: Request, limits: Limits) -> bytes:
+    """A JSON body, not yet parsed.
+
+    Raises:
+        BodyTooLarge: over the limit for JSON, or for any body.
+        BodyStalled: too little came in time.
+    """
+    limit = min(limits.json_bytes, limits.body_bytes)
+    body = bytearray()
+    async for batch in _batches(request, limit, limits):
+        for chunk in batch:
+            body += chunk
+    return bytes(body)
+
+
+async def read_form(request: Request, folder: Path, limits: Limits) -> Form:
+    """Stream a multipart body to files in `folder`.
+
+    Args:
+        request: of type multipart/form-data, its body not yet read.
+        folder: an empty folder, which the caller removes.
+        limits: what the body may hold.
+
+    Raises:
+        BodyTooLarge: over the limit, whatever `Content-Length` says.
+        BodyStalled: too little came in time.
+        InvalidRequest: not a well-formed form, too many parts, an empty file.
+    """
+    _, options = parse_options_header(request.headers.get("content-type"))
+    boundary = options.get(b"boundary")
+    if not boundary:
+        raise InvalidRequest(
+            "the Content-Type names no boundary, so the parts cannot be told apart"
+        )
+    reader = _FormReader(boundary, folder, limits)
+    try:
+        async for batch in _batches(request, limits.body_bytes, limits):
+            await to_thread.run_sync(reader.feed, batch)
+        return await to_thread.run_sync(reader.finish)
+    finally:
+        reader.close()
+
+
+async def _batches(request: Request, limit: int, limits: Limits) -> AsyncIterator[list[bytes]]:
+    """The body as it comes, about `_BATCH_BYTES` at a time, counted and timed."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise BodyTooLarge(f"the body has {announced} bytes, and {limit} are allowed")
+    chunks = request.stream()
+    batch: list[bytes] = []  # not joined: new memory and a copy cost as much as the rest
+    total = enough = held = 0
+    until = anyio.current_time()
+    while True:
+        if total >= enough:
+            enough = total + limits.least_bytes
+            until = anyio.current_time() + limits.idle_seconds
+        with anyio.CancelScope(deadline=until) as waiting:
+            chunk = await anext(chunks, None)
+        if waiting.cancelled_caught:
+            raise BodyStalled(
+                f"{total} bytes came, fewer than {limits.least_bytes} of them in the last "
+                f"{limits.idle_seconds:g} s"
+            )
+        if chunk is None:
+            break
+        total += len(chunk)
+        if total > limit:
+            raise BodyTooLarge(f"the body has more than the {limit} bytes that are allowed")
+        batch.append(chunk)
+        held += max(len(chunk), _CHUNK_BYTES)
+        if held >= _BATCH_BYTES:
+            paused = anyio.current_time()
+            yield batch
+            batch, held = [], 0
+            until += anyio.current_time() - paused  # a slow disk is not the caller's
+    if batch:
+        yield batch
+
+
+@dataclass(kw_only=True)
+class _Part:
+    """The part being read."""
+
+    name: str = ""
+    value: bytearray = field(default_factory=bytearray)
+    file: BinaryIO | None = None
+    """Where a GeoTIFF goes; None for a field."""
+    size: int = 0
+    """Bytes of the GeoTIFF so far."""
+
+
+class _FormReader:
+    """Turns bytes into parts; the parser calls back for each edge it finds."""
+
+    def __init__(self, boundary: bytes, folder: Path, limits: Limits) -> None:
+        self._folder = folder
+        self._limits = limits
+        self._files: list[SourceFile] = []
+        self._fields: dict[str, list[str]] = {}
+        self._field_count = self._field_bytes = 0
+        self._header = (bytearray(), bytearray())
+        self._disposition = b""
+        self._part = _Part()
+        self._ended = False
+        with _well_formed():
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin_part,
+                    "on_header_field": self._header_name,
+                    "on_header_value": self._header_value,
+                    "on_header_end": self._end_header,
+                    "on_headers_finished": self._open_part,
+                    "on_part_data": self._data,
+                    "on_part_end": self._end_part,
+                    "on_end": self._end,
+                },
+            )
+
+    def feed(self, chunks: Iterable[bytes]) -> None:
+        """Take in the next bytes."""
+        with _well_formed():
+            for chunk in chunks:
+                self._parser.write(chunk)
+
+    def finish(self) -> Form:
+        """The whole form, once every byte is in."""
+        with _well_formed():
+            self._parser.finalize()
+        if not self._ended:
+            raise InvalidRequest("the body ends before the boundary that closes the form")
+        fields = {name: tuple(values) for name, values in self._fields.items()}
+        return Form(files=tuple(self._files), fields=fields)
+
+    def close(self) -> None:
+        """Let go of a file that was not finished."""
+        if self._part.file is not None:
+            self._part.file.close()
+
+    def _begin_part(self) -> None:
+        self._part = _Part()
+        self._disposition = b""
+
+    def _header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header[0].extend(data[start:end])
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header[1].extend(data[start:end])
+
+    def _end_header(self) -> None:
+        name, value = self._header
+        if bytes(name).lower() == b"content-disposition":
+            self._disposition = bytes(value)
+        self._header = (bytearray(), bytearray())
+
+    def _open_part(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        if b"name" not in options:
+            raise InvalidRequest("a part of the form has no name in its Content-Disposition")
+        self._part.name = _decoded(options[b"name"])
+        if self._part.name == FILES:
+            self._open_file(options.get(b"filename"))
+            return
+        self._field_count += 1
+        if self._field_count > self._limits.fields:
+            raise InvalidRequest(f"the form has more than {self._limits.fields} fields")
+
+    def _open_file(self, filename: bytes | None) -> None:
+        if filename is None:
+            raise InvalidRequest.of(FILES, "came as text; each is a file, with a file name")
+        position = len(self._files)
+        if position >= self._limits.files:
+            raise InvalidRequest.of(FILES, f"more than {self._limits.files} files")
+        path = self._folder / f"{position:04d}.tif"
+        self._files.append(SourceFile(name=label(_decoded(filename), position), path=path))
+        self._part.file = path.open("xb")
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        part = self._part
+        if part.file is not None:
+            part.size += end - start
+            part.file.write(memoryview(data)[start:end])
+            return
+        self._field_bytes += end - start
+        if self._field_bytes > self._limits.field_bytes:
+            raise InvalidRequest.of(
+                label(part.name, 0),
+                f"brings the fields over the {self._limits.field_bytes} bytes that they may have "
+                f"together (GeoTIFFs go into '{FILES}')",
+            )
+        part.value += data[start:end]
+
+    def _end_part(self) -> None:
+        part = self._part
+        if part.file is None:
+            self._fields.setdefault(part.name, []).append(_decoded(bytes(part.value)))
+            return
+        part.file.close()
+        if part.size == 0:
+            raise InvalidRequest.of(FILES, f"'{self._files[-1].name}' is empty")
+
+    def _end(self) -> None:
+        self._ended = True
+
+
+@contextmanager
+def _well_formed() -> Iterator[None]:
+    """Says in our terms what the parser says in its own."""
+    try:
+        yield
+    except FormParserError as error:
+        raise InvalidRequest(f"the body is no well-formed form: {error}") from error
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("latin-1")

@@ -1,0 +1,1 @@
+"""Windows to predictions: ONNX sessions, batches, patches of imagery."""

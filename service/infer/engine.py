@@ -1,0 +1,158 @@
+"""Inference engine: every bundle of a registry, loaded and warm."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from models.card import Modality, Task
+from models.registry import Bundle, BundleError, Registry
+from service.errors import UnknownModel, WrongTask
+from service.infer.cpus import usable_cpus
+from service.infer.model import LoadedModel
+from service.infer.session import (
+    CPU,
+    CUDA,
+    ArenaShrinking,
+    PrecisionChoice,
+    Providers,
+    ProviderUnavailable,
+    Session,
+    open_session,
+    wanted,
+)
+
+_LOG = logging.getLogger(__name__)
+
+
+class Engine:
+    """Every bundle of a registry, loaded and warm.
+
+    Args:
+        registry: verified bundles.
+        providers: `auto` takes CUDA where a session really gets it; `cuda` demands it; `cpu`.
+        threads: threads that run batches on the CPU, for all models and callers together;
+            None takes the CPUs that this process may use, `usable_cpus`.
+        precision: `auto` takes variants that lose next to nothing; `float32` none.
+
+    Raises:
+        ProviderUnavailable: `cuda` is demanded and a session does not get it.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        providers: Providers = "auto",
+        threads: int | None = None,
+        precision: PrecisionChoice = "auto",
+    ) -> None:
+        self.registry = registry
+        self._precision = precision
+        self.threads = threads or usable_cpus()
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="infer")
+        # One call at a time on the device: two would take turns anyway and double its memory.
+        self._device = threading.Lock()
+        self._shrinking = ArenaShrinking()
+        provider = wanted(providers)
+        models: dict[str, LoadedModel] = {}
+        refused: dict[str, str] = dict(registry.refused)
+        try:
+            for name, bundle in registry.bundles.items():
+                try:
+                    models[name] = self._load(bundle, provider)
+                except BundleError as error:
+                    refused[name] = str(error)
+                    # With what the runtime said: it names paths, which callers need not see.
+                    _LOG.error("%s", error, exc_info=error)
+                    continue
+                if models[name].provider != provider:
+                    if providers == "cuda":
+                        raise ProviderUnavailable(  # noqa: TRY301 - the pool must be closed
+                            f"CUDA is demanded, but the session of '{name}' runs on "
+                            f"{models[name].provider}: the driver, CUDA or cuDNN does not load"
+                        )
+                    _LOG.warning("CUDA is offered but no session gets it; serving on the CPU")
+                    provider = CPU  # asking again for each bundle would fail as slowly
+        except BaseException:
+            self.close()
+            raise
+        self.models: Mapping[str, LoadedModel] = models
+        self.refused: Mapping[str, str] = refused
+        """Bundles that are not served, with the reason, the registry's refusals included."""
+
+    @property
+    def provider(self) -> str:
+        """The execution provider in use, as the sessions say: CUDA only where all got it."""
+        on_cuda = bool(self.models) and all(m.provider == CUDA for m in self.models.values())
+        return CUDA if on_cuda else CPU
+
+    @property
+    def failing(self) -> list[str]:
+        """Models whose last run failed on the device, as `name@version`."""
+        return sorted(model.card.id for model in self.models.values() if model.failing)
+
+    def find(
+        self, reference: str | None, task: Task, modality: Modality | None = None
+    ) -> LoadedModel:
+        """The model of a `name` or `name@version`, or the task's default.
+
+        Raises:
+            UnknownModel: none of that name and version, or none for the task, is served.
+            WrongTask: the model serves another task or modality.
+        """
+        if reference is None:
+            bundle = self.registry.default(task, modality)
+        else:
+            bundle = self.registry.find(reference)
+        model = self.models.get(bundle.card.name) if bundle else None
+        if model is None:
+            raise UnknownModel(self._why_unknown(reference, task, bundle))
+        card = model.card
+        if card.task != task:
+            raise WrongTask(f"model '{card.id}' serves {card.task}, and {task} was asked for")
+        if modality not in {None, card.modality}:
+            raise WrongTask(
+                f"model '{card.id}' takes {card.modality} input, and modality {modality} was "
+                "asked for"
+            )
+        return model
+
+    def close(self) -> None:
+        """Let the threads go; a call in progress still ends."""
+        # Batches not begun are not cancelled: who waits for one taken back here waits for ever.
+        self._pool.shutdown(wait=True)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(self, bundle: Bundle, provider: str) -> LoadedModel:
+        session = self._open(bundle, provider)
+        if session.provider != provider:
+            # The variant and the options of CUDA are not those of the CPU.
+            session = self._open(bundle, session.provider)
+        on_device = session.provider == CUDA
+        reference = self._open(bundle, CPU) if on_device else None
+        return LoadedModel(
+            bundle.card,
+            session,
+            pool=self._pool,
+            threads=self.threads,
+            device=self._device,
+            reference=reference,
+        )
+
+    def _open(self, bundle: Bundle, provider: str) -> Session:
+        return open_session(bundle, provider, self._precision, shrinking=self._shrinking)
+
+    def _why_unknown(self, reference: str | None, task: Task, bundle: Bundle | None) -> str:
+        if bundle and bundle.card.name in self.refused:
+            return f"model '{bundle.card.id}' could not be loaded: {self.refused[bundle.card.name]}"
+        served = ", ".join(sorted(m.card.id for m in self.models.values())) or "none"
+        asked = f"no model '{reference}'" if reference else f"no model serves {task}"
+        return f"{asked}; there are: {served}"

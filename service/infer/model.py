@@ -1,0 +1,357 @@
+"""A loaded model: pixels or patches in batches through its session.
+
+    values (N, T, C) → batches of one size → session → predictions (N, …)
+
+On a CPU the batches of one call run side by side on a small pool of threads, each with a
+single-threaded session run; on CUDA they run one after the other. The last batch is padded, so that
+there are few shapes. When a batch runs out of memory it is halved and the run continues; any other
+fault of a device is retried once and then raised.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.card import ModelCard, Precision
+from models.registry import BundleError
+from service.errors import InternalError
+from service.infer.session import CPU, CUDA, ORT_ERRORS, Floats, Session
+
+_LOG = logging.getLogger(__name__)
+
+# On a CPU, what is in use at once must stay in the caches, and each operation of a batch costs some
+# microseconds. Two threads, 2 MiB of second-level cache each, us a pixel of `pixels-landcover` /
+# `pixels-crops-us` in batches of 128, 256, 512: float32 11.0, 11.5, 12.0 / 49.7, 52.8, 62.2; int8,
+# with bytes for most floats, 7.45, 6.92, 6.29 / 26.8, 25.4, 25.2. A patch takes 2.7 ms alone, 2.1
+# in batches of 8 to 32. A device wants thousands of pixels; its sizes are not measured yet.
+PIXEL_BATCH: Mapping[str, int] = {CPU: 128, CUDA: 8192}
+INT8_BATCH = 512
+PATCH_BATCH: Mapping[str, int] = {CPU: 8, CUDA: 512}
+_FEWEST = {"pixel": 64, "patch": 1}
+"""Of a batch that is cut smaller so that each thread has one."""
+_WARM_UP = 3
+"""Pixels or patches of the warm-up: more than one, so that a fixed batch axis shows."""
+# The last from numpy, where a batch is put together.
+_FAULTS: tuple[type[Exception], ...] = (*ORT_ERRORS, MemoryError)
+_ADRIFT = 0.05
+"""A device may answer the sample this far from the CPU, on average, as a share of the largest."""
+_ROUGHLY = 0.01  # float16 has three digits
+_RECHECKED = 16
+"""Pixels or patches that are asked of the CPU where a device answers no number."""
+
+
+class LoadedModel:
+    """One bundle's warm session.
+
+    Args:
+        card: what the bundle says of itself.
+        session: its checked session.
+        pool: threads for batches on the CPU.
+        threads: how many these are.
+        device: held while batches run on CUDA.
+        reference: on CUDA, the same model on the CPU, to judge the device by.
+
+    Raises:
+        BundleError: the warm-up fails, or answers what the card's task cannot mean.
+    """
+
+    def __init__(
+        self,
+        card: ModelCard,
+        session: Session,
+        *,
+        pool: ThreadPoolExecutor,
+        device: threading.Lock,
+        threads: int = 1,
+        reference: Session | None = None,
+    ) -> None:
+        self.card = card
+        self.provider = session.provider
+        self.variant: Precision = session.variant
+        self.width = prediction_shape(card)
+        """Trailing shape of an answer: (K,), (H, S, Q) or (D,)."""
+        sizes = PIXEL_BATCH if card.modality == "pixel" else PATCH_BATCH
+        self._batch = INT8_BATCH if self.variant == "int8" else sizes[self.provider]
+        self._session = session
+        self._pool = pool
+        self._threads = threads
+        self._device = device
+        self._reference = reference
+        self.failing = False
+        """Whether the last run failed on the device, in spite of a second try."""
+        self._warm_up()
+
+    @property
+    def chunk(self) -> int:
+        """Pixels or patches worth handing over at once: enough to keep every thread busy."""
+        if self.provider == CUDA:
+            return self._batch * 4
+        return 8192 if self.card.modality == "pixel" else 128
+
+    def pixels(
+        self,
+        values: Floats,
+        valid: NDArray[np.bool_],
+        days: NDArray[np.float32],
+        day_of_year: int | Floats | None = None,
+    ) -> Floats:
+        """Answers for pixels.
+
+        Args:
+            values: reflectance (N, T, C), unitless, bands as the card orders them; anything,
+                NaN too, where not valid.
+            valid: True where usable (N, T).
+            days: days since the window's first day (T).
+            day_of_year: the first day's place in its year, 1 to 366, of all or of each (N).
+                Only a model whose card says `day_of_year` needs it.
+
+        Returns:
+            Probabilities (N, K), quantiles (N, H, S, Q) or embeddings (N, D); NaN for a pixel
+            without a usable date.
+
+        Raises:
+            InternalError: the runtime failed.
+        """
+        each: dict[str, NDArray[Any]] = {
+            "values": np.asarray(values, np.float32),
+            "valid": np.asarray(valid, np.bool_),
+        }
+        if self.card.day_of_year:
+            if day_of_year is None:
+                raise InternalError(f"model '{self.card.id}' needs the day of the year")
+            each["day_of_year"] = np.full(len(values), day_of_year, np.float32)
+        return self._run(each, {"days": np.ascontiguousarray(days, np.float32)})
+
+    def patches(self, patches: Floats) -> Floats:
+        """Answers for patches.
+
+        Args:
+            patches: reflectance (N, C, P, P), unitless, bands as the card orders them.
+
+        Returns:
+            Probabilities (N, K) or embeddings (N, D).
+
+        Raises:
+            InternalError: the runtime failed.
+        """
+        return self._run({"patches": np.asarray(patches, np.float32)}, {})
+
+    def _run(self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]]) -> Floats:
+        count = len(next(iter(each.values())))
+        out = np.empty((count, *self.width), np.float32)
+        on_device = self.provider == CUDA
+        run = self._run_on_device if on_device else self._run_on_threads
+        try:
+            run(each, shared, out)
+            if on_device:
+                self._recheck(each, shared, out)
+        except _FAULTS as error:
+            self.failing = on_device
+            # What the runtime says is for the log, as the cause, not for the caller.
+            raise InternalError(f"model '{self.card.id}' failed to run") from error
+        self.failing = False
+        return out
+
+    def _run_on_threads(
+        self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]], out: Floats
+    ) -> None:
+        size = self._batch
+        while len(out) < size * self._threads and size > _FEWEST[self.card.modality]:
+            size //= 2
+        jobs = [
+            self._pool.submit(self._in_halves, each, shared, out, part)
+            for part in _parts(len(out), size)
+        ]
+        _, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
+        for job in waiting:
+            job.cancel()
+        for job in jobs:
+            if not job.cancelled():
+                job.result()
+
+    def _in_halves(
+        self,
+        each: Mapping[str, NDArray[Any]],
+        shared: Mapping[str, NDArray[Any]],
+        out: Floats,
+        part: slice,
+    ) -> None:
+        """One batch, or as many smaller ones as memory asks for."""
+        size = part.stop - part.start
+        try:
+            self._one(each, shared, out, part)
+        except _FAULTS as error:
+            if not _is_out_of_memory(error) or size == 1:
+                raise
+        else:
+            return
+        # After the handler, so that what failed is let go first.
+        _LOG.warning("out of memory; a batch of %d goes on in halves", size)
+        middle = part.start + size // 2
+        self._in_halves(each, shared, out, slice(part.start, middle))
+        self._in_halves(each, shared, out, slice(middle, part.stop))
+
+    def _run_on_device(
+        self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]], out: Floats
+    ) -> None:
+        with self._device:
+            start, tried_again = 0, False
+            while start < len(out):
+                stop = min(start + self._batch, len(out))
+                try:
+                    self._one(each, shared, out, slice(start, stop))
+                except _FAULTS as error:
+                    if _is_out_of_memory(error) and self._batch > 1:
+                        self._batch //= 2
+                        _LOG.warning("out of device memory; batches are now of %d", self._batch)
+                    elif tried_again:
+                        raise
+                    else:
+                        tried_again = True
+                        _LOG.warning("a run failed on the device; once more", exc_info=error)
+                else:
+                    start = stop
+
+    def _recheck(
+        self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]], out: Floats
+    ) -> None:
+        """Ask the CPU about a few of those that the device answers with no number.
+
+        NaN is the answer for a pixel without a usable date. From a device that fails silently it
+        would pass for that, and a hole in the map for clouds.
+
+        Raises:
+            ValueError: the CPU has numbers for them.
+        """
+        if self._reference is None:
+            return
+        empty = np.flatnonzero(~np.isfinite(out.reshape(len(out), -1)).all(axis=1))
+        rows = empty[_has_input(each, empty)][:_RECHECKED]
+        if rows.size == 0:
+            return
+        told = self._reference.run({**{name: a[rows] for name, a in each.items()}, **shared})
+        if np.isfinite(told).all(axis=tuple(range(1, told.ndim))).any():
+            raise ValueError(f"{self.provider} answers no numbers where the CPU does")
+
+    def _one(
+        self,
+        each: Mapping[str, NDArray[Any]],
+        shared: Mapping[str, NDArray[Any]],
+        out: Floats,
+        part: slice,
+    ) -> None:
+        count = part.stop - part.start
+        size = _padded(count, self._batch)
+        # Put into the graph's order by batch: the threads share it, and none waits for the whole.
+        feeds = {name: _repeat_last(array[part], size) for name, array in each.items()}
+        answer = self._session.run({**feeds, **shared})
+        if answer.shape != (size, *self.width):
+            # Else another pixel's answer could pass for this one's.
+            raise ValueError(f"{answer.shape} answered, {(size, *self.width)} expected")
+        out[part] = answer[:count]
+
+    def _warm_up(self) -> None:
+        """Run once, so that the first caller does not wait and a false card does not pass."""
+        where = f"bundle '{self.card.name}'"
+        sample = _sample(self.card, _WARM_UP)
+        try:
+            answer = self._session.run(sample)
+            told = answer if self._reference is None else self._reference.run(sample)
+        except _FAULTS as error:
+            raise BundleError(f"{where}: the warm-up failed, the log says how") from error
+        if answer.shape != (_WARM_UP, *self.width):
+            raise BundleError(
+                f"{where}: '{self.card.output}' answers {answer.shape[1:]} a "
+                f"{self.card.modality}, the card says {self.width}"
+            )
+        wrong = _impossible(answer, self.card)
+        if wrong:
+            raise BundleError(f"{where}: for a plausible {self.card.modality}, {wrong}")
+        if np.abs(answer - told).mean() > _ADRIFT * np.abs(told).max():
+            raise BundleError(f"{where}: {self.provider} does not answer as the CPU does")
+
+
+def prediction_shape(card: ModelCard) -> tuple[int, ...]:
+    """Shape of the answer for one pixel or patch: (K,), (H, S, Q) or (D,)."""
+    if card.task == "forecast":
+        return (card.horizon or 0, len(card.indices), len(card.quantiles))
+    if card.task == "embed":
+        return (card.embedding or 0,)
+    return (len(card.classes),)
+
+
+def _impossible(answer: Floats, card: ModelCard) -> str | None:
+    """What no model of this task may answer for a plausible input, None where all is well."""
+    if not np.isfinite(answer).all():
+        return f"'{card.output}' holds NaN or infinity"
+    if card.task == "forecast" and (np.diff(answer, axis=-1) < -_ROUGHLY).any():
+        return "the quantiles do not ascend"
+    if card.output == "probabilities" and (
+        (answer < -_ROUGHLY).any() or (np.abs(answer.sum(axis=1) - 1) > _ROUGHLY).any()
+    ):
+        return f"probabilities sum to {answer.sum(axis=1)[0]:.4g}, not to 1"
+    return None
+
+
+def _sample(card: ModelCard, count: int) -> dict[str, NDArray[Any]]:
+    """Input of plausible reflectance, only to see that the graph runs."""
+    random = np.random.default_rng(0)
+    if card.modality == "patch":
+        side = card.patch or 0
+        shape = (count, len(card.bands), side, side)
+        return {"patches": random.uniform(0.0, 0.4, shape).astype(np.float32)}
+    window = card.window
+    dates = max(card.min_observations, 4)
+    length = window.steps * window.step_days if window else dates
+    feeds = {
+        "values": random.uniform(0.02, 0.4, (count, dates, len(card.bands))).astype(np.float32),
+        "valid": np.ones((count, dates), np.bool_),
+        "days": np.linspace(0, length - 1, dates, dtype=np.float32),
+        "day_of_year": np.ones(count, np.float32),
+    }
+    return {name: feeds[name] for name in card.inputs}
+
+
+def _has_input(each: Mapping[str, NDArray[Any]], rows: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Whether there is anything to answer from, for each row asked about."""
+    if "patches" in each:
+        finite = np.isfinite(each["patches"][rows])
+        return np.asarray(finite.reshape(len(finite), -1).all(axis=1))
+    finite = np.isfinite(each["values"][rows]).all(axis=2)
+    return np.asarray((finite & each["valid"][rows]).any(axis=1))
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _padded(count: int, batch: int) -> int:
+    """The next power of two, at most the batch: few shapes, so few plans and little waste."""
+    return min(1 << (count - 1).bit_length(), batch)
+
+
+def _repeat_last(array: NDArray[Any], size: int) -> NDArray[Any]:
+    missing = size - len(array)
+    return array if missing <= 0 else np.concatenate([array, array[-1:].repeat(missing, axis=0)])
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error).lower()
+    return any(words in text for words in _OUT_OF_MEMORY)
+
+
+# As ONNX Runtime's arena, CUDA, C++, cuBLAS and cuDNN put it.
+_OUT_OF_MEMORY = (
+    "failed to allocate memory", "smaller than requested bytes", "out of memory", "bad_alloc",
+    "bad allocation", "alloc_failed", "allocation_failed",
+)  # fmt: skip

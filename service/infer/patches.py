@@ -1,0 +1,163 @@
+"""Patches of imagery: positions, gap filling, overlap averaging, cloud-free composites.
+
+Patches start at multiples of the stride. Cell k of the result is the stride x stride pixels at
+the same corner as patch k, and lies wholly inside the patches k - reach to k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from affine import Affine
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from service.errors import InvalidRequest
+from service.grid import Grid, Window
+
+Floats = NDArray[np.float32]
+CLEAR_SHARE = 0.5
+"""A patch with less of its pixels clear has no answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchGrid:
+    """Where patches lie, and the coarser grid of their answers."""
+
+    grid: Grid
+    """Of the answers: a cell a patch, from the imagery's corner."""
+    side: int
+    """Of a patch, in pixels (P)."""
+    stride: int
+    """Pixels between two patches, and the side of a cell."""
+
+    @classmethod
+    def over(cls, imagery: Grid, *, side: int, stride: int) -> PatchGrid:
+        """The patches that lie wholly inside some imagery.
+
+        Raises:
+            InvalidRequest: a stride out of range, or imagery smaller than a patch.
+        """
+        if not 1 <= stride <= side:
+            raise InvalidRequest.of("stride", f"{stride}, and it must lie between 1 and {side}")
+        if imagery.width < side or imagery.height < side:
+            raise InvalidRequest.of(
+                "files",
+                f"{imagery.width} x {imagery.height} pixels, but a patch is {side} x {side}",
+            )
+        cells = Grid(
+            crs=imagery.crs,
+            transform=imagery.transform @ Affine.scale(stride),
+            width=(imagery.width - side) // stride + 1,
+            height=(imagery.height - side) // stride + 1,
+        )
+        return cls(grid=cells, side=side, stride=stride)
+
+    @property
+    def reach(self) -> int:
+        """How many patches back, in each direction, a cell still lies wholly inside."""
+        return (self.side - self.stride) // self.stride
+
+    def pixels(self, cells: Window) -> Window:
+        """The pixels that the patches of a window of cells cover."""
+        return Window(
+            cells.col_off * self.stride,
+            cells.row_off * self.stride,
+            (cells.width - 1) * self.stride + self.side,
+            (cells.height - 1) * self.stride + self.side,
+        )
+
+    def behind(self, cells: Window) -> Window:
+        """A window of cells, and before it those whose patches reach into it."""
+        left, above = min(self.reach, cells.col_off), min(self.reach, cells.row_off)
+        return Window(
+            cells.col_off - left, cells.row_off - above, cells.width + left, cells.height + above
+        )
+
+    def cut(self, imagery: Floats) -> Floats:
+        """A view (h, w, C, P, P) of the patches of imagery (C, H, W).
+
+        Not a copy: overlapping patches would take up to 4,096 times the imagery.
+        """
+        views = sliding_window_view(imagery, (self.side, self.side), axis=(1, 2))
+        patches: Floats = views[:, :: self.stride, :: self.stride].transpose(1, 2, 0, 3, 4)
+        return patches
+
+    def centred(self, imagery: Grid, row: int, column: int) -> Window:
+        """The patch with a pixel at its centre, shifted to lie inside the imagery."""
+        top = min(max(row - self.side // 2, 0), imagery.height - self.side)
+        left = min(max(column - self.side // 2, 0), imagery.width - self.side)
+        return Window(left, top, self.side, self.side)
+
+
+def fill_gaps(patches: Floats) -> tuple[NDArray[np.bool_], Floats]:
+    """Patches that can be answered, without gaps.
+
+    Args:
+        patches: reflectance (N, C, P, P), NaN where not clear.
+
+    Returns:
+        Which patches (N) have at least half of their pixels clear; and those alone, a missing
+        pixel filled with its patch's median of the band.
+    """
+    missing: NDArray[np.bool_] = np.asarray(np.isnan(patches).any(axis=1))
+    clear = missing.mean(axis=(1, 2)) <= 1 - CLEAR_SHARE
+    filled, gaps = patches[clear], missing[clear]
+    for patch, gap in zip(filled, gaps, strict=True):
+        if gap.any():
+            patch[:, gap] = np.median(patch[:, ~gap], axis=1)[:, None]
+    return clear, filled
+
+
+def box_mean(values: Floats, size: int) -> Floats:
+    """The mean over a box that ends at each cell, NaN left out.
+
+    Args:
+        values: (K, h, w), NaN in all K where there is none.
+        size: rows and columns of the box, clipped at the first row and column.
+
+    Returns:
+        Means (K, h, w), NaN where the box holds none.
+    """
+    there = ~np.isnan(values[:1])
+    # Running sums in float64: in float32 a window's end would show in the last digits.
+    sums = _box_sum(np.where(there, values, 0.0).astype(np.float64), size)
+    counts = _box_sum(there.astype(np.float64), size)
+    mean = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0.5)
+    return np.asarray(mean, np.float32)
+
+
+def _box_sum(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """Sums over the box of `size` that ends at each cell of (K, h, w)."""
+    for axis in (1, 2):
+        total = np.cumsum(values, axis=axis)
+        before = np.zeros_like(total)
+        length = values.shape[axis]
+        if size < length:
+            kept = np.take(total, np.arange(length - size), axis=axis)
+            where = [slice(None)] * 3
+            where[axis] = slice(size, None)
+            before[tuple(where)] = kept
+        values = total - before
+    return values
+
+
+def median_composite(values: Floats, valid: NDArray[np.bool_]) -> Floats:
+    """The per-pixel median of the clear observations, NaN where there is none.
+
+    Args:
+        values: reflectance (T, C, h, w), unitless.
+        valid: True where an observation is there and clear (T, h, w).
+
+    Returns:
+        (C, h, w) float32 reflectance.
+    """
+    # Sorted with the unclear ones last, the median is at a place known from the count alone;
+    # numpy's nanmedian is an order of magnitude slower along a short axis.
+    ordered = np.sort(np.where(valid[:, None], values, np.float32(np.inf)), axis=0)
+    count = valid.sum(axis=0)[None, None]
+    low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=0)
+    high = np.take_along_axis(ordered, np.minimum(count // 2, len(ordered) - 1), axis=0)
+    median: Floats = np.where(count > 0, (low + high) / 2, np.float32(np.nan))[0]
+    return median

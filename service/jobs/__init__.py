@@ -1,0 +1,1 @@
+"""Durable background jobs: killing the process loses none."""

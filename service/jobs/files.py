@@ -1,0 +1,91 @@
+"""Files of the job store: locks, durable moves, links, fsync."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from service.settings import SettingsError
+
+
+def lock(folder: Path) -> int:
+    """Hold a state directory for as long as the file returned is open.
+
+    Raises:
+        SettingsError: another service holds it.
+        OSError: it cannot be written.
+    """
+    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        # The system lets go of it however a process ends.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+    except BlockingIOError as error:
+        holder = os.pread(file, 32, 0).decode().strip() or "unknown"
+        os.close(file)
+        raise SettingsError(
+            f"PIMC_STATE_DIR: {folder} is in use by another service (process {holder}); each "
+            "service needs one of its own"
+        ) from error
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def take_over(paths: list[Path], source: Path, target: Path) -> None:
+    """Move a request's files into a job's folder, on disk before this returns."""
+    target.mkdir(parents=True)
+    for path in paths:
+        if path.is_relative_to(source):
+            moved = target / path.relative_to(source)
+            shutil.move(path, moved)  # a copy where the request lies on another disk
+            sync_file(moved)
+    sync_folder(target)
+    sync_folder(target.parent)
+
+
+def link(path: Path, target: Path) -> None:
+    """The same file by a second name, so that removing the first takes nothing away."""
+    try:
+        target.hardlink_to(path)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without links
+        shutil.copyfile(path, target)
+
+
+def keep_result(folder: Path) -> None:
+    """Remove everything of a job but its result."""
+    for path in folder.iterdir():
+        if path.name != "result":
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Have a file's content on disk before going on."""
+    _sync(path, os.O_RDONLY)
+
+
+def sync_folder(path: Path) -> None:
+    """Have a folder's names on disk before going on."""
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    file = os.open(path, flags)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,276 @@
+"""Job runner: worker threads that run jobs in the order of acceptance.
+
+    take → plan → execute, window by window → publish → succeed
+             │              │
+           fail       stopped: put back; dismissed: removed
+
+All of this happens in threads of its own; the event loop never waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from service.errors import Cancelled, InternalError, PIMCError, UnknownModel, no_room
+from service.infer.engine import Engine
+from service.jobs.serialise import result_document
+from service.jobs.store import Job, JobStore
+from service.jobs.window_journal import WindowFile
+from service.read.geotiff import BlockCache
+from service.read.references import check_again
+from service.run.execute import execute
+from service.run.executors import Executor
+from service.run.plan import Plan, plan_request
+from service.run.request import RasterRequest
+from service.telemetry import Metrics, job_named
+
+_LOG = logging.getLogger(__name__)
+_SWEEP_SECONDS = 60.0
+_MAX_ATTEMPTS = 20
+"""A job during which the service ended so often, without one more window, ends it itself."""
+_PAUSE_SECONDS = 1.0
+
+
+class JobRunner:
+    """The workers.
+
+    Args:
+        store: where jobs wait.
+        engine: the models.
+        metrics: counts them.
+        max_raster_bytes: decoded bytes that a stack may have.
+        roots: folders whose files a job may read where they lie.
+        workers: jobs that run at once.
+        ttl: seconds for which an ended job is kept.
+        closing: set once the service stops.
+        cache: GDAL's block cache.
+        executor: where windows run.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        max_raster_bytes: int,
+        roots: Sequence[Path],
+        workers: int,
+        ttl: float,
+        closing: threading.Event,
+        cache: BlockCache,
+        executor: Executor,
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._metrics = metrics
+        self._max_raster_bytes = max_raster_bytes
+        self._roots = roots
+        self._sweep_seconds = min(_SWEEP_SECONDS, max(0.1, ttl / 10))
+        self._closing = closing
+        self._cache = cache
+        self._executor = executor
+        self._turn = threading.Condition()
+        self._running: dict[str, threading.Event] = {}
+        self._threads = [
+            threading.Thread(target=self._work, name=f"job-{n}", daemon=True)
+            for n in range(workers)
+        ]
+        self._threads.append(threading.Thread(target=self._keep_time, name="jobs", daemon=True))
+
+    def start(self) -> None:
+        """Begin with what waits."""
+        self._count()
+        for thread in self._threads:
+            thread.start()
+
+    def join(self) -> None:
+        """Wait until every worker has put its job back; `closing` must be set."""
+        for thread in self._threads:
+            thread.join()
+
+    def accepted(self) -> None:
+        """A job was accepted."""
+        with self._turn:
+            self._turn.notify_all()
+        self._count()
+
+    def dismiss(self, owner: str, name: str) -> Job:
+        """Take a job back; where it runs, its run ends soon.
+
+        Raises:
+            UnknownJob: there is none, or it is another caller's.
+        """
+        job = self._store.dismiss(owner, name)
+        with self._turn:
+            running = self._running.get(job.id)
+        if running is not None:
+            running.set()
+        self._count()
+        return job
+
+    # Threads -------------------------------------------------------------------------------
+
+    def _keep_time(self) -> None:
+        last = time.monotonic()
+        while not self._closing.wait(self._sweep_seconds):
+            now = time.monotonic()
+            try:
+                self._store.sweep(now - last)
+                self._count()
+            except PIMCError:
+                _LOG.exception("old jobs cannot be removed")
+                continue
+            last = now
+            with self._turn:  # who could not take a job tries again
+                self._turn.notify_all()
+        with self._turn:
+            for running in self._running.values():
+                running.set()
+            self._turn.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._turn:
+                # Taken and entered here under one lock: a job dismissed in between would run on.
+                job = self._take()
+                while job is None and not self._closing.is_set():
+                    self._turn.wait()
+                    job = self._take()
+                if job is None:
+                    return
+                cancelled = self._running[job.id] = threading.Event()
+            try:
+                with job_named(job.id):
+                    self._run(job, cancelled)
+            finally:
+                with self._turn:
+                    del self._running[job.id]
+
+    def _take(self) -> Job | None:
+        if self._closing.is_set():
+            return None
+        try:
+            return self._store.take()
+        except PIMCError:
+            # Tried again with the next job, or after the next sweep.
+            _LOG.exception("no job can be taken")
+            return None
+
+    def _run(self, job: Job, cancelled: threading.Event) -> None:
+        _LOG.info("job begins", extra={"task": job.task, "model": job.model})
+        self._count()
+        begun = time.monotonic()
+        try:
+            self._carry_out(job, cancelled)
+        except Cancelled:
+            # Of a dismissed job the row says so alplan, and this changes nothing.
+            self._settle(lambda: self._store.put_back(job))
+            _LOG.info("job stops", extra={"stopping": self._closing.is_set()})
+        except Exception as error:  # noqa: BLE001 - whatever it was, the next job has its turn
+            self._fail(job, error)
+        else:
+            seconds = time.monotonic() - begun
+            self._metrics.job_ran(task=job.task, seconds=seconds)
+            _LOG.info("job ends", extra={"seconds": round(seconds, 3)})
+        self._settle(lambda: self._store.clear(job))
+        self._count()
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        told = error if isinstance(error, PIMCError) else no_room(error)
+        if told is None or isinstance(told, InternalError):
+            told = InternalError(
+                f"something went wrong inside; the service's log has it under job {job.id}"
+            )
+        _LOG.error("job fails", exc_info=error, extra={"code": told.code})
+        # Room first: without it, that the job failed could not be written down.
+        self._store.make_room(job)
+        self._settle(lambda: self._store.fail(job, told))
+
+    def _settle(self, write: Callable[[], None]) -> None:
+        """Write a job's fate down, also where the disk is full just now."""
+        while True:
+            try:
+                write()
+            except PIMCError:
+                _LOG.exception("a job's fate cannot be written down")
+                if self._closing.wait(_PAUSE_SECONDS):
+                    return  # the next start runs it again
+            else:
+                return
+
+    # One job -------------------------------------------------------------------------------
+
+    def _carry_out(self, job: Job, cancelled: threading.Event) -> None:
+        # Where it is there, the last service ended before it could say so.
+        if not (self._store.folder(job) / "result").exists():
+            if job.attempts > _MAX_ATTEMPTS:
+                raise InternalError(
+                    f"the service ended {_MAX_ATTEMPTS} times while it ran this job"
+                )
+            self._compute(job, cancelled)
+        self._store.succeed(job)
+
+    def _compute(self, job: Job, cancelled: threading.Event) -> None:
+        request = self._store.request(job)
+        if isinstance(request, RasterRequest):
+            check_again(request.files, self._store.folder(job), self._roots)
+        plan = plan_request(
+            request,
+            self._engine,
+            max_raster_bytes=self._max_raster_bytes,
+            rasters=True,
+            cache=self._cache,
+        )
+        _check_model(job, plan)
+        self._store.begin(job, f"{plan.model.provider} {plan.model.variant}")
+        work = self._store.folder(job) / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        done = 0.0
+
+        def progress(share: float) -> None:
+            nonlocal done
+            done = share
+
+        with (
+            WindowFile(self._store, job, lambda: int(100 * done)) as journal,
+            self._metrics.run(),
+        ):
+            result = execute(
+                plan,
+                work,
+                executor=self._executor,
+                cache=self._cache,
+                cancelled=cancelled,
+                progress=progress,
+                journal=journal,
+            )
+        self._metrics.ran(task=job.task, pixels=result.pixels, stages=asdict(result.timing))
+        self._store.publish(job, work, result_document(result))
+
+    def _count(self) -> None:
+        try:
+            self._metrics.jobs(self._store.counts())
+        except PIMCError:
+            _LOG.exception("jobs cannot be counted")
+
+
+def _check_model(job: Job, plan: Plan) -> None:
+    """See that the model is the one that the job was accepted for.
+
+    Raises:
+        UnknownModel: it is another.
+    """
+    card = plan.model.card
+    if (card.id, card.sha256) != (job.model, job.sha256):
+        raise UnknownModel(
+            f"the job was accepted for '{job.model}' of sha256 {job.sha256[:12]}…, and '{card.id}' "
+            f"is of {card.sha256[:12]}… now: send the request again"
+        )

@@ -1,0 +1,158 @@
+"""Requests and results as JSON documents, for the job store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from models.card import Task
+from service.errors import StackWarning
+from service.read.geotiff import SourceFile
+from service.read.layouts import StackOptions
+from service.run.execute import Result, listed
+from service.run.executors import Timing
+from service.run.request import (
+    PointQuery,
+    RasterRequest,
+    SeriesInput,
+    SeriesRequest,
+    TaskRequest,
+)
+
+
+def request_document(
+    request: TaskRequest, folder: Path, *, model: str | None = None
+) -> dict[str, Any]:
+    """A request as JSON.
+
+    Args:
+        request: what to keep.
+        folder: files in it are named relative to it; others by their absolute path.
+        model: replaces the request's model, which may be None.
+    """
+    model = model or request.model
+    if isinstance(request, SeriesRequest):
+        series = [
+            {"id": one.id, "dates": _iso(one.dates), **{b: list(v) for b, v in one.bands.items()}}
+            for one in request.series
+        ]
+        rest = {"model": model, "start": _iso(request.start), "horizon": request.horizon}
+        return {"task": request.task, "series": {"series": series, **rest}}
+    files = [
+        [f.name, str(f.path.relative_to(folder) if f.path.is_relative_to(folder) else f.path)]
+        for f in request.files
+    ]
+    stack = {name: _iso(value) for name, value in vars(request.stack).items()}
+    points = request.points
+    fields = {
+        **stack,
+        "model": model,
+        "modality": request.modality,
+        "start": _iso(request.start),
+        "outputs": request.outputs,
+        "horizon": request.horizon,
+        "stride": request.stride,
+        "points": None if points is None else [dict(point.feature) for point in points],
+    }
+    return {"task": request.task, "files": files, "fields": fields}
+
+
+def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
+    """The request that a document holds.
+
+    Args:
+        document: as `request_document` made it, also in a release before this one.
+        folder: where the files lie whose paths are relative.
+    """
+    task: Task = document["task"]
+    if "series" in document:
+        body = document["series"]
+        return SeriesRequest(
+            task=task,
+            series=tuple(map(_series_of, body["series"])),
+            model=body.get("model"),
+            start=_date(body.get("start")),
+            horizon=body.get("horizon"),
+        )
+    fields = document["fields"]
+    return RasterRequest(
+        task=task,
+        files=tuple(SourceFile(name=name, path=folder / path) for name, path in document["files"]),
+        stack=StackOptions(
+            layout=fields.get("layout"),
+            dates=tuple(map(date.fromisoformat, fields["dates"])) if fields.get("dates") else None,
+            bands=_tuple(fields.get("bands")),
+            scale=fields.get("scale"),
+            offset=fields.get("offset"),
+            mask=fields.get("mask"),
+        ),
+        model=fields.get("model"),
+        modality=fields.get("modality"),
+        start=_date(fields.get("start")),
+        outputs=_tuple(fields.get("outputs")),
+        horizon=fields.get("horizon"),
+        stride=fields.get("stride"),
+        points=_points_of(fields.get("points")),
+    )
+
+
+def _series_of(entry: Mapping[str, Any]) -> SeriesInput:
+    bands = {name: tuple(v) for name, v in entry.items() if name[0] == "B" and v is not None}
+    return SeriesInput(
+        id=entry["id"], dates=tuple(map(date.fromisoformat, entry["dates"])), bands=bands
+    )
+
+
+def _points_of(points: Any) -> tuple[PointQuery, ...] | None:  # noqa: ANN401 - JSON
+    if points is None:
+        return None
+    # Before 0.2 the text of a FeatureCollection was kept.
+    features = json.loads(points)["features"] if isinstance(points, str) else points
+    return tuple(map(PointQuery.of, features))
+
+
+def _iso(value: Any) -> Any:  # noqa: ANN401 - anything that a request holds
+    """A date as text, also within a sequence; anything else as it is."""
+    if isinstance(value, date):
+        return value.isoformat()
+    return [_iso(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _date(text: str | None) -> date | None:
+    return None if text is None else date.fromisoformat(text)
+
+
+def _tuple(values: list[str] | None) -> tuple[str, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def result_document(result: Result) -> dict[str, Any]:
+    """A result as JSON; its files by name, all in one folder."""
+    return {
+        "task": result.task,
+        "model": result.model,
+        "provider": result.provider,
+        "document": result.document,
+        "files": {name: path.name for name, path in result.files.items()},
+        "pixels": result.pixels,
+        "timing": asdict(result.timing),
+        "warnings": listed(result.warnings),
+    }
+
+
+def result_of(document: Mapping[str, Any], folder: Path) -> Result:
+    """The result that a document holds, its files in a folder."""
+    return Result(
+        task=document["task"],
+        model=document["model"],
+        provider=document["provider"],
+        document=document["document"],
+        files={name: folder / path for name, path in document["files"].items()},
+        pixels=document["pixels"],
+        timing=Timing(**document["timing"]),
+        warnings=tuple(StackWarning(**warning) for warning in document["warnings"]),
+    )

@@ -1,0 +1,69 @@
+"""Window journal: the finished windows of a job, in one append-only file."""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections.abc import Callable
+
+import numpy as np
+
+from service.jobs.files import sync_folder
+from service.jobs.store import Job, JobStore
+from service.run.windows import Arrays, Step
+
+
+class WindowFile:
+    """A job's `Journal`: finished windows in one file; the store says which of them count.
+
+    A context manager that closes the file.
+
+    Args:
+        store: of the job.
+        job: running.
+        progress: the percentage done.
+    """
+
+    def __init__(self, store: JobStore, job: Job, progress: Callable[[], int]) -> None:
+        self._store = store
+        self._job = job
+        self._progress = progress
+        self._path = store.folder(job) / "windows"
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        sync_folder(self._path.parent)
+        self._end = store.end_of_windows(job)
+        os.ftruncate(self._file, self._end)
+
+    def __enter__(self) -> WindowFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def load(self, step: Step) -> Arrays | None:
+        """See `Journal`; None also for bytes that have gone bad since."""
+        found = self._store.window(self._job, step)
+        if found is None:
+            return None
+        offset, length = found
+        try:
+            # The archive holds a checksum of each array.
+            with np.load(io.BytesIO(os.pread(self._file, length, offset))) as archive:
+                return dict(archive)
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile):
+            return None
+
+    def save(self, step: Step, arrays: Arrays) -> None:
+        """See `Journal`."""
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        content = buffer.getbuffer()
+        offset, at = self._end, 0
+        while at < len(content):
+            at += os.pwrite(self._file, content[at:], offset + at)
+        os.fsync(self._file)
+        self._store.count_window(
+            self._job, step, offset=offset, length=at, progress=self._progress()
+        )
+        self._end += at

@@ -1,0 +1,1 @@
+"""GeoTIFFs to windows of reflectance: headers → stack → windows."""

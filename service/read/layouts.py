@@ -1,0 +1,359 @@
+"""Layouts: which band of which date each file holds.
+
+A reader per layout turns files into band assignments. What the caller states counts before what
+the files state. Only headers are read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from functools import cached_property
+from pathlib import PurePath
+from typing import Literal
+
+from service.errors import InvalidRequest, MissingBands, MissingDates
+from service.read.geotiff import Header
+from service.read.metadata import (
+    PRODUCT_BANDS,
+    PRODUCT_COUNTS,
+    WRITING_TAG,
+    band_of,
+    date_of,
+    tagged_band,
+    tagged_date,
+)
+
+Layout = Literal["file-per-date", "file-per-band", "single-file"]
+MaskRule = Literal["scl", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackOptions:
+    """What the caller said of the files; None leaves it to be worked out from them."""
+
+    layout: Layout | None = None
+    dates: tuple[date, ...] | None = None
+    """One a file, a band of a file-per-band file, or a date of a single-file stack."""
+    bands: tuple[str, ...] | None = None
+    """Band names in band order; for file-per-band, in the order of the files."""
+    scale: float | None = None
+    offset: float | None = None
+    """reflectance = value x scale + offset."""
+    mask: MaskRule | None = None
+
+
+@dataclass(frozen=True)
+class DescribedFile:
+    """A header, and what it says in words."""
+
+    header: Header
+
+    @property
+    def name(self) -> str:
+        """The file's name, as the caller knows it."""
+        return self.header.name
+
+    @property
+    def count(self) -> int:
+        """Bands in the file."""
+        return self.header.count
+
+    @cached_property
+    def bands(self) -> tuple[str | None, ...]:
+        """What each band calls itself."""
+        words = zip(self.header.descriptions, self.header.band_tags, strict=True)
+        return tuple(band_of(text) or tagged_band(tags) for text, tags in words)
+
+    @cached_property
+    def days(self) -> tuple[date | None, ...]:
+        """The date that each band gives itself."""
+        words = zip(self.header.descriptions, self.header.band_tags, strict=True)
+        return tuple(tagged_date(tags) or date_of(text) for text, tags in words)
+
+    @cached_property
+    def name_band(self) -> str | None:
+        """The band that the file's name says."""
+        return band_of(PurePath(self.name).stem)
+
+    @cached_property
+    def name_day(self) -> date | None:
+        """The date that the file's name says."""
+        return date_of(PurePath(self.name).name)
+
+    @cached_property
+    def tag_day(self) -> date | None:
+        """The date that the file's tags say."""
+        return tagged_date(self.header.tags)
+
+    @cached_property
+    def written_day(self) -> date | None:
+        """The date of the tag that may be the time of writing."""
+        return date_of(self.header.tags.get(WRITING_TAG))
+
+    @property
+    def only_day(self) -> date | None:
+        """The one date that all bands with a date give."""
+        days = {day for day in self.days if day}
+        return days.pop() if len(days) == 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandAssignment:
+    """What one file holds of one date."""
+
+    file: DescribedFile
+    numbers: dict[str, int] = field(default_factory=dict)
+    """Band name to its number in the file, from 1; only bands that are wanted."""
+    day: date | None
+    turn: int
+    """Stands for the date where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutQuery:
+    """The files and everything asked of them."""
+
+    files: tuple[DescribedFile, ...]
+    dates: tuple[date, ...] | None
+    names: tuple[str, ...] | None
+    """Band names that the caller gave, in canonical form where they are known."""
+    needed: tuple[str, ...]
+    wanted: frozenset[str]
+    """The needed bands, and the scene classification unless it is not to be used."""
+
+
+def file_per_date(query: LayoutQuery) -> list[BandAssignment]:
+    """A slot a file.
+
+    Raises:
+        InvalidRequest: `bands` or `dates` do not fit the files, or a file holds a band twice.
+        MissingBands: a file looks like the others but names no band.
+        MissingDates: fewer dates than files.
+    """
+    numbers = [(file, _bands_of_one_date(file, query)) for file in query.files]
+    held = [(file, found) for file, found in numbers if found]
+    files = [file for file, _ in held]
+    _check_unnamed([file for file, found in numbers if not found], files)
+    days = _file_days(files, query)
+    return [
+        BandAssignment(file=file, numbers=found, day=day, turn=turn)
+        for turn, ((file, found), day) in enumerate(zip(held, days, strict=True))
+    ]
+
+
+def _bands_of_one_date(file: DescribedFile, query: LayoutQuery) -> dict[str, int]:
+    names: tuple[str | None, ...] = file.bands
+    if query.names:
+        names = query.names
+        if len(names) != file.count:
+            raise InvalidRequest.of("bands", names_and_bands(len(names), file))
+    elif not any(names):
+        if file.count == 1:
+            names = (file.name_band,)
+        elif file.count in PRODUCT_COUNTS:
+            names = PRODUCT_BANDS
+    numbers: dict[str, int] = {}
+    for number, band in enumerate(names, start=1):
+        if band in query.wanted and numbers.setdefault(band, number) != number:
+            raise InvalidRequest.of(
+                "layout",
+                f"file-per-date, but '{file.name}' holds {band} in its bands {numbers[band]} and "
+                f"{number}",
+            )
+    return numbers
+
+
+def _check_unnamed(ignored: Sequence[DescribedFile], used: Sequence[DescribedFile]) -> None:
+    """Refuse to leave out a file that looks like the others but has lost its band names."""
+    counts = {file.count for file in used} - {1}
+    for file in ignored:
+        if file.count in counts and not any(file.bands):
+            raise MissingBands(
+                f"'{file.name}' has {file.count} bands as the other files, but none has a name"
+            )
+
+
+def _file_days(files: Sequence[DescribedFile], query: LayoutQuery) -> Sequence[date | None]:
+    """The one date of each file."""
+    if query.dates is not None:
+        return _given_days(files, query, query.dates)
+    days = [file.tag_day or file.written_day or file.name_day or file.only_day for file in files]
+    # TIFFTAG_DATETIME is the time of writing to many a program. One day for all files, where
+    # their names tell them apart, is that.
+    named = [file.name_day for file in files]
+    told_apart = None not in named and len(set(days)) == 1 < len(set(named))
+    if told_apart and not any(file.tag_day for file in files):
+        return named
+    return days
+
+
+def _given_days(
+    files: Sequence[DescribedFile], query: LayoutQuery, dates: tuple[date, ...]
+) -> Sequence[date]:
+    """The dates that the caller gave for files: for those that are used, or for all."""
+    if len(dates) == len(files) or not files:
+        return dates[: len(files)]
+    if len(dates) == len(query.files):
+        by_file = {id(file): day for file, day in zip(query.files, dates, strict=True)}
+        return [by_file[id(file)] for file in files]
+    raise _wrong_number(dates, len(files), counted(len(files), "file"))
+
+
+def _wrong_number(dates: Sequence[date], n: int, what: str) -> Exception:
+    """The error of as many dates as there are not; fewer leave something without a date."""
+    detail = f"{what} but {counted(len(dates), 'date')}"
+    return MissingDates(detail) if len(dates) < n else InvalidRequest.of("dates", detail)
+
+
+def file_per_band(query: LayoutQuery) -> list[BandAssignment]:
+    """A slot a band of a file.
+
+    Raises:
+        InvalidRequest: `bands` or `dates` do not fit the files, or a file holds several bands.
+        MissingDates: fewer dates than bands in a file.
+    """
+    bands = _bands_of_files(query)
+    held = [(file, band) for file, band in bands if band in query.wanted]
+    days = _band_days([file for file, _ in held], query)
+    turns: Counter[str] = Counter()
+    slots = []
+    for (file, band), own in zip(held, days, strict=True):
+        for number, day in enumerate(own, start=1):
+            slots.append(
+                BandAssignment(file=file, numbers={band: number}, day=day, turn=turns[band])
+            )
+            turns[band] += 1
+    return slots
+
+
+def _bands_of_files(query: LayoutQuery) -> list[tuple[DescribedFile, str]]:
+    """The one band that each file holds; files that name none are left out."""
+    files = query.files
+    if query.names:
+        if len(query.names) != len(files):
+            raise InvalidRequest.of(
+                "bands",
+                f"{counted(len(query.names), 'name')} but {counted(len(files), 'file')}",
+            )
+        return list(zip(files, query.names, strict=True))
+    found = []
+    for file in files:
+        bands = sorted({band for band in file.bands if band})
+        if len(bands) > 1:
+            raise InvalidRequest.of(
+                "layout", f"file-per-band, but '{file.name}' holds {', '.join(bands)}"
+            )
+        band = bands[0] if bands else file.name_band
+        if band:
+            found.append((file, band))
+    return found
+
+
+def _band_days(files: Sequence[DescribedFile], query: LayoutQuery) -> list[Sequence[date | None]]:
+    """The dates of each file's bands."""
+    singles = all(file.count == 1 for file in files)
+    if query.dates is None:
+        if singles:
+            return [(day,) for day in _file_days(files, query)]
+        return [
+            (file.tag_day or file.name_day or file.days[0],) if file.count == 1 else file.days
+            for file in files
+        ]
+    dates = query.dates
+    other = next((file for file in files if file.count != len(dates)), None)
+    if other is None:
+        return [dates] * len(files)
+    if singles:
+        return [(day,) for day in _given_days(files, query, dates)]
+    what = f"'{other.name}' has {counted(other.count, 'band')}"
+    raise _wrong_number(dates, other.count, what)
+
+
+def single_file(query: LayoutQuery) -> list[BandAssignment]:
+    """A slot a date, all of one file.
+
+    Raises:
+        InvalidRequest: `bands` or `dates` do not fit the file.
+        MissingDates: fewer dates than the file holds.
+    """
+    slots: list[BandAssignment] = []
+    for file in query.files:
+        slots += _slots_of_one_file(file, query, first_turn=len(slots))
+    if query.dates is None or not slots:
+        return slots
+    if len(query.dates) != len(slots):
+        held = f"the files hold {counted(len(slots), 'date')}"
+        if len(query.files) == 1:
+            only = query.files[0]
+            held = f"'{only.name}' holds {counted(len(slots), 'date')} ({only.count} bands)"
+        raise _wrong_number(query.dates, len(slots), held)
+    return [replace(slot, day=day) for slot, day in zip(slots, query.dates, strict=True)]
+
+
+def _slots_of_one_file(
+    file: DescribedFile, query: LayoutQuery, *, first_turn: int
+) -> list[BandAssignment]:
+    """The dates of a file of dates x bands, in the order in which they appear."""
+    described = all(
+        day for band, day in zip(file.bands, file.days, strict=True) if band or not any(file.bands)
+    )
+    seen: Counter[tuple[str, date | None]] = Counter()
+    found: dict[tuple[date | None, int], BandAssignment] = {}
+    for number, band in enumerate(_names_in_one_file(file, query, by_day=described), start=1):
+        if band not in query.wanted:
+            continue
+        day = file.days[number - 1] if described else None
+        # The k-th time that a band appears is the k-th date, whether all bands of a date stand
+        # together or all dates of a band.
+        place = (day, seen[band, day])
+        seen[band, day] += 1
+        if place not in found:
+            found[place] = BandAssignment(file=file, day=day, turn=first_turn + len(found))
+        found[place].numbers[band] = number
+    if len(found) == 1 and not described:
+        (slot,) = found.values()
+        (day,) = _file_days([file], replace(query, dates=None))
+        return [replace(slot, day=day)]
+    return list(found.values())
+
+
+def _names_in_one_file(
+    file: DescribedFile, query: LayoutQuery, *, by_day: bool
+) -> Sequence[str | None]:
+    """A name for each band of a file of dates x bands."""
+    names = query.names
+    if names is None:
+        if any(file.bands):
+            return file.bands
+        bands_per_date, rest = divmod(file.count, len(query.dates or ()) or 1)
+        if rest == 0 and bands_per_date in PRODUCT_COUNTS:
+            unnamed = [None] * (bands_per_date - len(PRODUCT_BANDS))
+            return [*PRODUCT_BANDS, *unnamed] * (file.count // bands_per_date)
+        return [None] * file.count
+    if file.count % len(names):
+        raise InvalidRequest.of("bands", names_and_bands(len(names), file))
+    if not by_day or len(names) == file.count:
+        return names * (file.count // len(names))
+    for day, n in Counter(file.days).items():
+        if n % len(names):
+            what = f"{counted(len(names), 'name')} but '{file.name}' has {counted(n, 'band')}"
+            raise InvalidRequest.of("bands", f"{what} of {day}")
+    seen: Counter[date | None] = Counter()
+    ordered = []
+    for day in file.days:
+        ordered.append(names[seen[day] % len(names)])
+        seen[day] += 1
+    return ordered
+
+
+def names_and_bands(n: int, file: DescribedFile) -> str:
+    """Both sides of the conflict between the names given and a file's bands."""
+    return f"{counted(n, 'name')} but '{file.name}' has {counted(file.count, 'band')}"
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun, as `1 file`, `8 files`."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -1,0 +1,310 @@
+"""Windowed reads: a stack's pixels as reflectance and validity.
+
+A `StackReader` decodes each block of each file once for a window of whole blocks, and keeps no
+more in memory than the window asks for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import rasterio
+from numpy.typing import ArrayLike, NDArray
+from rasterio.errors import RasterioError
+
+from service.errors import CorruptRaster
+from service.grid import Window
+from service.read.buffers import BufferPool
+from service.read.geotiff import BlockCache, SourceFile, for_each, gdal_options, open_geotiff
+from service.read.stack import NO_VALUE, Acquisition, Plane, Sits, Stack
+
+CLEAR_CLASSES = range(4, 8)
+"""SCL classes that count as clear: 4 vegetation, 5 bare ground, 6 water, 7 unclassified."""
+_MAX_OPEN = 256
+# An open file keeps the block that it decoded last; together they may take this much memory.
+_MAX_HELD_BYTES = 256 * 2**20
+# Points are read in windows of about this many pixels a side,
+_CELL = 256
+# and of no more than these bytes, however large a block is.
+_CELL_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FileRead:
+    """All that one layer needs of one file, for a single call."""
+
+    source: SourceFile
+    planes: list[Plane]
+    targets: list[tuple[int, int]]
+    """For each plane its position on the T axis, and on the C axis; C stands for the SCL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """At most one look of each observation."""
+
+    positions: list[int]
+    """Where on the reader's T axis the layer's looks belong."""
+    acquisitions: list[Acquisition]
+    reads: list[_FileRead]
+
+    @property
+    def apart(self) -> bool:
+        """Whether no two files share an acquisition, so that no two threads share an array."""
+        return sum(len({t for t, _ in read.targets}) for read in self.reads) == len(
+            self.acquisitions
+        )
+
+
+class StackReader:
+    """Reads windows of a stack. For one thread at a time; close it, or use it in `with`.
+
+    Files stay open from window to window, up to a limit.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        used: Sequence[int] | None = None,
+        *,
+        cache: BlockCache | None = None,
+        buffers: BufferPool | None = None,
+    ) -> None:
+        """Plan the reads.
+
+        Args:
+            stack: what to read.
+            used: positions on the stack's T axis to read, which become T in this order;
+                None reads all.
+            cache: GDAL's block cache, with room for the stack's blocks until the reader is
+                closed; None leaves it as it is.
+            buffers: where windows take their memory from; None takes a pool of the reader's own.
+        """
+        self._stack = stack
+        self._used = tuple(range(stack.observations) if used is None else used)
+        self._layers = _layers(stack, self._used)
+        planes = [p for layer in self._layers for read in layer.reads for p in read.planes]
+        self._block_bytes = max((plane.block_bytes for plane in planes), default=0)
+        self._buffers = BufferPool() if buffers is None else buffers
+        self._context = ExitStack()
+        if cache is not None:
+            self._context.enter_context(cache.room(2 * self._block_bytes))
+        self._open: dict[SourceFile, rasterio.DatasetReader] = {}
+        self._held_bytes = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._context.close()
+        while self._open:
+            _, dataset = self._open.popitem()
+            dataset.close()
+        self._held_bytes = 0
+
+    def read(self, window: Window) -> Sits:
+        """Decode a window.
+
+        Args:
+            window: whole pixels inside the grid.
+
+        Returns:
+            values (T, C, h, w) and valid (T, h, w).
+
+        Raises:
+            CorruptRaster: a file does not decode.
+        """
+        grid = self._stack.grid
+        (top, bottom), (left, right) = window.toranges()
+        if not (0 <= top < bottom <= grid.height and 0 <= left < right <= grid.width):
+            raise ValueError(f"{window} is not inside {grid.height} rows x {grid.width} columns")
+        merged = self._read_layer(self._layers[0], window)
+        for layer in self._layers[1:]:
+            more = self._read_layer(layer, window)
+            for t, values, valid in zip(layer.positions, more.values, more.valid, strict=True):
+                better = valid & ~merged.valid[t]
+                np.copyto(merged.values[t], values, where=better)
+                merged.valid[t] |= better
+            self._buffers.give_back(more.values, more.valid)
+        return merged
+
+    def read_pixels(self, rows: ArrayLike, columns: ArrayLike) -> Sits:
+        """Decode single pixels, in small windows where they stand together.
+
+        Args:
+            rows: row of each pixel (N), inside the grid.
+            columns: column of each pixel (N), inside the grid.
+
+        Returns:
+            values (T, C, N) and valid (T, N), in the order given.
+
+        Raises:
+            CorruptRaster: a file does not decode.
+        """
+        row, column = np.asarray(rows, dtype=np.intp), np.asarray(columns, dtype=np.intp)
+        shape = (len(self._used), len(self._stack.bands), row.size)
+        values = np.empty(shape, dtype=np.float32)
+        valid = np.empty((shape[0], shape[2]), dtype=np.bool_)
+        height, width = (max(1, _CELL // side) * side for side in self._stack.block)
+        most = max(1, _CELL_BYTES // (4 * shape[0] * shape[1]))
+        width = min(width, most)
+        height = min(height, max(1, most // width))
+        cells = defaultdict(list)
+        for n, cell in enumerate(zip(row // height, column // width, strict=True)):
+            cells[cell].append(n)
+        for _, points in sorted(cells.items()):
+            r, c = row[points], column[points]
+            top, left = int(r.min()), int(c.min())
+            window = Window(left, top, int(c.max()) - left + 1, int(r.max()) - top + 1)
+            part = self.read(window)
+            values[:, :, points] = part.values[:, :, r - top, c - left]
+            valid[:, points] = part.valid[:, r - top, c - left]
+            self._buffers.give_back(part.values, part.valid)
+        return Sits(values=values, valid=valid)
+
+    def _read_layer(self, layer: _Layer, window: Window) -> Sits:
+        T, C = len(layer.acquisitions), len(self._stack.bands)
+        h, w = int(window.height), int(window.width)
+        values = self._buffers.take((T, C), (h, w), np.float32)
+        present = self._buffers.take((T,), (h, w), np.bool_)
+        clear = self._buffers.take((T,), (h, w), np.bool_)
+        told = [not acquisition.zero_is_missing for acquisition in layer.acquisitions]
+
+        def fill(read: _FileRead) -> None:
+            raw, mask = self._decode(read, window)
+            # What float32 cannot hold becomes infinite.
+            with np.errstate(over="ignore", invalid="ignore"):
+                for data, plane, (t, c) in zip(raw, read.planes, read.targets, strict=True):
+                    if c == C:
+                        clear[t] &= (data >= CLEAR_CLASSES[0]) & (data <= CLEAR_CLASSES[-1])
+                        continue
+                    _reflectance(data, plane, values[t, c])
+                    if plane.may_be_beyond:
+                        present[t] &= np.abs(values[t, c]) < NO_VALUE  # False for NaN, too
+                    if plane.nodata is not None:
+                        present[t] &= data != plane.nodata
+                    if mask is not None:
+                        present[t] &= mask != 0
+                    if not told[t]:
+                        something[t] |= data != 0
+
+        present.fill(True)
+        clear.fill(True)
+        # Whether some band is not zero, where zeros in all of them are no values.
+        something = {t: np.zeros((h, w), np.bool_) for t in range(T) if not told[t]}
+        if layer.apart:
+            for_each(layer.reads, fill, block_bytes=self._block_bytes)
+        else:
+            with gdal_options():
+                for read in layer.reads:
+                    fill(read)
+        for t in range(T):
+            if not told[t]:
+                present[t] &= something[t]
+            if not present[t].all():  # few dates lack anything
+                np.copyto(values[t], np.float32(np.nan), where=~present[t])
+        np.logical_and(present, clear, out=clear)
+        self._buffers.give_back(present)
+        return Sits(values=values, valid=clear)
+
+    def _decode(
+        self, read: _FileRead, window: Window
+    ) -> tuple[NDArray[np.generic], NDArray[np.uint8] | None]:
+        """Bands of one file (n, h, w) in its own number type, and its mask (h, w)."""
+        numbers = [plane.number for plane in read.planes]
+        try:
+            with self._dataset(read) as dataset:
+                raw = dataset.read(numbers, window=window)
+                masked = read.planes[0].masked
+                return raw, dataset.read_masks(numbers[0], window=window) if masked else None
+        except RasterioError as error:
+            (top, bottom), (left, right) = window.toranges()
+            raise CorruptRaster(
+                f"'{read.source.name}': the header opens, but rows {top} to {bottom - 1}, "
+                f"columns {left} to {right - 1} do not decode"
+            ) from error
+
+    @contextmanager
+    def _dataset(self, read: _FileRead) -> Iterator[rasterio.DatasetReader]:
+        """The file, open. The first ones opened stay so, and the rest come and go.
+
+        Windows visit the files in the same order each time, so closing the file used longest
+        ago would always close the one needed next.
+        """
+        dataset = self._open.get(read.source)
+        if dataset is not None:
+            yield dataset
+            return
+        block_bytes = read.planes[0].block_bytes
+        # Windows count in pixels; where they lie was settled by the headers.
+        dataset = open_geotiff(read.source.path, block_bytes=block_bytes, georeferenced=False)
+        if self._stays(read.source, dataset, block_bytes):
+            yield dataset
+            return
+        with dataset:
+            yield dataset
+
+    def _stays(self, source: SourceFile, dataset: rasterio.DatasetReader, block_bytes: int) -> bool:
+        """Keep a file open where there is room for it."""
+        with self._lock:
+            room = len(self._open) < _MAX_OPEN and self._held_bytes + block_bytes <= _MAX_HELD_BYTES
+            if room:
+                self._open[source] = dataset
+                self._held_bytes += block_bytes
+            return room
+
+
+def _layers(stack: Stack, used: Sequence[int]) -> list[_Layer]:
+    """The looks to read, so that a layer has one of each observation at most.
+
+    One layer, unless files share a date. The first holds every observation used.
+    """
+    by_observation = defaultdict(list)
+    for acquisition in stack.acquisitions:
+        by_observation[acquisition.observation].append(acquisition)
+    depth = max((len(by_observation[t]) for t in used), default=1)
+    layers = []
+    for level in range(depth):
+        positions = [i for i, t in enumerate(used) if len(by_observation[t]) > level]
+        acquisitions = [by_observation[used[i]][level] for i in positions]
+        layers.append(
+            _Layer(positions=positions, acquisitions=acquisitions, reads=_reads(acquisitions))
+        )
+    return layers
+
+
+def _reads(acquisitions: Sequence[Acquisition]) -> list[_FileRead]:
+    by_file: dict[SourceFile, _FileRead] = {}
+    for t, acquisition in enumerate(acquisitions):
+        planes = [*acquisition.planes, acquisition.scl] if acquisition.scl else acquisition.planes
+        for c, plane in enumerate(planes):
+            read = by_file.setdefault(
+                plane.source, _FileRead(source=plane.source, planes=[], targets=[])
+            )
+            read.planes.append(plane)
+            read.targets.append((t, c))
+    return list(by_file.values())
+
+
+def _reflectance(data: NDArray[np.generic], plane: Plane, out: NDArray[np.float32]) -> None:
+    """`data` x scale + offset into `out`."""
+    np.multiply(data, np.float32(plane.scale), out=out, dtype=np.float32, casting="same_kind")
+    if plane.offset:
+        out += np.float32(plane.offset)

@@ -1,0 +1,324 @@
+"""Stacks: GeoTIFFs understood as one satellite image time series.
+
+    files → headers → arrangement (which band of which date is where) → Stack → windows of Sits
+
+`open_stack` reads headers alone, no pixel.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import InvalidRequest, RasterTooLarge, StackWarning
+from service.grid import Grid
+from service.read.arrange import Arrangement, Granule, arrange
+from service.read.geotiff import Header, Placed, SourceFile, gdal_options, read_header
+from service.read.layouts import Layout, MaskRule, StackOptions
+from service.read.metadata import SCL, tagged_number
+
+# Float rasters mark missing pixels by -3.4e38 and its like, with a nodata tag or without.
+NO_VALUE = 1e30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plane:
+    """One band of one date: where it lies, and how its numbers become reflectance."""
+
+    source: SourceFile
+    number: int
+    """Band number in the file, from 1."""
+    scale: float
+    offset: float
+    nodata: int | float | None
+    """In the file's own number type, None where no number of that type is meant."""
+    integer: bool
+    masked: bool
+    """Whether the file's internal mask marks missing pixels."""
+    block_bytes: int
+
+    @property
+    def may_be_beyond(self) -> bool:
+        """Whether a number of it may be none, or become too large for reflectance."""
+        # 64 bits hold less than 1e20. A scale or offset of NaN compares as false.
+        return not (self.integer and abs(self.scale) * 1e20 + abs(self.offset) < NO_VALUE / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acquisition:
+    """One granule of one observation."""
+
+    observation: int
+    """Position of the observation on the stack's T axis."""
+    planes: tuple[Plane, ...]
+    """The needed bands (C)."""
+    scl: Plane | None
+
+    @property
+    def zero_is_missing(self) -> bool:
+        """Whether zeros in all bands mean no data, and no nodata tag says so already."""
+        return all(plane.integer and plane.nodata != 0 for plane in self.planes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Files understood as T observations of C bands on one grid; no pixel read yet."""
+
+    grid: Grid
+    layout: Layout
+    dates: tuple[date, ...]
+    """Acquisition dates (T), unique and ascending; empty for undated imagery."""
+    bands: tuple[str, ...]
+    """The needed bands (C), in the order asked for."""
+    scale: float
+    offset: float
+    """reflectance = value x scale + offset; files may differ, this is the first one's."""
+    offset_known: bool
+    """Whether the caller or any file said an offset."""
+    mask: MaskRule
+    block: tuple[int, int]
+    """Rows and columns of the largest block on disk: windows of whole blocks decode none twice."""
+    acquisitions: tuple[Acquisition, ...]
+    """By observation; those of one observation in the order given, the first clear value wins."""
+    files: tuple[str, ...]
+    """Names of the files that hold a needed band; the others are left out."""
+    warnings: tuple[StackWarning, ...]
+
+    @property
+    def observations(self) -> int:
+        """T: the dates, or for undated imagery the images."""
+        return self.acquisitions[-1].observation + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sits:
+    """A part of a time series in memory. The last axes are (h, w) of a window or (N) of points."""
+
+    values: NDArray[np.float32]
+    """(T, C, h, w) or (T, C, N) float32 reflectance, each band of a date in one block of memory;
+    NaN in all bands of a date where one of them is missing. Clouds keep their values."""
+    valid: NDArray[np.bool_]
+    """(T, h, w) or (T, N): True where the observation is there and clear."""
+
+
+INTEGER_SCALE = 0.0001
+"""Scale of integer reflectance where nobody says: Sentinel-2's own."""
+
+
+def open_stack(
+    files: Sequence[SourceFile],
+    options: StackOptions,
+    *,
+    bands: Sequence[str],
+    dated: bool = True,
+    max_bytes: int,
+) -> Stack:
+    """Understand files as a stack, from their headers alone.
+
+    Args:
+        files: the GeoTIFFs, in the order given by the caller.
+        options: what the caller said of them.
+        bands: the bands needed, by Sentinel-2 name, in the order of the C axis.
+        dated: whether observations need dates. Without, files that have none are observations
+            of their own, in the order given.
+        max_bytes: most bytes that the needed bands of all dates may decode to.
+
+    Raises:
+        NotAGeoTIFF: a file is no GeoTIFF.
+        NoGeoreference: a file that is needed has no CRS or no transform.
+        GridMismatch: needed files do not share one grid.
+        MissingBands: a needed band is not there.
+        MissingDates: a file or band has no date.
+        RasterTooLarge: the stack is over `max_bytes`, or one block is beyond reason.
+        InvalidRequest: the options contradict the files or themselves.
+    """
+    _check_options(files, options)
+    headers = _headers(files)
+    arranged = arrange(headers, options, bands=bands, dated=dated)
+    with gdal_options():
+        grid = _one_grid(arranged.used)
+    keys = list(dict.fromkeys(granule.key for granule in arranged.granules))
+    position = {key: number for number, key in enumerate(keys)}
+    wanted = (*bands, SCL) if arranged.masked else tuple(bands)
+    _check_size(arranged, grid, wanted, max_bytes)
+    acquisitions = tuple(
+        Acquisition(
+            observation=position[granule.key],
+            planes=tuple(_plane(*granule.planes[band], options) for band in bands),
+            scl=_plane(*granule.planes[SCL], options) if arranged.masked else None,
+        )
+        for granule in arranged.granules
+    )
+    planes = [plane for acquisition in acquisitions for plane in acquisition.planes]
+    return Stack(
+        grid=grid,
+        layout=arranged.layout,
+        dates=tuple(key for key in keys if isinstance(key, date)),
+        bands=tuple(bands),
+        scale=planes[0].scale,
+        offset=planes[0].offset,
+        offset_known=options.offset is not None or any(plane.offset for plane in planes),
+        mask="scl" if arranged.masked else "none",
+        block=(
+            max(header.block[0] for header in arranged.used),
+            max(header.block[1] for header in arranged.used),
+        ),
+        acquisitions=acquisitions,
+        files=tuple(header.name for header in arranged.used),
+        warnings=(
+            *_merged(arranged.granules, len(keys)),
+            *_eight_bits(arranged.granules, bands, options),
+        ),
+    )
+
+
+def _check_options(files: Sequence[SourceFile], options: StackOptions) -> None:
+    if not files:
+        raise InvalidRequest.of("files", "none came, and a stack needs one at least")
+    if options.scale is not None and not (np.isfinite(options.scale) and options.scale):
+        raise InvalidRequest.of("scale", f"{options.scale} makes every value the same")
+    if options.offset is not None and not np.isfinite(options.offset):
+        raise InvalidRequest.of("offset", f"{options.offset} is no finite number")
+
+
+def _headers(files: Sequence[SourceFile]) -> list[Header]:
+    placed: dict[bytes, Placed] = {}
+    # One after the other: what is asked of a header is asked with the GIL, and two threads that
+    # wait for it take half as long again as one.
+    with gdal_options():
+        return [read_header(file, placed) for file in files]
+
+
+def _one_grid(headers: Sequence[Header]) -> Grid:
+    first, *others = headers
+    grid = _grid_of(first)
+    for other in others:
+        # Where a georeference was worked out once, these are the same objects.
+        if _place(other) != _place(first):
+            grid.check_same(first.name, _grid_of(other), other.name)
+    return grid
+
+
+def _grid_of(header: Header) -> Grid:
+    return Grid.of(
+        header.name,
+        crs=header.crs,
+        transform=header.transform,
+        width=header.width,
+        height=header.height,
+    )
+
+
+def _place(header: Header) -> tuple[object, ...]:
+    return header.crs, header.transform, header.width, header.height
+
+
+def _check_size(arranged: Arrangement, grid: Grid, wanted: Sequence[str], max_bytes: int) -> None:
+    a_pixel = 0
+    for granule in arranged.granules:
+        for band in wanted:
+            header, number = granule.planes[band]
+            a_pixel += np.dtype(header.dtypes[number - 1]).itemsize
+    decoded = a_pixel * grid.width * grid.height
+    if decoded > max_bytes:
+        raise RasterTooLarge(
+            f"{grid.width} x {grid.height} pixels of {len(wanted)} bands in "
+            f"{len(arranged.granules)} observations decode to {decoded} bytes, the limit is "
+            f"{max_bytes}"
+        )
+
+
+def _merged(granules: Sequence[Granule], observations: int) -> tuple[StackWarning, ...]:
+    if len(granules) == observations:
+        return ()
+    times = Counter(granule.key for granule in granules)
+    twice = [str(key) for key, n in times.items() if n > 1]
+    named = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
+    detail = (
+        f"{len(granules)} observations on {observations} dates: {len(twice)} "
+        f"{'dates have' if len(twice) > 1 else 'date has'} more than one ({named}); per pixel "
+        "the first clear value counts"
+    )
+    return (StackWarning(code="merged_dates", detail=detail),)
+
+
+def _eight_bits(
+    granules: Sequence[Granule], bands: Sequence[str], options: StackOptions
+) -> tuple[StackWarning, ...]:
+    """Reflectance x 10,000 does not fit into 8 bits, and no other scale is usual."""
+    planes = [granule.planes[band] for granule in granules for band in bands]
+    small = (
+        header
+        for header, number in planes
+        if header.dtypes[number - 1] in {"uint8", "int8"}
+        and _said_scale(header, number - 1) is None
+    )
+    first = next(small, None)
+    if options.scale is not None or first is None:
+        return ()
+    detail = (
+        f"'{first.name}' holds 8-bit numbers and says no scale, so they are taken x "
+        f"{INTEGER_SCALE:g}: give the scale that makes reflectance of them"
+    )
+    return (StackWarning(code="scale_suspected", detail=detail),)
+
+
+def _plane(header: Header, number: int, options: StackOptions) -> Plane:
+    at = number - 1
+    dtype = np.dtype(header.dtypes[at])
+    scale, offset = _radiometry(header, at, options)
+    return Plane(
+        source=header.source,
+        number=number,
+        scale=scale,
+        offset=offset,
+        nodata=_as_native(header.nodata[at], header.dtypes[at]),
+        integer=dtype.kind in "iu",
+        masked=header.masked,
+        block_bytes=header.block_bytes,
+    )
+
+
+def _radiometry(header: Header, at: int, options: StackOptions) -> tuple[float, float]:
+    """Scale and offset: as asked, else GDAL's, else a tag's, else what the number type implies."""
+    tags = {**header.tags, **header.band_tags[at]}
+    scale = _said_scale(header, at) if options.scale is None else options.scale
+    offset = options.offset
+    if offset is None and header.offsets[at] != 0:
+        offset = header.offsets[at]
+    if offset is None:
+        offset = tagged_number(tags, "offset", "add_offset")
+    # A scale of 0 would make every value the same: no scale was meant.
+    usual = INTEGER_SCALE if np.dtype(header.dtypes[at]).kind in "iu" else 1.0
+    return scale or usual, offset or 0.0
+
+
+def _said_scale(header: Header, at: int) -> float | None:
+    """The scale that a file says of a band."""
+    if header.scales[at] != 1:
+        return header.scales[at]
+    return tagged_number({**header.tags, **header.band_tags[at]}, "scale", "scale_factor")
+
+
+@lru_cache(maxsize=64)  # the bands of a stack mostly have one
+def _as_native(nodata: float | None, name: str) -> int | float | None:
+    """A nodata number as the raster's own type can hold it.
+
+    None where it cannot, or where it is NaN or infinite: those are missing anyway.
+    """
+    if nodata is None or not np.isfinite(nodata):
+        return None
+    dtype = np.dtype(name)
+    if dtype.kind in "iu":
+        info = np.iinfo(name)
+        whole = int(nodata)
+        return whole if whole == nodata and info.min <= whole <= info.max else None
+    with np.errstate(over="ignore"):
+        rounded = float(np.asarray(nodata, dtype=np.float64).astype(dtype))
+    return rounded if np.isfinite(rounded) else None

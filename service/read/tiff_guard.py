@@ -1,0 +1,234 @@
+"""What a TIFF's directories claim, read before GDAL reads them: bombs and pointers are refused.
+
+GDAL takes a directory at its word. It keeps metadata in lists that it searches from the start
+for each item, walks chains of a million directories, and opens the file that an item of the
+domain OVERVIEWS names, wherever that lies. So the few claims that cost time or memory, or lead
+outside, are read here first. Whatever else is odd is left to GDAL, which says so itself.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from service.errors import NotAGeoTIFF, RasterTooLarge
+
+MAX_BLOCK_BYTES = 256 * 2**20
+"""Most bytes that one strip or tile may decode to: a few kB on disk can claim far more."""
+_MAX_DIRECTORIES = 1000  # a raster has one, and two for each overview
+_MAX_ENTRIES = 4096  # of one directory; TIFF knows some hundred tags
+_MAX_VALUE_BYTES = 64 * 2**20  # of one directory, text aside; offsets of blocks are the most of it
+_MAX_TEXT_BYTES = 8 * 2**20  # 20,000 bands with name, scale and offset take 5 MB
+_MAX_ITEMS = 1000  # of one band or the whole image: GDAL's time grows with their square
+_WIDTH, _HEIGHT, _ROWS = 256, 257, 278
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
+_SUBFILE, _MASK = 254, 4
+_METADATA = 42112
+# ModelPixelScale, Intergraph's matrix, ModelTiepoint, ModelTransformation and the three of GeoKeys.
+_PLACE = frozenset({33550, 33920, 33922, 34264, 34735, 34736, 34737})
+_MAX_PLACE_BYTES = 2**16
+_NUMBERS = frozenset({_WIDTH, _HEIGHT, _ROWS, _TILE_WIDTH, _TILE_HEIGHT, _SUBFILE})
+_ASCII = 2
+_SIZES: Mapping[int, int] = {
+    1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8,
+    18: 8,
+}  # fmt: skip
+_CODES: Mapping[int, str] = {1: "B", 3: "H", 4: "I", 16: "Q"}
+_ITEM = re.compile(rb"<\s*Item\b([^>]*)", re.IGNORECASE)
+_SAMPLE = re.compile(rb"""\bsample\s*=\s*["'](\d{1,6})["']""")
+_OUTSIDE = re.compile(rb"""["']\s*(?:OVERVIEWS|ProxyOverviewRequest)\s*["']""", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """How numbers are written in one file."""
+
+    order: str
+    word: struct.Struct
+    """An offset or a count."""
+    length: struct.Struct
+    """The number of entries of a directory."""
+    entry: struct.Struct
+    """Tag, type and count, and the value's field."""
+
+    @classmethod
+    def of(cls, order: str, *, big: bool) -> _Form:
+        """The form of a TIFF or BigTIFF in a byte order, as `struct` writes it."""
+        word = struct.Struct(order + ("Q" if big else "I"))
+        return cls(
+            order=order,
+            word=word,
+            length=struct.Struct(order + ("Q" if big else "H")),
+            entry=struct.Struct(f"{order}HH{word.format[1:]}{word.size}s"),
+        )
+
+
+_FORMS: Mapping[tuple[str, bool], _Form] = {
+    (order, big): _Form.of(order, big=big) for order in "<>" for big in (False, True)
+}
+
+
+class _Entry(NamedTuple):  # a stack has thousands, and a frozen dataclass takes thrice as long
+    tag: int
+    kind: int
+    length: int
+    """How many of that kind."""
+    field: bytes
+    """The value where it fits, else its offset."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the value."""
+        return self.length * _SIZES.get(self.kind, 1)
+
+
+def check_directories(path: Path, name: str) -> bytes:
+    """Refuse a TIFF whose directories claim what no raster needs.
+
+    Args:
+        path: the file; its first bytes are a TIFF's.
+        name: as the caller calls it.
+
+    Returns:
+        The georeference as it is written in the first directory: the same bytes say the same
+        place. Empty where there is none, or one beyond the usual length.
+
+    Raises:
+        RasterTooLarge: too many directories, entries, values or items, or a mask of huge blocks.
+        NotAGeoTIFF: the metadata names another file for GDAL to open.
+    """
+    place: bytes | None = None
+    with path.open("rb") as file:
+        for form, entries in _directories(file, name):
+            _check_values(entries, name)
+            if place is None:
+                place = _georeference(file, form, entries)
+            _check_mask(form, entries, name)
+            for entry in entries:
+                if entry.tag == _METADATA:
+                    _check_metadata(_value(file, form, entry), name)
+    return place or b""
+
+
+def _georeference(file: BinaryIO, form: _Form, entries: list[_Entry]) -> bytes:
+    """All that GDAL makes CRS and transform from, its form included."""
+    telling = [entry for entry in entries if entry.tag in _PLACE]
+    if sum(entry.size for entry in telling) > _MAX_PLACE_BYTES:
+        return b""
+    return b"".join(
+        struct.pack("<cHHQ", form.order.encode(), entry.tag, entry.kind, entry.length)
+        + _value(file, form, entry)
+        for entry in telling
+    )
+
+
+def _directories(file: BinaryIO, name: str) -> Iterator[tuple[_Form, list[_Entry]]]:
+    """Each directory of the chain, as far as it can be read; a loop ends it."""
+    head = file.read(16)
+    big = 43 in head[2:4]
+    form = _FORMS["<" if head[:2] == b"II" else ">", big]
+    at = _number(form.word, head, 8 if big else 4)
+    seen: set[int] = set()
+    while at and at not in seen:
+        seen.add(at)
+        if len(seen) > _MAX_DIRECTORIES:
+            raise RasterTooLarge(
+                f"'{name}' has more directories than the {_MAX_DIRECTORIES} that are read"
+            )
+        file.seek(at)
+        n = _number(form.length, file.read(form.length.size), 0)
+        if n is None:
+            return
+        if n > _MAX_ENTRIES:
+            raise RasterTooLarge(
+                f"'{name}' has a directory of {n} entries, the limit is {_MAX_ENTRIES}"
+            )
+        size = form.entry.size
+        content = file.read(n * size + form.word.size)
+        # A file that ends early has fewer.
+        there = min(n, len(content) // size) * size
+        yield form, [_Entry._make(each) for each in form.entry.iter_unpack(content[:there])]
+        at = _number(form.word, content, n * size)
+
+
+def _number(layout: struct.Struct, data: bytes, at: int) -> int | None:
+    """A number in some bytes; None where they end before it, or it leads nowhere."""
+    if len(data) < at + layout.size:
+        return None
+    number = int(layout.unpack_from(data, at)[0])
+    return number if number < 2**63 else None
+
+
+def _check_values(entries: list[_Entry], name: str) -> None:
+    text = rest = 0
+    for entry in entries:
+        if entry.kind == _ASCII or entry.tag == _METADATA:
+            text += entry.size
+        else:
+            rest += entry.size
+    for what, size, limit in (
+        ("text", text, _MAX_TEXT_BYTES),
+        ("values", rest, _MAX_VALUE_BYTES),
+    ):
+        if size > limit:
+            raise RasterTooLarge(
+                f"'{name}' has a directory with {size} bytes of {what}, the limit is {limit}"
+            )
+
+
+def _check_mask(form: _Form, entries: list[_Entry], name: str) -> None:
+    """GDAL reads a mask beside the pixels and says nothing of its blocks."""
+    numbers = {entry.tag: _small(form, entry) for entry in entries if entry.tag in _NUMBERS}
+    if not numbers.get(_SUBFILE, 0) & _MASK:
+        return
+    width, height = numbers.get(_WIDTH, 0), numbers.get(_HEIGHT, 0)
+    columns = numbers.get(_TILE_WIDTH, width)
+    rows = numbers.get(_TILE_HEIGHT, min(numbers.get(_ROWS, height), height))
+    if rows * columns > MAX_BLOCK_BYTES:
+        raise RasterTooLarge(
+            f"'{name}': one block of its mask, {rows} x {columns} pixels, decodes to "
+            f"{rows * columns} bytes, the limit is {MAX_BLOCK_BYTES}"
+        )
+
+
+def _small(form: _Form, entry: _Entry) -> int:
+    """The first number of an entry that holds it in place; 0 where it does not."""
+    code = _CODES.get(entry.kind)
+    if code is None or entry.size > len(entry.field):
+        return 0
+    return int(struct.unpack_from(form.order + code, entry.field)[0])
+
+
+def _value(file: BinaryIO, form: _Form, entry: _Entry) -> bytes:
+    """An entry's value; empty where it lies outside the file."""
+    if entry.size <= len(entry.field):
+        return entry.field[: entry.size]
+    at = _number(form.word, entry.field, 0)
+    if at is None:
+        return b""
+    file.seek(at)
+    return file.read(entry.size)
+
+
+def _check_metadata(xml: bytes, name: str) -> None:
+    outside = _OUTSIDE.search(xml)
+    if outside:
+        raise NotAGeoTIFF(
+            f"'{name}' names another file in its metadata ({outside[0].decode('ascii')}), and a "
+            "raster must hold its own pixels"
+        )
+    times: Counter[int] = Counter()
+    for item in _ITEM.finditer(xml):
+        sample = _SAMPLE.search(item[1])
+        times[int(sample[1]) if sample else -1] += 1
+    most = max(times.values(), default=0)
+    if most > _MAX_ITEMS:
+        raise RasterTooLarge(
+            f"'{name}' has {most} metadata items of one band or the image, the limit is "
+            f"{_MAX_ITEMS}"
+        )

@@ -1,1 +1,0 @@
-"""The HTTP routes: thin, one module a group of paths."""

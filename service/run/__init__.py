@@ -1,0 +1,1 @@
+"""Compose read, infer and write: request → plan → run → result."""

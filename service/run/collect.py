@@ -1,0 +1,247 @@
+"""Collecting windows: rasters, sums and the summary of a run."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import StackWarning
+from service.grid import Grid, Window
+from service.read.geotiff import BlockCache
+from service.run.executors import Executor, Timing, check
+from service.run.plan import RasterRun, dates_summary
+from service.run.time_window import outside_time_window
+from service.run.windows import Arrays, Journal, Step
+from service.write.cog import RasterWriter
+from service.write.predictions import JSON
+
+Floats = NDArray[np.float32]
+_COUNTED = "tally."
+"""Prefix of a tally's counts, beside the names of layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Files and summary of a raster run."""
+
+    files: Mapping[str, Path]
+    """Finished COGs, by output name; a class map's side file lies beside it."""
+    summary: dict[str, JSON]
+    """The summary, as returned for `application/json`."""
+    timing: Timing
+    warnings: tuple[StackWarning, ...]
+
+
+class Progress:
+    """Adds up the shares of several passes. Called from one thread at a time."""
+
+    def __init__(self, report: Callable[[float], None]) -> None:
+        self._report = report
+        self._done = 0.0
+
+    def of(self, share: float, grid: Grid) -> Callable[[int], None]:
+        """A function that a pass over a grid calls with the number of pixels just finished."""
+        total = grid.width * grid.height
+
+        def advance(count: int) -> None:
+            self._done += share * count / total
+            # The rest is finishing the files.
+            self._report(min(self._done, 0.99))
+
+        return advance
+
+    def finish(self) -> None:
+        """Report that everything is done."""
+        self._report(1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A run with everything around it."""
+
+    run: RasterRun
+    folder: Path
+    progress: Progress
+    cancelled: threading.Event | None
+    executor: Executor
+    cache: BlockCache
+    journal: Journal | None
+    window_bytes: int
+
+    def each(
+        self,
+        stage: str,
+        parts: Sequence[Window],
+        *,
+        read: Callable[[Window], Any],
+        infer: Callable[[Any], Any],
+        digest: Callable[[Window, Any], Arrays],
+        keep: Callable[[Window, Arrays], None],
+        advance: Callable[[int], None],
+    ) -> Timing:
+        """One pass: read every window, infer, and keep what later steps need.
+
+        Args:
+            stage: the pass.
+            parts: its windows.
+            read: reads a window, in one thread, ahead.
+            infer: called from several threads at once.
+            digest: turns what `infer` returned into what `keep` needs.
+            keep: takes windows in order, those of the journal first.
+            advance: called with the number of pixels of each window kept.
+        """
+        steps = [Step(stage=stage, number=n, window=part) for n, part in enumerate(parts)]
+        begin = self._recall(steps, keep, advance)
+
+        def write(step: Step, inferred: object) -> None:
+            arrays = digest(step.window, inferred)
+            if self.journal is not None:
+                self.journal.save(step, arrays)
+            keep(step.window, arrays)
+            advance(step.window.height * step.window.width)
+
+        return self.executor.run(
+            steps[begin:],
+            read=lambda step: read(step.window),
+            infer=infer,
+            write=write,
+            cancelled=self.cancelled,
+        )
+
+    def _recall(
+        self,
+        steps: Sequence[Step],
+        keep: Callable[[Window, Arrays], None],
+        advance: Callable[[int], None],
+    ) -> int:
+        """How many windows, from the first on, the journal holds.
+
+        Windows after a gap are computed again: sums of floats must be added in one order.
+        """
+        if self.journal is None:
+            return 0
+        for step in steps:
+            check(self.cancelled)
+            arrays = self.journal.load(step)
+            if arrays is None:
+                return step.number
+            keep(step.window, arrays)
+            advance(step.window.height * step.window.width)
+        return len(steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowPredictions:
+    """The predictions of one window."""
+
+    index: NDArray[np.intp]
+    """Positions in the flattened window (n) that have a prediction."""
+    predictions: Floats
+    """Their predictions (n, …)."""
+
+
+class Sink:
+    """Writes the predictions of windows to rasters if these are wanted, and always tallies them."""
+
+    def __init__(self, work: Work, grid: Grid, stack: ExitStack) -> None:
+        run = work.run
+        self._work = work
+        self._grid = grid
+        self._predictions = run.predictions
+        self._layers = {layer.name: layer for layer in run.predictions.layers if run.rasters}
+        self._tally = run.predictions.tally()
+        self._valid = 0
+        layers = tuple(self._layers.values())
+        self._writer = stack.enter_context(
+            RasterWriter(work.folder, grid, layers, _tags(run), room=work.cache.room)
+        )
+
+    def digest(self, window: Window, found: WindowPredictions) -> Arrays:
+        """A window's bands by layer, its `valid` predictions, and what it adds to the tally."""
+        predictions = found.predictions
+        # A sum of numbers is a number, and is faster than a look at each of them.
+        flat = predictions.reshape(len(predictions), math.prod(predictions.shape[1:]))
+        missing = np.isnan(np.einsum("ij->i", flat))
+        rows = range(window.row_off, window.row_off + window.height)
+        hectares = np.repeat(self._grid.hectares(rows), window.width)
+        counts = self._tally.count(predictions, hectares[found.index])
+        arrays = {f"{_COUNTED}{name}": values for name, values in counts.items()}
+        arrays["valid"] = (~missing).sum()
+        if not self._layers:
+            return arrays
+        for name, values in self._predictions.bands(predictions).items():
+            whole = self._layers[name].empty(window.height * window.width)
+            whole[:, found.index] = values
+            arrays[name] = whole.reshape(-1, window.height, window.width)
+        return arrays
+
+    def keep(self, window: Window, arrays: Arrays) -> None:
+        """Count a window, and write its bands."""
+        self._valid += int(arrays["valid"])
+        self._tally.add(
+            {n.removeprefix(_COUNTED): a for n, a in arrays.items() if n.startswith(_COUNTED)}
+        )
+        self._writer.write(window, {name: arrays[name] for name in self._layers})
+
+    def outcome(self, timing: Timing) -> Outcome:
+        """Finish the files, and sum up."""
+        start = time.perf_counter()
+        check(self._work.cancelled)
+        files = self._writer.finish()
+        check(self._work.cancelled)
+        self._work.progress.finish()
+        total = self._grid.width * self._grid.height
+        warnings = run_warnings(self._work.run)
+        summary: dict[str, JSON] = {
+            **_summary_head(self._work.run),
+            "pixels": total,
+            "valid_share": self._valid / total,
+            **self._tally.summary(),
+            "warnings": [{"code": w.code, "detail": w.detail} for w in warnings],
+        }
+        return Outcome(
+            files=files,
+            summary=summary,
+            timing=timing + Timing(write=time.perf_counter() - start),
+            warnings=warnings,
+        )
+
+
+def run_warnings(run: RasterRun) -> tuple[StackWarning, ...]:
+    """The warnings of a run's stack, and those of its time window."""
+    outside = outside_time_window(run.model.card, run.stack.dates, run.time_window)
+    return (*run.stack.warnings, *outside)
+
+
+def _summary_head(run: RasterRun) -> dict[str, JSON]:
+    stack, card = run.stack, run.model.card
+    head: dict[str, JSON] = {
+        "model": card.id,
+        "task": card.task,
+        "provider": run.model.provider,
+        **dates_summary(run),
+        "layout": stack.layout,
+        "scale": stack.scale,
+        "offset": stack.offset,
+        "mask": stack.mask,
+    }
+    return {**head, "stride": run.stride} if card.modality == "patch" else head
+
+
+def _tags(run: RasterRun) -> dict[str, str]:
+    """Tags of every file: the model and the dates that it was made from."""
+    tags = {"TIFFTAG_SOFTWARE": "PIMC", "PIMC_MODEL": run.model.card.id}
+    if run.time_window:
+        tags["PIMC_WINDOW_START"] = run.time_window.start.isoformat()
+    if run.stack.dates:
+        tags["PIMC_DATES"] = ",".join(run.stack.dates[t].isoformat() for t in run.used)
+    return tags

@@ -1,0 +1,156 @@
+"""Execution: a plan run to its result.
+
+    RasterRequest | SeriesRequest → plan → execute → Result: files or a document
+
+A synchronous request and a job make the same two calls.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from models.card import Task
+from service.errors import StackWarning
+from service.read.geotiff import BlockCache
+from service.run.collect import Outcome
+from service.run.executors import Executor, Timing
+from service.run.plan import Plan, RasterRun, unique
+from service.run.points import run_points
+from service.run.raster import run_raster
+from service.run.request import PointQuery, RasterRequest
+from service.run.series import SeriesRun, run_series
+from service.run.windows import Journal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run returned."""
+
+    task: Task
+    model: str
+    """As `name@version`."""
+    provider: str
+    """The execution provider that computed."""
+    document: Mapping[str, Any]
+    """JSON, `warnings` included: a summary, GeoJSON, or one result per series."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Finished COGs by output name; empty if the document is the whole result."""
+    pixels: int
+    """Pixels, patches, points or series predicted."""
+    timing: Timing
+    warnings: tuple[StackWarning, ...]
+
+
+def execute(
+    plan: Plan,
+    folder: Path,
+    *,
+    executor: Executor,
+    cache: BlockCache | None = None,
+    cancelled: threading.Event,
+    progress: Callable[[float], None] = lambda _: None,
+    journal: Journal | None = None,
+) -> Result:
+    """Run a plan to its end, in the calling thread.
+
+    Args:
+        plan: what to run.
+        folder: where the result's files go.
+        executor: where windows run.
+        cache: GDAL's block cache; None makes one for a raster.
+        cancelled: set to stop the run soon.
+        progress: called with the share of a raster done, 0 to 1, from one thread at a time.
+        journal: keeps a raster's finished windows; None keeps none.
+
+    Raises:
+        PIMCError: a fault that only the pixels show, or one of the disk.
+        Cancelled: `cancelled` was set.
+    """
+    request, run = plan.request, plan.run
+    if isinstance(run, SeriesRun):
+        return _series(request.task, run)
+    points = request.points if isinstance(request, RasterRequest) else None
+    if points is not None:
+        result = _points(request.task, run, points, cache)
+    else:
+        outcome = run_raster(
+            run,
+            folder,
+            progress=progress,
+            cancelled=cancelled,
+            executor=executor,
+            cache=cache,
+            journal=journal,
+        )
+        result = _raster(request.task, run, outcome)
+    return replace(result, timing=plan.planning + result.timing)
+
+
+def _raster(task: Task, run: RasterRun, outcome: Outcome) -> Result:
+    return Result(
+        task=task,
+        model=run.model.card.id,
+        provider=run.model.provider,
+        document=outcome.summary,
+        files=outcome.files,
+        pixels=run.stack.grid.width * run.stack.grid.height,
+        timing=outcome.timing,
+        warnings=unique(outcome.warnings),
+    )
+
+
+def _points(
+    task: Task, run: RasterRun, points: Sequence[PointQuery], cache: BlockCache | None
+) -> Result:
+    outcome = run_points(run, [(point.lon, point.lat) for point in points], cache=cache)
+    warnings = unique(outcome.warnings)
+    features = [
+        {
+            **point.feature,
+            "properties": {**(point.feature.get("properties") or {}), **found},
+        }
+        for point, found in zip(points, outcome.results, strict=True)
+    ]
+    return Result(
+        task=task,
+        model=run.model.card.id,
+        provider=run.model.provider,
+        document={
+            "type": "FeatureCollection",
+            "features": features,
+            "model": run.model.card.id,
+            "provider": run.model.provider,
+            "warnings": listed(warnings),
+        },
+        pixels=len(features),
+        timing=outcome.timing,
+        warnings=warnings,
+    )
+
+
+def _series(task: Task, run: SeriesRun) -> Result:
+    model, outcome = run.model, run_series(run)
+    warnings = unique(outcome.warnings)
+    return Result(
+        task=task,
+        model=model.card.id,
+        provider=model.provider,
+        document={
+            "model": model.card.id,
+            "provider": model.provider,
+            "results": list(outcome.results),
+            "warnings": listed(warnings),
+        },
+        pixels=len(outcome.results),
+        timing=outcome.timing,
+        warnings=warnings,
+    )
+
+
+def listed(warnings: Iterable[StackWarning]) -> list[dict[str, str]]:
+    """Warnings as JSON documents hold them."""
+    return [{"code": warning.code, "detail": warning.detail} for warning in warnings]

@@ -1,0 +1,142 @@
+"""Patch runs: composite → patches → average of overlapping predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import numpy as np
+
+from service.grid import Window
+from service.infer.patches import PatchGrid, box_mean, fill_gaps, median_composite
+from service.read.reader import StackReader
+from service.read.stack import Sits
+from service.run.collect import Floats, Outcome, Sink, WindowPredictions, Work
+from service.run.executors import Timing, check
+from service.run.plan import RasterRun
+from service.run.windows import Arrays, windows
+from service.write.cog import OpenScratch, ScratchRaster
+
+
+def run_patches(work: Work) -> Outcome:
+    """Predict for every patch of a raster; see `run_raster`."""
+    run = work.run
+    patches = run.patches
+    # The mean of two embeddings is not the embedding of a place between them: no averaging.
+    averaged = run.model.card.task == "landcover" and patches.reach > 0
+    with ExitStack() as stack:
+        sink = Sink(work, patches.grid, stack)
+        composite = stack.enter_context(ScratchRaster(work.folder / "composite.scratch.tif"))
+        timing = _make_composite(work, composite)
+        if not averaged:
+            timing += _predict_patches(work, patches, composite, sink.digest, sink.keep)
+            return sink.outcome(timing)
+        raw = stack.enter_context(ScratchRaster(work.folder / "patches.scratch.tif"))
+        with raw.create(patches.grid, run.model.width[0]) as file:
+            timing += _predict_patches(work, patches, composite, _spread, _keep_in(file))
+        timing += _average(work, patches, raw, sink)
+        return sink.outcome(timing)
+
+
+def _spread(window: Window, found: WindowPredictions) -> Arrays:
+    """Predictions (n, K) as `values` (K, h, w), NaN elsewhere."""
+    whole = np.full((found.predictions.shape[1], window.height * window.width), np.nan, np.float32)
+    whole[:, found.index] = found.predictions.T
+    return {"values": whole.reshape(-1, window.height, window.width)}
+
+
+def _keep_in(raster: OpenScratch) -> Callable[[Window, Arrays], None]:
+    """A function that writes `values` (K, h, w) of each window to a scratch raster."""
+    return lambda window, arrays: raster.write(window, arrays["values"])
+
+
+def _make_composite(work: Work, target: ScratchRaster) -> Timing:
+    """First pass: the median of each pixel's clear dates, NaN where it has too few."""
+    run, grid = work.run, work.run.stack.grid
+    with (
+        StackReader(run.stack, run.used, cache=work.cache) as reader,
+        target.create(grid, len(run.stack.bands)) as file,
+    ):
+        # The median sorts a copy.
+        pixel_bytes = 2 * run.pixel_bytes + 4 * len(run.stack.bands)
+        parts = windows(grid, run.stack.block, pixel_bytes, work.window_bytes)
+        return work.each(
+            "composite",
+            parts,
+            read=reader.read,
+            infer=lambda sits: clear_composite(run, sits),
+            digest=lambda _, values: {"values": values},
+            keep=_keep_in(file),
+            advance=work.progress.of(0.2, grid),
+        )
+
+
+def clear_composite(run: RasterRun, sits: Sits) -> Floats:
+    """Reflectance (C, h, w), NaN in pixels with too few clear dates."""
+    median = median_composite(sits.values, sits.valid)
+    median[:, sits.valid.sum(axis=0) < run.model.card.min_observations] = np.nan
+    return median
+
+
+def _predict_patches(
+    work: Work,
+    patches: PatchGrid,
+    composite: ScratchRaster,
+    digest: Callable[[Window, WindowPredictions], Arrays],
+    keep: Callable[[Window, Arrays], None],
+) -> Timing:
+    """Second pass: the prediction of every patch, written to its cell."""
+    run, cells = work.run, patches.grid
+
+    def infer(imagery: Floats) -> WindowPredictions:
+        views = patches.cut(imagery)
+        h, w = views.shape[:2]
+        index, predictions = [], []
+        for start in range(0, h * w, run.model.chunk):
+            check(work.cancelled)
+            part = np.arange(start, min(start + run.model.chunk, h * w))
+            clear, filled = fill_gaps(views[part // w, part % w])
+            index.append(part[clear])
+            predictions.append(run.model.patches(filled))
+        return WindowPredictions(
+            index=np.concatenate(index), predictions=np.concatenate(predictions)
+        )
+
+    with composite.open() as file:
+        cell_bytes = 4 * len(run.stack.bands) * patches.stride**2 + run.prediction_bytes
+        parts = windows(cells, (1, 1), cell_bytes, work.window_bytes)
+        return work.each(
+            "patches",
+            parts,
+            read=lambda w: file.read(patches.pixels(w)),
+            infer=infer,
+            digest=digest,
+            keep=keep,
+            advance=work.progress.of(0.6, cells),
+        )
+
+
+def _average(work: Work, patches: PatchGrid, raw: ScratchRaster, sink: Sink) -> Timing:
+    """Last pass: each cell's mean over all patches that contain it."""
+    cells = patches.grid
+
+    def infer(item: tuple[Window, Floats]) -> WindowPredictions:
+        window, probabilities = item
+        mean = box_mean(probabilities, patches.reach + 1)[:, -window.height :, -window.width :]
+        flat = mean.reshape(len(mean), -1)
+        index = np.flatnonzero(~np.isnan(flat[0]))
+        return WindowPredictions(index=index, predictions=np.ascontiguousarray(flat[:, index].T))
+
+    with raw.open() as file:
+        # As read, twice as running sums in float64, and as means.
+        cell_bytes = 3 * work.run.prediction_bytes
+        parts = windows(cells, (1, 1), cell_bytes, work.window_bytes)
+        return work.each(
+            "predictions",
+            parts,
+            read=lambda w: (w, file.read(patches.behind(w))),
+            infer=infer,
+            digest=sink.digest,
+            keep=sink.keep,
+            advance=work.progress.of(0.1, cells),
+        )

@@ -1,0 +1,259 @@
+"""Plans: a request checked against its files and its model, before a window is read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+
+import numpy as np
+
+from models.card import Modality, ResolvedWindow, Task
+from service.errors import InvalidRequest, MissingDates, StackWarning, TooFewDates
+from service.infer.engine import Engine
+from service.infer.model import LoadedModel
+from service.infer.patches import PatchGrid
+from service.read.geotiff import BlockCache
+from service.read.radiometry import check_radiometry
+from service.read.stack import Stack, open_stack
+from service.run.executors import Timing
+from service.run.request import RasterRequest, SeriesRequest, TaskRequest
+from service.run.series import SeriesRun, plan_series
+from service.run.time_window import resolve_time_window
+from service.write.predictions import JSON, Predictions, predictions_of
+
+_DEFAULT_OUTPUTS: Mapping[Task, tuple[str, ...]] = {
+    "classify-pixels": ("class",),
+    "forecast": ("q50",),
+    "landcover": ("class",),
+    "embed": (),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RasterRun:
+    """Everything that a run over a stack needs."""
+
+    model: LoadedModel
+    stack: Stack
+    time_window: ResolvedWindow | None
+    """The model's time window over the stack's dates; None for imagery."""
+    outputs: tuple[str, ...] = ("class",)
+    """Rasters of a classification, or quantiles of a forecast; an embedding has one."""
+    horizon: int | None = None
+    """Steps ahead of a forecast; None takes the card's maximum."""
+    stride: int = 64
+    """Pixels between patches, 1 to the patch's side."""
+    rasters: bool = True
+    """Whether rasters are wanted; without, the summary alone is made."""
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """Positions of the observations used, on the stack's T axis."""
+        return self.time_window.used if self.time_window else tuple(range(self.stack.observations))
+
+    @property
+    def predictions(self) -> Predictions:
+        """How the model's predictions are read.
+
+        Raises:
+            InvalidRequest: an output or horizon that the model does not have.
+        """
+        return predictions_of(
+            self.model.card, self.outputs, horizon=self.horizon, time_window=self.time_window
+        )
+
+    @property
+    def patches(self) -> PatchGrid:
+        """Where a patch model's patches lie.
+
+        Raises:
+            InvalidRequest: a stride out of range, or a raster smaller than a patch.
+        """
+        return PatchGrid.over(self.stack.grid, side=self.model.card.patch or 0, stride=self.stride)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Memory of one pixel of a window: float32 values and one byte of validity per date."""
+        return len(self.used) * (4 * len(self.stack.bands) + 1)
+
+    @property
+    def prediction_bytes(self) -> int:
+        """Memory of one prediction, as the model returns it and again as bands."""
+        return 2 * 4 * int(np.prod(self.model.width))
+
+
+def plan_raster(
+    model: LoadedModel,
+    stack: Stack,
+    *,
+    start: date | None = None,
+    outputs: Sequence[str] | None = None,
+    horizon: int | None = None,
+    stride: int = 64,
+    rasters: bool = True,
+) -> RasterRun:
+    """A run that fits its model, before a pixel is read.
+
+    Args:
+        model: the model that predicts.
+        stack: its input.
+        start: first day of the time window; None applies the card's rule.
+        outputs: rasters or quantiles wanted; None takes the class map or the median forecast.
+        horizon: steps ahead of a forecast; None takes the card's maximum.
+        stride: pixels between patches.
+        rasters: whether rasters are wanted, or the summary alone.
+
+    Raises:
+        InvalidRequest: an output, horizon or stride that the model does not have, or a raster
+            smaller than a patch.
+        MissingDates: a pixel model, and a stack without dates.
+        TooFewDates: fewer dates in the window than the model needs.
+    """
+    run = RasterRun(
+        model=model,
+        stack=stack,
+        time_window=resolve_time_window(model.card, stack.dates, start, what="the stack"),
+        outputs=_DEFAULT_OUTPUTS[model.card.task] if outputs is None else tuple(outputs),
+        horizon=horizon,
+        stride=stride,
+        rasters=rasters,
+    )
+    check_run(run)
+    return run
+
+
+def check_run(run: RasterRun) -> None:
+    """Reject what the model cannot do.
+
+    Raises:
+        InvalidRequest: an output, horizon or stride that the model does not have, or a raster
+            smaller than a patch.
+        MissingDates: a pixel model, and no time window.
+        TooFewDates: fewer observations than the model needs.
+    """
+    card = run.model.card
+    if card.modality == "pixel" and run.time_window is None:
+        raise MissingDates(f"'{card.id}' takes a time series, and the stack has no dates")
+    if len(run.used) < card.min_observations:
+        raise TooFewDates(
+            f"{len(run.used)} observations are used, and '{card.id}' needs at least "
+            f"{card.min_observations}"
+        )
+    _ = run.predictions
+    if card.modality == "patch":
+        _ = run.patches
+
+
+def dates_summary(run: RasterRun) -> dict[str, JSON]:
+    """The first day of the time window and the dates used, as summaries hold them."""
+    dates = [run.stack.dates[t] for t in run.used] if run.stack.dates else []
+    return {
+        "start": run.time_window.start.isoformat() if run.time_window else None,
+        "dates_used": [day.isoformat() for day in dates],
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A request that fits its files and its model."""
+
+    request: TaskRequest
+    model: LoadedModel
+    run: RasterRun | SeriesRun
+    pixels: int
+    """Of a raster predicted whole; 0 for points and series, which are few."""
+    planning: Timing
+    """Time spent on the files' headers and the sampled pixels."""
+
+
+def plan_request(
+    request: TaskRequest,
+    engine: Engine,
+    *,
+    max_raster_bytes: int,
+    rasters: bool,
+    cache: BlockCache | None = None,
+) -> Plan:
+    """Check that a request can be executed, before a window is read.
+
+    Args:
+        request: what to run.
+        engine: the models.
+        max_raster_bytes: decoded bytes that a stack may have.
+        rasters: whether files are wanted; the document is made in any case.
+        cache: GDAL's block cache; None leaves it as it is.
+
+    Raises:
+        PIMCError: the files, the model and the parameters do not fit together. No more than a
+            sample of the pixels has been read.
+    """
+    begun = time.perf_counter()
+    if isinstance(request, SeriesRequest):
+        series = plan_series(
+            engine.find(request.model, request.task, "pixel"),
+            request.series,
+            start=request.start,
+            horizon=request.horizon,
+        )
+        return Plan(request=request, model=series.model, run=series, pixels=0, planning=Timing())
+    run = _plan_files(request, engine, max_raster_bytes, rasters=rasters, cache=cache)
+    return Plan(
+        request=request,
+        model=run.model,
+        run=run,
+        pixels=run.stack.grid.width * run.stack.grid.height if request.points is None else 0,
+        planning=Timing(read=time.perf_counter() - begun),
+    )
+
+
+def _plan_files(
+    request: RasterRequest,
+    engine: Engine,
+    max_raster_bytes: int,
+    *,
+    rasters: bool,
+    cache: BlockCache | None,
+) -> RasterRun:
+    model = engine.find(request.model, request.task, _modality(request))
+    _check_parameters(model, request)
+    stack = open_stack(
+        request.files,
+        request.stack,
+        bands=model.card.bands,
+        dated=model.card.modality == "pixel",
+        max_bytes=max_raster_bytes,
+    )
+    run = plan_raster(
+        model,
+        stack,
+        start=request.start,
+        outputs=request.outputs,
+        horizon=request.horizon,
+        stride=request.stride or model.card.patch or 1,
+        rasters=rasters,
+    )
+    suspicious = check_radiometry(stack, run.used, cache=cache)
+    return replace(run, stack=replace(stack, warnings=unique((*stack.warnings, *suspicious))))
+
+
+def _modality(request: RasterRequest) -> Modality | None:
+    """What an embedding is made of; a named model implies it."""
+    if request.task != "embed":
+        return None
+    return request.modality or (None if request.model else "pixel")
+
+
+def _check_parameters(model: LoadedModel, request: RasterRequest) -> None:
+    """Reject parameters that the model would have to ignore in silence."""
+    card = model.card
+    if card.window is None and request.start is not None:
+        raise InvalidRequest.of("start", f"'{card.id}' takes imagery and has no time window")
+    if card.modality == "pixel" and request.stride is not None:
+        raise InvalidRequest.of("stride", f"'{card.id}' predicts for every pixel, not for patches")
+
+
+def unique(warnings: Iterable[StackWarning]) -> tuple[StackWarning, ...]:
+    """Warnings without repetitions, in order."""
+    return tuple(dict.fromkeys(warnings))

@@ -1,0 +1,96 @@
+"""Point runs: predictions for single places."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import StackWarning
+from service.infer.patches import fill_gaps
+from service.read.geotiff import BlockCache
+from service.read.reader import StackReader
+from service.run.collect import Floats, run_warnings
+from service.run.executors import Timing
+from service.run.patches import clear_composite
+from service.run.pixels import model_time
+from service.run.plan import RasterRun, check_run
+from service.write.predictions import JSON
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointOutcome:
+    """Results of a point run."""
+
+    results: tuple[dict[str, JSON], ...]
+    """One result per point, in order: `status` ok, outside or no_data, and if ok the prediction."""
+    timing: Timing
+    warnings: tuple[StackWarning, ...]
+
+
+def run_points(
+    run: RasterRun, lonlat: Sequence[tuple[float, float]], *, cache: BlockCache | None = None
+) -> PointOutcome:
+    """Predict for single places.
+
+    Args:
+        run: what to do; its rasters are not made.
+        lonlat: longitude and latitude in degrees (EPSG:4326).
+        cache: GDAL's block cache; None leaves it as it is.
+
+    Raises:
+        PIMCError: a fault of the stack, the model or the request.
+    """
+    check_run(run)
+    rows, cols, inside = run.stack.grid.locate(lonlat)
+    predict = _predict_pixels if run.model.card.modality == "pixel" else _predict_patches
+    with StackReader(run.stack, run.used, cache=cache) as reader:
+        predictions, timing = predict(run, reader, rows[inside], cols[inside])
+    results: list[dict[str, JSON]] = [{"status": "outside"} for _ in lonlat]
+    for place, prediction in zip(np.flatnonzero(inside), predictions, strict=True):
+        there = not np.isnan(prediction).any()
+        record = run.predictions.record(prediction) if there else {}
+        results[place] = {"status": "ok" if there else "no_data", **record}
+    return PointOutcome(results=tuple(results), timing=timing, warnings=run_warnings(run))
+
+
+def _predict_pixels(
+    run: RasterRun, reader: StackReader, rows: NDArray[np.intp], cols: NDArray[np.intp]
+) -> tuple[Floats, Timing]:
+    """Predictions (N, …) for pixels, NaN where a pixel has too few clear dates."""
+    start = time.perf_counter()
+    sits = reader.read_pixels(rows, cols)
+    read = time.perf_counter()
+    days, day_of_year = model_time(run)
+    predictions = np.full((len(rows), *run.model.width), np.nan, np.float32)
+    enough = sits.valid.sum(axis=0) >= run.model.card.min_observations
+    predictions[enough] = run.model.pixels(
+        sits.values[:, :, enough].transpose(2, 0, 1), sits.valid[:, enough].T, days, day_of_year
+    )
+    return predictions, Timing(read=read - start, infer=time.perf_counter() - read)
+
+
+def _predict_patches(
+    run: RasterRun, reader: StackReader, rows: NDArray[np.intp], cols: NDArray[np.intp]
+) -> tuple[Floats, Timing]:
+    """Predictions (N, …) for the patches centred on pixels, NaN where one is not clear enough."""
+    patches, grid = run.patches, run.stack.grid
+    predictions = np.full((len(rows), *run.model.width), np.nan, np.float32)
+    timing = Timing()
+    for at in range(0, len(rows), run.model.chunk):
+        part = slice(at, at + run.model.chunk)
+        start = time.perf_counter()
+        imagery = np.stack(
+            [
+                clear_composite(run, reader.read(patches.centred(grid, int(row), int(col))))
+                for row, col in zip(rows[part], cols[part], strict=True)
+            ]
+        )
+        read = time.perf_counter()
+        clear, filled = fill_gaps(imagery)
+        predictions[part][clear] = run.model.patches(filled)
+        timing += Timing(read=read - start, infer=time.perf_counter() - read)
+    return predictions, timing

@@ -1,0 +1,83 @@
+"""Requests: what is asked for, as frozen values that know no HTTP form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
+
+from models.card import Modality, Task
+from service.read.geotiff import SourceFile
+from service.read.layouts import StackOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointQuery:
+    """A place to predict for."""
+
+    lon: float
+    """Longitude in degrees, EPSG:4326."""
+    lat: float
+    """Latitude in degrees, EPSG:4326."""
+    feature: Mapping[str, Any]
+    """The GeoJSON feature that it came as; returned with the results among its properties."""
+
+    @classmethod
+    def of(cls, feature: Mapping[str, Any]) -> PointQuery:
+        """The place of a GeoJSON Point feature."""
+        lon, lat = feature["geometry"]["coordinates"][:2]
+        return cls(lon=lon, lat=lat, feature=feature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RasterRequest:
+    """A task to do on a stack of GeoTIFFs."""
+
+    task: Task
+    files: tuple[SourceFile, ...]
+    stack: StackOptions = field(default_factory=StackOptions)
+    """What the caller stated about the files."""
+    model: str | None = None
+    """`name` or `name@version`; None takes the task's default."""
+    modality: Modality | None = None
+    """What an embedding is made of; None takes the model's, or else pixels."""
+    start: date | None = None
+    """First day of the time window; None applies the card's rule."""
+    outputs: tuple[str, ...] | None = None
+    """Rasters of a classification, quantiles of a forecast; None takes the task's default."""
+    horizon: int | None = None
+    """Steps ahead of a forecast; None takes the card's maximum."""
+    stride: int | None = None
+    """Pixels between patches; None takes the patch's side."""
+    points: tuple[PointQuery, ...] | None = None
+    """Predict for these places alone; None predicts for the whole raster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesInput:
+    """One pixel's observations."""
+
+    id: str
+    """The caller's name for it; returned with the result."""
+    dates: Sequence[date]
+    """In any order; of several observations of one date the first clear one counts."""
+    bands: Mapping[str, Sequence[float | None]]
+    """Reflectance by band name, one value per date; None is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesRequest:
+    """A task to do on pixels that come as series."""
+
+    task: Task
+    series: tuple[SeriesInput, ...]
+    model: str | None = None
+    """`name` or `name@version`; None takes the task's default."""
+    start: date | None = None
+    """First day of every series' time window; None applies the card's rule to each."""
+    horizon: int | None = None
+    """Steps ahead of a forecast; None takes the card's maximum."""
+
+
+TaskRequest = RasterRequest | SeriesRequest

@@ -1,0 +1,278 @@
+"""Pixels that come as JSON, not as a raster: series of dates and reflectance.
+
+    series → checked, sorted, merged → one window each → one batch over all dates → results
+
+Every series has a window, and so a day 0, of its own. A batch shares the T axis: it is made of
+all the days that occur, and `valid` tells whose they are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.card import ModelCard, ResolvedWindow
+from service.errors import (
+    ImplausibleReflectance,
+    InvalidRequest,
+    MissingBands,
+    StackWarning,
+    TooFewDates,
+)
+from service.infer.model import LoadedModel
+from service.read.radiometry import PLAUSIBLE
+from service.run.executors import Timing
+from service.run.request import SeriesInput
+from service.run.time_window import outside_time_window, resolve_time_window
+from service.write.predictions import JSON, Predictions, predictions_of, quantile_name
+
+Floats = NDArray[np.float32]
+_BATCH_BYTES = 64 * 2**20
+_NAMED_AT_MOST = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesOutcome:
+    """What series give."""
+
+    results: tuple[dict[str, JSON], ...]
+    """A result a series, in order: `id`, `status` ok or no_data, `start`, and where ok the
+    answer."""
+    timing: Timing
+    warnings: tuple[StackWarning, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Series:
+    """A series as the model takes it."""
+
+    id: str
+    time_window: ResolvedWindow | None
+    """None where too few dates are in it."""
+    days: NDArray[np.int64]
+    """Days since the window's first day (T), ascending, of the dates used."""
+    values: Floats
+    """Reflectance (T, C), NaN in all bands where one is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesRun:
+    """Series that are known to fit their model."""
+
+    model: LoadedModel
+    ready: tuple[_Series, ...]
+    readings: tuple[Predictions | None, ...]
+    """How the answer of each is read, None where it has no window."""
+    warnings: tuple[StackWarning, ...]
+    seconds: float
+    """Spent on preparing them."""
+
+
+def plan_series(
+    model: LoadedModel,
+    series: Sequence[SeriesInput],
+    *,
+    start: date | None = None,
+    horizon: int | None = None,
+) -> SeriesRun:
+    """See that each series fits the model.
+
+    Args:
+        model: a pixel model.
+        series: one at least.
+        start: first day of every series' window; None applies the card's rule to each.
+        horizon: steps ahead of a forecast; None takes the card's maximum.
+
+    Raises:
+        InvalidRequest: a band with more or fewer values than dates, no series, or a horizon
+            that the model does not have.
+        MissingBands: a band that the model needs is not there.
+        MissingDates: a series has no dates.
+        ImplausibleReflectance: the median of a series lies outside -0.2 to 1.6.
+        TooFewDates: no series has enough dates in its window.
+    """
+    began = time.perf_counter()
+    if not series:
+        raise InvalidRequest.of("series", "at least one series is required")
+    warned: list[tuple[str, StackWarning]] = []
+    ready: list[_Series] = []
+    refused: list[TooFewDates] = []
+    for one in series:
+        try:
+            ready.append(_prepare(model.card, one, start, warned))
+        except TooFewDates as error:
+            refused.append(error)
+            ready.append(_without_window(one))
+    if len(refused) == len(series):
+        raise refused[0]
+    return SeriesRun(
+        model=model,
+        ready=tuple(ready),
+        readings=tuple(_reading(model.card, one, horizon) for one in ready),
+        warnings=_gathered(warned),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def run_series(run: SeriesRun) -> SeriesOutcome:
+    """Answer for each series."""
+    began = time.perf_counter()
+    answers = _infer(run.model, run.ready)
+    return SeriesOutcome(
+        results=tuple(map(_result, run.ready, run.readings, answers)),
+        timing=Timing(read=run.seconds, infer=time.perf_counter() - began),
+        warnings=run.warnings,
+    )
+
+
+def _prepare(
+    card: ModelCard,
+    series: SeriesInput,
+    start: date | None,
+    warned: list[tuple[str, StackWarning]],
+) -> _Series:
+    values = _values(card, series)
+    _check_plausible(series.id, values)
+    dates, values = _merge(series.dates, values)
+    if len(dates) < len(series.dates):
+        detail = f"{len(series.dates)} observations on {len(dates)} dates; the first clear counts"
+        warned.append((series.id, StackWarning(code="merged_dates", detail=detail)))
+    window = resolve_time_window(card, dates, start, what=f"series '{series.id}'")
+    if window is None:
+        raise TypeError(f"'{card.id}' takes no series")
+    warned += [(series.id, w) for w in outside_time_window(card, dates, window)]
+    return _Series(
+        id=series.id,
+        time_window=window,
+        days=np.asarray(window.days(dates), np.int64),
+        values=values[list(window.used)],
+    )
+
+
+def _without_window(series: SeriesInput) -> _Series:
+    return _Series(
+        id=series.id,
+        time_window=None,
+        days=np.empty(0, np.int64),
+        values=np.empty((0, 0), np.float32),
+    )
+
+
+def _values(card: ModelCard, series: SeriesInput) -> Floats:
+    """Reflectance (T, C), NaN in all bands of a date where one is missing."""
+    lacking = [band for band in card.bands if band not in series.bands]
+    if lacking:
+        there = ", ".join(series.bands) or "none"
+        raise MissingBands(
+            f"series '{series.id}' lacks {', '.join(lacking)}, which '{card.id}' needs; "
+            f"there are: {there}"
+        )
+    for band in card.bands:
+        if len(series.bands[band]) != len(series.dates):
+            raise InvalidRequest.of(
+                "series",
+                f"'{series.id}' has {len(series.dates)} dates but {len(series.bands[band])} "
+                f"values of {band}",
+            )
+    # float64 first: None becomes NaN, and what float32 cannot hold an infinity, without a fuss.
+    columns = [np.array(series.bands[band], np.float64) for band in card.bands]
+    with np.errstate(over="ignore"):
+        values = np.stack(columns, axis=1).astype(np.float32)
+    values[~np.isfinite(values).all(axis=1)] = np.nan
+    return values
+
+
+def _check_plausible(name: str, values: Floats) -> None:
+    clear = values[~np.isnan(values)]
+    low, high = PLAUSIBLE
+    if len(clear) and not low <= (median := float(np.median(clear))) <= high:
+        raise ImplausibleReflectance(
+            f"series '{name}' has a median of {median:.4g}, outside {low} to {high}: values must "
+            "be reflectance, 0 to 1"
+        )
+
+
+def _merge(dates: Sequence[date], values: Floats) -> tuple[list[date], Floats]:
+    """Dates unique and ascending, each with its first clear observation."""
+    clear = np.asarray(~np.isnan(values).any(axis=1))
+    chosen: dict[date, int] = {}
+    for t, day in enumerate(dates):
+        if day not in chosen or (clear[t] and not clear[chosen[day]]):
+            chosen[day] = t
+    unique = sorted(chosen)
+    return unique, values[[chosen[day] for day in unique]]
+
+
+def _infer(model: LoadedModel, series: Sequence[_Series]) -> list[Floats | None]:
+    """The answer of each series, None where it has too few clear observations."""
+    least = model.card.min_observations
+    enough = [
+        n
+        for n, one in enumerate(series)
+        if one.time_window and int((~np.isnan(one.values[:, 0])).sum()) >= least
+    ]
+    answers: list[Floats | None] = [None] * len(series)
+    for part in _batches(model.card, series, enough):
+        batch = [series[n] for n in part]
+        for n, answer in zip(part, _infer_batch(model, batch), strict=True):
+            answers[n] = None if np.isnan(answer).any() else answer
+    return answers
+
+
+def _batches(
+    card: ModelCard, series: Sequence[_Series], places: Sequence[int]
+) -> Iterator[Sequence[int]]:
+    """Parts whose input is bounded even if all their days differ."""
+    most_days = len(np.unique(np.concatenate([series[n].days for n in places]))) if places else 1
+    size = max(1, _BATCH_BYTES // (most_days * (4 * len(card.bands) + 1)))
+    for at in range(0, len(places), size):
+        yield places[at : at + size]
+
+
+def _infer_batch(model: LoadedModel, batch: Sequence[_Series]) -> Floats:
+    days = np.unique(np.concatenate([one.days for one in batch]))
+    values = np.full((len(batch), len(days), len(model.card.bands)), np.nan, np.float32)
+    for n, one in enumerate(batch):
+        values[n, np.searchsorted(days, one.days)] = one.values
+    first_days = [one.time_window.first_day for one in batch if one.time_window]
+    return model.pixels(
+        values,
+        ~np.isnan(values[:, :, 0]),
+        days.astype(np.float32),
+        np.array([day.timetuple().tm_yday for day in first_days], np.float32),
+    )
+
+
+def _reading(card: ModelCard, series: _Series, horizon: int | None) -> Predictions | None:
+    """How the answer of a series is read, None where it has no window."""
+    if series.time_window is None:
+        return None
+    outputs = tuple(quantile_name(q) for q in card.quantiles)
+    return predictions_of(card, outputs, horizon=horizon, time_window=series.time_window)
+
+
+def _result(series: _Series, reading: Predictions | None, answer: Floats | None) -> dict[str, JSON]:
+    start = series.time_window.start.isoformat() if series.time_window else None
+    head: dict[str, JSON] = {"id": series.id, "status": "no_data", "start": start}
+    if reading is None or answer is None:
+        return head
+    return {**head, "status": "ok", **reading.record(answer)}
+
+
+def _gathered(warned: Sequence[tuple[str, StackWarning]]) -> tuple[StackWarning, ...]:
+    """A warning a code, however many series it is about."""
+    codes = dict.fromkeys(w.code for _, w in warned)
+    return tuple(
+        _one_warning(code, [(i, w) for i, w in warned if w.code == code]) for code in codes
+    )
+
+
+def _one_warning(code: str, warned: Sequence[tuple[str, StackWarning]]) -> StackWarning:
+    shown = "; ".join(f"series '{i}': {w.detail}" for i, w in warned[:_NAMED_AT_MOST])
+    more = len(warned) - _NAMED_AT_MOST
+    return StackWarning(code=code, detail=shown + (f"; and {more} more" if more > 0 else ""))

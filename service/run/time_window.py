@@ -1,0 +1,69 @@
+"""The model's time window, laid over a stack's dates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date, timedelta
+
+from models.card import ModelCard, ResolvedWindow
+from service.errors import MissingDates, StackWarning, TooFewDates
+
+
+def resolve_time_window(
+    card: ModelCard, dates: Sequence[date], start: date | None, *, what: str
+) -> ResolvedWindow | None:
+    """Lay a model's time window over dates.
+
+    Args:
+        card: the model's.
+        dates: unique and ascending.
+        start: first day of the window; None applies the card's rule.
+        what: whose dates these are, for messages.
+
+    Returns:
+        The window; None for a model of imagery.
+
+    Raises:
+        MissingDates: the model needs dates and there is none.
+        TooFewDates: fewer dates in the window than the card's `min_observations`.
+    """
+    if card.window is None:
+        return None
+    if not dates:
+        raise MissingDates(f"{what} has no dates, and '{card.id}' needs them")
+    window = card.window.resolve(dates, start)
+    if len(window.used) < card.min_observations:
+        first, last = time_window_ends(card, window)
+        raise TooFewDates(
+            f"{what} has {len(window.used)} of its {len(dates)} dates in the window from {first} "
+            f"to {last}, and '{card.id}' needs at least {card.min_observations}"
+        )
+    return window
+
+
+def time_window_ends(card: ModelCard, window: ResolvedWindow) -> tuple[date, date]:
+    """The first and the last day whose observations a window takes."""
+    if card.window is None:
+        raise TypeError(f"'{card.id}' has no time window")
+    length = card.window.steps * card.window.step_days
+    if card.window.start == "last-steps":
+        # It ends on its last step, and takes nothing from before its first.
+        first = max(window.start, window.first_day)
+        return first, window.first_day + timedelta(days=length - card.window.step_days)
+    end = window.start + timedelta(days=length - 1)
+    # One that takes every date has no length.
+    return window.start, max(end, window.last or end)
+
+
+def outside_time_window(
+    card: ModelCard, dates: Sequence[date], window: ResolvedWindow | None
+) -> tuple[StackWarning, ...]:
+    """The warning that dates are left out, where some are."""
+    if window is None or len(window.used) == len(dates):
+        return ()
+    first, last = time_window_ends(card, window)
+    detail = (
+        f"{len(dates) - len(window.used)} of {len(dates)} dates lie outside the window from "
+        f"{first} to {last} and are not used"
+    )
+    return (StackWarning(code="dates_outside_window", detail=detail),)

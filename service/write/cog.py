@@ -1,0 +1,308 @@
+"""COG output: windows into plain GeoTIFFs, which GDAL then turns into COGs.
+
+bands of a window → temporary GeoTIFF (uncompressed, tiled) → COG, with its legend inside
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+import rasterio.shutil
+from numpy.typing import NDArray
+from rasterio.errors import RasterioError
+
+from service.errors import InsufficientStorage, no_room
+from service.grid import GDALError, Grid, Window
+from service.write.legend import (
+    attribute_table,
+    category_names,
+    put_in_place,
+    sidecar_of,
+    write_legend,
+)
+from service.write.predictions import Layer
+
+_TEMPORARY_BLOCK = 256
+_BLOCK_BYTES = 8 * 2**20
+_LARGE = 1024
+"""From this side on, blocks of 512: fewer requests a map; below, 256 reads less too much."""
+_BLOCK_STEP = 16
+"""Sides of a TIFF's tiles are multiples of this."""
+_OVERVIEW_BYTES = 2_000_000
+"""What GDAL makes overviews from at once: its 10 MB, in several threads, are no faster."""
+_MOST_CACHED = 256 * 2**20
+"""Of blocks while overviews are made, however wide and deep a raster is."""
+
+
+class RasterWriter:
+    """Writes layers window by window; a context manager.
+
+    Files appear under their names only once they are whole, in `finish`. Leaving the context
+    removes everything else, so that a run which fails or is cancelled leaves nothing.
+
+    Args:
+        folder: where the finished files go; it exists.
+        grid: of every layer.
+        layers: what to write.
+        tags: of every file.
+        room: a context in which GDAL's block cache has room for that many bytes at least; by
+            default the cache stays as it is.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        grid: Grid,
+        layers: Sequence[Layer],
+        tags: Mapping[str, str],
+        *,
+        room: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> None:
+        self._room = room
+        self._folder = folder
+        self._grid = grid
+        self._layers = {layer.name: layer for layer in layers}
+        self._tags = tags
+        self._parts = Path(tempfile.mkdtemp(prefix="parts-", dir=folder))
+        self._open: dict[str, Any] = {}
+        self._finished: list[Path] = []
+
+    def __enter__(self) -> RasterWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+        shutil.rmtree(self._parts, ignore_errors=True)
+        if kind is not None:
+            for path in self._finished:
+                path.unlink(missing_ok=True)
+
+    def write(self, window: Window, bands: Mapping[str, NDArray[Any]]) -> None:
+        """Write one window of every layer.
+
+        Args:
+            window: whole pixels inside the grid.
+            bands: arrays (B, h, w) by layer name.
+
+        Raises:
+            InsufficientStorage: the disk takes no more.
+        """
+        with stored():
+            for name, values in bands.items():
+                layer = self._layers[name]
+                if name not in self._open:
+                    self._open[name] = self._create(layer)
+                self._open[name].write(values.astype(layer.dtype, copy=False), window=window)
+
+    def finish(self) -> dict[str, Path]:
+        """Turn every layer into a COG.
+
+        Returns:
+            Each layer's file, by name. A class map's side file lies beside it.
+
+        Raises:
+            InsufficientStorage: the disk takes no more.
+        """
+        with stored():
+            return {name: self._finish(layer) for name, layer in self._layers.items()}
+
+    def _create(self, layer: Layer) -> Any:  # noqa: ANN401 - rasterio has no types
+        """The layer's temporary file, with all but its pixels: GDAL wants those last."""
+        file = create_raster(self._part(layer.name), self._grid, layer)
+        file.update_tags(**self._tags)
+        if layer.legend:
+            write_legend(file, layer.legend, len(attribute_table(layer.legend)))
+        return file
+
+    def _part(self, name: str) -> Path:
+        return self._parts / f"{name}.part.tif"
+
+    def _finish(self, layer: Layer) -> Path:
+        self._open.pop(layer.name).close()
+        check_whole(self._part(layer.name))
+        whole = self._parts / f"{layer.name}.tif"
+        block = _block(layer, self._grid)
+        deep = block * len(layer.bands) * np.dtype(layer.dtype).itemsize
+        # Overviews are made piece by piece along rows of blocks, of this raster and of the overview
+        # before. A row that does not fit is decoded again for each piece, and a block for each of
+        # its pieces: 512 x 512 pixels of 256 bands then take 102 s of processor time, and so 11.
+        with (
+            self._room(min(2 * deep * self._grid.width, _MOST_CACHED)),
+            rasterio.Env(GDAL_OVR_CHUNK_MAX_SIZE=max(_OVERVIEW_BYTES, deep * block)),
+        ):
+            rasterio.shutil.copy(
+                self._part(layer.name), whole, driver="COG", **cog_options(layer, self._grid)
+            )
+        check_whole(whole)
+        self._part(layer.name).unlink()
+        target = self._folder / whole.name
+        if layer.legend:
+            put_in_place(whole, attribute_table(layer.legend))
+            sidecar = sidecar_of(target)
+            self._finished.append(sidecar)
+            sidecar.write_text(category_names(layer), encoding="utf-8")
+        self._finished.append(target)
+        whole.replace(target)
+        return target
+
+
+class ScratchRaster:
+    """A float raster that lives from one pass to the next; a context manager that removes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> ScratchRaster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._path.unlink(missing_ok=True)
+
+    @contextmanager
+    def create(self, grid: Grid, bands: int) -> Iterator[OpenScratch]:
+        """The raster, open for writing; whole once the context is left.
+
+        Raises:
+            InsufficientStorage: the disk is full.
+        """
+        layer = Layer(name="scratch", bands=tuple(str(b) for b in range(bands)))
+        with stored():
+            file = create_raster(self._path, grid, layer)
+        with file:
+            yield OpenScratch(file)
+        check_whole(self._path)
+
+    @contextmanager
+    def open(self) -> Iterator[OpenScratch]:
+        """The raster, open for reading."""
+        with rasterio.open(self._path) as file:
+            yield OpenScratch(file)
+
+
+class OpenScratch:
+    """An open scratch raster of K bands."""
+
+    def __init__(self, file: Any) -> None:  # noqa: ANN401 - rasterio has no types
+        self._file = file
+
+    def read(self, window: Window) -> NDArray[np.float32]:
+        """A window's values (K, h, w)."""
+        return np.asarray(self._file.read(window=window))
+
+    def write(self, window: Window, values: NDArray[np.float32]) -> None:
+        """Write a window's values (K, h, w).
+
+        Raises:
+            InsufficientStorage: the disk is full.
+        """
+        with stored():
+            self._file.write(values, window=window)
+
+
+@contextmanager
+def stored() -> Iterator[None]:
+    """Says in our terms that a write failed: what is written is ours, so the disk is at fault.
+
+    Raises:
+        InsufficientStorage: GDAL or the system could not write.
+    """
+    try:
+        yield
+    except (RasterioError, GDALError) as error:
+        raise InsufficientStorage(
+            "the answer cannot be written: the service's disk is full, or it fails"
+        ) from error
+    except OSError as error:
+        raise no_room(error) or error from error
+
+
+def check_whole(path: Path) -> None:
+    """See that each block of a GeoTIFF lies in the file: GDAL closes a file cut short in silence.
+
+    Raises:
+        InsufficientStorage: one does not.
+    """
+    size = path.stat().st_size
+    with rasterio.open(path, driver="GTiff") as file:
+        # Bands of a pixel lie together, so the first band's blocks are everybody's.
+        for _, window in file.block_windows(1):
+            row = window.row_off // file.block_shapes[0][0]
+            col = window.col_off // file.block_shapes[0][1]
+            place = [
+                file.get_tag_item(f"BLOCK_{what}_{col}_{row}", "TIFF", bidx=1)
+                for what in ("OFFSET", "SIZE")
+            ]
+            if None in place or sum(map(int, place)) > size:
+                raise InsufficientStorage(
+                    "the answer was cut short: the service's disk is full, or it fails"
+                )
+
+
+def create_raster(path: Path, grid: Grid, layer: Layer) -> Any:  # noqa: ANN401 - rasterio has no types
+    """A new GeoTIFF for windows in any order: tiled, so that none is written twice in full."""
+    around = -(-max(grid.width, grid.height) // _BLOCK_STEP) * _BLOCK_STEP
+    # A block is held whole, also where it is mostly outside the raster: with blocks of 256, an
+    # embedding of 7 x 7 pixels took 240 MB to write and to turn into a COG, and so takes 50.
+    block = min(_TEMPORARY_BLOCK, _block(layer, grid), around)
+    file = rasterio.open(
+        path,
+        "w",
+        driver="GTiff",
+        crs=grid.crs,
+        transform=grid.transform,
+        width=grid.width,
+        height=grid.height,
+        count=len(layer.bands),
+        dtype=layer.dtype,
+        nodata=layer.nodata,
+        tiled=True,
+        blockxsize=block,
+        blockysize=block,
+        # Windows end inside blocks. Compressed, such a block would be written anew each time
+        # and leave a hole in the file.
+        compress="NONE",
+        # The driver's own order of bands; the same here saves the copy a shuffle.
+        interleave="PIXEL",
+        bigtiff="IF_NEEDED",
+    )
+    for position, name in enumerate(layer.bands, start=1):
+        file.set_band_description(position, name)
+    return file
+
+
+def cog_options(layer: Layer, grid: Grid) -> dict[str, str]:
+    """Creation options of the COG driver for one layer."""
+    return {
+        "COMPRESS": "DEFLATE",
+        # On float answers level 1 takes 60 % of level 6's time for 1 to 2 % more room; on a class
+        # map it takes a third more room.
+        "LEVEL": "6" if layer.legend else "1",
+        # Floats split by byte significance come out 14 % smaller. Classes have no order, so
+        # their differences say nothing, and make the file larger.
+        "PREDICTOR": "NO" if layer.legend else "YES",
+        "BLOCKSIZE": str(_block(layer, grid)),
+        # A mean of class numbers is another class. The most frequent one is a true overview.
+        "OVERVIEW_RESAMPLING": "MODE" if layer.legend else "AVERAGE",
+        # Compression is all of the work. A few threads, as other callers are served meanwhile. A
+        # class map is done soon: 8192 x 8192 pixels take one thread 1.2 s, and several 70 MB more.
+        "NUM_THREADS": "1" if layer.legend else "4",
+        "BIGTIFF": "IF_SAFER",
+    }
+
+
+def _block(layer: Layer, grid: Grid) -> int:
+    """Side of a block: all bands of a block are held in memory at once, by readers too."""
+    side = 512 if max(grid.width, grid.height) >= _LARGE else 256
+    depth = len(layer.bands) * np.dtype(layer.dtype).itemsize
+    while side > 128 and side * side * depth > _BLOCK_BYTES:
+        side //= 2
+    return side

@@ -1,0 +1,418 @@
+"""Predictions: what a model's numbers mean.
+
+    predictions (N, …) ──┬── bands     layers of (B, N), what rasters hold
+                         ├── record    one prediction as JSON
+                         └── tally     counts and means over all of them, for the summary
+
+One class per kind of prediction: classes, forecasts, embeddings. No files and no GDAL here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.card import LegendClass, ModelCard, ResolvedWindow
+from service.errors import InvalidRequest
+
+Floats = NDArray[np.float32]
+# What the json module writes.
+JSON = dict[str, "JSON"] | list["JSON"] | str | float | int | bool | None
+# The sums over a part of the answers, by name.
+Counts = Mapping[str, NDArray[Any]]
+NO_CLASS = 255
+"""The `class` of a pixel without an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One raster of an answer."""
+
+    name: str
+    """Of the file, and in `outputs`."""
+    bands: tuple[str, ...]
+    """Description of each band (B)."""
+    legend: tuple[LegendClass, ...] = ()
+    """What the values mean: given, the layer is uint8 with nodata 255; else float32 with NaN."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the pixels."""
+        return "uint8" if self.legend else "float32"
+
+    @property
+    def nodata(self) -> float:
+        """Of a pixel without an answer."""
+        return NO_CLASS if self.legend else float("nan")
+
+    def empty(self, count: int) -> NDArray[Any]:
+        """An array (B, count) of nodata."""
+        return np.full((len(self.bands), count), self.nodata, self.dtype)
+
+
+class Tally(Protocol):
+    """Sums over answers as they come, in memory that does not grow."""
+
+    def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
+        """What answers (N, …) with the area of each (N) add, NaN answers as none."""
+        ...
+
+    def add(self, counts: Counts) -> None:
+        """Add what was counted."""
+        ...
+
+    def summary(self) -> dict[str, JSON]:
+        """What to say of all of them."""
+        ...
+
+
+class Predictions(Protocol):
+    """One kind of answer, for one request."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The rasters asked for."""
+        ...
+
+    def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
+        """Each layer's bands (B, N) of answers (N, …), by its name."""
+        ...
+
+    def record(self, answer: Floats) -> dict[str, JSON]:
+        """One answer (…) as JSON, everything that the model says of a place."""
+        ...
+
+    def tally(self) -> Tally:
+        """An empty tally."""
+        ...
+
+
+def predictions_of(
+    card: ModelCard,
+    outputs: Sequence[str],
+    *,
+    horizon: int | None = None,
+    time_window: ResolvedWindow | None = None,
+) -> Predictions:
+    """How to read a model's answers for one request.
+
+    Args:
+        card: the model's.
+        outputs: rasters or quantiles asked for; an embedding has but one.
+        horizon: steps ahead of a forecast; None takes the card's maximum.
+        time_window: the model's, over the stack's dates; a forecast continues from its end.
+
+    Raises:
+        InvalidRequest: an output or horizon that the model does not have.
+    """
+    if card.task == "forecast":
+        return _forecast_of(card, outputs, horizon, time_window)
+    if card.task == "embed":
+        return EmbeddingPredictions(size=card.embedding or 0)
+    known = ("class", "confidence", "entropy", "probabilities")
+    _all_known("outputs", outputs, known)
+    return ClassPredictions(legend=card.classes, outputs=tuple(outputs))
+
+
+def _forecast_of(
+    card: ModelCard, outputs: Sequence[str], horizon: int | None, time_window: ResolvedWindow | None
+) -> ForecastPredictions:
+    quantiles = tuple(quantile_name(q) for q in card.quantiles)
+    _all_known("outputs", outputs, quantiles)
+    most = card.horizon or 0
+    steps = most if horizon is None else horizon
+    if not 1 <= steps <= most:
+        raise InvalidRequest.of(
+            "horizon", f"{steps} steps asked for, and '{card.id}' reaches 1 to {most}"
+        )
+    step_days = card.window.step_days if card.window else 0
+    last = time_window.last if time_window else None
+    if last is None:
+        raise InvalidRequest.of("dates", "a forecast goes on from the last date, and there is none")
+    return ForecastPredictions(
+        indices=tuple(name.upper() for name in card.indices),
+        dates=tuple(last + timedelta(days=step_days * (k + 1)) for k in range(steps)),
+        quantiles=quantiles,
+        outputs=tuple(q for q in quantiles if q in outputs),
+    )
+
+
+def quantile_name(quantile: float) -> str:
+    """A quantile as outputs and bands call it: 0.1 is `q10`."""
+    return f"q{round(quantile * 100):02d}"
+
+
+def _all_known(field: str, asked: Sequence[str], known: Sequence[str]) -> None:
+    strange = [name for name in asked if name not in known]
+    if strange:
+        raise InvalidRequest.of(field, f"no {', '.join(strange)}; there are: {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassPredictions:
+    """Probabilities (N, K)."""
+
+    legend: tuple[LegendClass, ...]
+    """The classes (K)."""
+    outputs: tuple[str, ...]
+    """Layers asked for."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """See `Answers`."""
+        every = {
+            "class": Layer(name="class", bands=("class",), legend=self.legend),
+            "confidence": Layer(name="confidence", bands=("confidence",)),
+            "entropy": Layer(name="entropy", bands=("entropy",)),
+            "probabilities": Layer(name="probabilities", bands=tuple(c.name for c in self.legend)),
+        }
+        return tuple(every[name] for name in self.outputs)
+
+    def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
+        """See `Answers`."""
+        classes, sure = decided(answers)
+        made: dict[str, Callable[[], NDArray[Any]]] = {
+            "class": lambda: classes[None],
+            "confidence": lambda: sure[None],
+            "entropy": lambda: entropy(answers)[None],
+            "probabilities": lambda: answers.T,
+        }
+        return {name: made[name]() for name in self.outputs}
+
+    def record(self, answer: Floats) -> dict[str, JSON]:
+        """See `Answers`."""
+        value = int(decided(answer[None])[0][0])
+        return {
+            "class": self.legend[value].name,
+            "value": value,
+            "confidence": float(answer.max()),
+            "entropy": float(entropy(answer[None])[0]),
+            "probabilities": {c.name: float(p) for c, p in zip(self.legend, answer, strict=True)},
+        }
+
+    def tally(self) -> ClassTally:
+        """See `Answers`."""
+        return ClassTally(self.legend)
+
+
+class ClassTally:
+    """Pixels, area and confidence of each class."""
+
+    def __init__(self, legend: tuple[LegendClass, ...]) -> None:
+        self._legend = legend
+        self._pixels = np.zeros(len(legend), np.int64)
+        self._hectares = np.zeros(len(legend))
+        self._confidence = np.zeros(len(legend))
+
+    def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
+        """See `Tally`."""
+        classes, sure = decided(answers)
+        there = classes != NO_CLASS
+        classes = classes[there]
+        size = len(self._legend)
+        return {
+            "pixels": np.bincount(classes, minlength=size),
+            "hectares": np.bincount(classes, hectares[there], minlength=size),
+            "confidence": np.bincount(classes, sure[there], minlength=size),
+        }
+
+    def add(self, counts: Counts) -> None:
+        """See `Tally`."""
+        self._pixels += counts["pixels"]
+        self._hectares += counts["hectares"]
+        self._confidence += counts["confidence"]
+
+    def summary(self) -> dict[str, JSON]:
+        """See `Tally`."""
+        total = int(self._pixels.sum())
+        return {"classes": [self._row(c, total) for c in self._legend]}
+
+    def _row(self, c: LegendClass, total: int) -> JSON:
+        pixels = int(self._pixels[c.value])
+        return {
+            "value": c.value,
+            "name": c.name,
+            "code": c.code,
+            "color": c.color,
+            "pixels": pixels,
+            "hectares": float(self._hectares[c.value]),
+            "share": pixels / total if total else 0.0,
+            "mean_confidence": float(self._confidence[c.value] / pixels) if pixels else None,
+        }
+
+
+def decided(probabilities: Floats) -> tuple[NDArray[np.uint8], Floats]:
+    """The most probable class (N) of probabilities (N, K), and its probability (N).
+
+    255 and NaN where any of them is NaN.
+    """
+    # NaN is larger than any number to argmax, so where there is one, it is what is found.
+    best = probabilities.argmax(axis=1)
+    sure: Floats = probabilities[np.arange(len(best)), best]
+    classes = best.astype(np.uint8)
+    classes[np.isnan(sure)] = NO_CLASS
+    return classes, sure
+
+
+def entropy(probabilities: Floats) -> Floats:
+    """Shannon's entropy in nats (N) of probabilities (N, K): 0 when certain, ln K at most."""
+    # 0 ln 0 is 0; NaN is not greater than 0, and must stay NaN.
+    logs = np.log(probabilities, where=probabilities > 0, out=np.zeros_like(probabilities))
+    # "+ 0.0" makes -0.0, the entropy of a certain answer, a plain 0.
+    total: Floats = -(probabilities * logs).sum(axis=1) + np.float32(0.0)
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastPredictions:
+    """Quantiles (N, H, S, Q), of which the first `len(dates)` steps are asked for."""
+
+    indices: tuple[str, ...]
+    """Spectral indices (S), in upper case."""
+    dates: tuple[date, ...]
+    """The days forecast."""
+    quantiles: tuple[str, ...]
+    """Quantiles (Q), ascending, as `q10`."""
+    outputs: tuple[str, ...]
+    """The quantiles asked for, ascending."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """See `Answers`."""
+        names = tuple(
+            f"{index}_{day.isoformat()}_{quantile}"
+            for index in self.indices
+            for day in self.dates
+            for quantile in self.outputs
+        )
+        return (Layer(name="forecast", bands=names),) if names else ()
+
+    def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
+        """See `Answers`."""
+        if not self.outputs:
+            return {}
+        asked = [self.quantiles.index(name) for name in self.outputs]
+        # (N, H, S, Q) to (S, H, Q, N): index, date, quantile is the order of the bands.
+        stacked = answers[:, : len(self.dates), :, asked].transpose(2, 1, 3, 0)
+        # In full, as -1 could be anything where no pixel has an answer.
+        return {"forecast": stacked.reshape(len(self.layers[0].bands), len(answers))}
+
+    def record(self, answer: Floats) -> dict[str, JSON]:
+        """See `Answers`."""
+        return {"dates": self._days(), **self._by_index(answer[: len(self.dates)])}
+
+    def tally(self) -> ForecastTally:
+        """See `Answers`."""
+        return ForecastTally(self)
+
+    def means(self, mean: NDArray[np.float64]) -> dict[str, JSON]:
+        """The summary of mean quantiles (H, S, Q) over all pixels, NaN where there is none."""
+        middle = len(self.quantiles) // 2
+        by_index = self._by_index(mean, self.outputs)
+        for s, index in enumerate(self.indices):
+            by_index[index] = {"mean": _numbers(mean[:, s, middle]), **by_index[index]}
+        return {"dates": self._days(), **by_index}
+
+    def _by_index(
+        self, values: NDArray[Any], quantiles: Sequence[str] | None = None
+    ) -> dict[str, dict[str, JSON]]:
+        return {
+            index: {
+                name: _numbers(values[:, s, q])
+                for q, name in enumerate(self.quantiles)
+                if quantiles is None or name in quantiles
+            }
+            for s, index in enumerate(self.indices)
+        }
+
+    def _days(self) -> JSON:
+        return [day.isoformat() for day in self.dates]
+
+
+class ForecastTally:
+    """The mean over all pixels of each quantile."""
+
+    def __init__(self, answers: ForecastPredictions) -> None:
+        self._answers = answers
+        self._pixels = 0
+        shape = (len(answers.dates), len(answers.indices), len(answers.quantiles))
+        self._sum = np.zeros(shape)
+
+    def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
+        """See `Tally`; an area has no part in it."""
+        del hectares
+        asked = answers[:, : len(self._answers.dates)]
+        there = ~np.isnan(asked).any(axis=(1, 2, 3))
+        return {"pixels": there.sum(), "sum": asked[there].sum(axis=0, dtype=np.float64)}
+
+    def add(self, counts: Counts) -> None:
+        """See `Tally`."""
+        self._pixels += int(counts["pixels"])
+        self._sum += counts["sum"]
+
+    def summary(self) -> dict[str, JSON]:
+        """See `Tally`."""
+        mean = self._sum / self._pixels if self._pixels else np.full(self._sum.shape, np.nan)
+        return self._answers.means(mean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingPredictions:
+    """Embeddings (N, D)."""
+
+    size: int
+    """D."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """See `Answers`."""
+        names = tuple(f"embedding_{d}" for d in range(self.size))
+        return (Layer(name="embedding", bands=names),)
+
+    def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
+        """See `Answers`."""
+        return {"embedding": answers.T}
+
+    def record(self, answer: Floats) -> dict[str, JSON]:
+        """See `Answers`."""
+        return {"embedding": _numbers(answer)}
+
+    def tally(self) -> EmbeddingTally:
+        """See `Answers`."""
+        return EmbeddingTally(self.size)
+
+
+class EmbeddingTally:
+    """The mean length of the vectors."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._pixels = 0
+        self._norm = 0.0
+
+    def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
+        """See `Tally`; an area has no part in it."""
+        del hectares
+        norms = np.linalg.norm(answers.astype(np.float64), axis=1)
+        there = ~np.isnan(norms)
+        return {"pixels": there.sum(), "norm": norms[there].sum()}
+
+    def add(self, counts: Counts) -> None:
+        """See `Tally`."""
+        self._pixels += int(counts["pixels"])
+        self._norm += float(counts["norm"])
+
+    def summary(self) -> dict[str, JSON]:
+        """See `Tally`."""
+        mean = self._norm / self._pixels if self._pixels else None
+        return {"embedding": {"dimensions": self._size, "mean_norm": mean}}
+
+
+def _numbers(values: NDArray[Any]) -> list[JSON]:
+    """A list for JSON, which has no NaN."""
+    return [None if np.isnan(v) else float(v) for v in values]
