@@ -245,7 +245,7 @@ def _imported(code: str) -> Taken:
 
 def loads_torch() -> bool:
     """Whether importing the service imports torch."""
-    code = "import service.app, service.__main__, sys; sys.exit('torch' in sys.modules)"
+    code = "import service.api.app, service.__main__, sys; sys.exit('torch' in sys.modules)"
     return subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode != 0  # noqa: S603 - ours
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from models.registry import ZOO, Registry
 from service.api.app import create_app
+from service.api.schemas import FORMS
 from service.errors import STATUS
-from service.schemas import FIELDS
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def test_endpoints_are_those_of_the_application() -> None:
 def test_parameters_are_those_of_the_request_models() -> None:
     section = HTTP_API.split("## Raster requests")[1].split("## Series requests")[0]
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.MULTILINE)
-    for task, fields in FIELDS.items():
+    for task, fields in FORMS.items():
         named = {name for name, tasks in rows if tasks.strip() == "all" or task in tasks}
         assert named == set(fields.model_fields), task
 
