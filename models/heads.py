@@ -54,7 +54,8 @@ class ForecastHead(nn.Module):
 
     The forecast is the last value of the series (persistence), plus a linear map of the whole
     series (by itself a linear regression), plus the encoder's share. The outer quantiles are
-    distances from the median, so they cannot cross.
+    distances from the median, so they cannot cross. `spread` scales those distances below
+    and above the median for each step; it is 1 until a calibration across regions sets it.
 
     Args:
         embedding: D.
@@ -73,6 +74,10 @@ class ForecastHead(nn.Module):
         self.encoder = nn.Linear(embedding, horizon * indices * quantiles)
         nn.init.zeros_(self.series.weight)
         nn.init.normal_(self.encoder.weight, std=1e-3)
+        self.register_buffer("spread", torch.ones(horizon, 2))
+        self.register_load_state_dict_pre_hook(_with_spread)  # type: ignore[no-untyped-call]  # torch's own
+
+    spread: Tensor
 
     def forward(self, embeddings: Tensor, series: Tensor) -> Tensor:
         """Forecast.
@@ -91,9 +96,15 @@ class ForecastHead(nn.Module):
         share = self.encoder(embeddings).view(-1, horizon, indices, quantiles)
         median = last[:, None] + change + share[..., middle]
         width = 0.1 * nn.functional.softplus(share)
-        below = median[..., None] - _outward(width[..., :middle].flip(-1)).flip(-1)
-        above = median[..., None] + _outward(width[..., middle + 1 :])
+        under, over = self.spread[:, None, :1], self.spread[:, None, 1:]
+        below = median[..., None] - under * _outward(width[..., :middle].flip(-1)).flip(-1)
+        above = median[..., None] + over * _outward(width[..., middle + 1 :])
         return torch.cat([below, median[..., None], above], dim=-1)
+
+
+def _with_spread(head: ForecastHead, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Weights of earlier versions have no spread: theirs is 1."""
+    state.setdefault(f"{prefix}spread", torch.ones_like(head.spread))
 
 
 def _outward(widths: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date, timedelta
 
 import numpy as np
 import pytest
+import torch
 
 from models.card import TimeWindow
 from models.indices import SpectralIndices
+from models.timegrid import TimeGrid
 from training.classification import in_window, log_shares, mix_pixels, sampling_weights
 from training.config import BANDS, INDICES
 from training.datasets import PixelSet
@@ -22,6 +25,7 @@ from training.series import (
     ordinal_day_of_year,
     other_hemisphere,
     tabulate,
+    usable_first,
 )
 
 YEAR = TimeWindow(steps=36, step_days=10, start="calendar-year")
@@ -51,6 +55,18 @@ def sets() -> list[PixelSet]:
         pixel_set("a/dekads", date(2021, 1, 5), 10, 36, seed=1),
         pixel_set("b", date(2019, 1, 1), 5, 73, seed=2),
     ]
+
+
+def test_usable_dates_first_change_nothing_but_the_length(sets: list[PixelSet]) -> None:
+    table = tabulate(sets, YEAR, least=1)
+    values, valid, days = usable_first(table.values, table.valid, table.days)
+    assert valid.shape[1] == table.valid.sum(axis=1).max() < table.valid.shape[1]
+    grid = TimeGrid(36, 10.0)
+    whole, _ = grid(
+        *(torch.from_numpy(a) for a in (table.values.swapaxes(1, 2), table.valid, table.days))
+    )
+    short, _ = grid(*(torch.from_numpy(a) for a in (values.swapaxes(1, 2), valid, days)))
+    torch.testing.assert_close(short, whole, rtol=1e-4, atol=1e-5)
 
 
 class TestTabulate:
@@ -205,6 +221,20 @@ class TestCut:
         assert got["coverage"] == pytest.approx(inside.mean(), abs=1e-4)
 
 
+def test_regions_are_drawn_alike_whatever_their_size() -> None:
+    large = replace(pixel_set("a", date(2021, 1, 5), 10, 36, n=40), region="large")
+    small = replace(pixel_set("a", date(2021, 1, 5), 10, 36, n=4), region="small")
+    table = tabulate([large, small], YEAR, least=1)
+    assert table.regions == ("large", "small")
+    drawn = [
+        np.bincount(table.region, sampling_weights(table, 0.0, share)) for share in (0.0, 0.5, 1.0)
+    ]
+    np.testing.assert_allclose(drawn[0], [40 / 44, 4 / 44])
+    np.testing.assert_allclose(drawn[1], np.sqrt([40, 4]) / np.sqrt([40, 4]).sum())
+    np.testing.assert_allclose(drawn[2], [0.5, 0.5])
+    assert table.in_regions(["small", "nowhere"]).sum() == 4
+
+
 def test_day_of_year_is_that_of_the_date() -> None:
     days = [date(2020, 12, 31), date(2021, 1, 1), date(2021, 3, 1)]
     got = ordinal_day_of_year(np.array([d.toordinal() for d in days]))
@@ -214,7 +244,7 @@ def test_day_of_year_is_that_of_the_date() -> None:
 def test_shares_are_of_what_is_drawn(sets: list[PixelSet]) -> None:
     table = tabulate(sets, YEAR, least=1)
     table = table.take(np.flatnonzero(table.labels != 2))
-    shares = log_shares(table, 0.0, 4)
+    shares = log_shares(table, sampling_weights(table, 0.0), 4)
     np.testing.assert_allclose(np.exp(shares[:2]), [(table.labels == k).mean() for k in (0, 1)])
     # A class that is nowhere is not made infinitely likely.
     np.testing.assert_array_equal(shares[2:], 0)

@@ -151,6 +151,48 @@ def evaluate(
 
 
 @app.command()
+def regions(
+    name: Annotated[str, typer.Argument(help="A bundle's name, e.g. pixels-landcover.")],
+    *,
+    data: Data = Path("../shared/data"),
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; runs/regions/<name> where none.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Leave out this region alone; may be given again.")
+    ] = None,
+    pretrained: Annotated[
+        Path | None, typer.Option(help="Checkpoint with the encoder to start from.")
+    ] = None,
+    romania: Annotated[Path | None, typer.Option(help="The Romania cube of nrt 0.2.1.")] = None,
+    report: Annotated[Path, typer.Option(help="The Markdown file.")] = Path("docs/results.md"),
+    device: Device = "auto",
+    threads: Threads = 1,
+    settings: Settings = None,
+) -> None:
+    """Leave each region out in turn: train what is missing, score, calibrate across regions."""
+    from training.regions import Plan, evaluate_regions
+
+    with _as_usage():
+        config = changed(configuration(name), settings or [])
+    started = (pretrained,) if pretrained else ()
+    words = [f"--pretrained {pretrained.as_posix()}"] if pretrained else []
+    words += ["--romania CUBE"] if romania else []
+    words += [f"--set {shlex.quote(setting)}" for setting in settings or []]
+    plan = Plan(
+        run=Run(config=config, data=data, pretrained=started, romania=romania),
+        folder=run or RUNS / "regions" / name,
+        report=report,
+        only=tuple(only or ()),
+        device=device,
+        threads=threads,
+        command=" ".join([f"python -m training regions {name}", *words]),
+    )
+    done = evaluate_regions(plan)
+    Console().print_json(json.dumps({"calibration": done.calibration, "regions": done.regions}))
+
+
+@app.command()
 def ablate(
     study: Annotated[
         str, typer.Argument(help="inputs, labels, ...: docs/how-to/train.md lists them.")
@@ -213,6 +255,10 @@ def export(
     zoo: Annotated[Path, typer.Option(help="Folder that takes the bundles.")] = BUNDLES,
     name: Annotated[str | None, typer.Option(help="Name of the bundle, for one run.")] = None,
     version: Version = None,
+    regions: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `regions`: its calibration and scores go into the bundle."),
+    ] = None,
 ) -> None:
     """Turn finished runs into bundles: ONNX checked against torch, variants, and a card."""
     from training.export import export_run
@@ -220,7 +266,7 @@ def export(
     if name and len(runs) > 1:
         raise typer.BadParameter(f"--name {name} names one bundle, not {len(runs)}")
     for folder in runs:
-        Console().print(str(export_run(folder, zoo, name=name, version=version)))
+        Console().print(str(export_run(folder, zoo, name=name, version=version, regions=regions)))
 
 
 @app.command()

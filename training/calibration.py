@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,20 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32] | NDArray[np.float64]
 Ints = NDArray[np.int64]
 _BINS = 15
+# Quantiles never meet, however narrow a calibration would make them.
+_LEAST_SPREAD = 0.05
 
 
-def fit_temperature(logits: Floats, labels: Ints) -> float:
+def fit_temperature(logits: Floats, labels: Ints, weights: Floats | None = None) -> float:
     """The temperature of least cross entropy (Guo et al. 2017, arXiv 1706.04599).
 
     Args:
         logits: (N, K).
         labels: positions of the right classes (N).
+        weights: how much each row counts (N), above 0; None for all alike.
     """
+    shares = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=np.float64)
+    counts = torch.from_numpy(shares / shares.sum())
     scores = torch.from_numpy(np.asarray(logits, dtype=np.float64))
     target = torch.from_numpy(labels)
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -27,12 +33,50 @@ def fit_temperature(logits: Floats, labels: Ints) -> float:
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(scores / log_temperature.exp(), target)
+        losses = torch.nn.functional.cross_entropy(
+            scores / log_temperature.exp(), target, reduction="none"
+        )
+        loss = (losses * counts).sum()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch's own signature
     return float(log_temperature.detach().exp())
+
+
+def fit_spread(
+    parts: Sequence[tuple[Floats, Floats, NDArray[np.bool_]]], *, tail: float = 0.1
+) -> Floats:
+    """Factors on the outer quantiles' distances from the median, so that each tail holds `tail`.
+
+    Conformalised quantile regression (Romano et al. 2019, arXiv 1905.03222) with a factor in the
+    place of an offset, for each step and side. All parts weigh alike, whatever their size.
+
+    Args:
+        parts: of each region quantiles (N, H, S, 3), targets (N, H, S) and which are known
+            (N, H, S).
+        tail: share of the targets that lies beyond each outer quantile, 0 to 1.
+
+    Returns:
+        Factors (H, 2), below and above the median; 1 for a step of which no target is known.
+    """
+    horizon = parts[0][0].shape[1]
+    factors = np.ones((horizon, 2))
+    for h in range(horizon):
+        for side, outer in enumerate((0, 2)):
+            ratios, weights = [], []
+            for quantiles, target, known in parts:
+                chosen, seen = quantiles[:, h][known[:, h]], target[:, h][known[:, h]]
+                width = chosen[:, outer] - chosen[:, 1]
+                ratios.append((seen - chosen[:, 1]) / np.where(width == 0, 1e-9, width))
+                weights.append(np.full(len(seen), 1 / max(len(seen), 1)))
+            ratio, weight = np.concatenate(ratios), np.concatenate(weights)
+            if len(ratio):
+                order = np.argsort(ratio)
+                share = np.cumsum(weight[order]) / weight.sum()
+                place = min(int(np.searchsorted(share, 1 - tail)), len(ratio) - 1)
+                factors[h, side] = max(float(ratio[order][place]), _LEAST_SPREAD)
+    return factors
 
 
 def probabilities(logits: Floats, temperature: float = 1.0) -> NDArray[np.float64]:

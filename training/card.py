@@ -31,6 +31,8 @@ from training.licences import LICENCE, pretraining_data, sensed, training_data
 from training.pretrain import CHECKPOINT, FIRST, PretrainConfig
 from training.validation_outputs import AnyTask
 
+EVALUATION = "evaluation.json"
+"""The table of an evaluation, kept beside a run."""
 _EUROSAT_COLORS = {
     "AnnualCrop": "#f5c542",
     "Forest": "#1b6b2f",

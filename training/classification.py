@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from training.series import (
     computable,
     other_hemisphere,
     tabulate,
+    usable_first,
 )
 
 Floats = NDArray[np.float32]
@@ -52,20 +53,30 @@ class PixelClassification:
         config: what is trained.
         data: folder of the data sets.
         everything: whether the validation places are trained on too.
+        left_out: regions of which nothing is trained on, and all labelled pixels are kept.
     """
 
-    def __init__(self, config: ClassifyConfig, data: Path, *, everything: bool = False) -> None:
+    def __init__(
+        self,
+        config: ClassifyConfig,
+        data: Path,
+        *,
+        everything: bool = False,
+        left_out: Sequence[str] = (),
+    ) -> None:
         self.config = config
         self.legend = _LEGENDS[config.legend]
         sets = crop_sets(data) if config.legend == "cdl" else landcover_sets(data)
         self.spectral = SpectralIndices(config.indices, config.bands)
         table = tabulate(sets, config.window, least=config.min_observations, spectral=self.spectral)
         self.table = table.take(table.labels >= 0)
-        self.validation = self.table.take(self.table.validation)
-        chosen = np.flatnonzero(~self.table.validation | everything)
+        away = self.table.in_regions(left_out)
+        self.left_out = self.table.take(away)
+        self.validation = self.table.take(self.table.validation & ~away)
+        chosen = np.flatnonzero((~self.table.validation | everything) & ~away)
         self.train = self.table.take(_share(chosen, self.table.places, config))
         self.adjustment = torch.from_numpy(
-            config.adjust * log_shares(self.train, config.balance, len(self.legend))
+            config.adjust * log_shares(self.train, self._weights(), len(self.legend))
         )
 
     def graph(self) -> PixelGraph:
@@ -102,11 +113,11 @@ class PixelClassification:
     def batches(self, epoch: int, rng: Generator) -> Iterator[tuple[Tensor, ...]]:  # noqa: ARG002  # the same in every epoch
         """Augmented series and their classes: values, valid, days, labels."""
         how = _AUGMENTATION[self.config.legend]
-        weights = sampling_weights(self.train, self.config.balance)
+        weights = self._weights()
         batch = self.config.optimisation.batch
         order = (
             rng.choice(len(self.train), self.steps * batch, p=weights)
-            if self.config.balance or len(self.train) < self.steps * batch
+            if self.config.balance or self.config.regions or len(self.train) < self.steps * batch
             else rng.permutation(len(self.train))
         )
         for i in range(self.steps):
@@ -120,7 +131,11 @@ class PixelClassification:
                 days = other_hemisphere(days, _OTHER_HEMISPHERE, rng)
             values, valid, days = augment_series(values, valid, days, how, rng)
             kept = computable(values, valid, self.spectral)
-            yield tuple(torch.from_numpy(a[kept]) for a in (values, valid, days, part.labels))
+            arrays = *usable_first(values, valid, days), part.labels
+            yield tuple(torch.from_numpy(a[kept]) for a in arrays)
+
+    def _weights(self) -> NDArray[np.float64]:
+        return sampling_weights(self.train, self.config.balance, self.config.regions)
 
     def loss(self, graph: PixelGraph, batch: tuple[Tensor, ...]) -> Tensor:
         """Cross entropy, the mean of the networks'."""
@@ -156,7 +171,7 @@ class PixelClassification:
         with torch.inference_mode():
             for i in range(0, len(table), _BATCH):
                 rows = slice(i, i + _BATCH)
-                arrays = (table.values[rows], valid[rows], table.days[rows])
+                arrays = usable_first(table.values[rows], valid[rows], table.days[rows])
                 parts.append(graph.raw(*(torch.from_numpy(a) for a in arrays)).numpy())
         return np.concatenate(parts)
 
@@ -181,21 +196,23 @@ def in_window(table: SeriesTable, window: TimeWindow) -> NDArray[np.bool_]:
     return np.where(empty, table.valid, inside)
 
 
-def sampling_weights(table: SeriesTable, balance: float) -> NDArray[np.float64]:
+def sampling_weights(
+    table: SeriesTable, balance: float, regions: float = 0.0
+) -> NDArray[np.float64]:
     """Chance of each pixel to be drawn (N).
 
     A class of one source is drawn in proportion to its size to the power 1 - balance: 0 is the
-    data as they are, 1 draws all classes and sources alike.
+    data as they are, 1 draws all classes and sources alike. `regions` does the same to regions.
     """
     cells = table.labels * len(table.sources) + table.source
     _, cell, sizes = np.unique(cells, return_inverse=True, return_counts=True)
-    weights = sizes[cell] ** -balance
+    pixels = np.bincount(table.region, minlength=len(table.regions)).astype(np.float64)
+    weights = sizes[cell] ** -balance * pixels[table.region] ** -regions
     return np.asarray(weights / weights.sum())
 
 
-def log_shares(table: SeriesTable, balance: float, classes: int) -> Floats:
+def log_shares(table: SeriesTable, weights: NDArray[np.float64], classes: int) -> Floats:
     """Logarithm of each class's share of what is drawn (K); 0 for a class that is not there."""
-    weights = sampling_weights(table, balance)
     shares = np.bincount(table.labels, weights, minlength=classes)
     return np.log(np.where(shares > 0, shares, 1.0)).astype(np.float32)
 

@@ -108,6 +108,8 @@ class ClassifyConfig(_Frozen):
     """Label smoothing."""
     balance: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Classes are drawn in proportion to their size to the power 1 - balance."""
+    regions: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """The same of regions: 0 draws them by their size, 1 draws all alike."""
     adjust: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """How far the logits forget how frequent a class is: 0 not at all, 1 wholly (logit adjustment,
     Menon et al. 2021, arXiv 2007.07314)."""
@@ -140,6 +142,8 @@ class ForecastConfig(_Frozen):
     """Share of the batches' pixels that come from the source that is scored."""
     scored_cut: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Share of those pixels that are cut at the date where they are scored, the rest anywhere."""
+    rough: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of the pixels that lose many dates and gain thin cloud, as raw stacks have it."""
     squared: float = 1.0
     """Weight of the squared error of the median beside the pinball loss."""
     clarity: Annotated[float, Field(ge=0.0, le=60.0)] = 0.0
@@ -200,6 +204,10 @@ class Run(_Frozen):
     everything: bool = False
     """Whether the validation places are trained on too; such a run can report no score."""
     protocol: Protocol = "finetune"
+    left_out: tuple[str, ...] = ()
+    """Regions left out of training whole; see `training.regions`."""
+    romania: Path | None = None
+    """The Romania cube of nrt 0.2.1, whose series forecasts learn from; None leaves it out."""
 
     @field_validator("pretrained", mode="before")
     @classmethod

@@ -33,7 +33,7 @@ from models.registry import Bundle, load_bundle
 from models.timegrid import TimeGrid
 from training import validation_outputs as kept
 from training.baselines import NAMES
-from training.card import made_alike, write_card
+from training.card import EVALUATION, made_alike, write_card
 from training.classification import in_window
 from training.config import (
     ZOO,
@@ -46,7 +46,6 @@ from training.config import (
 )
 from training.datasets.stacks import read_romania
 from training.datasets.synthetic_ground import SYNTHETIC
-from training.export import EVALUATION
 from training.finetune import RUN, load_finished, task_of
 from training.forecasting import SCORED_CUT, PixelForecast, cut
 from training.landcover import PatchClassification

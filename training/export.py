@@ -20,7 +20,7 @@ from models.card import CARD_FILE, OUTPUTS, REFLECTANCE, ModelCard, Precision, V
 from models.encoders import PixelEncoder
 from models.registry import load_bundle, sha256_of
 from training import validation_outputs as kept
-from training.card import card_fields, made_alike, megaflop, parameters, write_card
+from training.card import EVALUATION, card_fields, made_alike, megaflop, parameters, write_card
 from training.classification import PixelClassification
 from training.config import Run
 from training.finetune import WEIGHTS, Graph, load_finished
@@ -29,6 +29,7 @@ from training.graph_export import Inputs, folded, in_half, quantise
 from training.landcover import PatchClassification
 from training.onnx_export import OPSET, to_onnx
 from training.parity import HALF_TOLERANCE, Served, check_parity, check_parity_int8, random_inputs
+from training.regions import apply_calibration, read_report
 from training.validation_outputs import AnyTask, Outputs, outputs_on_validation, scores_of
 
 # Pixels that int8 finds its scales from, and how many of those of one set of dates.
@@ -37,7 +38,6 @@ _TYPICAL_ALIKE = 1024
 MODEL_FILE = "model.onnx"
 HALF_FILE = "model.float16.onnx"
 INT8_FILE = "model.int8.onnx"
-EVALUATION = "evaluation.json"
 
 
 class VersionNotRaised(Exception):
@@ -45,7 +45,12 @@ class VersionNotRaised(Exception):
 
 
 def export_run(
-    folder: Path, zoo: Path, *, name: str | None = None, version: str | None = None
+    folder: Path,
+    zoo: Path,
+    *,
+    name: str | None = None,
+    version: str | None = None,
+    regions: Path | None = None,
 ) -> Path:
     """Turn a finished run into a bundle.
 
@@ -54,11 +59,14 @@ def export_run(
         zoo: folder of bundles; the bundle of the same name is replaced.
         name: of the bundle; the configuration's where None.
         version: of the bundle; None keeps that of the bundle replaced, or begins at 1.0.0.
+        regions: folder of `python -m training regions`, whose calibration the graph takes, and
+            whose scores the card.
 
     Returns:
         The bundle's folder.
 
     Raises:
+        NoRegions: that folder holds none.
         NoGraph: a run of nearest neighbours.
         ParityError: ONNX Runtime answers unlike torch.
         VersionNotRaised: the bundle replaced is of this version and another model.
@@ -68,6 +76,11 @@ def export_run(
     real = _real_inputs(task)
     fields = card_fields(run, task, metrics, told)
     fields["metrics"] |= _evaluation(folder, zoo / told, run)
+    if regions is not None:
+        report = read_report(regions)
+        apply_calibration(graph, report.calibration)
+        fields["regions"] = report.regions
+        fields["training"]["calibration"] = report.calibration
     one = [
         torch.from_numpy(array if name == "days" else array[:1])
         for name, array in real.items()

@@ -117,9 +117,17 @@ class Finished:
 def task_of(run: Run) -> AnyTask:
     """The task that a run's configuration names, with its data loaded."""
     if isinstance(run.config, ClassifyConfig):
-        return PixelClassification(run.config, run.data, everything=run.everything)
+        return PixelClassification(
+            run.config, run.data, everything=run.everything, left_out=run.left_out
+        )
     if isinstance(run.config, ForecastConfig):
-        return PixelForecast(run.config, run.data, everything=run.everything)
+        return PixelForecast(
+            run.config,
+            run.data,
+            everything=run.everything,
+            left_out=run.left_out,
+            romania=run.romania,
+        )
     return PatchClassification(run.config, run.data, everything=run.everything)
 
 
@@ -308,8 +316,10 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
     own, shapes = _shapes(graph.state_dict()), _shapes(stored)
     beyond = {name for name in shapes.keys() - own.keys() if not name.startswith("others.")}
-    if not beyond and all(shapes.get(name) == shape for name, shape in own.items()):
-        graph.load_state_dict({name: stored[name] for name in own})
+    # A calibration that earlier versions had not stored has a value of its own.
+    told = {name for name in own if name in stored or not name.endswith(".spread")}
+    if not beyond and all(shapes.get(name) == own[name] for name in told):
+        graph.load_state_dict({name: stored[name] for name in told})
         return
     prefix = "encoder."
     finetuned = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from models.graph import PixelGraph
 from models.heads import ForecastHead
 from models.indices import SpectralIndices
 from training.config import BANDS, INDICES, ForecastConfig
-from training.datasets.points import crops_us_2021, modis_brazil, s2_points
+from training.datasets import PixelSet, Scene
+from training.datasets.points import (
+    crops_us_2021,
+    modis_brazil,
+    s2_points,
+    us_regions,
+    victoria_2018,
+)
+from training.datasets.stacks import read_romania, read_stack, split_north
 from training.losses import pinball
 from training.series import (
     SeriesAugmentation,
@@ -26,6 +35,7 @@ from training.series import (
     computable,
     ordinal_day_of_year,
     tabulate,
+    usable_first,
 )
 
 Floats = NDArray[np.float32]
@@ -35,6 +45,20 @@ Ints = NDArray[np.int64]
 _AUGMENTATION = SeriesAugmentation(
     drop=0.3, least=3, jitter=1.0, season=0.0, noise=0.003, gain=0.0, haze=0.0
 )
+# Stacks as they are delivered, not as archives are: long gaps, few dates, thin cloud that no mask
+# has found.
+_ROUGH = SeriesAugmentation(
+    drop=0.7, gap=0.3, least=3, jitter=1.0, season=0.0, noise=0.005, gain=0.0, haze=0.05
+)
+# Of the pixels of a stack, every how manieth row and column is learned from: neighbours are alike.
+_STRIDE = 2
+# Share of a stack's rows that is held out, from the north.
+_NORTH = 0.25
+_STACKS = {
+    "flanders_2017_2018": "flanders",
+    "hesbaye_a_monthly": "hesbaye",
+    "hesbaye_b_monthly": "hesbaye",
+}
 # The case that is scored: the first 26 composites of 2021 in, the next ten out.
 SCORED_SOURCE = "crops_us_2021"
 SCORED_CUT = 26
@@ -50,20 +74,30 @@ class PixelForecast:
         config: what is trained.
         data: folder of the data sets.
         everything: whether the validation places are trained on too.
+        left_out: regions of which nothing is trained on.
+        romania: the Romania cube of the wheel nrt 0.2.1; None leaves it out.
     """
 
-    def __init__(self, config: ForecastConfig, data: Path, *, everything: bool = False) -> None:
+    def __init__(
+        self,
+        config: ForecastConfig,
+        data: Path,
+        *,
+        everything: bool = False,
+        left_out: Sequence[str] = (),
+        romania: Path | None = None,
+    ) -> None:
         self.config = config
-        sets = [
-            *crops_us_2021(data / "crops_us_2021"),
-            *s2_points(data / "s2_points"),
-            *modis_brazil(data / "modis_brazil"),
-        ]
+        sets = series_sets(data, romania)
+        self.spectral = SpectralIndices(INDICES, BANDS)
         table = tabulate(sets, config.window, least=config.min_observations)
+        self.table = table
+        away = table.in_regions(left_out)
+        self.left_out = table.take(away)
         self.validation = table.take(
-            table.validation & (table.source == table.sources.index(SCORED_SOURCE))
+            table.validation & (table.source == table.sources.index(SCORED_SOURCE)) & ~away
         )
-        self.train = table.take(~table.validation | everything)
+        self.train = table.take((~table.validation | everything) & ~away)
         self.scored = self.train.source == table.sources.index(SCORED_SOURCE)
 
     def graph(self) -> PixelGraph:
@@ -108,9 +142,12 @@ class PixelForecast:
         """Series up to a random date, and what came: see `cut`."""
         batch = self.config.optimisation.batch
         focus = self.config.focus
-        weights = np.where(
-            self.scored, focus / self.scored.sum(), (1.0 - focus) / (~self.scored).sum()
-        )
+        # All other regions are drawn by the roots of their sizes, so that none drowns the rest.
+        sizes = np.bincount(self.train.region[~self.scored], minlength=len(self.train.regions))
+        others = np.where(self.scored, 0.0, sizes[self.train.region].clip(1) ** -0.5)
+        own = self.scored / max(self.scored.sum(), 1)
+        weights = focus * own + (1.0 - focus) * others / others.sum()
+        weights /= weights.sum()
         order = rng.choice(len(self.train), self.steps * batch, p=weights)
         for i in range(self.steps):
             chosen = order[i * batch : (i + 1) * batch]
@@ -137,8 +174,15 @@ class PixelForecast:
         )  # fmt: skip
         values = part.values
         if rng is not None:
-            values, valid, days = augment_series(values, valid, days, _AUGMENTATION, rng)
-        kept = _usable(valid, known) & computable(values, valid, SpectralIndices(INDICES, BANDS))
+            rough = rng.random(len(valid)) < self.config.rough
+            plain = augment_series(values, valid, days, _AUGMENTATION, rng)
+            hard = augment_series(values, valid, days, _ROUGH, rng)
+            values, valid, days = (
+                np.where(rough.reshape(-1, *[1] * (a.ndim - 1)), b, a)
+                for a, b in zip(plain, hard, strict=True)
+            )
+        kept = _usable(valid, known) & computable(values, valid, self.spectral)
+        values, valid, days = usable_first(values, valid, days)
         arrays = (values, valid, days, day_of_year, target, known)
         return tuple(torch.from_numpy(a[kept]) for a in arrays)
 
@@ -177,6 +221,29 @@ class PixelForecast:
             ]
         return np.concatenate(parts), inputs[4].numpy(), inputs[5].numpy()
 
+    def quantiles(self, graph: PixelGraph, table: SeriesTable, positions: Ints) -> Floats:
+        """Forecasts of series of any table from their cuts (N, H, S, Q).
+
+        Args:
+            graph: as trained.
+            table: N series, each with a usable date before its cut.
+            positions: how many dates of each come before its cut (N).
+        """
+        graph.eval()
+        config = self.config
+        valid, days, day_of_year, _, _ = cut(
+            table, positions, config.window.steps, config.window.step_days, config.horizon
+        )
+        parts = []
+        with torch.inference_mode():
+            for i in range(0, len(table), _BATCH):
+                rows = slice(i, i + _BATCH)
+                arrays = usable_first(table.values[rows], valid[rows], days[rows])
+                inputs = (*arrays, day_of_year[rows])
+                parts.append(graph.raw(*(torch.from_numpy(a) for a in inputs)).numpy())
+        shape = (0, config.horizon, len(INDICES), len(config.quantiles))
+        return np.concatenate(parts) if parts else np.empty(shape, np.float32)
+
     def kept(self) -> Bools:
         """Which validation pixels `predict` answers for: those with something in and out."""
         valid, _, _, _, known = cut(
@@ -196,6 +263,32 @@ class PixelForecast:
             for i, source in enumerate(table.sources)
             if (n := int((table.source == i).sum()))
         ]
+
+
+def series_sets(data: Path, romania: Path | None = None) -> list[PixelSet]:
+    """Every series of the indices' bands that a model may learn from: forecasts need no labels.
+
+    Args:
+        data: folder of the data sets.
+        romania: the Romania cube; None leaves it out.
+    """
+    scenes = [(read_stack(data / folder), region) for folder, region in _STACKS.items()]
+    if romania:
+        scenes.append((read_romania(romania), "romania"))
+    return [
+        *us_regions(crops_us_2021(data / "crops_us_2021")[0]),
+        *s2_points(data / "s2_points"),
+        *modis_brazil(data / "modis_brazil"),
+        *victoria_2018(data / "victoria_2018"),
+        *(pixels for scene, region in scenes for pixels in _pixels(scene, region)),
+    ]
+
+
+def _pixels(scene: Scene, region: str) -> Iterator[PixelSet]:
+    """Some pixels of a stack, its northern rows for validation; blocks of them are places."""
+    thin = scene.crop(slice(None, None, _STRIDE), slice(None, None, _STRIDE))
+    for place, part in enumerate(split_north(thin, _NORTH)):
+        yield replace(part.pixels(BANDS, place), region=region)
 
 
 def _usable(valid: Bools, known: Bools) -> Bools:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 
 from models.card import LegendClass
 from training.datasets import PixelSet
-from training.datasets.points import crops_us_2021, s2_points
+from training.datasets.points import crops_us_2021, s2_points, us_regions, victoria_2018
+from training.datasets.stacks import read_stack
 from training.datasets.synthetic_ground import synthetic_ground
 
 Ints = NDArray[np.int64]
@@ -60,6 +62,10 @@ _CDL_TO_WORLDCOVER = {
     111: 80,
     **dict.fromkeys((190, 195), 90),
 }
+# Land-cover codes of the Flemish labels -> WorldCover code: temporary crops, grassland, built-up.
+_FLANDERS_TO_WORLDCOVER = {11: 40, 13: 30, 60: 50}
+# Side of the blocks of pixels that are places of a labelled stack.
+_BLOCK = 16
 
 
 def legend_classes(legend: Mapping[int, tuple[str, str]]) -> tuple[LegendClass, ...]:
@@ -72,25 +78,38 @@ def legend_classes(legend: Mapping[int, tuple[str, str]]) -> tuple[LegendClass, 
 
 def crop_sets(data: Path) -> list[PixelSet]:
     """US crops, with labels that are positions in `CDL`; -1 for a code that is not in it."""
-    return [_relabelled(s, CDL) for s in crops_us_2021(data / "crops_us_2021")]
+    return [relabelled(s, CDL) for s in crops_us_2021(data / "crops_us_2021")]
 
 
 def landcover_sets(data: Path) -> list[PixelSet]:
-    """Sentinel-2 points, US crops and synthetic ground.
+    """Labelled pixels of every region with a licence to train on, and synthetic ground.
 
     Labels are positions in `WORLDCOVER`, -1 for a pixel of none of its classes.
     """
     return [
-        *(_relabelled(s, WORLDCOVER) for s in s2_points(data / "s2_points")),
+        *(relabelled(s, WORLDCOVER) for s in s2_points(data / "s2_points")),
         *(
-            _relabelled(s, WORLDCOVER, _CDL_TO_WORLDCOVER)
-            for s in crops_us_2021(data / "crops_us_2021")
+            relabelled(s, WORLDCOVER, _CDL_TO_WORLDCOVER)
+            for whole in crops_us_2021(data / "crops_us_2021")
+            for s in us_regions(whole)
         ),
-        _relabelled(synthetic_ground(), WORLDCOVER),
+        *(relabelled(s, WORLDCOVER) for s in victoria_2018(data / "victoria_2018")),
+        relabelled(flanders(data / "flanders_2017_2018"), WORLDCOVER, _FLANDERS_TO_WORLDCOVER),
+        relabelled(synthetic_ground(), WORLDCOVER),
     ]
 
 
-def _relabelled(
+def flanders(folder: Path) -> PixelSet:
+    """The labelled pixels of the Flemish chip; blocks of pixels are its places."""
+    scene = read_stack(folder, labels=folder / "LABEL_LC.tif")
+    rows, cols = np.indices(scene.shape) // _BLOCK
+    blocks = replace(scene, fields=rows * (cols.max() + 1) + cols)
+    pixels = replace(blocks.pixels(("B02", "B04", "B08")), region="flanders")
+    labels = np.full(len(pixels.places), -1) if pixels.labels is None else pixels.labels
+    return pixels.take(np.isin(labels, list(_FLANDERS_TO_WORLDCOVER)))
+
+
+def relabelled(
     pixels: PixelSet,
     legend: Mapping[int, tuple[str, str]],
     codes: Mapping[int, int] | None = None,

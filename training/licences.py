@@ -49,6 +49,10 @@ TERMS = {
         sensor="modis",
         pixel_size=250.0,
     ),
+    "victoria_2018": Terms(
+        source="Sentinel-2 series of Victoria, Australia, by C. Pelletier",
+        licence="Copernicus Sentinel data terms; labels GPL-3",
+    ),
     "synthetic_ground": Terms(
         source=(
             "synthetic series of trees, clearings, shrubs, built-up, bare, water and wetland, from "

@@ -52,16 +52,24 @@ class SeriesTable:
     source: Ints
     """Position of each pixel's source in `sources` (N)."""
     sources: tuple[str, ...]
+    region: Ints
+    """Position of each pixel's region in `regions` (N)."""
+    regions: tuple[str, ...]
+    """Names of regions; a source without one is its own."""
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def in_regions(self, names: Sequence[str]) -> Bools:
+        """True for the pixels of the regions named (N)."""
+        return np.isin(self.region, [self.regions.index(n) for n in names if n in self.regions])
 
     def take(self, chosen: Bools | Ints) -> SeriesTable:
         """The pixels chosen by a mask or by positions."""
         fields = {
             name: getattr(self, name)[chosen]
             for name in self.__dataclass_fields__
-            if name != "sources"
+            if name not in {"sources", "regions"}
         }
         return replace(self, **fields)
 
@@ -83,13 +91,14 @@ def tabulate(
     """
     spectral = spectral or SpectralIndices(INDICES, BANDS)
     names = sorted({s.source.partition("/")[0] for s in sets})
+    regions = sorted({_region(s) for s in sets})
     longest = max(len(s.dates) for s in sets)
-    parts = [_tabulate(s, window, longest, names, spectral) for s in sets]
+    parts = [_tabulate(s, window, longest, names, regions, spectral) for s in sets]
     fields = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     _, fields["places"] = np.unique(
         np.column_stack([fields["source"], fields["places"]]), axis=0, return_inverse=True
     )
-    table = SeriesTable(sources=tuple(names), **fields)
+    table = SeriesTable(sources=tuple(names), regions=tuple(regions), **fields)
     return table.take(table.valid.sum(axis=1) >= least)
 
 
@@ -98,6 +107,7 @@ def _tabulate(
     window: TimeWindow,
     longest: int,
     names: Sequence[str],
+    regions: Sequence[str],
     spectral: SpectralIndices,
 ) -> dict[str, NDArray[np.generic]]:
     n, dates = len(pixels.places), len(pixels.dates)
@@ -121,7 +131,12 @@ def _tabulate(
         "places": pixels.places,
         "validation": pixels.validation,
         "source": np.full(n, names.index(pixels.source.partition("/")[0])),
+        "region": np.full(n, regions.index(_region(pixels))),
     }
+
+
+def _region(pixels: PixelSet) -> str:
+    return pixels.region or pixels.source.partition("/")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +198,26 @@ def computable(values: Floats, valid: Bools, spectral: SpectralIndices) -> Bools
     """
     indices = spectral(torch.from_numpy(values)).numpy()
     return np.asarray((valid & np.isfinite(indices).all(axis=-1)).any(axis=1))
+
+
+def usable_first(values: Floats, valid: Bools, days: Floats) -> tuple[Floats, Bools, Floats]:
+    """Series with their usable dates first, as long as the longest of them needs.
+
+    A graph takes dates in any order. Stacks of many years are mostly dates outside the window, on
+    which a batch would spend most of its time.
+
+    Args:
+        values: (N, T, C).
+        valid: True where usable (N, T).
+        days: (N, T).
+    """
+    length = max(int(valid.sum(axis=1).max(initial=0)), 1)
+    order = np.argsort(~valid, axis=1, kind="stable")[:, :length]
+    return (
+        np.take_along_axis(values, order[..., None], axis=1),
+        np.take_along_axis(valid, order, axis=1),
+        np.take_along_axis(days, order, axis=1),
+    )
 
 
 def any_year(valid: Bools, days: Floats, rng: Generator, *, least: int) -> tuple[Bools, Floats]:

@@ -34,13 +34,13 @@ class PixelSet:
     """True for the pixels of the validation places (N)."""
     labels: NDArray[np.int64] | None = None
     """Codes of the source's own legend (N); None where the source has no labels."""
+    region: str | None = None
+    """Part of the world that all pixels lie in, e.g. `us-west`; None where no region is known."""
 
     def take(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> PixelSet:
         """The pixels chosen by a mask or by positions."""
-        return PixelSet(
-            source=self.source,
-            bands=self.bands,
-            dates=self.dates,
+        return replace(
+            self,
             values=self.values[chosen],
             valid=self.valid[chosen],
             places=self.places[chosen],
@@ -54,16 +54,8 @@ class PixelSet:
 
     def select(self, bands: tuple[str, ...]) -> PixelSet:
         """The same pixels with the bands named, in that order; ValueError where one is missing."""
-        return PixelSet(
-            source=self.source,
-            bands=bands,
-            dates=self.dates,
-            values=self.values[..., [self.bands.index(b) for b in bands]],
-            valid=self.valid,
-            places=self.places,
-            validation=self.validation,
-            labels=self.labels,
-        )
+        columns = [self.bands.index(b) for b in bands]
+        return replace(self, bands=bands, values=self.values[..., columns])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,247 @@
+"""Regions left out whole: who is left out, and calibrations across regions."""
+
+from __future__ import annotations
+
+import json
+from datetime import date, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_crops import TINY, write_crops
+
+from models.heads import ForecastHead
+from models.registry import load_bundle
+from training.calibration import fit_spread, fit_temperature
+from training.classification import PixelClassification
+from training.config import ZOO, Run, changed
+from training.datasets import PixelSet
+from training.datasets.points import bavaria_2018, pune_2019, s2_points, us_regions, victoria_2018
+from training.export import export_run
+from training.finetune import finetune
+from training.forecasting import PixelForecast
+from training.legends import WORLDCOVER, landcover_sets
+from training.regions import (
+    NoRegions,
+    Plan,
+    across,
+    evaluate_regions,
+    evaluation_sets,
+    forecast_region,
+    read_report,
+    spreaded,
+)
+
+
+class TestRegions:
+    def test_a_region_left_out_is_whole_and_never_trained_on(self, shared_data: Path) -> None:
+        task = PixelClassification(ZOO["pixels-landcover"], shared_data, left_out=("canada",))
+        canada = task.table.regions.index("canada")
+        assert (task.left_out.region == canada).all()
+        assert len(task.left_out) == (task.table.region == canada).sum() > 2000
+        assert canada not in task.train.region
+        assert canada not in task.validation.region
+
+    def test_a_forecast_leaves_out_a_region_of_several_sources(self, shared_data: Path) -> None:
+        task = PixelForecast(ZOO["forecast-vi"], shared_data, left_out=("hesbaye",))
+        sources = {task.table.sources[i] for i in np.unique(task.left_out.source)}
+        assert sources == {"hesbaye_a_monthly", "hesbaye_b_monthly"}
+        assert task.table.regions.index("hesbaye") not in task.train.region
+
+    def test_the_us_regions_are_two_states(self, shared_data: Path) -> None:
+        sets = [s for s in landcover_sets(shared_data) if s.source == "crops_us_2021"]
+        assert [s.region for s in sets] == ["us-west", "us-south"]
+        with np.load(shared_data / "crops_us_2021" / "crops_us_2021_dev.npz") as archive:
+            west = archive["lonlat"][:, 0] < -110
+        assert [len(s.places) for s in sets] == [west.sum(), (~west).sum()]
+
+    def test_pune_is_evaluated_on_and_never_trained_on(self, shared_data: Path) -> None:
+        assert all(s.region != "pune" for s in landcover_sets(shared_data))
+        (pixels,) = pune_2019(shared_data / "pune_2019")
+        assert pixels.validation.all()
+        run = Run(config=ZOO["pixels-landcover"], data=shared_data)
+        assert [sets[0].region for sets in evaluation_sets(run)] == ["pune", "bavaria"]
+
+    def test_a_task_without_regions_says_so(self, shared_data: Path, tmp_path: Path) -> None:
+        run = Run(config=ZOO["landcover-eurosat"], data=shared_data)
+        with pytest.raises(NoRegions, match="landcover-eurosat"):
+            evaluate_regions(Plan(run=run, folder=tmp_path, report=tmp_path / "r.md"))
+
+
+class TestReaders:
+    def test_victoria_has_the_codes_of_its_names(self, shared_data: Path) -> None:
+        (pixels,) = victoria_2018(shared_data / "victoria_2018")
+        with np.load(shared_data / "victoria_2018" / "victoria.npz") as archive:
+            names = archive["class_name"][archive["label"]]
+            stored = archive["reflectance"]
+        assert pixels.labels is not None
+        assert {WORLDCOVER[c][0] for c in np.unique(pixels.labels).tolist()} == {
+            "Trees", "Grass", "Crops", "Built-up", "Bare or sparse vegetation", "Water",
+        }  # fmt: skip
+        np.testing.assert_array_equal(pixels.labels == 80, names == "Water")
+        np.testing.assert_allclose(pixels.values[3, 5], stored[3, 5] / 10_000, atol=1e-6)
+        assert pixels.dates[-1] == date(2018, 1, 1) + timedelta(days=360)
+
+    def test_pune_is_valid_where_its_scene_classification_is_clear(self, shared_data: Path) -> None:
+        (pixels,) = pune_2019(shared_data / "pune_2019")
+        with np.load(shared_data / "pune_2019" / "pune_2019.npz") as archive:
+            scl, zero = archive["scl"], (archive["reflectance"] == 0).all(-1)
+        clear = (scl >= 4) & (scl <= 7) & ~zero
+        np.testing.assert_array_equal(pixels.valid, clear)
+        assert np.isnan(pixels.values[~clear]).all()
+
+    def test_bavaria_knows_arable_crops_from_meadows(self, shared_data: Path) -> None:
+        sets = bavaria_2018(shared_data / "bavaria_2018")
+        with np.load(shared_data / "bavaria_2018" / "bavaria_fields_2018_l1c.npz") as archive:
+            crops = archive["crop_code"]
+        labels = np.concatenate([s.labels for s in sets if s.labels is not None])
+        assert (labels == 30).sum() == np.isin(crops, (451, 452, 453)).sum()
+        assert (labels == 40).sum() == ((crops >= 100) & (crops < 400)).sum()
+        assert sets[0].bands[1] == "B02"
+
+    def test_declared_crops_tell_the_cover_where_worldcover_has_none(
+        self, shared_data: Path
+    ) -> None:
+        with np.load(shared_data / "s2_points" / "s2_points_dev.npz") as archive:
+            french = np.char.startswith(archive["source"], "france")
+            grass = (french & (archive["crop_code"] // 10**8 == 20)).sum()
+        found = sum(
+            (s.labels == 30).sum()
+            for s in s2_points(shared_data / "s2_points")
+            if s.region in {"france", "corsica"} and s.labels is not None
+        )
+        assert found == grass > 100
+
+    def test_the_meridian_between_the_states_splits_places(self) -> None:
+        places = np.array([1260 * 3600 + 600, 1260 * 3600 + 900])  # 120 and 90 degrees west
+        crops = PixelSet(
+            source="crops_us_2021",
+            bands=("B02",),
+            dates=(date(2021, 1, 1),),
+            values=np.zeros((2, 1, 1), np.float32),
+            valid=np.ones((2, 1), bool),
+            places=places,
+            validation=np.zeros(2, bool),
+        )
+        west, south = us_regions(crops)
+        assert (west.places.tolist(), south.places.tolist()) == ([places[0]], [places[1]])
+
+
+class TestCalibration:
+    def test_weights_are_repetitions(self) -> None:
+        rng = np.random.default_rng(0)
+        logits, labels = rng.normal(size=(300, 4)), rng.integers(4, size=300)
+        times = rng.integers(1, 4, size=300)
+        weighed = fit_temperature(logits, labels, times)
+        repeated = fit_temperature(np.repeat(logits, times, axis=0), np.repeat(labels, times))
+        assert weighed == pytest.approx(repeated, rel=1e-4)
+
+    def test_regions_weigh_alike_whatever_their_size(self) -> None:
+        rng = np.random.default_rng(1)
+        sure = {"logits": 6 * np.eye(3)[rng.integers(3, size=900)], "labels": np.zeros(900, int)}
+        sure["labels"] = sure["logits"].argmax(1)
+        wrong = {"logits": 6 * np.eye(3)[rng.integers(3, size=100)], "labels": np.zeros(100, int)}
+        one = across({"sure": sure, "wrong": wrong})
+        half = {k: v[:100] for k, v in sure.items()}
+        assert one == pytest.approx(across({"sure": half, "wrong": wrong}), rel=0.02)
+
+    def test_the_band_holds_four_fifths_after_it(self) -> None:
+        rng = np.random.default_rng(0)
+        n, steps = 4000, 3
+        true = np.array([0.05, 0.1, 0.2])[:, None]
+        median = rng.uniform(0.2, 0.8, (n, steps, 2))
+        target = median + rng.normal(size=(n, steps, 2)) * true
+        told = np.stack([median - 0.06, median, median + 0.06], axis=-1)
+        known = rng.random((n, steps, 2)) < 0.7
+        spread = fit_spread([(told, target, known)])
+        after = spreaded(told, spread)
+        for h in range(steps):
+            seen = known[:, h]
+            below = (target[:, h] < after[:, h, :, 0])[seen].mean()
+            above = (target[:, h] > after[:, h, :, 2])[seen].mean()
+            assert (below, above) == (pytest.approx(0.1, abs=0.005), pytest.approx(0.1, abs=0.005))
+
+    def test_a_step_without_targets_keeps_its_band(self) -> None:
+        told = np.tile([0.1, 0.2, 0.3], (5, 2, 1, 1))
+        known = np.zeros((5, 2, 1), bool)
+        known[:, 0] = True
+        spread = fit_spread([(told, np.full((5, 2, 1), 0.25), known)])
+        assert spread[1].tolist() == [1.0, 1.0]
+
+    def test_the_graph_scales_what_the_calibration_scales(self) -> None:
+        torch.manual_seed(0)
+        head = ForecastHead(8, steps=6, indices=2, horizon=3, quantiles=3)
+        inputs = torch.randn(5, 8), torch.rand(5, 2, 6)
+        before = head(*inputs).detach().numpy()
+        spread = np.array([[2.0, 0.5], [1.0, 1.0], [3.0, 1.5]])
+        head.spread.copy_(torch.tensor(spread))
+        after = head(*inputs).detach().numpy()
+        np.testing.assert_allclose(after, spreaded(before, spread), atol=1e-6)
+
+    def test_weights_of_an_earlier_version_have_a_spread_of_one(self) -> None:
+        head = ForecastHead(8, steps=6, indices=2, horizon=3, quantiles=3)
+        state = {name: value for name, value in head.state_dict().items() if name != "spread"}
+        head.spread.fill_(2.0)
+        head.load_state_dict(state)
+        assert (head.spread == 1).all()
+
+
+def test_a_regions_forecast_is_scored_beside_persistence_and_last_year() -> None:
+    rng = np.random.default_rng(0)
+    n, steps = 50, 2
+    target = rng.uniform(0.2, 0.8, (n, steps, 3))
+    median = target + 0.1
+    own = {
+        "quantiles": np.stack([median - 0.2, median, median + 0.05], axis=-1),
+        "target": target,
+        "known": np.ones((n, steps, 3), bool),
+        "month": np.repeat([4, 7], 25),
+        "places": np.arange(n) % 5,
+        "persistence": target[:, 0] - 0.3,
+        "last_year": np.where(np.arange(n)[:, None, None] < 25, target + 0.2, np.nan),
+    }
+    scores = forecast_region(own, np.ones((steps, 2)))
+    assert scores["rmse"] == pytest.approx(0.1, abs=1e-4)
+    assert scores["last_year"] == pytest.approx(0.2, abs=1e-4)
+    assert scores["by_month"]["7"]["last_year"] is None
+    assert scores["coverage"] == 1.0
+    first = np.sqrt(np.square(own["persistence"][:, None] - target).mean(axis=(0, 1))).mean()
+    assert scores["persistence"] == pytest.approx(float(first), abs=1e-4)
+    assert forecast_region(own, np.full((steps, 2), 0.1))["coverage"] == 0.0
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A finished run of small crops, and a folder of regions made of it by hand."""
+    root = tmp_path_factory.mktemp("regions")
+    data = write_crops(root)
+    run = Run(config=changed(ZOO["pixels-crops-us"], TINY), data=data)
+    finetune(run, root / "run", device="cpu", threads=1)
+    folder = root / "regions"
+    folder.mkdir()
+    document = {"calibration": {"temperature": 2.5}, "regions": {"us-west": {"accuracy": 0.5}}}
+    (folder / "regions.json").write_text(json.dumps(document))
+    return root / "run", folder
+
+
+class TestExport:
+    def test_a_bundle_takes_the_calibration_and_the_scores(
+        self, evaluated: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        run, folder = evaluated
+        plain = export_run(run, tmp_path / "a", name="plain")
+        told = export_run(run, tmp_path / "b", name="told", regions=folder)
+        card = load_bundle(told).card
+        assert card.regions == {"us-west": {"accuracy": 0.5}}
+        assert card.training["calibration"] == {"temperature": 2.5}
+        assert load_bundle(plain).card.regions == {}
+        assert card.sha256 != load_bundle(plain).card.sha256
+
+    def test_a_folder_without_regions_is_named(
+        self, evaluated: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        with pytest.raises(NoRegions, match="python -m training regions"):
+            read_report(tmp_path)
+        with pytest.raises(NoRegions):
+            export_run(evaluated[0], tmp_path, name="mine", regions=tmp_path)
