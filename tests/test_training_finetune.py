@@ -390,7 +390,7 @@ class TestExport:
             graph.head.linear.bias[0] += 0.5
         part = task.validation.take(np.arange(3))
         real = {"values": part.values, "valid": part.valid, "days": part.days[0]}
-        with pytest.raises(ParityError, match="off torch"):
+        with pytest.raises(ParityError, match="differs from torch"):
             check_parity(graph, zoo / "pixels-crops-us" / "model.onnx", real)
 
     def test_evaluation_writes_tables_and_keeps_the_card_valid(

@@ -1,7 +1,7 @@
-"""Augmentations of both sides: pixel series and patches of imagery.
+"""Augmentation of pixel series and of patches of imagery.
 
-Everything here is a function of its arguments and a random generator, so that a batch is made
-again exactly from its seed.
+Everything here is a function of its arguments and a random generator, so that a seed reproduces a
+batch exactly.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class PixelAugmentation:
-    """How pixel series are disturbed; the zero of each field disturbs nothing."""
+    """Augmentation of pixel series; 0 switches each part off."""
 
     drop: float = 0.4
     """Largest share of a pixel's dates dropped; the share itself is drawn for each pixel."""
     least: int = 4
-    """Usable dates that dropping always leaves, where there were as many."""
+    """Usable dates that dropping always leaves, if there were as many."""
     jitter: float = 2.0
     """Standard deviation of a date's shift, in days."""
     season: float = 10.0
@@ -36,17 +36,17 @@ class PixelAugmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchAugmentation:
-    """How patches are disturbed; the zero of each field disturbs nothing."""
+    """Augmentation of patches; 0 switches each part off."""
 
     flip: bool = True
-    """Whether patches are turned and mirrored at random (the eight symmetries of the square)."""
+    """Whether patches are rotated and mirrored at random (the eight symmetries of the square)."""
     crop: float = 0.25
     """Largest share of a side that a crop cuts off; the crop is scaled back, nearest pixel."""
     closer: float = 0.0
-    """The same, interpolated. Texture of single pixels survives it better than `crop`, which
-    doubles rows and columns that no imagery doubles."""
+    """The same with linear interpolation. It keeps the texture of single pixels better than `crop`,
+    which doubles rows and columns."""
     wider: float = 0.0
-    """Largest share of a side by which a view grows beyond its patch, which is mirrored there."""
+    """Largest share of a side by which a view extends beyond its patch, which is mirrored there."""
     gain: float = 0.1
     """Standard deviation of the gain, shared by the bands."""
     band_gain: float = 0.03
@@ -56,8 +56,8 @@ class PatchAugmentation:
     noise: float = 0.003
     """Standard deviation of the noise of each value, reflectance."""
     clear: float = 0.0
-    """Share of the patches, of bands B04, B03, B02, that lose the atmosphere's own light: imagery
-    of level 1C then looks as level 2A does."""
+    """Share of the patches (B04, B03, B02) from which Rayleigh scattering is removed, so that
+    level 1C imagery resembles level 2A."""
 
 
 NO_PIXEL_AUGMENTATION = PixelAugmentation(drop=0.0, jitter=0.0, season=0.0, noise=0.0, gain=0.0)
@@ -76,12 +76,12 @@ def drop_dates(valid: Bools, rng: Generator, *, most: float, least: int) -> Bool
 
     Args:
         valid: True where usable (N, T).
-        rng: source of chance.
+        rng: random generator.
         most: largest share dropped; each pixel draws its own share from 0 to this.
-        least: usable dates that remain, where there were as many.
+        least: usable dates that remain, if there were as many.
 
     Returns:
-        A new mask (N, T), True nowhere that `valid` is False.
+        A new mask (N, T), False wherever `valid` is.
     """
     share = rng.uniform(0.0, most, (len(valid), 1))
     luck = rng.random(valid.shape)
@@ -91,7 +91,7 @@ def drop_dates(valid: Bools, rng: Generator, *, most: float, least: int) -> Bool
 
 
 def jitter_dates(days: Floats, rng: Generator, *, deviation: float) -> Floats:
-    """Shift each date by itself, in days (T)."""
+    """Shift each date independently, in days (T)."""
     return days + rng.normal(0.0, deviation, days.shape).astype(np.float32)
 
 
@@ -109,17 +109,17 @@ def disturb(values: Floats, rng: Generator, *, noise: float, gain: float) -> Flo
 def augment_pixels(
     values: Floats, valid: Bools, days: Floats, how: PixelAugmentation, rng: Generator
 ) -> tuple[Floats, Bools, Floats]:
-    """Disturb series that share their dates.
+    """Augment series that share their dates.
 
     Args:
         values: reflectance (N, T, C); NaN stays NaN.
         valid: True where usable (N, T).
         days: days since the window's first day (T).
-        how: how much.
-        rng: source of chance.
+        how: strength of each part.
+        rng: random generator.
 
     Returns:
-        values, valid and days, disturbed; all new arrays.
+        values, valid and days, augmented; all new arrays.
     """
     moved = jitter_dates(days, rng, deviation=how.jitter)
     return (
@@ -153,23 +153,23 @@ def crop(patches: Floats, rng: Generator, *, most: float) -> Floats:
 
 
 def zoom(patches: Floats, rng: Generator, *, closer: float, wider: float) -> Floats:
-    """See patches (N, C, P, P) from closer or from further away, linearly interpolated.
+    """Zoom patches (N, C, P, P) in or out, linearly interpolated.
 
     Args:
         patches: reflectance (N, C, P, P).
-        rng: source of chance.
+        rng: random generator.
         closer: largest share of a side that is cut off.
         wider: largest share of a side that is added, mirrored at the edges.
     """
     n, side = len(patches), patches.shape[-1]
     scale = rng.uniform(1.0 - closer, 1.0 + wider, n)
-    # Off the middle by as much as what is cut off, or what is mirrored, leaves room for.
+    # Off the centre by as much as the part that is cut off or mirrored leaves room for.
     middle = (side - 1) / 2 + (rng.random((2, n)) - 0.5) * np.abs(1.0 - scale) * side
     at = middle[..., None] + scale[:, None] * (np.arange(side) - (side - 1) / 2)
     at = (side - 1) - np.abs((side - 1) - np.abs(at))
     below = np.clip(np.floor(at).astype(np.int64), 0, side - 2)
     above = np.clip(at - below, 0.0, 1.0).astype(np.float32)
-    # How much of each pixel (last axis) is in each interpolated one: (2, N, P, P), rows, columns.
+    # Share of each pixel (last axis) in each interpolated one: (2, N, P, P), rows and columns.
     share = np.zeros((2, n, side, side), np.float32)
     np.put_along_axis(share, below[..., None], 1.0 - above[..., None], axis=-1)
     np.put_along_axis(share, below[..., None] + 1, above[..., None], axis=-1)
@@ -188,15 +188,15 @@ def brighten(patches: Floats, rng: Generator, how: PatchAugmentation) -> Floats:
 
 
 def clear_atmosphere(patches: Floats, rng: Generator, *, share: float) -> Floats:
-    """Take the light that air molecules scatter off some patches: level 1C to level 2A, roughly.
+    """Remove Rayleigh scattering from some patches: level 1C to level 2A, approximately.
 
     Single scattering (Hansen and Travis 1974): `surface = (top - t / 4m) / (1 - t (1 + 1/m) / 2)`
     with the optical depth t of a band and the cosine m of the sun's zenith angle, here 0.5 to 0.9.
 
     Args:
         patches: reflectance (N, 3, P, P) of B04, B03, B02.
-        rng: source of chance.
-        share: of the patches that are changed.
+        rng: random generator.
+        share: of the patches that are changed, 0 to 1.
     """
     cosine = rng.uniform(0.5, 0.9, (len(patches), 1, 1, 1))
     depth = _RAYLEIGH[None, :, None, None]
@@ -206,7 +206,7 @@ def clear_atmosphere(patches: Floats, rng: Generator, *, share: float) -> Floats
 
 
 def augment_patches(patches: Floats, how: PatchAugmentation, rng: Generator) -> Floats:
-    """Disturb patches of reflectance (N, C, P, P); a new array. Other dates are the sampler's."""
+    """Augment patches of reflectance (N, C, P, P); a new array. The sampler varies the dates."""
     turned = flip(patches, rng) if how.flip else patches
     cut = crop(turned, rng, most=how.crop) if how.crop else turned
     if how.closer or how.wider:

@@ -1,4 +1,4 @@
-"""Encoders of others, put in place of ours: the same graph, loop, augmentation and schedule."""
+"""Baseline encoders (TempCNN, MLP) in the same graph, loop, augmentation and schedule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HIDDEN = 512
 
 
 class _OnSeries(nn.Module):
-    """Layers that encode what our encoder, too, sees of a series."""
+    """Layers that encode the same series that the pixel encoder sees."""
 
     layers: nn.Sequential
 
@@ -28,7 +28,7 @@ class _OnSeries(nn.Module):
         season: Tensor | None = None,
         reflectance: Tensor | None = None,
     ) -> Tensor:
-        """Encode series (N, K, M), and bands (N, C, M), as (N, D); the rest is not looked at."""
+        """Encode series (N, K, M) and bands (N, C, M) as (N, D); the other inputs are ignored."""
         del observed, season
         seen = standardised(series)
         if reflectance is not None:
@@ -108,9 +108,9 @@ NAMES = {"tempcnn": "TempCNN", "mlp": "multilayer perceptron"}
 
 
 def put_network(graph: PixelGraph, network: Network) -> None:
-    """Replace a graph's encoder by a baseline's; `pimc` leaves ours.
+    """Replace a graph's encoder by a baseline's; `pimc` keeps the graph's own.
 
-    Grid, head and the length of the embedding stay, so all else is the same.
+    Grid, head and the length of the embedding stay the same.
     """
     if network != "pimc":
         steps, indices = graph.grid.steps, len(graph.indices.names)
@@ -126,7 +126,7 @@ def put_network(graph: PixelGraph, network: Network) -> None:
 def replace_encoders(
     graph: PixelGraph | PatchGraph, make: Callable[[nn.Module], nn.Module]
 ) -> None:
-    """Put another encoder in the place of each of a graph's, made from it."""
+    """Replace each encoder of a graph by one made from it."""
     graph.add_module("encoder", make(graph.encoder))
     for pair in graph.others:
         pair[0] = make(pair[0])  # type: ignore[index,operator]  # a list, which torch types as a module

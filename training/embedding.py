@@ -1,4 +1,4 @@
-"""A pretrained checkpoint becomes two bundles, `embed-pixel` and `embed-patch`, with scores.
+"""Embedding export: a pretrained checkpoint to the bundles `embed-pixel` and `embed-patch`.
 
 checkpoint -> graphs without heads -> scores beside an untrained encoder -> bundles
 """
@@ -71,14 +71,14 @@ def export_embeddings(
     Args:
         folder: of the run.
         zoo: folder of bundles; those of the same names are replaced.
-        places: where the data lies.
-        version: of both bundles; None keeps that of those replaced, or begins at 1.0.0.
+        places: paths of the data.
+        version: of both bundles; None keeps that of the replaced ones, or begins at 1.0.0.
 
     Returns:
         The folders of `embed-pixel` and `embed-patch`.
 
     Raises:
-        ParityError: ONNX Runtime answers unlike torch.
+        ParityError: ONNX Runtime and torch differ.
     """
     stored = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
     config = PretrainConfig.model_validate(stored["config"])
@@ -159,20 +159,20 @@ def export_embeddings(
 
 
 def _loss(full: Mapping[str, Any], reduced: Mapping[str, Any]) -> dict[str, float]:
-    """Change of what a linear probe scores; negative is worse."""
+    """Change of a linear probe's scores; negative is worse."""
     before, after = full["linear_probe"], reduced["linear_probe"]
     return {name: round(after[name] - before[name], 4) for name in ("accuracy", "macro_f1")}
 
 
 def pixel_graph(networks: Networks) -> PixelGraph:
-    """The pixel side as it is served: no head, the embedding is the answer."""
+    """The pixel side as it is served: without a head, the output is the embedding."""
     return networks.pixel.eval()
 
 
 def measure_retrieval(
     networks: Networks, config: PretrainConfig, sources: Sources, folder: Path
 ) -> Mapping[str, Any]:
-    """Pixel to patch and back on each source's held-out place, one date or median, no disturbance.
+    """Retrieval on each source's held-out places, on the median image and without augmentation.
 
     Args:
         networks: as trained.
@@ -198,11 +198,11 @@ def measure_retrieval(
 
 
 def probe_outputs(networks: Networks, data: Path) -> dict[str, Outputs]:
-    """What linear probes of both encoders answer on the validation places.
+    """Outputs of linear probes of both encoders on the validation places.
 
     Args:
         networks: as trained.
-        data: folder of the data sets; EuroSAT is left out where it is missing.
+        data: folder of the data sets; EuroSAT is optional.
     """
     found = {"crops": embed_crops(pixel_graph(networks), crop_sets(data)[0])}
     if (data / "eurosat").is_dir():
@@ -240,7 +240,7 @@ def embed_crops(graph: PixelGraph | Served, crops: PixelSet) -> Labelled:
 
 
 def embed_patches(graph: PatchGraph | Served, patches: PatchSet, *, seed: int = 0) -> Labelled:
-    """Embeddings of a random part of EuroSAT."""
+    """Embeddings of a random sample of EuroSAT."""
     graph.eval()
     rng = np.random.default_rng(seed)
     most = min(_PROBED_PATCHES, len(patches.values))
@@ -280,7 +280,7 @@ def _untrained(config: PretrainConfig) -> Networks:
 
 
 def last_row(folder: Path) -> dict[str, float]:
-    """What the log of a run says of its last step."""
+    """The last row of a run's log."""
     with (folder / LOG_FILE).open(newline="") as file:
         *_, last = csv.DictReader(file)
     return {name: round(float(value), 5) for name, value in last.items() if value}

@@ -1,9 +1,9 @@
 """Gradients of a large batch in the memory of a small one.
 
 A contrastive loss compares every row with every other, so its batch cannot simply be split. But
-given the embeddings, the loss knows nothing of the encoders: its gradient at the embeddings is
-found first, and then carried into the encoders chunk by chunk (Gao et al. 2021, arXiv 2101.06983).
-Memory holds one chunk's activations; the price is a second forward pass.
+the loss depends on the encoders only through the embeddings: its gradient at the embeddings is
+computed first and then carried into the encoders chunk by chunk (Gao et al. 2021, arXiv
+2101.06983). Memory holds one chunk's activations; the price is a second forward pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Side:
     size: int
     """Rows (N)."""
     order: Tensor | None = None
-    """Which row of the batch is encoded at each place (N); None where they are as they come."""
+    """Row of the batch that is encoded at each position (N); None for the batch's own order."""
 
     def restored(self, embeddings: Tensor) -> Tensor:
         """Embeddings (N, D) in the batch's own order."""
@@ -47,7 +47,7 @@ def backward(
     shuffled, and the result is that of the whole batch only up to these statistics.
 
     Args:
-        sides: what the loss compares.
+        sides: the sides that the loss compares.
         loss: of the embeddings of each side (N, D), a scalar; may have parameters of its own.
         network: holds every module that the sides run, for its statistics.
         chunk: rows that an encoder sees at once.
@@ -97,7 +97,7 @@ def _set_chance(state: tuple[Tensor, list[Tensor]]) -> None:
 
 @contextmanager
 def _statistics_kept(network: nn.Module) -> Iterator[None]:
-    """Batch statistics are used but not remembered: the second pass does that, once."""
+    """Do not update running batch statistics: the second pass does so, once."""
     norms = [m for m in network.modules() if isinstance(m, _BatchNorms)]
     momenta = [m.momentum for m in norms]
     try:

@@ -1,4 +1,4 @@
-"""What is exported of a graph: the same function in fewer operations, or in fewer bits."""
+"""Graph export: the same function in fewer operations (folding) or fewer bits (float16, int8)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from training.baselines import replace_encoders
 from training.finetune import Graph
 
 Inputs = Mapping[str, NDArray[Any]]
-# A product of fewer inputs than these gains nothing from int8: its numbers must be quantised first.
+# A product with fewer inputs gains nothing from int8, because its input must be quantised first.
 _FEWEST_INPUTS = 16
 _PRODUCTS = {"Gemm", "MatMul"}
-# Share of the numbers of a matrix that its scale in int8 reaches, at each end.
+# Share of a matrix's values that its int8 scale covers, at each end.
 _KEPT = 0.9999
 
 
 class _Product(nn.Module):
-    """Rows of as many numbers as the weights take, times the weights, plus the bias."""
+    """Matrix product plus bias; the input is reshaped to rows as long as the weights are high."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -40,17 +40,16 @@ class _Product(nn.Module):
         self.bias = _constant(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(R, I)`, or of as many numbers in other rows, `-> (R', O)`."""
+        """`(R, I)`, or the same values in other rows, `-> (R', O)`."""
         return torch.addmm(self.bias, x.reshape(-1, self.weight.shape[0]), self.weight)
 
 
 class _Added(nn.Module):
-    """A product that is added to what is there.
+    """A product that is added to a matrix.
 
-    In float32 that is one operation, as a bias is. A product in int8 adds no matrix; for one whose
-    sum is in float32 (`apart`) the weights are negative and subtracted from what is there, for
-    ONNX Runtime would merge product and sum into that one operation before it looks for products
-    to do in int8.
+    In float32 that is one operation (Gemm). An int8 product cannot add a matrix. If its sum is in
+    float32 (`apart`), the weights are negated and the product is subtracted, because ONNX Runtime
+    would otherwise merge product and sum into a Gemm before it looks for products to quantise.
     """
 
     def __init__(self, weight: Tensor, *, apart: bool = False) -> None:
@@ -66,7 +65,7 @@ class _Added(nn.Module):
 
 
 class _FoldedBlock(nn.Module):
-    """A block whose second product is added to its input, in one operation or in int8 in two."""
+    """A block whose second product is added to its input: one operation, in int8 two."""
 
     def __init__(self, up: _Product, down: _Added | _Product) -> None:
         super().__init__()
@@ -83,25 +82,25 @@ class _FoldedBlock(nn.Module):
 
 
 class FoldedEncoder(nn.Module):
-    """What a pixel encoder does in evaluation mode, in fewer operations.
+    """A pixel encoder in evaluation mode, computed in fewer operations.
 
-    Batch normalisation goes into the product that follows; the bias of a block's second product
-    into the next product, so that the block's sum is part of its product; the rows of the plots
-    are made in the order in which they are multiplied, and are not copied beside the tokens. What
-    all steps of a pixel share is not added to each of them: it is the weight of a feature that is
-    one in all of them, so that a pixel has weights of its own for its tokens.
+    Batch normalisation becomes part of the product that follows. The bias of a block's second
+    product becomes part of the next product, so that the block's sum is part of its product. The
+    rows of the plots are made in the order in which they are multiplied, and not copied into the
+    tokens. A term that all steps of a pixel share is not added to each step: it is the weight of
+    a feature that is 1 in all steps, so that each pixel has its own weights for its tokens.
 
-    Distances are never made. As |a - b| = 2 max(a, b) - a - b, their product is one of the larger
-    values, and a and b enter by the sums of the weights. That is one pass over the plots for two,
-    and in int8 a series is rounded before its plots are made of it, not after: the larger of two
-    rounded numbers is the rounded larger one. Float16 keeps the distances, for what cancels here
-    is many times as large as what is left.
+    Distances are not computed. As |a - b| = 2 max(a, b) - a - b, their product is one of the larger
+    values, and a and b enter by the sums of the weights. That takes one pass over the plots instead
+    of two, and in int8 a series is rounded before its plots are made, not after: the larger of two
+    rounded numbers is the rounded larger one. Float16 keeps the distances, because the terms that
+    cancel here are many times larger than the result.
 
     Args:
         encoder: in evaluation mode.
-        precision: what the encoder is going to be. For int8, a block's sum stays apart from its
-            product, so that both are done in int8, and what has no number stays NaN, which int8
-            does not know.
+        precision: of the exported encoder. For int8, a block's sum stays separate from its product,
+            so that both are computed in int8; and NaN is restored at the end, because int8 has no
+            NaN.
     """
 
     def __init__(self, encoder: PixelEncoder, precision: Precision = "float32") -> None:
@@ -121,7 +120,7 @@ class FoldedEncoder(nn.Module):
             plots = _in_int8(plots)
         self.larger = encoder.plots and encoder.threshold is None and precision != "float16"
         if self.larger:
-            # The series' weights come second, after how well a step was observed.
+            # The series' weights come second, after that of `observed`.
             own = tokens[1 : 1 + indices] if encoder.series else torch.zeros(indices, len(bias))
             own = own - plots.reshape(indices, steps, -1).sum(dim=1)
             tokens = torch.cat([tokens[:1], own, tokens[1 + indices * encoder.series :]])
@@ -133,14 +132,14 @@ class FoldedEncoder(nn.Module):
         self.tokens = _constant(tokens)
         self.plots = _Added(plots, apart=apart) if encoder.plots else None
         layers: list[nn.Module] = []
-        # What must still be added to every row: the biases of second products.
+        # Sum of the second products' biases that must still be added to every row.
         owed = torch.zeros(encoder.row.out_features)
         for i, level in enumerate(encoder.levels):
             if isinstance(level, nn.ReLU):
                 layers.append(nn.ReLU())
             for block in level.children():
                 if not isinstance(block, Block):
-                    raise TypeError(f"no {type(block).__name__} can be folded")
+                    raise TypeError(f"a {type(block).__name__} cannot be folded")
                 scale, shift = _affine(block.norm)
                 up = block.up.weight.T
                 bias = block.up.bias + (scale * owed + shift) @ up
@@ -184,14 +183,14 @@ class FoldedEncoder(nn.Module):
         x = (torch.cat(tokens, dim=1).transpose(1, 2) @ weights).flatten(0, 1)
         if self.plots is not None:
             x = self.plots(x, self._rows(levels))
-        # The first product counts its rows by what it takes.
+        # The first product reshapes its input, which joins steps.
         out: Tensor = self.layers(x)
         return out + 0.0 * series.flatten(1)[:, :1] if self.apart else out
 
     def _rows(self, levels: Tensor) -> Tensor:
-        """Rows of the plots of all indices, one a step: (N, K, M) -> (N * M, K * M).
+        """Rows of the plots of all indices, one per step: (N, K, M) -> (N * M, K * M).
 
-        Of distances, the larger value of each pair.
+        In place of a distance, the larger value of the pair (see the class).
         """
         indices, steps = levels.shape[1:]
         if self.larger:
@@ -206,10 +205,10 @@ class FoldedEncoder(nn.Module):
 
 
 def _in_int8(weight: Tensor) -> Tensor:
-    """Weights (I, O) as int8 holds them, with a scale a column.
+    """Weights (I, O) rounded as int8 holds them, with one scale per column.
 
-    Sums of weights are taken of these, so that what rounding changes is multiplied by distances,
-    and not by the larger values that stand for them.
+    Sums of weights are taken of the rounded ones, so that the rounding error is multiplied by
+    distances and not by the larger values that stand in for them.
     """
     scale = weight.abs().amax(dim=0).clamp(min=torch.finfo(weight.dtype).tiny) / 127
     return (weight / scale).round() * scale
@@ -222,20 +221,20 @@ def _constant(values: Tensor) -> nn.Parameter:
 def _linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Weights (I, O) and bias (O) of a linear layer."""
     if not isinstance(layer, nn.Linear):
-        raise TypeError(f"no {type(layer).__name__} can be folded")
+        raise TypeError(f"a {type(layer).__name__} cannot be folded")
     return layer.weight.T, layer.bias
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Factor and summand of batch normalisation with its running statistics."""
     if not isinstance(norm, ChannelNorm) or norm.running_mean is None or norm.running_var is None:
-        raise TypeError("only batch normalisation that counts can be folded")
+        raise TypeError("only batch normalisation with running statistics can be folded")
     scale: Tensor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     return scale, norm.bias - norm.running_mean * scale
 
 
 def _repeated(row: Tensor, weight: Tensor) -> Tensor:
-    """A row as often as rows are taken together by a product with the weights."""
+    """A row, repeated as often as a product with these weights joins rows."""
     return row.repeat(len(weight) // len(row))
 
 
@@ -256,8 +255,8 @@ def folded(graph: Graph, precision: Precision = "float32") -> Graph:
 class HalfPrecision(nn.Module):
     """An encoder in float16 between a graph and a head in float32.
 
-    Only the encoder: the grid's wide kernel weighs 1e-3 and less, which float16 rounds to nothing,
-    and a softmax costs little.
+    Only the encoder: the grid's wide kernel weighs 1e-3 and less, which float16 rounds to 0, and a
+    softmax costs little.
     """
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -271,32 +270,32 @@ class HalfPrecision(nn.Module):
         third: Tensor | None = None,
         fourth: Tensor | None = None,
     ) -> Tensor:
-        """Encode as the encoder does, whatever it takes: the exporter wants each by itself."""
+        """Encode; the exporter needs each input as a parameter of its own."""
         inputs = [None if x is None else x.half() for x in (first, second, third, fourth)]
-        while inputs[-1] is None:  # what this encoder may not even have
+        while inputs[-1] is None:  # inputs that this encoder may not have
             inputs.pop()
         out: Tensor = self.encoder(*inputs)
         return out.float()
 
 
 def in_half(graph: Graph) -> Graph:
-    """The graph with its encoder in float16; inputs and answers stay float32."""
+    """The graph with its encoder in float16; inputs and outputs stay float32."""
     half = folded(graph, "float16")
     replace_encoders(half, HalfPrecision)
     return half.eval()
 
 
 def quantise(source: Path, target: Path, typical: Sequence[Inputs]) -> None:
-    """Do the encoder's products and sums in int8, with scales that are fixed in advance.
+    """Compute the encoder's products and sums in int8, with scales that are fixed in advance.
 
-    Weights have a scale a column; what is multiplied or added has one a matrix, as wide as all but
-    the outermost numbers of typical input. Indices, grid, head and the first small product stay
+    Weights have one scale per column; activations have one per matrix, which covers all but the
+    outermost values of typical input. Indices, grid, head and the first small product stay
     float32.
 
     Args:
         source: a graph folded for int8.
         target: the file to write.
-        typical: inputs of the graph, from which the scales are found.
+        typical: inputs of the graph, from which the scales are determined.
     """
     model = onnx.load(source)
     weights = {tensor.name: tensor.dims for tensor in model.graph.initializer}
@@ -320,7 +319,7 @@ def quantise(source: Path, target: Path, typical: Sequence[Inputs]) -> None:
             target,
             _Batches(typical, [i.name for i in model.graph.input]),
             quant_format=QuantFormat.QDQ,
-            # A rectifier before a product in int8 is done by where its scale begins.
+            # A ReLU before an int8 product is implicit in a scale that begins at 0.
             op_types_to_quantize=sorted(kinds),
             nodes_to_exclude=[
                 node.name
@@ -344,9 +343,9 @@ def quantise(source: Path, target: Path, typical: Sequence[Inputs]) -> None:
 def _widths(
     model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], typical: Sequence[Inputs]
 ) -> dict[str, list[dict[str, np.float32]]]:
-    """How far the scale of each matrix around some nodes reaches, as the quantiser wants it.
+    """Range of the scale of each matrix around some nodes, in the quantiser's form.
 
-    One outlier in a million would stretch the scale of all others; it is cut instead.
+    Outliers are clipped: one in a million would stretch the scale of all other values.
     """
     graph = onnx.ModelProto()
     graph.CopyFrom(model)
@@ -369,7 +368,7 @@ def _widths(
 
 
 class _Batches(CalibrationDataReader):  # type: ignore[misc]  # it comes without types
-    """Typical input, as the quantiser asks for it."""
+    """Typical input, in the quantiser's form."""
 
     def __init__(self, batches: Sequence[Inputs], names: Sequence[str]) -> None:
         self._next = iter([{name: batch[name] for name in names} for batch in batches])
@@ -381,9 +380,9 @@ class _Batches(CalibrationDataReader):  # type: ignore[misc]  # it comes without
 def _round_before_plots(graph: onnx.GraphProto) -> None:
     """Round series before the larger of each pair of their values is taken, not after.
 
-    One number a step is rounded then for M, and the plots are made and read in bytes. Whatever
-    else reads the series sees them rounded too: of |a - b| = 2 max(a, b) - a - b all three parts
-    must be off by the same.
+    One number per step is rounded instead of M, and the plots are made and read in bytes. All
+    other nodes that read the series see them rounded too, because all three terms of
+    |a - b| = 2 max(a, b) - a - b must have the same error.
     """
     made_by = {name: node for node in graph.node for name in node.output}
     for rounding in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
@@ -395,7 +394,7 @@ def _round_before_plots(graph: onnx.GraphProto) -> None:
         for side in larger.input:
             while (view := made_by[side]).op_type in {"Unsqueeze", "Transpose"}:
                 views.append(view)
-                side = view.input[0]  # up to what both sides are views of
+                side = view.input[0]  # up to the series of which both sides are views
         series = views[-1].input[0]
         step = rounding.input[1:]
         whole, near = f"{series}_whole", f"{series}_near"
@@ -408,14 +407,14 @@ def _round_before_plots(graph: onnx.GraphProto) -> None:
         graph.node.insert(place + 1, make("DequantizeLinear", [whole, *step], [near]))
         rows.output[0] = rounding.output[0]
         graph.node.remove(rounding)
-    # The types that are noted of numbers in between hold no longer.
+    # The recorded types of intermediate values are no longer correct.
     del graph.value_info[:]
 
 
 def _is_encoders(name: str, weights: Mapping[str, Sequence[int]]) -> bool:
     """Whether these are weights of an encoder's product that gains from int8.
 
-    What all steps of a pixel share is one row a pixel, and is taken from what is rounded otherwise.
+    The product shared by all steps of a pixel (`.pixel.`) has one row per pixel and stays float32.
     """
     of_encoder = name.startswith("encoder.") or (name.startswith("others.") and ".0." in name)
     gains = name in weights and weights[name][0] >= _FEWEST_INPUTS and ".pixel." not in name
@@ -424,7 +423,7 @@ def _is_encoders(name: str, weights: Mapping[str, Sequence[int]]) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the quantiser's advice, which it logs as a warning for each matrix."""
+    """Suppress the quantiser's advice, which it logs as a warning for each matrix."""
     logger = logging.getLogger()
     before = logger.level
     logger.setLevel(logging.ERROR)

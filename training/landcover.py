@@ -1,4 +1,4 @@
-"""The land-cover task: classes of patches of imagery, learned on EuroSAT."""
+"""Land-cover task: classes of patches of imagery, trained on EuroSAT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PatchClassification:
     """EuroSAT's ten classes from red, green and blue.
 
     Args:
-        config: what is trained.
+        config: of the run.
         data: folder of the data sets.
         everything: whether the validation patches are trained on too.
     """

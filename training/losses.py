@@ -1,7 +1,7 @@
 """Losses, as pure functions in the terms of their papers, and small classes over them.
 
 `z0` and `z1` are the projections of the two views of a place: pixels (recurrence plots) and
-patches (imagery), both of unit length; row i of one belongs with row i of the other.
+patches (imagery), both of unit length; row i of one is the positive of row i of the other.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def info_nce(
         z0: unit vectors (N, P).
         z1: unit vectors (N, P).
         temperature: divides the cosines, above 0.
-        excluded: True where row j of z1 is no negative of row i of z0 (N, N), so it is left out
-            of the sum; the diagonal, the positives, must be False.
+        excluded: True where row j of z1 is not used as a negative of row i of z0 (N, N); the
+            diagonal, the positives, must be False.
 
     Returns:
-        The loss (), in nats; log N where the vectors say nothing.
+        The loss (), in nats; log N for uninformative vectors.
     """
     logits = z0 @ z1.T / temperature
     if excluded is not None:
@@ -48,13 +48,13 @@ def symmetric_info_nce(
 class SymmetricInfoNCE(nn.Module):
     """`symmetric_info_nce` under a learned temperature.
 
-    The logarithm of the inverse is learned, so that the temperature stays above 0, and held
-    within limits: a temperature that falls without bound buys loss by confidence alone.
+    The logarithm of the inverse is learned, so that the temperature stays above 0, and clamped:
+    a temperature that falls without bound lowers the loss by confidence only.
 
     Args:
-        temperature: at the start.
-        lowest: the least it may become.
-        highest: the most it may become.
+        temperature: initial value.
+        lowest: lower limit.
+        highest: upper limit.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class SymmetricInfoNCE(nn.Module):
 
 
 def same_group(groups: Tensor) -> Tensor:
-    """Pairs of different rows of one group, which are no negatives of one another.
+    """Pairs of different rows of one group, which are not used as negatives.
 
     Args:
         groups: a number for each row (N), such as its field; negative where unknown, and an
@@ -107,7 +107,7 @@ def near(scenes: Tensor, positions: Tensor, distance: float) -> Tensor:
 
 
 def alike(series: Tensor, threshold: float) -> Tensor:
-    """Pairs of different rows whose series hardly differ: most likely one field or one cover.
+    """Pairs of different rows whose series hardly differ: probably one field or one cover.
 
     Args:
         series: series on the regular grid (N, K, M), index units.
@@ -130,7 +130,7 @@ def _diagonal(size: int, device: torch.device) -> Tensor:
 def alignment(z0: Tensor, z1: Tensor) -> Tensor:
     """Mean squared distance of positive pairs (): Wang and Isola 2020, arXiv 2005.10242.
 
-    0 is perfect; 2 is what unrelated directions have.
+    0 is perfect; unrelated directions have 2.
     """
     return (z0 - z1).square().sum(dim=1).mean()
 
@@ -138,7 +138,7 @@ def alignment(z0: Tensor, z1: Tensor) -> Tensor:
 def uniformity(z: Tensor) -> Tensor:
     """Log of the mean Gaussian potential of all pairs (): Wang and Isola 2020.
 
-    0 where all vectors are one (collapse); near -4 where they cover the sphere.
+    0 if all vectors are equal (collapse); near -4 if they cover the sphere.
 
     Args:
         z: unit vectors (N, P), at least two.
@@ -153,16 +153,16 @@ def pinball(
 
     Args:
         predicted: quantiles (..., Q), in the unit of the target.
-        target: what came (...); anything, NaN included, where not valid.
+        target: observed values (...); any value, NaN included, where not valid.
         quantiles: the levels (Q), each in 0 to 1.
-        valid: True where the target counts (...); None counts all that is not NaN.
+        valid: True where the target counts (...); None counts every target that is not NaN.
 
     Returns:
-        The mean () over valid targets and quantiles; 0 where none is valid.
+        The mean () over valid targets and quantiles; 0 if none is valid.
     """
     counts = target == target if valid is None else valid & (target == target)
     levels = predicted.new_tensor(quantiles)
-    # A zero target where none is valid: NaN times zero would poison the gradient.
+    # A target of 0 where not valid: NaN times zero would make the gradient NaN.
     miss = torch.where(counts, target, 0.0)[..., None] - predicted
     loss = torch.maximum(levels * miss, (levels - 1.0) * miss)
     kept = torch.where(counts[..., None], loss, 0.0)
@@ -175,7 +175,7 @@ def cross_entropy(answers: Sequence[Tensor], target: Tensor, smoothing: float) -
     Args:
         answers: logits of each network (N, K).
         target: classes (N) or soft labels (N, K).
-        smoothing: share of the label that all classes split.
+        smoothing: share of the label that is distributed over all classes.
 
     Returns:
         The loss (), in nats.

@@ -52,8 +52,8 @@ def to_onnx(
     """
     axes = {"N": Dim("N", min=1), "T": Dim("T", min=1)}
     with warnings.catch_warnings(), _quiet():
-        # The exporter warns that axes of one letter are one axis, which is what is meant, and of
-        # what it uses of torch itself.
+        # The exporter warns that axes of one letter are one axis, which is intended, and about
+        # its own use of torch.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*axis name.*", category=UserWarning)
         program = torch.onnx.export(
@@ -75,7 +75,7 @@ def to_onnx(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter logs of its own passes: hundreds of lines a graph."""
+    """Suppress the exporter's log of its own passes: hundreds of lines per graph."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
     before = [logger.level for logger in loggers]
     try:
@@ -88,7 +88,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Without what the exporter notes for its own debugging: stack traces, paths, guards."""
+    """Remove the exporter's debugging notes: stack traces, paths, guards."""
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""

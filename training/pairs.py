@@ -1,7 +1,7 @@
 """Batches for pretraining: pairs of a pixel's series and the imagery around it, and views.
 
-A batch is a function of the seed and the step alone. Nothing is remembered between batches, so a
-resumed run sees exactly the batches that the undisturbed run would have seen.
+A batch is a function of the seed and the step only. No state is kept between batches, so a resumed
+run sees exactly the batches of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from training.augment import (
 )
 from training.datasets import PatchSet, PixelSet, Scene
 
-# A date on which less than this share of the area is clear gives no image.
+# A date is used as an image only if at least this share of the area is clear.
 _CLEAR_SHARE = 0.9
-# Dates that are looked at alone in a group, beside the median of all.
+# Single-date images per group, in addition to the median of all dates.
 _SINGLE_IMAGES = 3
-# Clear dates of which the median is taken: more would cost time and change little.
+# Number of clear dates in the median: more would cost time and change little.
 _MEDIAN_DATES = 7
-# Draws of a window before the area's best so far is taken.
+# Windows drawn before the best of them is used.
 _ATTEMPTS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesGroup:
-    """Series that share their dates: what `PixelGraph.regular` takes."""
+    """Series that share their dates: the input of `PixelGraph.regular`."""
 
     values: Tensor
     """Reflectance (n, T, C), NaN where missing."""
@@ -50,7 +50,7 @@ class SeriesGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Pixels, and the imagery around them: row i of the one belongs with row i of the other."""
+    """Pixels and the imagery around them: row i of one is the positive of row i of the other."""
 
     groups: tuple[SeriesGroup, ...]
     """The series, group after group (N in all)."""
@@ -66,7 +66,7 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesViews:
-    """Two disturbed views of each of the same pixels."""
+    """Two augmented views of the same pixels."""
 
     first: tuple[SeriesGroup, ...]
     second: tuple[SeriesGroup, ...]
@@ -74,7 +74,7 @@ class SeriesViews:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageryViews:
-    """Two disturbed views of each of the same patches, (N, C, P, P) each."""
+    """Two augmented views of the same patches, (N, C, P, P) each."""
 
     first: Tensor
     second: Tensor
@@ -84,8 +84,8 @@ def hilbert_curve(rows: int, cols: int) -> NDArray[np.int64]:
     """Positions of an area in the order of a Hilbert curve: (rows * cols, 2), row and column.
 
     Neighbours on the curve are neighbours on the ground, so equal stretches of the curve are
-    compact pieces of the area. The curve of the smallest enclosing square of a power of two is
-    walked, and what lies outside the area left out (Hilbert 1891, doi:10.1007/BF01199431).
+    compact pieces of the area. The curve is that of the smallest enclosing square of a power of
+    two, without the positions outside the area (Hilbert 1891, doi:10.1007/BF01199431).
     """
     order = max(rows, cols, 1) - 1
     levels = order.bit_length()
@@ -116,8 +116,8 @@ def spread_along(positions: NDArray[np.int64], n: int, rng: Generator) -> NDArra
 
     Args:
         positions: in the order of the curve (L, 2), L at least 1.
-        n: how many.
-        rng: source of chance.
+        n: number of positions.
+        rng: random generator.
     """
     places = np.floor((np.arange(n) + rng.random(n)) * len(positions) / n).astype(np.int64)
     return np.asarray(positions[np.minimum(places, len(positions) - 1)])
@@ -162,7 +162,7 @@ class PairSampler:
     per_group: int
     """Pixels in a group."""
     area: int = 128
-    """Largest side of what is read of a scene at once: memory stays bounded on large rasters."""
+    """Largest side of the area read from a scene at once, in pixels; it bounds memory."""
     pixel_augmentation: PixelAugmentation
     patch_augmentation: PatchAugmentation
     single_dates: float = 0.6
@@ -307,7 +307,7 @@ class SeriesViewSampler:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageryViewSampler:
-    """Draws two views of patches that have no series: two places of each patch, disturbed."""
+    """Draws two augmented views of patches that have no series, at two positions of each patch."""
 
     patches: PatchSet
     """Validation places must have been taken out."""
@@ -379,7 +379,7 @@ def _group_of(
 
 
 def _median(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Median over dates (C, H, W); a pixel that no date shows gets the band's median."""
+    """Median over dates (C, H, W); a pixel without a clear date gets the band's median."""
     ordered = np.sort(values, axis=0)  # NaN last
     count = np.isfinite(values).sum(axis=0)
     middle = np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0]

@@ -1,4 +1,4 @@
-"""Parity: an ONNX file in ONNX Runtime beside its torch graph, on random and on real input."""
+"""Parity: an ONNX file in ONNX Runtime against its torch graph, on random and on real input."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from training.graph_export import Inputs
 TOLERANCE = 1e-4
 # Of a float16 variant: three decimal digits, and the softmax in float32.
 HALF_TOLERANCE = 2e-2
-# Of an int8 variant, on real input and in the mean: its scales fit no other, and a single number
-# may well be off by more.
+# Mean difference of an int8 variant on real input: its scales fit real input only, and a single
+# value may differ by more.
 INT8_TOLERANCE = 2e-2
 
 
 class ParityError(Exception):
-    """The exported graph does not answer as torch does."""
+    """The outputs of the exported graph and of torch differ."""
 
 
 class Served:
-    """A bundle's file in the place of its graph: a task scores what is served.
+    """An ONNX file with the interface of a graph, so that a task scores the file that is served.
 
     Args:
         path: the ONNX file.
@@ -42,15 +42,15 @@ class Served:
         self.names = [i.name for i in self.session.get_inputs()]
 
     def eval(self) -> Served:
-        """A file knows no training."""
+        """Do nothing: an ONNX file has no training mode."""
         return self
 
     def raw(self, *inputs: Tensor) -> Tensor:
         """Quantiles, or logarithms of probabilities, in the order of the inputs.
 
         Args:
-            inputs: as the graph takes them; days may be each pixel's own (N, T), though the file
-                takes one list for all: pixels of the same days are answered together.
+            inputs: those of the graph. `days` may also be (N, T), although the file takes (T):
+                pixels with the same days run together.
         """
         feeds = {n: x.numpy() for n, x in zip(self.names, inputs, strict=False)}
         groups = [np.arange(len(inputs[0]))]
@@ -75,15 +75,17 @@ def check_parity_int8(graph: Graph, path: Path, real: Inputs) -> float:
     """Mean difference between an int8 graph in ONNX Runtime and torch, on real input.
 
     Raises:
-        ParityError: it is more than `INT8_TOLERANCE`, or a NaN is where torch has none or the
-            reverse, be it on random input.
+        ParityError: it is more than `INT8_TOLERANCE`, or one has NaN where the other has not, also
+            on random input.
     """
     session = open_cpu(path)
     for inputs in random_inputs(graph, dayed=_dayed(session)):
         _difference(graph, session, inputs, path.name)
     off = float(np.nan_to_num(_difference(graph, session, real, path.name)).mean())
     if off > INT8_TOLERANCE:
-        raise ParityError(f"{path.name} is {off:.1e} off torch, {INT8_TOLERANCE} is allowed")
+        raise ParityError(
+            f"{path.name} differs from torch by {off:.1e} on average; {INT8_TOLERANCE} is allowed"
+        )
     return off
 
 
@@ -92,12 +94,12 @@ def check_parity(graph: Graph, path: Path, real: Inputs, *, tolerance: float = T
 
     Args:
         graph: in float32.
-        path: the ONNX file, of whatever precision.
+        path: the ONNX file, of any precision.
         real: real input; parity is checked on random input too.
-        tolerance: what the difference may be.
+        tolerance: largest allowed difference.
 
     Raises:
-        ParityError: it is more, or a NaN is where torch has none or the reverse.
+        ParityError: the difference is larger, or one has NaN where the other has not.
     """
     session = open_cpu(path)
     worst = 0.0
@@ -106,7 +108,7 @@ def check_parity(graph: Graph, path: Path, real: Inputs, *, tolerance: float = T
             worst, float(np.nan_to_num(_difference(graph, session, inputs, path.name)).max())
         )
     if worst > tolerance:
-        raise ParityError(f"{path.name} is {worst:.1e} off torch, {tolerance} is allowed")
+        raise ParityError(f"{path.name} differs from torch by {worst:.1e}; {tolerance} is allowed")
     return worst
 
 
@@ -117,9 +119,9 @@ def _dayed(session: onnxruntime.InferenceSession) -> bool:
 def _difference(
     graph: Graph, session: onnxruntime.InferenceSession, inputs: Inputs, name: str
 ) -> NDArray[np.float32]:
-    """How far ONNX Runtime's answers lie from torch's, NaN where neither has a number.
+    """Absolute difference of ONNX Runtime's and torch's outputs, NaN where both have NaN.
 
-    As a share of the largest number where that is above 1, as an embedding's may be.
+    Relative to the largest value if that is above 1, as an embedding's may be.
     """
     names = [i.name for i in session.get_inputs()]
     got = session.run(None, _fed(session, {name: inputs[name] for name in names}))[0]
@@ -132,7 +134,7 @@ def _difference(
 
 
 def _fed(session: onnxruntime.InferenceSession, inputs: Inputs) -> Inputs:
-    """Inputs with the reflectance in the precision that a graph takes."""
+    """Inputs with the reflectance in the precision of the graph's input."""
     half = {i.name for i in session.get_inputs() if i.type == "tensor(float16)"}
     return {name: x.astype(np.float16) if name in half else x for name, x in inputs.items()}
 
@@ -141,8 +143,8 @@ def open_cpu(path: Path) -> onnxruntime.InferenceSession:
     """A session on the CPU, with as many threads as torch has."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Without it, products of int8 overflow on a processor that has no instructions for them; the
-    # service, which takes int8 only where there are, does without, for it makes them half as fast.
+    # Without it, int8 products overflow on a processor that has no instructions for them. The
+    # service uses int8 only where there are, and leaves it off, because it halves the speed.
     options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
@@ -162,7 +164,7 @@ def pixel_inputs(graph: PixelGraph, n: int, dates: int) -> dict[str, NDArray[Any
 
 
 def random_inputs(graph: Graph, *, dayed: bool) -> Iterator[dict[str, NDArray[Any]]]:
-    """Random inputs: many dates, one pixel, one date, missing values, pixels with nothing."""
+    """Random inputs: many dates, one pixel, one date, missing values, pixels without a date."""
     rng = np.random.default_rng(0)
     if isinstance(graph, PatchGraph):
         for n in (3, 1, 17):
@@ -172,7 +174,7 @@ def random_inputs(graph: Graph, *, dayed: bool) -> Iterator[dict[str, NDArray[An
         values = rng.uniform(0.01, 0.6, (n, t, len(graph.indices.bands))).astype(np.float32)
         valid = rng.random((n, t)) < 0.7
         values[~valid] = np.nan
-        # Invalid numbers must not count, and one pixel of several has nothing at all.
+        # Invalid values must not count, and one of several pixels has no valid date.
         values[0, 0], valid[0, -1] = 3.0, True
         valid[0, 0] = t == 1
         if n > 1:

@@ -3,11 +3,11 @@
 batch(step) -> regular series -> encoders -> projections -> symmetric InfoNCE -> weights
 
 A pixel's recurrence plots and the imagery around it are a positive pair; the other places of the
-batch are negatives, but for those that are most likely the same ground. Two views of series
-without imagery, and of imagery without series, may teach each side more.
+batch are negatives, except those that are probably the same ground. Two views of series without
+imagery, and of imagery without series, are further positive pairs.
 
-Whatever is random follows from the seed and the step, so a run that was killed goes on from its
-last checkpoint exactly as if it had not been.
+All randomness follows from the seed and the step, so a killed run resumes from its last checkpoint
+exactly as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class PretrainConfig(_Frozen):
     """Weight of the loss of the series views; the pairs' is 1."""
     imagery_weight: float = 1.0
     chunk: int = 4096
-    """Rows that an encoder sees at once: memory is bounded by it, not by the batch."""
+    """Rows that an encoder processes at once; it bounds memory, instead of the batch."""
     side: int = 32
     """Side of the imagery around a pixel, and of a view, in pixels, a multiple of 16."""
     steps_per_window: int = 36
@@ -87,18 +87,18 @@ class PretrainConfig(_Frozen):
     min_observations: int = 4
     pixel: PixelEncoderConfig = PixelEncoderConfig()
     reflectance: bool = False
-    """Whether the pixel encoder sees the bands' reflectance beside the indices."""
+    """Whether the pixel encoder sees the bands' reflectance in addition to the indices."""
     patch: PatchEncoderConfig = PatchEncoderConfig()
     projection: int = 128
     """Length of z0 and z1."""
     temperature: float = 0.1
-    """At the start; it is learned."""
+    """Initial value; the temperature is learned."""
     near: float = 8.0
-    """Pixels closer than this in a scene are no negatives of one another; 0 keeps them all."""
+    """Pixels closer than this in a scene are not used as negatives; 0 uses them all."""
     alike: float = 0.03
-    """Pixels whose series differ by less (root mean square, index units) are no negatives."""
+    """Pixels whose series differ by less (root mean square, index units) are not negatives."""
     same_field: bool = False
-    """Whether pixels of one field are negatives of one another, where fields are known."""
+    """Whether pixels of one field are used as negatives, if fields are known."""
     pixel_augmentation: PixelAugmentation = PixelAugmentation()
     patch_augmentation: PatchAugmentation = PatchAugmentation()
     learning_rate: float = 1e-3
@@ -106,7 +106,7 @@ class PretrainConfig(_Frozen):
     clip: float = 1.0
     """Largest norm of the gradient."""
     bfloat16: bool = False
-    """Whether a CPU, too, runs the encoders in bfloat16; see `config.Optimisation`."""
+    """Whether the encoders run in bfloat16 on a CPU too; see `config.Optimisation`."""
     measure_every: int = 100
     """Steps between measurements on the held-out places."""
     keep_every: int = 100
@@ -144,7 +144,7 @@ class ForeignCheckpoint(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one step learns from."""
+    """The training batch of one step."""
 
     pairs: Pairs
     series: SeriesViews | None
@@ -165,7 +165,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class _Comparison:
-    """Two sets of embeddings that the loss compares: a projection and rows of the batch each."""
+    """Two sets of embeddings that the loss compares, each a projection and rows of the batch."""
 
     first: tuple[str, slice]
     second: tuple[str, slice]
@@ -174,7 +174,7 @@ class _Comparison:
 
 
 class Networks(nn.Module):
-    """Both encoders, and what stands on them during training."""
+    """Both encoders with their projections and losses."""
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
@@ -195,8 +195,8 @@ class Networks(nn.Module):
         )
         self.patch = PatchEncoder(bands=len(PATCH_BANDS), **config.patch.model_dump())
         wide = {"pixel": encoder.embedding, "patch": self.patch.embedding}
-        # Views have projections of their own: what two views of a series share is not what a
-        # series shares with its imagery.
+        # Views have projections of their own, because two views of a series share other information
+        # than a series and its imagery.
         self.projections = nn.ModuleDict(
             {
                 name: ProjectionHead(wide[name.partition("_")[0]], config.projection)
@@ -208,7 +208,7 @@ class Networks(nn.Module):
         )
 
     def checkpoint(self) -> dict[str, Any]:
-        """State by part; `pixel_encoder` and `patch_encoder` are what finetuning starts from."""
+        """State by part; fine-tuning starts from `pixel_encoder` or `patch_encoder`."""
         return {
             "pixel_encoder": self.pixel.encoder.state_dict(),
             "patch_encoder": self.patch.state_dict(),
@@ -232,14 +232,14 @@ def pretrain(
     device: str = "auto",
     workers: int = 1,
 ) -> Networks:
-    """Train both encoders; goes on where an earlier run in the same folder stopped.
+    """Train both encoders; resumes an earlier run in the same folder.
 
     Args:
-        config: everything that decides the outcome.
-        places: where the data lies.
+        config: everything that determines the result.
+        places: paths of the data.
         folder: for checkpoint, CSV log and TensorBoard events.
         device: `auto`, `cpu` or `cuda`.
-        workers: threads that make batches ahead; their number changes nothing but the speed.
+        workers: threads that prepare batches ahead; their number affects the speed only.
 
     Returns:
         The networks as trained, on the device.
@@ -324,7 +324,7 @@ class Pretraining:
         }
 
     def measure(self) -> dict[str, float]:
-        """Mean scores of pairs of the held-out places; empty where nothing is held out."""
+        """Mean scores of pairs of the held-out places; empty if nothing is held out."""
         if self.held_out is None:
             return {}
         self.networks.eval()
@@ -341,15 +341,15 @@ class Pretraining:
         patches = self.networks.patch(pairs.patches.to(self.device))
         z0 = self.networks.projections["pixel"](pixels)
         z1 = self.networks.projections["patch"](patches)
-        # Patches that overlap most show the same ground: finding the neighbour is no miss.
+        # Patches that overlap show the same ground: retrieving the neighbour is not an error.
         excluded = near(pairs.scenes, pairs.positions, self.config.near).to(self.device)
         return pair_scores(z0, z1, pixels, patches, excluded)
 
     def _shuffled(self, encoder: nn.Module, *inputs: Tensor | None) -> Side:
         """A side of all rows of the batch, pairs and views alike.
 
-        They go through an encoder together, so that the batch statistics in training are those of
-        the mixture, as they are in use; and shuffled, so that a chunk's are too.
+        They pass an encoder together, so that the batch statistics in training are those of the
+        mixture, as in use; and shuffled, so that those of a chunk are too.
         """
         size = max(len(part) for part in inputs if part is not None)
         order = torch.randperm(size).to(self.device)
@@ -365,7 +365,7 @@ class Pretraining:
         return Side(encode=encode, size=len(order), order=order)
 
     def _comparisons(self, batch: Batch, series: Tensor) -> dict[str, _Comparison]:
-        """What the loss compares: pairs, then views where there are any."""
+        """The comparisons of the loss: pairs, then views if there are any."""
         pairs = len(batch.pairs.patches)
         comparisons = {
             "pairs": _Comparison(
@@ -410,14 +410,14 @@ class Pretraining:
     def _loss(self, name: str) -> SymmetricInfoNCE:
         loss = self.networks.losses[name]
         if not isinstance(loss, SymmetricInfoNCE):
-            raise TypeError(f"{name} is no contrastive loss")
+            raise TypeError(f"{name} is not a contrastive loss")
         return loss
 
     def _regular(self, groups: Sequence[SeriesGroup]) -> tuple[Tensor, Tensor, None, Tensor | None]:
-        """What the pixel encoder takes.
+        """The pixel encoder's inputs.
 
         Indices on the regular grid (N, K, M), how well each step is observed (N, 1, M), no season,
-        and the bands (N, C, M) where it sees them.
+        and the bands (N, C, M) or None.
         """
         with torch.no_grad():
             parts = [
@@ -426,8 +426,8 @@ class Pretraining:
                 )
                 for g in groups
             ]
-        # A pixel whose indices cannot be computed on any date has no series; zeros, marked as
-        # unobserved, keep it from spoiling the batch statistics of the others.
+        # A pixel whose indices cannot be computed on any date has no series. Zeros, marked as
+        # unobserved, keep its NaN out of the batch statistics.
         series = torch.nan_to_num(torch.cat([series for series, _, _ in parts]))
         observed = torch.cat([observed for _, observed, _ in parts])
         bands = [bands for _, _, bands in parts if bands is not None]
@@ -440,7 +440,7 @@ class Pretraining:
         return excluded | alike(series, self.config.alike)
 
     def _ahead(self, first: int, workers: int) -> Iterator[Batch]:
-        """The batches from step `first` on, the next ones made while one is learned from."""
+        """The batches from step `first` on; the next ones are prepared during a step."""
         with ThreadPoolExecutor(max_workers=workers) as pool:
             coming = deque(
                 pool.submit(self._batch, step)
@@ -470,7 +470,7 @@ class Pretraining:
             "seconds": spent,
         }
         path = self.folder / CHECKPOINT
-        # Written beside and renamed: a kill in between leaves the last whole one.
+        # Written to another file and renamed: a kill leaves the last complete checkpoint.
         torch.save(stored, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
 
@@ -480,14 +480,14 @@ class Pretraining:
         if not path.exists():
             return 0, 0.0
         stored = torch.load(path, map_location=self.device, weights_only=True)
-        # As configurations, not as text: a setting that is new since then has its default.
+        # Compared as configurations, not as text: settings added since then have their defaults.
         if PretrainConfig.model_validate(stored["config"]) != self.config:
             raise ForeignCheckpoint(
                 f"{self.folder} holds a run of another configuration; choose another folder"
             )
         self.networks.restore(stored)
         self.optimizer.load_state_dict(stored["optimizer"])
-        log.info("goes on after step %d", stored["step"])
+        log.info("resuming after step %d", stored["step"])
         return stored["step"], stored["seconds"]
 
 
@@ -501,7 +501,7 @@ def load_networks(checkpoint: Path) -> tuple[PretrainConfig, Networks]:
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
-    """Rises linearly, then falls along a cosine to a hundredth; a function of the step alone."""
+    """Rises linearly, then falls along a cosine to a hundredth; a function of the step only."""
     warm = max(1, round(_WARM_UP * config.steps))
     if step < warm:
         return config.learning_rate * (step + 1) / warm
@@ -511,7 +511,7 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
 
 
 class _RunLog:
-    """Writes a row a step to CSV and TensorBoard; rows after a checkpoint are written anew."""
+    """Writes one row per step to CSV and TensorBoard; a resumed run rewrites later rows."""
 
     COLUMNS = (
         "step",
@@ -566,7 +566,7 @@ def _report(row: Mapping[str, float], steps: int, *, begun: bool) -> None:
     left = row["seconds"] / step * (steps - step)
     found = ""
     if "pixel_to_patch" in row:
-        found = f", finds {row['pixel_to_patch']:.3f} / {row['patch_to_pixel']:.3f}"
+        found = f", retrieval {row['pixel_to_patch']:.3f} / {row['patch_to_pixel']:.3f}"
     log.info(
         "step %d of %d, loss %.3f (pairs %.3f)%s, %.1f min left",
         step,

@@ -1,4 +1,4 @@
-"""Opens what pretraining learns from: scenes, pixel series, imagery."""
+"""Pretraining data: opens scenes, pixel series and imagery, and holds validation places out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class StackSource(_Frozen):
 
 
 class SourcesConfig(_Frozen):
-    """What is learned from."""
+    """The sources of a pretraining."""
 
     stacks: tuple[StackSource, ...] = (
         StackSource(folder="flanders_2017_2018"),
@@ -69,7 +69,7 @@ class SourcesConfig(_Frozen):
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where the data lies on this machine: no part of a configuration."""
+    """Paths of the data on this machine; not part of a configuration."""
 
     data: Path
     """Folder of the data sets."""
@@ -80,7 +80,7 @@ class Places:
 
 
 class SourceNotGiven(Exception):
-    """A configuration names a source whose place was not given."""
+    """A configuration names a source whose path was not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +91,12 @@ class Sources:
     weights: Sequence[float]
     held_out: Sequence[Scene]
     series: Sequence[PixelSet]
-    """Training places alone."""
+    """Training places only."""
     imagery: PatchSet | None
-    """Training places alone."""
+    """Training places only."""
 
     def counts(self) -> dict[str, int]:
-        """Samples a source: pixels of scenes and series, patches of imagery."""
+        """Number of samples by source: pixels of scenes and series, patches of imagery."""
         counts: dict[str, int] = {}
         for scene in self.scenes:
             rows, cols = scene.shape
@@ -113,13 +113,13 @@ def open_sources(config: SourcesConfig, places: Places, *, seed: int) -> Sources
     """Open every source that the configuration names.
 
     Args:
-        config: what is learned from.
-        places: where it lies.
+        config: the sources.
+        places: their paths.
         seed: of the synthetic scenes.
 
     Raises:
-        SourceNotGiven: the configuration names a source whose place is unknown.
-        ValueError: no scene at all.
+        SourceNotGiven: the configuration names a source whose path is unknown.
+        ValueError: there is no scene.
     """
     data = places.data
     groups: list[tuple[float, list[Scene]]] = []
@@ -145,13 +145,13 @@ def open_sources(config: SourcesConfig, places: Places, *, seed: int) -> Sources
         series=[p for name in config.series for p in _training(_SERIES[name](data / name))],
         imagery=_training_patches(eurosat_rgb(data / "eurosat")) if config.eurosat else None,
     )
-    log.info("learns from %s", sources.counts())
+    log.info("training data: %s", sources.counts())
     return sources
 
 
 def _given(place: Path | None, name: str) -> Path:
     if place is None:
-        raise SourceNotGiven(f"the configuration learns from {name}: say where it lies")
+        raise SourceNotGiven(f"the configuration uses {name}: give its path with --{name}")
     return place
 
 

@@ -1,9 +1,9 @@
-"""What frozen embeddings know: a linear probe and nearest neighbours.
+"""Probes of frozen embeddings: linear and nearest neighbours.
 
 frozen encoder -> embeddings of all places -> a linear map, or the nearest training pixels
 
-The validation places choose nothing here: all probes have fixed settings, so their scores are
-those of places that neither the encoder nor the probe has seen.
+All probes have fixed settings, none chosen on the validation places, so their scores are those of
+places that neither the encoder nor the probe has seen.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Ints = NDArray[np.int64]
 NEIGHBOURS = 15
 _ITERATIONS = 2000
 _BATCH = 256
-# A probability that nearest neighbours give no class at all, and the logit of a class that a
-# linear probe has never seen.
+# The smallest probability of a class under nearest neighbours, and the logit of a class that is
+# missing from the linear probe's training data.
 _SMALLEST = 1e-3
 _UNSEEN = -30.0
 
@@ -61,7 +61,7 @@ def probe(data: Labelled, *, resamples: int = 1000, seed: int = 0) -> dict[str, 
     """Accuracy and macro-F1 of both probes on the validation places, with 95 % intervals.
 
     Args:
-        data: embeddings; both probes learn from the training places alone.
+        data: embeddings; both probes are trained on the training places only.
         resamples: bootstrap resamples of the validation places.
         seed: of the bootstrap.
     """
@@ -88,7 +88,7 @@ def linear_logits(train: Floats, labels: Ints, rest: Floats, many: int) -> Float
 
 def nearest_logits(train: Floats, labels: Ints, rest: Floats, many: int) -> Floats:
     """Logits (N, K) of the nearest training places' classes, by cosine."""
-    # On unit vectors the nearest by distance are the nearest by cosine.
+    # For unit vectors the nearest by distance are the nearest by cosine.
     model = KNeighborsClassifier(min(NEIGHBOURS, len(train)), weights="distance")
     model.fit(normalize(train), labels)
     shares = np.zeros((len(rest), many), dtype=np.float32)
@@ -102,13 +102,13 @@ def _linear(train: Floats, labels: Ints, many: int) -> tuple[Floats, Floats]:
     weight = np.zeros((many, train.shape[1]), dtype=np.float32)
     bias = np.full(many, _UNSEEN, dtype=np.float32)
     there = np.unique(labels)
-    if len(there) == 1:  # nothing to tell apart
+    if len(there) == 1:  # a single class
         bias[there] = 0.0
         return weight, bias
     model = LogisticRegression(C=0.1, tol=1e-3, max_iter=_ITERATIONS)
     model.fit(scaler.transform(train), labels)
     rows, offsets = model.coef_, model.intercept_
-    if len(there) == 2:  # one row, which speaks for the second class
+    if len(there) == 2:  # scikit-learn returns one row, for the second class
         rows, offsets = np.stack([-rows[0], rows[0]]) / 2, np.array([-offsets[0], offsets[0]]) / 2
     weight[there] = rows / scaler.scale_
     bias[there] = offsets - (rows / scaler.scale_) @ scaler.mean_
@@ -121,7 +121,7 @@ def _linear(train: Floats, labels: Ints, many: int) -> tuple[Floats, Floats]:
 def put_linear_head(task: AnyTask, graph: Any) -> None:  # noqa: ANN401  # of the task's kind
     """Make a graph's head a logistic regression on its frozen encoder's embeddings.
 
-    What stands there is a graph like any other: it is scored, calibrated and exported alike.
+    The graph is then scored, calibrated and exported like any other.
     """
     if isinstance(task, PixelForecast) or not isinstance(graph.head, ClassificationHead):
         raise TypeError("a linear head is for classes")
@@ -134,7 +134,7 @@ def put_linear_head(task: AnyTask, graph: Any) -> None:  # noqa: ANN401  # of th
 
 
 def probed(task: AnyTask, graph: Any, protocol: str) -> Outputs:  # noqa: ANN401  # of the task's kind
-    """Outputs of a probe that no graph holds: nearest neighbours, and regressions of forecasts."""
+    """Outputs of probes outside the graph: nearest neighbours, and regressions of forecasts."""
     if isinstance(task, PixelForecast):
         return _probed_forecast(task, graph, protocol)
     train, labels = embedded(task, graph, training=True)
@@ -186,10 +186,10 @@ def _probed_forecast(task: PixelForecast, graph: Any, protocol: str) -> Outputs:
 
 
 def _headless(graph: Any) -> Any:  # noqa: ANN401  # of the task's kind
-    """The same graph without its head, frozen: its answer is the embedding."""
+    """The same graph without its head, frozen: its output is the embedding."""
     bare = copy.copy(graph)
     # A shallow copy shares the table of parts with the graph, which must keep its head.
-    bare._modules = {**graph._modules, "head": None}  # noqa: SLF001  # torch has no other way
+    bare._modules = {**graph._modules, "head": None}  # noqa: SLF001  # torch offers no other way
     return bare.eval()
 
 

@@ -1,4 +1,4 @@
-"""How good two-sided embeddings are, without labels: retrieval, and signs of collapse."""
+"""Label-free measures of paired embeddings: retrieval accuracy and collapse."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class PairScores:
     """Share of the pixels whose own patch is among the nearest five."""
     patch_to_pixel_5: float
     alignment: float
-    """Mean squared distance of a pair, 0 to 4: small is good."""
+    """Mean squared distance of a pair, 0 to 4; smaller is better."""
     uniformity_pixel: float
-    """0 where all projections are one (collapse), down to about -4."""
+    """0 if all projections are equal (collapse), down to about -4."""
     uniformity_patch: float
     spread_pixel: float
     """Standard deviation of the unit embeddings' entries x sqrt(D): 0 collapsed, 1 spread."""
@@ -36,14 +36,14 @@ def retrieval_accuracy(z0: Tensor, z1: Tensor, excluded: Tensor | None = None, k
     Args:
         z0: unit vectors (N, P).
         z1: unit vectors (N, P).
-        excluded: True where row j of z1 is no candidate of row i (N, N), never on the diagonal.
-        k: how many nearest count.
+        excluded: True where row j of z1 is not a candidate for row i (N, N); never on the diagonal.
+        k: number of nearest rows that count.
     """
     cosines = z0 @ z1.T
     if excluded is not None:
         cosines = cosines.masked_fill(excluded, -torch.inf)
     own = cosines.diagonal()
-    # Ties count as misses: a collapsed encoder gives only ties, and finds nothing.
+    # Ties count as misses: a collapsed encoder produces only ties.
     better = (cosines >= own[:, None]).sum(dim=1) - 1
     return (better < k).float().mean().item()
 
@@ -64,7 +64,7 @@ def pair_scores(
         z1: projections of the patches (N, P), of unit length.
         pixels: embeddings (N, D).
         patches: embeddings (N, D).
-        excluded: pairs that are no candidates (N, N).
+        excluded: pairs that are not candidates (N, N).
     """
     back = None if excluded is None else excluded.T
     return PairScores(

@@ -1,4 +1,4 @@
-"""Size and speed of exported pixel graphs, side by side: the price of a larger encoder."""
+"""Size and speed of exported pixel graphs, compared in one run."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _MARKERS = {"accuracy": "o", "macro-F1": "s"}
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Of one graph."""
+    """Size and speed of one graph."""
 
     megaflop: float
-    """Of one pixel, a multiply-add as two."""
+    """MFLOP per pixel; a multiply-add counts as two."""
     relative: float
-    """Pixels a second, the first graph's as 1: the median over rounds."""
+    """Pixels per second relative to the first graph: the median over rounds."""
     low: float
     """2.5 % quantile over rounds."""
     high: float
@@ -44,10 +44,10 @@ class Speed:
 def compare(folders: Mapping[str, Path]) -> dict[str, Speed]:
     """Speed of the graphs of finished runs in ONNX Runtime, on one CPU thread.
 
-    In each round every graph answers once, so that whatever else the machine does slows all alike.
+    In each round every graph runs once, so that other load on the machine affects all equally.
 
     Args:
-        folders: of the runs, by name; the first is what the others are compared with.
+        folders: of the runs, by name; the others are compared with the first.
     """
     sizes: dict[str, float] = {}
     sessions = {}
@@ -100,7 +100,7 @@ def _race(
 
 
 def picture(rows: Sequence[Row], speeds: Mapping[str, Speed], path: Path, *, title: str) -> None:
-    """Draw scores over speed, with the front that no other graph beats in both.
+    """Draw scores over speed, with the Pareto front.
 
     Args:
         rows: with `accuracy` and `macro-F1`.
@@ -111,7 +111,7 @@ def picture(rows: Sequence[Row], speeds: Mapping[str, Speed], path: Path, *, tit
     import matplotlib as mpl
 
     mpl.use("Agg")
-    # Else each drawing would carry new random names, and the same table another file.
+    # Otherwise each drawing would have new random ids, and the same table a different file.
     mpl.rcParams["svg.hashsalt"] = "pimc"
     from matplotlib import pyplot as plt
 
@@ -125,7 +125,7 @@ def picture(rows: Sequence[Row], speeds: Mapping[str, Speed], path: Path, *, tit
         axes.plot(*zip(*front, strict=True), color=drawn[0].get_color(), alpha=0.4)
         for row, a, b in zip(rows, x, y, strict=True):
             axes.annotate(row.name, (a, b), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes.set_xlabel("pixels a second, relative to the default")
+    axes.set_xlabel("pixels per second, relative to the default")
     axes.set_ylabel("score on the validation places (bars: standard deviation over seeds)")
     axes.set_title(title, fontsize=10)
     axes.legend(loc="center right")
@@ -135,7 +135,7 @@ def picture(rows: Sequence[Row], speeds: Mapping[str, Speed], path: Path, *, tit
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that none beats in both coordinates, by the first."""
+    """The Pareto-optimal points, sorted by the first coordinate."""
     best: list[tuple[float, float]] = []
     for point in sorted(points, reverse=True):
         if not best or point[1] > best[-1][1]:

@@ -1,4 +1,4 @@
-"""What a run answers on the validation places, kept beside its weights, and the scores of that."""
+"""Outputs of a run on the validation places, stored with its weights, and their scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILE = "outputs.npz"
 
 
 def outputs_on_validation(task: AnyTask, graph: Any) -> Outputs:  # noqa: ANN401  # of the task's kind
-    """A graph's answers on the validation places."""
+    """A graph's outputs on the validation places."""
     if isinstance(task, PixelForecast):
         quantiles, target, known = task.predict(graph)
         return forecasts(task, quantiles, target, known)
@@ -31,7 +31,7 @@ def outputs_on_validation(task: AnyTask, graph: Any) -> Outputs:  # noqa: ANN401
 
 
 def classes(task: PixelClassification | PatchClassification, logits: NDArray[Any]) -> Outputs:
-    """Logits (N, K) of the validation places, with what is right."""
+    """Logits (N, K) of the validation places, with their labels."""
     if isinstance(task, PixelClassification):
         labels, places = task.validation.labels, task.validation.places
     else:
@@ -42,13 +42,13 @@ def classes(task: PixelClassification | PatchClassification, logits: NDArray[Any
 def forecasts(
     task: PixelForecast, quantiles: NDArray[Any], target: NDArray[Any], known: NDArray[Any]
 ) -> Outputs:
-    """Quantiles (N, H, S, Q) of the validation places, with what came."""
+    """Quantiles (N, H, S, Q) of the validation places, with the observed values."""
     places = task.validation.places[task.kept()]
     return {"quantiles": quantiles, "target": target, "known": known, "places": places}
 
 
 def scores_of(answers: Outputs) -> dict[str, Any]:
-    """Scores of answers, as a task gives them; a lone median covers nothing."""
+    """Scores of outputs; a median without other quantiles has no coverage."""
     if "logits" in answers:
         return cross_fitted_scores(answers["logits"], answers["labels"], answers["places"])
     scores = forecast_scores(answers["quantiles"], answers["target"], answers["known"])
@@ -58,11 +58,11 @@ def scores_of(answers: Outputs) -> dict[str, Any]:
 
 
 def keep(answers: Outputs, folder: Path) -> None:
-    """Keep answers beside a run."""
+    """Store outputs in a run's folder."""
     np.savez(folder / FILE, allow_pickle=False, **answers)
 
 
 def load(folder: Path) -> Outputs:
-    """What `keep` kept."""
+    """Outputs stored by `keep`."""
     with np.load(folder / FILE) as stored:
         return dict(stored)

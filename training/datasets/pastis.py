@@ -1,7 +1,7 @@
 """PASTIS: 2,433 labelled patches of France in its official layout, memory-mapped.
 
 Garnot and Landrieu 2021, arXiv 2107.07933. The 29 GB are never read as a whole: a patch is a
-`Scene` whose values stay on disk until they are looked at.
+`Scene` whose values are memory-mapped.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FOLDS: Mapping[Part, tuple[int, ...]] = {"train": (1, 2, 3), "validation": (4,),
 
 
 class PastisError(Exception):
-    """A folder that is not PASTIS as published; the message says what is missing."""
+    """A folder that is not PASTIS as published; the message states what is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +79,9 @@ class Pastis:
             features = json.loads(path.read_text())["features"]
             entries = tuple(_entry(feature["properties"]) for feature in features)
         except OSError as error:
-            raise PastisError(f"{folder.name}: no readable {path.name}") from error
+            raise PastisError(f"{folder.name}: {path.name} is missing or not readable") from error
         except (KeyError, TypeError, ValueError) as error:
-            raise PastisError(f"{folder.name}: {path.name} lacks or garbles {error}") from error
+            raise PastisError(f"{folder.name}: {path.name} is not as published: {error}") from error
         return cls(folder=folder, entries=entries)
 
     def part(self, part: Part) -> tuple[PatchEntry, ...]:
@@ -94,7 +94,7 @@ class Pastis:
             yield self.scene(entry)
 
     def scene(self, entry: PatchEntry) -> Scene:
-        """One patch. Background and void are unlabelled (-1): neither is a crop to learn.
+        """One patch. Background and void, which are not crops, are unlabelled (-1).
 
         Raises:
             PastisError: a file is missing, or its number of dates is not the list's.

@@ -1,8 +1,7 @@
-"""GeoTIFF stacks: a folder with one file a date becomes a `Scene`.
+"""GeoTIFF stacks: a folder with one file per date becomes a `Scene`.
 
-Reads what the shared data and the Romania cube need, and any folder of that layout. The served
-reader (`service/stack.py`) understands more layouts and reads windows; this one reads a whole
-area into memory, as stored.
+Reads the folders of this layout and the Romania cube. The service's reader (`service/read/`)
+understands more layouts and reads windows; this one reads a whole area into memory, as stored.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _DAYS_SINCE = re.compile(r"days since (\d{4}-\d{2}-\d{2})")
 
 
 class StackError(Exception):
-    """A folder or file that is no stack; the message says which and why."""
+    """A folder or file that is not a stack; the message names it and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,26 +52,26 @@ def read_stack(
     labels: Path | None = None,
     validation: bool = False,
 ) -> Scene:
-    """Read a folder with one GeoTIFF a date.
+    """Read a folder with one GeoTIFF per date.
 
-    The date is the `datetime` tag, else a date in the file's name; files with neither (labels)
-    are left out. Files of one date are merged, the first clear value of a pixel counts. A band
-    described as SCL is not a band but decides what is usable.
+    The date is the `datetime` tag, else a date in the file name; files with neither (labels) are
+    ignored. Files of one date are merged: the first clear value of a pixel counts. A band described
+    as SCL determines which pixels are usable.
 
     Args:
         folder: holds the files.
-        source: name of the data set; the folder's name where None.
+        source: name of the data set; None uses the folder's name.
         offset: added after scaling, -0.1 for level 2A of baseline 04.00 and later that still
             holds the offset.
         labels: raster of codes on the same grid.
         validation: whether the area is a validation place.
 
     Raises:
-        StackError: no dated file, or files that differ in size or bands.
+        StackError: no file has a date, or files differ in size or bands.
     """
     layers = [layer for path in sorted(folder.glob("*.tif")) if (layer := _layer(path))]
     if not layers:
-        raise StackError(f"{folder.name} holds no GeoTIFF with a date in its tags or its name")
+        raise StackError(f"{folder.name} has no GeoTIFF with a date in its tags or its name")
     first = layers[0]
     for layer in layers:
         if layer.bands != first.bands or layer.values.shape != first.values.shape:
@@ -100,15 +99,14 @@ def read_stack(
 def read_romania(path: Path, *, validation: bool = False) -> Scene:
     """Read the Romania cube: `sentinel2_cube_subset_romania_10m.nc` of the wheel `nrt==0.2.1`.
 
-    The file has no geotransform that GDAL understands, so GDAL would take it for bottom-up and
-    turn it over; read in file order, its first row is the northernmost, as in the tree cover
-    raster beside it.
+    The file has no geotransform that GDAL understands, so GDAL would assume bottom-up and flip it.
+    In file order its first row is the northernmost, as in the tree cover raster of the same wheel.
 
     Raises:
         StackError: the file is not that cube.
     """
     try:
-        # Having no geotransform is what is worked around here; the caller need not hear of it.
+        # The missing geotransform is handled here, so the warning would mislead the caller.
         with rasterio.Env(GDAL_NETCDF_BOTTOMUP="NO"), warnings.catch_warnings():
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             layers = {name: _read_variable(path, name) for name in (*_NETCDF_BANDS.values(), "SCL")}
@@ -130,7 +128,7 @@ def split_north(scene: Scene, share: float) -> tuple[Scene, ...]:
     """Hold out the northern rows of an area as a validation place of its own.
 
     The two parts share no pixel, and a patch that reaches over the edge of its part is mirrored
-    there, so no imagery of one is ever seen by the other.
+    there, so that no imagery of one part is used in the other.
 
     Args:
         scene: the area.
@@ -170,7 +168,7 @@ def _layer(path: Path) -> _Layer | None:
 
 
 def _band_name(described: str) -> str:
-    """`B2` and `b02` are `B02`; anything else as it is."""
+    """`B2` and `b02` become `B02`; other names stay, in upper case."""
     plain = re.fullmatch(r"[Bb](\d)", described)
     return f"B0{plain[1]}" if plain else described.upper()
 
