@@ -111,8 +111,13 @@ class Series:
     """One pixel or field through time, without a raster.
 
     ```python
-    Series(id="field-7", dates=["2021-01-05", "2021-01-15"], B02=[0.05, None], B04=[0.07, 0.06],
-           B08=[0.31, 0.33])
+    Series(
+        id="field-7",
+        dates=["2021-01-05", "2021-01-15"],
+        B02=[0.05, None],
+        B04=[0.07, 0.06],
+        B08=[0.31, 0.33],
+    )
     ```
 
     Args:
