@@ -17,13 +17,10 @@ try:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
-        DownloadColumn,
         Progress,
         SpinnerColumn,
-        TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
-        TransferSpeedColumn,
     )
     from rich.table import Column, Table
 except ModuleNotFoundError as error:
@@ -42,7 +39,6 @@ from pimc_client.requests import __version__
 from pimc_client.responses import TaskResult
 from pimc_client.results import JobHandle, Raster, Rasters, Results, Summary
 from pimc_client.tables import csv_text, flat_record, series_of_file
-from pimc_client.uploads import Progress as UploadProgress
 from pimc_client.uploads import decoded_name
 
 T = TypeVar("T")
@@ -159,8 +155,9 @@ def main() -> None:
     except UsageError as error:
         typer.echo(f"pimc: {error}", err=True)
         sys.exit(2)
-    # A `ValueError` or `OSError` is about the user's input or files; so is a damaged zip.
-    except (PIMCError, OSError, ValueError, zipfile.BadZipFile) as error:
+    # A `ValueError` or `OSError` is about the user's input or files, and so is a damaged zip; an
+    # `ImportError` is about a library to install, as for a SOCKS proxy.
+    except (PIMCError, OSError, ValueError, ImportError, zipfile.BadZipFile) as error:
         sys.exit(f"pimc: {' '.join(str(error).split())}")
 
 
@@ -452,9 +449,9 @@ def job_result(
     """Wait for a job and write its result: rasters to a file or folder, JSON to the terminal."""
     if out is not None:
         _check_raster_target(out, several=False)
-    with _bar("running", percent=True) as bar:
-        found = client.job(job)
-        result = found.wait(progress=lambda done: bar(int(done), 100))
+    found = client.job(job)
+    with _bars() as bars:
+        result = found.wait(progress=bars.computed)
     if output is not None:
         result = found.result(output)
     if isinstance(result, Raster | Rasters) and out is None:
@@ -545,13 +542,12 @@ def _raster(
         "points": delivery.points,
         "answer": "summary" if delivery.summary else "raster",
     }
-    with _bar("sending") as report:
+    with _bars() as bars:
+        given["progress"] = bars.uploaded
         if delivery.job:
-            job: JobHandle[Any] = client.run(
-                operations.submit(task, files, progress=report, **given)
-            )
+            job: JobHandle[Any] = client.run(operations.submit(task, files, **given))
         else:
-            result = client.run(operations.raster(task, files, progress=report, **given))
+            result = client.run(operations.raster(task, files, job_progress=bars.computed, **given))
     if delivery.job:
         typer.echo(job.id)
         return
@@ -673,28 +669,49 @@ def _shown(path: Path) -> str:
     return decoded_name(str(path))
 
 
+class _Bars:
+    """Progress bars on the terminal: of the upload, and of a job."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._bar = bars.add_task("connecting", total=None, measure="")
+
+    def uploaded(self, sent: int, total: int | None) -> None:
+        """Show how much of the upload is sent."""
+        if sent == total:
+            self._bars.update(self._bar, description="computing", measure="")
+            return
+        size = "" if total is None else f" of {total / 1e6:.1f}"
+        measure = f"{sent / 1e6:.1f}{size} MB"
+        self._bars.update(
+            self._bar, description="sending", completed=sent, total=total, measure=measure
+        )
+
+    def computed(self, percent: float) -> None:
+        """Show how much of a job is done."""
+        self._bars.update(
+            self._bar,
+            description="computing",
+            completed=percent,
+            total=100,
+            measure=f"{percent:g} %",
+        )
+
+
 @contextmanager
-def _bar(label: str, *, percent: bool = False) -> Iterator[UploadProgress]:
-    """A progress bar on the terminal: of the upload, then of the time that the server takes."""
-    console = Console(stderr=True)
-    measured = (TaskProgressColumn(),) if percent else (DownloadColumn(), TransferSpeedColumn())
+def _bars(console: Console | None = None) -> Iterator[_Bars]:
+    console = console or Console(stderr=True)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        *measured,
+        TextColumn("{task.fields[measure]}"),
         TimeElapsedColumn(),
     )
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bars:
-        bar = bars.add_task(label, total=None)
-
-        def report(done: int, total: int | None) -> None:
-            doing = "computing" if done == total and not percent else label
-            bars.update(bar, completed=done, total=total, description=doing)
-
-        yield report
+        yield _Bars(bars)
 
 
 if __name__ == "__main__":

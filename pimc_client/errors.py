@@ -337,6 +337,14 @@ def service_error(status: int, headers: Mapping[str, str], body: bytes) -> Servi
     return problem_error(problem, status=status, headers=headers)
 
 
+def _unexplained(status: int, headers: Mapping[str, str]) -> str:
+    kind = headers.get("content-type", "").partition(";")[0]
+    return (
+        f"HTTP {status} without a problem document ({kind or 'no content type'}): a proxy or "
+        "gateway in front of the server may have responded"
+    )
+
+
 def problem_error(
     problem: Mapping[str, Any], *, status: int, headers: Mapping[str, str]
 ) -> ServiceError:
@@ -344,11 +352,7 @@ def problem_error(
     code = str(problem.get("code", "unknown"))
     errors = problem.get("errors")
     return BY_CODE.get(code, ServiceError)(
-        str(
-            problem.get("detail")
-            or problem.get("title")
-            or f"the response was HTTP {status} without a reason"
-        ),
+        str(problem.get("detail") or problem.get("title") or _unexplained(status, headers)),
         status=int(problem.get("status", status)),
         code=code,
         request_id=problem.get("request_id") or headers.get("x-request-id"),

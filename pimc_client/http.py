@@ -66,7 +66,9 @@ def proxy_for(url: str) -> str | None:
     if proxy_bypass(parts.hostname or ""):
         return None
     proxies = getproxies()
-    return proxies.get(parts.scheme) or proxies.get("all")
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    # Other programs accept `proxy:3128` as well.
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
 def timeouts(seconds: float | httpx.Timeout | None) -> httpx.Timeout:

@@ -44,8 +44,8 @@ class Reference:
 
 Date: TypeAlias = "date | str | np.datetime64"
 """A date of Python, numpy or pandas, or ISO text (`2021-01-05`)."""
-Dates: TypeAlias = "Sequence[Date] | NDArray[np.datetime64] | str"
-"""Dates in order, or one comma-separated text; a pandas `DatetimeIndex` or `Series` is one too."""
+Dates: TypeAlias = "Sequence[Date] | NDArray[np.datetime64] | Date"
+"""Dates in order, one date, or comma-separated text; a pandas `DatetimeIndex` is one too."""
 File: TypeAlias = "str | os.PathLike[str] | BinaryIO | tuple[str, bytes]"
 """A path, an open binary file (sent from its current position), or `(name, bytes)`.
 
@@ -56,7 +56,7 @@ Files: TypeAlias = "File | Reference | Iterable[File] | Iterable[Reference]"
 """One file or many, in any order: dates come from `dates`, the metadata or the names."""
 Points: TypeAlias = "Mapping[str, Any] | Iterable[Sequence[float]] | str | os.PathLike[str]"
 """A GeoJSON FeatureCollection of Points, pairs of (longitude, latitude) in degrees (EPSG:4326), or
-the path of a GeoJSON or CSV file."""
+the path of a GeoJSON or CSV file; a GeoPandas object is one too."""
 SeveralOutputs: TypeAlias = list[ClassOutput] | tuple[ClassOutput, ...]
 # No Sequence: text is one too, and a type checker could not tell one output from several.
 ClassOutputs: TypeAlias = ClassOutput | SeveralOutputs
@@ -202,18 +202,24 @@ def iso(day: Date, label: str = "the date") -> str:
     """
     if isinstance(day, str):
         return day
-    if _is_missing(day) or str(day) == "NaT":
-        raise ValueError(f"{label} is missing (NaT): every observation needs a date")
-    if isinstance(day, datetime):  # also pandas' Timestamp
-        return day.date().isoformat()
-    if isinstance(day, date):
-        return day.isoformat()
-    if getattr(getattr(day, "dtype", None), "kind", "") == "M":  # also xarray's, of no dimension
-        return str(_numpy().asarray(day, "datetime64[D]"))
+    if isinstance(day, date) and not _is_missing(day):
+        # A `datetime`, which pandas' Timestamp is as well, is a `date` too.
+        return day.date().isoformat() if isinstance(day, datetime) else day.isoformat()
+    if _is_missing(day) or _is_numpy_date(day):
+        text = "NaT" if _is_missing(day) else str(_numpy().asarray(day, "datetime64[D]"))
+        if text == "NaT":
+            raise ValueError(f"{label} is missing (NaT): every observation needs a date")
+        return text
     raise TypeError(
         f"{label} is {day!r}, a {type(day).__name__}: give ISO text (2021-01-05), a date, or a "
         "date of numpy or pandas"
     )
+
+
+def _is_numpy_date(value: object) -> bool:
+    """Whether it is one date of NumPy or xarray, an array without dimensions included."""
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    return kind == "M" and getattr(value, "ndim", 0) == 0
 
 
 def _numpy() -> Any:  # noqa: ANN401 (a module, imported when it is needed)
@@ -222,9 +228,11 @@ def _numpy() -> Any:  # noqa: ANN401 (a module, imported when it is needed)
     return np
 
 
-def _dates(dates: Dates, label: str) -> list[str]:
+def _dates(dates: Any, label: str) -> list[str]:  # noqa: ANN401 (`Dates`, of any library)
     if isinstance(dates, str):
         return [value.strip() for value in dates.split(",")]
+    if isinstance(dates, date) or _is_numpy_date(dates):
+        return [iso(dates, label)]
     return [iso(day, f"{label}[{at}]") for at, day in enumerate(dates)]
 
 
@@ -291,23 +299,35 @@ def points_json(points: Points) -> dict[str, Any]:
         return points_of_file(Path(points))
     if isinstance(points, Mapping):
         return dict(points)
+    if hasattr(points, "__geo_interface__"):
+        return geo_interface(points)
     features = []
     for number, point in enumerate(points, 1):
         if len(point) != 2:
             raise ValueError(f"point {number} has {len(point)} numbers: give (longitude, latitude)")
-        coordinates = [float(point[0]), float(point[1])]
-        if not all(map(math.isfinite, coordinates)):
-            raise ValueError(f"point {number} is {tuple(coordinates)}: coordinates are finite")
+        lon, lat = float(point[0]), float(point[1])
+        if not (abs(lon) <= 180 and abs(lat) <= 90):  # nor NaN
+            raise ValueError(
+                f"point {number} is ({lon:g}, {lat:g}): give longitude and latitude in degrees "
+                "(EPSG:4326), in this order"
+            )
         features.append(
             {
                 "type": "Feature",
-                "geometry": {"type": "Point", "coordinates": coordinates},
+                "geometry": {"type": "Point", "coordinates": [lon, lat]},
                 "properties": {},
             }
         )
     return {"type": "FeatureCollection", "features": features}
 
 
+def geo_interface(features: Any) -> dict[str, Any]:  # noqa: ANN401 (of any library)
+    """The GeoJSON of a GeoPandas object, in degrees, or of another with `__geo_interface__`."""
+    if getattr(features, "crs", None) is not None and hasattr(features, "to_crs"):
+        features = features.to_crs("EPSG:4326")
+    return dict(features.__geo_interface__)
+
+
 def listed(values: Iterable[Date] | Dates | str, label: str) -> list[str]:
     """Names or dates as a list of text, given as such or as one comma-separated text."""
-    return _dates(values, label)  # type: ignore[arg-type] # only iterated over
+    return _dates(values, label)

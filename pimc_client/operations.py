@@ -79,15 +79,28 @@ def _exchange(request: Request) -> Operation[Response]:
     return checked((yield request))
 
 
-def raster(task: Task, files: Files, **options: Any) -> Operation[TaskResult]:  # noqa: ANN401 (see `build_raster`)
-    """Send imagery and return the result, also if the server runs the request as a job."""
+def raster(
+    task: Task,
+    files: Files,
+    *,
+    job_progress: JobProgress | None = None,
+    **options: Any,  # noqa: ANN401 (see `build_raster`)
+) -> Operation[TaskResult]:
+    """Send imagery and return the result, also if the server runs the request as a job.
+
+    Args:
+        task: the task.
+        files: the stack.
+        job_progress: called with the percentage done if the server runs the request as a job.
+        **options: as for `build_raster`.
+    """
     request = build_raster(task, files, **options)
     output = _single(options.get("outputs"))
     response = yield from _exchange(request)
     if response.status == _ACCEPTED:  # Too large for a synchronous response.
         state = parse_job(parse_json(response))
         handle: JobHandle[TaskResult] = JobHandle(state, accept=request.accept, output=output)
-        return (yield from wait(handle))
+        return (yield from wait(handle, job_progress))
     return (yield from _with_legend(parse_result(response, task, output)))
 
 

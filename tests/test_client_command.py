@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import rasterio
 from client_kit import CARD, LEGEND, Reply, classes, serving, zipped
+from rich.console import Console
 
-from pimc_client.cli import main
+from pimc_client.cli import _bars, main
 
 ROOT = Path(__file__).parents[1]
 COG = {
@@ -446,6 +448,50 @@ def test_a_proxy_that_is_down_is_named(pimc, monkeypatch):
     )
     assert "add pimc.example to NO_PROXY" in err
     assert "secret" not in err
+
+
+def test_a_proxy_without_a_scheme_and_one_that_needs_a_library(pimc, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "127.0.0.1:9")
+    code, _, err = pimc("http://pimc.example", "models")
+    assert code == 1
+    assert "through the proxy http://127.0.0.1:9 (" in err
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    code, _, err = pimc("http://pimc.example", "models")
+    assert code == 1
+    assert err.startswith("pimc: Using SOCKS proxy")
+
+
+def test_a_gateway_that_responds_for_the_server(pimc):
+    reply = Reply(502, b"<html>Bad Gateway</html>", {"Content-Type": "text/html; charset=utf-8"})
+    with serving(lambda _: reply) as (url, _):
+        code, _, err = pimc(url, "models")
+    assert code == 1
+    assert err == (
+        "pimc: unknown: HTTP 502 without a problem document (text/html): a proxy or gateway in "
+        "front of the server may have responded"
+    )
+
+
+def test_the_terminal_shows_the_upload_and_then_the_job():
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+
+    def shown():
+        bars._bars.refresh()
+        return terminal.file.getvalue().splitlines()[-1]
+
+    with _bars(terminal) as bars:
+        bars.uploaded(300_000, 600_000)
+        assert "sending" in shown()
+        assert "0.3 of 0.6 MB" in shown()
+        bars.uploaded(300_000, None)
+        assert "0.3 MB" in shown()
+        bars.uploaded(600_000, 600_000)
+        assert "computing" in shown()
+        bars.computed(40.0)
+        assert "40 %" in shown()
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])

@@ -11,9 +11,12 @@ import zipfile
 from datetime import UTC, date, datetime
 from pathlib import Path
 
+import geopandas
 import httpx
 import numpy as np
+import pandas as pd
 import pytest
+import xarray as xr
 from client_kit import connected
 
 from pimc_client import Reference, Series, UnexpectedAnswer
@@ -217,6 +220,8 @@ def test_accept_says_what_is_wanted(kind, method, options, accept):
     [
         [(4.5, 50.25), (5, 51)],
         np.array([[4.5, 50.25], [5, 51]]),
+        geopandas.GeoSeries.from_xy([4.5, 5], [50.25, 51], crs="EPSG:4326"),
+        geopandas.GeoSeries.from_xy([4.5, 5], [50.25, 51], crs="EPSG:4326").to_crs("EPSG:32631"),
         {
             "type": "FeatureCollection",
             "features": [
@@ -233,7 +238,8 @@ def test_accept_says_what_is_wanted(kind, method, options, accept):
 def test_points(kind, points):
     found = json.loads(fields_of(sent(kind, "forecast", ("a.tif", b"x"), points=points))["points"])
     assert found["type"] == "FeatureCollection"
-    assert [f["geometry"]["coordinates"] for f in found["features"]] == [[4.5, 50.25], [5.0, 51.0]]
+    places = [f["geometry"]["coordinates"] for f in found["features"]]
+    np.testing.assert_allclose(places, [[4.5, 50.25], [5.0, 51.0]], atol=1e-9)
 
 
 @KINDS
@@ -300,13 +306,6 @@ def test_a_series_has_any_bands(kind):
     ]
 
 
-class Timestamp(datetime):
-    """As pandas has it: a subclass of `datetime`."""
-
-
-NOT_A_TIME = np.datetime64("NaT")
-
-
 @KINDS
 @pytest.mark.parametrize(
     "dates",
@@ -314,7 +313,10 @@ NOT_A_TIME = np.datetime64("NaT")
         np.array(["2021-01-05", "2021-01-15"], "datetime64[D]"),
         np.array(["2021-01-05T10:30", "2021-01-15T23:59"], "datetime64[ns]"),
         [np.datetime64("2021-01-05"), np.array("2021-01-15", "datetime64[us]")],
-        [Timestamp(2021, 1, 5, 10), Timestamp(2021, 1, 15)],
+        [pd.Timestamp(2021, 1, 5, 10), datetime(2021, 1, 15, tzinfo=UTC)],
+        pd.to_datetime(["2021-01-05T23:00Z", "2021-01-15T00:00Z"]),
+        pd.Series(pd.to_datetime(["2021-01-05", "2021-01-15"])),
+        xr.DataArray(np.array(["2021-01-05", "2021-01-15"], "datetime64[ns]"), dims="time"),
     ],
 )
 def test_dates_of_numpy_and_pandas(kind, dates):
@@ -328,22 +330,16 @@ def test_dates_of_numpy_and_pandas(kind, dates):
     assert fields_of(request)["dates"] == "2021-01-05,2021-01-15"
 
 
-class NAType:
-    """As pandas has it: comparing it, or making a number of it, is an error."""
-
-    def __ne__(self, other):
-        raise TypeError("boolean value of NA is ambiguous")
-
-    __hash__ = None
-
-
 @pytest.mark.parametrize(
     "values",
     [
         np.ma.masked_less(np.array([0.1, 0.0, 0.3]), 0.05),
         np.ma.masked_array([1, 2, 3], mask=[False, True, False]),
         [0.1, np.ma.masked, 0.3],
-        [0.1, NAType(), 0.3],
+        [0.1, pd.NA, 0.3],
+        pd.Series([0.1, None, 0.3]),
+        pd.Series([0.1, None, 0.3], dtype="Float64"),
+        xr.DataArray([0.1, np.nan, 0.3]),
         np.array([0.1, None, 0.3], object),
     ],
 )
@@ -362,13 +358,28 @@ def test_a_missing_value_is_null(values):
         ({"B04": ["0.1"]}, TypeError, r"series 'a': B04\[0\] is '0.1', which is not a number"),
         ({"B04": np.ones((1, 1))}, TypeError, r"series 'a': B04\[0\] is \[1.0\]"),
         ({}, ValueError, r"series 'a' has no band"),
-        ({"dates": [NOT_A_TIME], "B02": [1]}, ValueError, r"series 'a': dates\[0\] is missing"),
+        (
+            {"dates": [np.datetime64("NaT")], "B02": [1]},
+            ValueError,
+            r"series 'a': dates\[0\] is miss",
+        ),
+        ({"dates": [pd.NaT], "B02": [1]}, ValueError, r"dates\[0\] is missing \(NaT\)"),
+        ({"dates": [xr.DataArray(np.datetime64("NaT", "ns"))], "B02": [1]}, ValueError, "NaT"),
         ({"dates": [20210105], "B02": [1]}, TypeError, r"dates\[0\] is 20210105, a int"),
     ],
 )
 def test_a_wrong_series_is_named(bands, error, message):
     with pytest.raises(error, match=message):
         Series(**{"id": "a", "dates": ["2021-01-01"], **bands})
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "day", [date(2021, 1, 5), pd.Timestamp(2021, 1, 5), np.datetime64("2021-01-05"), "2021-01-05"]
+)
+def test_one_date_needs_no_list(kind, day):
+    request = sent(kind, "landcover", ("a.tif", b"x"), answer="summary", dates=day)
+    assert fields_of(request) == {"dates": "2021-01-05"}
 
 
 @KINDS
@@ -501,6 +512,8 @@ def test_what_is_no_file_is_refused_before_anything_is_sent(kind, files, error, 
     ("options", "message"),
     [
         ({"points": [(1.0, 2.0, 3.0)]}, "3 numbers"),
+        ({"points": [(3.0, 50.0), (50.0, 103.0)]}, r"point 2 is \(50, 103\): give longitude and"),
+        ({"points": [(float("nan"), 50.0)]}, "point 1 is"),
         ({"points": [(1.0, 2.0)], "answer": "summary"}, "exclude each other"),
         ({"answer": "sumary"}, "'sumary'"),
     ],
