@@ -19,6 +19,7 @@ from pimc_client.tables import flat_record
 if TYPE_CHECKING:
     import os
 
+    import geopandas
     import matplotlib.axes
     import numpy as np
     import pandas as pd
@@ -390,6 +391,19 @@ class Results(_Result, list[T]):
             ImportError: pandas is not installed (`pip install 'pimc-client[analysis]'`).
         """
         return analysis.data_frame([cast("Any", one).row() for one in self])
+
+    def to_geopandas(self) -> geopandas.GeoDataFrame:
+        """The results of points as a `GeoDataFrame` in EPSG:4326; columns as in `to_pandas`.
+
+        Raises:
+            ImportError: GeoPandas is not installed (`pip install 'pimc-client[analysis]'`).
+            TypeError: results of series, which have no geometry.
+        """
+        points = [one for one in self if isinstance(one, PointResult)]
+        if len(points) < len(self):
+            raise TypeError("the results of series have no geometry: use to_pandas")
+        geometries = [{"type": "Point", "coordinates": [one.lon, one.lat]} for one in points]
+        return analysis.geo_data_frame([one.row() for one in points], geometries)
 
 
 @dataclass(frozen=True, kw_only=True)

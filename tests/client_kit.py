@@ -63,8 +63,10 @@ def connected(kind: str, base_url: str, **options) -> Iterator[Client | Awaited]
         return
     with asyncio.Runner() as runner:
         client = AsyncClient(base_url, **options)
-        yield Awaited(client, runner)
-        runner.run(client.aclose())
+        try:
+            yield Awaited(client, runner)
+        finally:
+            runner.run(client.aclose())
 
 
 @dataclass

@@ -9,6 +9,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
+import geopandas
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -190,12 +191,31 @@ def test_results_as_a_data_frame():
     assert frame.to_dict("records") == [{"lon": 4.0, "lat": 50.0, "name": "here", "value": 3}]
 
 
+def test_results_of_points_as_a_geo_data_frame(tmp_path):
+    label = PixelClass(
+        id="a", status="ok", label="Maize", value=1, confidence=0.9, entropy=None, probabilities={}
+    )
+    places = [
+        PointResult(lon=lon, lat=50.0, status="ok", result=label, properties={"class": "Maize"})
+        for lon in (4.0, 5.0)
+    ]
+    frame = Results(places, about=ABOUT).to_geopandas()
+    frame.to_file(tmp_path / "points.gpkg")
+    found = geopandas.read_file(tmp_path / "points.gpkg")
+    assert found.crs == "EPSG:4326"
+    assert list(found["class"]) == ["Maize", "Maize"]
+    assert [(p.x, p.y) for p in found.geometry] == [(4.0, 50.0), (5.0, 50.0)]
+    with pytest.raises(TypeError, match="no geometry"):
+        Results([label], about=ABOUT).to_geopandas()
+
+
 @pytest.mark.parametrize(
     ("library", "call"),
     [
         ("xarray", "raster.to_xarray()"),
         ("matplotlib", "raster.plot()"),
         ("pandas", "Results([], about=raster.about).to_pandas()"),
+        ("geopandas", "Results([], about=raster.about).to_geopandas()"),
     ],
 )
 def test_without_its_library_the_message_says_what_to_install(tmp_path, library, call):

@@ -259,6 +259,46 @@ def test_points_and_series_say_what_the_raster_says(url, kind, paths, points, va
 
 
 @KINDS
+def test_series_of_every_band_that_a_model_reads(url, kind, values, points, tmp_path):
+    with connected(kind, url) as client:
+        # The small zoo has a model that fails on purpose.
+        served = [card for card in client.models() if card.name != "pixels-brittle"]
+        cards = [card for card in served if card.task == "classify-pixels"]
+        for card in cards:
+            # Reflectance of the bands that the landscape lacks: between those that it has.
+            rest = [
+                values[:, n % 4] // 2 + values[:, (n + 1) % 4] // 2 for n in range(len(card.bands))
+            ]
+            known = dict(zip(BANDS, values.swapaxes(0, 1), strict=True))
+            bands = {
+                band: known.get(band, other) for band, other in zip(card.bands, rest, strict=True)
+            }
+            stack = [
+                write(
+                    tmp_path / f"{day}.tif",
+                    np.stack([band[t] for band in bands.values()]),
+                    descriptions=tuple(bands),
+                    nodata=0,
+                ).path
+                for t, day in enumerate(DATES)
+            ]
+            places = [(lon, lat) for lon, lat, *_ in points[:3]]
+            expected = client.classify_pixels(stack, points=places, model=card.id)
+            series = [
+                Series(
+                    id=str(n),
+                    dates=np.array(DATES, "datetime64[D]"),
+                    **{name: band[:, row, column] * 1e-4 for name, band in bands.items()},
+                )
+                for n, (_, _, row, column) in enumerate(points[:3])
+            ]
+            found = client.classify_series(series, model=card.id)
+            assert [one.value for one in found] == [point.result.value for point in expected]
+            for one, point in zip(found, expected, strict=True):
+                assert one.confidence == pytest.approx(point.result.confidence, abs=1e-4)
+
+
+@KINDS
 def test_forecasts_and_embeddings_of_points_and_series(url, kind, paths, points, values):
     lon, lat, row, column = points[0]
     bands = {
