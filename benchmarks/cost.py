@@ -67,7 +67,7 @@ def products_of(path: Path, feeds: Mapping[str, NDArray[Any]], count: int) -> li
     return [_product(node, shapes, count) for node in nodes]
 
 
-def _product(node: Any, shapes: Mapping[str, Sequence[int]], count: int) -> Product:  # noqa: ANN401 - onnx's own
+def _product(node: Any, shapes: Mapping[str, Sequence[int]], count: int) -> Product:
     first, second, out = shapes[node.input[0]], shapes[node.input[1]], shapes[node.output[0]]
     if node.op_type == "Conv":
         inner, columns = int(np.prod(second[1:])), out[1]

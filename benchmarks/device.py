@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cost import products_of
-from benchmarks.session import DATES, pixels_input, product_session
+from benchmarks.inputs import DATES, pixels_input, product_session
 from models.registry import ZOO, Bundle, Registry
 from service.infer.engine import Engine
 from service.infer.model import LoadedModel

@@ -1,6 +1,6 @@
 """Mutated GeoTIFFs through the real service, on a real socket, until it breaks or does not.
 
-    python benchmarks/fuzz.py [--cases 10000] [--first 0] [--workers 2]
+    python -m benchmarks.fuzz [--cases 10000] [--first 0] [--workers 2]
 
 Each worker is a process that holds a service and sends it one case after another, so that a
 crash in C ends that process alone, and is told with the seed that did it. A case fails when the
@@ -29,12 +29,9 @@ from typing import Any
 
 import httpx
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the kits of the tests
-
-from mutations import Case, case, sound_files  # noqa: E402 - from the folder just named
-from serving import served  # noqa: E402
-from tiny_zoo import write_zoo  # noqa: E402
+from benchmarks.mutations import Case, case, sound_files
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_zoo
 
 LIMIT_SECONDS = 60.0
 # Of a service that takes uploads from strangers on a small machine.

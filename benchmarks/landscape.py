@@ -52,7 +52,7 @@ def write_stack(
     bands: Sequence[str] = PIXEL_BANDS,
     seed: int = 0,
     noise: float = 0.004,
-    **profile: Any,  # noqa: ANN401 - whatever the driver takes
+    **profile: Any,
 ) -> list[Path]:
     """One tiled, deflated GeoTIFF a date, as products come.
 

@@ -51,7 +51,7 @@ class Presto:
         return found
 
 
-def _presto_module() -> Any:  # noqa: ANN401 - a module without types
+def _presto_module() -> Any:
     """The one file of the package: its `__init__` would import a training framework."""
     package = importlib.util.find_spec("rslearn")
     if package is None or not package.submodule_search_locations:

@@ -26,17 +26,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.inputs import DATES, PIXELS, pixels_input
 from benchmarks.landscape import days, write_stack
 from benchmarks.load import FORM, form
 from benchmarks.process import ROOT, Served, machine, served
-from benchmarks.session import CORES, DATES, PIXELS, pixels_input
+from benchmarks.session import CORES
+from benchmarks.tiny_zoo import write_bundle
 from models.registry import ZOO, Registry
 from service.infer.engine import Engine
 from service.infer.model import LoadedModel
-
-sys.path.append(str(ROOT / "tests"))  # the kit that makes a model of next to no cost
-
-from tiny_zoo import write_bundle
 
 CHIP = ROOT.parent / "shared" / "data" / "flanders_2017_2018"
 MOST_RESIDENT = 1_500_000_000

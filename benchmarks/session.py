@@ -21,20 +21,17 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import device
 from benchmarks.cost import Product, products_of
+from benchmarks.inputs import DATES, PIXELS, pixels_input, product_session
 from benchmarks.peers import MONTHS, STEPS, PeerMissing, Presto, UsualPipeline
 from benchmarks.process import machine
 from models.registry import ZOO, Registry
 from service.infer.engine import Engine
-from service.infer.model import LoadedModel
-from service.infer.session import CPU
 
-PIXELS = 4096
-DATES = 36
 CORES = len(os.sched_getaffinity(0))
 PRODUCT_SIDE = 1024
 _TURN_SECONDS = 0.2
@@ -42,11 +39,6 @@ _MEGA = 1e6
 _GIGA = 1e9
 
 Run = Callable[[], object]
-# What goes into a product and comes out, by kind, where it is not float32.
-_ENDS: Mapping[str, tuple[int, int]] = {
-    "float16": (TensorProto.FLOAT16, TensorProto.FLOAT16),
-    "int8-alone": (TensorProto.UINT8, TensorProto.INT32),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,21 +101,6 @@ def _turn(run: Run, now: Callable[[], float]) -> float:
     return (now() - begun) / times
 
 
-def pixels_input(model: LoadedModel, count: int, dates: int = DATES) -> dict[str, NDArray[Any]]:
-    """Plausible reflectance as the graph takes it, every date clear."""
-    random = np.random.default_rng(0)
-    feeds: dict[str, NDArray[Any]] = {
-        "values": random.uniform(0.02, 0.4, (count, dates, len(model.card.bands))),
-        "valid": np.ones((count, dates), np.bool_),
-        "days": np.linspace(0, 355, dates),
-        "day_of_year": np.ones(count),
-    }
-    return {
-        name: feeds[name] if name == "valid" else feeds[name].astype(np.float32)
-        for name in model.card.inputs
-    }
-
-
 def bare(
     engine: Engine, alone: Engine, count: int = PIXELS, name: str = "bare session"
 ) -> Candidate:
@@ -162,54 +139,6 @@ def product(side: int = PRODUCT_SIDE) -> list[Candidate]:
                   processor=make(1))
         for name, make in (("ONNX Runtime", by_runtime), ("PyTorch", by_torch))
     ]  # fmt: skip
-
-
-def product_session(
-    constants: Mapping[str, NDArray[Any]],
-    *,
-    threads: int,
-    kind: str = "float32",
-    provider: str = CPU,
-) -> onnxruntime.InferenceSession:
-    """A graph of one product, a x b, with a constant b.
-
-    Args:
-        constants: `b`, (inner, columns) float32, or float16 for that kind.
-        threads: of the session.
-        kind: `float32` or `float16`; `int8`, the activations quantised on the way in as ONNX
-            Runtime's dynamic quantisation does; `int8-alone`, where they come quantised.
-        provider: what computes.
-    """
-    b = constants["b"]
-    plain = kind in {"float32", "float16"}
-    scale = np.float32(np.abs(b).max() / 127)
-    whole = np.clip(np.round(b / scale), -127, 127).astype(np.int8)
-    kept = [numpy_helper.from_array(b if plain else whole, "b")]
-    into, out = _ENDS.get(kind, (TensorProto.FLOAT, TensorProto.FLOAT))
-    if plain:
-        nodes = [helper.make_node("MatMul", ["a", "b"], ["out"])]
-    elif kind == "int8-alone":
-        nodes = [helper.make_node("MatMulInteger", ["a", "b"], ["out"])]
-    else:
-        kept.append(numpy_helper.from_array(np.asarray(scale), "b_scale"))
-        nodes = [
-            helper.make_node("DynamicQuantizeLinear", ["a"], ["qa", "a_scale", "a_zero"]),
-            helper.make_node("MatMulInteger", ["qa", "b", "a_zero"], ["product"]),
-            helper.make_node("Cast", ["product"], ["real"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", ["a_scale", "b_scale"], ["both"]),
-            helper.make_node("Mul", ["real", "both"], ["out"]),
-        ]
-    graph = helper.make_graph(
-        nodes,
-        "product",
-        [helper.make_tensor_value_info("a", into, ["M", b.shape[0]])],
-        [helper.make_tensor_value_info("out", out, ["M", b.shape[1]])],
-        kept,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])
 
 
 def peers() -> list[Candidate]:
@@ -367,8 +296,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device-only", action="store_true", help="the CUDA device alone")
     options = parser.parse_args()
-    from benchmarks import device  # here, for it takes its input and its product from this module
-
     console = Console()
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
     if not options.device_only:

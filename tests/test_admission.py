@@ -18,13 +18,13 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
-from rasters import write
-from serving import served
 from starlette.responses import StreamingResponse
 
+from benchmarks.serving import served
 from service.api.admission import Admission
 from service.api.middleware import SlowClientMiddleware
 from service.errors import Overloaded
+from tests.kits.rasters import write
 
 PATIENCE = 30.0
 BOUNDARY = "b0undary"

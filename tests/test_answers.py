@@ -8,8 +8,8 @@ from datetime import date
 
 import numpy as np
 import pytest
-from tiny_zoo import write_bundle
 
+from benchmarks.tiny_zoo import write_bundle
 from models.card import LegendClass
 from models.registry import load_bundle
 from service.errors import InvalidRequest

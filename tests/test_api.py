@@ -22,11 +22,11 @@ import pytest
 import rasterio
 import rasterio.warp
 from prometheus_client.parser import text_string_to_metric_families
-from rasters import NORTH_UP, UTM, write
-from serving import served
-from tiny_zoo import CLASSES, HORIZON, SHARPNESS, SPREAD, STEP, write_zoo
 
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import CLASSES, HORIZON, SHARPNESS, SPREAD, STEP, write_zoo
 from service.api.responses import COG, GEOJSON, ZIP
+from tests.kits.rasters import NORTH_UP, UTM, write
 
 DATES = ("2021-03-01", "2021-04-01", "2021-05-01", "2021-06-01")
 BANDS = ("B02", "B03", "B04", "B08", "SCL")

@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rasters import write
-from serving import served
 from starlette.requests import Request
-from tiny_zoo import write_zoo
 
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_zoo
 from service.api import uploads as intake
 from service.api.disconnect import run_watched
 from service.api.uploads import Form, Limits, media_type, read_form, read_json
@@ -35,6 +34,7 @@ from service.errors import (
 )
 from service.read.geotiff import label
 from service.run.executors import check
+from tests.kits.rasters import write
 
 BOUNDARY = "edge"
 

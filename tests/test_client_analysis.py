@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import rasterio
 import rioxarray
-from client_kit import LEGEND, classes, cog, zipped
 from matplotlib import pyplot as plt
 from rasterio.io import MemoryFile
 from rasterio.plot import plotting_extent
@@ -31,6 +30,7 @@ from pimc_client import (
     Rasters,
     Results,
 )
+from tests.kits.client import LEGEND, classes, cog, zipped
 
 ROOT = Path(__file__).parents[1]
 ABOUT = About(model="pixels-landcover@1.0.0")

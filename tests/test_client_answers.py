@@ -11,7 +11,6 @@ import httpx
 import numpy as np
 import pytest
 import rasterio
-from client_kit import CARD, LEGEND, TRANSFORM, classes, cog, connected, zipped
 
 from pimc_client import (
     Embedding,
@@ -25,6 +24,7 @@ from pimc_client import (
     Unauthorized,
     UnexpectedAnswer,
 )
+from tests.kits.client import CARD, LEGEND, TRANSFORM, classes, cog, connected, zipped
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from client_kit import CARD, LEGEND, Reply, classes, serving, zipped
 from rich.console import Console
 
 from pimc_client.cli import _bars, main
+from tests.kits.client import CARD, LEGEND, Reply, classes, serving, zipped
 
 ROOT = Path(__file__).parents[1]
 COG = {

@@ -7,7 +7,6 @@ import json
 import httpx
 import numpy as np
 import pytest
-from client_kit import cog, connected, zipped
 
 from pimc_client import (
     CorruptRaster,
@@ -20,6 +19,7 @@ from pimc_client import (
     UnknownJob,
     WaitTimedOut,
 )
+from tests.kits.client import cog, connected, zipped
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from client_kit import connected
 
 from pimc_client import Reference, Series, UnexpectedAnswer
+from tests.kits.client import connected
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 URL = "http://test/prefix"

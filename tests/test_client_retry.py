@@ -11,7 +11,6 @@ from email.utils import format_datetime
 
 import httpx
 import pytest
-from client_kit import Reply, connected, serving
 
 from pimc_client import (
     ConnectionFailed,
@@ -24,6 +23,7 @@ from pimc_client import (
 from pimc_client.async_retry_transport import AsyncRetryTransport
 from pimc_client.retry import RetryPolicy, seconds_to_wait
 from pimc_client.retry_transport import RetryTransport
+from tests.kits.client import Reply, connected, serving
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 OVERLOADED = b'{"code": "overloaded", "status": 503, "detail": "4 of 4 places taken"}'

@@ -23,13 +23,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import rasterio
-import tiny_zoo
-from client_kit import connected
 from rasterio.io import MemoryFile
 from rasterio.warp import transform as reproject
-from rasters import write
-from serving import served
 
+from benchmarks import tiny_zoo
+from benchmarks.serving import served
 from models.registry import ZOO, Registry
 from pimc_client import (
     BodyTooLarge,
@@ -44,6 +42,8 @@ from pimc_client import (
     UnknownModel,
     WrongTask,
 )
+from tests.kits.client import connected
+from tests.kits.rasters import write
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from benchmarks.device import (
     show,
     traffic,
 )
-from benchmarks.session import product_session
+from benchmarks.inputs import product_session
 from models.registry import ZOO, Registry
 from service.infer.model import PIXEL_BATCH
 from service.infer.session import CPU

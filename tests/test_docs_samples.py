@@ -18,8 +18,8 @@ from types import ModuleType
 
 import pytest
 import typer.main
-from serving import served
 
+from benchmarks.serving import served
 from training.__main__ import app as training
 
 ROOT = Path(__file__).parents[1]

@@ -18,8 +18,8 @@ import onnx
 import onnxruntime
 import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
-from tiny_zoo import write_bundle, write_zoo
 
+from benchmarks.tiny_zoo import write_bundle, write_zoo
 from models.registry import ZOO, BundleError, Registry, sha256_of
 from service.errors import InternalError, UnknownModel, WrongTask
 from service.infer.engine import Engine

@@ -1,4 +1,4 @@
-"""A short run of the fuzz of `benchmarks/fuzz.py`: mutated GeoTIFFs against the service."""
+"""A short run of `python -m benchmarks.fuzz`: mutated GeoTIFFs against the service."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from mutations import Tiff, case, edited, sound_files
+
+from benchmarks.mutations import Tiff, case, edited, sound_files
 
 ROOT = Path(__file__).parents[1]
 CASES = 240
@@ -45,9 +46,9 @@ def test_a_seed_is_always_the_same_case(sound: dict[str, bytes]) -> None:
 @pytest.mark.timeout(900)  # a hang is found by the run itself, case by case
 def test_no_mutated_file_crashes_hangs_or_makes_it_tell(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--cases", str(CASES),
+        [sys.executable, "-m", "benchmarks.fuzz", "--cases", str(CASES),
          "--first", "1000000", "--workers", "2"],
-        capture_output=True, text=True, timeout=800, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     report = json.loads(run.stdout.splitlines()[-1])
     assert report["failures"] == []

@@ -13,7 +13,6 @@ import rasterio.shutil
 from affine import Affine
 from rasterio._env import get_gdal_config, set_gdal_config
 from rasterio.windows import Window
-from rasters import NORTH_UP, write
 
 from service.errors import CorruptRaster, NoGeoreference, NotAGeoTIFF, PIMCError, RasterTooLarge
 from service.read.geotiff import BlockCache, Placed, SourceFile, for_each, gdal_options, read_header
@@ -21,6 +20,7 @@ from service.read.layouts import StackOptions
 from service.read.radiometry import check_radiometry
 from service.read.reader import StackReader
 from service.read.stack import open_stack
+from tests.kits.rasters import NORTH_UP, write
 
 BANDS = ("B02", "B04", "B08")
 rng = np.random.default_rng(5)

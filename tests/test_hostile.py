@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from mutations import (
+from rasterio.windows import Window
+
+from benchmarks.mutations import (
     BANDS,
     BITS,
     COMPRESSION,
@@ -39,15 +41,13 @@ from mutations import (
     Tiff,
     edited,
 )
-from rasterio.windows import Window
-from rasters import NORTH_UP, UTM, write
-
 from service.errors import CorruptRaster, NotAGeoTIFF, PIMCError, RasterTooLarge
 from service.read import reader as reading
 from service.read.geotiff import SourceFile, gdal_options, open_geotiff
 from service.read.layouts import StackOptions
 from service.read.reader import StackReader
 from service.read.stack import Stack, open_stack
+from tests.kits.rasters import NORTH_UP, UTM, write
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 2**34
@@ -213,9 +213,9 @@ def test_a_few_kb_that_declare_21_gb_are_refused_unread(tmp_path: Path) -> None:
 _CHILD = """
 import json, resource, sys, tempfile
 from pathlib import Path
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-from serving import served
-from tiny_zoo import write_zoo
+sys.path[:0] = [{root!r}]
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_zoo
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -16,13 +16,23 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from job_kit import ASYNC, BANDS, SERIES, SLOW, Files, stack, until, waited, zoo_with_a_slow_one
 from prometheus_client.parser import text_string_to_metric_families
-from rasters import write
-from serving import served
-from tiny_zoo import write_bundle, write_zoo
 
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_bundle, write_zoo
 from service.api.responses import COG, GEOJSON, ZIP
+from tests.kits.jobs import (
+    ASYNC,
+    BANDS,
+    SERIES,
+    SLOW,
+    Files,
+    stack,
+    until,
+    waited,
+    zoo_with_a_slow_one,
+)
+from tests.kits.rasters import write
 
 POINTS = {
     "type": "FeatureCollection",

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from client_kit import connected
-from job_kit import SLOW, stack, zoo_with_a_slow_one
-from serving import served
 
+from benchmarks.serving import served
 from pimc_client import (
     InternalError,
     JobDismissed,
@@ -20,6 +18,8 @@ from pimc_client import (
     Summary,
     UnknownJob,
 )
+from tests.kits.client import connected
+from tests.kits.jobs import SLOW, stack, zoo_with_a_slow_one
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from job_kit import (
+
+from tests.kits.jobs import (
     ASYNC,
     ROOT,
     SERIES,

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_kit import stack
-from tiny_zoo import write_zoo
 
+from benchmarks.tiny_zoo import write_zoo
 from models.registry import Registry
 from service.api.schemas import read_fields
 from service.infer.engine import Engine
@@ -19,6 +18,7 @@ from service.run.execute import execute
 from service.run.executors import ThreadExecutor
 from service.run.plan import Plan, plan_request
 from service.run.windows import Arrays, Step
+from tests.kits.jobs import stack
 
 RUNS: dict[str, tuple[Any, dict[str, tuple[str, ...]]]] = {
     "classes": ("classify-pixels", {"outputs": ("class,confidence,probabilities",)}),

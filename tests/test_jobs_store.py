@@ -14,11 +14,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from job_kit import ASYNC, SLOW, check_full, check_healthy, leftovers, stack, until, waited
-from job_kit import zoo_with_a_slow_one as slow_zoo
 from rasterio.windows import Window
-from serving import served
 
+from benchmarks.serving import served
 from models.registry import Registry
 from service.api.schemas import read_series
 from service.errors import InvalidRequest, UnknownJob
@@ -28,6 +26,8 @@ from service.jobs.window_journal import WindowFile
 from service.run.plan import Plan, plan_request
 from service.run.windows import Step
 from service.settings import SettingsError
+from tests.kits.jobs import ASYNC, SLOW, check_full, check_healthy, leftovers, stack, until, waited
+from tests.kits.jobs import zoo_with_a_slow_one as slow_zoo
 
 YEAR = 365 * 24 * 3600.0
 WEEK = 7 * 24 * 3600.0

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from affine import Affine
 from rasterio.windows import Window
-from rasters import write
 
 from service.errors import InvalidRequest, MissingBands, MissingDates
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.reader import StackReader
 from service.read.stack import Stack, open_stack
+from tests.kits.rasters import write
 
 NEEDED = ("B02", "B04", "B08")
 CODE = {"B02": 2, "B03": 3, "B04": 4, "B08": 8, "SCL": 5, "B8A": 80}

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import served
-from tiny_zoo import write_zoo
+
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_zoo
 
 TESTS = Path(__file__).parent
 EXAMPLES = os.environ.get("SCHEMATHESIS_EXAMPLES", "6")
@@ -50,7 +51,7 @@ def test_what_is_described_is_what_is_done(
             "run", f"{api.base_url}/openapi.json", "--checks", "all", "--seed", "1", "--no-color",
             "--header", "Authorization: Bearer key", "--max-examples", EXAMPLES, *part,
         ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS)))},
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     told = "\n".join(line[:500] for line in run.stdout.splitlines())

@@ -11,15 +11,14 @@ from datetime import date, timedelta
 import numpy as np
 import pytest
 import rasterio
-import rasters
 from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.crs import CRS
 from rasterio.warp import transform as reproject
 from rio_cogeo.cogeo import cog_validate
-from tiny_zoo import CLASSES, PIXEL_BANDS, SHARPNESS, SPREAD, STEP, write_zoo
 
+from benchmarks.tiny_zoo import CLASSES, PIXEL_BANDS, SHARPNESS, SPREAD, STEP, write_zoo
 from models.registry import Registry
 from service.errors import (
     Cancelled,
@@ -37,6 +36,7 @@ from service.run.plan import plan_raster
 from service.run.points import run_points
 from service.run.raster import run_raster
 from service.run.windows import windows
+from tests.kits import rasters
 
 DATES = [date(2021, 1, 10) + timedelta(days=30 * n) for n in range(6)]
 TINY = 20_000

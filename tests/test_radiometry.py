@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rasters import write
 
 from service.errors import ImplausibleReflectance
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.radiometry import check_radiometry
 from service.read.stack import Stack, open_stack
+from tests.kits.rasters import write
 
 BANDS = ("B02", "B04", "B08")
 BEFORE = ("20210105", "20210605", "20220124")

@@ -24,8 +24,8 @@ from affine import Affine
 from numpy.typing import NDArray
 from rasterio.io import MemoryFile
 from rio_cogeo.cogeo import cog_validate
-from serving import served
 
+from benchmarks.serving import served
 from models.card import ModelCard
 from models.registry import ZOO, load_bundle
 

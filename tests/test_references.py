@@ -21,12 +21,11 @@ import anyio
 import httpx
 import numpy as np
 import pytest
-import rasters
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import served
-from tiny_zoo import write_bundle
 
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_bundle
 from pimc_client import Client, Reference
 from service.api.schemas import ItemBody
 from service.errors import BodyTooLarge, ForbiddenReference, UnreachableReference
@@ -40,6 +39,7 @@ from service.read.references import (
     fetch_items,
 )
 from service.settings import HostRule, Settings, SettingsError, read_settings
+from tests.kits import rasters
 
 TIFF = b"II*\0 and the rest"
 

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tiny_zoo import write_bundle
 
+from benchmarks.tiny_zoo import write_bundle
 from models.card import ModelCard, TimeWindow
 from models.onnxfile import NotONNX, inspect_onnx
 from models.registry import ZOO, BundleError, Registry, load_bundle, sha256_of

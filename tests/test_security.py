@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from serving import served
 from starlette.datastructures import Headers
-from tiny_zoo import write_bundle
 
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_bundle
 from service.api.auth import ApiKeys, check_reached_address
 from service.api.middleware import page_policy
 from service.errors import Unauthorized

@@ -18,9 +18,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import rasters
-from test_start import RUNNING
-from tiny_zoo import write_zoo
+
+from benchmarks.tiny_zoo import write_zoo
+from tests.kits import rasters
+from tests.kits.process import RUNNING
 
 ROOT = Path(__file__).parents[1]
 KEY = "key-marked-5f2e9c41"

@@ -6,8 +6,8 @@ from datetime import date, timedelta
 
 import numpy as np
 import pytest
-from tiny_zoo import CLASSES, SHARPNESS, STEP, write_zoo
 
+from benchmarks.tiny_zoo import CLASSES, SHARPNESS, STEP, write_zoo
 from models.registry import Registry
 from service.errors import (
     ImplausibleReflectance,

@@ -14,7 +14,6 @@ from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.windows import Window
-from rasters import UTM, write
 
 from service.errors import GridMismatch, InvalidRequest
 from service.infer.patches import median_composite
@@ -24,6 +23,7 @@ from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.reader import StackReader
 from service.read.stack import Sits, Stack, open_stack
+from tests.kits.rasters import UTM, write
 
 BANDS = ("B02", "B04", "B08")
 D1, D2 = date(2021, 1, 5), date(2021, 1, 15)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import rasterio
 from rasterio.windows import Window
-from rasters import write
 
 from service.errors import MissingDates
 from service.infer.patches import median_composite
@@ -19,6 +18,7 @@ from service.read.layouts import StackOptions
 from service.read.radiometry import check_radiometry
 from service.read.reader import StackReader
 from service.read.stack import Sits, Stack, open_stack
+from tests.kits.rasters import write
 
 BANDS = ("B02", "B04", "B08")
 

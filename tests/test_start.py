@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -20,9 +19,9 @@ import pytest
 from models.registry import ZOO, Registry
 from service.infer.engine import Engine
 from service.infer.session import CUDA
+from tests.kits.process import RUNNING
 
 ROOT = Path(__file__).parents[1]
-RUNNING = re.compile(r"running on http://\S*?:(\d+)")
 
 
 def environment(state: Path, **settings: str) -> dict[str, str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_crops import TINY, write_crops
 from typer.testing import CliRunner
 
+from tests.kits.small_crops import TINY, write_crops
 from training.__main__ import app
 from training.ablation import STUDIES, NothingToCompare, Plan, ablate
 from training.config import Run, changed, configuration

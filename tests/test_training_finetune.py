@@ -15,18 +15,18 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from serving import served
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from small_crops import TINY, write_crops
 from typer.testing import CliRunner
 
+from benchmarks.serving import served
 from models.encoders import PatchEncoder, PixelEncoder
 from models.graph import PatchGraph, PixelGraph
 from models.heads import ClassificationHead
 from models.registry import Registry, load_bundle
+from tests.kits.small_crops import TINY, write_crops
 from training.__main__ import app
 from training.baselines import MultilayerPerceptron, TempCNN
 from training.calibration import (

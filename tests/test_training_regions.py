@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_crops import TINY, write_crops
 
 from models.heads import ForecastHead
 from models.registry import load_bundle
+from tests.kits.small_crops import TINY, write_crops
 from training.calibration import fit_spread, fit_temperature
 from training.classification import PixelClassification
 from training.config import ZOO, Run, changed

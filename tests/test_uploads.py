@@ -11,9 +11,9 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-from serving import served
-from tiny_zoo import write_zoo
 
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_zoo
 from pimc_client import Client, PIMCError
 from service.api.middleware import LingeringCloseMiddleware
 

@@ -21,9 +21,10 @@ import rasterio
 from affine import Affine
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
-from rasters import NORTH_UP, write
-from serving import served
-from tiny_zoo import HORIZON, write_zoo
+
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import HORIZON, write_zoo
+from tests.kits.rasters import NORTH_UP, write
 
 BANDS = ("B02", "B04", "B08")
 SHAPE = (11, 13)  # no block divides it

@@ -19,8 +19,9 @@ from typing import Any
 
 import httpx
 import numpy as np
-from rasters import write
-from tiny_zoo import write_bundle, write_zoo
+
+from benchmarks.tiny_zoo import write_bundle, write_zoo
+from tests.kits.rasters import write
 
 ROOT = Path(__file__).parents[1]
 SLOW = "pixels-slow"

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import schemathesis
 from hypothesis import strategies as st
-from rasters import write
+
+from tests.kits.rasters import write
 
 BANDS = ("B02", "B03", "B04", "B08")
 

@@ -1,0 +1,1 @@
+"""Kits that tests share: stacks and scenes, series, clients, jobs."""
