@@ -106,7 +106,7 @@ def test_a_joined_run_is_scored_exported_and_made_again(
 
 def test_networks_that_do_not_fit_are_told(data: Path, apart: list[Path]) -> None:
     for shapes, why in (
-        ((COARSE, FINE, FINE), "hold 2 networks, and the run has 3"),
+        ((COARSE, FINE, FINE), "2 networks, but the run has 3"),
         ((FINE, COARSE), "size mismatch"),
     ):
         run = Run(config=config(*shapes), data=data, pretrained=tuple(apart))

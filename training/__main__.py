@@ -15,27 +15,31 @@ from rich.logging import RichHandler
 
 from training.config import ZOO, Run, UnknownSetting, changed, configuration
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Makes bundles.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Train, evaluate and export models."
+)
 
 RUNS = Path("runs")
 BUNDLES = Path("models/zoo")
 Data = Annotated[Path, typer.Option(help="Folder of the data sets.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[
-    int, typer.Option(help="CPU threads; 0 leaves torch's choice. 1 is fastest on a busy machine.")
+    int, typer.Option(help="CPU threads; 0 uses torch's default. 1 is fastest on a busy machine.")
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="A setting of the configuration, as optimisation.epochs=5."),
+    typer.Option(
+        "--set", help="A setting of the configuration, such as optimisation.epochs=5; repeatable."
+    ),
 ]
 Version = Annotated[
     str | None,
-    typer.Option(help="Of the bundle; it must rise where another model takes a bundle's name."),
+    typer.Option(help="Version of the bundle; raise it if another model takes the name."),
 ]
 
 
 class Protocol(StrEnum):
-    """What is trained, and how the encoder is judged."""
+    """Whether all weights are trained, or a frozen encoder is probed."""
 
     finetune = "finetune"
     linear = "linear"
@@ -56,10 +60,10 @@ def pretrain(
     pastis: Annotated[Path | None, typer.Option(help="A PASTIS folder.")] = None,
     device: Device = "auto",
     threads: Threads = 0,
-    workers: Annotated[int, typer.Option(help="Threads that make batches ahead.")] = 1,
+    workers: Annotated[int, typer.Option(help="Threads that prepare batches ahead.")] = 1,
     settings: Settings = None,
 ) -> None:
-    """Train both encoders without labels; goes on where a killed run stopped."""
+    """Pretrain both encoders without labels; resumes a killed run."""
     from training.pretrain import FIRST
     from training.pretrain import pretrain as train
     from training.pretraining_data import Places
@@ -77,16 +81,19 @@ def finetune(
     *,
     data: Data = Path("../shared/data"),
     run: Annotated[
-        Path | None, typer.Option(help="Folder of the run; runs/<name>, and the seed above 0.")
+        Path | None,
+        typer.Option(
+            help="Folder of the run; runs/<name> by default, with the seed if it is above 0."
+        ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="classify, forecast or landcover, for a new name.")
+        str | None, typer.Option(help="classify, forecast or landcover; required for a new name.")
     ] = None,
     pretrained: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Checkpoint with the encoder to start from; several runs' weights, for a run that "
-            "joins their networks."
+            help="Checkpoint with the encoder to start from; the weights of several runs, to join "
+            "their networks."
         ),
     ] = None,
     everything: Annotated[
@@ -94,18 +101,18 @@ def finetune(
     ] = False,
     protocol: Annotated[
         Protocol,
-        typer.Option(help="Train all, or freeze the encoder and probe what its embeddings know."),
+        typer.Option(help="Train all weights, or freeze the encoder and probe its embeddings."),
     ] = Protocol.finetune,
     patience: Annotated[
         int | None,
         typer.Option(min=1, help="Stop after as many epochs without a better validation score."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the run; 0 where none is said.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the run; 0 by default.")] = None,
     device: Device = "auto",
     threads: Threads = 0,
     settings: Settings = None,
 ) -> None:
-    """Train a graph for a downstream task; goes on where a killed run stopped."""
+    """Train a graph for a downstream task; resumes a killed run."""
     from training.finetune import finetune as train
 
     options = {"seed": seed, "patience": patience}
@@ -138,7 +145,7 @@ def evaluate(
     ] = None,
     threads: Threads = 0,
 ) -> None:
-    """Score runs beside the baselines; write docs/results.md and the cards."""
+    """Score runs and baselines; write docs/results.md and the cards."""
     from training.evaluate import evaluate as score
     from training.evaluate import romania_report
     from training.score_tables import markdown
@@ -156,10 +163,10 @@ def regions(
     *,
     data: Data = Path("../shared/data"),
     run: Annotated[
-        Path | None, typer.Option(help="Folder of the runs; runs/regions/<name> where none.")
+        Path | None, typer.Option(help="Folder of the runs; runs/regions/<name> by default.")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="Leave out this region alone; may be given again.")
+        list[str] | None, typer.Option(help="Leave out only this region; repeatable.")
     ] = None,
     pretrained: Annotated[
         Path | None, typer.Option(help="Checkpoint with the encoder to start from.")
@@ -170,7 +177,7 @@ def regions(
     threads: Threads = 1,
     settings: Settings = None,
 ) -> None:
-    """Leave each region out in turn: train what is missing, score, calibrate across regions."""
+    """Hold each region out in turn: train what is missing, score, calibrate across regions."""
     from training.regions import Plan, evaluate_regions
 
     with _as_usage():
@@ -195,15 +202,18 @@ def regions(
 @app.command()
 def ablate(
     study: Annotated[
-        str, typer.Argument(help="inputs, labels, ...: docs/how-to/train.md lists them.")
+        str,
+        typer.Argument(
+            help="Name of the study, such as inputs or labels: see docs/how-to/train.md."
+        ),
     ],
     *,
     bundle: Annotated[
-        str, typer.Option(help="Whose configuration the study changes.")
+        str, typer.Option(help="Bundle whose configuration the study varies.")
     ] = "pixels-crops-us",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 3,
-    epochs: Annotated[int | None, typer.Option(help="Of each finetuning.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of each pretraining.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of each fine-tuning.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of each pretraining.")] = None,
     pretrained: Annotated[
         Path, typer.Option(help="Checkpoint for arms that start from one.")
     ] = RUNS / "pretrain" / "checkpoint.pt",
@@ -215,7 +225,7 @@ def ablate(
     threads: Threads = 1,
     settings: Settings = None,
 ) -> None:
-    """Measure what a choice is worth: run what is missing of a study and write its table."""
+    """Run what is missing of a study and write its table."""
     from training.ablation import STUDIES, NothingToCompare, Plan
     from training.ablation import ablate as run_study
     from training.pretraining_data import Places
@@ -257,14 +267,14 @@ def export(
     version: Version = None,
     regions: Annotated[
         Path | None,
-        typer.Option(help="Folder of `regions`: its calibration and scores go into the bundle."),
+        typer.Option(help="Folder of `regions`, whose calibration and scores go into the bundle."),
     ] = None,
 ) -> None:
     """Turn finished runs into bundles: ONNX checked against torch, variants, and a card."""
     from training.export import export_run
 
     if name and len(runs) > 1:
-        raise typer.BadParameter(f"--name {name} names one bundle, not {len(runs)}")
+        raise typer.BadParameter(f"--name {name} is for one run, and {len(runs)} are given")
     for folder in runs:
         Console().print(str(export_run(folder, zoo, name=name, version=version, regions=regions)))
 

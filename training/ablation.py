@@ -1,9 +1,9 @@
-"""Studies: what a choice is worth, measured by training with it and without it.
+"""Ablation studies: train with and without a choice, compare the scores.
 
-study -> arms x seeds -> runs, each done once -> answers -> a table in the report
+study -> arms x seeds -> runs, each done once -> outputs -> a table in the report
 
-A run lies in a folder named after its settings, so that studies share runs, a killed study goes on
-where it stopped, and a change of the configuration begins anew and mixes with nothing.
+A run has a folder named after its settings, so that studies share runs, a killed study resumes,
+and a changed configuration starts in a new folder.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _PATCHES = "eurosat"
 
 
 class NothingToCompare(ValueError):
-    """A study that does not fit a bundle, or lacks what it compares."""
+    """A study that does not fit a bundle, or lacks a checkpoint or data that it compares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A question, and the choices that answer it."""
+    """A question, and the choices that are compared."""
 
     question: str
     arms: tuple[Arm, ...]
@@ -85,7 +85,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a study is run with."""
+    """Parameters of a study."""
 
     bundle: str
     """Name of the configuration that the arms change."""
@@ -96,16 +96,16 @@ class Plan:
     """The Markdown file."""
     seeds: int = 3
     epochs: int | None = None
-    """Of each finetuning; None takes the configuration's."""
+    """Of each fine-tuning; None uses the configuration's."""
     steps: int | None = None
-    """Of each pretraining; None takes the configuration's."""
+    """Of each pretraining; None uses the configuration's."""
     pretrained: Path | None = None
     settings: tuple[str, ...] = ()
     """Of all arms alike."""
     device: str = "auto"
     threads: int = 1
     command: str = ""
-    """What was called, for the report."""
+    """The command, for the report."""
 
 
 def _sizes() -> tuple[Arm, ...]:
@@ -262,7 +262,7 @@ def _finetuning_section(name: str, study: Study, plan: Plan) -> tuple[str, str]:
     if any(arm.pretrained for arm in study.arms) and not (
         plan.pretrained and plan.pretrained.exists()
     ):
-        raise NothingToCompare(f"study '{name}' needs a checkpoint: say --pretrained")
+        raise NothingToCompare(f"study '{name}' needs a checkpoint: give --pretrained")
     runs = {arm: [_run(arm, plan, seed) for seed in range(plan.seeds)] for arm in study.arms}
     folders = {arm: [_folder(run, plan) for run in seeds] for arm, seeds in runs.items()}
     for arm, seeds in runs.items():
@@ -302,13 +302,13 @@ def _table(
 
 
 def _run(arm: Arm, plan: Plan, seed: int) -> Run:
-    """What a run of an arm is told."""
+    """The run of an arm."""
     config = configuration(plan.bundle)
     try:
         changed(config, arm.settings)
     except UnknownSetting as error:
         raise NothingToCompare(f"'{arm.label}' does not fit {plan.bundle}: {error}") from error
-    # One network of an ensemble: what a choice is worth shows sooner, and costs less.
+    # One network of an ensemble: differences show sooner, at lower cost.
     settings = [one_network(config), *plan.settings, *arm.settings, f"optimisation.seed={seed}"]
     if arm in STUDIES["labels"].arms and plan.pretrained:
         settings += _encoder_settings(plan.pretrained)
@@ -317,7 +317,9 @@ def _run(arm: Arm, plan: Plan, seed: int) -> Run:
     steps = next((s for s in arm.settings if s.startswith("window.steps=")), None)
     if steps:
         if not isinstance(config, ClassifyConfig):
-            raise NothingToCompare("other steps make other targets: only classes can be compared")
+            raise NothingToCompare(
+                "study 'steps' is for classifiers: other steps change a forecast's targets"
+            )
         length = config.window.steps * config.window.step_days
         settings.append(f"window.step_days={-(-length // int(steps.partition('=')[2]))}")
     return Run(
@@ -343,14 +345,14 @@ def _encoder_settings(checkpoint: Path) -> list[str]:
 
 
 def _folder(run: Run, plan: Plan) -> Path:
-    """Where a run lies: named after what it changes, apart from every other configuration."""
+    """Folder of a run, named after its settings and distinct from every other configuration."""
     usual = configuration(plan.bundle).model_dump(mode="json")
     told = run.config.model_dump(mode="json")
     words = [f"{key}={value}" for key, value in difference(usual, told).items()]
     words += ["pretrained"] if run.pretrained else []
     words += [run.protocol] if run.protocol != "finetune" else []
     told["optimisation"]["seed"] = None
-    # As a single checkpoint or none was always written, so that finished studies are found again.
+    # In the form in which a single checkpoint was always written, so that finished runs are found.
     start = ", ".join(map(str, run.pretrained)) or "None"
     identity = [told, start, run.protocol, str(run.data.resolve())]
     seed = run.config.optimisation.seed
@@ -358,7 +360,7 @@ def _folder(run: Run, plan: Plan) -> Path:
 
 
 def _named(words: Sequence[str], identity: object) -> str:
-    """A folder's name that a person can read, and a digest that tells it from every other."""
+    """A readable folder name with a digest of the configuration."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     readable = re.sub(r"[^a-z0-9=.]+", "-", "_".join(words).lower())[:60].strip("-")
     return f"{readable or 'default'}-{digest}"
@@ -384,7 +386,7 @@ def _speed_scores(speed: Speed) -> dict[str, Score]:
 
 def _pretraining_section(name: str, study: Study, plan: Plan) -> tuple[str, str]:
     runs = {arm: [_pretrained(arm, plan, seed) for seed in range(plan.seeds)] for arm in study.arms}
-    # An arm that changes nothing, as one that leaves out what is not given, would be run twice.
+    # An arm that changes nothing, such as leaving out a source that is not given, would run twice.
     usual = [_pretrain_folder(config, plan) for config in next(iter(runs.values()))]
     arms = [
         arm
@@ -440,8 +442,8 @@ def _pretrain_and_probe(
         torch.set_num_threads(plan.threads)
     pretrain(config, places=plan.places, folder=folder, device=plan.device)
     _, networks = load_networks(folder / CHECKPOINT)
-    # Of every source alike, also of one that this arm has not learned from. Scenes of another
-    # seed are no others' training scenes.
+    # Held-out places of every source, also of one that this arm was not trained on. Scenes of
+    # another seed are not training scenes of any arm.
     sources = open_sources(whole.sources, plan.places, seed=config.seed)
     for name, answers in probe_outputs(networks, plan.places.data).items():
         (folder / name).mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Scores of classifiers, and the temperature that makes their confidence true."""
+"""Calibration: temperature, expected calibration error, and scores of classifiers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32] | NDArray[np.float64]
 Ints = NDArray[np.int64]
 _BINS = 15
-# Quantiles never meet, however narrow a calibration would make them.
+# Smallest distance between quantiles, whatever the calibration.
 _LEAST_SPREAD = 0.05
 
 
@@ -104,7 +104,7 @@ def expected_calibration_error(shares: Floats, labels: Ints) -> float:
 
 
 def f1_by_class(predicted: Ints, labels: Ints, classes: int) -> NDArray[np.float64]:
-    """F1 of each class (K); NaN for a class that is neither predicted nor there."""
+    """F1 of each class (K); NaN for a class that is neither predicted nor present."""
     right = np.bincount(labels[predicted == labels], minlength=classes)
     both = np.bincount(predicted, minlength=classes) + np.bincount(labels, minlength=classes)
     with np.errstate(invalid="ignore"):
@@ -112,7 +112,7 @@ def f1_by_class(predicted: Ints, labels: Ints, classes: int) -> NDArray[np.float
 
 
 def macro_f1(predicted: Ints, labels: Ints, classes: int) -> float:
-    """Mean F1 of the classes that are there."""
+    """Mean F1 of the classes that are present."""
     there = np.bincount(labels, minlength=classes) > 0
     return float(np.nan_to_num(f1_by_class(predicted, labels, classes))[there].mean())
 

@@ -1,4 +1,4 @@
-"""What the card of a bundle says of the run that made it."""
+"""Card of a bundle: description, classes, training data and provenance of its run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from training.pretrain import CHECKPOINT, FIRST, PretrainConfig
 from training.validation_outputs import AnyTask
 
 EVALUATION = "evaluation.json"
-"""The table of an evaluation, kept beside a run."""
+"""File of an evaluation's table, in a run's folder."""
 _EUROSAT_COLORS = {
     "AnnualCrop": "#f5c542",
     "Forest": "#1b6b2f",
@@ -49,7 +49,7 @@ _EUROSAT_COLORS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a card says that neither the configuration nor the run knows."""
+    """The part of a card that is written by hand."""
 
     text: str
     default: bool = False
@@ -58,63 +58,61 @@ class Description:
 DESCRIPTIONS: Mapping[str, Description] = {
     "pixels-crops-us": Description(
         text=(
-            "Crops of the United States by a calendar year of B02, B04 and B08: the 17 codes of "
+            "Crops of the United States from a calendar year of B02, B04 and B08: the 17 codes of "
             "the Cropland Data Layer with at least 100 pixels in the data. Trained on California "
-            "and Arkansas in 2021 and on labels that are themselves a map; elsewhere, in other "
-            "years and for other crops it is untested, and it answers with one of its classes "
-            "whatever it sees."
+            "and Arkansas in 2021, on labels that are themselves a map. Not tested elsewhere, in "
+            "other years or on other crops; it assigns one of its classes to every pixel."
         ),
     ),
     "pixels-crops-us-20m": Description(
         text=(
-            "Crops of the United States as `pixels-crops-us` has them, for stacks that carry the "
-            "20 m bands too: red-edge and shortwave indices stand beside the vegetation indices. "
-            "The same places, the same year, the same limits."
+            "Crops of the United States as in `pixels-crops-us`, for stacks that also have the 20 "
+            "m bands: it uses red-edge and shortwave indices in addition to the vegetation "
+            "indices. Same places, year and limits."
         ),
     ),
     "pixels-crops-us-small": Description(
         text=(
-            "Crops of the United States as `pixels-crops-us` has them, at a quarter of the cost: "
-            "one network instead of three. The same places, the same year, the same limits."
+            "Crops of the United States as in `pixels-crops-us`, at a quarter of the cost: one "
+            "network instead of three. Same places, year and limits."
         ),
     ),
     "pixels-landcover": Description(
         default=True,
         text=(
-            "Broad land cover by a year of B02, B04 and B08 or several, after ESA WorldCover's "
-            "classes, on monthly to five-day series that begin on any day. All dates given are "
-            "used, laid on one year: with several years the map is of what stayed, and `start` "
-            "keeps to the year that begins there. A pixel is of the cover that holds most of it. "
-            "Most labels are cropland and "
-            "grassland; trees, shrubs, built-up, bare, water and wetland have few, and the labels "
-            "are themselves maps (WorldCover about 77 % right). Orchards and vineyards were left "
-            "out, for WorldCover maps them as trees in one place and as crops in another; so were "
-            "mangroves (two samples), snow and moss (none). Synthetic series of the rare classes "
-            "were added for training, never for a score. Shrubs, built-up, bare, water and wetland "
-            "are weak; treat them as hints."
+            "Broad land cover from one or more years of B02, B04 and B08, after ESA WorldCover's "
+            "classes, on monthly to five-day series that begin on any day. All dates are used and "
+            "placed on one year: with several years the map shows the stable cover, and `start` "
+            "restricts it to the year that begins there. A pixel belongs to the cover that holds "
+            "most of it. Most labels are cropland and grassland; trees, shrubs, built-up, bare, "
+            "water and wetland have few, and the labels are themselves maps (WorldCover is about "
+            "77 % right). Left out: orchards and vineyards, which WorldCover maps as trees in one "
+            "place and as crops in another; mangroves (two samples); snow and moss (none). "
+            "Synthetic series of the rare classes were added for training, never for a score. "
+            "Shrubs, built-up, bare, water and wetland are weak; treat them as hints."
         ),
     ),
     "forecast-vi": Description(
         default=True,
         text=(
-            "The next ten ten-day values of NDVI, EVI and SAVI with a band from the 10 % to the "
-            "90 % quantile, from up to 320 days of B02, B04 and B08. It knows the day of the "
-            "year, not the weather or the place."
+            "NDVI, EVI and SAVI of the next ten ten-day steps with the 10 % and 90 % quantiles, "
+            "from up to 320 days of B02, B04 and B08. It uses the day of the year, but neither "
+            "the weather nor the place."
         ),
     ),
     "landcover-eurosat": Description(
         default=True,
         text=(
             "EuroSAT's ten classes of 64 x 64 patches from red, green and blue, trained from "
-            "scratch. Reflectance above 0.275 counts as 0.275, as in EuroSAT's images, which are "
-            "of Europe and level 1C."
+            "scratch. Reflectance above 0.275 is clipped, as in EuroSAT's images, which are level "
+            "1C images of Europe."
         ),
     ),
 }
 
 
 def card_fields(run: Run, task: AnyTask, metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The card of a run, but for its files."""
+    """The fields of a run's card, except its files."""
     config = run.config
     about = DESCRIPTIONS.get(name) or Description(
         text=f"{name}: a bundle finetuned for {config.task}."
@@ -190,7 +188,7 @@ def _metrics(
 
 
 def _training_data(run: Run, task: AnyTask) -> tuple[TrainingData, ...]:
-    """What a run learned from, and before it the pretraining that it started from."""
+    """Training data of a run, after those of the pretraining that it started from."""
     return (
         *pretraining_data(_learned_from(run)),
         *(training_data(**part) for part in task.data()),
@@ -198,7 +196,7 @@ def _training_data(run: Run, task: AnyTask) -> tuple[TrainingData, ...]:
 
 
 def _learned_from(run: Run) -> dict[str, int]:
-    """How much of each source the pretrainings behind a run learned from."""
+    """Number of samples of each source in the pretrainings behind a run."""
     found: dict[str, int] = {}
     for checkpoint in run.pretrained:
         if earlier := _run_of(checkpoint):
@@ -209,7 +207,7 @@ def _learned_from(run: Run) -> dict[str, int]:
 
 
 def _run_of(weights: Path) -> Run | None:
-    """The run that left some weights, where it still lies beside them."""
+    """The run of some weights, if it still lies beside them."""
     told = weights.parent / RUN
     if weights.name != WEIGHTS or not told.is_file():
         return None
@@ -217,10 +215,10 @@ def _run_of(weights: Path) -> Run | None:
 
 
 def _pretraining(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint holds, where it is that of a pretraining.
+    """Content of a checkpoint, if it is that of a pretraining.
 
     Raises:
-        ValueError: it does not tell what it learned from.
+        ValueError: it does not state its training data.
     """
     if checkpoint.name != CHECKPOINT or not checkpoint.is_file():
         return None
@@ -229,14 +227,14 @@ def _pretraining(checkpoint: Path) -> dict[str, Any] | None:
         return None
     if "learned_from" not in stored:
         raise ValueError(
-            f"{checkpoint} does not tell what it learned from, which a card must: it was made by "
-            "an earlier version, so pretrain anew"
+            f"{checkpoint} does not state its training data, which a card needs: an earlier "
+            "version made it, so run the pretraining again"
         )
     return stored
 
 
 def training_facts(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """How a run was made: commands, configuration, seed, log, time, machine."""
+    """Provenance of a run: commands, configuration, seed, log, duration, machine."""
     return {
         "command": " && ".join(commands(run)),
         "config": json.loads(run.config.model_dump_json()),
@@ -251,17 +249,17 @@ def training_facts(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _machine_of(metrics: Mapping[str, Any]) -> str:
-    """The machine that trained; runs that did not note it were trained where they are exported."""
+    """The machine of the training; runs that do not record it were trained on this one."""
     threads = f", {metrics['threads']} threads" if "threads" in metrics else ""
     return str(metrics.get("machine", machine())) + threads.replace(" 1 threads", " one thread")
 
 
 def commands(run: Run, folder: Path | None = None) -> list[str]:
-    """What to call to make a run again, the runs that it starts from first.
+    """Commands that reproduce a run, the runs that it starts from first.
 
     Args:
-        run: what was told.
-        folder: of the run, where a later one starts from it; None leaves the default.
+        run: the run.
+        folder: of the run, if a later one starts from it; None uses the default.
     """
     config = run.config
     words = ["python -m training finetune", config.name]
@@ -286,7 +284,7 @@ def commands(run: Run, folder: Path | None = None) -> list[str]:
 
 
 def _commands_before(checkpoint: Path) -> list[str]:
-    """What makes a checkpoint: a pretraining, or a run and those that it starts from."""
+    """Commands that make a checkpoint: a pretraining, or a run and those that it starts from."""
     if earlier := _run_of(checkpoint):
         return commands(earlier, checkpoint.parent)
     stored = _pretraining(checkpoint)
@@ -296,7 +294,7 @@ def _commands_before(checkpoint: Path) -> list[str]:
 
 
 def pretrain_command(config: PretrainConfig, folder: Path) -> str:
-    """What to call to pretrain again; CUBE and PASTIS stand for where these data lie."""
+    """Command that repeats a pretraining; CUBE and PASTIS stand for the paths of these data."""
     usual, now = (c.model_dump(mode="json") for c in (FIRST, config))
     words = ["python -m training pretrain --threads 1", f"--run {folder.as_posix()}"]
     words += ["--romania CUBE"] if config.sources.romania else []
@@ -319,7 +317,7 @@ def megaflop(graph: Graph, inputs: Sequence[Tensor]) -> float:
     """Floating-point operations of one forward pass, in millions, a multiply-add as two.
 
     Args:
-        graph: the whole graph; what is counted are its matrix products and convolutions.
+        graph: the whole graph; its matrix products and convolutions are counted.
         inputs: of one pixel or patch.
     """
     from torch.utils.flop_counter import FlopCounterMode
@@ -330,10 +328,10 @@ def megaflop(graph: Graph, inputs: Sequence[Tensor]) -> float:
 
 
 def made_alike(card: ModelCard, run: Run) -> bool:
-    """Whether a bundle was trained under a run's configuration, seed and name apart."""
+    """Whether a bundle was trained with a run's configuration, ignoring seed and name."""
     if "config" not in card.training:
         return False
-    # As a configuration, not as text: a setting that is new since then has its default.
+    # Compared as configurations, not as text: settings added since then have their defaults.
     was = Run.model_validate({"config": card.training["config"], "data": run.data}).config
     return not difference(was.model_dump(mode="json"), run.config.model_dump(mode="json"))
 

@@ -1,4 +1,4 @@
-"""The pixel classification task: classes of series, learned on points."""
+"""Pixel classification task: classes of series, trained on labelled points."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 _LEGENDS = {"cdl": CDL, "worldcover": WORLDCOVER}
-# The broad classifier must work on monthly, ten-day and five-day series with thin cloud in them.
+# The broad classifier must work on monthly, ten-day and five-day series with thin cloud.
 _AUGMENTATION = {
     "cdl": SeriesAugmentation(),
     "worldcover": SeriesAugmentation(drop=0.7, gap=0.15, jitter=4.0, gain=0.08, haze=0.04),
 }
-# Share of the pixels that training moves there: nearly all labels are of the northern one.
+# Share of the training pixels moved to the other hemisphere: nearly all labels are northern.
 _OTHER_HEMISPHERE = 0.15
 _BATCH = 1024
 
@@ -107,7 +107,7 @@ class PixelClassification:
 
     @property
     def steps(self) -> int:
-        """Batches an epoch."""
+        """Number of batches per epoch."""
         return max(len(self.train) // self.config.optimisation.batch, 8)
 
     def batches(self, epoch: int, rng: Generator) -> Iterator[tuple[Tensor, ...]]:  # noqa: ARG002  # the same in every epoch
@@ -164,7 +164,7 @@ class PixelClassification:
         return scores
 
     def logits(self, graph: PixelGraph, table: SeriesTable) -> Floats:
-        """Logits of a table's pixels (N, K), each in the window that the card's rule gives."""
+        """Logits of a table's pixels (N, K), each in the window of the card's rule."""
         graph.eval()
         valid = in_window(table, self.config.window)
         parts = []
@@ -176,7 +176,7 @@ class PixelClassification:
         return np.concatenate(parts)
 
     def data(self) -> list[dict[str, Any]]:
-        """What it trains on."""
+        """Name, use and number of samples of each source."""
         return [
             {"name": source, "use": use, "n": n}
             for use, table in (("labels", self.train), ("validation", self.validation))
@@ -199,7 +199,7 @@ def in_window(table: SeriesTable, window: TimeWindow) -> NDArray[np.bool_]:
 def sampling_weights(
     table: SeriesTable, balance: float, regions: float = 0.0
 ) -> NDArray[np.float64]:
-    """Chance of each pixel to be drawn (N).
+    """Probability of each pixel to be drawn (N).
 
     A class of one source is drawn in proportion to its size to the power 1 - balance: 0 is the
     data as they are, 1 draws all classes and sources alike. `regions` does the same to regions.
@@ -212,7 +212,7 @@ def sampling_weights(
 
 
 def log_shares(table: SeriesTable, weights: NDArray[np.float64], classes: int) -> Floats:
-    """Logarithm of each class's share of what is drawn (K); 0 for a class that is not there."""
+    """Logarithm of each class's share of the draws (K); 0 for a class that does not occur."""
     shares = np.bincount(table.labels, weights, minlength=classes)
     return np.log(np.where(shares > 0, shares, 1.0)).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""What a training run is told: frozen configurations, and those of the zoo's bundles.
+"""Training configurations, as frozen values, and those of the zoo's bundles.
 
 A configuration is stored with its checkpoints and in the card, so a bundle can be made again.
 """
@@ -17,10 +17,9 @@ from training.augment import PatchAugmentation
 
 FinetuneTask = Literal["classify", "forecast", "landcover"]
 Network = Literal["pimc", "tempcnn", "mlp"]
-"""Our encoder, or that of a baseline in its place: see `training.baselines`."""
+"""The PIMC encoder, or a baseline in its place: see `training.baselines`."""
 Protocol = Literal["finetune", "linear", "knn"]
-"""All weights are trained; or the encoder is frozen, and judged by a linear map of its embeddings
-or by their nearest neighbours."""
+"""`finetune` trains all weights; `linear` and `knn` freeze the encoder and probe its embeddings."""
 BANDS = ("B02", "B04", "B08")
 INDICES = ("ndvi", "evi", "savi")
 QUANTILES = (0.1, 0.5, 0.9)
@@ -47,7 +46,7 @@ class PixelEncoderConfig(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _one_depth(cls, told: Any) -> Any:  # noqa: ANN401 - whatever was stored
-        """Runs and cards of earlier versions have one depth for all levels."""
+        """Accept the form of earlier versions: one depth for all levels."""
         if isinstance(told, dict) and "depth" in told:
             rest = {name: value for name, value in told.items() if name != "depth"}
             return {**rest, "depths": (told["depth"],) * 3}
@@ -66,7 +65,7 @@ class PatchEncoderConfig(_Frozen):
 
 
 class Optimisation(_Frozen):
-    """How the weights are found: AdamW under a one-cycle schedule, averaged."""
+    """Optimisation: AdamW under a one-cycle schedule, weights averaged."""
 
     epochs: Annotated[int, Field(ge=1)] = 20
     batch: Annotated[int, Field(ge=2)] = 256
@@ -77,10 +76,10 @@ class Optimisation(_Frozen):
     clip: float = 1.0
     """Largest norm of the gradient."""
     average: float = 0.99
-    """Decay of the exponential moving average of the weights, which is what is exported."""
+    """Decay of the exponential moving average of the weights, which is exported."""
     bfloat16: bool = False
-    """Whether a CPU, too, multiplies in bfloat16: several times as fast where it has AMX, slower
-    where it emulates it. A GPU always does."""
+    """Whether a CPU multiplies in bfloat16: several times faster with AMX, slower where it is
+    emulated. A GPU always does."""
     seed: int = 0
     patience: Annotated[int, Field(ge=1)] | None = None
     """Epochs without a better score on the validation places after which training stops, and the
@@ -94,7 +93,7 @@ class ClassifyConfig(_Frozen):
     task: Literal["classify"] = "classify"
     name: str
     legend: Literal["cdl", "worldcover"]
-    """Which classes: those of the US crops, or the broad ones."""
+    """Legend of the classes: US crops or broad land cover."""
     window: TimeWindow
     min_observations: int
     bands: tuple[str, ...] = BANDS
@@ -109,19 +108,19 @@ class ClassifyConfig(_Frozen):
     balance: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Classes are drawn in proportion to their size to the power 1 - balance."""
     regions: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """The same of regions: 0 draws them by their size, 1 draws all alike."""
+    """The same for regions: 0 draws them by their size, 1 all equally often."""
     adjust: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """How far the logits forget how frequent a class is: 0 not at all, 1 wholly (logit adjustment,
-    Menon et al. 2021, arXiv 2007.07314)."""
+    """Strength of logit adjustment for class frequency, 0 (none) to 1 (Menon et al. 2021, arXiv
+    2007.07314)."""
     mix: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Share of the pixels that are mixed with another of the batch, as two covers share a pixel on
     the ground; the larger part gives the label."""
     labels: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the labelled training pixels used, drawn by place."""
     clarity: Annotated[float, Field(ge=0.0, le=60.0)] = 0.0
-    """How fast a date's weight falls with its blue reflectance: see `models.graph.PixelGraph`."""
+    """Decrease of a date's weight with its blue reflectance: see `models.graph.PixelGraph`."""
     reflectance: bool = False
-    """Whether the encoders see the bands' reflectance beside the indices."""
+    """Whether the encoders see the bands' reflectance in addition to the indices."""
     network: Network = "pimc"
 
 
@@ -139,13 +138,13 @@ class ForecastConfig(_Frozen):
     """Networks whose mean is the answer, trained side by side."""
     optimisation: Optimisation = Optimisation()
     focus: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.65
-    """Share of the batches' pixels that come from the source that is scored."""
+    """Share of a batch's pixels from the source that is scored."""
     scored_cut: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    """Share of those pixels that are cut at the date where they are scored, the rest anywhere."""
+    """Share of those pixels that are cut at the scored date; the others at any date."""
     rough: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Share of the pixels that lose many dates and gain thin cloud, as raw stacks have it."""
+    """Share of the pixels that lose many dates and gain thin cloud, as in raw stacks."""
     squared: float = 1.0
-    """Weight of the squared error of the median beside the pinball loss."""
+    """Weight of the squared error of the median, added to the pinball loss."""
     clarity: Annotated[float, Field(ge=0.0, le=60.0)] = 0.0
     """As of a classifier."""
     reflectance: bool = False
@@ -161,18 +160,18 @@ class LandcoverConfig(_Frozen):
     patch: int = 64
     encoder: PatchEncoderConfig = PatchEncoderConfig()
     others: tuple[PatchEncoderConfig, ...] = ()
-    """Encoders of further networks beside it, each with its head; their mean answers. Networks of
-    other shapes, or taught otherwise, err on other patches, which is what a mean gains from."""
+    """Encoders of further networks, each with its head; the prediction is the mean. Networks of
+    other shapes, or trained differently, err on other patches, so their mean is more accurate."""
     optimisation: Optimisation = Optimisation(epochs=18, batch=128, learning_rate=3e-3)
     smoothing: float = 0.05
     small_patch: int = 48
-    """Side of the patches of the first epochs: cheaper, and another augmentation."""
+    """Side of the patches in the first epochs, pixels: cheaper, and an augmentation."""
     small_epochs: Annotated[float, Field(ge=0.0, le=1.0)] = 0.7
     """Share of the epochs on small patches."""
     mix: float = 0.25
     """Share of the batches in which parts of patches are exchanged (CutMix)."""
     symmetries: bool = True
-    """Whether the answer is the mean over the eight symmetries of a patch."""
+    """Whether the prediction is the mean over the eight symmetries of a patch."""
     augmentation: PatchAugmentation = PatchAugmentation(
         gain=0.12, band_gain=0.06, offset=0.006, noise=0.002
     )
@@ -180,7 +179,7 @@ class LandcoverConfig(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _of_one_shape(cls, told: Any) -> Any:  # noqa: ANN401 - whatever was stored
-        """Runs and cards of earlier versions have a number of networks, all of one shape."""
+        """Accept the form of earlier versions: a number of networks of one shape."""
         if not isinstance(told, dict) or "members" not in told:
             return told
         rest = {name: value for name, value in told.items() if name != "members"}
@@ -193,7 +192,7 @@ FinetuneConfig = Annotated[
 
 
 class Run(_Frozen):
-    """One run: what is trained, from what, on which data."""
+    """One run: configuration, checkpoints to start from, data."""
 
     config: FinetuneConfig
     data: Path
@@ -202,17 +201,17 @@ class Run(_Frozen):
     """Checkpoints that the run starts from: of a pretraining or an earlier run, or of several
     earlier runs, whose networks it joins; none starts from scratch."""
     everything: bool = False
-    """Whether the validation places are trained on too; such a run can report no score."""
+    """Whether the validation places are trained on too; such a run has no score."""
     protocol: Protocol = "finetune"
     left_out: tuple[str, ...] = ()
-    """Regions left out of training whole; see `training.regions`."""
+    """Regions held out whole; see `training.regions`."""
     romania: Path | None = None
-    """The Romania cube of nrt 0.2.1, whose series forecasts learn from; None leaves it out."""
+    """The Romania cube of nrt 0.2.1, as series for forecasts; None leaves it out."""
 
     @field_validator("pretrained", mode="before")
     @classmethod
     def _several(cls, told: Any) -> Any:  # noqa: ANN401 - whatever was stored
-        """One checkpoint, or none, as a run of an earlier version has it."""
+        """Accept the form of earlier versions: one checkpoint or None."""
         return () if told is None else (told,) if isinstance(told, str | Path) else told
 
 
@@ -222,7 +221,7 @@ _CROPS = ClassifyConfig(
     window=TimeWindow(steps=36, step_days=10, start="calendar-year"),
     min_observations=6,
     encoder=PixelEncoderConfig(width=44, plot_dropout=0.4),
-    # Half the width costs no accuracy; what it saves pays for three networks instead of one.
+    # Half the width costs no accuracy, and saves enough for three networks instead of one.
     members=3,
     optimisation=Optimisation(epochs=30),
     adjust=0.3,
@@ -244,7 +243,7 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
                 "adjust": 0.45,
             }
         ),
-        # A quarter of the cost: one network instead of three, and that a little narrower.
+        # A quarter of the cost: one network instead of three, slightly narrower.
         _CROPS.model_copy(
             update={
                 "name": "pixels-crops-us-small",
@@ -255,15 +254,15 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
         ClassifyConfig(
             name="pixels-landcover",
             legend="worldcover",
-            # Cover is the same from year to year: every date tells of it, whatever its year.
+            # Cover is stable from year to year, so dates of all years count.
             window=TimeWindow(steps=36, step_days=10, start="every-date"),
             min_observations=4,
-            # No block at the finest level: of all products these gain the least from int8.
+            # No block at the finest level: its products gain the least from int8.
             encoder=PixelEncoderConfig(width=32, depths=(0, 1, 2), plot_dropout=0.4),
             optimisation=Optimisation(epochs=16),
             balance=0.1,
             mix=0.4,
-            # Stacks come with haze and snow that no mask has found.
+            # Stacks contain haze and snow that no mask finds.
             clarity=15.0,
             reflectance=True,
         ),
@@ -284,10 +283,10 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
             others=(_FINE,),
             optimisation=Optimisation(epochs=36, batch=128, learning_rate=3e-3, average=0.998),
             mix=0.4,
-            # Worth 0.1 to 0.2 points, for eight times the cost.
+            # They gain 0.1 to 0.2 points at eight times the cost.
             symmetries=False,
-            # Colour tells forest from water and field from field: disturbed by a few per cent more,
-            # the same network lost six points on places it had not seen.
+            # Colour separates forest from water and field from field: with a few per cent more
+            # augmentation the same network lost six points on held-out places.
             augmentation=PatchAugmentation(gain=0.02, band_gain=0.01, offset=0.001, noise=0.001),
         ),
     )
@@ -295,12 +294,12 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
 
 
 def networks(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> int:
-    """How many networks answer together."""
+    """Number of networks whose mean is the prediction."""
     return 1 + len(config.others) if isinstance(config, LandcoverConfig) else config.members
 
 
 def one_network(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> str:
-    """The setting that leaves one network of several."""
+    """The setting that reduces a configuration to one network."""
     return "others=[]" if isinstance(config, LandcoverConfig) else "members=1"
 
 
@@ -318,7 +317,7 @@ def difference(
 
 
 class UnknownSetting(ValueError):
-    """A setting or a name that no configuration has."""
+    """A setting or a name that does not exist."""
 
 
 Told = TypeVar("Told", bound=BaseModel)
@@ -330,7 +329,7 @@ def configuration(
     """The zoo's configuration of a name, or the first of a task under a new name.
 
     Raises:
-        UnknownSetting: the name is new and no task is given, or the name is for another task.
+        UnknownSetting: the name is new and no task is given, or it belongs to another task.
     """
     if name in ZOO:
         if task not in {None, ZOO[name].task}:
@@ -339,7 +338,7 @@ def configuration(
     for config in ZOO.values():
         if config.task == task:
             return config.model_copy(update={"name": name})
-    raise UnknownSetting(f"{name} is not one of {', '.join(ZOO)}: say its --task")
+    raise UnknownSetting(f"{name} is not one of {', '.join(ZOO)}: a new name needs --task")
 
 
 def changed(config: Told, settings: Sequence[str]) -> Told:
@@ -360,7 +359,7 @@ def changed(config: Told, settings: Sequence[str]) -> Told:
         for key in outer:
             place = place.get(key, {})
         if last not in place:
-            raise UnknownSetting(f"'{name}' is no setting of {type(config).__name__}")
+            raise UnknownSetting(f"{type(config).__name__} has no setting '{name}'")
         try:
             place[last] = json.loads(text)
         except json.JSONDecodeError:

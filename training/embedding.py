@@ -49,16 +49,16 @@ _DESCRIPTIONS = {
     "embed-pixel": (
         "Embedding of a pixel from a year of B02, B04 and B08: the PIMC pixel encoder on "
         "recurrence plots of NDVI, EVI and SAVI, pretrained without labels against the imagery "
-        "around the pixel. Not of unit length: normalise before comparing by cosine. A first "
-        "version from a short run on few places: compare it with the scores of an untrained "
-        "encoder below before relying on it."
+        "around the pixel. Not of unit length: normalise before comparing by cosine. From a short "
+        "run on few places: compare its scores with those of an untrained encoder before relying "
+        "on it."
     ),
     "embed-patch": (
-        "Embedding of a 64 x 64 patch from red, green and blue: the PIMC patch encoder, pretrained "
-        "without labels against pixel series and on EuroSAT imagery. Reflectance above 0.275 "
-        "counts as 0.275. Not of unit length: normalise before comparing by cosine. A first "
-        "version from a short run on few places: compare it with the scores of an untrained "
-        "encoder below before relying on it."
+        "Embedding of a 64 x 64 patch from red, green and blue: the PIMC patch encoder, "
+        "pretrained without labels against pixel series and on EuroSAT imagery. Reflectance above "
+        "0.275 is clipped. Not of unit length: normalise before comparing by cosine. From a short "
+        "run on few places: compare its scores with those of an untrained encoder before relying "
+        "on it."
     ),
 }
 

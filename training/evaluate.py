@@ -1,10 +1,10 @@
-"""Scores of finished runs beside naive and strong baselines, on the same split.
+"""Evaluation: scores of finished runs and of naive and strong baselines, on the same split.
 
-runs -> answers, kept in their folders -> rows beside baselines -> tables, cards and run folders
+runs -> outputs, kept in their folders -> rows beside baselines -> tables, cards and run folders
 
-Runs that differ in their seed alone share a row. Each table goes into its section of
-`docs/results.md`, which a later evaluation replaces, into the card of the bundle, and beside the
-runs, where an export finds it.
+Runs that differ only in their seed share a row. Each table goes into its section of
+`docs/results.md`, which a later evaluation replaces, into the card of the bundle, and into the
+folders of the runs, where an export finds it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ SPLITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A finished run with its answers."""
+    """A finished run with its outputs."""
 
     folder: Path
     run: Run
@@ -115,17 +115,19 @@ def evaluate(runs: Sequence[Path], *, zoo: Path, report: Path) -> list[Table]:
 
 
 def outputs_of(folder: Path) -> Outputs:
-    """What a finished run answers on the validation places; computed once, then kept beside it."""
+    """Outputs of a finished run on the validation places; computed once, then stored."""
     if not (folder / kept.FILE).exists():
         run, task, graph, _ = load_finished(folder)
         if run.everything:
-            raise ValueError(f"{folder.name} trained on the validation places: nothing to score")
+            raise ValueError(
+                f"{folder.name} was trained on the validation places: it cannot be scored"
+            )
         kept.keep(kept.outputs_on_validation(task, graph), folder)
     return kept.load(folder)
 
 
 def _table(name: str, scored: Sequence[Scored]) -> Table:
-    # The baselines learn from all labels, whatever share some run was given.
+    # The baselines are trained on all labels, whatever share a run uses.
     first = max(scored, key=lambda s: getattr(s.run.config, "labels", 1.0)).run
     task = task_of(first)
     rows = [
@@ -145,19 +147,19 @@ def _table(name: str, scored: Sequence[Scored]) -> Table:
 
 
 def labelled(scored: Sequence[Scored]) -> list[tuple[str, list[Scored]]]:
-    """Runs by what tells them from the zoo's configuration, their seed apart."""
+    """Runs grouped by how they differ from the zoo's configuration, ignoring the seed."""
     groups: dict[str, list[Scored]] = defaultdict(list)
     for one in scored:
         groups[label_of(one.run)].append(one)
     own = [label for label in groups if label.partition(",")[0] == OURS]
     if len(own) == 1:
-        # Nothing of ours to tell it from: whatever its configuration, it is the one we ship.
+        # A single configuration: it is the one that is shipped.
         return [(OURS if label in own else label, group) for label, group in groups.items()]
     return list(groups.items())
 
 
 def label_of(run: Run) -> str:
-    """The network, the protocol, and what else differs from the zoo's configuration."""
+    """The network, the protocol, and other differences from the zoo's configuration."""
     usual = configuration(run.config.name, run.config.task if _is_new(run.config) else None)
     changes = difference(usual.model_dump(mode="json"), run.config.model_dump(mode="json"))
     words = [NAMES.get(changes.pop("network", "pimc"), OURS)]
@@ -199,7 +201,7 @@ def _baselines(task: AnyTask) -> dict[str, Outputs]:
 
 
 def _synthetic(table: SeriesTable) -> int:
-    """Position of the synthetic ground among a table's sources, -1 where it has none."""
+    """Position of the synthetic ground among a table's sources, -1 if it has none."""
     return table.sources.index(SYNTHETIC) if SYNTHETIC in table.sources else -1
 
 
@@ -214,7 +216,7 @@ def _classifiers() -> dict[str, Any]:
 
 
 def regular_series(table: SeriesTable, config: ClassifyConfig) -> Floats:
-    """What the baselines see of each pixel: what our encoders see, on the regular grid.
+    """Input of the baselines: what the encoders see of each pixel, on the regular grid.
 
     The indices (N, S x M), and the square roots of the bands beside them where ours have them.
     """
@@ -226,7 +228,7 @@ def regular_series(table: SeriesTable, config: ClassifyConfig) -> Floats:
 def _on_grid(
     table: SeriesTable, valid: Bools, days: Floats, config: ClassifyConfig | ForecastConfig
 ) -> Floats:
-    """Indices and, where the encoders see them, roots of the bands (N, S + C, M)."""
+    """Indices and, if the encoders see them, roots of the bands (N, S + C, M)."""
     window = config.window
     period = YEAR if window.yearly else None
     grid = TimeGrid(window.steps, window.step_days, period=period)
@@ -249,7 +251,7 @@ def _colours(task: PatchClassification, chosen: Ints) -> Floats:
 
 
 def _spread(shares: Floats, there: Ints, classes: int) -> Floats:
-    """Probabilities of the classes a baseline has seen, as logits of all (N, K)."""
+    """Probabilities of the classes in a baseline's training data, as logits of all (N, K)."""
     whole = np.zeros((len(shares), classes))
     whole[:, there] = shares
     return _logarithm(whole)
@@ -269,7 +271,7 @@ def _forecast_baselines(task: PixelForecast) -> dict[str, Outputs]:
         "climatology": np.broadcast_to(mean, target.shape),
         "ridge": _regress(lambda: Ridge(1.0), past, ahead, seen, now),
         "extra trees": _regress(
-            # A third of the inputs at each split: as good as all of them, or better, and faster.
+            # A third of the inputs at each split: at least as accurate as all of them, and faster.
             lambda: ExtraTreesRegressor(60, min_samples_leaf=3, max_features=0.33, random_state=0),
             *(past, ahead, seen, now),
         ),
@@ -302,7 +304,7 @@ def _cut_series(table: SeriesTable, task: PixelForecast) -> tuple[Floats, Floats
 def _regress(
     make: Callable[[], Any], past: Floats, ahead: Floats, seen: Bools, now: Floats
 ) -> Floats:
-    """A regression for each step ahead, on the pixels whose target is known there."""
+    """One regression per step ahead, on the pixels whose target is known there."""
     steps = []
     for h in range(ahead.shape[1]):
         rows = seen[:, h, 0]
@@ -310,11 +312,11 @@ def _regress(
     return np.stack(steps, axis=1)
 
 
-# The Romania cube, whose trees no training has seen ---------------------------------------------
+# The Romania cube, whose tree cover is not trained on -------------------------------------------
 
 
 def romania_report(folder: Path, *, zoo: Path, report: Path) -> str:
-    """How far the served tree class agrees with the Copernicus tree cover of 2018.
+    """Agreement of the served tree class with the Copernicus tree cover of 2018.
 
     Args:
         folder: with `sentinel2_cube_subset_romania_10m.nc` and
@@ -379,7 +381,7 @@ def tree_agreement(folder: Path, bundle: Bundle) -> dict[str, Any]:
 
 
 def _into_card(folder: Path, evaluation: Mapping[str, Any], scored: Sequence[Scored]) -> None:
-    """The table as the card's `evaluation`, where the bundle is of such a run."""
+    """Write the table into the card as `evaluation` if the bundle has that configuration."""
     card = load_bundle(folder).card
     if not any(made_alike(card, one.run) for one in scored):
         log.info("%s was made otherwise: its card stays, and an export takes the table", card.id)

@@ -1,4 +1,4 @@
-"""Finished runs become bundles: the graph as ONNX, checked against torch, and a card.
+"""Export: finished runs to bundles, as ONNX checked against torch, and a card.
 
 run -> graph -> ONNX -> parity on random and on real input -> variants, each with what it loses
     -> card -> bundle, whole or not at all
@@ -32,7 +32,7 @@ from training.parity import HALF_TOLERANCE, Served, check_parity, check_parity_i
 from training.regions import apply_calibration, read_report
 from training.validation_outputs import AnyTask, Outputs, outputs_on_validation, scores_of
 
-# Pixels that int8 finds its scales from, and how many of those of one set of dates.
+# Pixels from which int8 determines its scales, and how many of them share one set of dates.
 _TYPICAL = 4096
 _TYPICAL_ALIKE = 1024
 MODEL_FILE = "model.onnx"
@@ -41,7 +41,7 @@ INT8_FILE = "model.int8.onnx"
 
 
 class VersionNotRaised(Exception):
-    """Another model would take the name and version of a bundle that is there."""
+    """Another model would take the name and version of an existing bundle."""
 
 
 def export_run(
@@ -94,7 +94,7 @@ def export_run(
         zoo / told,
         fields={**fields, "training": {**fields["training"], **size}},
         real=real,
-        # Of other networks nobody looked at what int8 makes of them.
+        # int8 was not examined for other networks.
         typical=_typical_inputs(task) if isinstance(graph.encoder, PixelEncoder) else (),
         version=version,
         loss=lambda file: measured_loss(full, task, file),
@@ -210,13 +210,13 @@ def _version(folder: Path, told: str | None, sha256: str) -> str:
     old = ModelCard.model_validate_json((folder / CARD_FILE).read_bytes())
     if old.version == (told or old.version) and old.sha256 != sha256:
         raise VersionNotRaised(
-            f"{old.id} is another model than this one: say a --version other than {old.version}"
+            f"{old.id} is another model than this one: give a --version other than {old.version}"
         )
     return told or old.version
 
 
 def _evaluation(run_folder: Path, bundle: Path, run: Run) -> dict[str, Any]:
-    """The evaluation of a run beside the baselines, where there is one.
+    """The evaluation of a run, if there is one.
 
     It lies beside a run that was evaluated. One that trained on every place can have none; it has
     that of the run it goes on from, or keeps that of the bundle it replaces, where that was made
@@ -253,7 +253,7 @@ def measured_loss(full: Outputs, task: AnyTask, file: Path) -> dict[str, float]:
 
 
 def _real_inputs(task: AnyTask) -> Inputs:
-    """Validation input of a task that shares its dates, as the service would give it."""
+    """Validation input of a task that shares its dates, in the form of the service."""
     if isinstance(task, PatchClassification):
         patches = task.read(task.validation[:64])
         return {"patches": patches}
@@ -267,11 +267,11 @@ def _real_inputs(task: AnyTask) -> Inputs:
             "days": part.days[0],
             "day_of_year": np.ones(len(part), dtype=np.float32),
         }
-    raise TypeError(f"no real input is known for {type(task).__name__}")
+    raise TypeError(f"there is no real input for {type(task).__name__}")
 
 
 def _typical_inputs(task: AnyTask) -> list[Inputs]:
-    """Training input as the service would give it: pixels of the same dates together.
+    """Training input in the form of the service: pixels with the same dates together.
 
     Empty for imagery, whose convolutions gain nothing from int8.
     """
@@ -282,7 +282,7 @@ def _typical_inputs(task: AnyTask) -> list[Inputs]:
     kind = np.unique(table.days, axis=0, return_inverse=True)[1].ravel()
     found: list[Inputs] = []
     taken = 0
-    # The larger sets first: they hold most of what is seen.
+    # The larger sets first: they hold most pixels.
     for k in np.argsort(-np.bincount(kind), kind="stable"):
         rows = rng.permutation(np.flatnonzero(kind == k))[:_TYPICAL_ALIKE]
         part = table.take(rows)

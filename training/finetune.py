@@ -1,4 +1,4 @@
-"""Trains a graph for a downstream task: one loop for classify, forecast and landcover.
+"""Fine-tuning: one training loop for classification, forecasting and land cover.
 
 task (data -> batches -> loss) -> fit (optimise, average, checkpoint) -> finish (calibrate, score)
 
@@ -63,14 +63,14 @@ GraphT = TypeVar("GraphT", PixelGraph, PatchGraph)
 
 
 class Task(Protocol[GraphT]):
-    """What a downstream task adds to the loop."""
+    """The interface of a downstream task."""
 
     def graph(self) -> GraphT:
         """A new, untrained graph."""
 
     @property
     def steps(self) -> int:
-        """Batches an epoch."""
+        """Number of batches per epoch."""
 
     def batches(self, epoch: int, rng: Generator) -> Iterator[Batch]:
         """The batches of an epoch, on the CPU."""
@@ -79,34 +79,34 @@ class Task(Protocol[GraphT]):
         """The loss () of a batch."""
 
     def finish(self, graph: GraphT) -> None:
-        """Fit what is fitted after training, on the validation places."""
+        """Fit the calibration after training, on the validation places."""
 
     def scores(self, graph: GraphT) -> dict[str, Any]:
         """Scores on the validation places."""
 
     def data(self) -> list[dict[str, Any]]:
-        """What it trains on: name, use and number of samples of each source."""
+        """Name, use and number of samples of each source it trains on."""
 
 
 class CheckpointMismatch(Exception):
-    """A checkpoint of another configuration than the run's, or without the encoder wanted."""
+    """A checkpoint whose configuration differs from the run's, or without the needed encoder."""
 
 
 class NothingToStopOn(ValueError):
-    """Early stopping was asked for in a run that trains on the validation places too."""
+    """Early stopping in a run that trains on the validation places too."""
 
 
 class ManyEncoders(ValueError):
-    """A probe is of one encoder, and the configuration has several."""
+    """A probe needs one encoder, and the configuration has several."""
 
 
 class NoGraph(ValueError):
-    """A run of nearest neighbours ends in scores alone: there is nothing to load or export."""
+    """A run of nearest neighbours has scores but no graph to load or export."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A run that came to its end."""
+    """A finished run."""
 
     graph: Graph | None
     """With the averaged weights, in evaluation mode, on the CPU; None for nearest neighbours."""
@@ -145,7 +145,7 @@ def new_graph(run: Run, task: AnyTask) -> Any:  # noqa: ANN401  # of the task's 
 
 
 def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) -> Finished:
-    """Train, calibrate and score; goes on where an earlier call with the same folder stopped.
+    """Train, calibrate and score; resumes an earlier call with the same folder.
 
     Args:
         run: what to train.
@@ -161,9 +161,9 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
         torch.set_num_threads(threads)
     if run.protocol != "finetune" and networks(run.config) > 1:
         one = one_network(run.config)
-        raise ManyEncoders(f"{run.protocol} probes one encoder: --set {one}")
+        raise ManyEncoders(f"protocol {run.protocol} needs a single encoder: give --set {one}")
     if run.everything and run.config.optimisation.patience:
-        raise NothingToStopOn("a run that trains on every place has none to stop on")
+        raise NothingToStopOn("--patience needs validation places, and --everything leaves none")
     chosen = "cuda" if device == "auto" and torch.cuda.is_available() else device
     where = torch.device("cpu" if chosen == "auto" else chosen)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,8 +182,8 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
         graph = None
     if graph is not None:
         if not run.everything:
-            # Places that were trained on say nothing of how sure to be: a run on every place keeps
-            # the temperature of the run that it goes on from.
+            # A temperature fitted on training places is too low: a run on every place keeps that of
+            # the run that it starts from.
             task.finish(graph)
         torch.save(graph.state_dict(), folder / WEIGHTS)
     scores = _scores(run, task, graph, folder)
@@ -200,9 +200,9 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
 
 
 def _probe(run: Run, task: AnyTask, graph: Graph, folder: Path) -> None:
-    """Keep the answers of a probe that is no graph."""
+    """Store the outputs of a probe that has no graph."""
     if run.everything:
-        raise NoGraph(f"{run.protocol} of {run.config.task} ends in scores, and none are left out")
+        raise NoGraph(f"{run.protocol} of {run.config.task} has only scores, and --everything none")
     keep(probed(task, graph, run.protocol), folder)
 
 
@@ -259,7 +259,7 @@ def fit(
 def _better(
     best: dict[str, Any] | None, task: Task[Any], averaged: nn.Module, epoch: int
 ) -> tuple[dict[str, Any], float]:
-    """The better of the best weights so far and those of this epoch, and this epoch's score.
+    """The best weights so far, this epoch's included, and this epoch's score.
 
     The score is the mean of accuracy and macro-F1 for classes, and less the error for forecasts.
     """
@@ -280,7 +280,7 @@ def _epoch(
     """One pass over the task's batches; the mean loss."""
     graph: Graph = state["graph"]
     graph.train()
-    # Of the seed and the epoch alone, so that a resumed run draws what the whole one would.
+    # A function of the seed and the epoch only, so that a resumed run draws the same batches.
     torch.manual_seed(how.seed * 100_003 + epoch)
     rng = np.random.default_rng((how.seed, epoch))
     mixed = how.bfloat16 or device.type == "cuda"
@@ -300,7 +300,7 @@ def _epoch(
 
 
 def load_encoder(graph: Graph, checkpoint: Path) -> None:
-    """Put an encoder that was trained before under a graph's head.
+    """Load a pretrained encoder into a graph.
 
     Of an earlier run with a graph of the same shape, all is taken: head and temperature too. Of one
     with more networks, the first of them.
@@ -316,7 +316,7 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
     own, shapes = _shapes(graph.state_dict()), _shapes(stored)
     beyond = {name for name in shapes.keys() - own.keys() if not name.startswith("others.")}
-    # A calibration that earlier versions had not stored has a value of its own.
+    # A calibration that earlier versions did not store has its default.
     told = {name for name in own if name in stored or not name.endswith(".spread")}
     if not beyond and all(shapes.get(name) == own[name] for name in told):
         graph.load_state_dict({name: stored[name] for name in told})
@@ -324,7 +324,7 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
     prefix = "encoder."
     finetuned = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
     if key not in stored and not finetuned:
-        raise CheckpointMismatch(f"{checkpoint.name} holds {sorted(stored)}, not '{key}'")
+        raise CheckpointMismatch(f"{checkpoint.name} has no '{key}', only {sorted(stored)}")
     try:
         for encoder in (graph.encoder, *(pair[0] for pair in getattr(graph, "others", ()))):
             encoder.load_state_dict(stored.get(key, finetuned))
@@ -355,7 +355,7 @@ def join_networks(graph: Graph, weights: Sequence[Path]) -> None:
     told = " and ".join(path.as_posix() for path in weights)
     wanted = 1 + len(graph.others)
     if count != wanted:
-        raise CheckpointMismatch(f"{told} hold {count} networks, and the run has {wanted}")
+        raise CheckpointMismatch(f"{told}: {count} networks, but the run has {wanted}")
     try:
         graph.load_state_dict(joined)
     except RuntimeError as error:
@@ -363,7 +363,7 @@ def join_networks(graph: Graph, weights: Sequence[Path]) -> None:
 
 
 def _prefixes(network: int) -> tuple[str, str]:
-    """How the names of a network's weights begin in a graph's: its encoder's, its head's."""
+    """Prefixes of a network's weights in a graph: of its encoder and of its head."""
     if not network:
         return "encoder.", "head."
     return f"others.{network - 1}.0.", f"others.{network - 1}.1."
@@ -374,29 +374,29 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
 
 
 def load_finished(folder: Path) -> tuple[Run, AnyTask, Any, dict[str, Any]]:
-    """A finished run again: what it was told, its task, its graph and its metrics.
+    """Load a finished run: its configuration, task, graph and metrics.
 
     Raises:
         NoGraph: a run of nearest neighbours.
     """
     run = Run.model_validate_json((folder / RUN).read_bytes())
     if not (folder / WEIGHTS).exists():
-        raise NoGraph(f"{folder.name} ({run.protocol}) ended in scores alone")
+        raise NoGraph(f"{folder.name} ({run.protocol}) has scores only, no graph")
     task = task_of(run)
-    # The encoder that it once started from is not needed, and may be gone.
+    # The checkpoint that the run started from is not needed and may be gone.
     graph = new_graph(run.model_copy(update={"pretrained": ()}), task)
     graph.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True))
     return run, task, graph.eval(), json.loads((folder / METRICS).read_text())
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run came to its end: its metrics are written last."""
+    """Whether a run is finished: its metrics are written last."""
     return (folder / METRICS).exists()
 
 
 def _same_run(run: Run, folder: Path) -> None:
     path = folder / RUN
-    # As values, not as text: a setting that is new since then has its default.
+    # Compared as values, not as text: settings added since then have their defaults.
     if path.exists() and Run.model_validate_json(path.read_bytes()) != run:
         raise CheckpointMismatch(f"{folder} holds a run of another configuration; choose another")
     path.write_text(run.model_dump_json(indent=1))
@@ -423,7 +423,7 @@ def _keep(
 ) -> None:
     stored: dict[str, Any] = {name: part.state_dict() for name, part in state.items()}
     path = folder / CHECKPOINT
-    # Written beside and renamed: a kill in between leaves the last whole one.
+    # Written to another file and renamed: a kill leaves the last complete one.
     stored |= {"epoch": epoch, "seconds": seconds, "best": best}
     torch.save(stored, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
@@ -442,7 +442,7 @@ def _log(folder: Path, row: Mapping[str, float]) -> None:
 
 
 def _log_summary(folder: Path) -> dict[str, Any]:
-    """What the log of a training comes down to."""
+    """Summary of a training's log."""
     with (folder / LOG).open() as file:
         rows = list(csv.DictReader(file))
     facts: dict[str, Any] = {
@@ -452,13 +452,13 @@ def _log_summary(folder: Path) -> dict[str, Any]:
     }
     best = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True).get("best")
     if best:
-        # The places that chose the epoch are those that are scored: the card must say so.
+        # The scored places have chosen the epoch, which the card must state.
         facts["epoch_chosen_on_the_validation_places"] = best["epoch"]
     return facts
 
 
 def machine(device: torch.device | None = None) -> str:
-    """What this machine is, in a few words: the GPU where one is used, or the CPU."""
+    """Short description of this machine: the GPU if one is used, else the CPU."""
     if device.type == "cuda" if device else torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} shared CPU cores, {platform.machine()}"

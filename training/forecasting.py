@@ -1,4 +1,4 @@
-"""The forecast task: the next values of spectral indices, learned on every series there is."""
+"""Forecast task: the next values of spectral indices, trained on all series."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ from training.series import (
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
-# Gain and noise stay small: they are the same before and after the cut only if nothing is added.
+# Gain and noise stay small: augmentation changes the input but not the target.
 _AUGMENTATION = SeriesAugmentation(
     drop=0.3, least=3, jitter=1.0, season=0.0, noise=0.003, gain=0.0, haze=0.0
 )
-# Stacks as they are delivered, not as archives are: long gaps, few dates, thin cloud that no mask
-# has found.
+# Stacks as they are delivered, unlike archives: long gaps, few dates, thin cloud that no mask
+# finds.
 _ROUGH = SeriesAugmentation(
     drop=0.7, gap=0.3, least=3, jitter=1.0, season=0.0, noise=0.005, gain=0.0, haze=0.05
 )
-# Of the pixels of a stack, every how manieth row and column is learned from: neighbours are alike.
+# Step between the rows and columns of a stack that are used: neighbours are nearly copies.
 _STRIDE = 2
-# Share of a stack's rows that is held out, from the north.
+# Share of a stack's northern rows that is held out.
 _NORTH = 0.25
 _STACKS = {
     "flanders_2017_2018": "flanders",
     "hesbaye_a_monthly": "hesbaye",
     "hesbaye_b_monthly": "hesbaye",
 }
-# The case that is scored: the first 26 composites of 2021 in, the next ten out.
+# The scored case: the first 26 composites of 2021 as input, the next ten as targets.
 SCORED_SOURCE = "crops_us_2021"
 SCORED_CUT = 26
-# Dates before a cut below which there is nothing to learn from.
+# Fewest dates before a cut.
 _SHORTEST = 5
 _BATCH = 1024
 
@@ -135,14 +135,14 @@ class PixelForecast:
 
     @property
     def steps(self) -> int:
-        """Batches an epoch."""
+        """Number of batches per epoch."""
         return len(self.train) // self.config.optimisation.batch
 
     def batches(self, epoch: int, rng: Generator) -> Iterator[tuple[Tensor, ...]]:  # noqa: ARG002  # the same in every epoch
-        """Series up to a random date, and what came: see `cut`."""
+        """Series up to a random date, and their targets: see `cut`."""
         batch = self.config.optimisation.batch
         focus = self.config.focus
-        # All other regions are drawn by the roots of their sizes, so that none drowns the rest.
+        # All other regions are drawn by the roots of their sizes, so that none dominates.
         sizes = np.bincount(self.train.region[~self.scored], minlength=len(self.train.regions))
         others = np.where(self.scored, 0.0, sizes[self.train.region].clip(1) ** -0.5)
         own = self.scored / max(self.scored.sum(), 1)
@@ -155,7 +155,7 @@ class PixelForecast:
             yield self._tensors(part, self._positions(part, self.scored[chosen], rng), rng)
 
     def _positions(self, part: SeriesTable, scored: Bools, rng: Generator) -> Ints:
-        """How many dates come before each pixel's cut (N).
+        """Number of dates before each pixel's cut (N).
 
         A share of the US crops are cut where they are scored, the rest anywhere.
         """
@@ -245,7 +245,7 @@ class PixelForecast:
         return np.concatenate(parts) if parts else np.empty(shape, np.float32)
 
     def kept(self) -> Bools:
-        """Which validation pixels `predict` answers for: those with something in and out."""
+        """Validation pixels of `predict`: those with dates before and after the cut."""
         valid, _, _, _, known = cut(
             self.validation,
             np.full(len(self.validation), SCORED_CUT),
@@ -256,7 +256,7 @@ class PixelForecast:
         return _usable(valid, known)
 
     def data(self) -> list[dict[str, Any]]:
-        """What it trains on."""
+        """Name, use and number of samples of each source."""
         return [
             {"name": source, "use": use, "n": n}
             for use, table in (("series", self.train), ("validation", self.validation))
@@ -266,7 +266,7 @@ class PixelForecast:
 
 
 def series_sets(data: Path, romania: Path | None = None) -> list[PixelSet]:
-    """Every series of the indices' bands that a model may learn from: forecasts need no labels.
+    """Every series of the indices' bands that may be trained on: forecasts need no labels.
 
     Args:
         data: folder of the data sets.
@@ -292,14 +292,14 @@ def _pixels(scene: Scene, region: str) -> Iterator[PixelSet]:
 
 
 def _usable(valid: Bools, known: Bools) -> Bools:
-    """True for series with something before and after the cut (N)."""
+    """True for series with usable dates before and after the cut (N)."""
     return np.asarray(valid.any(axis=1) & known.any(axis=(1, 2)))
 
 
 def cut(
     table: SeriesTable, positions: Ints, steps: int, step_days: int, horizon: int
 ) -> tuple[Bools, Floats, Floats, Floats, Bools]:
-    """Cut series in what is known and what is to be forecast.
+    """Cut series into input and target.
 
     The regular grid ends on the last date before the cut. A target is the clear observation
     nearest to its step, unknown where none lies within half a step.
@@ -333,7 +333,7 @@ def cut(
 
 
 def forecast_scores(quantiles: Floats, target: Floats, known: Bools) -> dict[str, Any]:
-    """RMSE of the median by index and their mean, and how much the outer quantiles cover.
+    """RMSE of the median by index, their mean, and the coverage of the outer quantiles.
 
     Args:
         quantiles: (N, H, S, Q), index units.

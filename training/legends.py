@@ -1,4 +1,4 @@
-"""The classes of the zoo's pixel classifiers, and how each source's labels map to them."""
+"""Legends of the zoo's pixel classifiers, and the mapping from each source's labels."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def legend_classes(legend: Mapping[int, tuple[str, str]]) -> tuple[LegendClass, 
 
 
 def crop_sets(data: Path) -> list[PixelSet]:
-    """US crops, with labels that are positions in `CDL`; -1 for a code that is not in it."""
+    """US crops with positions in `CDL` as labels; -1 for a code outside it."""
     return [relabelled(s, CDL) for s in crops_us_2021(data / "crops_us_2021")]
 
 

@@ -1,4 +1,4 @@
-"""Tables of scores: intervals by bootstrap over places, spread over seeds, Markdown, cards.
+"""Score tables: intervals by bootstrap over places, spread over seeds, as Markdown and in cards.
 
 answers of each seed -> sums by place -> scores with intervals -> rows -> a section of the report
 """
@@ -64,27 +64,27 @@ class Table:
 
     title: str
     split: str
-    """What was scored, and how it is kept apart from training."""
+    """The scored data and how they are separated from training."""
     n: int
     places: int
     rows: Sequence[Row]
     commands: Sequence[str] = field(default_factory=tuple)
-    """What makes the table again."""
+    """The command that makes the table again."""
     notes: Sequence[str] = field(default_factory=tuple)
 
 
 def outputs_row(name: str, seeds: Sequence[Outputs]) -> Row:
-    """The row of a model that answered once for each seed, on the same places."""
+    """The row of a model from its outputs of each seed, on the same places."""
     first = seeds[0]
     for other in seeds[1:]:
         if not np.array_equal(first["places"], other["places"]):
-            raise ValueError(f"the seeds of {name} answered for different places")
+            raise ValueError(f"the seeds of {name} were scored on different places")
     scores = _class_scores(seeds) if "logits" in first else _errors(seeds)
     return Row(name=name, seeds=len(seeds), scores=scores)
 
 
 def sized(answers: Outputs) -> tuple[int, int]:
-    """What a table says of its split: numbers scored, and places."""
+    """Description of a table's split: n and places."""
     n = int(answers["known"][..., 0].sum()) if "known" in answers else len(answers["labels"])
     return n, len(np.unique(answers["places"]))
 
@@ -196,7 +196,7 @@ def _score(values: Sequence[float], limits: tuple[float, float] | None) -> Score
 
 
 def markdown(table: Table) -> str:
-    """A table as Markdown, with what is needed to read it."""
+    """A table as Markdown, with a description of its split and columns."""
     columns = list(dict.fromkeys(key for row in table.rows for key in row.scores))
     spread = any(s.spread is not None for row in table.rows for s in row.scores.values())
     reading = f"In brackets 95 % intervals by {RESAMPLES} bootstraps over places"
@@ -244,7 +244,7 @@ def _spreads(row: Row) -> dict[str, dict[str, float]]:
 
 
 def write_section(report: Path, title: str, text: str) -> None:
-    """Put a section under `## title` into a Markdown file, in place of the one it has."""
+    """Write a section under `## title` into a Markdown file; it replaces an existing one."""
     old = report.read_text() if report.exists() else _INTRODUCTION
     section = f"## {title}\n\n{text}\n"
     pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)

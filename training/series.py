@@ -1,4 +1,4 @@
-"""Pixel series of several sources in one table, and what training does to them.
+"""Pixel series of several sources in one table, and their augmentation.
 
 Sources differ in their dates, so in a table each pixel has dates of its own: series are padded
 to one length T, and `days` is (N, T).
@@ -46,7 +46,7 @@ class SeriesTable:
     labels: Ints
     """Class (N), -1 where unknown."""
     places: Ints
-    """Place (N), unlike between sources."""
+    """Place (N), distinct between sources."""
     validation: Bools
     """True for the pixels of the validation places (N)."""
     source: Ints
@@ -141,12 +141,12 @@ def _region(pixels: PixelSet) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesAugmentation:
-    """How series are disturbed in training; the zero of each field disturbs nothing."""
+    """Augmentation of series in training; 0 switches each part off."""
 
     drop: float = 0.4
     """Largest share of a pixel's dates dropped."""
     gap: float = 0.0
-    """Share of the pixels that lose all dates of one stretch of the year."""
+    """Share of the pixels that lose all dates of one part of the year."""
     least: int = 4
     """Usable dates that always remain."""
     jitter: float = 2.0
@@ -158,13 +158,13 @@ class SeriesAugmentation:
     gain: float = 0.05
     """Standard deviation of a pixel's gain."""
     haze: float = 0.0
-    """Share of the dates that are brightened, as by thin cloud that no mask has found."""
+    """Share of the dates that are brightened, as by thin cloud that no mask finds."""
 
 
 def augment_series(
     values: Floats, valid: Bools, days: Floats, how: SeriesAugmentation, rng: Generator
 ) -> tuple[Floats, Bools, Floats]:
-    """Disturb series with dates of their own.
+    """Augment series with dates of their own.
 
     Args:
         values: reflectance (N, T, C).
@@ -221,7 +221,7 @@ def usable_first(values: Floats, valid: Bools, days: Floats) -> tuple[Floats, Bo
 
 
 def any_year(valid: Bools, days: Floats, rng: Generator, *, least: int) -> tuple[Bools, Floats]:
-    """A year of each series, begun on any day of it, so that a network knows no calendar.
+    """A year of each series, beginning on a random day, so that a network learns no calendar.
 
     A stretch of one year is chosen where the series is longer, and turned by a random number of
     days: what falls off its end comes back at its start, one year earlier.
@@ -248,7 +248,7 @@ def any_year(valid: Bools, days: Floats, rng: Generator, *, least: int) -> tuple
 
 
 def other_hemisphere(days: Floats, share: float, rng: Generator) -> Floats:
-    """Days (N, T) with half a year added for a share of the pixels: seasons of the other half.
+    """Days (N, T) with half a year added for a share of the pixels: the other hemisphere's seasons.
 
     For graphs that fold years into one, which begins on 1 January wherever the pixel lies.
     """

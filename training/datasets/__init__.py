@@ -1,4 +1,4 @@
-"""Readers of training data: one module a source, three sample types.
+"""Readers of training data: one module per source, three sample types.
 
 A reader gives `PixelSet`s (series of reflectance), a `PatchSet` (imagery) or `Scene`s (both, of
 one area); nothing further down knows where they came from.
@@ -33,9 +33,9 @@ class PixelSet:
     validation: NDArray[np.bool_]
     """True for the pixels of the validation places (N)."""
     labels: NDArray[np.int64] | None = None
-    """Codes of the source's own legend (N); None where the source has no labels."""
+    """Codes of the source's own legend (N); None if the source has no labels."""
     region: str | None = None
-    """Part of the world that all pixels lie in, e.g. `us-west`; None where no region is known."""
+    """Region that holds all pixels, e.g. `us-west`; None if unknown."""
 
     def take(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> PixelSet:
         """The pixels chosen by a mask or by positions."""
@@ -53,7 +53,7 @@ class PixelSet:
         return replace(self, labels=labels)
 
     def select(self, bands: tuple[str, ...]) -> PixelSet:
-        """The same pixels with the bands named, in that order; ValueError where one is missing."""
+        """The same pixels with the bands named, in that order; ValueError if one is missing."""
         columns = [self.bands.index(b) for b in bands]
         return replace(self, bands=bands, values=self.values[..., columns])
 
@@ -72,7 +72,7 @@ class PatchSet:
     validation: NDArray[np.bool_]
     labels: NDArray[np.int64] | None = None
     legend: Mapping[int, str] | None = None
-    """Label to name; None where the source has no labels."""
+    """Label to name; None if the source has no labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Scene:
     valid: NDArray[np.bool_] | None = None
     """True where usable (T, H, W); None: wherever a band is neither 0 nor NaN."""
     fields: NDArray[np.int64] | None = None
-    """Number of the field of each pixel (H, W), -1 where none; None where fields are unknown."""
+    """Number of the field of each pixel (H, W), -1 for none; None if fields are unknown."""
     labels: NDArray[np.int64] | None = None
     """Codes of the source's legend (H, W), -1 where unlabelled; None without labels."""
     validation: bool = False
@@ -145,7 +145,7 @@ class Scene:
         )
 
     def pixels(self, bands: tuple[str, ...], place: int = 0) -> PixelSet:
-        """All pixels as series, row by row; their place is the field where there is one."""
+        """All pixels as series, row by row; their place is the field if there is one."""
         values, valid = self.read(bands)
         n = valid.shape[1] * valid.shape[2]
         fields = None if self.fields is None else self.fields.reshape(n)

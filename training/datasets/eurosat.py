@@ -30,7 +30,7 @@ CLASSES = (
     "SeaLake",
 )
 RGB = ("B04", "B03", "B02")
-# The JPEGs hold reflectance x 10,000 cut at 2750, as 0 to 255.
+# The JPEGs hold reflectance x 10,000 clipped at 2750, as 0 to 255.
 JPEG_SCALE = 0.275 / 255.0
 # The GeoTIFFs hold reflectance x 10,000, level 1C, in this order.
 MS_BANDS = (
@@ -41,7 +41,7 @@ MS_SCALE = 1e-4
 
 
 class EuroSATError(Exception):
-    """A EuroSAT folder that lacks patches its lists name, or files of another shape."""
+    """A EuroSAT folder in which listed patches are missing or files have another shape."""
 
 
 def eurosat_rgb(folder: Path) -> PatchSet:
@@ -60,7 +60,9 @@ def eurosat_rgb(folder: Path) -> PatchSet:
     images = _images(folder.glob("*.zip"), names)
     missing = [name for name in names if name not in images]
     if missing:
-        raise EuroSATError(f"{len(missing)} listed patches are in no zip, {missing[0]} the first")
+        raise EuroSATError(
+            f"{len(missing)} listed patches are missing in the zips, e.g. {missing[0]}"
+        )
     return PatchSet(
         source="eurosat",
         bands=RGB,

@@ -37,7 +37,7 @@ class Ground:
     growing: tuple[Range, Range, Range]
     """Reflectance of `BANDS` in the season."""
     share: Range = (1.0, 1.0)
-    """How much of the way to `growing` the season goes."""
+    """Amplitude of the season, as a share of the way to `growing`."""
     rise: Range = (80, 150)
     """Day of half the rise."""
     length: Range = (100, 220)
@@ -144,7 +144,7 @@ def _pixels(ground: Ground, day: NDArray[np.float64], rng: Generator) -> NDArray
     n = ground.pixels
 
     def draw(ranges: tuple[Range, Range, Range]) -> NDArray[np.float64]:
-        """One draw for all bands decides most of each: dark ground is dark in all (N, 1, C)."""
+        """Values that correlate between bands: dark ground is dark in all (N, 1, C)."""
         low, high = np.array(ranges).T
         place = 0.6 * rng.random((n, 1, 1)) + 0.4 * rng.random((n, 1, len(low)))
         return np.asarray(low + place * (high - low))
