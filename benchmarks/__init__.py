@@ -1,1 +1,1 @@
-"""Measurements: load, and speed against the machine's limit and against what others use."""
+"""Benchmarks: load, and speed against the machine's limit and against peers."""

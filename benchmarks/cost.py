@@ -1,4 +1,4 @@
-"""What a graph costs in floating point operations, counted from the graph itself."""
+"""Cost of a graph in floating point operations, counted from the graph itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Product:
     """A matrix product, (rows, inner) x (inner, columns), for all pixels of a run."""
 
     rows: float
-    """Of one pixel."""
+    """Rows per pixel."""
     inner: int
     columns: int
 
@@ -33,7 +33,7 @@ class Product:
 
 
 def products_of(path: Path, feeds: Mapping[str, NDArray[Any]], count: int) -> list[Product]:
-    """The matrix products that a graph does for one pixel.
+    """The matrix products of a graph for one pixel.
 
     The graph runs once with what goes into and out of each product as outputs, so that shapes are
     those of a real run. All else (indices, plots, normalisation) is not counted.

@@ -1,6 +1,6 @@
-"""The default pixel classifier on a CUDA device: its rate, its traffic, and what the device allows.
+"""The default pixel classifier on a CUDA device: rate, traffic, and the device's limits.
 
-    python -m benchmarks.session    # tells it last, where there is such a device
+    python -m benchmarks.session    # reports it last, if there is such a device
 
 The rate is that of the service's engine: batches put together on the CPU, copied, run, and the
 answers copied back. Beside it stand two bounds, measured on the same device: its products in the
@@ -32,9 +32,9 @@ from service.infer.model import LoadedModel
 from service.infer.session import CPU, CUDA, ProviderUnavailable, open_session
 
 BATCHES = 8
-"""Batches of one call; the service hands over as many within two chunks."""
+"""Batches per call; the service passes as many within two chunks."""
 RAW_BYTES = 2
-"""Of a value in a Sentinel-2 product: uint16."""
+"""Bytes of a value in a Sentinel-2 product: uint16."""
 PLOT_BYTES = 3 * 64 * 64 * 4
 """Three recurrence plots of 64 steps in float32, which stay on the device."""
 _PRODUCT_SIDE = 4096
@@ -54,7 +54,7 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What was found."""
+    """Results."""
 
     name: str
     model: str
@@ -62,40 +62,40 @@ class Device:
     flop: float
     """Of all products, for one pixel."""
     rate: float
-    """Pixels a second through the engine."""
+    """Pixels per second through the engine."""
     traffic: Traffic
     raw: int
     """Bytes of a pixel's values as its files hold them."""
     product: float
-    """FLOP a second of a square product, all on the device."""
+    """FLOP per second of a square product, all on the device."""
     copied: float
-    """Bytes a second, from the CPU's memory to the device."""
+    """Bytes per second, from the CPU's memory to the device."""
 
     @property
     def by_products(self) -> float:
-        """Pixels a second that the products allow."""
+        """Upper bound of pixels per second by the products."""
         return self.product / self.flop
 
     @property
     def by_copies(self) -> float:
-        """Pixels a second that the copies allow, if both ways are as fast."""
+        """Upper bound of pixels per second by the copies, if both directions are equally fast."""
         return self.copied / (self.traffic.into + self.traffic.out)
 
     @property
     def roof(self) -> float:
-        """Pixels a second that both allow: a run copies, then computes, then copies."""
+        """Upper bound of pixels per second by both: a run copies, computes, and copies."""
         return 1 / (1 / self.by_products + 1 / self.by_copies)
 
 
 class Counting:
-    """ONNX Runtime's session, counting what goes in and comes out."""
+    """ONNX Runtime's session, counting the bytes that go in and come out."""
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self._session = session
         self.into = self.out = 0
 
     def get_providers(self) -> list[str]:
-        """As the session says."""
+        """The session's inputs."""
         return list(self._session.get_providers())
 
     def run(
@@ -104,7 +104,7 @@ class Counting:
         feeds: Mapping[str, NDArray[Any]],
         options: onnxruntime.RunOptions | None = None,
     ) -> list[NDArray[Any]]:
-        """As the session runs."""
+        """Run the session."""
         answers: list[NDArray[Any]] = self._session.run(names, feeds, options)
         self.into += sum(array.nbytes for array in feeds.values())
         self.out += sum(array.nbytes for array in answers)
@@ -112,7 +112,7 @@ class Counting:
 
 
 def traffic(bundle: Bundle, provider: str, count: int, dates: int = DATES) -> Traffic:
-    """What the engine moves for a pixel, the padding of its batches included."""
+    """Bytes that the engine moves per pixel, the padding of its batches included."""
     session = open_session(bundle, provider)
     counting = Counting(session.session)
     with ThreadPoolExecutor(1) as pool:
@@ -130,7 +130,7 @@ def ask(model: LoadedModel, feeds: Mapping[str, NDArray[Any]]) -> None:
 
 
 def product_rate(provider: str, precision: str, *, side: int, rounds: int) -> float:
-    """FLOP a second of a square product, everything lying where it is computed."""
+    """FLOP per second of a square product, with all data on the device."""
     random = np.random.default_rng(0)
     kind = np.float16 if precision == "float16" else np.float32
     a, b = (random.standard_normal((side, side)).astype(kind) for _ in range(2))
@@ -144,7 +144,7 @@ def product_rate(provider: str, precision: str, *, side: int, rounds: int) -> fl
 
 
 def copy_rate(provider: str, *, size: int, rounds: int) -> float:
-    """Bytes a second from numpy's memory to the provider's, as a run copies its input."""
+    """Bytes per second from NumPy's memory to the provider's, as a run copies its input."""
     here = np.ones(size, np.uint8)
     there = onnxruntime.OrtValue.ortvalue_from_numpy(here, "cuda" if provider == CUDA else "cpu", 0)
     return size / _least(lambda: there.update_inplace(here), rounds)
@@ -162,7 +162,7 @@ def _least(run: Callable[[], object], rounds: int) -> float:
 
 
 def measure(rounds: int) -> Device | None:
-    """Measure the device; None where the engine gets none."""
+    """Measure the device; None if the engine gets none."""
     registry = Registry.load(ZOO)
     try:
         engine = Engine(registry, providers="cuda")
@@ -199,7 +199,7 @@ def _device_name() -> str:
 
 
 def show(found: Device | None, console: Console) -> None:
-    """Print what was found."""
+    """Print the results."""
     if found is None:
         console.print(f"no CUDA provider here: a GPU was not measured, {CPU} alone")
         return

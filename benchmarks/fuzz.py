@@ -1,4 +1,4 @@
-"""Mutated GeoTIFFs through the real service, on a real socket, until it breaks or does not.
+"""Fuzzing: mutated GeoTIFFs through the real service, on a real socket.
 
     python -m benchmarks.fuzz [--cases 10000] [--first 0] [--workers 2]
 
@@ -34,7 +34,7 @@ from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 
 LIMIT_SECONDS = 60.0
-# Of a service that takes uploads from strangers on a small machine.
+# Settings of a service that accepts uploads from strangers on a small machine.
 SETTINGS = {"max_raster_bytes": 64 * 2**20, "max_body_bytes": 8 * 2**20, "max_concurrency": 1}
 _INSIDE = re.compile(
     rb"Traceback|site-packages|\.py\b|rasterio|CPLE_|numpy|onnx|0x[0-9a-f]{6,}|pimc-|/tmp|"
@@ -44,7 +44,7 @@ _INSIDE = re.compile(
 
 @dataclass(kw_only=True)
 class Report:
-    """What came of the cases."""
+    """Outcome of the cases."""
 
     cases: int = 0
     seconds: float = 0.0
@@ -57,7 +57,7 @@ class Report:
 
 
 def main() -> None:
-    """Run the cases asked for."""
+    """Run the requested cases."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def _watch(seeds: list[int], report: Report, lock: threading.Lock, limit: float) -> None:
-    """Have workers do these cases, a new one where the last has died or hangs."""
+    """Run these cases in workers; replace a worker that has died or hangs."""
     context = multiprocessing.get_context("spawn")
     while seeds:
         ours, theirs = context.Pipe()
@@ -110,7 +110,7 @@ def _watch(seeds: list[int], report: Report, lock: threading.Lock, limit: float)
             print(f"seed {seeds[0]}: {why}", file=sys.stderr)
             del seeds[0]
         else:
-            worker.join(60)  # it still tidies up after its last answer
+            worker.join(60)  # it cleans up after its last response
         worker.kill()
         worker.join()
 
@@ -119,7 +119,7 @@ def _listen(
     ours: Connection, worker: BaseProcess, seeds: list[int], report: Report, lock: threading.Lock,
     limit: float,
 ) -> str:  # fmt: skip
-    """Take in answers until all are there, or the worker does not go on; why it does not."""
+    """Collect results until all are there or the worker stops; the reason if it stops."""
     patience = limit + 60  # the first case waits for the service to start
     while seeds:
         if not ours.poll(patience):
@@ -146,7 +146,7 @@ def _listen(
 
 
 def work(theirs: Connection, seeds: list[int]) -> None:
-    """In a process of its own: a service, and the cases one after another."""
+    """Worker process: a service, and the cases one after another."""
     with tempfile.TemporaryDirectory(prefix="fuzz-files-") as folder:
         sound = sound_files(Path(folder))
         with served(model_dir=write_zoo(Path(folder) / "zoo"), **SETTINGS) as client:
@@ -175,7 +175,7 @@ def _one(client: httpx.Client, sent: Case) -> dict[str, Any]:
 
 
 def wrong(answer: httpx.Response, sent: Case) -> str:
-    """What is wrong with an answer; nothing where nothing is."""
+    """The fault of a response, empty if there is none."""
     if answer.status_code >= 500:
         return f"{answer.status_code} ({sent.told}, {sent.task}): {answer.text[:300]}"
     kind = answer.headers.get("content-type", "")
@@ -183,7 +183,7 @@ def wrong(answer: httpx.Response, sent: Case) -> str:
         ("application/json", "application/problem+json", "application/geo+json")
     ):
         return ""
-    # What the caller said may come back: a name, a date.
+    # Text of the request may come back: a name, a date.
     text = answer.content
     for name, _ in sent.files:
         text = text.replace(name.rpartition("/")[2].encode(), b"")

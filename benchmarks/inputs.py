@@ -16,7 +16,7 @@ from service.infer.session import CPU
 PIXELS = 4096
 DATES = 36
 
-# What goes into a product and comes out, by kind, where it is not float32.
+# Input and output types of a product by kind, if not float32.
 _ENDS: Mapping[str, tuple[int, int]] = {
     "float16": (TensorProto.FLOAT16, TensorProto.FLOAT16),
     "int8-alone": (TensorProto.UINT8, TensorProto.INT32),
@@ -24,7 +24,7 @@ _ENDS: Mapping[str, tuple[int, int]] = {
 
 
 def pixels_input(model: LoadedModel, count: int, dates: int = DATES) -> dict[str, NDArray[Any]]:
-    """Plausible reflectance as the graph takes it, every date clear."""
+    """Plausible reflectance in the form of the graph's inputs, every date clear."""
     random = np.random.default_rng(0)
     feeds: dict[str, NDArray[Any]] = {
         "values": random.uniform(0.02, 0.4, (count, dates, len(model.card.bands))),

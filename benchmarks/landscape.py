@@ -54,7 +54,7 @@ def write_stack(
     noise: float = 0.004,
     **profile: Any,
 ) -> list[Path]:
-    """One tiled, deflated GeoTIFF a date, as products come.
+    """One tiled, deflated GeoTIFF per date, as products are delivered.
 
     The landscape is made once for a tile and laid side by side, so that large stacks take no
     longer to make than to compress.

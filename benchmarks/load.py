@@ -1,13 +1,12 @@
-"""Fifty callers of every kind at once, for ten minutes: what fails, what grows, what is left.
+"""Load test: fifty clients of every kind for ten minutes; failures, memory growth, leftovers.
 
     python -m benchmarks.load [--seconds 600] [--callers 50] [--out load.json]
 
-The service runs as a process of its own. The callers ask for maps from 1 x 1 to 512 x 512, series,
-points, summaries and zips; some leave half way, some send or read slowly, some never read, some
-send rubbish. Meanwhile a process of its own asks for health and metrics. The run passes when
-nothing failed but what should have, nothing is left, and memory stood still:
-docs/explanation/reliability.md says
-what that means in numbers.
+The service runs as a process of its own. The clients request maps from 1 x 1 to 512 x 512, series,
+points, summaries and zips; some disconnect half way, some send or read slowly, some never read, some
+send invalid requests. Another process requests health and metrics. The run passes if nothing fails
+that should not, nothing is left, and memory does not grow: docs/explanation/reliability.md has the
+numbers.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ from benchmarks.landscape import BANDS, days, write_stack
 from benchmarks.process import Sampler, Served, machine, served
 
 MOST_RESIDENT = 1_500_000_000
-"""Bytes that the service may have in memory, whatever is asked of it."""
+"""Largest allowed resident memory of the service, bytes."""
 MOST_GROWTH = 0.05
-"""How far the last minute's memory may lie above or below the third minute's."""
+"""Largest relative difference between the last and the third minute's memory."""
 SLOWEST_PROBE = 0.100
-"""Seconds within which 99 of 100 health and metrics answers must be there."""
+"""Seconds within which 99 of 100 health and metrics responses must arrive."""
 
 _TIMEOUT = 1800.0
-# As long as httpx, requests and curl make theirs: a short one is looked for at a third of the rate.
+# As long as those of httpx, requests and curl: searching for a short one is three times slower.
 _BOUNDARY = "6f1e2b0c9d8a47e3b5c4f7a1d2e3c4b5"
 FORM = f"multipart/form-data; boundary={_BOUNDARY}"
 _PROBES = ("/health/live", "/health/ready", "/metrics")
@@ -65,26 +64,26 @@ class Ask:
     kind: str = FORM
     accept: str = "*/*"
     status: int = 200
-    """What it must be answered, unless the service says that it is overloaded."""
+    """Expected status, unless the service is overloaded."""
     code: str | None = None
-    """The error's code, where it must be refused."""
+    """Expected error code, if it must be rejected."""
     weight: float = 1.0
     manner: str = "plain"
-    """How the caller behaves; a key of `_MANNERS`."""
+    """Behaviour of the client; a key of `_MANNERS`."""
 
 
 @dataclass
 class Tally:
-    """What came of the requests; added to by many threads."""
+    """Outcome of the requests; many threads add to it."""
 
     answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    """Of each kind of request, how often each outcome came."""
+    """Number of each outcome, by kind of request."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Of each kind, how long the good answers took."""
+    """Seconds of the successful responses, by kind of request."""
     refused_seconds: list[float] = field(default_factory=list)
-    """From the first byte sent until `overloaded` was there, the body being sent meanwhile."""
+    """Seconds from the first byte sent until `overloaded` arrived, while the body is being sent."""
     failures: list[str] = field(default_factory=list)
-    """Everything that should not have come."""
+    """Unexpected outcomes."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, ask: Ask, outcome: str, seconds: float, failure: str | None = None) -> None:
@@ -101,25 +100,25 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a run found."""
+    """Results of a run."""
 
     machine: Mapping[str, str]
     seconds: float
     callers: int
     answers: Mapping[str, Mapping[str, int]]
     medians: Mapping[str, float]
-    """Of each kind of request, the median seconds of a good answer."""
+    """Median seconds of a successful response, by kind of request."""
     failures: Sequence[str]
     leftovers: Sequence[str]
-    """Temporary files still there after everybody left."""
+    """Temporary files left after all clients disconnected."""
     running: float
-    """Runs in flight after everybody left."""
+    """Runs in flight after all clients disconnected."""
     refused_p99: float
-    """Seconds until `overloaded` was there."""
+    """Seconds until `overloaded` arrived."""
     resident: Sequence[float]
-    """Bytes in memory, one number a second."""
+    """Resident memory in bytes, one value per second."""
     probes: Mapping[str, Sequence[float]]
-    """Seconds that each health and metrics answer took."""
+    """Seconds of each health and metrics response."""
 
     @property
     def growth(self) -> float:
@@ -131,7 +130,7 @@ class Report:
 
     @property
     def faults(self) -> list[str]:
-        """What keeps the run from passing, whatever the machine."""
+        """Reasons why the run fails on any machine."""
         found = list(dict.fromkeys(self.failures))
         if self.leftovers:
             found.append(f"{len(self.leftovers)} temporary files left: {self.leftovers[:5]}")
@@ -143,7 +142,7 @@ class Report:
 
     @property
     def delays(self) -> list[str]:
-        """What keeps the run from passing on a machine that nothing else slows down."""
+        """Reasons why the run fails on an otherwise idle machine."""
         found = []
         if abs(self.growth) > MOST_GROWTH:
             found.append(f"memory went from the third to the last minute by {self.growth:+.1%}")
@@ -154,16 +153,16 @@ class Report:
 
 
 def percentile(numbers: Sequence[float], share: float) -> float:
-    """The number that a share of the numbers does not exceed; NaN of none."""
+    """Quantile of numbers; NaN if there are none."""
     ordered = sorted(numbers)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
-# What is asked ------------------------------------------------------------------------------
+# Requests -----------------------------------------------------------------------------------
 
 
 def asks(largest: int = 512) -> list[Ask]:
-    """Every kind of request, made once; the callers send the same bytes again and again.
+    """Every kind of request, made once; the clients send the same bytes repeatedly.
 
     Args:
         largest: side of the largest raster in pixels.
@@ -278,14 +277,14 @@ def _series(name: str, path: str, count: int, weight: float) -> Ask:
     return Ask(name=name, path=path, body=text, kind="application/json", weight=weight)
 
 
-# How it is asked ----------------------------------------------------------------------------
+# Clients ------------------------------------------------------------------------------------
 
 
 Answer = tuple[http.client.HTTPResponse, bytes]
 
 
 class Gone(Exception):
-    """The caller left on purpose, and heard nothing."""
+    """The client disconnected on purpose, without a response."""
 
 
 def _plain(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
@@ -293,7 +292,7 @@ def _plain(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
 
 
 def _half(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
-    with contextlib.suppress(OSError):  # told overloaded, and cut off while still sending
+    with contextlib.suppress(OSError):  # rejected as overloaded, and disconnected while sending
         _send(connection, ask, ask.body[: len(ask.body) // 2])
         time.sleep(random.uniform(0, 0.5))
     raise Gone
@@ -312,7 +311,7 @@ def _drip(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
 
 
 def _sip(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
-    """The answer in small pieces, with a rest after each; then what is left of it."""
+    """Read the response in small pieces with pauses, then the rest."""
     response = _heard_through_a_straw(connection, ask)
     body = b""
     for _ in range(20):
@@ -332,7 +331,7 @@ def _deaf(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
 def _heard_through_a_straw(
     connection: http.client.HTTPConnection, ask: Ask
 ) -> http.client.HTTPResponse:
-    """A response of which the system takes in next to nothing by itself."""
+    """A response over a socket with a tiny receive buffer."""
     connection.connect()
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
     return _sent(connection, ask)
@@ -341,7 +340,7 @@ def _heard_through_a_straw(
 def _sent(
     connection: http.client.HTTPConnection, ask: Ask, size: int = 2**17, rest: float = 0.0
 ) -> http.client.HTTPResponse:
-    """Send a request piece by piece, but no further once the answer is there, as curl does."""
+    """Send a request piece by piece until a response arrives, as curl does."""
     _send(connection, ask, b"")
     for at in range(0, len(ask.body), size):
         if select.select([connection.sock], [], [], rest)[0]:
@@ -374,7 +373,7 @@ _MANNERS: Mapping[str, Manner] = {
 
 
 def call(service: Served, ask: Ask, tally: Tally) -> bool:
-    """Ask once; whether the service had room."""
+    """Send one request; whether the service had a free slot."""
     begun = time.perf_counter()
     connection = http.client.HTTPConnection(service.host, service.port, timeout=_TIMEOUT)
     try:
@@ -399,7 +398,7 @@ def call(service: Served, ask: Ask, tally: Tally) -> bool:
 
 
 def _fault_of(ask: Ask, response: http.client.HTTPResponse, body: bytes) -> str | None:
-    """What is wrong with an answer of the right status."""
+    """The fault of a response with the right status."""
     if ask.code is not None:
         return None if _code(body) == ask.code else f"code {_code(body)}, not {ask.code}"
     kind = response.headers.get("Content-Type", "")
@@ -428,7 +427,7 @@ def _caller(service: Served, kinds: Sequence[Ask], tally: Tally, end: float, see
         except Exception as error:  # noqa: BLE001 - a caller that dies unheard would hide a fault
             tally.add(ask, "caller failed", 0.0, repr(error))
             continue
-        if not had_room:  # sooner again than it was told, but not at once
+        if not had_room:  # earlier than `Retry-After`, but not at once
             time.sleep(rng.uniform(0.5, 1.5))
 
 
@@ -436,7 +435,7 @@ def _caller(service: Served, kinds: Sequence[Ask], tally: Tally, end: float, see
 
 
 def _probe(host: str, port: int, out: Connection) -> None:
-    """Ask for health and metrics, in a process that nothing else slows, until told to stop."""
+    """Request health and metrics from a process of its own until stopped."""
     found: dict[str, list[float]] = {path: [] for path in _PROBES}
     connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
     while not out.poll(0.03):
@@ -456,7 +455,7 @@ def _probe(host: str, port: int, out: Connection) -> None:
 
 
 def run(seconds: float, callers: int, kinds: Sequence[Ask], **settings: str) -> Report:
-    """Start a service, let everybody at it, and look at what is left."""
+    """Start a service, run all clients, and inspect what is left."""
     tally = Tally()
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -499,7 +498,7 @@ def run(seconds: float, callers: int, kinds: Sequence[Ask], **settings: str) -> 
 
 
 def _settle(service: Served) -> None:
-    """Wait, though not for ever, until nothing runs and nothing lies about."""
+    """Wait for a limited time until no run and no temporary file is left."""
     until = time.monotonic() + 30
     while time.monotonic() < until:
         if not service.leftovers() and not service.metric("pimc_runs_in_flight"):
@@ -508,7 +507,7 @@ def _settle(service: Served) -> None:
 
 
 def _errors(log: Path) -> list[str]:
-    """What the service itself called an error, but for callers who stopped reading."""
+    """Errors in the service's log, except those of clients that stopped reading."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     told = [f"log: {entry['message']}" for entry in lines if entry["level"] == "error"]
     return [line for line in told if "without completing response" not in line]
@@ -544,7 +543,7 @@ def show(report: Report) -> None:
 
 
 def main() -> int:
-    """Measure, print, and say by the status whether it passed."""
+    """Measure and print; the exit status states whether it passed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

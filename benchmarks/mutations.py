@@ -1,4 +1,4 @@
-"""GeoTIFFs gone wrong, each made from a number: the same seed is the same case anywhere.
+"""Mutated GeoTIFFs, each made from a seed: the same seed is the same case on every machine.
 
     seed ──▶ Case: a task, fields, and files that began as sound GeoTIFFs
                      └─ edits of directory entries, loops, splices, cuts, changed bytes
@@ -61,7 +61,7 @@ TEXTS = (
     b"nan", b"inf", b"-1e999", b"0x41", b"", b"\xff\xfe\x00", b"65536", b"-9223372036854775809",
     b"%s%n%x" * 20, b"9" * 5000, b"2021-02-30", b"99999999999-01-01",
 )  # fmt: skip
-# What a reader trusts most, with the numbers that hurt there.
+# Tags that readers trust most, with harmful values.
 _TRUSTED: Mapping[int, tuple[int, ...]] = {
     WIDTH: NUMBERS, HEIGHT: NUMBERS, ROWS: NUMBERS, TILE_WIDTH: NUMBERS, TILE_HEIGHT: NUMBERS,
     STRIPS: NUMBERS, STRIP_BYTES: NUMBERS, TILES: NUMBERS, TILE_BYTES: NUMBERS,
@@ -92,7 +92,7 @@ class Directory:
 
     entries: list[Entry]
     next: int | None = None
-    """Where the chain goes on, if not at the next directory of the list."""
+    """Offset of the next directory, if not that of the list."""
 
     def get(self, tag: int) -> Entry | None:
         """The first entry of a tag."""
@@ -101,7 +101,7 @@ class Directory:
 
 @dataclass(kw_only=True)
 class Tiff:
-    """A TIFF taken apart: directories, and everything else where it was."""
+    """A parsed TIFF: its directories, and everything else in place."""
 
     order: str
     """`<` or `>`."""
@@ -112,7 +112,7 @@ class Tiff:
 
     @classmethod
     def parse(cls, content: bytes) -> Tiff:
-        """Take a sound file apart."""
+        """Parse a valid file."""
         order = "<" if content[:2] == b"II" else ">"
         big = struct.unpack_from(order + "H", content, 2)[0] == 43
         made = cls(order=order, big=big, body=content)
@@ -156,7 +156,7 @@ class Tiff:
         return struct.pack(f"{self.order}{len(whole)}{unsigned}", *whole)
 
     def put(self, directory: Directory, tag: int, kind: int, values: list[Any]) -> Entry:
-        """Set a tag, in place where it is there."""
+        """Set a tag; an existing one is replaced in place."""
         entry = directory.get(tag)
         if entry is None:
             entry = Entry(tag=tag, kind=kind, count=0, data=b"")
@@ -166,7 +166,7 @@ class Tiff:
         return entry
 
     def build(self) -> bytes:
-        """The old file, and behind it new directories that it now begins with."""
+        """The old file with new directories appended, to which its header points."""
         word, inline = ("Q", 8) if self.big else ("I", 4)
         out = bytearray(self.body + b"\0" * (-len(self.body) % 8))
         places: list[int] = []
@@ -199,7 +199,7 @@ class Tiff:
 
 
 def edited(content: bytes, change: Callable[[Tiff, Directory], object]) -> bytes:
-    """A sound file with its first directory changed."""
+    """A valid file with its first directory changed."""
     tiff = Tiff.parse(content)
     change(tiff, tiff.directories[0])
     return tiff.build()
@@ -300,7 +300,7 @@ def _loop(chance: random.Random, tiff: Tiff, directory: Directory) -> None:
 
 
 def _as_mask(chance: random.Random, tiff: Tiff, directory: Directory) -> None:
-    """A second image that says it is a mask or an overview, and fits or does not."""
+    """A second image that claims to be a mask or an overview, of the right or a wrong size."""
     other = Directory(entries=[Entry(**vars(entry)) for entry in directory.entries])
     tiff.put(other, SUBFILE, 4, [chance.choice((1, 4, 5, 7))])
     for _ in range(chance.randrange(3)):
@@ -368,7 +368,7 @@ def _by_bytes(chance: random.Random, content: bytes) -> bytes:
 
 
 def sound_files(folder: Path) -> dict[str, bytes]:
-    """Small sound GeoTIFFs, one of each make that the format has."""
+    """Small valid GeoTIFFs, one of each variety of the format."""
     chance = np.random.default_rng(11)
     smooth = np.linspace(300, 3500, SIDE * SIDE).reshape(SIDE, SIDE)
     values = np.stack([smooth + chance.integers(0, 50, (SIDE, SIDE)) for _ in BANDS])
@@ -441,7 +441,7 @@ class Case:
     fields: Mapping[str, str]
     accept: str
     told: str
-    """What was done, for a report."""
+    """Description of the mutation, for a report."""
 
 
 _ACCEPTS = ("image/tiff", "application/json", "application/zip", "*/*")
@@ -459,7 +459,7 @@ _NAMES = ("s_{n}.tif", "s_2021-0{n}-01.tif", "../../s{n}.tif", "B0{n}.tif", "\u2
 
 
 def case(seed: int, sound: Mapping[str, bytes]) -> Case:
-    """The request that a seed makes of sound files."""
+    """The request that a seed makes from valid files."""
     chance = random.Random(seed)
     names = sorted(sound)
     broken = chance.choice(names)
@@ -486,7 +486,7 @@ def case(seed: int, sound: Mapping[str, bytes]) -> Case:
         # Descriptions may be lost, and the pixels are still to be reached.
         fields["bands"] = ",".join(BANDS)
     if chance.random() < 0.7 and "dates" not in fields:
-        # Dates of their own, so that files are no granules of one date and more is run.
+        # Distinct dates, so that the files are not merged as granules of one date.
         fields["dates"] = ",".join(f"2021-0{n}-01" for n in range(1, len(files) + 1))
     return Case(
         seed=seed,

@@ -1,4 +1,4 @@
-"""What others use today for a pixel's series, in PyTorch: Presto's encoder, plots and a ResNet."""
+"""Peers in PyTorch: Presto's encoder; recurrence plots with a ResNet."""
 
 from __future__ import annotations
 

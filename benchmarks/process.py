@@ -1,4 +1,4 @@
-"""The service as a process of its own: its address, its memory, what it leaves behind."""
+"""The service as a process: its address, memory and leftover files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STOP_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A service that runs."""
+    """A running service."""
 
     process: subprocess.Popen[bytes]
     host: str
@@ -35,17 +35,17 @@ class Served:
     """The folder of its temporary files."""
     log: Path
     at_start: frozenset[Path]
-    """What lay in that folder once it was ready: ONNX Runtime puts a file there when imported."""
+    """Files in that folder once it is ready: ONNX Runtime writes one when imported."""
     ready_seconds: float
-    """From the start of the process until it answered that it is ready."""
+    """Seconds from the start of the process until it is ready."""
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """Base URL."""
         return f"http://{self.host}:{self.port}"
 
     def get(self, path: str) -> str:
-        """The body of an answer."""
+        """The body of a response."""
         with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as answer:  # noqa: S310 - ours
             return str(answer.read().decode())
 
@@ -55,25 +55,25 @@ class Served:
         return sum(map(float, lines))
 
     def leftovers(self) -> list[str]:
-        """Temporary files that are still there."""
+        """Temporary files that are left."""
         found = set(self.scratch.rglob("*")) - self.at_start
         return sorted(str(path.relative_to(self.scratch)) for path in found)
 
     def resident(self) -> int:
-        """Bytes in memory, of the process and its children."""
+        """Resident memory of the process and its children, bytes."""
         return sum(_status(pid, "VmRSS") for pid in _family(self.process.pid))
 
     def processor_seconds(self) -> float:
-        """What the process has taken of the processors so far."""
+        """Processor time of the process so far, seconds."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def peak(self) -> int:
-        """The most bytes that the process ever had in memory, or since `forget_peak`."""
+        """Peak resident memory of the process since its start or `forget_peak`, bytes."""
         return _status(self.process.pid, "VmHWM")
 
     def forget_peak(self) -> None:
-        """Have the peak counted from now on."""
+        """Reset the peak."""
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
 
@@ -127,7 +127,7 @@ def served(**settings: str) -> Iterator[Served]:
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> tuple[str, int]:
-    """Where it listens, as its log says once it is ready."""
+    """Its address, from its log once it is ready."""
     until = time.monotonic() + _START_SECONDS
     while time.monotonic() < until and process.poll() is None:
         for line in log.read_text().splitlines():
@@ -139,7 +139,7 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> tuple[str, int]:
 
 
 def _family(pid: int) -> list[int]:
-    """A process and its children, as far as they are still there."""
+    """A process and its children that still run."""
     try:
         text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     except OSError:
@@ -158,12 +158,12 @@ def _status(pid: int, field_name: str) -> int:
 
 @dataclass(kw_only=True)
 class Sampler:
-    """Takes a number every so often, in a thread; a context manager."""
+    """Samples a number at intervals, in a thread; a context manager."""
 
     take: Callable[[], float]
     seconds: float = 1.0
     samples: list[tuple[float, float]] = field(default_factory=list)
-    """Seconds since the beginning, and the number."""
+    """Seconds since the start, and the number."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -183,7 +183,7 @@ class Sampler:
             self._thread.join()
 
     def between(self, begin: float, end: float) -> list[float]:
-        """The numbers taken in a span of seconds."""
+        """The numbers sampled in a span of seconds."""
         return [number for at, number in self.samples if begin <= at < end]
 
     def _run(self) -> None:
@@ -194,7 +194,7 @@ class Sampler:
 
 
 def machine() -> Mapping[str, str]:
-    """What was measured on, and with which versions."""
+    """Machine and versions of the measurement."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 

@@ -1,4 +1,4 @@
-"""Whole requests over a socket against the bare session; the service's memory; its start.
+"""Whole requests over a socket against the bare session; memory and start of the service.
 
     python -m benchmarks.request [--side 2048] [--memory]
 
@@ -38,29 +38,29 @@ from service.infer.model import LoadedModel
 
 CHIP = ROOT.parent / "shared" / "data" / "flanders_2017_2018"
 MOST_RESIDENT = 1_500_000_000
-"""Bytes that the service may take, whatever the raster."""
+"""Largest allowed memory of the service for any raster, bytes."""
 _TIMEOUT = 3600.0
 # Requests of the large raster, in turns with the bare session.
 _TURNS = 3
-# What is measured is the run, not the way over a job.
+# The run is measured, not a job.
 _PATIENT = {"PIMC_SYNC_MAX_PIXELS": str(10**9)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What something took."""
+    """Duration."""
 
     clock: float
     """Seconds by the clock."""
     processor: float
     """Seconds of the processors together."""
     stages: str = ""
-    """The answer's `Server-Timing`."""
+    """The response's `Server-Timing`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A request beside the bare session for the same pixels."""
+    """A request and the bare session for the same pixels."""
 
     name: str
     pixels: int
@@ -69,18 +69,18 @@ class Compared:
 
     @property
     def share(self) -> tuple[float, float]:
-        """The request's pixels a second over the session's, by the clock and by processor time."""
+        """The request's rate relative to the session's, by the clock and by processor time."""
         request, session = self.request, self.session
         return session.clock / request.clock, session.processor / request.processor
 
     @property
     def quiet_extra(self) -> float:
-        """Seconds over the session that processor time alone makes, on one core."""
+        """Seconds beyond the session by processor time, on one core."""
         return self.request.processor - self.session.processor
 
 
 def bare(model: LoadedModel, count: int, dates: int, least: float = 0.0) -> Taken:
-    """The session alone for a number of pixels; a few of them stand for many."""
+    """The bare session for a number of pixels, extrapolated from fewer."""
     few = min(count, PIXELS)
     feeds = pixels_input(model, few, dates)
     model.pixels(feeds["values"], feeds["valid"], feeds["days"], 1)
@@ -122,7 +122,7 @@ def raster(service: Served, model: LoadedModel, side: int) -> Compared:
     with tempfile.TemporaryDirectory() as folder:
         paths = write_stack(Path(folder), side, DATES, scl=True)
         body = form({path.name: path.read_bytes() for path in paths})
-    # The kernel writes files behind everybody's back, and what runs first after such work is slow.
+    # The kernel writes files in the background, which slows the first measurement after it.
     os.sync()
     bare(model, side**2, DATES, least=5.0)
     alone, asked = [bare(model, side**2, DATES, least=5.0)], []
@@ -142,7 +142,7 @@ def _mean(takes: Sequence[Taken]) -> Taken:
 
 
 def chip(service: Served, model: LoadedModel, rounds: int) -> Compared:
-    """64 x 64 pixels, one file a date: the real chip where it is there, else one like it."""
+    """64 x 64 pixels, one file per date: the real chip if available, else a synthetic one."""
     if CHIP.is_dir():
         paths = [path for path in sorted(CHIP.glob("*.tif")) if not path.name.startswith("LABEL")]
         files = {path.name: path.read_bytes() for path in paths}
@@ -176,7 +176,7 @@ def one_pixel(service: Served, model: LoadedModel, rounds: int) -> Compared:
 
 
 def _least(taken: Iterable[Taken]) -> Taken:
-    """The least of each: whoever else uses the machine only adds."""
+    """The minimum of each: other load on the machine only adds."""
     every = list(taken)
     return Taken(
         clock=min(t.clock for t in every),
@@ -194,7 +194,7 @@ def _middle(taken: Sequence[Taken]) -> Taken:
 
 
 def memory(sides: Sequence[int], dates: int = 12) -> Mapping[int, int]:
-    """The most that the service had in memory, by the side of the raster.
+    """Peak memory of the service, by the side of the raster.
 
     The sessions of the whole zoo are loaded, and the default classifier is run first; the rasters
     go through a model of next to no cost, as only the pipeline is in question.
@@ -220,7 +220,7 @@ def memory(sides: Sequence[int], dates: int = 12) -> Mapping[int, int]:
 
 
 def start(times: int = 3) -> Mapping[str, Taken]:
-    """Until the service is ready, and the SDK's import beyond what Python itself takes."""
+    """Seconds until the service is ready, and of the SDK's import beyond Python's own start."""
     ready = []
     for _ in range(times):
         with served() as service:

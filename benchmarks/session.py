@@ -1,4 +1,4 @@
-"""The bare session of the default pixel classifier against the machine and against its peers.
+"""The bare session of the default pixel classifier against the machine and its peers.
 
     python -m benchmarks.session [--rounds 5] [--device-only]
 
@@ -43,25 +43,25 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """Units of work a second."""
+    """Units of work per second."""
 
     clock: float
-    """By the clock, with every thread that the candidate takes."""
+    """By the clock, with all threads of the candidate."""
     processor: float
     """By processor time, times the cores."""
 
     def over(self, other: Rate) -> Rate:
-        """This rate in terms of another."""
+        """This rate relative to another."""
         return Rate(clock=self.clock / other.clock, processor=self.processor / other.processor)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Something to be measured."""
+    """A candidate to measure."""
 
     name: str
     amount: float
-    """Units of work of one run."""
+    """Units of work per run."""
     clock: Run
     """On all cores."""
     processor: Run
@@ -104,7 +104,7 @@ def _turn(run: Run, now: Callable[[], float]) -> float:
 def bare(
     engine: Engine, alone: Engine, count: int = PIXELS, name: str = "bare session"
 ) -> Candidate:
-    """The session that the engines take for the default pixel classifier."""
+    """The session that the engine uses for the default pixel classifier."""
     feeds = pixels_input(engine.find(None, "classify-pixels"), count)
 
     def on(which: Engine) -> Run:
@@ -142,7 +142,7 @@ def product(side: int = PRODUCT_SIDE) -> list[Candidate]:
 
 
 def peers() -> list[Candidate]:
-    """Presto's encoder, and plots with a ResNet-18; each in the batch that suits it best.
+    """Presto's encoder, and plots with a ResNet-18, each with its best batch size.
 
     Raises:
         PeerMissing: a package of the extra `peers` is not installed.
@@ -169,7 +169,7 @@ def peers() -> list[Candidate]:
 
 
 def precision(products: list[Product], rounds: int) -> dict[str, dict[str, Rate]]:
-    """Rates of the graph's heaviest products in float32 and int8, in FLOP a second, by shape."""
+    """Rates of the graph's heaviest products in float32 and int8, in FLOP per second, by shape."""
     heaviest = sorted(products, key=lambda p: p.flop, reverse=True)
     shapes = list(dict.fromkeys((p.inner, p.columns, p.rows) for p in heaviest))[:4]
     random = np.random.default_rng(0)
@@ -199,7 +199,7 @@ def _repeat(session: onnxruntime.InferenceSession, given: NDArray[Any], times: i
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What the comparison found."""
+    """Results of the comparison."""
 
     model: str
     variant: str
@@ -207,18 +207,18 @@ class Found:
     """Of all products, for one pixel of `DATES` dates."""
     rates: Mapping[str, Rate]
     missing: str | None
-    """Why there are no peers; None where there are."""
+    """Why there are no peers; None if there are."""
     reduced: Mapping[str, Mapping[str, Rate]]
 
     @property
     def machine_rate(self) -> Rate:
-        """The better of the libraries' float32 products, in FLOP a second."""
+        """The faster library's float32 product, in FLOP per second."""
         found = [rate for name, rate in self.rates.items() if name.startswith("float32 product")]
         return Rate(clock=max(r.clock for r in found), processor=max(r.processor for r in found))
 
     @property
     def share(self) -> Rate:
-        """Of the machine's rate, in what the session does by products."""
+        """Share of the machine's rate that the session's products reach."""
         bare_rate = self.rates["bare session"]
         flop = Rate(clock=bare_rate.clock * self.flop, processor=bare_rate.processor * self.flop)
         return flop.over(self.machine_rate)
@@ -261,7 +261,7 @@ def compare(rounds: int) -> Found:
 
 
 def show(found: Found, console: Console) -> None:
-    """Print what was found."""
+    """Print the results."""
     console.print(
         f"{found.model} ({found.variant}): {found.flop / _MEGA:.2f} MFLOP a pixel in products; "
         f"{PIXELS} pixels of {DATES} dates, {CORES} cores"

@@ -1,4 +1,4 @@
-"""Bundles so small that what they answer can be worked out by hand.
+"""Bundles so small that their predictions can be computed by hand.
 
 Every pixel model answers from the mean over a pixel's valid dates, band by band (B02, B04, B08),
 every patch model from the mean over the patch (B04, B03, B02). They bear the zoo's names, so that
@@ -197,7 +197,7 @@ def write_bundle(
 
 
 def write_zoo(root: Path) -> Path:
-    """A bundle for every default, under the zoo's names, and a brittle one."""
+    """A bundle for every default, under the zoo's names, and one that fails on other shapes."""
     write_bundle(root, "pixels-landcover", "classify-pixels", "pixel")
     write_bundle(root, "forecast-vi", "forecast", "pixel")
     write_bundle(root, "landcover-eurosat", "landcover", "patch")
