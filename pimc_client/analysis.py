@@ -170,6 +170,9 @@ def plot(
         image = axes.imshow(pixels, **place)
         if axes.figure is not None:
             axes.figure.colorbar(image, ax=axes, label=raster.descriptions[number] or raster.name)
+    # Coordinates in full: an offset of some million metres in a corner is easily overlooked.
+    axes.ticklabel_format(style="plain", useOffset=False)
+    axes.tick_params(axis="x", labelrotation=45)
     axes.set_title(f"{raster.name}, {raster.model}" if raster.model else raster.name)
     if raster.crs:
         axes.set_xlabel(raster.crs)

@@ -7,6 +7,7 @@ training commands are parsed, not run.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -23,12 +24,20 @@ from benchmarks.serving import served
 from training.__main__ import app as training
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.ipynb")),
+]
 ADDRESS = "http://127.0.0.1:8000"
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The code blocks of a language on a page, in order."""
+    """The code blocks of a language on a page, or of Python in a notebook, in order."""
+    if page.suffix == ".ipynb":
+        cells = json.loads(page.read_text())["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        return code if language == "python" else []
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
@@ -146,7 +155,11 @@ def test_training_commands_have_the_options_shown(page: Path, command: str) -> N
 
 def test_samples_are_found() -> None:
     """The patterns above find samples on the pages that exist for them."""
-    assert {name_of(page) for page in WITH_PYTHON} >= {"README.md", "docs/how-to/python.md"}
+    assert {name_of(page) for page in WITH_PYTHON} >= {
+        "README.md",
+        "docs/how-to/notebook.ipynb",
+        "docs/how-to/python.md",
+    }
     pages = {name_of(page) for page, _ in REQUESTS}
     assert pages >= {"README.md", "docs/how-to/curl.md", "docs/tutorial.md"}
     assert {name_of(page) for page, _ in TRAINING} >= {"docs/how-to/train.md"}
