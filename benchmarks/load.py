@@ -3,7 +3,7 @@
     python -m benchmarks.load [--seconds 600] [--callers 50] [--out load.json]
 
 The service runs as a process of its own. The clients request maps from 1 x 1 to 512 x 512, series,
-points, summaries and zips; some disconnect half way, some send or read slowly, some never read, some
+points, summaries and zips; some disconnect half way, some send or read slowly or never read, some
 send invalid requests. Another process requests health and metrics. The run passes if nothing fails
 that should not, nothing is left, and memory does not grow: docs/explanation/reliability.md has the
 numbers.

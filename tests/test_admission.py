@@ -1,4 +1,4 @@
-"""Who gets in, who is told to come back, and what a caller who leaves gives back; over sockets."""
+"""Admission control, `overloaded` and disconnects, over sockets."""
 
 from __future__ import annotations
 

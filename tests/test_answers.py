@@ -1,4 +1,4 @@
-"""What numbers mean: bands, records and tallies against plain numpy."""
+"""Predictions: bands, records and tallies against plain NumPy."""
 
 from __future__ import annotations
 

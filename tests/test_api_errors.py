@@ -1,4 +1,4 @@
-"""Every error code, reached from outside, in the one form that errors have."""
+"""Every error code, reached over HTTP, as a problem document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies: streamed to disk however they are cut, bounded, and gone afterwards."""
+"""Request bodies: streamed to disk in any chunks, bounded, and removed afterwards."""
 
 from __future__ import annotations
 

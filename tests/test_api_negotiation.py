@@ -1,4 +1,4 @@
-"""`Accept`, as RFC 9110 has it."""
+"""Content negotiation by `Accept` (RFC 9110)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Augmentations do what they say and nothing else."""
+"""Augmentation of series and patches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes back: rasters written by rasterio, zips, GeoJSON, series, cards; for both clients."""
+"""Results of both clients: rasters written by rasterio, zips, GeoJSON, series, cards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `pimc` command: what it sends, writes, prints, and how it fails."""
+"""The `pimc` command: requests, files, output and failures."""
 
 from __future__ import annotations
 

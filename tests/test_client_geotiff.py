@@ -1,4 +1,4 @@
-"""The GeoTIFF reader against rasterio: files as the server writes them, and refusals of others."""
+"""The GeoTIFF reader against rasterio: files as the server writes them, and errors for others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs, against a small server that keeps to the contract; for both clients."""
+"""Jobs of both clients, against a small server that follows the API."""
 
 from __future__ import annotations
 

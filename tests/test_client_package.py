@@ -1,4 +1,4 @@
-"""What the package promises from outside: its names, its errors, and what importing it costs."""
+"""The SDK package: public names, errors, and the cost of its import."""
 
 from __future__ import annotations
 

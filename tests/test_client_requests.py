@@ -1,4 +1,4 @@
-"""What goes over the wire, for every method and both clients; an independent parser reads it."""
+"""Requests of every method of both clients, read by an independent parser."""
 
 from __future__ import annotations
 

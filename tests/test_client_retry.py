@@ -1,4 +1,4 @@
-"""Retries: when, after how long, and that a body sent again is the same, byte for byte."""
+"""Retries: conditions, delays, and the same body byte for byte."""
 
 from __future__ import annotations
 

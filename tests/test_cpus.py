@@ -1,4 +1,4 @@
-"""How many threads: what control groups of both versions grant, as files in their own layout."""
+"""Number of usable CPUs under control groups of both versions, as files in their layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stacks read by us hold what rasterio reads."""
+"""The training reader of stacks against rasterio."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Synthetic scenes look like what they claim to be."""
+"""Synthetic scenes: seasons, fields, clouds."""
 
 from __future__ import annotations
 

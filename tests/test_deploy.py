@@ -1,4 +1,4 @@
-"""What the Dockerfiles, the compose file and the pinned packages promise, read from them.
+"""Deployment: promises of the Dockerfiles, the Compose file and the pinned packages.
 
 Nothing is built here: `docker/rehearse` does that, and its parser reads the Dockerfiles for these
 tests.

@@ -1,4 +1,4 @@
-"""The benchmark of a CUDA device, on the CPU's provider: what it counts and makes of it."""
+"""The benchmark of a CUDA device, run on the CPU's provider."""
 
 from __future__ import annotations
 

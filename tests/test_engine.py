@@ -1,4 +1,4 @@
-"""The engine against ONNX Runtime called directly, and what it refuses."""
+"""The engine against ONNX Runtime called directly, and bundles that it rejects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that must not open, or must not be read beside what they are."""
+"""GeoTIFF access: files that must not open, and files beside them that must not be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients found chunk by chunk equal those of the whole batch."""
+"""Gradients computed chunk by chunk equal those of the whole batch."""
 
 from __future__ import annotations
 

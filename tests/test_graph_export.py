@@ -1,4 +1,4 @@
-"""What is exported instead of the graph that was trained: the same answers, for less."""
+"""The exported graph: the outputs of the trained graph, at lower cost."""
 
 from __future__ import annotations
 

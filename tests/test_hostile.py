@@ -1,4 +1,4 @@
-"""Files made to hurt: judged from their headers, bounded in memory, kept inside themselves."""
+"""Hostile files: judged from headers, bounded in memory, without access to other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs over a real socket: from 202 to the result, and every way that leads elsewhere."""
+"""Jobs over a real socket: from 202 to the result, failures, dismissal and expiry."""
 
 from __future__ import annotations
 

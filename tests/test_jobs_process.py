@@ -1,4 +1,4 @@
-"""Jobs and a service that is killed, stopped, or has no disk: a real process and real signals."""
+"""Jobs of a service that is killed, stopped, or out of disk: a real process, real signals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was interrupted at any window gives the bytes of one that was not."""
+"""A run that is interrupted at any window returns the bytes of an undisturbed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state directory itself: clocks that jump, full disks, folders that cannot be used."""
+"""The job store: clocks that jump, full disks, unusable state directories."""
 
 from __future__ import annotations
 

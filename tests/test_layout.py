@@ -1,4 +1,4 @@
-"""Which band of which file is which band of which date: every plane holds a number that says so."""
+"""Layouts: which band of which date each plane is, checked by the plane's own number."""
 
 from __future__ import annotations
 

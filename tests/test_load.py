@@ -1,4 +1,4 @@
-"""The load test itself, small: every kind of caller at once, and nothing fails or stays."""
+"""A short run of the load test with every kind of client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Band names and dates, as people write them."""
+"""Band names and dates in descriptions, tags and file names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The description against the service: schemathesis, every check on, GeoTIFFs where files go.
+"""The OpenAPI document against the service: schemathesis with every check, real GeoTIFFs.
 
 The longer run: `SCHEMATHESIS_EXAMPLES=300 python -m pytest tests/test_openapi_fuzz.py`.
 """

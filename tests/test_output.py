@@ -1,4 +1,4 @@
-"""Finished files as plain rasterio, rio-cogeo and Pillow see them."""
+"""Output files, read by rasterio, rio-cogeo and Pillow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches for pretraining: the curve, the pairs, and that a batch follows from its step."""
+"""Batches for pretraining: Hilbert curve, pairs, and reproducibility from seed and step."""
 
 from __future__ import annotations
 

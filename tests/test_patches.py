@@ -1,4 +1,4 @@
-"""Patches: where they lie, their gaps and their mean, against plain loops."""
+"""Patches: positions, gap filling and overlap averaging, against plain loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pretraining learns, and a killed run goes on exactly."""
+"""Pretraining: it learns, and a killed run resumes exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pretraining learns from, and what it must not see."""
+"""Pretraining data: sources, and validation places held out."""
 
 from __future__ import annotations
 

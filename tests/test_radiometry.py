@@ -1,4 +1,4 @@
-"""Are the numbers reflectance? What is refused, what is warned of, and what is neither."""
+"""Radiometry checks: values that are rejected, that cause a warning, and that pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests by reference: what may be read, what may not, and what it costs to try."""
+"""Requests by reference: allowed and forbidden paths and hosts, and bounded downloads."""
 
 from __future__ import annotations
 

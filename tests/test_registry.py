@@ -1,4 +1,4 @@
-"""Cards and the registry: windows over dates, and bundles that are refused with a reason."""
+"""Cards and the registry: time windows, and bundles that are rejected with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is let in: keys, callers, addresses."""
+"""API keys, callers, addresses and security headers."""
 
 from __future__ import annotations
 

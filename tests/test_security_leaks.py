@@ -1,4 +1,4 @@
-"""No key, no place on disk and no stack in an answer; no key in the log, whatever goes wrong.
+"""No key, path or stack trace in a response, and no key in the log, whatever goes wrong.
 
 A service as a process, with marks in its keys and in the names of its folders; every kind of
 error is forced, some by taking its folders away; then all that it said is searched.

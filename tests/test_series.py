@@ -1,4 +1,4 @@
-"""Series: the model's answer worked out by hand, and everything wrong with a series."""
+"""Series requests: predictions computed by hand, and every kind of invalid series."""
 
 from __future__ import annotations
 

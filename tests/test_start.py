@@ -1,4 +1,4 @@
-"""The start, as a process of its own: ready or refused in a sentence, and nothing heavy loaded."""
+"""The start as a process: ready or stopped with one sentence, without heavy imports."""
 
 from __future__ import annotations
 

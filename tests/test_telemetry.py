@@ -1,4 +1,4 @@
-"""Counts and logs: what an operator reads."""
+"""Metrics and logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Studies: what is missing is run, once, and what was asked stands in the report."""
+"""Studies: missing runs are run once, and the report names the study."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of finetuning, export and evaluation on small data written in the archives' layout."""
+"""Fine-tuning, export and evaluation on small data in the archives' layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Regions left out whole: who is left out, and calibrations across regions."""
+"""Regions held out whole, and calibration across regions."""
 
 from __future__ import annotations
 

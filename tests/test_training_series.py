@@ -1,4 +1,4 @@
-"""Tables of series, what training does to them, and cuts for forecasts."""
+"""Tables of series, their augmentation, and cuts for forecasts."""
 
 from __future__ import annotations
 

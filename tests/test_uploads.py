@@ -1,4 +1,4 @@
-"""Uploads over a real socket: refused ones hear why, slow ones end, nothing is held for them."""
+"""Uploads over a real socket: rejections reach the client, slow uploads end, slots are freed."""
 
 from __future__ import annotations
 

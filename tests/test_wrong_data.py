@@ -1,4 +1,4 @@
-"""Wrong data that looks right: through HTTP, against what numpy, pyproj and rasterio make of it.
+"""Misleading data through HTTP, against NumPy, pyproj and rasterio.
 
 `/embed` with the tiny bundle answers the mean over the valid dates of each pixel, band by band, so
 that what was taken for valid can be read off the answer.
