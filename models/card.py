@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -93,13 +93,13 @@ class TimeWindow(_Frozen):
         Returns:
             The window, with the dates inside it in the order given.
         """
-        length = timedelta(days=self.steps * self.step_days)
+        length = self.steps * self.step_days
         if self.start == "last-steps":
-            inside = [d for d in dates if start is None or start <= d < start + length]
+            inside = [d for d in dates if start is None or _within(d, start, length)]
             last = max(inside, default=None)
             # The grid's last step is the last date, so that a forecast starts one step later.
-            end = last or (start + length if start else max(dates))
-            first_day = end - timedelta(days=(self.steps - 1) * self.step_days)
+            end = last or (shifted(start, length) if start else max(dates))
+            first_day = shifted(end, -(self.steps - 1) * self.step_days)
             lower = max(start, first_day) if start else first_day
             used = tuple(i for i, d in enumerate(dates) if last and lower <= d <= last)
             return ResolvedWindow(
@@ -107,7 +107,7 @@ class TimeWindow(_Frozen):
             )
         if self.yearly:
             used = tuple(
-                i for i, d in enumerate(dates) if start is None or start <= d < start + length
+                i for i, d in enumerate(dates) if start is None or _within(d, start, length)
             )
             # The grid's first step is always 1 January, so that the season has the same position
             # as in training.
@@ -118,16 +118,27 @@ class TimeWindow(_Frozen):
             )
         first_day = start or max(
             self._candidates(dates),
-            key=lambda s: (sum(s <= d < s + length for d in set(dates)), s.month == 1, s),
+            key=lambda s: (sum(_within(d, s, length) for d in set(dates)), s.month == 1, s),
         )
-        used = tuple(i for i, d in enumerate(dates) if first_day <= d < first_day + length)
+        used = tuple(i for i, d in enumerate(dates) if _within(d, first_day, length))
         last = max((dates[i] for i in used), default=None)
         return ResolvedWindow(start=first_day, first_day=first_day, used=used, last=last)
 
     def _candidates(self, dates: Sequence[date]) -> list[date]:
-        years = range(min(dates).year - 1, max(dates).year + 1)
+        years = range(max(min(dates).year - 1, date.min.year), max(dates).year + 1)
         months = range(1, 13) if self.start == "fullest-year" else (1,)
         return [date(year, month, 1) for year in years for month in months]
+
+
+def shifted(day: date, days: int) -> date:
+    """A date some days later or earlier, held within the calendar (years 1 to 9999)."""
+    ordinal = day.toordinal() + days
+    return date.fromordinal(min(max(ordinal, date.min.toordinal()), date.max.toordinal()))
+
+
+def _within(day: date, start: date, length: int) -> bool:
+    """Whether a date is one of the `length` days from `start` on."""
+    return 0 <= (day - start).days < length
 
 
 class LegendClass(_Frozen):

@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import rasterio.warp
 from affine import Affine
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 # Private, as rasterio 1.4 and 1.5 have it: `warp.transform` and `shutil.copy` raise it, and
 # `rasterio.errors` lacks it.
@@ -20,13 +21,21 @@ from rasterio.windows import Window
 
 from service.errors import GridMismatch, NoGeoreference
 
-__all__ = ["GDALError", "Grid", "Window", "crs_name"]
+__all__ = ["GDALError", "Grid", "Window", "crs_name", "transformed"]
 
 _TOLERANCE = 1e-3
 """Pixels by which a corner may lie elsewhere: writers round transforms differently."""
 _WGS84 = (6378137.0, 298.257223563)
 _ELLIPSOID = re.compile(r'(?:SPHEROID|ELLIPSOID)\["[^"]*",\s*([0-9.eE+]+),\s*([0-9.eE+]+)')
+_DEGREES = CRS.from_epsg(4326)
 _COLUMNS_AVERAGED = 65
+_EQUAL_AREA = 0.005
+"""Share by which a pixel's area on the ground may differ from that in the projection's plane."""
+# Each side of a grid, to see whether its projection keeps areas.
+_NODES = 9
+# Between the places where areas are worked out, at most: linear between them is right to 0.001 %.
+_NODE_PIXELS = 64
+_NODE_METRES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +81,7 @@ class Grid:
         Returns:
             Row (N) and column (N), 0 for points outside; and which points (N) lie inside.
         """
-        xs, ys = _projected(self.crs, lonlat)
+        xs, ys = transformed(_DEGREES, self.crs, *np.reshape(lonlat, (-1, 2)).T)
         with np.errstate(invalid="ignore"):
             columns, rows = np.floor(~self.transform @ (xs, ys))
         # NaN, where the projection holds no such point, compares as outside.
@@ -83,19 +92,95 @@ class Grid:
             inside,
         )
 
-    def hectares(self, rows: slice | range) -> NDArray[np.float64]:
-        """Area of one pixel in each of the rows, in hectares, shape (rows,) float64.
+    def hectares(self, window: Window) -> NDArray[np.float64]:
+        """Area of each pixel of a window, in hectares, shape (h, w) float64, read-only.
 
-        Projected: the transform's determinant, in metres. Geographic: exact on the ellipsoid
-        (Snyder, Map Projections, USGS PP 1395, eq. 3-12), or, where a row is no parallel
-        because the grid is rotated, the mean over the row of the area element.
+        Projected, and equal-area to `_EQUAL_AREA` on this grid: the transform's determinant, in
+        metres. Any other projection: the area on the ellipsoid. Geographic: exact on the
+        ellipsoid (Snyder, Map Projections, USGS PP 1395, eq. 3-12), or, where a row is no
+        parallel because the grid is rotated, the mean over the row of the area element.
         """
-        if isinstance(rows, slice):
-            rows = range(*rows.indices(self.height))
-        row = np.asarray(rows, dtype=np.float64)
+        (top, bottom), (left, right) = window.toranges()
+        shape = (bottom - top, right - left)
+        if self.crs.is_geographic:
+            return np.broadcast_to(self._geographic(np.arange(top, bottom))[:, None], shape)
+        if self._equal_area:
+            return np.broadcast_to(np.float64(self._plane_hectares), shape)
+        return self._ellipsoidal(window)
+
+    @cached_property
+    def pixel_size(self) -> float:
+        """Side in metres, on the ground, of a square as large as the pixel in the middle."""
+        middle = Window(self.width // 2, self.height // 2, 1, 1)
+        return float(np.sqrt(self.hectares(middle)[0, 0] * 1e4))
+
+    @property
+    def _plane_hectares(self) -> float:
+        """Area of a pixel in the plane of the projection."""
+        return float(abs(self.transform.determinant) * _unit(self.crs) ** 2 / 1e4)
+
+    @cached_property
+    def _equal_area(self) -> bool:
+        """Whether pixels have the same area on the ground as in the plane, all over the grid."""
+        column, row = np.meshgrid(
+            np.linspace(0, self.width, _NODES), np.linspace(0, self.height, _NODES)
+        )
+        ratio = self._elements(column, row) / self._plane_hectares
+        known = ratio[np.isfinite(ratio)]
+        # Nothing is known of a CRS that does not lie on the Earth, such as a local one.
+        return bool((np.abs(known - 1) <= _EQUAL_AREA).all())
+
+    def _ellipsoidal(self, window: Window) -> NDArray[np.float64]:
+        """Areas (h, w) on the ellipsoid, linear between nodes that are fixed to the grid."""
+        step = int(np.clip(_NODE_METRES / math.sqrt(self._plane_hectares * 1e4), 1, _NODE_PIXELS))
+        axes = []
+        for start, stop in window.toranges():
+            at = np.arange(start, stop) + 0.5
+            nodes = np.arange(start // step, math.ceil(stop / step) + 1)
+            axes.append((at / step - nodes[0], nodes * step))
+        (row, rows), (column, columns) = axes
+        areas = self._elements(*np.meshgrid(columns.astype(float), rows.astype(float)))
+        by_row = _between(areas, row)
+        # A pixel where the projection has no place on Earth has no area.
+        return np.nan_to_num(_between(by_row.T, column).T, nan=0.0)
+
+    def _elements(
+        self, column: NDArray[np.float64], row: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Area in hectares of a pixel around each place (h, w), NaN beyond the projection.
+
+        The parallelogram between places half a pixel away on either side, as vectors from the
+        Earth's centre: neither a pole nor the antimeridian is special.
+        """
+        half = max(0.5, 50 / math.sqrt(self._plane_hectares * 1e4))
+        ends = [
+            self._from_centre(column + half * right, row + half * down)
+            for right, down in ((1, 0), (-1, 0), (0, 1), (0, -1))
+        ]
+        across, along = ends[0] - ends[1], ends[2] - ends[3]
+        area = np.linalg.norm(np.cross(across, along), axis=-1)
+        return np.asarray(area / (2 * half) ** 2 / 1e4)
+
+    def _from_centre(
+        self, column: NDArray[np.float64], row: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Places of the grid (h, w) as metres from the Earth's centre (h, w, 3)."""
+        xs, ys = self.transform @ (column.ravel(), row.ravel())
+        lon, lat = np.radians(transformed(self.crs, _DEGREES, xs, ys))
+        radius, flattening = _WGS84[0], 1 / _WGS84[1]
+        e2 = flattening * (2 - flattening)
+        normal = radius / np.sqrt(1 - e2 * np.sin(lat) ** 2)
+        places = [
+            normal * np.cos(lat) * np.cos(lon),
+            normal * np.cos(lat) * np.sin(lon),
+            normal * (1 - e2) * np.sin(lat),
+        ]
+        return np.stack(places, axis=-1).reshape(*column.shape, 3)
+
+    def _geographic(self, rows: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Areas of one pixel in each row of a geographic grid."""
+        row = rows.astype(np.float64)
         unit = _unit(self.crs)
-        if not self.crs.is_geographic:
-            return np.full(row.shape, abs(self.transform.determinant) * unit**2 / 1e4)
         radius, e2 = _ellipsoid(self.crs)
         _, _, _, lat_by_column, lat_by_row, top = (unit * v for v in self.transform[:6])
         if lat_by_column == 0:
@@ -136,22 +221,43 @@ class Grid:
             )
 
 
-def _projected(
-    crs: CRS, lonlat: Sequence[tuple[float, float]]
+def transformed(
+    source: CRS, target: CRS, xs: ArrayLike, ys: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """X and y of points in a CRS, NaN for those that it cannot hold."""
+    """Points of one CRS in another.
+
+    Args:
+        source: the CRS of the points.
+        target: the CRS of the result.
+        xs: x (or longitude) of each point (N).
+        ys: y (or latitude) of each point (N).
+
+    Returns:
+        X and y (N), NaN for points that either CRS cannot hold.
+    """
+    x, y = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
     try:
-        xs, ys = rasterio.warp.transform(
-            "EPSG:4326", crs, [p[0] for p in lonlat], [p[1] for p in lonlat]
-        )
+        found = rasterio.warp.transform(source, target, x.tolist(), y.tolist())
     except GDALError:
         # One point beyond the projection fails them all, so bisect.
-        if len(lonlat) == 1:
+        if x.size == 1:
             return np.array([np.nan]), np.array([np.nan])
-        half = len(lonlat) // 2
-        (ax, ay), (bx, by) = _projected(crs, lonlat[:half]), _projected(crs, lonlat[half:])
+        half = x.size // 2
+        (ax, ay), (bx, by) = (
+            transformed(source, target, x[part], y[part])
+            for part in (slice(half), slice(half, None))
+        )
         return np.concatenate([ax, bx]), np.concatenate([ay, by])
-    return np.asarray(xs, np.float64), np.asarray(ys, np.float64)
+    u, v = (np.asarray(values, np.float64) for values in found)
+    there = np.isfinite(u) & np.isfinite(v)
+    return np.where(there, u, np.nan), np.where(there, v, np.nan)
+
+
+def _between(values: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Linear along the first axis, at places counted in its steps."""
+    low = np.minimum(at.astype(np.intp), len(values) - 2)
+    weight = (at - low)[:, None]
+    return np.asarray(values[low] * (1 - weight) + values[low + 1] * weight)
 
 
 def crs_name(crs: CRS) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from affine import Affine
-from pyproj import Geod
+from pyproj import Geod, Transformer
 from rasterio.crs import CRS
 from rasterio.warp import transform as warp
+from rasterio.windows import Window
 
 from service.errors import GridMismatch
 from service.grid import Grid
@@ -15,6 +16,11 @@ from service.grid import Grid
 
 def grid(crs: str, transform: Affine, width: int = 40, height: int = 30) -> Grid:
     return Grid(crs=CRS.from_string(crs), transform=transform, width=width, height=height)
+
+
+def rows(of: Grid, wanted: slice | range) -> np.ndarray:
+    """Area of the first pixel of some rows."""
+    return of.hectares(Window(0, 0, of.width, of.height))[wanted, 0]
 
 
 def geodesic_hectares(
@@ -35,27 +41,27 @@ def geodesic_hectares(
 
 def test_projected_area_is_the_determinant_in_metres() -> None:
     utm = grid("EPSG:32631", Affine(10, 0, 5e5, 0, -20, 5.6e6))
-    assert utm.hectares(slice(None)) == pytest.approx(np.full(30, 0.02))
+    assert rows(utm, slice(None)) == pytest.approx(np.full(30, 0.02))
     feet = grid("EPSG:2225", Affine(100, 0, 6e6, 0, -100, 2e6))
-    assert feet.hectares(range(2)) == pytest.approx(np.full(2, (100 * 0.3048006096) ** 2 / 1e4))
+    assert rows(feet, range(2)) == pytest.approx(np.full(2, (100 * 0.3048006096) ** 2 / 1e4))
 
 
 def test_rotated_projected_area_does_not_change_by_the_rotation() -> None:
     turned = Affine.translation(5e5, 5.6e6) @ Affine.rotation(30) @ Affine.scale(10, -10)
-    assert grid("EPSG:32631", turned).hectares(range(3)) == pytest.approx(np.full(3, 0.01))
+    assert rows(grid("EPSG:32631", turned), range(3)) == pytest.approx(np.full(3, 0.01))
 
 
 def test_sinusoidal_pixels_all_have_the_same_area() -> None:
     modis = "+proj=sinu +lon_0=0 +x_0=0 +y_0=0 +R=6371007.181 +units=m"
     side = 231.65635826
-    areas = grid(modis, Affine(side, 0, -6e6, 0, -side, -1.3e6)).hectares(slice(0, 30))
+    areas = rows(grid(modis, Affine(side, 0, -6e6, 0, -side, -1.3e6)), slice(0, 30))
     assert areas == pytest.approx(np.full(30, side**2 / 1e4))
 
 
 @pytest.mark.parametrize("top", [0.0, 51.0, -33.5, 80.0])
 def test_geographic_area_is_exact_on_the_ellipsoid(top: float) -> None:
     transform = Affine(0.1, 0, 4.0, 0, -0.1, top)
-    areas = grid("EPSG:4326", transform).hectares(range(5, 25))
+    areas = rows(grid("EPSG:4326", transform), range(5, 25))
     expected = [geodesic_hectares(transform, row, 0) for row in range(5, 25)]
     assert areas == pytest.approx(expected, rel=1e-6)
 
@@ -64,26 +70,26 @@ def test_geographic_area_uses_the_ellipsoid_and_the_unit_of_the_crs() -> None:
     # EPSG:4807: Clarke 1880 (IGN), in grads. The same pixel in degrees, by pyproj.
     grads = Affine(0.1, 0, 1.0, 0, -0.1, 54.0)
     degrees = Affine.scale(0.9) @ grads
-    areas = grid("EPSG:4807", grads).hectares(range(3))
+    areas = rows(grid("EPSG:4807", grads), range(3))
     expected = [geodesic_hectares(degrees, row, 0, ellipsoid="clrk80ign") for row in range(3)]
     assert areas == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_whole_sphere_comes_out() -> None:
     whole = grid("+proj=longlat +R=6371000", Affine(1, 0, -180, 0, -1, 90), 360, 180)
-    total = whole.hectares(slice(None)).sum() * 360
+    total = rows(whole, slice(None)).sum() * 360
     assert total == pytest.approx(4 * np.pi * 6371000**2 / 1e4)
 
 
 def test_rows_beyond_the_pole_have_no_area() -> None:
     beyond = grid("EPSG:4326", Affine(1, 0, 0, 0, -1, 92), 10, 10)
-    assert beyond.hectares(range(4))[:2] == pytest.approx([0, 0])
-    assert (beyond.hectares(range(4))[2:] > 0).all()
+    assert rows(beyond, range(4))[:2] == pytest.approx([0, 0])
+    assert (rows(beyond, range(4))[2:] > 0).all()
 
 
 def test_rotated_geographic_area_is_the_mean_of_the_row() -> None:
     turned = Affine.translation(4, 51) @ Affine.rotation(25) @ Affine.scale(0.05, -0.05)
-    areas = grid("EPSG:4326", turned).hectares(range(0, 30, 10))
+    areas = rows(grid("EPSG:4326", turned), range(0, 30, 10))
     expected = [
         np.mean([geodesic_hectares(turned, row, column) for column in range(40)])
         for row in range(0, 30, 10)
@@ -97,8 +103,90 @@ def test_utm_pixels_are_close_to_their_geodesic_area() -> None:
     corners = [transform @ c for c in [(0, 0), (1, 0), (1, 1), (0, 1)]]
     longitude, latitude = warp("EPSG:32631", "EPSG:4326", *zip(*corners, strict=True))
     area, _ = Geod(ellps="WGS84").polygon_area_perimeter(longitude, latitude)
-    ours = grid("EPSG:32631", transform).hectares(range(1))[0]
+    ours = rows(grid("EPSG:32631", transform), range(1))[0]
     assert ours == pytest.approx(abs(area) / 1e4, rel=1e-3)
+
+
+def polygon_hectares(of: Grid, row: int, column: int) -> float:
+    """Area of a pixel by pyproj alone: its outline, cut fine, as a polygon of geodesics."""
+    steps = np.linspace(0, 1, 20, endpoint=False)
+    ring = [
+        *((column + s, row) for s in steps),
+        *((column + 1, row + s) for s in steps),
+        *((column + 1 - s, row + 1) for s in steps),
+        *((column, row + 1 - s) for s in steps),
+    ]
+    x, y = zip(*(of.transform @ corner for corner in ring), strict=True)
+    to_degrees = Transformer.from_crs(of.crs.to_wkt(), "EPSG:4326", always_xy=True)
+    area, _ = Geod(ellps="WGS84").polygon_area_perimeter(*to_degrees.transform(x, y))
+    return abs(area) / 1e4
+
+
+@pytest.mark.parametrize(
+    ("crs", "transform", "width", "height"),
+    [
+        ("EPSG:3857", Affine(10, 0, 480_000, 0, -10, 6_650_000), 300, 200),
+        ("EPSG:3857", Affine(20_000, 0, -1e7, 0, -20_000, 1e7), 900, 700),
+        ("EPSG:32631", Affine(10, 0, 300_000, 0, -10, 5_700_000), 300, 200),
+        # Far outside its zone, where UTM stretches by more than the tolerance.
+        ("EPSG:32631", Affine(100, 0, 1_300_000, 0, -100, 5_700_000), 300, 200),
+        ("EPSG:3035", Affine(100, 0, 3_900_000, 0, -100, 3_100_000), 300, 200),
+        # Across the pole, and far from it where the projection stretches.
+        ("EPSG:3413", Affine(1000, 0, -150_000, 0, -1000, 100_000), 300, 200),
+        ("EPSG:3031", Affine(30, 0, 2_500_000, 0, -30, 2_500_000), 300, 200),
+        # Across the antimeridian.
+        ("EPSG:3832", Affine(1000, 0, 3_300_000, 0, -1000, 5_000_000), 300, 200),
+        # Turned by 30 degrees.
+        (
+            "EPSG:3857",
+            Affine.translation(480_000, 6_650_000) @ Affine.rotation(30) @ Affine.scale(10, -10),
+            300,
+            200,
+        ),
+        ("EPSG:4326", Affine(1e-4, 0, 4.0, 0, -1e-4, 51.0), 300, 200),
+        ("EPSG:4326", Affine(0.1, 0, -170.0, 0, -0.1, 80.0), 3400, 1600),
+    ],
+)
+def test_areas_are_geodesic_to_half_a_per_cent(
+    crs: str, transform: Affine, width: int, height: int
+) -> None:
+    one = grid(crs, transform, width, height)
+    whole = one.hectares(Window(0, 0, width, height))
+    assert whole.shape == (height, width)
+    for row, column in [(0, 0), (height - 1, width - 1), (height // 2, width // 3), (5, width - 7)]:
+        expected = polygon_hectares(one, row, column)
+        assert whole[row, column] == pytest.approx(expected, rel=5e-3), (row, column)
+        if abs(whole[row, column] / one.hectares(Window(0, 0, 1, 1))[0, 0] - 1) > 1e-9:
+            # Not constant, so worked out on the ellipsoid.
+            assert whole[row, column] == pytest.approx(expected, rel=2e-5), (row, column)
+
+
+def test_areas_do_not_depend_on_the_window() -> None:
+    one = grid("EPSG:3857", Affine(10, 0, 480_000, 0, -10, 6_650_000), 300, 200)
+    whole = one.hectares(Window(0, 0, 300, 200))
+    part = one.hectares(Window(70, 130, 90, 3))
+    np.testing.assert_allclose(part, whole[130:133, 70:160], rtol=1e-12)
+
+
+def test_web_mercator_does_not_stretch_hectares() -> None:
+    """10 m by its own measure at 51 degrees north are 6.3 m on the ground."""
+    one = grid("EPSG:3857", Affine(10, 0, 480_000, 0, -10, 6_621_293), 10, 10)
+    assert one.hectares(Window(0, 0, 10, 10)) == pytest.approx(0.01 * 0.3966, rel=3e-3)
+    assert one.pixel_size == pytest.approx(6.3, rel=1e-2)
+
+
+def test_pixels_beyond_the_projection_have_no_area() -> None:
+    disk = "+proj=ortho +lat_0=0 +lon_0=0 +ellps=WGS84"
+    one = grid(disk, Affine(100_000, 0, -7e6, 0, -100_000, 7e6), 140, 140)
+    areas = one.hectares(Window(0, 0, 140, 140))
+    assert areas[0, 0] == 0
+    assert areas[70, 70] == pytest.approx(1e6, rel=1e-3)
+
+
+def test_a_local_crs_keeps_the_area_of_its_plane() -> None:
+    local = 'LOCAL_CS["site",UNIT["metre",1],AXIS["x",EAST],AXIS["y",NORTH]]'
+    one = grid(local, Affine(10, 0, 0, 0, -10, 0), 4, 4)
+    assert one.hectares(Window(0, 0, 4, 4)) == pytest.approx(0.01)
 
 
 NORTH_UP = Affine(10, 0, 5e5, 0, -10, 5.6e6)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from benchmarks.tiny_zoo import write_bundle
-from models.card import ModelCard, TimeWindow
+from models.card import ModelCard, StartRule, TimeWindow
 from models.onnxfile import NotONNX, inspect_onnx
 from models.registry import ZOO, BundleError, Registry, load_bundle, sha256_of
 
@@ -76,6 +76,9 @@ def every(days: int, first: date, last: date) -> list[date]:
     return [first + timedelta(days=d) for d in range(0, (last - first).days + 1, days)]
 
 
+START, END = date(2021, 1, 5), date(2021, 12, 31)
+
+
 class TestTimeWindow:
     def test_calendar_year_is_the_one_with_the_most_dates(self) -> None:
         dates = every(5, date(2017, 8, 14), date(2018, 11, 20))
@@ -129,6 +132,22 @@ class TestTimeWindow:
         assert window.first_day == dates[-1] - timedelta(days=310)
         assert max(window.days(dates[::-1])) == 310
         assert min(window.days(dates[::-1])) == 0
+
+    @pytest.mark.parametrize("rule", ["calendar-year", "fullest-year", "every-date", "last-steps"])
+    @pytest.mark.parametrize("start", [None, date.min, date(2021, 6, 1), date.max])
+    @pytest.mark.parametrize(
+        "dates", [[date.min], [date.max], [date.min, date.max], every(20, START, END)]
+    )
+    def test_no_date_is_too_extreme(
+        self, rule: StartRule, start: date | None, dates: list[date]
+    ) -> None:
+        window = TimeWindow(steps=36, step_days=10, start=rule).resolve(dates, start)
+        length = timedelta(days=360)
+        first = start or window.start
+        if start or rule != "every-date":
+            assert all(timedelta(0) <= dates[i] - first < length for i in window.used)
+        # 31 December lies beyond 36 steps of 10 days.
+        assert window.used or start or (rule, dates) == ("calendar-year", [date.max])
 
     def test_a_given_start_bounds_what_is_used(self) -> None:
         dates = every(10, date(2020, 1, 1), date(2021, 12, 31))

@@ -496,7 +496,7 @@ def test_geographic_rotated_and_nameless_grids_are_read(
     stack = opened(*files)
     assert stack.grid.transform.almost_equals(transform, 1e-6)
     assert read(stack).valid.all()
-    assert (stack.grid.hectares(range(6)) > 0).all()
+    assert (stack.grid.hectares(Window(0, 0, 1, 6)) > 0).all()
 
 
 # --- the composite of imagery ---------------------------------------------------------------

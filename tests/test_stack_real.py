@@ -68,7 +68,7 @@ def test_flanders(shared_data: Path) -> None:
     np.testing.assert_allclose(
         sits.values, np.where(present[:, None], values * 1e-4, np.nan), rtol=1e-6
     )
-    assert stack.grid.hectares(slice(None)) == pytest.approx(np.full(64, 0.01))
+    assert stack.grid.hectares(Window(0, 0, 64, 64)) == pytest.approx(0.01)
 
     part = read(stack, Window(10, 24, 30, 12))
     np.testing.assert_array_equal(part.values, sits.values[:, :, 24:36, 10:40])
@@ -118,7 +118,7 @@ def test_mato_grosso(shared_data: Path) -> None:
     np.testing.assert_allclose(
         sits.values.swapaxes(0, 1)[:, ~missing], raw.swapaxes(0, 1)[:, ~missing], rtol=1e-6
     )
-    assert stack.grid.hectares(range(1))[0] == pytest.approx(5.3665, rel=1e-4)
+    assert stack.grid.hectares(Window(0, 0, 1, 1))[0, 0] == pytest.approx(5.3665, rel=1e-4)
     with pytest.raises(MissingDates, match="3 of 3 files"):
         opened(files)
     with pytest.raises(MissingDates, match="137 bands but 136 dates"):

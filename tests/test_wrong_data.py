@@ -345,6 +345,45 @@ def test_every_grid_keeps_its_place_and_its_hectares(
         assert hectares == pytest.approx(geodesic_hectares(given), rel=1e-5)
 
 
+@pytest.mark.parametrize("task", ["classify-pixels", "forecast", "embed"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"start": "9999-12-31"}, {"start": "0001-01-01"}, {"start": "2099-12-31"}]
+    + [{"dates": f"{a},{b}"} for a, b in [("0001-01-01", "9999-12-31"), ("2021-02-30", "2021-1-1")]]
+    + [{"dates": "1970-01-01,2099-12-31", "start": "1970-01-01"}],
+)  # fmt: skip
+def test_extreme_dates_are_never_a_fault_of_the_server(
+    api: httpx.Client, tmp_path: Path, task: str, fields: dict[str, str]
+) -> None:
+    answer = api.post(f"/{task}", files=stack(tmp_path, noise(2)), data=fields)
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["code"] in {"invalid_request", "too_few_dates"}
+
+
+@pytest.mark.parametrize("day", ["0001-01-01", "9999-12-31"])
+def test_extreme_dates_of_a_series_are_rejected(api: httpx.Client, day: str) -> None:
+    one = {"id": "a", "dates": [day] * 4, "B02": [0.1] * 4, "B04": [0.1] * 4, "B08": [0.3] * 4}
+    for body in (
+        {"series": [one]},
+        {"series": [{**one, "dates": ["2021-01-01"] * 4}], "start": day},
+    ):
+        answer = api.post("/forecast", json=body)
+        assert answer.status_code == 422, answer.text
+        assert "1970-01-01 to 2099-12-31" in json.dumps(answer.json())
+
+
+def test_hectares_in_web_mercator_are_those_on_the_ground(
+    api: httpx.Client, tmp_path: Path
+) -> None:
+    place = {"crs": "EPSG:3857", "transform": Affine(16, 0, 480_000, 0, -16, 6_650_000)}
+    files = stack(tmp_path, noise(4), **place)
+    answer = api.post("/classify-pixels", files=files, headers={"Accept": "application/json"})
+    hectares = sum(entry["hectares"] for entry in answer.json()["classes"])
+    grid = {**place, "crs": CRS.from_string(place["crs"]), "height": SHAPE[0], "width": SHAPE[1]}
+    assert hectares == pytest.approx(geodesic_hectares(grid), rel=1e-4)
+    assert hectares < 0.5 * np.prod(SHAPE) * 16**2 / 1e4
+
+
 def geodesic_hectares(profile: Mapping[str, Any]) -> float:
     """Area of the raster's outline on the ellipsoid, its sides drawn as they run in the CRS."""
     height, width = profile["height"], profile["width"]

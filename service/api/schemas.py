@@ -10,6 +10,7 @@ from datetime import date, datetime
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -33,6 +34,7 @@ QuantileOutput = Literal["q10", "q50", "q90"]
 _LISTED = frozenset({"dates", "bands", "outputs"})
 _MAX_ERRORS = 20
 _MAX_STRUCTURE = 500_000
+PLAUSIBLE_DATES = (date(1970, 1, 1), date(2099, 12, 31))
 _ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -40,10 +42,18 @@ _Model = TypeVar("_Model", bound=BaseModel)
 def _iso_date(value: object) -> object:
     # Left to itself, pydantic would read "20210105" as seconds since 1970.
     if isinstance(value, str) and not _ISO_DATE.fullmatch(value):
-        raise ValueError(f"'{value}' is no ISO date like 2021-01-05")
+        raise ValueError(f"'{value}' is not an ISO date such as 2021-01-05")
     if not isinstance(value, str | date):
-        raise ValueError("an ISO date like 2021-01-05 is needed")  # noqa: TRY004 - pydantic's way
+        raise ValueError("an ISO date such as 2021-01-05 is needed")  # noqa: TRY004 - pydantic's way
     return value
+
+
+def _plausible_date(day: date) -> date:
+    """The years in which dates are looked for in files as well."""
+    first, last = PLAUSIBLE_DATES
+    if not first <= day <= last:
+        raise ValueError(f"{day} is not a date from {first} to {last}")
+    return day
 
 
 def _listed(value: object) -> object:
@@ -65,6 +75,7 @@ def _once(value: object) -> object:
 _IsoDate = Annotated[
     date,
     BeforeValidator(_iso_date),
+    AfterValidator(_plausible_date),
     WithJsonSchema({"type": "string", "format": "date", "examples": ["2021-01-05"]}),
 ]
 _Split = BeforeValidator(_listed)

@@ -171,8 +171,7 @@ class Sink:
         # A sum of numbers is a number, and is faster than a look at each of them.
         flat = predictions.reshape(len(predictions), math.prod(predictions.shape[1:]))
         missing = np.isnan(np.einsum("ij->i", flat))
-        rows = range(window.row_off, window.row_off + window.height)
-        hectares = np.repeat(self._grid.hectares(rows), window.width)
+        hectares = self._grid.hectares(window).ravel()
         counts = self._tally.count(predictions, hectares[found.index])
         arrays = {f"{_COUNTED}{name}": values for name, values in counts.items()}
         arrays["valid"] = (~missing).sum()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import date, timedelta
+from datetime import date
 
-from models.card import ModelCard, ResolvedWindow
+from models.card import ModelCard, ResolvedWindow, shifted
 from service.errors import MissingDates, StackWarning, TooFewDates
 
 
@@ -49,8 +49,8 @@ def time_window_ends(card: ModelCard, window: ResolvedWindow) -> tuple[date, dat
     if card.window.start == "last-steps":
         # It ends on its last step, and takes nothing from before its first.
         first = max(window.start, window.first_day)
-        return first, window.first_day + timedelta(days=length - card.window.step_days)
-    end = window.start + timedelta(days=length - 1)
+        return first, shifted(window.first_day, length - card.window.step_days)
+    end = shifted(window.start, length - 1)
     # One that takes every date has no length.
     return window.start, max(end, window.last or end)
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import LegendClass, ModelCard, ResolvedWindow
+from models.card import LegendClass, ModelCard, ResolvedWindow, shifted
 from service.errors import InvalidRequest
 
 Floats = NDArray[np.float32]
@@ -136,7 +136,7 @@ def _forecast_of(
         raise InvalidRequest.of("dates", "a forecast goes on from the last date, and there is none")
     return ForecastPredictions(
         indices=tuple(name.upper() for name in card.indices),
-        dates=tuple(last + timedelta(days=step_days * (k + 1)) for k in range(steps)),
+        dates=tuple(shifted(last, step_days * (k + 1)) for k in range(steps)),
         quantiles=quantiles,
         outputs=tuple(q for q in quantiles if q in outputs),
     )
