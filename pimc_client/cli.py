@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
 from pimc_client import operations
 from pimc_client.client import Client
 from pimc_client.errors import PIMCError
-from pimc_client.inputs import Layout, MaskRule, Modality, Series, Task
+from pimc_client.inputs import Layout, Modality, Series, Task
 from pimc_client.requests import __version__
 from pimc_client.responses import TaskResult
 from pimc_client.results import JobHandle, Raster, Rasters, Results, Summary
@@ -111,18 +111,16 @@ Bands = Annotated[
     str | None,
     typer.Option("--bands", help="Comma-separated Sentinel-2 band names, in band order."),
 ]
-Scale = Annotated[
-    float | None, typer.Option("--scale", help="Reflectance = value x scale + offset.")
-]
+Scale = Annotated[str | None, typer.Option("--scale", help="Reflectance = value x scale + offset.")]
 Offset = Annotated[
-    float | None, typer.Option("--offset", help="Reflectance = value x scale + offset.")
+    str | None, typer.Option("--offset", help="Reflectance = value x scale + offset.")
 ]
 Mask = Annotated[
-    MaskRule | None,
+    str | None,
     typer.Option(
         "--mask",
         help="How cloudy pixels are identified: scl by the scene classification band, none by "
-        "nodata alone.",
+        "nodata alone, or other rules of the server, comma-separated.",
     ),
 ]
 Start = Annotated[

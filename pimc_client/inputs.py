@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Task = Literal["classify-pixels", "forecast", "landcover", "embed"]
 Layout = Literal["file-per-date", "file-per-band", "single-file"]
-MaskRule = Literal["scl", "none"]
 Modality = Literal["pixel", "patch"]
 ClassOutput = Literal["class", "confidence", "entropy", "probabilities"]
 QuantileOutput = Literal["q10", "q50", "q90"]
@@ -77,12 +76,13 @@ class StackOptions(TypedDict, total=False):
     """One date per file, per band of a `file-per-band` file, or per date of a single file."""
     bands: Sequence[str] | str
     """Sentinel-2 band names in band order, such as `["B02", "B03", "B04", "B08", "SCL"]`."""
-    scale: float
-    """Reflectance = value x scale + offset."""
-    offset: float
-    """Reflectance = value x scale + offset."""
-    mask: MaskRule
-    """`scl` uses the scene classification band; `none` uses nodata and NaN alone."""
+    scale: float | str
+    """Reflectance = value x scale + offset; text is sent as it is."""
+    offset: float | str
+    """Reflectance = value x scale + offset; text is sent as it is."""
+    mask: str | Sequence[str]
+    """How cloudy pixels are identified: `scl` by the scene classification band, `none` by nodata
+    and NaN alone, or other rules that the server knows."""
     progress: Progress
     """Called while files are sent, with the bytes sent and the total number of bytes."""
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 import pimc_client
+from pimc_client import cli
 from pimc_client.errors import BY_CODE, ServiceError, WaitTimedOut, service_error
+from pimc_client.requests import build_raster
+from service.api.schemas import FORMS
 from service.errors import STATUS
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +145,15 @@ def test_the_synchronous_client_is_generated_from_the_asynchronous_one():
         [sys.executable, script, "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_parameter_of_the_server_is_an_option_of_the_client_and_of_the_command():
+    options = inspect.signature(build_raster).parameters
+    for task, form in FORMS.items():
+        assert set(form.model_fields) <= options.keys(), task
+        command = task.replace("-", "_") if task == "classify-pixels" else task
+        offered = inspect.signature(getattr(cli, command)).parameters.keys() | {"outputs"}
+        assert set(form.model_fields) <= offered, task
 
 
 def test_the_version_is_the_projects():
