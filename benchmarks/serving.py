@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.api.app import create_app
+from service.api.http_protocol import server_config
 from service.settings import Settings
 
 
@@ -24,14 +25,12 @@ def served(**settings: Any) -> Iterator[httpx.Client]:
     with ExitStack() as stack:
         if "state_dir" not in settings:  # services of one test run would meet in the default one
             settings["state_dir"] = Path(stack.enter_context(TemporaryDirectory(prefix="state-")))
-        app = create_app(Settings(**{"providers": "cpu", **settings}))
-        yield from _run(app)
+        made = Settings(**{"providers": "cpu", "port": 0, **settings})
+        yield from _run(create_app(made), made)
 
 
-def _run(app: FastAPI) -> Iterator[httpx.Client]:
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=5
-    )
+def _run(app: FastAPI, settings: Settings) -> Iterator[httpx.Client]:
+    config = server_config(app, settings, log_config=None, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from service.api.app import create_app, open_jobs
 from service.api.auth import check_binding
 from service.api.dependencies import AppState
+from service.api.http_protocol import server_config
 from service.jobs.store import JobStore
 from service.settings import (
     SHORT_KEY,
@@ -57,14 +58,7 @@ def serve(settings: Settings, jobs: JobStore) -> None:
         said = "%d of the API keys have fewer than %d characters and can be guessed"
         logging.getLogger("service").warning(said, short, SHORT_KEY)
     app = create_app(settings, jobs)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=log,
-        access_log=False,  # each request has its own line, with its id
-        server_header=False,
-    )
+    config = server_config(app, settings, log_config=log)
     server = DrainingServer(config, app, grace_seconds=settings.grace_seconds)
     try:
         server.run()

@@ -14,7 +14,8 @@
     │   ├── NotFound, MethodNotAllowed, UnknownModel, UnknownJob
     │   ├── ResultNotReady                   the job is not finished
     │   ├── BodyTooLarge                     over the upload limit
-    │   └── BodyStalled                      the upload stopped half way
+    │   ├── BodyStalled                      the upload stopped half way
+    │   └── MalformedRequest, UriTooLong, HeaderTooLarge, HeadStalled    the head of the request
     ├── RasterError                          what the files hold
     │   ├── NotAGeoTIFF, CorruptRaster, NoGeoreference, GridMismatch
     │   ├── MissingBands, MissingDates, TooFewDates
@@ -169,6 +170,34 @@ class BodyStalled(RequestError):
     title = "Body stalled"
 
 
+class MalformedRequest(RequestError):
+    """What came is not HTTP."""
+
+    code = "malformed_request"
+    title = "Malformed request"
+
+
+class UriTooLong(RequestError):
+    """The request's path and query are over their limit."""
+
+    code = "uri_too_long"
+    title = "URI too long"
+
+
+class HeaderTooLarge(RequestError):
+    """The request's headers are over their limit."""
+
+    code = "header_too_large"
+    title = "Header too large"
+
+
+class HeadStalled(RequestError):
+    """The request's headers did not come in time."""
+
+    code = "head_stalled"
+    title = "Head stalled"
+
+
 class RasterError(PIMCError):
     """The files do not make a usable stack."""
 
@@ -281,6 +310,10 @@ STATUS: Mapping[str, int] = {
     "raster_too_large": 413,
     "body_too_large": 413,
     "body_stalled": 408,
+    "malformed_request": 400,
+    "head_stalled": 408,
+    "uri_too_long": 414,
+    "header_too_large": 431,
     "unknown_model": 404,
     "unknown_job": 404,
     "not_found": 404,

@@ -104,6 +104,13 @@ class Settings(BaseSettings):
     """Largest upload, in bytes or as `500MB`, `2GiB`."""
     upload_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     """Seconds within which the next 64 KiB of an upload must come, or its end."""
+    max_connections: Annotated[int, Field(ge=16)] = 1024
+    """Open connections. At the bound, the one that has waited longest without a request is closed.
+    The limit of open files is raised for them as far as the system allows."""
+    max_connections_per_address: Annotated[int, Field(ge=1)] = 256
+    """Open connections of one client address; set it to `PIMC_MAX_CONNECTIONS` behind a proxy."""
+    head_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
+    """Seconds within which a request's line and headers must come."""
     max_raster_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(16 * 2**30)
     """Largest decoded stack, in bytes or as `500MB`, `2GiB`, judged from the headers."""
     sync_max_pixels: Annotated[int, Field(ge=1)] = 2048 * 2048

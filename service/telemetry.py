@@ -79,12 +79,27 @@ class Metrics:
             registry=self._registry,
         )
 
+        self._connections = Gauge("pimc_connections", "Open connections", registry=self._registry)
+        self._given_up = self._counter(
+            "pimc_connections_given_up",
+            "Connections closed or rejected by a bound, by reason",
+            ["reason"],
+        )
+
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         return Counter(name, text, labels, registry=self._registry)
 
     def provider(self, name: str) -> None:
         """Note the execution provider really in use."""
         self._provider.labels(name).set(1)
+
+    def connections(self, count: int) -> None:
+        """Note how many connections are open."""
+        self._connections.set(count)
+
+    def connection_given_up(self, reason: str) -> None:
+        """Count a connection that a bound closed or rejected."""
+        self._given_up.labels(reason).inc()
 
     def answered(self, *, route: str, method: str, status: int, seconds: float) -> None:
         """Count one request."""

@@ -102,6 +102,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
         docs_url=None,  # the explorer has the page, with a policy of its own
         redoc_url=None,
     )
+    app.state.metrics = metrics
     for router in (tasks.router, job_routes.router, models.router, health.router, home.router):
         app.include_router(router)
     add_handlers(app)

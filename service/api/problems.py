@@ -48,22 +48,28 @@ def problem(
     request: Request, error: PIMCError, headers: Mapping[str, str] | None = None
 ) -> Response:
     """The answer that an error makes."""
-    body: dict[str, Any] = {
-        "type": f"urn:pimc:problem:{error.code}",
-        "title": error.title,
-        "status": STATUS[error.code],
-        "detail": error.detail,
-        "code": error.code,
-        "request_id": request.state.request_id,
-    }
-    if isinstance(error, InvalidRequest):
-        body["errors"] = [dict(e) for e in error.errors]
+    body = problem_document(error, request.state.request_id)
     return JSONResponse(
         body,
         status_code=body["status"],
         headers={**(headers or {}), **_headers(error)},
         media_type=PROBLEM,
     )
+
+
+def problem_document(error: PIMCError, request_id: str) -> dict[str, Any]:
+    """An error as RFC 9457 writes it."""
+    body: dict[str, Any] = {
+        "type": f"urn:pimc:problem:{error.code}",
+        "title": error.title,
+        "status": STATUS[error.code],
+        "detail": error.detail,
+        "code": error.code,
+        "request_id": request_id,
+    }
+    if isinstance(error, InvalidRequest):
+        body["errors"] = [dict(e) for e in error.errors]
+    return body
 
 
 def fault(request: Request) -> Response:
