@@ -172,6 +172,7 @@ class Variant(_Frozen):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: int
     opset: int
+    """ONNX operator set, for the reader of the card; ONNX Runtime goes by the file's own."""
     loss: dict[str, float] = {}
     """Measured change of each metric against float32 (negative is worse)."""
 

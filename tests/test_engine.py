@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -275,6 +276,66 @@ def test_a_graph_that_cannot_serve_is_refused_and_the_others_serve(tmp_path, cha
         assert engine.refused["bad"].startswith("bundle 'bad'")
         assert re.search(says, engine.refused["bad"])
         assert "/" not in engine.refused["bad"]
+
+
+def outside(how, location, length):
+    """A change of a graph: its weight `zero` is read from another file."""
+
+    def change(model):
+        kept = model.graph.initializer
+        weight = kept.pop([w.name for w in kept].index("zero"))
+        onnx.external_data_helper.set_external_data(weight, location, offset=0, length=length)
+        weight.ClearField("raw_data")
+        weight.data_location = onnx.TensorProto.EXTERNAL
+        if how == "initializer":
+            model.graph.initializer.append(weight)
+        elif how == "attribute":
+            constant = onnx.helper.make_node("Constant", [], [weight.name], value=weight)
+            model.graph.node.insert(0, constant)
+        elif how == "sparse":
+            weight.dims.append(1)
+            sparse = onnx.SparseTensorProto(values=weight, dims=[1])
+            sparse.indices.CopyFrom(onnx.numpy_helper.from_array(np.array([0]), "at"))
+            model.graph.sparse_initializer.append(sparse)
+        else:  # in both branches of an If
+            branches = {}
+            for name in ("then_branch", "else_branch"):
+                inner = onnx.helper.make_node("Constant", [], [name], value=weight)
+                told = onnx.helper.make_tensor_value_info(name, weight.data_type, weight.dims)
+                branches[name] = onnx.helper.make_graph([inner], name, [], [told])
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "yes"))
+            model.graph.node.insert(
+                0, onnx.helper.make_node("If", ["yes"], [weight.name], **branches)
+            )
+
+    return change
+
+
+@pytest.mark.parametrize("how", ["initializer", "sparse", "attribute", "branch"])
+@pytest.mark.parametrize("place", ["above", "absolute"])
+def test_weights_outside_a_bundles_folder_are_never_read(tmp_path, how, place):
+    """ONNX Runtime refuses them; the registry refuses whatever else lies within the folder."""
+    zoo = tmp_path / "zoo"
+    folder = write_bundle(zoo, "bad", "embed", "pixel")
+    content = np.float32(0).tobytes()
+    (tmp_path / "weights.bin").write_bytes(content)
+    within = folder / "weights.bin"
+    within.write_bytes(content)
+
+    # The same graph loads and runs with the same bytes within the folder: its form is not at fault.
+    changed(folder, outside(how, within.name, len(content)))
+    onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    within.unlink()
+
+    location = "../../weights.bin" if place == "above" else str(tmp_path / "weights.bin")
+    shutil.rmtree(folder)
+    changed(write_bundle(zoo, "bad", "embed", "pixel"), outside(how, location, len(content)))
+    registry = Registry.load(zoo)
+    assert registry.refused == {}
+    with Engine(registry, providers="cpu", threads=1) as engine:
+        assert engine.refused["bad"] == (
+            "bundle 'bad': model.onnx: float32 does not load, the log says why"
+        )
 
 
 def test_quantiles_that_do_not_ascend_are_refused(tmp_path):

@@ -167,13 +167,16 @@ def pick_variant(card: ModelCard, provider: str) -> Precision:
 def _why_not(bundle: Bundle, variant: Precision, error: Exception) -> str:
     """What to say of a file that does not load; the runtime's own words name paths."""
     where = f"bundle '{bundle.card.name}': {bundle.path(variant).name}"
-    newest = re.search(r"support for domain ai\.onnx is till opset (\d+)", str(error))
-    if newest is None:
+    opset = re.search(
+        r"Opset (\d+) is under development.*support for domain ai\.onnx is till opset (\d+)",
+        str(error),
+        re.DOTALL,
+    )
+    if opset is None:
         return f"{where}: {variant} does not load, the log says why"
-    opset = next(v.opset for v in bundle.card.variants if v.name == variant)
     return (
-        f"{where} is of opset {opset}, and ONNX Runtime {onnxruntime.__version__} takes none above "
-        f"{newest[1]}"
+        f"{where} is of opset {opset[1]}, and ONNX Runtime {onnxruntime.__version__} takes none "
+        f"above {opset[2]}"
     )
 
 
