@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rasterio
-
-from tests.kits.rasters import write
 
 BANDS = ("B02", "B04", "B08")
 TASKS = ("classify-pixels", "forecast", "landcover", "embed")
@@ -418,13 +416,44 @@ def sound_files(folder: Path) -> dict[str, bytes]:
     for name, (bands, how) in makes.items():
         described = (*BANDS, "SCL")[: len(bands)]
         path = folder / f"{name}.tif"
-        write(path, bands, descriptions=described, tags={"datetime": "2021-05-01"},
-              nodata=0, **how)  # fmt: skip
+        _write(path, bands, described, how)
         if name == "with-overview":
             with rasterio.open(path, "r+") as file:
                 file.build_overviews([2, 4])
         files[name] = path.read_bytes()
     return files
+
+
+def _write(path: Path, bands: np.ndarray, names: Sequence[str], how: Mapping[str, Any]) -> None:
+    """Write bands (n, h, w) with their names and a date.
+
+    Args:
+        path: of the file.
+        bands: in the number type of the file.
+        names: one per band.
+        how: options of rasterio; `mask` (h, w) is written into the file.
+    """
+    count, height, width = bands.shape
+    profile: dict[str, Any] = {
+        "crs": "EPSG:32631",
+        "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_600_000),
+        "nodata": 0,
+        **how,
+    }
+    mask = profile.pop("mask", None)
+    with (
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+        rasterio.open(
+            path, "w", driver="GTiff", width=width, height=height, count=count, dtype=bands.dtype,
+            **profile,
+        ) as file,
+    ):  # fmt: skip
+        file.write(bands)
+        for number, name in enumerate(names, start=1):
+            file.set_band_description(number, name)
+        file.update_tags(datetime="2021-05-01")
+        if mask is not None:
+            file.write_mask(mask)
 
 
 # --- cases ------------------------------------------------------------------------------------
