@@ -562,3 +562,63 @@ def test_a_refused_bundle_is_told_with_the_reason(zoo: Path, tmp_path: Path) -> 
         ready = client.get("/health/ready")
         assert ready.status_code == 200
         assert "sha256" in ready.json()["refused"]["pixels-brittle"]
+
+
+# Numbers that JSON cannot hold ---------------------------------------------------------------
+
+HARD_JSON = {
+    "NaN": "NaN",
+    "infinity": "1e999",
+    "minus infinity": "-Infinity",
+    "NaN within": '{"b": [1, {"c": NaN}]}',
+    "a huge number": "9" * 5000,
+    "deep": "[" * 5000 + "]" * 5000,
+    "half a character": '"\\ud800"',
+}
+
+
+@pytest.mark.parametrize("where", ["properties", "id"])
+@pytest.mark.parametrize("value", HARD_JSON.values(), ids=HARD_JSON.keys())
+def test_no_number_in_a_point_is_an_internal_error(
+    api: httpx.Client, folder: Path, where: str, value: str
+) -> None:
+    member = f'"properties": {{"a": {value}}}' if where == "properties" else f'"id": {value}'
+    feature = (
+        f'{{"type": "Feature", "geometry": {{"type": "Point", "coordinates": [3, 51]}}, {member}}}'
+    )
+    points = f'{{"type": "FeatureCollection", "features": [{feature}]}}'
+    answer = posted(api, stack(folder), data={"points": points})
+    check_problem(answer, "invalid_request")
+    assert "points" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("task", ["classify-pixels", "forecast", "embed"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"B02": "[NaN, 0.1, 0.1]"},
+        {"B02": "[1e999, 0.1, 0.1]"},
+        {"B02": "[" + "9" * 5000 + ", 0.1, 0.1]"},
+        {"dates": '["9999-12-31", "9999-12-30", "9999-12-29"]'},
+        {"dates": '["0001-01-01", "0001-01-02", "0001-01-03"]'},
+        {"id": '"' + "a" * 10**5 + '"'},
+        {"id": "[" * 50_000 + "]" * 50_000},
+    ],
+    ids=lambda changes: next(f"{name}={value[:12]}" for name, value in changes.items()),
+)
+def test_no_series_is_an_internal_error(
+    api: httpx.Client, task: str, changes: dict[str, str]
+) -> None:
+    members = {
+        "id": '"a"',
+        "dates": '["2021-01-05", "2021-02-05", "2021-03-05"]',
+        **dict.fromkeys(BANDS, "[0.1, 0.1, 0.1]"),
+        **changes,
+    }
+    one = ", ".join(f'"{name}": {value}' for name, value in members.items())
+    answer = api.post(
+        f"/{task}",
+        content=f'{{"series": [{{{one}}}]}}',
+        headers={"Content-Type": "application/json"},
+    )
+    check_problem(answer, "invalid_request")

@@ -123,6 +123,14 @@ def huge_mask(tiff: Tiff, directory: Directory) -> None:
     tiff.directories.append(mask)
 
 
+def signed_mask(tiff: Tiff, directory: Directory) -> None:
+    """The same mask, its tags of the signed types that libtiff reads as well."""
+    huge_mask(tiff, directory)
+    for tag in (SUBFILE, WIDTH, HEIGHT, ROWS):
+        (entry,) = [entry for entry in tiff.directories[-1].entries if entry.tag == tag]
+        entry.kind = 9
+
+
 def many_items(tiff: Tiff, directory: Directory) -> None:
     items = b"".join(b'<Item name="K%d">v</Item>' % n for n in range(50_000))
     text(tiff, directory, b"<GDALMetadata>" + items + b"</GDALMetadata>")
@@ -186,6 +194,11 @@ def inflating(sound: bytes) -> bytes:
         tiff.put(directory, STRIP_BYTES, 4, [len(stream)] * 3)
 
     return edited(sound, change)
+
+
+def test_a_mask_whose_tags_are_of_other_types_is_refused(sound: bytes, tmp_path: Path) -> None:
+    with pytest.raises(NotAGeoTIFF, match="of type 9"):
+        opened(edited(sound, signed_mask), tmp_path)
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -411,6 +424,24 @@ def test_no_name_in_a_file_leads_to_the_network(
     with pytest.raises(NotAGeoTIFF, match="names another file"):
         opened(path.read_bytes(), tmp_path)
     assert not asked(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("domain", "before"),
+    [
+        ("&#79;VERVIEWS", b""),
+        ("OVERVIE&#x57;S", b""),
+        ("&o;", b'<!DOCTYPE GDALMetadata [<!ENTITY o "OVERVIEWS">]>'),
+    ],
+)
+def test_no_way_of_writing_the_name_passes(
+    sound: bytes, tmp_path: Path, domain: str, before: bytes
+) -> None:
+    item = f'<Item name="OVERVIEW_FILE" domain="{domain}">/etc/passwd</Item>'.encode()
+    xml = before + b"<GDALMetadata>" + item + b"</GDALMetadata>"
+    content = edited(sound, lambda tiff, first: text(tiff, first, xml))
+    with pytest.raises(NotAGeoTIFF, match=r"names another file|entity declaration"):
+        opened(content, tmp_path)
 
 
 def test_no_name_in_a_file_leads_to_another_file(

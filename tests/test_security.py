@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_bundle
+from service.api.app import create_app
 from service.api.auth import ApiKeys, check_reached_address
 from service.api.middleware import page_policy
 from service.errors import Unauthorized
@@ -147,3 +148,20 @@ class TestHeaders:
 
     def test_a_changed_script_has_another_policy(self) -> None:
         assert page_policy("<script>a()</script>") != page_policy("<script>b()</script>")
+
+
+def test_the_documentation_needs_no_other_host(api: httpx.Client) -> None:
+    page = api.get("/docs")
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert [name for name in sources if name.startswith(("http:", "https:", "//"))] == []
+    for name in sources:
+        if name.startswith("/"):
+            assert api.get(name).status_code == 200, name
+    assert "http" not in page.headers["Content-Security-Policy"]
+    assert api.get("/docs/../openapi.py").status_code == 404
+    assert api.get("/docs/VERSION").status_code == 404
+
+
+def test_the_description_is_built_once() -> None:
+    app = create_app(Settings(providers="cpu"))
+    assert app.openapi() is app.openapi()

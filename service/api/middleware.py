@@ -127,17 +127,16 @@ _DEFAULTS: Mapping[str, str] = {
 }
 
 
-def page_policy(html: str, *, styles: str = "", images: str = "'self' data:", cdn: str = "") -> str:
+def page_policy(html: str, *, styles: str = "", images: str = "'self' data:") -> str:
     """The Content-Security-Policy of a page: its own scripts and styles, and what it says.
 
     Args:
         html: the page; the scripts and styles written into it may run as they are now, by hash.
         styles: further sources of styles.
         images: sources of images.
-        cdn: a host of scripts and styles.
     """
-    scripts = [cdn, *_hashes(html, "script")]
-    sheets = [cdn, styles, *([] if styles else _hashes(html, "style"))]
+    scripts = _hashes(html, "script")
+    sheets = [styles, *([] if styles else _hashes(html, "style"))]
     rules = {
         "default-src": ["'none'"],
         "script-src": ["'self'", *scripts],

@@ -66,7 +66,9 @@ class DocumentedApp(FastAPI):
     """An application whose description includes the models that routes use by hand."""
 
     def openapi(self) -> dict[str, Any]:
-        """The OpenAPI document."""
+        """The OpenAPI document, built once."""
+        if self.openapi_schema:
+            return self.openapi_schema
         document = super().openapi()
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         _, defined = models_json_schema([(m, "validation") for m in _MODELS], ref_template=_REF)

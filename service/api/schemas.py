@@ -4,6 +4,7 @@ The same models validate a request and describe it in the OpenAPI document.
 """
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from datetime import date, datetime
@@ -54,6 +55,17 @@ def _plausible_date(day: date) -> date:
     if not first <= day <= last:
         raise ValueError(f"{day} is not a date from {first} to {last}")
     return day
+
+
+def _only_finite(value: object) -> object:
+    """Properties are returned as JSON, which has neither NaN nor infinities."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, float) and not math.isfinite(one):
+            raise ValueError(f"{one} is not a finite number, and JSON holds no other")
+        waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return value
 
 
 def _listed(value: object) -> object:
@@ -136,8 +148,8 @@ class PointFeature(_Loose):
 
     type: Literal["Feature"]
     geometry: Point
-    id: str | int | float | None = None
-    properties: dict[str, Any] | None = None
+    id: Annotated[str, Field(max_length=200)] | int | _Number | None = None
+    properties: Annotated[dict[str, Any] | None, AfterValidator(_only_finite)] = None
 
 
 class PointCollection(_Loose):

@@ -44,6 +44,10 @@ _SAMPLE = re.compile(rb"""\bsample\s*=\s*["'](\d{1,6})["']""")
 _OUTSIDE = re.compile(rb"""["']\s*(?:OVERVIEWS|ProxyOverviewRequest)\s*["']""", re.IGNORECASE)
 
 
+_DECLARATION = re.compile(rb"<!\s*(?:DOCTYPE|ENTITY)", re.IGNORECASE)
+_REFERENCE = re.compile(rb"&#(?:[xX]([0-9a-fA-F]{1,6})|0*([0-9]{1,7}));?")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Form:
     """How numbers are written in one file."""
@@ -183,7 +187,7 @@ def _check_values(entries: list[_Entry], name: str) -> None:
 
 def _check_mask(form: _Form, entries: list[_Entry], name: str) -> None:
     """GDAL reads a mask beside the pixels and says nothing of its blocks."""
-    numbers = {entry.tag: _small(form, entry) for entry in entries if entry.tag in _NUMBERS}
+    numbers = {entry.tag: _small(form, entry, name) for entry in entries if entry.tag in _NUMBERS}
     if not numbers.get(_SUBFILE, 0) & _MASK:
         return
     width, height = numbers.get(_WIDTH, 0), numbers.get(_HEIGHT, 0)
@@ -196,11 +200,19 @@ def _check_mask(form: _Form, entries: list[_Entry], name: str) -> None:
         )
 
 
-def _small(form: _Form, entry: _Entry) -> int:
-    """The first number of an entry that holds it in place; 0 where it does not."""
+def _small(form: _Form, entry: _Entry, name: str) -> int:
+    """The one number of an entry.
+
+    Raises:
+        NotAGeoTIFF: it is of a type that the TIFF specification does not give such a tag. libtiff
+            reads further types, so ignoring them here would let their numbers pass unseen.
+    """
     code = _CODES.get(entry.kind)
-    if code is None or entry.size > len(entry.field):
-        return 0
+    if code is None or entry.length != 1:
+        raise NotAGeoTIFF(
+            f"'{name}' has a TIFF tag {entry.tag} of type {entry.kind} and count {entry.length}; "
+            "a TIFF writes one unsigned whole number there"
+        )
     return int(struct.unpack_from(form.order + code, entry.field)[0])
 
 
@@ -216,7 +228,13 @@ def _value(file: BinaryIO, form: _Form, entry: _Entry) -> bytes:
 
 
 def _check_metadata(xml: bytes, name: str) -> None:
-    outside = _OUTSIDE.search(xml)
+    if _DECLARATION.search(xml):
+        raise NotAGeoTIFF(
+            f"'{name}' has metadata with a document type or an entity declaration, which no raster "
+            "needs"
+        )
+    # As GDAL reads it: with character references resolved.
+    outside = _OUTSIDE.search(_resolved(xml))
     if outside:
         raise NotAGeoTIFF(
             f"'{name}' names another file in its metadata ({outside[0].decode('ascii')}), and a "
@@ -232,3 +250,13 @@ def _check_metadata(xml: bytes, name: str) -> None:
             f"'{name}' has {most} metadata items of one band or the image, the limit is "
             f"{_MAX_ITEMS}"
         )
+
+
+def _resolved(xml: bytes) -> bytes:
+    """XML with its numeric character references as the ASCII characters that they stand for."""
+
+    def character(found: re.Match[bytes]) -> bytes:
+        number = int(found[1], 16) if found[1] else int(found[2])
+        return bytes([number]) if number < 128 else found[0]
+
+    return _REFERENCE.sub(character, xml)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fastapi import APIRouter
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse
 from starlette.requests import Request
 
 from service.api.middleware import page_policy
+from service.errors import NotFound
 
-_CDN = "https://cdn.jsdelivr.net"
+_STATIC = Path(__file__).parents[1] / "static" / "swagger-ui"
+# Changed by a new release of the service alone.
+_CACHED = {"Cache-Control": "public, max-age=86400"}
+_ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 router = APIRouter(include_in_schema=False)
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -42,14 +48,24 @@ async def home() -> HTMLResponse:
 @router.get("/docs", response_class=HTMLResponse)
 async def documentation(request: Request) -> HTMLResponse:
     """Swagger UI over the OpenAPI document."""
+    root = request.scope.get("root_path", "")
     page = get_swagger_ui_html(
-        openapi_url=f"{request.scope.get('root_path', '')}/openapi.json",
+        openapi_url=f"{root}/openapi.json",
         title="PIMC - API",
-        swagger_js_url=f"{_CDN}/npm/swagger-ui-dist@5/swagger-ui-bundle.js",
-        swagger_css_url=f"{_CDN}/npm/swagger-ui-dist@5/swagger-ui.css",
+        swagger_js_url=f"{root}/docs/swagger-ui-bundle.js",
+        swagger_css_url=f"{root}/docs/swagger-ui.css",
         swagger_favicon_url="data:,",
     )
     # Swagger UI writes style attributes as it goes, which no hash can foresee.
-    policy = page_policy(bytes(page.body).decode(), styles="'unsafe-inline'", cdn=_CDN)
+    policy = page_policy(bytes(page.body).decode(), styles="'unsafe-inline'")
     page.headers["Content-Security-Policy"] = policy
     return page
+
+
+@router.get("/docs/{asset}")
+async def documentation_asset(asset: str) -> FileResponse:
+    """Swagger UI's script and style sheet, served from here so that no other host is needed."""
+    kind = _ASSETS.get(asset)
+    if kind is None:
+        raise NotFound(f"there is no /docs/{asset[:64]}")
+    return FileResponse(_STATIC / asset, media_type=kind, headers=_CACHED)
