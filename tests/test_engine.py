@@ -190,8 +190,8 @@ LEGEND = [{"value": v, "name": str(v), "color": "#000000"} for v in range(4)]
     ("change", "says"),
     [
         ({"bands": ["B02", "B04"]}, r"'values'.*'N', 'T', 3.*2 bands"),
-        ({"day_of_year": True}, r"takes days, valid, values, the card says day_of_year"),
-        ({"classes": LEGEND}, r"'probabilities' answers \(3,\).*\(4,\)"),
+        ({"day_of_year": True}, r"takes days, valid, values, the card states day_of_year"),
+        ({"classes": LEGEND}, r"'probabilities' has shape \(3,\).*\(4,\)"),
     ],
 )
 def test_a_bundle_that_is_not_its_card_is_refused_and_the_others_serve(tmp_path, change, says):
@@ -260,10 +260,10 @@ def no_number(model):
     [
         (
             newest_opset,
-            r"model\.onnx is of opset 999, and ONNX Runtime [\d.]+ takes none above \d+",
+            r"model\.onnx has opset 999, but ONNX Runtime [\d.]+ supports at most \d+",
         ),
-        (double, r"'values' is a tensor\(double\) of 3 axes, and is fed float32 of 3"),
-        (days_of_each, r"'days' is a tensor\(float\) of 2 axes, and is fed float32 of 1"),
+        (double, r"'values' is a tensor\(double\) with 3 axes, but must be float32 with 3"),
+        (days_of_each, r"'days' is a tensor\(float\) with 2 axes, but must be float32 with 1"),
         (sums_to_more, r"for a plausible pixel, probabilities sum to 2, not to 1"),
         (no_number, r"for a plausible pixel, 'probabilities' holds NaN or infinity"),
     ],
@@ -355,7 +355,7 @@ def test_a_graph_of_another_task_is_refused(tmp_path):
     card |= {"task": "classify-pixels", "classes": LEGEND[:3]}
     (folder / "card.json").write_text(json.dumps(card))
     with Engine(Registry.load(tmp_path), providers="cpu", threads=1) as engine:
-        assert "returns embedding, the card says probabilities" in engine.refused["embed"]
+        assert "returns embedding, the card states probabilities" in engine.refused["embed"]
 
 
 def test_what_the_registry_refused_is_said_too(tmp_path):
@@ -548,7 +548,7 @@ def test_a_device_that_answers_otherwise_than_the_cpu_is_refused(zoo):
         def run(self, names, feeds, options=None):
             return [answer[:, ::-1] for answer in super().run(names, feeds)]
 
-    with pytest.raises(BundleError, match="CUDAExecutionProvider does not answer as the CPU"):
+    with pytest.raises(BundleError, match="outputs on CUDAExecutionProvider differ from the CPU"):
         on_a_device(zoo, most=10**9, kind=Reversed)
     on_a_device(zoo, most=10**9)  # which is not
 
@@ -608,7 +608,7 @@ def test_real_want_of_memory_halves_the_batch_and_changes_no_answer(tmp_path, ho
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"out of memory; a batch of \d+ goes on in halves", done.stderr)
+    assert re.search(r"out of memory; a batch of \d+ is halved", done.stderr)
     registry = Registry.load(ZOO)
     with Engine(registry, providers="cpu", threads=1, precision="float32") as undisturbed:
         expected = undisturbed.models["pixels-landcover"].pixels(values, valid, days)

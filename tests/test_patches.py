@@ -72,7 +72,7 @@ def test_imagery_smaller_than_a_patch_names_both_sizes():
 
 @pytest.mark.parametrize("stride", [0, 65])
 def test_a_stride_out_of_range_names_the_range(stride):
-    with pytest.raises(InvalidRequest, match=f"{stride}, and it must lie between 1 and 64"):
+    with pytest.raises(InvalidRequest, match=f"{stride} is not between 1 and 64"):
         PatchGrid.over(IMAGERY, side=64, stride=stride)
 
 

@@ -8,22 +8,22 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# As Linux names them: AVX-512's VNNI, AVX's, and AMX's.
+# Linux's names for the VNNI of AVX-512 and of AVX, and for AMX.
 _INT8_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
-@functools.cache  # asked for each bundle, and the CPUs stay what they are
+@functools.cache  # called for each bundle, and the CPUs do not change
 def multiplies_int8(info: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the CPUs have instructions for products of int8 (x86 on Linux; elsewhere False).
 
     Without them such products gain little over float32.
 
     Args:
-        info: what the kernel says of the CPUs.
+        info: the kernel's description of the CPUs.
     """
     try:
         lines = info.read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return False
     flags = [set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")]
     return bool(flags) and all(have & _INT8_PRODUCTS for have in flags)
@@ -32,15 +32,15 @@ def multiplies_int8(info: Path = Path("/proc/cpuinfo")) -> bool:
 def usable_cpus(
     groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> int:
-    """CPUs that this process may use: of its affinity and its container's quota, not the machine's.
+    """CPUs that this process may use, by its affinity and its container's quota.
 
-    A quota of one and a half CPUs counts as two: one thread alone would leave the half unused.
+    A quota of one and a half CPUs counts as two: one thread would leave the half unused.
 
     Args:
-        groups: where control groups are mounted, version 1 or 2.
-        own: which groups this process is in.
+        groups: mount point of the control groups, version 1 or 2.
+        own: file with the groups of this process.
     """
-    if hasattr(os, "sched_getaffinity"):  # where it is missing, every CPU may be used
+    if hasattr(os, "sched_getaffinity"):  # without it, every CPU may be used
         allowed = len(os.sched_getaffinity(0))
     else:
         allowed = os.cpu_count() or 1
@@ -61,7 +61,7 @@ def _quotas(groups: Path, own: Path) -> Iterator[float]:
         # Version 2 names no controllers; version 1 mounts each under its name.
         mounted = groups / "cpu" if controllers else groups
         at = mounted / path.lstrip("/")
-        # In a container the path may be the host's, and only the mount's root be there.
+        # In a container the path may be the host's, and only the root of the mount exists.
         for group in (at, *at.parents) if at.is_relative_to(mounted) else ():
             quota = _quota(group, version=1 if controllers else 2)
             if quota is not None:
@@ -77,7 +77,7 @@ def _quota(group: Path, *, version: int) -> float | None:
             period = (group / "cpu.cfs_period_us").read_text()
         else:
             quota, period = (group / "cpu.max").read_text().split()
-        granted = float(quota) / float(period)  # "max" is no number, and -1 says the same
+        granted = float(quota) / float(period)  # "max" is not a number; -1 means the same
     except (OSError, ValueError, ZeroDivisionError):
         return None
     return granted if granted > 0 else None

@@ -32,13 +32,13 @@ class Engine:
 
     Args:
         registry: verified bundles.
-        providers: `auto` takes CUDA where a session really gets it; `cuda` demands it; `cpu`.
-        threads: threads that run batches on the CPU, for all models and callers together;
-            None takes the CPUs that this process may use, `usable_cpus`.
-        precision: `auto` takes variants that lose next to nothing; `float32` none.
+        providers: `auto` uses CUDA if a session really gets it; `cuda` requires it; `cpu`.
+        threads: threads that run batches on the CPU, shared by all models and requests;
+            None uses the CPUs that this process may use, `usable_cpus`.
+        precision: `auto` uses variants with a negligible loss; `float32` none.
 
     Raises:
-        ProviderUnavailable: `cuda` is demanded and a session does not get it.
+        ProviderUnavailable: `cuda` is required and a session does not get it.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Engine:
         self._precision = precision
         self.threads = threads or usable_cpus()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="infer")
-        # One call at a time on the device: two would take turns anyway and double its memory.
+        # One call at a time on the device: two would alternate anyway and double its memory.
         self._device = threading.Lock()
         self._shrinking = ArenaShrinking()
         provider = wanted(providers)
@@ -65,27 +65,27 @@ class Engine:
                     models[name] = self._load(bundle, provider)
                 except BundleError as error:
                     refused[name] = str(error)
-                    # With what the runtime said: it names paths, which callers need not see.
+                    # With the runtime's message, which names paths and so stays in the log.
                     _LOG.error("%s", error, exc_info=error)
                     continue
                 if models[name].provider != provider:
                     if providers == "cuda":
                         raise ProviderUnavailable(  # noqa: TRY301 - the pool must be closed
-                            f"CUDA is demanded, but the session of '{name}' runs on "
+                            f"CUDA is required, but the session of '{name}' runs on "
                             f"{models[name].provider}: the driver, CUDA or cuDNN does not load"
                         )
                     _LOG.warning("CUDA is offered but no session gets it; serving on the CPU")
-                    provider = CPU  # asking again for each bundle would fail as slowly
+                    provider = CPU  # trying again for each bundle would fail as slowly
         except BaseException:
             self.close()
             raise
         self.models: Mapping[str, LoadedModel] = models
         self.refused: Mapping[str, str] = refused
-        """Bundles that are not served, with the reason, the registry's refusals included."""
+        """Bundles that are not served, with the reason; those rejected by the registry included."""
 
     @property
     def provider(self) -> str:
-        """The execution provider in use, as the sessions say: CUDA only where all got it."""
+        """The execution provider in use, by the sessions: CUDA only if all have it."""
         on_cuda = bool(self.models) and all(m.provider == CUDA for m in self.models.values())
         return CUDA if on_cuda else CPU
 
@@ -100,7 +100,7 @@ class Engine:
         """The model of a `name` or `name@version`, or the task's default.
 
         Raises:
-            UnknownModel: none of that name and version, or none for the task, is served.
+            UnknownModel: no model of that name and version, or none for the task, is served.
             WrongTask: the model serves another task or modality.
         """
         if reference is None:
@@ -112,17 +112,17 @@ class Engine:
             raise UnknownModel(self._why_unknown(reference, task, bundle))
         card = model.card
         if card.task != task:
-            raise WrongTask(f"model '{card.id}' serves {card.task}, and {task} was asked for")
+            raise WrongTask(f"model '{card.id}' is for {card.task}, but the request is for {task}")
         if modality not in {None, card.modality}:
             raise WrongTask(
-                f"model '{card.id}' takes {card.modality} input, and modality {modality} was "
-                "asked for"
+                f"model '{card.id}' takes {card.modality} input, but the request has modality "
+                f"{modality}"
             )
         return model
 
     def close(self) -> None:
-        """Let the threads go; a call in progress still ends."""
-        # Batches not begun are not cancelled: who waits for one taken back here waits for ever.
+        """Stop the threads; a call in progress still ends."""
+        # Pending batches are not cancelled: a caller that waits for one would wait for ever.
         self._pool.shutdown(wait=True)
 
     def __enter__(self) -> Engine:
@@ -155,4 +155,4 @@ class Engine:
             return f"model '{bundle.card.id}' could not be loaded: {self.refused[bundle.card.name]}"
         served = ", ".join(sorted(m.card.id for m in self.models.values())) or "none"
         asked = f"no model '{reference}'" if reference else f"no model serves {task}"
-        return f"{asked}; there are: {served}"
+        return f"{asked}; available: {served}"

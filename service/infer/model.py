@@ -4,8 +4,8 @@
 
 On a CPU the batches of one call run side by side on a small pool of threads, each with a
 single-threaded session run; on CUDA they run one after the other. The last batch is padded, so that
-there are few shapes. When a batch runs out of memory it is halved and the run continues; any other
-fault of a device is retried once and then raised.
+there are few shapes. If a batch runs out of memory, it is halved and the run continues; any other
+device fault is retried once and then raised.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from service.infer.session import CPU, CUDA, ORT_ERRORS, Floats, Session
 
 _LOG = logging.getLogger(__name__)
 
-# On a CPU, what is in use at once must stay in the caches, and each operation of a batch costs some
-# microseconds. Two threads, 2 MiB of second-level cache each, us a pixel of `pixels-landcover` /
+# On a CPU a batch must stay in the caches, and each of its operations costs some microseconds.
+# Measured on two threads with 2 MiB of level-2 cache each, µs per pixel of `pixels-landcover` /
 # `pixels-crops-us` in batches of 128, 256, 512: float32 11.0, 11.5, 12.0 / 49.7, 52.8, 62.2; int8,
 # with bytes for most floats, 7.45, 6.92, 6.29 / 26.8, 25.4, 25.2. A patch takes 2.7 ms alone, 2.1
-# in batches of 8 to 32. A device wants thousands of pixels; its sizes are not measured yet.
+# in batches of 8 to 32. A device needs thousands of pixels; its sizes are not measured yet.
 PIXEL_BATCH: Mapping[str, int] = {CPU: 128, CUDA: 8192}
 INT8_BATCH = 512
 PATCH_BATCH: Mapping[str, int] = {CPU: 8, CUDA: 512}
 _FEWEST = {"pixel": 64, "patch": 1}
-"""Of a batch that is cut smaller so that each thread has one."""
+"""Smallest batch when a call is split so that each thread has one."""
 _WARM_UP = 3
-"""Pixels or patches of the warm-up: more than one, so that a fixed batch axis shows."""
-# The last from numpy, where a batch is put together.
+"""Pixels or patches of the warm-up: more than one, so that a fixed batch axis is detected."""
+# MemoryError comes from NumPy, when a batch is assembled.
 _FAULTS: tuple[type[Exception], ...] = (*ORT_ERRORS, MemoryError)
 _ADRIFT = 0.05
-"""A device may answer the sample this far from the CPU, on average, as a share of the largest."""
+"""Largest allowed mean difference between device and CPU, relative to the largest output."""
 _ROUGHLY = 0.01  # float16 has three digits
 _RECHECKED = 16
-"""Pixels or patches that are asked of the CPU where a device answers no number."""
+"""Pixels or patches that are checked on the CPU if a device returns NaN or infinity."""
 
 
 class LoadedModel:
     """One bundle's warm session.
 
     Args:
-        card: what the bundle says of itself.
+        card: of the bundle.
         session: its checked session.
         pool: threads for batches on the CPU.
-        threads: how many these are.
+        threads: number of these threads.
         device: held while batches run on CUDA.
-        reference: on CUDA, the same model on the CPU, to judge the device by.
+        reference: on CUDA, the same model on the CPU, to check the device against.
 
     Raises:
-        BundleError: the warm-up fails, or answers what the card's task cannot mean.
+        BundleError: the warm-up fails, or returns values that the card's task cannot have.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class LoadedModel:
         self.provider = session.provider
         self.variant: Precision = session.variant
         self.width = prediction_shape(card)
-        """Trailing shape of an answer: (K,), (H, S, Q) or (D,)."""
+        """Trailing shape of a prediction: (K,), (H, S, Q) or (D,)."""
         sizes = PIXEL_BATCH if card.modality == "pixel" else PATCH_BATCH
         self._batch = INT8_BATCH if self.variant == "int8" else sizes[self.provider]
         self._session = session
@@ -85,12 +85,12 @@ class LoadedModel:
         self._device = device
         self._reference = reference
         self.failing = False
-        """Whether the last run failed on the device, in spite of a second try."""
+        """Whether the last run failed on the device, the retry included."""
         self._warm_up()
 
     @property
     def chunk(self) -> int:
-        """Pixels or patches worth handing over at once: enough to keep every thread busy."""
+        """Pixels or patches per call that keep every thread busy."""
         if self.provider == CUDA:
             return self._batch * 4
         return 8192 if self.card.modality == "pixel" else 128
@@ -102,15 +102,15 @@ class LoadedModel:
         days: NDArray[np.float32],
         day_of_year: int | Floats | None = None,
     ) -> Floats:
-        """Answers for pixels.
+        """Predict for pixels.
 
         Args:
-            values: reflectance (N, T, C), unitless, bands as the card orders them; anything,
-                NaN too, where not valid.
+            values: reflectance (N, T, C), unitless, bands in the card's order; any value, NaN
+                included, where not valid.
             valid: True where usable (N, T).
             days: days since the window's first day (T).
-            day_of_year: the first day's place in its year, 1 to 366, of all or of each (N).
-                Only a model whose card says `day_of_year` needs it.
+            day_of_year: day of the year of the first day, 1 to 366, one for all or (N). Needed
+                only by a model whose card has `day_of_year`.
 
         Returns:
             Probabilities (N, K), quantiles (N, H, S, Q) or embeddings (N, D); NaN for a pixel
@@ -130,10 +130,10 @@ class LoadedModel:
         return self._run(each, {"days": np.ascontiguousarray(days, np.float32)})
 
     def patches(self, patches: Floats) -> Floats:
-        """Answers for patches.
+        """Predict for patches.
 
         Args:
-            patches: reflectance (N, C, P, P), unitless, bands as the card orders them.
+            patches: reflectance (N, C, P, P), unitless, bands in the card's order.
 
         Returns:
             Probabilities (N, K) or embeddings (N, D).
@@ -154,7 +154,7 @@ class LoadedModel:
                 self._recheck(each, shared, out)
         except _FAULTS as error:
             self.failing = on_device
-            # What the runtime says is for the log, as the cause, not for the caller.
+            # The runtime's message goes to the log as the cause, not to the client.
             raise InternalError(f"model '{self.card.id}' failed to run") from error
         self.failing = False
         return out
@@ -183,7 +183,7 @@ class LoadedModel:
         out: Floats,
         part: slice,
     ) -> None:
-        """One batch, or as many smaller ones as memory asks for."""
+        """Run one batch, halved as often as memory requires."""
         size = part.stop - part.start
         try:
             self._one(each, shared, out, part)
@@ -192,8 +192,8 @@ class LoadedModel:
                 raise
         else:
             return
-        # After the handler, so that what failed is let go first.
-        _LOG.warning("out of memory; a batch of %d goes on in halves", size)
+        # After the handler, so that the failed batch is freed first.
+        _LOG.warning("out of memory; a batch of %d is halved", size)
         middle = part.start + size // 2
         self._in_halves(each, shared, out, slice(part.start, middle))
         self._in_halves(each, shared, out, slice(middle, part.stop))
@@ -215,20 +215,20 @@ class LoadedModel:
                         raise
                     else:
                         tried_again = True
-                        _LOG.warning("a run failed on the device; once more", exc_info=error)
+                        _LOG.warning("a run failed on the device; retrying", exc_info=error)
                 else:
                     start = stop
 
     def _recheck(
         self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]], out: Floats
     ) -> None:
-        """Ask the CPU about a few of those that the device answers with no number.
+        """Check on the CPU a few of those for which the device returns NaN or infinity.
 
-        NaN is the answer for a pixel without a usable date. From a device that fails silently it
-        would pass for that, and a hole in the map for clouds.
+        NaN is the prediction for a pixel without a usable date. NaN from a device that fails
+        silently would look the same, as if the pixel were cloudy.
 
         Raises:
-            ValueError: the CPU has numbers for them.
+            ValueError: the CPU returns numbers for them.
         """
         if self._reference is None:
             return
@@ -238,7 +238,9 @@ class LoadedModel:
             return
         told = self._reference.run({**{name: a[rows] for name, a in each.items()}, **shared})
         if np.isfinite(told).all(axis=tuple(range(1, told.ndim))).any():
-            raise ValueError(f"{self.provider} answers no numbers where the CPU does")
+            raise ValueError(
+                f"{self.provider} returns NaN or infinity where the CPU returns numbers"
+            )
 
     def _one(
         self,
@@ -249,37 +251,37 @@ class LoadedModel:
     ) -> None:
         count = part.stop - part.start
         size = _padded(count, self._batch)
-        # Put into the graph's order by batch: the threads share it, and none waits for the whole.
+        # Reordered per batch, so that the threads share the work and none waits for the whole.
         feeds = {name: _repeat_last(array[part], size) for name, array in each.items()}
         answer = self._session.run({**feeds, **shared})
         if answer.shape != (size, *self.width):
-            # Else another pixel's answer could pass for this one's.
-            raise ValueError(f"{answer.shape} answered, {(size, *self.width)} expected")
+            # Otherwise another pixel's prediction could be taken for this one's.
+            raise ValueError(f"the output has shape {answer.shape}, not {(size, *self.width)}")
         out[part] = answer[:count]
 
     def _warm_up(self) -> None:
-        """Run once, so that the first caller does not wait and a false card does not pass."""
+        """Run once, so that the first request does not wait and a wrong card is detected."""
         where = f"bundle '{self.card.name}'"
         sample = _sample(self.card, _WARM_UP)
         try:
             answer = self._session.run(sample)
             told = answer if self._reference is None else self._reference.run(sample)
         except _FAULTS as error:
-            raise BundleError(f"{where}: the warm-up failed, the log says how") from error
+            raise BundleError(f"{where}: the warm-up failed; the log has the cause") from error
         if answer.shape != (_WARM_UP, *self.width):
             raise BundleError(
-                f"{where}: '{self.card.output}' answers {answer.shape[1:]} a "
-                f"{self.card.modality}, the card says {self.width}"
+                f"{where}: '{self.card.output}' has shape {answer.shape[1:]} per "
+                f"{self.card.modality}, but the card states {self.width}"
             )
         wrong = _impossible(answer, self.card)
         if wrong:
             raise BundleError(f"{where}: for a plausible {self.card.modality}, {wrong}")
         if np.abs(answer - told).mean() > _ADRIFT * np.abs(told).max():
-            raise BundleError(f"{where}: {self.provider} does not answer as the CPU does")
+            raise BundleError(f"{where}: the outputs on {self.provider} differ from the CPU's")
 
 
 def prediction_shape(card: ModelCard) -> tuple[int, ...]:
-    """Shape of the answer for one pixel or patch: (K,), (H, S, Q) or (D,)."""
+    """Shape of the prediction for one pixel or patch: (K,), (H, S, Q) or (D,)."""
     if card.task == "forecast":
         return (card.horizon or 0, len(card.indices), len(card.quantiles))
     if card.task == "embed":
@@ -288,7 +290,7 @@ def prediction_shape(card: ModelCard) -> tuple[int, ...]:
 
 
 def _impossible(answer: Floats, card: ModelCard) -> str | None:
-    """What no model of this task may answer for a plausible input, None where all is well."""
+    """The fault of a prediction that no model of this task may have; None if there is none."""
     if not np.isfinite(answer).all():
         return f"'{card.output}' holds NaN or infinity"
     if card.task == "forecast" and (np.diff(answer, axis=-1) < -_ROUGHLY).any():
@@ -301,7 +303,7 @@ def _impossible(answer: Floats, card: ModelCard) -> str | None:
 
 
 def _sample(card: ModelCard, count: int) -> dict[str, NDArray[Any]]:
-    """Input of plausible reflectance, only to see that the graph runs."""
+    """Plausible reflectance, to check that the graph runs."""
     random = np.random.default_rng(0)
     if card.modality == "patch":
         side = card.patch or 0
@@ -320,7 +322,7 @@ def _sample(card: ModelCard, count: int) -> dict[str, NDArray[Any]]:
 
 
 def _has_input(each: Mapping[str, NDArray[Any]], rows: NDArray[np.intp]) -> NDArray[np.bool_]:
-    """Whether there is anything to answer from, for each row asked about."""
+    """Whether each of these rows has usable input."""
     if "patches" in each:
         finite = np.isfinite(each["patches"][rows])
         return np.asarray(finite.reshape(len(finite), -1).all(axis=1))
@@ -350,7 +352,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return any(words in text for words in _OUT_OF_MEMORY)
 
 
-# As ONNX Runtime's arena, CUDA, C++, cuBLAS and cuDNN put it.
+# Messages of ONNX Runtime's arena, CUDA, C++, cuBLAS and cuDNN.
 _OUT_OF_MEMORY = (
     "failed to allocate memory", "smaller than requested bytes", "out of memory", "bad_alloc",
     "bad allocation", "alloc_failed", "allocation_failed",

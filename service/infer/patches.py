@@ -18,15 +18,15 @@ from service.grid import Grid, Window
 
 Floats = NDArray[np.float32]
 CLEAR_SHARE = 0.5
-"""A patch with less of its pixels clear has no answer."""
+"""A patch with a smaller share of clear pixels has no prediction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchGrid:
-    """Where patches lie, and the coarser grid of their answers."""
+    """Positions of patches, and the coarser grid of their predictions."""
 
     grid: Grid
-    """Of the answers: a cell a patch, from the imagery's corner."""
+    """Grid of the predictions: one cell per patch, from the imagery's corner."""
     side: int
     """Of a patch, in pixels (P)."""
     stride: int
@@ -34,13 +34,13 @@ class PatchGrid:
 
     @classmethod
     def over(cls, imagery: Grid, *, side: int, stride: int) -> PatchGrid:
-        """The patches that lie wholly inside some imagery.
+        """The patches that lie wholly inside the imagery.
 
         Raises:
             InvalidRequest: a stride out of range, or imagery smaller than a patch.
         """
         if not 1 <= stride <= side:
-            raise InvalidRequest.of("stride", f"{stride}, and it must lie between 1 and {side}")
+            raise InvalidRequest.of("stride", f"{stride} is not between 1 and {side}")
         if imagery.width < side or imagery.height < side:
             raise InvalidRequest.of(
                 "files",
@@ -56,7 +56,7 @@ class PatchGrid:
 
     @property
     def reach(self) -> int:
-        """How many patches back, in each direction, a cell still lies wholly inside."""
+        """Number of patches back, in each direction, that still contain a cell wholly."""
         return (self.side - self.stride) // self.stride
 
     def pixels(self, cells: Window) -> Window:
@@ -69,7 +69,7 @@ class PatchGrid:
         )
 
     def behind(self, cells: Window) -> Window:
-        """A window of cells, and before it those whose patches reach into it."""
+        """A window of cells, extended by those before it whose patches reach into it."""
         left, above = min(self.reach, cells.col_off), min(self.reach, cells.row_off)
         return Window(
             cells.col_off - left, cells.row_off - above, cells.width + left, cells.height + above
@@ -92,7 +92,7 @@ class PatchGrid:
 
 
 def fill_gaps(patches: Floats) -> tuple[NDArray[np.bool_], Floats]:
-    """Patches that can be answered, without gaps.
+    """Patches that are clear enough for a prediction, with their gaps filled.
 
     Args:
         patches: reflectance (N, C, P, P), NaN where not clear.
@@ -114,14 +114,14 @@ def box_mean(values: Floats, size: int) -> Floats:
     """The mean over a box that ends at each cell, NaN left out.
 
     Args:
-        values: (K, h, w), NaN in all K where there is none.
+        values: (K, h, w), NaN in all K where missing.
         size: rows and columns of the box, clipped at the first row and column.
 
     Returns:
-        Means (K, h, w), NaN where the box holds none.
+        Means (K, h, w), NaN where the box holds no value.
     """
     there = ~np.isnan(values[:1])
-    # Running sums in float64: in float32 a window's end would show in the last digits.
+    # Cumulative sums in float64: in float32 the end of a window would show in the last digits.
     sums = _box_sum(np.where(there, values, 0.0).astype(np.float64), size)
     counts = _box_sum(there.astype(np.float64), size)
     mean = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0.5)
@@ -144,17 +144,17 @@ def _box_sum(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
 
 
 def median_composite(values: Floats, valid: NDArray[np.bool_]) -> Floats:
-    """The per-pixel median of the clear observations, NaN where there is none.
+    """The per-pixel median of the clear observations, NaN where none is clear.
 
     Args:
         values: reflectance (T, C, h, w), unitless.
-        valid: True where an observation is there and clear (T, h, w).
+        valid: True where an observation exists and is clear (T, h, w).
 
     Returns:
         (C, h, w) float32 reflectance.
     """
-    # Sorted with the unclear ones last, the median is at a place known from the count alone;
-    # numpy's nanmedian is an order of magnitude slower along a short axis.
+    # Sorted with the unclear ones last, the median's position follows from the count; NumPy's
+    # nanmedian is an order of magnitude slower along a short axis.
     ordered = np.sort(np.where(valid[:, None], values, np.float32(np.inf)), axis=0)
     count = valid.sum(axis=0)[None, None]
     low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=0)

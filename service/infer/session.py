@@ -1,7 +1,7 @@
 """ONNX Runtime sessions: provider, variant and memory options, checks against the card.
 
 ONNX Runtime's private interface (`onnxruntime_pybind11_state`, last tested with 1.24) is used in
-this module alone, and its exceptions leave the package as ours.
+this module only, and its exceptions leave the package as the service's own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Floats = NDArray[np.float32]
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 TOLERATED_LOSS = 0.003
-"""A reduced precision may cost this much of any metric: 0.3 points of a share."""
+"""Largest loss of any metric that a reduced precision may have: 0.3 points."""
 ORT_ERRORS: tuple[type[Exception], ...] = (
     # The runtime's own exceptions share no base class but Exception.
     *(
@@ -51,11 +51,11 @@ _SHRINK_SECONDS = 10.0
 
 
 class ArenaShrinking:
-    """Run options by which, every few seconds, one run shrinks the CPU memory arena.
+    """Run options with which, every few seconds, one run shrinks the CPU memory arena.
 
-    The arena then returns what no other run holds: the blocks by which a batch of many dates or of
-    patches made it grow. Asking for memory again costs a millisecond or two. An engine owns one,
-    for all of its sessions share one arena. Safe for many threads.
+    The arena then returns unused blocks, by which a batch of many dates or of patches made it grow.
+    Allocating memory again costs a millisecond or two. An engine owns one, because all of its
+    sessions share one arena. Thread-safe.
     """
 
     def __init__(self, seconds: float = _SHRINK_SECONDS) -> None:
@@ -76,29 +76,29 @@ class ArenaShrinking:
 
 
 class ProviderUnavailable(SettingsError):
-    """CUDA was demanded and cannot be had; the service must not start."""
+    """CUDA is required and not available; the service must not start."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """A session whose inputs and output are the card's."""
+    """A session whose inputs and output agree with the card."""
 
     session: onnxruntime.InferenceSession
     output: str
     """Name of the one output."""
     kinds: Mapping[str, type[np.generic]]
-    """What the graph takes, by input."""
+    """NumPy type of each input."""
     variant: Precision
     """The ONNX file that was loaded."""
     shrinking: ArenaShrinking
 
     @property
     def provider(self) -> str:
-        """The execution provider that the session really got."""
+        """The execution provider that the session really has."""
         return str(self.session.get_providers()[0])
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Floats:
-        """One run; the GIL is free meanwhile. Input that stays on a device would be bound here."""
+        """Run once, without the GIL. Input that stays on a device would be bound here."""
         given = {n: np.ascontiguousarray(x, self.kinds[n]) for n, x in feeds.items()}
         options = self.shrinking.options() if self.provider == CPU else None
         (answer,) = self.session.run([self.output], given, options)
@@ -114,16 +114,16 @@ def open_session(
 ) -> Session:
     """Load the variant that suits a provider, and check it against the card.
 
-    The session may get less than it asks for: ask it.
+    The session may have another provider than requested: see `Session.provider`.
 
     Args:
         bundle: verified.
-        provider: to ask for.
-        precision: `float32` takes that file whatever else there is.
+        provider: the requested provider.
+        precision: `float32` always loads that file.
         shrinking: of all sessions of an engine; None makes one.
 
     Raises:
-        BundleError: the file does not load, or its inputs or output are not the card's.
+        BundleError: the file does not load, or its inputs or output differ from the card.
     """
     card = bundle.card
     variant = "float32" if precision == "float32" else pick_variant(card, provider)
@@ -134,7 +134,7 @@ def open_session(
         )
     except ORT_ERRORS as error:
         raise BundleError(_why_not(bundle, variant, error)) from error
-    # Else a failing device is answered from a new CPU session, behind everybody's back.
+    # Otherwise ONNX Runtime silently replaces a failing device by a new CPU session.
     session.disable_fallback()
     _check_ends(session, card)
     kinds = {node.name: _KINDS[node.type] for node in session.get_inputs()}
@@ -148,10 +148,10 @@ def open_session(
 
 
 def pick_variant(card: ModelCard, provider: str) -> Precision:
-    """The variant to load where it costs nearly nothing: float16 on CUDA, int8 on a fitting CPU.
+    """The variant to load: float16 on CUDA, int8 on a CPU with int8 instructions, else float32.
 
-    A variant whose loss nobody measured, or whose measured loss reaches `TOLERATED_LOSS` in any
-    metric, is never taken; float32 otherwise.
+    A variant without a measured loss, or with a loss of `TOLERATED_LOSS` or more in any metric, is
+    never used.
     """
     if provider != CUDA and not multiplies_int8():
         return "float32"
@@ -165,7 +165,7 @@ def pick_variant(card: ModelCard, provider: str) -> Precision:
 
 
 def _why_not(bundle: Bundle, variant: Precision, error: Exception) -> str:
-    """What to say of a file that does not load; the runtime's own words name paths."""
+    """Message for a file that does not load; the runtime's own message names paths."""
     where = f"bundle '{bundle.card.name}': {bundle.path(variant).name}"
     opset = re.search(
         r"Opset (\d+) is under development.*support for domain ai\.onnx is till opset (\d+)",
@@ -173,14 +173,14 @@ def _why_not(bundle: Bundle, variant: Precision, error: Exception) -> str:
         re.DOTALL,
     )
     if opset is None:
-        return f"{where}: {variant} does not load, the log says why"
+        return f"{where}: the {variant} file does not load; the log has the cause"
     return (
-        f"{where} is of opset {opset[1]}, and ONNX Runtime {onnxruntime.__version__} takes none "
-        f"above {opset[2]}"
+        f"{where} has opset {opset[1]}, but ONNX Runtime {onnxruntime.__version__} supports at most "
+        f"{opset[2]}"
     )
 
 
-# Kind and rank of each input, as the engine feeds them; reflectance may be float16 too.
+# Type and rank of each input as the engine feeds it; reflectance may also be float16.
 _INPUTS: Mapping[str, tuple[type[np.generic], int]] = {
     "values": (np.float32, 3),
     "valid": (np.bool_, 2),
@@ -196,21 +196,21 @@ _KINDS: Mapping[str, type[np.generic]] = {
 
 
 def _check_ends(session: onnxruntime.InferenceSession, card: ModelCard) -> None:
-    """See that a graph takes and returns what its card says.
+    """Check a graph's inputs and output against its card.
 
     Raises:
-        BundleError: it does not.
+        BundleError: they differ.
     """
     where = f"bundle '{card.name}'"
     found = {node.name: node for node in session.get_inputs()}
     if set(found) != set(card.inputs):
         raise BundleError(
-            f"{where}: the graph takes {_listed(found)}, the card says {_listed(card.inputs)}"
+            f"{where}: the graph takes {_listed(found)}, the card states {_listed(card.inputs)}"
         )
     outputs = [node.name for node in session.get_outputs()]
     if outputs != [card.output]:
         raise BundleError(
-            f"{where}: the graph returns {_listed(outputs)}, the card says {card.output}"
+            f"{where}: the graph returns {_listed(outputs)}, the card states {card.output}"
         )
     for name, node in found.items():
         kind, rank = _INPUTS[name]
@@ -218,19 +218,20 @@ def _check_ends(session: onnxruntime.InferenceSession, card: ModelCard) -> None:
         half = told is np.float16 and name in REFLECTANCE
         if not (told is kind or half) or len(node.shape) != rank:
             raise BundleError(
-                f"{where}: '{name}' is a {node.type} of {len(node.shape)} axes, and is fed "
-                f"{kind.__name__} of {rank}"
+                f"{where}: '{name}' is a {node.type} with {len(node.shape)} axes, but must be "
+                f"{kind.__name__} with {rank}"
             )
     name, axis = ("values", 2) if card.modality == "pixel" else ("patches", 1)
     shape = found[name].shape
     if shape[axis] not in {len(card.bands)} | _symbols(shape):
         raise BundleError(
-            f"{where}: '{name}' is {shape}, the card has {len(card.bands)} bands on axis {axis}"
+            f"{where}: '{name}' has shape {shape}, but axis {axis} must hold the card's "
+            f"{len(card.bands)} bands"
         )
 
 
 def _symbols(shape: list[int | str | None]) -> set[int | str | None]:
-    """The axes of any length: the warm-up alone can tell whether they fit."""
+    """The symbolic axes; only the warm-up shows whether they fit."""
     return {length for length in shape if not isinstance(length, int)}
 
 
@@ -240,19 +241,19 @@ def _listed(names: Any) -> str:  # noqa: ANN401 - any iterable of names
 
 def _session_options(provider: str) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    # What fails comes as an exception; said on stderr as well, it would be no line of the log.
+    # Errors arrive as exceptions; on stderr they would not be lines of the JSON log.
     options.log_severity_level = 4
     # Two single-threaded runs on halves of a batch beat one run on two threads: the layers are
     # small, and splitting each of them costs more than it gains.
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    # A spinning thread takes the CPU from the reader and the writer, and from other callers.
+    # A spinning thread takes the CPU from the reader, the writer and other requests.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     if provider == CPU:
-        # The arena is one lock. With the runtime's memory patterns, which stay on, a run takes it
+        # The arena has one lock. With the runtime's memory patterns, which stay on, a run takes it
         # once for all its layers, and two threads wait less for each other: 5 to 9 % more pixels.
-        # A pattern of 2 KB is kept for every shape ever seen, so last batches have few sizes.
+        # A pattern of 2 KB is kept for every shape, so last batches have few sizes.
         _share_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
     return options
@@ -260,10 +261,10 @@ def _session_options(provider: str) -> onnxruntime.SessionOptions:
 
 @functools.cache
 def _share_memory() -> None:
-    """One arena for the sessions of the process, which ONNX Runtime holds as one environment.
+    """Share one arena between the sessions of the process.
 
-    Each session has one of its own by default, and keeps what its largest batch ever took: the
-    zoo's seven took 783 MB once each had run, and with one between them 477, as fast as before.
+    By default each session has its own and keeps the memory of its largest batch: the zoo's seven
+    took 783 MB once each had run, and 477 MB with a shared one, at the same speed.
     """
     onnxruntime.create_and_register_allocator(
         onnxruntime.OrtMemoryInfo(
@@ -277,38 +278,37 @@ def _share_memory() -> None:
 
 
 def _cuda_options() -> dict[str, str]:
-    # No CUDA graphs: one is of one shape, input and output at fixed addresses, and T changes with
-    # each caller's stack. Nor is input bound by hand: it comes from the CPU and is used once, so
-    # that a run copies no more than binding would.
+    # No CUDA graphs: one has a fixed shape and fixed addresses, and T changes with each stack. No
+    # bound input: it comes from the CPU and is used once, so binding would copy as much.
     return {
-        # EXHAUSTIVE, the default, times every algorithm anew for each shape: seconds for a
-        # caller with a new T. HEURISTIC asks cuDNN, in no time.
+        # EXHAUSTIVE, the default, times every algorithm for each new shape: seconds for a request
+        # with a new T. HEURISTIC uses cuDNN's choice, in no time.
         "cudnn_conv_algo_search": "HEURISTIC",
-        # TF32 keeps ten bits of what is multiplied, so that of two bands a thousandth apart no
-        # difference is left. Products that may be rounded are in float16 anyway.
+        # TF32 keeps ten bits of each factor, so that the difference of two bands a thousandth
+        # apart is lost. Products that may be rounded are in float16 anyway.
         "use_tf32": "0",
-        # Grow by what is asked for: the default doubles, and takes memory from other processes.
+        # Grow by the requested size: the default doubles, and takes memory from other processes.
         "arena_extend_strategy": "kSameAsRequested",
     }
 
 
 def wanted(providers: Providers) -> str:
-    """The provider to ask sessions for."""
+    """The provider to request for sessions."""
     if providers == "cpu":
         return CPU
     if CUDA not in onnxruntime.get_available_providers():
         if providers == "cuda":
             raise ProviderUnavailable(
-                "CUDA is demanded, but this build of ONNX Runtime offers only "
+                "CUDA is required, but this build of ONNX Runtime offers only "
                 + ", ".join(onnxruntime.get_available_providers())
             )
         return CPU
-    if not _has_driver():  # asking all the same would print ONNX Runtime's alarm about libraries
+    if not _has_driver():  # otherwise ONNX Runtime prints errors about missing libraries
         if providers == "cuda":
-            raise ProviderUnavailable("CUDA is demanded, but NVIDIA's driver is not installed")
+            raise ProviderUnavailable("CUDA is required, but NVIDIA's driver is not installed")
         return CPU
     if hasattr(onnxruntime, "preload_dlls"):
-        # CUDA and cuDNN that came as wheels lie on no loader path. What it cannot find it prints.
+        # CUDA and cuDNN from wheels lie on no loader path. Missing libraries are printed.
         with contextlib.redirect_stdout(io.StringIO()) as said:
             onnxruntime.preload_dlls()
         _LOG.debug("preloading CUDA: %s", said.getvalue().strip())

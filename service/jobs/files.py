@@ -11,15 +11,15 @@ from service.settings import SettingsError
 
 
 def lock(folder: Path) -> int:
-    """Hold a state directory for as long as the file returned is open.
+    """Lock a state directory for as long as the returned file is open.
 
     Raises:
         SettingsError: another service holds it.
-        OSError: it cannot be written.
+        OSError: the directory is not writable.
     """
     file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        # The system lets go of it however a process ends.
+        # The system releases the lock however the process ends.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
@@ -27,8 +27,8 @@ def lock(folder: Path) -> int:
         holder = os.pread(file, 32, 0).decode().strip() or "unknown"
         os.close(file)
         raise SettingsError(
-            f"PIMC_STATE_DIR: {folder} is in use by another service (process {holder}); each "
-            "service needs one of its own"
+            f"PIMC_STATE_DIR: {folder} is in use by another service (process {holder}); give each "
+            "service a directory of its own"
         ) from error
     except BaseException:
         os.close(file)
@@ -37,19 +37,19 @@ def lock(folder: Path) -> int:
 
 
 def take_over(paths: list[Path], source: Path, target: Path) -> None:
-    """Move a request's files into a job's folder, on disk before this returns."""
+    """Move a request's files into a job's folder, synced to disk."""
     target.mkdir(parents=True)
     for path in paths:
         if path.is_relative_to(source):
             moved = target / path.relative_to(source)
-            shutil.move(path, moved)  # a copy where the request lies on another disk
+            shutil.move(path, moved)  # a copy if the request is on another disk
             sync_file(moved)
     sync_folder(target)
     sync_folder(target.parent)
 
 
 def link(path: Path, target: Path) -> None:
-    """The same file by a second name, so that removing the first takes nothing away."""
+    """Link a file under a second name, which survives the removal of the first."""
     try:
         target.hardlink_to(path)
     except FileNotFoundError:
@@ -59,7 +59,7 @@ def link(path: Path, target: Path) -> None:
 
 
 def keep_result(folder: Path) -> None:
-    """Remove everything of a job but its result."""
+    """Remove all files of a job except its result."""
     for path in folder.iterdir():
         if path.name != "result":
             remove(path)
@@ -74,12 +74,12 @@ def remove(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Have a file's content on disk before going on."""
+    """Sync a file's content to disk."""
     _sync(path, os.O_RDONLY)
 
 
 def sync_folder(path: Path) -> None:
-    """Have a folder's names on disk before going on."""
+    """Sync a folder's entries to disk."""
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 

@@ -33,24 +33,24 @@ from service.telemetry import Metrics, job_named
 _LOG = logging.getLogger(__name__)
 _SWEEP_SECONDS = 60.0
 _MAX_ATTEMPTS = 20
-"""A job during which the service ended so often, without one more window, ends it itself."""
+"""A job fails if the service ended so often during it without one more finished window."""
 _PAUSE_SECONDS = 1.0
 
 
 class JobRunner:
-    """The workers.
+    """Worker threads that run jobs.
 
     Args:
-        store: where jobs wait.
+        store: of the jobs.
         engine: the models.
-        metrics: counts them.
-        max_raster_bytes: decoded bytes that a stack may have.
-        roots: folders whose files a job may read where they lie.
-        workers: jobs that run at once.
-        ttl: seconds for which an ended job is kept.
-        closing: set once the service stops.
+        metrics: counts jobs and runs.
+        max_raster_bytes: largest decoded size of a stack, bytes.
+        roots: folders whose files a job may read in place.
+        workers: number of jobs that run at once.
+        ttl: seconds for which a finished job is kept.
+        closing: set when the service stops.
         cache: GDAL's block cache.
-        executor: where windows run.
+        executor: runs the windows.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class JobRunner:
         self._threads.append(threading.Thread(target=self._keep_time, name="jobs", daemon=True))
 
     def start(self) -> None:
-        """Begin with what waits."""
+        """Start the workers."""
         self._count()
         for thread in self._threads:
             thread.start()
@@ -96,16 +96,16 @@ class JobRunner:
             thread.join()
 
     def accepted(self) -> None:
-        """A job was accepted."""
+        """Notify the workers of a new job."""
         with self._turn:
             self._turn.notify_all()
         self._count()
 
     def dismiss(self, owner: str, name: str) -> Job:
-        """Take a job back; where it runs, its run ends soon.
+        """Dismiss a job; if it runs, its run ends within a window.
 
         Raises:
-            UnknownJob: there is none, or it is another caller's.
+            UnknownJob: the job does not exist or belongs to another caller.
         """
         job = self._store.dismiss(owner, name)
         with self._turn:
@@ -128,7 +128,7 @@ class JobRunner:
                 _LOG.exception("old jobs cannot be removed")
                 continue
             last = now
-            with self._turn:  # who could not take a job tries again
+            with self._turn:  # a worker that could not take a job tries again
                 self._turn.notify_all()
         with self._turn:
             for running in self._running.values():
@@ -138,7 +138,7 @@ class JobRunner:
     def _work(self) -> None:
         while True:
             with self._turn:
-                # Taken and entered here under one lock: a job dismissed in between would run on.
+                # Taken and registered under one lock, so that a dismissal in between is not lost.
                 job = self._take()
                 while job is None and not self._closing.is_set():
                     self._turn.wait()
@@ -170,10 +170,10 @@ class JobRunner:
         try:
             self._carry_out(job, cancelled)
         except Cancelled:
-            # Of a dismissed job the row says so alplan, and this changes nothing.
+            # A dismissed job stays dismissed: `put_back` changes running jobs only.
             self._settle(lambda: self._store.put_back(job))
             _LOG.info("job stops", extra={"stopping": self._closing.is_set()})
-        except Exception as error:  # noqa: BLE001 - whatever it was, the next job has its turn
+        except Exception as error:  # noqa: BLE001 - after any error the next job runs
             self._fail(job, error)
         else:
             seconds = time.monotonic() - begun
@@ -186,20 +186,20 @@ class JobRunner:
         told = error if isinstance(error, PIMCError) else no_room(error)
         if told is None or isinstance(told, InternalError):
             told = InternalError(
-                f"something went wrong inside; the service's log has it under job {job.id}"
+                f"internal error; the server's log has the cause under job {job.id}"
             )
         _LOG.error("job fails", exc_info=error, extra={"code": told.code})
-        # Room first: without it, that the job failed could not be written down.
+        # Free disk space first: without it the failure could not be recorded.
         self._store.make_room(job)
         self._settle(lambda: self._store.fail(job, told))
 
     def _settle(self, write: Callable[[], None]) -> None:
-        """Write a job's fate down, also where the disk is full just now."""
+        """Record a job's outcome; retries while the disk is full."""
         while True:
             try:
                 write()
             except PIMCError:
-                _LOG.exception("a job's fate cannot be written down")
+                _LOG.exception("a job's outcome cannot be recorded")
                 if self._closing.wait(_PAUSE_SECONDS):
                     return  # the next start runs it again
             else:
@@ -208,12 +208,10 @@ class JobRunner:
     # One job -------------------------------------------------------------------------------
 
     def _carry_out(self, job: Job, cancelled: threading.Event) -> None:
-        # Where it is there, the last service ended before it could say so.
+        # If it exists, the last service ended before it could record it.
         if not (self._store.folder(job) / "result").exists():
             if job.attempts > _MAX_ATTEMPTS:
-                raise InternalError(
-                    f"the service ended {_MAX_ATTEMPTS} times while it ran this job"
-                )
+                raise InternalError(f"the server ended {_MAX_ATTEMPTS} times while it ran this job")
             self._compute(job, cancelled)
         self._store.succeed(job)
 
@@ -263,7 +261,7 @@ class JobRunner:
 
 
 def _check_model(job: Job, plan: Plan) -> None:
-    """See that the model is the one that the job was accepted for.
+    """Check that the model is the one that the job was accepted for.
 
     Raises:
         UnknownModel: it is another.
@@ -271,6 +269,6 @@ def _check_model(job: Job, plan: Plan) -> None:
     card = plan.model.card
     if (card.id, card.sha256) != (job.model, job.sha256):
         raise UnknownModel(
-            f"the job was accepted for '{job.model}' of sha256 {job.sha256[:12]}…, and '{card.id}' "
-            f"is of {card.sha256[:12]}… now: send the request again"
+            f"the job was accepted for '{job.model}' with sha256 {job.sha256[:12]}…, but the "
+            f"server now has '{card.id}' with sha256 {card.sha256[:12]}…: send the request again"
         )

@@ -30,7 +30,7 @@ def request_document(
     """A request as JSON.
 
     Args:
-        request: what to keep.
+        request: the request.
         folder: files in it are named relative to it; others by their absolute path.
         model: replaces the request's model, which may be None.
     """
@@ -66,7 +66,7 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
 
     Args:
         document: as `request_document` made it, also in a release before this one.
-        folder: where the files lie whose paths are relative.
+        folder: folder of the files whose paths are relative.
     """
     task: Task = document["task"]
     if "series" in document:
@@ -110,13 +110,13 @@ def _series_of(entry: Mapping[str, Any]) -> SeriesInput:
 def _points_of(points: Any) -> tuple[PointQuery, ...] | None:  # noqa: ANN401 - JSON
     if points is None:
         return None
-    # Before 0.2 the text of a FeatureCollection was kept.
+    # Before 0.2 the text of a FeatureCollection was stored.
     features = json.loads(points)["features"] if isinstance(points, str) else points
     return tuple(map(PointQuery.of, features))
 
 
 def _iso(value: Any) -> Any:  # noqa: ANN401 - anything that a request holds
-    """A date as text, also within a sequence; anything else as it is."""
+    """A date as text, also within a sequence; other values unchanged."""
     if isinstance(value, date):
         return value.isoformat()
     return [_iso(one) for one in value] if isinstance(value, list | tuple) else value
@@ -145,7 +145,7 @@ def result_document(result: Result) -> dict[str, Any]:
 
 
 def result_of(document: Mapping[str, Any], folder: Path) -> Result:
-    """The result that a document holds, its files in a folder."""
+    """The result of a document, its files in a folder."""
     return Result(
         task=document["task"],
         model=document["model"],

@@ -1,21 +1,21 @@
-"""Jobs: what runs on after the connection closes, kept so that a kill at any moment loses nothing.
+"""Job store: durable background jobs; killing the process loses none.
 
     accepted ─▶ running ─▶ successful | failed          dismissed, from any of them
         ▲          │
-        └──────────┘ drained or killed: goes on from its last finished window
+        └──────────┘ drained or killed: resumes at its last finished window
 
     PIMC_STATE_DIR/
-        lock           held by the one service that uses the folder
-        jobs.sqlite    what is promised: every job, and which of its windows count
-        requests/      uploads under way and answers being sent; emptied at each start
+        lock           held by the one service that uses the directory
+        jobs.sqlite    every job, and which of its windows are finished
+        requests/      running uploads and responses; emptied at each start
         jobs/<id>/
-            input/     the files sent, as 0000.tif, …
+            input/     the uploaded files, as 0000.tif, …
             windows    finished windows, one after the other
-            work/      what the run is at; emptied when it begins
-            result/    whole, or not there
+            work/      files of the current run; emptied when it begins
+            result/    complete, or missing
 
-Each promise is kept by one order of things: bytes on disk, then the row that says so. A row that is
-missing costs work done twice; bytes that no row speaks of are overwritten or removed.
+Durability follows from one order: first the bytes are on disk, then the row is written. A missing
+row costs repeated work; bytes without a row are overwritten or removed.
 """
 
 from __future__ import annotations
@@ -99,15 +99,15 @@ COMMIT;
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job, as it was when asked for. Times are seconds since 1970, by the clock of then."""
+    """A job's state when it was read. Times are seconds since 1970, by the clock at the time."""
 
     number: int
-    """Its place in the order of acceptance."""
+    """Position in the order of acceptance."""
     id: str
     owner: str
-    """The caller it belongs to; empty where no keys are set."""
+    """The caller it belongs to; empty if no keys are set."""
     fingerprint: str | None
-    """Of the request, where an idempotency key came with it."""
+    """Fingerprint of the request, if it had an idempotency key."""
     task: Task
     document: str
     """The request, as JSON."""
@@ -117,11 +117,11 @@ class Job:
     """Of the model's card."""
     status: JobStatus
     progress: int
-    """Per cent, 0 to 100; never falls."""
+    """Per cent, 0 to 100; never decreases."""
     problem: Mapping[str, Any] | None
     """Of a failed job: `code`, `detail`, `errors`."""
     computed_by: str | None
-    """What its finished windows come from."""
+    """Provider and variant that computed its finished windows."""
     attempts: int
     created: float
     started: float | None
@@ -130,27 +130,27 @@ class Job:
 
     @property
     def error(self) -> PIMCError:
-        """What a failed job failed of."""
+        """The error that a failed job ended with."""
         said = self.problem or {}
         return PIMCError.of_code(said["code"], said["detail"], said.get("errors", ()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Idempotency:
-    """What makes a request the same as an earlier one."""
+    """Identification of repeated requests."""
 
     key: str
     """The caller's `Idempotency-Key`."""
     fingerprint: str
-    """Of what was asked for."""
+    """Fingerprint of the request."""
 
 
 def fingerprint(request: TaskRequest, folder: Path) -> str:
     """A hash of everything that a request states, the content of its files included.
 
     Args:
-        request: what is asked for.
-        folder: where the files lie that came with it; others are known by their path.
+        request: the request.
+        folder: folder of its uploaded files; other files are identified by their path.
     """
     document = request_document(request, folder)
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
@@ -162,12 +162,12 @@ def fingerprint(request: TaskRequest, folder: Path) -> str:
 
 
 class JobStore:
-    """The state directory. Safe for many threads; one process at a time.
+    """The state directory. Thread-safe; one process at a time.
 
     Args:
-        folder: made where it is not there.
-        ttl: seconds for which an ended job is kept.
-        max_waiting: jobs that may wait for their turn.
+        folder: created if missing.
+        ttl: seconds for which a finished job is kept.
+        max_waiting: largest number of waiting jobs.
 
     Raises:
         SettingsError: the folder cannot be used, or another service uses it.
@@ -178,7 +178,7 @@ class JobStore:
         self._max_waiting = max_waiting
         self._jobs = folder / "jobs"
         self.requests = folder / "requests"
-        """Where folders of single requests go."""
+        """Parent of the folders of single requests."""
         self._mutex = threading.Lock()
         with _usable(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -194,34 +194,34 @@ class JobStore:
                 raise
 
     def close(self) -> None:
-        """Let the folder go."""
+        """Release the directory."""
         with self._mutex:
             self._db.close()
             os.close(self._held)
 
-    # What callers ask ----------------------------------------------------------------------
+    # For requests --------------------------------------------------------------------------
 
     def accept(
         self, plan: Plan, folder: Path, *, owner: str, idempotency: Idempotency | None = None
     ) -> Job:
-        """Make a job of a plan; once this returns, no kill loses it.
+        """Create a job from a plan; after the return no kill loses it.
 
         Args:
             plan: checked against its files and model.
-            folder: of the request: files in it are moved into the job's.
+            folder: of the request; files in it are moved into the job's folder.
             owner: the caller.
-            idempotency: None where every request is a new one.
+            idempotency: None if every request is a new one.
 
         Returns:
-            The new job, or the first one's where this repeats a request.
+            The new job, or the first request's if this repeats one.
 
         Raises:
-            Overloaded: enough jobs wait already.
-            InvalidRequest: the key came before, with another request.
-            InsufficientStorage: the disk takes no more.
+            Overloaded: too many jobs are waiting.
+            InvalidRequest: the key was used with another request.
+            InsufficientStorage: the disk is full.
         """
         name = str(uuid.uuid4())
-        # The model that was planned with, also where another becomes the default.
+        # The model of the plan, even if another becomes the default.
         document = request_document(plan.request, folder, model=plan.model.card.id)
         place = self._jobs / name
         try:
@@ -252,7 +252,7 @@ class JobStore:
         except BaseException as error:
             shutil.rmtree(place, ignore_errors=True)
             if isinstance(error, sqlite3.IntegrityError) and idempotency:
-                # The same request came twice at once, and the other was first.
+                # The same request arrived twice at once, and the other was first.
                 first = self.repeated(owner, idempotency)
                 if first:
                     return first
@@ -269,20 +269,20 @@ class JobStore:
         if job and job.fingerprint != idempotency.fingerprint:
             raise InvalidRequest.of(
                 "Idempotency-Key",
-                f"'{idempotency.key}' made job {job.id} of another request; a new request needs a "
-                "new key",
+                f"'{idempotency.key}' was used for job {job.id} with another request; use a new "
+                "key for a new request",
             )
         return job
 
     def check_room(self, owner: str, key: str | None) -> None:
-        """See that one more job may wait, or that none need.
+        """Check that one more job may wait, unless the request is a repeat.
 
         Args:
             owner: the caller.
-            key: of a request that may have come before; its job has its place already.
+            key: of a request that may be a repeat, whose job exists already.
 
         Raises:
-            Overloaded: enough do.
+            Overloaded: too many jobs are waiting.
         """
         if key is None or self._one(_BY_KEY, owner, key) is None:
             with self._mutex, _stored():
@@ -292,7 +292,7 @@ class JobStore:
         (waiting,) = db.execute("SELECT count(*) FROM jobs WHERE status = 'accepted'").fetchone()
         if waiting >= self._max_waiting:
             raise Overloaded(
-                f"{waiting} jobs wait for their turn, and {self._max_waiting} may "
+                f"job queue full: {waiting} of {self._max_waiting} jobs are waiting "
                 "(PIMC_MAX_JOBS); nothing was started",
                 retry_after=60,
             )
@@ -301,11 +301,11 @@ class JobStore:
         """A caller's job by its id.
 
         Raises:
-            UnknownJob: there is none, or it is another caller's.
+            UnknownJob: the job does not exist or belongs to another caller.
         """
         job = self._one("SELECT * FROM jobs WHERE owner = ? AND id = ?", owner, name)
         if job is None:
-            raise UnknownJob(f"no job '{name[:64]}'")
+            raise UnknownJob(f"there is no job '{name[:64]}'")
         return job
 
     def latest(self, owner: str, limit: int) -> list[Job]:
@@ -318,10 +318,10 @@ class JobStore:
         return [_job(row) for row in rows]
 
     def dismiss(self, owner: str, name: str) -> Job:
-        """Take a job back, whatever has come of it; a run of it must be told.
+        """Dismiss a job in any status; the caller must cancel its run.
 
         Raises:
-            UnknownJob: there is none, or it is another caller's.
+            UnknownJob: the job does not exist or belongs to another caller.
         """
         job = self.find(owner, name)
         now = time.time()
@@ -332,30 +332,30 @@ class JobStore:
                 (now, now, job.number),
             )
             db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
-        if job.status != "running":  # else its run removes them, once it has let go of them
+        if job.status != "running":  # else its run removes them when it ends
             self.remove(job)
         return self.find(owner, name)
 
     def counts(self) -> dict[str, int]:
-        """How many jobs there are, by status."""
+        """Number of jobs by status."""
         with self._mutex, _stored():
             rows = self._db.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall()
         return {**dict.fromkeys(STATUSES, 0), **dict(rows)}
 
     def request(self, job: Job) -> TaskRequest:
-        """The request that a job runs."""
+        """The request of a job."""
         return request_of(json.loads(job.document), self.folder(job) / "input")
 
     def result(self, job: Job, folder: Path) -> Result:
-        """A finished job's result, its files in a folder of the request's own.
+        """A finished job's result, its files linked into a folder of the request.
 
         The job may be dismissed while they are sent.
 
         Raises:
-            ResultNotReady: the job has no result, or no longer.
+            ResultNotReady: the job has no result, or it was removed.
         """
         if job.status != "successful":
-            raise ResultNotReady(f"job {job.id} is {job.status}, at {job.progress} %: no result")
+            raise ResultNotReady(f"job {job.id} has no result: {job.status}, at {job.progress} %")
         place = self.folder(job) / "result"
         try:
             result = result_of(json.loads((place / _RESULT).read_text("utf-8")), folder)
@@ -363,17 +363,17 @@ class JobStore:
                 if path.name != _RESULT:
                     link(path, folder / path.name)
         except FileNotFoundError as error:
-            raise ResultNotReady(f"the result of job {job.id} was removed meanwhile") from error
+            raise ResultNotReady(f"the result of job {job.id} has been removed") from error
         return result
 
-    # What runs ask -------------------------------------------------------------------------
+    # For runs ------------------------------------------------------------------------------
 
     def folder(self, job: Job) -> Path:
-        """Where a job's files lie."""
+        """Folder of a job's files."""
         return self._jobs / job.id
 
     def take(self) -> Job | None:
-        """The job whose turn it is, now running; None where none waits."""
+        """Start the next waiting job; None if none waits."""
         now = time.time()
         with self._transaction() as db:
             row = db.execute(
@@ -386,7 +386,7 @@ class JobStore:
         return _job(row) if row else None
 
     def put_back(self, job: Job) -> None:
-        """Have a running job wait again, with what it has done."""
+        """Return a running job to the queue; its finished windows are kept."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE jobs SET status = 'accepted', attempts = 0, updated = ? "
@@ -395,11 +395,11 @@ class JobStore:
             )
 
     def publish(self, job: Job, work: Path, document: Mapping[str, Any]) -> None:
-        """Make what a run has finished the result: whole, on disk, and only then by its name.
+        """Publish a finished run's files as the result: synced to disk, then renamed.
 
         Args:
             job: running.
-            work: the folder that holds its files and nothing else.
+            work: the folder that holds exactly its files.
             document: the result, without its files.
         """
         (work / _RESULT).write_text(json.dumps(document), encoding="utf-8")
@@ -410,12 +410,12 @@ class JobStore:
         sync_folder(self.folder(job))
 
     def succeed(self, job: Job) -> None:
-        """A running job's result is there, and is all that is kept."""
+        """Mark a running job as successful and keep only its result."""
         keep_result(self.folder(job))
         self._end(job, "successful", progress=100)
 
     def fail(self, job: Job, error: PIMCError) -> None:
-        """A running job came to nothing."""
+        """Mark a running job as failed."""
         problem = {"code": error.code, "detail": error.detail}
         errors = [dict(e) for e in error.errors] if isinstance(error, InvalidRequest) else []
         self._end(job, "failed", problem=json.dumps({**problem, "errors": errors}))
@@ -439,7 +439,7 @@ class JobStore:
             self.remove(job)
 
     def make_room(self, job: Job) -> None:
-        """Remove what a run can make again."""
+        """Remove files that a run can make again."""
         remove(self.folder(job) / "work")
         remove(self.folder(job) / "windows")
 
@@ -448,7 +448,7 @@ class JobStore:
         remove(self.folder(job))
 
     def begin(self, job: Job, computed_by: str) -> None:
-        """Forget the windows of another device or precision: one answer comes from one."""
+        """Discard windows of another device or precision, so that no result mixes two."""
         if job.computed_by == computed_by:
             return
         with self._transaction() as db:
@@ -458,7 +458,7 @@ class JobStore:
             )
 
     def window(self, job: Job, step: Step) -> tuple[int, int] | None:
-        """Where a finished window's bytes lie, offset and length; None where it is not finished."""
+        """Offset and length of a finished window's bytes; None if it is not finished."""
         with self._mutex, _stored():
             row = self._db.execute(
                 "SELECT offset, length FROM windows "
@@ -468,7 +468,7 @@ class JobStore:
         return row or None
 
     def end_of_windows(self, job: Job) -> int:
-        """Where the bytes of finished windows end."""
+        """End offset of the finished windows' bytes."""
         with self._mutex, _stored():
             (end,) = self._db.execute(
                 "SELECT coalesce(max(offset + length), 0) FROM windows WHERE job = ?", (job.number,)
@@ -478,7 +478,7 @@ class JobStore:
     def count_window(
         self, job: Job, step: Step, *, offset: int, length: int, progress: int
     ) -> None:
-        """A window's bytes are on disk: it is finished."""
+        """Mark a window as finished: its bytes are on disk."""
         with self._transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO windows VALUES (?, ?, ?, ?, ?, ?)",
@@ -493,9 +493,9 @@ class JobStore:
     # Time ----------------------------------------------------------------------------------
 
     def sweep(self, seconds: float) -> None:
-        """Remove jobs that ended long enough ago.
+        """Remove expired jobs.
 
-        Their age is counted, not read off the clock, so that a clock that jumps removes nothing.
+        Their age is counted, not read from the clock, so that a clock that jumps removes nothing.
 
         Args:
             seconds: since the last sweep, by a clock that does not jump.
@@ -512,8 +512,8 @@ class JobStore:
             remove(self._jobs / name)
 
     def _recover(self) -> None:
-        """Take up what the last service left, however it ended."""
-        # Files first: where the disk is full, this may be what frees it.
+        """Recover the state that the last service left, however it ended."""
+        # Files first: if the disk is full, this may free it.
         kept = dict(self._db.execute("SELECT id, status FROM jobs").fetchall())
         for place in self._jobs.iterdir():
             status = kept.get(place.name)
@@ -524,8 +524,8 @@ class JobStore:
         with self._transaction() as db:
             db.execute("UPDATE jobs SET status = 'accepted' WHERE status = 'running'")
             (seen,) = db.execute("SELECT seen FROM clock").fetchone()
-        # How long nothing ran is known only by the clock, which may have jumped: no stop, however
-        # long it looks, makes a result older by more than half of what it may become.
+        # The length of a stop is known only from the wall clock, which may have jumped: a stop ages
+        # a result by at most half of its lifetime.
         self.sweep(min(max(0.0, time.time() - seen), self._ttl / 2))
 
     # SQLite --------------------------------------------------------------------------------
@@ -537,7 +537,7 @@ class JobStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of it, on disk, or nothing."""
+        """A transaction: all of it on disk, or nothing."""
         with self._mutex, _stored():
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -563,11 +563,11 @@ def _usable(folder: Path) -> Iterator[None]:
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    """The database, of this version of its schema."""
+    """Open the database and check its schema version."""
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA journal_mode = WAL")
-    # What a row says was promised to somebody.
+    # A row is a promise to a client.
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
     (version,) = db.execute("PRAGMA user_version").fetchone()
@@ -575,24 +575,24 @@ def _opened(path: Path) -> sqlite3.Connection:
         db.executescript(_SCHEMA)
     elif version != _SCHEMA_VERSION:
         raise sqlite3.DatabaseError(
-            f"it is of version {version}, and this service reads version {_SCHEMA_VERSION}"
+            f"its schema has version {version}, but this service needs version {_SCHEMA_VERSION}"
         )
     return db
 
 
 @contextmanager
 def _stored() -> Iterator[None]:
-    """Says in our terms that SQLite could not write.
+    """Translate SQLite's errors of a full disk.
 
     Raises:
-        InsufficientStorage: the disk is full, or fails.
+        InsufficientStorage: the disk is full or failing.
     """
     try:
         yield
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode & 0xFF in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
             raise InsufficientStorage(
-                "the job cannot be kept: the service's disk is full, or it fails"
+                "the job cannot be stored: the server's disk is full or failing"
             ) from error
         raise
 

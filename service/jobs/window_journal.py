@@ -15,7 +15,7 @@ from service.run.windows import Arrays, Step
 
 
 class WindowFile:
-    """A job's `Journal`: finished windows in one file; the store says which of them count.
+    """A job's `Journal`: finished windows in one file; the store records which are finished.
 
     A context manager that closes the file.
 
@@ -42,7 +42,7 @@ class WindowFile:
         os.close(self._file)
 
     def load(self, step: Step) -> Arrays | None:
-        """See `Journal`; None also for bytes that have gone bad since."""
+        """See `Journal`; None also for corrupted bytes."""
         found = self._store.window(self._job, step)
         if found is None:
             return None
