@@ -334,7 +334,7 @@ def test_weights_outside_a_bundles_folder_are_never_read(tmp_path, how, place):
     assert registry.refused == {}
     with Engine(registry, providers="cpu", threads=1) as engine:
         assert engine.refused["bad"] == (
-            "bundle 'bad': model.onnx: float32 does not load, the log says why"
+            "bundle 'bad': model.onnx: the float32 file does not load; the log has the cause"
         )
 
 

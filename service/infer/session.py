@@ -175,8 +175,8 @@ def _why_not(bundle: Bundle, variant: Precision, error: Exception) -> str:
     if opset is None:
         return f"{where}: the {variant} file does not load; the log has the cause"
     return (
-        f"{where} has opset {opset[1]}, but ONNX Runtime {onnxruntime.__version__} supports at most "
-        f"{opset[2]}"
+        f"{where} has opset {opset[1]}, but ONNX Runtime {onnxruntime.__version__} supports at "
+        f"most {opset[2]}"
     )
 
 
