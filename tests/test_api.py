@@ -387,7 +387,7 @@ def test_a_hostile_file_name_stays_a_label(api: httpx.Client, scene: Scene) -> N
     broken = [("files", ("..\\..\\windows/ünï.tif", b"no tiff at all"))]
     answer = api.post("/classify-pixels", files=broken)
     assert answer.json()["code"] == "not_a_geotiff"
-    assert "'ünï.tif'" in answer.json()["detail"]
+    assert "'windows/ünï.tif'" in answer.json()["detail"]
 
 
 def test_every_answer_has_an_id_and_protects_a_browser(api: httpx.Client, scene: Scene) -> None:

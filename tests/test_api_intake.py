@@ -120,15 +120,21 @@ def test_what_a_caller_calls_a_file_is_no_path(tmp_path: Path) -> None:
     assert {file.path.parent for file in form.files} == {tmp_path}
     assert [file.path.name for file in form.files] == [f"{n:04d}.tif" for n in range(len(names))]
     assert [file.name for file in form.files] == [
-        "up.tif", "passwd", "file 3", "file 4", "b.tif", "y.tif", "nul.tif",
+        "up.tif", "etc/passwd", "file 3", "file 4", "a/b.tif", "x/y.tif", "nul.tif",
     ]  # fmt: skip
+
+
+def test_a_label_keeps_the_folders_that_may_hold_the_date() -> None:
+    assert label("S2B_31UES_20210105_0_L2A/B04.tif", 0) == "S2B_31UES_20210105_0_L2A/B04.tif"
+    assert label("/./a//b/../c.tif", 0) == "a/b/c.tif"
+    assert label("1/2/3/4/5/6/7/8/x.tif", 0) == "3/4/5/6/7/8/x.tif"
 
 
 @pytest.mark.parametrize("name", ["x" * 500 + "_2021-01-01.tif", "é.tif", "../..", "\n\r"])
 def test_a_label_is_short_and_shows_the_end(name: str) -> None:
     shown = label(name, 6)
-    assert 0 < len(shown) <= 120
-    assert "/" not in shown
+    assert 0 < len(shown) <= 250
+    assert ".." not in shown
     assert shown.isprintable()
     if name.endswith("2021-01-01.tif"):
         assert shown.endswith("_2021-01-01.tif")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from affine import Affine
+from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from service.errors import InvalidRequest, MissingBands, MissingDates
@@ -164,9 +166,15 @@ def test_a_band_missing_on_one_date_is_named(tmp_path: Path) -> None:
         opened(files)
 
 
-def test_b8a_is_not_b08(tmp_path: Path) -> None:
+def test_b8a_stands_in_for_b08_with_a_warning_and_never_beside_it(tmp_path: Path) -> None:
+    files = [one_date(tmp_path / "x_20210105.tif", 1, ("B02", "B04", "B8A"))]
+    stack = opened(files, mask="none")
+    assert told(stack) == [[1002, 1004, 1080]]
+    (warning,) = stack.warnings
+    assert (warning.code, "no file has B08, so B8A" in warning.detail) == ("band_substituted", True)
+    # The 20 m model takes both, and B8A is not read twice.
     with pytest.raises(MissingBands, match="B08 not found"):
-        opened([one_date(tmp_path / "x_20210105.tif", 1, ("B02", "B04", "B8A"))])
+        opened(files, bands=("B02", "B04", "B08", "B8A"))
     names = ("B8A", "B8", "B2", "B4")
     pixels = bands_of(("B8A", 1), ("B08", 1), ("B02", 1), ("B04", 1))
     stack = opened([write(tmp_path / "y_20210105.tif", pixels, descriptions=names)])
@@ -215,15 +223,25 @@ def test_names_that_do_not_fit_the_bands_are_refused(tmp_path: Path) -> None:
 )
 def test_whole_products_need_no_names(tmp_path: Path, order: str) -> None:
     pixels = bands_of(*((band, 1) for band in order.split()))
-    stack = opened([write(tmp_path / "x_20210105.tif", pixels)])
+    stack = opened([write(tmp_path / "x_20210105.tif", pixels)], mask="none")
     assert (stack.layout, told(stack)) == ("file-per-date", expected(1))
+    # They are assumed, and never in silence.
+    (warning,) = stack.warnings
+    assert warning.code == "bands_assumed"
+    assert "B02 is band 2, B04 is band 4, B08 is band 8" in warning.detail
+    assert "'x_20210105.tif'" in warning.detail
 
 
 def test_files_without_a_needed_band_are_left_out(tmp_path: Path) -> None:
     elsewhere = {"crs": "EPSG:3857", "transform": Affine(1, 0, 0, 0, -1, 9)}
     label = write(tmp_path / "LABEL_CT.tif", bands_of(("LC", 1)), **elsewhere)
     swir = one_date(tmp_path / "swir_20210105.tif", 1, ("B11", "B12"), crs=None)
-    stack = opened([label, one_date(tmp_path / "x_20210105.tif", 1), swir])
+    stack = opened([label, one_date(tmp_path / "x_20210105.tif", 1), swir], mask="none")
+    (warning,) = stack.warnings
+    assert warning.code == "files_unused"
+    assert "2 of 3 files" in warning.detail
+    assert "'LABEL_CT.tif': names no band" in warning.detail
+    assert "'swir_20210105.tif': the model does not take B11, B12" in warning.detail
     assert stack.files == ("x_20210105.tif",)
     assert told(stack) == expected(1)
 
@@ -451,7 +469,7 @@ def test_files_of_one_date_are_one_observation(tmp_path: Path) -> None:
         one_date(tmp_path / "b_20210105.tif", 2),
         one_date(tmp_path / "c_20210115.tif", 3),
     ]
-    stack = opened(files)
+    stack = opened(files, mask="none")
     assert stack.dates == (D1, D2)
     (warning,) = stack.warnings
     assert warning.code == "merged_dates"
@@ -467,21 +485,21 @@ def test_granules_kept_a_file_a_band_stay_apart(tmp_path: Path) -> None:
         for band in NEEDED
         for t, tile in ((1, "first"), (2, "second"))
     ]
-    stack = opened(files)
+    stack = opened(files, mask="none")
     assert [warning.code for warning in stack.warnings] == ["merged_dates"]
     assert told(stack) == expected(1)
 
 
 def test_a_date_twice_in_a_band_file_is_one_observation(tmp_path: Path) -> None:
-    stack = opened(colours(tmp_path), dates=(D1, D2, D1))
+    stack = opened(colours(tmp_path), dates=(D1, D2, D1), mask="none")
     assert stack.dates == (D1, D2)
-    assert [warning.code for warning in stack.warnings] == ["merged_dates"]
+    assert [warning.code for warning in stack.warnings] == ["files_unused", "merged_dates"]
     assert told(stack) == expected(1, 2)
 
 
 def test_imagery_needs_no_dates(tmp_path: Path) -> None:
     files = [one_date(tmp_path / f"{name}.tif", t) for t, name in ((1, "b"), (2, "a"))]
-    stack = opened(files, dated=False)
+    stack = opened(files, dated=False, mask="none")
     assert (stack.dates, stack.observations, stack.warnings) == ((), 2, ())
     assert told(stack) == expected(1, 2)
 
@@ -528,3 +546,108 @@ def test_a_mask_for_some_dates_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"1 of 2 observations, not in '20210115\.tif'"):
         opened(files)
     assert opened(files, mask="none").mask == "none"
+
+
+# --- names and layouts as providers write them ----------------------------------------------
+
+
+def in_folder(folder: Path, name: str, band: str, t: int, **how: object) -> SourceFile:
+    """A file of one band and date, whose name has folders."""
+    file = write(folder / name.replace("/", "+"), bands_of((band, t)), **how)
+    return SourceFile(name=name, path=file.path)
+
+
+def test_the_date_may_stand_in_the_folder_alone(tmp_path: Path) -> None:
+    files = [
+        in_folder(tmp_path, f"S2B_31UES_2021{day}_0_L2A/{band}.tif", band, t)
+        for t, day in ((1, "0105"), (2, "0115"))
+        for band in NEEDED
+    ]
+    stack = opened(files)
+    assert (stack.layout, stack.dates, told(stack)) == ("file-per-band", (D1, D2), expected(1, 2))
+    bare = [SourceFile(name=file.name.rpartition("/")[2], path=file.path) for file in files]
+    with pytest.raises(MissingDates, match="no date for 6 of 6 files"):
+        opened(bare)
+
+
+def test_the_band_may_stand_in_the_folder_alone(tmp_path: Path) -> None:
+    files = [
+        in_folder(tmp_path, f"{band}/x_2021{day}.tif", band, t)
+        for t, day in ((1, "0105"), (2, "0115"))
+        for band in NEEDED
+    ]
+    stack = opened(files)
+    assert (stack.layout, stack.dates, told(stack)) == ("file-per-band", (D1, D2), expected(1, 2))
+
+
+def test_a_layout_of_one_band_and_date_a_file_may_be_given(tmp_path: Path) -> None:
+    files = [in_folder(tmp_path, f"20210105_{band}.tif", band, 1) for band in NEEDED]
+    stack = opened(files, layout="file-per-band-and-date")
+    assert (stack.layout, told(stack)) == ("file-per-band-and-date", expected(1))
+
+
+def test_the_time_of_writing_yields_to_names_that_tell_files_apart(tmp_path: Path) -> None:
+    files = [
+        one_date(
+            tmp_path / f"x_2021{day}.tif", t, tags={"TIFFTAG_DATETIME": f"2023:05:0{t} 00:00:00"}
+        )
+        for t, day in ((1, "0105"), (2, "0115"))
+    ]
+    assert opened(files).dates == (D1, D2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_granules_of_a_day_stay_apart_in_any_order(tmp_path: Path, seed: int) -> None:
+    files = [
+        in_folder(tmp_path, f"S2B_31UES_20210105_{granule}_L2A_{band}.tif", band, t)
+        for t, granule in ((1, 0), (2, 1), (3, 2))
+        for band in (*NEEDED, "SCL")
+    ]
+    order = np.random.default_rng(seed).permutation(len(files))
+    stack = opened([files[n] for n in order])
+    assert len(stack.acquisitions) == 3
+    for acquisition in stack.acquisitions:
+        sources = [*acquisition.planes, acquisition.masks[0].plane]
+        assert len({plane.source.name.split("_")[3] for plane in sources}) == 1
+
+
+def test_one_name_a_file_of_one_band(tmp_path: Path) -> None:
+    files = [
+        in_folder(tmp_path, f"HLS.L30.T31UES.{day}.{code}.tif", band, t)
+        for t, day in ((1, "2021-01-05"), (2, "2021-01-15"))
+        for band, code in (("B02", "B02"), ("B04", "B04"), ("B08", "B05"))
+    ]
+    stack = with_names(files, *(NEEDED * 2))
+    assert (stack.layout, stack.dates, told(stack)) == ("file-per-band", (D1, D2), expected(1, 2))
+    masks = [in_folder(tmp_path, f"HLS.L30.T31UES.{d}.Fmask.tif", "Fmask", 0) for d in (D1, D2)]
+    beside = with_names([*masks, *files], *(NEEDED * 2), mask="none")
+    assert told(beside) == expected(1, 2)
+
+
+def test_names_for_stacks_with_masks_and_other_shapes_beside(tmp_path: Path) -> None:
+    files = []
+    for t, day in ((1, "20210105"), (2, "20210115")):
+        files.append(write(tmp_path / f"S2_{day}_BOA_10.tif", bands_of(*((b, t) for b in NEEDED))))
+        files.append(write(tmp_path / f"S2_{day}_SCL_10.tif", bands_of(("SCL", t))))
+        files.append(write(tmp_path / f"S2_{day}_TCI_10.tif", bands_of(("x", t), ("y", t))))
+    stack = with_names(files, *NEEDED)
+    assert (stack.layout, stack.mask, told(stack)) == ("file-per-date", "scl", expected(1, 2))
+    (warning,) = stack.warnings
+    assert "2 of 6 files not used: 'S2_20210105_TCI_10.tif', 'S2_20210115_TCI_10.tif'" in (
+        warning.detail
+    )
+
+
+@pytest.mark.parametrize("how", ["described", "undescribed", "dataMask"])
+def test_an_alpha_band_that_the_file_calls_alpha_is_a_mask(tmp_path: Path, how: str) -> None:
+    pixels = bands_of(*((band, 1) for band in (*NEEDED, "x")))
+    pixels[3] = [[255, 255], [255, 0]]
+    names = {"described": ["alpha"], "undescribed": [None], "dataMask": ["dataMask"]}[how]
+    file = write(tmp_path / "x_20210105.tif", pixels, descriptions=[*NEEDED, *names])
+    if how == "undescribed":  # as gdalwarp -dstalpha leaves it
+        with rasterio.open(file.path, "r+") as raster:
+            raster.colorinterp = [*raster.colorinterp[:-1], ColorInterp.alpha]
+    with StackReader(opened([file], mask="none")) as reader:
+        sits = reader.read(Window(0, 0, 2, 2))
+    assert sits.valid[0].tolist() == [[True, True], [True, False]]
+    assert np.isnan(sits.values[0, :, 1, 1]).all()

@@ -6,7 +6,16 @@ from datetime import date
 
 import pytest
 
-from service.read.metadata import band_of, date_of, tagged_date, tagged_number
+from service.read.metadata import (
+    band_of,
+    date_of,
+    named_days,
+    quality_of,
+    stem,
+    tagged_band,
+    tagged_date,
+    tagged_number,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +47,23 @@ from service.read.metadata import band_of, date_of, tagged_date, tagged_number
         ("B02_2021-01-05", "B02"),
         ("2021-01-05_B02", "B02"),
         ("S2_blue_2021", "B02"),
+        ("band04", "B04"),
+        ("Band4", "B04"),
+        ("band_4", "B04"),
+        ("ga_s2am_nbart_3-2-1_31UES_2018-01-11_final_band08", "B08"),
+        ("nbart_red", "B04"),
+        ("nbart_nir_1", "B08"),
+        ("grün", "B03"),
+        ("Bande rouge", "B04"),
+        ("Kanal 4 (rot)", "B04"),
+        ("S2_azul_10m", "B02"),
+        ("infrarrojo cercano", "B08"),
+        ("proche infrarouge", "B08"),
+        ("blå", "B02"),
+        # Places and other words, not colours.
+        ("Cabo_Verde_2021", None),
+        ("Baton_Rouge", None),
+        ("Monte Rosso", None),
         ("ndvi", None),
         ("NDVI (B08, B04)", None),
         ("B08/B04", None),
@@ -77,6 +103,12 @@ def test_band_of(text: str | None, band: str | None) -> None:
         ("MOD13Q1.A2018141.h12v10.006.2018158.tif", date(2018, 5, 21)),
         ("20180230_20180301", date(2018, 3, 1)),
         ("tile_00412345_2021-01-05", date(2021, 1, 5)),
+        ("HLS.S30.T31UES.2018141T104421.v2.0.B8A", date(2018, 5, 21)),
+        ("LC81950252018141LGN00_B4", date(2018, 5, 21)),
+        ("S2_21May2018.tif", date(2018, 5, 21)),
+        ("21-Mar-2018", date(2018, 3, 21)),
+        ("S2_2018366T104421", None),
+        ("orbit_12018141", None),
         ("2018-0521", None),
         ("120180521", None),
         ("201805215", None),
@@ -105,3 +137,70 @@ def test_tagged_number_takes_finite_numbers_alone() -> None:
     assert tagged_number({"scale": "nan"}, "scale") is None
     assert tagged_number({"scale": "inf"}, "scale") is None
     assert tagged_number({}, "scale") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "band"),
+    [
+        ("QA60", "QA60"),
+        ("MSK_CLDPRB_20m", "CLDPRB"),
+        ("T31UES_20180111T104421_CLD_20m", "CLDPRB"),
+        ("HLS.S30.T31UES.2018011T104421.v2.0.Fmask", "FMASK"),
+        ("ga_s2am_oa_3-2-1_31UES_2018-01-11_final_fmask", "FMASK"),
+        ("LC08_L2SP_195025_20180111_20200902_02_T1_QA_PIXEL", "QA_PIXEL"),
+        ("SENTINEL2B_20180111-104021-455_L2A_T31UES_C_V2-2_CLM_R1", "CLM"),
+        ("20180111_LEVEL2_SEN2B_QAI", "QAI"),
+        ("20180111_103422_1020_3B_udm2_clip", "UDM2"),
+        ("SENTINEL-2_MSI_31UES_CLOUD_2018-01-11", "CLOUD"),
+        ("cloud_free_composite", None),
+        ("CLOUD_COVER", None),
+        ("cloudless", None),
+        ("B02", None),
+        (None, None),
+    ],
+)
+def test_quality_of(text: str | None, band: str | None) -> None:
+    assert quality_of(text) == band
+
+
+def test_a_bands_tags_name_it_as_openeo_writes_them() -> None:
+    assert tagged_band({"description": "B04"}) == "B04"
+    assert tagged_band({"description": "CLM"}) == "CLM"
+
+
+def test_a_last_part_that_is_no_suffix_stays() -> None:
+    assert stem("a.b/HLS.S30.v2.0.B02") == "HLS.S30.v2.0.B02"
+    assert stem("a/HLS.S30.v2.0.B02.TIF") == "HLS.S30.v2.0.B02"
+
+
+J5, J15, J25 = date(2021, 1, 5), date(2021, 1, 15), date(2021, 1, 25)
+
+
+@pytest.mark.parametrize(
+    ("names", "days"),
+    [
+        (["S2B_31UES_20210105_0_L2A/B04.tif", "S2B_31UES_20210115_0_L2A/B04.tif"], [J5, J15]),
+        # The file's own date counts before the folder's.
+        (["20200101/x_20210105.tif", "20200101/x_20210115.tif"], [J5, J15]),
+        # Unless it is the same in every file, as a date of processing is.
+        (["20210105/x_20230101.tif", "20210115/x_20230101.tif"], [J5, J15]),
+        # Of several numbers that look like dates the one that varies.
+        (["a_20200101_20211231_20210105.tif", "a_20200101_20211231_20210115.tif"], [J5, J15]),
+        # The first of those that vary is the acquisition.
+        (["S2_20210105_20210203.tif", "S2_20210115_20210204.tif"], [J5, J15]),
+        # Day first, where one of the files settles it.
+        (["05-01-2021.tif", "15-01-2021.tif"], [J5, J15]),
+        (["05012021.tif", "25012021.tif"], [J5, J25]),
+        (["5.1.2021.tif"], [J5]),
+        (["2021-1-5.tif", "2021-1-15.tif"], [J5, J15]),
+        # 5 January or 1 May?
+        (["05-01-2021.tif", "06-01-2021.tif"], [None, None]),
+        # Not all files agree.
+        (["05-01-2021.tif", "15-01-2021.tif", "01-15-2021.tif"], [None, None, None]),
+        (["x_20210105.tif", "15-01-2021.tif"], [J5, None]),
+        (["x.tif"], [None]),
+        ([], []),
+    ],
+)
+def test_named_days(names: list[str], days: list[date | None]) -> None:
+    assert named_days(names) == days

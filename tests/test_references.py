@@ -180,7 +180,10 @@ def root(tmp_path: Path) -> Path:
 def test_a_file_under_a_root_is_read_where_it_lies(root: Path, folder: Path, form: str) -> None:
     path = root / "in" / "2021-01-05.tif"
     (file,) = fetch(form.format(path), folder, allowed_roots=(root,))
-    assert file == SourceFile(name="2021-01-05.tif", path=path.resolve())
+    assert file.path == path.resolve()
+    # The folders stay: one of them may hold the date.
+    assert file.name.endswith("root/in/2021-01-05.tif")
+    assert not file.name.startswith("/")
     assert list(folder.iterdir()) == []
 
 
@@ -197,7 +200,7 @@ def test_links_within_a_root_and_roots_that_are_links_are_followed(
 def test_a_percent_in_a_url_is_decoded_and_in_a_path_is_not(root: Path, folder: Path) -> None:
     (root / "a b.tif").write_bytes(TIFF)
     (file,) = fetch(f"file://{root}/a%20b.tif", folder, allowed_roots=(root,))
-    assert file.name == "a b.tif"
+    assert file.name.endswith("root/a b.tif")
     with pytest.raises(ForbiddenReference):
         fetch(f"{root}/a%20b.tif", folder, allowed_roots=(root,))
 

@@ -468,15 +468,17 @@ def test_files_on_different_grids_are_refused(tmp_path: Path, how: dict, both: l
         assert part in caught.value.detail
 
 
-def test_a_scene_classification_at_half_the_resolution_is_refused(tmp_path: Path) -> None:
-    scl = np.full((1, 3, 2), 4, np.uint8)
+def test_a_mismatch_names_the_grid_that_would_do(tmp_path: Path) -> None:
     files = [
-        scene(tmp_path / "20210105.tif", numbers(6, 4)),
-        write(tmp_path / "20210105_SCL_20m.tif", scl, transform=Affine(20, 0, 5e5, 0, -20, 5.6e6)),
+        scene(tmp_path / "20210105.tif", numbers()),
+        scene(tmp_path / "20210115.tif", numbers(), transform=MOVED),
     ]
-    with pytest.raises(GridMismatch, match="2 x 3 pixels, not 4 x 6"):
+    with pytest.raises(GridMismatch, match="grid=finest brings all files"):
         opened(*files)
-    assert read(opened(*files, mask="none")).valid.all()
+    assert opened(*files, grid="finest", mask="none").grid.width == 7
+    files[1] = scene(tmp_path / "20210125.tif", numbers(), crs="EPSG:32632")
+    with pytest.raises(GridMismatch, match=r"grid=EPSG:3263[12]@10 brings"):
+        opened(*files)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ def test_flanders(shared_data: Path) -> None:
     assert stack.dates == tuple(
         date.fromisoformat(f"{n[:4]}-{n[4:6]}-{n[6:]}") for n in (p.name[7:15] for p in scenes)
     )
-    assert stack.warnings == ()
+    (unused,) = stack.warnings
+    assert unused.code == "files_unused"
+    assert "2 of 120 files not used: 'LABEL_CT.tif', 'LABEL_LC.tif'" in unused.detail
     assert check_radiometry(stack) == ()
 
     sits = read(stack)

@@ -25,14 +25,17 @@ from pydantic import (
 from models.card import Modality, ModelCard, Task
 from service.errors import ForbiddenReference, InvalidRequest
 from service.read.geotiff import SourceFile
-from service.read.layouts import Layout, MaskRule, StackOptions
+from service.read.layouts import Layout, StackOptions
+from service.read.masks import RULES, parse_mask
 from service.run.request import PointQuery, RasterRequest, SeriesInput, SeriesRequest
 
 MAX_POINTS = 10_000
+MAX_RINGS = 1_000
+MAX_VERTICES = 10_000
 ClassOutput = Literal["class", "confidence", "entropy", "probabilities"]
 QuantileOutput = Literal["q10", "q50", "q90"]
 # The fields that take several values.
-_LISTED = frozenset({"dates", "bands", "outputs"})
+_LISTED = frozenset({"dates", "bands", "bbox", "outputs"})
 _MAX_ERRORS = 20
 _MAX_STRUCTURE = 500_000
 PLAUSIBLE_DATES = (date(1970, 1, 1), date(2099, 12, 31))
@@ -77,6 +80,21 @@ def _listed(value: object) -> object:
     for item in values:
         parts += item.split(",") if isinstance(item, str) else [item]
     return [part.strip() if isinstance(part, str) else part for part in parts]
+
+
+def _mask(value: object) -> object:
+    """One text from one or several rules, each of which exists."""
+    text = ",".join(value) if isinstance(value, list) and all(map(_is_text, value)) else value
+    if isinstance(text, str):
+        try:
+            parse_mask(text)
+        except InvalidRequest as error:
+            raise ValueError(error.errors[0]["detail"]) from error
+    return text
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _once(value: object) -> object:
@@ -174,6 +192,71 @@ class PointCollection(_Loose):
         return tuple((p.geometry.coordinates[0], p.geometry.coordinates[1]) for p in self.features)
 
 
+_Position = Annotated[list[_Number], Field(min_length=2, max_length=4)]
+_Ring = Annotated[list[_Position], Field(min_length=4, max_length=MAX_VERTICES)]
+_Rings = Annotated[list[_Ring], Field(min_length=1, max_length=MAX_RINGS)]
+
+
+class Area(_Loose):
+    """A GeoJSON Polygon or MultiPolygon, or one Feature or a collection of one, EPSG:4326."""
+
+    type: Literal["Polygon", "MultiPolygon"]
+    coordinates: _Rings | Annotated[list[_Rings], Field(min_length=1, max_length=MAX_RINGS)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _geometry(cls, value: object) -> object:
+        while isinstance(value, Mapping) and value.get("type") in {"FeatureCollection", "Feature"}:
+            if value["type"] == "Feature":
+                value = value.get("geometry")
+                continue
+            features = value.get("features")
+            if not isinstance(features, list) or len(features) != 1:
+                raise ValueError("a collection must hold one polygon")
+            value = features[0]
+        return value
+
+    @model_validator(mode="after")
+    def _is_a_polygon(self) -> Self:
+        depth = _depth(self.coordinates)
+        if depth != {"Polygon": 3, "MultiPolygon": 4}[self.type]:
+            raise ValueError(f"the coordinates are not those of a {self.type}")
+        for ring in self._every_ring():
+            if ring[0][:2] != ring[-1][:2]:
+                raise ValueError("a ring does not end where it begins")
+            for lon, lat, *_ in ring:
+                if not (-180 <= lon <= 180 and -90 <= lat <= 90):
+                    raise ValueError(f"({lon}, {lat}) is no longitude and latitude in degrees")
+        return self
+
+    def _every_ring(self) -> list[Any]:
+        polygons: list[Any] = self.coordinates
+        return [
+            ring for rings in ([polygons] if self.type == "Polygon" else polygons) for ring in rings
+        ]
+
+    @property
+    def polygon(self) -> dict[str, Any]:
+        """As plain GeoJSON."""
+        return {"type": self.type, "coordinates": self.coordinates}
+
+
+def _depth(value: object) -> int:
+    return 1 + _depth(value[0]) if isinstance(value, list) and value else 0
+
+
+def _box(
+    value: tuple[float, float, float, float] | None,
+) -> tuple[float, float, float, float] | None:
+    if value is not None:
+        west, south, east, north = value
+        if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south < north <= 90):
+            raise ValueError("west, south, east, north in degrees are needed, south below north")
+        if west == east:
+            raise ValueError("west and east are the same")
+    return value
+
+
 class RasterForm(_Strict):
     """What every task takes beside the files."""
 
@@ -206,8 +289,39 @@ class RasterForm(_Strict):
         Field(allow_inf_nan=False, description="reflectance = value x scale + offset"),
     ] = None
     mask: Annotated[
-        MaskRule | None,
-        Field(description="`scl` uses the scene classification; `none` only nodata and NaN"),
+        str | None,
+        BeforeValidator(_mask),
+        Field(
+            max_length=200,
+            description="cloud masks: `auto` uses what the files hold; `none` only nodata and NaN; "
+            f"or any of {', '.join(RULES)}, comma-separated, all of which a clear pixel passes; "
+            "`cldprb:40` gives the cloud probability in per cent",
+            examples=["auto", "scl,cldprb:40"],
+        ),
+    ] = None
+    grid: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=300,
+            description="the output grid: `strict`, `finest`, a CRS and pixel size such as "
+            "`EPSG:32631@10`, or the name of a file whose grid is taken; else the files' own, or "
+            "the finest of them where the others are whole multiples of it",
+        ),
+    ] = None
+    bbox: Annotated[
+        tuple[_Number, _Number, _Number, _Number] | None,
+        _Split,
+        AfterValidator(_box),
+        Field(
+            description="west, south, east, north in degrees: only this part is read and returned; "
+            "west is larger than east across the antimeridian",
+            examples=["4.1,50.9,4.2,51.0"],
+        ),
+    ] = None
+    area: Annotated[
+        Json[Area] | None,
+        Field(description="GeoJSON polygon, EPSG:4326: only this part is read and returned"),
     ] = None
     points: Annotated[
         Json[PointCollection] | None,
@@ -238,6 +352,9 @@ class RasterForm(_Strict):
                 scale=self.scale,
                 offset=self.offset,
                 mask=self.mask,
+                grid=self.grid,
+                bbox=self.bbox,
+                area=None if self.area is None else self.area.polygon,
             ),
             model=self.model,
             points=points,
@@ -304,6 +421,10 @@ class _Items(_Strict):
     """A raster request as JSON: files named instead of sent, and points as they are."""
 
     items: Annotated[tuple[ItemBody, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+    area: Annotated[
+        Area | None,
+        Field(description="GeoJSON polygon, EPSG:4326: only this part is read and returned"),
+    ] = None
     points: Annotated[
         PointCollection | None,
         Field(description="GeoJSON FeatureCollection of Points, EPSG:4326: answer for these alone"),
@@ -552,6 +673,8 @@ def read_fields(task: Task, raw: Mapping[str, Sequence[str]]) -> RasterForm:
         filled = [value for value in values if value.strip()]
         if name in _LISTED:
             given[name] = filled
+        elif name == "mask":
+            given[name] = ",".join(filled) if filled else []
         elif len(filled) > 1:
             raise InvalidRequest.of(name, f"given {len(filled)} times, and one value is needed")
         elif filled or name not in model.model_fields:

@@ -89,6 +89,9 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
             scale=fields.get("scale"),
             offset=fields.get("offset"),
             mask=fields.get("mask"),
+            grid=fields.get("grid"),
+            bbox=_bbox(fields.get("bbox")),
+            area=fields.get("area"),
         ),
         model=fields.get("model"),
         modality=fields.get("modality"),
@@ -128,6 +131,13 @@ def _date(text: str | None) -> date | None:
 
 def _tuple(values: list[str] | None) -> tuple[str, ...] | None:
     return None if values is None else tuple(values)
+
+
+def _bbox(values: list[float] | None) -> tuple[float, float, float, float] | None:
+    if values is None:
+        return None
+    west, south, east, north = values
+    return west, south, east, north
 
 
 def result_document(result: Result) -> dict[str, Any]:

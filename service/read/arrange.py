@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 
-from service.errors import InvalidRequest, MissingBands, MissingDates
+from service.errors import InvalidRequest, MissingBands, MissingDates, StackWarning
 from service.read.geotiff import Header
 from service.read.layouts import (
     BandAssignment,
     DescribedFile,
     Layout,
     LayoutQuery,
-    MaskRule,
     StackOptions,
     counted,
     file_per_band,
@@ -22,9 +22,22 @@ from service.read.layouts import (
     names_and_bands,
     single_file,
 )
-from service.read.metadata import PRODUCT_COUNTS, SCL, band_of
+from service.read.masks import ALPHA_RULE, AUTO, QA60_EMPTY, MaskRule, parse_mask
+from service.read.metadata import (
+    ALPHA,
+    PRODUCT_BANDS,
+    PRODUCT_COUNTS,
+    QA60,
+    QUALITY,
+    band_of,
+    quality_of,
+    stem,
+)
 
 _NAMED_AT_MOST = 5
+_UNUSED_AT_MOST = 20  # the warning is a header of the response
+_TWINS: Mapping[str, str] = {"B08": "B8A"}
+"""A band, and the narrower one beside it that may stand in for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +47,9 @@ class Granule:
     key: date | int
     """The date; a running number for undated imagery."""
     planes: Mapping[str, tuple[Header, int]]
-    """Band name to the file and the number of the band in it, from 1."""
+    """Band name to the file and the number of the band in it, from 1; quality bands included."""
+    masks: tuple[MaskRule, ...] = ()
+    """The cloud masks that are used, each with its band among the planes; alpha included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +60,16 @@ class Arrangement:
     granules: tuple[Granule, ...]
     """In the order of their keys; granules of one key in the order of the files given."""
     used: tuple[Header, ...]
-    """Files that hold a band that is needed, in the order given."""
-    masked: bool
-    """Whether every granule has the scene classification, and it is to be used."""
+    """Files that hold a band or a mask that is used, in the order given."""
+    mask: str
+    """The cloud masks used, as the parameter `mask` names them; `none` where there is none."""
+    warnings: tuple[StackWarning, ...] = ()
 
 
 _READERS: Mapping[Layout, Callable[[LayoutQuery], list[BandAssignment]]] = {
     "file-per-date": file_per_date,
     "file-per-band": file_per_band,
+    "file-per-band-and-date": file_per_band,
     "single-file": single_file,
 }
 
@@ -73,39 +90,181 @@ def arrange(
         MissingBands: a band needed is not there, or not at every date.
         MissingDates: a file or band has no date, or there are fewer dates than files.
     """
+    rules = parse_mask(options.mask)
+    twins = {_TWINS[band] for band in bands if band in _TWINS}
     query = LayoutQuery(
         files=tuple(DescribedFile(header) for header in headers),
         dates=options.dates,
-        names=options.bands and tuple(band_of(name) or name.upper() for name in options.bands),
+        names=options.bands and tuple(map(_canonical, options.bands)),
         needed=tuple(bands),
-        wanted=frozenset(bands) | ({SCL} if options.mask != "none" else set()),
+        wanted=frozenset(bands)
+        | twins
+        | {rule.band for rule in (AUTO if rules is None else rules)}
+        | {ALPHA},
     )
     layout = options.layout or _guess(query)
     slots = [slot for slot in _READERS[layout](query) if slot.numbers]
+    slots, warnings = _with_twins(slots, query)
     _check_found(query, slots)
-    granules = _granules(slots, dated=dated)
+    looks = _with_bands(slots, query)
+    granules = _granules(looks, dated=dated)
     _check_complete(granules, query.needed)
-    used = {id(slot.file): slot.file.header for slot in slots}
+    granules = _masked(granules, rules)
+    used = {
+        id(granule.planes[band][0])
+        for granule in granules
+        for band in (*query.needed, *(_band(rule) for rule in granule.masks))
+    }
+    warnings += _assumed_order(layout, query, used)
+    warnings += _unused(query, used, options.mask)
+    warnings += _unclouded(granules, rules)
+    names = dict.fromkeys(str(r) for g in granules for r in g.masks if r is not ALPHA_RULE)
     return Arrangement(
         layout=layout,
         granules=granules,
-        used=tuple(used.values()),
-        masked=_masked(granules, options.mask),
+        used=tuple(file.header for file in query.files if id(file.header) in used),
+        mask=",".join(names) or "none",
+        warnings=tuple(warnings),
     )
+
+
+def _canonical(name: str) -> str:
+    return band_of(name) or quality_of(name) or name.upper()
+
+
+def _band(rule: MaskRule) -> str:
+    return ALPHA if rule is ALPHA_RULE else rule.band
+
+
+def _with_twins(
+    slots: list[BandAssignment], query: LayoutQuery
+) -> tuple[list[BandAssignment], list[StackWarning]]:
+    """A narrow band in place of its broad twin, where no file has the twin itself."""
+    there = {name for slot in slots for name in slot.numbers}
+    lacking = set(query.needed) - there
+    if not lacking or not {_TWINS.get(band) for band in lacking} <= there - set(query.needed):
+        return slots, []
+    warnings = []
+    for band in lacking:
+        twin = _TWINS[band]
+        slots = [
+            replace(
+                slot,
+                numbers={band if name == twin else name: n for name, n in slot.numbers.items()},
+            )
+            for slot in slots
+        ]
+        warnings.append(
+            StackWarning(
+                code="band_substituted",
+                detail=f"no file has {band}, so {twin}, its narrow twin, stands in for it",
+            )
+        )
+    return slots, warnings
+
+
+def _with_bands(slots: Sequence[BandAssignment], query: LayoutQuery) -> list[BandAssignment]:
+    """Without the masks of dates of which no band is there."""
+    if any(slot.day is None for slot in slots):
+        return list(slots)
+    days = {slot.day for slot in slots if slot.numbers.keys() & set(query.needed)}
+    return [slot for slot in slots if slot.day in days]
+
+
+def _assumed_order(layout: Layout, query: LayoutQuery, used: set[int]) -> list[StackWarning]:
+    """Files without band names that were read in the order of a Sentinel-2 product."""
+    if query.names or layout not in {"file-per-date", "single-file"}:
+        return []
+    unnamed = [
+        file
+        for file in query.files
+        if id(file.header) in used and file.count > 1 and not any(file.bands)
+    ]
+    if not unnamed:
+        return []
+    needed = ", ".join(f"{band} is band {PRODUCT_BANDS.index(band) + 1}" for band in query.needed)
+    detail = (
+        f"no band of {counted(len(unnamed), 'file')} ({_quoted([f.name for f in unnamed])}) has a "
+        f"name; read in the order of a Sentinel-2 product, so that {needed}; if that is not so, "
+        "give `bands`"
+    )
+    return [StackWarning(code="bands_assumed", detail=detail)]
+
+
+def _unused(query: LayoutQuery, used: set[int], mask: str | None) -> list[StackWarning]:
+    """Every file that is not used, by reason."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for file in query.files:
+        if id(file.header) not in used:
+            reasons[_reason(file, query, mask)].append(file.name)
+    if not reasons:
+        return []
+    total = sum(map(len, reasons.values()))
+    each = "; ".join(
+        f"{_quoted(names, _UNUSED_AT_MOST)}: {reason}" for reason, names in reasons.items()
+    )
+    detail = f"{total} of {counted(len(query.files), 'file')} not used: {each}"
+    return [StackWarning(code="files_unused", detail=detail)]
+
+
+def _reason(file: DescribedFile, query: LayoutQuery, mask: str | None) -> str:
+    bands = [band for band in file.bands if band and band != ALPHA]
+    if file.count == 1 and not bands and file.name_band:
+        bands = [file.name_band]
+    bands = list(dict.fromkeys(bands))
+    if not bands:
+        return "names no band that is understood"
+    if set(bands) <= QUALITY:
+        what = f"cloud mask {', '.join(bands)}"
+        if mask == "none":
+            return f"{what}, and mask=none"
+        return f"{what}, and another mask is used, or no band has its date"
+    if not set(bands) & set(query.needed):
+        return f"the model does not take {', '.join(bands)}"
+    return f"{', '.join(bands)}, and other files have them"
+
+
+def _unclouded(
+    granules: Sequence[Granule], rules: tuple[MaskRule, ...] | None
+) -> list[StackWarning]:
+    """No cloud mask, though none was asked not to be used; and one that is known to be empty."""
+    clouds = [[r for r in granule.masks if r is not ALPHA_RULE] for granule in granules]
+    if rules is None and not any(clouds):
+        detail = (
+            "no file holds a cloud mask, so every value that is not missing counts as clear; add "
+            "SCL or another mask, or give mask=none to say that the pixels are free of clouds"
+        )
+        return [StackWarning(code="no_cloud_mask", detail=detail)]
+    first, last = QA60_EMPTY
+    empty = [
+        granule.key
+        for granule, own in zip(granules, clouds, strict=True)
+        if own
+        and all(rule.band == QA60 for rule in own)
+        and isinstance(granule.key, date)
+        and first <= granule.key <= last
+    ]
+    if not empty:
+        return []
+    detail = (
+        f"QA60 holds no clouds from {first} to {last}, whatever the sky: {len(set(empty))} of the "
+        "dates have no cloud mask; add SCL or MSK_CLDPRB"
+    )
+    return [StackWarning(code="no_cloud_mask", detail=detail)]
 
 
 def _guess(query: LayoutQuery) -> Layout:
     if query.names:
         return _guess_named(query, query.names)
-    votes = {file.name: vote for file in query.files if (vote := _vote(file))}
-    if len(set(votes.values())) > 1:
-        (one, first), *rest = votes.items()
+    votes = [(file.name, vote) for file in query.files if (vote := _vote(file))]
+    if len({vote for _, vote in votes}) > 1:
+        (one, first), *rest = votes
         other, second = next(item for item in rest if item[1] != first)
         raise InvalidRequest.of(
             "layout", f"'{one}' reads as {first} but '{other}' as {second}; say which it is"
         )
     if votes:
-        return next(iter(votes.values()))
+        return votes[0][1]
     if {file.name_band for file in query.files}.issuperset(query.needed):
         return "file-per-band"
     counts = {file.count for file in query.files}
@@ -120,7 +279,7 @@ def _guess(query: LayoutQuery) -> Layout:
 
 def _vote(file: DescribedFile) -> Layout | None:
     """What the band descriptions say; None where they are silent or fit more than one layout."""
-    times = Counter(band for band in file.bands if band)
+    times = Counter(band for band in file.bands if band and band != ALPHA)
     if not times or file.count == 1:
         return None  # one band fits as a band of its own and as a part of a date
     if len(times) == 1 and times.total() == file.count:
@@ -130,11 +289,14 @@ def _vote(file: DescribedFile) -> Layout | None:
 
 def _guess_named(query: LayoutQuery, names: tuple[str, ...]) -> Layout:
     """The layout where the caller gave the band names: numbers decide, then descriptions."""
-    files, n = query.files, len(names)
+    n = len(names)
+    files = query.named
+    if len(files) == n > 1 and all(file.count == 1 for file in files):
+        return "file-per-band"
     if len(set(names)) < n:
         return "single-file"
-    other = next((file for file in files if file.count != n), None)
-    if other is None:
+    other = next((file for file in files if not _holds(file, n)), None)
+    if files and other is None:
         by_name = len(files) == n > 1 and (
             all(_vote(file) == "file-per-band" for file in files)
             or all(file.name_band for file in files)
@@ -143,9 +305,15 @@ def _guess_named(query: LayoutQuery, names: tuple[str, ...]) -> Layout:
         return "file-per-band" if by_name else "file-per-date"
     if len(files) == n:
         return "file-per-band"
-    if len(files) == 1 and other.count % n == 0:
+    if len(files) == 1 and other is not None and other.count % n == 0:
         return "single-file"
-    raise InvalidRequest.of("bands", names_and_bands(n, other))
+    raise InvalidRequest.of("bands", names_and_bands(n, other or query.files[0]))
+
+
+def _holds(file: DescribedFile, n: int) -> bool:
+    """Whether it has that many bands, alpha aside."""
+    alpha = file.bands[-1] == ALPHA or file.header.alpha == file.count
+    return file.count == n or (alpha and file.count == n + 1)
 
 
 def _check_found(query: LayoutQuery, slots: Sequence[BandAssignment]) -> None:
@@ -174,32 +342,69 @@ def _granules(slots: Sequence[BandAssignment], *, dated: bool) -> tuple[Granule,
     undated = [slot for slot in slots if slot.day is None]
     if undated and dated:
         raise _missing_dates(undated, slots)
-    by_key: dict[date | int, list[dict[str, tuple[Header, int]]]] = defaultdict(list)
+    by_key: dict[date | int, list[BandAssignment]] = defaultdict(list)
     for slot in slots:
-        key = slot.turn if undated or slot.day is None else slot.day
-        acquisitions = by_key[key]
-        # A file adds to the first look that has none of its bands: bands kept in files of their
-        # own come together, and a second granule of the same date stays a look of its own.
-        acquisition = next(
-            (
-                acquisition
-                for acquisition in acquisitions
-                if not acquisition.keys() & slot.numbers.keys()
-            ),
-            None,
-        )
-        if acquisition is None:
-            acquisition = {}
-            acquisitions.append(acquisition)
-        acquisition.update(
-            {band: (slot.file.header, number) for band, number in slot.numbers.items()}
-        )
-    ordered = sorted(by_key.items(), key=lambda item: _ordinal(item[0]))
+        by_key[slot.turn if undated or slot.day is None else slot.day].append(slot)
     return tuple(
-        Granule(key=key, planes=acquisition)
-        for key, acquisitions in ordered
-        for acquisition in acquisitions
+        Granule(key=key, planes=look)
+        for key, own in sorted(by_key.items(), key=lambda item: _ordinal(item[0]))
+        for look in _looks(own)
     )
+
+
+_Look = dict[str, tuple[Header, int]]
+
+
+def _looks(slots: Sequence[BandAssignment]) -> list[_Look]:
+    """The looks of one date: files that hold none of the same bands come together.
+
+    Where a band is there several times, the files of one granule are those whose names have in
+    common what tells the granules apart: tile, number, satellite or time. Without such a thing
+    a file adds to the first look that has none of its bands.
+    """
+    times = Counter(band for slot in slots for band in _own(slot))
+    several = [band for band, n in times.items() if n > 1]
+    by_granule: dict[frozenset[str], list[BandAssignment]] = defaultdict(list)
+    if several and all(len(_own(slot)) < len(times) for slot in slots):
+        telling = _telling_words(slots, several)
+        for slot in slots:
+            by_granule[_name_words(slot) & telling].append(slot)
+        looks = [look for own in by_granule.values() for look in _merged(own)]
+        most = max(times.values())
+        if len(looks) == len(by_granule) == most:
+            return looks
+    return _merged(slots)
+
+
+def _merged(slots: Sequence[BandAssignment]) -> list[_Look]:
+    looks: list[_Look] = []
+    for slot in slots:
+        look = next((look for look in looks if not look.keys() & _own(slot)), None)
+        if look is None:
+            look = {}
+            looks.append(look)
+        for band, number in slot.numbers.items():
+            look.setdefault(band, (slot.file.header, number))
+    return looks
+
+
+def _own(slot: BandAssignment) -> set[str]:
+    """The bands that only one file of a look has; imagery may repeat the mask of its fellows."""
+    return slot.numbers.keys() - QUALITY - {ALPHA} or set(slot.numbers)
+
+
+def _telling_words(slots: Sequence[BandAssignment], bands: Sequence[str]) -> frozenset[str]:
+    """Words of names that some files of a band have and others of the same band have not."""
+    telling: set[str] = set()
+    for band in bands:
+        words = [_name_words(slot) for slot in slots if band in slot.numbers]
+        telling |= frozenset.union(*words) - frozenset.intersection(*words)
+    return frozenset(telling)
+
+
+def _name_words(slot: BandAssignment) -> frozenset[str]:
+    name = slot.file.name.rpartition("/")[0] + "/" + stem(slot.file.name)
+    return frozenset(re.split(r"[^0-9a-z]+", name.lower()))
 
 
 def _ordinal(key: date | int) -> int:
@@ -209,17 +414,17 @@ def _ordinal(key: date | int) -> int:
 def _missing_dates(
     undated: Sequence[BandAssignment], slots: Sequence[BandAssignment]
 ) -> MissingDates:
-    names = list(dict.fromkeys(slot.file.name for slot in undated))
-    all_files = len({slot.file.name for slot in slots})
+    names = list({id(slot.file): slot.file.name for slot in undated}.values())
+    all_files = len({id(slot.file) for slot in slots})
     return MissingDates(
         f"no date for {len(names)} of {counted(all_files, 'file')} ({_quoted(names)}): none in "
         "the tags, the file's name or the band descriptions; give `dates`"
     )
 
 
-def _quoted(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED_AT_MOST
-    shown = ", ".join(f"'{name}'" for name in names[:_NAMED_AT_MOST])
+def _quoted(names: Sequence[str], most: int = _NAMED_AT_MOST) -> str:
+    more = len(names) - most
+    shown = ", ".join(f"'{name}'" for name in names[:most])
     return f"{shown} and {more} more" if more > 0 else shown
 
 
@@ -236,17 +441,28 @@ def _check_complete(granules: Sequence[Granule], needed: Sequence[str]) -> None:
             )
 
 
-def _masked(granules: Sequence[Granule], mask: MaskRule | None) -> bool:
-    """Whether the scene classification is used: where it is there, for all or for none."""
-    with_it = sum(SCL in granule.planes for granule in granules)
-    if mask == "none" or (with_it == 0 and mask is None):
-        return False
-    if with_it == len(granules):
-        return True
-    without = next(granule for granule in granules if SCL not in granule.planes)
-    header, _ = next(iter(without.planes.values()))
-    raise InvalidRequest.of(
-        "mask",
-        f"the SCL band is there for {with_it} of {counted(len(granules), 'observation')}, not in "
-        f"'{header.name}'; add it or say mask=none",
+def _masked(granules: Sequence[Granule], rules: tuple[MaskRule, ...] | None) -> tuple[Granule, ...]:
+    """The granules with the cloud masks that each is read with; for all granules or for none."""
+    found = [
+        next(((rule,) for rule in AUTO if rule.band in granule.planes), ())
+        if rules is None
+        else tuple(rule for rule in rules if rule.band in granule.planes)
+        for granule in granules
+    ]
+    asked = 1 if rules is None else len(rules)
+    complete = [len(own) == asked for own in found]
+    if not all(complete) and (rules or any(complete)):
+        at = complete.index(False)
+        header, _ = next(iter(granules[at].planes.values()))
+        needed = rules or next(own for own in found if own)
+        lacking = " and ".join(rule.band for rule in needed if rule not in found[at])
+        raise InvalidRequest.of(
+            "mask",
+            f"the {lacking} band is there for {sum(complete)} of "
+            f"{counted(len(granules), 'observation')}, not in '{header.name}'; add it or say "
+            "mask=none",
+        )
+    return tuple(
+        replace(granule, masks=(*own, ALPHA_RULE) if ALPHA in granule.planes else own)
+        for granule, own in zip(granules, found, strict=True)
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -22,7 +22,7 @@ from affine import Affine
 # Private: an `Env` restores what it sets; used here alone (rasterio 1.4 and 1.5).
 from rasterio._env import set_gdal_config
 from rasterio.crs import CRS
-from rasterio.enums import Interleaving, MaskFlags
+from rasterio.enums import ColorInterp, Interleaving, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from service.errors import NotAGeoTIFF, RasterTooLarge
@@ -95,6 +95,8 @@ class Header:
     """What one strip or tile decodes to."""
     masked: bool
     """Whether an internal mask marks missing pixels."""
+    alpha: int | None = None
+    """Number of the last band, from 1, where GDAL takes it for alpha."""
 
     @property
     def name(self) -> str:
@@ -257,9 +259,9 @@ def _header(source: SourceFile, dataset: rasterio.DatasetReader, place: Placed) 
             f"'{source.name}': one block of {rows} x {columns} pixels and {together} bands decodes "
             f"to {block_bytes} bytes, the limit is {MAX_BLOCK_BYTES}"
         )
-    # An alpha band is no mask here: GDAL takes the fourth of four 8-bit bands for alpha, and in a
-    # satellite image that is the near infrared.
+    # Whether what GDAL takes for alpha is a mask, the names of the bands decide.
     flags = dataset.mask_flag_enums[0]
+    alpha = dataset.count > 1 and dataset.colorinterp[-1] == ColorInterp.alpha
     return Header(
         source=source,
         width=dataset.width,
@@ -276,6 +278,7 @@ def _header(source: SourceFile, dataset: rasterio.DatasetReader, place: Placed) 
         block=(rows, columns),
         block_bytes=block_bytes,
         masked=MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags,
+        alpha=dataset.count if alpha else None,
     )
 
 
@@ -283,13 +286,20 @@ def _lower(tags: Mapping[str, str]) -> dict[str, str]:
     return {key.lower(): value for key, value in tags.items() if len(value) <= _TAG_LENGTH}
 
 
-_NAME_LENGTH = 120
+_NAME_LENGTH = 250
+_FOLDERS = 6
 _NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f]+")
 
 
 def label(name: str, position: int) -> str:
-    """A name fit to be shown: its last part, without control characters, not too long."""
-    last = PurePosixPath(name.replace("\\", "/")).name
-    shown = _NOT_SHOWN.sub("", last).strip()
+    """A name fit to be shown: no control characters, not too long, and no path that leads outside.
+
+    Its last folders stay, as one of them may be the only place with the date or the tile.
+    """
+    parts = _NOT_SHOWN.sub("", name).replace("\\", "/").split("/")
+    *folders, last = [part.strip() for part in parts]
+    if not last.strip(". "):
+        return f"file {position + 1}"
+    folders = [part for part in folders if part.strip(". ") and not part.endswith(":")]
     # The end of a long name tells more: the date and the suffix stand there.
-    return shown[-_NAME_LENGTH:] if shown.strip(". ") else f"file {position + 1}"
+    return "/".join([*folders[-_FOLDERS:], last])[-_NAME_LENGTH:]

@@ -7,27 +7,32 @@ the files state. Only headers are read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
-from pathlib import PurePath
-from typing import Literal
+from typing import Any, Literal
 
 from service.errors import InvalidRequest, MissingBands, MissingDates
 from service.read.geotiff import Header
 from service.read.metadata import (
+    ALPHA,
     PRODUCT_BANDS,
     PRODUCT_COUNTS,
+    QUALITY,
+    UDM2,
     WRITING_TAG,
     band_of,
+    calls_itself_alpha,
     date_of,
+    named_days,
+    quality_of,
+    stem,
     tagged_band,
     tagged_date,
 )
 
-Layout = Literal["file-per-date", "file-per-band", "single-file"]
-MaskRule = Literal["scl", "none"]
+Layout = Literal["file-per-date", "file-per-band-and-date", "file-per-band", "single-file"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +43,19 @@ class StackOptions:
     dates: tuple[date, ...] | None = None
     """One a file, a band of a file-per-band file, or a date of a single-file stack."""
     bands: tuple[str, ...] | None = None
-    """Band names in band order; for file-per-band, in the order of the files."""
+    """Band names in band order; for files of one band, in the order of the files. Files beside them
+    that hold a cloud mask, or another number of bands, need none."""
     scale: float | None = None
     offset: float | None = None
     """reflectance = value x scale + offset."""
-    mask: MaskRule | None = None
+    mask: str | None = None
+    """`auto`, `none`, or rules as `masks.parse_mask` reads them."""
+    grid: str | None = None
+    """`strict`, `finest`, a CRS and pixel size such as `EPSG:32631@10`, or a file's name."""
+    bbox: tuple[float, float, float, float] | None = None
+    """West, south, east, north in degrees: only this part is read."""
+    area: Mapping[str, Any] | None = None
+    """A GeoJSON Polygon or MultiPolygon in degrees: only this part is read."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +76,22 @@ class DescribedFile:
 
     @cached_property
     def bands(self) -> tuple[str | None, ...]:
-        """What each band calls itself."""
-        words = zip(self.header.descriptions, self.header.band_tags, strict=True)
-        return tuple(band_of(text) or tagged_band(tags) for text, tags in words)
+        """What each band calls itself, quality bands and alpha included."""
+        if self.count > 1 and quality_of(stem(self.name)) == UDM2:
+            return (UDM2, *[None] * (self.count - 1))
+        words = list(zip(self.header.descriptions, self.header.band_tags, strict=True))
+        names = [band_of(text) or tagged_band(tags) or quality_of(text) for text, tags in words]
+        for at, (text, tags) in enumerate(words):
+            if names[at] is None and (
+                calls_itself_alpha(text) or calls_itself_alpha(tags.get("description"))
+            ):
+                names[at] = ALPHA
+        # GDAL takes the fourth of four 8-bit bands for alpha, and in a satellite image that is the
+        # near infrared. Where all others have a name and this one none, it is alpha.
+        alpha = self.header.alpha
+        if alpha and not words[alpha - 1][0] and sum(map(bool, names)) == self.count - 1:
+            names[alpha - 1] = ALPHA
+        return tuple(names)
 
     @cached_property
     def days(self) -> tuple[date | None, ...]:
@@ -75,13 +101,22 @@ class DescribedFile:
 
     @cached_property
     def name_band(self) -> str | None:
-        """The band that the file's name says."""
-        return band_of(PurePath(self.name).stem)
+        """The band that the file's name says, or else its folder's."""
+        *folders, _ = self.name.split("/")
+        own = stem(self.name)
+        texts = [own, folders[-1]] if folders else [own]
+        return next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
 
-    @cached_property
-    def name_day(self) -> date | None:
-        """The date that the file's name says."""
-        return date_of(PurePath(self.name).name)
+    @property
+    def own_band(self) -> str | None:
+        """The band of a file of one band, as it or its name says."""
+        return (self.bands[0] or self.name_band) if self.count == 1 else None
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether it holds a quality band and no other."""
+        bands = {band for band in (*self.bands, self.own_band) if band}
+        return bool(bands) and bands <= QUALITY
 
     @cached_property
     def tag_day(self) -> date | None:
@@ -122,7 +157,28 @@ class LayoutQuery:
     """Band names that the caller gave, in canonical form where they are known."""
     needed: tuple[str, ...]
     wanted: frozenset[str]
-    """The needed bands, and the scene classification unless it is not to be used."""
+    """The needed bands and their twins, the quality bands that may be used, and alpha."""
+
+    @property
+    def named(self) -> tuple[DescribedFile, ...]:
+        """The files that `bands` names: those with as many bands, or one by one.
+
+        Cloud masks and files of another shape beside them go by their own names.
+        """
+        if not self.names:
+            return ()
+        n = len(self.names)
+        fitting = tuple(f for f in self.files if n in {f.count, f.count - _alphas(f)})
+        if fitting and n > 1:
+            return fitting
+        if len(self.files) == n:
+            return self.files
+        return tuple(file for file in self.files if not file.is_mask)
+
+
+def _alphas(file: DescribedFile) -> int:
+    """1 if the last band is not imagery but says where there is any."""
+    return int(file.header.alpha == file.count or file.bands[-1] == ALPHA)
 
 
 def file_per_date(query: LayoutQuery) -> list[BandAssignment]:
@@ -146,14 +202,16 @@ def file_per_date(query: LayoutQuery) -> list[BandAssignment]:
 
 def _bands_of_one_date(file: DescribedFile, query: LayoutQuery) -> dict[str, int]:
     names: tuple[str | None, ...] = file.bands
-    if query.names:
+    if query.names and any(file is named for named in query.named):
         names = query.names
+        if len(names) == file.count - 1 and _alphas(file):
+            names = (*names, ALPHA)
         if len(names) != file.count:
             raise InvalidRequest.of("bands", names_and_bands(len(names), file))
     elif not any(names):
         if file.count == 1:
             names = (file.name_band,)
-        elif file.count in PRODUCT_COUNTS:
+        elif file.count in PRODUCT_COUNTS and not query.names:
             names = PRODUCT_BANDS
     numbers: dict[str, int] = {}
     for number, band in enumerate(names, start=1):
@@ -180,14 +238,16 @@ def _file_days(files: Sequence[DescribedFile], query: LayoutQuery) -> Sequence[d
     """The one date of each file."""
     if query.dates is not None:
         return _given_days(files, query, query.dates)
-    days = [file.tag_day or file.written_day or file.name_day or file.only_day for file in files]
-    # TIFFTAG_DATETIME is the time of writing to many a program. One day for all files, where
-    # their names tell them apart, is that.
-    named = [file.name_day for file in files]
-    told_apart = None not in named and len(set(days)) == 1 < len(set(named))
-    if told_apart and not any(file.tag_day for file in files):
-        return named
-    return days
+    named = named_days([file.name for file in files])
+    written = [file.written_day for file in files]
+    # TIFFTAG_DATETIME is the time of writing to many a program: names that tell the files apart at
+    # least as well count before it.
+    if None not in named and len(set(named)) > 1 and len(set(named)) >= len(set(written)):
+        written = [None] * len(files)
+    return [
+        file.tag_day or wrote or name or file.only_day
+        for file, wrote, name in zip(files, written, named, strict=True)
+    ]
 
 
 def _given_days(
@@ -231,17 +291,20 @@ def file_per_band(query: LayoutQuery) -> list[BandAssignment]:
 
 def _bands_of_files(query: LayoutQuery) -> list[tuple[DescribedFile, str]]:
     """The one band that each file holds; files that name none are left out."""
-    files = query.files
+    found: list[tuple[DescribedFile, str]] = []
     if query.names:
-        if len(query.names) != len(files):
+        named = query.files if len(query.names) == len(query.files) else query.named
+        if len(query.names) != len(named):
             raise InvalidRequest.of(
                 "bands",
-                f"{counted(len(query.names), 'name')} but {counted(len(files), 'file')}",
+                f"{counted(len(query.names), 'name')} but {counted(len(named), 'file')}",
             )
-        return list(zip(files, query.names, strict=True))
-    found = []
-    for file in files:
-        bands = sorted({band for band in file.bands if band})
+        found += zip(named, query.names, strict=True)
+    taken = {id(file) for file, _ in found}
+    for file in query.files:
+        if id(file) in taken:
+            continue
+        bands = sorted({band for band in file.bands if band and band != ALPHA})
         if len(bands) > 1:
             raise InvalidRequest.of(
                 "layout", f"file-per-band, but '{file.name}' holds {', '.join(bands)}"
@@ -258,9 +321,10 @@ def _band_days(files: Sequence[DescribedFile], query: LayoutQuery) -> list[Seque
     if query.dates is None:
         if singles:
             return [(day,) for day in _file_days(files, query)]
+        named = named_days([file.name for file in files])
         return [
-            (file.tag_day or file.name_day or file.days[0],) if file.count == 1 else file.days
-            for file in files
+            (file.tag_day or name or file.days[0],) if file.count == 1 else file.days
+            for file, name in zip(files, named, strict=True)
         ]
     dates = query.dates
     other = next((file for file in files if file.count != len(dates)), None)

@@ -7,12 +7,21 @@ itself. Nothing here opens a file.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date, timedelta
 from functools import lru_cache
+from itertools import pairwise
 
 SCL = "SCL"
 """The scene classification band of Sentinel-2 level 2A."""
+FMASK, QA_PIXEL, CLM, QAI, UDM2 = "FMASK", "QA_PIXEL", "CLM", "QAI", "UDM2"
+CLOUD, CLDPRB, QA60 = "CLOUD", "CLDPRB", "QA60"
+"""Quality bands of other providers, by the names that are used here; `masks` decodes them."""
+ALPHA = "ALPHA"
+"""A band that calls itself alpha, or Sentinel Hub's dataMask: zero is missing."""
+QUALITY = frozenset({SCL, FMASK, QA_PIXEL, CLM, QAI, UDM2, CLOUD, CLDPRB, QA60})
+"""Every band from which a cloud mask is made."""
 # Level 1C has 13 bands and level 2A the same without B10. Two orders are in use: B8A right
 # after B08, and B8A last (EuroSAT). Only B8A, B09 and what follows move: the first eight, and so
 # B02, B03, B04 and B08, stand at the same places in both, which is all that is taken from here.
@@ -30,8 +39,8 @@ _PHRASES: Mapping[tuple[str, ...], str] = {
         "B05": "red edge 1|rededge 1|rededge1|red edge1|red edge|rededge|re1",
         "B06": "red edge 2|rededge 2|rededge2|red edge2|re2",
         "B07": "red edge 3|rededge 3|rededge3|red edge3|re3",
-        "B08": "nir|near infrared|near infra red|nir1",
-        "B8A": "nir08|nir narrow|narrow nir|nir2|nirn|red edge 4|rededge 4|rededge4|re4"
+        "B08": "nir|near infrared|near infra red|nir1|nir 1",
+        "B8A": "nir08|nir narrow|narrow nir|nir2|nir 2|nirn|red edge 4|rededge 4|rededge4|re4"
         "|narrow near infrared|near infrared narrow",
         "B09": "nir09|water vapour|water vapor",
         "B10": "cirrus|swir cirrus",
@@ -43,6 +52,25 @@ _PHRASES: Mapping[tuple[str, ...], str] = {
     for phrase in phrases.split("|")
 }
 _LONGEST_PHRASE = max(map(len, _PHRASES))
+# Colours in other languages, without accents. Some are parts of place names (Cabo Verde, Baton
+# Rouge) or of other words (vert, rot), so they count only where no other word stands beside them.
+_FOREIGN: Mapping[tuple[str, ...], str] = {
+    tuple(phrase.split()): band
+    for band, phrases in {
+        "B02": "bleu|blau|azul|blu|blauw|niebieski|bla|sininen|modra|mavi|kek",
+        "B03": "vert|grun|gruen|verde|groen|zielony|gron|vihrea|zelena|yesil|zold",
+        "B04": "rouge|rot|rojo|rosso|vermelho|rood|czerwony|rod|punainen|cervena|kirmizi|piros",
+        "B08": "proche infrarouge|nahes infrarot|naher infrarot|infrarrojo cercano"
+        "|infrarosso vicino|vicino infrarosso|infravermelho proximo|nabij infrarood"
+        "|bliska podczerwien|pir",
+    }.items()
+    for phrase in phrases.split("|")
+}
+# Words that may stand beside: "Bande rouge", "Kanal 4 (rot)", "s2 rojo 10m".
+_BESIDE = re.compile(
+    r"bands?|band[ae]s?|bandet|kanal|canal|canale|pasmo|couleur|s2|s2[abc]|sentinel2?|l2a|l1c"
+    r"|msi|boa|toa|reflectan\w*|reflekt\w*|r?[126]0m|\d+|t?\d\d[a-z]{3}|\d{8}t\d{6}"
+)
 # What is near enough to be said of one band: "B8A - NIR", "B06 red edge".
 _FAMILIES = (
     frozenset({"B05", "B06", "B07"}),
@@ -54,16 +82,55 @@ _NOT_A_BAND = re.compile(
     r"ndvi|evi2?|m?savi|m?ndwi|ndmi|nbr|ndre|gndvi|index|ratio|labels?|std(ev|dev)?|sd|var"
     r"|variance|sigma|uncertainty|error|count|quality|qa|doy"
 )
-_CODE = re.compile(r"b0?([1-9]|1[0-2]|8a)")
+_CODE = re.compile(r"b(?:and|anda|ande)?0?([1-9]|1[0-2]|8a)")
+_BAND_WORD = re.compile(r"b(?:and|anda|ande)")
+_NUMBER = re.compile(r"0?([1-9]|1[0-2]|8a)")
+# What a quality band is called: whole words, in this order. "Cloud" alone is sits' band, and a word
+# beside it makes it something else.
+_QUALITY_WORDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (band, re.compile(rf"(?:^| )(?:{words})(?= |$)"))
+    for band, words in (
+        (QA60, "qa60"),
+        (CLDPRB, "cldprb|cld prb|cloud prob(?:ability)?|cld"),
+        (FMASK, "fmask"),
+        (QA_PIXEL, "qa pixel"),
+        (CLM, "clm"),
+        (QAI, "qai"),
+        (UDM2, "udm2"),
+        (
+            CLOUD,
+            "cloud(?! (?:free|less|cover\\w*|percent\\w*|shadows?|mask(?:ed)?|removed|filled|top))",
+        ),
+    )
+)
+_ALPHA = re.compile(r"alpha|data ?mask|opacity", re.IGNORECASE)
 _WORD = re.compile(r"[a-z0-9]+")
 _USUAL_LENGTH = 100
-# Year first, as in 20180521, 2018-05-21, 2018_05_21, 2018:05:21, also before a time of day; and
-# MODIS's A2018141, the day of the year.
+# Year first, as in 20180521, 2018-05-21, 2018_05_21, 2018:05:21, also before a time of day; the day
+# of the year, as in MODIS's A2018141, HLS's 2018141T104421 and Landsat's LC81950252018141LGN00; and
+# the month in letters, as in 21May2018.
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _DATE = re.compile(
     r"(?<!\d)(?P<year>(?:19[7-9]|20\d)\d)(?P<sep>[-_./: ]?)(?P<month>0[1-9]|1[0-2])(?P=sep)"
     r"(?P<day>0[1-9]|[12]\d|3[01])(?=\d{6}(?!\d)|\d{4}(?!\d)|\D|$)"
-    r"|(?<![0-9A-Za-z])A(?P<doy_year>(?:19[7-9]|20\d)\d)(?P<doy>[0-3]\d\d)(?!\d)"
+    r"|(?:(?<![0-9])|(?<=(?<![0-9A-Za-z])L[A-Z]\d{7}))"
+    r"(?P<doy_year>(?:19[7-9]|20\d)\d)(?P<doy>[0-3]\d\d)(?!\d)"
+    r"|(?<!\d)(?P<letters_day>[0-3]?\d)[-_. ]?(?P<letters>" + "|".join(_MONTHS) + r")[a-z]{0,6}"
+    r"[-_. ]?(?P<letters_year>(?:19[7-9]|20\d)\d)(?!\d)",
+    re.IGNORECASE,
 )
+# Forms that are believed only where every file has one: a day or month of one digit, and the day
+# before the month.
+_SHORT = re.compile(
+    r"(?<!\d)(?P<year>(?:19[7-9]|20\d)\d)(?P<sep>[-_./])(?P<month>\d{1,2})(?P=sep)"
+    r"(?P<day>\d{1,2})(?!\d)"
+)
+_DAY_FIRST = re.compile(
+    r"(?<!\d)(?P<day>\d{1,2})(?P<sep>[-_./])(?P<month>\d{1,2})(?P=sep)"
+    r"(?P<year>(?:19[7-9]|20\d)\d)(?!\d)"
+    r"|(?<!\d)(?P<day8>\d\d)(?P<month8>\d\d)(?P<year8>(?:19[7-9]|20\d)\d)(?!\d)"
+)
+_SUFFIX = re.compile(r"\.(?:tiff?|jp2|j2k|img|vrt|nc|zip)$", re.IGNORECASE)
 # Acquisition before anything that may be the time of writing.
 _DATE_TAGS = (
     "datetime",
@@ -83,7 +150,16 @@ _DATE_TAGS = (
 )
 WRITING_TAG = "tifftag_datetime"
 """The TIFF standard's tag: the acquisition to some writers, the time of writing to others."""
-_NAME_TAGS = ("name", "band_name", "bandname", "long_name", "common_name", "standard_name")
+# openEO's back-ends write DESCRIPTION.
+_NAME_TAGS = (
+    "name",
+    "band_name",
+    "bandname",
+    "description",
+    "long_name",
+    "common_name",
+    "standard_name",
+)
 
 
 def band_of(text: str | None) -> str | None:
@@ -103,12 +179,24 @@ def band_of(text: str | None) -> str | None:
     return _usual_band(text) if len(text) <= _USUAL_LENGTH else _band(text)
 
 
+def _words(text: str) -> list[str]:
+    """Words and numbers of a text, in lower case and without accents."""
+    plain = unicodedata.normalize("NFKD", text.lower()) if not text.isascii() else text.lower()
+    return _WORD.findall("".join(c for c in plain if not unicodedata.combining(c)))
+
+
 def _band(text: str) -> str | None:
-    words = _WORD.findall(text.lower())
+    words = _words(text)
     if any(_NOT_A_BAND.fullmatch(word) for word in words):
         return None
     codes = {_canonical(match[1]) for word in words if (match := _CODE.fullmatch(word))}
-    named = _phrases(words)
+    # "Band 4", "band_4": the number is a word of its own.
+    codes |= {
+        _canonical(number[1])
+        for word, following in pairwise(words)
+        if _BAND_WORD.fullmatch(word) and (number := _NUMBER.fullmatch(following))
+    }
+    named = _phrases(words) or _foreign(words)
     if len(codes) > 1 or (not codes and len(named) != 1):
         return None
     (band,) = codes or named
@@ -138,23 +226,128 @@ def _phrases(words: list[str]) -> set[str]:
     return found
 
 
+def _foreign(words: list[str]) -> set[str]:
+    """The band that words of another language name, where nothing else is said beside them."""
+    found = set()
+    for size in (1, 2):
+        for at in range(len(words) - size + 1):
+            band = _FOREIGN.get(tuple(words[at : at + size]))
+            rest = words[:at] + words[at + size :]
+            if band and all(_BESIDE.fullmatch(word) or _CODE.fullmatch(word) for word in rest):
+                found.add(band)
+    return found
+
+
+def quality_of(text: str | None) -> str | None:
+    """The quality band that a text names, such as `QA60`, `MSK_CLDPRB_20m`, `..._CLM_R1`.
+
+    Returns:
+        A member of `QUALITY`; None where the text names none, or names a band as well.
+    """
+    if not text or len(text) > _USUAL_LENGTH * 3:
+        return None
+    words = " ".join(_words(text))
+    return next((band for band, pattern in _QUALITY_WORDS if pattern.search(words)), None)
+
+
+def calls_itself_alpha(text: str | None) -> bool:
+    """Whether a description is that of an alpha band or of Sentinel Hub's dataMask."""
+    return bool(text and _ALPHA.fullmatch(text.strip()))
+
+
+def stem(name: str) -> str:
+    """A file's name without folders and without the suffix of a raster.
+
+    A last part such as `.B04` is no suffix.
+    """
+    return _SUFFIX.sub("", name.rpartition("/")[2])
+
+
 def date_of(text: str | None) -> date | None:
-    """The first plausible date (1970 to 2099, year first) in a text, None where there is none.
+    """The first plausible date (1970 to 2099) in a text, None where there is none.
 
     In a Sentinel-2 product's name the first is the acquisition; later ones tell the processing.
     """
-    for match in _DATE.finditer(text or ""):
+    return next(_dates(text or ""), None)
+
+
+def _dates(text: str) -> Iterator[date]:
+    """Every date of a text in a form that is unmistakable by itself, in order."""
+    for match in _DATE.finditer(text):
         try:
             if match["doy"]:
                 new_year = date(int(match["doy_year"]), 1, 1)
                 day = new_year + timedelta(days=int(match["doy"]) - 1)
-                if match["doy"] == "000" or day.year != new_year.year:
-                    continue
-                return day
-            return date(int(match["year"]), int(match["month"]), int(match["day"]))
+                if match["doy"] != "000" and day.year == new_year.year:
+                    yield day
+            elif match["letters"]:
+                month = _MONTHS.index(match["letters"].lower()) + 1
+                yield date(int(match["letters_year"]), month, int(match["letters_day"]))
+            else:
+                yield date(int(match["year"]), int(match["month"]), int(match["day"]))
         except ValueError:  # such as 30 February: digits that only look like a date
             continue
-    return None
+
+
+def _short_dates(text: str) -> Iterator[date]:
+    """Dates with the year first, and day or month of one digit."""
+    for match in _SHORT.finditer(text):
+        try:
+            yield date(int(match["year"]), int(match["month"]), int(match["day"]))
+        except ValueError:
+            continue
+
+
+def _day_first_dates(text: str) -> Iterator[date]:
+    """Dates with the day before the month."""
+    for match in _DAY_FIRST.finditer(text):
+        year, month, day = (match[name] or match[f"{name}8"] for name in ("year", "month", "day"))
+        try:
+            yield date(int(year), int(month), int(day))
+        except ValueError:
+            continue
+
+
+def named_days(names: Sequence[str]) -> list[date | None]:
+    """The date that each file's name says, read from all of them together.
+
+    Forms that one file alone would leave open (day first, one digit) count where all files have
+    them. Where names hold several dates, it is the first one that differs from file to file; a
+    folder's date stands behind the file's own.
+
+    Args:
+        names: with their folders, separated by `/`.
+
+    Returns:
+        One entry per name; None where it holds no date.
+    """
+    parts = [tuple(reversed(name.split("/"))) for name in names]
+
+    def found(form: Callable[[str], Iterator[date]]) -> list[list[date]]:
+        return [[day for part in own for day in form(part)] for own in parts]
+
+    dates = found(_dates)
+    if not any(dates):
+        for form in (_short_dates, _day_first_dates):
+            loose = found(form)
+            if loose and all(loose) and (form is _short_dates or _day_is_first(names)):
+                dates = loose
+                break
+    return _told_apart(dates)
+
+
+def _day_is_first(names: Sequence[str]) -> bool:
+    """Whether 05-01-2021 can only be 5 January: by a dot, eight digits, or a day above 12."""
+    matches = [match for name in names for match in _DAY_FIRST.finditer(name)]
+    return any(m["day8"] or m["sep"] == "." or int(m["day"]) > 12 for m in matches)
+
+
+def _told_apart(dates: Sequence[Sequence[date]]) -> list[date | None]:
+    """Of each file's dates the one at the first place where files differ."""
+    there = [own for own in dates if own]
+    shortest = min(map(len, there), default=0)
+    place = next((k for k in range(shortest) if len({own[k] for own in there}) > 1), 0)
+    return [own[place] if own else None for own in dates]
 
 
 def tagged_date(tags: Mapping[str, str]) -> date | None:
@@ -163,8 +356,9 @@ def tagged_date(tags: Mapping[str, str]) -> date | None:
 
 
 def tagged_band(tags: Mapping[str, str]) -> str | None:
-    """The band that a band's own tags (lower-case keys) name."""
-    return next((band for key in _NAME_TAGS if (band := band_of(tags.get(key)))), None)
+    """The band that a band's own tags (lower-case keys) name, a quality band included."""
+    texts = [tags[key] for key in _NAME_TAGS if key in tags]
+    return next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
 
 
 def tagged_number(tags: Mapping[str, str], *keys: str) -> float | None:

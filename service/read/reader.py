@@ -16,17 +16,19 @@ from typing import Self
 
 import numpy as np
 import rasterio
+from affine import Affine
 from numpy.typing import ArrayLike, NDArray
 from rasterio.errors import RasterioError
+from rasterio.features import geometry_mask
 
 from service.errors import CorruptRaster
 from service.grid import Window
 from service.read.buffers import BufferPool
 from service.read.geotiff import BlockCache, SourceFile, for_each, gdal_options, open_geotiff
+from service.read.placement import Position, Resampling
 from service.read.stack import NO_VALUE, Acquisition, Plane, Sits, Stack
+from service.read.warp import fill_of, has_alpha, warped
 
-CLEAR_CLASSES = range(4, 8)
-"""SCL classes that count as clear: 4 vegetation, 5 bare ground, 6 water, 7 unclassified."""
 _MAX_OPEN = 256
 # An open file keeps the block that it decoded last; together they may take this much memory.
 _MAX_HELD_BYTES = 256 * 2**20
@@ -36,14 +38,20 @@ _CELL = 256
 _CELL_BYTES = 64 * 2**20
 
 
+_Key = tuple[SourceFile, Position, Resampling]
+"""What an open file is kept by: the same file may be warped in two ways."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _FileRead:
     """All that one layer needs of one file, for a single call."""
 
     source: SourceFile
+    position: Position
+    resampling: Resampling
     planes: list[Plane]
     targets: list[tuple[int, int]]
-    """For each plane its position on the T axis, and on the C axis; C stands for the SCL."""
+    """For each plane its position on the T axis, and on the C axis; from C on the masks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +104,8 @@ class StackReader:
         self._context = ExitStack()
         if cache is not None:
             self._context.enter_context(cache.room(2 * self._block_bytes))
-        self._open: dict[SourceFile, rasterio.DatasetReader] = {}
+        self._open: dict[_Key, rasterio.DatasetReader] = {}
+        self._warped = ExitStack()
         self._held_bytes = 0
         self._lock = threading.Lock()
 
@@ -117,6 +126,7 @@ class StackReader:
         while self._open:
             _, dataset = self._open.popitem()
             dataset.close()
+        self._warped.close()
         self._held_bytes = 0
 
     def read(self, window: Window) -> Sits:
@@ -192,14 +202,19 @@ class StackReader:
             # What float32 cannot hold becomes infinite.
             with np.errstate(over="ignore", invalid="ignore"):
                 for data, plane, (t, c) in zip(raw, read.planes, read.targets, strict=True):
-                    if c == C:
-                        clear[t] &= (data >= CLEAR_CLASSES[0]) & (data <= CLEAR_CLASSES[-1])
+                    if c >= C:
+                        mask_plane = layer.acquisitions[t].masks[c - C]
+                        into = present if mask_plane.missing else clear
+                        into[t] &= mask_plane.clear(data)
+                        if mask is not None:
+                            into[t] &= mask != 0
                         continue
                     _reflectance(data, plane, values[t, c])
                     if plane.may_be_beyond:
                         present[t] &= np.abs(values[t, c]) < NO_VALUE  # False for NaN, too
-                    if plane.nodata is not None:
-                        present[t] &= data != plane.nodata
+                    nodata = fill_of(plane) if read.position.warp else plane.nodata
+                    if nodata is not None:
+                        present[t] &= data != nodata
                     if mask is not None:
                         present[t] &= mask != 0
                     if not told[t]:
@@ -220,18 +235,38 @@ class StackReader:
                 present[t] &= something[t]
             if not present[t].all():  # few dates lack anything
                 np.copyto(values[t], np.float32(np.nan), where=~present[t])
+        if self._stack.area is not None:
+            clear &= self._inside(window)
         np.logical_and(present, clear, out=clear)
         self._buffers.give_back(present)
         return Sits(values=values, valid=clear)
+
+    def _inside(self, window: Window) -> NDArray[np.bool_]:
+        """Which pixels of a window (h, w) have their centre inside the area asked for."""
+        inside: NDArray[np.bool_] = geometry_mask(
+            [self._stack.area],
+            out_shape=(int(window.height), int(window.width)),
+            transform=self._stack.grid.transform
+            @ Affine.translation(window.col_off, window.row_off),
+            invert=True,
+        )
+        return inside
 
     def _decode(
         self, read: _FileRead, window: Window
     ) -> tuple[NDArray[np.generic], NDArray[np.uint8] | None]:
         """Bands of one file (n, h, w) in its own number type, and its mask (h, w)."""
         numbers = [plane.number for plane in read.planes]
+        row, column = read.position.row, read.position.column
+        if row or column:
+            window = Window(
+                window.col_off + column, window.row_off + row, window.width, window.height
+            )
         try:
             with self._dataset(read) as dataset:
                 raw = dataset.read(numbers, window=window)
+                if read.position.warp is not None and has_alpha(read.planes[0]):
+                    return raw, dataset.read(dataset.count, window=window)
                 masked = read.planes[0].masked
                 return raw, dataset.read_masks(numbers[0], window=window) if masked else None
         except RasterioError as error:
@@ -248,25 +283,38 @@ class StackReader:
         Windows visit the files in the same order each time, so closing the file used longest
         ago would always close the one needed next.
         """
-        dataset = self._open.get(read.source)
+        key = (read.source, read.position, read.resampling)
+        dataset = self._open.get(key)
         if dataset is not None:
             yield dataset
             return
         block_bytes = read.planes[0].block_bytes
+        warp = read.position.warp
+        if warp is not None:
+            with ExitStack() as stack:
+                source = stack.enter_context(
+                    open_geotiff(read.source.path, block_bytes=block_bytes)
+                )
+                dataset = stack.enter_context(warped(source, read.planes[0], warp))
+                if self._stays(key, dataset, block_bytes):
+                    with self._lock:
+                        self._warped.push(stack.pop_all())
+                yield dataset
+            return
         # Windows count in pixels; where they lie was settled by the headers.
         dataset = open_geotiff(read.source.path, block_bytes=block_bytes, georeferenced=False)
-        if self._stays(read.source, dataset, block_bytes):
+        if self._stays(key, dataset, block_bytes):
             yield dataset
             return
         with dataset:
             yield dataset
 
-    def _stays(self, source: SourceFile, dataset: rasterio.DatasetReader, block_bytes: int) -> bool:
+    def _stays(self, key: _Key, dataset: rasterio.DatasetReader, block_bytes: int) -> bool:
         """Keep a file open where there is room for it."""
         with self._lock:
             room = len(self._open) < _MAX_OPEN and self._held_bytes + block_bytes <= _MAX_HELD_BYTES
             if room:
-                self._open[source] = dataset
+                self._open[key] = dataset
                 self._held_bytes += block_bytes
             return room
 
@@ -291,13 +339,24 @@ def _layers(stack: Stack, used: Sequence[int]) -> list[_Layer]:
 
 
 def _reads(acquisitions: Sequence[Acquisition]) -> list[_FileRead]:
-    by_file: dict[SourceFile, _FileRead] = {}
+    by_file: dict[tuple[object, ...], _FileRead] = {}
     for t, acquisition in enumerate(acquisitions):
-        planes = [*acquisition.planes, acquisition.scl] if acquisition.scl else acquisition.planes
+        C = len(acquisition.planes)
+        planes = [*acquisition.planes, *(mask.plane for mask in acquisition.masks)]
         for c, plane in enumerate(planes):
-            read = by_file.setdefault(
-                plane.source, _FileRead(source=plane.source, planes=[], targets=[])
-            )
+            # A warped file is read once for what is interpolated and once for what is not.
+            key: tuple[object, ...] = (plane.source,)
+            if plane.position.warp is not None:
+                key = (plane.source, plane.resampling, fill_of(plane), c >= C)
+            read = by_file.get(key)
+            if read is None:
+                read = by_file[key] = _FileRead(
+                    source=plane.source,
+                    position=plane.position,
+                    resampling=plane.resampling,
+                    planes=[],
+                    targets=[],
+                )
             read.planes.append(plane)
             read.targets.append((t, c))
     return list(by_file.values())

@@ -140,7 +140,7 @@ class _Local:
 
     field: str
     last: str
-    """The last part of the href, as a name to show."""
+    """The path of the href, as a name to show."""
     path: Path
 
     def find(self, roots: Sequence[Path]) -> Path:
@@ -182,7 +182,7 @@ class _Remote:
 
     field: str
     last: str
-    """The last part of the href, as a name to show."""
+    """The path of the href, as a name to show."""
     url: httpx.URL
 
     @property
@@ -228,7 +228,7 @@ def _place(href: str, field: str, settings: Settings) -> _Local | _Remote:
         url = httpx.URL(href)
     except (ValueError, httpx.InvalidURL):
         raise ForbiddenReference(f"{field}: no path and no URL that may be read") from None
-    place = _Remote(field=field, last=parts.path.rpartition("/")[2], url=url)
+    place = _Remote(field=field, last=parts.path, url=url)
     if not _is_allowed(place, settings.allowed_hosts):
         raise ForbiddenReference(f"{field}: '{label(url.host, 0)}' is no host that may be read")
     return place
@@ -243,7 +243,7 @@ def _local(href: str, field: str) -> _Local:
         path = unquote(parts.path)
     if not path.startswith("/") or "\0" in path:
         raise ValueError("a path starts at the root of the file system")
-    return _Local(field=field, last=path.rpartition("/")[2], path=Path(path))
+    return _Local(field=field, last=path, path=Path(path))
 
 
 def _is_allowed(place: _Remote, rules: Sequence[HostRule]) -> bool:

@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,10 @@ from service.errors import InvalidRequest, RasterTooLarge, StackWarning
 from service.grid import Grid
 from service.read.arrange import Arrangement, Granule, arrange
 from service.read.geotiff import Header, Placed, SourceFile, gdal_options, read_header
-from service.read.layouts import Layout, MaskRule, StackOptions
-from service.read.metadata import SCL, tagged_number
+from service.read.layouts import Layout, StackOptions
+from service.read.masks import ALPHA_RULE, Decoder, MaskRule, alpha
+from service.read.metadata import ALPHA, tagged_number
+from service.read.placement import AS_IT_LIES, Place, Position, Resampling, place_files
 
 # Float rasters mark missing pixels by -3.4e38 and its like, with a nodata tag or without.
 NO_VALUE = 1e30
@@ -42,12 +45,27 @@ class Plane:
     masked: bool
     """Whether the file's internal mask marks missing pixels."""
     block_bytes: int
+    position: Position = AS_IT_LIES
+    """How the file comes to the stack's grid."""
+    resampling: Resampling = "bilinear"
+    """What is done where it is warped: classes and bits go by the nearest pixel."""
 
     @property
     def may_be_beyond(self) -> bool:
         """Whether a number of it may be none, or become too large for reflectance."""
         # 64 bits hold less than 1e20. A scale or offset of NaN compares as false.
         return not (self.integer and abs(self.scale) * 1e20 + abs(self.offset) < NO_VALUE / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskPlane:
+    """A band that says of one date where it is clear."""
+
+    plane: Plane
+    clear: Decoder
+    """From its numbers to where they mean clear."""
+    missing: bool = False
+    """Whether what is not clear is missing, as with alpha, and not only cloudy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +76,8 @@ class Acquisition:
     """Position of the observation on the stack's T axis."""
     planes: tuple[Plane, ...]
     """The needed bands (C)."""
-    scl: Plane | None
+    masks: tuple[MaskPlane, ...] = ()
+    """A pixel is clear where all of them say so."""
 
     @property
     def zero_is_missing(self) -> bool:
@@ -81,11 +100,14 @@ class Stack:
     """reflectance = value x scale + offset; files may differ, this is the first one's."""
     offset_known: bool
     """Whether the caller or any file said an offset."""
-    mask: MaskRule
+    mask: str
+    """The cloud masks used, such as `scl`; `none` where there is none."""
     block: tuple[int, int]
     """Rows and columns of the largest block on disk: windows of whole blocks decode none twice."""
     acquisitions: tuple[Acquisition, ...]
     """By observation; those of one observation in the order given, the first clear value wins."""
+    area: Mapping[str, Any] | None = None
+    """A polygon in the grid's CRS: pixels whose centre lies outside it are missing."""
     files: tuple[str, ...]
     """Names of the files that hold a needed band; the others are left out."""
     warnings: tuple[StackWarning, ...]
@@ -132,7 +154,7 @@ def open_stack(
     Raises:
         NotAGeoTIFF: a file is no GeoTIFF.
         NoGeoreference: a file that is needed has no CRS or no transform.
-        GridMismatch: needed files do not share one grid.
+        GridMismatch: needed files do not share one grid, and `grid` does not say which to take.
         MissingBands: a needed band is not there.
         MissingDates: a file or band has no date.
         RasterTooLarge: the stack is over `max_bytes`, or one block is beyond reason.
@@ -142,16 +164,21 @@ def open_stack(
     headers = _headers(files)
     arranged = arrange(headers, options, bands=bands, dated=dated)
     with gdal_options():
-        grid = _one_grid(arranged.used)
+        place = Place(grid=options.grid, bbox=options.bbox, area=options.area)
+        placed = place_files(arranged.used, headers, place)
+    grid = placed.grid
+    positions = {
+        id(header): position
+        for header, position in zip(arranged.used, placed.positions, strict=True)
+    }
     keys = list(dict.fromkeys(granule.key for granule in arranged.granules))
     position = {key: number for number, key in enumerate(keys)}
-    wanted = (*bands, SCL) if arranged.masked else tuple(bands)
-    _check_size(arranged, grid, wanted, max_bytes)
+    _check_size(arranged, grid, bands, max_bytes)
     acquisitions = tuple(
         Acquisition(
             observation=position[granule.key],
-            planes=tuple(_plane(*granule.planes[band], options) for band in bands),
-            scl=_plane(*granule.planes[SCL], options) if arranged.masked else None,
+            planes=tuple(_plane(*granule.planes[band], options, positions) for band in bands),
+            masks=_mask_planes(granule, options, positions),
         )
         for granule in arranged.granules
     )
@@ -164,14 +191,17 @@ def open_stack(
         scale=planes[0].scale,
         offset=planes[0].offset,
         offset_known=options.offset is not None or any(plane.offset for plane in planes),
-        mask="scl" if arranged.masked else "none",
+        mask=arranged.mask,
         block=(
             max(header.block[0] for header in arranged.used),
             max(header.block[1] for header in arranged.used),
         ),
         acquisitions=acquisitions,
+        area=placed.area,
         files=tuple(header.name for header in arranged.used),
         warnings=(
+            *arranged.warnings,
+            *placed.warnings,
             *_merged(arranged.granules, len(keys)),
             *_eight_bits(arranged.granules, bands, options),
         ),
@@ -195,40 +225,17 @@ def _headers(files: Sequence[SourceFile]) -> list[Header]:
         return [read_header(file, placed) for file in files]
 
 
-def _one_grid(headers: Sequence[Header]) -> Grid:
-    first, *others = headers
-    grid = _grid_of(first)
-    for other in others:
-        # Where a georeference was worked out once, these are the same objects.
-        if _place(other) != _place(first):
-            grid.check_same(first.name, _grid_of(other), other.name)
-    return grid
-
-
-def _grid_of(header: Header) -> Grid:
-    return Grid.of(
-        header.name,
-        crs=header.crs,
-        transform=header.transform,
-        width=header.width,
-        height=header.height,
-    )
-
-
-def _place(header: Header) -> tuple[object, ...]:
-    return header.crs, header.transform, header.width, header.height
-
-
 def _check_size(arranged: Arrangement, grid: Grid, wanted: Sequence[str], max_bytes: int) -> None:
     a_pixel = 0
     for granule in arranged.granules:
-        for band in wanted:
+        for band in (*wanted, *(_mask_band(rule) for rule in granule.masks)):
             header, number = granule.planes[band]
             a_pixel += np.dtype(header.dtypes[number - 1]).itemsize
     decoded = a_pixel * grid.width * grid.height
     if decoded > max_bytes:
+        more = max((len(granule.masks) for granule in arranged.granules), default=0)
         raise RasterTooLarge(
-            f"{grid.width} x {grid.height} pixels of {len(wanted)} bands in "
+            f"{grid.width} x {grid.height} pixels of {len(wanted) + more} bands in "
             f"{len(arranged.granules)} observations decode to {decoded} bytes, the limit is "
             f"{max_bytes}"
         )
@@ -269,7 +276,32 @@ def _eight_bits(
     return (StackWarning(code="scale_suspected", detail=detail),)
 
 
-def _plane(header: Header, number: int, options: StackOptions) -> Plane:
+def _mask_band(rule: MaskRule) -> str:
+    return ALPHA if rule is ALPHA_RULE else rule.band
+
+
+def _mask_planes(
+    granule: Granule, options: StackOptions, positions: Mapping[int, Position]
+) -> tuple[MaskPlane, ...]:
+    planes = []
+    for rule in granule.masks:
+        header, number = granule.planes[_mask_band(rule)]
+        missing = rule is ALPHA_RULE
+        planes.append(
+            MaskPlane(
+                plane=replace(
+                    _plane(header, number, options, positions), resampling="nearest", nodata=None
+                ),
+                clear=alpha if missing else rule.decoder(header.name),
+                missing=missing,
+            )
+        )
+    return tuple(planes)
+
+
+def _plane(
+    header: Header, number: int, options: StackOptions, positions: Mapping[int, Position]
+) -> Plane:
     at = number - 1
     dtype = np.dtype(header.dtypes[at])
     scale, offset = _radiometry(header, at, options)
@@ -282,6 +314,7 @@ def _plane(header: Header, number: int, options: StackOptions) -> Plane:
         integer=dtype.kind in "iu",
         masked=header.masked,
         block_bytes=header.block_bytes,
+        position=positions[id(header)],
     )
 
 

@@ -1,0 +1,246 @@
+"""Cloud masks: which pixels each provider's quality band calls clear.
+
+One function per kind of band. Each takes the numbers as delivered, of any shape, and returns a
+boolean array of that shape: True where the ground is seen, without cloud, cloud shadow or snow.
+A number that its definition does not know is not clear. `RULES` has one row per kind, the most
+complete first: with `mask=auto` the first one that a date carries is used.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import InvalidRequest
+from service.read.metadata import CLDPRB, CLM, CLOUD, FMASK, QA60, QA_PIXEL, QAI, SCL, UDM2
+
+Numbers = NDArray[Any]
+Clear = NDArray[np.bool_]
+Decoder = Callable[[Numbers], Clear]
+CLEAR_CLASSES = range(4, 8)
+"""SCL classes that count as clear: 4 vegetation, 5 bare ground, 6 water, 7 unclassified."""
+CLDPRB_LIMIT = 40.0
+"""Per cent of cloud probability from which on a pixel is cloud, where `mask` gives no number."""
+QA60_EMPTY = (date(2022, 1, 25), date(2024, 2, 28))
+"""From the first to the second date Earth Engine's QA60 holds zeros, whatever the clouds: the
+products of those days have no vector cloud mask (Earth Engine catalogue, COPERNICUS/S2_SR)."""
+_BITS = 16
+
+
+def _whole(data: Numbers) -> tuple[NDArray[np.int64], Clear]:
+    """The numbers as integers, and where they are integers of 0 to 65535; floats may be NaN."""
+    if data.dtype.kind == "u" and data.dtype.itemsize <= 2:
+        return data.astype(np.int64), np.ones(data.shape, np.bool_)
+    with np.errstate(invalid="ignore"):
+        known = (data >= 0) & (data < 2**_BITS)
+        whole = np.where(known, data, 0).astype(np.int64)
+        return whole, known & (whole == data)
+
+
+def _without(data: Numbers, bits: Sequence[int]) -> Clear:
+    """Where none of the bits is set."""
+    whole, known = _whole(data)
+    return np.asarray(known & (whole & sum(1 << bit for bit in bits) == 0))
+
+
+def scl(data: Numbers) -> Clear:
+    """Sen2Cor's scene classification of Sentinel-2 level 2A: classes 4 to 7 are clear.
+
+    Source: Sentinel-2 Products Specification Document (S2-PDGS-TAS-DI-PSD), level 2A scene
+    classification: 0 no data, 1 saturated or defective, 2 dark area, 3 cloud shadow, 4 vegetation,
+    5 not vegetated, 6 water, 7 unclassified, 8 cloud medium, 9 cloud high probability, 10 thin
+    cirrus, 11 snow or ice.
+    """
+    return np.asarray((data >= CLEAR_CLASSES[0]) & (data <= CLEAR_CLASSES[-1]))
+
+
+def fmask(data: Numbers) -> Clear:
+    """Fmask of Harmonized Landsat Sentinel-2 (HLS), version 1.4 and 2.0: bits.
+
+    Source: HLS Product User Guide, Version 2.0, table "Description of the bits in the one-byte
+    Quality Assessment layer": 0 cirrus (reserved in 2.0), 1 cloud, 2 adjacent to cloud or shadow,
+    3 cloud shadow, 4 snow or ice, 5 water, 6 and 7 aerosol level. 255 is fill.
+    """
+    return _without(data, (0, 1, 2, 3, 4))
+
+
+def fmask_classes(data: Numbers) -> Clear:
+    """Fmask as Digital Earth Australia delivers it (`oa_fmask`): classes.
+
+    Source: Digital Earth Australia, ga_s2am_ard_3 and ga_ls8c_ard_3, measurement `oa_fmask`: 0 no
+    data, 1 valid, 2 cloud, 3 shadow, 4 snow, 5 water.
+    """
+    return np.asarray((data == 1) | (data == 5))
+
+
+def qa_pixel(data: Numbers) -> Clear:
+    """QA_PIXEL of Landsat 4 to 9, Collection 2: bits.
+
+    Source: Landsat 8-9 Collection 2 Level 2 Science Product Guide (USGS LSDS-1619), table of
+    QA_PIXEL: 0 fill, 1 dilated cloud, 2 cirrus, 3 cloud, 4 cloud shadow, 5 snow, 6 clear, 7 water.
+    """
+    return _without(data, (0, 1, 2, 3, 4, 5))
+
+
+def clm(data: Numbers) -> Clear:
+    """CLM of MAJA (Theia, files CLM_R1 and CLM_R2), and Sentinel Hub's CLM: zero is clear.
+
+    Source: Theia, Sentinel-2 level 2A product format, mask CLM: 0 all clouds but the thinnest and
+    all shadows, 1 all clouds but the thinnest, 2 and 3 clouds by one and by several dates, 4
+    thinnest clouds, 5 and 6 shadows of clouds inside and outside the image, 7 high clouds. Sentinel
+    Hub's band of the same name is 0 clear, 1 cloud, 255 no data (s2cloudless).
+    """
+    return np.asarray(data == 0)
+
+
+def qai(data: Numbers) -> Clear:
+    """QAI of FORCE level 2: bits, screened as FORCE's own default does.
+
+    Source: FORCE documentation, "Level 2 Processing System, output format", quality assurance
+    information: 0 no data, 1 and 2 cloud state (0 clear, 1 buffered, 2 opaque, 3 cirrus), 3 cloud
+    shadow, 4 snow, 5 water, 6 and 7 aerosol, 8 subzero reflectance, 9 saturated.
+    """
+    return _without(data, (0, 1, 2, 3, 4, 8, 9))
+
+
+def udm2(data: Numbers) -> Clear:
+    """First band ("clear") of Planet's Usable Data Mask 2: 1 is clear.
+
+    Source: Planet, Usable Data Masks (UDM2), band 1: 0 not clear, 1 clear of snow, shadow, haze and
+    cloud.
+    """
+    return np.asarray(data == 1)
+
+
+def qa60(data: Numbers) -> Clear:
+    """QA60 of Sentinel-2 on Google Earth Engine: bits.
+
+    Source: Earth Engine Data Catalog, COPERNICUS/S2_SR_HARMONIZED, band QA60: 10 opaque clouds, 11
+    cirrus clouds. See also `QA60_EMPTY`. A number without these bits, such as the zero of
+    a nodata tag, is clear; it knows no shadow.
+    """
+    return _without(data, (10, 11))
+
+
+def cldprb(data: Numbers, limit: float = CLDPRB_LIMIT) -> Clear:
+    """MSK_CLDPRB of Sentinel-2 level 2A: below `limit` per cent of cloud probability is clear.
+
+    Source: Sentinel-2 Products Specification Document, quality indicator MSK_CLDPRB: probability of
+    cloud by Sen2Cor, 0 to 100 per cent. It knows no shadow.
+    """
+    return np.asarray((data >= 0) & (data < min(limit, 100.5)))
+
+
+def alpha(data: Numbers) -> Clear:
+    """An alpha band or Sentinel Hub's dataMask: zero is missing.
+
+    Source: TIFF 6.0, ExtraSamples; Sentinel Hub documentation, `dataMask`.
+    """
+    return np.asarray(data != 0)
+
+
+RULES: Mapping[str, tuple[str, Decoder]] = {
+    "scl": (SCL, scl),
+    "fmask": (FMASK, fmask),
+    "qa_pixel": (QA_PIXEL, qa_pixel),
+    "clm": (CLM, clm),
+    "qai": (QAI, qai),
+    "udm2": (UDM2, udm2),
+    "cloud": (CLOUD, scl),
+    "cldprb": (CLDPRB, cldprb),
+    "qa60": (QA60, qa60),
+}
+"""By the name that `mask` takes: the band, and how its numbers are read."""
+# What a name has in one provider's files alone.
+_DEA = re.compile(r"(^|[/_])(ga_|oa_)", re.IGNORECASE)
+_LANDSAT = re.compile(r"landsat|(^|[/_])l[cteo]0[4-9]_", re.IGNORECASE)
+_HLS = re.compile(r"(^|[/_.])hls", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskRule:
+    """One cloud mask that a request asks for, such as `cldprb:40`."""
+
+    name: str
+    """A key of `RULES`."""
+    limit: float | None = None
+    """Of `cldprb`: per cent from which on a pixel is cloud."""
+
+    @property
+    def band(self) -> str:
+        """The band that it reads, by canonical name."""
+        return RULES[self.name][0]
+
+    def __str__(self) -> str:
+        return self.name if self.limit is None else f"{self.name}:{self.limit:g}"
+
+    def decoder(self, file: str) -> Decoder:
+        """How the numbers of the band are read in one file.
+
+        Two conventions share a name: Digital Earth Australia's fmask holds classes where that of
+        HLS holds bits, and sits' CLOUD is the quality band of the collection (SCL, Fmask or
+        QA_PIXEL).
+
+        Args:
+            file: the file's name with its folders.
+        """
+        if self.name == "cldprb":
+            return partial(cldprb, limit=CLDPRB_LIMIT if self.limit is None else self.limit)
+        if self.name == "fmask" and _DEA.search(file):
+            return fmask_classes
+        if self.name == "cloud" and _HLS.search(file):
+            return fmask
+        if self.name == "cloud" and _LANDSAT.search(file):
+            return qa_pixel
+        return RULES[self.name][1]
+
+
+AUTO: tuple[MaskRule, ...] = tuple(MaskRule(name=name) for name in RULES)
+"""Every rule, in the order in which `mask=auto` looks for them."""
+ALPHA_RULE = MaskRule(name="alpha")
+
+
+def parse_mask(text: str | None) -> tuple[MaskRule, ...] | None:
+    """The rules that the parameter `mask` names.
+
+    Args:
+        text: `auto`, `none`, or rules separated by commas, `cldprb` with a number if wanted.
+
+    Returns:
+        The rules, all of which a clear pixel must pass; empty for `none`; None for `auto`.
+
+    Raises:
+        InvalidRequest: a rule that does not exist, or a number that is not 0 to 100 per cent.
+    """
+    if text is None or text == "auto":
+        return None
+    if text == "none":
+        return ()
+    return tuple(dict.fromkeys(_rule(part.strip()) for part in text.split(",")))
+
+
+def _rule(text: str) -> MaskRule:
+    name, colon, number = text.lower().partition(":")
+    if name not in RULES:
+        raise InvalidRequest.of(
+            "mask", f"'{text}' is not a cloud mask; give auto, none, or any of {', '.join(RULES)}"
+        )
+    if not colon:
+        return MaskRule(name=name)
+    if name != "cldprb":
+        raise InvalidRequest.of("mask", f"'{text}': only cldprb takes a number, as cldprb:40")
+    try:
+        limit = float(number)
+    except ValueError:
+        limit = math.nan
+    if not 0 < limit <= 100:
+        raise InvalidRequest.of("mask", f"'{text}': the limit is per cent, above 0 and up to 100")
+    return MaskRule(name=name, limit=limit)

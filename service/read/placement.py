@@ -1,0 +1,414 @@
+"""The grid of a stack, and how each file comes to it.
+
+    files' grids + `grid`, `bbox`, `area` → one Grid → per file: as it lies, a part of it, or warped
+
+Files that share the grid are read as they lie: no resampling and no copy. A file whose pixels lie
+on the same lattice is read at an offset. Any other file goes through GDAL's warper.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import rasterio.warp
+from affine import Affine
+from rasterio.crs import CRS
+from rasterio.errors import CRSError
+from rasterio.transform import array_bounds
+
+from service.errors import GridMismatch, InvalidRequest, StackWarning
+from service.grid import GDALError, Grid, crs_name
+from service.read.geotiff import Header
+
+Bounds = tuple[float, float, float, float]
+"""Left, bottom, right, top."""
+Resampling = Literal["bilinear", "nearest"]
+_TOLERANCE = 1e-3
+"""Pixels by which a corner may lie elsewhere."""
+_CRS_AND_SIZE = re.compile(r"\s*(?P<crs>[^@]+?)\s*@\s*(?P<size>[0-9.eE+-]+)\s*")
+_DEGREES = CRS.from_epsg(4326)
+_MOST_PIXELS = 2**31 - 1
+_DENSIFY = 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What is asked of the grid: the parameters `grid`, `bbox` and `area`."""
+
+    grid: str | None = None
+    """`strict`, `finest`, `EPSG:32631@10`, or the name of a file; None as `Placed` says."""
+    bbox: Bounds | None = None
+    """West, south, east, north in degrees; west is larger across the antimeridian."""
+    area: Mapping[str, Any] | None = None
+    """A GeoJSON Polygon or MultiPolygon, in degrees."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warp:
+    """A file brought to another grid; what GDAL's warper is told."""
+
+    grid: Grid
+    """The stack's."""
+    scale: tuple[float, float]
+    """Pixels of the stack per pixel of the file, across and down, at most 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How a file comes to the stack's grid."""
+
+    row: int = 0
+    column: int = 0
+    """Where the stack's first pixel lies in the file, if it is not warped."""
+    warp: Warp | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """The grid of a stack and the position of each of its files."""
+
+    grid: Grid
+    positions: tuple[Position, ...]
+    """Of each file, in order."""
+    area: Mapping[str, Any] | None
+    """The polygon in the grid's CRS: pixels whose centre lies outside are missing."""
+    warnings: tuple[StackWarning, ...] = ()
+
+
+AS_IT_LIES = Position()
+"""On the stack's grid already."""
+
+
+def place_files(used: Sequence[Header], everything: Sequence[Header], place: Place) -> Placed:
+    """The grid of a stack, inside `gdal_options`.
+
+    Without `grid`, all files share one grid, or one CRS and corner with pixel sizes that are whole
+    multiples of the finest, which is taken.
+
+    Args:
+        used: files with a needed band or mask.
+        everything: all files, any of which `grid` may name.
+        place: what is asked.
+
+    Raises:
+        NoGeoreference: a file has no CRS or no transform.
+        GridMismatch: the files do not share a grid, and nothing was said of it.
+        InvalidRequest: `grid` names nothing, or `bbox` or `area` lie outside.
+    """
+    grids = _grids(used)
+    if place.grid is None:
+        base = _usual_grid(used, grids)
+    elif place.grid == "strict":
+        base = _one_grid(used, grids)
+    else:
+        base = _asked_grid(used, grids, everything, place.grid)
+    grid, area = _cropped(base, place)
+    if grid.width > _MOST_PIXELS or grid.height > _MOST_PIXELS:
+        raise InvalidRequest.of("grid", f"{grid.width} x {grid.height} pixels are too many")
+    known: dict[int, Position] = {}
+    for own in grids:
+        if id(own) not in known:
+            known[id(own)] = AS_IT_LIES if own is grid else _position(own, grid)
+    positions = tuple(known[id(own)] for own in grids)
+    return Placed(
+        grid=grid,
+        positions=positions,
+        area=area,
+        warnings=_resampled(used, grids, positions, grid),
+    )
+
+
+def _grids(headers: Sequence[Header]) -> list[Grid]:
+    """Each file's grid; the same object for the same place."""
+    known: dict[tuple[object, ...], Grid] = {}
+    grids = []
+    for header in headers:
+        key = (id(header.crs), header.transform, header.width, header.height)
+        if key not in known:
+            known[key] = _grid_of(header)
+        grids.append(known[key])
+    return grids
+
+
+def _grid_of(header: Header) -> Grid:
+    return Grid.of(
+        header.name,
+        crs=header.crs,
+        transform=header.transform,
+        width=header.width,
+        height=header.height,
+    )
+
+
+def _one_grid(headers: Sequence[Header], grids: Sequence[Grid]) -> Grid:
+    """The grid that all files share.
+
+    Raises:
+        GridMismatch: two differ; the message says both, and which `grid` would do.
+    """
+    first = grids[0]
+    checked = {id(first)}
+    for header, grid in zip(headers, grids, strict=True):
+        if id(grid) in checked:
+            continue
+        checked.add(id(grid))
+        try:
+            first.check_same(headers[0].name, grid, header.name)
+        except GridMismatch as error:
+            raise GridMismatch(f"{error.detail}; {_would_do(grids)}") from None
+    return first
+
+
+def _would_do(grids: Sequence[Grid]) -> str:
+    finest = min(grids, key=_ground)
+    own = f"{crs_name(finest.crs)}@{abs(finest.transform.a):.10g}"
+    if all(grid.crs == finest.crs for grid in grids):
+        return f"grid=finest brings all files to the finest of them, grid={own} to whole pixels"
+    return f"grid={own} brings all files to one CRS and pixel size"
+
+
+def _usual_grid(headers: Sequence[Header], grids: Sequence[Grid]) -> Grid:
+    """The one grid, or the finest where the others are whole multiples of it."""
+    distinct = list({id(grid): grid for grid in grids}.values())
+    finest = min(distinct, key=_ground)
+    if all(_nests(grid, distinct[0]) for grid in distinct):
+        return distinct[0]
+    if all(_nests(grid, finest) for grid in distinct):
+        return finest
+    return _one_grid(headers, grids)
+
+
+def _ground(grid: Grid) -> float:
+    """Area of the pixel in the middle, in hectares."""
+    return float(grid.hectares(range(grid.height // 2, grid.height // 2 + 1))[0])
+
+
+def _same_crs(one: Grid, other: Grid) -> bool:
+    return bool(one.crs == other.crs or one.crs.to_wkt() == other.crs.to_wkt())
+
+
+def _nests(coarse: Grid, fine: Grid) -> bool:
+    """Whether pixels of one are whole blocks of pixels of the other, from the same corner."""
+    if not _same_crs(coarse, fine):
+        return False
+    step = ~fine.transform @ coarse.transform  # pixels of the one to pixels of the other
+    across, down = round(step.a), round(step.e)
+    size = max(coarse.width, coarse.height)
+    if across < 1 or down < 1 or size * max(abs(step.a - across), abs(step.e - down)) > _TOLERANCE:
+        return False
+    if size * max(abs(step.b), abs(step.d)) > _TOLERANCE:
+        return False
+    if max(abs(step.c), abs(step.f)) > _TOLERANCE:
+        return False
+    # A raster whose size is no multiple has its last coarse pixel cut or whole.
+    wide: bool = abs(coarse.width * across - fine.width) < across
+    high: bool = abs(coarse.height * down - fine.height) < down
+    return wide and high
+
+
+def _same_lattice(own: Grid, grid: Grid) -> tuple[int, int] | None:
+    """Row and column of the grid's first pixel in a file of the same lattice; None of another."""
+    if not _same_crs(own, grid):
+        return None
+    step = ~own.transform @ grid.transform
+    row, column = round(step.f), round(step.c)
+    corners = [(0, 0), (grid.width, 0), (0, grid.height), (grid.width, grid.height)]
+    away = max(math.dist(step @ (x, y), (x + column, y + row)) for x, y in corners)
+    return (row, column) if away <= _TOLERANCE else None
+
+
+def _position(own: Grid, grid: Grid) -> Position:
+    at = _same_lattice(own, grid)
+    if at is not None:
+        row, column = at
+        inside = row >= 0 and column >= 0
+        if inside and row + grid.height <= own.height and column + grid.width <= own.width:
+            return Position(row=row, column=column)
+    return Position(warp=Warp(grid=grid, scale=_scale(own, grid)))
+
+
+def _scale(own: Grid, grid: Grid) -> tuple[float, float]:
+    """How far the warper's kernel reaches: one number for all windows, so that none differs."""
+    width, height = _sizes(own)
+    if not _same_crs(own, grid):
+        bounds = array_bounds(own.height, own.width, own.transform)
+        try:
+            default, _, _ = rasterio.warp.calculate_default_transform(
+                own.crs, grid.crs, own.width, own.height, *bounds
+            )
+        except (GDALError, CRSError) as error:
+            raise GridMismatch(
+                f"a file in {crs_name(own.crs)} cannot be brought to {crs_name(grid.crs)}"
+            ) from error
+        width, height = abs(default.a), abs(default.e)
+    into = _sizes(grid)
+    across, down = width / into[0], height / into[1]
+    # Within five per cent GDAL's own kernel has the same reach as at 1.
+    return (across if across < 0.95 else 1.0, down if down < 0.95 else 1.0)
+
+
+def _sizes(grid: Grid) -> tuple[float, float]:
+    return abs(grid.transform.a), abs(grid.transform.e)
+
+
+def _asked_grid(
+    used: Sequence[Header], grids: Sequence[Grid], everything: Sequence[Header], asked: str
+) -> Grid:
+    """The grid that the parameter names."""
+    if asked == "finest":
+        return _over(grids, min(grids, key=_ground))
+    named = [h for h in everything if asked in {h.name, h.name.rpartition("/")[2]}]
+    if named:
+        return next((g for h, g in zip(used, grids, strict=True) if h is named[0]), None) or (
+            _grid_of(named[0])
+        )
+    match = _CRS_AND_SIZE.fullmatch(asked)
+    if not match:
+        raise InvalidRequest.of(
+            "grid",
+            f"'{asked}' is neither strict, finest, a CRS and pixel size such as EPSG:32631@10, nor "
+            "the name of a file that was sent",
+        )
+    try:
+        crs = CRS.from_user_input(match["crs"])
+        size = float(match["size"])
+    except (CRSError, ValueError):
+        raise InvalidRequest.of(
+            "grid", f"'{asked}' is not a CRS and a pixel size such as EPSG:32631@10"
+        ) from None
+    if not (math.isfinite(size) and size > 0):
+        raise InvalidRequest.of("grid", f"'{asked}': the pixel size is not above 0")
+    corner = Grid(crs=crs, transform=Affine(size, 0, 0, 0, -size, 0), width=1, height=1)
+    return _over(grids, corner)
+
+
+def _over(grids: Sequence[Grid], lattice: Grid) -> Grid:
+    """The part of a lattice that covers all grids."""
+    boxes = [_box(grid, lattice) for grid in {id(g): g for g in grids}.values()]
+    left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
+    right, bottom = max(box[2] for box in boxes), max(box[3] for box in boxes)
+    if (left, top, right, bottom) == (0, 0, lattice.width, lattice.height):
+        return lattice
+    return Grid(
+        crs=lattice.crs,
+        transform=lattice.transform @ Affine.translation(left, top),
+        width=right - left,
+        height=bottom - top,
+    )
+
+
+def _box(grid: Grid, lattice: Grid) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a grid in whole pixels of a lattice."""
+    return _pixels(
+        array_bounds(grid.height, grid.width, grid.transform), grid.crs, lattice, grid=grid
+    )
+
+
+def _pixels(
+    bounds: Bounds, crs: CRS, lattice: Grid, *, grid: Grid | None = None
+) -> tuple[int, int, int, int]:
+    """Bounds in some CRS, as whole pixels of a lattice, outwards."""
+    if grid is not None and _same_crs(grid, lattice):
+        step = ~lattice.transform @ grid.transform
+        corners = [(0, 0), (grid.width, 0), (0, grid.height), (grid.width, grid.height)]
+        at = [step @ corner for corner in corners]
+    else:
+        try:
+            left, bottom, right, top = rasterio.warp.transform_bounds(
+                crs, lattice.crs, *bounds, densify_pts=_DENSIFY
+            )
+        except (GDALError, CRSError) as error:
+            raise GridMismatch(
+                f"the extent {bounds} in {crs_name(crs)} cannot be brought to "
+                f"{crs_name(lattice.crs)}"
+            ) from error
+        inverse = ~lattice.transform
+        at = [inverse @ (x, y) for x in (left, right) for y in (bottom, top)]
+    if not all(math.isfinite(value) for pair in at for value in pair):
+        raise GridMismatch(f"{crs_name(crs)} has no place in {crs_name(lattice.crs)}")
+    columns, rows = [x for x, _ in at], [y for _, y in at]
+    return (
+        math.floor(min(columns) + _TOLERANCE),
+        math.floor(min(rows) + _TOLERANCE),
+        math.ceil(max(columns) - _TOLERANCE),
+        math.ceil(max(rows) - _TOLERANCE),
+    )
+
+
+def _cropped(grid: Grid, place: Place) -> tuple[Grid, Mapping[str, Any] | None]:
+    """The part of the grid that is asked for, and the polygon in its CRS."""
+    area = None
+    if place.bbox is not None:
+        grid = _part(grid, place.bbox, "bbox")
+    if place.area is not None:
+        grid = _part(grid, _extent(place.area), "area")
+        try:
+            area = rasterio.warp.transform_geom(_DEGREES, grid.crs, dict(place.area))
+        except (GDALError, CRSError, ValueError) as error:
+            raise InvalidRequest.of(
+                "area", f"cannot be brought to the files' CRS {crs_name(grid.crs)}"
+            ) from error
+    return grid, area
+
+
+def _part(grid: Grid, bounds: Bounds, field: str) -> Grid:
+    left, top, right, bottom = _pixels(bounds, _DEGREES, grid)
+    left, top = max(left, 0), max(top, 0)
+    right, bottom = min(right, grid.width), min(bottom, grid.height)
+    if left >= right or top >= bottom:
+        own = rasterio.warp.transform_bounds(
+            grid.crs, _DEGREES, *array_bounds(grid.height, grid.width, grid.transform)
+        )
+        raise InvalidRequest.of(
+            field,
+            f"({', '.join(f'{v:.6g}' for v in bounds)}) does not touch the files, which lie at "
+            f"({', '.join(f'{v:.6g}' for v in own)}): west, south, east, north in degrees",
+        )
+    if (left, top, right, bottom) == (0, 0, grid.width, grid.height):
+        return grid
+    return Grid(
+        crs=grid.crs,
+        transform=grid.transform @ Affine.translation(left, top),
+        width=right - left,
+        height=bottom - top,
+    )
+
+
+def _extent(area: Mapping[str, Any]) -> Bounds:
+    """West, south, east and north of a polygon."""
+    polygons = [area["coordinates"]] if area["type"] == "Polygon" else area["coordinates"]
+    points = [point for rings in polygons for ring in rings for point in ring]
+    xs, ys = [point[0] for point in points], [point[1] for point in points]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _resampled(
+    used: Sequence[Header], grids: Sequence[Grid], positions: Sequence[Position], grid: Grid
+) -> tuple[StackWarning, ...]:
+    """Which files were not read pixel by pixel."""
+    warped = [
+        (header, own)
+        for header, own, position in zip(used, grids, positions, strict=True)
+        if position.warp is not None and _same_lattice(own, grid) is None
+    ]
+    if not warped:
+        return ()
+    kinds = sorted({_described(own) for _, own in warped})
+    names = ", ".join(f"'{header.name}'" for header, _ in warped[:3])
+    more = f" and {len(warped) - 3} more" if len(warped) > 3 else ""
+    detail = (
+        f"{len(warped)} of {len(used)} files ({names}{more}) with {' and '.join(kinds)} are "
+        f"brought to {_described(grid)}: reflectance bilinear, masks by the nearest pixel"
+    )
+    return (StackWarning(code="resampled", detail=detail),)
+
+
+def _described(grid: Grid) -> str:
+    across, down = _sizes(grid)
+    size = f"{across:.6g}" if math.isclose(across, down) else f"{across:.6g} x {down:.6g}"
+    unit = "degrees" if grid.crs.is_geographic else "m"
+    return f"pixels of {size} {unit} in {crs_name(grid.crs)}"

@@ -1,0 +1,213 @@
+"""Cloud masks: each provider's numbers by hand, and the masks that a stack is read with."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rasterio.windows import Window
+from rasters import write
+
+from service.errors import InvalidRequest
+from service.read import masks
+from service.read.geotiff import SourceFile
+from service.read.layouts import StackOptions
+from service.read.masks import MaskRule, parse_mask
+from service.read.reader import StackReader
+from service.read.stack import Stack, open_stack
+
+NEEDED = ("B02", "B04", "B08")
+
+
+def bits(*numbers: int) -> int:
+    return sum(1 << number for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("decode", "clear", "unclear"),
+    [
+        (masks.scl, [4, 5, 6, 7], [0, 1, 2, 3, 8, 9, 10, 11, 255]),
+        # Water, and any level of aerosol, is seen ground.
+        (
+            masks.fmask,
+            [0, 64, bits(5), bits(6, 7), 224],
+            [1, 2, 4, 8, 16, 66, bits(3, 6), 255],
+        ),
+        (masks.fmask_classes, [1, 5], [0, 2, 3, 4, 255]),
+        # 21824 is Landsat's usual "clear with lows set", 21952 its water.
+        (
+            masks.qa_pixel,
+            [21824, 21952],
+            [1, 22280, 23888, 30048, bits(1), bits(2), bits(3), bits(4), bits(5)],
+        ),
+        (masks.clm, [0], [1, 2, 3, 8, 16, 32, 64, 128, 255]),
+        (
+            masks.qai,
+            [0, bits(5), bits(6), bits(13)],
+            [1, bits(1), bits(2), bits(1, 2), bits(3), bits(4), bits(8), bits(9)],
+        ),
+        (masks.udm2, [1], [0, 255]),
+        (masks.qa60, [0, 1, bits(9)], [1024, 2048, 3072]),
+        (masks.cldprb, [0, 1, 39], [40, 41, 100, 255]),
+        (masks.alpha, [1, 255], [0]),
+    ],
+)
+def test_numbers_mean_what_their_provider_says(
+    decode: masks.Decoder, clear: Sequence[int], unclear: Sequence[int]
+) -> None:
+    for dtype in (np.uint16, np.int32, np.float32):
+        assert decode(np.array(clear, dtype)).all(), dtype
+        assert not decode(np.array(unclear, dtype)).any(), dtype
+    if decode is not masks.alpha:
+        assert not decode(np.array([np.nan], np.float32)).any()
+
+
+def test_a_limit_is_the_callers() -> None:
+    (rule,) = parse_mask("cldprb:20") or ()
+    numbers = np.array([19, 20, 100], np.uint8)
+    decode = pickle.loads(pickle.dumps(rule.decoder("x.tif")))  # noqa: S301 - goes to workers
+    assert decode(numbers).tolist() == [True, False, False]
+    assert str(rule) == "cldprb:20"
+
+
+def test_one_name_with_two_meanings_is_told_apart_by_the_file() -> None:
+    fmask, cloud = MaskRule(name="fmask"), MaskRule(name="cloud")
+    assert fmask.decoder("HLS.S30.T31UES.2018011T104421.v2.0.Fmask.tif") is masks.fmask
+    assert fmask.decoder("ga_s2am_oa_3-2-1_31UES_2018-01-11_final_fmask.tif") is masks.fmask_classes
+    assert cloud.decoder("SENTINEL-2_MSI_31UES_CLOUD_2018-01-11.tif") is masks.scl
+    assert cloud.decoder("LANDSAT_OLI_195025_CLOUD_2018-01-11.tif") is masks.qa_pixel
+    assert cloud.decoder("HLS_MSI_31UES_CLOUD_2018-01-11.tif") is masks.fmask
+
+
+@pytest.mark.parametrize(
+    "text", ["clouds", "scl,clouds", "scl:3", "cldprb:x", "cldprb:0", "none,scl"]
+)
+def test_a_mask_that_does_not_exist_is_refused_by_name(text: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_mask(text)
+    assert caught.value.errors[0]["field"] == "mask"
+
+
+def test_masks_are_read_from_text() -> None:
+    assert parse_mask(None) is None
+    assert parse_mask("auto") is None
+    assert parse_mask("none") == ()
+    assert parse_mask("scl, cldprb:40,scl") == (
+        MaskRule(name="scl"),
+        MaskRule(name="cldprb", limit=40),
+    )
+
+
+# --- a mask beside --------------------------------------------------------------------------
+
+D1, D2 = date(2021, 1, 5), date(2021, 1, 15)
+
+
+def beside(folder: Path, name: str, kind: str, data: np.ndarray) -> list[SourceFile]:
+    """Two dates, a file a band, with a mask of the kind beside."""
+    files = []
+    for day in ("20210105", "20210115"):
+        for band in (*NEEDED, kind):
+            pixels = data if band == kind else np.full((2, 2), 1000, np.uint16)
+            files.append(write(folder / name.format(day=day, band=band), pixels[None]))
+    return files
+
+
+def opened(files: Sequence[SourceFile], **options: object) -> Stack:
+    return open_stack(files, StackOptions(**options), bands=NEEDED, max_bytes=2**20)
+
+
+def valid(stack: Stack) -> list[list[bool]]:
+    with StackReader(stack) as reader:
+        sits = reader.read(Window(0, 0, stack.grid.width, stack.grid.height))
+    assert (sits.valid[0] == sits.valid[1]).all()
+    return sits.valid[0].tolist()
+
+
+SEEN = [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "numbers", "rule"),
+    [
+        ("HLS.S30.T31UES.{day}.v2.0.{band}.tif", "Fmask", [64, 2, 8, 224], "fmask"),
+        ("{day}T104421_T31UES.{band}.tif", "QA60", [0, 1024, 2048, 0], "qa60"),
+        ("T31UES_{day}T104421_{band}_20m.tif", "MSK_CLDPRB", [0, 80, 40, 10], "cldprb"),
+        ("SENTINEL2B_{day}-104021-455_L2A_{band}.tif", "CLM_R1", [0, 3, 32, 0], "clm"),
+        ("{day}_LEVEL2_SEN2B_{band}.tif", "QAI", [0, 6, 8, 32], "qai"),
+        ("LC08_L2SP_195025_{day}_SR_{band}.tif", "QA_PIXEL", [21824, 22280, 2, 21952], "qa_pixel"),
+        ("SENTINEL-2_MSI_31UES_{band}_{day}.tif", "CLOUD", [4, 8, 3, 6], "cloud"),
+        ("T31UES_{day}T104421_{band}.tif", "SCL", [4, 8, 3, 6], "scl"),
+    ],
+)
+def test_a_mask_beside_is_used(
+    tmp_path: Path, name: str, kind: str, numbers: list[int], rule: str
+) -> None:
+    files = beside(tmp_path, name, kind, np.array(numbers, np.uint16).reshape(2, 2))
+    stack = opened(files)
+    assert (stack.mask, stack.warnings) == (rule, ())
+    assert valid(stack) == SEEN
+    assert valid(opened(files, mask=rule)) == SEEN
+    without = opened(files, mask="none")
+    assert valid(without) == [[True, True], [True, True]]
+    (warning,) = without.warnings
+    assert (warning.code, "mask=none" in warning.detail) == ("files_unused", True)
+    assert "2 of 8 files" in warning.detail
+
+
+def test_a_udm2_beside_is_used(tmp_path: Path) -> None:
+    files = []
+    for day in ("20210105", "20210115"):
+        pixels = np.full((3, 2, 2), 1000, np.uint16)
+        files.append(write(tmp_path / f"{day}_SR.tif", pixels, descriptions=["blue", "red", "nir"]))
+        mask = np.zeros((8, 2, 2), np.uint8)
+        mask[0] = SEEN
+        files.append(write(tmp_path / f"{day}_3B_udm2.tif", mask))
+    stack = opened(files)
+    assert (stack.mask, valid(stack)) == ("udm2", SEEN)
+
+
+def test_several_masks_count_together(tmp_path: Path) -> None:
+    files = []
+    for day in ("20210105", "20210115"):
+        pixels = np.full((5, 2, 2), 1000, np.uint16)
+        pixels[3] = [[4, 9], [4, 4]]
+        pixels[4] = [[0, 0], [90, 0]]
+        names = [*NEEDED, "SCL", "MSK_CLDPRB"]
+        files.append(write(tmp_path / f"{day}.tif", pixels, descriptions=names))
+    assert valid(opened(files)) == [[True, False], [True, True]]
+    stack = opened(files, mask="scl,cldprb:50")
+    assert (stack.mask, valid(stack)) == ("scl,cldprb:50", SEEN)
+
+
+def test_without_a_mask_the_stack_says_so(tmp_path: Path) -> None:
+    files = beside(tmp_path, "S2_{day}_{band}.tif", "B03", np.ones((2, 2), np.uint16))
+    assert [w.code for w in opened(files).warnings] == ["files_unused", "no_cloud_mask"]
+    assert "no_cloud_mask" not in [w.code for w in opened(files, mask="none").warnings]
+
+
+def test_a_mask_that_its_provider_left_empty_is_no_mask(tmp_path: Path) -> None:
+    files = []
+    for day in ("20220105", "20220205"):
+        pixels = np.full((4, 2, 2), 1000, np.uint16)
+        pixels[3] = 0
+        files.append(write(tmp_path / f"{day}.tif", pixels, descriptions=[*NEEDED, "QA60"]))
+    (warning,) = opened(files).warnings
+    assert warning.code == "no_cloud_mask"
+    assert "QA60 holds no clouds from 2022-01-25 to 2024-02-28" in warning.detail
+    assert "1 of the dates" in warning.detail
+
+
+def test_a_mask_of_a_date_without_bands_is_left_out_and_named(tmp_path: Path) -> None:
+    files = beside(tmp_path, "T31UES_{day}_{band}.tif", "SCL", np.full((2, 2), 4, np.uint16))
+    files.append(write(tmp_path / "T31UES_20210125_SCL.tif", np.full((1, 2, 2), 4, np.uint8)))
+    stack = opened(files)
+    assert stack.dates == (D1, D2)
+    (warning,) = stack.warnings
+    assert "'T31UES_20210125_SCL.tif': cloud mask SCL, and another mask is used, or no band" in (
+        warning.detail
+    )
