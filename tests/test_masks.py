@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rasterio.windows import Window
-from rasters import write
 
 from service.errors import InvalidRequest
 from service.read import masks
@@ -19,6 +18,7 @@ from service.read.layouts import StackOptions
 from service.read.masks import MaskRule, parse_mask
 from service.read.reader import StackReader
 from service.read.stack import Stack, open_stack
+from tests.kits.rasters import write
 
 NEEDED = ("B02", "B04", "B08")
 

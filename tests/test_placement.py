@@ -12,13 +12,13 @@ import rasterio.warp
 from affine import Affine
 from rasterio.enums import Resampling
 from rasterio.windows import Window
-from rasters import write
 
 from service.errors import GridMismatch, InvalidRequest
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.reader import StackReader
 from service.read.stack import Sits, Stack, open_stack
+from tests.kits.rasters import write
 
 BANDS = ("B02", "B04", "B08", "B11")
 FINE = Affine(10, 0, 5e5, 0, -10, 5.6e6)

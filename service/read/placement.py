@@ -21,7 +21,7 @@ from rasterio.errors import CRSError
 from rasterio.transform import array_bounds
 
 from service.errors import GridMismatch, InvalidRequest, StackWarning
-from service.grid import GDALError, Grid, crs_name
+from service.grid import GDALError, Grid, Window, crs_name
 from service.read.geotiff import Header
 
 Bounds = tuple[float, float, float, float]
@@ -184,7 +184,8 @@ def _usual_grid(headers: Sequence[Header], grids: Sequence[Grid]) -> Grid:
 
 def _ground(grid: Grid) -> float:
     """Area of the pixel in the middle, in hectares."""
-    return float(grid.hectares(range(grid.height // 2, grid.height // 2 + 1))[0])
+    middle = Window(grid.width // 2, grid.height // 2, 1, 1)
+    return float(grid.hectares(middle).mean())
 
 
 def _same_crs(one: Grid, other: Grid) -> bool:
