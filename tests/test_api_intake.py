@@ -23,6 +23,7 @@ from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from service.api import uploads as intake
 from service.api.disconnect import run_watched
+from service.api.schemas import read_fields
 from service.api.uploads import Form, Limits, media_type, read_form, read_json
 from service.errors import (
     BodyStalled,
@@ -120,7 +121,7 @@ def test_what_a_caller_calls_a_file_is_no_path(tmp_path: Path) -> None:
     assert {file.path.parent for file in form.files} == {tmp_path}
     assert [file.path.name for file in form.files] == [f"{n:04d}.tif" for n in range(len(names))]
     assert [file.name for file in form.files] == [
-        "up.tif", "etc/passwd", "file 3", "file 4", "a/b.tif", "x/y.tif", "nul.tif",
+        "up.tif", "etc/passwd", "file 3", "file 4", "a/b.tif", "y.tif", "nul.tif",
     ]  # fmt: skip
 
 
@@ -138,6 +139,54 @@ def test_a_label_is_short_and_shows_the_end(name: str) -> None:
     assert shown.isprintable()
     if name.endswith("2021-01-01.tif"):
         assert shown.endswith("_2021-01-01.tif")
+
+
+@pytest.mark.parametrize(
+    ("disposition", "name"),
+    [
+        ("filename*=utf-8''S2_n%C2%BA7.tif", "S2_nº7.tif"),
+        ("filename=\"=?utf-8?B?UzI=?=\"; filename*=utf-8'en'S2_n%C2%BA7.tif", "S2_nº7.tif"),
+        ("filename*=iso-8859-1''n%BA7.tif; filename=n7.tif", "nº7.tif"),
+        ("filename*=UTF-8''a%2Fb.tif", "a/b.tif"),
+        ("filename*=no-such''n%C2%BA7.tif", "nº7.tif"),
+        ('filename="=?utf-8?B?UzJfbsK6Ny50aWY=?="', "S2_nº7.tif"),
+        ('filename="=?utf-8?Q?n=C2=BA7.tif?="', "nº7.tif"),
+        ('filename="=?odd?="', "=?odd?="),
+        ('filename="S2B_20210105/B04.tif"', "S2B_20210105/B04.tif"),
+    ],
+)
+def test_a_file_name_in_any_encoding(tmp_path: Path, disposition: str, name: str) -> None:
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="files"; {disposition}\r\n\r\n'
+    form = taken([body_of(head.encode() + b"x\r\n")], tmp_path)
+    assert [file.name for file in form.files] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "filename"),
+    [("file", "a.tif"), ("files[]", "a.tif"), ("image", "a"), ("x", "a.TIFF"), ("files[0]", "a")],
+)
+def test_a_raster_under_another_name_is_told_where_it_goes(
+    tmp_path: Path, name: str, filename: str
+) -> None:
+    with pytest.raises(InvalidRequest, match="go into the parameter 'files'") as caught:
+        taken([body_of(part(name, b"x" * 10, filename))], tmp_path)
+    assert caught.value.errors[0]["field"] == name
+    # A text sent as a file is still a text.
+    assert taken([body_of(part("points", b"{}", "p.geojson"))], tmp_path).fields == {
+        "points": ("{}",)
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("horizn", "horizon"), ("Dates", "dates"), ("aoi", "area"), ("output", "outputs"),
+     ("bands[]", "bands"), ("start_date", "start"), ("resolution", "grid")],
+)  # fmt: skip
+def test_an_unknown_parameter_is_answered_with_the_one_that_is_meant(
+    given: str, meant: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=rf"unknown field \(did you mean '{meant}'\?\)"):
+        read_fields("forecast", {given: ("x",)})
 
 
 @pytest.mark.parametrize(

@@ -209,13 +209,13 @@ def test_zeros_that_no_tag_calls_missing_are_suspected(tmp_path: Path) -> None:
 
 def test_8_bits_need_a_scale(tmp_path: Path) -> None:
     eight = {"dtype": "uint8", "times": 250}
-    stack = opened([field(tmp_path / "a.tif", **eight)])
+    stack = opened([field(tmp_path / "a.tif", **eight)], mask="none")
     (warning,) = stack.warnings
     assert warning.code == "scale_suspected"
     assert "'a.tif' holds 8-bit numbers" in warning.detail
-    assert opened([field(tmp_path / "a.tif", **eight)], scale=0.004).warnings == ()
+    assert opened([field(tmp_path / "a.tif", **eight)], scale=0.004, mask="none").warnings == ()
     tagged = field(tmp_path / "b.tif", scales=(0.004,) * 3, **eight)
-    assert opened([tagged]).warnings == ()
+    assert opened([tagged], mask="none").warnings == ()
 
 
 # --- the sample -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from datetime import date, datetime
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -780,11 +781,35 @@ def invalid_request(
     return InvalidRequest(f"{len(errors)} fields fail: {names}{more}", listed)
 
 
+_OTHER_NAMES: Mapping[str, str] = {
+    "time": "dates", "datetime": "dates", "timestamps": "dates", "channels": "bands",
+    "start_date": "start", "begin": "start", "steps": "horizon", "aoi": "area", "polygon": "area",
+    "geometry": "area", "region": "area", "roi": "area", "bounds": "bbox", "extent": "bbox",
+    "crs": "grid", "resolution": "grid", "clouds": "mask", "cloud_mask": "mask",
+    "output": "outputs", "lonlat": "points", "coordinates": "points", "factor": "scale",
+    "version": "model",
+}  # fmt: skip
+"""What other services call a parameter of this one."""
+
+
+def _meant(name: str, known: Collection[str]) -> str | None:
+    """The parameter that an unknown name is meant to be: by its sound, or by what others say."""
+    plain = name.lower().replace("-", "_").removesuffix("[]")
+    if plain in known:
+        return plain
+    other = _OTHER_NAMES.get(plain)
+    if other in known:
+        return other
+    return next(iter(get_close_matches(plain, [*known], n=1, cutoff=0.7)), None)
+
+
 def _field_error(error: Mapping[str, Any], known: Collection[str]) -> dict[str, str]:
     place = error["loc"]
     detail = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         detail = "unknown field"
         if len(place) == 1:
-            detail += f"; there are {', '.join(sorted(known))}"
+            meant = _meant(str(place[0]), known)
+            also = f" (did you mean '{meant}'?)" if meant else ""
+            detail += f"{also}; there are {', '.join(sorted(known))}"
     return {"field": ".".join(str(part) for part in place) or "body", "detail": detail}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.errors import HeaderParseError
+from email.header import decode_header, make_header
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote_to_bytes
 
 import anyio
 from anyio import to_thread
@@ -236,21 +240,28 @@ class _FormReader:
         if b"name" not in options:
             raise InvalidRequest("a part of the form has no name in its Content-Disposition")
         self._part.name = _decoded(options[b"name"])
+        filename = _filename(self._disposition, options)
         if self._part.name == FILES:
-            self._open_file(options.get(b"filename"))
+            self._open_file(filename)
             return
+        if filename is not None and names_a_raster(self._part.name, filename):
+            raise InvalidRequest.of(
+                label(self._part.name, 0),
+                f"unknown parameter; '{label(filename, 0)}' and every other raster go into the "
+                f"parameter '{FILES}', repeated for each file",
+            )
         self._field_count += 1
         if self._field_count > self._limits.fields:
             raise InvalidRequest(f"the form has more than {self._limits.fields} fields")
 
-    def _open_file(self, filename: bytes | None) -> None:
+    def _open_file(self, filename: str | None) -> None:
         if filename is None:
             raise InvalidRequest.of(FILES, "came as text; each is a file, with a file name")
         position = len(self._files)
         if position >= self._limits.files:
             raise InvalidRequest.of(FILES, f"more than {self._limits.files} files")
         path = self._folder / f"{position:04d}.tif"
-        self._files.append(SourceFile(name=label(_decoded(filename), position), path=path))
+        self._files.append(SourceFile(name=label(filename, position), path=path))
         self._part.file = path.open("xb")
 
     def _data(self, data: bytes, start: int, end: int) -> None:
@@ -288,6 +299,46 @@ def _well_formed() -> Iterator[None]:
         yield
     except FormParserError as error:
         raise InvalidRequest(f"the body is no well-formed form: {error}") from error
+
+
+# RFC 8187, once RFC 5987: charset'language'percent-encoded.
+_EXTENDED = re.compile(
+    rb"""filename\*\s*=\s*"?([A-Za-z0-9!#$%&+^_`{}~-]+)'[^']*'([^;"\s]*)""", re.IGNORECASE
+)
+_RASTER_NAME = re.compile(r"\.(tiff?|jp2|zip|img|nc|vrt|safe)$", re.IGNORECASE)
+_MEANS_FILES = re.compile(
+    r"(files?|images?|rasters?|tiffs?|geotiffs?|uploads?|data|stack|scenes?)(\[\d*\])?",
+    re.IGNORECASE,
+)
+
+
+def names_a_raster(name: str, filename: str) -> bool:
+    """Whether a part of another name than `files` is meant to be one of them."""
+    return bool(_RASTER_NAME.search(filename) or _MEANS_FILES.fullmatch(name))
+
+
+def _filename(disposition: bytes, options: Mapping[bytes, bytes]) -> str | None:
+    """The name of a part's file: `filename*` (RFC 8187) before `filename`; None of a text.
+
+    Some clients write `filename` as an encoded word (RFC 2047), which is read as well.
+    """
+    extended = _EXTENDED.search(disposition)
+    if extended:
+        charset, value = extended[1].decode("ascii"), unquote_to_bytes(extended[2])
+        try:
+            return value.decode(charset)
+        except (LookupError, UnicodeDecodeError):
+            return _decoded(value)
+    plain = options.get(b"filename")
+    if plain is None:
+        return None
+    text = _decoded(plain)
+    if text.startswith("=?") and text.endswith("?="):
+        try:
+            return str(make_header(decode_header(text)))
+        except (HeaderParseError, LookupError, UnicodeDecodeError, ValueError):
+            return text
+    return text
 
 
 def _decoded(data: bytes) -> str:

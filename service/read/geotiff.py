@@ -26,6 +26,7 @@ from rasterio.enums import ColorInterp, Interleaving, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from service.errors import NotAGeoTIFF, RasterTooLarge
+from service.grid import GDALError
 from service.read.tiff_guard import MAX_BLOCK_BYTES, check_directories
 
 # A file without georeference is refused by us; rasterio's warning would only be printed.
@@ -225,7 +226,7 @@ def read_header(source: SourceFile, placed: dict[bytes, Placed] | None = None) -
         with open_geotiff(source.path, georeferenced=known is None) as dataset:
             place = known or (dataset.crs, dataset.transform)
             header = _header(source, dataset, place)
-    except (RasterioError, OSError, ValueError) as error:
+    except (RasterioError, GDALError, OSError, ValueError) as error:
         raise NotAGeoTIFF(
             f"'{source.name}' has the first bytes of a TIFF, but no header that "
             "GDAL's GTiff driver opens"

@@ -22,7 +22,7 @@ from rasterio.errors import RasterioError
 from rasterio.features import geometry_mask
 
 from service.errors import CorruptRaster
-from service.grid import Window
+from service.grid import GDALError, Window
 from service.read.buffers import BufferPool
 from service.read.geotiff import BlockCache, SourceFile, for_each, gdal_options, open_geotiff
 from service.read.placement import Position, Resampling
@@ -269,7 +269,7 @@ class StackReader:
                     return raw, dataset.read(dataset.count, window=window)
                 masked = read.planes[0].masked
                 return raw, dataset.read_masks(numbers[0], window=window) if masked else None
-        except RasterioError as error:
+        except (RasterioError, GDALError) as error:
             (top, bottom), (left, right) = window.toranges()
             raise CorruptRaster(
                 f"'{read.source.name}': the header opens, but rows {top} to {bottom - 1}, "
