@@ -1,4 +1,4 @@
-"""`python -m service`: bind, serve, stop in order, and say clearly why not."""
+"""`python -m service`: bind, serve, drain on SIGTERM; one sentence if the start fails."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _UVICORN_FAILED = 3
 
 
 def main() -> None:
-    """Serve until told to stop."""
-    _give_memory_back()  # first: a heap that a thread has got is not taken away
+    """Serve until stopped."""
+    _give_memory_back()  # first: the limit on heaps does not affect existing ones
     try:
         settings = read_settings()
         check_binding(settings)
@@ -49,11 +49,11 @@ def main() -> None:
 
 
 def serve(settings: Settings, jobs: JobStore) -> None:
-    """Serve with settings already checked, and the state directory held."""
+    """Serve with validated settings and a locked state directory."""
     log = log_config(settings.log_level)
     logging.config.dictConfig(log)
     for name in unknown_variables():
-        logging.getLogger("service").warning("%s is no setting of this service", name)
+        logging.getLogger("service").warning("%s is not a setting of this service", name)
     if short := short_keys():
         said = "%d of the API keys have fewer than %d characters and can be guessed"
         logging.getLogger("service").warning(said, short, SHORT_KEY)
@@ -63,15 +63,15 @@ def serve(settings: Settings, jobs: JobStore) -> None:
     try:
         server.run()
     except SystemExit as stop:
-        # uvicorn has a status of its own for a start that failed; the log says why.
+        # uvicorn has its own exit status for a failed start; the log has the cause.
         sys.exit(_MISUSE if stop.code == _UVICORN_FAILED else stop.code)
 
 
 def _give_memory_back() -> None:
-    """Have the C library return what a window took, where it is glibc.
+    """Configure glibc's malloc to return the memory of a window.
 
-    By itself it keeps a heap for each thread, and arrays of up to 32 MiB in them, full of holes:
-    fifty callers left 1,400 MB where they now leave 500.
+    By default glibc keeps one heap per thread, with arrays of up to 32 MiB in them and holes
+    between: after fifty clients 1,400 MB stayed in use, with these options 500 MB.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -80,28 +80,28 @@ def _give_memory_back() -> None:
         return
     set_option(_M_ARENA_MAX, 2)
     set_option(_M_MMAP_THRESHOLD, 2**20)
-    # Else every free end of a heap from 128 KiB on is given back, and asked for again with the next
-    # window: a land-cover run of 512 x 512 pixels then takes 16,000 page faults, not 4,000.
+    # Otherwise every free end of a heap of 128 KiB or more is returned and allocated again by the
+    # next window: a land-cover run of 512 x 512 pixels then has 16,000 page faults, not 4,000.
     set_option(_M_TRIM_THRESHOLD, 2**25)
     threading.Thread(target=_keep_trimming, args=(trim,), name="trim", daemon=True).start()
 
 
 def _keep_trimming(trim: Callable[[int], int]) -> None:
-    """Return the holes of the heaps, too, of which a busy moment leaves many below what stays."""
+    """Also return the holes inside the heaps, which a peak of load leaves."""
     while True:
         time.sleep(_TRIM_SECONDS)
         trim(0)
 
 
 class DrainingServer(uvicorn.Server):
-    """Ends in order: what is new is refused, what runs may end, then the sockets close.
+    """Drains on SIGTERM: new requests are rejected, running ones may end, then the sockets close.
 
-    uvicorn alone closes the sockets first, and who comes then cannot tell a stop from a crash.
+    uvicorn by itself closes the sockets first, and a client cannot distinguish a stop from a crash.
 
     Args:
         config: uvicorn's.
         app: made by `create_app`.
-        grace_seconds: how long requests under way may go on.
+        grace_seconds: seconds that running requests have to end.
     """
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, *, grace_seconds: float) -> None:
@@ -123,12 +123,12 @@ class DrainingServer(uvicorn.Server):
             self.force_exit = self.force_exit or sig == signal.SIGINT
 
     async def on_tick(self, counter: int) -> bool:
-        """See whether it is time to close: ten times a second."""
+        """Check ten times a second whether to close."""
         if self._deadline is not None:
             left = self._deadline - time.monotonic()
             state = self._state()
             if left <= 0 or state is None or not state.admission.held:
-                # For answers still being sent; then they are cut off.
+                # Responses that are still being sent have until then.
                 self.config.timeout_graceful_shutdown = max(1, round(left))
                 self.should_exit = True
         return await super().on_tick(counter)

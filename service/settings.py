@@ -1,6 +1,6 @@
-"""What an administrator may set: environment variables `PIMC_*`, read once, at start.
+"""Settings: environment variables `PIMC_*`, read once, at start.
 
-`docs/reference/settings.md` has a row for each field here; a test keeps the two together.
+`docs/reference/settings.md` has a row for each field; a test compares them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "PIMC_"
 KEY_HASH = "sha256:"
-"""How an API key begins that came hashed, and that every key is kept as."""
+"""Prefix of a hashed API key; every key is kept in this form."""
 SHORT_KEY = 16
-"""An API key of fewer characters is warned about: a hash without salt keeps no short secret."""
+"""A shorter API key is logged as a warning: an unsalted hash does not protect it."""
 _SHA256 = re.compile(KEY_HASH + r"[0-9a-fA-F]{64}")
 _HOST = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<host>[^:\[\]/@\s]+))(?::(?P<port>\d{1,5}))?")
 _NAME = re.compile(r"(?=.{1,253}\.?$)[a-zA-Z0-9_-]{1,63}(\.[a-zA-Z0-9_-]{1,63})*\.?")
@@ -29,40 +29,40 @@ LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
 class SettingsError(Exception):
-    """The environment does not make usable settings; the message names each variable."""
+    """The environment holds invalid settings; the message names each variable."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostRule:
-    """One entry of `PIMC_ALLOWED_HOSTS`: a name, or a network of addresses, and perhaps a port."""
+    """One entry of `PIMC_ALLOWED_HOSTS`: a name or a network, optionally with a port."""
 
     name: str | None = None
     """A host's name, lower case, ASCII; None for addresses."""
     network: ipaddress.IPv4Network | ipaddress.IPv6Network | None = None
-    """Addresses that may be read from even where they are not public; None for a name."""
+    """Addresses that may be read from even if they are not public; None for a name."""
     port: int | None = None
     """The only port allowed; None for all."""
 
     @classmethod
     def read(cls, text: str) -> HostRule:
-        """The rule that an entry says.
+        """Parse an entry.
 
         Raises:
-            ValueError: it is no name, address or network.
+            ValueError: it is not a name, address or network.
         """
         network = _network(text)
         if network is not None:  # before the port: 2001:db8::1 has none
             return cls(network=network)
         found = _HOST.fullmatch(text)
         if found is None:
-            raise ValueError(f"'{text}' is no name, name:port, address or network (10.0.0.0/8)")
+            raise ValueError(f"'{text}' is not a name, name:port, address or network (10.0.0.0/8)")
         port = int(found["port"]) if found["port"] else None
         host = found["bracketed"] or found["host"]
         network = _network(host)
         if network is not None:
             return cls(network=network, port=port)
         if not _NAME.fullmatch(host) or host.rpartition(".")[2].isdecimal():
-            raise ValueError(f"'{host}' is no host's name; one beyond ASCII is written as xn--…")
+            raise ValueError(f"'{host}' is not a host name; write one beyond ASCII as xn--…")
         return cls(name=host.lower().removesuffix("."), port=port)
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
 
 
 class Settings(BaseSettings):
-    """Everything that can be set, with the value used where nothing is set."""
+    """All settings with their defaults."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
 
@@ -87,57 +87,57 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port that `python -m service` binds; 0 takes any free one, which the log names."""
     allow_anonymous: bool = False
-    """Whether an address that others can reach may be bound although no key is needed."""
+    """Whether an address that other machines can reach may be bound without API keys."""
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
-    """Keys, comma-separated, each plain or as `sha256:` and its hex SHA-256; with one or more, the
-    tasks, the jobs and the models need one of them. Kept as hashes, whichever way they came."""
+    """API keys, comma-separated, each plain or as `sha256:` and its hex SHA-256; with at least one,
+    tasks, jobs and models need a key. Kept as hashes only."""
     model_dir: Path | None = None
-    """Folder of further bundles; a bundle here replaces the built-in one of the same name."""
+    """Folder of additional bundles; a bundle replaces the built-in one of the same name."""
     providers: Literal["auto", "cuda", "cpu"] = "auto"
-    """What computes: `auto` takes CUDA where it works; `cuda` fails at start rather than fall
-    back to the CPU."""
+    """`auto` uses CUDA if it works, else the CPU; `cuda` stops the start if CUDA does not work;
+    `cpu` uses the CPU."""
     precision: Literal["auto", "float32"] = "auto"
-    """How exactly: `auto` takes a bundle's float16 file on CUDA and its int8 file on a CPU made for
-    it, where the card's measured loss is under 0.3 points; `float32` never does, so that answers
-    are the same on every machine but for rounding."""
+    """`auto` uses a bundle's float16 file on CUDA and its int8 file on a CPU with int8 products,
+    if the card's measured loss is below 0.3 points; `float32` never does, so that predictions are
+    the same on every machine up to rounding."""
     max_body_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(2 * 2**30)
     """Largest upload, in bytes or as `500MB`, `2GiB`."""
     upload_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
-    """Seconds within which the next 64 KiB of an upload must come, or its end."""
+    """Seconds within which the next 64 KiB of an upload, or its end, must arrive."""
     max_connections: Annotated[int, Field(ge=16)] = 1024
     """Open connections. At the bound, the one that has waited longest without a request is closed.
     The limit of open files is raised for them as far as the system allows."""
     max_connections_per_address: Annotated[int, Field(ge=1)] = 256
     """Open connections of one client address; set it to `PIMC_MAX_CONNECTIONS` behind a proxy."""
     head_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
-    """Seconds within which a request's line and headers must come."""
+    """Seconds within which a request's line and headers must arrive."""
     max_raster_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(16 * 2**30)
     """Largest decoded stack, in bytes or as `500MB`, `2GiB`, judged from the headers."""
     sync_max_pixels: Annotated[int, Field(ge=1)] = 2048 * 2048
-    """Pixels of the largest raster that is answered while the caller waits; more becomes a job."""
+    """Pixels of the largest raster that is processed synchronously; a larger one becomes a job."""
     max_concurrency: Annotated[int, Field(ge=1)] = 4
-    """Runs at once. As many again may upload or wait; the next is refused as overloaded."""
+    """Run slots. There are twice as many queue slots; without one a request is `overloaded`."""
     allowed_roots: Annotated[tuple[Path, ...], NoDecode] = ()
     """Folders, comma-separated, whose files a request may name instead of sending them."""
     allowed_hosts: Annotated[tuple[HostRule, ...], NoDecode] = ()
-    """Hosts, comma-separated, from which a request may have files fetched: `name`, `name:port`, an
-    address or a network; only public addresses unless the address or its network is here too."""
+    """Hosts, comma-separated, from which a request may have files downloaded: `name`, `name:port`,
+    an address or a network; only public addresses unless the address or its network is listed."""
     state_dir: Path | None = None
-    """Folder of jobs and their results; None takes `state/<port>` in the checkout."""
+    """Folder of jobs and their results; None uses `state/<port>` in the checkout."""
     job_workers: Annotated[int, Field(ge=1)] = 1
-    """Jobs at once, beside the runs that somebody waits for."""
+    """Jobs that run at once, in addition to synchronous runs."""
     max_jobs: Annotated[int, Field(ge=1)] = 100
-    """Jobs that may wait for their turn; the next is refused as overloaded."""
+    """Jobs that may wait; a further one is `overloaded`."""
     job_ttl: Annotated[int, Field(ge=1)] = 7 * 24 * 3600
-    """Seconds for which a job that ended is kept, with its result."""
+    """Seconds for which a finished job and its result are kept."""
     grace_seconds: Annotated[int, Field(ge=0)] = 30
-    """Seconds for which runs under way may go on once the service is told to stop."""
+    """Seconds that running requests have to end after SIGTERM."""
     log_level: LogLevel = "info"
     """Least severe level that is logged."""
 
     @property
     def state_folder(self) -> Path:
-        """Where jobs are kept: services of different ports do not meet."""
+        """State directory; services on different ports have different ones."""
         return self.state_dir or Path(__file__).parents[1] / "state" / str(self.port)
 
     @field_validator("api_keys", "allowed_roots", mode="before")
@@ -158,7 +158,7 @@ class Settings(BaseSettings):
     def _are_folders(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
         for root in value:
             if not root.is_absolute() or not root.is_dir():
-                raise ValueError(f"{root} is no folder, named from the root of the file system")
+                raise ValueError(f"{root} is not an absolute path to an existing directory")
         return value
 
     @field_validator("api_keys")
@@ -175,22 +175,22 @@ class Settings(BaseSettings):
     @classmethod
     def _is_a_folder(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_dir():
-            raise ValueError(f"{value} is no folder")
+            raise ValueError(f"{value} is not an existing directory")
         return value
 
 
 def _parts(value: object) -> object:
-    """What a comma-separated variable lists."""
+    """The parts of a comma-separated variable."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
 
 
 def _key_hash(key: str) -> str:
-    """`sha256:…` of a key, or of what is that already."""
+    """`sha256:…` of a key; a hash is returned as it is."""
     if key.startswith(KEY_HASH):
         if not _SHA256.fullmatch(key):
-            raise ValueError(f"what begins with {KEY_HASH} needs 64 hex digits after it")
+            raise ValueError(f"a key that begins with {KEY_HASH} must have 64 hex digits after it")
         return key.lower()
     if not (key.isascii() and key.isprintable() and " " not in key and key):
         raise ValueError("a key must be printable ASCII without spaces, as headers are")
@@ -201,26 +201,26 @@ def read_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - whatever a fi
     """Settings from the environment, with some fields set by the caller.
 
     Raises:
-        SettingsError: a variable has a value that cannot be used; the message lists each.
+        SettingsError: a variable has an invalid value; the message lists each.
     """
     try:
         return Settings(**overrides)
     except ValidationError as error:
         lines = [
             f"{PREFIX}{str(e['loc'][0]).upper()}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors(include_input=False)  # a key must not end in a log
+            for e in error.errors(include_input=False)  # a key must not appear in a log
         ]
         raise SettingsError("\n".join(lines)) from error
 
 
 def short_keys(environment: Mapping[str, str] = os.environ) -> int:
-    """How many API keys came plain and are short enough to be guessed."""
+    """Number of plain API keys that are short enough to be guessed."""
     parts = environment.get(f"{PREFIX}API_KEYS", "").split(",")
     keys = [key.strip() for key in parts if not key.strip().startswith(KEY_HASH)]
     return sum(0 < len(key) < SHORT_KEY for key in keys)
 
 
 def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Names that begin with `PIMC_` but set nothing, as a misspelt one would."""
+    """Names that begin with `PIMC_` but are not settings, such as misspelt ones."""
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
     return sorted(n for n in environment if n.upper().startswith(PREFIX) and n.upper() not in known)

@@ -1,6 +1,6 @@
 """Telemetry: JSON log lines and Prometheus metrics.
 
-Each application has a metrics registry of its own, so that two in one process do not meet.
+Each application has a metrics registry of its own, so that two in one process do not mix.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "ascti
 
 
 class Metrics:
-    """The counts of one application, in Prometheus' terms."""
+    """The Prometheus metrics of one application."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)
         self._requests = self._counter(
-            "pimc_requests", "Requests answered", ["route", "method", "status"]
+            "pimc_requests", "Requests completed", ["route", "method", "status"]
         )
         self._seconds = Histogram(
             "pimc_request_seconds",
-            "From the first byte of a request to the last of its answer",
+            "Seconds from the first byte of a request to the last byte of its response",
             ["route"],
             buckets=_STAGE_BUCKETS,
             registry=self._registry,
         )
-        self._pixels = self._counter("pimc_pixels", "Pixels or series answered", ["task"])
+        self._pixels = self._counter("pimc_pixels", "Pixels or series predicted", ["task"])
         self._stages = Histogram(
             "pimc_stage_seconds",
             "Seconds that one run spent in each stage",
@@ -60,7 +60,7 @@ class Metrics:
             buckets=_STAGE_BUCKETS,
             registry=self._registry,
         )
-        self._running = Gauge("pimc_runs_in_flight", "Runs going on", registry=self._registry)
+        self._running = Gauge("pimc_runs_in_flight", "Current runs", registry=self._registry)
         self._windows = Gauge(
             "pimc_windows_in_flight", "Windows read and not yet written", registry=self._registry
         )
@@ -73,7 +73,7 @@ class Metrics:
         self._jobs = Gauge("pimc_jobs", "Jobs kept, by status", ["status"], registry=self._registry)
         self._job_seconds = Histogram(
             "pimc_job_seconds",
-            "From the beginning of a job's last run to its success",
+            "Seconds from the start of a job's last run to its success",
             ["task"],
             buckets=_STAGE_BUCKETS,
             registry=self._registry,
@@ -90,11 +90,11 @@ class Metrics:
         return Counter(name, text, labels, registry=self._registry)
 
     def provider(self, name: str) -> None:
-        """Note the execution provider really in use."""
+        """Set the execution provider really in use."""
         self._provider.labels(name).set(1)
 
     def connections(self, count: int) -> None:
-        """Note how many connections are open."""
+        """Set the number of open connections."""
         self._connections.set(count)
 
     def connection_given_up(self, reason: str) -> None:
@@ -114,7 +114,7 @@ class Metrics:
             self._stages.labels(task, stage).observe(spent)
 
     def jobs(self, counts: Mapping[str, int]) -> None:
-        """Note how many jobs there are, by status."""
+        """Set the number of jobs by status."""
         for status, count in counts.items():
             self._jobs.labels(status).set(count)
 
@@ -124,7 +124,7 @@ class Metrics:
 
     @contextmanager
     def run(self) -> Iterator[None]:
-        """Count a run while it goes on."""
+        """Count a run while it lasts."""
         with self._running.track_inprogress():
             yield
 
@@ -133,13 +133,13 @@ class Metrics:
         self._windows.inc(change)
 
     def text(self) -> bytes:
-        """Everything counted, as Prometheus reads it."""
+        """All metrics in Prometheus' text format."""
         return bytes(generate_latest(self._registry))
 
 
 @contextmanager
 def job_named(job_id: str) -> Iterator[None]:
-    """Every log line from inside names the job."""
+    """Add the job's id to every log line in this context."""
     token = _JOB_ID.set(job_id)
     try:
         yield
@@ -151,7 +151,7 @@ class JsonFormatter(logging.Formatter):
     """A log record as one JSON object on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Time, level, logger, message, request id, whatever came as `extra`, and the stack."""
+        """Time, level, logger, message, request id, fields of `extra`, and the stack trace."""
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -180,12 +180,12 @@ def log_config(level: LogLevel) -> dict[str, Any]:
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
         "root": {"level": level.upper(), "handlers": ["stderr"]},
         "loggers": {
-            # Its access log would say again what each request's own line says.
+            # Its access log would repeat each request's own line.
             "uvicorn.access": {"level": "WARNING"},
-            # It notes each guess at a part's edge.
+            # It logs each candidate for a part's boundary.
             "python_multipart": {"level": "WARNING"},
             "rasterio": {"level": "WARNING"},
-            # It names each URL fetched, and a signed one is a secret.
+            # It logs each downloaded URL, and a signed URL is a secret.
             "httpx": {"level": "WARNING"},
             "httpcore": {"level": "WARNING"},
         },

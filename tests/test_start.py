@@ -70,7 +70,7 @@ def started(log: Path, *command: str, **settings: str) -> Iterator[int]:
 def test_no_open_address_is_bound_without_a_key_or_a_word(tmp_path: Path, host: str) -> None:
     status, said = refused(tmp_path, PIMC_HOST=host)
     assert status == 2
-    assert said.startswith(f"PIMC_HOST is {host}, which others can reach")
+    assert said.startswith(f"PIMC_HOST is {host}, which other machines can reach")
     assert len(said.splitlines()) == 1
 
 
@@ -88,8 +88,8 @@ def test_settings_that_cannot_be_used_end_the_start_with_a_sentence_each(tmp_pat
     assert set(lines) == {
         "PIMC_PORT", "PIMC_PROVIDERS", "PIMC_MODEL_DIR", "PIMC_ALLOWED_HOSTS", "PIMC_API_KEYS",
     }  # fmt: skip
-    assert lines["PIMC_MODEL_DIR"] == "/no/such/folder is no folder"
-    assert lines["PIMC_API_KEYS"].startswith("what begins with sha256:")
+    assert lines["PIMC_MODEL_DIR"] == "/no/such/folder is not an existing directory"
+    assert lines["PIMC_API_KEYS"].startswith("a key that begins with sha256:")
     assert "swordfish" not in said
 
 

@@ -48,7 +48,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
         jobs: the state directory, closed with the lifespan; None opens it when that starts.
 
     Raises:
-        SettingsError: the environment makes no usable settings.
+        SettingsError: the environment holds invalid settings.
     """
     settings = settings or read_settings()
     metrics = Metrics()
@@ -58,7 +58,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
         async with AsyncExitStack() as stack:
             store = await to_thread.run_sync(open_jobs, settings) if jobs is None else jobs
             stack.push_async_callback(to_thread.run_sync, store.close)
-            # The port opens only once everything is loaded and warm, or has said why not.
+            # The port opens only once every bundle is loaded and warm, or rejected.
             engine = await to_thread.run_sync(_load, settings)
             stack.push_async_callback(to_thread.run_sync, engine.close)
             metrics.provider(engine.provider)
@@ -106,8 +106,8 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
     for router in (tasks.router, job_routes.router, models.router, health.router, home.router):
         app.include_router(router)
     add_handlers(app)
-    # Later is further out. The record answers what nobody foresaw, which is protected as well; the
-    # pace is about the socket alone.
+    # Middleware added later is further out. The record responds to unexpected errors, and its
+    # response needs the security headers too; the slow-client check concerns the socket only.
     app.add_middleware(RequestRecordMiddleware, metrics=metrics, on_fault=fault)
     app.add_middleware(SecurityHeadersMiddleware)
     app.add_middleware(SlowClientMiddleware)
@@ -116,10 +116,10 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
 
 
 def open_jobs(settings: Settings) -> JobStore:
-    """The state directory, held until it is closed.
+    """Open the state directory, locked until it is closed.
 
     Raises:
-        SettingsError: it cannot be used, or another service uses it.
+        SettingsError: it is not usable, or another service uses it.
     """
     return JobStore(settings.state_folder, ttl=settings.job_ttl, max_waiting=settings.max_jobs)
 
@@ -129,7 +129,7 @@ def _load(settings: Settings) -> Engine:
     registry = Registry.load(*folders)
     engine = Engine(registry, providers=settings.providers, precision=settings.precision)
     for name, reason in registry.refused.items():  # the engine logs its own
-        _LOG.error("refused bundle", extra={"bundle": name, "reason": reason})
+        _LOG.error("rejected bundle", extra={"bundle": name, "reason": reason})
     served = sorted(model.card.id for model in engine.models.values())
     precisions = sorted({model.variant for model in engine.models.values()})
     told = {"provider": engine.provider, "precisions": precisions, "models": served}

@@ -15,7 +15,7 @@ from service.settings import KEY_HASH, Settings, SettingsError
 
 
 class ApiKeys:
-    """The API keys, kept only as hashes; without any, everybody may ask.
+    """API keys, kept only as hashes; without any, every caller is admitted.
 
     Args:
         hashes: each `sha256:` and the hex SHA-256 of a key, as `Settings.api_keys` holds them.
@@ -27,26 +27,26 @@ class ApiKeys:
         }
 
     def check(self, headers: Headers) -> str | None:
-        """Let a request pass whose `Authorization: Bearer` or `X-API-Key` is a key.
+        """Check the key in `Authorization: Bearer` or `X-API-Key`.
 
         Returns:
-            The caller's id: 16 hex digits that stay the same for a key and do not tell it; None
-            where no keys are set.
+            The caller's id: 16 hex digits that are stable for a key and do not reveal it; None if
+            no keys are set.
 
         Raises:
-            Unauthorized: keys are required, and none or a wrong one came.
+            Unauthorized: keys are set, and the request has none or a wrong one.
         """
         if not self._callers:
             return None
         given = _given(headers)
         if given is None:
-            raise Unauthorized("a key is needed, as 'Authorization: Bearer …' or 'X-API-Key: …'")
+            raise Unauthorized("no API key: send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
         digest = hashlib.sha256(given.encode()).digest()
-        # Every hash is compared, each in constant time: the time taken tells nothing of the keys.
+        # Every hash is compared, each in constant time, so that the time reveals nothing.
         matches = [hmac.compare_digest(digest, known) for known in self._callers]
         found = [who for who, match in zip(self._callers.values(), matches, strict=True) if match]
         if not found:
-            raise Unauthorized("the key given is not known here")
+            raise Unauthorized("the API key is not valid")
         return found[0]
 
 
@@ -58,22 +58,22 @@ def _given(headers: Headers) -> str | None:
 
 
 def _caller(key_hash: str) -> str:
-    # Of the hash, not a part of it: what stands with a job helps nobody to know the hash.
+    # A hash of the hash, not a part of it: the id stored with a job does not reveal the key's hash.
     return hashlib.sha256(f"caller {key_hash}".encode()).hexdigest()[:16]
 
 
 def check_binding(settings: Settings) -> None:
-    """Refuse to open to others a service that asks nobody for a key.
+    """Reject settings that expose a service without API keys to other machines.
 
     Raises:
-        SettingsError: the address is not this machine's own, no key is set, and nobody said that
-            this is meant.
+        SettingsError: the address is not a loopback address, no key is set, and
+            `PIMC_ALLOW_ANONYMOUS` is not set.
     """
     if _is_loopback(settings.host) or settings.api_keys or settings.allow_anonymous:
         return
     raise SettingsError(
-        f"PIMC_HOST is {settings.host}, which others can reach, and PIMC_API_KEYS is not set: set "
-        "keys, or set PIMC_ALLOW_ANONYMOUS=1 if everybody there may use the service"
+        f"PIMC_HOST is {settings.host}, which other machines can reach, but PIMC_API_KEYS is not "
+        "set: set keys, or PIMC_ALLOW_ANONYMOUS=1 if everybody may use the service without one"
     )
 
 
@@ -87,13 +87,13 @@ def _is_loopback(host: str) -> bool:
 
 
 def check_reached_address(scope: Scope, settings: Settings) -> None:
-    """Serve nobody who came by an address that others can reach, where nobody is asked for a key.
+    """Reject requests over an address that other machines can reach if no API keys are set.
 
-    `check_binding` says so at the start; this holds where another server than `python -m service`
-    binds the address, and the application never learns which.
+    `check_binding` checks this at the start; this check also holds if another server than
+    `python -m service` binds the address, which the application does not know.
 
     Raises:
-        Unauthorized: no key is set, and nobody said that this is meant.
+        Unauthorized: no key is set, and neither is `PIMC_ALLOW_ANONYMOUS`.
     """
     if settings.api_keys or settings.allow_anonymous:
         return
@@ -105,6 +105,6 @@ def check_reached_address(scope: Scope, settings: Settings) -> None:
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     if not (mapped or address).is_loopback:
         raise Unauthorized(
-            "the service is reached by an address that is open to others, and has no keys: its "
-            "administrator sets PIMC_API_KEYS, or PIMC_ALLOW_ANONYMOUS=1"
+            "the server's address is reachable from other machines, but it has no API keys: its "
+            "administrator must set PIMC_API_KEYS, or PIMC_ALLOW_ANONYMOUS=1"
         )

@@ -29,7 +29,7 @@ from service.telemetry import Metrics
 
 @dataclass(frozen=True, kw_only=True)
 class AppState:
-    """What outlives a request: made by the lifespan, `app.state.pimc`."""
+    """Application state, created by the lifespan as `app.state.pimc`."""
 
     settings: Settings
     engine: Engine
@@ -41,18 +41,18 @@ class AppState:
     executor: Executor
     runner: JobRunner
     closing: threading.Event
-    """Set once the service is told to stop: nothing new is begun."""
+    """Set when the service is stopping: no new request is started."""
 
     @property
     def limits(self) -> Limits:
-        """What a body may hold."""
+        """Limits of a request body."""
         return Limits(
             body_bytes=self.settings.max_body_bytes, idle_seconds=self.settings.upload_seconds
         )
 
 
 async def app_state(request: Request) -> AppState:
-    """The application's own."""
+    """The application state."""
     found = request.app.state.pimc
     if not isinstance(found, AppState):
         raise TypeError("the lifespan has not run: app.state.pimc is not set")
@@ -62,9 +62,9 @@ async def app_state(request: Request) -> AppState:
 async def own_folder(
     request: Request, app: Annotated[AppState, Depends(app_state)]
 ) -> AsyncIterator[Path]:
-    """A folder that lives until the answer is sent, or has failed.
+    """A folder that exists until the response is sent or has failed.
 
-    What is to become a job's lies beside the jobs, so that it need not be copied.
+    For a job it lies in the state directory, so that its files need not be copied.
     """
     stays = prefers_async(request.headers.getlist("prefer"))
     async for folder in _folder(app.jobs.requests if stays else None):
@@ -72,23 +72,23 @@ async def own_folder(
 
 
 async def response_folder(app: Annotated[AppState, Depends(app_state)]) -> AsyncIterator[Path]:
-    """A folder beside the jobs that lives until the answer is sent, or has failed."""
+    """A folder in the state directory that exists until the response is sent or has failed."""
     async for folder in _folder(app.jobs.requests):
         yield folder
 
 
 async def _folder(parent: Path | None) -> AsyncIterator[Path]:
-    """A folder in another, or where the system keeps such."""
+    """A temporary folder in `parent`, or in the system's temporary folder."""
     folder = Path(await to_thread.run_sync(lambda: tempfile.mkdtemp(prefix="pimc-", dir=parent)))
     try:
         yield folder
     finally:
-        # Also where the request was cancelled: nothing of it may stay.
+        # Also if the request was cancelled: no file may be left.
         with anyio.CancelScope(shield=True):
             await to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-# These two check nothing: they have Swagger UI ask for a key and send it along.
+# These two check nothing: they make Swagger UI prompt for a key and send it.
 _BEARER = HTTPBearer(auto_error=False, description="one of `PIMC_API_KEYS`, where set")
 _API_KEY = APIKeyHeader(name="X-API-Key", auto_error=False)
 
@@ -99,13 +99,13 @@ async def known_caller(
     _bearer: Annotated[object, Security(_BEARER)],
     _key: Annotated[object, Security(_API_KEY)],
 ) -> str | None:
-    """Only callers with a key, where keys are set.
+    """Check the API key, if keys are set.
 
     Returns:
-        The caller's id, which stays the same for a key; None where no keys are set.
+        The caller's id, stable for a key; None if no keys are set.
 
     Raises:
-        Unauthorized: none or a wrong one came.
+        Unauthorized: the key is missing or wrong.
     """
     check_reached_address(request.scope, app.settings)
     return app.keys.check(request.headers)
@@ -113,17 +113,17 @@ async def known_caller(
 
 @dataclass(frozen=True, kw_only=True)
 class RequestPreferences:
-    """What the headers of a task ask for beside its answer's type."""
+    """Preferences in a task's headers, other than the response type."""
 
     respond_async: bool
-    """A job, rather than an answer now."""
+    """Whether a job is preferred."""
     idempotency_key: str | None
 
 
 async def request_preferences(
     request: Request,
     prefer: Annotated[
-        str | None, Header(description="`respond-async`: answer 202 and a job at once")
+        str | None, Header(description="`respond-async`: return 202 and a job at once")
     ] = None,
     idempotency_key: Annotated[
         str | None,
@@ -131,12 +131,12 @@ async def request_preferences(
             min_length=1,
             max_length=255,
             pattern=r"^[!-~]+$",
-            description="a repeat with the same key is answered with the first one's job",
+            description="a repeat with the same key returns the first request's job",
         ),
     ] = None,
 ) -> RequestPreferences:
-    """What the headers ask for; `Prefer` may come several times."""
-    del prefer  # there for the description
+    """Parse the preferences; `Prefer` may be repeated."""
+    del prefer  # a parameter for the OpenAPI document only
     return RequestPreferences(
         respond_async=prefers_async(request.headers.getlist("prefer")),
         idempotency_key=idempotency_key,
@@ -149,4 +149,4 @@ ResponseFolder = Annotated[Path, Depends(response_folder)]
 Preferences = Annotated[RequestPreferences, Depends(request_preferences)]
 KNOWN_CALLER = Depends(known_caller)
 Caller = Annotated[str | None, Depends(known_caller)]
-"""Who asks: `None` where no keys are set. Checked once a request, however often it is asked for."""
+"""The caller's id, None if no keys are set. Checked once per request."""

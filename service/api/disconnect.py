@@ -1,4 +1,4 @@
-"""Client disconnects: a run is cancelled once its client has left."""
+"""Client disconnects: a run is cancelled once its client has disconnected."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ async def run_watched(
 
     Args:
         request: its body must have been read to the end.
-        run: called with `cancelled`, an event that is set once the client has left.
+        run: called with `cancelled`, an event that is set once the client has disconnected.
         slot: entered before the run, left after it.
 
     Raises:
-        Cancelled: the client left before the run began, or the run stopped for it.
+        Cancelled: the client disconnected before the run began, or the run stopped for it.
     """
     gone = threading.Event()
     waiting = anyio.CancelScope()
@@ -46,10 +46,10 @@ async def run_watched(
             with waiting:
                 await held.enter_async_context(slot)
             if gone.is_set():
-                raise Cancelled("the caller left before the run began")
+                raise Cancelled("the client disconnected before the run began")
             return await to_thread.run_sync(lambda: run(cancelled=gone))
     finally:
-        # Also if this task was cancelled, as at a shutdown: then nobody waits either.
+        # Also if this task was cancelled, as at a shutdown.
         gone.set()
         watcher.cancel()
 

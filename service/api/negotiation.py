@@ -20,7 +20,7 @@ class MediaRange:
 
     @classmethod
     def parse(cls, text: str) -> MediaRange | None:
-        """The range that a text says, None where it says none."""
+        """Parse a media range; None if the text is not one."""
         name, *rest = (part.strip().lower() for part in text.split(";"))
         main, slash, subtype = name.partition("/")
         if not (main and slash and subtype):
@@ -35,7 +35,7 @@ class MediaRange:
         )
 
     def match(self, offer: MediaRange) -> int:
-        """How closely the range means an offer: 0 not at all, more for each thing it says."""
+        """Specificity with which the range matches an offer: 0 for no match."""
         if self.type not in {"*", offer.type} or self.subtype not in {"*", offer.subtype}:
             return 0
         if not self.parameters <= offer.parameters:
@@ -51,12 +51,12 @@ def _quality(text: str) -> float:
 
 
 def negotiate(accept: str, offers: Sequence[str]) -> str:
-    """The offer that the caller likes best; the first of equals.
+    """The offer with the highest quality; the first of equals.
 
     Args:
         accept: the `Accept` header; empty accepts anything.
-        offers: media types, the one to take where all are liked alike first. A lone offer is
-            taken whatever `Accept` says, as RFC 9110 (12.4.1) allows: a refusal helps nobody.
+        offers: media types, the preferred one first. A single offer is used whatever `Accept`
+            is, as RFC 9110 (12.4.1) allows: an error would not help the client.
 
     Raises:
         NotAcceptable: none of several offers is accepted.
@@ -69,15 +69,15 @@ def negotiate(accept: str, offers: Sequence[str]) -> str:
     liked = {offer: _liking(offer, ranges) for offer in offers}
     best = max(offers, key=lambda offer: liked[offer])
     if liked[best] == 0:
-        raise NotAcceptable(f"Accept is '{accept}', and there is {', '.join(offers)}")
+        raise NotAcceptable(f"Accept is '{accept}', but the response types are {', '.join(offers)}")
     return best
 
 
 def prefers_async(values: Sequence[str]) -> bool:
-    """Whether `Prefer` headers ask for an answer later (RFC 7240, section 4.1).
+    """Whether `Prefer` headers contain `respond-async` (RFC 7240, section 4.1).
 
     Args:
-        values: of each such header; a name, perhaps with a value and parameters, by commas.
+        values: of each such header: comma-separated names with optional values and parameters.
     """
     preferences = [one for value in values for one in value.split(",")]
     return any(re.split("[;=]", one)[0].strip().lower() == "respond-async" for one in preferences)
@@ -86,7 +86,7 @@ def prefers_async(values: Sequence[str]) -> bool:
 def _liking(offer: str, ranges: Sequence[MediaRange]) -> float:
     parsed = MediaRange.parse(offer)
     if parsed is None:
-        raise ValueError(f"'{offer}' is no media type")
-    # The closest range decides, also when it refuses: "image/tiff;q=0, */*" means no TIFF.
+        raise ValueError(f"'{offer}' is not a media type")
+    # The most specific range counts, also if it excludes: "image/tiff;q=0, */*" means no TIFF.
     closest = max(ranges, key=lambda found: found.match(parsed))
     return closest.quality if closest.match(parsed) else 0.0

@@ -31,11 +31,11 @@ from service.errors import (
 PROBLEM = "application/problem+json"
 METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 _LOG = logging.getLogger(__name__)
-_CLOSED = 499  # as nginx calls it: the caller went away, and nobody reads the answer
+_CLOSED = 499  # nginx's status for a client that has disconnected
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Have every error leave the application as a problem."""
+    """Convert every error into a problem document."""
     app.add_exception_handler(PIMCError, _on_error)
     app.add_exception_handler(OSError, _on_system)
     app.add_exception_handler(HTTPException, _on_http)
@@ -47,7 +47,7 @@ def add_handlers(app: FastAPI) -> None:
 def problem(
     request: Request, error: PIMCError, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """The answer that an error makes."""
+    """The response for an error."""
     body = problem_document(error, request.state.request_id)
     return JSONResponse(
         body,
@@ -58,7 +58,7 @@ def problem(
 
 
 def problem_document(error: PIMCError, request_id: str) -> dict[str, Any]:
-    """An error as RFC 9457 writes it."""
+    """An error as a problem document (RFC 9457)."""
     body: dict[str, Any] = {
         "type": f"urn:pimc:problem:{error.code}",
         "title": error.title,
@@ -73,8 +73,8 @@ def problem_document(error: PIMCError, request_id: str) -> dict[str, Any]:
 
 
 def fault(request: Request) -> Response:
-    """The answer to what nobody foresaw; the inside stays inside."""
-    detail = "something went wrong inside; the service's log has it under this request_id"
+    """The response for an unexpected error, without internal details."""
+    detail = "internal error; the server's log has the cause under this request_id"
     return problem(request, InternalError(detail))
 
 
@@ -94,30 +94,30 @@ def _on_error(request: Request, error: Exception) -> Response:
 
 
 def _on_system(request: Request, error: Exception) -> Response:
-    """What the operating system refuses: room on the disk, or what nobody foresaw."""
+    """Errors of the operating system: a full disk, or an unexpected one."""
     full = no_room(error)
     if full is None:
-        _LOG.error("unforeseen fault", exc_info=error)
+        _LOG.error("unexpected error", exc_info=error)
         return fault(request)
     _LOG.error("the disk is full", exc_info=error)
     return problem(request, full)
 
 
 def _on_http(request: Request, error: Exception) -> Response:
-    """What the framework itself refuses."""
+    """Errors of the framework."""
     if not isinstance(error, HTTPException):
         return fault(request)
     if error.status_code == STATUS[NotFound.code]:
-        return problem(request, NotFound(f"there is no {request.url.path}"))
+        return problem(request, NotFound(f"there is no path {request.url.path}"))
     if error.status_code == STATUS[MethodNotAllowed.code]:
         allowed = ", ".join(_allowed(request))
-        detail = f"{request.url.path} takes {allowed}, not {request.method}"
+        detail = f"{request.url.path} supports {allowed}, not {request.method}"
         return problem(request, MethodNotAllowed(detail), {"Allow": allowed})
     return problem(request, InvalidRequest(str(error.detail)))
 
 
 def _allowed(request: Request) -> list[str]:
-    """The methods that a path takes; the framework's own error names those of one route alone."""
+    """The methods of a path; the framework's own error names those of one route only."""
     scopes = {method: {**request.scope, "method": method} for method in METHODS}
     return [
         method
@@ -128,7 +128,7 @@ def _allowed(request: Request) -> list[str]:
 
 def _on_validation(request: Request, error: Exception) -> Response:
     found = error.errors() if isinstance(error, RequestValidationError) else []
-    # The first step of FastAPI's path to a field is where it looked: "query", "path".
+    # The first part of FastAPI's location is its source: "query", "path".
     return problem(request, invalid_request([{**e, "loc": e["loc"][1:]} for e in found]))
 
 

@@ -23,13 +23,13 @@ COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 ZIP = "application/zip"
 GEOJSON = "application/geo+json"
 FILE_TYPES = frozenset({COG, ZIP})
-# Proxies and clients bound the length of headers; JSON answers hold every warning in full.
+# Proxies and clients limit the length of headers; JSON responses hold every warning in full.
 _MAX_WARNINGS = 20
 _MAX_WARNING_LENGTH = 500
 
 
 def offers(request: TaskRequest) -> tuple[str, ...]:
-    """The media types that a request can be answered in, the default first."""
+    """The media types available for a request, the default first."""
     if not isinstance(request, RasterRequest):
         return (JSON,)
     if request.points is not None:
@@ -42,8 +42,8 @@ def make_response(result: Result, media: str, folder: Path) -> Response:
 
     Args:
         result: of a run.
-        media: the type negotiated, one of `offers`.
-        folder: where a zip may be written; it outlives the sending.
+        media: the negotiated type, one of `offers`.
+        folder: for a zip; it exists until the response is sent.
     """
     if media not in FILE_TYPES:
         return _named(JSONResponse(result.document, media_type=media), result)
@@ -51,7 +51,7 @@ def make_response(result: Result, media: str, folder: Path) -> Response:
 
 
 def with_raster_headers(response: Response, result: Result) -> Response:
-    """A raster with the headers that say who answered, how fast, and what is odd."""
+    """Add the headers with the model, the stage times and the warnings."""
     for text in warning_headers(result.warnings):
         response.headers.append("PIMC-Warning", text)
     return _named(response, result)
@@ -69,29 +69,29 @@ def _named(response: Response, result: Result) -> Response:
     response.headers["PIMC-Model"] = result.model
     response.headers["PIMC-Provider"] = result.provider
     response.headers["Server-Timing"] = server_timing(result.timing)
-    # The same request is answered otherwise in another type.
+    # The same request has another response for another `Accept`.
     response.headers["Vary"] = "Accept"
     return response
 
 
 def server_timing(timing: Timing) -> str:
-    """Milliseconds that each stage was busy, as a `Server-Timing` header says them."""
+    """Milliseconds that each stage was busy, as a `Server-Timing` header."""
     stages = {"read": timing.read, "infer": timing.infer, "write": timing.write}
     return ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in stages.items())
 
 
 def warning_headers(warnings: Iterable[StackWarning]) -> list[str]:
-    """`code; detail` of each warning, fit for a header: one line of latin-1, not too long."""
+    """`code; detail` of each warning as a header value: one line of latin-1, limited in length."""
     texts = [_header_text(f"{warning.code}; {warning.detail}") for warning in warnings]
     if len(texts) <= _MAX_WARNINGS:
         return texts
     left = len(texts) - _MAX_WARNINGS
-    return [*texts[:_MAX_WARNINGS], f"more_warnings; {left} more, all of them in a JSON answer"]
+    return [*texts[:_MAX_WARNINGS], f"more_warnings; {left} more; a JSON response lists all"]
 
 
 def _header_text(text: str) -> str:
     line = "".join(c if c.isprintable() else " " for c in text)
-    # Starlette encodes headers as latin-1; a file name may hold any letter there is.
+    # Starlette encodes headers as latin-1; a file name may hold any letter.
     return line.encode("latin-1", "replace").decode("latin-1")[:_MAX_WARNING_LENGTH]
 
 
@@ -118,7 +118,7 @@ def zip_files(files: Mapping[str, Path], path: Path) -> Path:
 
 
 def _add(archive: zipfile.ZipFile, file: Path, name: str) -> None:
-    # Without the file's own date: the same answer is the same bytes.
+    # Without the file's own date, so that equal results are equal bytes.
     entry = zipfile.ZipInfo(name)
     entry.external_attr = 0o644 << 16
     entry.file_size = file.stat().st_size  # decides on ZIP64 before a byte is written

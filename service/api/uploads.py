@@ -26,17 +26,17 @@ FORM = "multipart/form-data"
 JSON = "application/json"
 FILES = "files"
 _BATCH_BYTES = 2**21
-"""What is read before it is parsed: each turn to the thread that does costs 0.2 ms or more."""
+"""Bytes read before they are parsed: each switch to the parsing thread costs 0.2 ms or more."""
 _CHUNK_BYTES = 2**11
-"""What a chunk counts at least: bytes that come one by one are objects of 40 bytes each."""
+"""Smallest count of a chunk: single bytes are objects of 40 bytes each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a body may hold."""
+    """Limits of a request body."""
 
     body_bytes: int
-    """Of the whole body, whatever it is."""
+    """Of the whole body, of any type."""
     json_bytes: int = 32 * 2**20
     """Of a JSON body, which is held in memory."""
     field_bytes: int = 8 * 2**20
@@ -46,14 +46,14 @@ class Limits:
     files: int = 2_000
     """GeoTIFFs."""
     idle_seconds: float = 60.0
-    """How long the next `least_bytes` may take to come, or the end."""
+    """Seconds within which the next `least_bytes`, or the end, must arrive."""
     least_bytes: int = 2**16
-    """What must come in that time: a byte now and then keeps no place."""
+    """Bytes that must arrive in that time, so that a trickle does not keep a queue slot."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """A multipart body, taken in."""
+    """A parsed multipart body."""
 
     files: tuple[SourceFile, ...]
     """The parts named `files`, in order, each a file on disk."""
@@ -70,13 +70,13 @@ def media_type(request: Request) -> str:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise UnsupportedMedia(
-            f"the body is encoded as '{encoding}', and none but identity is read"
+            f"the body has Content-Encoding '{encoding}', but only identity is supported"
         )
     given = request.headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()
     if kind not in {FORM, JSON}:
-        said = f"the body is '{kind}'" if kind else "the body has no Content-Type"
-        raise UnsupportedMedia(f"{said}; {FORM} and {JSON} are read")
+        said = f"Content-Type '{kind}'" if kind else "no Content-Type"
+        raise UnsupportedMedia(f"the body has {said}: send {FORM} or {JSON}")
     return kind
 
 
@@ -85,7 +85,7 @@ async def read_json(request: Request, limits: Limits) -> bytes:
 
     Raises:
         BodyTooLarge: over the limit for JSON, or for any body.
-        BodyStalled: too little came in time.
+        BodyStalled: too little arrived in time.
     """
     limit = min(limits.json_bytes, limits.body_bytes)
     body = bytearray()
@@ -101,19 +101,17 @@ async def read_form(request: Request, folder: Path, limits: Limits) -> Form:
     Args:
         request: of type multipart/form-data, its body not yet read.
         folder: an empty folder, which the caller removes.
-        limits: what the body may hold.
+        limits: of the body.
 
     Raises:
-        BodyTooLarge: over the limit, whatever `Content-Length` says.
-        BodyStalled: too little came in time.
-        InvalidRequest: not a well-formed form, too many parts, an empty file.
+        BodyTooLarge: over the limit, whatever `Content-Length` is.
+        BodyStalled: too little arrived in time.
+        InvalidRequest: the form is not valid, has too many parts, or an empty file.
     """
     _, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
     if not boundary:
-        raise InvalidRequest(
-            "the Content-Type names no boundary, so the parts cannot be told apart"
-        )
+        raise InvalidRequest("the Content-Type has no boundary, which a multipart form needs")
     reader = _FormReader(boundary, folder, limits)
     try:
         async for batch in _batches(request, limits.body_bytes, limits):
@@ -124,12 +122,12 @@ async def read_form(request: Request, folder: Path, limits: Limits) -> Form:
 
 
 async def _batches(request: Request, limit: int, limits: Limits) -> AsyncIterator[list[bytes]]:
-    """The body as it comes, about `_BATCH_BYTES` at a time, counted and timed."""
+    """The body in batches of about `_BATCH_BYTES`, counted and timed."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
-        raise BodyTooLarge(f"the body has {announced} bytes, and {limit} are allowed")
+        raise BodyTooLarge(f"the body has {announced} bytes; at most {limit} are allowed")
     chunks = request.stream()
-    batch: list[bytes] = []  # not joined: new memory and a copy cost as much as the rest
+    batch: list[bytes] = []  # not joined: the copy would cost as much as the rest
     total = enough = held = 0
     until = anyio.current_time()
     while True:
@@ -140,21 +138,21 @@ async def _batches(request: Request, limit: int, limits: Limits) -> AsyncIterato
             chunk = await anext(chunks, None)
         if waiting.cancelled_caught:
             raise BodyStalled(
-                f"{total} bytes came, fewer than {limits.least_bytes} of them in the last "
-                f"{limits.idle_seconds:g} s"
+                f"the upload stalled after {total} bytes: fewer than {limits.least_bytes} bytes "
+                f"arrived in the last {limits.idle_seconds:g} s"
             )
         if chunk is None:
             break
         total += len(chunk)
         if total > limit:
-            raise BodyTooLarge(f"the body has more than the {limit} bytes that are allowed")
+            raise BodyTooLarge(f"the body has more than {limit} bytes, the largest allowed size")
         batch.append(chunk)
         held += max(len(chunk), _CHUNK_BYTES)
         if held >= _BATCH_BYTES:
             paused = anyio.current_time()
             yield batch
             batch, held = [], 0
-            until += anyio.current_time() - paused  # a slow disk is not the caller's
+            until += anyio.current_time() - paused  # a slow disk is not the client's fault
     if batch:
         yield batch
 
@@ -166,13 +164,13 @@ class _Part:
     name: str = ""
     value: bytearray = field(default_factory=bytearray)
     file: BinaryIO | None = None
-    """Where a GeoTIFF goes; None for a field."""
+    """File of a GeoTIFF; None for a field."""
     size: int = 0
     """Bytes of the GeoTIFF so far."""
 
 
 class _FormReader:
-    """Turns bytes into parts; the parser calls back for each edge it finds."""
+    """Turns bytes into parts; the parser calls back at each boundary."""
 
     def __init__(self, boundary: bytes, folder: Path, limits: Limits) -> None:
         self._folder = folder
@@ -200,22 +198,22 @@ class _FormReader:
             )
 
     def feed(self, chunks: Iterable[bytes]) -> None:
-        """Take in the next bytes."""
+        """Parse the next bytes."""
         with _well_formed():
             for chunk in chunks:
                 self._parser.write(chunk)
 
     def finish(self) -> Form:
-        """The whole form, once every byte is in."""
+        """The whole form, once every byte has been parsed."""
         with _well_formed():
             self._parser.finalize()
         if not self._ended:
-            raise InvalidRequest("the body ends before the boundary that closes the form")
+            raise InvalidRequest("the body ends before the closing boundary of the form")
         fields = {name: tuple(values) for name, values in self._fields.items()}
         return Form(files=tuple(self._files), fields=fields)
 
     def close(self) -> None:
-        """Let go of a file that was not finished."""
+        """Close an unfinished file."""
         if self._part.file is not None:
             self._part.file.close()
 
@@ -256,7 +254,9 @@ class _FormReader:
 
     def _open_file(self, filename: str | None) -> None:
         if filename is None:
-            raise InvalidRequest.of(FILES, "came as text; each is a file, with a file name")
+            raise InvalidRequest.of(
+                FILES, "a part without a file name; send each GeoTIFF as a file"
+            )
         position = len(self._files)
         if position >= self._limits.files:
             raise InvalidRequest.of(FILES, f"more than {self._limits.files} files")
@@ -274,8 +274,8 @@ class _FormReader:
         if self._field_bytes > self._limits.field_bytes:
             raise InvalidRequest.of(
                 label(part.name, 0),
-                f"brings the fields over the {self._limits.field_bytes} bytes that they may have "
-                f"together (GeoTIFFs go into '{FILES}')",
+                f"all fields together exceed {self._limits.field_bytes} bytes (send GeoTIFFs as "
+                f"'{FILES}')",
             )
         part.value += data[start:end]
 
@@ -294,11 +294,11 @@ class _FormReader:
 
 @contextmanager
 def _well_formed() -> Iterator[None]:
-    """Says in our terms what the parser says in its own."""
+    """Translate the parser's errors."""
     try:
         yield
     except FormParserError as error:
-        raise InvalidRequest(f"the body is no well-formed form: {error}") from error
+        raise InvalidRequest(f"the body is not a well-formed form: {error}") from error
 
 
 # RFC 8187, once RFC 5987: charset'language'percent-encoded.

@@ -22,7 +22,7 @@ _METRICS: dict[int | str, dict[str, Any]] = {
 
 @router.get("/health/live")
 async def live() -> Live:
-    """200 for as long as the process answers."""
+    """200 while the process runs."""
     return Live()
 
 
@@ -46,7 +46,7 @@ async def ready(app: App) -> Ready:
 
 @router.get("/metrics", response_class=Response, responses=_METRICS)
 async def metrics(app: App) -> Response:
-    """Counts, as Prometheus reads them."""
+    """Metrics in the Prometheus text format."""
     return Response(app.metrics.text(), media_type=METRICS_MEDIA_TYPE)
 
 

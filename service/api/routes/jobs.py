@@ -1,7 +1,7 @@
 """Job routes: status, results, dismissal.
 
-A status document is OGC API - Processes' `statusInfo`. A caller sees only its own jobs: another
-caller's job is as unknown as one that never existed.
+A status document is OGC API - Processes' `statusInfo`. A caller sees only its own jobs; another
+caller's job is unknown to it.
 """
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
@@ -33,7 +33,7 @@ router = APIRouter(tags=["jobs"], dependencies=[KNOWN_CALLER])
 async def list_jobs(
     app: App,
     caller: Caller,
-    limit: Annotated[int, Query(ge=1, le=_MANY, description="how many at most")] = _MANY,
+    limit: Annotated[int, Query(ge=1, le=_MANY, description="largest number of jobs")] = _MANY,
 ) -> JobList:
     """The caller's jobs, the newest first."""
     found = await to_thread.run_sync(app.jobs.latest, caller or "", limit)
@@ -42,7 +42,7 @@ async def list_jobs(
 
 @router.get("/jobs/{job_id}", responses=problems(["unauthorized", "unknown_job", "internal_error"]))
 async def read_job(job_id: str, app: App, caller: Caller) -> JobInfo:
-    """How far a job is."""
+    """The status of a job."""
     return info(await _find(app, caller, job_id))
 
 
@@ -51,7 +51,7 @@ async def read_job(job_id: str, app: App, caller: Caller) -> JobInfo:
     responses=problems(["unauthorized", "unknown_job", "insufficient_storage", "internal_error"]),
 )
 async def dismiss_job(job_id: str, app: App, caller: Caller) -> JobInfo:
-    """End a job that waits or runs, or remove the result of one that ended."""
+    """Dismiss a waiting or running job, or remove the result of a finished one."""
     return info(await to_thread.run_sync(app.runner.dismiss, caller or "", job_id))
 
 
@@ -59,7 +59,7 @@ async def dismiss_job(job_id: str, app: App, caller: Caller) -> JobInfo:
 async def read_result(
     job_id: str, request: Request, app: App, caller: Caller, folder: ResponseFolder
 ) -> Response:
-    """What came of a job, as the task itself would have answered; or the problem it failed of."""
+    """The result of a job, as the synchronous response; or the problem that it failed with."""
     job = await _find(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
@@ -80,8 +80,8 @@ async def read_output(
     result = await _result(app, job, folder)
     path = result.files.get(output)
     if path is None:
-        there = ", ".join(result.files) or "none, as the answer is no raster"
-        raise NotFound(f"job {job.id} has no output '{output[:64]}'; there are: {there}")
+        there = ", ".join(result.files) or "none, as the result is not a raster"
+        raise NotFound(f"job {job.id} has no output '{output[:64]}'; available: {there}")
     return with_raster_headers(FileResponse(path, media_type=COG, filename=f"{output}.tif"), result)
 
 
@@ -94,11 +94,11 @@ async def _result(app: AppState, job: Job, folder: Path) -> Result:
 
 
 def accepted(job: Job, *, preferred: bool) -> Response:
-    """The answer to a request that became a job.
+    """The response to a request that became a job.
 
     Args:
-        job: the new one, or the first one's where the request repeats it.
-        preferred: whether the caller asked for a job.
+        job: the new one, or the first request's if this repeats it.
+        preferred: whether the client preferred a job.
     """
     headers = {"Location": f"/jobs/{job.id}"}
     if preferred:

@@ -19,13 +19,13 @@ DEFAULTS: Mapping[str, tuple[Task, Modality]] = {
     "embed": ("embed", "pixel"),
     "embed-patch": ("embed", "patch"),
 }
-"""What a request that names no model is answered by: the task and modality of each default."""
+"""Task and modality of each default model, for requests that name none."""
 router = APIRouter(tags=["models"], dependencies=[KNOWN_CALLER])
 
 
 @router.get("/models", responses=problems(["unauthorized"]))
 async def list_models(app: App) -> ModelList:
-    """Every model served, and which answers where none is named."""
+    """All models, and the default model of each task."""
     cards = [model.card for _, model in sorted(app.engine.models.items())]
     return ModelList(models=cards, defaults=defaults(app.engine))
 
@@ -38,7 +38,7 @@ async def read_model(name: str, app: App) -> ModelCard:
     bundle = app.engine.registry.find(name)
     if bundle is None or bundle.card.name not in app.engine.models:
         served = ", ".join(sorted(app.engine.models)) or "none"
-        raise UnknownModel(f"no model '{name}'; there are: {served}")
+        raise UnknownModel(f"no model '{name}'; available: {served}")
     return bundle.card
 
 

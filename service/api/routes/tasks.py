@@ -96,17 +96,17 @@ async def _serve(
     """Body → upload → request → plan → result → response, or a job that runs later.
 
     Args:
-        task: the task asked for.
+        task: the requested task.
         request: its body not yet read.
         app: application state.
-        folder: of this request alone; removed once the response is sent.
-        caller: the caller's id; None where no keys are set.
+        folder: of this request only; removed once the response is sent.
+        caller: the caller's id; None if no keys are set.
         preferences: whether a job is preferred, and the idempotency key.
         modality: of an embedding, if the query states it.
     """
     _check_query(request, {"modality"} if task == "embed" else set())
     if app.closing.is_set():
-        raise NotReady("the service is stopping; nothing was started", retry_after=10)
+        raise NotReady("the server is stopping; nothing was started", retry_after=10)
     owner = caller or ""
     if preferences.respond_async:
         # Before the body, so that nothing is sent in vain.
@@ -125,8 +125,8 @@ async def _serve(
         except asyncio.CancelledError:
             if not app.closing.is_set():
                 raise
-            # The grace is over: the server cancels what is left, and its own answer is no problem.
-            raise NotReady("the service stopped before the run ended", retry_after=10) from None
+            # The grace period is over: the server cancels the rest, without a problem document.
+            raise NotReady("the server stopped before the run ended", retry_after=10) from None
         if isinstance(outcome, Plan):
             job = await to_thread.run_sync(
                 partial(app.jobs.accept, outcome, folder, owner=owner, idempotency=idempotency)
@@ -184,8 +184,10 @@ def _check_query(request: Request, known: set[str]) -> None:
     """
     strange = sorted(set(request.query_params) - known)
     if strange:
-        errors = [{"field": name, "detail": "goes into the body"} for name in strange]
-        raise InvalidRequest(f"the query holds {', '.join(strange)}: fields go in the body", errors)
+        errors = [{"field": name, "detail": "send it in the body"} for name in strange]
+        raise InvalidRequest(
+            f"parameters in the query: send {', '.join(strange)} in the body", errors
+        )
 
 
 async def _read_request(
@@ -203,7 +205,7 @@ async def _read_request(
             said["modality"] = tuple({modality, *said.get("modality", ())})
         fields = await to_thread.run_sync(read_fields, task, said)
         if not form.files:
-            raise InvalidRequest.of(FILES, "no GeoTIFF came")
+            raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
         return fields.request(task, form.files)
     text = await read_json(request, app.limits)
     settings = app.settings
@@ -217,5 +219,5 @@ async def _read_request(
         return fields.request(task, files)
     series = await to_thread.run_sync(read_series, task, text)
     if modality == "patch":
-        raise InvalidRequest.of("modality", "a series has no imagery, and so no patches")
+        raise InvalidRequest.of("modality", "a series has no imagery; use modality pixel")
     return series.request(task)
