@@ -279,6 +279,121 @@ class PatchEncoder(nn.Module):
         return out
 
 
+class EfficientNetLite0(nn.Module):
+    """Encodes a patch of imagery by EfficientNet-Lite0, made for weights learned on ImageNet.
+
+    Inverted residual blocks (Sandler et al. 2018, arXiv 1801.04381) in the arrangement of
+    EfficientNet-B0 (Tan and Le 2019, arXiv 1905.11946, table 1). The Lite variant has no
+    squeeze-and-excitation and bounds activations to 0 to 6, which suits float16.
+
+    The weights were learned under TensorFlow's SAME padding, which at stride 2 adds its odd row and
+    column at the end. Symmetric padding adds them at the beginning, so it computes the same of an
+    image and kernels that are turned by 180 degrees. `training.imagenet` turns the kernels; land
+    seen from above has no up, so the image needs no turn, and the graph no padding of its own.
+
+    Args:
+        bands: C, three: the weights are of red, green and blue.
+        zoom: factor by which patches are enlarged, linearly. The network halves the resolution five
+            times: without enlargement, a patch of 64 pixels would end in 2 x 2 positions.
+        dropout: share of the pooled features dropped in training.
+    """
+
+    def __init__(self, *, bands: int = 3, zoom: float = 2.0, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.embedding = _LITE0_FEATURES
+        self.zoom = zoom
+        self.stem = _lite_convolution(bands, _LITE0_STEM, kernel=3, stride=2)
+        blocks: list[nn.Module] = []
+        inputs = _LITE0_STEM
+        for repeats, kernel, stride, expansion, outputs in _LITE0_STAGES:
+            for i in range(repeats):
+                blocks.append(
+                    _InvertedResidual(
+                        inputs,
+                        outputs,
+                        kernel=kernel,
+                        stride=1 if i else stride,
+                        expansion=expansion,
+                    )
+                )
+                inputs = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.last = _lite_convolution(inputs, _LITE0_FEATURES)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Encode patches.
+
+        Args:
+            patches: reflectance (N, C, H, W), unitless, H and W multiples of 16.
+
+        Returns:
+            Embeddings (N, 1280), 0 to 6.
+        """
+        x = patches.clamp(0.0, _BRIGHTEST) * (2.0 / _BRIGHTEST) - 1.0
+        if self.zoom != 1.0:
+            x = nn.functional.interpolate(x, scale_factor=self.zoom, mode="bilinear")
+        x = self.last(self.blocks(self.stem(x)))
+        out: Tensor = self.dropout(x.mean(dim=(2, 3)))
+        return out
+
+
+# Channels after the stem; then by stage: blocks, kernel, stride of the first block, expansion,
+# channels; then the features that are pooled.
+_LITE0_STEM = 32
+_LITE0_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+_LITE0_FEATURES = 1280
+
+
+class _InvertedResidual(nn.Module):
+    """Expansion, one convolution per channel, linear projection; the identity where shapes agree.
+
+    Sandler et al. 2018, arXiv 1801.04381, figure 3b.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, kernel: int, stride: int, expansion: int
+    ) -> None:
+        super().__init__()
+        width = inputs * expansion
+        expand = [_lite_convolution(inputs, width)] if expansion > 1 else []
+        self.layers = nn.Sequential(
+            *expand,
+            _lite_convolution(width, width, kernel=kernel, stride=stride, groups=width),
+            _lite_convolution(width, outputs, bounded=False),
+        )
+        self.identity = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return x + out if self.identity else out
+
+
+def _lite_convolution(
+    inputs: int,
+    outputs: int,
+    *,
+    kernel: int = 1,
+    stride: int = 1,
+    groups: int = 1,
+    bounded: bool = True,
+) -> nn.Sequential:
+    """Convolution, normalisation with the constants of the weights' origin, bounded activation."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01),
+        *([nn.ReLU6()] if bounded else []),
+    )
+
+
 def _convolution(inputs: int, outputs: int, *, kernel: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2, bias=False),

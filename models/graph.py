@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from models.encoders import PatchEncoder, PixelEncoder
+from models.encoders import EfficientNetLite0, PatchEncoder, PixelEncoder
 from models.heads import ClassificationHead, ForecastHead
 from models.indices import SMALLEST_DENOMINATOR, SpectralIndices
 from models.timegrid import TimeGrid
@@ -161,32 +161,35 @@ class PatchGraph(nn.Module):
         encoder: the patch encoder.
         head: None returns the embedding.
         others: further encoders, each with its head; the prediction is the mean of their logits.
-        symmetries: whether the prediction is the mean of the logits over a patch's eight
-            symmetries: land seen from above has no up, so a prediction should not depend on the
-            orientation of the patch. Several networks share the eight, so that they cost no more
-            than one. In training each patch is seen in one symmetry at a time.
+        views: number of a patch's eight symmetries whose logits are averaged, 1, 2, 4 or 8. Land
+            seen from above has no up, so a prediction should not depend on the orientation of the
+            patch. Several networks share the views, so that they cost no more than one; each has
+            at least one. In training each patch is seen in one symmetry at a time.
     """
 
     def __init__(
         self,
         *,
-        encoder: PatchEncoder,
+        encoder: PatchEncoder | EfficientNetLite0,
         head: ClassificationHead | None,
-        others: Sequence[tuple[PatchEncoder, ClassificationHead]] = (),
-        symmetries: bool = False,
+        others: Sequence[tuple[PatchEncoder | EfficientNetLite0, ClassificationHead]] = (),
+        views: int = 1,
     ) -> None:
         super().__init__()
+        if views not in {1, 2, 4, 8}:
+            raise ValueError(f"views must be 1, 2, 4 or 8, not {views}")
         self.encoder = encoder
         self.head = head
         self.others = nn.ModuleList(nn.ModuleList(pair) for pair in others)
-        self.symmetries = symmetries
+        self.views = views
 
     def raw(self, patches: Tensor) -> Tensor:
         """Mean output of the networks: logits (N, K) or embeddings (N, D)."""
-        if self.training or self.head is None or not self.symmetries:
+        if self.training or self.head is None or self.views == 1:
             answers = self.each(patches)
         else:
-            networks, views = itertools.cycle(self._networks), symmetries(patches.float())
+            views = symmetries(patches.float())[:: 8 // max(self.views, 1 + len(self.others))]
+            networks = itertools.cycle(self._networks)
             answers = [network(view) for network, view in zip(networks, views, strict=False)]
         return answers[0] if len(answers) == 1 else torch.stack(answers).mean(dim=0)
 

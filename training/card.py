@@ -23,11 +23,19 @@ from training.config import (
     Run,
     configuration,
     difference,
+    starts_from_imagenet,
 )
 from training.datasets.eurosat import CLASSES, RGB
 from training.finetune import RUN, WEIGHTS, Graph, machine
+from training.imagenet import IMAGES
 from training.legends import CDL, WORLDCOVER, legend_classes
-from training.licences import LICENCE, pretraining_data, sensed, training_data
+from training.licences import (
+    LICENCE,
+    LICENCE_FROM_IMAGENET,
+    pretraining_data,
+    sensed,
+    training_data,
+)
 from training.pretrain import CHECKPOINT, FIRST, PretrainConfig
 from training.validation_outputs import AnyTask
 
@@ -122,7 +130,7 @@ def card_fields(run: Run, task: AnyTask, metrics: Mapping[str, Any], name: str) 
         "name": name,
         "description": about.text,
         "default": about.default,
-        "licence": LICENCE,
+        "licence": LICENCE_FROM_IMAGENET if starts_from_imagenet(config) else LICENCE,
         "metrics": _metrics(config, metrics),
         "training_data": data,
         **sensed(data),
@@ -189,7 +197,13 @@ def _metrics(
 
 def _training_data(run: Run, task: AnyTask) -> tuple[TrainingData, ...]:
     """Training data of a run, after those of the pretraining that it started from."""
+    start = (
+        (training_data("imagenet", "weights that training starts from", IMAGES),)
+        if starts_from_imagenet(run.config)
+        else ()
+    )
     return (
+        *start,
         *pretraining_data(_learned_from(run)),
         *(training_data(**part) for part in task.data()),
     )

@@ -64,6 +64,17 @@ class PatchEncoderConfig(_Frozen):
     stride: Annotated[int, Field(ge=1, le=2)] = 2
 
 
+class EfficientNetLite0Config(_Frozen):
+    """The arguments of `models.encoders.EfficientNetLite0` that are chosen, not derived."""
+
+    network: Literal["efficientnet-lite0"] = "efficientnet-lite0"
+    zoom: Annotated[float, Field(ge=1.0, le=4.0)] = 2.0
+    dropout: float = 0.2
+
+
+AnyPatchEncoderConfig = PatchEncoderConfig | EfficientNetLite0Config
+
+
 class Optimisation(_Frozen):
     """Optimisation: AdamW under a one-cycle schedule, weights averaged."""
 
@@ -81,6 +92,9 @@ class Optimisation(_Frozen):
     """Whether a CPU multiplies in bfloat16: several times faster with AMX, slower where it is
     emulated. A GPU always does."""
     seed: int = 0
+    stop: Annotated[int, Field(ge=1)] | None = None
+    """Epochs after which training ends although the schedule is of `epochs`; None trains to its
+    end. The averaged weights stand in for the rest of the schedule."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Epochs without a better score on the validation places after which training stops, and the
     best averaged weights are kept; None trains to the end. Those places then choose the epoch,
@@ -158,11 +172,13 @@ class LandcoverConfig(_Frozen):
     task: Literal["landcover"] = "landcover"
     name: str
     patch: int = 64
-    encoder: PatchEncoderConfig = PatchEncoderConfig()
-    others: tuple[PatchEncoderConfig, ...] = ()
+    encoder: AnyPatchEncoderConfig = PatchEncoderConfig()
+    others: tuple[AnyPatchEncoderConfig, ...] = ()
     """Encoders of further networks, each with its head; the prediction is the mean. Networks of
     other shapes, or trained differently, err on other patches, so their mean is more accurate."""
     optimisation: Optimisation = Optimisation(epochs=18, batch=128, learning_rate=3e-3)
+    imagenet: bool = True
+    """Whether an encoder that can starts from ImageNet weights: see `training.imagenet`."""
     smoothing: float = 0.05
     small_patch: int = 48
     """Side of the patches in the first epochs, pixels: cheaper, and an augmentation."""
@@ -170,11 +186,20 @@ class LandcoverConfig(_Frozen):
     """Share of the epochs on small patches."""
     mix: float = 0.25
     """Share of the batches in which parts of patches are exchanged (CutMix)."""
-    symmetries: bool = True
-    """Whether the prediction is the mean over the eight symmetries of a patch."""
+    views: Literal[1, 2, 4, 8] = 8
+    """Number of a patch's eight symmetries whose mean is the prediction."""
     augmentation: PatchAugmentation = PatchAugmentation(
         gain=0.12, band_gain=0.06, offset=0.006, noise=0.002
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_symmetries_or_one(cls, told: Any) -> Any:  # noqa: ANN401 - whatever was stored
+        """Runs and cards of earlier versions say whether all eight symmetries are averaged."""
+        if not isinstance(told, dict) or "symmetries" not in told:
+            return told
+        rest = {name: value for name, value in told.items() if name != "symmetries"}
+        return {**rest, "views": 8 if told["symmetries"] else 1}
 
     @model_validator(mode="before")
     @classmethod
@@ -284,13 +309,22 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
             optimisation=Optimisation(epochs=36, batch=128, learning_rate=3e-3, average=0.998),
             mix=0.4,
             # They gain 0.1 to 0.2 points at eight times the cost.
-            symmetries=False,
+            views=1,
             # Colour separates forest from water and field from field: with a few per cent more
             # augmentation the same network lost six points on held-out places.
             augmentation=PatchAugmentation(gain=0.02, band_gain=0.01, offset=0.001, noise=0.001),
         ),
     )
 }
+
+
+def starts_from_imagenet(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> bool:
+    """Whether an encoder has weights of ImageNet before training: see `training.imagenet`."""
+    return (
+        isinstance(config, LandcoverConfig)
+        and config.imagenet
+        and any(isinstance(e, EfficientNetLite0Config) for e in (config.encoder, *config.others))
+    )
 
 
 def networks(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> int:

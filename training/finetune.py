@@ -31,6 +31,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from models.encoders import EfficientNetLite0
 from models.graph import PatchGraph, PixelGraph
 from training.baselines import put_network
 from training.classification import PixelClassification
@@ -42,8 +43,10 @@ from training.config import (
     Run,
     networks,
     one_network,
+    starts_from_imagenet,
 )
 from training.forecasting import PixelForecast
+from training.imagenet import give_imagenet_weights, imagenet_weights
 from training.landcover import PatchClassification
 from training.probe import probed, put_linear_head
 from training.validation_outputs import AnyTask, keep, load, scores_of
@@ -144,6 +147,13 @@ def new_graph(run: Run, task: AnyTask) -> Any:  # noqa: ANN401  # of the task's 
     return graph
 
 
+def start_from_imagenet(graph: Graph) -> None:
+    """Give each encoder whose configuration says so its weights of ImageNet."""
+    for encoder in (graph.encoder, *(pair[0] for pair in graph.others)):
+        if isinstance(encoder, EfficientNetLite0):
+            give_imagenet_weights(encoder, imagenet_weights())
+
+
 def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) -> Finished:
     """Train, calibrate and score; resumes an earlier call with the same folder.
 
@@ -156,6 +166,7 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
     Raises:
         CheckpointMismatch: the folder holds a run of another configuration.
         NothingToStopOn: early stopping, and no validation places left out.
+        NoImageNetWeights: the run starts from ImageNet weights, which are not installed.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -170,6 +181,8 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
     _same_run(run, folder)
     task = task_of(run)
     graph = new_graph(run, task)
+    if not run.pretrained and starts_from_imagenet(run.config):
+        start_from_imagenet(graph)
     started = time.monotonic()
     facts: dict[str, Any] = {}
     if run.protocol == "finetune":
@@ -237,9 +250,10 @@ def fit(
     )
     state = {"graph": graph, "average": average, "optimizer": optimizer, "schedule": schedule}
     first, spent, best = _resume(state, folder)
+    last = min(how.stop or how.epochs, how.epochs)
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as progress:
-        bar = progress.add_task(folder.name, total=how.epochs, completed=first)
-        for epoch in range(first, how.epochs):
+        bar = progress.add_task(folder.name, total=last, completed=first)
+        for epoch in range(first, last):
             if best and how.patience and epoch - best["epoch"] >= how.patience:
                 log.info("%s: no better since epoch %d", folder.name, best["epoch"])
                 break

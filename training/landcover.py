@@ -12,12 +12,12 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.encoders import PatchEncoder
+from models.encoders import EfficientNetLite0, PatchEncoder
 from models.graph import PatchGraph
 from models.heads import ClassificationHead
 from training.augment import augment_patches
 from training.calibration import cross_fitted_scores, fit_temperature
-from training.config import LandcoverConfig, PatchEncoderConfig
+from training.config import AnyPatchEncoderConfig, LandcoverConfig, PatchEncoderConfig
 from training.datasets.eurosat import RGB, eurosat_ms, eurosat_rgb
 from training.losses import cross_entropy
 
@@ -43,22 +43,27 @@ class PatchClassification:
         self.legend = self.patches.legend
         self.train = np.flatnonzero(~self.patches.validation | everything)
         self.validation = np.flatnonzero(self.patches.validation)
+        self._finished: tuple[PatchGraph, Floats] | None = None
 
     def graph(self) -> PatchGraph:
         """A new, untrained graph."""
         shapes = (self.config.encoder, *self.config.others)
         (encoder, head), *others = [self._network(shape) for shape in shapes]
-        graph = PatchGraph(
-            encoder=encoder, head=head, others=others, symmetries=self.config.symmetries
-        )
+        graph = PatchGraph(encoder=encoder, head=head, others=others, views=self.config.views)
         # Channels last: a third faster to train on a CPU, and what tensor cores take.
         for weight in graph.parameters():
             if weight.ndim == 4:
                 weight.data = weight.contiguous(memory_format=torch.channels_last)
         return graph
 
-    def _network(self, shape: PatchEncoderConfig) -> tuple[PatchEncoder, ClassificationHead]:
-        encoder = PatchEncoder(bands=len(RGB), **shape.model_dump())
+    def _network(
+        self, shape: AnyPatchEncoderConfig
+    ) -> tuple[PatchEncoder | EfficientNetLite0, ClassificationHead]:
+        encoder: PatchEncoder | EfficientNetLite0
+        if isinstance(shape, PatchEncoderConfig):
+            encoder = PatchEncoder(bands=len(RGB), **shape.model_dump())
+        else:
+            encoder = EfficientNetLite0(bands=len(RGB), zoom=shape.zoom, dropout=shape.dropout)
         return encoder, ClassificationHead(encoder.embedding, len(self.legend))
 
     @property
@@ -91,14 +96,18 @@ class PatchClassification:
         """Fit the temperature on the validation patches."""
         if graph.head is None:
             raise TypeError("a classifier without a head has no temperature")
-        graph.head.temperature.fill_(
-            fit_temperature(self.logits(graph), self.labels[self.validation])
-        )
+        logits = self.logits(graph)
+        graph.head.temperature.fill_(fit_temperature(logits, self.labels[self.validation]))
+        # The scores that follow are of the same logits, which take minutes on a CPU.
+        self._finished = graph, logits
 
     def scores(self, graph: PatchGraph) -> dict[str, Any]:
         """Accuracy and calibration on the validation patches, as JPEGs and as GeoTIFFs."""
+        kept = self._finished
         scores = cross_fitted_scores(
-            self.logits(graph), self.labels[self.validation], self.patches.places[self.validation]
+            kept[1] if kept and kept[0] is graph else self.logits(graph),
+            self.labels[self.validation],
+            self.patches.places[self.validation],
         )
         if self.geotiffs.is_dir():
             raw = eurosat_ms(self.geotiffs, self.geotiffs.parent)

