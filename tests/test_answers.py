@@ -138,10 +138,10 @@ def test_a_horizon_out_of_reach_names_both_ends(forecast, horizon):
 
 def test_an_output_that_is_not_there_is_named(forecast, tmp_path):
     card, window = forecast
-    with pytest.raises(InvalidRequest, match=r"no class; there are: q10, q50, q90"):
+    with pytest.raises(InvalidRequest, match=r"unknown class; allowed: q10, q50, q90"):
         predictions_of(card, ("class",), time_window=window)
     classes = load_bundle(write_bundle(tmp_path, "c", "classify-pixels", "pixel")).card
-    with pytest.raises(InvalidRequest, match="no q50; there are: class, confidence"):
+    with pytest.raises(InvalidRequest, match="unknown q50; allowed: class, confidence"):
         predictions_of(classes, ("class", "q50"))
 
 

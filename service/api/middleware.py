@@ -22,12 +22,12 @@ from service.telemetry import REQUEST_ID, Metrics
 
 _LOG = logging.getLogger(__name__)
 
-# What a caller may choose as an id: it goes into headers and logs.
+# Request ids that a client may choose: they go into headers and logs.
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class RequestRecordMiddleware:
-    """ASGI middleware: names each request, logs and counts it, answers what nobody foresaw."""
+    """ASGI middleware: gives each request an id, logs and counts it, handles unexpected errors."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class RequestRecordMiddleware:
         self._on_fault = on_fault
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the call on, with a name and an eye on its answer."""
+        """Call the application and record the response."""
         if scope["type"] != "http":
             await self._app(scope, receive, _in_short(send))
             return
@@ -63,15 +63,15 @@ class RequestRecordMiddleware:
                 status = message["status"]
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
             elif not message.get("more_body", False):
-                record()  # before its end is sent: who has the answer finds it counted
+                record()  # before the end is sent, so that a client that has it finds it counted
             await send(message)
 
         token = REQUEST_ID.set(request_id)
         try:
             await self._app(scope, receive, send_named)
         except Exception:
-            _LOG.exception("unforeseen fault")
-            if status:  # an answer half sent cannot be taken back; the server must cut it off
+            _LOG.exception("unexpected error")
+            if status:  # a partly sent response cannot be replaced; the server must abort it
                 raise
             await self._on_fault(Request(scope))(scope, receive, send_named)
         finally:
@@ -95,10 +95,10 @@ class RequestRecordMiddleware:
 
 
 def _in_short(send: Send) -> Send:
-    """Sends a start that failed on, as a sentence where an administrator can mend it."""
+    """Send a failed start as one sentence if a setting is the cause."""
 
     async def send_short(message: Message) -> None:
-        error = sys.exception()  # Starlette sends from its handler, and the whole stack
+        error = sys.exception()  # Starlette sends from its handler, with the whole stack trace
         if message["type"] == "lifespan.startup.failed" and isinstance(error, SettingsError):
             message = {**message, "message": str(error)}
         await send(message)
@@ -107,11 +107,11 @@ def _in_short(send: Send) -> Send:
 
 
 def sane_request_id(given: str | None) -> str:
-    """The caller's id where it is one that may be echoed, else a new one."""
+    """The client's request id if it is valid, else a new one."""
     return given if given and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-# For what a browser is not meant to show: nothing may be loaded, run or framed.
+# For everything that is not a page: nothing may be loaded, run or framed.
 _NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
@@ -119,16 +119,16 @@ _HEADERS: Mapping[str, str] = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-# Of these a route may know better.
+# Defaults that a route may override.
 _DEFAULTS: Mapping[str, str] = {
     "Content-Security-Policy": _NOTHING,
-    # Answers are made of somebody's data, and may be of one key alone.
+    # Responses are made from a client's data, and may belong to one key only.
     "Cache-Control": "no-store",
 }
 
 
 def page_policy(html: str, *, styles: str = "", images: str = "'self' data:") -> str:
-    """The Content-Security-Policy of a page: its own scripts and styles, and what it says.
+    """The Content-Security-Policy of a page: its own scripts and styles, and these sources.
 
     Args:
         html: the page; the scripts and styles written into it may run as they are now, by hash.
@@ -158,13 +158,13 @@ def _hashes(html: str, tag: str) -> list[str]:
 
 
 class SecurityHeadersMiddleware:
-    """ASGI middleware: the headers that keep a browser from guessing, leaking and framing."""
+    """ASGI middleware: headers against MIME sniffing, referrer leaks and framing."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the call on; add the headers to its answer."""
+        """Call the application and add the headers to its response."""
 
         async def send_protected(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -178,21 +178,21 @@ class SecurityHeadersMiddleware:
 
 
 STALL_SECONDS = 60.0
-"""How long an answer may make no headway at all."""
+"""Seconds for which a client may read nothing of a response."""
 SLOWEST_BYTES = 16 * 2**10
-"""Bytes a second of an answer that a caller must take on average, beyond those seconds."""
+"""Bytes per second that a client must read on average, beyond those seconds."""
 
 
 class SlowClientMiddleware:
-    """ASGI middleware: gives an answer up once its caller takes nothing of it, or too little.
+    """ASGI middleware: drops a response once its client reads nothing of it, or too slowly.
 
-    Else a caller who never reads would keep the answer's files for as long as the socket stays
-    open, and many of them would fill the disk.
+    Otherwise a client that never reads would keep the response's files for as long as the socket
+    stays open, and many of them would fill the disk.
 
     Args:
-        app: the ring inside.
-        stall_seconds: how long an answer may make no headway.
-        slowest: bytes a second that must be taken on average, beyond `stall_seconds`.
+        app: the inner application.
+        stall_seconds: seconds for which a client may read nothing.
+        slowest: bytes per second that it must read on average, beyond `stall_seconds`.
     """
 
     def __init__(
@@ -207,14 +207,14 @@ class SlowClientMiddleware:
         self._slowest = slowest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the call on, with an eye on the pace of its answer."""
+        """Call the application and watch the pace of its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         begun: float | None = None
         sent = 0
-        # Cancelled from inside, so that everything opened for the answer is closed on the way out;
-        # the server then finds it unfinished and closes the connection.
+        # Cancelled from inside, so that everything opened for the response is closed; the server
+        # then finds it incomplete and closes the connection.
         answering = anyio.CancelScope()
 
         async def send_in_time(message: Message) -> None:
@@ -233,27 +233,27 @@ class SlowClientMiddleware:
 
 
 _SHORT_REST = 2**20
-"""Of a body: what an answer that was given before its end may wait for."""
+"""Bytes of a body that an early response waits for."""
 
 
 class LingeringCloseMiddleware:
-    """ASGI middleware: an answer given before the body is in still reaches the caller.
+    """ASGI middleware: a response sent before the end of the body still reaches the client.
 
     A server that closes with bytes unread resets the connection, and the reset may overtake the
-    answer. So a short rest is read before the answer, which then needs no closing, and a long one
-    after it, for a while; only then is the connection closed.
+    response. So a short rest of the body is read before the response, and the connection stays
+    open; a long one is read after it, for a limited time, and then the connection is closed.
     """
 
     def __init__(
         self, app: ASGIApp, *, seconds: float = 5.0, size: int = 2**26, before_seconds: float = 0.1
     ) -> None:
-        """Bound what is read on.
+        """Set the limits.
 
         Args:
             app: the application.
-            seconds: how long to read on after an answer.
-            size: how many bytes to read on after an answer.
-            before_seconds: how long an answer may wait for a short rest.
+            seconds: time to read on after a response.
+            size: bytes to read on after a response.
+            before_seconds: time that a response may wait for a short rest.
         """
         self._app = app
         self._seconds = seconds
@@ -261,7 +261,7 @@ class LingeringCloseMiddleware:
         self._before_seconds = before_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the call on; see the body to its end where the application did not."""
+        """Call the application; read the rest of the body if the application did not."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -285,7 +285,7 @@ class LingeringCloseMiddleware:
 
 
 class _Rest:
-    """What of a body has not come yet."""
+    """The part of a body that has not arrived yet."""
 
     def __init__(self, receive: Receive, headers: Headers) -> None:
         self._receive = receive
@@ -301,7 +301,7 @@ class _Rest:
         return message
 
     async def read_on(self, size: int, seconds: float) -> None:
-        """Read and forget, within bounds."""
+        """Read and discard, within the limits."""
         with anyio.move_on_after(seconds):
             while size > 0 and not self.ended:
                 size -= len((await self.receive()).get("body", b""))

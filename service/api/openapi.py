@@ -1,7 +1,7 @@
-"""The OpenAPI description of what the routes read and answer by hand: bodies, files, problems.
+"""OpenAPI document: the bodies, files and problems that the routes handle themselves.
 
-Everything is made from the models of `service.schemas`, so that what is described is what is
-checked.
+Everything is made from the models of `service.api.schemas`, so that the document agrees with the
+validation.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _TASK_ERRORS = (
 )  # fmt: skip
 _HEADERS: Mapping[str, str] = {
     "X-Request-ID": "the request's id, in the log as well",
-    "PIMC-Model": "the model that answered, `name@version`",
+    "PIMC-Model": "the model used, `name@version`",
     "PIMC-Provider": "the execution provider that computed",
     "Server-Timing": "milliseconds busy: `read`, `infer`, `write`",
-    "PIMC-Warning": "`code; detail` of what is odd but no error; repeated",
+    "PIMC-Warning": "`code; detail` of a warning; repeated",
 }
 _JOB_HEADERS: Mapping[str, str] = {
     "X-Request-ID": "the request's id, in the log as well",
     "Location": "the job's status",
-    "Preference-Applied": "`respond-async`, where `Prefer` said so",
+    "Preference-Applied": "`respond-async`, if `Prefer` requested it",
 }
 _BINARY: Mapping[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _MODELS: tuple[type[BaseModel], ...] = (
@@ -63,7 +63,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
 
 
 class DocumentedApp(FastAPI):
-    """An application whose description includes the models that routes use by hand."""
+    """An application whose OpenAPI document includes the models that routes use themselves."""
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document, built once."""
@@ -98,7 +98,7 @@ def answers(task: Task) -> dict[int | str, dict[str, Any]]:
     return {
         200: _answer(*summaries),
         202: {
-            "description": "A job runs, as `Prefer` asks for or as the raster is large",
+            "description": "A job, because `Prefer` requests it or the raster is large",
             "headers": _described(_JOB_HEADERS),
             "content": {JSON: {"schema": _ref(JobInfo)}},
         },
@@ -108,7 +108,7 @@ def answers(task: Task) -> dict[int | str, dict[str, Any]]:
 
 def _answer(*documents: type[BaseModel]) -> dict[str, Any]:
     return {
-        "description": "The answer, in the type that `Accept` asks for",
+        "description": "The response, of the type that `Accept` chooses",
         "headers": _described(_HEADERS),
         "content": {
             COG: _BINARY,
@@ -143,7 +143,7 @@ def _ref(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": _REF.format(model=model.__name__)}
 
 
-# A failed job answers what it failed of, which may be all that a task does.
+# A failed job returns its problem, which may be any problem of a task.
 _RESULT_ERRORS = (*_TASK_ERRORS, "unknown_job", "result_not_ready")
 RESULT: Mapping[int | str, dict[str, Any]] = {
     200: _answer(SummaryResponse, SeriesResponse),
@@ -162,7 +162,7 @@ FILE: Mapping[int | str, dict[str, Any]] = {
 
 
 def _form(schema: dict[str, Any]) -> dict[str, Any]:
-    """A form's schema: with the files, which are no field of the model, as they lie on disk."""
+    """A form's schema, with `files`, which is not a field of the model."""
     files = {
         "type": "array",
         "items": {"type": "string", "format": "binary"},
@@ -174,7 +174,7 @@ def _form(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_null(field: dict[str, Any]) -> dict[str, Any]:
-    """A field's schema without null, which a form has no way to say: it leaves the field out."""
+    """A field's schema without null: a form leaves the field out instead."""
     kept = {key: value for key, value in field.items() if key != "anyOf"}
     if kept.get("default", ...) is None:
         del kept["default"]

@@ -28,7 +28,7 @@ from service.run.windows import Journal
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run returned."""
+    """The result of a run."""
 
     task: Task
     model: str
@@ -59,15 +59,15 @@ def execute(
 
     Args:
         plan: what to run.
-        folder: where the result's files go.
-        executor: where windows run.
-        cache: GDAL's block cache; None makes one for a raster.
+        folder: folder of the result's files.
+        executor: runs the windows.
+        cache: GDAL's block cache; None creates one for a raster.
         cancelled: set to stop the run soon.
         progress: called with the share of a raster done, 0 to 1, from one thread at a time.
-        journal: keeps a raster's finished windows; None keeps none.
+        journal: stores a raster's finished windows; None stores none.
 
     Raises:
-        PIMCError: a fault that only the pixels show, or one of the disk.
+        PIMCError: an error that only the pixels show, or one of the disk.
         Cancelled: `cancelled` was set.
     """
     request, run = plan.request, plan.run
@@ -152,5 +152,5 @@ def _series(task: Task, run: SeriesRun) -> Result:
 
 
 def listed(warnings: Iterable[StackWarning]) -> list[dict[str, str]]:
-    """Warnings as JSON documents hold them."""
+    """Warnings in the form of JSON documents."""
     return [{"code": warning.code, "detail": warning.detail} for warning in warnings]

@@ -2,7 +2,7 @@
 
     items ──▶ read (1 thread) ──▶ infer (2 threads) ──▶ write (1 thread, in the items' order)
 
-An executor gets the windows and one function per stage, and knows nothing of rasters or models.
+An executor gets the windows and one function per stage; it does not depend on rasters or models.
 """
 
 from __future__ import annotations
@@ -119,14 +119,14 @@ class ThreadExecutor:
                     hand_over()
                 values = ahead.popleft().result()
                 at_work.append((item, inferrer.submit(inferring.call, infer, values)))
-                del values  # otherwise it lives on while the next item is read
+                del values  # otherwise its memory is kept while the next item is read
             while at_work:
                 hand_over()
             for pending in behind:
                 pending.result()
             check(cancelled)
         finally:
-            # After an error this drops what has not begun and waits for what has.
+            # After an error this drops pending calls and waits for running ones.
             reader.shutdown(cancel_futures=True)
             inferrer.shutdown(cancel_futures=True)
             writer.shutdown(cancel_futures=True)
@@ -145,7 +145,7 @@ def check(cancelled: threading.Event | None) -> None:
 
 
 class _Stage:
-    """One stage: measures the seconds in which it is busy; does nothing more once it failed."""
+    """One stage: measures the seconds in which it is busy; runs nothing after a failure."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -158,8 +158,8 @@ class _Stage:
         """Call a function as part of this stage."""
         with self._lock:
             if self._failed:
-                # This error is never raised further: items are waited for in order, and an
-                # earlier one failed.
+                # This error never leaves the executor: items are awaited in order, and the earlier
+                # item's error is raised first.
                 raise Cancelled("an earlier item failed")
             if not self._inside:
                 self._since = time.perf_counter()

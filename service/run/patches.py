@@ -22,7 +22,7 @@ def run_patches(work: Work) -> Outcome:
     """Predict for every patch of a raster; see `run_raster`."""
     run = work.run
     patches = run.patches
-    # The mean of two embeddings is not the embedding of a place between them: no averaging.
+    # The mean of two embeddings is not the embedding of a place between them, so no averaging.
     averaged = run.model.card.task == "landcover" and patches.reach > 0
     with ExitStack() as stack:
         sink = Sink(work, patches.grid, stack)
@@ -128,7 +128,7 @@ def _average(work: Work, patches: PatchGrid, raw: ScratchRaster, sink: Sink) -> 
         return WindowPredictions(index=index, predictions=np.ascontiguousarray(flat[:, index].T))
 
     with raw.open() as file:
-        # As read, twice as running sums in float64, and as means.
+        # As read, twice as cumulative sums in float64, and as means.
         cell_bytes = 3 * work.run.prediction_bytes
         parts = windows(cells, (1, 1), cell_bytes, work.window_bytes)
         return work.each(

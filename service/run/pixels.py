@@ -47,11 +47,11 @@ def run_pixels(work: Work) -> Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class _ClearPixels:
-    """A window, and which of its pixels have enough clear dates."""
+    """A window and its pixels with enough clear dates."""
 
     sits: Sits
     index: NDArray[np.intp]
-    """Their positions in the flattened window."""
+    """Positions of these pixels in the flattened window (n)."""
 
 
 class _Pixels:
@@ -81,7 +81,7 @@ class _Pixels:
         return _ClearPixels(sits=sits, index=index)
 
     def infer(self, clear: _ClearPixels) -> WindowPredictions:
-        """The second stage; afterwards a later window takes this one's memory."""
+        """The second stage; afterwards a later window reuses this one's memory."""
         T, C, h, w = clear.sits.values.shape
         values = clear.sits.values.reshape(T, C, h * w)
         valid = clear.sits.valid.reshape(T, h * w)
@@ -101,7 +101,7 @@ class _Pixels:
 
 def _chosen(planes: NDArray[Any], index: NDArray[np.intp]) -> NDArray[Any]:
     """Some pixels (..., n) of planes (..., N), by ascending positions in them."""
-    if index[-1] - index[0] + 1 == len(index):  # mostly none is left out: then nothing is copied
+    if index[-1] - index[0] + 1 == len(index):  # usually no pixel is left out: no copy
         return planes[..., index[0] : index[-1] + 1]
     out = spaced(planes.shape[:-1], index.shape, planes.dtype.type)
     out[...] = planes[..., index]  # `np.take` would copy all planes first
@@ -109,8 +109,8 @@ def _chosen(planes: NDArray[Any], index: NDArray[np.intp]) -> NDArray[Any]:
 
 
 def model_time(run: RasterRun) -> tuple[NDArray[np.float32], int]:
-    """Days (T) since the time window's first day, and that day's number in its year."""
+    """Days (T) since the time window's first day, and that day's day of the year."""
     if run.time_window is None:
-        raise TypeError(f"'{run.model.card.id}' takes no time series")
+        raise TypeError(f"'{run.model.card.id}' does not take time series")
     days = np.asarray(run.time_window.days(run.stack.dates), np.float32)
     return days, run.time_window.first_day.timetuple().tm_yday

@@ -1,4 +1,4 @@
-"""Requests: what is asked for, as frozen values that know no HTTP form."""
+"""Requests: tasks with their inputs and options, as frozen values independent of HTTP."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PointQuery:
     lat: float
     """Latitude in degrees, EPSG:4326."""
     feature: Mapping[str, Any]
-    """The GeoJSON feature that it came as; returned with the results among its properties."""
+    """The GeoJSON feature of the request; returned with the results among its properties."""
 
     @classmethod
     def of(cls, feature: Mapping[str, Any]) -> PointQuery:
@@ -32,26 +32,26 @@ class PointQuery:
 
 @dataclass(frozen=True, kw_only=True)
 class RasterRequest:
-    """A task to do on a stack of GeoTIFFs."""
+    """A task on a stack of GeoTIFFs."""
 
     task: Task
     files: tuple[SourceFile, ...]
     stack: StackOptions = field(default_factory=StackOptions)
-    """What the caller stated about the files."""
+    """The caller's statements about the files."""
     model: str | None = None
     """`name` or `name@version`; None takes the task's default."""
     modality: Modality | None = None
-    """What an embedding is made of; None takes the model's, or else pixels."""
+    """Modality of an embedding; None uses the model's, or else pixels."""
     start: date | None = None
     """First day of the time window; None applies the card's rule."""
     outputs: tuple[str, ...] | None = None
-    """Rasters of a classification, quantiles of a forecast; None takes the task's default."""
+    """Rasters of a classification, quantiles of a forecast; None uses the task's default."""
     horizon: int | None = None
     """Steps ahead of a forecast; None takes the card's maximum."""
     stride: int | None = None
-    """Pixels between patches; None takes the patch's side."""
+    """Pixels between patches; None uses the patch's side."""
     points: tuple[PointQuery, ...] | None = None
-    """Predict for these places alone; None predicts for the whole raster."""
+    """Predict for these places only; None predicts for the whole raster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class SeriesInput:
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesRequest:
-    """A task to do on pixels that come as series."""
+    """A task on pixels given as series."""
 
     task: Task
     series: tuple[SeriesInput, ...]

@@ -1,4 +1,4 @@
-"""Windows of a raster, and the journal that keeps finished ones."""
+"""Windows of a raster, and the journal of finished ones."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 from service.grid import Grid, Window
 
 Arrays = Mapping[str, NDArray[Any]]
-"""What is kept of a window, by name."""
+"""The stored arrays of a window, by name."""
 WINDOW_BYTES = 32 * 2**20
-"""Values, validity and answers of one window. Up to six windows are alive at once.
+"""Bytes of values, validity and predictions of one window. Up to six windows exist at once.
 
-Rasters from about 1000 x 1000 pixels on have windows of this size, so that none takes more memory
-than these: with 64 MiB, 4096 x 4096 pixels of 12 dates took 633 MB and 1024 x 1024 took 413 MB.
+Rasters from about 1000 x 1000 pixels on have windows of this size, so that memory does not grow
+with them: with 64 MiB, 4096 x 4096 pixels of 12 dates took 633 MB and 1024 x 1024 took 413 MB.
 """
 _OVER = 1.25
-"""How far over its budget a window of one whole block may be."""
+"""Factor by which a window of one whole block may exceed its budget."""
 _SEVERAL = 8
-"""Windows that a larger raster is cut into at least, so that the stages overlap."""
+"""Smallest number of windows of a larger raster, so that the stages overlap."""
 _FEW_PIXELS = 4096
-"""Below this a window costs more to handle than its overlap brings."""
+"""Smallest window worth splitting, pixels: below it the overhead exceeds the gain from overlap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +33,19 @@ class Step:
     stage: str
     """The pass: `composite`, `patches`, `predictions`."""
     number: int
-    """Of the window, from 0, in the pass's order."""
+    """Number of the window, from 0, in the pass's order."""
     window: Window
 
 
 class Journal(Protocol):
-    """Keeps what a run has finished. Called from one thread at a time."""
+    """Stores the finished windows of a run. Called from one thread at a time."""
 
     def load(self, step: Step) -> Arrays | None:
-        """What was saved of a step; None where nothing was."""
+        """The stored arrays of a step; None if it is not stored."""
         ...
 
     def save(self, step: Step, arrays: Arrays) -> None:
-        """Keep a finished step; it is safe once this returns."""
+        """Store a finished step; it is durable after the return."""
         ...
 
 
@@ -57,17 +57,17 @@ def windows(
     Args:
         grid: of the raster.
         block: rows and columns of a block on disk.
-        pixel_bytes: memory that a pixel of a window takes.
-        budget: bytes that a window may take; one pixel is always taken, and one whole block where
-            it takes a quarter more at most.
+        pixel_bytes: memory per pixel of a window.
+        budget: largest memory of a window, bytes. A window always has one pixel, and may be one
+            whole block that exceeds the budget by at most a quarter.
 
     Returns:
-        Windows made of whole blocks, or, where one block is over the budget, of parts of one.
+        Windows of whole blocks, or of parts of a block if one block exceeds the budget.
     """
     whole = Window(0, 0, grid.width, grid.height)
     rows, cols = min(block[0], grid.height), min(block[1], grid.width)
     most = max(1, budget // pixel_bytes)
-    # A block a little over the budget is taken whole: what is cut in two is decoded twice.
+    # A block slightly over the budget is not split, because its halves would each decode all of it.
     if rows * cols <= _OVER * most:
         most = max(most, rows * cols)
     if rows * cols > most:
@@ -77,7 +77,7 @@ def windows(
             part for one in _tiles(whole, rows, cols) for part in _tiles(one, part_rows, part_cols)
         ]
     if grid.height * grid.width <= min(most, _FEW_PIXELS):
-        return [whole]  # else a rest of a few rows would be read and answered by itself
+        return [whole]  # otherwise a remainder of a few rows would be a window of its own
     aim = min(most, max(_FEW_PIXELS, -(-grid.height * grid.width // _SEVERAL)))
     blocks = max(1, aim // (rows * cols))
     across = -(-grid.width // cols)

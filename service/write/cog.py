@@ -32,28 +32,28 @@ from service.write.predictions import Layer
 _TEMPORARY_BLOCK = 256
 _BLOCK_BYTES = 8 * 2**20
 _LARGE = 1024
-"""From this side on, blocks of 512: fewer requests a map; below, 256 reads less too much."""
+"""Side from which blocks are 512: fewer requests per map; below it 256 reads less in excess."""
 _BLOCK_STEP = 16
 """Sides of a TIFF's tiles are multiples of this."""
 _OVERVIEW_BYTES = 2_000_000
-"""What GDAL makes overviews from at once: its 10 MB, in several threads, are no faster."""
+"""Bytes that GDAL makes overviews from at once: its default of 10 MB is not faster."""
 _MOST_CACHED = 256 * 2**20
-"""Of blocks while overviews are made, however wide and deep a raster is."""
+"""Bytes of cached blocks while overviews are made, for rasters of any width and depth."""
 
 
 class RasterWriter:
     """Writes layers window by window; a context manager.
 
-    Files appear under their names only once they are whole, in `finish`. Leaving the context
-    removes everything else, so that a run which fails or is cancelled leaves nothing.
+    Files appear under their names only once they are complete, in `finish`. Leaving the context
+    removes everything else, so that a failed or cancelled run leaves nothing.
 
     Args:
-        folder: where the finished files go; it exists.
+        folder: existing folder of the finished files.
         grid: of every layer.
-        layers: what to write.
+        layers: the layers to write.
         tags: of every file.
-        room: a context in which GDAL's block cache has room for that many bytes at least; by
-            default the cache stays as it is.
+        room: a context in which GDAL's block cache has room for at least that many bytes; by
+            default the cache stays unchanged.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class RasterWriter:
         """Turn every layer into a COG.
 
         Returns:
-            Each layer's file, by name. A class map's side file lies beside it.
+            Each layer's file, by name. A class map has a side file in the same folder.
 
         Raises:
             InsufficientStorage: the disk takes no more.
@@ -116,7 +116,7 @@ class RasterWriter:
             return {name: self._finish(layer) for name, layer in self._layers.items()}
 
     def _create(self, layer: Layer) -> Any:  # noqa: ANN401 - rasterio has no types
-        """The layer's temporary file, with all but its pixels: GDAL wants those last."""
+        """The layer's temporary file with everything but its pixels, which GDAL requires last."""
         file = create_raster(self._part(layer.name), self._grid, layer)
         file.update_tags(**self._tags)
         if layer.legend:
@@ -132,9 +132,9 @@ class RasterWriter:
         whole = self._parts / f"{layer.name}.tif"
         block = _block(layer, self._grid)
         deep = block * len(layer.bands) * np.dtype(layer.dtype).itemsize
-        # Overviews are made piece by piece along rows of blocks, of this raster and of the overview
-        # before. A row that does not fit is decoded again for each piece, and a block for each of
-        # its pieces: 512 x 512 pixels of 256 bands then take 102 s of processor time, and so 11.
+        # Overviews are made piece by piece along rows of blocks, of this raster and of the previous
+        # overview. A row that does not fit is decoded again for each piece, and a block for each of
+        # its pieces: 512 x 512 pixels of 256 bands then take 102 s of processor time, else 11 s.
         with (
             self._room(min(2 * deep * self._grid.width, _MOST_CACHED)),
             rasterio.Env(GDAL_OVR_CHUNK_MAX_SIZE=max(_OVERVIEW_BYTES, deep * block)),
@@ -156,7 +156,7 @@ class RasterWriter:
 
 
 class ScratchRaster:
-    """A float raster that lives from one pass to the next; a context manager that removes it."""
+    """A float raster between two passes; a context manager that removes it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -169,7 +169,7 @@ class ScratchRaster:
 
     @contextmanager
     def create(self, grid: Grid, bands: int) -> Iterator[OpenScratch]:
-        """The raster, open for writing; whole once the context is left.
+        """The raster, open for writing; complete once the context is left.
 
         Raises:
             InsufficientStorage: the disk is full.
@@ -210,7 +210,7 @@ class OpenScratch:
 
 @contextmanager
 def stored() -> Iterator[None]:
-    """Says in our terms that a write failed: what is written is ours, so the disk is at fault.
+    """Translate write errors: the content is valid, so the disk is at fault.
 
     Raises:
         InsufficientStorage: GDAL or the system could not write.
@@ -219,21 +219,21 @@ def stored() -> Iterator[None]:
         yield
     except (RasterioError, GDALError) as error:
         raise InsufficientStorage(
-            "the answer cannot be written: the service's disk is full, or it fails"
+            "the result cannot be written: the server's disk is full or failing"
         ) from error
     except OSError as error:
         raise no_room(error) or error from error
 
 
 def check_whole(path: Path) -> None:
-    """See that each block of a GeoTIFF lies in the file: GDAL closes a file cut short in silence.
+    """Check that each block of a GeoTIFF lies in the file: GDAL closes a truncated file silently.
 
     Raises:
-        InsufficientStorage: one does not.
+        InsufficientStorage: a block does not.
     """
     size = path.stat().st_size
     with rasterio.open(path, driver="GTiff") as file:
-        # Bands of a pixel lie together, so the first band's blocks are everybody's.
+        # Bands are interleaved by pixel, so the first band's blocks are those of all bands.
         for _, window in file.block_windows(1):
             row = window.row_off // file.block_shapes[0][0]
             col = window.col_off // file.block_shapes[0][1]
@@ -243,15 +243,15 @@ def check_whole(path: Path) -> None:
             ]
             if None in place or sum(map(int, place)) > size:
                 raise InsufficientStorage(
-                    "the answer was cut short: the service's disk is full, or it fails"
+                    "the result was truncated: the server's disk is full or failing"
                 )
 
 
 def create_raster(path: Path, grid: Grid, layer: Layer) -> Any:  # noqa: ANN401 - rasterio has no types
-    """A new GeoTIFF for windows in any order: tiled, so that none is written twice in full."""
+    """A new GeoTIFF for windows in any order, tiled so that no window rewrites whole rows."""
     around = -(-max(grid.width, grid.height) // _BLOCK_STEP) * _BLOCK_STEP
-    # A block is held whole, also where it is mostly outside the raster: with blocks of 256, an
-    # embedding of 7 x 7 pixels took 240 MB to write and to turn into a COG, and so takes 50.
+    # A block is held as a whole, also if it lies mostly outside the raster: with blocks of 256, an
+    # embedding of 7 x 7 pixels took 240 MB to write and convert to a COG, with smaller ones 50 MB.
     block = min(_TEMPORARY_BLOCK, _block(layer, grid), around)
     file = rasterio.open(
         path,
@@ -267,10 +267,10 @@ def create_raster(path: Path, grid: Grid, layer: Layer) -> Any:  # noqa: ANN401 
         tiled=True,
         blockxsize=block,
         blockysize=block,
-        # Windows end inside blocks. Compressed, such a block would be written anew each time
-        # and leave a hole in the file.
+        # Windows end inside blocks. A compressed block would be rewritten each time and leave a
+        # hole in the file.
         compress="NONE",
-        # The driver's own order of bands; the same here saves the copy a shuffle.
+        # The COG driver's own interleaving, so that the copy does not reorder.
         interleave="PIXEL",
         bigtiff="IF_NEEDED",
     )
@@ -283,24 +283,24 @@ def cog_options(layer: Layer, grid: Grid) -> dict[str, str]:
     """Creation options of the COG driver for one layer."""
     return {
         "COMPRESS": "DEFLATE",
-        # On float answers level 1 takes 60 % of level 6's time for 1 to 2 % more room; on a class
-        # map it takes a third more room.
+        # For floats level 1 takes 60 % of level 6's time and 1 to 2 % more space; for a class map
+        # a third more space.
         "LEVEL": "6" if layer.legend else "1",
-        # Floats split by byte significance come out 14 % smaller. Classes have no order, so
-        # their differences say nothing, and make the file larger.
+        # Floats split by byte significance are 14 % smaller. Classes have no order, so their
+        # differences only make the file larger.
         "PREDICTOR": "NO" if layer.legend else "YES",
         "BLOCKSIZE": str(_block(layer, grid)),
-        # A mean of class numbers is another class. The most frequent one is a true overview.
+        # The mean of class numbers is another class; the most frequent one is a valid overview.
         "OVERVIEW_RESAMPLING": "MODE" if layer.legend else "AVERAGE",
-        # Compression is all of the work. A few threads, as other callers are served meanwhile. A
-        # class map is done soon: 8192 x 8192 pixels take one thread 1.2 s, and several 70 MB more.
+        # Compression is all of the work. Few threads, because other requests run meanwhile. A
+        # class map is fast: 8192 x 8192 pixels take one thread 1.2 s, and several 70 MB more.
         "NUM_THREADS": "1" if layer.legend else "4",
         "BIGTIFF": "IF_SAFER",
     }
 
 
 def _block(layer: Layer, grid: Grid) -> int:
-    """Side of a block: all bands of a block are held in memory at once, by readers too."""
+    """Side of a block in pixels, limited because readers hold all bands of a block in memory."""
     side = 512 if max(grid.width, grid.height) >= _LARGE else 256
     depth = len(layer.bands) * np.dtype(layer.dtype).itemsize
     while side > 128 and side * side * depth > _BLOCK_BYTES:

@@ -33,7 +33,7 @@ _HEADER_BYTES = 8 * 2**20
 
 
 def sidecar_of(path: Path) -> Path:
-    """Where GDAL looks for what a TIFF cannot hold."""
+    """Path of GDAL's side file for metadata that a TIFF cannot hold."""
     return path.with_name(path.name + SIDECAR)
 
 
@@ -47,7 +47,7 @@ def category_names(layer: Layer) -> str:
 
 
 def attribute_table(legend: Sequence[LegendClass]) -> bytes:
-    """A legend as the XML item that GDAL 3.12 and later read from the TIFF itself."""
+    """A legend as the XML item that GDAL 3.12 and later read from the TIFF."""
     # Name, then GDAL's numbers: type 0 integer, 2 string; usage 5 value, 2 name, 6 to 8 colours,
     # 0 anything else.
     fields = (
@@ -77,7 +77,7 @@ def _cells(c: LegendClass) -> str:
 
 
 def legend_json(legend: Sequence[LegendClass]) -> str:
-    """A legend as the dataset's tag holds it."""
+    """A legend as the value of the dataset's tag."""
     return json.dumps([c.model_dump() for c in legend], ensure_ascii=False)
 
 
@@ -91,7 +91,7 @@ def write_legend(
     Args:
         file: open for writing.
         legend: the classes.
-        room: bytes that the attribute table takes.
+        room: size of the attribute table, bytes.
     """
     colors = {c.value: (*_rgb(c), 255) for c in legend}
     file.write_colormap(1, {**colors, NO_CLASS: (0, 0, 0, 0)})
@@ -106,11 +106,11 @@ def _rgb(c: LegendClass) -> tuple[int, int, int]:
 
 
 def put_in_place(path: Path, table: bytes) -> None:
-    """Write the attribute table over its placeholder, filled up with blanks, which XML ignores."""
+    """Write the attribute table over its placeholder, padded with blanks, which XML ignores."""
     room = b'<Item name="%s" sample="0">%s</Item>' % (_PLACEHOLDER.encode(), b"x" * len(table))
     with path.open("r+b") as file:
         at = file.read(_HEADER_BYTES).find(room)
         if at < 0:
-            raise RuntimeError(f"{path.name}: GDAL wrote the metadata in a form not known here")
+            raise RuntimeError(f"{path.name}: GDAL wrote the metadata in an unknown form")
         file.seek(at)
         file.write(table.ljust(len(room)))

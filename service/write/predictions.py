@@ -1,4 +1,4 @@
-"""Predictions: what a model's numbers mean.
+"""Predictions: a model's outputs as rasters, records and summaries.
 
     predictions (N, …) ──┬── bands     layers of (B, N), what rasters hold
                          ├── record    one prediction as JSON
@@ -21,33 +21,33 @@ from models.card import LegendClass, ModelCard, ResolvedWindow, shifted
 from service.errors import InvalidRequest
 
 Floats = NDArray[np.float32]
-# What the json module writes.
+# A value that the json module can write.
 JSON = dict[str, "JSON"] | list["JSON"] | str | float | int | bool | None
-# The sums over a part of the answers, by name.
+# Sums over some of the predictions, by name.
 Counts = Mapping[str, NDArray[Any]]
 NO_CLASS = 255
-"""The `class` of a pixel without an answer."""
+"""The `class` of a pixel without a prediction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One raster of an answer."""
+    """One raster of a result."""
 
     name: str
-    """Of the file, and in `outputs`."""
+    """Name of the file, and in `outputs`."""
     bands: tuple[str, ...]
     """Description of each band (B)."""
     legend: tuple[LegendClass, ...] = ()
-    """What the values mean: given, the layer is uint8 with nodata 255; else float32 with NaN."""
+    """The classes: if given, the layer is uint8 with nodata 255, else float32 with NaN."""
 
     @property
     def dtype(self) -> str:
-        """Of the pixels."""
+        """Type of the pixels."""
         return "uint8" if self.legend else "float32"
 
     @property
     def nodata(self) -> float:
-        """Of a pixel without an answer."""
+        """Value of a pixel without a prediction."""
         return NO_CLASS if self.legend else float("nan")
 
     def empty(self, count: int) -> NDArray[Any]:
@@ -56,35 +56,35 @@ class Layer:
 
 
 class Tally(Protocol):
-    """Sums over answers as they come, in memory that does not grow."""
+    """Running sums over predictions, in constant memory."""
 
     def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
-        """What answers (N, …) with the area of each (N) add, NaN answers as none."""
+        """Sums over predictions (N, …) with areas (N), those with NaN left out."""
         ...
 
     def add(self, counts: Counts) -> None:
-        """Add what was counted."""
+        """Add the sums of a part."""
         ...
 
     def summary(self) -> dict[str, JSON]:
-        """What to say of all of them."""
+        """The summary of all parts."""
         ...
 
 
 class Predictions(Protocol):
-    """One kind of answer, for one request."""
+    """One kind of prediction, for one request."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The rasters asked for."""
+        """The requested rasters."""
         ...
 
     def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
-        """Each layer's bands (B, N) of answers (N, …), by its name."""
+        """Each layer's bands (B, N) of predictions (N, …), by its name."""
         ...
 
     def record(self, answer: Floats) -> dict[str, JSON]:
-        """One answer (…) as JSON, everything that the model says of a place."""
+        """One prediction (…) as JSON, with all that the model predicts for a place."""
         ...
 
     def tally(self) -> Tally:
@@ -99,12 +99,12 @@ def predictions_of(
     horizon: int | None = None,
     time_window: ResolvedWindow | None = None,
 ) -> Predictions:
-    """How to read a model's answers for one request.
+    """The interpretation of a model's outputs for one request.
 
     Args:
         card: the model's.
-        outputs: rasters or quantiles asked for; an embedding has but one.
-        horizon: steps ahead of a forecast; None takes the card's maximum.
+        outputs: requested rasters or quantiles; an embedding has only one.
+        horizon: steps ahead of a forecast; None uses the card's maximum.
         time_window: the model's, over the stack's dates; a forecast continues from its end.
 
     Raises:
@@ -127,13 +127,11 @@ def _forecast_of(
     most = card.horizon or 0
     steps = most if horizon is None else horizon
     if not 1 <= steps <= most:
-        raise InvalidRequest.of(
-            "horizon", f"{steps} steps asked for, and '{card.id}' reaches 1 to {most}"
-        )
+        raise InvalidRequest.of("horizon", f"{steps} steps, but '{card.id}' forecasts 1 to {most}")
     step_days = card.window.step_days if card.window else 0
     last = time_window.last if time_window else None
     if last is None:
-        raise InvalidRequest.of("dates", "a forecast goes on from the last date, and there is none")
+        raise InvalidRequest.of("dates", "a forecast starts after the last date, but there is none")
     return ForecastPredictions(
         indices=tuple(name.upper() for name in card.indices),
         dates=tuple(shifted(last, step_days * (k + 1)) for k in range(steps)),
@@ -143,14 +141,14 @@ def _forecast_of(
 
 
 def quantile_name(quantile: float) -> str:
-    """A quantile as outputs and bands call it: 0.1 is `q10`."""
+    """Name of a quantile in outputs and bands: 0.1 is `q10`."""
     return f"q{round(quantile * 100):02d}"
 
 
 def _all_known(field: str, asked: Sequence[str], known: Sequence[str]) -> None:
     strange = [name for name in asked if name not in known]
     if strange:
-        raise InvalidRequest.of(field, f"no {', '.join(strange)}; there are: {', '.join(known)}")
+        raise InvalidRequest.of(field, f"unknown {', '.join(strange)}; allowed: {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,11 +158,11 @@ class ClassPredictions:
     legend: tuple[LegendClass, ...]
     """The classes (K)."""
     outputs: tuple[str, ...]
-    """Layers asked for."""
+    """The requested layers."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """See `Answers`."""
+        """See `Predictions`."""
         every = {
             "class": Layer(name="class", bands=("class",), legend=self.legend),
             "confidence": Layer(name="confidence", bands=("confidence",)),
@@ -174,7 +172,7 @@ class ClassPredictions:
         return tuple(every[name] for name in self.outputs)
 
     def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
-        """See `Answers`."""
+        """See `Predictions`."""
         classes, sure = decided(answers)
         made: dict[str, Callable[[], NDArray[Any]]] = {
             "class": lambda: classes[None],
@@ -185,7 +183,7 @@ class ClassPredictions:
         return {name: made[name]() for name in self.outputs}
 
     def record(self, answer: Floats) -> dict[str, JSON]:
-        """See `Answers`."""
+        """See `Predictions`."""
         value = int(decided(answer[None])[0][0])
         return {
             "class": self.legend[value].name,
@@ -196,7 +194,7 @@ class ClassPredictions:
         }
 
     def tally(self) -> ClassTally:
-        """See `Answers`."""
+        """See `Predictions`."""
         return ClassTally(self.legend)
 
 
@@ -251,7 +249,7 @@ def decided(probabilities: Floats) -> tuple[NDArray[np.uint8], Floats]:
 
     255 and NaN where any of them is NaN.
     """
-    # NaN is larger than any number to argmax, so where there is one, it is what is found.
+    # argmax treats NaN as the largest value, so it finds NaN if there is one.
     best = probabilities.argmax(axis=1)
     sure: Floats = probabilities[np.arange(len(best)), best]
     classes = best.astype(np.uint8)
@@ -260,30 +258,30 @@ def decided(probabilities: Floats) -> tuple[NDArray[np.uint8], Floats]:
 
 
 def entropy(probabilities: Floats) -> Floats:
-    """Shannon's entropy in nats (N) of probabilities (N, K): 0 when certain, ln K at most."""
+    """Shannon's entropy in nats (N) of probabilities (N, K), 0 to ln K."""
     # 0 ln 0 is 0; NaN is not greater than 0, and must stay NaN.
     logs = np.log(probabilities, where=probabilities > 0, out=np.zeros_like(probabilities))
-    # "+ 0.0" makes -0.0, the entropy of a certain answer, a plain 0.
+    # "+ 0.0" turns -0.0, the entropy of a certain prediction, into 0.
     total: Floats = -(probabilities * logs).sum(axis=1) + np.float32(0.0)
     return total
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastPredictions:
-    """Quantiles (N, H, S, Q), of which the first `len(dates)` steps are asked for."""
+    """Quantiles (N, H, S, Q), of which the first `len(dates)` steps are requested."""
 
     indices: tuple[str, ...]
     """Spectral indices (S), in upper case."""
     dates: tuple[date, ...]
-    """The days forecast."""
+    """Dates of the forecast."""
     quantiles: tuple[str, ...]
     """Quantiles (Q), ascending, as `q10`."""
     outputs: tuple[str, ...]
-    """The quantiles asked for, ascending."""
+    """The requested quantiles, ascending."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """See `Answers`."""
+        """See `Predictions`."""
         names = tuple(
             f"{index}_{day.isoformat()}_{quantile}"
             for index in self.indices
@@ -293,25 +291,25 @@ class ForecastPredictions:
         return (Layer(name="forecast", bands=names),) if names else ()
 
     def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
-        """See `Answers`."""
+        """See `Predictions`."""
         if not self.outputs:
             return {}
         asked = [self.quantiles.index(name) for name in self.outputs]
         # (N, H, S, Q) to (S, H, Q, N): index, date, quantile is the order of the bands.
         stacked = answers[:, : len(self.dates), :, asked].transpose(2, 1, 3, 0)
-        # In full, as -1 could be anything where no pixel has an answer.
+        # Given in full, because -1 would be ambiguous if no pixel has a prediction.
         return {"forecast": stacked.reshape(len(self.layers[0].bands), len(answers))}
 
     def record(self, answer: Floats) -> dict[str, JSON]:
-        """See `Answers`."""
+        """See `Predictions`."""
         return {"dates": self._days(), **self._by_index(answer[: len(self.dates)])}
 
     def tally(self) -> ForecastTally:
-        """See `Answers`."""
+        """See `Predictions`."""
         return ForecastTally(self)
 
     def means(self, mean: NDArray[np.float64]) -> dict[str, JSON]:
-        """The summary of mean quantiles (H, S, Q) over all pixels, NaN where there is none."""
+        """The summary of mean quantiles (H, S, Q) over all pixels, NaN if there is none."""
         middle = len(self.quantiles) // 2
         by_index = self._by_index(mean, self.outputs)
         for s, index in enumerate(self.indices):
@@ -370,20 +368,20 @@ class EmbeddingPredictions:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """See `Answers`."""
+        """See `Predictions`."""
         names = tuple(f"embedding_{d}" for d in range(self.size))
         return (Layer(name="embedding", bands=names),)
 
     def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
-        """See `Answers`."""
+        """See `Predictions`."""
         return {"embedding": answers.T}
 
     def record(self, answer: Floats) -> dict[str, JSON]:
-        """See `Answers`."""
+        """See `Predictions`."""
         return {"embedding": _numbers(answer)}
 
     def tally(self) -> EmbeddingTally:
-        """See `Answers`."""
+        """See `Predictions`."""
         return EmbeddingTally(self.size)
 
 
