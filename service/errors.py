@@ -15,6 +15,7 @@
     │   ├── ResultNotReady                   the job is not finished
     │   ├── BodyTooLarge                     over the upload limit
     │   ├── BodyStalled                      the upload stopped half way
+    │   ├── NotAVectorFile, InvalidFields, TooManyFields    what `fields` holds
     │   └── MalformedRequest, UriTooLong, HeaderTooLarge, HeadStalled    the head of the request
     ├── RasterError                          what the files hold
     │   ├── NotAGeoTIFF, CorruptRaster, NoGeoreference, GridMismatch
@@ -170,6 +171,27 @@ class BodyStalled(RequestError):
     title = "Body stalled"
 
 
+class NotAVectorFile(RequestError):
+    """Not GeoJSON, GeoPackage or GeoParquet, or one that does not read."""
+
+    code = "not_a_vector_file"
+    title = "Not a vector file"
+
+
+class InvalidFields(RequestError):
+    """No feature holds a polygon."""
+
+    code = "invalid_fields"
+    title = "Invalid fields"
+
+
+class TooManyFields(RequestError):
+    """More fields than one request may hold."""
+
+    code = "too_many_fields"
+    title = "Too many fields"
+
+
 class MalformedRequest(RequestError):
     """What came is not HTTP."""
 
@@ -311,6 +333,9 @@ STATUS: Mapping[str, int] = {
     "body_too_large": 413,
     "body_stalled": 408,
     "malformed_request": 400,
+    "not_a_vector_file": 422,
+    "invalid_fields": 422,
+    "too_many_fields": 413,
     "head_stalled": 408,
     "uri_too_long": 414,
     "header_too_large": 431,

@@ -165,7 +165,9 @@ class Grid:
         self, column: NDArray[np.float64], row: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """Places of the grid (h, w) as metres from the Earth's centre (h, w, 3)."""
-        xs, ys = self.transform @ (column.ravel(), row.ravel())
+        a, b, c, d, e, f = self.transform[:6]
+        xs = a * column.ravel() + b * row.ravel() + c
+        ys = d * column.ravel() + e * row.ravel() + f
         lon, lat = np.radians(transformed(self.crs, _DEGREES, xs, ys))
         radius, flattening = _WGS84[0], 1 / _WGS84[1]
         e2 = flattening * (2 - flattening)

@@ -111,6 +111,8 @@ class Settings(BaseSettings):
     """Open connections of one client address; set it to `PIMC_MAX_CONNECTIONS` behind a proxy."""
     head_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
     """Seconds within which a request's line and headers must arrive."""
+    max_fields: Annotated[int, Field(ge=1)] = 100_000
+    """Polygons of one request."""
     max_raster_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(16 * 2**30)
     """Largest decoded stack, in bytes or as `500MB`, `2GiB`, judged from the headers."""
     sync_max_pixels: Annotated[int, Field(ge=1)] = 2048 * 2048

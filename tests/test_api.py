@@ -548,7 +548,9 @@ def test_the_description_is_whole_and_true(api: httpx.Client) -> None:
         assert form["properties"]["dates"]["minItems"] == 1
         assert form["properties"]["scale"]["type"] == "number"
         assert '"null"' not in json.dumps(form)
-        assert {COG, ZIP, GEOJSON, "application/json"} == set(route["responses"]["200"]["content"])
+        offered = {COG, ZIP, GEOJSON, "application/json", "text/csv"}
+        offered.add("application/vnd.apache.parquet")
+        assert set(route["responses"]["200"]["content"]) == offered
         for status in ("401", "404", "406", "413", "415", "422", "500", "503", "507"):
             content = route["responses"][status]["content"]
             assert set(content) == {"application/problem+json"}

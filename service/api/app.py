@@ -70,6 +70,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 engine,
                 metrics,
                 max_raster_bytes=settings.max_raster_bytes,
+                max_fields=settings.max_fields,
                 roots=settings.allowed_roots,
                 workers=settings.job_workers,
                 ttl=settings.job_ttl,

@@ -15,7 +15,7 @@ from pydantic.json_schema import models_json_schema
 
 from models.card import Task
 from service.api.problems import PROBLEM
-from service.api.responses import COG, GEOJSON, ZIP
+from service.api.responses import COG, CSV, GEOJSON, PARQUET, ZIP
 from service.api.schemas import (
     FORMS,
     ITEMS,
@@ -34,6 +34,7 @@ _TASK_ERRORS = (
     "unauthorized", "forbidden_reference", "unreachable_reference", "unknown_model",
     "not_acceptable", "body_stalled", "body_too_large", "raster_too_large",
     "unsupported_media_type", "invalid_request", "wrong_task", "not_a_geotiff",
+    "not_a_vector_file", "invalid_fields", "too_many_fields",
     "corrupt_raster", "no_georeference", "grid_mismatch",
     "missing_bands", "missing_dates", "too_few_dates", "implausible_reflectance", "overloaded",
     "not_ready", "insufficient_storage", "internal_error",
@@ -115,6 +116,8 @@ def _answer(*documents: type[BaseModel]) -> dict[str, Any]:
             ZIP: _BINARY,
             JSON: {"schema": {"anyOf": [_ref(model) for model in documents]}},
             GEOJSON: {"schema": _ref(PointsResponse)},
+            CSV: {"schema": {"type": "string"}},
+            PARQUET: _BINARY,
         },
     }
 

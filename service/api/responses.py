@@ -17,11 +17,14 @@ from service.errors import StackWarning
 from service.run.execute import Result
 from service.run.executors import Timing
 from service.run.request import RasterRequest, TaskRequest
+from service.write.fields import fields_csv, write_geoparquet
 from service.write.legend import SIDECAR, sidecar_of
 
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 ZIP = "application/zip"
 GEOJSON = "application/geo+json"
+CSV = "text/csv"
+PARQUET = "application/vnd.apache.parquet"
 FILE_TYPES = frozenset({COG, ZIP})
 # Proxies and clients limit the length of headers; JSON responses hold every warning in full.
 _MAX_WARNINGS = 20
@@ -34,6 +37,8 @@ def offers(request: TaskRequest) -> tuple[str, ...]:
         return (JSON,)
     if request.points is not None:
         return (GEOJSON,)
+    if request.fields is not None:
+        return (GEOJSON, CSV, PARQUET)
     return (COG, ZIP, JSON)
 
 
@@ -45,6 +50,13 @@ def make_response(result: Result, media: str, folder: Path) -> Response:
         media: the negotiated type, one of `offers`.
         folder: for a zip; it exists until the response is sent.
     """
+    if media == CSV:
+        text = fields_csv(result.document["features"])
+        return with_raster_headers(Response(text, media_type=CSV), result)
+    if media == PARQUET:
+        path = write_geoparquet(result.document["features"], folder / f"{result.task}.parquet")
+        response = FileResponse(path, media_type=PARQUET, filename=path.name)
+        return with_raster_headers(response, result)
     if media not in FILE_TYPES:
         return _named(JSONResponse(result.document, media_type=media), result)
     return with_raster_headers(_file(result, media, folder), result)

@@ -20,6 +20,7 @@ from pydantic import (
     Json,
     ValidationError,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 
@@ -329,13 +330,29 @@ class RasterForm(_Strict):
         Field(description="GeoJSON FeatureCollection of Points, EPSG:4326: answer for these alone"),
     ] = None
 
-    def request(self, task: Task, files: tuple[SourceFile, ...]) -> RasterRequest:
+    fields: Annotated[
+        Any,
+        Field(
+            description="a file of polygons (GeoJSON, GeoPackage or GeoParquet; any CRS), or "
+            "GeoJSON as text: predict per polygon"
+        ),
+    ] = None
+
+    def request(
+        self, task: Task, files: tuple[SourceFile, ...], polygons: SourceFile | None = None
+    ) -> RasterRequest:
         """The form as a request that knows no HTTP.
 
         Args:
             task: the task asked for.
             files: the stack.
+            polygons: the file of `fields`; None if it was not sent.
+
+        Raises:
+            InvalidRequest: points and fields in one request.
         """
+        if polygons is not None and self.points is not None:
+            raise InvalidRequest.of("fields", "cannot be combined with points: send one of them")
         points = None
         if self.points is not None:
             points = tuple(
@@ -359,6 +376,7 @@ class RasterForm(_Strict):
             ),
             model=self.model,
             points=points,
+            fields=polygons,
             **{name: getattr(self, name, None) for name in some},
         )
 
@@ -430,6 +448,17 @@ class _Items(_Strict):
         PointCollection | None,
         Field(description="GeoJSON FeatureCollection of Points, EPSG:4326: answer for these alone"),
     ] = None
+    fields: Annotated[
+        Any,  # a form's is text
+        Field(description="GeoJSON FeatureCollection of polygons: predict per polygon"),
+    ] = None
+
+    @field_validator("fields")
+    @classmethod
+    def _is_an_object(cls, value: object) -> object:
+        if value is not None and not isinstance(value, dict):
+            raise ValueError("a GeoJSON object is needed")
+        return value
 
     @model_validator(mode="after")
     def _dated_once(self) -> Self:

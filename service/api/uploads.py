@@ -25,6 +25,8 @@ from service.read.geotiff import SourceFile, label
 FORM = "multipart/form-data"
 JSON = "application/json"
 FILES = "files"
+FIELDS = "fields"
+"""The part that holds polygons: a file, or text."""
 _BATCH_BYTES = 2**21
 """Bytes read before they are parsed: each switch to the parsing thread costs 0.2 ms or more."""
 _CHUNK_BYTES = 2**11
@@ -59,6 +61,8 @@ class Form:
     """The parts named `files`, in order, each a file on disk."""
     fields: Mapping[str, tuple[str, ...]]
     """Every other part, by name: its values in order."""
+    polygons: SourceFile | None = None
+    """The part named `fields`, if it came as a file."""
 
 
 def media_type(request: Request) -> str:
@@ -176,6 +180,7 @@ class _FormReader:
         self._folder = folder
         self._limits = limits
         self._files: list[SourceFile] = []
+        self._polygons: SourceFile | None = None
         self._fields: dict[str, list[str]] = {}
         self._field_count = self._field_bytes = 0
         self._header = (bytearray(), bytearray())
@@ -210,7 +215,7 @@ class _FormReader:
         if not self._ended:
             raise InvalidRequest("the body ends before the closing boundary of the form")
         fields = {name: tuple(values) for name, values in self._fields.items()}
-        return Form(files=tuple(self._files), fields=fields)
+        return Form(files=tuple(self._files), fields=fields, polygons=self._polygons)
 
     def close(self) -> None:
         """Close an unfinished file."""
@@ -242,6 +247,9 @@ class _FormReader:
         if self._part.name == FILES:
             self._open_file(filename)
             return
+        if self._part.name == FIELDS and b"filename" in options:
+            self._open_polygons(options[b"filename"])
+            return
         if filename is not None and names_a_raster(self._part.name, filename):
             raise InvalidRequest.of(
                 label(self._part.name, 0),
@@ -262,6 +270,13 @@ class _FormReader:
             raise InvalidRequest.of(FILES, f"more than {self._limits.files} files")
         path = self._folder / f"{position:04d}.tif"
         self._files.append(SourceFile(name=label(filename, position), path=path))
+        self._part.file = path.open("xb")
+
+    def _open_polygons(self, filename: bytes) -> None:
+        if self._polygons is not None:
+            raise InvalidRequest.of(FIELDS, "given twice; send one file of polygons")
+        path = self._folder / "fields.bin"
+        self._polygons = SourceFile(name=label(_decoded(filename), 0), path=path)
         self._part.file = path.open("xb")
 
     def _data(self, data: bytes, start: int, end: int) -> None:
@@ -286,7 +301,8 @@ class _FormReader:
             return
         part.file.close()
         if part.size == 0:
-            raise InvalidRequest.of(FILES, f"'{self._files[-1].name}' is empty")
+            last = self._files[-1] if part.name == FILES else self._polygons
+            raise InvalidRequest.of(part.name, f"'{last.name if last else ''}' is empty")
 
     def _end(self) -> None:
         self._ended = True

@@ -60,6 +60,7 @@ class JobRunner:
         metrics: Metrics,
         *,
         max_raster_bytes: int,
+        max_fields: int,
         roots: Sequence[Path],
         workers: int,
         ttl: float,
@@ -71,6 +72,7 @@ class JobRunner:
         self._engine = engine
         self._metrics = metrics
         self._max_raster_bytes = max_raster_bytes
+        self._max_fields = max_fields
         self._roots = roots
         self._sweep_seconds = min(_SWEEP_SECONDS, max(0.1, ttl / 10))
         self._closing = closing
@@ -224,6 +226,7 @@ class JobRunner:
             self._engine,
             max_raster_bytes=self._max_raster_bytes,
             rasters=True,
+            max_fields=self._max_fields,
             cache=self._cache,
         )
         _check_model(job, plan)

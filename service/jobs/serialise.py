@@ -42,10 +42,7 @@ def request_document(
         ]
         rest = {"model": model, "start": _iso(request.start), "horizon": request.horizon}
         return {"task": request.task, "series": {"series": series, **rest}}
-    files = [
-        [f.name, str(f.path.relative_to(folder) if f.path.is_relative_to(folder) else f.path)]
-        for f in request.files
-    ]
+    files = [_file(file, folder) for file in request.files]
     stack = {name: _iso(value) for name, value in vars(request.stack).items()}
     points = request.points
     fields = {
@@ -56,9 +53,16 @@ def request_document(
         "outputs": request.outputs,
         "horizon": request.horizon,
         "stride": request.stride,
+        "polygons": None if request.fields is None else _file(request.fields, folder),
         "points": None if points is None else [dict(point.feature) for point in points],
     }
     return {"task": request.task, "files": files, "fields": fields}
+
+
+def _file(file: SourceFile, folder: Path) -> list[str]:
+    """A file's name, and its path relative to the folder if it lies there."""
+    inside = file.path.is_relative_to(folder)
+    return [file.name, str(file.path.relative_to(folder) if inside else file.path)]
 
 
 def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
@@ -100,7 +104,12 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
         horizon=fields.get("horizon"),
         stride=fields.get("stride"),
         points=_points_of(fields.get("points")),
+        fields=_source(fields.get("polygons"), folder),
     )
+
+
+def _source(named: list[str] | None, folder: Path) -> SourceFile | None:
+    return None if named is None else SourceFile(name=named[0], path=folder / named[1])
 
 
 def _series_of(entry: Mapping[str, Any]) -> SeriesInput:

@@ -154,7 +154,7 @@ def fingerprint(request: TaskRequest, folder: Path) -> str:
     """
     document = request_document(request, folder)
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
-    for file in request.files if isinstance(request, RasterRequest) else ():
+    for file in request.sources if isinstance(request, RasterRequest) else ():
         if file.path.is_relative_to(folder):
             with file.path.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
@@ -226,7 +226,7 @@ class JobStore:
         place = self._jobs / name
         try:
             if isinstance(plan.request, RasterRequest):
-                take_over([f.path for f in plan.request.files], folder, place / "input")
+                take_over([f.path for f in plan.request.sources], folder, place / "input")
             else:
                 place.mkdir()
             sync_folder(self._jobs)

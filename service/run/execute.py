@@ -16,14 +16,17 @@ from typing import Any
 from models.card import Task
 from service.errors import StackWarning
 from service.read.geotiff import BlockCache
+from service.read.vectors import Fields
 from service.run.collect import Outcome
 from service.run.executors import Executor, Timing
-from service.run.plan import Plan, RasterRun, unique
+from service.run.fields import FieldOutcome, run_fields
+from service.run.plan import Plan, RasterRun, dates_summary, unique
 from service.run.points import run_points
-from service.run.raster import run_raster
+from service.run.raster import make_work, run_raster
 from service.run.request import PointQuery, RasterRequest
 from service.run.series import SeriesRun, run_series
 from service.run.windows import Journal
+from service.write.fields import field_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,17 @@ def execute(
     points = request.points if isinstance(request, RasterRequest) else None
     if points is not None:
         result = _points(request.task, run, points, cache)
+    elif plan.fields is not None:
+        work = make_work(
+            run,
+            folder,
+            progress=progress,
+            cancelled=cancelled,
+            executor=executor,
+            cache=cache,
+            journal=journal,
+        )
+        result = _fields(request.task, run, plan.fields, run_fields(work, plan.fields))
     else:
         outcome = run_raster(
             run,
@@ -127,6 +141,28 @@ def _points(
             "warnings": listed(warnings),
         },
         pixels=len(features),
+        timing=outcome.timing,
+        warnings=warnings,
+    )
+
+
+def _fields(task: Task, run: RasterRun, fields: Fields, outcome: FieldOutcome) -> Result:
+    warnings = unique(outcome.warnings)
+    return Result(
+        task=task,
+        model=run.model.card.id,
+        provider=run.model.provider,
+        document={
+            "type": "FeatureCollection",
+            "features": field_features(
+                fields.ids, fields.properties, fields.geojson, outcome.results
+            ),
+            "model": run.model.card.id,
+            "provider": run.model.provider,
+            **dates_summary(run),
+            "warnings": listed(warnings),
+        },
+        pixels=outcome.pixels,
         timing=outcome.timing,
         warnings=warnings,
     )

@@ -32,12 +32,12 @@ def run_pixels(work: Work) -> Outcome:
         buffers = BufferPool()
         # Closed, and its memory freed, before the files are finished.
         with buffers, StackReader(run.stack, run.used, cache=work.cache, buffers=buffers) as reader:
-            pixels = _Pixels(run, reader, buffers, work.cancelled)
+            stages = PixelStages(run, reader, buffers, work.cancelled)
             timing = work.each(
                 "predictions",
                 parts,
-                read=pixels.read,
-                infer=pixels.infer,
+                read=stages.read,
+                infer=stages.infer,
                 digest=sink.digest,
                 keep=sink.keep,
                 advance=work.progress.of(0.9, grid),
@@ -46,15 +46,17 @@ def run_pixels(work: Work) -> Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ClearPixels:
-    """A window and its pixels with enough clear dates."""
+class ClearPixels:
+    """A window, and which of its pixels have enough clear dates."""
 
     sits: Sits
     index: NDArray[np.intp]
-    """Positions of these pixels in the flattened window (n)."""
+    """Their positions in the flattened window."""
+    seen: NDArray[np.integer[Any]]
+    """Clear dates of every pixel (h, w)."""
 
 
-class _Pixels:
+class PixelStages:
     """Reads windows, and predicts for the pixels that have enough clear dates."""
 
     def __init__(
@@ -70,7 +72,7 @@ class _Pixels:
         self._reader = reader
         self._buffers = buffers
 
-    def read(self, window: Window) -> _ClearPixels:
+    def read(self, window: Window) -> ClearPixels:
         """The first stage: everything that can be computed without the model."""
         sits = self._reader.read(window)
         T = len(sits.valid)
@@ -78,10 +80,10 @@ class _Pixels:
         kind = np.uint8 if T < 256 else np.uint32
         seen = np.add.reduce(sits.valid.view(np.uint8), axis=0, dtype=kind)
         index = np.flatnonzero(seen >= self._model.card.min_observations)
-        return _ClearPixels(sits=sits, index=index)
+        return ClearPixels(sits=sits, index=index, seen=seen)
 
-    def infer(self, clear: _ClearPixels) -> WindowPredictions:
-        """The second stage; afterwards a later window reuses this one's memory."""
+    def infer(self, clear: ClearPixels) -> WindowPredictions:
+        """The second stage; afterwards a later window takes this one's memory."""
         T, C, h, w = clear.sits.values.shape
         values = clear.sits.values.reshape(T, C, h * w)
         valid = clear.sits.valid.reshape(T, h * w)
@@ -95,8 +97,12 @@ class _Pixels:
             predictions[start : start + len(chunk)] = self._model.pixels(
                 some.transpose(2, 0, 1), there.T, self._days, self._day_of_year
             )
-        self._buffers.give_back(clear.sits.values, clear.sits.valid)
+        self.give_back(clear.sits)
         return WindowPredictions(index=index, predictions=predictions)
+
+    def give_back(self, sits: Sits) -> None:
+        """Recycle a window that is done with."""
+        self._buffers.give_back(sits.values, sits.valid)
 
 
 def _chosen(planes: NDArray[Any], index: NDArray[np.intp]) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from service.infer.patches import PatchGrid
 from service.read.geotiff import BlockCache
 from service.read.radiometry import check_radiometry
 from service.read.stack import Stack, open_stack
+from service.read.vectors import Fields, read_fields
 from service.run.executors import Timing
 from service.run.request import RasterRequest, SeriesRequest, TaskRequest
 from service.run.series import SeriesRun, plan_series
@@ -164,6 +165,8 @@ class Plan:
     run: RasterRun | SeriesRun
     pixels: int
     """Of a raster predicted whole; 0 for points and series, which are few."""
+    fields: Fields | None = None
+    """Polygons to predict for; None predicts for points, series or the whole raster."""
     planning: Timing
     """Time spent on the files' headers and the sampled pixels."""
 
@@ -174,6 +177,7 @@ def plan_request(
     *,
     max_raster_bytes: int,
     rasters: bool,
+    max_fields: int = 100_000,
     cache: BlockCache | None = None,
 ) -> Plan:
     """Check that a request can be executed, before a window is read.
@@ -183,6 +187,7 @@ def plan_request(
         engine: the models.
         max_raster_bytes: decoded bytes that a stack may have.
         rasters: whether files are wanted; the document is made in any case.
+        max_fields: polygons that a request may hold.
         cache: GDAL's block cache; None leaves it as it is.
 
     Raises:
@@ -198,8 +203,10 @@ def plan_request(
             horizon=request.horizon,
         )
         return Plan(request=request, model=series.model, run=series, pixels=0, planning=Timing())
+    fields = None if request.fields is None else read_fields(request.fields, max_fields)
     run = _plan_files(request, engine, max_raster_bytes, rasters=rasters, cache=cache)
     return Plan(
+        fields=fields,
         request=request,
         model=run.model,
         run=run,
@@ -250,6 +257,8 @@ def _check_parameters(model: LoadedModel, request: RasterRequest) -> None:
     card = model.card
     if card.window is None and request.start is not None:
         raise InvalidRequest.of("start", f"'{card.id}' takes imagery and has no time window")
+    if card.modality == "patch" and request.fields is not None:
+        raise InvalidRequest.of("fields", f"'{card.id}' predicts for patches, not for pixels")
     if card.modality == "pixel" and request.stride is not None:
         raise InvalidRequest.of("stride", f"'{card.id}' predicts for every pixel, not for patches")
 

@@ -57,9 +57,39 @@ def run_raster(
         Cancelled: `cancelled` was set.
         PIMCError: a fault of the stack, the model or the request.
     """
+    work = make_work(
+        run,
+        folder,
+        progress=progress,
+        cancelled=cancelled,
+        executor=executor,
+        cache=cache,
+        journal=journal,
+        window_bytes=window_bytes,
+    )
+    return run_pixels(work) if run.model.card.modality == "pixel" else run_patches(work)
+
+
+def make_work(
+    run: RasterRun,
+    folder: Path,
+    *,
+    progress: Callable[[float], None] = lambda _: None,
+    cancelled: threading.Event | None = None,
+    executor: Executor | None = None,
+    cache: BlockCache | None = None,
+    journal: Journal | None = None,
+    window_bytes: int = WINDOW_BYTES,
+) -> Work:
+    """A run with everything around it; the arguments are those of `run_raster`.
+
+    Raises:
+        Cancelled: `cancelled` was set.
+        PIMCError: the run does not fit its model.
+    """
     check_run(run)
     check(cancelled)
-    work = Work(
+    return Work(
         run=run,
         folder=folder,
         progress=Progress(progress),
@@ -69,4 +99,3 @@ def run_raster(
         journal=journal,
         window_bytes=window_bytes,
     )
-    return run_pixels(work) if run.model.card.modality == "pixel" else run_patches(work)

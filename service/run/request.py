@@ -51,7 +51,14 @@ class RasterRequest:
     stride: int | None = None
     """Pixels between patches; None uses the patch's side."""
     points: tuple[PointQuery, ...] | None = None
-    """Predict for these places only; None predicts for the whole raster."""
+    """Predict for these places alone; None predicts for the whole raster."""
+    fields: SourceFile | None = None
+    """A file of polygons to predict for; None predicts for the whole raster."""
+
+    @property
+    def sources(self) -> tuple[SourceFile, ...]:
+        """Every file that the request needs."""
+        return self.files if self.fields is None else (*self.files, self.fields)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,14 @@ Each route is one line; `_serve` is the whole path of a request.
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 import asyncio
+import json
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
@@ -32,9 +33,10 @@ from service.api.openapi import answers, body
 from service.api.responses import FILE_TYPES, make_response, offers
 from service.api.routes.jobs import accepted
 from service.api.schemas import read_fields, read_items, read_series
-from service.api.uploads import FILES, FORM, media_type, read_form, read_json
+from service.api.uploads import FIELDS, FILES, FORM, media_type, read_form, read_json
 from service.errors import InvalidRequest, NotReady
 from service.jobs.store import Idempotency, fingerprint
+from service.read.geotiff import SourceFile
 from service.read.references import fetch_items
 from service.run.execute import Result, execute
 from service.run.plan import Plan, plan_request
@@ -152,6 +154,7 @@ def _run(
         app.engine,
         max_raster_bytes=app.settings.max_raster_bytes,
         rasters=media in FILE_TYPES,
+        max_fields=app.settings.max_fields,
         cache=app.cache,
     )
     if later or plan.pixels > app.settings.sync_max_pixels:
@@ -206,7 +209,8 @@ async def _read_request(
         fields = await to_thread.run_sync(read_fields, task, said)
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
-        return fields.request(task, form.files)
+        polygons = form.polygons or await _polygons(fields.fields, folder)
+        return fields.request(task, form.files, polygons)
     text = await read_json(request, app.limits)
     settings = app.settings
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
@@ -216,8 +220,18 @@ async def _read_request(
     if named is not None:
         items, fields = named
         files = await fetch_items(items, folder, settings)
-        return fields.request(task, files)
+        return fields.request(task, files, await _polygons(fields.fields, folder))
     series = await to_thread.run_sync(read_series, task, text)
     if modality == "patch":
         raise InvalidRequest.of("modality", "a series has no imagery; use modality pixel")
     return series.request(task)
+
+
+async def _polygons(given: str | Mapping[str, Any] | None, folder: Path) -> SourceFile | None:
+    """GeoJSON of a form or a JSON body as a file, as an uploaded one is."""
+    if given is None:
+        return None
+    text = given if isinstance(given, str) else json.dumps(given)
+    path = folder / "fields.bin"
+    await to_thread.run_sync(partial(path.write_text, text, encoding="utf-8"))
+    return SourceFile(name=FIELDS, path=path)

@@ -1,0 +1,364 @@
+"""Field runs: predictions per polygon, each pixel counted by the share of it that is covered.
+
+    windows that hold a field → Sits → infer → sums per field → means → results
+
+Classes: the mean probability over a field's pixels. Forecasts: one forecast of the field's own mean
+series, per date over its clear pixels. Embeddings: the mean embedding. What a window adds to its
+fields is a few sums, so memory does not grow with the raster, and a field that lies in several
+windows is the sum of its parts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import shapely
+from exactextract import exact_extract
+from exactextract.raster import NumPyRasterSource
+from numpy.typing import NDArray
+
+from service.errors import StackWarning
+from service.grid import Grid, Window
+from service.read.buffers import BufferPool
+from service.read.reader import StackReader
+from service.read.stack import Sits
+from service.read.vectors import Fields
+from service.run.collect import WindowPredictions, Work, run_warnings
+from service.run.executors import Timing, check
+from service.run.pixels import ClearPixels, PixelStages, model_time
+from service.run.plan import RasterRun
+from service.run.windows import Arrays, windows
+from service.write.predictions import JSON
+
+_CELLS_AT_ONCE = 2**16
+"""Cells of fields whose series are gathered at once: overlapping fields may have many."""
+_LEAST_CLEAR = 0.1
+"""Share of a field's area that must be clear on a date for it to count in the mean series."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldOutcome:
+    """Results of a field run."""
+
+    results: tuple[dict[str, JSON], ...]
+    """One result per field, in order: `status` ok, no_data, outside or invalid, and if ok the
+    prediction with `pixels`, `hectares` and `clear_dates`."""
+    pixels: int
+    """Of the windows read."""
+    timing: Timing
+    warnings: tuple[StackWarning, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Which cells of a window some fields cover, and how much of each.
+
+    Entries of one field stand together, in the fields' order.
+    """
+
+    fields: NDArray[np.intp]
+    """Fields that cover anything (n), ascending."""
+    starts: NDArray[np.intp]
+    """First entry of each of these fields (n)."""
+    cells: NDArray[np.intp]
+    """Position of each entry in the flattened window (E)."""
+    share: NDArray[np.float64]
+    """Covered share of the cell, 0 to 1 (E)."""
+
+    def sums(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Sums by field (n, …) of values by entry (E, …)."""
+        if not len(self.fields):
+            return np.zeros((0, *values.shape[1:]))
+        return np.asarray(np.add.reduceat(values, self.starts, axis=0, dtype=np.float64))
+
+
+class FieldGrid:
+    """Fields laid on a raster's grid: which windows hold them, and the shares of pixels covered.
+
+    Args:
+        fields: the polygons.
+        grid: of the raster.
+    """
+
+    def __init__(self, fields: Fields, grid: Grid) -> None:
+        self._shapes = np.full(len(fields), None, np.object_)
+        in_crs = fields.in_crs(grid.crs)
+        self.usable = np.array([shape is not None for shape in in_crs], np.bool_)
+        to_pixels = ~grid.transform
+
+        def place(points: NDArray[np.float64]) -> NDArray[np.float64]:
+            columns, rows = to_pixels @ (points[:, 0], points[:, 1])
+            # exactextract's y points up.
+            return np.stack([columns, -rows], axis=1)
+
+        if self.usable.any():
+            self._shapes[self.usable] = shapely.transform(in_crs[self.usable], place)
+        self._tree = shapely.STRtree(self._shapes)
+
+    def within(self, window: Window) -> NDArray[np.intp]:
+        """The fields whose bounding box meets a window, ascending."""
+        (top, bottom), (left, right) = window.toranges()
+        return np.sort(self._tree.query(shapely.box(left, -bottom, right, -top)))
+
+    def coverage(self, window: Window) -> Coverage:
+        """The covered share of each cell of a window by field.
+
+        Exact for every affine grid: shares are computed in pixel space (exactextract).
+        """
+        (top, bottom), (left, right) = window.toranges()
+        numbers = self.within(window)
+        # Shares alone are wanted, so all cells may be the same byte.
+        cells = np.broadcast_to(np.zeros((), np.uint8), (bottom - top, right - left))
+        source = NumPyRasterSource(cells, left, -bottom, right, -top)
+        features = [
+            {
+                "type": "Feature",
+                "properties": {},
+                "geometry": _geometry(self._shapes[number]),
+            }
+            for number in numbers
+        ]
+        found = exact_extract(source, features, ["cell_id", "coverage"]) if features else []
+        parts = [one["properties"] for one in found]
+        counts = np.array([len(part["cell_id"]) for part in parts], np.intp)
+        some = counts > 0
+        empty: NDArray[Any] = np.zeros(0)
+        return Coverage(
+            fields=numbers[some],
+            starts=(np.cumsum(counts) - counts)[some],
+            cells=np.concatenate([part["cell_id"] for part in parts] or [empty]).astype(np.intp),
+            share=np.concatenate([part["coverage"] for part in parts] or [empty]).astype(float),
+        )
+
+
+def _geometry(shape: Any) -> dict[str, Any]:  # noqa: ANN401 - shapely has no types
+    return dict(shapely.geometry.mapping(shape))
+
+
+def run_fields(work: Work, fields: Fields) -> FieldOutcome:
+    """Predict for polygons.
+
+    Args:
+        work: the run, with its executor, journal and progress; its rasters are not made.
+        fields: the polygons.
+
+    Raises:
+        Cancelled: the run was cancelled.
+        PIMCError: a fault of the stack or the model.
+    """
+    run, grid = work.run, work.run.stack.grid
+    on_grid = FieldGrid(fields, grid)
+    parts = [
+        part
+        for part in windows(
+            grid, run.stack.block, run.pixel_bytes + run.prediction_bytes, work.window_bytes
+        )
+        if len(on_grid.within(part))
+    ]
+    buffers = BufferPool()
+    with buffers, StackReader(run.stack, run.used, cache=work.cache, buffers=buffers) as reader:
+        stages = PixelStages(run, reader, buffers, work.cancelled)
+        kind = _Series if run.model.card.task == "forecast" else _Means
+        sums = kind(run, on_grid, len(fields), stages)
+        advance = _advance(work, parts)
+        timing = work.each(
+            "fields",
+            parts,
+            read=stages.read,
+            infer=sums.infer,
+            digest=sums.digest,
+            keep=lambda _, arrays: sums.add(arrays),
+            advance=advance,
+        )
+    begun = time.perf_counter()
+    results = sums.results(work.cancelled)
+    for number in np.flatnonzero(~on_grid.usable):
+        results[number] = {"status": "invalid"}
+    work.progress.finish()
+    return FieldOutcome(
+        results=tuple(results),
+        pixels=sum(int(part.width * part.height) for part in parts),
+        timing=timing + Timing(infer=time.perf_counter() - begun),
+        warnings=(*run_warnings(run), *fields.warnings),
+    )
+
+
+def _advance(work: Work, parts: Sequence[Window]) -> Any:  # noqa: ANN401 - a function
+    total = sum(part.width * part.height for part in parts) or 1
+    grid = work.run.stack.grid
+    share = 0.95 * grid.width * grid.height / total
+    return work.progress.of(share, grid)
+
+
+class _Sums:
+    """What every kind of result counts of each field: pixels, area and clear dates."""
+
+    def __init__(self, run: RasterRun, grid: FieldGrid, count: int, stages: PixelStages) -> None:
+        self._run = run
+        self._grid = grid
+        self._stages = stages
+        self._totals: dict[str, NDArray[np.float64]] = {}
+        self._count = count
+
+    def _extents(self, window: Window, covered: Coverage) -> dict[str, NDArray[Any]]:
+        hectares = self._run.stack.grid.hectares(window).reshape(-1)
+        return {
+            "fields": covered.fields,
+            "pixels": covered.sums(covered.share),
+            "hectares": covered.sums(covered.share * hectares[covered.cells]),
+        }
+
+    def add(self, arrays: Arrays) -> None:
+        """Add what a window holds to its fields."""
+        fields = arrays["fields"]
+        for name, values in arrays.items():
+            if name == "fields":
+                continue
+            total = self._totals.setdefault(name, np.zeros((self._count, *values.shape[1:])))
+            total[fields] += values
+
+    def _total(self, name: str) -> NDArray[np.float64]:
+        return self._totals.get(name, np.zeros(self._count))
+
+    def _status(self, ok: NDArray[np.bool_]) -> list[dict[str, JSON]]:
+        covered = self._total("pixels") > 0
+        return [
+            {"status": "ok" if good else "no_data" if there else "outside"}
+            for good, there in zip(ok, covered, strict=True)
+        ]
+
+    def _extent(self, number: int, clear_dates: float) -> dict[str, JSON]:
+        return {
+            "pixels": float(self._total("pixels")[number]),
+            "hectares": float(self._total("hectares")[number]),
+            "clear_dates": float(clear_dates),
+        }
+
+
+class _Means(_Sums):
+    """Mean probabilities with the share of each class, or mean embeddings."""
+
+    def infer(self, clear: ClearPixels) -> tuple[WindowPredictions, NDArray[np.integer[Any]]]:
+        """Predictions of a window, and the clear dates of every pixel of it."""
+        return self._stages.infer(clear), clear.seen
+
+    def digest(
+        self, window: Window, found: tuple[WindowPredictions, NDArray[np.integer[Any]]]
+    ) -> Arrays:
+        """What a window adds to its fields."""
+        predicted, seen = found
+        covered = self._grid.coverage(window)
+        arrays = self._extents(window, covered)
+        position = np.full(int(window.height * window.width), -1)
+        good = ~np.isnan(predicted.predictions).any(axis=1)
+        position[predicted.index[good]] = np.flatnonzero(good)
+        at = position[covered.cells]
+        weight = np.where(at >= 0, covered.share, 0.0)
+        values = predicted.predictions[at] if len(predicted.predictions) else None
+        width = self._run.model.width[0]
+        weighted = np.zeros((len(at), width)) if values is None else weight[:, None] * values
+        arrays["weight"] = covered.sums(weight)
+        arrays["values"] = covered.sums(weighted)
+        arrays["seen"] = covered.sums(covered.share * seen.reshape(-1)[covered.cells])
+        if self._run.model.card.classes:
+            shares = np.zeros((len(at), width))
+            if values is not None:
+                shares[np.arange(len(at)), values.argmax(axis=1)] = weight
+            arrays["shares"] = covered.sums(shares)
+        return arrays
+
+    def results(self, cancelled: threading.Event | None) -> list[dict[str, JSON]]:
+        """A result for each field."""
+        check(cancelled)
+        weight = self._total("weight")
+        results = self._status(weight > 0)
+        for number in np.flatnonzero(weight > 0).tolist():
+            mean = (self._totals["values"][number] / weight[number]).astype(np.float32)
+            record = self._run.predictions.record(mean)
+            classes = self._run.model.card.classes
+            if classes:
+                shares = self._totals["shares"][number] / weight[number]
+                record["share"] = {
+                    c.name: float(s) for c, s in zip(classes, shares, strict=True) if s > 0
+                }
+            seen = self._totals["seen"][number] / self._total("pixels")[number]
+            results[number] |= {**record, **self._extent(number, seen)}
+        return results
+
+
+class _Series(_Sums):
+    """Forecasts of each field's own mean series."""
+
+    def infer(self, clear: ClearPixels) -> Sits:
+        """The window's series; the model takes the means later."""
+        return clear.sits
+
+    def digest(self, window: Window, sits: Sits) -> Arrays:
+        """What a window adds to its fields: clear area and reflectance by date."""
+        covered = self._grid.coverage(window)
+        arrays = self._extents(window, covered)
+        T, C, h, w = sits.values.shape
+        values, valid = sits.values.reshape(T, C, h * w), sits.valid.reshape(T, h * w)
+        clear, total = [], []
+        for part, cells, share in _pieces(covered):
+            weight = np.where(valid[:, cells], share, 0.0)
+            clear.append(part.sums(weight.T))
+            # Clouds keep their values, and what is missing is NaN.
+            known = np.where(valid[:, None, cells], values[:, :, cells], 0.0)
+            total.append(part.sums((known * weight[:, None]).transpose(2, 0, 1)))
+        arrays["clear"] = np.concatenate(clear or [np.zeros((0, T))])
+        arrays["values"] = np.concatenate(total or [np.zeros((0, T, C))])
+        self._stages.give_back(sits)
+        return arrays
+
+    def results(self, cancelled: threading.Event | None) -> list[dict[str, JSON]]:
+        """A result for each field."""
+        run = self._run
+        if "clear" not in self._totals:
+            return self._status(np.zeros(self._count, np.bool_))
+        clear = self._totals["clear"]
+        valid = clear > _LEAST_CLEAR * self._total("pixels")[:, None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = (self._totals["values"] / clear[:, :, None]).astype(np.float32)
+        enough = np.flatnonzero(valid.sum(axis=1) >= run.model.card.min_observations)
+        predictions = np.full((self._count, *run.model.width), np.nan, np.float32)
+        days, day_of_year = model_time(run)
+        for start in range(0, len(enough), run.model.chunk):
+            check(cancelled)
+            chunk = enough[start : start + run.model.chunk]
+            predictions[chunk] = run.model.pixels(values[chunk], valid[chunk], days, day_of_year)
+        missing = np.isnan(predictions).reshape(self._count, -1)
+        ok = np.asarray(~missing.any(axis=1))
+        results = self._status(ok)
+        for number in np.flatnonzero(ok).tolist():
+            seen = clear[number].sum() / self._total("pixels")[number]
+            results[number] |= {
+                **run.predictions.record(predictions[number]),
+                **self._extent(number, seen),
+            }
+        return results
+
+
+def _pieces(
+    covered: Coverage,
+) -> Iterator[tuple[Coverage, NDArray[np.intp], NDArray[np.float64]]]:
+    """A coverage in parts of whole fields, of about `_CELLS_AT_ONCE` entries."""
+    ends = np.append(covered.starts[1:], len(covered.cells))
+    begin = 0
+    while begin < len(covered.fields):
+        first = int(covered.starts[begin])
+        stop = max(begin + 1, int(np.searchsorted(ends, first + _CELLS_AT_ONCE, side="right")))
+        last = int(ends[stop - 1])
+        part = Coverage(
+            fields=covered.fields[begin:stop],
+            starts=covered.starts[begin:stop] - first,
+            cells=covered.cells[first:last],
+            share=covered.share[first:last],
+        )
+        yield part, part.cells, part.share
+        begin = stop

@@ -1,0 +1,121 @@
+"""Field results as GeoJSON, CSV and GeoParquet: one row per field, in the request's order."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import shapely
+
+_GEO = {
+    "version": "1.1.0",
+    "primary_column": "geometry",
+    # Without a `crs`, GeoParquet's default holds: longitude and latitude (OGC:CRS84).
+    "columns": {"geometry": {"encoding": "WKB", "geometry_types": []}},
+}
+
+
+def field_features(
+    ids: Sequence[Any],
+    properties: Sequence[Mapping[str, Any]],
+    geometries: Sequence[Mapping[str, Any] | None],
+    results: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """GeoJSON features: each field with its own properties and, over them, its results."""
+    return [
+        {
+            "type": "Feature",
+            "id": name,
+            "geometry": geometry,
+            "properties": {**own, **found},
+        }
+        for name, own, geometry, found in zip(ids, properties, geometries, results, strict=True)
+    ]
+
+
+def table_rows(features: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Features as flat rows: `id`, their properties, and results by dotted names.
+
+    A list of numbers by date becomes a column per date (`NDVI_2021-11-05_q50`), a list without
+    dates a column per position (`embedding_0`).
+    """
+    return [{"id": one["id"], **_flat(one["properties"])} for one in features]
+
+
+def _flat(properties: Mapping[str, Any]) -> dict[str, Any]:
+    dates = properties.get("dates") if isinstance(properties.get("dates"), list) else []
+    row: dict[str, Any] = {}
+    for name, value in properties.items():
+        if name == "dates" and dates:
+            continue
+        if isinstance(value, Mapping):
+            for inner, found in value.items():
+                if isinstance(found, list) and len(found) == len(dates or ()):
+                    row |= {
+                        f"{name}_{day}_{inner}": v
+                        for day, v in zip(dates or (), found, strict=True)
+                    }
+                else:
+                    row[f"{name}.{inner}"] = _cell(found)
+        elif isinstance(value, list) and all(isinstance(v, float | int) for v in value):
+            row |= {f"{name}_{n}": v for n, v in enumerate(value)}
+        else:
+            row[name] = _cell(value)
+    return row
+
+
+def _cell(value: Any) -> Any:  # noqa: ANN401 - JSON
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def fields_csv(features: Sequence[Mapping[str, Any]]) -> str:
+    """Features as CSV (RFC 4180) without their geometry."""
+    rows = table_rows(features)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _columns(rows), lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_geoparquet(features: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Write features as GeoParquet 1.1, in longitude and latitude.
+
+    Args:
+        features: GeoJSON features.
+        path: of the file to write.
+
+    Returns:
+        The path.
+    """
+    rows = table_rows(features)
+    columns = {name: _array([row.get(name) for row in rows]) for name in _columns(rows)}
+    shapes = [
+        None if one["geometry"] is None else shapely.from_geojson(json.dumps(one["geometry"]))
+        for one in features
+    ]
+    columns["geometry"] = pa.array(
+        [None if shape is None else shapely.to_wkb(shape) for shape in shapes], pa.binary()
+    )
+    table = pa.table(columns)
+    metadata = {**(table.schema.metadata or {}), b"geo": json.dumps(_GEO).encode()}
+    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), path, compression="zstd")
+    return path
+
+
+def _array(values: list[Any]) -> Any:  # noqa: ANN401 - pyarrow has no types
+    """A column; of text where its values are of several types."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([None if value is None else str(value) for value in values], pa.string())

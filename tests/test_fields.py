@@ -1,0 +1,442 @@
+"""Predictions per field, against exactextract on the plain maps, shapely and geopandas."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import geopandas
+import httpx
+import numpy as np
+import pandas as pd
+import pyarrow.parquet
+import pyogrio
+import pytest
+import rasterio
+import rasterio.io
+import shapely
+from affine import Affine
+from exactextract import exact_extract
+from rasterio.crs import CRS
+from rasterio.warp import transform_geom
+from shapely.geometry import MultiPolygon, Polygon, box, mapping, shape
+
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_zoo
+from models.registry import Registry
+from service.errors import NotAVectorFile, TooManyFields
+from service.grid import Grid, Window
+from service.infer.engine import Engine
+from service.read.geotiff import SourceFile
+from service.read.layouts import StackOptions
+from service.read.stack import open_stack
+from service.read.vectors import Fields, read_fields
+from service.run.fields import FieldGrid, run_fields
+from service.run.plan import plan_raster
+from service.run.raster import make_work
+from tests.kits.rasters import NORTH_UP, UTM, write
+
+H, W, DATES = 40, 60, 5
+BANDS = ("B02", "B04", "B08")
+LEFT, TOP = NORTH_UP.c, NORTH_UP.f
+
+
+def at(column: float, row: float) -> tuple[float, float]:
+    return NORTH_UP @ (column, row)
+
+
+def square(column: float, row: float, side: float) -> Polygon:
+    return Polygon([at(column, row), at(column + side, row), at(column + side, row + side),
+                    at(column, row + side)])  # fmt: skip
+
+
+SHAPES: dict[str, Any] = {
+    "whole pixels": square(2, 3, 6),
+    "shares of pixels": square(10.3, 4.7, 5.4),
+    "smaller than a pixel": square(20.2, 7.6, 0.3),
+    "sliver": Polygon([at(5, 20), at(50, 20.4), at(50, 20.5)]),
+    "hole": Polygon(square(22, 22, 12).exterior, [square(25.5, 25.5, 4).exterior]),
+    "two parts": MultiPolygon([square(40, 2, 3.5), square(50, 30.5, 5)]),
+    "half outside": square(56, 30, 9),
+    "outside": square(200, 200, 5),
+    "under clouds": square(45, 10, 4),
+}
+FIELDS = [
+    {"type": "Feature", "id": name, "properties": {"crop": f"c{n}", "n": n}, "geometry": None}
+    for n, name in enumerate(SHAPES)
+]
+
+
+def lonlat(geometry: Any) -> dict[str, Any]:
+    return dict(transform_geom(UTM, "EPSG:4326", mapping(geometry), precision=-1))
+
+
+def collection(shapes: dict[str, Any] = SHAPES) -> dict[str, Any]:
+    features = [
+        {"type": "Feature", "id": name, "properties": {"crop": f"c{n}", "n": n},
+         "geometry": lonlat(one)}
+        for n, (name, one) in enumerate(shapes.items())
+    ]  # fmt: skip
+    return {"type": "FeatureCollection", "features": features}
+
+
+def frame() -> geopandas.GeoDataFrame:
+    rows = {"name": list(SHAPES), "n": range(len(SHAPES))}
+    return geopandas.GeoDataFrame(rows, geometry=list(SHAPES.values()), crs=UTM)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> list[SourceFile]:
+    folder = tmp_path_factory.mktemp("stack")
+    random = np.random.default_rng(3)
+    level = random.uniform(500, 4000, (3, H, W))
+    files = []
+    for month in range(1, DATES + 1):
+        values = (level * random.uniform(0.8, 1.2, (3, H, W))).astype(np.uint16)
+        values[:, 9:16, 44:52] = 0  # never seen
+        values[:, random.integers(0, H, 150), random.integers(0, W, 150)] = 0
+        files.append(
+            write(folder / f"s_2021-0{month}-01.tif", values, descriptions=BANDS, nodata=0)
+        )
+    return files
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def api(zoo: Path) -> Iterator[httpx.Client]:
+    with served(model_dir=zoo, max_fields=50) as client:
+        yield client
+
+
+def posted(
+    api: httpx.Client, stack: list[SourceFile], task: str = "classify-pixels", *,
+    fields: Any = None, accept: str | None = None, **data: Any,
+) -> httpx.Response:  # fmt: skip
+    files: list[Any] = [("files", (s.name, s.path.read_bytes())) for s in stack]
+    if isinstance(fields, tuple):
+        files.append(("fields", fields))
+    elif fields is not None:
+        data["fields"] = json.dumps(fields)
+    headers = {"Accept": accept} if accept else {}
+    return api.post(f"/{task}", files=files, data=data, headers=headers)
+
+
+def raster(answer: httpx.Response) -> rasterio.io.MemoryFile:
+    assert answer.status_code == 200, answer.text
+    return rasterio.io.MemoryFile(answer.content)
+
+
+# Shares --------------------------------------------------------------------------------------
+
+
+def fields_of(shapes: list[Any], crs: Any = UTM) -> Fields:
+    return Fields(
+        ids=tuple(range(len(shapes))),
+        properties=({},) * len(shapes),
+        shapes=np.array(shapes, np.object_),
+        crs=CRS.from_user_input(crs),
+        warnings=(),
+    )
+
+
+def covered_pixels(fields: Fields, grid: Grid, side: int) -> np.ndarray:
+    """Pixels that each field covers, summed over windows."""
+    on_grid, total = FieldGrid(fields, grid), np.zeros(len(fields))
+    for row in range(0, grid.height, side):
+        for column in range(0, grid.width, side):
+            window = Window(
+                column, row, min(side, grid.width - column), min(side, grid.height - row)
+            )
+            covered = on_grid.coverage(window)
+            assert (covered.share > 0).all()
+            assert (covered.share <= 1 + 1e-6).all()
+            total[covered.fields] += covered.sums(covered.share)
+    return total
+
+
+@pytest.mark.parametrize("side", [7, 16, 100])
+@pytest.mark.parametrize("turn", [0, 30])
+def test_shares_sum_to_the_area_within_the_raster(side: int, turn: float) -> None:
+    transform = NORTH_UP @ Affine.rotation(turn)
+    grid = Grid(crs=CRS.from_user_input(UTM), transform=transform, width=W, height=H)
+    corners = [transform @ corner for corner in ((0, 0), (W, 0), (W, H), (0, H))]
+    shapes = list(SHAPES.values())
+    expected = [one.intersection(Polygon(corners)).area / 100 for one in shapes]  # 10 m pixels
+    found = covered_pixels(fields_of(shapes), grid, side)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * 36)
+
+
+def test_fields_that_overlap_each_count_in_full() -> None:
+    grid = Grid(crs=CRS.from_user_input(UTM), transform=NORTH_UP, width=W, height=H)
+    same = [square(10, 10, 7.5)] * 3
+    np.testing.assert_allclose(covered_pixels(fields_of(same), grid, 16), [56.25] * 3, atol=1e-3)
+
+
+# Results -------------------------------------------------------------------------------------
+
+
+def test_classes_are_those_of_the_mean_probability(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    answer = posted(api, stack, fields=collection())
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "application/geo+json"
+    features = answer.json()["features"]
+    assert [one["id"] for one in features] == list(SHAPES)
+    assert [one["properties"]["crop"] for one in features] == [f"c{n}" for n in range(len(SHAPES))]
+    with raster(posted(api, stack, outputs="probabilities")) as memory, memory.open() as file:
+        names = file.descriptions
+        # exactextract leaves NaN out, band by band.
+        means = exact_extract(file, frame(), ["mean"], output="pandas")
+        inside = exact_extract(file, frame(), ["count"], output="pandas").iloc[:, 0]
+    for n, one in enumerate(features):
+        found, expected = one["properties"], means.iloc[n].to_numpy()
+        if one["id"] == "outside":
+            assert found["status"] == "outside"
+            continue
+        if one["id"] == "under clouds":
+            assert found["status"] == "no_data"
+            assert "class" not in found
+            continue
+        assert found["status"] == "ok"
+        probabilities = [found["probabilities"][name] for name in names]
+        np.testing.assert_allclose(probabilities, expected, atol=2e-4)
+        assert found["class"] == names[int(np.argmax(expected))]
+        assert found["confidence"] == pytest.approx(max(expected), abs=2e-4)
+        assert sum(found["share"].values()) == pytest.approx(1)
+        assert 0 < found["clear_dates"] <= DATES
+        assert inside[n] <= found["pixels"] + 1e-3
+    by_id = {one["id"]: one["properties"] for one in features}
+    assert by_id["whole pixels"]["pixels"] == pytest.approx(36)
+    assert by_id["whole pixels"]["hectares"] == pytest.approx(0.36, rel=0.005)
+    assert by_id["smaller than a pixel"]["pixels"] == pytest.approx(0.09, rel=1e-3)
+    assert by_id["half outside"]["pixels"] == pytest.approx(36)
+
+
+def test_embeddings_are_the_mean_embedding(api: httpx.Client, stack: list[SourceFile]) -> None:
+    features = posted(api, stack, "embed", fields=collection()).json()["features"]
+    with raster(posted(api, stack, "embed")) as memory, memory.open() as file:
+        means = exact_extract(file, frame(), ["mean"], output="pandas").to_numpy()
+    for one, expected in zip(features, means, strict=True):
+        if one["properties"]["status"] == "ok":
+            np.testing.assert_allclose(one["properties"]["embedding"], expected, rtol=1e-4)
+
+
+def test_a_forecast_is_that_of_the_fields_own_mean_series(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    features = posted(api, stack, "forecast", fields=collection()).json()["features"]
+    found = {one["id"]: one["properties"] for one in features}
+    name = "shares of pixels"
+    series: dict[str, Any] = {"id": name, "dates": [f"2021-0{n}-01" for n in range(1, DATES + 1)]}
+    for number, band in enumerate(BANDS, start=1):
+        series[band] = []
+        for source in stack:
+            with rasterio.open(source.path) as file:
+                one = geopandas.GeoDataFrame(geometry=[SHAPES[name]], crs=UTM)
+                mean = exact_extract(file, one, ["mean"], output="pandas")
+                values = mean.to_numpy()[0]
+                series[band].append(float(values[number - 1]) / 10_000)
+    expected = api.post("/forecast", json={"series": [series]}).json()["results"][0]
+    for index in ("NDVI", "EVI", "SAVI"):
+        np.testing.assert_allclose(found[name][index]["q50"], expected[index]["q50"], rtol=1e-3)
+    assert found[name]["dates"] == expected["dates"]
+    assert found["under clouds"]["status"] == "no_data"
+
+
+def test_windows_give_what_the_whole_gives(
+    zoo: Path, stack: list[SourceFile], tmp_path: Path
+) -> None:
+    fields = fields_of(list(SHAPES.values()))
+    with Engine(Registry.load(zoo), providers="cpu") as engine:
+        for name in ("pixels-landcover", "forecast-vi", "embed-pixel"):
+            model = engine.models[name]
+            opened = open_stack(stack, StackOptions(), bands=model.card.bands, max_bytes=2**30)
+            run = plan_raster(model, opened, rasters=False)
+            whole = run_fields(make_work(run, tmp_path), fields).results
+            small = run_fields(make_work(run, tmp_path, window_bytes=2**13), fields).results
+            for one, other in zip(whole, small, strict=True):
+                assert one["status"] == other["status"]
+                flat, same = (json.dumps(x, sort_keys=True) for x in (one, other))
+                numbers, others = (_numbers(json.loads(text)) for text in (flat, same))
+                np.testing.assert_allclose(numbers, others, rtol=1e-5, atol=1e-6)
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [n for one in value.values() for n in _numbers(one)]
+    if isinstance(value, list):
+        return [n for one in value for n in _numbers(one)]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+def test_only_windows_that_hold_a_field_are_read(
+    zoo: Path, stack: list[SourceFile], tmp_path: Path
+) -> None:
+    with Engine(Registry.load(zoo), providers="cpu") as engine:
+        model = engine.models["pixels-landcover"]
+        opened = open_stack(stack, StackOptions(), bands=model.card.bands, max_bytes=2**30)
+        run = plan_raster(model, opened, rasters=False)
+        one = fields_of([square(2, 3, 6)])
+        work = make_work(run, tmp_path, window_bytes=2**13)
+        assert run_fields(work, one).pixels < H * W / 4
+        nothing = run_fields(work, fields_of([square(200, 200, 5)]))
+        assert (nothing.pixels, nothing.results) == (0, ({"status": "outside"},))
+
+
+# Files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32631", "EPSG:4326", "EPSG:3035", "EPSG:3857"])
+@pytest.mark.parametrize("ending", ["geojson", "gpkg", "parquet"])
+def test_every_format_and_crs_gives_the_same(
+    api: httpx.Client, stack: list[SourceFile], tmp_path: Path, ending: str, crs: str
+) -> None:
+    path = tmp_path / f"fields.{ending}"
+    given = frame().to_crs(crs)
+    if ending == "parquet":
+        given.to_parquet(path)
+    else:
+        given.to_file(path, driver="GPKG" if ending == "gpkg" else "GeoJSON")
+    answer = posted(api, stack, fields=(path.name, path.read_bytes()))
+    assert answer.status_code == 200, answer.text
+    plain = posted(api, stack, fields=collection()).json()["features"]
+    for one, other in zip(answer.json()["features"], plain, strict=True):
+        assert one["properties"]["name"] == other["id"]
+        assert one["properties"]["n"] == other["properties"]["n"]
+        assert one["properties"]["status"] == other["properties"]["status"]
+        if one["properties"]["status"] == "ok":
+            for key in ("confidence", "hectares"):
+                assert one["properties"][key] == pytest.approx(other["properties"][key], rel=5e-3)
+        assert shape(one["geometry"]).distance(shape(other["geometry"])) < 1e-6
+
+
+def test_a_table_holds_a_row_for_each_field(api: httpx.Client, stack: list[SourceFile]) -> None:
+    answer = posted(api, stack, fields=collection(), accept="text/csv")
+    assert answer.headers["content-type"].startswith("text/csv")
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    features = posted(api, stack, fields=collection()).json()["features"]
+    assert [row["id"] for row in rows] == [one["id"] for one in features]
+    for row, one in zip(rows, features, strict=True):
+        assert row["status"] == one["properties"]["status"]
+        if row["status"] == "ok":
+            assert float(row["confidence"]) == one["properties"]["confidence"]
+            name, share = next(iter(one["properties"]["share"].items()))
+            assert float(row[f"share.{name}"]) == share
+    forecast = posted(api, stack, "forecast", fields=collection(), accept="text/csv")
+    columns = next(csv.reader(io.StringIO(forecast.text)))
+    assert sum(name.startswith("NDVI_2021-") and name.endswith("_q50") for name in columns) == 3
+
+
+def test_geoparquet_is_read_by_geopandas(
+    api: httpx.Client, stack: list[SourceFile], tmp_path: Path
+) -> None:
+    answer = posted(api, stack, fields=collection(), accept="application/vnd.apache.parquet")
+    assert answer.status_code == 200, answer.text
+    path = tmp_path / "x.parquet"
+    path.write_bytes(answer.content)
+    table = geopandas.read_parquet(path)
+    assert table.crs == "OGC:CRS84"
+    assert list(table["id"]) == list(SHAPES)
+    assert len(pyarrow.parquet.read_table(path)) == len(SHAPES)
+    moved = table.to_crs(UTM).geometry
+    assert all(a.distance(b) < 1e-3 for a, b in zip(moved, SHAPES.values(), strict=True))
+
+
+def test_a_job_gives_what_the_request_gives(api: httpx.Client, stack: list[SourceFile]) -> None:
+    plain = posted(api, stack, fields=collection()).json()["features"]
+    files: list[Any] = [("files", (s.name, s.path.read_bytes())) for s in stack]
+    files.append(("fields", ("fields.geojson", json.dumps(collection()).encode())))
+    accepted = api.post("/classify-pixels", files=files, headers={"Prefer": "respond-async"})
+    assert accepted.status_code == 202, accepted.text
+    where = accepted.headers["Location"]
+    while (job := api.get(where).json())["status"] in {"accepted", "running"}:
+        pass
+    assert job["status"] == "successful", job
+    result = api.get(where + "/result")
+    assert result.json()["features"] == plain
+    rows = api.get(where + "/result", headers={"Accept": "text/csv"})
+    assert len(list(csv.DictReader(io.StringIO(rows.text)))) == len(SHAPES)
+
+
+# Faults --------------------------------------------------------------------------------------
+
+
+def codes(answer: httpx.Response) -> list[str]:
+    return [one["code"] for one in answer.json()["warnings"]]
+
+
+def test_faulty_features_lose_nothing_else(api: httpx.Client, stack: list[SourceFile]) -> None:
+    bow = Polygon([at(4, 4), at(12, 12), at(12, 4), at(4, 12)])
+    point = shapely.Point(at(5, 5))
+    document = collection({"good": square(2, 3, 6), "bow": bow, "point": point})
+    document["features"].append({"type": "Feature", "id": "good", "properties": None,
+                                 "geometry": None})  # fmt: skip
+    answer = posted(api, stack, fields=document)
+    statuses = [one["properties"]["status"] for one in answer.json()["features"]]
+    assert statuses == ["ok", "ok", "invalid", "invalid"]
+    assert {"fields_repaired", "invalid_fields", "duplicate_ids"} <= set(codes(answer))
+    bow_found = answer.json()["features"][1]["properties"]
+    assert bow_found["pixels"] == pytest.approx(32, abs=1e-3)  # two triangles of 16
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"id;x\n1;2\n", "not_a_vector_file"),
+        (b"{not json", "not_a_vector_file"),
+        (b'{"type": "Topology"}', "not_a_vector_file"),
+        (b'{"type": "FeatureCollection", "features": 3}', "not_a_vector_file"),
+        (b"SQLite format 3\0" + bytes(200), "not_a_vector_file"),
+        (b"PAR1" + bytes(200) + b"PAR1", "not_a_vector_file"),
+        (b"[" * 100_000, "not_a_vector_file"),
+        (b'{"type": "FeatureCollection", "features": []}', "invalid_fields"),
+        (json.dumps(collection({"p": shapely.Point(at(1, 1))})).encode(), "invalid_fields"),
+        (json.dumps(collection(dict.fromkeys(map(str, range(51)), box(0, 0, 1, 1)))).encode(),
+         "too_many_fields"),
+    ],
+)  # fmt: skip
+def test_what_holds_no_fields_is_a_problem(
+    api: httpx.Client, stack: list[SourceFile], content: bytes, code: str
+) -> None:
+    answer = posted(api, stack, fields=("fields.bin", content))
+    assert answer.json()["code"] == code
+    assert answer.status_code in {413, 422}
+    assert "fields.bin" in answer.json()["detail"]
+
+
+def test_points_and_fields_do_not_go_together(api: httpx.Client, stack: list[SourceFile]) -> None:
+    point = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [3, 51]}}
+    points = json.dumps({"type": "FeatureCollection", "features": [point]})
+    answer = posted(api, stack, fields=collection(), points=points)
+    assert answer.json()["code"] == "invalid_request"
+    assert "points" in answer.json()["detail"]
+
+
+def test_patch_models_have_no_pixels_of_fields(api: httpx.Client, stack: list[SourceFile]) -> None:
+    answer = posted(api, stack, "embed", fields=collection(), modality="patch")
+    assert answer.json()["code"] in {"invalid_request", "missing_bands"}
+
+
+def test_a_file_is_not_what_its_name_says(tmp_path: Path) -> None:
+    path = tmp_path / "x.geojson"
+    frame().to_file(tmp_path / "y.gpkg", driver="GPKG")
+    (tmp_path / "y.gpkg").rename(path)
+    assert len(read_fields(SourceFile(name="x.geojson", path=path), 99)) == len(SHAPES)
+    with pytest.raises(TooManyFields, match="PIMC_MAX_FIELDS"):
+        read_fields(SourceFile(name="x.geojson", path=path), 3)
+
+
+def test_a_geopackage_without_geometry_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.gpkg"
+    pyogrio.write_dataframe(pd.DataFrame({"a": [1]}), path, driver="GPKG")
+    with pytest.raises(NotAVectorFile, match="0 layers with geometry"):
+        read_fields(SourceFile(name="x.gpkg", path=path), 9)
