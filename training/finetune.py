@@ -149,9 +149,10 @@ def new_graph(run: Run, task: AnyTask) -> Any:  # noqa: ANN401  # of the task's 
 
 def start_from_imagenet(graph: Graph) -> None:
     """Give each encoder whose configuration says so its weights of ImageNet."""
-    for encoder in (graph.encoder, *(pair[0] for pair in graph.others)):
-        if isinstance(encoder, EfficientNetLite0):
-            give_imagenet_weights(encoder, imagenet_weights())
+    # `others` are pairs of an encoder and a head; only encoders can be of this kind.
+    for module in (graph.encoder, *graph.others.modules()):
+        if isinstance(module, EfficientNetLite0):
+            give_imagenet_weights(module, imagenet_weights())
 
 
 def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) -> Finished:

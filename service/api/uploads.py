@@ -247,8 +247,8 @@ class _FormReader:
         if self._part.name == FILES:
             self._open_file(filename)
             return
-        if self._part.name == FIELDS and b"filename" in options:
-            self._open_polygons(options[b"filename"])
+        if self._part.name == FIELDS and filename is not None:
+            self._open_polygons(filename)
             return
         if filename is not None and names_a_raster(self._part.name, filename):
             raise InvalidRequest.of(
@@ -272,11 +272,11 @@ class _FormReader:
         self._files.append(SourceFile(name=label(filename, position), path=path))
         self._part.file = path.open("xb")
 
-    def _open_polygons(self, filename: bytes) -> None:
+    def _open_polygons(self, filename: str) -> None:
         if self._polygons is not None:
             raise InvalidRequest.of(FIELDS, "given twice; send one file of polygons")
         path = self._folder / "fields.bin"
-        self._polygons = SourceFile(name=label(_decoded(filename), 0), path=path)
+        self._polygons = SourceFile(name=label(filename, 0), path=path)
         self._part.file = path.open("xb")
 
     def _data(self, data: bytes, start: int, end: int) -> None:
