@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 SOURCES := models service training pimc_client tests benchmarks docs docker scripts
 
-.PHONY: demo serve test lint format client bench docs clean
+.PHONY: demo serve test lint format client lock sbom audit bench docs clean
 
 # The environment: torch first, so that nothing that depends on it picks another build.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,analysis,service,training,demo,docs,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,analysis,service,training,demo,docs,dev,supply]'
 	touch $@
 
 # What the service and the demo need: no torch, a quarter of the time.
@@ -42,6 +42,21 @@ format: $(VENV)/ready
 # The synchronous client of the SDK, from the asynchronous one.
 client: $(VENV)/ready
 	$(BIN)/python scripts/generate_sync_client.py
+
+# Every package of the images with its sha256, from the public index.
+lock: $(VENV)/ready
+	$(BIN)/python scripts/lock.py
+
+# What the images hold, as CycloneDX with licences, in build/sbom: from the metadata of the packages
+# that the lock files install. IMAGES names some of the lock files; all without it.
+sbom: $(VENV)/ready
+	$(BIN)/python scripts/sbom.py $(IMAGES)
+
+# Known vulnerabilities of what the images hold. Needs the public index; a package that it does not
+# have fails as well.
+audit: $(VENV)/ready
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes --progress-spinner off \
+		$(foreach file,$(wildcard docker/locked/*.txt),--requirement $(file))
 
 # The documentation as a site, in build/site. Strict: a broken link fails.
 docs: $(VENV)/ready

@@ -6,21 +6,19 @@
 # Everything that pip needs stays in the stages called packages*: what is served has an environment
 # of finished wheels, no torch and no compiler.
 
-# A tag, so that the base gets its security updates; a release should name a digest instead:
-# --build-arg PYTHON_IMAGE=python@sha256:…
+# scripts/pin_base_image.py adds the digest that the tag now names.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS packages
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
-COPY pyproject.toml constraints.txt ./
-# The extra's requirements alone: `pip install .[service]` would bring the SDK as well.
-# Wheels only: a package that would have to be compiled is an error, not a slow build.
-# ONNX Runtime's plug-in for TensorRT is never asked for, and TensorRT itself is not there.
+COPY docker/locked/service-cpu.txt docker/locked/service-gpu.txt ./
+# Each wheel is that of the lock file, by sha256; a package that would have to be compiled is an
+# error, not a slow build. `make lock` writes the lock files.
+# ONNX Runtime's plug-in for TensorRT is never used, and TensorRT itself is not there.
 RUN python -m venv --without-pip /opt/venv \
-    && python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*extras['service'], sep='\n')" > requirements.txt \
-    && python -m pip --python /opt/venv/bin/python install --only-binary=:all: \
-        --constraint constraints.txt --requirement requirements.txt \
+    && python -m pip --python /opt/venv/bin/python install --require-hashes --no-deps \
+        --only-binary=:all: --requirement service-cpu.txt \
     && rm /opt/venv/lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime_providers_tensorrt.so
 
 # The same package computes on a CPU and on a GPU, and 80 % of it is the plug-in for CUDA. Without
@@ -32,8 +30,8 @@ RUN rm /opt/venv/lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime_pr
 # CUDA 13 and cuDNN 9 from wheels: the base need not be an image of NVIDIA's, and the host needs
 # nothing but its driver (580 or newer) and the container toolkit.
 FROM packages AS packages-gpu
-RUN python -m pip --python /opt/venv/bin/python install --only-binary=:all: \
-        --constraint constraints.txt "onnxruntime-gpu[cuda,cudnn]"
+RUN python -m pip --python /opt/venv/bin/python install --require-hashes --no-deps \
+        --only-binary=:all: --requirement service-gpu.txt
 
 FROM ${PYTHON_IMAGE} AS runtime
 # libexpat1: the GDAL in rasterio's wheel links to it, and the slim image has none. Its version is

@@ -2,26 +2,20 @@
 #
 #   packages ──► training
 #
-# On Linux x86-64 the torch that pip takes is built for CUDA 13; it computes on a CPU as well. Where
-# no GPU will ever be, --build-arg PIP_EXTRA_INDEX_URL=… with PyTorch's index of CPU builds saves
-# 4 GB.
+# On Linux x86-64 the torch of the lock file is built for CUDA 13; it computes on a CPU as well.
 
-# A tag, so that the base gets its security updates; a release should name a digest instead:
-# --build-arg PYTHON_IMAGE=python@sha256:…
+# scripts/pin_base_image.py adds the digest that the tag now names.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS packages
-# Read by pip: an index beside the one that it is set up with.
-ARG PIP_EXTRA_INDEX_URL
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
-COPY pyproject.toml constraints.txt ./
-# The extra's requirements alone, as wheels alone: see service.Dockerfile. ONNX Runtime only checks
-# here, on the CPU, what was exported: its plug-ins for GPUs go.
+COPY docker/locked/training.txt ./
+# Wheels alone, by sha256: see service.Dockerfile. ONNX Runtime only checks here, on the CPU, what was
+# exported: its plug-ins for GPUs go.
 RUN python -m venv --without-pip /opt/venv \
-    && python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*extras['training'], sep='\n')" > requirements.txt \
-    && python -m pip --python /opt/venv/bin/python install --only-binary=:all: \
-        --constraint constraints.txt --requirement requirements.txt \
+    && python -m pip --python /opt/venv/bin/python install --require-hashes --no-deps \
+        --only-binary=:all: --requirement training.txt \
     && rm /opt/venv/lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so \
         /opt/venv/lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime_providers_tensorrt.so
 

@@ -1,0 +1,119 @@
+"""Bills of materials of the images: CycloneDX JSON with licences, in build/sbom.
+
+    python scripts/sbom.py [NAME ...]
+
+For each lock file in docker/locked (or those named, as `service-cpu`), the locked wheels are
+installed by hash into an environment of their own, as the Dockerfile does it, and `cyclonedx-py`
+reads their metadata. The models that ship are listed with their licence and sha256 from the cards.
+A package without a stated licence is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Sequence
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCKS = ROOT / "docker" / "locked"
+TARGET = ROOT / "build" / "sbom"
+
+
+def installed(lock: Path, folder: Path) -> Path:
+    """An environment of exactly the packages of a lock file; its Python.
+
+    Raises:
+        subprocess.CalledProcessError: a wheel is missing, or is not the locked one.
+    """
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet",
+         "--disable-pip-version-check", "--require-hashes", "--no-deps", "--only-binary=:all:",
+         "--requirement", str(lock)],
+        check=True,
+    )  # fmt: skip
+    return python
+
+
+def bill(python: Path, zoo: Path) -> dict[str, Any]:
+    """What an environment holds, as CycloneDX 1.6, and the models of a zoo.
+
+    Raises:
+        subprocess.CalledProcessError: `cyclonedx-py` fails, or its document does not validate.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "cyclonedx_py", "environment", "--spec-version", "1.6",
+         "--output-reproducible", str(python)],
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout)
+    _state_licences(found["components"], python)
+    found["components"] += [_model(path) for path in sorted(zoo.glob("*/card.json"))]
+    return found
+
+
+def _state_licences(components: list[dict[str, Any]], python: Path) -> None:
+    """Add the licences that `cyclonedx-py` leaves out: those in words of the package's own."""
+    asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    folder = subprocess.run(
+        [str(python), "-c", asked], stdout=subprocess.PIPE, text=True, check=True
+    )
+    stated = {
+        package.metadata["Name"]: package.metadata.get("License", "")
+        for package in distributions(path=[folder.stdout.strip()])
+    }
+    for part in components:
+        if not part.get("licenses") and (words := stated.get(part["name"])):
+            part["licenses"] = [{"license": {"name": words}}]
+
+
+def _model(path: Path) -> dict[str, Any]:
+    card = json.loads(path.read_text())
+    return {
+        "type": "machine-learning-model",
+        "bom-ref": f"model:{card['name']}@{card['version']}",
+        "name": card["name"],
+        "version": card["version"],
+        "description": card["description"],
+        "licenses": [{"license": {"name": card["licence"]}}],
+        "hashes": [{"alg": "SHA-256", "content": card["sha256"]}],
+    }
+
+
+def unlicensed(bill: dict[str, Any]) -> list[str]:
+    """Names of the components that state no licence."""
+    return [part["name"] for part in bill["components"] if not part.get("licenses")]
+
+
+def main(names: Sequence[str]) -> int:
+    """Write a bill for each lock file; the exit status."""
+    TARGET.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for lock in sorted(LOCKS.glob("*.txt")):
+        if names and lock.stem not in names:
+            continue
+        folder = Path(tempfile.mkdtemp(prefix="sbom-"))
+        try:
+            # Training makes models and ships none but what it starts from: the same zoo.
+            found = bill(installed(lock, folder), ROOT / "models" / "zoo")
+        finally:
+            shutil.rmtree(folder)
+        path = TARGET / f"{lock.stem}.cdx.json"
+        path.write_text(json.dumps(found, indent=2) + "\n")
+        print(f"{path.relative_to(ROOT)}: {len(found['components'])} components")
+        for name in unlicensed(found):
+            failed = 1
+            print(f"{lock.stem}: {name} states no licence", file=sys.stderr)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

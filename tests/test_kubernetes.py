@@ -1,0 +1,215 @@
+"""Manifests and the systemd unit: Kubernetes' schemas, the service's settings, routes and image."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.api.routes import health
+from service.settings import PREFIX, Settings
+
+ROOT = Path(__file__).parents[1]
+MANIFESTS = ROOT / "deploy" / "kubernetes"
+UNIT = ROOT / "deploy" / "systemd" / "pimc.service"
+OVERLAYS = ("base", "gpu", "replicas")
+VERSIONS = ("1.33", "1.37")
+DOCKERFILE = re.sub(r"\\\n\s*", " ", (ROOT / "docker" / "service.Dockerfile").read_text())
+
+
+def written() -> list[tuple[str, dict[str, Any]]]:
+    """Every object of the files, as it is written there."""
+    found = []
+    for path in sorted(MANIFESTS.glob("*/*.yaml")):
+        if path.name != "kustomization.yaml":
+            document = yaml.safe_load(path.read_text())  # one object a file
+            found.append((str(path.relative_to(MANIFESTS)), document))
+    return found
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def rendered(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    """The objects that kustomize makes of an overlay, by kind."""
+    command = next(
+        (
+            [found, *words]
+            for name, words in (("kubectl", ["kustomize"]), ("kustomize", ["build"]))
+            if (found := shutil.which(name))
+        ),
+        None,
+    )
+    if command is None:
+        pytest.skip("needs kubectl or kustomize")
+    done = subprocess.run(
+        [*command, str(MANIFESTS / request.param)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    documents = list(yaml.safe_load_all(done.stdout))
+    kinds = {document["kind"]: document for document in documents}
+    assert len(kinds) == len(documents)
+    return {"overlay": request.param, **kinds}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_kustomize_makes_is_valid(rendered, version):
+    objects = [document for kind, document in rendered.items() if kind != "overlay"]
+    assert len(objects) >= 5
+    for document in objects:
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_a_misspelt_field_is_not_valid(rendered):
+    stateful = yaml.safe_load(yaml.safe_dump(rendered["StatefulSet"]))
+    stateful["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(stateful, VERSIONS[0], strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_each_file_is_part_of_its_overlay(overlay):
+    folder = MANIFESTS / overlay
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    files = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
+    assert {name for name in kustomization["resources"] if name != "../base"} == files
+
+
+def test_selectors_match_the_pods(rendered):
+    spec = rendered["StatefulSet"]["spec"]
+    labels = spec["template"]["metadata"]["labels"].items()
+    assert labels
+    for selector in (
+        spec["selector"]["matchLabels"],
+        rendered["Service"]["spec"]["selector"],
+        rendered["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        rendered["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+    ):
+        assert selector
+        assert selector.items() <= labels
+    if rendered["overlay"] == "replicas":
+        scaled = rendered["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+        assert scaled["name"] == rendered["StatefulSet"]["metadata"]["name"]
+        assert scaled["kind"] == "StatefulSet"
+        assert "replicas" not in spec  # each apply would undo what the autoscaler did
+        assert rendered["Service"]["spec"]["sessionAffinity"] == "ClientIP"
+
+
+def test_the_overlays_run_the_images_that_compose_builds(rendered):
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    wanted = compose["gpu" if rendered["overlay"] == "gpu" else "cpu"]["image"]
+    (container,) = rendered["StatefulSet"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == wanted
+    gpus = container["resources"]["limits"].get("nvidia.com/gpu")
+    assert gpus == ("1" if rendered["overlay"] == "gpu" else None)
+
+
+# The rest looks at the files, so that it needs no kubectl.
+
+
+def pod() -> dict[str, Any]:
+    (found,) = [document for _, document in written() if document["kind"] == "StatefulSet"]
+    return found["spec"]
+
+
+def container() -> dict[str, Any]:
+    (found,) = pod()["template"]["spec"]["containers"]
+    return found
+
+
+@pytest.mark.parametrize(("place", "document"), written())
+def test_each_object_is_valid_as_it_is_written(place, document):
+    kubernetes_validate.validate(document, VERSIONS[0], strict=True)
+
+
+def test_probes_request_paths_that_the_service_has():
+    paths = {route.path for route in health.router.routes}
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container()[name]["httpGet"]["path"] in paths
+    # Readiness as liveness would restart a service that is busy or stopping in order.
+    assert container()["livenessProbe"]["httpGet"]["path"] == "/health/live"
+
+
+def test_a_pod_is_not_root_and_its_root_file_system_is_read_only():
+    (user,) = re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)
+    security = pod()["template"]["spec"]["securityContext"]
+    assert (str(security["runAsUser"]), str(security["runAsGroup"])) == user
+    assert security["runAsNonRoot"] is True
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    inside = container()["securityContext"]
+    assert inside["readOnlyRootFilesystem"] is True
+    assert inside["allowPrivilegeEscalation"] is False
+    assert inside["capabilities"] == {"drop": ["ALL"]}
+    assert pod()["template"]["spec"]["automountServiceAccountToken"] is False
+
+
+def test_what_the_image_writes_to_is_a_volume():
+    (volumes,) = re.findall(r"^VOLUME \[(.*)\]$", DOCKERFILE, re.MULTILINE)
+    written_to = {name.strip(' "') for name in volumes.split(",")} - {"/models"}
+    mounted = {mount["mountPath"]: mount["name"] for mount in container()["volumeMounts"]}
+    assert written_to <= set(mounted)
+    state = re.findall(r"PIMC_STATE_DIR=(\S+)", DOCKERFILE)[0]
+    claims = {claim["metadata"]["name"] for claim in pod()["volumeClaimTemplates"]}
+    assert mounted[state] in claims
+    known = claims | {volume["name"] for volume in pod()["template"]["spec"]["volumes"]}
+    assert set(mounted.values()) <= known
+
+
+def test_settings_are_settings_and_no_key_is_among_them(monkeypatch):
+    (settings,) = [document for _, document in written() if document["kind"] == "ConfigMap"]
+    for name, value in settings["data"].items():
+        assert name.removeprefix(PREFIX).lower() in Settings.model_fields, name
+        monkeypatch.setenv(name, value)
+    assert "PIMC_API_KEYS" not in settings["data"]
+    secrets = [s["secretRef"] for s in container()["envFrom"] if "secretRef" in s]
+    assert secrets
+    assert not any(secret.get("optional") for secret in secrets)
+    grace = pod()["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace > Settings().grace_seconds
+
+
+def test_kubernetes_sets_no_variable_that_the_service_reads():
+    """The Service `pimc` would make PIMC_PORT=tcp://10.0.0.1:80 in every pod."""
+    assert pod()["template"]["spec"]["enableServiceLinks"] is False
+
+
+# -- systemd ---------------------------------------------------------------------------------------
+
+
+def unit() -> dict[str, str]:
+    pairs = [line.partition("=") for line in UNIT.read_text().splitlines() if line[:1].isalpha()]
+    return {name: value for name, _, value in pairs}
+
+
+def test_systemd_waits_for_the_requests_under_way_and_starts_no_misuse_again():
+    from service import __main__ as start
+
+    assert int(unit()["TimeoutStopSec"]) > Settings.model_fields["grace_seconds"].default
+    assert int(unit()["RestartPreventExitStatus"]) == start._MISUSE
+    assert int(unit()["LimitNOFILE"]) > 4 * Settings.model_fields["max_connections"].default
+
+
+def test_systemd_reads_the_unit(tmp_path):
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("needs systemd-analyze")
+    copy = tmp_path / UNIT.name
+    text = UNIT.read_text().replace("/opt/pimc/.venv/bin/python", sys.executable)
+    copy.write_text(text.replace("WorkingDirectory=/opt/pimc", f"WorkingDirectory={ROOT}"))
+    done = subprocess.run(
+        [analyze, "verify", "--man=no", str(copy)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    own = [line for line in done.stderr.splitlines() if UNIT.name in line]
+    assert own == []
