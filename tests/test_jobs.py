@@ -526,6 +526,7 @@ def test_a_hostile_file_name_stays_a_label(api: httpx.Client, state: Path, tmp_p
     job = submit(api, files=files)["jobID"]
     assert waited(api, job)["status"] == "successful"
     assert sorted(p.name for p in (state / "jobs" / job / "result").iterdir()) == [
+        "class.qml",
         "class.tif",
         "class.tif.aux.xml",
         "reply.json",

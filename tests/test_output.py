@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import zipfile
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -102,8 +104,10 @@ def test_a_block_that_is_written_is_no_larger_than_raster_and_bands_need(
 def test_nothing_else_is_left_in_the_folder(tmp_path):
     write(tmp_path, (CLASSES, PAIR), grid(50, 40))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "class.qml",
         "class.tif",
         "class.tif.aux.xml",
+        "pair.qml",
         "pair.tif",
     ]
 
@@ -138,11 +142,72 @@ def test_the_file_holds_the_attribute_table_that_newer_gdal_reads(tmp_path):
     assert b"PIMC_RAT" not in files["class"].read_bytes()
 
 
+def test_the_style_of_a_class_map_has_its_classes_and_nothing_else(tmp_path):
+    files, _ = write(tmp_path, (CLASSES,), grid(30, 20))
+    style = ET.fromstring(files["class"].with_suffix(".qml").read_text())  # noqa: S314 - ours
+    renderer = style.find("pipe/rasterrenderer")
+    assert renderer.get("type") == "paletted"
+    entries = [
+        (e.get("value"), e.get("color"), e.get("label")) for e in renderer.iter("paletteEntry")
+    ]
+    assert entries == [(str(c.value), c.color, c.name) for c in LEGEND]
+
+
+def test_the_style_of_a_continuous_layer_spans_its_limits(tmp_path):
+    layer = Layer(name="forecast", bands=("NDVI",), limits=(-0.1, 0.9), ramp="vegetation")
+    files, _ = write(tmp_path, (layer,), grid(30, 20))
+    style = ET.fromstring(files["forecast"].with_suffix(".qml").read_text())  # noqa: S314 - ours
+    stops = [float(item.get("value")) for item in style.iter("item")]
+    assert (stops[0], stops[-1]) == (-0.1, 0.9)
+    assert stops == sorted(stops)
+
+
+QGIS = """
+import json, sys
+from qgis.core import QgsApplication, QgsRasterLayer
+QgsApplication.setPrefixPath("/usr", True)
+application = QgsApplication([], False)
+application.initQgis()
+found = {}
+for path in sys.argv[1:]:
+    layer = QgsRasterLayer(path, "layer", "gdal")
+    assert layer.isValid(), path
+    entries = [(e.label, e.color.name()) for e in getattr(layer.renderer(), "classes", list)()]
+    found[path.rpartition("/")[2]] = [layer.renderer().type(), layer.bandCount(), entries,
+                                      layer.bandName(1), layer.crs().authid()]
+print(json.dumps(found))
+application.exitQgis()
+"""
+
+
+def test_qgis_opens_the_rasters_with_their_styles(tmp_path):
+    python = Path("/usr/bin/python3")
+    check = [python, "-c", "import qgis.core"]
+    if not python.exists() or subprocess.run(check, check=False, capture_output=True).returncode:
+        pytest.skip("needs QGIS with its Python bindings (Debian: qgis python3-qgis)")
+    forecast = Layer(name="forecast", bands=("NDVI_2021-11-05_q50",) * 3, ramp="vegetation")
+    files, _ = write(tmp_path, (CLASSES, forecast), grid(30, 20))
+    done = subprocess.run(
+        [python, "-c", QGIS, *files.values()],
+        env={"QT_QPA_PLATFORM": "offscreen", "HOME": str(tmp_path), "PATH": "/usr/bin"},
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    kind, bands, entries, _, crs = found["class.tif"]
+    assert (kind, bands, crs) == ("paletted", 1, "EPSG:32631")
+    assert entries == [[c.name, c.color] for c in LEGEND]
+    kind, bands, _, name, _ = found["forecast.tif"]
+    assert (kind, bands) == ("singlebandpseudocolor", 3)
+    assert "NDVI_2021-11-05_q50" in name
+
+
 def test_the_side_file_names_the_classes_and_goes_into_the_zip(tmp_path):
     files, _ = write(tmp_path, (CLASSES, PAIR), grid(30, 20))
     archive = zip_files(files, tmp_path / "answer.zip")
     with zipfile.ZipFile(archive) as opened:
-        assert sorted(opened.namelist()) == ["class.tif", "class.tif.aux.xml", "pair.tif"]
+        assert sorted(opened.namelist()) == [
+            "class.qml", "class.tif", "class.tif.aux.xml", "pair.qml", "pair.tif",
+        ]  # fmt: skip
         assert opened.testzip() is None
         text = opened.read("class.tif.aux.xml")
         assert opened.read("pair.tif") == files["pair"].read_bytes()

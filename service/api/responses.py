@@ -18,7 +18,7 @@ from service.run.execute import Result
 from service.run.executors import Timing
 from service.run.request import RasterRequest, TaskRequest
 from service.write.fields import fields_csv, write_geoparquet
-from service.write.legend import SIDECAR, sidecar_of
+from service.write.legend import SIDECAR, sidecar_of, style_of
 
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 ZIP = "application/zip"
@@ -111,7 +111,7 @@ _COPY_BYTES = 2**20
 
 
 def zip_files(files: Mapping[str, Path], path: Path) -> Path:
-    """Put finished files into one zip, each as `<output>.tif`, with its side file if it has one.
+    """Put finished files into one zip, each as `<output>.tif` with its QGIS style and side file.
 
     Args:
         files: finished files by output name.
@@ -126,6 +126,8 @@ def zip_files(files: Mapping[str, Path], path: Path) -> Path:
             _add(archive, file, f"{name}.tif")
             if sidecar_of(file).exists():
                 _add(archive, sidecar_of(file), f"{name}.tif{SIDECAR}")
+            if style_of(file).exists():
+                _add(archive, style_of(file), f"{name}.qml")
     return path
 
 

@@ -24,7 +24,9 @@ from service.write.legend import (
     attribute_table,
     category_names,
     put_in_place,
+    qgis_style,
     sidecar_of,
+    style_of,
     write_legend,
 )
 from service.write.predictions import Layer
@@ -150,6 +152,9 @@ class RasterWriter:
             sidecar = sidecar_of(target)
             self._finished.append(sidecar)
             sidecar.write_text(category_names(layer), encoding="utf-8")
+        style = style_of(target)
+        self._finished.append(style)
+        style.write_text(qgis_style(layer), encoding="utf-8")
         self._finished.append(target)
         whole.replace(target)
         return target

@@ -18,15 +18,21 @@ With GDAL 3.10 (rasterio's wheels) and 3.12:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, quoteattr
 
 from models.card import LegendClass
-from service.write.predictions import NO_CLASS, Layer
+from service.write.predictions import NO_CLASS, Layer, Ramp
 
 SIDECAR = ".aux.xml"
+# From low to high; each reads in grey as well, but for `diverging`, whose middle is light.
+_RAMPS: Mapping[Ramp, tuple[str, ...]] = {
+    "sequential": ("#30123b", "#1f5f8b", "#2a9d8f", "#e9c46a", "#fff6d5"),
+    "vegetation": ("#8c510a", "#dfc27d", "#f6e8c3", "#80cd66", "#1a7a2e"),
+    "diverging": ("#2166ac", "#92c5de", "#f7f7f7", "#f4a582", "#b2182b"),
+}
 _PLACEHOLDER = "PIMC_RAT"
 # A COG's header lies at its front, before any pixel.
 _HEADER_BYTES = 8 * 2**20
@@ -43,6 +49,55 @@ def category_names(layer: Layer) -> str:
     return (
         f'<PAMDataset><PAMRasterBand band="1"><CategoryNames>{names}</CategoryNames>'
         "</PAMRasterBand></PAMDataset>\n"
+    )
+
+
+def style_of(path: Path) -> Path:
+    """Path of the QGIS style that QGIS applies to a raster by its name."""
+    return path.with_suffix(".qml")
+
+
+def qgis_style(layer: Layer) -> str:
+    """A QGIS style (QML) of a layer's first band, as QGIS 3.22 and later read it.
+
+    A class map is paletted with the legend's names and colours, and has no entry for values that
+    are no class. A continuous layer has a colour ramp over its limits.
+    """
+    renderer = _paletted(layer) if layer.legend else _ramped(layer)
+    return (
+        "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
+        '<qgis version="3.22" styleCategories="Symbology"><pipe>'
+        f'{renderer}<brightnesscontrast brightness="0" contrast="0"/>'
+        "</pipe><blendMode>0</blendMode></qgis>\n"
+    )
+
+
+def _paletted(layer: Layer) -> str:
+    entries = "".join(
+        f'<paletteEntry value="{c.value}" color="{c.color}" label={quoteattr(c.name)} alpha="255"/>'
+        for c in layer.legend
+    )
+    return (
+        '<rasterrenderer type="paletted" band="1" opacity="1" alphaBand="-1" nodataColor="">'
+        f"<colorPalette>{entries}</colorPalette></rasterrenderer>"
+    )
+
+
+def _ramped(layer: Layer) -> str:
+    low, high = layer.limits
+    colors = _RAMPS[layer.ramp]
+    stops = [low + (high - low) * n / (len(colors) - 1) for n in range(len(colors))]
+    items = "".join(
+        f'<item value="{stop:.6g}" label="{stop:.3g}" color="{color}" alpha="255"/>'
+        for stop, color in zip(stops, colors, strict=True)
+    )
+    bounds = f'minimumValue="{low:.6g}" maximumValue="{high:.6g}"'
+    return (
+        '<rasterrenderer type="singlebandpseudocolor" band="1" opacity="1" alphaBand="-1" '
+        f'nodataColor="" classificationMin="{low:.6g}" classificationMax="{high:.6g}">'
+        f'<rastershader><colorrampshader colorRampType="INTERPOLATED" {bounds} clip="0" '
+        f'classificationMode="1" labelPrecision="3">{items}</colorrampshader></rastershader>'
+        "</rasterrenderer>"
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ Floats = NDArray[np.float32]
 JSON = dict[str, "JSON"] | list["JSON"] | str | float | int | bool | None
 # Sums over some of the predictions, by name.
 Counts = Mapping[str, NDArray[Any]]
+Ramp = Literal["sequential", "vegetation", "diverging"]
+
 NO_CLASS = 255
 """The `class` of a pixel without a prediction."""
 
@@ -39,6 +41,11 @@ class Layer:
     """Description of each band (B)."""
     legend: tuple[LegendClass, ...] = ()
     """The classes: if given, the layer is uint8 with nodata 255, else float32 with NaN."""
+
+    limits: tuple[float, float] = (0.0, 1.0)
+    """Least and largest value that a style shows; values beyond take the outermost colour."""
+    ramp: Ramp = "sequential"
+    """Colours of a continuous layer: `vegetation` for spectral indices, `diverging` around 0."""
 
     @property
     def dtype(self) -> str:
@@ -166,7 +173,11 @@ class ClassPredictions:
         every = {
             "class": Layer(name="class", bands=("class",), legend=self.legend),
             "confidence": Layer(name="confidence", bands=("confidence",)),
-            "entropy": Layer(name="entropy", bands=("entropy",)),
+            "entropy": Layer(
+                name="entropy",
+                bands=("entropy",),
+                limits=(0.0, float(np.log(max(2, len(self.legend))))),
+            ),
             "probabilities": Layer(name="probabilities", bands=tuple(c.name for c in self.legend)),
         }
         return tuple(every[name] for name in self.outputs)
@@ -288,7 +299,8 @@ class ForecastPredictions:
             for day in self.dates
             for quantile in self.outputs
         )
-        return (Layer(name="forecast", bands=names),) if names else ()
+        layer = Layer(name="forecast", bands=names, limits=(-0.1, 0.9), ramp="vegetation")
+        return (layer,) if names else ()
 
     def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
         """See `Predictions`."""
@@ -370,7 +382,7 @@ class EmbeddingPredictions:
     def layers(self) -> tuple[Layer, ...]:
         """See `Predictions`."""
         names = tuple(f"embedding_{d}" for d in range(self.size))
-        return (Layer(name="embedding", bands=names),)
+        return (Layer(name="embedding", bands=names, limits=(-1.0, 1.0), ramp="diverging"),)
 
     def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
         """See `Predictions`."""
