@@ -101,7 +101,9 @@ class Settings(BaseSettings):
     if the card's measured loss is below 0.3 points; `float32` never does, so that predictions are
     the same on every machine up to rounding."""
     max_body_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(2 * 2**30)
-    """Largest upload, in bytes or as `500MB`, `2GiB`."""
+    """Largest upload, in bytes or as `500MB`, `2GiB`; also what the zips in it hold together."""
+    jp2: bool = True
+    """Whether JPEG 2000 files (`.jp2`) are read, by GDAL's OpenJPEG."""
     upload_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     """Seconds within which the next 64 KiB of an upload, or its end, must arrive."""
     max_connections: Annotated[int, Field(ge=16)] = 1024

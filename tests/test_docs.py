@@ -29,7 +29,7 @@ GENERATED = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
 
 
 def test_settings_are_those_of_the_code() -> None:
-    rows = re.findall(r"^\| `PIMC_([A-Z_]+)` \|", SETTINGS, re.MULTILINE)
+    rows = re.findall(r"^\| `PIMC_([A-Z0-9_]+)` \|", SETTINGS, re.MULTILINE)
     assert sorted(rows) == sorted(name.upper() for name in Settings.model_fields)
 
 

@@ -96,6 +96,7 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
             grid=fields.get("grid"),
             bbox=_bbox(fields.get("bbox")),
             area=fields.get("area"),
+            left_out=tuple((name, reason) for name, reason in fields.get("left_out") or ()),
         ),
         model=fields.get("model"),
         modality=fields.get("modality"),

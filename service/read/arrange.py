@@ -106,7 +106,7 @@ def arrange(
     slots = [slot for slot in _READERS[layout](query) if slot.numbers]
     slots, warnings = _with_twins(slots, query)
     _check_found(query, slots)
-    looks = _with_bands(slots, query)
+    looks = _finest(_with_bands(slots, query))
     granules = _granules(looks, dated=dated)
     _check_complete(granules, query.needed)
     granules = _masked(granules, rules)
@@ -116,7 +116,7 @@ def arrange(
         for band in (*query.needed, *(_band(rule) for rule in granule.masks))
     }
     warnings += _assumed_order(layout, query, used)
-    warnings += _unused(query, used, options.mask)
+    warnings += _unused(query, used, options)
     warnings += _unclouded(granules, rules)
     names = dict.fromkeys(str(r) for g in granules for r in g.masks if r is not ALPHA_RULE)
     return Arrangement(
@@ -171,6 +171,25 @@ def _with_bands(slots: Sequence[BandAssignment], query: LayoutQuery) -> list[Ban
     return [slot for slot in slots if slot.day in days]
 
 
+_SIZE_WORD = re.compile(r"r?(10|20|60)m")
+
+
+def _finest(slots: Sequence[BandAssignment]) -> list[BandAssignment]:
+    """Without coarser copies of a band, as products hold at 20 m what they hold at 10 m."""
+    copies: dict[tuple[object, ...], list[BandAssignment]] = defaultdict(list)
+    for slot in slots:
+        words = frozenset(word for word in _name_words(slot) if not _SIZE_WORD.fullmatch(word))
+        single = slot.file.count == 1
+        copies[tuple(slot.numbers) if single else id(slot), slot.day, words].append(slot)
+    coarser: set[int] = set()
+    for own in copies.values():
+        sizes = [abs(slot.file.header.transform.determinant) for slot in own]
+        coarser |= {
+            id(slot) for slot, size in zip(own, sizes, strict=True) if size > 1.5 * min(sizes)
+        }
+    return [slot for slot in slots if id(slot) not in coarser]
+
+
 def _assumed_order(layout: Layout, query: LayoutQuery, used: set[int]) -> list[StackWarning]:
     """Files without band names that were read in the order of a Sentinel-2 product."""
     if query.names or layout not in {"file-per-date", "single-file"}:
@@ -191,19 +210,22 @@ def _assumed_order(layout: Layout, query: LayoutQuery, used: set[int]) -> list[S
     return [StackWarning(code="bands_assumed", detail=detail)]
 
 
-def _unused(query: LayoutQuery, used: set[int], mask: str | None) -> list[StackWarning]:
+def _unused(query: LayoutQuery, used: set[int], options: StackOptions) -> list[StackWarning]:
     """Every file that is not used, by reason."""
     reasons: dict[str, list[str]] = defaultdict(list)
     for file in query.files:
         if id(file.header) not in used:
-            reasons[_reason(file, query, mask)].append(file.name)
+            reasons[_reason(file, query, options.mask)].append(file.name)
+    for name, reason in options.left_out:
+        reasons[reason].append(name)
     if not reasons:
         return []
     total = sum(map(len, reasons.values()))
     each = "; ".join(
         f"{_quoted(names, _UNUSED_AT_MOST)}: {reason}" for reason, names in reasons.items()
     )
-    detail = f"{total} of {counted(len(query.files), 'file')} not used: {each}"
+    came = len(query.files) + len(options.left_out)
+    detail = f"{total} of {counted(came, 'file')} not used: {each}"
     return [StackWarning(code="files_unused", detail=detail)]
 
 

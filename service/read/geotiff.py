@@ -1,4 +1,4 @@
-"""GeoTIFF access: GDAL's GTiff driver alone, and no file beside the one that was opened.
+"""Raster access: GDAL's GTiff and JP2OpenJPEG drivers alone, and no file beside the one opened.
 
 `read_header` reads everything that decides whether a file can be used, and no pixel.
 """
@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import rasterio
@@ -27,6 +27,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from service.errors import NotAGeoTIFF, RasterTooLarge
 from service.grid import GDALError
+from service.read.jp2_guard import SIGNATURE, check_jp2
 from service.read.tiff_guard import MAX_BLOCK_BYTES, check_directories
 
 # A file without georeference is refused by us; rasterio's warning would only be printed.
@@ -44,6 +45,8 @@ _GDAL: Mapping[str, str | int] = {
     # No name inside a file leads to the network: this is the only one that GDAL would fetch.
     "CPL_VSIL_CURL_ALLOWED_FILENAME": "none",
 }
+# No world file and no other file beside says where a JP2 lies.
+_JP2_SOURCES = {"GEOREF_SOURCES": "INTERNAL"}
 _CACHE_BYTES = 32 * 2**20
 # Threads decode the blocks of one read side by side. Measured on small strips they cost 1 ms a
 # read and gain nothing; on tiles of half a megabyte they pay.
@@ -56,6 +59,8 @@ _BATCH = 8
 _TAG_LENGTH = 1000
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Driver = Literal["GTiff", "JP2OpenJPEG"]
+"""The GDAL driver that reads a file."""
 Placed = tuple[CRS | None, Affine]
 """CRS and transform of a file."""
 
@@ -98,6 +103,7 @@ class Header:
     """Whether an internal mask marks missing pixels."""
     alpha: int | None = None
     """Number of the last band, from 1, where GDAL takes it for alpha."""
+    driver: Driver = "GTiff"
 
     @property
     def name(self) -> str:
@@ -185,9 +191,9 @@ def for_each(
 
 
 def open_geotiff(
-    path: Path, *, block_bytes: int = 0, georeferenced: bool = True
+    path: Path, *, block_bytes: int = 0, georeferenced: bool = True, driver: Driver = "GTiff"
 ) -> rasterio.DatasetReader:
-    """Open a file with the GTiff driver alone, inside `gdal_options`.
+    """Open a file with one driver alone, inside `gdal_options`.
 
     Args:
         path: the file.
@@ -195,10 +201,16 @@ def open_geotiff(
             several threads.
         georeferenced: False leaves out where the file lies, where that is known. It is most of
             what opening costs: 0.7 ms with, 0.1 without.
+        driver: the one that reads the file.
 
     Raises:
         RasterioError: GDAL cannot open it.
     """
+    if driver == "JP2OpenJPEG":
+        # A tile decodes as a whole, however little of it is asked for.
+        return rasterio.DatasetReader(
+            path, driver=driver, sharing=False, USE_TILE_AS_BLOCK="YES", **_JP2_SOURCES
+        )
     options = {"NUM_THREADS": "ALL_CPUS"} if block_bytes >= _THREADS_PAY_FROM else {}
     if not georeferenced:
         options["GEOREF_SOURCES"] = "NONE"
@@ -216,10 +228,12 @@ def read_header(source: SourceFile, placed: dict[bytes, Placed] | None = None) -
             mostly write the same one, and GDAL need not work it out for each.
 
     Raises:
-        NotAGeoTIFF: no TIFF, one that GDAL does not open, or one of complex numbers.
+        NotAGeoTIFF: no TIFF and no JP2, one that GDAL does not open, or one of complex numbers.
         RasterTooLarge: a block, the number of bands, or what describes them is beyond reason.
     """
-    _check_magic(source)
+    driver = _driver_of(source)
+    if driver == "JP2OpenJPEG":
+        return _read_jp2_header(source)
     try:
         written = check_directories(source.path, source.name)
         known = (placed or {}).get(written)
@@ -236,14 +250,89 @@ def read_header(source: SourceFile, placed: dict[bytes, Placed] | None = None) -
     return header
 
 
-def _check_magic(source: SourceFile) -> None:
+def _read_jp2_header(source: SourceFile) -> Header:
+    try:
+        check_jp2(source.path, source.name)
+        with open_geotiff(source.path, driver="JP2OpenJPEG") as dataset:
+            header = _header(source, dataset, (dataset.crs, dataset.transform))
+    except (RasterioError, GDALError, OSError, ValueError) as error:
+        raise NotAGeoTIFF(
+            f"'{source.name}' is JPEG 2000, but its header does not open with GDAL's OpenJPEG "
+            "driver"
+        ) from error
+    return replace(header, driver="JP2OpenJPEG")
+
+
+_NETCDF = (
+    "netCDF or HDF5: convert each band with gdal_translate -of COG NETCDF:in.nc:B04 B04.tif, or "
+    "write a GeoTIFF with rioxarray's to_raster"
+)
+_PAGE = (
+    "an HTML page, not data: the download was answered with a page, often one for signing in; "
+    "download the file again"
+)
+_VRT = "a VRT, which only points to other files: write the pixels with gdal_translate -of COG"
+_PICTURE = "a picture, which holds no reflectance: export a GeoTIFF"
+_APPLE = "macOS's own data about another file: leave out the files whose names begin with ._"
+_CODESTREAM = "a bare JPEG 2000 codestream without georeference: send the product's .jp2"
+_OTHER_FORMATS: Mapping[bytes, str] = {
+    b"\x89HDF": _NETCDF,
+    b"CDF": _NETCDF,
+    b"\x0e\x03\x13\x01": "HDF4: convert each band with gdal_translate -of COG",
+    b"<!doctype html": _PAGE,
+    b"<html": _PAGE,
+    b"<pamdataset": "GDAL's statistics beside a raster (.aux.xml): leave it out",
+    b"<vrtdataset": _VRT,
+    b"<error": "an error message of the storage it was downloaded from: download it again",
+    b"\x00\x05\x16\x07": _APPLE,
+    b"PK\x03\x04": "a zip inside a zip: send the inner one",
+    b"\x1f\x8b": "compressed by gzip: unpack it first",
+    b"\x89PNG": _PICTURE,
+    b"\xff\xd8\xff": _PICTURE,
+    b"%PDF": "a PDF, not a raster",
+    b"\x93NUMPY": "a NumPy array, which has no georeference: write a GeoTIFF with rasterio",
+    b"GRIB": "GRIB: convert it with gdal_translate -of COG",
+    b"PAR1": "Parquet, not a raster",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file: run git lfs pull",
+    b"\xff\x4f\xff\x51": _CODESTREAM,
+    b"<?xml": "XML, not a raster: leave it out",
+    b"{": "JSON, not a raster",
+}
+"""By the first bytes: what a file is instead of a raster, and what to do."""
+
+
+def _driver_of(source: SourceFile) -> Driver:
+    """The driver that reads a file, by its first bytes.
+
+    Raises:
+        NotAGeoTIFF: none; the message says what the file is and what to do, where that is known.
+    """
     try:
         with source.path.open("rb") as file:
-            magic = file.read(4)
+            head = file.read(512)
     except OSError as error:
         raise NotAGeoTIFF(f"'{source.name}' cannot be read as a file") from error
-    if magic not in _MAGICS:
-        raise NotAGeoTIFF(f"'{source.name}' is no TIFF: it starts with {magic!r}")
+    if head[:4] in _MAGICS:
+        return "GTiff"
+    if head.startswith(SIGNATURE):
+        return "JP2OpenJPEG"
+    raise NotAGeoTIFF(f"'{source.name}' is no TIFF: {_what_it_is(source.name, head)}")
+
+
+def _what_it_is(name: str, head: bytes) -> str:
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    last = name.rpartition("/")[2].lower()
+    if last.startswith("._"):
+        text = b"\x00\x05\x16\x07"
+    elif last.endswith(".aux.xml"):
+        text = b"<pamdataset"
+    elif text.startswith(b"<?xml"):  # the element after the declaration says more
+        root = text.partition(b"?>")[2].lstrip()
+        text = root if any(root.startswith(magic) for magic in _OTHER_FORMATS) else text
+    for magic, what in _OTHER_FORMATS.items():
+        if head.startswith(magic) or text.startswith(magic.lower()):
+            return f"it is {what}"
+    return f"it starts with {head[:4]!r}; GeoTIFF, JP2 and zips of them are read"
 
 
 def _header(source: SourceFile, dataset: rasterio.DatasetReader, place: Placed) -> Header:

@@ -54,6 +54,8 @@ class StackOptions:
     """`strict`, `finest`, a CRS and pixel size such as `EPSG:32631@10`, or a file's name."""
     bbox: tuple[float, float, float, float] | None = None
     """West, south, east, north in degrees: only this part is read."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Files that came and were not kept, as members of a zip, each with the reason."""
     area: Mapping[str, Any] | None = None
     """A GeoJSON Polygon or MultiPolygon in degrees: only this part is read."""
 

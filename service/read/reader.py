@@ -293,7 +293,9 @@ class StackReader:
         if warp is not None:
             with ExitStack() as stack:
                 source = stack.enter_context(
-                    open_geotiff(read.source.path, block_bytes=block_bytes)
+                    open_geotiff(
+                        read.source.path, block_bytes=block_bytes, driver=read.planes[0].driver
+                    )
                 )
                 dataset = stack.enter_context(warped(source, read.planes[0], warp))
                 if self._stays(key, dataset, block_bytes):
@@ -302,7 +304,12 @@ class StackReader:
                 yield dataset
             return
         # Windows count in pixels; where they lie was settled by the headers.
-        dataset = open_geotiff(read.source.path, block_bytes=block_bytes, georeferenced=False)
+        dataset = open_geotiff(
+            read.source.path,
+            block_bytes=block_bytes,
+            georeferenced=False,
+            driver=read.planes[0].driver,
+        )
         if self._stays(key, dataset, block_bytes):
             yield dataset
             return

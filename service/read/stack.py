@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from service.errors import InvalidRequest, RasterTooLarge, StackWarning
 from service.grid import Grid
 from service.read.arrange import Arrangement, Granule, arrange
-from service.read.geotiff import Header, Placed, SourceFile, gdal_options, read_header
+from service.read.containers import split_products, with_product
+from service.read.geotiff import Driver, Header, Placed, SourceFile, gdal_options, read_header
 from service.read.layouts import Layout, StackOptions
 from service.read.masks import ALPHA_RULE, Decoder, MaskRule, alpha
 from service.read.metadata import ALPHA, tagged_number
@@ -47,6 +48,8 @@ class Plane:
     block_bytes: int
     position: Position = AS_IT_LIES
     """How the file comes to the stack's grid."""
+    driver: Driver = "GTiff"
+    """The GDAL driver that reads the file."""
     resampling: Resampling = "bilinear"
     """What is done where it is warped: classes and bits go by the nearest pixel."""
 
@@ -222,7 +225,9 @@ def _headers(files: Sequence[SourceFile]) -> list[Header]:
     # One after the other: what is asked of a header is asked with the GIL, and two threads that
     # wait for it take half as long again as one.
     with gdal_options():
-        return [read_header(file, placed) for file in files]
+        rasters, products = split_products(files)
+        headers = [read_header(file, placed) for file in rasters]
+        return [with_product(header, products) for header in headers] if products else headers
 
 
 def _check_size(arranged: Arrangement, grid: Grid, wanted: Sequence[str], max_bytes: int) -> None:
@@ -315,6 +320,7 @@ def _plane(
         masked=header.masked,
         block_bytes=header.block_bytes,
         position=positions[id(header)],
+        driver=header.driver,
     )
 
 

@@ -9,7 +9,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,11 +36,12 @@ from service.api.schemas import read_fields, read_items, read_series
 from service.api.uploads import FIELDS, FILES, FORM, media_type, read_form, read_json
 from service.errors import InvalidRequest, NotReady
 from service.jobs.store import Idempotency, fingerprint
+from service.read.containers import unpack
 from service.read.geotiff import SourceFile
 from service.read.references import fetch_items
 from service.run.execute import Result, execute
 from service.run.plan import Plan, plan_request
-from service.run.request import TaskRequest
+from service.run.request import RasterRequest, TaskRequest
 
 router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER], default_response_class=Response)
 
@@ -193,6 +194,26 @@ def _check_query(request: Request, known: set[str]) -> None:
         )
 
 
+async def _unpacked(request: RasterRequest, folder: Path, app: AppState) -> RasterRequest:
+    """The request with its zips opened.
+
+    Raises:
+        PIMCError: a zip that does not open, or that holds too much.
+    """
+    opened = await to_thread.run_sync(
+        partial(
+            unpack,
+            request.files,
+            folder,
+            max_bytes=app.settings.max_body_bytes,
+            max_files=app.limits.files,
+            jp2=app.settings.jp2,
+        )
+    )
+    stack = replace(request.stack, left_out=opened.left_out)
+    return replace(request, files=opened.files, stack=stack)
+
+
 async def _read_request(
     task: Task, request: Request, app: AppState, folder: Path, modality: Modality | None
 ) -> TaskRequest:
@@ -210,7 +231,7 @@ async def _read_request(
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
         polygons = form.polygons or await _polygons(fields.fields, folder)
-        return fields.request(task, form.files, polygons)
+        return await _unpacked(fields.request(task, form.files, polygons), folder, app)
     text = await read_json(request, app.limits)
     settings = app.settings
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
@@ -220,7 +241,9 @@ async def _read_request(
     if named is not None:
         items, fields = named
         files = await fetch_items(items, folder, settings)
-        return fields.request(task, files, await _polygons(fields.fields, folder))
+        return await _unpacked(
+            fields.request(task, files, await _polygons(fields.fields, folder)), folder, app
+        )
     series = await to_thread.run_sync(read_series, task, text)
     if modality == "patch":
         raise InvalidRequest.of("modality", "a series has no imagery; use modality pixel")

@@ -1,0 +1,290 @@
+"""Containers: zips unpacked beside their upload, and the metadata of Sentinel-2 products.
+
+    files → zips opened, within bounds → rasters and product metadata → headers that know both
+
+A zip is read by Python and never by GDAL; its members get names of our own on disk. A product's XML
+(MTD_MSIL2A.xml) gives its bands their scale, offset and date.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from service.errors import BodyTooLarge, InvalidRequest, NotAGeoTIFF
+from service.read.geotiff import Header, SourceFile, label
+from service.read.jp2_guard import SIGNATURE
+from service.read.metadata import band_of, quality_of, stem
+
+ZIP_MAGIC = b"PK\x03\x04"
+_MAX_MEMBERS = 20_000
+_MAX_DIRECTORY_BYTES = 8 * 2**20
+_CHUNK_BYTES = 2**20
+_END = struct.Struct("<4s4H2LH")
+_END_64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR_64 = struct.Struct("<4sLQL")
+_METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
+_RASTER = re.compile(r"\.(tiff?|jp2)$", re.IGNORECASE)
+_PRODUCT = re.compile(r"(^|/)(MTD_MSIL(1C|2A)|S2[ABC]_[A-Z]{4}_MTD_[A-Z0-9]+_.*)\.xml$")
+_MAX_XML_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unpacked:
+    """The files of a request, its zips opened."""
+
+    files: tuple[SourceFile, ...]
+    left_out: tuple[tuple[str, str], ...]
+    """Members that are no raster, with the reason."""
+
+
+def unpack(
+    files: Sequence[SourceFile], folder: Path, *, max_bytes: int, max_files: int, jp2: bool = True
+) -> Unpacked:
+    """Open the zips among files.
+
+    Args:
+        files: as they came.
+        folder: where members are written, under names of our own.
+        max_bytes: most bytes that all members may have.
+        max_files: most rasters in all.
+        jp2: whether JPEG 2000 files may be read.
+
+    Raises:
+        BodyTooLarge: the members have more bytes, whatever the zip declares.
+        InvalidRequest: a zip that is damaged, or holds too many members.
+        NotAGeoTIFF: a JPEG 2000 file, and none may be read.
+    """
+    found: list[SourceFile] = []
+    left_out: list[tuple[str, str]] = []
+    room = max_bytes
+    for number, file in enumerate(files):
+        if not _begins(file.path, ZIP_MAGIC):
+            found.append(file)
+            continue
+        members, others, used = _members(file, folder, f"{number:04d}", room, max_bytes)
+        found += members
+        left_out += others
+        room -= used
+    if len(found) > max_files:
+        raise InvalidRequest.of("files", f"{len(found)} in all, zips opened; {max_files} may be")
+    refused = next((f for f in found if not jp2 and _begins(f.path, SIGNATURE)), None)
+    if refused is not None:
+        raise NotAGeoTIFF(
+            f"'{refused.name}' is JPEG 2000, which this service does not read (PIMC_JP2); convert "
+            "it with gdal_translate -of COG"
+        )
+    return Unpacked(files=tuple(found), left_out=tuple(left_out))
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError:
+        return False
+
+
+def _members(
+    source: SourceFile, folder: Path, prefix: str, room: int, limit: int
+) -> tuple[list[SourceFile], list[tuple[str, str]], int]:
+    """The rasters and product metadata of a zip, written out; the rest; and the bytes written."""
+    _check_directory(source)
+    found: list[SourceFile] = []
+    left_out: list[tuple[str, str]] = []
+    used = 0
+    try:
+        with zipfile.ZipFile(source.path) as archive:
+            for number, member in enumerate(archive.infolist()):
+                reason = _why_not(member)
+                if member.is_dir() or reason == "":
+                    continue
+                name = label(member.filename, number)
+                if reason is not None:
+                    left_out.append((name, reason))
+                    continue
+                path = folder / f"{prefix}-{number:05d}.member"
+                with archive.open(member) as content:
+                    used += _write(content, path, room - used, source.name, limit)
+                found.append(SourceFile(name=name, path=path))
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise InvalidRequest.of(
+            "files", f"'{source.name}' is a zip that does not open: {type(error).__name__}"
+        ) from error
+    if not found:
+        raise InvalidRequest.of("files", f"the zip '{source.name}' holds no .tif and no .jp2 file")
+    return found, left_out, used
+
+
+def _why_not(member: zipfile.ZipInfo) -> str | None:
+    """Why a member is not read; None if it is, empty if it is not worth a word."""
+    name = member.filename
+    last = name.rpartition("/")[2]
+    if last.startswith("._") or name.startswith("__MACOSX/") or last == ".DS_Store":
+        return ""
+    if _PRODUCT.search(name):
+        return None
+    if not _RASTER.search(name):
+        return "no raster (.tif or .jp2)"
+    if member.flag_bits & 1:
+        return "encrypted"
+    if member.compress_type not in _METHODS:
+        return "compressed by a method other than deflate"
+    own = stem(name)
+    if last.lower().endswith(".jp2") and not (band_of(own) or quality_of(own)):
+        return "its name says no band"
+    return None
+
+
+def _write(content: IO[bytes], path: Path, room: int, name: str, limit: int) -> int:
+    """Write what a member really holds, as far as there is room; its size."""
+    size = 0
+    with path.open("xb") as file:
+        while chunk := content.read(_CHUNK_BYTES):
+            size += len(chunk)
+            if size > room:
+                raise BodyTooLarge(f"the zip '{name}' holds more than the {limit} bytes allowed")
+            file.write(chunk)
+    return size
+
+
+def _check_directory(source: SourceFile) -> None:
+    """Refuse a zip whose directory would fill the memory: Python reads all of it at once."""
+    damaged = InvalidRequest.of("files", f"'{source.name}' is a zip that is cut or damaged")
+    with source.path.open("rb") as file:
+        size = file.seek(0, 2)
+        tail_at = max(0, size - _END.size - 2**16)
+        file.seek(tail_at)
+        tail = file.read()
+        at = tail.rfind(b"PK\x05\x06")
+        if at < 0 or len(tail) - at < _END.size:
+            raise damaged
+        _, _, _, _, members, bytes_, _, _ = _END.unpack_from(tail, at)
+        if members == 0xFFFF or bytes_ == 0xFFFFFFFF:
+            members, bytes_ = _of_zip64(file, tail_at + at) or (members, bytes_)
+    if members > _MAX_MEMBERS or bytes_ > _MAX_DIRECTORY_BYTES:
+        raise InvalidRequest.of(
+            "files",
+            f"the zip '{source.name}' lists {members} files in {bytes_} bytes; {_MAX_MEMBERS} in "
+            f"{_MAX_DIRECTORY_BYTES} may be",
+        )
+
+
+def _of_zip64(file: BinaryIO, end: int) -> tuple[int, int] | None:
+    """Members and bytes of a directory by the 64-bit record."""
+    if end < _LOCATOR_64.size:
+        return None
+    file.seek(end - _LOCATOR_64.size)
+    signature, _, at, _ = _LOCATOR_64.unpack(file.read(_LOCATOR_64.size))
+    if signature != b"PK\x06\x07":
+        return None
+    file.seek(at)
+    record = file.read(_END_64.size)
+    if len(record) < _END_64.size or record[:4] != b"PK\x06\x06":
+        return None
+    unpacked = _END_64.unpack(record)
+    return unpacked[7], unpacked[8]
+
+
+# Product metadata ---------------------------------------------------------------------------
+
+# Sentinel-2's number of each band in its XML.
+_BAND_IDS = (
+    "B01",
+    "B02",
+    "B03",
+    "B04",
+    "B05",
+    "B06",
+    "B07",
+    "B08",
+    "B8A",
+    "B09",
+    "B10",
+    "B11",
+    "B12",
+)
+_QUANTIFICATION = re.compile(r"<(?:L2A_)?(?:BOA_)?QUANTIFICATION_VALUE[^>]*>\s*([0-9.]{1,12})\s*<")
+_OFFSET = re.compile(
+    r"""<(?:BOA|RADIO)_ADD_OFFSET\s+band_id\s*=\s*["'](\d{1,2})["']\s*>\s*(-?[0-9.]{1,12})\s*<"""
+)
+_BASELINE = re.compile(r"<PROCESSING_BASELINE>\s*([0-9.]{1,8})\s*<")
+_SENSED = re.compile(r"<(?:DATATAKE_SENSING_START|PRODUCT_START_TIME)>\s*([0-9T:.Z-]{10,30})\s*<")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """What the XML of a Sentinel-2 product says of its bands."""
+
+    root: str
+    """The folder of the product, in the names of its files; empty for files without folders."""
+    scale: float
+    offsets: Mapping[str, float]
+    """Reflectance to add by band, 0 before processing baseline 04.00."""
+    baseline: str | None
+    sensed: str | None
+
+    def tags(self, name: str) -> dict[str, str]:
+        """What one of its files would say in tags."""
+        band = band_of(stem(name))
+        if band not in _BAND_IDS:
+            return {}
+        said = {"scale": f"{self.scale:g}", "offset": f"{self.offsets.get(band, 0.0):g}"}
+        if self.baseline:
+            said["processing_baseline"] = self.baseline
+        if self.sensed:
+            said["datatake_1_datatake_sensing_start"] = self.sensed
+        return said
+
+
+def split_products(files: Sequence[SourceFile]) -> tuple[list[SourceFile], list[Product]]:
+    """Rasters, and the products that metadata among the files describe."""
+    rasters: list[SourceFile] = []
+    products: list[Product] = []
+    for file in files:
+        if _PRODUCT.search(file.name):
+            products.append(_product(file))
+        else:
+            rasters.append(file)
+    return rasters, products
+
+
+def _product(file: SourceFile) -> Product:
+    """Read a product's XML by its few elements: no entity is expanded, nothing is fetched."""
+    with file.path.open("rb") as source:
+        text = source.read(_MAX_XML_BYTES).decode("utf-8", "replace")
+    quantification = _QUANTIFICATION.search(text)
+    if not quantification or not float(quantification[1]):
+        raise InvalidRequest.of(
+            "files", f"'{file.name}' is named as a product's metadata, but has no quantification"
+        )
+    scale = 1 / float(quantification[1])
+    offsets = {
+        _BAND_IDS[int(number)]: float(value) * scale
+        for number, value in _OFFSET.findall(text)
+        if int(number) < len(_BAND_IDS)
+    }
+    baseline, sensed = _BASELINE.search(text), _SENSED.search(text)
+    return Product(
+        root=file.name.rpartition("/")[0],
+        scale=scale,
+        offsets=offsets,
+        baseline=baseline[1] if baseline else None,
+        sensed=sensed[1] if sensed else None,
+    )
+
+
+def with_product(header: Header, products: Sequence[Product]) -> Header:
+    """A header with what its product's XML says, where the file itself says nothing."""
+    name = header.name
+    own = [p for p in products if name.startswith(f"{p.root}/") or (not p.root and "/" not in name)]
+    if not own:
+        return header
+    product = max(own, key=lambda one: len(one.root))
+    return replace(header, tags={**product.tags(name), **header.tags})

@@ -1,0 +1,331 @@
+"""Zips, SAFE products and JPEG 2000: understood as the files in them, and bounded."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from rasterio.windows import Window
+
+from service.errors import BodyTooLarge, InvalidRequest, NotAGeoTIFF, PIMCError, RasterTooLarge
+from service.read import jp2_guard
+from service.read.containers import unpack
+from service.read.geotiff import SourceFile, gdal_options, read_header
+from service.read.layouts import StackOptions
+from service.read.reader import StackReader
+from service.read.stack import Stack, open_stack
+from tests.kits.rasters import UTM, write
+
+BANDS = ("B02", "B04", "B08")
+ROOT = "S2A_MSIL2A_20221005T115411_N0400_R023_T31UES_20221005T164454.SAFE"
+IMAGES = f"{ROOT}/GRANULE/L2A_T31UES_A038063_20221005T115413/IMG_DATA"
+XML = """<?xml version="1.0"?><n1:Level-2A_User_Product><PRODUCT_START_TIME>2022-10-05T11:54:11.024Z
+</PRODUCT_START_TIME><PROCESSING_BASELINE>04.00</PROCESSING_BASELINE>
+<BOA_QUANTIFICATION_VALUE unit="none">10000</BOA_QUANTIFICATION_VALUE>{}
+</n1:Level-2A_User_Product>"""
+OFFSETS = "".join(f'<BOA_ADD_OFFSET band_id="{n}">-1000</BOA_ADD_OFFSET>' for n in range(13))
+rng = np.random.default_rng(3)
+
+
+def jp2(path: Path, data: np.ndarray, size: float = 10) -> Path:
+    """One band, lossless."""
+    with rasterio.open(
+        path, "w", driver="JP2OpenJPEG", width=data.shape[1], height=data.shape[0], count=1,
+        dtype=data.dtype, crs=UTM, transform=Affine(size, 0, 5e5, 0, -size, 5.6e6),
+        QUALITY="100", REVERSIBLE="YES",
+    ) as file:  # fmt: skip
+        file.write(data, 1)
+    return path
+
+
+def zipped(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> SourceFile:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return SourceFile(name=path.name, path=path)
+
+
+def opened(files: Sequence[SourceFile], folder: Path, **options: object) -> Stack:
+    out = folder / "members"
+    out.mkdir(exist_ok=True)
+    unpacked = unpack(files, out, max_bytes=2**26, max_files=100)
+    asked = StackOptions(left_out=unpacked.left_out, **options)
+    return open_stack(unpacked.files, asked, bands=BANDS, max_bytes=2**26)
+
+
+def values(stack: Stack) -> np.ndarray:
+    with StackReader(stack) as reader:
+        return reader.read(Window(0, 0, stack.grid.width, stack.grid.height)).values
+
+
+@pytest.fixture
+def product(tmp_path: Path) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
+    """A product's folder: 10 m bands also at 20 m, SCL at 20 m, and files that are no band."""
+    members: dict[str, bytes] = {f"{ROOT}/MTD_MSIL2A.xml": XML.format(OFFSETS).encode()}
+    bands: dict[str, np.ndarray] = {}
+    for band in (*BANDS, "SCL"):
+        for size in (10, 20) if band != "SCL" else (20,):
+            side = 320 // size
+            data = rng.integers(1100, 4000, (side, side)).astype(np.uint16)
+            if band == "SCL":
+                data = np.full((side, side), 4, np.uint8)
+            name = f"{IMAGES}/R{size}m/T31UES_20221005T115411_{band}_{size}m.jp2"
+            members[name] = jp2(tmp_path / f"{band}_{size}.jp2", data, size).read_bytes()
+            bands[f"{band}_{size}"] = data
+    members[f"{IMAGES}/R10m/T31UES_20221005T115411_TCI_10m.jp2"] = b"not read"
+    members[f"{ROOT}/manifest.safe"] = b"<xml/>"
+    members[f"__MACOSX/{ROOT}/._manifest.safe"] = b"x"
+    return members, bands
+
+
+def test_a_product_as_a_zip(
+    tmp_path: Path, product: tuple[dict[str, bytes], dict[str, np.ndarray]]
+) -> None:
+    members, bands = product
+    stack = opened([zipped(tmp_path / "S2A.zip", members)], tmp_path)
+    assert (stack.dates, stack.mask) == ((date(2022, 10, 5),), "scl")
+    assert (stack.grid.height, stack.grid.width) == (32, 32)
+    for at, band in enumerate(BANDS):
+        np.testing.assert_allclose(
+            values(stack)[0, at], bands[f"{band}_10"] * 1e-4 - 0.1, atol=1e-6
+        )
+    (unused,) = [w for w in stack.warnings if w.code == "files_unused"]
+    for part in (
+        "_B02_20m.jp2",
+        "TCI_10m.jp2': its name says no band",
+        "manifest.safe': no raster",
+    ):
+        assert part in unused.detail
+    assert "MACOSX" not in unused.detail
+
+
+def test_a_product_as_a_folder_and_before_baseline_04(
+    tmp_path: Path, product: tuple[dict[str, bytes], dict[str, np.ndarray]]
+) -> None:
+    members, bands = product
+    members[f"{ROOT}/MTD_MSIL2A.xml"] = XML.format("").replace("04.00", "02.08").encode()
+    files = []
+    for number, (name, content) in enumerate(members.items()):
+        if not name.endswith(("manifest.safe", "TCI_10m.jp2")):
+            path = tmp_path / f"{number}.bin"
+            path.write_bytes(content)
+            files.append(SourceFile(name=name, path=path))
+    stack = opened(files, tmp_path)
+    np.testing.assert_allclose(values(stack)[0, 0], bands["B02_10"] * 1e-4, atol=1e-6)
+
+
+def test_a_zip_of_geotiffs(tmp_path: Path) -> None:
+    pixels = rng.integers(1, 3000, (3, 4, 5)).astype(np.uint16)
+    members = {}
+    for day in ("20210105", "20210115"):
+        file = write(tmp_path / f"x_{day}.tif", pixels, descriptions=BANDS)
+        members[f"stack/{file.name}"] = file.path.read_bytes()
+    stack = opened([zipped(tmp_path / "a.zip", members)], tmp_path, mask="none")
+    assert stack.dates == (date(2021, 1, 5), date(2021, 1, 15))
+    assert stack.files == ("stack/x_20210105.tif", "stack/x_20210115.tif")
+    np.testing.assert_allclose(values(stack)[1], pixels * 1e-4, rtol=1e-6)
+
+
+def test_what_a_zip_holds_is_bounded_whatever_it_declares(tmp_path: Path) -> None:
+    bomb = zipped(tmp_path / "bomb.zip", {"a.tif": bytes(10**6)})
+    assert bomb.path.stat().st_size < 2000
+    with pytest.raises(BodyTooLarge, match=r"bomb\.zip"):
+        unpack([bomb], tmp_path, max_bytes=10**5, max_files=10)
+    # A member that says it is small.
+    lying = bytearray(bomb.path.read_bytes())
+    at = lying.index(struct.pack("<L", 10**6), lying.index(b"PK\x01\x02"))
+    lying[at : at + 4] = struct.pack("<L", 10)
+    bomb.path.write_bytes(lying)
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises((BodyTooLarge, InvalidRequest)):
+        unpack([bomb], other, max_bytes=10**5, max_files=10)
+    assert sum(path.stat().st_size for path in other.iterdir()) <= 10**5
+
+
+def test_no_member_is_written_outside(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    file = zipped(tmp_path / "a.zip", {"../../up.tif": b"x", "/etc/passwd.tif": b"y"})
+    found = unpack([file], folder, max_bytes=100, max_files=10)
+    assert {source.path.parent for source in found.files} == {folder}
+    assert [source.name for source in found.files] == ["up.tif", "etc/passwd.tif"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "in"]
+
+
+@pytest.mark.parametrize("how", ["cut", "no raster", "many", "directory", "noise"])
+def test_a_zip_that_is_none_is_refused(tmp_path: Path, how: str) -> None:
+    file = zipped(tmp_path / "a.zip", {"a.tif": b"II*\0" * 9} if how != "no raster" else {"a": b""})
+    data = bytearray(file.path.read_bytes())
+    if how == "cut":
+        del data[-30:]
+    elif how == "many":
+        data[-12:-10] = struct.pack("<H", 65_000)
+    elif how == "directory":
+        data[-10:-6] = struct.pack("<L", 2**31)
+    elif how == "noise":
+        data[30:60] = bytes(30)
+    file.path.write_bytes(data)
+    with pytest.raises(InvalidRequest, match=r"a\.zip") as caught:
+        unpack([file], tmp_path, max_bytes=1000, max_files=10)
+    assert caught.value.errors[0]["field"] == "files"
+
+
+def test_jpeg_2000_can_be_switched_off(tmp_path: Path) -> None:
+    path = jp2(tmp_path / "20210105_B02.jp2", np.ones((8, 8), np.uint16))
+    file = SourceFile(name=path.name, path=path)
+    assert unpack([file], tmp_path, max_bytes=9, max_files=1).files == (file,)
+    with pytest.raises(NotAGeoTIFF, match="PIMC_JP2"):
+        unpack([file], tmp_path, max_bytes=9, max_files=1, jp2=False)
+
+
+# --- JPEG 2000 ------------------------------------------------------------------------------
+
+
+def header(path: Path) -> None:
+    with gdal_options():
+        read_header(SourceFile(name=path.name, path=path))
+
+
+def patched(path: Path, marker: int, offset: int, value: bytes) -> None:
+    """Overwrite bytes of a marker segment, counted from its marker."""
+    data = bytearray(path.read_bytes())
+    at = data.index(struct.pack(">H", marker), data.index(b"jp2c"))
+    data[at + offset : at + offset + len(value)] = value
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("marker", "offset", "value", "match"),
+    [
+        # SIZ: the image and its one tile grow to 60,000 x 60,000.
+        (0xFF51, 6, struct.pack(">8I", *[60_000, 60_000, 0, 0] * 2), "one tile of 60000 x 60000"),
+        (0xFF51, 22, struct.pack(">2I", 1, 1), "tiles, the limit"),
+        (0xFF51, 38, struct.pack(">H", 16_000), "damaged"),
+        (0xFF51, 41, b"\x02\x02", "another size"),
+        # COD: 65,535 layers of precincts of one sample.
+        (0xFF52, 6, struct.pack(">H", 65_535), "packets"),
+        (0xFF52, 9, b"\x40", "damaged"),
+    ],
+)
+def test_what_a_jp2_claims_is_refused_unread(
+    tmp_path: Path, marker: int, offset: int, value: bytes, match: str
+) -> None:
+    path = jp2(tmp_path / "x.jp2", rng.integers(0, 999, (300, 300)).astype(np.uint16))
+    header(path)
+    patched(path, marker, offset, value)
+    with pytest.raises((RasterTooLarge, NotAGeoTIFF), match=match):
+        jp2_guard.check_jp2(path, path.name)
+
+
+def test_a_cut_jp2_says_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "T31UES_20180111T104421_B04_10m.jp2"
+    path.write_bytes(jp2_guard.SIGNATURE + bytes(64))
+    with pytest.raises(NotAGeoTIFF, match="JPEG 2000 that is cut or damaged"):
+        header(path)
+
+
+# rasterio's own log of a message that is not UTF-8, out of which nothing comes.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damaged_jp2_files_give_our_errors_alone(tmp_path: Path) -> None:
+    chance = np.random.default_rng(11)
+    path = jp2(tmp_path / "20210105_B02.jp2", rng.integers(0, 999, (40, 40)).astype(np.uint16))
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        reach = 700 if chance.random() < 0.8 else len(damaged)
+        for _ in range(chance.integers(1, 7)):
+            damaged[int(chance.integers(12, reach))] = int(chance.integers(256))
+        if chance.random() < 0.2:
+            del damaged[int(chance.integers(12, len(damaged))) :]
+        path.write_bytes(damaged)
+        try:
+            stack = open_stack(
+                [SourceFile(name=path.name, path=path)], StackOptions(), bands=("B02",),
+                max_bytes=2**26,
+            )  # fmt: skip
+            values(stack)
+        except PIMCError:
+            refused += 1
+    assert 20 < refused < 200
+
+
+# --- what is no raster ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("cube.nc", b"\x89HDF\r\n\x1a\n", "netCDF.*gdal_translate"),
+        ("cube.nc", b"CDF\x01", "netCDF.*gdal_translate"),
+        ("B04.tif", b"\n<!DOCTYPE html><html>", "an HTML page.*download"),
+        ("B04.tif", b"<HTML><head>", "an HTML page"),
+        ("B04.tif.aux.xml", b"<PAMDataset>", "statistics.*leave it out"),
+        ("B04.tif.aux.xml", b"<?xml?><PAMDataset>", "statistics.*leave it out"),
+        ("._B04.tif", b"\x00\x05\x16\x07", "macOS.*leave out"),
+        ("x/._B04.tif", b"anything", "macOS.*leave out"),
+        ("B04.tif", b'<VRTDataset rasterXSize="9">', "a VRT"),
+        ("B04.tif", b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code>', "an error message"),
+        ("B04.tif", b"\x89PNG\r\n", "a picture"),
+        ("B04.tif", b'{"type": "FeatureCollection"}', "JSON"),
+        ("B04.tif", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        ("B04.tif", b"who knows", "GeoTIFF, JP2 and zips"),
+    ],
+)
+def test_what_is_no_raster_is_named_with_what_to_do(
+    tmp_path: Path, name: str, content: bytes, match: str
+) -> None:
+    path = tmp_path / "0000.tif"
+    path.write_bytes(content)
+    with gdal_options(), pytest.raises(NotAGeoTIFF, match=match):
+        read_header(SourceFile(name=name, path=path))
+
+
+# --- real products --------------------------------------------------------------------------
+
+
+def test_herault_folders(shared_data: Path) -> None:
+    """Ten real SAFE folders, each file under its path, as a client that sends folders names it."""
+    root = shared_data / "herault_safe_2018" / "eodata"
+    paths = sorted([*root.rglob("*.jp2"), *root.rglob("MTD_MSIL2A.xml")])
+    files = [SourceFile(name=str(path.relative_to(root)), path=path) for path in paths]
+    stack = open_stack(files, StackOptions(), bands=(*BANDS, "B11"), max_bytes=2**30)
+    assert len(stack.dates) == 10
+    assert (stack.dates[0], stack.dates[-1]) == (date(2018, 1, 23), date(2018, 10, 5))
+    assert (stack.mask, stack.grid.height, stack.grid.width) == ("scl", 353, 232)
+    assert (stack.scale, stack.offset) == (1e-4, 0)
+    window = Window(60, 120, 80, 90)
+    with StackReader(stack) as reader:
+        sits = reader.read(window)
+    t = stack.dates.index(date(2018, 7, 7))
+    red = next(p for p in paths if "20180707" in p.name and p.name.endswith("B04_10m.jp2"))
+    scl = next(p for p in paths if "20180707" in p.name and p.name.endswith("SCL_20m.jp2"))
+    with rasterio.open(red) as raster, rasterio.open(scl) as classes:
+        there = raster.read(1, window=window)
+        coarse = classes.read(1).repeat(2, 0).repeat(2, 1)[120:210, 60:140]
+    present = ~np.isnan(sits.values[t, 1])
+    np.testing.assert_allclose(sits.values[t, 1][present], there[present] * 1e-4, atol=1e-7)
+    np.testing.assert_array_equal(sits.valid[t], present & (coarse >= 4) & (coarse <= 7))
+    assert not sits.valid[stack.dates.index(date(2018, 2, 12))].any()  # all zero
+
+
+def test_a_real_product_of_baseline_04(shared_data: Path, tmp_path: Path) -> None:
+    xml = next((shared_data / "safe_metadata_0400").rglob("MTD_MSIL2A.xml"))
+    path = jp2(tmp_path / "0.jp2", np.full((8, 8), 1500, np.uint16))
+    folder = "S2A_MSIL2A_20221005T115411_N0400_R023_T29UNU_20221005T164454.SAFE"
+    files = [
+        SourceFile(name=f"{folder}/MTD_MSIL2A.xml", path=xml),
+        SourceFile(name=f"{folder}/GRANULE/x/IMG_DATA/R10m/T29UNU_B04_10m.jp2", path=path),
+    ]
+    stack = open_stack(files, StackOptions(), bands=("B04",), max_bytes=2**20)
+    assert stack.dates == (date(2022, 10, 5),)
+    assert (stack.scale, stack.offset) == (1e-4, -0.1)
+    np.testing.assert_allclose(values(stack), 0.05, atol=1e-6)
