@@ -158,6 +158,12 @@ def test_no_member_is_written_outside(tmp_path: Path) -> None:
     assert {source.path.parent for source in found.files} == {folder}
     assert [source.name for source in found.files] == ["up.tif", "etc/passwd.tif"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "in"]
+    # A zip that was named stays; one that was sent is not kept twice.
+    other = tmp_path / "other"
+    other.mkdir()
+    sent = zipped(other / "sent.zip", {"a.tif": b"z"})
+    unpack([sent], other, max_bytes=100, max_files=10)
+    assert not sent.path.exists()
 
 
 @pytest.mark.parametrize("how", ["cut", "no raster", "many", "directory", "noise"])

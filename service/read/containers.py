@@ -69,6 +69,8 @@ def unpack(
             found.append(file)
             continue
         members, others, used = _members(file, folder, f"{number:04d}", room, max_bytes)
+        if file.path.is_relative_to(folder):  # an upload, which would take its room twice
+            file.path.unlink()
         found += members
         left_out += others
         room -= used
