@@ -20,7 +20,7 @@
     ├── RasterError                          what the files hold
     │   ├── NotAGeoTIFF, CorruptRaster, NoGeoreference, GridMismatch
     │   ├── MissingBands, MissingDates, TooFewDates
-    │   ├── ImplausibleReflectance
+    │   ├── ImplausibleReflectance, WrongSensor
     │   └── RasterTooLarge
     ├── Overloaded                           no place is free; nothing was started
     ├── NotReady                             the models are still being loaded and warmed
@@ -280,6 +280,13 @@ class ImplausibleReflectance(RasterError):
     title = "Implausible reflectance"
 
 
+class WrongSensor(RasterError):
+    """Images of a sensor that the model was not trained on."""
+
+    code = "wrong_sensor"
+    title = "Wrong sensor"
+
+
 class RasterTooLarge(RasterError):
     """Over the decoded-size limit, judged from headers."""
 
@@ -329,6 +336,7 @@ STATUS: Mapping[str, int] = {
     "missing_dates": 422,
     "too_few_dates": 422,
     "implausible_reflectance": 422,
+    "wrong_sensor": 422,
     "raster_too_large": 413,
     "body_too_large": 413,
     "body_stalled": 408,

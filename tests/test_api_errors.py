@@ -37,6 +37,7 @@ ELSEWHERE = {
     "head_stalled",
     "uri_too_long",
     "header_too_large",
+    "wrong_sensor",
 }
 BODY_LIMIT, RASTER_LIMIT, PIXEL_LIMIT = 200_000, 100_000, 4_000
 

@@ -17,7 +17,7 @@ from rasterio.windows import Window
 from service.errors import CorruptRaster, NoGeoreference, NotAGeoTIFF, PIMCError, RasterTooLarge
 from service.read.geotiff import BlockCache, Placed, SourceFile, for_each, gdal_options, read_header
 from service.read.layouts import StackOptions
-from service.read.radiometry import check_radiometry
+from service.read.radiometry import calibrate
 from service.read.reader import StackReader
 from service.read.stack import open_stack
 from tests.kits.rasters import NORTH_UP, write
@@ -264,7 +264,7 @@ def test_damaged_files_give_our_errors_alone(tmp_path: Path) -> None:
         file.path.write_bytes(damaged)
         try:
             stack = opened(file)
-            check_radiometry(stack)
+            calibrate(stack)
             with StackReader(stack) as reader:
                 reader.read(Window(0, 0, stack.grid.width, stack.grid.height))
         except PIMCError as error:

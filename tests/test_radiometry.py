@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
+from rasterio.windows import Window
 
-from service.errors import ImplausibleReflectance
+from service.errors import ImplausibleReflectance, InvalidRequest, StackWarning
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
-from service.read.radiometry import check_radiometry
+from service.read.radiometry import calibrate
+from service.read.reader import StackReader
 from service.read.stack import Stack, open_stack
 from tests.kits.rasters import write
 
@@ -41,8 +46,13 @@ def field(
     return write(path, pixels.astype(dtype), descriptions=BANDS, **how)
 
 
+def found(stack: Stack, used: Sequence[int] | None = None) -> list[StackWarning]:
+    """The warnings that the pixels add to those of the headers."""
+    return [w for w in calibrate(stack, used).warnings if w not in stack.warnings]
+
+
 def codes(stack: Stack, used: Sequence[int] | None = None) -> list[str]:
-    return [warning.code for warning in check_radiometry(stack, used)]
+    return [warning.code for warning in found(stack, used)]
 
 
 def test_a_plain_field_is_neither(tmp_path: Path) -> None:
@@ -67,7 +77,7 @@ def test_implausible_medians_are_refused_with_the_likely_fix(
 ) -> None:
     stack = opened([field(tmp_path / "20210105.tif", **how)], **options)
     with pytest.raises(ImplausibleReflectance) as caught:
-        check_radiometry(stack)
+        calibrate(stack)
     for part in (fix, "-0.2 to 1.6", f"scale {stack.scale:g} and offset {stack.offset:g}"):
         assert part in caught.value.detail
 
@@ -76,7 +86,7 @@ def test_the_message_says_the_median(tmp_path: Path) -> None:
     pixels = np.full((3, 5, 5), 3000, np.uint16)
     file = write(tmp_path / "20210105.tif", pixels, descriptions=BANDS)
     with pytest.raises(ImplausibleReflectance, match="sampled is 3000,"):
-        check_radiometry(opened([file], scale=1.0))
+        calibrate(opened([file], scale=1.0))
 
 
 @pytest.mark.parametrize("level", [-0.19, 0.0001, 0.9, 1.59])
@@ -91,7 +101,7 @@ def test_nothing_clear_is_nothing_to_judge(tmp_path: Path) -> None:
     file = write(tmp_path / "20210105.tif", pixels, descriptions=(*BANDS, "SCL"))
     assert codes(opened([file])) == []
     with pytest.raises(ImplausibleReflectance):
-        check_radiometry(opened([file], mask="none"))
+        calibrate(opened([file], mask="none"))
 
 
 def test_only_the_dates_used_are_judged(tmp_path: Path) -> None:
@@ -102,7 +112,7 @@ def test_only_the_dates_used_are_judged(tmp_path: Path) -> None:
     stack = opened(files)
     assert codes(stack, [0]) == []
     with pytest.raises(ImplausibleReflectance):
-        check_radiometry(stack, [1])
+        calibrate(stack, [1])
     assert codes(stack, []) == []
 
 
@@ -151,41 +161,150 @@ def seasons(folder: Path, *, late: int, **how) -> list[SourceFile]:
     return early + [field(folder / f"{day}.tif", add=late, **how) for day in AFTER]
 
 
-def test_the_offset_of_the_later_baseline_is_suspected(tmp_path: Path) -> None:
+def offsets(stack: Stack, used: Sequence[int] | None = None) -> list[float]:
+    """The offset of each date's first band after calibration."""
+    return [acquisition.planes[0].offset for acquisition in calibrate(stack, used).acquisitions]
+
+
+def test_the_offset_of_the_later_baseline_is_applied(tmp_path: Path) -> None:
     stack = opened(seasons(tmp_path, late=1000))
-    (warning,) = check_radiometry(stack)
-    assert warning.code == "baseline_offset_suspected"
+    (warning,) = found(stack)
+    assert warning.code == "offset_applied"
     assert "2022-01-25" in warning.detail
-    # Also where a run uses the dates of one side alone: the later ones then are wrong by 0.1.
-    for used in ([2, 3], [0, 1, 2], [3, 4, 5], [5]):
-        assert codes(stack, used) == ["baseline_offset_suspected"]
-    assert codes(opened(seasons(tmp_path, late=1000)[:3])) == []
+    assert "from the pixels" in warning.detail
+    assert offsets(stack) == [0, 0, 0, -0.1, -0.1, -0.1]
+    assert codes(stack, [0, 1, 2]) == []
+    # One date alone may be hazy: the caller decides.
+    assert codes(stack, [5]) == ["baseline_offset_suspected"]
+    assert offsets(stack, [5]) == [0] * 6
 
 
-def test_without_blue_the_red_band_tells(tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", [BEFORE, AFTER])
+def test_a_stack_of_one_side_is_judged_by_itself(tmp_path: Path, side: Sequence[str]) -> None:
+    """Wholly after the change, or Collection 1: reprocessed before it."""
+    raised = opened([field(tmp_path / f"{day}.tif", add=1000) for day in side])
+    assert codes(raised) == ["offset_applied"]
+    assert offsets(raised) == [-0.1] * 3
+    plain = opened([field(tmp_path / f"{day}.tif") for day in side])
+    assert codes(plain) == []
+    assert offsets(plain) == [0] * 3
+    # Some of the files: which ones is said, and nothing is assumed.
+    mixed = [field(tmp_path / f"{day}.tif", add=1000 * (n > 0)) for n, day in enumerate(side)]
+    more = [field(tmp_path / f"2021070{n}.tif", add=1000) for n in range(1, 4)]
+    if side is BEFORE:
+        assert codes(opened([*mixed, *more])) == ["baseline_offset_suspected"]
+
+
+def test_a_single_large_scene_after_the_change_is_judged(tmp_path: Path) -> None:
+    late = opened([field(tmp_path / "20230605.tif", add=1000, side=120)])
+    assert (codes(late), offsets(late)) == (["offset_applied"], [-0.1])
+    early = opened([field(tmp_path / "20190605.tif", add=1000, side=120)])
+    assert (codes(early), offsets(early)) == (["baseline_offset_suspected"], [0])
+
+
+def test_without_blue_the_red_band_warns(tmp_path: Path) -> None:
     stack = opened(seasons(tmp_path, late=1000), bands=("B04", "B08"))
     assert codes(stack) == ["baseline_offset_suspected"]
 
 
 @pytest.mark.parametrize(
-    ("how", "options"),
+    ("tags", "band_tags", "name", "source"),
     [
-        ({"late": 0}, {}),
-        ({"late": 400}, {}),
-        ({"late": 1000}, {"offset": 0.0}),
-        ({"late": 1000, "offsets": (-0.01,) * 3}, {}),
-        ({"late": 1000, "tags": {"offset": "-0.01"}}, {}),
-        ({"late": 1000, "dtype": "float32"}, {"scale": 1e-4}),
+        ({}, {"BOA_ADD_OFFSET": "-1000"}, "", "BOA_ADD_OFFSET -1000"),
+        ({"BOA_ADD_OFFSET": "-1000", "BOA_QUANTIFICATION_VALUE": "10000"}, {}, "", "BOA_ADD"),
+        ({"PROCESSING_BASELINE": "05.09"}, {}, "", "processing baseline 05.09"),
+        ({"s2:processing_baseline": "04.00"}, {}, "", "processing baseline 04.00"),
+        ({}, {}, "S2B_MSIL2A_20230605T104421_N0509_R008_", "processing baseline 05.09"),
+        ({"earthsearch:boa_offset_applied": "false"}, {}, "", "boa_offset_applied"),
+        ({"offset": "-0.1"}, {}, "", "the tag `offset`"),
     ],
 )
-def test_no_offset_is_suspected(tmp_path: Path, how: dict, options: dict) -> None:
-    assert codes(opened(seasons(tmp_path, **how), **options)) == []
+def test_the_offset_is_known_from_the_file(
+    tmp_path: Path, tags: dict, band_tags: dict, name: str, source: str
+) -> None:
+    how = {"tags": tags, "band_tags": dict.fromkeys((1, 2, 3), band_tags)}
+    stack = opened([field(tmp_path / f"{name}20230605.tif", add=1000, **how)])
+    (warning,) = found(stack)
+    assert warning.code == "offset_applied"
+    assert source in warning.detail
+    assert offsets(stack) == [pytest.approx(-0.1)]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"tags": {"PROCESSING_BASELINE": "05.09"}},
+        {"band_tags": {number: {"BOA_ADD_OFFSET": "-1000"} for number in (1, 2, 3)}},
+        {"offsets": (-0.1,) * 3, "scales": (1e-4,) * 3},
+    ],
+)
+def test_an_offset_that_was_applied_before_is_not_applied_again(tmp_path: Path, how: dict) -> None:
+    """Harmonised values that kept their tags."""
+    stack = opened([field(tmp_path / f"{day}.tif", **how) for day in AFTER])
+    assert codes(stack) == ["baseline_offset_suspected"]
+    assert offsets(stack) == [0] * 3
+    assert codes(opened([field(tmp_path / "20230605.tif", **how)], offset=0.0)) == []
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [{"earthsearch:boa_offset_applied": "true"}, {"PROCESSING_BASELINE": "02.09"}],
+)
+def test_tags_may_say_that_there_is_no_offset(tmp_path: Path, tags: dict) -> None:
+    stack = opened([field(tmp_path / f"{day}.tif", tags=tags) for day in AFTER])
+    assert (codes(stack), offsets(stack)) == ([], [0] * 3)
+
+
+def test_numbers_from_a_date_on(tmp_path: Path) -> None:
+    given = ((date(2021, 1, 1), -0.05), (date(2022, 1, 25), -0.1))
+    stack = opened(seasons(tmp_path, late=1000), offset=given)
+    assert offsets(stack) == [-0.05] * 3 + [-0.1] * 3
+    # Before the first date, what the files say counts.
+    stack = opened(seasons(tmp_path, late=1000), offset=given[1:])
+    assert offsets(stack) == [0] * 3 + [-0.1] * 3
+    undated = field(tmp_path / "scene.tif")
+    with pytest.raises(InvalidRequest, match=r"'scene.tif' has no date"):
+        opened([undated], offset=given)
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "warnings"),
+    [
+        ({"late": 0}, {}, []),
+        ({"late": 400}, {}, []),
+        ({"late": 1000}, {"offset": 0.0}, []),
+        ({"late": 1000, "offsets": (-0.01,) * 3}, {}, ["offset_applied"]),
+        ({"late": 1000, "tags": {"offset": "-0.01"}}, {}, ["offset_applied"]),
+        ({"late": 1000, "dtype": "float32"}, {"scale": 1e-4}, []),
+    ],
+)
+def test_no_offset_is_suspected(
+    tmp_path: Path, how: dict, options: dict, warnings: list[str]
+) -> None:
+    assert codes(opened(seasons(tmp_path, **how), **options)) == warnings
 
 
 def test_one_hazy_date_is_no_baseline(tmp_path: Path) -> None:
     files = seasons(tmp_path, late=0)
     files[-1] = field(tmp_path / "20230105.tif", levels=(0.3, 0.3, 0.4))
     assert codes(opened(files)) == []
+
+
+def test_real_scenes_with_and_without_the_offset(shared_data: Path, tmp_path: Path) -> None:
+    """Every date of Flanders, clouds masked and not: with 1000 added the offset is found."""
+    paths = sorted((shared_data / "flanders_2017_2018").glob("S2_L2A_2018*.tif"))[::3]
+    for add in (0, 1000):
+        files = []
+        for path in paths:
+            with rasterio.open(path) as file:
+                pixels, named = file.read(), file.descriptions
+            pixels[:4] = np.where(pixels[:4] > 0, pixels[:4] + add, 0)
+            day = re.sub(r".*_(2018\d{4})_.*", r"\1", path.name)
+            files.append(write(tmp_path / f"{day}_{add}.tif", pixels, descriptions=named, nodata=0))
+        for mask in (None, "none"):
+            stack = opened(files, mask=mask)
+            assert set(offsets(stack)) == {-add / 1e4}
+            assert codes(stack) == ["offset_applied"] * (add > 0)
 
 
 # --- scale_suspected ------------------------------------------------------------------------
@@ -195,16 +314,16 @@ def test_a_scale_that_counts_twice_is_suspected(tmp_path: Path) -> None:
     """Reflectance already, with the tag of the integers that it was made from."""
     scaled = {"dtype": "float32", "times": 1}
     twice = field(tmp_path / "a.tif", scales=(1e-4,) * 3, **scaled)
-    (warning,) = check_radiometry(opened([twice]))
+    (warning,) = found(opened([twice]))
     assert warning.code == "scale_suspected"
     assert "scale=1" in warning.detail
     assert codes(opened([twice], scale=1.0)) == []
     assert codes(opened([field(tmp_path / "b.tif", **scaled)])) == []
 
 
-def test_zeros_that_no_tag_calls_missing_are_suspected(tmp_path: Path) -> None:
-    zeros = write(tmp_path / "a.tif", np.zeros((3, 9, 9), "float32"), descriptions=BANDS)
-    assert codes(opened([zeros])) == ["scale_suspected"]
+def test_numbers_next_to_zero_are_suspected(tmp_path: Path) -> None:
+    almost = write(tmp_path / "a.tif", np.full((3, 9, 9), 1e-9, "float32"), descriptions=BANDS)
+    assert codes(opened([almost])) == ["scale_suspected"]
 
 
 def test_8_bits_need_a_scale(tmp_path: Path) -> None:
@@ -218,6 +337,74 @@ def test_8_bits_need_a_scale(tmp_path: Path) -> None:
     assert opened([tagged], mask="none").warnings == ()
 
 
+# --- a file of another kind ---------------------------------------------------------------------
+
+
+def months(folder: Path, *odd: dict) -> list[SourceFile]:
+    """Seven plain dates, and one date of another kind for each of `odd`."""
+    plain = [field(folder / f"20210{month}05.tif") for month in range(1, 8)]
+    return plain + [field(folder / f"202108{5 + n:02d}.tif", **how) for n, how in enumerate(odd)]
+
+
+@pytest.mark.parametrize(
+    ("how", "fix"),
+    [
+        ({"dtype": "float32"}, "scale=0.0001"),
+        ({"dtype": "float32", "times": 100}, "scale=0.01"),
+    ],
+)
+def test_one_file_in_other_units_is_refused_by_name(tmp_path: Path, how: dict, fix: str) -> None:
+    with pytest.raises(ImplausibleReflectance, match=r"'20210805.tif' \(2021-08-05\)") as caught:
+        calibrate(opened(months(tmp_path, how)))
+    assert fix in caught.value.detail
+    assert "in other units than the others" in caught.value.detail
+
+
+@pytest.mark.parametrize("how", [{"times": 100}, {"times": 1000}])
+def test_one_file_that_is_too_dark_is_named(tmp_path: Path, how: dict) -> None:
+    (warning,) = found(opened(months(tmp_path, how)))
+    assert warning.code == "scale_suspected"
+    assert "'20210805.tif' (2021-08-05)" in warning.detail
+    assert codes(opened(months(tmp_path, {"levels": (0.03, 0.03, 0.1)}))) == []
+
+
+def test_one_blank_file_is_missing(tmp_path: Path) -> None:
+    stack = opened(months(tmp_path, {"dtype": "int16", "times": 0, "add": -9999}))
+    (warning,) = found(stack)
+    assert warning.code == "nodata_assumed"
+    assert "'20210805.tif'" in warning.detail
+
+
+def test_a_float_file_among_integers_is_read_by_its_own_numbers(tmp_path: Path) -> None:
+    assert codes(opened(months(tmp_path, {"dtype": "float32", "times": 1}))) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype", "times"),
+    [(-10_000, "int16", 10_000), (-9999, "float32", 1), (1, "float32", 1), (1, "uint16", 10_000)],
+)
+def test_a_number_that_stands_for_missing_is_found(
+    tmp_path: Path, number: float, dtype: str, times: float
+) -> None:
+    files = []
+    for month in range(1, 5):
+        path = tmp_path / f"20210{month}05.tif"
+        field(path, dtype=dtype, times=times)
+        with rasterio.open(path, "r+") as file:
+            pixels = file.read()
+            pixels[:, :6] = number
+            file.write(pixels)
+        files.append(SourceFile(name=path.name, path=path))
+    stack = opened(files)
+    (warning,) = found(stack)
+    assert warning.code == "nodata_assumed"
+    assert warning.detail.startswith(f"{number} fills all bands")
+    with StackReader(calibrate(stack)) as reader:
+        sits = reader.read(Window(0, 0, 20, 20))
+    assert not sits.valid[:, :6].any()
+    assert sits.valid[:, 6:].all()
+
+
 # --- the sample -----------------------------------------------------------------------------
 
 
@@ -227,7 +414,7 @@ def test_a_large_raster_is_judged_by_places_spread_over_it(tmp_path: Path, how: 
     pixels[:, 200:, 400:] = 60_000  # the lower right alone has data
     file = write(tmp_path / "20210105.tif", pixels, descriptions=BANDS, **how)
     with pytest.raises(ImplausibleReflectance):
-        check_radiometry(opened([file]))
+        calibrate(opened([file]))
 
 
 def test_many_dates_are_judged_by_a_few_spread_over_them(tmp_path: Path) -> None:
@@ -237,5 +424,5 @@ def test_many_dates_are_judged_by_a_few_spread_over_them(tmp_path: Path) -> None
         for day in days
     ]
     with pytest.raises(ImplausibleReflectance):
-        check_radiometry(opened(files), [*range(8, 24)])
+        calibrate(opened(files), [*range(8, 24)])
     assert codes(opened(files), range(12)) == []

@@ -133,8 +133,8 @@ def test_of_a_doubled_date_the_first_clear_observation_counts(engine):
     )
     outcome = answered(engine.models["embed-pixel"], [doubled])
     assert outcome.results[0]["embedding"] == pytest.approx(mean(plain), rel=1e-5)
-    (warning,) = outcome.warnings
-    assert warning.code == "merged_dates"
+    warning, partial = outcome.warnings
+    assert (warning.code, partial.code) == ("merged_dates", "partial_season")
     assert "'a': 5 observations on 3 dates" in warning.detail
 
 

@@ -257,9 +257,11 @@ def test_zeros_of_bands_that_are_not_needed_say_nothing(tmp_path: Path) -> None:
     assert np.argwhere(~sits.valid).tolist() == [[0, 0, 0]]
 
 
-def test_float_zeros_are_values(tmp_path: Path) -> None:
-    sits = read(opened(scene(tmp_path / "20210105.tif", np.zeros((3, 2, 2), np.float32))))
-    assert sits.valid.all()
+def test_float_zeros_in_all_bands_are_missing_as_in_integers(tmp_path: Path) -> None:
+    pixels = np.zeros((3, 2, 2), np.float32)
+    pixels[0, 1, 1] = 0.1
+    sits = read(opened(scene(tmp_path / "20210105.tif", pixels)))
+    assert sits.valid.tolist() == [[[False, False], [False, True]]]
 
 
 def test_an_internal_mask_counts(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from service.errors import MissingDates
 from service.infer.patches import median_composite
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
-from service.read.radiometry import check_radiometry
+from service.read.radiometry import calibrate
 from service.read.reader import StackReader
 from service.read.stack import Sits, Stack, open_stack
 from tests.kits.rasters import write
@@ -60,7 +60,7 @@ def test_flanders(shared_data: Path) -> None:
     (unused,) = stack.warnings
     assert unused.code == "files_unused"
     assert "2 of 120 files not used: 'LABEL_CT.tif', 'LABEL_LC.tif'" in unused.detail
-    assert check_radiometry(stack) == ()
+    assert calibrate(stack).warnings == stack.warnings
 
     sits = read(stack)
     raw = np.stack([pixels(path) for path in scenes])  # B02 B03 B04 B08 SCL
@@ -109,7 +109,7 @@ def test_mato_grosso(shared_data: Path) -> None:
     assert (stack.layout, stack.mask, stack.scale, stack.offset) == ("file-per-band", "none", 1, 0)
     assert stack.dates == dates
     assert sorted(stack.files) == ["blue.tif", "nir.tif", "red.tif"]
-    assert check_radiometry(stack) == ()
+    assert calibrate(stack).warnings == stack.warnings
 
     sits = read(stack)
     raw = np.stack([pixels(folder / f"{name}.tif") for name in ("blue", "red", "nir")], axis=1)
@@ -131,7 +131,7 @@ def test_hesbaye_as_a_single_file(shared_data: Path, tmp_path: Path) -> None:
     paths = sorted((shared_data / "hesbaye_a_monthly").glob("*.tif"))
     apart = opened(sources(paths))
     assert (apart.layout, len(apart.dates), apart.mask) == ("file-per-date", 20, "none")
-    assert check_radiometry(apart) == ()
+    assert calibrate(apart).warnings == apart.warnings
     with rasterio.open(paths[0]) as first:
         where = {"crs": first.crs, "transform": first.transform, "nodata": first.nodata}
     stacked = np.concatenate([pixels(path) for path in paths])
@@ -154,7 +154,7 @@ def test_eurosat_needs_no_dates(shared_data: Path) -> None:
     path = sorted((shared_data / "eurosat" / "ms_sample").glob("*.tif"))[0]
     stack = opened(sources([path]), bands=("B04", "B03", "B02"), dated=False)
     assert (stack.layout, stack.dates, stack.observations) == ("file-per-date", (), 1)
-    assert check_radiometry(stack) == ()
+    assert calibrate(stack).warnings == stack.warnings
     sits = read(stack)
     composite = median_composite(sits.values, sits.valid)
     np.testing.assert_allclose(composite, pixels(path)[[3, 2, 1]] * 1e-4, rtol=1e-6)
@@ -162,4 +162,5 @@ def test_eurosat_needs_no_dates(shared_data: Path) -> None:
 
 def test_no_real_scene_is_suspected_of_anything(shared_data: Path) -> None:
     for path in sorted((shared_data / "eurosat" / "ms_sample").glob("*.tif"))[::4]:
-        assert check_radiometry(opened(sources([path]), dated=False)) == (), path.name
+        stack = opened(sources([path]), dated=False)
+        assert calibrate(stack).warnings == stack.warnings, path.name

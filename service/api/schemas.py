@@ -29,15 +29,17 @@ from service.errors import ForbiddenReference, InvalidRequest
 from service.read.geotiff import SourceFile
 from service.read.layouts import Layout, StackOptions
 from service.read.masks import RULES, parse_mask
+from service.read.reflectance import DatedNumber
 from service.run.request import PointQuery, RasterRequest, SeriesInput, SeriesRequest
 
 MAX_POINTS = 10_000
 MAX_RINGS = 1_000
 MAX_VERTICES = 10_000
 ClassOutput = Literal["class", "confidence", "entropy", "probabilities"]
+SensorName = Literal["sentinel-2", "hls", "landsat", "modis", "planetscope"]
 QuantileOutput = Literal["q10", "q50", "q90"]
 # The fields that take several values.
-_LISTED = frozenset({"dates", "bands", "bbox", "outputs"})
+_LISTED = frozenset({"dates", "bands", "bbox", "outputs", "scale", "offset"})
 _MAX_ERRORS = 20
 _MAX_STRUCTURE = 500_000
 PLAUSIBLE_DATES = (date(1970, 1, 1), date(2099, 12, 31))
@@ -99,6 +101,54 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _dated(value: object) -> object:
+    """A number, or pairs of a date and the number that holds from it on.
+
+    Raises:
+        ValueError: a part that is neither a number nor a date and a number, or a date twice.
+    """
+    parts = _listed(value)
+    if not isinstance(parts, list):
+        return value
+    pairs: list[tuple[date, float]] = []
+    for part in parts:
+        # Pairs come as such from a request that was validated before.
+        day, number = _dated_number(part) if not isinstance(part, list | tuple) else part
+        pairs.append((day, number))
+    if len({day for day, _ in pairs}) < len(pairs):
+        raise ValueError(f"'{value}' gives several numbers from one date on")
+    if len(pairs) == 1 and pairs[0][0] == date.min:
+        return pairs[0][1]
+    return tuple(sorted(pairs))
+
+
+def _dated_number(part: object) -> tuple[date, float]:
+    day, colon, number = str(part).rpartition(":")
+    try:
+        return (
+            date.fromisoformat(day.strip()) if colon else date.min,
+            _finite(number),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"'{part}' is not a number such as -0.1, or one from a date on such as 2022-01-25:-0.1"
+        ) from error
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
+
+
+def _positive(value: DatedNumber | None) -> DatedNumber | None:
+    numbers = [value] if isinstance(value, int | float) else [n for _, n in value or ()]
+    if any(number <= 0 for number in numbers):
+        raise ValueError("a scale must be greater than 0")
+    return value
+
+
 def _once(value: object) -> object:
     """Without repetitions, in the order given."""
     return list(dict.fromkeys(value)) if isinstance(value, list) else value
@@ -112,6 +162,12 @@ _IsoDate = Annotated[
 ]
 _Split = BeforeValidator(_listed)
 _SplitOnce = BeforeValidator(lambda value: _once(_listed(value)))
+_DATED_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [{"type": "number"}, {"type": "string"}],
+        "examples": [-0.1, "2022-01-25:-0.1"],
+    }
+)
 _AtLeastOne = Field(min_length=1)
 _Band = Annotated[str, Field(min_length=1, max_length=64)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -283,12 +339,26 @@ class RasterForm(_Strict):
         ),
     ] = None
     scale: Annotated[
-        float | None,
-        Field(gt=0, allow_inf_nan=False, description="reflectance = value x scale + offset"),
+        DatedNumber | None,
+        BeforeValidator(_dated),
+        AfterValidator(_positive),
+        _DATED_SCHEMA,
+        Field(
+            description="reflectance = value x scale + offset; from a date on as in "
+            "`2022-01-25:0.0001`, several comma-separated; else read from the files",
+        ),
     ] = None
     offset: Annotated[
-        float | None,
-        Field(allow_inf_nan=False, description="reflectance = value x scale + offset"),
+        DatedNumber | None,
+        BeforeValidator(_dated),
+        _DATED_SCHEMA,
+        Field(
+            description="reflectance = value x scale + offset; from a date on as in "
+            "`2022-01-25:-0.1`, several comma-separated; else read from the files",
+        ),
+    ] = None
+    sensor: Annotated[
+        SensorName | None, Field(description="the sensor of the files; else told from them")
     ] = None
     mask: Annotated[
         str | None,
@@ -373,6 +443,7 @@ class RasterForm(_Strict):
                 grid=self.grid,
                 bbox=self.bbox,
                 area=None if self.area is None else self.area.polygon,
+                sensor=self.sensor,
             ),
             model=self.model,
             points=points,

@@ -13,6 +13,7 @@ from models.card import Task
 from service.errors import StackWarning
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
+from service.read.reflectance import DatedNumber
 from service.run.execute import Result, listed
 from service.run.executors import Timing
 from service.run.request import (
@@ -90,13 +91,14 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
             layout=fields.get("layout"),
             dates=tuple(map(date.fromisoformat, fields["dates"])) if fields.get("dates") else None,
             bands=_tuple(fields.get("bands")),
-            scale=fields.get("scale"),
-            offset=fields.get("offset"),
+            scale=_dated(fields.get("scale")),
+            offset=_dated(fields.get("offset")),
             mask=fields.get("mask"),
             grid=fields.get("grid"),
             bbox=_bbox(fields.get("bbox")),
             area=fields.get("area"),
             left_out=tuple((name, reason) for name, reason in fields.get("left_out") or ()),
+            sensor=fields.get("sensor"),
         ),
         model=fields.get("model"),
         modality=fields.get("modality"),
@@ -137,6 +139,13 @@ def _iso(value: Any) -> Any:  # noqa: ANN401 - anything that a request holds
 
 def _date(text: str | None) -> date | None:
     return None if text is None else date.fromisoformat(text)
+
+
+def _dated(value: Any) -> DatedNumber | None:  # noqa: ANN401 - JSON
+    """A number, or numbers from dates on."""
+    if not isinstance(value, list):
+        return value  # type: ignore[no-any-return]
+    return tuple((date.fromisoformat(day), float(number)) for day, number in value)
 
 
 def _tuple(values: list[str] | None) -> tuple[str, ...] | None:

@@ -31,6 +31,7 @@ from service.read.metadata import (
     tagged_band,
     tagged_date,
 )
+from service.read.reflectance import DatedNumber
 
 Layout = Literal["file-per-date", "file-per-band-and-date", "file-per-band", "single-file"]
 
@@ -45,9 +46,11 @@ class StackOptions:
     bands: tuple[str, ...] | None = None
     """Band names in band order; for files of one band, in the order of the files. Files beside them
     that hold a cloud mask, or another number of bands, need none."""
-    scale: float | None = None
-    offset: float | None = None
-    """reflectance = value x scale + offset."""
+    scale: DatedNumber | None = None
+    offset: DatedNumber | None = None
+    """reflectance = value x scale + offset, for all dates or from dates on."""
+    sensor: str | None = None
+    """A key of `sensors.BY_NAME`; None tells it from the files."""
     mask: str | None = None
     """`auto`, `none`, or rules as `masks.parse_mask` reads them."""
     grid: str | None = None

@@ -1,8 +1,16 @@
-"""Radiometry checks: whether sampled pixels are plausible reflectance."""
+"""Radiometry: whether sampled pixels agree with the scale and offset that the files state.
+
+    stack → sample of the numbers stored → checks and corrections by file → calibrated stack
+
+Pixels decide what no file states (Sentinel-2's offset, the number of missing pixels), and they
+overrule a tag that they make impossible. Each correction is a warning.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
@@ -13,108 +21,495 @@ from service.errors import ImplausibleReflectance, StackWarning
 from service.grid import Window
 from service.read.geotiff import BlockCache
 from service.read.reader import StackReader
-from service.read.stack import Stack
+from service.read.reflectance import BASELINE_OFFSET, GIVEN, days_in_words
+from service.read.stack import Plane, Stack
 
+Floats = NDArray[np.float32]
 PLAUSIBLE = (-0.2, 1.6)
 """Between these lies the median of the clear values of any real scene, snow and glint included."""
 BASELINE_CHANGE = date(2022, 1, 25)
 """From here on ESA's Sentinel-2 products (processing baseline 04.00) hold an offset of -0.1."""
 _BRIGHT_RED = 0.15
 _RED_OVER_NIR = 1.3
-_BASELINE_STEP = 0.05
 _DARK_PERCENTILE = 2
+# Of blue and red, the dark end of a date. Vegetation, water and shadow lie below the first
+# number; with Sentinel-2's offset in them no pixel does, and most dates lie below the second.
+# Above the second is what is bright in itself: clouds, snow, desert.
+_NO_LONGER_DARK = 0.09
+_STILL_DARK = 0.17
+# With an offset taken off that the pixels do not hold, a quarter of them lies below this.
+_TOO_DARK = -0.02
+_SHARE_OF_DATES = 0.25
+# Among dates without the offset, haze and thin clouds lift some; more than this are another kind.
+_SHARE_OF_RAISED = 0.3
+_BRIGHT_IN_ITSELF = 0.3
+_MANY_DATES = 3
+_MANY_PIXELS = 10_000
 _LARGEST_UINT8 = 255
 # Nothing on Earth is so dark in its brightest tenth.
 _BRIGHT_PERCENTILE = 90
 _NEVER_SO_DARK = 9.9e-5
+# A date whose brightest tenth is so much darker than that of the other dates, and so dark.
+_DARKER_THAN_OTHERS = 1 / 8
+_DARK_DATE = 0.05
+# A number that so many pixels hold in all bands at once, but not nearly all, stands for missing.
+_FILL_SHARE = 0.005
+_FILL_PIXELS = 8
+_NOT_FILL_SHARE = 0.95
+_FEWEST_CLEAR = 20
+_SAMPLED_DATES = 8
+_SAMPLED_SIDE = 128
+# Of a raster's height and width: its middle, and the middles of its quarters.
+_SAMPLED_PLACES = ((0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Some pixels of some dates, and how they were made into reflectance."""
+class _Sample:
+    """Some pixels of each date used, as stored, and the planes that tell what they mean."""
 
-    values: NDArray[np.float32]
-    """(T, C, N) reflectance, NaN where missing."""
+    stored: Floats
+    """(T, C, N) numbers as stored, NaN where missing."""
     valid: NDArray[np.bool_]
     """(T, N): True where usable."""
+    positions: tuple[int, ...]
+    """(T) on the stack's T axis."""
     dates: tuple[date, ...]
     """(T); empty for undated imagery."""
     bands: tuple[str, ...]
     """(C) by name."""
-    scale: float
-    offset: float
-    integer: bool
-    """Whether the files hold integers."""
-    offset_known: bool
-    """Whether the caller or a file said an offset."""
+    planes: tuple[tuple[Plane, ...], ...]
+    """(T, C) of the first acquisition of each date."""
+
+    def values(self) -> Floats:
+        """Reflectance (T, C, N)."""
+        scale = np.array([[p.scale for p in own] for own in self.planes], np.float32)
+        offset = np.array([[p.offset for p in own] for own in self.planes], np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(self.stored * scale[:, :, None] + offset[:, :, None])
+
+    def name(self, t: int) -> str:
+        """A date's file and day, for messages."""
+        day = f" ({self.dates[t]})" if self.dates else ""
+        return f"'{self.planes[t][0].source.name}'{day}"
+
+    def names(self, ts: Sequence[int]) -> str:
+        """Several dates' files, for messages: two, and how many more."""
+        more = f" and {len(ts) - 2} more" if len(ts) > 2 else ""
+        return ", ".join(self.name(t) for t in ts[:2]) + more
+
+    def when(self, ts: Sequence[int]) -> str:
+        """Several dates, for messages."""
+        if not self.dates:
+            return self.names(ts)
+        return days_in_words([self.dates[t] for t in ts])
+
+    def corrected(self, ts: Sequence[int], change: Callable[[Plane], Plane]) -> _Sample:
+        """The sample with the planes of some dates changed."""
+        chosen = set(ts)
+        return replace(
+            self,
+            planes=tuple(
+                tuple(map(change, own)) if t in chosen else own for t, own in enumerate(self.planes)
+            ),
+        )
 
 
-def judge(sample: Sample, wider: Sample | None = None) -> tuple[StackWarning, ...]:
-    """Warnings about a sample; none where no pixel of it is clear.
+def calibrate(
+    stack: Stack, used: Sequence[int] | None = None, *, cache: BlockCache | None = None
+) -> Stack:
+    """Compare a few places of each date with what the files state, and correct what they miss.
 
     Args:
-        sample: of the dates that a run uses.
-        wider: of dates on both sides of the change of baseline, used or not: a run of the later
-            ones alone shows no step, and needs the warning most. None where it is `sample`.
+        stack: the stack.
+        used: positions on its T axis that a run will use; None for all.
+        cache: GDAL's block cache; None leaves it as it is.
+
+    Returns:
+        The stack with corrected scale, offset and nodata of its planes, and with these warnings:
+        `offset_applied`, `baseline_offset_suspected`, `scale_suspected`, `nodata_assumed`,
+        `nodata_suspected`, `bands_suspected_swapped`.
 
     Raises:
-        ImplausibleReflectance: the median of the clear values is outside `PLAUSIBLE`.
+        ImplausibleReflectance: the median of the clear values, of all dates or of one, is outside
+            -0.2 to 1.6.
+        CorruptRaster: a file does not decode.
     """
-    if not sample.valid.any():
-        return ()
-    clear = sample.values.transpose(0, 2, 1)[sample.valid]
-    _check_median(clear, sample)
-    return (*_dark(clear, sample), *_swapped(sample), *_baseline(wider or sample))
+    positions = sorted(range(stack.observations) if used is None else used)
+    if not positions:
+        return stack
+    sample = _sample(stack, positions, cache)
+    warnings: list[StackWarning] = []
+    for correct in (_fill, _scaled_already, _not_in_the_pixels, _unstated_offset):
+        sample, more = correct(sample)
+        warnings += more
+    if sample.valid.any():
+        values = sample.values()
+        _check_medians(sample, values)
+        warnings += [
+            *_dark(sample, values),
+            *_one_dark(sample, values),
+            *_swapped(sample, values),
+        ]
+    corrected = _with_planes(stack, sample)
+    stated = _offsets_in_words(corrected, positions)
+    return replace(corrected, warnings=(*stack.warnings, *stated, *warnings))
 
 
-def _check_median(clear: NDArray[np.float32], sample: Sample) -> None:
-    median = float(np.median(clear))
-    low, high = PLAUSIBLE
-    if low <= median <= high:
-        return
-    stored = (median - sample.offset) / sample.scale
-    raise ImplausibleReflectance(
-        f"the median of the clear pixels sampled is {median:.4g}, outside {low} to {high}, with "
-        f"scale {sample.scale:g} and offset {sample.offset:g} (stored: {stored:.6g}); "
-        f"{_likely_fix(stored, sample)}"
+def _with_planes(stack: Stack, sample: _Sample) -> Stack:
+    """The stack with the corrections that were made to the sample."""
+    before = _first_planes(stack)
+    after = dict(zip(sample.positions, sample.planes, strict=True))
+    acquisitions = []
+    for acquisition in stack.acquisitions:
+        t = acquisition.observation
+        if after.get(t, before[t]) != before[t]:
+            planes = tuple(map(_as_first, acquisition.planes, before[t], after[t]))
+            acquisition = replace(acquisition, planes=planes)
+        acquisitions.append(acquisition)
+    first = acquisitions[0].planes[0]
+    return replace(stack, acquisitions=tuple(acquisitions), scale=first.scale, offset=first.offset)
+
+
+def _as_first(own: Plane, before: Plane, after: Plane) -> Plane:
+    """A plane corrected as that of the date's first granule, where both stated the same."""
+    if _states(own) != _states(before):
+        return replace(own, nodata=after.nodata)
+    return replace(
+        own,
+        nodata=after.nodata,
+        scale=after.scale,
+        offset=after.offset,
+        scale_source=after.scale_source,
+        offset_source=after.offset_source,
     )
 
 
-def _likely_fix(stored: float, sample: Sample) -> str:
+def _first_planes(stack: Stack) -> dict[int, tuple[Plane, ...]]:
+    """The planes of the first granule of each observation."""
+    first: dict[int, tuple[Plane, ...]] = {}
+    for acquisition in stack.acquisitions:
+        first.setdefault(acquisition.observation, acquisition.planes)
+    return first
+
+
+def _states(plane: Plane) -> tuple[object, ...]:
+    return plane.scale, plane.offset, plane.scale_source, plane.offset_source
+
+
+# Corrections ------------------------------------------------------------------------------------
+
+_Corrected = tuple[_Sample, list[StackWarning]]
+
+
+def _fill(sample: _Sample) -> _Corrected:
+    """Numbers that no nodata tag names, but that stand for missing pixels."""
+    found: dict[float, int] = Counter()
+    places: dict[float, list[int]] = defaultdict(list)
+    for t, stored in enumerate(sample.stored):
+        flat = stored[0][(stored == stored[0]).all(axis=0)]
+        numbers, counts = np.unique(flat, return_counts=True)
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            enough = count >= max(_FILL_PIXELS, _FILL_SHARE * stored.shape[1])
+            if enough and _never_reflectance(number, sample.planes[t][0]):
+                found[number] += count
+                places[number].append(t)
+    present = int((~np.isnan(sample.stored[:, 0])).sum())
+    if not found or sum(found.values()) > _NOT_FILL_SHARE * present:
+        return sample, []
+    # One number has room in a plane: a second one is rare, and stays a value that is refused.
+    number = max(found, key=lambda n: found[n])
+    ts, plane = places[number], sample.planes[0][0]
+    told = (
+        f"{number:g} fills all bands of {found[number] / present:.1%} of the pixels sampled, in "
+        f"{sample.names(ts)}, and "
+    )
+    if any(p.nodata not in {None, number} for own in sample.planes for p in own):
+        detail = f"{told}the nodata tag names another number: correct the tag, or mask the pixels"
+        return sample, [StackWarning(code="nodata_suspected", detail=detail)]
+    native = int(number) if number.is_integer() and plane.integer else number
+    sample = sample.corrected(range(len(sample.planes)), lambda p: replace(p, nodata=native))
+    gone = (sample.stored == number).any(axis=1)
+    sample = replace(
+        sample,
+        stored=np.where(gone[:, None], np.float32(np.nan), sample.stored),
+        valid=sample.valid & ~gone,
+    )
+    detail = (
+        f"{told}no nodata tag names it: it is taken as missing; record it with "
+        f"`gdal_edit.py -a_nodata {number:g} FILE`"
+    )
+    return sample, [StackWarning(code="nodata_assumed", detail=detail)]
+
+
+def _never_reflectance(number: float, plane: Plane) -> bool:
+    """Whether a number in all bands of many pixels is a sign rather than a measurement."""
+    low, high = PLAUSIBLE
+    return number in {-1.0, 1.0} or not low <= number * plane.scale + plane.offset <= high
+
+
+def _scaled_already(sample: _Sample) -> _Corrected:
+    """Floats that are reflectance, with the scale and offset of the integers they came from."""
+    ts = [
+        t
+        for t, stored in enumerate(sample.stored)
+        if _stated_by_file(sample.planes[t][0])
+        and sample.valid[t].any()
+        and _bright(stored[:, sample.valid[t]]) <= PLAUSIBLE[1]
+        and _bright(stored[:, sample.valid[t]] * sample.planes[t][0].scale) < 1e-3
+    ]
+    if not ts:
+        return sample, []
+    plane = sample.planes[ts[0]][0]
+    detail = (
+        f"the numbers stored in {sample.names(ts)} are reflectance already, so scale "
+        f"{plane.scale:g} and offset {plane.offset:g} ({plane.scale_source}) are not applied; "
+        "give `scale` and `offset` to apply them, or scale=1 to confirm"
+    )
+    sample = sample.corrected(ts, _plain)
+    return sample, [StackWarning(code="scale_suspected", detail=detail)]
+
+
+def _plain(plane: Plane) -> Plane:
+    told = "the pixels"
+    return replace(plane, scale=1.0, offset=0.0, scale_source=told, offset_source=told)
+
+
+def _stated_by_file(plane: Plane) -> bool:
+    return not plane.integer and plane.scale != 1 and plane.scale_source not in {None, GIVEN}
+
+
+def _bright(values: Floats) -> float:
+    return float(np.percentile(np.abs(values), _BRIGHT_PERCENTILE))
+
+
+def _dark_bands(sample: _Sample) -> list[int]:
+    """The bands by whose dark end the offset is told: those in which vegetation is dark."""
+    return [sample.bands.index(name) for name in ("B02", "B04") if name in sample.bands]
+
+
+def _percentiles(sample: _Sample, q: float) -> NDArray[np.float64]:
+    """Of the dark bands (T, 2) a percentile of the clear reflectance, NaN without enough."""
+    values, bands = sample.values(), _dark_bands(sample)
+    found = np.full((len(values), len(bands)), np.nan)
+    for t, valid in enumerate(sample.valid):
+        if valid.sum() >= _FEWEST_CLEAR:
+            found[t] = np.percentile(values[t][bands][:, valid], q, axis=1)
+    return found
+
+
+def _not_in_the_pixels(sample: _Sample) -> _Corrected:
+    """An offset that a file states, but that was subtracted from its pixels before."""
+    groups: dict[tuple[float, str], list[int]] = defaultdict(list)
+    for t, (plane, *_) in enumerate(sample.planes):
+        if plane.offset < 0 and plane.offset_source not in {None, GIVEN} and _dark_bands(sample):
+            groups[plane.offset, str(plane.offset_source)].append(t)
+    quarter = _percentiles(sample, 25)
+    dark = _percentiles(sample, _DARK_PERCENTILE)
+    warnings = []
+    for (offset, source), ts in groups.items():
+        against = [t for t in ts if (quarter[t] < _TOO_DARK).all()]
+        # With the offset taken off rightly, the dark end of a date lies about 0.
+        in_favour = [t for t in ts if t not in against and (dark[t] > _TOO_DARK).all()
+                     and (dark[t] < _STILL_DARK + offset).all()]  # fmt: skip
+        if len(against) < max(1, _SHARE_OF_DATES * len(ts)):
+            continue
+        without = against if len(in_favour) > len(against) else ts
+        sample = sample.corrected(
+            without, lambda p: replace(p, offset=0.0, offset_source="the pixels")
+        )
+        detail = (
+            f"offset {offset:g} ({source}) is not applied to {sample.when(without)}: it would make "
+            f"the blue and red of most pixels negative, so it seems to have been applied before, "
+            f"in {sample.names(without)}; give `offset` to decide"
+        )
+        warnings.append(StackWarning(code="baseline_offset_suspected", detail=detail))
+    return sample, warnings
+
+
+def _unstated_offset(sample: _Sample) -> _Corrected:
+    """Sentinel-2's offset in files that state none, told by the dark end of blue and red."""
+    ts = [t for t, (plane, *_) in enumerate(sample.planes) if _may_hold_offset(plane)]
+    bands = _dark_bands(sample)
+    if not ts or not bands:
+        return sample, []
+    dark = _percentiles(sample, _DARK_PERCENTILE)
+    warnings: list[StackWarning] = []
+    for late in (False, True):
+        side = [t for t in ts if (_is_late(sample, t)) is late]
+        known = [t for t in side if np.isfinite(dark[t]).all()]
+        if not known:
+            continue
+        low = [t for t in known if (dark[t] < _NO_LONGER_DARK).any()]
+        raised = [t for t in known if t not in low and (dark[t] <= _STILL_DARK).all()]
+        # The dark end of few pixels on few dates may be a bright field, or haze.
+        large = any(sample.valid[t].sum() >= _MANY_PIXELS for t in raised)
+        sure = len(raised) >= _MANY_DATES or (late and large)
+        level = f"the dark end of {' and '.join(sample.bands[c] for c in bands)}"
+        median = float(np.median(dark[known][:, 0]))
+        if not low and sure and len(raised) >= _SHARE_OF_DATES * len(known) and len(bands) > 1:
+            lowest = float(dark[raised].min())
+            source = f"the pixels: {level} is at least {lowest:.2f} on every date"
+            sample = sample.corrected(side, _with_offset(source))
+            continue
+        all_raised = not low and -BASELINE_OFFSET < median < _BRIGHT_IN_ITSELF
+        some_raised = low and len(raised) > max(2, _SHARE_OF_RAISED * len(known))
+        if some_raised or (all_raised and (late or large or len(known) > 1)):
+            which = raised or known
+            detail = (
+                f"{level} is {float(np.median(dark[which].min(axis=1))):.2f} on "
+                f"{sample.when(which)}: {sample.names(which)} may hold Sentinel-2's offset of -0.1 "
+                "(processing baseline 04.00 and later), which nothing states, so it is not "
+                "applied; give offset=-0.1, from a date on as in offset=2022-01-25:-0.1, or "
+                "offset=0 to confirm"
+            )
+            warnings.append(StackWarning(code="baseline_offset_suspected", detail=detail))
+    return sample, warnings
+
+
+def _with_offset(source: str) -> Callable[[Plane], Plane]:
+    return lambda plane: replace(plane, offset=BASELINE_OFFSET, offset_source=source)
+
+
+def _may_hold_offset(plane: Plane) -> bool:
+    """Integers x 0.0001 of which nothing states the offset."""
+    return plane.integer and plane.offset_source is None and math.isclose(plane.scale, 1e-4)
+
+
+def _is_late(sample: _Sample, t: int) -> bool:
+    return bool(sample.dates) and sample.dates[t] >= BASELINE_CHANGE
+
+
+def _offsets_in_words(stack: Stack, used: Sequence[int]) -> Iterator[StackWarning]:
+    """What is subtracted from which dates without the caller's saying so."""
+    by_source: dict[tuple[float, str], list[int]] = defaultdict(list)
+    for acquisition in stack.acquisitions:
+        plane = acquisition.planes[0]
+        if acquisition.observation in set(used) and plane.offset and plane.offset_source != GIVEN:
+            by_source[plane.offset, str(plane.offset_source)].append(acquisition.observation)
+    for (offset, source), ts in by_source.items():
+        unique = sorted(set(ts))
+        days = days_in_words([stack.dates[t] for t in unique]) if stack.dates else "all images"
+        yield StackWarning(
+            code="offset_applied",
+            detail=f"offset {offset:g} is applied to {days}, known from {source}; give `offset` "
+            "to override it",
+        )
+
+
+def why_missing(
+    stack: Stack, used: Sequence[int], least: int, *, cache: BlockCache | None = None
+) -> str:
+    """Why no pixel has enough clear observations, from a few places.
+
+    Args:
+        stack: the stack.
+        used: positions on its T axis that the run used.
+        least: clear observations that a pixel needs.
+        cache: GDAL's block cache; None leaves it as it is.
+    """
+    sample = _sample(stack, sorted(used), cache)
+    there = ~np.isnan(sample.stored).any(axis=1)
+    seen, clear = int(there.sum(axis=0).max()), int(sample.valid.sum(axis=0).max())
+    return (
+        f"every pixel needs {least} clear observations; of the {len(used)} dates used, the best "
+        f"pixel sampled has values on {seen} and is clear on {clear} (mask: {stack.mask}); "
+        + (
+            "the mask leaves too few, so add clearer dates, or give mask=none to use cloudy ones"
+            if seen >= least
+            else "the files hold too few values, so check nodata and the area"
+        )
+    )
+
+
+# Checks -----------------------------------------------------------------------------------------
+
+
+def _check_medians(sample: _Sample, values: Floats) -> None:
+    """The median of all dates, and of each.
+
+    Raises:
+        ImplausibleReflectance: one of them is outside `PLAUSIBLE`.
+    """
+    low, high = PLAUSIBLE
+    median = float(np.median(values.transpose(0, 2, 1)[sample.valid]))
+    # A file on its own is named only where others show that it is the odd one.
+    if not low <= median <= high:
+        plane = sample.planes[0][0]
+        stored = (median - plane.offset) / plane.scale
+        raise ImplausibleReflectance(
+            f"the median of the clear pixels sampled is {median:.4g}, outside {low} to {high}, "
+            f"with scale {plane.scale:g} and offset {plane.offset:g} (stored: {stored:.6g}); "
+            f"{_likely_fix(stored, plane)}"
+        )
+    medians = {
+        t: float(np.median(values[t][:, valid]))
+        for t, valid in enumerate(sample.valid)
+        if valid.sum() >= _FEWEST_CLEAR
+    }
+    for t, own in medians.items():
+        if low <= own <= high:
+            continue
+        plane = sample.planes[t][0]
+        stored = (own - plane.offset) / plane.scale
+        raise ImplausibleReflectance(
+            f"{sample.name(t)}: the median of its clear pixels sampled is {own:.4g}, outside {low} "
+            f"to {high}, with scale {plane.scale:g} and offset {plane.offset:g} (stored: "
+            f"{stored:.6g}), while the median of the {len(medians)} dates is "
+            f"{float(np.median(list(medians.values()))):.4g}; this file is in other units than "
+            f"the others: {_likely_fix(stored, plane)} for it"
+        )
+
+
+def _likely_fix(stored: float, plane: Plane) -> str:
     if stored < 0:
         return "missing pixels seem to hold a number that no nodata tag names, or offset is wrong"
     if PLAUSIBLE[0] <= stored <= PLAUSIBLE[1]:
         return "the numbers stored look like reflectance: give scale=1 and offset=0"
     if stored <= 100:
         return "if the numbers stored are percent, give scale=0.01"
-    if stored <= _LARGEST_UINT8 and sample.integer:
-        return "the numbers stored look like an 8-bit picture, which is no reflectance"
+    if stored <= _LARGEST_UINT8 and plane.integer:
+        return "the numbers stored look like an 8-bit picture, which is not reflectance"
     if stored * 1e-4 <= PLAUSIBLE[1]:
         return "the numbers stored look like reflectance x 10000: give scale=0.0001"
-    return "give the scale and offset that make reflectance of the numbers stored"
+    return "give the scale and offset that turn the numbers stored into reflectance"
 
 
-def _dark(clear: NDArray[np.float32], sample: Sample) -> Iterator[StackWarning]:
+def _dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
     """A scale applied twice, by the writer and by its tag, leaves next to nothing."""
-    bright = float(np.percentile(np.abs(clear), _BRIGHT_PERCENTILE))
+    bright = _bright(values.transpose(0, 2, 1)[sample.valid])
     if bright < _NEVER_SO_DARK:
         yield StackWarning(
             code="scale_suspected",
             detail=f"nine tenths of the clear values sampled lie below {bright:.2g}, with scale "
-            f"{sample.scale:g}: the numbers stored may be reflectance already (then give scale=1), "
-            "or missing pixels hold a number that no nodata tag names",
+            f"{sample.planes[0][0].scale:g}: the numbers stored may be reflectance already (then "
+            "give scale=1), or missing pixels hold a number that no nodata tag names",
         )
 
 
-def _band(sample: Sample, name: str) -> NDArray[np.float32]:
-    return sample.values[:, sample.bands.index(name)]
+def _one_dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+    """A file in smaller units than the others, such as percent among reflectance x 10,000."""
+    levels = {
+        t: _bright(values[t][:, valid])
+        for t, valid in enumerate(sample.valid)
+        if valid.sum() >= _FEWEST_CLEAR
+    }
+    usual = float(np.median(list(levels.values()))) if len(levels) > 2 else 0.0
+    ts = [t for t, level in levels.items() if level < min(_DARK_DATE, _DARKER_THAN_OTHERS * usual)]
+    if ts:
+        yield StackWarning(
+            code="scale_suspected",
+            detail=f"{sample.names(ts)}: nine tenths of the clear values sampled lie below "
+            f"{max(levels[t] for t in ts):.2g}, and below {usual:.2g} on the median date: the file "
+            "seems to be in other units than the others; give `scale` from a date on, or leave "
+            "the file out",
+        )
 
 
-def _swapped(sample: Sample) -> Iterator[StackWarning]:
+def _swapped(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
     """Land is brighter in the near infrared than in red, and water is dark in both."""
     if not {"B04", "B08"} <= set(sample.bands):
         return
-    red, nir = (_band(sample, name)[sample.valid] for name in ("B04", "B08"))
+    red, nir = (values[:, sample.bands.index(name)][sample.valid] for name in ("B04", "B08"))
     share = float(np.mean((red > _BRIGHT_RED) & (red > _RED_OVER_NIR * nir)))
     if share > 0.5:
         yield StackWarning(
@@ -124,118 +519,52 @@ def _swapped(sample: Sample) -> Iterator[StackWarning]:
         )
 
 
-def _baseline(sample: Sample) -> Iterator[StackWarning]:
-    """Integers from both sides of the change, and the dark end rises as if by the offset."""
-    band = next((name for name in ("B02", "B04") if name in sample.bands), None)
-    if band is None or sample.offset_known or not sample.integer:
-        return
-    sides: dict[bool, list[float]] = {False: [], True: []}
-    for day, values, valid in zip(sample.dates, _band(sample, band), sample.valid, strict=False):
-        if valid.any():
-            dark = float(np.percentile(values[valid], _DARK_PERCENTILE))
-            sides[day >= BASELINE_CHANGE].append(dark)
-    if not (sides[False] and sides[True]):
-        return
-    # Of each side the median over dates: one hazy date does not make a step.
-    before, after = (float(np.median(sides[late])) for late in (False, True))
-    if after - before > _BASELINE_STEP:
-        yield StackWarning(
-            code="baseline_offset_suspected",
-            detail=f"the dark end of {band} rises from {before:.3f} before {BASELINE_CHANGE} to "
-            f"{after:.3f} from then on: the later files seem to hold Sentinel-2's offset of "
-            "-0.1 (baseline 04.00), which no file and no option says",
-        )
+# Sampling ---------------------------------------------------------------------------------------
 
 
-_SAMPLED_DATES = 8
-_SAMPLED_SIDE = 128
-# Of a raster's height and width: its middle, and the middles of its quarters.
-_SAMPLED_PLACES = ((0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75))
-
-
-def check_radiometry(
-    stack: Stack, used: Sequence[int] | None = None, *, cache: BlockCache | None = None
-) -> tuple[StackWarning, ...]:
-    """Look at a few places on a few dates: are the numbers reflectance at all?
-
-    Args:
-        stack: the stack.
-        used: positions on its T axis that a run will use; None for all.
-        cache: GDAL's block cache; None leaves it as it is.
-
-    Returns:
-        `bands_suspected_swapped`, `baseline_offset_suspected`, or nothing.
-
-    Raises:
-        ImplausibleReflectance: the median of the clear values is outside -0.2 to 1.6.
-        CorruptRaster: a file does not decode.
-    """
-    positions = sorted(range(stack.observations) if used is None else used)
-    if not positions:
-        return ()
-    sample = _sample(stack, _sampled_dates(stack, positions), cache)
-    beyond = _other_side(stack, positions)
-    if not beyond or not sample.integer or stack.offset_known:
-        return judge(sample)
-    wider = _sample(stack, beyond, cache)
-    return judge(
-        sample,
-        replace(
-            sample,
-            values=np.concatenate([sample.values, wider.values]),
-            valid=np.concatenate([sample.valid, wider.valid]),
-            dates=sample.dates + wider.dates,
-        ),
-    )
-
-
-def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) -> Sample:
-    """A few places of these dates."""
-    with StackReader(stack, positions, cache=cache) as reader:
-        parts = [reader.read(window) for window in _sampled_windows(stack)]
+def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) -> _Sample:
+    """The same number of places of every date, on few dates more of them than on many."""
+    windows = _sampled_windows(stack)
+    each = min(len(windows), max(1, _SAMPLED_DATES * len(windows) // len(positions)))
     T, C = len(positions), len(stack.bands)
-    return Sample(
-        values=np.concatenate([part.values.reshape(T, C, -1) for part in parts], axis=2),
-        valid=np.concatenate([part.valid.reshape(T, -1) for part in parts], axis=1),
+    size = int(windows[0].height * windows[0].width)
+    stored = np.empty((T, C, each * size), np.float32)
+    valid = np.empty((T, each * size), np.bool_)
+    plain = _as_stored(stack)
+    # Places in turn, so that many dates together are judged by all of them.
+    for at, window in enumerate(windows):
+        ts = [t for t in range(T) if (at - t) % len(windows) < each]
+        if not ts:
+            continue
+        with StackReader(plain, [positions[t] for t in ts], cache=cache) as reader:
+            part = reader.read(window)
+        for k, t in enumerate(ts):
+            place = slice((at - t) % len(windows) * size, ((at - t) % len(windows) + 1) * size)
+            stored[t, :, place] = part.values[k].reshape(C, -1)
+            valid[t, place] = part.valid[k].reshape(-1)
+    first = _first_planes(stack)
+    return _Sample(
+        stored=stored,
+        valid=valid,
+        positions=tuple(positions),
         dates=tuple(stack.dates[t] for t in positions) if stack.dates else (),
         bands=stack.bands,
-        scale=stack.scale,
-        offset=stack.offset,
-        integer=all(
-            plane.integer for acquisition in stack.acquisitions for plane in acquisition.planes
-        ),
-        offset_known=stack.offset_known,
+        planes=tuple(first[t] for t in positions),
     )
 
 
-def _sides(stack: Stack, positions: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The positions before the change of baseline, and those from then on."""
-    late = [t for t in positions if stack.dates and stack.dates[t] >= BASELINE_CHANGE]
-    return [t for t in positions if t not in set(late)], late
-
-
-def _sampled_dates(stack: Stack, positions: Sequence[int]) -> list[int]:
-    """A few positions, evenly spread, and where the baseline changes as many from each side."""
-    early, late = _sides(stack, positions)
-    if not (early and late):
-        return _spread(positions, _SAMPLED_DATES)
-    return _spread(early, _SAMPLED_DATES // 2) + _spread(late, _SAMPLED_DATES // 2)
-
-
-def _other_side(stack: Stack, used: Sequence[int]) -> list[int]:
-    """A few dates from the side of the change of baseline on which no date is used."""
-    used_sides = _sides(stack, used)
-    all_sides = _sides(stack, range(stack.observations))
-    if all(used_sides) or not stack.dates:
-        return []
-    other = all_sides[0] if used_sides[1] else all_sides[1]
-    return _spread(other, _SAMPLED_DATES // 2)
-
-
-def _spread(positions: Sequence[int], n: int) -> list[int]:
-    """At most `n` of the positions, the middles of equal stretches."""
-    n = min(n, len(positions))
-    return [positions[(2 * i + 1) * len(positions) // (2 * n)] for i in range(n)]
+def _as_stored(stack: Stack) -> Stack:
+    """The stack without scale and offset, which reads as the numbers stored."""
+    return replace(
+        stack,
+        acquisitions=tuple(
+            replace(
+                acquisition,
+                planes=tuple(replace(plane, scale=1.0, offset=0.0) for plane in acquisition.planes),
+            )
+            for acquisition in stack.acquisitions
+        ),
+    )
 
 
 def _sampled_windows(stack: Stack) -> list[Window]:

@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,16 @@ from service.read.containers import split_products, with_product
 from service.read.geotiff import Driver, Header, Placed, SourceFile, gdal_options, read_header
 from service.read.layouts import Layout, StackOptions
 from service.read.masks import ALPHA_RULE, Decoder, MaskRule, alpha
-from service.read.metadata import ALPHA, tagged_number
+from service.read.metadata import ALPHA
 from service.read.placement import AS_IT_LIES, Place, Position, Resampling, place_files
+from service.read.reflectance import (
+    INTEGER_SCALE,
+    DatedNumber,
+    calibration_of,
+    number_on,
+    stated_scale,
+)
+from service.read.sensors import Sensor, check_sensors, in_sentinel_2_terms, sensors_of
 
 # Float rasters mark missing pixels by -3.4e38 and its like, with a nodata tag or without.
 NO_VALUE = 1e30
@@ -52,6 +61,9 @@ class Plane:
     """The GDAL driver that reads the file."""
     resampling: Resampling = "bilinear"
     """What is done where it is warped: classes and bits go by the nearest pixel."""
+    scale_source: str | None = None
+    offset_source: str | None = None
+    """Where scale and offset are known from; None if nothing states them."""
 
     @property
     def may_be_beyond(self) -> bool:
@@ -85,7 +97,7 @@ class Acquisition:
     @property
     def zero_is_missing(self) -> bool:
         """Whether zeros in all bands mean no data, and no nodata tag says so already."""
-        return all(plane.integer and plane.nodata != 0 for plane in self.planes)
+        return all(plane.nodata != 0 for plane in self.planes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +113,10 @@ class Stack:
     scale: float
     offset: float
     """reflectance = value x scale + offset; files may differ, this is the first one's."""
-    offset_known: bool
-    """Whether the caller or any file said an offset."""
     mask: str
     """The cloud masks used, such as `scl`; `none` where there is none."""
+    sensor: str | None
+    """The sensor that the files are of; several comma-separated; None if nothing tells it."""
     block: tuple[int, int]
     """Rows and columns of the largest block on disk: windows of whole blocks decode none twice."""
     acquisitions: tuple[Acquisition, ...]
@@ -132,10 +144,6 @@ class Sits:
     """(T, h, w) or (T, N): True where the observation is there and clear."""
 
 
-INTEGER_SCALE = 0.0001
-"""Scale of integer reflectance where nobody says: Sentinel-2's own."""
-
-
 def open_stack(
     files: Sequence[SourceFile],
     options: StackOptions,
@@ -143,6 +151,8 @@ def open_stack(
     bands: Sequence[str],
     dated: bool = True,
     max_bytes: int,
+    sensors: Collection[str] = (),
+    model: str = "the model",
 ) -> Stack:
     """Understand files as a stack, from their headers alone.
 
@@ -153,10 +163,13 @@ def open_stack(
         dated: whether observations need dates. Without, files that have none are observations
             of their own, in the order given.
         max_bytes: most bytes that the needed bands of all dates may decode to.
+        sensors: names of the sensors that may be read; empty reads any.
+        model: whose sensors these are, for messages.
 
     Raises:
         NotAGeoTIFF: a file is no GeoTIFF.
         NoGeoreference: a file that is needed has no CRS or no transform.
+        WrongSensor: a file is of a sensor that is not in `sensors`.
         GridMismatch: needed files do not share one grid, and `grid` does not say which to take.
         MissingBands: a needed band is not there.
         MissingDates: a file or band has no date.
@@ -165,6 +178,12 @@ def open_stack(
     """
     _check_options(files, options)
     headers = _headers(files)
+    told = sensors_of(headers, options.sensor)
+    check_sensors(headers, told, sensors, model)
+    by_file = {
+        header.source: sensor for header, (sensor, _) in zip(headers, told, strict=True) if sensor
+    }
+    headers = [in_sentinel_2_terms(header, by_file.get(header.source)) for header in headers]
     arranged = arrange(headers, options, bands=bands, dated=dated)
     with gdal_options():
         place = Place(grid=options.grid, bbox=options.bbox, area=options.area)
@@ -180,8 +199,11 @@ def open_stack(
     acquisitions = tuple(
         Acquisition(
             observation=position[granule.key],
-            planes=tuple(_plane(*granule.planes[band], options, positions) for band in bands),
-            masks=_mask_planes(granule, options, positions),
+            planes=tuple(
+                _plane(*granule.planes[band], options, positions, granule.key, by_file)
+                for band in bands
+            ),
+            masks=_mask_planes(granule, positions),
         )
         for granule in arranged.granules
     )
@@ -193,8 +215,11 @@ def open_stack(
         bands=tuple(bands),
         scale=planes[0].scale,
         offset=planes[0].offset,
-        offset_known=options.offset is not None or any(plane.offset for plane in planes),
         mask=arranged.mask,
+        sensor=", ".join(
+            dict.fromkeys(by_file[h.source].label for h in arranged.used if h.source in by_file)
+        )
+        or None,
         block=(
             max(header.block[0] for header in arranged.used),
             max(header.block[1] for header in arranged.used),
@@ -213,11 +238,19 @@ def open_stack(
 
 def _check_options(files: Sequence[SourceFile], options: StackOptions) -> None:
     if not files:
-        raise InvalidRequest.of("files", "none came, and a stack needs one at least")
-    if options.scale is not None and not (np.isfinite(options.scale) and options.scale):
-        raise InvalidRequest.of("scale", f"{options.scale} makes every value the same")
-    if options.offset is not None and not np.isfinite(options.offset):
-        raise InvalidRequest.of("offset", f"{options.offset} is no finite number")
+        raise InvalidRequest.of("files", "at least one file is required")
+    for scale in _numbers(options.scale):
+        if not (np.isfinite(scale) and scale):
+            raise InvalidRequest.of("scale", f"{scale} is not a finite number other than 0")
+    for offset in _numbers(options.offset):
+        if not np.isfinite(offset):
+            raise InvalidRequest.of("offset", f"{offset} is not a finite number")
+
+
+def _numbers(given: DatedNumber | None) -> Sequence[float]:
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, int | float) else [number for _, number in given]
 
 
 def _headers(files: Sequence[SourceFile]) -> list[Header]:
@@ -269,14 +302,14 @@ def _eight_bits(
         header
         for header, number in planes
         if header.dtypes[number - 1] in {"uint8", "int8"}
-        and _said_scale(header, number - 1) is None
+        and stated_scale(header, number - 1)[0] is None
     )
     first = next(small, None)
     if options.scale is not None or first is None:
         return ()
     detail = (
-        f"'{first.name}' holds 8-bit numbers and says no scale, so they are taken x "
-        f"{INTEGER_SCALE:g}: give the scale that makes reflectance of them"
+        f"'{first.name}' holds 8-bit numbers and states no scale, so they are multiplied by "
+        f"{INTEGER_SCALE:g}: give the `scale` that turns them into reflectance"
     )
     return (StackWarning(code="scale_suspected", detail=detail),)
 
@@ -285,9 +318,7 @@ def _mask_band(rule: MaskRule) -> str:
     return ALPHA if rule is ALPHA_RULE else rule.band
 
 
-def _mask_planes(
-    granule: Granule, options: StackOptions, positions: Mapping[int, Position]
-) -> tuple[MaskPlane, ...]:
+def _mask_planes(granule: Granule, positions: Mapping[int, Position]) -> tuple[MaskPlane, ...]:
     planes = []
     for rule in granule.masks:
         header, number = granule.planes[_mask_band(rule)]
@@ -295,7 +326,9 @@ def _mask_planes(
         planes.append(
             MaskPlane(
                 plane=replace(
-                    _plane(header, number, options, positions), resampling="nearest", nodata=None
+                    _plane(header, number, StackOptions(), positions),
+                    resampling="nearest",
+                    nodata=None,
                 ),
                 clear=alpha if missing else rule.decoder(header.name),
                 missing=missing,
@@ -305,44 +338,36 @@ def _mask_planes(
 
 
 def _plane(
-    header: Header, number: int, options: StackOptions, positions: Mapping[int, Position]
+    header: Header,
+    number: int,
+    options: StackOptions,
+    positions: Mapping[int, Position],
+    key: date | int = 0,
+    sensors: Mapping[SourceFile, Sensor] = MappingProxyType({}),
 ) -> Plane:
     at = number - 1
-    dtype = np.dtype(header.dtypes[at])
-    scale, offset = _radiometry(header, at, options)
+    day = key if isinstance(key, date) else None
+    found = calibration_of(
+        header,
+        at,
+        scale=number_on("scale", options.scale, day, header),
+        offset=number_on("offset", options.offset, day, header),
+        sensor=sensors.get(header.source),
+    )
     return Plane(
         source=header.source,
         number=number,
-        scale=scale,
-        offset=offset,
+        scale=found.scale,
+        offset=found.offset,
+        scale_source=found.scale_source,
+        offset_source=found.offset_source,
         nodata=_as_native(header.nodata[at], header.dtypes[at]),
-        integer=dtype.kind in "iu",
+        integer=np.dtype(header.dtypes[at]).kind in "iu",
         masked=header.masked,
         block_bytes=header.block_bytes,
         position=positions[id(header)],
         driver=header.driver,
     )
-
-
-def _radiometry(header: Header, at: int, options: StackOptions) -> tuple[float, float]:
-    """Scale and offset: as asked, else GDAL's, else a tag's, else what the number type implies."""
-    tags = {**header.tags, **header.band_tags[at]}
-    scale = _said_scale(header, at) if options.scale is None else options.scale
-    offset = options.offset
-    if offset is None and header.offsets[at] != 0:
-        offset = header.offsets[at]
-    if offset is None:
-        offset = tagged_number(tags, "offset", "add_offset")
-    # A scale of 0 would make every value the same: no scale was meant.
-    usual = INTEGER_SCALE if np.dtype(header.dtypes[at]).kind in "iu" else 1.0
-    return scale or usual, offset or 0.0
-
-
-def _said_scale(header: Header, at: int) -> float | None:
-    """The scale that a file says of a band."""
-    if header.scales[at] != 1:
-        return header.scales[at]
-    return tagged_number({**header.tags, **header.band_tags[at]}, "scale", "scale_factor")
 
 
 @lru_cache(maxsize=64)  # the bands of a stack mostly have one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,14 +18,18 @@ from numpy.typing import NDArray
 from service.errors import StackWarning
 from service.grid import Grid, Window
 from service.read.geotiff import BlockCache
+from service.read.radiometry import why_missing
 from service.run.executors import Executor, Timing, check
 from service.run.plan import RasterRun, dates_summary
-from service.run.time_window import outside_time_window
+from service.run.time_window import outside_time_window, partial_season
 from service.run.windows import Arrays, Journal, Step
 from service.write.cog import RasterWriter
 from service.write.predictions import JSON
 
 Floats = NDArray[np.float32]
+_OTHER_RESOLUTION = 2.05
+"""Factor by which pixels may be larger or smaller than the model's: 20 m for 10 m at most."""
+_COVERED = 0.95
 _COUNTED = "tally."
 """Prefix of a tally's counts, beside the names of layers."""
 
@@ -200,6 +205,8 @@ class Sink:
         self._work.progress.finish()
         total = self._grid.width * self._grid.height
         warnings = run_warnings(self._work.run)
+        if self._valid == 0:
+            warnings += (all_missing(self._work.run, self._work.cache),)
         summary: dict[str, JSON] = {
             **_summary_head(self._work.run),
             "pixels": total,
@@ -216,9 +223,63 @@ class Sink:
 
 
 def run_warnings(run: RasterRun) -> tuple[StackWarning, ...]:
-    """The warnings of a run's stack, and those of its time window."""
-    outside = outside_time_window(run.model.card, run.stack.dates, run.time_window)
-    return (*run.stack.warnings, *outside)
+    """The warnings of a run's stack, of its time window, and of how both fit the model."""
+    card, dates = run.model.card, run.stack.dates
+    return (
+        *run.stack.warnings,
+        *outside_time_window(card, dates, run.time_window),
+        *partial_season(card, dates, run.time_window),
+        *_resolution(run),
+        *_coverage(run),
+    )
+
+
+def all_missing(run: RasterRun, cache: BlockCache | None) -> StackWarning:
+    """The warning that nothing has a prediction, and why."""
+    least = run.model.card.min_observations
+    why = why_missing(run.stack, run.used, least, cache=cache)
+    what = "pixel" if run.model.card.modality == "pixel" else "patch"
+    return StackWarning(code="all_missing", detail=f"no {what} has a prediction: {why}")
+
+
+def _resolution(run: RasterRun) -> tuple[StackWarning, ...]:
+    """Pixels much larger or smaller than those that the model was trained on."""
+    card, size = run.model.card, run.stack.grid.pixel_size
+    if card.pixel_size is None or not size:
+        return ()
+    smallest, largest = card.pixel_size
+    if smallest / _OTHER_RESOLUTION <= size <= largest * _OTHER_RESOLUTION:
+        return ()
+    trained = f"{smallest:g} m" if smallest == largest else f"{smallest:g} to {largest:g} m"
+    detail = (
+        f"pixels are {size:.3g} m on the ground, and '{card.id}' was trained on pixels of "
+        f"{trained}: expect more errors, or resample the files (gdalwarp -tr)"
+    )
+    return (StackWarning(code="resolution_suspected", detail=detail),)
+
+
+def _coverage(run: RasterRun) -> tuple[StackWarning, ...]:
+    """Labels of patches that account for a part of the raster only."""
+    if run.model.card.modality != "patch":
+        return ()
+    cells, whole = covered_pixels(run)
+    if cells >= _COVERED * whole:
+        return ()
+    rows, columns = run.patches.grid.height, run.patches.grid.width
+    detail = (
+        f"the {rows} x {columns} cells of {run.stride} pixels cover {cells / whole:.0%} of the "
+        f"raster, from its upper left corner, and areas are those of the cells: a label is given "
+        f"where a whole patch of {run.model.card.patch} x {run.model.card.patch} pixels begins. "
+        "Extend the raster to the right and below to cover the rest"
+    )
+    return (StackWarning(code="area_not_covered", detail=detail),)
+
+
+def covered_pixels(run: RasterRun) -> tuple[int, int]:
+    """Pixels of the raster that a patch run's cells cover, and pixels in all."""
+    cells, grid = run.patches.grid, run.stack.grid
+    whole = grid.width * grid.height
+    return min(cells.width * cells.height * run.stride**2, whole), whole
 
 
 def _summary_head(run: RasterRun) -> dict[str, JSON]:
@@ -231,9 +292,35 @@ def _summary_head(run: RasterRun) -> dict[str, JSON]:
         "layout": stack.layout,
         "scale": stack.scale,
         "offset": stack.offset,
+        "reflectance": _reflectance(run),
+        "sensor": stack.sensor,
         "mask": stack.mask,
     }
-    return {**head, "stride": run.stride} if card.modality == "patch" else head
+    if card.modality == "pixel":
+        return head
+    cells, whole = covered_pixels(run)
+    return {**head, "stride": run.stride, "covered_share": cells / whole}
+
+
+def _reflectance(run: RasterRun) -> list[JSON]:
+    """Scale and offset, where they are known from, and the dates they were applied to."""
+    stack, used = run.stack, set(run.used)
+    by_kind: dict[tuple[float, float, str | None, str | None], list[int]] = defaultdict(list)
+    for acquisition in stack.acquisitions:
+        if acquisition.observation in used:
+            for p in dict.fromkeys(acquisition.planes):
+                kind = p.scale, p.offset, p.scale_source, p.offset_source
+                by_kind[kind].append(acquisition.observation)
+    return [
+        {
+            "scale": scale,
+            "offset": offset,
+            "scale_source": scale_source,
+            "offset_source": offset_source,
+            "dates": [stack.dates[t].isoformat() for t in sorted(set(ts))] if stack.dates else [],
+        }
+        for (scale, offset, scale_source, offset_source), ts in by_kind.items()
+    ]
 
 
 def _tags(run: RasterRun) -> dict[str, str]:

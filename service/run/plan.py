@@ -15,7 +15,7 @@ from service.infer.engine import Engine
 from service.infer.model import LoadedModel
 from service.infer.patches import PatchGrid
 from service.read.geotiff import BlockCache
-from service.read.radiometry import check_radiometry
+from service.read.radiometry import calibrate
 from service.read.stack import Stack, open_stack
 from service.read.vectors import Fields, read_fields
 from service.run.executors import Timing
@@ -231,6 +231,8 @@ def _plan_files(
         bands=model.card.bands,
         dated=model.card.modality == "pixel",
         max_bytes=max_raster_bytes,
+        sensors=model.card.sensors,
+        model=model.card.id,
     )
     run = plan_raster(
         model,
@@ -241,8 +243,8 @@ def _plan_files(
         stride=request.stride or model.card.patch or 1,
         rasters=rasters,
     )
-    suspicious = check_radiometry(stack, run.used, cache=cache)
-    return replace(run, stack=replace(stack, warnings=unique((*stack.warnings, *suspicious))))
+    calibrated = calibrate(stack, run.used, cache=cache)
+    return replace(run, stack=replace(calibrated, warnings=unique(calibrated.warnings)))
 
 
 def _modality(request: RasterRequest) -> Modality | None:

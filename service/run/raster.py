@@ -40,7 +40,7 @@ def run_raster(
 ) -> Outcome:
     """Predict for every pixel or patch of a raster.
 
-    `check_radiometry` checks beforehand whether its numbers are reflectance at all.
+    `calibrate` checks beforehand whether its numbers are reflectance at all.
 
     Args:
         run: what to do.

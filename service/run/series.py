@@ -28,7 +28,7 @@ from service.infer.model import LoadedModel
 from service.read.radiometry import PLAUSIBLE
 from service.run.executors import Timing
 from service.run.request import SeriesInput
-from service.run.time_window import outside_time_window, resolve_time_window
+from service.run.time_window import outside_time_window, partial_season, resolve_time_window
 from service.write.predictions import JSON, Predictions, predictions_of, quantile_name
 
 Floats = NDArray[np.float32]
@@ -123,10 +123,19 @@ def run_series(run: SeriesRun) -> SeriesOutcome:
     """Answer for each series."""
     began = time.perf_counter()
     answers = _infer(run.model, run.ready)
+    missing = () if any(a is not None for a in answers) else (_all_missing(run.model.card),)
     return SeriesOutcome(
         results=tuple(map(_result, run.ready, run.readings, answers)),
         timing=Timing(read=run.seconds, infer=time.perf_counter() - began),
-        warnings=run.warnings,
+        warnings=(*run.warnings, *missing),
+    )
+
+
+def _all_missing(card: ModelCard) -> StackWarning:
+    return StackWarning(
+        code="all_missing",
+        detail=f"no series has a prediction: each has fewer than the {card.min_observations} "
+        f"observations that '{card.id}' needs in its time window",
     )
 
 
@@ -146,6 +155,7 @@ def _prepare(
     if window is None:
         raise TypeError(f"'{card.id}' takes no series")
     warned += [(series.id, w) for w in outside_time_window(card, dates, window)]
+    warned += [(series.id, w) for w in partial_season(card, dates, window)]
     return _Series(
         id=series.id,
         time_window=window,

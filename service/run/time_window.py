@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import date
+from itertools import pairwise
 
 from models.card import ModelCard, ResolvedWindow, shifted
 from service.errors import MissingDates, StackWarning, TooFewDates
@@ -67,3 +68,40 @@ def outside_time_window(
         f"{first} to {last} and are not used"
     )
     return (StackWarning(code="dates_outside_window", detail=detail),)
+
+
+_WHOLE_YEAR = 365
+_LONGEST_GAP = 180
+"""Days of a model's span without a date, from which on the dates cover only part of it."""
+
+
+def partial_season(
+    card: ModelCard, dates: Sequence[date], window: ResolvedWindow | None
+) -> tuple[StackWarning, ...]:
+    """The warning that the dates used cover only a part of what the model expects.
+
+    Args:
+        card: the model's.
+        dates: unique and ascending.
+        window: the model's time window over them; None for a model of imagery.
+    """
+    if window is None or card.window is None or not window.used:
+        return ()
+    span = card.window.steps * card.window.step_days
+    days = sorted(window.days(dates))
+    if card.window.yearly:
+        # All years are placed on one, so the gap across the new year is one as well.
+        places = sorted({day % _WHOLE_YEAR for day in days})
+        gaps = [b - a for a, b in pairwise([*places, places[0] + _WHOLE_YEAR])]
+        span = _WHOLE_YEAR
+    else:
+        gaps = [b - a for a, b in pairwise([0, *days, span])]
+    if max(gaps) <= _LONGEST_GAP:
+        return ()
+    used = [dates[t] for t in window.used]
+    detail = (
+        f"the {len(used)} dates used, from {min(used)} to {max(used)}, leave {max(gaps)} of the "
+        f"{span} days that '{card.id}' was trained on without an image: expect more errors, and "
+        "add dates of the other seasons if there are any"
+    )
+    return (StackWarning(code="partial_season", detail=detail),)

@@ -1,0 +1,182 @@
+"""Reflectance: the scale and offset that the caller, a file or its sensor states for a band.
+
+    reflectance = value x scale + offset
+
+`radiometry` compares them with the pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+
+import numpy as np
+
+from service.errors import InvalidRequest
+from service.read.geotiff import Header
+from service.read.metadata import tagged_number
+from service.read.sensors import Sensor
+
+DatedNumber = float | tuple[tuple[date, float], ...]
+"""One number for all dates, or numbers that hold from a date on, by ascending date."""
+INTEGER_SCALE = 0.0001
+"""Scale of integer reflectance where nothing states one: Sentinel-2's own."""
+BASELINE_OFFSET = -0.1
+"""What Sentinel-2 products of processing baseline 04.00 and later need: -1000 / 10000.
+
+Source: ESA, Sentinel-2 Products Specification Document (S2-PDGS-TAS-DI-PSD), BOA_ADD_OFFSET.
+"""
+GIVEN = "the parameter"
+"""Source of a number that the caller gave."""
+_BASELINE_WITH_OFFSET = 4.0
+_QUANTIFICATION = 10_000.0
+_NAMED_BASELINE = re.compile(r"_N(\d{2})(\d{2})_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Scale and offset of one band of one file, and where each is known from."""
+
+    scale: float
+    offset: float
+    scale_source: str | None = None
+    """None if nothing states a scale, so that the usual one was taken."""
+    offset_source: str | None = None
+    """None if nothing states an offset, so that it is 0."""
+
+
+def calibration_of(
+    header: Header,
+    at: int,
+    *,
+    scale: float | None = None,
+    offset: float | None = None,
+    sensor: Sensor | None = None,
+) -> Calibration:
+    """Scale and offset of a band, from the first source that states them.
+
+    The caller's numbers, GDAL's scale and offset, tags, Sentinel-2's processing baseline, the
+    sensor, and last what the number type implies.
+
+    Args:
+        header: the file's.
+        at: position of the band in the file, from 0.
+        scale: the caller's, for this file's date.
+        offset: the caller's, for this file's date.
+        sensor: the file's; None if unknown.
+    """
+    integer = np.dtype(header.dtypes[at]).kind in "iu"
+    factor, factor_source = (scale, GIVEN) if scale is not None else stated_scale(header, at)
+    shift, shift_source = (offset, GIVEN) if offset is not None else _stated_offset(header, at)
+    if factor is None and sensor and sensor.scale is not None and integer:
+        factor, factor_source = sensor.scale, sensor.label
+        if shift is None:
+            shift, shift_source = sensor.offset, sensor.label
+    if shift is None and integer and (sensor is None or sensor.name == "sentinel-2"):
+        shift, shift_source = _baseline_offset(header)
+    # A scale of 0 would make every value the same: no scale was meant.
+    return Calibration(
+        scale=factor or (INTEGER_SCALE if integer else 1.0),
+        offset=shift or 0.0,
+        scale_source=factor_source if factor else None,
+        offset_source=None if shift is None else shift_source,
+    )
+
+
+def stated_scale(header: Header, at: int) -> tuple[float | None, str]:
+    """The scale that a file states for a band, and where; None if it states none."""
+    if header.scales[at] != 1:
+        return header.scales[at], "GDAL's scale"
+    tags = _tags(header, at)
+    found = tagged_number(tags, "scale", "scale_factor")
+    if found is not None:
+        return found, "the tag `scale`"
+    steps = _steps_per_unit(tags)
+    return (1 / steps, "BOA_QUANTIFICATION_VALUE") if steps else (None, "")
+
+
+def _stated_offset(header: Header, at: int) -> tuple[float | None, str]:
+    if header.offsets[at] != 0:
+        return header.offsets[at], "GDAL's offset"
+    tags = _tags(header, at)
+    found = tagged_number(tags, "offset", "add_offset")
+    if found is not None:
+        return found, "the tag `offset`"
+    # As the product's XML and GDAL's SENTINEL2 driver name it, per band or with a band's suffix.
+    added = {
+        number
+        for key in tags
+        if key.startswith(("boa_add_offset", "radio_add_offset"))
+        and (number := tagged_number(tags, key)) is not None
+    }
+    if len(added) == 1:
+        (number,) = added
+        steps = _steps_per_unit(tags) or _QUANTIFICATION
+        return number / steps, f"BOA_ADD_OFFSET {number:g}"
+    return None, ""
+
+
+def _steps_per_unit(tags: Mapping[str, str]) -> float | None:
+    number = tagged_number(tags, "boa_quantification_value", "quantification_value")
+    return number if number and number > 1 else None
+
+
+def _baseline_offset(header: Header) -> tuple[float | None, str]:
+    """The offset that follows from Sentinel-2's processing baseline; None if it is not known."""
+    tags = dict(map(_whole, header.tags.items()))
+    for key, value in tags.items():
+        if key.endswith("boa_offset_applied"):
+            done = value.strip().lower() in {"true", "1", "yes"}
+            return (0.0 if done else BASELINE_OFFSET), f"the tag `{key}`"
+    tagged = next((v for k, v in tags.items() if k.endswith("processing_baseline")), "")
+    named = _NAMED_BASELINE.search(header.name)
+    text = tagged.strip() or (f"{named[1]}.{named[2]}" if named else "")
+    try:
+        baseline = float(text)
+    except ValueError:
+        return None, ""
+    offset = BASELINE_OFFSET if baseline >= _BASELINE_WITH_OFFSET else 0.0
+    return offset, f"processing baseline {text}"
+
+
+def _whole(item: tuple[str, str]) -> tuple[str, str]:
+    """A tag with its whole name: GDAL ends the name of `s2:processing_baseline=04.00` at `:`."""
+    key, value = item
+    name, equals, rest = value.partition("=")
+    return (f"{key}:{name}".lower(), rest) if equals and name.isidentifier() else item
+
+
+def _tags(header: Header, at: int) -> dict[str, str]:
+    return {**header.tags, **header.band_tags[at]}
+
+
+def number_on(
+    name: str, given: DatedNumber | None, day: date | None, header: Header
+) -> float | None:
+    """The caller's number for a file's date; None if the caller gave none for it.
+
+    Args:
+        name: of the parameter, for messages.
+        given: the parameter.
+        day: the file's date; None for undated imagery.
+        header: the file's.
+
+    Raises:
+        InvalidRequest: the number depends on the date, and the file has none.
+    """
+    if given is None or isinstance(given, int | float):
+        return given
+    if day is None:
+        raise InvalidRequest.of(
+            name, f"given from a date on, but '{header.name}' has no date; give one number"
+        )
+    return next((number for since, number in reversed(given) if since <= day), None)
+
+
+def days_in_words(days: Sequence[date]) -> str:
+    """Dates, shortened to the first and last if there are many."""
+    if len(days) <= 3:
+        return ", ".join(map(str, days))
+    return f"{len(days)} dates from {min(days)} to {max(days)}"

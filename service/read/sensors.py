@@ -1,0 +1,232 @@
+"""Sensors: which satellite a file is of, and what its bands are called in Sentinel-2's terms.
+
+Told from file names, tags and band descriptions; a sensor that nothing tells stays unknown.
+
+Sources: USGS, Landsat 8-9 Collection 2 Level 2 Science Product Guide (LSDS-1619); Vermote et al.,
+MOD09 User's Guide, Collection 6; Masek et al., HLS User Guide 2.0; Planet, PlanetScope Product
+Specifications.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+
+from service.errors import WrongSensor
+from service.read.geotiff import Header
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensor:
+    """A satellite sensor, in one of its product's forms."""
+
+    name: str
+    """As the parameter `sensor` and model cards name it."""
+    label: str
+    """As people name it."""
+    bands: Mapping[int, str] | None = None
+    """Its band numbers in Sentinel-2's names; None if its names are Sentinel-2's own."""
+    order: Mapping[int, tuple[str, ...]] | None = None
+    """Band names by number of bands, for files that name none."""
+    scale: float | None = None
+    """reflectance = value x scale + offset of its integers, if a file states nothing."""
+    offset: float = 0.0
+    also: tuple[str, ...] = ()
+    """Sensors of model cards that it may stand for."""
+
+
+_OLI = {1: "B01", 2: "B02", 3: "B03", 4: "B04", 5: "B08", 6: "B11", 7: "B12"}
+_TM = {1: "B02", 2: "B03", 3: "B04", 4: "B08", 5: "B11", 7: "B12"}
+_LANDSAT = {"name": "landsat", "scale": 0.0000275, "offset": -0.2}
+SENTINEL_2 = Sensor(name="sentinel-2", label="Sentinel-2")
+HLS_S30 = Sensor(name="hls", label="HLS S30", scale=0.0001, also=("sentinel-2",))
+HLS_L30 = Sensor(name="hls", label="HLS L30", bands=_OLI, scale=0.0001, also=("landsat",))
+OLI = Sensor(label="Landsat 8 or 9", bands=_OLI, **_LANDSAT)  # type: ignore[arg-type]
+TM = Sensor(label="Landsat 4 to 7", bands=_TM, **_LANDSAT)  # type: ignore[arg-type]
+LANDSAT = Sensor(label="Landsat", bands={}, **_LANDSAT)  # type: ignore[arg-type]
+MODIS = Sensor(
+    name="modis",
+    label="MODIS",
+    bands={1: "B04", 2: "B08", 3: "B02", 4: "B03", 6: "B11", 7: "B12"},
+    scale=0.0001,
+)
+PLANETSCOPE = Sensor(
+    name="planetscope",
+    label="PlanetScope",
+    order={
+        4: ("B02", "B03", "B04", "B08"),
+        8: ("B01", "B02", "green_i", "B03", "yellow", "B04", "B05", "B08"),
+    },
+    scale=0.0001,
+)
+BY_NAME: Mapping[str, Sensor] = {
+    "sentinel-2": SENTINEL_2,
+    "hls": HLS_S30,
+    "landsat": LANDSAT,
+    "modis": MODIS,
+    "planetscope": PLANETSCOPE,
+}
+"""The values of the parameter `sensor`."""
+
+_START = r"(?:^|[/._\- ])"
+_END = r"(?=$|[/._\- ])"
+_NAMES: tuple[tuple[re.Pattern[str], Sensor], ...] = tuple(
+    (re.compile(pattern, re.IGNORECASE), sensor)
+    for pattern, sensor in (
+        (rf"{_START}HLS[._\- ]?S30{_END}", HLS_S30),
+        (rf"{_START}HLS[._\- ]?L30{_END}", HLS_L30),
+        (rf"{_START}L[CO]0[89]{_END}", OLI),
+        (rf"{_START}L[ET]0[4-7]{_END}", TM),
+        (rf"{_START}landsat[_\- ]?0?[89]{_END}", OLI),
+        (rf"{_START}landsat[_\- ]?0?[4-7]{_END}", TM),
+        (rf"{_START}landsat{_END}", LANDSAT),
+        (rf"{_START}(?:MOD|MYD|MCD)(?:09|13|43)[A-Z]?\d?{_END}", MODIS),
+        (rf"{_START}modis{_END}", MODIS),
+        (r"AnalyticMS|PSScene|PlanetScope|SuperDove", PLANETSCOPE),
+        (rf"{_START}S2[A-D]?_(?:MSIL|OPER|L[12]|\d)", SENTINEL_2),
+        (rf"{_START}(?:SEN|Sentinel[_\- ]?)2[A-D]?{_END}", SENTINEL_2),
+        (rf"{_START}S2[A-D]_", SENTINEL_2),
+    )
+)
+# Tags in which writers name the satellite or the product.
+_TAGS = (
+    "spacecraft_id",
+    "spacecraft_name",
+    "datatake_1_spacecraft_name",
+    "satellite",
+    "platform",
+    "constellation",
+    "mission",
+    "sensor",
+    "landsat_product_id",
+    "product_id",
+    "product_uri",
+    "shortname",
+    "collection",
+    "tifftag_imagedescription",
+)
+_BANDS: tuple[tuple[re.Pattern[str], Sensor], ...] = (
+    (re.compile(r"sur_refl_b\d", re.IGNORECASE), MODIS),
+    (re.compile(r"nadir_reflectance_band\d", re.IGNORECASE), MODIS),
+    (re.compile(r"(?:^|_)SR_B\d$", re.IGNORECASE), LANDSAT),
+)
+_NUMBER = re.compile(r"(?:^|[^0-9a-z])b(?:and)?[_ ]?0?(\d{1,2})(?=$|[^0-9a-z])", re.IGNORECASE)
+_NO_BAND = "of no use here"
+_NAME_TAGS = ("name", "band_name", "bandname")
+
+
+def sensor_of(header: Header) -> tuple[Sensor, str] | None:
+    """The sensor of a file, and what tells it; None if nothing does.
+
+    Args:
+        header: the file's.
+    """
+    words = [(header.name, "its name")]
+    words += [(header.tags[tag], f"its tag `{tag}`") for tag in _TAGS if tag in header.tags]
+    for text, source in words:
+        # A tag says "LANDSAT_8" or "Sentinel-2A", as a name does.
+        for pattern, sensor in _NAMES:
+            if pattern.search(text):
+                return _of_generation(sensor, header), source
+    described = [text for text in header.descriptions if text]
+    for pattern, sensor in _BANDS:
+        found = next((text for text in described if pattern.search(text)), None)
+        if found:
+            return _of_generation(sensor, header), f"its band '{found}'"
+    if {"green_i", "yellow"} <= {text.lower().replace(" ", "_") for text in described}:
+        return PLANETSCOPE, "its bands"
+    return None
+
+
+def _of_generation(sensor: Sensor, header: Header) -> Sensor:
+    """Landsat whose generation only the bands tell: band 6 of TM and ETM+ is no reflectance."""
+    texts = " ".join(text for text in header.descriptions if text)
+    return OLI if sensor is LANDSAT and re.search(r"SR_B6\b", texts, re.IGNORECASE) else sensor
+
+
+def sensors_of(
+    headers: Sequence[Header], given: str | None
+) -> tuple[tuple[Sensor | None, str], ...]:
+    """Each file's sensor, None if unknown, and what tells it.
+
+    Args:
+        headers: of all files.
+        given: the caller's `sensor`, which counts before what the files tell.
+    """
+    found = [sensor_of(header) for header in headers]
+    if given is None:
+        return tuple(one or (None, "") for one in found)
+    named = BY_NAME[given]
+    return tuple(
+        # Of one name there may be several forms; the file tells which.
+        (one[0] if one and one[0].name == named.name else named, "the parameter `sensor`")
+        for one in found
+    )
+
+
+def check_sensors(
+    headers: Sequence[Header],
+    sensors: Sequence[tuple[Sensor | None, str]],
+    allowed: Collection[str],
+    model: str,
+) -> None:
+    """Refuse files of a sensor that the model was not trained on.
+
+    Args:
+        headers: of all files.
+        sensors: of each, as `sensors_of` returns them.
+        allowed: the card's `sensors`; empty if it does not state them.
+        model: the model, for messages.
+
+    Raises:
+        WrongSensor: naming the file, its sensor, what tells it, and the model's sensors.
+    """
+    if not allowed:
+        return
+    wrong = [
+        (header, sensor, source)
+        for header, (sensor, source) in zip(headers, sensors, strict=True)
+        if sensor and not {sensor.name, *sensor.also} & set(allowed)
+    ]
+    if not wrong:
+        return
+    header, sensor, source = wrong[0]
+    more = f" ({len(wrong)} of {len(headers)} files are)" if len(headers) > 1 else ""
+    raise WrongSensor(
+        f"'{header.name}' is an image of {sensor.label}, according to {source}{more}, but "
+        f"'{model}' was trained on {', '.join(allowed)}; choose a model whose card lists "
+        f"'{sensor.name}' in `sensors`, or give `sensor` if the files are of another sensor"
+    )
+
+
+def in_sentinel_2_terms(header: Header, sensor: Sensor | None) -> Header:
+    """A header whose bands are described by Sentinel-2's names, whatever the sensor calls them.
+
+    Args:
+        header: as read.
+        sensor: the file's; None if unknown.
+    """
+    if sensor is None:
+        return header
+    if sensor.order and not any(header.descriptions) and header.count in sensor.order:
+        return replace(header, descriptions=sensor.order[header.count])
+    if sensor.bands is None:
+        return header
+    return replace(
+        header,
+        descriptions=tuple(_described(header, at, sensor.bands) for at in range(header.count)),
+    )
+
+
+def _described(header: Header, at: int, bands: Mapping[int, str]) -> str | None:
+    tags = header.band_tags[at]
+    texts = [header.descriptions[at], *(tags.get(tag) for tag in _NAME_TAGS)]
+    if header.count == 1:
+        texts.append(PurePosixPath(header.name).stem)
+    for text in texts:
+        numbers = _NUMBER.findall(text or "")
+        if numbers:
+            return bands.get(int(numbers[-1]), _NO_BAND)
+    return header.descriptions[at]

@@ -1,0 +1,250 @@
+"""What a newcomer is told before believing a map: warnings of a run, through HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from affine import Affine
+from rasterio.warp import transform
+
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_bundle
+from service.api.schemas import read_fields
+from service.errors import InvalidRequest
+from service.jobs.serialise import request_document, request_of
+from service.read.geotiff import SourceFile
+from tests.kits.rasters import UTM, write
+
+YEAR = [date(2021, 1, 5) + timedelta(days=30 * n) for n in range(12)]
+CARD = {"sensors": ("sentinel-2",), "pixel_size": (10.0, 10.0)}
+SUMMARY = {"Accept": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    root = tmp_path_factory.mktemp("zoo")
+    write_bundle(root, "pixels-landcover", "classify-pixels", "pixel", **CARD)
+    write_bundle(root, "forecast-vi", "forecast", "pixel", **CARD)
+    write_bundle(root, "landcover-eurosat", "landcover", "patch", **CARD)
+    write_bundle(root, "embed-pixel", "embed", "pixel", **CARD)
+    write_bundle(root, "embed-patch", "embed", "patch", **CARD)
+    window = {"steps": 36, "step_days": 10, "start": "every-date"}
+    write_bundle(
+        root, "every-date", "classify-pixels", "pixel", default=False, window=window, **CARD
+    )
+    with served(model_dir=root) as client:
+        yield client
+
+
+def stack(
+    folder: Path, days: Sequence[date] = YEAR, *, side: int = 8, scl: int | None = None, **how: Any
+) -> list[tuple[str, Any]]:
+    """A plain field, one file per date."""
+    names = ["B02", "B03", "B04", "B08"]
+    spread = np.random.default_rng(0).uniform(0.8, 1.2, (4, side, side))
+    pixels = (np.array([400, 500, 600, 3000])[:, None, None] * spread).astype(np.uint16)
+    if scl is not None:
+        names.append("SCL")
+        pixels = np.concatenate([pixels, np.full((1, side, side), scl, np.uint16)])
+    files = []
+    for day in days:
+        path = write(folder / f"{day}.tif", pixels, descriptions=names, **how).path
+        files.append(("files", (path.name, path.read_bytes(), "image/tiff")))
+    return files
+
+
+def told(answer: httpx.Response) -> dict[str, str]:
+    """Warnings by code; whether clouds are masked is not the subject."""
+    assert answer.status_code == 200, answer.text
+    warnings = {one["code"]: one["detail"] for one in answer.json()["warnings"]}
+    warnings.pop("no_cloud_mask", None)
+    return warnings
+
+
+def ask(api: httpx.Client, task: str, files: list[tuple[str, Any]], **data: str) -> httpx.Response:
+    return api.post(f"/{task}", files=files, data=data, headers=SUMMARY)
+
+
+# partial_season -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["pixels-landcover", "every-date"])
+@pytest.mark.parametrize(
+    ("months", "partial"),
+    [
+        ([6, 6, 6, 6, 6, 6], True),
+        ([1, 2, 3, 4, 5], True),
+        ([4, 5, 6, 7, 8, 9, 10], False),
+        ([1, 3, 5, 7, 9, 11], False),
+    ],
+)
+def test_dates_of_a_part_of_the_year_are_warned_of(
+    api: httpx.Client, tmp_path: Path, model: str, months: list[int], partial: bool
+) -> None:
+    days = [date(2021, month, 1 + 4 * n) for n, month in enumerate(months)]
+    warnings = told(ask(api, "classify-pixels", stack(tmp_path, days), model=model))
+    assert ("partial_season" in warnings) is partial
+    if partial:
+        assert f"{len(days)} dates used, from {days[0]} to {days[-1]}" in warnings["partial_season"]
+
+
+def test_the_seasons_of_several_years_count_together(api: httpx.Client, tmp_path: Path) -> None:
+    days = [date(2018, 11, 1), date(2018, 12, 20), date(2019, 2, 1), date(2020, 5, 1)]
+    days += [date(2021, 8, 1)]
+    assert told(ask(api, "classify-pixels", stack(tmp_path, days), model="every-date")) == {}
+
+
+def test_series_are_warned_of_as_well(api: httpx.Client) -> None:
+    days = [f"2021-06-{day:02d}" for day in range(1, 9)]
+    one = {"id": "field-7", "dates": days, "B02": [0.04] * 8, "B04": [0.05] * 8, "B08": [0.3] * 8}
+    warnings = told(api.post("/classify-pixels", json={"series": [one]}))
+    assert "series 'field-7'" in warnings["partial_season"]
+
+
+# resolution_suspected -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "suspected"),
+    [(3, True), (5, False), (10, False), (20, False), (30, True), (100, True)],
+)
+def test_pixels_unlike_the_models_are_warned_of(
+    api: httpx.Client, tmp_path: Path, size: float, suspected: bool
+) -> None:
+    place = Affine(size, 0, 500_000, 0, -size, 5_600_000)
+    warnings = told(ask(api, "classify-pixels", stack(tmp_path, transform=place)))
+    assert ("resolution_suspected" in warnings) is suspected
+    if suspected:
+        assert f"{size} m on the ground" in warnings["resolution_suspected"]
+        assert "10 m" in warnings["resolution_suspected"]
+
+
+@pytest.mark.parametrize(
+    ("crs", "size", "place"),
+    [("EPSG:4326", 1.1e-4, (4.0, 51.0)), ("EPSG:3857", 16, (480_000, 6_621_293))],
+)
+def test_the_size_of_a_pixel_is_that_on_the_ground(
+    api: httpx.Client, tmp_path: Path, crs: str, size: float, place: tuple[float, float]
+) -> None:
+    how = {"crs": crs, "transform": Affine(size, 0, place[0], 0, -size, place[1])}
+    assert told(ask(api, "classify-pixels", stack(tmp_path, **how))) == {}
+
+
+# all_missing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["classify-pixels", "forecast", "embed"])
+def test_an_all_missing_raster_says_why(api: httpx.Client, tmp_path: Path, task: str) -> None:
+    detail = told(ask(api, task, stack(tmp_path, scl=9)))["all_missing"]
+    assert "needs 2 clear observations" in detail
+    assert "clear on 0 (mask: scl)" in detail
+    assert "mask=none" in detail
+    raster = api.post(f"/{task}", files=stack(tmp_path, scl=9))
+    assert any(line.startswith("all_missing;") for line in raster.headers.get_list("PIMC-Warning"))
+    assert "all_missing" not in told(ask(api, task, stack(tmp_path, scl=4)))
+
+
+def test_an_all_missing_patch_says_why(api: httpx.Client, tmp_path: Path) -> None:
+    days = [date(2021, 6, 1)]
+    detail = told(ask(api, "landcover", stack(tmp_path, days, side=64, scl=9)))["all_missing"]
+    assert detail.startswith("no patch has a prediction")
+
+
+def test_files_without_values_are_told_from_clouds(api: httpx.Client, tmp_path: Path) -> None:
+    pixels = np.zeros((3, 8, 8), np.float32)
+    files = []
+    for day in YEAR:
+        path = write(tmp_path / f"{day}.tif", pixels, descriptions=("B02", "B04", "B08")).path
+        files.append(("files", (path.name, path.read_bytes(), "image/tiff")))
+    detail = told(ask(api, "classify-pixels", files))["all_missing"]
+    assert "values on 0" in detail
+    assert "check nodata" in detail
+
+
+def test_points_and_series_without_a_prediction_say_so(api: httpx.Client, tmp_path: Path) -> None:
+    outside = {"type": "Point", "coordinates": [0.0, 0.0]}
+    lon, lat = transform(UTM, "EPSG:4326", [500_035], [5_599_965])
+    inside = {"type": "Point", "coordinates": [lon[0], lat[0]]}
+
+    def points(*places: dict[str, Any]) -> str:
+        features = [{"type": "Feature", "geometry": place} for place in places]
+        return json.dumps({"type": "FeatureCollection", "features": features})
+
+    files = stack(tmp_path, scl=9)
+    answer = api.post("/classify-pixels", files=files, data={"points": points(outside)})
+    assert "outside the raster" in told(answer)["all_missing"]
+    answer = api.post("/classify-pixels", files=files, data={"points": points(inside, outside)})
+    assert "clear on 0" in told(answer)["all_missing"]
+    empty = [None] * 12
+    one = {"id": "a", "dates": [str(d) for d in YEAR], "B02": empty, "B04": empty, "B08": empty}
+    assert "all_missing" in told(api.post("/classify-pixels", json={"series": [one]}))
+
+
+# area_not_covered ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("side", "stride", "share"),
+    [(100, 64, 0.4096), (100, 16, 0.2304), (100, 4, 0.16), (128, 64, 1.0), (64, 64, 1.0)],
+)
+def test_labels_of_patches_say_how_much_they_cover(
+    api: httpx.Client, tmp_path: Path, side: int, stride: int, share: float
+) -> None:
+    files = stack(tmp_path, [date(2021, 6, 1)], side=side)
+    answer = ask(api, "landcover", files, stride=str(stride))
+    body = answer.json()
+    assert body["covered_share"] == pytest.approx(share)
+    hectares = sum(entry["hectares"] for entry in body["classes"])
+    assert hectares == pytest.approx(share * side**2 / 100)
+    assert ("area_not_covered" in told(answer)) is (share < 0.95)
+
+
+# Sensors and dated numbers ------------------------------------------------------------------
+
+
+def test_another_sensor_is_refused(api: httpx.Client, tmp_path: Path) -> None:
+    files = [
+        ("files", (f"LC08_L2SP_198024_{name[:4]}{name[5:7]}{name[8:10]}_02_T1.tif", data, kind))
+        for _, (name, data, kind) in stack(tmp_path)
+    ]
+    answer = ask(api, "classify-pixels", files)
+    assert (answer.status_code, answer.json()["code"]) == (422, "wrong_sensor")
+    assert told(ask(api, "classify-pixels", files, sensor="sentinel-2")) == {}
+    assert (
+        ask(api, "classify-pixels", files, sensor="landsat-8").json()["code"] == "invalid_request"
+    )
+
+
+def test_numbers_from_a_date_on_survive_a_job(tmp_path: Path) -> None:
+    file = SourceFile(name="a.tif", path=tmp_path / "a.tif")
+    raw = {"offset": ["0, 2022-01-25:-0.1"], "scale": ["0.0001"], "sensor": ["hls"]}
+    request = read_fields("classify-pixels", raw).request("classify-pixels", (file,))
+    assert request.stack.offset == ((date.min, 0), (date(2022, 1, 25), -0.1))
+    assert (request.stack.scale, request.stack.sensor) == (0.0001, "hls")
+    document = json.loads(json.dumps(request_document(request, tmp_path)))
+    assert request_of(document, tmp_path).stack == request.stack
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"offset": ["2022-01-25"]},
+        {"offset": ["2022-01-25:x"]},
+        {"offset": ["-0.1,-0.2"]},
+        {"offset": ["nan"]},
+        {"offset": ["2022-01-25:inf"]},
+        {"offset": ["2022-13-25:1"]},
+        {"scale": ["0"]},
+        {"scale": ["2022-01-25:-1"]},
+    ],
+)
+def test_numbers_that_are_not_understood_are_rejected(raw: dict[str, list[str]]) -> None:
+    with pytest.raises(InvalidRequest, match=next(iter(raw))):
+        read_fields("classify-pixels", raw)

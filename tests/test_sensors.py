@@ -1,0 +1,189 @@
+"""Which satellite a file is of, and what its bands mean to a model of Sentinel-2 names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.api.schemas import RasterForm
+from service.errors import MissingBands, WrongSensor
+from service.read.geotiff import SourceFile, gdal_options, read_header
+from service.read.layouts import StackOptions
+from service.read.radiometry import calibrate
+from service.read.reader import StackReader
+from service.read.sensors import BY_NAME, sensor_of
+from service.read.stack import Stack, open_stack
+from tests.kits.rasters import write
+
+BANDS = ("B02", "B04", "B08")
+
+
+def told(file: SourceFile) -> str | None:
+    with gdal_options():
+        found = sensor_of(read_header(file))
+    return found[0].label if found else None
+
+
+def opened(files: Sequence[SourceFile], sensors: Sequence[str] = (), **options: str) -> Stack:
+    return open_stack(
+        files, StackOptions(**options), bands=BANDS, max_bytes=2**30, sensors=sensors, model="m@1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("LC08_L2SP_198024_20180126_20200825_02_T1_SR_B2.TIF", "Landsat 8 or 9"),
+        ("LC09_L2SP_198024_20220126_20220825_02_T1_SR_B2.TIF", "Landsat 8 or 9"),
+        ("LE07_L2SP_198024_20180126_20200825_02_T1_SR_B1.TIF", "Landsat 4 to 7"),
+        ("LT05_L2SP_198024_20050126_20200825_02_T1_SR_B1.TIF", "Landsat 4 to 7"),
+        ("landsat8_2018-01-26.tif", "Landsat 8 or 9"),
+        ("HLS.S30.T31UES.2018011T104421.v2.0.B04.tif", "HLS S30"),
+        ("HLS.L30.T31UES.2018011T104421.v2.0.B04.tif", "HLS L30"),
+        ("MOD09A1_2018-01-26.tif", "MODIS"),
+        ("MOD09A1.A2018001.h18v03.061.sur_refl_b01.tif", "MODIS"),
+        ("MYD13Q1.A2018001.h18v03.061.tif", "MODIS"),
+        ("MCD43A4.A2018001.h18v03.061.tif", "MODIS"),
+        ("20200115_100000_1005_3B_AnalyticMS_SR.tif", "PlanetScope"),
+        ("20200115_100000_37_2427_3B_AnalyticMS_SR_8b_clip.tif", "PlanetScope"),
+        ("S2B_MSIL2A_20210105T104421_N0214_R008_T31UES_20210105T130000_10m.tif", "Sentinel-2"),
+        ("S2_L2A_20180105_x.tif", "Sentinel-2"),
+        ("S2B_31UES_20210105_0_L2A_B04.tif", "Sentinel-2"),
+        ("20180105_LEVEL2_SEN2A_BOA.tif", "Sentinel-2"),
+        ("T31UES_20180105T104421_B04_10m.tif", None),
+        ("stack_2018-01-05.tif", None),
+        ("lc08.tif.2018-01-05.tif", "Landsat 8 or 9"),
+        ("landscape_2018-01-05.tif", None),
+        ("modish_2018.tif", None),
+    ],
+)
+def test_a_name_tells_the_sensor(tmp_path: Path, name: str, label: str | None) -> None:
+    write(tmp_path / "a.tif", np.ones((1, 2, 2), np.uint16))
+    assert told(SourceFile(name=name, path=tmp_path / "a.tif")) == label
+
+
+@pytest.mark.parametrize(
+    ("how", "label"),
+    [
+        ({"tags": {"SPACECRAFT_ID": "LANDSAT_8"}}, "Landsat 8 or 9"),
+        ({"tags": {"platform": "landsat-7"}}, "Landsat 4 to 7"),
+        ({"tags": {"DATATAKE_1_SPACECRAFT_NAME": "Sentinel-2A"}}, "Sentinel-2"),
+        ({"tags": {"collection": "sentinel-2-l2a"}}, "Sentinel-2"),
+        ({"descriptions": ["SR_B2", "SR_B3", "SR_B4", "SR_B5"]}, "Landsat"),
+        ({"descriptions": ["SR_B4", "SR_B5", "SR_B6"]}, "Landsat 8 or 9"),
+        ({"descriptions": ["sur_refl_b01", "sur_refl_b02"]}, "MODIS"),
+        ({"descriptions": ["coastal_blue", "blue", "green_i", "green", "yellow"]}, "PlanetScope"),
+        ({"descriptions": ["B02", "B03", "B04", "B08"]}, None),
+        ({"descriptions": ["blue", "green", "red", "nir"]}, None),
+    ],
+)
+def test_tags_and_bands_tell_the_sensor(tmp_path: Path, how: dict, label: str | None) -> None:
+    pixels = np.ones((5, 2, 2), np.uint16)
+    assert told(write(tmp_path / "a.tif", pixels, **how)) == label
+
+
+LEVELS = {"B02": 0.04, "B03": 0.06, "B04": 0.05, "B08": 0.32}
+DAYS = ("20180126", "20180227", "20180415")
+
+
+def landsat(folder: Path, mission: str, names: dict[str, str]) -> list[SourceFile]:
+    """One band per file, in Collection 2's numbers."""
+    files = []
+    for day in DAYS:
+        for name, band in names.items():
+            stored = round((LEVELS[band] + 0.2) / 0.0000275)
+            pixels = np.full((1, 8, 8), stored, np.uint16)
+            pixels[0, 0, 0] = 0
+            path = folder / f"{mission}_L2SP_198024_{day}_20200825_02_T1_{name}.TIF"
+            files.append(write(path, pixels))
+    return files
+
+
+OLI = {"SR_B2": "B02", "SR_B3": "B03", "SR_B4": "B04", "SR_B5": "B08"}
+TM = {"SR_B1": "B02", "SR_B2": "B03", "SR_B3": "B04", "SR_B4": "B08"}
+
+
+@pytest.mark.parametrize(("mission", "names"), [("LC08", OLI), ("LE07", TM), ("LT05", TM)])
+def test_landsat_is_read_by_its_own_numbers(tmp_path: Path, mission: str, names: dict) -> None:
+    stack = opened(landsat(tmp_path, mission, names), ["landsat"])
+    calibrated = calibrate(stack)
+    assert [warning.code for warning in calibrated.warnings if "offset" in warning.code] == [
+        "offset_applied"
+    ]
+    with StackReader(calibrated) as reader:
+        sits = reader.read_pixels([4], [4])
+        assert not reader.read_pixels([0], [0]).valid.any()
+    for position, band in enumerate(BANDS):
+        np.testing.assert_allclose(sits.values[:, position], LEVELS[band], atol=2e-5)
+
+
+def test_another_sensor_than_the_models_is_refused(tmp_path: Path) -> None:
+    files = landsat(tmp_path, "LC08", OLI)
+    with pytest.raises(WrongSensor) as caught:
+        opened(files, ["sentinel-2"])
+    for part in ("LC08_L2SP_198024_20180126", "its name", "12 of 12", "'m@1'", "sentinel-2"):
+        assert part in caught.value.detail
+    # A card that states no sensors refuses none, and the caller may know better.
+    assert opened(files).sensor == "Landsat 8 or 9"
+    with pytest.raises(MissingBands):  # by Sentinel-2's names there is no near infrared
+        opened(files, ["sentinel-2"], sensor="sentinel-2")
+
+
+def test_a_caller_may_name_the_sensor(tmp_path: Path) -> None:
+    order = ("B04", "B08", "B02", "B03")
+    pixels = np.stack([np.full((8, 8), round(LEVELS[band] * 1e4), np.int16) for band in order])
+    names = ["b01", "b02", "b03", "b04"]
+    files = [write(tmp_path / f"{day}.tif", pixels, descriptions=names) for day in DAYS]
+    stack = opened(files, ["modis", "sentinel-2"], sensor="modis")
+    with StackReader(stack) as reader:
+        values = reader.read_pixels([0], [0]).values
+    np.testing.assert_allclose(values[0, :, 0], [LEVELS[band] for band in BANDS], rtol=1e-5)
+    with pytest.raises(WrongSensor, match="the parameter `sensor`"):
+        opened(files, ["sentinel-2"], sensor="modis")
+
+
+def test_hls_s30_stands_for_sentinel_2_and_l30_does_not(tmp_path: Path) -> None:
+    pixels = np.full((1, 8, 8), 500, np.int16)
+    for product, allowed in (("S30", True), ("L30", False)):
+        files = [
+            write(
+                tmp_path / f"HLS.{product}.T31UES.2018{number}T104421.v2.0.{band}.tif",
+                pixels,
+                tags={"SENSING_TIME": f"{day}T10:44:21Z"},
+            )
+            for number, day in (("026", "2018-01-26"), ("058", "2018-02-27"), ("105", "2018-04-15"))
+            for band in ("B02", "B04", "B08" if allowed else "B05")
+        ]
+        named = opened(files, ["hls"])
+        assert named.sensor == f"HLS {product}"
+        if allowed:
+            assert opened(files, ["sentinel-2"]).observations == 3
+        else:
+            with pytest.raises(WrongSensor):
+                opened(files, ["sentinel-2"])
+
+
+def test_planetscope_bands_go_by_their_order(tmp_path: Path) -> None:
+    pixels = np.stack([np.full((8, 8), n, np.uint16) for n in (400, 600, 500, 3200)])
+    files = [write(tmp_path / f"{day}_100000_1005_3B_AnalyticMS_SR.tif", pixels) for day in DAYS]
+    with StackReader(opened(files, ["planetscope"])) as reader:
+        values = reader.read_pixels([0], [0]).values
+    np.testing.assert_allclose(values[0, :, 0], [0.04, 0.05, 0.32], rtol=1e-5)
+
+
+def test_landsat_of_unknown_generation_is_not_guessed(tmp_path: Path) -> None:
+    """SR_B4 is red to Landsat 8 and near infrared to Landsat 7."""
+    names = ["SR_B2", "SR_B3", "SR_B4", "SR_B5"]
+    pixels = np.full((4, 8, 8), 9000, np.uint16)
+    files = [write(tmp_path / f"{day}.tif", pixels, descriptions=names) for day in DAYS]
+    with pytest.raises(MissingBands):
+        opened(files, ["landsat"])
+
+
+def test_the_parameter_names_the_sensors_that_are_known() -> None:
+    schema = RasterForm.model_json_schema()["properties"]["sensor"]
+    named = [one["enum"] for one in schema["anyOf"] if "enum" in one]
+    assert named == [list(BY_NAME)]
