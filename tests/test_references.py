@@ -228,7 +228,7 @@ def test_a_percent_in_a_url_is_decoded_and_in_a_path_is_not(root: Path, folder: 
 def test_every_other_path_is_refused_in_the_same_words(root: Path, folder: Path, href: str) -> None:
     with pytest.raises(ForbiddenReference) as caught:
         fetch(href.format(root=root, tmp=root.parent), folder, allowed_roots=(root,))
-    assert caught.value.detail == "items.0.href: no such file lies under the allowed roots"
+    assert caught.value.detail == "items.0.href: there is no such file under the allowed roots"
     assert caught.value.__cause__ is None
 
 
@@ -359,7 +359,7 @@ def test_a_name_that_leads_inside_is_refused_and_nobody_is_asked(
     host: Host, folder: Path, addresses: list[str]
 ) -> None:
     resolver = names(("data.example", addresses))
-    with pytest.raises(ForbiddenReference, match=r"'data\.example' is at an address") as caught:
+    with pytest.raises(ForbiddenReference, match=r"'data\.example' has an address") as caught:
         fetch(
             f"http://data.example:{host.port}/a.tif",
             folder,
@@ -454,7 +454,7 @@ def test_a_redirect_out_is_refused(host: Host, folder: Path, location: str) -> N
 
 def test_a_redirect_is_checked_after_dns_too(host: Host, folder: Path) -> None:
     host.leads("/a.tif", f"http://inside.example:{host.port}/b.tif")
-    with pytest.raises(ForbiddenReference, match=r"'inside\.example' is at an address"):
+    with pytest.raises(ForbiddenReference, match=r"'inside\.example' has an address"):
         fetch(
             f"http://127.0.0.1:{host.port}/a.tif",
             folder,
@@ -514,7 +514,7 @@ def test_the_limit_is_of_all_files_together(host: Host, folder: Path) -> None:
 def test_a_host_that_drips_is_left(host: Host, folder: Path, header: bool) -> None:
     host.drips("/slow.tif", 20, header=header)
     begun = time.monotonic()
-    with pytest.raises(UnreachableReference, match=r"0 of 1 files came within 0\.5 s"):
+    with pytest.raises(UnreachableReference, match=r"0 of 1 files arrived within 0\.5 s"):
         fetch(
             f"http://127.0.0.1:{host.port}/slow.tif",
             folder,
@@ -527,7 +527,7 @@ def test_a_host_that_drips_is_left(host: Host, folder: Path, header: bool) -> No
 def test_a_host_that_says_nothing_is_left(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        with pytest.raises(UnreachableReference, match=r"'127\.0\.0\.1' does not answer"):
+        with pytest.raises(UnreachableReference, match=r"'127\.0\.0\.1' does not respond"):
             fetch(
                 f"http://127.0.0.1:{port}/a.tif",
                 folder,
@@ -539,12 +539,12 @@ def test_a_host_that_says_nothing_is_left(folder: Path) -> None:
 def test_what_cannot_be_had_is_told_with_the_host_alone(host: Host, folder: Path) -> None:
     with pytest.raises(UnreachableReference) as caught:
         fetch(f"http://127.0.0.1:{host.port}/x.tif?key=1", folder, allowed_hosts="127.0.0.1")
-    assert caught.value.detail == "items.0.href: '127.0.0.1' answered 404"
+    assert caught.value.detail == "items.0.href: '127.0.0.1' returned status 404"
     with pytest.raises(UnreachableReference, match=r"'gone\.example' is not known"):
         fetch("http://gone.example/a.tif", folder, allowed_hosts="gone.example", resolver=names())
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    with pytest.raises(UnreachableReference, match="takes no connection"):
+    with pytest.raises(UnreachableReference, match="accepts no connection"):
         fetch(f"http://127.0.0.1:{port}/a.tif", folder, allowed_hosts="127.0.0.1")
 
 

@@ -46,7 +46,7 @@ class BufferPool:
         return spaced(planes, plane, kind, spare)
 
     def give_back(self, *arrays: NDArray[Any]) -> None:
-        """Recycle arrays from `take` that nobody reads any more, nor any part of them."""
+        """Recycle arrays from `take`; neither they nor views of them may be used afterwards."""
         with self._lock:
             for array in arrays:
                 # The whole memory: an edge window's arrays are smaller than what they lie in.

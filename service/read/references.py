@@ -1,13 +1,13 @@
-"""Requests by reference: hrefs to files, read only from the roots and hosts that may be read.
+"""Requests by reference: hrefs to files, read only from allowed roots and hosts.
 
     href ─┬─ a path, file:///… ──▶ every link followed ──▶ inside a root? ──▶ read where it lies
           └─ http(s)://host/… ──▶ host allowed? ──▶ its addresses allowed? ──▶ connect to one of
                   ▲                                                            them ──▶ NNNN.tif
                   └────────────────── redirected: all of it again ─────────────────┘
 
-A host's name is asked for once, and the connection goes to the address that was checked, so that
-a name server cannot say one thing to the check and another to the connection. What is refused is
-refused in the same words whether it is there or not.
+A host's name is resolved once, and the connection goes to the checked address, so that a name
+server cannot give the check and the connection different answers. A forbidden path gets the same
+message whether it exists or not.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _LEADS_ON = tuple(ipaddress.ip_network(text) for text in ("64:ff9b::/32", "2002:
 
 
 class Item(Protocol):
-    """What a request names."""
+    """A reference in a request."""
 
     @property
     def href(self) -> str:
@@ -53,20 +53,20 @@ class Item(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long a fetch may take."""
+    """Time limits of downloads."""
 
     idle_seconds: float = 20.0
-    """Until a connection is there, and between two pieces of what it brings."""
+    """Seconds until a connection is open, and between two chunks of data."""
     total_seconds: float = 300.0
-    """For all the files of a request together."""
+    """Seconds for all files of a request together."""
 
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
-"""A host's name and a port to addresses; OSError where there are none."""
+"""Resolves a host name and a port to addresses; OSError if there are none."""
 
 
 async def resolve(host: str, port: int) -> Sequence[str]:
-    """A host's addresses, as the system says."""
+    """A host's addresses by the system's resolver."""
     found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(entry[4][0]) for entry in found]
 
@@ -80,24 +80,24 @@ async def fetch_items(
     resolver: Resolver = resolve,
     tls: ssl.SSLContext | None = None,
 ) -> tuple[SourceFile, ...]:
-    """The files that items name, local ones where they lie, others fetched into a folder.
+    """The files that items name: local ones in place, others downloaded into a folder.
 
     Args:
-        items: what a request names, in order.
+        items: references of a request, in order.
         folder: of the request; the caller removes it, and nothing else.
-        settings: the roots and hosts that may be read, and how many bytes may be fetched.
-        patience: how long it may take.
-        resolver: asks for a host's addresses.
-        tls: which certificates are believed; None takes httpx's own.
+        settings: allowed roots and hosts, and the largest number of bytes.
+        patience: time limits.
+        resolver: resolves host names.
+        tls: trusted certificates; None uses httpx's own.
 
     Raises:
-        ForbiddenReference: an href outside the allowed roots and hosts; nothing was fetched
-            where an href itself says so.
-        UnreachableReference: an allowed host does not answer with the file, or not in time.
+        ForbiddenReference: an href outside the allowed roots and hosts; if the href itself shows
+            this, nothing is downloaded.
+        UnreachableReference: an allowed host does not return the file in time.
         BodyTooLarge: more bytes than an upload may have.
     """
     if not (settings.allowed_roots or settings.allowed_hosts):
-        raise ForbiddenReference("requests by reference are off, and the body names 'items'")
+        raise ForbiddenReference("'items' is not allowed: this server reads no files by reference")
     patience = patience or Patience()
     places = [_place(item.href, f"items.{n}.href", settings) for n, item in enumerate(items)]
     fetch = _Fetch(settings, patience, resolver)
@@ -112,21 +112,21 @@ async def fetch_items(
                 files.append(SourceFile(name=label(unquote(place.last), n), path=path))
     if waiting.cancelled_caught:
         raise UnreachableReference(
-            f"{len(files)} of {len(items)} files came within {patience.total_seconds:g} s"
+            f"only {len(files)} of {len(items)} files arrived within {patience.total_seconds:g} s"
         )
     return tuple(files)
 
 
 def check_again(files: Iterable[SourceFile], folder: Path, roots: Sequence[Path]) -> None:
-    """See that files read where they lie may still be read: roots change, and so do links.
+    """Check that files read in place are still allowed: roots and links may have changed.
 
     Args:
-        files: of an order made earlier.
-        folder: the order's own; what lies there was fetched or uploaded.
-        roots: what may be read now.
+        files: of an earlier request.
+        folder: of that request; its files were downloaded or uploaded.
+        roots: the allowed roots now.
 
     Raises:
-        ForbiddenReference: one may not, or is not there any more.
+        ForbiddenReference: a file is no longer allowed, or no longer exists.
     """
     for n, file in enumerate(files):
         if not file.path.is_relative_to(folder):
@@ -136,7 +136,7 @@ def check_again(files: Iterable[SourceFile], folder: Path, roots: Sequence[Path]
 
 @dataclass(frozen=True, kw_only=True)
 class _Local:
-    """An href to this machine's files."""
+    """An href to a file of this machine."""
 
     field: str
     last: str
@@ -147,11 +147,12 @@ class _Local:
         """The file itself, with every link followed.
 
         Raises:
-            ForbiddenReference: the same whether it lies outside, is no file, or is not there.
+            ForbiddenReference: it lies outside, is not a file, or does not exist; the message is
+                the same.
         """
-        refused = ForbiddenReference(f"{self.field}: no such file lies under the allowed roots")
+        refused = ForbiddenReference(f"{self.field}: there is no such file under the allowed roots")
         real_roots = [Path(os.path.realpath(root)) for root in roots]
-        # As written first: what lies outside is not so much as looked at.
+        # The written path first: a path outside the roots is not accessed at all.
         written = ".." not in self.path.parts and any(
             self.path.is_relative_to(root) for root in (*roots, *real_roots)
         )
@@ -162,13 +163,13 @@ class _Local:
             if any(real.is_relative_to(root) for root in real_roots) and _is_file(real):
                 return real
         except (OSError, ValueError):
-            pass  # the same answer as below, without a cause: it would name the path
+            pass  # the same error as below, without a cause, which would name the path
         raise refused
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a file, not a device, a pipe or a link put there since it was looked up."""
-    # Without NONBLOCK, opening a pipe waits for somebody to write to it.
+    """Whether it is a file, not a device, a pipe or a link created since the lookup."""
+    # Without NONBLOCK, opening a pipe waits for a writer.
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         return stat.S_ISREG(os.fstat(handle).st_mode)
@@ -196,12 +197,12 @@ class _Remote:
         return self.url.port or _PORTS[self.url.scheme]
 
     def redirected(self, location: str, settings: Settings) -> _Remote:
-        """Where it leads to.
+        """The target of a redirect.
 
         Raises:
-            ForbiddenReference: to what is not allowed, or from TLS to none.
+            ForbiddenReference: the target is not allowed, or leaves TLS.
         """
-        refused = ForbiddenReference(f"{self.field}: '{self.host}' leads to where none may read")
+        refused = ForbiddenReference(f"{self.field}: '{self.host}' redirects to a forbidden target")
         try:
             url = self.url.join(location)
         except httpx.InvalidURL:
@@ -216,7 +217,7 @@ class _Remote:
 
 
 def _place(href: str, field: str, settings: Settings) -> _Local | _Remote:
-    """What an href means, its host checked by name.
+    """Parse an href and check its host by name.
 
     Raises:
         ForbiddenReference: neither a path nor a URL of an allowed host.
@@ -227,10 +228,10 @@ def _place(href: str, field: str, settings: Settings) -> _Local | _Remote:
             return _local(href, field)
         url = httpx.URL(href)
     except (ValueError, httpx.InvalidURL):
-        raise ForbiddenReference(f"{field}: no path and no URL that may be read") from None
+        raise ForbiddenReference(f"{field}: neither a path nor a URL that is allowed") from None
     place = _Remote(field=field, last=parts.path, url=url)
     if not _is_allowed(place, settings.allowed_hosts):
-        raise ForbiddenReference(f"{field}: '{label(url.host, 0)}' is no host that may be read")
+        raise ForbiddenReference(f"{field}: '{label(url.host, 0)}' is not an allowed host")
     return place
 
 
@@ -239,15 +240,15 @@ def _local(href: str, field: str) -> _Local:
     if not href.startswith("/"):
         parts = urlsplit(href)
         if parts.netloc not in {"", "localhost"} or parts.query or parts.fragment:
-            raise ValueError("a file: URL names a path of this machine and nothing else")
+            raise ValueError("a file: URL must hold a path of this machine and nothing else")
         path = unquote(parts.path)
     if not path.startswith("/") or "\0" in path:
-        raise ValueError("a path starts at the root of the file system")
+        raise ValueError("a path must be absolute")
     return _Local(field=field, last=path, path=Path(path))
 
 
 def _is_allowed(place: _Remote, rules: Sequence[HostRule]) -> bool:
-    """Whether a rule names the host, before anybody is asked where it is."""
+    """Whether a rule names the host, checked before it is resolved."""
     if place.url.scheme not in _PORTS or place.url.userinfo or not place.host:
         return False
     address = _address(place.host)
@@ -259,7 +260,7 @@ def _is_allowed(place: _Remote, rules: Sequence[HostRule]) -> bool:
 
 
 def _may_connect(address: str, port: int, rules: Sequence[HostRule]) -> bool:
-    """Whether an address is public, or named by a rule."""
+    """Whether an address is public or allowed by a rule."""
     there = _address(address)
     if there is None:
         return False
@@ -290,12 +291,12 @@ def _address(text: str) -> _Address | None:
 def _client(patience: Patience, tls: ssl.SSLContext | None) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         verify=tls or True,
-        # No proxy and no .netrc of the environment: the one would connect elsewhere, the other
-        # send a password along.
+        # No proxy and no .netrc of the environment: a proxy would connect elsewhere, .netrc would
+        # send a password.
         trust_env=False,
         timeout=httpx.Timeout(patience.idle_seconds),
-        # A kept connection could serve another host at the same address, whose name it never
-        # proved.
+        # A kept connection could be used for another host at the same address, whose certificate
+        # was not checked.
         limits=httpx.Limits(max_keepalive_connections=0),
         headers={"User-Agent": "pimc", "Accept-Encoding": "identity"},
     )
@@ -311,11 +312,11 @@ class _Fetch:
         self._left = int(settings.max_body_bytes)
 
     async def download(self, client: httpx.AsyncClient, place: _Remote, target: Path) -> Path:
-        """Fetch one file.
+        """Download one file.
 
         Raises:
-            ForbiddenReference: an address, or what it leads to, is not allowed.
-            UnreachableReference: the host does not answer with the file.
+            ForbiddenReference: an address, or the target of a redirect, is not allowed.
+            UnreachableReference: the host does not return the file.
             BodyTooLarge: the budget is used up.
         """
         first = place
@@ -325,7 +326,7 @@ class _Fetch:
                     place = place.redirected(answer.headers["location"], self._settings)
                     continue
                 if answer.status_code != HTTPStatus.OK:
-                    raise _unreachable(first, f"answered {answer.status_code}")
+                    raise _unreachable(first, f"returned status {answer.status_code}")
                 await self._save(answer, target, first)
                 return target
         raise _unreachable(first, f"redirected more than {MAX_REDIRECTS} times")
@@ -334,14 +335,14 @@ class _Fetch:
     async def _ask(
         self, client: httpx.AsyncClient, place: _Remote
     ) -> AsyncIterator[httpx.Response]:
-        """The answer of the first address that takes the connection."""
+        """The response of the first address that accepts the connection."""
         addresses = await self._addresses(place)
         for n, address in enumerate(addresses):
             request = client.build_request(
                 "GET",
                 place.url.copy_with(host=address, fragment=None),
                 headers={"Host": place.url.netloc.decode("ascii")},
-                # What the certificate must be for, whatever address is connected to.
+                # The name that the certificate must have, whatever the address.
                 extensions={"sni_hostname": place.host},
             )
             try:
@@ -349,23 +350,23 @@ class _Fetch:
             except httpx.ConnectError as error:
                 if n + 1 < len(addresses):
                     continue
-                raise _unreachable(place, "takes no connection") from error
+                raise _unreachable(place, "accepts no connection") from error
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise _unreachable(place, "does not answer") from error
+                raise _unreachable(place, "does not respond") from error
             try:
                 yield answer
             except httpx.HTTPError as error:
-                raise _unreachable(place, "broke off, or stalled") from error
+                raise _unreachable(place, "closed the connection or stalled") from error
             finally:
                 await answer.aclose()
             return
 
     async def _addresses(self, place: _Remote) -> Sequence[str]:
-        """Where the host is, asked once; not one address may be one that is not allowed.
+        """The host's addresses, resolved once; all of them must be allowed.
 
         Raises:
-            ForbiddenReference: one is not; which, stays inside.
-            UnreachableReference: the host has none.
+            ForbiddenReference: an address is not allowed; the message does not name it.
+            UnreachableReference: the host has no address.
         """
         rules = self._settings.allowed_hosts
         if _address(place.host) is not None:
@@ -379,7 +380,7 @@ class _Fetch:
             raise _unreachable(place, "is not known")
         if not all(_may_connect(address, place.port, rules) for address in found):
             raise ForbiddenReference(
-                f"{place.field}: '{place.host}' is at an address that may not be read"
+                f"{place.field}: '{place.host}' has an address that is not allowed"
             )
         return found
 
@@ -388,7 +389,7 @@ class _Fetch:
         if announced.isdecimal() and int(announced) > self._left:
             raise self._too_large(place)
         async with await anyio.open_file(target, "xb") as file:
-            # Raw: a packed body counts as it comes, and is no TIFF.
+            # Raw: a compressed body counts as it arrives, and is not a TIFF.
             async for chunk in answer.aiter_raw(_CHUNK_BYTES):
                 self._left -= len(chunk)
                 if self._left < 0:
@@ -397,8 +398,8 @@ class _Fetch:
 
     def _too_large(self, place: _Remote) -> BodyTooLarge:
         return BodyTooLarge(
-            f"{place.field}: the files named have more than the "
-            f"{int(self._settings.max_body_bytes)} bytes that are allowed together"
+            f"{place.field}: the named files have more than "
+            f"{int(self._settings.max_body_bytes)} bytes together, the largest allowed size"
         )
 
 

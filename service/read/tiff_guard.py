@@ -1,4 +1,4 @@
-"""What a TIFF's directories claim, read before GDAL reads them: bombs and pointers are refused.
+"""TIFF guard: a file's directories, checked before GDAL reads them, against bombs and pointers.
 
 GDAL takes a directory at its word. It keeps metadata in lists that it searches from the start
 for each item, walks chains of a million directories, and opens the file that an item of the
@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 from service.errors import NotAGeoTIFF, RasterTooLarge
 
 MAX_BLOCK_BYTES = 256 * 2**20
-"""Most bytes that one strip or tile may decode to: a few kB on disk can claim far more."""
+"""Largest decoded size of one strip or tile, bytes: a few kB on disk can claim far more."""
 _MAX_DIRECTORIES = 1000  # a raster has one, and two for each overview
 _MAX_ENTRIES = 4096  # of one directory; TIFF knows some hundred tags
 _MAX_VALUE_BYTES = 64 * 2**20  # of one directory, text aside; offsets of blocks are the most of it
@@ -50,7 +50,7 @@ _REFERENCE = re.compile(rb"&#(?:[xX]([0-9a-fA-F]{1,6})|0*([0-9]{1,7}));?")
 
 @dataclass(frozen=True, kw_only=True)
 class _Form:
-    """How numbers are written in one file."""
+    """Encoding of numbers in one file."""
 
     order: str
     word: struct.Struct
@@ -81,9 +81,9 @@ class _Entry(NamedTuple):  # a stack has thousands, and a frozen dataclass takes
     tag: int
     kind: int
     length: int
-    """How many of that kind."""
+    """Number of values of that type."""
     field: bytes
-    """The value where it fits, else its offset."""
+    """The value if it fits, else its offset."""
 
     @property
     def size(self) -> int:
@@ -92,7 +92,7 @@ class _Entry(NamedTuple):  # a stack has thousands, and a frozen dataclass takes
 
 
 def check_directories(path: Path, name: str) -> bytes:
-    """Refuse a TIFF whose directories claim what no raster needs.
+    """Reject a TIFF whose directories claim sizes that no raster needs.
 
     Args:
         path: the file; its first bytes are a TIFF's.
@@ -120,7 +120,7 @@ def check_directories(path: Path, name: str) -> bytes:
 
 
 def _georeference(file: BinaryIO, form: _Form, entries: list[_Entry]) -> bytes:
-    """All that GDAL makes CRS and transform from, its form included."""
+    """The bytes from which GDAL derives CRS and transform, their encoding included."""
     telling = [entry for entry in entries if entry.tag in _PLACE]
     if sum(entry.size for entry in telling) > _MAX_PLACE_BYTES:
         return b""
@@ -132,7 +132,7 @@ def _georeference(file: BinaryIO, form: _Form, entries: list[_Entry]) -> bytes:
 
 
 def _directories(file: BinaryIO, name: str) -> Iterator[tuple[_Form, list[_Entry]]]:
-    """Each directory of the chain, as far as it can be read; a loop ends it."""
+    """Each directory of the chain that can be read; a loop ends it."""
     head = file.read(16)
     big = 43 in head[2:4]
     form = _FORMS["<" if head[:2] == b"II" else ">", big]
@@ -142,7 +142,7 @@ def _directories(file: BinaryIO, name: str) -> Iterator[tuple[_Form, list[_Entry
         seen.add(at)
         if len(seen) > _MAX_DIRECTORIES:
             raise RasterTooLarge(
-                f"'{name}' has more directories than the {_MAX_DIRECTORIES} that are read"
+                f"'{name}' has more than {_MAX_DIRECTORIES} directories, the largest number allowed"
             )
         file.seek(at)
         n = _number(form.length, file.read(form.length.size), 0)
@@ -161,7 +161,7 @@ def _directories(file: BinaryIO, name: str) -> Iterator[tuple[_Form, list[_Entry
 
 
 def _number(layout: struct.Struct, data: bytes, at: int) -> int | None:
-    """A number in some bytes; None where they end before it, or it leads nowhere."""
+    """A number in some bytes; None if they end before it or it is out of range."""
     if len(data) < at + layout.size:
         return None
     number = int(layout.unpack_from(data, at)[0])
@@ -186,7 +186,7 @@ def _check_values(entries: list[_Entry], name: str) -> None:
 
 
 def _check_mask(form: _Form, entries: list[_Entry], name: str) -> None:
-    """GDAL reads a mask beside the pixels and says nothing of its blocks."""
+    """Check an internal mask, whose blocks GDAL does not report."""
     numbers = {entry.tag: _small(form, entry, name) for entry in entries if entry.tag in _NUMBERS}
     if not numbers.get(_SUBFILE, 0) & _MASK:
         return
@@ -217,7 +217,7 @@ def _small(form: _Form, entry: _Entry, name: str) -> int:
 
 
 def _value(file: BinaryIO, form: _Form, entry: _Entry) -> bytes:
-    """An entry's value; empty where it lies outside the file."""
+    """An entry's value; empty if it lies outside the file."""
     if entry.size <= len(entry.field):
         return entry.field[: entry.size]
     at = _number(form.word, entry.field, 0)
