@@ -168,7 +168,9 @@ def test_files_without_values_are_told_from_clouds(api: httpx.Client, tmp_path: 
     assert "check nodata" in detail
 
 
-def test_points_and_series_without_a_prediction_say_so(api: httpx.Client, tmp_path: Path) -> None:
+def test_points_fields_and_series_without_a_prediction_say_so(
+    api: httpx.Client, tmp_path: Path
+) -> None:
     outside = {"type": "Point", "coordinates": [0.0, 0.0]}
     lon, lat = transform(UTM, "EPSG:4326", [500_035], [5_599_965])
     inside = {"type": "Point", "coordinates": [lon[0], lat[0]]}
@@ -182,6 +184,12 @@ def test_points_and_series_without_a_prediction_say_so(api: httpx.Client, tmp_pa
     assert "outside the raster" in told(answer)["all_missing"]
     answer = api.post("/classify-pixels", files=files, data={"points": points(inside, outside)})
     assert "clear on 0" in told(answer)["all_missing"]
+    square = {"type": "Polygon", "coordinates": [[(0, 0), (0, 0.01), (0.01, 0.01), (0, 0)]]}
+    away = {"type": "Feature", "geometry": square, "properties": {}}
+    away_file = json.dumps({"type": "FeatureCollection", "features": [away]})
+    field = ("fields", ("fields.geojson", away_file, "application/geo+json"))
+    answer = api.post("/classify-pixels", files=[*files, field])
+    assert "outside the raster" in told(answer)["all_missing"]
     empty = [None] * 12
     one = {"id": "a", "dates": [str(d) for d in YEAR], "B02": empty, "B04": empty, "B08": empty}
     assert "all_missing" in told(api.post("/classify-pixels", json={"series": [one]}))

@@ -59,6 +59,8 @@ _NOT_FILL_SHARE = 0.95
 _FEWEST_CLEAR = 20
 _SAMPLED_DATES = 8
 _SAMPLED_SIDE = 128
+# Of all dates together: percentiles of more take longer than reading them.
+_SAMPLED_PIXELS = 2**17
 # Of a raster's height and width: its middle, and the middles of its quarters.
 _SAMPLED_PLACES = ((0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75))
 
@@ -303,6 +305,8 @@ def _not_in_the_pixels(sample: _Sample) -> _Corrected:
     for t, (plane, *_) in enumerate(sample.planes):
         if plane.offset < 0 and plane.offset_source not in {None, GIVEN} and _dark_bands(sample):
             groups[plane.offset, str(plane.offset_source)].append(t)
+    if not groups:
+        return sample, []
     quarter = _percentiles(sample, 25)
     dark = _percentiles(sample, _DARK_PERCENTILE)
     warnings = []
@@ -543,9 +547,10 @@ def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) ->
             stored[t, :, place] = part.values[k].reshape(C, -1)
             valid[t, place] = part.valid[k].reshape(-1)
     first = _first_planes(stack)
+    thin = slice(None, None, max(1, T * each * size // _SAMPLED_PIXELS))
     return _Sample(
-        stored=stored,
-        valid=valid,
+        stored=stored[:, :, thin],
+        valid=valid[:, thin],
         positions=tuple(positions),
         dates=tuple(stack.dates[t] for t in positions) if stack.dates else (),
         bands=stack.bands,

@@ -242,6 +242,25 @@ def all_missing(run: RasterRun, cache: BlockCache | None) -> StackWarning:
     return StackWarning(code="all_missing", detail=f"no {what} has a prediction: {why}")
 
 
+def none_predicted(
+    run: RasterRun, statuses: Sequence[JSON], noun: str, cache: BlockCache | None
+) -> tuple[StackWarning, ...]:
+    """The warning that no point or field has a prediction, and why; none where one has.
+
+    Args:
+        run: what was done.
+        statuses: of each: ok, no_data, outside or invalid.
+        noun: what they are, for messages.
+        cache: GDAL's block cache; None leaves it as it is.
+    """
+    if "ok" in statuses:
+        return ()
+    if "no_data" in statuses:
+        return (all_missing(run, cache),)
+    detail = f"no {noun} has a prediction: all {len(statuses)} lie outside the raster"
+    return (StackWarning(code="all_missing", detail=detail),)
+
+
 def _resolution(run: RasterRun) -> tuple[StackWarning, ...]:
     """Pixels much larger or smaller than those that the model was trained on."""
     card, size = run.model.card, run.stack.grid.pixel_size

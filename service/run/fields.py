@@ -28,7 +28,7 @@ from service.read.buffers import BufferPool
 from service.read.reader import StackReader
 from service.read.stack import Sits
 from service.read.vectors import Fields
-from service.run.collect import WindowPredictions, Work, run_warnings
+from service.run.collect import WindowPredictions, Work, none_predicted, run_warnings
 from service.run.executors import Timing, check
 from service.run.pixels import ClearPixels, PixelStages, model_time
 from service.run.plan import RasterRun
@@ -180,11 +180,13 @@ def run_fields(work: Work, fields: Fields) -> FieldOutcome:
     for number in np.flatnonzero(~on_grid.usable):
         results[number] = {"status": "invalid"}
     work.progress.finish()
+    statuses = [result["status"] for result in results]
+    missing = none_predicted(run, statuses, "field", work.cache)
     return FieldOutcome(
         results=tuple(results),
         pixels=sum(int(part.width * part.height) for part in parts),
         timing=timing + Timing(infer=time.perf_counter() - begun),
-        warnings=(*run_warnings(run), *fields.warnings),
+        warnings=(*run_warnings(run), *missing, *fields.warnings),
     )
 
 

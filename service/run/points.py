@@ -13,7 +13,7 @@ from service.errors import StackWarning
 from service.infer.patches import fill_gaps
 from service.read.geotiff import BlockCache
 from service.read.reader import StackReader
-from service.run.collect import Floats, all_missing, run_warnings
+from service.run.collect import Floats, none_predicted, run_warnings
 from service.run.executors import Timing
 from service.run.patches import clear_composite
 from service.run.pixels import model_time
@@ -54,12 +54,8 @@ def run_points(
         there = not np.isnan(prediction).any()
         record = run.predictions.record(prediction) if there else {}
         results[place] = {"status": "ok" if there else "no_data", **record}
-    warnings = run_warnings(run)
-    if inside.any() and not any(result["status"] == "ok" for result in results):
-        warnings += (all_missing(run, cache),)
-    elif not inside.any():
-        detail = f"no point has a prediction: all {len(lonlat)} lie outside the raster"
-        warnings += (StackWarning(code="all_missing", detail=detail),)
+    statuses = [result["status"] for result in results]
+    warnings = (*run_warnings(run), *none_predicted(run, statuses, "point", cache))
     return PointOutcome(results=tuple(results), timing=timing, warnings=warnings)
 
 
