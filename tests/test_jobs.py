@@ -317,7 +317,8 @@ def test_a_finished_job_is_removed_with_its_files(
     job = submit(api, files=files)["jobID"]
     waited(api, job)
     kept = sorted(path.name for path in (state / "jobs" / job).iterdir())
-    assert kept == ["result"]  # what was sent and what was half done is gone already
+    # What was sent and what was half done is gone already.
+    assert kept == ["request.json", "result"]
     assert api.delete(f"/jobs/{job}").json()["status"] == "dismissed"
     assert not (state / "jobs" / job).exists()
     problem_of(api.get(f"/jobs/{job}/result"), "result_not_ready", 409)

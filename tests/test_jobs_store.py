@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from rasterio.windows import Window
 from benchmarks.serving import served
 from models.registry import Registry
 from service.api.schemas import read_series
-from service.errors import InvalidRequest, UnknownJob
+from service.errors import InvalidRequest, ResultNotReady, UnknownJob
 from service.infer.engine import Engine
 from service.jobs.store import Idempotency, Job, JobStore
 from service.jobs.window_journal import WindowFile
@@ -156,7 +159,8 @@ def test_folders_without_a_job_are_removed_at_start(ready: Plan, tmp_path: Path)
         assert took is not None
         assert took.id == waits.id
         assert not orphan.exists()
-        assert [path.name for path in store.folder(gone).iterdir()] == ["result"]
+        left = sorted(path.name for path in store.folder(gone).iterdir())
+        assert left == ["request.json", "result"]
         assert list((tmp_path / "requests").iterdir()) == []
 
 
@@ -332,3 +336,106 @@ def whole(api: httpx.Client, job: str) -> bytes:
     answer = api.get(f"/jobs/{job}/result")
     assert answer.status_code == 200
     return answer.content
+
+
+# Room ----------------------------------------------------------------------------------------
+
+# As the release before this one made it: requests stood in the database.
+SCHEMA_1 = """
+PRAGMA user_version = 1;
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
+    idempotency_key TEXT, fingerprint TEXT, task TEXT NOT NULL, document TEXT NOT NULL,
+    model TEXT NOT NULL, sha256 TEXT NOT NULL, status TEXT NOT NULL DEFAULT 'accepted',
+    progress INTEGER NOT NULL DEFAULT 0, problem TEXT, computed_by TEXT,
+    attempts INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL, started REAL, finished REAL,
+    updated REAL NOT NULL, age REAL NOT NULL DEFAULT 0, UNIQUE (owner, idempotency_key)
+);
+CREATE INDEX by_status ON jobs (status);
+CREATE TABLE windows (
+    job INTEGER NOT NULL REFERENCES jobs (number) ON DELETE CASCADE, stage TEXT NOT NULL,
+    number INTEGER NOT NULL, place TEXT NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL,
+    PRIMARY KEY (job, stage, number)
+) WITHOUT ROWID;
+CREATE TABLE clock (seen REAL NOT NULL);
+INSERT INTO clock VALUES (strftime('%s', 'now'));
+"""
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_store_of_the_release_before_is_upgraded(tmp_path: Path) -> None:
+    (tmp_path / "jobs" / "one").mkdir(parents=True)
+    (tmp_path / "jobs" / "two").mkdir()
+    points = {
+        "type": "FeatureCollection",
+        "features": [
+            {"type": "Feature", "geometry": {"type": "Point", "coordinates": [3.0, 51.0]}}
+        ],
+    }
+    raster = {
+        "task": "classify-pixels",
+        "files": [["a.tif", "0000.tif"]],
+        "fields": {
+            "model": "pixels-landcover@1.0.0", "layout": None, "dates": ["2021-01-05"],
+            "bands": None, "scale": None, "offset": None, "mask": "scl",
+            "points": json.dumps(points), "start": "2021-01-01", "outputs": ["class"],
+        },
+    }  # fmt: skip
+    series = {"task": "embed", "series": json.loads(BODY) | {"model": None, "start": None}}
+    with sqlite3.connect(tmp_path / "jobs.sqlite") as db:
+        db.executescript(SCHEMA_1)
+        for name, document, status in (
+            ("one", raster, "accepted"), ("two", series, "successful"), ("gone", series, "failed"),
+        ):  # fmt: skip
+            db.execute(
+                "INSERT INTO jobs (id, owner, task, document, model, sha256, status, created, "
+                "updated) VALUES (?, 'anna', 'embed', ?, 'm@1', 'x', ?, 1, 1)",
+                (name, json.dumps(document | {"filler": "f" * 10**6}), status),
+            )
+    db.close()
+    for _ in range(2):  # the second start finds it upgraded
+        with opened(tmp_path) as store:
+            assert size_of(tmp_path) < 2.2 * 10**6  # two files of a megabyte, and no third
+            assert (tmp_path / "jobs.sqlite").stat().st_size < 10**5
+            one = store.request(store.find("anna", "one"))
+            assert one.points is not None
+            assert (one.points[0].lon, one.points[0].lat) == (3.0, 51.0)
+            assert one.stack.dates == (date(2021, 1, 5),)
+            assert one.files[0].path == tmp_path / "jobs" / "one" / "input" / "0000.tif"
+            two = store.request(store.find("anna", "two"))
+            assert two.series[0].bands["B02"] == (0.1, 0.1)
+            assert store.find("anna", "gone").status == "failed"
+
+
+def test_a_dismissed_job_gives_its_room_back_at_once(ready: Plan, tmp_path: Path) -> None:
+    request = ready.request
+    many = replace(request, series=request.series * 20_000)
+    large = replace(ready, request=many)
+    with opened(tmp_path / "state", max_waiting=99) as store:
+        empty = size_of(tmp_path / "state")
+        for number in range(5):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            job = store.accept(large, folder, owner="anna")
+            assert size_of(tmp_path / "state") > empty + 10**6
+            store.dismiss("anna", job.id)
+        assert size_of(tmp_path / "state") < empty + 5 * 10**5
+        with pytest.raises(ResultNotReady, match="removed"):
+            store.request(store.find("anna", job.id))
+
+
+def test_a_list_goes_on_from_a_job(ready: Plan, tmp_path: Path) -> None:
+    with opened(tmp_path / "state") as store:
+        names = []
+        for number in range(5):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            names.append(store.accept(ready, folder, owner="anna").id)
+        newest = names[::-1]
+        assert [job.id for job in store.latest("anna", 2)] == newest[:2]
+        assert [job.id for job in store.latest("anna", 9, before=newest[1])] == newest[2:]
+        with pytest.raises(UnknownJob):
+            store.latest("ben", 9, before=newest[1])

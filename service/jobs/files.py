@@ -58,10 +58,10 @@ def link(path: Path, target: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def keep_result(folder: Path) -> None:
-    """Remove all files of a job except its result."""
+def keep_only(folder: Path, *names: str) -> None:
+    """Remove everything in a folder but some names."""
     for path in folder.iterdir():
-        if path.name != "result":
+        if path.name not in names:
             remove(path)
 
 

@@ -9,6 +9,7 @@
         jobs.sqlite    every job, and which of its windows are finished
         requests/      running uploads and responses; emptied at each start
         jobs/<id>/
+            request.json   what was asked for
             input/     the uploaded files, as 0000.tif, …
             windows    finished windows, one after the other
             work/      files of the current run; emptied when it begins
@@ -43,7 +44,7 @@ from service.errors import (
     ResultNotReady,
     UnknownJob,
 )
-from service.jobs.files import keep_result, link, lock, remove, sync_file, sync_folder, take_over
+from service.jobs.files import keep_only, link, lock, remove, sync_file, sync_folder, take_over
 from service.jobs.serialise import request_document, request_of, result_of
 from service.run.execute import Result
 from service.run.plan import Plan
@@ -55,10 +56,13 @@ JobStatus = Literal["accepted", "running", "successful", "failed", "dismissed"]
 STATUSES: tuple[JobStatus, ...] = get_args(JobStatus)
 _RESULT = "reply.json"
 _BY_KEY = "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?"
-_SCHEMA_VERSION = 1
+_REQUEST = "request.json"
+_SCHEMA_VERSION = 2
+_WAL_BYTES = 16 * 2**20
+"""Size to which the write-ahead log is cut after a checkpoint."""
 _SCHEMA = """
 BEGIN;
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of acceptance
     id TEXT NOT NULL UNIQUE,
@@ -66,7 +70,6 @@ CREATE TABLE jobs (
     idempotency_key TEXT,
     fingerprint TEXT,
     task TEXT NOT NULL,
-    document TEXT NOT NULL,
     model TEXT NOT NULL,
     sha256 TEXT NOT NULL,
     status TEXT NOT NULL DEFAULT 'accepted',
@@ -82,6 +85,7 @@ CREATE TABLE jobs (
     UNIQUE (owner, idempotency_key)
 );
 CREATE INDEX by_status ON jobs (status);
+CREATE INDEX by_owner ON jobs (owner, number);
 CREATE TABLE windows (
     job INTEGER NOT NULL REFERENCES jobs (number) ON DELETE CASCADE,
     stage TEXT NOT NULL,
@@ -109,8 +113,6 @@ class Job:
     fingerprint: str | None
     """Fingerprint of the request, if it had an idempotency key."""
     task: Task
-    document: str
-    """The request, as JSON."""
     model: str
     """As `name@version`."""
     sha256: str
@@ -229,20 +231,20 @@ class JobStore:
                 take_over([f.path for f in plan.request.sources], folder, place / "input")
             else:
                 place.mkdir()
+            _write_request(place, json.dumps(document))
             sync_folder(self._jobs)
             now = time.time()
             with self._transaction() as db:
                 self._check_room(db)
                 db.execute(
-                    "INSERT INTO jobs (id, owner, idempotency_key, fingerprint, task, document, "
-                    "model, sha256, created, updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO jobs (id, owner, idempotency_key, fingerprint, task, model, "
+                    "sha256, created, updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         name,
                         owner,
                         idempotency.key if idempotency else None,
                         idempotency.fingerprint if idempotency else None,
                         plan.request.task,
-                        json.dumps(document),
                         plan.model.card.id,
                         plan.model.card.sha256,
                         now,
@@ -308,12 +310,22 @@ class JobStore:
             raise UnknownJob(f"there is no job '{name[:64]}'")
         return job
 
-    def latest(self, owner: str, limit: int) -> list[Job]:
-        """A caller's latest jobs, the newest first."""
+    def latest(self, owner: str, limit: int, *, before: str | None = None) -> list[Job]:
+        """A caller's latest jobs, the newest first.
+
+        Args:
+            owner: the caller.
+            limit: largest number of jobs.
+            before: only jobs accepted before the one of this id; None starts at the newest.
+
+        Raises:
+            UnknownJob: `before` is not the id of a job of the caller.
+        """
+        number = 2**63 - 1 if before is None else self.find(owner, before).number
         with self._mutex, _stored():
             rows = self._db.execute(
-                "SELECT * FROM jobs WHERE owner = ? ORDER BY number DESC LIMIT ?",
-                (owner, limit),
+                "SELECT * FROM jobs WHERE owner = ? AND number < ? ORDER BY number DESC LIMIT ?",
+                (owner, number, limit),
             ).fetchall()
         return [_job(row) for row in rows]
 
@@ -343,8 +355,18 @@ class JobStore:
         return {**dict.fromkeys(STATUSES, 0), **dict(rows)}
 
     def request(self, job: Job) -> TaskRequest:
-        """The request of a job."""
-        return request_of(json.loads(job.document), self.folder(job) / "input")
+        """The request of a job.
+
+        Raises:
+            ResultNotReady: the job was dismissed or has failed, and its files are removed.
+        """
+        try:
+            text = (self.folder(job) / _REQUEST).read_text("utf-8")
+        except FileNotFoundError as error:
+            raise ResultNotReady(
+                f"job {job.id} is {job.status}, and its files have been removed"
+            ) from error
+        return request_of(json.loads(text), self.folder(job) / "input")
 
     def result(self, job: Job, folder: Path) -> Result:
         """A finished job's result, its files linked into a folder of the request.
@@ -411,7 +433,7 @@ class JobStore:
 
     def succeed(self, job: Job) -> None:
         """Mark a running job as successful and keep only its result."""
-        keep_result(self.folder(job))
+        keep_only(self.folder(job), "result", _REQUEST)
         self._end(job, "successful", progress=100)
 
     def fail(self, job: Job, error: PIMCError) -> None:
@@ -520,7 +542,7 @@ class JobStore:
             if status in {None, "failed", "dismissed"}:
                 remove(place)
             elif status == "successful":
-                keep_result(place)
+                keep_only(place, "result", _REQUEST)
         with self._transaction() as db:
             db.execute("UPDATE jobs SET status = 'accepted' WHERE status = 'running'")
             (seen,) = db.execute("SELECT seen FROM clock").fetchone()
@@ -570,14 +592,41 @@ def _opened(path: Path) -> sqlite3.Connection:
     # A row is a promise to a client.
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
+    db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version == 0:
         db.executescript(_SCHEMA)
+    elif version == 1:
+        _move_documents(db, path.parent / "jobs")
     elif version != _SCHEMA_VERSION:
         raise sqlite3.DatabaseError(
             f"its schema has version {version}, but this service needs version {_SCHEMA_VERSION}"
         )
     return db
+
+
+def _move_documents(db: sqlite3.Connection, jobs: Path) -> None:
+    """Upgrade from schema 1, which kept requests in the database: each becomes a file.
+
+    Files come first, so that a kill in between costs nothing but doing it again.
+    """
+    kept = "SELECT id, document FROM jobs WHERE status IN ('accepted', 'running', 'successful')"
+    for name, document in db.execute(kept):
+        place = jobs / name
+        if place.is_dir():
+            _write_request(place, document)
+    db.executescript(
+        "BEGIN; ALTER TABLE jobs DROP COLUMN document; "
+        "CREATE INDEX by_owner ON jobs (owner, number); PRAGMA user_version = 2; COMMIT; VACUUM;"
+    )
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _write_request(folder: Path, document: str) -> None:
+    path = folder / _REQUEST
+    path.write_text(document, encoding="utf-8")
+    sync_file(path)
+    sync_folder(folder)
 
 
 @contextmanager

@@ -82,12 +82,14 @@ def until(api: httpx.Client, job_id: str, *, progress: int) -> dict[str, Any]:
 
 
 def leftovers(state: Path) -> list[str]:
-    """Files of a state directory that are neither the service's own nor a result's."""
+    """Files of a state directory that belong neither to the service nor to a job with a result."""
     return [
         str(path.relative_to(state))
         for folder in ("requests", "jobs")
         for path in (state / folder).rglob("*")
-        if "result" not in path.parts and path.is_file()
+        if path.is_file()
+        and "result" not in path.parts
+        and not (path.name == "request.json" and path.with_name("result").is_dir())
     ]
 
 

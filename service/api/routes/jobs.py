@@ -29,15 +29,24 @@ _MANY = 1000
 router = APIRouter(tags=["jobs"], dependencies=[KNOWN_CALLER])
 
 
-@router.get("/jobs", responses=problems(["unauthorized", "invalid_request", "internal_error"]))
+@router.get(
+    "/jobs",
+    responses=problems(["unauthorized", "invalid_request", "unknown_job", "internal_error"]),
+)
 async def list_jobs(
     app: App,
     caller: Caller,
     limit: Annotated[int, Query(ge=1, le=_MANY, description="largest number of jobs")] = _MANY,
+    cursor: Annotated[
+        str | None, Query(max_length=64, description="id of the last job of the page before")
+    ] = None,
 ) -> JobList:
     """The caller's jobs, the newest first."""
-    found = await to_thread.run_sync(app.jobs.latest, caller or "", limit)
-    return JobList(jobs=[info(job) for job in found], links=[_link("/jobs", "self", "this list")])
+    found = await to_thread.run_sync(partial(app.jobs.latest, caller or "", limit, before=cursor))
+    links = [_link("/jobs", "self", "this list")]
+    if len(found) == limit:
+        links.append(_link(f"/jobs?limit={limit}&cursor={found[-1].id}", "next", "older jobs"))
+    return JobList(jobs=[info(job) for job in found], links=links)
 
 
 @router.get("/jobs/{job_id}", responses=problems(["unauthorized", "unknown_job", "internal_error"]))
