@@ -438,6 +438,11 @@ def _missing_dates(
 ) -> MissingDates:
     names = list({id(slot.file): slot.file.name for slot in undated}.values())
     all_files = len({id(slot.file) for slot in slots})
+    if all_files == 1 and len(slots) > 1:
+        return MissingDates(
+            f"no date for the {len(undated)} dates that {_quoted(names)} holds: none in the band "
+            f"descriptions or tags; give `dates`, {len(undated)} of them in the order of the bands"
+        )
     return MissingDates(
         f"no date for {len(names)} of {counted(all_files, 'file')} ({_quoted(names)}): none in "
         "the tags, the file's name or the band descriptions; give `dates`"

@@ -351,7 +351,9 @@ def _header(source: SourceFile, dataset: rasterio.DatasetReader, place: Placed) 
         )
     # Whether what GDAL takes for alpha is a mask, the names of the bands decide.
     flags = dataset.mask_flag_enums[0]
-    alpha = dataset.count > 1 and dataset.colorinterp[-1] == ColorInterp.alpha
+    # GDAL is asked of every band, so only where no name has said already what the last one is.
+    unnamed = dataset.count > 1 and not dataset.descriptions[-1]
+    alpha = unnamed and dataset.colorinterp[-1] == ColorInterp.alpha
     return Header(
         source=source,
         width=dataset.width,

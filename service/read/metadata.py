@@ -103,6 +103,7 @@ _QUALITY_WORDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ),
     )
 )
+_PERHAPS_QUALITY = re.compile(r"qa|cl[dmo]|fmask|udm2", re.IGNORECASE)
 _ALPHA = re.compile(r"alpha|data ?mask|opacity", re.IGNORECASE)
 _WORD = re.compile(r"[a-z0-9]+")
 _USUAL_LENGTH = 100
@@ -245,6 +246,8 @@ def quality_of(text: str | None) -> str | None:
         A member of `QUALITY`; None where the text names none, or names a band as well.
     """
     if not text or len(text) > _USUAL_LENGTH * 3:
+        return None
+    if not _PERHAPS_QUALITY.search(text):
         return None
     words = " ".join(_words(text))
     return next((band for band, pattern in _QUALITY_WORDS if pattern.search(words)), None)
