@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -14,7 +15,14 @@ import rasterio
 from affine import Affine
 from rasterio.windows import Window
 
-from service.errors import BodyTooLarge, InvalidRequest, NotAGeoTIFF, PIMCError, RasterTooLarge
+from service.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    MissingDates,
+    NotAGeoTIFF,
+    PIMCError,
+    RasterTooLarge,
+)
 from service.read import jp2_guard
 from service.read.containers import unpack
 from service.read.geotiff import SourceFile, gdal_options, read_header
@@ -192,6 +200,92 @@ def test_jpeg_2000_can_be_switched_off(tmp_path: Path) -> None:
         unpack([file], tmp_path, max_bytes=9, max_files=1, jp2=False)
 
 
+# --- metadata beside rasters ----------------------------------------------------------------
+
+
+def one_band(folder: Path, name: str, number: int) -> SourceFile:
+    file = write(folder / name.replace("/", "+"), np.full((1, 2, 2), number, np.uint16))
+    return SourceFile(name=name, path=file.path)
+
+
+def as_json(folder: Path, name: str, document: object) -> SourceFile:
+    path = folder / name.replace("/", "+")
+    path.write_text(json.dumps(document))
+    return SourceFile(name=name, path=path)
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
+def test_a_stac_item_beside_its_assets_says_date_scale_and_offset(
+    tmp_path: Path, version: str
+) -> None:
+    said = {"scale": 0.0001, "offset": -0.1}
+    extra = (
+        {"raster:bands": [said]}
+        if version == "1.0.0"
+        else {"bands": [{f"raster:{key}": value for key, value in said.items()}]}
+    )
+    assets = {
+        key: {"href": f"https://example.org/x/{band}.tif?token=1", **extra}
+        for key, band in (("blue", "B02"), ("red", "B04"), ("nir", "B08"))
+    }
+    item = {
+        "type": "Feature",
+        "stac_version": version,
+        "properties": {"datetime": "2021-01-05T10:00:00Z"},
+        "assets": assets,
+    }
+    files = [
+        as_json(tmp_path, "a/item.json", item),
+        *(one_band(tmp_path, f"a/{band}.tif", 1500) for band in BANDS),
+    ]
+    stack = opened(files, tmp_path, mask="none")
+    assert stack.dates == (date(2021, 1, 5),)
+    np.testing.assert_allclose(values(stack), 0.05, atol=1e-6)
+
+
+def test_a_request_of_sentinelhub_py_says_the_date(tmp_path: Path) -> None:
+    span = {"from": "2021-01-05T00:00:00Z", "to": "2021-01-05T23:59:59Z"}
+    data = [{"dataFilter": {"timeRange": span}}]
+    process = {
+        "url": "https://x/api/v1/process",
+        "headers": {},
+        "payload": {"input": {"data": data}},
+    }
+    wcs = {"url": "https://x/wcs?TIME=2021-01-15T10%3A20%3A21Z%2F2021-01-15T10%3A20%3A21Z",
+           "headers": {}, "payload": None}  # fmt: skip
+    pixels = np.full((3, 2, 2), 1500, np.uint16)
+    files = []
+    for folder, request in (("06e820ebeff0", process), ("20c6b387fa6c", wcs)):
+        files.append(as_json(tmp_path, f"{folder}/request.json", request))
+        tiff = write(tmp_path / f"{folder}.tif", pixels, descriptions=BANDS)
+        files.append(SourceFile(name=f"{folder}/response.tiff", path=tiff.path))
+    assert opened(files, tmp_path, mask="none").dates == (date(2021, 1, 5), date(2021, 1, 15))
+    # A request for several weeks is a composite, which has no one date.
+    span["to"] = "2021-02-28T23:59:59Z"
+    as_json(tmp_path, "06e820ebeff0/request.json", process)
+    with pytest.raises(MissingDates, match=r"'06e820ebeff0/response\.tiff'"):
+        opened(files, tmp_path, mask="none")
+
+
+@pytest.mark.parametrize("document", [{"type": "FeatureCollection"}, [], 3, {"url": "x"}])
+def test_other_json_is_no_raster(tmp_path: Path, document: object) -> None:
+    files = [as_json(tmp_path, "a.json", document), one_band(tmp_path, "20210105_B02.tif", 1)]
+    with pytest.raises(NotAGeoTIFF, match=r"'a\.json'"):
+        opened(files, tmp_path)
+
+
+def test_a_zip_keeps_its_items_and_names_other_json(tmp_path: Path) -> None:
+    item = {"type": "Feature", "stac_version": "1.0.0", "properties": {"datetime": "2021-01-05"}}
+    members = {
+        f"a/{band}.tif": one_band(tmp_path, f"{band}.tif", 1500).path.read_bytes() for band in BANDS
+    }
+    members |= {"a/item.json": json.dumps(item).encode(), "a/other.json": b"[]"}
+    stack = opened([zipped(tmp_path / "a.zip", members)], tmp_path, mask="none")
+    assert stack.dates == (date(2021, 1, 5),)
+    (unused,) = [w for w in stack.warnings if w.code == "files_unused"]
+    assert "'a/other.json': no raster" in unused.detail
+
+
 # --- JPEG 2000 ------------------------------------------------------------------------------
 
 
@@ -335,3 +429,24 @@ def test_a_real_product_of_baseline_04(shared_data: Path, tmp_path: Path) -> Non
     assert stack.dates == (date(2022, 10, 5),)
     assert (stack.scale, stack.offset) == (1e-4, -0.1)
     np.testing.assert_allclose(values(stack), 0.05, atol=1e-6)
+
+
+def test_earth_search_v0_with_its_item(shared_data: Path) -> None:
+    folder = shared_data / "earthsearch_v0"
+    paths = sorted(path for path in folder.iterdir() if path.suffix in {".tif", ".json"})
+    files = [SourceFile(name=path.name, path=path) for path in paths]
+    stack = open_stack(files, StackOptions(), bands=BANDS, max_bytes=2**30)
+    assert stack.dates == (date(2020, 2, 19),)
+    assert (stack.mask, stack.scale, stack.offset) == ("scl", 1e-4, 0)
+
+
+def test_sentinelhub_pys_cache_folders(shared_data: Path) -> None:
+    root = shared_data / "bavaria_2018" / "sentinelhub_10m"
+    paths = sorted([*(root / "D2").rglob("*.json"), *(root / "D2").rglob("*.tiff")])
+    files = [SourceFile(name=str(path.relative_to(root)), path=path) for path in paths]
+    spectral = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
+    names = ("clouds", "mask", *spectral, *(f"angle{n}" for n in range(4)), "index")
+    stack = open_stack(files, StackOptions(bands=names), bands=BANDS, max_bytes=2**30)
+    assert len(stack.dates) == 12
+    assert {day.year for day in stack.dates} == {2018}
+    assert date(2018, 6, 16) in stack.dates

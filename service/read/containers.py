@@ -1,13 +1,15 @@
-"""Containers: zips unpacked beside their upload, and the metadata of Sentinel-2 products.
+"""Containers: zips unpacked beside their upload, and metadata that lies beside rasters.
 
     files → zips opened, within bounds → rasters and product metadata → headers that know both
 
-A zip is read by Python and never by GDAL; its members get names of our own on disk. A product's XML
-(MTD_MSIL2A.xml) gives its bands their scale, offset and date.
+A zip is read by Python and never by GDAL; its members get names of our own on disk. A Sentinel-2
+product's XML (MTD_MSIL2A.xml) gives its bands their scale, offset and date, and so do a STAC item
+and the request.json of sentinelhub-py for the rasters in their folder.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import zipfile
@@ -15,7 +17,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
+from urllib.parse import parse_qs, urlsplit
 
 from service.errors import BodyTooLarge, InvalidRequest, NotAGeoTIFF
 from service.read.geotiff import Header, SourceFile, label
@@ -114,12 +117,17 @@ def _members(
                 path = folder / f"{prefix}-{number:05d}.member"
                 with archive.open(member) as content:
                     used += _write(content, path, room - used, source.name, limit)
-                found.append(SourceFile(name=name, path=path))
+                written = SourceFile(name=name, path=path)
+                if _is_json(name) and _item(written) is None:
+                    path.unlink()
+                    left_out.append((name, "no raster (.tif or .jp2)"))
+                    continue
+                found.append(written)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise InvalidRequest.of(
             "files", f"'{source.name}' is a zip that does not open: {type(error).__name__}"
         ) from error
-    if not found:
+    if not any(_RASTER.search(file.name) for file in found):
         raise InvalidRequest.of("files", f"the zip '{source.name}' holds no .tif and no .jp2 file")
     return found, left_out, used
 
@@ -132,6 +140,8 @@ def _why_not(member: zipfile.ZipInfo) -> str | None:
         return ""
     if _PRODUCT.search(name):
         return None
+    if _is_json(last) and member.file_size <= _MAX_XML_BYTES:
+        return None
     if not _RASTER.search(name):
         return "no raster (.tif or .jp2)"
     if member.flag_bits & 1:
@@ -142,6 +152,11 @@ def _why_not(member: zipfile.ZipInfo) -> str | None:
     if last.lower().endswith(".jp2") and not (band_of(own) or quality_of(own)):
         return "its name says no band"
     return None
+
+
+def _is_json(name: str) -> bool:
+    """Whether a name is that of a JSON file."""
+    return name.lower().endswith(".json")
 
 
 def _write(content: IO[bytes], path: Path, room: int, name: str, limit: int) -> int:
@@ -245,16 +260,92 @@ class Product:
         return said
 
 
-def split_products(files: Sequence[SourceFile]) -> tuple[list[SourceFile], list[Product]]:
+def split_products(files: Sequence[SourceFile]) -> tuple[list[SourceFile], list[Metadata]]:
     """Rasters, and the products that metadata among the files describe."""
     rasters: list[SourceFile] = []
-    products: list[Product] = []
+    products: list[Metadata] = []
     for file in files:
         if _PRODUCT.search(file.name):
             products.append(_product(file))
+        elif _is_json(file.name) and (item := _item(file)):
+            products.append(item)
         else:
             rasters.append(file)
     return rasters, products
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """What a STAC item, or a request kept by sentinelhub-py, says of the rasters beside it."""
+
+    root: str
+    common: Mapping[str, str]
+    """Tags of every raster in the folder."""
+    assets: Mapping[str, Mapping[str, str]]
+    """Further tags by the last part of a raster's name."""
+
+    def tags(self, name: str) -> dict[str, str]:
+        """What one of the rasters would say in tags."""
+        return {**self.common, **self.assets.get(name.rpartition("/")[2], {})}
+
+
+Metadata = Product | Item
+_ITEM_TAGS = ("datetime", "s2:processing_baseline", "earthsearch:boa_offset_applied")
+
+
+def _item(file: SourceFile) -> Item | None:
+    """The metadata that a JSON file holds; None if it is something else."""
+    try:
+        with file.path.open("rb") as source:
+            document = json.loads(source.read(_MAX_XML_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    root = file.name.rpartition("/")[0]
+    if document.get("type") == "Feature" and "stac_version" in document:
+        properties = document.get("properties") or {}
+        common = {
+            key: str(properties[key]) for key in _ITEM_TAGS if properties.get(key) is not None
+        }
+        assets = document.get("assets")
+        listed = assets.values() if isinstance(assets, dict) else ()
+        by_name = dict(_asset_tags(asset) for asset in listed if isinstance(asset, dict))
+        return Item(root=root, common=common, assets=by_name)
+    day = _requested_day(document)
+    if day is None:
+        return None
+    return Item(root=root, common={"datetime": day} if day else {}, assets={})
+
+
+def _asset_tags(asset: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """The last part of an asset's href; scale and offset of its first band (STAC 1.0, 1.1)."""
+    tags: dict[str, str] = {}
+    bands = asset.get("raster:bands") or asset.get("bands") or [{}]
+    first = bands[0] if isinstance(bands, list) and isinstance(bands[0], dict) else {}
+    for key in ("scale", "offset"):
+        number = first.get(key, first.get(f"raster:{key}", asset.get(f"raster:{key}")))
+        if isinstance(number, int | float):
+            tags[key] = f"{number:.12g}"
+    return str(asset.get("href", "")).partition("?")[0].rpartition("/")[2], tags
+
+
+def _requested_day(document: Mapping[str, Any]) -> str | None:
+    """The one day that a request to Sentinel Hub asked for (process API or WCS).
+
+    Returns:
+        Empty where it asked for more, as composites do; None where the document is no request.
+    """
+    if not {"url", "headers"} <= document.keys():
+        return None
+    times = parse_qs(urlsplit(str(document["url"])).query).get("TIME", [""])[0].split("/")
+    try:
+        span = document["payload"]["input"]["data"][0]["dataFilter"]["timeRange"]
+        times = [str(span["from"]), str(span["to"])]
+    except (KeyError, IndexError, TypeError):
+        pass
+    days = {time[:10] for time in times}
+    return times[0] if len(days) == 1 else ""
 
 
 def _product(file: SourceFile) -> Product:
@@ -282,7 +373,7 @@ def _product(file: SourceFile) -> Product:
     )
 
 
-def with_product(header: Header, products: Sequence[Product]) -> Header:
+def with_product(header: Header, products: Sequence[Metadata]) -> Header:
     """A header with what its product's XML says, where the file itself says nothing."""
     name = header.name
     own = [p for p in products if name.startswith(f"{p.root}/") or (not p.root and "/" not in name)]
