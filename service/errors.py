@@ -1,14 +1,14 @@
-"""What can go wrong, named after the arrow it breaks.
+"""Errors: the exception tree, each leaf with a stable code, and the status of each code.
 
-    body → intake → files → stack → window of values → engine → answers → output → answer
-           │                │                          │
-           RequestError     RasterError                Overloaded
+    request → files → stack → window of values → predictions → result → response
+       │                │
+       RequestError     RasterError
 
     PIMCError
     ├── RequestError
     │   ├── InvalidRequest                   a field fails validation
     │   ├── WrongTask                        the model named serves another task
-    │   ├── UnsupportedMedia, NotAcceptable  a body or an answer of a type that is not served
+    │   ├── UnsupportedMedia, NotAcceptable  a body or response of an unsupported type
     │   ├── Unauthorized
     │   ├── ForbiddenReference, UnreachableReference
     │   ├── NotFound, MethodNotAllowed, UnknownModel, UnknownJob
@@ -17,18 +17,18 @@
     │   ├── BodyStalled                      the upload stopped half way
     │   ├── NotAVectorFile, InvalidFields, TooManyFields    what `fields` holds
     │   └── MalformedRequest, UriTooLong, HeaderTooLarge, HeadStalled    the head of the request
-    ├── RasterError                          what the files hold
+    ├── RasterError                          the content of the files
     │   ├── NotAGeoTIFF, CorruptRaster, NoGeoreference, GridMismatch
     │   ├── MissingBands, MissingDates, TooFewDates
     │   ├── ImplausibleReflectance, WrongSensor
     │   └── RasterTooLarge
-    ├── Overloaded                           no place is free; nothing was started
-    ├── NotReady                             the models are still being loaded and warmed
-    ├── InsufficientStorage                  the disk takes no more of a body or an answer
-    └── InternalError                        ours, not the caller's
+    ├── Overloaded                           every slot is in use; nothing was started
+    ├── NotReady                             models are missing or loading, or the server stops
+    ├── InsufficientStorage                  the disk is full
+    └── InternalError                        a fault of the server
 
-The errors know no HTTP; `STATUS` alone gives each code its status. A message names the file or
-field and both sides of the conflict.
+The errors are independent of HTTP; only `STATUS` gives each code its status. A message names the
+file or parameter and both sides of the conflict.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from typing import ClassVar
 
 
 class PIMCError(Exception):
-    """Any error that a caller is told about."""
+    """Any error that is reported to the client."""
 
     code: ClassVar[str] = "internal_error"
     title: ClassVar[str] = "Internal error"
@@ -52,7 +52,7 @@ class PIMCError(Exception):
 
     @staticmethod
     def of_code(code: str, detail: str, errors: Sequence[Mapping[str, str]] = ()) -> PIMCError:
-        """The error that a code names, as one that was written down."""
+        """Restore a stored error from its code."""
         kinds: list[type[PIMCError]] = [PIMCError]
         for kind in kinds:
             kinds += kind.__subclasses__()
@@ -95,14 +95,14 @@ class UnsupportedMedia(RequestError):
 
 
 class NotAcceptable(RequestError):
-    """No type in `Accept` can be answered."""
+    """No type in `Accept` is available."""
 
     code = "not_acceptable"
     title = "Not acceptable"
 
 
 class Unauthorized(RequestError):
-    """Keys are required and none or a wrong one came."""
+    """The API key is missing or wrong."""
 
     code = "unauthorized"
     title = "Unauthorized"
@@ -116,7 +116,7 @@ class ForbiddenReference(RequestError):
 
 
 class UnreachableReference(RequestError):
-    """An href that is allowed, and whose host does not answer with the file."""
+    """The host of an allowed href does not return the file."""
 
     code = "unreachable_reference"
     title = "Unreachable reference"
@@ -137,7 +137,7 @@ class MethodNotAllowed(RequestError):
 
 
 class UnknownModel(RequestError):
-    """No bundle of that name and version."""
+    """No model of that name and version."""
 
     code = "unknown_model"
     title = "Unknown model"
@@ -158,14 +158,14 @@ class ResultNotReady(RequestError):
 
 
 class BodyTooLarge(RequestError):
-    """Over the upload limit."""
+    """The body exceeds the upload limit."""
 
     code = "body_too_large"
     title = "Body too large"
 
 
 class BodyStalled(RequestError):
-    """The upload stopped half way, and holds a place that others wait for."""
+    """The upload stalled while it held a queue slot."""
 
     code = "body_stalled"
     title = "Body stalled"
@@ -193,7 +193,7 @@ class TooManyFields(RequestError):
 
 
 class MalformedRequest(RequestError):
-    """What came is not HTTP."""
+    """The request is not HTTP."""
 
     code = "malformed_request"
     title = "Malformed request"
@@ -232,7 +232,7 @@ class NotAGeoTIFF(RasterError):
 
 
 class CorruptRaster(RasterError):
-    """The header opens, the pixels do not."""
+    """The header is readable, the pixels are not."""
 
     code = "corrupt_raster"
     title = "Corrupt raster"
@@ -253,7 +253,7 @@ class GridMismatch(RasterError):
 
 
 class MissingBands(RasterError):
-    """Bands that the model needs are not there."""
+    """A band that the model needs is missing."""
 
     code = "missing_bands"
     title = "Missing bands"
@@ -288,14 +288,14 @@ class WrongSensor(RasterError):
 
 
 class RasterTooLarge(RasterError):
-    """Over the decoded-size limit, judged from headers."""
+    """The decoded size, judged from headers, exceeds the limit."""
 
     code = "raster_too_large"
     title = "Raster too large"
 
 
 class Overloaded(PIMCError):
-    """No place is free; nothing was started."""
+    """Every slot is in use; nothing was started."""
 
     code = "overloaded"
     title = "Overloaded"
@@ -306,7 +306,7 @@ class Overloaded(PIMCError):
 
 
 class NotReady(PIMCError):
-    """The models are still being loaded and warmed, or one of them is not there."""
+    """A model is missing or still loading, or the server is stopping."""
 
     code = "not_ready"
     title = "Not ready"
@@ -317,14 +317,14 @@ class NotReady(PIMCError):
 
 
 class InsufficientStorage(PIMCError):
-    """The disk takes no more of a body, a job or an answer."""
+    """The disk is full: a body, a job or a result cannot be stored."""
 
     code = "insufficient_storage"
     title = "Insufficient storage"
 
 
 class InternalError(PIMCError):
-    """Ours, not the caller's; the log has the rest."""
+    """A fault of the server; the log has the cause."""
 
 
 STATUS: Mapping[str, int] = {
@@ -368,21 +368,19 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def no_room(error: BaseException) -> InsufficientStorage | None:
-    """The error that a full disk makes of the system's own, None where it says anything else."""
+    """The error for a full disk; None if the system's error is another."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return InsufficientStorage(
-            f"the service's disk takes no more: {os.strerror(error.errno).lower()}"
-        )
+        return InsufficientStorage(f"the server's disk is full: {os.strerror(error.errno).lower()}")
     return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackWarning:
-    """Something odd that is no error."""
+    """Something suspicious that is not an error."""
 
     code: str
     detail: str
 
 
 class Cancelled(Exception):
-    """The caller took the run back; nothing of it is left."""
+    """The run was cancelled; nothing of it is left."""

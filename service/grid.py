@@ -198,10 +198,10 @@ class Grid:
         return np.asarray(radius**2 * extent * element.mean(axis=1) / 1e4)
 
     def check_same(self, name: str, other: Grid, other_name: str) -> None:
-        """Refuse another file's grid that is not this one.
+        """Check that another file has the same grid.
 
         Raises:
-            GridMismatch: it differs in size, CRS or transform; the message says both.
+            GridMismatch: it differs in size, CRS or transform; the message states both.
         """
         differs = f"'{other_name}' does not lie on the grid of '{name}'"
         if (self.width, self.height) != (other.width, other.height):

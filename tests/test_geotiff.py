@@ -47,7 +47,7 @@ def test_a_vrt_that_names_another_file_never_opens(tmp_path: Path) -> None:
         f"<SimpleSource><SourceFilename>{inside.path}</SourceFilename></SimpleSource>"
         "</VRTRasterBand></VRTDataset>"
     )
-    with pytest.raises(NotAGeoTIFF, match=r"'upload\.tif' is no TIFF"):
+    with pytest.raises(NotAGeoTIFF, match=r"'upload\.tif' is not a TIFF"):
         opened(SourceFile(name="upload.tif", path=vrt))
 
 

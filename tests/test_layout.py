@@ -275,7 +275,7 @@ def test_a_band_twice_in_a_file_of_one_date_is_refused(tmp_path: Path) -> None:
 def test_files_of_different_layouts_are_refused(tmp_path: Path) -> None:
     red = write(tmp_path / "b.tif", bands_of(("B04", 1), ("B04", 2)), descriptions=["B04", "B04"])
     with pytest.raises(
-        InvalidRequest, match=r"'20210105\.tif' reads as file-per-date but 'b\.tif'"
+        InvalidRequest, match=r"'20210105\.tif' looks like file-per-date but 'b\.tif'"
     ):
         opened([one_date(tmp_path / "20210105.tif", 1), red])
 

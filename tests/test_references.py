@@ -820,7 +820,7 @@ def test_a_mistake_is_told(api: httpx.Client, scene: Path, web: Host) -> None:
     )
     assert "patch in the query, and pixel" in problem(twice, "invalid_request")
     text = [{"href": f"http://127.0.0.1:{web.port}/text.tif", "date": DATES[0]}]
-    assert "'text.tif' is no TIFF" in problem(post(items=text), "not_a_geotiff")
+    assert "'text.tif' is not a TIFF" in problem(post(items=text), "not_a_geotiff")
     there, missing = ([{"href": href}] for href in ("/etc/passwd", "/etc/no-such"))
     assert problem(post(items=there), "forbidden_reference") == problem(
         post(items=missing), "forbidden_reference"

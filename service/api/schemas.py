@@ -76,7 +76,7 @@ def _only_finite(value: object) -> object:
 
 
 def _listed(value: object) -> object:
-    """A list from what came: "a,b", ["a", "b"] and ["a,b", "c"] alike."""
+    """Split values: "a,b", ["a", "b"] and ["a,b", "c"] become lists."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list | tuple):
         return value
@@ -215,7 +215,7 @@ class Point(_Loose):
     def _on_earth(self) -> Self:
         lon, lat = self.coordinates[:2]
         if not (-180 <= lon <= 180 and -90 <= lat <= 90):
-            raise ValueError(f"({lon}, {lat}) is no longitude and latitude in degrees")
+            raise ValueError(f"({lon}, {lat}) is not a longitude and latitude in degrees")
         return self
 
 
@@ -229,7 +229,7 @@ class PointFeature(_Loose):
 
 
 class PointCollection(_Loose):
-    """The places asked about: a GeoJSON FeatureCollection of Points."""
+    """Places to predict for: a GeoJSON FeatureCollection of Points."""
 
     type: Literal["FeatureCollection"]
     features: Annotated[list[PointFeature], Field(min_length=1, max_length=MAX_POINTS)]
@@ -241,7 +241,7 @@ class PointCollection(_Loose):
         crs = value.get("crs") if isinstance(value, Mapping) else None
         name = str((crs.get("properties") or {}).get("name", "")) if isinstance(crs, dict) else ""
         if name and not name.endswith(("CRS84", ":4326")):
-            raise ValueError(f"points must be in EPSG:4326, and 'crs' says {name}")
+            raise ValueError(f"points must be in EPSG:4326, but 'crs' is {name}")
         return value
 
     @property
@@ -316,11 +316,11 @@ def _box(
 
 
 class RasterForm(_Strict):
-    """What every task takes beside the files."""
+    """Parameters of every task, in addition to the files."""
 
     model: _ModelName = None
     layout: Annotated[
-        Layout | None, Field(description="what a file holds; else worked out from the files")
+        Layout | None, Field(description="the content of a file; else determined from the files")
     ] = None
     dates: Annotated[
         Annotated[tuple[_IsoDate, ...], _AtLeastOne] | None,
@@ -358,7 +358,7 @@ class RasterForm(_Strict):
         ),
     ] = None
     sensor: Annotated[
-        SensorName | None, Field(description="the sensor of the files; else told from them")
+        SensorName | None, Field(description="the sensor of the files; else determined from them")
     ] = None
     mask: Annotated[
         str | None,
@@ -411,7 +411,7 @@ class RasterForm(_Strict):
     def request(
         self, task: Task, files: tuple[SourceFile, ...], polygons: SourceFile | None = None
     ) -> RasterRequest:
-        """The form as a request that knows no HTTP.
+        """The form as a request independent of HTTP.
 
         Args:
             task: the task asked for.
@@ -508,7 +508,7 @@ class ItemBody(_Strict):
 
 
 class _Items(_Strict):
-    """A raster request as JSON: files named instead of sent, and points as they are."""
+    """A raster request as JSON: files named instead of sent, `points` as an object."""
 
     items: Annotated[tuple[ItemBody, ...], Field(min_length=1, max_length=MAX_ITEMS)]
     area: Annotated[
@@ -572,7 +572,7 @@ _Values = Annotated[
 class SeriesEntry(_Strict):
     """One pixel's observations: reflectance by band, one value per date."""
 
-    id: Annotated[str, Field(max_length=200, description="echoed in the answer")]
+    id: Annotated[str, Field(max_length=200, description="returned with the result")]
     dates: Annotated[tuple[_IsoDate, ...], Field(min_length=1, max_length=10_000, fail_fast=True)]
     B01: _Values = None
     B02: _Values = None
@@ -603,14 +603,14 @@ class SeriesEntry(_Strict):
 
 
 class SeriesBody(_Strict):
-    """A JSON body: pixels that need not come as a raster."""
+    """A JSON body of series instead of a raster."""
 
     series: Annotated[tuple[SeriesEntry, ...], Field(min_length=1)]
     model: _ModelName = None
     start: _Start = None
 
     def request(self, task: Task) -> SeriesRequest:
-        """The body as a request that knows no HTTP.
+        """The body as a request independent of HTTP.
 
         Args:
             task: the task asked for.
@@ -652,7 +652,7 @@ SERIES: Mapping[Task, type[SeriesBody]] = {
 
 
 class Problem(BaseModel):
-    """An error, as RFC 9457 has it."""
+    """An error (RFC 9457)."""
 
     type: str
     title: str
@@ -667,14 +667,14 @@ class Problem(BaseModel):
 
 
 class WarningEntry(BaseModel):
-    """Something odd that is no error."""
+    """Something suspicious that is not an error."""
 
     code: str
     detail: str
 
 
 class SummaryResponse(BaseModel):
-    """A raster's answer in numbers."""
+    """A raster's result in numbers."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -683,7 +683,7 @@ class SummaryResponse(BaseModel):
 
 
 class SeriesResponse(BaseModel):
-    """One result a series, in order."""
+    """One result per series, in order."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -693,7 +693,7 @@ class SeriesResponse(BaseModel):
 
 
 class PointsResponse(BaseModel):
-    """A GeoJSON FeatureCollection: the points asked about, results in `properties`."""
+    """A GeoJSON FeatureCollection of the requested points, results in `properties`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -704,7 +704,7 @@ class PointsResponse(BaseModel):
 
 
 class Link(BaseModel):
-    """Where something else is."""
+    """A link to another resource."""
 
     href: str
     rel: str
@@ -713,14 +713,14 @@ class Link(BaseModel):
 
 
 class JobInfo(BaseModel):
-    """A job's status, as OGC API - Processes' `statusInfo` has it. Times are UTC."""
+    """A job's status, as `statusInfo` of OGC API - Processes. Times are UTC."""
 
     jobID: str  # noqa: N815 - the standard's name
     type: Literal["process"] = "process"
     processID: Annotated[str, Field(description="the task")]  # noqa: N815 - the standard's name
     status: Literal["accepted", "running", "successful", "failed", "dismissed"]
-    message: Annotated[str | None, Field(description="of a failed job: of what")] = None
-    progress: Annotated[int, Field(ge=0, le=100, description="per cent; never falls")]
+    message: Annotated[str | None, Field(description="why a failed job failed")] = None
+    progress: Annotated[int, Field(ge=0, le=100, description="per cent; never decreases")]
     created: datetime
     started: datetime | None
     finished: datetime | None
@@ -736,14 +736,14 @@ class JobList(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Every model served, and which answers where none is named."""
+    """All models, and the default model of each task."""
 
     models: list[ModelCard]
     defaults: dict[str, str]
 
 
 class Live(BaseModel):
-    """The process answers."""
+    """The process runs."""
 
     status: Literal["live"] = "live"
 
@@ -759,7 +759,7 @@ class Ready(BaseModel):
 
 
 def read_fields(task: Task, raw: Mapping[str, Sequence[str]]) -> RasterForm:
-    """The fields of a form, checked.
+    """Validate the fields of a form.
 
     Args:
         task: what is asked for.
@@ -786,7 +786,7 @@ def read_fields(task: Task, raw: Mapping[str, Sequence[str]]) -> RasterForm:
 def read_items(
     task: Task, body: bytes, *, allowed: bool, modality: Modality | None = None
 ) -> tuple[tuple[ItemBody, ...], RasterForm] | None:
-    """The files that a JSON body names and its fields, checked; None where it names none.
+    """Validate a JSON body that names files; None if it names none.
 
     Args:
         task: what is asked for.
@@ -801,7 +801,7 @@ def read_items(
     if _checked(_Reference, body).items is None:
         return None
     if not allowed:
-        raise ForbiddenReference("requests by reference are off, and the body names 'items'")
+        raise ForbiddenReference("'items' is not allowed: this server reads no files by reference")
     named = _checked(ITEMS[task], body)
     plain = FORMS[task]
     fields = {name: getattr(named, name) for name in plain.model_fields}
@@ -817,7 +817,7 @@ def read_items(
 
 
 def read_series(task: Task, body: bytes) -> SeriesBody:
-    """A JSON body of series, checked.
+    """Validate a JSON body of series.
 
     Raises:
         InvalidRequest: with every field that fails.
@@ -828,7 +828,7 @@ def read_series(task: Task, body: bytes) -> SeriesBody:
 
 
 class _Reference(_Loose):
-    """Whether a JSON body names files to fetch."""
+    """Whether a JSON body names files."""
 
     items: Any = None
 
@@ -846,7 +846,7 @@ def _checked(model: type[_Model], given: bytes | Mapping[str, object]) -> _Model
 
 
 def _check_shape(body: bytes) -> None:
-    """Refuse JSON that would take many times its size in memory: mostly brackets, mostly keys.
+    """Reject JSON that would take many times its size in memory: mostly brackets or keys.
 
     An empty list is two bytes and takes some 260 once parsed; a key too many is an error of its
     own. A body of series has one of either in every hundred bytes.
@@ -864,7 +864,7 @@ def _check_shape(body: bytes) -> None:
 def invalid_request(
     errors: Sequence[Mapping[str, Any]], known: Collection[str] = ()
 ) -> InvalidRequest:
-    """What pydantic found wrong, in our terms.
+    """Translate pydantic's validation errors.
 
     Args:
         errors: pydantic's own list.
@@ -889,11 +889,11 @@ _OTHER_NAMES: Mapping[str, str] = {
     "output": "outputs", "lonlat": "points", "coordinates": "points", "factor": "scale",
     "version": "model",
 }  # fmt: skip
-"""What other services call a parameter of this one."""
+"""Names of parameters in other services, and their names here."""
 
 
 def _meant(name: str, known: Collection[str]) -> str | None:
-    """The parameter that an unknown name is meant to be: by its sound, or by what others say."""
+    """The parameter that an unknown name probably means, by its spelling or other services."""
     plain = name.lower().replace("-", "_").removesuffix("[]")
     if plain in known:
         return plain

@@ -81,7 +81,7 @@ def arrange(
 
     Args:
         headers: of all files, in the order given.
-        options: what the caller said.
+        options: the caller's statements.
         bands: the bands needed, by canonical name.
         dated: whether every observation needs a date.
 
@@ -283,7 +283,7 @@ def _guess(query: LayoutQuery) -> Layout:
         (one, first), *rest = votes
         other, second = next(item for item in rest if item[1] != first)
         raise InvalidRequest.of(
-            "layout", f"'{one}' reads as {first} but '{other}' as {second}; say which it is"
+            "layout", f"'{one}' looks like {first} but '{other}' like {second}; give `layout`"
         )
     if votes:
         return votes[0][1]
@@ -300,7 +300,7 @@ def _guess(query: LayoutQuery) -> Layout:
 
 
 def _vote(file: DescribedFile) -> Layout | None:
-    """What the band descriptions say; None where they are silent or fit more than one layout."""
+    """The layout by the band descriptions; None if they are missing or fit several layouts."""
     times = Counter(band for band in file.bands if band and band != ALPHA)
     if not times or file.count == 1:
         return None  # one band fits as a band of its own and as a part of a date

@@ -78,7 +78,9 @@ def unpack(
         left_out += others
         room -= used
     if len(found) > max_files:
-        raise InvalidRequest.of("files", f"{len(found)} in all, zips opened; {max_files} may be")
+        raise InvalidRequest.of(
+            "files", f"{len(found)} in all, zips opened; at most {max_files} are allowed"
+        )
     refused = next((f for f in found if not jp2 and _begins(f.path, SIGNATURE)), None)
     if refused is not None:
         raise NotAGeoTIFF(

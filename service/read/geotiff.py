@@ -1,4 +1,4 @@
-"""Raster access: GDAL's GTiff and JP2OpenJPEG drivers alone, and no file beside the one opened.
+"""Raster access: only GDAL's GTiff and JP2OpenJPEG drivers, and no file beside the opened one.
 
 `read_header` reads everything that decides whether a file can be used, and no pixel.
 """
@@ -33,14 +33,14 @@ from service.read.tiff_guard import MAX_BLOCK_BYTES, check_directories
 # A file without georeference is refused by us; rasterio's warning would only be printed.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 MAX_BANDS = 20_000
-"""Most bands of a file; more are no time series, and listing them costs memory."""
+"""Largest number of bands of a file; listing more costs memory."""
 _MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # TIFF and BigTIFF in both byte orders
 _GDAL: Mapping[str, str | int] = {
     # An upload's folder holds other uploads: no sidecar (.aux.xml, .tfw, .msk, .ovr) is looked for.
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     # Nor is a statistics or metadata sidecar read or written by another road.
     "GDAL_PAM_ENABLED": "NO",
-    # Georeference is what the file itself says, as with the two above.
+    # The georeference is that of the file itself, as with the two options above.
     "GDAL_GEOREF_SOURCES": "INTERNAL",
     # No name inside a file leads to the network: this is the only one that GDAL would fetch.
     "CPL_VSIL_CURL_ALLOWED_FILENAME": "none",
@@ -55,7 +55,7 @@ _THREADS_PAY_FROM = 2**18
 # GIL. Two, as other callers are served meanwhile; by batches, as each handing over costs 40 us.
 _SIDE_BY_SIDE = 2
 _BATCH = 8
-# Dates, numbers and names are short. What is longer says nothing that is asked, and is not kept.
+# Dates, numbers and names are short; longer texts are not needed and not kept.
 _TAG_LENGTH = 1000
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -67,7 +67,7 @@ Placed = tuple[CRS | None, Affine]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file as the caller knows it, and where it lies."""
+    """A file: the caller's name for it, and its path."""
 
     name: str
     """As the caller called it; only ever shown, never used as a path."""
@@ -77,7 +77,7 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a GeoTIFF says before a pixel is read. Tuples hold one entry a band."""
+    """The header of a raster, read without its pixels. Tuples hold one entry per band."""
 
     source: SourceFile
     width: int
@@ -107,7 +107,7 @@ class Header:
 
     @property
     def name(self) -> str:
-        """The file's name as the caller knows it."""
+        """The caller's name for the file."""
         return self.source.name
 
     @property
@@ -305,7 +305,7 @@ def _driver_of(source: SourceFile) -> Driver:
     """The driver that reads a file, by its first bytes.
 
     Raises:
-        NotAGeoTIFF: none; the message says what the file is and what to do, where that is known.
+        NotAGeoTIFF: none; the message states what the file is and what to do, if that is known.
     """
     try:
         with source.path.open("rb") as file:
@@ -316,7 +316,7 @@ def _driver_of(source: SourceFile) -> Driver:
         return "GTiff"
     if head.startswith(SIGNATURE):
         return "JP2OpenJPEG"
-    raise NotAGeoTIFF(f"'{source.name}' is no TIFF: {_what_it_is(source.name, head)}")
+    raise NotAGeoTIFF(f"'{source.name}' is not a TIFF: {_what_it_is(source.name, head)}")
 
 
 def _what_it_is(name: str, head: bytes) -> str:

@@ -1,4 +1,4 @@
-"""What a JPEG 2000 file claims, read before GDAL reads it: bombs are refused.
+"""JPEG 2000 guard: a file's claims, checked before GDAL reads it, against bombs.
 
 OpenJPEG allocates by what the codestream declares: a tile of all components as 32-bit numbers, and
 bookkeeping for every precinct, layer and resolution. A few hundred bytes can claim far more than
@@ -32,7 +32,7 @@ _CODESTREAM = b"jp2c"
 
 @dataclass(frozen=True, kw_only=True)
 class _Size:
-    """What the SIZ marker says."""
+    """Content of the SIZ marker."""
 
     tile: tuple[int, int]
     """Columns and rows."""

@@ -38,7 +38,7 @@ Layout = Literal["file-per-date", "file-per-band-and-date", "file-per-band", "si
 
 @dataclass(frozen=True, kw_only=True)
 class StackOptions:
-    """What the caller said of the files; None leaves it to be worked out from them."""
+    """The caller's statements about the files; None: determined from the files."""
 
     layout: Layout | None = None
     dates: tuple[date, ...] | None = None
@@ -65,13 +65,13 @@ class StackOptions:
 
 @dataclass(frozen=True)
 class DescribedFile:
-    """A header, and what it says in words."""
+    """A header with the names and dates in its texts."""
 
     header: Header
 
     @property
     def name(self) -> str:
-        """The file's name, as the caller knows it."""
+        """The caller's name for the file."""
         return self.header.name
 
     @property
@@ -81,7 +81,7 @@ class DescribedFile:
 
     @cached_property
     def bands(self) -> tuple[str | None, ...]:
-        """What each band calls itself, quality bands and alpha included."""
+        """The name that each band states, quality bands and alpha included."""
         if self.count > 1 and quality_of(stem(self.name)) == UDM2:
             return (UDM2, *[None] * (self.count - 1))
         words = list(zip(self.header.descriptions, self.header.band_tags, strict=True))
@@ -125,7 +125,7 @@ class DescribedFile:
 
     @cached_property
     def tag_day(self) -> date | None:
-        """The date that the file's tags say."""
+        """The date in the file's tags."""
         return tagged_date(self.header.tags)
 
     @cached_property
@@ -154,7 +154,7 @@ class BandAssignment:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutQuery:
-    """The files and everything asked of them."""
+    """The files, the caller's statements and the needed bands."""
 
     files: tuple[DescribedFile, ...]
     dates: tuple[date, ...] | None
@@ -268,7 +268,7 @@ def _given_days(
 
 
 def _wrong_number(dates: Sequence[date], n: int, what: str) -> Exception:
-    """The error of as many dates as there are not; fewer leave something without a date."""
+    """The error for a wrong number of dates; with too few, something has no date."""
     detail = f"{what} but {counted(len(dates), 'date')}"
     return MissingDates(detail) if len(dates) < n else InvalidRequest.of("dates", detail)
 

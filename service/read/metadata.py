@@ -1,7 +1,7 @@
 """Band names and dates, as people write them in descriptions, tags and file names.
 
-Text in, a canonical name or a date out; None wherever the text does not say or contradicts
-itself. Nothing here opens a file.
+Text in, a canonical name or a date out; None if the text holds none or contradicts itself. Nothing
+here opens a file.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Acquisition:
 
     @property
     def zero_is_missing(self) -> bool:
-        """Whether zeros in all bands mean no data, and no nodata tag says so already."""
+        """Whether zeros in all bands mean no data, and no nodata tag states it already."""
         return all(plane.nodata != 0 for plane in self.planes)
 
 
@@ -109,7 +109,7 @@ class Stack:
     dates: tuple[date, ...]
     """Acquisition dates (T), unique and ascending; empty for undated imagery."""
     bands: tuple[str, ...]
-    """The needed bands (C), in the order asked for."""
+    """The needed bands (C), in the requested order."""
     scale: float
     offset: float
     """reflectance = value x scale + offset; files may differ, this is the first one's."""
@@ -158,7 +158,7 @@ def open_stack(
 
     Args:
         files: the GeoTIFFs, in the order given by the caller.
-        options: what the caller said of them.
+        options: the caller's statements about them.
         bands: the bands needed, by Sentinel-2 name, in the order of the C axis.
         dated: whether observations need dates. Without, files that have none are observations
             of their own, in the order given.
@@ -167,7 +167,7 @@ def open_stack(
         model: whose sensors these are, for messages.
 
     Raises:
-        NotAGeoTIFF: a file is no GeoTIFF.
+        NotAGeoTIFF: a file is not a GeoTIFF.
         NoGeoreference: a file that is needed has no CRS or no transform.
         WrongSensor: a file is of a sensor that is not in `sensors`.
         GridMismatch: needed files do not share one grid, and `grid` does not say which to take.

@@ -31,7 +31,7 @@ _OTHER_RESOLUTION = 2.05
 """Factor by which pixels may be larger or smaller than the model's: 20 m for 10 m at most."""
 _COVERED = 0.95
 _COUNTED = "tally."
-"""Prefix of a tally's counts, beside the names of layers."""
+"""Prefix of a tally's counts, which share a mapping with the names of layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Outcome:
     """Files and summary of a raster run."""
 
     files: Mapping[str, Path]
-    """Finished COGs, by output name; a class map's side file lies beside it."""
+    """Finished COGs by output name; a class map has a side file in the same folder."""
     summary: dict[str, JSON]
     """The summary, as returned for `application/json`."""
     timing: Timing

@@ -248,7 +248,7 @@ def _plan_files(
 
 
 def _modality(request: RasterRequest) -> Modality | None:
-    """What an embedding is made of; a named model implies it."""
+    """Modality of an embedding; a named model implies it."""
     if request.task != "embed":
         return None
     return request.modality or (None if request.model else "pixel")

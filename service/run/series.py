@@ -38,22 +38,22 @@ _NAMED_AT_MOST = 5
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesOutcome:
-    """What series give."""
+    """Result of a series run."""
 
     results: tuple[dict[str, JSON], ...]
-    """A result a series, in order: `id`, `status` ok or no_data, `start`, and where ok the
-    answer."""
+    """One result per series, in order: `id`, `status` (ok or no_data), `start`, and if ok the
+    prediction."""
     timing: Timing
     warnings: tuple[StackWarning, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Series:
-    """A series as the model takes it."""
+    """A series in the form of the model's input."""
 
     id: str
     time_window: ResolvedWindow | None
-    """None where too few dates are in it."""
+    """None if too few dates are in it."""
     days: NDArray[np.int64]
     """Days since the window's first day (T), ascending, of the dates used."""
     values: Floats
@@ -62,12 +62,12 @@ class _Series:
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesRun:
-    """Series that are known to fit their model."""
+    """Series checked against their model."""
 
     model: LoadedModel
     ready: tuple[_Series, ...]
     readings: tuple[Predictions | None, ...]
-    """How the answer of each is read, None where it has no window."""
+    """The interpretation of each series' prediction; None if it has no window."""
     warnings: tuple[StackWarning, ...]
     seconds: float
     """Spent on preparing them."""
@@ -153,7 +153,7 @@ def _prepare(
         warned.append((series.id, StackWarning(code="merged_dates", detail=detail)))
     window = resolve_time_window(card, dates, start, what=f"series '{series.id}'")
     if window is None:
-        raise TypeError(f"'{card.id}' takes no series")
+        raise TypeError(f"'{card.id}' does not take series")
     warned += [(series.id, w) for w in outside_time_window(card, dates, window)]
     warned += [(series.id, w) for w in partial_season(card, dates, window)]
     return _Series(
@@ -219,7 +219,7 @@ def _merge(dates: Sequence[date], values: Floats) -> tuple[list[date], Floats]:
 
 
 def _infer(model: LoadedModel, series: Sequence[_Series]) -> list[Floats | None]:
-    """The answer of each series, None where it has too few clear observations."""
+    """The prediction for each series; None if it has too few clear observations."""
     least = model.card.min_observations
     enough = [
         n
@@ -259,7 +259,7 @@ def _infer_batch(model: LoadedModel, batch: Sequence[_Series]) -> Floats:
 
 
 def _reading(card: ModelCard, series: _Series, horizon: int | None) -> Predictions | None:
-    """How the answer of a series is read, None where it has no window."""
+    """The interpretation of a series' prediction; None if it has no window."""
     if series.time_window is None:
         return None
     outputs = tuple(quantile_name(q) for q in card.quantiles)
