@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 SOURCES := models service training pimc_client tests benchmarks docs docker scripts
 
-.PHONY: demo serve test lint format client lock sbom audit bench docs clean
+.PHONY: demo serve test check lint format client lock sbom audit bench docs clean
 
 # The environment: torch first, so that nothing that depends on it picks another build.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -28,6 +28,10 @@ serve: $(VENV)/served
 
 test: $(VENV)/ready lint
 	$(BIN)/pytest
+
+# What to run while working: everything but load, fuzz, kills, trainings and real data.
+check: $(VENV)/ready lint
+	$(BIN)/pytest -m "not slow"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check $(SOURCES)

@@ -45,6 +45,8 @@ from pimc_client import (
 from tests.kits.client import connected
 from tests.kits.rasters import write
 
+pytestmark = pytest.mark.slow
+
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 ROOT = Path(__file__).parents[1]
 H, W, T = 70, 90, 12

@@ -13,6 +13,8 @@ from rasterio.transform import from_origin
 from training.datasets import Scene
 from training.datasets.stacks import StackError, read_romania, read_stack, split_north
 
+pytestmark = pytest.mark.slow
+
 
 def write(path: Path, bands: dict[str, np.ndarray], **tags: str) -> None:
     first = next(iter(bands.values()))

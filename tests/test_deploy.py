@@ -31,6 +31,8 @@ from packaging.version import Version
 
 from service.settings import PREFIX, Settings
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SERVING = ["cpu", "gpu"]
 TRAINING = ["training", "training-gpu"]

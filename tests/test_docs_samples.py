@@ -23,6 +23,8 @@ import typer.main
 from benchmarks.serving import served
 from training.__main__ import app as training
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",

@@ -19,6 +19,8 @@ from training.embedding import embed_crops, embed_patches, measure_retrieval, pi
 from training.pretrain import Networks, PretrainConfig
 from training.pretraining_data import Places, SourcesConfig, open_sources
 
+pytestmark = pytest.mark.slow
+
 TINY = PretrainConfig(
     groups=2,
     per_group=8,

@@ -13,6 +13,8 @@ import rasterio
 
 from benchmarks.mutations import Tiff, case, edited, sound_files
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 CASES = 240
 

@@ -33,6 +33,8 @@ from tests.kits.jobs import (
     zoo_with_a_slow_one,
 )
 
+pytestmark = pytest.mark.slow
+
 KILLS = 5
 
 

@@ -20,6 +20,8 @@ from service.run.plan import Plan, plan_request
 from service.run.windows import Arrays, Step
 from tests.kits.jobs import stack
 
+pytestmark = pytest.mark.slow
+
 RUNS: dict[str, tuple[Any, dict[str, tuple[str, ...]]]] = {
     "classes": ("classify-pixels", {"outputs": ("class,confidence,probabilities",)}),
     "forecast": ("forecast", {"outputs": ("q10,q90",)}),

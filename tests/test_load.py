@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import statistics
 
+import pytest
+
 from benchmarks.load import Report, asks, run
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_crowd_of_every_kind_is_served_and_leaves_nothing() -> None:

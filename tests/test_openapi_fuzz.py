@@ -18,6 +18,8 @@ import pytest
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 EXAMPLES = os.environ.get("SCHEMATHESIS_EXAMPLES", "6")
 ALIKE = "^/(classify-pixels|forecast|landcover)$"  # as /embed, which takes whatever they take

@@ -32,6 +32,8 @@ from training.pretrain import (
 )
 from training.pretraining_data import Places, SourceNotGiven, Sources, SourcesConfig
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TINY = PretrainConfig(
     steps=8,

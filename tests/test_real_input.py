@@ -29,6 +29,8 @@ from benchmarks.serving import served
 from models.card import ModelCard
 from models.registry import ZOO, load_bundle
 
+pytestmark = pytest.mark.slow
+
 CLEAR = (4, 5, 6, 7)
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 

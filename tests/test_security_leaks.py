@@ -23,6 +23,8 @@ from benchmarks.tiny_zoo import write_zoo
 from tests.kits import rasters
 from tests.kits.process import RUNNING
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 KEY = "key-marked-5f2e9c41"
 WRONG = "wrong-marked-5f2e9c41"

@@ -20,6 +20,8 @@ from service.read.reader import StackReader
 from service.read.stack import Sits, Stack, open_stack
 from tests.kits.rasters import write
 
+pytestmark = pytest.mark.slow
+
 BANDS = ("B02", "B04", "B08")
 
 

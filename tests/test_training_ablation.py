@@ -20,6 +20,8 @@ from training.pretraining_data import Places
 from training.score_tables import Row, measured
 from training.speed import Speed, compare, picture
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = tuple(s for s in TINY if "epochs" not in s)
 PRETRAINING = (
     *("groups=2", "per_group=8", "series_views=0", "imagery_views=0", "side=16"),

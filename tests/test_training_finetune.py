@@ -74,6 +74,8 @@ from training.probe import embedded
 from training.score_tables import place_confusions, write_section
 from training.validation_outputs import load
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

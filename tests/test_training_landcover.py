@@ -30,6 +30,8 @@ from training.export import export_run
 from training.finetune import CheckpointMismatch, finetune, load_finished, new_graph, task_of
 from training.imagenet import imagenet_weights
 
+pytestmark = pytest.mark.slow
+
 COARSE = PatchEncoderConfig(width=4, depths=(0, 1, 0, 1), embedding=16, stride=2)
 FINE = PatchEncoderConfig(width=6, depths=(1, 0, 0, 1), embedding=8, stride=1, contrast=True)
 

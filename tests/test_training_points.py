@@ -25,6 +25,8 @@ from training.datasets.points import (
 from training.datasets.synthetic_ground import GROUNDS, synthetic_ground
 from training.legends import CDL, WORLDCOVER, crop_sets, landcover_sets, legend_classes
 
+pytestmark = pytest.mark.slow
+
 
 class TestCrops:
     def test_equal_the_archive(self, shared_data: Path) -> None:

@@ -33,6 +33,8 @@ from training.regions import (
     spreaded,
 )
 
+pytestmark = pytest.mark.slow
+
 
 class TestRegions:
     def test_a_region_left_out_is_whole_and_never_trained_on(self, shared_data: Path) -> None:

@@ -28,6 +28,8 @@ from training.series import (
     usable_first,
 )
 
+pytestmark = pytest.mark.slow
+
 YEAR = TimeWindow(steps=36, step_days=10, start="calendar-year")
 
 

@@ -26,6 +26,8 @@ from benchmarks.serving import served
 from benchmarks.tiny_zoo import HORIZON, write_zoo
 from tests.kits.rasters import NORTH_UP, write
 
+pytestmark = pytest.mark.slow
+
 BANDS = ("B02", "B04", "B08")
 SHAPE = (11, 13)  # no block divides it
 CLOUD, CLEAR = 9, 4
