@@ -355,7 +355,8 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
             source = f"the pixels: {level} is at least {lowest:.2f} on every date"
             sample = sample.corrected(side, _with_offset(source))
             continue
-        all_raised = not low and -BASELINE_OFFSET < median < _BRIGHT_IN_ITSELF
+        unlike_land = -BASELINE_OFFSET < median < _BRIGHT_IN_ITSELF
+        all_raised = not low and (bool(raised) or unlike_land)
         some_raised = low and len(raised) > max(2, _SHARE_OF_RAISED * len(known))
         if some_raised or (all_raised and (late or large or len(known) > 1)):
             which = raised or known
