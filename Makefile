@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 SOURCES := models service training pimc_client tests benchmarks docs docker scripts
 
-.PHONY: demo serve test check lint format client lock sbom audit bench docs clean
+.PHONY: demo serve test check lint format client lock checksums sbom audit bench docs clean
 
 # The environment: torch first, so that nothing that depends on it picks another build.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -50,6 +50,10 @@ client: $(VENV)/ready
 # Every package of the images with its sha256, from the public index.
 lock: $(VENV)/ready
 	$(BIN)/python scripts/lock.py
+
+# The list of the built-in bundles' files, after one of them has changed.
+checksums:
+	cd models/zoo && LC_ALL=C sha256sum */card.json */*.onnx > SHA256SUMS
 
 # What the images hold, as CycloneDX with licences, in build/sbom: from the metadata of the packages
 # that the lock files install. IMAGES names some of the lock files; all without it.

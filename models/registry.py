@@ -7,6 +7,7 @@ in `bundles` and the reasons of the others in `refused`.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from pydantic import ValidationError
 from models.card import CARD_FILE, Modality, ModelCard, Precision, Task, Variant
 
 ZOO = Path(__file__).parent / "zoo"
+CHECKSUMS = "SHA256SUMS"
+"""The list of the zoo's files, beside its folders."""
+_SUM = re.compile(r"(?P<sha256>[0-9a-f]{64}) [ *](?P<path>[^/\s]+/[^/\s]+)")
 
 
 class BundleError(Exception):
@@ -44,15 +48,21 @@ class Registry:
     """Folder name to the reason why it was rejected."""
 
     @classmethod
-    def load(cls, *folders: Path) -> Registry:
-        """Verify every bundle under the folders given."""
+    def load(cls, *folders: Path, checksums: Mapping[str, str] | None = None) -> Registry:
+        """Verify every bundle under the folders given.
+
+        Args:
+            folders: each holds a folder per bundle.
+            checksums: hex sha256 of each file that is trusted, by `folder/file`; None trusts the
+                cards.
+        """
         bundles: dict[str, Bundle] = {}
         refused: dict[str, str] = {}
         for root in folders:
             here: dict[str, str] = {}
             for folder in _folders(root):
                 try:
-                    bundle = load_bundle(folder, taken=here)
+                    bundle = load_bundle(folder, taken=here, checksums=checksums)
                 except BundleError as error:
                     refused[folder.name] = str(error)
                 else:
@@ -85,21 +95,44 @@ def _folders(root: Path) -> list[Path]:
     )
 
 
-def load_bundle(folder: Path, *, taken: Mapping[str, str] | None = None) -> Bundle:
+def read_checksums(path: Path) -> dict[str, str]:
+    """A list of files as `sha256sum` writes it, `folder/file` to hex sha256.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is not of that form.
+    """
+    found = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        entry = _SUM.fullmatch(line)
+        if entry is None:
+            raise ValueError(f"line {number} of {path.name} is not 'sha256  folder/file'")
+        found[entry["path"]] = entry["sha256"]
+    return found
+
+
+def load_bundle(
+    folder: Path,
+    *,
+    taken: Mapping[str, str] | None = None,
+    checksums: Mapping[str, str] | None = None,
+) -> Bundle:
     """Read and verify one bundle.
 
     Args:
         folder: the card and the files that it names.
         taken: names already in use, each with its folder.
+        checksums: of `Registry.load`.
 
     Raises:
         BundleError: the card is missing or not valid, its name is in use, the folder holds a
             file that the card does not name, or a named file is missing, unreadable, a symbolic
-            link, or differs from the card.
+            link, or differs from the card or from the checksums.
     """
     where = f"bundle '{folder.name}'"
     try:
-        card = ModelCard.model_validate_json((folder / CARD_FILE).read_bytes())
+        content = (folder / CARD_FILE).read_bytes()
+        card = ModelCard.model_validate_json(content)
     except OSError as error:
         raise BundleError(f"{where}: {CARD_FILE} cannot be read ({error.strerror})") from error
     except ValidationError as error:
@@ -108,6 +141,12 @@ def load_bundle(folder: Path, *, taken: Mapping[str, str] | None = None) -> Bund
         raise BundleError(f"{where}: {CARD_FILE} is not valid: {place}: {first['msg']}") from error
     if taken and card.name in taken:
         raise BundleError(f"{where}: the name '{card.name}' is also that of '{taken[card.name]}'")
+    if checksums is not None:
+        stated = {variant.file: variant.sha256 for variant in card.variants}
+        stated[CARD_FILE] = hashlib.sha256(content).hexdigest()
+        for file, sha256 in stated.items():
+            if checksums.get(f"{folder.name}/{file}") != sha256:
+                raise BundleError(f"{where}: the checksums do not list {file} with its sha256")
     try:
         _refuse_others(folder, card, where)
         for variant in card.variants:

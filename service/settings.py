@@ -93,6 +93,9 @@ class Settings(BaseSettings):
     tasks, jobs and models need a key. Kept as hashes only."""
     model_dir: Path | None = None
     """Folder of additional bundles; a bundle replaces the built-in one of the same name."""
+    model_checksums: Path | None = None
+    """File of sha256 checksums as `sha256sum` writes it; with it, a bundle is served only if each
+    of its files is listed."""
     providers: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` uses CUDA if it works, else the CPU; `cuda` stops the start if CUDA does not work;
     `cpu` uses the CPU."""

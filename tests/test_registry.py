@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ import pytest
 from pydantic import ValidationError
 
 from models.card import ModelCard, StartRule, TimeWindow
-from models.registry import ZOO, BundleError, Registry, load_bundle
+from models.registry import (
+    CHECKSUMS,
+    ZOO,
+    BundleError,
+    Registry,
+    load_bundle,
+    read_checksums,
+)
 
 
 def card(content: bytes = b"onnx", **changes: Any) -> dict[str, Any]:
@@ -42,6 +50,9 @@ def card(content: bytes = b"onnx", **changes: Any) -> dict[str, Any]:
         "sha256": sha256,
         **changes,
     }
+
+
+FILES = ("model.onnx", "card.json")
 
 
 def write(folder: Path, content: bytes = b"onnx", **changes: Any) -> Path:
@@ -247,6 +258,45 @@ class TestRegistry:
         with pytest.raises(BundleError, match=r"'linked': model\.onnx is a symbolic link"):
             load_bundle(folder)
 
+    def test_with_checksums_only_what_they_list_is_loaded(self, tmp_path: Path) -> None:
+        write(tmp_path / "zoo" / "listed", name="listed")
+        write(tmp_path / "zoo" / "changed", name="changed")
+        write(tmp_path / "zoo" / "added", name="added")
+        made = subprocess.run(
+            [
+                "/usr/bin/env",
+                "sha256sum",
+                *sorted(f"{f}/{p}" for f in ("listed", "changed") for p in FILES),
+            ],
+            cwd=tmp_path / "zoo",
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        (tmp_path / "sums").write_text(made.stdout)
+        checksums = read_checksums(tmp_path / "sums")
+        assert set(Registry.load(tmp_path / "zoo", checksums=checksums).bundles) == {
+            "listed",
+            "changed",
+        }
+        # Another file with a card that vouches for it: the card alone would be believed.
+        (tmp_path / "zoo" / "changed" / "model.onnx").write_bytes(b"other")
+        changed = card(b"other", name="changed")
+        (tmp_path / "zoo" / "changed" / "card.json").write_text(json.dumps(changed))
+        assert "changed" in Registry.load(tmp_path / "zoo").bundles
+        registry = Registry.load(tmp_path / "zoo", checksums=checksums)
+        assert list(registry.bundles) == ["listed"]
+        assert registry.refused == {
+            name: f"bundle '{name}': the checksums do not list model.onnx with its sha256"
+            for name in ("added", "changed")
+        }
+
+    @pytest.mark.parametrize("line", ["", "abc  a/b", f"{'0' * 64}  a", f"{'0' * 64}  ../a/b"])
+    def test_a_list_of_another_form_is_refused(self, tmp_path: Path, line: str) -> None:
+        (tmp_path / "sums").write_text(f"{'1' * 64}  a/b\n{line}\n")
+        with pytest.raises(ValueError, match="line 2 of sums is not 'sha256  folder/file'"):
+            read_checksums(tmp_path / "sums")
+
     def test_a_graph_without_a_card_is_refused_not_passed_over(self, tmp_path: Path) -> None:
         folder = write(tmp_path / "bare")
         (folder / "card.json").unlink()
@@ -274,6 +324,13 @@ class TestRegistry:
 
 
 class TestZoo:
+    def test_its_list_of_checksums_is_current(self) -> None:
+        """`make checksums` writes it."""
+        checksums = read_checksums(ZOO / CHECKSUMS)
+        files = {f"{p.parent.name}/{p.name}" for p in ZOO.glob("*/*") if p.is_file()}
+        assert set(checksums) == files
+        assert Registry.load(ZOO, checksums=checksums).refused == {}
+
     def test_the_zoo_is_whole(self) -> None:
         registry = Registry.load(ZOO)
         assert registry.refused == {}

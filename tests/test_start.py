@@ -93,6 +93,25 @@ def test_settings_that_cannot_be_used_end_the_start_with_a_sentence_each(tmp_pat
     assert "swordfish" not in said
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("models are fine\n", "line 1 of sums is not 'sha256  folder/file'"),
+    ],
+)
+def test_checksums_that_cannot_be_used_end_the_start(
+    tmp_path: Path, content: str | None, reason: str
+) -> None:
+    if content is not None:
+        (tmp_path / "sums").write_text(content)
+    status, said = refused(tmp_path, PIMC_MODEL_CHECKSUMS=str(tmp_path / "sums"), PIMC_PORT="0")
+    assert status == 2
+    errors = [line for line in map(json.loads, said.splitlines()) if line["level"] == "error"]
+    assert errors[0]["message"].startswith("PIMC_MODEL_CHECKSUMS: ")
+    assert errors[0]["message"].endswith(reason)
+
+
 def test_cuda_that_is_not_there_ends_the_start_with_a_sentence(tmp_path: Path) -> None:
     with Engine(Registry.load(ZOO), threads=1) as engine:
         if engine.provider == CUDA:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from anyio import to_thread
 from fastapi import FastAPI
 
-from models.registry import ZOO, Registry
+from models.registry import ZOO, Registry, read_checksums
 from service.api.admission import Admission
 from service.api.auth import ApiKeys
 from service.api.dependencies import AppState
@@ -30,7 +30,7 @@ from service.jobs.runner import JobRunner
 from service.jobs.store import JobStore
 from service.read.geotiff import BlockCache
 from service.run.executors import ThreadExecutor
-from service.settings import Settings, read_settings
+from service.settings import Settings, SettingsError, read_settings
 from service.telemetry import Metrics
 
 _LOG = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def open_jobs(settings: Settings) -> JobStore:
 
 def _load(settings: Settings) -> Engine:
     folders = [ZOO] if settings.model_dir is None else [ZOO, settings.model_dir]
-    registry = Registry.load(*folders)
+    registry = Registry.load(*folders, checksums=_checksums(settings))
     engine = Engine(registry, providers=settings.providers, precision=settings.precision)
     for name, reason in registry.refused.items():  # the engine logs its own
         _LOG.error("rejected bundle", extra={"bundle": name, "reason": reason})
@@ -136,6 +136,23 @@ def _load(settings: Settings) -> Engine:
     told = {"provider": engine.provider, "precisions": precisions, "models": served}
     _LOG.info("models loaded", extra=told)
     return engine
+
+
+def _checksums(settings: Settings) -> dict[str, str] | None:
+    """The files that are trusted; None if the cards are.
+
+    Raises:
+        SettingsError: the list cannot be used.
+    """
+    if settings.model_checksums is None:
+        return None
+    try:
+        return read_checksums(settings.model_checksums)
+    except OSError as error:
+        reason = f"{settings.model_checksums} cannot be read: {error.strerror}"
+    except ValueError as error:  # a line, or bytes that are not UTF-8
+        reason = str(error)
+    raise SettingsError(f"PIMC_MODEL_CHECKSUMS: {reason}")
 
 
 def _version() -> str:
