@@ -283,7 +283,7 @@ def test_a_zip_keeps_its_items_and_names_other_json(tmp_path: Path) -> None:
     stack = opened([zipped(tmp_path / "a.zip", members)], tmp_path, mask="none")
     assert stack.dates == (date(2021, 1, 5),)
     (unused,) = [w for w in stack.warnings if w.code == "files_unused"]
-    assert "'a/other.json': no raster" in unused.detail
+    assert "'other.json': no raster" in unused.detail
 
 
 # --- JPEG 2000 ------------------------------------------------------------------------------

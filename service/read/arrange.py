@@ -35,7 +35,7 @@ from service.read.metadata import (
 )
 
 _NAMED_AT_MOST = 5
-_UNUSED_AT_MOST = 20  # the warning is a header of the response
+_UNUSED_AT_MOST = 1000  # of each reason; a header of the response is cut by the API
 _TWINS: Mapping[str, str] = {"B08": "B8A"}
 """A band, and the narrower one beside it that may stand in for it."""
 
@@ -221,8 +221,13 @@ def _unused(query: LayoutQuery, used: set[int], options: StackOptions) -> list[S
     if not reasons:
         return []
     total = sum(map(len, reasons.values()))
+    every = [file.name for file in query.files] + [name for name, _ in options.left_out]
+    short = {name: name.rpartition("/")[2] for name in every}
+    if len(set(short.values())) < len(every):  # B04.tif of many folders
+        short = {name: name for name in every}
     each = "; ".join(
-        f"{_quoted(names, _UNUSED_AT_MOST)}: {reason}" for reason, names in reasons.items()
+        f"{_quoted([short[name] for name in names], _UNUSED_AT_MOST)}: {reason}"
+        for reason, names in reasons.items()
     )
     came = len(query.files) + len(options.left_out)
     detail = f"{total} of {counted(came, 'file')} not used: {each}"
