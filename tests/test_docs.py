@@ -66,6 +66,13 @@ def test_generated_pages_are_current(name: str) -> None:
     assert PAGES[f"docs/{name}"] == GENERATED[name](), "run `python docs/generate.py`"
 
 
+def test_every_form_of_input_names_a_test_that_is_there() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", PAGES["docs/reference/inputs.md"])
+    assert len(named) > 25
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+
+
 def test_the_readme_lists_every_model() -> None:
     for bundle in Registry.load(ZOO).bundles.values():
         assert f"`{bundle.card.name}`" in README
