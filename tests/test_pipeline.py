@@ -32,6 +32,7 @@ from service.errors import (
 from service.grid import Grid
 from service.infer.engine import Engine
 from service.read.layouts import StackOptions
+from service.read.reader import StackReader
 from service.read.stack import open_stack
 from service.run.plan import plan_raster
 from service.run.points import run_points
@@ -601,6 +602,24 @@ def test_the_time_of_answering_is_told_of_one_window_too(engine, scene, tmp_path
     monkeypatch.setattr(model, "pixels", pixels)
     timing = run_raster(plan_raster(model, scene.stack()), tmp_path).timing
     assert timing.infer > 0.2
+
+
+def test_points_stop_when_the_run_is_cancelled(engine, scene, monkeypatch):
+    cancelled, reads = threading.Event(), []
+    read = StackReader._read_layer
+
+    def counted(self, *given):
+        reads.append(given)
+        cancelled.set()
+        return read(self, *given)
+
+    monkeypatch.setattr(StackReader, "_read_layer", counted)
+    monkeypatch.setattr("service.read.reader._CELL", 1)  # a window for each block
+    run = plan_raster(engine.models["pixels-landcover"], scene.stack())
+    places = lonlat([1, 40, 90], [1, 20, 60])
+    with pytest.raises(Cancelled):
+        run_points(run, places, cancelled=cancelled)
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize("failing", ["first", "last"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import date, timedelta
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from benchmarks.tiny_zoo import CLASSES, SHARPNESS, STEP, write_zoo
 from models.registry import Registry
 from service.errors import (
+    Cancelled,
     ImplausibleReflectance,
     InvalidRequest,
     MissingBands,
@@ -204,3 +206,20 @@ def test_no_series_is_an_error(classifier):
 def test_a_horizon_out_of_reach_is_an_error_before_anything_runs(engine):
     with pytest.raises(InvalidRequest, match="horizon: 9 steps"):
         answered(engine.models["forecast-vi"], [series()], horizon=9)
+
+
+def test_series_stop_when_the_run_is_cancelled(classifier, monkeypatch):
+    cancelled, runs = threading.Event(), []
+    predict = type(classifier).pixels
+
+    def counted(self, *given):
+        runs.append(len(given[0]))
+        cancelled.set()
+        return predict(self, *given)
+
+    monkeypatch.setattr(type(classifier), "pixels", counted)
+    monkeypatch.setattr("service.run.series._BATCH_BYTES", 1)  # a batch for each series
+    run = plan_series(classifier, [series(str(n)) for n in range(5)])
+    with pytest.raises(Cancelled):
+        run_series(run, cancelled=cancelled)
+    assert runs == [1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -84,6 +84,7 @@ class StackReader:
         *,
         cache: BlockCache | None = None,
         buffers: BufferPool | None = None,
+        before_read: Callable[[], None] = lambda: None,
     ) -> None:
         """Plan the reads.
 
@@ -94,12 +95,14 @@ class StackReader:
             cache: GDAL's block cache, with room for the stack's blocks until the reader is
                 closed; None leaves it as it is.
             buffers: where windows take their memory from; None takes a pool of the reader's own.
+            before_read: called before each window is read; what it raises ends the read.
         """
         self._stack = stack
         self._used = tuple(range(stack.observations) if used is None else used)
         self._layers = _layers(stack, self._used)
         planes = [p for layer in self._layers for read in layer.reads for p in read.planes]
         self._block_bytes = max((plane.block_bytes for plane in planes), default=0)
+        self._before_read = before_read
         self._buffers = BufferPool() if buffers is None else buffers
         self._context = ExitStack()
         if cache is not None:
@@ -141,6 +144,7 @@ class StackReader:
         Raises:
             CorruptRaster: a file does not decode.
         """
+        self._before_read()
         grid = self._stack.grid
         (top, bottom), (left, right) = window.toranges()
         if not (0 <= top < bottom <= grid.height and 0 <= left < right <= grid.width):

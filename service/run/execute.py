@@ -75,10 +75,10 @@ def execute(
     """
     request, run = plan.request, plan.run
     if isinstance(run, SeriesRun):
-        return _series(request.task, run)
+        return _series(request.task, run, cancelled)
     points = request.points if isinstance(request, RasterRequest) else None
     if points is not None:
-        result = _points(request.task, run, points, cache)
+        result = _points(request.task, run, points, cancelled=cancelled, cache=cache)
     elif plan.fields is not None:
         work = make_work(
             run,
@@ -118,9 +118,15 @@ def _raster(task: Task, run: RasterRun, outcome: Outcome) -> Result:
 
 
 def _points(
-    task: Task, run: RasterRun, points: Sequence[PointQuery], cache: BlockCache | None
+    task: Task,
+    run: RasterRun,
+    points: Sequence[PointQuery],
+    *,
+    cancelled: threading.Event,
+    cache: BlockCache | None,
 ) -> Result:
-    outcome = run_points(run, [(point.lon, point.lat) for point in points], cache=cache)
+    lonlat = [(point.lon, point.lat) for point in points]
+    outcome = run_points(run, lonlat, cancelled=cancelled, cache=cache)
     warnings = unique(outcome.warnings)
     features = [
         {
@@ -168,8 +174,8 @@ def _fields(task: Task, run: RasterRun, fields: Fields, outcome: FieldOutcome) -
     )
 
 
-def _series(task: Task, run: SeriesRun) -> Result:
-    model, outcome = run.model, run_series(run)
+def _series(task: Task, run: SeriesRun, cancelled: threading.Event) -> Result:
+    model, outcome = run.model, run_series(run, cancelled=cancelled)
     warnings = unique(outcome.warnings)
     return Result(
         task=task,

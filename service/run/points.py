@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from service.infer.patches import fill_gaps
 from service.read.geotiff import BlockCache
 from service.read.reader import StackReader
 from service.run.collect import Floats, none_predicted, run_warnings
-from service.run.executors import Timing
+from service.run.executors import Timing, check
 from service.run.patches import clear_composite
 from service.run.pixels import model_time
 from service.run.plan import RasterRun, check_run
@@ -32,22 +33,30 @@ class PointOutcome:
 
 
 def run_points(
-    run: RasterRun, lonlat: Sequence[tuple[float, float]], *, cache: BlockCache | None = None
+    run: RasterRun,
+    lonlat: Sequence[tuple[float, float]],
+    *,
+    cancelled: threading.Event | None = None,
+    cache: BlockCache | None = None,
 ) -> PointOutcome:
     """Predict for single places.
 
     Args:
         run: what to do; its rasters are not made.
         lonlat: longitude and latitude in degrees (EPSG:4326).
+        cancelled: set it to cancel the run.
         cache: GDAL's block cache; None leaves it as it is.
 
     Raises:
+        Cancelled: `cancelled` was set.
         PIMCError: a fault of the stack, the model or the request.
     """
     check_run(run)
     rows, cols, inside = run.stack.grid.locate(lonlat)
     predict = _predict_pixels if run.model.card.modality == "pixel" else _predict_patches
-    with StackReader(run.stack, run.used, cache=cache) as reader:
+    with StackReader(
+        run.stack, run.used, cache=cache, before_read=lambda: check(cancelled)
+    ) as reader:
         predictions, timing = predict(run, reader, rows[inside], cols[inside])
     results: list[dict[str, JSON]] = [{"status": "outside"} for _ in lonlat]
     for place, prediction in zip(np.flatnonzero(inside), predictions, strict=True):

@@ -8,6 +8,7 @@ all the days that occur, and `valid` tells whose they are.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from service.errors import (
 )
 from service.infer.model import LoadedModel
 from service.read.radiometry import PLAUSIBLE
-from service.run.executors import Timing
+from service.run.executors import Timing, check
 from service.run.request import SeriesInput
 from service.run.time_window import outside_time_window, partial_season, resolve_time_window
 from service.write.predictions import JSON, Predictions, predictions_of, quantile_name
@@ -119,10 +120,18 @@ def plan_series(
     )
 
 
-def run_series(run: SeriesRun) -> SeriesOutcome:
-    """Answer for each series."""
+def run_series(run: SeriesRun, *, cancelled: threading.Event | None = None) -> SeriesOutcome:
+    """Predict for each series.
+
+    Args:
+        run: what to do.
+        cancelled: set it to cancel the run.
+
+    Raises:
+        Cancelled: `cancelled` was set.
+    """
     began = time.perf_counter()
-    answers = _infer(run.model, run.ready)
+    answers = _infer(run.model, run.ready, cancelled)
     missing = () if any(a is not None for a in answers) else (_all_missing(run.model.card),)
     return SeriesOutcome(
         results=tuple(map(_result, run.ready, run.readings, answers)),
@@ -218,7 +227,9 @@ def _merge(dates: Sequence[date], values: Floats) -> tuple[list[date], Floats]:
     return unique, values[[chosen[day] for day in unique]]
 
 
-def _infer(model: LoadedModel, series: Sequence[_Series]) -> list[Floats | None]:
+def _infer(
+    model: LoadedModel, series: Sequence[_Series], cancelled: threading.Event | None
+) -> list[Floats | None]:
     """The prediction for each series; None if it has too few clear observations."""
     least = model.card.min_observations
     enough = [
@@ -228,6 +239,7 @@ def _infer(model: LoadedModel, series: Sequence[_Series]) -> list[Floats | None]
     ]
     answers: list[Floats | None] = [None] * len(series)
     for part in _batches(model.card, series, enough):
+        check(cancelled)
         batch = [series[n] for n in part]
         for n, answer in zip(part, _infer_batch(model, batch), strict=True):
             answers[n] = None if np.isnan(answer).any() else answer
