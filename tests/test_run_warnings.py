@@ -16,7 +16,7 @@ from rasterio.warp import transform
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_bundle
-from service.api.schemas import read_fields
+from service.api.schemas import read_fields, read_items
 from service.errors import InvalidRequest
 from service.jobs.serialise import request_document, request_of
 from service.read.geotiff import SourceFile
@@ -238,6 +238,39 @@ def test_numbers_from_a_date_on_survive_a_job(tmp_path: Path) -> None:
     assert (request.stack.scale, request.stack.sensor) == (0.0001, "hls")
     document = json.loads(json.dumps(request_document(request, tmp_path)))
     assert request_of(document, tmp_path).stack == request.stack
+
+
+@pytest.mark.parametrize(
+    "offset",
+    [
+        [[1, 2], ["a", 1]],
+        [["2022-01-25", -0.1]],
+        [[{}, 1]],
+        {"2022-01-25": -0.1},
+        [None],
+        "0,0",
+        [[]],
+        ["2022-01-25:" + "9" * 5000],
+    ],
+)
+def test_no_json_number_is_a_fault_of_the_server(offset: Any) -> None:
+    body = {"items": [{"href": "/data/a.tif"}], "offset": offset}
+    with pytest.raises(InvalidRequest):
+        read_items("classify-pixels", json.dumps(body).encode(), allowed=True)
+
+
+def test_json_takes_numbers_and_texts() -> None:
+    for offset, expected in [
+        (-0.1, -0.1),
+        ("-0.1", -0.1),
+        ([-0.1], -0.1),
+        ("2022-01-25:-0.1", ((date(2022, 1, 25), -0.1),)),
+        (["0", "2022-01-25:-0.1"], ((date.min, 0.0), (date(2022, 1, 25), -0.1))),
+    ]:
+        body = {"items": [{"href": "/data/a.tif"}], "offset": offset}
+        found = read_items("classify-pixels", json.dumps(body).encode(), allowed=True)
+        assert found is not None
+        assert found[1].offset == expected
 
 
 @pytest.mark.parametrize(

@@ -110,11 +110,7 @@ def _dated(value: object) -> object:
     parts = _listed(value)
     if not isinstance(parts, list):
         return value
-    pairs: list[tuple[date, float]] = []
-    for part in parts:
-        # Pairs come as such from a request that was validated before.
-        day, number = _dated_number(part) if not isinstance(part, list | tuple) else part
-        pairs.append((day, number))
+    pairs = [_dated_number(part) for part in parts]
     if len({day for day, _ in pairs}) < len(pairs):
         raise ValueError(f"'{value}' gives several numbers from one date on")
     if len(pairs) == 1 and pairs[0][0] == date.min:
@@ -125,10 +121,7 @@ def _dated(value: object) -> object:
 def _dated_number(part: object) -> tuple[date, float]:
     day, colon, number = str(part).rpartition(":")
     try:
-        return (
-            date.fromisoformat(day.strip()) if colon else date.min,
-            _finite(number),
-        )
+        return date.fromisoformat(day.strip()) if colon else date.min, _finite(number)
     except ValueError as error:
         raise ValueError(
             f"'{part}' is not a number such as -0.1, or one from a date on such as 2022-01-25:-0.1"
