@@ -651,3 +651,11 @@ def test_an_alpha_band_that_the_file_calls_alpha_is_a_mask(tmp_path: Path, how: 
         sits = reader.read(Window(0, 0, 2, 2))
     assert sits.valid[0].tolist() == [[True, True], [True, False]]
     assert np.isnan(sits.values[0, :, 1, 1]).all()
+
+
+def test_forces_nir_is_narrow_beside_its_broad_one(tmp_path: Path) -> None:
+    names = ["BLUE", "GREEN", "RED", "BROADNIR", "NIR"]
+    pixels = bands_of(*((band, 1) for band in ("B02", "B03", "B04", "B08", "B8A")))
+    file = write(tmp_path / "20210105_LEVEL2_SEN2A_BOA.tif", pixels, descriptions=names)
+    assert told(opened([file])) == expected(1)
+    assert told(opened([file], bands=("B8A",))) == [[1080]]

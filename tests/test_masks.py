@@ -211,3 +211,28 @@ def test_a_mask_of_a_date_without_bands_is_left_out_and_named(tmp_path: Path) ->
     assert "'T31UES_20210125_SCL.tif': cloud mask SCL, and another mask is used, or no band" in (
         warning.detail
     )
+
+
+def test_a_second_mask_of_a_date_is_left_out(tmp_path: Path) -> None:
+    name = "SENTINEL2B_{day}-104021-455_L2A_{band}.tif"
+    numbers = np.array([[0, 3], [32, 0]], np.uint16)
+    files = beside(tmp_path, name, "CLM_R1", numbers)
+    for day in ("20210105", "20210115"):
+        path = tmp_path / name.format(day=day, band="CLM_R2")
+        files.append(write(path, np.ones((1, 2, 2), np.uint16)))
+    stack = opened(files)
+    assert (stack.mask, stack.dates, valid(stack)) == ("clm", (D1, D2), SEEN)
+    (warning,) = stack.warnings
+    assert "2 of 10 files not used" in warning.detail
+    assert "_CLM_R2.tif': cloud mask CLM, and another mask is used" in warning.detail
+    # Also where the day has two granules, in whatever order.
+    for file in tuple(files):
+        other = tmp_path / file.name.replace("-455", "-456")
+        other.write_bytes(file.path.read_bytes())
+        files.append(SourceFile(name=other.name, path=other))
+    for order in (files, files[::-1]):
+        stack = opened(order)
+        assert len(stack.acquisitions) == 4
+        for one in stack.acquisitions:
+            planes = [*one.planes, one.masks[0].plane]
+            assert len({plane.source.name.split("_")[1] for plane in planes}) == 1

@@ -60,6 +60,10 @@ from service.read.metadata import (
         ("infrarrojo cercano", "B08"),
         ("proche infrarouge", "B08"),
         ("blå", "B02"),
+        ("bande bleue", "B02"),
+        ("ga_s2am_nbart_3-2-1_31UES_2018-01-11_final_nbart_swir_2", "B11"),
+        ("ga_s2am_nbart_3-2-1_31UES_2018-01-11_final_nbart_swir_3", "B12"),
+        ("ga_ls8c_nbart_swir_2", "B12"),
         # Places and other words, not colours.
         ("Cabo_Verde_2021", None),
         ("Baton_Rouge", None),

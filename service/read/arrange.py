@@ -390,14 +390,14 @@ def _looks(slots: Sequence[BandAssignment]) -> list[_Look]:
     a file adds to the first look that has none of its bands.
     """
     times = Counter(band for slot in slots for band in _own(slot))
-    several = [band for band, n in times.items() if n > 1]
+    several = [band for band, n in times.items() if n > 1 and band not in QUALITY]
     by_granule: dict[frozenset[str], list[BandAssignment]] = defaultdict(list)
     if several and all(len(_own(slot)) < len(times) for slot in slots):
         telling = _telling_words(slots, several)
         for slot in slots:
             by_granule[_name_words(slot) & telling].append(slot)
         looks = [look for own in by_granule.values() for look in _merged(own)]
-        most = max(times.values())
+        most = max(times[band] for band in several)
         if len(looks) == len(by_granule) == most:
             return looks
     return _merged(slots)
@@ -412,7 +412,8 @@ def _merged(slots: Sequence[BandAssignment]) -> list[_Look]:
             looks.append(look)
         for band, number in slot.numbers.items():
             look.setdefault(band, (slot.file.header, number))
-    return looks
+    # A second mask of the same look, as MAJA has one for 10 m and one for 20 m, is no look.
+    return [look for look in looks if look.keys() - QUALITY] or looks
 
 
 def _own(slot: BandAssignment) -> set[str]:

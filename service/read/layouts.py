@@ -25,6 +25,7 @@ from service.read.metadata import (
     band_of,
     calls_itself_alpha,
     date_of,
+    is_broad_nir,
     named_days,
     quality_of,
     stem,
@@ -86,6 +87,11 @@ class DescribedFile:
             return (UDM2, *[None] * (self.count - 1))
         words = list(zip(self.header.descriptions, self.header.band_tags, strict=True))
         names = [band_of(text) or tagged_band(tags) or quality_of(text) for text, tags in words]
+        if any(is_broad_nir(text) for text in self.header.descriptions):
+            names = [
+                "B8A" if name == "B08" and not is_broad_nir(text) else name
+                for name, (text, _) in zip(names, words, strict=True)
+            ]
         for at, (text, tags) in enumerate(words):
             if names[at] is None and (
                 calls_itself_alpha(text) or calls_itself_alpha(tags.get("description"))

@@ -39,7 +39,7 @@ _PHRASES: Mapping[tuple[str, ...], str] = {
         "B05": "red edge 1|rededge 1|rededge1|red edge1|red edge|rededge|re1",
         "B06": "red edge 2|rededge 2|rededge2|red edge2|re2",
         "B07": "red edge 3|rededge 3|rededge3|red edge3|re3",
-        "B08": "nir|near infrared|near infra red|nir1|nir 1",
+        "B08": "nir|near infrared|near infra red|nir1|nir 1|broadnir|broad nir",
         "B8A": "nir08|nir narrow|narrow nir|nir2|nir 2|nirn|red edge 4|rededge 4|rededge4|re4"
         "|narrow near infrared|near infrared narrow",
         "B09": "nir09|water vapour|water vapor",
@@ -57,9 +57,10 @@ _LONGEST_PHRASE = max(map(len, _PHRASES))
 _FOREIGN: Mapping[tuple[str, ...], str] = {
     tuple(phrase.split()): band
     for band, phrases in {
-        "B02": "bleu|blau|azul|blu|blauw|niebieski|bla|sininen|modra|mavi|kek",
-        "B03": "vert|grun|gruen|verde|groen|zielony|gron|vihrea|zelena|yesil|zold",
-        "B04": "rouge|rot|rojo|rosso|vermelho|rood|czerwony|rod|punainen|cervena|kirmizi|piros",
+        "B02": "bleu|bleue|blau|azul|blu|blauw|niebieski|bla|sininen|modra|mavi|kek",
+        "B03": "vert|verte|grun|gruen|verde|groen|zielony|gron|vihrea|zelena|yesil|zold",
+        "B04": "rouge|roja|rossa|rot|rojo|rosso|vermelho|rood|czerwony|rod|punainen|cervena|kirmizi"
+        "|piros",
         "B08": "proche infrarouge|nahes infrarot|naher infrarot|infrarrojo cercano"
         "|infrarosso vicino|vicino infrarosso|infravermelho proximo|nabij infrarood"
         "|bliska podczerwien|pir",
@@ -190,6 +191,11 @@ def _band(text: str) -> str | None:
     words = _words(text)
     if any(_NOT_A_BAND.fullmatch(word) for word in words):
         return None
+    # Digital Earth Australia counts the short-wave bands of Sentinel-2 from the cirrus band on.
+    if "nbart" in words and any(word.startswith("s2") for word in words):
+        joined = " ".join(words)
+        if "swir 2" in joined or "swir 3" in joined:
+            return "B11" if "swir 2" in joined else "B12"
     codes = {_canonical(match[1]) for word in words if (match := _CODE.fullmatch(word))}
     # "Band 4", "band_4": the number is a word of its own.
     codes |= {
@@ -237,6 +243,14 @@ def _foreign(words: list[str]) -> set[str]:
             if band and all(_BESIDE.fullmatch(word) or _CODE.fullmatch(word) for word in rest):
                 found.add(band)
     return found
+
+
+def is_broad_nir(text: str | None) -> bool:
+    """Whether a name is FORCE's BROADNIR (B08), beside which its NIR is the narrow B8A.
+
+    Source: FORCE documentation, level 2 output format, bands of Sentinel-2.
+    """
+    return bool(text) and "broadnir" in _words(text or "")
 
 
 def quality_of(text: str | None) -> str | None:
