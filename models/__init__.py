@@ -1,1 +1,1 @@
-"""What a model is: the torch networks, and the bundles that are served."""
+"""Models: the torch networks, the model card, and the registry of bundles."""

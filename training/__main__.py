@@ -302,7 +302,7 @@ def embed(
 
 @contextmanager
 def _as_usage() -> Iterator[None]:
-    """A setting that is not there is the caller's mistake, told as one."""
+    """Report an unknown setting as a usage error."""
     try:
         yield
     except UnknownSetting as error:

@@ -45,7 +45,7 @@ class TempCNN(_OnSeries):
     Args:
         steps: M.
         indices: K.
-        bands: C, where the bands stand beside the indices.
+        bands: C, if the encoder also sees the bands; else 0.
         embedding: units of the dense layer, 256 in the paper.
         dropout: share of values dropped after each layer in training, 0.5 in the paper.
     """
@@ -80,7 +80,7 @@ class MultilayerPerceptron(_OnSeries):
     Args:
         steps: M.
         indices: K.
-        bands: C, where the bands stand beside the indices.
+        bands: C, if the encoder also sees the bands; else 0.
         embedding: D.
         dropout: share of values dropped after each layer in training.
     """

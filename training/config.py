@@ -115,7 +115,7 @@ class ClassifyConfig(_Frozen):
     """Names of spectral indices in `models.indices`, of those bands."""
     encoder: PixelEncoderConfig = PixelEncoderConfig()
     members: Annotated[int, Field(ge=1)] = 1
-    """Networks whose mean is the answer, trained side by side."""
+    """Number of networks trained side by side; the prediction is their mean."""
     optimisation: Optimisation = Optimisation()
     smoothing: float = 0.05
     """Label smoothing."""
@@ -149,7 +149,7 @@ class ForecastConfig(_Frozen):
     quantiles: tuple[float, ...] = QUANTILES
     encoder: PixelEncoderConfig = PixelEncoderConfig(calendar=True)
     members: Annotated[int, Field(ge=1)] = 1
-    """Networks whose mean is the answer, trained side by side."""
+    """Number of networks trained side by side; the prediction is their mean."""
     optimisation: Optimisation = Optimisation()
     focus: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.65
     """Share of a batch's pixels from the source that is scored."""

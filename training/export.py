@@ -68,7 +68,7 @@ def export_run(
     Raises:
         NoRegions: that folder holds none.
         NoGraph: a run of nearest neighbours.
-        ParityError: ONNX Runtime answers unlike torch.
+        ParityError: ONNX Runtime and torch differ.
         VersionNotRaised: the bundle replaced is of this version and another model.
     """
     run, task, graph, metrics = load_finished(folder)
@@ -117,7 +117,7 @@ def write_bundle(
         graph: in evaluation mode, on the CPU.
         folder: the bundle's; replaced where it exists.
         fields: of the card, but for `version`, `variants` and `sha256`.
-        real: input on which parity is checked beside random input.
+        real: input on which parity is checked, in addition to random input.
         typical: input of training from which an int8 variant finds its scales; without, there is
             none.
         version: of the bundle; None keeps that of the bundle replaced, or begins at 1.0.0.
@@ -125,7 +125,7 @@ def write_bundle(
             goes out unmeasured.
 
     Raises:
-        ParityError: ONNX Runtime answers unlike torch.
+        ParityError: ONNX Runtime and torch differ.
         VersionNotRaised: the bundle replaced is of this version and another model.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -218,9 +218,9 @@ def _version(folder: Path, told: str | None, sha256: str) -> str:
 def _evaluation(run_folder: Path, bundle: Path, run: Run) -> dict[str, Any]:
     """The evaluation of a run, if there is one.
 
-    It lies beside a run that was evaluated. One that trained on every place can have none; it has
-    that of the run it goes on from, or keeps that of the bundle it replaces, where that was made
-    alike.
+    It is stored in the folder of an evaluated run. A run on every place has none of its own; it
+    has that of the run it starts from, or keeps that of the bundle it replaces, if that has the
+    same configuration.
     """
     folders = [run_folder]
     if run.everything and [path.name for path in run.pretrained] == [WEIGHTS]:
@@ -239,7 +239,7 @@ def measured_loss(full: Outputs, task: AnyTask, file: Path) -> dict[str, float]:
     """Change of each score on the validation places; negative is worse.
 
     Args:
-        full: what the graph answers in float32.
+        full: outputs of the graph in float32.
         task: with the validation places.
         file: the reduced graph.
     """

@@ -3,7 +3,7 @@
 task (data -> batches -> loss) -> fit (optimise, average, checkpoint) -> finish (calibrate, score)
 
 A task is what differs: its graph, its batches, its loss and its scores. The loop is the same, on
-CPU and GPU, and goes on where a killed run stopped: every epoch leaves a checkpoint, and the
+CPU and GPU, and resumes a killed run: every epoch leaves a checkpoint, and the
 chance of an epoch depends on the seed and the epoch's number alone. A run under the protocol
 `linear` or `knn` trains no encoder: see `training.probe`.
 """
@@ -425,7 +425,7 @@ def _resume(state: Mapping[str, Any], folder: Path) -> tuple[int, float, dict[st
     stored = torch.load(path, map_location="cpu", weights_only=True)
     for name, part in state.items():
         part.load_state_dict(stored[name])
-    log.info("%s: goes on after epoch %d", folder.name, stored["epoch"])
+    log.info("%s: resuming after epoch %d", folder.name, stored["epoch"])
     return stored["epoch"], stored["seconds"], stored.get("best")
 
 

@@ -126,7 +126,7 @@ class PatchClassification:
         return np.concatenate(parts)
 
     def data(self) -> list[dict[str, Any]]:
-        """What it trains on."""
+        """Name, use and number of samples of each source."""
         return [
             {"name": "eurosat", "use": "labels", "n": len(self.train)},
             {"name": "eurosat", "use": "validation", "n": len(self.validation)},

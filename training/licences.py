@@ -127,7 +127,7 @@ def sensed(data: Sequence[TrainingData]) -> dict[str, Any]:
 
 
 def training_data(name: str, use: str, n: int) -> TrainingData:
-    """What a card says of a data set that a model learned from."""
+    """The entry of a card for a data set that a model was trained on."""
     terms = TERMS[name]
     return TrainingData(name=name, use=use, n=n, licence=terms.licence, source=terms.source)
 

@@ -79,7 +79,7 @@ def same_group(groups: Tensor) -> Tensor:
 
     Args:
         groups: a number for each row (N), such as its field; negative where unknown, and an
-            unknown group is nobody's.
+            unknown group is shared with no row.
 
     Returns:
         Mask (N, N), symmetric, False on the diagonal.

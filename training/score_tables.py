@@ -1,6 +1,6 @@
 """Score tables: intervals by bootstrap over places, spread over seeds, as Markdown and in cards.
 
-answers of each seed -> sums by place -> scores with intervals -> rows -> a section of the report
+outputs of each seed -> sums by place -> scores with intervals -> rows -> a section of the report
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Score:
     """Mean over seeds."""
     low: float
     high: float
-    """Equal to `low` where there is no interval."""
+    """Equal to `low` if there is no interval."""
     spread: float | None = None
     """Standard deviation over seeds; None for one seed."""
 

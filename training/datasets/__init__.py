@@ -1,7 +1,7 @@
 """Readers of training data: one module per source, three sample types.
 
 A reader gives `PixelSet`s (series of reflectance), a `PatchSet` (imagery) or `Scene`s (both, of
-one area); nothing further down knows where they came from.
+one area); the rest of the package does not depend on the source.
 """
 
 from __future__ import annotations
