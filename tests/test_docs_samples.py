@@ -21,6 +21,7 @@ import pytest
 import typer.main
 
 from benchmarks.serving import served
+from tests.kits.programs import require
 from training.__main__ import app as training
 
 pytestmark = pytest.mark.slow
@@ -119,8 +120,8 @@ REQUESTS = [(page, command) for page in PAGES for command in commands(page) if s
     ids=[f"{name_of(page)}-{number}" for number, (page, _) in enumerate(REQUESTS)],
 )
 def test_requests_of_the_shell_succeed(page: Path, command: str, checkout: Path, url: str) -> None:
-    if command.startswith("curl") and shutil.which("curl") is None:
-        pytest.skip("needs curl")
+    if command.startswith("curl"):
+        require(shutil.which("curl"), "curl", "curl")
     pimc = Path(sys.executable).with_name("pimc")
     program = re.sub(r"^(\.venv/bin/)?pimc\s", f"{pimc} ", command).replace(ADDRESS, url)
     done = subprocess.run(

@@ -15,6 +15,7 @@ import yaml
 
 from service.api.routes import health
 from service.settings import PREFIX, Settings
+from tests.kits.programs import require
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "deploy" / "kubernetes"
@@ -45,8 +46,7 @@ def rendered(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
         ),
         None,
     )
-    if command is None:
-        pytest.skip("needs kubectl or kustomize")
+    require(command, "kubectl or kustomize", "kubernetes-client")
     done = subprocess.run(
         [*command, str(MANIFESTS / request.param)],
         capture_output=True,
@@ -199,8 +199,7 @@ def test_systemd_waits_for_the_requests_under_way_and_starts_no_misuse_again():
 
 def test_systemd_reads_the_unit(tmp_path):
     analyze = shutil.which("systemd-analyze")
-    if analyze is None:
-        pytest.skip("needs systemd-analyze")
+    require(analyze, "systemd-analyze", "systemd")
     copy = tmp_path / UNIT.name
     text = UNIT.read_text().replace("/opt/pimc/.venv/bin/python", sys.executable)
     copy.write_text(text.replace("WorkingDirectory=/opt/pimc", f"WorkingDirectory={ROOT}"))

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from service.telemetry import Metrics
+from tests.kits.programs import require
 
 ROOT = Path(__file__).parents[1]
 RULES = ROOT / "deploy" / "prometheus" / "alerts.yml"
@@ -82,8 +83,7 @@ def test_the_dashboard_uses_the_data_source_that_is_provisioned():
 @pytest.fixture(scope="module")
 def promtool() -> str:
     found = shutil.which("promtool") or os.environ.get("PROMTOOL")
-    if not found:
-        pytest.skip("needs promtool (Debian's package prometheus), on the PATH or as PROMTOOL")
+    require(found, "promtool, on the PATH or as PROMTOOL", "prometheus")
     return found
 
 

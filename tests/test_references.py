@@ -40,6 +40,7 @@ from service.read.references import (
 )
 from service.settings import HostRule, Settings, SettingsError, read_settings
 from tests.kits import rasters
+from tests.kits.programs import require
 
 TIFF = b"II*\0 and the rest"
 
@@ -569,8 +570,7 @@ def test_a_packed_body_is_kept_as_it_came(host: Host, folder: Path) -> None:
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A key and a certificate for data.example, in one file."""
     openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("needs the openssl command, to make a certificate")
+    require(openssl, "the openssl command", "openssl")
     folder = tmp_path_factory.mktemp("tls")
     options = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     options += " -subj /CN=data.example -addext subjectAltName=DNS:data.example"
