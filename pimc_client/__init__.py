@@ -75,6 +75,7 @@ from pimc_client.results import (
     Results,
     ServiceWarning,
     Summary,
+    Table,
 )
 
 __all__ = [
@@ -129,6 +130,7 @@ __all__ = [
     "ServiceError",
     "ServiceWarning",
     "Summary",
+    "Table",
     "TimedOut",
     "TooFewDates",
     "TransportError",

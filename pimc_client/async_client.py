@@ -15,6 +15,7 @@ from pimc_client.inputs import (
     ClassOutput,
     ClassOutputs,
     Date,
+    Fields,
     Files,
     JobOptions,
     Modality,
@@ -43,6 +44,7 @@ from pimc_client.results import (
     Readiness,
     Results,
     Summary,
+    Table,
     new_file,
 )
 from pimc_client.retry import RetryPolicy
@@ -108,6 +110,7 @@ class AsyncClient:
         *,
         outputs: ClassOutput | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Raster: ...
@@ -118,6 +121,7 @@ class AsyncClient:
         *,
         outputs: SeveralOutputs,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Rasters: ...
@@ -128,6 +132,7 @@ class AsyncClient:
         *,
         outputs: ClassOutputs | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["summary"],
         **options: Unpack[WindowOptions],
     ) -> Summary: ...
@@ -138,15 +143,28 @@ class AsyncClient:
         *,
         outputs: ClassOutputs | None = None,
         points: Points,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Results[PointResult[PixelClass]]: ...
+    @overload
+    async def classify_pixels(
+        self,
+        files: Files,
+        *,
+        outputs: ClassOutputs | None = None,
+        points: None = None,
+        fields: Fields,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[WindowOptions],
+    ) -> Table: ...
     async def classify_pixels(
         self,
         files: Files,
         *,
         outputs: ClassOutputs | None = None,
         points: Points | None = None,
+        fields: Fields | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[WindowOptions],
     ) -> TaskResult:
@@ -159,14 +177,16 @@ class AsyncClient:
                 text, or a list.
             points: return results for these pixels alone: pairs of longitude and latitude,
                 GeoJSON, or the path of a GeoJSON or CSV file.
+            fields: return one result for each of these polygons: GeoJSON, the path of a GeoJSON,
+                GeoParquet or GeoPackage file in any CRS, or a GeoPandas object.
             answer: `summary` returns a summary in place of a raster.
             **options: how the files are read: `model`, `layout`, `dates`, `bands`, `scale`,
                 `offset`, `mask`; the first day of the time window, `start`; and `progress`, called
                 during the upload with the bytes sent and the total.
 
         Returns:
-            A `Raster`; `Rasters` by name if `outputs` is a list; a `Summary`; or with `points` one
-            result for each.
+            A `Raster`; `Rasters` by name if `outputs` is a list; a `Summary`; with `points` one
+            result for each; or with `fields` a `Table`.
 
         Raises:
             ServiceError: the server responded with an error; each error code has its own class.
@@ -175,7 +195,13 @@ class AsyncClient:
         """
         return await self.run(
             operations.raster(
-                "classify-pixels", files, outputs=outputs, points=points, answer=answer, **options
+                "classify-pixels",
+                files,
+                outputs=outputs,
+                points=points,
+                fields=fields,
+                answer=answer,
+                **options,
             )
         )
 
@@ -187,6 +213,7 @@ class AsyncClient:
         horizon: int | None = None,
         outputs: QuantileOutputs | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Raster: ...
@@ -198,6 +225,7 @@ class AsyncClient:
         horizon: int | None = None,
         outputs: QuantileOutputs | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["summary"],
         **options: Unpack[WindowOptions],
     ) -> Summary: ...
@@ -209,9 +237,22 @@ class AsyncClient:
         horizon: int | None = None,
         outputs: QuantileOutputs | None = None,
         points: Points,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Results[PointResult[Forecast]]: ...
+    @overload
+    async def forecast(
+        self,
+        files: Files,
+        *,
+        horizon: int | None = None,
+        outputs: QuantileOutputs | None = None,
+        points: None = None,
+        fields: Fields,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[WindowOptions],
+    ) -> Table: ...
     async def forecast(
         self,
         files: Files,
@@ -219,6 +260,7 @@ class AsyncClient:
         horizon: int | None = None,
         outputs: QuantileOutputs | None = None,
         points: Points | None = None,
+        fields: Fields | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[WindowOptions],
     ) -> TaskResult:
@@ -229,12 +271,13 @@ class AsyncClient:
             horizon: number of steps ahead; the model's maximum if left out.
             outputs: any of `q10`, `q50` (the default) and `q90`.
             points: return results for these pixels alone, as for `classify_pixels`.
+            fields: return one result for each polygon, as for `classify_pixels`.
             answer: `summary` returns a summary in place of a raster.
             **options: as for `classify_pixels`.
 
         Returns:
-            A `Raster` whose bands are `NDVI_2021-11-05_q50` and so on; a `Summary`; or with
-            `points` one result for each.
+            A `Raster` whose bands are `NDVI_2021-11-05_q50` and so on; a `Summary`; with `points`
+            one result for each, or with `fields` a `Table`.
         """
         return await self.run(
             operations.raster(
@@ -243,6 +286,7 @@ class AsyncClient:
                 horizon=horizon,
                 outputs=outputs,
                 points=points,
+                fields=fields,
                 answer=answer,
                 **options,
             )
@@ -256,6 +300,7 @@ class AsyncClient:
         stride: int | None = None,
         outputs: ClassOutput | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[StackOptions],
     ) -> Raster: ...
@@ -267,6 +312,7 @@ class AsyncClient:
         stride: int | None = None,
         outputs: SeveralOutputs,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[StackOptions],
     ) -> Rasters: ...
@@ -278,6 +324,7 @@ class AsyncClient:
         stride: int | None = None,
         outputs: ClassOutputs | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["summary"],
         **options: Unpack[StackOptions],
     ) -> Summary: ...
@@ -289,9 +336,22 @@ class AsyncClient:
         stride: int | None = None,
         outputs: ClassOutputs | None = None,
         points: Points,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[StackOptions],
     ) -> Results[PointResult[PixelClass]]: ...
+    @overload
+    async def landcover(
+        self,
+        files: Files,
+        *,
+        stride: int | None = None,
+        outputs: ClassOutputs | None = None,
+        points: None = None,
+        fields: Fields,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[StackOptions],
+    ) -> Table: ...
     async def landcover(
         self,
         files: Files,
@@ -299,6 +359,7 @@ class AsyncClient:
         stride: int | None = None,
         outputs: ClassOutputs | None = None,
         points: Points | None = None,
+        fields: Fields | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[StackOptions],
     ) -> TaskResult:
@@ -310,6 +371,7 @@ class AsyncClient:
             outputs: as for `classify_pixels`.
             points: return results for the patches at these points alone, as for
                 `classify_pixels`.
+            fields: return one result for each polygon, as for `classify_pixels`.
             answer: `summary` returns a summary in place of a raster.
             **options: as for `classify_pixels`, without `start`.
 
@@ -323,6 +385,7 @@ class AsyncClient:
                 stride=stride,
                 outputs=outputs,
                 points=points,
+                fields=fields,
                 answer=answer,
                 **options,
             )
@@ -336,6 +399,7 @@ class AsyncClient:
         modality: Modality | None = None,
         stride: int | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Raster: ...
@@ -347,6 +411,7 @@ class AsyncClient:
         modality: Modality | None = None,
         stride: int | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["summary"],
         **options: Unpack[WindowOptions],
     ) -> Summary: ...
@@ -358,9 +423,22 @@ class AsyncClient:
         modality: Modality | None = None,
         stride: int | None = None,
         points: Points,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Results[PointResult[Embedding]]: ...
+    @overload
+    async def embed(
+        self,
+        files: Files,
+        *,
+        modality: Modality | None = None,
+        stride: int | None = None,
+        points: None = None,
+        fields: Fields,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[WindowOptions],
+    ) -> Table: ...
     async def embed(
         self,
         files: Files,
@@ -368,6 +446,7 @@ class AsyncClient:
         modality: Modality | None = None,
         stride: int | None = None,
         points: Points | None = None,
+        fields: Fields | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[WindowOptions],
     ) -> TaskResult:
@@ -378,12 +457,13 @@ class AsyncClient:
             modality: `pixel` (the default), from the time series; `patch`, from imagery.
             stride: pixels between patches, for `patch` alone.
             points: return results for these places alone, as for `classify_pixels`.
+            fields: return one result for each polygon, as for `classify_pixels`.
             answer: `summary` returns a summary in place of a raster.
             **options: as for `classify_pixels`; `start` for `pixel` alone.
 
         Returns:
-            A `Raster` with a band for each dimension; a `Summary`; or with `points` one result
-            for each.
+            A `Raster` with a band for each dimension; a `Summary`; with `points` one result for
+            each, or with `fields` a `Table`.
         """
         return await self.run(
             operations.raster(
@@ -392,6 +472,7 @@ class AsyncClient:
                 modality=modality,
                 stride=stride,
                 points=points,
+                fields=fields,
                 answer=answer,
                 **options,
             )
@@ -461,6 +542,7 @@ class AsyncClient:
         *,
         outputs: ClassOutput | QuantileOutputs | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[JobOptions],
     ) -> AsyncJob[Raster]: ...
@@ -472,6 +554,7 @@ class AsyncClient:
         *,
         outputs: SeveralOutputs,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[JobOptions],
     ) -> AsyncJob[Rasters]: ...
@@ -483,6 +566,7 @@ class AsyncClient:
         *,
         outputs: ClassOutputs | QuantileOutputs | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["summary"],
         **options: Unpack[JobOptions],
     ) -> AsyncJob[Summary]: ...
@@ -494,9 +578,22 @@ class AsyncClient:
         *,
         outputs: ClassOutputs | QuantileOutputs | None = None,
         points: Points,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[JobOptions],
     ) -> AsyncJob[Results[PointResult[Any]]]: ...
+    @overload
+    async def submit(
+        self,
+        task: Task,
+        files: Files,
+        *,
+        outputs: ClassOutputs | QuantileOutputs | None = None,
+        points: None = None,
+        fields: Fields,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[JobOptions],
+    ) -> AsyncJob[Table]: ...
     async def submit(
         self,
         task: Task,
@@ -504,6 +601,7 @@ class AsyncClient:
         *,
         outputs: ClassOutputs | QuantileOutputs | None = None,
         points: Points | None = None,
+        fields: Fields | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[JobOptions],
     ) -> AsyncJob[Any]:
@@ -514,6 +612,7 @@ class AsyncClient:
             files: the GeoTIFF stack, as for `classify_pixels`.
             outputs: as for the task's own method.
             points: as for the task's own method.
+            fields: as for the task's own method.
             answer: as for the task's own method.
             **options: those of the task's own method, and `idempotency_key`.
 
@@ -521,7 +620,7 @@ class AsyncClient:
             The job; its `wait` returns the result that the task's own method would return.
         """
         operation = operations.submit(
-            task, files, outputs=outputs, points=points, answer=answer, **options
+            task, files, outputs=outputs, points=points, fields=fields, answer=answer, **options
         )
         return AsyncJob(self, await self.run(operation))
 

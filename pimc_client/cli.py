@@ -22,7 +22,8 @@ try:
         TextColumn,
         TimeElapsedColumn,
     )
-    from rich.table import Column, Table
+    from rich.table import Column
+    from rich.table import Table as TextTable
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] not in {"typer", "rich"}:
         raise
@@ -37,7 +38,7 @@ from pimc_client.errors import PIMCError
 from pimc_client.inputs import Layout, Modality, Series, Task
 from pimc_client.requests import __version__
 from pimc_client.responses import TaskResult
-from pimc_client.results import JobHandle, Raster, Rasters, Results, Summary
+from pimc_client.results import JobHandle, Raster, Rasters, Results, Summary, Table
 from pimc_client.tables import csv_text, flat_record, series_of_file
 from pimc_client.uploads import decoded_name
 
@@ -358,6 +359,51 @@ def embed(
 
 
 @app.command()
+@_with(reading=_reading, client=_client)
+def fields(
+    files: Stack,
+    polygons: Annotated[
+        Path,
+        typer.Argument(
+            help="GeoJSON, GeoParquet or GeoPackage file of fields, in any CRS.",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="File to write: .csv, .geojson, .gpkg or .parquet; default: print GeoJSON.",
+        ),
+    ] = None,
+    task: Annotated[
+        Literal["classify-pixels", "forecast", "embed"],
+        typer.Option("--task", help="What to compute for each field."),
+    ] = "classify-pixels",
+    horizon: Horizon = None,
+    start: Start = None,
+    reading: dict[str, Any],
+    client: Client,
+) -> None:
+    """Run a task on each field of a file: one row per polygon, with its id and properties."""
+    if out is not None and out != STANDARD_OUTPUT:
+        _check_file(out)
+    options = {"horizon": horizon, "start": start, **reading}
+    with _bars() as bars:
+        operation = operations.raster(
+            task, files, fields=polygons, progress=bars.uploaded, job_progress=bars.computed,
+            **options,
+        )  # fmt: skip
+        result = client.run(operation)
+    _print_warnings(result)
+    _deliver(result, out)
+
+
+@app.command()
 @_with(client=_client)
 def series(
     task: Annotated[
@@ -595,6 +641,11 @@ def _deliver(result: TaskResult, out: Path | None) -> None:
         _write_text(_json(dict(result)), out)
     elif isinstance(result, Results):
         _write_records([{"lon": p.lon, "lat": p.lat, **p.properties} for p in result], out)
+    elif isinstance(result, Table):
+        if out is None or out == STANDARD_OUTPUT:
+            _print_json(result.document)
+        else:
+            _print_saved([result.save(out)], result)
     elif out == STANDARD_OUTPUT:
         result.copy_to(sys.stdout.buffer)
     elif out is not None:
@@ -607,7 +658,11 @@ def _save(result: Raster | Rasters, out: Path) -> None:
         saved = result.save(out)
     else:
         saved = [result.save(out / f"{result.name}.tif" if out.is_dir() else out)]
-    for path in saved:
+    _print_saved(saved, result)
+
+
+def _print_saved(paths: Sequence[Path], result: Raster | Rasters | Table) -> None:
+    for path in paths:
         typer.echo(f"{_shown(path)} ({result.model})")
 
 
@@ -650,7 +705,7 @@ def _print_table(
         wrapped: the column whose cells may take several lines.
     """
     columns = [Column(name, no_wrap=name != wrapped) for name in header]
-    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
+    table = TextTable(*columns, box=None, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*row)
     whole = [

@@ -12,6 +12,7 @@ from pimc_client.inputs import (
     ClassOutput,
     ClassOutputs,
     Date,
+    Fields,
     Files,
     JobOptions,
     Modality,
@@ -40,6 +41,7 @@ from pimc_client.results import (
     Readiness,
     Results,
     Summary,
+    Table,
     new_file,
 )
 from pimc_client.retry import RetryPolicy
@@ -105,6 +107,7 @@ class Client:
         *,
         outputs: ClassOutput | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Raster: ...
@@ -115,6 +118,7 @@ class Client:
         *,
         outputs: SeveralOutputs,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Rasters: ...
@@ -125,6 +129,7 @@ class Client:
         *,
         outputs: ClassOutputs | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["summary"],
         **options: Unpack[WindowOptions],
     ) -> Summary: ...
@@ -135,15 +140,28 @@ class Client:
         *,
         outputs: ClassOutputs | None = None,
         points: Points,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Results[PointResult[PixelClass]]: ...
+    @overload
+    def classify_pixels(
+        self,
+        files: Files,
+        *,
+        outputs: ClassOutputs | None = None,
+        points: None = None,
+        fields: Fields,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[WindowOptions],
+    ) -> Table: ...
     def classify_pixels(
         self,
         files: Files,
         *,
         outputs: ClassOutputs | None = None,
         points: Points | None = None,
+        fields: Fields | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[WindowOptions],
     ) -> TaskResult:
@@ -156,14 +174,16 @@ class Client:
                 text, or a list.
             points: return results for these pixels alone: pairs of longitude and latitude,
                 GeoJSON, or the path of a GeoJSON or CSV file.
+            fields: return one result for each of these polygons: GeoJSON, the path of a GeoJSON,
+                GeoParquet or GeoPackage file in any CRS, or a GeoPandas object.
             answer: `summary` returns a summary in place of a raster.
             **options: how the files are read: `model`, `layout`, `dates`, `bands`, `scale`,
                 `offset`, `mask`; the first day of the time window, `start`; and `progress`, called
                 during the upload with the bytes sent and the total.
 
         Returns:
-            A `Raster`; `Rasters` by name if `outputs` is a list; a `Summary`; or with `points` one
-            result for each.
+            A `Raster`; `Rasters` by name if `outputs` is a list; a `Summary`; with `points` one
+            result for each; or with `fields` a `Table`.
 
         Raises:
             ServiceError: the server responded with an error; each error code has its own class.
@@ -172,7 +192,13 @@ class Client:
         """
         return self.run(
             operations.raster(
-                "classify-pixels", files, outputs=outputs, points=points, answer=answer, **options
+                "classify-pixels",
+                files,
+                outputs=outputs,
+                points=points,
+                fields=fields,
+                answer=answer,
+                **options,
             )
         )
 
@@ -184,6 +210,7 @@ class Client:
         horizon: int | None = None,
         outputs: QuantileOutputs | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Raster: ...
@@ -195,6 +222,7 @@ class Client:
         horizon: int | None = None,
         outputs: QuantileOutputs | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["summary"],
         **options: Unpack[WindowOptions],
     ) -> Summary: ...
@@ -206,9 +234,22 @@ class Client:
         horizon: int | None = None,
         outputs: QuantileOutputs | None = None,
         points: Points,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Results[PointResult[Forecast]]: ...
+    @overload
+    def forecast(
+        self,
+        files: Files,
+        *,
+        horizon: int | None = None,
+        outputs: QuantileOutputs | None = None,
+        points: None = None,
+        fields: Fields,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[WindowOptions],
+    ) -> Table: ...
     def forecast(
         self,
         files: Files,
@@ -216,6 +257,7 @@ class Client:
         horizon: int | None = None,
         outputs: QuantileOutputs | None = None,
         points: Points | None = None,
+        fields: Fields | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[WindowOptions],
     ) -> TaskResult:
@@ -226,12 +268,13 @@ class Client:
             horizon: number of steps ahead; the model's maximum if left out.
             outputs: any of `q10`, `q50` (the default) and `q90`.
             points: return results for these pixels alone, as for `classify_pixels`.
+            fields: return one result for each polygon, as for `classify_pixels`.
             answer: `summary` returns a summary in place of a raster.
             **options: as for `classify_pixels`.
 
         Returns:
-            A `Raster` whose bands are `NDVI_2021-11-05_q50` and so on; a `Summary`; or with
-            `points` one result for each.
+            A `Raster` whose bands are `NDVI_2021-11-05_q50` and so on; a `Summary`; with `points`
+            one result for each, or with `fields` a `Table`.
         """
         return self.run(
             operations.raster(
@@ -240,6 +283,7 @@ class Client:
                 horizon=horizon,
                 outputs=outputs,
                 points=points,
+                fields=fields,
                 answer=answer,
                 **options,
             )
@@ -253,6 +297,7 @@ class Client:
         stride: int | None = None,
         outputs: ClassOutput | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[StackOptions],
     ) -> Raster: ...
@@ -264,6 +309,7 @@ class Client:
         stride: int | None = None,
         outputs: SeveralOutputs,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[StackOptions],
     ) -> Rasters: ...
@@ -275,6 +321,7 @@ class Client:
         stride: int | None = None,
         outputs: ClassOutputs | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["summary"],
         **options: Unpack[StackOptions],
     ) -> Summary: ...
@@ -286,9 +333,22 @@ class Client:
         stride: int | None = None,
         outputs: ClassOutputs | None = None,
         points: Points,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[StackOptions],
     ) -> Results[PointResult[PixelClass]]: ...
+    @overload
+    def landcover(
+        self,
+        files: Files,
+        *,
+        stride: int | None = None,
+        outputs: ClassOutputs | None = None,
+        points: None = None,
+        fields: Fields,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[StackOptions],
+    ) -> Table: ...
     def landcover(
         self,
         files: Files,
@@ -296,6 +356,7 @@ class Client:
         stride: int | None = None,
         outputs: ClassOutputs | None = None,
         points: Points | None = None,
+        fields: Fields | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[StackOptions],
     ) -> TaskResult:
@@ -307,6 +368,7 @@ class Client:
             outputs: as for `classify_pixels`.
             points: return results for the patches at these points alone, as for
                 `classify_pixels`.
+            fields: return one result for each polygon, as for `classify_pixels`.
             answer: `summary` returns a summary in place of a raster.
             **options: as for `classify_pixels`, without `start`.
 
@@ -320,6 +382,7 @@ class Client:
                 stride=stride,
                 outputs=outputs,
                 points=points,
+                fields=fields,
                 answer=answer,
                 **options,
             )
@@ -333,6 +396,7 @@ class Client:
         modality: Modality | None = None,
         stride: int | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Raster: ...
@@ -344,6 +408,7 @@ class Client:
         modality: Modality | None = None,
         stride: int | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["summary"],
         **options: Unpack[WindowOptions],
     ) -> Summary: ...
@@ -355,9 +420,22 @@ class Client:
         modality: Modality | None = None,
         stride: int | None = None,
         points: Points,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[WindowOptions],
     ) -> Results[PointResult[Embedding]]: ...
+    @overload
+    def embed(
+        self,
+        files: Files,
+        *,
+        modality: Modality | None = None,
+        stride: int | None = None,
+        points: None = None,
+        fields: Fields,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[WindowOptions],
+    ) -> Table: ...
     def embed(
         self,
         files: Files,
@@ -365,6 +443,7 @@ class Client:
         modality: Modality | None = None,
         stride: int | None = None,
         points: Points | None = None,
+        fields: Fields | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[WindowOptions],
     ) -> TaskResult:
@@ -375,12 +454,13 @@ class Client:
             modality: `pixel` (the default), from the time series; `patch`, from imagery.
             stride: pixels between patches, for `patch` alone.
             points: return results for these places alone, as for `classify_pixels`.
+            fields: return one result for each polygon, as for `classify_pixels`.
             answer: `summary` returns a summary in place of a raster.
             **options: as for `classify_pixels`; `start` for `pixel` alone.
 
         Returns:
-            A `Raster` with a band for each dimension; a `Summary`; or with `points` one result
-            for each.
+            A `Raster` with a band for each dimension; a `Summary`; with `points` one result for
+            each, or with `fields` a `Table`.
         """
         return self.run(
             operations.raster(
@@ -389,6 +469,7 @@ class Client:
                 modality=modality,
                 stride=stride,
                 points=points,
+                fields=fields,
                 answer=answer,
                 **options,
             )
@@ -458,6 +539,7 @@ class Client:
         *,
         outputs: ClassOutput | QuantileOutputs | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[JobOptions],
     ) -> Job[Raster]: ...
@@ -469,6 +551,7 @@ class Client:
         *,
         outputs: SeveralOutputs,
         points: None = None,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[JobOptions],
     ) -> Job[Rasters]: ...
@@ -480,6 +563,7 @@ class Client:
         *,
         outputs: ClassOutputs | QuantileOutputs | None = None,
         points: None = None,
+        fields: None = None,
         answer: Literal["summary"],
         **options: Unpack[JobOptions],
     ) -> Job[Summary]: ...
@@ -491,9 +575,22 @@ class Client:
         *,
         outputs: ClassOutputs | QuantileOutputs | None = None,
         points: Points,
+        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[JobOptions],
     ) -> Job[Results[PointResult[Any]]]: ...
+    @overload
+    def submit(
+        self,
+        task: Task,
+        files: Files,
+        *,
+        outputs: ClassOutputs | QuantileOutputs | None = None,
+        points: None = None,
+        fields: Fields,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[JobOptions],
+    ) -> Job[Table]: ...
     def submit(
         self,
         task: Task,
@@ -501,6 +598,7 @@ class Client:
         *,
         outputs: ClassOutputs | QuantileOutputs | None = None,
         points: Points | None = None,
+        fields: Fields | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[JobOptions],
     ) -> Job[Any]:
@@ -511,6 +609,7 @@ class Client:
             files: the GeoTIFF stack, as for `classify_pixels`.
             outputs: as for the task's own method.
             points: as for the task's own method.
+            fields: as for the task's own method.
             answer: as for the task's own method.
             **options: those of the task's own method, and `idempotency_key`.
 
@@ -518,7 +617,7 @@ class Client:
             The job; its `wait` returns the result that the task's own method would return.
         """
         operation = operations.submit(
-            task, files, outputs=outputs, points=points, answer=answer, **options
+            task, files, outputs=outputs, points=points, fields=fields, answer=answer, **options
         )
         return Job(self, self.run(operation))
 

@@ -10,10 +10,11 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, TypedDict
 
-from pimc_client.tables import points_of_file
+from pimc_client.tables import json_of_file, points_of_file
 from pimc_client.uploads import (
     Progress,
     Source,
+    json_bytes,
     source_of_bytes,
     source_of_file,
     sources_of_paths,
@@ -56,6 +57,9 @@ Files: TypeAlias = "File | Reference | Iterable[File] | Iterable[Reference]"
 Points: TypeAlias = "Mapping[str, Any] | Iterable[Sequence[float]] | str | os.PathLike[str]"
 """A GeoJSON FeatureCollection of Points, pairs of (longitude, latitude) in degrees (EPSG:4326), or
 the path of a GeoJSON or CSV file; a GeoPandas object is one too."""
+Fields: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str] | tuple[str, bytes]"
+"""Polygons: a GeoJSON FeatureCollection, the path or `(name, bytes)` of a GeoJSON, GeoParquet or
+GeoPackage file in any CRS, or a GeoPandas object."""
 SeveralOutputs: TypeAlias = list[ClassOutput] | tuple[ClassOutput, ...]
 # No Sequence: text is one too, and a type checker could not tell one output from several.
 ClassOutputs: TypeAlias = ClassOutput | SeveralOutputs
@@ -319,6 +323,51 @@ def points_json(points: Points) -> dict[str, Any]:
             }
         )
     return {"type": "FeatureCollection", "features": features}
+
+
+def fields_source(fields: Fields) -> Source:
+    """Polygons as a file to send.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: a folder, or one of the files of a shapefile.
+        TypeError: not polygons.
+    """
+    if isinstance(fields, str | os.PathLike):
+        path = Path(fields)
+        if path.suffix.lower() == ".shp" or path.is_dir():
+            raise ValueError(
+                f"{path} is not one file with polygons: give GeoJSON, GeoParquet or GeoPackage, or "
+                "read it with GeoPandas and give the GeoDataFrame"
+            )
+        ((source,),) = sources_of_paths([path]) if path.exists() else [_missing(path)]
+        return source
+    if isinstance(fields, tuple) and _is_one(fields):
+        return source_of_bytes(*fields)
+    return source_of_bytes("fields.geojson", json_bytes(fields_json(fields)))
+
+
+def _missing(path: Path) -> list[Source]:
+    raise FileNotFoundError(f"{path}: there is no such file")
+
+
+def fields_json(fields: Fields) -> dict[str, Any]:
+    """Polygons as GeoJSON, for a request of references.
+
+    Raises:
+        ValueError: a file that is not GeoJSON.
+        TypeError: not polygons.
+    """
+    if isinstance(fields, Mapping):
+        return dict(fields)
+    if isinstance(fields, str | os.PathLike):
+        return json_of_file(Path(fields), "GeoJSON")
+    if hasattr(fields, "__geo_interface__"):
+        return geo_interface(fields)
+    raise TypeError(
+        f"fields is a {type(fields).__name__}: give GeoJSON, the path of a GeoJSON, GeoParquet or "
+        "GeoPackage file, or a GeoPandas object"
+    )
 
 
 def geo_interface(features: Any) -> dict[str, Any]:  # noqa: ANN401 (of any library)

@@ -13,6 +13,7 @@ from pimc_client.inputs import (
     AnswerKind,
     Date,
     Dates,
+    Fields,
     Files,
     Layout,
     Modality,
@@ -20,6 +21,8 @@ from pimc_client.inputs import (
     Reference,
     Series,
     Task,
+    fields_json,
+    fields_source,
     iso,
     listed,
     points_json,
@@ -118,6 +121,7 @@ def build_raster(
     *,
     outputs: str | Sequence[str] | None = None,
     points: Points | None = None,
+    fields: Fields | None = None,
     answer: AnswerKind = "raster",
     horizon: int | None = None,
     stride: int | None = None,
@@ -155,26 +159,32 @@ def build_raster(
         "modality": modality,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    accept = _accept(task, outputs, points, answer)
+    accept = _accept(task, outputs, points, fields, answer)
     return Request(
         method="POST",
         path=task,
         accept=accept,
-        body=_raster_body(sources_of(files), given, progress),
+        body=_raster_body(sources_of(files), given, fields, progress),
     )
 
 
 def _accept(
-    task: Task, outputs: str | Sequence[str] | None, points: Points | None, answer: AnswerKind
+    task: Task,
+    outputs: str | Sequence[str] | None,
+    points: Points | None,
+    fields: Fields | None,
+    answer: AnswerKind,
 ) -> str:
     if answer not in {"raster", "summary"}:
         raise ValueError(f"answer='{answer}' is not valid: give 'raster' or 'summary'")
-    if points is not None:
-        if answer == "summary":
-            raise ValueError(
-                "points and answer='summary' exclude each other: points return one result per "
-                "point, a summary is of the whole raster"
-            )
+    places = {"points": points, "fields": fields, "answer='summary'": answer == "summary" or None}
+    given = [name for name, value in places.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"{' and '.join(given)} exclude each other: points and fields return one result for "
+            "each, a summary is of the whole raster"
+        )
+    if points is not None or fields is not None:
         return f"{GEOJSON}, {JSON};q=0.9"
     if answer == "summary":
         return JSON
@@ -184,13 +194,19 @@ def _accept(
 
 
 def _raster_body(
-    sources: list[Source] | list[Reference], options: Mapping[str, Any], progress: Progress | None
+    sources: list[Source] | list[Reference],
+    options: Mapping[str, Any],
+    fields: Fields | None,
+    progress: Progress | None,
 ) -> Body:
     references = [source for source in sources if isinstance(source, Reference)]
     if references:
-        return json_body({"items": [_item(r) for r in references], **options})
-    files = [source for source in sources if isinstance(source, Source)]
-    return multipart_body(files, {k: _field(v) for k, v in options.items()}, progress)
+        polygons = {} if fields is None else {"fields": fields_json(fields)}
+        return json_body({"items": [_item(r) for r in references], **options, **polygons})
+    files = [("files", source) for source in sources if isinstance(source, Source)]
+    if fields is not None:
+        files.insert(0, ("fields", fields_source(fields)))
+    return multipart_body(files, {k: _parameter(v) for k, v in options.items()}, progress)
 
 
 def _item(reference: Reference) -> dict[str, str]:
@@ -198,7 +214,7 @@ def _item(reference: Reference) -> dict[str, str]:
     return {"href": reference.href, **dated}
 
 
-def _field(value: Any) -> str:  # noqa: ANN401 (any option)
+def _parameter(value: Any) -> str:  # noqa: ANN401 (any option)
     if isinstance(value, list):
         return ",".join(value)
     return json.dumps(value, allow_nan=False) if isinstance(value, Mapping) else str(value)

@@ -28,6 +28,7 @@ from pimc_client.results import (
     Results,
     ServiceWarning,
     Summary,
+    Table,
     legend_class,
 )
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 PlaceResult = PixelClass | Forecast | Embedding
-TaskResult = Raster | Rasters | Summary | Results[PointResult[Any]]
+TaskResult = Raster | Rasters | Summary | Results[PointResult[Any]] | Table
 R = TypeVar("R")
 
 _TIFF = COG.partition(";")[0]
@@ -102,7 +103,10 @@ def parse_result(response: Response, task: str, output: str | None = None) -> Ta
     document = parse_json(response)
     about = _about(response, document)
     if document.get("type") == "FeatureCollection":
-        return Results([_point(f, task) for f in document["features"]], about=about)
+        features = document["features"]
+        if all(feature["geometry"]["type"] == "Point" for feature in features):
+            return Results([_point(feature, task) for feature in features], about=about)
+        return Table(document, about=about)
     return Summary(document, about=about)
 
 

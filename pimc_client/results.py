@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Literal, TypeVar, cast, overload
 
 from pimc_client import analysis
 from pimc_client.geotiff import GeoTIFF, Transform, read_array, read_header
-from pimc_client.tables import flat_record
+from pimc_client.tables import csv_text, flat_record
 
 if TYPE_CHECKING:
     import os
@@ -404,6 +404,78 @@ class Results(_Result, list[T]):
             raise TypeError("the results of series have no geometry: use to_pandas")
         geometries = [{"type": "Point", "coordinates": [one.lon, one.lat]} for one in points]
         return analysis.geo_data_frame([one.row() for one in points], geometries)
+
+
+class Table(_Result, Sequence[Mapping[str, Any]]):
+    """Results of fields: one row for each, in the order given, with its id and properties.
+
+    A row holds the field's own properties and the results, named as in `Results.to_pandas`.
+
+    Attributes:
+        document: the GeoJSON FeatureCollection, as the server sent it (EPSG:4326).
+        about: how the results were computed.
+    """
+
+    def __init__(self, document: Mapping[str, Any], *, about: About) -> None:
+        self.about = about
+        self.document = document
+        self._rows = [_row_of(feature) for feature in document["features"]]
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Mapping[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Any] | Sequence[Mapping[str, Any]]:
+        """The row of a field by its position."""
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The rows as a `pandas.DataFrame`.
+
+        Raises:
+            ImportError: pandas is not installed (`pip install 'pimc-client[analysis]'`).
+        """
+        return analysis.data_frame(self._rows)
+
+    def to_geopandas(self) -> geopandas.GeoDataFrame:
+        """The rows and polygons as a `GeoDataFrame` in EPSG:4326.
+
+        Raises:
+            ImportError: GeoPandas is not installed (`pip install 'pimc-client[analysis]'`).
+        """
+        geometries = [feature["geometry"] for feature in self.document["features"]]
+        return analysis.geo_data_frame(self._rows, geometries)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the table: CSV without polygons (`.csv`), GeoJSON (`.geojson`, `.json`).
+
+        Other endings, such as `.gpkg` and `.parquet`, are written by GeoPandas.
+
+        Raises:
+            ImportError: GeoPandas is needed and not installed.
+        """
+        target = Path(path)
+        kind = target.suffix.lower()
+        if kind == ".csv":
+            target.write_text(csv_text(self._rows), encoding="utf-8")
+        elif kind in {".geojson", ".json"}:
+            target.write_text(json.dumps(self.document, ensure_ascii=False), encoding="utf-8")
+        elif kind in {".parquet", ".geoparquet"}:
+            self.to_geopandas().to_parquet(target)
+        else:
+            self.to_geopandas().to_file(target)
+        return target
+
+    def __repr__(self) -> str:
+        return f"<Table of {len(self)} fields, from {self.model}>"
+
+
+def _row_of(feature: Mapping[str, Any]) -> dict[str, Any]:
+    properties = flat_record(feature.get("properties") or {})
+    return {"id": feature["id"], **properties} if "id" in feature else properties
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,26 @@ def points_of_file(path: Path) -> dict[str, Any]:
     return document
 
 
+def json_of_file(path: Path, kind: str) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Args:
+        path: the file.
+        kind: what it should be, for the message.
+
+    Raises:
+        ValueError: not a JSON object.
+        FileNotFoundError: no such file.
+    """
+    try:
+        document = json.loads(_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is not {kind}: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} is JSON, but not an object, so not {kind}")  # noqa: TRY004
+    return document
+
+
 def series_of_file(path: Path) -> list[SeriesRows]:
     """Series of a CSV or JSON file.
 
@@ -233,9 +253,9 @@ class _Table:
 def flat_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """A result of one place as one row.
 
-    Values of a forecast are named as the bands of a forecast raster (`NDVI_2021-11-05_q50`), those
-    of an embedding by number (`embedding_0`), and members of an object by its own name and theirs
-    (`probabilities.Maize`).
+    Values of a forecast are named as the bands of a forecast raster (`NDVI_2021-11-05_q50`), values
+    of other lists by their date (`NDVI_2021-11-05`) or, without dates, by number (`embedding_0`),
+    and members of an object by its own name and theirs (`probabilities.Maize`).
     """
     dates = record.get("dates")
     row: dict[str, Any] = {}
@@ -250,7 +270,8 @@ def flat_record(record: Mapping[str, Any]) -> dict[str, Any]:
                     row[f"{name}.{inner}"] = values
         elif isinstance(value, list):
             if name != "dates":
-                row |= {f"{name}_{number}": v for number, v in enumerate(value)}
+                labels = dates if isinstance(dates, list) else range(len(value))
+                row |= {f"{name}_{label}": v for label, v in zip(labels, value, strict=True)}
         else:
             row[name] = value
     return row

@@ -24,6 +24,16 @@ PIECE = 256 * 1024
 RASTER_SUFFIXES = frozenset({".tif", ".tiff", ".jp2"})
 """File endings, in lower case, that are taken from a folder or a zip."""
 
+_MEDIA_TYPES = {
+    ".jp2": "image/jp2",
+    ".xml": "application/xml",
+    ".json": "application/geo+json",
+    ".geojson": "application/geo+json",
+    ".parquet": "application/vnd.apache.parquet",
+    ".geoparquet": "application/vnd.apache.parquet",
+    ".gpkg": "application/geopackage+sqlite3",
+}
+
 Progress = Callable[[int, int | None], object]
 """Called with the bytes sent so far and the total number of bytes (None if it is unknown)."""
 
@@ -261,7 +271,7 @@ class AsyncBody:
             self._body.report(sent)
 
 
-def json_body(document: Any) -> Body:  # noqa: ANN401 (any JSON)
+def json_bytes(document: Any) -> bytes:  # noqa: ANN401 (any JSON)
     """A JSON document.
 
     Raises:
@@ -269,7 +279,12 @@ def json_body(document: Any) -> Body:  # noqa: ANN401 (any JSON)
         TypeError: a value that JSON does not have.
     """
     text = json.dumps(document, allow_nan=False, ensure_ascii=False, default=_plain)
-    return Body(content_type="application/json", segments=[text.encode(errors="replace")])
+    return text.encode(errors="replace")
+
+
+def json_body(document: Any) -> Body:  # noqa: ANN401 (any JSON)
+    """A body of JSON; raises as `json_bytes`."""
+    return Body(content_type="application/json", segments=[json_bytes(document)])
 
 
 def _plain(value: object) -> Any:  # noqa: ANN401 (any JSON)
@@ -280,23 +295,35 @@ def _plain(value: object) -> Any:  # noqa: ANN401 (any JSON)
 
 
 def multipart_body(
-    files: Sequence[Source], fields: Mapping[str, str], progress: Progress | None = None
+    files: Sequence[tuple[str, Source]],
+    parameters: Mapping[str, str],
+    progress: Progress | None = None,
 ) -> Body:
-    """A form (RFC 7578): fields first, so that the server can refuse one before the files come."""
+    """A form (RFC 7578): parameters first, so that the server can refuse one before files come.
+
+    Args:
+        files: the parameter's name and the file, in order.
+        parameters: name and value.
+        progress: called while the body is sent.
+    """
     boundary = os.urandom(16).hex()
     segments: list[bytes | Source] = [
         _part_head(boundary, f'name="{name}"') + value.encode(errors="replace") + b"\r\n"
-        for name, value in fields.items()
+        for name, value in parameters.items()
     ]
-    for file in files:
-        named = f'name="files"; filename="{_quoted(file.name)}"'
-        segments += [_part_head(boundary, named, "image/tiff"), file, b"\r\n"]
+    for parameter, file in files:
+        named = f'name="{parameter}"; filename="{_quoted(file.name)}"'
+        segments += [_part_head(boundary, named, _media_type(file.name)), file, b"\r\n"]
     segments.append(f"--{boundary}--\r\n".encode())
     return Body(
         content_type=f"multipart/form-data; boundary={boundary}",
         segments=segments,
         progress=progress,
     )
+
+
+def _media_type(name: str) -> str:
+    return _MEDIA_TYPES.get(PurePosixPath(name).suffix.lower(), "image/tiff")
 
 
 def _part_head(boundary: str, disposition: str, content_type: str | None = None) -> bytes:

@@ -72,6 +72,7 @@ NAMES = [
     "ServiceError",
     "ServiceWarning",
     "Summary",
+    "Table",
     "TimedOut",
     "TooFewDates",
     "TransportError",
