@@ -14,10 +14,10 @@ import geopandas
 import httpx
 import numpy as np
 import pytest
-from client_kit import connected
 from shapely.geometry import box
 
 from pimc_client import Reference, Table
+from tests.kits.client import connected
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 ROOT = Path(__file__).parents[1]
@@ -190,7 +190,7 @@ def test_the_tables_of_a_forecast_and_of_embeddings(kind):
 
 @pytest.mark.parametrize("suffix", ["csv", "geojson", None])
 def test_the_command_writes_the_table(tmp_path, suffix):
-    from client_kit import Reply, serving
+    from tests.kits.client import Reply, serving
 
     parcels = tmp_path / "parcels.geojson"
     parcels.write_text(json.dumps(FIELDS))
