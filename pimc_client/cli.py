@@ -35,7 +35,7 @@ except ModuleNotFoundError as error:
 from pimc_client import operations
 from pimc_client.client import Client
 from pimc_client.errors import PIMCError
-from pimc_client.inputs import Layout, Modality, Series, Task
+from pimc_client.inputs import Layout, Modality, Sensor, Series, Task
 from pimc_client.requests import __version__
 from pimc_client.responses import TaskResult
 from pimc_client.results import JobHandle, Raster, Rasters, Results, Summary, Table
@@ -112,16 +112,53 @@ Bands = Annotated[
     str | None,
     typer.Option("--bands", help="Comma-separated Sentinel-2 band names, in band order."),
 ]
-Scale = Annotated[str | None, typer.Option("--scale", help="Reflectance = value x scale + offset.")]
+Scale = Annotated[
+    str | None,
+    typer.Option(
+        "--scale", help="Reflectance = value x scale + offset; from a date on: 2022-01-25:0.0001."
+    ),
+]
 Offset = Annotated[
-    str | None, typer.Option("--offset", help="Reflectance = value x scale + offset.")
+    str | None,
+    typer.Option(
+        "--offset", help="Reflectance = value x scale + offset; from a date on: 2022-01-25:-0.1."
+    ),
 ]
 Mask = Annotated[
     str | None,
     typer.Option(
         "--mask",
-        help="How cloudy pixels are identified: scl by the scene classification band, none by "
-        "nodata alone, or other rules of the server, comma-separated.",
+        help="How cloudy pixels are identified: auto (default) by what the files hold, none by "
+        "nodata alone, or rules, comma-separated: scl, fmask, qa_pixel, clm, qai, udm2, cloud, "
+        "cldprb:40, qa60.",
+    ),
+]
+SensorOption = Annotated[
+    Sensor | None,
+    typer.Option("--sensor", help="Satellite sensor; default: told from names, tags and bands."),
+]
+GridOption = Annotated[
+    str | None,
+    typer.Option(
+        "--grid",
+        help="Output grid: strict, finest, a CRS and pixel size such as EPSG:32631@10, or the name "
+        "of a file whose grid is taken.",
+    ),
+]
+BBox = Annotated[
+    str | None,
+    typer.Option(
+        "--bbox",
+        help="west,south,east,north in degrees: only this part is read and returned.",
+    ),
+]
+AreaFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--area",
+        help="GeoJSON file of one polygon: only this part is read and returned.",
+        exists=True,
+        dir_okay=False,
     ),
 ]
 Start = Annotated[
@@ -241,11 +278,15 @@ def _reading(
     scale: Scale = None,
     offset: Offset = None,
     mask: Mask = None,
+    sensor: SensorOption = None,
+    grid: GridOption = None,
+    bbox: BBox = None,
+    area: AreaFile = None,
 ) -> dict[str, Any]:
     """The options that every raster request takes."""
     return {
         "model": model, "layout": layout, "dates": dates, "bands": bands, "scale": scale,
-        "offset": offset, "mask": mask,
+        "offset": offset, "mask": mask, "sensor": sensor, "grid": grid, "bbox": bbox, "area": area,
     }  # fmt: skip
 
 

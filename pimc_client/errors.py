@@ -22,11 +22,13 @@
         │   ├── ForbiddenReference, UnreachableReference
         │   ├── NotFound, MethodNotAllowed, UnknownModel, UnknownJob
         │   ├── ResultNotReady
-        │   └── BodyTooLarge, BodyStalled
+        │   ├── BodyTooLarge, BodyStalled
+        │   ├── NotAVectorFile, InvalidFields, TooManyFields
+        │   └── MalformedRequest, UriTooLong, HeaderTooLarge, HeadStalled
         ├── RasterError
         │   ├── NotAGeoTIFF, CorruptRaster, NoGeoreference, GridMismatch
         │   ├── MissingBands, MissingDates, TooFewDates
-        │   ├── ImplausibleReflectance
+        │   ├── ImplausibleReflectance, WrongSensor
         │   └── RasterTooLarge
         ├── Overloaded             at capacity, nothing was started; see `retry_after`
         ├── InsufficientStorage    the server's disk is full
@@ -173,6 +175,48 @@ class Unauthorized(RequestError):
     known_code = "unauthorized"
 
 
+class MalformedRequest(RequestError):
+    """The server could not read the request as HTTP."""
+
+    known_code = "malformed_request"
+
+
+class UriTooLong(RequestError):
+    """The request's path and query are over the server's limit."""
+
+    known_code = "uri_too_long"
+
+
+class HeaderTooLarge(RequestError):
+    """The request's headers are over the server's limit."""
+
+    known_code = "header_too_large"
+
+
+class HeadStalled(RequestError):
+    """The request's headers did not arrive in time."""
+
+    known_code = "head_stalled"
+
+
+class NotAVectorFile(RequestError):
+    """The fields are not a readable GeoJSON, GeoPackage or GeoParquet file."""
+
+    known_code = "not_a_vector_file"
+
+
+class InvalidFields(RequestError):
+    """No feature of the fields holds a polygon."""
+
+    known_code = "invalid_fields"
+
+
+class TooManyFields(RequestError):
+    """More fields than the server accepts in one request."""
+
+    known_code = "too_many_fields"
+
+
 class ForbiddenReference(RequestError):
     """An href outside the roots and hosts that the server may read."""
 
@@ -277,6 +321,12 @@ class ImplausibleReflectance(RasterError):
     """Values that cannot be reflectance; set `scale` and `offset`."""
 
     known_code = "implausible_reflectance"
+
+
+class WrongSensor(RasterError):
+    """Imagery of a sensor that the model was not trained on."""
+
+    known_code = "wrong_sensor"
 
 
 class RasterTooLarge(RasterError):

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Task = Literal["classify-pixels", "forecast", "landcover", "embed"]
-Layout = Literal["file-per-date", "file-per-band", "single-file"]
+Layout = Literal["file-per-date", "file-per-band-and-date", "file-per-band", "single-file"]
+Sensor = Literal["sentinel-2", "hls", "landsat", "modis", "planetscope"]
 Modality = Literal["pixel", "patch"]
 ClassOutput = Literal["class", "confidence", "entropy", "probabilities"]
 QuantileOutput = Literal["q10", "q50", "q90"]
@@ -60,6 +61,9 @@ the path of a GeoJSON or CSV file; a GeoPandas object is one too."""
 Fields: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str] | tuple[str, bytes]"
 """Polygons: a GeoJSON FeatureCollection, the path or `(name, bytes)` of a GeoJSON, GeoParquet or
 GeoPackage file in any CRS, or a GeoPandas object."""
+Area: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
+"""A GeoJSON Polygon, MultiPolygon or Feature in degrees (EPSG:4326), the path of such a file, or an
+object of Shapely or GeoPandas."""
 SeveralOutputs: TypeAlias = list[ClassOutput] | tuple[ClassOutput, ...]
 # No Sequence: text is one too, and a type checker could not tell one output from several.
 ClassOutputs: TypeAlias = ClassOutput | SeveralOutputs
@@ -81,12 +85,22 @@ class StackOptions(TypedDict, total=False):
     bands: Sequence[str] | str
     """Sentinel-2 band names in band order, such as `["B02", "B03", "B04", "B08", "SCL"]`."""
     scale: float | str
-    """Reflectance = value x scale + offset; text is sent as it is."""
+    """Reflectance = value x scale + offset; from a date on as text: `2022-01-25:0.0001`."""
     offset: float | str
-    """Reflectance = value x scale + offset; text is sent as it is."""
+    """As `scale`: `2022-01-25:-0.1` holds from that date on."""
     mask: str | Sequence[str]
-    """How cloudy pixels are identified: `scl` by the scene classification band, `none` by nodata
-    and NaN alone, or other rules that the server knows."""
+    """How cloudy pixels are identified: `auto` (the default) by what the files hold, `none` by
+    nodata and NaN alone, or rules such as `scl`, `fmask` or `cldprb:40`, all of which a clear pixel
+    must pass."""
+    sensor: Sensor
+    """The satellite sensor; told from names, tags and bands if left out."""
+    grid: str
+    """The output grid: `strict`, `finest`, a CRS and pixel size such as `EPSG:32631@10`, or the
+    name of a file whose grid is taken."""
+    bbox: Sequence[float] | str
+    """West, south, east, north in degrees: only this part is read and returned."""
+    area: Area
+    """A polygon: only this part is read and returned."""
     progress: Progress
     """Called while files are sent, with the bytes sent and the total number of bytes."""
 
@@ -351,6 +365,22 @@ def _missing(path: Path) -> list[Source]:
     raise FileNotFoundError(f"{path}: there is no such file")
 
 
+def area_json(area: Area) -> dict[str, Any]:
+    """A polygon as GeoJSON.
+
+    Raises:
+        ValueError: a file that is not GeoJSON, or not one polygon.
+        TypeError: not a polygon.
+    """
+    document = fields_json(area)
+    features = document.get("features")
+    if document.get("type") != "FeatureCollection":
+        return document
+    if not isinstance(features, list) or len(features) != 1:
+        raise ValueError("area is not one polygon: give one Polygon, MultiPolygon or Feature")
+    return dict(features[0])
+
+
 def fields_json(fields: Fields) -> dict[str, Any]:
     """Polygons as GeoJSON, for a request of references.
 
@@ -365,8 +395,8 @@ def fields_json(fields: Fields) -> dict[str, Any]:
     if hasattr(fields, "__geo_interface__"):
         return geo_interface(fields)
     raise TypeError(
-        f"fields is a {type(fields).__name__}: give GeoJSON, the path of a GeoJSON, GeoParquet or "
-        "GeoPackage file, or a GeoPandas object"
+        f"polygons are given as a {type(fields).__name__}: give GeoJSON, the path of a file, or a "
+        "GeoPandas object"
     )
 
 

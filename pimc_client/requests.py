@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from pimc_client.inputs import (
     AnswerKind,
+    Area,
     Date,
     Dates,
     Fields,
@@ -19,8 +20,10 @@ from pimc_client.inputs import (
     Modality,
     Points,
     Reference,
+    Sensor,
     Series,
     Task,
+    area_json,
     fields_json,
     fields_source,
     iso,
@@ -133,6 +136,10 @@ def build_raster(
     scale: float | str | None = None,
     offset: float | str | None = None,
     mask: str | Sequence[str] | None = None,
+    sensor: Sensor | None = None,
+    grid: str | None = None,
+    bbox: Sequence[float] | str | None = None,
+    area: Area | None = None,
     start: Date | None = None,
     progress: Progress | None = None,
 ) -> Request:
@@ -151,6 +158,10 @@ def build_raster(
         "scale": scale,
         "offset": offset,
         "mask": mask if mask is None or isinstance(mask, str) else ",".join(mask),
+        "sensor": sensor,
+        "grid": grid,
+        "bbox": None if bbox is None else _bbox(bbox),
+        "area": None if area is None else area_json(area),
         "start": None if start is None else iso(start, "start"),
         "points": None if points is None else points_json(points),
         "outputs": None if outputs is None else listed(outputs, "outputs"),
@@ -166,6 +177,24 @@ def build_raster(
         accept=accept,
         body=_raster_body(sources_of(files), given, fields, progress),
     )
+
+
+def _bbox(bbox: Sequence[float] | str) -> list[float]:
+    """West, south, east, north.
+
+    Raises:
+        ValueError: not four numbers.
+    """
+    try:
+        numbers = [float(side) for side in (bbox.split(",") if isinstance(bbox, str) else bbox)]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 4:
+        raise ValueError(
+            f"bbox={bbox!r} is not west, south, east and north in degrees, such as "
+            "'4.1,50.9,4.2,51.0'"
+        )
+    return numbers
 
 
 def _accept(
@@ -216,7 +245,7 @@ def _item(reference: Reference) -> dict[str, str]:
 
 def _parameter(value: Any) -> str:  # noqa: ANN401 (any option)
     if isinstance(value, list):
-        return ",".join(value)
+        return ",".join(map(str, value))
     return json.dumps(value, allow_nan=False) if isinstance(value, Mapping) else str(value)
 
 

@@ -258,19 +258,18 @@ def flat_record(record: Mapping[str, Any]) -> dict[str, Any]:
     and members of an object by its own name and theirs (`probabilities.Maize`).
     """
     dates = record.get("dates")
+    days: Sequence[Any] = dates if isinstance(dates, list) else []
     row: dict[str, Any] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
             for inner, values in value.items():
-                if isinstance(values, list) and isinstance(dates, list):
-                    row |= {
-                        f"{name}_{day}_{inner}": v for day, v in zip(dates, values, strict=True)
-                    }
+                if isinstance(values, list) and len(values) == len(days):
+                    row |= {f"{name}_{day}_{inner}": v for day, v in zip(days, values, strict=True)}
                 else:
                     row[f"{name}.{inner}"] = values
         elif isinstance(value, list):
             if name != "dates":
-                labels = dates if isinstance(dates, list) else range(len(value))
+                labels = days if len(days) == len(value) else range(len(value))
                 row |= {f"{name}_{label}": v for label, v in zip(labels, value, strict=True)}
         else:
             row[name] = value

@@ -12,6 +12,7 @@ import glob
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,8 +23,10 @@ from typing import Any, BinaryIO, cast
 PIECE = 256 * 1024
 """Bytes read and sent at once."""
 RASTER_SUFFIXES = frozenset({".tif", ".tiff", ".jp2"})
-"""File endings, in lower case, that are taken from a folder or a zip."""
+"""Endings, in lower case, of the files that are taken from a folder or a zip."""
 
+_PRODUCT_METADATA = re.compile(r"(MTD_MSIL(1C|2A)|S2[ABC]_[A-Z]{4}_MTD_[A-Z0-9]+_.*)\.xml")
+"""Name of the file of a Sentinel-2 product (SAFE) that holds its scale, offsets and date."""
 _MEDIA_TYPES = {
     ".jp2": "image/jp2",
     ".xml": "application/xml",
@@ -202,7 +205,8 @@ def _source_in_zip(path: Path, member: zipfile.ZipInfo) -> Source:
 def _is_raster(path: PurePath) -> bool:
     # Hidden files are not images of the stack: macOS puts `._a.tif` beside each `a.tif`.
     hidden = any(part.startswith(".") for part in path.parts[1:] or path.parts)
-    return path.suffix.lower() in RASTER_SUFFIXES and not hidden
+    raster = path.suffix.lower() in RASTER_SUFFIXES or _PRODUCT_METADATA.fullmatch(path.name)
+    return bool(raster) and not hidden
 
 
 def _suffixes() -> str:

@@ -141,7 +141,7 @@ def test_with_references_the_polygons_are_in_the_json(kind, tmp_path):
         ({"fields": FIELDS, "answer": "summary"}, ValueError, "fields and answer='summary' excl"),
         ({"fields": "nowhere.gpkg"}, FileNotFoundError, "nowhere.gpkg: there is no such file"),
         ({"fields": "a.shp"}, ValueError, "read it with GeoPandas"),
-        ({"fields": 3}, TypeError, "fields is a int"),
+        ({"fields": 3}, TypeError, "polygons are given as a int"),
     ],
 )
 def test_what_are_no_fields_is_refused_before_anything_is_sent(kind, options, error, message):
@@ -169,6 +169,8 @@ def test_the_table_of_classes(kind, tmp_path):
     assert [row["id"] for row in rows] == ["a", "b"]
     assert rows[0]["share.Maize"] == "0.8"
     assert json.loads(table.save(tmp_path / "a.geojson").read_text()) == table.document
+    found = geopandas.read_parquet(table.save(tmp_path / "a.parquet"))
+    assert list(found["id"]) == ["a", "b"]
     found = geopandas.read_file(table.save(tmp_path / "a.gpkg"))
     assert found["class"].isna().tolist() == [False, True]
 

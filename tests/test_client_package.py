@@ -34,9 +34,12 @@ NAMES = [
     "Forecast",
     "GeoTIFFError",
     "GridMismatch",
+    "HeadStalled",
+    "HeaderTooLarge",
     "ImplausibleReflectance",
     "InsufficientStorage",
     "InternalError",
+    "InvalidFields",
     "InvalidRequest",
     "Job",
     "JobDismissed",
@@ -44,6 +47,7 @@ NAMES = [
     "JobFailed",
     "JobState",
     "LegendClass",
+    "MalformedRequest",
     "MethodNotAllowed",
     "MissingBands",
     "MissingDates",
@@ -52,6 +56,7 @@ NAMES = [
     "Models",
     "NoGeoreference",
     "NotAGeoTIFF",
+    "NotAVectorFile",
     "NotAcceptable",
     "NotFound",
     "NotReady",
@@ -75,6 +80,7 @@ NAMES = [
     "Table",
     "TimedOut",
     "TooFewDates",
+    "TooManyFields",
     "TransportError",
     "Unauthorized",
     "UnexpectedAnswer",
@@ -82,7 +88,9 @@ NAMES = [
     "UnknownModel",
     "UnreachableReference",
     "UnsupportedMedia",
+    "UriTooLong",
     "WaitTimedOut",
+    "WrongSensor",
     "WrongTask",
     "__version__",
 ]
@@ -153,7 +161,8 @@ def test_every_parameter_of_the_server_is_an_option_of_the_client_and_of_the_com
     for task, form in FORMS.items():
         assert set(form.model_fields) <= options.keys(), task
         command = task.replace("-", "_") if task == "classify-pixels" else task
-        offered = inspect.signature(getattr(cli, command)).parameters.keys() | {"outputs"}
+        offered = inspect.signature(getattr(cli, command)).parameters.keys()
+        offered = offered | {"outputs", "fields"}  # --output, and the command `fields`
         assert set(form.model_fields) <= offered, task
 
 

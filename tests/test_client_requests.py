@@ -147,7 +147,11 @@ ALL_OPTIONS = {
     "bands": ["B02", "B04", "B08"],
     "scale": 1e-4,
     "offset": -0.1,
-    "mask": "none",
+    "mask": ["scl", "cldprb:40"],
+    "sensor": "sentinel-2",
+    "grid": "EPSG:32631@10",
+    "bbox": (4.1, 50.9, 4.2, 51),
+    "area": {"type": "Polygon", "coordinates": []},
 }
 ALL_FIELDS = {
     "model": "m@1.0.0",
@@ -156,7 +160,11 @@ ALL_FIELDS = {
     "bands": "B02,B04,B08",
     "scale": "0.0001",
     "offset": "-0.1",
-    "mask": "none",
+    "mask": "scl,cldprb:40",
+    "sensor": "sentinel-2",
+    "grid": "EPSG:32631@10",
+    "bbox": "4.1,50.9,4.2,51.0",
+    "area": '{"type": "Polygon", "coordinates": []}',
 }
 
 
@@ -398,7 +406,8 @@ def stack_folder(folder):
     for day in ("20210105", "20210115"):
         inside = folder / f"S2B_31UES_{day}_0_L2A"
         inside.mkdir(parents=True)
-        for name in ("B08.tif", "B04.TIFF", "._B04.tif", "metadata.xml", "B04.tif.aux.xml"):
+        others = ("._B04.tif", "metadata.xml", "B04.tif.aux.xml", ".MTD_MSIL2A.xml")
+        for name in ("B08.tif", "B04.TIFF", *others):
             (inside / name).write_bytes(f"{day} {name}".encode())
     return folder
 
@@ -422,6 +431,20 @@ def test_a_folder_is_its_rasters_with_the_folders_in_their_names(kind, tmp_path,
     assert names_of(sent(kind, "landcover", [one], answer="summary")) == [
         name.removeprefix("stack/") for name in EXPECTED[:2]
     ]
+
+
+@KINDS
+def test_the_metadata_of_a_product_goes_with_its_rasters(kind, tmp_path):
+    product = tmp_path / "S2A_MSIL2A_20180826T104021.SAFE"
+    (product / "GRANULE").mkdir(parents=True)
+    for name in ("MTD_MSIL2A.xml", "manifest.safe", "GRANULE/B02_10m.jp2", "GRANULE/MTD_TL.xml"):
+        (product / name).write_bytes(b"x")
+    request = sent(kind, "landcover", product, answer="summary")
+    found = {file: mime for name, file, mime, _ in parts_of(request) if name == "files"}
+    assert found == {
+        f"{product.name}/GRANULE/B02_10m.jp2": "image/jp2",
+        f"{product.name}/MTD_MSIL2A.xml": "application/xml",
+    }
 
 
 @KINDS
@@ -516,6 +539,7 @@ def test_what_is_no_file_is_refused_before_anything_is_sent(kind, files, error, 
         ({"points": [(float("nan"), 50.0)]}, "point 1 is"),
         ({"points": [(1.0, 2.0)], "answer": "summary"}, "exclude each other"),
         ({"answer": "sumary"}, "'sumary'"),
+        ({"bbox": "4,50,5"}, "is not west, south, east and north"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(kind, options, message):

@@ -20,11 +20,13 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import geopandas
 import numpy as np
 import pytest
 import rasterio
 from rasterio.io import MemoryFile
 from rasterio.warp import transform as reproject
+from shapely.geometry import box
 
 from benchmarks import tiny_zoo
 from benchmarks.serving import served
@@ -450,6 +452,44 @@ def test_the_command_runs_jobs(url, paths, tmp_path):
     assert [job, "classify-pixels", "successful"] in [
         line.split()[:3] for line in table.splitlines()
     ]
+
+
+@KINDS
+def test_fields_count_what_the_map_shows(url, kind, paths, tmp_path):
+    with rasterio.open(paths[0]) as file:
+        # Whole pixels: rows 20 to 40, columns 30 to 70; a corner without data; and elsewhere.
+        sides = [(20, 40, 30, 70), (1, 7, 1, 7), (500, 510, 500, 510)]
+        corners = [
+            (*file.transform * (left, bottom), *file.transform * (right, top))
+            for top, bottom, left, right in sides
+        ]
+        fields = geopandas.GeoDataFrame(
+            {"owner": ["a", "b", "c"]}, geometry=[box(*c) for c in corners], crs=file.crs
+        )
+    fields.to_file(tmp_path / "fields.gpkg")
+    with connected(kind, url) as client:
+        classes = client.classify_pixels(paths)
+        found = client.classify_pixels(paths, fields=tmp_path / "fields.gpkg")
+        same = client.submit("classify-pixels", paths, fields=fields).wait()
+        forecast = client.forecast(paths, horizon=1, fields=fields)
+        embedding = client.embed(paths, fields=fields)
+        one = client.classify_pixels(paths, area=fields.iloc[[0]])
+    assert [row["owner"] for row in found] == ["a", "b", "c"]
+    assert [row["status"] for row in found] == ["ok", "no_data", "outside"]
+    inside = classes.array[20:40, 30:70]
+    assert found[0]["pixels"] == pytest.approx(inside.size, rel=1e-3)
+    for value, entry in classes.legend.items():
+        share = found[0].get(f"share.{entry.name}", 0.0)
+        assert share == pytest.approx((inside == value).mean(), abs=2e-3)
+    assert [row.get("class") for row in same] == [row.get("class") for row in found]
+    assert any(name.startswith("NDVI_") for name in forecast[0])
+    assert "embedding_0" in embedding[0]
+    assert one.shape[1:] == pytest.approx((20, 40), abs=2)
+    out = tmp_path / "fields.csv"
+    code, *_ = pimc(url, "fields", paths[0].parent, tmp_path / "fields.gpkg", "-o", out)
+    assert code == 0
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [row["status"] for row in rows] == ["ok", "no_data", "outside"]
 
 
 @KINDS
