@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import zipfile
 from importlib.util import find_spec
@@ -27,7 +28,14 @@ from training.config import (
 )
 from training.datasets.eurosat import CLASSES
 from training.export import export_run
-from training.finetune import CheckpointMismatch, finetune, load_finished, new_graph, task_of
+from training.finetune import (
+    CheckpointMismatch,
+    finetune,
+    load_finished,
+    measure_statistics,
+    new_graph,
+    task_of,
+)
 from training.imagenet import imagenet_weights
 
 pytestmark = pytest.mark.slow
@@ -157,6 +165,26 @@ def test_a_run_that_stops_early_has_the_schedule_of_the_whole(
     ]
     assert rows[1] == rows[0][:1]
     assert len(rows[0]) == 2
+
+
+def test_statistics_of_averaged_weights_are_those_of_their_own_activations(data: Path) -> None:
+    run = Run(config=config(COARSE), data=data)
+    task = task_of(run)
+    graph = new_graph(run, task)
+    how = run.config.optimisation.model_copy(update={"statistics": 2})
+    measure_statistics(task, graph, how, torch.device("cpu"))
+    seen: list[torch.Tensor] = []
+    graph.encoder.stem[0].register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        for patches, _ in itertools.islice(
+            task.batches(how.epochs, np.random.default_rng((how.seed, how.epochs))), 2
+        ):
+            graph.each(patches)
+    means = torch.stack([x.mean(dim=(0, 2, 3)) for x in seen]).mean(dim=0)
+    norm = graph.encoder.stem[1]
+    torch.testing.assert_close(norm.running_mean, means, atol=1e-5, rtol=1e-4)
+    assert norm.momentum == 0.1
+    assert not graph.training
 
 
 def test_networks_that_do_not_fit_are_told(data: Path, apart: list[Path]) -> None:

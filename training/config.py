@@ -92,6 +92,10 @@ class Optimisation(_Frozen):
     """Whether a CPU multiplies in bfloat16: several times faster with AMX, slower where it is
     emulated. A GPU always does."""
     seed: int = 0
+    statistics: Annotated[int, Field(ge=0)] = 0
+    """Batches on which batch normalisation is measured again once the weights are averaged. Its
+    running mean and variance lag behind the weights; after few epochs of finetuning they are
+    still those of the earlier data."""
     stop: Annotated[int, Field(ge=1)] | None = None
     """Epochs after which training ends although the schedule is of `epochs`; None trains to its
     end. The averaged weights stand in for the rest of the schedule."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import itertools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ import torch
 from numpy.random import Generator
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -268,7 +270,37 @@ def fit(
             _log(folder, {**row, "seconds": round(spent, 1)})
             progress.update(bar, advance=1, description=f"{folder.name} loss {loss:.4f}")
     graph.load_state_dict(best["weights"] if best else average.module.state_dict())
+    if how.statistics:
+        measure_statistics(task, graph, how, device)
     return graph.cpu().eval()
+
+
+def measure_statistics(
+    task: Task[GraphT], graph: GraphT, how: Optimisation, device: torch.device
+) -> None:
+    """Measure the mean and variance of each batch normalisation again, for the weights as they are.
+
+    Averaged weights need it: Izmailov et al. 2018, arXiv 1803.05407, section 3.2.
+
+    Args:
+        task: whose batches after the last epoch are used.
+        graph: changed in place.
+        how: `statistics` is the number of batches.
+        device: of the graph.
+    """
+    norms = [layer for layer in graph.modules() if isinstance(layer, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    graph.train()
+    rng = np.random.default_rng((how.seed, how.epochs))
+    with torch.no_grad():
+        for batch in itertools.islice(task.batches(how.epochs, rng), how.statistics):
+            task.loss(graph, tuple(part.to(device) for part in batch))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    graph.eval()
 
 
 def _better(
