@@ -10,6 +10,7 @@ from training.datasets.stacks import read_stack
 from training.licences import TERMS
 from training.pretrain import FIRST
 from training.pretraining_data import (
+    NoScene,
     Places,
     SourceNotGiven,
     SourcesConfig,
@@ -29,7 +30,7 @@ def test_weights_are_shared_by_the_scenes_of_a_source(tmp_path):
 
 def test_no_scene_is_an_error(tmp_path):
     config = SourcesConfig(stacks=(), synthetic=0, series=(), eurosat=False)
-    with pytest.raises(ValueError, match="at least one scene"):
+    with pytest.raises(NoScene, match="at least one scene"):
         open_sources(config, Places(data=tmp_path), seed=0)
 
 

@@ -36,7 +36,7 @@ from training.calibration import (
     macro_f1,
     probabilities,
 )
-from training.card import card_fields, commands
+from training.card import UnknownOrigin, card_fields, commands
 from training.classification import PixelClassification
 from training.config import (
     BANDS,
@@ -206,7 +206,7 @@ class TestFinetune:
             load_encoder(graph, tmp_path / "other.pt")
         wide = PixelEncoder(width=16, embedding=16)
         torch.save({"pixel_encoder": wide.state_dict()}, tmp_path / "wide.pt")
-        with pytest.raises(CheckpointMismatch, match="size mismatch"):
+        with pytest.raises(CheckpointMismatch, match="does not fit"):
             load_encoder(graph, tmp_path / "wide.pt")
 
     def test_on_every_place_goes_on_from_the_whole_of_an_earlier_run(
@@ -492,12 +492,42 @@ class TestCommand:
         [
             (["finetune", "nothing-known"], "--task"),
             (["finetune", "pixels-crops-us", "--set", "epoch=3"], "no setting"),
+            (["finetune", "pixels-crops-us", "--set", "optimisation.epochs=few"], "integer"),
+            (["finetune", "pixels-crops-us", "--set", "labels.share=1"], "no setting"),
+            (["finetune", "pixels-crops-us", "--data", "nowhere"], "nowhere"),
+            (["evaluate", "no-such-run"], "no-such-run"),
+            (["regions", "landcover-eurosat", "--data", "nowhere"], "nowhere"),
+            (["pretrain", "--data", "nowhere"], "holds no GeoTIFF"),
         ],
     )
-    def test_a_wrong_argument_is_told(self, arguments: list[str], message: str) -> None:
+    def test_a_mistake_ends_in_one_sentence(
+        self,
+        arguments: list[str],
+        message: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2
         assert message in result.output
+        assert isinstance(result.exception, SystemExit)
+        assert not list(tmp_path.rglob("run.json"))
+
+    def test_a_checkpoint_that_does_not_fit_names_what_differs(
+        self, data: Path, tmp_path: Path
+    ) -> None:
+        torch.save({"pixel_encoder": PixelEncoder(width=16).state_dict()}, tmp_path / "wide.pt")
+        (tmp_path / "text.pt").write_text("no checkpoint")
+        call = ["finetune", "pixels-crops-us", "--data", str(data), "--run", str(tmp_path / "run")]
+        for setting in TINY:
+            call += ["--set", setting]
+        wide = CliRunner().invoke(app, [*call, "--pretrained", str(tmp_path / "wide.pt")])
+        assert (wide.exit_code, "width" in wide.output) == (2, True)
+        assert isinstance(wide.exception, SystemExit)
+        for name in ("text.pt", "missing.pt"):
+            told = CliRunner().invoke(app, [*call, "--pretrained", str(tmp_path / name)])
+            assert (told.exit_code, name in told.output.replace("\n", "")) == (2, True), told.output
 
     def test_finetune_prints_its_scores(self, data: Path, tmp_path: Path) -> None:
         settings = [f"--set={s}" for s in (*TINY, "optimisation.epochs=1", "optimisation.seed=2")]
@@ -636,7 +666,7 @@ def test_a_pretraining_that_does_not_tell_its_sources_is_not_put_into_a_card(
     del stored["learned_from"]  # as an earlier version left it
     torch.save(stored, checkpoint)
     run = tiny_run(data, pretrained=checkpoint)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt does not state its training data"):
+    with pytest.raises(UnknownOrigin, match=r"checkpoint\.pt does not tell what it learned from"):
         card_fields(run, task_of(run), {"seconds": 1.0, "scores": {}}, "mine")
 
 

@@ -3,20 +3,37 @@
 import json
 import logging
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from typer.core import TyperGroup
 
-from training.config import ZOO, Run, UnknownSetting, changed, configuration
+from models.registry import BundleError
+from training.config import ZOO, Run, changed, configuration
+from training.errors import TrainingError
+
+
+class OneSentence(TyperGroup):
+    """Commands whose user's mistakes end in one sentence and status 2, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  # typer's own context, which it keeps private
+        """Run a command; a mistake that the user can put right is printed."""
+        try:
+            return super().invoke(ctx)
+        except (TrainingError, BundleError) as error:
+            told = str(error)
+        except OSError as error:
+            told = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        Console(stderr=True).print(f"Error: {told}", markup=False, soft_wrap=True)
+        raise typer.Exit(2)
+
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Train, evaluate and export models."
+    cls=OneSentence, no_args_is_help=True, add_completion=False, help="Makes bundles."
 )
 
 RUNS = Path("runs")
@@ -69,8 +86,7 @@ def pretrain(
     from training.pretraining_data import Places
 
     _use_threads(threads)
-    with _as_usage():
-        config = changed(FIRST, settings or [])
+    config = changed(FIRST, settings or [])
     places = Places(data=data, romania=romania, pastis=pastis)
     train(config, places=places, folder=run, device=device, workers=workers)
 
@@ -117,8 +133,7 @@ def finetune(
 
     options = {"seed": seed, "patience": patience}
     told_last = [f"optimisation.{name}={n}" for name, n in options.items() if n is not None]
-    with _as_usage():
-        config = changed(configuration(name, task), [*(settings or []), *told_last])
+    config = changed(configuration(name, task), [*(settings or []), *told_last])
     told = Run(
         config=config,
         data=data,
@@ -180,8 +195,7 @@ def regions(
     """Hold each region out in turn: train what is missing, score, calibrate across regions."""
     from training.regions import Plan, evaluate_regions
 
-    with _as_usage():
-        config = changed(configuration(name), settings or [])
+    config = changed(configuration(name), settings or [])
     started = (pretrained,) if pretrained else ()
     words = [f"--pretrained {pretrained.as_posix()}"] if pretrained else []
     words += ["--romania CUBE"] if romania else []
@@ -225,8 +239,8 @@ def ablate(
     threads: Threads = 1,
     settings: Settings = None,
 ) -> None:
-    """Run what is missing of a study and write its table."""
-    from training.ablation import STUDIES, NothingToCompare, Plan
+    """Measure what a choice is worth: run what is missing of a study and write its table."""
+    from training.ablation import STUDIES, Plan
     from training.ablation import ablate as run_study
     from training.pretraining_data import Places
 
@@ -252,10 +266,7 @@ def ablate(
         threads=threads,
         command=" ".join([f"python -m training ablate {study}", *words]),
     )
-    try:
-        Console().print(run_study(study, plan), markup=False, soft_wrap=True)
-    except (NothingToCompare, UnknownSetting) as error:
-        raise typer.BadParameter(str(error)) from error
+    Console().print(run_study(study, plan), markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -298,15 +309,6 @@ def embed(
     places = Places(data=data, romania=romania, pastis=pastis)
     for folder in export_embeddings(run, zoo, places=places, version=version):
         Console().print(str(folder))
-
-
-@contextmanager
-def _as_usage() -> Iterator[None]:
-    """Report an unknown setting as a usage error."""
-    try:
-        yield
-    except UnknownSetting as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _use_threads(threads: int) -> None:

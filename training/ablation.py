@@ -32,6 +32,7 @@ from training.config import (
 )
 from training.config import Protocol as RunProtocol
 from training.embedding import measure_retrieval, probe_outputs
+from training.errors import TrainingError
 from training.evaluate import SPLITS, outputs_of
 from training.finetune import finetune, is_finished
 from training.pretrain import CHECKPOINT, FIRST, PretrainConfig, load_networks, pretrain
@@ -57,8 +58,8 @@ _CROPS = "crops"
 _PATCHES = "eurosat"
 
 
-class NothingToCompare(ValueError):
-    """A study that does not fit a bundle, or lacks a checkpoint or data that it compares."""
+class NothingToCompare(TrainingError):
+    """A study that does not fit a bundle, or lacks what it compares."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from training.config import (
     starts_from_imagenet,
 )
 from training.datasets.eurosat import CLASSES, RGB
+from training.errors import TrainingError
 from training.finetune import RUN, WEIGHTS, Graph, machine
 from training.imagenet import IMAGES
 from training.legends import CDL, WORLDCOVER, legend_classes
@@ -53,6 +54,10 @@ _EUROSAT_COLORS = {
     "River": "#4fa3e0",
     "SeaLake": "#0b4f9c",
 }
+
+
+class UnknownOrigin(TrainingError):
+    """A checkpoint that does not state what data it was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +237,7 @@ def _pretraining(checkpoint: Path) -> dict[str, Any] | None:
     """Content of a checkpoint, if it is that of a pretraining.
 
     Raises:
-        ValueError: it does not state its training data.
+        UnknownOrigin: it does not tell what it learned from.
     """
     if checkpoint.name != CHECKPOINT or not checkpoint.is_file():
         return None
@@ -240,9 +245,9 @@ def _pretraining(checkpoint: Path) -> dict[str, Any] | None:
     if "pixel_encoder" not in stored or "config" not in stored:
         return None
     if "learned_from" not in stored:
-        raise ValueError(
-            f"{checkpoint} does not state its training data, which a card needs: an earlier "
-            "version made it, so run the pretraining again"
+        raise UnknownOrigin(
+            f"{checkpoint} does not tell what it learned from, which a card must: it was made by "
+            "an earlier version, so pretrain anew"
         )
     return stored
 

@@ -10,10 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from models.card import TimeWindow
 from training.augment import PatchAugmentation
+from training.errors import TrainingError
 
 FinetuneTask = Literal["classify", "forecast", "landcover"]
 Network = Literal["pimc", "tempcnn", "mlp"]
@@ -354,8 +362,8 @@ def difference(
     return changes
 
 
-class UnknownSetting(ValueError):
-    """A setting or a name that does not exist."""
+class UnknownSetting(TrainingError):
+    """A setting or a name that no configuration has."""
 
 
 Told = TypeVar("Told", bound=BaseModel)
@@ -387,7 +395,7 @@ def changed(config: Told, settings: Sequence[str]) -> Told:
         settings: each `dotted.name=value`, the value in JSON or plain text.
 
     Raises:
-        UnknownSetting: a name that the configuration has not.
+        UnknownSetting: a name that the configuration does not have, or a value that is not valid.
     """
     told: dict[str, Any] = config.model_dump(mode="json")
     for setting in settings:
@@ -395,11 +403,19 @@ def changed(config: Told, settings: Sequence[str]) -> Told:
         *outer, last = name.split(".")
         place = told
         for key in outer:
-            place = place.get(key, {})
+            inner = place.get(key)
+            place = inner if isinstance(inner, dict) else {}
         if last not in place:
             raise UnknownSetting(f"{type(config).__name__} has no setting '{name}'")
         try:
             place[last] = json.loads(text)
         except json.JSONDecodeError:
             place[last] = text
-    return type(config).model_validate(told)
+    try:
+        return type(config).model_validate(told)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UnknownSetting(
+            f"--set {where}={first['input']!r} is not valid: {first['msg']}"
+        ) from error

@@ -23,6 +23,7 @@ from training import validation_outputs as kept
 from training.card import EVALUATION, card_fields, made_alike, megaflop, parameters, write_card
 from training.classification import PixelClassification
 from training.config import Run
+from training.errors import TrainingError
 from training.finetune import WEIGHTS, Graph, load_finished
 from training.forecasting import PixelForecast
 from training.graph_export import Inputs, folded, in_half, quantise
@@ -40,8 +41,8 @@ HALF_FILE = "model.float16.onnx"
 INT8_FILE = "model.int8.onnx"
 
 
-class VersionNotRaised(Exception):
-    """Another model would take the name and version of an existing bundle."""
+class VersionNotRaised(TrainingError):
+    """Another model would take the name and version of a bundle that is there."""
 
 
 def export_run(

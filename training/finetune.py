@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import os
+import pickle
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ from training.config import (
     one_network,
     starts_from_imagenet,
 )
+from training.errors import TrainingError
 from training.forecasting import PixelForecast
 from training.imagenet import give_imagenet_weights, imagenet_weights
 from training.landcover import PatchClassification
@@ -93,20 +95,20 @@ class Task(Protocol[GraphT]):
         """Name, use and number of samples of each source it trains on."""
 
 
-class CheckpointMismatch(Exception):
-    """A checkpoint whose configuration differs from the run's, or without the needed encoder."""
+class CheckpointMismatch(TrainingError):
+    """A checkpoint of another configuration than the run's, or without the encoder wanted."""
 
 
-class NothingToStopOn(ValueError):
-    """Early stopping in a run that trains on the validation places too."""
+class NothingToStopOn(TrainingError):
+    """Early stopping was asked for in a run that trains on the validation places too."""
 
 
-class ManyEncoders(ValueError):
-    """A probe needs one encoder, and the configuration has several."""
+class ManyEncoders(TrainingError):
+    """A probe is of one encoder, and the configuration has several."""
 
 
-class NoGraph(ValueError):
-    """A run of nearest neighbours has scores but no graph to load or export."""
+class NoGraph(TrainingError):
+    """A run of nearest neighbours ends in scores alone: there is nothing to load or export."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,12 +182,12 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
         raise NothingToStopOn("--patience needs validation places, and --everything leaves none")
     chosen = "cuda" if device == "auto" and torch.cuda.is_available() else device
     where = torch.device("cpu" if chosen == "auto" else chosen)
-    folder.mkdir(parents=True, exist_ok=True)
     _same_run(run, folder)
     task = task_of(run)
     graph = new_graph(run, task)
-    if not run.pretrained and starts_from_imagenet(run.config):
-        start_from_imagenet(graph)
+    # Nothing is left behind by a run that could not begin.
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN).write_text(run.model_dump_json(indent=1))
     started = time.monotonic()
     facts: dict[str, Any] = {}
     if run.protocol == "finetune":
@@ -360,7 +362,7 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
         CheckpointMismatch: no encoder of the graph's kind in the checkpoint, or another shape.
     """
     key = "pixel_encoder" if isinstance(graph, PixelGraph) else "patch_encoder"
-    stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    stored = load_checkpoint(checkpoint)
     own, shapes = _shapes(graph.state_dict()), _shapes(stored)
     beyond = {name for name in shapes.keys() - own.keys() if not name.startswith("others.")}
     # A calibration that earlier versions did not store has its default.
@@ -371,12 +373,11 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
     prefix = "encoder."
     finetuned = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
     if key not in stored and not finetuned:
-        raise CheckpointMismatch(f"{checkpoint.name} has no '{key}', only {sorted(stored)}")
-    try:
-        for encoder in (graph.encoder, *(pair[0] for pair in getattr(graph, "others", ()))):
-            encoder.load_state_dict(stored.get(key, finetuned))
-    except RuntimeError as error:
-        raise CheckpointMismatch(f"{checkpoint.name}: {error}") from error
+        raise CheckpointMismatch(f"{checkpoint.name} holds {sorted(stored)}, not '{key}'")
+    weights = stored.get(key, finetuned)
+    for encoder in (graph.encoder, *(pair[0] for pair in getattr(graph, "others", ()))):
+        _same_shapes(checkpoint, weights, encoder.state_dict())
+        encoder.load_state_dict(weights)
 
 
 def join_networks(graph: Graph, weights: Sequence[Path]) -> None:
@@ -392,7 +393,7 @@ def join_networks(graph: Graph, weights: Sequence[Path]) -> None:
     joined: dict[str, Tensor] = {}
     count = 0
     for path in weights:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = load_checkpoint(path)
         i = 0
         while any(name.startswith(_prefixes(i)) for name in stored):
             for old, new in zip(_prefixes(i), _prefixes(count), strict=True):
@@ -402,11 +403,47 @@ def join_networks(graph: Graph, weights: Sequence[Path]) -> None:
     told = " and ".join(path.as_posix() for path in weights)
     wanted = 1 + len(graph.others)
     if count != wanted:
-        raise CheckpointMismatch(f"{told}: {count} networks, but the run has {wanted}")
+        raise CheckpointMismatch(f"{told} hold {count} networks, and the run has {wanted}")
+    _same_shapes(told, joined, graph.state_dict())
+    graph.load_state_dict(joined)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU.
+
+    Raises:
+        CheckpointMismatch: the file is not a checkpoint.
+        OSError: the file cannot be read.
+    """
     try:
-        graph.load_state_dict(joined)
-    except RuntimeError as error:
-        raise CheckpointMismatch(f"{told}: {error}") from error
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointMismatch(
+            f"{path} is not a checkpoint: give a checkpoint.pt or weights.pt of a run"
+        ) from error
+    if not isinstance(stored, dict):
+        raise CheckpointMismatch(f"{path} holds no weights by name")
+    return stored
+
+
+def _same_shapes(origin: Path | str, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """See that stored weights fit.
+
+    Raises:
+        CheckpointMismatch: a weight is missing, is one too many or has another shape.
+    """
+    given, wanted = _shapes(stored), _shapes(own)
+    for name in (*wanted, *given):
+        if given.get(name) != wanted.get(name) and not name.endswith("spread"):
+            raise CheckpointMismatch(
+                f"{origin} does not fit: '{name}' is {_size(given.get(name))} there and "
+                f"{_size(wanted.get(name))} in this configuration; --set the encoder's width, "
+                "depths and embedding to those of the checkpoint"
+            )
+
+
+def _size(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else " x ".join(map(str, shape)) or "a number"
 
 
 def _prefixes(network: int) -> tuple[str, str]:
@@ -417,7 +454,8 @@ def _prefixes(network: int) -> tuple[str, str]:
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
-    return {name: getattr(value, "shape", None) for name, value in state.items()}
+    sizes = {name: getattr(value, "shape", None) for name, value in state.items()}
+    return {name: None if size is None else tuple(size) for name, size in sizes.items()}
 
 
 def load_finished(folder: Path) -> tuple[Run, AnyTask, Any, dict[str, Any]]:
@@ -442,11 +480,17 @@ def is_finished(folder: Path) -> bool:
 
 
 def _same_run(run: Run, folder: Path) -> None:
+    """See that a folder holds nothing of another run.
+
+    Raises:
+        CheckpointMismatch: it does.
+    """
     path = folder / RUN
     # Compared as values, not as text: settings added since then have their defaults.
     if path.exists() and Run.model_validate_json(path.read_bytes()) != run:
-        raise CheckpointMismatch(f"{folder} holds a run of another configuration; choose another")
-    path.write_text(run.model_dump_json(indent=1))
+        raise CheckpointMismatch(
+            f"{folder} holds a run of another configuration; give another --run"
+        )
 
 
 def _resume(state: Mapping[str, Any], folder: Path) -> tuple[int, float, dict[str, Any] | None]:

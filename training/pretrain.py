@@ -33,6 +33,7 @@ from models.graph import PixelGraph
 from models.heads import ProjectionHead
 from training.augment import PatchAugmentation, PixelAugmentation
 from training.config import BANDS, INDICES, PatchEncoderConfig, PixelEncoderConfig
+from training.errors import TrainingError
 from training.gradient_cache import Side, backward
 from training.losses import SymmetricInfoNCE, alike, near, same_group
 from training.pairs import (
@@ -138,7 +139,7 @@ FIRST = PretrainConfig(
 )
 
 
-class ForeignCheckpoint(Exception):
+class ForeignCheckpoint(TrainingError):
     """The folder holds a run of another configuration."""
 
 

@@ -19,6 +19,7 @@ from training.datasets.pastis import Pastis
 from training.datasets.points import crops_us_2021, s2_points
 from training.datasets.stacks import read_romania, read_stack, split_north
 from training.datasets.synthetic import make_dates, make_scene
+from training.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +80,12 @@ class Places:
     """A PASTIS folder."""
 
 
-class SourceNotGiven(Exception):
+class SourceNotGiven(TrainingError):
     """A configuration names a source whose path was not given."""
+
+
+class NoScene(TrainingError):
+    """A configuration of pretraining without imagery that has series."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +123,8 @@ def open_sources(config: SourcesConfig, places: Places, *, seed: int) -> Sources
         seed: of the synthetic scenes.
 
     Raises:
-        SourceNotGiven: the configuration names a source whose path is unknown.
-        ValueError: there is no scene.
+        SourceNotGiven: the configuration names a source whose place is unknown.
+        NoScene: no scene at all.
     """
     data = places.data
     groups: list[tuple[float, list[Scene]]] = []
@@ -137,7 +142,7 @@ def open_sources(config: SourcesConfig, places: Places, *, seed: int) -> Sources
         groups.append((config.synthetic_weight, _synthetic(config.synthetic, seed)))
     scenes, weights = _weighted(groups)
     if not scenes:
-        raise ValueError("pretraining needs at least one scene: a stack, PASTIS or synthetic")
+        raise NoScene("pretraining needs at least one scene: a stack, PASTIS or synthetic")
     sources = Sources(
         scenes=scenes,
         weights=weights,

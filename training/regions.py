@@ -37,6 +37,7 @@ from training.config import ClassifyConfig, ForecastConfig, Run
 from training.datasets import PixelSet
 from training.datasets.points import bavaria_2018, pune_2019
 from training.datasets.synthetic_ground import SYNTHETIC
+from training.errors import TrainingError
 from training.evaluate import regular_series
 from training.finetune import finetune, is_finished, load_finished, task_of
 from training.forecasting import PixelForecast, cut
@@ -61,7 +62,7 @@ _PIXELS = 300
 _YEAR = 365
 
 
-class NoRegions(ValueError):
+class NoRegions(TrainingError):
     """A configuration whose data lie in one region: none can be left out."""
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from training.datasets import PatchSet
+from training.errors import TrainingError
 
 CLASSES = (
     "AnnualCrop",
@@ -40,8 +41,8 @@ MS_BANDS = (
 MS_SCALE = 1e-4
 
 
-class EuroSATError(Exception):
-    """A EuroSAT folder in which listed patches are missing or files have another shape."""
+class EuroSATError(TrainingError):
+    """A EuroSAT folder that lacks patches its lists name, or files of another shape."""
 
 
 def eurosat_rgb(folder: Path) -> PatchSet:

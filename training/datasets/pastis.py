@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.datasets import PixelSet, Scene
+from training.errors import TrainingError
 
 BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
 BACKGROUND = 0
@@ -46,7 +47,7 @@ Part = Literal["train", "validation", "test"]
 FOLDS: Mapping[Part, tuple[int, ...]] = {"train": (1, 2, 3), "validation": (4,), "test": (5,)}
 
 
-class PastisError(Exception):
+class PastisError(TrainingError):
     """A folder that is not PASTIS as published; the message states what is missing."""
 
 

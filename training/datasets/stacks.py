@@ -18,6 +18,7 @@ import rasterio
 from numpy.typing import NDArray
 
 from training.datasets import Scene
+from training.errors import TrainingError
 
 # Scene classification of Sentinel-2 level 2A: vegetation, bare soil, water, unclassified.
 CLEAR_SCL = (4, 5, 6, 7)
@@ -27,7 +28,7 @@ _NETCDF_BANDS = {"B02": "B2", "B03": "B3", "B04": "B4", "B08": "B8"}
 _DAYS_SINCE = re.compile(r"days since (\d{4}-\d{2}-\d{2})")
 
 
-class StackError(Exception):
+class StackError(TrainingError):
     """A folder or file that is not a stack; the message names it and the reason."""
 
 
