@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from models.encoders import EfficientNetLite0, PatchEncoder, PixelEncoder
+from models.card import Modality
+from models.encoders import PatchEncoder, PixelEncoder
 from models.heads import ClassificationHead, ForecastHead
 from models.indices import SMALLEST_DENOMINATOR, SpectralIndices
 from models.timegrid import TimeGrid
@@ -43,6 +44,8 @@ class PixelGraph(nn.Module):
             snow brighten blue most, and no mask finds all of them. 0 weighs all dates equally.
         reflectance: whether the encoders see the bands in addition to the indices.
     """
+
+    modality: Modality = "pixel"
 
     def __init__(
         self,
@@ -166,6 +169,8 @@ class PatchGraph(nn.Module):
             patch. Several networks share the views, so that they cost no more than one; each has
             at least one. In training each patch is seen in one symmetry at a time.
     """
+
+    modality: Modality = "patch"
 
     def __init__(
         self,

@@ -70,7 +70,6 @@ from training.legends import CDL
 from training.parity import ParityError, check_parity, pixel_inputs
 from training.pretrain import PretrainConfig, pretrain
 from training.pretraining_data import Places, SourcesConfig
-from training.probe import embedded
 from training.score_tables import place_confusions, write_section
 from training.validation_outputs import load
 
@@ -240,8 +239,8 @@ class TestProtocols:
         frozen = torch.load(finished / "weights.pt", weights_only=True)
         for name, weights in graph.encoder.state_dict().items():
             torch.testing.assert_close(weights, frozen[f"encoder.{name}"], msg=name)
-        train, labels = embedded(task, graph, training=True)
-        rest, truth = embedded(task, graph, training=False)
+        train, labels = task.embeddings(graph, training=True)
+        rest, truth = task.embeddings(graph, training=False)
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, tol=1e-3, max_iter=2000))
         want = model.fit(train, labels).predict(rest)
         assert (task.logits(graph, task.validation).argmax(axis=1) == want).mean() > 0.98
@@ -497,7 +496,7 @@ class TestCommand:
             (["finetune", "pixels-crops-us", "--data", "nowhere"], "nowhere"),
             (["evaluate", "no-such-run"], "no-such-run"),
             (["regions", "landcover-eurosat", "--data", "nowhere"], "nowhere"),
-            (["pretrain", "--data", "nowhere"], "holds no GeoTIFF"),
+            (["pretrain", "--data", "nowhere"], "has no GeoTIFF"),
         ],
     )
     def test_a_mistake_ends_in_one_sentence(

@@ -28,7 +28,6 @@ from training.config import (
     changed,
     configuration,
     difference,
-    one_network,
 )
 from training.config import Protocol as RunProtocol
 from training.embedding import measure_retrieval, probe_outputs
@@ -48,7 +47,7 @@ from training.score_tables import (
     write_section,
 )
 from training.speed import Speed, compare, picture
-from training.validation_outputs import Outputs
+from training.task import Outputs
 
 log = logging.getLogger(__name__)
 
@@ -309,8 +308,8 @@ def _run(arm: Arm, plan: Plan, seed: int) -> Run:
         changed(config, arm.settings)
     except UnknownSetting as error:
         raise NothingToCompare(f"'{arm.label}' does not fit {plan.bundle}: {error}") from error
-    # One network of an ensemble: differences show sooner, at lower cost.
-    settings = [one_network(config), *plan.settings, *arm.settings, f"optimisation.seed={seed}"]
+    # One network of an ensemble: what a choice is worth shows sooner, and costs less.
+    settings = [config.one_network, *plan.settings, *arm.settings, f"optimisation.seed={seed}"]
     if arm in STUDIES["labels"].arms and plan.pretrained:
         settings += _encoder_settings(plan.pretrained)
     if plan.epochs:

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.card import CARD_FILE, LegendClass, ModelCard, TrainingData
+from models.card import CARD_FILE, ModelCard, TrainingData
 from training.config import (
-    BANDS,
-    INDICES,
     ZOO,
     ClassifyConfig,
     ForecastConfig,
@@ -25,35 +23,14 @@ from training.config import (
     difference,
     starts_from_imagenet,
 )
-from training.datasets.eurosat import CLASSES, RGB
 from training.errors import TrainingError
-from training.finetune import RUN, WEIGHTS, Graph, machine
-from training.imagenet import IMAGES
-from training.legends import CDL, WORLDCOVER, legend_classes
-from training.licences import (
-    LICENCE,
-    LICENCE_FROM_IMAGENET,
-    pretraining_data,
-    sensed,
-    training_data,
-)
+from training.finetune import RUN, WEIGHTS, machine
+from training.licences import LICENCE, pretraining_data, sensed, training_data
 from training.pretrain import CHECKPOINT, FIRST, PretrainConfig
-from training.validation_outputs import AnyTask
+from training.task import Graph, Task
 
 EVALUATION = "evaluation.json"
-"""File of an evaluation's table, in a run's folder."""
-_EUROSAT_COLORS = {
-    "AnnualCrop": "#f5c542",
-    "Forest": "#1b6b2f",
-    "HerbaceousVegetation": "#a8c66c",
-    "Highway": "#4d4d4d",
-    "Industrial": "#8e44ad",
-    "Pasture": "#d4e157",
-    "PermanentCrop": "#c77b30",
-    "Residential": "#e74c3c",
-    "River": "#4fa3e0",
-    "SeaLake": "#0b4f9c",
-}
+"""The table of an evaluation, kept beside a run."""
 
 
 class UnknownOrigin(TrainingError):
@@ -124,8 +101,8 @@ DESCRIPTIONS: Mapping[str, Description] = {
 }
 
 
-def card_fields(run: Run, task: AnyTask, metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The fields of a run's card, except its files."""
+def card_fields(run: Run, task: Task[Any], metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The card of a run, but for its files."""
     config = run.config
     about = DESCRIPTIONS.get(name) or Description(
         text=f"{name}: a bundle finetuned for {config.task}."
@@ -141,40 +118,8 @@ def card_fields(run: Run, task: AnyTask, metrics: Mapping[str, Any], name: str) 
         **sensed(data),
         "training": training_facts(run, metrics),
         "day_of_year": False,
-        **_shape_fields(config),
+        **task.card_shape(),
     }
-
-
-def _shape_fields(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> dict[str, Any]:
-    if isinstance(config, LandcoverConfig):
-        return {
-            "task": "landcover",
-            "modality": "patch",
-            "bands": RGB,
-            "patch": config.patch,
-            "min_observations": 1,
-            "classes": tuple(
-                LegendClass(value=i, name=name, color=_EUROSAT_COLORS[name])
-                for i, name in enumerate(CLASSES)
-            ),
-        }
-    pixel = {
-        "modality": "pixel",
-        "bands": BANDS if isinstance(config, ForecastConfig) else config.bands,
-        "indices": INDICES if isinstance(config, ForecastConfig) else config.indices,
-        "window": config.window,
-        "min_observations": config.min_observations,
-        "day_of_year": config.encoder.calendar,
-    }
-    if isinstance(config, ForecastConfig):
-        return {
-            **pixel,
-            "task": "forecast",
-            "horizon": config.horizon,
-            "quantiles": config.quantiles,
-        }
-    legend = CDL if config.legend == "cdl" else WORLDCOVER
-    return {**pixel, "task": "classify-pixels", "classes": legend_classes(legend)}
 
 
 _CHOSEN = "epoch_chosen_on_the_validation_places"
@@ -200,13 +145,8 @@ def _metrics(
     return {"validation": {"split": split, **scores}}
 
 
-def _training_data(run: Run, task: AnyTask) -> tuple[TrainingData, ...]:
-    """Training data of a run, after those of the pretraining that it started from."""
-    start = (
-        (training_data("imagenet", "weights that training starts from", IMAGES),)
-        if starts_from_imagenet(run.config)
-        else ()
-    )
+def _training_data(run: Run, task: Task[Any]) -> tuple[TrainingData, ...]:
+    """What a run learned from, and before it the pretraining that it started from."""
     return (
         *start,
         *pretraining_data(_learned_from(run)),

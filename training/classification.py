@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.card import TimeWindow
-from models.encoders import PixelEncoder
 from models.graph import PixelGraph
 from models.heads import ClassificationHead
 from models.indices import SpectralIndices
 from training.calibration import cross_fitted_scores, fit_temperature
 from training.config import ClassifyConfig
-from training.legends import CDL, WORLDCOVER, crop_sets, landcover_sets
+from training.datasets.synthetic_ground import SYNTHETIC
+from training.legends import CDL, WORLDCOVER, crop_sets, landcover_sets, legend_classes
 from training.losses import cross_entropy
+from training.networks import pixel_graph, pixel_shape
+from training.probe import headless, probed_classes
 from training.series import (
     SeriesAugmentation,
     SeriesTable,
@@ -28,9 +30,12 @@ from training.series import (
     augment_series,
     computable,
     other_hemisphere,
+    shared_dates,
     tabulate,
+    typical_dates,
     usable_first,
 )
+from training.task import Inputs, Outputs
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -56,6 +61,8 @@ class PixelClassification:
         left_out: regions of which nothing is trained on, and all labelled pixels are kept.
     """
 
+    has_linear_head = True
+
     def __init__(
         self,
         config: ClassifyConfig,
@@ -70,6 +77,7 @@ class PixelClassification:
         self.spectral = SpectralIndices(config.indices, config.bands)
         table = tabulate(sets, config.window, least=config.min_observations, spectral=self.spectral)
         self.table = table.take(table.labels >= 0)
+        self.regions = tuple(name for name in table.regions if name != SYNTHETIC)
         away = self.table.in_regions(left_out)
         self.left_out = self.table.take(away)
         self.validation = self.table.take(self.table.validation & ~away)
@@ -81,29 +89,7 @@ class PixelClassification:
 
     def graph(self) -> PixelGraph:
         """A new, untrained graph."""
-        window = self.config.window
-        (encoder, head), *others = [self._member() for _ in range(self.config.members)]
-        return PixelGraph(
-            bands=self.config.bands,
-            indices=self.config.indices,
-            steps=window.steps,
-            step_days=window.step_days,
-            encoder=encoder,
-            head=head,
-            others=others,
-            yearly=window.yearly,
-            clarity=self.config.clarity,
-            reflectance=self.config.reflectance,
-        )
-
-    def _member(self) -> tuple[PixelEncoder, ClassificationHead]:
-        encoder = PixelEncoder(
-            steps=self.config.window.steps,
-            indices=len(self.config.indices),
-            bands=len(self.config.bands) if self.config.reflectance else 0,
-            **self.config.encoder.model_dump(),
-        )
-        return encoder, ClassificationHead(encoder.embedding, len(self.legend))
+        return pixel_graph(self.config, lambda d: ClassificationHead(d, len(self.legend)))
 
     @property
     def steps(self) -> int:
@@ -174,6 +160,41 @@ class PixelClassification:
                 arrays = usable_first(table.values[rows], valid[rows], table.days[rows])
                 parts.append(graph.raw(*(torch.from_numpy(a) for a in arrays)).numpy())
         return np.concatenate(parts)
+
+    def outputs(self, graph: Any) -> Outputs:  # noqa: ANN401  # a graph, or its file in its place
+        """Logits of the validation places, with their labels."""
+        return self.outputs_of(self.logits(graph, self.validation))
+
+    def outputs_of(self, logits: NDArray[Any]) -> Outputs:
+        """Logits of the validation places (N, K), with their labels."""
+        table = self.validation
+        return {"logits": logits, "labels": table.labels, "places": table.places}
+
+    def embeddings(self, graph: PixelGraph, *, training: bool) -> tuple[Floats, Ints]:
+        """Embeddings (N, D) and labels (N) of the training or of the validation places."""
+        table = self.train if training else self.validation
+        return self.logits(headless(graph), table), table.labels
+
+    def probe(self, graph: PixelGraph, protocol: str) -> Outputs:
+        """Outputs of a probe of the frozen encoder."""
+        return probed_classes(self, graph, protocol)
+
+    def real_inputs(self) -> Inputs:
+        """Validation pixels that share their dates."""
+        return shared_dates(self.validation)
+
+    def typical_inputs(self) -> list[Inputs]:
+        """Training pixels, those of the same dates together."""
+        # What int8 makes of the baselines' networks was never measured.
+        return typical_dates(self.train) if self.config.network == "pimc" else []
+
+    def card_shape(self) -> dict[str, Any]:
+        """The fields of a card that follow from the configuration and the legend."""
+        return {
+            **pixel_shape(self.config),
+            "task": "classify-pixels",
+            "classes": legend_classes(self.legend),
+        }
 
     def data(self) -> list[dict[str, Any]]:
         """Name, use and number of samples of each source."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -113,7 +113,21 @@ class Optimisation(_Frozen):
     and the card says so."""
 
 
-class ClassifyConfig(_Frozen):
+class _Networks(_Frozen):
+    """Networks of one shape, trained side by side."""
+
+    members: Annotated[int, Field(ge=1)] = 1
+    """Networks whose mean is the prediction, trained side by side."""
+    one_network: ClassVar[str] = "members=1"
+    """The setting that leaves one network of several."""
+
+    @property
+    def networks(self) -> int:
+        """Networks that predict together."""
+        return self.members
+
+
+class ClassifyConfig(_Networks):
     """A classifier of pixels."""
 
     task: Literal["classify"] = "classify"
@@ -126,8 +140,6 @@ class ClassifyConfig(_Frozen):
     indices: tuple[str, ...] = INDICES
     """Names of spectral indices in `models.indices`, of those bands."""
     encoder: PixelEncoderConfig = PixelEncoderConfig()
-    members: Annotated[int, Field(ge=1)] = 1
-    """Number of networks trained side by side; the prediction is their mean."""
     optimisation: Optimisation = Optimisation()
     smoothing: float = 0.05
     """Label smoothing."""
@@ -150,25 +162,26 @@ class ClassifyConfig(_Frozen):
     network: Network = "pimc"
 
 
-class ForecastConfig(_Frozen):
+class ForecastConfig(_Networks):
     """A forecaster of spectral indices."""
 
     task: Literal["forecast"] = "forecast"
     name: str
     window: TimeWindow
     min_observations: int
+    bands: tuple[str, ...] = BANDS
+    indices: tuple[str, ...] = INDICES
     horizon: int = 10
     quantiles: tuple[float, ...] = QUANTILES
     encoder: PixelEncoderConfig = PixelEncoderConfig(calendar=True)
-    members: Annotated[int, Field(ge=1)] = 1
-    """Number of networks trained side by side; the prediction is their mean."""
     optimisation: Optimisation = Optimisation()
     focus: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.65
     """Share of a batch's pixels from the source that is scored."""
     scored_cut: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Share of those pixels that are cut at the scored date; the others at any date."""
     rough: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Share of the pixels that lose many dates and gain thin cloud, as in raw stacks."""
+    """Share of the pixels of other sources than the scored one that lose many dates and gain thin
+    cloud, as raw stacks have it."""
     squared: float = 1.0
     """Weight of the squared error of the median, added to the pinball loss."""
     clarity: Annotated[float, Field(ge=0.0, le=60.0)] = 0.0
@@ -203,6 +216,14 @@ class LandcoverConfig(_Frozen):
     augmentation: PatchAugmentation = PatchAugmentation(
         gain=0.12, band_gain=0.06, offset=0.006, noise=0.002
     )
+
+    one_network: ClassVar[str] = "others=[]"
+    """The setting that leaves one network of several."""
+
+    @property
+    def networks(self) -> int:
+        """Networks that predict together."""
+        return 1 + len(self.others)
 
     @model_validator(mode="before")
     @classmethod
@@ -328,25 +349,6 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
         ),
     )
 }
-
-
-def starts_from_imagenet(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> bool:
-    """Whether an encoder has weights of ImageNet before training: see `training.imagenet`."""
-    return (
-        isinstance(config, LandcoverConfig)
-        and config.imagenet
-        and any(isinstance(e, EfficientNetLite0Config) for e in (config.encoder, *config.others))
-    )
-
-
-def networks(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> int:
-    """Number of networks whose mean is the prediction."""
-    return 1 + len(config.others) if isinstance(config, LandcoverConfig) else config.members
-
-
-def one_network(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> str:
-    """The setting that reduces a configuration to one network."""
-    return "others=[]" if isinstance(config, LandcoverConfig) else "members=1"
 
 
 def difference(

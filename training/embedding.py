@@ -37,7 +37,7 @@ from training.pretrain import (
 )
 from training.pretraining_data import Places, Sources, open_sources
 from training.probe import Labelled, linear_logits, probe
-from training.validation_outputs import Outputs
+from training.task import Outputs
 
 log = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from models.timegrid import TimeGrid
 from training import validation_outputs as kept
 from training.baselines import NAMES
 from training.card import EVALUATION, made_alike, write_card
-from training.classification import in_window
+from training.classification import PixelClassification, in_window
 from training.config import (
     ZOO,
     ClassifyConfig,
@@ -52,7 +52,7 @@ from training.landcover import PatchClassification
 from training.probe import NEIGHBOURS
 from training.score_tables import Table, as_evaluation, markdown, outputs_row, sized, write_section
 from training.series import SeriesTable
-from training.validation_outputs import AnyTask, Outputs, classes, forecasts
+from training.task import Outputs
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +119,8 @@ def outputs_of(folder: Path) -> Outputs:
     if not (folder / kept.FILE).exists():
         run, task, graph, _ = load_finished(folder)
         if run.everything:
-            raise ValueError(
-                f"{folder.name} was trained on the validation places: it cannot be scored"
-            )
-        kept.keep(kept.outputs_on_validation(task, graph), folder)
+            raise ValueError(f"{folder.name} trained on the validation places: nothing to score")
+        kept.keep(task.outputs(graph), folder)
     return kept.load(folder)
 
 
@@ -131,7 +129,10 @@ def _table(name: str, scored: Sequence[Scored]) -> Table:
     first = max(scored, key=lambda s: getattr(s.run.config, "labels", 1.0)).run
     task = task_of(first)
     rows = [
-        *(outputs_row(title, [answers]) for title, answers in _baselines(task).items()),
+        *(
+            outputs_row(title, [answers])
+            for title, answers in _BASELINES[task.config.task](task).items()
+        ),
         *(outputs_row(label, [s.answers for s in group]) for label, group in labelled(scored)),
     ]
     n, places = sized(scored[0].answers)
@@ -177,21 +178,20 @@ def _is_new(config: Config) -> bool:
 # Baselines --------------------------------------------------------------------------------------
 
 
-def _baselines(task: AnyTask) -> dict[str, Outputs]:
-    """Outputs of the naive and the classical baselines, by name."""
-    if isinstance(task, PixelForecast):
-        return _forecast_baselines(task)
-    if isinstance(task, PatchClassification):
-        forest = RandomForestClassifier(_TREES, min_samples_leaf=2, random_state=0)
-        forest.fit(_colours(task, task.train), task.labels[task.train])
-        shares = forest.predict_proba(_colours(task, task.validation))
-        return {"random forest on colours": classes(task, _logarithm(shares))}
+def _patch_baselines(task: PatchClassification) -> dict[str, Outputs]:
+    forest = RandomForestClassifier(_TREES, min_samples_leaf=2, random_state=0)
+    forest.fit(_colours(task, task.train), task.labels[task.train])
+    shares = forest.predict_proba(_colours(task, task.validation))
+    return {"random forest on colours": task.outputs_of(_logarithm(shares))}
+
+
+def _class_baselines(task: PixelClassification) -> dict[str, Outputs]:
     fit, judge = (regular_series(table, task.config) for table in (task.train, task.validation))
     labels, real = task.train.labels, task.train.source != _synthetic(task.train)
 
     def told(model: Any, of: Bools) -> Outputs:  # noqa: ANN401 - scikit-learn's have no type
         shares = model.fit(fit[of], labels[of]).predict_proba(judge)
-        return classes(task, _spread(shares, np.unique(labels[of]), len(task.legend)))
+        return task.outputs_of(_spread(shares, np.unique(labels[of]), len(task.legend)))
 
     found = {title: told(model, labels >= 0) for title, model in _classifiers().items()}
     if not real.all():
@@ -278,7 +278,7 @@ def _forecast_baselines(task: PixelForecast) -> dict[str, Outputs]:
     }
     rows = task.kept()
     return {
-        title: forecasts(task, median[rows][..., None], target[rows], known[rows])
+        title: task.outputs_of(median[rows][..., None], target[rows], known[rows])
         for title, median in found.items()
     }
 
@@ -312,7 +312,15 @@ def _regress(
     return np.stack(steps, axis=1)
 
 
-# The Romania cube, whose tree cover is not trained on -------------------------------------------
+# The naive and the classical baselines of each kind of task, by name.
+_BASELINES: Mapping[str, Callable[[Any], dict[str, Outputs]]] = {
+    "classify": _class_baselines,
+    "forecast": _forecast_baselines,
+    "landcover": _patch_baselines,
+}
+
+
+# The Romania cube, whose trees no training has seen ---------------------------------------------
 
 
 def romania_report(folder: Path, *, zoo: Path, report: Path) -> str:

@@ -17,25 +17,19 @@ import numpy as np
 import torch
 
 from models.card import CARD_FILE, OUTPUTS, REFLECTANCE, ModelCard, Precision, Variant
-from models.encoders import PixelEncoder
 from models.registry import load_bundle, sha256_of
 from training import validation_outputs as kept
 from training.card import EVALUATION, card_fields, made_alike, megaflop, parameters, write_card
-from training.classification import PixelClassification
 from training.config import Run
 from training.errors import TrainingError
-from training.finetune import WEIGHTS, Graph, load_finished
-from training.forecasting import PixelForecast
-from training.graph_export import Inputs, folded, in_half, quantise
-from training.landcover import PatchClassification
+from training.finetune import WEIGHTS, load_finished
+from training.graph_export import folded, in_half, quantise
 from training.onnx_export import OPSET, to_onnx
 from training.parity import HALF_TOLERANCE, Served, check_parity, check_parity_int8, random_inputs
 from training.regions import apply_calibration, read_report
-from training.validation_outputs import AnyTask, Outputs, outputs_on_validation, scores_of
+from training.task import Graph, Inputs, Outputs, Task
+from training.validation_outputs import scores_of
 
-# Pixels from which int8 determines its scales, and how many of them share one set of dates.
-_TYPICAL = 4096
-_TYPICAL_ALIKE = 1024
 MODEL_FILE = "model.onnx"
 HALF_FILE = "model.float16.onnx"
 INT8_FILE = "model.int8.onnx"
@@ -74,7 +68,7 @@ def export_run(
     """
     run, task, graph, metrics = load_finished(folder)
     told = name or run.config.name
-    real = _real_inputs(task)
+    real = task.real_inputs()
     fields = card_fields(run, task, metrics, told)
     fields["metrics"] |= _evaluation(folder, zoo / told, run)
     if regions is not None:
@@ -89,14 +83,13 @@ def export_run(
     ]
     size = {"parameters": parameters(graph), "megaflop": round(megaflop(graph, one), 2)}
     stored = (folder / kept.FILE).exists()
-    full = kept.load(folder) if stored else outputs_on_validation(task, graph)
+    full = kept.load(folder) if stored else task.outputs(graph)
     return write_bundle(
         graph,
         zoo / told,
         fields={**fields, "training": {**fields["training"], **size}},
         real=real,
-        # int8 was not examined for other networks.
-        typical=_typical_inputs(task) if isinstance(graph.encoder, PixelEncoder) else (),
+        typical=task.typical_inputs(),
         version=version,
         loss=lambda file: measured_loss(full, task, file),
     )
@@ -236,7 +229,7 @@ def _evaluation(run_folder: Path, bundle: Path, run: Run) -> dict[str, Any]:
     return {"evaluation": found} if found and made_alike(old, run) else {}
 
 
-def measured_loss(full: Outputs, task: AnyTask, file: Path) -> dict[str, float]:
+def measured_loss(full: Outputs, task: Task[Any], file: Path) -> dict[str, float]:
     """Change of each score on the validation places; negative is worse.
 
     Args:
@@ -244,59 +237,10 @@ def measured_loss(full: Outputs, task: AnyTask, file: Path) -> dict[str, float]:
         task: with the validation places.
         file: the reduced graph.
     """
-    before, after = scores_of(full), scores_of(outputs_on_validation(task, Served(file)))
+    before, after = scores_of(full), scores_of(task.outputs(Served(file)))
     signs = {"accuracy": 1, "macro_f1": 1, "rmse_mean": -1}
     return {
         name: round(sign * (after[name] - before[name]), 4)
         for name, sign in signs.items()
         if name in before
     }
-
-
-def _real_inputs(task: AnyTask) -> Inputs:
-    """Validation input of a task that shares its dates, in the form of the service."""
-    if isinstance(task, PatchClassification):
-        patches = task.read(task.validation[:64])
-        return {"patches": patches}
-    if isinstance(task, PixelClassification | PixelForecast):
-        table = task.validation
-        alike = np.flatnonzero((table.days == table.days[0]).all(axis=1))[:256]
-        part = table.take(alike)
-        return {
-            "values": np.where(part.valid[..., None], part.values, np.float32(np.nan)),
-            "valid": part.valid,
-            "days": part.days[0],
-            "day_of_year": np.ones(len(part), dtype=np.float32),
-        }
-    raise TypeError(f"there is no real input for {type(task).__name__}")
-
-
-def _typical_inputs(task: AnyTask) -> list[Inputs]:
-    """Training input in the form of the service: pixels with the same dates together.
-
-    Empty for imagery, whose convolutions gain nothing from int8.
-    """
-    if isinstance(task, PatchClassification):
-        return []
-    table = task.train
-    rng = np.random.default_rng(0)
-    kind = np.unique(table.days, axis=0, return_inverse=True)[1].ravel()
-    found: list[Inputs] = []
-    taken = 0
-    # The larger sets first: they hold most pixels.
-    for k in np.argsort(-np.bincount(kind), kind="stable"):
-        rows = rng.permutation(np.flatnonzero(kind == k))[:_TYPICAL_ALIKE]
-        part = table.take(rows)
-        seen = part.present.any(axis=0)
-        found.append(
-            {
-                "values": np.where(part.valid[..., None], part.values, np.float32(np.nan))[:, seen],
-                "valid": part.valid[:, seen],
-                "days": part.days[0, seen],
-                "day_of_year": rng.integers(1, 367, len(part)).astype(np.float32),
-            }
-        )
-        taken += len(part)
-        if taken >= _TYPICAL:
-            break
-    return found

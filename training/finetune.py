@@ -19,14 +19,13 @@ import os
 import pickle
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.random import Generator
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -34,26 +33,18 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from models.encoders import EfficientNetLite0
-from models.graph import PatchGraph, PixelGraph
-from training.baselines import put_network
 from training.classification import PixelClassification
 from training.config import (
-    ClassifyConfig,
-    ForecastConfig,
-    LandcoverConfig,
     Optimisation,
     Run,
-    networks,
-    one_network,
-    starts_from_imagenet,
 )
 from training.errors import TrainingError
 from training.forecasting import PixelForecast
 from training.imagenet import give_imagenet_weights, imagenet_weights
 from training.landcover import PatchClassification
-from training.probe import probed, put_linear_head
-from training.validation_outputs import AnyTask, keep, load, scores_of
+from training.probe import put_linear_head
+from training.task import Graph, GraphT, Task
+from training.validation_outputs import keep, load, scores_of
 
 log = logging.getLogger(__name__)
 
@@ -62,37 +53,20 @@ WEIGHTS = "weights.pt"
 METRICS = "metrics.json"
 RUN = "run.json"
 LOG = "log.csv"
-Batch = tuple[Tensor, ...]
-Graph = PixelGraph | PatchGraph
-
-
-GraphT = TypeVar("GraphT", PixelGraph, PatchGraph)
-
-
-class Task(Protocol[GraphT]):
-    """The interface of a downstream task."""
-
-    def graph(self) -> GraphT:
-        """A new, untrained graph."""
-
-    @property
-    def steps(self) -> int:
-        """Number of batches per epoch."""
-
-    def batches(self, epoch: int, rng: Generator) -> Iterator[Batch]:
-        """The batches of an epoch, on the CPU."""
-
-    def loss(self, graph: GraphT, batch: Batch) -> Tensor:
-        """The loss () of a batch."""
-
-    def finish(self, graph: GraphT) -> None:
-        """Fit the calibration after training, on the validation places."""
-
-    def scores(self, graph: GraphT) -> dict[str, Any]:
-        """Scores on the validation places."""
-
-    def data(self) -> list[dict[str, Any]]:
-        """Name, use and number of samples of each source it trains on."""
+# The task of each kind of configuration.
+_TASKS: Mapping[str, Callable[[Any], Task[Any]]] = {
+    "classify": lambda run: PixelClassification(
+        run.config, run.data, everything=run.everything, left_out=run.left_out
+    ),
+    "forecast": lambda run: PixelForecast(
+        run.config,
+        run.data,
+        everything=run.everything,
+        left_out=run.left_out,
+        romania=run.romania,
+    ),
+    "landcover": lambda run: PatchClassification(run.config, run.data, everything=run.everything),
+}
 
 
 class CheckpointMismatch(TrainingError):
@@ -121,29 +95,15 @@ class Finished:
     folder: Path
 
 
-def task_of(run: Run) -> AnyTask:
+def task_of(run: Run) -> Task[Any]:
     """The task that a run's configuration names, with its data loaded."""
-    if isinstance(run.config, ClassifyConfig):
-        return PixelClassification(
-            run.config, run.data, everything=run.everything, left_out=run.left_out
-        )
-    if isinstance(run.config, ForecastConfig):
-        return PixelForecast(
-            run.config,
-            run.data,
-            everything=run.everything,
-            left_out=run.left_out,
-            romania=run.romania,
-        )
-    return PatchClassification(run.config, run.data, everything=run.everything)
+    return _TASKS[run.config.task](run)
 
 
-def new_graph(run: Run, task: AnyTask) -> Any:  # noqa: ANN401  # of the task's kind
+def new_graph(run: Run, task: Task[Any]) -> Any:  # noqa: ANN401  # of the task's kind
     """A run's graph before training, its weights by the run's seed."""
     torch.manual_seed(run.config.optimisation.seed)
     graph = task.graph()
-    if isinstance(graph, PixelGraph) and not isinstance(run.config, LandcoverConfig):
-        put_network(graph, run.config.network)
     if len(run.pretrained) == 1:
         load_encoder(graph, run.pretrained[0])
     elif run.pretrained:
@@ -175,9 +135,9 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
     """
     if threads:
         torch.set_num_threads(threads)
-    if run.protocol != "finetune" and networks(run.config) > 1:
-        one = one_network(run.config)
-        raise ManyEncoders(f"protocol {run.protocol} needs a single encoder: give --set {one}")
+    if run.protocol != "finetune" and run.config.networks > 1:
+        one = run.config.one_network
+        raise ManyEncoders(f"{run.protocol} probes one encoder: --set {one}")
     if run.everything and run.config.optimisation.patience:
         raise NothingToStopOn("--patience needs validation places, and --everything leaves none")
     chosen = "cuda" if device == "auto" and torch.cuda.is_available() else device
@@ -191,10 +151,10 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
     started = time.monotonic()
     facts: dict[str, Any] = {}
     if run.protocol == "finetune":
-        graph = fit(cast("Task[Any]", task), graph, run.config.optimisation, folder, where)
+        graph = fit(task, graph, run.config.optimisation, folder, where)
         facts = _log_summary(folder)
-    elif run.protocol == "linear" and not isinstance(task, PixelForecast):
-        put_linear_head(task, graph)
+    elif run.protocol == "linear" and task.has_linear_head:
+        put_linear_head(cast("Any", task), graph)
     else:
         _probe(run, task, graph, folder)
         graph = None
@@ -217,11 +177,11 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
     return Finished(graph=graph, scores=scores, folder=folder)
 
 
-def _probe(run: Run, task: AnyTask, graph: Graph, folder: Path) -> None:
-    """Store the outputs of a probe that has no graph."""
+def _probe(run: Run, task: Task[Any], graph: Graph, folder: Path) -> None:
+    """Keep the answers of a probe that is no graph."""
     if run.everything:
-        raise NoGraph(f"{run.protocol} of {run.config.task} has only scores, and --everything none")
-    keep(probed(task, graph, run.protocol), folder)
+        raise NoGraph(f"{run.protocol} of {run.config.task} ends in scores, and none are left out")
+    keep(task.probe(graph, run.protocol), folder)
 
 
 def _scores(run: Run, task: Any, graph: Graph | None, folder: Path) -> dict[str, Any]:  # noqa: ANN401  # a task of the graph's kind
@@ -361,7 +321,7 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
     Raises:
         CheckpointMismatch: no encoder of the graph's kind in the checkpoint, or another shape.
     """
-    key = "pixel_encoder" if isinstance(graph, PixelGraph) else "patch_encoder"
+    key = f"{graph.modality}_encoder"
     stored = load_checkpoint(checkpoint)
     own, shapes = _shapes(graph.state_dict()), _shapes(stored)
     beyond = {name for name in shapes.keys() - own.keys() if not name.startswith("others.")}
@@ -458,8 +418,8 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
     return {name: None if size is None else tuple(size) for name, size in sizes.items()}
 
 
-def load_finished(folder: Path) -> tuple[Run, AnyTask, Any, dict[str, Any]]:
-    """Load a finished run: its configuration, task, graph and metrics.
+def load_finished(folder: Path) -> tuple[Run, Task[Any], Any, dict[str, Any]]:
+    """A finished run again: what it was told, its task, its graph and its metrics.
 
     Raises:
         NoGraph: a run of nearest neighbours.

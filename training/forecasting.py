@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.encoders import PixelEncoder
 from models.graph import PixelGraph
 from models.heads import ForecastHead
 from models.indices import SpectralIndices
@@ -28,15 +28,20 @@ from training.datasets.points import (
 )
 from training.datasets.stacks import read_romania, read_stack, split_north
 from training.losses import pinball
+from training.networks import pixel_graph, pixel_shape
+from training.probe import headless, regressed
 from training.series import (
     SeriesAugmentation,
     SeriesTable,
     augment_series,
     computable,
     ordinal_day_of_year,
+    shared_dates,
     tabulate,
+    typical_dates,
     usable_first,
 )
+from training.task import Inputs, Outputs
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -78,6 +83,8 @@ class PixelForecast:
         romania: the Romania cube of the wheel nrt 0.2.1; None leaves it out.
     """
 
+    has_linear_head = False
+
     def __init__(
         self,
         config: ForecastConfig,
@@ -92,6 +99,7 @@ class PixelForecast:
         self.spectral = SpectralIndices(INDICES, BANDS)
         table = tabulate(sets, config.window, least=config.min_observations)
         self.table = table
+        self.regions = table.regions
         away = table.in_regions(left_out)
         self.left_out = table.take(away)
         self.validation = table.take(
@@ -102,36 +110,17 @@ class PixelForecast:
 
     def graph(self) -> PixelGraph:
         """A new, untrained graph."""
-        window = self.config.window
-        (encoder, head), *others = [self._member() for _ in range(self.config.members)]
-        return PixelGraph(
-            bands=BANDS,
-            indices=INDICES,
-            steps=window.steps,
-            step_days=window.step_days,
-            encoder=encoder,
-            head=head,
-            others=others,
-            clarity=self.config.clarity,
-            reflectance=self.config.reflectance,
+        config = self.config
+        return pixel_graph(
+            config,
+            lambda embedding: ForecastHead(
+                embedding,
+                steps=config.window.steps,
+                indices=len(config.indices),
+                horizon=config.horizon,
+                quantiles=len(config.quantiles),
+            ),
         )
-
-    def _member(self) -> tuple[PixelEncoder, ForecastHead]:
-        steps = self.config.window.steps
-        encoder = PixelEncoder(
-            steps=steps,
-            indices=len(INDICES),
-            bands=len(BANDS) if self.config.reflectance else 0,
-            **self.config.encoder.model_dump(),
-        )
-        head = ForecastHead(
-            encoder.embedding,
-            steps=steps,
-            indices=len(INDICES),
-            horizon=self.config.horizon,
-            quantiles=len(self.config.quantiles),
-        )
-        return encoder, head
 
     @property
     def steps(self) -> int:
@@ -174,7 +163,9 @@ class PixelForecast:
         )  # fmt: skip
         values = part.values
         if rng is not None:
-            rough = rng.random(len(valid)) < self.config.rough
+            # The scored source is of composites: it keeps the light disturbance.
+            composites = part.source == part.sources.index(SCORED_SOURCE)
+            rough = ~composites & (rng.random(len(valid)) < self.config.rough)
             plain = augment_series(values, valid, days, _AUGMENTATION, rng)
             hard = augment_series(values, valid, days, _ROUGH, rng)
             values, valid, days = (
@@ -254,6 +245,48 @@ class PixelForecast:
             self.config.horizon,
         )
         return _usable(valid, known)
+
+    def outputs(self, graph: Any) -> Outputs:  # noqa: ANN401  # a graph, or its file in its place
+        """Quantiles on the validation places, with what came."""
+        return self.outputs_of(*self.predict(graph))
+
+    def outputs_of(self, quantiles: NDArray[Any], target: NDArray[Any], known: Bools) -> Outputs:
+        """Quantiles (N, H, S, Q) of the validation places, with what came (N, H, S)."""
+        places = self.validation.places[self.kept()]
+        return {"quantiles": quantiles, "target": target, "known": known, "places": places}
+
+    def probe(self, graph: PixelGraph, protocol: str) -> Outputs:
+        """Medians of a regression on embeddings of the frozen encoder, a step at a time."""
+        bare = headless(graph)
+        earlier = copy.copy(self)
+        earlier.validation = self.train.take(self.scored)
+        train, ahead, seen = earlier.predict(bare)
+        rest, target, known = self.predict(bare)
+        steps = [
+            regressed(protocol, train[rows], ahead[rows, step], rest)
+            for step in range(ahead.shape[1])
+            for rows in (seen[:, step].all(axis=1),)
+        ]
+        median = np.stack(steps, axis=1).astype(np.float32)
+        return self.outputs_of(median[..., None], target, known)
+
+    def real_inputs(self) -> Inputs:
+        """Validation series that share their dates."""
+        return shared_dates(self.validation)
+
+    def typical_inputs(self) -> list[Inputs]:
+        """Training series, those of the same dates together."""
+        # What int8 makes of the baselines' networks was never measured.
+        return typical_dates(self.train) if self.config.network == "pimc" else []
+
+    def card_shape(self) -> dict[str, Any]:
+        """The fields of a card that follow from the configuration."""
+        return {
+            **pixel_shape(self.config),
+            "task": "forecast",
+            "horizon": self.config.horizon,
+            "quantiles": self.config.quantiles,
+        }
 
     def data(self) -> list[dict[str, Any]]:
         """Name, use and number of samples of each source."""

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor, nn
 
@@ -21,9 +20,8 @@ from models.card import Precision
 from models.encoders import Block, ChannelNorm, PixelEncoder, standardised, token_parts
 from models.recurrence import recurrence_plot
 from training.baselines import replace_encoders
-from training.finetune import Graph
+from training.task import Graph, Inputs
 
-Inputs = Mapping[str, NDArray[Any]]
 # A product with fewer inputs gains nothing from int8, because its input must be quantised first.
 _FEWEST_INPUTS = 16
 _PRODUCTS = {"Gemm", "MatMul"}

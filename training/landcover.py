@@ -12,16 +12,31 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.encoders import EfficientNetLite0, PatchEncoder
+from models.card import LegendClass
+from models.encoders import PatchEncoder
 from models.graph import PatchGraph
 from models.heads import ClassificationHead
 from training.augment import augment_patches
 from training.calibration import cross_fitted_scores, fit_temperature
-from training.config import AnyPatchEncoderConfig, LandcoverConfig, PatchEncoderConfig
-from training.datasets.eurosat import RGB, eurosat_ms, eurosat_rgb
+from training.config import LandcoverConfig, PatchEncoderConfig
+from training.datasets.eurosat import CLASSES, RGB, eurosat_ms, eurosat_rgb
 from training.losses import cross_entropy
+from training.probe import headless, probed_classes
+from training.task import Inputs, Outputs
 
 Floats = NDArray[np.float32]
+_COLORS = {
+    "AnnualCrop": "#f5c542",
+    "Forest": "#1b6b2f",
+    "HerbaceousVegetation": "#a8c66c",
+    "Highway": "#4d4d4d",
+    "Industrial": "#8e44ad",
+    "Pasture": "#d4e157",
+    "PermanentCrop": "#c77b30",
+    "Residential": "#e74c3c",
+    "River": "#4fa3e0",
+    "SeaLake": "#0b4f9c",
+}
 
 
 class PatchClassification:
@@ -32,6 +47,9 @@ class PatchClassification:
         data: folder of the data sets.
         everything: whether the validation patches are trained on too.
     """
+
+    regions: tuple[str, ...] = ()
+    has_linear_head = True
 
     def __init__(self, config: LandcoverConfig, data: Path, *, everything: bool = False) -> None:
         self.config = config
@@ -124,6 +142,49 @@ class PatchClassification:
             for chosen in np.array_split(self.validation, -(-len(self.validation) // 256))
         ]
         return np.concatenate(parts)
+
+    def outputs(self, graph: Any) -> Outputs:  # noqa: ANN401  # a graph, or its file in its place
+        """Logits of the validation patches, with their labels."""
+        return self.outputs_of(self.logits(graph))
+
+    def outputs_of(self, logits: NDArray[Any]) -> Outputs:
+        """Logits of the validation patches (N, K), with their labels."""
+        chosen = self.validation
+        places = self.patches.places[chosen]
+        return {"logits": logits, "labels": self.labels[chosen], "places": places}
+
+    def embeddings(self, graph: PatchGraph, *, training: bool) -> tuple[Floats, NDArray[np.int64]]:
+        """Embeddings (N, D) and labels (N) of the training or of the validation patches."""
+        bare = headless(graph)
+        chosen = self.train if training else self.validation
+        parts = np.array_split(chosen, -(-len(chosen) // 256))
+        return np.concatenate([_answer(bare, self.read(p)) for p in parts]), self.labels[chosen]
+
+    def probe(self, graph: PatchGraph, protocol: str) -> Outputs:
+        """Outputs of a probe of the frozen encoder."""
+        return probed_classes(self, graph, protocol)
+
+    def real_inputs(self) -> Inputs:
+        """Some validation patches."""
+        return {"patches": self.read(self.validation[:64])}
+
+    def typical_inputs(self) -> list[Inputs]:
+        """None: ONNX Runtime's int8 convolutions are no faster than float32's."""
+        return []
+
+    def card_shape(self) -> dict[str, Any]:
+        """The fields of a card that follow from the configuration and the legend."""
+        return {
+            "task": "landcover",
+            "modality": "patch",
+            "bands": RGB,
+            "patch": self.config.patch,
+            "min_observations": 1,
+            "classes": tuple(
+                LegendClass(value=i, name=name, color=_COLORS[name])
+                for i, name in enumerate(CLASSES)
+            ),
+        }
 
     def data(self) -> list[dict[str, Any]]:
         """Name, use and number of samples of each source."""

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from models.graph import PatchGraph, PixelGraph
 from training.datasets.eurosat import RGB
-from training.finetune import Graph
-from training.graph_export import Inputs
+from training.task import Graph, Inputs
 
 # Largest difference between ONNX Runtime and torch that a bundle may have.
 TOLERANCE = 1e-4

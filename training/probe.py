@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,18 +21,13 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-from models.heads import ClassificationHead
 from training.calibration import macro_f1
-from training.classification import PixelClassification
-from training.forecasting import PixelForecast
-from training.landcover import PatchClassification
-from training.validation_outputs import AnyTask, Outputs, classes, forecasts
+from training.task import Outputs
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 NEIGHBOURS = 15
 _ITERATIONS = 2000
-_BATCH = 256
 # The smallest probability of a class under nearest neighbours, and the logit of a class that is
 # missing from the linear probe's training data.
 _SMALLEST = 1e-3
@@ -118,78 +113,61 @@ def _linear(train: Floats, labels: Ints, many: int) -> tuple[Floats, Floats]:
 # Protocols of a run -----------------------------------------------------------------------------
 
 
-def put_linear_head(task: AnyTask, graph: Any) -> None:  # noqa: ANN401  # of the task's kind
+class Classifier(Protocol):
+    """A task whose encoder a probe of classes can judge."""
+
+    legend: Any
+    """Its classes (K)."""
+
+    def embeddings(self, graph: Any, *, training: bool) -> tuple[Floats, Ints]:  # noqa: ANN401
+        """Embeddings (N, D) and labels (N) of the training or of the validation places."""
+
+    def outputs_of(self, logits: NDArray[Any]) -> Outputs:
+        """Logits of the validation places (N, K), with their labels."""
+
+
+def put_linear_head(task: Classifier, graph: Any) -> None:  # noqa: ANN401  # of the task's kind
     """Make a graph's head a logistic regression on its frozen encoder's embeddings.
 
-    The graph is then scored, calibrated and exported like any other.
+    The result is a graph like any other: it is scored, calibrated and exported alike.
     """
-    if isinstance(task, PixelForecast) or not isinstance(graph.head, ClassificationHead):
-        raise TypeError("a linear head is for classes")
-    train, labels = embedded(task, graph, training=True)
-    weight, bias = _linear(train, labels, graph.head.linear.out_features)
+    train, labels = task.embeddings(graph, training=True)
+    weight, bias = _linear(train, labels, len(task.legend))
     with torch.no_grad():
         graph.head.linear.weight.copy_(torch.from_numpy(weight))
         graph.head.linear.bias.copy_(torch.from_numpy(bias))
     graph.eval()
 
 
-def probed(task: AnyTask, graph: Any, protocol: str) -> Outputs:  # noqa: ANN401  # of the task's kind
-    """Outputs of probes outside the graph: nearest neighbours, and regressions of forecasts."""
-    if isinstance(task, PixelForecast):
-        return _probed_forecast(task, graph, protocol)
-    train, labels = embedded(task, graph, training=True)
-    rest, _ = embedded(task, graph, training=False)
-    many = len(task.legend)
+def probed_classes(task: Classifier, graph: Any, protocol: str) -> Outputs:  # noqa: ANN401
+    """Outputs of a `linear` or `knn` probe of a classifier's frozen encoder."""
+    train, labels = task.embeddings(graph, training=True)
+    rest, _ = task.embeddings(graph, training=False)
     find = linear_logits if protocol == "linear" else nearest_logits
-    return classes(task, find(train, labels, rest, many))
+    return task.outputs_of(find(train, labels, rest, len(task.legend)))
 
 
-def embedded(
-    task: PixelClassification | PatchClassification,
-    graph: Any,  # noqa: ANN401  # of the task's kind
-    *,
-    training: bool,
-) -> tuple[Floats, Ints]:
-    """Embeddings (N, D) and labels (N) of the training or of the validation places."""
-    bare = _headless(graph)
-    if isinstance(task, PixelClassification):
-        table = task.train if training else task.validation
-        return task.logits(bare, table), table.labels
-    chosen = task.train if training else task.validation
-    with torch.inference_mode():
-        parts = [
-            bare.raw(torch.from_numpy(task.read(rows))).numpy()
-            for rows in np.array_split(chosen, -(-len(chosen) // _BATCH))
-        ]
-    return np.concatenate(parts), task.labels[chosen]
+def regressed(protocol: str, train: Floats, ahead: Floats, rest: Floats) -> Floats:
+    """Values (N, S) that a `linear` or `knn` probe predicts from embeddings.
+
+    Args:
+        protocol: `linear` is ridge regression, `knn` the mean of the nearest by cosine.
+        train: embeddings of the training places (M, D).
+        ahead: what came there (M, S).
+        rest: embeddings to predict from (N, D).
+    """
+    if protocol == "linear":
+        model = make_pipeline(StandardScaler(), Ridge(10.0))
+        return np.asarray(model.fit(train, ahead).predict(rest))
+    nearest = KNeighborsRegressor(min(NEIGHBOURS, len(train)), weights="distance")
+    return np.asarray(nearest.fit(normalize(train), ahead).predict(normalize(rest)))
 
 
-def _probed_forecast(task: PixelForecast, graph: Any, protocol: str) -> Outputs:  # noqa: ANN401
-    bare = _headless(graph)
-    earlier = copy.copy(task)
-    earlier.validation = task.train.take(task.scored)
-    train, ahead, seen = earlier.predict(bare)
-    rest, target, known = task.predict(bare)
-    if protocol == "knn":
-        train, rest = normalize(train), normalize(rest)
-    found = []
-    for step in range(ahead.shape[1]):
-        rows = seen[:, step].all(axis=1)
-        model = (
-            make_pipeline(StandardScaler(), Ridge(10.0))
-            if protocol == "linear"
-            else KNeighborsRegressor(min(NEIGHBOURS, int(rows.sum())), weights="distance")
-        )
-        found.append(model.fit(train[rows], ahead[rows, step]).predict(rest))
-    median = np.stack(found, axis=1).astype(np.float32)
-    return forecasts(task, median[..., None], target, known)
-
-
-def _headless(graph: Any) -> Any:  # noqa: ANN401  # of the task's kind
+def headless(graph: Any) -> Any:  # noqa: ANN401  # of the task's kind
     """The same graph without its head, frozen: its output is the embedding."""
     bare = copy.copy(graph)
     # A shallow copy shares the table of parts with the graph, which must keep its head.
-    bare._modules = {**graph._modules, "head": None}  # noqa: SLF001  # torch offers no other way
+    bare._modules = {**graph._modules, "head": None}  # noqa: SLF001  # torch has no other way
     return bare.eval()
 
 

@@ -33,19 +33,17 @@ from training.calibration import (
     probabilities,
 )
 from training.classification import PixelClassification
-from training.config import ClassifyConfig, ForecastConfig, Run
+from training.config import Run
 from training.datasets import PixelSet
 from training.datasets.points import bavaria_2018, pune_2019
-from training.datasets.synthetic_ground import SYNTHETIC
 from training.errors import TrainingError
 from training.evaluate import regular_series
 from training.finetune import finetune, is_finished, load_finished, task_of
 from training.forecasting import PixelForecast, cut
-from training.landcover import PatchClassification
 from training.legends import WORLDCOVER, relabelled
 from training.score_tables import write_section
 from training.series import SeriesTable, tabulate
-from training.validation_outputs import Outputs
+from training.task import Outputs
 
 log = logging.getLogger(__name__)
 
@@ -100,17 +98,14 @@ def evaluate_regions(plan: Plan) -> Report:
         NoRegions: the task has no regions.
     """
     task = task_of(plan.run)
-    if not isinstance(task, PixelClassification | PixelForecast):
+    if not task.regions:
         raise NoRegions(f"{plan.run.config.name}: its data carry no regions")
-    names = [n for n in task.table.regions if n != SYNTHETIC and n in (plan.only or (n,))]
+    names = [n for n in task.regions if n in (plan.only or (n,))]
     outputs = {name: _fold(plan, name) for name in names}
     outputs |= _never_trained_on(plan)
-    if isinstance(task, PixelClassification):
-        report = _classes(plan, task, outputs)
-        lines = _class_lines(report.regions)
-    else:
-        report = _forecasts(plan, task, outputs)
-        lines = _forecast_lines(report.regions)
+    kind = _KINDS[plan.run.config.task]
+    report = kind.report(plan, task, outputs)
+    lines = kind.lines(report.regions)
     document = {"calibration": report.calibration, "regions": report.regions}
     (plan.folder / REGIONS).write_text(json.dumps(document, indent=1))
     title = f"{plan.run.config.name}: regions left out"
@@ -175,34 +170,31 @@ def evaluation_sets(run: Run) -> list[list[PixelSet]]:
 
     Pune's labels state no licence. Bavaria is of means of fields, of level 1C, clouds included.
     """
-    pune, bavaria = pune_2019(run.data / "pune_2019"), bavaria_2018(run.data / "bavaria_2018")
-    if isinstance(run.config, ForecastConfig):
-        return [pune]
-    if isinstance(run.config, ClassifyConfig) and run.config.legend == "worldcover":
-        return [[relabelled(s, WORLDCOVER) for s in sets] for sets in (pune, bavaria)]
-    return []
+    return _KINDS[run.config.task].never_trained_on(run)
+
+
+def _labelled_sets(run: Run) -> list[list[PixelSet]]:
+    if getattr(run.config, "legend", "") != "worldcover":
+        return []
+    regions = pune_2019(run.data / "pune_2019"), bavaria_2018(run.data / "bavaria_2018")
+    return [[relabelled(s, WORLDCOVER) for s in sets] for sets in regions]
+
+
+def _series_sets(run: Run) -> list[list[PixelSet]]:
+    # Bavaria's half-months from February to August are too few to forecast from.
+    return [pune_2019(run.data / "pune_2019")]
 
 
 def _table_of(sets: Sequence[PixelSet], task: PixelClassification | PixelForecast) -> SeriesTable:
     """Sets as a table of a task's kind; of a classifier the labelled pixels alone."""
     config = task.config
     table = tabulate(sets, config.window, least=config.min_observations, spectral=task.spectral)
-    return table.take(table.labels >= 0) if isinstance(task, PixelClassification) else table
+    return table.take(table.labels >= 0) if _KINDS[config.task].labelled else table
 
 
 def _outputs_of(folder: Path, of: Callable[[Any], SeriesTable]) -> Outputs:
     _, task, graph, _ = load_finished(folder)
-    if isinstance(task, PatchClassification):
-        raise NoRegions(f"{folder.name}: its data carry no regions")
-    table = of(task)
-    if isinstance(task, PixelClassification):
-        return {
-            "logits": task.logits(graph, table),
-            "labels": table.labels,
-            "places": table.places,
-            "temperature": np.array(float(graph.head.temperature)),
-        }
-    return _forecasts_from_every_month(task, graph, table)
+    return _KINDS[task.config.task].outputs(task, graph, of(task))
 
 
 def _stored(path: Path, make: Callable[[], Outputs]) -> Outputs:
@@ -213,6 +205,15 @@ def _stored(path: Path, make: Callable[[], Outputs]) -> Outputs:
 
 
 # Classes ----------------------------------------------------------------------------------------
+
+
+def _logits(task: PixelClassification, graph: Any, table: SeriesTable) -> Outputs:  # noqa: ANN401
+    return {
+        "logits": task.logits(graph, table),
+        "labels": table.labels,
+        "places": table.places,
+        "temperature": np.array(float(graph.head.temperature)),
+    }
 
 
 def _classes(plan: Plan, task: PixelClassification, outputs: Mapping[str, Outputs]) -> Report:
@@ -511,3 +512,34 @@ def _forecast_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """How the regions of one kind of task are evaluated."""
+
+    never_trained_on: Callable[[Run], list[list[PixelSet]]]
+    labelled: bool
+    """Whether only labelled pixels count."""
+    outputs: Callable[[Any, Any, SeriesTable], Outputs]
+    """Of a task, its graph and a region."""
+    report: Callable[[Plan, Any, Mapping[str, Outputs]], Report]
+    lines: Callable[[Mapping[str, Mapping[str, Any]]], Iterator[str]]
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "classify": _Kind(
+        never_trained_on=_labelled_sets,
+        labelled=True,
+        outputs=_logits,
+        report=_classes,
+        lines=_class_lines,
+    ),
+    "forecast": _Kind(
+        never_trained_on=_series_sets,
+        labelled=False,
+        outputs=_forecasts_from_every_month,
+        report=_forecasts,
+        lines=_forecast_lines,
+    ),
+}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from training.calibration import cross_fitted_scores, macro_f1
 from training.forecasting import forecast_scores
-from training.validation_outputs import Outputs
+from training.task import Outputs
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 Ints = NDArray[np.int64]

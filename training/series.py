@@ -21,10 +21,14 @@ from models.indices import SpectralIndices
 from training.augment import disturb, drop_dates, jitter_dates
 from training.config import BANDS, INDICES
 from training.datasets import PixelSet
+from training.task import Inputs
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
+# Pixels from which an int8 variant finds its scales, and how many of those of one set of dates.
+_TYPICAL = 4096
+_TYPICAL_ALIKE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,3 +265,40 @@ def ordinal_day_of_year(ordinals: Ints) -> Floats:
     unique, where = np.unique(ordinals, return_inverse=True)
     days = [date.fromordinal(o).timetuple().tm_yday for o in unique.tolist()]
     return np.array(days, dtype=np.float32)[where]
+
+
+def shared_dates(table: SeriesTable) -> Inputs:
+    """Up to 256 pixels with the dates of the first, as the service sends them."""
+    alike = np.flatnonzero((table.days == table.days[0]).all(axis=1))[:256]
+    part = table.take(alike)
+    return {
+        "values": np.where(part.valid[..., None], part.values, np.float32(np.nan)),
+        "valid": part.valid,
+        "days": part.days[0],
+        "day_of_year": np.ones(len(part), dtype=np.float32),
+    }
+
+
+def typical_dates(table: SeriesTable) -> list[Inputs]:
+    """Some thousand pixels in sets of the same dates, the largest sets first."""
+    rng = np.random.default_rng(0)
+    kind = np.unique(table.days, axis=0, return_inverse=True)[1].ravel()
+    found: list[Inputs] = []
+    taken = 0
+    # The larger sets first: they hold most of what is seen.
+    for k in np.argsort(-np.bincount(kind), kind="stable"):
+        rows = rng.permutation(np.flatnonzero(kind == k))[:_TYPICAL_ALIKE]
+        part = table.take(rows)
+        seen = part.present.any(axis=0)
+        found.append(
+            {
+                "values": np.where(part.valid[..., None], part.values, np.float32(np.nan))[:, seen],
+                "valid": part.valid[:, seen],
+                "days": part.days[0, seen],
+                "day_of_year": rng.integers(1, 367, len(part)).astype(np.float32),
+            }
+        )
+        taken += len(part)
+        if taken >= _TYPICAL:
+            break
+    return found

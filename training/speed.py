@@ -14,9 +14,8 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from models.card import OUTPUTS, Task
+from models.card import OUTPUTS
 from training.card import megaflop
-from training.config import ForecastConfig
 from training.finetune import load_finished
 from training.onnx_export import to_onnx
 from training.parity import pixel_inputs
@@ -53,8 +52,7 @@ def compare(folders: Mapping[str, Path]) -> dict[str, Speed]:
     sessions = {}
     with tempfile.TemporaryDirectory() as temporary:
         for i, (name, folder) in enumerate(folders.items()):
-            run, _, graph, _ = load_finished(folder)
-            task: Task = "forecast" if isinstance(run.config, ForecastConfig) else "classify-pixels"
+            _, task, graph, _ = load_finished(folder)
             one, two = (pixel_inputs(graph, n, _DATES) for n in (1, 2))
             sizes[name] = megaflop(graph, [torch.from_numpy(a) for a in one.values()])
             path = Path(temporary) / f"{i}.onnx"
@@ -62,7 +60,7 @@ def compare(folders: Mapping[str, Path]) -> dict[str, Speed]:
                 graph,
                 path,
                 inputs=list(two),
-                output=OUTPUTS[task],
+                output=OUTPUTS[task.card_shape()["task"]],
                 example=[torch.from_numpy(a) for a in two.values()],
             )
             many = pixel_inputs(graph, _PIXELS, _DATES)

@@ -6,45 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from training.calibration import cross_fitted_scores
-from training.classification import PixelClassification
-from training.forecasting import PixelForecast, forecast_scores
-from training.landcover import PatchClassification
+from training.forecasting import forecast_scores
+from training.task import Outputs
 
-Outputs = dict[str, NDArray[Any]]
-"""Of a classifier `logits` (N, K), `labels` (N), `places` (N); of a forecaster `quantiles`
-(N, H, S, Q), `target` and `known` (N, H, S), `places` (N)."""
-AnyTask = PixelClassification | PixelForecast | PatchClassification
 FILE = "outputs.npz"
-
-
-def outputs_on_validation(task: AnyTask, graph: Any) -> Outputs:  # noqa: ANN401  # of the task's kind
-    """A graph's outputs on the validation places."""
-    if isinstance(task, PixelForecast):
-        quantiles, target, known = task.predict(graph)
-        return forecasts(task, quantiles, target, known)
-    if isinstance(task, PixelClassification):
-        return classes(task, task.logits(graph, task.validation))
-    return classes(task, task.logits(graph))
-
-
-def classes(task: PixelClassification | PatchClassification, logits: NDArray[Any]) -> Outputs:
-    """Logits (N, K) of the validation places, with their labels."""
-    if isinstance(task, PixelClassification):
-        labels, places = task.validation.labels, task.validation.places
-    else:
-        labels, places = task.labels[task.validation], task.patches.places[task.validation]
-    return {"logits": logits, "labels": labels, "places": places}
-
-
-def forecasts(
-    task: PixelForecast, quantiles: NDArray[Any], target: NDArray[Any], known: NDArray[Any]
-) -> Outputs:
-    """Quantiles (N, H, S, Q) of the validation places, with the observed values."""
-    places = task.validation.places[task.kept()]
-    return {"quantiles": quantiles, "target": target, "known": known, "places": places}
 
 
 def scores_of(answers: Outputs) -> dict[str, Any]:
