@@ -24,7 +24,6 @@ from training.config import (
     Optimisation,
     PatchEncoderConfig,
     Run,
-    networks,
 )
 from training.datasets.eurosat import CLASSES
 from training.export import export_run
@@ -189,8 +188,8 @@ def test_statistics_of_averaged_weights_are_those_of_their_own_activations(data:
 
 def test_networks_that_do_not_fit_are_told(data: Path, apart: list[Path]) -> None:
     for shapes, why in (
-        ((COARSE, FINE, FINE), "2 networks, but the run has 3"),
-        ((FINE, COARSE), "size mismatch"),
+        ((COARSE, FINE, FINE), "hold 2 networks, and the run has 3"),
+        ((FINE, COARSE), "does not fit"),
     ):
         run = Run(config=config(*shapes), data=data, pretrained=tuple(apart))
         with pytest.raises(CheckpointMismatch, match=why):
@@ -204,5 +203,5 @@ def test_a_run_of_an_earlier_version_is_read(data: Path) -> None:
     del told["config"]["others"]
     told["config"]["members"], told["pretrained"] = 2, "a/weights.pt"
     assert Run.model_validate(told) == now
-    assert networks(now.config) == 2
+    assert now.config.networks == 2
     assert Run.model_validate({**told, "pretrained": None}).pretrained == ()

@@ -7,6 +7,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -18,10 +19,11 @@ from training.classification import PixelClassification
 from training.config import ZOO, Run, changed
 from training.datasets import PixelSet
 from training.datasets.points import bavaria_2018, pune_2019, s2_points, us_regions, victoria_2018
-from training.export import export_run
-from training.finetune import finetune
+from training.export import VersionNotRaised, export_run
+from training.finetune import finetune, load_finished
 from training.forecasting import PixelForecast
 from training.legends import WORLDCOVER, landcover_sets
+from training.recalibrate import recalibrate
 from training.regions import (
     NoRegions,
     Plan,
@@ -239,6 +241,35 @@ class TestExport:
         assert card.training["calibration"] == {"temperature": 2.5}
         assert load_bundle(plain).card.regions == {}
         assert card.sha256 != load_bundle(plain).card.sha256
+
+    def test_a_bundle_is_calibrated_anew_without_training(
+        self, evaluated: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        run, folder = evaluated
+        bundle = export_run(run, tmp_path, name="mine", version="1.0.0")
+        first = load_bundle(bundle)
+        old = {
+            v.name: onnxruntime.InferenceSession(first.path(v.name)) for v in first.card.variants
+        }
+        recalibrate(bundle, regions=folder, version="1.1.0")
+        card = load_bundle(bundle).card
+        assert (card.version, card.regions) == ("1.1.0", {"us-west": {"accuracy": 0.5}})
+        _, task, graph, _ = load_finished(run)
+        inputs, temperature = dict(task.real_inputs()), float(graph.head.temperature)
+        inputs.pop("day_of_year")
+        for variant in card.variants:
+            new = onnxruntime.InferenceSession(load_bundle(bundle).path(variant.name))
+            half = variant.name == "float16"
+            fed = {**inputs, "values": inputs["values"].astype(np.float16 if half else np.float32)}
+            earlier, later = (np.asarray(s.run(None, fed)[0]) for s in (old[variant.name], new))
+            np.testing.assert_array_equal(later.argmax(axis=1), earlier.argmax(axis=1))
+            # A temperature is a power of the odds, as far as float32 holds them.
+            odds, new_odds = (p / p.max(axis=1, keepdims=True) for p in (earlier, later))
+            told = odds > 1e-6
+            np.testing.assert_allclose(new_odds[told], odds[told] ** (temperature / 2.5), atol=5e-3)
+            assert later.max(axis=1).mean() < earlier.max(axis=1).mean()
+        with pytest.raises(VersionNotRaised, match=r"mine@1\.1\.0"):
+            recalibrate(bundle, regions=folder, version="1.1.0")
 
     def test_a_folder_without_regions_is_named(
         self, evaluated: tuple[Path, Path], tmp_path: Path

@@ -112,6 +112,9 @@ def finetune(
             "their networks."
         ),
     ] = None,
+    romania: Annotated[
+        Path | None, typer.Option(help="The Romania cube of nrt 0.2.1, for forecasts.")
+    ] = None,
     everything: Annotated[
         bool, typer.Option(help="Train on the validation places too; no score is reported.")
     ] = False,
@@ -140,6 +143,7 @@ def finetune(
         pretrained=tuple(pretrained or ()),
         everything=everything,
         protocol=protocol.value,
+        romania=romania,
     )
     words = [name, *([protocol.value] if protocol != Protocol.finetune else [])]
     seeded = config.optimisation.seed
@@ -288,6 +292,19 @@ def export(
         raise typer.BadParameter(f"--name {name} is for one run, and {len(runs)} are given")
     for folder in runs:
         Console().print(str(export_run(folder, zoo, name=name, version=version, regions=regions)))
+
+
+@app.command()
+def recalibrate(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a classifier's bundle.")],
+    *,
+    regions: Annotated[Path, typer.Option(help="Folder of `regions`, of the same shape.")],
+    version: Annotated[str, typer.Option(help="Of the new bundle.")],
+) -> None:
+    """Give a bundle the calibration fitted across regions, without training it again."""
+    from training.recalibrate import recalibrate as refit
+
+    Console().print(str(refit(bundle, regions=regions, version=version)))
 
 
 @app.command()

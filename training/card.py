@@ -231,6 +231,7 @@ def commands(run: Run, folder: Path | None = None) -> list[str]:
     for checkpoint in run.pretrained:
         words += ["--pretrained", checkpoint.as_posix()]
         earlier += [c for c in _commands_before(checkpoint) if c not in earlier]
+    words += ["--romania CUBE"] if run.romania else []
     if run.everything:
         words.append("--everything")
     if run.protocol != "finetune":
