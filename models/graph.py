@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.card import Modality
-from models.encoders import PatchEncoder, PixelEncoder
+from models.encoders import EfficientNetLite0, PatchEncoder, PixelEncoder
 from models.heads import ClassificationHead, ForecastHead
 from models.indices import SMALLEST_DENOMINATOR, SpectralIndices
 from models.timegrid import TimeGrid

@@ -33,7 +33,10 @@ class OneSentence(TyperGroup):
 
 
 app = typer.Typer(
-    cls=OneSentence, no_args_is_help=True, add_completion=False, help="Makes bundles."
+    cls=OneSentence,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Train, evaluate and export models.",
 )
 
 RUNS = Path("runs")

@@ -25,12 +25,19 @@ from training.config import (
 )
 from training.errors import TrainingError
 from training.finetune import RUN, WEIGHTS, machine
-from training.licences import LICENCE, pretraining_data, sensed, training_data
+from training.imagenet import IMAGES
+from training.licences import (
+    LICENCE,
+    LICENCE_FROM_IMAGENET,
+    pretraining_data,
+    sensed,
+    training_data,
+)
 from training.pretrain import CHECKPOINT, FIRST, PretrainConfig
 from training.task import Graph, Task
 
 EVALUATION = "evaluation.json"
-"""The table of an evaluation, kept beside a run."""
+"""File of an evaluation's table, in a run's folder."""
 
 
 class UnknownOrigin(TrainingError):
@@ -102,7 +109,7 @@ DESCRIPTIONS: Mapping[str, Description] = {
 
 
 def card_fields(run: Run, task: Task[Any], metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The card of a run, but for its files."""
+    """The fields of a run's card, except its files."""
     config = run.config
     about = DESCRIPTIONS.get(name) or Description(
         text=f"{name}: a bundle finetuned for {config.task}."
@@ -146,7 +153,12 @@ def _metrics(
 
 
 def _training_data(run: Run, task: Task[Any]) -> tuple[TrainingData, ...]:
-    """What a run learned from, and before it the pretraining that it started from."""
+    """Training data of a run, after those of the pretraining that it started from."""
+    start = (
+        (training_data("imagenet", "weights that training starts from", IMAGES),)
+        if starts_from_imagenet(run.config)
+        else ()
+    )
     return (
         *start,
         *pretraining_data(_learned_from(run)),
@@ -177,7 +189,7 @@ def _pretraining(checkpoint: Path) -> dict[str, Any] | None:
     """Content of a checkpoint, if it is that of a pretraining.
 
     Raises:
-        UnknownOrigin: it does not tell what it learned from.
+        UnknownOrigin: it does not state its training data.
     """
     if checkpoint.name != CHECKPOINT or not checkpoint.is_file():
         return None
@@ -186,8 +198,8 @@ def _pretraining(checkpoint: Path) -> dict[str, Any] | None:
         return None
     if "learned_from" not in stored:
         raise UnknownOrigin(
-            f"{checkpoint} does not tell what it learned from, which a card must: it was made by "
-            "an earlier version, so pretrain anew"
+            f"{checkpoint} does not state its training data, which a card needs: an earlier "
+            "version made it, so run the pretraining again"
         )
     return stored
 

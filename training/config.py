@@ -351,6 +351,15 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
 }
 
 
+def starts_from_imagenet(config: ClassifyConfig | ForecastConfig | LandcoverConfig) -> bool:
+    """Whether an encoder has weights of ImageNet before training: see `training.imagenet`."""
+    return (
+        isinstance(config, LandcoverConfig)
+        and config.imagenet
+        and any(isinstance(e, EfficientNetLite0Config) for e in (config.encoder, *config.others))
+    )
+
+
 def difference(
     base: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
@@ -365,7 +374,7 @@ def difference(
 
 
 class UnknownSetting(TrainingError):
-    """A setting or a name that no configuration has."""
+    """A setting or a name that does not exist."""
 
 
 Told = TypeVar("Told", bound=BaseModel)

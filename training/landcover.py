@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.card import LegendClass
-from models.encoders import PatchEncoder
+from models.encoders import EfficientNetLite0, PatchEncoder
 from models.graph import PatchGraph
 from models.heads import ClassificationHead
 from training.augment import augment_patches
 from training.calibration import cross_fitted_scores, fit_temperature
-from training.config import LandcoverConfig, PatchEncoderConfig
+from training.config import AnyPatchEncoderConfig, LandcoverConfig, PatchEncoderConfig
 from training.datasets.eurosat import CLASSES, RGB, eurosat_ms, eurosat_rgb
 from training.losses import cross_entropy
 from training.probe import headless, probed_classes
