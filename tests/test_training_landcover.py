@@ -188,7 +188,7 @@ def test_statistics_of_averaged_weights_are_those_of_their_own_activations(data:
 
 def test_networks_that_do_not_fit_are_told(data: Path, apart: list[Path]) -> None:
     for shapes, why in (
-        ((COARSE, FINE, FINE), "hold 2 networks, and the run has 3"),
+        ((COARSE, FINE, FINE), "2 networks, but the run has 3"),
         ((FINE, COARSE), "does not fit"),
     ):
         run = Run(config=config(*shapes), data=data, pretrained=tuple(apart))

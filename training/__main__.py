@@ -187,6 +187,9 @@ def regions(
     run: Annotated[
         Path | None, typer.Option(help="Folder of the runs; runs/regions/<name> by default.")
     ] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Train a random forest beside each run of a classifier.")
+    ] = True,
     only: Annotated[
         list[str] | None, typer.Option(help="Leave out only this region; repeatable.")
     ] = None,
@@ -212,6 +215,7 @@ def regions(
         folder=run or RUNS / "regions" / name,
         report=report,
         only=tuple(only or ()),
+        baselines=baselines,
         device=device,
         threads=threads,
         command=" ".join([f"python -m training regions {name}", *words]),

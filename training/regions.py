@@ -75,6 +75,8 @@ class Plan:
     report: Path
     only: tuple[str, ...] = ()
     """Regions to leave out; all where empty."""
+    baselines: bool = True
+    """Whether a random forest is trained beside each run."""
     device: str = "auto"
     threads: int = 0
     command: str = ""
@@ -222,8 +224,6 @@ def _classes(plan: Plan, task: PixelClassification, outputs: Mapping[str, Output
     for name, own in outputs.items():
         others = {n: o for n, o in trained.items() if n != name}
         temperature = across(others) if others else float(own["temperature"])
-        path = plan.folder / f"forest-{name}.npz"
-        forest = _stored(path, partial(_forest, plan.run, task, name))
         beside = probabilities(own["logits"], float(own["temperature"]))
         across_regions = probabilities(own["logits"], temperature)
         labels, places = own["labels"], own["places"]
@@ -237,10 +237,7 @@ def _classes(plan: Plan, task: PixelClassification, outputs: Mapping[str, Output
                 expected_calibration_error, across_regions, labels, places
             ),
             "calibration_error_beside": round(expected_calibration_error(beside, labels), 4),
-            "random_forest": {
-                "accuracy": round(_accuracy(forest["shares"], labels), 4),
-                "calibration_error": round(expected_calibration_error(forest["shares"], labels), 4),
-            },
+            **(_beside_forest(plan, task, name, labels) if plan.baselines else {}),
             "largest_class": round(float(np.bincount(labels).max() / len(labels)), 4),
         }
     return Report(calibration={"temperature": round(across(trained), 4)}, regions=regions)
@@ -254,6 +251,16 @@ def across(outputs: Mapping[str, Outputs]) -> float:
         [np.full(len(o["labels"]), 1 / len(o["labels"])) for o in outputs.values()]
     )
     return fit_temperature(logits, labels, weights)
+
+
+def _beside_forest(
+    plan: Plan, task: PixelClassification, region: str, labels: Ints
+) -> dict[str, dict[str, float]]:
+    path = plan.folder / f"forest-{region}.npz"
+    shares = _stored(path, partial(_forest, plan.run, task, region))["shares"]
+    error = expected_calibration_error(shares, labels)
+    scores = {"accuracy": _accuracy(shares, labels), "calibration_error": error}
+    return {"random_forest": {name: round(value, 4) for name, value in scores.items()}}
 
 
 def _forest(run: Run, task: PixelClassification, region: str) -> Outputs:
@@ -306,7 +313,7 @@ def _class_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     )
     yield "|---" * 10 + "|"
     for name, r in regions.items():
-        forest = r["random_forest"]
+        forest = r.get("random_forest", {})
         cells = (
             name,
             r["n"],
@@ -315,8 +322,8 @@ def _class_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             _bracketed(r["calibration_error"]),
             f"{r['calibration_error_beside']:.3f}",
             f"{r['confidence']:.3f}",
-            f"{forest['accuracy']:.3f}",
-            f"{forest['calibration_error']:.3f}",
+            _number(forest.get("accuracy")),
+            _number(forest.get("calibration_error")),
             f"{r['largest_class']:.3f}",
         )
         yield "| " + " | ".join(map(str, cells)) + " |"
