@@ -665,7 +665,7 @@ def test_a_pretraining_that_does_not_tell_its_sources_is_not_put_into_a_card(
     del stored["learned_from"]  # as an earlier version left it
     torch.save(stored, checkpoint)
     run = tiny_run(data, pretrained=checkpoint)
-    with pytest.raises(UnknownOrigin, match=r"checkpoint\.pt does not tell what it learned from"):
+    with pytest.raises(UnknownOrigin, match=r"checkpoint\.pt does not state its training data"):
         card_fields(run, task_of(run), {"seconds": 1.0, "scores": {}}, "mine")
 
 
