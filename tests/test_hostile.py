@@ -201,6 +201,15 @@ def test_a_mask_whose_tags_are_of_other_types_is_refused(sound: bytes, tmp_path:
         opened(edited(sound, signed_mask), tmp_path)
 
 
+def test_a_number_that_does_not_fit_into_its_entry_is_refused(sound: bytes, tmp_path: Path) -> None:
+    def widened(tiff: Tiff, directory: Directory) -> None:
+        (entry,) = [entry for entry in directory.entries if entry.tag == WIDTH]
+        entry.kind = 16  # eight bytes, where a classic TIFF has room for four
+
+    with pytest.raises(NotAGeoTIFF):
+        opened(edited(sound, widened), tmp_path)
+
+
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_a_header_claims_is_refused_unread(
     sound: bytes, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

@@ -208,7 +208,7 @@ def _small(form: _Form, entry: _Entry, name: str) -> int:
             reads further types, so ignoring them here would let their numbers pass unseen.
     """
     code = _CODES.get(entry.kind)
-    if code is None or entry.length != 1:
+    if code is None or entry.length != 1 or entry.size > len(entry.field):
         raise NotAGeoTIFF(
             f"'{name}' has a TIFF tag {entry.tag} of type {entry.kind} and count {entry.length}; "
             "a TIFF writes one unsigned whole number there"
