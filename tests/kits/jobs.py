@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.tiny_zoo import write_bundle, write_zoo
 from tests.kits.rasters import write
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SLOW = "pixels-slow"
 ASYNC = {"Prefer": "respond-async"}
 BANDS = ("B02", "B03", "B04", "B08")
