@@ -78,7 +78,7 @@ def everything_wrong(ask: Ask, base: Path) -> dict[str, httpx.Response]:
         "torn pixels": post(files=[(n, (f, c[:-100])) for n, (f, c) in sound]),
         "no bands": post(files=sound, data={"bands": "B02,B03,B11"}),
         "no date": post(files=files(base, "scene{}.tif")),
-        "path for a name": post(files=files(base, f"../../{base}/scene_2021-{{}}-01.tif")),
+        "path for a name": post(files=files(base, "../../up/scene_2021-{}-01.tif")),
         "no place": post(files=files(base, crs=None)),
         "refused bundle": ask("POST", "/embed", files=sound, data={"modality": "patch"}),
         "reference outside": post(json={"items": [{"href": "/etc/passwd"}]}),

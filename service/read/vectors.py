@@ -16,10 +16,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet
-import pyogrio
 import shapely
 from numpy.typing import NDArray
-from pyogrio.errors import DataLayerError, DataSourceError
 from rasterio.crs import CRS
 from rasterio.errors import CRSError
 
@@ -167,6 +165,9 @@ def _named_crs(name: str, crs: object) -> CRS:
 
 
 def _read_geopackage(source: SourceFile, most: int) -> _Read:
+    import pyogrio  # here, for it imports pandas where that is installed: a slow start
+    from pyogrio.errors import DataLayerError, DataSourceError
+
     # GDAL takes the driver from the ending; the magic bytes have been checked.
     path = source.path.with_name(f"{source.path.name}.gpkg")
     path.hardlink_to(source.path)
