@@ -92,29 +92,7 @@ def _brittle() -> tuple[list[Any], list[Any]]:
     return nodes, constants
 
 
-def _toil() -> tuple[list[Any], list[Any]]:
-    """`mean` unchanged, after some milliseconds of work a hundred pixels."""
-    side, rounds = 512, 6
-    nodes = [helper.make_node("MatMul", ["mean", "widen"], ["work0"])]
-    for n in range(rounds):
-        nodes.append(helper.make_node("MatMul", [f"work{n}", "turn"], [f"turned{n}"]))
-        nodes.append(helper.make_node("Tanh", [f"turned{n}"], [f"work{n + 1}"]))
-    nodes += [
-        helper.make_node("ReduceSum", [f"work{rounds}", "across"], ["toil"], keepdims=1),
-        helper.make_node("Mul", ["toil", "nothing"], ["none"]),
-        helper.make_node("Add", ["mean", "none"], ["worked"]),
-    ]
-    random = np.random.default_rng(0)
-    constants = [
-        _constant("widen", random.normal(size=(3, side)).astype(np.float32)),
-        _constant("turn", random.normal(0, 0.05, (side, side)).astype(np.float32)),
-        _constant("across", np.array([1], np.int64)),
-        _constant("nothing", np.float32(0)),
-    ]
-    return nodes, constants
-
-
-def _graph(task: str, modality: str, *, brittle: bool, slow: bool) -> Any:
+def _graph(task: str, modality: str, *, brittle: bool) -> Any:
     if modality == "patch":
         body, constants = _patch_mean()
         inputs = [helper.make_tensor_value_info("patches", TensorProto.FLOAT, ["N", 3, 64, 64])]
@@ -126,10 +104,6 @@ def _graph(task: str, modality: str, *, brittle: bool, slow: bool) -> Any:
             helper.make_tensor_value_info("days", TensorProto.FLOAT, ["T"]),
         ]
     head, more, shape = _head(task)
-    if slow:
-        work, constants_of_work = _toil()
-        head[0].input[0] = "worked"
-        body, constants = [*body, *work], [*constants, *constants_of_work]
     name = head[-1].output[0]
     output = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
     graph = helper.make_graph([*body, *head], "tiny", inputs, [output], [*constants, *more])
@@ -145,14 +119,13 @@ def write_bundle(
     modality: str,
     *,
     brittle: bool = False,
-    slow: bool = False,
     **card: Any,
 ) -> Path:
     """One bundle under `root`; `card` replaces entries of its card."""
     folder = root / name
     folder.mkdir(parents=True)
     file = folder / "model.onnx"
-    file.write_bytes(_graph(task, modality, brittle=brittle, slow=slow).SerializeToString())
+    file.write_bytes(_graph(task, modality, brittle=brittle).SerializeToString())
     sha = sha256_of(file)
     pixel = modality == "pixel"
     content: dict[str, Any] = {

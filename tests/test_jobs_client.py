@@ -19,14 +19,21 @@ from pimc_client import (
     UnknownJob,
 )
 from tests.kits.client import connected
-from tests.kits.jobs import SLOW, stack, zoo_with_a_slow_one
+from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
+from tests.kits.jobs import stack
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    zoo = zoo_with_a_slow_one(tmp_path_factory.mktemp("zoo"))
+def gate(tmp_path_factory):
+    with Gate(tmp_path_factory.mktemp("gate") / "gate").installed() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory, gate):
+    zoo = zoo_with_a_held_model(tmp_path_factory.mktemp("zoo"))
     with served(model_dir=zoo, sync_max_pixels=70 * 90) as http:
         yield str(http.base_url)
 
@@ -38,7 +45,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """More than is answered while the line is held, and some seconds for the slow model."""
+    """More pixels than a synchronous request may have."""
     return made(tmp_path_factory.mktemp("large"), 128, 256)
 
 
@@ -89,9 +96,9 @@ def test_what_is_too_large_for_the_line_comes_all_the_same(url, kind, large):
 
 
 @KINDS
-def test_cancel(url, kind, large):
-    with connected(kind, url) as client:
-        job = client.submit("classify-pixels", large, model=SLOW)
+def test_cancel(url, kind, gate, large):
+    with connected(kind, url) as client, gate.held():
+        job = client.submit("classify-pixels", large, model=HELD)
         with pytest.raises(ResultNotReady):
             job.result()
         job.cancel()

@@ -6,9 +6,8 @@ import contextlib
 import json
 import sqlite3
 import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -29,8 +28,18 @@ from service.jobs.window_journal import WindowFile
 from service.run.plan import Plan, plan_request
 from service.run.windows import Step
 from service.settings import SettingsError
-from tests.kits.jobs import ASYNC, SLOW, check_full, check_healthy, leftovers, stack, until, waited
-from tests.kits.jobs import zoo_with_a_slow_one as slow_zoo
+from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
+from tests.kits.jobs import (
+    ASYNC,
+    change,
+    check_full,
+    check_healthy,
+    leftovers,
+    stack,
+    swept,
+    until,
+    waited,
+)
 
 YEAR = 365 * 24 * 3600.0
 WEEK = 7 * 24 * 3600.0
@@ -43,7 +52,7 @@ STEP = Step(stage="predictions", number=0, window=Window(0, 0, 4, 2))
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return slow_zoo(tmp_path_factory.mktemp("zoo"))
+    return zoo_with_a_held_model(tmp_path_factory.mktemp("zoo"))
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +79,6 @@ def done(store: JobStore, ready: Plan, folder: Path) -> Job:
     assert job is not None
     store.succeed(job)
     return store.find("", job.id)
-
-
-def change(folder: Path, statement: str, *values: object) -> None:
-    """What another clock would have written."""
-    with closing(sqlite3.connect(folder / "jobs.sqlite")) as db, db:
-        db.execute(statement, values)
 
 
 # Time -----------------------------------------------------------------------------------------
@@ -108,19 +111,21 @@ def test_a_clock_that_jumped_while_nothing_ran(ready: Plan, tmp_path: Path, jump
         assert len(store.latest("", 9)) == 1
 
 
-def test_a_clock_that_jumps_while_the_service_runs(zoo: Path, tmp_path: Path) -> None:
-    with served(model_dir=zoo, state_dir=tmp_path, job_ttl=5) as api:
+def test_a_clock_that_jumps_while_the_service_runs(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.jobs.runner._SWEEP_SECONDS", 0.1)
+    with served(model_dir=zoo, state_dir=tmp_path, job_ttl=3600) as api:
         job = api.post("/embed", content=BODY, headers={**ASYNC, **JSON}).json()["jobID"]
         waited(api, job)
         change(tmp_path, "UPDATE jobs SET created = 9e9, started = 9e9, finished = 9e9 + 1")
         change(tmp_path, "UPDATE clock SET seen = 9e9")
         assert api.get(f"/jobs/{job}").json()["finished"].startswith("2255-")
-        time.sleep(1.2)  # two sweeps
+        swept(tmp_path, 2)
         assert api.get(f"/jobs/{job}").status_code == 200
-        end = time.monotonic() + 30
-        while api.get(f"/jobs/{job}").status_code == 200:
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        change(tmp_path, "UPDATE jobs SET age = 3600")
+        swept(tmp_path)
+        assert api.get(f"/jobs/{job}").status_code == 404
 
 
 JSON = {"Content-Type": "application/json"}
@@ -311,8 +316,10 @@ def test_a_job_that_fills_the_disk(zoo: Path, small_disk: Path, tmp_path: Path) 
 
 def test_a_disk_that_others_fill(zoo: Path, small_disk: Path, tmp_path: Path) -> None:
     files = stack(tmp_path, 128, 256)
-    with served(model_dir=zoo, state_dir=small_disk / "state") as api:
-        answer = api.post("/classify-pixels", files=files, data={"model": SLOW}, headers=ASYNC)
+    gate = Gate(tmp_path / "gate")
+    with gate.installed(), served(model_dir=zoo, state_dir=small_disk / "state") as api:
+        gate.hold(after=4)
+        answer = api.post("/classify-pixels", files=files, data={"model": HELD}, headers=ASYNC)
         job = answer.json()["jobID"]
         until(api, job, progress=1)
         filler = fill(small_disk)
@@ -320,13 +327,14 @@ def test_a_disk_that_others_fill(zoo: Path, small_disk: Path, tmp_path: Path) ->
         assert api.get("/health/ready").status_code == 200
         assert api.get(f"/jobs/{job}").status_code == 200
         assert api.post("/classify-pixels", files=files).status_code == 200  # needs no state
+        gate.open()
         filler.unlink()
         # It failed of the full disk, or came through between two windows; never in between.
         info = waited(api, job)
         if info["status"] == "failed":
             check_full(api.get(f"/jobs/{job}/result"))
         else:
-            same = api.post("/classify-pixels", files=files, data={"model": SLOW})
+            same = api.post("/classify-pixels", files=files, data={"model": HELD})
             assert whole(api, job) == same.content
         check_healthy(api)
         assert leftovers(small_disk / "state") == []

@@ -40,6 +40,7 @@ from service.read.references import (
 )
 from service.settings import HostRule, Settings, SettingsError, read_settings
 from tests.kits import rasters
+from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.programs import require
 
 TIFF = b"II*\0 and the rest"
@@ -776,16 +777,17 @@ def test_a_job_reads_what_was_named(api: httpx.Client, scene: Path, web: Host, k
 
 def test_a_job_resumed_under_other_roots_reads_nothing(tmp_path: Path) -> None:
     zoo, old, new = (tmp_path / name for name in ("zoo", "old", "new"))
-    write_bundle(zoo, "pixels-landcover", "classify-pixels", "pixel", slow=True)
+    zoo_with_a_held_model(zoo)
     old.mkdir()
     new.mkdir()
     for month in (3, 5, 7):
-        bands = np.full((3, 480, 480), 2000, np.uint16)  # not through when it stops, however fast
+        bands = np.full((3, 40, 40), 2000, np.uint16)
         path = old / f"2021-0{month}-01.tif"
         rasters.write(path, bands, descriptions=["B02", "B04", "B08"])
-    body = {"items": [{"href": str(path)} for path in sorted(old.iterdir())]}
+    body = {"model": HELD, "items": [{"href": str(path)} for path in sorted(old.iterdir())]}
     there = {"model_dir": zoo, "state_dir": tmp_path / "state"}
-    with served(**there, allowed_roots=(old,)) as first:
+    gate = Gate(tmp_path / "gate")
+    with gate.installed(), gate.held(), served(**there, allowed_roots=(old,)) as first:
         # One runs, one waits; neither is through when the service stops.
         asked = [
             first.post("/classify-pixels", json=body, headers={"Prefer": "respond-async"})

@@ -1,4 +1,4 @@
-"""What the tests of jobs share: a slow bundle, stacks, waiting, and a service as a process."""
+"""Kit of the tests of jobs: stacks, waiting for states, and a service as a process."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import os
 import re
 import resource
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from queue import Queue
@@ -20,11 +21,10 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.tiny_zoo import write_bundle, write_zoo
+from tests.kits.gate import Gate
 from tests.kits.rasters import write
 
 ROOT = Path(__file__).parents[2]
-SLOW = "pixels-slow"
 ASYNC = {"Prefer": "respond-async"}
 BANDS = ("B02", "B03", "B04", "B08")
 SERIES = {
@@ -43,13 +43,6 @@ ENDED = {"successful", "failed", "dismissed"}
 Files = list[tuple[str, Any]]
 
 
-def zoo_with_a_slow_one(root: Path) -> Path:
-    """The tiny zoo, and `pixels-slow`, which works at some thousand pixels a second."""
-    write_zoo(root)
-    write_bundle(root, SLOW, "classify-pixels", "pixel", slow=True, default=False)
-    return root
-
-
 def stack(folder: Path, height: int = 70, width: int = 90, dates: int = 4, **how: Any) -> Files:
     """A stack with a file a date, as a form's files; noise, so that no two pixels are alike."""
     random = np.random.default_rng(height * width + dates)
@@ -62,7 +55,7 @@ def stack(folder: Path, height: int = 70, width: int = 90, dates: int = 4, **how
     return files
 
 
-def waited(api: httpx.Client, job_id: str, *, seconds: float = 60) -> dict[str, Any]:
+def waited(api: httpx.Client, job_id: str, *, seconds: float = 120) -> dict[str, Any]:
     """A job's status document once it has ended."""
     end = time.monotonic() + seconds
     while (info := api.get(f"/jobs/{job_id}").json())["status"] not in ENDED:
@@ -73,7 +66,7 @@ def waited(api: httpx.Client, job_id: str, *, seconds: float = 60) -> dict[str, 
 
 def until(api: httpx.Client, job_id: str, *, progress: int) -> dict[str, Any]:
     """A running job's status document once it has come so far."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while (info := api.get(f"/jobs/{job_id}").json())["progress"] < progress:
         assert info["status"] not in ENDED, info
         assert time.monotonic() < end, info
@@ -93,6 +86,23 @@ def leftovers(state: Path) -> list[str]:
     ]
 
 
+def change(state: Path, statement: str, *values: object) -> None:
+    """Change the stored jobs as another clock would have written them."""
+    with closing(sqlite3.connect(state / "jobs.sqlite", timeout=60)) as db, db:
+        db.execute(statement, values)
+
+
+def swept(state: Path, times: int = 1) -> None:
+    """Wait until the service has looked for expired jobs so many times."""
+    for _ in range(times):
+        change(state, "UPDATE clock SET seen = -1")
+        end = time.monotonic() + 60
+        with closing(sqlite3.connect(state / "jobs.sqlite", timeout=60)) as db:
+            while db.execute("SELECT seen FROM clock").fetchone()[0] == -1:
+                assert time.monotonic() < end
+                time.sleep(0.02)
+
+
 def check_healthy(api: httpx.Client) -> None:
     """Small things are still done, now and later."""
     assert api.get("/health/ready").status_code == 200
@@ -108,12 +118,21 @@ def check_full(answer: httpx.Response) -> dict[str, Any]:
 
 
 class Service:
-    """`python -m service`, as a process that may be killed."""
+    """`python -m service`, as a process that may be killed; with a gate, its runs may be held."""
 
-    def __init__(self, state: Path, zoo: Path, *, file_bytes: int = 0, **variables: str) -> None:
+    def __init__(
+        self,
+        state: Path,
+        zoo: Path,
+        *,
+        gate: Gate | None = None,
+        file_bytes: int = 0,
+        **variables: str,
+    ) -> None:
+        module = ["tests.kits.gate", str(gate.file)] if gate else ["service"]
         limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "service"],
+            [sys.executable, "-m", *module],
             cwd=ROOT,
             env={
                 **os.environ,
@@ -165,16 +184,19 @@ class Service:
 
 
 @contextmanager
-def running(state: Path, zoo: Path, *, file_bytes: int = 0, **variables: str) -> Iterator[Service]:
+def running(
+    state: Path, zoo: Path, *, gate: Gate | None = None, file_bytes: int = 0, **variables: str
+) -> Iterator[Service]:
     """A service that does not outlive the test.
 
     Args:
         state: its state directory.
         zoo: bundles beside the built-in ones.
+        gate: which its runs of the held model wait at.
         file_bytes: how large a file may become, as if the disk were full; 0 for no limit.
         variables: of its environment.
     """
-    service = Service(state, zoo, file_bytes=file_bytes, **variables)
+    service = Service(state, zoo, gate=gate, file_bytes=file_bytes, **variables)
     try:
         yield service
     finally:

@@ -1,0 +1,102 @@
+"""A gate at which runs of one model wait before they read a window.
+
+Tests whose premise is that work is still running hold it here, instead of trusting that it takes
+long enough. A gate is a file, so that one process can hold the runs of another:
+
+    python -m tests.kits.gate FILE    runs the service with a gate
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks.tiny_zoo import write_bundle, write_zoo
+from service.run.pixels import PixelStages
+
+HELD = "pixels-held"
+"""The model whose runs wait at a gate: the tiny land-cover model under another name."""
+_PAUSE = 0.005
+
+
+def zoo_with_a_held_model(root: Path) -> Path:
+    """The tiny zoo and `pixels-held`."""
+    write_zoo(root)
+    write_bundle(root, HELD, "classify-pixels", "pixel", default=False)
+    return root
+
+
+class Gate:
+    """Holds runs of `HELD` while its file exists.
+
+    Args:
+        file: contains the number of windows that each run may read, and exists while runs are held.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def hold(self, *, after: int = 0) -> None:
+        """Let each run read `after` windows and no more.
+
+        Two windows are inferred at once, so all but the last two of them are finished; a job's
+        progress is that of the window before the last finished one.
+        """
+        new = self.file.with_name(f"{self.file.name}.new")
+        new.write_text(str(after))
+        new.replace(self.file)
+
+    def open(self) -> None:
+        """Let all runs go on."""
+        self.file.unlink(missing_ok=True)
+
+    @contextmanager
+    def held(self, *, after: int = 0) -> Iterator[None]:
+        """Hold runs within the context."""
+        self.hold(after=after)
+        try:
+            yield
+        finally:
+            self.open()
+
+    @contextmanager
+    def installed(self) -> Iterator[Gate]:
+        """The gate in this process."""
+        read, gate = PixelStages.read, self
+
+        def waits(stages: Any, window: Any) -> Any:
+            done = vars(stages).setdefault("windows_read", 0)
+            while gate._closed(done) and not _cancelled(stages):
+                time.sleep(_PAUSE)
+            stages.windows_read = done + 1
+            return read(stages, window)
+
+        with patch.object(PixelStages, "read", waits):
+            try:
+                yield self
+            finally:
+                self.open()
+
+    def _closed(self, done: int) -> bool:
+        try:
+            return done >= int(self.file.read_text())
+        except FileNotFoundError:
+            return False
+
+
+def _cancelled(stages: Any) -> bool:
+    return stages._model.card.name != HELD or (
+        stages._cancelled is not None and stages._cancelled.is_set()
+    )
+
+
+if __name__ == "__main__":
+    from service.__main__ import main
+
+    with Gate(Path(sys.argv.pop())).installed():
+        main()
