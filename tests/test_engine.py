@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,6 @@ from service.infer.session import (
     CUDA,
     ArenaShrinking,
     ProviderUnavailable,
-    Session,
     open_session,
     pick_variant,
 )
@@ -120,28 +119,12 @@ def test_callers_at_the_same_time_get_their_own_answers(engine, zoo):
         np.testing.assert_allclose(answer, expected, rtol=1e-6)
 
 
-def test_last_batches_have_few_sizes_as_the_runtime_keeps_something_for_each(engine, zoo):
-    model = engine.models["pixels-landcover"]
-    sizes = set()
-
-    class Watched(Session):
-        def run(self, feeds):
-            sizes.add(len(feeds["values"]))
-            return super().run(feeds)
-
-    inner = model._session
-    model._session = Watched(**{f.name: getattr(inner, f.name) for f in fields(inner)})
-    try:
-        for count in (1, 3, 100, 255, 256, 257, 300):
-            values, valid, days = series(count)
-            expected = direct(
-                zoo, "pixels-landcover", {"values": values, "valid": valid, "days": days}
-            )
-            np.testing.assert_allclose(model.pixels(values, valid, days), expected, rtol=1e-6)
-    finally:
-        model._session = inner
-    # For two threads 100 are 64 and 36, 255 are 128 and 127, and 300 are 128, 128 and 44.
-    assert sizes == {1, 4, 64, 128}
+@pytest.mark.parametrize("count", [1, 3, 100, 255, 256, 257, 300])
+def test_any_number_of_pixels_has_the_predictions_of_the_runtime_itself(engine, zoo, count):
+    values, valid, days = series(count)
+    expected = direct(zoo, "pixels-landcover", {"values": values, "valid": valid, "days": days})
+    found = engine.models["pixels-landcover"].pixels(values, valid, days)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_the_runtime_failing_is_our_error_with_its_cause_and_without_its_words(engine):

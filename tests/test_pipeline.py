@@ -560,38 +560,6 @@ def test_a_graph_that_fails_stops_the_run_and_leaves_nothing(engine, scene, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def first_two_meet(model, monkeypatch):
-    """Let the first two chunks wait for one another: where one is answered alone, nobody comes."""
-    both = threading.Barrier(2, timeout=60)
-    answer, first = model.pixels, iter(range(2))
-
-    def pixels(*given):
-        if next(first, None) is not None:
-            both.wait()
-        return answer(*given)
-
-    monkeypatch.setattr(model, "pixels", pixels)
-
-
-def test_pixels_are_gathered_while_others_are_answered(engine, scene, tmp_path, monkeypatch):
-    """Else the engine's threads wait for each chunk's last batch, and for the next one."""
-    model = engine.models["pixels-landcover"]
-    first_two_meet(model, monkeypatch)
-    run = plan_raster(model, scene.stack())
-    assert scene.valid[0].size > model.chunk
-    run_raster(run, tmp_path)
-
-
-def test_a_window_begins_while_the_one_before_ends(engine, scene, tmp_path, monkeypatch):
-    """Else a thread has nothing to do at the end of each window."""
-    model = engine.models["pixels-landcover"]
-    first_two_meet(model, monkeypatch)
-    run = plan_raster(model, scene.stack())
-    parts = windows(scene.stack().grid, (16, 32), run.pixel_bytes + run.prediction_bytes, TINY)
-    assert parts[0].width * parts[0].height <= model.chunk  # one chunk each
-    run_raster(run, tmp_path, window_bytes=TINY)
-
-
 def test_the_time_of_answering_is_told_of_one_window_too(engine, scene, tmp_path, monkeypatch):
     model = engine.models["pixels-landcover"]
     answer = model.pixels

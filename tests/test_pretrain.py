@@ -77,19 +77,42 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder
 
 
+# Runs `python -m training`, but waits for ever before the batch of step 5.
+_WAITS = """
+import sys, threading
+from pathlib import Path
+from training.__main__ import app
+from training.pretrain import Pretraining
+
+batch, reached = Pretraining._batch, Path(sys.argv.pop())
+
+def waits(self, step):
+    if step == 5:
+        reached.touch()
+        threading.Event().wait()
+    return batch(self, step)
+
+Pretraining._batch = waits
+app()
+"""
+
+
 def test_a_killed_run_goes_on_exactly(tmp_path, undisturbed):
     # As a person calls it, and as the card of the bundle tells it.
     words = shlex.split(pretrain_command(TINY, tmp_path))[1:]
-    call = [sys.executable, *words, "--device", "cpu", "--data", "nowhere"]
-    run = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    options = ["--device", "cpu", "--data", "nowhere"]
+    call = [sys.executable, *words, *options]
+    assert words[:2] == ["-m", "training"]
+    held = [sys.executable, "-c", _WAITS, *words[2:], *options, str(tmp_path / "reached")]
+    run = subprocess.Popen(held, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while run.poll() is None and not (tmp_path / CHECKPOINT).exists():
+        while not (tmp_path / "reached").exists():
+            assert run.poll() is None
             time.sleep(0.005)
         os.kill(run.pid, signal.SIGKILL)
     finally:
         run.wait()
-    stopped = torch.load(tmp_path / CHECKPOINT, weights_only=True)["step"]
-    assert 3 <= stopped < 8
+    assert torch.load(tmp_path / CHECKPOINT, weights_only=True)["step"] == 3
     # What the kill may have left after the checkpoint is made anew, not kept twice.
     with (tmp_path / LOG_FILE).open("a") as file:
         file.write("1")  # a row of step 10, say, cut after its first digit
