@@ -1,12 +1,13 @@
 """Load test: fifty clients of every kind for ten minutes; failures, memory growth, leftovers.
 
-    python -m benchmarks.load [--seconds 600] [--callers 50] [--out load.json]
+    python -m benchmarks.load [--seconds 600] [--callers 50] [--beside dripping] [--out load.json]
 
 The service runs as a process of its own. The clients request maps from 1 x 1 to 512 x 512, series,
 points, summaries and zips; some disconnect half way, some send or read slowly or never read, some
 send invalid requests. Another process requests health and metrics. The run passes if nothing fails
 that should not, nothing is left, and memory does not grow: docs/explanation/reliability.md has the
-numbers.
+numbers. With `--beside`, the same clients are measured without and with others that take what they
+can, from addresses of their own.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ MOST_RESIDENT = 1_500_000_000
 """Largest allowed resident memory of the service, bytes."""
 MOST_GROWTH = 0.05
 """Largest relative difference between the last and the third minute's memory."""
+MOST_SLOWDOWN = 1.5
+"""Largest ratio of the clients' median times with others beside them to those without."""
 SLOWEST_PROBE = 0.100
 """Seconds within which 99 of 100 health and metrics responses must arrive."""
 
@@ -119,6 +122,8 @@ class Report:
     """Resident memory in bytes, one value per second."""
     probes: Mapping[str, Sequence[float]]
     """Seconds of each health and metrics response."""
+    beside: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """What the others beside the clients got, by their name."""
 
     @property
     def growth(self) -> float:
@@ -431,6 +436,54 @@ def _caller(service: Served, kinds: Sequence[Ask], tally: Tally, end: float, see
             time.sleep(rng.uniform(0.5, 1.5))
 
 
+# Others beside the clients --------------------------------------------------------------------
+
+
+Other = Callable[[Served, float, Counter[str]], None]
+"""Takes what it can until a time of `time.monotonic`, and counts what it got."""
+_DRIPS = 40
+_DRIP_BYTES = 64 * 2**10 // 60
+"""Sent by each slow upload per second."""
+
+
+def dripping(service: Served, end: float, got: Counter[str]) -> None:
+    """Forty uploads of 64 KiB per minute each, begun again as soon as they are ended."""
+    head = (
+        f"POST /classify-pixels HTTP/1.1\r\nHost: here\r\nContent-Type: {FORM}\r\n"
+        f"Content-Length: {2**31}\r\n\r\n--{_BOUNDARY}\r\n"
+    ).encode()
+    drips: list[socket.socket] = []
+    while time.monotonic() < end:
+        for _ in range(_DRIPS - len(drips)):
+            connection = socket.create_connection(
+                (service.host, service.port), _TIMEOUT, source_address=("127.0.0.2", 0)
+            )
+            connection.sendall(head)
+            drips.append(connection)
+        time.sleep(1)
+        for drip in list(drips):
+            if answer := _refused(drip):
+                got[answer] += 1
+                drips.remove(drip)
+                drip.close()
+    for drip in drips:
+        drip.close()
+
+
+def _refused(drip: socket.socket) -> str | None:
+    """Send the next bytes; the status line if the upload has ended."""
+    try:
+        if select.select([drip], [], [], 0)[0]:
+            return drip.recv(2**12).split(b"\r\n")[0].decode()[9:12] or "closed"
+        drip.sendall(bytes(_DRIP_BYTES))
+    except OSError:
+        return "closed"
+    return None
+
+
+OTHERS: Mapping[str, Other] = {"dripping": dripping}
+
+
 # The probe ----------------------------------------------------------------------------------
 
 
@@ -454,8 +507,23 @@ def _probe(host: str, port: int, out: Connection) -> None:
 # All together -------------------------------------------------------------------------------
 
 
-def run(seconds: float, callers: int, kinds: Sequence[Ask], **settings: str) -> Report:
-    """Start a service, run all clients, and inspect what is left."""
+def run(
+    seconds: float,
+    callers: int,
+    kinds: Sequence[Ask],
+    beside: Sequence[str] = (),
+    **settings: str,
+) -> Report:
+    """Start a service, run all clients, and inspect what is left.
+
+    Args:
+        seconds: for which they send requests.
+        callers: number of clients.
+        kinds: of requests that they send.
+        beside: names of `OTHERS` that run beside them.
+        settings: environment variables of the service.
+    """
+    got: dict[str, Counter[str]] = {name: Counter() for name in beside}
     tally = Tally()
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -467,6 +535,9 @@ def run(seconds: float, callers: int, kinds: Sequence[Ask], **settings: str) -> 
         threads = [
             threading.Thread(target=_caller, args=(service, kinds, tally, end, seed))
             for seed in range(callers)
+        ]
+        threads += [
+            threading.Thread(target=OTHERS[name], args=(service, end, got[name])) for name in beside
         ]
         with Sampler(take=service.resident) as resident:
             for thread in threads:
@@ -494,7 +565,14 @@ def run(seconds: float, callers: int, kinds: Sequence[Ask], **settings: str) -> 
             refused_p99=percentile(tally.refused_seconds, 0.99),
             resident=[number for _, number in resident.samples],
             probes=probes,
+            beside={name: dict(counts) for name, counts in got.items()},
         )
+
+
+def slowdown(alone: Report, beside: Report) -> float:
+    """How much slower the clients were with others beside them: the median over kinds."""
+    both = alone.medians.keys() & beside.medians.keys()
+    return statistics.median(beside.medians[name] / alone.medians[name] for name in both)
 
 
 def _settle(service: Served) -> None:
@@ -522,6 +600,9 @@ def show(report: Report) -> None:
         told = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(counts.items()))
         table.add_row(name, told, f"{report.medians.get(name, float('nan')):.2f}")
     console.print(table)
+    for name, counts in report.beside.items():
+        told = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(counts.items()))
+        console.print(f"beside them, {name}: {told or 'nothing ended'}")
     total = sum(sum(counts.values()) for counts in report.answers.values())
     refused = sum(counts.get("overloaded", 0) for counts in report.answers.values())
     console.print(
@@ -549,13 +630,24 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--callers", type=int, default=50)
+    parser.add_argument(
+        "--beside", nargs="+", choices=OTHERS, default=(), help="others beside the clients"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    report = run(options.seconds, options.callers, asks())
-    show(report)
+    kinds = asks()
+    reports = [run(options.seconds, options.callers, kinds)]
+    if options.beside:
+        reports.append(run(options.seconds, options.callers, kinds, options.beside))
+    for report in reports:
+        show(report)
     if options.out:
-        options.out.write_text(json.dumps(asdict(report), indent=1))
-    return 1 if report.faults or report.delays else 0
+        options.out.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+    slower = slowdown(reports[0], reports[-1])
+    if options.beside:
+        Console().print(f"median times with the others: {slower:.2f} times those without")
+    failed = any(report.faults or report.delays for report in reports)
+    return 1 if failed or slower > MOST_SLOWDOWN else 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "PIMC_"
@@ -108,7 +115,12 @@ class Settings(BaseSettings):
     jp2: bool = True
     """Whether JPEG 2000 files (`.jp2`) are read, by GDAL's OpenJPEG."""
     upload_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
-    """Seconds within which the next 64 KiB of an upload, or its end, must arrive."""
+    """Seconds over which an upload must keep `upload_rate`."""
+    upload_rate: Annotated[ByteSize, Field(ge=1)] = ByteSize(16 * 2**10)
+    """Bytes per second that an upload must keep; a slower one holds no queue slot."""
+    max_spool_bytes: ByteSize | None = None
+    """Bodies of requests in flight on disk, in bytes or as `500MB`, `2GiB`; one caller may take
+    half. At least twice `max_body_bytes`; None is eight times that."""
     max_connections: Annotated[int, Field(ge=16)] = 1024
     """Open connections. At the bound, the one that has waited longest without a request is closed.
     The limit of open files is raised for them as far as the system allows."""
@@ -146,6 +158,22 @@ class Settings(BaseSettings):
     def state_folder(self) -> Path:
         """State directory; services on different ports have different ones."""
         return self.state_dir or Path(__file__).parents[1] / "state" / str(self.port)
+
+    @property
+    def spool_bytes(self) -> int:
+        """Bytes of bodies of requests in flight on disk."""
+        return self.max_spool_bytes or 8 * self.max_body_bytes
+
+    @field_validator("max_spool_bytes")
+    @classmethod
+    def _holds_two_bodies(cls, value: ByteSize | None, info: ValidationInfo) -> ByteSize | None:
+        body = info.data.get("max_body_bytes")  # not there if it is not valid itself
+        if value is not None and body is not None and value < 2 * body:
+            raise ValueError(
+                f"{value} bytes are less than twice PIMC_MAX_BODY_BYTES ({body}): one caller may "
+                "take half, and one body must fit"
+            )
+        return value
 
     @field_validator("api_keys", "allowed_roots", mode="before")
     @classmethod

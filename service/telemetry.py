@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -85,6 +85,43 @@ class Metrics:
             "Connections closed or rejected by a bound, by reason",
             ["reason"],
         )
+
+        self._uploads_given_up = Counter(
+            "pimc_uploads_given_up",
+            "Slow uploads ended because another request needed their place",
+            registry=self._registry,
+        )
+
+    def watch_admission(
+        self,
+        *,
+        run_slots: int,
+        held: Callable[[], int],
+        awaited: Callable[[], int],
+        uploads: Callable[[], int],
+        spooled: Callable[[], int],
+    ) -> None:
+        """Add gauges of admission, read whenever metrics are.
+
+        Args:
+            run_slots: requests that may run at once.
+            held: run slots in use.
+            awaited: requests that wait for one.
+            uploads: uploads in flight.
+            spooled: bytes of bodies on disk.
+        """
+        for name, text, read in (
+            ("pimc_run_slots", "Requests that may run at once", lambda: run_slots),
+            ("pimc_run_slots_held", "Run slots in use", held),
+            ("pimc_run_slots_awaited", "Requests that wait for a run slot", awaited),
+            ("pimc_uploads_in_flight", "Uploads that have not ended", uploads),
+            ("pimc_spooled_bytes", "Bytes of request bodies on disk", spooled),
+        ):
+            Gauge(name, text, registry=self._registry).set_function(read)
+
+    def upload_given_up(self) -> None:
+        """Count an upload that had to make room for another."""
+        self._uploads_given_up.inc()
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         return Counter(name, text, labels, registry=self._registry)

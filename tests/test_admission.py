@@ -9,8 +9,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import anyio
@@ -21,13 +23,19 @@ import uvicorn
 from starlette.responses import StreamingResponse
 
 from benchmarks.serving import served
-from service.api.admission import Admission
+from benchmarks.tiny_zoo import write_zoo
+from service.api.admission import Admission, FairSlots
 from service.api.middleware import SlowClientMiddleware
+from service.api.routes import tasks
 from service.errors import Overloaded
+from service.run.execute import execute
+from service.run.plan import Plan
+from service.run.request import SeriesRequest
 from tests.kits.rasters import write
 
 PATIENCE = 30.0
 BOUNDARY = "b0undary"
+FORM = f"multipart/form-data; boundary={BOUNDARY}"
 
 
 @pytest.fixture
@@ -53,30 +61,107 @@ def soon(true: Callable[[], bool]) -> bool:
 # The count itself ---------------------------------------------------------------------------
 
 
+RATE = 2**14
+ROOM = 2**30
+
+
 @pytest.mark.anyio
-async def test_seats_are_given_back_also_after_a_fault() -> None:
-    admission = Admission(1)
+async def test_slots_are_given_back_also_after_a_fault() -> None:
+    admission = Admission(1, upload_rate=RATE, spool_bytes=ROOM)
+
+    async def fail() -> None:
+        async with admission.place("a") as place, admission.runs.slot("a"):
+            place.received(1000)
+            raise ValueError("inside")
+
     for _ in range(5):
         with pytest.raises(ValueError, match="inside"):
-            async with admission.queue_slot(), admission.run_slot():
-                raise ValueError("inside")
-    async with admission.queue_slot(), admission.queue_slot():
+            await fail()
+    assert (admission.held, admission.spooled, admission.runs.held) == (0, 0, 0)
+    async with admission.place("a"), admission.place("a"):
         with pytest.raises(Overloaded) as caught:
-            async with admission.queue_slot():
-                pytest.fail("there are only two seats")
+            await admission.place("a").__aenter__()
         assert caught.value.retry_after > 0
+        async with admission.place("b"):
+            assert admission.held == 3
+
+
+@pytest.mark.anyio
+async def test_all_callers_together_are_bounded_too() -> None:
+    admission = Admission(1, upload_rate=RATE, spool_bytes=ROOM)
+    async with AsyncExitStack() as stack:
+        for caller in range(16):
+            place = await stack.enter_async_context(admission.place(str(caller)))
+            place.uploaded()
+        with pytest.raises(Overloaded, match="16 of 16"):
+            await stack.enter_async_context(admission.place("another"))
+
+
+@pytest.mark.anyio
+async def test_one_caller_may_fill_half_of_the_room_for_bodies() -> None:
+    admission = Admission(1, upload_rate=RATE, spool_bytes=1000)
+    async with admission.place("a") as first:
+        first.received(300)
+        first.received(200)
+        async with admission.place("b") as second:
+            second.received(500)
+            with pytest.raises(Overloaded, match="PIMC_MAX_SPOOL_BYTES"):
+                first.received(1)
+        with pytest.raises(Overloaded, match="half"):
+            first.received(1)
+        assert admission.spooled == 500
+
+
+@pytest.mark.anyio
+async def test_run_slots_go_to_the_caller_who_holds_fewest_and_then_in_turn() -> None:
+    slots = FairSlots(2)
+    order: list[str] = []
+    held = {name: anyio.Event() for name in ("many", "few")}
+
+    async def ask(caller: str) -> None:
+        async with slots.slot(caller):
+            order.append(caller)
+            await held[caller].wait()
+
+    async with anyio.create_task_group() as group:
+        for caller in ("many",) * 5 + ("few",) * 2:
+            group.start_soon(ask, caller)
+            await anyio.wait_all_tasks_blocked()
+        assert (order, slots.held, slots.awaited) == (["many", "many"], 2, 5)
+        held["many"].set()  # both of its runs end; then one of each caller holds a slot
+        await anyio.wait_all_tasks_blocked()
+        assert order[2:4] == ["few", "many"]
+        held["few"].set()
+    assert sorted(order) == ["few"] * 2 + ["many"] * 5
+    assert (slots.held, slots.awaited) == (0, 0)
+
+
+@pytest.mark.anyio
+async def test_callers_with_one_slot_among_them_take_turns() -> None:
+    slots = FairSlots(1)
+    order: list[str] = []
+
+    async def ask(caller: str) -> None:
+        async with slots.slot(caller):
+            order.append(caller)
+
+    async with anyio.create_task_group() as group, slots.slot("a"):
+        for caller in ("a", "a", "a", "b", "b", "c"):
+            group.start_soon(ask, caller)
+            await anyio.wait_all_tasks_blocked()
+    assert order == ["b", "c", "a", "b", "a", "a"]
 
 
 @pytest.mark.anyio
 async def test_places_come_in_the_order_of_asking_and_a_cancelled_wait_takes_none() -> None:
-    admission = Admission(1)
+    slots = FairSlots(1)
     order: list[int] = []
 
     async def ask(number: int) -> None:
-        async with admission.run_slot():
+        async with slots.slot("a"):
             order.append(number)
 
-    async with anyio.create_task_group() as group, admission.run_slot():
+    async with anyio.create_task_group() as group, slots.slot("a"):
         for number in range(3):
             group.start_soon(ask, number)
             await anyio.wait_all_tasks_blocked()
@@ -167,7 +252,8 @@ def test_a_caller_who_leaves_the_queue_frees_its_seat(
         for _ in range(2):
             with connected(narrow) as waits:
                 waits.sendall(long_upload)
-                assert soon(lambda: len(list(scratch.iterdir())) == 2)
+                assert soon(lambda: metric(narrow, "pimc_run_slots_awaited") == 1)
+                assert metric(narrow, "pimc_run_slots_held") == 1
                 # Both seats are taken: the next is told at once, while the first still runs.
                 refused = narrow.post("/classify-pixels", json={"series": []})
                 assert refused.status_code == 503
@@ -181,6 +267,120 @@ def test_a_caller_who_leaves_the_queue_frees_its_seat(
         assert narrow.post("/classify-pixels", json={"series": 3}).status_code == 422
     assert soon(lambda: metric(narrow, "pimc_runs_in_flight") == 0)
     assert metric(narrow, "pimc_pixels_total") == 0
+
+
+# Callers who send slowly, and callers with many requests ---------------------------------------
+
+SERIES = {
+    "id": "a", "dates": ["2021-01-01", "2021-02-01"],
+    "B02": [0.1, 0.2], "B04": [0.1, 0.2], "B08": [0.1, 0.2],
+}  # fmt: skip
+ANNA, BEN = {"X-API-Key": "anna"}, {"X-API-Key": "ben"}
+LENGTH = 10**9
+
+
+def embed(client: httpx.Client, count: int, headers: dict[str, str]) -> httpx.Response:
+    return client.post("/embed", json={"series": [SERIES] * count}, headers=headers)
+
+
+def dripping(client: httpx.Client, key: str, uploads: int, length: int = LENGTH) -> socket.socket:
+    """The next upload that has sent one byte of many."""
+    while True:
+        connection = connected(client)
+        connection.sendall(
+            f"POST /embed HTTP/1.1\r\nHost: here\r\nX-API-Key: {key}\r\n"
+            f"Content-Type: {FORM}\r\nContent-Length: {length}\r\n\r\n-".encode()
+        )
+        connection.setblocking(False)
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            if metric(client, "pimc_uploads_in_flight") == uploads:
+                connection.setblocking(True)
+                connection.settimeout(PATIENCE)
+                return connection
+            with suppress(BlockingIOError):
+                assert connection.recv(2**16).startswith(b"HTTP/1.1 503 ")
+                break  # the ones before still count: they are behind only after a second
+        connection.close()
+
+
+def test_uploads_that_drip_shut_nobody_out(tmp_path: Path) -> None:
+    zoo = write_zoo(tmp_path / "zoo")
+    with (
+        served(
+            model_dir=zoo, max_concurrency=1, upload_seconds=600, api_keys=("anna", "ben")
+        ) as client,
+        ExitStack() as stack,
+    ):
+        drips = [stack.enter_context(dripping(client, "anna", n)) for n in (1, 2)]
+        # Both of the key's slots, and none of another's.
+        assert embed(client, 1, BEN).status_code == 200
+        # Not for long: they are too slow to hold a slot.
+        assert soon(lambda: embed(client, 1, ANNA).status_code == 200)
+        assert metric(client, "pimc_uploads_in_flight") == 2
+        drips += [stack.enter_context(dripping(client, "anna", n)) for n in (3, 4)]
+        assert metric(client, "pimc_uploads_given_up_total") == 0
+        # As many uploads as a caller may have: each further request ends the slowest of them.
+        assert soon(lambda: embed(client, 1, ANNA).status_code == 200)
+        told = drips[0].recv(2**16).decode()
+        assert told.startswith("HTTP/1.1 408 ")
+        assert '"body_stalled"' in told
+        assert "16384 bytes per second" in told
+        assert metric(client, "pimc_uploads_in_flight") == 3
+        assert metric(client, "pimc_uploads_given_up_total") == 1
+        for _ in range(3):
+            assert embed(client, 1, ANNA).status_code == embed(client, 1, BEN).status_code == 200
+
+
+def test_a_caller_with_many_requests_delays_another_by_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate lets one run after the other through; the number of series tells whose it is."""
+    zoo = write_zoo(tmp_path / "zoo")
+    gate, began = threading.Semaphore(0), Queue[int]()
+
+    def held(plan: Plan, *arguments: Any, **options: Any) -> Any:
+        assert isinstance(plan.request, SeriesRequest)
+        began.put(len(plan.request.series))
+        assert gate.acquire(timeout=PATIENCE)
+        return execute(plan, *arguments, **options)
+
+    monkeypatch.setattr(tasks, "execute", held)
+    with (
+        served(model_dir=zoo, max_concurrency=2, api_keys=("anna", "ben")) as client,
+        ThreadPoolExecutor(5) as pool,
+    ):
+        try:
+            many = []
+            for number in range(4):
+                many.append(pool.submit(embed, client, 1, ANNA))
+                waiting = max(0, number - 1)
+                assert soon(lambda n=waiting: metric(client, "pimc_run_slots_awaited") == n)
+                assert soon(lambda n=number + 1: began.qsize() == min(2, n))
+            few = pool.submit(embed, client, 7, BEN)
+            assert soon(lambda: metric(client, "pimc_run_slots_awaited") == 3)
+            assert metric(client, "pimc_run_slots") == metric(client, "pimc_run_slots_held") == 2
+            assert [began.get(timeout=PATIENCE) for _ in range(2)] == [1, 1]
+            gate.release()
+            assert began.get(timeout=PATIENCE) == 7  # before two that came earlier
+        finally:
+            gate.release(9)
+        assert {one.result(PATIENCE).status_code for one in [*many, few]} == {200}
+
+
+def test_bodies_that_fill_their_room_are_refused(tmp_path: Path) -> None:
+    zoo = write_zoo(tmp_path / "zoo")
+    form = [("files", ("a.tif", bytes(50_000)))]
+    with served(model_dir=zoo, max_body_bytes=100_000, max_spool_bytes=200_000) as client:
+        with dripping(client, "none", 1, length=90_000) as half:
+            half.sendall(bytes(80_000))
+            assert soon(lambda: metric(client, "pimc_spooled_bytes") == 80_001)
+            refused = client.post("/embed", files=form)
+            assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+            assert "PIMC_MAX_SPOOL_BYTES" in refused.json()["detail"]
+            assert int(refused.headers["Retry-After"]) > 0
+        assert soon(lambda: metric(client, "pimc_spooled_bytes") == 0)
+        assert client.post("/embed", files=form).json()["code"] == "not_a_geotiff"
 
 
 # Callers who do not read ----------------------------------------------------------------------

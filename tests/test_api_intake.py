@@ -22,6 +22,7 @@ from starlette.requests import Request
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from service.api import uploads as intake
+from service.api.admission import Admission
 from service.api.disconnect import run_watched
 from service.api.schemas import read_fields
 from service.api.uploads import Form, Limits, media_type, read_form, read_json
@@ -73,7 +74,19 @@ def body_of(*parts: bytes) -> bytes:
 
 def taken(pieces: list[bytes], folder: Path, limits: Limits | None = None, **how: str) -> Form:
     bounds = limits or Limits(body_bytes=10**7)
-    return anyio.run(read_form, request_of(pieces, **how), folder, bounds)
+    return anyio.run(form_of, request_of(pieces, **how), folder, bounds)
+
+
+async def form_of(request: Request, folder: Path, limits: Limits) -> Form:
+    admission = Admission(1, upload_rate=limits.rate, spool_bytes=10**10)
+    async with admission.place("") as place:
+        return await read_form(request, folder, limits, place)
+
+
+async def json_of(request: Request, limits: Limits) -> bytes:
+    admission = Admission(1, upload_rate=limits.rate, spool_bytes=10**10)
+    async with admission.place("") as place:
+        return await read_json(request, limits, place)
 
 
 CONTENTS = [bytes(range(256)) * 40, b"--edge", b"\r\n--edge-no\r\n", b"\r\n" * 50]
@@ -240,19 +253,19 @@ def test_an_upload_that_stops_is_given_up(tmp_path: Path) -> None:
 
     begun: list[bool] = []
     request = Request(request_of([]).scope, receive)
-    limits = Limits(body_bytes=10**6, idle_seconds=0.05)
+    limits = Limits(body_bytes=10**6, seconds=0.05, rate=10**6)
     with pytest.raises(BodyStalled):
-        anyio.run(read_form, request, tmp_path, limits)
+        anyio.run(form_of, request, tmp_path, limits)
     begun.clear()
     with pytest.raises(BodyStalled):
-        anyio.run(read_json, Request(request_of([]).scope, receive), limits)
+        anyio.run(json_of, Request(request_of([]).scope, receive), limits)
 
 
 def test_json_is_held_in_memory_and_so_bounded_more_tightly() -> None:
     limits = Limits(body_bytes=10**9, json_bytes=10)
-    assert anyio.run(read_json, request_of([b'{"a"', b": 1}"]), limits) == b'{"a": 1}'
+    assert anyio.run(json_of, request_of([b'{"a"', b": 1}"]), limits) == b'{"a": 1}'
     with pytest.raises(BodyTooLarge, match="10"):
-        anyio.run(read_json, request_of([b"x" * 6, b"x" * 6]), limits)
+        anyio.run(json_of, request_of([b"x" * 6, b"x" * 6]), limits)
 
 
 @pytest.mark.parametrize(

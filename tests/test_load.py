@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 def test_a_crowd_of_every_kind_is_served_and_leaves_nothing() -> None:
     """How fast is for `python -m benchmarks.load` to say: this machine has other work to do."""
     kinds = asks(largest=64)
-    report = run(15, 16, kinds, PIMC_MAX_CONCURRENCY="2")
+    report = run(15, 16, kinds, ["dripping"], PIMC_MAX_CONCURRENCY="2", PIMC_UPLOAD_SECONDS="5")
     assert report.faults == []
     assert report.leftovers == []
     assert report.running == 0
@@ -29,6 +29,7 @@ def test_a_crowd_of_every_kind_is_served_and_leaves_nothing() -> None:
     assert sum(map(bool, answered.values())) > len(kinds) / 2
     assert sum(told.get("overloaded", 0) for told in report.answers.values()) > 0
     assert all(report.probes.values())
+    assert report.beside["dripping"].get("408", 0) > 0
 
 
 def test_a_report_tells_growth_and_leftovers() -> None:

@@ -34,6 +34,9 @@ def labels() -> dict[str, set[str]]:
     metrics.jobs({"running": 1})
     metrics.job_ran(task="embed", seconds=1.0)
     metrics.connection_given_up("head")
+    metrics.watch_admission(
+        run_slots=1, held=lambda: 0, awaited=lambda: 0, uploads=lambda: 0, spooled=lambda: 0
+    )
     text = metrics.text()
     return {
         name: set(re.findall(r"(\w+)=", inside))

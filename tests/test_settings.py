@@ -62,6 +62,8 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
         ("PIMC_MAX_BODY_BYTES", "0"),
         ("PIMC_MAX_BODY_BYTES", "many"),
         ("PIMC_MAX_CONCURRENCY", "0"),
+        ("PIMC_MAX_SPOOL_BYTES", "3GiB"),
+        ("PIMC_UPLOAD_RATE", "0"),
         ("PIMC_SYNC_MAX_PIXELS", "-1"),
         ("PIMC_MODEL_DIR", "/no/such/folder"),
         ("PIMC_LOG_LEVEL", "loud"),

@@ -78,13 +78,26 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 cache=cache,
                 executor=executor,
             )
+            admission = Admission(
+                settings.max_concurrency,
+                upload_rate=settings.upload_rate,
+                spool_bytes=settings.spool_bytes,
+                given_up=metrics.upload_given_up,
+            )
+            metrics.watch_admission(
+                run_slots=settings.max_concurrency,
+                held=lambda: admission.runs.held,
+                awaited=lambda: admission.runs.awaited,
+                uploads=lambda: admission.uploads,
+                spooled=lambda: admission.spooled,
+            )
             await to_thread.run_sync(runner.start)
             stack.push_async_callback(to_thread.run_sync, runner.join)
             stack.callback(closing.set)
             app.state.pimc = AppState(
                 settings=settings,
                 engine=engine,
-                admission=Admission(settings.max_concurrency),
+                admission=admission,
                 metrics=metrics,
                 keys=ApiKeys(key.get_secret_value() for key in settings.api_keys),
                 jobs=store,

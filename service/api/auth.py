@@ -50,6 +50,29 @@ class ApiKeys:
         return found[0]
 
 
+def share_of(caller: str | None, scope: Scope) -> str:
+    """Whose share of the service a request takes: its key's, or its address's without keys.
+
+    An IPv6 client chooses among 2^64 addresses, so its network of 64 bits counts as one.
+
+    Args:
+        caller: the caller's id; None if no keys are set.
+        scope: of the request.
+    """
+    if caller is not None:
+        return caller
+    host = (scope.get("client") or ("", None))[0]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a socket in the file system, or a test without a network
+        return str(host)
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.IPv6Network((address, 64), strict=False))
+
+
 def _given(headers: Headers) -> str | None:
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token.strip():

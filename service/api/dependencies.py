@@ -47,7 +47,9 @@ class AppState:
     def limits(self) -> Limits:
         """Limits of a request body."""
         return Limits(
-            body_bytes=self.settings.max_body_bytes, idle_seconds=self.settings.upload_seconds
+            body_bytes=self.settings.max_body_bytes,
+            seconds=self.settings.upload_seconds,
+            rate=self.settings.upload_rate,
         )
 
 

@@ -19,7 +19,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from service.errors import BodyStalled, BodyTooLarge, InvalidRequest, UnsupportedMedia
+from service.api.admission import Place
+from service.errors import BodyTooLarge, InvalidRequest, UnsupportedMedia
 from service.read.geotiff import SourceFile, label
 
 FORM = "multipart/form-data"
@@ -47,10 +48,11 @@ class Limits:
     """Fields, counting each repetition."""
     files: int = 2_000
     """GeoTIFFs."""
-    idle_seconds: float = 60.0
-    """Seconds within which the next `least_bytes`, or the end, must arrive."""
-    least_bytes: int = 2**16
-    """Bytes that must arrive in that time, so that a trickle does not keep a queue slot."""
+    seconds: float = 60.0
+    """Seconds over which an upload must keep `rate`: a body of n bytes takes at most
+    `seconds + n / rate`."""
+    rate: float = 2.0**14
+    """Bytes per second that an upload must keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,32 +86,40 @@ def media_type(request: Request) -> str:
     return kind
 
 
-async def read_json(request: Request, limits: Limits) -> bytes:
+async def read_json(request: Request, limits: Limits, place: Place) -> bytes:
     """A JSON body, not yet parsed.
+
+    Args:
+        request: its body not yet read.
+        limits: of the body.
+        place: of the request.
 
     Raises:
         BodyTooLarge: over the limit for JSON, or for any body.
         BodyStalled: too little arrived in time.
+        Overloaded: there is no room for the body.
     """
     limit = min(limits.json_bytes, limits.body_bytes)
     body = bytearray()
-    async for batch in _batches(request, limit, limits):
+    async for batch in _batches(request, limit, limits, place, in_memory=True):
         for chunk in batch:
             body += chunk
     return bytes(body)
 
 
-async def read_form(request: Request, folder: Path, limits: Limits) -> Form:
+async def read_form(request: Request, folder: Path, limits: Limits, place: Place) -> Form:
     """Stream a multipart body to files in `folder`.
 
     Args:
         request: of type multipart/form-data, its body not yet read.
         folder: an empty folder, which the caller removes.
         limits: of the body.
+        place: of the request.
 
     Raises:
         BodyTooLarge: over the limit, whatever `Content-Length` is.
         BodyStalled: too little arrived in time.
+        Overloaded: there is no room for the body.
         InvalidRequest: the form is not valid, has too many parts, or an empty file.
     """
     _, options = parse_options_header(request.headers.get("content-type"))
@@ -118,45 +128,51 @@ async def read_form(request: Request, folder: Path, limits: Limits) -> Form:
         raise InvalidRequest("the Content-Type has no boundary, which a multipart form needs")
     reader = _FormReader(boundary, folder, limits)
     try:
-        async for batch in _batches(request, limits.body_bytes, limits):
+        async for batch in _batches(request, limits.body_bytes, limits, place):
             await to_thread.run_sync(reader.feed, batch)
         return await to_thread.run_sync(reader.finish)
     finally:
         reader.close()
 
 
-async def _batches(request: Request, limit: int, limits: Limits) -> AsyncIterator[list[bytes]]:
+async def _batches(
+    request: Request, limit: int, limits: Limits, place: Place, *, in_memory: bool = False
+) -> AsyncIterator[list[bytes]]:
     """The body in batches of about `_BATCH_BYTES`, counted and timed."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise BodyTooLarge(f"the body has {announced} bytes; at most {limit} are allowed")
     chunks = request.stream()
     batch: list[bytes] = []  # not joined: the copy would cost as much as the rest
-    total = enough = held = 0
+    total = held = 0
+    enough = 0.0
     until = anyio.current_time()
     while True:
         if total >= enough:
-            enough = total + limits.least_bytes
-            until = anyio.current_time() + limits.idle_seconds
-        with anyio.CancelScope(deadline=until) as waiting:
+            enough = total + limits.rate * limits.seconds
+            until = anyio.current_time() + limits.seconds
+        if place.given_up:
+            raise place.too_slow(limits.seconds)
+        with anyio.CancelScope(deadline=until) as place.waiting:
             chunk = await anext(chunks, None)
-        if waiting.cancelled_caught:
-            raise BodyStalled(
-                f"the upload stalled after {total} bytes: fewer than {limits.least_bytes} bytes "
-                f"arrived in the last {limits.idle_seconds:g} s"
-            )
+        if place.waiting.cancelled_caught:
+            raise place.too_slow(limits.seconds)
         if chunk is None:
             break
         total += len(chunk)
         if total > limit:
             raise BodyTooLarge(f"the body has more than {limit} bytes, the largest allowed size")
+        place.received(len(chunk), in_memory=in_memory)
         batch.append(chunk)
         held += max(len(chunk), _CHUNK_BYTES)
         if held >= _BATCH_BYTES:
             paused = anyio.current_time()
             yield batch
             batch, held = [], 0
-            until += anyio.current_time() - paused  # a slow disk is not the client's fault
+            # A slow disk is not the client's fault.
+            until += anyio.current_time() - paused
+            place.paused(anyio.current_time() - paused)
+    place.uploaded()
     if batch:
         yield batch
 

@@ -18,6 +18,8 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 
 from models.card import Modality, Task
+from service.api.admission import Place
+from service.api.auth import share_of
 from service.api.dependencies import (
     KNOWN_CALLER,
     App,
@@ -114,8 +116,9 @@ async def _serve(
     if preferences.respond_async:
         # Before the body, so that nothing is sent in vain.
         await to_thread.run_sync(app.jobs.check_room, owner, preferences.idempotency_key)
-    async with app.admission.queue_slot():
-        asked = await _read_request(task, request, app, folder, modality)
+    share = share_of(caller, request.scope)
+    async with app.admission.place(share) as place:
+        asked = await _read_request(task, request, app, folder, modality, place)
         media = negotiate(request.headers.get("accept", ""), offers(asked))
         idempotency = await _idempotency(asked, folder, preferences)
         if idempotency:
@@ -124,7 +127,7 @@ async def _serve(
                 return accepted(first, preferred=preferences.respond_async)
         run = partial(_run, app, asked, media, folder, later=preferences.respond_async)
         try:
-            outcome = await run_watched(request, run, slot=_run_slot(app))
+            outcome = await run_watched(request, run, slot=_run_slot(app, share))
         except asyncio.CancelledError:
             if not app.closing.is_set():
                 raise
@@ -173,9 +176,9 @@ async def _idempotency(
 
 
 @asynccontextmanager
-async def _run_slot(app: AppState) -> AsyncIterator[None]:
+async def _run_slot(app: AppState, share: str) -> AsyncIterator[None]:
     """A run slot, and the run counted while it is held."""
-    async with app.admission.run_slot():
+    async with app.admission.runs.slot(share):
         with app.metrics.run():
             yield
 
@@ -215,15 +218,21 @@ async def _unpacked(request: RasterRequest, folder: Path, app: AppState) -> Rast
 
 
 async def _read_request(
-    task: Task, request: Request, app: AppState, folder: Path, modality: Modality | None
+    task: Task,
+    request: Request,
+    app: AppState,
+    folder: Path,
+    modality: Modality | None,
+    place: Place,
 ) -> TaskRequest:
     """The request that a body holds.
 
     Raises:
+        Overloaded: there is no room for the body.
         RequestError: the body does not hold a valid request for this task.
     """
     if media_type(request) == FORM:
-        form = await read_form(request, folder, app.limits)
+        form = await read_form(request, folder, app.limits, place)
         said = dict(form.fields)
         if modality is not None:
             said["modality"] = tuple({modality, *said.get("modality", ())})
@@ -232,7 +241,7 @@ async def _read_request(
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
         polygons = form.polygons or await _polygons(fields.fields, folder)
         return await _unpacked(fields.request(task, form.files, polygons), folder, app)
-    text = await read_json(request, app.limits)
+    text = await read_json(request, app.limits, place)
     settings = app.settings
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
     named = await to_thread.run_sync(
@@ -241,6 +250,9 @@ async def _read_request(
     if named is not None:
         items, fields = named
         files = await fetch_items(items, folder, settings)
+        for file in files:
+            if file.path.is_relative_to(folder):  # downloaded
+                place.received(file.path.stat().st_size)
         return await _unpacked(
             fields.request(task, files, await _polygons(fields.fields, folder)), folder, app
         )
