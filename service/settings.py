@@ -93,11 +93,15 @@ class Settings(BaseSettings):
     """Address that `python -m service` binds."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port that `python -m service` binds; 0 takes any free one, which the log names."""
-    allow_anonymous: bool = False
-    """Whether an address that other machines can reach may be bound without API keys."""
+    allow_anonymous: bool | None = None
+    """Whether the service may be used without API keys: True over every address, False over none;
+    None over loopback addresses only."""
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
     """API keys, comma-separated, each plain or as `sha256:` and its hex SHA-256; with at least one,
     tasks, jobs and models need a key. Kept as hashes only."""
+    api_keys_file: Path | None = None
+    """File of further API keys, each with a name and optionally an expiry, read again when it
+    changes."""
     model_dir: Path | None = None
     """Folder of additional bundles; a bundle replaces the built-in one of the same name."""
     model_checksums: Path | None = None
@@ -160,6 +164,11 @@ class Settings(BaseSettings):
         return self.state_dir or Path(__file__).parents[1] / "state" / str(self.port)
 
     @property
+    def needs_key(self) -> bool:
+        """Whether requests need an API key."""
+        return bool(self.api_keys) or self.api_keys_file is not None
+
+    @property
     def spool_bytes(self) -> int:
         """Bytes of bodies of requests in flight on disk."""
         return self.max_spool_bytes or 8 * self.max_body_bytes
@@ -199,7 +208,7 @@ class Settings(BaseSettings):
     @field_validator("api_keys")
     @classmethod
     def _hashed(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        return tuple(SecretStr(_key_hash(key.get_secret_value())) for key in value)
+        return tuple(SecretStr(key_hash(key.get_secret_value())) for key in value)
 
     @field_validator("log_level", mode="before")
     @classmethod
@@ -221,8 +230,12 @@ def _parts(value: object) -> object:
     return value
 
 
-def _key_hash(key: str) -> str:
-    """`sha256:…` of a key; a hash is returned as it is."""
+def key_hash(key: str) -> str:
+    """`sha256:…` of a key; a hash is returned as it is.
+
+    Raises:
+        ValueError: it is neither a hash nor a key that a header can hold.
+    """
     if key.startswith(KEY_HASH):
         if not _SHA256.fullmatch(key):
             raise ValueError(f"a key that begins with {KEY_HASH} must have 64 hex digits after it")

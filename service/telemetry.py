@@ -86,6 +86,9 @@ class Metrics:
             ["reason"],
         )
 
+        self._keys_refused = Counter(
+            "pimc_api_keys_refused", "Wrong or expired API keys", registry=self._registry
+        )
         self._uploads_given_up = Counter(
             "pimc_uploads_given_up",
             "Slow uploads ended because another request needed their place",
@@ -118,6 +121,16 @@ class Metrics:
             ("pimc_spooled_bytes", "Bytes of request bodies on disk", spooled),
         ):
             Gauge(name, text, registry=self._registry).set_function(read)
+
+    def watch_keys(self, valid: Callable[[], int]) -> None:
+        """Add a gauge of API keys that have not expired, read whenever metrics are."""
+        Gauge("pimc_api_keys", "API keys that are valid", registry=self._registry).set_function(
+            valid
+        )
+
+    def key_refused(self) -> None:
+        """Count a wrong or expired API key."""
+        self._keys_refused.inc()
 
     def upload_given_up(self) -> None:
         """Count an upload that had to make room for another."""

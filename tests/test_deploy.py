@@ -394,7 +394,7 @@ def test_what_compose_sets_by_default_makes_settings(name, compose, monkeypatch)
         monkeypatch.setenv(variable, re.sub(r"\$\{\w+:-(.*)\}", r"\1", str(value)))
     settings = Settings()
     assert settings.allow_anonymous
-    assert settings.model_copy(update={"allow_anonymous": False}) == Settings.model_construct()
+    assert settings.model_copy(update={"allow_anonymous": None}) == Settings.model_construct()
 
 
 def test_the_open_files_suffice_for_the_connections(compose):

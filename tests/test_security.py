@@ -82,6 +82,8 @@ class TestReached:
     )
     def test_this_machine_alone_needs_none(self, server: tuple[str, int | None] | None) -> None:
         check_reached_address({"server": server}, Settings())
+        with pytest.raises(Unauthorized, match="PIMC_ALLOW_ANONYMOUS=0"):
+            check_reached_address({"server": server}, Settings(allow_anonymous=False))
 
 
 @pytest.fixture(scope="module")

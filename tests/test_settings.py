@@ -134,3 +134,11 @@ def test_an_open_address_needs_a_key_or_a_word(host: str) -> None:
         check_binding(Settings(host=host))
     check_binding(Settings(host=host, allow_anonymous=True))
     check_binding(Settings(host=host, api_keys=("k",)))
+    check_binding(Settings(host=host, api_keys_file=Path("keys")))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "0.0.0.0"])  # noqa: S104 - refused
+def test_nobody_anonymous_means_this_machine_too(host: str) -> None:
+    with pytest.raises(SettingsError, match="PIMC_ALLOW_ANONYMOUS is 0"):
+        check_binding(Settings(host=host, allow_anonymous=False))
+    check_binding(Settings(host=host, allow_anonymous=False, api_keys=("k",)))

@@ -112,6 +112,32 @@ def test_checksums_that_cannot_be_used_end_the_start(
     assert errors[0]["message"].endswith(reason)
 
 
+def test_nobody_anonymous_ends_a_start_without_keys_on_the_loopback_too(tmp_path: Path) -> None:
+    status, said = refused(tmp_path, PIMC_ALLOW_ANONYMOUS="0", PIMC_PORT="0")
+    assert (status, len(said.splitlines())) == (2, 1)
+    assert said.startswith("PIMC_ALLOW_ANONYMOUS is 0, but neither")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be used: No such file or directory"),
+        ("anna swordfish expires=soon\n", "line 1: 'soon' is not a date such as 2027-01-31"),
+    ],
+)
+def test_keys_that_cannot_be_read_end_the_start(
+    tmp_path: Path, content: str | None, reason: str
+) -> None:
+    if content is not None:
+        (tmp_path / "keys").write_text(content)
+    status, said = refused(tmp_path, PIMC_API_KEYS_FILE=str(tmp_path / "keys"), PIMC_PORT="0")
+    assert status == 2
+    errors = [line for line in map(json.loads, said.splitlines()) if line["level"] == "error"]
+    assert errors[0]["message"].startswith("PIMC_API_KEYS_FILE: ")
+    assert errors[0]["message"].endswith(reason)
+    assert "swordfish" not in said
+
+
 def test_cuda_that_is_not_there_ends_the_start_with_a_sentence(tmp_path: Path) -> None:
     with Engine(Registry.load(ZOO), threads=1) as engine:
         if engine.provider == CUDA:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from models.registry import ZOO, Registry, read_checksums
 from service.api.admission import Admission
-from service.api.auth import ApiKeys
+from service.api.auth import ApiKeys, Refusals
 from service.api.dependencies import AppState
 from service.api.middleware import (
     LingeringCloseMiddleware,
@@ -25,6 +25,7 @@ from service.api.openapi import DocumentedApp
 from service.api.problems import add_handlers, fault
 from service.api.routes import health, home, models, tasks
 from service.api.routes import jobs as job_routes
+from service.errors import PIMCError
 from service.infer.engine import Engine
 from service.jobs.runner import JobRunner
 from service.jobs.store import JobStore
@@ -58,6 +59,8 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
         async with AsyncExitStack() as stack:
             store = await to_thread.run_sync(open_jobs, settings) if jobs is None else jobs
             stack.push_async_callback(to_thread.run_sync, store.close)
+            keys = await to_thread.run_sync(_keys, settings, store)
+            metrics.watch_keys(keys.valid)
             # The port opens only once every bundle is loaded and warm, or rejected.
             engine = await to_thread.run_sync(_load, settings)
             stack.push_async_callback(to_thread.run_sync, engine.close)
@@ -99,7 +102,8 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 engine=engine,
                 admission=admission,
                 metrics=metrics,
-                keys=ApiKeys(key.get_secret_value() for key in settings.api_keys),
+                keys=keys,
+                refusals=Refusals(metrics.key_refused),
                 jobs=store,
                 cache=cache,
                 executor=executor,
@@ -136,6 +140,26 @@ def open_jobs(settings: Settings) -> JobStore:
         SettingsError: it is not usable, or another service uses it.
     """
     return JobStore(settings.state_folder, ttl=settings.job_ttl, max_waiting=settings.max_jobs)
+
+
+def _keys(settings: Settings, store: JobStore) -> ApiKeys:
+    """The API keys; jobs of a key that has come into the file belong to its name.
+
+    Raises:
+        SettingsError: the file cannot be used.
+    """
+    keys = ApiKeys(
+        (key.get_secret_value() for key in settings.api_keys),
+        file=settings.api_keys_file,
+        adopt=store.adopt,
+    )
+    try:
+        keys.load()
+    except (ValueError, PIMCError) as error:
+        raise SettingsError(
+            f"PIMC_API_KEYS_FILE: {settings.api_keys_file} cannot be used: {error}"
+        ) from error
+    return keys
 
 
 def _load(settings: Settings) -> Engine:

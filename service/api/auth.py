@@ -1,66 +1,282 @@
-"""API-key authentication and bind-address checks."""
+"""Access: API keys with names and expiry, refused keys, and bind-address checks."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Iterable
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from pathlib import Path
 
+import anyio
+from anyio import sleep, to_thread
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from service.errors import Unauthorized
-from service.settings import KEY_HASH, Settings, SettingsError
+from service.errors import PIMCError, Unauthorized
+from service.settings import KEY_HASH, Settings, SettingsError, key_hash
+
+_LOG = logging.getLogger(__name__)
+_FILE_BYTES = 2**20
+_LOOK_SECONDS = 1.0
+"""Seconds between two looks at the key file."""
+_NAME = re.compile(r"(?![0-9a-f]{16}$)[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_EXPIRES = "expires="
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One API key."""
+
+    owner: str
+    """Id of the caller: the name that the key file gives, else made from the key's hash."""
+    digest: bytes
+    """SHA-256 of the key."""
+    expires: datetime | None = None
+    """Moment from which it is not valid any more; None if it does not expire."""
+
+    @classmethod
+    def of_hash(cls, text: str) -> Key:
+        """A key without a name, from `sha256:` and the hex SHA-256."""
+        return cls(owner=_unnamed(text), digest=bytes.fromhex(text.removeprefix(KEY_HASH)))
+
+
+def read_keys(text: str) -> tuple[Key, ...]:
+    """Parse a key file: a name, a key, and optionally `expires=` per line; `#` begins a comment.
+
+    Several lines may have one name: they are one caller, so that a key can be replaced.
+
+    Raises:
+        ValueError: a line is not valid, or a key stands there twice; no message holds a key.
+    """
+    keys: dict[bytes, Key] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        try:
+            key = _read_key(words)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None  # the cause may hold a key
+        if key.digest in keys:
+            raise ValueError(f"line {number}: the key stands in an earlier line as well")
+        keys[key.digest] = key
+    return tuple(keys.values())
+
+
+def _read_key(words: list[str]) -> Key:
+    if not 2 <= len(words) <= 3 or (len(words) == 3 and not words[2].startswith(_EXPIRES)):
+        raise ValueError("it must be 'NAME KEY' or 'NAME KEY expires=2027-01-31'")
+    name = words[0]
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            "the name must be 1 to 64 letters, digits, '.', '_', '@' or '-', begin with a letter "
+            "or a digit, and not be 16 hex digits"
+        )
+    digest = bytes.fromhex(key_hash(words[1]).removeprefix(KEY_HASH))
+    expires = _moment(words[2].removeprefix(_EXPIRES)) if len(words) == 3 else None
+    return Key(owner=name, digest=digest, expires=expires)
+
+
+def _moment(text: str) -> datetime:
+    """The end of a day in UTC, or a moment with its zone."""
+    try:
+        if len(text) == len("2027-01-31"):
+            return datetime.combine(date.fromisoformat(text) + timedelta(days=1), time(), UTC)
+        moment = datetime.fromisoformat(text)
+    except (ValueError, OverflowError):
+        raise ValueError(f"'{text}' is not a date such as 2027-01-31") from None
+    if moment.tzinfo is None:
+        raise ValueError(f"'{text}' has no time zone; write {text}Z")
+    return moment
 
 
 class ApiKeys:
     """API keys, kept only as hashes; without any, every caller is admitted.
 
     Args:
-        hashes: each `sha256:` and the hex SHA-256 of a key, as `Settings.api_keys` holds them.
+        hashes: of keys without a name, each `sha256:` and the hex SHA-256 of a key, as
+            `Settings.api_keys` holds them.
+        file: of keys with a name, read again when it changes; None if there is none.
+        adopt: called with the id that each key has without a name, and its name, so that jobs
+            follow a key into the file.
     """
 
-    def __init__(self, hashes: Iterable[str]) -> None:
-        self._callers = {
-            bytes.fromhex(text.removeprefix(KEY_HASH)): _caller(text) for text in hashes
-        }
+    def __init__(
+        self,
+        hashes: Iterable[str] = (),
+        *,
+        file: Path | None = None,
+        adopt: Callable[[Mapping[str, str]], None] = lambda _: None,
+    ) -> None:
+        self._unnamed = {key.digest: key for key in map(Key.of_hash, hashes)}
+        self._keys = self._unnamed
+        self._file = file
+        self._adopt = adopt
+        self._seen: tuple[int, ...] = ()
+        self._fault: str | None = None
+        self._look_at = 0.0
+
+    @property
+    def required(self) -> bool:
+        """Whether a request needs a key."""
+        return bool(self._keys) or self._file is not None
+
+    def valid(self) -> int:
+        """Number of keys that have not expired."""
+        now = datetime.now(UTC)
+        return sum(key.expires is None or now < key.expires for key in self._keys.values())
+
+    def load(self) -> None:
+        """Read the file if it has changed.
+
+        Raises:
+            ValueError: it cannot be read, or a line is not valid; the keys stay as they were.
+            PIMCError: jobs cannot be given to the names; the same.
+        """
+        if self._file is None:
+            return
+        try:
+            found = self._file.stat()
+            seen = (found.st_ino, found.st_mtime_ns, found.st_size)
+            if seen == self._seen:
+                return
+            if found.st_size > _FILE_BYTES:
+                raise ValueError(f"it has more than {_FILE_BYTES} bytes")
+            named = read_keys(self._file.read_text("utf-8"))
+        except OSError as error:
+            raise ValueError(error.strerror or str(error)) from error
+        except UnicodeDecodeError:
+            raise ValueError("it is not UTF-8") from None
+        self._adopt({_unnamed(KEY_HASH + key.digest.hex()): key.owner for key in named})
+        self._keys = self._unnamed | {key.digest: key for key in named}
+        self._seen = seen
+        _LOG.info("API keys read", extra={"keys": len(named), "valid": self.valid()})
+
+    async def refresh(self) -> None:
+        """Look at the file, at most once a second; if it is not valid, the keys stay as before."""
+        now = anyio.current_time()
+        if self._file is None or now < self._look_at:
+            return
+        self._look_at = now + _LOOK_SECONDS
+        try:
+            await to_thread.run_sync(self.load)
+        except (ValueError, PIMCError) as error:
+            if str(error) != self._fault:  # once, not every second
+                _LOG.error("PIMC_API_KEYS_FILE is not read again: %s", error)
+            self._fault = str(error)
+        else:
+            self._fault = None
 
     def check(self, headers: Headers) -> str | None:
         """Check the key in `Authorization: Bearer` or `X-API-Key`.
 
         Returns:
-            The caller's id: 16 hex digits that are stable for a key and do not reveal it; None if
-            no keys are set.
+            The caller's id: the key's name, else 16 hex digits that are stable for a key and do
+            not reveal it; None if no keys are set.
 
         Raises:
-            Unauthorized: keys are set, and the request has none or a wrong one.
+            Unauthorized: keys are set, and the request has none, a wrong or an expired one.
         """
-        if not self._callers:
+        if not self.required:
             return None
-        given = _given(headers)
-        if given is None:
+        given = given_key(headers)
+        if not given:
             raise Unauthorized("no API key: send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
         digest = hashlib.sha256(given.encode()).digest()
         # Every hash is compared, each in constant time, so that the time reveals nothing.
-        matches = [hmac.compare_digest(digest, known) for known in self._callers]
-        found = [who for who, match in zip(self._callers.values(), matches, strict=True) if match]
+        matches = [hmac.compare_digest(digest, known) for known in self._keys]
+        found = [key for key, match in zip(self._keys.values(), matches, strict=True) if match]
         if not found:
             raise Unauthorized("the API key is not valid")
-        return found[0]
+        (key,) = found
+        if key.expires is not None and datetime.now(UTC) >= key.expires:
+            raise Unauthorized(
+                f"the API key of '{key.owner}' expired at {key.expires.isoformat()}: ask the "
+                "server's administrator for a new one"
+            )
+        return key.owner
+
+
+def given_key(headers: Headers) -> str | None:
+    """The key that a request has; None or empty if it has none."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return headers.get("x-api-key")
+
+
+def _unnamed(key_hash: str) -> str:
+    # A hash of the hash, not a part of it: the id stored with a job does not reveal the key's hash.
+    return hashlib.sha256(f"caller {key_hash}".encode()).hexdigest()[:16]
+
+
+_FREE_REFUSALS = 10
+_FORGET_SECONDS = 300.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+_MOST_ADDRESSES = 4096
+
+
+class Refusals:
+    """Refused keys by address: logged, and slowed down beyond the first ten within five minutes.
+
+    Only the responses to wrong keys wait: others behind the same address are not delayed.
+
+    Args:
+        counted: called for each.
+    """
+
+    def __init__(self, counted: Callable[[], None] = lambda: None) -> None:
+        self._counted = counted
+        # The latest last: (number, time of the last by the event loop's clock).
+        self._by_address: OrderedDict[str, tuple[int, float]] = OrderedDict()
+
+    async def refused(self, address: str) -> None:
+        """Record a refused key, and wait before it is answered."""
+        pause = self.pause(address, anyio.current_time())
+        self._counted()
+        number = self._by_address[address][0]
+        said = {"client": address, "refused": number, "pause": round(pause, 1)}
+        _LOG.warning("API key refused", extra=said)
+        if pause:
+            await sleep(pause)
+
+    def pause(self, address: str, now: float) -> float:
+        """Count a refused key.
+
+        Args:
+            address: of the client.
+            now: time in seconds, by a clock that does not jump.
+
+        Returns:
+            Seconds to wait before it is answered: 0 for the first ten, then 0.1, doubling to 5.
+        """
+        number, last = self._by_address.pop(address, (0, now))
+        number = 1 if now - last > _FORGET_SECONDS else number + 1
+        self._by_address[address] = (number, now)
+        if len(self._by_address) > _MOST_ADDRESSES:
+            self._by_address.popitem(last=False)
+        beyond = number - _FREE_REFUSALS - 1
+        return 0.0 if beyond < 0 else min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(beyond, 10))
 
 
 def share_of(caller: str | None, scope: Scope) -> str:
     """Whose share of the service a request takes: its key's, or its address's without keys.
 
-    An IPv6 client chooses among 2^64 addresses, so its network of 64 bits counts as one.
-
     Args:
         caller: the caller's id; None if no keys are set.
         scope: of the request.
     """
-    if caller is not None:
-        return caller
+    return address_of(scope) if caller is None else caller
+
+
+def address_of(scope: Scope) -> str:
+    """The client's address; of IPv6 its network of 64 bits, among which a client may choose."""
     host = (scope.get("client") or ("", None))[0]
     try:
         address = ipaddress.ip_address(host)
@@ -73,26 +289,21 @@ def share_of(caller: str | None, scope: Scope) -> str:
     return str(ipaddress.IPv6Network((address, 64), strict=False))
 
 
-def _given(headers: Headers) -> str | None:
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token.strip():
-        return token.strip()
-    return headers.get("x-api-key")
-
-
-def _caller(key_hash: str) -> str:
-    # A hash of the hash, not a part of it: the id stored with a job does not reveal the key's hash.
-    return hashlib.sha256(f"caller {key_hash}".encode()).hexdigest()[:16]
-
-
 def check_binding(settings: Settings) -> None:
     """Reject settings that expose a service without API keys to other machines.
 
     Raises:
-        SettingsError: the address is not a loopback address, no key is set, and
-            `PIMC_ALLOW_ANONYMOUS` is not set.
+        SettingsError: no key is set, and `PIMC_ALLOW_ANONYMOUS` is 0, or it is not set and the
+            address is not a loopback address.
     """
-    if _is_loopback(settings.host) or settings.api_keys or settings.allow_anonymous:
+    if settings.needs_key or settings.allow_anonymous:
+        return
+    if settings.allow_anonymous is not None:
+        raise SettingsError(
+            "PIMC_ALLOW_ANONYMOUS is 0, but neither PIMC_API_KEYS nor PIMC_API_KEYS_FILE is set: "
+            "set keys, or PIMC_ALLOW_ANONYMOUS=1 if everybody may use the service without one"
+        )
+    if _is_loopback(settings.host):
         return
     raise SettingsError(
         f"PIMC_HOST is {settings.host}, which other machines can reach, but PIMC_API_KEYS is not "
@@ -116,10 +327,16 @@ def check_reached_address(scope: Scope, settings: Settings) -> None:
     `python -m service` binds the address, which the application does not know.
 
     Raises:
-        Unauthorized: no key is set, and neither is `PIMC_ALLOW_ANONYMOUS`.
+        Unauthorized: no key is set, and `PIMC_ALLOW_ANONYMOUS` is 0, or it is not set and the
+            address is not a loopback address.
     """
-    if settings.api_keys or settings.allow_anonymous:
+    if settings.needs_key or settings.allow_anonymous:
         return
+    if settings.allow_anonymous is not None:
+        raise Unauthorized(
+            "the server has no API keys, and PIMC_ALLOW_ANONYMOUS=0 admits nobody without one: its "
+            "administrator must set PIMC_API_KEYS or PIMC_API_KEYS_FILE"
+        )
     host = (scope.get("server") or ("", None))[0]
     try:
         address = ipaddress.ip_address(host)

@@ -15,9 +15,10 @@ from fastapi import Depends, Header, Request, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from service.api.admission import Admission
-from service.api.auth import ApiKeys, check_reached_address
+from service.api.auth import ApiKeys, Refusals, address_of, check_reached_address, given_key
 from service.api.negotiation import prefers_async
 from service.api.uploads import Limits
+from service.errors import Unauthorized
 from service.infer.engine import Engine
 from service.jobs.runner import JobRunner
 from service.jobs.store import JobStore
@@ -36,6 +37,7 @@ class AppState:
     admission: Admission
     metrics: Metrics
     keys: ApiKeys
+    refusals: Refusals
     jobs: JobStore
     cache: BlockCache
     executor: Executor
@@ -107,10 +109,16 @@ async def known_caller(
         The caller's id, stable for a key; None if no keys are set.
 
     Raises:
-        Unauthorized: the key is missing or wrong.
+        Unauthorized: the key is missing, wrong or expired.
     """
     check_reached_address(request.scope, app.settings)
-    return app.keys.check(request.headers)
+    await app.keys.refresh()
+    try:
+        return app.keys.check(request.headers)
+    except Unauthorized:
+        if given_key(request.headers):
+            await app.refusals.refused(address_of(request.scope))
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -388,6 +388,23 @@ class JobStore:
             raise ResultNotReady(f"the result of job {job.id} has been removed") from error
         return result
 
+    def adopt(self, names: Mapping[str, str]) -> None:
+        """Give the jobs of former owners to new ones.
+
+        If both used one idempotency key, the new owner's job keeps it.
+
+        Args:
+            names: new owner by former owner.
+        """
+        with self._transaction() as db:
+            for former, owner in names.items():
+                db.execute(
+                    "UPDATE jobs SET idempotency_key = NULL WHERE owner = ? AND idempotency_key IN "
+                    "(SELECT idempotency_key FROM jobs WHERE owner = ?)",
+                    (former, owner),
+                )
+                db.execute("UPDATE jobs SET owner = ? WHERE owner = ?", (owner, former))
+
     # For runs ------------------------------------------------------------------------------
 
     def folder(self, job: Job) -> Path:

@@ -1,0 +1,285 @@
+"""API keys in a file: names, expiry, replacement without a restart, refusals. Over sockets."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from anyio import to_thread
+from starlette.datastructures import Headers
+
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_zoo
+from service.api import auth
+from service.api.auth import ApiKeys, Refusals, address_of, read_keys, share_of
+from service.errors import Unauthorized
+from service.jobs.store import JobStore
+from tests.kits.jobs import ASYNC, SERIES, waited
+
+OLD, NEW = {"X-API-Key": "the-old-key"}, {"X-API-Key": "the-new-key"}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    path.write_text("anna the-old-key\n")
+    return path
+
+
+def replace(path: Path, text: str) -> None:
+    """As an administrator or a mounted secret does: a whole file takes the place of another."""
+    fresh = path.with_name("keys.new")
+    fresh.write_text(text)
+    fresh.rename(path)
+
+
+def soon(true: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 30
+    while not true() and time.monotonic() < until:
+        time.sleep(0.02)
+    return true()
+
+
+def hash_of(key: str) -> str:
+    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+# The file -----------------------------------------------------------------------------------
+
+
+def test_a_file_has_a_key_a_line_with_name_and_expiry() -> None:
+    text = f"""
+    # name  key
+    anna    the-old-key      # to be replaced
+    anna    {hash_of("the-new-key")}  expires=2027-01-31
+
+    ben@example.org  x  expires=2027-01-31T12:00:00+02:00
+    """
+    anna, replaced, ben = read_keys(text)
+    assert (anna.owner, replaced.owner, ben.owner) == ("anna", "anna", "ben@example.org")
+    assert anna.digest == hashlib.sha256(b"the-old-key").digest()
+    assert replaced.digest == hashlib.sha256(b"the-new-key").digest()
+    assert anna.expires is None
+    assert replaced.expires == datetime(2027, 2, 1, tzinfo=UTC)  # valid on that day
+    assert ben.expires == datetime(2027, 1, 31, 10, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("anna", "NAME KEY"),
+        ("anna swordfish soon", "NAME KEY"),
+        ("anna swordfish expires=2027-01-31 more", "NAME KEY"),
+        ("anna swordfish expires=soon", "not a date"),
+        ("anna swordfish expires=2027-02-30", "not a date"),
+        ("anna swordfish expires=9999-12-31", "not a date"),
+        ("anna swordfish expires=2027-01-31T12:00:00", "time zone"),
+        ("-anna swordfish", "name must be"),
+        ("0123456789abcdef swordfish", "name must be"),  # as the id of a key without a name
+        ("anna sha256:c0ffee", "64 hex digits"),
+        ("anna swordfish\nben swordfish", "line 3: the key stands in an earlier line"),
+        (f"anna swordfish\nben {hash_of('swordfish')}", "line 3"),
+    ],
+)
+def test_a_line_that_is_not_valid_is_named_without_its_key(line: str, said: str) -> None:
+    with pytest.raises(ValueError, match=r"line [23]: ") as caught:
+        read_keys(f"# comment\n{line}\n")
+    assert said in str(caught.value)
+    assert "swordfish" not in str(caught.value)
+
+
+def test_an_expired_key_says_so_to_who_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("anna swordfish expires=2020-01-01\nben x expires=2999-01-01\n")
+    keys = ApiKeys(file=path)
+    keys.load()
+    assert keys.valid() == 1
+    assert keys.check(Headers({"x-api-key": "x"})) == "ben"
+    with pytest.raises(Unauthorized, match="'anna' expired at 2020-01-02"):
+        keys.check(Headers({"x-api-key": "swordfish"}))
+
+
+def test_a_file_without_keys_admits_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# none yet\n")
+    keys = ApiKeys(file=path)
+    keys.load()
+    for headers in ({}, {"x-api-key": "x"}):
+        with pytest.raises(Unauthorized):
+            keys.check(Headers(headers))
+
+
+def test_the_example_of_the_documentation_is_read() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "deploy.md").read_text()
+    (example,) = re.findall(r"```\n(# name   key.*?)```", page, re.DOTALL)
+    keys = read_keys(example)
+    assert [key.owner for key in keys] == ["anna", "anna", "sensors"]
+    assert keys[0].expires == datetime(2027, 2, 1, tzinfo=UTC)
+
+
+# A service that reads it --------------------------------------------------------------------
+
+
+def test_keys_are_replaced_without_a_restart_and_keep_their_jobs(
+    zoo: Path, keys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with served(model_dir=zoo, api_keys_file=keys) as api:
+        api.headers.update(OLD)
+        job = api.post("/embed", json=SERIES, headers=ASYNC).json()["jobID"]
+        assert waited(api, job)["status"] == "successful"
+        api.headers.pop("X-API-Key")
+        replace(keys, f"anna the-old-key\nanna {hash_of('the-new-key')}\nben of-ben\n")
+        assert soon(lambda: api.get("/jobs", headers=NEW).status_code == 200)
+        for key in (OLD, NEW):
+            assert api.get(f"/jobs/{job}/result", headers=key).status_code == 200
+        assert api.get(f"/jobs/{job}", headers={"X-API-Key": "of-ben"}).status_code == 404
+        replace(keys, "anna the-new-key\n")
+        assert soon(lambda: api.get("/jobs", headers=OLD).status_code == 401)
+        assert [j["jobID"] for j in api.get("/jobs", headers=NEW).json()["jobs"]] == [job]
+        # A mistake in the file shuts nobody out, and is logged once.
+        replace(keys, "anna the-new-key expires=tomorrow\n")
+        assert soon(lambda: bool(api.get("/jobs", headers=NEW)) and told(caplog) == 1)
+        keys.unlink()
+        assert soon(lambda: bool(api.get("/jobs", headers=NEW)) and told(caplog) == 2)
+        assert api.get("/jobs", headers=NEW).status_code == 200
+        replace(keys, "anna the-old-key\n")
+        assert soon(lambda: api.get("/jobs", headers=OLD).status_code == 200)
+    assert not any("-key" in record.getMessage() for record in caplog.records)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> int:
+    return sum("PIMC_API_KEYS_FILE is not read" in r.getMessage() for r in caplog.records)
+
+
+def test_a_key_that_comes_into_the_file_brings_its_jobs(
+    zoo: Path, keys: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    repeat = {"Idempotency-Key": "1", **OLD, **ASYNC}
+    with served(model_dir=zoo, state_dir=state, api_keys=("the-old-key",)) as api:
+        job = api.post("/embed", json=SERIES, headers=repeat).json()["jobID"]
+    with served(
+        model_dir=zoo, state_dir=state, api_keys=("the-old-key",), api_keys_file=keys
+    ) as api:
+        assert api.post("/embed", json=SERIES, headers=repeat).json()["jobID"] == job
+        replace(keys, "anna the-new-key\n")
+        assert soon(lambda: api.get(f"/jobs/{job}", headers=NEW).status_code == 200)
+        # Without its line it is the key of the environment again, which is another caller.
+        assert api.get(f"/jobs/{job}", headers=OLD).status_code == 404
+
+
+def test_jobs_of_one_owner_meet_those_of_another(tmp_path: Path) -> None:
+    with closing(JobStore(tmp_path, ttl=9e9, max_waiting=9)) as store:
+        for number, (owner, key) in enumerate([("old", "1"), ("old", "2"), ("anna", "1")]):
+            store._db.execute(
+                "INSERT INTO jobs (id, owner, idempotency_key, task, model, sha256, created, "
+                "updated) VALUES (?, ?, ?, 'embed', 'm@1', 'x', 1, 1)",
+                (str(number), owner, key),
+            )
+        store.adopt({"old": "anna", "nobody": "ben"})
+        assert [job.id for job in store.latest("anna", 9)] == ["2", "1", "0"]
+        assert store.latest("old", 9) == []
+        kept = store._db.execute("SELECT id, idempotency_key FROM jobs ORDER BY id").fetchall()
+        assert [tuple(row) for row in kept] == [("0", None), ("1", "2"), ("2", "1")]
+
+
+# Refused keys -------------------------------------------------------------------------------
+
+
+def test_refusals_of_one_address_wait_longer_and_longer() -> None:
+    refusals = Refusals()
+    pauses = [refusals.pause("192.0.2.1", 0.0) for _ in range(20)]
+    assert pauses[:10] == [0.0] * 10
+    assert pauses[10:13] == [0.1, 0.2, 0.4]
+    assert pauses[-1] == 5.0
+    assert refusals.pause("192.0.2.2", 0.0) == 0.0
+    assert refusals.pause("192.0.2.1", 200.0) == 5.0
+    assert refusals.pause("192.0.2.1", 600.0) == 0.0
+
+
+def test_the_table_of_refusals_is_bounded() -> None:
+    refusals = Refusals()
+    for number in range(10_000):
+        refusals.pause(str(number), 0.0)
+    assert len(refusals._by_address) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("address", "share"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("testclient", "testclient"),
+    ],
+)
+def test_a_caller_without_a_key_is_its_address(address: str, share: str) -> None:
+    scope = {"client": (address, 1)}
+    assert share_of(None, scope) == address_of(scope) == share
+    assert share_of("anna", scope) == "anna"
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Holds the responses to refused keys that wait."""
+    opened = threading.Event()
+
+    async def wait(seconds: float) -> None:
+        assert seconds > 0
+        await to_thread.run_sync(opened.wait, limiter=anyio.CapacityLimiter(99))
+
+    monkeypatch.setattr(auth, "sleep", wait)
+    yield opened
+    opened.set()
+
+
+def test_refused_keys_are_logged_and_slowed_and_others_of_the_address_are_not(
+    zoo: Path, keys: Path, gate: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "service.api.auth")
+    wrong = {"X-API-Key": "guess"}
+    with served(model_dir=zoo, api_keys_file=keys) as api:
+        for _ in range(10):
+            assert api.get("/models", headers=wrong).status_code == 401
+        answers: list[int] = []
+        slow = threading.Thread(
+            target=lambda: answers.append(
+                httpx.get(f"{api.base_url}/models", headers=wrong, timeout=60).status_code
+            )
+        )
+        slow.start()
+        assert soon(lambda: refused(api) == 11)
+        assert api.get("/models", headers=OLD).status_code == 200
+        assert api.get("/models").status_code == 401  # no key is no guess
+        assert answers == []
+        gate.set()
+        slow.join(30)
+        assert answers == [401]
+        assert "pimc_api_keys 1.0" in api.get("/metrics").text
+    records: list[Any] = [r for r in caplog.records if r.getMessage() == "API key refused"]
+    assert [(r.client, r.refused, r.pause) for r in records[-2:]] == [
+        ("127.0.0.1", 10, 0.0),
+        ("127.0.0.1", 11, 0.1),
+    ]
+
+
+def refused(api: httpx.Client) -> float:
+    lines = api.get("/metrics").text.splitlines()
+    (line,) = [line for line in lines if line.startswith("pimc_api_keys_refused_total ")]
+    return float(line.split()[1])
