@@ -1,8 +1,8 @@
 """Model card: inputs, outputs, training data and scores of a bundle.
 
-A bundle is a folder with a `card.json` and the ONNX files that the card names. The service knows
-a model's inputs and outputs from the card alone, and `GET /models/{name}` returns it. No torch
-here: the service imports this module.
+A bundle is a folder with a `card.json` and the ONNX files that the card names. The service takes a
+model's inputs and outputs from the card alone, and `GET /models/{name}` returns the card. This
+module does not import torch, because the service imports it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ StartRule = Literal["calendar-year", "fullest-year", "every-date", "last-steps"]
 
 CARD_FILE = "card.json"
 
-# Inputs of the graph of each modality; `day_of_year` in addition if the card says so.
+# Inputs of the graph of each modality, without `day_of_year`, which a card may add.
 PIXEL_INPUTS = ("values", "valid", "days")
 PATCH_INPUTS = ("patches",)
 # Inputs that are reflectance: float16 in a float16 variant, which halves the transfer to a device,
@@ -51,7 +51,7 @@ class ResolvedWindow:
     used: tuple[int, ...]
     """Positions, in the dates given, of those inside the window."""
     last: date | None
-    """The last date used, None if no date is."""
+    """The last date used, None if no date is used."""
 
     def days(self, dates: Sequence[date]) -> list[int]:
         """Days from `first_day` to each used date: the graph's input `days` (T)."""
@@ -68,14 +68,15 @@ class TimeWindow(_Frozen):
     start: StartRule
     """How the first day is chosen if the request does not give it.
 
-    `calendar-year`: 1 January of the year with the most dates. `fullest-year`: the first of
-    the month that puts the most dates into the window. `every-date`: all dates count, whatever
+    `calendar-year`: 1 January of the year with the most dates. `fullest-year`: the first day of the
+    month from which the window holds the most dates. `every-date`: all dates are used, whatever
     their year; the first day is 1 January of the first date's year. The graph places all years on
-    one that begins on 1 January, also if a start is given, so the rule suits what does not change
-    from year to year. `last-steps`: the window ends on the last date. Of several candidates with
-    the same number of dates, the later year wins, and in `fullest-year` January does.
+    one that begins on 1 January, even if a start is given, so this rule suits covers that do not
+    change from year to year. `last-steps`: the window ends on the last date. If several candidates
+    hold the same number of dates, the later year is chosen, and for `fullest-year` January before
+    other months.
 
-    With a given start, every rule's window has its length from there.
+    If a start is given, the window of every rule begins there and has its usual length.
     """
 
     @property
@@ -172,7 +173,7 @@ class Variant(_Frozen):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: int
     opset: int
-    """ONNX operator set, for the reader of the card; ONNX Runtime goes by the file's own."""
+    """ONNX operator set, for information; ONNX Runtime reads it from the file."""
     loss: dict[str, float] = {}
     """Measured change of each metric against float32 (negative is worse)."""
 
@@ -194,9 +195,10 @@ class ModelCard(_Frozen):
     patch: int | None = None
     """Side of a patch in pixels, for imagery; None for pixels."""
     day_of_year: bool = False
-    """Whether the graph also takes `day_of_year` (N): that of the first day, 1 to 366."""
+    """Whether the graph also takes `day_of_year` (N): the day of the year of the first day, 1 to
+    366."""
     min_observations: Annotated[int, Field(ge=1)]
-    """Clear observations that a pixel needs; with fewer it has no prediction."""
+    """Clear observations that a pixel needs; a pixel with fewer has no prediction."""
     classes: tuple[LegendClass, ...] = ()
     horizon: int | None = None
     """Largest number of steps that a forecast reaches (H)."""
@@ -205,7 +207,7 @@ class ModelCard(_Frozen):
     embedding: int | None = None
     """D, the length of an embedding."""
     default: bool = False
-    """Whether the model is used for its task if a request names none."""
+    """Whether the model is used for its task if a request does not name a model."""
     metrics: dict[str, Any] = {}
     training_data: tuple[TrainingData, ...] = ()
     training: dict[str, Any] = {}
@@ -219,7 +221,7 @@ class ModelCard(_Frozen):
     licence: str
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Of the float32 variant's file."""
+    """The sha256 of the float32 variant's file."""
 
     @property
     def id(self) -> str:

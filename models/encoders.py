@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from models.recurrence import Threshold, recurrence_plot
 
-# Typical mean and standard deviation of vegetation indices over cropland; the networks learn the
-# rest. Constants, not measured per data set, so that two bundles see the same plot of one series.
+# Typical mean and standard deviation of vegetation indices over cropland. They are constants, not
+# measured for each data set, so that all bundles compute the same plot of a series.
 _CENTER = 0.3
 _SPREAD = 0.25
 # Reflectance at which imagery saturates: EuroSAT's RGB is clipped at 2750 / 10000.
@@ -78,8 +78,8 @@ class PixelEncoder(nn.Module):
         bands: C, the bands whose reflectance the tokens also hold; 0 for none. Most indices are
             ratios, which do not separate bright ground from dark.
         width: channels of the finest level; doubled at each join.
-        depths: residual blocks of each of the three levels. 0 at the finest saves most time: its
-            tokens are many and narrow, and narrow products are the slowest.
+        depths: residual blocks of each of the three levels. 0 at the finest level saves the most
+            time, because it has many narrow tokens, and narrow products are the slowest.
         embedding: D.
         dropout: share of hidden values dropped in training.
         plots: whether the encoder sees the recurrence plots.
@@ -221,8 +221,9 @@ class PatchEncoder(nn.Module):
         bands: C.
         width: channels at the finest level; doubled at each further one, which halves the
             resolution.
-        depths: residual blocks of each level. 0 at the finest is the cheapest: a convolution there
-            takes twice as long as one with the same number of products at half the resolution.
+        depths: residual blocks of each level. 0 at the finest level saves the most time: a
+            convolution there takes twice as long as one with the same number of products at half
+            the resolution.
         stride: pixels between positions of the finest level. With 1, blocks see texture at the
             imagery's own resolution, at four times the cost of 2.
         embedding: D.
@@ -287,9 +288,10 @@ class EfficientNetLite0(nn.Module):
     squeeze-and-excitation and bounds activations to 0 to 6, which suits float16.
 
     The weights were learned under TensorFlow's SAME padding, which at stride 2 adds its odd row and
-    column at the end. Symmetric padding adds them at the beginning, so it computes the same of an
-    image and kernels that are turned by 180 degrees. `training.imagenet` turns the kernels; land
-    seen from above has no up, so the image needs no turn, and the graph no padding of its own.
+    column at the end. Symmetric padding adds them at the beginning, so it computes the same result
+    if image and kernels are turned by 180 degrees. `training.imagenet` turns the kernels. The image
+    need not be turned, because imagery from above has no upright orientation, so the graph needs no
+    padding of its own.
 
     Args:
         bands: C, three: the weights are of red, green and blue.

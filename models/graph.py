@@ -117,8 +117,8 @@ class PixelGraph(nn.Module):
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
     ) -> Tensor:
         """Mean output of the networks: logits (N, K), quantiles (N, H, S, Q), embeddings (N, D)."""
-        answers = self.each(values, valid, days, day_of_year)
-        return answers[0] if len(answers) == 1 else torch.stack(answers).mean(dim=0)
+        outputs = self.each(values, valid, days, day_of_year)
+        return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0)
 
     def each(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
@@ -126,14 +126,14 @@ class PixelGraph(nn.Module):
         """Output of each network, on which the training loss is computed."""
         series, observed, reflectance = self.regular(values, valid, days)
         season = None if day_of_year is None else self._season(day_of_year)
-        answers = []
+        outputs = []
         for encoder, head in ((self.encoder, self.head), *self.others):
             embeddings: Tensor = encoder(series, observed, season, reflectance)
             if isinstance(head, ForecastHead):
-                answers.append(head(embeddings, series))
+                outputs.append(head(embeddings, series))
             else:
-                answers.append(embeddings if head is None else head(embeddings))
-        return answers
+                outputs.append(embeddings if head is None else head(embeddings))
+        return outputs
 
     def forward(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
@@ -191,12 +191,12 @@ class PatchGraph(nn.Module):
     def raw(self, patches: Tensor) -> Tensor:
         """Mean output of the networks: logits (N, K) or embeddings (N, D)."""
         if self.training or self.head is None or self.views == 1:
-            answers = self.each(patches)
+            outputs = self.each(patches)
         else:
             views = symmetries(patches.float())[:: 8 // max(self.views, 1 + len(self.others))]
             networks = itertools.cycle(self._networks)
-            answers = [network(view) for network, view in zip(networks, views, strict=False)]
-        return answers[0] if len(answers) == 1 else torch.stack(answers).mean(dim=0)
+            outputs = [network(view) for network, view in zip(networks, views, strict=False)]
+        return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0)
 
     def each(self, patches: Tensor) -> list[Tensor]:
         """Output of each network, without symmetries, on which the training loss is computed."""

@@ -103,7 +103,7 @@ class ForecastHead(nn.Module):
 
 
 def _with_spread(head: ForecastHead, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Weights of earlier versions have no spread: theirs is 1."""
+    """Set the spread to 1 in the weights of earlier versions, which have none."""
     state.setdefault(f"{prefix}spread", torch.ones_like(head.spread))
 
 

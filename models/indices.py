@@ -73,9 +73,9 @@ class SpectralIndices(nn.Module):
         parts = []
         for needs, formula in (FORMULAS[name] for name in names):
             parts.append(torch.stack(formula(*(columns[band] for band in needs))))
-        told = torch.stack(parts, dim=1).flatten(0, 1)
-        self.register_buffer("weights", told[:, 1:] - told[:, :1], persistent=False)
-        self.register_buffer("constants", told[len(names) :, 0], persistent=False)
+        terms = torch.stack(parts, dim=1).flatten(0, 1)
+        self.register_buffer("weights", terms[:, 1:] - terms[:, :1], persistent=False)
+        self.register_buffer("constants", terms[len(names) :, 0], persistent=False)
 
     weights: Tensor
     constants: Tensor
@@ -88,12 +88,12 @@ class SpectralIndices(nn.Module):
             dim: axis of the bands.
 
         Returns:
-            Indices, on the axis of the bands, in -1.5 to 1.5; NaN where a band is missing or the
-            formula's denominator vanishes.
+            Indices, on the axis of the bands, -1.5 to 1.5; NaN where a band is missing or the
+            formula's denominator is at most `SMALLEST_DENOMINATOR`.
         """
         sums = values.movedim(dim, -1) @ self.weights.to(values.dtype).T
         ratios, denominators = self.ratios(sums, dim=-1)
-        # Not `denominators <= limit`: a comparison with NaN is false, and must land on NaN.
+        # Not `denominators <= limit`: a comparison with NaN is false, and NaN must give NaN.
         known = denominators > SMALLEST_DENOMINATOR
         return torch.where(known, ratios, torch.nan).movedim(-1, dim)
 
@@ -105,8 +105,8 @@ class SpectralIndices(nn.Module):
             dim: that axis.
 
         Returns:
-            Indices in -1.5 to 1.5, of any value where the denominator is at most
-            `SMALLEST_DENOMINATOR` or NaN; and the denominators.
+            Indices, -1.5 to 1.5, with any value where the denominator is NaN or at most
+            `SMALLEST_DENOMINATOR`; and the denominators.
         """
         numerators, denominators = torch.split(sums, len(self.names), dim=dim)
         shape = [-1] + [1] * (sums.ndim - 1 - dim % sums.ndim)

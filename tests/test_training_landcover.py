@@ -186,9 +186,9 @@ def test_statistics_of_averaged_weights_are_those_of_their_own_activations(data:
     assert not graph.training
 
 
-def test_networks_that_do_not_fit_are_told(data: Path, apart: list[Path]) -> None:
+def test_networks_of_other_number_or_shape_are_rejected(data: Path, apart: list[Path]) -> None:
     for shapes, why in (
-        ((COARSE, FINE, FINE), "2 networks, but the run has 3"),
+        ((COARSE, FINE, FINE), "2 networks, but the configuration has 3"),
         ((FINE, COARSE), "does not fit"),
     ):
         run = Run(config=config(*shapes), data=data, pretrained=tuple(apart))
@@ -197,11 +197,11 @@ def test_networks_that_do_not_fit_are_told(data: Path, apart: list[Path]) -> Non
 
 
 def test_a_run_of_an_earlier_version_is_read(data: Path) -> None:
-    """It had a number of networks, all of one shape, and one checkpoint or none."""
+    """Earlier versions stored a number of networks of one shape, and one checkpoint or None."""
     now = Run(config=config(COARSE, COARSE), data=data, pretrained=(Path("a/weights.pt"),))
-    told = json.loads(now.model_dump_json())
-    del told["config"]["others"]
-    told["config"]["members"], told["pretrained"] = 2, "a/weights.pt"
-    assert Run.model_validate(told) == now
+    earlier = json.loads(now.model_dump_json())
+    del earlier["config"]["others"]
+    earlier["config"]["members"], earlier["pretrained"] = 2, "a/weights.pt"
+    assert Run.model_validate(earlier) == now
     assert now.config.networks == 2
-    assert Run.model_validate({**told, "pretrained": None}).pretrained == ()
+    assert Run.model_validate({**earlier, "pretrained": None}).pretrained == ()

@@ -18,17 +18,17 @@ from training.errors import TrainingError
 
 
 class OneSentence(TyperGroup):
-    """Commands whose user's mistakes end in one sentence and status 2, without a traceback."""
+    """Command group that prints a user's mistake as one sentence and exits with status 2."""
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  # typer's own context, which it keeps private
-        """Run a command; a mistake that the user can put right is printed."""
+        """Run a command; an error that the user can correct is printed without a traceback."""
         try:
             return super().invoke(ctx)
         except (TrainingError, BundleError) as error:
-            told = str(error)
+            message = str(error)
         except OSError as error:
-            told = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-        Console(stderr=True).print(f"Error: {told}", markup=False, soft_wrap=True)
+            message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        Console(stderr=True).print(f"Error: {message}", markup=False, soft_wrap=True)
         raise typer.Exit(2)
 
 
@@ -54,7 +54,9 @@ Settings = Annotated[
 ]
 Version = Annotated[
     str | None,
-    typer.Option(help="Version of the bundle; raise it if another model takes the name."),
+    typer.Option(
+        help="Version of the bundle; give a new one if another model of this name exists."
+    ),
 ]
 
 
@@ -111,8 +113,8 @@ def finetune(
     pretrained: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Checkpoint with the encoder to start from; the weights of several runs, to join "
-            "their networks."
+            help="Checkpoint with the encoder to start from; repeatable with the weights of "
+            "several runs, whose networks are then joined."
         ),
     ] = None,
     romania: Annotated[
@@ -127,7 +129,7 @@ def finetune(
     ] = Protocol.finetune,
     patience: Annotated[
         int | None,
-        typer.Option(min=1, help="Stop after as many epochs without a better validation score."),
+        typer.Option(min=1, help="Stop after this many epochs without a better validation score."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run; 0 by default.")] = None,
     device: Device = "auto",
@@ -138,9 +140,9 @@ def finetune(
     from training.finetune import finetune as train
 
     options = {"seed": seed, "patience": patience}
-    told_last = [f"optimisation.{name}={n}" for name, n in options.items() if n is not None]
-    config = changed(configuration(name, task), [*(settings or []), *told_last])
-    told = Run(
+    given = [f"optimisation.{name}={n}" for name, n in options.items() if n is not None]
+    config = changed(configuration(name, task), [*(settings or []), *given])
+    settled = Run(
         config=config,
         data=data,
         pretrained=tuple(pretrained or ()),
@@ -151,7 +153,7 @@ def finetune(
     words = [name, *([protocol.value] if protocol != Protocol.finetune else [])]
     seeded = config.optimisation.seed
     words += [f"seed-{seeded}"] if seeded else []
-    done = train(told, run or RUNS / "-".join(words), device=device, threads=threads)
+    done = train(settled, run or RUNS / "-".join(words), device=device, threads=threads)
     Console().print_json(json.dumps(dict(done.scores)))
 
 
@@ -202,7 +204,7 @@ def regions(
     threads: Threads = 1,
     settings: Settings = None,
 ) -> None:
-    """Hold each region out in turn: train what is missing, score, calibrate across regions."""
+    """Hold each region out in turn: train the missing runs, score, calibrate across regions."""
     from training.regions import Plan, evaluate_regions
 
     config = changed(configuration(name), settings or [])
@@ -250,15 +252,15 @@ def ablate(
     threads: Threads = 1,
     settings: Settings = None,
 ) -> None:
-    """Measure what a choice is worth: run what is missing of a study and write its table."""
+    """Run an ablation study: train the missing runs and write the table."""
     from training.ablation import STUDIES, Plan
     from training.ablation import ablate as run_study
     from training.pretraining_data import Places
 
     if study not in STUDIES:
         raise typer.BadParameter(f"'{study}' is not one of {', '.join(STUDIES)}")
-    told = {"bundle": bundle, "seeds": seeds, "epochs": epochs, "steps": steps}
-    words = [f"--{name} {value}" for name, value in told.items() if value is not None]
+    given = {"bundle": bundle, "seeds": seeds, "epochs": epochs, "steps": steps}
+    words = [f"--{name} {value}" for name, value in given.items() if value is not None]
     if any(arm.pretrained for arm in STUDIES[study].arms):
         words.append(f"--pretrained {pretrained.as_posix()}")
     words += ["--romania CUBE"] if romania and STUDIES[study].pretraining else []
@@ -289,14 +291,18 @@ def export(
     version: Version = None,
     regions: Annotated[
         Path | None,
-        typer.Option(help="Folder of `regions`, whose calibration and scores go into the bundle."),
+        typer.Option(
+            help="Folder of a `regions` run; its calibration and scores go into the bundle."
+        ),
     ] = None,
 ) -> None:
     """Turn finished runs into bundles: ONNX checked against torch, variants, and a card."""
     from training.export import export_run
 
     if name and len(runs) > 1:
-        raise typer.BadParameter(f"--name {name} is for one run, and {len(runs)} are given")
+        raise typer.BadParameter(
+            f"--name {name} is for one run, and {len(runs)} runs are given: export them one by one"
+        )
     for folder in runs:
         Console().print(str(export_run(folder, zoo, name=name, version=version, regions=regions)))
 
@@ -305,10 +311,12 @@ def export(
 def recalibrate(
     bundle: Annotated[Path, typer.Argument(help="Folder of a classifier's bundle.")],
     *,
-    regions: Annotated[Path, typer.Option(help="Folder of `regions`, of the same shape.")],
-    version: Annotated[str, typer.Option(help="Of the new bundle.")],
+    regions: Annotated[
+        Path, typer.Option(help="Folder of a `regions` run of the bundle's configuration.")
+    ],
+    version: Annotated[str, typer.Option(help="Version of the new bundle.")],
 ) -> None:
-    """Give a bundle the calibration fitted across regions, without training it again."""
+    """Write the calibration fitted across regions into a bundle, without training it again."""
     from training.recalibrate import recalibrate as refit
 
     Console().print(str(refit(bundle, regions=regions, version=version)))

@@ -1,8 +1,8 @@
-"""Ablation studies: train with and without a choice, compare the scores.
+"""Ablation studies: train with and without a choice, and compare the scores.
 
-study -> arms x seeds -> runs, each done once -> outputs -> a table in the report
+study -> arms x seeds -> runs, each trained once -> outputs -> a table in the report
 
-A run has a folder named after its settings, so that studies share runs, a killed study resumes,
+The folder of a run is named after its settings, so that studies share runs, a killed study resumes,
 and a changed configuration starts in a new folder.
 """
 
@@ -19,17 +19,16 @@ from typing import Any
 
 import torch
 
-from training import validation_outputs as kept
+from training import validation_outputs
 from training.card import pretrain_command
+from training.config import Protocol as RunProtocol
 from training.config import (
-    ClassifyConfig,
     Run,
     UnknownSetting,
     changed,
     configuration,
     difference,
 )
-from training.config import Protocol as RunProtocol
 from training.embedding import measure_retrieval, probe_outputs
 from training.errors import TrainingError
 from training.evaluate import SPLITS, outputs_of
@@ -58,16 +57,16 @@ _PATCHES = "eurosat"
 
 
 class NothingToCompare(TrainingError):
-    """A study that does not fit a bundle, or lacks what it compares."""
+    """A study does not fit a bundle, or lacks the checkpoint that it compares."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One choice."""
+    """One of the choices that a study compares."""
 
     label: str
     settings: tuple[str, ...] = ()
-    """As `--set` takes them."""
+    """Settings in the form of `--set`."""
     pretrained: bool = False
     """Whether the encoder starts from the checkpoint."""
     protocol: RunProtocol = "finetune"
@@ -96,12 +95,13 @@ class Plan:
     """The Markdown file."""
     seeds: int = 3
     epochs: int | None = None
-    """Of each fine-tuning; None uses the configuration's."""
+    """Epochs of each fine-tuning; None uses the configuration's."""
     steps: int | None = None
-    """Of each pretraining; None uses the configuration's."""
+    """Steps of each pretraining; None uses the configuration's."""
     pretrained: Path | None = None
+    """Checkpoint for the arms that start from one."""
     settings: tuple[str, ...] = ()
-    """Of all arms alike."""
+    """Settings of all arms."""
     device: str = "auto"
     threads: int = 1
     command: str = ""
@@ -234,17 +234,17 @@ STUDIES: Mapping[str, Study] = {
 
 
 def ablate(name: str, plan: Plan) -> str:
-    """Run what is missing of a study and write its table into the report.
+    """Train the missing runs of a study and write its table into the report.
 
     Args:
-        name: of the study, one of `STUDIES`.
-        plan: what it is run with.
+        name: name of the study, one of `STUDIES`.
+        plan: parameters of the study.
 
     Returns:
         The section, as Markdown.
 
     Raises:
-        NothingToCompare: the study does not fit the bundle, or there is no checkpoint.
+        NothingToCompare: the study does not fit the bundle, or its checkpoint is missing.
     """
     study = STUDIES[name]
     make = _pretraining_section if study.pretraining else _finetuning_section
@@ -262,7 +262,10 @@ def _finetuning_section(name: str, study: Study, plan: Plan) -> tuple[str, str]:
     if any(arm.pretrained for arm in study.arms) and not (
         plan.pretrained and plan.pretrained.exists()
     ):
-        raise NothingToCompare(f"study '{name}' needs a checkpoint: give --pretrained")
+        raise NothingToCompare(
+            f"study '{name}' needs a checkpoint, and {plan.pretrained} does not exist: run "
+            "`python -m training pretrain` first, or give --pretrained"
+        )
     runs = {arm: [_run(arm, plan, seed) for seed in range(plan.seeds)] for arm in study.arms}
     folders = {arm: [_folder(run, plan) for run in seeds] for arm, seeds in runs.items()}
     for arm, seeds in runs.items():
@@ -270,12 +273,12 @@ def _finetuning_section(name: str, study: Study, plan: Plan) -> tuple[str, str]:
             if not is_finished(folder):
                 log.info("%s: %s, seed %d", name, arm.label, run.config.optimisation.seed)
                 finetune(run, folder, device=plan.device, threads=plan.threads)
-    answers = {arm: [outputs_of(folder) for folder in seeds] for arm, seeds in folders.items()}
-    rows = [outputs_row(arm.label, seeds) for arm, seeds in answers.items()]
+    outputs = {arm: [outputs_of(folder) for folder in seeds] for arm, seeds in folders.items()}
+    rows = [outputs_row(arm.label, seeds) for arm, seeds in outputs.items()]
     if name == "size":
         rows = _with_speed(rows, {arm.label: seeds[0] for arm, seeds in folders.items()}, plan)
     epochs = next(iter(runs.values()))[0].config.optimisation.epochs
-    table = _table(f"{plan.bundle}: {name}", SPLITS[config.task], rows, answers, plan)
+    table = _table(f"{plan.bundle}: {name}", SPLITS[config.task], rows, outputs, plan)
     notes = [f"All arms were trained for {epochs} epochs."]
     return table.title, markdown(replace(table, notes=[*notes, *table.notes])) + (
         f"\n\n![Accuracy by speed](pictures/{PICTURE})" if name == "size" else ""
@@ -286,10 +289,10 @@ def _table(
     title: str,
     split: str,
     rows: Sequence[Row],
-    answers: Mapping[Arm, Sequence[Outputs]],
+    outputs: Mapping[Arm, Sequence[Outputs]],
     plan: Plan,
 ) -> Table:
-    n, places = sized(next(iter(answers.values()))[0])
+    n, places = sized(next(iter(outputs.values()))[0])
     return Table(
         title=title,
         split=split,
@@ -297,7 +300,7 @@ def _table(
         places=places,
         rows=rows,
         commands=[plan.command] if plan.command else [],
-        notes=[f"Set alike in all: {', '.join(plan.settings)}."] if plan.settings else [],
+        notes=[f"Settings of all arms: {', '.join(plan.settings)}."] if plan.settings else [],
     )
 
 
@@ -308,7 +311,7 @@ def _run(arm: Arm, plan: Plan, seed: int) -> Run:
         changed(config, arm.settings)
     except UnknownSetting as error:
         raise NothingToCompare(f"'{arm.label}' does not fit {plan.bundle}: {error}") from error
-    # One network of an ensemble: what a choice is worth shows sooner, and costs less.
+    # One network instead of an ensemble: it shows the effect of a choice at a lower cost.
     settings = [config.one_network, *plan.settings, *arm.settings, f"optimisation.seed={seed}"]
     if arm in STUDIES["labels"].arms and plan.pretrained:
         settings += _encoder_settings(plan.pretrained)
@@ -316,9 +319,10 @@ def _run(arm: Arm, plan: Plan, seed: int) -> Run:
         settings.append(f"optimisation.epochs={plan.epochs}")
     steps = next((s for s in arm.settings if s.startswith("window.steps=")), None)
     if steps:
-        if not isinstance(config, ClassifyConfig):
+        if config.task != "classify":
             raise NothingToCompare(
-                "study 'steps' is for classifiers: other steps change a forecast's targets"
+                f"study 'steps' is for classifiers, and {plan.bundle} is for {config.task}: other "
+                "steps would change a forecast's targets"
             )
         length = config.window.steps * config.window.step_days
         settings.append(f"window.step_days={-(-length // int(steps.partition('=')[2]))}")
@@ -347,14 +351,14 @@ def _encoder_settings(checkpoint: Path) -> list[str]:
 def _folder(run: Run, plan: Plan) -> Path:
     """Folder of a run, named after its settings and distinct from every other configuration."""
     usual = configuration(plan.bundle).model_dump(mode="json")
-    told = run.config.model_dump(mode="json")
-    words = [f"{key}={value}" for key, value in difference(usual, told).items()]
+    settings = run.config.model_dump(mode="json")
+    words = [f"{key}={value}" for key, value in difference(usual, settings).items()]
     words += ["pretrained"] if run.pretrained else []
     words += [run.protocol] if run.protocol != "finetune" else []
-    told["optimisation"]["seed"] = None
-    # In the form in which a single checkpoint was always written, so that finished runs are found.
+    settings["optimisation"]["seed"] = None
+    # A single checkpoint is written as in earlier versions, so that their finished runs are found.
     start = ", ".join(map(str, run.pretrained)) or "None"
-    identity = [told, start, run.protocol, str(run.data.resolve())]
+    identity = [settings, start, run.protocol, str(run.data.resolve())]
     seed = run.config.optimisation.seed
     return plan.runs / plan.bundle / _named(words, identity) / f"seed-{seed}"
 
@@ -369,7 +373,7 @@ def _named(words: Sequence[str], identity: object) -> str:
 def _with_speed(rows: Sequence[Row], folders: Mapping[str, Path], plan: Plan) -> list[Row]:
     """Rows with the size and speed of the exported graphs, and their picture."""
     speeds = compare(folders)
-    title = f"{plan.bundle}, pixels a second of the exported graph on one CPU thread"
+    title = f"{plan.bundle}, pixels per second of the exported graph on one CPU thread"
     picture(rows, speeds, plan.report.parent / "pictures" / PICTURE, title=title)
     return [replace(row, scores={**row.scores, **_speed_scores(speeds[row.name])}) for row in rows]
 
@@ -386,35 +390,36 @@ def _speed_scores(speed: Speed) -> dict[str, Score]:
 
 def _pretraining_section(name: str, study: Study, plan: Plan) -> tuple[str, str]:
     runs = {arm: [_pretrained(arm, plan, seed) for seed in range(plan.seeds)] for arm in study.arms}
-    # An arm that changes nothing, such as leaving out a source that is not given, would run twice.
+    # An arm that changes nothing, such as one that leaves out a source that was not given, would
+    # repeat the first arm.
     usual = [_pretrain_folder(config, plan) for config in next(iter(runs.values()))]
     arms = [
         arm
         for i, arm in enumerate(study.arms)
         if i == 0 or [_pretrain_folder(c, plan) for c in runs[arm]] != usual
     ]
-    whole = runs[study.arms[0]][0]
+    reference = runs[study.arms[0]][0]
     for arm in arms:
         for config in runs[arm]:
             folder = _pretrain_folder(config, plan)
             if not (folder / _PROBES).exists():
                 log.info("%s: %s, seed %d", name, arm.label, config.seed)
-                _pretrain_and_probe(config, whole, folder, plan)
-    rows, answers = [], {}
+                _pretrain_and_probe(config, reference, folder, plan)
+    rows, outputs = [], {}
     for arm in arms:
         folders = [_pretrain_folder(config, plan) for config in runs[arm]]
-        answers[arm] = [kept.load(folder / _CROPS) for folder in folders]
-        rows.append(_probed_row(arm.label, answers[arm], folders))
+        outputs[arm] = [validation_outputs.load(folder / _CROPS) for folder in folders]
+        rows.append(_probed_row(arm.label, outputs[arm], folders))
     split = (
         "linear probe of frozen pixel embeddings on US crops (17 classes), places of 0.1 degree "
         "that neither encoder nor probe has seen; EuroSAT: linear probe of frozen patch "
         "embeddings on its spatial split; retrieval: a pixel's own patch among the first five, "
         "on held-out rows and scenes of all sources"
     )
-    table = _table(f"pretraining: {name}", split, rows, answers, plan)
-    command = f"default: `{pretrain_command(whole, Path('runs/pretrain'))}`"
+    table = _table(f"pretraining: {name}", split, rows, outputs, plan)
+    command = f"default: `{pretrain_command(reference, Path('runs/pretrain'))}`"
     return table.title, markdown(
-        replace(table, notes=[f"{whole.steps} steps each; {command}.", *table.notes])
+        replace(table, notes=[f"{reference.steps} steps each; {command}.", *table.notes])
     )
 
 
@@ -428,35 +433,37 @@ def _pretrained(arm: Arm, plan: Plan, seed: int) -> PretrainConfig:
 
 
 def _pretrain_folder(config: PretrainConfig, plan: Plan) -> Path:
-    told = config.model_dump(mode="json")
-    changes = difference(FIRST.model_dump(mode="json"), told)
+    settings = config.model_dump(mode="json")
+    changes = difference(FIRST.model_dump(mode="json"), settings)
     words = [k if isinstance(v, list) else f"{k}={v}" for k, v in changes.items()]
-    identity = {**told, "seed": None, "data": str(plan.places.data.resolve())}
+    identity = {**settings, "seed": None, "data": str(plan.places.data.resolve())}
     return plan.runs / "pretrain" / _named(words, identity) / f"seed-{config.seed}"
 
 
 def _pretrain_and_probe(
-    config: PretrainConfig, whole: PretrainConfig, folder: Path, plan: Plan
+    config: PretrainConfig, reference: PretrainConfig, folder: Path, plan: Plan
 ) -> None:
     if plan.threads:
         torch.set_num_threads(plan.threads)
     pretrain(config, places=plan.places, folder=folder, device=plan.device)
     _, networks = load_networks(folder / CHECKPOINT)
-    # Held-out places of every source, also of one that this arm was not trained on. Scenes of
-    # another seed are not training scenes of any arm.
-    sources = open_sources(whole.sources, plan.places, seed=config.seed)
-    for name, answers in probe_outputs(networks, plan.places.data).items():
+    # Held-out places of every source, including one that this arm was not trained on. The synthetic
+    # scenes are of another seed, so no arm was trained on them.
+    sources = open_sources(reference.sources, plan.places, seed=config.seed)
+    for name, outputs in probe_outputs(networks, plan.places.data).items():
         (folder / name).mkdir(exist_ok=True)
-        kept.keep(answers, folder / name)
-    retrieval = measure_retrieval(networks, whole, sources, folder)
+        validation_outputs.save(outputs, folder / name)
+    retrieval = measure_retrieval(networks, reference, sources, folder)
     (folder / _PROBES).write_text(json.dumps(retrieval, indent=1))
 
 
 def _probed_row(label: str, crops: Sequence[Outputs], folders: Sequence[Path]) -> Row:
     row = outputs_row(label, crops)
     scores = {key: row.scores[key] for key in ("accuracy", "macro-F1")}
-    if all((folder / _PATCHES / kept.FILE).exists() for folder in folders):
-        patches = outputs_row(label, [kept.load(folder / _PATCHES) for folder in folders])
+    if all((folder / _PATCHES / validation_outputs.FILE).exists() for folder in folders):
+        patches = outputs_row(
+            label, [validation_outputs.load(folder / _PATCHES) for folder in folders]
+        )
         scores["EuroSAT accuracy"] = patches.scores["accuracy"]
     found: list[dict[str, Any]] = [json.loads((f / _PROBES).read_text())["all"] for f in folders]
     for key, title in (("pixel_to_patch_5", "pixel to patch"), ("patch_to_pixel_5", "back")):

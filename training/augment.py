@@ -23,7 +23,7 @@ class PixelAugmentation:
     drop: float = 0.4
     """Largest share of a pixel's dates dropped; the share itself is drawn for each pixel."""
     least: int = 4
-    """Usable dates that dropping always leaves, if there were as many."""
+    """Usable dates that dropping always leaves, if there are as many."""
     jitter: float = 2.0
     """Standard deviation of a date's shift, in days."""
     season: float = 10.0
@@ -43,8 +43,8 @@ class PatchAugmentation:
     crop: float = 0.25
     """Largest share of a side that a crop cuts off; the crop is scaled back, nearest pixel."""
     closer: float = 0.0
-    """The same with linear interpolation. It keeps the texture of single pixels better than `crop`,
-    which doubles rows and columns."""
+    """Like `crop`, but with linear interpolation, which preserves the texture of single pixels
+    better than doubling rows and columns."""
     wider: float = 0.0
     """Largest share of a side by which a view extends beyond its patch, which is mirrored there."""
     gain: float = 0.1
@@ -78,16 +78,16 @@ def drop_dates(valid: Bools, rng: Generator, *, most: float, least: int) -> Bool
         valid: True where usable (N, T).
         rng: random generator.
         most: largest share dropped; each pixel draws its own share from 0 to this.
-        least: usable dates that remain, if there were as many.
+        least: usable dates that remain, if there are as many.
 
     Returns:
         A new mask (N, T), False wherever `valid` is.
     """
     share = rng.uniform(0.0, most, (len(valid), 1))
-    luck = rng.random(valid.shape)
-    # The `least` luckiest usable dates of a pixel are safe.
-    rank = np.where(valid, luck, -1.0).argsort(axis=1)[:, ::-1].argsort(axis=1)
-    return valid & ((luck >= share) | (rank < least))
+    draw = rng.random(valid.shape)
+    # The `least` usable dates of a pixel with the highest draws are never dropped.
+    rank = np.where(valid, draw, -1.0).argsort(axis=1)[:, ::-1].argsort(axis=1)
+    return valid & ((draw >= share) | (rank < least))
 
 
 def jitter_dates(days: Floats, rng: Generator, *, deviation: float) -> Floats:
@@ -143,10 +143,10 @@ def flip(patches: Floats, rng: Generator) -> Floats:
 def crop(patches: Floats, rng: Generator, *, most: float) -> Floats:
     """Cut off up to `most` of the sides and scale the rest back (N, C, P, P), nearest pixel."""
     side = patches.shape[-1]
-    kept = side * (1.0 - rng.uniform(0.0, most, len(patches)))
-    corners = rng.random((2, len(patches))) * (side - kept)
+    length = side * (1.0 - rng.uniform(0.0, most, len(patches)))
+    corners = rng.random((2, len(patches))) * (side - length)
     steps = (np.arange(side) + 0.5) / side
-    rows, cols = np.floor(corners[:, :, None] + kept[:, None] * steps).astype(np.int64)
+    rows, cols = np.floor(corners[:, :, None] + length[:, None] * steps).astype(np.int64)
     bands = np.arange(patches.shape[1])[None, :, None, None]
     number = np.arange(len(patches))[:, None, None, None]
     return np.asarray(patches[number, bands, rows[:, None, :, None], cols[:, None, None, :]])
@@ -163,7 +163,7 @@ def zoom(patches: Floats, rng: Generator, *, closer: float, wider: float) -> Flo
     """
     n, side = len(patches), patches.shape[-1]
     scale = rng.uniform(1.0 - closer, 1.0 + wider, n)
-    # Off the centre by as much as the part that is cut off or mirrored leaves room for.
+    # The view may be off the centre by half of the length that is cut off or mirrored.
     middle = (side - 1) / 2 + (rng.random((2, n)) - 0.5) * np.abs(1.0 - scale) * side
     at = middle[..., None] + scale[:, None] * (np.arange(side) - (side - 1) / 2)
     at = (side - 1) - np.abs((side - 1) - np.abs(at))
@@ -196,7 +196,7 @@ def clear_atmosphere(patches: Floats, rng: Generator, *, share: float) -> Floats
     Args:
         patches: reflectance (N, 3, P, P) of B04, B03, B02.
         rng: random generator.
-        share: of the patches that are changed, 0 to 1.
+        share: share of the patches that are changed, 0 to 1.
     """
     cosine = rng.uniform(0.5, 0.9, (len(patches), 1, 1, 1))
     depth = _RAYLEIGH[None, :, None, None]
@@ -206,7 +206,7 @@ def clear_atmosphere(patches: Floats, rng: Generator, *, share: float) -> Floats
 
 
 def augment_patches(patches: Floats, how: PatchAugmentation, rng: Generator) -> Floats:
-    """Augment patches of reflectance (N, C, P, P); a new array. The sampler varies the dates."""
+    """Augment patches of reflectance (N, C, P, P); returns a new array."""
     turned = flip(patches, rng) if how.flip else patches
     cut = crop(turned, rng, most=how.crop) if how.crop else turned
     if how.closer or how.wider:

@@ -17,7 +17,7 @@ _HIDDEN = 512
 
 
 class _OnSeries(nn.Module):
-    """Layers that encode the same series that the pixel encoder sees."""
+    """Layers on the same input as the pixel encoder's."""
 
     layers: nn.Sequential
 
@@ -126,7 +126,7 @@ def put_network(graph: PixelGraph, network: Network) -> None:
 def replace_encoders(
     graph: PixelGraph | PatchGraph, make: Callable[[nn.Module], nn.Module]
 ) -> None:
-    """Replace each encoder of a graph by one made from it."""
+    """Replace each encoder of a graph by one that `make` returns for it."""
     graph.add_module("encoder", make(graph.encoder))
     for pair in graph.others:
         pair[0] = make(pair[0])  # type: ignore[index,operator]  # a list, which torch types as a module

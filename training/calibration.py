@@ -22,7 +22,7 @@ def fit_temperature(logits: Floats, labels: Ints, weights: Floats | None = None)
     Args:
         logits: (N, K).
         labels: positions of the right classes (N).
-        weights: how much each row counts (N), above 0; None for all alike.
+        weights: weight of each row (N), above 0; None weighs all rows equally.
     """
     shares = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=np.float64)
     counts = torch.from_numpy(shares / shares.sum())
@@ -49,16 +49,16 @@ def fit_spread(
 ) -> Floats:
     """Factors on the outer quantiles' distances from the median, so that each tail holds `tail`.
 
-    Conformalised quantile regression (Romano et al. 2019, arXiv 1905.03222) with a factor in the
-    place of an offset, for each step and side. All parts weigh alike, whatever their size.
+    Conformalised quantile regression (Romano et al. 2019, arXiv 1905.03222) with a factor instead
+    of an offset, for each step and side. All parts have the same weight, whatever their size.
 
     Args:
-        parts: of each region quantiles (N, H, S, 3), targets (N, H, S) and which are known
-            (N, H, S).
+        parts: for each region, quantiles (N, H, S, 3), targets (N, H, S) and which targets are
+            known (N, H, S).
         tail: share of the targets that lies beyond each outer quantile, 0 to 1.
 
     Returns:
-        Factors (H, 2), below and above the median; 1 for a step of which no target is known.
+        Factors (H, 2), below and above the median; 1 for a step without a known target.
     """
     horizon = parts[0][0].shape[1]
     factors = np.ones((horizon, 2))
@@ -120,8 +120,8 @@ def macro_f1(predicted: Ints, labels: Ints, classes: int) -> float:
 def cross_fitted_scores(logits: Floats, labels: Ints, places: Ints) -> dict[str, Any]:
     """Accuracy, macro-F1 and calibration of logits (N, K).
 
-    The temperature is fitted on one half of the places and judged on the other, both ways, so
-    that the calibration error is that of pixels that the temperature has not seen.
+    The temperature is fitted on each half of the places and applied to the other half, so that the
+    calibration error is that of pixels on which the temperature was not fitted.
     """
     half = np.unique(places, return_inverse=True)[1] % 2 == 0
     shares = np.empty(logits.shape)

@@ -1,4 +1,4 @@
-"""Card of a bundle: description, classes, training data and provenance of its run."""
+"""Card fields of a run: description, scores, training data and provenance."""
 
 from __future__ import annotations
 
@@ -148,12 +148,14 @@ def _metrics(
         return {"validation": "none: trained on every place"}
     split = _SPLITS[config.task]
     if _CHOSEN in metrics:
-        split += f"; they chose the epoch ({metrics[_CHOSEN]}), so the scores flatter somewhat"
+        split += (
+            f"; the epoch ({metrics[_CHOSEN]}) was chosen on them, so the scores are optimistic"
+        )
     return {"validation": {"split": split, **scores}}
 
 
 def _training_data(run: Run, task: Task[Any]) -> tuple[TrainingData, ...]:
-    """Training data of a run, after those of the pretraining that it started from."""
+    """Training data of a run, preceded by those of the pretraining that it started from."""
     start = (
         (training_data("imagenet", "weights that training starts from", IMAGES),)
         if starts_from_imagenet(run.config)
@@ -178,18 +180,18 @@ def _learned_from(run: Run) -> dict[str, int]:
 
 
 def _run_of(weights: Path) -> Run | None:
-    """The run of some weights, if it still lies beside them."""
-    told = weights.parent / RUN
-    if weights.name != WEIGHTS or not told.is_file():
+    """The run that wrote some weights, None if its settings are not beside them."""
+    settings = weights.parent / RUN
+    if weights.name != WEIGHTS or not settings.is_file():
         return None
-    return Run.model_validate_json(told.read_bytes())
+    return Run.model_validate_json(settings.read_bytes())
 
 
 def _pretraining(checkpoint: Path) -> dict[str, Any] | None:
-    """Content of a checkpoint, if it is that of a pretraining.
+    """Contents of a pretraining's checkpoint, None for any other file.
 
     Raises:
-        UnknownOrigin: it does not state its training data.
+        UnknownOrigin: the checkpoint does not state its training data.
     """
     if checkpoint.name != CHECKPOINT or not checkpoint.is_file():
         return None
@@ -199,7 +201,7 @@ def _pretraining(checkpoint: Path) -> dict[str, Any] | None:
     if "learned_from" not in stored:
         raise UnknownOrigin(
             f"{checkpoint} does not state its training data, which a card needs: an earlier "
-            "version made it, so run the pretraining again"
+            "version wrote it, so run the pretraining again"
         )
     return stored
 
@@ -230,7 +232,7 @@ def commands(run: Run, folder: Path | None = None) -> list[str]:
 
     Args:
         run: the run.
-        folder: of the run, if a later one starts from it; None uses the default.
+        folder: the run's folder, if a later run starts from it; None uses the default.
     """
     config = run.config
     words = ["python -m training finetune", config.name]
@@ -281,7 +283,7 @@ def _as_settings(changes: Mapping[str, Any]) -> list[str]:
 
 
 def parameters(network: nn.Module) -> int:
-    """Weights of a network."""
+    """Number of weights of a network."""
     return sum(p.numel() for p in network.parameters())
 
 
@@ -289,8 +291,8 @@ def megaflop(graph: Graph, inputs: Sequence[Tensor]) -> float:
     """Floating-point operations of one forward pass, in millions, a multiply-add as two.
 
     Args:
-        graph: the whole graph; its matrix products and convolutions are counted.
-        inputs: of one pixel or patch.
+        graph: the graph; its matrix products and convolutions are counted.
+        inputs: input of one pixel or patch.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -299,13 +301,13 @@ def megaflop(graph: Graph, inputs: Sequence[Tensor]) -> float:
     return float(counter.get_total_flops()) / 1e6
 
 
-def made_alike(card: ModelCard, run: Run) -> bool:
+def same_configuration(card: ModelCard, run: Run) -> bool:
     """Whether a bundle was trained with a run's configuration, ignoring seed and name."""
     if "config" not in card.training:
         return False
     # Compared as configurations, not as text: settings added since then have their defaults.
-    was = Run.model_validate({"config": card.training["config"], "data": run.data}).config
-    return not difference(was.model_dump(mode="json"), run.config.model_dump(mode="json"))
+    config = Run.model_validate({"config": card.training["config"], "data": run.data}).config
+    return not difference(config.model_dump(mode="json"), run.config.model_dump(mode="json"))
 
 
 def write_card(folder: Path, card: ModelCard) -> None:

@@ -1,4 +1,4 @@
-"""Pixel classification task: classes of series, trained on labelled points."""
+"""Pixel classification task: classes of pixel series, trained on labelled points."""
 
 from __future__ import annotations
 
@@ -55,10 +55,11 @@ class PixelClassification:
     """Classes of pixels by their series.
 
     Args:
-        config: what is trained.
+        config: the configuration.
         data: folder of the data sets.
         everything: whether the validation places are trained on too.
-        left_out: regions of which nothing is trained on, and all labelled pixels are kept.
+        left_out: regions excluded from training; all their labelled pixels are in the table
+            `left_out`.
     """
 
     has_linear_head = True
@@ -116,19 +117,19 @@ class PixelClassification:
             elif self.config.window.yearly:
                 days = other_hemisphere(days, _OTHER_HEMISPHERE, rng)
             values, valid, days = augment_series(values, valid, days, how, rng)
-            kept = computable(values, valid, self.spectral)
+            rows = computable(values, valid, self.spectral)
             arrays = *usable_first(values, valid, days), part.labels
-            yield tuple(torch.from_numpy(a[kept]) for a in arrays)
+            yield tuple(torch.from_numpy(a[rows]) for a in arrays)
 
     def _weights(self) -> NDArray[np.float64]:
         return sampling_weights(self.train, self.config.balance, self.config.regions)
 
     def loss(self, graph: PixelGraph, batch: tuple[Tensor, ...]) -> Tensor:
-        """Cross entropy, the mean of the networks'."""
+        """Mean cross entropy of the networks."""
         *inputs, labels = batch
         adjustment = self.adjustment.to(labels.device)
-        answers = [logits + adjustment for logits in graph.each(*inputs)]
-        return cross_entropy(answers, labels, self.config.smoothing)
+        adjusted = [logits + adjustment for logits in graph.each(*inputs)]
+        return cross_entropy(adjusted, labels, self.config.smoothing)
 
     def finish(self, graph: PixelGraph) -> None:
         """Fit the temperature on the validation places."""
@@ -138,7 +139,7 @@ class PixelClassification:
         graph.head.temperature.fill_(fit_temperature(logits, self.validation.labels))
 
     def scores(self, graph: PixelGraph) -> dict[str, Any]:
-        """Accuracy and calibration on the validation places, and by source where there are more."""
+        """Accuracy and calibration on the validation places, by source too if there are several."""
         table, logits = self.validation, self.logits(graph, self.validation)
         scores = cross_fitted_scores(logits, table.labels, table.places)
         for i, source in enumerate(table.sources):
@@ -150,7 +151,7 @@ class PixelClassification:
         return scores
 
     def logits(self, graph: PixelGraph, table: SeriesTable) -> Floats:
-        """Logits of a table's pixels (N, K), each in the window of the card's rule."""
+        """Logits of a table's pixels (N, K), each in the time window of the card's rule."""
         graph.eval()
         valid = in_window(table, self.config.window)
         parts = []
@@ -184,8 +185,8 @@ class PixelClassification:
         return shared_dates(self.validation)
 
     def typical_inputs(self) -> list[Inputs]:
-        """Training pixels, those of the same dates together."""
-        # What int8 makes of the baselines' networks was never measured.
+        """Training pixels in sets that share their dates; empty for a baseline's network."""
+        # The accuracy of the baselines' networks in int8 has not been measured.
         return typical_dates(self.train) if self.config.network == "pimc" else []
 
     def card_shape(self) -> dict[str, Any]:
@@ -207,9 +208,10 @@ class PixelClassification:
 
 
 def in_window(table: SeriesTable, window: TimeWindow) -> NDArray[np.bool_]:
-    """True for usable dates within each pixel's window, which begins on day 0 (N, T).
+    """True for usable dates within each pixel's time window, which begins on day 0 (N, T).
 
-    A pixel with none there keeps all it has, so that it is scored and not left out.
+    A pixel without a usable date in the window keeps all its usable dates, so that it is still
+    scored.
     """
     length = np.inf if window.yearly else window.steps * window.step_days
     inside = table.valid & (table.days >= 0) & (table.days < length)
@@ -220,10 +222,11 @@ def in_window(table: SeriesTable, window: TimeWindow) -> NDArray[np.bool_]:
 def sampling_weights(
     table: SeriesTable, balance: float, regions: float = 0.0
 ) -> NDArray[np.float64]:
-    """Probability of each pixel to be drawn (N).
+    """Probability that each pixel is drawn (N).
 
-    A class of one source is drawn in proportion to its size to the power 1 - balance: 0 is the
-    data as they are, 1 draws all classes and sources alike. `regions` does the same to regions.
+    A class of one source is drawn in proportion to its size to the power 1 - balance: 0 keeps the
+    frequencies of the data, 1 draws all classes and sources equally often. `regions` is the same
+    exponent for regions.
     """
     cells = table.labels * len(table.sources) + table.source
     _, cell, sizes = np.unique(cells, return_inverse=True, return_counts=True)
@@ -250,11 +253,12 @@ def mix_pixels(
         part: the pixels (N), for their source and days.
         values: reflectance (N, T, C).
         valid: True where usable (N, T).
-        share: of the pixels that are mixed.
-        rng: source of chance.
+        share: share of the pixels that are mixed, 0 to 1.
+        rng: random generator.
 
     Returns:
-        values and valid, new arrays; the labels stay, for the larger part keeps its own.
+        values and valid, new arrays. The labels stay valid, because a pixel's own cover keeps the
+        larger part.
     """
     other = rng.permutation(len(values))
     both = valid & valid[other]

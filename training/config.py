@@ -1,6 +1,6 @@
 """Training configurations, as frozen values, and those of the zoo's bundles.
 
-A configuration is stored with its checkpoints and in the card, so a bundle can be made again.
+A configuration is stored in checkpoints and in the card, so that a bundle can be reproduced.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class PixelEncoderConfig(_Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_depth(cls, told: Any) -> Any:  # noqa: ANN401 - whatever was stored
+    def _one_depth(cls, stored: Any) -> Any:  # noqa: ANN401 - whatever was stored
         """Accept the form of earlier versions: one depth for all levels."""
-        if isinstance(told, dict) and "depth" in told:
-            rest = {name: value for name, value in told.items() if name != "depth"}
-            return {**rest, "depths": (told["depth"],) * 3}
-        return told
+        if isinstance(stored, dict) and "depth" in stored:
+            rest = {name: value for name, value in stored.items() if name != "depth"}
+            return {**rest, "depths": (stored["depth"],) * 3}
+        return stored
 
 
 class PatchEncoderConfig(_Frozen):
@@ -97,20 +97,20 @@ class Optimisation(_Frozen):
     average: float = 0.99
     """Decay of the exponential moving average of the weights, which is exported."""
     bfloat16: bool = False
-    """Whether a CPU multiplies in bfloat16: several times faster with AMX, slower where it is
-    emulated. A GPU always does."""
+    """Whether a CPU multiplies in bfloat16: several times faster with AMX, slower on a CPU that
+    emulates it. A GPU always uses bfloat16."""
     seed: int = 0
     statistics: Annotated[int, Field(ge=0)] = 0
     """Batches on which batch normalisation is measured again once the weights are averaged. Its
     running mean and variance lag behind the weights; after few epochs of finetuning they are
     still those of the earlier data."""
     stop: Annotated[int, Field(ge=1)] | None = None
-    """Epochs after which training ends although the schedule is of `epochs`; None trains to its
-    end. The averaged weights stand in for the rest of the schedule."""
+    """Epochs after which training ends although the schedule is longer (`epochs`); None trains to
+    the end of the schedule. Averaging the weights replaces the rest of the schedule."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Epochs without a better score on the validation places after which training stops, and the
-    best averaged weights are kept; None trains to the end. Those places then choose the epoch,
-    and the card says so."""
+    """Training stops after this many epochs without a better score on the validation places, and
+    the best averaged weights are used; None trains to the end. The epoch is then chosen on the
+    validation places, which the card states."""
 
 
 class _Networks(_Frozen):
@@ -146,13 +146,13 @@ class ClassifyConfig(_Networks):
     balance: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Classes are drawn in proportion to their size to the power 1 - balance."""
     regions: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """The same for regions: 0 draws them by their size, 1 all equally often."""
+    """The same exponent for regions: 0 draws regions by their size, 1 all equally often."""
     adjust: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Strength of logit adjustment for class frequency, 0 (none) to 1 (Menon et al. 2021, arXiv
     2007.07314)."""
     mix: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Share of the pixels that are mixed with another of the batch, as two covers share a pixel on
-    the ground; the larger part gives the label."""
+    """Share of the pixels that are mixed with another pixel of the batch, as two covers share a
+    pixel on the ground; the larger part gives the label."""
     labels: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the labelled training pixels used, drawn by place."""
     clarity: Annotated[float, Field(ge=0.0, le=60.0)] = 0.0
@@ -180,14 +180,14 @@ class ForecastConfig(_Networks):
     scored_cut: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Share of those pixels that are cut at the scored date; the others at any date."""
     rough: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Share of the pixels of other sources than the scored one that lose many dates and gain thin
-    cloud, as raw stacks have it."""
+    """Share of the pixels of the other sources that lose many dates and gain thin cloud, as in raw
+    stacks."""
     squared: float = 1.0
     """Weight of the squared error of the median, added to the pinball loss."""
     clarity: Annotated[float, Field(ge=0.0, le=60.0)] = 0.0
-    """As of a classifier."""
+    """As in `ClassifyConfig`."""
     reflectance: bool = False
-    """As of a classifier."""
+    """As in `ClassifyConfig`."""
     network: Network = "pimc"
 
 
@@ -227,21 +227,21 @@ class LandcoverConfig(_Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _all_symmetries_or_one(cls, told: Any) -> Any:  # noqa: ANN401 - whatever was stored
-        """Runs and cards of earlier versions say whether all eight symmetries are averaged."""
-        if not isinstance(told, dict) or "symmetries" not in told:
-            return told
-        rest = {name: value for name, value in told.items() if name != "symmetries"}
-        return {**rest, "views": 8 if told["symmetries"] else 1}
+    def _all_symmetries_or_one(cls, stored: Any) -> Any:  # noqa: ANN401 - whatever was stored
+        """Accept the form of earlier versions: whether all eight symmetries are averaged."""
+        if not isinstance(stored, dict) or "symmetries" not in stored:
+            return stored
+        rest = {name: value for name, value in stored.items() if name != "symmetries"}
+        return {**rest, "views": 8 if stored["symmetries"] else 1}
 
     @model_validator(mode="before")
     @classmethod
-    def _of_one_shape(cls, told: Any) -> Any:  # noqa: ANN401 - whatever was stored
+    def _of_one_shape(cls, stored: Any) -> Any:  # noqa: ANN401 - whatever was stored
         """Accept the form of earlier versions: a number of networks of one shape."""
-        if not isinstance(told, dict) or "members" not in told:
-            return told
-        rest = {name: value for name, value in told.items() if name != "members"}
-        return {**rest, "others": (told.get("encoder", {}),) * (told["members"] - 1)}
+        if not isinstance(stored, dict) or "members" not in stored:
+            return stored
+        rest = {name: value for name, value in stored.items() if name != "members"}
+        return {**rest, "others": (stored.get("encoder", {}),) * (stored["members"] - 1)}
 
 
 FinetuneConfig = Annotated[
@@ -256,8 +256,8 @@ class Run(_Frozen):
     data: Path
     """Folder of the data sets."""
     pretrained: tuple[Path, ...] = ()
-    """Checkpoints that the run starts from: of a pretraining or an earlier run, or of several
-    earlier runs, whose networks it joins; none starts from scratch."""
+    """Checkpoints that the run starts from: that of a pretraining or an earlier run, or those of
+    several earlier runs, whose networks are joined. An empty tuple starts from scratch."""
     everything: bool = False
     """Whether the validation places are trained on too; such a run has no score."""
     protocol: Protocol = "finetune"
@@ -268,9 +268,9 @@ class Run(_Frozen):
 
     @field_validator("pretrained", mode="before")
     @classmethod
-    def _several(cls, told: Any) -> Any:  # noqa: ANN401 - whatever was stored
+    def _several(cls, stored: Any) -> Any:  # noqa: ANN401 - whatever was stored
         """Accept the form of earlier versions: one checkpoint or None."""
-        return () if told is None else (told,) if isinstance(told, str | Path) else told
+        return () if stored is None else (stored,) if isinstance(stored, str | Path) else stored
 
 
 _CROPS = ClassifyConfig(
@@ -296,7 +296,7 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
                 "name": "pixels-crops-us-20m",
                 "bands": (*BANDS, "B05", "B11", "B12"),
                 "indices": (*INDICES, "ndrei", "ndmi", "nbr"),
-                # Twice the plots: wider networks would pass 12 MFLOP a pixel.
+                # Twice as many plots: wider networks would exceed 12 MFLOP per pixel.
                 "encoder": PixelEncoderConfig(width=42, plot_dropout=0.4),
                 "adjust": 0.45,
             }
@@ -320,7 +320,7 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
             optimisation=Optimisation(epochs=16),
             balance=0.1,
             mix=0.4,
-            # Stacks contain haze and snow that no mask finds.
+            # Stacks contain haze and snow that masks miss.
             clarity=15.0,
             reflectance=True,
         ),
@@ -341,7 +341,7 @@ ZOO: dict[str, ClassifyConfig | ForecastConfig | LandcoverConfig] = {
             others=(_FINE,),
             optimisation=Optimisation(epochs=36, batch=128, learning_rate=3e-3, average=0.998),
             mix=0.4,
-            # They gain 0.1 to 0.2 points at eight times the cost.
+            # All eight views would gain 0.1 to 0.2 points at eight times the cost.
             views=1,
             # Colour separates forest from water and field from field: with a few per cent more
             # augmentation the same network lost six points on held-out places.
@@ -363,7 +363,7 @@ def starts_from_imagenet(config: ClassifyConfig | ForecastConfig | LandcoverConf
 def difference(
     base: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
-    """Settings of `other` that differ from `base`, the seed and the name apart, by dotted name."""
+    """Settings of `other` that differ from `base`, except seed and name, by dotted name."""
     changes: dict[str, Any] = {}
     for key, value in other.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
@@ -377,53 +377,57 @@ class UnknownSetting(TrainingError):
     """A setting or a name that does not exist."""
 
 
-Told = TypeVar("Told", bound=BaseModel)
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def configuration(
     name: str, task: str | None = None
 ) -> ClassifyConfig | ForecastConfig | LandcoverConfig:
-    """The zoo's configuration of a name, or the first of a task under a new name.
+    """The zoo's configuration of a name, or for a new name the first configuration of a task.
 
     Raises:
         UnknownSetting: the name is new and no task is given, or it belongs to another task.
     """
     if name in ZOO:
         if task not in {None, ZOO[name].task}:
-            raise UnknownSetting(f"{name} is for {ZOO[name].task}, not {task}")
+            raise UnknownSetting(f"{name} is of the task {ZOO[name].task}, not {task}")
         return ZOO[name]
     for config in ZOO.values():
         if config.task == task:
             return config.model_copy(update={"name": name})
-    raise UnknownSetting(f"{name} is not one of {', '.join(ZOO)}: a new name needs --task")
+    raise UnknownSetting(
+        f"{name} is not one of {', '.join(ZOO)}: give one of these, or --task for a new name"
+    )
 
 
-def changed(config: Told, settings: Sequence[str]) -> Told:
+def changed(config: ConfigT, settings: Sequence[str]) -> ConfigT:
     """A configuration with some settings changed.
 
     Args:
-        config: what to change.
+        config: the configuration to change.
         settings: each `dotted.name=value`, the value in JSON or plain text.
 
     Raises:
-        UnknownSetting: a name that the configuration does not have, or a value that is not valid.
+        UnknownSetting: the configuration has no setting of that name, or the value is not valid.
     """
-    told: dict[str, Any] = config.model_dump(mode="json")
+    values: dict[str, Any] = config.model_dump(mode="json")
     for setting in settings:
         name, _, text = setting.partition("=")
         *outer, last = name.split(".")
-        place = told
+        place = values
         for key in outer:
             inner = place.get(key)
             place = inner if isinstance(inner, dict) else {}
         if last not in place:
-            raise UnknownSetting(f"{type(config).__name__} has no setting '{name}'")
+            raise UnknownSetting(
+                f"--set {setting}: {type(config).__name__} has no setting '{name}'"
+            )
         try:
             place[last] = json.loads(text)
         except json.JSONDecodeError:
             place[last] = text
     try:
-        return type(config).model_validate(told)
+        return type(config).model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

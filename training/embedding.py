@@ -69,10 +69,11 @@ def export_embeddings(
     """Score a finished pretraining run and write both bundles.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         zoo: folder of bundles; those of the same names are replaced.
         places: paths of the data.
-        version: of both bundles; None keeps that of the replaced ones, or begins at 1.0.0.
+        version: version of both bundles; None keeps the version of the bundles replaced, or starts
+            at 1.0.0.
 
     Returns:
         The folders of `embed-pixel` and `embed-patch`.
@@ -93,7 +94,7 @@ def export_embeddings(
     eurosat = eurosat_rgb(places.data / "eurosat")
     untrained = _untrained(config)
     pixel, patch = pixel_graph(networks), PatchGraph(encoder=networks.patch, head=None).eval()
-    known = probe(embed_crops(pixel, crops)), probe(embed_patches(patch, eurosat))
+    scores = probe(embed_crops(pixel, crops)), probe(embed_patches(patch, eurosat))
     common = {"task": "embed", "licence": LICENCE, "training_data": data, **sensed(data)}
     return (
         write_bundle(
@@ -114,17 +115,17 @@ def export_embeddings(
                 "metrics": {
                     "crops_us_2021": {
                         "split": "validation blocks of 0.1 degree; labels are USDA's map",
-                        "pretrained": known[0],
+                        "pretrained": scores[0],
                         "untrained": probe(embed_crops(pixel_graph(untrained), crops)),
                     },
                     "retrieval": pairs,
                 },
-                "training": {**facts, **_size(pixel)},
+                "training": {**facts, **_size(pixel, _pixel_example())},
             },
             real=_real_pixels(crops, crops.validation),
             typical=[_real_pixels(crops, ~crops.validation)],
             version=version,
-            loss=lambda file: _loss(known[0], probe(embed_crops(Served(file), crops))),
+            loss=lambda file: _loss(scores[0], probe(embed_crops(Served(file), crops))),
         ),
         write_bundle(
             patch,
@@ -142,18 +143,21 @@ def export_embeddings(
                 "metrics": {
                     "eurosat": {
                         "split": "EuroSAT's spatial split; 5,000 random patches of both sides",
-                        "pretrained": known[1],
+                        "pretrained": scores[1],
                         "untrained": probe(
                             embed_patches(PatchGraph(encoder=untrained.patch, head=None), eurosat)
                         ),
                     },
                     "retrieval": pairs,
                 },
-                "training": {**facts, **_size(patch)},
+                "training": {
+                    **facts,
+                    **_size(patch, [torch.rand(1, len(PATCH_BANDS), PATCH, PATCH)]),
+                },
             },
             real={"patches": _reflectance(eurosat, np.flatnonzero(eurosat.validation)[:64])},
             version=version,
-            loss=lambda file: _loss(known[1], probe(embed_patches(Served(file), eurosat))),
+            loss=lambda file: _loss(scores[1], probe(embed_patches(Served(file), eurosat))),
         ),
     )
 
@@ -165,7 +169,7 @@ def _loss(full: Mapping[str, Any], reduced: Mapping[str, Any]) -> dict[str, floa
 
 
 def pixel_graph(networks: Networks) -> PixelGraph:
-    """The pixel side as it is served: without a head, the output is the embedding."""
+    """The pixel graph as it is served: without a head, the output is the embedding."""
     return networks.pixel.eval()
 
 
@@ -175,10 +179,10 @@ def measure_retrieval(
     """Retrieval on each source's held-out places, on the median image and without augmentation.
 
     Args:
-        networks: as trained.
-        config: of the run.
-        sources: of the run.
-        folder: of the run; nothing is written.
+        networks: the trained networks.
+        config: the run's configuration.
+        sources: the run's data.
+        folder: the run's folder; nothing is written.
     """
     scores: dict[str, Any] = {
         "candidates": config.groups * config.per_group,
@@ -201,39 +205,39 @@ def probe_outputs(networks: Networks, data: Path) -> dict[str, Outputs]:
     """Outputs of linear probes of both encoders on the validation places.
 
     Args:
-        networks: as trained.
+        networks: the trained networks.
         data: folder of the data sets; EuroSAT is optional.
     """
-    found = {"crops": embed_crops(pixel_graph(networks), crop_sets(data)[0])}
+    embedded = {"crops": embed_crops(pixel_graph(networks), crop_sets(data)[0])}
     if (data / "eurosat").is_dir():
         graph = PatchGraph(encoder=networks.patch, head=None)
-        found["eurosat"] = embed_patches(graph, eurosat_rgb(data / "eurosat"))
-    answers: dict[str, Outputs] = {}
-    for name, what in found.items():
-        train, labels = what.part(~what.validation)
-        rest, truth = what.part(what.validation)
-        logits = linear_logits(train, labels, rest, int(what.labels.max()) + 1)
-        places = what.places[what.validation]
-        answers[name] = {"logits": logits, "labels": truth, "places": places}
-    return answers
+        embedded["eurosat"] = embed_patches(graph, eurosat_rgb(data / "eurosat"))
+    outputs: dict[str, Outputs] = {}
+    for name, part in embedded.items():
+        train, labels = part.part(~part.validation)
+        rest, truth = part.part(part.validation)
+        logits = linear_logits(train, labels, rest, int(part.labels.max()) + 1)
+        places = part.places[part.validation]
+        outputs[name] = {"logits": logits, "labels": truth, "places": places}
+    return outputs
 
 
 def embed_crops(graph: PixelGraph | Served, crops: PixelSet) -> Labelled:
     """Embeddings of the labelled US crops with enough observations."""
     labels = crops.labels if crops.labels is not None else np.full(len(crops.values), -1)
     pixels = crops.select(BANDS)
-    kept = np.flatnonzero((labels >= 0) & (pixels.valid.sum(axis=1) >= 4))
-    part = pixels.take(kept)
+    rows = np.flatnonzero((labels >= 0) & (pixels.valid.sum(axis=1) >= 4))
+    part = pixels.take(rows)
     days = _days(part)
     parts = []
     with torch.inference_mode():
-        for i in range(0, len(kept), _BATCH):
-            rows = slice(i, i + _BATCH)
-            values, valid = (torch.from_numpy(a[rows]) for a in (part.values, part.valid))
+        for i in range(0, len(rows), _BATCH):
+            batch = slice(i, i + _BATCH)
+            values, valid = (torch.from_numpy(a[batch]) for a in (part.values, part.valid))
             parts.append(graph.raw(values, valid, days).numpy())
     return Labelled(
         embeddings=np.concatenate(parts),
-        labels=labels[kept],
+        labels=labels[rows],
         validation=part.validation,
         places=part.places,
     )
@@ -292,19 +296,20 @@ def _window(config: PretrainConfig) -> TimeWindow:
     )
 
 
-def _size(graph: PixelGraph | PatchGraph) -> dict[str, float]:
-    if isinstance(graph, PixelGraph):
-        dates = 36
-        inputs: Sequence[torch.Tensor] = (
-            torch.rand(1, dates, len(BANDS)),
-            torch.ones(1, dates, dtype=torch.bool),
-            torch.arange(dates) * 10.0,
-        )
-    else:
-        inputs = (torch.rand(1, len(PATCH_BANDS), PATCH, PATCH),)
+def _pixel_example() -> tuple[torch.Tensor, ...]:
+    """Input of one pixel: values, valid and days of a year of ten-day composites."""
+    dates = 36
+    return (
+        torch.rand(1, dates, len(BANDS)),
+        torch.ones(1, dates, dtype=torch.bool),
+        torch.arange(dates) * 10.0,
+    )
+
+
+def _size(graph: PixelGraph | PatchGraph, example: Sequence[torch.Tensor]) -> dict[str, float]:
     return {
         "parameters": parameters(graph.encoder),
-        "megaflop": round(megaflop(graph, inputs), 2),
+        "megaflop": round(megaflop(graph, example), 2),
     }
 
 

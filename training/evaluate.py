@@ -1,10 +1,10 @@
 """Evaluation: scores of finished runs and of naive and strong baselines, on the same split.
 
-runs -> outputs, kept in their folders -> rows beside baselines -> tables, cards and run folders
+runs -> outputs, stored in their folders -> rows beside baselines -> tables, cards and run folders
 
-Runs that differ only in their seed share a row. Each table goes into its section of
+Runs that differ only in their seed share a row. Each table is written into its section of
 `docs/results.md`, which a later evaluation replaces, into the card of the bundle, and into the
-folders of the runs, where an export finds it.
+folders of the runs, from which an export reads it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from models.card import ModelCard
 from models.graph import YEAR
 from models.registry import Bundle, load_bundle
 from models.timegrid import TimeGrid
-from training import validation_outputs as kept
+from training import validation_outputs
 from training.baselines import NAMES
-from training.card import EVALUATION, made_alike, write_card
+from training.card import EVALUATION, same_configuration, write_card
 from training.classification import PixelClassification, in_window
 from training.config import (
     ZOO,
@@ -81,27 +81,28 @@ class Scored:
 
     folder: Path
     run: Run
-    answers: Outputs
+    outputs: Outputs
 
 
 def evaluate(runs: Sequence[Path], *, zoo: Path, report: Path) -> list[Table]:
     """Score runs and their baselines; write the tables into the report and the cards.
 
     Args:
-        runs: folders of finished runs; those that trained on the validation places are passed
-            over, and those that differ in their seed alone share a row.
-        zoo: folder of bundles, whose cards get the table where they were made as one of the runs.
+        runs: folders of finished runs; those that trained on the validation places are skipped,
+            and those that differ only in their seed share a row.
+        zoo: folder of bundles; the table goes into a bundle's card if the bundle has the
+            configuration of one of the runs.
         report: the Markdown file.
 
     Returns:
-        A table for each bundle.
+        One table per bundle.
     """
     grouped: dict[str, list[Scored]] = defaultdict(list)
     for folder in runs:
         run = Run.model_validate_json((folder / RUN).read_bytes())
         if not run.everything:
             grouped[run.config.name].append(
-                Scored(folder=folder, run=run, answers=outputs_of(folder))
+                Scored(folder=folder, run=run, outputs=outputs_of(folder))
             )
     tables = [_table(name, scored) for name, scored in grouped.items()]
     for table, scored in zip(tables, grouped.values(), strict=True):
@@ -116,12 +117,14 @@ def evaluate(runs: Sequence[Path], *, zoo: Path, report: Path) -> list[Table]:
 
 def outputs_of(folder: Path) -> Outputs:
     """Outputs of a finished run on the validation places; computed once, then stored."""
-    if not (folder / kept.FILE).exists():
+    if not (folder / validation_outputs.FILE).exists():
         run, task, graph, _ = load_finished(folder)
         if run.everything:
-            raise ValueError(f"{folder.name} trained on the validation places: nothing to score")
-        kept.keep(task.outputs(graph), folder)
-    return kept.load(folder)
+            raise ValueError(
+                f"{folder.name} was trained on the validation places, so it cannot be scored there"
+            )
+        validation_outputs.save(task.outputs(graph), folder)
+    return validation_outputs.load(folder)
 
 
 def _table(name: str, scored: Sequence[Scored]) -> Table:
@@ -130,12 +133,12 @@ def _table(name: str, scored: Sequence[Scored]) -> Table:
     task = task_of(first)
     rows = [
         *(
-            outputs_row(title, [answers])
-            for title, answers in _BASELINES[task.config.task](task).items()
+            outputs_row(title, [outputs])
+            for title, outputs in _BASELINES[task.config.task](task).items()
         ),
-        *(outputs_row(label, [s.answers for s in group]) for label, group in labelled(scored)),
+        *(outputs_row(label, [s.outputs for s in group]) for label, group in labelled(scored)),
     ]
-    n, places = sized(scored[0].answers)
+    n, places = sized(scored[0].outputs)
     folders = " ".join(s.folder.as_posix() for s in scored)
     return Table(
         title=name,
@@ -186,17 +189,17 @@ def _patch_baselines(task: PatchClassification) -> dict[str, Outputs]:
 
 
 def _class_baselines(task: PixelClassification) -> dict[str, Outputs]:
-    fit, judge = (regular_series(table, task.config) for table in (task.train, task.validation))
+    train, scored = (regular_series(table, task.config) for table in (task.train, task.validation))
     labels, real = task.train.labels, task.train.source != _synthetic(task.train)
 
-    def told(model: Any, of: Bools) -> Outputs:  # noqa: ANN401 - scikit-learn's have no type
-        shares = model.fit(fit[of], labels[of]).predict_proba(judge)
-        return task.outputs_of(_spread(shares, np.unique(labels[of]), len(task.legend)))
+    def fitted(model: Any, rows: Bools) -> Outputs:  # noqa: ANN401 - scikit-learn's have no type
+        shares = model.fit(train[rows], labels[rows]).predict_proba(scored)
+        return task.outputs_of(_spread(shares, np.unique(labels[rows]), len(task.legend)))
 
-    found = {title: told(model, labels >= 0) for title, model in _classifiers().items()}
+    found = {title: fitted(model, labels >= 0) for title, model in _classifiers().items()}
     if not real.all():
         forest = _classifiers()["random forest"]
-        found["random forest without the synthetic ground"] = told(forest, real)
+        found["random forest without the synthetic ground"] = fitted(forest, real)
     return found
 
 
@@ -216,9 +219,9 @@ def _classifiers() -> dict[str, Any]:
 
 
 def regular_series(table: SeriesTable, config: ClassifyConfig) -> Floats:
-    """Input of the baselines: what the encoders see of each pixel, on the regular grid.
+    """Input of the baselines: the series that the encoders see of each pixel, on the regular grid.
 
-    The indices (N, S x M), and the square roots of the bands beside them where ours have them.
+    The indices (N, S x M), and the square roots of the bands beside them if the encoders see them.
     """
     window = config.window
     valid = in_window(table, window)
@@ -252,13 +255,13 @@ def _colours(task: PatchClassification, chosen: Ints) -> Floats:
 
 def _spread(shares: Floats, there: Ints, classes: int) -> Floats:
     """Probabilities of the classes in a baseline's training data, as logits of all (N, K)."""
-    whole = np.zeros((len(shares), classes))
-    whole[:, there] = shares
-    return _logarithm(whole)
+    spread = np.zeros((len(shares), classes))
+    spread[:, there] = shares
+    return _logarithm(spread)
 
 
 def _logarithm(shares: Floats) -> Floats:
-    """Logits of probabilities; a forest's zeros become small."""
+    """Logits of probabilities; a forest's zeros become 0.001."""
     return np.log(np.maximum(shares, 1e-3))
 
 
@@ -276,7 +279,7 @@ def _forecast_baselines(task: PixelForecast) -> dict[str, Outputs]:
             *(past, ahead, seen, now),
         ),
     }
-    rows = task.kept()
+    rows = task.predicted()
     return {
         title: task.outputs_of(median[rows][..., None], target[rows], known[rows])
         for title, median in found.items()
@@ -320,17 +323,17 @@ _BASELINES: Mapping[str, Callable[[Any], dict[str, Outputs]]] = {
 }
 
 
-# The Romania cube, whose trees no training has seen ---------------------------------------------
+# The Romania cube, whose tree cover no model was trained on -------------------------------------
 
 
 def romania_report(folder: Path, *, zoo: Path, report: Path) -> str:
     """Agreement of the served tree class with the Copernicus tree cover of 2018.
 
     Args:
-        folder: with `sentinel2_cube_subset_romania_10m.nc` and
+        folder: holds `sentinel2_cube_subset_romania_10m.nc` and
             `tree_cover_density_2018_romania.tif`, from the wheel nrt==0.2.1.
-        zoo: folder of bundles; the card of `pixels-landcover` takes the score.
-        report: the Markdown file, which takes a section.
+        zoo: folder of bundles; the score is written into the card of `pixels-landcover`.
+        report: the Markdown file; the score is written into a section of it.
     """
     bundle = load_bundle(zoo / "pixels-landcover")
     agreement = tree_agreement(folder, bundle)
@@ -338,16 +341,16 @@ def romania_report(folder: Path, *, zoo: Path, report: Path) -> str:
         f"Pixels on which the class `Trees` of {bundle.card.id} agrees with tree cover of 50 % or "
         f"more: {agreement['agreement']:.3f} of {agreement['n']}. Tree cover holds "
         f"{agreement['tree_cover_share']:.3f} of the area, the map {agreement['map_share']:.3f}. "
-        f"Calling every pixel a tree would agree on {agreement['tree_cover_share']:.3f}. "
+        f"A map of trees everywhere would agree on {agreement['tree_cover_share']:.3f}. "
         "No label of this area was trained on; the synthetic ground was adjusted while watching "
         "this number, so it is not blind."
     )
     write_section(report, "pixels-landcover on the Romania cube", text)
-    told = {
+    fields = {
         **bundle.card.model_dump(),
         "metrics": {**bundle.card.metrics, "romania_tree_cover_2018": agreement},
     }
-    write_card(bundle.folder, ModelCard.model_validate(told))
+    write_card(bundle.folder, ModelCard.model_validate(fields))
     return text
 
 
@@ -357,7 +360,7 @@ def tree_agreement(folder: Path, bundle: Bundle) -> dict[str, Any]:
     scene = read_romania(folder / "sentinel2_cube_subset_romania_10m.nc")
     with rasterio.open(folder / _TREE_COVER) as file:
         cover = file.read(1)
-    # 20 m pixels under 10 m ones, from the same corner.
+    # The cover has 20 m pixels, the scene 10 m ones; both start at the same corner.
     trees = np.kron(cover >= 50, np.ones((2, 2), dtype=bool))
     pixels = scene.pixels(card.bands)
     if card.window is None:
@@ -389,10 +392,14 @@ def tree_agreement(folder: Path, bundle: Bundle) -> dict[str, Any]:
 
 
 def _into_card(folder: Path, evaluation: Mapping[str, Any], scored: Sequence[Scored]) -> None:
-    """Write the table into the card as `evaluation` if the bundle has that configuration."""
+    """Write the table into the card as `evaluation` if the bundle has a run's configuration."""
     card = load_bundle(folder).card
-    if not any(made_alike(card, one.run) for one in scored):
-        log.info("%s was made otherwise: its card stays, and an export takes the table", card.id)
+    if not any(same_configuration(card, one.run) for one in scored):
+        log.info(
+            "%s has another configuration than the runs: its card is unchanged; an export of a run "
+            "writes the table into the new card",
+            card.id,
+        )
         return
-    told = {**card.model_dump(), "metrics": {**card.metrics, "evaluation": evaluation}}
-    write_card(folder, ModelCard.model_validate(told))
+    fields = {**card.model_dump(), "metrics": {**card.metrics, "evaluation": evaluation}}
+    write_card(folder, ModelCard.model_validate(fields))

@@ -1,7 +1,7 @@
 """Export: finished runs to bundles, as ONNX checked against torch, and a card.
 
-run -> graph -> ONNX -> parity on random and on real input -> variants, each with what it loses
-    -> card -> bundle, whole or not at all
+run -> graph -> ONNX -> parity on random and on real input -> variants, each with its loss of
+    accuracy -> card -> bundle, written completely or not at all
 """
 
 from __future__ import annotations
@@ -18,8 +18,15 @@ import torch
 
 from models.card import CARD_FILE, OUTPUTS, REFLECTANCE, ModelCard, Precision, Variant
 from models.registry import load_bundle, sha256_of
-from training import validation_outputs as kept
-from training.card import EVALUATION, card_fields, made_alike, megaflop, parameters, write_card
+from training import validation_outputs
+from training.card import (
+    EVALUATION,
+    card_fields,
+    megaflop,
+    parameters,
+    same_configuration,
+    write_card,
+)
 from training.config import Run
 from training.errors import TrainingError
 from training.finetune import WEIGHTS, load_finished
@@ -36,7 +43,7 @@ INT8_FILE = "model.int8.onnx"
 
 
 class VersionNotRaised(TrainingError):
-    """Another model would take the name and version of a bundle that is there."""
+    """Another model would take the name and version of an existing bundle."""
 
 
 def export_run(
@@ -50,43 +57,44 @@ def export_run(
     """Turn a finished run into a bundle.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         zoo: folder of bundles; the bundle of the same name is replaced.
-        name: of the bundle; the configuration's where None.
-        version: of the bundle; None keeps that of the bundle replaced, or begins at 1.0.0.
-        regions: folder of `python -m training regions`, whose calibration the graph takes, and
-            whose scores the card.
+        name: name of the bundle; None uses the configuration's name.
+        version: version of the bundle; None keeps the version of the bundle replaced, or starts at
+            1.0.0.
+        regions: folder written by `python -m training regions`; its calibration goes into the
+            graph, its scores into the card. None leaves both out.
 
     Returns:
         The bundle's folder.
 
     Raises:
-        NoRegions: that folder holds none.
-        NoGraph: a run of nearest neighbours.
+        NoRegions: the folder `regions` holds no report.
+        NoGraph: the run is of a probe that has no graph.
         ParityError: ONNX Runtime and torch differ.
-        VersionNotRaised: the bundle replaced is of this version and another model.
+        VersionNotRaised: the bundle to replace has this version, but is another model.
     """
     run, task, graph, metrics = load_finished(folder)
-    told = name or run.config.name
+    name = name or run.config.name
     real = task.real_inputs()
-    fields = card_fields(run, task, metrics, told)
-    fields["metrics"] |= _evaluation(folder, zoo / told, run)
+    fields = card_fields(run, task, metrics, name)
+    fields["metrics"] |= _evaluation(folder, zoo / name, run)
     if regions is not None:
         report = read_report(regions)
         apply_calibration(graph, report.calibration)
         fields["regions"] = report.regions
         fields["training"]["calibration"] = report.calibration
     one = [
-        torch.from_numpy(array if name == "days" else array[:1])
-        for name, array in real.items()
-        if name != "day_of_year" or fields["day_of_year"]
+        torch.from_numpy(array if key == "days" else array[:1])
+        for key, array in real.items()
+        if key != "day_of_year" or fields["day_of_year"]
     ]
     size = {"parameters": parameters(graph), "megaflop": round(megaflop(graph, one), 2)}
-    stored = (folder / kept.FILE).exists()
-    full = kept.load(folder) if stored else task.outputs(graph)
+    stored = (folder / validation_outputs.FILE).exists()
+    full = validation_outputs.load(folder) if stored else task.outputs(graph)
     return write_bundle(
         graph,
-        zoo / told,
+        zoo / name,
         fields={**fields, "training": {**fields["training"], **size}},
         real=real,
         typical=task.typical_inputs(),
@@ -105,29 +113,30 @@ def write_bundle(
     version: str | None = None,
     loss: Callable[[Path], Mapping[str, float]] | None = None,
 ) -> Path:
-    """Export a graph and write the bundle, whole or not at all.
+    """Export a graph and write the bundle, completely or not at all.
 
     Args:
         graph: in evaluation mode, on the CPU.
-        folder: the bundle's; replaced where it exists.
-        fields: of the card, but for `version`, `variants` and `sha256`.
+        folder: the bundle's folder; replaced if it exists.
+        fields: the card's fields, except `version`, `variants` and `sha256`.
         real: input on which parity is checked, in addition to random input.
-        typical: input of training from which an int8 variant finds its scales; without, there is
-            none.
-        version: of the bundle; None keeps that of the bundle replaced, or begins at 1.0.0.
-        loss: measures what a reduced graph's file loses; None writes float32 alone, for no variant
-            goes out unmeasured.
+        typical: training input to calibrate the scales of an int8 variant; if empty, no int8
+            variant is written.
+        version: version of the bundle; None keeps the version of the bundle replaced, or starts at
+            1.0.0.
+        loss: measures how the scores change with a reduced graph's file; None writes float32 only,
+            because a card states the loss of each variant.
 
     Raises:
         ParityError: ONNX Runtime and torch differ.
-        VersionNotRaised: the bundle replaced is of this version and another model.
+        VersionNotRaised: the bundle to replace has this version, but is another model.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         path = new / MODEL_FILE
         _export(folded(graph), path, fields)
-        off = check_parity(graph, path, real)
+        difference = check_parity(graph, path, real)
         variants = [_variant("float32", path, {})]
         version = _version(folder, version, variants[0].sha256)
         if loss is not None:
@@ -146,7 +155,7 @@ def write_bundle(
             {
                 **fields,
                 "version": version,
-                "training": {**fields["training"], "parity_with_torch": off},
+                "training": {**fields["training"], "parity_with_torch": difference},
                 "variants": tuple(variants),
                 "sha256": variants[0].sha256,
             }
@@ -170,7 +179,7 @@ def _export(
     *,
     reflectance: type[np.floating[Any]] = np.float32,
 ) -> None:
-    example = next(random_inputs(graph, dayed=fields["day_of_year"]))
+    example = next(random_inputs(graph, day_of_year=fields["day_of_year"]))
     to_onnx(
         graph,
         path,
@@ -194,27 +203,28 @@ def _variant(name: Precision, path: Path, loss: Mapping[str, float]) -> Variant:
     )
 
 
-def _version(folder: Path, told: str | None, sha256: str) -> str:
-    """The version of a bundle that takes a folder.
+def _version(folder: Path, requested: str | None, sha256: str) -> str:
+    """Version of a bundle that is written into a folder.
 
-    Outputs name the model's version: two models under one version could not be told apart.
+    Predictions carry the model's version, so two models under one version could not be
+    distinguished.
     """
     if not (folder / CARD_FILE).exists():
-        return told or "1.0.0"
+        return requested or "1.0.0"
     old = ModelCard.model_validate_json((folder / CARD_FILE).read_bytes())
-    if old.version == (told or old.version) and old.sha256 != sha256:
+    if old.version == (requested or old.version) and old.sha256 != sha256:
         raise VersionNotRaised(
-            f"{old.id} is another model than this one: give a --version other than {old.version}"
+            f"{old.id} exists and is another model: give a --version other than {old.version}"
         )
-    return told or old.version
+    return requested or old.version
 
 
 def _evaluation(run_folder: Path, bundle: Path, run: Run) -> dict[str, Any]:
-    """The evaluation of a run, if there is one.
+    """The evaluation of a run as a card's metric; empty if there is none.
 
-    It is stored in the folder of an evaluated run. A run on every place has none of its own; it
-    has that of the run it starts from, or keeps that of the bundle it replaces, if that has the
-    same configuration.
+    `python -m training evaluate` stores it in the run's folder. A run that was trained on every
+    place has no evaluation of its own: it takes that of the run it starts from, or else that of the
+    bundle it replaces if that bundle has the same configuration.
     """
     folders = [run_folder]
     if run.everything and [path.name for path in run.pretrained] == [WEIGHTS]:
@@ -226,7 +236,7 @@ def _evaluation(run_folder: Path, bundle: Path, run: Run) -> dict[str, Any]:
         return {}
     old = ModelCard.model_validate_json((bundle / CARD_FILE).read_bytes())
     found = old.metrics.get("evaluation")
-    return {"evaluation": found} if found and made_alike(old, run) else {}
+    return {"evaluation": found} if found and same_configuration(old, run) else {}
 
 
 def measured_loss(full: Outputs, task: Task[Any], file: Path) -> dict[str, float]:
@@ -234,8 +244,8 @@ def measured_loss(full: Outputs, task: Task[Any], file: Path) -> dict[str, float
 
     Args:
         full: outputs of the graph in float32.
-        task: with the validation places.
-        file: the reduced graph.
+        task: gives the validation places.
+        file: ONNX file of the reduced graph.
     """
     before, after = scores_of(full), scores_of(task.outputs(Served(file)))
     signs = {"accuracy": 1, "macro_f1": 1, "rmse_mean": -1}

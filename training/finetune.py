@@ -2,10 +2,10 @@
 
 task (data -> batches -> loss) -> fit (optimise, average, checkpoint) -> finish (calibrate, score)
 
-A task is what differs: its graph, its batches, its loss and its scores. The loop is the same, on
-CPU and GPU, and resumes a killed run: every epoch leaves a checkpoint, and the
-chance of an epoch depends on the seed and the epoch's number alone. A run under the protocol
-`linear` or `knn` trains no encoder: see `training.probe`.
+A task gives the graph, the batches, the loss and the scores; the loop is the same for all tasks, on
+CPU and GPU. A killed run resumes: every epoch writes a checkpoint, and the random numbers of an
+epoch depend only on the seed and the epoch's number. A run under the protocol `linear` or `knn`
+trains no encoder: see `training.probe`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from training.classification import PixelClassification
 from training.config import Optimisation, Run, starts_from_imagenet
 from training.errors import TrainingError
 from training.forecasting import PixelForecast
-from training.imagenet import give_imagenet_weights, imagenet_weights
+from training.imagenet import imagenet_weights, load_imagenet_weights
 from training.landcover import PatchClassification
 from training.probe import put_linear_head
 from training.task import Graph, GraphT, Task
-from training.validation_outputs import keep, load, scores_of
+from training.validation_outputs import load, save, scores_of
 
 log = logging.getLogger(__name__)
 
@@ -110,34 +110,42 @@ def new_graph(run: Run, task: Task[Any]) -> Any:  # noqa: ANN401  # of the task'
 
 
 def start_from_imagenet(graph: Graph) -> None:
-    """Give each encoder whose configuration says so its weights of ImageNet."""
+    """Load ImageNet weights into each EfficientNet-Lite0 encoder of a graph."""
     # `others` are pairs of an encoder and a head; only encoders can be of this kind.
     for module in (graph.encoder, *graph.others.modules()):
         if isinstance(module, EfficientNetLite0):
-            give_imagenet_weights(module, imagenet_weights())
+            load_imagenet_weights(module, imagenet_weights())
 
 
 def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) -> Finished:
     """Train, calibrate and score; resumes an earlier call with the same folder.
 
     Args:
-        run: what to train.
-        folder: where checkpoints, log and scores are kept.
+        run: configuration, data and checkpoints of the run.
+        folder: folder for checkpoints, log and scores.
         device: `auto`, `cpu` or `cuda`.
-        threads: of torch on the CPU; 0 leaves torch's choice.
+        threads: CPU threads of torch; 0 uses torch's default.
 
     Raises:
         CheckpointMismatch: the folder holds a run of another configuration.
-        NothingToStopOn: early stopping, and no validation places left out.
+        ManyEncoders: a probe is asked of a configuration with several encoders.
+        NothingToStopOn: the run stops early but leaves no validation places out of training.
+        NoGraph: a probe without a graph is trained on every place, which leaves nothing to score.
         NoImageNetWeights: the run starts from ImageNet weights, which are not installed.
     """
     if threads:
         torch.set_num_threads(threads)
     if run.protocol != "finetune" and run.config.networks > 1:
         one = run.config.one_network
-        raise ManyEncoders(f"protocol {run.protocol} needs a single encoder: give --set {one}")
+        raise ManyEncoders(
+            f"protocol {run.protocol} needs a single encoder, and {run.config.name} has "
+            f"{run.config.networks}: give --set {one}"
+        )
     if run.everything and run.config.optimisation.patience:
-        raise NothingToStopOn("--patience needs validation places, and --everything leaves none")
+        raise NothingToStopOn(
+            "--patience needs validation places, and --everything trains on all of them: give only "
+            "one of the two"
+        )
     chosen = "cuda" if device == "auto" and torch.cuda.is_available() else device
     where = torch.device("cpu" if chosen == "auto" else chosen)
     _same_run(run, folder)
@@ -145,7 +153,7 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
     graph = new_graph(run, task)
     if not run.pretrained and starts_from_imagenet(run.config):
         start_from_imagenet(graph)
-    # Nothing is left behind by a run that could not begin.
+    # Created only now, so that a run that fails to start leaves no folder behind.
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RUN).write_text(run.model_dump_json(indent=1))
     started = time.monotonic()
@@ -160,8 +168,8 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
         graph = None
     if graph is not None:
         if not run.everything:
-            # A temperature fitted on training places is too low: a run on every place keeps that of
-            # the run that it starts from.
+            # A temperature fitted on training places is too low, so a run on every place keeps the
+            # temperature of the run that it starts from.
             task.finish(graph)
         torch.save(graph.state_dict(), folder / WEIGHTS)
     scores = _scores(run, task, graph, folder)
@@ -180,8 +188,11 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
 def _probe(run: Run, task: Task[Any], graph: Graph, folder: Path) -> None:
     """Store the outputs of a probe that has no graph."""
     if run.everything:
-        raise NoGraph(f"{run.protocol} of {run.config.task} has only scores, and --everything none")
-    keep(task.probe(graph, run.protocol), folder)
+        raise NoGraph(
+            f"protocol {run.protocol} of a {run.config.task} run gives only scores, and "
+            "--everything leaves no places to score: give only one of the two"
+        )
+    save(task.probe(graph, run.protocol), folder)
 
 
 def _scores(run: Run, task: Any, graph: Graph | None, folder: Path) -> dict[str, Any]:  # noqa: ANN401  # a task of the graph's kind
@@ -197,8 +208,8 @@ def fit(
     """Optimise the weights.
 
     Returns:
-        The graph with the averaged weights, in evaluation mode, on the CPU: those of the last
-        epoch, or under early stopping of the best.
+        The graph with the averaged weights of the last epoch, or of the best epoch if training
+        stops early; in evaluation mode, on the CPU.
     """
     graph = graph.to(device)
     average = AveragedModel(
@@ -220,7 +231,7 @@ def fit(
         bar = progress.add_task(folder.name, total=last, completed=first)
         for epoch in range(first, last):
             if best and how.patience and epoch - best["epoch"] >= how.patience:
-                log.info("%s: no better since epoch %d", folder.name, best["epoch"])
+                log.info("%s: stopped early; best epoch %d", folder.name, best["epoch"])
                 break
             started = time.monotonic()
             loss = _epoch(task, state, how, epoch, device)
@@ -245,10 +256,10 @@ def measure_statistics(
     Averaged weights need it: Izmailov et al. 2018, arXiv 1803.05407, section 3.2.
 
     Args:
-        task: whose batches after the last epoch are used.
+        task: gives the batches; those after the last epoch are used.
         graph: changed in place.
         how: `statistics` is the number of batches.
-        device: of the graph.
+        device: the graph's device.
     """
     norms = [layer for layer in graph.modules() if isinstance(layer, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -270,7 +281,8 @@ def _better(
 ) -> tuple[dict[str, Any], float]:
     """The best weights so far, this epoch's included, and this epoch's score.
 
-    The score is the mean of accuracy and macro-F1 for classes, and less the error for forecasts.
+    The score of a classifier is the mean of accuracy and macro-F1; that of a forecaster is the
+    negative error.
     """
     graph = copy.deepcopy(averaged).cpu().eval()
     scores = task.scores(graph)
@@ -311,29 +323,33 @@ def _epoch(
 def load_encoder(graph: Graph, checkpoint: Path) -> None:
     """Load a pretrained encoder into a graph.
 
-    Of an earlier run with a graph of the same shape, all is taken: head and temperature too. Of one
-    with more networks, the first of them.
+    From an earlier run with a graph of the same shape, all weights are loaded, including head and
+    temperature. From a graph with more networks, the first networks are loaded.
 
     Args:
-        graph: whose encoder is replaced.
-        checkpoint: of a pretraining, or the weights of an earlier run.
+        graph: changed in place.
+        checkpoint: checkpoint of a pretraining, or weights of an earlier run.
 
     Raises:
-        CheckpointMismatch: no encoder of the graph's kind in the checkpoint, or another shape.
+        CheckpointMismatch: the checkpoint has no encoder of the graph's kind, or one of another
+            shape.
     """
     key = f"{graph.modality}_encoder"
     stored = load_checkpoint(checkpoint)
     own, shapes = _shapes(graph.state_dict()), _shapes(stored)
     beyond = {name for name in shapes.keys() - own.keys() if not name.startswith("others.")}
     # A calibration that earlier versions did not store has its default.
-    told = {name for name in own if name in stored or not name.endswith(".spread")}
-    if not beyond and all(shapes.get(name) == own[name] for name in told):
-        graph.load_state_dict({name: stored[name] for name in told})
+    expected = {name for name in own if name in stored or not name.endswith(".spread")}
+    if not beyond and all(shapes.get(name) == own[name] for name in expected):
+        graph.load_state_dict({name: stored[name] for name in expected})
         return
     prefix = "encoder."
     finetuned = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
     if key not in stored and not finetuned:
-        raise CheckpointMismatch(f"{checkpoint.name} has no '{key}', only {sorted(stored)}")
+        raise CheckpointMismatch(
+            f"{checkpoint} has no '{key}', only {sorted(stored)}: give a checkpoint of a "
+            "pretraining, or the weights of a run of the same task"
+        )
     weights = stored.get(key, finetuned)
     for encoder in (graph.encoder, *(pair[0] for pair in getattr(graph, "others", ()))):
         _same_shapes(checkpoint, weights, encoder.state_dict())
@@ -344,8 +360,8 @@ def join_networks(graph: Graph, weights: Sequence[Path]) -> None:
     """Fill a graph with the networks of earlier runs, in their order, heads included.
 
     Args:
-        graph: whose networks are replaced.
-        weights: of runs of the same task; each holds one network or several.
+        graph: changed in place.
+        weights: weights of runs of the same task; each holds one network or several.
 
     Raises:
         CheckpointMismatch: more or fewer networks than the graph's, or other shapes.
@@ -360,16 +376,18 @@ def join_networks(graph: Graph, weights: Sequence[Path]) -> None:
                 here = {k: v for k, v in stored.items() if k.startswith(old)}
                 joined |= {new + k.removeprefix(old): v for k, v in here.items()}
             i, count = i + 1, count + 1
-    told = " and ".join(path.as_posix() for path in weights)
-    wanted = 1 + len(graph.others)
-    if count != wanted:
-        raise CheckpointMismatch(f"{told}: {count} networks, but the run has {wanted}")
-    _same_shapes(told, joined, graph.state_dict())
+    names = " and ".join(path.as_posix() for path in weights)
+    expected = 1 + len(graph.others)
+    if count != expected:
+        raise CheckpointMismatch(
+            f"{names} hold {count} networks, but the configuration has {expected}"
+        )
+    _same_shapes(names, joined, graph.state_dict())
     graph.load_state_dict(joined)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU.
+    """Contents of a checkpoint, on the CPU.
 
     Raises:
         CheckpointMismatch: the file is not a checkpoint.
@@ -382,22 +400,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint: give a checkpoint.pt or weights.pt of a run"
         ) from error
     if not isinstance(stored, dict):
-        raise CheckpointMismatch(f"{path} holds no weights by name")
+        raise CheckpointMismatch(
+            f"{path} holds no weights by name: give a checkpoint.pt or weights.pt of a run"
+        )
     return stored
 
 
 def _same_shapes(origin: Path | str, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """See that stored weights fit.
+    """Check that stored weights have the names and shapes of a network's own.
 
     Raises:
-        CheckpointMismatch: a weight is missing, is one too many or has another shape.
+        CheckpointMismatch: a weight is missing, unknown or of another shape.
     """
-    given, wanted = _shapes(stored), _shapes(own)
-    for name in (*wanted, *given):
-        if given.get(name) != wanted.get(name) and not name.endswith("spread"):
+    given, expected = _shapes(stored), _shapes(own)
+    for name in (*expected, *given):
+        if given.get(name) != expected.get(name) and not name.endswith("spread"):
             raise CheckpointMismatch(
                 f"{origin} does not fit: '{name}' is {_size(given.get(name))} there and "
-                f"{_size(wanted.get(name))} in this configuration; --set the encoder's width, "
+                f"{_size(expected.get(name))} in this configuration; --set the encoder's width, "
                 "depths and embedding to those of the checkpoint"
             )
 
@@ -419,14 +439,17 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
 
 
 def load_finished(folder: Path) -> tuple[Run, Task[Any], Any, dict[str, Any]]:
-    """A finished run again: what it was told, its task, its graph and its metrics.
+    """Load a finished run: its settings, task, graph and metrics.
 
     Raises:
-        NoGraph: a run of nearest neighbours.
+        NoGraph: the run is of a probe that has no graph.
     """
     run = Run.model_validate_json((folder / RUN).read_bytes())
     if not (folder / WEIGHTS).exists():
-        raise NoGraph(f"{folder.name} ({run.protocol}) has scores only, no graph")
+        raise NoGraph(
+            f"{folder.name} has only scores and no graph, because its protocol is {run.protocol}: "
+            "give a run of the protocol finetune"
+        )
     task = task_of(run)
     # The checkpoint that the run started from is not needed and may be gone.
     graph = new_graph(run.model_copy(update={"pretrained": ()}), task)
@@ -440,10 +463,10 @@ def is_finished(folder: Path) -> bool:
 
 
 def _same_run(run: Run, folder: Path) -> None:
-    """See that a folder holds nothing of another run.
+    """Check that a folder holds no run of another configuration.
 
     Raises:
-        CheckpointMismatch: it does.
+        CheckpointMismatch: the folder holds one.
     """
     path = folder / RUN
     # Compared as values, not as text: settings added since then have their defaults.
@@ -503,7 +526,7 @@ def _log_summary(folder: Path) -> dict[str, Any]:
     }
     best = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True).get("best")
     if best:
-        # The scored places have chosen the epoch, which the card must state.
+        # The epoch was chosen by its score on the validation places, which the card must state.
         facts["epoch_chosen_on_the_validation_places"] = best["epoch"]
     return facts
 

@@ -50,8 +50,8 @@ Ints = NDArray[np.int64]
 _AUGMENTATION = SeriesAugmentation(
     drop=0.3, least=3, jitter=1.0, season=0.0, noise=0.003, gain=0.0, haze=0.0
 )
-# Stacks as they are delivered, unlike archives: long gaps, few dates, thin cloud that no mask
-# finds.
+# Towards raw stacks, which unlike the archives have long gaps, few dates and thin cloud that no
+# mask finds.
 _ROUGH = SeriesAugmentation(
     drop=0.7, gap=0.3, least=3, jitter=1.0, season=0.0, noise=0.005, gain=0.0, haze=0.05
 )
@@ -76,11 +76,11 @@ class PixelForecast:
     """Quantiles of the next values of NDVI, EVI and SAVI.
 
     Args:
-        config: what is trained.
+        config: the configuration.
         data: folder of the data sets.
         everything: whether the validation places are trained on too.
-        left_out: regions of which nothing is trained on.
-        romania: the Romania cube of the wheel nrt 0.2.1; None leaves it out.
+        left_out: regions excluded from training.
+        romania: path of the Romania cube of the wheel nrt 0.2.1; None leaves it out.
     """
 
     has_linear_head = False
@@ -131,7 +131,7 @@ class PixelForecast:
         """Series up to a random date, and their targets: see `cut`."""
         batch = self.config.optimisation.batch
         focus = self.config.focus
-        # All other regions are drawn by the roots of their sizes, so that none dominates.
+        # The other regions are drawn by the square roots of their sizes, so that none dominates.
         sizes = np.bincount(self.train.region[~self.scored], minlength=len(self.train.regions))
         others = np.where(self.scored, 0.0, sizes[self.train.region].clip(1) ** -0.5)
         own = self.scored / max(self.scored.sum(), 1)
@@ -163,7 +163,7 @@ class PixelForecast:
         )  # fmt: skip
         values = part.values
         if rng is not None:
-            # The scored source is of composites: it keeps the light disturbance.
+            # The scored source consists of composites, so it keeps the light augmentation.
             composites = part.source == part.sources.index(SCORED_SOURCE)
             rough = ~composites & (rng.random(len(valid)) < self.config.rough)
             plain = augment_series(values, valid, days, _AUGMENTATION, rng)
@@ -172,15 +172,15 @@ class PixelForecast:
                 np.where(rough.reshape(-1, *[1] * (a.ndim - 1)), b, a)
                 for a, b in zip(plain, hard, strict=True)
             )
-        kept = _usable(valid, known) & computable(values, valid, self.spectral)
+        rows = _usable(valid, known) & computable(values, valid, self.spectral)
         values, valid, days = usable_first(values, valid, days)
         arrays = (values, valid, days, day_of_year, target, known)
-        return tuple(torch.from_numpy(a[kept]) for a in arrays)
+        return tuple(torch.from_numpy(a[rows]) for a in arrays)
 
     def loss(self, graph: PixelGraph, batch: tuple[Tensor, ...]) -> Tensor:
-        """Pinball loss, and the squared error of the median, over the targets that are known.
+        """Mean loss of the networks: pinball loss plus the squared error of the median.
 
-        The mean of the networks'.
+        Only known targets count.
         """
         *inputs, target, known = batch
         losses = [self._loss(quantiles, target, known) for quantiles in graph.each(*inputs)]
@@ -193,7 +193,7 @@ class PixelForecast:
         return loss + self.config.squared * squared
 
     def finish(self, graph: PixelGraph) -> None:
-        """Nothing is fitted after training."""
+        """Do nothing: a forecaster has nothing to fit after training."""
 
     def scores(self, graph: PixelGraph) -> dict[str, Any]:
         """RMSE in index units and the coverage of the outer quantiles, at the scored cut."""
@@ -216,9 +216,9 @@ class PixelForecast:
         """Forecasts of series of any table from their cuts (N, H, S, Q).
 
         Args:
-            graph: as trained.
+            graph: the trained graph.
             table: N series, each with a usable date before its cut.
-            positions: how many dates of each come before its cut (N).
+            positions: number of dates of each series before its cut (N).
         """
         graph.eval()
         config = self.config
@@ -235,8 +235,8 @@ class PixelForecast:
         shape = (0, config.horizon, len(INDICES), len(config.quantiles))
         return np.concatenate(parts) if parts else np.empty(shape, np.float32)
 
-    def kept(self) -> Bools:
-        """Validation pixels of `predict`: those with dates before and after the cut."""
+    def predicted(self) -> Bools:
+        """True for the validation pixels of `predict`: with dates before and after the cut (N)."""
         valid, _, _, _, known = cut(
             self.validation,
             np.full(len(self.validation), SCORED_CUT),
@@ -247,16 +247,16 @@ class PixelForecast:
         return _usable(valid, known)
 
     def outputs(self, graph: Any) -> Outputs:  # noqa: ANN401  # a graph, or its file in its place
-        """Quantiles on the validation places, with what came."""
+        """Quantiles on the validation places, with the observed targets."""
         return self.outputs_of(*self.predict(graph))
 
     def outputs_of(self, quantiles: NDArray[Any], target: NDArray[Any], known: Bools) -> Outputs:
-        """Quantiles (N, H, S, Q) of the validation places, with what came (N, H, S)."""
-        places = self.validation.places[self.kept()]
+        """Quantiles (N, H, S, Q) on the validation places, with the observed targets (N, H, S)."""
+        places = self.validation.places[self.predicted()]
         return {"quantiles": quantiles, "target": target, "known": known, "places": places}
 
     def probe(self, graph: PixelGraph, protocol: str) -> Outputs:
-        """Medians of a regression on embeddings of the frozen encoder, a step at a time."""
+        """Medians by a regression on embeddings of the frozen encoder, one regression per step."""
         bare = headless(graph)
         earlier = copy.copy(self)
         earlier.validation = self.train.take(self.scored)
@@ -275,8 +275,8 @@ class PixelForecast:
         return shared_dates(self.validation)
 
     def typical_inputs(self) -> list[Inputs]:
-        """Training series, those of the same dates together."""
-        # What int8 makes of the baselines' networks was never measured.
+        """Training series in sets that share their dates; empty for a baseline's network."""
+        # The accuracy of the baselines' networks in int8 has not been measured.
         return typical_dates(self.train) if self.config.network == "pimc" else []
 
     def card_shape(self) -> dict[str, Any]:
@@ -299,11 +299,11 @@ class PixelForecast:
 
 
 def series_sets(data: Path, romania: Path | None = None) -> list[PixelSet]:
-    """Every series of the indices' bands that may be trained on: forecasts need no labels.
+    """Every series that may be trained on, labelled or not: forecasts need no labels.
 
     Args:
         data: folder of the data sets.
-        romania: the Romania cube; None leaves it out.
+        romania: path of the Romania cube; None leaves it out.
     """
     scenes = [(read_stack(data / folder), region) for folder, region in _STACKS.items()]
     if romania:
@@ -318,7 +318,7 @@ def series_sets(data: Path, romania: Path | None = None) -> list[PixelSet]:
 
 
 def _pixels(scene: Scene, region: str) -> Iterator[PixelSet]:
-    """Some pixels of a stack, its northern rows for validation; blocks of them are places."""
+    """Every second row and column of a stack as series; its northern rows are for validation."""
     thin = scene.crop(slice(None, None, _STRIDE), slice(None, None, _STRIDE))
     for place, part in enumerate(split_north(thin, _NORTH)):
         yield replace(part.pixels(BANDS, place), region=region)
@@ -339,7 +339,7 @@ def cut(
 
     Args:
         table: N series.
-        positions: how many dates of each come before its cut (N), 1 or more.
+        positions: number of dates of each series before its cut (N), at least 1.
         steps: M.
         step_days: days between steps.
         horizon: H.

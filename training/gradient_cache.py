@@ -23,7 +23,7 @@ class Side:
     """One side of a loss: rows that an encoder turns into embeddings."""
 
     encode: Callable[[slice], Tensor]
-    """Embeddings (n, D) of the rows of a slice, as `order` has them."""
+    """Embeddings (n, D) of a slice of the rows, in the order of `order`."""
     size: int
     """Rows (N)."""
     order: Tensor | None = None
@@ -41,31 +41,32 @@ def backward(
     network: nn.Module,
     chunk: int,
 ) -> Tensor:
-    """Add the gradients of a loss over whole batches to the parameters.
+    """Add the gradients of a loss over value batches to the parameters.
 
     With batch normalisation a chunk is normalised by its own statistics, so chunks should be
-    shuffled, and the result is that of the whole batch only up to these statistics.
+    shuffled, and the result is that of the value batch only up to these statistics.
 
     Args:
         sides: the sides that the loss compares.
-        loss: of the embeddings of each side (N, D), a scalar; may have parameters of its own.
-        network: holds every module that the sides run, for its statistics.
-        chunk: rows that an encoder sees at once.
+        loss: takes the embeddings of each side (N, D), returns a scalar; may have parameters of
+            its own.
+        network: holds every module that the sides run, for its batch statistics.
+        chunk: number of rows that an encoder processes at once.
 
     Returns:
         The loss (), detached.
     """
     if all(side.size <= chunk for side in sides):
-        whole = loss([side.restored(side.encode(slice(0, side.size))) for side in sides])
-        torch.autograd.backward(whole)
-        return whole.detach()
+        value = loss([side.restored(side.encode(slice(0, side.size))) for side in sides])
+        torch.autograd.backward(value)
+        return value.detach()
     states: list[list[tuple[Tensor, list[Tensor]]]] = []
     embeddings = []
-    with torch.no_grad(), _statistics_kept(network):
+    with torch.no_grad(), _frozen_statistics(network):
         for side in sides:
             parts, seen = [], []
             for rows in _chunks(side.size, chunk):
-                seen.append(_chance())
+                seen.append(_random_state())
                 parts.append(side.encode(rows))
             states.append(seen)
             embeddings.append(torch.cat(parts))
@@ -76,7 +77,7 @@ def backward(
         if leaf.grad is None:
             continue
         for rows, state in zip(_chunks(side.size, chunk), seen, strict=True):
-            _set_chance(state)  # the same units are dropped as in the first pass
+            _set_random_state(state)  # so that dropout drops the same units as in the first pass
             torch.autograd.backward(side.encode(rows), leaf.grad[rows])
     return value.detach()
 
@@ -86,18 +87,18 @@ def _chunks(size: int, chunk: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk, size))
 
 
-def _chance() -> tuple[Tensor, list[Tensor]]:
+def _random_state() -> tuple[Tensor, list[Tensor]]:
     return torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
 
-def _set_chance(state: tuple[Tensor, list[Tensor]]) -> None:
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
     torch.set_rng_state(state[0])
     torch.cuda.set_rng_state_all(state[1])
 
 
 @contextmanager
-def _statistics_kept(network: nn.Module) -> Iterator[None]:
-    """Do not update running batch statistics: the second pass does so, once."""
+def _frozen_statistics(network: nn.Module) -> Iterator[None]:
+    """Do not update running batch statistics in this pass: the second pass updates them, once."""
     norms = [m for m in network.modules() if isinstance(m, _BatchNorms)]
     momenta = [m.momentum for m in norms]
     try:

@@ -63,7 +63,7 @@ class _Added(nn.Module):
 
 
 class _FoldedBlock(nn.Module):
-    """A block whose second product is added to its input: one operation, in int8 two."""
+    """A block whose second product is added to its input: in one operation, in int8 in two."""
 
     def __init__(self, up: _Product, down: _Added | _Product) -> None:
         super().__init__()
@@ -88,11 +88,11 @@ class FoldedEncoder(nn.Module):
     tokens. A term that all steps of a pixel share is not added to each step: it is the weight of
     a feature that is 1 in all steps, so that each pixel has its own weights for its tokens.
 
-    Distances are not computed. As |a - b| = 2 max(a, b) - a - b, their product is one of the larger
-    values, and a and b enter by the sums of the weights. That takes one pass over the plots instead
-    of two, and in int8 a series is rounded before its plots are made, not after: the larger of two
-    rounded numbers is the rounded larger one. Float16 keeps the distances, because the terms that
-    cancel here are many times larger than the result.
+    Distances are not computed. Because |a - b| = 2 max(a, b) - a - b, the product with the
+    distances is a product with the larger values, plus a and b times the sums of the weights. That
+    takes one pass over the plots instead of two. In int8 it also allows to round a series before
+    its plots are made, because the larger of two rounded numbers is the rounded larger one. Float16
+    keeps the distances, because the terms that cancel here are many times larger than the result.
 
     Args:
         encoder: in evaluation mode.
@@ -110,7 +110,7 @@ class FoldedEncoder(nn.Module):
         weight, bias = _linear(encoder.row)
         steps = encoder.steps if encoder.plots else 0
         beside = 1 + encoder.bands + 2 * encoder.calendar
-        # Of the rest, K are the series' and K * M the plots'.
+        # Of the other rows, K belong to the series and K * M to the plots.
         indices = (len(weight) - beside) // (encoder.series + steps)
         beside += indices * encoder.series
         tokens, plots = weight[:beside], weight[beside:]
@@ -118,7 +118,7 @@ class FoldedEncoder(nn.Module):
             plots = _in_int8(plots)
         self.larger = encoder.plots and encoder.threshold is None and precision != "float16"
         if self.larger:
-            # The series' weights come second, after that of `observed`.
+            # The series' weights come second, after the weight of `observed`.
             own = tokens[1 : 1 + indices] if encoder.series else torch.zeros(indices, len(bias))
             own = own - plots.reshape(indices, steps, -1).sum(dim=1)
             tokens = torch.cat([tokens[:1], own, tokens[1 + indices * encoder.series :]])
@@ -188,7 +188,7 @@ class FoldedEncoder(nn.Module):
     def _rows(self, levels: Tensor) -> Tensor:
         """Rows of the plots of all indices, one per step: (N, K, M) -> (N * M, K * M).
 
-        In place of a distance, the larger value of the pair (see the class).
+        With `larger`, a row holds the larger value of each pair instead of its distance.
         """
         indices, steps = levels.shape[1:]
         if self.larger:
@@ -232,12 +232,12 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _repeated(row: Tensor, weight: Tensor) -> Tensor:
-    """A row, repeated as often as a product with these weights joins rows."""
+    """A row, repeated once for each of the rows that a product with these weights joins."""
     return row.repeat(len(weight) // len(row))
 
 
 def folded(graph: Graph, precision: Precision = "float32") -> Graph:
-    """The graph with its pixel encoders folded; others stay as they are."""
+    """The graph with its pixel encoders folded; other encoders stay as they are."""
 
     def fold(encoder: nn.Module) -> nn.Module:
         if isinstance(encoder, PixelEncoder):
@@ -253,8 +253,8 @@ def folded(graph: Graph, precision: Precision = "float32") -> Graph:
 class HalfPrecision(nn.Module):
     """An encoder in float16 between a graph and a head in float32.
 
-    Only the encoder: the grid's wide kernel weighs 1e-3 and less, which float16 rounds to 0, and a
-    softmax costs little.
+    The grid and the head stay in float32: the grid's wide kernel has weights of 1e-3 and less,
+    which float16 rounds to 0, and a softmax costs little.
     """
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -376,7 +376,7 @@ class _Batches(CalibrationDataReader):  # type: ignore[misc]  # it comes without
 
 
 def _round_before_plots(graph: onnx.GraphProto) -> None:
-    """Round series before the larger of each pair of their values is taken, not after.
+    """Round series before taking the larger of each pair of their values, not after.
 
     One number per step is rounded instead of M, and the plots are made and read in bytes. All
     other nodes that read the series see them rounded too, because all three terms of
@@ -392,20 +392,20 @@ def _round_before_plots(graph: onnx.GraphProto) -> None:
         for side in larger.input:
             while (view := made_by[side]).op_type in {"Unsqueeze", "Transpose"}:
                 views.append(view)
-                side = view.input[0]  # up to the series of which both sides are views
+                side = view.input[0]  # until the series, of which both sides are views
         series = views[-1].input[0]
         step = rounding.input[1:]
-        whole, near = f"{series}_whole", f"{series}_near"
+        rounded, restored = f"{series}_whole", f"{series}_near"
         for node in graph.node:
-            seen = whole if node in views else near
+            seen = rounded if node in views else restored
             node.input[:] = [seen if name == series else name for name in node.input]
         place = list(graph.node).index(made_by[series]) + 1
         make = onnx.helper.make_node
-        graph.node.insert(place, make("QuantizeLinear", [series, *step], [whole]))
-        graph.node.insert(place + 1, make("DequantizeLinear", [whole, *step], [near]))
+        graph.node.insert(place, make("QuantizeLinear", [series, *step], [rounded]))
+        graph.node.insert(place + 1, make("DequantizeLinear", [rounded, *step], [restored]))
         rows.output[0] = rounding.output[0]
         graph.node.remove(rounding)
-    # The recorded types of intermediate values are no longer correct.
+    # The recorded types of intermediate values are not correct any more.
     del graph.value_info[:]
 
 
@@ -421,7 +421,7 @@ def _is_encoders(name: str, weights: Mapping[str, Sequence[int]]) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the quantiser's advice, which it logs as a warning for each matrix."""
+    """Suppress the warnings that the quantiser logs for each matrix."""
     logger = logging.getLogger()
     before = logger.level
     logger.setLevel(logging.ERROR)

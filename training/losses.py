@@ -119,7 +119,7 @@ def alike(series: Tensor, threshold: float) -> Tensor:
     flat = series.flatten(1)
     apart = torch.cdist(flat, flat) / math.sqrt(flat.shape[1])
     close = apart < threshold
-    # The two halves of `cdist` may round differently.
+    # `cdist` may round its two triangles differently.
     return (close | close.T) & ~_diagonal(len(series), series.device)
 
 
@@ -136,7 +136,7 @@ def alignment(z0: Tensor, z1: Tensor) -> Tensor:
 
 
 def uniformity(z: Tensor) -> Tensor:
-    """Log of the mean Gaussian potential of all pairs (): Wang and Isola 2020.
+    """Logarithm of the mean Gaussian potential of all pairs (): Wang and Isola 2020.
 
     0 if all vectors are equal (collapse); near -4 if they cover the sphere.
 
@@ -165,15 +165,15 @@ def pinball(
     # A target of 0 where not valid: NaN times zero would make the gradient NaN.
     miss = torch.where(counts, target, 0.0)[..., None] - predicted
     loss = torch.maximum(levels * miss, (levels - 1.0) * miss)
-    kept = torch.where(counts[..., None], loss, 0.0)
-    return kept.sum() / (counts.sum().clamp(min=1) * len(quantiles))
+    counted = torch.where(counts[..., None], loss, 0.0)
+    return counted.sum() / (counts.sum().clamp(min=1) * len(quantiles))
 
 
-def cross_entropy(answers: Sequence[Tensor], target: Tensor, smoothing: float) -> Tensor:
+def cross_entropy(networks: Sequence[Tensor], target: Tensor, smoothing: float) -> Tensor:
     """Cross entropy with smoothed labels, the mean over networks that are trained side by side.
 
     Args:
-        answers: logits of each network (N, K).
+        networks: logits of each network (N, K).
         target: classes (N) or soft labels (N, K).
         smoothing: share of the label that is distributed over all classes.
 
@@ -182,6 +182,6 @@ def cross_entropy(answers: Sequence[Tensor], target: Tensor, smoothing: float) -
     """
     losses = [
         nn.functional.cross_entropy(logits.float(), target, label_smoothing=smoothing)
-        for logits in answers
+        for logits in networks
     ]
     return torch.stack(losses).mean()

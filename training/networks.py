@@ -1,4 +1,4 @@
-"""Pixel graphs from a configuration, and what a card states of them."""
+"""Untrained pixel graphs from a configuration, and the card fields that describe them."""
 
 from __future__ import annotations
 

@@ -42,9 +42,9 @@ def to_onnx(
 
     Args:
         graph: in evaluation mode, on the CPU.
-        path: the file.
+        path: the file to write.
         inputs: names of the graph's inputs, in order.
-        output: name of its output.
+        output: name of the graph's output.
         example: one input of each name, with at least two pixels and two dates.
 
     Raises:
@@ -52,8 +52,8 @@ def to_onnx(
     """
     axes = {"N": Dim("N", min=1), "T": Dim("T", min=1)}
     with warnings.catch_warnings(), _quiet():
-        # The exporter warns that axes of one letter are one axis, which is intended, and about
-        # its own use of torch.
+        # The exporter warns that axes of one letter are one axis, which is intended. It also warns
+        # about its own use of torch.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*axis name.*", category=UserWarning)
         program = torch.onnx.export(

@@ -1,7 +1,7 @@
 """Batches for pretraining: pairs of a pixel's series and the imagery around it, and views.
 
 A batch is a function of the seed and the step only. No state is kept between batches, so a resumed
-run sees exactly the batches of an undisturbed run.
+run uses exactly the batches of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CLEAR_SHARE = 0.9
 _SINGLE_IMAGES = 3
 # Number of clear dates in the median: more would cost time and change little.
 _MEDIAN_DATES = 7
-# Windows drawn before the best of them is used.
+# Number of windows drawn; the best of them is used.
 _ATTEMPTS = 6
 
 
@@ -53,7 +53,7 @@ class Pairs:
     """Pixels and the imagery around them: row i of one is the positive of row i of the other."""
 
     groups: tuple[SeriesGroup, ...]
-    """The series, group after group (N in all)."""
+    """The series, group after group (N in total)."""
     patches: Tensor
     """Imagery (N, C, P, P), reflectance, the pixel at row and column P // 2."""
     scenes: Tensor
@@ -158,7 +158,7 @@ class PairSampler:
     min_observations: int
     """Usable dates in the window that a pixel needs."""
     groups: int
-    """Groups in a batch: each one scene, one area, one window."""
+    """Groups in a batch; each group is of one scene, one area and one time window."""
     per_group: int
     """Pixels in a group."""
     area: int = 128
@@ -183,10 +183,10 @@ class PairSampler:
         )
 
     def _group(self, number: int, rng: Generator) -> Pairs:
-        whole = self.scenes[number]
-        corner = [int(rng.integers(max(1, side - self.area + 1))) for side in whole.shape]
+        full = self.scenes[number]
+        corner = [int(rng.integers(max(1, side - self.area + 1))) for side in full.shape]
         rows, cols = (slice(c, c + self.area) for c in corner)
-        scene = whole.crop(rows, cols)
+        scene = full.crop(rows, cols)
         bands = tuple(dict.fromkeys((*self.pixel_bands, *self.patch_bands)))
         values, valid, days = self._window(scene, bands, rng)
         position = self._positions(valid, rng)
@@ -209,7 +209,7 @@ class PairSampler:
     def _window(
         self, scene: Scene, bands: tuple[str, ...], rng: Generator
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32]]:
-        """A window in which most pixels are observed often enough: values, valid, days."""
+        """Values, valid and days of a time window in which most pixels have enough observations."""
         best: tuple[float, date, NDArray[np.float32], NDArray[np.bool_], list[date]] | None = None
         starts = window_starts(scene.dates, self.window_days)
         for _ in range(_ATTEMPTS):
@@ -223,8 +223,8 @@ class PairSampler:
                 break
         if best is None or best[0] == 0.0:
             raise ValueError(
-                f"{scene.source}: no pixel has {self.min_observations} usable dates in a window "
-                f"of {self.window_days} days"
+                f"{scene.source}: no pixel has {self.min_observations} usable dates in a time "
+                f"window of {self.window_days} days"
             )
         _, start, values, valid, dates = best
         days = np.array([(d - start).days for d in dates], dtype=np.float32)
@@ -310,7 +310,7 @@ class ImageryViewSampler:
     """Draws two augmented views of patches that have no series, at two positions of each patch."""
 
     patches: PatchSet
-    """Validation places must have been taken out."""
+    """The patches; must not include validation places."""
     side: int
     """Side of a view, at most that of the patches."""
     size: int
@@ -322,18 +322,18 @@ class ImageryViewSampler:
         rng = np.random.default_rng([seed, step, 2])
         total = len(self.patches.values)
         chosen = rng.choice(total, size=self.size, replace=total < self.size)
-        whole = self.patches.values[chosen].astype(np.float32) * np.float32(self.patches.scale)
+        patches = self.patches.values[chosen].astype(np.float32) * np.float32(self.patches.scale)
         first, second = (
-            augment_patches(self._cut(whole, rng), self.augmentation, rng) for _ in range(2)
+            augment_patches(self._cut(patches, rng), self.augmentation, rng) for _ in range(2)
         )
         return ImageryViews(first=torch.from_numpy(first), second=torch.from_numpy(second))
 
-    def _cut(self, whole: NDArray[np.float32], rng: Generator) -> NDArray[np.float32]:
-        corners = rng.integers(whole.shape[-1] - self.side + 1, size=(len(whole), 2))
+    def _cut(self, patches: NDArray[np.float32], rng: Generator) -> NDArray[np.float32]:
+        corners = rng.integers(patches.shape[-1] - self.side + 1, size=(len(patches), 2))
         return np.stack(
             [
                 patch[:, r : r + self.side, c : c + self.side]
-                for patch, (r, c) in zip(whole, corners, strict=True)
+                for patch, (r, c) in zip(patches, corners, strict=True)
             ]
         )
 
@@ -353,8 +353,8 @@ def _inside(dates: Sequence[date], start: date, window_days: int) -> NDArray[np.
     return np.array([t for t, d in enumerate(dates) if 0 <= (d - start).days < window_days])
 
 
-def _places(bands: tuple[str, ...], wanted: tuple[str, ...]) -> list[int]:
-    return [bands.index(b) for b in wanted]
+def _places(bands: tuple[str, ...], requested: tuple[str, ...]) -> list[int]:
+    return [bands.index(b) for b in requested]
 
 
 def _series(

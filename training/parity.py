@@ -16,12 +16,12 @@ from models.graph import PatchGraph, PixelGraph
 from training.datasets.eurosat import RGB
 from training.task import Graph, Inputs
 
-# Largest difference between ONNX Runtime and torch that a bundle may have.
+# Largest allowed difference between ONNX Runtime and torch in float32.
 TOLERANCE = 1e-4
-# Of a float16 variant: three decimal digits, and the softmax in float32.
+# The same for a float16 variant, which has three decimal digits and a softmax in float32.
 HALF_TOLERANCE = 2e-2
-# Mean difference of an int8 variant on real input: its scales fit real input only, and a single
-# value may differ by more.
+# Largest allowed mean difference of an int8 variant on real input. Its scales fit real input only,
+# and a single value may differ by more.
 INT8_TOLERANCE = 2e-2
 
 
@@ -45,10 +45,10 @@ class Served:
         return self
 
     def raw(self, *inputs: Tensor) -> Tensor:
-        """Quantiles, or logarithms of probabilities, in the order of the inputs.
+        """Quantiles, or logarithms of probabilities, in the order of the pixels.
 
         Args:
-            inputs: those of the graph. `days` may also be (N, T), although the file takes (T):
+            inputs: inputs of the graph. `days` may also be (N, T), although the file takes (T):
                 pixels with the same days run together.
         """
         feeds = {n: x.numpy() for n, x in zip(self.names, inputs, strict=False)}
@@ -66,43 +66,43 @@ class Served:
         if "days" in feeds:
             given["days"] = feeds["days"][rows[0]] if feeds["days"].ndim == 2 else feeds["days"]
         (output,) = self.session.get_outputs()
-        answer = np.asarray(self.session.run(None, _fed(self.session, given))[0])
-        return np.log(np.maximum(answer, 1e-9)) if output.name == "probabilities" else answer
+        values = np.asarray(self.session.run(None, _fed(self.session, given))[0])
+        return np.log(np.maximum(values, 1e-9)) if output.name == "probabilities" else values
 
 
 def check_parity_int8(graph: Graph, path: Path, real: Inputs) -> float:
     """Mean difference between an int8 graph in ONNX Runtime and torch, on real input.
 
     Raises:
-        ParityError: it is more than `INT8_TOLERANCE`, or one has NaN where the other has not, also
-            on random input.
+        ParityError: the difference is more than `INT8_TOLERANCE`; or, on real or random input, one
+            of the two has NaN where the other does not.
     """
     session = open_cpu(path)
-    for inputs in random_inputs(graph, dayed=_dayed(session)):
+    for inputs in random_inputs(graph, day_of_year=_takes_day_of_year(session)):
         _difference(graph, session, inputs, path.name)
-    off = float(np.nan_to_num(_difference(graph, session, real, path.name)).mean())
-    if off > INT8_TOLERANCE:
+    mean = float(np.nan_to_num(_difference(graph, session, real, path.name)).mean())
+    if mean > INT8_TOLERANCE:
         raise ParityError(
-            f"{path.name} differs from torch by {off:.1e} on average; {INT8_TOLERANCE} is allowed"
+            f"{path.name} differs from torch by {mean:.1e} on average; {INT8_TOLERANCE} is allowed"
         )
-    return off
+    return mean
 
 
 def check_parity(graph: Graph, path: Path, real: Inputs, *, tolerance: float = TOLERANCE) -> float:
-    """Largest difference between ONNX Runtime and torch, on random input and on real.
+    """Largest difference between ONNX Runtime and torch, on random and on real input.
 
     Args:
-        graph: in float32.
+        graph: the graph in float32.
         path: the ONNX file, of any precision.
         real: real input; parity is checked on random input too.
         tolerance: largest allowed difference.
 
     Raises:
-        ParityError: the difference is larger, or one has NaN where the other has not.
+        ParityError: the difference is larger, or one of the two has NaN where the other does not.
     """
     session = open_cpu(path)
     worst = 0.0
-    for inputs in (*random_inputs(graph, dayed=_dayed(session)), real):
+    for inputs in (*random_inputs(graph, day_of_year=_takes_day_of_year(session)), real):
         worst = max(
             worst, float(np.nan_to_num(_difference(graph, session, inputs, path.name)).max())
         )
@@ -111,7 +111,7 @@ def check_parity(graph: Graph, path: Path, real: Inputs, *, tolerance: float = T
     return worst
 
 
-def _dayed(session: onnxruntime.InferenceSession) -> bool:
+def _takes_day_of_year(session: onnxruntime.InferenceSession) -> bool:
     return "day_of_year" in {i.name for i in session.get_inputs()}
 
 
@@ -123,13 +123,17 @@ def _difference(
     Relative to the largest value if that is above 1, as an embedding's may be.
     """
     names = [i.name for i in session.get_inputs()]
-    got = session.run(None, _fed(session, {name: inputs[name] for name in names}))[0]
+    served = session.run(None, _fed(session, {name: inputs[name] for name in names}))[0]
     with torch.inference_mode():
-        want = graph(*(torch.from_numpy(inputs[name]) for name in names)).numpy()
-    if got.shape != want.shape or (np.isnan(got) != np.isnan(want)).any():
-        raise ParityError(f"{name}: {got.shape} of ONNX Runtime, {want.shape} of torch")
-    largest = max(1.0, float(np.nan_to_num(np.abs(want)).max()))
-    return np.asarray(np.abs(got - want) / largest, np.float32)
+        expected = graph(*(torch.from_numpy(inputs[name]) for name in names)).numpy()
+    if served.shape != expected.shape:
+        raise ParityError(
+            f"{name}: ONNX Runtime returns {served.shape}, torch returns {expected.shape}"
+        )
+    if (np.isnan(served) != np.isnan(expected)).any():
+        raise ParityError(f"{name}: ONNX Runtime and torch return NaN for different inputs")
+    largest = max(1.0, float(np.nan_to_num(np.abs(expected)).max()))
+    return np.asarray(np.abs(served - expected) / largest, np.float32)
 
 
 def _fed(session: onnxruntime.InferenceSession, inputs: Inputs) -> Inputs:
@@ -142,8 +146,9 @@ def open_cpu(path: Path) -> onnxruntime.InferenceSession:
     """A session on the CPU, with as many threads as torch has."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Without it, int8 products overflow on a processor that has no instructions for them. The
-    # service uses int8 only where there are, and leaves it off, because it halves the speed.
+    # Without this option, int8 products overflow on a CPU that has no instructions for them. The
+    # service does not set it, because it halves the speed; it uses int8 only on CPUs that have the
+    # instructions.
     options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
@@ -162,7 +167,7 @@ def pixel_inputs(graph: PixelGraph, n: int, dates: int) -> dict[str, NDArray[Any
     return inputs
 
 
-def random_inputs(graph: Graph, *, dayed: bool) -> Iterator[dict[str, NDArray[Any]]]:
+def random_inputs(graph: Graph, *, day_of_year: bool) -> Iterator[dict[str, NDArray[Any]]]:
     """Random inputs: many dates, one pixel, one date, missing values, pixels without a date."""
     rng = np.random.default_rng(0)
     if isinstance(graph, PatchGraph):
@@ -183,6 +188,6 @@ def random_inputs(graph: Graph, *, dayed: bool) -> Iterator[dict[str, NDArray[An
             "valid": valid,
             "days": np.sort(rng.uniform(0, 360, t)).astype(np.float32),
         }
-        if dayed:
+        if day_of_year:
             inputs["day_of_year"] = rng.integers(1, 367, n).astype(np.float32)
         yield inputs

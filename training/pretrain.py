@@ -68,7 +68,7 @@ class PretrainConfig(_Frozen):
     steps: int = Field(default=20_000, ge=1)
     """Optimiser steps."""
     groups: int = 8
-    """Groups of pairs in a batch: each one scene, one area, one window."""
+    """Groups of pairs in a batch; each group is of one scene, one area and one time window."""
     per_group: int = 32
     """Pixels in a group; a batch has groups x per_group pairs."""
     series_views: int = 128
@@ -79,7 +79,7 @@ class PretrainConfig(_Frozen):
     """Weight of the loss of the series views; the pairs' is 1."""
     imagery_weight: float = 1.0
     chunk: int = 4096
-    """Rows that an encoder processes at once; it bounds memory, instead of the batch."""
+    """Rows that an encoder processes at once; memory depends on this, not on the batch's size."""
     side: int = 32
     """Side of the imagery around a pixel, and of a view, in pixels, a multiple of 16."""
     steps_per_window: int = 36
@@ -107,7 +107,7 @@ class PretrainConfig(_Frozen):
     clip: float = 1.0
     """Largest norm of the gradient."""
     bfloat16: bool = False
-    """Whether the encoders run in bfloat16 on a CPU too; see `config.Optimisation`."""
+    """Whether the encoders run in bfloat16 on a CPU too; see `training.config.Optimisation`."""
     measure_every: int = 100
     """Steps between measurements on the held-out places."""
     keep_every: int = 100
@@ -140,7 +140,7 @@ FIRST = PretrainConfig(
 
 
 class ForeignCheckpoint(TrainingError):
-    """The folder holds a run of another configuration."""
+    """The folder already holds a run of another configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +294,7 @@ class Pretraining:
         return self.networks
 
     def step(self, batch: Batch, step: int) -> dict[str, float]:
-        """One optimiser step; its losses, temperature and learning rate."""
+        """Run one optimiser step; returns its losses, temperature and learning rate."""
         torch.manual_seed(_mixed(self.config.seed, step))
         self.networks.train()
         rate = learning_rate(self.config, step)
@@ -349,17 +349,17 @@ class Pretraining:
     def _shuffled(self, encoder: nn.Module, *inputs: Tensor | None) -> Side:
         """A side of all rows of the batch, pairs and views alike.
 
-        They pass an encoder together, so that the batch statistics in training are those of the
-        mixture, as in use; and shuffled, so that those of a chunk are too.
+        All rows pass the encoder together, so that the batch statistics in training are those of
+        the mixture, as in use. They are shuffled, so that this also holds for each chunk.
         """
         size = max(len(part) for part in inputs if part is not None)
         order = torch.randperm(size).to(self.device)
-        short = self.config.bfloat16 or self.device.type == "cuda"
+        bfloat16 = self.config.bfloat16 or self.device.type == "cuda"
 
         def encode(rows: slice) -> Tensor:
             given = (None if part is None else part[order[rows]] for part in inputs)
-            # bfloat16 has float32's range, so no gradient scaling is needed
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=short):
+            # bfloat16 has float32's range, so no gradient scaling is needed.
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
                 embeddings: Tensor = encoder(*given)
             return embeddings.float()
 
@@ -398,14 +398,14 @@ class Pretraining:
         """The loss () of each comparison, given all embeddings of the batch."""
         embeddings = {"pixel": pixels, "patch": patches}
         losses = {}
-        for name, what in comparisons.items():
+        for name, comparison in comparisons.items():
             z0, z1 = (
                 self.networks.projections[projection](
                     embeddings[projection.partition("_")[0]][rows]
                 )
-                for projection, rows in (what.first, what.second)
+                for projection, rows in (comparison.first, comparison.second)
             )
-            losses[name] = self._loss(name)(z0, z1, what.excluded)
+            losses[name] = self._loss(name)(z0, z1, comparison.excluded)
         return losses
 
     def _loss(self, name: str) -> SymmetricInfoNCE:
@@ -417,8 +417,9 @@ class Pretraining:
     def _regular(self, groups: Sequence[SeriesGroup]) -> tuple[Tensor, Tensor, None, Tensor | None]:
         """The pixel encoder's inputs.
 
-        Indices on the regular grid (N, K, M), how well each step is observed (N, 1, M), no season,
-        and the bands (N, C, M) or None.
+        Returns:
+            Indices on the regular grid (N, K, M); how well each step is observed (N, 1, M), 0 to 1;
+            None, because there is no season; and the bands (N, C, M) or None.
         """
         with torch.no_grad():
             parts = [
@@ -441,16 +442,16 @@ class Pretraining:
         return excluded | alike(series, self.config.alike)
 
     def _ahead(self, first: int, workers: int) -> Iterator[Batch]:
-        """The batches from step `first` on; the next ones are prepared during a step."""
+        """The batches from step `first` on; worker threads prepare the next ones during a step."""
         with ThreadPoolExecutor(max_workers=workers) as pool:
-            coming = deque(
+            pending = deque(
                 pool.submit(self._batch, step)
                 for step in range(first, min(first + workers, self.config.steps))
             )
             for step in range(first, self.config.steps):
-                batch = coming.popleft().result()
+                batch = pending.popleft().result()
                 if step + workers < self.config.steps:
-                    coming.append(pool.submit(self._batch, step + workers))
+                    pending.append(pool.submit(self._batch, step + workers))
                 yield batch
 
     def _batch(self, step: int) -> Batch:
@@ -484,7 +485,7 @@ class Pretraining:
         # Compared as configurations, not as text: settings added since then have their defaults.
         if PretrainConfig.model_validate(stored["config"]) != self.config:
             raise ForeignCheckpoint(
-                f"{self.folder} holds a run of another configuration; choose another folder"
+                f"{self.folder} holds a run of another configuration: give another --run"
             )
         self.networks.restore(stored)
         self.optimizer.load_state_dict(stored["optimizer"])
@@ -502,7 +503,7 @@ def load_networks(checkpoint: Path) -> tuple[PretrainConfig, Networks]:
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
-    """Rises linearly, then falls along a cosine to a hundredth; a function of the step only."""
+    """Learning rate of a step: a linear rise, then a cosine to a hundredth of the maximum."""
     warm = max(1, round(_WARM_UP * config.steps))
     if step < warm:
         return config.learning_rate * (step + 1) / warm

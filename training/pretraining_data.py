@@ -1,4 +1,4 @@
-"""Pretraining data: opens scenes, pixel series and imagery, and holds validation places out."""
+"""Pretraining data: scenes, pixel series and imagery, without the validation places."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 SeriesSource = Literal["crops_us_2021", "s2_points"]
 _SERIES = {"crops_us_2021": crops_us_2021, "s2_points": s2_points}
 _SYNTHETIC_START = date(2020, 1, 1)
-# Usable dates that a series needs to be worth two views.
+# Usable dates that a series needs, so that two views of it can differ.
 _LEAST_OBSERVATIONS = 6
 
 
@@ -51,7 +51,7 @@ class SourcesConfig(_Frozen):
     stacks: tuple[StackSource, ...] = (
         StackSource(folder="flanders_2017_2018"),
         StackSource(folder="hesbaye_a_monthly"),
-        # Lies partly on `hesbaye_a_monthly`, but not on the rows that are held out there.
+        # Overlaps `hesbaye_a_monthly`, but not the rows that are held out there.
         StackSource(folder="hesbaye_b_monthly", validation=0.0),
     )
     romania: float = 0.0
@@ -61,7 +61,7 @@ class SourcesConfig(_Frozen):
     synthetic: int = Field(default=16, ge=0)
     """Synthetic scenes; a quarter more is held out."""
     synthetic_weight: float = 1.0
-    """Of all of them together."""
+    """Weight of all synthetic scenes together."""
     series: tuple[SeriesSource, ...] = ("crops_us_2021", "s2_points")
     """Pixel series without imagery."""
     eurosat: bool = True
@@ -85,12 +85,12 @@ class SourceNotGiven(TrainingError):
 
 
 class NoScene(TrainingError):
-    """A configuration of pretraining without imagery that has series."""
+    """The configuration names no scene, that is, no imagery with series."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """The data of a pretraining run, validation places apart."""
+    """The data of a pretraining run, with the validation places kept apart."""
 
     scenes: Sequence[Scene]
     weights: Sequence[float]
@@ -119,12 +119,12 @@ def open_sources(config: SourcesConfig, places: Places, *, seed: int) -> Sources
 
     Args:
         config: the sources.
-        places: their paths.
-        seed: of the synthetic scenes.
+        places: paths of the data.
+        seed: seed of the synthetic scenes.
 
     Raises:
-        SourceNotGiven: the configuration names a source whose place is unknown.
-        NoScene: no scene at all.
+        SourceNotGiven: the configuration names a source whose path was not given.
+        NoScene: the configuration names no scene.
     """
     data = places.data
     groups: list[tuple[float, list[Scene]]] = []
@@ -142,7 +142,10 @@ def open_sources(config: SourcesConfig, places: Places, *, seed: int) -> Sources
         groups.append((config.synthetic_weight, _synthetic(config.synthetic, seed)))
     scenes, weights = _weighted(groups)
     if not scenes:
-        raise NoScene("pretraining needs at least one scene: a stack, PASTIS or synthetic")
+        raise NoScene(
+            "pretraining needs at least one scene: --set sources.synthetic=16, or give a stack or "
+            "PASTIS"
+        )
     sources = Sources(
         scenes=scenes,
         weights=weights,
@@ -154,14 +157,14 @@ def open_sources(config: SourcesConfig, places: Places, *, seed: int) -> Sources
     return sources
 
 
-def _given(place: Path | None, name: str) -> Path:
-    if place is None:
+def _given(path: Path | None, name: str) -> Path:
+    if path is None:
         raise SourceNotGiven(f"the configuration uses {name}: give its path with --{name}")
-    return place
+    return path
 
 
 def _weighted(groups: Sequence[tuple[float, Sequence[Scene]]]) -> tuple[list[Scene], list[float]]:
-    """The training scenes and their weights; a group's weight is shared by its scenes."""
+    """The training scenes and their weights; the scenes of a group share the group's weight."""
     scenes, weights = [], []
     for weight, group in groups:
         training = [s for s in group if not s.validation]
@@ -180,14 +183,14 @@ def _synthetic(count: int, seed: int) -> list[Scene]:
 
 
 def _training(sets: Sequence[PixelSet]) -> list[PixelSet]:
-    """The training places, the bands of the graph, and pixels with enough dates."""
-    kept = []
+    """Pixels of the training places with enough usable dates, in the bands of the graph."""
+    training = []
     for pixels in sets:
         enough = pixels.valid.sum(axis=1) >= _LEAST_OBSERVATIONS
         chosen = pixels.select(BANDS).take(~pixels.validation & enough)
         if len(chosen.values):
-            kept.append(chosen)
-    return kept
+            training.append(chosen)
+    return training
 
 
 def _training_patches(patches: PatchSet) -> PatchSet:

@@ -2,8 +2,8 @@
 
 frozen encoder -> embeddings of all places -> a linear map, or the nearest training pixels
 
-All probes have fixed settings, none chosen on the validation places, so their scores are those of
-places that neither the encoder nor the probe has seen.
+All probes have fixed settings, none of them chosen on the validation places. So their scores are
+those of places that neither the encoder nor the probe was trained on.
 """
 
 from __future__ import annotations
@@ -57,45 +57,45 @@ def probe(data: Labelled, *, resamples: int = 1000, seed: int = 0) -> dict[str, 
 
     Args:
         data: embeddings; both probes are trained on the training places only.
-        resamples: bootstrap resamples of the validation places.
-        seed: of the bootstrap.
+        resamples: number of bootstrap resamples of the validation places.
+        seed: seed of the bootstrap.
     """
     train, labels = data.part(~data.validation)
     rest, truth = data.part(data.validation)
-    many = int(data.labels.max()) + 1
-    found = {
-        "linear_probe": linear_logits(train, labels, rest, many).argmax(axis=1),
-        f"knn_{NEIGHBOURS}": nearest_logits(train, labels, rest, many).argmax(axis=1),
+    classes = int(data.labels.max()) + 1
+    predictions = {
+        "linear_probe": linear_logits(train, labels, rest, classes).argmax(axis=1),
+        f"knn_{NEIGHBOURS}": nearest_logits(train, labels, rest, classes).argmax(axis=1),
     }
     places = data.places[data.validation]
     scores: dict[str, object] = {
-        name: score(truth, answer, places, resamples=resamples, seed=seed)
-        for name, answer in found.items()
+        name: score(truth, predicted, places, resamples=resamples, seed=seed)
+        for name, predicted in predictions.items()
     }
     return {**scores, "n_train": len(train), "n_validation": len(rest)}
 
 
-def linear_logits(train: Floats, labels: Ints, rest: Floats, many: int) -> Floats:
+def linear_logits(train: Floats, labels: Ints, rest: Floats, classes: int) -> Floats:
     """Logits (N, K) of a logistic regression on standardised embeddings."""
-    weight, bias = _linear(train, labels, many)
+    weight, bias = _linear(train, labels, classes)
     return np.asarray(rest @ weight.T + bias, dtype=np.float32)
 
 
-def nearest_logits(train: Floats, labels: Ints, rest: Floats, many: int) -> Floats:
+def nearest_logits(train: Floats, labels: Ints, rest: Floats, classes: int) -> Floats:
     """Logits (N, K) of the nearest training places' classes, by cosine."""
     # For unit vectors the nearest by distance are the nearest by cosine.
     model = KNeighborsClassifier(min(NEIGHBOURS, len(train)), weights="distance")
     model.fit(normalize(train), labels)
-    shares = np.zeros((len(rest), many), dtype=np.float32)
+    shares = np.zeros((len(rest), classes), dtype=np.float32)
     shares[:, model.classes_] = model.predict_proba(normalize(rest))
     return np.log(np.maximum(shares, _SMALLEST))
 
 
-def _linear(train: Floats, labels: Ints, many: int) -> tuple[Floats, Floats]:
+def _linear(train: Floats, labels: Ints, classes: int) -> tuple[Floats, Floats]:
     """Weights (K, D) and biases (K) of a logistic regression, standardisation included."""
     scaler = StandardScaler().fit(train)
-    weight = np.zeros((many, train.shape[1]), dtype=np.float32)
-    bias = np.full(many, _UNSEEN, dtype=np.float32)
+    weight = np.zeros((classes, train.shape[1]), dtype=np.float32)
+    bias = np.full(classes, _UNSEEN, dtype=np.float32)
     there = np.unique(labels)
     if len(there) == 1:  # a single class
         bias[there] = 0.0
@@ -114,10 +114,10 @@ def _linear(train: Floats, labels: Ints, many: int) -> tuple[Floats, Floats]:
 
 
 class Classifier(Protocol):
-    """A task whose encoder a probe of classes can judge."""
+    """A classification task, as far as a probe uses it."""
 
     legend: Any
-    """Its classes (K)."""
+    """The task's classes (K)."""
 
     def embeddings(self, graph: Any, *, training: bool) -> tuple[Floats, Ints]:  # noqa: ANN401
         """Embeddings (N, D) and labels (N) of the training or of the validation places."""
@@ -127,9 +127,9 @@ class Classifier(Protocol):
 
 
 def put_linear_head(task: Classifier, graph: Any) -> None:  # noqa: ANN401  # of the task's kind
-    """Make a graph's head a logistic regression on its frozen encoder's embeddings.
+    """Set a graph's head to a logistic regression on its frozen encoder's embeddings.
 
-    The result is a graph like any other: it is scored, calibrated and exported alike.
+    The result is a graph like any other: it can be scored, calibrated and exported.
     """
     train, labels = task.embeddings(graph, training=True)
     weight, bias = _linear(train, labels, len(task.legend))
@@ -153,7 +153,7 @@ def regressed(protocol: str, train: Floats, ahead: Floats, rest: Floats) -> Floa
     Args:
         protocol: `linear` is ridge regression, `knn` the mean of the nearest by cosine.
         train: embeddings of the training places (M, D).
-        ahead: what came there (M, S).
+        ahead: observed values of the training places (M, S).
         rest: embeddings to predict from (N, D).
     """
     if protocol == "linear":
@@ -166,27 +166,27 @@ def regressed(protocol: str, train: Floats, ahead: Floats, rest: Floats) -> Floa
 def headless(graph: Any) -> Any:  # noqa: ANN401  # of the task's kind
     """The same graph without its head, frozen: its output is the embedding."""
     bare = copy.copy(graph)
-    # A shallow copy shares the table of parts with the graph, which must keep its head.
+    # A shallow copy shares the dictionary of modules with the graph, which must keep its head.
     bare._modules = {**graph._modules, "head": None}  # noqa: SLF001  # torch has no other way
     return bare.eval()
 
 
 def score(
-    truth: Ints, answer: Ints, places: Ints, *, resamples: int, seed: int
+    truth: Ints, predicted: Ints, places: Ints, *, resamples: int, seed: int
 ) -> Mapping[str, object]:
     """Accuracy and macro-F1, each with a 95 % interval by bootstrap over places."""
     rng = np.random.default_rng(seed)
-    classes = int(max(truth.max(), answer.max())) + 1
+    classes = int(max(truth.max(), predicted.max())) + 1
     rows = [np.flatnonzero(places == place) for place in np.unique(places)]
     accuracies, f1s = [], []
     for _ in range(resamples):
         chosen = np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
-        accuracies.append(float((truth[chosen] == answer[chosen]).mean()))
-        f1s.append(macro_f1(answer[chosen], truth[chosen], classes))
+        accuracies.append(float((truth[chosen] == predicted[chosen]).mean()))
+        f1s.append(macro_f1(predicted[chosen], truth[chosen], classes))
     return {
-        "accuracy": round(float((truth == answer).mean()), 4),
+        "accuracy": round(float((truth == predicted).mean()), 4),
         "accuracy_95": _interval(accuracies),
-        "macro_f1": round(macro_f1(answer, truth, classes), 4),
+        "macro_f1": round(macro_f1(predicted, truth, classes), 4),
         "macro_f1_95": _interval(f1s),
     }
 

@@ -1,4 +1,4 @@
-"""A new calibration for a finished bundle, without training it again.
+"""Recalibration: a new temperature for a finished bundle, without training again.
 
 bundle + calibration across regions -> the same weights under another temperature -> bundle
 """
@@ -24,30 +24,33 @@ _TEMPERATURE = "head.temperature"
 
 
 class NotCalibrated(TrainingError):
-    """A bundle without a temperature, or regions without one."""
+    """The bundle has no temperature to replace, or the regions give none."""
 
 
 def recalibrate(folder: Path, *, regions: Path, version: str) -> Path:
-    """Give every file of a classifier's bundle the temperature fitted across regions.
+    """Write the temperature fitted across regions into every file of a classifier's bundle.
 
-    The classes predicted stay the same, because a temperature orders no probabilities anew; what
-    each variant loses stays with them.
+    A temperature does not reorder probabilities, so the predicted classes stay the same, and so
+    does the measured loss of each variant.
 
     Args:
-        folder: the bundle's; replaced completely or not at all.
-        regions: folder of `python -m training regions`, of networks of the bundle's shape.
-        version: of the new bundle.
+        folder: the bundle's folder; replaced completely or not at all.
+        regions: folder written by `python -m training regions`, for networks of the bundle's
+            shape.
+        version: version of the new bundle.
 
     Raises:
         NotCalibrated: the bundle or the regions have no temperature.
-        VersionNotRaised: the bundle is of this version already.
-        NoRegions: the folder of regions holds none.
+        VersionNotRaised: the bundle already has this version.
+        NoRegions: the folder `regions` holds no report.
     """
     card, report = load_bundle(folder).card, read_report(regions)
     if "temperature" not in report.calibration:
-        raise NotCalibrated(f"{regions} holds no temperature: give the regions of a classifier")
+        raise NotCalibrated(
+            f"{regions} holds no temperature: give the folder of a classifier's regions"
+        )
     if card.version == version:
-        raise VersionNotRaised(f"{card.id} exists: give another --version")
+        raise VersionNotRaised(f"the bundle already is {card.id}: give another --version")
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         variants = []
@@ -56,7 +59,7 @@ def recalibrate(folder: Path, *, regions: Path, version: str) -> Path:
             _set_temperature(folder / variant.file, path, report.calibration["temperature"])
             changes = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
             variants.append(variant.model_copy(update=changes))
-        told = {
+        fields = {
             **card.model_dump(),
             "version": version,
             "regions": report.regions,
@@ -64,7 +67,7 @@ def recalibrate(folder: Path, *, regions: Path, version: str) -> Path:
             "variants": [variant.model_dump() for variant in variants],
             "sha256": variants[0].sha256,
         }
-        write_card(new, ModelCard.model_validate(told))
+        write_card(new, ModelCard.model_validate(fields))
         load_bundle(new)
         new.chmod(0o755)
         shutil.rmtree(folder)
@@ -79,7 +82,9 @@ def _set_temperature(source: Path, target: Path, temperature: float) -> None:
     model = onnx.load(source)
     found = [tensor for tensor in model.graph.initializer if tensor.name == _TEMPERATURE]
     if not found:
-        raise NotCalibrated(f"{source.name} has no {_TEMPERATURE}: only classifiers have one")
+        raise NotCalibrated(
+            f"{source.name} has no {_TEMPERATURE}: only a classifier can be recalibrated"
+        )
     value = np.array(temperature, dtype=numpy_helper.to_array(found[0]).dtype)
     found[0].CopyFrom(numpy_helper.from_array(value, _TEMPERATURE))
     onnx.save(model, target)

@@ -1,11 +1,11 @@
-"""Scores on regions left out whole: what a model is worth where it was not trained.
+"""Leave-one-region-out evaluation: scores and calibration where a model was not trained.
 
 configuration -> one run for each region left out -> outputs there -> calibration across regions
     -> a table in the report, and `regions.json` beside the runs for `export`
 
-A calibration that is fitted beside the training places is too sure elsewhere. Here a region is
-judged under the calibration fitted on the other regions, each as it was when it was left out
-itself, and all weigh alike. What is exported is calibrated on all of them.
+A calibration fitted near the training places is overconfident elsewhere. So a region is scored with
+the calibration fitted on the other regions, on the outputs of the runs that left each of them out;
+all regions have the same weight. The exported model is calibrated on all regions.
 """
 
 from __future__ import annotations
@@ -52,56 +52,60 @@ Ints = NDArray[np.int64]
 REGIONS = "regions.json"
 WHOLE = "all-regions"
 """Folder of the run that leaves no region out; it scores regions that are never trained on."""
-_KEPT = "left_out.npz"
+_OUTPUTS_FILE = "left_out.npz"
 _TREES = 200
 _RESAMPLES = 200
-# Of a region, pixels whose forecasts are scored from each start.
+# Number of pixels of a region whose forecasts are scored from each start.
 _PIXELS = 300
 _YEAR = 365
 
 
 class NoRegions(TrainingError):
-    """A configuration whose data lie in one region: none can be left out."""
+    """The data carry no regions to leave out, or a folder holds no report of regions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is evaluated, and where its runs are kept."""
+    """Parameters of an evaluation."""
 
     run: Run
     """The run that each region is left out of."""
     folder: Path
-    """Of the runs, one for each region, and of `regions.json`."""
+    """Folder of the runs, one for each region, and of `regions.json`."""
     report: Path
+    """The Markdown file."""
     only: tuple[str, ...] = ()
-    """Regions to leave out; all where empty."""
+    """Regions to leave out; all if empty."""
     baselines: bool = True
     """Whether a random forest is trained beside each run."""
     device: str = "auto"
     threads: int = 0
     command: str = ""
-    """What makes the table again."""
+    """The command that reproduces the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was measured on each region left out."""
+    """Calibration and scores on the regions left out."""
 
     calibration: Mapping[str, Any]
-    """Fitted on all regions left out; what an export takes."""
+    """The calibration fitted on all regions left out, for an export."""
     regions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Scores by region, for a card."""
 
 
 def evaluate_regions(plan: Plan) -> Report:
-    """Train what is missing, score every region, write the section and `regions.json`.
+    """Train the missing runs, score every region, write the section and `regions.json`.
 
     Raises:
         NoRegions: the task has no regions.
     """
     task = task_of(plan.run)
     if not task.regions:
-        raise NoRegions(f"{plan.run.config.name}: its data carry no regions")
+        raise NoRegions(
+            f"the data of {plan.run.config.name} carry no regions, so none can be left out: give a "
+            "configuration of pixels"
+        )
     names = [n for n in task.regions if n in (plan.only or (n,))]
     outputs = {name: _fold(plan, name) for name in names}
     outputs |= _never_trained_on(plan)
@@ -116,7 +120,7 @@ def evaluate_regions(plan: Plan) -> Report:
 
 
 def apply_calibration(graph: PixelGraph, calibration: Mapping[str, Any]) -> None:
-    """Put a calibration across regions into the heads of a graph, in place."""
+    """Write a calibration across regions into the heads of a graph, in place."""
     for head in graph.modules():
         if isinstance(head, ClassificationHead):
             head.temperature.fill_(calibration["temperature"])
@@ -125,10 +129,10 @@ def apply_calibration(graph: PixelGraph, calibration: Mapping[str, Any]) -> None
 
 
 def read_report(folder: Path) -> Report:
-    """What `evaluate_regions` left in a folder.
+    """The report that `evaluate_regions` wrote into a folder.
 
     Raises:
-        NoRegions: there is nothing.
+        NoRegions: the folder holds no report.
     """
     path = folder / REGIONS
     if not path.is_file():
@@ -140,7 +144,7 @@ def read_report(folder: Path) -> Report:
 
 
 def _fold(plan: Plan, region: str) -> Outputs:
-    """Outputs on a region of the run that left it out; trained and computed once."""
+    """Outputs on a region by the run that left it out; trained and computed once."""
     folder = plan.folder / region
     if not is_finished(folder):
         finetune(
@@ -149,11 +153,11 @@ def _fold(plan: Plan, region: str) -> Outputs:
             device=plan.device,
             threads=plan.threads,
         )
-    return _stored(folder / _KEPT, lambda: _outputs_of(folder, lambda task: task.left_out))
+    return _stored(folder / _OUTPUTS_FILE, lambda: _outputs_of(folder, lambda task: task.left_out))
 
 
 def _never_trained_on(plan: Plan) -> dict[str, Outputs]:
-    """Outputs on the regions that no model may learn from, of the run that leaves none out."""
+    """Outputs on the regions that no model is trained on, by the run that leaves none out."""
     folder = plan.folder / WHOLE
     found = {}
     for pixels in evaluation_sets(plan.run):
@@ -168,9 +172,9 @@ def _never_trained_on(plan: Plan) -> dict[str, Outputs]:
 
 
 def evaluation_sets(run: Run) -> list[list[PixelSet]]:
-    """Regions that are evaluated on and never trained on, each with its labels where it counts.
+    """Regions for evaluation only, never for training; labelled if the task needs labels.
 
-    Pune's labels state no licence. Bavaria is of means of fields, of level 1C, clouds included.
+    Pune's labels state no licence. Bavaria's series are means of fields at level 1C, with clouds.
     """
     return _KINDS[run.config.task].never_trained_on(run)
 
@@ -183,12 +187,12 @@ def _labelled_sets(run: Run) -> list[list[PixelSet]]:
 
 
 def _series_sets(run: Run) -> list[list[PixelSet]]:
-    # Bavaria's half-months from February to August are too few to forecast from.
+    # Bavaria has too few dates to forecast from: half-months from February to August.
     return [pune_2019(run.data / "pune_2019")]
 
 
 def _table_of(sets: Sequence[PixelSet], task: PixelClassification | PixelForecast) -> SeriesTable:
-    """Sets as a table of a task's kind; of a classifier the labelled pixels alone."""
+    """Sets as a table of a task; for a classifier only the labelled pixels."""
     config = task.config
     table = tabulate(sets, config.window, least=config.min_observations, spectral=task.spectral)
     return table.take(table.labels >= 0) if _KINDS[config.task].labelled else table
@@ -244,7 +248,7 @@ def _classes(plan: Plan, task: PixelClassification, outputs: Mapping[str, Output
 
 
 def across(outputs: Mapping[str, Outputs]) -> float:
-    """The temperature of least cross entropy over regions that weigh alike."""
+    """The temperature of least cross entropy, all regions with the same weight."""
     logits = np.concatenate([o["logits"] for o in outputs.values()])
     labels = np.concatenate([o["labels"] for o in outputs.values()])
     weights = np.concatenate(
@@ -264,17 +268,17 @@ def _beside_forest(
 
 
 def _forest(run: Run, task: PixelClassification, region: str) -> Outputs:
-    """Probabilities (N, K) on a region of a random forest that saw all data but the region."""
+    """Probabilities (N, K) on a region by a random forest trained on all other regions."""
     away = task.table.in_regions([region])
-    fit = task.table.take(~away & ~task.table.validation)
-    judge = task.table.take(away)
+    train = task.table.take(~away & ~task.table.validation)
+    scored = task.table.take(away)
     for sets in evaluation_sets(run):
         if sets[0].region == region:
-            judge = _table_of(sets, task)
+            scored = _table_of(sets, task)
     forest = RandomForestClassifier(_TREES, random_state=0)
-    forest.fit(regular_series(fit, task.config), fit.labels)
-    shares = np.zeros((len(judge), len(task.legend)))
-    shares[:, forest.classes_] = forest.predict_proba(regular_series(judge, task.config))
+    forest.fit(regular_series(train, task.config), train.labels)
+    shares = np.zeros((len(scored), len(task.legend)))
+    shares[:, forest.classes_] = forest.predict_proba(regular_series(scored, task.config))
     return {"shares": shares}
 
 
@@ -300,11 +304,11 @@ def _interval(
 
 def _class_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield (
-        "Each region was left out of training whole, and is judged under the temperature fitted on "
-        "the other regions left out. `pune` and `bavaria` are never trained on. In brackets 95 % "
-        f"intervals by {_RESAMPLES} bootstraps over places; one seed. Calibration error beside: "
-        "under the temperature of places beside the training places. The forest has the same "
-        "data, the region left out."
+        "Each region was left out of training completely, and is scored with the temperature "
+        "fitted on the other regions left out. `pune` and `bavaria` are never trained on. Brackets "
+        f"hold 95 % intervals by {_RESAMPLES} bootstraps over places; one seed. Column `beside`: "
+        "calibration error with the temperature fitted on validation places of the training "
+        "regions. The forest has the same training data."
     )
     yield ""
     yield (
@@ -378,15 +382,15 @@ def _forecast_from(
 ) -> Outputs:
     window, horizon = task.config.window, task.config.horizon
     valid, _, _, target, known = cut(table, positions, window.steps, window.step_days, horizon)
-    kept = (valid.sum(axis=1) >= task.config.min_observations) & known.any(axis=(1, 2))
-    table, positions, valid = table.take(kept), positions[kept], valid[kept]
+    usable = (valid.sum(axis=1) >= task.config.min_observations) & known.any(axis=(1, 2))
+    table, positions, valid = table.take(usable), positions[usable], valid[usable]
     rows = np.arange(len(table))
     last_day = table.days[rows, positions - 1]
     latest = np.where(valid, table.days, -np.inf).argmax(axis=1)
     return {
         "quantiles": task.quantiles(graph, table, positions),
-        "target": target[kept],
-        "known": known[kept],
+        "target": target[usable],
+        "known": known[usable],
         "month": np.full(len(table), date.fromordinal(start).month),
         "places": table.places,
         "persistence": table.indices[rows, latest],
@@ -395,9 +399,9 @@ def _forecast_from(
 
 
 def _a_year_before(table: SeriesTable, last_day: Floats, step_days: int, horizon: int) -> Floats:
-    """What was seen a year before each step ahead, NaN where no clear date is near (N, H, S)."""
-    wanted = last_day[:, None] + np.arange(1, horizon + 1) * step_days - _YEAR
-    gap = np.abs(table.days[:, None, :] - wanted[..., None])
+    """Indices a year before each step ahead, NaN where no clear date is near (N, H, S)."""
+    day = last_day[:, None] + np.arange(1, horizon + 1) * step_days - _YEAR
+    gap = np.abs(table.days[:, None, :] - day[..., None])
     gap = np.where(table.valid[:, None], gap, np.inf)
     nearest = gap.argmin(axis=2)
     near = np.take_along_axis(gap, nearest[..., None], axis=2) <= step_days
@@ -415,7 +419,7 @@ def _forecasts(plan: Plan, task: PixelForecast, outputs: Mapping[str, Outputs]) 
 
 
 def spread_across(outputs: Mapping[str, Outputs]) -> Floats:
-    """Factors of the distances of the outer quantiles from the median (H, 2), regions alike."""
+    """Factors on the outer quantiles' distances from the median (H, 2), regions weighed alike."""
     return fit_spread([(o["quantiles"], o["target"], o["known"]) for o in outputs.values()])
 
 
@@ -427,7 +431,7 @@ def spreaded(quantiles: Floats, spread: Floats) -> Floats:
 
 
 def forecast_region(own: Outputs, spread: Floats) -> dict[str, Any]:
-    """Scores of one region's forecasts under a spread."""
+    """Scores of one region's forecasts, its outer quantiles scaled by a spread."""
     quantiles = spreaded(own["quantiles"], spread)
     known, target, month = own["known"], own["target"], own["month"]
     raw = own["quantiles"]
@@ -469,7 +473,7 @@ def _of(month: Ints, m: int) -> NDArray[np.bool_]:
 
 
 def _rmse(median: Floats, target: Floats, known: NDArray[np.bool_]) -> float | None:
-    """Mean over the indices of the root mean squared error, index units; None where none known."""
+    """Mean of the indices' root mean squared errors, index units; None if no target is known."""
     if not known.any():
         return None
     errors = np.where(known, np.nan_to_num(median) - target, 0.0)
@@ -486,12 +490,12 @@ def _coverage(quantiles: Floats, target: Floats, known: NDArray[np.bool_]) -> fl
 
 def _forecast_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield (
-        "Each region was left out of training whole, and its 80 % band is that calibrated on the "
+        "Each region was left out of training completely, and its 80 % band is calibrated on the "
         "other regions left out. Forecasts start on the first day of every month that the series "
-        "allow; targets are the clear observations as they are. RMSE is the mean of NDVI's, EVI's "
-        "and SAVI's. Last year is the clear date nearest to the day one year before, within ten "
-        "days, where there is one; ours beside it is on the same targets. `pune` is never trained "
-        "on. One seed."
+        "allow; targets are the clear observations as they are. RMSE is the mean of the RMSE of "
+        "NDVI, EVI and SAVI. Last year is the clear date nearest to the day one year before, "
+        "within ten days, if there is one; `where last year is known` is our RMSE on the same "
+        "targets. `pune` is never trained on. One seed."
     )
     yield ""
     yield (
@@ -529,7 +533,7 @@ class _Kind:
     labelled: bool
     """Whether only labelled pixels count."""
     outputs: Callable[[Any, Any, SeriesTable], Outputs]
-    """Of a task, its graph and a region."""
+    """Outputs of a task's graph on a region; takes the task, the graph and the region's table."""
     report: Callable[[Plan, Any, Mapping[str, Outputs]], Report]
     lines: Callable[[Mapping[str, Mapping[str, Any]]], Iterator[str]]
 

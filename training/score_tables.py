@@ -69,7 +69,7 @@ class Table:
     places: int
     rows: Sequence[Row]
     commands: Sequence[str] = field(default_factory=tuple)
-    """The command that makes the table again."""
+    """Commands that reproduce the table."""
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -83,10 +83,10 @@ def outputs_row(name: str, seeds: Sequence[Outputs]) -> Row:
     return Row(name=name, seeds=len(seeds), scores=scores)
 
 
-def sized(answers: Outputs) -> tuple[int, int]:
+def sized(outputs: Outputs) -> tuple[int, int]:
     """Description of a table's split: n and places."""
-    n = int(answers["known"][..., 0].sum()) if "known" in answers else len(answers["labels"])
-    return n, len(np.unique(answers["places"]))
+    n = int(outputs["known"][..., 0].sum()) if "known" in outputs else len(outputs["labels"])
+    return n, len(np.unique(outputs["places"]))
 
 
 def measured(values: Sequence[float]) -> Score:
@@ -96,7 +96,7 @@ def measured(values: Sequence[float]) -> Score:
 
 def _class_scores(seeds: Sequence[Outputs]) -> dict[str, Score]:
     labels, places = seeds[0]["labels"], seeds[0]["places"]
-    predicted = [answers["logits"].argmax(axis=1) for answers in seeds]
+    predicted = [outputs["logits"].argmax(axis=1) for outputs in seeds]
     many = seeds[0]["logits"].shape[1]
     matrices = [place_confusions(p, labels, places, many) for p in predicted]
     errors = [
@@ -115,7 +115,7 @@ def _class_scores(seeds: Sequence[Outputs]) -> dict[str, Score]:
 
 
 def place_confusions(predicted: Ints, labels: Ints, places: Ints, classes: int) -> Floats:
-    """Confusion matrix of each place (P, K, K): the right class by the predicted one."""
+    """Confusion matrix of each place (P, K, K): true class by predicted class."""
     number = np.unique(places, return_inverse=True)[1]
     cells = (number * classes + labels) * classes + predicted
     counts = np.bincount(cells, minlength=(number.max() + 1) * classes**2)
@@ -129,13 +129,13 @@ def _macro_f1(confusion: Floats) -> float:
 
 
 def _errors(seeds: Sequence[Outputs]) -> dict[str, Score]:
-    """RMSE by index, their mean, and the share within the outer quantiles."""
+    """RMSE by index, the mean of these, and the share of targets within the outer quantiles."""
     sums, found = [], []
-    for answers in seeds:
-        quantiles, target, known = (answers[k] for k in ("quantiles", "target", "known"))
+    for outputs in seeds:
+        quantiles, target, known = (outputs[k] for k in ("quantiles", "target", "known"))
         middle = quantiles[..., quantiles.shape[-1] // 2]
         inside = (target >= quantiles[..., 0]) & (target <= quantiles[..., -1])
-        number = np.unique(answers["places"], return_inverse=True)[1]
+        number = np.unique(outputs["places"], return_inverse=True)[1]
         parts = np.zeros((number.max() + 1, 3, target.shape[-1]))
         for row, part in enumerate((np.square(middle - target), np.ones(target.shape), inside)):
             np.add.at(parts[:, row], number, np.where(known, part, 0).sum(axis=1))
@@ -171,12 +171,12 @@ def interval(
 ) -> Score:
     """95 % interval of a mean over seeds, by drawing places with replacement.
 
-    All seeds see the same draws, so that the interval is that of their mean.
+    All seeds use the same draws, so that the interval is that of their mean.
 
     Args:
-        seeds: for each seed, what the score needs of each place (P, ...).
-        score: of the sum over places (...).
-        values: for each seed, the score of all places as they are.
+        seeds: for each seed, the terms of the score by place (P, ...).
+        score: computes the score from the sum of the terms over places (...).
+        values: for each seed, the score of all places without resampling.
     """
     rng = np.random.default_rng(0)
     places = len(seeds[0])
@@ -199,8 +199,8 @@ def markdown(table: Table) -> str:
     """A table as Markdown, with a description of its split and columns."""
     columns = list(dict.fromkeys(key for row in table.rows for key in row.scores))
     spread = any(s.spread is not None for row in table.rows for s in row.scores.values())
-    reading = f"In brackets 95 % intervals by {RESAMPLES} bootstraps over places"
-    reading += ", after ± the standard deviation over seeds." if spread else "."
+    reading = f"Brackets hold 95 % intervals by {RESAMPLES} bootstraps over places"
+    reading += "; the number after ± is the standard deviation over seeds." if spread else "."
     head = f"Split: {table.split}; n = {table.n}, {table.places} places. {reading}"
     lines = [
         " ".join([head, *table.notes]),
@@ -217,7 +217,7 @@ def markdown(table: Table) -> str:
 
 
 def as_evaluation(table: Table) -> dict[str, Any]:
-    """A table as a card holds it: each score as value, low, high."""
+    """A table in the form of a card: each score as value, low, high."""
     return {
         "split": table.split,
         "n": table.n,

@@ -1,7 +1,7 @@
 """Pixel series of several sources in one table, and their augmentation.
 
-Sources differ in their dates, so in a table each pixel has dates of its own: series are padded
-to one length T, and `days` is (N, T).
+Sources differ in their dates, so in a table each pixel has its own dates: series are padded to one
+length T, and `days` is (N, T).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from training.task import Inputs
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
-# Pixels from which an int8 variant finds its scales, and how many of those of one set of dates.
+# Number of pixels that calibrate an int8 variant: in total, and at most with the same dates.
 _TYPICAL = 4096
 _TYPICAL_ALIKE = 1024
 
@@ -88,10 +88,10 @@ def tabulate(
     """Put sets into one table, leaving out pixels with fewer than `least` usable dates.
 
     Args:
-        sets: each with the bands that the indices need.
-        window: the model's.
-        least: usable dates.
-        spectral: the indices, and by them the bands; the default ones where None.
+        sets: sets that hold the bands of `spectral`.
+        window: the model's time window.
+        least: usable dates that a pixel needs.
+        spectral: the indices to compute, and the bands to keep; None uses the default ones.
     """
     spectral = spectral or SpectralIndices(INDICES, BANDS)
     names = sorted({s.source.partition("/")[0] for s in sets})
@@ -174,11 +174,11 @@ def augment_series(
         values: reflectance (N, T, C).
         valid: True where usable (N, T).
         days: (N, T).
-        how: how much.
-        rng: source of chance.
+        how: strength of each part.
+        rng: random generator.
 
     Returns:
-        values, valid and days, disturbed; all new arrays.
+        values, valid and days, augmented; all new arrays.
     """
     n = len(values)
     values = disturb(values, rng, noise=how.noise, gain=how.gain)
@@ -188,9 +188,9 @@ def augment_series(
     valid = drop_dates(valid, rng, most=how.drop, least=how.least)
     if how.gap:
         start, length = rng.uniform(0, YEAR, (n, 1)), rng.uniform(30, 150, (n, 1))
-        kept = valid & ~((days >= start) & (days < start + length))
-        lost = (rng.random(n) < how.gap) & (kept.sum(axis=1) >= how.least)
-        valid = np.where(lost[:, None], kept, valid)
+        outside = valid & ~((days >= start) & (days < start + length))
+        gapped = (rng.random(n) < how.gap) & (outside.sum(axis=1) >= how.least)
+        valid = np.where(gapped[:, None], outside, valid)
     shift = rng.normal(0.0, how.season, (n, 1)).astype(np.float32)
     return values, valid, jitter_dates(days, rng, deviation=how.jitter) + shift
 
@@ -198,17 +198,18 @@ def augment_series(
 def computable(values: Floats, valid: Bools, spectral: SpectralIndices) -> Bools:
     """True for series with a usable date on which all indices can be computed (N).
 
-    One that disturbance left without would be NaN, and poison its whole batch.
+    Augmentation may leave a series without such a date. Its indices would be NaN, which would
+    spread to the whole batch.
     """
     indices = spectral(torch.from_numpy(values)).numpy()
     return np.asarray((valid & np.isfinite(indices).all(axis=-1)).any(axis=1))
 
 
 def usable_first(values: Floats, valid: Bools, days: Floats) -> tuple[Floats, Bools, Floats]:
-    """Series with their usable dates first, as long as the longest of them needs.
+    """Series with their usable dates first, cut to the largest number of usable dates.
 
-    A graph takes dates in any order. Stacks of many years are mostly dates outside the window, on
-    which a batch would spend most of its time.
+    A graph accepts dates in any order. Most dates of a stack of many years lie outside the time
+    window, and a batch would spend most of its time on them.
 
     Args:
         values: (N, T, C).
@@ -225,16 +226,16 @@ def usable_first(values: Floats, valid: Bools, days: Floats) -> tuple[Floats, Bo
 
 
 def any_year(valid: Bools, days: Floats, rng: Generator, *, least: int) -> tuple[Bools, Floats]:
-    """A year of each series, beginning on a random day, so that a network learns no calendar.
+    """One year of each series, starting on a random day, so that a network learns no calendar.
 
-    A stretch of one year is chosen where the series is longer, and turned by a random number of
-    days: what falls off its end comes back at its start, one year earlier.
+    If a series is longer than a year, a random year of it is chosen. Its days are then rotated by a
+    random number of days: dates beyond the end of the year are moved to its start.
 
     Args:
         valid: True where usable (N, T).
-        days: (N, T).
-        rng: source of chance.
-        least: usable dates below which the stretch that holds the most is taken instead.
+        days: days since the window's first day (N, T).
+        rng: random generator.
+        least: if the chosen year has fewer usable dates, the first year of the series is used.
 
     Returns:
         valid within the year, and days from its new start, 0 to a year.
@@ -252,9 +253,18 @@ def any_year(valid: Bools, days: Floats, rng: Generator, *, least: int) -> tuple
 
 
 def other_hemisphere(days: Floats, share: float, rng: Generator) -> Floats:
-    """Days (N, T) with half a year added for a share of the pixels: the other hemisphere's seasons.
+    """Shift a share of the pixels by half a year: the seasons of the other hemisphere.
 
-    For graphs that fold years into one, which begins on 1 January wherever the pixel lies.
+    For graphs that place the dates of all years on one, which begins on 1 January in both
+    hemispheres.
+
+    Args:
+        days: days since the window's first day (N, T).
+        share: share of the pixels that are shifted, 0 to 1.
+        rng: random generator.
+
+    Returns:
+        Days (N, T), a new array.
     """
     chosen = rng.random((len(days), 1)) < share
     return (days + chosen * (YEAR / 2)).astype(np.float32)
@@ -268,9 +278,9 @@ def ordinal_day_of_year(ordinals: Ints) -> Floats:
 
 
 def shared_dates(table: SeriesTable) -> Inputs:
-    """Up to 256 pixels with the dates of the first, as the service sends them."""
-    alike = np.flatnonzero((table.days == table.days[0]).all(axis=1))[:256]
-    part = table.take(alike)
+    """Up to 256 pixels with the dates of the first pixel, in the form that the service sends."""
+    rows = np.flatnonzero((table.days == table.days[0]).all(axis=1))[:256]
+    part = table.take(rows)
     return {
         "values": np.where(part.valid[..., None], part.values, np.float32(np.nan)),
         "valid": part.valid,
@@ -280,12 +290,12 @@ def shared_dates(table: SeriesTable) -> Inputs:
 
 
 def typical_dates(table: SeriesTable) -> list[Inputs]:
-    """Some thousand pixels in sets of the same dates, the largest sets first."""
+    """Some thousand pixels in sets that share their dates, the largest sets first."""
     rng = np.random.default_rng(0)
     kind = np.unique(table.days, axis=0, return_inverse=True)[1].ravel()
     found: list[Inputs] = []
     taken = 0
-    # The larger sets first: they hold most of what is seen.
+    # The largest sets first, because they are typical of most input.
     for k in np.argsort(-np.bincount(kind), kind="stable"):
         rows = rng.permutation(np.flatnonzero(kind == k))[:_TYPICAL_ALIKE]
         part = table.take(rows)

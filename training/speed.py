@@ -46,7 +46,7 @@ def compare(folders: Mapping[str, Path]) -> dict[str, Speed]:
     In each round every graph runs once, so that other load on the machine affects all equally.
 
     Args:
-        folders: of the runs, by name; the others are compared with the first.
+        folders: folders of the runs, by name; the first is the reference of the others.
     """
     sizes: dict[str, float] = {}
     sessions = {}
@@ -65,7 +65,7 @@ def compare(folders: Mapping[str, Path]) -> dict[str, Speed]:
             )
             many = pixel_inputs(graph, _PIXELS, _DATES)
             sessions[name] = (_session(path), many)
-    seconds = _race(list(sessions.values()))
+    seconds = _seconds(list(sessions.values()))
     ratios = seconds[:, :1] / seconds
     middle, low, high = np.quantile(ratios, (0.5, 0.025, 0.975), axis=0)
     return {
@@ -82,10 +82,10 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _race(
+def _seconds(
     sessions: Sequence[tuple[onnxruntime.InferenceSession, Mapping[str, Any]]],
 ) -> NDArray[np.float64]:
-    """Seconds of each round and session (R, S); the first rounds are not counted."""
+    """Seconds of each round and session (R, S), without the first rounds, which warm up."""
     rows = []
     for _ in range(_ROUNDS + 3):
         row = []
@@ -101,10 +101,10 @@ def picture(rows: Sequence[Row], speeds: Mapping[str, Speed], path: Path, *, tit
     """Draw scores over speed, with the Pareto front.
 
     Args:
-        rows: with `accuracy` and `macro-F1`.
-        speeds: by the names of the rows.
-        path: an SVG file.
-        title: of the picture.
+        rows: rows with the scores `accuracy` and `macro-F1`.
+        speeds: speeds by the names of the rows.
+        path: the SVG file to write.
+        title: title of the picture.
     """
     import matplotlib as mpl
 

@@ -17,15 +17,18 @@ GraphT = TypeVar("GraphT", PixelGraph, PatchGraph)
 Inputs = Mapping[str, NDArray[Any]]
 """Arrays by the names of a graph's inputs."""
 Outputs = dict[str, NDArray[Any]]
-"""Of a classifier `logits` (N, K), `labels` (N), `places` (N); of a forecaster `quantiles`
-(N, H, S, Q), `target` and `known` (N, H, S), `places` (N)."""
+"""Outputs on the validation places, with what scores need.
+
+A classifier gives `logits` (N, K), `labels` (N) and `places` (N); a forecaster gives `quantiles`
+(N, H, S, Q), `target` and `known` (N, H, S), and `places` (N).
+"""
 
 
 class Task(Protocol[GraphT]):
     """A downstream task: its data, graph, batches, loss, scores and card."""
 
     config: Any
-    """Its configuration."""
+    """The task's configuration."""
     regions: tuple[str, ...]
     """Regions that can be left out of training; empty where the data carry none."""
     has_linear_head: bool
@@ -45,7 +48,7 @@ class Task(Protocol[GraphT]):
         """The loss () of a batch."""
 
     def finish(self, graph: GraphT) -> None:
-        """Fit what is fitted after training, on the validation places."""
+        """Fit the calibration on the validation places, after training."""
 
     def outputs(self, graph: Any) -> Outputs:  # noqa: ANN401  # a graph, or its file in its place
         """Outputs of a graph on the validation places."""
@@ -60,7 +63,7 @@ class Task(Protocol[GraphT]):
         """Input from the validation places as the service sends it, for parity."""
 
     def typical_inputs(self) -> list[Inputs]:
-        """Training input from which an int8 variant finds its scales; empty for no variant."""
+        """Training input to calibrate the scales of an int8 variant; empty for no such variant."""
 
     def card_shape(self) -> dict[str, Any]:
         """The fields of a card that follow from the configuration and the legend."""

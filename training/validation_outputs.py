@@ -14,22 +14,22 @@ from training.task import Outputs
 FILE = "outputs.npz"
 
 
-def scores_of(answers: Outputs) -> dict[str, Any]:
+def scores_of(outputs: Outputs) -> dict[str, Any]:
     """Scores of outputs; a median without other quantiles has no coverage."""
-    if "logits" in answers:
-        return cross_fitted_scores(answers["logits"], answers["labels"], answers["places"])
-    scores = forecast_scores(answers["quantiles"], answers["target"], answers["known"])
-    if answers["quantiles"].shape[-1] == 1:
+    if "logits" in outputs:
+        return cross_fitted_scores(outputs["logits"], outputs["labels"], outputs["places"])
+    scores = forecast_scores(outputs["quantiles"], outputs["target"], outputs["known"])
+    if outputs["quantiles"].shape[-1] == 1:
         del scores["coverage"]
     return scores
 
 
-def keep(answers: Outputs, folder: Path) -> None:
+def save(outputs: Outputs, folder: Path) -> None:
     """Store outputs in a run's folder."""
-    np.savez(folder / FILE, allow_pickle=False, **answers)
+    np.savez(folder / FILE, allow_pickle=False, **outputs)
 
 
 def load(folder: Path) -> Outputs:
-    """Outputs stored by `keep`."""
+    """Outputs stored by `save`."""
     with np.load(folder / FILE) as stored:
         return dict(stored)

@@ -1,6 +1,6 @@
 """Readers of training data: one module per source, three sample types.
 
-A reader gives `PixelSet`s (series of reflectance), a `PatchSet` (imagery) or `Scene`s (both, of
+A reader returns `PixelSet`s (series of reflectance), a `PatchSet` (imagery) or `Scene`s (both, of
 one area); the rest of the package does not depend on the source.
 """
 
@@ -79,7 +79,8 @@ class PatchSet:
 class Scene:
     """A stack over one area: every pixel's series, and the imagery around it.
 
-    Values stay as they are stored, so that a memory-mapped stack is read where it is looked at.
+    Values stay as they are stored, so that only the accessed parts of a memory-mapped stack are
+    read.
     """
 
     source: str

@@ -42,13 +42,13 @@ MS_SCALE = 1e-4
 
 
 class EuroSATError(TrainingError):
-    """A EuroSAT folder that lacks patches its lists name, or files of another shape."""
+    """A EuroSAT folder lacks patches that its lists name, or holds files of another shape."""
 
 
 def eurosat_rgb(folder: Path) -> PatchSet:
     """The RGB patches that `train.txt` and `val.txt` list: the spatial split.
 
-    Where a patch lies is not in a JPEG, so each is a place of its own.
+    A JPEG does not state its location, so each patch is a place of its own.
 
     Args:
         folder: holds the lists and zips with `<Class>/<Class>_<n>.jpg`.
@@ -62,7 +62,8 @@ def eurosat_rgb(folder: Path) -> PatchSet:
     missing = [name for name in names if name not in images]
     if missing:
         raise EuroSATError(
-            f"{len(missing)} listed patches are missing in the zips, e.g. {missing[0]}"
+            f"{len(missing)} patches of train.txt and val.txt are missing in the zips of {folder}, "
+            f"e.g. {missing[0]}"
         )
     return PatchSet(
         source="eurosat",
@@ -82,10 +83,10 @@ def eurosat_ms(folder: Path, listed: Path, *, bands: tuple[str, ...] = RGB) -> P
     Args:
         folder: holds `<Class>_<n>.tif` of 13 bands.
         listed: folder of `train.txt` and `val.txt`; patches in neither are left out.
-        bands: the bands wanted.
+        bands: the bands to read.
 
     Raises:
-        EuroSATError: a file has not 13 bands.
+        EuroSATError: a file does not have 13 bands.
     """
     split = {Path(name).stem: False for name in _lines(listed / "train.txt")}
     split |= {Path(name).stem: True for name in _lines(listed / "val.txt")}
@@ -112,14 +113,14 @@ def _labels(names: Iterable[str]) -> NDArray[np.int64]:
 
 
 def _images(zips: Iterable[Path], names: Iterable[str]) -> Mapping[str, NDArray[np.uint8]]:
-    """The patches (C, P, P) of the names wanted, by name."""
-    wanted = set(names)
+    """The named patches (C, P, P), by name."""
+    requested = set(names)
     images: dict[str, NDArray[np.uint8]] = {}
     for path in sorted(zips):
         with zipfile.ZipFile(path) as archive:
             for entry in archive.namelist():
                 name = PurePosixPath(entry).name
-                if name in wanted:
+                if name in requested:
                     with Image.open(io.BytesIO(archive.read(entry))) as image:
                         images[name] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     return images

@@ -48,7 +48,7 @@ FOLDS: Mapping[Part, tuple[int, ...]] = {"train": (1, 2, 3), "validation": (4,),
 
 
 class PastisError(TrainingError):
-    """A folder that is not PASTIS as published; the message states what is missing."""
+    """A folder is not PASTIS as published; the message states what is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Pastis:
         """Read the list of patches.
 
         Raises:
-            PastisError: no `metadata.geojson`, or one without the official properties.
+            PastisError: `metadata.geojson` is missing or lacks the official properties.
         """
         path = folder / "metadata.geojson"
         try:
@@ -98,7 +98,7 @@ class Pastis:
         """One patch. Background and void, which are not crops, are unlabelled (-1).
 
         Raises:
-            PastisError: a file is missing, or its number of dates is not the list's.
+            PastisError: a file is missing, or its number of images differs from the listed dates.
         """
         values = self._load(f"DATA_S2/S2_{entry.number}.npy", mapped=True)
         if len(values) != len(entry.dates):
@@ -125,11 +125,11 @@ class Pastis:
         """Labelled pixels of a patch, at most `most`, drawn at random; their place is the patch."""
         scene = self.scene(entry)
         rng = np.random.default_rng([seed, entry.number])
-        whole = scene.pixels(bands, place=entry.number)
-        labels = whole.labels if whole.labels is not None else np.empty(0, dtype=np.int64)
+        pixels = scene.pixels(bands, place=entry.number)
+        labels = pixels.labels if pixels.labels is not None else np.empty(0, dtype=np.int64)
         labelled = np.flatnonzero(labels >= 0)
         chosen = rng.permutation(labelled)[:most]
-        return whole.take(np.sort(chosen))
+        return pixels.take(np.sort(chosen))
 
     def _load(self, name: str, *, mapped: bool = False) -> NDArray[Any]:
         path = self.folder / name
@@ -143,7 +143,7 @@ class Pastis:
 
 def _entry(properties: Mapping[str, Any]) -> PatchEntry:
     dates = properties["dates-S2"]
-    # Written by some tools as a string that holds the object.
+    # Some tools write the object as a string of JSON.
     listed: Mapping[str, int] = json.loads(dates) if isinstance(dates, str) else dates
     return PatchEntry(
         number=int(properties["ID_PATCH"]),

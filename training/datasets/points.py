@@ -27,9 +27,9 @@ _CAMPAIGNS = {
     "france_month": "corsica",
     "global_12m": "world",
 }
-# The declared crops of France and Corsica have no WorldCover class. Of their legend's ten digits
-# the first two tell the cover: temporary crops, grassland, trees. Permanent crops (12), mixed
-# (25) and unspecified covers are left out.
+# The declared crops of France and Corsica have no WorldCover class. The first two of a code's ten
+# digits give the cover: temporary crops, grassland, trees. Permanent crops (12), mixed (25) and
+# unspecified covers are left out.
 _DECLARED = {11: 40, 20: 30, 40: 10, 41: 10}
 # Scene classification of level 2A: vegetation, bare soil, water, unclassified.
 _CLEAR_SCL = (4, 5, 6, 7)
@@ -81,9 +81,9 @@ def crops_us_legend(folder: Path) -> Mapping[int, str]:
 def s2_points(folder: Path) -> list[PixelSet]:
     """Points of four campaigns; labels are ESA WorldCover's classes, -1 where unknown.
 
-    France and Corsica have no WorldCover class; there the declared crop tells the cover.
+    France and Corsica have no WorldCover class, so the declared crop gives the cover there.
 
-    A set per campaign and dates; its `source` is `s2_points/<campaign>`.
+    One set for each campaign and its dates; its `source` is `s2_points/<campaign>`.
 
     Args:
         folder: holds `s2_points_dev.npz`.
@@ -117,7 +117,7 @@ def s2_points(folder: Path) -> list[PixelSet]:
 def modis_brazil(folder: Path) -> list[PixelSet]:
     """MODIS series of Brazil, under the names of the nearest Sentinel-2 bands.
 
-    Labels are positions in `modis_legend`. A set per source and dates, named
+    Labels are positions in `modis_legend`. One set for each source and its dates; its `source` is
     `modis_brazil/<source>`.
 
     Args:
@@ -181,8 +181,8 @@ def victoria_2018(folder: Path) -> list[PixelSet]:
 def pune_2019(folder: Path) -> list[PixelSet]:
     """Around Pune, India: 73 five-day windows; labels are WorldCover's codes.
 
-    Its labels state no licence: evaluate on them, train no shipped model on them. All pixels are
-    of validation places, so that no training takes them by mistake.
+    The labels state no licence, so they may be used to evaluate a model but not to train one that
+    is shipped. All pixels are in validation places, so that no training includes them by mistake.
 
     Args:
         folder: holds `pune_2019.npz`.

@@ -1,7 +1,8 @@
 """GeoTIFF stacks: a folder with one file per date becomes a `Scene`.
 
-Reads the folders of this layout and the Romania cube. The service's reader (`service/read/`)
-understands more layouts and reads windows; this one reads a whole area into memory, as stored.
+This reader takes folders of this layout and the Romania cube. The service's reader
+(`service/read/`) takes more layouts and reads windows; this one reads a whole area into memory,
+with the values as stored.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _DAYS_SINCE = re.compile(r"days since (\d{4}-\d{2}-\d{2})")
 
 
 class StackError(TrainingError):
-    """A folder or file that is not a stack; the message names it and the reason."""
+    """A folder or file is not a stack; the message names it and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ def split_north(scene: Scene, share: float) -> tuple[Scene, ...]:
 
     Args:
         scene: the area.
-        share: of the rows, 0 to 1; 0 keeps the whole for training.
+        share: share of the rows that is held out, 0 to 1; 0 uses all rows for training.
     """
     rows = round(scene.shape[0] * share)
     if rows == 0:

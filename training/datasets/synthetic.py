@@ -1,4 +1,4 @@
-"""Synthetic scenes: fields with phenology, clouds and sensor noise, for tests and without data.
+"""Synthetic scenes: fields with phenology, clouds and sensor noise, for tests and pretraining.
 
 The greenness of a field follows a double logistic curve (Beck et al. 2006,
 doi:10.1016/j.rse.2005.10.021); its reflectance mixes a soil and a leaf spectrum by it.
@@ -125,7 +125,7 @@ def make_scene(
         size: rows and columns, pixels.
         dates: acquisition dates (T), ascending.
         fields: number of Voronoi cells.
-        seed: decides everything random.
+        seed: seed of all random draws.
         clouds: mean share of a date under cloud, 0 to 1.
         covers: the classes; a label is a position in them.
         validation: whether the scene is a validation place.
@@ -161,7 +161,7 @@ def make_pixels(scene: Scene, *, validation: float = 0.25, seed: int = 0) -> Pix
     Args:
         scene: from `make_scene`.
         validation: share of the fields held out.
-        seed: decides which.
+        seed: seed of the draw of these fields.
     """
     pixels = scene.pixels(scene.bands)
     every = np.unique(pixels.places)
@@ -206,7 +206,7 @@ def _smooth(size: int, waves: int, rng: Generator) -> NDArray[np.float64]:
 
 
 def _cloud(size: int, share: float, rng: Generator) -> NDArray[np.bool_]:
-    """Cloud mask of one date (H, W): most dates nearly clear or nearly covered, as in life."""
+    """Cloud mask of one date (H, W): as in real series, most are nearly clear or nearly covered."""
     if share <= 0.0:
         return np.zeros((size, size), dtype=np.bool_)
     covered = rng.beta(0.5, 0.5 * (1.0 - share) / share)
