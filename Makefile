@@ -1,4 +1,4 @@
-# Every target makes what it needs; `make test` is what continuous integration runs.
+# Every target builds its prerequisites; continuous integration runs `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,14 +7,14 @@ SOURCES := models service training pimc_client tests benchmarks docs docker scri
 
 .PHONY: demo serve test check lint format client lock checksums sbom audit bench docs clean
 
-# The environment: torch first, so that nothing that depends on it picks another build.
+# The whole environment. torch is installed first, so that no dependent package selects another build.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,analysis,service,training,demo,docs,dev,supply]'
 	touch $@
 
-# What the service and the demo need: no torch, a quarter of the time.
+# The environment of the service and the demo: without torch, in a quarter of the time.
 $(VENV)/served: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,service,demo]'
@@ -29,7 +29,7 @@ serve: $(VENV)/served
 test: $(VENV)/ready lint
 	$(BIN)/pytest
 
-# What to run while working: everything but load, fuzz, kills, trainings and real data.
+# The tests to run while working: all except load, fuzz, kill and training tests.
 check: $(VENV)/ready lint
 	$(BIN)/pytest -m "not slow"
 
@@ -43,40 +43,40 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# The synchronous client of the SDK, from the asynchronous one.
+# Generates the SDK's synchronous client from the asynchronous one.
 client: $(VENV)/ready
 	$(BIN)/python scripts/generate_sync_client.py
 
-# Every package of the images with its sha256, from the public index.
+# Writes the lock files: every package of the images with its sha256, from the public index.
 lock: $(VENV)/ready
 	$(BIN)/python scripts/lock.py
 
-# The list of the built-in bundles' files, after one of them has changed.
+# Writes the sha256 of the built-in bundles' files; run it after one of them has changed.
 checksums:
 	cd models/zoo && LC_ALL=C sha256sum */card.json */*.onnx > SHA256SUMS
 
-# What the images hold, as CycloneDX with licences, in build/sbom: from the metadata of the packages
-# that the lock files install. IMAGES names some of the lock files; all without it.
+# Writes the bills of materials of the images to build/sbom, as CycloneDX with licences, from the
+# metadata of the locked packages. IMAGES selects lock files by name; the default is all.
 sbom: $(VENV)/ready
 	$(BIN)/python scripts/sbom.py $(IMAGES)
 
-# Known vulnerabilities of what the images hold. Needs the public index; a package that it does not
-# have fails as well.
+# Checks the packages of the images for known vulnerabilities. Needs the public index; a package that
+# the index does not have is an error, too.
 audit: $(VENV)/ready
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes --progress-spinner off \
 		$(foreach file,$(wildcard docker/locked/*.txt),--requirement $(file))
 
-# The documentation as a site, in build/site. Strict: a broken link fails.
+# Builds the documentation as a site in build/site. Strict: a broken link is an error.
 docs: $(VENV)/ready
 	$(BIN)/python docs/generate.py
 	$(BIN)/mkdocs build --strict --quiet
 
-# Ratios of things measured in one run; the benchmarks say what they compare.
+# Runs the benchmarks, which report ratios of measurements of the same run.
 bench: $(VENV)/peers
 	$(BIN)/python -m benchmarks --out bench.json
 
-# What others use. Of rslearn one file is taken, which carries Presto; what the rest of it needs (a
-# training framework, torchvision, readers of stores) is not.
+# The peers of the benchmark. rslearn is installed without its dependencies (a training framework,
+# torchvision, storage clients), because only its file with Presto is used.
 $(VENV)/peers: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/pip install --quiet --no-deps rslearn==0.1.19

@@ -1,4 +1,4 @@
-"""Everything that `make bench` measures, as a table and as JSON.
+"""`make bench`: all measurements, as tables and as JSON.
 
 python -m benchmarks [--out bench.json] [--side 2048] [--largest 4096]
 """
@@ -20,12 +20,14 @@ from benchmarks.process import machine
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=8, help="number of rounds of each candidate")
     parser.add_argument(
-        "--rounds", type=int, default=8, help="of each candidate beside the session"
+        "--side", type=int, default=2048, help="side of the raster of a request, pixels"
     )
-    parser.add_argument("--side", type=int, default=2048, help="of the raster asked for")
-    parser.add_argument("--largest", type=int, default=8192, help="of the raster for memory")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--largest", type=int, default=8192, help="side of the raster of the memory test, pixels"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     began = time.perf_counter()
     console = Console()
@@ -46,9 +48,9 @@ def main() -> None:
     console.rule("memory")
     memory = request.memory((1024, options.largest))
     request.show_memory(memory, console)
-    console.print(f"all in {time.perf_counter() - began:.0f} s")
+    console.print(f"total: {time.perf_counter() - began:.0f} s")
     if options.out:
-        found = {
+        results = {
             "machine": about,
             "session": asdict(compared),
             "device": asdict(on_device) if on_device else None,
@@ -56,7 +58,7 @@ def main() -> None:
             "start": {name: asdict(taken) for name, taken in started.items()},
             "memory": memory,
         }
-        options.out.write_text(json.dumps(found, indent=1))
+        options.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Cost of a graph in floating point operations, counted from the graph itself."""
+"""Cost of a graph in floating-point operations, counted from the graph itself."""
 
 from __future__ import annotations
 
@@ -35,35 +35,37 @@ class Product:
 def products_of(path: Path, feeds: Mapping[str, NDArray[Any]], count: int) -> list[Product]:
     """The matrix products of a graph for one pixel.
 
-    The graph runs once with what goes into and out of each product as outputs, so that shapes are
-    those of a real run. All else (indices, plots, normalisation) is not counted.
+    The graph runs once with the inputs and outputs of each product as graph outputs, so that the
+    shapes are those of a real run. Other operations (indices, plots, normalisation) are not
+    counted.
 
     Args:
-        path: a float32 graph.
-        feeds: its input for `count` pixels.
-        count: N.
+        path: file of a float32 graph.
+        feeds: the graph's input for `count` pixels.
+        count: number of pixels (N).
 
     Raises:
         ValueError: the graph holds products of a kind that is not counted.
     """
     model = onnx.load(path)
-    strange = {node.op_type for node in model.graph.node} & _UNKNOWN
-    if strange or model.functions:
-        raise ValueError(f"{path.name} holds {', '.join(sorted(strange)) or 'functions'}")
+    unknown = {node.op_type for node in model.graph.node} & _UNKNOWN
+    if unknown or model.functions:
+        kinds = ", ".join(sorted(unknown)) or "functions"
+        raise ValueError(f"the operations of {path.name} cannot be counted: it holds {kinds}")
     nodes = [node for node in model.graph.node if node.op_type in _PRODUCTS]
     shapes = {init.name: tuple(init.dims) for init in model.graph.initializer}
     shapes |= {name: array.shape for name, array in feeds.items()}
-    asked = [name for node in nodes for name in (node.input[0], node.input[1], node.output[0])]
-    shown = list(dict.fromkeys(name for name in asked if name not in shapes))
-    already = {output.name for output in model.graph.output}
+    names = [name for node in nodes for name in (node.input[0], node.input[1], node.output[0])]
+    missing = list(dict.fromkeys(name for name in names if name not in shapes))
+    outputs = {output.name for output in model.graph.output}
     model.graph.output.extend(
-        helper.make_empty_tensor_value_info(name) for name in shown if name not in already
+        helper.make_empty_tensor_value_info(name) for name in missing if name not in outputs
     )
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    arrays = session.run(shown, dict(feeds))
-    shapes |= {name: array.shape for name, array in zip(shown, arrays, strict=True)}
+    arrays = session.run(missing, dict(feeds))
+    shapes |= {name: array.shape for name, array in zip(missing, arrays, strict=True)}
     return [_product(node, shapes, count) for node in nodes]
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.session    # reports it last, if there is such a device
 
-The rate is that of the service's engine: batches put together on the CPU, copied, run, and the
-answers copied back. Beside it stand two bounds, measured on the same device: its products in the
-precision that the engine picked, and copies of memory such as numpy's.
+The rate is that of the service's engine: batches are assembled on the CPU and copied to the device,
+the graph runs, and the predictions are copied back. Two upper bounds are measured on the same
+device: matrix products in the precision that the engine chose, and copies from NumPy's memory.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Device:
     model: str
     variant: str
     flop: float
-    """Of all products, for one pixel."""
+    """Floating-point operations of all products, for one pixel."""
     rate: float
     """Pixels per second through the engine."""
     traffic: Traffic
@@ -88,14 +88,14 @@ class Device:
 
 
 class Counting:
-    """ONNX Runtime's session, counting the bytes that go in and come out."""
+    """ONNX Runtime's session that counts the bytes of its inputs and outputs."""
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self._session = session
         self.into = self.out = 0
 
     def get_providers(self) -> list[str]:
-        """The session's inputs."""
+        """The session's execution providers."""
         return list(self._session.get_providers())
 
     def run(
@@ -105,27 +105,27 @@ class Counting:
         options: onnxruntime.RunOptions | None = None,
     ) -> list[NDArray[Any]]:
         """Run the session."""
-        answers: list[NDArray[Any]] = self._session.run(names, feeds, options)
+        outputs: list[NDArray[Any]] = self._session.run(names, feeds, options)
         self.into += sum(array.nbytes for array in feeds.values())
-        self.out += sum(array.nbytes for array in answers)
-        return answers
+        self.out += sum(array.nbytes for array in outputs)
+        return outputs
 
 
 def traffic(bundle: Bundle, provider: str, count: int, dates: int = DATES) -> Traffic:
-    """Bytes that the engine moves per pixel, the padding of its batches included."""
+    """Bytes that the engine moves per pixel, including the padding of its batches."""
     session = open_session(bundle, provider)
     counting = Counting(session.session)
     with ThreadPoolExecutor(1) as pool:
         model = LoadedModel(
             bundle.card, replace(session, session=counting), pool=pool, device=threading.Lock()
         )
-        before = counting.into, counting.out  # the warm-up's
-        ask(model, pixels_input(model, count, dates))
+        before = counting.into, counting.out  # bytes of the warm-up
+        run_once(model, pixels_input(model, count, dates))
     return Traffic(into=(counting.into - before[0]) / count, out=(counting.out - before[1]) / count)
 
 
-def ask(model: LoadedModel, feeds: Mapping[str, NDArray[Any]]) -> None:
-    """One call, as the pipeline makes it."""
+def run_once(model: LoadedModel, feeds: Mapping[str, NDArray[Any]]) -> None:
+    """Call the model once, as a run does."""
     model.pixels(feeds["values"], feeds["valid"], feeds["days"], 1)
 
 
@@ -151,7 +151,7 @@ def copy_rate(provider: str, *, size: int, rounds: int) -> float:
 
 
 def _least(run: Callable[[], object], rounds: int) -> float:
-    """The seconds of the fastest round; one before them does not count."""
+    """Seconds of the fastest round, after one round that is not counted."""
     run()
     taken = []
     for _ in range(rounds):
@@ -162,7 +162,7 @@ def _least(run: Callable[[], object], rounds: int) -> float:
 
 
 def measure(rounds: int) -> Device | None:
-    """Measure the device; None if the engine gets none."""
+    """Measure the device; None if there is no CUDA device."""
     registry = Registry.load(ZOO)
     try:
         engine = Engine(registry, providers="cuda")
@@ -173,7 +173,7 @@ def measure(rounds: int) -> Device | None:
         bundle = registry.bundles[model.card.name]
         count = BATCHES * model.chunk // 4
         feeds = pixels_input(model, count)
-        taken = _least(lambda: ask(model, feeds), rounds)
+        taken = _least(lambda: run_once(model, feeds), rounds)
         float32 = next(v for v in model.card.variants if v.name == "float32")
         products = products_of(bundle.path(float32.name), pixels_input(model, 4), count=4)
         return Device(
@@ -193,32 +193,32 @@ def _device_name() -> str:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "unknown"
-    asked = [tool, "--query-gpu=name", "--format=csv,noheader", "--id=0"]
-    said = subprocess.run(asked, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
-    return said.stdout.strip() or "unknown"
+    command = [tool, "--query-gpu=name", "--format=csv,noheader", "--id=0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
+    return done.stdout.strip() or "unknown"
 
 
 def show(found: Device | None, console: Console) -> None:
     """Print the results."""
     if found is None:
-        console.print(f"no CUDA provider here: a GPU was not measured, {CPU} alone")
+        console.print(f"no GPU was measured: ONNX Runtime has no CUDA device here, only {CPU}")
         return
     console.print(
         f"{found.model} ({found.variant}) on {found.name}, through the service's engine: "
-        f"{found.flop / _MEGA:.2f} MFLOP a pixel in products, {DATES} dates"
+        f"{found.flop / _MEGA:.2f} MFLOP per pixel in products, {DATES} dates"
     )
     table = Table("", "", box=None)
     into, out = found.traffic.into, found.traffic.out
-    for name, told in (
-        ("pixels a second", f"{found.rate:,.0f} px/s"),
-        ("to the device", f"{into:.0f} bytes a pixel, {into / found.raw:.2f} x its raw values"),
-        ("plots, had they come along", f"{PLOT_BYTES / into:.0f} x as many"),
-        ("back", f"{out:.0f} bytes a pixel"),
+    for name, text in (
+        ("pixels per second", f"{found.rate:,.0f} px/s"),
+        ("to the device", f"{into:.0f} bytes per pixel, {into / found.raw:.2f} x its raw values"),
+        ("if plots were copied too", f"{PLOT_BYTES / into:.0f} x as many"),
+        ("back", f"{out:.0f} bytes per pixel"),
         (f"{found.variant} product", f"{found.product / _TERA:,.1f} TFLOP/s"),
         ("copies to the device", f"{found.copied / _GIGA:,.1f} GB/s"),
-        ("allowed by products", f"{found.by_products:,.0f} px/s"),
-        ("allowed by copies", f"{found.by_copies:,.0f} px/s"),
-        ("share of what both allow", f"{found.rate / found.roof:.0%}"),
+        ("bound by products", f"{found.by_products:,.0f} px/s"),
+        ("bound by copies", f"{found.by_copies:,.0f} px/s"),
+        ("share of the bound by both", f"{found.rate / found.roof:.0%}"),
     ):
-        table.add_row(name, told)
+        table.add_row(name, text)
     console.print(table)

@@ -2,10 +2,11 @@
 
     python -m benchmarks.fuzz [--cases 10000] [--first 0] [--workers 2]
 
-Each worker is a process that holds a service and sends it one case after another, so that a
-crash in C ends that process alone, and is told with the seed that did it. A case fails when the
-process dies, when no answer comes within the limit, when the status is 5xx, or when the answer
-tells anything of the inside. The last line is the count, as JSON; a failure makes it exit 1.
+Each worker is a process that runs a service and sends it one case after another. A crash in C ends
+only that process, and is reported with the seed of its case. A case fails if the process dies, if
+no response arrives within the limit, if the status is 5xx, or if the response discloses internals
+of the service. The last line of the output is the report as JSON; the exit status is 1 if a case
+failed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from benchmarks.tiny_zoo import write_zoo
 LIMIT_SECONDS = 60.0
 # Settings of a service that accepts uploads from strangers on a small machine.
 SETTINGS = {"max_raster_bytes": 64 * 2**20, "max_body_bytes": 8 * 2**20, "max_concurrency": 1}
-_INSIDE = re.compile(
+_INTERNALS = re.compile(
     rb"Traceback|site-packages|\.py\b|rasterio|CPLE_|numpy|onnx|0x[0-9a-f]{6,}|pimc-|/tmp|"
     rb"/(?:home|root|usr|var|work|proc)/|\d{4}\.tif"
 )
@@ -68,14 +69,14 @@ def main() -> None:
         "--limit", type=float, default=LIMIT_SECONDS, help="seconds a case may take"
     )
     parser.add_argument("--keep", type=Path, help="folder for the files of cases that fail")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     begun = time.monotonic()
     report = Report()
-    shares = [range(asked.first + n, asked.first + asked.cases, asked.workers)
-              for n in range(asked.workers)]  # fmt: skip
+    shares = [range(options.first + n, options.first + options.cases, options.workers)
+              for n in range(options.workers)]  # fmt: skip
     lock = threading.Lock()
     threads = [
-        threading.Thread(target=_watch, args=(list(share), report, lock, asked.limit))
+        threading.Thread(target=_watch, args=(list(share), report, lock, options.limit))
         for share in shares
     ]
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
@@ -87,9 +88,9 @@ def main() -> None:
         left = [name for name in os.listdir(folder) if name.startswith("pimc-")]  # noqa: PTH208 - names
     report.seconds = round(time.monotonic() - begun, 1)
     if left:
-        report.failures.append({"seed": None, "why": f"left behind: {left[:5]}"})
-    if asked.keep:
-        _keep(report, asked.keep)
+        report.failures.append({"seed": None, "why": f"temporary files were left: {left[:5]}"})
+    if options.keep:
+        _save(report, options.keep)
     print(json.dumps({**vars(report), "codes": dict(report.codes.most_common())}))
     sys.exit(1 if report.failures else 0)
 
@@ -102,7 +103,7 @@ def _watch(seeds: list[int], report: Report, lock: threading.Lock, limit: float)
         worker = context.Process(target=work, args=(theirs, seeds), daemon=True)
         worker.start()
         theirs.close()
-        why = _listen(ours, worker, seeds, report, lock, limit)
+        why = _collect(ours, worker, seeds, report, lock, limit)
         if why:
             with lock:
                 report.cases += 1
@@ -115,7 +116,7 @@ def _watch(seeds: list[int], report: Report, lock: threading.Lock, limit: float)
         worker.join()
 
 
-def _listen(
+def _collect(
     ours: Connection, worker: BaseProcess, seeds: list[int], report: Report, lock: threading.Lock,
     limit: float,
 ) -> str:  # fmt: skip
@@ -123,24 +124,24 @@ def _listen(
     patience = limit + 60  # the first case waits for the service to start
     while seeds:
         if not ours.poll(patience):
-            return f"no answer within {limit:g} s"
+            return f"no response within {limit:g} s"
         patience = limit
         try:
-            told = ours.recv()
+            result = ours.recv()
         except EOFError:
             worker.join()
             return f"the process died: exit code {worker.exitcode}"
-        if told is None:
-            continue  # the service is up
+        if result is None:
+            continue  # the service is ready
         with lock:
             report.cases += 1
-            report.codes[told["code"]] += 1
-            report.peak_mb = max(report.peak_mb, told["peak_mb"])
-            if told["seconds"] > report.slowest:
-                report.slowest, report.slowest_seed = told["seconds"], seeds[0]
-            if told["why"]:
-                report.failures.append({"seed": seeds[0], "why": told["why"]})
-                print(f"seed {seeds[0]}: {told['why']}", file=sys.stderr)
+            report.codes[result["code"]] += 1
+            report.peak_mb = max(report.peak_mb, result["peak_mb"])
+            if result["seconds"] > report.slowest:
+                report.slowest, report.slowest_seed = result["seconds"], seeds[0]
+            if result["why"]:
+                report.failures.append({"seed": seeds[0], "why": result["why"]})
+                print(f"seed {seeds[0]}: {result['why']}", file=sys.stderr)
         del seeds[0]
     return ""
 
@@ -157,43 +158,43 @@ def work(theirs: Connection, seeds: list[int]) -> None:
 
 def _one(client: httpx.Client, sent: Case) -> dict[str, Any]:
     begun = time.monotonic()
-    answer = client.post(
+    response = client.post(
         f"/{sent.task}",
         files=[("files", file) for file in sent.files],
         data=dict(sent.fields),
         headers={"Accept": sent.accept},
     )
     seconds = round(time.monotonic() - begun, 3)
-    kind = answer.headers.get("content-type", "")
-    code = answer.json().get("code", "200") if "problem" in kind else str(answer.status_code)
+    kind = response.headers.get("content-type", "")
+    code = response.json().get("code", "200") if "problem" in kind else str(response.status_code)
     return {
         "code": code,
         "seconds": seconds,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "why": wrong(answer, sent),
+        "why": fault_of(response, sent),
     }
 
 
-def wrong(answer: httpx.Response, sent: Case) -> str:
+def fault_of(response: httpx.Response, sent: Case) -> str:
     """The fault of a response, empty if there is none."""
-    if answer.status_code >= 500:
-        return f"{answer.status_code} ({sent.told}, {sent.task}): {answer.text[:300]}"
-    kind = answer.headers.get("content-type", "")
+    if response.status_code >= 500:
+        return f"{response.status_code} ({sent.description}, {sent.task}): {response.text[:300]}"
+    kind = response.headers.get("content-type", "")
     if not kind.startswith(
         ("application/json", "application/problem+json", "application/geo+json")
     ):
         return ""
-    # Text of the request may come back: a name, a date.
-    text = answer.content
+    # The response may repeat text of the request: a name, a date.
+    text = response.content
     for name, _ in sent.files:
         text = text.replace(name.rpartition("/")[2].encode(), b"")
-    for said in sent.fields.values():
-        text = text.replace(said.encode(), b"")
-    found = _INSIDE.search(text)
-    return f"tells of the inside ({found[0]!r}): {answer.text[:300]}" if found else ""
+    for value in sent.fields.values():
+        text = text.replace(value.encode(), b"")
+    found = _INTERNALS.search(text)
+    return f"discloses internals ({found[0]!r}): {response.text[:300]}" if found else ""
 
 
-def _keep(report: Report, folder: Path) -> None:
+def _save(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         sound = sound_files(Path(scratch))

@@ -49,23 +49,23 @@ def product_session(
 
     Args:
         constants: `b`, (inner, columns) float32, or float16 for that kind.
-        threads: of the session.
-        kind: `float32` or `float16`; `int8`, the activations quantised on the way in as ONNX
-            Runtime's dynamic quantisation does; `int8-alone`, where they come quantised.
-        provider: what computes.
+        threads: number of the session's threads.
+        kind: `float32`; `float16`; `int8`, where the graph quantises the activations as ONNX
+            Runtime's dynamic quantisation does; or `int8-alone`, where the input is quantised.
+        provider: execution provider of the session.
     """
     b = constants["b"]
     plain = kind in {"float32", "float16"}
     scale = np.float32(np.abs(b).max() / 127)
-    whole = np.clip(np.round(b / scale), -127, 127).astype(np.int8)
-    kept = [numpy_helper.from_array(b if plain else whole, "b")]
+    rounded = np.clip(np.round(b / scale), -127, 127).astype(np.int8)
+    initializers = [numpy_helper.from_array(b if plain else rounded, "b")]
     into, out = _ENDS.get(kind, (TensorProto.FLOAT, TensorProto.FLOAT))
     if plain:
         nodes = [helper.make_node("MatMul", ["a", "b"], ["out"])]
     elif kind == "int8-alone":
         nodes = [helper.make_node("MatMulInteger", ["a", "b"], ["out"])]
     else:
-        kept.append(numpy_helper.from_array(np.asarray(scale), "b_scale"))
+        initializers.append(numpy_helper.from_array(np.asarray(scale), "b_scale"))
         nodes = [
             helper.make_node("DynamicQuantizeLinear", ["a"], ["qa", "a_scale", "a_zero"]),
             helper.make_node("MatMulInteger", ["qa", "b", "a_zero"], ["product"]),
@@ -78,7 +78,7 @@ def product_session(
         "product",
         [helper.make_tensor_value_info("a", into, ["M", b.shape[0]])],
         [helper.make_tensor_value_info("out", out, ["M", b.shape[1]])],
-        kept,
+        initializers,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     options = onnxruntime.SessionOptions()

@@ -56,17 +56,17 @@ def write_stack(
 ) -> list[Path]:
     """One tiled, deflated GeoTIFF per date, as products are delivered.
 
-    The landscape is made once for a tile and laid side by side, so that large stacks take no
-    longer to make than to compress.
+    The landscape is made once for one tile and repeated, so that most of the time for a large
+    stack is compression.
 
     Args:
-        folder: where the files go.
+        folder: folder of the files.
         side: width and height in pixels.
-        dates: files.
-        scl: whether a scene classification comes along, a quarter of it clouds.
-        bands: of `BANDS`.
-        seed: of the landscape.
-        noise: standard deviation of the reflectance; without any, files are small.
+        dates: number of files.
+        scl: whether each file also has a scene classification, a quarter of it clouds.
+        bands: bands to write, some of `BANDS`.
+        seed: seed of the landscape.
+        noise: standard deviation of the reflectance; with 0, files are small.
         profile: further creation options of the GTiff driver.
     """
     tile = min(side, _TILE)

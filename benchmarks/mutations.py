@@ -1,11 +1,11 @@
 """Mutated GeoTIFFs, each made from a seed: the same seed is the same case on every machine.
 
-    seed ──▶ Case: a task, fields, and files that began as sound GeoTIFFs
+    seed ──▶ Case: a task, parameters, and files made from valid GeoTIFFs
                      └─ edits of directory entries, loops, splices, cuts, changed bytes
 
-Most edits know the format: they put hostile numbers where a reader trusts them most (sizes,
-offsets, counts, types, compression, predictor, georeference), where changed bytes alone would
-almost never land.
+Most edits are made by the format: they write harmful numbers where a reader trusts them most
+(sizes, offsets, counts, types, compression, predictor, georeference). Random changes of bytes would
+almost never reach these places.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Entry:
     kind: int
     count: int
     data: bytes
-    """The values, or, where `raw` is set, the field that should hold them or their offset."""
+    """The values; if `raw`, the bytes of the entry that hold the values or their offset."""
     raw: bool = False
 
 
@@ -137,21 +137,21 @@ class Tiff:
         return int(following)
 
     def numbers(self, entry: Entry) -> list[int]:
-        """An entry's values, as far as an earlier edit has left them whole; 0 for none."""
+        """An entry's values that an earlier edit has left complete; [0] if there are none."""
         code = _CODES.get(entry.kind, "B").upper() if entry.kind not in {11, 12} else "B"
         n = len(entry.data) // struct.calcsize(code)
-        whole = entry.data[: n * struct.calcsize(code)]
-        return list(struct.unpack(f"{self.order}{n}{code}", whole)) or [0]
+        complete = entry.data[: n * struct.calcsize(code)]
+        return list(struct.unpack(f"{self.order}{n}{code}", complete)) or [0]
 
     def pack(self, kind: int, values: list[Any]) -> bytes:
-        """Values as an entry of this type holds them, cut to what it can hold."""
+        """The bytes of values in an entry of this type, modulo the type's range."""
         code = _CODES.get(kind, "B")
         if code in "fd":
             return struct.pack(f"{self.order}{len(values)}{code}", *map(float, values))
         limit = 2 ** (8 * struct.calcsize(code))
         unsigned = code.upper()
-        whole = [int(value) % limit for value in values]
-        return struct.pack(f"{self.order}{len(whole)}{unsigned}", *whole)
+        bounded = [int(value) % limit for value in values]
+        return struct.pack(f"{self.order}{len(bounded)}{unsigned}", *bounded)
 
     def put(self, directory: Directory, tag: int, kind: int, values: list[Any]) -> Entry:
         """Set a tag; an existing one is replaced in place."""
@@ -203,7 +203,7 @@ def edited(content: bytes, change: Callable[[Tiff, Directory], object]) -> bytes
     return tiff.build()
 
 
-# --- edits that know the format ---------------------------------------------------------------
+# --- edits by the format ----------------------------------------------------------------------
 
 
 def _trusted_number(chance: random.Random, tiff: Tiff, directory: Directory) -> None:
@@ -284,7 +284,7 @@ def _georeference(chance: random.Random, tiff: Tiff, directory: Directory) -> No
 
 
 def _loop(chance: random.Random, tiff: Tiff, directory: Directory) -> None:
-    """Directories that name themselves, each other, or nothing."""
+    """Directories that refer to themselves, to each other, or to no directory."""
     way = chance.randrange(4)
     if way == 0:
         tiff.directories[-1].next = chance.randrange(len(tiff.directories))
@@ -307,7 +307,7 @@ def _as_mask(chance: random.Random, tiff: Tiff, directory: Directory) -> None:
 
 
 def _codec(chance: random.Random, tiff: Tiff, directory: Directory) -> None:
-    """Another compression over the same bytes, with what goes with it."""
+    """Another compression over the same bytes, with the tags that belong to it."""
     tiff.put(directory, COMPRESSION, 3, [chance.choice(COMPRESSIONS)])
     if chance.random() < 0.4:
         tiff.put(directory, PREDICTOR, 3, [chance.choice((1, 2, 3, 9))])
@@ -362,7 +362,7 @@ def _by_bytes(chance: random.Random, content: bytes) -> bytes:
     return bytes(out)
 
 
-# --- sound files to begin with ----------------------------------------------------------------
+# --- valid files to mutate --------------------------------------------------------------------
 
 
 def sound_files(folder: Path) -> dict[str, bytes]:
@@ -428,9 +428,9 @@ def _write(path: Path, bands: np.ndarray, names: Sequence[str], how: Mapping[str
     """Write bands (n, h, w) with their names and a date.
 
     Args:
-        path: of the file.
-        bands: in the number type of the file.
-        names: one per band.
+        path: path of the file.
+        bands: values in the number type of the file.
+        names: one name per band.
         how: options of rasterio; `mask` (h, w) is written into the file.
     """
     count, height, width = bands.shape
@@ -466,11 +466,11 @@ class Case:
     seed: int
     task: str
     files: tuple[tuple[str, bytes], ...]
-    """Name and content."""
+    """Name and content of each file."""
     fields: Mapping[str, str]
     accept: str
-    told: str
-    """Description of the mutation, for a report."""
+    description: str
+    """The mutation, for a report."""
 
 
 _ACCEPTS = ("image/tiff", "application/json", "application/zip", "*/*")
@@ -512,7 +512,7 @@ def case(seed: int, sound: Mapping[str, bytes]) -> Case:
     pattern = chance.choice(_NAMES) if chance.random() < 0.3 else _NAMES[1]
     fields = dict(chance.sample(_ODD_FIELDS, chance.choice((0, 0, 0, 1, 2))))
     if chance.random() < 0.5:
-        # Descriptions may be lost, and the pixels are still to be reached.
+        # The mutation may remove the band names; with the parameter the pixels are read anyway.
         fields["bands"] = ",".join(BANDS)
     if chance.random() < 0.7 and "dates" not in fields:
         # Distinct dates, so that the files are not merged as granules of one date.
@@ -523,5 +523,5 @@ def case(seed: int, sound: Mapping[str, bytes]) -> Case:
         files=tuple((pattern.format(n=n), file) for n, file in enumerate(files, start=1)),
         fields=fields,
         accept=chance.choice(_ACCEPTS),
-        told=f"{broken}, {how}",
+        description=f"{broken}, {how}",
     )

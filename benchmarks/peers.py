@@ -1,4 +1,4 @@
-"""Peers in PyTorch: Presto's encoder; recurrence plots with a ResNet."""
+"""Peers in PyTorch: Presto's encoder, and recurrence plots with a ResNet."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class PeerMissing(RuntimeError):
 
 
 class Presto:
-    """The encoder of Presto (arXiv 2304.14065) as the package `rslearn` carries it.
+    """The encoder of Presto (arXiv 2304.14065), from the package `rslearn`.
 
-    The weights are random: the pretrained ones come from a hub, and take as long. Of its inputs
-    only the ten bands of Sentinel-2 are shown, twelve months of them; the others are masked, which
-    the encoder makes use of by leaving their tokens out.
+    The weights are random, because the pretrained ones would have to be downloaded and take the
+    same time. The inputs are twelve months of the ten bands of Sentinel-2; all other inputs are
+    masked, so that the encoder leaves out their tokens.
 
     Raises:
         PeerMissing: `rslearn` or `einops` is not installed.
@@ -45,21 +45,23 @@ class Presto:
         mask[:, :, PRESTO_S2] = 0
         unknown = torch.full((count, MONTHS), 9)  # Dynamic World's "missing"
         with torch.inference_mode():
-            found: Tensor = self._encoder(
+            embeddings: Tensor = self._encoder(
                 x, unknown, torch.zeros(count, 2), mask=mask, month=0, eval_task=True
             )
-        return found
+        return embeddings
 
 
 def _presto_module() -> Any:
-    """The one file of the package: its `__init__` would import a training framework."""
+    """Presto's file, without the package's `__init__`, which imports a training framework."""
     package = importlib.util.find_spec("rslearn")
     if package is None or not package.submodule_search_locations:
-        raise PeerMissing("rslearn is not installed; `make bench` installs it")
+        raise PeerMissing("rslearn is not installed: `make bench` installs it")
     path = f"{package.submodule_search_locations[0]}/models/presto/single_file_presto.py"
     spec = importlib.util.spec_from_file_location("single_file_presto", path)
     if spec is None or spec.loader is None:
-        raise PeerMissing(f"rslearn has no {path}")
+        raise PeerMissing(
+            f"the installed rslearn has no {path}: `make bench` installs one that has"
+        )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -77,7 +79,7 @@ class UsualPipeline:
         try:
             from pyts.image import RecurrencePlot
         except ImportError as error:
-            raise PeerMissing("pyts is not installed") from error
+            raise PeerMissing("pyts is not installed: `make bench` installs it") from error
         self._plots = RecurrencePlot()
         self._network = ResNet18(inputs=3, classes=8).eval()
 
@@ -85,8 +87,8 @@ class UsualPipeline:
         """Logits (N, 8) of series of indices (N, 3, 64)."""
         plots = np.stack([self._plots.transform(series[:, k]) for k in range(3)], axis=1)
         with torch.inference_mode():
-            found: Tensor = self._network(torch.from_numpy(plots.astype(np.float32)))
-        return found
+            logits: Tensor = self._network(torch.from_numpy(plots.astype(np.float32)))
+        return logits
 
 
 class ResNet18(nn.Module):

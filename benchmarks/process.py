@@ -32,12 +32,12 @@ class Served:
     host: str
     port: int
     scratch: Path
-    """The folder of its temporary files."""
+    """The folder of the service's temporary files."""
     log: Path
     at_start: frozenset[Path]
-    """Files in that folder once it is ready: ONNX Runtime writes one when imported."""
+    """Files in that folder once the service is ready: ONNX Runtime writes one when imported."""
     ready_seconds: float
-    """Seconds from the start of the process until it is ready."""
+    """Seconds from the start of the process until the service is ready."""
 
     @property
     def url(self) -> str:
@@ -46,8 +46,8 @@ class Served:
 
     def get(self, path: str) -> str:
         """The body of a response."""
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as answer:  # noqa: S310 - ours
-            return str(answer.read().decode())
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as response:  # noqa: S310 - ours
+            return str(response.read().decode())
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
@@ -79,13 +79,13 @@ class Served:
 
 @contextmanager
 def served(**settings: str) -> Iterator[Served]:
-    """`python -m service` on a free port, with a folder of its own for temporary files.
+    """Run `python -m service` on a free port, with its own folder for temporary files.
 
     Args:
         settings: further environment variables.
 
     Raises:
-        RuntimeError: it ended before it was ready, or did not stop in time.
+        RuntimeError: the service ended before it was ready, or did not stop in time.
     """
     with tempfile.TemporaryDirectory(prefix="pimc-bench-") as own:
         folder = Path(own)
@@ -123,11 +123,13 @@ def served(**settings: str) -> Iterator[Served]:
                 process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
-                raise RuntimeError("the service did not stop when told to") from None
+                raise RuntimeError(
+                    f"the service did not stop within {_STOP_SECONDS:g} s of SIGTERM"
+                ) from None
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> tuple[str, int]:
-    """Its address, from its log once it is ready."""
+    """The service's address, from its log once it is ready."""
     until = time.monotonic() + _START_SECONDS
     while time.monotonic() < until and process.poll() is None:
         for line in log.read_text().splitlines():
@@ -150,7 +152,7 @@ def _family(pid: int) -> list[int]:
 def _status(pid: int, field_name: str) -> int:
     try:
         text = Path(f"/proc/{pid}/status").read_text()
-    except OSError:  # it ended meanwhile
+    except OSError:  # the process has ended
         return 0
     found = re.search(rf"^{field_name}:\s+(\d+) kB$", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
@@ -224,6 +226,6 @@ def _processor() -> str:
 
 
 def _instructions() -> str:
-    telling = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
+    relevant = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
     flags = set(_cpu_field("flags").split())
-    return ", ".join(flag for flag in telling if flag in flags)
+    return ", ".join(flag for flag in relevant if flag in flags)

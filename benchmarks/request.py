@@ -2,9 +2,9 @@
 
     python -m benchmarks.request [--side 2048] [--memory]
 
-The same number of pixels goes straight into the session, as arrays in memory, before and after the
-request, so that whoever else uses the machine disturbs both. As in `benchmarks.session`, rates are
-told by the clock and by processor time: the second is what the request adds, on a busy machine too.
+The session runs on the same number of pixels, as arrays in memory, before and after the request, so
+that other load on the machine affects both. As in `benchmarks.session`, rates are reported by the
+clock and by processor time; the latter is valid on a busy machine too.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ CHIP = ROOT.parent / "shared" / "data" / "flanders_2017_2018"
 MOST_RESIDENT = 1_500_000_000
 """Largest allowed memory of the service for any raster, bytes."""
 _TIMEOUT = 3600.0
-# Requests of the large raster, in turns with the bare session.
+# Number of requests of the large raster, in turns with the bare session.
 _TURNS = 3
-# The run is measured, not a job.
+# Large enough for every raster here to be served synchronously, not as a job.
 _PATIENT = {"PIMC_SYNC_MAX_PIXELS": str(10**9)}
 
 
@@ -53,7 +53,7 @@ class Taken:
     clock: float
     """Seconds by the clock."""
     processor: float
-    """Seconds of the processors together."""
+    """Seconds of processor time, summed over the processors."""
     stages: str = ""
     """The response's `Server-Timing`."""
 
@@ -95,25 +95,25 @@ def bare(model: LoadedModel, count: int, dates: int, least: float = 0.0) -> Take
     )
 
 
-def ask(service: Served, body: bytes, kind: str = FORM) -> Taken:
-    """One request to `/classify-pixels`, from the first byte sent to the last received.
+def post(service: Served, body: bytes, kind: str = FORM) -> Taken:
+    """Send one request to `/classify-pixels`; the time from the first byte sent to the last read.
 
     Raises:
-        RuntimeError: it was not answered.
+        RuntimeError: the status is not 200.
     """
     connection = http.client.HTTPConnection(service.host, service.port, timeout=_TIMEOUT)
     before, began = service.processor_seconds(), time.perf_counter()
     connection.request("POST", "/classify-pixels", body, {"Content-Type": kind})
-    answer = connection.getresponse()
-    content = answer.read()
+    response = connection.getresponse()
+    content = response.read()
     taken = time.perf_counter() - began
     connection.close()
-    if answer.status != 200:
-        raise RuntimeError(f"{answer.status}: {content[:300]!r}")
+    if response.status != 200:
+        raise RuntimeError(f"{response.status}: {content[:300]!r}")
     return Taken(
         clock=taken,
         processor=service.processor_seconds() - before,
-        stages=answer.headers.get("Server-Timing", ""),
+        stages=response.headers.get("Server-Timing", ""),
     )
 
 
@@ -125,11 +125,11 @@ def raster(service: Served, model: LoadedModel, side: int) -> Compared:
     # The kernel writes files in the background, which slows the first measurement after it.
     os.sync()
     bare(model, side**2, DATES, least=5.0)
-    alone, asked = [bare(model, side**2, DATES, least=5.0)], []
+    alone, requests = [bare(model, side**2, DATES, least=5.0)], []
     for _ in range(_TURNS):
-        asked.append(ask(service, body))
+        requests.append(post(service, body))
         alone.append(bare(model, side**2, DATES, least=5.0))
-    return Compared(name=f"{side} x {side}, {DATES} dates", pixels=side**2, request=_mean(asked),
+    return Compared(name=f"{side} x {side}, {DATES} dates", pixels=side**2, request=_mean(requests),
                     session=_mean(alone))  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def chip(service: Served, model: LoadedModel, rounds: int) -> Compared:
         with tempfile.TemporaryDirectory() as folder:
             files = {p.name: p.read_bytes() for p in write_stack(Path(folder), 64, 118, scl=True)}
     body, dates = form(files), len(files)
-    pairs = [(ask(service, body), bare(model, 64**2, dates)) for _ in range(rounds)]
+    pairs = [(post(service, body), bare(model, 64**2, dates)) for _ in range(rounds)]
     return Compared(
         name=f"64 x 64, {dates} dates",
         pixels=64**2,
@@ -165,7 +165,7 @@ def one_pixel(service: Served, model: LoadedModel, rounds: int) -> Compared:
     series = {"id": "a", "dates": when, **{b: [0.1] * DATES for b in ("B02", "B04", "B08")}}
     body = json.dumps({"series": [series]}).encode()
     pairs = [
-        (ask(service, body, "application/json"), bare(model, 1, DATES)) for _ in range(20 * rounds)
+        (post(service, body, "application/json"), bare(model, 1, DATES)) for _ in range(20 * rounds)
     ]
     return Compared(
         name="one series",
@@ -176,7 +176,7 @@ def one_pixel(service: Served, model: LoadedModel, rounds: int) -> Compared:
 
 
 def _least(taken: Iterable[Taken]) -> Taken:
-    """The minimum of each: other load on the machine only adds."""
+    """The minimum of each time, because other load on the machine only adds to it."""
     every = list(taken)
     return Taken(
         clock=min(t.clock for t in every),
@@ -186,7 +186,7 @@ def _least(taken: Iterable[Taken]) -> Taken:
 
 
 def _middle(taken: Sequence[Taken]) -> Taken:
-    """The median by the clock; the mean by processor time, whose clock is coarse."""
+    """The median by the clock, and the mean by processor time, which is measured coarsely."""
     return Taken(
         clock=statistics.median(t.clock for t in taken),
         processor=statistics.fmean(t.processor for t in taken),
@@ -196,8 +196,8 @@ def _middle(taken: Sequence[Taken]) -> Taken:
 def memory(sides: Sequence[int], dates: int = 12) -> Mapping[int, int]:
     """Peak memory of the service, by the side of the raster.
 
-    The sessions of the whole zoo are loaded, and the default classifier is run first; the rasters
-    go through a model of next to no cost, as only the pipeline is in question.
+    The sessions of the whole zoo are loaded, and the default classifier runs first. The rasters are
+    predicted by a model that costs almost nothing, because only the pipeline's memory is measured.
     """
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -205,7 +205,7 @@ def memory(sides: Sequence[int], dates: int = 12) -> Mapping[int, int]:
         write_bundle(zoo, "pixels-cheap", "classify-pixels", "pixel", default=False)
         with served(PIMC_MODEL_DIR=str(zoo), **_PATIENT) as service:
             small = write_stack(Path(folder), 256, dates)
-            ask(service, form({path.name: path.read_bytes() for path in small}))
+            post(service, form({path.name: path.read_bytes() for path in small}))
             for side in sides:
                 own = Path(folder) / str(side)
                 own.mkdir()
@@ -214,7 +214,7 @@ def memory(sides: Sequence[int], dates: int = 12) -> Mapping[int, int]:
                     {path.name: path.read_bytes() for path in paths}, {"model": "pixels-cheap"}
                 )
                 service.forget_peak()
-                ask(service, body)
+                post(service, body)
                 found[side] = service.peak()
     return found
 
@@ -248,7 +248,7 @@ def loads_torch() -> bool:
 
 
 def compare(side: int, rounds: int = 5) -> list[Compared]:
-    """The three requests."""
+    """Measure the three requests."""
     with Engine(Registry.load(ZOO), providers="cpu") as engine, served(**_PATIENT) as service:
         model = engine.find(None, "classify-pixels")
         return [
@@ -264,23 +264,23 @@ def show(found: Sequence[Compared], console: Console) -> None:
     for one in found:
         clock, processor = one.share
         if one.pixels > PIXELS * 8:
-            told = f"{clock:.0%} by the clock, {processor:.0%} by processor time"
+            text = f"{clock:.0%} by the clock, {processor:.0%} by processor time"
             bar = "90 %"
         elif one.pixels == 1:
-            told = f"{(one.request.clock - one.session.clock) * 1e3:.1f} ms over"
+            text = f"{(one.request.clock - one.session.clock) * 1e3:.1f} ms over"
             bar = "10 ms"
         else:
             limit = 1.5 * one.session.clock + 0.15
             quiet = one.session.processor / CORES + one.quiet_extra
             quiet_limit = 1.5 * one.session.processor / CORES + 0.15
-            told = (
+            text = (
                 f"{one.request.clock / limit:.2f} of the limit; of processor time "
                 f"{quiet * 1e3:.0f} of {quiet_limit * 1e3:.0f} ms"
             )
             bar = "1.5 x bare + 150 ms"
         seconds = (one.request.clock, one.session.clock, one.request.processor,
                    one.session.processor)  # fmt: skip
-        table.add_row(one.name, *(f"{s * 1e3:,.1f} ms" for s in seconds), told, bar)
+        table.add_row(one.name, *(f"{s * 1e3:,.1f} ms" for s in seconds), text, bar)
     console.print(table)
     for one in found:
         if one.request.stages:
@@ -311,8 +311,10 @@ def show_start(found: Mapping[str, Taken], console: Console) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--side", type=int, default=2048)
-    parser.add_argument("--largest", type=int, help="memory alone, up to a raster of this side")
+    parser.add_argument("--side", type=int, default=2048, help="side of the raster, pixels")
+    parser.add_argument(
+        "--largest", type=int, help="measure only memory, up to a raster of this side"
+    )
     options = parser.parse_args()
     console = Console()
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()))

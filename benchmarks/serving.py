@@ -21,9 +21,9 @@ from service.settings import Settings
 
 @contextmanager
 def served(**settings: Any) -> Iterator[httpx.Client]:
-    """A client of a service with these settings, which ends with the context."""
+    """A client of a service with these settings; the service stops when the context ends."""
     with ExitStack() as stack:
-        if "state_dir" not in settings:  # services of one test run would meet in the default one
+        if "state_dir" not in settings:  # the services of a test run would share the default one
             settings["state_dir"] = Path(stack.enter_context(TemporaryDirectory(prefix="state-")))
         made = Settings(**{"providers": "cpu", "port": 0, **settings})
         yield from _run(create_app(made), made)
@@ -36,7 +36,7 @@ def _run(app: FastAPI, settings: Settings) -> Iterator[httpx.Client]:
     thread.start()
     while not server.started:
         if not thread.is_alive():
-            raise RuntimeError("the service did not start")
+            raise RuntimeError("the service ended before it was ready; the log has the reason")
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:

@@ -2,11 +2,11 @@
 
     python -m benchmarks.session [--rounds 5] [--device-only]
 
-Where there is a CUDA device, the same session on it comes last (`benchmarks.device`).
+If there is a CUDA device, the session on that device is measured last (`benchmarks.device`).
 
-All candidates take turns, round by round, and each keeps its best round, so that whoever else uses
-the machine disturbs them alike. Two rates are told: by the clock on all cores, and by processor
-time on one thread times the cores, which holds on a busy machine too.
+All candidates take turns, round by round, and the best round of each counts, so that other load on
+the machine affects all of them equally. Two rates are reported: by the clock on all cores, and by
+processor time on one thread times the cores, which is valid on a busy machine too.
 """
 
 from __future__ import annotations
@@ -63,16 +63,17 @@ class Candidate:
     amount: float
     """Units of work per run."""
     clock: Run
-    """On all cores."""
+    """The run on all cores, measured by the clock."""
     processor: Run
-    """On one thread."""
+    """The run on one thread, measured by processor time."""
 
 
 def measure(candidates: list[Candidate], rounds: int) -> dict[str, Rate]:
-    """The best of each candidate's rounds, all candidates taking turns.
+    """The best round of each candidate; the candidates take turns.
 
-    A turn begins with a run that does not count, for the one before has left its own numbers in
-    the caches and threads that spin, and then lasts: a call of the session is over in 25 ms.
+    A turn begins with a run that is not counted, because the candidate before has filled the caches
+    and left spinning threads. Then the candidate runs repeatedly for some time, because one call of
+    the session takes only 25 ms.
     """
     clock: dict[str, float] = {}
     processor: dict[str, float] = {}
@@ -92,7 +93,7 @@ def measure(candidates: list[Candidate], rounds: int) -> dict[str, Rate]:
 
 
 def _turn(run: Run, now: Callable[[], float]) -> float:
-    """Seconds of a run, in the mean of one candidate's turn."""
+    """Mean seconds of a run in one candidate's turn."""
     run()
     begun, times = now(), 0
     while not times or now() - begun < _TURN_SECONDS:
@@ -115,7 +116,7 @@ def bare(
 
 
 def product(side: int = PRODUCT_SIDE) -> list[Candidate]:
-    """Square float32 products: the machine's rate is the better library's. In FLOP."""
+    """Square float32 products, in FLOP; the faster library gives the machine's rate."""
     random = np.random.default_rng(0)
     a, b = (random.standard_normal((side, side)).astype(np.float32) for _ in range(2))
 
@@ -142,7 +143,7 @@ def product(side: int = PRODUCT_SIDE) -> list[Candidate]:
 
 
 def peers() -> list[Candidate]:
-    """Presto's encoder, and plots with a ResNet-18, each with its best batch size.
+    """Presto's encoder, and recurrence plots with a ResNet-18, each with its best batch size.
 
     Raises:
         PeerMissing: a package of the extra `peers` is not installed.
@@ -154,17 +155,17 @@ def peers() -> list[Candidate]:
     months = random.uniform(0, 0.4, (256, MONTHS, 10)).astype(np.float32)
     series = random.uniform(0, 0.9, (64, 3, STEPS)).astype(np.float32)
 
-    def on(threads: int, ask: Callable[[Any], object], given: NDArray[np.float32]) -> Run:
+    def on(threads: int, peer: Callable[[Any], object], given: NDArray[np.float32]) -> Run:
         def run() -> None:
             torch.set_num_threads(threads)
-            ask(given)
+            peer(given)
 
         return run
 
     return [
-        Candidate(name=name, amount=len(given), clock=on(CORES, ask, given),
-                  processor=on(1, ask, given))
-        for name, ask, given in (("Presto", presto, months), ("plots, ResNet-18", usual, series))
+        Candidate(name=name, amount=len(given), clock=on(CORES, peer, given),
+                  processor=on(1, peer, given))
+        for name, peer, given in (("Presto", presto, months), ("plots, ResNet-18", usual, series))
     ]  # fmt: skip
 
 
@@ -204,10 +205,10 @@ class Found:
     model: str
     variant: str
     flop: float
-    """Of all products, for one pixel of `DATES` dates."""
+    """Floating-point operations of all products, for one pixel of `DATES` dates."""
     rates: Mapping[str, Rate]
     missing: str | None
-    """Why there are no peers; None if there are."""
+    """Why the peers were not measured; None if they were."""
     reduced: Mapping[str, Mapping[str, Rate]]
 
     @property
@@ -263,7 +264,7 @@ def compare(rounds: int) -> Found:
 def show(found: Found, console: Console) -> None:
     """Print the results."""
     console.print(
-        f"{found.model} ({found.variant}): {found.flop / _MEGA:.2f} MFLOP a pixel in products; "
+        f"{found.model} ({found.variant}): {found.flop / _MEGA:.2f} MFLOP per pixel in products; "
         f"{PIXELS} pixels of {DATES} dates, {CORES} cores"
     )
     table = Table("", "by the clock", "by processor time", "bar", box=None)
@@ -281,7 +282,7 @@ def show(found: Found, console: Console) -> None:
             table.add_row(f"session / {name}", *cells, bar)
     console.print(table)
     if found.missing:
-        console.print(f"no peers: {found.missing}")
+        console.print(f"the peers were not measured: {found.missing}")
     table = Table(
         "product", "float32", "int8", "int8 alone", box=None, title="GFLOP/s, one thread x cores"
     )
@@ -293,8 +294,8 @@ def show(found: Found, console: Console) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device-only", action="store_true", help="the CUDA device alone")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds of each candidate")
+    parser.add_argument("--device-only", action="store_true", help="measure only the CUDA device")
     options = parser.parse_args()
     console = Console()
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()))

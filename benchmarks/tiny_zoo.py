@@ -1,8 +1,8 @@
-"""Bundles so small that their predictions can be computed by hand.
+"""Tiny bundles, whose predictions can be computed by hand.
 
-Every pixel model answers from the mean over a pixel's valid dates, band by band (B02, B04, B08),
-every patch model from the mean over the patch (B04, B03, B02). They bear the zoo's names, so that
-they take its place.
+Every pixel model predicts from the mean over a pixel's valid dates, band by band (B02, B04, B08);
+every patch model predicts from the mean over the patch (B04, B03, B02). The bundles have the names
+of the zoo's, so that they replace them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _constant(name: str, value: Any) -> Any:
 
 
 def _pixel_mean() -> tuple[list[Any], list[Any]]:
-    """values, valid, days to `mean` (N, C), NaN without a valid date."""
+    """Nodes from values and valid to `mean` (N, C), NaN without a valid date."""
     nodes = [
         helper.make_node("Unsqueeze", ["valid", "last"], ["usable"]),
         helper.make_node("Where", ["usable", "values", "zero"], ["kept"]),
@@ -56,7 +56,7 @@ def _patch_mean() -> tuple[list[Any], list[Any]]:
 
 
 def _head(task: str) -> tuple[list[Any], list[Any], list[Any]]:
-    """`mean` to the task's output, and the output's shape."""
+    """Nodes and constants from `mean` to the task's output, and the output's shape."""
     if task == "embed":
         return [helper.make_node("Identity", ["mean"], ["embedding"])], [], ["N", 3]
     if task == "forecast":
@@ -78,7 +78,7 @@ def _head(task: str) -> tuple[list[Any], list[Any], list[Any]]:
 
 
 def _brittle() -> tuple[list[Any], list[Any]]:
-    """A graph that runs for four dates, as the warm-up has, and fails for any other number."""
+    """A graph that runs for four dates, as in the warm-up, and fails for any other number."""
     nodes = [
         helper.make_node("Reshape", ["values", "four"], ["flat"]),
         helper.make_node("Slice", ["flat", "from", "to", "axis"], ["mean"]),
@@ -121,7 +121,7 @@ def write_bundle(
     brittle: bool = False,
     **card: Any,
 ) -> Path:
-    """One bundle under `root`; `card` replaces entries of its card."""
+    """Write one bundle under `root`; `card` replaces entries of its card."""
     folder = root / name
     folder.mkdir(parents=True)
     file = folder / "model.onnx"
@@ -170,7 +170,7 @@ def write_bundle(
 
 
 def write_zoo(root: Path) -> Path:
-    """A bundle for every default, under the zoo's names, and one that fails on other shapes."""
+    """A bundle for each default of the zoo, and one that fails on other shapes than its own."""
     write_bundle(root, "pixels-landcover", "classify-pixels", "pixel")
     write_bundle(root, "forecast-vi", "forecast", "pixel")
     write_bundle(root, "landcover-eurosat", "landcover", "patch")

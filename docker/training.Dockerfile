@@ -1,18 +1,18 @@
-# The image that trains: `docker run IMAGE ARGUMENTS` is `python -m training ARGUMENTS`.
+# The training image: `docker run IMAGE ARGUMENTS` runs `python -m training ARGUMENTS`.
 #
 #   packages ──► training
 #
-# On Linux x86-64 the torch of the lock file is built for CUDA 13; it computes on a CPU as well.
+# On Linux x86-64 the torch of the lock file is built for CUDA 13; it also computes on a CPU.
 
-# scripts/pin_base_image.py adds the digest that the tag now names.
+# scripts/pin_base_image.py adds the digest of the tag.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS packages
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
 COPY docker/locked/training.txt ./
-# Wheels alone, by sha256: see service.Dockerfile. ONNX Runtime only checks here, on the CPU, what was
-# exported: its plug-ins for GPUs go.
+# Only wheels, by sha256: see service.Dockerfile. Here ONNX Runtime only checks exported graphs on the
+# CPU, so its plug-ins for GPUs are removed.
 RUN python -m venv --without-pip /opt/venv \
     && python -m pip --python /opt/venv/bin/python install --require-hashes --no-deps \
         --only-binary=:all: --requirement training.txt \
@@ -35,7 +35,7 @@ ENV PATH=/opt/venv/bin:${PATH} \
     HOME=/tmp \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-# Runs and data lie where they do beside a checkout, so the commands are the same as there.
+# Runs and data have the same relative paths as beside a checkout, so the commands are the same.
 WORKDIR /srv/pimc
 COPY --from=packages /opt/venv /opt/venv
 COPY models/ models/
@@ -43,7 +43,7 @@ COPY training/ training/
 USER 10001:10001
 VOLUME ["/models", "/srv/pimc/runs", "/srv/shared/data"]
 STOPSIGNAL SIGTERM
-# It ends when it is done, and its log says how it goes.
+# A training ends when it is done, and its log shows the progress.
 HEALTHCHECK NONE
 ENTRYPOINT ["python", "-m", "training"]
 CMD ["--help"]

@@ -6,10 +6,10 @@
 Run it after a change of the pinned onnxruntime-gpu or of the CUDA packages. It needs gcc, nm and
 the pinned onnxruntime-gpu, but no GPU and no CUDA.
 
-`tests/cuda_kernels.csv` is what ONNX Runtime's own `docs/OperatorKernels.md` is made of, for the
-version that is installed: `get_all_opkernel_def`, the list of the kernels that its execution
-providers register. A provider registers them when its shared library is loaded. Here the libraries
-that it links to are stubs: each of their functions returns 0, "success".
+`tests/cuda_kernels.csv` lists the kernels that the CUDA provider of the installed ONNX Runtime
+registers. The source is `get_all_opkernel_def`, from which ONNX Runtime generates its
+`docs/OperatorKernels.md`. A provider registers its kernels when its shared library is loaded. Here
+the libraries that it links to are stubs: each of their functions returns 0, "success".
 
 `tests/cuda_libraries.csv` lists the shared libraries in the downloaded wheels.
 """
@@ -31,14 +31,14 @@ import onnxruntime
 TESTS = Path(__file__).parents[1] / "tests"
 CAPI = Path(onnxruntime.__file__).parent / "capi"
 PROVIDERS = ("cuda", "tensorrt")  # listing the kernels of one loads both
-# Undefined functions whose library the provider does not name, by how they begin.
+# Undefined functions whose library the provider does not name: pattern of their names by library.
 _UNVERSIONED = {
     "libcudnn.so.9": r"cudnn",
     "libcuda.so.1": r"cu[A-Z]",
     "libnvonnxparser.so.10": r"\w*NvOnnxParser",
     "libnvinfer.so.10": r"createInfer|getInfer|getLogger|getPlugin|initLib|_ZN8nvinfer",
 }
-# CUDA's functions that must do a little more than return 0.
+# CUDA's functions that must do more than return 0.
 _BODIES = {
     "cudaMalloc": "(void **p, size_t n) { *p = calloc(1, n + 1); return 0; }",
     "cudaGetDeviceCount": "(int *n) { *n = 1; return 0; }",
@@ -65,7 +65,7 @@ for kernel in _pybind_state.get_all_opkernel_def():
 
 
 def undefined() -> dict[str, set[str]]:
-    """Functions that the providers expect, by the library that they are expected of."""
+    """Functions that the providers import, by the library that they are imported from."""
     found: dict[str, set[str]] = defaultdict(set)
     for provider in PROVIDERS:
         library = CAPI / f"libonnxruntime_providers_{provider}.so"
@@ -85,7 +85,7 @@ def undefined() -> dict[str, set[str]]:
 
 
 def stub(folder: Path, library: str, functions: set[str]) -> None:
-    """Build a shared library of a name whose functions return 0."""
+    """Build a shared library of this name, with functions that return 0."""
     lines = ["#include <stdlib.h>"]
     lines += [f"long {name}{_BODIES.get(name, '() { return 0; }')}" for name in sorted(functions)]
     source, versions = folder / f"{library}.c", folder / f"{library}.map"

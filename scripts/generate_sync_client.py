@@ -3,7 +3,8 @@
     python scripts/generate_sync_client.py            write the generated files
     python scripts/generate_sync_client.py --check    exit 1 if a generated file is out of date
 
-A list of plain substitutions, as httpcore does it. `tests/test_client_package.py` runs the check.
+The generation is a list of regular expressions, as in httpcore. `tests/test_client_package.py` runs
+the check.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def synchronous(source: str) -> str:
 
 
 def _formatted(text: str) -> str:
-    """As ruff lays it out: lines without `await` are shorter, and imports sort anew."""
+    """Format with ruff: lines without `await` are shorter, and imports are sorted differently."""
     name = ["--stdin-filename", str(PACKAGE / "generated.py"), "-"]
     for command in (["check", "--quiet", "--select=I,SIM117", "--fix"], ["format", "--quiet"]):
         done = subprocess.run(
@@ -70,7 +71,10 @@ def main() -> None:
         if not check:
             path.write_text(text, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != text:
-            sys.exit(f"{target} is not what {source} generates: run {Path(sys.argv[0]).name}")
+            sys.exit(
+                f"{target} differs from the text generated from {source}: run "
+                f"{Path(sys.argv[0]).name}"
+            )
 
 
 if __name__ == "__main__":

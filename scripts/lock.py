@@ -5,8 +5,8 @@
 pip resolves the extras of pyproject.toml under constraints.txt, for CPython 3.11 on Linux x86-64,
 and reports each wheel that it would install, with the sha256 that the index states. Nothing is
 installed. pip's configuration on this machine is not used (`--isolated`), so that the wheels are
-those of the public index. The Dockerfiles install the files with `--require-hashes`: a wheel that
-was replaced on an index stops the build.
+those of the public index. The Dockerfiles install the files with `--require-hashes`, so a wheel
+that was replaced on an index stops the build.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HEAD = """\
 
 
 def locks() -> dict[str, list[str]]:
-    """The requirements of each lock file, by its name."""
+    """The requirements of each lock file, by the file's name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras: dict[str, list[str]] = project["optional-dependencies"]
     return {
@@ -41,7 +41,7 @@ def resolve(requirements: Sequence[str]) -> str:
     """The text of a lock file.
 
     Raises:
-        SystemExit: this Python is not that of the images.
+        SystemExit: this Python is not CPython 3.11 on Linux, as in the images.
         subprocess.CalledProcessError: pip finds no set of wheels.
     """
     if sys.version_info[:2] != (3, 11) or sys.platform != "linux":

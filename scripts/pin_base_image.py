@@ -2,10 +2,10 @@
 
     python scripts/pin_base_image.py [--registry https://registry-1.docker.io] [--check]
 
-The registry is asked for the digest of the image index (all platforms) that the tag now names, and
-`ARG PYTHON_IMAGE` of both Dockerfiles becomes `python:TAG@sha256:...`. With `--check` nothing is
-written; the status is 1 if a Dockerfile is not pinned to that digest. Protocol: OCI Distribution
-Specification 1.1, "Pulling manifests", and the token exchange of Docker's registry.
+The script requests the digest of the tag's current image index (all platforms) from the registry,
+and sets `ARG PYTHON_IMAGE` of the Dockerfiles to `python:TAG@sha256:...`. With `--check` it writes
+nothing, and the exit status is 1 if a Dockerfile is not pinned to that digest. Protocol: OCI
+Distribution Specification 1.1, "Pulling manifests", and the token exchange of Docker's registry.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SECONDS = 30
 
 
 def digest_of(image: str, registry: str) -> str:
-    """The digest that a tag names.
+    """Digest of a tag in a registry.
 
     Args:
         image: `name:tag`, of Docker's official images.
@@ -40,7 +40,7 @@ def digest_of(image: str, registry: str) -> str:
 
     Raises:
         OSError: the registry cannot be reached, or rejects the request.
-        ValueError: it returns no digest.
+        ValueError: the registry returns no digest.
     """
     name, _, tag = image.partition(":")
     url = f"{registry}/v2/library/{name}/manifests/{tag}"
@@ -51,7 +51,7 @@ def digest_of(image: str, registry: str) -> str:
             raise
         found = _head(url, {"Authorization": f"Bearer {_token(error)}"})
     if not _DIGEST.fullmatch(found):
-        raise ValueError(f"{url} returned '{found}' in place of a digest")
+        raise ValueError(f"{url} returned '{found}', which is not a digest")
     return found
 
 
@@ -59,23 +59,23 @@ def _head(url: str, headers: dict[str, str]) -> str:
     request = urllib.request.Request(  # noqa: S310 - the registry named on the command line
         url, method="HEAD", headers={"Accept": _INDEX, **headers}
     )
-    with urllib.request.urlopen(request, timeout=_SECONDS) as answer:  # noqa: S310 - see above
-        return answer.headers.get("Docker-Content-Digest", "")
+    with urllib.request.urlopen(request, timeout=_SECONDS) as response:  # noqa: S310 - see above
+        return response.headers.get("Docker-Content-Digest", "")
 
 
 def _token(refusal: urllib.error.HTTPError) -> str:
-    """An anonymous token, from where a refused request says."""
-    said = dict(re.findall(r'(\w+)="([^"]*)"', refusal.headers.get("WWW-Authenticate", "")))
-    query = urllib.parse.urlencode({name: said[name] for name in ("service", "scope")})
-    with urllib.request.urlopen(f"{said['realm']}?{query}", timeout=_SECONDS) as answer:  # noqa: S310 - named by the registry
-        return str(json.load(answer)["token"])
+    """An anonymous token from the address that a 401 response names."""
+    stated = dict(re.findall(r'(\w+)="([^"]*)"', refusal.headers.get("WWW-Authenticate", "")))
+    query = urllib.parse.urlencode({name: stated[name] for name in ("service", "scope")})
+    with urllib.request.urlopen(f"{stated['realm']}?{query}", timeout=_SECONDS) as response:  # noqa: S310 - named by the registry
+        return str(json.load(response)["token"])
 
 
 def pin(text: str, digest: str) -> str:
-    """A Dockerfile whose base image is pinned to a digest.
+    """The text of a Dockerfile with its base image pinned to a digest.
 
     Raises:
-        ValueError: it has no `ARG PYTHON_IMAGE=python:TAG`.
+        ValueError: the text has no line `ARG PYTHON_IMAGE=python:TAG`.
     """
     pinned, count = _IMAGE.subn(rf"ARG PYTHON_IMAGE=\g<tagged>@{digest}", text)
     if count != 1:
@@ -84,7 +84,7 @@ def pin(text: str, digest: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, files: Sequence[Path] = DOCKERFILES) -> int:
-    """Pin or check the Dockerfiles; the exit status."""
+    """Pin or check the Dockerfiles; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--registry", default="https://registry-1.docker.io")
     parser.add_argument("--check", action="store_true", help="write nothing")
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None, files: Sequence[Path] = DOCKERF
         text = path.read_text()
         image = _IMAGE.search(text)
         if image is None:
-            print(f"{path.name}: no line 'ARG PYTHON_IMAGE=python:TAG'", file=sys.stderr)
+            print(f"{path.name} has no line 'ARG PYTHON_IMAGE=python:TAG'", file=sys.stderr)
             return 2
         try:
             digest = digest_of(image["tagged"], options.registry)

@@ -2,10 +2,10 @@
 
     python scripts/sbom.py [NAME ...]
 
-For each lock file in docker/locked (or those named, as `service-cpu`), the locked wheels are
-installed by hash into an environment of their own, as the Dockerfile does it, and `cyclonedx-py`
-reads their metadata. The models that ship are listed with their licence and sha256 from the cards.
-A package without a stated licence is an error.
+For each lock file in docker/locked (or each one named, such as `service-cpu`), the script installs
+the locked wheels by hash into an environment of its own, as the Dockerfile does, and `cyclonedx-py`
+reads their metadata. The built-in models are listed with licence and sha256 from their cards. A
+package that states no licence is an error.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TARGET = ROOT / "build" / "sbom"
 
 
 def installed(lock: Path, folder: Path) -> Path:
-    """An environment of exactly the packages of a lock file; its Python.
+    """Create an environment of exactly the packages of a lock file; returns its Python.
 
     Raises:
-        subprocess.CalledProcessError: a wheel is missing, or is not the locked one.
+        subprocess.CalledProcessError: a wheel is missing, or differs from the locked one.
     """
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
@@ -44,7 +44,7 @@ def installed(lock: Path, folder: Path) -> Path:
 
 
 def bill(python: Path, zoo: Path) -> dict[str, Any]:
-    """What an environment holds, as CycloneDX 1.6, and the models of a zoo.
+    """The packages of an environment and the models of a zoo, as CycloneDX 1.6.
 
     Raises:
         subprocess.CalledProcessError: `cyclonedx-py` fails, or its document does not validate.
@@ -61,10 +61,10 @@ def bill(python: Path, zoo: Path) -> dict[str, Any]:
 
 
 def _state_licences(components: list[dict[str, Any]], python: Path) -> None:
-    """Add the licences that `cyclonedx-py` leaves out: those in words of the package's own."""
-    asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    """Add the licences that `cyclonedx-py` leaves out: those that are not SPDX identifiers."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     folder = subprocess.run(
-        [str(python), "-c", asked], stdout=subprocess.PIPE, text=True, check=True
+        [str(python), "-c", code], stdout=subprocess.PIPE, text=True, check=True
     )
     stated = {
         package.metadata["Name"]: package.metadata.get("License", "")
@@ -94,7 +94,7 @@ def unlicensed(bill: dict[str, Any]) -> list[str]:
 
 
 def main(names: Sequence[str]) -> int:
-    """Write a bill for each lock file; the exit status."""
+    """Write a bill for each lock file; returns the exit status."""
     TARGET.mkdir(parents=True, exist_ok=True)
     failed = 0
     for lock in sorted(LOCKS.glob("*.txt")):
@@ -102,7 +102,7 @@ def main(names: Sequence[str]) -> int:
             continue
         folder = Path(tempfile.mkdtemp(prefix="sbom-"))
         try:
-            # Training makes models and ships none but what it starts from: the same zoo.
+            # The training image holds the same zoo as the service images.
             found = bill(installed(lock, folder), ROOT / "models" / "zoo")
         finally:
             shutil.rmtree(folder)

@@ -46,7 +46,7 @@ def device() -> Device:
     )
 
 
-def test_what_goes_to_the_session_is_values_and_validity_once_and_no_plot(
+def test_only_values_and_validity_are_copied_to_the_session_and_no_plot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("service.infer.session.pick_variant", lambda *_: "float32")
@@ -56,12 +56,14 @@ def test_what_goes_to_the_session_is_values_and_validity_once_and_no_plot(
     T, C, count = 36, len(bundle.card.bands), 512  # whole batches, nothing rounded up
     found = traffic(bundle, CPU, count, T)
     own = 4 * bundle.card.day_of_year
-    batches = count // PIXEL_BATCH[CPU]  # each with the days
+    batches = count // PIXEL_BATCH[CPU]  # each also has `days`
     assert found.into * count == count * (T * (4 * C + 1) + own) + batches * 4 * T
     assert found.out == 4 * len(bundle.card.classes)
 
 
-def test_float16_sends_little_more_than_the_files_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float16_copies_little_more_than_the_bytes_of_the_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("service.infer.session.pick_variant", lambda *_: "float16")
     bundle = Registry.load(ZOO).default("classify-pixels")
     assert bundle is not None
@@ -70,7 +72,7 @@ def test_float16_sends_little_more_than_the_files_hold(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_products_are_measured_where_they_are_computed(precision: str) -> None:
+def test_the_rate_of_products_is_measured(precision: str) -> None:
     assert product_rate(CPU, precision, side=32, rounds=2) > 0
     b = np.eye(8, dtype=precision)
     session = product_session({"b": b}, threads=1, kind=precision)
@@ -78,21 +80,21 @@ def test_products_are_measured_where_they_are_computed(precision: str) -> None:
     np.testing.assert_array_equal(session.run(None, {"a": a})[0], a)
 
 
-def test_copies_are_measured() -> None:
+def test_the_rate_of_copies_is_measured() -> None:
     assert copy_rate(CPU, size=2**16, rounds=2) > 0
 
 
-def test_both_bounds_count(device: Device) -> None:
+def test_the_bound_combines_products_and_copies(device: Device) -> None:
     assert device.by_products == pytest.approx(5e7)
     assert device.by_copies == pytest.approx(2e7)
     assert device.roof == pytest.approx(1 / (1 / 5e7 + 1 / 2e7))
     text = shown(device)
-    for told in ("a device", "float16", "10,000,000 px/s", "450 bytes", "2.08 x", "70%"):
-        assert told in text
+    for part in ("a device", "float16", "10,000,000 px/s", "450 bytes", "2.08 x", "70%"):
+        assert part in text
 
 
-def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_device_the_report_states_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
     found = measure(rounds=1)
     assert found is None
-    assert "no CUDA provider here" in shown(found)
+    assert "no GPU was measured" in shown(found)

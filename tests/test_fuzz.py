@@ -24,8 +24,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return sound_files(tmp_path_factory.mktemp("sound"))
 
 
-def test_what_is_taken_apart_can_be_put_together(sound: dict[str, bytes], tmp_path: Path) -> None:
-    """Else the cases would be damaged by the kit, and not by the edits."""
+def test_parsing_and_building_a_file_changes_nothing(
+    sound: dict[str, bytes], tmp_path: Path
+) -> None:
+    """So only the edits damage the files of a case, not the kit."""
     for name, content in sound.items():
         for number, same in enumerate((content, edited(content, lambda tiff, directory: None))):
             (tmp_path / f"{number}.tif").write_bytes(same)
@@ -38,7 +40,7 @@ def test_what_is_taken_apart_can_be_put_together(sound: dict[str, bytes], tmp_pa
             np.testing.assert_array_equal(one.dataset_mask(), two.dataset_mask())
 
 
-def test_a_seed_is_always_the_same_case(sound: dict[str, bytes]) -> None:
+def test_a_seed_always_gives_the_same_case(sound: dict[str, bytes]) -> None:
     again = dict(reversed(sound.items()))
     assert all(case(seed, sound) == case(seed, again) for seed in range(30))
     assert len({case(seed, sound).files for seed in range(30)}) == 30
@@ -46,7 +48,7 @@ def test_a_seed_is_always_the_same_case(sound: dict[str, bytes]) -> None:
 
 
 @pytest.mark.timeout(900)  # a hang is found by the run itself, case by case
-def test_no_mutated_file_crashes_hangs_or_makes_it_tell(tmp_path: Path) -> None:
+def test_no_mutated_file_crashes_hangs_or_discloses_internals(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.fuzz", "--cases", str(CASES),
          "--first", "1000000", "--workers", "2"],
@@ -56,7 +58,7 @@ def test_no_mutated_file_crashes_hangs_or_makes_it_tell(tmp_path: Path) -> None:
     assert report["failures"] == []
     assert report["cases"] == CASES
     assert run.returncode == 0
-    # The cases reach all depths: no file at all, a header that misleads, pixels, an answer.
+    # The cases reach every stage: file format, header, pixels, prediction.
     codes = report["codes"]
     for code in ("not_a_geotiff", "missing_bands", "corrupt_raster", "no_georeference", "200"):
         assert codes.get(code, 0) >= 2, codes
