@@ -6,8 +6,8 @@ The service runs as a process of its own. The clients request maps from 1 x 1 to
 points, summaries and zips; some disconnect half way, some send or read slowly or never read, some
 send invalid requests. Another process requests health and metrics. The run passes if nothing fails
 that should not, nothing is left, and memory does not grow: docs/explanation/reliability.md has the
-numbers. With `--beside`, the same clients are measured without and with others that take what they
-can, from addresses of their own.
+numbers. With `--beside`, the clients are measured twice: alone, and while others from another
+address use up what they can.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MOST_RESIDENT = 1_500_000_000
 MOST_GROWTH = 0.05
 """Largest relative difference between the last and the third minute's memory."""
 MOST_SLOWDOWN = 1.5
-"""Largest ratio of the clients' median times with others beside them to those without."""
+"""Largest ratio of the clients' median times with others beside them to those alone."""
 SLOWEST_PROBE = 0.100
 """Seconds within which 99 of 100 health and metrics responses must arrive."""
 
@@ -58,7 +58,7 @@ _OVERLOADED = 503
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class Request:
     """One kind of request."""
 
     name: str
@@ -67,19 +67,19 @@ class Ask:
     kind: str = FORM
     accept: str = "*/*"
     status: int = 200
-    """Expected status, unless the service is overloaded."""
+    """Expected status, unless the service is at capacity."""
     code: str | None = None
     """Expected error code, if it must be rejected."""
     weight: float = 1.0
-    manner: str = "plain"
-    """Behaviour of the client; a key of `_MANNERS`."""
+    behaviour: str = "plain"
+    """Behaviour of the client; a key of `_BEHAVIOURS`."""
 
 
 @dataclass
 class Tally:
     """Outcome of the requests; many threads add to it."""
 
-    answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     """Number of each outcome, by kind of request."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Seconds of the successful responses, by kind of request."""
@@ -89,16 +89,18 @@ class Tally:
     """Unexpected outcomes."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, ask: Ask, outcome: str, seconds: float, failure: str | None = None) -> None:
+    def add(
+        self, request: Request, outcome: str, seconds: float, failure: str | None = None
+    ) -> None:
         """Count one request."""
         with self.lock:
-            self.answers[ask.name][outcome] += 1
+            self.outcomes[request.name][outcome] += 1
             if outcome == "overloaded":
                 self.refused_seconds.append(seconds)
             elif failure is None:
-                self.seconds[ask.name].append(seconds)
+                self.seconds[request.name].append(seconds)
             if failure is not None:
-                self.failures.append(f"{ask.name}: {failure}")
+                self.failures.append(f"{request.name}: {failure}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ class Report:
     machine: Mapping[str, str]
     seconds: float
     callers: int
-    answers: Mapping[str, Mapping[str, int]]
+    outcomes: Mapping[str, Mapping[str, int]]
     medians: Mapping[str, float]
     """Median seconds of a successful response, by kind of request."""
     failures: Sequence[str]
@@ -123,7 +125,7 @@ class Report:
     probes: Mapping[str, Sequence[float]]
     """Seconds of each health and metrics response."""
     beside: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """What the others beside the clients got, by their name."""
+    """Responses to the others beside the clients, by their name."""
 
     @property
     def growth(self) -> float:
@@ -140,9 +142,11 @@ class Report:
         if self.leftovers:
             found.append(f"{len(self.leftovers)} temporary files left: {self.leftovers[:5]}")
         if self.running:
-            found.append(f"{self.running:g} runs still in flight")
+            found.append(f"{self.running:g} runs in flight after all clients disconnected")
         if max(self.resident) > MOST_RESIDENT:
-            found.append(f"{max(self.resident) / 1e6:.0f} MB in memory")
+            found.append(
+                f"{max(self.resident) / 1e6:.0f} MB in memory, more than {MOST_RESIDENT / 1e6:.0f}"
+            )
         return found
 
     @property
@@ -150,10 +154,13 @@ class Report:
         """Reasons why the run fails on an otherwise idle machine."""
         found = []
         if abs(self.growth) > MOST_GROWTH:
-            found.append(f"memory went from the third to the last minute by {self.growth:+.1%}")
+            found.append(f"memory changed by {self.growth:+.1%} from the third to the last minute")
         for path, seconds in self.probes.items():
             if percentile(seconds, 0.99) > SLOWEST_PROBE:
-                found.append(f"{path}: 99 of 100 within {percentile(seconds, 0.99) * 1e3:.0f} ms")
+                found.append(
+                    f"{path}: 99 of 100 responses within {percentile(seconds, 0.99) * 1e3:.0f} ms, "
+                    f"not {SLOWEST_PROBE * 1e3:.0f}"
+                )
         return found
 
 
@@ -166,7 +173,7 @@ def percentile(numbers: Sequence[float], share: float) -> float:
 # Requests -----------------------------------------------------------------------------------
 
 
-def asks(largest: int = 512) -> list[Ask]:
+def requests(largest: int = 512) -> list[Request]:
     """Every kind of request, made once; the clients send the same bytes repeatedly.
 
     Args:
@@ -180,50 +187,60 @@ def asks(largest: int = 512) -> list[Ask]:
     more = {"outputs": "class,confidence,entropy,probabilities"}
     pixels, forecast = "/classify-pixels", "/forecast"
     good = [
-        Ask(name=f"map {side} x {side}", path=pixels, body=form(files), accept=tiff,
+        Request(name=f"map {side} x {side}", path=pixels, body=form(files), accept=tiff,
             weight=min(8.0, 60_000 / side**2))
         for side, files in stacks.items()
     ]  # fmt: skip
     good += [
-        Ask(name="summary", path=pixels, body=form(middle), accept=text, weight=3),
-        Ask(name="zip", path=pixels, body=form(middle, more), accept=zipped, weight=3),
-        Ask(name="points", path=pixels, body=form(middle, {"points": _points(40)}), weight=4),
-        Ask(name="forecast", path=forecast, body=form(small), weight=3),
-        Ask(name="embed pixels", path="/embed", body=form(stacks[7], {"modality": "pixel"})),
-        Ask(name="embed patches", path="/embed", body=form(middle, {"modality": "patch"})),
-        Ask(name="landcover", path="/landcover", body=form(middle, {"stride": "16"}), weight=2),
-        Ask(name="landcover large", path="/landcover", body=form(large), weight=0.5),
+        Request(name="summary", path=pixels, body=form(middle), accept=text, weight=3),
+        Request(name="zip", path=pixels, body=form(middle, more), accept=zipped, weight=3),
+        Request(name="points", path=pixels, body=form(middle, {"points": _points(40)}), weight=4),
+        Request(name="forecast", path=forecast, body=form(small), weight=3),
+        Request(name="embed pixels", path="/embed", body=form(stacks[7], {"modality": "pixel"})),
+        Request(name="embed patches", path="/embed", body=form(middle, {"modality": "patch"})),
+        Request(name="landcover", path="/landcover", body=form(middle, {"stride": "16"}), weight=2),
+        Request(name="landcover large", path="/landcover", body=form(large), weight=0.5),
         _series("series of 1", pixels, 1, weight=8),
         _series("series of 300", pixels, 300, weight=2),
         _series("forecast series", forecast, 20, weight=4),
     ]
-    manners = [
-        Ask(name="leaves while sending", path=pixels, body=form(large), manner="half", weight=3),
-        Ask(name="leaves while waiting", path=pixels, body=form(large), manner="leave", weight=4),
-        Ask(name="sends slowly", path=pixels, body=form(small), manner="drip", weight=2),
-        Ask(name="reads slowly", path=pixels, body=form(middle, more), manner="sip", weight=2),
-        Ask(name="never reads", path=pixels, body=form(middle, more), manner="deaf", weight=1),
+    behaviours = [
+        Request(
+            name="leaves while sending", path=pixels, body=form(large), behaviour="half", weight=3
+        ),
+        Request(
+            name="leaves while waiting", path=pixels, body=form(large), behaviour="leave", weight=4
+        ),
+        Request(name="sends slowly", path=pixels, body=form(small), behaviour="drip", weight=2),
+        Request(
+            name="reads slowly", path=pixels, body=form(middle, more), behaviour="sip", weight=2
+        ),
+        Request(
+            name="never reads", path=pixels, body=form(middle, more), behaviour="deaf", weight=1
+        ),
     ]
-    return good + manners + _rubbish(small)
+    return good + behaviours + _invalid(small)
 
 
-def _rubbish(files: Mapping[str, bytes]) -> list[Ask]:
+def _invalid(files: Mapping[str, bytes]) -> list[Request]:
     name, first = next(iter(files.items()))
     pixels = "/classify-pixels"
     third = len(first) // 3
-    spoilt = {**files, name: first[:third] + bytes(third) + first[2 * third :]}
+    corrupt = {**files, name: first[:third] + bytes(third) + first[2 * third :]}
     bad = [
-        ("no TIFF", form({"a.tif": b"not a raster at all"}), "not_a_geotiff"),
-        ("spoilt", form(spoilt), "corrupt_raster"),
+        ("not a TIFF", form({"a.tif": b"not a raster at all"}), "not_a_geotiff"),
+        ("corrupt", form(corrupt), "corrupt_raster"),
         ("one date", form({name: first}), "too_few_dates"),
-        ("bad field", form(files, {"scale": "much"}), "invalid_request"),
+        ("invalid parameter", form(files, {"scale": "much"}), "invalid_request"),
         ("unknown model", form(files, {"model": "no-such"}), "unknown_model"),
         ("bands unknown", form(files, {"bands": "B01,B05,B09,B10,SCL"}), "missing_bands"),
         ("scaled twice", form(files, {"scale": "1"}), "implausible_reflectance"),
     ]
     status = {"unknown_model": 404}
     return [
-        Ask(name=name, path=pixels, body=body, code=code, status=status.get(code, 422), weight=0.7)
+        Request(
+            name=name, path=pixels, body=body, code=code, status=status.get(code, 422), weight=0.7
+        )
         for name, body, code in bad
     ]
 
@@ -249,7 +266,7 @@ def form(files: Mapping[str, bytes], fields: Mapping[str, str] | None = None) ->
 
 
 def _points(count: int) -> str:
-    """Around the stacks' upper left corner: some inside, some not."""
+    """GeoJSON points around the stacks' upper left corner: some inside, some outside."""
     rng = random.Random(0)
     features = [
         {
@@ -265,7 +282,7 @@ def _points(count: int) -> str:
     return json.dumps({"type": "FeatureCollection", "features": features})
 
 
-def _series(name: str, path: str, count: int, weight: float) -> Ask:
+def _series(name: str, path: str, count: int, weight: float) -> Request:
     rng = random.Random(count)
     when = [day.isoformat() for day in days(_DATES)]
     series = [
@@ -279,45 +296,45 @@ def _series(name: str, path: str, count: int, weight: float) -> Ask:
         for n in range(count)
     ]
     text = json.dumps({"series": series}).encode()
-    return Ask(name=name, path=path, body=text, kind="application/json", weight=weight)
+    return Request(name=name, path=path, body=text, kind="application/json", weight=weight)
 
 
 # Clients ------------------------------------------------------------------------------------
 
 
-Answer = tuple[http.client.HTTPResponse, bytes]
+Response = tuple[http.client.HTTPResponse, bytes]
 
 
 class Gone(Exception):
     """The client disconnected on purpose, without a response."""
 
 
-def _plain(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
-    return _read(_sent(connection, ask))
+def _plain(connection: http.client.HTTPConnection, request: Request) -> Response:
+    return _read(_sent(connection, request))
 
 
-def _half(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
+def _half(connection: http.client.HTTPConnection, request: Request) -> Response:
     with contextlib.suppress(OSError):  # rejected as overloaded, and disconnected while sending
-        _send(connection, ask, ask.body[: len(ask.body) // 2])
+        _send(connection, request, request.body[: len(request.body) // 2])
         time.sleep(random.uniform(0, 0.5))
     raise Gone
 
 
-def _leave(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
+def _leave(connection: http.client.HTTPConnection, request: Request) -> Response:
     with contextlib.suppress(OSError):
-        _send(connection, ask, ask.body)
+        _send(connection, request, request.body)
         time.sleep(random.uniform(0, 3))
     raise Gone
 
 
-def _drip(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
+def _drip(connection: http.client.HTTPConnection, request: Request) -> Response:
     """The body in forty pieces, over some four seconds."""
-    return _read(_sent(connection, ask, size=-(-len(ask.body) // 40), rest=0.1))
+    return _read(_sent(connection, request, size=-(-len(request.body) // 40), rest=0.1))
 
 
-def _sip(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
+def _sip(connection: http.client.HTTPConnection, request: Request) -> Response:
     """Read the response in small pieces with pauses, then the rest."""
-    response = _heard_through_a_straw(connection, ask)
+    response = _with_tiny_buffer(connection, request)
     body = b""
     for _ in range(20):
         body += response.read(2**10)
@@ -325,87 +342,87 @@ def _sip(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
     return response, body + response.read()
 
 
-def _deaf(connection: http.client.HTTPConnection, ask: Ask) -> Answer:
-    response = _heard_through_a_straw(connection, ask)
-    if response.status != ask.status:
+def _deaf(connection: http.client.HTTPConnection, request: Request) -> Response:
+    response = _with_tiny_buffer(connection, request)
+    if response.status != request.status:
         return _read(response)
     time.sleep(10)
     raise Gone
 
 
-def _heard_through_a_straw(
-    connection: http.client.HTTPConnection, ask: Ask
+def _with_tiny_buffer(
+    connection: http.client.HTTPConnection, request: Request
 ) -> http.client.HTTPResponse:
-    """A response over a socket with a tiny receive buffer."""
+    """The response to a request, over a socket with a tiny receive buffer."""
     connection.connect()
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
-    return _sent(connection, ask)
+    return _sent(connection, request)
 
 
 def _sent(
-    connection: http.client.HTTPConnection, ask: Ask, size: int = 2**17, rest: float = 0.0
+    connection: http.client.HTTPConnection, request: Request, size: int = 2**17, rest: float = 0.0
 ) -> http.client.HTTPResponse:
     """Send a request piece by piece until a response arrives, as curl does."""
-    _send(connection, ask, b"")
-    for at in range(0, len(ask.body), size):
+    _send(connection, request, b"")
+    for at in range(0, len(request.body), size):
         if select.select([connection.sock], [], [], rest)[0]:
             break
-        connection.send(ask.body[at : at + size])
+        connection.send(request.body[at : at + size])
     return connection.getresponse()
 
 
-def _read(response: http.client.HTTPResponse) -> Answer:
+def _read(response: http.client.HTTPResponse) -> Response:
     return response, response.read()
 
 
-def _send(connection: http.client.HTTPConnection, ask: Ask, body: bytes) -> None:
-    """The head of a request that announces all of the body, and some of it."""
-    connection.putrequest("POST", ask.path)
-    for name, value in _headers(ask).items():
+def _send(connection: http.client.HTTPConnection, request: Request, body: bytes) -> None:
+    """Send the head of a request, with the length of the whole body, and a part of the body."""
+    connection.putrequest("POST", request.path)
+    for name, value in _headers(request).items():
         connection.putheader(name, value)
-    connection.putheader("Content-Length", str(len(ask.body)))
+    connection.putheader("Content-Length", str(len(request.body)))
     connection.endheaders(body)
 
 
-def _headers(ask: Ask) -> dict[str, str]:
-    return {"Content-Type": ask.kind, "Accept": ask.accept}
+def _headers(request: Request) -> dict[str, str]:
+    return {"Content-Type": request.kind, "Accept": request.accept}
 
 
-Manner = Callable[[http.client.HTTPConnection, Ask], Answer]
-_MANNERS: Mapping[str, Manner] = {
+Behaviour = Callable[[http.client.HTTPConnection, Request], Response]
+_BEHAVIOURS: Mapping[str, Behaviour] = {
     "plain": _plain, "half": _half, "leave": _leave, "drip": _drip, "sip": _sip, "deaf": _deaf,
 }  # fmt: skip
 
 
-def call(service: Served, ask: Ask, tally: Tally) -> bool:
+def call(service: Served, request: Request, tally: Tally) -> bool:
     """Send one request; whether the service had a free slot."""
     begun = time.perf_counter()
     connection = http.client.HTTPConnection(service.host, service.port, timeout=_TIMEOUT)
     try:
-        response, body = _MANNERS[ask.manner](connection, ask)
+        response, body = _BEHAVIOURS[request.behaviour](connection, request)
     except Gone:
-        tally.add(ask, "left", time.perf_counter() - begun)
+        tally.add(request, "left", time.perf_counter() - begun)
         return True
     except (OSError, http.client.HTTPException) as error:
-        tally.add(ask, "broken", 0.0, f"{type(error).__name__}: {error}")
+        tally.add(request, "broken", 0.0, f"{type(error).__name__}: {error}")
         return True
     finally:
         connection.close()
     seconds = time.perf_counter() - begun
     if response.status == _OVERLOADED and _code(body) == "overloaded":
         wait = response.headers.get("Retry-After", "")
-        tally.add(ask, "overloaded", seconds, None if wait.isdigit() else "no Retry-After")
+        tally.add(request, "overloaded", seconds, None if wait.isdigit() else "no Retry-After")
         return False
-    said = f"{response.status} {_code(body) or ''}".strip()
-    wrong = None if response.status == ask.status else f"{said}: {body[:300]!r}"
-    tally.add(ask, said, seconds, wrong or _fault_of(ask, response, body))
+    outcome = f"{response.status} {_code(body) or ''}".strip()
+    wrong = None if response.status == request.status else f"{outcome}: {body[:300]!r}"
+    tally.add(request, outcome, seconds, wrong or _fault_of(request, response, body))
     return True
 
 
-def _fault_of(ask: Ask, response: http.client.HTTPResponse, body: bytes) -> str | None:
+def _fault_of(request: Request, response: http.client.HTTPResponse, body: bytes) -> str | None:
     """The fault of a response with the right status."""
-    if ask.code is not None:
-        return None if _code(body) == ask.code else f"code {_code(body)}, not {ask.code}"
+    if request.code is not None:
+        return None if _code(body) == request.code else f"code {_code(body)}, not {request.code}"
     kind = response.headers.get("Content-Type", "")
     if kind.startswith("image/tiff"):
         return None if body[:4] in (b"II*\0", b"II+\0") else "no TIFF"
@@ -422,17 +439,17 @@ def _code(body: bytes) -> str | None:
     return None
 
 
-def _caller(service: Served, kinds: Sequence[Ask], tally: Tally, end: float, seed: int) -> None:
+def _caller(service: Served, kinds: Sequence[Request], tally: Tally, end: float, seed: int) -> None:
     rng = random.Random(seed)
-    weights = [ask.weight for ask in kinds]
+    weights = [request.weight for request in kinds]
     while time.monotonic() < end:
-        (ask,) = rng.choices(kinds, weights)
+        (request,) = rng.choices(kinds, weights)
         try:
-            had_room = call(service, ask, tally)
-        except Exception as error:  # noqa: BLE001 - a caller that dies unheard would hide a fault
-            tally.add(ask, "caller failed", 0.0, repr(error))
+            accepted = call(service, request, tally)
+        except Exception as error:  # noqa: BLE001 - a thread that dies silently would hide a fault
+            tally.add(request, "caller failed", 0.0, repr(error))
             continue
-        if not had_room:  # earlier than `Retry-After`, but not at once
+        if not accepted:  # earlier than `Retry-After`, but not at once
             time.sleep(rng.uniform(0.5, 1.5))
 
 
@@ -440,14 +457,14 @@ def _caller(service: Served, kinds: Sequence[Ask], tally: Tally, end: float, see
 
 
 Other = Callable[[Served, float, Counter[str]], None]
-"""Takes what it can until a time of `time.monotonic`, and counts what it got."""
+"""Uses up what it can until a time of `time.monotonic`, and counts the responses."""
 _DRIPS = 40
 _DRIP_BYTES = 64 * 2**10 // 60
-"""Sent by each slow upload per second."""
+"""Bytes that each slow upload sends per second."""
 
 
-def dripping(service: Served, end: float, got: Counter[str]) -> None:
-    """Forty uploads of 64 KiB per minute each, begun again as soon as they are ended."""
+def dripping(service: Served, end: float, counts: Counter[str]) -> None:
+    """Forty uploads of 64 KiB per minute each; an upload that the server ends is started again."""
     head = (
         f"POST /classify-pixels HTTP/1.1\r\nHost: here\r\nContent-Type: {FORM}\r\n"
         f"Content-Length: {2**31}\r\n\r\n--{_BOUNDARY}\r\n"
@@ -462,8 +479,8 @@ def dripping(service: Served, end: float, got: Counter[str]) -> None:
             drips.append(connection)
         time.sleep(1)
         for drip in list(drips):
-            if answer := _refused(drip):
-                got[answer] += 1
+            if response := _refused(drip):
+                counts[response] += 1
                 drips.remove(drip)
                 drip.close()
     for drip in drips:
@@ -471,7 +488,7 @@ def dripping(service: Served, end: float, got: Counter[str]) -> None:
 
 
 def _refused(drip: socket.socket) -> str | None:
-    """Send the next bytes; the status line if the upload has ended."""
+    """Send the next bytes of an upload; returns the status if the server has ended it."""
     try:
         if select.select([drip], [], [], 0)[0]:
             return drip.recv(2**12).split(b"\r\n")[0].decode()[9:12] or "closed"
@@ -495,11 +512,11 @@ def _probe(host: str, port: int, out: Connection) -> None:
         for path in _PROBES:
             begun = time.perf_counter()
             connection.request("GET", path)
-            answer = connection.getresponse()
-            answer.read()
+            response = connection.getresponse()
+            response.read()
             found[path].append(time.perf_counter() - begun)
-            if answer.status != 200:
-                out.send(f"{path} answered {answer.status}")
+            if response.status != 200:
+                out.send(f"{path} returned {response.status}")
                 return
     out.send(found)
 
@@ -510,20 +527,20 @@ def _probe(host: str, port: int, out: Connection) -> None:
 def run(
     seconds: float,
     callers: int,
-    kinds: Sequence[Ask],
+    kinds: Sequence[Request],
     beside: Sequence[str] = (),
     **settings: str,
 ) -> Report:
     """Start a service, run all clients, and inspect what is left.
 
     Args:
-        seconds: for which they send requests.
+        seconds: time in which the clients send requests.
         callers: number of clients.
-        kinds: of requests that they send.
-        beside: names of `OTHERS` that run beside them.
+        kinds: the requests that the clients send.
+        beside: names of `OTHERS` that run at the same time.
         settings: environment variables of the service.
     """
-    got: dict[str, Counter[str]] = {name: Counter() for name in beside}
+    others: dict[str, Counter[str]] = {name: Counter() for name in beside}
     tally = Tally()
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -537,7 +554,8 @@ def run(
             for seed in range(callers)
         ]
         threads += [
-            threading.Thread(target=OTHERS[name], args=(service, end, got[name])) for name in beside
+            threading.Thread(target=OTHERS[name], args=(service, end, others[name]))
+            for name in beside
         ]
         with Sampler(take=service.resident) as resident:
             for thread in threads:
@@ -557,7 +575,7 @@ def run(
             machine=about,
             seconds=seconds,
             callers=callers,
-            answers={name: dict(counts) for name, counts in tally.answers.items()},
+            outcomes={name: dict(counts) for name, counts in tally.outcomes.items()},
             medians={name: statistics.median(s) for name, s in tally.seconds.items()},
             failures=tally.failures,
             leftovers=service.leftovers(),
@@ -565,7 +583,7 @@ def run(
             refused_p99=percentile(tally.refused_seconds, 0.99),
             resident=[number for _, number in resident.samples],
             probes=probes,
-            beside={name: dict(counts) for name, counts in got.items()},
+            beside={name: dict(counts) for name, counts in others.items()},
         )
 
 
@@ -576,7 +594,7 @@ def slowdown(alone: Report, beside: Report) -> float:
 
 
 def _settle(service: Served) -> None:
-    """Wait for a limited time until no run and no temporary file is left."""
+    """Wait up to 30 s until no run and no temporary file is left."""
     until = time.monotonic() + 30
     while time.monotonic() < until:
         if not service.leftovers() and not service.metric("pimc_runs_in_flight"):
@@ -587,27 +605,27 @@ def _settle(service: Served) -> None:
 def _errors(log: Path) -> list[str]:
     """Errors in the service's log, except those of clients that stopped reading."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
-    told = [f"log: {entry['message']}" for entry in lines if entry["level"] == "error"]
-    return [line for line in told if "without completing response" not in line]
+    errors = [f"log: {entry['message']}" for entry in lines if entry["level"] == "error"]
+    return [line for line in errors if "without completing response" not in line]
 
 
 def show(report: Report) -> None:
     """Print the report."""
     console = Console()
     console.print(", ".join(f"{name} {value}" for name, value in report.machine.items()))
-    table = Table("request", "answers", "median s", box=None)
-    for name, counts in report.answers.items():
-        told = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(counts.items()))
-        table.add_row(name, told, f"{report.medians.get(name, float('nan')):.2f}")
+    table = Table("request", "outcomes", "median s", box=None)
+    for name, counts in report.outcomes.items():
+        text = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(counts.items()))
+        table.add_row(name, text, f"{report.medians.get(name, float('nan')):.2f}")
     console.print(table)
     for name, counts in report.beside.items():
-        told = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(counts.items()))
-        console.print(f"beside them, {name}: {told or 'nothing ended'}")
-    total = sum(sum(counts.values()) for counts in report.answers.values())
-    refused = sum(counts.get("overloaded", 0) for counts in report.answers.values())
+        text = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(counts.items()))
+        console.print(f"beside them, {name}: {text or 'no response'}")
+    total = sum(sum(counts.values()) for counts in report.outcomes.values())
+    refused = sum(counts.get("overloaded", 0) for counts in report.outcomes.values())
     console.print(
-        f"{total} requests of {report.callers} callers in {report.seconds:.0f} s; {refused} were "
-        f"told overloaded, 99 of 100 within {report.refused_p99 * 1e3:.0f} ms"
+        f"{total} requests by {report.callers} clients in {report.seconds:.0f} s; {refused} were "
+        f"rejected as overloaded, 99 of 100 within {report.refused_p99 * 1e3:.0f} ms"
     )
     for path, seconds in report.probes.items():
         half, most = percentile(seconds, 0.5), percentile(seconds, 0.99)
@@ -631,11 +649,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--callers", type=int, default=50)
     parser.add_argument(
-        "--beside", nargs="+", choices=OTHERS, default=(), help="others beside the clients"
+        "--beside", nargs="+", choices=OTHERS, default=(), help="others that run at the same time"
     )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    kinds = asks()
+    kinds = requests()
     reports = [run(options.seconds, options.callers, kinds)]
     if options.beside:
         reports.append(run(options.seconds, options.callers, kinds, options.beside))
