@@ -130,7 +130,7 @@ Mask = Annotated[
         "--mask",
         help="How cloudy pixels are identified: auto (default) by what the files hold, none by "
         "nodata alone, or rules, comma-separated: scl, fmask, qa_pixel, clm, qai, udm2, cloud, "
-        "cldprb:40, qa60.",
+        "cldprb:40, qa60. Without such a band, cloud makes a mask from the series.",
     ),
 ]
 SensorOption = Annotated[

@@ -91,7 +91,7 @@ class StackOptions(TypedDict, total=False):
     mask: str | Sequence[str]
     """How cloudy pixels are identified: `auto` (the default) by what the files hold, `none` by
     nodata and NaN alone, or rules such as `scl`, `fmask` or `cldprb:40`, all of which a clear pixel
-    must pass."""
+    must pass. `cloud` makes a mask from the series of files that hold none (six dates or more)."""
     sensor: Sensor
     """The satellite sensor; told from names, tags and bands if left out."""
     grid: str

@@ -360,8 +360,9 @@ class RasterForm(_Strict):
             max_length=200,
             description="cloud masks: `auto` uses what the files hold; `none` only nodata and NaN; "
             f"or any of {', '.join(RULES)}, comma-separated, all of which a clear pixel passes; "
-            "`cldprb:40` gives the cloud probability in per cent",
-            examples=["auto", "scl,cldprb:40"],
+            "`cldprb:40` gives the cloud probability in per cent; `cloud` makes a mask from the "
+            "series where no file holds one",
+            examples=["auto", "scl,cldprb:40", "cloud"],
         ),
     ] = None
     grid: Annotated[

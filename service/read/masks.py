@@ -33,6 +33,8 @@ QA60_EMPTY = (date(2022, 1, 25), date(2024, 2, 28))
 """From the first to the second date Earth Engine's QA60 holds zeros, whatever the clouds: the
 products of those days have no vector cloud mask (Earth Engine catalogue, COPERNICUS/S2_SR)."""
 _BITS = 16
+OWN = "cloud"
+"""Of `RULES`, the one that needs no band."""
 
 
 def _whole(data: Numbers) -> tuple[NDArray[np.int64], Clear]:
@@ -154,11 +156,12 @@ RULES: Mapping[str, tuple[str, Decoder]] = {
     "clm": (CLM, clm),
     "qai": (QAI, qai),
     "udm2": (UDM2, udm2),
-    "cloud": (CLOUD, scl),
+    OWN: (CLOUD, scl),
     "cldprb": (CLDPRB, cldprb),
     "qa60": (QA60, qa60),
 }
-"""By the name that `mask` takes: the band, and how its numbers are read."""
+"""By the name that `mask` takes: the band, and how its numbers are read. `cloud` reads sits' band
+where there is one, and else is the mask of `clouds`, made from the series."""
 # What a name has in one provider's files alone.
 _DEA = re.compile(r"(^|[/_])(ga_|oa_)", re.IGNORECASE)
 _LANDSAT = re.compile(r"landsat|(^|[/_])l[cteo]0[4-9]_", re.IGNORECASE)

@@ -412,9 +412,12 @@ def why_missing(
         least: clear observations that a pixel needs.
         cache: GDAL's block cache; None leaves it as it is.
     """
-    sample = _sample(stack, sorted(used), cache)
-    there = ~np.isnan(sample.stored).any(axis=1)
-    seen, clear = int(there.sum(axis=0).max()), int(sample.valid.sum(axis=0).max())
+    seen = clear = 0
+    with StackReader(stack, sorted(used), cache=cache) as reader:
+        for window in _sampled_windows(stack):
+            part = reader.read(window)
+            seen = max(seen, int((~np.isnan(part.values[:, 0])).sum(axis=0).max()))
+            clear = max(clear, int(part.valid.sum(axis=0).max()))
     return (
         f"every pixel needs {least} clear observations; of the {len(used)} dates used, the best "
         f"pixel sampled has values on {seen} and is clear on {clear} (mask: {stack.mask}); "
@@ -531,11 +534,11 @@ def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) ->
     """The same number of places of every date, on few dates more of them than on many."""
     windows = _sampled_windows(stack)
     each = min(len(windows), max(1, _SAMPLED_DATES * len(windows) // len(positions)))
-    T, C = len(positions), len(stack.bands)
+    plain = _as_stored(stack)
+    T, C = len(positions), len(plain.bands)
     size = int(windows[0].height * windows[0].width)
     stored = np.empty((T, C, each * size), np.float32)
     valid = np.empty((T, each * size), np.bool_)
-    plain = _as_stored(stack)
     # Places in turn, so that many dates together are judged by all of them.
     for at, window in enumerate(windows):
         ts = [t for t in range(T) if (at - t) % len(windows) < each]
@@ -554,15 +557,17 @@ def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) ->
         valid=valid[:, thin],
         positions=tuple(positions),
         dates=tuple(stack.dates[t] for t in positions) if stack.dates else (),
-        bands=stack.bands,
+        bands=plain.bands,
         planes=tuple(first[t] for t in positions),
     )
 
 
 def _as_stored(stack: Stack) -> Stack:
-    """The stack without scale and offset, which reads as the numbers stored."""
+    """The stack without scale and offset, which reads as the numbers stored, of every band."""
     return replace(
         stack,
+        bands=stack.bands_read,
+        cloud_bands=None,
         acquisitions=tuple(
             replace(
                 acquisition,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import rasterio
@@ -23,6 +23,7 @@ from rasterio.features import geometry_mask
 
 from service.errors import CorruptRaster
 from service.grid import GDALError, Window
+from service.read import clouds
 from service.read.buffers import BufferPool
 from service.read.geotiff import BlockCache, SourceFile, for_each, gdal_options, open_geotiff
 from service.read.placement import Position, Resampling
@@ -149,15 +150,28 @@ class StackReader:
         (top, bottom), (left, right) = window.toranges()
         if not (0 <= top < bottom <= grid.height and 0 <= left < right <= grid.width):
             raise ValueError(f"{window} is not inside {grid.height} rows x {grid.width} columns")
-        merged = self._read_layer(self._layers[0], window)
-        for layer in self._layers[1:]:
-            more = self._read_layer(layer, window)
+        read: Iterator[Sits] = (self._read_layer(layer, window) for layer in self._layers)
+        if self._stack.cloud_bands is not None:
+            read = iter(self._without_clouds(list(read)))
+        merged = next(read)
+        for layer, more in zip(self._layers[1:], read, strict=True):
             for t, values, valid in zip(layer.positions, more.values, more.valid, strict=True):
                 better = valid & ~merged.valid[t]
                 np.copyto(merged.values[t], values, where=better)
                 merged.valid[t] |= better
             self._buffers.give_back(more.values, more.valid)
-        return merged
+        return Sits(values=merged.values[:, : len(self._stack.bands)], valid=merged.valid)
+
+    def _without_clouds(self, looks: Sequence[Sits]) -> Sequence[Sits]:
+        """All looks, each a date of the series, with `valid` where the series shows no cloud."""
+        bands = [self._stack.bands_read.index(band) for band in clouds.BANDS]
+        blue, red, nir = (_together([look.values[:, c] for look in looks]) for c in bands)
+        clear = clouds.clear(blue, red, nir, _together([look.valid for look in looks]))
+        begin = 0
+        for look in looks:
+            look.valid[...] = clear[begin : begin + len(look.valid)]
+            begin += len(look.valid)
+        return looks
 
     def read_pixels(self, rows: ArrayLike, columns: ArrayLike) -> Sits:
         """Decode single pixels, in small windows where they stand together.
@@ -177,7 +191,7 @@ class StackReader:
         values = np.empty(shape, dtype=np.float32)
         valid = np.empty((shape[0], shape[2]), dtype=np.bool_)
         height, width = (max(1, _CELL // side) * side for side in self._stack.block)
-        most = max(1, _CELL_BYTES // (4 * shape[0] * shape[1]))
+        most = max(1, _CELL_BYTES // (4 * shape[0] * len(self._stack.bands_read)))
         width = min(width, most)
         height = min(height, max(1, most // width))
         cells = defaultdict(list)
@@ -194,7 +208,7 @@ class StackReader:
         return Sits(values=values, valid=valid)
 
     def _read_layer(self, layer: _Layer, window: Window) -> Sits:
-        T, C = len(layer.acquisitions), len(self._stack.bands)
+        T, C = len(layer.acquisitions), len(self._stack.bands_read)
         h, w = int(window.height), int(window.width)
         values = self._buffers.take((T, C), (h, w), np.float32)
         present = self._buffers.take((T,), (h, w), np.bool_)
@@ -328,6 +342,11 @@ class StackReader:
                 self._open[key] = dataset
                 self._held_bytes += block_bytes
             return room
+
+
+def _together(parts: Sequence[NDArray[np.generic]]) -> NDArray[Any]:
+    """Arrays one after the other; of one, itself and no copy."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _layers(stack: Stack, used: Sequence[int]) -> list[_Layer]:

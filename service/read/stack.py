@@ -90,7 +90,7 @@ class Acquisition:
     observation: int
     """Position of the observation on the stack's T axis."""
     planes: tuple[Plane, ...]
-    """The needed bands (C)."""
+    """The bands read (C), those of the stack's `cloud_bands` last."""
     masks: tuple[MaskPlane, ...] = ()
     """A pixel is clear where all of them say so."""
 
@@ -110,6 +110,9 @@ class Stack:
     """Acquisition dates (T), unique and ascending; empty for undated imagery."""
     bands: tuple[str, ...]
     """The needed bands (C), in the requested order."""
+    cloud_bands: tuple[str, ...] | None = None
+    """Bands that are read beside them for the cloud mask made from the series, and that windows do
+    not hold; empty if it needs none beside, None if that mask is not used."""
     scale: float
     offset: float
     """reflectance = value x scale + offset; files may differ, this is the first one's."""
@@ -126,6 +129,11 @@ class Stack:
     files: tuple[str, ...]
     """Names of the files that hold a needed band; the others are left out."""
     warnings: tuple[StackWarning, ...]
+
+    @property
+    def bands_read(self) -> tuple[str, ...]:
+        """The needed bands, and those that only the cloud mask reads."""
+        return (*self.bands, *(self.cloud_bands or ()))
 
     @property
     def observations(self) -> int:
@@ -195,13 +203,14 @@ def open_stack(
     }
     keys = list(dict.fromkeys(granule.key for granule in arranged.granules))
     position = {key: number for number, key in enumerate(keys)}
-    _check_size(arranged, grid, bands, max_bytes)
+    read = (*bands, *(arranged.cloud_bands or ()))
+    _check_size(arranged, grid, read, max_bytes)
     acquisitions = tuple(
         Acquisition(
             observation=position[granule.key],
             planes=tuple(
                 _plane(*granule.planes[band], options, positions, granule.key, by_file)
-                for band in bands
+                for band in read
             ),
             masks=_mask_planes(granule, positions),
         )
@@ -213,6 +222,7 @@ def open_stack(
         layout=arranged.layout,
         dates=tuple(key for key in keys if isinstance(key, date)),
         bands=tuple(bands),
+        cloud_bands=arranged.cloud_bands,
         scale=planes[0].scale,
         offset=planes[0].offset,
         mask=arranged.mask,
@@ -231,7 +241,7 @@ def open_stack(
             *arranged.warnings,
             *placed.warnings,
             *_merged(arranged.granules, len(keys)),
-            *_eight_bits(arranged.granules, bands, options),
+            *_eight_bits(arranged.granules, read, options),
         ),
     )
 

@@ -14,6 +14,7 @@ from service.errors import InvalidRequest, MissingDates, StackWarning, TooFewDat
 from service.infer.engine import Engine
 from service.infer.model import LoadedModel
 from service.infer.patches import PatchGrid
+from service.read.clouds import MIN_DATES
 from service.read.geotiff import BlockCache
 from service.read.radiometry import calibrate
 from service.read.stack import Stack, open_stack
@@ -77,7 +78,7 @@ class RasterRun:
     @property
     def pixel_bytes(self) -> int:
         """Memory of one pixel of a window: float32 values and one byte of validity per date."""
-        return len(self.used) * (4 * len(self.stack.bands) + 1)
+        return len(self.used) * (4 * len(self.stack.bands_read) + 1)
 
     @property
     def prediction_bytes(self) -> int:
@@ -141,6 +142,12 @@ def check_run(run: RasterRun) -> None:
         raise TooFewDates(
             f"{len(run.used)} observations are used, and '{card.id}' needs at least "
             f"{card.min_observations}"
+        )
+    if run.stack.cloud_bands is not None and len(run.used) < MIN_DATES:
+        raise TooFewDates(
+            f"mask=cloud compares each pixel with its own series and needs at least {MIN_DATES} "
+            f"dates, and {len(run.used)} of {run.stack.observations} are used; add dates, or give "
+            "another mask or mask=none"
         )
     _ = run.predictions
     if card.modality == "patch":
