@@ -21,7 +21,7 @@
         │   ├── Unauthorized
         │   ├── ForbiddenReference, UnreachableReference
         │   ├── NotFound, MethodNotAllowed, UnknownModel, UnknownJob
-        │   ├── ResultNotReady
+        │   ├── ResultNotReady, InvalidRange
         │   ├── BodyTooLarge, BodyStalled
         │   ├── NotAVectorFile, InvalidFields, TooManyFields
         │   └── MalformedRequest, UriTooLong, HeaderTooLarge, HeadStalled
@@ -257,6 +257,12 @@ class ResultNotReady(RequestError):
     """The job is not finished."""
 
     known_code = "result_not_ready"
+
+
+class InvalidRange(RequestError):
+    """The range asked for is not within the result."""
+
+    known_code = "invalid_range"
 
 
 class BodyTooLarge(RequestError):

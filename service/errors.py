@@ -13,6 +13,7 @@
     │   ├── ForbiddenReference, UnreachableReference
     │   ├── NotFound, MethodNotAllowed, UnknownModel, UnknownJob
     │   ├── ResultNotReady                   the job is not finished
+    │   ├── InvalidRange                     `Range` is not within the file
     │   ├── BodyTooLarge                     over the upload limit
     │   ├── BodyStalled                      the upload stopped half way
     │   ├── NotAVectorFile, InvalidFields, TooManyFields    what `fields` holds
@@ -220,6 +221,23 @@ class HeadStalled(RequestError):
     title = "Head stalled"
 
 
+class InvalidRange(RequestError):
+    """`Range` is not valid, or not within the file."""
+
+    code = "invalid_range"
+    title = "Invalid range"
+
+    def __init__(self, detail: str, size: int = 0) -> None:
+        """State the file's size.
+
+        Args:
+            detail: for the client.
+            size: of the file, bytes.
+        """
+        super().__init__(detail)
+        self.size = size
+
+
 class RasterError(PIMCError):
     """The files do not make a usable stack."""
 
@@ -356,6 +374,7 @@ STATUS: Mapping[str, int] = {
     "wrong_task": 422,
     "invalid_request": 422,
     "result_not_ready": 409,
+    "invalid_range": 416,
     "forbidden_reference": 403,
     "unreachable_reference": 422,
     "unauthorized": 401,

@@ -31,6 +31,7 @@ SHORT_KEY = 16
 """A shorter API key is logged as a warning: an unsalted hash does not protect it."""
 _SHA256 = re.compile(KEY_HASH + r"[0-9a-fA-F]{64}")
 _HOST = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<host>[^:\[\]/@\s]+))(?::(?P<port>\d{1,5}))?")
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
 _NAME = re.compile(r"(?=.{1,253}\.?$)[a-zA-Z0-9_-]{1,63}(\.[a-zA-Z0-9_-]{1,63})*\.?")
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
@@ -125,6 +126,13 @@ class Settings(BaseSettings):
     max_spool_bytes: ByteSize | None = None
     """Bodies of requests in flight on disk, in bytes or as `500MB`, `2GiB`; one caller may take
     half. At least twice `max_body_bytes`; None is eight times that."""
+    root_path: Annotated[str | None, Field(max_length=200)] = None
+    """Path under which a proxy serves the service, such as `/pimc`; links begin with it."""
+    trusted_proxies: Annotated[
+        tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...], NoDecode
+    ] = ()
+    """Addresses and networks, comma-separated, of proxies whose `X-Forwarded-For` and
+    `X-Forwarded-Proto` are believed."""
     max_connections: Annotated[int, Field(ge=16)] = 1024
     """Open connections. At the bound, the one that has waited longest without a request is closed.
     The limit of open files is raised for them as far as the system allows."""
@@ -132,6 +140,12 @@ class Settings(BaseSettings):
     """Open connections of one client address; set it to `PIMC_MAX_CONNECTIONS` behind a proxy."""
     head_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
     """Seconds within which a request's line and headers must arrive."""
+    send_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
+    """Seconds for which a client may read nothing of a response before it is disconnected."""
+    max_downloads: Annotated[int, Field(ge=1)] = 64
+    """Results of jobs that are sent at once; a further reader is `overloaded`."""
+    max_downloads_per_caller: Annotated[int, Field(ge=1)] = 16
+    """Results of jobs that are sent at once to one key, or to one address without keys."""
     max_fields: Annotated[int, Field(ge=1)] = 100_000
     """Polygons of one request."""
     max_raster_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(16 * 2**30)
@@ -184,7 +198,7 @@ class Settings(BaseSettings):
             )
         return value
 
-    @field_validator("api_keys", "allowed_roots", mode="before")
+    @field_validator("api_keys", "allowed_roots", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return _parts(value)
@@ -196,6 +210,13 @@ class Settings(BaseSettings):
         if not isinstance(parts, tuple | list):
             return value
         return tuple(HostRule.read(part) if isinstance(part, str) else part for part in parts)
+
+    @field_validator("root_path")
+    @classmethod
+    def _is_a_path(cls, value: str | None) -> str | None:
+        if value and not _ROOT_PATH.fullmatch(value):
+            raise ValueError(f"'{value}' is not a path such as /pimc, without a slash at its end")
+        return value
 
     @field_validator("allowed_roots")
     @classmethod

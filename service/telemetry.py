@@ -85,6 +85,14 @@ class Metrics:
             "Connections closed or rejected by a bound, by reason",
             ["reason"],
         )
+        self._downloads = Gauge(
+            "pimc_downloads", "Results of jobs being sent", registry=self._registry
+        )
+        self._downloads_rejected = self._counter(
+            "pimc_downloads_rejected",
+            "Readers of results rejected by a bound: of one caller, or of all",
+            ["bound"],
+        )
 
         self._keys_refused = Counter(
             "pimc_api_keys_refused", "Wrong or expired API keys", registry=self._registry
@@ -150,6 +158,14 @@ class Metrics:
     def connection_given_up(self, reason: str) -> None:
         """Count a connection that a bound closed or rejected."""
         self._given_up.labels(reason).inc()
+
+    def downloads(self, count: int) -> None:
+        """Set the number of results that are being sent."""
+        self._downloads.set(count)
+
+    def download_rejected(self, bound: str) -> None:
+        """Count a reader of a result for whom there was no room."""
+        self._downloads_rejected.labels(bound).inc()
 
     def answered(self, *, route: str, method: str, status: int, seconds: float) -> None:
         """Count one request."""

@@ -28,6 +28,7 @@ ELSEWHERE = {
     "overloaded",
     "not_ready",
     "result_not_ready",
+    "invalid_range",
     "insufficient_storage",
     "unreachable_reference",
     "malformed_request",

@@ -40,6 +40,7 @@ NAMES = [
     "InsufficientStorage",
     "InternalError",
     "InvalidFields",
+    "InvalidRange",
     "InvalidRequest",
     "Job",
     "JobDismissed",

@@ -549,5 +549,6 @@ def test_a_hostile_file_name_stays_a_label(api: httpx.Client, state: Path, tmp_p
         "class.qml",
         "class.tif",
         "class.tif.aux.xml",
+        "document.json",
         "reply.json",
     ]

@@ -38,6 +38,7 @@ def labels() -> dict[str, set[str]]:
     metrics.watch_admission(
         run_slots=1, held=lambda: 0, awaited=lambda: 0, uploads=lambda: 0, spooled=lambda: 0
     )
+    metrics.download_rejected("caller")
     text = metrics.text()
     return {
         name: set(re.findall(r"(\w+)=", inside))

@@ -10,14 +10,17 @@ from importlib.metadata import PackageNotFoundError, version
 
 from anyio import to_thread
 from fastapi import FastAPI
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from models.registry import ZOO, Registry, read_checksums
 from service.api.admission import Admission
 from service.api.auth import ApiKeys, Refusals
 from service.api.dependencies import AppState
 from service.api.middleware import (
+    HeadMiddleware,
     LingeringCloseMiddleware,
     RequestRecordMiddleware,
+    RootPathMiddleware,
     SecurityHeadersMiddleware,
     SlowClientMiddleware,
 )
@@ -25,6 +28,7 @@ from service.api.openapi import DocumentedApp
 from service.api.problems import add_handlers, fault
 from service.api.routes import health, home, models, tasks
 from service.api.routes import jobs as job_routes
+from service.api.sending import Downloads
 from service.errors import PIMCError
 from service.infer.engine import Engine
 from service.jobs.runner import JobRunner
@@ -35,6 +39,7 @@ from service.settings import Settings, SettingsError, read_settings
 from service.telemetry import Metrics
 
 _LOG = logging.getLogger(__name__)
+_ROUTERS = (tasks.router, job_routes.router, models.router, health.router, home.router)
 _DESCRIPTION = (
     "Land-cover classes, vegetation forecasts and embeddings from satellite image time series. "
     "Send the GeoTIFFs of a stack as `files`; `Accept` chooses between a COG, a zip and JSON."
@@ -101,6 +106,12 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 settings=settings,
                 engine=engine,
                 admission=admission,
+                downloads=Downloads(
+                    most=settings.max_downloads,
+                    most_per_caller=settings.max_downloads_per_caller,
+                    changed=metrics.downloads,
+                    rejected=metrics.download_rejected,
+                ),
                 metrics=metrics,
                 keys=keys,
                 refusals=Refusals(metrics.key_refused),
@@ -119,18 +130,41 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
         lifespan=lifespan,
         docs_url=None,  # the explorer has the page, with a policy of its own
         redoc_url=None,
+        # A redirect from `/jobs/` to `/jobs` would name the host that the request names.
+        redirect_slashes=False,
     )
     app.state.metrics = metrics
-    for router in (tasks.router, job_routes.router, models.router, health.router, home.router):
+    for router in _ROUTERS:
         app.include_router(router)
     add_handlers(app)
     # Middleware added later is further out. The record responds to unexpected errors, and its
     # response needs the security headers too; the slow-client check concerns the socket only.
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(RequestRecordMiddleware, metrics=metrics, on_fault=fault)
     app.add_middleware(SecurityHeadersMiddleware)
-    app.add_middleware(SlowClientMiddleware)
+    app.add_middleware(SlowClientMiddleware, stall_seconds=settings.send_seconds)
     app.add_middleware(LingeringCloseMiddleware)
+    if settings.root_path:
+        _check_root_path(settings.root_path)
+        app.add_middleware(RootPathMiddleware, root_path=settings.root_path)
+    if settings.trusted_proxies:
+        app.add_middleware(
+            ProxyHeadersMiddleware, trusted_hosts=[str(one) for one in settings.trusted_proxies]
+        )
     return app
+
+
+def _check_root_path(root_path: str) -> None:
+    """Check that no path of the service could be taken for the prefix of another.
+
+    Raises:
+        SettingsError: one could.
+    """
+    paths = [getattr(route, "path", "") for router in _ROUTERS for route in router.routes]
+    if any(f"{path}/".startswith(f"{root_path}/") for path in paths):
+        raise SettingsError(
+            f"PIMC_ROOT_PATH: {root_path} is a path of the service itself; choose another prefix"
+        )
 
 
 def open_jobs(settings: Settings) -> JobStore:

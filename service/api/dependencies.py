@@ -15,8 +15,16 @@ from fastapi import Depends, Header, Request, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from service.api.admission import Admission
-from service.api.auth import ApiKeys, Refusals, address_of, check_reached_address, given_key
+from service.api.auth import (
+    ApiKeys,
+    Refusals,
+    address_of,
+    check_reached_address,
+    given_key,
+    share_of,
+)
 from service.api.negotiation import prefers_async
+from service.api.sending import Downloads
 from service.api.uploads import Limits
 from service.errors import Unauthorized
 from service.infer.engine import Engine
@@ -35,6 +43,7 @@ class AppState:
     settings: Settings
     engine: Engine
     admission: Admission
+    downloads: Downloads
     metrics: Metrics
     keys: ApiKeys
     refusals: Refusals
@@ -63,6 +72,11 @@ async def app_state(request: Request) -> AppState:
     return found
 
 
+def root_of(request: Request) -> str:
+    """The path before the service's own paths; empty without a proxy that adds one."""
+    return str(request.scope.get("root_path", "")).rstrip("/")
+
+
 async def own_folder(
     request: Request, app: Annotated[AppState, Depends(app_state)]
 ) -> AsyncIterator[Path]:
@@ -72,12 +86,6 @@ async def own_folder(
     """
     stays = prefers_async(request.headers.getlist("prefer"))
     async for folder in _folder(app.jobs.requests if stays else None):
-        yield folder
-
-
-async def response_folder(app: Annotated[AppState, Depends(app_state)]) -> AsyncIterator[Path]:
-    """A folder in the state directory that exists until the response is sent or has failed."""
-    async for folder in _folder(app.jobs.requests):
         yield folder
 
 
@@ -155,8 +163,20 @@ async def request_preferences(
 
 App = Annotated[AppState, Depends(app_state)]
 Folder = Annotated[Path, Depends(own_folder)]
-ResponseFolder = Annotated[Path, Depends(response_folder)]
 Preferences = Annotated[RequestPreferences, Depends(request_preferences)]
 KNOWN_CALLER = Depends(known_caller)
 Caller = Annotated[str | None, Depends(known_caller)]
 """The caller's id, None if no keys are set. Checked once per request."""
+
+
+async def reader(request: Request, app: App, caller: Caller) -> AsyncIterator[None]:
+    """A place among the readers of results until the response is sent or has failed.
+
+    Raises:
+        Overloaded: there is none.
+    """
+    with app.downloads.place(share_of(caller, request.scope)):
+        yield
+
+
+READER = Depends(reader)

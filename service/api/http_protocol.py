@@ -1,8 +1,8 @@
-"""HTTP connections: bounded request heads, bounded time for them, bounded connections.
+"""HTTP connections: bounded heads, bounded time to send one and to read, bounded connections.
 
-    accept → room for a connection? → head, in time and within its size? → application
-                  │                          │
-        an idle one is closed        408, 414, 431 or 400
+    accept → room for a connection? → head, in time and within its size? → application → sent, read
+                  │                          │                                             │
+        an idle one is closed        408, 414, 431 or 400                     unread: closed at once
 
 uvicorn parses HTTP with httptools, which bounds nothing: a head of 300 MB took 1.2 GB of memory,
 and half a head kept its socket for ever. This protocol counts the bytes of a head as they come. It
@@ -27,6 +27,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.api.middleware import ABORT, SLOWEST_BYTES, STALL_SECONDS
 from service.api.problems import PROBLEM, problem_document
 from service.errors import (
     STATUS,
@@ -48,6 +49,8 @@ MAX_TARGET_BYTES = 8 * 2**10
 _RESERVED_DESCRIPTORS = 256
 """Kept for files of runs and jobs, the database and the log."""
 _FEWEST_CONNECTIONS = 16
+_LOOK_SECONDS = 5.0
+"""How often it is looked for connections whose clients do not read."""
 _REASONS = {400: "Bad Request", 408: "Request Timeout", 414: "URI Too Long",
             431: "Request Header Fields Too Large", 503: "Service Unavailable"}  # fmt: skip
 
@@ -61,6 +64,7 @@ class Connections:
     Args:
         most: open connections.
         most_per_address: open connections of one client address.
+        send_seconds: how long a client may read nothing of what it was sent.
         changed: called with the number of open connections.
         given_up: called with a reason for each connection closed or rejected by a bound.
     """
@@ -70,11 +74,15 @@ class Connections:
         *,
         most: int,
         most_per_address: int,
+        send_seconds: float = STALL_SECONDS,
         changed: Callable[[int], None] = lambda _: None,
         given_up: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._most = most
         self._most_per_address = most_per_address
+        self._send_seconds = send_seconds
+        self._look_seconds = min(_LOOK_SECONDS, send_seconds / 4)
+        self._looking: asyncio.TimerHandle | None = None
         self._changed = changed
         self.given_up = given_up
         self._open: dict[BoundedProtocol, str] = {}
@@ -94,7 +102,22 @@ class Connections:
         self._open[connection] = address
         self._idle[connection] = None
         self._changed(len(self._open))
+        if self._looking is None:
+            self._look_later()
         return True
+
+    def _look_later(self) -> None:
+        self._looking = asyncio.get_running_loop().call_later(self._look_seconds, self._look)
+
+    def _look(self) -> None:
+        """Close the connections whose clients have not read for too long."""
+        for connection in list(self._open):
+            if connection.is_unread(self._send_seconds):
+                self.given_up("unread")
+                connection.abort()
+        self._looking = None
+        if self._open:
+            self._look_later()
 
     def _make_room(self, among: set[BoundedProtocol]) -> bool:
         oldest = next((one for one in self._idle if one in among), None)
@@ -154,6 +177,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._heads = 0  # that have ended
         self._came = 0  # bytes of a head that has not ended
         self._parsed = 0  # bytes of the target and the headers parsed so far
+        self._read_by: float | None = None  # when what was sent must have been read
         self._fault: PIMCError | None = None
         self._repeating = False  # a head is parsed whose request has begun already
 
@@ -182,6 +206,34 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         if not self.transport.is_closing():
             self.transport.close()
+
+    def abort(self) -> None:
+        """Close at once: what was not read yet is dropped."""
+        self._stop_timer()
+        self.transport.abort()
+
+    def resume_writing(self) -> None:
+        """The client has read most of what it was sent."""
+        self._read_by = None
+        super().resume_writing()
+
+    def is_unread(self, seconds: float) -> bool:
+        """Whether the client has had its time to read what it was sent, and has not.
+
+        uvicorn waits for ever: for a client that reads nothing, and for the last bytes before it
+        closes.
+
+        Args:
+            seconds: for which a client may read nothing.
+        """
+        if not (self.flow.write_paused or self.transport.is_closing()):
+            self._read_by = None
+            return False
+        now = self.loop.time()
+        if self._read_by is None:
+            unread = self.transport.get_write_buffer_size()
+            self._read_by = now + seconds + unread / SLOWEST_BYTES
+        return now > self._read_by
 
     def data_received(self, data: bytes) -> None:
         """Parse what came; reject a head that is too long."""
@@ -252,6 +304,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._repeating:
             return
         super().on_message_begin()
+        self.scope["extensions"] = {ABORT: {"call": self._abort_unread}}
         self._parsed = 0
 
     def on_url(self, url: bytes) -> None:
@@ -301,6 +354,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._in_head and not self.pipeline:
             self._book.idle(self)
+
+    def _abort_unread(self) -> None:
+        self._book.given_up("unread")
+        self.abort()
 
     # Rejections ------------------------------------------------------------------------------
 
@@ -381,6 +438,7 @@ def server_config(app: FastAPI, settings: Settings, **options: Any) -> uvicorn.C
     connections = Connections(
         most=bounded_connections(settings.max_connections),
         most_per_address=settings.max_connections_per_address,
+        send_seconds=settings.send_seconds,
         changed=metrics.connections,
         given_up=metrics.connection_given_up,
     )
@@ -394,6 +452,7 @@ def server_config(app: FastAPI, settings: Settings, **options: Any) -> uvicorn.C
             "ws": "none",
             "access_log": False,  # each request has its own line, with its id
             "server_header": False,
+            "proxy_headers": False,  # the application has its own, with PIMC_TRUSTED_PROXIES
             **options,
         },
     )

@@ -1,4 +1,4 @@
-"""ASGI middleware: request records, security headers, slow clients, lingering close."""
+"""ASGI middleware: request records, HEAD, security headers, slow clients, lingering close."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.sending import HEAD_ONLY
 from service.settings import SettingsError
 from service.telemetry import REQUEST_ID, Metrics
 
 _LOG = logging.getLogger(__name__)
+
+_LONGEST_PATH = 256
 
 # Request ids that a client may choose: they go into headers and logs.
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -80,18 +83,74 @@ class RequestRecordMiddleware:
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
-        method = scope["method"]
+        method, client = scope["method"], scope.get("client")
         self._metrics.answered(route=route, method=method, status=status, seconds=seconds)
         _LOG.info(
             "request",
             extra={
+                "id": scope["state"]["request_id"],
+                "client": client[0] if client else None,
                 "method": method,
                 "route": route,
-                "path": scope["path"],
+                "path": scope["path"][:_LONGEST_PATH],
                 "status": status,
                 "ms": round(seconds * 1000, 1),
             },
         )
+
+
+class RootPathMiddleware:
+    """ASGI middleware: the path under which a proxy serves the application.
+
+    A proxy may leave the prefix in the path or take it out; without it, as a health check on the
+    same machine asks, the application answers as well.
+
+    Args:
+        app: the inner application.
+        root_path: the prefix, such as `/pimc`.
+    """
+
+    def __init__(self, app: ASGIApp, *, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the application with its path and prefix, as ASGI has them."""
+        if scope["type"] == "http":
+            root, path = self._root_path, scope["path"]
+            if path != root and not path.startswith(f"{root}/"):
+                path = root + path
+            scope = {**scope, "root_path": root, "path": path}
+        await self._app(scope, receive, send)
+
+
+class HeadMiddleware:
+    """ASGI middleware: answers HEAD as GET, without the body (RFC 9110, 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the application, as for a GET."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        ended = False
+
+        async def send_head(message: Message) -> None:
+            nonlocal ended
+            if message["type"] == "http.response.start":
+                await send(message)
+            elif not ended:
+                ended = True
+                await send({"type": "http.response.body", "body": b""})
+
+        # A copy, but with the same state: the record reads the route from the scope that it gave.
+        asked = {**scope, "method": "GET", HEAD_ONLY: True}
+        try:
+            await self._app(asked, receive, send_head)
+        finally:
+            scope.update({key: value for key, value in asked.items() if key not in scope})
 
 
 def _in_short(send: Send) -> Send:
@@ -177,6 +236,8 @@ class SecurityHeadersMiddleware:
         await self._app(scope, receive, send_protected)
 
 
+ABORT = "pimc.abort"
+"""ASGI extension: `call` closes the connection at once, without what is still to be sent."""
 STALL_SECONDS = 60.0
 """Seconds for which a client may read nothing of a response."""
 SLOWEST_BYTES = 16 * 2**10
@@ -187,7 +248,8 @@ class SlowClientMiddleware:
     """ASGI middleware: drops a response once its client reads nothing of it, or too slowly.
 
     Otherwise a client that never reads would keep the response's files for as long as the socket
-    stays open, and many of them would fill the disk.
+    stays open, and many of them would fill the disk. A connection of `BoundedProtocol` is aborted;
+    another server closes it when it finds the response incomplete.
 
     Args:
         app: the inner application.
@@ -225,11 +287,18 @@ class SlowClientMiddleware:
                 await send(message)
                 sent += len(message.get("body", b""))
             if taking.cancelled_caught:
+                if ABORT in scope.get("extensions", {}):
+                    scope["extensions"][ABORT]["call"]()
                 answering.cancel()
                 await anyio.lowlevel.checkpoint()
 
         with answering:
             await self._app(scope, receive, send_in_time)
+        if answering.cancelled_caught and ABORT in scope.get("extensions", {}):
+            # Until the server has noticed; it would log an incomplete response as an error.
+            with anyio.move_on_after(1):
+                while (await receive())["type"] != "http.disconnect":
+                    pass
 
 
 _SHORT_REST = 2**20

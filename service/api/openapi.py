@@ -147,7 +147,7 @@ def _ref(model: type[BaseModel]) -> dict[str, str]:
 
 
 # A failed job returns its problem, which may be any problem of a task.
-_RESULT_ERRORS = (*_TASK_ERRORS, "unknown_job", "result_not_ready")
+_RESULT_ERRORS = (*_TASK_ERRORS, "unknown_job", "result_not_ready", "invalid_range")
 RESULT: Mapping[int | str, dict[str, Any]] = {
     200: _answer(SummaryResponse, SeriesResponse),
     **problems(_RESULT_ERRORS),

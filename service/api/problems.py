@@ -18,6 +18,7 @@ from service.errors import (
     STATUS,
     Cancelled,
     InternalError,
+    InvalidRange,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
@@ -31,6 +32,7 @@ from service.errors import (
 PROBLEM = "application/problem+json"
 METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 _LOG = logging.getLogger(__name__)
+_LONGEST_PATH = 200
 _CLOSED = 499  # nginx's status for a client that has disconnected
 
 
@@ -81,6 +83,8 @@ def fault(request: Request) -> Response:
 def _headers(error: PIMCError) -> dict[str, str]:
     if isinstance(error, Overloaded | NotReady):
         return {"Retry-After": str(error.retry_after)}
+    if isinstance(error, InvalidRange):
+        return {"Content-Range": f"bytes */{error.size}"}
     if isinstance(error, Unauthorized):
         return {"WWW-Authenticate": 'Bearer realm="pimc"'}
     return {}
@@ -107,18 +111,23 @@ def _on_http(request: Request, error: Exception) -> Response:
     """Errors of the framework."""
     if not isinstance(error, HTTPException):
         return fault(request)
+    path = request.scope["path"][:_LONGEST_PATH]
     if error.status_code == STATUS[NotFound.code]:
-        return problem(request, NotFound(f"there is no path {request.url.path}"))
+        return problem(request, NotFound(f"there is no path {path}"))
     if error.status_code == STATUS[MethodNotAllowed.code]:
         allowed = ", ".join(_allowed(request))
-        detail = f"{request.url.path} supports {allowed}, not {request.method}"
+        detail = f"{path} supports {allowed}, not {request.method}"
         return problem(request, MethodNotAllowed(detail), {"Allow": allowed})
     return problem(request, InvalidRequest(str(error.detail)))
 
 
 def _allowed(request: Request) -> list[str]:
     """The methods of a path; the framework's own error names those of one route only."""
-    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    # HEAD is answered wherever GET is.
+    scopes = {
+        method: {**request.scope, "method": "GET" if method == "HEAD" else method}
+        for method in METHODS
+    }
     return [
         method
         for method, scope in scopes.items()

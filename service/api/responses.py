@@ -1,19 +1,24 @@
 """HTTP responses: a COG, a zip of COGs, a JSON summary, GeoJSON.
 
-result → body of the negotiated type + headers with the model, the stage times and the warnings
+result → file of the negotiated type + headers with the model, the stage times and the warnings
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import Response
 
+from service.api.sending import CHUNK_BYTES, StoredFile
 from service.api.uploads import JSON
-from service.errors import StackWarning
+from service.errors import PIMCError, StackWarning
+from service.jobs.serialise import StoredResult, document_bytes
+from service.jobs.store import Job, JobStore, removed
 from service.run.execute import Result
 from service.run.executors import Timing
 from service.run.request import RasterRequest, TaskRequest
@@ -26,6 +31,7 @@ GEOJSON = "application/geo+json"
 CSV = "text/csv"
 PARQUET = "application/vnd.apache.parquet"
 FILE_TYPES = frozenset({COG, ZIP})
+_SUFFIXES = {ZIP: ".zip", CSV: ".csv", PARQUET: ".parquet"}
 # Proxies and clients limit the length of headers; JSON responses hold every warning in full.
 _MAX_WARNINGS = 20
 _MAX_WARNING_LENGTH = 500
@@ -43,41 +49,100 @@ def offers(request: TaskRequest) -> tuple[str, ...]:
 
 
 def make_response(result: Result, media: str, folder: Path) -> Response:
-    """The response for a result. Blocks while it writes a zip.
+    """The response for a result of a run. Blocks while it writes a file.
 
     Args:
         result: of a run.
         media: the negotiated type, one of `offers`.
-        folder: for a zip; it exists until the response is sent.
+        folder: for a file; it exists until the response is sent.
     """
+    if media in {JSON, GEOJSON}:
+        content = document_bytes(result.document)
+        if len(content) <= CHUNK_BYTES:
+            return _named(Response(content, media_type=media), result)
+        path = folder / f"{result.task}.json"
+        path.write_bytes(content)
+        return _named(StoredFile(path, media_type=media), result)
+    name = derived_name(result, media)
+    if name is None:
+        return whole_raster(result)
+    path = folder / name
+    derive(result, lambda: result.document, media, path)
+    return _derived(path, media, result)
+
+
+def stored_response(store: JobStore, job: Job, result: StoredResult, media: str) -> Response:
+    """The response for a job's result. Blocks while it makes a file, if nobody has asked before.
+
+    Args:
+        store: of the job.
+        job: successful.
+        result: its result.
+        media: the negotiated type, one of `offers`.
+
+    Raises:
+        ResultNotReady: the result was removed.
+    """
+    gone = removed(job)
+    if media in {JSON, GEOJSON}:
+        return _named(StoredFile(result.document, media_type=media, missing=gone), result)
+    name = derived_name(result, media)
+    if name is None:
+        return whole_raster(result, missing=gone)
+
+    def make(path: Path) -> None:
+        derive(result, lambda: json.loads(result.document.read_bytes()), media, path)
+
+    return _derived(store.ready(job, name, make), media, result, missing=gone)
+
+
+def derived_name(result: Result | StoredResult, media: str) -> str | None:
+    """Name of the file that a type needs made; None if the only raster is the response."""
+    if media in _SUFFIXES:
+        return f"{result.task}{_SUFFIXES[media]}"
+    return f"{result.task}{_SUFFIXES[ZIP]}" if len(result.files) > 1 else None
+
+
+def derive(
+    result: Result | StoredResult, document: Callable[[], Mapping[str, Any]], media: str, path: Path
+) -> None:
+    """Make a result's zip, CSV or GeoParquet."""
     if media == CSV:
-        text = fields_csv(result.document["features"])
-        return with_raster_headers(Response(text, media_type=CSV), result)
-    if media == PARQUET:
-        path = write_geoparquet(result.document["features"], folder / f"{result.task}.parquet")
-        response = FileResponse(path, media_type=PARQUET, filename=path.name)
-        return with_raster_headers(response, result)
-    if media not in FILE_TYPES:
-        return _named(JSONResponse(result.document, media_type=media), result)
-    return with_raster_headers(_file(result, media, folder), result)
+        path.write_text(fields_csv(document()["features"]), encoding="utf-8", newline="")
+    elif media == PARQUET:
+        write_geoparquet(document()["features"], path)
+    else:
+        zip_files(result.files, path)
 
 
-def with_raster_headers(response: Response, result: Result) -> Response:
+def _derived(
+    path: Path, media: str, result: Result | StoredResult, *, missing: PIMCError | None = None
+) -> Response:
+    if media == CSV:
+        return with_raster_headers(StoredFile(path, media_type=CSV, missing=missing), result)
+    kind = media if media == PARQUET else ZIP
+    response = StoredFile(path, media_type=kind, filename=path.name, missing=missing)
+    return with_raster_headers(response, result)
+
+
+def whole_raster(
+    result: Result | StoredResult, output: str | None = None, *, missing: PIMCError | None = None
+) -> Response:
+    """One COG of a result; its only one if none is named."""
+    name = output or next(iter(result.files))
+    path = result.files[name]
+    response = StoredFile(path, media_type=COG, filename=f"{name}.tif", missing=missing)
+    return with_raster_headers(response, result)
+
+
+def with_raster_headers(response: Response, result: Result | StoredResult) -> Response:
     """Add the headers with the model, the stage times and the warnings."""
     for text in warning_headers(result.warnings):
         response.headers.append("PIMC-Warning", text)
     return _named(response, result)
 
 
-def _file(result: Result, media: str, folder: Path) -> Response:
-    if media == ZIP or len(result.files) > 1:
-        path = zip_files(result.files, folder / f"{result.task}.zip")
-        return FileResponse(path, media_type=ZIP, filename=path.name)
-    (name, path), *_ = result.files.items()
-    return FileResponse(path, media_type=COG, filename=f"{name}.tif")
-
-
-def _named(response: Response, result: Result) -> Response:
+def _named(response: Response, result: Result | StoredResult) -> Response:
     response.headers["PIMC-Model"] = result.model
     response.headers["PIMC-Provider"] = result.provider
     response.headers["Server-Timing"] = server_timing(result.timing)

@@ -1,4 +1,4 @@
-"""Files of the job store: locks, durable moves, links, fsync."""
+"""Files of the job store: locks, durable moves, fsync."""
 
 from __future__ import annotations
 
@@ -46,16 +46,6 @@ def take_over(paths: list[Path], source: Path, target: Path) -> None:
             sync_file(moved)
     sync_folder(target)
     sync_folder(target.parent)
-
-
-def link(path: Path, target: Path) -> None:
-    """Link a file under a second name, which survives the removal of the first."""
-    try:
-        target.hardlink_to(path)
-    except FileNotFoundError:
-        raise
-    except OSError:  # a file system without links
-        shutil.copyfile(path, target)
 
 
 def keep_only(folder: Path, *names: str) -> None:

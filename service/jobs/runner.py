@@ -19,7 +19,6 @@ from pathlib import Path
 
 from service.errors import Cancelled, InternalError, PIMCError, UnknownModel, no_room
 from service.infer.engine import Engine
-from service.jobs.serialise import result_document
 from service.jobs.store import Job, JobStore
 from service.jobs.window_journal import WindowFile
 from service.read.geotiff import BlockCache
@@ -254,7 +253,7 @@ class JobRunner:
                 journal=journal,
             )
         self._metrics.ran(task=job.task, pixels=result.pixels, stages=asdict(result.timing))
-        self._store.publish(job, work, result_document(result))
+        self._store.publish(job, work, result)
 
     def _count(self) -> None:
         try:

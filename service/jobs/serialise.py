@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -159,13 +159,28 @@ def _bbox(values: list[float] | None) -> tuple[float, float, float, float] | Non
     return west, south, east, north
 
 
-def result_document(result: Result) -> dict[str, Any]:
-    """A result as JSON; its files by name, all in one folder."""
+@dataclass(frozen=True, kw_only=True)
+class StoredResult:
+    """A job's result on disk: what its headers need, and where its files lie."""
+
+    task: Task
+    model: str
+    """As `name@version`."""
+    provider: str
+    document: Path
+    """The JSON document, as it is sent."""
+    files: Mapping[str, Path]
+    """Finished COGs by output name."""
+    timing: Timing
+    warnings: tuple[StackWarning, ...]
+
+
+def result_head(result: Result) -> dict[str, Any]:
+    """Everything of a result but its document and its pixels; its files by name."""
     return {
         "task": result.task,
         "model": result.model,
         "provider": result.provider,
-        "document": result.document,
         "files": {name: path.name for name, path in result.files.items()},
         "pixels": result.pixels,
         "timing": asdict(result.timing),
@@ -173,15 +188,20 @@ def result_document(result: Result) -> dict[str, Any]:
     }
 
 
-def result_of(document: Mapping[str, Any], folder: Path) -> Result:
-    """The result of a document, its files in a folder."""
-    return Result(
-        task=document["task"],
-        model=document["model"],
-        provider=document["provider"],
-        document=document["document"],
-        files={name: folder / path for name, path in document["files"].items()},
-        pixels=document["pixels"],
-        timing=Timing(**document["timing"]),
-        warnings=tuple(StackWarning(**warning) for warning in document["warnings"]),
+def stored_result(head: Mapping[str, Any], folder: Path, document: Path) -> StoredResult:
+    """The result of a head, its files in a folder."""
+    return StoredResult(
+        task=head["task"],
+        model=head["model"],
+        provider=head["provider"],
+        document=document,
+        files={name: folder / path for name, path in head["files"].items()},
+        timing=Timing(**head["timing"]),
+        warnings=tuple(StackWarning(**warning) for warning in head["warnings"]),
     )
+
+
+def document_bytes(document: Mapping[str, Any]) -> bytes:
+    """A result's document as it is sent: JSON without NaN, in UTF-8."""
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode()

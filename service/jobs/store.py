@@ -14,6 +14,7 @@
             windows    finished windows, one after the other
             work/      files of the current run; emptied when it begins
             result/    complete, or missing
+            ready/     what is made of a result when it is first asked for, such as its zip
 
 Durability follows from one order: first the bytes are on disk, then the row is written. A missing
 row costs repeated work; bytes without a row are overwritten or removed.
@@ -29,7 +30,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,8 +45,15 @@ from service.errors import (
     ResultNotReady,
     UnknownJob,
 )
-from service.jobs.files import keep_only, link, lock, remove, sync_file, sync_folder, take_over
-from service.jobs.serialise import request_document, request_of, result_of
+from service.jobs.files import keep_only, lock, remove, sync_file, sync_folder, take_over
+from service.jobs.serialise import (
+    StoredResult,
+    document_bytes,
+    request_document,
+    request_of,
+    result_head,
+    stored_result,
+)
 from service.run.execute import Result
 from service.run.plan import Plan
 from service.run.request import RasterRequest, TaskRequest
@@ -55,6 +63,9 @@ from service.settings import SettingsError
 JobStatus = Literal["accepted", "running", "successful", "failed", "dismissed"]
 STATUSES: tuple[JobStatus, ...] = get_args(JobStatus)
 _RESULT = "reply.json"
+_DOCUMENT = "document.json"
+_READY = "ready"
+_LOCKS = 16
 _BY_KEY = "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?"
 _REQUEST = "request.json"
 _SCHEMA_VERSION = 2
@@ -182,6 +193,7 @@ class JobStore:
         self.requests = folder / "requests"
         """Parent of the folders of single requests."""
         self._mutex = threading.Lock()
+        self._making = [threading.Lock() for _ in range(_LOCKS)]
         with _usable(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._held = lock(folder)
@@ -368,10 +380,8 @@ class JobStore:
             ) from error
         return request_of(json.loads(text), self.folder(job) / "input")
 
-    def result(self, job: Job, folder: Path) -> Result:
-        """A finished job's result, its files linked into a folder of the request.
-
-        The job may be dismissed while they are sent.
+    def result(self, job: Job) -> StoredResult:
+        """A finished job's result.
 
         Raises:
             ResultNotReady: the job has no result, or it was removed.
@@ -380,13 +390,45 @@ class JobStore:
             raise ResultNotReady(f"job {job.id} has no result: {job.status}, at {job.progress} %")
         place = self.folder(job) / "result"
         try:
-            result = result_of(json.loads((place / _RESULT).read_text("utf-8")), folder)
-            for path in place.iterdir():
-                if path.name != _RESULT:
-                    link(path, folder / path.name)
+            head = json.loads((place / _RESULT).read_text("utf-8"))
+            if "document" in head:
+                with self._making_for(job.id):
+                    head = _move_document(place)
         except FileNotFoundError as error:
-            raise ResultNotReady(f"the result of job {job.id} has been removed") from error
-        return result
+            raise removed(job) from error
+        return stored_result(head, place, place / _DOCUMENT)
+
+    def ready(self, job: Job, name: str, make: Callable[[Path], object]) -> Path:
+        """A file made of a result, made once for all who ask for it.
+
+        Args:
+            job: successful.
+            name: of the file.
+            make: writes it; called with the path to write.
+
+        Returns:
+            Its path.
+
+        Raises:
+            ResultNotReady: the result was removed.
+        """
+        place = self.folder(job) / _READY
+        path, half = place / name, place / f"half-{name}"
+        with self._making_for(job.id):
+            if not path.exists():
+                try:
+                    place.mkdir(exist_ok=True)
+                    make(half)
+                    half.rename(path)
+                except FileNotFoundError as error:
+                    raise removed(job) from error
+                finally:
+                    half.unlink(missing_ok=True)
+        return path
+
+    def _making_for(self, name: str) -> threading.Lock:
+        """The lock of a job's derived files; their making and their removal exclude each other."""
+        return self._making[hash(name) % _LOCKS]
 
     def adopt(self, names: Mapping[str, str]) -> None:
         """Give the jobs of former owners to new ones.
@@ -433,15 +475,16 @@ class JobStore:
                 (time.time(), job.number),
             )
 
-    def publish(self, job: Job, work: Path, document: Mapping[str, Any]) -> None:
+    def publish(self, job: Job, work: Path, result: Result) -> None:
         """Publish a finished run's files as the result: synced to disk, then renamed.
 
         Args:
             job: running.
             work: the folder that holds exactly its files.
-            document: the result, without its files.
+            result: of the run.
         """
-        (work / _RESULT).write_text(json.dumps(document), encoding="utf-8")
+        (work / _DOCUMENT).write_bytes(document_bytes(result.document))
+        (work / _RESULT).write_text(json.dumps(result_head(result)), encoding="utf-8")
         for path in work.iterdir():
             sync_file(path)
         sync_folder(work)
@@ -484,7 +527,11 @@ class JobStore:
 
     def remove(self, job: Job) -> None:
         """Remove a job's files."""
-        remove(self.folder(job))
+        self._remove(job.id)
+
+    def _remove(self, name: str) -> None:
+        with self._making_for(name):
+            remove(self._jobs / name)
 
     def begin(self, job: Job, computed_by: str) -> None:
         """Discard windows of another device or precision, so that no result mixes two."""
@@ -548,7 +595,7 @@ class JobStore:
             names = [name for (name,) in old.fetchall()]
             db.execute("UPDATE clock SET seen = ?", (time.time(),))
         for name in names:
-            remove(self._jobs / name)
+            self._remove(name)
 
     def _recover(self) -> None:
         """Recover the state that the last service left, however it ended."""
@@ -637,6 +684,31 @@ def _move_documents(db: sqlite3.Connection, jobs: Path) -> None:
         "CREATE INDEX by_owner ON jobs (owner, number); PRAGMA user_version = 2; COMMIT; VACUUM;"
     )
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def removed(job: Job) -> ResultNotReady:
+    """The error of a result whose files are gone."""
+    return ResultNotReady(f"the result of job {job.id} has been removed")
+
+
+def _move_document(place: Path) -> Any:  # noqa: ANN401 - JSON
+    """Split a result of the release before, which held the document with all else.
+
+    Returns:
+        Its head.
+    """
+    head = json.loads((place / _RESULT).read_text("utf-8"))
+    if "document" in head:  # else another reader was first
+        for name, content in (
+            (_DOCUMENT, document_bytes(head.pop("document"))),
+            (_RESULT, json.dumps(head).encode()),
+        ):
+            half = place / f"half-{name}"
+            half.write_bytes(content)
+            sync_file(half)
+            half.rename(place / name)
+        sync_folder(place)
+    return head
 
 
 def _write_request(folder: Path, document: str) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from fastapi import APIRouter
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import HTMLResponse
 from starlette.requests import Request
+from starlette.responses import Response
 
+from service.api.dependencies import root_of
 from service.api.middleware import page_policy
+from service.api.sending import StoredFile
 from service.errors import NotFound
 
 _STATIC = Path(__file__).parents[1] / "static" / "swagger-ui"
@@ -40,15 +43,16 @@ _PAGE = """<!doctype html>
 
 
 @router.get("/", response_class=HTMLResponse)
-async def home() -> HTMLResponse:
+async def home(request: Request) -> HTMLResponse:
     """The endpoints, listed."""
-    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": page_policy(_PAGE)})
+    page = _PAGE.replace('href="/', f'href="{root_of(request)}/')
+    return HTMLResponse(page, headers={"Content-Security-Policy": page_policy(page)})
 
 
 @router.get("/docs", response_class=HTMLResponse)
 async def documentation(request: Request) -> HTMLResponse:
     """Swagger UI over the OpenAPI document."""
-    root = request.scope.get("root_path", "")
+    root = root_of(request)
     page = get_swagger_ui_html(
         openapi_url=f"{root}/openapi.json",
         title="PIMC - API",
@@ -62,10 +66,12 @@ async def documentation(request: Request) -> HTMLResponse:
     return page
 
 
-@router.get("/docs/{asset}")
-async def documentation_asset(asset: str) -> FileResponse:
+@router.get("/docs/{asset}", response_class=Response)
+async def documentation_asset(asset: str) -> StoredFile:
     """Swagger UI's script and style sheet, served from here so that no other host is needed."""
     kind = _ASSETS.get(asset)
     if kind is None:
         raise NotFound(f"there is no /docs/{asset[:64]}")
-    return FileResponse(_STATIC / asset, media_type=kind, headers=_CACHED)
+    response = StoredFile(_STATIC / asset, media_type=kind)
+    response.headers.update(_CACHED)
+    return response

@@ -7,22 +7,20 @@ caller's job is unknown to it.
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import JSONResponse
 
-from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, ResponseFolder
+from service.api.dependencies import KNOWN_CALLER, READER, App, AppState, Caller, root_of
 from service.api.negotiation import negotiate
 from service.api.openapi import FILE, RESULT, problems
 from service.api.problems import problem
-from service.api.responses import COG, make_response, offers, with_raster_headers
+from service.api.responses import offers, stored_response, whole_raster
 from service.api.schemas import JobInfo, JobList, Link
 from service.errors import NotFound
-from service.jobs.store import Job
-from service.run.execute import Result
+from service.jobs.store import Job, removed
 
 _RESULTS = "http://www.opengis.net/def/rel/ogc/1.0/results"
 _MANY = 1000
@@ -34,6 +32,7 @@ router = APIRouter(tags=["jobs"], dependencies=[KNOWN_CALLER])
     responses=problems(["unauthorized", "invalid_request", "unknown_job", "internal_error"]),
 )
 async def list_jobs(
+    request: Request,
     app: App,
     caller: Caller,
     limit: Annotated[int, Query(ge=1, le=_MANY, description="largest number of jobs")] = _MANY,
@@ -43,81 +42,87 @@ async def list_jobs(
 ) -> JobList:
     """The caller's jobs, the newest first."""
     found = await to_thread.run_sync(partial(app.jobs.latest, caller or "", limit, before=cursor))
-    links = [_link("/jobs", "self", "this list")]
+    here = f"{root_of(request)}/jobs"
+    links = [_link(here, "self", "this list")]
     if len(found) == limit:
-        links.append(_link(f"/jobs?limit={limit}&cursor={found[-1].id}", "next", "older jobs"))
-    return JobList(jobs=[info(job) for job in found], links=links)
+        links.append(_link(f"{here}?limit={limit}&cursor={found[-1].id}", "next", "older jobs"))
+    return JobList(jobs=[info(job, request) for job in found], links=links)
 
 
 @router.get("/jobs/{job_id}", responses=problems(["unauthorized", "unknown_job", "internal_error"]))
-async def read_job(job_id: str, app: App, caller: Caller) -> JobInfo:
+async def read_job(job_id: str, request: Request, app: App, caller: Caller) -> JobInfo:
     """The status of a job."""
-    return info(await _find(app, caller, job_id))
+    return info(await _find(app, caller, job_id), request)
 
 
 @router.delete(
     "/jobs/{job_id}",
     responses=problems(["unauthorized", "unknown_job", "insufficient_storage", "internal_error"]),
 )
-async def dismiss_job(job_id: str, app: App, caller: Caller) -> JobInfo:
+async def dismiss_job(job_id: str, request: Request, app: App, caller: Caller) -> JobInfo:
     """Dismiss a waiting or running job, or remove the result of a finished one."""
-    return info(await to_thread.run_sync(app.runner.dismiss, caller or "", job_id))
+    return info(await to_thread.run_sync(app.runner.dismiss, caller or "", job_id), request)
 
 
-@router.get("/jobs/{job_id}/result", responses=dict(RESULT), response_class=Response)
-async def read_result(
-    job_id: str, request: Request, app: App, caller: Caller, folder: ResponseFolder
-) -> Response:
+@router.get(
+    "/jobs/{job_id}/result", responses=dict(RESULT), response_class=Response, dependencies=[READER]
+)
+async def read_result(job_id: str, request: Request, app: App, caller: Caller) -> Response:
     """The result of a job, as the synchronous response; or the problem that it failed with."""
     job = await _find(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
     asked = await to_thread.run_sync(app.jobs.request, job)
     media = negotiate(request.headers.get("accept", ""), offers(asked))
-    result = await _result(app, job, folder)
-    return await to_thread.run_sync(make_response, result, media, folder)
+    result = await to_thread.run_sync(app.jobs.result, job)
+    make = partial(stored_response, app.jobs, job, result, media)
+    return await to_thread.run_sync(make, limiter=app.downloads.makers)
 
 
-@router.get("/jobs/{job_id}/result/{output}", responses=dict(FILE), response_class=Response)
+@router.get(
+    "/jobs/{job_id}/result/{output}",
+    responses=dict(FILE),
+    response_class=Response,
+    dependencies=[READER],
+)
 async def read_output(
-    job_id: str, output: str, request: Request, app: App, caller: Caller, folder: ResponseFolder
+    job_id: str, output: str, request: Request, app: App, caller: Caller
 ) -> Response:
     """One raster of a job's result."""
     job = await _find(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
-    result = await _result(app, job, folder)
-    path = result.files.get(output)
-    if path is None:
+    result = await to_thread.run_sync(app.jobs.result, job)
+    if output not in result.files:
         there = ", ".join(result.files) or "none, as the result is not a raster"
         raise NotFound(f"job {job.id} has no output '{output[:64]}'; available: {there}")
-    return with_raster_headers(FileResponse(path, media_type=COG, filename=f"{output}.tif"), result)
+    return whole_raster(result, output, missing=removed(job))
 
 
 async def _find(app: AppState, caller: str | None, job_id: str) -> Job:
     return await to_thread.run_sync(app.jobs.find, caller or "", job_id)
 
 
-async def _result(app: AppState, job: Job, folder: Path) -> Result:
-    return await to_thread.run_sync(partial(app.jobs.result, job, folder))
-
-
-def accepted(job: Job, *, preferred: bool) -> Response:
+def accepted(job: Job, request: Request, *, preferred: bool) -> Response:
     """The response to a request that became a job.
 
     Args:
         job: the new one, or the first request's if this repeats it.
+        request: to which links are relative.
         preferred: whether the client preferred a job.
     """
-    headers = {"Location": f"/jobs/{job.id}"}
+    # Without scheme and host, so that a client resolves it against the address that it used.
+    headers = {"Location": f"{root_of(request)}/jobs/{job.id}"}
     if preferred:
         headers["Preference-Applied"] = "respond-async"
-    return JSONResponse(info(job).model_dump(mode="json"), status_code=202, headers=headers)
+    return JSONResponse(
+        info(job, request).model_dump(mode="json"), status_code=202, headers=headers
+    )
 
 
-def info(job: Job) -> JobInfo:
+def info(job: Job, request: Request) -> JobInfo:
     """A job as its status document."""
-    here = f"/jobs/{job.id}"
+    here = f"{root_of(request)}/jobs/{job.id}"
     links = [_link(here, "self", "this document")]
     if job.status == "successful":
         links.append(_link(f"{here}/result", _RESULTS, "the result", kind=None))

@@ -124,7 +124,7 @@ async def _serve(
         if idempotency:
             first = await to_thread.run_sync(app.jobs.repeated, owner, idempotency)
             if first:
-                return accepted(first, preferred=preferences.respond_async)
+                return accepted(first, request, preferred=preferences.respond_async)
         run = partial(_run, app, asked, media, folder, later=preferences.respond_async)
         try:
             outcome = await run_watched(request, run, slot=_run_slot(app, share))
@@ -138,7 +138,7 @@ async def _serve(
                 partial(app.jobs.accept, outcome, folder, owner=owner, idempotency=idempotency)
             )
             await to_thread.run_sync(app.runner.accepted)
-            return accepted(job, preferred=preferences.respond_async)
+            return accepted(job, request, preferred=preferences.respond_async)
         app.metrics.ran(task=task, pixels=outcome.pixels, stages=asdict(outcome.timing))
         return await to_thread.run_sync(make_response, outcome, media, folder)
 

@@ -1,0 +1,253 @@
+"""Responses from files: sent where they lie, in chunks; ranges, HEAD, conditions, admission.
+
+    file → open → whole or one range? → chunks of 64 KiB, each read when the last one was taken
+             │              │
+        ResultNotReady   InvalidRange
+
+A response that nobody reads holds one chunk of memory and one descriptor. `Downloads` bounds how
+many there are, the middleware and the protocol how long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from email.utils import formatdate
+from pathlib import Path
+from typing import BinaryIO
+
+import anyio
+from anyio import to_thread
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from service.errors import InvalidRange, Overloaded, PIMCError
+
+HEAD_ONLY = "pimc.head_only"
+"""Key of the ASGI scope: true if only the head of the response is wanted."""
+CHUNK_BYTES = 64 * 2**10
+_RETRY_SECONDS = 5
+_MAKERS = 4
+"""Files that are made ready at once."""
+_BYTES = re.compile(r"\s*bytes\s*=(.*)", re.IGNORECASE | re.DOTALL)
+_SPEC = re.compile(r"([0-9]{0,18})\s*-\s*([0-9]{0,18})")
+
+
+class StoredFile(Response):
+    """A file as a response, whole or one range of it.
+
+    The file is opened once and may be removed while it is sent.
+
+    Args:
+        path: of the file.
+        media_type: of its content.
+        filename: under which a browser saves it; None shows it.
+        missing: raised if the file is not there.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        media_type: str,
+        filename: str | None = None,
+        missing: PIMCError | None = None,
+    ) -> None:
+        # As Starlette's own FileResponse, which has no content to give to its base either.
+        self.path = path
+        self.status_code = 200
+        self.media_type = media_type
+        self.background = None
+        self._missing = missing
+        self.init_headers()
+        if filename is not None:
+            self.headers["Content-Disposition"] = f'attachment; filename="{filename}"'
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the file.
+
+        Raises:
+            InvalidRange: the range asked for is not valid, or not within the file.
+            PIMCError: `missing`.
+        """
+        file = await to_thread.run_sync(self._open)
+        with file:
+            stat = os.fstat(file.fileno())
+            span = (0, stat.st_size)
+            if scope["method"] in {"GET", "HEAD"}:
+                span = self._choose(Headers(scope=scope), stat)
+            self.headers["Content-Length"] = str(span[1] - span[0])
+            if self.status_code == 304:
+                del self.headers["Content-Length"]
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
+            if self.status_code == 304 or scope.get(HEAD_ONLY):
+                await send({"type": "http.response.body", "body": b""})
+            else:
+                await _send_chunks(file, *span, receive, send)
+
+    def _open(self) -> BinaryIO:
+        try:
+            return self.path.open("rb", buffering=0)
+        except FileNotFoundError:
+            if self._missing is not None:
+                raise self._missing from None
+            raise
+
+    def _choose(self, asked: Headers, stat: os.stat_result) -> tuple[int, int]:
+        """First byte, and that after the last, by the request's conditions and range."""
+        etag = f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"'
+        modified = formatdate(stat.st_mtime, usegmt=True)
+        self.headers["Accept-Ranges"] = "bytes"
+        self.headers["ETag"] = etag
+        self.headers["Last-Modified"] = modified
+        known = asked.get("if-none-match")
+        if known is not None and _names(known, etag):
+            self.status_code = 304
+            return 0, 0
+        span = None
+        if asked.get("if-range", etag) in {etag, modified}:
+            span = chosen_range(asked.get("range"), stat.st_size)
+        if span is None:
+            return 0, stat.st_size
+        self.status_code = 206
+        self.headers["Content-Range"] = f"bytes {span[0]}-{span[1] - 1}/{stat.st_size}"
+        return span
+
+
+def _names(tags: str, etag: str) -> bool:
+    """Whether `If-None-Match` names an entity tag (weak comparison)."""
+    return tags.strip() == "*" or etag in {
+        tag.strip().removeprefix("W/") for tag in tags.split(",")
+    }
+
+
+def chosen_range(header: str | None, size: int) -> tuple[int, int] | None:
+    """The bytes that a `Range` asks for (RFC 9110, 14).
+
+    Args:
+        header: its value; None if there is none.
+        size: of the file, bytes.
+
+    Returns:
+        The first byte, and that after the last. None for the whole file: without a range, with one
+        in another unit than bytes, or with several.
+
+    Raises:
+        InvalidRange: it is not a range, or has no byte within the file.
+    """
+    unit = _BYTES.fullmatch(header) if header else None
+    if header is None or unit is None:
+        if header and "=" not in header:
+            raise InvalidRange(f"'{header[:64]}' is not a range such as bytes=0-1023", size)
+        return None
+    spans = [_span(spec.strip(), size) for spec in unit[1].split(",")]
+    return spans[0] if len(spans) == 1 else None
+
+
+def _span(spec: str, size: int) -> tuple[int, int]:
+    found = _SPEC.fullmatch(spec)
+    if found is None or found[1] == found[2] == "":
+        raise InvalidRange(f"'{spec[:64]}' is not a range of bytes such as 0-1023 or -1024", size)
+    if found[1] == "":
+        start, end = max(0, size - int(found[2])), size
+    else:
+        start = int(found[1])
+        last = int(found[2]) if found[2] else size - 1
+        if found[2] and last < start:
+            raise InvalidRange(f"range {spec}: the last byte is before the first", size)
+        end = min(size, last + 1)
+    if start >= size:
+        raise InvalidRange(f"range {spec} is not within the file of {size} bytes", size)
+    return start, end
+
+
+async def _send_chunks(file: BinaryIO, start: int, end: int, receive: Receive, send: Send) -> None:
+    """Send bytes of a file; stop once the client has disconnected."""
+    gone = asyncio.Event()
+    watcher = asyncio.create_task(_watch(receive, gone))
+    try:
+        while not gone.is_set():
+            size = min(CHUNK_BYTES, end - start)
+            chunk = await to_thread.run_sync(os.pread, file.fileno(), size, start)
+            if len(chunk) < size:
+                raise OSError(f"{end - start - len(chunk)} bytes of the file are missing")
+            start += size
+            await send({"type": "http.response.body", "body": chunk, "more_body": start < end})
+            if start == end:
+                return
+    finally:
+        watcher.cancel()
+
+
+async def _watch(receive: Receive, gone: asyncio.Event) -> None:
+    # uvicorn ignores what is sent to a client that has left, and says so only here.
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    gone.set()
+
+
+class Downloads:
+    """Admission of the readers of results, on one event loop.
+
+    Args:
+        most: responses that may be open at once.
+        most_per_caller: of them, those of one caller.
+        changed: called with the number of open responses.
+        rejected: called for each reader without a place, with `caller` or `all`, whichever bound.
+    """
+
+    def __init__(
+        self,
+        *,
+        most: int,
+        most_per_caller: int,
+        changed: Callable[[int], None] = lambda _: None,
+        rejected: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._most = most
+        self._most_per_caller = most_per_caller
+        self._changed = changed
+        self._rejected = rejected
+        self._open: Counter[str] = Counter()
+        self.makers = anyio.CapacityLimiter(_MAKERS)
+        """Threads that make files ready, apart from those that everything else needs."""
+
+    @contextmanager
+    def place(self, caller: str) -> Iterator[None]:
+        """A place, until the response is sent.
+
+        Raises:
+            Overloaded: the caller, or all callers together, have too many responses open.
+        """
+        for bound, count, most, variable in (
+            ("caller", self._open[caller], self._most_per_caller, "_PER_CALLER"),
+            ("all", self._open.total(), self._most, ""),
+        ):
+            if count >= most:
+                self._rejected(bound)
+                whose = "this caller reads" if bound == "caller" else "callers read"
+                raise Overloaded(
+                    f"server at capacity: {whose} {count} of {most} results at once "
+                    f"(PIMC_MAX_DOWNLOADS{variable}); retry after {_RETRY_SECONDS} s",
+                    retry_after=_RETRY_SECONDS,
+                )
+        self._open[caller] += 1
+        self._changed(self._open.total())
+        try:
+            yield
+        finally:
+            self._open[caller] -= 1
+            if not self._open[caller]:
+                del self._open[caller]
+            self._changed(self._open.total())
