@@ -35,6 +35,7 @@ from pimc_client.results import (
     Forecast,
     JobHandle,
     JobProgress,
+    Measured,
     Model,
     Models,
     PixelClass,
@@ -300,7 +301,6 @@ class AsyncClient:
         stride: int | None = None,
         outputs: ClassOutput | None = None,
         points: None = None,
-        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[StackOptions],
     ) -> Raster: ...
@@ -312,7 +312,6 @@ class AsyncClient:
         stride: int | None = None,
         outputs: SeveralOutputs,
         points: None = None,
-        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[StackOptions],
     ) -> Rasters: ...
@@ -324,7 +323,6 @@ class AsyncClient:
         stride: int | None = None,
         outputs: ClassOutputs | None = None,
         points: None = None,
-        fields: None = None,
         answer: Literal["summary"],
         **options: Unpack[StackOptions],
     ) -> Summary: ...
@@ -336,22 +334,9 @@ class AsyncClient:
         stride: int | None = None,
         outputs: ClassOutputs | None = None,
         points: Points,
-        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[StackOptions],
     ) -> Results[PointResult[PixelClass]]: ...
-    @overload
-    async def landcover(
-        self,
-        files: Files,
-        *,
-        stride: int | None = None,
-        outputs: ClassOutputs | None = None,
-        points: None = None,
-        fields: Fields,
-        answer: Literal["raster"] = "raster",
-        **options: Unpack[StackOptions],
-    ) -> Table: ...
     async def landcover(
         self,
         files: Files,
@@ -359,7 +344,6 @@ class AsyncClient:
         stride: int | None = None,
         outputs: ClassOutputs | None = None,
         points: Points | None = None,
-        fields: Fields | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[StackOptions],
     ) -> TaskResult:
@@ -371,7 +355,6 @@ class AsyncClient:
             outputs: as for `classify_pixels`.
             points: return results for the patches at these points alone, as for
                 `classify_pixels`.
-            fields: return one result for each polygon, as for `classify_pixels`.
             answer: `summary` returns a summary in place of a raster.
             **options: as for `classify_pixels`, without `start`.
 
@@ -385,7 +368,6 @@ class AsyncClient:
                 stride=stride,
                 outputs=outputs,
                 points=points,
-                fields=fields,
                 answer=answer,
                 **options,
             )
@@ -479,6 +461,32 @@ class AsyncClient:
         )
 
     # Series ---------------------------------------------------------------------------------------
+
+    async def measure(
+        self,
+        files: Files,
+        *,
+        points: Points | None = None,
+        fields: Fields | None = None,
+        plots: bool = False,
+        **options: Unpack[WindowOptions],
+    ) -> Measured:
+        """Read the series of points or fields from a stack, without a prediction.
+
+        Args:
+            files: the GeoTIFF stack, as for `classify_pixels`.
+            points: the pixels to read, as for `classify_pixels`.
+            fields: the polygons to read, as for `classify_pixels`: the mean over their clear
+                pixels. Give either points or fields.
+            plots: add the recurrence plots of each place, as the model sees them.
+            **options: as for `classify_pixels`; `model` and `start` are those of the plots.
+
+        Returns:
+            Reflectance, NDVI, EVI and SAVI by date, and the share of each place that is clear.
+        """
+        return await self.run(
+            operations.measure(files, points=points, fields=fields, plots=plots, **options)
+        )
 
     async def classify_series(
         self,

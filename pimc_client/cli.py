@@ -38,7 +38,7 @@ from pimc_client.errors import PIMCError
 from pimc_client.inputs import Layout, Modality, Sensor, Series, Task
 from pimc_client.requests import __version__
 from pimc_client.responses import TaskResult
-from pimc_client.results import JobHandle, Raster, Rasters, Results, Summary, Table
+from pimc_client.results import JobHandle, Measured, Raster, Rasters, Results, Summary, Table
 from pimc_client.tables import csv_text, flat_record, series_of_file
 from pimc_client.uploads import decoded_name
 
@@ -445,6 +445,56 @@ def fields(
 
 
 @app.command()
+@_with(reading=_reading, client=_client)
+def measure(
+    files: Stack,
+    *,
+    polygons: Annotated[
+        Path | None,
+        typer.Option(
+            "--fields",
+            help="GeoJSON, GeoParquet or GeoPackage file of fields, in any CRS.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    points: PointsFile = None,
+    plots: Annotated[
+        bool, typer.Option("--plots", help="Add the recurrence plots, as the model sees them.")
+    ] = False,
+    start: Start = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="File to write: .csv with one row per place and date, or GeoJSON; default: print "
+            "GeoJSON.",
+        ),
+    ] = None,
+    reading: dict[str, Any],
+    client: Client,
+) -> None:
+    """Read reflectance, NDVI, EVI and SAVI by date of fields or points, without a prediction."""
+    if (polygons is None) == (points is None):
+        raise UsageError("give either --fields or --points: the places to measure")
+    if out is not None and out != STANDARD_OUTPUT:
+        _check_file(out)
+    with _bars() as bars:
+        found = client.run(
+            operations.measure(
+                files, fields=polygons, points=points, plots=plots, start=start,
+                progress=bars.uploaded, **reading,
+            )
+        )  # fmt: skip
+    _print_warnings(found)
+    if out is None or out == STANDARD_OUTPUT:
+        _print_json(found.document)
+    else:
+        typer.echo(_shown(found.save(out)), err=True)
+
+
+@app.command()
 @_with(client=_client)
 def series(
     task: Annotated[
@@ -730,7 +780,7 @@ def _print_json(document: object) -> None:
     typer.echo(_json(document))
 
 
-def _print_warnings(result: TaskResult | Results[Any]) -> None:
+def _print_warnings(result: TaskResult | Results[Any] | Measured) -> None:
     for warning in result.warnings:
         typer.echo(f"pimc: {warning}", err=True)
 

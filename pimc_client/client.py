@@ -32,6 +32,7 @@ from pimc_client.results import (
     Forecast,
     JobHandle,
     JobProgress,
+    Measured,
     Model,
     Models,
     PixelClass,
@@ -297,7 +298,6 @@ class Client:
         stride: int | None = None,
         outputs: ClassOutput | None = None,
         points: None = None,
-        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[StackOptions],
     ) -> Raster: ...
@@ -309,7 +309,6 @@ class Client:
         stride: int | None = None,
         outputs: SeveralOutputs,
         points: None = None,
-        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[StackOptions],
     ) -> Rasters: ...
@@ -321,7 +320,6 @@ class Client:
         stride: int | None = None,
         outputs: ClassOutputs | None = None,
         points: None = None,
-        fields: None = None,
         answer: Literal["summary"],
         **options: Unpack[StackOptions],
     ) -> Summary: ...
@@ -333,22 +331,9 @@ class Client:
         stride: int | None = None,
         outputs: ClassOutputs | None = None,
         points: Points,
-        fields: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[StackOptions],
     ) -> Results[PointResult[PixelClass]]: ...
-    @overload
-    def landcover(
-        self,
-        files: Files,
-        *,
-        stride: int | None = None,
-        outputs: ClassOutputs | None = None,
-        points: None = None,
-        fields: Fields,
-        answer: Literal["raster"] = "raster",
-        **options: Unpack[StackOptions],
-    ) -> Table: ...
     def landcover(
         self,
         files: Files,
@@ -356,7 +341,6 @@ class Client:
         stride: int | None = None,
         outputs: ClassOutputs | None = None,
         points: Points | None = None,
-        fields: Fields | None = None,
         answer: AnswerKind = "raster",
         **options: Unpack[StackOptions],
     ) -> TaskResult:
@@ -368,7 +352,6 @@ class Client:
             outputs: as for `classify_pixels`.
             points: return results for the patches at these points alone, as for
                 `classify_pixels`.
-            fields: return one result for each polygon, as for `classify_pixels`.
             answer: `summary` returns a summary in place of a raster.
             **options: as for `classify_pixels`, without `start`.
 
@@ -382,7 +365,6 @@ class Client:
                 stride=stride,
                 outputs=outputs,
                 points=points,
-                fields=fields,
                 answer=answer,
                 **options,
             )
@@ -476,6 +458,32 @@ class Client:
         )
 
     # Series ---------------------------------------------------------------------------------------
+
+    def measure(
+        self,
+        files: Files,
+        *,
+        points: Points | None = None,
+        fields: Fields | None = None,
+        plots: bool = False,
+        **options: Unpack[WindowOptions],
+    ) -> Measured:
+        """Read the series of points or fields from a stack, without a prediction.
+
+        Args:
+            files: the GeoTIFF stack, as for `classify_pixels`.
+            points: the pixels to read, as for `classify_pixels`.
+            fields: the polygons to read, as for `classify_pixels`: the mean over their clear
+                pixels. Give either points or fields.
+            plots: add the recurrence plots of each place, as the model sees them.
+            **options: as for `classify_pixels`; `model` and `start` are those of the plots.
+
+        Returns:
+            Reflectance, NDVI, EVI and SAVI by date, and the share of each place that is clear.
+        """
+        return self.run(
+            operations.measure(files, points=points, fields=fields, plots=plots, **options)
+        )
 
     def classify_series(
         self,

@@ -21,7 +21,7 @@ from pimc_client.errors import (
     UnknownJob,
     WaitTimedOut,
 )
-from pimc_client.inputs import Files, Series, Task
+from pimc_client.inputs import Fields, Files, Points, Series, Task
 from pimc_client.requests import (
     ANYTHING,
     Request,
@@ -45,6 +45,7 @@ from pimc_client.responses import (
     forecast,
     parse_job,
     parse_json,
+    parse_measured,
     parse_model,
     parse_models,
     parse_ready,
@@ -58,6 +59,7 @@ from pimc_client.results import (
     JobHandle,
     JobProgress,
     JobState,
+    Measured,
     Model,
     Models,
     PixelClass,
@@ -102,6 +104,24 @@ def raster(
         handle: JobHandle[TaskResult] = JobHandle(state, accept=request.accept, output=output)
         return (yield from wait(handle, job_progress))
     return (yield from _with_legend(parse_result(response, task, output)))
+
+
+def measure(
+    files: Files,
+    *,
+    points: Points | None = None,
+    fields: Fields | None = None,
+    **options: Any,  # noqa: ANN401 (see `build_raster`)
+) -> Operation[Measured]:
+    """Send imagery and return the measured series of places.
+
+    Raises:
+        ValueError: neither points nor fields, or both.
+    """
+    if (points is None) == (fields is None):
+        raise ValueError("give either points or fields: the places to measure")
+    request = build_raster("series", files, points=points, fields=fields, **options)
+    return parse_measured((yield from _exchange(request)))
 
 
 def submit(

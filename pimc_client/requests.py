@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from urllib.parse import quote
 
 from pimc_client.inputs import (
@@ -119,7 +119,7 @@ def client_headers(api_key: str | None) -> dict[str, str]:
 
 
 def build_raster(
-    task: Task,
+    task: Task | Literal["series"],
     files: Files,
     *,
     outputs: str | Sequence[str] | None = None,
@@ -141,6 +141,7 @@ def build_raster(
     bbox: Sequence[float] | str | None = None,
     area: Area | None = None,
     start: Date | None = None,
+    plots: bool = False,
     progress: Progress | None = None,
 ) -> Request:
     """A raster request: a form with the files, or JSON that names references.
@@ -168,6 +169,7 @@ def build_raster(
         "horizon": horizon,
         "stride": stride,
         "modality": modality,
+        "plots": True if plots else None,
     }
     given = {name: value for name, value in options.items() if value is not None}
     accept = _accept(task, outputs, points, fields, answer)
@@ -198,7 +200,7 @@ def _bbox(bbox: Sequence[float] | str) -> list[float]:
 
 
 def _accept(
-    task: Task,
+    task: str,
     outputs: str | Sequence[str] | None,
     points: Points | None,
     fields: Fields | None,
@@ -246,7 +248,9 @@ def _item(reference: Reference) -> dict[str, str]:
 def _parameter(value: Any) -> str:  # noqa: ANN401 (any option)
     if isinstance(value, list):
         return ",".join(map(str, value))
-    return json.dumps(value, allow_nan=False) if isinstance(value, Mapping) else str(value)
+    if isinstance(value, Mapping | bool):
+        return json.dumps(value, allow_nan=False)
+    return str(value)
 
 
 def build_series(

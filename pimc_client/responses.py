@@ -17,6 +17,7 @@ from pimc_client.results import (
     Embedding,
     Forecast,
     JobState,
+    Measured,
     Model,
     Models,
     ModelWindow,
@@ -116,6 +117,13 @@ def parse_series(response: Response, read: Callable[[Record], R]) -> Results[R]:
     document = parse_json(response)
     results = [read(record) for record in document["results"]]
     return Results(results, about=_about(response, document))
+
+
+@_documented()
+def parse_measured(response: Response) -> Measured:
+    """Measured series."""
+    document = parse_json(response)
+    return Measured(document, about=_about(response, document))
 
 
 def parse_json(response: Response) -> dict[str, Any]:

@@ -473,6 +473,90 @@ class Table(_Result, Sequence[Mapping[str, Any]]):
         return f"<Table of {len(self)} fields, from {self.model}>"
 
 
+class Measured(_Result, Sequence[Mapping[str, Any]]):
+    """Measured series of places: the properties of each, in the order given.
+
+    A place has `id` and `status`, and on the raster lists by date: `clear` (share, 0 to 1), one
+    per band (reflectance) and one per spectral index; None where nothing is clear.
+
+    Attributes:
+        document: the GeoJSON FeatureCollection, as the server sent it (EPSG:4326).
+        about: how the series were read.
+        dates: T acquisition dates.
+        bands: names of the bands.
+        indices: names of the spectral indices.
+    """
+
+    def __init__(self, document: Mapping[str, Any], *, about: About) -> None:
+        self.about = about
+        self.document = document
+        self.dates = tuple(date.fromisoformat(day) for day in document["dates"])
+        self.bands: tuple[str, ...] = tuple(document["bands"])
+        self.indices: tuple[str, ...] = tuple(document["indices"])
+        self._places = [
+            {"id": feature.get("id", number), **feature["properties"]}
+            for number, feature in enumerate(document["features"], 1)
+        ]
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Mapping[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Any] | Sequence[Mapping[str, Any]]:
+        """A place by its position."""
+        return self._places[index]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def plots(self, index: int) -> Mapping[str, NDArray[np.float64]]:
+        """The recurrence plots (M, M) of a place by spectral index.
+
+        Empty if none were requested, or if too few dates are clear.
+        """
+        import numpy as np
+
+        found = self._places[index].get("plots") or {}
+        return {name: np.array(plot, dtype=np.float64) for name, plot in found.items()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per place and date: `id`, `status`, `date`, `clear`, bands and indices."""
+        columns = ("clear", *self.bands, *self.indices)
+        return [
+            {
+                "id": place["id"],
+                "status": place["status"],
+                "date": day,
+                **{name: place[name][t] for name in columns},
+            }
+            for place in self._places
+            for t, day in enumerate(place.get("dates", ()))
+        ]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """`rows` as a `pandas.DataFrame`, with dates as timestamps.
+
+        Raises:
+            ImportError: pandas is not installed (`pip install 'pimc-client[analysis]'`).
+        """
+        frame = analysis.data_frame(self.rows())
+        if len(frame):
+            frame["date"] = frame["date"].astype("datetime64[s]")
+        return frame
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write `rows` as CSV (`.csv`), or the GeoJSON document (any other ending)."""
+        target = Path(path)
+        if target.suffix.lower() == ".csv":
+            target.write_text(csv_text(self.rows()), encoding="utf-8")
+        else:
+            target.write_text(json.dumps(self.document, ensure_ascii=False), encoding="utf-8")
+        return target
+
+    def __repr__(self) -> str:
+        return f"<Measured series of {len(self)} places at {len(self.dates)} dates>"
+
+
 def _row_of(feature: Mapping[str, Any]) -> dict[str, Any]:
     properties = flat_record(feature.get("properties") or {})
     return {"id": feature["id"], **properties} if "id" in feature else properties

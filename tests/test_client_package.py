@@ -49,6 +49,7 @@ NAMES = [
     "JobState",
     "LegendClass",
     "MalformedRequest",
+    "Measured",
     "MethodNotAllowed",
     "MissingBands",
     "MissingDates",
@@ -161,7 +162,7 @@ def test_every_parameter_of_the_server_is_an_option_of_the_client_and_of_the_com
     options = inspect.signature(build_raster).parameters
     for task, form in FORMS.items():
         assert set(form.model_fields) <= options.keys(), task
-        command = task.replace("-", "_") if task == "classify-pixels" else task
+        command = {"classify-pixels": "classify_pixels", "series": "measure"}.get(task, task)
         offered = inspect.signature(getattr(cli, command)).parameters.keys()
         offered = offered | {"outputs", "fields"}  # --output, and the command `fields`
         assert set(form.model_fields) <= offered, task

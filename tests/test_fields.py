@@ -221,6 +221,16 @@ def test_classes_are_those_of_the_mean_probability(
     assert by_id["half outside"]["pixels"] == pytest.approx(36)
 
 
+@pytest.mark.parametrize("task", ["landcover", "embed"])
+def test_models_of_patches_name_what_predicts_for_fields(
+    api: httpx.Client, stack: list[SourceFile], task: str
+) -> None:
+    data = {"modality": "patch"} if task == "embed" else {}
+    answer = posted(api, stack, task, fields=collection(), **data)
+    assert answer.json()["code"] == "invalid_request", answer.text
+    assert "use a model of pixels: /classify-pixels" in answer.json()["detail"]
+
+
 def test_embeddings_are_the_mean_embedding(api: httpx.Client, stack: list[SourceFile]) -> None:
     features = posted(api, stack, "embed", fields=collection()).json()["features"]
     with raster(posted(api, stack, "embed")) as memory, memory.open() as file:

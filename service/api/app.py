@@ -26,7 +26,7 @@ from service.api.middleware import (
 )
 from service.api.openapi import DocumentedApp
 from service.api.problems import add_handlers, fault
-from service.api.routes import health, home, models, tasks
+from service.api.routes import health, home, models, series, tasks
 from service.api.routes import jobs as job_routes
 from service.api.sending import Downloads
 from service.errors import PIMCError
@@ -39,7 +39,14 @@ from service.settings import Settings, SettingsError, read_settings
 from service.telemetry import Metrics
 
 _LOG = logging.getLogger(__name__)
-_ROUTERS = (tasks.router, job_routes.router, models.router, health.router, home.router)
+_ROUTERS = (
+    tasks.router,
+    series.router,
+    job_routes.router,
+    models.router,
+    health.router,
+    home.router,
+)
 _DESCRIPTION = (
     "Land-cover classes, vegetation forecasts and embeddings from satellite image time series. "
     "Send the GeoTIFFs of a stack as `files`; `Accept` chooses between a COG, a zip and JSON."

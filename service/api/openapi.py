@@ -21,6 +21,8 @@ from service.api.schemas import (
     ITEMS,
     SERIES,
     JobInfo,
+    MeasuredResponse,
+    Operation,
     PointsResponse,
     Problem,
     SeriesResponse,
@@ -59,6 +61,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     SummaryResponse,
     SeriesResponse,
     PointsResponse,
+    MeasuredResponse,
     Problem,
 )
 
@@ -79,7 +82,7 @@ class DocumentedApp(FastAPI):
         return document
 
 
-def body(task: Task) -> dict[str, Any]:
+def body(task: Operation) -> dict[str, Any]:
     """`openapi_extra` of a task's route: the bodies it reads."""
     content: dict[str, Any] = {
         FORM: {"schema": _ref(FORMS[task]), "encoding": {FILES: {"contentType": "image/tiff"}}}
@@ -146,6 +149,20 @@ def _ref(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": _REF.format(model=model.__name__)}
 
 
+MEASURED: Mapping[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The places in the order given, lists by date in their properties",
+        "headers": _described(
+            {name: _HEADERS[name] for name in ("X-Request-ID", "Server-Timing", "PIMC-Warning")}
+        ),
+        "content": {
+            GEOJSON: {"schema": _ref(MeasuredResponse)},
+            CSV: {"schema": {"type": "string"}},
+        },
+    },
+    **problems(_TASK_ERRORS),
+}
+"""`responses` of measured series."""
 # A failed job returns its problem, which may be any problem of a task.
 _RESULT_ERRORS = (*_TASK_ERRORS, "unknown_job", "result_not_ready", "invalid_range")
 RESULT: Mapping[int | str, dict[str, Any]] = {

@@ -30,8 +30,16 @@ from service.read.geotiff import SourceFile
 from service.read.layouts import Layout, StackOptions
 from service.read.masks import RULES, parse_mask
 from service.read.reflectance import DatedNumber
-from service.run.request import PointQuery, RasterRequest, SeriesInput, SeriesRequest
+from service.run.request import (
+    MeasureRequest,
+    PointQuery,
+    RasterRequest,
+    SeriesInput,
+    SeriesRequest,
+)
 
+Operation = Task | Literal["series"]
+"""What a body is for: a task, or measured series."""
 MAX_POINTS = 10_000
 MAX_RINGS = 1_000
 MAX_VERTICES = 10_000
@@ -403,7 +411,7 @@ class RasterForm(_Strict):
     ] = None
 
     def request(
-        self, task: Task, files: tuple[SourceFile, ...], polygons: SourceFile | None = None
+        self, task: Operation, files: tuple[SourceFile, ...], polygons: SourceFile | None = None
     ) -> RasterRequest:
         """The form as a request independent of HTTP.
 
@@ -415,6 +423,8 @@ class RasterForm(_Strict):
         Raises:
             InvalidRequest: points and fields in one request.
         """
+        if task == "series":
+            raise TypeError("a form of measured series makes a request of its own")
         if polygons is not None and self.points is not None:
             raise InvalidRequest.of("fields", "cannot be combined with points: send one of them")
         points = None
@@ -482,11 +492,51 @@ class EmbedForm(RasterForm):
     stride: _Stride = None
 
 
-FORMS: Mapping[Task, type[RasterForm]] = {
+class MeasureForm(RasterForm):
+    """Fields of `POST /series`."""
+
+    model: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=200,
+            description="with `plots`: the model whose recurrence plots are made, `name` or "
+            "`name@version`; else the default of `/embed`",
+        ),
+    ] = None
+    start: Annotated[
+        _IsoDate | None,
+        Field(description="with `plots`: first day of the model's time window; else the card's"),
+    ] = None
+    plots: Annotated[
+        bool, Field(description="add the recurrence plots of each place, as the model sees them")
+    ] = False
+
+    def request(
+        self,
+        task: Operation,
+        files: tuple[SourceFile, ...],
+        polygons: SourceFile | None = None,
+    ) -> MeasureRequest:
+        """See `RasterForm.request`; the task is that of the plots' default model.
+
+        Raises:
+            InvalidRequest: points and fields in one request, or a model or start without plots.
+        """
+        del task
+        for name in ("model", "start"):
+            if getattr(self, name) is not None and not self.plots:
+                raise InvalidRequest.of(name, "belongs to the recurrence plots: send plots=true")
+        plain = super().request("embed", files, polygons)
+        return MeasureRequest(**vars(plain), plots=self.plots)
+
+
+FORMS: Mapping[Operation, type[RasterForm]] = {
     "classify-pixels": ClassifyForm,
     "forecast": ForecastForm,
     "landcover": LandcoverForm,
     "embed": EmbedForm,
+    "series": MeasureForm,
 }
 MAX_ITEMS = 2_000
 
@@ -551,11 +601,19 @@ class EmbedItems(_Items, EmbedForm):
     """JSON body of `POST /embed` that names its files."""
 
 
-ITEMS: Mapping[Task, type[ClassifyItems | ForecastItems | LandcoverItems | EmbedItems]] = {
+class MeasureItems(_Items, MeasureForm):
+    """JSON body of `POST /series` that names its files."""
+
+
+ITEMS: Mapping[
+    Operation,
+    type[ClassifyItems | ForecastItems | LandcoverItems | EmbedItems | MeasureItems],
+] = {
     "classify-pixels": ClassifyItems,
     "forecast": ForecastItems,
     "landcover": LandcoverItems,
     "embed": EmbedItems,
+    "series": MeasureItems,
 }
 _Values = Annotated[
     Annotated[tuple[_Number | None, ...], Field(fail_fast=True)] | None,
@@ -638,7 +696,7 @@ class EmbedSeries(SeriesBody):
     ] = "pixel"
 
 
-SERIES: Mapping[Task, type[SeriesBody]] = {
+SERIES: Mapping[Operation, type[SeriesBody]] = {
     "classify-pixels": ClassifySeries,
     "forecast": ForecastSeries,
     "embed": EmbedSeries,
@@ -697,6 +755,19 @@ class PointsResponse(BaseModel):
     warnings: list[WarningEntry]
 
 
+class MeasuredResponse(BaseModel):
+    """A GeoJSON FeatureCollection of the requested places; `properties` hold lists by date."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["FeatureCollection"]
+    features: list[dict[str, Any]]
+    dates: list[date]
+    bands: list[str]
+    indices: list[str]
+    warnings: list[WarningEntry]
+
+
 class Link(BaseModel):
     """A link to another resource."""
 
@@ -752,7 +823,7 @@ class Ready(BaseModel):
     refused: Annotated[dict[str, str], Field(description="bundles not served, with the reason")]
 
 
-def read_fields(task: Task, raw: Mapping[str, Sequence[str]]) -> RasterForm:
+def read_fields(task: Operation, raw: Mapping[str, Sequence[str]]) -> RasterForm:
     """Validate the fields of a form.
 
     Args:
@@ -778,7 +849,7 @@ def read_fields(task: Task, raw: Mapping[str, Sequence[str]]) -> RasterForm:
 
 
 def read_items(
-    task: Task, body: bytes, *, allowed: bool, modality: Modality | None = None
+    task: Operation, body: bytes, *, allowed: bool, modality: Modality | None = None
 ) -> tuple[tuple[ItemBody, ...], RasterForm] | None:
     """Validate a JSON body that names files; None if it names none.
 
@@ -810,7 +881,7 @@ def read_items(
     return named.items, plain.model_construct(**fields)
 
 
-def read_series(task: Task, body: bytes) -> SeriesBody:
+def read_series(task: Operation, body: bytes) -> SeriesBody:
     """Validate a JSON body of series.
 
     Raises:

@@ -68,6 +68,8 @@ class Arrangement:
     """The files, understood."""
 
     layout: Layout
+    bands: tuple[str, ...]
+    """The bands that are used: those asked for, and after them the optional ones found."""
     granules: tuple[Granule, ...]
     """In the order of their keys; granules of one key in the order of the files given."""
     used: tuple[Header, ...]
@@ -89,7 +91,12 @@ _READERS: Mapping[Layout, Callable[[LayoutQuery], list[BandAssignment]]] = {
 
 
 def arrange(
-    headers: Sequence[Header], options: StackOptions, *, bands: Sequence[str], dated: bool
+    headers: Sequence[Header],
+    options: StackOptions,
+    *,
+    bands: Sequence[str],
+    optional: Sequence[str] = (),
+    dated: bool,
 ) -> Arrangement:
     """Work out what the files hold.
 
@@ -97,6 +104,7 @@ def arrange(
         headers: of all files, in the order given.
         options: the caller's statements.
         bands: the bands needed, by canonical name.
+        optional: further bands, used if every date has them.
         dated: whether every observation needs a date.
 
     Raises:
@@ -113,7 +121,8 @@ def arrange(
         dates=options.dates,
         names=options.bands and tuple(map(_canonical, options.bands)),
         needed=tuple(bands),
-        wanted=frozenset((*bands, *beside))
+        optional=tuple(optional),
+        wanted=frozenset((*bands, *beside, *optional))
         | twins
         | {rule.band for rule in (AUTO if rules is None else rules)}
         | {ALPHA},
@@ -130,10 +139,11 @@ def arrange(
     granules = _granules(looks, dated=dated)
     _check_complete(granules, query.needed)
     granules = _masked(granules, rules)
+    found = [b for b in optional if all(b in granule.planes for granule in granules)]
     used = {
         id(granule.planes[band][0])
         for granule in granules
-        for band in (*query.needed, *(_band(rule) for rule in granule.masks))
+        for band in (*query.needed, *found, *(_band(rule) for rule in granule.masks))
     }
     warnings += _assumed_order(layout, query, used)
     warnings += _unused(query, used, options)
@@ -143,10 +153,11 @@ def arrange(
         names[OWN] = None
     return Arrangement(
         layout=layout,
+        bands=(*bands, *found),
         granules=granules,
         used=tuple(file.header for file in query.files if id(file.header) in used),
         mask=",".join(names) or "none",
-        cloud_bands=beside if own else None,
+        cloud_bands=tuple(b for b in beside if b not in found) if own else None,
         warnings=tuple(warnings),
     )
 
@@ -269,6 +280,8 @@ def _reason(file: DescribedFile, query: LayoutQuery, mask: str | None) -> str:
         if mask == "none":
             return f"{what}, and mask=none"
         return f"{what}, and another mask is used, or no band has its date"
+    if set(bands) & set(query.optional):
+        return f"{', '.join(bands)}, and not every date has them"
     if not set(bands) & set(query.needed):
         return f"the model does not take {', '.join(bands)}"
     return f"{', '.join(bands)}, and other files have them"

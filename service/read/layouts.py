@@ -167,8 +167,10 @@ class LayoutQuery:
     names: tuple[str, ...] | None
     """Band names that the caller gave, in canonical form where they are known."""
     needed: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    """Bands that are used if every date has them."""
     wanted: frozenset[str]
-    """The needed bands and their twins, the quality bands that may be used, and alpha."""
+    """The needed and optional bands, their twins, the quality bands that may be used, and alpha."""
 
     @property
     def named(self) -> tuple[DescribedFile, ...]:

@@ -157,6 +157,7 @@ def open_stack(
     options: StackOptions,
     *,
     bands: Sequence[str],
+    optional: Sequence[str] = (),
     dated: bool = True,
     max_bytes: int,
     sensors: Collection[str] = (),
@@ -168,6 +169,7 @@ def open_stack(
         files: the GeoTIFFs, in the order given by the caller.
         options: the caller's statements about them.
         bands: the bands needed, by Sentinel-2 name, in the order of the C axis.
+        optional: further bands, which follow on the C axis if every date has them.
         dated: whether observations need dates. Without, files that have none are observations
             of their own, in the order given.
         max_bytes: most bytes that the needed bands of all dates may decode to.
@@ -192,7 +194,8 @@ def open_stack(
         header.source: sensor for header, (sensor, _) in zip(headers, told, strict=True) if sensor
     }
     headers = [in_sentinel_2_terms(header, by_file.get(header.source)) for header in headers]
-    arranged = arrange(headers, options, bands=bands, dated=dated)
+    arranged = arrange(headers, options, bands=bands, optional=optional, dated=dated)
+    bands = arranged.bands
     with gdal_options():
         place = Place(grid=options.grid, bbox=options.bbox, area=options.area)
         placed = place_files(arranged.used, headers, place)
@@ -221,7 +224,7 @@ def open_stack(
         grid=grid,
         layout=arranged.layout,
         dates=tuple(key for key in keys if isinstance(key, date)),
-        bands=tuple(bands),
+        bands=bands,
         cloud_bands=arranged.cloud_bands,
         scale=planes[0].scale,
         offset=planes[0].offset,

@@ -37,7 +37,7 @@ from service.write.predictions import JSON
 
 _CELLS_AT_ONCE = 2**16
 """Cells of fields whose series are gathered at once: overlapping fields may have many."""
-_LEAST_CLEAR = 0.1
+LEAST_CLEAR = 0.1
 """Share of a field's area that must be clear on a date for it to count in the mean series."""
 
 
@@ -304,17 +304,7 @@ class _Series(_Sums):
         """What a window adds to its fields: clear area and reflectance by date."""
         covered = self._grid.coverage(window)
         arrays = self._extents(window, covered)
-        T, C, h, w = sits.values.shape
-        values, valid = sits.values.reshape(T, C, h * w), sits.valid.reshape(T, h * w)
-        clear, total = [], []
-        for part, cells, share in _pieces(covered):
-            weight = np.where(valid[:, cells], share, 0.0)
-            clear.append(part.sums(weight.T))
-            # Clouds keep their values, and what is missing is NaN.
-            known = np.where(valid[:, None, cells], values[:, :, cells], 0.0)
-            total.append(part.sums((known * weight[:, None]).transpose(2, 0, 1)))
-        arrays["clear"] = np.concatenate(clear or [np.zeros((0, T))])
-        arrays["values"] = np.concatenate(total or [np.zeros((0, T, C))])
+        arrays["clear"], arrays["values"] = series_sums(covered, sits)
         self._stages.give_back(sits)
         return arrays
 
@@ -324,7 +314,7 @@ class _Series(_Sums):
         if "clear" not in self._totals:
             return self._status(np.zeros(self._count, np.bool_))
         clear = self._totals["clear"]
-        valid = clear > _LEAST_CLEAR * self._total("pixels")[:, None]
+        valid = clear > LEAST_CLEAR * self._total("pixels")[:, None]
         with np.errstate(invalid="ignore", divide="ignore"):
             values = (self._totals["values"] / clear[:, :, None]).astype(np.float32)
         enough = np.flatnonzero(valid.sum(axis=1) >= run.model.card.min_observations)
@@ -344,6 +334,32 @@ class _Series(_Sums):
                 **self._extent(number, seen),
             }
         return results
+
+
+def series_sums(covered: Coverage, sits: Sits) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What a window adds to the mean series of its fields.
+
+    Args:
+        covered: the fields on the window.
+        sits: the window's series.
+
+    Returns:
+        Clear pixels by field and date (n, T), as sums of shares; and the sums of their reflectance
+        (n, T, C).
+    """
+    T, C, h, w = sits.values.shape
+    values, valid = sits.values.reshape(T, C, h * w), sits.valid.reshape(T, h * w)
+    clear, total = [], []
+    for part, cells, share in _pieces(covered):
+        weight = np.where(valid[:, cells], share, 0.0)
+        clear.append(part.sums(weight.T))
+        # Clouds keep their values, and what is missing is NaN.
+        known = np.where(valid[:, None, cells], values[:, :, cells], 0.0)
+        total.append(part.sums((known * weight[:, None]).transpose(2, 0, 1)))
+    return (
+        np.concatenate(clear or [np.zeros((0, T))]),
+        np.concatenate(total or [np.zeros((0, T, C))]),
+    )
 
 
 def _pieces(

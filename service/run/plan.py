@@ -143,15 +143,24 @@ def check_run(run: RasterRun) -> None:
             f"{len(run.used)} observations are used, and '{card.id}' needs at least "
             f"{card.min_observations}"
         )
-    if run.stack.cloud_bands is not None and len(run.used) < MIN_DATES:
-        raise TooFewDates(
-            f"mask=cloud compares each pixel with its own series and needs at least {MIN_DATES} "
-            f"dates, and {len(run.used)} of {run.stack.observations} are used; add dates, or give "
-            "another mask or mask=none"
-        )
+    check_cloud_dates(run.stack, len(run.used))
     _ = run.predictions
     if card.modality == "patch":
         _ = run.patches
+
+
+def check_cloud_dates(stack: Stack, used: int) -> None:
+    """Check that a cloud mask made from the series has enough dates.
+
+    Raises:
+        TooFewDates: it has not.
+    """
+    if stack.cloud_bands is not None and used < MIN_DATES:
+        raise TooFewDates(
+            f"mask=cloud compares each pixel with its own series and needs at least {MIN_DATES} "
+            f"dates, and {used} of {stack.observations} are used; add dates, or give another mask "
+            "or mask=none"
+        )
 
 
 def dates_summary(run: RasterRun) -> dict[str, JSON]:
@@ -267,7 +276,12 @@ def _check_parameters(model: LoadedModel, request: RasterRequest) -> None:
     if card.window is None and request.start is not None:
         raise InvalidRequest.of("start", f"'{card.id}' takes imagery and has no time window")
     if card.modality == "patch" and request.fields is not None:
-        raise InvalidRequest.of("fields", f"'{card.id}' predicts for patches, not for pixels")
+        raise InvalidRequest.of(
+            "fields",
+            f"'{card.id}' predicts for patches of {card.patch} x {card.patch} pixels, in which "
+            "several fields may lie; for results per field use a model of pixels: /classify-pixels,"
+            " /forecast, or /embed with modality pixel",
+        )
     if card.modality == "pixel" and request.stride is not None:
         raise InvalidRequest.of("stride", f"'{card.id}' predicts for every pixel, not for patches")
 

@@ -62,6 +62,17 @@ class RasterRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasureRequest(RasterRequest):
+    """The measured series of places of a stack: `points` or `fields` is given.
+
+    Nothing is predicted; `model`, `task` and `start` are those of the recurrence plots.
+    """
+
+    plots: bool = False
+    """Whether recurrence plots are wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SeriesInput:
     """One pixel's observations."""
 

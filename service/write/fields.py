@@ -88,6 +88,26 @@ def fields_csv(features: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
+def observations_csv(features: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Measured series as CSV (RFC 4180): one row per place and date.
+
+    Args:
+        features: GeoJSON features whose properties hold lists by date.
+        columns: names of these lists, such as `B04` and `NDVI`.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\r\n")
+    writer.writerow(("id", "status", "date", *columns))
+    for number, one in enumerate(features, start=1):
+        found = one["properties"]
+        name = one.get("id", number)
+        rows = zip(found.get("dates", ()), *(found.get(c, ()) for c in columns), strict=True)
+        writer.writerows((name, found["status"], *row) for row in rows)
+        if "dates" not in found:
+            writer.writerow((name, found["status"], *[""] * (1 + len(columns))))
+    return text.getvalue()
+
+
 def write_geoparquet(features: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Write features as GeoParquet 1.1, in longitude and latitude.
 

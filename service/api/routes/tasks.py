@@ -34,7 +34,7 @@ from service.api.negotiation import negotiate
 from service.api.openapi import answers, body
 from service.api.responses import FILE_TYPES, make_response, offers
 from service.api.routes.jobs import accepted
-from service.api.schemas import read_fields, read_items, read_series
+from service.api.schemas import Operation, read_fields, read_items, read_series
 from service.api.uploads import FIELDS, FILES, FORM, media_type, read_form, read_json
 from service.errors import InvalidRequest, NotReady
 from service.jobs.store import Idempotency, fingerprint
@@ -109,7 +109,7 @@ async def _serve(
         preferences: whether a job is preferred, and the idempotency key.
         modality: of an embedding, if the query states it.
     """
-    _check_query(request, {"modality"} if task == "embed" else set())
+    check_query(request, {"modality"} if task == "embed" else set())
     if app.closing.is_set():
         raise NotReady("the server is stopping; nothing was started", retry_after=10)
     owner = caller or ""
@@ -118,7 +118,7 @@ async def _serve(
         await to_thread.run_sync(app.jobs.check_room, owner, preferences.idempotency_key)
     share = share_of(caller, request.scope)
     async with app.admission.place(share) as place:
-        asked = await _read_request(task, request, app, folder, modality, place)
+        asked = await read_request(task, request, app, folder, modality, place)
         media = negotiate(request.headers.get("accept", ""), offers(asked))
         idempotency = await _idempotency(asked, folder, preferences)
         if idempotency:
@@ -127,7 +127,7 @@ async def _serve(
                 return accepted(first, request, preferred=preferences.respond_async)
         run = partial(_run, app, asked, media, folder, later=preferences.respond_async)
         try:
-            outcome = await run_watched(request, run, slot=_run_slot(app, share))
+            outcome = await run_watched(request, run, slot=run_slot(app, share))
         except asyncio.CancelledError:
             if not app.closing.is_set():
                 raise
@@ -176,14 +176,14 @@ async def _idempotency(
 
 
 @asynccontextmanager
-async def _run_slot(app: AppState, share: str) -> AsyncIterator[None]:
+async def run_slot(app: AppState, share: str) -> AsyncIterator[None]:
     """A run slot, and the run counted while it is held."""
     async with app.admission.runs.slot(share):
         with app.metrics.run():
             yield
 
 
-def _check_query(request: Request, known: set[str]) -> None:
+def check_query(request: Request, known: set[str]) -> None:
     """Reject a parameter that came in the query, where it would be ignored.
 
     Raises:
@@ -217,8 +217,8 @@ async def _unpacked(request: RasterRequest, folder: Path, app: AppState) -> Rast
     return replace(request, files=opened.files, stack=stack)
 
 
-async def _read_request(
-    task: Task,
+async def read_request(
+    task: Operation,
     request: Request,
     app: AppState,
     folder: Path,
@@ -259,6 +259,8 @@ async def _read_request(
     series = await to_thread.run_sync(read_series, task, text)
     if modality == "patch":
         raise InvalidRequest.of("modality", "a series has no imagery; use modality pixel")
+    if task == "series":
+        raise TypeError("measured series are of imagery")
     return series.request(task)
 
 

@@ -1,0 +1,73 @@
+"""Measured series: reflectance, spectral indices and recurrence plots of places, by date."""
+
+# No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+import threading
+from dataclasses import asdict
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+from starlette.responses import JSONResponse
+
+from service.api.auth import share_of
+from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder
+from service.api.disconnect import run_watched
+from service.api.negotiation import negotiate
+from service.api.openapi import MEASURED, body
+from service.api.responses import CSV, GEOJSON, server_timing, warning_headers
+from service.api.routes.tasks import check_query, read_request, run_slot
+from service.errors import InvalidRequest, NotReady
+from service.run.measured import Measured, measure
+from service.run.request import MeasureRequest
+from service.write.fields import observations_csv
+
+router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER], default_response_class=Response)
+
+
+@router.post("/series", responses=dict(MEASURED), openapi_extra=body("series"))
+async def series(request: Request, app: App, folder: Folder, caller: Caller) -> Response:
+    """Reflectance, NDVI, EVI and SAVI by date of points or fields, as measured."""
+    check_query(request, set())
+    if app.closing.is_set():
+        raise NotReady("the server is stopping; nothing was started", retry_after=10)
+    share = share_of(caller, request.scope)
+    async with app.admission.place(share) as place:
+        asked = await read_request("series", request, app, folder, None, place)
+        if not isinstance(asked, MeasureRequest):
+            raise TypeError("a form of measured series makes a request of another kind")
+        media = negotiate(request.headers.get("accept", ""), (GEOJSON, CSV))
+        if media == CSV and asked.plots:
+            raise InvalidRequest.of("plots", f"a table holds no plots: accept {GEOJSON}")
+
+        def run(*, cancelled: threading.Event) -> Measured:
+            return _measure(app, asked, cancelled)
+
+        found = await run_watched(request, run, slot=run_slot(app, share))
+        app.metrics.ran(task="series", pixels=found.pixels, stages=asdict(found.timing))
+        return await to_thread.run_sync(_response, found, media)
+
+
+def _measure(app: AppState, asked: MeasureRequest, cancelled: threading.Event) -> Measured:
+    return measure(
+        asked,
+        app.engine,
+        max_raster_bytes=app.settings.max_raster_bytes,
+        max_fields=app.settings.max_fields,
+        executor=app.executor,
+        cache=app.cache,
+        cancelled=cancelled,
+    )
+
+
+def _response(found: Measured, media: str) -> Response:
+    document = found.document
+    response: Response
+    if media == CSV:
+        columns = ("clear", *document["bands"], *document["indices"])
+        response = Response(observations_csv(document["features"], columns), media_type=CSV)
+        for text in warning_headers(found.warnings):
+            response.headers.append("PIMC-Warning", text)
+    else:
+        response = JSONResponse(document, media_type=GEOJSON)
+    response.headers["Server-Timing"] = server_timing(found.timing)
+    response.headers["Vary"] = "Accept"
+    return response

@@ -1,0 +1,355 @@
+"""Measured series: what a stack holds at places, by date, without a prediction.
+
+    places × dates → reflectance, spectral indices, clear share [→ recurrence plots]
+
+A place is a point (its pixel) or a field (the mean over its clear pixels, each counted by the
+share that the polygon covers). Indices are those of the mean reflectance, as for forecasts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.card import ModelCard, ResolvedWindow
+from service.errors import InvalidRequest, MissingBands, StackWarning
+from service.grid import Window
+from service.infer.engine import Engine
+from service.infer.plots import (
+    Floats,
+    PlotParameters,
+    recurrence_plots,
+    regular_series,
+    spectral_index,
+)
+from service.read.buffers import BufferPool
+from service.read.geotiff import BlockCache
+from service.read.radiometry import calibrate
+from service.read.reader import StackReader
+from service.read.stack import Sits, Stack, open_stack
+from service.read.vectors import Fields, read_fields
+from service.run.execute import listed
+from service.run.executors import Executor, Timing, check
+from service.run.fields import LEAST_CLEAR, Coverage, FieldGrid, series_sums
+from service.run.plan import check_cloud_dates, unique
+from service.run.request import MeasureRequest, PointQuery
+from service.run.time_window import resolve_time_window
+from service.run.windows import windows
+from service.write.fields import field_features
+from service.write.predictions import JSON
+
+BANDS = ("B02", "B04", "B08")
+"""Bands that a stack must have, those of the indices."""
+FURTHER_BANDS = ("B01", "B03", "B05", "B06", "B07", "B8A", "B09", "B11", "B12")
+"""Bands that are returned as well if every date has them."""
+Sums = NDArray[np.float64]
+INDICES = ("ndvi", "evi", "savi")
+MAX_OBSERVATIONS = 250_000
+"""Places times dates of one request: the response is one document in memory."""
+MAX_PLOTS = 500
+"""Places of a request with plots."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The result of a `MeasureRequest`."""
+
+    document: Mapping[str, Any]
+    """GeoJSON, `warnings` included."""
+    pixels: int
+    """Pixels read."""
+    timing: Timing
+    warnings: tuple[StackWarning, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Places:
+    """Mean series of N places; those without a clear pixel on a date have NaN there."""
+
+    values: Floats
+    """Reflectance (N, T, C)."""
+    clear: NDArray[np.float64]
+    """Share of the place that is clear (N, T), 0 to 1."""
+    extents: Sequence[Mapping[str, JSON]]
+    """Of each: its `status`, and of a field its `pixels` and `hectares`."""
+    pixels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plotter:
+    """Makes the recurrence plots of one model."""
+
+    card: ModelCard
+    parameters: PlotParameters
+    time_window: ResolvedWindow
+    bands: tuple[str, ...]
+    """Of the stack."""
+    days: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, request: MeasureRequest, engine: Engine, stack: Stack) -> _Plotter:
+        found = engine.registry.find(request.model) if request.model else None
+        task = found.card.task if found else "embed"
+        card = engine.find(request.model, task, "pixel").card
+        parameters = PlotParameters.of(card)
+        lacking = [band for band in card.bands if band not in stack.bands]
+        if lacking:
+            raise MissingBands(
+                f"the plots of '{card.id}' need {', '.join(lacking)}, which the stack does not "
+                f"have at every date; there are: {', '.join(stack.bands)}"
+            )
+        window = resolve_time_window(card, stack.dates, request.start, what="the stack")
+        if window is None:
+            raise TypeError(f"'{card.id}' has plots but no time window")
+        return cls(
+            card=card,
+            parameters=parameters,
+            time_window=window,
+            bands=stack.bands,
+            days=np.asarray(window.days(stack.dates), np.float32),
+        )
+
+    def plots(self, places: _Places) -> list[JSON]:
+        """The plots of each place by index name; None with too few clear dates."""
+        used = list(self.time_window.used)
+        values = places.values[:, used]
+        valid = (places.clear[:, used] > LEAST_CLEAR) & ~np.isnan(values).any(axis=2)
+        series = regular_series(
+            values, valid, self.days, bands=self.bands, parameters=self.parameters
+        )
+        made = recurrence_plots(series, self.parameters)
+        enough = (valid.sum(axis=1) >= self.card.min_observations) & ~np.isnan(series).any((1, 2))
+        return [
+            {
+                name.upper(): np.round(plot, 6).tolist()
+                for name, plot in zip(self.parameters.indices, own, strict=True)
+            }
+            if there
+            else None
+            for own, there in zip(made, enough, strict=True)
+        ]
+
+    def head(self) -> dict[str, JSON]:
+        """What the plots are of, for the document."""
+        window = self.parameters.window
+        return {
+            "plots": {
+                "model": self.card.id,
+                "first_day": self.time_window.first_day.isoformat(),
+                "steps": window.steps,
+                "step_days": window.step_days,
+                "threshold": self.parameters.threshold,
+            }
+        }
+
+
+def measure(
+    request: MeasureRequest,
+    engine: Engine,
+    *,
+    max_raster_bytes: int,
+    max_fields: int,
+    executor: Executor,
+    cache: BlockCache | None = None,
+    cancelled: threading.Event | None = None,
+) -> Measured:
+    """Measure the series of places.
+
+    Args:
+        request: the stack and the places.
+        engine: the models, for plots.
+        max_raster_bytes: decoded bytes that a stack may have.
+        max_fields: polygons that a request may hold.
+        executor: runs the windows that hold a field.
+        cache: GDAL's block cache; None leaves it as it is.
+        cancelled: set it to cancel the run.
+
+    Raises:
+        InvalidRequest: no places or both kinds, or more observations or plots than one response
+            holds.
+        PIMCError: the files, the places and the parameters do not fit together.
+        Cancelled: `cancelled` was set.
+    """
+    begun = time.perf_counter()
+    if (request.points is None) == (request.fields is None):
+        raise InvalidRequest.of("fields", "send either `points` or `fields`: the places to measure")
+    fields = None if request.fields is None else read_fields(request.fields, max_fields)
+    opened = open_stack(
+        request.files,
+        request.stack,
+        bands=BANDS,
+        optional=FURTHER_BANDS,
+        max_bytes=max_raster_bytes,
+    )
+    count = len(request.points or ()) if fields is None else len(fields)
+    _check_size(count, opened.observations, plots=request.plots)
+    plotter = _Plotter.of(request, engine, opened) if request.plots else None
+    check_cloud_dates(opened, opened.observations)
+    stack = calibrate(opened, cache=cache)
+    planned = Timing(read=time.perf_counter() - begun)
+    if fields is None:
+        places, timing = _points(stack, request.points or (), cache, cancelled)
+    else:
+        places, timing = _fields(stack, fields, executor, cache, cancelled)
+    begun = time.perf_counter()
+    records = _records(stack, places, plotter)
+    warnings = unique((*stack.warnings, *(fields.warnings if fields else ())))
+    features = (
+        field_features(fields.ids, fields.properties, fields.geojson, records)
+        if fields
+        else [
+            {
+                **point.feature,
+                "properties": {**(point.feature.get("properties") or {}), **record},
+            }
+            for point, record in zip(request.points or (), records, strict=True)
+        ]
+    )
+    document: dict[str, Any] = {
+        "type": "FeatureCollection",
+        "features": features,
+        "dates": [day.isoformat() for day in stack.dates],
+        "bands": list(stack.bands),
+        "indices": [name.upper() for name in INDICES],
+        "mask": stack.mask,
+        "sensor": stack.sensor,
+        **(plotter.head() if plotter else {}),
+        "warnings": listed(warnings),
+    }
+    return Measured(
+        document=document,
+        pixels=places.pixels,
+        timing=planned + timing + Timing(write=time.perf_counter() - begun),
+        warnings=warnings,
+    )
+
+
+def _check_size(places: int, dates: int, *, plots: bool) -> None:
+    if places * dates > MAX_OBSERVATIONS:
+        raise InvalidRequest.of(
+            "fields",
+            f"{places} places at {dates} dates are {places * dates} observations, and one response "
+            f"holds at most {MAX_OBSERVATIONS}: send fewer places or fewer dates",
+        )
+    if plots and places > MAX_PLOTS:
+        raise InvalidRequest.of(
+            "plots", f"{places} places, and a response holds the plots of at most {MAX_PLOTS}"
+        )
+
+
+def _points(
+    stack: Stack,
+    points: Sequence[PointQuery],
+    cache: BlockCache | None,
+    cancelled: threading.Event | None,
+) -> tuple[_Places, Timing]:
+    begun = time.perf_counter()
+    rows, cols, inside = stack.grid.locate([(point.lon, point.lat) for point in points])
+    T, C = stack.observations, len(stack.bands)
+    values = np.full((len(points), T, C), np.nan, np.float32)
+    clear = np.zeros((len(points), T))
+    with StackReader(stack, cache=cache, before_read=lambda: check(cancelled)) as reader:
+        sits = reader.read_pixels(rows[inside], cols[inside])
+    clear[inside] = sits.valid.T
+    values[inside] = np.where(sits.valid[:, None], sits.values, np.nan).transpose(2, 0, 1)
+    seen = clear.any(axis=1)
+    statuses = np.where(seen, "ok", np.where(inside, "no_data", "outside")).tolist()
+    places = _Places(
+        values=values,
+        clear=clear,
+        extents=[{"status": status} for status in statuses],
+        pixels=int(inside.sum()),
+    )
+    return places, Timing(read=time.perf_counter() - begun)
+
+
+def _fields(
+    stack: Stack,
+    fields: Fields,
+    executor: Executor,
+    cache: BlockCache | None,
+    cancelled: threading.Event | None,
+) -> tuple[_Places, Timing]:
+    grid, on_grid = stack.grid, FieldGrid(fields, stack.grid)
+    T, C, N = stack.observations, len(stack.bands), len(fields)
+    bytes_of_pixel = T * (4 * len(stack.bands_read) + 1)
+    every = windows(grid, stack.block, bytes_of_pixel)
+    parts = [part for part in every if len(on_grid.within(part))]
+    clear, total = np.zeros((N, T)), np.zeros((N, T, C))
+    pixels, hectares = np.zeros(N), np.zeros(N)
+
+    def digest(read: tuple[Coverage, Sits]) -> tuple[Coverage, Sums, Sums]:
+        covered, sits = read
+        sums = series_sums(covered, sits)
+        buffers.give_back(sits.values, sits.valid)
+        return covered, *sums
+
+    def add(part: Window, sums: tuple[Coverage, Sums, Sums]) -> None:
+        covered, seen, reflectance = sums
+        area = grid.hectares(part).reshape(-1)[covered.cells]
+        clear[covered.fields] += seen
+        total[covered.fields] += reflectance
+        pixels[covered.fields] += covered.sums(covered.share)
+        hectares[covered.fields] += covered.sums(covered.share * area)
+
+    buffers = BufferPool()
+    with buffers, StackReader(stack, cache=cache, buffers=buffers) as reader:
+        timing = executor.run(
+            parts,
+            read=lambda part: (on_grid.coverage(part), reader.read(part)),
+            infer=digest,
+            write=add,
+            cancelled=cancelled,
+        )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = (total / clear[:, :, None]).astype(np.float32)
+        share = np.where(pixels[:, None] > 0, clear / pixels[:, None], 0.0)
+    extents: list[Mapping[str, JSON]] = []
+    for n in range(N):
+        if not on_grid.usable[n]:
+            extents.append({"status": "invalid"})
+        elif pixels[n] <= 0:
+            extents.append({"status": "outside"})
+        else:
+            extents.append(
+                {
+                    "status": "ok" if clear[n].any() else "no_data",
+                    "pixels": float(pixels[n]),
+                    "hectares": float(hectares[n]),
+                }
+            )
+    return _Places(
+        values=values,
+        clear=np.clip(share, 0.0, 1.0),
+        extents=extents,
+        pixels=sum(int(part.width * part.height) for part in parts),
+    ), timing
+
+
+def _records(stack: Stack, places: _Places, plotter: _Plotter | None) -> list[dict[str, JSON]]:
+    """The properties of each place: lists by date, null where nothing is clear."""
+    by_band = {name: places.values[:, :, c] for c, name in enumerate(stack.bands)}
+    columns = {**by_band, **{name.upper(): spectral_index(name, by_band) for name in INDICES}}
+    plots = plotter.plots(places) if plotter else [None] * len(places.values)
+    days: list[JSON] = [day.isoformat() for day in stack.dates]
+    records: list[dict[str, JSON]] = []
+    for n, extent in enumerate(places.extents):
+        record: dict[str, JSON] = dict(extent)
+        if record["status"] in {"ok", "no_data"}:
+            record |= {"dates": days, "clear": np.round(places.clear[n], 6).tolist()}
+            record |= {name: _numbers(values[n]) for name, values in columns.items()}
+            if plotter is not None:
+                record["plots"] = plots[n]
+        records.append(record)
+    return records
+
+
+def _numbers(values: Floats) -> list[JSON]:
+    """A list for JSON, which has no NaN; reflectance and indices are meaningful to 6 digits."""
+    return [None if np.isnan(v) else round(float(v), 6) for v in values]
