@@ -214,6 +214,9 @@ class ModelCard(_Frozen):
     """Provenance: the command, the configuration, the seed, the duration."""
     sensors: tuple[str, ...] = ()
     """Sensors of the training imagery, e.g. `sentinel-2`; empty if unknown."""
+    other_sensors: dict[str, str] = {}
+    """Sensors that may be read though none of the training imagery is of them, each with what that
+    costs, as measured; requests with them are warned of it."""
     pixel_size: tuple[float, float] | None = None
     """Smallest and largest pixel size of the training imagery, metres; None if unknown."""
     regions: dict[str, Any] = {}
@@ -256,6 +259,8 @@ class ModelCard(_Frozen):
                 verb = "needs" if needed else "must not have"
                 msg = f"a {self.task} card of modality {self.modality} {verb} '{field}'"
                 raise ValueError(msg)
+        if self.other_sensors and not self.sensors:
+            raise ValueError("other_sensors needs sensors")
         if self.pixel_size and not 0 < self.pixel_size[0] <= self.pixel_size[1]:
             raise ValueError("pixel_size must be the smallest and the largest size, above 0")
         if [c.value for c in self.classes] != list(range(len(self.classes))):

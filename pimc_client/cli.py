@@ -121,7 +121,9 @@ Scale = Annotated[
 Offset = Annotated[
     str | None,
     typer.Option(
-        "--offset", help="Reflectance = value x scale + offset; from a date on: 2022-01-25:-0.1."
+        "--offset",
+        help="Reflectance = value x scale + offset; from a date on: 2022-01-25:-0.1; from a "
+        "processing baseline on: 04.00:-0.1.",
     ),
 ]
 Mask = Annotated[

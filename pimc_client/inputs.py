@@ -87,7 +87,8 @@ class StackOptions(TypedDict, total=False):
     scale: float | str
     """Reflectance = value x scale + offset; from a date on as text: `2022-01-25:0.0001`."""
     offset: float | str
-    """As `scale`: `2022-01-25:-0.1` holds from that date on."""
+    """As `scale`: `2022-01-25:-0.1` holds from that date on, `04.00:-0.1` from that processing
+    baseline of Sentinel-2 on."""
     mask: str | Sequence[str]
     """How cloudy pixels are identified: `auto` (the default) by what the files hold, `none` by
     nodata and NaN alone, or rules such as `scl`, `fmask` or `cldprb:40`, all of which a clear pixel

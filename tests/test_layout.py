@@ -13,6 +13,7 @@ from affine import Affine
 from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
+from service.api.responses import warning_headers
 from service.errors import InvalidRequest, MissingBands, MissingDates
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
@@ -349,7 +350,8 @@ def test_sentinel_2_names_give_band_and_date(tmp_path: Path) -> None:
         for t, day in ((1, "20210105"), (2, "20210115"))
     ]
     stack = opened(files)
-    assert (stack.layout, stack.dates, stack.mask) == ("file-per-band", (D1, D2), "scl")
+    assert stack.layout == "file-per-band-and-date"
+    assert (stack.dates, stack.mask) == ((D1, D2), "scl")
     assert told(stack) == expected(1, 2)
 
 
@@ -564,7 +566,8 @@ def test_the_date_may_stand_in_the_folder_alone(tmp_path: Path) -> None:
         for band in NEEDED
     ]
     stack = opened(files)
-    assert (stack.layout, stack.dates, told(stack)) == ("file-per-band", (D1, D2), expected(1, 2))
+    assert stack.layout == "file-per-band-and-date"
+    assert (stack.dates, told(stack)) == ((D1, D2), expected(1, 2))
     bare = [SourceFile(name=file.name.rpartition("/")[2], path=file.path) for file in files]
     with pytest.raises(MissingDates, match="no date for 6 of 6 files"):
         opened(bare)
@@ -577,7 +580,8 @@ def test_the_band_may_stand_in_the_folder_alone(tmp_path: Path) -> None:
         for band in NEEDED
     ]
     stack = opened(files)
-    assert (stack.layout, stack.dates, told(stack)) == ("file-per-band", (D1, D2), expected(1, 2))
+    assert stack.layout == "file-per-band-and-date"
+    assert (stack.dates, told(stack)) == ((D1, D2), expected(1, 2))
 
 
 def test_a_layout_of_one_band_and_date_a_file_may_be_given(tmp_path: Path) -> None:
@@ -618,7 +622,8 @@ def test_one_name_a_file_of_one_band(tmp_path: Path) -> None:
         for band, code in (("B02", "B02"), ("B04", "B04"), ("B08", "B05"))
     ]
     stack = with_names(files, *(NEEDED * 2))
-    assert (stack.layout, stack.dates, told(stack)) == ("file-per-band", (D1, D2), expected(1, 2))
+    assert stack.layout == "file-per-band-and-date"
+    assert (stack.dates, told(stack)) == ((D1, D2), expected(1, 2))
     masks = [in_folder(tmp_path, f"HLS.L30.T31UES.{d}.Fmask.tif", "Fmask", 0) for d in (D1, D2)]
     beside = with_names([*masks, *files], *(NEEDED * 2), mask="none")
     assert told(beside) == expected(1, 2)
@@ -635,6 +640,58 @@ def test_names_for_stacks_with_masks_and_other_shapes_beside(tmp_path: Path) -> 
     (warning,) = stack.warnings
     assert "2 of 6 files not used: 'S2_20210105_TCI_10.tif', 'S2_20210115_TCI_10.tif'" in (
         warning.detail
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "near_infrared", "count"),
+    [
+        ("S2A2A_{day}_008_Field_BOA_10.tif", "B08", 11),
+        ("S2B2A_{day}_108_my-area_BOA_20.tif", "B8A", 11),
+        ("S2A1C_{day}_008_Field_TOA_60.tif", "B8A", 12),
+    ],
+)
+def test_sen2rs_unnamed_bands_are_in_its_own_order(
+    tmp_path: Path, name: str, near_infrared: str, count: int
+) -> None:
+    order = [None, "B02", "B03", "B04", None, None, None, near_infrared]
+    order += [None] * (count - len(order))
+    files = []
+    for t, day in ((1, "20210105"), (2, "20210115")):
+        shown = ["B08" if band == near_infrared else band for band in order]
+        pixels = bands_of(*((band or "x", t) for band in shown))
+        files.append(write(tmp_path / name.format(day=day), pixels))
+    stack = opened(files, mask="none")
+    assert told(stack) == expected(1, 2)
+    codes = [w.code for w in stack.warnings]
+    assert codes == (["band_substituted"] if near_infrared == "B8A" else []) + ["bands_assumed"]
+    places = f"B02 is band 2, B04 is band 4, {near_infrared} is band 8"
+    assert places in stack.warnings[-1].detail
+    # Eleven bands of anyone else are in no order that is known.
+    other = write(tmp_path / "S2_20210105.tif", bands_of(*(("x", 1) for _ in range(11))))
+    with pytest.raises(MissingBands, match="give `bands`"):
+        opened([other])
+
+
+def test_very_many_files_that_are_not_used_are_counted_by_reason(tmp_path: Path) -> None:
+    used = [in_folder(tmp_path, f"20210105_{band}.tif", band, 1) for band in NEEDED]
+    green = write(tmp_path / "green.tif", bands_of(("B03", 1))).path
+    files = [SourceFile(name=f"S2_{n:03d}_B03.tif", path=green) for n in range(120)]
+    files += [SourceFile(name="S2_quicklook.tif", path=green)]
+    (warning,) = opened([*used, *files], mask="none").warnings
+    assert warning.detail == (
+        "121 of 124 files not used: 'S2_quicklook.tif': names no band that is understood; "
+        + ", ".join(f"'S2_{n:03d}_B03.tif'" for n in range(5))
+        + " and 115 more: the model does not take B03"
+    )
+    (warning,) = opened([*used, *files[:24]], mask="none").warnings
+    assert all(file.name in warning.detail for file in files[:24])
+    # In a header, the reason stays where the names do not fit.
+    (warning,) = opened([*used, *files[:40]], mask="none").warnings
+    (header,) = warning_headers([warning])
+    assert header == (
+        "files_unused; 40 of 43 files not used: 'S2_000_B03.tif', 'S2_001_B03.tif', "
+        "'S2_002_B03.tif' and 37 more: the model does not take B03"
     )
 
 

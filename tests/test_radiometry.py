@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from datetime import date
@@ -12,7 +13,9 @@ import pytest
 import rasterio
 from rasterio.windows import Window
 
+from service.api.schemas import RasterForm
 from service.errors import ImplausibleReflectance, InvalidRequest, StackWarning
+from service.jobs.serialise import request_document, request_of
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.radiometry import calibrate
@@ -265,6 +268,65 @@ def test_numbers_from_a_date_on(tmp_path: Path) -> None:
     undated = field(tmp_path / "scene.tif")
     with pytest.raises(InvalidRequest, match=r"'scene.tif' has no date"):
         opened([undated], offset=given)
+
+
+def mixed(folder: Path) -> list[SourceFile]:
+    """Six dates of one year, processed by turns with and without the offset, as the names say."""
+    files = []
+    for n, month in enumerate((1, 3, 5, 7, 9, 11)):
+        baseline, plus = (("N0510", 1000), ("N0301", 0))[n % 2]
+        name = f"S2B_MSIL2A_2021{month:02d}05T104421_{baseline}_R008_T31UES.tif"
+        files.append(field(folder / name, add=plus))
+    return files
+
+
+def test_baselines_mixed_date_by_date_are_read_by_each_ones_own(tmp_path: Path) -> None:
+    stack = calibrate(opened(mixed(tmp_path)))
+    assert offsets(stack) == pytest.approx([-0.1, 0, -0.1, 0, -0.1, 0])
+    (warning,) = [w for w in stack.warnings if w.code == "offset_applied"]
+    assert "2021-01-05, 2021-05-05, 2021-09-05, known from processing baseline 05.10" in (
+        warning.detail
+    )
+
+
+def test_numbers_from_a_baseline_on(tmp_path: Path) -> None:
+    files = mixed(tmp_path)
+    given = (("04.00", -0.08), ("05.10", -0.09))
+    assert offsets(opened(files, offset=given)) == [-0.09, 0, -0.09, 0, -0.09, 0]
+    # A baseline counts before a date, and a date where the baseline is before all that are given.
+    given = (("04.00", -0.1), (date(2021, 6, 1), -0.02))
+    assert offsets(opened(files, offset=given)) == [-0.1, 0, -0.1, -0.02, -0.1, -0.02]
+    plain = field(tmp_path / "S2_20210605.tif")
+    assert offsets(opened([plain], offset=given)) == [-0.02]
+    with pytest.raises(InvalidRequest, match=r"nor the name of 'S2_20210605.tif' states its base"):
+        opened([*files, plain], offset=given[:1])
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("-0.1", -0.1),
+        ("04.00:-0.1", (("04.00", -0.1),)),
+        ("N4.00:-0.1", (("04.00", -0.1),)),
+        (
+            "2022-01-25:-0.1,05.10:-0.2,04.00:-0.1",
+            (("04.00", -0.1), ("05.10", -0.2), (date(2022, 1, 25), -0.1)),
+        ),
+    ],
+)
+def test_numbers_as_people_write_them(text: str, number: object) -> None:
+    form = RasterForm(offset=text)
+    assert form.offset == number
+    source = SourceFile(name="a.tif", path=Path("/x/a.tif"))
+    request = form.request("classify-pixels", (source,))
+    stored = json.loads(json.dumps(request_document(request, Path("/x"))))
+    assert request_of(stored, Path("/x")).stack.offset == number
+
+
+@pytest.mark.parametrize("text", ["04.00:x", "4:-0.1", "04.00:-0.1,4.00:-0.2", "2022-13-01:0"])
+def test_numbers_that_say_nothing_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="offset"):
+        RasterForm(offset=text)
 
 
 @pytest.mark.parametrize(

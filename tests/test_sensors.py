@@ -53,6 +53,7 @@ def opened(files: Sequence[SourceFile], sensors: Sequence[str] = (), **options: 
         ("S2_L2A_20180105_x.tif", "Sentinel-2"),
         ("S2B_31UES_20210105_0_L2A_B04.tif", "Sentinel-2"),
         ("20180105_LEVEL2_SEN2A_BOA.tif", "Sentinel-2"),
+        ("S2A2A_20180105_008_Field_BOA_10.tif", "Sentinel-2"),
         ("T31UES_20180105T104421_B04_10m.tif", None),
         ("stack_2018-01-05.tif", None),
         ("lc08.tif.2018-01-05.tif", "Landsat 8 or 9"),
@@ -130,6 +131,36 @@ def test_another_sensor_than_the_models_is_refused(tmp_path: Path) -> None:
     assert opened(files).sensor == "Landsat 8 or 9"
     with pytest.raises(MissingBands):  # by Sentinel-2's names there is no near infrared
         opened(files, ["sentinel-2"], sensor="sentinel-2")
+
+
+def test_a_card_may_allow_another_sensor_at_a_cost(tmp_path: Path) -> None:
+    files = landsat(tmp_path, "LC08", OLI)
+    cost = "accuracy 0.85 instead of 0.92 on held-out places"
+    stack = open_stack(
+        files,
+        StackOptions(),
+        bands=BANDS,
+        max_bytes=2**30,
+        sensors=["sentinel-2"],
+        other_sensors={"landsat": cost},
+        model="m@1",
+    )
+    warning = stack.warnings[0]
+    assert warning.code == "other_sensor"
+    for part in (files[0].name, "Landsat 8 or 9", "'m@1'", cost):
+        assert part in warning.detail
+    with StackReader(stack) as reader:  # by Landsat's numbers
+        values = reader.read_pixels([4], [4]).values
+    np.testing.assert_allclose(values[0, :, 0], [LEVELS[band] for band in BANDS], atol=2e-5)
+    with pytest.raises(WrongSensor):
+        open_stack(
+            files,
+            StackOptions(),
+            bands=BANDS,
+            max_bytes=2**30,
+            sensors=["sentinel-2"],
+            other_sensors={"modis": cost},
+        )
 
 
 def test_a_caller_may_name_the_sensor(tmp_path: Path) -> None:

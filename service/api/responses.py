@@ -6,6 +6,7 @@ result → file of the negotiated type + headers with the model, the stage times
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,8 @@ _SUFFIXES = {ZIP: ".zip", CSV: ".csv", PARQUET: ".parquet"}
 # Proxies and clients limit the length of headers; JSON responses hold every warning in full.
 _MAX_WARNINGS = 20
 _MAX_WARNING_LENGTH = 500
+_NAMES_IN_HEADER = 3
+_LIST = re.compile(r"(?P<names>'[^']*'(?:, '[^']*'){3,})(?: and (?P<more>\d+) more)?")
 
 
 def offers(request: TaskRequest) -> tuple[str, ...]:
@@ -158,7 +161,10 @@ def server_timing(timing: Timing) -> str:
 
 
 def warning_headers(warnings: Iterable[StackWarning]) -> list[str]:
-    """`code; detail` of each warning as a header value: one line of latin-1, limited in length."""
+    """`code; detail` of each warning as a header value: one line of latin-1, limited in length.
+
+    Long lists of names are cut, so that what follows them is not.
+    """
     texts = [_header_text(f"{warning.code}; {warning.detail}") for warning in warnings]
     if len(texts) <= _MAX_WARNINGS:
         return texts
@@ -167,9 +173,17 @@ def warning_headers(warnings: Iterable[StackWarning]) -> list[str]:
 
 
 def _header_text(text: str) -> str:
+    text = _LIST.sub(_shortened, text) if len(text) > _MAX_WARNING_LENGTH else text
     line = "".join(c if c.isprintable() else " " for c in text)
     # Starlette encodes headers as latin-1; a file name may hold any letter.
     return line.encode("latin-1", "replace").decode("latin-1")[:_MAX_WARNING_LENGTH]
+
+
+def _shortened(found: re.Match[str]) -> str:
+    names = found["names"].split("', '")
+    more = len(names) - _NAMES_IN_HEADER + int(found["more"] or 0)
+    first = "', '".join(names[:_NAMES_IN_HEADER])
+    return f"{first}' and {more} more"
 
 
 _COPY_BYTES = 2**20

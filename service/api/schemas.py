@@ -52,6 +52,7 @@ _MAX_ERRORS = 20
 _MAX_STRUCTURE = 500_000
 PLAUSIBLE_DATES = (date(1970, 1, 1), date(2099, 12, 31))
 _ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_BASELINE = re.compile(r"N?(\d{1,2})\.(\d{2})")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -110,29 +111,33 @@ def _is_text(value: object) -> bool:
 
 
 def _dated(value: object) -> object:
-    """A number, or pairs of a date and the number that holds from it on.
+    """A number, or pairs of a date or baseline and the number that holds from it on.
 
     Raises:
-        ValueError: a part that is neither a number nor a date and a number, or a date twice.
+        ValueError: a part that is neither, or a date or baseline twice.
     """
     parts = _listed(value)
     if not isinstance(parts, list):
         return value
     pairs = [_dated_number(part) for part in parts]
-    if len({day for day, _ in pairs}) < len(pairs):
-        raise ValueError(f"'{value}' gives several numbers from one date on")
+    if len({since for since, _ in pairs}) < len(pairs):
+        raise ValueError(f"'{value}' gives several numbers from one date or baseline on")
     if len(pairs) == 1 and pairs[0][0] == date.min:
         return pairs[0][1]
-    return tuple(sorted(pairs))
+    return tuple(sorted(pairs, key=lambda pair: (isinstance(pair[0], date), str(pair[0]))))
 
 
-def _dated_number(part: object) -> tuple[date, float]:
-    day, colon, number = str(part).rpartition(":")
+def _dated_number(part: object) -> tuple[date | str, float]:
+    text, colon, number = str(part).rpartition(":")
+    baseline = _BASELINE.fullmatch(text.strip())
     try:
-        return date.fromisoformat(day.strip()) if colon else date.min, _finite(number)
+        if baseline:
+            return f"{int(baseline[1]):02d}.{baseline[2]}", _finite(number)
+        return date.fromisoformat(text.strip()) if colon else date.min, _finite(number)
     except ValueError as error:
         raise ValueError(
-            f"'{part}' is not a number such as -0.1, or one from a date on such as 2022-01-25:-0.1"
+            f"'{part}' is not a number such as -0.1, or one from a date on such as "
+            "2022-01-25:-0.1, or from a processing baseline on such as 04.00:-0.1"
         ) from error
 
 
@@ -166,7 +171,7 @@ _SplitOnce = BeforeValidator(lambda value: _once(_listed(value)))
 _DATED_SCHEMA = WithJsonSchema(
     {
         "anyOf": [{"type": "number"}, {"type": "string"}],
-        "examples": [-0.1, "2022-01-25:-0.1"],
+        "examples": [-0.1, "2022-01-25:-0.1", "04.00:-0.1"],
     }
 )
 _AtLeastOne = Field(min_length=1)
@@ -346,7 +351,8 @@ class RasterForm(_Strict):
         _DATED_SCHEMA,
         Field(
             description="reflectance = value x scale + offset; from a date on as in "
-            "`2022-01-25:0.0001`, several comma-separated; else read from the files",
+            "`2022-01-25:0.0001`, or from a processing baseline on as in `04.00:0.0001`, several "
+            "comma-separated; else read from the files",
         ),
     ] = None
     offset: Annotated[
@@ -355,7 +361,8 @@ class RasterForm(_Strict):
         _DATED_SCHEMA,
         Field(
             description="reflectance = value x scale + offset; from a date on as in "
-            "`2022-01-25:-0.1`, several comma-separated; else read from the files",
+            "`2022-01-25:-0.1`, or from a processing baseline on as in `04.00:-0.1`, several "
+            "comma-separated; else read from the files",
         ),
     ] = None
     sensor: Annotated[

@@ -142,10 +142,13 @@ def _date(text: str | None) -> date | None:
 
 
 def _dated(value: Any) -> DatedNumber | None:  # noqa: ANN401 - JSON
-    """A number, or numbers from dates on."""
+    """A number, or numbers from dates or baselines on."""
     if not isinstance(value, list):
         return value  # type: ignore[no-any-return]
-    return tuple((date.fromisoformat(day), float(number)) for day, number in value)
+    return tuple(
+        (date.fromisoformat(since) if "-" in since else since, float(number))
+        for since, number in value
+    )
 
 
 def _tuple(values: list[str] | None) -> tuple[str, ...] | None:

@@ -38,7 +38,8 @@ from service.read.metadata import (
 )
 
 _NAMED_AT_MOST = 5
-_UNUSED_AT_MOST = 1000  # of each reason; a header of the response is cut by the API
+_UNUSED_IN_FULL = 100
+"""Up to so many files that are not used are all named; of more, a few for each reason."""
 _TWINS: Mapping[str, str] = {"B08": "B8A"}
 """A band, and the narrower one beside it that may stand in for it."""
 _ESTIMATED = StackWarning(
@@ -135,6 +136,8 @@ def arrange(
         query = replace(query, needed=(*query.needed, *beside))
     slots, warnings = _with_twins(slots, query)
     _check_found(query, slots, beside if own else ())
+    if layout == "file-per-band" != options.layout and all(s.file.count == 1 for s in slots):
+        layout = "file-per-band-and-date"
     looks = _finest(_with_bands(slots, query))
     granules = _granules(looks, dated=dated)
     _check_complete(granules, query.needed)
@@ -235,7 +238,9 @@ def _assumed_order(layout: Layout, query: LayoutQuery, used: set[int]) -> list[S
     ]
     if not unnamed:
         return []
-    needed = ", ".join(f"{band} is band {PRODUCT_BANDS.index(band) + 1}" for band in query.needed)
+    order = unnamed[0].product_bands or PRODUCT_BANDS
+    read = [band if band in order else _TWINS.get(band, band) for band in query.needed]
+    needed = ", ".join(f"{band} is band {order.index(band) + 1}" for band in read if band in order)
     detail = (
         f"no band of {counted(len(unnamed), 'file')} ({_quoted([f.name for f in unnamed])}) has a "
         f"name; read in the order of a Sentinel-2 product, so that {needed}; if that is not so, "
@@ -259,9 +264,11 @@ def _unused(query: LayoutQuery, used: set[int], options: StackOptions) -> list[S
     short = {name: name.rpartition("/")[2] for name in every}
     if len(set(short.values())) < len(every):  # B04.tif of many folders
         short = {name: name for name in every}
+    most = total if total <= _UNUSED_IN_FULL else _NAMED_AT_MOST
+    # The rarest reason is the least expected.
     each = "; ".join(
-        f"{_quoted([short[name] for name in names], _UNUSED_AT_MOST)}: {reason}"
-        for reason, names in reasons.items()
+        f"{_quoted([short[name] for name in names], most)}: {reason}"
+        for reason, names in sorted(reasons.items(), key=lambda item: len(item[1]))
     )
     came = len(query.files) + len(options.left_out)
     detail = f"{total} of {counted(came, 'file')} not used: {each}"
@@ -331,9 +338,9 @@ def _guess(query: LayoutQuery) -> Layout:
         return votes[0][1]
     if {file.name_band for file in query.files}.issuperset(query.needed):
         return "file-per-band"
-    counts = {file.count for file in query.files}
-    if counts & PRODUCT_COUNTS:
+    if any(file.product_bands for file in query.files):
         return "file-per-date"
+    counts = {file.count for file in query.files}
     dates = len(query.dates or ())
     if dates > 1 and any(count in {n * dates for n in PRODUCT_COUNTS} for count in counts):
         return "single-file"

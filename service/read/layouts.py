@@ -27,6 +27,7 @@ from service.read.metadata import (
     date_of,
     is_broad_nir,
     named_days,
+    product_bands,
     quality_of,
     stem,
     tagged_band,
@@ -117,6 +118,11 @@ class DescribedFile:
         own = stem(self.name)
         texts = [own, folders[-1]] if folders else [own]
         return next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
+
+    @property
+    def product_bands(self) -> tuple[str, ...]:
+        """The first bands of a whole product; empty if it is none, or names its bands."""
+        return () if any(self.bands) else product_bands(self.name, self.count)
 
     @property
     def own_band(self) -> str | None:
@@ -224,8 +230,8 @@ def _bands_of_one_date(file: DescribedFile, query: LayoutQuery) -> dict[str, int
     elif not any(names):
         if file.count == 1:
             names = (file.name_band,)
-        elif file.count in PRODUCT_COUNTS and not query.names:
-            names = PRODUCT_BANDS
+        elif not query.names:
+            names = file.product_bands
     numbers: dict[str, int] = {}
     for number, band in enumerate(names, start=1):
         if band in query.wanted and numbers.setdefault(band, number) != number:

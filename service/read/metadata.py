@@ -28,6 +28,10 @@ QUALITY = frozenset({SCL, FMASK, QA_PIXEL, CLM, QAI, UDM2, CLOUD, CLDPRB, QA60})
 PRODUCT_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08")
 PRODUCT_COUNTS = frozenset({12, 13})
 """Numbers of bands of a whole Sentinel-2 product."""
+# sen2r writes all bands of a product but one near infrared: B08 at 10 m, and B8A, which is coarser,
+# in its place at 20 and 60 m (sen2r, "Output structure and naming convention").
+_SEN2R = re.compile(r"S2[A-D](?P<level>1C|2A)_\d{8}_\d{3}_[^_]*_(?:TOA|BOA)_(?P<size>\d\d)$")
+_SEN2R_COUNTS: Mapping[str, int] = {"1C": 12, "2A": 11}
 _PHRASES: Mapping[tuple[str, ...], str] = {
     tuple(phrase.split()): band
     for band, phrases in {
@@ -270,6 +274,22 @@ def quality_of(text: str | None) -> str | None:
 def calls_itself_alpha(text: str | None) -> bool:
     """Whether a description is that of an alpha band or of Sentinel Hub's dataMask."""
     return bool(text and _ALPHA.fullmatch(text.strip()))
+
+
+def product_bands(name: str, count: int) -> tuple[str, ...]:
+    """The first bands of a file whose bands have no names, if it is a whole Sentinel-2 product.
+
+    Args:
+        name: the file's.
+        count: of its bands.
+
+    Returns:
+        Empty where neither name nor number show such a product.
+    """
+    sen2r = _SEN2R.search(stem(name))
+    if sen2r and count == _SEN2R_COUNTS[sen2r["level"]]:
+        return (*PRODUCT_BANDS[:-1], "B08" if sen2r["size"] == "10" else "B8A")
+    return PRODUCT_BANDS if count in PRODUCT_COUNTS else ()
 
 
 def stem(name: str) -> str:

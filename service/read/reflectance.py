@@ -19,8 +19,9 @@ from service.read.geotiff import Header
 from service.read.metadata import tagged_number
 from service.read.sensors import Sensor
 
-DatedNumber = float | tuple[tuple[date, float], ...]
-"""One number for all dates, or numbers that hold from a date on, by ascending date."""
+DatedNumber = float | tuple[tuple[date | str, float], ...]
+"""One number for all dates, or numbers that hold from a processing baseline on (`04.00`) or from a
+date on, each in ascending order."""
 INTEGER_SCALE = 0.0001
 """Scale of integer reflectance where nothing states one: Sentinel-2's own."""
 BASELINE_OFFSET = -0.1
@@ -130,15 +131,22 @@ def _baseline_offset(header: Header) -> tuple[float | None, str]:
         if key.endswith("boa_offset_applied"):
             done = value.strip().lower() in {"true", "1", "yes"}
             return (0.0 if done else BASELINE_OFFSET), f"the tag `{key}`"
-    tagged = next((v for k, v in tags.items() if k.endswith("processing_baseline")), "")
-    named = _NAMED_BASELINE.search(header.name)
-    text = tagged.strip() or (f"{named[1]}.{named[2]}" if named else "")
-    try:
-        baseline = float(text)
-    except ValueError:
+    baseline = _baseline(header)
+    if baseline is None:
         return None, ""
     offset = BASELINE_OFFSET if baseline >= _BASELINE_WITH_OFFSET else 0.0
-    return offset, f"processing baseline {text}"
+    return offset, f"processing baseline {baseline:05.2f}"
+
+
+def _baseline(header: Header) -> float | None:
+    """Sentinel-2's processing baseline by a tag or the product's name; None if neither has it."""
+    tags = dict(map(_whole, header.tags.items()))
+    tagged = next((v for k, v in tags.items() if k.endswith("processing_baseline")), "")
+    named = _NAMED_BASELINE.search(header.name)
+    try:
+        return float(tagged.strip() or (f"{named[1]}.{named[2]}" if named else ""))
+    except ValueError:
+        return None
 
 
 def _whole(item: tuple[str, str]) -> tuple[str, str]:
@@ -155,7 +163,7 @@ def _tags(header: Header, at: int) -> dict[str, str]:
 def number_on(
     name: str, given: DatedNumber | None, day: date | None, header: Header
 ) -> float | None:
-    """The caller's number for a file's date; None if the caller gave none for it.
+    """The caller's number for a file's baseline or date; None if the caller gave none for it.
 
     Args:
         name: of the parameter, for messages.
@@ -164,15 +172,29 @@ def number_on(
         header: the file's.
 
     Raises:
-        InvalidRequest: the number depends on the date, and the file has none.
+        InvalidRequest: the number depends on the date or baseline, and the file has none.
     """
     if given is None or isinstance(given, int | float):
         return given
+    by_baseline = [(float(s), number) for s, number in given if isinstance(s, str)]
+    by_date = [(s, number) for s, number in given if not isinstance(s, str)]
+    baseline = _baseline(header) if by_baseline else None
+    if baseline is not None:
+        found = next((number for since, number in reversed(by_baseline) if since <= baseline), None)
+        if found is not None or not by_date:
+            return found
+    elif not by_date:
+        raise InvalidRequest.of(
+            name,
+            f"given from a processing baseline on, but neither a tag nor the name of "
+            f"'{header.name}' states its baseline; give the number from a date on as well, as in "
+            f"{name}=04.00:-0.1,2022-01-25:-0.1",
+        )
     if day is None:
         raise InvalidRequest.of(
             name, f"given from a date on, but '{header.name}' has no date; give one number"
         )
-    return next((number for since, number in reversed(given) if since <= day), None)
+    return next((number for since, number in reversed(by_date) if since <= day), None)
 
 
 def days_in_words(days: Sequence[date]) -> str:

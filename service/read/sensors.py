@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from service.errors import WrongSensor
+from service.errors import StackWarning, WrongSensor
 from service.read.geotiff import Header
 
 
@@ -87,7 +87,7 @@ _NAMES: tuple[tuple[re.Pattern[str], Sensor], ...] = tuple(
         (r"AnalyticMS|PSScene|PlanetScope|SuperDove", PLANETSCOPE),
         (rf"{_START}S2[A-D]?_(?:MSIL|OPER|L[12]|\d)", SENTINEL_2),
         (rf"{_START}(?:SEN|Sentinel[_\- ]?)2[A-D]?{_END}", SENTINEL_2),
-        (rf"{_START}S2[A-D]_", SENTINEL_2),
+        (rf"{_START}S2[A-D](?:1C|2A)?_", SENTINEL_2),
     )
 )
 # Tags in which writers name the satellite or the product.
@@ -170,34 +170,52 @@ def check_sensors(
     headers: Sequence[Header],
     sensors: Sequence[tuple[Sensor | None, str]],
     allowed: Collection[str],
+    costs: Mapping[str, str],
     model: str,
-) -> None:
-    """Refuse files of a sensor that the model was not trained on.
+) -> tuple[StackWarning, ...]:
+    """Refuse files of a sensor that the model was not trained on, or warn where its card allows it.
 
     Args:
         headers: of all files.
         sensors: of each, as `sensors_of` returns them.
         allowed: the card's `sensors`; empty if it does not state them.
+        costs: the card's `other_sensors`.
         model: the model, for messages.
 
     Raises:
         WrongSensor: naming the file, its sensor, what tells it, and the model's sensors.
     """
     if not allowed:
-        return
-    wrong = [
+        return ()
+    other = [
         (header, sensor, source)
         for header, (sensor, source) in zip(headers, sensors, strict=True)
         if sensor and not {sensor.name, *sensor.also} & set(allowed)
     ]
+    wrong = [one for one in other if one[1].name not in costs]
     if not wrong:
-        return
+        return _costs(other, costs, model)
     header, sensor, source = wrong[0]
     more = f" ({len(wrong)} of {len(headers)} files are)" if len(headers) > 1 else ""
     raise WrongSensor(
         f"'{header.name}' is an image of {sensor.label}, according to {source}{more}, but "
         f"'{model}' was trained on {', '.join(allowed)}; choose a model whose card lists "
         f"'{sensor.name}' in `sensors`, or give `sensor` if the files are of another sensor"
+    )
+
+
+def _costs(
+    other: Sequence[tuple[Header, Sensor, str]], costs: Mapping[str, str], model: str
+) -> tuple[StackWarning, ...]:
+    """A warning for each sensor that the card allows at a cost."""
+    first = {sensor.name: (header, sensor, source) for header, sensor, source in reversed(other)}
+    return tuple(
+        StackWarning(
+            code="other_sensor",
+            detail=f"'{header.name}' is an image of {sensor.label}, according to {source}, and "
+            f"'{model}' was not trained on such images; its card allows them: {costs[name]}",
+        )
+        for name, (header, sensor, source) in first.items()
     )
 
 

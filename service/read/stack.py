@@ -161,6 +161,7 @@ def open_stack(
     dated: bool = True,
     max_bytes: int,
     sensors: Collection[str] = (),
+    other_sensors: Mapping[str, str] = MappingProxyType({}),
     model: str = "the model",
 ) -> Stack:
     """Understand files as a stack, from their headers alone.
@@ -174,12 +175,13 @@ def open_stack(
             of their own, in the order given.
         max_bytes: most bytes that the needed bands of all dates may decode to.
         sensors: names of the sensors that may be read; empty reads any.
+        other_sensors: names of others that may be read with a warning, and what they cost.
         model: whose sensors these are, for messages.
 
     Raises:
         NotAGeoTIFF: a file is not a GeoTIFF.
         NoGeoreference: a file that is needed has no CRS or no transform.
-        WrongSensor: a file is of a sensor that is not in `sensors`.
+        WrongSensor: a file is of a sensor that is neither in `sensors` nor in `other_sensors`.
         GridMismatch: needed files do not share one grid, and `grid` does not say which to take.
         MissingBands: a needed band is not there.
         MissingDates: a file or band has no date.
@@ -189,7 +191,7 @@ def open_stack(
     _check_options(files, options)
     headers = _headers(files)
     told = sensors_of(headers, options.sensor)
-    check_sensors(headers, told, sensors, model)
+    foreign = check_sensors(headers, told, sensors, other_sensors, model)
     by_file = {
         header.source: sensor for header, (sensor, _) in zip(headers, told, strict=True) if sensor
     }
@@ -241,6 +243,7 @@ def open_stack(
         area=placed.area,
         files=tuple(header.name for header in arranged.used),
         warnings=(
+            *foreign,
             *arranged.warnings,
             *placed.warnings,
             *_merged(arranged.granules, len(keys)),

@@ -248,6 +248,7 @@ def _plan_files(
         dated=model.card.modality == "pixel",
         max_bytes=max_raster_bytes,
         sensors=model.card.sensors,
+        other_sensors=model.card.other_sensors,
         model=model.card.id,
     )
     run = plan_raster(
