@@ -161,6 +161,8 @@ class Settings(BaseSettings):
     an address or a network; only public addresses unless the address or its network is listed."""
     state_dir: Path | None = None
     """Folder of jobs and their results; None uses `state/<port>` in the checkout."""
+    min_free_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(32 * 2**20)
+    """Bytes that must be free for jobs and for requests; with fewer the service is not ready."""
     job_workers: Annotated[int, Field(ge=1)] = 1
     """Jobs that run at once, in addition to synchronous runs."""
     max_jobs: Annotated[int, Field(ge=1)] = 100

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 from prometheus_client import (
     CollectorRegistry,
@@ -28,8 +32,11 @@ from service.settings import LogLevel
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+TRACE_ID: ContextVar[str | None] = ContextVar("trace_id", default=None)
 _JOB_ID: ContextVar[str | None] = ContextVar("job_id", default=None)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_MOST_MODELS = 64
+"""Models with a series of their own."""
 _STAGE_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)
 # The fields that every LogRecord has; the others came with `extra`.
 _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
@@ -79,6 +86,32 @@ class Metrics:
             registry=self._registry,
         )
 
+        self._oldest: float | None = None
+        Gauge(
+            "pimc_oldest_job_seconds",
+            "Seconds since the job that waits longest was accepted; 0 if none waits",
+            registry=self._registry,
+        ).set_function(lambda: 0 if self._oldest is None else max(0, time.time() - self._oldest))
+        self._sweeps = self._counter("pimc_sweeps", "Looks for expired jobs", ["outcome"])
+        self._problems = self._counter("pimc_problems", "Error responses by code", ["code"])
+        self._bytes = self._counter(
+            "pimc_body_bytes",
+            "Bytes of bodies: requests (in), responses (out)",
+            ["direction"],
+        )
+        self._requests_in_flight = Gauge(
+            "pimc_requests_in_flight",
+            "Requests whose response has not been sent to its end",
+            registry=self._registry,
+        )
+        self._models: set[str] = set()
+        self._model_seconds = Histogram(
+            "pimc_model_seconds",
+            "Seconds of a request that a model computed the response of, as pimc_request_seconds",
+            ["model"],
+            buckets=_STAGE_BUCKETS,
+            registry=self._registry,
+        )
         self._connections = Gauge("pimc_connections", "Open connections", registry=self._registry)
         self._given_up = self._counter(
             "pimc_connections_given_up",
@@ -167,11 +200,73 @@ class Metrics:
         """Count a reader of a result for whom there was no room."""
         self._downloads_rejected.labels(bound).inc()
 
-    def answered(self, *, route: str, method: str, status: int, seconds: float) -> None:
-        """Count one request."""
+    def answered(
+        self,
+        *,
+        route: str,
+        method: str,
+        status: int,
+        seconds: float,
+        code: str | None = None,
+        model: str | None = None,
+        bytes_in: int = 0,
+        bytes_out: int = 0,
+    ) -> None:
+        """Count one request.
+
+        Args:
+            route: its path, with the names of parameters.
+            method: its method.
+            status: of the response.
+            seconds: from its head to the end of the response.
+            code: of the problem that it was answered with.
+            model: that computed the response.
+            bytes_in: of its body.
+            bytes_out: of the response's body.
+        """
         known = method if method in _METHODS else "OTHER"
         self._requests.labels(route, known, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
+        self._bytes.labels("in").inc(bytes_in)
+        self._bytes.labels("out").inc(bytes_out)
+        if code is not None:
+            self._problems.labels(code).inc()
+        if model is not None:
+            self._model_seconds.labels(self._series_of(model)).observe(seconds)
+
+    def _series_of(self, model: str) -> str:
+        """The label of a model; callers may make models of their own, so it is bounded."""
+        if model not in self._models and len(self._models) < _MOST_MODELS:
+            self._models.add(model)
+        return model if model in self._models else "other"
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request until its response is sent."""
+        with self._requests_in_flight.track_inprogress():
+            yield
+
+    def build(self, version: str) -> None:
+        """Set the service's version; those of its libraries are nobody's business."""
+        info = Gauge(
+            "pimc_build_info", "1 for the running version", ["version"], registry=self._registry
+        )
+        info.labels(version).set(1)
+
+    def watch_disk(self, **folders: Path) -> None:
+        """Add a gauge of free disk space, read whenever metrics are."""
+        free = Gauge(
+            "pimc_disk_free_bytes",
+            "Bytes free where jobs (state) and requests (scratch) lie",
+            ["place"],
+            registry=self._registry,
+        )
+        for place, folder in folders.items():
+            free.labels(place).set_function(partial(free_bytes, folder))
+
+    def swept(self, outcome: Literal["done", "failed"]) -> None:
+        """Count one look for expired jobs."""
+        self._sweeps.labels(outcome).inc()
 
     def ran(self, *, task: str, pixels: int, stages: Mapping[str, float]) -> None:
         """Count one finished run: its pixels, and its seconds by stage."""
@@ -179,8 +274,15 @@ class Metrics:
         for stage, spent in stages.items():
             self._stages.labels(task, stage).observe(spent)
 
-    def jobs(self, counts: Mapping[str, int]) -> None:
-        """Set the number of jobs by status."""
+    def jobs(self, counts: Mapping[str, int], oldest: float | None = None) -> None:
+        """Set the number of jobs by status.
+
+        Args:
+            counts: by status.
+            oldest: when the job that has waited longest was accepted, seconds since 1970; None if
+                none waits.
+        """
+        self._oldest = oldest
         for status, count in counts.items():
             self._jobs.labels(status).set(count)
 
@@ -201,6 +303,14 @@ class Metrics:
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return bytes(generate_latest(self._registry))
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that may still be written below a folder; 0 if the folder is gone."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
 
 
 @contextmanager
@@ -227,6 +337,9 @@ class JsonFormatter(logging.Formatter):
         request_id = REQUEST_ID.get()
         if request_id is not None:
             entry["request_id"] = request_id
+        trace_id = TRACE_ID.get()
+        if trace_id is not None:
+            entry["trace_id"] = trace_id
         job_id = _JOB_ID.get()
         if job_id is not None:
             entry["job_id"] = job_id

@@ -302,7 +302,7 @@ def fill(disk: Path) -> Path:
 
 
 def test_a_job_that_fills_the_disk(zoo: Path, small_disk: Path, tmp_path: Path) -> None:
-    with served(model_dir=zoo, state_dir=small_disk / "state") as api:
+    with served(model_dir=zoo, state_dir=small_disk / "state", min_free_bytes=0) as api:
         # 8 MB are sent, and embeddings of 700 x 700 pixels want 12 MB and more.
         big = stack(tmp_path, 700, 700, dates=2)
         answer = api.post("/embed", files=big, headers=ASYNC)
@@ -317,7 +317,10 @@ def test_a_job_that_fills_the_disk(zoo: Path, small_disk: Path, tmp_path: Path) 
 def test_a_disk_that_others_fill(zoo: Path, small_disk: Path, tmp_path: Path) -> None:
     files = stack(tmp_path, 128, 256)
     gate = Gate(tmp_path / "gate")
-    with gate.installed(), served(model_dir=zoo, state_dir=small_disk / "state") as api:
+    with (
+        gate.installed(),
+        served(model_dir=zoo, state_dir=small_disk / "state", min_free_bytes=0) as api,
+    ):
         gate.hold(after=4)
         answer = api.post("/classify-pixels", files=files, data={"model": HELD}, headers=ASYNC)
         job = answer.json()["jobID"]

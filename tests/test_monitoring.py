@@ -29,7 +29,12 @@ def labels() -> dict[str, set[str]]:
     """The labels of each metric that a service gives once it has done a bit of everything."""
     metrics = Metrics()
     metrics.provider("CPUExecutionProvider")
-    metrics.answered(route="/embed", method="POST", status=200, seconds=1.0)
+    metrics.answered(
+        route="/embed", method="POST", status=200, seconds=1.0, code="overloaded", model="a@1"
+    )
+    metrics.build("1")
+    metrics.watch_disk(state=ROOT)
+    metrics.swept("done")
     metrics.ran(task="embed", pixels=1, stages={"read": 1.0})
     metrics.jobs({"running": 1})
     metrics.job_ran(task="embed", seconds=1.0)

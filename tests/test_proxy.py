@@ -244,7 +244,7 @@ def test_the_client_is_who_connects_to_the_proxy_whatever_it_claims(
 
 def clients(caplog: pytest.LogCaptureFixture, request_id: str) -> list[str]:
     found = [r for r in caplog.records if r.name == "service.api.middleware"]
-    return [r.client for r in found if getattr(r, "id", None) == request_id]
+    return [r.client for r in found if getattr(r, "request_id", None) == request_id]
 
 
 def test_an_upload_streams_through(site: httpx.Client, folder: Path, files: Files) -> None:

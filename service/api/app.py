@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+import anyio
 from anyio import to_thread
 from fastapi import FastAPI
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -65,6 +68,8 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
     """
     settings = settings or read_settings()
     metrics = Metrics()
+    metrics.build(_version())
+    metrics.watch_disk(state=settings.state_folder, scratch=Path(tempfile.gettempdir()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -126,6 +131,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 cache=cache,
                 executor=executor,
                 runner=runner,
+                probe=anyio.CapacityLimiter(1),
                 closing=closing,
             )
             yield

@@ -51,6 +51,8 @@ class AppState:
     cache: BlockCache
     executor: Executor
     runner: JobRunner
+    probe: anyio.CapacityLimiter
+    """The one thread that looks at the job store for readiness."""
     closing: threading.Event
     """Set when the service is stopping: no new request is started."""
 
@@ -122,11 +124,12 @@ async def known_caller(
     check_reached_address(request.scope, app.settings)
     await app.keys.refresh()
     try:
-        return app.keys.check(request.headers)
+        request.state.caller = app.keys.check(request.headers)
     except Unauthorized:
         if given_key(request.headers):
             await app.refusals.refused(address_of(request.scope))
         raise
+    return request.state.caller  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import anyio
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,18 +20,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.sending import HEAD_ONLY
 from service.settings import SettingsError
-from service.telemetry import REQUEST_ID, Metrics
+from service.telemetry import REQUEST_ID, TRACE_ID, Metrics
 
 _LOG = logging.getLogger(__name__)
 
 _LONGEST_PATH = 256
+_STAGE = re.compile(r"([a-z]+);dur=([0-9.]+)")
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
 # Request ids that a client may choose: they go into headers and logs.
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class RequestRecordMiddleware:
-    """ASGI middleware: gives each request an id, logs and counts it, handles unexpected errors."""
+    """ASGI middleware: an id and an access record per request, a response to the unexpected."""
 
     def __init__(
         self,
@@ -48,55 +51,109 @@ class RequestRecordMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, _in_short(send))
             return
-        begin = time.perf_counter()
-        request_id = sane_request_id(Headers(scope=scope).get("x-request-id"))
+        headers = Headers(scope=scope)
+        request_id = sane_request_id(headers.get("x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
-        status = 0
-        recorded = False
+        access = _Access(begun=time.perf_counter())
 
         def record() -> None:
-            nonlocal recorded
-            if not recorded:
-                recorded = True
-                self._record(scope, status, time.perf_counter() - begin)
+            if not access.recorded:
+                access.recorded = True
+                self._record(scope, access)
+
+        async def receive_counted() -> Message:
+            message = await receive()
+            access.bytes_in += len(message.get("body", b""))
+            return message
 
         async def send_named(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                access.status = message["status"]
+                access.headers = Headers(raw=message["headers"])
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
-            elif not message.get("more_body", False):
+                await send(message)
+                return
+            last = not message.get("more_body", False)
+            access.bytes_out += len(message.get("body", b""))
+            access.complete = last
+            if last:
                 record()  # before the end is sent, so that a client that has it finds it counted
             await send(message)
 
-        token = REQUEST_ID.set(request_id)
+        ids = REQUEST_ID.set(request_id), TRACE_ID.set(trace_id(headers.get("traceparent")))
         try:
-            await self._app(scope, receive, send_named)
+            with self._metrics.request():
+                await self._app(scope, receive_counted, send_named)
         except Exception:
             _LOG.exception("unexpected error")
-            if status:  # a partly sent response cannot be replaced; the server must abort it
+            if access.status:  # a partly sent response cannot be replaced; the server must abort it
                 raise
             await self._on_fault(Request(scope))(scope, receive, send_named)
         finally:
             record()
-            REQUEST_ID.reset(token)
+            REQUEST_ID.reset(ids[0])
+            TRACE_ID.reset(ids[1])
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, access: _Access) -> None:
+        seconds = time.perf_counter() - access.begun
         route = getattr(scope.get("route"), "path", "unmatched")
-        method, client = scope["method"], scope.get("client")
-        self._metrics.answered(route=route, method=method, status=status, seconds=seconds)
-        _LOG.info(
-            "request",
-            extra={
-                "id": scope["state"]["request_id"],
-                "client": client[0] if client else None,
-                "method": method,
-                "route": route,
-                "path": scope["path"][:_LONGEST_PATH],
-                "status": status,
-                "ms": round(seconds * 1000, 1),
-            },
+        state, client = scope["state"], scope.get("client")
+        model = access.headers.get("pimc-model") if scope["method"] == "POST" else None
+        self._metrics.answered(
+            route=route,
+            method=scope["method"],
+            status=access.status,
+            seconds=seconds,
+            code=state.get("code"),
+            model=model,
+            bytes_in=access.bytes_in,
+            bytes_out=access.bytes_out,
         )
+        told: dict[str, object] = {
+            "request_id": state["request_id"],
+            "client": client[0] if client else None,
+            "key": state.get("caller"),
+            "agent": Headers(scope=scope).get("user-agent", "")[:_LONGEST_PATH] or None,
+            "method": scope["method"],
+            "route": route,
+            "path": scope["path"][:_LONGEST_PATH],
+            "status": access.status,
+            "code": state.get("code"),
+            "bytes_in": access.bytes_in,
+            "bytes_out": access.bytes_out,
+            "ms": round(seconds * 1000, 1),
+            "stages": stage_times(access.headers.get("server-timing")),
+            "model": model,
+            "complete": access.complete,
+        }
+        _LOG.info("request", extra={name: one for name, one in told.items() if one is not None})
+
+
+@dataclass
+class _Access:
+    """What is known of a request so far."""
+
+    begun: float
+    status: int = 0
+    """0 until the response begins."""
+    headers: Headers = field(default_factory=lambda: Headers(raw=[]))
+    """Of the response."""
+    bytes_in: int = 0
+    bytes_out: int = 0
+    complete: bool = False
+    """Whether the response was sent to its end."""
+    recorded: bool = False
+
+
+def stage_times(header: str | None) -> dict[str, float] | None:
+    """Milliseconds by stage, of a `Server-Timing` header."""
+    return {name: float(ms) for name, ms in _STAGE.findall(header)} if header else None
+
+
+def trace_id(header: str | None) -> str | None:
+    """The trace that a `traceparent` header names (W3C Trace Context); None if it names none."""
+    found = _TRACEPARENT.fullmatch(header or "")
+    return found[1] if found and int(found[1], 16) else None
 
 
 class RootPathMiddleware:

@@ -50,6 +50,7 @@ def problem(
     request: Request, error: PIMCError, headers: Mapping[str, str] | None = None
 ) -> Response:
     """The response for an error."""
+    request.state.code = error.code
     body = problem_document(error, request.state.request_id)
     return JSONResponse(
         body,

@@ -828,6 +828,10 @@ class Ready(BaseModel):
     models: Annotated[list[str], Field(description="each as `name@version`")]
     defaults: dict[str, str]
     refused: Annotated[dict[str, str], Field(description="bundles not served, with the reason")]
+    workers: Annotated[int, Field(description="jobs that can run at once")]
+    disk_free: Annotated[
+        dict[str, int], Field(description="bytes free for jobs (`state`) and requests (`scratch`)")
+    ]
 
 
 def read_fields(task: Operation, raw: Mapping[str, Sequence[str]]) -> RasterForm:

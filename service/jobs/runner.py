@@ -79,6 +79,7 @@ class JobRunner:
         self._executor = executor
         self._turn = threading.Condition()
         self._running: dict[str, threading.Event] = {}
+        self._sweep_fault: str | None = None
         self._threads = [
             threading.Thread(target=self._work, name=f"job-{n}", daemon=True)
             for n in range(workers)
@@ -95,6 +96,17 @@ class JobRunner:
         """Wait until every worker has put its job back; `closing` must be set."""
         for thread in self._threads:
             thread.join()
+
+    @property
+    def workers(self) -> int:
+        """Workers that are alive."""
+        return sum(thread.is_alive() for thread in self._threads[:-1])
+
+    def faults(self) -> list[str]:
+        """Why jobs do not run as they should; empty if they do."""
+        dead = [thread.name for thread in self._threads if not thread.is_alive()]
+        found = [f"thread '{name}' has ended" for name in dead]
+        return found if self._sweep_fault is None else [*found, self._sweep_fault]
 
     def accepted(self) -> None:
         """Notify the workers of a new job."""
@@ -125,9 +137,13 @@ class JobRunner:
             try:
                 self._store.sweep(now - last)
                 self._count()
-            except PIMCError:
+            except PIMCError as error:
                 _LOG.exception("old jobs cannot be removed")
+                self._sweep_fault = f"old jobs cannot be removed: {error}"
+                self._metrics.swept("failed")
                 continue
+            self._sweep_fault = None
+            self._metrics.swept("done")
             last = now
             with self._turn:  # a worker that could not take a job tries again
                 self._turn.notify_all()
@@ -257,7 +273,7 @@ class JobRunner:
 
     def _count(self) -> None:
         try:
-            self._metrics.jobs(self._store.counts())
+            self._metrics.jobs(self._store.counts(), self._store.oldest())
         except PIMCError:
             _LOG.exception("jobs cannot be counted")
 

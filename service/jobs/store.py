@@ -366,6 +366,23 @@ class JobStore:
             rows = self._db.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall()
         return {**dict.fromkeys(STATUSES, 0), **dict(rows)}
 
+    def oldest(self) -> float | None:
+        """When the job that has waited longest was accepted, seconds since 1970; None if none."""
+        with self._mutex, _stored():
+            (created,) = self._db.execute(
+                "SELECT min(created) FROM jobs WHERE status = 'accepted'"
+            ).fetchone()
+        return None if created is None else float(created)
+
+    def fault(self) -> str | None:
+        """Why the store cannot be used; None if it can. Waits for whoever uses it."""
+        try:
+            with self._transaction() as db:  # as an acceptance does, but nothing is written
+                db.execute("SELECT id FROM jobs LIMIT 1").fetchone()
+        except (sqlite3.Error, PIMCError) as error:
+            return f"the job store cannot be used: {error}"
+        return None
+
     def request(self, job: Job) -> TaskRequest:
         """The request of a job.
 

@@ -1,20 +1,25 @@
 """Health and metrics routes: liveness, readiness, Prometheus counts."""
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import anyio
+from anyio import to_thread
 from fastapi import APIRouter, Response
 
 from models.card import Modality, Task
-from service.api.dependencies import App
+from service.api.dependencies import App, AppState
 from service.api.openapi import problems
 from service.api.routes.models import DEFAULTS, defaults
 from service.api.schemas import Live, Ready
 from service.errors import NotReady
 from service.infer.engine import Engine
-from service.telemetry import METRICS_MEDIA_TYPE
+from service.telemetry import METRICS_MEDIA_TYPE, free_bytes
 
 router = APIRouter(tags=["operations"])
+_STORE_SECONDS = 2.0
 _METRICS: dict[int | str, dict[str, Any]] = {
     200: {"content": {METRICS_MEDIA_TYPE: {"schema": {"type": "string"}}}}
 }
@@ -28,11 +33,21 @@ async def live() -> Live:
 
 @router.get("/health/ready", responses=problems(["not_ready"]))
 async def ready(app: App) -> Ready:
-    """200 only once every default model is loaded and warm."""
+    """200 if every default model is loaded and warm, and jobs can be stored and run."""
     if app.closing.is_set():
         raise NotReady("the service is stopping", retry_after=10)
     engine = app.engine
     lacking = [_why(engine, *which) for which in DEFAULTS.values() if not _served(engine, *which)]
+    lacking += app.runner.faults()
+    free = {"state": app.settings.state_folder, "scratch": Path(tempfile.gettempdir())}
+    disk_free = {place: free_bytes(folder) for place, folder in free.items()}
+    lacking += [
+        f"{count} bytes are free for {place}, at least {app.settings.min_free_bytes} are needed "
+        "(PIMC_MIN_FREE_BYTES)"
+        for place, count in disk_free.items()
+        if count < app.settings.min_free_bytes
+    ]
+    lacking += await _store_faults(app)
     lacking += [f"'{name}' fails on {engine.provider}" for name in engine.failing]
     if lacking:
         raise NotReady("; ".join(lacking), retry_after=60)
@@ -41,7 +56,17 @@ async def ready(app: App) -> Ready:
         models=sorted(model.card.id for model in engine.models.values()),
         defaults=defaults(engine),
         refused=dict(engine.refused),
+        workers=app.runner.workers,
+        disk_free=disk_free,
     )
+
+
+async def _store_faults(app: AppState) -> list[str]:
+    found: str | None = f"the job store did not answer within {_STORE_SECONDS:g} s"
+    # A limiter of its own: probes of a store that hangs must not take the threads of requests.
+    with anyio.move_on_after(_STORE_SECONDS):
+        found = await to_thread.run_sync(app.jobs.fault, abandon_on_cancel=True, limiter=app.probe)
+    return [] if found is None else [found]
 
 
 @router.get("/metrics", response_class=Response, responses=_METRICS)

@@ -1,0 +1,272 @@
+"""What operators see: access records, metrics, readiness; over a socket."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_zoo
+from service.api.middleware import stage_times, trace_id
+from service.jobs.store import JobStore
+from service.telemetry import JsonFormatter, Metrics
+from tests.kits.jobs import ASYNC, SERIES, waited
+
+KEY = "anna-has-a-key-of-her-own"
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def api(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"anna {KEY}\n")
+    with served(model_dir=zoo, api_keys_file=keys) as client:
+        client.headers["X-API-Key"] = KEY
+        yield client
+
+
+@pytest.fixture
+def lines() -> Iterator[list[dict[str, Any]]]:
+    """Every line of the log as it is written, parsed."""
+    found: list[dict[str, Any]] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(json.loads(self.format(record)))
+
+    handler = Collect(logging.INFO)
+    handler.setFormatter(JsonFormatter())
+    logger = logging.getLogger("service")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def record(lines: list[dict[str, Any]], request_id: str) -> dict[str, Any]:
+    (found,) = [
+        line for line in lines if line["message"] == "request" and line["request_id"] == request_id
+    ]
+    return found
+
+
+def sample(api: httpx.Client, name: str, **labels: str) -> float:
+    for family in text_string_to_metric_families(api.get("/metrics").text):
+        for one in family.samples:
+            if one.name == name and labels.items() <= one.labels.items():
+                return float(one.value)
+    return 0.0
+
+
+# Access records -------------------------------------------------------------------------------
+
+
+def test_a_request_has_one_record_with_all_that_was_measured(
+    api: httpx.Client, lines: list[dict[str, Any]]
+) -> None:
+    body = json.dumps(SERIES).encode()
+    answer = api.post(
+        "/embed",
+        content=body,
+        headers={
+            "Content-Type": "application/json",
+            "User-Agent": "a test/1.0",
+            "X-Request-ID": "whole",
+            "traceparent": f"00-{TRACE}-00f067aa0ba902b7-01",
+        },
+    )
+    assert answer.status_code == 200
+    said = record(lines, "whole")
+    assert said["key"] == "anna"
+    assert said["client"] == "127.0.0.1"
+    assert said["agent"] == "a test/1.0"
+    assert said["trace_id"] == TRACE
+    assert (said["method"], said["route"], said["path"]) == ("POST", "/embed", "/embed")
+    assert (said["status"], said["complete"]) == (200, True)
+    assert (said["bytes_in"], said["bytes_out"]) == (len(body), len(answer.content))
+    assert said["model"] == answer.headers["PIMC-Model"]
+    assert set(said["stages"]) == {"read", "infer", "write"}
+    assert sum(said["stages"].values()) <= said["ms"]
+    assert "code" not in said
+    assert KEY not in json.dumps(lines)
+
+
+def test_a_record_of_an_error_names_its_code_and_no_key_that_was_refused(
+    api: httpx.Client, lines: list[dict[str, Any]]
+) -> None:
+    answer = api.get("/jobs", headers={"X-API-Key": "wrong", "X-Request-ID": "refused"})
+    assert answer.status_code == 401
+    said = record(lines, "refused")
+    assert (said["status"], said["code"]) == (401, "unauthorized")
+    assert "key" not in said
+    assert "wrong" not in json.dumps(said)
+
+
+def test_a_long_path_and_agent_are_cut(api: httpx.Client, lines: list[dict[str, Any]]) -> None:
+    api.get(f"/no/{'a' * 5000}", headers={"User-Agent": "b" * 5000, "X-Request-ID": "long"})
+    said = record(lines, "long")
+    assert (len(said["path"]), len(said["agent"])) == (256, 256)
+    assert (said["status"], said["code"], said["route"]) == (404, "not_found", "unmatched")
+
+
+def test_all_lines_of_a_request_name_its_trace(lines: list[dict[str, Any]]) -> None:
+    assert trace_id(f"00-{TRACE}-00f067aa0ba902b7-01") == TRACE
+    assert trace_id(f"cc-{TRACE}-00f067aa0ba902b7-01-what-comes-later") == TRACE
+    for bad in (
+        None,
+        "",
+        TRACE,
+        f"ff-{TRACE}-00f067aa0ba902b7-01",
+        f"00-{'0' * 32}-00f067aa0ba902b7-01",
+        f"00-{TRACE.upper()}-00f067aa0ba902b7-01",
+        f"00-{TRACE}-00f067aa0ba902b7-01\n{{}}",
+    ):
+        assert trace_id(bad) is None
+
+
+def test_stage_times_are_those_of_the_header() -> None:
+    assert stage_times("read;dur=1.5, infer;dur=20.0") == {"read": 1.5, "infer": 20.0}
+    assert stage_times(None) is None
+
+
+# Metrics --------------------------------------------------------------------------------------
+
+
+def test_metrics_count_failures_by_code_and_time_by_model(api: httpx.Client) -> None:
+    codes = {
+        code: sample(api, "pimc_problems_total", code=code) for code in ("not_found", "wrong_task")
+    }
+    answer = api.post("/embed", json=SERIES)
+    model = answer.headers["PIMC-Model"]
+    timed = sample(api, "pimc_model_seconds_count", model=model)
+    sent = sample(api, "pimc_body_bytes_total", direction="in")
+    api.get("/nothing")
+    assert api.post("/embed", json={**SERIES, "model": "forecast-vi"}).status_code == 422
+    api.post("/embed", json=SERIES)
+    for code, before in codes.items():
+        assert sample(api, "pimc_problems_total", code=code) == before + 1
+    assert sample(api, "pimc_model_seconds_count", model=model) == timed + 1
+    assert sample(api, "pimc_body_bytes_total", direction="in") > sent
+    # The one that reads the metrics is in flight itself.
+    assert sample(api, "pimc_requests_in_flight") == 1
+
+
+def test_metrics_tell_the_build_the_disk_and_the_limits(api: httpx.Client) -> None:
+    text = api.get("/metrics").text
+    version = api.get("/openapi.json").json()["info"]["version"]
+    assert f'pimc_build_info{{version="{version}"}} 1.0' in text
+    for place in ("state", "scratch"):
+        assert sample(api, "pimc_disk_free_bytes", place=place) > 0
+    assert 0 < sample(api, "process_open_fds") < sample(api, "process_max_fds")
+    assert "pimc_run_slots_held" in text
+
+
+def test_models_that_callers_make_do_not_make_series_without_end() -> None:
+    metrics = Metrics()
+    for number in range(200):
+        metrics.answered(route="/a", method="POST", status=200, seconds=1, model=f"mine-{number}")
+    assert metrics.text().count(b"pimc_model_seconds_count{") == 65
+
+
+def test_the_age_of_the_oldest_job_is_that_of_the_longest_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    metrics = Metrics()
+    monkeypatch.setattr("service.telemetry.time.time", lambda: 1000.0)
+    for oldest, age in ((940.0, 60.0), (None, 0.0), (1010.0, 0.0)):
+        metrics.jobs({"accepted": 1}, oldest)
+        assert f"pimc_oldest_job_seconds {age}" in metrics.text().decode()
+
+
+def test_sweeps_are_counted(zoo: Path) -> None:
+    with served(model_dir=zoo, job_ttl=1) as api:
+        swept = threading.Event()
+        plain = JobStore.sweep
+
+        def sweep(store: JobStore, seconds: float) -> None:
+            plain(store, seconds)
+            swept.set()
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(JobStore, "sweep", sweep)
+            assert swept.wait(30)
+            swept.clear()
+            assert swept.wait(30)
+        assert sample(api, "pimc_sweeps_total", outcome="done") >= 1
+
+
+# Readiness ------------------------------------------------------------------------------------
+
+
+def unready(api: httpx.Client) -> str:
+    answer = api.get("/health/ready")
+    assert (answer.status_code, answer.json()["code"]) == (503, "not_ready"), answer.text
+    assert api.get("/health/live").status_code == 200
+    return str(answer.json()["detail"])
+
+
+def test_readiness_tells_workers_and_disk(api: httpx.Client) -> None:
+    said = api.get("/health/ready").json()
+    assert said["workers"] == 1
+    assert set(said["disk_free"]) == {"state", "scratch"}
+    assert all(count > 0 for count in said["disk_free"].values())
+
+
+def test_a_disk_with_too_little_room_is_not_ready(zoo: Path) -> None:
+    with served(model_dir=zoo, min_free_bytes=2**60) as api:
+        said = unready(api)
+        assert "state" in said
+        assert "scratch" in said
+        assert "PIMC_MIN_FREE_BYTES" in said
+
+
+def test_a_thread_of_jobs_that_died_is_not_ready(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda _: died.set())
+    with served(model_dir=zoo) as api:
+        assert api.get("/health/ready").status_code == 200
+
+        def broken(store: JobStore) -> None:
+            raise MemoryError("nobody foresaw this")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(JobStore, "take", broken)
+            assert api.post("/embed", json=SERIES, headers=ASYNC).status_code == 202
+            assert died.wait(30)
+        assert "'job-0' has ended" in unready(api)
+
+
+def test_a_store_that_others_hold_is_not_ready_and_is_again(zoo: Path, tmp_path: Path) -> None:
+    with served(model_dir=zoo, state_dir=tmp_path) as api:
+        db = sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)
+        try:
+            db.execute("BEGIN EXCLUSIVE")
+            assert "job store" in unready(api)
+            db.execute("ROLLBACK")
+        finally:
+            db.close()
+        until = time.monotonic() + 30
+        while api.get("/health/ready").status_code != 200:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        job = api.post("/embed", json=SERIES, headers=ASYNC).json()["jobID"]
+        assert waited(api, job)["status"] == "successful"
