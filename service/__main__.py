@@ -1,7 +1,13 @@
-"""`python -m service`: bind, serve, drain on SIGTERM; one sentence if the start fails."""
+"""`python -m service`: bind, serve, drain on SIGTERM; one sentence if the start fails.
+
+python -m service                   serves
+python -m service backup FOLDER     copies the jobs to a new folder, also while a service runs
+python -m service restore FOLDER    copies such a folder to an empty PIMC_STATE_DIR
+"""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import logging.config
 import signal
@@ -9,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -18,6 +25,7 @@ from service.api.app import create_app, open_jobs
 from service.api.auth import check_binding
 from service.api.dependencies import AppState
 from service.api.http_protocol import server_config
+from service.jobs.backup import back_up, restore
 from service.jobs.store import JobStore
 from service.settings import (
     SHORT_KEY,
@@ -37,7 +45,10 @@ _UVICORN_FAILED = 3
 
 
 def main() -> None:
-    """Serve until stopped."""
+    """Serve until stopped, or carry out a command."""
+    if len(sys.argv) > 1:
+        _command(sys.argv[1:])
+        return
     _give_memory_back()  # first: the limit on heaps does not affect existing ones
     try:
         settings = read_settings()
@@ -46,6 +57,34 @@ def main() -> None:
     except SettingsError as error:
         sys.exit(_refusal(error))
     serve(settings, jobs)
+
+
+def _command(arguments: list[str]) -> None:
+    """Back jobs up, or restore them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m service",
+        description="Without a command: serve. Settings are environment variables, PIMC_*.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("backup", "copy the jobs of PIMC_STATE_DIR to a new folder; a service may be running"),
+        ("restore", "copy such a folder to PIMC_STATE_DIR, which must not hold jobs"),
+    ):
+        commands.add_parser(name, help=text, description=text).add_argument("folder", type=Path)
+    given = parser.parse_args(arguments)
+    try:
+        state = read_settings().state_folder
+        if given.command == "backup":
+            made = back_up(state, given.folder)
+            size = f"{made.size / 1e6:.1f} MB"
+            said = f"{made.jobs} jobs, {made.results} with a result, {size}, in {given.folder}"
+        else:
+            said = f"{restore(given.folder, state)} jobs in {state}"
+    except SettingsError as error:
+        sys.exit(_refusal(error))
+    except OSError as error:
+        sys.exit(_refusal(SettingsError(f"{given.command} of {given.folder} failed: {error}")))
+    sys.stdout.write(f"{said}\n")
 
 
 def serve(settings: Settings, jobs: JobStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import threading
 import time
 import uuid
@@ -514,6 +515,73 @@ def test_a_job_whose_model_has_changed_says_so(
         assert info["status"] == "failed"
         assert info["progress"] >= before
         assert f"{HELD}@0.0.1" in info["message"]
+        problem_of(api.get(f"/jobs/{job}/result"), "unknown_model", 404)
+
+
+def upgraded(root: Path, held: str | None = "0.0.2") -> Path:
+    """The zoo of the next release: another version of the held model, or none of it."""
+    other = zoo_with_a_held_model(root)
+    card = other / HELD / "card.json"
+    if held is None:
+        shutil.rmtree(other / HELD)
+    else:
+        card.write_text(card.read_text().replace('"0.0.1"', f'"{held}"'))
+    return other
+
+
+@pytest.mark.parametrize("version", ["0.0.2", None])
+def test_a_key_is_free_again_where_its_job_failed_of_an_upgrade(
+    zoo: Path, gate: Gate, large: Files, tmp_path: Path, version: str | None
+) -> None:
+    key = {"Idempotency-Key": "mine"}
+    held = {"files": large, "data": {"model": HELD}}
+    with gate.held(after=4), served(model_dir=zoo, state_dir=tmp_path / "state") as api:
+        job = submit(api, headers=key, **held)["jobID"]
+        until(api, job, progress=1)
+    with served(model_dir=upgraded(tmp_path / "zoo", version), state_dir=tmp_path / "state") as api:
+        info = waited(api, job)
+        assert info["status"] == "failed"
+        for said in ("Idempotency-Key", "model-upgrade", f"{HELD}@0.0.1"):
+            assert said in info["message"]
+        if version is None:
+            return
+        again = submit(api, headers=key, **held)["jobID"]
+        assert again != job
+        assert waited(api, again)["status"] == "successful"
+        assert submit(api, headers=key, **held)["jobID"] == again
+
+
+def test_a_job_runs_with_the_next_version_if_its_owner_said_so(
+    zoo: Path, gate: Gate, large: Files, tmp_path: Path
+) -> None:
+    prefer = {"Prefer": "respond-async, model-upgrade"}
+    held = {"files": large, "data": {"model": f"{HELD}@0.0.1"}}
+    with gate.held(after=4), served(model_dir=zoo, state_dir=tmp_path / "state") as api:
+        answer = api.post("/classify-pixels", headers=prefer, **held)
+        assert answer.headers["Preference-Applied"] == "respond-async, model-upgrade"
+        job = answer.json()["jobID"]
+        before = until(api, job, progress=1)["progress"]
+    with served(model_dir=upgraded(tmp_path / "zoo"), state_dir=tmp_path / "state") as api:
+        info = waited(api, job)
+        assert info["status"] == "successful", info
+        assert info["progress"] >= before
+        later = api.get(f"/jobs/{job}/result")
+        assert later.headers["PIMC-Model"] == f"{HELD}@0.0.2"
+        # From the first window: nothing of the model before is in it.
+        at_once = api.post("/classify-pixels", files=large, data={"model": HELD})
+        assert later.content == at_once.content
+
+
+def test_a_job_whose_model_is_gone_fails_also_if_it_may_be_upgraded(
+    zoo: Path, gate: Gate, large: Files, tmp_path: Path
+) -> None:
+    prefer = {"Prefer": "respond-async, model-upgrade"}
+    with gate.held(after=4), served(model_dir=zoo, state_dir=tmp_path / "state") as api:
+        job = submit(api, headers=prefer, files=large, data={"model": HELD})["jobID"]
+        until(api, job, progress=1)
+    other = upgraded(tmp_path / "zoo", None)
+    with served(model_dir=other, state_dir=tmp_path / "state") as api:
+        assert waited(api, job)["status"] == "failed"
         problem_of(api.get(f"/jobs/{job}/result"), "unknown_model", 404)
 
 

@@ -23,7 +23,7 @@ from service.api.auth import (
     given_key,
     share_of,
 )
-from service.api.negotiation import prefers_async
+from service.api.negotiation import ASYNC, UPGRADE, prefers
 from service.api.sending import Downloads
 from service.api.uploads import Limits
 from service.errors import Unauthorized
@@ -86,7 +86,7 @@ async def own_folder(
 
     For a job it lies in the state directory, so that its files need not be copied.
     """
-    stays = prefers_async(request.headers.getlist("prefer"))
+    stays = prefers(request.headers.getlist("prefer"))
     async for folder in _folder(app.jobs.requests if stays else None):
         yield folder
 
@@ -138,13 +138,25 @@ class RequestPreferences:
 
     respond_async: bool
     """Whether a job is preferred."""
+    upgrade: bool
+    """Whether a later version of the model may run the job."""
     idempotency_key: str | None
+
+    @property
+    def of_a_job(self) -> str:
+        """Those that a job follows, as `Preference-Applied`."""
+        applied = {ASYNC: self.respond_async, UPGRADE: self.upgrade}
+        return ", ".join(name for name, wanted in applied.items() if wanted)
 
 
 async def request_preferences(
     request: Request,
     prefer: Annotated[
-        str | None, Header(description="`respond-async`: return 202 and a job at once")
+        str | None,
+        Header(
+            description="`respond-async`: return 202 and a job at once; `model-upgrade`: a later "
+            "version of the model may run the job"
+        ),
     ] = None,
     idempotency_key: Annotated[
         str | None,
@@ -158,8 +170,10 @@ async def request_preferences(
 ) -> RequestPreferences:
     """Parse the preferences; `Prefer` may be repeated."""
     del prefer  # a parameter for the OpenAPI document only
+    preferred = request.headers.getlist("prefer")
     return RequestPreferences(
-        respond_async=prefers_async(request.headers.getlist("prefer")),
+        respond_async=prefers(preferred, ASYNC),
+        upgrade=prefers(preferred, UPGRADE),
         idempotency_key=idempotency_key,
     )
 

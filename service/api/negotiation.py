@@ -73,14 +73,21 @@ def negotiate(accept: str, offers: Sequence[str]) -> str:
     return best
 
 
-def prefers_async(values: Sequence[str]) -> bool:
-    """Whether `Prefer` headers contain `respond-async` (RFC 7240, section 4.1).
+ASYNC = "respond-async"
+"""The preference for a job (RFC 7240, section 4.1)."""
+UPGRADE = "model-upgrade"
+"""The preference that a job runs with a later version of its model if there is one by then."""
+
+
+def prefers(values: Sequence[str], name: str = ASYNC) -> bool:
+    """Whether `Prefer` headers contain a preference.
 
     Args:
         values: of each such header: comma-separated names with optional values and parameters.
+        name: of the preference, lower case.
     """
     preferences = [one for value in values for one in value.split(",")]
-    return any(re.split("[;=]", one)[0].strip().lower() == "respond-async" for one in preferences)
+    return any(re.split("[;=]", one)[0].strip().lower() == name for one in preferences)
 
 
 def _liking(offer: str, ranges: Sequence[MediaRange]) -> float:

@@ -14,7 +14,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from service.errors import Cancelled, InternalError, PIMCError, UnknownModel, no_room
@@ -26,7 +27,7 @@ from service.read.references import check_again
 from service.run.execute import execute
 from service.run.executors import Executor
 from service.run.plan import Plan, plan_request
-from service.run.request import RasterRequest
+from service.run.request import RasterRequest, TaskRequest
 from service.telemetry import Metrics, job_named
 
 _LOG = logging.getLogger(__name__)
@@ -205,10 +206,12 @@ class JobRunner:
             told = InternalError(
                 f"internal error; the server's log has the cause under job {job.id}"
             )
+        # A model that is gone says nothing of the request, which may be sent again as it is.
+        free = isinstance(told, UnknownModel)
         _LOG.error("job fails", exc_info=error, extra={"code": told.code})
         # Free disk space first: without it the failure could not be recorded.
         self._store.make_room(job)
-        self._settle(lambda: self._store.fail(job, told))
+        self._settle(lambda: self._store.fail(job, told, free_key=free))
 
     def _settle(self, write: Callable[[], None]) -> None:
         """Record a job's outcome; retries while the disk is full."""
@@ -236,15 +239,11 @@ class JobRunner:
         request = self._store.request(job)
         if isinstance(request, RasterRequest):
             check_again(request.files, self._store.folder(job), self._roots)
-        plan = plan_request(
-            request,
-            self._engine,
-            max_raster_bytes=self._max_raster_bytes,
-            rasters=True,
-            max_fields=self._max_fields,
-            cache=self._cache,
-        )
-        _check_model(job, plan)
+        plan = self._plan(job, request)
+        card = plan.model.card
+        if (card.id, card.sha256) != (job.model, job.sha256):
+            _LOG.info("job upgraded", extra={"from": job.model, "to": card.id})
+            job = self._store.change_model(job, card.id, card.sha256)
         self._store.begin(job, f"{plan.model.provider} {plan.model.variant}")
         work = self._store.folder(job) / "work"
         shutil.rmtree(work, ignore_errors=True)
@@ -271,22 +270,39 @@ class JobRunner:
         self._metrics.ran(task=job.task, pixels=result.pixels, stages=asdict(result.timing))
         self._store.publish(job, work, result)
 
+    def _plan(self, job: Job, request: TaskRequest) -> Plan:
+        """The plan with the model that the job was accepted for, or with a later one.
+
+        Raises:
+            UnknownModel: the model is not served any more, and the owner did not allow another.
+        """
+        plan_with = partial(
+            plan_request,
+            engine=self._engine,
+            max_raster_bytes=self._max_raster_bytes,
+            rasters=True,
+            max_fields=self._max_fields,
+            cache=self._cache,
+        )
+        name = job.model.partition("@")[0]
+        now = self._engine.models.get(name)
+        if now is not None and (now.card.id, now.card.sha256) == (job.model, job.sha256):
+            return plan_with(request)
+        if now is not None and self._store.may_upgrade(job):
+            return plan_with(replace(request, model=name))
+        served = (
+            "which is not served any more"
+            if now is None
+            else f"but the server now has '{now.card.id}' with sha256 {now.card.sha256[:12]}…"
+        )
+        raise UnknownModel(
+            f"the job was accepted for '{job.model}' with sha256 {job.sha256[:12]}…, {served}: "
+            "send the request again (its Idempotency-Key is free), with 'Prefer: model-upgrade' if "
+            "any later version may run it"
+        )
+
     def _count(self) -> None:
         try:
             self._metrics.jobs(self._store.counts(), self._store.oldest())
         except PIMCError:
             _LOG.exception("jobs cannot be counted")
-
-
-def _check_model(job: Job, plan: Plan) -> None:
-    """Check that the model is the one that the job was accepted for.
-
-    Raises:
-        UnknownModel: it is another.
-    """
-    card = plan.model.card
-    if (card.id, card.sha256) != (job.model, job.sha256):
-        raise UnknownModel(
-            f"the job was accepted for '{job.model}' with sha256 {job.sha256[:12]}…, but the "
-            f"server now has '{card.id}' with sha256 {card.sha256[:12]}…: send the request again"
-        )

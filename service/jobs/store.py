@@ -62,13 +62,15 @@ from service.settings import SettingsError
 
 JobStatus = Literal["accepted", "running", "successful", "failed", "dismissed"]
 STATUSES: tuple[JobStatus, ...] = get_args(JobStatus)
+DATABASE = "jobs.sqlite"
 _RESULT = "reply.json"
 _DOCUMENT = "document.json"
 _READY = "ready"
+_UPGRADE = "upgrade"
 _LOCKS = 16
 _BY_KEY = "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?"
-_REQUEST = "request.json"
-_SCHEMA_VERSION = 2
+REQUEST = "request.json"
+SCHEMA_VERSION = 2
 _WAL_BYTES = 16 * 2**20
 """Size to which the write-ahead log is cut after a checkpoint."""
 _SCHEMA = """
@@ -201,7 +203,7 @@ class JobStore:
                 shutil.rmtree(self.requests, ignore_errors=True)
                 self.requests.mkdir()
                 self._jobs.mkdir(exist_ok=True)
-                self._db = _opened(folder / "jobs.sqlite")
+                self._db = _opened(folder / DATABASE)
                 self._recover()
             except BaseException:
                 os.close(self._held)
@@ -216,7 +218,13 @@ class JobStore:
     # For requests --------------------------------------------------------------------------
 
     def accept(
-        self, plan: Plan, folder: Path, *, owner: str, idempotency: Idempotency | None = None
+        self,
+        plan: Plan,
+        folder: Path,
+        *,
+        owner: str,
+        idempotency: Idempotency | None = None,
+        upgrade: bool = False,
     ) -> Job:
         """Create a job from a plan; after the return no kill loses it.
 
@@ -225,6 +233,7 @@ class JobStore:
             folder: of the request; files in it are moved into the job's folder.
             owner: the caller.
             idempotency: None if every request is a new one.
+            upgrade: whether a later version of the model may run it.
 
         Returns:
             The new job, or the first request's if this repeats one.
@@ -237,6 +246,7 @@ class JobStore:
         name = str(uuid.uuid4())
         # The model of the plan, even if another becomes the default.
         document = request_document(plan.request, folder, model=plan.model.card.id)
+        document[_UPGRADE] = upgrade
         place = self._jobs / name
         try:
             if isinstance(plan.request, RasterRequest):
@@ -390,7 +400,7 @@ class JobStore:
             ResultNotReady: the job was dismissed or has failed, and its files are removed.
         """
         try:
-            text = (self.folder(job) / _REQUEST).read_text("utf-8")
+            text = (self.folder(job) / REQUEST).read_text("utf-8")
         except FileNotFoundError as error:
             raise ResultNotReady(
                 f"job {job.id} is {job.status}, and its files have been removed"
@@ -510,11 +520,45 @@ class JobStore:
 
     def succeed(self, job: Job) -> None:
         """Mark a running job as successful and keep only its result."""
-        keep_only(self.folder(job), "result", _REQUEST)
+        keep_only(self.folder(job), "result", REQUEST)
         self._end(job, "successful", progress=100)
 
-    def fail(self, job: Job, error: PIMCError) -> None:
-        """Mark a running job as failed."""
+    def may_upgrade(self, job: Job) -> bool:
+        """Whether the owner lets a later version of the model run the job."""
+        document = json.loads((self.folder(job) / REQUEST).read_text("utf-8"))
+        return bool(document.get(_UPGRADE))
+
+    def change_model(self, job: Job, model: str, sha256: str) -> Job:
+        """Let another model run a running job, from its first window.
+
+        Args:
+            job: running.
+            model: as `name@version`.
+            sha256: of its card.
+        """
+        with self._transaction() as db:
+            db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
+            db.execute(
+                "UPDATE jobs SET model = ?, sha256 = ?, computed_by = NULL WHERE number = ?",
+                (model, sha256, job.number),
+            )
+        return replace(job, model=model, sha256=sha256, computed_by=None)
+
+    def fail(self, job: Job, error: PIMCError, *, free_key: bool = False) -> None:
+        """Mark a running job as failed.
+
+        Args:
+            job: running.
+            error: its cause.
+            free_key: whether a request with its idempotency key may make a new job.
+        """
+        if free_key:
+            with self._transaction() as db:
+                db.execute(
+                    "UPDATE jobs SET idempotency_key = NULL, fingerprint = NULL WHERE number = ? "
+                    "AND status = 'running'",
+                    (job.number,),
+                )
         problem = {"code": error.code, "detail": error.detail}
         errors = [dict(e) for e in error.errors] if isinstance(error, InvalidRequest) else []
         self._end(job, "failed", problem=json.dumps({**problem, "errors": errors}))
@@ -623,7 +667,7 @@ class JobStore:
             if status in {None, "failed", "dismissed"}:
                 remove(place)
             elif status == "successful":
-                keep_only(place, "result", _REQUEST)
+                keep_only(place, "result", REQUEST)
         with self._transaction() as db:
             db.execute("UPDATE jobs SET status = 'accepted' WHERE status = 'running'")
             (seen,) = db.execute("SELECT seen FROM clock").fetchone()
@@ -679,9 +723,9 @@ def _opened(path: Path) -> sqlite3.Connection:
         db.executescript(_SCHEMA)
     elif version == 1:
         _move_documents(db, path.parent / "jobs")
-    elif version != _SCHEMA_VERSION:
+    elif version != SCHEMA_VERSION:
         raise sqlite3.DatabaseError(
-            f"its schema has version {version}, but this service needs version {_SCHEMA_VERSION}"
+            f"its schema has version {version}, but this service needs version {SCHEMA_VERSION}"
         )
     return db
 
@@ -729,7 +773,7 @@ def _move_document(place: Path) -> Any:  # noqa: ANN401 - JSON
 
 
 def _write_request(folder: Path, document: str) -> None:
-    path = folder / _REQUEST
+    path = folder / REQUEST
     path.write_text(document, encoding="utf-8")
     sync_file(path)
     sync_folder(folder)

@@ -103,18 +103,18 @@ async def _find(app: AppState, caller: str | None, job_id: str) -> Job:
     return await to_thread.run_sync(app.jobs.find, caller or "", job_id)
 
 
-def accepted(job: Job, request: Request, *, preferred: bool) -> Response:
+def accepted(job: Job, request: Request, *, applied: str) -> Response:
     """The response to a request that became a job.
 
     Args:
         job: the new one, or the first request's if this repeats it.
         request: to which links are relative.
-        preferred: whether the client preferred a job.
+        applied: preferences that the job follows; empty for none.
     """
     # Without scheme and host, so that a client resolves it against the address that it used.
     headers = {"Location": f"{root_of(request)}/jobs/{job.id}"}
-    if preferred:
-        headers["Preference-Applied"] = "respond-async"
+    if applied:
+        headers["Preference-Applied"] = applied
     return JSONResponse(
         info(job, request).model_dump(mode="json"), status_code=202, headers=headers
     )

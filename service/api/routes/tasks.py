@@ -124,7 +124,7 @@ async def _serve(
         if idempotency:
             first = await to_thread.run_sync(app.jobs.repeated, owner, idempotency)
             if first:
-                return accepted(first, request, preferred=preferences.respond_async)
+                return accepted(first, request, applied=preferences.of_a_job)
         run = partial(_run, app, asked, media, folder, later=preferences.respond_async)
         try:
             outcome = await run_watched(request, run, slot=run_slot(app, share))
@@ -135,10 +135,17 @@ async def _serve(
             raise NotReady("the server stopped before the run ended", retry_after=10) from None
         if isinstance(outcome, Plan):
             job = await to_thread.run_sync(
-                partial(app.jobs.accept, outcome, folder, owner=owner, idempotency=idempotency)
+                partial(
+                    app.jobs.accept,
+                    outcome,
+                    folder,
+                    owner=owner,
+                    idempotency=idempotency,
+                    upgrade=preferences.upgrade,
+                )
             )
             await to_thread.run_sync(app.runner.accepted)
-            return accepted(job, request, preferred=preferences.respond_async)
+            return accepted(job, request, applied=preferences.of_a_job)
         app.metrics.ran(task=task, pixels=outcome.pixels, stages=asdict(outcome.timing))
         return await to_thread.run_sync(make_response, outcome, media, folder)
 

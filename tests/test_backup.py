@@ -1,0 +1,206 @@
+"""Backups while jobs run, and restored ones: as processes, and with jobs that end meanwhile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.serving import served
+from service.jobs.backup import back_up, restore
+from service.jobs.files import lock
+from service.settings import SettingsError
+from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
+from tests.kits.jobs import ASYNC, SERIES, Files, stack, until, waited
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return zoo_with_a_held_model(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return stack(tmp_path_factory.mktemp("stack"), 128, 256)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    gate = Gate(tmp_path / "gate")
+    with gate.installed():
+        yield gate
+
+
+def service(command: str, folder: Path, state: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "service", command, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PIMC_STATE_DIR": str(state)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def submit(api: httpx.Client, path: str = "/embed", **how: Any) -> str:
+    headers = {**ASYNC, **how.pop("headers", {})}
+    answer = api.post(path, headers=headers, **how)
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["jobID"])
+
+
+def result(api: httpx.Client, job: str) -> bytes:
+    answer = api.get(f"/jobs/{job}/result")
+    assert answer.status_code == 200, answer.text
+    return answer.content
+
+
+def test_what_is_backed_up_while_jobs_run_goes_on_where_it_is_restored(
+    zoo: Path, files: Files, gate: Gate, tmp_path: Path
+) -> None:
+    state, backup = tmp_path / "state", tmp_path / "backup"
+    key = {"Idempotency-Key": "once"}
+    with served(model_dir=zoo, state_dir=state) as api:
+        whole = submit(api, "/classify-pixels", files=files, data={"outputs": "class,entropy"})
+        dismissed = submit(api, json=SERIES)
+        waited(api, whole)
+        api.delete(f"/jobs/{dismissed}")
+        expected = result(api, whole)
+        with gate.held(after=4):
+            held = {"files": files, "data": {"model": HELD}}
+            running = submit(api, "/classify-pixels", headers=key, **held)
+            progress = until(api, running, progress=1)["progress"]
+            waiting = submit(api, json=SERIES)
+            done = service("backup", backup, state)
+            assert done.returncode == 0, done.stderr
+            assert "4 jobs, 1 with a result" in done.stdout
+            # The service noticed nothing.
+            assert api.get(f"/jobs/{running}").json()["status"] == "running"
+        assert waited(api, running)["status"] == "successful"
+        undisturbed = result(api, running)
+    # Half of its windows were done, but the backup repeats them.
+    assert not (backup / "jobs" / running / "windows").exists()
+
+    other = tmp_path / "other"
+    done = service("restore", backup, other)
+    assert (done.returncode, done.stdout) == (0, f"4 jobs in {other}\n")
+    with served(model_dir=zoo, state_dir=other) as api:
+        assert result(api, whole) == expected
+        assert api.get(f"/jobs/{dismissed}").json()["status"] == "dismissed"
+        info = waited(api, running)
+        assert (info["status"], info["progress"]) == ("successful", 100)
+        assert info["progress"] >= progress
+        assert result(api, running) == undisturbed
+        assert waited(api, waiting)["status"] == "successful"
+        # Also the memory of repeated requests is there.
+        assert submit(api, "/classify-pixels", headers=key, **held) == running
+
+
+@pytest.mark.parametrize("ends", ["successful", "dismissed"])
+def test_a_job_that_ends_while_it_is_copied_is_kept_as_it_ended(
+    zoo: Path, files: Files, gate: Gate, tmp_path: Path, ends: str
+) -> None:
+    state, backup = tmp_path / "state", tmp_path / "backup"
+    gate.hold(after=0)
+    with served(model_dir=zoo, state_dir=state) as api:
+        job = submit(api, "/classify-pixels", files=files, data={"model": HELD})
+        copied: list[str] = []
+
+        def copy(source: Path, target: Path) -> None:
+            if source.name == "input" and "input" not in copied:
+                if ends == "dismissed":
+                    api.delete(f"/jobs/{job}")
+                gate.open()
+                waited(api, job)
+            copied.append(source.name)
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+
+        back_up(state, backup, copy=copy)
+        assert copied[0] == "request.json"
+    restore(backup, tmp_path / "other")
+    with served(model_dir=zoo, state_dir=tmp_path / "other") as api:
+        assert api.get(f"/jobs/{job}").json()["status"] == ends
+        assert api.get(f"/jobs/{job}/result").status_code == (200 if ends == "successful" else 409)
+        kept = (backup / "jobs" / job).exists()
+        assert kept == (ends == "successful")
+
+
+def test_a_backup_of_an_idle_service_is_byte_for_byte_the_same_twice(
+    zoo: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with served(model_dir=zoo, state_dir=state) as api:
+        waited(api, submit(api, json=SERIES))
+    made = [tmp_path / "one", tmp_path / "two"]
+    for target in made:
+        back_up(state, target)
+    first, second = (
+        {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        for root in made
+    )
+    assert first == second
+    assert list(tmp_path.glob("*.part")) == []
+
+
+@pytest.fixture
+def backup(zoo: Path, tmp_path: Path) -> Path:
+    with served(model_dir=zoo, state_dir=tmp_path / "state") as api:
+        waited(api, submit(api, json=SERIES))
+    back_up(tmp_path / "state", tmp_path / "backup")
+    return tmp_path / "backup"
+
+
+def test_a_restore_overwrites_nothing(backup: Path, tmp_path: Path) -> None:
+    before = (tmp_path / "state" / "jobs.sqlite").read_bytes()
+    with pytest.raises(SettingsError, match="holds jobs already"):
+        restore(backup, tmp_path / "state")
+    assert (tmp_path / "state" / "jobs.sqlite").read_bytes() == before
+    with pytest.raises(SettingsError, match="exists already"):
+        back_up(tmp_path / "state", backup)
+
+
+def test_a_restore_into_a_directory_in_use_is_refused(backup: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    held = lock(other)
+    try:
+        with pytest.raises(SettingsError, match="in use by another service"):
+            restore(backup, other)
+    finally:
+        os.close(held)
+    assert restore(backup, other) == 1
+
+
+def test_a_restore_that_was_killed_can_be_repeated(backup: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    (other / "jobs" / "half-copied").mkdir(parents=True)
+    assert restore(backup, other) == 1
+    assert not (other / "jobs" / "half-copied").exists()
+
+
+def test_what_is_no_backup_is_refused_in_one_sentence(backup: Path, tmp_path: Path) -> None:
+    done = service("restore", tmp_path, tmp_path / "other")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    done = service("backup", tmp_path / "new", tmp_path / "no-state")
+    assert (done.returncode, "holds no jobs" in done.stderr) == (2, True)
+    db = sqlite3.connect(backup / "jobs.sqlite")
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(SettingsError, match="schema 99"):
+        restore(backup, tmp_path / "other")
+    (backup / "jobs.sqlite").write_bytes(b"SQLite format 3\0" + bytes(4096))
+    with pytest.raises(SettingsError, match="damaged"):
+        restore(backup, tmp_path / "other")
+    assert not (tmp_path / "other" / "jobs.sqlite").exists()
