@@ -1,7 +1,7 @@
 """Results as objects of xarray, pandas, GeoPandas and Matplotlib.
 
-None of these libraries is needed until one of the functions here is called; then the one that it
-needs is imported. `pip install 'pimc-client[analysis]'` installs them all.
+Each function imports the library that it needs when it is called.
+`pip install 'pimc-client[analysis]'` installs all of them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def required(library: str, user: str) -> Any:  # noqa: ANN401 (a module)
 
     Args:
         library: the module's name.
-        user: what needs it, for the message.
+        user: the function that needs it, for the message.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: the library is not installed.
     """
     try:
         return importlib.import_module(library)
@@ -74,14 +74,14 @@ def dataset(rasters: Rasters) -> xarray.Dataset:
     arrays = {}
     for name, raster in rasters.items():
         array = data_array(raster)
-        # Two outputs may have bands of different names, which one dimension could not hold.
+        # The bands of two outputs may have different names, which cannot share one dimension.
         arrays[name] = array.rename(band=f"{name}_band") if "band" in array.dims else array
     found: xarray.Dataset = xr.Dataset(arrays, attrs={"model": rasters.model or ""})
     return found
 
 
 def _forecast_axes(descriptions: Sequence[str | None]) -> dict[str, Any] | None:
-    """The index, time and quantile of a forecast's bands; None of any other raster."""
+    """The index, time and quantile of a forecast's bands; None for any other raster."""
     import numpy as np
 
     found = [_FORECAST_BAND.fullmatch(name or "") for name in descriptions]
@@ -95,7 +95,7 @@ def _forecast_axes(descriptions: Sequence[str | None]) -> dict[str, Any] | None:
 
 
 def _coordinates(raster: Raster) -> dict[str, Any]:
-    """Centres of pixels, and the CRS as rioxarray reads it."""
+    """Coordinates: centres of pixels, and the CRS in the form that rioxarray reads."""
     import numpy as np
 
     xr = required("xarray", "to_xarray")
@@ -103,7 +103,7 @@ def _coordinates(raster: Raster) -> dict[str, Any]:
     if transform is None:
         return {}
     a, b, c, d, e, f = transform
-    # GDAL's order, as CF files written by GDAL hold it.
+    # In GDAL's order, as in CF files that GDAL writes.
     reference = {"GeoTransform": f"{c} {a} {b} {f} {d} {e}"}
     if raster.crs:
         reference |= {"spatial_ref": raster.crs, "crs_wkt": raster.crs}
@@ -121,7 +121,7 @@ def _attributes(raster: Raster) -> dict[str, Any]:
         attributes["model"] = raster.model
     if raster.nodata is not None:
         attributes["_FillValue"] = raster.array.dtype.type(raster.nodata)
-    if raster.legend:  # as the CF conventions have it
+    if raster.legend:  # flags of the CF conventions
         attributes["flag_values"] = list(raster.legend)
         names = [entry.name.replace(" ", "_") for entry in raster.legend.values()]
         attributes["flag_meanings"] = " ".join(names)
@@ -170,7 +170,7 @@ def plot(
         image = axes.imshow(pixels, **place)
         if axes.figure is not None:
             axes.figure.colorbar(image, ax=axes, label=raster.descriptions[number] or raster.name)
-    # Coordinates in full: an offset of some million metres in a corner is easily overlooked.
+    # Full coordinates, because an offset of some million metres in a corner is easily overlooked.
     axes.ticklabel_format(style="plain", useOffset=False)
     axes.tick_params(axis="x", labelrotation=45)
     axes.set_title(f"{raster.name}, {raster.model}" if raster.model else raster.name)
@@ -192,12 +192,12 @@ def _band_number(raster: Raster, band: int | str | None) -> int:
             )
         return names.index(band)
     if not 1 <= band <= len(names):
-        raise ValueError(f"band {band} is not from 1 to {len(names)}, the bands of the raster")
+        raise ValueError(f"band {band} does not exist: the raster has bands 1 to {len(names)}")
     return band - 1
 
 
 def _extent(raster: Raster) -> dict[str, Any]:
-    """Edges of the image in the units of the CRS; pixels of a rotated grid are counted."""
+    """Edges of the image in CRS units; for a rotated grid none, so that axes count pixels."""
     if raster.transform is None or raster.transform[1] or raster.transform[3]:
         return {}
     a, _, left, _, e, top = raster.transform
@@ -206,7 +206,7 @@ def _extent(raster: Raster) -> dict[str, Any]:
 
 
 def _colored(pixels: NDArray[Any], legend: Mapping[int, LegendClass]) -> NDArray[Any]:
-    """(rows, columns, RGBA) of uint8; pixels of no class are transparent."""
+    """RGBA image (rows, columns, 4), uint8; pixels without a class are transparent."""
     import numpy as np
 
     image = np.zeros((*pixels.shape, 4), np.uint8)

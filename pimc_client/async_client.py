@@ -61,21 +61,21 @@ class AsyncClient:
 
     The synchronous client may be shared between threads, the asynchronous one between the tasks of
     one event loop. Every method raises a `ServiceError` if the server responds with an error, and a
-    `TransportError` if no response arrives. Imagery is sent piece by piece from disk, and large
-    results go to disk, so memory does not grow with the files.
+    `TransportError` if no response arrives. Imagery is read from disk piece by piece, and large
+    results are stored on disk, so memory does not grow with the files.
 
     Args:
         base_url: the server's address, such as `http://127.0.0.1:8000`, with any path before the
             API's own.
         api_key: the API key, if the server requires one.
-        timeout: seconds that the server may be silent; None waits for ever. Connecting has 10
-            seconds of its own. An `httpx.Timeout` sets each apart.
-        transport: an httpx transport in place of the network, for tests and special connections.
-        retries: how often a request is sent again that found no connection, or a server at
-            capacity. Files that cannot be rewound are sent once.
+        timeout: seconds without a byte from the server after which `TimedOut` is raised; None
+            waits forever. Connecting is limited to 10 seconds. An `httpx.Timeout` sets each limit.
+        transport: an httpx transport that replaces the network, for tests and special connections.
+        retries: how often a request is sent again if the connection fails or the server is at
+            capacity. Files that cannot be rewound are sent only once.
 
     Raises:
-        ValueError: a base URL that is not valid.
+        ValueError: the base URL is not valid.
     """
 
     def __init__(
@@ -174,13 +174,13 @@ class AsyncClient:
         Args:
             files: the stack: paths of files, folders or zips, patterns, open binary files,
                 `(name, bytes)`, or references.
-            outputs: `class` (the default), `confidence`, `entropy` or `probabilities`; one as
-                text, or a list.
-            points: return results for these pixels alone: pairs of longitude and latitude,
+            outputs: `class` (the default), `confidence`, `entropy` or `probabilities`; one name, or
+                a list of names.
+            points: return results only for these pixels: pairs of longitude and latitude,
                 GeoJSON, or the path of a GeoJSON or CSV file.
             fields: return one result for each of these polygons: GeoJSON, the path of a GeoJSON,
                 GeoParquet or GeoPackage file in any CRS, or a GeoPandas object.
-            answer: `summary` returns a summary in place of a raster.
+            answer: `summary` returns a summary instead of a raster.
             **options: how the files are read: `model`, `layout`, `dates`, `bands`, `scale`,
                 `offset`, `mask`; the first day of the time window, `start`; and `progress`, called
                 during the upload with the bytes sent and the total.
@@ -271,9 +271,9 @@ class AsyncClient:
             files: the GeoTIFF stack, as for `classify_pixels`.
             horizon: number of steps ahead; the model's maximum if left out.
             outputs: any of `q10`, `q50` (the default) and `q90`.
-            points: return results for these pixels alone, as for `classify_pixels`.
+            points: return results only for these pixels, as for `classify_pixels`.
             fields: return one result for each polygon, as for `classify_pixels`.
-            answer: `summary` returns a summary in place of a raster.
+            answer: `summary` returns a summary instead of a raster.
             **options: as for `classify_pixels`.
 
         Returns:
@@ -353,9 +353,9 @@ class AsyncClient:
             files: imagery of one date or many, as for `classify_pixels`.
             stride: pixels between labelled patches, 1 to 64 (the default).
             outputs: as for `classify_pixels`.
-            points: return results for the patches at these points alone, as for
+            points: return results only for the patches at these points, as for
                 `classify_pixels`.
-            answer: `summary` returns a summary in place of a raster.
+            answer: `summary` returns a summary instead of a raster.
             **options: as for `classify_pixels`, without `start`.
 
         Returns:
@@ -437,11 +437,11 @@ class AsyncClient:
         Args:
             files: the GeoTIFF stack, as for `classify_pixels`.
             modality: `pixel` (the default), from the time series; `patch`, from imagery.
-            stride: pixels between patches, for `patch` alone.
-            points: return results for these places alone, as for `classify_pixels`.
+            stride: pixels between patches; only for `patch`.
+            points: return results only for these places, as for `classify_pixels`.
             fields: return one result for each polygon, as for `classify_pixels`.
-            answer: `summary` returns a summary in place of a raster.
-            **options: as for `classify_pixels`; `start` for `pixel` alone.
+            answer: `summary` returns a summary instead of a raster.
+            **options: as for `classify_pixels`; `start` only for `pixel`.
 
         Returns:
             A `Raster` with a band for each dimension; a `Summary`; with `points` one result for
@@ -622,7 +622,7 @@ class AsyncClient:
             points: as for the task's own method.
             fields: as for the task's own method.
             answer: as for the task's own method.
-            **options: those of the task's own method, and `idempotency_key`.
+            **options: as for the task's own method, and `idempotency_key`.
 
         Returns:
             The job; its `wait` returns the result that the task's own method would return.
@@ -651,7 +651,7 @@ class AsyncClient:
         return await self.run(operations.model(name))
 
     async def ready(self) -> Readiness:
-        """Whether the server is ready: true or false in itself, with the reason."""
+        """Readiness of the server: true in a condition if it is ready, else with the reason."""
         return await self.run(operations.ready())
 
     async def aclose(self) -> None:
@@ -670,7 +670,7 @@ class AsyncClient:
     # Running operations ---------------------------------------------------------------------------
 
     async def run(self, operation: Operation[T]) -> T:
-        """Send the requests of an operation, and hand it the responses; every method is one."""
+        """Run an operation: send its requests and pass it the responses."""
         import asyncio  # slow to import, and `import pimc_client` need not wait for it
 
         try:
@@ -719,7 +719,7 @@ class AsyncJob(JobHandle[T]):
 
         Args:
             progress: called with the percentage done, each time it has changed.
-            timeout: the longest wait in seconds; None waits for ever.
+            timeout: the longest wait in seconds; None waits forever.
 
         Returns:
             The result.
@@ -727,7 +727,7 @@ class AsyncJob(JobHandle[T]):
         Raises:
             ServiceError: the job failed with this error.
             JobFailed: the job failed, and the server gives no reason.
-            JobDismissed: it was cancelled.
+            JobDismissed: the job was cancelled.
             WaitTimedOut: the job is still running; `wait` may be called again.
         """
         return cast("T", await self._client.run(operations.wait(self, progress, timeout)))
@@ -740,8 +740,8 @@ class AsyncJob(JobHandle[T]):
         """The result of a job that has finished, or one output of it.
 
         Raises:
-            ResultNotReady: it has not finished.
-            ServiceError, JobFailed, JobDismissed: as `wait`.
+            ResultNotReady: the job has not finished.
+            ServiceError, JobFailed, JobDismissed: as for `wait`.
         """
         return cast("T", await self._client.run(operations.result(self, output)))
 

@@ -87,13 +87,15 @@ ClassOutputs = Annotated[
 Quantiles = Annotated[
     str | None, typer.Option("--output", help="Comma-separated: q10, q50 (default), q90.")
 ]
-AsSummary = Annotated[bool, typer.Option("--summary", help="Return a summary as JSON, no raster.")]
+AsSummary = Annotated[
+    bool, typer.Option("--summary", help="Return a summary as JSON instead of a raster.")
+]
 PointsFile = Annotated[
     Path | None,
     typer.Option(
         "--points",
-        help="GeoJSON or CSV file of points (columns lon and lat, in degrees): return results for "
-        "these pixels alone, as JSON.",
+        help="GeoJSON or CSV file of points (columns lon and lat, in degrees): return results of "
+        "only these pixels, as JSON.",
         exists=True,
         dir_okay=False,
     ),
@@ -105,7 +107,8 @@ ModelName = Annotated[
     str | None, typer.Option("--model", help="name or name@version, from 'pimc models'.")
 ]
 LayoutOption = Annotated[
-    Layout | None, typer.Option("--layout", help="How dates and bands are spread over the files.")
+    Layout | None,
+    typer.Option("--layout", help="How dates and bands are distributed over the files."),
 ]
 Dates = Annotated[str | None, typer.Option("--dates", help="Comma-separated ISO dates, in order.")]
 Bands = Annotated[
@@ -115,36 +118,39 @@ Bands = Annotated[
 Scale = Annotated[
     str | None,
     typer.Option(
-        "--scale", help="Reflectance = value x scale + offset; from a date on: 2022-01-25:0.0001."
+        "--scale",
+        help="Reflectance = value x scale + offset; 2022-01-25:0.0001 applies from that date on.",
     ),
 ]
 Offset = Annotated[
     str | None,
     typer.Option(
         "--offset",
-        help="Reflectance = value x scale + offset; from a date on: 2022-01-25:-0.1; from a "
-        "processing baseline on: 04.00:-0.1.",
+        help="Reflectance = value x scale + offset; 2022-01-25:-0.1 applies from that date on, "
+        "04.00:-0.1 from that processing baseline on.",
     ),
 ]
 Mask = Annotated[
     str | None,
     typer.Option(
         "--mask",
-        help="How cloudy pixels are identified: auto (default) by what the files hold, none by "
-        "nodata alone, or rules, comma-separated: scl, fmask, qa_pixel, clm, qai, udm2, cloud, "
-        "cldprb:40, qa60. Without such a band, cloud makes a mask from the series.",
+        help="How cloudy pixels are identified: auto (default) by the masks in the files, none "
+        "only by nodata, or comma-separated rules: scl, fmask, qa_pixel, clm, qai, udm2, cloud, "
+        "cldprb:40, qa60. If the files hold no mask, cloud computes one from the series.",
     ),
 ]
 SensorOption = Annotated[
     Sensor | None,
-    typer.Option("--sensor", help="Satellite sensor; default: told from names, tags and bands."),
+    typer.Option(
+        "--sensor", help="Satellite sensor; default: detected from names, tags and bands."
+    ),
 ]
 GridOption = Annotated[
     str | None,
     typer.Option(
         "--grid",
         help="Output grid: strict, finest, a CRS and pixel size such as EPSG:32631@10, or the name "
-        "of a file whose grid is taken.",
+        "of the file whose grid is used.",
     ),
 ]
 BBox = Annotated[
@@ -176,25 +182,25 @@ ModalityOption = Annotated[
     Modality | None,
     typer.Option("--modality", help="Embeddings of pixel time series (default) or of patches."),
 ]
-AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 URL_HELP = "Base URL of the server; also accepted after the subcommand."
 KEY_HELP = "API key, if the server requires one; also accepted after the subcommand."
-TIMEOUT_HELP = "Seconds that the server may be silent; also accepted after the subcommand."
+TIMEOUT_HELP = "Seconds to wait without a byte from the server; also accepted after the subcommand."
 
 
 class UsageError(ValueError):
-    """Options that exclude each other, or an output path that cannot be written."""
+    """Options exclude each other, or an output path cannot be written."""
 
 
 def main() -> None:
-    """Run the command; an error is one line, with status 2 for wrong use and 1 for all else."""
+    """Run the command; an error is printed on one line, with status 2 for wrong usage, else 1."""
     try:
         app()
     except UsageError as error:
         typer.echo(f"pimc: {error}", err=True)
         sys.exit(2)
-    # A `ValueError` or `OSError` is about the user's input or files, and so is a damaged zip; an
-    # `ImportError` is about a library to install, as for a SOCKS proxy.
+    # `ValueError`, `OSError` and a damaged zip concern the user's input or files; `ImportError`
+    # concerns a library to install, for example for a SOCKS proxy.
     except (PIMCError, OSError, ValueError, ImportError, zipfile.BadZipFile) as error:
         sys.exit(f"pimc: {' '.join(str(error).split())}")
 
@@ -206,7 +212,7 @@ def _with(**shared: Callable[..., Any]) -> Callable[[Callable[..., None]], Calla
     """Add the options of other functions to a subcommand.
 
     Args:
-        **shared: functions whose parameters become options; what each returns becomes the
+        **shared: functions whose parameters become options; the return value of each becomes the
             subcommand's argument of that name.
     """
     signatures = {name: inspect.signature(function) for name, function in shared.items()}
@@ -258,7 +264,7 @@ def _client(
     url: Annotated[str | None, typer.Option(help="Base URL of the server.")] = None,
     api_key: Annotated[str | None, typer.Option(help="API key.")] = None,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds that the server may be silent.", min=0)
+        float | None, typer.Option(help="Seconds to wait without a byte from the server.", min=0)
     ] = None,
 ) -> Client:
     """A client; options after the subcommand take precedence over those before it."""
@@ -266,7 +272,7 @@ def _client(
     given: dict[str, Any] = {
         name: context.obj[name] if value is None else value for name, value in after.items()
     }
-    context.obj |= given  # of `jobs --url …`, for the subcommand of `jobs`
+    context.obj |= given  # passes the options of `jobs --url …` to the subcommands of `jobs`
     options = {"api_key": given["api_key"], "timeout": given["timeout"]}
     client: Client = context.with_resource(Client(given["url"], **options))
     return client
@@ -285,7 +291,7 @@ def _reading(
     bbox: BBox = None,
     area: AreaFile = None,
 ) -> dict[str, Any]:
-    """The options that every raster request takes."""
+    """The options of every raster request."""
     return {
         "model": model, "layout": layout, "dates": dates, "bands": bands, "scale": scale,
         "offset": offset, "mask": mask, "sensor": sensor, "grid": grid, "bbox": bbox, "area": area,
@@ -293,7 +299,7 @@ def _reading(
 
 
 class _Delivery:
-    """Where a result goes, checked before anything is sent.
+    """Destination of a result, checked before anything is sent.
 
     Raises:
         UsageError: the output options exclude each other, or the path cannot be written.
@@ -309,14 +315,14 @@ class _Delivery:
         self.out, self.summary, self.points, self.job = out, summary, points, job
 
     def check(self, outputs: str | list[str] | None) -> None:
-        """Refuse a combination of options, or a path that cannot be written."""
+        """Reject options that exclude each other, and a path that cannot be written."""
         if self.summary and self.points is not None:
             raise UsageError("--summary and --points exclude each other: leave one out")
         if self.job:
             if self.out is not None:
                 raise UsageError(
-                    "--job returns before there is a result: leave -o out, and later run "
-                    "'pimc jobs result ID -o FILE'"
+                    "--job prints the id of a job that has no result yet: leave out -o, and later "
+                    "run 'pimc jobs result ID -o FILE'"
                 )
             return
         if not self.is_raster:
@@ -364,7 +370,7 @@ def forecast(
     client: Client,
 ) -> None:
     """Forecast NDVI, EVI and SAVI for every pixel."""
-    # Quantiles are bands of one file, so several of them are no several outputs.
+    # Quantiles are bands of one file, so several quantiles are still one output.
     options = {"horizon": horizon, "start": start, **reading}
     _raster(client, "forecast", files, delivery, output, **options)
 
@@ -529,7 +535,7 @@ def series(
     if out is not None and out != STANDARD_OUTPUT:
         _check_file(out)
     if horizon is not None and task != "forecast":
-        raise UsageError(f"--horizon belongs to forecast, not to {task}")
+        raise UsageError(f"--horizon is an option of forecast, not of {task}: leave it out")
     given = [Series(id=s.id, dates=s.dates, **s.bands) for s in series_of_file(file)]
     options = {"horizon": horizon} if task == "forecast" else {}
     found = client.run(operations.series(task, given, dict, model=model, start=start, **options))
@@ -658,7 +664,7 @@ def ready(*, client: Client) -> None:
 
 
 def _outputs(text: str | None) -> str | list[str] | None:
-    """One output as text, several as a list, as `Client` takes them."""
+    """One output as text, several as a list: the arguments of `Client`."""
     names = [] if text is None else [name.strip() for name in text.split(",")]
     return names if len(names) > 1 else (names[0] if names else None)
 
@@ -701,17 +707,17 @@ def _check_raster_target(out: Path, *, several: bool) -> None:
             )
     elif several:
         _check_folder(out)
-    elif not out.is_dir():  # into a folder, the raster goes by its own name
+    elif not out.is_dir():  # in a folder, the file is named after the output
         _check_file(out)
 
 
 def _check_folder(out: Path) -> None:
     if out.suffix.lower() in {".tif", ".tiff"} or (out.exists() and not out.is_dir()):
         raise UsageError(
-            f"-o {_shown(out)}: several outputs are written into a folder, and this is a file; "
-            "name a folder"
+            f"-o {_shown(out)} is a file, but several outputs are written into a folder: name a "
+            "folder"
         )
-    # `save` makes the folders that are missing, below the first that exists.
+    # `save` creates the missing folders below the first one that exists.
     existing = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
     if not os.access(existing, os.W_OK):
         raise UsageError(f"-o {_shown(out)}: no permission to write in {_shown(existing)}")
@@ -723,7 +729,7 @@ def _check_file(out: Path) -> None:
         raise UsageError(f"-o {_shown(out)} is a folder: name a file")
     if not folder.is_dir():
         raise UsageError(
-            f"-o {_shown(out)}: the folder {_shown(folder)} does not exist; make it first"
+            f"-o {_shown(out)}: the folder {_shown(folder)} does not exist: create it first"
         )
     if not os.access(folder, os.W_OK):
         raise UsageError(f"-o {_shown(out)}: no permission to write in {_shown(folder)}")
@@ -747,7 +753,7 @@ def _deliver(result: TaskResult, out: Path | None) -> None:
 
 def _save(result: Raster | Rasters, out: Path) -> None:
     if isinstance(result, Rasters):
-        _check_folder(out)  # of a job, only the result shows that there are several
+        _check_folder(out)  # the number of a job's outputs is known only from its result
         saved = result.save(out)
     else:
         saved = [result.save(out / f"{result.name}.tif" if out.is_dir() else out)]
@@ -790,23 +796,23 @@ def _print_warnings(result: TaskResult | Results[Any] | Measured) -> None:
 def _print_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], wrapped: str | None = None
 ) -> None:
-    """Print a table in which no word is cut off: on a narrow terminal, its lines are longer.
+    """Print a table without cutting off words: on a narrow terminal, the table is wider.
 
     Args:
         header: names of the columns.
-        rows: their cells.
+        rows: cells of each row.
         wrapped: the column whose cells may take several lines.
     """
     columns = [Column(name, no_wrap=name != wrapped) for name in header]
     table = TextTable(*columns, box=None, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*row)
-    whole = [
+    widths = [
         max(len(part) for cell in cells for part in (cell.split() if name == wrapped else [cell]))
         for name, cells in zip(header, zip(header, *rows, strict=True), strict=True)
     ]
     console = Console()
-    console.width = max(console.width, sum(width + 2 for width in whole))
+    console.width = max(console.width, sum(width + 2 for width in widths))
     console.print(table)
 
 
@@ -816,14 +822,14 @@ def _shown(path: Path) -> str:
 
 
 class _Bars:
-    """Progress bars on the terminal: of the upload, and of a job."""
+    """Progress bars on the terminal, for the upload and for a job."""
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
         self._bar = bars.add_task("connecting", total=None, measure="")
 
     def uploaded(self, sent: int, total: int | None) -> None:
-        """Show how much of the upload is sent."""
+        """Show the progress of the upload."""
         if sent == total:
             self._bars.update(self._bar, description="computing", measure="")
             return
@@ -834,7 +840,7 @@ class _Bars:
         )
 
     def computed(self, percent: float) -> None:
-        """Show how much of a job is done."""
+        """Show the progress of a job."""
         self._bars.update(
             self._bar,
             description="computing",

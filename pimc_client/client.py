@@ -58,21 +58,21 @@ class Client:
 
     The synchronous client may be shared between threads, the asynchronous one between the tasks of
     one event loop. Every method raises a `ServiceError` if the server responds with an error, and a
-    `TransportError` if no response arrives. Imagery is sent piece by piece from disk, and large
-    results go to disk, so memory does not grow with the files.
+    `TransportError` if no response arrives. Imagery is read from disk piece by piece, and large
+    results are stored on disk, so memory does not grow with the files.
 
     Args:
         base_url: the server's address, such as `http://127.0.0.1:8000`, with any path before the
             API's own.
         api_key: the API key, if the server requires one.
-        timeout: seconds that the server may be silent; None waits for ever. Connecting has 10
-            seconds of its own. An `httpx.Timeout` sets each apart.
-        transport: an httpx transport in place of the network, for tests and special connections.
-        retries: how often a request is sent again that found no connection, or a server at
-            capacity. Files that cannot be rewound are sent once.
+        timeout: seconds without a byte from the server after which `TimedOut` is raised; None
+            waits forever. Connecting is limited to 10 seconds. An `httpx.Timeout` sets each limit.
+        transport: an httpx transport that replaces the network, for tests and special connections.
+        retries: how often a request is sent again if the connection fails or the server is at
+            capacity. Files that cannot be rewound are sent only once.
 
     Raises:
-        ValueError: a base URL that is not valid.
+        ValueError: the base URL is not valid.
     """
 
     def __init__(
@@ -171,13 +171,13 @@ class Client:
         Args:
             files: the stack: paths of files, folders or zips, patterns, open binary files,
                 `(name, bytes)`, or references.
-            outputs: `class` (the default), `confidence`, `entropy` or `probabilities`; one as
-                text, or a list.
-            points: return results for these pixels alone: pairs of longitude and latitude,
+            outputs: `class` (the default), `confidence`, `entropy` or `probabilities`; one name, or
+                a list of names.
+            points: return results only for these pixels: pairs of longitude and latitude,
                 GeoJSON, or the path of a GeoJSON or CSV file.
             fields: return one result for each of these polygons: GeoJSON, the path of a GeoJSON,
                 GeoParquet or GeoPackage file in any CRS, or a GeoPandas object.
-            answer: `summary` returns a summary in place of a raster.
+            answer: `summary` returns a summary instead of a raster.
             **options: how the files are read: `model`, `layout`, `dates`, `bands`, `scale`,
                 `offset`, `mask`; the first day of the time window, `start`; and `progress`, called
                 during the upload with the bytes sent and the total.
@@ -268,9 +268,9 @@ class Client:
             files: the GeoTIFF stack, as for `classify_pixels`.
             horizon: number of steps ahead; the model's maximum if left out.
             outputs: any of `q10`, `q50` (the default) and `q90`.
-            points: return results for these pixels alone, as for `classify_pixels`.
+            points: return results only for these pixels, as for `classify_pixels`.
             fields: return one result for each polygon, as for `classify_pixels`.
-            answer: `summary` returns a summary in place of a raster.
+            answer: `summary` returns a summary instead of a raster.
             **options: as for `classify_pixels`.
 
         Returns:
@@ -350,9 +350,9 @@ class Client:
             files: imagery of one date or many, as for `classify_pixels`.
             stride: pixels between labelled patches, 1 to 64 (the default).
             outputs: as for `classify_pixels`.
-            points: return results for the patches at these points alone, as for
+            points: return results only for the patches at these points, as for
                 `classify_pixels`.
-            answer: `summary` returns a summary in place of a raster.
+            answer: `summary` returns a summary instead of a raster.
             **options: as for `classify_pixels`, without `start`.
 
         Returns:
@@ -434,11 +434,11 @@ class Client:
         Args:
             files: the GeoTIFF stack, as for `classify_pixels`.
             modality: `pixel` (the default), from the time series; `patch`, from imagery.
-            stride: pixels between patches, for `patch` alone.
-            points: return results for these places alone, as for `classify_pixels`.
+            stride: pixels between patches; only for `patch`.
+            points: return results only for these places, as for `classify_pixels`.
             fields: return one result for each polygon, as for `classify_pixels`.
-            answer: `summary` returns a summary in place of a raster.
-            **options: as for `classify_pixels`; `start` for `pixel` alone.
+            answer: `summary` returns a summary instead of a raster.
+            **options: as for `classify_pixels`; `start` only for `pixel`.
 
         Returns:
             A `Raster` with a band for each dimension; a `Summary`; with `points` one result for
@@ -619,7 +619,7 @@ class Client:
             points: as for the task's own method.
             fields: as for the task's own method.
             answer: as for the task's own method.
-            **options: those of the task's own method, and `idempotency_key`.
+            **options: as for the task's own method, and `idempotency_key`.
 
         Returns:
             The job; its `wait` returns the result that the task's own method would return.
@@ -648,7 +648,7 @@ class Client:
         return self.run(operations.model(name))
 
     def ready(self) -> Readiness:
-        """Whether the server is ready: true or false in itself, with the reason."""
+        """Readiness of the server: true in a condition if it is ready, else with the reason."""
         return self.run(operations.ready())
 
     def close(self) -> None:
@@ -667,7 +667,7 @@ class Client:
     # Running operations ---------------------------------------------------------------------------
 
     def run(self, operation: Operation[T]) -> T:
-        """Send the requests of an operation, and hand it the responses; every method is one."""
+        """Run an operation: send its requests and pass it the responses."""
         import time
 
         try:
@@ -718,7 +718,7 @@ class Job(JobHandle[T]):
 
         Args:
             progress: called with the percentage done, each time it has changed.
-            timeout: the longest wait in seconds; None waits for ever.
+            timeout: the longest wait in seconds; None waits forever.
 
         Returns:
             The result.
@@ -726,7 +726,7 @@ class Job(JobHandle[T]):
         Raises:
             ServiceError: the job failed with this error.
             JobFailed: the job failed, and the server gives no reason.
-            JobDismissed: it was cancelled.
+            JobDismissed: the job was cancelled.
             WaitTimedOut: the job is still running; `wait` may be called again.
         """
         return cast("T", self._client.run(operations.wait(self, progress, timeout)))
@@ -739,8 +739,8 @@ class Job(JobHandle[T]):
         """The result of a job that has finished, or one output of it.
 
         Raises:
-            ResultNotReady: it has not finished.
-            ServiceError, JobFailed, JobDismissed: as `wait`.
+            ResultNotReady: the job has not finished.
+            ServiceError, JobFailed, JobDismissed: as for `wait`.
         """
         return cast("T", self._client.run(operations.result(self, output)))
 

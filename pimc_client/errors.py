@@ -7,14 +7,14 @@
                                       ServiceError
 
     PIMCError
-    ├── TransportError             no response: not reached, broken off, too slow
+    ├── TransportError             no response: connection failed or broke, or time limit
     │   ├── ConnectionFailed
     │   └── TimedOut
     ├── UnexpectedAnswer           a response that no route of the server sends
     ├── GeoTIFFError               a result that `Raster.array` cannot decode
     ├── JobError                   a job without a result
     │   ├── JobFailed, JobDismissed
-    │   └── WaitTimedOut           still running at the end of the time limit
+    │   └── WaitTimedOut           job still running at the end of the time limit
     └── ServiceError               an error response: status, code, detail, request_id, errors
         ├── RequestError
         │   ├── InvalidRequest, WrongTask, UnsupportedMedia, NotAcceptable
@@ -35,8 +35,8 @@
         ├── NotReady               the models are being loaded; see `retry_after`
         └── InternalError          a fault of the server; its log has the request id
 
-An error code that this version lacks is raised as a plain `ServiceError` with that `code`. Mistakes
-found before anything is sent are Python's own: `ValueError`, `TypeError`, `FileNotFoundError`.
+An error code that this version does not know is raised as a plain `ServiceError` with that `code`.
+Invalid arguments raise `ValueError`, `TypeError` or `FileNotFoundError` before anything is sent.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def _rebuild(kind: type[PIMCError], args: tuple[Any, ...], state: dict[str, Any]
 class PIMCError(Exception):
     """Any error of this package."""
 
-    # Pickle calls `kind(*args)` by default, which keyword-only arguments break, and with it
-    # every process pool in which a call fails.
+    # By default, unpickling calls `kind(*args)`, which fails with keyword-only arguments. A process
+    # pool in which a call fails would then break.
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
 
@@ -81,11 +81,11 @@ class UnexpectedAnswer(PIMCError):
 
 
 class GeoTIFFError(PIMCError):
-    """A TIFF that is damaged, or of a form that the server does not write."""
+    """A TIFF is damaged, or has a form that the server does not write."""
 
 
 class JobError(PIMCError):
-    """A job without a result."""
+    """A job has no result."""
 
     def __init__(self, message: str, *, job_id: str) -> None:
         super().__init__(message)
@@ -101,7 +101,7 @@ class JobDismissed(JobError):
 
 
 class WaitTimedOut(JobError, TimeoutError):
-    """The job was still running at the end of the time limit; it continues, so wait again."""
+    """The job was still running at the end of the time limit; it continues to run."""
 
 
 class ServiceError(PIMCError):
@@ -113,7 +113,7 @@ class ServiceError(PIMCError):
         detail: what is wrong: the file or parameter, what was given and what is allowed.
         request_id: the request's id in the server's log; None if the server sent none.
         errors: each parameter that failed validation, as `{"field", "detail"}`.
-        retry_after: seconds after which the server asks for a retry, None if it does not.
+        retry_after: seconds of the server's `Retry-After`, None without one.
     """
 
     known_code: ClassVar[str | None] = None
@@ -152,13 +152,13 @@ class InvalidRequest(RequestError):
 
 
 class WrongTask(RequestError):
-    """The model named serves another task."""
+    """The requested model is of another task."""
 
     known_code = "wrong_task"
 
 
 class UnsupportedMedia(RequestError):
-    """A body of a media type that the endpoint does not read."""
+    """The endpoint does not accept the body's media type."""
 
     known_code = "unsupported_media_type"
 
@@ -212,19 +212,19 @@ class InvalidFields(RequestError):
 
 
 class TooManyFields(RequestError):
-    """More fields than the server accepts in one request."""
+    """The request has more fields than the server accepts."""
 
     known_code = "too_many_fields"
 
 
 class ForbiddenReference(RequestError):
-    """An href outside the roots and hosts that the server may read."""
+    """An href is outside the roots and hosts that the server may read."""
 
     known_code = "forbidden_reference"
 
 
 class UnreachableReference(RequestError):
-    """An href that is allowed, but whose host does not return the file."""
+    """An href is allowed, but its host does not return the file."""
 
     known_code = "unreachable_reference"
 
@@ -282,25 +282,25 @@ class RasterError(ServiceError):
 
 
 class NotAGeoTIFF(RasterError):
-    """A file that is not a TIFF."""
+    """A file is not a TIFF."""
 
     known_code = "not_a_geotiff"
 
 
 class CorruptRaster(RasterError):
-    """A file whose header can be read, but whose pixels cannot."""
+    """The header of a file can be read, but its pixels cannot."""
 
     known_code = "corrupt_raster"
 
 
 class NoGeoreference(RasterError):
-    """A file without a CRS or without a transform."""
+    """A file has no CRS or no transform."""
 
     known_code = "no_georeference"
 
 
 class GridMismatch(RasterError):
-    """Files that differ in CRS, transform or size."""
+    """The files differ in CRS, transform or size."""
 
     known_code = "grid_mismatch"
 
@@ -324,13 +324,13 @@ class TooFewDates(RasterError):
 
 
 class ImplausibleReflectance(RasterError):
-    """Values that cannot be reflectance; set `scale` and `offset`."""
+    """The values cannot be reflectance; set `scale` and `offset`."""
 
     known_code = "implausible_reflectance"
 
 
 class WrongSensor(RasterError):
-    """Imagery of a sensor that the model was not trained on."""
+    """The imagery is of a sensor that the model was not trained on."""
 
     known_code = "wrong_sensor"
 
@@ -342,7 +342,7 @@ class RasterTooLarge(RasterError):
 
 
 class Overloaded(ServiceError):
-    """Server at capacity; nothing was started, and retries did not help."""
+    """The server is at capacity; it started nothing, and retries failed as well."""
 
     known_code = "overloaded"
 
@@ -354,7 +354,7 @@ class InsufficientStorage(ServiceError):
 
 
 class NotReady(ServiceError):
-    """The server is loading its models, and retries did not help."""
+    """The server is loading its models, and retries failed as well."""
 
     known_code = "not_ready"
 
@@ -382,7 +382,7 @@ def service_error(status: int, headers: Mapping[str, str], body: bytes) -> Servi
     Args:
         status: HTTP status, 400 or more.
         headers: the response's headers; keys in lower case, or a mapping that ignores case.
-        body: an `application/problem+json` document, or anything.
+        body: an `application/problem+json` document, or any other content.
     """
     try:
         problem = json.loads(body)

@@ -1,12 +1,12 @@
-"""Reader for the GeoTIFFs that the server writes, with NumPy and the standard library alone.
+"""Reader for the GeoTIFFs that the server writes, with only NumPy and the standard library.
 
     file → IFD (tags) → GeoTIFF (the header's contents) → tiles → (bands, rows, columns)
 
 The server writes Cloud Optimized GeoTIFFs by GDAL's COG driver: little-endian, classic or BigTIFF,
 tiled, the bands of a pixel side by side, DEFLATE with predictor 1, 2 or 3, pixels of uint8, int8 or
-float32. This module reads exactly that, and the first image alone, not its overviews. Any other
-TIFF raises `GeoTIFFError`; rasterio reads it. Sources: TIFF 6.0; BigTIFF; Adobe's technical note 3
-(predictor 3); OGC GeoTIFF 1.1; GDAL's `GDAL_METADATA` and `GDAL_NODATA` tags.
+float32. This module reads exactly this form, and only the first image, not its overviews. Any other
+TIFF raises `GeoTIFFError`; rasterio can read it. Sources: TIFF 6.0; BigTIFF; Adobe's technical note
+3 (predictor 3); OGC GeoTIFF 1.1; GDAL's `GDAL_METADATA` and `GDAL_NODATA` tags.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class GeoTIFF:
     count: int
     """Bands."""
     dtype: str
-    """Of the pixels, as NumPy names it."""
+    """Number type of the pixels, by its name in NumPy."""
     nodata: float | None
     """The value of pixels without a prediction, None if the file names none."""
     descriptions: tuple[str | None, ...]
@@ -82,10 +82,11 @@ class GeoTIFF:
 def read_header(file: BinaryIO) -> GeoTIFF:
     """Read the header of the first image of a TIFF.
 
-    A file in another form than the server's is described as well, so that it can be saved.
+    The header of a file in another form than the server's is read as well, so that the file can be
+    saved.
 
     Raises:
-        GeoTIFFError: not a little-endian TIFF, or a damaged header.
+        GeoTIFFError: the file is not a little-endian TIFF, or its header is damaged.
     """
     try:
         return _header(_first_ifd(file))
@@ -100,7 +101,7 @@ def read_array(file: BinaryIO, header: GeoTIFF) -> NDArray[Any]:
         (bands, rows, columns), of `header.dtype`.
 
     Raises:
-        GeoTIFFError: a file in another form than the server's, or a tile that does not decode.
+        GeoTIFFError: the file has another form than the server's, or a tile cannot be decoded.
     """
     import numpy as np
 
@@ -121,7 +122,7 @@ def _exactly(file: BinaryIO, offset: int, count: int) -> bytes:
     length = file.seek(0, os.SEEK_END)
     if offset + count > length:
         raise GeoTIFFError(
-            f"the file ends at byte {length} and its header points to byte {offset + count}"
+            f"the file ends at byte {length}, but its header points to byte {offset + count}"
         )
     file.seek(offset)
     return file.read(count)
@@ -282,7 +283,8 @@ class _Tiles:
         """The tiles of an image.
 
         Raises:
-            GeoTIFFError: a form that the server does not write, or lists that do not fit the image.
+            GeoTIFFError: the file has another form than the server's, or its lists of tiles do not
+                fit the image.
         """
         ifd = header.ifd
         compression, planar = ifd.get(_COMPRESSION, (1,))[0], ifd.get(_PLANAR, (_INTERLEAVED,))[0]
@@ -307,15 +309,15 @@ class _Tiles:
             columns=ifd.get(_TILE_WIDTH, (0,))[0],
             predictor=predictor,
         )
-        wanted = (
+        expected = (
             -(-header.width // tiles.columns) * -(-header.height // tiles.rows)
             if tiles.rows and tiles.columns
             else 0
         )
-        if not len(tiles.offsets) == len(tiles.sizes) == wanted:
+        if not len(tiles.offsets) == len(tiles.sizes) == expected:
             raise GeoTIFFError(
-                f"the image has {wanted} tiles and the header lists {len(tiles.offsets)} offsets "
-                f"and {len(tiles.sizes)} sizes"
+                f"the image has {expected} tiles, but its header lists {len(tiles.offsets)} "
+                f"offsets and {len(tiles.sizes)} sizes"
             )
         return tiles
 
@@ -338,9 +340,11 @@ class _Tiles:
         try:
             data = zlib.decompressobj().decompress(packed, size)
         except zlib.error as error:
-            raise GeoTIFFError(f"tile {number} does not decode ({error})") from error
+            raise GeoTIFFError(f"tile {number} cannot be decoded ({error})") from error
         if len(data) < size:
-            raise GeoTIFFError(f"tile {number} decodes to {len(data)} bytes and {size} are needed")
+            raise GeoTIFFError(
+                f"tile {number} decodes to {len(data)} bytes, but has {size} in full"
+            )
         raw = np.frombuffer(data, np.uint8, size).reshape(self.rows, -1)
         pixels = _unpredict(raw, self.predictor, dtype, count)
         return pixels.reshape(self.rows, self.columns, count)
@@ -367,12 +371,12 @@ def _unpredict(
     if predictor == 1:
         return raw.view(dtype)
     if predictor == 2:
-        # On the bits, as unsigned integers, which wrap around: floats are stored so as well.
+        # Summed as unsigned integers, which wrap around; this also holds for the bits of floats.
         unsigned = np.dtype(f"<u{dtype.itemsize}")
         steps = raw.view(unsigned).reshape(rows, -1, samples)
         return np.cumsum(steps, axis=1, dtype=unsigned).reshape(rows, -1).view(dtype)
     steps = raw.reshape(rows, -1, samples)
     planes = np.cumsum(steps, axis=1, dtype=np.uint8).reshape(rows, dtype.itemsize, -1)
-    # Planes run from the most significant byte to the least; little-endian values run back.
+    # Planes run from the most to the least significant byte; little-endian values in reverse order.
     ordered = np.ascontiguousarray(planes[:, ::-1].transpose(0, 2, 1))
     return ordered.reshape(rows, -1).view(dtype)

@@ -1,7 +1,7 @@
-"""What both transports and both clients share of httpx: errors, time limits and the proxy.
+"""httpx helpers that both transports and both clients share: errors, time limits, proxy.
 
-httpx is imported here and in the two transport modules alone; the clients load them when the first
-one is made, so that `import pimc_client` is quick.
+Only this module and the two transport modules import httpx. They are imported when the first client
+is created, so that `import pimc_client` is quick.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pimc_client.requests import Request
 from pimc_client.retry import RETRIED_STATUS, RetryPolicy, seconds_to_wait
 
 BROKEN = (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError)
-"""Errors that are retried: no connection, or one that broke. A server that is slow to respond is
-not: it is at work, and a second request would double the work."""
+"""Errors that are retried: the connection failed or broke. A read timeout is not retried, because
+the server is still working, and a second request would double the work."""
 
 _REPEATABLE = "pimc_client.repeatable"
 _CONNECT_SECONDS = 10.0
@@ -27,7 +27,7 @@ _CONNECT_SECONDS = 10.0
 
 def is_repeatable(request: httpx.Request) -> bool:
     """Whether sending the request again sends the same bytes."""
-    # A request that was not built here is repeatable for certain only with bytes in memory.
+    # A request that was not built by this package is certainly repeatable only if it is in memory.
     in_memory = isinstance(request.stream, httpx.ByteStream)
     return bool(request.extensions.get(_REPEATABLE, in_memory))
 
@@ -39,8 +39,8 @@ def pause_before_retry(
 
     Args:
         policy: how often and after how long a request is sent again.
-        tries: how often it was sent.
-        response: the server's; None if the connection broke.
+        tries: number of times that the request was sent.
+        response: the server's response; None if the connection broke.
 
     Returns:
         The pause, None if there is no next try.
@@ -53,7 +53,7 @@ def pause_before_retry(
 
 
 def extensions(request: Request) -> dict[str, bool]:
-    """What the retry transport must know about a request, as httpx's `extensions`."""
+    """Data of a request for the retry transport, as httpx's `extensions`."""
     return {_REPEATABLE: request.repeatable()}
 
 
@@ -67,12 +67,12 @@ def proxy_for(url: str) -> str | None:
         return None
     proxies = getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
-    # Other programs accept `proxy:3128` as well.
+    # Other programs also accept `proxy:3128` without a scheme.
     return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
 def timeouts(seconds: float | httpx.Timeout | None) -> httpx.Timeout:
-    """`seconds` for reading and writing, and 10 for connecting."""
+    """Time limits: `seconds` for reading and for writing, 10 s for connecting."""
     if isinstance(seconds, httpx.Timeout):
         return seconds
     return httpx.Timeout(seconds, connect=_CONNECT_SECONDS, pool=None)
@@ -80,18 +80,18 @@ def timeouts(seconds: float | httpx.Timeout | None) -> httpx.Timeout:
 
 @contextmanager
 def translated_errors(base_url: str, proxy: str | None) -> Iterator[None]:
-    """Raise httpx's errors as this package's.
+    """Raise httpx's errors as this package's errors.
 
     Args:
-        base_url: the server's.
-        proxy: the proxy that requests go through, None without one.
+        base_url: the server's base URL.
+        proxy: the proxy of the requests, None without one.
 
     Raises:
-        TimedOut: the server was silent for too long.
+        TimedOut: the server sent nothing for longer than the time limit.
         ConnectionFailed: the server was not reached, or the connection broke.
-        TransportError: any other fault of the connection.
+        TransportError: the connection failed for another reason.
     """
-    way = "" if proxy is None else f" through the proxy {_without_password(proxy)}"
+    route = "" if proxy is None else f" through the proxy {_without_password(proxy)}"
     hint = (
         ""
         if proxy is None
@@ -102,11 +102,11 @@ def translated_errors(base_url: str, proxy: str | None) -> Iterator[None]:
         yield
     except httpx.TimeoutException as error:
         raise TimedOut(
-            f"{base_url} did not respond in time{way} ({_named(error)}){hint}"
+            f"{base_url} did not respond in time{route} ({_named(error)}){hint}"
         ) from error
     except httpx.TransportError as error:
         raise ConnectionFailed(
-            f"{base_url} cannot be reached{way} ({_named(error)}){hint}"
+            f"{base_url} cannot be reached{route} ({_named(error)}){hint}"
         ) from error
     except httpx.HTTPError as error:
         raise TransportError(f"{base_url}: {_named(error)}") from error

@@ -1,4 +1,4 @@
-"""Inputs of a request: files, points, series and options, and the form in which they are sent."""
+"""Inputs of a request: files, points, series and options, and how they are encoded."""
 
 from __future__ import annotations
 
@@ -46,18 +46,17 @@ class Reference:
 Date: TypeAlias = "date | str | np.datetime64"
 """A date of Python, numpy or pandas, or ISO text (`2021-01-05`)."""
 Dates: TypeAlias = "Sequence[Date] | NDArray[np.datetime64] | Date"
-"""Dates in order, one date, or comma-separated text; a pandas `DatetimeIndex` is one too."""
+"""Dates in order, one date, or comma-separated text; a pandas `DatetimeIndex` is accepted, too."""
 File: TypeAlias = "str | os.PathLike[str] | BinaryIO | tuple[str, bytes]"
 """A path, an open binary file (sent from its current position), or `(name, bytes)`.
 
-A path may be a file, a folder (its rasters, also those in folders below), a zip (likewise) or a
-glob pattern.
+A path may be a file, a folder or zip (all rasters in it, including subfolders), or a glob pattern.
 """
 Files: TypeAlias = "File | Reference | Iterable[File] | Iterable[Reference]"
 """One file or many, in any order: dates come from `dates`, the metadata or the names."""
 Points: TypeAlias = "Mapping[str, Any] | Iterable[Sequence[float]] | str | os.PathLike[str]"
-"""A GeoJSON FeatureCollection of Points, pairs of (longitude, latitude) in degrees (EPSG:4326), or
-the path of a GeoJSON or CSV file; a GeoPandas object is one too."""
+"""A GeoJSON FeatureCollection of Points, pairs of (longitude, latitude) in degrees (EPSG:4326),
+the path of a GeoJSON or CSV file, or a GeoPandas object."""
 Fields: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str] | tuple[str, bytes]"
 """Polygons: a GeoJSON FeatureCollection, the path or `(name, bytes)` of a GeoJSON, GeoParquet or
 GeoPackage file in any CRS, or a GeoPandas object."""
@@ -65,39 +64,41 @@ Area: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
 """A GeoJSON Polygon, MultiPolygon or Feature in degrees (EPSG:4326), the path of such a file, or an
 object of Shapely or GeoPandas."""
 SeveralOutputs: TypeAlias = list[ClassOutput] | tuple[ClassOutput, ...]
-# No Sequence: text is one too, and a type checker could not tell one output from several.
+# Not a Sequence: text is one too, and a type checker could not distinguish one output from several.
 ClassOutputs: TypeAlias = ClassOutput | SeveralOutputs
-"""One output is returned as one `Raster`, a list as `Rasters`, also a list of one."""
+"""One output is returned as one `Raster`, a list as `Rasters`, even a list of one."""
 QuantileOutputs: TypeAlias = "QuantileOutput | Sequence[QuantileOutput]"
 """The quantiles are bands of one file."""
 Values: TypeAlias = "Sequence[float | None] | NDArray[np.floating[Any]]"
 
 
 class StackOptions(TypedDict, total=False):
-    """How the files of a raster request are read; the server works out what is left out."""
+    """How the files of a raster request are read; the server detects what is not given."""
 
     model: str
-    """`name` or `name@version`; the task's default model if left out."""
+    """`name` or `name@version`; the task's default model if not given."""
     layout: Layout
-    """How dates and bands are spread over the files."""
+    """How dates and bands are distributed over the files."""
     dates: Dates
     """One date per file, per band of a `file-per-band` file, or per date of a single file."""
     bands: Sequence[str] | str
     """Sentinel-2 band names in band order, such as `["B02", "B03", "B04", "B08", "SCL"]`."""
     scale: float | str
-    """Reflectance = value x scale + offset; from a date on as text: `2022-01-25:0.0001`."""
+    """Reflectance = value x scale + offset; text such as `2022-01-25:0.0001` applies from that date
+    on."""
     offset: float | str
-    """As `scale`: `2022-01-25:-0.1` holds from that date on, `04.00:-0.1` from that processing
+    """As `scale`: `2022-01-25:-0.1` applies from that date on, `04.00:-0.1` from that processing
     baseline of Sentinel-2 on."""
     mask: str | Sequence[str]
-    """How cloudy pixels are identified: `auto` (the default) by what the files hold, `none` by
-    nodata and NaN alone, or rules such as `scl`, `fmask` or `cldprb:40`, all of which a clear pixel
-    must pass. `cloud` makes a mask from the series of files that hold none (six dates or more)."""
+    """How cloudy pixels are identified: `auto` (the default) by the masks in the files, `none` only
+    by nodata and NaN, or rules such as `scl`, `fmask` or `cldprb:40`, all of which a clear pixel
+    must pass. If the files hold no mask, `cloud` computes one from the series (at least six
+    dates)."""
     sensor: Sensor
-    """The satellite sensor; told from names, tags and bands if left out."""
+    """The satellite sensor; detected from names, tags and bands if not given."""
     grid: str
     """The output grid: `strict`, `finest`, a CRS and pixel size such as `EPSG:32631@10`, or the
-    name of a file whose grid is taken."""
+    name of the file whose grid is used."""
     bbox: Sequence[float] | str
     """West, south, east, north in degrees: only this part is read and returned."""
     area: Area
@@ -110,7 +111,7 @@ class WindowOptions(StackOptions, total=False):
     """`StackOptions`, and the option of models that have a time window."""
 
     start: Date
-    """First day of the time window; the rule on the model's card if left out."""
+    """First day of the time window; chosen by the rule on the model's card if not given."""
 
 
 class JobOptions(WindowOptions, total=False):
@@ -123,7 +124,7 @@ class JobOptions(WindowOptions, total=False):
     modality: Modality
     """Embed: `pixel` or `patch`."""
     idempotency_key: str
-    """Two submissions with one key make one job; without a key, each makes its own."""
+    """Two submissions with the same key create one job; without a key, each creates its own."""
 
 
 class Series:
@@ -140,19 +141,20 @@ class Series:
     ```
 
     Args:
-        id: the caller's own name for it; the result repeats it.
-        dates: T acquisition dates.
+        id: a name of the caller's choice; the result repeats it.
+        dates: acquisition dates (T).
         **bands: values (T) of each band that the model's card lists: reflectance, unitless, 0 to 1.
             None, NaN, a masked value and pandas' `NA` are missing observations.
 
     Attributes:
-        id: as given.
-        dates: as ISO text.
+        id: the name given.
+        dates: the dates as ISO text.
         bands: band name to values; a missing observation is None.
 
     Raises:
-        ValueError: dates and values differ in number, no band, an infinite value, a missing date.
-        TypeError: a value that is not a number, or a date that is not a date.
+        ValueError: dates and values differ in number, no band is given, a value is infinite, or a
+            date is missing.
+        TypeError: a value is not a number, or a date is not a date.
     """
 
     def __init__(self, *, id: str, dates: Dates, **bands: Values) -> None:  # noqa: A002 (the contract's name)
@@ -174,7 +176,7 @@ class Series:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """The series as the server reads it; a missing observation is null."""
+        """The series in the server's JSON form; a missing observation is null."""
         bands = {name: list(values) for name, values in self.bands.items()}
         return {"id": self.id, "dates": list(self.dates), **bands}
 
@@ -199,30 +201,30 @@ def _number(value: object, label: str) -> float | None:
     except (TypeError, ValueError):
         number = None
     if number is None:
-        raise TypeError(f"{label} is {value!r}, which is not a number; None is a missing value")
+        raise TypeError(f"{label} is {value!r}: give a number, or None for a missing value")
     if math.isinf(number):
         raise ValueError(
-            f"{label} is {number}: reflectance is finite; give None or NaN if it is missing"
+            f"{label} is {number}: give a finite reflectance, or None for a missing value"
         )
     return None if math.isnan(number) else number
 
 
 def _is_missing(value: object) -> bool:
-    # By name, since neither numpy nor pandas is imported for it.
+    # Compared by name, so that neither NumPy nor pandas must be imported.
     return type(value).__name__ in {"NAType", "NaTType", "MaskedConstant"}
 
 
 def iso(day: Date, label: str = "the date") -> str:
-    """A date as YYYY-MM-DD; text is left to the server to check.
+    """A date as YYYY-MM-DD; the server checks text.
 
     Raises:
-        ValueError: a missing date (`NaT`).
-        TypeError: not a date.
+        ValueError: the date is missing (`NaT`).
+        TypeError: the value is not a date.
     """
     if isinstance(day, str):
         return day
     if isinstance(day, date) and not _is_missing(day):
-        # A `datetime`, which pandas' Timestamp is as well, is a `date` too.
+        # A `datetime`, and so a Timestamp of pandas, is a `date` too.
         return day.date().isoformat() if isinstance(day, datetime) else day.isoformat()
     if _is_missing(day) or _is_numpy_date(day):
         text = "NaT" if _is_missing(day) else str(_numpy().asarray(day, "datetime64[D]"))
@@ -236,7 +238,7 @@ def iso(day: Date, label: str = "the date") -> str:
 
 
 def _is_numpy_date(value: object) -> bool:
-    """Whether it is one date of NumPy or xarray, an array without dimensions included."""
+    """Whether a value is one date of NumPy or xarray, including an array without dimensions."""
     kind = getattr(getattr(value, "dtype", None), "kind", "")
     return kind == "M" and getattr(value, "ndim", 0) == 0
 
@@ -256,12 +258,12 @@ def _dates(dates: Any, label: str) -> list[str]:  # noqa: ANN401 (`Dates`, of an
 
 
 def sources_of(files: Files) -> list[Source] | list[Reference]:
-    """The files to send, or the references to name.
+    """The files to send, or the references.
 
     Raises:
-        TypeError: not a file, or files mixed with references.
-        ValueError: no file at all; see also `sources_of_paths`.
-        FileNotFoundError: a path that does not exist.
+        TypeError: a value is not a file, or files are mixed with references.
+        ValueError: no file is given; see also `sources_of_paths`.
+        FileNotFoundError: a path does not exist.
     """
     given = [files] if _is_one(files) else list(files)  # type: ignore[arg-type] # many, so iterable
     if not given:
@@ -269,8 +271,8 @@ def sources_of(files: Files) -> list[Source] | list[Reference]:
     references = [file for file in given if isinstance(file, Reference)]
     if references and len(references) < len(given):
         raise TypeError(
-            f"{len(references)} of {len(given)} files are references: give files to send, or "
-            "references alone"
+            f"{len(references)} of {len(given)} files are references: give either files to send or "
+            "references, not both"
         )
     return references or _sources(given)
 
@@ -312,7 +314,7 @@ def points_json(points: Points) -> dict[str, Any]:
     """Points as a GeoJSON FeatureCollection.
 
     Raises:
-        ValueError: a pair that is not two finite numbers, or a file that holds no points.
+        ValueError: a point is not two finite numbers, or a file holds no points.
     """
     if isinstance(points, str | os.PathLike):
         return points_of_file(Path(points))
@@ -344,9 +346,9 @@ def fields_source(fields: Fields) -> Source:
     """Polygons as a file to send.
 
     Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: a folder, or one of the files of a shapefile.
-        TypeError: not polygons.
+        FileNotFoundError: the path does not exist.
+        ValueError: the path is a folder, or one of the files of a shapefile.
+        TypeError: the value is not of a type that holds polygons.
     """
     if isinstance(fields, str | os.PathLike):
         path = Path(fields)
@@ -363,15 +365,15 @@ def fields_source(fields: Fields) -> Source:
 
 
 def _missing(path: Path) -> list[Source]:
-    raise FileNotFoundError(f"{path}: there is no such file")
+    raise FileNotFoundError(f"{path} does not exist: give an existing file")
 
 
 def area_json(area: Area) -> dict[str, Any]:
     """A polygon as GeoJSON.
 
     Raises:
-        ValueError: a file that is not GeoJSON, or not one polygon.
-        TypeError: not a polygon.
+        ValueError: the file is not GeoJSON, or the GeoJSON is not one polygon.
+        TypeError: the value is not of a type that holds a polygon.
     """
     document = fields_json(area)
     features = document.get("features")
@@ -386,8 +388,8 @@ def fields_json(fields: Fields) -> dict[str, Any]:
     """Polygons as GeoJSON, for a request of references.
 
     Raises:
-        ValueError: a file that is not GeoJSON.
-        TypeError: not polygons.
+        ValueError: the file is not GeoJSON.
+        TypeError: the value is not of a type that holds polygons.
     """
     if isinstance(fields, Mapping):
         return dict(fields)
@@ -409,5 +411,5 @@ def geo_interface(features: Any) -> dict[str, Any]:  # noqa: ANN401 (of any libr
 
 
 def listed(values: Iterable[Date] | Dates | str, label: str) -> list[str]:
-    """Names or dates as a list of text, given as such or as one comma-separated text."""
+    """Names or dates as a list of text; one comma-separated text is split."""
     return _dates(values, label)

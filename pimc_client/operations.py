@@ -1,4 +1,4 @@
-"""Operations: what each method of a client does, step by step, without sending anything.
+"""Operations: the steps of each client method, without input or output.
 
 An operation is a generator: it yields each request to send, receives the response, and returns the
 method's result. `Client` and `AsyncClient` differ only in how they send a request and wait.
@@ -88,7 +88,7 @@ def raster(
     job_progress: JobProgress | None = None,
     **options: Any,  # noqa: ANN401 (see `build_raster`)
 ) -> Operation[TaskResult]:
-    """Send imagery and return the result, also if the server runs the request as a job.
+    """Send imagery and return the result, even if the server runs the request as a job.
 
     Args:
         task: the task.
@@ -149,10 +149,10 @@ def _single(outputs: object) -> str | None:
 
 
 def _with_legend(result: TaskResult) -> Operation[TaskResult]:
-    """The same result; a class map without a legend receives the model's."""
+    """The same result; a class map without a legend gets the legend of its model."""
     found = result.get("class") if isinstance(result, Rasters) else result
     if isinstance(found, Raster) and found.name == "class" and not found.legend and found.model:
-        # The map is useful without its legend, so a failure here does not lose it.
+        # The map is useful without its legend, so an error here is not raised.
         try:
             found.legend = (yield from model(found.model)).legend
         except (ServiceError, UnexpectedAnswer):
@@ -192,7 +192,7 @@ def models() -> Operation[Models]:
 
 
 def model(reference: str) -> Operation[Model]:
-    """One card."""
+    """A model's card."""
     return parse_model(parse_json((yield from _exchange(build_model(reference)))))
 
 
@@ -257,7 +257,7 @@ def result(handle: JobHandle[Any], output: str | None = None) -> Operation[TaskR
     try:
         response = yield from _exchange(build_result(handle.id, accept=accept, output=output))
     except (ResultNotReady, NotFound, UnknownJob) as error:
-        # The server has no result; the job's state says why.
+        # The server has no result; the job's state has the reason.
         reason = _unsuccessful(handle.state)
         if reason is None:
             raise

@@ -1,4 +1,4 @@
-"""HTTP requests, built from a caller's arguments. Pure: nothing here opens a connection."""
+"""HTTP requests, built from the arguments of a call; nothing here opens a connection."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ZIP = "application/zip"
 JSON = "application/json"
 GEOJSON = "application/geo+json"
 ANYTHING = f"{COG}, {ZIP};q=0.9, {GEOJSON};q=0.8, {JSON};q=0.7"
-"""Media types accepted of a job whose request is not known."""
+"""Media types to accept for the result of a job whose request is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,14 @@ class Request:
 
     method: str
     path: str
-    """Below the base URL, percent-encoded."""
+    """Path below the base URL, percent-encoded."""
     accept: str = JSON
     headers: Mapping[str, str] = field(default_factory=dict)
     body: Body | None = None
     delay: float = 0.0
-    """Seconds to wait before it is sent."""
+    """Seconds to wait before the request is sent."""
     retry: bool = True
-    """Whether it may be sent again if it fails."""
+    """Whether the request may be sent again if it fails."""
 
     def content(self) -> Body | None:
         """The body, as bytes to iterate over."""
@@ -79,13 +79,13 @@ class Request:
         return headers
 
     def repeatable(self) -> bool:
-        """Whether sending it again sends the same bytes."""
+        """Whether sending the request again sends the same bytes."""
         return self.retry and (self.body is None or self.body.replayable)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """A whole response; the receiver closes `body`."""
+    """A complete response; its user closes `body`."""
 
     status: int
     headers: httpx.Headers
@@ -102,7 +102,7 @@ def base_url_of(url: str) -> str:
     """A base URL that paths can be appended to.
 
     Raises:
-        ValueError: not an absolute http or https URL.
+        ValueError: the text is not an absolute http or https URL.
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError(
@@ -147,9 +147,9 @@ def build_raster(
     """A raster request: a form with the files, or JSON that names references.
 
     Raises:
-        TypeError: something that is not a file or not a date.
-        ValueError: no file, a point that is not a pair, or options that exclude each other.
-        FileNotFoundError: a path that does not exist.
+        TypeError: an argument is not a file or not a date.
+        ValueError: no file is given, a point is not a pair, or options exclude each other.
+        FileNotFoundError: a path does not exist.
     """
     options: dict[str, Any] = {
         "model": model,
@@ -182,10 +182,10 @@ def build_raster(
 
 
 def _bbox(bbox: Sequence[float] | str) -> list[float]:
-    """West, south, east, north.
+    """West, south, east, north, degrees.
 
     Raises:
-        ValueError: not four numbers.
+        ValueError: the argument is not four numbers.
     """
     try:
         numbers = [float(side) for side in (bbox.split(",") if isinstance(bbox, str) else bbox)]
@@ -213,7 +213,7 @@ def _accept(
     if len(given) > 1:
         raise ValueError(
             f"{' and '.join(given)} exclude each other: points and fields return one result for "
-            "each, a summary is of the whole raster"
+            "each, answer='summary' a summary of the whole raster; give one of them"
         )
     if points is not None or fields is not None:
         return f"{GEOJSON}, {JSON};q=0.9"
@@ -264,8 +264,8 @@ def build_series(
     """A series request: pixels or fields without a raster.
 
     Raises:
-        ValueError: no series.
-        TypeError: one `Series` instead of several.
+        ValueError: `series` is empty.
+        TypeError: `series` is one `Series` instead of several.
     """
     if isinstance(series, Series):
         raise TypeError("series is one Series: give a list of them")
@@ -284,7 +284,7 @@ def build_series(
 def submitted(request: Request, idempotency_key: str | None) -> Request:
     """The same request, run as a job.
 
-    A request that is sent twice with one key, by a retry or by the user, makes one job.
+    If a request is sent twice with one key, by a retry or by the user, the server creates one job.
     """
     return Request(
         method=request.method,
@@ -305,7 +305,7 @@ def build_models() -> Request:
 
 
 def build_model(reference: str) -> Request:
-    """One card, by `name` or `name@version`."""
+    """A model's card, by `name` or `name@version`."""
     return Request(method="GET", path=f"models/{quote(reference, safe='@')}")
 
 

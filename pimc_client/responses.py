@@ -1,4 +1,4 @@
-"""HTTP responses, parsed into results. Pure: nothing here opens a connection."""
+"""HTTP responses, parsed into results; nothing here opens a connection."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ _SERVICE_UNAVAILABLE = 503
 
 @contextmanager
 def _documented() -> Iterator[None]:
-    """Raises a response that lacks a required member as `UnexpectedAnswer`."""
+    """Raise `UnexpectedAnswer` if a response lacks a required member."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnexpectedAnswer(
-            f"the response is not one of a PIMC server ({error!r}): check the base URL"
+            f"the response is not that of a PIMC server ({error!r}): check the base URL"
         ) from error
 
 
@@ -64,7 +64,7 @@ def checked(response: Response) -> Response:
 
     Raises:
         ServiceError: the server responded with an error.
-        UnexpectedAnswer: a redirect, which no route of the server sends.
+        UnexpectedAnswer: the response is a redirect, which no route of the server sends.
     """
     if response.status >= 400:
         raise service_error(response.status, response.headers, response.read())
@@ -72,7 +72,7 @@ def checked(response: Response) -> Response:
         response.body.close()
         target = response.headers.get("location", "no address")
         raise UnexpectedAnswer(
-            f"the response is a redirect to {target}: the base URL may be the one redirected to"
+            f"the response is a redirect to {target}: use the base URL of that address"
         )
     return response
 
@@ -82,12 +82,12 @@ def parse_result(response: Response, task: str, output: str | None = None) -> Ta
     """The result of a raster request, by the response's media type.
 
     Args:
-        response: not an error.
-        task: the request's task, which says how points are read.
+        response: a response that is not an error.
+        task: the request's task, which determines how points are parsed.
         output: the output requested, if it was a single one.
 
     Raises:
-        UnexpectedAnswer: a media type that no route sends, or content of another type.
+        UnexpectedAnswer: no route sends this media type, or the content is of another type.
     """
     kind = _type(response)
     try:
@@ -99,7 +99,7 @@ def parse_result(response: Response, task: str, output: str | None = None) -> Ta
             return Rasters(response.body, about=_about(response))
     except (GeoTIFFError, zipfile.BadZipFile) as error:
         raise UnexpectedAnswer(
-            f"the response says {kind} and its content is not: {error}"
+            f"the response has media type '{kind}', but its content has not: {error}"
         ) from error
     document = parse_json(response)
     about = _about(response, document)
@@ -127,10 +127,10 @@ def parse_measured(response: Response) -> Measured:
 
 
 def parse_json(response: Response) -> dict[str, Any]:
-    """A JSON object.
+    """The JSON object of a response.
 
     Raises:
-        UnexpectedAnswer: anything else.
+        UnexpectedAnswer: the response is not a JSON object.
     """
     kind = _type(response)
     content = response.read()
@@ -142,9 +142,14 @@ def parse_json(response: Response) -> dict[str, Any]:
     try:
         document = json.loads(content)
     except ValueError as error:
-        raise UnexpectedAnswer(f"the response says JSON and is not: {error}") from error
+        raise UnexpectedAnswer(
+            f"the response has media type '{kind}', but is not valid JSON: {error}"
+        ) from error
     if not isinstance(document, dict):
-        raise UnexpectedAnswer("the response is JSON, but not an object")
+        raise UnexpectedAnswer(
+            "the response is JSON, but not an object as every route of a PIMC server sends: check "
+            "the base URL"
+        )
     return document
 
 
@@ -154,7 +159,7 @@ def _type(response: Response) -> str:
 
 
 def _output_name(response: Response, task: str, output: str | None) -> str:
-    if task in _NAMES:  # Of a forecast, `outputs` are bands.
+    if task in _NAMES:  # the outputs of a forecast are bands of one file
         return _NAMES[task]
     if output:
         return output
@@ -163,7 +168,7 @@ def _output_name(response: Response, task: str, output: str | None) -> str:
 
 
 def _about(response: Response, document: Record | None = None) -> About:
-    """From the headers, and from the JSON document if there is one."""
+    """How a result was computed, from the headers and from the JSON document if there is one."""
     headers, content = response.headers, document or {}
     listed = content.get("warnings", ())
     warnings = [ServiceWarning(code=w["code"], detail=w["detail"]) for w in listed]
@@ -251,7 +256,7 @@ _READERS: Mapping[str, Callable[[Record], PlaceResult]] = {
 def _point(feature: Record, task: str) -> PointResult[Any]:
     lon, lat = feature["geometry"]["coordinates"][:2]
     properties = feature.get("properties") or {}
-    # The id that came with the point, wherever GeoJSON has it.
+    # GeoJSON has the point's id either in the feature or in its properties.
     record = {"id": feature.get("id"), **properties}
     return PointResult(
         lon=lon,
@@ -262,7 +267,7 @@ def _point(feature: Record, task: str) -> PointResult[Any]:
     )
 
 
-# --- the rest -------------------------------------------------------------------------------------
+# --- models, readiness and jobs -------------------------------------------------------------------
 
 
 @_documented()
@@ -305,7 +310,7 @@ def parse_ready(response: Response) -> Readiness:
     """Readiness; "not ready" is a result too.
 
     Raises:
-        ServiceError: any other error.
+        ServiceError: the server responded with another error.
     """
     if response.status == _SERVICE_UNAVAILABLE:
         reason = service_error(response.status, response.headers, response.read()).detail
@@ -321,7 +326,7 @@ def parse_ready(response: Response) -> Readiness:
 
 @_documented()
 def parse_job(document: Record) -> JobState:
-    """A job's state, as OGC API - Processes names things."""
+    """A job's state, from the status document of OGC API - Processes."""
     return JobState(
         id=document["jobID"],
         task=document["processID"],

@@ -1,4 +1,4 @@
-"""Results that the methods of a client return: rasters, summaries, points, models, jobs."""
+"""Results of a client's methods: rasters, summaries, points, models, jobs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Status = Literal["ok", "no_data", "outside"]
-"""`no_data`: too few clear dates; `outside`: not on the raster. Neither has values."""
+"""`no_data`: too few clear dates; `outside`: not on the raster. Both have no values."""
 JobStatus = Literal["accepted", "running", "successful", "failed", "dismissed"]
 JobProgress = Callable[[float], object]
 """Called with the percentage done, each time it has changed."""
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 IN_MEMORY = 32 * 2**20
-"""Bytes of a result that are held in memory; a longer one goes to a temporary file."""
+"""Largest result, in bytes, that is held in memory; a larger one is stored in a temporary file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class About:
 
 
 def new_file() -> BinaryIO:
-    """A file for a result: in memory while it is small, else on disk; deleted when closed."""
+    """A temporary file for a result: in memory while it is small, else on disk."""
     import tempfile
 
     return cast("BinaryIO", tempfile.SpooledTemporaryFile(max_size=IN_MEMORY))
@@ -107,19 +107,19 @@ class LegendClass:
     """One class of a model."""
 
     value: int
-    """Its pixel value in a `class` raster, and its position among the probabilities."""
+    """The class's pixel value in a `class` raster, and its position among the probabilities."""
     name: str
     color: str
-    """As `#rrggbb`."""
+    """Colour as `#rrggbb`."""
     code: int | None = None
-    """The source legend's own number (CDL, WorldCover), None if it has none."""
+    """The class's number in the source legend (CDL, WorldCover), None without one."""
 
 
 def legend_in(tags: Mapping[str, str]) -> dict[int, LegendClass]:
     """The legend that the server writes into a class map's tags; empty if there is none."""
     try:
         classes = [legend_class(c) for c in json.loads(tags.get("PIMC_LEGEND", "[]"))]
-    except (ValueError, TypeError, KeyError):  # somebody else's tag of the same name
+    except (ValueError, TypeError, KeyError):  # a tag of the same name by another program
         return {}
     return {c.value: c for c in classes}
 
@@ -138,7 +138,7 @@ class Raster(_Result):
     """A GeoTIFF, as the server wrote it.
 
     The file is held in memory, or on disk if it is large, until the raster is closed or garbage
-    collected. The header is read at once, the pixels when `array` is first read.
+    collected. The header is parsed at once, the pixels when `array` is first accessed.
 
     Attributes:
         name: the output's name, such as `class` or `forecast`.
@@ -166,7 +166,7 @@ class Raster(_Result):
         """The pixels: (rows, columns) if there is one band, else (bands, rows, columns).
 
         Raises:
-            GeoTIFFError: the file is damaged, or not one that this server writes.
+            GeoTIFFError: the file is damaged, or of a form that the server does not write.
         """
         pixels = read_array(self._file, self.header)
         return pixels[0] if self.header.count == 1 else pixels
@@ -183,7 +183,7 @@ class Raster(_Result):
         shutil.copyfileobj(self._file, file)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file; an existing one is replaced, and a file half written is never left."""
+        """Write the file; an existing file is replaced only by a complete one."""
         target = Path(path)
         part = target.with_name(f"{target.name}.part")
         try:
@@ -197,25 +197,25 @@ class Raster(_Result):
     def to_xarray(self) -> xarray.DataArray:
         """The pixels as an `xarray.DataArray`.
 
-        Dimensions are `y` and `x` (centres of pixels, in the CRS's units), before them `band` if
-        there are several, and of a forecast `index`, `time` and `quantile`. `rioxarray` reads the
-        CRS and nodata from it; a class map has its legend as the attributes `flag_values`,
-        `flag_meanings` and `flag_colors`.
+        Dimensions are `y` and `x` (centres of pixels, in the CRS's units). If there are several
+        bands, `band` precedes them, or for a forecast `index`, `time` and `quantile`. `rioxarray`
+        reads the CRS and nodata from the array; a class map has its legend in the attributes
+        `flag_values`, `flag_meanings` and `flag_colors`.
 
         Raises:
             ImportError: xarray is not installed (`pip install 'pimc-client[analysis]'`).
-            GeoTIFFError: as `array`.
+            GeoTIFFError: as for `array`.
         """
         return analysis.data_array(self)
 
     def plot(
         self, band: int | str | None = None, ax: matplotlib.axes.Axes | None = None
     ) -> matplotlib.axes.Axes:
-        """Draw one band with Matplotlib: a class map in its colours with a legend.
+        """Draw one band with Matplotlib; a class map is drawn in its colours with a legend.
 
         Args:
-            band: name or number from 1; the first if left out.
-            ax: the axes to draw into; a new figure if left out.
+            band: name or number from 1; the first band if not given.
+            ax: the axes to draw into; a new figure if not given.
 
         Returns:
             The axes.
@@ -223,12 +223,12 @@ class Raster(_Result):
         Raises:
             ImportError: Matplotlib is not installed (`pip install 'pimc-client[analysis]'`).
             ValueError: the raster has no such band.
-            GeoTIFFError: as `array`.
+            GeoTIFFError: as for `array`.
         """
         return analysis.plot(self, band, ax)
 
     def close(self) -> None:
-        """Release the file; `array` remains if it was read before."""
+        """Release the file; `array` stays available if it was accessed before."""
         self._close()
 
     @property
@@ -248,7 +248,7 @@ class Raster(_Result):
 
     @property
     def crs(self) -> str | None:
-        """`EPSG:<code>`; None if the CRS has no code: rasterio reads such a CRS from the file."""
+        """`EPSG:<code>`; None if the CRS has no code. rasterio reads such a CRS from the file."""
         return f"EPSG:{self.header.epsg}" if self.header.epsg else None
 
     @property
@@ -274,7 +274,7 @@ class Raster(_Result):
 
 
 class Rasters(_Result, Mapping[str, Raster]):
-    """Several rasters of one request, by output name; each is unpacked when it is first read.
+    """Several rasters of one request, by output name; each is unpacked when first accessed.
 
     Attributes:
         about: how the result was computed.
@@ -313,9 +313,9 @@ class Rasters(_Result, Mapping[str, Raster]):
         shutil.copyfileobj(self._file, file)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write each as `<name>.tif` into a folder, which is made if it is missing.
+        """Write each raster as `<name>.tif` into a folder, which is created if it is missing.
 
-        The files that the server sent beside them go there as well, such as the one from which GDAL
+        The other files of the response are written there as well, such as the one from which GDAL
         and QGIS read the names of classes.
 
         Returns:
@@ -330,7 +330,7 @@ class Rasters(_Result, Mapping[str, Raster]):
     def to_xarray(self) -> xarray.Dataset:
         """The rasters as an `xarray.Dataset`, one variable for each; see `Raster.to_xarray`.
 
-        The dimension of several bands is named after its variable, as in `probabilities_band`.
+        The dimension of a variable with several bands is named after it: `probabilities_band`.
 
         Raises:
             ImportError: xarray is not installed (`pip install 'pimc-client[analysis]'`).
@@ -354,7 +354,7 @@ class Rasters(_Result, Mapping[str, Raster]):
 
 
 class Summary(_Result, Mapping[str, Any]):
-    """The summary of a raster, as the server's JSON: dates used, valid share and more."""
+    """The summary of a raster, as the server's JSON: dates used, valid share and others."""
 
     def __init__(self, document: Mapping[str, Any], *, about: About) -> None:
         self.about = about
@@ -383,9 +383,9 @@ class Results(_Result, list[T]):
     def to_pandas(self) -> pd.DataFrame:
         """The results as a `pandas.DataFrame`, one row for each.
 
-        Columns are named as the server names its properties; those of a forecast as the bands of a
-        raster (`NDVI_2021-11-05_q50`), the probability of a class `probabilities.<class>`, and the
-        dimensions of an embedding `embedding_0` and so on.
+        Columns have the names of the server's properties. Those of a forecast are named like the
+        bands of a raster (`NDVI_2021-11-05_q50`), the probability of a class
+        `probabilities.<class>`, and the dimensions of an embedding `embedding_0` and so on.
 
         Raises:
             ImportError: pandas is not installed (`pip install 'pimc-client[analysis]'`).
@@ -397,11 +397,11 @@ class Results(_Result, list[T]):
 
         Raises:
             ImportError: GeoPandas is not installed (`pip install 'pimc-client[analysis]'`).
-            TypeError: results of series, which have no geometry.
+            TypeError: the results are of series, which have no geometry.
         """
         points = [one for one in self if isinstance(one, PointResult)]
         if len(points) < len(self):
-            raise TypeError("the results of series have no geometry: use to_pandas")
+            raise TypeError("results of series have no geometry: use to_pandas instead")
         geometries = [{"type": "Point", "coordinates": [one.lon, one.lat]} for one in points]
         return analysis.geo_data_frame([one.row() for one in points], geometries)
 
@@ -450,12 +450,13 @@ class Table(_Result, Sequence[Mapping[str, Any]]):
         return analysis.geo_data_frame(self._rows, geometries)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the table: CSV without polygons (`.csv`), GeoJSON (`.geojson`, `.json`).
+        """Write the table in the format of the path's suffix.
 
-        Other endings, such as `.gpkg` and `.parquet`, are written by GeoPandas.
+        `.csv` is written without polygons, `.geojson` and `.json` as GeoJSON. GeoPandas writes
+        other formats, such as `.gpkg` and `.parquet`.
 
         Raises:
-            ImportError: GeoPandas is needed and not installed.
+            ImportError: the format needs GeoPandas, which is not installed.
         """
         target = Path(path)
         kind = target.suffix.lower()
@@ -647,12 +648,12 @@ class PointResult(Generic[T]):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelWindow:
-    """The span of dates that a model reads."""
+    """The time window of a model."""
 
     steps: int
     step_days: int
     start: str
-    """The rule for its first day if a request does not name one."""
+    """The rule for the first day if a request does not give one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -671,7 +672,7 @@ class Model:
     """Clear observations that a pixel needs."""
     classes: tuple[LegendClass, ...]
     horizon: int | None
-    """The most steps ahead that it forecasts, None for other tasks."""
+    """The largest number of steps ahead, None for other tasks than forecasts."""
     metrics: Mapping[str, Any]
     training_data: tuple[Mapping[str, Any], ...]
     licence: str
@@ -697,7 +698,7 @@ class Models:
 
     cards: tuple[Model, ...]
     defaults: Mapping[str, str]
-    """Task to the model that is used if a request does not name one."""
+    """Task to the model that is used if a request does not give one."""
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self.cards)
@@ -706,7 +707,7 @@ class Models:
         return len(self.cards)
 
     def __getitem__(self, name: str) -> Model:
-        """The card of a name; KeyError if there is none."""
+        """The card of a model by name; KeyError if there is none."""
         return {card.name: card for card in self.cards}[name]
 
 
@@ -720,7 +721,7 @@ class Readiness:
     models: tuple[str, ...]
     """The models loaded, as `name@version`."""
     detail: str | None
-    """Why it is not ready, None if it is."""
+    """The reason why the server is not ready, None if it is ready."""
 
     def __bool__(self) -> bool:
         return self.ready
@@ -738,9 +739,9 @@ class JobState:
     """Per cent, 0 to 100."""
     created: datetime | None
     started: datetime | None
-    """None while it is in the queue."""
+    """Time of the start, None while the job is in the queue."""
     finished: datetime | None
-    """None while it runs."""
+    """Time of the end, None until the job has finished."""
     message: str | None
     """The server's message about the job, None if there is none."""
     document: Mapping[str, Any]
@@ -756,7 +757,7 @@ class JobHandle(Generic[T]):
     """A job and its state when it was last read.
 
     Attributes:
-        state: as last read; `refresh` and `wait` read it again.
+        state: the state when last read; `refresh` and `wait` read it again.
         accept: media types to request the result in.
         output: the single output requested, if it is known.
     """
@@ -788,7 +789,7 @@ class JobHandle(Generic[T]):
 
     @property
     def done(self) -> bool:
-        """Whether it had finished when last read."""
+        """Whether the job had finished when last read."""
         return self.state.done
 
     def __repr__(self) -> str:

@@ -1,11 +1,11 @@
-"""Retry policy: which responses are retried, and after how long. Pure: the transports send."""
+"""Retry policy: which responses are retried, and after how long; the transports send and wait."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 RETRIED_STATUS = 503
-"""The one status that is retried: `overloaded` or `not_ready`; the server started nothing."""
+"""The one status that is retried: with `overloaded` or `not_ready` the server started nothing."""
 
 
 def seconds_to_wait(retry_after: str | None) -> float | None:
@@ -29,15 +29,15 @@ def seconds_to_wait(retry_after: str | None) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """How often a request is sent again, and the pauses between."""
+    """How often a request is sent again, and the pauses in between."""
 
     retries: int = 3
     """Tries after the first one; 0 never retries."""
     first_pause: float = 0.5
     """Upper bound of the first pause, in seconds; it doubles with each try."""
     longest_pause: float = 60.0
-    """The longest pause in seconds. If the server names a longer one in `Retry-After`, the error is
-    raised at once, because a retry before then would fail."""
+    """The longest pause in seconds. If the server's `Retry-After` is longer, the error is raised at
+    once, because an earlier retry would fail."""
 
     def __post_init__(self) -> None:
         if self.retries < 0:
@@ -47,12 +47,12 @@ class RetryPolicy:
         """Seconds to wait before the next try.
 
         Args:
-            tries: how often the request was sent, 1 or more.
-            retry_after: seconds that the server named, None if it named none.
+            tries: number of times that the request was sent, at least 1.
+            retry_after: seconds of the server's `Retry-After`, None without one.
 
         Returns:
-            The pause, with jitter so that clients rejected together do not return together; None
-            if there is no next try.
+            The pause, with jitter so that clients that were rejected at the same time do not all
+            retry at the same time; None if there is no next try.
         """
         if tries > self.retries:
             return None

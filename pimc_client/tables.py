@@ -21,7 +21,7 @@ LONGITUDE = ("lon", "longitude", "lng", "long", "x")
 LATITUDE = ("lat", "latitude", "y")
 """Names of the column of latitudes, in lower case."""
 ID = ("id", "name", "fid")
-"""Names of the column that tells points or series apart, in lower case."""
+"""Names of the column that identifies points or series, in lower case."""
 DATE = ("date", "datetime", "time")
 """Names of the column of dates, in lower case."""
 
@@ -43,8 +43,8 @@ def points_of_file(path: Path) -> dict[str, Any]:
     points' properties, and a column `id` their ids.
 
     Raises:
-        ValueError: not such a file; the message names the line or what is missing.
-        FileNotFoundError: no such file.
+        ValueError: the file is not of this form; the message names the row or what is missing.
+        FileNotFoundError: the file does not exist.
     """
     text = _text(path)
     if not text.lstrip().startswith(("{", "[")):
@@ -60,18 +60,18 @@ def json_of_file(path: Path, kind: str) -> dict[str, Any]:
 
     Args:
         path: the file.
-        kind: what it should be, for the message.
+        kind: the expected content, for the message.
 
     Raises:
-        ValueError: not a JSON object.
-        FileNotFoundError: no such file.
+        ValueError: the file does not hold a JSON object.
+        FileNotFoundError: the file does not exist.
     """
     try:
         document = json.loads(_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is not {kind}: {error}") from error
     if not isinstance(document, dict):
-        raise ValueError(f"{path} is JSON, but not an object, so not {kind}")  # noqa: TRY004
+        raise ValueError(f"{path} is not {kind}: its JSON is not an object")  # noqa: TRY004
     return document
 
 
@@ -83,8 +83,8 @@ def series_of_file(path: Path) -> list[SeriesRows]:
     a list of series, or the body of a series request: `{"series": [{"id", "dates", "B02", …}]}`.
 
     Raises:
-        ValueError: not such a file; the message names the line or what is missing.
-        FileNotFoundError: no such file.
+        ValueError: the file is not of this form; the message names the row or what is missing.
+        FileNotFoundError: the file does not exist.
     """
     text = _text(path)
     if not text.lstrip().startswith(("{", "[")):
@@ -93,7 +93,7 @@ def series_of_file(path: Path) -> list[SeriesRows]:
     listed = document.get("series") if isinstance(document, dict) else document
     if not isinstance(listed, list):
         raise ValueError(  # noqa: TRY004 (the content of a file, not an argument)
-            f'{path} is JSON without series: give a list, or {{"series": […]}}'
+            f'{path} is JSON without series: give a list of series, or {{"series": […]}}'
         )
     return [_series_of_json(path, one, number) for number, one in enumerate(listed, 1)]
 
@@ -111,7 +111,7 @@ def _json(path: Path, text: str) -> Any:  # noqa: ANN401 (any JSON)
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} starts like JSON and is not valid JSON: {error}") from error
+        raise ValueError(f"{path} starts like JSON, but is not valid JSON: {error}") from error
 
 
 def _points_of_csv(path: Path, text: str) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _points_of_csv(path: Path, text: str) -> dict[str, Any]:
             feature["id"] = row[name]
         features.append(feature)
     if not features:
-        raise ValueError(f"{path} has a header and no points")
+        raise ValueError(f"{path} has a header but no points: give one row per point")
     return {"type": "FeatureCollection", "features": features}
 
 
@@ -144,7 +144,7 @@ def _series_of_csv(path: Path, text: str) -> list[SeriesRows]:
     date, name = table.column(DATE, "dates"), table.find(ID)
     bands = [column for column in table.header if column not in {date, name}]
     if not bands:
-        raise ValueError(f"{path} has no column for a band, such as B02")
+        raise ValueError(f"{path} has no column of a band: give one column per band, such as B02")
     found: dict[str, SeriesRows] = {}
     for label, row in table.rows():
         key = path.stem if name is None else row[name]
@@ -159,7 +159,7 @@ def _series_of_csv(path: Path, text: str) -> list[SeriesRows]:
                 None if missing else table.number(cell, f"{label}, column {band}")
             )
     if not found:
-        raise ValueError(f"{path} has a header and no observations")
+        raise ValueError(f"{path} has a header but no observations: give one row per observation")
     return list(found.values())
 
 
@@ -188,7 +188,7 @@ class _Table:
         lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator))
         lines = [line for line in lines if any(cell.strip() for cell in line)]
         if not lines:
-            raise ValueError(f"{path} is empty")
+            raise ValueError(f"{path} is empty: give a CSV with a header, or JSON")
         header = [cell.strip() for cell in lines[0]]
         return cls(path=path, header=header, lines=lines[1:], decimal_comma=separator != ",")
 
@@ -198,10 +198,10 @@ class _Table:
         return next((spelled[name] for name in names if name in spelled), None)
 
     def column(self, names: tuple[str, ...], content: str) -> str:
-        """As `find`.
+        """The column of `find`, which must exist.
 
         Raises:
-            ValueError: it has none of them.
+            ValueError: the header has none of the names.
         """
         found = self.find(names)
         if found is None:
@@ -224,7 +224,7 @@ class _Table:
         """A finite number.
 
         Raises:
-            ValueError: anything else.
+            ValueError: the text is not a finite number.
         """
         plain = text.strip().replace(",", ".") if self.decimal_comma else text.strip()
         try:
@@ -236,10 +236,10 @@ class _Table:
         return value
 
     def degrees(self, text: str, largest: float, label: str) -> float:
-        """A longitude or latitude.
+        """A longitude or latitude in degrees.
 
         Raises:
-            ValueError: anything else, such as a coordinate in metres.
+            ValueError: the text is not such a number; it may be a coordinate in metres.
         """
         value = self.number(text, label)
         if abs(value) > largest:
@@ -253,9 +253,9 @@ class _Table:
 def flat_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """A result of one place as one row.
 
-    Values of a forecast are named as the bands of a forecast raster (`NDVI_2021-11-05_q50`), values
-    of other lists by their date (`NDVI_2021-11-05`) or, without dates, by number (`embedding_0`),
-    and members of an object by its own name and theirs (`probabilities.Maize`).
+    Values of a forecast are named like the bands of a forecast raster (`NDVI_2021-11-05_q50`).
+    Values of other lists are named by their date (`NDVI_2021-11-05`) or, without dates, by their
+    number (`embedding_0`); members of an object by both names (`probabilities.Maize`).
     """
     dates = record.get("dates")
     days: Sequence[Any] = dates if isinstance(dates, list) else []

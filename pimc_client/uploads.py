@@ -2,8 +2,8 @@
 
     paths, folders, zips, open files, bytes → Source → Body → pieces on the wire
 
-A file is opened when its turn comes and closed after, so that a stack of hundreds of files needs
-one open file and one piece of memory.
+Each file is opened only while it is sent, so that a stack of hundreds of files needs one open file
+and the memory of one piece.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Source:
     open: Callable[[], AbstractContextManager[BinaryIO]]
     """Returns the file at its first byte; may be called again if `replayable`."""
     length: int | None
-    """Size in bytes, None if only reading to the end shows it."""
+    """Size in bytes; None if it is known only after reading to the end."""
     replayable: bool
     """Whether `open` may be called again."""
 
@@ -63,15 +63,15 @@ def sources_of_paths(paths: Sequence[Path]) -> list[list[Source]]:
     folders keep the folders below the one that they have in common.
 
     Args:
-        paths: files, folders, zips or patterns; all in one call, because the names of single files
-            depend on which folders the others are in.
+        paths: files, folders, zips or patterns. All are given in one call, because the names of
+            single files depend on the folders of the others.
 
     Returns:
         The files at each path, in the order of `paths`; those of one path are sorted by name.
 
     Raises:
-        FileNotFoundError: a path does not exist, or a pattern matches nothing.
-        ValueError: a folder or zip without rasters, or a zip that cannot be read.
+        FileNotFoundError: a path does not exist, or a pattern matches no file.
+        ValueError: a folder or zip holds no raster, or a zip cannot be read.
     """
     expanded = [_expand(path) for path in paths]
     files = [file for found in expanded for file in found if not _is_container(file)]
@@ -121,11 +121,11 @@ def _expand(path: Path) -> list[Path]:
     if path.exists():
         return [path]
     if not glob.has_magic(str(path)):
-        raise FileNotFoundError(f"{path}: there is no such file or folder")
-    # `Path.glob` takes no absolute pattern, and `glob.glob` takes any.
+        raise FileNotFoundError(f"{path} does not exist: give an existing file, folder or pattern")
+    # `Path.glob` does not accept absolute patterns, `glob.glob` does.
     found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
     if not found:
-        raise FileNotFoundError(f"{path}: no file matches this pattern")
+        raise FileNotFoundError(f"no file matches the pattern {path}")
     return [Path(text) for text in found]
 
 
@@ -149,7 +149,7 @@ def _source(path: Path, top: Path) -> Source:
 
 
 def _common_folder(files: Iterable[Path]) -> Path:
-    """The folder above the one that holds all files, so that at least one folder is in a name."""
+    """The parent of the files' common folder, so that every name has at least one folder."""
     folders = {os.path.abspath(file.parent) for file in files}  # noqa: PTH100 (resolves `..`, not links)
     try:
         return Path(os.path.commonpath(folders)).parent
@@ -164,9 +164,9 @@ def _name_below(path: Path, top: Path) -> str:
 
 
 def _sources_in_folder(folder: Path) -> list[Source]:
-    whole = Path(os.path.abspath(folder))  # noqa: PTH100 (keeps the name of a link)
-    top = whole.parent
-    inside = [Path(at, name) for at, _, names in os.walk(whole) for name in names]
+    absolute = Path(os.path.abspath(folder))  # noqa: PTH100 (keeps the name of a link)
+    top = absolute.parent
+    inside = [Path(at, name) for at, _, names in os.walk(absolute) for name in names]
     found = [file for file in inside if _is_raster(file.relative_to(top))]
     if not found:
         raise ValueError(f"the folder {folder} contains no raster ({_suffixes()})")
@@ -203,7 +203,7 @@ def _source_in_zip(path: Path, member: zipfile.ZipInfo) -> Source:
 
 
 def _is_raster(path: PurePath) -> bool:
-    # Hidden files are not images of the stack: macOS puts `._a.tif` beside each `a.tif`.
+    # Hidden files are not images of the stack: macOS writes `._a.tif` beside each `a.tif`.
     hidden = any(part.startswith(".") for part in path.parts[1:] or path.parts)
     raster = path.suffix.lower() in RASTER_SUFFIXES or _PRODUCT_METADATA.fullmatch(path.name)
     return bool(raster) and not hidden
@@ -243,12 +243,12 @@ class Body:
             self.report(sent)
 
     def report(self, sent: int) -> None:
-        """Report to the caller how many bytes are sent."""
+        """Call `progress` with the number of bytes sent."""
         if self.progress is not None:
             self.progress(sent, self.length)
 
     def pieces(self) -> Iterator[bytes]:
-        """The bytes, from the first, without a report."""
+        """All bytes, without a report of the progress."""
         for segment in self.segments:
             if isinstance(segment, bytes):
                 yield segment
@@ -276,26 +276,26 @@ class AsyncBody:
 
 
 def json_bytes(document: Any) -> bytes:  # noqa: ANN401 (any JSON)
-    """A JSON document.
+    """A JSON document as bytes.
 
     Raises:
-        ValueError: a number that JSON does not have, such as NaN.
-        TypeError: a value that JSON does not have.
+        ValueError: a number cannot be written as JSON, such as NaN.
+        TypeError: a value cannot be written as JSON.
     """
     text = json.dumps(document, allow_nan=False, ensure_ascii=False, default=_plain)
     return text.encode(errors="replace")
 
 
 def json_body(document: Any) -> Body:  # noqa: ANN401 (any JSON)
-    """A body of JSON; raises as `json_bytes`."""
+    """A JSON body; raises the errors of `json_bytes`."""
     return Body(content_type="application/json", segments=[json_bytes(document)])
 
 
 def _plain(value: object) -> Any:  # noqa: ANN401 (any JSON)
-    """A scalar of numpy or pandas as Python's own."""
+    """A scalar of NumPy or pandas as a value of Python."""
     if hasattr(value, "item"):
         return value.item()
-    raise TypeError(f"{value!r} is a {type(value).__name__}, which JSON does not have")
+    raise TypeError(f"{value!r} is a {type(value).__name__}, which cannot be written as JSON")
 
 
 def multipart_body(
@@ -303,7 +303,9 @@ def multipart_body(
     parameters: Mapping[str, str],
     progress: Progress | None = None,
 ) -> Body:
-    """A form (RFC 7578): parameters first, so that the server can refuse one before files come.
+    """A multipart form (RFC 7578).
+
+    Parameters come first, so that the server can reject an invalid one before the files arrive.
 
     Args:
         files: the parameter's name and the file, in order.
@@ -338,7 +340,7 @@ def _part_head(boundary: str, disposition: str, content_type: str | None = None)
 
 
 def _quoted(name: str) -> str:
-    # As browsers escape a file's name, which servers undo.
+    # Escaped as browsers do it; servers undo it.
     name = decoded_name(name)
     return name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
 
@@ -346,8 +348,8 @@ def _quoted(name: str) -> str:
 def decoded_name(name: str) -> str:
     """A file's name as text that can be encoded.
 
-    Python stands lone surrogates in for the bytes of a name on disk that are not valid in the file
-    system's encoding. Such names are most often Latin-1, which decodes any bytes.
+    If the bytes of a name on disk are not valid in the file system's encoding, Python replaces them
+    by lone surrogates. Most such names are Latin-1, which decodes any bytes.
     """
     return "/".join(map(_decoded, name.split("/")))
 
@@ -356,7 +358,7 @@ def _decoded(part: str) -> str:
     try:
         part.encode()
     except UnicodeEncodeError:
-        # Not a name on disk: the lone surrogates are lost, the other characters kept.
+        # Not a name on disk: the lone surrogates are replaced, the other characters stay.
         try:
             return part.encode(errors="surrogateescape").decode("latin-1")
         except UnicodeEncodeError:

@@ -43,7 +43,7 @@ def test_entropy_is_shannons_in_nats():
     assert np.isnan(entropy(np.full((1, 4), np.nan, np.float32)))[0]
 
 
-def test_no_class_where_a_probability_is_missing():
+def test_a_pixel_with_a_missing_probability_has_no_class():
     found = probabilities(5)
     found[2] = np.nan
     found[3, 1] = np.nan
@@ -55,12 +55,12 @@ def test_no_class_where_a_probability_is_missing():
     assert sure[[0, 1, 4]].tolist() == found[[0, 1, 4]].max(axis=1).tolist()
 
 
-def test_class_tally_adds_up_whatever_the_parts():
+def test_a_class_tally_does_not_depend_on_the_parts():
     found = probabilities(1000)
     found[::7] = np.nan
     hectares = np.random.default_rng(1).random(1000)
-    answers = ClassPredictions(legend=LEGEND, outputs=())
-    tally = answers.tally()
+    predictions = ClassPredictions(legend=LEGEND, outputs=())
+    tally = predictions.tally()
     for part in np.array_split(np.arange(1000), 13):
         tally.add(tally.count(found[part], hectares[part]))
     there = ~np.isnan(found).any(axis=1)
@@ -91,10 +91,10 @@ def forecast(tmp_path):
     return card, card.window.resolve(dates)
 
 
-def test_forecast_bands_go_by_index_date_quantile(forecast):
+def test_forecast_bands_are_ordered_by_index_date_and_quantile(forecast):
     card, window = forecast
-    answers = predictions_of(card, ("q90", "q10"), horizon=2, time_window=window)
-    (layer,) = answers.layers
+    predictions = predictions_of(card, ("q90", "q10"), horizon=2, time_window=window)
+    (layer,) = predictions.layers
     assert layer.name == "forecast"
     assert layer.bands == tuple(
         f"{index}_{day}_{q}"
@@ -103,7 +103,7 @@ def test_forecast_bands_go_by_index_date_quantile(forecast):
         for q in ("q10", "q90")
     )
     values = np.random.default_rng(0).random((6, 3, 3, 3), np.float32)  # N, H, S, Q
-    bands = answers.bands(values)["forecast"]
+    bands = predictions.bands(values)["forecast"]
     for b, name in enumerate(layer.bands):
         index, day, q = name.split("_")
         h = ["2021-01-31", "2021-02-10"].index(day)
@@ -113,13 +113,13 @@ def test_forecast_bands_go_by_index_date_quantile(forecast):
 
 def test_forecast_records_and_tally(forecast):
     card, window = forecast
-    answers = predictions_of(card, ("q10",), time_window=window)
+    predictions = predictions_of(card, ("q10",), time_window=window)
     values = np.random.default_rng(0).random((40, 3, 3, 3), np.float32)
-    record = answers.record(values[7])
+    record = predictions.record(values[7])
     assert record["dates"] == ["2021-01-31", "2021-02-10", "2021-02-20"]
     assert record["EVI"]["q90"] == pytest.approx(values[7, :, 1, 2].tolist())
     values[3] = np.nan
-    tally = answers.tally()
+    tally = predictions.tally()
     tally.add(tally.count(values[:15], np.ones(15)))
     tally.add(tally.count(values[15:], np.ones(25)))
     summary = tally.summary()
@@ -130,13 +130,13 @@ def test_forecast_records_and_tally(forecast):
 
 
 @pytest.mark.parametrize("horizon", [0, 4])
-def test_a_horizon_out_of_reach_names_both_ends(forecast, horizon):
+def test_an_invalid_horizon_is_an_error_with_both_limits(forecast, horizon):
     card, window = forecast
     with pytest.raises(InvalidRequest, match=rf"horizon: {horizon} steps.*1 to 3"):
         predictions_of(card, ("q50",), horizon=horizon, time_window=window)
 
 
-def test_an_output_that_is_not_there_is_named(forecast, tmp_path):
+def test_an_unknown_output_is_named_in_the_error(forecast, tmp_path):
     card, window = forecast
     with pytest.raises(InvalidRequest, match=r"unknown class; allowed: q10, q50, q90"):
         predictions_of(card, ("class",), time_window=window)
@@ -145,7 +145,7 @@ def test_an_output_that_is_not_there_is_named(forecast, tmp_path):
         predictions_of(classes, ("class", "q50"))
 
 
-def test_class_record_names_everything():
+def test_a_class_record_has_all_members():
     found = probabilities(3)
     record = ClassPredictions(legend=LEGEND, outputs=()).record(found[1])
     best = int(found[1].argmax())

@@ -63,7 +63,7 @@ def forecast():
     return values, raster(cog(values, descriptions=BANDS, nodata=np.nan), "forecast")
 
 
-def test_a_class_map_as_rioxarray_reads_the_file(tmp_path):
+def test_rioxarray_reads_a_class_map_as_from_the_file(tmp_path):
     found = class_map()
     array = found.to_xarray()
     with rioxarray.open_rasterio(found.save(tmp_path / "class.tif")) as expected:
@@ -82,7 +82,7 @@ def test_a_class_map_as_rioxarray_reads_the_file(tmp_path):
     assert array.attrs["model"] == "pixels-landcover@1.0.0"
 
 
-def test_a_forecast_by_index_time_and_quantile():
+def test_a_forecast_has_the_dimensions_index_time_and_quantile():
     values, found = forecast()
     array = found.to_xarray()
     assert array.dims == ("index", "time", "quantile", "y", "x")
@@ -114,7 +114,7 @@ def test_several_rasters_are_variables():
     assert found.rio.crs == rasterio.CRS.from_epsg(32631)
 
 
-def test_a_class_map_is_drawn_in_its_colours_where_it_is():
+def test_a_class_map_is_drawn_in_its_colours_at_its_coordinates():
     found = class_map()
     axes = found.plot()
     (image,) = axes.get_images()
@@ -142,9 +142,10 @@ def test_one_band_of_several_is_drawn(band, number):
 
 
 @pytest.mark.parametrize(
-    ("band", "message"), [(0, "0 is not from 1 to 18"), ("NDVI", "no band 'NDVI'")]
+    ("band", "message"),
+    [(0, "band 0 does not exist: the raster has bands 1 to 18"), ("NDVI", "no band 'NDVI'")],
 )
-def test_a_band_that_is_not_there(band, message):
+def test_a_missing_band_is_an_error(band, message):
     with pytest.raises(ValueError, match=message):
         forecast()[1].plot(band)
 
@@ -156,7 +157,7 @@ def test_a_rotated_grid_is_drawn_in_pixels():
     assert rotated.plot().get_images()[0].get_extent() == pytest.approx((-0.5, 3.5, 2.5, -0.5))
 
 
-def test_results_as_a_data_frame():
+def test_results_become_a_data_frame():
     labels = Results(
         [
             PixelClass(
@@ -191,7 +192,7 @@ def test_results_as_a_data_frame():
     assert frame.to_dict("records") == [{"lon": 4.0, "lat": 50.0, "name": "here", "value": 3}]
 
 
-def test_results_of_points_as_a_geo_data_frame(tmp_path):
+def test_results_of_points_become_a_geo_data_frame(tmp_path):
     label = PixelClass(
         id="a", status="ok", label="Maize", value=1, confidence=0.9, entropy=None, probabilities={}
     )
@@ -218,7 +219,7 @@ def test_results_of_points_as_a_geo_data_frame(tmp_path):
         ("geopandas", "Results([], about=raster.about).to_geopandas()"),
     ],
 )
-def test_without_its_library_the_message_says_what_to_install(tmp_path, library, call):
+def test_a_missing_library_is_named_with_the_command_to_install_it(tmp_path, library, call):
     path = tmp_path / "a.tif"
     path.write_bytes(class_map().content)
     script = f"""

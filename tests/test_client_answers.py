@@ -40,7 +40,7 @@ HEADERS = [
 
 
 def transport(content, kind=COG, *, card=None, status=200, headers=HEADERS):
-    """Answers a task with one body, and `GET /models/…` with a card where there is one."""
+    """A transport that responds to a task with one body, and to `GET /models/…` with `card`."""
 
     def handle(request):
         if request.method == "GET" and "/models/" in request.url.path:
@@ -51,20 +51,20 @@ def transport(content, kind=COG, *, card=None, status=200, headers=HEADERS):
     return httpx.MockTransport(handle)
 
 
-def ask(kind, method, content, mime=COG, *args, card=None, headers=HEADERS, **options):
+def request(kind, method, content, mime=COG, *args, card=None, headers=HEADERS, **options):
     sent = transport(content, mime, card=card, headers=headers)
     with connected(kind, "http://test", transport=sent) as client:
         return getattr(client, method)(*(args or (FILE,)), **options)
 
 
-def ask_json(kind, method, document, *args, mime="application/json", **options):
-    return ask(kind, method, json.dumps(document).encode(), mime, *args, **options)
+def request_json(kind, method, document, *args, mime="application/json", **options):
+    return request(kind, method, json.dumps(document).encode(), mime, *args, **options)
 
 
 @KINDS
 def test_a_class_map(kind, tmp_path):
     content = classes(PIMC_LEGEND=json.dumps(LEGEND))
-    raster = ask(kind, "classify_pixels", content)
+    raster = request(kind, "classify_pixels", content)
     assert isinstance(raster, Raster)
     assert raster.name == "class"
     np.testing.assert_array_equal(raster.array, [[0, 1, 255], [1, 1, 0]])
@@ -88,8 +88,8 @@ def test_a_class_map(kind, tmp_path):
 
 
 @KINDS
-def test_what_every_answer_says_of_itself(kind):
-    raster = ask(kind, "classify_pixels", classes())
+def test_every_result_states_model_provider_times_and_warnings(kind):
+    raster = request(kind, "classify_pixels", classes())
     assert raster.model == "pixels-landcover@1.0.0"
     assert raster.provider == "CPUExecutionProvider"
     assert raster.request_id == "r-1"
@@ -101,14 +101,14 @@ def test_what_every_answer_says_of_itself(kind):
 
 
 @KINDS
-def test_a_map_without_a_legend_has_the_models(kind):
-    raster = ask(kind, "classify_pixels", classes(), card=CARD)
+def test_a_map_without_a_legend_gets_the_legend_of_its_model(kind):
+    raster = request(kind, "classify_pixels", classes(), card=CARD)
     assert [c.name for c in raster.legend.values()] == ["Tree cover", "Grass & herbs"]
 
 
 @KINDS
-def test_a_map_without_any_legend_is_still_a_map(kind):
-    raster = ask(kind, "landcover", classes())
+def test_a_map_without_any_legend_is_returned(kind):
+    raster = request(kind, "landcover", classes())
     assert raster.legend == {}
     assert raster.array.shape == (2, 3)
 
@@ -119,7 +119,7 @@ def test_a_forecast_has_a_band_for_each_date_and_quantile(kind):
     values = np.random.default_rng(0).normal(size=(4, 5, 6)).astype("float32")
     values[:, 0, 0] = np.nan
     content = cog(values, descriptions=names, nodata=math.nan)
-    raster = ask(kind, "forecast", content, outputs=["q10", "q50"])
+    raster = request(kind, "forecast", content, outputs=["q10", "q50"])
     assert raster.name == "forecast"
     np.testing.assert_array_equal(raster.array, values)
     assert raster.descriptions == tuple(names)
@@ -128,14 +128,14 @@ def test_a_forecast_has_a_band_for_each_date_and_quantile(kind):
 
 
 @KINDS
-def test_several_outputs_come_by_name(kind, tmp_path):
+def test_several_outputs_are_returned_by_name(kind, tmp_path):
     confidence = np.full((1, 2, 3), 0.5, "float32")
     members = {
         "class__tif": classes(PIMC_LEGEND=json.dumps(LEGEND)),
         "class__tif__aux__xml": b"<PAMDataset/>",
         "confidence__tif": cog(confidence, descriptions=["confidence"]),
     }
-    rasters = ask(
+    rasters = request(
         kind,
         "classify_pixels",
         zipped(**members),
@@ -162,7 +162,7 @@ def test_several_outputs_come_by_name(kind, tmp_path):
 def test_names_in_a_zip_stay_inside_the_folder(kind, tmp_path):
     content = zipped(**{"../../class__tif": classes(), "/evil__xml": b"x"})
     folder = tmp_path / "in"
-    ask(kind, "classify_pixels", content, "application/zip", outputs=["class"]).save(folder)
+    request(kind, "classify_pixels", content, "application/zip", outputs=["class"]).save(folder)
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")) == [
         "in/class.tif",
         "in/evil.xml",
@@ -172,15 +172,15 @@ def test_names_in_a_zip_stay_inside_the_folder(kind, tmp_path):
 @KINDS
 def test_a_crs_without_a_code_is_none(kind):
     sinusoidal = "+proj=sinu +lon_0=0 +x_0=0 +y_0=0 +R=6371007.181 +units=m +no_defs"
-    raster = ask(kind, "embed", cog(np.zeros((2, 3, 3), "float32"), crs=sinusoidal))
+    raster = request(kind, "embed", cog(np.zeros((2, 3, 3), "float32"), crs=sinusoidal))
     assert raster.crs is None
     assert raster.name == "embedding"
 
 
 @KINDS
-def test_a_large_answer_lies_on_disk_and_goes_with_its_raster(kind):
+def test_a_large_result_is_on_disk_until_its_raster_is_closed(kind):
     values = np.random.default_rng(1).random((1, 3100, 3100), dtype="float32")
-    raster = ask(kind, "classify_pixels", cog(values), outputs="confidence")
+    raster = request(kind, "classify_pixels", cog(values), outputs="confidence")
     assert raster._file._rolled
     np.testing.assert_array_equal(raster.array, values[0])
     file = raster._file
@@ -190,8 +190,8 @@ def test_a_large_answer_lies_on_disk_and_goes_with_its_raster(kind):
 
 
 @KINDS
-def test_a_closed_raster_keeps_what_was_read(kind):
-    with ask(kind, "classify_pixels", classes()) as raster:
+def test_a_closed_raster_keeps_the_pixels_that_were_read(kind):
+    with request(kind, "classify_pixels", classes()) as raster:
         array = raster.array
     assert raster.array is array
     with pytest.raises(ValueError, match="closed"):
@@ -199,13 +199,13 @@ def test_a_closed_raster_keeps_what_was_read(kind):
 
 
 @KINDS
-def test_a_summary(kind):
+def test_a_summary_is_a_mapping(kind):
     document = {
         "model": "pixels-landcover@1.0.0",
         "valid_share": 0.75,
         "warnings": [{"code": "merged_dates", "detail": "two"}],
     }
-    summary = ask_json(kind, "classify_pixels", document, answer="summary")
+    summary = request_json(kind, "classify_pixels", document, answer="summary")
     assert isinstance(summary, Summary)
     assert dict(summary) == document
     assert summary["valid_share"] == 0.75
@@ -231,7 +231,7 @@ def collection(*properties):
 
 @KINDS
 @pytest.mark.parametrize("method", ["classify_pixels", "landcover"])
-def test_points_of_classes(kind, method):
+def test_points_have_classes(kind, method):
     document = collection(
         {
             "status": "ok",
@@ -244,7 +244,7 @@ def test_points_of_classes(kind, method):
         {"status": "no_data"},
         {"status": "outside"},
     )
-    found = ask_json(
+    found = request_json(
         kind, method, document, mime="application/geo+json", points=[(4, 50), (5, 50), (6, 50)]
     )
     assert isinstance(found, list)
@@ -284,32 +284,32 @@ def is_the_forecast(found):
 
 
 @KINDS
-def test_points_of_a_forecast_and_an_embedding(kind):
-    answer = collection({"status": "ok", **FORECAST}, {"status": "no_data"})
-    found = ask_json(kind, "forecast", answer, mime="application/geo+json", points=[(4, 50)])
+def test_points_have_forecasts_and_embeddings(kind):
+    document = collection({"status": "ok", **FORECAST}, {"status": "no_data"})
+    found = request_json(kind, "forecast", document, mime="application/geo+json", points=[(4, 50)])
     is_the_forecast(found[0].result)
     assert found[1].result.dates == ()
     assert found[1].result.indices == {}
-    answer = collection({"status": "ok", "embedding": [1, 2.5]}, {"status": "outside"})
-    found = ask_json(kind, "embed", answer, mime="application/geo+json", points=[(4, 50)])
+    document = collection({"status": "ok", "embedding": [1, 2.5]}, {"status": "outside"})
+    found = request_json(kind, "embed", document, mime="application/geo+json", points=[(4, 50)])
     assert isinstance(found[0].result, Embedding)
     np.testing.assert_array_equal(found[0].result.values, [1, 2.5])
     assert found[1].result.values is None
 
 
 @KINDS
-def test_series_of_each_task(kind):
+def test_series_of_each_task_have_results(kind):
     def results(*records):
         return {"model": "m@1.0.0", "results": list(records), "warnings": []}
 
-    # As the contract's own example has it, without a status.
+    # Like the example of the API's contract, without a status.
     record = {"id": "field-7", "class": "Maize", "confidence": 0.97, "probabilities": {"Maize": 1}}
-    found = ask_json(kind, "classify_series", results(record), [one_series()])
+    found = request_json(kind, "classify_series", results(record), [one_series()])
     assert found.model == "m@1.0.0"
     assert (found[0].id, found[0].label, found[0].status) == ("field-7", "Maize", "ok")
-    found = ask_json(kind, "forecast_series", results({"id": "f", **FORECAST}), [one_series()])
+    found = request_json(kind, "forecast_series", results({"id": "f", **FORECAST}), [one_series()])
     is_the_forecast(found[0])
-    found = ask_json(
+    found = request_json(
         kind, "embed_series", results({"id": "e", "embedding": [0, 1]}), [one_series()]
     )
     np.testing.assert_array_equal(found[0].values, [0, 1])
@@ -322,7 +322,7 @@ def one_series():
 
 
 @KINDS
-def test_the_registry_and_a_card(kind):
+def test_the_registry_and_a_card_are_parsed(kind):
     document = {"models": [CARD], "defaults": {"classify-pixels": "pixels-landcover"}}
     content = json.dumps(document).encode()
     with connected(kind, "http://test", transport=transport(content, "application/json")) as client:
@@ -339,7 +339,7 @@ def test_the_registry_and_a_card(kind):
 
 
 @KINDS
-def test_readiness(kind):
+def test_readiness_is_true_or_has_the_reason(kind):
     body = {"status": "ready", "provider": "CPUExecutionProvider", "models": ["a@1.0.0"]}
     content = json.dumps(body).encode()
     with connected(kind, "http://test", transport=transport(content, "application/json")) as client:
@@ -349,7 +349,7 @@ def test_readiness(kind):
 
 
 @KINDS
-def test_an_error_has_everything_that_the_service_said(kind):
+def test_an_error_has_all_members_of_the_problem_document(kind):
     problem = {
         "type": "urn:x", "title": "Unauthorized", "status": 401, "code": "unauthorized",
         "detail": "a key is needed", "request_id": "r-9",
@@ -377,8 +377,8 @@ def test_an_error_has_everything_that_the_service_said(kind):
         (b'{"type": "FeatureCollection"}', "application/geo+json"),
     ],
 )
-def test_an_answer_that_is_none_of_the_services(kind, content, mime):
+def test_a_response_that_no_route_sends_is_an_error(kind, content, mime):
     with pytest.raises(UnexpectedAnswer):
-        ask(kind, "classify_pixels", content, mime)
+        request(kind, "classify_pixels", content, mime)
     with pytest.raises(UnexpectedAnswer):
-        ask(kind, "classify_series", content, mime, [one_series()])
+        request(kind, "classify_series", content, mime, [one_series()])

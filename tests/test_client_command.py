@@ -51,7 +51,7 @@ def pimc(monkeypatch, capsys):
 
 
 def unwrapped(text):
-    """What a message of typer says, without the box and the line ends."""
+    """The text of an error message by typer, without its box and line ends."""
     return " ".join(text.replace("│", " ").split())
 
 
@@ -59,16 +59,16 @@ def as_json(document, status=200):
     return Reply(status, json.dumps(document).encode(), {"Content-Type": "application/json"})
 
 
-def test_a_class_map_to_a_file(pimc, file, tmp_path):
+def test_a_class_map_is_written_to_a_file(pimc, file, tmp_path):
     out = tmp_path / "out.tif"
     with serving(lambda _: Reply(body=classes(), headers=COG)) as (url, received):
-        code, said, warned = pimc(
+        code, printed, warned = pimc(
             url, "classify-pixels", file, "-o", out, "--dates", "2021-01-05", "--mask", "none",
             "--scale", "0.0001", PIMC_API_KEY="secret",
         )  # fmt: skip
     assert code == 0
-    assert str(out) in said.replace("\n", "")
-    assert "pixels-landcover@1.0.0" in said
+    assert str(out) in printed.replace("\n", "")
+    assert "pixels-landcover@1.0.0" in printed
     assert "merged_dates: two files of one day" in warned
     with rasterio.open(out) as raster:
         np.testing.assert_array_equal(raster.read(1), [[0, 1, 255], [1, 1, 0]])
@@ -80,7 +80,7 @@ def test_a_class_map_to_a_file(pimc, file, tmp_path):
     assert f'filename="{tmp_path.name}/2021-01-05.tif"'.encode() in posted.body
 
 
-def test_several_outputs_to_a_folder(pimc, file, tmp_path):
+def test_several_outputs_are_written_to_a_folder(pimc, file, tmp_path):
     body = zipped(class__tif=classes(), confidence__tif=classes())
     reply = Reply(body=body, headers={"Content-Type": "application/zip"})
     with serving(lambda _: reply) as (url, received):
@@ -114,12 +114,12 @@ def test_a_summary_and_points_are_printed(pimc, file, tmp_path):
     assert b'"coordinates": [4, 50]' in received[0].body
 
 
-def test_the_registry(pimc):
-    answers = {
+def test_the_registry_is_printed(pimc):
+    documents = {
         "/models": as_json({"models": [CARD], "defaults": {"classify-pixels": "pixels-landcover"}}),
         "/models/pixels-landcover": as_json(CARD),
     }
-    with serving(lambda request: answers[request.path]) as (url, _):
+    with serving(lambda request: documents[request.path]) as (url, _):
         code, table, _ = pimc(url, "models")
         assert code == 0
         assert table.split()[:5] == ["model", "task", "bands", "classes", "default"]
@@ -144,11 +144,11 @@ def test_readiness_is_the_exit_code(pimc):
 
 
 def test_an_error_is_one_line_with_the_request_id(pimc, file, tmp_path):
-    said = {
+    problem = {
         "code": "missing_dates", "status": 422, "request_id": "r-77",
         "detail": "8 files\nbut 7 dates",
     }  # fmt: skip
-    with serving(lambda _: as_json(said, 422)) as (url, _):
+    with serving(lambda _: as_json(problem, 422)) as (url, _):
         code, out, err = pimc(url, "classify-pixels", file, "-o", tmp_path / "out.tif")
     assert code == 1
     assert out == ""
@@ -156,7 +156,7 @@ def test_an_error_is_one_line_with_the_request_id(pimc, file, tmp_path):
     assert not (tmp_path / "out.tif").exists()
 
 
-def test_nobody_there_and_a_url_that_is_none(pimc, monkeypatch):
+def test_no_server_and_an_invalid_url_are_errors(pimc, monkeypatch):
     code, _, err = pimc("http://127.0.0.1:9", "ready")
     assert code == 1
     assert err.startswith("pimc: http://127.0.0.1:9/ cannot be reached")
@@ -165,14 +165,14 @@ def test_nobody_there_and_a_url_that_is_none(pimc, monkeypatch):
     assert err.startswith("pimc: 'localhost' is not a valid base URL")
 
 
-def test_wrong_use_is_explained_before_anything_is_sent(pimc, file, tmp_path):
+def test_wrong_usage_is_an_error_before_anything_is_sent(pimc, file, tmp_path):
     with serving(lambda _: as_json({})) as (url, received):
         code, _, err = pimc(url, "classify-pixels", file)
         assert code == 2
         assert "-o" in err
         code, _, err = pimc(url, "classify-pixels", tmp_path / "no.tif", "--summary")
         assert code == 1
-        assert err == f"pimc: {tmp_path}/no.tif: there is no such file or folder"
+        assert err.startswith(f"pimc: {tmp_path}/no.tif does not exist")
         code, _, err = pimc(url, "embed", file, "--summary", "--points", file)
         assert code == 2
         code, _, err = pimc(url, "embed", file, "--job", "-o", tmp_path / "a.tif")
@@ -187,7 +187,7 @@ def test_wrong_use_is_explained_before_anything_is_sent(pimc, file, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
-def test_the_server_and_the_key_before_and_after_the_subcommand(pimc, where):
+def test_server_and_key_are_accepted_before_and_after_the_subcommand(pimc, where):
     with serving(lambda _: as_json({"models": [], "defaults": {}})) as (url, received):
         options = ["--url", url, "--api-key", "mine"]
         arguments = [*options, "models"] if where == "before" else ["models", *options]
@@ -197,7 +197,7 @@ def test_the_server_and_the_key_before_and_after_the_subcommand(pimc, where):
 
 
 @pytest.mark.parametrize("columns", ["20", "80"])
-def test_names_of_models_are_whole_on_a_narrow_terminal(pimc, columns):
+def test_names_of_models_are_not_cut_off_on_a_narrow_terminal(pimc, columns):
     name = "pixels-of-a-model-with-a-rather-long-name"
     bands = ["B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"]
     card = {**CARD, "name": name, "bands": bands}
@@ -222,13 +222,13 @@ def test_names_of_models_are_whole_on_a_narrow_terminal(pimc, columns):
         ("maps.tif", "class,entropy", "name a folder"),
     ],
 )
-def test_where_the_result_goes_is_checked_before_anything_is_sent(
+def test_the_output_path_is_checked_before_anything_is_sent(
     pimc, file, tmp_path, monkeypatch, out, outputs, message
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "locked").mkdir()
     (tmp_path / "file.txt").write_text("mine")
-    # Root may write everywhere, so permission itself is stood in for.
+    # Root may write everywhere, so the check of the permission is replaced.
     access = os.access
     monkeypatch.setattr(os, "access", lambda p, mode: "locked" not in str(p) and access(p, mode))
     with serving(lambda _: as_json({})) as (url, received):
@@ -238,7 +238,7 @@ def test_where_the_result_goes_is_checked_before_anything_is_sent(
     assert received == []
 
 
-def test_a_raster_into_a_folder_goes_by_its_own_name(pimc, file, tmp_path):
+def test_a_raster_in_a_folder_is_named_after_its_output(pimc, file, tmp_path):
     with serving(lambda _: Reply(body=classes(), headers=COG)) as (url, _):
         code, *_ = pimc(url, "classify-pixels", file, "-o", tmp_path)
     assert code == 0
@@ -252,7 +252,7 @@ def test_a_raster_into_a_folder_goes_by_its_own_name(pimc, file, tmp_path):
         (["--output", "class,entropy"], zipped(class__tif=classes()), "application/zip"),
     ],
 )
-def test_standard_output_is_the_file_and_nothing_else(file, options, body, mime):
+def test_standard_output_holds_only_the_file(file, options, body, mime):
     reply = Reply(body=body, headers={**COG, "Content-Type": mime})
     with serving(lambda _: reply) as (url, _):
         done = subprocess.run(
@@ -282,7 +282,7 @@ POINTS = {
 
 
 @pytest.mark.parametrize("name", POINTS)
-def test_points_of_a_file(pimc, file, tmp_path, name):
+def test_points_are_read_from_a_file(pimc, file, tmp_path, name):
     (tmp_path / name).write_bytes(POINTS[name])
     with serving(lambda _: as_json({"type": "FeatureCollection", "features": []})) as (url, sent):
         code, _, err = pimc(url, "embed", file, "--points", tmp_path / name)
@@ -301,16 +301,16 @@ def test_points_of_a_file(pimc, file, tmp_path, name):
     [
         (b"", "is empty"),
         (b"id,lon\n1,3.02\n", "no column of latitudes (lat, latitude, y); its columns are id, lon"),
-        (b"lon,lat\n", "has a header and no points"),
+        (b"lon,lat\n", "has a header but no points"),
         (b"lon,lat\n3.02,50.81\nx,50\n", "row 2, column lon: 'x' is not a finite number"),
         (b"lon,lat\n3.02,inf\n", "row 1, column lat: 'inf' is not a finite number"),
         (b"lon,lat\n3.02\n", "row 1: 1 cells but 2 columns"),
         (b"x,y\n600000,5600000\n", "600000 is not from -180 to 180; points are longitude and"),
-        (b"{", "starts like JSON and is not valid JSON"),
+        (b"{", "starts like JSON, but is not valid JSON"),
         (b"[]", "is JSON but not a GeoJSON FeatureCollection"),
     ],
 )
-def test_points_that_cannot_be_read(pimc, file, tmp_path, content, message):
+def test_invalid_files_of_points_are_errors(pimc, file, tmp_path, content, message):
     points = tmp_path / "points"
     points.write_bytes(content)
     with serving(lambda _: as_json({})) as (url, received):
@@ -331,7 +331,7 @@ SERIES = {
 
 
 @pytest.mark.parametrize("name", SERIES)
-def test_series_of_a_file(pimc, tmp_path, name):
+def test_series_are_read_from_a_file(pimc, tmp_path, name):
     (tmp_path / name).write_bytes(SERIES[name])
     results = [{"id": "a", "class": "Maize", "probabilities": {"Maize": 0.9}}, {"id": "b"}]
     reply = as_json(
@@ -352,7 +352,7 @@ def test_series_of_a_file(pimc, tmp_path, name):
     }
 
 
-def test_a_forecast_of_series_as_a_table(pimc, tmp_path):
+def test_a_forecast_of_series_is_written_as_a_table(pimc, tmp_path):
     file = tmp_path / "field.csv"
     file.write_text("date,B02,B04,B08\n2021-01-05,0.1,0.1,0.3\n")
     result = {"id": "field", "dates": ["2021-01-15"], "NDVI": {"q10": [0.4], "q50": [0.5]}}
@@ -369,14 +369,14 @@ def test_a_forecast_of_series_as_a_table(pimc, tmp_path):
     ("content", "message"),
     [
         (b"id,B02\n1,0.1\n", "no column of dates (date, datetime, time)"),
-        (b"id,date\n1,2021-01-05\n", "no column for a band, such as B02"),
+        (b"id,date\n1,2021-01-05\n", "no column of a band: give one column per band, such as B02"),
         (b"date,B02\n2021-01-05,much\n", "row 1, column B02: 'much' is not a finite number"),
         (b'{"a": 1}', "is JSON without series"),
         (b'[{"dates": "2021"}]', "series 1 is not"),
         (b'[{"dates": ["2021-01-05"], "B02": [1, 2]}]', "series '1': 2 values of B02 but 1 dates"),
     ],
 )
-def test_series_that_cannot_be_read(pimc, tmp_path, content, message):
+def test_invalid_files_of_series_are_errors(pimc, tmp_path, content, message):
     file = tmp_path / "series"
     file.write_bytes(content)
     code, _, err = pimc("http://127.0.0.1:9", "series", "embed", file)
@@ -391,12 +391,12 @@ JOB = {
 
 
 def test_jobs_are_listed_shown_and_cancelled(pimc):
-    def answer(request):
+    def respond(request):
         if request.method == "DELETE":
             return as_json({**JOB, "status": "dismissed"})
         return as_json({"jobs": [JOB]} if request.path == "/jobs" else JOB)
 
-    with serving(answer) as (url, received):
+    with serving(respond) as (url, received):
         code, table, _ = pimc(url, "jobs", COLUMNS="80")
         assert code == 0
         assert table.splitlines()[1].split() == [
@@ -418,7 +418,7 @@ def test_a_job_is_started_and_its_result_fetched(pimc, file, tmp_path):
     states = iter([40, 70, 100])
     content = classes(PIMC_LEGEND=json.dumps(LEGEND))
 
-    def answer(request):
+    def respond(request):
         if request.method == "POST":
             return as_json(JOB, 202)
         if request.path.startswith("/jobs/j-1/result"):
@@ -428,7 +428,7 @@ def test_a_job_is_started_and_its_result_fetched(pimc, file, tmp_path):
             {**JOB, "progress": done, "status": "successful" if done == 100 else "running"}
         )
 
-    with serving(answer) as (url, received):
+    with serving(respond) as (url, received):
         code, out, _ = pimc(url, "classify-pixels", file, "--job")
         assert (code, out) == (0, "j-1\n")
         assert received[0].headers["prefer"] == "respond-async"
@@ -495,7 +495,7 @@ def test_the_terminal_shows_the_upload_and_then_the_job():
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_without_its_extra_it_says_what_to_install(missing):
+def test_a_missing_extra_is_named_with_the_command_to_install_it(missing):
     script = (
         f"import sys; sys.modules['{missing}'] = None\nfrom pimc_client.cli import main\nmain()"
     )

@@ -1,4 +1,4 @@
-"""Fields: what is sent for polygons of every form, and the table that comes back."""
+"""Fields: the requests for polygons of every form, and the table of results."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def frame():
 
 @KINDS
 @pytest.mark.parametrize("suffix", [".geojson", ".gpkg", ".parquet"])
-def test_a_file_is_sent_as_it_is(kind, tmp_path, suffix):
+def test_a_file_is_sent_unchanged(kind, tmp_path, suffix):
     path = tmp_path / f"parcels{suffix}"
     path.write_bytes(b"polygons")
     (request,), table = run(kind, fields=path)
@@ -139,18 +139,18 @@ def test_with_references_the_polygons_are_in_the_json(kind, tmp_path):
     [
         ({"fields": FIELDS, "points": [(3, 50)]}, ValueError, "points and fields exclude each"),
         ({"fields": FIELDS, "answer": "summary"}, ValueError, "fields and answer='summary' excl"),
-        ({"fields": "nowhere.gpkg"}, FileNotFoundError, "nowhere.gpkg: there is no such file"),
+        ({"fields": "nowhere.gpkg"}, FileNotFoundError, "nowhere.gpkg does not exist"),
         ({"fields": "a.shp"}, ValueError, "read it with GeoPandas"),
         ({"fields": 3}, TypeError, "polygons are given as a int"),
     ],
 )
-def test_what_are_no_fields_is_refused_before_anything_is_sent(kind, options, error, message):
+def test_invalid_fields_are_an_error_before_anything_is_sent(kind, options, error, message):
     with pytest.raises(error, match=message):
         run(kind, **options)
 
 
 @KINDS
-def test_the_table_of_classes(kind, tmp_path):
+def test_classes_of_fields_are_a_table(kind, tmp_path):
     _, table = run(kind, fields=FIELDS)
     assert table.model == "m@1.0.0"
     assert len(table) == 2
@@ -176,7 +176,7 @@ def test_the_table_of_classes(kind, tmp_path):
 
 
 @KINDS
-def test_the_tables_of_a_forecast_and_of_embeddings(kind):
+def test_forecasts_and_embeddings_of_fields_are_tables(kind):
     properties = [
         {"status": "ok", "dates": ["2021-11-05"], "NDVI": {"q10": [0.1], "q50": [0.2]}},
         {"status": "no_data"},

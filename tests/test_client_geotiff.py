@@ -49,7 +49,7 @@ def write(path, values, *, crs="EPSG:32631", transform=TRANSFORM, driver="COG", 
 
 
 def described(path, values, describe, **options):
-    """A COG with metadata, which the COG driver takes from another data set alone."""
+    """A COG with metadata, which the COG driver copies only from another data set."""
     shape = {"count": values.shape[0], "height": values.shape[1], "width": values.shape[2]}
     with MemoryFile() as memory:
         with memory.open(driver="GTiff", dtype=values.dtype, **shape, **options) as file:
@@ -82,7 +82,7 @@ def same_as_rasterio(path):
 @pytest.mark.parametrize("predictor", ["no", "yes"])
 @pytest.mark.parametrize("bands", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_cog_as_rasterio_reads_it(tmp_path, dtype, bands, predictor, size):
+def test_a_cog_is_read_as_by_rasterio(tmp_path, dtype, bands, predictor, size):
     values = pixels(dtype, bands, *size)
     path = write(tmp_path / "a.tif", values, predictor=predictor, blocksize=128)
     header = same_as_rasterio(path)
@@ -90,13 +90,13 @@ def test_a_cog_as_rasterio_reads_it(tmp_path, dtype, bands, predictor, size):
     assert header.ifd.get(317, (1,))[0] == expected
 
 
-def test_bigtiff(tmp_path):
+def test_a_bigtiff_is_read_as_by_rasterio(tmp_path):
     path = write(tmp_path / "a.tif", pixels("float32", 4, 65, 70), predictor="yes", bigtiff="yes")
     assert path.read_bytes()[2:4] == b"+\0"
     same_as_rasterio(path)
 
 
-def test_the_contents_of_the_header(tmp_path):
+def test_the_header_is_read_as_by_rasterio(tmp_path):
     def describe(file):
         file.write_colormap(1, {0: (16, 32, 255), 1: (1, 2, 3), 7: (255, 0, 128)})
         file.set_band_description(1, "class")
@@ -122,7 +122,7 @@ def test_the_contents_of_the_header(tmp_path):
             assert header.colors[value] == "#{:02x}{:02x}{:02x}".format(*color[:3])
 
 
-def test_nan_nodata_and_band_descriptions(tmp_path):
+def test_nan_nodata_and_band_descriptions_are_read(tmp_path):
     def describe(file):
         file.set_band_description(1, "NDVI_2021-11-05_q50")
         file.set_band_description(3, "EVI_2021-11-05_q50")
@@ -138,7 +138,7 @@ def test_nan_nodata_and_band_descriptions(tmp_path):
     assert header.descriptions == ("NDVI_2021-11-05_q50", None, "EVI_2021-11-05_q50")
 
 
-def test_the_transform_of_a_rotated_grid(tmp_path):
+def test_the_transform_of_a_rotated_grid_is_read(tmp_path):
     rotated = Affine(8.0, 3.0, 1e5, 2.0, -9.0, 2e5)
     same_as_rasterio(write(tmp_path / "a.tif", pixels("uint8", 1, 3, 4), transform=rotated))
 
@@ -162,30 +162,30 @@ TILED = {"driver": "GTiff", "tiled": True, "blockxsize": 16, "blockysize": 16}
         ({"nbits": 1, **TILED}, "tiles of uint1"),
     ],
 )
-def test_what_the_server_does_not_write_is_refused_by_name(tmp_path, options, message):
+def test_an_unsupported_form_is_an_error_that_names_it(tmp_path, options, message):
     path = write(tmp_path / "a.tif", np.ones((2, 9, 9), "uint8"), **options)
     with path.open("rb") as file:
         header = read_header(file)
-        # Its header is read, so that it can be saved and opened with something else.
+        # The header is read, so that the file can be saved and opened with another program.
         assert (header.count, header.height, header.width) == (2, 9, 9)
         with pytest.raises(GeoTIFFError, match=rf"{message}.*open it with rasterio"):
             read_array(file, header)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "float64"])
-def test_pixels_of_another_type_are_refused_by_name(tmp_path, dtype):
+def test_an_unsupported_number_type_is_an_error_that_names_it(tmp_path, dtype):
     path = write(tmp_path / "a.tif", np.ones((1, 9, 9), dtype))
     with pytest.raises(GeoTIFFError, match=rf"has tiles of {dtype}.*rasterio"):
         read(path)
 
 
-def test_big_endian_is_refused(tmp_path):
+def test_big_endian_is_an_error(tmp_path):
     path = write(tmp_path / "a.tif", pixels("uint8", 1, 9, 9), endianness="big", **TILED)
     with pytest.raises(GeoTIFFError, match="not a little-endian TIFF"):
         read(path)
 
 
-def test_not_a_tiff(tmp_path):
+def test_a_file_that_is_not_a_tiff_is_an_error(tmp_path):
     path = tmp_path / "a.tif"
     for content in (b"<html>no</html>", b""):
         path.write_bytes(content)
@@ -193,33 +193,33 @@ def test_not_a_tiff(tmp_path):
             read(path)
 
 
-def test_every_truncation_is_an_error_of_ours(tmp_path):
-    whole = write(tmp_path / "a.tif", pixels("float32", 2, 20, 20), blocksize=128).read_bytes()
+def test_every_truncation_is_a_geotiff_error(tmp_path):
+    content = write(tmp_path / "a.tif", pixels("float32", 2, 20, 20), blocksize=128).read_bytes()
     path = tmp_path / "cut.tif"
-    for length in np.linspace(2, len(whole) - 64, 40, dtype=int):
-        path.write_bytes(whole[:length])
+    for length in np.linspace(2, len(content) - 64, 40, dtype=int):
+        path.write_bytes(content[:length])
         with pytest.raises(GeoTIFFError):
             read(path)
 
 
-def test_damage_is_an_error_of_ours_or_another_picture(tmp_path):
-    whole = bytearray(write(tmp_path / "a.tif", pixels("uint8", 1, 30, 30)).read_bytes())
+def test_damage_is_a_geotiff_error_or_changes_pixels(tmp_path):
+    content = bytearray(write(tmp_path / "a.tif", pixels("uint8", 1, 30, 30)).read_bytes())
     path = tmp_path / "broken.tif"
     random = np.random.default_rng(5)
-    refused = 0
+    errors = 0
     for _ in range(200):
-        broken = bytearray(whole)
+        broken = bytearray(content)
         for place in random.integers(8, len(broken), 6):
             broken[place] ^= 0xFF
         path.write_bytes(broken)
         try:
             read(path)
         except GeoTIFFError:
-            refused += 1
-    assert refused > 0
+            errors += 1
+    assert errors > 0
 
 
-def test_a_tile_list_that_does_not_fit_the_image(tmp_path):
+def test_a_list_of_tiles_that_does_not_fit_the_image_is_an_error(tmp_path):
     path = write(tmp_path / "a.tif", pixels("uint8", 1, 30, 30), **TILED)
     data = bytearray(path.read_bytes())
     (start,) = struct.unpack_from("<I", data, 4)

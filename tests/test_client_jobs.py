@@ -28,11 +28,11 @@ VALUES = np.array([[[0, 1], [1, 255]]], np.uint8)
 
 
 class JobServer:
-    """Runs "jobs" that get one step further each time somebody looks.
+    """Runs jobs that advance by one step each time their state is requested.
 
     Args:
-        steps: percentages, one for each look; the job ends after the last.
-        fails: the problem document that the job ends in, or "" for a failure without a reason.
+        steps: percentages, one for each request; the job ends after the last.
+        fails: the problem document of a failed job, or "" for a failure without a reason.
     """
 
     def __init__(self, steps=(10, 60), fails=None, zips=False, over_limit=False):
@@ -57,8 +57,8 @@ class JobServer:
         return self.result(path[1], *path[3:]) if "result" in path else self.look(path[1])
 
     def create(self, request, task):
-        wants = request.headers.get("prefer") == "respond-async"
-        if not wants and not self.over_limit:
+        asynchronous = request.headers.get("prefer") == "respond-async"
+        if not asynchronous and not self.over_limit:
             return httpx.Response(200, json={})
         key = request.headers.get("idempotency-key")
         name = self.keys.get(key) or f"job-{len(self.jobs)}"
@@ -111,8 +111,8 @@ def problem(code, status):
 
 
 @KINDS
-def test_submit_wait_and_result(kind):
-    server, heard = JobServer(), []
+def test_a_job_is_submitted_and_its_result_awaited(kind):
+    server, reported = JobServer(), []
     with connected(kind, "http://test", transport=server.transport) as client:
         job = client.submit("classify-pixels", FILE, start="2021-01-01")
         assert (job.id, job.status, job.task, job.done) == (
@@ -121,10 +121,10 @@ def test_submit_wait_and_result(kind):
             "classify-pixels",
             False,
         )
-        raster = job.wait(progress=heard.append)
+        raster = job.wait(progress=reported.append)
         assert isinstance(raster, Raster)
         np.testing.assert_array_equal(raster.array, VALUES[0])
-        assert heard == [0, 10, 60, 100]
+        assert reported == [0, 10, 60, 100]
         assert job.done
         assert job.state.started.tzinfo is not None
         assert job.state.finished is None
@@ -136,7 +136,7 @@ def test_submit_wait_and_result(kind):
 
 
 @KINDS
-def test_several_outputs_and_one_of_them(kind):
+def test_a_job_returns_several_outputs_or_one_of_them(kind):
     server = JobServer(steps=(), zips=True)
     with connected(kind, "http://test", transport=server.transport) as client:
         job = client.submit("landcover", FILE, outputs=["class", "confidence"], stride=16)
@@ -151,7 +151,7 @@ def test_several_outputs_and_one_of_them(kind):
 
 
 @KINDS
-def test_a_key_finds_the_first_job_and_calls_without_one_make_their_own(kind):
+def test_calls_with_one_key_create_one_job_and_others_one_each(kind):
     server = JobServer()
     with connected(kind, "http://test", transport=server.transport) as client:
         ids = [client.submit("embed", FILE, idempotency_key="mine").id for _ in range(2)]
@@ -161,7 +161,7 @@ def test_a_key_finds_the_first_job_and_calls_without_one_make_their_own(kind):
 
 
 @KINDS
-def test_a_job_is_found_again_by_its_id(kind):
+def test_a_job_is_found_by_its_id(kind):
     server = JobServer(steps=())
     with connected(kind, "http://test", transport=server.transport) as client:
         client.submit("forecast", FILE)
@@ -174,7 +174,7 @@ def test_a_job_is_found_again_by_its_id(kind):
 
 
 @KINDS
-def test_a_result_that_is_not_ready(kind):
+def test_a_result_that_is_not_ready_is_an_error(kind):
     server = JobServer(steps=(10, 20, 30))
     with connected(kind, "http://test", transport=server.transport) as client:
         job = client.submit("embed", FILE)
@@ -185,7 +185,7 @@ def test_a_result_that_is_not_ready(kind):
 
 
 @KINDS
-def test_waiting_has_an_end_and_may_go_on(kind):
+def test_waiting_has_a_time_limit_and_may_be_repeated(kind):
     server = JobServer(steps=(10,) * 3)
     with connected(kind, "http://test", transport=server.transport) as client:
         job = client.submit("embed", FILE)
@@ -206,9 +206,14 @@ def test_a_cancelled_job_has_no_result(kind):
 
 
 @KINDS
-def test_a_failed_job_raises_what_went_wrong(kind):
-    said = {"code": "corrupt_raster", "status": 422, "detail": "a.tif: block 7", "request_id": "r"}
-    server = JobServer(steps=(), fails=said)
+def test_a_failed_job_raises_its_error(kind):
+    document = {
+        "code": "corrupt_raster",
+        "status": 422,
+        "detail": "a.tif: block 7",
+        "request_id": "r",
+    }
+    server = JobServer(steps=(), fails=document)
     with connected(kind, "http://test", transport=server.transport) as client:
         job = client.submit("embed", FILE)
         with pytest.raises(CorruptRaster, match="block 7"):
@@ -217,7 +222,7 @@ def test_a_failed_job_raises_what_went_wrong(kind):
 
 
 @KINDS
-def test_a_job_that_failed_without_a_word(kind):
+def test_a_job_that_failed_without_a_reason_raises_job_failed(kind):
     server = JobServer(steps=(), fails="")
     with (
         connected(kind, "http://test", transport=server.transport) as client,
@@ -227,7 +232,7 @@ def test_a_job_that_failed_without_a_word(kind):
 
 
 @KINDS
-def test_what_is_too_large_to_be_held_on_the_line_for_comes_all_the_same(kind):
+def test_a_request_that_the_server_runs_as_a_job_returns_its_result(kind):
     server = JobServer(over_limit=True)
     with connected(kind, "http://test", transport=server.transport) as client:
         raster = client.classify_pixels(FILE)
@@ -238,17 +243,17 @@ def test_what_is_too_large_to_be_held_on_the_line_for_comes_all_the_same(kind):
 
 
 @KINDS
-def test_a_service_without_jobs_is_told_apart(kind):
-    answer = httpx.MockTransport(lambda _: httpx.Response(200, json={}))
+def test_a_server_without_jobs_is_an_error(kind):
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, json={}))
     with (
-        connected(kind, "http://test", transport=answer) as client,
+        connected(kind, "http://test", transport=transport) as client,
         pytest.raises(UnexpectedAnswer, match="instead of 202 with a job"),
     ):
         client.submit("embed", FILE)
 
 
 @KINDS
-def test_a_deletion_without_a_body(kind):
+def test_a_cancellation_may_have_no_body(kind):
     def handle(request):
         return httpx.Response(204) if request.method == "DELETE" else server.handle(request)
 

@@ -98,19 +98,19 @@ NAMES = [
 ]
 
 
-def test_the_names_exported_are_these():
+def test_the_public_names_are_listed():
     assert sorted(pimc_client.__all__) == sorted(NAMES)
     assert all(hasattr(pimc_client, name) for name in NAMES)
 
 
-def test_every_code_of_the_service_has_its_own_class():
+def test_every_error_code_has_its_own_class():
     assert set(BY_CODE) == set(STATUS)
     assert len(set(BY_CODE.values())) == len(STATUS)
     assert all(kind.__name__ in pimc_client.__all__ for kind in BY_CODE.values())
 
 
 @pytest.mark.parametrize(("code", "status"), STATUS.items())
-def test_an_error_answer_becomes_its_exception(code, status):
+def test_an_error_response_raises_the_class_of_its_code(code, status):
     body = f'{{"code": "{code}", "status": {status}, "detail": "both", "request_id": "r1"}}'
     error = service_error(status, {}, body.encode())
     assert type(error) is BY_CODE[code]
@@ -130,14 +130,14 @@ def test_an_unknown_code_is_a_service_error_with_that_code():
 
 
 @pytest.mark.parametrize("body", [b"<html>Bad Gateway</html>", b"", b"[1]", b"\xff\xfe"])
-def test_an_error_that_a_proxy_wrote(body):
+def test_an_error_by_a_proxy_is_explained(body):
     error = service_error(502, {"x-request-id": "r2"}, body)
     assert type(error) is ServiceError
     assert (error.status, error.code, error.request_id) == (502, "unknown", "r2")
     assert "502" in error.detail
 
 
-def test_errors_survive_a_process_pool():
+def test_errors_can_be_pickled():
     original = service_error(
         422, {}, b'{"code": "invalid_request", "detail": "d", "errors": [{"field": "dates"}]}'
     )
@@ -164,7 +164,7 @@ def test_every_parameter_of_the_server_is_an_option_of_the_client_and_of_the_com
         assert set(form.model_fields) <= options.keys(), task
         command = {"classify-pixels": "classify_pixels", "series": "measure"}.get(task, task)
         offered = inspect.signature(getattr(cli, command)).parameters.keys()
-        offered = offered | {"outputs", "fields"}  # --output, and the command `fields`
+        offered = offered | {"outputs", "fields"}  # the option --output and the command `fields`
         assert set(form.model_fields) <= offered, task
 
 
@@ -182,13 +182,13 @@ def imported_by(code: str) -> set[str]:
     return {name.partition(".")[0] for name in done.stdout.split()}
 
 
-def test_importing_it_loads_nothing_heavy_and_nothing_of_ours():
+def test_the_import_loads_no_heavy_module_and_no_other_package_of_the_project():
     heavy = {"httpx", "numpy", "asyncio", "typer", "rich"}
     ours = {"models", "service", "training"}
     assert not imported_by("import pimc_client") & (heavy | ours)
 
 
-def test_a_client_needs_httpx_alone_until_pixels_are_asked_for():
+def test_a_client_imports_only_httpx_until_pixels_are_accessed():
     loaded = imported_by("import pimc_client; pimc_client.Client('http://localhost')")
     assert "httpx" in loaded
     assert not loaded & {"numpy", "typer", "rasterio", "models", "service"}

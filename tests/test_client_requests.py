@@ -33,7 +33,7 @@ CARD = {
 
 
 class Recorder:
-    """A transport that keeps each request and answers with one JSON document."""
+    """A transport that records each request and responds with one JSON document."""
 
     def __init__(self, document=None, status=200, headers=None):
         self.requests = []
@@ -52,7 +52,7 @@ class Recorder:
 
 
 def parts_of(request):
-    """(name, filename, content type, content) of each part, as the standard library reads them."""
+    """(name, filename, content type, content) of each part, by the standard library's parser."""
     head = b"Content-Type: " + request.headers["content-type"].encode() + b"\r\n\r\n"
     message = email.message_from_bytes(head + request.content, policy=email.policy.HTTP)
     return [
@@ -78,7 +78,7 @@ def sent(kind, method, *args, document=None, **options):
 
 
 @KINDS
-def test_headers_of_every_request(kind):
+def test_every_request_has_the_headers(kind):
     request = sent(kind, "models", document={"models": [], "defaults": {}})
     assert str(request.url) == "http://test/prefix/models"
     assert request.headers["authorization"] == "Bearer secret"
@@ -87,7 +87,7 @@ def test_headers_of_every_request(kind):
 
 
 @KINDS
-def test_files_of_every_kind_in_order(kind, tmp_path):
+def test_files_of_every_kind_are_sent_in_order(kind, tmp_path):
     names = ["2021-01-05.tif", "été 2021.tif", 'a"b.tif']
     for name in names:
         (tmp_path / name).write_bytes(name.encode())
@@ -133,7 +133,7 @@ def test_one_file_needs_no_list(kind, tmp_path, one):
 
 
 @KINDS
-def test_a_generator_of_paths(kind, tmp_path):
+def test_a_generator_of_paths_is_accepted(kind, tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.tif").write_bytes(name.encode())
     request = sent(kind, "embed", tmp_path.glob("*.tif"), answer="summary")
@@ -186,7 +186,7 @@ ALL_FIELDS = {
         ("embed", {"modality": "patch", "stride": 32}, {"modality": "patch", "stride": "32"}),
     ],
 )
-def test_every_option_is_a_field(kind, method, options, fields):
+def test_every_option_is_sent_as_a_parameter(kind, method, options, fields):
     fields = fields or {"outputs": "confidence", "stride": "16"}
     request = sent(kind, method, ("a.tif", b"x"), answer="summary", **ALL_OPTIONS, **options)
     found = fields_of(request)
@@ -195,7 +195,7 @@ def test_every_option_is_a_field(kind, method, options, fields):
 
 
 @KINDS
-def test_nothing_said_is_nothing_sent(kind):
+def test_options_that_are_not_given_are_not_sent(kind):
     assert fields_of(sent(kind, "forecast", ("a.tif", b"x"), answer="summary")) == {}
 
 
@@ -218,7 +218,7 @@ def test_nothing_said_is_nothing_sent(kind):
         ("embed", {}, COG),
     ],
 )
-def test_accept_says_what_is_wanted(kind, method, options, accept):
+def test_accept_has_the_media_type_of_the_result(kind, method, options, accept):
     assert sent(kind, method, ("a.tif", b"x"), **options).headers["accept"] == accept
 
 
@@ -243,7 +243,7 @@ def test_accept_says_what_is_wanted(kind, method, options, accept):
         },
     ],
 )
-def test_points(kind, points):
+def test_points_are_sent_as_geojson(kind, points):
     found = json.loads(fields_of(sent(kind, "forecast", ("a.tif", b"x"), points=points))["points"])
     assert found["type"] == "FeatureCollection"
     places = [f["geometry"]["coordinates"] for f in found["features"]]
@@ -251,7 +251,7 @@ def test_points(kind, points):
 
 
 @KINDS
-def test_references_are_named_and_not_read(kind):
+def test_references_are_sent_without_reading_files(kind):
     items = [Reference(href="/data/a.tif", date=date(2021, 1, 5)), Reference(href="s3://b/c.tif")]
     request = sent(
         kind, "classify_pixels", items, answer="summary", bands="B02, B04,B08", scale=0.1
@@ -273,7 +273,7 @@ def test_references_are_named_and_not_read(kind):
         ("embed_series", "embed"),
     ],
 )
-def test_series(kind, method, path):
+def test_series_are_sent_as_json(kind, method, path):
     series = Series(
         id="field-7",
         dates=["2021-01-05", date(2021, 1, 15), "2021-01-25"],
@@ -306,7 +306,7 @@ def test_series(kind, method, path):
 
 
 @KINDS
-def test_a_series_has_any_bands(kind):
+def test_a_series_may_have_any_bands(kind):
     series = Series(id="a", dates="2021-01-05, 2021-01-15", B05=[0.1, 0.2], B8A=[None, 0.3])
     request = sent(kind, "embed_series", [series], document={"results": []})
     assert json.loads(request.content)["series"] == [
@@ -327,7 +327,7 @@ def test_a_series_has_any_bands(kind):
         xr.DataArray(np.array(["2021-01-05", "2021-01-15"], "datetime64[ns]"), dims="time"),
     ],
 )
-def test_dates_of_numpy_and_pandas(kind, dates):
+def test_dates_of_numpy_and_pandas_are_accepted(kind, dates):
     series = Series(id="a", dates=dates, B02=[0.1, 0.2])
     request = sent(kind, "embed_series", [series], document={"results": []}, start=dates[0])
     found = json.loads(request.content)
@@ -351,7 +351,7 @@ def test_dates_of_numpy_and_pandas(kind, dates):
         np.array([0.1, None, 0.3], object),
     ],
 )
-def test_a_missing_value_is_null(values):
+def test_a_missing_value_is_sent_as_null(values):
     found = Series(id="a", dates=["2021-01-05"] * 3, B02=values).to_json()["B02"]
     assert found[1] is None
     assert None not in (found[0], found[2])
@@ -361,9 +361,9 @@ def test_a_missing_value_is_null(values):
     ("bands", "error", "message"),
     [
         ({"B08": [1, 2]}, ValueError, r"series 'a': 2 values of B08 but 1 dates"),
-        ({"B04": [np.inf]}, ValueError, r"series 'a': B04\[0\] is inf: reflectance is finite"),
+        ({"B04": [np.inf]}, ValueError, r"series 'a': B04\[0\] is inf: give a finite"),
         ({"B04": np.array([-np.inf])}, ValueError, r"series 'a': B04\[0\] is -inf"),
-        ({"B04": ["0.1"]}, TypeError, r"series 'a': B04\[0\] is '0.1', which is not a number"),
+        ({"B04": ["0.1"]}, TypeError, r"series 'a': B04\[0\] is '0.1': give a number"),
         ({"B04": np.ones((1, 1))}, TypeError, r"series 'a': B04\[0\] is \[1.0\]"),
         ({}, ValueError, r"series 'a' has no band"),
         (
@@ -376,7 +376,7 @@ def test_a_missing_value_is_null(values):
         ({"dates": [20210105], "B02": [1]}, TypeError, r"dates\[0\] is 20210105, a int"),
     ],
 )
-def test_a_wrong_series_is_named(bands, error, message):
+def test_an_invalid_series_is_named_in_the_error(bands, error, message):
     with pytest.raises(error, match=message):
         Series(**{"id": "a", "dates": ["2021-01-01"], **bands})
 
@@ -391,7 +391,7 @@ def test_one_date_needs_no_list(kind, day):
 
 
 @KINDS
-def test_numbers_of_numpy_are_options(kind):
+def test_numbers_of_numpy_are_accepted_as_options(kind):
     series = [Series(id="a", dates=["2021-01-05"], B02=[0.1])]
     request = sent(kind, "forecast_series", series, horizon=np.int64(3), document={"results": []})
     assert json.loads(request.content)["horizon"] == 3
@@ -402,7 +402,7 @@ def names_of(request):
 
 
 def stack_folder(folder):
-    """Two dates of two bands, one folder a date, with what else lies in such folders."""
+    """Two dates of two bands, one folder per date, with other files that such folders hold."""
     for day in ("20210105", "20210115"):
         inside = folder / f"S2B_31UES_{day}_0_L2A"
         inside.mkdir(parents=True)
@@ -420,7 +420,9 @@ EXPECTED = [
 
 
 @KINDS
-def test_a_folder_is_its_rasters_with_the_folders_in_their_names(kind, tmp_path, monkeypatch):
+def test_the_rasters_of_a_folder_are_sent_with_the_folders_in_their_names(
+    kind, tmp_path, monkeypatch
+):
     folder = stack_folder(tmp_path / "stack")
     request = sent(kind, "classify_pixels", folder, answer="summary")
     assert names_of(request) == EXPECTED
@@ -434,7 +436,7 @@ def test_a_folder_is_its_rasters_with_the_folders_in_their_names(kind, tmp_path,
 
 
 @KINDS
-def test_the_metadata_of_a_product_goes_with_its_rasters(kind, tmp_path):
+def test_the_metadata_of_a_product_is_sent_with_its_rasters(kind, tmp_path):
     product = tmp_path / "S2A_MSIL2A_20180826T104021.SAFE"
     (product / "GRANULE").mkdir(parents=True)
     for name in ("MTD_MSIL2A.xml", "manifest.safe", "GRANULE/B02_10m.jp2", "GRANULE/MTD_TL.xml"):
@@ -448,7 +450,7 @@ def test_the_metadata_of_a_product_goes_with_its_rasters(kind, tmp_path):
 
 
 @KINDS
-def test_files_of_several_folders_keep_the_folders_that_differ(kind, tmp_path, monkeypatch):
+def test_names_of_files_keep_the_folders_that_differ(kind, tmp_path, monkeypatch):
     folder = stack_folder(tmp_path / "stack")
     pattern = f"{folder}/*/B08.tif"
     expected = [name for name in EXPECTED if name.endswith("B08.tif")]
@@ -458,7 +460,7 @@ def test_files_of_several_folders_keep_the_folders_that_differ(kind, tmp_path, m
     monkeypatch.chdir(folder)
     relative = [path.relative_to(folder) for path in paths]
     assert names_of(sent(kind, "embed", relative, answer="summary")) == expected
-    # Files of one folder are named after it: it may be the one with the date.
+    # The names of files of one folder hold the folder, whose name may hold the date.
     assert names_of(sent(kind, "embed", relative[0], answer="summary")) == [
         expected[0].removeprefix("stack/")
     ]
@@ -466,7 +468,7 @@ def test_files_of_several_folders_keep_the_folders_that_differ(kind, tmp_path, m
 
 @KINDS
 @pytest.mark.parametrize("inside", ["", "stack/"])
-def test_a_zip_is_its_rasters(kind, tmp_path, inside):
+def test_the_rasters_of_a_zip_are_sent(kind, tmp_path, inside):
     path = tmp_path / "stack.zip"
     folder = stack_folder(tmp_path / "stack")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -481,7 +483,7 @@ def test_a_zip_is_its_rasters(kind, tmp_path, inside):
     assert request.headers["content-length"] == str(len(request.content))
 
 
-def test_a_zip_that_cannot_be_read_is_named(tmp_path):
+def test_a_zip_that_cannot_be_read_is_named_in_the_error(tmp_path):
     path = tmp_path / "a.zip"
     path.write_bytes(b"PK no zip")
     with connected("sync", URL, transport=Recorder().transport) as client:
@@ -494,7 +496,7 @@ def test_a_zip_that_cannot_be_read_is_named(tmp_path):
 
 
 @KINDS
-def test_a_name_that_is_not_utf_8_on_disk(kind, tmp_path):
+def test_a_file_name_that_is_not_utf_8_is_sent_decoded(kind, tmp_path):
     folder = os.fsencode(tmp_path / "été")
     Path(os.fsdecode(folder)).mkdir()
     path = folder + b"/caf\xe9.tif"
@@ -520,7 +522,9 @@ def test_a_name_that_is_not_utf_8_on_disk(kind, tmp_path):
         ([Reference(href="/a.tif"), ("b.tif", b"x")], TypeError, "1 of 2"),
     ],
 )
-def test_what_is_no_file_is_refused_before_anything_is_sent(kind, files, error, message):
+def test_a_value_that_is_not_a_file_is_an_error_before_anything_is_sent(
+    kind, files, error, message
+):
     recorder = Recorder()
     with (
         connected(kind, URL, transport=recorder.transport) as client,
@@ -542,7 +546,7 @@ def test_what_is_no_file_is_refused_before_anything_is_sent(kind, files, error, 
         ({"bbox": "4,50,5"}, "is not west, south, east and north"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(kind, options, message):
+def test_invalid_options_are_errors(kind, options, message):
     with (
         connected(kind, URL, transport=Recorder().transport) as client,
         pytest.raises(ValueError, match=message),
@@ -561,7 +565,7 @@ def test_a_misspelt_option_is_a_type_error(kind):
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x"])
 @KINDS
-def test_a_base_url_that_is_none(kind, url):
+def test_an_invalid_base_url_is_an_error(kind, url):
     with pytest.raises(ValueError, match="not a valid base URL"), connected(kind, url):
         pass
 
@@ -577,21 +581,21 @@ def test_a_redirect_is_explained(kind):
 
 
 @KINDS
-def test_the_upload_reports_how_far_it_is(kind, tmp_path):
+def test_the_upload_reports_its_progress(kind, tmp_path):
     path = tmp_path / "a.tif"
     path.write_bytes(bytes(600_000))
-    heard = []
+    reported = []
     request = sent(
         kind,
         "classify_pixels",
         path,
         answer="summary",
-        progress=lambda sent, total: heard.append((sent, total)),
+        progress=lambda sent, total: reported.append((sent, total)),
     )
     length = int(request.headers["content-length"])
-    assert heard == sorted(heard)
-    assert heard[-1] == (length, length)
-    assert len(heard) > 3
+    assert reported == sorted(reported)
+    assert reported[-1] == (length, length)
+    assert len(reported) > 3
 
 
 @KINDS

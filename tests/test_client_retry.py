@@ -45,13 +45,13 @@ def stack(folder):
     second = folder / "second.tif"
     second.write_bytes(os.urandom(1000))
     opened = second.open("rb")
-    opened.seek(10)  # only what follows is to be sent
+    opened.seek(10)  # only the rest of the file must be sent
     return [first, opened, ("third.tif", b"in memory"), io.BytesIO(b"a stream")], opened
 
 
 @KINDS
 @pytest.mark.parametrize("failure", [overloaded(), Reply(drop=True)], ids=["503", "dropped"])
-def test_the_whole_body_is_sent_again(tmp_path, kind, failure):
+def test_a_retry_sends_the_same_body(tmp_path, kind, failure):
     files, opened = stack(tmp_path)
     with opened, serving(one_after_another(failure, failure, Reply())) as (url, received):
         with connected(kind, url) as client:
@@ -61,15 +61,15 @@ def test_the_whole_body_is_sent_again(tmp_path, kind, failure):
         assert all(other.body == first.body for other in others)
         assert all(other.headers == first.headers for other in others)
         assert int(first.headers["content-length"]) == len(first.body)
-        whole = (tmp_path / "2021-01-05.tif").read_bytes()
-        assert first.body.count(whole) == 1
+        content = (tmp_path / "2021-01-05.tif").read_bytes()
+        assert first.body.count(content) == 1
         assert first.body.count((tmp_path / "second.tif").read_bytes()[10:]) == 1
         assert (tmp_path / "second.tif").read_bytes() not in first.body
         assert not opened.closed
 
 
 @KINDS
-def test_a_json_body_is_sent_again(kind):
+def test_a_retry_sends_the_same_json(kind):
     with (
         serving(one_after_another(overloaded(), Reply(body=b'{"results": []}'))) as (
             url,
@@ -85,7 +85,7 @@ def test_a_json_body_is_sent_again(kind):
 
 
 @KINDS
-def test_what_cannot_be_rewound_is_sent_once(kind):
+def test_a_file_that_cannot_be_rewound_is_sent_once(kind):
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb") as pipe:
         os.write(writer, b"only once")
@@ -107,9 +107,9 @@ def test_what_cannot_be_rewound_is_sent_once(kind):
     [(422, "invalid_request", InvalidRequest), (500, "internal_error", InternalError)],
 )
 def test_no_other_error_is_retried(kind, status, code, error):
-    answer = Reply(status, f'{{"code": "{code}", "detail": "no"}}'.encode())
+    reply = Reply(status, f'{{"code": "{code}", "detail": "no"}}'.encode())
     with (
-        serving(lambda _: answer) as (url, received),
+        serving(lambda _: reply) as (url, received),
         connected(kind, url) as client,
         pytest.raises(error),
     ):
@@ -118,7 +118,7 @@ def test_no_other_error_is_retried(kind, status, code, error):
 
 
 @KINDS
-def test_when_retries_are_used_up_the_error_says_when_to_come_back(kind):
+def test_after_the_last_retry_the_error_has_retry_after(kind):
     with serving(lambda _: overloaded()) as (url, received), connected(kind, url, retries=2) as c:
         with pytest.raises(Overloaded) as caught:
             c.models()
@@ -127,7 +127,7 @@ def test_when_retries_are_used_up_the_error_says_when_to_come_back(kind):
 
 
 @KINDS
-def test_a_wait_that_is_too_long_is_not_begun(kind):
+def test_a_retry_after_beyond_the_limit_is_an_error_at_once(kind):
     with serving(lambda _: overloaded("7200")) as (url, received), connected(kind, url) as client:
         with pytest.raises(Overloaded) as caught:
             client.models()
@@ -136,10 +136,10 @@ def test_a_wait_that_is_too_long_is_not_begun(kind):
 
 
 @KINDS
-def test_readiness_is_asked_once(kind):
+def test_readiness_is_requested_once(kind):
     body = b'{"code": "not_ready", "status": 503, "detail": "loading forecast-vi"}'
-    answer = Reply(503, body, {"Retry-After": "1"})
-    with serving(lambda _: answer) as (url, received), connected(kind, url) as client:
+    reply = Reply(503, body, {"Retry-After": "1"})
+    with serving(lambda _: reply) as (url, received), connected(kind, url) as client:
         found = client.ready()
     assert not found
     assert found.detail == "loading forecast-vi"
@@ -147,9 +147,9 @@ def test_readiness_is_asked_once(kind):
 
 
 @KINDS
-def test_nobody_there(kind):
+def test_no_server_is_a_connection_error(kind):
     with serving(lambda _: Reply()) as (url, _):
-        pass  # The port was free, and is again.
+        pass  # The port was free and is free again, so no server listens on it.
     with connected(kind, url, retries=0) as client, pytest.raises(ConnectionFailed) as caught:
         client.models()
     assert url in str(caught.value)
@@ -157,7 +157,7 @@ def test_nobody_there(kind):
 
 
 @KINDS
-def test_a_slow_service_is_not_asked_twice(kind):
+def test_a_read_timeout_is_not_retried(kind):
     release = threading.Event()
 
     def slow(_request):
@@ -171,12 +171,12 @@ def test_a_slow_service_is_not_asked_twice(kind):
     assert len(received) == 1
 
 
-def test_negative_retries_are_refused():
+def test_negative_retries_are_an_error():
     with pytest.raises(ValueError, match="-1"):
         RetryPolicy(retries=-1)
 
 
-def test_pauses_grow_to_a_cap_and_never_fall_short_of_what_was_asked():
+def test_pauses_grow_to_a_limit_and_are_never_shorter_than_retry_after():
     policy = RetryPolicy(retries=9, first_pause=1.0, longest_pause=10.0)
     for tries in range(1, 10):
         bound = min(10.0, 2.0 ** (tries - 1))
@@ -189,7 +189,7 @@ def test_pauses_grow_to_a_cap_and_never_fall_short_of_what_was_asked():
     assert policy.pause(1, 10.0) == 10.0
 
 
-def test_retry_after_as_the_standard_has_it():
+def test_retry_after_is_read_as_seconds_or_as_a_date():
     assert seconds_to_wait("12") == 12.0
     assert seconds_to_wait(None) is None
     assert seconds_to_wait("soon") is None
@@ -199,7 +199,7 @@ def test_retry_after_as_the_standard_has_it():
 
 
 def script(*outcomes):
-    """A transport that answers or fails in turn."""
+    """A transport that responds or fails by a list of outcomes."""
     left = list(outcomes)
 
     def handle(_request):
@@ -212,7 +212,7 @@ def script(*outcomes):
 
 
 @KINDS
-def test_the_transport_serves_plain_httpx_as_well_and_waits_as_asked(kind):
+def test_the_transport_works_with_plain_httpx_and_waits_for_retry_after(kind):
     waits = []
     policy = RetryPolicy(retries=3, first_pause=0.5, longest_pause=60.0)
     inner = script(503, httpx.ConnectError("no"), httpx.ReadError("cut"), 200)
@@ -237,7 +237,7 @@ def test_the_transport_serves_plain_httpx_as_well_and_waits_as_asked(kind):
     assert 1.0 <= waits[2] <= 2.0
 
 
-def test_a_body_that_the_transport_does_not_know_is_sent_once():
+def test_a_body_of_unknown_repeatability_is_sent_once():
     transport = RetryTransport(script(503, 200), sleep=lambda _: None)
     with httpx.Client(transport=transport) as client:
         assert client.post("http://x/", content=iter([b"once"])).status_code == 503

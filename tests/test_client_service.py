@@ -1,7 +1,7 @@
 """The SDK against the service itself, over a real socket; sync and async alike.
 
-With small bundles, whose answers are known, and with the zoo's own where it is there. What the
-SDK decodes is compared with rasterio, one way of asking with another.
+The models are tiny bundles, whose predictions are known, and the zoo's bundles if available.
+Results decoded by the SDK are compared with rasterio, results of one method with those of another.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def agrees_with_rasterio(raster: Raster, path):
 
 
 @KINDS
-def test_the_service_is_ready_and_says_what_it_has(url, kind):
+def test_the_service_is_ready_and_lists_its_models(url, kind):
     with connected(kind, url) as client:
         found = client.ready()
         assert found
@@ -140,7 +140,7 @@ def test_the_service_is_ready_and_says_what_it_has(url, kind):
 
 
 @KINDS
-def test_a_class_map_as_rasterio_has_it(url, kind, paths, tmp_path):
+def test_a_class_map_is_decoded_as_by_rasterio(url, kind, paths, tmp_path):
     with connected(kind, url) as client:
         classes = client.classify_pixels(paths)
         card = client.model("pixels-landcover")
@@ -163,28 +163,28 @@ def test_a_class_map_as_rasterio_has_it(url, kind, paths, tmp_path):
 def test_outputs_by_name_are_consistent(url, kind, paths, tmp_path):
     names = ["class", "confidence", "entropy", "probabilities"]
     with connected(kind, url) as client:
-        answers = client.classify_pixels(paths, outputs=names)
+        outputs = client.classify_pixels(paths, outputs=names)
         alone = client.classify_pixels(paths, outputs="confidence")
         listed = client.classify_pixels(paths, outputs=["confidence"])
-    assert isinstance(answers, Rasters)
-    assert list(answers) == names
-    for raster in answers.values():
+    assert isinstance(outputs, Rasters)
+    assert list(outputs) == names
+    for raster in outputs.values():
         agrees_with_rasterio(raster, paths[0])
-    best = answers["probabilities"].array
-    seen = answers["class"].array != 255
-    np.testing.assert_array_equal(answers["class"].array[seen], best.argmax(axis=0)[seen])
-    np.testing.assert_array_equal(answers["confidence"].array, best.max(axis=0))
-    np.testing.assert_array_equal(alone.array, answers["confidence"].array)
+    best = outputs["probabilities"].array
+    seen = outputs["class"].array != 255
+    np.testing.assert_array_equal(outputs["class"].array[seen], best.argmax(axis=0)[seen])
+    np.testing.assert_array_equal(outputs["confidence"].array, best.max(axis=0))
+    np.testing.assert_array_equal(alone.array, outputs["confidence"].array)
     assert alone.name == "confidence"
     np.testing.assert_array_equal(listed["confidence"].array, alone.array)
-    legend = answers["class"].legend.values()
-    assert answers["probabilities"].descriptions == tuple(c.name for c in legend)
-    saved = answers.save(tmp_path)
+    legend = outputs["class"].legend.values()
+    assert outputs["probabilities"].descriptions == tuple(c.name for c in legend)
+    saved = outputs.save(tmp_path)
     assert {path.name for path in saved} == {f"{name}.tif" for name in names}
 
 
 @KINDS
-def test_a_forecast_goes_on_from_the_last_date(url, kind, paths):
+def test_a_forecast_continues_the_last_date(url, kind, paths):
     with connected(kind, url) as client:
         raster = client.forecast(paths, horizon=2, outputs=["q10", "q50", "q90"])
         card = client.model("forecast-vi")
@@ -217,7 +217,7 @@ def test_land_cover_lies_on_a_coarser_grid(url, kind, paths, stride):
 
 @KINDS
 @pytest.mark.parametrize("modality", ["pixel", "patch"])
-def test_embeddings(url, kind, paths, modality):
+def test_embeddings_have_one_band_per_dimension(url, kind, paths, modality):
     with connected(kind, url) as client:
         raster = client.embed(paths, modality=modality)
     agrees_with_rasterio(raster, paths[0])
@@ -226,10 +226,10 @@ def test_embeddings(url, kind, paths, modality):
 
 
 @KINDS
-def test_points_and_series_say_what_the_raster_says(url, kind, paths, points, values):
+def test_points_and_series_agree_with_the_raster(url, kind, paths, points, values):
     places = [(lon, lat) for lon, lat, _, _ in points]
     with connected(kind, url) as client:
-        answers = client.classify_pixels(paths, outputs=["class", "confidence"])
+        outputs = client.classify_pixels(paths, outputs=["class", "confidence"])
         found = client.classify_pixels(paths, points=[*places, (0.0, 0.0)])
         in_series = client.classify_series(
             [
@@ -252,10 +252,10 @@ def test_points_and_series_say_what_the_raster_says(url, kind, paths, points, va
         assert (point.lon, point.lat) == pytest.approx((lon, lat))
         if single is None:
             continue
-        value = answers["class"].array[row, column]
+        value = outputs["class"].array[row, column]
         assert point.result.value == single.value == value
-        assert point.result.label == single.label == answers["class"].legend[value].name
-        expected = pytest.approx(float(answers["confidence"].array[row, column]), abs=1e-4)
+        assert point.result.label == single.label == outputs["class"].legend[value].name
+        expected = pytest.approx(float(outputs["confidence"].array[row, column]), abs=1e-4)
         assert point.result.confidence == expected
         assert single.confidence == expected
         assert sum(single.probabilities.values()) == pytest.approx(1, abs=1e-4)
@@ -263,13 +263,13 @@ def test_points_and_series_say_what_the_raster_says(url, kind, paths, points, va
 
 
 @KINDS
-def test_series_of_every_band_that_a_model_reads(url, kind, values, points, tmp_path):
+def test_series_are_accepted_with_every_band_of_a_model(url, kind, values, points, tmp_path):
     with connected(kind, url) as client:
-        # The small zoo has a model that fails on purpose.
+        # The tiny zoo has a model that always fails.
         served = [card for card in client.models() if card.name != "pixels-brittle"]
         cards = [card for card in served if card.task == "classify-pixels"]
         for card in cards:
-            # Reflectance of the bands that the landscape lacks: between those that it has.
+            # The landscape lacks some bands; their reflectance lies between that of the others.
             rest = [
                 values[:, n % 4] // 2 + values[:, (n + 1) % 4] // 2 for n in range(len(card.bands))
             ]
@@ -303,7 +303,7 @@ def test_series_of_every_band_that_a_model_reads(url, kind, values, points, tmp_
 
 
 @KINDS
-def test_forecasts_and_embeddings_of_points_and_series(url, kind, paths, points, values):
+def test_forecasts_and_embeddings_of_points_and_series_agree(url, kind, paths, points, values):
     lon, lat, row, column = points[0]
     bands = {
         band: values[:, BANDS.index(band), row, column] * 1e-4 for band in ("B02", "B04", "B08")
@@ -325,7 +325,7 @@ def test_forecasts_and_embeddings_of_points_and_series(url, kind, paths, points,
 
 
 @KINDS
-def test_a_summary_counts_what_the_map_shows(url, kind, paths):
+def test_a_summary_counts_the_classes_of_the_map(url, kind, paths):
     with connected(kind, url) as client:
         summary = client.classify_pixels(paths, answer="summary")
         classes = client.classify_pixels(paths)
@@ -337,7 +337,7 @@ def test_a_summary_counts_what_the_map_shows(url, kind, paths):
 
 
 @KINDS
-def test_files_come_in_any_form(url, kind, paths):
+def test_files_are_accepted_in_any_form(url, kind, paths):
     data = [(path.name, path.read_bytes()) for path in paths]
     with connected(kind, url) as client:
         expected = client.classify_pixels(paths).array
@@ -348,7 +348,7 @@ def test_files_come_in_any_form(url, kind, paths):
             for file in opened:
                 file.close()
         np.testing.assert_array_equal(client.classify_pixels(data).array, expected)
-        told = client.classify_pixels(
+        dated = client.classify_pixels(
             [(f"{n}.tif", content) for n, (_, content) in enumerate(data)],
             dates=DATES,
             bands=BANDS,
@@ -359,11 +359,11 @@ def test_files_come_in_any_form(url, kind, paths):
             model="pixels-landcover",
             start=date(2021, 1, 1),
         )
-        np.testing.assert_array_equal(told.array, expected)
+        np.testing.assert_array_equal(dated.array, expected)
 
 
 @KINDS
-def test_a_folder_a_pattern_and_a_zip_are_the_stack(url, kind, paths, tmp_path):
+def test_a_folder_a_pattern_and_a_zip_give_the_same_stack(url, kind, paths, tmp_path):
     folder = paths[0].parent
     archive = tmp_path / "stack.zip"
     with zipfile.ZipFile(archive, "w") as packed:
@@ -379,7 +379,7 @@ def test_a_folder_a_pattern_and_a_zip_are_the_stack(url, kind, paths, tmp_path):
 
 
 @KINDS
-def test_a_result_in_xarray_is_the_file(url, kind, paths, tmp_path):
+def test_a_result_in_xarray_equals_the_file(url, kind, paths, tmp_path):
     with connected(kind, url) as client:
         raster = client.forecast(paths, horizon=2, outputs=["q10", "q90"])
     array = raster.to_xarray()
@@ -455,9 +455,9 @@ def test_the_command_runs_jobs(url, paths, tmp_path):
 
 
 @KINDS
-def test_fields_count_what_the_map_shows(url, kind, paths, tmp_path):
+def test_fields_count_the_classes_of_the_map(url, kind, paths, tmp_path):
     with rasterio.open(paths[0]) as file:
-        # Whole pixels: rows 20 to 40, columns 30 to 70; a corner without data; and elsewhere.
+        # Full pixels: rows 20 to 40, columns 30 to 70; a corner without data; outside the raster.
         sides = [(20, 40, 30, 70), (1, 7, 1, 7), (500, 510, 500, 510)]
         corners = [
             (*file.transform * (left, bottom), *file.transform * (right, top))
@@ -493,7 +493,7 @@ def test_fields_count_what_the_map_shows(url, kind, paths, tmp_path):
 
 
 @KINDS
-def test_errors_arrive_as_themselves(url, kind, paths, tmp_path):
+def test_errors_are_raised_as_the_class_of_their_code(url, kind, paths, tmp_path):
     other = write(
         tmp_path / "2021-12-25.tif", np.ones((4, H, W + 1), np.uint16), descriptions=BANDS
     ).path
@@ -518,7 +518,7 @@ def test_errors_arrive_as_themselves(url, kind, paths, tmp_path):
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
-    """A service with a key, a small upload limit, and one place."""
+    """A service with a key, a small upload limit, and one run slot."""
     folder = tiny_zoo.write_zoo(tmp_path_factory.mktemp("guarded"))
     with served(
         model_dir=folder, api_keys="right", max_body_bytes=300_000, max_concurrency=1
@@ -527,7 +527,7 @@ def guarded(tmp_path_factory):
 
 
 @KINDS
-def test_keys(guarded, kind):
+def test_a_request_without_the_key_is_unauthorized(guarded, kind):
     for key in (None, "wrong"):
         with connected(kind, guarded, api_key=key) as client, pytest.raises(Unauthorized):
             client.models()
@@ -536,7 +536,7 @@ def test_keys(guarded, kind):
 
 
 @KINDS
-def test_an_upload_over_the_limit(guarded, kind):
+def test_an_upload_over_the_limit_is_rejected(guarded, kind):
     with (
         connected(kind, guarded, api_key="right") as client,
         pytest.raises(BodyTooLarge, match="300000"),
@@ -546,7 +546,7 @@ def test_an_upload_over_the_limit(guarded, kind):
 
 @contextmanager
 def full(url):
-    """Takes both seats of a service with one place, by uploads that do not go on."""
+    """Fill both queue slots of a service with one run slot, by uploads that do not continue."""
     place = urlsplit(url)
     head = (
         f"POST /classify-pixels HTTP/1.1\r\nHost: {place.netloc}\r\nX-API-Key: right\r\n"
@@ -554,14 +554,14 @@ def full(url):
     )
     with ExitStack() as stack:
         for _ in range(2):
-            stack.enter_context(seat((place.hostname, place.port), head.encode()))
+            stack.enter_context(queue_slot((place.hostname, place.port), head.encode()))
         yield
 
 
-def seat(address, head):
-    """A connection that holds a seat: one that does not is answered at once.
+def queue_slot(address, head):
+    """A connection that holds a queue slot; a connection without a slot gets a response at once.
 
-    Whoever held it before may have left a moment ago.
+    The slot may still be held for a moment by a connection that was closed.
     """
     for _ in range(100):
         connection = socket.create_connection(address)
@@ -572,19 +572,19 @@ def seat(address, head):
         except TimeoutError:
             return connection
         connection.close()
-    raise AssertionError("no seat came free")
+    raise AssertionError("no queue slot became free")
 
 
 @KINDS
-def test_a_full_service_turns_away_at_once(guarded, kind, paths):
+def test_a_full_service_rejects_at_once(guarded, kind, paths):
     with connected(kind, guarded, api_key="right", retries=0) as client, full(guarded):
-        turned_away = eventually(client, paths)
-    assert turned_away.status == 503
-    assert turned_away.retry_after == 5
+        rejected = eventually(client, paths)
+    assert rejected.status == 503
+    assert rejected.retry_after == 5
 
 
 def eventually(client, paths):
-    """The refusal; the seats are taken a moment after the bytes were sent."""
+    """The error of a full service; the slots are taken a moment after the bytes were sent."""
     for _ in range(100):
         try:
             client.classify_pixels(paths[:4])
@@ -593,7 +593,7 @@ def eventually(client, paths):
     return None
 
 
-def test_retrying_gets_in_when_a_seat_comes_free(guarded, paths):
+def test_a_retry_is_served_when_a_queue_slot_becomes_free(guarded, paths):
     with (
         connected("sync", guarded, api_key="right", retries=0) as probe,
         connected("sync", guarded, api_key="right", retries=3) as patient,
@@ -601,15 +601,15 @@ def test_retrying_gets_in_when_a_seat_comes_free(guarded, paths):
     ):
         with full(guarded):
             assert eventually(probe, paths)
-            asked = pool.submit(patient.classify_pixels, paths[:4])
+            response = pool.submit(patient.classify_pixels, paths[:4])
             time.sleep(0.5)
-            assert not asked.done()
-        assert isinstance(asked.result(timeout=60), Raster)
+            assert not response.done()
+        assert isinstance(response.result(timeout=60), Raster)
 
 
 @pytest.mark.usefixtures("shared_data")
 @KINDS
-def test_a_real_stack(url, kind, shared_data):
+def test_a_real_stack_is_classified(url, kind, shared_data):
     files = sorted((shared_data / "flanders_2017_2018").glob("*2018*.tif"))[::3]
     with connected(kind, url) as client:
         classes = client.classify_pixels(files)
