@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 SOURCES := models service training pimc_client tests benchmarks docs docker scripts
 
-.PHONY: demo serve test check lint format client lock checksums sbom audit bench docs clean
+.PHONY: demo explore serve test check lint format client lock checksums sbom audit bench docs clean
 
 # The whole environment. torch is installed first, so that no dependent package selects another build.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -22,6 +22,10 @@ $(VENV)/served: pyproject.toml constraints.txt
 
 demo: $(VENV)/served
 	$(BIN)/python docs/demo.py
+
+# The demo's stack in the explorer, until stopped.
+explore: $(VENV)/served
+	$(BIN)/python docs/demo.py --explore --port $(PORT)
 
 serve: $(VENV)/served
 	PIMC_PORT=$(PORT) $(BIN)/python -m service

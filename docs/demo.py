@@ -7,6 +7,7 @@ with the Copernicus tree cover density of 2018 for the same square.
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -104,17 +105,22 @@ def _variable(cube: Path, name: str) -> NDArray[np.generic]:
 
 
 @contextmanager
-def service() -> Iterator[str]:
-    """Start the service on a free port, wait until it is ready, stop it afterwards."""
+def service(port: int = 0, **variables: str) -> Iterator[str]:
+    """Start the service, wait until it is ready, stop it afterwards.
+
+    Args:
+        port: 0 for a free one.
+        variables: of its environment.
+    """
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("127.0.0.1", port))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     log = (OUT / "service.log").open("w")
     process = subprocess.Popen(
         [sys.executable, "-m", "service"],
         cwd=ROOT,
-        env={**os.environ, "PIMC_PORT": str(port), "PIMC_HOST": "127.0.0.1"},
+        env={**os.environ, "PIMC_PORT": str(port), "PIMC_HOST": "127.0.0.1", **variables},
         stdout=log,
         stderr=subprocess.STDOUT,
     )
@@ -232,12 +238,34 @@ def summer(paths: Sequence[Path], year: int) -> list[Path]:
 
 
 def main() -> None:
-    """Run the demo."""
+    """Run the demo, or serve its stack in the explorer until stopped."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--explore", action="store_true", help="serve the stack in the explorer")
+    parser.add_argument("--port", type=int, default=8000, help="of the explorer")
+    options = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     console.print(f"Fetching the stack ({WHEEL}) …")
     cube, trees = fetch(OUT / "data")
     paths = to_geotiffs(cube, OUT / "stack")
     console.print(f"{len(paths)} GeoTIFFs, {paths[0].stem[3:]} to {paths[-1].stem[3:]}")
+    if options.explore:
+        explore(options.port)
+    else:
+        make_maps(paths, trees)
+
+
+def explore(port: int) -> None:
+    """Serve the stack as the explorer's demo until interrupted."""
+    with service(port, PIMC_DEMO_DIR=str(OUT / "stack")) as url:
+        console.print(f"The explorer is at {url}/ : open it, and choose 'Open the demo'.")
+        console.print("Ctrl+C stops the service.")
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(1)
+
+
+def make_maps(paths: Sequence[Path], trees: Path) -> None:
+    """Make maps and pictures of the stack, and compare its tree class with the tree cover."""
     table = Table("task", "model", "pixels", "seconds", "pixels/s", box=None)
     with service() as url, Client(url) as pimc:
         start = time.perf_counter()
@@ -272,7 +300,9 @@ def main() -> None:
     console.print(
         f"Tree class against Copernicus tree cover 2018: {agreement:.1%} of {n:,} pixels agree"
     )
-    console.print(f"Maps and pictures are in {OUT.name}/")
+    console.print(
+        f"Maps and pictures are in {OUT.name}/; `make explore` shows the stack in a browser"
+    )
 
 
 if __name__ == "__main__":

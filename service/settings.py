@@ -163,6 +163,8 @@ class Settings(BaseSettings):
     """Folder of jobs and their results; None uses `state/<port>` in the checkout."""
     min_free_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(32 * 2**20)
     """Bytes that must be free for jobs and for requests; with fewer the service is not ready."""
+    demo_dir: Path | None = None
+    """Folder of GeoTIFFs that the explorer offers everybody as its demo; None for no demo."""
     job_workers: Annotated[int, Field(ge=1)] = 1
     """Jobs that run at once, in addition to synchronous runs."""
     max_jobs: Annotated[int, Field(ge=1)] = 100
@@ -218,6 +220,13 @@ class Settings(BaseSettings):
     def _is_a_path(cls, value: str | None) -> str | None:
         if value and not _ROOT_PATH.fullmatch(value):
             raise ValueError(f"'{value}' is not a path such as /pimc, without a slash at its end")
+        return value
+
+    @field_validator("demo_dir")
+    @classmethod
+    def _is_folder(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError(f"{value} is not an existing directory")
         return value
 
     @field_validator("allowed_roots")

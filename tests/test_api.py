@@ -476,7 +476,7 @@ def test_metrics_count_what_was_served(api: httpx.Client, scene: Scene) -> None:
 def test_a_person_with_a_browser_finds_the_way(api: httpx.Client) -> None:
     page = api.get("/")
     assert page.headers["content-type"].startswith("text/html")
-    for path in re.findall(r'href="([^"]+)"', page.text):
+    for path in re.findall(r'(?:href|src)="([^":]+)"', page.text):
         assert api.get(path).status_code == 200, path
 
 

@@ -26,7 +26,11 @@ _PAUSE = 0.005
 
 def zoo_with_a_held_model(root: Path) -> Path:
     """The tiny zoo and `pixels-held`."""
-    write_zoo(root)
+    return held_model(write_zoo(root))
+
+
+def held_model(root: Path) -> Path:
+    """`pixels-held` alone, to stand beside the built-in bundles."""
     write_bundle(root, HELD, "classify-pixels", "pixel", default=False)
     return root
 

@@ -1,52 +1,89 @@
-"""Home page and API documentation page."""
+"""The explorer page, its parts, and the API documentation page."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: FastAPI needs the types at run time.
+from collections.abc import Mapping
 from pathlib import Path
 
 from fastapi import APIRouter
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.api.dependencies import root_of
+from service.api.dependencies import App, root_of
 from service.api.middleware import page_policy
 from service.api.sending import StoredFile
 from service.errors import NotFound
 
-_STATIC = Path(__file__).parents[1] / "static" / "swagger-ui"
-# Changed by a new release of the service alone.
-_CACHED = {"Cache-Control": "public, max-age=86400"}
+_STATIC = Path(__file__).parents[1] / "static"
+_SWAGGER = _STATIC / "swagger-ui"
+_EXPLORER = _STATIC / "explorer"
 _ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
+_KINDS = {".js": "text/javascript", ".css": "text/css"}
+_PARTS: Mapping[str, Path] = {
+    path.relative_to(_EXPLORER).as_posix(): path
+    for path in sorted(_EXPLORER.rglob("*"))
+    if path.suffix in _KINDS
+}
+_PAGE = (_EXPLORER / "index.html").read_text()
+_DEMO = frozenset({".tif", ".tiff"})
 router = APIRouter(include_in_schema=False)
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>PIMC</title>
-<style>body{font:1rem/1.5 system-ui;max-width:40rem;margin:3rem auto;padding:0 1rem}</style>
-<h1>PIMC</h1>
-<p>Land-cover classes, vegetation forecasts and embeddings from satellite image time series.</p>
-<ul>
-<li><code>POST /classify-pixels</code>: a class for every pixel
-<li><code>POST /forecast</code>: the next values of NDVI, EVI and SAVI
-<li><code>POST /landcover</code>: land-cover labels from imagery
-<li><code>POST /embed</code>: embeddings of pixels or patches
-<li><a href="/jobs">/jobs</a>: runs that go on by themselves
-<li><a href="/models">/models</a>: the models and their cards
-<li><a href="/docs">/docs</a>, <a href="/openapi.json">/openapi.json</a>: the API
-<li><a href="/health/ready">/health/ready</a>, <a href="/metrics">/metrics</a>: how it is doing
-</ul>
-</html>
-"""
 
 
 @router.get("/", response_class=HTMLResponse)
-async def home(request: Request) -> HTMLResponse:
-    """The endpoints, listed."""
-    page = _PAGE.replace('href="/', f'href="{root_of(request)}/')
-    return HTMLResponse(page, headers={"Content-Security-Policy": page_policy(page)})
+async def home() -> HTMLResponse:
+    """The explorer: a page that runs tasks on a stack and shows their results."""
+    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": page_policy(_PAGE)})
+
+
+@router.get("/explorer/demo")
+async def demo(app: App) -> JSONResponse:
+    """Names of the demo's files, if `PIMC_DEMO_DIR` names a folder with GeoTIFFs.
+
+    Raises:
+        NotFound: this service has no demo.
+    """
+    return JSONResponse({"files": sorted(_demo_files(app.settings.demo_dir))})
+
+
+@router.get("/explorer/demo/{name}")
+async def demo_file(name: str, app: App) -> Response:
+    """One file of the demo.
+
+    Raises:
+        NotFound: the demo has no such file.
+    """
+    path = _demo_files(app.settings.demo_dir).get(name)
+    if path is None:
+        raise NotFound(f"the demo has no file '{name[:64]}'")
+    return StoredFile(path, media_type="image/tiff")
+
+
+@router.get("/explorer/{asset:path}")
+async def explorer_asset(asset: str) -> Response:
+    """A script or style sheet of the explorer.
+
+    Raises:
+        NotFound: the explorer has no such part.
+    """
+    path = _PARTS.get(asset)
+    if path is None:
+        raise NotFound(f"there is no /explorer/{asset[:64]}")
+    # Parts of two releases must not meet in one page: a browser checks each time.
+    return _cached(path, _KINDS[path.suffix], "no-cache")
+
+
+def _cached(path: Path, kind: str, how: str) -> Response:
+    response = StoredFile(path, media_type=kind)
+    response.headers["Cache-Control"] = how
+    return response
+
+
+def _demo_files(folder: Path | None) -> dict[str, Path]:
+    """The GeoTIFFs of the demo's folder, by name."""
+    if folder is None:
+        raise NotFound("this service has no demo: PIMC_DEMO_DIR is not set")
+    return {path.name: path for path in folder.iterdir() if path.suffix.lower() in _DEMO}
 
 
 @router.get("/docs", response_class=HTMLResponse)
@@ -66,12 +103,10 @@ async def documentation(request: Request) -> HTMLResponse:
     return page
 
 
-@router.get("/docs/{asset}", response_class=Response)
-async def documentation_asset(asset: str) -> StoredFile:
+@router.get("/docs/{asset}")
+async def documentation_asset(asset: str) -> Response:
     """Swagger UI's script and style sheet, served from here so that no other host is needed."""
     kind = _ASSETS.get(asset)
     if kind is None:
         raise NotFound(f"there is no /docs/{asset[:64]}")
-    response = StoredFile(_STATIC / asset, media_type=kind)
-    response.headers.update(_CACHED)
-    return response
+    return _cached(_SWAGGER / asset, kind, "public, max-age=86400")

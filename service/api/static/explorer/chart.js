@@ -1,0 +1,128 @@
+/** Charts of one place: its series, its forecast, its class probabilities, its recurrence plots. */
+
+const SVG = "http://www.w3.org/2000/svg";
+const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP] = [360, 170, 28, 18, 8];
+const DAY = 86_400_000;
+const YEAR = 365.25 * DAY;
+export const INDICES = ["NDVI", "EVI", "SAVI"];
+
+/**
+ * NDVI, EVI and SAVI by date, cloudy dates marked below, a forecast with its band and the curve of
+ * a year before it.
+ *
+ * @param {{dates: string[], clear: number[], NDVI: (number|null)[], EVI: object, SAVI: object}} measured
+ * @param {{dates: string[], NDVI: {q10: number[], q50: number[], q90: number[]}} | null} forecast
+ */
+export function seriesChart(measured, forecast) {
+  const times = measured.dates.map((date) => Date.parse(date));
+  const later = forecast ? forecast.dates.map((date) => Date.parse(date)) : [];
+  const from = Math.min(...times);
+  const to = Math.max(...times, ...later);
+  const x = (time) => LEFT + ((WIDTH - LEFT - 6) * (time - from)) / (to - from || 1);
+  const y = (value) => TOP + (HEIGHT - TOP - BOTTOM) * (1 - (Math.min(1, Math.max(-0.2, value)) + 0.2) / 1.2);
+  const chart = element("svg", {
+    class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img",
+    "aria-label": `NDVI, EVI and SAVI on ${times.length} dates from ${measured.dates[0]} to ${measured.dates.at(-1)}`,
+  });
+  for (const value of [0, 0.5, 1]) {
+    chart.append(element("path", { class: "axis", d: `M${LEFT} ${y(value)}H${WIDTH - 6}` }));
+    chart.append(text(LEFT - 4, y(value) + 3, String(value), "end"));
+  }
+  chart.append(text(LEFT, HEIGHT - 4, measured.dates[0], "start"));
+  chart.append(text(WIDTH - 6, HEIGHT - 4, (forecast?.dates ?? measured.dates).at(-1), "end"));
+  if (forecast) {
+    const upper = later.map((time, at) => `${x(time)} ${y(forecast.NDVI.q90[at])}`);
+    const lower = later.map((time, at) => `${x(time)} ${y(forecast.NDVI.q10[at])}`).reverse();
+    chart.append(element("path", { class: "band", d: `M${[...upper, ...lower].join("L")}Z` }));
+    // What the same days of the year before looked like.
+    const before = times.map((time, at) => [time + YEAR, measured.NDVI[at]])
+      .filter(([time, value]) => value !== null && time >= later[0] - 15 * DAY && time <= later.at(-1) + 15 * DAY);
+    chart.append(line("ndvi last", before.map(([time, value]) => [x(time), y(value)])));
+    chart.append(line("ndvi", later.map((time, at) => [x(time), y(forecast.NDVI.q50[at])])));
+  }
+  for (const index of INDICES) {
+    const there = times.map((time, at) => [time, measured[index][at]]).filter(([, value]) => value !== null);
+    chart.append(line(index.toLowerCase(), there.map(([time, value]) => [x(time), y(value)])));
+  }
+  times.forEach((time, at) => {
+    if (measured.clear[at] > 0) return;
+    const mark = element("path", { class: "cloudy", d: `M${x(time) - 2} ${y(-0.2) - 4}l4 4m0 -4l-4 4` });
+    mark.append(titled(`${measured.dates[at]}: not clear`));
+    chart.append(mark);
+  });
+  return chart;
+}
+
+/** What the lines of a series chart mean. */
+export function seriesKey(forecast) {
+  const key = document.createElement("p");
+  key.className = "hint";
+  key.textContent = `Green NDVI, orange EVI, blue SAVI; × dates that are not clear${
+    forecast ? "; shaded: 80 % band of the forecast NDVI; dashed: NDVI a year before" : ""}.`;
+  return key;
+}
+
+/** A table of class probabilities, the largest first. */
+export function probabilityTable(probabilities) {
+  const table = document.createElement("table");
+  table.innerHTML = "<thead><tr><th scope=col>Class<th scope=col class=number>Probability</thead>";
+  const body = table.createTBody();
+  const sorted = Object.entries(probabilities).sort(([, a], [, b]) => b - a).slice(0, 8);
+  for (const [name, value] of sorted) {
+    const row = body.insertRow();
+    row.insertCell().textContent = name;
+    const cell = row.insertCell();
+    cell.className = "number";
+    cell.textContent = `${(100 * value).toFixed(1)} %`;
+  }
+  return table;
+}
+
+/** The recurrence plots (M x M) of a place, as the model's encoder sees them. */
+export function plotFigures(plots) {
+  const row = document.createElement("div");
+  row.className = "plots";
+  for (const index of INDICES) {
+    const plot = plots[index] ?? plots[index.toLowerCase()];
+    if (!plot) continue;
+    const figure = document.createElement("figure");
+    const canvas = document.createElement("canvas");
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `Recurrence plot of ${index}`);
+    canvas.width = canvas.height = plot.length;
+    const context = canvas.getContext("2d");
+    const highest = Math.max(...plot.flat(), 1e-9);
+    plot.forEach((values, y) => values.forEach((value, x) => {
+      const grey = Math.round(255 * (1 - value / highest));
+      context.fillStyle = `rgb(${grey},${grey},${grey})`;
+      context.fillRect(x, y, 1, 1);
+    }));
+    const caption = document.createElement("figcaption");
+    caption.textContent = index;
+    figure.append(canvas, caption);
+    row.append(figure);
+  }
+  return row;
+}
+
+function line(name, points) {
+  return element("path", { class: name, d: points.length ? `M${points.map((p) => p.join(" ")).join("L")}` : "M0 0" });
+}
+
+function text(x, y, content, anchor) {
+  const made = element("text", { x, y, "text-anchor": anchor });
+  made.textContent = content;
+  return made;
+}
+
+function titled(content) {
+  const title = element("title", {});
+  title.textContent = content;
+  return title;
+}
+
+function element(name, attributes) {
+  const made = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}

@@ -1,0 +1,535 @@
+/** The explorer page: choose a stack, run a task, look at the result, ask about a pixel. */
+
+import { Problem, askForKey, address, json, keyHeaders, send } from "./api.js";
+import { plotFigures, probabilityTable, seriesChart, seriesKey } from "./chart.js";
+import { ExplorerMap } from "./map.js";
+import { Raster, classColours, painted, rampColour, rampColours, rgb } from "./raster.js";
+import { chosenFiles, droppedFiles, formOf, pictures } from "./stack.js";
+import { Teacher, canTeach } from "./teach.js";
+
+const LOOK_MS = 500;
+const OUTPUTS = { "classify-pixels": "class", landcover: "class", forecast: "q50" };
+const UNITS = ["B", "kB", "MB", "GB"];
+const part = (id) => document.getElementById(id);
+
+const state = {
+  /** @type {{name: string, file: File}[]} */
+  files: [],
+  pictures: [],
+  /** Cards by model name. */
+  models: new Map(),
+  defaults: {},
+  /** The job that is waited for. */
+  job: null,
+  upload: null,
+  teacher: null,
+};
+
+const map = new ExplorerMap(part("map"), (lonLat) => chosen(lonLat));
+
+// Messages -------------------------------------------------------------------------------------
+
+function say(text) {
+  part("status").textContent = text;
+}
+
+function showProblem(error) {
+  if (error instanceof DOMException && error.name === "AbortError") return;
+  const box = part("problem");
+  const title = document.createElement("strong");
+  title.textContent = error instanceof Problem ? error.title : "This page failed";
+  const detail = document.createElement("p");
+  detail.textContent = error.message;
+  box.replaceChildren(title, detail);
+  box.hidden = false;
+}
+
+function clearProblem() {
+  part("problem").hidden = true;
+  say("");
+}
+
+/** Run something that may fail, and show the failure. */
+async function guarded(work) {
+  clearProblem();
+  try {
+    return await work();
+  } catch (error) {
+    showProblem(error);
+    return undefined;
+  }
+}
+
+// The stack ------------------------------------------------------------------------------------
+
+async function take(files) {
+  if (!files.length) return;
+  state.files = files;
+  part("run").disabled = false;
+  const bytes = files.reduce((sum, { file }) => sum + file.size, 0);
+  const facts = part("stack-facts");
+  facts.textContent = `${files.length} file${files.length > 1 ? "s" : ""}, ${size(bytes)}.`;
+  await guarded(async () => {
+    state.pictures = await pictures(files);
+    part("date-row").hidden = state.pictures.length < 2;
+    part("date").max = Math.max(0, state.pictures.length - 1);
+    part("date").value = 0;
+    if (state.pictures.length) {
+      await showPicture(0);
+      facts.textContent += ` ${state.pictures.length} dates by the names, from ${state.pictures[0].date} to ${state.pictures.at(-1).date}.`;
+    } else {
+      facts.textContent += " This page draws no picture of such files; the service reads them.";
+    }
+  });
+  await examine(facts);
+}
+
+/** What the service understands of the stack before anything runs. */
+async function examine(facts) {
+  const task = part("task").value;
+  try {
+    const found = await json("validate", { method: "POST", body: formOf(state.files, { task, model: part("model").value }) });
+    showFindings(facts, found);
+  } catch (error) {
+    if (!(error instanceof Problem) || (error.status !== 404 && error.status !== 405)) showProblem(error);
+  }
+}
+
+function showFindings(facts, found) {
+  const dates = found.dates ?? [];
+  const lines = [];
+  if (dates.length) lines.push(`The service reads ${dates.length} dates, from ${dates[0]} to ${dates.at(-1)}.`);
+  for (const line of lines) facts.append(Object.assign(document.createElement("p"), { textContent: line, className: "hint" }));
+  facts.append(...warnings(found.warnings ?? []));
+}
+
+async function showPicture(at) {
+  const picture = state.pictures[at];
+  part("date-text").textContent = picture.date;
+  const { canvas, raster } = await picture.draw();
+  if (Number(part("date").value) !== at) return; // another date was chosen meanwhile
+  map.show(raster);
+  map.put("picture", canvas, raster.bounds);
+}
+
+function size(bytes) {
+  let unit = 0;
+  while (bytes >= 1000 && unit < UNITS.length - 1) { bytes /= 1000; unit += 1; }
+  return `${bytes.toFixed(unit ? 1 : 0)} ${UNITS[unit]}`;
+}
+
+// Models ---------------------------------------------------------------------------------------
+
+async function loadModels(choice) {
+  const found = await json("models");
+  state.models = new Map(found.models.map((card) => [card.name, card]));
+  state.defaults = found.defaults;
+  offerModels(choice);
+}
+
+function offerModels(choice) {
+  const task = part("task").value;
+  const fitting = [...state.models.values()].filter((card) => card.task === task);
+  part("model").replaceChildren(...fitting.map((card) => new Option(card.name, card.name)));
+  part("model").value = choice && fitting.some((card) => card.name === choice) ? choice : state.defaults[task] ?? "";
+  describeModel();
+}
+
+function describeModel() {
+  const card = state.models.get(part("model").value);
+  part("model-text").textContent = card?.description ?? "";
+}
+
+// Runs -----------------------------------------------------------------------------------------
+
+async function run() {
+  const task = part("task").value;
+  const [fields] = part("fields").files;
+  busy(true, "Sending the files");
+  state.upload = new AbortController();
+  const job = await guarded(async () => {
+    const reply = await send(task, {
+      method: "POST",
+      headers: { Prefer: "respond-async" },
+      body: formOf(state.files, { model: part("model").value, fields }),
+      progress: (share) => progress(100 * share, `Sending the files: ${Math.round(100 * share)} %`),
+      signal: state.upload.signal,
+    });
+    return JSON.parse(await reply.blob.text());
+  });
+  state.upload = null;
+  if (job) await follow(job.jobID);
+  busy(false);
+}
+
+/** Wait for a job, then show its result. */
+async function follow(id) {
+  state.job = id;
+  location.hash = `job=${id}`;
+  busy(true, "Waiting for its turn");
+  const info = await guarded(async () => {
+    for (;;) {
+      const found = await look(id);
+      if (found.status === "running") progress(found.progress, `Running: ${found.progress} %`);
+      if (!["accepted", "running"].includes(found.status)) return found;
+      await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
+    }
+  });
+  busy(false);
+  state.job = null;
+  guarded(listJobs);
+  if (info) await guarded(() => open(info));
+}
+
+/** A job's status; a lost connection is tried again. */
+async function look(id) {
+  for (let attempt = 0; ; attempt++) {
+    try {
+      return await json(`jobs/${id}`);
+    } catch (error) {
+      const passing = error instanceof Problem && (error.status === 0 || error.status === 503);
+      if (!passing || attempt >= 20) throw error;
+      say("The connection is lost; trying again.");
+      await new Promise((resolve) => setTimeout(resolve, Math.min(5000, 500 * 2 ** attempt)));
+    }
+  }
+}
+
+async function cancel() {
+  state.upload?.abort();
+  if (state.job) await guarded(() => send(`jobs/${state.job}`, { method: "DELETE" }));
+}
+
+function busy(on, text = "") {
+  part("run").disabled = on || !state.files.length;
+  part("cancel").hidden = !on;
+  part("progress-row").hidden = !on;
+  if (on) progress(0, text);
+}
+
+function progress(percent, text) {
+  part("progress").value = percent;
+  part("progress-text").textContent = text;
+}
+
+async function listJobs() {
+  const { jobs } = await json("jobs?limit=20");
+  part("jobs").replaceChildren(...jobs.map((job) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    const when = new Date(job.created).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+    button.textContent = `${job.processID}, ${when}: ${job.status}`;
+    button.addEventListener("click", () => follow(job.jobID));
+    const item = document.createElement("li");
+    item.append(button);
+    return item;
+  }));
+}
+
+// Results --------------------------------------------------------------------------------------
+
+async function open(info) {
+  part("result").hidden = false;
+  const body = part("result-body");
+  body.replaceChildren();
+  if (info.status === "dismissed") {
+    body.textContent = "This run was cancelled.";
+    return;
+  }
+  if (info.status === "failed") {
+    part("result").hidden = true;
+    await json(`jobs/${info.jobID}/result`); // its problem
+    return;
+  }
+  const result = `jobs/${info.jobID}/result`;
+  const output = OUTPUTS[info.processID];
+  let summary;
+  try {
+    summary = await json(result);
+  } catch (error) {
+    if (!(error instanceof Problem) || error.status !== 406) throw error;
+    await openFields(info, body);
+    return;
+  }
+  if (summary.type === "FeatureCollection") {
+    await openFields(info, body);
+    return;
+  }
+  body.append(...warnings(summary.warnings ?? []), summaryTable(summary), ...downloads(info, output));
+  if (!output) return;
+  const raster = await Raster.open(`${result}/${output}`);
+  map.show(raster);
+  const card = state.models.get((summary.model ?? "").split("@")[0]);
+  part("layers").hidden = false;
+  part("band").replaceChildren(...raster.names.map((name, at) => new Option(name || output, at)));
+  part("band").onchange = () => guarded(() => draw(raster, card, Number(part("band").value)));
+  await draw(raster, card, 0);
+}
+
+async function draw(raster, card, band) {
+  const pixels = await raster.read([band]);
+  const classes = card?.classes?.length ? card.classes : null;
+  const colours = classes ? classColours(classes) : rampColours(-0.1, 0.9);
+  map.put("result", painted(pixels, colours), raster.bounds);
+  map.opacity(part("opacity").value / 100);
+  map.swipe(part("swipe").value / 100);
+  showLegend(classes);
+}
+
+async function openFields(info, body) {
+  const collection = await json(`jobs/${info.jobID}/result`, { headers: { Accept: "application/geo+json" } });
+  body.append(...warnings(collection.warnings ?? []));
+  const card = [...state.models.values()].find((one) => (collection.model ?? "").startsWith(`${one.name}@`));
+  const colours = new Map((card?.classes ?? []).map((one) => [one.value, one.color]));
+  body.append(...downloads(info, null));
+  if (!map.map) {
+    body.append(Object.assign(document.createElement("p"), { className: "hint", textContent: "Choose the stack to see the fields on its picture." }));
+    return;
+  }
+  map.putPolygons(collection, (feature) => ({
+    color: "#111", weight: 1, fillColor: colours.get(feature.properties.value) ?? "#888", fillOpacity: 0.7,
+  }), describeField);
+  showLegend(card?.classes?.length ? card.classes : null);
+  part("layers").hidden = false;
+}
+
+function describeField(feature) {
+  const body = part("pixel-body");
+  body.replaceChildren();
+  const table = document.createElement("table");
+  for (const [name, value] of Object.entries(feature.properties)) {
+    if (value !== null && typeof value === "object") continue;
+    const row = table.insertRow();
+    row.insertCell().textContent = name;
+    row.insertCell().textContent = typeof value === "number" ? Number(value.toFixed(4)) : value;
+  }
+  body.append(table);
+  if (feature.properties.probabilities) body.append(probabilityTable(feature.properties.probabilities));
+}
+
+function warnings(list) {
+  return list.map(({ code, detail }) => {
+    const box = document.createElement("p");
+    box.className = "warning";
+    const name = document.createElement("strong");
+    name.textContent = `${code}: `;
+    box.append(name, detail);
+    return box;
+  });
+}
+
+function summaryTable(summary) {
+  const table = document.createElement("table");
+  if (!summary.classes) return table;
+  table.innerHTML = "<thead><tr><th scope=col>Class<th scope=col class=number>Hectares<th scope=col class=number>Confidence</thead>";
+  const body = table.createTBody();
+  for (const one of summary.classes.filter((row) => row.pixels > 0)) {
+    const row = body.insertRow();
+    row.insertCell().textContent = one.name;
+    for (const value of [one.hectares?.toFixed(1), one.mean_confidence?.toFixed(2) ?? one.confidence?.toFixed(2)]) {
+      const cell = row.insertCell();
+      cell.className = "number";
+      cell.textContent = value ?? "";
+    }
+  }
+  return table;
+}
+
+function showLegend(classes) {
+  const legend = part("legend");
+  const swatch = (text, paint, className = "swatch") => {
+    const item = document.createElement("span");
+    item.className = className;
+    const canvas = document.createElement("canvas");
+    paint(canvas);
+    item.append(canvas, text);
+    return item;
+  };
+  if (classes) {
+    legend.replaceChildren(...classes.map((one) => swatch(one.name, (canvas) => {
+      [canvas.width, canvas.height] = [1, 1];
+      fill(canvas, 0, [...rgb(one.color), 255]);
+    })));
+    return;
+  }
+  legend.replaceChildren("−0.1", swatch("0.9", (canvas) => {
+    [canvas.width, canvas.height] = [100, 1];
+    for (let at = 0; at < 100; at++) fill(canvas, at, rampColour(at / 99));
+  }, "swatch ramp"));
+}
+
+function fill(canvas, x, [r, g, b]) {
+  const context = canvas.getContext("2d");
+  context.fillStyle = `rgb(${r},${g},${b})`;
+  context.fillRect(x, 0, 1, 1);
+}
+
+/** Buttons that save the result, and the lines that do the same without this page. */
+function downloads(info, output) {
+  const result = `jobs/${info.jobID}/result`;
+  const kinds = output
+    ? [["GeoTIFF (COG)", `${result}/${output}`, "", `${output}.tif`], ["Zip with QGIS style", result, "application/zip", "result.zip"]]
+    : [["GeoJSON", result, "application/geo+json", "fields.geojson"], ["CSV", result, "text/csv", "fields.csv"], ["GeoParquet", result, "application/vnd.apache.parquet", "fields.parquet"]];
+  const buttons = document.createElement("p");
+  buttons.className = "buttons";
+  for (const [text, path, accept, name] of kinds) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = text;
+    button.addEventListener("click", () => guarded(async () => {
+      const { blob } = await send(path, accept ? { headers: { Accept: accept } } : {});
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(blob);
+      link.download = name;
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+    }));
+    buttons.append(button);
+  }
+  const key = "X-API-Key" in keyHeaders() ? ' -H "X-API-Key: $PIMC_API_KEY"' : "";
+  const lines = document.createElement("pre");
+  lines.tabIndex = 0;
+  lines.textContent = [
+    "# curl",
+    `curl --fail-with-body${key} -F files=@2021-01-05.tif … \\`,
+    `  -F model=${part("model").value} -o result.tif ${address(info.processID)}`,
+    "",
+    "# Python",
+    "from pimc_client import Client",
+    `client = Client("${address("").replace(/\/$/, "")}")`,
+    `client.job("${info.jobID}").result()`,
+  ].join("\n");
+  return [buttons, lines];
+}
+
+// One pixel ------------------------------------------------------------------------------------
+
+async function chosen(lonLat) {
+  const body = part("pixel-body");
+  if (!lonLat) {
+    body.textContent = "This page places pixels of UTM zones, EPSG:4326, EPSG:3857 and EPSG:3035; the raster has another CRS.";
+    return;
+  }
+  if (state.teacher?.take(lonLat)) return;
+  body.replaceChildren(Object.assign(document.createElement("p"), {
+    className: "hint", textContent: `Longitude ${lonLat[0].toFixed(6)}, latitude ${lonLat[1].toFixed(6)}`,
+  }));
+  if (!state.files.length) {
+    body.append("Choose the stack to see the pixel's series.");
+    return;
+  }
+  await guarded(async () => {
+    const points = { type: "FeatureCollection", features: [{ type: "Feature", properties: {}, geometry: { type: "Point", coordinates: lonLat } }] };
+    const places = JSON.stringify(points);
+    const found = await measuredAt({ points: places, plots: "true" })
+      .catch((error) => {
+        // Not every service has a model whose card states recurrence plots.
+        if (error.status !== 422) throw error;
+        return measuredAt({ points: places });
+      });
+    const measured = found.features[0].properties;
+    if (measured.status !== "ok") {
+      body.append(`No clear observation here (${measured.status}).`);
+      return;
+    }
+    const forecast = await predicted("forecast", measured, state.defaults.forecast);
+    body.append(seriesChart(measured, forecast), seriesKey(forecast));
+    if (measured.plots) body.append(plotFigures(measured.plots));
+    const card = state.models.get(part("model").value);
+    const classes = card?.task === "classify-pixels" ? card.name : state.defaults["classify-pixels"];
+    const result = await predicted("classify-pixels", measured, classes);
+    if (result) body.append(probabilityTable(result.probabilities));
+  });
+}
+
+function measuredAt(fields) {
+  return json("series", { method: "POST", body: formOf(state.files, fields), headers: { Accept: "application/geo+json" } });
+}
+
+/** What a model predicts of a measured series; null if the series does not do for it. */
+async function predicted(task, measured, model) {
+  const card = state.models.get(model);
+  if (!card) return null;
+  const there = measured.dates.map((_, at) => at).filter((at) => measured.clear[at] > 0);
+  const series = { id: "pixel", dates: there.map((at) => measured.dates[at]) };
+  for (const band of card.bands) {
+    if (!measured[band]) return null;
+    series[band] = there.map((at) => measured[band][at]);
+  }
+  try {
+    const found = await json(task, {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ series: [series], model }),
+    });
+    return found.results[0].status === "ok" ? found.results[0] : null;
+  } catch (error) {
+    if (error instanceof Problem && error.status === 422) return null;
+    throw error;
+  }
+}
+
+// The demo -------------------------------------------------------------------------------------
+
+async function offerDemo() {
+  try {
+    state.demo = (await json("explorer/demo")).files;
+    part("open-demo").hidden = !state.demo.length;
+  } catch (error) {
+    if (!(error instanceof Problem) || error.status !== 404) throw error;
+  }
+}
+
+async function openDemo() {
+  say("Fetching the demo");
+  const files = [];
+  for (const name of state.demo) {
+    const { blob } = await send(`explorer/demo/${encodeURIComponent(name)}`);
+    files.push({ name, file: new File([blob], name) });
+  }
+  say("");
+  await take(files);
+}
+
+// Start ----------------------------------------------------------------------------------------
+
+part("choose-files").addEventListener("click", () => part("files").click());
+part("choose-folder").addEventListener("click", () => part("folder").click());
+for (const id of ["files", "folder"]) {
+  part(id).addEventListener("change", (event) => guarded(() => take(chosenFiles(event.target.files))));
+}
+for (const kind of ["dragover", "dragleave", "drop"]) {
+  addEventListener(kind, (event) => {
+    event.preventDefault();
+    part("drop").classList.toggle("over", kind === "dragover");
+    if (kind === "drop") guarded(async () => take(await droppedFiles(event.dataTransfer)));
+  });
+}
+part("open-demo").addEventListener("click", () => guarded(openDemo));
+part("date").addEventListener("input", (event) => guarded(() => showPicture(Number(event.target.value))));
+part("task").addEventListener("change", () => offerModels());
+part("model").addEventListener("change", describeModel);
+part("run-form").addEventListener("submit", (event) => { event.preventDefault(); run(); });
+part("cancel").addEventListener("click", cancel);
+part("opacity").addEventListener("input", (event) => map.opacity(event.target.value / 100));
+part("swipe").addEventListener("input", (event) => map.swipe(event.target.value / 100));
+part("set-key").addEventListener("click", async () => {
+  if (await askForKey()) guarded(() => loadModels());
+});
+
+await guarded(async () => {
+  await loadModels();
+  await Promise.all([listJobs(), offerDemo()]);
+  part("teach").hidden = !(await canTeach());
+  if (!part("teach").hidden) {
+    state.teacher = new Teacher(part("teach-body"), {
+      addPoint: (lonLat, colour, name) => map.addPoint(lonLat, colour, name),
+      files: () => state.files,
+      taught: (name) => guarded(() => loadModels(name)),
+      failed: showProblem,
+    });
+  }
+  const job = new URLSearchParams(location.hash.slice(1)).get("job");
+  if (job) await follow(job);
+});
+document.documentElement.dataset.ready = "yes";

@@ -1,0 +1,128 @@
+/** Own classes: points labelled on the map become a model of the caller's own (`POST /heads`). */
+
+import { Problem, json, send } from "./api.js";
+import { formOf } from "./stack.js";
+
+const PALETTE = ["#e6550d", "#3182bd", "#31a354", "#756bb1", "#fdd049", "#de2d86", "#00a5a5", "#8c6d31"];
+
+/** Whether this service teaches own classes. */
+export async function canTeach() {
+  try {
+    await json("heads");
+    return true;
+  } catch (error) {
+    if (error instanceof Problem && error.status === 404) return false;
+    throw error;
+  }
+}
+
+/** The form of own classes. */
+export class Teacher {
+  /**
+   * @param {HTMLElement} body where the form goes
+   * @param {{addPoint: (lonLat: number[], colour: string, name: string) => () => void,
+   *          files: () => {name: string, file: File}[], taught: (model: string) => void,
+   *          failed: (error: Error) => void}} page
+   */
+  constructor(body, page) {
+    this.body = body;
+    this.page = page;
+    this.labels = [];
+    body.innerHTML = `
+      <p class="hint">Name a class, switch labelling on and click its places on the map: at least five of each of two classes, spread over the area.</p>
+      <label>Class <input type="text" id="class-name" list="class-names" autocomplete="off"></label>
+      <datalist id="class-names"></datalist>
+      <label><input type="checkbox" id="labelling"> Label the pixels that I choose</label>
+      <table id="label-counts"></table>
+      <label>Name of the model <input type="text" id="head-name" value="my-classes" pattern="[a-z0-9][a-z0-9-]*"></label>
+      <p class="buttons">
+        <button type="button" id="teach-run" class="primary">Teach</button>
+        <button type="button" id="label-undo">Remove the last label</button>
+      </p>
+      <div id="teach-score" role="status"></div>`;
+    this.part = (id) => body.querySelector(`#${id}`);
+    this.part("teach-run").addEventListener("click", () => this._teach());
+    this.part("label-undo").addEventListener("click", () => this._undo());
+    this._show();
+  }
+
+  /** Take a chosen pixel as a label. Returns whether it was taken. */
+  take(lonLat) {
+    const name = this.part("class-name").value.trim();
+    if (!this.part("labelling").checked || !name) return false;
+    const remove = this.page.addPoint(lonLat, this._colour(name), name);
+    this.labels.push({ name, lonLat, remove });
+    this._show();
+    return true;
+  }
+
+  _colour(name) {
+    const names = [...new Set([...this.labels.map((label) => label.name), name])];
+    return PALETTE[names.indexOf(name) % PALETTE.length];
+  }
+
+  _undo() {
+    this.labels.pop()?.remove();
+    this._show();
+  }
+
+  _show() {
+    const counts = new Map();
+    for (const { name } of this.labels) counts.set(name, (counts.get(name) || 0) + 1);
+    const table = this.part("label-counts");
+    table.textContent = "";
+    for (const [name, count] of counts) {
+      const row = table.insertRow();
+      row.insertCell().textContent = name;
+      const cell = row.insertCell();
+      cell.className = "number";
+      cell.textContent = count;
+    }
+    this.part("class-names").replaceChildren(...[...counts.keys()].map((name) => new Option(name)));
+    this.part("label-undo").disabled = !this.labels.length;
+    this.part("teach-run").disabled = counts.size < 2 || !this.page.files().length;
+  }
+
+  async _teach() {
+    const name = this.part("head-name").value.trim();
+    const labels = {
+      type: "FeatureCollection",
+      features: this.labels.map((label) => ({
+        type: "Feature",
+        geometry: { type: "Point", coordinates: label.lonLat },
+        properties: { class: label.name },
+      })),
+    };
+    const score = this.part("teach-score");
+    score.textContent = "The service learns your classes…";
+    this.part("teach-run").disabled = true;
+    try {
+      const form = formOf(this.page.files(), { name, labels: JSON.stringify(labels) });
+      const reply = await send("heads", { method: "POST", body: form, headers: { Accept: "application/json" } });
+      let card = JSON.parse(await reply.blob.text());
+      if (reply.status === 202) card = await this._finished(card.jobID);
+      const metrics = card.metrics ?? {};
+      const f1 = metrics.macro_f1 ?? metrics.macro_F1;
+      score.textContent = f1 === undefined
+        ? `'${card.name}' is ready.`
+        : `'${card.name}' is ready: macro-F1 ${Number(f1).toFixed(2)} on places that it was not taught.`;
+      this.page.taught(card.name);
+    } catch (error) {
+      score.textContent = "";
+      this.page.failed(error);
+    } finally {
+      this._show();
+    }
+  }
+
+  async _finished(job) {
+    for (;;) {
+      const info = await json(`jobs/${job}`);
+      if (info.status === "successful") return json(`jobs/${job}/result`);
+      if (info.status === "failed" || info.status === "dismissed") {
+        throw new Problem(422, { title: "Teaching failed", detail: info.message || `The job was ${info.status}.` });
+      }
+      await new Promise((resolve) => setTimeout(resolve, 500));
+    }
+  }
+}

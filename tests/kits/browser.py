@@ -1,0 +1,58 @@
+"""A real browser: Debian's Chromium, driven by Playwright."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.kits.programs import require
+
+PATIENCE_MS = 60_000
+# Without the background flags Chromium calls its maker's hosts at every start.
+_OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A headless browser; skips the test where Chromium is missing, but never in CI."""
+    found = shutil.which("chromium")
+    require(found, "Chromium", "chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=_OPTIONS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def opened(
+    browser: Browser, url: str, *, width: int = 1400, height: int = 900, dark: bool = False
+) -> Page:
+    """The page at an address, once its scripts are ready; a script's failure fails the test."""
+    context = browser.new_context(
+        viewport={"width": width, "height": height},
+        color_scheme="dark" if dark else "light",
+        reduced_motion="reduce",
+        accept_downloads=True,
+    )
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    page.on("pageerror", _fail)
+    page.goto(url)
+    page.wait_for_selector("html[data-ready=yes]")
+    return page
+
+
+def _fail(error: Exception) -> None:
+    raise AssertionError(f"a script of the page failed: {error}")
