@@ -191,11 +191,70 @@ def test_a_stack_of_one_side_is_judged_by_itself(tmp_path: Path, side: Sequence[
     plain = opened([field(tmp_path / f"{day}.tif") for day in side])
     assert codes(plain) == []
     assert offsets(plain) == [0] * 3
-    # Some of the files: which ones is said, and nothing is assumed.
-    mixed = [field(tmp_path / f"{day}.tif", add=1000 * (n > 0)) for n, day in enumerate(side)]
-    more = [field(tmp_path / f"2021070{n}.tif", add=1000) for n in range(1, 4)]
-    if side is BEFORE:
-        assert codes(opened([*mixed, *more])) == ["baseline_offset_suspected"]
+
+
+def land(path: Path, *, seed: int = 0, add: float = 0.0, contrast: float = 1.0) -> SourceFile:
+    """A landscape under a sky: `add` to all of it, and its contrast."""
+    pattern = np.random.default_rng(seed).uniform(0.5, 1.5, (3, 20, 20))
+    values = np.array([0.04, 0.06, 0.3])[:, None, None] * (1 + contrast * (pattern - 1)) + add
+    noise = np.random.default_rng(int(path.stem)).normal(0, 0.002, values.shape)
+    return write(path, ((values + noise) * 10_000).astype(np.uint16), descriptions=BANDS)
+
+
+@pytest.mark.parametrize("with_offset", [{3}, {0, 1, 3, 4}])
+def test_single_dates_with_the_offset_are_told_by_the_others(
+    tmp_path: Path, with_offset: set[int]
+) -> None:
+    files = [
+        land(tmp_path / f"2021{n + 4:02d}05.tif", add=0.1 * (n in with_offset)) for n in range(6)
+    ]
+    stack = opened(files)
+    (warning,) = found(stack)
+    assert warning.code == "offset_applied"
+    assert "blue and red lie 0.1 above those of other dates" in warning.detail
+    assert offsets(stack) == [-0.1 if n in with_offset else 0 for n in range(6)]
+
+
+@pytest.mark.parametrize("how", [{"contrast": 0.3}, {"seed": 1}])
+def test_what_is_not_the_same_land_is_only_named(tmp_path: Path, how: dict) -> None:
+    """Haze takes contrast away, and other pixels show nothing of each other."""
+    sky = [{}, {"add": 0.1, **how}] * 3
+    files = [land(tmp_path / f"2021{n + 4:02d}05.tif", **one) for n, one in enumerate(sky)]
+    stack = opened(files)
+    (warning,) = found(stack)
+    assert warning.code == "baseline_offset_suspected"
+    assert "2021-05-05, 2021-07-05, 2021-09-05" in warning.detail
+    assert offsets(stack) == [0] * 6
+
+
+def test_places_of_large_rasters_are_compared_with_themselves(tmp_path: Path) -> None:
+    """Of many dates each is read at one place: no other's pixels may stand for its own."""
+    files = []
+    for n in range(12):
+        pattern = np.random.default_rng(0).uniform(0.5, 1.5, (3, 600, 600))
+        pattern[:, :300] *= 1.5  # places differ
+        pixels = np.array([0.04, 0.06, 0.3])[:, None, None] * pattern + 0.1 * (n == 7)
+        path = tmp_path / f"2021{n + 1:02d}05.tif"
+        files.append(write(path, (pixels * 1e4).astype(np.uint16), descriptions=BANDS))
+    assert offsets(opened(files)) == [0] * 7 + [-0.1] + [0] * 4
+
+
+def test_flanders_with_the_offset_on_some_dates(shared_data: Path, tmp_path: Path) -> None:
+    """Every third clear date: no date is taken for what it is not, with SCL and without."""
+    files, holds, clear = [], [], 0
+    for path in sorted((shared_data / "flanders_2017_2018").glob("S2_L2A_2018*.tif"))[::2]:
+        with rasterio.open(path) as file:
+            pixels, names, profile = file.read(), file.descriptions, file.profile
+        is_clear = np.isin(pixels[4], (4, 5, 6, 7)).mean() > 0.9
+        holds.append(bool(is_clear and clear % 3 == 1))
+        clear += is_clear
+        pixels[:4] += np.where(pixels[:4] > 0, 1000 * holds[-1], 0).astype(np.uint16)
+        kept = {key: profile[key] for key in ("crs", "transform", "nodata")}
+        files.append(write(tmp_path / path.name, pixels, descriptions=names, **kept))
+    for mask in ("scl", "none"):
+        applied = np.array(offsets(opened(files, mask=mask))) < 0
+        assert not applied[~np.array(holds)].any()
+        assert applied.sum() >= 0.6 * sum(holds)
 
 
 def test_a_single_large_scene_after_the_change_is_judged(tmp_path: Path) -> None:

@@ -40,6 +40,16 @@ _STILL_DARK = 0.17
 # With an offset taken off that the pixels do not hold, a quarter of them lies below this.
 _TOO_DARK = -0.02
 _SHARE_OF_DATES = 0.25
+# Two dates show the same land under a clear sky if the pixels of one are those of the other but
+# for a constant: correlation of red, ratio of the quartile distances, and quartile distance of the
+# differences. Of 94 real dates that haze or clouds lift to where the offset would, none does so; of
+# 406 clear dates with the offset added, 286 do.
+_ALIKE_CORRELATION = 0.7
+_ALIKE_SPREAD = 1.7
+_ALIKE_NOISE = 0.032
+_ALIKE_PIXELS = 50
+_ALIKE_DATES = 8
+_OFFSET_TOLERANCE = 0.025
 # Among dates without the offset, haze and thin clouds lift some; more than this are another kind.
 _SHARE_OF_RAISED = 0.3
 _BRIGHT_IN_ITSELF = 0.3
@@ -81,6 +91,22 @@ class _Sample:
     """(C) by name."""
     planes: tuple[tuple[Plane, ...], ...]
     """(T, C) of the first acquisition of each date."""
+    places: tuple[tuple[int, ...], ...]
+    """(T, …) which place of the raster each part of N is from; all parts are of one length."""
+
+    def shared(self, t: int, u: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Positions on N of two dates (n) that are the same pixels, valid on both."""
+        length = self.valid.shape[1] // len(self.places[t])
+        common = [place for place in self.places[t] if place in self.places[u]]
+        own, other = (
+            np.concatenate(
+                [np.arange(length) + self.places[date].index(place) * length for place in common]
+                or [np.empty(0, np.intp)]
+            )
+            for date in (t, u)
+        )
+        both = self.valid[t, own] & self.valid[u, other]
+        return own[both], other[both]
 
     def values(self) -> Floats:
         """Reflectance (T, C, N)."""
@@ -338,12 +364,13 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
         return sample, []
     dark = _percentiles(sample, _DARK_PERCENTILE)
     warnings: list[StackWarning] = []
+    without = np.flatnonzero((dark < _NO_LONGER_DARK).any(axis=1)).tolist()
     for late in (False, True):
         side = [t for t in ts if (_is_late(sample, t)) is late]
         known = [t for t in side if np.isfinite(dark[t]).all()]
         if not known:
             continue
-        low = [t for t in known if (dark[t] < _NO_LONGER_DARK).any()]
+        low = [t for t in known if t in without]
         raised = [t for t in known if t not in low and (dark[t] <= _STILL_DARK).all()]
         # The dark end of few pixels on few dates may be a bright field, or haze.
         large = any(sample.valid[t].sum() >= _MANY_PIXELS for t in raised)
@@ -355,9 +382,16 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
             source = f"the pixels: {level} is at least {lowest:.2f} on every date"
             sample = sample.corrected(side, _with_offset(source))
             continue
+        others = [t for t in known if t not in low]
+        shown = _above_others(sample, without, others)
+        if shown:  # of the others, some may hold it as well
+            source = "the pixels: blue and red lie 0.1 above those of other dates"
+            sample = sample.corrected(shown, _with_offset(source))
+            raised = [t for t in others if t not in shown]
         unlike_land = -BASELINE_OFFSET < median < _BRIGHT_IN_ITSELF
-        all_raised = not low and (bool(raised) or unlike_land)
-        some_raised = low and len(raised) > max(2, _SHARE_OF_RAISED * len(known))
+        all_raised = not low and not shown and (bool(raised) or unlike_land)
+        few = 0 if shown else max(2, _SHARE_OF_RAISED * len(known))
+        some_raised = (low or shown) and len(raised) > few
         if some_raised or (all_raised and (late or large or len(known) > 1)):
             which = raised or known
             detail = (
@@ -369,6 +403,66 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
             )
             warnings.append(StackWarning(code="baseline_offset_suspected", detail=detail))
     return sample, warnings
+
+
+def _above_others(sample: _Sample, without: Sequence[int], others: Sequence[int]) -> list[int]:
+    """Of the other dates those that hold the offset, told by dates without it.
+
+    A date holds it if it shows the same land as a date near it in time, 0.1 brighter in blue and
+    red; or not brighter than one that was found so.
+
+    Args:
+        sample: the sample.
+        without: dates without the offset.
+        others: dates that may hold it.
+    """
+    values, bands = sample.values(), _dark_bands(sample)
+    if len(bands) < 2:  # haze lifts one band as the offset does
+        return []
+    values = values[:, bands]
+    days = [day.toordinal() for day in sample.dates] or list(range(len(values)))
+    added = dict.fromkeys(without, 0.0)
+    left, before = list(others), -1
+    while len(left) != before:
+        before = len(left)
+        for t in tuple(left):
+            near = sorted((abs(days[u] - days[t]), u) for u in added)[:_ALIKE_DATES]
+            if any(_holds_more(sample, values, t, u, added[u]) for _, u in near):
+                added[t] = -BASELINE_OFFSET
+                left.remove(t)
+    return sorted(added.keys() - set(without))
+
+
+def _holds_more(sample: _Sample, values: Floats, t: int, u: int, added: float) -> bool:
+    """Whether a date shows the land of another, and the offset in its values.
+
+    Args:
+        sample: the sample.
+        values: (T, 2, N) its reflectance in blue and red.
+        t: the date.
+        u: the other date.
+        added: what the other date's values hold of the offset.
+    """
+    own, other = sample.shared(t, u)
+    if len(own) < _ALIKE_PIXELS:
+        return False
+    y, x = values[t][:, own].astype(np.float64), values[u][:, other].astype(np.float64)
+    spread_y, spread_x, noise = (_quartile_distance(one) for one in (y, x, y - x))
+    more = np.median(y - x, axis=1) + added
+    return bool(
+        (np.abs(more + BASELINE_OFFSET) <= _OFFSET_TOLERANCE).all()
+        and (spread_x > 0).all()
+        and (spread_x <= _ALIKE_SPREAD * spread_y).all()
+        and (spread_y <= _ALIKE_SPREAD * spread_x).all()
+        and (noise <= _ALIKE_NOISE).all()
+        and np.corrcoef(x[-1], y[-1])[0, 1] >= _ALIKE_CORRELATION
+    )
+
+
+def _quartile_distance(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of bands (C, n)."""
+    lower, upper = np.percentile(values, [25, 75], axis=1)
+    return np.asarray(upper - lower)
 
 
 def _with_offset(source: str) -> Callable[[Plane], Plane]:
@@ -537,6 +631,9 @@ def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) ->
     plain = _as_stored(stack)
     T, C = len(positions), len(plain.bands)
     size = int(windows[0].height * windows[0].width)
+    # Thinned place by place, so that the pixels of one place are the same on all dates.
+    thin = slice(None, None, max(1, T * each * size // _SAMPLED_PIXELS))
+    size = len(range(size)[thin])
     stored = np.empty((T, C, each * size), np.float32)
     valid = np.empty((T, each * size), np.bool_)
     # Places in turn, so that many dates together are judged by all of them.
@@ -548,17 +645,17 @@ def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) ->
             part = reader.read(window)
         for k, t in enumerate(ts):
             place = slice((at - t) % len(windows) * size, ((at - t) % len(windows) + 1) * size)
-            stored[t, :, place] = part.values[k].reshape(C, -1)
-            valid[t, place] = part.valid[k].reshape(-1)
+            stored[t, :, place] = part.values[k].reshape(C, -1)[:, thin]
+            valid[t, place] = part.valid[k].reshape(-1)[thin]
     first = _first_planes(stack)
-    thin = slice(None, None, max(1, T * each * size // _SAMPLED_PIXELS))
     return _Sample(
-        stored=stored[:, :, thin],
-        valid=valid[:, thin],
+        stored=stored,
+        valid=valid,
         positions=tuple(positions),
         dates=tuple(stack.dates[t] for t in positions) if stack.dates else (),
         bands=plain.bands,
         planes=tuple(first[t] for t in positions),
+        places=tuple(tuple((t + k) % len(windows) for k in range(each)) for t in range(T)),
     )
 
 
