@@ -28,7 +28,7 @@ from service.write.predictions import JSON
 
 Floats = NDArray[np.float32]
 _OTHER_RESOLUTION = 2.05
-"""Factor by which pixels may be larger or smaller than the model's: 20 m for 10 m at most."""
+"""Factor by which pixels may be larger or smaller than the model's: at most 20 m for 10 m."""
 _COVERED = 0.95
 _COUNTED = "tally."
 """Prefix of a tally's counts, which share a mapping with the names of layers."""
@@ -47,7 +47,7 @@ class Outcome:
 
 
 class Progress:
-    """Adds up the shares of several passes. Called from one thread at a time."""
+    """Progress of a run of several passes. Called from one thread at a time."""
 
     def __init__(self, report: Callable[[float], None]) -> None:
         self._report = report
@@ -65,13 +65,13 @@ class Progress:
         return advance
 
     def finish(self) -> None:
-        """Report that everything is done."""
+        """Report that the run is complete."""
         self._report(1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A run with everything around it."""
+    """A run with its executor, journal, progress and cancellation."""
 
     run: RasterRun
     folder: Path
@@ -93,16 +93,16 @@ class Work:
         keep: Callable[[Window, Arrays], None],
         advance: Callable[[int], None],
     ) -> Timing:
-        """One pass: read every window, infer, and keep what later steps need.
+        """Run one pass: read every window, infer, and store what later steps need.
 
         Args:
-            stage: the pass.
-            parts: its windows.
-            read: reads a window, in one thread, ahead.
-            infer: called from several threads at once.
-            digest: turns what `infer` returned into what `keep` needs.
-            keep: takes windows in order, those of the journal first.
-            advance: called with the number of pixels of each window kept.
+            stage: name of the pass.
+            parts: windows of the pass.
+            read: reads a window; called ahead, in one thread.
+            infer: predicts for a window; called from several threads at once.
+            digest: turns the result of `infer` into the arrays that `keep` takes.
+            keep: takes the arrays of each window in order, those of the journal first.
+            advance: called with the number of pixels of each finished window.
         """
         steps = [Step(stage=stage, number=n, window=part) for n, part in enumerate(parts)]
         begin = self._recall(steps, keep, advance)
@@ -128,9 +128,9 @@ class Work:
         keep: Callable[[Window, Arrays], None],
         advance: Callable[[int], None],
     ) -> int:
-        """How many windows, from the first on, the journal holds.
+        """Number of windows, from the first on without a gap, that the journal holds.
 
-        Windows after a gap are computed again: sums of floats must be added in one order.
+        Windows after a gap are computed again, because sums of floats must be added in one order.
         """
         if self.journal is None:
             return 0
@@ -151,11 +151,11 @@ class WindowPredictions:
     index: NDArray[np.intp]
     """Positions in the flattened window (n) that have a prediction."""
     predictions: Floats
-    """Their predictions (n, …)."""
+    """Predictions of these positions (n, …)."""
 
 
 class Sink:
-    """Writes the predictions of windows to rasters if these are wanted, and always tallies them."""
+    """Tallies the predictions of windows, and writes them to rasters if rasters are requested."""
 
     def __init__(self, work: Work, grid: Grid, stack: ExitStack) -> None:
         run = work.run
@@ -171,9 +171,9 @@ class Sink:
         )
 
     def digest(self, window: Window, found: WindowPredictions) -> Arrays:
-        """A window's bands by layer, its `valid` predictions, and what it adds to the tally."""
+        """A window's bands by layer, its `valid` predictions, and its part of the tally."""
         predictions = found.predictions
-        # A sum of numbers is a number, and is faster than a look at each of them.
+        # A sum is finite only if all numbers are, and is faster than a test of each.
         flat = predictions.reshape(len(predictions), math.prod(predictions.shape[1:]))
         missing = np.isnan(np.einsum("ij->i", flat))
         hectares = self._grid.hectares(window).ravel()
@@ -189,7 +189,7 @@ class Sink:
         return arrays
 
     def keep(self, window: Window, arrays: Arrays) -> None:
-        """Count a window, and write its bands."""
+        """Add a window to the tally, and write its bands."""
         self._valid += int(arrays["valid"])
         self._tally.add(
             {n.removeprefix(_COUNTED): a for n, a in arrays.items() if n.startswith(_COUNTED)}
@@ -197,7 +197,7 @@ class Sink:
         self._writer.write(window, {name: arrays[name] for name in self._layers})
 
     def outcome(self, timing: Timing) -> Outcome:
-        """Finish the files, and sum up."""
+        """Finish the files and return them with the summary."""
         start = time.perf_counter()
         check(self._work.cancelled)
         files = self._writer.finish()
@@ -223,7 +223,7 @@ class Sink:
 
 
 def run_warnings(run: RasterRun) -> tuple[StackWarning, ...]:
-    """The warnings of a run's stack, of its time window, and of how both fit the model."""
+    """The warnings of a run: of its stack, its time window, and how both fit the model."""
     card, dates = run.model.card, run.stack.dates
     return (
         *run.stack.warnings,
@@ -235,7 +235,7 @@ def run_warnings(run: RasterRun) -> tuple[StackWarning, ...]:
 
 
 def all_missing(run: RasterRun, cache: BlockCache | None) -> StackWarning:
-    """The warning that nothing has a prediction, and why."""
+    """The warning that no pixel or patch has a prediction, with the reason; none if one has."""
     least = run.model.card.min_observations
     why = why_missing(run.stack, run.used, least, cache=cache)
     what = "pixel" if run.model.card.modality == "pixel" else "patch"
@@ -245,12 +245,12 @@ def all_missing(run: RasterRun, cache: BlockCache | None) -> StackWarning:
 def none_predicted(
     run: RasterRun, statuses: Sequence[JSON], noun: str, cache: BlockCache | None
 ) -> tuple[StackWarning, ...]:
-    """The warning that no point or field has a prediction, and why; none where one has.
+    """The warning that no point or field has a prediction, with the reason; none if one has.
 
     Args:
-        run: what was done.
-        statuses: of each: ok, no_data, outside or invalid.
-        noun: what they are, for messages.
+        run: the run.
+        statuses: status of each point or field: ok, no_data, outside or invalid.
+        noun: `point` or `field`, for messages.
         cache: GDAL's block cache; None leaves it as it is.
     """
     if "ok" in statuses:
@@ -262,7 +262,7 @@ def none_predicted(
 
 
 def _resolution(run: RasterRun) -> tuple[StackWarning, ...]:
-    """Pixels much larger or smaller than those that the model was trained on."""
+    """The warning that pixels are much larger or smaller than those of the training data."""
     card, size = run.model.card, run.stack.grid.pixel_size
     if card.pixel_size is None or not size:
         return ()
@@ -278,7 +278,7 @@ def _resolution(run: RasterRun) -> tuple[StackWarning, ...]:
 
 
 def _coverage(run: RasterRun) -> tuple[StackWarning, ...]:
-    """Labels of patches that account for a part of the raster only."""
+    """The warning that the patches cover only a part of the raster."""
     if run.model.card.modality != "patch":
         return ()
     cells, whole = covered_pixels(run)
@@ -295,7 +295,7 @@ def _coverage(run: RasterRun) -> tuple[StackWarning, ...]:
 
 
 def covered_pixels(run: RasterRun) -> tuple[int, int]:
-    """Pixels of the raster that a patch run's cells cover, and pixels in all."""
+    """Pixels of the raster that the cells of a patch run cover, and all pixels."""
     cells, grid = run.patches.grid, run.stack.grid
     whole = grid.width * grid.height
     return min(cells.width * cells.height * run.stride**2, whole), whole
@@ -322,7 +322,7 @@ def _summary_head(run: RasterRun) -> dict[str, JSON]:
 
 
 def _reflectance(run: RasterRun) -> list[JSON]:
-    """Scale and offset, where they are known from, and the dates they were applied to."""
+    """Scale and offset with their origin, and the dates that they were applied to."""
     stack, used = run.stack, set(run.used)
     by_kind: dict[tuple[float, float, str | None, str | None], list[int]] = defaultdict(list)
     for acquisition in stack.acquisitions:
@@ -343,7 +343,7 @@ def _reflectance(run: RasterRun) -> list[JSON]:
 
 
 def _tags(run: RasterRun) -> dict[str, str]:
-    """Tags of every file: the model and the dates that it was made from."""
+    """Tags of every file: the model and the dates of the observations."""
     tags = {"TIFFTAG_SOFTWARE": "PIMC", "PIMC_MODEL": run.model.card.id}
     if run.time_window:
         tags["PIMC_WINDOW_START"] = run.time_window.start.isoformat()

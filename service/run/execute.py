@@ -35,11 +35,11 @@ class Result:
 
     task: Task
     model: str
-    """As `name@version`."""
+    """The model, as `name@version`."""
     provider: str
-    """The execution provider that computed."""
+    """The execution provider of the model."""
     document: Mapping[str, Any]
-    """JSON, `warnings` included: a summary, GeoJSON, or one result per series."""
+    """JSON with `warnings`: a summary, GeoJSON, or one result per series."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """Finished COGs by output name; empty if the document is the whole result."""
     pixels: int
@@ -61,16 +61,16 @@ def execute(
     """Run a plan to its end, in the calling thread.
 
     Args:
-        plan: what to run.
+        plan: the plan to run.
         folder: folder of the result's files.
         executor: runs the windows.
         cache: GDAL's block cache; None creates one for a raster.
         cancelled: set to stop the run soon.
-        progress: called with the share of a raster done, 0 to 1, from one thread at a time.
+        progress: called with the finished share of a raster, 0 to 1, from one thread at a time.
         journal: stores a raster's finished windows; None stores none.
 
     Raises:
-        PIMCError: an error that only the pixels show, or one of the disk.
+        PIMCError: an error in the pixels, or of the disk.
         Cancelled: `cancelled` was set.
     """
     request, run = plan.request, plan.run

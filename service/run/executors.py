@@ -61,7 +61,7 @@ class Executor(Protocol):
 
         Raises:
             Cancelled: `cancelled` was set.
-            Exception: whatever a stage raised, as it raised it; no further item is begun.
+            Exception: the exception of a stage, unchanged; no further item is started.
         """
         ...
 
@@ -75,7 +75,7 @@ class ThreadExecutor:
     workers: int = 2
     """Items inferred at once: while one ends or gathers its input, the other's batches run."""
     in_flight: Callable[[int], None] = lambda _: None
-    """Called with +1 when an item's read begins, and with -1 once it is written or given up."""
+    """Called with +1 when an item's read begins, and with -1 once it is written or abandoned."""
 
     def run(
         self,
@@ -97,7 +97,7 @@ class ThreadExecutor:
         begun = ended = 0
 
         def hand_over() -> None:
-            """Pass the oldest item at work on to the writer, once it is inferred."""
+            """Wait until the oldest item is inferred, and pass it on to the writer."""
             nonlocal ended
             item, inferred = at_work.popleft()
             result = inferred.result()
@@ -135,7 +135,7 @@ class ThreadExecutor:
 
 
 def check(cancelled: threading.Event | None) -> None:
-    """Stop here if the run was cancelled.
+    """Raise `Cancelled` if the run was cancelled.
 
     Raises:
         Cancelled: `cancelled` is set.
@@ -145,7 +145,7 @@ def check(cancelled: threading.Event | None) -> None:
 
 
 class _Stage:
-    """One stage: measures the seconds in which it is busy; runs nothing after a failure."""
+    """One stage: measures the seconds in which it is busy; after a failure it runs nothing."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -2,10 +2,10 @@
 
     windows that hold a field → Sits → infer → sums per field → means → results
 
-Classes: the mean probability over a field's pixels. Forecasts: one forecast of the field's own mean
-series, per date over its clear pixels. Embeddings: the mean embedding. What a window adds to its
-fields is a few sums, so memory does not grow with the raster, and a field that lies in several
-windows is the sum of its parts.
+Classes: the mean probability over a field's pixels. Forecasts: one forecast of the field's mean
+series, which is the mean over its clear pixels on each date. Embeddings: the mean embedding. Each
+window adds a few sums to its fields, so memory does not grow with the raster, and a field may lie
+in several windows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from service.run.windows import Arrays, windows
 from service.write.predictions import JSON
 
 _CELLS_AT_ONCE = 2**16
-"""Cells of fields whose series are gathered at once: overlapping fields may have many."""
+"""Cells of fields whose series are gathered at once; overlapping fields may have many cells."""
 LEAST_CLEAR = 0.1
 """Share of a field's area that must be clear on a date for it to count in the mean series."""
 
@@ -49,20 +49,20 @@ class FieldOutcome:
     """One result per field, in order: `status` ok, no_data, outside or invalid, and if ok the
     prediction with `pixels`, `hectares` and `clear_dates`."""
     pixels: int
-    """Of the windows read."""
+    """Seconds by stage of the windows read."""
     timing: Timing
     warnings: tuple[StackWarning, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """Which cells of a window some fields cover, and how much of each.
+    """Coverage of a window: the cells that fields cover, and the share of each cell.
 
-    Entries of one field stand together, in the fields' order.
+    Entries are sorted by field.
     """
 
     fields: NDArray[np.intp]
-    """Fields that cover anything (n), ascending."""
+    """Numbers of the fields that cover a cell (n), ascending."""
     starts: NDArray[np.intp]
     """First entry of each of these fields (n)."""
     cells: NDArray[np.intp]
@@ -78,11 +78,11 @@ class Coverage:
 
 
 class FieldGrid:
-    """Fields laid on a raster's grid: which windows hold them, and the shares of pixels covered.
+    """Fields on a raster's grid: the windows that hold them, and the covered shares of pixels.
 
     Args:
         fields: the polygons.
-        grid: of the raster.
+        grid: the raster's grid.
     """
 
     def __init__(self, fields: Fields, grid: Grid) -> None:
@@ -93,7 +93,7 @@ class FieldGrid:
 
         def place(points: NDArray[np.float64]) -> NDArray[np.float64]:
             columns, rows = to_pixels @ (points[:, 0], points[:, 1])
-            # exactextract's y points up.
+            # The y axis of exactextract points up.
             return np.stack([columns, -rows], axis=1)
 
         if self.usable.any():
@@ -108,11 +108,11 @@ class FieldGrid:
     def coverage(self, window: Window) -> Coverage:
         """The covered share of each cell of a window by field.
 
-        Exact for every affine grid: shares are computed in pixel space (exactextract).
+        The shares are exact for every affine grid: exactextract computes them in pixel space.
         """
         (top, bottom), (left, right) = window.toranges()
         numbers = self.within(window)
-        # Shares alone are wanted, so all cells may be the same byte.
+        # Only the shares are needed, so all cells may be the same byte.
         cells = np.broadcast_to(np.zeros((), np.uint8), (bottom - top, right - left))
         source = NumPyRasterSource(cells, left, -bottom, right, -top)
         features = [
@@ -144,12 +144,12 @@ def run_fields(work: Work, fields: Fields) -> FieldOutcome:
     """Predict for polygons.
 
     Args:
-        work: the run, with its executor, journal and progress; its rasters are not made.
+        work: the run, with its executor, journal and progress; no rasters are written.
         fields: the polygons.
 
     Raises:
         Cancelled: the run was cancelled.
-        PIMCError: a fault of the stack or the model.
+        PIMCError: an error of the stack or the model.
     """
     run, grid = work.run, work.run.stack.grid
     on_grid = FieldGrid(fields, grid)
@@ -198,7 +198,7 @@ def _advance(work: Work, parts: Sequence[Window]) -> Any:  # noqa: ANN401 - a fu
 
 
 class _Sums:
-    """What every kind of result counts of each field: pixels, area and clear dates."""
+    """Counts of each field for every kind of result: pixels, area and clear dates."""
 
     def __init__(self, run: RasterRun, grid: FieldGrid, count: int, stages: PixelStages) -> None:
         self._run = run
@@ -216,7 +216,7 @@ class _Sums:
         }
 
     def add(self, arrays: Arrays) -> None:
-        """Add what a window holds to its fields."""
+        """Add the sums of a window to its fields."""
         fields = arrays["fields"]
         for name, values in arrays.items():
             if name == "fields":
@@ -246,13 +246,13 @@ class _Means(_Sums):
     """Mean probabilities with the share of each class, or mean embeddings."""
 
     def infer(self, clear: ClearPixels) -> tuple[WindowPredictions, NDArray[np.integer[Any]]]:
-        """Predictions of a window, and the clear dates of every pixel of it."""
+        """Predictions of a window, and the number of clear dates of each of its pixels."""
         return self._stages.infer(clear), clear.seen
 
     def digest(
         self, window: Window, found: tuple[WindowPredictions, NDArray[np.integer[Any]]]
     ) -> Arrays:
-        """What a window adds to its fields."""
+        """The sums that a window adds to its fields."""
         predicted, seen = found
         covered = self._grid.coverage(window)
         arrays = self._extents(window, covered)
@@ -275,7 +275,7 @@ class _Means(_Sums):
         return arrays
 
     def results(self, cancelled: threading.Event | None) -> list[dict[str, JSON]]:
-        """A result for each field."""
+        """The result of each field."""
         check(cancelled)
         weight = self._total("weight")
         results = self._status(weight > 0)
@@ -294,14 +294,14 @@ class _Means(_Sums):
 
 
 class _Series(_Sums):
-    """Forecasts of each field's own mean series."""
+    """Forecasts of the fields' mean series."""
 
     def infer(self, clear: ClearPixels) -> Sits:
-        """The window's series; the model takes the means later."""
+        """The window's series; the model predicts later, from the means."""
         return clear.sits
 
     def digest(self, window: Window, sits: Sits) -> Arrays:
-        """What a window adds to its fields: clear area and reflectance by date."""
+        """The sums that a window adds to its fields: clear area and reflectance by date."""
         covered = self._grid.coverage(window)
         arrays = self._extents(window, covered)
         arrays["clear"], arrays["values"] = series_sums(covered, sits)
@@ -309,7 +309,7 @@ class _Series(_Sums):
         return arrays
 
     def results(self, cancelled: threading.Event | None) -> list[dict[str, JSON]]:
-        """A result for each field."""
+        """The result of each field."""
         run = self._run
         if "clear" not in self._totals:
             return self._status(np.zeros(self._count, np.bool_))
@@ -337,10 +337,10 @@ class _Series(_Sums):
 
 
 def series_sums(covered: Coverage, sits: Sits) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What a window adds to the mean series of its fields.
+    """The sums that a window adds to the mean series of its fields.
 
     Args:
-        covered: the fields on the window.
+        covered: the cells of the window that fields cover.
         sits: the window's series.
 
     Returns:
@@ -353,7 +353,7 @@ def series_sums(covered: Coverage, sits: Sits) -> tuple[NDArray[np.float64], NDA
     for part, cells, share in _pieces(covered):
         weight = np.where(valid[:, cells], share, 0.0)
         clear.append(part.sums(weight.T))
-        # Clouds keep their values, and what is missing is NaN.
+        # Cloudy pixels keep their values; missing ones are NaN.
         known = np.where(valid[:, None, cells], values[:, :, cells], 0.0)
         total.append(part.sums((known * weight[:, None]).transpose(2, 0, 1)))
     return (
@@ -365,7 +365,7 @@ def series_sums(covered: Coverage, sits: Sits) -> tuple[NDArray[np.float64], NDA
 def _pieces(
     covered: Coverage,
 ) -> Iterator[tuple[Coverage, NDArray[np.intp], NDArray[np.float64]]]:
-    """A coverage in parts of whole fields, of about `_CELLS_AT_ONCE` entries."""
+    """A coverage split into parts of complete fields, of about `_CELLS_AT_ONCE` entries each."""
     ends = np.append(covered.starts[1:], len(covered.cells))
     begin = 0
     while begin < len(covered.fields):

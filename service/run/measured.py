@@ -1,9 +1,9 @@
-"""Measured series: what a stack holds at places, by date, without a prediction.
+"""Measured series: the values of a stack at places, by date, without a prediction.
 
     places × dates → reflectance, spectral indices, clear share [→ recurrence plots]
 
-A place is a point (its pixel) or a field (the mean over its clear pixels, each counted by the
-share that the polygon covers). Indices are those of the mean reflectance, as for forecasts.
+A place is a point (its pixel) or a field (the mean over its clear pixels, each weighted by the
+share that the polygon covers). Indices are computed from the mean reflectance, as for forecasts.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _Places:
     clear: NDArray[np.float64]
     """Share of the place that is clear (N, T), 0 to 1."""
     extents: Sequence[Mapping[str, JSON]]
-    """Of each: its `status`, and of a field its `pixels` and `hectares`."""
+    """For each place its `status`, and for a field its `pixels` and `hectares`."""
     pixels: int
 
 
@@ -136,7 +136,7 @@ class _Plotter:
         ]
 
     def head(self) -> dict[str, JSON]:
-        """What the plots are of, for the document."""
+        """Description of the plots, for the document."""
         window = self.parameters.window
         return {
             "plots": {
@@ -333,7 +333,7 @@ def _fields(
 
 
 def _records(stack: Stack, places: _Places, plotter: _Plotter | None) -> list[dict[str, JSON]]:
-    """The properties of each place: lists by date, null where nothing is clear."""
+    """The properties of each place: lists by date, null on dates without a clear pixel."""
     by_band = {name: places.values[:, :, c] for c, name in enumerate(stack.bands)}
     columns = {**by_band, **{name.upper(): spectral_index(name, by_band) for name in INDICES}}
     plots = plotter.plots(places) if plotter else [None] * len(places.values)
@@ -351,5 +351,5 @@ def _records(stack: Stack, places: _Places, plotter: _Plotter | None) -> list[di
 
 
 def _numbers(values: Floats) -> list[JSON]:
-    """A list for JSON, which has no NaN; reflectance and indices are meaningful to 6 digits."""
+    """A list for JSON: null for NaN, and 6 digits, the precision of reflectance and indices."""
     return [None if np.isnan(v) else round(float(v), 6) for v in values]

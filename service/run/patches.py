@@ -22,7 +22,7 @@ def run_patches(work: Work) -> Outcome:
     """Predict for every patch of a raster; see `run_raster`."""
     run = work.run
     patches = run.patches
-    # The mean of two embeddings is not the embedding of a place between them, so no averaging.
+    # Embeddings are not averaged: the mean of two is not the embedding of a place between them.
     averaged = run.model.card.task == "landcover" and patches.reach > 0
     with ExitStack() as stack:
         sink = Sink(work, patches.grid, stack)

@@ -47,11 +47,11 @@ def run_pixels(work: Work) -> Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class ClearPixels:
-    """A window, and which of its pixels have enough clear dates."""
+    """A window and the positions of its pixels that have enough clear dates."""
 
     sits: Sits
     index: NDArray[np.intp]
-    """Their positions in the flattened window."""
+    """Positions of these pixels in the flattened window."""
     seen: NDArray[np.integer[Any]]
     """Clear dates of every pixel (h, w)."""
 
@@ -73,7 +73,7 @@ class PixelStages:
         self._buffers = buffers
 
     def read(self, window: Window) -> ClearPixels:
-        """The first stage: everything that can be computed without the model."""
+        """The read stage: everything that is computed without the model."""
         sits = self._reader.read(window)
         T = len(sits.valid)
         # In the smallest type that holds T: bytes are added six times as fast.
@@ -83,13 +83,13 @@ class PixelStages:
         return ClearPixels(sits=sits, index=index, seen=seen)
 
     def infer(self, clear: ClearPixels) -> WindowPredictions:
-        """The second stage; afterwards a later window takes this one's memory."""
+        """The infer stage; afterwards the window's memory is recycled."""
         T, C, h, w = clear.sits.values.shape
         values = clear.sits.values.reshape(T, C, h * w)
         valid = clear.sits.valid.reshape(T, h * w)
         index = clear.index
         predictions = np.empty((len(index), *self._model.width), np.float32)
-        # By chunks: only these are copied into (N, T, C), and a cancelled run stops soon.
+        # In chunks: only one chunk at a time is copied into (N, T, C), and a run stops soon.
         for start in range(0, len(index), self._model.chunk):
             check(self._cancelled)
             chunk = index[start : start + self._model.chunk]
@@ -101,7 +101,7 @@ class PixelStages:
         return WindowPredictions(index=index, predictions=predictions)
 
     def give_back(self, sits: Sits) -> None:
-        """Recycle a window that is done with."""
+        """Recycle the memory of a window that is not needed any more."""
         self._buffers.give_back(sits.values, sits.valid)
 
 

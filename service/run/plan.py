@@ -35,7 +35,7 @@ _DEFAULT_OUTPUTS: Mapping[Task, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RasterRun:
-    """Everything that a run over a stack needs."""
+    """A run over a stack: model, stack, time window and outputs."""
 
     model: LoadedModel
     stack: Stack
@@ -48,7 +48,7 @@ class RasterRun:
     stride: int = 64
     """Pixels between patches, 1 to the patch's side."""
     rasters: bool = True
-    """Whether rasters are wanted; without, the summary alone is made."""
+    """Whether rasters are written; if not, only the summary is made."""
 
     @property
     def used(self) -> tuple[int, ...]:
@@ -57,10 +57,10 @@ class RasterRun:
 
     @property
     def predictions(self) -> Predictions:
-        """How the model's predictions are read.
+        """The interpretation of the model's predictions.
 
         Raises:
-            InvalidRequest: an output or horizon that the model does not have.
+            InvalidRequest: the model does not have an output or the horizon.
         """
         return predictions_of(
             self.model.card, self.outputs, horizon=self.horizon, time_window=self.time_window
@@ -68,10 +68,10 @@ class RasterRun:
 
     @property
     def patches(self) -> PatchGrid:
-        """Where a patch model's patches lie.
+        """The positions of a patch model's patches.
 
         Raises:
-            InvalidRequest: a stride out of range, or a raster smaller than a patch.
+            InvalidRequest: the stride is out of range, or the raster is smaller than a patch.
         """
         return PatchGrid.over(self.stack.grid, side=self.model.card.patch or 0, stride=self.stride)
 
@@ -96,22 +96,22 @@ def plan_raster(
     stride: int = 64,
     rasters: bool = True,
 ) -> RasterRun:
-    """A run that fits its model, before a pixel is read.
+    """A run checked against its model, before a pixel is read.
 
     Args:
         model: the model that predicts.
-        stack: its input.
+        stack: the model's input.
         start: first day of the time window; None applies the card's rule.
-        outputs: rasters or quantiles wanted; None takes the class map or the median forecast.
-        horizon: steps ahead of a forecast; None takes the card's maximum.
+        outputs: requested rasters or quantiles; None uses the class map or the median forecast.
+        horizon: steps ahead of a forecast; None uses the card's maximum.
         stride: pixels between patches.
-        rasters: whether rasters are wanted, or the summary alone.
+        rasters: whether rasters are written, or only the summary is made.
 
     Raises:
-        InvalidRequest: an output, horizon or stride that the model does not have, or a raster
-            smaller than a patch.
-        MissingDates: a pixel model, and a stack without dates.
-        TooFewDates: fewer dates in the window than the model needs.
+        InvalidRequest: the model does not have an output, the horizon or the stride, or the raster
+            is smaller than a patch.
+        MissingDates: the model needs dates, and the stack has none.
+        TooFewDates: the time window holds fewer dates than the model needs.
     """
     run = RasterRun(
         model=model,
@@ -127,13 +127,13 @@ def plan_raster(
 
 
 def check_run(run: RasterRun) -> None:
-    """Reject what the model cannot do.
+    """Check a run against its model.
 
     Raises:
-        InvalidRequest: an output, horizon or stride that the model does not have, or a raster
-            smaller than a patch.
-        MissingDates: a pixel model, and no time window.
-        TooFewDates: fewer observations than the model needs.
+        InvalidRequest: the model does not have an output, the horizon or the stride, or the raster
+            is smaller than a patch.
+        MissingDates: the model needs dates, and the run has no time window.
+        TooFewDates: the run has fewer observations than the model needs.
     """
     card = run.model.card
     if card.modality == "pixel" and run.time_window is None:
@@ -150,10 +150,10 @@ def check_run(run: RasterRun) -> None:
 
 
 def check_cloud_dates(stack: Stack, used: int) -> None:
-    """Check that a cloud mask made from the series has enough dates.
+    """Check that there are enough dates to estimate a cloud mask from the series.
 
     Raises:
-        TooFewDates: it has not.
+        TooFewDates: there are not enough dates.
     """
     if stack.cloud_bands is not None and used < MIN_DATES:
         raise TooFewDates(
@@ -164,7 +164,7 @@ def check_cloud_dates(stack: Stack, used: int) -> None:
 
 
 def dates_summary(run: RasterRun) -> dict[str, JSON]:
-    """The first day of the time window and the dates used, as summaries hold them."""
+    """The first day of the time window and the dates used, for summaries."""
     dates = [run.stack.dates[t] for t in run.used] if run.stack.dates else []
     return {
         "start": run.time_window.start.isoformat() if run.time_window else None,
@@ -174,13 +174,13 @@ def dates_summary(run: RasterRun) -> dict[str, JSON]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A request that fits its files and its model."""
+    """A request checked against its files and its model."""
 
     request: TaskRequest
     model: LoadedModel
     run: RasterRun | SeriesRun
     pixels: int
-    """Of a raster predicted whole; 0 for points and series, which are few."""
+    """Number of pixels of a raster run; 0 for points and series."""
     fields: Fields | None = None
     """Polygons to predict for; None predicts for points, series or the whole raster."""
     planning: Timing
@@ -199,16 +199,16 @@ def plan_request(
     """Check that a request can be executed, before a window is read.
 
     Args:
-        request: what to run.
+        request: the request.
         engine: the models.
-        max_raster_bytes: decoded bytes that a stack may have.
-        rasters: whether files are wanted; the document is made in any case.
-        max_fields: polygons that a request may hold.
+        max_raster_bytes: largest decoded size of a stack, bytes.
+        rasters: whether files are written; the document is made in any case.
+        max_fields: largest number of polygons of a request.
         cache: GDAL's block cache; None leaves it as it is.
 
     Raises:
-        PIMCError: the files, the model and the parameters do not fit together. No more than a
-            sample of the pixels has been read.
+        PIMCError: the files, the model and the parameters do not fit together. At most a sample of
+            the pixels has been read.
     """
     begun = time.perf_counter()
     if isinstance(request, SeriesRequest):
@@ -272,7 +272,7 @@ def _modality(request: RasterRequest) -> Modality | None:
 
 
 def _check_parameters(model: LoadedModel, request: RasterRequest) -> None:
-    """Reject parameters that the model would have to ignore in silence."""
+    """Reject parameters that the model would silently ignore."""
     card = model.card
     if card.window is None and request.start is not None:
         raise InvalidRequest.of("start", f"'{card.id}' takes imagery and has no time window")

@@ -42,14 +42,14 @@ def run_points(
     """Predict for single places.
 
     Args:
-        run: what to do; its rasters are not made.
+        run: the run; no rasters are written.
         lonlat: longitude and latitude in degrees (EPSG:4326).
         cancelled: set it to cancel the run.
         cache: GDAL's block cache; None leaves it as it is.
 
     Raises:
         Cancelled: `cancelled` was set.
-        PIMCError: a fault of the stack, the model or the request.
+        PIMCError: an error of the stack, the model or the request.
     """
     check_run(run)
     rows, cols, inside = run.stack.grid.locate(lonlat)

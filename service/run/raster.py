@@ -2,14 +2,14 @@
 
     stack → read ahead → Sits → infer → predictions → write behind → COGs, summary
 
-Pixel models read the stack once. Patch models first make a cloud-free composite, so that
-overlapping patches decode no file twice; then they predict its patches; where these overlap,
-a last pass averages their probabilities. Memory is bounded by `WINDOW_BYTES` per window, whatever
-the raster's size, and the borders of windows never show in a result.
+A run of a pixel model reads the stack once. A run of a patch model first makes a cloud-free
+composite, so that overlapping patches do not decode a file twice; then it predicts for the patches
+of the composite; if these overlap, a last pass averages their probabilities. Memory is bounded by
+`WINDOW_BYTES` per window, whatever the raster's size, and a result does not depend on the windows.
 
-A journal, if given, stores each finished window before it counts, and returns it to a run that
-starts again: only the missing windows are read and predicted anew, and the result is byte for byte
-that of an undisturbed run.
+If there is a journal, it stores each finished window before the window is counted. A run that
+starts again gets the stored windows from the journal and computes only the missing ones; its result
+is identical, byte for byte, to that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ def run_raster(
 ) -> Outcome:
     """Predict for every pixel or patch of a raster.
 
-    `calibrate` checks beforehand whether its numbers are reflectance at all.
+    The plan has checked with `calibrate` that the values are reflectance.
 
     Args:
-        run: what to do.
-        folder: where the finished files go; it exists. A run that fails leaves nothing in it.
-        progress: called with the share done, 0 to 1, from one thread at a time.
+        run: the run.
+        folder: existing folder for the finished files. A run that fails leaves no file in it.
+        progress: called with the finished share, 0 to 1, from one thread at a time.
         cancelled: set it to cancel the run.
-        executor: where windows run; None takes threads of this process.
-        cache: GDAL's block cache; None makes one.
-        journal: holds the windows finished before, and receives those finished now; None keeps
-            none.
-        window_bytes: memory for one window.
+        executor: runs the windows; None uses threads of this process.
+        cache: GDAL's block cache; None creates one.
+        journal: holds the windows that an earlier attempt finished, and stores further ones; None
+            stores none.
+        window_bytes: memory of one window.
 
     Raises:
         Cancelled: `cancelled` was set.
-        PIMCError: a fault of the stack, the model or the request.
+        PIMCError: an error of the stack, the model or the request.
     """
     work = make_work(
         run,

@@ -1,9 +1,9 @@
-"""Pixels that come as JSON, not as a raster: series of dates and reflectance.
+"""Series runs: predictions for pixels given as JSON, as series of dates and reflectance.
 
     series → checked, sorted, merged → one window each → one batch over all dates → results
 
-Every series has a window, and so a day 0, of its own. A batch shares the T axis: it is made of
-all the days that occur, and `valid` tells whose they are.
+Every series has its own time window, and so its own day 0. A batch shares the T axis: the axis
+holds all days that occur, and `valid` is True on the days of each series.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Series:
 
     id: str
     time_window: ResolvedWindow | None
-    """None if too few dates are in it."""
+    """The time window; None if it holds too few dates."""
     days: NDArray[np.int64]
     """Days since the window's first day (T), ascending, of the dates used."""
     values: Floats
@@ -68,10 +68,10 @@ class SeriesRun:
     model: LoadedModel
     ready: tuple[_Series, ...]
     readings: tuple[Predictions | None, ...]
-    """The interpretation of each series' prediction; None if it has no window."""
+    """The interpretation of each series' prediction; None for a series without a window."""
     warnings: tuple[StackWarning, ...]
     seconds: float
-    """Spent on preparing them."""
+    """Time spent on preparing the series."""
 
 
 def plan_series(
@@ -81,18 +81,18 @@ def plan_series(
     start: date | None = None,
     horizon: int | None = None,
 ) -> SeriesRun:
-    """See that each series fits the model.
+    """Check that each series fits the model.
 
     Args:
         model: a pixel model.
-        series: one at least.
+        series: at least one series.
         start: first day of every series' window; None applies the card's rule to each.
         horizon: steps ahead of a forecast; None takes the card's maximum.
 
     Raises:
-        InvalidRequest: a band with more or fewer values than dates, no series, or a horizon
-            that the model does not have.
-        MissingBands: a band that the model needs is not there.
+        InvalidRequest: a band has more or fewer values than dates, there is no series, or the model
+            does not have the horizon.
+        MissingBands: a band that the model needs is missing.
         MissingDates: a series has no dates.
         ImplausibleReflectance: the median of a series lies outside -0.2 to 1.6.
         TooFewDates: no series has enough dates in its window.
@@ -124,7 +124,7 @@ def run_series(run: SeriesRun, *, cancelled: threading.Event | None = None) -> S
     """Predict for each series.
 
     Args:
-        run: what to do.
+        run: the checked series.
         cancelled: set it to cancel the run.
 
     Raises:
@@ -198,7 +198,7 @@ def _values(card: ModelCard, series: SeriesInput) -> Floats:
                 f"'{series.id}' has {len(series.dates)} dates but {len(series.bands[band])} "
                 f"values of {band}",
             )
-    # float64 first: None becomes NaN, and what float32 cannot hold an infinity, without a fuss.
+    # float64 first: None becomes NaN, and a value too large for float32 becomes infinite silently.
     columns = [np.array(series.bands[band], np.float64) for band in card.bands]
     with np.errstate(over="ignore"):
         values = np.stack(columns, axis=1).astype(np.float32)
@@ -217,7 +217,7 @@ def _check_plausible(name: str, values: Floats) -> None:
 
 
 def _merge(dates: Sequence[date], values: Floats) -> tuple[list[date], Floats]:
-    """Dates unique and ascending, each with its first clear observation."""
+    """Unique, ascending dates, each with its first clear observation."""
     clear = np.asarray(~np.isnan(values).any(axis=1))
     chosen: dict[date, int] = {}
     for t, day in enumerate(dates):
@@ -249,7 +249,7 @@ def _infer(
 def _batches(
     card: ModelCard, series: Sequence[_Series], places: Sequence[int]
 ) -> Iterator[Sequence[int]]:
-    """Parts whose input is bounded even if all their days differ."""
+    """Series in parts, so that the input of each is bounded even if all days differ."""
     most_days = len(np.unique(np.concatenate([series[n].days for n in places]))) if places else 1
     size = max(1, _BATCH_BYTES // (most_days * (4 * len(card.bands) + 1)))
     for at in range(0, len(places), size):
@@ -271,7 +271,7 @@ def _infer_batch(model: LoadedModel, batch: Sequence[_Series]) -> Floats:
 
 
 def _reading(card: ModelCard, series: _Series, horizon: int | None) -> Predictions | None:
-    """The interpretation of a series' prediction; None if it has no window."""
+    """The interpretation of a series' prediction; None for a series without a window."""
     if series.time_window is None:
         return None
     outputs = tuple(quantile_name(q) for q in card.quantiles)
@@ -287,7 +287,7 @@ def _result(series: _Series, reading: Predictions | None, answer: Floats | None)
 
 
 def _gathered(warned: Sequence[tuple[str, StackWarning]]) -> tuple[StackWarning, ...]:
-    """A warning a code, however many series it is about."""
+    """One warning per code, even if it concerns several series."""
     codes = dict.fromkeys(w.code for _, w in warned)
     return tuple(
         _one_warning(code, [(i, w) for i, w in warned if w.code == code]) for code in codes

@@ -1,4 +1,4 @@
-"""The model's time window, laid over a stack's dates."""
+"""Time windows: a model's time window applied to the dates of a stack or series."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from service.errors import MissingDates, StackWarning, TooFewDates
 def resolve_time_window(
     card: ModelCard, dates: Sequence[date], start: date | None, *, what: str
 ) -> ResolvedWindow | None:
-    """Lay a model's time window over dates.
+    """Apply a model's time window to dates.
 
     Args:
-        card: the model's.
-        dates: unique and ascending.
+        card: the model's card.
+        dates: unique, ascending dates.
         start: first day of the window; None applies the card's rule.
-        what: whose dates these are, for messages.
+        what: the stack or series of the dates, for messages.
 
     Returns:
         The window; None for a model of imagery.
 
     Raises:
-        MissingDates: the model needs dates and there is none.
-        TooFewDates: fewer dates in the window than the card's `min_observations`.
+        MissingDates: the model needs dates, and there are none.
+        TooFewDates: the window holds fewer dates than the card's `min_observations`.
     """
     if card.window is None:
         return None
@@ -43,12 +43,12 @@ def resolve_time_window(
 
 
 def time_window_ends(card: ModelCard, window: ResolvedWindow) -> tuple[date, date]:
-    """The first and the last day whose observations a window takes."""
+    """The first and the last day of a window."""
     if card.window is None:
         raise TypeError(f"'{card.id}' has no time window")
     length = card.window.steps * card.window.step_days
     if card.window.start == "last-steps":
-        # It ends on its last step, and takes nothing from before its first.
+        # The window ends on its last step and begins on its first.
         first = max(window.start, window.first_day)
         return first, shifted(window.first_day, length - card.window.step_days)
     end = shifted(window.start, length - 1)
@@ -59,7 +59,7 @@ def time_window_ends(card: ModelCard, window: ResolvedWindow) -> tuple[date, dat
 def outside_time_window(
     card: ModelCard, dates: Sequence[date], window: ResolvedWindow | None
 ) -> tuple[StackWarning, ...]:
-    """The warning that dates are left out, where some are."""
+    """The warning that dates lie outside the time window; none if all lie inside."""
     if window is None or len(window.used) == len(dates):
         return ()
     first, last = time_window_ends(card, window)
@@ -72,17 +72,17 @@ def outside_time_window(
 
 _WHOLE_YEAR = 365
 _LONGEST_GAP = 180
-"""Days of a model's span without a date, from which on the dates cover only part of it."""
+"""A gap of this many days or more means that the dates cover only a part of the model's span."""
 
 
 def partial_season(
     card: ModelCard, dates: Sequence[date], window: ResolvedWindow | None
 ) -> tuple[StackWarning, ...]:
-    """The warning that the dates used cover only a part of what the model expects.
+    """The warning that the dates used cover only a part of the model's span.
 
     Args:
-        card: the model's.
-        dates: unique and ascending.
+        card: the model's card.
+        dates: unique, ascending dates.
         window: the model's time window over them; None for a model of imagery.
     """
     if window is None or card.window is None or not window.used:
@@ -90,7 +90,7 @@ def partial_season(
     span = card.window.steps * card.window.step_days
     days = sorted(window.days(dates))
     if card.window.yearly:
-        # All years are placed on one, so the gap across the new year is one as well.
+        # All years are placed on one, so the days around the new year may be a gap as well.
         places = sorted({day % _WHOLE_YEAR for day in days})
         gaps = [b - a for a, b in pairwise([*places, places[0] + _WHOLE_YEAR])]
         span = _WHOLE_YEAR

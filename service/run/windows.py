@@ -55,7 +55,7 @@ def windows(
     """Windows that cover a raster, each pixel once, in an order that reads each block once.
 
     Args:
-        grid: of the raster.
+        grid: the raster's grid.
         block: rows and columns of a block on disk.
         pixel_bytes: memory per pixel of a window.
         budget: largest memory of a window, bytes. A window always has one pixel, and may be one
