@@ -6,7 +6,7 @@ The synchronous client, `client.py`, is generated from this file by
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, overload
 
 from pimc_client import operations
@@ -744,6 +744,15 @@ class AsyncJob(JobHandle[T]):
             ServiceError, JobFailed, JobDismissed: as for `wait`.
         """
         return cast("T", await self._client.run(operations.result(self, output)))
+
+    async def item(self) -> Mapping[str, Any]:
+        """The STAC Item of the job's rasters, its assets linked to the server.
+
+        Raises:
+            NotFound: the result is not a raster, or its imagery has no date.
+            ResultNotReady: the job has not finished.
+        """
+        return await self._client.run(operations.item(self))
 
     async def cancel(self) -> None:
         """Cancel the job; its unfinished work is lost."""

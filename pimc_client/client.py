@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, overload
 
 from pimc_client import operations
@@ -743,6 +743,15 @@ class Job(JobHandle[T]):
             ServiceError, JobFailed, JobDismissed: as for `wait`.
         """
         return cast("T", self._client.run(operations.result(self, output)))
+
+    def item(self) -> Mapping[str, Any]:
+        """The STAC Item of the job's rasters, its assets linked to the server.
+
+        Raises:
+            NotFound: the result is not a raster, or its imagery has no date.
+            ResultNotReady: the job has not finished.
+        """
+        return self._client.run(operations.item(self))
 
     def cancel(self) -> None:
         """Cancel the job; its unfinished work is lost."""

@@ -7,7 +7,7 @@ method's result. `Client` and `AsyncClient` differ only in how they send a reque
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
@@ -24,6 +24,7 @@ from pimc_client.errors import (
 from pimc_client.inputs import Fields, Files, Points, Series, Task
 from pimc_client.requests import (
     ANYTHING,
+    GEOJSON,
     Request,
     Response,
     build_cancel,
@@ -264,6 +265,12 @@ def result(handle: JobHandle[Any], output: str | None = None) -> Operation[TaskR
         raise reason from error
     found = parse_result(response, handle.task, output or handle.output)
     return (yield from _with_legend(found))
+
+
+def item(handle: JobHandle[Any]) -> Operation[Mapping[str, Any]]:
+    """The STAC Item of the job's rasters."""
+    request = build_result(handle.id, accept=GEOJSON, output="item.json")
+    return parse_json((yield from _exchange(request)))
 
 
 def _unsuccessful(state: JobState) -> Exception | None:

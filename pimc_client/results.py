@@ -327,6 +327,12 @@ class Rasters(_Result, Mapping[str, Raster]):
             (target / name).write_bytes(self._archive.read(member))
         return [raster.save(target / f"{name}.tif") for name, raster in self.items()]
 
+    @property
+    def item(self) -> Mapping[str, Any] | None:
+        """The STAC Item that describes the rasters; None for imagery without a date."""
+        member = self._beside.get("item.json")
+        return None if member is None else json.loads(self._archive.read(member))
+
     def to_xarray(self) -> xarray.Dataset:
         """The rasters as an `xarray.Dataset`, one variable for each; see `Raster.to_xarray`.
 

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -304,3 +305,11 @@ def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
     """Names that begin with `PIMC_` but are not settings, such as misspelt ones."""
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
     return sorted(n for n in environment if n.upper().startswith(PREFIX) and n.upper() not in known)
+
+
+def project_version() -> str:
+    """The version of the project, by its installed metadata."""
+    try:
+        return version("pimc-client")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return "0+checkout"

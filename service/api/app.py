@@ -7,7 +7,6 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import anyio
@@ -38,7 +37,7 @@ from service.jobs.runner import JobRunner
 from service.jobs.store import JobStore
 from service.read.geotiff import BlockCache
 from service.run.executors import ThreadExecutor
-from service.settings import Settings, SettingsError, read_settings
+from service.settings import Settings, SettingsError, project_version, read_settings
 from service.telemetry import Metrics
 
 _LOG = logging.getLogger(__name__)
@@ -138,7 +137,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
 
     app = DocumentedApp(
         title="PIMC",
-        version=_version(),
+        version=project_version(),
         description=_DESCRIPTION,
         lifespan=lifespan,
         docs_url=None,  # the explorer has the page, with a policy of its own
@@ -237,10 +236,3 @@ def _checksums(settings: Settings) -> dict[str, str] | None:
     except ValueError as error:  # a line, or bytes that are not UTF-8
         reason = str(error)
     raise SettingsError(f"PIMC_MODEL_CHECKSUMS: {reason}")
-
-
-def _version() -> str:
-    try:
-        return version("pimc-client")
-    except PackageNotFoundError:  # run from a checkout that was not installed
-        return "0+checkout"

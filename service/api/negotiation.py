@@ -50,13 +50,14 @@ def _quality(text: str) -> float:
         return 0.0
 
 
-def negotiate(accept: str, offers: Sequence[str]) -> str:
+def negotiate(accept: str, offers: Sequence[str], *, lenient: bool = False) -> str:
     """The offer with the highest quality; the first of equals.
 
     Args:
         accept: the `Accept` header; empty accepts anything.
         offers: media types, the preferred one first. A single offer is used whatever `Accept`
             is, as RFC 9110 (12.4.1) allows: an error would not help the client.
+        lenient: whether the first offer is used if none is accepted, too.
 
     Raises:
         NotAcceptable: none of several offers is accepted.
@@ -68,6 +69,8 @@ def negotiate(accept: str, offers: Sequence[str]) -> str:
         return offers[0]
     liked = {offer: _liking(offer, ranges) for offer in offers}
     best = max(offers, key=lambda offer: liked[offer])
+    if liked[best] == 0 and lenient:
+        return offers[0]
     if liked[best] == 0:
         raise NotAcceptable(f"Accept is '{accept}', but the response types are {', '.join(offers)}")
     return best

@@ -180,6 +180,27 @@ FILE: Mapping[int | str, dict[str, Any]] = {
 }
 """`responses` of one raster of a job's result."""
 
+STAC_ITEM: Mapping[str, Any] = {
+    "type": "object",
+    "description": "a STAC Item (1.1)",
+    "required": ["type", "stac_version", "id", "properties", "assets", "links"],
+    "properties": {"type": {"const": "Feature"}, "stac_version": {"const": "1.1.0"}},
+}
+STAC_COLLECTION: Mapping[str, Any] = {
+    "type": "object",
+    "description": "a STAC ItemCollection",
+    "required": ["type", "features", "links"],
+    "properties": {
+        "type": {"const": "FeatureCollection"},
+        "features": {"type": "array", "items": STAC_ITEM},
+    },
+}
+ITEM_FILE: Mapping[int | str, dict[str, Any]] = {
+    200: {"description": "The item", "content": {GEOJSON: {"schema": STAC_ITEM}}},
+    **problems((*_RESULT_ERRORS, "not_found")),
+}
+"""`responses` of the STAC Item of a job's result."""
+
 
 def _form(schema: dict[str, Any]) -> dict[str, Any]:
     """A form's schema, with `files`, which is not a field of the model."""

@@ -25,6 +25,7 @@ from service.run.executors import Timing
 from service.run.request import RasterRequest, TaskRequest
 from service.write.fields import fields_csv, write_geoparquet
 from service.write.legend import SIDECAR, sidecar_of, style_of
+from service.write.stac_item import item_of
 
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 ZIP = "application/zip"
@@ -190,7 +191,7 @@ _COPY_BYTES = 2**20
 
 
 def zip_files(files: Mapping[str, Path], path: Path) -> Path:
-    """Put finished files into one zip, each as `<output>.tif` with its QGIS style and side file.
+    """Put finished files into one zip: `<output>.tif`, QGIS style and side file; `item.json`.
 
     Args:
         files: finished files by output name.
@@ -207,6 +208,9 @@ def zip_files(files: Mapping[str, Path], path: Path) -> Path:
                 _add(archive, sidecar_of(file), f"{name}.tif{SIDECAR}")
             if style_of(file).exists():
                 _add(archive, style_of(file), f"{name}.qml")
+        for item in {item_of(file) for file in files.values()}:
+            if item.exists():
+                _add(archive, item, item.name)
     return path
 
 

@@ -23,8 +23,9 @@ from service.run.executors import Executor, Timing, check
 from service.run.plan import RasterRun, dates_summary
 from service.run.time_window import outside_time_window, partial_season
 from service.run.windows import Arrays, Journal, Step
-from service.write.cog import RasterWriter
-from service.write.predictions import JSON
+from service.write.cog import RasterWriter, stored
+from service.write.predictions import JSON, ForecastPredictions
+from service.write.stac_item import Provenance, result_item, write_item
 
 Floats = NDArray[np.float32]
 _OTHER_RESOLUTION = 2.05
@@ -202,6 +203,11 @@ class Sink:
         check(self._work.cancelled)
         files = self._writer.finish()
         check(self._work.cancelled)
+        if files:
+            layers = tuple(self._layers.values())
+            card, made = self._work.run.model.card, _provenance(self._work.run)
+            with stored():
+                write_item(result_item(card, self._grid, layers, made), self._work.folder)
         self._work.progress.finish()
         total = self._grid.width * self._grid.height
         warnings = run_warnings(self._work.run)
@@ -220,6 +226,23 @@ class Sink:
             timing=timing + Timing(write=time.perf_counter() - start),
             warnings=warnings,
         )
+
+
+def _provenance(run: RasterRun) -> Provenance:
+    stack = run.stack
+    predictions = run.predictions
+    return Provenance(
+        dates=tuple(stack.dates[t] for t in run.used) if stack.dates else (),
+        forecast_dates=predictions.dates if isinstance(predictions, ForecastPredictions) else (),
+        sources=stack.files,
+        provider=run.model.provider,
+        parameters={
+            "start": run.time_window.start.isoformat() if run.time_window else None,
+            "mask": stack.mask,
+            "outputs": list(run.outputs),
+            **({"stride": run.stride} if run.model.card.modality == "patch" else {}),
+        },
+    )
 
 
 def run_warnings(run: RasterRun) -> tuple[StackWarning, ...]:

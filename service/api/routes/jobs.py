@@ -5,9 +5,12 @@ caller's job is unknown to it.
 """
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+import json
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
@@ -15,12 +18,14 @@ from starlette.responses import JSONResponse
 
 from service.api.dependencies import KNOWN_CALLER, READER, App, AppState, Caller, root_of
 from service.api.negotiation import negotiate
-from service.api.openapi import FILE, RESULT, problems
+from service.api.openapi import FILE, ITEM_FILE, RESULT, STAC_COLLECTION, problems
 from service.api.problems import problem
-from service.api.responses import offers, stored_response, whole_raster
+from service.api.responses import GEOJSON, offers, stored_response, whole_raster
 from service.api.schemas import JobInfo, JobList, Link
-from service.errors import NotFound
+from service.errors import NotFound, ResultNotReady
+from service.jobs.serialise import StoredResult
 from service.jobs.store import Job, removed
+from service.write.stac_item import item_of
 
 _RESULTS = "http://www.opengis.net/def/rel/ogc/1.0/results"
 _MANY = 1000
@@ -29,7 +34,11 @@ router = APIRouter(tags=["jobs"], dependencies=[KNOWN_CALLER])
 
 @router.get(
     "/jobs",
-    responses=problems(["unauthorized", "invalid_request", "unknown_job", "internal_error"]),
+    response_model=JobList,
+    responses={
+        200: {"content": {GEOJSON: {"schema": STAC_COLLECTION}}},
+        **problems(["unauthorized", "invalid_request", "unknown_job", "internal_error"]),
+    },
 )
 async def list_jobs(
     request: Request,
@@ -39,13 +48,19 @@ async def list_jobs(
     cursor: Annotated[
         str | None, Query(max_length=64, description="id of the last job of the page before")
     ] = None,
-) -> JobList:
-    """The caller's jobs, the newest first."""
+) -> JobList | Response:
+    """The caller's jobs, the newest first; as STAC Items of their results if `Accept` asks so."""
     found = await to_thread.run_sync(partial(app.jobs.latest, caller or "", limit, before=cursor))
     here = f"{root_of(request)}/jobs"
     links = [_link(here, "self", "this list")]
     if len(found) == limit:
         links.append(_link(f"{here}?limit={limit}&cursor={found[-1].id}", "next", "older jobs"))
+    accept = request.headers.get("accept", "")
+    if negotiate(accept, ("application/json", GEOJSON), lenient=True) == GEOJSON:
+        items = await to_thread.run_sync(_items, app, found, here)
+        listed = [{**link.model_dump(exclude_none=True), "type": GEOJSON} for link in links]
+        document = {"type": "FeatureCollection", "features": items, "links": listed}
+        return JSONResponse(document, media_type=GEOJSON, headers={"Vary": "Accept"})
     return JobList(jobs=[info(job, request) for job in found], links=links)
 
 
@@ -77,6 +92,54 @@ async def read_result(job_id: str, request: Request, app: App, caller: Caller) -
     result = await to_thread.run_sync(app.jobs.result, job)
     make = partial(stored_response, app.jobs, job, result, media)
     return await to_thread.run_sync(make, limiter=app.downloads.makers)
+
+
+@router.get(
+    "/jobs/{job_id}/result/item.json",
+    responses=dict(ITEM_FILE),
+    response_class=Response,
+    dependencies=[READER],
+)
+async def read_item(job_id: str, request: Request, app: App, caller: Caller) -> Response:
+    """The STAC Item of a job's rasters, with links to them."""
+    job = await _find(app, caller, job_id)
+    if job.status == "failed":
+        return problem(request, job.error)
+    result = await to_thread.run_sync(app.jobs.result, job)
+    item = await to_thread.run_sync(_linked_item, result, f"{root_of(request)}/jobs/{job.id}")
+    if item is None:
+        raise NotFound(
+            f"job {job.id} has no STAC Item: its result is not a raster, or its imagery has no date"
+        )
+    return JSONResponse(item, media_type=GEOJSON)
+
+
+def _items(app: AppState, jobs: Sequence[Job], here: str) -> list[dict[str, Any]]:
+    """The items of those jobs that have one."""
+    found = []
+    for job in jobs:
+        with suppress(ResultNotReady):  # one that is removed meanwhile is no longer listed
+            if job.status == "successful":
+                found.append(_linked_item(app.jobs.result(job), f"{here}/{job.id}"))
+    return [item for item in found if item is not None]
+
+
+def _linked_item(result: StoredResult, here: str) -> dict[str, Any] | None:
+    """A job's item, its rasters linked where the server has them; None without an item."""
+    raster = next(iter(result.files.values()), None)
+    if raster is None or not item_of(raster).exists():
+        return None
+    item: dict[str, Any] = json.loads(item_of(raster).read_bytes())
+    for name, asset in list(item["assets"].items()):
+        if name in result.files:
+            asset["href"] = f"{here}/result/{name}"
+        elif asset["href"].startswith("./"):
+            del item["assets"][name]  # beside the raster in the zip alone
+    item["links"] = [
+        {"rel": "alternate", "href": f"{here}/result/item.json", "type": GEOJSON},
+        {"rel": "via", "href": here, "type": "application/json", "title": "the job"},
+    ]
+    return item
 
 
 @router.get(

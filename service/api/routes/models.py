@@ -3,14 +3,18 @@
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 from collections.abc import Mapping
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
+from starlette.responses import JSONResponse
 
 from models.card import Modality, ModelCard, Task
-from service.api.dependencies import KNOWN_CALLER, App
-from service.api.openapi import problems
+from service.api.dependencies import KNOWN_CALLER, App, root_of
+from service.api.negotiation import negotiate
+from service.api.openapi import STAC_ITEM, problems
+from service.api.responses import GEOJSON
 from service.api.schemas import ModelList
 from service.errors import UnknownModel
 from service.infer.engine import Engine
+from service.write.stac_item import model_item
 
 DEFAULTS: Mapping[str, tuple[Task, Modality]] = {
     "classify-pixels": ("classify-pixels", "pixel"),
@@ -31,14 +35,23 @@ async def list_models(app: App) -> ModelList:
 
 
 @router.get(
-    "/models/{name}", responses=problems(["unauthorized", "unknown_model", "invalid_request"])
+    "/models/{name}",
+    response_model=ModelCard,
+    responses={
+        200: {"content": {GEOJSON: {"schema": STAC_ITEM}}},
+        **problems(["unauthorized", "unknown_model", "invalid_request"]),
+    },
 )
-async def read_model(name: str, app: App) -> ModelCard:
-    """A model's card, by `name` or `name@version`."""
+async def read_model(name: str, request: Request, app: App) -> ModelCard | Response:
+    """A model's card, by `name` or `name@version`; a STAC MLM Item if `Accept` asks for it."""
     bundle = app.engine.registry.find(name)
     if bundle is None or bundle.card.name not in app.engine.models:
         served = ", ".join(sorted(app.engine.models)) or "none"
         raise UnknownModel(f"no model '{name}'; available: {served}")
+    accept = request.headers.get("accept", "")
+    if negotiate(accept, ("application/json", GEOJSON), lenient=True) == GEOJSON:
+        item = model_item(bundle.card, f"{root_of(request)}/models/{bundle.card.id}")
+        return JSONResponse(item, media_type=GEOJSON, headers={"Vary": "Accept"})
     return bundle.card
 
 

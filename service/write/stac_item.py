@@ -1,0 +1,359 @@
+"""STAC items: a result and a model described for catalogues (STAC 1.1).
+
+    grid, layers, card, dates, sources → item.json beside the rasters
+    card → an item of the MLM extension
+
+Nothing of an item depends on the clock or on chance, so that equal results are equal bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+from rasterio.crs import CRS
+
+from models.card import LegendClass, ModelCard
+from service.grid import Grid, transformed
+from service.settings import project_version
+from service.write.legend import SIDECAR
+from service.write.predictions import JSON, Layer
+
+ITEM = "item.json"
+"""Name of a result's item, beside its rasters."""
+COG = "image/tiff; application=geotiff; profile=cloud-optimized"
+_STAC_VERSION = "1.1.0"
+_EXTENSIONS: Mapping[str, str] = {
+    name: f"https://stac-extensions.github.io/{name}/v{version}/schema.json"
+    for name, version in {
+        "projection": "2.0.0",
+        "raster": "2.0.0",
+        "classification": "1.1.0",
+        "processing": "1.2.0",
+        "forecast": "0.2.0",
+        "mlm": "1.5.1",
+    }.items()
+}
+_TASKS: Mapping[str, tuple[str, ...]] = {
+    "classify-pixels": ("classification", "semantic-segmentation"),
+    "landcover": ("classification", "scene-classification"),
+    "forecast": ("regression",),
+    "embed": ("similarity-search",),
+}
+"""Tasks of the MLM extension by ours; it has none for embeddings, which serve similarity search."""
+_EDGE_POINTS = 16
+"""Points on each edge of a footprint: a straight edge of a projection is a curve in degrees."""
+_LICENCE = re.compile(r"[\w.+-]+")
+"""A licence's SPDX identifier; STAC takes `other` for any other text."""
+_DEGREES = CRS.from_epsg(4326)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What a result was made of."""
+
+    dates: tuple[date, ...]
+    """Acquisition dates used; empty for undated imagery."""
+    forecast_dates: tuple[date, ...] = ()
+    """Dates that a forecast is for."""
+    sources: tuple[str, ...]
+    """Names of the files that hold a band used, or their URLs."""
+    provider: str
+    """The execution provider that computed."""
+    parameters: Mapping[str, JSON]
+    """What decides over the result beside files and model, such as `stride`."""
+
+
+def result_item(
+    card: ModelCard, grid: Grid, layers: Sequence[Layer], made: Provenance
+) -> dict[str, Any] | None:
+    """A STAC Item of a result, its assets beside it; None without a date, which STAC requires.
+
+    Args:
+        card: of the model.
+        grid: of the rasters.
+        layers: the rasters, each in the file `<name>.tif`.
+        made: what it was made of.
+    """
+    if not made.dates:
+        return None
+    valid = made.forecast_dates or made.dates
+    extensions = ["projection", "raster", "processing", "mlm"]
+    properties: dict[str, Any] = {
+        "title": f"{card.task} by {card.id}",
+        **_interval(valid[0], valid[-1]),
+        **_projection(grid),
+        "gsd": round(grid.pixel_size, 3),
+        "processing:software": {"PIMC": project_version()},
+        "processing:lineage": (
+            f"{card.id} (sha256 {card.sha256}) on {len(made.dates)} dates from {made.dates[0]} to "
+            f"{made.dates[-1]}, computed by {made.provider}"
+        ),
+        "pimc:model": card.id,
+        "pimc:dates_used": [day.isoformat() for day in made.dates],
+        "pimc:sources": list(made.sources),
+        "pimc:parameters": dict(made.parameters),
+        **_model_properties(card),
+    }
+    if any(layer.legend for layer in layers):
+        extensions.append("classification")
+    if made.forecast_dates:
+        extensions.append("forecast")
+        reference = made.dates[-1]
+        properties["forecast:reference_datetime"] = _start(reference)
+        properties["forecast:horizon"] = f"P{(made.forecast_dates[-1] - reference).days}D"
+    assets: dict[str, Any] = {}
+    for layer in layers:
+        assets |= _assets(layer, grid)
+    assets["model"] = _model_asset(card)
+    geometry, bbox = footprint(grid)
+    item = {
+        "type": "Feature",
+        "stac_version": _STAC_VERSION,
+        "stac_extensions": [_EXTENSIONS[name] for name in extensions],
+        "id": "",
+        "geometry": geometry,
+        **({"bbox": bbox} if bbox else {}),
+        "properties": properties,
+        "links": [],
+        "assets": assets,
+    }
+    digest = hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()
+    return {**item, "id": f"{card.task}-{card.name}-{digest[:16]}"}
+
+
+def write_item(item: Mapping[str, Any] | None, folder: Path) -> None:
+    """Write an item beside the rasters that it describes; None writes nothing."""
+    if item is not None:
+        text = json.dumps(item, ensure_ascii=False, indent=1)
+        (folder / ITEM).write_text(text, encoding="utf-8")
+
+
+def item_of(raster: Path) -> Path:
+    """Path of the item that describes a raster."""
+    return raster.with_name(ITEM)
+
+
+def model_item(card: ModelCard, href: str) -> dict[str, Any]:
+    """A model as a STAC Item of the MLM extension.
+
+    Its extent is where and when it may be used, as the extension recommends: nothing in a card
+    restricts it to a part of the Earth or of time.
+
+    Args:
+        card: of the model.
+        href: where the card is, absolute or relative to the item. The item has no link to itself,
+            which would have to be absolute, and the service does not know its public address.
+    """
+    world = shapely.box(-180.0, -90.0, 180.0, 90.0)
+    extensions = ["mlm", *(["classification"] if card.classes else [])]
+    return {
+        "type": "Feature",
+        "stac_version": _STAC_VERSION,
+        "stac_extensions": [_EXTENSIONS[name] for name in extensions],
+        "id": card.id,
+        "geometry": json.loads(shapely.to_geojson(world)),
+        "bbox": [-180.0, -90.0, 180.0, 90.0],
+        "properties": {
+            "title": card.id,
+            "description": card.description,
+            "license": card.licence if _LICENCE.fullmatch(card.licence) else "other",
+            "datetime": None,
+            "start_datetime": "1900-01-01T00:00:00Z",
+            "end_datetime": "9999-12-31T23:59:59Z",
+            **_model_properties(card),
+        },
+        "links": [
+            {"rel": "alternate", "href": href, "type": "application/json", "title": "the card"},
+        ],
+        "assets": {"model": _model_asset(card)},
+    }
+
+
+def footprint(grid: Grid) -> tuple[dict[str, Any] | None, list[float] | None]:
+    """The outline of a grid in degrees, and its bounding box (west, south, east, north).
+
+    Both None where the CRS does not lie on the Earth. Cut at the antimeridian, as GeoJSON requires;
+    west is then larger than east.
+    """
+    step = np.linspace(0.0, 1.0, _EDGE_POINTS, endpoint=False)
+    one, zero = np.ones_like(step), np.zeros_like(step)
+    columns = np.concatenate([step, one, 1 - step, zero]) * grid.width
+    rows = np.concatenate([zero, step, one, 1 - step]) * grid.height
+    a, b, c, d, e, f = grid.transform[:6]
+    xs, ys = a * columns + b * rows + c, d * columns + e * rows + f
+    lon, lat = transformed(grid.crs, _DEGREES, xs, ys)
+    if not (np.isfinite(lon).all() and np.isfinite(lat).all()):
+        return None, None
+    crosses = np.ptp(lon) > 180
+    lon = np.where(crosses & (lon < 0), lon + 360, lon)
+    ring = shapely.Polygon(np.round(np.stack([lon, lat], axis=1), 7))
+    outline = shapely.orient_polygons(shapely.make_valid(ring))
+    west, south, east, north = (float(side) for side in outline.bounds)
+    if not crosses:
+        return json.loads(shapely.to_geojson(outline)), [west, south, east, north]
+    left = shapely.intersection(outline, shapely.box(0, -90, 180, 90))
+    right = shapely.intersection(outline, shapely.box(180, -90, 540, 90))
+    right = shapely.transform(right, lambda points: points - [360.0, 0.0])
+    parts = shapely.multipolygons([*shapely.get_parts(left), *shapely.get_parts(right)])
+    cut = json.loads(shapely.to_geojson(shapely.orient_polygons(parts)))
+    return cut, [west, south, east - 360.0, north]
+
+
+def classes_of(legend: Sequence[LegendClass]) -> list[dict[str, JSON]]:
+    """A legend as the classification extension has it: `name` is a word of ASCII, `title` ours."""
+    return [
+        {
+            "value": c.value,
+            "name": class_name(c.name) or f"class-{c.value}",
+            "title": c.name,
+            "color_hint": c.color.removeprefix("#").upper(),
+            **({} if c.code is None else {"description": f"code {c.code} of the source's legend"}),
+        }
+        for c in legend
+    ]
+
+
+def class_name(text: str) -> str:
+    """A class's name with only letters, digits, `-` and `_`, as the extension demands."""
+    return re.sub(r"[^0-9A-Za-z_-]+", "-", text).strip("-")
+
+
+def _start(day: date) -> str:
+    return f"{day.isoformat()}T00:00:00Z"
+
+
+def _interval(first: date, last: date) -> dict[str, JSON]:
+    if first == last:
+        return {"datetime": _start(first)}
+    return {
+        "datetime": None,
+        "start_datetime": _start(first),
+        "end_datetime": f"{last.isoformat()}T23:59:59Z",
+    }
+
+
+def _projection(grid: Grid) -> dict[str, JSON]:
+    code = grid.crs.to_authority()
+    return {
+        **(
+            {"proj:code": ":".join(code)}
+            if code
+            else {"proj:code": None, "proj:wkt2": grid.crs.to_wkt(version="WKT2_2019")}
+        ),
+        "proj:shape": [grid.height, grid.width],
+        "proj:transform": [float(number) for number in grid.transform],
+    }
+
+
+def _assets(layer: Layer, grid: Grid) -> dict[str, Any]:
+    """A raster with its style, and a class map with its side file."""
+    name = layer.name
+    raster: dict[str, Any] = {
+        "href": f"./{name}.tif",
+        "type": COG,
+        "title": name,
+        "roles": ["data"],
+        "data_type": layer.dtype,
+        "nodata": "nan" if math.isnan(layer.nodata) else layer.nodata,
+        "raster:spatial_resolution": round(grid.pixel_size, 3),
+        "bands": [{"name": band} for band in layer.bands],
+    }
+    if layer.legend:
+        raster["classification:classes"] = classes_of(layer.legend)
+    assets = {
+        name: raster,
+        f"{name}-style": {
+            "href": f"./{name}.qml",
+            "type": "application/xml",
+            "title": f"QGIS style of {name}",
+            "roles": ["style"],
+        },
+    }
+    if layer.legend:
+        assets[f"{name}-names"] = {
+            "href": f"./{name}.tif{SIDECAR}",
+            "type": "application/xml",
+            "title": f"names of the classes of {name}, for GDAL",
+            "roles": ["metadata"],
+        }
+    return assets
+
+
+def _model_properties(card: ModelCard) -> dict[str, Any]:
+    """The properties of the MLM extension; dimensions of any size are -1."""
+    tasks = list(_TASKS[card.task])
+    if card.modality == "pixel":
+        shape, order = [-1, -1, len(card.bands)], ["batch", "time", "bands"]
+    else:
+        side = card.patch or -1
+        shape, order = [-1, len(card.bands), side, side], ["batch", "bands", "height", "width"]
+    result_shape, result_order = _result_structure(card)
+    output: dict[str, Any] = {
+        "name": card.output,
+        "tasks": tasks,
+        "result": {"shape": result_shape, "dim_order": result_order, "data_type": "float32"},
+    }
+    if card.classes:
+        output["classification:classes"] = classes_of(card.classes)
+    parameters = card.training.get("parameters")
+    return {
+        "version": card.version,
+        "bands": [{"name": band} for band in card.bands],
+        "mlm:name": card.name,
+        "mlm:architecture": "PIMC encoder on recurrence plots"
+        if card.modality == "pixel"
+        else "PIMC encoder of imagery",
+        "mlm:framework": "ONNX",
+        "mlm:tasks": tasks,
+        "mlm:input": [
+            {
+                "name": "reflectance",
+                "description": "reflectance, unitless, 0 to 1",
+                "bands": list(card.bands),
+                "input": {"shape": shape, "dim_order": order, "data_type": "float32"},
+            }
+        ],
+        "mlm:output": [output],
+        **(
+            {"mlm:total_parameters": parameters}
+            if isinstance(parameters, int) and parameters >= 0
+            else {}
+        ),
+    }
+
+
+def _result_structure(card: ModelCard) -> tuple[list[int], list[str]]:
+    if card.task == "forecast":
+        return (
+            [-1, card.horizon or 0, len(card.indices), len(card.quantiles)],
+            ["batch", "time", "index", "quantile"],
+        )
+    if card.task == "embed":
+        return [-1, card.embedding or 0], ["batch", "embedding"]
+    return [-1, len(card.classes)], ["batch", "class"]
+
+
+def _model_asset(card: ModelCard) -> dict[str, Any]:
+    """The ONNX file by its content (RFC 6920): it is known by its sha256, wherever it lies."""
+    digest = base64.urlsafe_b64encode(bytes.fromhex(card.sha256)).decode().rstrip("=")
+    return {
+        "href": f"ni:///sha-256;{digest}",
+        "type": "application/octet-stream",
+        "title": f"{card.id}, float32",
+        "roles": ["mlm:model"],
+        # STAC allows an item's `bands`, which the extension requires, if an asset has some.
+        "bands": [{"name": band} for band in card.bands],
+        "mlm:artifact_type": "onnx",
+        "pimc:sha256": card.sha256,
+    }
