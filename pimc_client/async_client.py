@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, overload
 from pimc_client import operations
 from pimc_client.inputs import (
     AnswerKind,
+    ClassOptions,
     ClassOutput,
     ClassOutputs,
     Date,
@@ -113,7 +114,7 @@ class AsyncClient:
         points: None = None,
         fields: None = None,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[WindowOptions],
+        **options: Unpack[ClassOptions],
     ) -> Raster: ...
     @overload
     async def classify_pixels(
@@ -124,7 +125,7 @@ class AsyncClient:
         points: None = None,
         fields: None = None,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[WindowOptions],
+        **options: Unpack[ClassOptions],
     ) -> Rasters: ...
     @overload
     async def classify_pixels(
@@ -135,7 +136,7 @@ class AsyncClient:
         points: None = None,
         fields: None = None,
         answer: Literal["summary"],
-        **options: Unpack[WindowOptions],
+        **options: Unpack[ClassOptions],
     ) -> Summary: ...
     @overload
     async def classify_pixels(
@@ -146,7 +147,7 @@ class AsyncClient:
         points: Points,
         fields: None = None,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[WindowOptions],
+        **options: Unpack[ClassOptions],
     ) -> Results[PointResult[PixelClass]]: ...
     @overload
     async def classify_pixels(
@@ -157,7 +158,7 @@ class AsyncClient:
         points: None = None,
         fields: Fields,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[WindowOptions],
+        **options: Unpack[ClassOptions],
     ) -> Table: ...
     async def classify_pixels(
         self,
@@ -167,7 +168,7 @@ class AsyncClient:
         points: Points | None = None,
         fields: Fields | None = None,
         answer: AnswerKind = "raster",
-        **options: Unpack[WindowOptions],
+        **options: Unpack[ClassOptions],
     ) -> TaskResult:
         """Predict a class for every pixel of a satellite image time series.
 
@@ -182,8 +183,10 @@ class AsyncClient:
                 GeoParquet or GeoPackage file in any CRS, or a GeoPandas object.
             answer: `summary` returns a summary instead of a raster.
             **options: how the files are read: `model`, `layout`, `dates`, `bands`, `scale`,
-                `offset`, `mask`; the first day of the time window, `start`; and `progress`, called
-                during the upload with the bytes sent and the total.
+                `offset`, `mask`; the first day of the time window, `start`; how the map is
+                cleaned: `smooth`, a radius in pixels within which probabilities of neighbours
+                count, and `min_area`, hectares below which an area joins a neighbour; and
+                `progress`, called during the upload with the bytes sent and the total.
 
         Returns:
             A `Raster`; `Rasters` by name if `outputs` is a list; a `Summary`; with `points` one

@@ -349,12 +349,27 @@ def classify_pixels(
     *,
     delivery: _Delivery,
     output: ClassOutputs = None,
+    smooth: Annotated[
+        int | None,
+        typer.Option(
+            "--smooth",
+            help="Radius in pixels: probabilities of neighbours count before the class is taken.",
+        ),
+    ] = None,
+    min_area: Annotated[
+        float | None,
+        typer.Option(
+            "--min-area",
+            help="Hectares: smaller areas join the neighbour with the longest shared edge.",
+        ),
+    ] = None,
     start: Start = None,
     reading: dict[str, Any],
     client: Client,
 ) -> None:
     """Predict a class for every pixel of a satellite image time series."""
-    _raster(client, "classify-pixels", files, delivery, _outputs(output), start=start, **reading)
+    options = {"smooth": smooth, "min_area": min_area, "start": start, **reading}
+    _raster(client, "classify-pixels", files, delivery, _outputs(output), **options)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, overload
 from pimc_client import operations
 from pimc_client.inputs import (
     AnswerKind,
+    ClassOptions,
     ClassOutput,
     ClassOutputs,
     Date,
@@ -110,7 +111,7 @@ class Client:
         points: None = None,
         fields: None = None,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[WindowOptions],
+        **options: Unpack[ClassOptions],
     ) -> Raster: ...
     @overload
     def classify_pixels(
@@ -121,7 +122,7 @@ class Client:
         points: None = None,
         fields: None = None,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[WindowOptions],
+        **options: Unpack[ClassOptions],
     ) -> Rasters: ...
     @overload
     def classify_pixels(
@@ -132,7 +133,7 @@ class Client:
         points: None = None,
         fields: None = None,
         answer: Literal["summary"],
-        **options: Unpack[WindowOptions],
+        **options: Unpack[ClassOptions],
     ) -> Summary: ...
     @overload
     def classify_pixels(
@@ -143,7 +144,7 @@ class Client:
         points: Points,
         fields: None = None,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[WindowOptions],
+        **options: Unpack[ClassOptions],
     ) -> Results[PointResult[PixelClass]]: ...
     @overload
     def classify_pixels(
@@ -154,7 +155,7 @@ class Client:
         points: None = None,
         fields: Fields,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[WindowOptions],
+        **options: Unpack[ClassOptions],
     ) -> Table: ...
     def classify_pixels(
         self,
@@ -164,7 +165,7 @@ class Client:
         points: Points | None = None,
         fields: Fields | None = None,
         answer: AnswerKind = "raster",
-        **options: Unpack[WindowOptions],
+        **options: Unpack[ClassOptions],
     ) -> TaskResult:
         """Predict a class for every pixel of a satellite image time series.
 
@@ -179,8 +180,10 @@ class Client:
                 GeoParquet or GeoPackage file in any CRS, or a GeoPandas object.
             answer: `summary` returns a summary instead of a raster.
             **options: how the files are read: `model`, `layout`, `dates`, `bands`, `scale`,
-                `offset`, `mask`; the first day of the time window, `start`; and `progress`, called
-                during the upload with the bytes sent and the total.
+                `offset`, `mask`; the first day of the time window, `start`; how the map is
+                cleaned: `smooth`, a radius in pixels within which probabilities of neighbours
+                count, and `min_area`, hectares below which an area joins a neighbour; and
+                `progress`, called during the upload with the bytes sent and the total.
 
         Returns:
             A `Raster`; `Rasters` by name if `outputs` is a list; a `Summary`; with `points` one

@@ -114,8 +114,18 @@ class WindowOptions(StackOptions, total=False):
     """First day of the time window; chosen by the rule on the model's card if not given."""
 
 
-class JobOptions(WindowOptions, total=False):
-    """`WindowOptions`, the options of the job's task, and the job's own."""
+class ClassOptions(WindowOptions, total=False):
+    """`WindowOptions`, and how a class map is cleaned."""
+
+    smooth: int
+    """Radius in pixels: probabilities of neighbours count before the class is taken (Bayesian
+    smoothing); 0 if left out."""
+    min_area: float
+    """Hectares: smaller areas of the map join the neighbour with the longest shared edge."""
+
+
+class JobOptions(ClassOptions, total=False):
+    """`ClassOptions`, the options of the job's task, and the job's own."""
 
     horizon: int
     """Forecast: number of steps ahead."""

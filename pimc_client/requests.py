@@ -142,6 +142,8 @@ def build_raster(
     area: Area | None = None,
     start: Date | None = None,
     plots: bool = False,
+    smooth: int | None = None,
+    min_area: float | None = None,
     progress: Progress | None = None,
 ) -> Request:
     """A raster request: a form with the files, or JSON that names references.
@@ -170,6 +172,8 @@ def build_raster(
         "stride": stride,
         "modality": modality,
         "plots": True if plots else None,
+        "smooth": smooth,
+        "min_area": min_area,
     }
     given = {name: value for name, value in options.items() if value is not None}
     accept = _accept(task, outputs, points, fields, answer)

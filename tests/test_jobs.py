@@ -618,5 +618,6 @@ def test_a_hostile_file_name_stays_a_label(api: httpx.Client, state: Path, tmp_p
         "class.tif",
         "class.tif.aux.xml",
         "document.json",
+        "item.json",
         "reply.json",
     ]

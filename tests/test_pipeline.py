@@ -422,7 +422,7 @@ def test_patch_windows_do_not_show(engine, cloudy, tmp_path):
         outcome = run_raster(run, tmp_path / name, window_bytes=budget)
         found.append(read(outcome.files["probabilities"]))
         written = {p.name for p in (tmp_path / name).iterdir()}
-        assert written == {"probabilities.tif", "probabilities.qml"}
+        assert written == {"probabilities.tif", "probabilities.qml", "item.json"}
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
 
 

@@ -26,6 +26,7 @@ from pydantic import (
 
 from models.card import Modality, ModelCard, Task
 from service.errors import ForbiddenReference, InvalidRequest
+from service.infer.smooth import MAX_RADIUS
 from service.read.geotiff import SourceFile
 from service.read.layouts import Layout, StackOptions
 from service.read.masks import RULES, parse_mask
@@ -440,7 +441,7 @@ class RasterForm(_Strict):
                 PointQuery.of(feature.model_dump(exclude_none=True))
                 for feature in self.points.features
             )
-        some = ("modality", "start", "outputs", "horizon", "stride")
+        some = ("modality", "start", "outputs", "horizon", "stride", "smooth", "min_area")
         return RasterRequest(
             task=task,
             files=files,
@@ -468,6 +469,23 @@ class ClassifyForm(RasterForm):
 
     start: _Start = None
     outputs: Annotated[tuple[ClassOutput, ...], _AtLeastOne, _SplitOnce] = ("class",)
+    smooth: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=MAX_RADIUS,
+            description="radius in pixels: probabilities of neighbours count before the class is "
+            "taken (Bayesian smoothing); else 0",
+        ),
+    ] = None
+    min_area: Annotated[
+        _Number | None,
+        Field(
+            ge=0,
+            description="hectares: smaller areas of the map join the neighbour with the longest "
+            "shared edge; else 0",
+        ),
+    ] = None
 
 
 class ForecastForm(RasterForm):

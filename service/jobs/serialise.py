@@ -54,6 +54,8 @@ def request_document(
         "outputs": request.outputs,
         "horizon": request.horizon,
         "stride": request.stride,
+        "smooth": request.smooth,
+        "min_area": request.min_area,
         "polygons": None if request.fields is None else _file(request.fields, folder),
         "points": None if points is None else [dict(point.feature) for point in points],
     }
@@ -106,6 +108,8 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
         outputs=_tuple(fields.get("outputs")),
         horizon=fields.get("horizon"),
         stride=fields.get("stride"),
+        smooth=fields.get("smooth"),
+        min_area=fields.get("min_area"),
         points=_points_of(fields.get("points")),
         fields=_source(fields.get("polygons"), folder),
     )

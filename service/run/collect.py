@@ -23,7 +23,7 @@ from service.run.executors import Executor, Timing, check
 from service.run.plan import RasterRun, dates_summary
 from service.run.time_window import outside_time_window, partial_season
 from service.run.windows import Arrays, Journal, Step
-from service.write.cog import RasterWriter, stored
+from service.write.cog import OpenScratch, RasterWriter, stored
 from service.write.predictions import JSON, ForecastPredictions
 from service.write.stac_item import Provenance, result_item, write_item
 
@@ -153,6 +153,20 @@ class WindowPredictions:
     """Positions in the flattened window (n) that have a prediction."""
     predictions: Floats
     """Predictions of these positions (n, …)."""
+    classes: NDArray[np.uint8] | None = None
+    """Their classes (n) in a map that was cleaned; None takes the most probable ones."""
+
+
+def spread(window: Window, found: WindowPredictions) -> Arrays:
+    """Predictions (n, K) as `values` (K, h, w), NaN elsewhere."""
+    whole = np.full((found.predictions.shape[1], window.height * window.width), np.nan, np.float32)
+    whole[:, found.index] = found.predictions.T
+    return {"values": whole.reshape(-1, window.height, window.width)}
+
+
+def keep_in(raster: OpenScratch) -> Callable[[Window, Arrays], None]:
+    """A function that writes `values` (K, h, w) of each window to a scratch raster."""
+    return lambda window, arrays: raster.write(window, arrays["values"])
 
 
 class Sink:
@@ -178,12 +192,12 @@ class Sink:
         flat = predictions.reshape(len(predictions), math.prod(predictions.shape[1:]))
         missing = np.isnan(np.einsum("ij->i", flat))
         hectares = self._grid.hectares(window).ravel()
-        counts = self._tally.count(predictions, hectares[found.index])
+        counts = self._tally.count(predictions, hectares[found.index], found.classes)
         arrays = {f"{_COUNTED}{name}": values for name, values in counts.items()}
         arrays["valid"] = (~missing).sum()
         if not self._layers:
             return arrays
-        for name, values in self._predictions.bands(predictions).items():
+        for name, values in self._predictions.bands(predictions, found.classes).items():
             whole = self._layers[name].empty(window.height * window.width)
             whole[:, found.index] = values
             arrays[name] = whole.reshape(-1, window.height, window.width)
@@ -241,6 +255,7 @@ def _provenance(run: RasterRun) -> Provenance:
             "mask": stack.mask,
             "outputs": list(run.outputs),
             **({"stride": run.stride} if run.model.card.modality == "patch" else {}),
+            **cleaning(run),
         },
     )
 
@@ -324,6 +339,12 @@ def covered_pixels(run: RasterRun) -> tuple[int, int]:
     return min(cells.width * cells.height * run.stride**2, whole), whole
 
 
+def cleaning(run: RasterRun) -> dict[str, JSON]:
+    """How a map was cleaned, for summaries; empty if it was not."""
+    given: dict[str, JSON] = {"smooth": run.smooth, "min_area": run.min_area}
+    return {name: value for name, value in given.items() if value}
+
+
 def _summary_head(run: RasterRun) -> dict[str, JSON]:
     stack, card = run.stack, run.model.card
     head: dict[str, JSON] = {
@@ -339,7 +360,7 @@ def _summary_head(run: RasterRun) -> dict[str, JSON]:
         "mask": stack.mask,
     }
     if card.modality == "pixel":
-        return head
+        return {**head, **cleaning(run)}
     cells, whole = covered_pixels(run)
     return {**head, "stride": run.stride, "covered_share": cells / whole}
 

@@ -11,11 +11,19 @@ from service.grid import Window
 from service.infer.patches import PatchGrid, box_mean, fill_gaps, median_composite
 from service.read.reader import StackReader
 from service.read.stack import Sits
-from service.run.collect import Floats, Outcome, Sink, WindowPredictions, Work
+from service.run.collect import (
+    Floats,
+    Outcome,
+    Sink,
+    WindowPredictions,
+    Work,
+    keep_in,
+    spread,
+)
 from service.run.executors import Timing, check
 from service.run.plan import RasterRun
 from service.run.windows import Arrays, windows
-from service.write.cog import OpenScratch, ScratchRaster
+from service.write.cog import ScratchRaster
 
 
 def run_patches(work: Work) -> Outcome:
@@ -33,21 +41,9 @@ def run_patches(work: Work) -> Outcome:
             return sink.outcome(timing)
         raw = stack.enter_context(ScratchRaster(work.folder / "patches.scratch.tif"))
         with raw.create(patches.grid, run.model.width[0]) as file:
-            timing += _predict_patches(work, patches, composite, _spread, _keep_in(file))
+            timing += _predict_patches(work, patches, composite, spread, keep_in(file))
         timing += _average(work, patches, raw, sink)
         return sink.outcome(timing)
-
-
-def _spread(window: Window, found: WindowPredictions) -> Arrays:
-    """Predictions (n, K) as `values` (K, h, w), NaN elsewhere."""
-    whole = np.full((found.predictions.shape[1], window.height * window.width), np.nan, np.float32)
-    whole[:, found.index] = found.predictions.T
-    return {"values": whole.reshape(-1, window.height, window.width)}
-
-
-def _keep_in(raster: OpenScratch) -> Callable[[Window, Arrays], None]:
-    """A function that writes `values` (K, h, w) of each window to a scratch raster."""
-    return lambda window, arrays: raster.write(window, arrays["values"])
 
 
 def _make_composite(work: Work, target: ScratchRaster) -> Timing:
@@ -66,7 +62,7 @@ def _make_composite(work: Work, target: ScratchRaster) -> Timing:
             read=reader.read,
             infer=lambda sits: clear_composite(run, sits),
             digest=lambda _, values: {"values": values},
-            keep=_keep_in(file),
+            keep=keep_in(file),
             advance=work.progress.of(0.2, grid),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,12 @@ from service.grid import Window
 from service.read.buffers import BufferPool, spaced
 from service.read.reader import StackReader
 from service.read.stack import Sits
-from service.run.collect import Outcome, Sink, WindowPredictions, Work
-from service.run.executors import check
+from service.run.clean import clean
+from service.run.collect import Outcome, Sink, WindowPredictions, Work, keep_in, spread
+from service.run.executors import Timing, check
 from service.run.plan import RasterRun
-from service.run.windows import windows
+from service.run.windows import Arrays, windows
+from service.write.cog import ScratchRaster
 
 
 def run_pixels(work: Work) -> Outcome:
@@ -26,23 +29,40 @@ def run_pixels(work: Work) -> Outcome:
     grid = run.stack.grid
     with ExitStack() as stack:
         sink = Sink(work, grid, stack)
-        parts = windows(
-            grid, run.stack.block, run.pixel_bytes + run.prediction_bytes, work.window_bytes
+        if run.cleaned:
+            raw = stack.enter_context(ScratchRaster(work.folder / "predictions.scratch.tif"))
+            with raw.create(grid, run.model.width[0]) as file:
+                timing = _predict(work, spread, keep_in(file), share=0.6)
+            return sink.outcome(timing + clean(work, raw, sink, stack))
+        return sink.outcome(_predict(work, sink.digest, sink.keep, share=0.9))
+
+
+def _predict(
+    work: Work,
+    digest: Callable[[Window, WindowPredictions], Arrays],
+    keep: Callable[[Window, Arrays], None],
+    *,
+    share: float,
+) -> Timing:
+    """The pass that reads the stack and predicts; the memory of its windows ends with it."""
+    run = work.run
+    grid = run.stack.grid
+    parts = windows(
+        grid, run.stack.block, run.pixel_bytes + run.prediction_bytes, work.window_bytes
+    )
+    buffers = BufferPool()
+    # Closed, and its memory freed, before the files are finished.
+    with buffers, StackReader(run.stack, run.used, cache=work.cache, buffers=buffers) as reader:
+        stages = PixelStages(run, reader, buffers, work.cancelled)
+        return work.each(
+            "predictions",
+            parts,
+            read=stages.read,
+            infer=stages.infer,
+            digest=digest,
+            keep=keep,
+            advance=work.progress.of(share, grid),
         )
-        buffers = BufferPool()
-        # Closed, and its memory freed, before the files are finished.
-        with buffers, StackReader(run.stack, run.used, cache=work.cache, buffers=buffers) as reader:
-            stages = PixelStages(run, reader, buffers, work.cancelled)
-            timing = work.each(
-                "predictions",
-                parts,
-                read=stages.read,
-                infer=stages.infer,
-                digest=sink.digest,
-                keep=sink.keep,
-                advance=work.progress.of(0.9, grid),
-            )
-        return sink.outcome(timing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,8 +47,17 @@ class RasterRun:
     """Steps ahead of a forecast; None takes the card's maximum."""
     stride: int = 64
     """Pixels between patches, 1 to the patch's side."""
+    smooth: int = 0
+    """Radius in pixels within which probabilities of neighbours count; 0 for none."""
+    min_area: float = 0.0
+    """Hectares below which a connected area of a class joins a neighbour; 0 for none."""
     rasters: bool = True
     """Whether rasters are written; if not, only the summary is made."""
+
+    @property
+    def cleaned(self) -> bool:
+        """Whether the map is smoothed or sieved."""
+        return bool(self.smooth or self.min_area)
 
     @property
     def used(self) -> tuple[int, ...]:
@@ -94,6 +103,8 @@ def plan_raster(
     outputs: Sequence[str] | None = None,
     horizon: int | None = None,
     stride: int = 64,
+    smooth: int = 0,
+    min_area: float = 0.0,
     rasters: bool = True,
 ) -> RasterRun:
     """A run checked against its model, before a pixel is read.
@@ -105,6 +116,8 @@ def plan_raster(
         outputs: requested rasters or quantiles; None uses the class map or the median forecast.
         horizon: steps ahead of a forecast; None uses the card's maximum.
         stride: pixels between patches.
+        smooth: radius of the smoothing of a class map, pixels.
+        min_area: smallest area of a class map, hectares.
         rasters: whether rasters are written, or only the summary is made.
 
     Raises:
@@ -120,6 +133,8 @@ def plan_raster(
         outputs=_DEFAULT_OUTPUTS[model.card.task] if outputs is None else tuple(outputs),
         horizon=horizon,
         stride=stride,
+        smooth=smooth,
+        min_area=min_area,
         rasters=rasters,
     )
     check_run(run)
@@ -258,6 +273,8 @@ def _plan_files(
         outputs=request.outputs,
         horizon=request.horizon,
         stride=request.stride or model.card.patch or 1,
+        smooth=request.smooth or 0,
+        min_area=request.min_area or 0.0,
         rasters=rasters,
     )
     calibrated = calibrate(stack, run.used, cache=cache)
@@ -283,6 +300,12 @@ def _check_parameters(model: LoadedModel, request: RasterRequest) -> None:
             "several fields may lie; for results per field use a model of pixels: /classify-pixels,"
             " /forecast, or /embed with modality pixel",
         )
+    for name in ("smooth", "min_area"):
+        if getattr(request, name) and (request.points or request.fields) is not None:
+            raise InvalidRequest.of(
+                name,
+                "cleans a map; leave out points and fields, whose results are of single places",
+            )
     if card.modality == "pixel" and request.stride is not None:
         raise InvalidRequest.of("stride", f"'{card.id}' predicts for every pixel, not for patches")
 

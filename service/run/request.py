@@ -50,6 +50,10 @@ class RasterRequest:
     """Steps ahead of a forecast; None takes the card's maximum."""
     stride: int | None = None
     """Pixels between patches; None uses the patch's side."""
+    smooth: int | None = None
+    """Radius in pixels of the smoothing of a class map; None smooths nothing."""
+    min_area: float | None = None
+    """Hectares below which an area of a class map joins a neighbour; None joins none."""
     points: tuple[PointQuery, ...] | None = None
     """Predict for these places alone; None predicts for the whole raster."""
     fields: SourceFile | None = None

@@ -65,8 +65,16 @@ class Layer:
 class Tally(Protocol):
     """Running sums over predictions, in constant memory."""
 
-    def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
-        """Sums over predictions (N, …) with areas (N), those with NaN left out."""
+    def count(
+        self,
+        answers: Floats,
+        hectares: NDArray[np.float64],
+        classes: NDArray[np.uint8] | None = None,
+    ) -> Counts:
+        """Sums over predictions (N, …) with areas (N), those with NaN left out.
+
+        `classes` as in `Predictions.bands`.
+        """
         ...
 
     def add(self, counts: Counts) -> None:
@@ -86,8 +94,13 @@ class Predictions(Protocol):
         """The requested rasters."""
         ...
 
-    def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
-        """Each layer's bands (B, N) of predictions (N, …), by its name."""
+    def bands(
+        self, answers: Floats, classes: NDArray[np.uint8] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Each layer's bands (B, N) of predictions (N, …), by its name.
+
+        `classes` (N) are those of a map that was cleaned, in place of the most probable ones.
+        """
         ...
 
     def record(self, answer: Floats) -> dict[str, JSON]:
@@ -182,9 +195,11 @@ class ClassPredictions:
         }
         return tuple(every[name] for name in self.outputs)
 
-    def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
-        """See `Predictions`."""
-        classes, sure = decided(answers)
+    def bands(
+        self, answers: Floats, classes: NDArray[np.uint8] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """See `Predictions`; the confidence is the probability of the class in the map."""
+        classes, sure = decided(answers, classes)
         made: dict[str, Callable[[], NDArray[Any]]] = {
             "class": lambda: classes[None],
             "confidence": lambda: sure[None],
@@ -218,9 +233,14 @@ class ClassTally:
         self._hectares = np.zeros(len(legend))
         self._confidence = np.zeros(len(legend))
 
-    def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
+    def count(
+        self,
+        answers: Floats,
+        hectares: NDArray[np.float64],
+        classes: NDArray[np.uint8] | None = None,
+    ) -> Counts:
         """See `Tally`."""
-        classes, sure = decided(answers)
+        classes, sure = decided(answers, classes)
         there = classes != NO_CLASS
         classes = classes[there]
         size = len(self._legend)
@@ -255,11 +275,17 @@ class ClassTally:
         }
 
 
-def decided(probabilities: Floats) -> tuple[NDArray[np.uint8], Floats]:
+def decided(
+    probabilities: Floats, classes: NDArray[np.uint8] | None = None
+) -> tuple[NDArray[np.uint8], Floats]:
     """The most probable class (N) of probabilities (N, K), and its probability (N).
 
-    255 and NaN where any of them is NaN.
+    255 and NaN where any of them is NaN. If classes (N) are given, these with their probability.
     """
+    if classes is not None:
+        there = classes != NO_CLASS
+        given = probabilities[np.arange(len(classes)), np.where(there, classes, 0)]
+        return classes, np.where(there, given, np.float32(np.nan))
     # argmax treats NaN as the largest value, so it finds NaN if there is one.
     best = probabilities.argmax(axis=1)
     sure: Floats = probabilities[np.arange(len(best)), best]
@@ -302,8 +328,11 @@ class ForecastPredictions:
         layer = Layer(name="forecast", bands=names, limits=(-0.1, 0.9), ramp="vegetation")
         return (layer,) if names else ()
 
-    def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
+    def bands(
+        self, answers: Floats, classes: NDArray[np.uint8] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """See `Predictions`."""
+        del classes
         if not self.outputs:
             return {}
         asked = [self.quantiles.index(name) for name in self.outputs]
@@ -353,9 +382,14 @@ class ForecastTally:
         shape = (len(answers.dates), len(answers.indices), len(answers.quantiles))
         self._sum = np.zeros(shape)
 
-    def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
-        """See `Tally`; an area has no part in it."""
-        del hectares
+    def count(
+        self,
+        answers: Floats,
+        hectares: NDArray[np.float64],
+        classes: NDArray[np.uint8] | None = None,
+    ) -> Counts:
+        """See `Tally`; areas and classes have no part in it."""
+        del hectares, classes
         asked = answers[:, : len(self._answers.dates)]
         there = ~np.isnan(asked).any(axis=(1, 2, 3))
         return {"pixels": there.sum(), "sum": asked[there].sum(axis=0, dtype=np.float64)}
@@ -384,8 +418,11 @@ class EmbeddingPredictions:
         names = tuple(f"embedding_{d}" for d in range(self.size))
         return (Layer(name="embedding", bands=names, limits=(-1.0, 1.0), ramp="diverging"),)
 
-    def bands(self, answers: Floats) -> dict[str, NDArray[Any]]:
+    def bands(
+        self, answers: Floats, classes: NDArray[np.uint8] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """See `Predictions`."""
+        del classes
         return {"embedding": answers.T}
 
     def record(self, answer: Floats) -> dict[str, JSON]:
@@ -405,9 +442,14 @@ class EmbeddingTally:
         self._pixels = 0
         self._norm = 0.0
 
-    def count(self, answers: Floats, hectares: NDArray[np.float64]) -> Counts:
-        """See `Tally`; an area has no part in it."""
-        del hectares
+    def count(
+        self,
+        answers: Floats,
+        hectares: NDArray[np.float64],
+        classes: NDArray[np.uint8] | None = None,
+    ) -> Counts:
+        """See `Tally`; areas and classes have no part in it."""
+        del hectares, classes
         norms = np.linalg.norm(answers.astype(np.float64), axis=1)
         there = ~np.isnan(norms)
         return {"pixels": there.sum(), "norm": norms[there].sum()}

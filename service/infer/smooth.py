@@ -1,0 +1,75 @@
+"""Bayesian smoothing of class probabilities by their neighbourhood.
+
+Camara et al. 2024, Bayesian Inference for Post-Processing of Remote-Sensing Image Classification,
+Remote Sensing 16(23), 4572, doi:10.3390/rs16234572; the values of its parameters are the defaults
+of `sits_smooth`.
+
+For each class k, the logit x of a pixel is an observation of its true logit with the variance
+sigma² (the smoothness). The prior comes from the neighbourhood: mean m and variance s² of the half
+of the neighbours' logits that are largest for k. The half, not all, keeps edges: a pixel at the
+border of two areas has enough neighbours of its own area. The posterior expectation
+
+    E = s² / (s² + sigma²) · x + sigma² / (s² + sigma²) · m
+
+lies close to the neighbours where these agree, and close to the pixel where they do not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+SMOOTHNESS = 20.0
+"""sigma², the variance of a pixel's own logit."""
+FRACTION = 0.5
+"""Share of the neighbours that the prior is made of."""
+MAX_RADIUS = 10
+_LEAST = 1e-4
+"""Probabilities are held this far from 0 and 1, as in sits, so that logits are finite."""
+_AT_ONCE = 2**22
+"""Logits of neighbours sorted at once."""
+
+
+def smoothed(probabilities: Floats, radius: int) -> Floats:
+    """Class probabilities smoothed by their neighbourhoods.
+
+    Args:
+        probabilities: of a window and `radius` pixels around it (K, h + 2 radius, w + 2 radius);
+            NaN in pixels without a prediction and beyond the raster.
+        radius: of the square neighbourhood, in pixels; its side is 2 radius + 1.
+
+    Returns:
+        Probabilities (K, h, w) with the sum 1, NaN where the pixel has no prediction.
+    """
+    K, height, width = probabilities.shape
+    h, w, side = height - 2 * radius, width - 2 * radius, 2 * radius + 1
+    clipped = np.clip(probabilities, _LEAST, 1 - _LEAST)
+    logits = np.log(clipped) - np.log1p(-clipped)
+    out = np.empty((K, h, w), np.float32)
+    rows = max(1, _AT_ONCE // (side * side * w))
+    for k in range(K):
+        around = sliding_window_view(logits[k], (side, side))
+        for top in range(0, h, rows):
+            part = around[top : top + rows].reshape(-1, side * side)
+            own = logits[k, radius + top : radius + min(top + rows, h), radius : radius + w]
+            out[k, top : top + rows] = _posterior(own.reshape(-1), part).reshape(own.shape)
+    chances = 1 / (1 + np.exp(-out))
+    result: Floats = chances / chances.sum(axis=0)
+    return result
+
+
+def _posterior(own: Floats, around: Floats) -> Floats:
+    """Posterior expectation (N) of logits (N) with neighbours (N, side²), NaN where missing."""
+    # Descending, and NaN last.
+    ordered = -np.sort(-around, axis=1)
+    there = (~np.isnan(around)).sum(axis=1)
+    count = np.maximum(1, np.ceil(FRACTION * there)).astype(np.intp)
+    used = np.arange(around.shape[1]) < count[:, None]
+    chosen = np.where(used, ordered, np.float32(0))
+    mean = chosen.sum(axis=1, dtype=np.float64) / count
+    off = np.where(used, chosen - mean[:, None], 0.0)
+    variance = (off * off).sum(axis=1) / np.maximum(1, count - 1)
+    weight = variance / (variance + SMOOTHNESS)
+    return np.asarray(weight * own + (1 - weight) * mean, np.float32)

@@ -1,0 +1,209 @@
+"""Connected areas of a class map: their labels, and the removal of small ones.
+
+    class map → runs of rows → 4-connected areas → areas below a size join a neighbour
+
+The work is on the whole map at once, because an area may reach across any window: 13 bytes per
+pixel, and a few per run of equal pixels.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import InvalidRequest
+from service.write.predictions import NO_CLASS
+
+MAX_AREAS = 4_000_000
+"""Areas of a map that may be sieved: each takes about half a kilobyte meanwhile."""
+_PARTS = 1e8
+"""Square centimetres of a hectare, in which areas are summed."""
+_ROWS = 256
+"""Rows whose edges are counted at once."""
+
+
+def areas_of(classes: NDArray[np.uint8]) -> tuple[NDArray[np.int32], int]:
+    """4-connected areas of equal class.
+
+    Args:
+        classes: the map (H, W); 255 is an area like any other.
+
+    Returns:
+        The number of each pixel's area (H, W), counted from 0 in the order of the areas' first
+        pixels by rows; and how many areas there are.
+    """
+    height, width = classes.shape
+    begins = np.ones(classes.shape, np.bool_)
+    np.not_equal(classes[:, 1:], classes[:, :-1], out=begins[:, 1:])
+    runs = (np.cumsum(begins.ravel(), dtype=np.int32) - 1).reshape(height, width)
+    count = int(runs[-1, -1]) + 1
+    upper, lower = [], []
+    for top in range(0, height - 1, _ROWS):
+        end = min(top + _ROWS, height - 1)
+        one, other = classes[top:end], classes[top + 1 : end + 1]
+        same = one == other
+        # Two runs that touch along several pixels need one edge: where the touch begins.
+        same[:, 1:] &= begins[top:end, 1:] | begins[top + 1 : end + 1, 1:] | ~same[:, :-1]
+        upper.append(runs[top:end][same])
+        lower.append(runs[top + 1 : end + 1][same])
+    root = _joined(count, np.concatenate([*upper, []]).astype(np.int32),
+                   np.concatenate([*lower, []]).astype(np.int32))  # fmt: skip
+    first = np.flatnonzero(root == np.arange(count, dtype=np.int32))
+    number = np.empty(count, np.int32)
+    number[first] = np.arange(len(first), dtype=np.int32)
+    return number[root][runs], len(first)
+
+
+def _joined(count: int, one: NDArray[np.int32], other: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The smallest member of each node's component (count), by edges between nodes (E)."""
+    root = np.arange(count, dtype=np.int32)
+    while len(one):
+        a, b = root[one], root[other]
+        apart = a != b
+        if not apart.any():
+            break
+        one, other, a, b = one[apart], other[apart], a[apart], b[apart]
+        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+        while True:
+            further = root[root]
+            if np.array_equal(further, root):
+                break
+            root = further
+    return root
+
+
+def sieved(
+    classes: NDArray[np.uint8], hectares: NDArray[np.float64], least: float
+) -> NDArray[np.uint8]:
+    """A class map without areas below a size.
+
+    Areas are taken by size, the smallest first (of equal ones the upper, then left one). Each joins
+    the neighbour with which it shares the longest edge (of equal ones the larger, then the upper
+    one), and with it the areas of that class which it touches. Pixels without a class join nothing,
+    and nothing joins them.
+
+    Args:
+        classes: the map (H, W), 255 without a class.
+        hectares: area of each pixel (H, W).
+        least: smallest area that stays, hectares.
+
+    Returns:
+        The map (H, W).
+
+    Raises:
+        InvalidRequest: more areas than can be held.
+    """
+    labels, count = areas_of(classes)
+    if count > MAX_AREAS:
+        raise InvalidRequest.of(
+            "min_area",
+            f"the map has {count} connected areas, and at most {MAX_AREAS} can be joined: smooth "
+            "it first (`smooth`), or send a part of it (`bbox`)",
+        )
+    # Whole numbers, whose sums are exact: equal areas are equal, in whatever order they grew.
+    size, value = np.zeros(count), np.empty(count, np.uint8)
+    for top in range(0, len(classes), _ROWS):
+        rows = slice(top, top + _ROWS)
+        own = np.rint(hectares[rows] * _PARTS)
+        size += np.bincount(labels[rows].ravel(), own.ravel(), minlength=count)
+        value[labels[rows].ravel()] = classes[rows].ravel()
+    least *= _PARTS
+    small = (size < least) & (value != NO_CLASS)
+    if not small.any():
+        return classes.copy()
+    graph = _Areas(size, value, _edges(labels, small, value))
+    graph.join_below(least, np.flatnonzero(small))
+    return graph.classes()[labels]
+
+
+def _edges(
+    labels: NDArray[np.int32], small: NDArray[np.bool_], value: NDArray[np.uint8]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs of areas that share an edge, the smaller number first, and its length in pixels' sides.
+
+    Both have a class, and one is small: no other pair has a part in what joins what.
+    """
+    height = len(labels)
+    count = len(value)
+    keys, lengths = [], []
+    for top in range(0, height, _ROWS):
+        block = labels[top : top + _ROWS + 1]
+        rows = min(_ROWS, height - top)
+        across = (block[:rows, :-1].ravel(), block[:rows, 1:].ravel())
+        down = (block[:-1][:rows].ravel(), block[1:][:rows].ravel())
+        for a, b in (across, down):
+            apart = a != b
+            low, high = np.minimum(a, b)[apart], np.maximum(a, b)[apart]
+            some = (value[low] != NO_CLASS) & (value[high] != NO_CLASS)
+            some &= small[low] | small[high]
+            key, length = np.unique(
+                low[some].astype(np.int64) * count + high[some], return_counts=True
+            )
+            keys.append(key)
+            lengths.append(length)
+    key, place = np.unique(np.concatenate(keys), return_inverse=True)
+    total = np.bincount(place, np.concatenate(lengths), minlength=len(key)).astype(np.int64)
+    return key // count, key % count, total
+
+
+class _Areas:
+    """Areas that join each other."""
+
+    def __init__(
+        self,
+        size: NDArray[np.float64],
+        value: NDArray[np.uint8],
+        edges: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
+    ) -> None:
+        self._size = size.tolist()
+        self._value = value.tolist()
+        self._root = list(range(len(size)))
+        self._near: dict[int, dict[int, int]] = defaultdict(dict)
+        for a, b, length in zip(*(part.tolist() for part in edges), strict=True):
+            self._near[a][b] = self._near[b][a] = length
+
+    def join_below(self, least: float, small: NDArray[np.intp]) -> None:
+        """Join each area below a size, the smallest first."""
+        waiting = [(self._size[area], area) for area in small.tolist()]
+        heapq.heapify(waiting)
+        while waiting:
+            size, area = heapq.heappop(waiting)
+            if self._root[area] != area or self._size[area] != size:
+                continue  # it has joined another, or has grown and waits with its new size
+            near = self._near[area]
+            if not near:
+                continue
+            to = max(near, key=lambda other: (near[other], self._size[other], -other))
+            value = self._value[to]
+            joined = [area, *(other for other in near if self._value[other] == value)]
+            into = min(joined)  # numbers are in the order of first pixels
+            for other in joined:
+                if other != into:
+                    self._merge(other, into)
+            self._value[into] = value
+            if self._size[into] < least:
+                heapq.heappush(waiting, (self._size[into], into))
+
+    def _merge(self, area: int, into: int) -> None:
+        self._root[area] = into
+        self._size[into] += self._size[area]
+        mine = self._near.pop(area)
+        theirs = self._near[into]
+        for other, length in mine.items():
+            del self._near[other][area]
+            if other != into:
+                theirs[other] = self._near[other][into] = theirs.get(other, 0) + length
+
+    def classes(self) -> NDArray[np.uint8]:
+        """The class of each area."""
+        for area in range(len(self._root)):
+            root = area
+            while self._root[root] != root:
+                root = self._root[root]
+            at = area
+            while self._root[at] != root:  # shortened, so that no chain is walked twice
+                self._root[at], at = root, self._root[at]
+        return np.array([self._value[root] for root in self._root], np.uint8)

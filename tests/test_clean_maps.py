@@ -1,0 +1,331 @@
+"""Clean maps: smoothing and sieving against slow, plain references; windows against the whole."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import rasterio
+import scipy.ndimage
+
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_zoo
+from models.registry import Registry
+from service.errors import InvalidRequest
+from service.infer.engine import Engine
+from service.infer.smooth import FRACTION, SMOOTHNESS, smoothed
+from service.read.geotiff import SourceFile
+from service.read.layouts import StackOptions
+from service.read.stack import open_stack
+from service.run.plan import plan_raster
+from service.run.raster import run_raster
+from service.write import sieve
+from service.write.predictions import NO_CLASS
+from service.write.sieve import areas_of, sieved
+from tests.kits.jobs import waited
+from tests.kits.rasters import write
+
+H, W, DATES = 48, 64, 4
+BANDS = ("B02", "B04", "B08")
+HECTARES = 0.01  # of a pixel of 10 m
+
+
+# Smoothing -----------------------------------------------------------------------------------
+
+
+def smoothed_slowly(probabilities: np.ndarray, radius: int) -> np.ndarray:
+    """Equations of Camara et al. 2024, pixel by pixel."""
+    K, H, W = probabilities.shape
+    p = np.clip(probabilities.astype(float), 1e-4, 1 - 1e-4)
+    x = np.log(p / (1 - p))
+    out = np.full(x.shape, np.nan)
+    for row in range(H):
+        for column in range(W):
+            for k in range(K):
+                if np.isnan(x[k, row, column]):
+                    continue
+                near = [
+                    x[k, r, c]
+                    for r in range(max(0, row - radius), min(H, row + radius + 1))
+                    for c in range(max(0, column - radius), min(W, column + radius + 1))
+                    if not np.isnan(x[k, r, c])
+                ]
+                near = sorted(near, reverse=True)[: max(1, math.ceil(FRACTION * len(near)))]
+                mean = sum(near) / len(near)
+                spread = sum((one - mean) ** 2 for one in near) / max(1, len(near) - 1)
+                out[k, row, column] = (
+                    spread / (spread + SMOOTHNESS) * x[k, row, column]
+                    + SMOOTHNESS / (spread + SMOOTHNESS) * mean
+                )
+    chances = np.exp(out) / (1 + np.exp(out))
+    return chances / chances.sum(axis=0)
+
+
+def probabilities_of(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 3, shape)
+    found = np.exp(logits) / np.exp(logits).sum(axis=0)
+    found[:, 2, 3] = np.nan
+    found[:, 0, :2] = np.nan
+    found[0, 5, 5], found[1:, 5, 5] = 1.0, 0.0
+    return found.astype(np.float32)
+
+
+@pytest.mark.parametrize("radius", [1, 2, 4])
+def test_smoothing_is_the_papers(radius: int) -> None:
+    probabilities = probabilities_of((4, 11, 13))
+    border = ((0, 0), (radius, radius), (radius, radius))
+    found = smoothed(np.pad(probabilities, border, constant_values=np.nan), radius)
+    expected = smoothed_slowly(probabilities, radius)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert (np.isnan(found) == np.isnan(probabilities)).all()
+    np.testing.assert_allclose(np.nansum(found, axis=0)[~np.isnan(found[0])], 1, rtol=1e-5)
+
+
+def test_smoothing_removes_a_single_pixel_and_keeps_an_edge() -> None:
+    probabilities = np.full((2, 20, 20), 0.1, np.float32)
+    probabilities[0, :, :10], probabilities[1, :, 10:] = 0.9, 0.9
+    probabilities[:, 5, 4] = 0.4, 0.6  # a speck in the left half
+    found = smoothed(np.pad(probabilities, ((0, 0), (2, 2), (2, 2)), constant_values=np.nan), 2)
+    expected = np.zeros((20, 20), int)
+    expected[:, 10:] = 1
+    assert (found.argmax(axis=0) == expected).all()
+
+
+# Areas and sieve -----------------------------------------------------------------------------
+
+
+def noise(seed: int, shape: tuple[int, int] = (23, 31), classes: int = 3) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    found = random.integers(0, classes, shape).astype(np.uint8)
+    found[random.random(shape) < 0.05] = NO_CLASS
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rows", [1, 3, 256])
+def test_areas_are_scipys(seed: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sieve, "_ROWS", rows)
+    classes = noise(seed, classes=2 + seed)
+    labels, count = areas_of(classes)
+    expected = np.zeros(classes.shape, int)
+    for value in np.unique(classes):
+        own, n = scipy.ndimage.label(classes == value)
+        expected[own > 0] = own[own > 0] + expected.max() * (n > 0)
+    pairs = {(int(a), int(b)) for a, b in zip(labels.ravel(), expected.ravel(), strict=True)}
+    assert len(pairs) == count == len(np.unique(expected))
+    _, first = np.unique(labels, return_index=True)
+    assert (np.diff(first) > 0).all()
+
+
+def sieved_slowly(classes: np.ndarray, hectares: np.ndarray, least: float) -> np.ndarray:
+    """The rule of `sieved`, with every area found anew after each join."""
+    classes = classes.copy()
+    stuck: set[tuple[int, int]] = set()
+    while True:
+        areas = []
+        for value in set(np.unique(classes).tolist()) - {NO_CLASS}:
+            own, count = scipy.ndimage.label(classes == value)
+            for number in range(1, count + 1):
+                mask = own == number
+                first = tuple(np.argwhere(mask)[0])
+                areas.append((float(hectares[mask].sum()), first, mask, value))
+        small = [a for a in areas if a[0] < least - 1e-12 and a[1] not in stuck]
+        if not small:
+            return classes
+        _, first, mask, _ = min(small, key=lambda area: (round(area[0], 9), area[1]))
+        choices = []
+        for size, start, other, value in areas:
+            if start == first:
+                continue
+            shared = sum(
+                int((mask & np.roll(other, step, axis)).sum())
+                - int(_wrapped(mask, other, step, axis))
+                for step, axis in ((1, 0), (-1, 0), (1, 1), (-1, 1))
+            )
+            if shared:
+                choices.append((shared, round(size, 9), tuple(-n for n in start), value))
+        if not choices:
+            stuck.add(first)
+            continue
+        classes[mask] = max(choices)[3]
+
+
+def _wrapped(mask: np.ndarray, other: np.ndarray, step: int, axis: int) -> int:
+    """Neighbours that `np.roll` makes of opposite edges."""
+    one = mask.take(0 if step == 1 else -1, axis)
+    two = other.take(-1 if step == 1 else 0, axis)
+    return int((one & two).sum())
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("least", [0.02, 0.055, 0.31])
+def test_the_sieve_is_the_rule(seed: int, least: float) -> None:
+    classes = noise(seed, (12, 14), 2 + seed % 3)
+    hectares = np.full(classes.shape, HECTARES)
+    found = sieved(classes, hectares, least)
+    assert (found == sieved_slowly(classes, hectares, least)).all()
+    assert ((found == NO_CLASS) == (classes == NO_CLASS)).all()
+
+
+def test_an_area_between_two_of_one_class_joins_them() -> None:
+    classes = np.array([[0, 0, 1, 0, 0], [0, 0, 1, 0, 0], [2, 2, 2, 2, 2]], np.uint8)
+    found = sieved(classes, np.full(classes.shape, HECTARES), 0.045)
+    assert found.tolist() == [[0] * 5, [0] * 5, [2] * 5]
+
+
+def test_too_many_areas_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sieve, "MAX_AREAS", 10)
+    with pytest.raises(InvalidRequest, match="smooth it first"):
+        sieved(noise(0), np.full((23, 31), HECTARES), 0.1)
+
+
+# Runs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> list[SourceFile]:
+    folder, random = tmp_path_factory.mktemp("stack"), np.random.default_rng(7)
+    # Broad areas with noise, so that neither smoothing nor the sieve is without effect.
+    level = scipy.ndimage.gaussian_filter(random.normal(0, 1, (3, H, W)), (0, 3, 3)) * 4000
+    level = np.clip(2000 + level + random.normal(0, 350, (3, H, W)), 300, 6000)
+    files = []
+    for month in range(1, DATES + 1):
+        values = (level * random.uniform(0.97, 1.03, (3, H, W))).astype(np.uint16)
+        values[:, 20:24, 30:37] = 0
+        name = f"s_2021-0{month}-01.tif"
+        files.append(write(folder / name, values, descriptions=BANDS, nodata=0))
+    return files
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def api(zoo: Path) -> Iterator[httpx.Client]:
+    with served(model_dir=zoo) as client:
+        yield client
+
+
+def posted(api: httpx.Client, stack: list[SourceFile], **data: Any) -> httpx.Response:
+    headers = data.pop("headers", {})
+    files = [("files", (s.name, s.path.read_bytes())) for s in stack]
+    return api.post("/classify-pixels", files=files, data=data, headers=headers)
+
+
+def layers(answer: httpx.Response) -> dict[str, np.ndarray]:
+    assert answer.status_code == 200, answer.text
+    found = {}
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        for name in archive.namelist():
+            if name.endswith(".tif"):
+                with rasterio.MemoryFile(archive.read(name)) as memory, memory.open() as file:
+                    found[name.removesuffix(".tif")] = file.read()
+    return found
+
+
+EVERY = "class,confidence,probabilities"
+
+
+def test_a_cleaned_map_is_that_of_the_plain_probabilities(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    plain = layers(posted(api, stack, outputs=EVERY))["probabilities"]
+    found = layers(posted(api, stack, outputs=EVERY, smooth=2))
+    expected = smoothed_slowly(plain, 2)
+    np.testing.assert_allclose(found["probabilities"], expected, atol=2e-5)
+    decided = np.where(np.isnan(expected[0]), NO_CLASS, expected.argmax(axis=0))
+    clear_cut = np.diff(np.sort(expected, axis=0)[-2:], axis=0)[0] > 1e-4
+    changed = np.isnan(expected[0]) | clear_cut
+    assert (found["class"][0] == decided)[changed].all()
+    assert (decided != np.where(np.isnan(plain[0]), NO_CLASS, plain.argmax(axis=0))).any()
+
+    both = layers(posted(api, stack, outputs=EVERY, smooth=2, min_area=0.2))
+    hectares = np.full((H, W), HECTARES)
+    assert (both["class"][0] == sieved_slowly(found["class"][0], hectares, 0.2)).all()
+    assert (both["class"] != found["class"]).any()
+    np.testing.assert_array_equal(both["probabilities"], found["probabilities"])
+    there = both["class"][0] != NO_CLASS
+    value = np.where(there, both["class"][0], 0)
+    own = np.take_along_axis(found["probabilities"], value[None], axis=0)[0]
+    np.testing.assert_array_equal(both["confidence"][0][there], own[there])
+    assert np.isnan(both["confidence"][0][~there]).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"smooth": 3}, {"min_area": 0.15}, {"smooth": 1, "min_area": 0.3}]
+)
+def test_windows_give_what_the_whole_gives(
+    zoo: Path, stack: list[SourceFile], tmp_path: Path, options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    with Engine(Registry.load(zoo), providers="cpu") as engine:
+        model = engine.models["pixels-landcover"]
+        opened = open_stack(stack, StackOptions(), bands=model.card.bands, max_bytes=2**30)
+        outputs = ("class", "confidence", "probabilities")
+        run = plan_raster(model, opened, outputs=outputs, **options)
+        found = []
+        for name, size in (("whole", 2**25), ("windows", 2**13)):
+            folder = tmp_path / name
+            folder.mkdir()
+            outcome = run_raster(run, folder, window_bytes=size)
+            pixels = {}
+            for layer, path in outcome.files.items():
+                with rasterio.open(path) as file:
+                    pixels[layer] = file.read()
+            found.append((pixels, outcome.summary))
+            assert not list(folder.glob("*scratch*"))
+        (whole, one), (parts, other) = found
+        for name in outputs:
+            np.testing.assert_array_equal(whole[name], parts[name])
+        counts = [row["pixels"] for row in one["classes"]]
+        assert counts == [int((whole["class"] == n).sum()) for n in range(len(counts))]
+        assert counts == [row["pixels"] for row in other["classes"]]
+
+
+def test_the_summary_states_how_the_map_was_cleaned(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    accept = {"Accept": "application/json"}
+    found = posted(api, stack, headers=accept, smooth=2, min_area=0.5).json()
+    assert (found["smooth"], found["min_area"]) == (2, 0.5)
+    plain = posted(api, stack, headers=accept).json()
+    assert "smooth" not in plain
+    assert [r["pixels"] for r in found["classes"]] != [r["pixels"] for r in plain["classes"]]
+
+
+def test_a_job_gives_the_same_map(api: httpx.Client, stack: list[SourceFile]) -> None:
+    job = posted(api, stack, smooth=2, min_area=0.2, headers={"Prefer": "respond-async"}).json()
+    found = waited(api, job["jobID"])
+    assert found["status"] == "successful", found
+    direct = posted(api, stack, smooth=2, min_area=0.2)
+    assert api.get(f"/jobs/{job['jobID']}/result").content == direct.content
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        ({"smooth": 11}, "smooth"),
+        ({"smooth": -1}, "smooth"),
+        ({"smooth": 1.5}, "smooth"),
+        ({"min_area": -1}, "min_area"),
+        ({"min_area": "nan"}, "min_area"),
+        ({"smooth": 1, "points": '{"type": "FeatureCollection", "features": [{"type": "Feature", '
+          '"geometry": {"type": "Point", "coordinates": [3, 50]}, "properties": {}}]}'}, "smooth"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(
+    api: httpx.Client, stack: list[SourceFile], data: dict[str, Any], field: str
+) -> None:
+    answer = posted(api, stack, **data)
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == field
