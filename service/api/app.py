@@ -67,7 +67,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
     """
     settings = settings or read_settings()
     metrics = Metrics()
-    metrics.build(_version())
+    metrics.build(project_version())
     metrics.watch_disk(state=settings.state_folder, scratch=Path(tempfile.gettempdir()))
 
     @asynccontextmanager
