@@ -107,7 +107,7 @@ def test_a_product_as_a_zip(
     (unused,) = [w for w in stack.warnings if w.code == "files_unused"]
     for part in (
         "_B02_20m.jp2",
-        "TCI_10m.jp2': its name says no band",
+        "TCI_10m.jp2': its name contains no band",
         "manifest.safe': no raster",
     ):
         assert part in unused.detail

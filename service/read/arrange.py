@@ -39,9 +39,9 @@ from service.read.metadata import (
 
 _NAMED_AT_MOST = 5
 _UNUSED_IN_FULL = 100
-"""Up to so many files that are not used are all named; of more, a few for each reason."""
+"""Up to this many unused files are all named; if there are more, a few for each reason."""
 _TWINS: Mapping[str, str] = {"B08": "B8A"}
-"""A band, and the narrower one beside it that may stand in for it."""
+"""A band, and the narrower one beside it that may replace it."""
 _ESTIMATED = StackWarning(
     code="cloud_mask_estimated",
     detail="the cloud mask is estimated from each pixel's own series: in regions that it was not "
@@ -54,7 +54,7 @@ _ESTIMATED = StackWarning(
 
 @dataclass(frozen=True, kw_only=True)
 class Granule:
-    """One look at the ground: every band of one date, from one file or several."""
+    """One acquisition of the ground: every band of one date, from one file or several."""
 
     key: date | int
     """The date; a running number for undated imagery."""
@@ -66,19 +66,19 @@ class Granule:
 
 @dataclass(frozen=True, kw_only=True)
 class Arrangement:
-    """The files, understood."""
+    """The files in arranged form: granules with their bands and cloud masks."""
 
     layout: Layout
     bands: tuple[str, ...]
-    """The bands that are used: those asked for, and after them the optional ones found."""
+    """The bands that are used: the needed ones, then the optional ones that were found."""
     granules: tuple[Granule, ...]
-    """In the order of their keys; granules of one key in the order of the files given."""
+    """The granules in the order of their keys; those of one key in the order of the files."""
     used: tuple[Header, ...]
     """Files that hold a band or a mask that is used, in the order given."""
     mask: str
-    """The cloud masks used, as the parameter `mask` names them; `none` where there is none."""
+    """The cloud masks used, as the parameter `mask` names them; `none` if there is none."""
     cloud_bands: tuple[str, ...] | None = None
-    """Bands that the cloud mask made from the series reads beside those needed, which may be none;
+    """Bands that the cloud mask estimated from the series reads in addition to the needed ones;
     None if that mask is not used."""
     warnings: tuple[StackWarning, ...] = ()
 
@@ -99,18 +99,18 @@ def arrange(
     optional: Sequence[str] = (),
     dated: bool,
 ) -> Arrangement:
-    """Work out what the files hold.
+    """Determine the bands, dates and cloud masks of the files.
 
     Args:
-        headers: of all files, in the order given.
-        options: the caller's statements.
-        bands: the bands needed, by canonical name.
+        headers: headers of all files, in the order given.
+        options: the caller's statements about the files.
+        bands: the needed bands, by canonical name.
         optional: further bands, used if every date has them.
         dated: whether every observation needs a date.
 
     Raises:
         InvalidRequest: the options and the files contradict each other.
-        MissingBands: a band needed is not there, or not at every date.
+        MissingBands: a needed band is missing, or missing on some date.
         MissingDates: a file or band has no date, or there are fewer dates than files.
     """
     rules = parse_mask(options.mask)
@@ -176,7 +176,7 @@ def _band(rule: MaskRule) -> str:
 def _with_twins(
     slots: list[BandAssignment], query: LayoutQuery
 ) -> tuple[list[BandAssignment], list[StackWarning]]:
-    """A narrow band in place of its broad twin, where no file has the twin itself."""
+    """Replace a broad band by its narrow twin if no file has the broad band."""
     there = {name for slot in slots for name in slot.numbers}
     lacking = set(query.needed) - there
     if not lacking or not {_TWINS.get(band) for band in lacking} <= there - set(query.needed):
@@ -194,14 +194,14 @@ def _with_twins(
         warnings.append(
             StackWarning(
                 code="band_substituted",
-                detail=f"no file has {band}, so {twin}, its narrow twin, stands in for it",
+                detail=f"no file has {band}, so {twin}, its narrow twin, is used instead",
             )
         )
     return slots, warnings
 
 
 def _with_bands(slots: Sequence[BandAssignment], query: LayoutQuery) -> list[BandAssignment]:
-    """Without the masks of dates of which no band is there."""
+    """The granules without the masks of dates that have no band."""
     if any(slot.day is None for slot in slots):
         return list(slots)
     days = {slot.day for slot in slots if slot.numbers.keys() & set(query.needed)}
@@ -212,7 +212,7 @@ _SIZE_WORD = re.compile(r"r?(10|20|60)m")
 
 
 def _finest(slots: Sequence[BandAssignment]) -> list[BandAssignment]:
-    """Without coarser copies of a band, as products hold at 20 m what they hold at 10 m."""
+    """The granules without coarser copies of a band, such as those of products at 20 m."""
     copies: dict[tuple[object, ...], list[BandAssignment]] = defaultdict(list)
     for slot in slots:
         words = frozenset(word for word in _name_words(slot) if not _SIZE_WORD.fullmatch(word))
@@ -228,7 +228,7 @@ def _finest(slots: Sequence[BandAssignment]) -> list[BandAssignment]:
 
 
 def _assumed_order(layout: Layout, query: LayoutQuery, used: set[int]) -> list[StackWarning]:
-    """Files without band names that were read in the order of a Sentinel-2 product."""
+    """The warning that files without band names were read in the order of Sentinel-2 products."""
     if query.names or layout not in {"file-per-date", "single-file"}:
         return []
     unnamed = [
@@ -250,7 +250,7 @@ def _assumed_order(layout: Layout, query: LayoutQuery, used: set[int]) -> list[S
 
 
 def _unused(query: LayoutQuery, used: set[int], options: StackOptions) -> list[StackWarning]:
-    """Every file that is not used, by reason."""
+    """The warning that files are not used, by reason."""
     reasons: dict[str, list[str]] = defaultdict(list)
     for file in query.files:
         if id(file.header) not in used:
@@ -297,7 +297,7 @@ def _reason(file: DescribedFile, query: LayoutQuery, mask: str | None) -> str:
 def _unclouded(
     granules: Sequence[Granule], rules: tuple[MaskRule, ...] | None
 ) -> list[StackWarning]:
-    """No cloud mask, though none was asked not to be used; and one that is known to be empty."""
+    """The warning that there is no cloud mask without `mask=none`, or that one is always empty."""
     clouds = [[r for r in granule.masks if r is not ALPHA_RULE] for granule in granules]
     if rules is None and not any(clouds):
         detail = (
@@ -318,8 +318,9 @@ def _unclouded(
     if not empty:
         return []
     detail = (
-        f"QA60 holds no clouds from {first} to {last}, whatever the sky: {len(set(empty))} of the "
-        "dates have no cloud mask; add SCL or MSK_CLDPRB, or give mask=qa60,cloud"
+        f"QA60 holds no clouds from {first} to {last}, even if there were clouds: "
+        f"{len(set(empty))} of the dates have no cloud mask; add SCL or MSK_CLDPRB, or give "
+        "mask=qa60,cloud"
     )
     return [StackWarning(code="no_cloud_mask", detail=detail)]
 
@@ -359,7 +360,7 @@ def _vote(file: DescribedFile) -> Layout | None:
 
 
 def _guess_named(query: LayoutQuery, names: tuple[str, ...]) -> Layout:
-    """The layout where the caller gave the band names: numbers decide, then descriptions."""
+    """The layout if the caller gave the band names: by their number, then by descriptions."""
     n = len(names)
     files = query.named
     if len(files) == n > 1 and all(file.count == 1 for file in files):
@@ -382,7 +383,7 @@ def _guess_named(query: LayoutQuery, names: tuple[str, ...]) -> Layout:
 
 
 def _holds(file: DescribedFile, n: int) -> bool:
-    """Whether it has that many bands, alpha aside."""
+    """Whether a file has that many bands, with or without alpha."""
     alpha = file.bands[-1] == ALPHA or file.header.alpha == file.count
     return file.count == n or (alpha and file.count == n + 1)
 
@@ -390,7 +391,11 @@ def _holds(file: DescribedFile, n: int) -> bool:
 def _check_found(
     query: LayoutQuery, slots: Sequence[BandAssignment], for_clouds: Sequence[str]
 ) -> None:
-    """Every needed band is somewhere, those included that only the cloud mask needs."""
+    """Check that some file has each needed band, including those of the cloud mask.
+
+    Raises:
+        MissingBands: no file has a band.
+    """
     there = {band for slot in slots for band in slot.numbers}
     missing = [band for band in query.needed if band not in there]
     if not missing:
@@ -435,11 +440,11 @@ _Look = dict[str, tuple[Header, int]]
 
 
 def _looks(slots: Sequence[BandAssignment]) -> list[_Look]:
-    """The looks of one date: files that hold none of the same bands come together.
+    """The granules of one date: files without a common band are put together.
 
-    Where a band is there several times, the files of one granule are those whose names have in
-    common what tells the granules apart: tile, number, satellite or time. Without such a thing
-    a file adds to the first look that has none of its bands.
+    If a band occurs several times, the files of one granule are those whose names agree in the
+    words that distinguish granules: tile, number, satellite or time. Without such words, a file is
+    added to the first granule that has none of its bands.
     """
     times = Counter(band for slot in slots for band in _own(slot))
     several = [band for band, n in times.items() if n > 1 and band not in QUALITY]
@@ -469,12 +474,12 @@ def _merged(slots: Sequence[BandAssignment]) -> list[_Look]:
 
 
 def _own(slot: BandAssignment) -> set[str]:
-    """The bands that only one file of a look has; imagery may repeat the mask of its fellows."""
+    """The bands that only one file of a granule has; several files may repeat a mask."""
     return slot.numbers.keys() - QUALITY - {ALPHA} or set(slot.numbers)
 
 
 def _telling_words(slots: Sequence[BandAssignment], bands: Sequence[str]) -> frozenset[str]:
-    """Words of names that some files of a band have and others of the same band have not."""
+    """Words in the names of some files of a band that other files of this band do not have."""
     telling: set[str] = set()
     for band in bands:
         words = [_name_words(slot) for slot in slots if band in slot.numbers]
@@ -514,7 +519,11 @@ def _quoted(names: Sequence[str], most: int = _NAMED_AT_MOST) -> str:
 
 
 def _check_complete(granules: Sequence[Granule], needed: Sequence[str]) -> None:
-    """Every granule has every needed band."""
+    """Check that every granule has every needed band.
+
+    Raises:
+        MissingBands: a granule lacks a band.
+    """
     for granule in granules:
         missing = [band for band in needed if band not in granule.planes]
         if missing:
@@ -527,15 +536,15 @@ def _check_complete(granules: Sequence[Granule], needed: Sequence[str]) -> None:
 
 
 def _masked(granules: Sequence[Granule], rules: tuple[MaskRule, ...] | None) -> tuple[Granule, ...]:
-    """The granules with the cloud masks that each is read with; for all granules or for none."""
+    """The granules with the cloud masks that are used for all of them, or for none."""
     found = [
         next(((rule,) for rule in AUTO if rule.band in granule.planes), ())
         if rules is None
         else tuple(rule for rule in rules if rule.band in granule.planes)
         for granule in granules
     ]
-    asked = 1 if rules is None else len(rules)
-    complete = [len(own) == asked for own in found]
+    expected = 1 if rules is None else len(rules)
+    complete = [len(own) == expected for own in found]
     if not all(complete) and (rules or any(complete)):
         at = complete.index(False)
         header, _ = next(iter(granules[at].planes.values()))

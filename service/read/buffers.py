@@ -1,4 +1,4 @@
-"""Recycled memory for windows: the one owner of buffers that a later window takes again."""
+"""Buffer pool: the one owner of the memory of windows, which later windows reuse."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _CACHE_LINE = 64
 
 
 class BufferPool:
-    """Memory of windows that were read and are done with; a context manager that frees it.
+    """Memory of windows that are not needed any more; a context manager that frees it.
 
-    New memory comes from the system as pages of zeros, which cost as much as scaling the pixels
-    does. Safe for many threads.
+    The system returns new memory as pages of zeros, which takes as long as scaling the pixels.
+    Thread-safe.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class BufferPool:
         """Recycle arrays from `take`; neither they nor views of them may be used afterwards."""
         with self._lock:
             for array in arrays:
-                # The whole memory: an edge window's arrays are smaller than what they lie in.
+                # `base` is the whole buffer: the arrays of a window at an edge are smaller.
                 self._spare[array.dtype.type].append(array if array.base is None else array.base)
 
 
@@ -61,15 +61,15 @@ def spaced(
 ) -> NDArray[Any]:
     """An uninitialised array whose planes lie an odd number of cache lines apart.
 
-    A pixel has a value in each plane. Where planes lie a power of two bytes apart, as with windows
-    of 256 x 256 pixels, a cache has the same few places for all of them, and turning planes into
-    pixels' rows takes two to ten times as long.
+    A pixel has a value in each plane. If planes lie a power of two bytes apart, as with windows of
+    256 x 256 pixels, all of them map to the same few cache sets, and transposing planes into rows
+    of pixels takes two to ten times as long.
 
     Args:
-        planes: the first axes, as (T, C).
-        plane: the others, as (h, w); each plane is one block of memory.
-        kind: of the numbers.
-        memory: flat, of that kind; used if it is large enough. Without, it is new.
+        planes: the first axes, such as (T, C).
+        plane: the other axes, such as (h, w); each plane is one block of memory.
+        kind: NumPy type of the numbers.
+        memory: flat array of that type, used if it is large enough; else new memory is used.
 
     Returns:
         The array; `base` is its memory.

@@ -1,10 +1,10 @@
-"""Containers: zips unpacked beside their upload, and metadata that lies beside rasters.
+"""Containers: zips, which are unpacked, and metadata in files beside rasters.
 
     files → zips opened, within bounds → rasters and product metadata → headers that know both
 
-A zip is read by Python and never by GDAL; its members get names of our own on disk. A Sentinel-2
-product's XML (MTD_MSIL2A.xml) gives its bands their scale, offset and date, and so do a STAC item
-and the request.json of sentinelhub-py for the rasters in their folder.
+Python reads zips, never GDAL, and members are written under names that the service chooses. The XML
+of a Sentinel-2 product (MTD_MSIL2A.xml) states scale, offset and date of its bands; a STAC item and
+the request.json of sentinelhub-py state them for the rasters in their folder.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _MAX_XML_BYTES = 4 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Unpacked:
-    """The files of a request, its zips opened."""
+    """The files of a request, after its zips were opened."""
 
     files: tuple[SourceFile, ...]
     left_out: tuple[tuple[str, str], ...]
-    """Members that are no raster, with the reason."""
+    """Members that are not read, each with the reason."""
 
 
 def unpack(
@@ -53,16 +53,16 @@ def unpack(
     """Open the zips among files.
 
     Args:
-        files: as they came.
-        folder: where members are written, under names of our own.
-        max_bytes: most bytes that all members may have.
-        max_files: most rasters in all.
+        files: the files of the request.
+        folder: folder for the members, which get names that the service chooses.
+        max_bytes: largest size of all members together, bytes.
+        max_files: largest number of rasters.
         jp2: whether JPEG 2000 files may be read.
 
     Raises:
-        BodyTooLarge: the members have more bytes, whatever the zip declares.
-        InvalidRequest: a zip that is damaged, or holds too many members.
-        NotAGeoTIFF: a JPEG 2000 file, and none may be read.
+        BodyTooLarge: the members have more bytes, whatever sizes the zip declares.
+        InvalidRequest: a zip is damaged, or holds too many members.
+        NotAGeoTIFF: a file is JPEG 2000, and `jp2` is False.
     """
     found: list[SourceFile] = []
     left_out: list[tuple[str, str]] = []
@@ -101,7 +101,7 @@ def _begins(path: Path, magic: bytes) -> bool:
 def _members(
     source: SourceFile, folder: Path, prefix: str, room: int, limit: int
 ) -> tuple[list[SourceFile], list[tuple[str, str]], int]:
-    """The rasters and product metadata of a zip, written out; the rest; and the bytes written."""
+    """The extracted rasters and metadata of a zip, the members left out, and the bytes written."""
     _check_directory(source)
     found: list[SourceFile] = []
     left_out: list[tuple[str, str]] = []
@@ -135,7 +135,7 @@ def _members(
 
 
 def _why_not(member: zipfile.ZipInfo) -> str | None:
-    """Why a member is not read; None if it is, empty if it is not worth a word."""
+    """Why a member is not read; None if it is read, empty if no reason needs to be reported."""
     name = member.filename
     last = name.rpartition("/")[2]
     if last.startswith("._") or name.startswith("__MACOSX/") or last == ".DS_Store":
@@ -152,7 +152,7 @@ def _why_not(member: zipfile.ZipInfo) -> str | None:
         return "compressed by a method other than deflate"
     own = stem(name)
     if last.lower().endswith(".jp2") and not (band_of(own) or quality_of(own)):
-        return "its name says no band"
+        return "its name contains no band"
     return None
 
 
@@ -162,7 +162,11 @@ def _is_json(name: str) -> bool:
 
 
 def _write(content: IO[bytes], path: Path, room: int, name: str, limit: int) -> int:
-    """Write what a member really holds, as far as there is room; its size."""
+    """Write the content of a member, up to a limit; returns its size.
+
+    Raises:
+        BodyTooLarge: the member is larger than the limit.
+    """
     size = 0
     with path.open("xb") as file:
         while chunk := content.read(_CHUNK_BYTES):
@@ -174,7 +178,7 @@ def _write(content: IO[bytes], path: Path, room: int, name: str, limit: int) -> 
 
 
 def _check_directory(source: SourceFile) -> None:
-    """Refuse a zip whose directory would fill the memory: Python reads all of it at once."""
+    """Reject a zip with a directory that would fill the memory: Python reads it at once."""
     damaged = InvalidRequest.of("files", f"'{source.name}' is a zip that is cut or damaged")
     with source.path.open("rb") as file:
         size = file.seek(0, 2)
@@ -239,7 +243,7 @@ _SENSED = re.compile(r"<(?:DATATAKE_SENSING_START|PRODUCT_START_TIME)>\s*([0-9T:
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """What the XML of a Sentinel-2 product says of its bands."""
+    """Metadata of a Sentinel-2 product from its XML: scale, offsets and date."""
 
     root: str
     """The folder of the product, in the names of its files; empty for files without folders."""
@@ -250,7 +254,7 @@ class Product:
     sensed: str | None
 
     def tags(self, name: str) -> dict[str, str]:
-        """What one of its files would say in tags."""
+        """The metadata in the form of tags of one of the product's files."""
         band = band_of(stem(name))
         if band not in _BAND_IDS:
             return {}
@@ -278,7 +282,7 @@ def split_products(files: Sequence[SourceFile]) -> tuple[list[SourceFile], list[
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """What a STAC item, or a request kept by sentinelhub-py, says of the rasters beside it."""
+    """Metadata of the rasters in a folder, from a STAC item or a request of sentinelhub-py."""
 
     root: str
     common: Mapping[str, str]
@@ -287,7 +291,7 @@ class Item:
     """Further tags by the last part of a raster's name."""
 
     def tags(self, name: str) -> dict[str, str]:
-        """What one of the rasters would say in tags."""
+        """The metadata in the form of tags of one of the rasters."""
         return {**self.common, **self.assets.get(name.rpartition("/")[2], {})}
 
 
@@ -296,7 +300,7 @@ _ITEM_TAGS = ("datetime", "s2:processing_baseline", "earthsearch:boa_offset_appl
 
 
 def _item(file: SourceFile) -> Item | None:
-    """The metadata that a JSON file holds; None if it is something else."""
+    """The metadata in a JSON file; None if the file is another kind of document."""
     try:
         with file.path.open("rb") as source:
             document = json.loads(source.read(_MAX_XML_BYTES))
@@ -333,10 +337,11 @@ def _asset_tags(asset: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
 
 
 def _requested_day(document: Mapping[str, Any]) -> str | None:
-    """The one day that a request to Sentinel Hub asked for (process API or WCS).
+    """The one day of a request to Sentinel Hub (process API or WCS).
 
     Returns:
-        Empty where it asked for more, as composites do; None where the document is no request.
+        The day as tags; empty if the request covers several days, as for composites; None if the
+        document is not a request.
     """
     if not {"url", "headers"} <= document.keys():
         return None
@@ -351,7 +356,7 @@ def _requested_day(document: Mapping[str, Any]) -> str | None:
 
 
 def _product(file: SourceFile) -> Product:
-    """Read a product's XML by its few elements: no entity is expanded, nothing is fetched."""
+    """Read the needed elements of a product's XML; entities and external files are not loaded."""
     with file.path.open("rb") as source:
         text = source.read(_MAX_XML_BYTES).decode("utf-8", "replace")
     quantification = _QUANTIFICATION.search(text)
@@ -376,7 +381,7 @@ def _product(file: SourceFile) -> Product:
 
 
 def with_product(header: Header, products: Sequence[Metadata]) -> Header:
-    """A header with what its product's XML says, where the file itself says nothing."""
+    """A header with the metadata of its product, for what the file itself does not state."""
     name = header.name
     own = [p for p in products if name.startswith(f"{p.root}/") or (not p.root and "/" not in name)]
     if not own:

@@ -1,7 +1,7 @@
 """Layouts: which band of which date each file holds.
 
-A reader per layout turns files into band assignments. What the caller states counts before what
-the files state. Only headers are read.
+One reader per layout assigns bands and dates to files. Statements of the caller take precedence
+over those of the files. Only headers are read.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ Layout = Literal["file-per-date", "file-per-band-and-date", "file-per-band", "si
 
 @dataclass(frozen=True, kw_only=True)
 class StackOptions:
-    """The caller's statements about the files; None: determined from the files."""
+    """The caller's statements about the files; None is determined from the files."""
 
     layout: Layout | None = None
     dates: tuple[date, ...] | None = None
-    """One a file, a band of a file-per-band file, or a date of a single-file stack."""
+    """One date per file, per band of a file-per-band file, or per date of a single-file stack."""
     bands: tuple[str, ...] | None = None
-    """Band names in band order; for files of one band, in the order of the files. Files beside them
-    that hold a cloud mask, or another number of bands, need none."""
+    """Band names in band order; for files of one band, in the order of the files. Files that hold a
+    cloud mask or another number of bands need no name."""
     scale: DatedNumber | None = None
     offset: DatedNumber | None = None
-    """reflectance = value x scale + offset, for all dates or from dates on."""
+    """reflectance = value x scale + offset; one number for all dates, or numbers from dates on."""
     sensor: str | None = None
-    """A key of `sensors.BY_NAME`; None tells it from the files."""
+    """A key of `sensors.BY_NAME`; None detects the sensor from the files."""
     mask: str | None = None
     """`auto`, `none`, or rules as `masks.parse_mask` reads them."""
     grid: str | None = None
@@ -60,14 +60,14 @@ class StackOptions:
     bbox: tuple[float, float, float, float] | None = None
     """West, south, east, north in degrees: only this part is read."""
     left_out: tuple[tuple[str, str], ...] = ()
-    """Files that came and were not kept, as members of a zip, each with the reason."""
+    """Files of the request that were left out, such as members of a zip, each with the reason."""
     area: Mapping[str, Any] | None = None
     """A GeoJSON Polygon or MultiPolygon in degrees: only this part is read."""
 
 
 @dataclass(frozen=True)
 class DescribedFile:
-    """A header with the names and dates in its texts."""
+    """A header with the band names and dates that its texts state."""
 
     header: Header
 
@@ -98,8 +98,8 @@ class DescribedFile:
                 calls_itself_alpha(text) or calls_itself_alpha(tags.get("description"))
             ):
                 names[at] = ALPHA
-        # GDAL takes the fourth of four 8-bit bands for alpha, and in a satellite image that is the
-        # near infrared. Where all others have a name and this one none, it is alpha.
+        # GDAL takes the fourth of four 8-bit bands for alpha, but in a satellite image it is the
+        # near infrared. If all other bands have a name and this one has none, it is alpha.
         alpha = self.header.alpha
         if alpha and not words[alpha - 1][0] and sum(map(bool, names)) == self.count - 1:
             names[alpha - 1] = ALPHA
@@ -107,13 +107,13 @@ class DescribedFile:
 
     @cached_property
     def days(self) -> tuple[date | None, ...]:
-        """The date that each band gives itself."""
+        """The date that each band states."""
         words = zip(self.header.descriptions, self.header.band_tags, strict=True)
         return tuple(tagged_date(tags) or date_of(text) for text, tags in words)
 
     @cached_property
     def name_band(self) -> str | None:
-        """The band that the file's name says, or else its folder's."""
+        """The band in the file's name, or else in its folder's name."""
         *folders, _ = self.name.split("/")
         own = stem(self.name)
         texts = [own, folders[-1]] if folders else [own]
@@ -121,17 +121,17 @@ class DescribedFile:
 
     @property
     def product_bands(self) -> tuple[str, ...]:
-        """The first bands of a whole product; empty if it is none, or names its bands."""
+        """The first bands if the file is a whole product without band names; else empty."""
         return () if any(self.bands) else product_bands(self.name, self.count)
 
     @property
     def own_band(self) -> str | None:
-        """The band of a file of one band, as it or its name says."""
+        """The band of a file with one band, by its description or by the file's name."""
         return (self.bands[0] or self.name_band) if self.count == 1 else None
 
     @property
     def is_mask(self) -> bool:
-        """Whether it holds a quality band and no other."""
+        """Whether the file holds only a quality band."""
         bands = {band for band in (*self.bands, self.own_band) if band}
         return bool(bands) and bands <= QUALITY
 
@@ -142,23 +142,23 @@ class DescribedFile:
 
     @cached_property
     def written_day(self) -> date | None:
-        """The date of the tag that may be the time of writing."""
+        """The date of the tag TIFFTAG_DATETIME, which may be the time of writing."""
         return date_of(self.header.tags.get(WRITING_TAG))
 
     @property
     def only_day(self) -> date | None:
-        """The one date that all bands with a date give."""
+        """The one date that all bands with a date state."""
         days = {day for day in self.days if day}
         return days.pop() if len(days) == 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class BandAssignment:
-    """What one file holds of one date."""
+    """The bands of one date in one file."""
 
     file: DescribedFile
     numbers: dict[str, int] = field(default_factory=dict)
-    """Band name to its number in the file, from 1; only bands that are wanted."""
+    """Band name to its number in the file, from 1; only bands that are used."""
     day: date | None
     turn: int
     """Stands for the date where there is none."""
@@ -180,9 +180,9 @@ class LayoutQuery:
 
     @property
     def named(self) -> tuple[DescribedFile, ...]:
-        """The files that `bands` names: those with as many bands, or one by one.
+        """The files that `bands` names: those with as many bands as names, or one file per name.
 
-        Cloud masks and files of another shape beside them go by their own names.
+        Cloud masks and files with another number of bands keep their own names.
         """
         if not self.names:
             return ()
@@ -196,17 +196,17 @@ class LayoutQuery:
 
 
 def _alphas(file: DescribedFile) -> int:
-    """1 if the last band is not imagery but says where there is any."""
+    """1 if the last band is alpha, which is not imagery; else 0."""
     return int(file.header.alpha == file.count or file.bands[-1] == ALPHA)
 
 
 def file_per_date(query: LayoutQuery) -> list[BandAssignment]:
-    """A slot a file.
+    """One slot per file.
 
     Raises:
         InvalidRequest: `bands` or `dates` do not fit the files, or a file holds a band twice.
-        MissingBands: a file looks like the others but names no band.
-        MissingDates: fewer dates than files.
+        MissingBands: a file has as many bands as the others but no band names.
+        MissingDates: there are fewer dates than files.
     """
     numbers = [(file, _bands_of_one_date(file, query)) for file in query.files]
     held = [(file, found) for file, found in numbers if found]
@@ -244,7 +244,7 @@ def _bands_of_one_date(file: DescribedFile, query: LayoutQuery) -> dict[str, int
 
 
 def _check_unnamed(ignored: Sequence[DescribedFile], used: Sequence[DescribedFile]) -> None:
-    """Refuse to leave out a file that looks like the others but has lost its band names."""
+    """Reject a file that has as many bands as the others but no band names."""
     counts = {file.count for file in used} - {1}
     for file in ignored:
         if file.count in counts and not any(file.bands):
@@ -259,8 +259,8 @@ def _file_days(files: Sequence[DescribedFile], query: LayoutQuery) -> Sequence[d
         return _given_days(files, query, query.dates)
     named = named_days([file.name for file in files])
     written = [file.written_day for file in files]
-    # TIFFTAG_DATETIME is the time of writing to many a program: names that tell the files apart at
-    # least as well count before it.
+    # Many programs write the time of writing into TIFFTAG_DATETIME, so names that distinguish the
+    # files at least as well take precedence.
     if None not in named and len(set(named)) > 1 and len(set(named)) >= len(set(written)):
         written = [None] * len(files)
     return [
@@ -272,7 +272,7 @@ def _file_days(files: Sequence[DescribedFile], query: LayoutQuery) -> Sequence[d
 def _given_days(
     files: Sequence[DescribedFile], query: LayoutQuery, dates: tuple[date, ...]
 ) -> Sequence[date]:
-    """The dates that the caller gave for files: for those that are used, or for all."""
+    """The dates that the caller gave for the used files, or for all files."""
     if len(dates) == len(files) or not files:
         return dates[: len(files)]
     if len(dates) == len(query.files):
@@ -282,17 +282,17 @@ def _given_days(
 
 
 def _wrong_number(dates: Sequence[date], n: int, what: str) -> Exception:
-    """The error for a wrong number of dates; with too few, something has no date."""
+    """The error for a wrong number of dates: `MissingDates` if there are too few."""
     detail = f"{what} but {counted(len(dates), 'date')}"
     return MissingDates(detail) if len(dates) < n else InvalidRequest.of("dates", detail)
 
 
 def file_per_band(query: LayoutQuery) -> list[BandAssignment]:
-    """A slot a band of a file.
+    """One slot per band of a file.
 
     Raises:
         InvalidRequest: `bands` or `dates` do not fit the files, or a file holds several bands.
-        MissingDates: fewer dates than bands in a file.
+        MissingDates: there are fewer dates than bands in a file.
     """
     bands = _bands_of_files(query)
     held = [(file, band) for file, band in bands if band in query.wanted]
@@ -309,7 +309,7 @@ def file_per_band(query: LayoutQuery) -> list[BandAssignment]:
 
 
 def _bands_of_files(query: LayoutQuery) -> list[tuple[DescribedFile, str]]:
-    """The one band that each file holds; files that name none are left out."""
+    """The one band of each file; files that name no band are left out."""
     found: list[tuple[DescribedFile, str]] = []
     if query.names:
         named = query.files if len(query.names) == len(query.files) else query.named
@@ -356,11 +356,11 @@ def _band_days(files: Sequence[DescribedFile], query: LayoutQuery) -> list[Seque
 
 
 def single_file(query: LayoutQuery) -> list[BandAssignment]:
-    """A slot a date, all of one file.
+    """One slot per date of the one file.
 
     Raises:
         InvalidRequest: `bands` or `dates` do not fit the file.
-        MissingDates: fewer dates than the file holds.
+        MissingDates: there are fewer dates than the file holds.
     """
     slots: list[BandAssignment] = []
     for file in query.files:
@@ -389,8 +389,8 @@ def _slots_of_one_file(
         if band not in query.wanted:
             continue
         day = file.days[number - 1] if described else None
-        # The k-th time that a band appears is the k-th date, whether all bands of a date stand
-        # together or all dates of a band.
+        # The k-th occurrence of a band is the k-th date, whether the file is ordered by date or by
+        # band.
         place = (day, seen[band, day])
         seen[band, day] += 1
         if place not in found:
@@ -406,7 +406,7 @@ def _slots_of_one_file(
 def _names_in_one_file(
     file: DescribedFile, query: LayoutQuery, *, by_day: bool
 ) -> Sequence[str | None]:
-    """A name for each band of a file of dates x bands."""
+    """The band names of a file of dates x bands, one per band."""
     names = query.names
     if names is None:
         if any(file.bands):

@@ -1,9 +1,9 @@
 """Cloud masks: which pixels each provider's quality band calls clear.
 
 One function per kind of band. Each takes the numbers as delivered, of any shape, and returns a
-boolean array of that shape: True where the ground is seen, without cloud, cloud shadow or snow.
-A number that its definition does not know is not clear. `RULES` has one row per kind, the most
-complete first: with `mask=auto` the first one that a date carries is used.
+boolean array of that shape: True where the ground is visible, without cloud, cloud shadow or snow.
+A number that is not in the band's definition is not clear. `RULES` has one row per kind, the most
+complete first: `mask=auto` uses the first one that a date has.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Decoder = Callable[[Numbers], Clear]
 CLEAR_CLASSES = range(4, 8)
 """SCL classes that count as clear: 4 vegetation, 5 bare ground, 6 water, 7 unclassified."""
 CLDPRB_LIMIT = 40.0
-"""Per cent of cloud probability from which on a pixel is cloud, where `mask` gives no number."""
+"""Cloud probability in per cent from which on a pixel is cloudy, if `mask` gives no number."""
 QA60_EMPTY = (date(2022, 1, 25), date(2024, 2, 28))
 """From the first to the second date Earth Engine's QA60 holds zeros, whatever the clouds: the
 products of those days have no vector cloud mask (Earth Engine catalogue, COPERNICUS/S2_SR)."""
 _BITS = 16
 OWN = "cloud"
-"""Of `RULES`, the one that needs no band."""
+"""The rule that needs no band."""
 
 
 def _whole(data: Numbers) -> tuple[NDArray[np.int64], Clear]:
@@ -170,30 +170,30 @@ _HLS = re.compile(r"(^|[/_.])hls", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class MaskRule:
-    """One cloud mask that a request asks for, such as `cldprb:40`."""
+    """One requested cloud mask, such as `cldprb:40`."""
 
     name: str
     """A key of `RULES`."""
     limit: float | None = None
-    """Of `cldprb`: per cent from which on a pixel is cloud."""
+    """For `cldprb`: cloud probability in per cent from which on a pixel is cloudy."""
 
     @property
     def band(self) -> str:
-        """The band that it reads, by canonical name."""
+        """The band that the rule reads, by canonical name."""
         return RULES[self.name][0]
 
     def __str__(self) -> str:
         return self.name if self.limit is None else f"{self.name}:{self.limit:g}"
 
     def decoder(self, file: str) -> Decoder:
-        """How the numbers of the band are read in one file.
+        """The function that decodes the numbers of the band in one file.
 
         Two conventions share a name: Digital Earth Australia's fmask holds classes where that of
         HLS holds bits, and sits' CLOUD is the quality band of the collection (SCL, Fmask or
         QA_PIXEL).
 
         Args:
-            file: the file's name with its folders.
+            file: the file's name, with its folders.
         """
         if self.name == "cldprb":
             return partial(cldprb, limit=CLDPRB_LIMIT if self.limit is None else self.limit)
@@ -207,21 +207,21 @@ class MaskRule:
 
 
 AUTO: tuple[MaskRule, ...] = tuple(MaskRule(name=name) for name in RULES)
-"""Every rule, in the order in which `mask=auto` looks for them."""
+"""Every rule, in the order of precedence of `mask=auto`."""
 ALPHA_RULE = MaskRule(name="alpha")
 
 
 def parse_mask(text: str | None) -> tuple[MaskRule, ...] | None:
-    """The rules that the parameter `mask` names.
+    """Parse the parameter `mask`.
 
     Args:
-        text: `auto`, `none`, or rules separated by commas, `cldprb` with a number if wanted.
+        text: `auto`, `none`, or comma-separated rules; `cldprb` may have a number.
 
     Returns:
         The rules, all of which a clear pixel must pass; empty for `none`; None for `auto`.
 
     Raises:
-        InvalidRequest: a rule that does not exist, or a number that is not 0 to 100 per cent.
+        InvalidRequest: a rule does not exist, or a number is not 0 to 100 per cent.
     """
     if text is None or text == "auto":
         return None

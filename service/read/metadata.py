@@ -1,7 +1,7 @@
-"""Band names and dates, as people write them in descriptions, tags and file names.
+"""Metadata parsing: band names and dates in descriptions, tags and file names.
 
-Text in, a canonical name or a date out; None if the text holds none or contradicts itself. Nothing
-here opens a file.
+Each function takes text and returns a canonical name or a date; None if the text holds none or
+contradicts itself. Nothing here opens a file.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ FMASK, QA_PIXEL, CLM, QAI, UDM2 = "FMASK", "QA_PIXEL", "CLM", "QAI", "UDM2"
 CLOUD, CLDPRB, QA60 = "CLOUD", "CLDPRB", "QA60"
 """Quality bands of other providers, by the names that are used here; `masks` decodes them."""
 ALPHA = "ALPHA"
-"""A band that calls itself alpha, or Sentinel Hub's dataMask: zero is missing."""
+"""An alpha band, or Sentinel Hub's dataMask: zero means missing."""
 QUALITY = frozenset({SCL, FMASK, QA_PIXEL, CLM, QAI, UDM2, CLOUD, CLDPRB, QA60})
-"""Every band from which a cloud mask is made."""
-# Level 1C has 13 bands and level 2A the same without B10. Two orders are in use: B8A right
-# after B08, and B8A last (EuroSAT). Only B8A, B09 and what follows move: the first eight, and so
-# B02, B03, B04 and B08, stand at the same places in both, which is all that is taken from here.
+"""Every band from which a cloud mask can be read."""
+# Level 1C has 13 bands, level 2A the same without B10. Two orders are in use: B8A right after B08,
+# and B8A last (EuroSAT). The first eight bands, which include B02, B03, B04 and B08, have the same
+# positions in both; only these are used.
 PRODUCT_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08")
 PRODUCT_COUNTS = frozenset({12, 13})
 """Numbers of bands of a whole Sentinel-2 product."""
@@ -125,8 +125,8 @@ _DATE = re.compile(
     r"[-_. ]?(?P<letters_year>(?:19[7-9]|20\d)\d)(?!\d)",
     re.IGNORECASE,
 )
-# Forms that are believed only where every file has one: a day or month of one digit, and the day
-# before the month.
+# Forms that count only if every file has one: a day or month of one digit, and the day before the
+# month.
 _SHORT = re.compile(
     r"(?<!\d)(?P<year>(?:19[7-9]|20\d)\d)(?P<sep>[-_./])(?P<month>\d{1,2})(?P=sep)"
     r"(?P<day>\d{1,2})(?!\d)"
@@ -137,7 +137,7 @@ _DAY_FIRST = re.compile(
     r"|(?<!\d)(?P<day8>\d\d)(?P<month8>\d\d)(?P<year8>(?:19[7-9]|20\d)\d)(?!\d)"
 )
 _SUFFIX = re.compile(r"\.(?:tiff?|jp2|j2k|img|vrt|nc|zip)$", re.IGNORECASE)
-# Acquisition before anything that may be the time of writing.
+# Tags of the acquisition precede tags that may hold the time of writing.
 _DATE_TAGS = (
     "datetime",
     "acquisition_date",
@@ -155,7 +155,7 @@ _DATE_TAGS = (
     "time",
 )
 WRITING_TAG = "tifftag_datetime"
-"""The TIFF standard's tag: the acquisition to some writers, the time of writing to others."""
+"""The tag of the TIFF standard: some writers store the acquisition, others the time of writing."""
 # openEO's back-ends write DESCRIPTION.
 _NAME_TAGS = (
     "name",
@@ -176,12 +176,11 @@ def band_of(text: str | None) -> str | None:
             `T31UES_20180521T105416_B04_10m`.
 
     Returns:
-        B01 to B12, B8A or SCL; None where the text names no band, several, or contradicts itself.
+        B01 to B12, B8A or SCL; None if the text names no band or several, or contradicts itself.
     """
     if not text:
         return None
-    # The bands of a stack mostly have a few names over and over. A long text is not worth the
-    # memory that it would keep.
+    # The bands of a stack mostly repeat a few names. Long texts are not cached, to save memory.
     return _usual_band(text) if len(text) <= _USUAL_LENGTH else _band(text)
 
 
@@ -238,7 +237,7 @@ def _phrases(words: list[str]) -> set[str]:
 
 
 def _foreign(words: list[str]) -> set[str]:
-    """The band that words of another language name, where nothing else is said beside them."""
+    """The band named by words of another language, if the text has no other words."""
     found = set()
     for size in (1, 2):
         for at in range(len(words) - size + 1):
@@ -250,7 +249,7 @@ def _foreign(words: list[str]) -> set[str]:
 
 
 def is_broad_nir(text: str | None) -> bool:
-    """Whether a name is FORCE's BROADNIR (B08), beside which its NIR is the narrow B8A.
+    """Whether a name is FORCE's BROADNIR (B08); FORCE's NIR is then the narrow B8A.
 
     Source: FORCE documentation, level 2 output format, bands of Sentinel-2.
     """
@@ -261,7 +260,7 @@ def quality_of(text: str | None) -> str | None:
     """The quality band that a text names, such as `QA60`, `MSK_CLDPRB_20m`, `..._CLM_R1`.
 
     Returns:
-        A member of `QUALITY`; None where the text names none, or names a band as well.
+        A member of `QUALITY`; None if the text names none, or names a band as well.
     """
     if not text or len(text) > _USUAL_LENGTH * 3:
         return None
@@ -280,11 +279,11 @@ def product_bands(name: str, count: int) -> tuple[str, ...]:
     """The first bands of a file whose bands have no names, if it is a whole Sentinel-2 product.
 
     Args:
-        name: the file's.
-        count: of its bands.
+        name: the file's name.
+        count: number of bands of the file.
 
     Returns:
-        Empty where neither name nor number show such a product.
+        The bands; empty if neither name nor number indicate such a product.
     """
     sen2r = _SEN2R.search(stem(name))
     if sen2r and count == _SEN2R_COUNTS[sen2r["level"]]:
@@ -295,21 +294,22 @@ def product_bands(name: str, count: int) -> tuple[str, ...]:
 def stem(name: str) -> str:
     """A file's name without folders and without the suffix of a raster.
 
-    A last part such as `.B04` is no suffix.
+    A last part such as `.B04` is not a suffix.
     """
     return _SUFFIX.sub("", name.rpartition("/")[2])
 
 
 def date_of(text: str | None) -> date | None:
-    """The first plausible date (1970 to 2099) in a text, None where there is none.
+    """The first plausible date (1970 to 2099) in a text; None if there is none.
 
-    In a Sentinel-2 product's name the first is the acquisition; later ones tell the processing.
+    In the name of a Sentinel-2 product the first date is the acquisition; later ones are the
+    processing.
     """
     return next(_dates(text or ""), None)
 
 
 def _dates(text: str) -> Iterator[date]:
-    """Every date of a text in a form that is unmistakable by itself, in order."""
+    """Every date of a text in an unambiguous form, in order."""
     for match in _DATE.finditer(text):
         try:
             if match["doy"]:
@@ -322,7 +322,7 @@ def _dates(text: str) -> Iterator[date]:
                 yield date(int(match["letters_year"]), month, int(match["letters_day"]))
             else:
                 yield date(int(match["year"]), int(match["month"]), int(match["day"]))
-        except ValueError:  # such as 30 February: digits that only look like a date
+        except ValueError:  # digits that only look like a date, such as 30 February
             continue
 
 
@@ -346,17 +346,17 @@ def _day_first_dates(text: str) -> Iterator[date]:
 
 
 def named_days(names: Sequence[str]) -> list[date | None]:
-    """The date that each file's name says, read from all of them together.
+    """The date in each file's name, determined from all names together.
 
-    Forms that one file alone would leave open (day first, one digit) count where all files have
-    them. Where names hold several dates, it is the first one that differs from file to file; a
-    folder's date stands behind the file's own.
+    Ambiguous forms (day first, one digit) count if all files have them. If names hold several
+    dates, the first date that differs between files is used; the file's own date precedes its
+    folder's.
 
     Args:
-        names: with their folders, separated by `/`.
+        names: names with their folders, separated by `/`.
 
     Returns:
-        One entry per name; None where it holds no date.
+        One entry per name; None for a name without a date.
     """
     parts = [tuple(reversed(name.split("/"))) for name in names]
 
@@ -380,7 +380,7 @@ def _day_is_first(names: Sequence[str]) -> bool:
 
 
 def _told_apart(dates: Sequence[Sequence[date]]) -> list[date | None]:
-    """Of each file's dates the one at the first place where files differ."""
+    """The date of each file at the first position where the files differ."""
     there = [own for own in dates if own]
     shortest = min(map(len, there), default=0)
     place = next((k for k in range(shortest) if len({own[k] for own in there}) > 1), 0)
@@ -388,12 +388,12 @@ def _told_apart(dates: Sequence[Sequence[date]]) -> list[date | None]:
 
 
 def tagged_date(tags: Mapping[str, str]) -> date | None:
-    """The acquisition date among tags (lower-case keys), the writing tag left aside."""
+    """The acquisition date in tags (lower-case keys), except TIFFTAG_DATETIME."""
     return next((day for key in _DATE_TAGS if key in tags and (day := date_of(tags[key]))), None)
 
 
 def tagged_band(tags: Mapping[str, str]) -> str | None:
-    """The band that a band's own tags (lower-case keys) name, a quality band included."""
+    """The band, or quality band, that a band's own tags (lower-case keys) name."""
     texts = [tags[key] for key in _NAME_TAGS if key in tags]
     return next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
 
