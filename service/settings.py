@@ -151,6 +151,9 @@ class Settings(BaseSettings):
     """Polygons of one request."""
     max_raster_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(16 * 2**30)
     """Largest decoded stack, in bytes or as `500MB`, `2GiB`, judged from the headers."""
+    memory_budget: Annotated[ByteSize, Field(ge=2**26)] | None = None
+    """Memory that runs may take together for what they decode, in bytes or as `500MB`, `2GiB`; None
+    is half of the container's limit, or without one of the machine's memory."""
     sync_max_pixels: Annotated[int, Field(ge=1)] = 2048 * 2048
     """Pixels of the largest raster that is processed synchronously; a larger one becomes a job."""
     max_concurrency: Annotated[int, Field(ge=1)] = 4

@@ -163,6 +163,23 @@ class Metrics:
         ):
             Gauge(name, text, registry=self._registry).set_function(read)
 
+    def watch_memory(
+        self, *, limit: int, taken: Callable[[], int], awaited: Callable[[], int]
+    ) -> None:
+        """Add gauges of the memory budget, read whenever metrics are.
+
+        Args:
+            limit: bytes that runs may take.
+            taken: bytes that they hold.
+            awaited: runs that wait for memory.
+        """
+        for name, text, read in (
+            ("pimc_memory_budget_bytes", "Bytes of memory that runs may take", lambda: limit),
+            ("pimc_memory_taken_bytes", "Bytes of memory that runs hold", taken),
+            ("pimc_memory_awaited", "Runs that wait for memory", awaited),
+        ):
+            Gauge(name, text, registry=self._registry).set_function(read)
+
     def watch_keys(self, valid: Callable[[], int]) -> None:
         """Add a gauge of API keys that have not expired, read whenever metrics are."""
         Gauge("pimc_api_keys", "API keys that are valid", registry=self._registry).set_function(

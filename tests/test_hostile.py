@@ -330,13 +330,13 @@ def blocky(tmp_path: Path) -> Stack:
 def test_open_files_hold_no_more_blocks_than_there_is_memory_for(
     blocky: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block = blocky.acquisitions[0].planes[0].block_bytes
-    assert block == 200 * 300 * 3 * 2
+    memory = blocky.acquisitions[0].planes[0].memory
+    assert memory.block == 200 * 300 * 3 * 2
     window = Window(10, 10, 30, 20)
     with StackReader(blocky) as reader:
         whole = reader.read(window)
         assert len(reader._open) == 6
-    monkeypatch.setattr(reading, "_MAX_HELD_BYTES", 2 * block)
+    monkeypatch.setattr(reading, "_MAX_HELD_BYTES", 2 * memory.open)
     with StackReader(blocky) as reader:
         for _ in range(2):
             np.testing.assert_array_equal(reader.read(window).values, whole.values)
@@ -347,7 +347,7 @@ def test_points_far_apart_in_a_large_block_are_not_read_as_one_window(
     blocky: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budget = 50_000
-    monkeypatch.setattr(reading, "_CELL_BYTES", budget)
+    monkeypatch.setattr(reading, "CELL_BYTES", budget)
     largest = 0
 
     class Watched(StackReader):

@@ -37,6 +37,7 @@ from service.jobs.runner import JobRunner
 from service.jobs.store import JobStore
 from service.read.geotiff import BlockCache
 from service.run.executors import ThreadExecutor
+from service.run.memory import MemoryBudget
 from service.settings import Settings, SettingsError, project_version, read_settings
 from service.telemetry import Metrics
 
@@ -83,6 +84,12 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
             metrics.provider(engine.provider)
             closing = threading.Event()
             cache = BlockCache()
+            budget = MemoryBudget(settings.memory_budget)
+            metrics.watch_memory(
+                limit=budget.limit,
+                taken=lambda: budget.taken,
+                awaited=lambda: budget.awaited,
+            )
             executor = ThreadExecutor(in_flight=metrics.windows)
             runner = JobRunner(
                 store,
@@ -95,6 +102,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 ttl=settings.job_ttl,
                 closing=closing,
                 cache=cache,
+                budget=budget,
                 executor=executor,
             )
             admission = Admission(
@@ -128,6 +136,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 refusals=Refusals(metrics.key_refused),
                 jobs=store,
                 cache=cache,
+                budget=budget,
                 executor=executor,
                 runner=runner,
                 probe=anyio.CapacityLimiter(1),

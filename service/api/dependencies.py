@@ -32,6 +32,7 @@ from service.jobs.runner import JobRunner
 from service.jobs.store import JobStore
 from service.read.geotiff import BlockCache
 from service.run.executors import Executor
+from service.run.memory import MemoryBudget
 from service.settings import Settings
 from service.telemetry import Metrics
 
@@ -49,6 +50,7 @@ class AppState:
     refusals: Refusals
     jobs: JobStore
     cache: BlockCache
+    budget: MemoryBudget
     executor: Executor
     runner: JobRunner
     probe: anyio.CapacityLimiter

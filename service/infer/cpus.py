@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
+
+from service.container import GROUPS, OWN, cpu_quotas
 
 # Linux's names for the VNNI of AVX-512 and of AVX, and for AMX.
 _INT8_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
@@ -29,9 +30,7 @@ def multiplies_int8(info: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(flags) and all(have & _INT8_PRODUCTS for have in flags)
 
 
-def usable_cpus(
-    groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
-) -> int:
+def usable_cpus(groups: Path = GROUPS, own: Path = OWN) -> int:
     """CPUs that this process may use, by its affinity and its container's quota.
 
     A quota of one and a half CPUs counts as two: one thread would leave the half unused.
@@ -44,40 +43,5 @@ def usable_cpus(
         allowed = len(os.sched_getaffinity(0))
     else:
         allowed = os.cpu_count() or 1
-    quotas = [math.ceil(quota) for quota in _quotas(groups, own)]
+    quotas = [math.ceil(quota) for quota in cpu_quotas(groups, own)]
     return max(1, min([allowed, *quotas]))
-
-
-def _quotas(groups: Path, own: Path) -> Iterator[float]:
-    """CPUs that each control group around this process grants; those without a limit left out."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:  # no Linux
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # Version 2 names no controllers; version 1 mounts each under its name.
-        mounted = groups / "cpu" if controllers else groups
-        at = mounted / path.lstrip("/")
-        # In a container the path may be the host's, and only the root of the mount exists.
-        for group in (at, *at.parents) if at.is_relative_to(mounted) else ():
-            quota = _quota(group, version=1 if controllers else 2)
-            if quota is not None:
-                yield quota
-            if group == mounted:
-                break
-
-
-def _quota(group: Path, *, version: int) -> float | None:
-    try:
-        if version == 1:
-            quota = (group / "cpu.cfs_quota_us").read_text()
-            period = (group / "cpu.cfs_period_us").read_text()
-        else:
-            quota, period = (group / "cpu.max").read_text().split()
-        granted = float(quota) / float(period)  # "max" is not a number; -1 means the same
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
-    return granted if granted > 0 else None

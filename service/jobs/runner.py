@@ -26,6 +26,7 @@ from service.read.geotiff import BlockCache
 from service.read.references import check_again
 from service.run.execute import execute
 from service.run.executors import Executor
+from service.run.memory import MemoryBudget
 from service.run.plan import Plan, plan_request
 from service.run.request import RasterRequest, TaskRequest
 from service.telemetry import Metrics, job_named
@@ -50,6 +51,7 @@ class JobRunner:
         ttl: seconds for which a finished job is kept.
         closing: set when the service stops.
         cache: GDAL's block cache.
+        budget: memory for runs.
         executor: runs the windows.
     """
 
@@ -66,6 +68,7 @@ class JobRunner:
         ttl: float,
         closing: threading.Event,
         cache: BlockCache,
+        budget: MemoryBudget,
         executor: Executor,
     ) -> None:
         self._store = store
@@ -77,6 +80,7 @@ class JobRunner:
         self._sweep_seconds = min(_SWEEP_SECONDS, max(0.1, ttl / 10))
         self._closing = closing
         self._cache = cache
+        self._budget = budget
         self._executor = executor
         self._turn = threading.Condition()
         self._running: dict[str, threading.Event] = {}
@@ -239,7 +243,7 @@ class JobRunner:
         request = self._store.request(job)
         if isinstance(request, RasterRequest):
             check_again(request.files, self._store.folder(job), self._roots)
-        plan = self._plan(job, request)
+        plan = self._plan(job, request, cancelled)
         card = plan.model.card
         if (card.id, card.sha256) != (job.model, job.sha256):
             _LOG.info("job upgraded", extra={"from": job.model, "to": card.id})
@@ -266,11 +270,12 @@ class JobRunner:
                 cancelled=cancelled,
                 progress=progress,
                 journal=journal,
+                budget=self._budget,
             )
         self._metrics.ran(task=job.task, pixels=result.pixels, stages=asdict(result.timing))
         self._store.publish(job, work, result)
 
-    def _plan(self, job: Job, request: TaskRequest) -> Plan:
+    def _plan(self, job: Job, request: TaskRequest, cancelled: threading.Event) -> Plan:
         """The plan with the model that the job was accepted for, or with a later one.
 
         Raises:
@@ -283,6 +288,8 @@ class JobRunner:
             rasters=True,
             max_fields=self._max_fields,
             cache=self._cache,
+            budget=self._budget,
+            cancelled=cancelled,
         )
         name = job.model.partition("@")[0]
         now = self._engine.models.get(name)

@@ -35,6 +35,8 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 MAX_BANDS = 20_000
 """Largest number of bands of a file; listing more costs memory."""
 _MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # TIFF and BigTIFF in both byte orders
+# Codecs that decode a block into a copy of their own.
+_COPYING = ("WEBP", "LERC")
 _GDAL: Mapping[str, str | int] = {
     # An upload's folder holds other uploads: no sidecar (.aux.xml, .tfw, .msk, .ovr) is looked for.
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
@@ -47,13 +49,14 @@ _GDAL: Mapping[str, str | int] = {
 }
 # No world file and no other file beside says where a JP2 lies.
 _JP2_SOURCES = {"GEOREF_SOURCES": "INTERNAL"}
-_CACHE_BYTES = 32 * 2**20
+CACHE_BYTES = 32 * 2**20
+"""Bound of GDAL's block cache where no run needs more."""
 # Threads decode the blocks of one read side by side. Measured on small strips they cost 1 ms a
 # read and gain nothing; on tiles of half a megabyte they pay.
-_THREADS_PAY_FROM = 2**18
+THREADS_PAY_FROM = 2**18
 # What does not pay within one small file pays across many: GDAL opens and decodes them without the
 # GIL. Two, as other callers are served meanwhile; by batches, as each handing over costs 40 us.
-_SIDE_BY_SIDE = 2
+SIDE_BY_SIDE = 2
 _BATCH = 8
 # Dates, numbers and names are short; longer texts are not needed and not kept.
 _TAG_LENGTH = 1000
@@ -73,6 +76,25 @@ class SourceFile:
     """As the caller called it; only ever shown, never used as a path."""
     path: Path
     """Where it lies on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileMemory:
+    """Memory that GDAL takes for an open file, bytes, as far as its header tells it."""
+
+    block: int
+    """One strip or tile, decoded, with its part of all bands where these are interleaved."""
+    blocks: int
+    """Numbers and pointers that say where each block lies: 16 bytes each, and 8 for each band."""
+    mask: int = 0
+    """One block of the internal mask, decoded."""
+    encoded: int = 0
+    """One block as it lies in the file, and what its codec takes beside."""
+
+    @property
+    def open(self) -> int:
+        """What the file keeps while it is open: the block decoded last among it."""
+        return self.block + self.blocks + self.mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +119,7 @@ class Header:
     """Each band's tags, by lower-case name."""
     block: tuple[int, int]
     """Rows and columns of a strip or tile."""
-    block_bytes: int
-    """What one strip or tile decodes to."""
+    memory: FileMemory
     masked: bool
     """Whether an internal mask marks missing pixels."""
     alpha: int | None = None
@@ -132,13 +153,13 @@ class BlockCache:
     """
 
     def __init__(self) -> None:
-        self._needed = [_CACHE_BYTES]
+        self._needed = [CACHE_BYTES]
         self._lock = threading.Lock()
         self._bound()
 
     @contextmanager
     def room(self, size: int) -> Iterator[None]:
-        """Room for blocks of at least `size` bytes, also while other runs need less.
+        """Room for blocks of at least `size` bytes in all, also while other runs need less.
 
         One block must fit, so that its other bands are not decoded again. More is of no use, as
         windows decode no block twice, and with large rasters it fills: 512 MiB made the service's
@@ -182,10 +203,10 @@ def for_each(
         with gdal_options():
             return [work(file) for file in files[begin:end]]
 
-    if len(files) <= _BATCH or block_bytes >= _THREADS_PAY_FROM:
+    if len(files) <= _BATCH or block_bytes >= THREADS_PAY_FROM:
         return batch(0, len(files))
     begins = range(0, len(files), _BATCH)
-    with ThreadPoolExecutor(_SIDE_BY_SIDE, thread_name_prefix="files") as pool:
+    with ThreadPoolExecutor(SIDE_BY_SIDE, thread_name_prefix="files") as pool:
         found = pool.map(batch, begins, [begin + _BATCH for begin in begins])
         return [result for results in found for result in results]
 
@@ -211,7 +232,7 @@ def open_geotiff(
         return rasterio.DatasetReader(
             path, driver=driver, sharing=False, USE_TILE_AS_BLOCK="YES", **_JP2_SOURCES
         )
-    options = {"NUM_THREADS": "ALL_CPUS"} if block_bytes >= _THREADS_PAY_FROM else {}
+    options = {"NUM_THREADS": "ALL_CPUS"} if block_bytes >= THREADS_PAY_FROM else {}
     if not georeferenced:
         options["GEOREF_SOURCES"] = "NONE"
     # `rasterio.open` would set up GDAL's options anew and back for each file, which takes half as
@@ -235,11 +256,11 @@ def read_header(source: SourceFile, placed: dict[bytes, Placed] | None = None) -
     if driver == "JP2OpenJPEG":
         return _read_jp2_header(source)
     try:
-        written = check_directories(source.path, source.name)
+        written, mask = check_directories(source.path, source.name)
         known = (placed or {}).get(written)
         with open_geotiff(source.path, georeferenced=known is None) as dataset:
             place = known or (dataset.crs, dataset.transform)
-            header = _header(source, dataset, place)
+            header = _header(source, dataset, place, mask=mask)
     except (RasterioError, GDALError, OSError, ValueError) as error:
         raise NotAGeoTIFF(
             f"'{source.name}' has the first bytes of a TIFF, but no header that "
@@ -252,9 +273,11 @@ def read_header(source: SourceFile, placed: dict[bytes, Placed] | None = None) -
 
 def _read_jp2_header(source: SourceFile) -> Header:
     try:
-        check_jp2(source.path, source.name)
+        tile = check_jp2(source.path, source.name)
         with open_geotiff(source.path, driver="JP2OpenJPEG") as dataset:
-            header = _header(source, dataset, (dataset.crs, dataset.transform))
+            place = dataset.crs, dataset.transform
+            # OpenJPEG decodes a tile twice over: as coefficients and as the image.
+            header = _header(source, dataset, place, codec=2 * tile)
     except (RasterioError, GDALError, OSError, ValueError) as error:
         raise NotAGeoTIFF(
             f"'{source.name}' is JPEG 2000, but its header does not open with GDAL's OpenJPEG "
@@ -335,7 +358,23 @@ def _what_it_is(name: str, head: bytes) -> str:
     return f"it starts with {head[:4]!r}; GeoTIFF, JP2 and zips of them are read"
 
 
-def _header(source: SourceFile, dataset: rasterio.DatasetReader, place: Placed) -> Header:
+def _header(
+    source: SourceFile,
+    dataset: rasterio.DatasetReader,
+    place: Placed,
+    *,
+    mask: int = 0,
+    codec: int | None = None,
+) -> Header:
+    """The header of an open file.
+
+    Args:
+        source: the file.
+        dataset: it, open.
+        place: where it lies.
+        mask: bytes of one block of its mask.
+        codec: bytes that decoding takes beside the block; None tells it from the compression.
+    """
     strange = sorted({dtype for dtype in dataset.dtypes if dtype.startswith("complex")})
     if strange:
         raise NotAGeoTIFF(f"'{source.name}' holds {strange[0]} numbers, not reflectance")
@@ -368,10 +407,30 @@ def _header(source: SourceFile, dataset: rasterio.DatasetReader, place: Placed) 
         tags=_lower(dataset.tags()),
         band_tags=tuple(_lower(dataset.tags(index)) for index in dataset.indexes),
         block=(rows, columns),
-        block_bytes=block_bytes,
+        memory=FileMemory(
+            block=block_bytes,
+            blocks=_blocks_bytes(dataset, together),
+            mask=mask,
+            # libtiff reads no more of a block than ten times what it decodes to.
+            encoded=min(source.path.stat().st_size, 10 * block_bytes)
+            + (_codec_bytes(dataset, block_bytes) if codec is None else codec),
+        ),
         masked=MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags,
         alpha=dataset.count if alpha else None,
     )
+
+
+def _blocks_bytes(dataset: rasterio.DatasetReader, together: int) -> int:
+    rows, columns = dataset.block_shapes[0]
+    bands = int(dataset.count)
+    of_a_band = -(-int(dataset.height) // int(rows)) * -(-int(dataset.width) // int(columns))
+    written = of_a_band if together == bands else of_a_band * bands
+    return 16 * written + 8 * of_a_band * bands
+
+
+def _codec_bytes(dataset: rasterio.DatasetReader, block_bytes: int) -> int:
+    codec = dataset.tags(ns="IMAGE_STRUCTURE").get("COMPRESSION", "")
+    return block_bytes if codec.startswith(_COPYING) else 0
 
 
 def _lower(tags: Mapping[str, str]) -> dict[str, str]:

@@ -38,13 +38,21 @@ class _Size:
     """Columns and rows."""
     components: int
 
+    @property
+    def decoded(self) -> int:
+        """Bytes of one tile; OpenJPEG decodes to 32 bits."""
+        return self.tile[0] * self.tile[1] * self.components * 4
 
-def check_jp2(path: Path, name: str) -> None:
+
+def check_jp2(path: Path, name: str) -> int:
     """Refuse a JPEG 2000 file that claims what no raster needs.
 
     Args:
         path: the file; its first bytes are a JP2's.
         name: as the caller calls it.
+
+    Returns:
+        Bytes that OpenJPEG decodes one tile to.
 
     Raises:
         RasterTooLarge: a tile, a box, or the number of components, precincts or markers is beyond
@@ -53,7 +61,7 @@ def check_jp2(path: Path, name: str) -> None:
     """
     with path.open("rb") as file:
         _to_codestream(file, name)
-        _check_main_header(file, name)
+        return _check_main_header(file, name)
 
 
 def _to_codestream(file: BinaryIO, name: str) -> None:
@@ -95,7 +103,7 @@ def _boxes(file: BinaryIO, name: str) -> Iterator[tuple[bytes, int]]:
         file.seek(start + length)
 
 
-def _check_main_header(file: BinaryIO, name: str) -> None:
+def _check_main_header(file: BinaryIO, name: str) -> int:
     if file.read(2) != struct.pack(">H", _SOC):
         raise _damaged(name)
     size: _Size | None = None
@@ -107,7 +115,7 @@ def _check_main_header(file: BinaryIO, name: str) -> None:
         if marker == _SOT:
             if size is None:
                 raise _damaged(name)
-            return
+            return size.decoded
         content = file.read(length - 2) if length >= 2 else b""
         if length < 2 or len(content) < length - 2:
             raise _damaged(name)
@@ -142,14 +150,14 @@ def _size(content: bytes, name: str) -> _Size:
     if tiles > _MAX_TILES:
         raise RasterTooLarge(f"'{name}' has {tiles} tiles, the limit is {_MAX_TILES}")
     tile = min(across, right), min(down, bottom)
-    decoded = tile[0] * tile[1] * components * 4  # OpenJPEG decodes to 32 bits
-    if decoded > MAX_BLOCK_BYTES:
+    size = _Size(tile=tile, components=components)
+    if size.decoded > MAX_BLOCK_BYTES:
         raise RasterTooLarge(
             f"'{name}': one tile of {tile[1]} x {tile[0]} pixels and {components} components "
-            f"decodes to {decoded} bytes, the limit is {MAX_BLOCK_BYTES}; write it with smaller "
-            "tiles, as with gdal_translate -of COG"
+            f"decodes to {size.decoded} bytes, the limit is {MAX_BLOCK_BYTES}; write it with "
+            "smaller tiles, as with gdal_translate -of COG"
         )
-    return _Size(tile=tile, components=components)
+    return size
 
 
 def _check_coding(content: bytes, size: _Size, name: str) -> None:

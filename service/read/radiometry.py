@@ -624,10 +624,24 @@ def _swapped(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
 # Sampling ---------------------------------------------------------------------------------------
 
 
+def sample_bytes(stack: Stack, used: Sequence[int]) -> int:
+    """Memory of the pixels that `calibrate` samples, bytes: as read, and as they are kept."""
+    windows = _sampled_windows(stack)
+    each = _sampled_each(windows, len(used))
+    pixels = each * int(windows[0].height * windows[0].width)
+    judged = 4 * 4 * _SAMPLED_PIXELS * len(stack.bands_read)
+    return 2 * len(used) * pixels * (4 * len(stack.bands_read) + 1) + judged
+
+
+def _sampled_each(windows: Sequence[Window], dates: int) -> int:
+    """Windows sampled of each date."""
+    return min(len(windows), max(1, _SAMPLED_DATES * len(windows) // max(1, dates)))
+
+
 def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) -> _Sample:
     """The same number of places of every date, on few dates more of them than on many."""
     windows = _sampled_windows(stack)
-    each = min(len(windows), max(1, _SAMPLED_DATES * len(windows) // len(positions)))
+    each = _sampled_each(windows, len(positions))
     plain = _as_stored(stack)
     T, C = len(positions), len(plain.bands)
     size = int(windows[0].height * windows[0].width)

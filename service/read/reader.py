@@ -25,18 +25,29 @@ from service.errors import CorruptRaster
 from service.grid import GDALError, Window
 from service.read import clouds
 from service.read.buffers import BufferPool
-from service.read.geotiff import BlockCache, SourceFile, for_each, gdal_options, open_geotiff
+from service.read.geotiff import (
+    CACHE_BYTES,
+    SIDE_BY_SIDE,
+    THREADS_PAY_FROM,
+    BlockCache,
+    FileMemory,
+    SourceFile,
+    for_each,
+    gdal_options,
+    open_geotiff,
+)
 from service.read.placement import Position, Resampling
 from service.read.stack import NO_VALUE, Acquisition, Plane, Sits, Stack
-from service.read.warp import fill_of, has_alpha, warped
+from service.read.warp import WARP_BYTES, fill_of, has_alpha, warped
 
 _MAX_OPEN = 256
-# An open file keeps the block that it decoded last; together they may take this much memory.
+# An open file keeps the block that it decoded last and a table of all blocks; together they may
+# take this much memory.
 _MAX_HELD_BYTES = 256 * 2**20
 # Points are read in windows of about this many pixels a side,
 _CELL = 256
 # and of no more than these bytes, however large a block is.
-_CELL_BYTES = 64 * 2**20
+CELL_BYTES = 64 * 2**20
 
 
 _Key = tuple[SourceFile, Position, Resampling]
@@ -102,12 +113,12 @@ class StackReader:
         self._used = tuple(range(stack.observations) if used is None else used)
         self._layers = _layers(stack, self._used)
         planes = [p for layer in self._layers for read in layer.reads for p in read.planes]
-        self._block_bytes = max((plane.block_bytes for plane in planes), default=0)
+        self._block_bytes = max((plane.memory.block for plane in planes), default=0)
         self._before_read = before_read
         self._buffers = BufferPool() if buffers is None else buffers
         self._context = ExitStack()
         if cache is not None:
-            self._context.enter_context(cache.room(2 * self._block_bytes))
+            self._context.enter_context(cache.room(CACHE_BYTES + _cached(planes)))
         self._open: dict[_Key, rasterio.DatasetReader] = {}
         self._warped = ExitStack()
         self._held_bytes = 0
@@ -191,7 +202,7 @@ class StackReader:
         values = np.empty(shape, dtype=np.float32)
         valid = np.empty((shape[0], shape[2]), dtype=np.bool_)
         height, width = (max(1, _CELL // side) * side for side in self._stack.block)
-        most = max(1, _CELL_BYTES // (4 * shape[0] * len(self._stack.bands_read)))
+        most = max(1, CELL_BYTES // (4 * shape[0] * len(self._stack.bands_read)))
         width = min(width, most)
         height = min(height, max(1, most // width))
         cells = defaultdict(list)
@@ -306,17 +317,17 @@ class StackReader:
         if dataset is not None:
             yield dataset
             return
-        block_bytes = read.planes[0].block_bytes
+        memory = read.planes[0].memory
         warp = read.position.warp
         if warp is not None:
             with ExitStack() as stack:
                 source = stack.enter_context(
                     open_geotiff(
-                        read.source.path, block_bytes=block_bytes, driver=read.planes[0].driver
+                        read.source.path, block_bytes=memory.block, driver=read.planes[0].driver
                     )
                 )
                 dataset = stack.enter_context(warped(source, read.planes[0], warp))
-                if self._stays(key, dataset, block_bytes):
+                if self._stays(key, dataset, memory):
                     with self._lock:
                         self._warped.push(stack.pop_all())
                 yield dataset
@@ -324,24 +335,79 @@ class StackReader:
         # Windows count in pixels; where they lie was settled by the headers.
         dataset = open_geotiff(
             read.source.path,
-            block_bytes=block_bytes,
+            block_bytes=memory.block,
             georeferenced=False,
             driver=read.planes[0].driver,
         )
-        if self._stays(key, dataset, block_bytes):
+        if self._stays(key, dataset, memory):
             yield dataset
             return
         with dataset:
             yield dataset
 
-    def _stays(self, key: _Key, dataset: rasterio.DatasetReader, block_bytes: int) -> bool:
+    def _stays(self, key: _Key, dataset: rasterio.DatasetReader, memory: FileMemory) -> bool:
         """Keep a file open where there is room for it."""
         with self._lock:
-            room = len(self._open) < _MAX_OPEN and self._held_bytes + block_bytes <= _MAX_HELD_BYTES
+            held = self._held_bytes + memory.open
+            room = len(self._open) < _MAX_OPEN and held <= _MAX_HELD_BYTES
             if room:
                 self._open[key] = dataset
-                self._held_bytes += block_bytes
+                self._held_bytes = held
             return room
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Memory that reading windows of a stack takes beside their arrays, bytes.
+
+    Known from headers: what GDAL decodes at once, and what open files keep.
+    """
+
+    cached: int
+    """Blocks in GDAL's cache, beyond what it holds in any case."""
+    held: int
+    """Files that stay open."""
+    decoding: int
+    """Files that are open for one read, blocks as they lie in the file, codecs and warps."""
+    raw: int
+    """Numbers of one file as stored, per pixel of a window."""
+    layers: int
+    """Looks at the same dates that are in memory at once: 1, 2, or all for a mask of the series."""
+    heaviest: Plane
+    """Of the file that takes the most."""
+
+    @property
+    def total(self) -> int:
+        """All that does not grow with the window."""
+        return self.cached + self.held + self.decoding
+
+
+def footprint(stack: Stack, used: Sequence[int]) -> Footprint:
+    """The memory that a `StackReader` of the same arguments takes."""
+    layers = _layers(stack, used)
+    reads = [read for layer in layers for read in layer.reads]
+    planes = [plane for read in reads for plane in read.planes]
+    files = {(r.source, r.position, r.resampling): r.planes[0].memory.open for r in reads}
+    whole = sum(files.values())
+    stays = len(files) <= _MAX_OPEN and whole <= _MAX_HELD_BYTES
+    largest = max(plane.memory.block for plane in planes)
+    at_once = SIDE_BY_SIDE if largest < THREADS_PAY_FROM else 1
+    return Footprint(
+        cached=_cached(planes),
+        held=min(whole, _MAX_HELD_BYTES),
+        decoding=(0 if stays else max(files.values()))
+        + at_once * max(plane.memory.encoded for plane in planes)
+        + at_once * WARP_BYTES * any(read.position.warp is not None for read in reads),
+        raw=at_once
+        * max(sum(p.itemsize for p in read.planes) + read.planes[0].masked for read in reads),
+        layers=len(layers) if stack.cloud_bands is not None else min(2, len(layers)),
+        heaviest=max(planes, key=lambda plane: plane.memory.open + plane.memory.encoded),
+    )
+
+
+def _cached(planes: Sequence[Plane]) -> int:
+    """Bytes of one block and its mask: it must fit, so that no band of it is decoded again."""
+    return max((plane.memory.block + plane.memory.mask for plane in planes), default=0)
 
 
 def _together(parts: Sequence[NDArray[np.generic]]) -> NDArray[Any]:

@@ -22,7 +22,15 @@ from service.errors import InvalidRequest, RasterTooLarge, StackWarning
 from service.grid import Grid
 from service.read.arrange import Arrangement, Granule, arrange
 from service.read.containers import split_products, with_product
-from service.read.geotiff import Driver, Header, Placed, SourceFile, gdal_options, read_header
+from service.read.geotiff import (
+    Driver,
+    FileMemory,
+    Header,
+    Placed,
+    SourceFile,
+    gdal_options,
+    read_header,
+)
 from service.read.layouts import Layout, StackOptions
 from service.read.masks import ALPHA_RULE, Decoder, MaskRule, alpha
 from service.read.metadata import ALPHA
@@ -54,7 +62,11 @@ class Plane:
     integer: bool
     masked: bool
     """Whether the file's internal mask marks missing pixels."""
-    block_bytes: int
+    memory: FileMemory
+    block: tuple[int, int]
+    """Rows and columns of a strip or tile."""
+    itemsize: int
+    """Bytes of a number as stored."""
     position: Position = AS_IT_LIES
     """How the file comes to the stack's grid."""
     driver: Driver = "GTiff"
@@ -380,7 +392,9 @@ def _plane(
         nodata=_as_native(header.nodata[at], header.dtypes[at]),
         integer=np.dtype(header.dtypes[at]).kind in "iu",
         masked=header.masked,
-        block_bytes=header.block_bytes,
+        memory=header.memory,
+        block=header.block,
+        itemsize=np.dtype(header.dtypes[at]).itemsize,
         position=positions[id(header)],
         driver=header.driver,
     )

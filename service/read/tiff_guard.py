@@ -91,32 +91,39 @@ class _Entry(NamedTuple):  # a stack has thousands, and a frozen dataclass takes
         return self.length * _SIZES.get(self.kind, 1)
 
 
-def check_directories(path: Path, name: str) -> bytes:
+class Directories(NamedTuple):
+    """What GDAL does not report of a file's directories."""
+
+    georeference: bytes
+    """As it is written in the first directory: the same bytes say the same place. Empty where
+    there is none, or one beyond the usual length."""
+    mask_block_bytes: int
+    """Decoded size of one block of the internal mask; 0 without one."""
+
+
+def check_directories(path: Path, name: str) -> Directories:
     """Reject a TIFF whose directories claim sizes that no raster needs.
 
     Args:
         path: the file; its first bytes are a TIFF's.
         name: as the caller calls it.
 
-    Returns:
-        The georeference as it is written in the first directory: the same bytes say the same
-        place. Empty where there is none, or one beyond the usual length.
-
     Raises:
         RasterTooLarge: too many directories, entries, values or items, or a mask of huge blocks.
         NotAGeoTIFF: the metadata names another file for GDAL to open.
     """
     place: bytes | None = None
+    mask = 0
     with path.open("rb") as file:
         for form, entries in _directories(file, name):
             _check_values(entries, name)
             if place is None:
                 place = _georeference(file, form, entries)
-            _check_mask(form, entries, name)
+            mask = max(mask, _check_mask(form, entries, name))
             for entry in entries:
                 if entry.tag == _METADATA:
                     _check_metadata(_value(file, form, entry), name)
-    return place or b""
+    return Directories(georeference=place or b"", mask_block_bytes=mask)
 
 
 def _georeference(file: BinaryIO, form: _Form, entries: list[_Entry]) -> bytes:
@@ -185,11 +192,14 @@ def _check_values(entries: list[_Entry], name: str) -> None:
             )
 
 
-def _check_mask(form: _Form, entries: list[_Entry], name: str) -> None:
-    """Check an internal mask, whose blocks GDAL does not report."""
+def _check_mask(form: _Form, entries: list[_Entry], name: str) -> int:
+    """Check an internal mask, whose blocks GDAL does not report: the decoded size of one of them.
+
+    0 for a directory that is not a mask.
+    """
     numbers = {entry.tag: _small(form, entry, name) for entry in entries if entry.tag in _NUMBERS}
     if not numbers.get(_SUBFILE, 0) & _MASK:
-        return
+        return 0
     width, height = numbers.get(_WIDTH, 0), numbers.get(_HEIGHT, 0)
     columns = numbers.get(_TILE_WIDTH, width)
     rows = numbers.get(_TILE_HEIGHT, min(numbers.get(_ROWS, height), height))
@@ -198,6 +208,7 @@ def _check_mask(form: _Form, entries: list[_Entry], name: str) -> None:
             f"'{name}': one block of its mask, {rows} x {columns} pixels, decodes to "
             f"{rows * columns} bytes, the limit is {MAX_BLOCK_BYTES}"
         )
+    return rows * columns
 
 
 def _small(form: _Form, entry: _Entry, name: str) -> int:

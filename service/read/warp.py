@@ -17,8 +17,8 @@ from service.read.stack import Plane
 _TOLERANCE = 1e-6
 """Pixels by which GDAL may interpolate coordinates; rasterio 1.4 fails on 0, which means exactly.
 It is so small that no window differs from the whole."""
-_MEMORY = 64
-"""MB that GDAL takes for one piece of a warp."""
+WARP_BYTES = 64 * 2**20
+"""Memory that GDAL takes for one piece of a warp."""
 
 
 def has_alpha(plane: Plane) -> bool:
@@ -63,7 +63,7 @@ def warped(source: rasterio.DatasetReader, plane: Plane, warp: Warp) -> WarpedVR
         nodata=fill,
         add_alpha=fill is None,
         tolerance=_TOLERANCE,
-        warp_mem_limit=_MEMORY,
+        warp_mem_limit=WARP_BYTES // 2**20,
         XSCALE=warp.scale[0],
         YSCALE=warp.scale[1],
     )

@@ -20,6 +20,7 @@ from service.read.vectors import Fields
 from service.run.collect import Outcome
 from service.run.executors import Executor, Timing
 from service.run.fields import FieldOutcome, run_fields
+from service.run.memory import MemoryBudget
 from service.run.plan import Plan, RasterRun, dates_summary, unique
 from service.run.points import run_points
 from service.run.raster import make_work, run_raster
@@ -57,6 +58,8 @@ def execute(
     cancelled: threading.Event,
     progress: Callable[[float], None] = lambda _: None,
     journal: Journal | None = None,
+    budget: MemoryBudget | None = None,
+    patience: float | None = None,
 ) -> Result:
     """Run a plan to its end, in the calling thread.
 
@@ -68,18 +71,53 @@ def execute(
         cancelled: set to stop the run soon.
         progress: called with the finished share of a raster, 0 to 1, from one thread at a time.
         journal: stores a raster's finished windows; None stores none.
+        budget: memory for runs; None makes one for this run alone.
+        patience: seconds to wait for memory; None waits for as long as it takes.
 
     Raises:
         PIMCError: an error in the pixels, or of the disk.
+        Overloaded: other runs hold the memory.
         Cancelled: `cancelled` was set.
     """
     request, run = plan.request, plan.run
     if isinstance(run, SeriesRun):
         return _series(request.task, run, cancelled)
+    if plan.need is None:
+        raise TypeError("the plan of a raster states the memory that it needs")
+    budget = budget or MemoryBudget()
+    with budget.take(plan.need, cancelled=cancelled, patience=patience):
+        result = _execute(
+            plan,
+            run,
+            folder,
+            executor=executor,
+            cache=cache,
+            cancelled=cancelled,
+            progress=progress,
+            journal=journal,
+            window_bytes=budget.window_bytes,
+        )
+    return replace(result, timing=plan.planning + result.timing)
+
+
+def _execute(
+    plan: Plan,
+    run: RasterRun,
+    folder: Path,
+    *,
+    executor: Executor,
+    cache: BlockCache | None,
+    cancelled: threading.Event,
+    progress: Callable[[float], None],
+    journal: Journal | None,
+    window_bytes: int,
+) -> Result:
+    """Run a plan over files, once it has its memory."""
+    request = plan.request
     points = request.points if isinstance(request, RasterRequest) else None
     if points is not None:
-        result = _points(request.task, run, points, cancelled=cancelled, cache=cache)
-    elif plan.fields is not None:
+        return _points(request.task, run, points, cancelled=cancelled, cache=cache)
+    if plan.fields is not None:
         work = make_work(
             run,
             folder,
@@ -88,20 +126,20 @@ def execute(
             executor=executor,
             cache=cache,
             journal=journal,
+            window_bytes=window_bytes,
         )
-        result = _fields(request.task, run, plan.fields, run_fields(work, plan.fields))
-    else:
-        outcome = run_raster(
-            run,
-            folder,
-            progress=progress,
-            cancelled=cancelled,
-            executor=executor,
-            cache=cache,
-            journal=journal,
-        )
-        result = _raster(request.task, run, outcome)
-    return replace(result, timing=plan.planning + result.timing)
+        return _fields(request.task, run, plan.fields, run_fields(work, plan.fields))
+    outcome = run_raster(
+        run,
+        folder,
+        progress=progress,
+        cancelled=cancelled,
+        executor=executor,
+        cache=cache,
+        journal=journal,
+        window_bytes=window_bytes,
+    )
+    return _raster(request.task, run, outcome)
 
 
 def _raster(task: Task, run: RasterRun, outcome: Outcome) -> Result:

@@ -37,6 +37,7 @@ from service.read.vectors import Fields, read_fields
 from service.run.execute import listed
 from service.run.executors import Executor, Timing, check
 from service.run.fields import LEAST_CLEAR, Coverage, FieldGrid, series_sums
+from service.run.memory import MemoryBudget, measuring_need
 from service.run.plan import check_cloud_dates, unique
 from service.run.request import MeasureRequest, PointQuery
 from service.run.time_window import resolve_time_window
@@ -158,6 +159,8 @@ def measure(
     executor: Executor,
     cache: BlockCache | None = None,
     cancelled: threading.Event | None = None,
+    budget: MemoryBudget | None = None,
+    patience: float | None = None,
 ) -> Measured:
     """Measure the series of places.
 
@@ -169,8 +172,11 @@ def measure(
         executor: runs the windows that hold a field.
         cache: GDAL's block cache; None leaves it as it is.
         cancelled: set it to cancel the run.
+        budget: memory for runs; None makes one for this run alone.
+        patience: seconds to wait for memory; None waits for as long as it takes.
 
     Raises:
+        Overloaded: other runs hold the memory.
         InvalidRequest: no places or both kinds, or more observations or plots than one response
             holds.
         PIMCError: the files, the places and the parameters do not fit together.
@@ -191,14 +197,23 @@ def measure(
     _check_size(count, opened.observations, plots=request.plots)
     plotter = _Plotter.of(request, engine, opened) if request.plots else None
     check_cloud_dates(opened, opened.observations)
-    stack = calibrate(opened, cache=cache)
-    planned = Timing(read=time.perf_counter() - begun)
-    if fields is None:
-        places, timing = _points(stack, request.points or (), cache, cancelled)
-    else:
-        places, timing = _fields(stack, fields, executor, cache, cancelled)
-    begun = time.perf_counter()
-    records = _records(stack, places, plotter)
+    budget = budget or MemoryBudget()
+    need = measuring_need(
+        opened,
+        budget.window_bytes,
+        points=count if fields is None else 0,
+        fields=0 if fields is None else count,
+    )
+    with budget.take(need, cancelled=cancelled, patience=patience):
+        stack = calibrate(opened, cache=cache)
+        planned = Timing(read=time.perf_counter() - begun)
+        if fields is None:
+            places, timing = _points(stack, request.points or (), cache, cancelled)
+        else:
+            size = budget.window_bytes
+            places, timing = _fields(stack, fields, executor, cache, cancelled, size)
+        begun = time.perf_counter()
+        records = _records(stack, places, plotter)
     warnings = unique((*stack.warnings, *(fields.warnings if fields else ())))
     features = (
         field_features(fields.ids, fields.properties, fields.geojson, records)
@@ -275,11 +290,12 @@ def _fields(
     executor: Executor,
     cache: BlockCache | None,
     cancelled: threading.Event | None,
+    window_bytes: int,
 ) -> tuple[_Places, Timing]:
     grid, on_grid = stack.grid, FieldGrid(fields, stack.grid)
     T, C, N = stack.observations, len(stack.bands), len(fields)
     bytes_of_pixel = T * (4 * len(stack.bands_read) + 1)
-    every = windows(grid, stack.block, bytes_of_pixel)
+    every = windows(grid, stack.block, bytes_of_pixel, window_bytes)
     parts = [part for part in every if len(on_grid.within(part))]
     clear, total = np.zeros((N, T)), np.zeros((N, T, C))
     pixels, hectares = np.zeros(N), np.zeros(N)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,14 @@ from service.read.radiometry import calibrate
 from service.read.stack import Stack, open_stack
 from service.read.vectors import Fields, read_fields
 from service.run.executors import Timing
+from service.run.memory import (
+    MemoryBudget,
+    Need,
+    fields_need,
+    points_need,
+    raster_need,
+    sampling_need,
+)
 from service.run.request import RasterRequest, SeriesRequest, TaskRequest
 from service.run.series import SeriesRun, plan_series
 from service.run.time_window import resolve_time_window
@@ -198,6 +207,8 @@ class Plan:
     """Number of pixels of a raster run; 0 for points and series."""
     fields: Fields | None = None
     """Polygons to predict for; None predicts for points, series or the whole raster."""
+    need: Need | None = None
+    """Memory that the run takes; None for series, which are in memory already."""
     planning: Timing
     """Time spent on the files' headers and the sampled pixels."""
 
@@ -210,6 +221,9 @@ def plan_request(
     rasters: bool,
     max_fields: int = 100_000,
     cache: BlockCache | None = None,
+    budget: MemoryBudget | None = None,
+    cancelled: threading.Event | None = None,
+    patience: float | None = None,
 ) -> Plan:
     """Check that a request can be executed, before a window is read.
 
@@ -220,11 +234,18 @@ def plan_request(
         rasters: whether files are written; the document is made in any case.
         max_fields: largest number of polygons of a request.
         cache: GDAL's block cache; None leaves it as it is.
+        budget: memory for runs; None makes one for this run alone.
+        cancelled: set to end the wait for memory.
+        patience: seconds to wait for memory; None waits for as long as it takes.
 
     Raises:
         PIMCError: the files, the model and the parameters do not fit together. At most a sample of
             the pixels has been read.
+        RasterTooLarge: the run needs more memory than all runs together may take.
+        Overloaded: other runs hold the memory.
+        Cancelled: `cancelled` was set.
     """
+    budget = budget or MemoryBudget()
     begun = time.perf_counter()
     if isinstance(request, SeriesRequest):
         series = plan_series(
@@ -235,12 +256,18 @@ def plan_request(
         )
         return Plan(request=request, model=series.model, run=series, pixels=0, planning=Timing())
     fields = None if request.fields is None else read_fields(request.fields, max_fields)
-    run = _plan_files(request, engine, max_raster_bytes, rasters=rasters, cache=cache)
+    run = _plan_files(request, engine, max_raster_bytes, rasters=rasters)
+    need = _need(run, request, fields, budget.window_bytes)
+    budget.check(need)  # before a job is accepted that can never run
+    with budget.take(sampling_need(run.stack, run.used), cancelled=cancelled, patience=patience):
+        calibrated = calibrate(run.stack, run.used, cache=cache)
+    run = replace(run, stack=replace(calibrated, warnings=unique(calibrated.warnings)))
     return Plan(
         fields=fields,
         request=request,
         model=run.model,
         run=run,
+        need=need,
         pixels=run.stack.grid.width * run.stack.grid.height if request.points is None else 0,
         planning=Timing(read=time.perf_counter() - begun),
     )
@@ -252,7 +279,6 @@ def _plan_files(
     max_raster_bytes: int,
     *,
     rasters: bool,
-    cache: BlockCache | None,
 ) -> RasterRun:
     model = engine.find(request.model, request.task, _modality(request))
     _check_parameters(model, request)
@@ -266,7 +292,7 @@ def _plan_files(
         other_sensors=model.card.other_sensors,
         model=model.card.id,
     )
-    run = plan_raster(
+    return plan_raster(
         model,
         stack,
         start=request.start,
@@ -277,8 +303,15 @@ def _plan_files(
         min_area=request.min_area or 0.0,
         rasters=rasters,
     )
-    calibrated = calibrate(stack, run.used, cache=cache)
-    return replace(run, stack=replace(calibrated, warnings=unique(calibrated.warnings)))
+
+
+def _need(run: RasterRun, request: RasterRequest, fields: Fields | None, window_bytes: int) -> Need:
+    """The memory that a run takes."""
+    if request.points is not None:
+        return points_need(run, len(request.points))
+    if fields is not None:
+        return fields_need(run, window_bytes, len(fields))
+    return raster_need(run, window_bytes)
 
 
 def _modality(request: RasterRequest) -> Modality | None:

@@ -13,12 +13,14 @@ from service.grid import Grid, Window
 Arrays = Mapping[str, NDArray[Any]]
 """The stored arrays of a window, by name."""
 WINDOW_BYTES = 32 * 2**20
-"""Bytes of values, validity and predictions of one window. Up to six windows exist at once.
+"""Bytes of values, validity and predictions of one window, if the memory budget allows.
 
 Rasters from about 1000 x 1000 pixels on have windows of this size, so that memory does not grow
 with them: with 64 MiB, 4096 x 4096 pixels of 12 dates took 633 MB and 1024 x 1024 took 413 MB.
 """
-_OVER = 1.25
+AT_ONCE = 6
+"""Windows of a run that exist at once: read ahead, at work, and waiting to be written."""
+OVER = 1.25
 """Factor by which a window of one whole block may exceed its budget."""
 _SEVERAL = 8
 """Smallest number of windows of a larger raster, so that the stages overlap."""
@@ -68,7 +70,7 @@ def windows(
     rows, cols = min(block[0], grid.height), min(block[1], grid.width)
     most = max(1, budget // pixel_bytes)
     # A block slightly over the budget is not split, because its halves would each decode all of it.
-    if rows * cols <= _OVER * most:
+    if rows * cols <= OVER * most:
         most = max(most, rows * cols)
     if rows * cols > most:
         part_cols = min(cols, most)

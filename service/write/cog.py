@@ -39,6 +39,8 @@ _BLOCK_STEP = 16
 """Sides of a TIFF's tiles are multiples of this."""
 _OVERVIEW_BYTES = 2_000_000
 """Bytes that GDAL makes overviews from at once: its default of 10 MB is not faster."""
+_THREADS = 4
+"""Threads that compress a COG's blocks."""
 _MOST_CACHED = 256 * 2**20
 """Bytes of cached blocks while overviews are made, for rasters of any width and depth."""
 
@@ -132,15 +134,8 @@ class RasterWriter:
         self._open.pop(layer.name).close()
         check_whole(self._part(layer.name))
         whole = self._parts / f"{layer.name}.tif"
-        block = _block(layer, self._grid)
-        deep = block * len(layer.bands) * np.dtype(layer.dtype).itemsize
-        # Overviews are made piece by piece along rows of blocks, of this raster and of the previous
-        # overview. A row that does not fit is decoded again for each piece, and a block for each of
-        # its pieces: 512 x 512 pixels of 256 bands then take 102 s of processor time, else 11 s.
-        with (
-            self._room(min(2 * deep * self._grid.width, _MOST_CACHED)),
-            rasterio.Env(GDAL_OVR_CHUNK_MAX_SIZE=max(_OVERVIEW_BYTES, deep * block)),
-        ):
+        cached, chunk = _overview_memory(layer, self._grid)
+        with self._room(cached), rasterio.Env(GDAL_OVR_CHUNK_MAX_SIZE=chunk):
             rasterio.shutil.copy(
                 self._part(layer.name), whole, driver="COG", **cog_options(layer, self._grid)
             )
@@ -158,6 +153,25 @@ class RasterWriter:
         self._finished.append(target)
         whole.replace(target)
         return target
+
+
+def finishing_bytes(layer: Layer, grid: Grid) -> int:
+    """Memory that turning a layer into a COG takes, bytes."""
+    cached, chunk = _overview_memory(layer, grid)
+    block = _block(layer, grid) ** 2 * len(layer.bands) * np.dtype(layer.dtype).itemsize
+    return cached + 2 * chunk + 2 * _THREADS * block
+
+
+def _overview_memory(layer: Layer, grid: Grid) -> tuple[int, int]:
+    """Bytes of GDAL's block cache, and of a piece, while overviews are made.
+
+    They are made piece by piece along rows of blocks, of this raster and of the previous overview.
+    A row that does not fit is decoded again for each piece, and a block for each of its pieces:
+    512 x 512 pixels of 256 bands then take 102 s of processor time, else 11 s.
+    """
+    block = _block(layer, grid)
+    deep = block * len(layer.bands) * np.dtype(layer.dtype).itemsize
+    return min(2 * deep * grid.width, _MOST_CACHED), max(_OVERVIEW_BYTES, deep * block)
 
 
 class ScratchRaster:
@@ -299,7 +313,7 @@ def cog_options(layer: Layer, grid: Grid) -> dict[str, str]:
         "OVERVIEW_RESAMPLING": "MODE" if layer.legend else "AVERAGE",
         # Compression is all of the work. Few threads, because other requests run meanwhile. A
         # class map is fast: 8192 x 8192 pixels take one thread 1.2 s, and several 70 MB more.
-        "NUM_THREADS": "1" if layer.legend else "4",
+        "NUM_THREADS": "1" if layer.legend else str(_THREADS),
         "BIGTIFF": "IF_SAFER",
     }
 

@@ -14,7 +14,7 @@ from service.api.disconnect import run_watched
 from service.api.negotiation import negotiate
 from service.api.openapi import MEASURED, body
 from service.api.responses import CSV, GEOJSON, server_timing, warning_headers
-from service.api.routes.tasks import check_query, read_request, run_slot
+from service.api.routes.tasks import PATIENCE, check_query, read_request, run_slot
 from service.errors import InvalidRequest, NotReady
 from service.run.measured import Measured, measure
 from service.run.request import MeasureRequest
@@ -55,6 +55,8 @@ def _measure(app: AppState, asked: MeasureRequest, cancelled: threading.Event) -
         executor=app.executor,
         cache=app.cache,
         cancelled=cancelled,
+        budget=app.budget,
+        patience=PATIENCE,
     )
 
 

@@ -45,6 +45,8 @@ from service.run.execute import Result, execute
 from service.run.plan import Plan, plan_request
 from service.run.request import RasterRequest, TaskRequest
 
+PATIENCE = 30.0
+"""Seconds for which a request that holds a run slot waits for memory."""
 router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER], default_response_class=Response)
 
 
@@ -167,10 +169,21 @@ def _run(
         rasters=media in FILE_TYPES,
         max_fields=app.settings.max_fields,
         cache=app.cache,
+        budget=app.budget,
+        cancelled=cancelled,
+        patience=PATIENCE,
     )
     if later or plan.pixels > app.settings.sync_max_pixels:
         return plan
-    return execute(plan, folder, executor=app.executor, cache=app.cache, cancelled=cancelled)
+    return execute(
+        plan,
+        folder,
+        executor=app.executor,
+        cache=app.cache,
+        cancelled=cancelled,
+        budget=app.budget,
+        patience=PATIENCE,
+    )
 
 
 async def _idempotency(

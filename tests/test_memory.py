@@ -1,0 +1,338 @@
+"""Memory: one budget for all runs, from the container's limit and the files' headers."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import rasterio
+import rasterio.warp
+
+from benchmarks.mutations import (
+    HEIGHT,
+    ROWS,
+    STRIP_BYTES,
+    STRIPS,
+    TILE_BYTES,
+    TILE_HEIGHT,
+    TILE_WIDTH,
+    TILES,
+    WIDTH,
+    Directory,
+    Tiff,
+    edited,
+)
+from benchmarks.process import Served, served
+from benchmarks.tiny_zoo import write_zoo
+from service.container import usable_memory
+from service.errors import Cancelled, Overloaded, RasterTooLarge
+from service.read.layouts import StackOptions
+from service.read.reader import footprint
+from service.read.stack import Stack, open_stack
+from service.run.memory import MemoryBudget, Need
+from tests.kits.rasters import NORTH_UP, UTM, write
+
+BANDS = ("B02", "B04", "B08")
+MIB = 2**20
+
+# The container's limit ------------------------------------------------------------------------
+
+V2 = "0::/app/worker\n"
+V1 = "4:cpu,cpuacct:/app\n3:memory:/app\n0::/\n"
+MACHINE = usable_memory(Path("/none"), Path("/none"))
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        (V2, {}, MACHINE),
+        (V2, {"app/worker/memory.max": "max"}, MACHINE),
+        (V2, {"app/worker/memory.max": "104857600"}, 100 * MIB),
+        (V2, {"app/worker/memory.max": "max", "app/memory.max": "104857600"}, 100 * MIB),
+        (V2, {"app/worker/memory.max": "9000000", "app/memory.max": "104857600"}, 9_000_000),
+        ("0::/\n", {"memory.max": "104857600"}, 100 * MIB),  # as a container sees itself
+        (V2, {"memory.max": "104857600"}, 100 * MIB),  # the path is the host's
+        (V2, {"app/worker/memory.max": "what"}, MACHINE),
+        (V1, {"memory/app/memory.limit_in_bytes": "104857600"}, 100 * MIB),
+        (V1, {"memory/memory.limit_in_bytes": "104857600"}, 100 * MIB),
+        (V1, {"memory/app/memory.limit_in_bytes": str(2**63 - 4096)}, MACHINE),
+        (V1, {"cpu/app/memory.max": "104857600"}, MACHINE),
+    ],
+)
+def test_the_tightest_limit_of_the_control_groups_counts(
+    tmp_path: Path, own: str, files: dict[str, str], expected: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text + "\n")
+    (tmp_path / "own").write_text(own)
+    assert usable_memory(tmp_path / "fs", tmp_path / "own") == expected
+
+
+# Taking and giving back -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
+    path = tmp_path_factory.mktemp("stack") / "s_2021-01-01.tif"
+    file = write(path, np.full((3, 16, 16), 2000, np.uint16), descriptions=BANDS)
+    return open_stack([file], StackOptions(), bands=BANDS, max_bytes=2**30)
+
+
+@pytest.fixture
+def need(stack: Stack) -> Callable[[int], Need]:
+    files = replace(footprint(stack, (0,)), cached=0, held=0, decoding=0)
+    return lambda size: Need(files=files, arrays=size, what="windows", remedy="Send fewer dates")
+
+
+class Holder:
+    """A run, as a thread that holds memory until it is told to end."""
+
+    def __init__(self, budget: MemoryBudget, need: Need) -> None:
+        self.holds, self.end = threading.Event(), threading.Event()
+        self.cancelled = threading.Event()
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(budget, need), daemon=True)
+        self._thread.start()
+
+    def _run(self, budget: MemoryBudget, need: Need) -> None:
+        try:
+            with budget.take(need, cancelled=self.cancelled):
+                self.holds.set()
+                self.end.wait()
+        except Cancelled as error:
+            self.error = error
+
+    def join(self) -> None:
+        self.end.set()
+        self._thread.join()
+
+
+def awaited(budget: MemoryBudget, count: int) -> None:
+    """Wait until so many runs wait."""
+    while budget.awaited != count:
+        threading.Event().wait(0.001)
+
+
+def test_a_run_waits_until_there_is_room_and_one_that_fits_passes_it(
+    need: Callable[[int], Need],
+) -> None:
+    budget = MemoryBudget(100)
+    first = Holder(budget, need(70))
+    first.holds.wait()
+    large = Holder(budget, need(60))
+    awaited(budget, 1)
+    small = Holder(budget, need(30))
+    small.holds.wait()
+    assert (budget.taken, budget.awaited, large.holds.is_set()) == (100, 1, False)
+    first.join()
+    large.holds.wait()
+    assert (budget.taken, budget.awaited) == (90, 0)
+    small.join()
+    large.join()
+    assert budget.taken == 0
+
+
+def test_of_two_that_fit_the_one_that_came_first_goes_on(need: Callable[[int], Need]) -> None:
+    budget = MemoryBudget(100)
+    first = Holder(budget, need(100))
+    first.holds.wait()
+    second = Holder(budget, need(60))
+    awaited(budget, 1)
+    third = Holder(budget, need(60))
+    awaited(budget, 2)
+    first.join()
+    second.holds.wait()
+    assert not third.holds.is_set()
+    second.join()
+    third.holds.wait()
+    third.join()
+
+
+def test_a_run_that_waits_can_be_cancelled(need: Callable[[int], Need]) -> None:
+    budget = MemoryBudget(100)
+    first = Holder(budget, need(100))
+    first.holds.wait()
+    second = Holder(budget, need(1))
+    awaited(budget, 1)
+    second.cancelled.set()
+    second.join()
+    assert isinstance(second.error, Cancelled)
+    assert (budget.taken, budget.awaited) == (100, 0)
+    first.join()
+
+
+def test_a_request_does_not_wait_for_ever(need: Callable[[int], Need]) -> None:
+    budget = MemoryBudget(100)
+    with budget.take(need(100)):
+        with pytest.raises(Overloaded, match=r"needs 1 bytes .* hold 100"):
+            budget.take(need(1), patience=0).__enter__()
+        assert budget.awaited == 0
+    with budget.take(need(100), patience=0):
+        pass
+
+
+def test_memory_is_given_back_after_an_error(need: Callable[[int], Need]) -> None:
+    budget = MemoryBudget(100)
+    with pytest.raises(ZeroDivisionError), budget.take(need(100)):
+        raise ZeroDivisionError
+    assert budget.taken == 0
+
+
+def test_many_runs_never_hold_more_than_the_budget_and_all_end(
+    need: Callable[[int], Need],
+) -> None:
+    budget = MemoryBudget(100)
+    sizes = np.random.default_rng(5).integers(1, 101, 300).tolist()
+    held, most, lock = 0, 0, threading.Lock()
+
+    def run(size: int) -> None:
+        nonlocal held, most
+        with budget.take(need(size)):
+            with lock:
+                held += size
+                most = max(most, held)
+            with lock:
+                held -= size
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(run, sizes))
+    assert 0 < most <= 100
+    assert budget.taken == 0
+
+
+def test_what_can_never_fit_is_refused_with_what_is_too_large(
+    need: Callable[[int], Need], stack: Stack
+) -> None:
+    with pytest.raises(RasterTooLarge, match=r"windows take 101 bytes\. Send fewer dates"):
+        MemoryBudget(100).check(need(101))
+    files = replace(need(1).files, held=200)
+    with pytest.raises(RasterTooLarge, match=r"'s_2021-01-01\.tif', 16 x 16 .*gdal_translate"):
+        MemoryBudget(100).check(replace(need(1), files=files))
+
+
+def test_windows_are_a_part_of_a_small_budget() -> None:
+    assert MemoryBudget(2**40).window_bytes == 32 * MIB
+    assert MemoryBudget(64 * MIB).window_bytes == 2 * MIB
+
+
+# What files take ------------------------------------------------------------------------------
+
+
+def test_blocks_masks_and_tables_are_counted(tmp_path: Path) -> None:
+    files = [
+        write(
+            tmp_path / f"s_2021-0{month}-01.tif",
+            np.full((3, 128, 160), 2000, np.uint16),
+            descriptions=BANDS,
+            mask=np.full((128, 160), 255, np.uint8),
+            interleave="pixel",
+            tiled=True,
+            blockxsize=32,
+            blockysize=16,
+        )
+        for month in (1, 2)
+    ]
+    stack = open_stack(files, StackOptions(), bands=BANDS, max_bytes=2**30)
+    (memory,) = {p.memory for a in stack.acquisitions for p in a.planes}
+    assert memory.block == 16 * 32 * 3 * 2
+    assert memory.mask == 16 * 32
+    assert memory.blocks == 8 * 5 * (16 + 3 * 8)
+    found = footprint(stack, (0, 1))
+    assert found.cached == memory.block + memory.mask
+    assert found.held == 2 * (memory.block + memory.mask + memory.blocks)
+    assert found.layers == 1
+    assert footprint(stack, (0,)).held == found.held // 2
+
+
+# Over a socket --------------------------------------------------------------------------------
+
+BUDGET = 300 * MIB
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    zoo = write_zoo(tmp_path_factory.mktemp("zoo"))
+    with served(PIMC_MODEL_DIR=str(zoo), PIMC_MEMORY_BUDGET=str(BUDGET)) as running:
+        yield running
+
+
+def fat(path: Path, side: int) -> bytes:
+    """A sound file of a few hundred kB, all pixels of all bands in one strip."""
+    with rasterio.open(
+        path, "w", driver="GTiff", width=side, height=side, count=3, dtype="uint16", crs=UTM,
+        transform=NORTH_UP, compress="zstd", interleave="pixel", blockysize=side,
+    ) as file:  # fmt: skip
+        for number, band in enumerate(BANDS, start=1):
+            file.set_band_description(number, band)
+        file.write(np.full((3, side, side), 2000, np.uint16))
+    return path.read_bytes()
+
+
+def ones(path: Path, side: int) -> bytes:
+    """A sound file in tiles of one pixel, which all lie in the same place."""
+    write(path, np.full((3, 16, 16), 2000, np.uint16), descriptions=BANDS, interleave="pixel")
+
+    def change(tiff: Tiff, directory: Directory) -> None:
+        old = {STRIPS, STRIP_BYTES, ROWS}
+        at = tiff.numbers(next(entry for entry in directory.entries if entry.tag == STRIPS))[0]
+        directory.entries = [entry for entry in directory.entries if entry.tag not in old]
+        for tag, value in ((WIDTH, side), (HEIGHT, side), (TILE_WIDTH, 1), (TILE_HEIGHT, 1)):
+            tiff.put(directory, tag, 4, [value])
+        tiff.put(directory, TILES, 4, [at] * side**2)
+        tiff.put(directory, TILE_BYTES, 3, [6] * side**2)
+
+    return edited(path.read_bytes(), change)
+
+
+def corner(side: int) -> str:
+    """The bounding box of the first pixels, in degrees."""
+    west, north = NORTH_UP.c, NORTH_UP.f
+    box = west, north - 10 * side, west + 10 * side, north
+    return ",".join(map(str, rasterio.warp.transform_bounds(UTM, "EPSG:4326", *box)))
+
+
+def post(service: Served, content: bytes) -> httpx.Response:
+    files = [("files", (f"s_2021-0{month}-01.tif", content)) for month in (1, 2)]
+    headers = {"Accept": "application/json"}
+    return httpx.post(
+        f"{service.url}/classify-pixels", files=files, data={"bbox": corner(30)}, headers=headers,
+        timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "side"), [(fat, 3400), (ones, 1200)])
+def test_four_callers_with_files_that_take_much_memory_stay_within_the_budget(
+    service: Served, tmp_path: Path, make: Callable[[Path, int], bytes], side: int
+) -> None:
+    content = make(tmp_path / "a.tif", side)
+    assert len(content) < 10 * MIB
+    assert post(service, fat(tmp_path / "small.tif", 64)).status_code == 200
+    service.forget_peak()
+    before = service.peak()
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: post(service, content), range(4)))
+    assert [answer.status_code for answer in answers] == [200] * 4, answers[0].text
+    grown = service.peak() - before
+    # Without the budget the four take more than twice as much.
+    assert grown < BUDGET + 64 * MIB, f"{grown / MIB:.0f} MiB"
+    assert service.metric("pimc_memory_taken_bytes") == 0
+
+
+@pytest.mark.slow
+def test_a_block_that_can_never_fit_is_refused_unread(service: Served, tmp_path: Path) -> None:
+    answer = post(service, fat(tmp_path / "a.tif", 5000))
+    assert (answer.status_code, answer.json()["code"]) == (413, "raster_too_large")
+    said = answer.json()["detail"]
+    assert re.search(r"'s_2021-01-01\.tif', 5000 x 5000 pixels, decodes to 150000000 bytes", said)
+    assert "PIMC_MEMORY_BUDGET" in said
+    assert "gdal_translate -of COG" in said
+    assert service.metric("pimc_memory_budget_bytes") == BUDGET
