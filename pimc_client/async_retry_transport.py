@@ -1,4 +1,4 @@
-"""Retries as an httpx transport: broken connections and 503 responses."""
+"""Retries as an httpx transport: broken connections and responses 429 and 503."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pimc_client.retry import RetryPolicy
 
 
 class AsyncRetryTransport(httpx.AsyncBaseTransport):
-    """Sends a request again after a broken connection or a 503, if its body can be repeated.
+    """Sends a request again after a broken connection, a 429 or a 503, if its body can be repeated.
 
     Args:
         transport: the transport that sends.

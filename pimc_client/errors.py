@@ -31,6 +31,7 @@
         │   ├── ImplausibleReflectance, WrongSensor
         │   └── RasterTooLarge
         ├── Overloaded             at capacity, nothing was started; see `retry_after`
+        ├── TooManyRequests        the caller's quota is used up; see `retry_after`
         ├── InsufficientStorage    the server's disk is full
         ├── NotReady               the models are being loaded; see `retry_after`
         └── InternalError          a fault of the server; its log has the request id
@@ -345,6 +346,12 @@ class Overloaded(ServiceError):
     """The server is at capacity; it started nothing, and retries failed as well."""
 
     known_code = "overloaded"
+
+
+class TooManyRequests(ServiceError):
+    """The quota of the API key, or of the address, is used up; nothing was started."""
+
+    known_code = "too_many_requests"
 
 
 class InsufficientStorage(ServiceError):

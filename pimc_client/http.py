@@ -15,7 +15,7 @@ import httpx
 
 from pimc_client.errors import ConnectionFailed, TimedOut, TransportError
 from pimc_client.requests import Request
-from pimc_client.retry import RETRIED_STATUS, RetryPolicy, seconds_to_wait
+from pimc_client.retry import RETRIED, RetryPolicy, seconds_to_wait
 
 BROKEN = (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError)
 """Errors that are retried: the connection failed or broke. A read timeout is not retried, because
@@ -47,7 +47,7 @@ def pause_before_retry(
     """
     if response is None:
         return policy.pause(tries)
-    if response.status_code != RETRIED_STATUS:
+    if response.status_code not in RETRIED:
         return None
     return policy.pause(tries, seconds_to_wait(response.headers.get("retry-after")))
 

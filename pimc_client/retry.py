@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-RETRIED_STATUS = 503
-"""The one status that is retried: with `overloaded` or `not_ready` the server started nothing."""
+RETRIED = frozenset({429, 503})
+"""Statuses that are retried: with `too_many_requests`, `overloaded` or `not_ready` the server
+started nothing."""
 
 
 def seconds_to_wait(retry_after: str | None) -> float | None:

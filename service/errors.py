@@ -24,6 +24,7 @@
     │   ├── ImplausibleReflectance, WrongSensor
     │   └── RasterTooLarge
     ├── Overloaded                           every slot is in use; nothing was started
+    ├── TooManyRequests                      the caller's share is used up; nothing was started
     ├── NotReady                             models are missing or loading, or the server stops
     ├── InsufficientStorage                  the disk is full
     └── InternalError                        a fault of the server
@@ -323,6 +324,24 @@ class Overloaded(PIMCError):
         self.retry_after = retry_after
 
 
+class TooManyRequests(PIMCError):
+    """The caller's share is used up; nothing was started.
+
+    Args:
+        detail: what is used, and what the share is.
+        policy: name of the quota.
+        retry_after: seconds.
+    """
+
+    code = "too_many_requests"
+    title = "Too many requests"
+
+    def __init__(self, detail: str, policy: str = "", retry_after: int = 60) -> None:
+        super().__init__(detail)
+        self.policy = policy
+        self.retry_after = retry_after
+
+
 class NotReady(PIMCError):
     """A model is missing or still loading, or the server is stopping."""
 
@@ -378,6 +397,7 @@ STATUS: Mapping[str, int] = {
     "forbidden_reference": 403,
     "unreachable_reference": 422,
     "unauthorized": 401,
+    "too_many_requests": 429,
     "overloaded": 503,
     "not_ready": 503,
     "insufficient_storage": 507,

@@ -173,6 +173,16 @@ class Settings(BaseSettings):
     """Jobs that run at once, in addition to synchronous runs."""
     max_jobs: Annotated[int, Field(ge=1)] = 100
     """Jobs that may wait; a further one is `overloaded`."""
+    max_requests_per_caller: Annotated[int, Field(ge=1)] | None = None
+    """Requests of one caller at once; None bounds them by its queue slots alone. A caller is an API
+    key's name, without keys an address. Beyond this and the three below: `too_many_requests`."""
+    max_jobs_per_caller: Annotated[int, Field(ge=1)] | None = None
+    """Jobs of one caller that wait or run; None is half of `max_jobs` if there are several keys,
+    and no bound otherwise."""
+    max_pixels_per_day: Annotated[int, Field(ge=1)] | None = None
+    """Pixels, series and points of one caller per day (UTC); None is no bound."""
+    max_storage_per_caller: Annotated[ByteSize, Field(ge=1)] | None = None
+    """Files of one caller's jobs, in bytes or as `500MB`, `2GiB`; None is no bound."""
     job_ttl: Annotated[int, Field(ge=1)] = 7 * 24 * 3600
     """Seconds for which a finished job and its result are kept."""
     grace_seconds: Annotated[int, Field(ge=0)] = 30

@@ -130,6 +130,11 @@ class Metrics:
         self._keys_refused = Counter(
             "pimc_api_keys_refused", "Wrong or expired API keys", registry=self._registry
         )
+        self._quotas = self._counter(
+            "pimc_quota_exceeded",
+            "Requests rejected because a caller's quota is used up",
+            ["quota"],
+        )
         self._uploads_given_up = Counter(
             "pimc_uploads_given_up",
             "Slow uploads ended because another request needed their place",
@@ -189,6 +194,10 @@ class Metrics:
     def key_refused(self) -> None:
         """Count a wrong or expired API key."""
         self._keys_refused.inc()
+
+    def quota_exceeded(self, quota: str) -> None:
+        """Count a request that was rejected because its caller's quota is used up."""
+        self._quotas.labels(quota).inc()
 
     def upload_given_up(self) -> None:
         """Count an upload that had to make room for another."""

@@ -26,6 +26,7 @@ BANDS = ("B02", "B04", "B08")
 ELSEWHERE = {
     "unauthorized",
     "overloaded",
+    "too_many_requests",
     "not_ready",
     "result_not_ready",
     "invalid_range",

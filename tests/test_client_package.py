@@ -83,6 +83,7 @@ NAMES = [
     "TimedOut",
     "TooFewDates",
     "TooManyFields",
+    "TooManyRequests",
     "TransportError",
     "Unauthorized",
     "UnexpectedAnswer",

@@ -33,6 +33,11 @@ def overloaded(retry_after="0"):
     return Reply(503, OVERLOADED, {"Retry-After": retry_after, "Content-Type": "application/json"})
 
 
+def too_many(retry_after="0"):
+    body = b'{"code": "too_many_requests", "status": 429, "detail": "50 of 50 jobs"}'
+    return Reply(429, body, {"Retry-After": retry_after, "Content-Type": "application/json"})
+
+
 def one_after_another(*replies):
     left = list(replies)
     return lambda _request: left.pop(0) if len(left) > 1 else left[0]
@@ -50,7 +55,9 @@ def stack(folder):
 
 
 @KINDS
-@pytest.mark.parametrize("failure", [overloaded(), Reply(drop=True)], ids=["503", "dropped"])
+@pytest.mark.parametrize(
+    "failure", [overloaded(), too_many(), Reply(drop=True)], ids=["503", "429", "dropped"]
+)
 def test_a_retry_sends_the_same_body(tmp_path, kind, failure):
     files, opened = stack(tmp_path)
     with opened, serving(one_after_another(failure, failure, Reply())) as (url, received):

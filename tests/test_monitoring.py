@@ -39,6 +39,7 @@ def labels() -> dict[str, set[str]]:
     metrics.jobs({"running": 1})
     metrics.job_ran(task="embed", seconds=1.0)
     metrics.connection_given_up("head")
+    metrics.quota_exceeded("jobs")
     metrics.watch_keys(lambda: 1)
     metrics.watch_admission(
         run_slots=1, held=lambda: 0, awaited=lambda: 0, uploads=lambda: 0, spooled=lambda: 0

@@ -24,7 +24,10 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from service.errors import BodyStalled, Overloaded
+from service.errors import BodyStalled, Overloaded, TooManyRequests
+
+REQUESTS = "requests"
+"""Name of the quota of requests at once."""
 
 _QUEUE_SLOTS_PER_RUN_SLOT = 2
 _CALLERS = 8
@@ -166,6 +169,7 @@ class Admission:
         run_slots: requests that may run at once.
         upload_rate: bytes per second that an upload must keep.
         spool_bytes: bytes of all bodies in flight that lie on disk.
+        most_requests: requests of one caller at once; None bounds them by its queue slots alone.
         given_up: called for each upload that had to make room for another.
     """
 
@@ -175,11 +179,13 @@ class Admission:
         *,
         upload_rate: float,
         spool_bytes: int,
+        most_requests: int | None = None,
         given_up: Callable[[], None] = lambda: None,
     ) -> None:
         self.runs = FairSlots(run_slots)
         """The run slots."""
         self._upload_rate = upload_rate
+        self._most_requests = most_requests
         self._given_up = given_up
         self._slots = _QUEUE_SLOTS_PER_RUN_SLOT * run_slots
         self._disk = Room("on disk (PIMC_MAX_SPOOL_BYTES)", spool_bytes)
@@ -190,6 +196,10 @@ class Admission:
     def held(self) -> int:
         """Requests being uploaded, waiting or running."""
         return len(self._places)
+
+    def requests_of(self, caller: str) -> int:
+        """Requests of one caller being uploaded, waiting or running."""
+        return sum(place.caller == caller for place in self._places)
 
     @property
     def uploads(self) -> int:
@@ -210,6 +220,7 @@ class Admission:
 
         Raises:
             Overloaded: every queue slot of this caller, or of all, is in use.
+            TooManyRequests: the caller has as many requests as it may have at once.
         """
         self._make_room(caller)
         place = Place(caller, self._upload_rate, self._disk, self._memory)
@@ -222,6 +233,14 @@ class Admission:
 
     def _make_room(self, caller: str) -> None:
         mine = [place for place in self._places if place.caller == caller]
+        if self._most_requests is not None and len(mine) >= self._most_requests:
+            raise TooManyRequests(
+                f"{len(mine)} requests of this caller are in flight, at most {self._most_requests} "
+                f"are allowed at once (PIMC_MAX_REQUESTS_PER_CALLER); nothing was started, retry "
+                f"after {_RETRY_SECONDS} s",
+                policy=REQUESTS,
+                retry_after=_RETRY_SECONDS,
+            )
         everyone = list(self._places)
         for places, most, whose in (
             (mine, self._slots, "of this caller "),

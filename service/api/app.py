@@ -21,6 +21,7 @@ from service.api.dependencies import AppState
 from service.api.middleware import (
     HeadMiddleware,
     LingeringCloseMiddleware,
+    RateLimitMiddleware,
     RequestRecordMiddleware,
     RootPathMiddleware,
     SecurityHeadersMiddleware,
@@ -28,6 +29,7 @@ from service.api.middleware import (
 )
 from service.api.openapi import DocumentedApp
 from service.api.problems import add_handlers, fault
+from service.api.quotas import Quotas
 from service.api.routes import health, home, models, series, tasks
 from service.api.routes import jobs as job_routes
 from service.api.sending import Downloads
@@ -109,6 +111,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 settings.max_concurrency,
                 upload_rate=settings.upload_rate,
                 spool_bytes=settings.spool_bytes,
+                most_requests=settings.max_requests_per_caller,
                 given_up=metrics.upload_given_up,
             )
             metrics.watch_admission(
@@ -131,6 +134,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                     changed=metrics.downloads,
                     rejected=metrics.download_rejected,
                 ),
+                quotas=Quotas(settings, keys, store, admission),
                 metrics=metrics,
                 keys=keys,
                 refusals=Refusals(metrics.key_refused),
@@ -161,6 +165,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
     # Middleware added later is further out. The record responds to unexpected errors, and its
     # response needs the security headers too; the slow-client check concerns the socket only.
     app.add_middleware(HeadMiddleware)
+    app.add_middleware(RateLimitMiddleware, exceeded=metrics.quota_exceeded)
     app.add_middleware(RequestRecordMiddleware, metrics=metrics, on_fault=fault)
     app.add_middleware(SecurityHeadersMiddleware)
     app.add_middleware(SlowClientMiddleware, stall_seconds=settings.send_seconds)

@@ -127,6 +127,11 @@ class ApiKeys:
         """Whether a request needs a key."""
         return bool(self._keys) or self._file is not None
 
+    @property
+    def callers(self) -> int:
+        """Number of callers that the keys stand for."""
+        return len({key.owner for key in self._keys.values()})
+
     def valid(self) -> int:
         """Number of keys that have not expired."""
         now = datetime.now(UTC)

@@ -24,6 +24,7 @@ from service.api.auth import (
     share_of,
 )
 from service.api.negotiation import ASYNC, UPGRADE, prefers
+from service.api.quotas import Quotas
 from service.api.sending import Downloads
 from service.api.uploads import Limits
 from service.errors import Unauthorized
@@ -45,6 +46,7 @@ class AppState:
     engine: Engine
     admission: Admission
     downloads: Downloads
+    quotas: Quotas
     metrics: Metrics
     keys: ApiKeys
     refusals: Refusals

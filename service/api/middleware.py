@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import anyio
@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.quotas import Limit, headers
 from service.api.sending import HEAD_ONLY
 from service.settings import SettingsError
 from service.telemetry import REQUEST_ID, TRACE_ID, Metrics
@@ -291,6 +292,38 @@ class SecurityHeadersMiddleware:
             await send(message)
 
         await self._app(scope, receive, send_protected)
+
+
+class RateLimitMiddleware:
+    """ASGI middleware: states a caller's quotas in `RateLimit` headers, and counts rejections.
+
+    A route that is subject to quotas sets `request.state.limits`.
+
+    Args:
+        app: the inner application.
+        exceeded: called with the name of each quota that a request exceeded.
+    """
+
+    def __init__(self, app: ASGIApp, *, exceeded: Callable[[str], None]) -> None:
+        self._app = app
+        self._exceeded = exceeded
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the application and add the headers to its response."""
+
+        async def send_limited(message: Message) -> None:
+            state = scope.get("state", {})
+            if message["type"] == "http.response.start" and "limits" in state:
+                limits: Callable[[], Awaitable[Sequence[Limit]]] = state["limits"]
+                violated = state.get("violated")
+                if violated is not None:
+                    self._exceeded(violated)
+                MutableHeaders(scope=message).update(
+                    headers(await limits(), status=message["status"], violated=violated)
+                )
+            await send(message)
+
+        await self._app(scope, receive, send_limited)
 
 
 ABORT = "pimc.abort"

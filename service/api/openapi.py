@@ -39,7 +39,7 @@ _TASK_ERRORS = (
     "not_a_vector_file", "invalid_fields", "too_many_fields",
     "corrupt_raster", "no_georeference", "grid_mismatch",
     "missing_bands", "missing_dates", "too_few_dates", "implausible_reflectance", "overloaded",
-    "not_ready", "insufficient_storage", "internal_error",
+    "too_many_requests", "not_ready", "insufficient_storage", "internal_error",
 )  # fmt: skip
 _HEADERS: Mapping[str, str] = {
     "X-Request-ID": "the request's id, in the log as well",
@@ -47,6 +47,8 @@ _HEADERS: Mapping[str, str] = {
     "PIMC-Provider": "the execution provider that computed",
     "Server-Timing": "milliseconds busy: `read`, `infer`, `write`",
     "PIMC-Warning": "`code; detail` of a warning; repeated",
+    "RateLimit": "what is left of the caller's quotas, if there are any",
+    "RateLimit-Policy": "the caller's quotas, if there are any",
 }
 _JOB_HEADERS: Mapping[str, str] = {
     "X-Request-ID": "the request's id, in the log as well",

@@ -25,6 +25,7 @@ from service.errors import (
     NotReady,
     Overloaded,
     PIMCError,
+    TooManyRequests,
     Unauthorized,
     no_room,
 )
@@ -51,6 +52,8 @@ def problem(
 ) -> Response:
     """The response for an error."""
     request.state.code = error.code
+    if isinstance(error, TooManyRequests):
+        request.state.violated = error.policy
     body = problem_document(error, request.state.request_id)
     return JSONResponse(
         body,
@@ -70,6 +73,8 @@ def problem_document(error: PIMCError, request_id: str) -> dict[str, Any]:
         "code": error.code,
         "request_id": request_id,
     }
+    if isinstance(error, TooManyRequests):
+        body["violated-policies"] = [error.policy]
     if isinstance(error, InvalidRequest):
         body["errors"] = [dict(e) for e in error.errors]
     return body
@@ -82,7 +87,7 @@ def fault(request: Request) -> Response:
 
 
 def _headers(error: PIMCError) -> dict[str, str]:
-    if isinstance(error, Overloaded | NotReady):
+    if isinstance(error, Overloaded | NotReady | TooManyRequests):
         return {"Retry-After": str(error.retry_after)}
     if isinstance(error, InvalidRange):
         return {"Content-Range": f"bytes */{error.size}"}

@@ -741,6 +741,13 @@ class Problem(BaseModel):
         list[dict[str, str]] | None,
         Field(description="with `invalid_request`: each field that fails, as field and detail"),
     ] = None
+    violated_policies: Annotated[
+        list[str] | None,
+        Field(
+            alias="violated-policies",
+            description="with `too_many_requests`: names of the quotas that are used up",
+        ),
+    ] = None
 
 
 class WarningEntry(BaseModel):

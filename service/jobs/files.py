@@ -63,6 +63,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def sync_file(path: Path) -> None:
     """Sync a file's content to disk."""
     _sync(path, os.O_RDONLY)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sqlite3
@@ -43,9 +44,10 @@ from service.errors import (
     Overloaded,
     PIMCError,
     ResultNotReady,
+    TooManyRequests,
     UnknownJob,
 )
-from service.jobs.files import keep_only, lock, remove, sync_file, sync_folder, take_over
+from service.jobs.files import keep_only, lock, remove, size_of, sync_file, sync_folder, take_over
 from service.jobs.serialise import (
     StoredResult,
     document_bytes,
@@ -70,12 +72,15 @@ _UPGRADE = "upgrade"
 _LOCKS = 16
 _BY_KEY = "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?"
 REQUEST = "request.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_DAY = 24 * 3600
+JOBS, PIXELS, STORAGE = "jobs", "pixels", "storage"
+"""Names of the quotas of waiting and running jobs, of pixels per day, and of bytes."""
 _WAL_BYTES = 16 * 2**20
 """Size to which the write-ahead log is cut after a checkpoint."""
 _SCHEMA = """
 BEGIN;
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of acceptance
     id TEXT NOT NULL UNIQUE,
@@ -95,10 +100,13 @@ CREATE TABLE jobs (
     finished REAL,
     updated REAL NOT NULL,
     age REAL NOT NULL DEFAULT 0,  -- seconds since it ended, as `sweep` counts them
+    caller TEXT NOT NULL DEFAULT '',  -- whose share it takes: the owner, or an address
+    bytes INTEGER NOT NULL DEFAULT 0,  -- of its files
     UNIQUE (owner, idempotency_key)
 );
 CREATE INDEX by_status ON jobs (status);
 CREATE INDEX by_owner ON jobs (owner, number);
+CREATE INDEX by_caller ON jobs (caller, status);
 CREATE TABLE windows (
     job INTEGER NOT NULL REFERENCES jobs (number) ON DELETE CASCADE,
     stage TEXT NOT NULL,
@@ -110,7 +118,37 @@ CREATE TABLE windows (
 ) WITHOUT ROWID;
 CREATE TABLE clock (seen REAL NOT NULL);
 INSERT INTO clock VALUES (strftime('%s', 'now'));
+CREATE TABLE turns (caller TEXT PRIMARY KEY, turn INTEGER NOT NULL);
+CREATE TABLE usage (
+    caller TEXT NOT NULL,
+    day INTEGER NOT NULL,  -- since 1970, UTC
+    pixels INTEGER NOT NULL,
+    PRIMARY KEY (caller, day)
+);
 COMMIT;
+"""
+_SHARES = """
+ALTER TABLE jobs ADD COLUMN caller TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
+UPDATE jobs SET caller = owner;
+CREATE INDEX by_caller ON jobs (caller, status);
+CREATE TABLE turns (caller TEXT PRIMARY KEY, turn INTEGER NOT NULL);
+CREATE TABLE usage (
+    caller TEXT NOT NULL, day INTEGER NOT NULL, pixels INTEGER NOT NULL, PRIMARY KEY (caller, day)
+)"""
+_TAKE = """
+UPDATE jobs SET
+    status = 'running', started = coalesce(started, ?), updated = ?, attempts = attempts + 1
+WHERE number = (
+    SELECT min(number) FROM jobs LEFT JOIN turns USING (caller)
+    WHERE status = 'accepted'
+    GROUP BY caller
+    ORDER BY
+        (SELECT count(*) FROM jobs AS o WHERE o.caller = jobs.caller AND o.status = 'running'),
+        coalesce(turn, 0),
+        min(number)
+    LIMIT 1
+) RETURNING *
 """
 
 
@@ -123,6 +161,8 @@ class Job:
     id: str
     owner: str
     """The caller it belongs to; empty if no keys are set."""
+    caller: str
+    """Whose share it takes: the owner; an address if no keys are set."""
     fingerprint: str | None
     """Fingerprint of the request, if it had an idempotency key."""
     task: Task
@@ -148,6 +188,33 @@ class Job:
         """The error that a failed job ended with."""
         said = self.problem or {}
         return PIMCError.of_code(said["code"], said["detail"], said.get("errors", ()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The share of one caller; None is no bound."""
+
+    jobs: int | None = None
+    """Jobs that wait or run."""
+    pixels: int | None = None
+    """Pixels, series and points per day."""
+    bytes: int | None = None
+    """Files of jobs."""
+
+
+UNBOUNDED = Share()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What one caller uses."""
+
+    jobs: int
+    """Jobs that wait or run."""
+    pixels: int
+    """Pixels, series and points of this day."""
+    bytes: int
+    """Files of jobs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,21 +292,28 @@ class JobStore:
         owner: str,
         idempotency: Idempotency | None = None,
         upgrade: bool = False,
+        caller: str | None = None,
+        share: Share = UNBOUNDED,
+        pixels: int = 0,
     ) -> Job:
         """Create a job from a plan; after the return no kill loses it.
 
         Args:
             plan: checked against its files and model.
             folder: of the request; files in it are moved into the job's folder.
-            owner: the caller.
+            owner: the caller it belongs to.
             idempotency: None if every request is a new one.
             upgrade: whether a later version of the model may run it.
+            caller: whose share it takes; None is the owner.
+            share: that share.
+            pixels: what it takes of that share.
 
         Returns:
             The new job, or the first request's if this repeats one.
 
         Raises:
             Overloaded: too many jobs are waiting.
+            TooManyRequests: the share is used up.
             InvalidRequest: the key was used with another request.
             InsufficientStorage: the disk is full.
         """
@@ -256,14 +330,20 @@ class JobStore:
             _write_request(place, json.dumps(document))
             sync_folder(self._jobs)
             now = time.time()
+            size = size_of(place)
+            whose = owner if caller is None else caller
             with self._transaction() as db:
-                self._check_room(db)
+                self._check_room(db, whose, share, size)
+                _charge(db, whose, pixels, share)
                 db.execute(
-                    "INSERT INTO jobs (id, owner, idempotency_key, fingerprint, task, model, "
-                    "sha256, created, updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO jobs (id, owner, caller, bytes, idempotency_key, fingerprint, "
+                    "task, model, sha256, created, updated) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         name,
                         owner,
+                        whose,
+                        size,
                         idempotency.key if idempotency else None,
                         idempotency.fingerprint if idempotency else None,
                         plan.request.task,
@@ -298,21 +378,28 @@ class JobStore:
             )
         return job
 
-    def check_room(self, owner: str, key: str | None) -> None:
+    def check_room(
+        self, owner: str, key: str | None, *, caller: str | None = None, share: Share = UNBOUNDED
+    ) -> None:
         """Check that one more job may wait, unless the request is a repeat.
 
         Args:
-            owner: the caller.
+            owner: the caller it would belong to.
             key: of a request that may be a repeat, whose job exists already.
+            caller: whose share it would take; None is the owner.
+            share: that share.
 
         Raises:
             Overloaded: too many jobs are waiting.
+            TooManyRequests: the share is used up.
         """
         if key is None or self._one(_BY_KEY, owner, key) is None:
             with self._mutex, _stored():
-                self._check_room(self._db)
+                self._check_room(self._db, owner if caller is None else caller, share, 0)
 
-    def _check_room(self, db: sqlite3.Connection) -> None:
+    def _check_room(self, db: sqlite3.Connection, caller: str, share: Share, size: int) -> None:
+        if share != UNBOUNDED:
+            self._check_share(db, caller, share, size)
         (waiting,) = db.execute("SELECT count(*) FROM jobs WHERE status = 'accepted'").fetchone()
         if waiting >= self._max_waiting:
             raise Overloaded(
@@ -320,6 +407,46 @@ class JobStore:
                 "(PIMC_MAX_JOBS); nothing was started",
                 retry_after=60,
             )
+
+    def _check_share(self, db: sqlite3.Connection, caller: str, share: Share, size: int) -> None:
+        used = _usage(db, caller)
+        if share.jobs is not None and used.jobs >= share.jobs:
+            raise TooManyRequests(
+                f"{used.jobs} jobs of this caller wait or run, at most {share.jobs} are allowed "
+                "(PIMC_MAX_JOBS_PER_CALLER); nothing was started",
+                policy=JOBS,
+            )
+        if share.bytes is not None and used.bytes + size >= share.bytes:
+            (age,) = db.execute(
+                "SELECT coalesce(max(age), 0) FROM jobs WHERE caller = ? AND bytes > 0", (caller,)
+            ).fetchone()
+            raise TooManyRequests(
+                f"the jobs of this caller keep {used.bytes} bytes, this one would add {size}, and "
+                f"at most {share.bytes} are allowed (PIMC_MAX_STORAGE_PER_CALLER): dismiss "
+                "finished jobs, or wait until the oldest one expires",
+                policy=STORAGE,
+                retry_after=max(1, math.ceil(self._ttl - age)),
+            )
+
+    def usage(self, caller: str) -> Usage:
+        """What a caller uses."""
+        with self._mutex, _stored():
+            return _usage(self._db, caller)
+
+    def charge(self, caller: str, pixels: int, share: Share) -> None:
+        """Count pixels of a request that begins.
+
+        Args:
+            caller: whose share they take.
+            pixels: of the request; negative to give back.
+            share: that share.
+
+        Raises:
+            TooManyRequests: they exceed the day's share; then they are not counted.
+        """
+        if share.pixels is not None:
+            with self._transaction() as db:
+                _charge(db, caller, pixels, share)
 
     def find(self, owner: str, name: str) -> Job:
         """A caller's job by its id.
@@ -362,7 +489,7 @@ class JobStore:
         with self._transaction() as db:
             db.execute(
                 "UPDATE jobs SET status = 'dismissed', finished = coalesce(finished, ?), "
-                "updated = ? WHERE number = ? AND status != 'dismissed'",
+                "updated = ?, bytes = 0 WHERE number = ? AND status != 'dismissed'",
                 (now, now, job.number),
             )
             db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
@@ -473,6 +600,13 @@ class JobStore:
                     (former, owner),
                 )
                 db.execute("UPDATE jobs SET owner = ? WHERE owner = ?", (owner, former))
+                db.execute("UPDATE jobs SET caller = ? WHERE caller = ?", (owner, former))
+                db.execute(
+                    "INSERT INTO usage SELECT ?, day, pixels FROM usage WHERE caller = ? "
+                    "ON CONFLICT (caller, day) DO UPDATE SET pixels = pixels + excluded.pixels",
+                    (owner, former),
+                )
+                db.execute("DELETE FROM usage WHERE caller = ?", (former,))
 
     # For runs ------------------------------------------------------------------------------
 
@@ -481,16 +615,20 @@ class JobStore:
         return self._jobs / job.id
 
     def take(self) -> Job | None:
-        """Start the next waiting job; None if none waits."""
+        """Start the next waiting job; None if none waits.
+
+        The next is the first of the caller with the fewest running jobs; callers with equally many
+        take turns, so that one with a hundred jobs does not make another wait for all of them.
+        """
         now = time.time()
         with self._transaction() as db:
-            row = db.execute(
-                "UPDATE jobs SET status = 'running', started = coalesce(started, ?), updated = ?, "
-                "attempts = attempts + 1 WHERE number = "
-                "(SELECT min(number) FROM jobs WHERE status = 'accepted') "
-                "RETURNING *",
-                (now, now),
-            ).fetchone()
+            row = db.execute(_TAKE, (now, now)).fetchone()
+            if row:
+                db.execute(
+                    "INSERT INTO turns VALUES (?, (SELECT coalesce(max(turn), 0) + 1 FROM turns)) "
+                    "ON CONFLICT (caller) DO UPDATE SET turn = excluded.turn",
+                    (row["caller"],),
+                )
         return _job(row) if row else None
 
     def put_back(self, job: Job) -> None:
@@ -521,7 +659,7 @@ class JobStore:
     def succeed(self, job: Job) -> None:
         """Mark a running job as successful and keep only its result."""
         keep_only(self.folder(job), "result", REQUEST)
-        self._end(job, "successful", progress=100)
+        self._end(job, "successful", progress=100, size=size_of(self.folder(job)))
 
     def may_upgrade(self, job: Job) -> bool:
         """Whether the owner lets a later version of the model run the job."""
@@ -564,14 +702,20 @@ class JobStore:
         self._end(job, "failed", problem=json.dumps({**problem, "errors": errors}))
 
     def _end(
-        self, job: Job, status: JobStatus, *, progress: int = 0, problem: str | None = None
+        self,
+        job: Job,
+        status: JobStatus,
+        *,
+        progress: int = 0,
+        problem: str | None = None,
+        size: int = 0,
     ) -> None:
         now = time.time()
         with self._transaction() as db:
             db.execute(
-                "UPDATE jobs SET status = ?, progress = max(progress, ?), problem = ?, "
+                "UPDATE jobs SET status = ?, progress = max(progress, ?), problem = ?, bytes = ?, "
                 "finished = ?, updated = ? WHERE number = ? AND status = 'running'",
-                (status, progress, problem, now, now, job.number),
+                (status, progress, problem, size, now, now, job.number),
             )
             db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
 
@@ -654,6 +798,8 @@ class JobStore:
             )
             old = db.execute("DELETE FROM jobs WHERE age >= ? RETURNING id", (self._ttl,))
             names = [name for (name,) in old.fetchall()]
+            db.execute("DELETE FROM turns WHERE caller NOT IN (SELECT caller FROM jobs)")
+            db.execute("DELETE FROM usage WHERE day < ?", (_today(),))
             db.execute("UPDATE clock SET seen = ?", (time.time(),))
         for name in names:
             self._remove(name)
@@ -719,14 +865,17 @@ def _opened(path: Path) -> sqlite3.Connection:
     db.execute("PRAGMA foreign_keys = ON")
     db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
     (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version == 0:
-        db.executescript(_SCHEMA)
-    elif version == 1:
-        _move_documents(db, path.parent / "jobs")
-    elif version != SCHEMA_VERSION:
+    if version not in range(SCHEMA_VERSION + 1):
         raise sqlite3.DatabaseError(
             f"its schema has version {version}, but this service needs version {SCHEMA_VERSION}"
         )
+    if version == 0:
+        db.executescript(_SCHEMA)
+        return db
+    if version < 2:
+        _move_documents(db, path.parent / "jobs")
+    if version < 3:
+        _add_shares(db, path.parent / "jobs")
     return db
 
 
@@ -770,6 +919,57 @@ def _move_document(place: Path) -> Any:  # noqa: ANN401 - JSON
             half.rename(place / name)
         sync_folder(place)
     return head
+
+
+def _add_shares(db: sqlite3.Connection, jobs: Path) -> None:
+    """Upgrade from schema 2, which did not count what callers use."""
+    names = [name for (name,) in db.execute("SELECT id FROM jobs").fetchall()]
+    sizes = [(size_of(jobs / name), name) for name in names]
+    db.execute("BEGIN IMMEDIATE")
+    for statement in _SHARES.split(";"):
+        db.execute(statement)
+    db.executemany("UPDATE jobs SET bytes = ? WHERE id = ?", sizes)
+    db.execute("PRAGMA user_version = 3")
+    db.execute("COMMIT")
+
+
+def _usage(db: sqlite3.Connection, caller: str) -> Usage:
+    jobs, size = db.execute(
+        "SELECT count(*) FILTER (WHERE status IN ('accepted', 'running')), coalesce(sum(bytes), 0) "
+        "FROM jobs WHERE caller = ?",
+        (caller,),
+    ).fetchone()
+    row = db.execute(
+        "SELECT pixels FROM usage WHERE caller = ? AND day = ?", (caller, _today())
+    ).fetchone()
+    return Usage(jobs=jobs, pixels=row["pixels"] if row else 0, bytes=size)
+
+
+def _charge(db: sqlite3.Connection, caller: str, pixels: int, share: Share) -> None:
+    if share.pixels is None:
+        return
+    used = _usage(db, caller).pixels
+    if used + pixels > share.pixels:
+        raise TooManyRequests(
+            f"this caller has used {used} of {share.pixels} pixels of this day (UTC; "
+            f"PIMC_MAX_PIXELS_PER_DAY), and the request has {pixels}; nothing was started",
+            policy=PIXELS,
+            retry_after=seconds_of_day_left(),
+        )
+    db.execute(
+        "INSERT INTO usage VALUES (?, ?, ?) "
+        "ON CONFLICT (caller, day) DO UPDATE SET pixels = pixels + excluded.pixels",
+        (caller, _today(), pixels),
+    )
+
+
+def _today() -> int:
+    return int(time.time() // _DAY)
+
+
+def seconds_of_day_left() -> int:
+    """Seconds until the next day begins (UTC)."""
+    return math.ceil(_DAY - time.time() % _DAY)
 
 
 def _write_request(folder: Path, document: str) -> None:

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 import threading
 from dataclasses import asdict
+from functools import partial
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
@@ -30,6 +31,7 @@ async def series(request: Request, app: App, folder: Folder, caller: Caller) -> 
     if app.closing.is_set():
         raise NotReady("the server is stopping; nothing was started", retry_after=10)
     share = share_of(caller, request.scope)
+    request.state.limits = partial(app.quotas.limits, share)
     async with app.admission.place(share) as place:
         asked = await read_request("series", request, app, folder, None, place)
         if not isinstance(asked, MeasureRequest):

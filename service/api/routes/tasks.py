@@ -32,6 +32,7 @@ from service.api.dependencies import (
 from service.api.disconnect import run_watched
 from service.api.negotiation import negotiate
 from service.api.openapi import answers, body
+from service.api.quotas import cost
 from service.api.responses import FILE_TYPES, make_response, offers
 from service.api.routes.jobs import accepted
 from service.api.schemas import Operation, read_fields, read_items, read_series
@@ -114,12 +115,14 @@ async def _serve(
     check_query(request, {"modality"} if task == "embed" else set())
     if app.closing.is_set():
         raise NotReady("the server is stopping; nothing was started", retry_after=10)
-    owner = caller or ""
+    owner, whose = caller or "", share_of(caller, request.scope)
+    share = app.quotas.share
+    request.state.limits = partial(app.quotas.limits, whose)
     if preferences.respond_async:
         # Before the body, so that nothing is sent in vain.
-        await to_thread.run_sync(app.jobs.check_room, owner, preferences.idempotency_key)
-    share = share_of(caller, request.scope)
-    async with app.admission.place(share) as place:
+        check = partial(app.jobs.check_room, caller=whose, share=share)
+        await to_thread.run_sync(check, owner, preferences.idempotency_key)
+    async with app.admission.place(whose) as place:
         asked = await read_request(task, request, app, folder, modality, place)
         media = negotiate(request.headers.get("accept", ""), offers(asked))
         idempotency = await _idempotency(asked, folder, preferences)
@@ -127,9 +130,9 @@ async def _serve(
             first = await to_thread.run_sync(app.jobs.repeated, owner, idempotency)
             if first:
                 return accepted(first, request, applied=preferences.of_a_job)
-        run = partial(_run, app, asked, media, folder, later=preferences.respond_async)
+        run = partial(_run, app, asked, media, folder, whose, later=preferences.respond_async)
         try:
-            outcome = await run_watched(request, run, slot=run_slot(app, share))
+            outcome = await run_watched(request, run, slot=run_slot(app, whose))
         except asyncio.CancelledError:
             if not app.closing.is_set():
                 raise
@@ -144,6 +147,9 @@ async def _serve(
                     owner=owner,
                     idempotency=idempotency,
                     upgrade=preferences.upgrade,
+                    caller=whose,
+                    share=share,
+                    pixels=cost(outcome),
                 )
             )
             await to_thread.run_sync(app.runner.accepted)
@@ -157,6 +163,7 @@ def _run(
     request: TaskRequest,
     media: str,
     folder: Path,
+    caller: str,
     *,
     later: bool,
     cancelled: threading.Event,
@@ -175,15 +182,16 @@ def _run(
     )
     if later or plan.pixels > app.settings.sync_max_pixels:
         return plan
-    return execute(
-        plan,
-        folder,
-        executor=app.executor,
-        cache=app.cache,
-        cancelled=cancelled,
-        budget=app.budget,
-        patience=PATIENCE,
-    )
+    with app.quotas.charged(caller, plan):
+        return execute(
+            plan,
+            folder,
+            executor=app.executor,
+            cache=app.cache,
+            cancelled=cancelled,
+            budget=app.budget,
+            patience=PATIENCE,
+        )
 
 
 async def _idempotency(
@@ -196,9 +204,9 @@ async def _idempotency(
 
 
 @asynccontextmanager
-async def run_slot(app: AppState, share: str) -> AsyncIterator[None]:
+async def run_slot(app: AppState, caller: str) -> AsyncIterator[None]:
     """A run slot, and the run counted while it is held."""
-    async with app.admission.runs.slot(share):
+    async with app.admission.runs.slot(caller):
         with app.metrics.run():
             yield
 

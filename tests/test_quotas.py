@@ -1,0 +1,360 @@
+"""Quotas of a caller, their `RateLimit` headers, and turns between callers. Over sockets."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_zoo
+from service.api.quotas import Limit, headers
+from service.api.routes import tasks
+from service.errors import Overloaded, TooManyRequests
+from service.jobs import runner, store
+from service.jobs.store import JobStore, Share
+from service.run.execute import execute
+from service.run.plan import Plan
+from tests.kits.jobs import ASYNC, SERIES, waited
+
+ANNA, BEN = {"X-API-Key": "anna"}, {"X-API-Key": "ben"}
+PATIENCE = 30.0
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+def soon(true: Callable[[], bool]) -> bool:
+    until = time.monotonic() + PATIENCE
+    while not true() and time.monotonic() < until:
+        time.sleep(0.01)
+    return true()
+
+
+def embed(api: httpx.Client, count: int, *more: dict[str, str]) -> httpx.Response:
+    head = {name: value for one in more for name, value in one.items()}
+    return api.post("/embed", json={"series": SERIES["series"] * count}, headers=head)
+
+
+def refused(answer: httpx.Response, policy: str) -> dict[str, Any]:
+    document = answer.json()
+    assert (answer.status_code, document["code"]) == (429, "too_many_requests"), answer.text
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert document["violated-policies"] == [policy]
+    assert int(answer.headers["Retry-After"]) > 0
+    # A rejection names the quota that it is for, and no other.
+    assert list(left(answer)) == [policy]
+    assert policy in quotas(answer)
+    return dict(document)
+
+
+def items(text: str) -> dict[str, dict[str, str]]:
+    """A list of structured fields (RFC 9651): strings with parameters."""
+    found = {}
+    for item in text.split(", "):
+        parts = re.fullmatch(r'"(\w+)"((?:;[a-z]+=(?:\d+|"[a-z-]+"))+)', item)
+        assert parts, item
+        found[parts[1]] = dict(p.split("=", 1) for p in parts[2].removeprefix(";").split(";"))
+    return found
+
+
+def left(answer: httpx.Response) -> dict[str, dict[str, str]]:
+    return items(answer.headers["RateLimit"])
+
+
+def quotas(answer: httpx.Response) -> dict[str, dict[str, str]]:
+    return items(answer.headers["RateLimit-Policy"])
+
+
+def exceeded(api: httpx.Client, policy: str) -> float:
+    found = re.search(rf'^pimc_quota_exceeded_total{{quota="{policy}"}} (\S+)$',
+                      api.get("/metrics").text, re.MULTILINE)  # fmt: skip
+    return float(found[1]) if found else 0.0
+
+
+class Gate:
+    """Holds every run of a job until it is let through; `began` has their numbers of series."""
+
+    def __init__(self) -> None:
+        self.began: Queue[int] = Queue()
+        self._let = threading.Semaphore(0)
+
+    def __call__(self, plan: Plan, *arguments: Any, **options: Any) -> Any:
+        self.began.put(len(plan.request.series))  # type: ignore[union-attr]
+        assert self._let.acquire(timeout=PATIENCE)
+        return execute(plan, *arguments, **options)
+
+    def next(self) -> int:
+        return self.began.get(timeout=PATIENCE)
+
+    def open(self, runs: int = 1) -> None:
+        self._let.release(runs)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    made = Gate()
+    monkeypatch.setattr(runner, "execute", made)
+    yield made
+    made.open(99)
+
+
+# Jobs ---------------------------------------------------------------------------------------
+
+
+def test_one_key_fills_half_of_the_places_for_jobs(zoo: Path, gate: Gate) -> None:
+    with served(model_dir=zoo, max_jobs=4, api_keys=("anna", "ben")) as api:
+        repeat = {"Idempotency-Key": "1"}
+        first = embed(api, 1, ANNA, ASYNC, repeat)
+        assert quotas(first) == {"jobs": {"q": "2", "qu": '"concurrent-requests"'}}
+        assert left(first) == {"jobs": {"r": "1"}}
+        assert embed(api, 1, ANNA, ASYNC).status_code == 202
+        said = refused(embed(api, 1, ANNA, ASYNC), "jobs")
+        assert "PIMC_MAX_JOBS_PER_CALLER" in said["detail"]
+        assert exceeded(api, "jobs") == 1
+        # Repeats and synchronous requests need no place, and the other key has its own.
+        assert embed(api, 1, ANNA, ASYNC, repeat).json()["jobID"] == first.json()["jobID"]
+        assert embed(api, 1, ANNA).status_code == 200
+        for _ in range(2):
+            assert embed(api, 1, BEN, ASYNC).status_code == 202
+        refused(embed(api, 1, BEN, ASYNC), "jobs")
+        gate.open(99)
+
+
+def test_one_key_alone_may_fill_all_places(zoo: Path, gate: Gate) -> None:
+    with served(model_dir=zoo, max_jobs=2, api_keys=("anna",)) as api:
+        answers = [embed(api, 1, ANNA, ASYNC)]
+        assert gate.next() == 1  # it runs, and two more may wait
+        answers += [embed(api, 1, ANNA, ASYNC) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [202, 202, 202, 503]
+        assert not [name for name in answers[0].headers if name.startswith("ratelimit")]
+        gate.open(99)
+
+
+def test_jobs_of_callers_take_turns(zoo: Path, gate: Gate) -> None:
+    with served(model_dir=zoo, api_keys=("anna", "ben")) as api:
+        for count in (1, 2, 3):
+            assert embed(api, count, ANNA, ASYNC).status_code == 202
+        for count in (4, 5):
+            assert embed(api, count, BEN, ASYNC).status_code == 202
+        order = []
+        for _ in range(5):
+            order.append(gate.next())
+            gate.open()
+        assert order == [1, 4, 2, 5, 3]
+
+
+def test_a_caller_with_fewer_running_jobs_comes_first(tmp_path: Path) -> None:
+    with closing(JobStore(tmp_path, ttl=9e9, max_waiting=9)) as jobs:
+        for caller in ("many", "many", "many", "few", "many", "few"):
+            jobs._db.execute(
+                "INSERT INTO jobs (id, owner, caller, task, model, sha256, created, updated) "
+                "VALUES (hex(randomblob(8)), '', ?, 'embed', 'm@1', 'x', 1, 1)",
+                (caller,),
+            )
+        taken = [job for job in (jobs.take() for _ in range(3)) if job]
+        assert [job.caller for job in taken] == ["many", "few", "many"]
+        jobs.put_back(taken[0])
+        # One runs for each; `few` was served longer ago, and a job put back keeps its place.
+        following = [job for job in (jobs.take() for _ in range(4)) if job]
+        assert [job.caller for job in following] == ["few", "many", "many", "many"]
+        assert following[1].number == taken[0].number
+        assert jobs.take() is None
+
+
+# Requests, pixels, storage ------------------------------------------------------------------
+
+
+def test_requests_at_once_are_bounded(zoo: Path) -> None:
+    with served(model_dir=zoo, max_requests_per_caller=2, api_keys=("anna", "ben")) as api:
+        where = (api.base_url.host, api.base_url.port or 80)
+        with socket.create_connection(where, PATIENCE) as upload:
+            upload.sendall(
+                b"POST /embed HTTP/1.1\r\nHost: here\r\nX-API-Key: anna\r\nContent-Length: 99\r\n"
+                b"Content-Type: application/json\r\n\r\n{"
+            )
+            assert soon(lambda: "pimc_uploads_in_flight 1.0" in api.get("/metrics").text)
+            answer = embed(api, 1, ANNA)
+            assert answer.status_code == 200
+            assert quotas(answer)["requests"] == {"q": "2", "qu": '"concurrent-requests"'}
+            with socket.create_connection(where, PATIENCE) as second:
+                second.sendall(
+                    b"POST /embed HTTP/1.1\r\nHost: here\r\nX-API-Key: anna\r\n"
+                    b"Content-Length: 99\r\nContent-Type: application/json\r\n\r\n{"
+                )
+                assert soon(lambda: "pimc_uploads_in_flight 2.0" in api.get("/metrics").text)
+                said = refused(embed(api, 1, ANNA), "requests")
+                assert "PIMC_MAX_REQUESTS_PER_CALLER" in said["detail"]
+                assert embed(api, 1, BEN).status_code == 200
+        assert soon(lambda: embed(api, 1, ANNA).status_code == 200)
+        assert exceeded(api, "requests") >= 1
+
+
+def test_pixels_of_a_day_are_bounded(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    today = 20_000
+    monkeypatch.setattr(store, "_today", lambda: today)
+    settings: dict[str, Any] = {"model_dir": zoo, "state_dir": tmp_path, "max_pixels_per_day": 10}
+    with served(**settings, api_keys=("anna", "ben")) as api:
+        answer = embed(api, 3, ANNA)
+        assert answer.status_code == 200
+        assert quotas(answer)["pixels"] == {"q": "10", "qu": '"pimc-pixels"', "w": "86400"}
+        assert left(answer)["pixels"]["r"] == "7"
+        assert 0 < int(left(answer)["pixels"]["t"]) <= 86_400
+        assert left(embed(api, 4, ANNA, ASYNC))["pixels"]["r"] == "3"
+        for how in ({}, ASYNC):
+            answer = embed(api, 4, ANNA, how)
+            said = refused(answer, "pixels")
+            assert "PIMC_MAX_PIXELS_PER_DAY" in said["detail"]
+            assert int(answer.headers["Retry-After"]) >= int(left(answer)["pixels"]["t"])
+            assert left(answer)["pixels"]["r"] == "3"  # what was rejected is not counted
+        assert left(embed(api, 10, BEN))["pixels"]["r"] == "0"
+    with served(**settings, api_keys=("anna", "ben")) as api:  # a restart forgets nothing
+        assert embed(api, 4, ANNA).status_code == 429
+        today += 1
+        assert embed(api, 4, ANNA).status_code == 200
+
+
+def test_the_storage_of_a_caller_is_bounded(zoo: Path) -> None:
+    with served(model_dir=zoo, max_storage_per_caller=4000, api_keys=("anna", "ben")) as api:
+        made = []
+        for _ in range(20):
+            answer = embed(api, 1, ANNA, ASYNC)
+            if answer.status_code != 202:
+                break
+            made.append(answer.json()["jobID"])
+            api.headers.update(ANNA)
+            waited(api, made[-1])
+            api.headers.pop("X-API-Key")
+        said = refused(answer, "storage")
+        assert "PIMC_MAX_STORAGE_PER_CALLER" in said["detail"]
+        assert len(made) > 1
+        assert int(answer.headers["Retry-After"]) > 7 * 24 * 3600 - 600  # when the first expires
+        assert quotas(answer)["storage"] == {"q": "4000", "qu": '"content-bytes"'}
+        assert embed(api, 1, BEN, ASYNC).status_code == 202
+        for job in made:
+            api.delete(f"/jobs/{job}", headers=ANNA)
+        assert int(left(embed(api, 1, ANNA))["storage"]["r"]) == 4000
+        assert embed(api, 1, ANNA, ASYNC).status_code == 202
+
+
+def test_without_keys_an_address_is_a_caller(zoo: Path, gate: Gate) -> None:
+    with served(model_dir=zoo, max_jobs_per_caller=1) as api:
+        other = httpx.Client(
+            base_url=api.base_url, transport=httpx.HTTPTransport(local_address="127.0.0.2")
+        )
+        with other:
+            try:
+                other.get("/health/live")
+            except httpx.ConnectError:
+                pytest.skip("needs a second loopback address")
+            assert embed(api, 1, ASYNC).status_code == 202
+            refused(embed(api, 1, ASYNC), "jobs")
+            assert embed(other, 1, ASYNC).status_code == 202
+        gate.open(99)
+
+
+def test_headers_state_what_is_left() -> None:
+    limits = [
+        Limit(policy="jobs", quota=50, unit="concurrent-requests", left=49),
+        Limit(policy="pixels", quota=9, unit="pimc-pixels", left=0, window=86_400, seconds=60),
+    ]
+    assert headers([], status=200, violated=None) == {}
+    policy = '"jobs";q=50;qu="concurrent-requests", "pixels";q=9;qu="pimc-pixels";w=86400'
+    assert headers(limits, status=200, violated=None) == {
+        "RateLimit-Policy": policy,
+        "RateLimit": '"jobs";r=49, "pixels";r=0;t=60',
+    }
+    # Retry-After of `overloaded` is earlier than the end of the day.
+    assert headers(limits, status=503, violated=None) == {"RateLimit-Policy": policy}
+    assert headers(limits, status=429, violated="jobs")["RateLimit"] == '"jobs";r=49'
+
+
+def test_a_run_that_finds_no_room_is_not_charged(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise Overloaded("no room in memory")
+
+    with served(model_dir=zoo, max_pixels_per_day=10) as api:
+        with monkeypatch.context() as patched:
+            patched.setattr(tasks, "execute", full)
+            assert embed(api, 6).status_code == 503
+        assert left(embed(api, 1))["pixels"]["r"] == "9"
+
+
+# The store ----------------------------------------------------------------------------------
+
+
+def test_a_day_is_charged_whole_or_not_at_all(tmp_path: Path) -> None:
+    with closing(JobStore(tmp_path, ttl=9e9, max_waiting=9)) as jobs:
+        share = Share(pixels=10)
+        jobs.charge("anna", 6, share)
+        with pytest.raises(TooManyRequests, match="6 of 10"):
+            jobs.charge("anna", 5, share)
+        jobs.charge("anna", 4, share)
+        assert jobs.usage("anna").pixels == 10
+        jobs.charge("ben", 10, share)
+        jobs.charge("anna", 5, Share())
+        jobs.adopt({"ben": "anna"})
+        assert jobs.usage("anna").pixels == 20
+        assert jobs.usage("ben").pixels == 0
+
+
+# As the release before this one made it: nobody's share was counted.
+SCHEMA_2 = """
+PRAGMA user_version = 2;
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
+    idempotency_key TEXT, fingerprint TEXT, task TEXT NOT NULL,
+    model TEXT NOT NULL, sha256 TEXT NOT NULL, status TEXT NOT NULL DEFAULT 'accepted',
+    progress INTEGER NOT NULL DEFAULT 0, problem TEXT, computed_by TEXT,
+    attempts INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL, started REAL, finished REAL,
+    updated REAL NOT NULL, age REAL NOT NULL DEFAULT 0, UNIQUE (owner, idempotency_key)
+);
+CREATE INDEX by_status ON jobs (status);
+CREATE INDEX by_owner ON jobs (owner, number);
+CREATE TABLE windows (
+    job INTEGER NOT NULL REFERENCES jobs (number) ON DELETE CASCADE, stage TEXT NOT NULL,
+    number INTEGER NOT NULL, place TEXT NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL,
+    PRIMARY KEY (job, stage, number)
+) WITHOUT ROWID;
+CREATE TABLE clock (seen REAL NOT NULL);
+INSERT INTO clock VALUES (strftime('%s', 'now'));
+"""
+
+
+def test_jobs_of_the_release_before_count_and_keep_their_owner(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "jobs.sqlite") as db:
+        db.executescript(SCHEMA_2)
+        for name, owner, status in (
+            ("one", "0123456789abcdef", "accepted"), ("two", "", "successful"),
+            ("three", "0123456789abcdef", "successful"),
+        ):  # fmt: skip
+            db.execute(
+                "INSERT INTO jobs (id, owner, task, model, sha256, status, created, updated) "
+                "VALUES (?, ?, 'embed', 'm@1', 'x', ?, 1, 1)",
+                (name, owner, status),
+            )
+            (tmp_path / "jobs" / name / "result").mkdir(parents=True)
+            (tmp_path / "jobs" / name / "result" / "class.tif").write_bytes(bytes(1000))
+    db.close()
+    for _ in range(2):  # the second start finds it upgraded
+        with closing(JobStore(tmp_path, ttl=9e9, max_waiting=9)) as jobs:
+            jobs.adopt({"0123456789abcdef": "anna"})
+            assert [job.id for job in jobs.latest("anna", 9)] == ["three", "one"]
+            assert jobs.usage("anna") == store.Usage(jobs=1, pixels=0, bytes=2000)
+            assert jobs.usage("").bytes == 1000
