@@ -1,6 +1,6 @@
 """Raster access: only GDAL's GTiff and JP2OpenJPEG drivers, and no file beside the opened one.
 
-`read_header` reads everything that decides whether a file can be used, and no pixel.
+`read_header` reads everything that determines whether a file can be used, but no pixel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from service.grid import GDALError
 from service.read.jp2_guard import SIGNATURE, check_jp2
 from service.read.tiff_guard import MAX_BLOCK_BYTES, check_directories
 
-# A file without georeference is refused by us; rasterio's warning would only be printed.
+# The service rejects a file without georeference itself; rasterio's warning would only be printed.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 MAX_BANDS = 20_000
 """Largest number of bands of a file; listing more costs memory."""
@@ -73,9 +73,9 @@ class SourceFile:
     """A file: the caller's name for it, and its path."""
 
     name: str
-    """As the caller called it; only ever shown, never used as a path."""
+    """The caller's name; only for messages, never used as a path."""
     path: Path
-    """Where it lies on disk."""
+    """Path on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +109,9 @@ class Header:
     dtypes: tuple[str, ...]
     nodata: tuple[float | None, ...]
     scales: tuple[float, ...]
-    """GDAL's scale, 1 where there is none."""
+    """GDAL's scale of each band, 1 if there is none."""
     offsets: tuple[float, ...]
-    """GDAL's offset, 0 where there is none."""
+    """GDAL's offset of each band, 0 if there is none."""
     descriptions: tuple[str | None, ...]
     tags: Mapping[str, str]
     """The file's tags, by lower-case name."""
@@ -123,7 +123,7 @@ class Header:
     masked: bool
     """Whether an internal mask marks missing pixels."""
     alpha: int | None = None
-    """Number of the last band, from 1, where GDAL takes it for alpha."""
+    """Number of the last band, from 1, if GDAL takes it for alpha."""
     driver: Driver = "GTiff"
 
     @property
@@ -147,9 +147,9 @@ def gdal_options() -> Iterator[None]:
 class BlockCache:
     """GDAL's cache of decoded blocks: one per process, as large as the present runs need.
 
-    The application makes one and passes it on. Its bound is not left to an `Env`, which restores
-    the previous one for every thread. GDAL's default is 5 % of the machine's memory: with it,
-    2048 x 2048 pixels of 17 bands took 480 MB to write on 24 GB; with this bound they take 220.
+    The application creates one and passes it on. An `Env` does not set the bound, because it would
+    restore the previous one for every thread. GDAL's default is 5 % of the machine's memory: with
+    it, writing 2048 x 2048 pixels of 17 bands took 480 MB on 24 GB; with this bound it takes 220.
     """
 
     def __init__(self) -> None:
@@ -184,19 +184,19 @@ class BlockCache:
 def for_each(
     files: Sequence[Item], work: Callable[[Item], Result], *, block_bytes: int = 0
 ) -> list[Result]:
-    """Do something with each of some files, inside `gdal_options`; many small ones side by side.
+    """Call a function for each file, inside `gdal_options`; many small files are read in parallel.
 
     Args:
-        files: in order.
-        work: called for each, in the calling thread or in others.
-        block_bytes: what the largest block to be read decodes to. Large ones are decoded by several
-            threads as it is.
+        files: files in order.
+        work: called for each file, in the calling thread or in others.
+        block_bytes: decoded size of the largest block. GDAL already decodes large blocks in several
+            threads.
 
     Returns:
-        What came of each, in order.
+        The results in order.
 
     Raises:
-        Exception: what the first in order failed with.
+        Exception: the exception of the first file, in order, that failed.
     """
 
     def batch(begin: int, end: int) -> list[Result]:
@@ -214,15 +214,14 @@ def for_each(
 def open_geotiff(
     path: Path, *, block_bytes: int = 0, georeferenced: bool = True, driver: Driver = "GTiff"
 ) -> rasterio.DatasetReader:
-    """Open a file with one driver alone, inside `gdal_options`.
+    """Open a file with one driver only, inside `gdal_options`.
 
     Args:
         path: the file.
-        block_bytes: what one of its blocks decodes to, where known: large ones are decoded by
-            several threads.
-        georeferenced: False leaves out where the file lies, where that is known. It is most of
-            what opening costs: 0.7 ms with, 0.1 without.
-        driver: the one that reads the file.
+        block_bytes: decoded size of a block, if known: several threads decode large blocks.
+        georeferenced: False skips the georeference if it is known already. It is most of the cost
+            of opening: 0.7 ms with it, 0.1 ms without.
+        driver: the driver that reads the file.
 
     Raises:
         RasterioError: GDAL cannot open it.
@@ -235,8 +234,8 @@ def open_geotiff(
     options = {"NUM_THREADS": "ALL_CPUS"} if block_bytes >= THREADS_PAY_FROM else {}
     if not georeferenced:
         options["GEOREF_SOURCES"] = "NONE"
-    # `rasterio.open` would set up GDAL's options anew and back for each file, which takes half as
-    # long again, and read a scheme or an archive out of a path that comes as text.
+    # `rasterio.open` would set and restore GDAL's options for each file, which takes 1.5 times as
+    # long, and would interpret a scheme or an archive in a path given as text.
     return rasterio.DatasetReader(path, driver="GTiff", sharing=False, **options)
 
 
@@ -245,12 +244,13 @@ def read_header(source: SourceFile, placed: dict[bytes, Placed] | None = None) -
 
     Args:
         source: the file.
-        placed: what georeferences, as written, were found to say; added to. The files of a stack
-            mostly write the same one, and GDAL need not work it out for each.
+        placed: cache from the bytes of a georeference to CRS and transform; extended here. Most
+            files of a stack have the same bytes, which GDAL then need not parse again.
 
     Raises:
-        NotAGeoTIFF: no TIFF and no JP2, one that GDAL does not open, or one of complex numbers.
-        RasterTooLarge: a block, the number of bands, or what describes them is beyond reason.
+        NotAGeoTIFF: the file is neither a TIFF nor a JP2, GDAL cannot open it, or it holds complex
+            numbers.
+        RasterTooLarge: a block, the number of bands, or their metadata exceeds its limit.
     """
     driver = _driver_of(source)
     if driver == "JP2OpenJPEG":
@@ -321,14 +321,15 @@ _OTHER_FORMATS: Mapping[bytes, str] = {
     b"<?xml": "XML, not a raster: leave it out",
     b"{": "JSON, not a raster",
 }
-"""By the first bytes: what a file is instead of a raster, and what to do."""
+"""First bytes of files that are not rasters: what the file is, and what to do."""
 
 
 def _driver_of(source: SourceFile) -> Driver:
     """The driver that reads a file, by its first bytes.
 
     Raises:
-        NotAGeoTIFF: none; the message states what the file is and what to do, if that is known.
+        NotAGeoTIFF: no driver reads the file; the message states what the file is and what to do,
+            if that is known.
     """
     try:
         with source.path.open("rb") as file:
@@ -390,7 +391,7 @@ def _header(
         )
     # Whether what GDAL takes for alpha is a mask, the names of the bands decide.
     flags = dataset.mask_flag_enums[0]
-    # GDAL is asked of every band, so only where no name has said already what the last one is.
+    # This query takes time for every band, so it is made only if no name identifies the last band.
     unnamed = dataset.count > 1 and not dataset.descriptions[-1]
     alpha = unnamed and dataset.colorinterp[-1] == ColorInterp.alpha
     return Header(
@@ -443,14 +444,14 @@ _NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f]+")
 
 
 def label(name: str, position: int) -> str:
-    """A name fit to be shown: no control characters, not too long, and no path that leads outside.
+    """A name for messages: without control characters, not too long, and without `..`.
 
-    Its last folders stay, as one of them may be the only place with the date or the tile.
+    The last folders stay, because only they may contain the date or the tile.
     """
     parts = _NOT_SHOWN.sub("", name).replace("\\", "/").split("/")
     *folders, last = [part.strip() for part in parts]
     if not last.strip(". "):
         return f"file {position + 1}"
     folders = [part for part in folders if part.strip(". ") and not part.endswith(":")]
-    # The end of a long name tells more: the date and the suffix stand there.
+    # The end of a long name is kept: it has the date and the suffix.
     return "/".join([*folders[-_FOLDERS:], last])[-_NAME_LENGTH:]

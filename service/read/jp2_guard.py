@@ -1,9 +1,9 @@
-"""JPEG 2000 guard: a file's claims, checked before GDAL reads it, against bombs.
+"""JPEG 2000 guard: a file's declared sizes, checked before GDAL reads it, against bombs.
 
-OpenJPEG allocates by what the codestream declares: a tile of all components as 32-bit numbers, and
-bookkeeping for every precinct, layer and resolution. A few hundred bytes can claim far more than
-there is memory for, so the boxes and the main header are read here first. Anything else that is odd
-is left to OpenJPEG, which refuses it.
+OpenJPEG allocates what the codestream declares: a tile of all components as 32-bit numbers, and
+bookkeeping for every precinct, layer and resolution. A few hundred bytes can declare far more than
+the memory, so the boxes and the main header are checked here first. Other faults are left to
+OpenJPEG, which rejects them.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class _Size:
 
 
 def check_jp2(path: Path, name: str) -> int:
-    """Refuse a JPEG 2000 file that claims what no raster needs.
+    """Reject a JPEG 2000 file that declares sizes that no raster needs.
 
     Args:
-        path: the file; its first bytes are a JP2's.
-        name: as the caller calls it.
+        path: the file; its first bytes are those of a JP2.
+        name: the caller's name for the file.
 
     Returns:
         Bytes that OpenJPEG decodes one tile to.
@@ -65,7 +65,7 @@ def check_jp2(path: Path, name: str) -> int:
 
 
 def _to_codestream(file: BinaryIO, name: str) -> None:
-    """Leave the file at the start of its codestream; the boxes before it are small."""
+    """Move to the start of the codestream, and check that the boxes before it are small."""
     for boxes, (kind, length) in enumerate(_boxes(file, name)):
         if boxes >= _MAX_BOXES:
             raise RasterTooLarge(f"'{name}' has more JPEG 2000 boxes than {_MAX_BOXES}")
@@ -80,7 +80,7 @@ def _to_codestream(file: BinaryIO, name: str) -> None:
 
 
 def _boxes(file: BinaryIO, name: str) -> Iterator[tuple[bytes, int]]:
-    """Type and content's length of each box, the file at its content."""
+    """Type and content length of each box; the file is at the box's content."""
     while True:
         start = file.tell()
         head = file.read(8)

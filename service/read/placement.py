@@ -1,9 +1,9 @@
-"""The grid of a stack, and how each file comes to it.
+"""Placement: the grid of a stack, and the position of each file on it.
 
     files' grids + `grid`, `bbox`, `area` → one Grid → per file: as it lies, a part of it, or warped
 
-Files that share the grid are read as they lie: no resampling and no copy. A file whose pixels lie
-on the same lattice is read at an offset. Any other file goes through GDAL's warper.
+Files that share the grid are read directly: no resampling and no copy. A file whose pixels lie on
+the same lattice is read at an offset. GDAL's warper brings any other file to the grid.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Bounds = tuple[float, float, float, float]
 """Left, bottom, right, top."""
 Resampling = Literal["bilinear", "nearest"]
 _TOLERANCE = 1e-3
-"""Pixels by which a corner may lie elsewhere."""
+"""Tolerance of a corner's position, in pixels."""
 _CRS_AND_SIZE = re.compile(r"\s*(?P<crs>[^@]+?)\s*@\s*(?P<size>[0-9.eE+-]+)\s*")
 _DEGREES = CRS.from_epsg(4326)
 _MOST_PIXELS = 2**31 - 1
@@ -37,7 +37,7 @@ _DENSIFY = 21
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What is asked of the grid: the parameters `grid`, `bbox` and `area`."""
+    """The requested grid: the parameters `grid`, `bbox` and `area`."""
 
     grid: str | None = None
     """`strict`, `finest`, `EPSG:32631@10`, or the name of a file; None as `Placed` says."""
@@ -49,21 +49,21 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Warp:
-    """A file brought to another grid; what GDAL's warper is told."""
+    """Parameters of GDAL's warper, for a file on another grid than the stack's."""
 
     grid: Grid
-    """The stack's."""
+    """The stack's grid."""
     scale: tuple[float, float]
     """Pixels of the stack per pixel of the file, across and down, at most 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """How a file comes to the stack's grid."""
+    """Position of a file on the stack's grid."""
 
     row: int = 0
     column: int = 0
-    """Where the stack's first pixel lies in the file, if it is not warped."""
+    """Row and column of the stack's first pixel in the file, if the file is not warped."""
     warp: Warp | None = None
 
 
@@ -73,7 +73,7 @@ class Placed:
 
     grid: Grid
     positions: tuple[Position, ...]
-    """Of each file, in order."""
+    """The position of each file, in order."""
     area: Mapping[str, Any] | None
     """The polygon in the grid's CRS: pixels whose centre lies outside are missing."""
     warnings: tuple[StackWarning, ...] = ()
@@ -86,18 +86,18 @@ AS_IT_LIES = Position()
 def place_files(used: Sequence[Header], everything: Sequence[Header], place: Place) -> Placed:
     """The grid of a stack, inside `gdal_options`.
 
-    Without `grid`, all files share one grid, or one CRS and corner with pixel sizes that are whole
-    multiples of the finest, which is taken.
+    Without `grid`, all files must share one grid, or one CRS and corner with pixel sizes that are
+    whole multiples of the finest grid, which is then used.
 
     Args:
         used: files with a needed band or mask.
-        everything: all files, any of which `grid` may name.
-        place: what is asked.
+        everything: all files; `grid` may name any of them.
+        place: the requested grid.
 
     Raises:
         NoGeoreference: a file has no CRS or no transform.
-        GridMismatch: the files do not share a grid, and nothing was said of it.
-        InvalidRequest: `grid` names nothing, or `bbox` or `area` lie outside.
+        GridMismatch: the files do not share a grid, and `grid` is not given.
+        InvalidRequest: `grid` is not valid, or `bbox` or `area` lie outside the files.
     """
     grids = _grids(used)
     if place.grid is None:
@@ -123,7 +123,7 @@ def place_files(used: Sequence[Header], everything: Sequence[Header], place: Pla
 
 
 def _grids(headers: Sequence[Header]) -> list[Grid]:
-    """Each file's grid; the same object for the same place."""
+    """Each file's grid; equal grids are one object."""
     known: dict[tuple[object, ...], Grid] = {}
     grids = []
     for header in headers:
@@ -148,7 +148,7 @@ def _one_grid(headers: Sequence[Header], grids: Sequence[Grid]) -> Grid:
     """The grid that all files share.
 
     Raises:
-        GridMismatch: two differ; the message says both, and which `grid` would do.
+        GridMismatch: two grids differ; the message states both and a suitable `grid`.
     """
     first = grids[0]
     checked = {id(first)}
@@ -172,7 +172,7 @@ def _would_do(grids: Sequence[Grid]) -> str:
 
 
 def _usual_grid(headers: Sequence[Header], grids: Sequence[Grid]) -> Grid:
-    """The one grid, or the finest where the others are whole multiples of it."""
+    """The one grid, or the finest one if the others are whole multiples of it."""
     distinct = list({id(grid): grid for grid in grids}.values())
     finest = min(distinct, key=_ground)
     if all(_nests(grid, distinct[0]) for grid in distinct):
@@ -196,7 +196,7 @@ def _nests(coarse: Grid, fine: Grid) -> bool:
     """Whether pixels of one are whole blocks of pixels of the other, from the same corner."""
     if not _same_crs(coarse, fine):
         return False
-    step = ~fine.transform @ coarse.transform  # pixels of the one to pixels of the other
+    step = ~fine.transform @ coarse.transform  # from pixels of one grid to pixels of the other
     across, down = round(step.a), round(step.e)
     size = max(coarse.width, coarse.height)
     if across < 1 or down < 1 or size * max(abs(step.a - across), abs(step.e - down)) > _TOLERANCE:
@@ -212,7 +212,7 @@ def _nests(coarse: Grid, fine: Grid) -> bool:
 
 
 def _same_lattice(own: Grid, grid: Grid) -> tuple[int, int] | None:
-    """Row and column of the grid's first pixel in a file of the same lattice; None of another."""
+    """Row and column of the grid's first pixel in a file; None if the lattices differ."""
     if not _same_crs(own, grid):
         return None
     step = ~own.transform @ grid.transform
@@ -233,7 +233,7 @@ def _position(own: Grid, grid: Grid) -> Position:
 
 
 def _scale(own: Grid, grid: Grid) -> tuple[float, float]:
-    """How far the warper's kernel reaches: one number for all windows, so that none differs."""
+    """Reach of the warper's kernel: one number for all windows, so that results do not differ."""
     width, height = _sizes(own)
     if not _same_crs(own, grid):
         bounds = array_bounds(own.height, own.width, own.transform)
@@ -259,7 +259,7 @@ def _sizes(grid: Grid) -> tuple[float, float]:
 def _asked_grid(
     used: Sequence[Header], grids: Sequence[Grid], everything: Sequence[Header], asked: str
 ) -> Grid:
-    """The grid that the parameter names."""
+    """The grid of the parameter `grid`."""
     if asked == "finest":
         return _over(grids, min(grids, key=_ground))
     named = [h for h in everything if asked in {h.name, h.name.rpartition("/")[2]}]
@@ -341,7 +341,7 @@ def _pixels(
 
 
 def _cropped(grid: Grid, place: Place) -> tuple[Grid, Mapping[str, Any] | None]:
-    """The part of the grid that is asked for, and the polygon in its CRS."""
+    """The requested part of the grid, and the polygon in the grid's CRS."""
     area = None
     if place.bbox is not None:
         grid = _part(grid, place.bbox, "bbox")
@@ -390,7 +390,7 @@ def _extent(area: Mapping[str, Any]) -> Bounds:
 def _resampled(
     used: Sequence[Header], grids: Sequence[Grid], positions: Sequence[Position], grid: Grid
 ) -> tuple[StackWarning, ...]:
-    """Which files were not read pixel by pixel."""
+    """The warning that files were resampled."""
     warped = [
         (header, own)
         for header, own, position in zip(used, grids, positions, strict=True)

@@ -2,8 +2,8 @@
 
     stack → sample of the numbers stored → checks and corrections by file → calibrated stack
 
-Pixels decide what no file states (Sentinel-2's offset, the number of missing pixels), and they
-overrule a tag that they make impossible. Each correction is a warning.
+Pixels determine what no file states (Sentinel-2's offset, the number of missing pixels), and they
+take precedence over a tag that they contradict. Each correction is reported as a warning.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from service.read.stack import Plane, Stack
 
 Floats = NDArray[np.float32]
 PLAUSIBLE = (-0.2, 1.6)
-"""Between these lies the median of the clear values of any real scene, snow and glint included."""
+"""Limits of the median of clear values in any real scene, including snow and sun glint."""
 BASELINE_CHANGE = date(2022, 1, 25)
 """From here on ESA's Sentinel-2 products (processing baseline 04.00) hold an offset of -0.1."""
 _BRIGHT_RED = 0.15
@@ -37,7 +37,7 @@ _DARK_PERCENTILE = 2
 # Above the second is what is bright in itself: clouds, snow, desert.
 _NO_LONGER_DARK = 0.09
 _STILL_DARK = 0.17
-# With an offset taken off that the pixels do not hold, a quarter of them lies below this.
+# If an offset is subtracted that the pixels do not hold, a quarter of them lies below this.
 _TOO_DARK = -0.02
 _SHARE_OF_DATES = 0.25
 # Two dates show the same land under a clear sky if the pixels of one are those of the other but
@@ -56,28 +56,28 @@ _BRIGHT_IN_ITSELF = 0.3
 _MANY_DATES = 3
 _MANY_PIXELS = 10_000
 _LARGEST_UINT8 = 255
-# Nothing on Earth is so dark in its brightest tenth.
+# No land is this dark in its brightest tenth.
 _BRIGHT_PERCENTILE = 90
 _NEVER_SO_DARK = 9.9e-5
 # A date whose brightest tenth is so much darker than that of the other dates, and so dark.
 _DARKER_THAN_OTHERS = 1 / 8
 _DARK_DATE = 0.05
-# A number that so many pixels hold in all bands at once, but not nearly all, stands for missing.
+# Shares of pixels between which a number in all bands at once means missing.
 _FILL_SHARE = 0.005
 _FILL_PIXELS = 8
 _NOT_FILL_SHARE = 0.95
 _FEWEST_CLEAR = 20
 _SAMPLED_DATES = 8
 _SAMPLED_SIDE = 128
-# Of all dates together: percentiles of more take longer than reading them.
+# Pixels sampled over all dates: percentiles of more would take longer than reading them.
 _SAMPLED_PIXELS = 2**17
-# Of a raster's height and width: its middle, and the middles of its quarters.
+# Positions of samples as shares of height and width: the middle, and the middles of the quarters.
 _SAMPLED_PLACES = ((0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Sample:
-    """Some pixels of each date used, as stored, and the planes that tell what they mean."""
+    """Sampled pixels of each date used, as stored, and the planes that define their meaning."""
 
     stored: Floats
     """(T, C, N) numbers as stored, NaN where missing."""
@@ -116,12 +116,12 @@ class _Sample:
             return np.asarray(self.stored * scale[:, :, None] + offset[:, :, None])
 
     def name(self, t: int) -> str:
-        """A date's file and day, for messages."""
+        """File and day of a date, for messages."""
         day = f" ({self.dates[t]})" if self.dates else ""
         return f"'{self.planes[t][0].source.name}'{day}"
 
     def names(self, ts: Sequence[int]) -> str:
-        """Several dates' files, for messages: two, and how many more."""
+        """Files of several dates, for messages: two names and the number of others."""
         more = f" and {len(ts) - 2} more" if len(ts) > 2 else ""
         return ", ".join(self.name(t) for t in ts[:2]) + more
 
@@ -145,11 +145,11 @@ class _Sample:
 def calibrate(
     stack: Stack, used: Sequence[int] | None = None, *, cache: BlockCache | None = None
 ) -> Stack:
-    """Compare a few places of each date with what the files state, and correct what they miss.
+    """Compare sampled pixels of each date with the files' statements, and correct these.
 
     Args:
         stack: the stack.
-        used: positions on its T axis that a run will use; None for all.
+        used: positions on the stack's T axis that a run will use; None for all.
         cache: GDAL's block cache; None leaves it as it is.
 
     Returns:
@@ -199,7 +199,7 @@ def _with_planes(stack: Stack, sample: _Sample) -> Stack:
 
 
 def _as_first(own: Plane, before: Plane, after: Plane) -> Plane:
-    """A plane corrected as that of the date's first granule, where both stated the same."""
+    """A plane with the correction of the date's first granule, if both state the same."""
     if _states(own) != _states(before):
         return replace(own, nodata=after.nodata)
     return replace(
@@ -230,7 +230,7 @@ _Corrected = tuple[_Sample, list[StackWarning]]
 
 
 def _fill(sample: _Sample) -> _Corrected:
-    """Numbers that no nodata tag names, but that stand for missing pixels."""
+    """Correct numbers that mean missing pixels but are not in a nodata tag."""
     found: dict[float, int] = Counter()
     places: dict[float, list[int]] = defaultdict(list)
     for t, stored in enumerate(sample.stored):
@@ -270,13 +270,13 @@ def _fill(sample: _Sample) -> _Corrected:
 
 
 def _never_reflectance(number: float, plane: Plane) -> bool:
-    """Whether a number in all bands of many pixels is a sign rather than a measurement."""
+    """Whether a number in all bands of many pixels is a nodata number and not a measurement."""
     low, high = PLAUSIBLE
     return number in {-1.0, 1.0} or not low <= number * plane.scale + plane.offset <= high
 
 
 def _scaled_already(sample: _Sample) -> _Corrected:
-    """Floats that are reflectance, with the scale and offset of the integers they came from."""
+    """Correct floats that are reflectance but have the scale and offset of former integers."""
     ts = [
         t
         for t, stored in enumerate(sample.stored)
@@ -311,12 +311,12 @@ def _bright(values: Floats) -> float:
 
 
 def _dark_bands(sample: _Sample) -> list[int]:
-    """The bands by whose dark end the offset is told: those in which vegetation is dark."""
+    """The bands by whose dark end the offset is detected: those in which vegetation is dark."""
     return [sample.bands.index(name) for name in ("B02", "B04") if name in sample.bands]
 
 
 def _percentiles(sample: _Sample, q: float) -> NDArray[np.float64]:
-    """Of the dark bands (T, 2) a percentile of the clear reflectance, NaN without enough."""
+    """A percentile of the clear reflectance of the dark bands (T, 2), NaN without enough pixels."""
     values, bands = sample.values(), _dark_bands(sample)
     found = np.full((len(values), len(bands)), np.nan)
     for t, valid in enumerate(sample.valid):
@@ -326,7 +326,7 @@ def _percentiles(sample: _Sample, q: float) -> NDArray[np.float64]:
 
 
 def _not_in_the_pixels(sample: _Sample) -> _Corrected:
-    """An offset that a file states, but that was subtracted from its pixels before."""
+    """Correct an offset that a file states although its pixels already include it."""
     groups: dict[tuple[float, str], list[int]] = defaultdict(list)
     for t, (plane, *_) in enumerate(sample.planes):
         if plane.offset < 0 and plane.offset_source not in {None, GIVEN} and _dark_bands(sample):
@@ -338,7 +338,7 @@ def _not_in_the_pixels(sample: _Sample) -> _Corrected:
     warnings = []
     for (offset, source), ts in groups.items():
         against = [t for t in ts if (quarter[t] < _TOO_DARK).all()]
-        # With the offset taken off rightly, the dark end of a date lies about 0.
+        # If the offset is subtracted correctly, the dark end of a date lies near 0.
         in_favour = [t for t in ts if t not in against and (dark[t] > _TOO_DARK).all()
                      and (dark[t] < _STILL_DARK + offset).all()]  # fmt: skip
         if len(against) < max(1, _SHARE_OF_DATES * len(ts)):
@@ -357,7 +357,7 @@ def _not_in_the_pixels(sample: _Sample) -> _Corrected:
 
 
 def _unstated_offset(sample: _Sample) -> _Corrected:
-    """Sentinel-2's offset in files that state none, told by the dark end of blue and red."""
+    """Detect Sentinel-2's offset in files that do not state it, by the dark end of blue and red."""
     ts = [t for t, (plane, *_) in enumerate(sample.planes) if _may_hold_offset(plane)]
     bands = _dark_bands(sample)
     if not ts or not bands:
@@ -470,7 +470,7 @@ def _with_offset(source: str) -> Callable[[Plane], Plane]:
 
 
 def _may_hold_offset(plane: Plane) -> bool:
-    """Integers x 0.0001 of which nothing states the offset."""
+    """Dates with integers x 0.0001 for which nothing states the offset."""
     return plane.integer and plane.offset_source is None and math.isclose(plane.scale, 1e-4)
 
 
@@ -479,7 +479,7 @@ def _is_late(sample: _Sample, t: int) -> bool:
 
 
 def _offsets_in_words(stack: Stack, used: Sequence[int]) -> Iterator[StackWarning]:
-    """What is subtracted from which dates without the caller's saying so."""
+    """The warnings that an offset is applied that the caller did not give."""
     by_source: dict[tuple[float, str], list[int]] = defaultdict(list)
     for acquisition in stack.acquisitions:
         plane = acquisition.planes[0]
@@ -498,11 +498,11 @@ def _offsets_in_words(stack: Stack, used: Sequence[int]) -> Iterator[StackWarnin
 def why_missing(
     stack: Stack, used: Sequence[int], least: int, *, cache: BlockCache | None = None
 ) -> str:
-    """Why no pixel has enough clear observations, from a few places.
+    """The reason why no pixel has enough clear observations, from a few samples.
 
     Args:
         stack: the stack.
-        used: positions on its T axis that the run used.
+        used: positions on the stack's T axis that the run used.
         least: clear observations that a pixel needs.
         cache: GDAL's block cache; None leaves it as it is.
     """
@@ -527,14 +527,14 @@ def why_missing(
 
 
 def _check_medians(sample: _Sample, values: Floats) -> None:
-    """The median of all dates, and of each.
+    """Check the median of all dates, and of each date.
 
     Raises:
-        ImplausibleReflectance: one of them is outside `PLAUSIBLE`.
+        ImplausibleReflectance: one of the medians is outside `PLAUSIBLE`.
     """
     low, high = PLAUSIBLE
     median = float(np.median(values.transpose(0, 2, 1)[sample.valid]))
-    # A file on its own is named only where others show that it is the odd one.
+    # A single file is named only if the other files show that it differs.
     if not low <= median <= high:
         plane = sample.planes[0][0]
         stored = (median - plane.offset) / plane.scale
@@ -577,7 +577,7 @@ def _likely_fix(stored: float, plane: Plane) -> str:
 
 
 def _dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
-    """A scale applied twice, by the writer and by its tag, leaves next to nothing."""
+    """The warning that the scale may have been applied twice: all values are nearly 0."""
     bright = _bright(values.transpose(0, 2, 1)[sample.valid])
     if bright < _NEVER_SO_DARK:
         yield StackWarning(
@@ -589,7 +589,7 @@ def _dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
 
 
 def _one_dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
-    """A file in smaller units than the others, such as percent among reflectance x 10,000."""
+    """The warning that files have smaller units than the others, such as per cent."""
     levels = {
         t: _bright(values[t][:, valid])
         for t, valid in enumerate(sample.valid)
@@ -608,7 +608,7 @@ def _one_dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
 
 
 def _swapped(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
-    """Land is brighter in the near infrared than in red, and water is dark in both."""
+    """The warning that red is brighter than near infrared, which neither land nor water is."""
     if not {"B04", "B08"} <= set(sample.bands):
         return
     red, nir = (values[:, sample.bands.index(name)][sample.valid] for name in ("B04", "B08"))
@@ -639,7 +639,7 @@ def _sampled_each(windows: Sequence[Window], dates: int) -> int:
 
 
 def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) -> _Sample:
-    """The same number of places of every date, on few dates more of them than on many."""
+    """Sample the same number of places on every date; the fewer dates, the more places."""
     windows = _sampled_windows(stack)
     each = _sampled_each(windows, len(positions))
     plain = _as_stored(stack)
@@ -674,7 +674,7 @@ def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) ->
 
 
 def _as_stored(stack: Stack) -> Stack:
-    """The stack without scale and offset, which reads as the numbers stored, of every band."""
+    """The stack without scale and offset, so that it is read as the stored numbers of all bands."""
     return replace(
         stack,
         bands=stack.bands_read,
@@ -690,7 +690,7 @@ def _as_stored(stack: Stack) -> Stack:
 
 
 def _sampled_windows(stack: Stack) -> list[Window]:
-    """Small windows spread over the raster; one of all of it where it is small."""
+    """Small windows distributed over the raster; one window of all of a small raster."""
     height, width = stack.grid.height, stack.grid.width
     if max(height, width) <= 2 * _SAMPLED_SIDE:
         return [Window(0, 0, width, height)]
@@ -705,7 +705,7 @@ def _sampled_windows(stack: Stack) -> list[Window]:
 
 
 def _sampled_stretch(place: float, size: int, block: int) -> tuple[int, int]:
-    """Start and length of a stretch about a place of an axis, within one block where it fits."""
+    """Start and length of an interval around a position of an axis, within one block if it fits."""
     length = min(_SAMPLED_SIDE, size)
     middle = int(place * size)
     first = middle // block * block

@@ -1,7 +1,7 @@
 """Windowed reads: a stack's pixels as reflectance and validity.
 
-A `StackReader` decodes each block of each file once for a window of whole blocks, and keeps no
-more in memory than the window asks for.
+A `StackReader` decodes each block of each file once for a window of whole blocks, and holds only
+the window in memory.
 """
 
 from __future__ import annotations
@@ -44,34 +44,34 @@ _MAX_OPEN = 256
 # An open file keeps the block that it decoded last and a table of all blocks; together they may
 # take this much memory.
 _MAX_HELD_BYTES = 256 * 2**20
-# Points are read in windows of about this many pixels a side,
+# Points are read in windows of about this many pixels per side,
 _CELL = 256
 # and of no more than these bytes, however large a block is.
 CELL_BYTES = 64 * 2**20
 
 
 _Key = tuple[SourceFile, Position, Resampling]
-"""What an open file is kept by: the same file may be warped in two ways."""
+"""Key of an open file: one file may be warped in two ways."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _FileRead:
-    """All that one layer needs of one file, for a single call."""
+    """The part of one file that one layer needs, read by a single call."""
 
     source: SourceFile
     position: Position
     resampling: Resampling
     planes: list[Plane]
     targets: list[tuple[int, int]]
-    """For each plane its position on the T axis, and on the C axis; from C on the masks."""
+    """Position of each plane on the T axis and on the C axis; masks follow the bands on C."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """At most one look of each observation."""
+    """At most one granule of each observation."""
 
     positions: list[int]
-    """Where on the reader's T axis the layer's looks belong."""
+    """Positions of the layer's granules on the reader's T axis."""
     acquisitions: list[Acquisition]
     reads: list[_FileRead]
 
@@ -84,7 +84,7 @@ class _Layer:
 
 
 class StackReader:
-    """Reads windows of a stack. For one thread at a time; close it, or use it in `with`.
+    """Reads windows of a stack, for one thread at a time; close it, or use it in `with`.
 
     Files stay open from window to window, up to a limit.
     """
@@ -101,13 +101,13 @@ class StackReader:
         """Plan the reads.
 
         Args:
-            stack: what to read.
+            stack: the stack to read.
             used: positions on the stack's T axis to read, which become T in this order;
                 None reads all.
             cache: GDAL's block cache, with room for the stack's blocks until the reader is
                 closed; None leaves it as it is.
-            buffers: where windows take their memory from; None takes a pool of the reader's own.
-            before_read: called before each window is read; what it raises ends the read.
+            buffers: pool of the windows' memory; None creates one for this reader.
+            before_read: called before each window is read; an exception of it ends the read.
         """
         self._stack = stack
         self._used = tuple(range(stack.observations) if used is None else used)
@@ -174,7 +174,7 @@ class StackReader:
         return Sits(values=merged.values[:, : len(self._stack.bands)], valid=merged.valid)
 
     def _without_clouds(self, looks: Sequence[Sits]) -> Sequence[Sits]:
-        """All looks, each a date of the series, with `valid` where the series shows no cloud."""
+        """All granules, each a date of the series; `valid` where the estimated mask is clear."""
         bands = [self._stack.bands_read.index(band) for band in clouds.BANDS]
         blue, red, nir = (_together([look.values[:, c] for look in looks]) for c in bands)
         clear = clouds.clear(blue, red, nir, _together([look.valid for look in looks]))
@@ -185,7 +185,7 @@ class StackReader:
         return looks
 
     def read_pixels(self, rows: ArrayLike, columns: ArrayLike) -> Sits:
-        """Decode single pixels, in small windows where they stand together.
+        """Decode single pixels; close ones are read in one small window.
 
         Args:
             rows: row of each pixel (N), inside the grid.
@@ -271,7 +271,7 @@ class StackReader:
         return Sits(values=values, valid=clear)
 
     def _inside(self, window: Window) -> NDArray[np.bool_]:
-        """Which pixels of a window (h, w) have their centre inside the area asked for."""
+        """True for pixels of a window (h, w) whose centre lies inside the requested area."""
         inside: NDArray[np.bool_] = geometry_mask(
             [self._stack.area],
             out_shape=(int(window.height), int(window.width)),
@@ -307,10 +307,10 @@ class StackReader:
 
     @contextmanager
     def _dataset(self, read: _FileRead) -> Iterator[rasterio.DatasetReader]:
-        """The file, open. The first ones opened stay so, and the rest come and go.
+        """The open file. The first files opened stay open, further ones are closed after use.
 
-        Windows visit the files in the same order each time, so closing the file used longest
-        ago would always close the one needed next.
+        Every window reads the files in the same order, so closing the least recently used file
+        would always close the one needed next.
         """
         key = (read.source, read.position, read.resampling)
         dataset = self._open.get(key)
@@ -346,7 +346,7 @@ class StackReader:
             yield dataset
 
     def _stays(self, key: _Key, dataset: rasterio.DatasetReader, memory: FileMemory) -> bool:
-        """Keep a file open where there is room for it."""
+        """Keep a file open if the limit allows it."""
         with self._lock:
             held = self._held_bytes + memory.open
             room = len(self._open) < _MAX_OPEN and held <= _MAX_HELD_BYTES
@@ -411,14 +411,14 @@ def _cached(planes: Sequence[Plane]) -> int:
 
 
 def _together(parts: Sequence[NDArray[np.generic]]) -> NDArray[Any]:
-    """Arrays one after the other; of one, itself and no copy."""
+    """Arrays concatenated; a single array is returned without a copy."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _layers(stack: Stack, used: Sequence[int]) -> list[_Layer]:
-    """The looks to read, so that a layer has one of each observation at most.
+    """The granules to read in layers, so that a layer has at most one of each observation.
 
-    One layer, unless files share a date. The first holds every observation used.
+    There is one layer unless files share a date. The first layer holds every observation used.
     """
     by_observation = defaultdict(list)
     for acquisition in stack.acquisitions:

@@ -6,8 +6,8 @@
                   └────────────────── redirected: all of it again ─────────────────┘
 
 A host's name is resolved once, and the connection goes to the checked address, so that a name
-server cannot give the check and the connection different answers. A forbidden path gets the same
-message whether it exists or not.
+server cannot return different addresses for the check and the connection. The message for a
+forbidden path is the same whether the path exists or not.
 """
 
 from __future__ import annotations
@@ -80,21 +80,21 @@ async def fetch_items(
     resolver: Resolver = resolve,
     tls: ssl.SSLContext | None = None,
 ) -> tuple[SourceFile, ...]:
-    """The files that items name: local ones in place, others downloaded into a folder.
+    """The files of references: local ones in place, others downloaded into a folder.
 
     Args:
         items: references of a request, in order.
-        folder: of the request; the caller removes it, and nothing else.
+        folder: the request's folder; the caller removes only this folder.
         settings: allowed roots and hosts, and the largest number of bytes.
         patience: time limits.
         resolver: resolves host names.
         tls: trusted certificates; None uses httpx's own.
 
     Raises:
-        ForbiddenReference: an href outside the allowed roots and hosts; if the href itself shows
+        ForbiddenReference: an href is outside the allowed roots and hosts; if the href itself shows
             this, nothing is downloaded.
         UnreachableReference: an allowed host does not return the file in time.
-        BodyTooLarge: more bytes than an upload may have.
+        BodyTooLarge: the files have more bytes than an upload may have.
     """
     if not (settings.allowed_roots or settings.allowed_hosts):
         raise ForbiddenReference("'items' is not allowed: this server reads no files by reference")
@@ -121,9 +121,9 @@ def check_again(files: Iterable[SourceFile], folder: Path, roots: Sequence[Path]
     """Check that files read in place are still allowed: roots and links may have changed.
 
     Args:
-        files: of an earlier request.
-        folder: of that request; its files were downloaded or uploaded.
-        roots: the allowed roots now.
+        files: files of an earlier request.
+        folder: folder of that request; files in it were downloaded or uploaded.
+        roots: the roots that are allowed now.
 
     Raises:
         ForbiddenReference: a file is no longer allowed, or no longer exists.
@@ -144,11 +144,11 @@ class _Local:
     path: Path
 
     def find(self, roots: Sequence[Path]) -> Path:
-        """The file itself, with every link followed.
+        """The path of the file, with every link resolved.
 
         Raises:
-            ForbiddenReference: it lies outside, is not a file, or does not exist; the message is
-                the same.
+            ForbiddenReference: the path lies outside the roots, is not a file, or does not exist;
+                the message is the same.
         """
         refused = ForbiddenReference(f"{self.field}: there is no such file under the allowed roots")
         real_roots = [Path(os.path.realpath(root)) for root in roots]
@@ -168,7 +168,7 @@ class _Local:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a file, not a device, a pipe or a link created since the lookup."""
+    """Whether the path is a file, not a device, a pipe or a link created since the lookup."""
     # Without NONBLOCK, opening a pipe waits for a writer.
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -220,7 +220,7 @@ def _place(href: str, field: str, settings: Settings) -> _Local | _Remote:
     """Parse an href and check its host by name.
 
     Raises:
-        ForbiddenReference: neither a path nor a URL of an allowed host.
+        ForbiddenReference: the href is neither a path nor a URL of an allowed host.
     """
     try:
         parts = urlsplit(href)
@@ -303,7 +303,7 @@ def _client(patience: Patience, tls: ssl.SSLContext | None) -> httpx.AsyncClient
 
 
 class _Fetch:
-    """The downloads of one request, which share a budget of bytes."""
+    """The downloads of one request, with one limit for the bytes of all files."""
 
     def __init__(self, settings: Settings, patience: Patience, resolver: Resolver) -> None:
         self._settings = settings
@@ -317,7 +317,7 @@ class _Fetch:
         Raises:
             ForbiddenReference: an address, or the target of a redirect, is not allowed.
             UnreachableReference: the host does not return the file.
-            BodyTooLarge: the budget is used up.
+            BodyTooLarge: the files are larger than the limit.
         """
         first = place
         for _ in range(MAX_REDIRECTS + 1):
@@ -389,7 +389,7 @@ class _Fetch:
         if announced.isdecimal() and int(announced) > self._left:
             raise self._too_large(place)
         async with await anyio.open_file(target, "xb") as file:
-            # Raw: a compressed body counts as it arrives, and is not a TIFF.
+            # Raw bytes: a compressed body is not decoded, and so is not a TIFF.
             async for chunk in answer.aiter_raw(_CHUNK_BYTES):
                 self._left -= len(chunk)
                 if self._left < 0:

@@ -23,9 +23,9 @@ DatedNumber = float | tuple[tuple[date | str, float], ...]
 """One number for all dates, or numbers that hold from a processing baseline on (`04.00`) or from a
 date on, each in ascending order."""
 INTEGER_SCALE = 0.0001
-"""Scale of integer reflectance where nothing states one: Sentinel-2's own."""
+"""Scale of integer reflectance if nothing states one: that of Sentinel-2."""
 BASELINE_OFFSET = -0.1
-"""What Sentinel-2 products of processing baseline 04.00 and later need: -1000 / 10000.
+"""Offset of Sentinel-2 products of processing baseline 04.00 and later: -1000 / 10000.
 
 Source: ESA, Sentinel-2 Products Specification Document (S2-PDGS-TAS-DI-PSD), BOA_ADD_OFFSET.
 """
@@ -38,14 +38,14 @@ _NAMED_BASELINE = re.compile(r"_N(\d{2})(\d{2})_")
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Scale and offset of one band of one file, and where each is known from."""
+    """Scale and offset of one band of one file, and the source of each."""
 
     scale: float
     offset: float
     scale_source: str | None = None
-    """None if nothing states a scale, so that the usual one was taken."""
+    """Source of the scale; None if nothing states one, so that the usual scale is used."""
     offset_source: str | None = None
-    """None if nothing states an offset, so that it is 0."""
+    """Source of the offset; None if nothing states one, so that it is 0."""
 
 
 def calibration_of(
@@ -62,11 +62,11 @@ def calibration_of(
     sensor, and last what the number type implies.
 
     Args:
-        header: the file's.
+        header: the file's header.
         at: position of the band in the file, from 0.
-        scale: the caller's, for this file's date.
-        offset: the caller's, for this file's date.
-        sensor: the file's; None if unknown.
+        scale: the caller's scale for this file's date.
+        offset: the caller's offset for this file's date.
+        sensor: the file's sensor; None if unknown.
     """
     integer = np.dtype(header.dtypes[at]).kind in "iu"
     factor, factor_source = (scale, GIVEN) if scale is not None else stated_scale(header, at)
@@ -77,7 +77,7 @@ def calibration_of(
             shift, shift_source = sensor.offset, sensor.label
     if shift is None and integer and (sensor is None or sensor.name == "sentinel-2"):
         shift, shift_source = _baseline_offset(header)
-    # A scale of 0 would make every value the same: no scale was meant.
+    # A scale of 0 would make all values equal, so it means that no scale was set.
     return Calibration(
         scale=factor or (INTEGER_SCALE if integer else 1.0),
         offset=shift or 0.0,
@@ -87,7 +87,7 @@ def calibration_of(
 
 
 def stated_scale(header: Header, at: int) -> tuple[float | None, str]:
-    """The scale that a file states for a band, and where; None if it states none."""
+    """The scale that a file states for a band, and its source; None if it states none."""
     if header.scales[at] != 1:
         return header.scales[at], "GDAL's scale"
     tags = _tags(header, at)
@@ -150,7 +150,7 @@ def _baseline(header: Header) -> float | None:
 
 
 def _whole(item: tuple[str, str]) -> tuple[str, str]:
-    """A tag with its whole name: GDAL ends the name of `s2:processing_baseline=04.00` at `:`."""
+    """A tag with its complete name: GDAL cuts the name of `s2:processing_baseline=04.00` at `:`."""
     key, value = item
     name, equals, rest = value.partition("=")
     return (f"{key}:{name}".lower(), rest) if equals and name.isidentifier() else item
@@ -166,10 +166,10 @@ def number_on(
     """The caller's number for a file's baseline or date; None if the caller gave none for it.
 
     Args:
-        name: of the parameter, for messages.
-        given: the parameter.
+        name: name of the parameter, for messages.
+        given: value of the parameter.
         day: the file's date; None for undated imagery.
-        header: the file's.
+        header: the file's header.
 
     Raises:
         InvalidRequest: the number depends on the date or baseline, and the file has none.

@@ -1,6 +1,6 @@
-"""Sensors: which satellite a file is of, and what its bands are called in Sentinel-2's terms.
+"""Sensors: the satellite sensor of a file, and its bands under Sentinel-2's names.
 
-Told from file names, tags and band descriptions; a sensor that nothing tells stays unknown.
+The sensor is detected from file names, tags and band descriptions; else it is unknown.
 
 Sources: USGS, Landsat 8-9 Collection 2 Level 2 Science Product Guide (LSDS-1619); Vermote et al.,
 MOD09 User's Guide, Collection 6; Masek et al., HLS User Guide 2.0; Planet, PlanetScope Product
@@ -23,18 +23,18 @@ class Sensor:
     """A satellite sensor, in one of its product's forms."""
 
     name: str
-    """As the parameter `sensor` and model cards name it."""
+    """Name in the parameter `sensor` and in model cards."""
     label: str
-    """As people name it."""
+    """Name for messages."""
     bands: Mapping[int, str] | None = None
-    """Its band numbers in Sentinel-2's names; None if its names are Sentinel-2's own."""
+    """Band number to Sentinel-2's name; None if the sensor has Sentinel-2's names."""
     order: Mapping[int, tuple[str, ...]] | None = None
     """Band names by number of bands, for files that name none."""
     scale: float | None = None
     """reflectance = value x scale + offset of its integers, if a file states nothing."""
     offset: float = 0.0
     also: tuple[str, ...] = ()
-    """Sensors of model cards that it may stand for."""
+    """Sensors of model cards that this sensor fits."""
 
 
 _OLI = {1: "B01", 2: "B02", 3: "B03", 4: "B04", 5: "B08", 6: "B11", 7: "B12"}
@@ -118,15 +118,15 @@ _NAME_TAGS = ("name", "band_name", "bandname")
 
 
 def sensor_of(header: Header) -> tuple[Sensor, str] | None:
-    """The sensor of a file, and what tells it; None if nothing does.
+    """The sensor of a file, and the source of this; None if it is unknown.
 
     Args:
-        header: the file's.
+        header: the file's header.
     """
     words = [(header.name, "its name")]
     words += [(header.tags[tag], f"its tag `{tag}`") for tag in _TAGS if tag in header.tags]
     for text, source in words:
-        # A tag says "LANDSAT_8" or "Sentinel-2A", as a name does.
+        # Tags name sensors as file names do: "LANDSAT_8", "Sentinel-2A".
         for pattern, sensor in _NAMES:
             if pattern.search(text):
                 return _of_generation(sensor, header), source
@@ -141,7 +141,7 @@ def sensor_of(header: Header) -> tuple[Sensor, str] | None:
 
 
 def _of_generation(sensor: Sensor, header: Header) -> Sensor:
-    """Landsat whose generation only the bands tell: band 6 of TM and ETM+ is no reflectance."""
+    """The Landsat generation by the bands alone: band 6 of TM and ETM+ is not reflectance."""
     texts = " ".join(text for text in header.descriptions if text)
     return OLI if sensor is LANDSAT and re.search(r"SR_B6\b", texts, re.IGNORECASE) else sensor
 
@@ -149,11 +149,11 @@ def _of_generation(sensor: Sensor, header: Header) -> Sensor:
 def sensors_of(
     headers: Sequence[Header], given: str | None
 ) -> tuple[tuple[Sensor | None, str], ...]:
-    """Each file's sensor, None if unknown, and what tells it.
+    """Each file's sensor, None if unknown, and the source of this.
 
     Args:
-        headers: of all files.
-        given: the caller's `sensor`, which counts before what the files tell.
+        headers: headers of all files.
+        given: the caller's `sensor`, which takes precedence over the files.
     """
     found = [sensor_of(header) for header in headers]
     if given is None:
@@ -173,17 +173,18 @@ def check_sensors(
     costs: Mapping[str, str],
     model: str,
 ) -> tuple[StackWarning, ...]:
-    """Refuse files of a sensor that the model was not trained on, or warn where its card allows it.
+    """Reject files of a sensor that the model was not trained on, or warn if the card allows it.
 
     Args:
-        headers: of all files.
-        sensors: of each, as `sensors_of` returns them.
+        headers: headers of all files.
+        sensors: sensor of each file, as returned by `sensors_of`.
         allowed: the card's `sensors`; empty if it does not state them.
         costs: the card's `other_sensors`.
         model: the model, for messages.
 
     Raises:
-        WrongSensor: naming the file, its sensor, what tells it, and the model's sensors.
+        WrongSensor: a file is of another sensor; the message names the file, its sensor, the source
+            of this, and the model's sensors.
     """
     if not allowed:
         return ()
@@ -220,11 +221,11 @@ def _costs(
 
 
 def in_sentinel_2_terms(header: Header, sensor: Sensor | None) -> Header:
-    """A header whose bands are described by Sentinel-2's names, whatever the sensor calls them.
+    """A header with Sentinel-2's names of the bands in place of the sensor's.
 
     Args:
-        header: as read.
-        sensor: the file's; None if unknown.
+        header: the header as read.
+        sensor: the file's sensor; None if unknown.
     """
     if sensor is None:
         return header

@@ -1,8 +1,8 @@
-"""Stacks: GeoTIFFs understood as one satellite image time series.
+"""Stacks: GeoTIFFs as one satellite image time series.
 
     files → headers → arrangement (which band of which date is where) → Stack → windows of Sits
 
-`open_stack` reads headers alone, no pixel.
+`open_stack` reads only headers, no pixels.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from service.read.reflectance import (
 )
 from service.read.sensors import Sensor, check_sensors, in_sentinel_2_terms, sensors_of
 
-# Float rasters mark missing pixels by -3.4e38 and its like, with a nodata tag or without.
+# Float rasters mark missing pixels by numbers such as -3.4e38, with or without a nodata tag.
 NO_VALUE = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plane:
-    """One band of one date: where it lies, and how its numbers become reflectance."""
+    """One band of one date: its position, and how its numbers become reflectance."""
 
     source: SourceFile
     number: int
@@ -58,7 +58,7 @@ class Plane:
     scale: float
     offset: float
     nodata: int | float | None
-    """In the file's own number type, None where no number of that type is meant."""
+    """Nodata number in the file's number type; None if there is none of that type."""
     integer: bool
     masked: bool
     """Whether the file's internal mask marks missing pixels."""
@@ -68,31 +68,31 @@ class Plane:
     itemsize: int
     """Bytes of a number as stored."""
     position: Position = AS_IT_LIES
-    """How the file comes to the stack's grid."""
+    """Position of the file on the stack's grid."""
     driver: Driver = "GTiff"
     """The GDAL driver that reads the file."""
     resampling: Resampling = "bilinear"
-    """What is done where it is warped: classes and bits go by the nearest pixel."""
+    """Resampling if the file is warped: classes and bits take the nearest pixel."""
     scale_source: str | None = None
     offset_source: str | None = None
-    """Where scale and offset are known from; None if nothing states them."""
+    """Source of scale and offset; None if nothing states them."""
 
     @property
     def may_be_beyond(self) -> bool:
-        """Whether a number of it may be none, or become too large for reflectance."""
+        """Whether a value may be NaN or infinite, or become too large for reflectance."""
         # 64 bits hold less than 1e20. A scale or offset of NaN compares as false.
         return not (self.integer and abs(self.scale) * 1e20 + abs(self.offset) < NO_VALUE / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskPlane:
-    """A band that says of one date where it is clear."""
+    """A cloud mask of one date."""
 
     plane: Plane
     clear: Decoder
-    """From its numbers to where they mean clear."""
+    """The function from the band's numbers to True where clear."""
     missing: bool = False
-    """Whether what is not clear is missing, as with alpha, and not only cloudy."""
+    """Whether pixels that are not clear are missing, as for alpha, and not cloudy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class Acquisition:
     planes: tuple[Plane, ...]
     """The bands read (C), those of the stack's `cloud_bands` last."""
     masks: tuple[MaskPlane, ...] = ()
-    """A pixel is clear where all of them say so."""
+    """Cloud masks; a pixel is clear if it is clear in all of them."""
 
     @property
     def zero_is_missing(self) -> bool:
@@ -114,7 +114,7 @@ class Acquisition:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Files understood as T observations of C bands on one grid; no pixel read yet."""
+    """Files as T observations of C bands on one grid; no pixel has been read."""
 
     grid: Grid
     layout: Layout
@@ -123,19 +123,19 @@ class Stack:
     bands: tuple[str, ...]
     """The needed bands (C), in the requested order."""
     cloud_bands: tuple[str, ...] | None = None
-    """Bands that are read beside them for the cloud mask made from the series, and that windows do
-    not hold; empty if it needs none beside, None if that mask is not used."""
+    """Further bands that are read for the cloud mask estimated from the series and are not in
+    windows; empty if it needs no further bands, None if that mask is not used."""
     scale: float
     offset: float
-    """reflectance = value x scale + offset; files may differ, this is the first one's."""
+    """reflectance = value x scale + offset of the first file; those of other files may differ."""
     mask: str
-    """The cloud masks used, such as `scl`; `none` where there is none."""
+    """The cloud masks used, such as `scl`; `none` if there is none."""
     sensor: str | None
-    """The sensor that the files are of; several comma-separated; None if nothing tells it."""
+    """The sensor of the files, several comma-separated; None if unknown."""
     block: tuple[int, int]
     """Rows and columns of the largest block on disk: windows of whole blocks decode none twice."""
     acquisitions: tuple[Acquisition, ...]
-    """By observation; those of one observation in the order given, the first clear value wins."""
+    """Granules by observation; in one observation, the first clear value in order is used."""
     area: Mapping[str, Any] | None = None
     """A polygon in the grid's CRS: pixels whose centre lies outside it are missing."""
     files: tuple[str, ...]
@@ -144,12 +144,12 @@ class Stack:
 
     @property
     def bands_read(self) -> tuple[str, ...]:
-        """The needed bands, and those that only the cloud mask reads."""
+        """The needed bands, then those that only the cloud mask reads."""
         return (*self.bands, *(self.cloud_bands or ()))
 
     @property
     def observations(self) -> int:
-        """T: the dates, or for undated imagery the images."""
+        """T: the number of dates, or of images if they have no dates."""
         return self.acquisitions[-1].observation + 1
 
 
@@ -161,7 +161,7 @@ class Sits:
     """(T, C, h, w) or (T, C, N) float32 reflectance, each band of a date in one block of memory;
     NaN in all bands of a date where one of them is missing. Clouds keep their values."""
     valid: NDArray[np.bool_]
-    """(T, h, w) or (T, N): True where the observation is there and clear."""
+    """(T, h, w) or (T, N): True where the observation exists and is clear."""
 
 
 def open_stack(
@@ -176,29 +176,29 @@ def open_stack(
     other_sensors: Mapping[str, str] = MappingProxyType({}),
     model: str = "the model",
 ) -> Stack:
-    """Understand files as a stack, from their headers alone.
+    """Open files as a stack, from their headers only.
 
     Args:
         files: the GeoTIFFs, in the order given by the caller.
         options: the caller's statements about them.
-        bands: the bands needed, by Sentinel-2 name, in the order of the C axis.
+        bands: the needed bands, by Sentinel-2 name, in the order of the C axis.
         optional: further bands, which follow on the C axis if every date has them.
-        dated: whether observations need dates. Without, files that have none are observations
-            of their own, in the order given.
-        max_bytes: most bytes that the needed bands of all dates may decode to.
+        dated: whether observations need dates. If not, each file without a date is an observation
+            of its own, in the order given.
+        max_bytes: largest decoded size of the needed bands of all dates, bytes.
         sensors: names of the sensors that may be read; empty reads any.
-        other_sensors: names of others that may be read with a warning, and what they cost.
-        model: whose sensors these are, for messages.
+        other_sensors: names of further sensors that are read with a warning, and their cost.
+        model: the model of these sensors, for messages.
 
     Raises:
         NotAGeoTIFF: a file is not a GeoTIFF.
         NoGeoreference: a file that is needed has no CRS or no transform.
         WrongSensor: a file is of a sensor that is neither in `sensors` nor in `other_sensors`.
-        GridMismatch: needed files do not share one grid, and `grid` does not say which to take.
-        MissingBands: a needed band is not there.
+        GridMismatch: needed files do not share one grid, and `grid` does not choose one.
+        MissingBands: a needed band is missing.
         MissingDates: a file or band has no date.
-        RasterTooLarge: the stack is over `max_bytes`, or one block is beyond reason.
-        InvalidRequest: the options contradict the files or themselves.
+        RasterTooLarge: the stack exceeds `max_bytes`, or a block exceeds its limit.
+        InvalidRequest: the options contradict the files or each other.
     """
     _check_options(files, options)
     headers = _headers(files)
@@ -283,8 +283,8 @@ def _numbers(given: DatedNumber | None) -> Sequence[float]:
 
 def _headers(files: Sequence[SourceFile]) -> list[Header]:
     placed: dict[bytes, Placed] = {}
-    # One after the other: what is asked of a header is asked with the GIL, and two threads that
-    # wait for it take half as long again as one.
+    # In one thread: parsing headers holds the GIL, and two threads that wait for it take 1.5 times
+    # as long.
     with gdal_options():
         rasters, products = split_products(files)
         headers = [read_header(file, placed) for file in rasters]
@@ -324,7 +324,7 @@ def _merged(granules: Sequence[Granule], observations: int) -> tuple[StackWarnin
 def _eight_bits(
     granules: Sequence[Granule], bands: Sequence[str], options: StackOptions
 ) -> tuple[StackWarning, ...]:
-    """Reflectance x 10,000 does not fit into 8 bits, and no other scale is usual."""
+    """The warning about 8-bit numbers without a scale: reflectance x 10,000 does not fit."""
     planes = [granule.planes[band] for granule in granules for band in bands]
     small = (
         header
@@ -402,9 +402,9 @@ def _plane(
 
 @lru_cache(maxsize=64)  # the bands of a stack mostly have one
 def _as_native(nodata: float | None, name: str) -> int | float | None:
-    """A nodata number as the raster's own type can hold it.
+    """A nodata number in the raster's number type.
 
-    None where it cannot, or where it is NaN or infinite: those are missing anyway.
+    None if the type cannot hold it, or if it is NaN or infinite, which are missing anyway.
     """
     if nodata is None or not np.isfinite(nodata):
         return None

@@ -1,9 +1,9 @@
 """TIFF guard: a file's directories, checked before GDAL reads them, against bombs and pointers.
 
-GDAL takes a directory at its word. It keeps metadata in lists that it searches from the start
-for each item, walks chains of a million directories, and opens the file that an item of the
-domain OVERVIEWS names, wherever that lies. So the few claims that cost time or memory, or lead
-outside, are read here first. Whatever else is odd is left to GDAL, which says so itself.
+GDAL trusts a directory. It keeps metadata in lists that it searches from the start for each item,
+follows chains of a million directories, and opens any file that an item of the domain OVERVIEWS
+names. So the declarations that cost time or memory, or refer to other files, are checked here
+first. Other faults are left to GDAL, which reports them.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def check_directories(path: Path, name: str) -> Directories:
     """Reject a TIFF whose directories claim sizes that no raster needs.
 
     Args:
-        path: the file; its first bytes are a TIFF's.
-        name: as the caller calls it.
+        path: the file; its first bytes are those of a TIFF.
+        name: the caller's name for the file.
 
     Raises:
         RasterTooLarge: too many directories, entries, values or items, or a mask of huge blocks.
@@ -127,7 +127,7 @@ def check_directories(path: Path, name: str) -> Directories:
 
 
 def _georeference(file: BinaryIO, form: _Form, entries: list[_Entry]) -> bytes:
-    """The bytes from which GDAL derives CRS and transform, their encoding included."""
+    """The bytes from which GDAL derives CRS and transform, including their byte order."""
     telling = [entry for entry in entries if entry.tag in _PLACE]
     if sum(entry.size for entry in telling) > _MAX_PLACE_BYTES:
         return b""
@@ -215,8 +215,8 @@ def _small(form: _Form, entry: _Entry, name: str) -> int:
     """The one number of an entry.
 
     Raises:
-        NotAGeoTIFF: it is of a type that the TIFF specification does not give such a tag. libtiff
-            reads further types, so ignoring them here would let their numbers pass unseen.
+        NotAGeoTIFF: the entry has a type that the TIFF specification does not allow for the tag.
+            libtiff reads further types, so ignoring them here would leave their numbers unchecked.
     """
     code = _CODES.get(entry.kind)
     if code is None or entry.length != 1 or entry.size > len(entry.field):

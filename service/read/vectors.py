@@ -1,8 +1,7 @@
 """Fields: polygons with ids and properties, from GeoJSON, GeoPackage or GeoParquet.
 
-The first bytes decide which reader a file gets: GeoJSON is read as JSON, GeoPackage by GDAL's GPKG
-driver alone (pyogrio), GeoParquet by Apache Arrow. Counts and sizes are checked before
-a feature is read.
+The first bytes determine the reader: GeoJSON is read as JSON, GeoPackage only by GDAL's GPKG driver
+(pyogrio), GeoParquet by Apache Arrow. Counts and sizes are checked before a feature is read.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _DEGREES = CRS.from_epsg(4326)
 _GEOPACKAGES = frozenset({b"GPKG", b"GP10", b"GP11", b"GP12"})
 _APPLICATION_ID = slice(68, 72)
 _MAX_DECODED_BYTES = 512 * 2**20
-"""Of a GeoParquet file: its columns may be compressed a thousandfold."""
+"""Largest decoded size of a GeoParquet file: its columns may be compressed a thousandfold."""
 _MAX_PROPERTIES = 500
 _NAMED_AT_MOST = 5
 _POLYGONS = frozenset({shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON})
@@ -40,11 +39,11 @@ class Fields:
     """N agricultural parcels or other polygons, in the order of their file."""
 
     ids: tuple[Any, ...]
-    """Ids (N) as the file has them; a feature without one has its position, from 1."""
+    """Ids (N) in the file; the id of a feature without one is its position, from 1."""
     properties: tuple[Mapping[str, Any], ...]
     """Properties (N), JSON values."""
     shapes: NDArray[np.object_]
-    """Shapely polygons (N) in the file's CRS; None where a feature holds no usable polygon."""
+    """Shapely polygons (N) in the file's CRS; None for a feature without a usable polygon."""
     crs: CRS
     warnings: tuple[StackWarning, ...]
 
@@ -58,7 +57,7 @@ class Fields:
         return [None if s is None else json.loads(shapely.to_geojson(s)) for s in shapes]
 
     def in_crs(self, crs: CRS) -> NDArray[np.object_]:
-        """The polygons (N) in another CRS; None where it cannot hold one."""
+        """The polygons (N) in another CRS; None for a polygon that the CRS cannot hold."""
         if crs == self.crs:
             return self.shapes
 
@@ -79,14 +78,14 @@ def read_fields(source: SourceFile, most: int) -> Fields:
 
     Args:
         source: the file.
-        most: features that it may hold.
+        most: largest number of features.
 
     Returns:
         The fields; `warnings` name repaired and unusable features and repeated ids.
 
     Raises:
-        NotAVectorFile: none of the three formats, or a file that does not read.
-        TooManyFields: more features than `most`.
+        NotAVectorFile: the file has none of the three formats, or cannot be read.
+        TooManyFields: the file has more features than `most`.
         InvalidFields: no feature holds a polygon.
     """
     with source.path.open("rb") as file:
@@ -154,7 +153,7 @@ def _read_geojson(source: SourceFile, most: int) -> _Read:
 
 
 def _named_crs(name: str, crs: object) -> CRS:
-    """The CRS of GeoJSON: longitude and latitude, or what GeoJSON of 2008 names."""
+    """The CRS of GeoJSON: longitude and latitude, or the CRS named as in GeoJSON of 2008."""
     if crs is None:
         return _DEGREES
     try:
@@ -182,13 +181,15 @@ def _read_geopackage(source: SourceFile, most: int) -> _Read:
         info = pyogrio.read_info(path, layer=spatial[0], force_feature_count=True)
         _check_count(source.name, info["features"], most)
         if not info["crs"]:
-            raise NotAVectorFile(f"'{source.name}' states no CRS")
+            raise NotAVectorFile(
+                f"'{source.name}' states no CRS: set one, or send GeoJSON in EPSG:4326"
+            )
         meta, fids, geometry, columns = pyogrio.raw.read(
             path, layer=spatial[0], return_fids=True, force_2d=True
         )
         crs = CRS.from_user_input(info["crs"])
     except (DataSourceError, DataLayerError, CRSError, ValueError) as error:
-        raise NotAVectorFile(f"'{source.name}' does not read as a GeoPackage") from error
+        raise NotAVectorFile(f"'{source.name}' cannot be read as a GeoPackage") from error
     finally:
         path.unlink(missing_ok=True)
     names = [str(name) for name in meta["fields"]]
@@ -219,7 +220,7 @@ def _read_geoparquet(source: SourceFile, most: int) -> _Read:
         crs = _DEGREES if is_degrees else CRS.from_user_input(json.dumps(stated))
         shapes = shapely.from_wkb([row.pop(main) for row in rows], on_invalid="ignore")
     except (pyarrow.ArrowException, CRSError, KeyError, TypeError, ValueError, OSError) as error:
-        raise NotAVectorFile(f"'{source.name}' does not read as GeoParquet") from error
+        raise NotAVectorFile(f"'{source.name}' cannot be read as GeoParquet") from error
     properties = [_json_object(row) for row in rows]
     ids = [row.get("id", n) for n, row in enumerate(properties, start=1)]
     return ids, properties, np.asarray(shapes, np.object_), crs
@@ -230,7 +231,7 @@ def _json_object(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _json_value(value: Any) -> Any:  # noqa: ANN401 - whatever a file holds
-    """A value as JSON has it: dates as text, no NaN, no bytes."""
+    """A value for JSON: dates as text, without NaN and bytes."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):

@@ -1,7 +1,7 @@
-"""Warping: a file seen on the grid of its stack, by GDAL's warper.
+"""Warping: a file on the grid of its stack, by GDAL's warper.
 
-Reflectance is interpolated bilinearly over valid pixels alone; classes and bits take the nearest
-pixel. Every window is the same part of the whole: the transform is exact, and the reach of the
+Reflectance is interpolated bilinearly, only over valid pixels; classes and bits take the nearest
+pixel. The result does not depend on the windows: the transform is exact, and the reach of the
 kernel is one number for all windows.
 """
 
@@ -15,25 +15,25 @@ from service.read.placement import Warp
 from service.read.stack import Plane
 
 _TOLERANCE = 1e-6
-"""Pixels by which GDAL may interpolate coordinates; rasterio 1.4 fails on 0, which means exactly.
-It is so small that no window differs from the whole."""
+"""Error in pixels that GDAL may make by interpolating coordinates. 0 would mean exact, but rasterio
+1.4 fails on it. The error is so small that results do not depend on the windows."""
 WARP_BYTES = 64 * 2**20
 """Memory that GDAL takes for one piece of a warp."""
 
 
 def has_alpha(plane: Plane) -> bool:
-    """Whether the warped file has an alpha band at its end that says where it has pixels.
+    """Whether the warped file has an alpha band at its end, which marks its pixels.
 
-    A quality band may mean something by each of its numbers, zero included, and an internal mask
-    is not a number.
+    Every number of a quality band may have a meaning, including zero, and an internal mask is not a
+    number.
     """
     return plane.masked or plane.resampling == "nearest"
 
 
 def fill_of(plane: Plane) -> int | float | None:
-    """What a warped plane holds where the file has no pixel; None where alpha says so.
+    """Number of a warped plane where the file has no pixel; None if alpha marks it.
 
-    Zero where the file names no nodata: integers of reflectance are never zero on land.
+    Zero if the file has no nodata tag: integers of reflectance are never zero on land.
     """
     if has_alpha(plane):
         return None
@@ -46,9 +46,9 @@ def warped(source: rasterio.DatasetReader, plane: Plane, warp: Warp) -> WarpedVR
     """A file on the grid of its stack, in its own number type.
 
     Args:
-        source: the file, open, with its georeference.
-        plane: one of its bands that are read together.
-        warp: where to.
+        source: the open file, with its georeference.
+        plane: one of the bands that are read together.
+        warp: parameters of the warper.
     """
     grid = warp.grid
     fill = fill_of(plane)
