@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
-SOURCES := models service training pimc_client tests benchmarks docs docker scripts
+SOURCES := models service training pimc_client tests benchmarks docs docker scripts qgis
 
 .PHONY: demo explore serve test check lint format client lock checksums sbom audit bench docs clean
 
