@@ -37,6 +37,7 @@ from pimc_client.errors import (
     MethodNotAllowed,
     MissingBands,
     MissingDates,
+    NameTaken,
     NoGeoreference,
     NotAcceptable,
     NotAGeoTIFF,
@@ -52,6 +53,7 @@ from pimc_client.errors import (
     ServiceError,
     TimedOut,
     TooFewDates,
+    TooFewLabels,
     TooManyFields,
     TooManyRequests,
     TransportError,
@@ -87,6 +89,7 @@ from pimc_client.results import (
     ServiceWarning,
     Summary,
     Table,
+    Taught,
 )
 
 __all__ = [
@@ -125,6 +128,7 @@ __all__ = [
     "Model",
     "ModelWindow",
     "Models",
+    "NameTaken",
     "NoGeoreference",
     "NotAGeoTIFF",
     "NotAVectorFile",
@@ -149,8 +153,10 @@ __all__ = [
     "ServiceWarning",
     "Summary",
     "Table",
+    "Taught",
     "TimedOut",
     "TooFewDates",
+    "TooFewLabels",
     "TooManyFields",
     "TooManyRequests",
     "TransportError",

@@ -47,6 +47,7 @@ from pimc_client.results import (
     Results,
     Summary,
     Table,
+    Taught,
     new_file,
 )
 from pimc_client.retry import RetryPolicy
@@ -642,6 +643,83 @@ class AsyncClient:
     async def jobs(self) -> list[AsyncJob[TaskResult]]:
         """All jobs of this API key on the server."""
         return [AsyncJob(self, handle) for handle in await self.run(operations.jobs())]
+
+    # Own classes ----------------------------------------------------------------------------------
+
+    async def teach(
+        self,
+        name: str,
+        files: Files,
+        labels: Fields,
+        *,
+        description: str | None = None,
+        embedding: str | None = None,
+        **options: Unpack[WindowOptions],
+    ) -> Taught:
+        """Learn classes from labelled pixels, as a model that `classify_pixels` takes at once.
+
+        Args:
+            name: of the model: small letters, digits and hyphens.
+            files: the GeoTIFF stack, as for `classify_pixels`. Every band that it has at every
+                date is used.
+            labels: points or polygons with a property `class` (and `place`, if labels of one place
+                are to be left out together): GeoJSON, the path of a GeoJSON, GeoPackage or
+                GeoParquet file, or a GeoPandas object.
+            description: for the card.
+            embedding: a model such as `embed-pixel`, whose embedding is tried as features as well.
+            **options: how the files are read, except `model`.
+
+        Returns:
+            The model's card, with its scores on places left out, and warnings.
+
+        Raises:
+            TooFewLabels: fewer than two classes, or than five usable labels of one.
+            NameTaken: there is a model of that name.
+        """
+        operation = operations.teach(
+            name, files, labels, description=description, embedding=embedding, **options
+        )
+        return await self.run(operation)
+
+    async def teach_series(
+        self,
+        name: str,
+        series: Iterable[Series],
+        classes: Iterable[str],
+        *,
+        places: Iterable[str] | None = None,
+        description: str | None = None,
+        embedding: str | None = None,
+        start: Date | None = None,
+    ) -> Taught:
+        """Learn classes from labelled series, as `teach` does from a stack.
+
+        Args:
+            name: of the model.
+            series: pixels or fields; bands that all of them have are used.
+            classes: the class of each.
+            places: where each lies; series of one place are left out together when the model is
+                scored. Without, each counts as a place of its own.
+            description: for the card.
+            embedding: as for `teach`.
+            start: first day of the time window; all dates if left out.
+
+        Returns:
+            As `teach` does.
+        """
+        operation = operations.teach_series(
+            name, series, classes, places=places, description=description, embedding=embedding,
+            start=start,
+        )  # fmt: skip
+        return await self.run(operation)
+
+    async def own_models(self) -> tuple[Model, ...]:
+        """The models that this API key has made."""
+        return await self.run(operations.own_models())
+
+    async def delete_model(self, name: str) -> None:
+        """Remove a model that this API key has made."""
+        await self.run(operations.delete_model(name))
 
     # The server -----------------------------------------------------------------------------------
 

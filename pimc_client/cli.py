@@ -38,7 +38,16 @@ from pimc_client.errors import PIMCError
 from pimc_client.inputs import Layout, Modality, Sensor, Series, Task
 from pimc_client.requests import __version__
 from pimc_client.responses import TaskResult
-from pimc_client.results import JobHandle, Measured, Raster, Rasters, Results, Summary, Table
+from pimc_client.results import (
+    JobHandle,
+    Measured,
+    Raster,
+    Rasters,
+    Results,
+    Summary,
+    Table,
+    Taught,
+)
 from pimc_client.tables import csv_text, flat_record, series_of_file
 from pimc_client.uploads import decoded_name
 
@@ -558,6 +567,88 @@ def series(
     _write_records(found, out)
 
 
+# --- own classes ----------------------------------------------------------------------------------
+
+
+@app.command()
+@_with(reading=_reading, client=_client)
+def teach(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Name of the model to make: small letters, digits and hyphens.",
+            show_default=False,
+        ),
+    ],
+    files: Stack,
+    *,
+    labels: Annotated[
+        Path,
+        typer.Option(
+            "--labels",
+            "-l",
+            help="GeoJSON, GeoPackage or GeoParquet file of points or polygons with a property "
+            "'class', and 'place' if labels of one place are to be left out together.",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
+    ],
+    description: Annotated[
+        str | None, typer.Option("--description", help="For the model's card.")
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            "--embedding",
+            help="Model such as embed-pixel, whose embedding is tried as features as well.",
+        ),
+    ] = None,
+    start: Start = None,
+    as_json: AsJSON = False,
+    reading: dict[str, Any],
+    client: Client,
+) -> None:
+    """Learn your own classes from labels; 'pimc classify-pixels --model NAME' then maps them."""
+    if reading.pop("model") is not None:
+        raise UsageError("--model is of no use here: NAME is that of the model to make")
+    with _bars() as bars:
+        operation = operations.teach(
+            name, files, labels, description=description, embedding=embedding, start=start,
+            progress=bars.uploaded, **reading,
+        )  # fmt: skip
+        found = client.run(operation)
+    _print_warnings(found)
+    if as_json:
+        _print_json(found.model.card)
+        return
+    metrics = found.model.metrics
+    low, high = metrics["macro_f1_interval"] or (float("nan"), float("nan"))
+    typer.echo(
+        f"{found.model.id}: macro-F1 {metrics['macro_f1']:.2f} ({low:.2f} to {high:.2f}), accuracy "
+        f"{metrics['accuracy']:.2f}, on places left out"
+    )
+    rows = [
+        (entry.name, str(metrics["labels"][entry.name]), "" if f1 is None else f"{f1:.2f}")
+        for entry, f1 in zip(found.model.classes, metrics["f1"], strict=True)
+    ]
+    _print_table(("class", "labels", "F1"), rows)
+
+
+@app.command()
+@_with(client=_client)
+def forget(
+    name: Annotated[
+        str, typer.Argument(help="Name of a model made with 'pimc teach'.", show_default=False)
+    ],
+    *,
+    client: Client,
+) -> None:
+    """Remove a model of your own classes."""
+    client.delete_model(name)
+    typer.echo(f"{name} removed")
+
+
 # --- jobs -----------------------------------------------------------------------------------------
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of the job.", show_default=False)]
@@ -803,7 +894,7 @@ def _print_json(document: object) -> None:
     typer.echo(_json(document))
 
 
-def _print_warnings(result: TaskResult | Results[Any] | Measured) -> None:
+def _print_warnings(result: TaskResult | Results[Any] | Measured | Taught) -> None:
     for warning in result.warnings:
         typer.echo(f"pimc: {warning}", err=True)
 

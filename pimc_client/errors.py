@@ -24,6 +24,7 @@
         │   ├── ResultNotReady, InvalidRange
         │   ├── BodyTooLarge, BodyStalled
         │   ├── NotAVectorFile, InvalidFields, TooManyFields
+        │   ├── TooFewLabels, NameTaken
         │   └── MalformedRequest, UriTooLong, HeaderTooLarge, HeadStalled
         ├── RasterError
         │   ├── NotAGeoTIFF, CorruptRaster, NoGeoreference, GridMismatch
@@ -216,6 +217,18 @@ class TooManyFields(RequestError):
     """The request has more fields than the server accepts."""
 
     known_code = "too_many_fields"
+
+
+class TooFewLabels(RequestError):
+    """Fewer than two classes, or too few usable labels of one."""
+
+    known_code = "too_few_labels"
+
+
+class NameTaken(RequestError):
+    """A model of that name exists."""
+
+    known_code = "name_taken"
 
 
 class ForbiddenReference(RequestError):

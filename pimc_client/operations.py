@@ -28,6 +28,10 @@ from pimc_client.requests import (
     Request,
     Response,
     build_cancel,
+    build_head,
+    build_head_of_series,
+    build_head_removal,
+    build_heads,
     build_job,
     build_jobs,
     build_model,
@@ -44,6 +48,7 @@ from pimc_client.responses import (
     checked,
     embedding,
     forecast,
+    parse_heads,
     parse_job,
     parse_json,
     parse_measured,
@@ -52,6 +57,7 @@ from pimc_client.responses import (
     parse_ready,
     parse_result,
     parse_series,
+    parse_taught,
     pixel_class,
 )
 from pimc_client.results import (
@@ -68,6 +74,7 @@ from pimc_client.results import (
     Rasters,
     Readiness,
     Results,
+    Taught,
 )
 
 T = TypeVar("T")
@@ -195,6 +202,33 @@ def models() -> Operation[Models]:
 def model(reference: str) -> Operation[Model]:
     """A model's card."""
     return parse_model(parse_json((yield from _exchange(build_model(reference)))))
+
+
+def teach(name: str, files: Files, labels: Fields, **options: Any) -> Operation[Taught]:  # noqa: ANN401 (see `build_head`)
+    """Learn classes from a stack and labels."""
+    request = build_head(name, files, labels, **options)
+    return parse_taught(parse_json((yield from _exchange(request))))
+
+
+def teach_series(
+    name: str,
+    given: Iterable[Series],
+    classes: Iterable[str],
+    **options: Any,  # noqa: ANN401 (see `build_head_of_series`)
+) -> Operation[Taught]:
+    """Learn classes from labelled series."""
+    request = build_head_of_series(name, given, classes, **options)
+    return parse_taught(parse_json((yield from _exchange(request))))
+
+
+def own_models() -> Operation[tuple[Model, ...]]:
+    """The caller's own models."""
+    return parse_heads(parse_json((yield from _exchange(build_heads()))))
+
+
+def delete_model(name: str) -> Operation[None]:
+    """Remove a model of the caller's own."""
+    (yield from _exchange(build_head_removal(name))).body.close()
 
 
 def ready() -> Operation[Readiness]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from urllib.parse import quote
@@ -153,29 +153,28 @@ def build_raster(
         ValueError: no file is given, a point is not a pair, or options exclude each other.
         FileNotFoundError: a path does not exist.
     """
-    options: dict[str, Any] = {
-        "model": model,
-        "layout": layout,
-        "dates": None if dates is None else listed(dates, "dates"),
-        "bands": None if bands is None else listed(bands, "bands"),
-        "scale": scale,
-        "offset": offset,
-        "mask": mask if mask is None or isinstance(mask, str) else ",".join(mask),
-        "sensor": sensor,
-        "grid": grid,
-        "bbox": None if bbox is None else _bbox(bbox),
-        "area": None if area is None else area_json(area),
-        "start": None if start is None else iso(start, "start"),
-        "points": None if points is None else points_json(points),
-        "outputs": None if outputs is None else listed(outputs, "outputs"),
-        "horizon": horizon,
-        "stride": stride,
-        "modality": modality,
-        "plots": True if plots else None,
-        "smooth": smooth,
-        "min_area": min_area,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
+    given = _parameters(
+        model=model,
+        layout=layout,
+        dates=dates,
+        bands=bands,
+        scale=scale,
+        offset=offset,
+        mask=mask,
+        sensor=sensor,
+        grid=grid,
+        bbox=bbox,
+        area=area,
+        start=start,
+        points=points,
+        outputs=outputs,
+        horizon=horizon,
+        stride=stride,
+        modality=modality,
+        plots=plots or None,
+        smooth=smooth,
+        min_area=min_area,
+    )
     accept = _accept(task, outputs, points, fields, answer)
     return Request(
         method="POST",
@@ -183,6 +182,83 @@ def build_raster(
         accept=accept,
         body=_raster_body(sources_of(files), given, fields, progress),
     )
+
+
+def _parameters(**options: Any) -> dict[str, Any]:  # noqa: ANN401 (any option)
+    """Options as the API has them; None is left out."""
+    as_sent: Mapping[str, Callable[[Any], Any]] = {
+        "dates": lambda dates: listed(dates, "dates"),
+        "bands": lambda bands: listed(bands, "bands"),
+        "mask": lambda mask: mask if isinstance(mask, str) else ",".join(mask),
+        "bbox": _bbox,
+        "area": area_json,
+        "start": lambda start: iso(start, "start"),
+        "points": points_json,
+        "outputs": lambda outputs: listed(outputs, "outputs"),
+    }
+    return {
+        name: as_sent[name](value) if name in as_sent else value
+        for name, value in options.items()
+        if value is not None
+    }
+
+
+def build_head(
+    name: str,
+    files: Files,
+    labels: Fields,
+    *,
+    progress: Progress | None = None,
+    **options: Any,  # noqa: ANN401 (`description`, `embedding`, and those of `WindowOptions`)
+) -> Request:
+    """A request to learn classes from a stack and labels.
+
+    Raises:
+        TypeError: something that is not a file, a date, or labels.
+        ValueError: no file.
+        FileNotFoundError: a path that does not exist.
+    """
+    given = _parameters(name=name, **options)
+    body = _raster_body(sources_of(files), given, labels, progress, vector="labels")
+    return Request(method="POST", path="heads", body=body)
+
+
+def build_head_of_series(
+    name: str,
+    series: Iterable[Series],
+    classes: Iterable[str],
+    *,
+    places: Iterable[str] | None = None,
+    **options: Any,  # noqa: ANN401 (`description`, `embedding`, `start`)
+) -> Request:
+    """A request to learn classes from labelled series.
+
+    Raises:
+        ValueError: the numbers of series, classes and places differ.
+    """
+    given, names = list(series), list(classes)
+    where = [None] * len(given) if places is None else list(places)
+    if not len(given) == len(names) == len(where):
+        raise ValueError(
+            f"{len(given)} series, {len(names)} classes and {len(where)} places: give one class "
+            "and one place per series"
+        )
+    labelled = [
+        {**one.to_json(), "class": kind, **({} if place is None else {"place": place})}
+        for one, kind, place in zip(given, names, where, strict=True)
+    ]
+    body = json_body({"series": labelled, **_parameters(name=name, **options)})
+    return Request(method="POST", path="heads", body=body)
+
+
+def build_heads() -> Request:
+    """The caller's own models."""
+    return Request(method="GET", path="heads")
+
+
+def build_head_removal(name: str) -> Request:
+    """The removal of a model of the caller's own."""
+    return Request(method="DELETE", path=f"heads/{quote(name, safe='')}")
 
 
 def _bbox(bbox: Sequence[float] | str) -> list[float]:
@@ -233,14 +309,15 @@ def _raster_body(
     options: Mapping[str, Any],
     fields: Fields | None,
     progress: Progress | None,
+    vector: str = "fields",
 ) -> Body:
     references = [source for source in sources if isinstance(source, Reference)]
     if references:
-        polygons = {} if fields is None else {"fields": fields_json(fields)}
+        polygons = {} if fields is None else {vector: fields_json(fields)}
         return json_body({"items": [_item(r) for r in references], **options, **polygons})
     files = [("files", source) for source in sources if isinstance(source, Source)]
     if fields is not None:
-        files.insert(0, ("fields", fields_source(fields)))
+        files.insert(0, (vector, fields_source(fields)))
     return multipart_body(files, {k: _parameter(v) for k, v in options.items()}, progress)
 
 

@@ -30,6 +30,7 @@ from pimc_client.results import (
     ServiceWarning,
     Summary,
     Table,
+    Taught,
     legend_class,
 )
 
@@ -294,6 +295,23 @@ def parse_model(document: Record) -> Model:
         sha256=document["sha256"],
         card=document,
     )
+
+
+@_documented()
+def parse_taught(document: Record) -> Taught:
+    """A model that was made."""
+    return Taught(
+        model=parse_model(document["card"]),
+        warnings=tuple(
+            ServiceWarning(code=w["code"], detail=w["detail"]) for w in document["warnings"]
+        ),
+    )
+
+
+@_documented()
+def parse_heads(document: Record) -> tuple[Model, ...]:
+    """The caller's own models."""
+    return tuple(parse_model(card) for card in document["heads"])
 
 
 @_documented()

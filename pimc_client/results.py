@@ -699,6 +699,15 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Taught:
+    """A model of the caller's own classes, just made."""
+
+    model: Model
+    """Its card; `metrics` holds its scores on places left out."""
+    warnings: tuple[ServiceWarning, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Models:
     """The models of the server; iterate over the cards, or take one by name."""
 

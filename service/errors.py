@@ -17,6 +17,7 @@
     │   ├── BodyTooLarge                     over the upload limit
     │   ├── BodyStalled                      the upload stopped half way
     │   ├── NotAVectorFile, InvalidFields, TooManyFields    what `fields` holds
+    │   ├── TooFewLabels, NameTaken          own classes
     │   └── MalformedRequest, UriTooLong, HeaderTooLarge, HeadStalled    the head of the request
     ├── RasterError                          the content of the files
     │   ├── NotAGeoTIFF, CorruptRaster, NoGeoreference, GridMismatch
@@ -192,6 +193,20 @@ class TooManyFields(RequestError):
 
     code = "too_many_fields"
     title = "Too many fields"
+
+
+class TooFewLabels(RequestError):
+    """Too few classes, or too few usable labels of a class, to learn from."""
+
+    code = "too_few_labels"
+    title = "Too few labels"
+
+
+class NameTaken(RequestError):
+    """A model of that name exists."""
+
+    code = "name_taken"
+    title = "Name taken"
 
 
 class MalformedRequest(RequestError):
@@ -381,6 +396,8 @@ STATUS: Mapping[str, int] = {
     "not_a_vector_file": 422,
     "invalid_fields": 422,
     "too_many_fields": 413,
+    "too_few_labels": 422,
+    "name_taken": 409,
     "head_stalled": 408,
     "uri_too_long": 414,
     "header_too_large": 431,

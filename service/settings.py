@@ -183,6 +183,8 @@ class Settings(BaseSettings):
     """Pixels, series and points of one caller per day (UTC); None is no bound."""
     max_storage_per_caller: Annotated[ByteSize, Field(ge=1)] | None = None
     """Files of one caller's jobs, in bytes or as `500MB`, `2GiB`; None is no bound."""
+    max_heads: Annotated[int, Field(ge=1)] = 100
+    """Models of its own classes that one caller may have."""
     job_ttl: Annotated[int, Field(ge=1)] = 7 * 24 * 3600
     """Seconds for which a finished job and its result are kept."""
     grace_seconds: Annotated[int, Field(ge=0)] = 30

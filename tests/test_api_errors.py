@@ -40,6 +40,8 @@ ELSEWHERE = {
     "uri_too_long",
     "header_too_large",
     "wrong_sensor",
+    "too_few_labels",
+    "name_taken",
 }
 BODY_LIMIT, RASTER_LIMIT, PIXEL_LIMIT = 200_000, 100_000, 4_000
 

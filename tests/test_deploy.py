@@ -266,7 +266,7 @@ def test_every_package_is_pinned_within_what_pyproject_asks_for(extra, pinned):
 
 def test_serving_needs_no_torch():
     assert "torch" in required(EXTRAS["training"])
-    assert not {"torch", "onnx", "scikit-learn"} & set(required(EXTRAS["service"]))
+    assert not {"torch", "scikit-learn", "scipy"} & set(required(EXTRAS["service"]))
 
 
 def test_cuda_is_of_the_version_that_onnx_runtime_asks_for(pinned):

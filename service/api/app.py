@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -30,11 +31,13 @@ from service.api.middleware import (
 from service.api.openapi import DocumentedApp
 from service.api.problems import add_handlers, fault
 from service.api.quotas import Quotas
+from service.api.routes import heads as head_routes
 from service.api.routes import health, home, models, series, tasks
 from service.api.routes import jobs as job_routes
 from service.api.sending import Downloads
 from service.errors import PIMCError
 from service.infer.engine import Engine
+from service.jobs.heads import HeadStore
 from service.jobs.runner import JobRunner
 from service.jobs.store import JobStore
 from service.read.geotiff import BlockCache
@@ -49,6 +52,7 @@ _ROUTERS = (
     series.router,
     job_routes.router,
     models.router,
+    head_routes.router,
     health.router,
     home.router,
 )
@@ -84,6 +88,9 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
             engine = await to_thread.run_sync(_load, settings)
             stack.push_async_callback(to_thread.run_sync, engine.close)
             metrics.provider(engine.provider)
+            heads = await to_thread.run_sync(
+                partial(HeadStore, settings.state_folder, engine, most=settings.max_heads)
+            )
             closing = threading.Event()
             cache = BlockCache()
             budget = MemoryBudget(settings.memory_budget)
@@ -139,6 +146,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 keys=keys,
                 refusals=Refusals(metrics.key_refused),
                 jobs=store,
+                heads=heads,
                 cache=cache,
                 budget=budget,
                 executor=executor,

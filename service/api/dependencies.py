@@ -29,6 +29,7 @@ from service.api.sending import Downloads
 from service.api.uploads import Limits
 from service.errors import Unauthorized
 from service.infer.engine import Engine
+from service.jobs.heads import HeadStore
 from service.jobs.runner import JobRunner
 from service.jobs.store import JobStore
 from service.read.geotiff import BlockCache
@@ -51,6 +52,7 @@ class AppState:
     keys: ApiKeys
     refusals: Refusals
     jobs: JobStore
+    heads: HeadStore
     cache: BlockCache
     budget: MemoryBudget
     executor: Executor

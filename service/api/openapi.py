@@ -20,6 +20,10 @@ from service.api.schemas import (
     FORMS,
     ITEMS,
     SERIES,
+    HeadForm,
+    HeadItems,
+    HeadResponse,
+    HeadSeries,
     JobInfo,
     MeasuredResponse,
     Operation,
@@ -60,6 +64,10 @@ _MODELS: tuple[type[BaseModel], ...] = (
     *FORMS.values(),
     *ITEMS.values(),
     *SERIES.values(),
+    HeadForm,
+    HeadItems,
+    HeadSeries,
+    HeadResponse,
     SummaryResponse,
     SeriesResponse,
     PointsResponse,
@@ -78,7 +86,7 @@ class DocumentedApp(FastAPI):
         document = super().openapi()
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         _, defined = models_json_schema([(m, "validation") for m in _MODELS], ref_template=_REF)
-        forms = {model.__name__ for model in FORMS.values()}
+        forms = {HeadForm.__name__, *(model.__name__ for model in FORMS.values())}
         for name, schema in defined["$defs"].items():
             schemas[name] = _form(schema) if name in forms else schema
         return document
@@ -213,7 +221,8 @@ def _form(schema: dict[str, Any]) -> dict[str, Any]:
         "description": "the GeoTIFF stack",
     }
     fields = {name: _without_null(field) for name, field in schema["properties"].items()}
-    return {**schema, "properties": {FILES: files, **fields}, "required": [FILES]}
+    required = [FILES, *schema.get("required", ())]
+    return {**schema, "properties": {FILES: files, **fields}, "required": required}
 
 
 def _without_null(field: dict[str, Any]) -> dict[str, Any]:
@@ -223,3 +232,30 @@ def _without_null(field: dict[str, Any]) -> dict[str, Any]:
         del kept["default"]
     options = [option for option in field.get("anyOf", []) if option.get("type") != "null"]
     return {**kept, **options[0]} if len(options) == 1 else field
+
+
+HEAD_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            FORM: {"schema": _ref(HeadForm), "encoding": {FILES: {"contentType": "image/tiff"}}},
+            JSON: {"schema": {"anyOf": [_ref(HeadItems), _ref(HeadSeries)]}},
+        },
+    }
+}
+"""`openapi_extra` of `POST /heads`."""
+HEAD: Mapping[int | str, dict[str, Any]] = {
+    201: {
+        "description": "The model, which `/classify-pixels` serves from now on",
+        "headers": _described({"Location": "the model's card", "PIMC-Model": "`name@version`"}),
+        "content": {JSON: {"schema": _ref(HeadResponse)}},
+    },
+    **problems(
+        (
+            *(code for code in _TASK_ERRORS if code != "not_acceptable"),
+            "too_few_labels",
+            "name_taken",
+        )
+    ),
+}
+"""`responses` of `POST /heads`."""

@@ -32,6 +32,8 @@ from service.read.layouts import Layout, StackOptions
 from service.read.masks import RULES, parse_mask
 from service.read.reflectance import DatedNumber
 from service.run.request import (
+    HeadRequest,
+    LabelledSeries,
     MeasureRequest,
     PointQuery,
     RasterRequest,
@@ -55,6 +57,7 @@ PLAUSIBLE_DATES = (date(1970, 1, 1), date(2099, 12, 31))
 _ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _BASELINE = re.compile(r"N?(\d{1,2})\.(\d{2})")
 _Model = TypeVar("_Model", bound=BaseModel)
+_Form = TypeVar("_Form", bound="StackForm")
 
 
 def _iso_date(value: object) -> object:
@@ -322,10 +325,9 @@ def _box(
     return value
 
 
-class RasterForm(_Strict):
-    """Parameters of every task, in addition to the files."""
+class StackForm(_Strict):
+    """Parameters that say how files are read, of every request with a stack."""
 
-    model: _ModelName = None
     layout: Annotated[
         Layout | None, Field(description="the content of a file; else determined from the files")
     ] = None
@@ -405,6 +407,28 @@ class RasterForm(_Strict):
         Json[Area] | None,
         Field(description="GeoJSON polygon, EPSG:4326: only this part is read and returned"),
     ] = None
+
+    @property
+    def stack(self) -> StackOptions:
+        """The parameters as a value independent of HTTP."""
+        return StackOptions(
+            layout=self.layout,
+            dates=self.dates,
+            bands=self.bands,
+            scale=self.scale,
+            offset=self.offset,
+            mask=self.mask,
+            grid=self.grid,
+            bbox=self.bbox,
+            area=None if self.area is None else self.area.polygon,
+            sensor=self.sensor,
+        )
+
+
+class RasterForm(StackForm):
+    """Parameters of every task, in addition to the files."""
+
+    model: _ModelName = None
     points: Annotated[
         Json[PointCollection] | None,
         Field(description="GeoJSON FeatureCollection of Points, EPSG:4326: answer for these alone"),
@@ -445,18 +469,7 @@ class RasterForm(_Strict):
         return RasterRequest(
             task=task,
             files=files,
-            stack=StackOptions(
-                layout=self.layout,
-                dates=self.dates,
-                bands=self.bands,
-                scale=self.scale,
-                offset=self.offset,
-                mask=self.mask,
-                grid=self.grid,
-                bbox=self.bbox,
-                area=None if self.area is None else self.area.polygon,
-                sensor=self.sensor,
-            ),
+            stack=self.stack,
             model=self.model,
             points=points,
             fields=polygons,
@@ -576,6 +589,14 @@ class ItemBody(_Strict):
     date: Annotated[_IsoDate | None, Field(description="of all items or of none")] = None
 
 
+def _check_item_dates(items: Sequence[ItemBody], dates: Sequence[date] | None) -> None:
+    dated = [item for item in items if item.date]
+    if dated and len(dated) < len(items):
+        raise ValueError(f"{len(items)} items but {len(dated)} with a date")
+    if dated and dates:
+        raise ValueError("dates are given twice: with the items, and as 'dates'")
+
+
 class _Items(_Strict):
     """A raster request as JSON: files named instead of sent, `points` as an object."""
 
@@ -602,11 +623,7 @@ class _Items(_Strict):
 
     @model_validator(mode="after")
     def _dated_once(self) -> Self:
-        dated = [item for item in self.items if item.date]
-        if dated and len(dated) < len(self.items):
-            raise ValueError(f"{len(self.items)} items but {len(dated)} with a date")
-        if dated and getattr(self, "dates", None):
-            raise ValueError("dates are given twice: with the items, and as 'dates'")
+        _check_item_dates(self.items, getattr(self, "dates", None))
         return self
 
 
@@ -728,6 +745,98 @@ SERIES: Mapping[Operation, type[SeriesBody]] = {
 }
 
 
+_NEW_NAME = Field(
+    max_length=64,
+    pattern=r"^[a-z0-9][a-z0-9-]*$",
+    description="of the model to make: small letters, digits and hyphens; later `model=NAME`",
+    examples=["my-crops"],
+)
+_Described = Annotated[str, Field(max_length=2000, description="of the model, for its card")]
+_EmbeddingName = Annotated[
+    str | None,
+    Field(
+        min_length=1,
+        max_length=200,
+        description="a model of `embed` on pixels, such as `embed-pixel`, whose embedding is tried "
+        "as features, alone and beside the bands; else the bands alone",
+    ),
+]
+
+
+class HeadForm(StackForm):
+    """Fields of `POST /heads`, in addition to the files."""
+
+    name: Annotated[str, _NEW_NAME]
+    description: _Described = ""
+    labels: Annotated[
+        Any,
+        Field(
+            description="a file of points or polygons (GeoJSON, GeoPackage or GeoParquet; any "
+            "CRS), or GeoJSON as text; each has a property `class`, and `place` if labels of one "
+            "place are to be left out together"
+        ),
+    ] = None
+    start: _Start = None
+    embedding: _EmbeddingName = None
+
+
+class HeadItems(HeadForm):
+    """JSON body of `POST /heads` that names its files."""
+
+    items: Annotated[tuple[ItemBody, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+    area: Annotated[
+        Area | None,
+        Field(description="GeoJSON polygon, EPSG:4326: only this part is read"),
+    ] = None
+    labels: Annotated[
+        dict[str, Any],
+        Field(description="GeoJSON FeatureCollection of points or polygons with a `class`"),
+    ]
+
+    @model_validator(mode="after")
+    def _dated_once(self) -> Self:
+        _check_item_dates(self.items, self.dates)
+        return self
+
+
+class LabelledEntry(SeriesEntry):
+    """One pixel's observations, and its class."""
+
+    id: Annotated[str, Field(max_length=200, description="named in messages")] = ""
+    name: Annotated[str | int, Field(alias="class", description="the class")]
+    place: Annotated[
+        str | int | None,
+        Field(description="where it lies: series of one place are left out together"),
+    ] = None
+
+
+class HeadSeries(_Strict):
+    """JSON body of `POST /heads` of labelled series instead of a raster."""
+
+    name: Annotated[str, _NEW_NAME]
+    description: _Described = ""
+    series: Annotated[tuple[LabelledEntry, ...], Field(min_length=1)]
+    start: _Start = None
+    embedding: _EmbeddingName = None
+
+    def request(self) -> HeadRequest:
+        """The body as a request independent of HTTP."""
+        return HeadRequest(
+            name=self.name,
+            description=self.description,
+            series=tuple(
+                LabelledSeries(
+                    series=SeriesInput(id=one.id or str(n), dates=one.dates, bands=one.bands),
+                    name=str(one.name),
+                    place=None if one.place is None else str(one.place),
+                )
+                for n, one in enumerate(self.series, start=1)
+            ),
+            start=self.start,
+            embedding=self.embedding,
+        )
+
+
 class Problem(BaseModel):
     """An error (RFC 9457)."""
 
@@ -832,6 +941,20 @@ class JobList(BaseModel):
     links: list[Link]
 
 
+class HeadResponse(BaseModel):
+    """A model that was made from labels."""
+
+    model: Annotated[str, Field(description="`name@version`")]
+    card: ModelCard
+    warnings: list[WarningEntry]
+
+
+class HeadList(BaseModel):
+    """The caller's own models."""
+
+    heads: list[ModelCard]
+
+
 class ModelList(BaseModel):
     """All models, and the default model of each task."""
 
@@ -860,7 +983,7 @@ class Ready(BaseModel):
 
 
 def read_fields(task: Operation, raw: Mapping[str, Sequence[str]]) -> RasterForm:
-    """Validate the fields of a form.
+    """Validate the fields of a task's form.
 
     Args:
         task: what is asked for.
@@ -869,7 +992,19 @@ def read_fields(task: Operation, raw: Mapping[str, Sequence[str]]) -> RasterForm
     Raises:
         InvalidRequest: with every field that fails.
     """
-    model = FORMS[task]
+    return _read_form(FORMS[task], raw)
+
+
+def read_head_fields(raw: Mapping[str, Sequence[str]]) -> HeadForm:
+    """Validate the fields of the form of `POST /heads`, as `read_fields` does a task's.
+
+    Raises:
+        InvalidRequest: with every field that fails.
+    """
+    return _read_form(HeadForm, raw)
+
+
+def _read_form(model: type[_Form], raw: Mapping[str, Sequence[str]]) -> _Form:
     given: dict[str, object] = {}
     for name, values in raw.items():
         filled = [value for value in values if value.strip()]
@@ -926,6 +1061,37 @@ def read_series(task: Operation, body: bytes) -> SeriesBody:
     if task not in SERIES:
         raise InvalidRequest.of("series", f"/{task} takes imagery, sent as multipart/form-data")
     return _checked(SERIES[task], body)
+
+
+def read_head_items(body: bytes, *, allowed: bool) -> tuple[tuple[ItemBody, ...], HeadForm] | None:
+    """Validate a JSON body of `POST /heads` that names files; None if it names none.
+
+    Args:
+        body: as it came.
+        allowed: whether files may be named at all.
+
+    Raises:
+        InvalidRequest: with every field that fails.
+        ForbiddenReference: the body names files, and none may be.
+    """
+    if _checked(_Reference, body).items is None:
+        return None
+    if not allowed:
+        raise ForbiddenReference("'items' is not allowed: this server reads no files by reference")
+    named = _checked(HeadItems, body)
+    fields = {name: getattr(named, name) for name in HeadForm.model_fields}
+    if named.items[0].date:
+        fields["dates"] = tuple(item.date for item in named.items)
+    return named.items, HeadForm.model_construct(**fields)
+
+
+def read_head_series(body: bytes) -> HeadSeries:
+    """Validate a JSON body of labelled series.
+
+    Raises:
+        InvalidRequest: with every field that fails.
+    """
+    return _checked(HeadSeries, body)
 
 
 class _Reference(_Loose):

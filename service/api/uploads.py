@@ -28,6 +28,8 @@ JSON = "application/json"
 FILES = "files"
 FIELDS = "fields"
 """The part that holds polygons: a file, or text."""
+LABELS = "labels"
+"""The part that holds labels: a file, or text."""
 _BATCH_BYTES = 2**21
 """Bytes read before they are parsed: each switch to the parsing thread costs 0.2 ms or more."""
 _CHUNK_BYTES = 2**11
@@ -63,8 +65,8 @@ class Form:
     """The parts named `files`, in order, each a file on disk."""
     fields: Mapping[str, tuple[str, ...]]
     """Every other part, by name: its values in order."""
-    polygons: SourceFile | None = None
-    """The part named `fields`, if it came as a file."""
+    vectors: Mapping[str, SourceFile] = field(default_factory=dict)
+    """Parts that hold points or polygons, if they came as files, by name."""
 
 
 def media_type(request: Request) -> str:
@@ -107,7 +109,9 @@ async def read_json(request: Request, limits: Limits, place: Place) -> bytes:
     return bytes(body)
 
 
-async def read_form(request: Request, folder: Path, limits: Limits, place: Place) -> Form:
+async def read_form(
+    request: Request, folder: Path, limits: Limits, place: Place, vector: str = FIELDS
+) -> Form:
     """Stream a multipart body to files in `folder`.
 
     Args:
@@ -115,6 +119,7 @@ async def read_form(request: Request, folder: Path, limits: Limits, place: Place
         folder: an empty folder, which the caller removes.
         limits: of the body.
         place: of the request.
+        vector: the part that may be a file of points or polygons.
 
     Raises:
         BodyTooLarge: over the limit, whatever `Content-Length` is.
@@ -126,7 +131,7 @@ async def read_form(request: Request, folder: Path, limits: Limits, place: Place
     boundary = options.get(b"boundary")
     if not boundary:
         raise InvalidRequest("the Content-Type has no boundary, which a multipart form needs")
-    reader = _FormReader(boundary, folder, limits)
+    reader = _FormReader(boundary, folder, limits, vector)
     try:
         async for batch in _batches(request, limits.body_bytes, limits, place):
             await to_thread.run_sync(reader.feed, batch)
@@ -192,11 +197,12 @@ class _Part:
 class _FormReader:
     """Turns bytes into parts; the parser calls back at each boundary."""
 
-    def __init__(self, boundary: bytes, folder: Path, limits: Limits) -> None:
+    def __init__(self, boundary: bytes, folder: Path, limits: Limits, vector: str) -> None:
         self._folder = folder
         self._limits = limits
+        self._vector = vector
         self._files: list[SourceFile] = []
-        self._polygons: SourceFile | None = None
+        self._vectors: dict[str, SourceFile] = {}
         self._fields: dict[str, list[str]] = {}
         self._field_count = self._field_bytes = 0
         self._header = (bytearray(), bytearray())
@@ -231,7 +237,7 @@ class _FormReader:
         if not self._ended:
             raise InvalidRequest("the body ends before the closing boundary of the form")
         fields = {name: tuple(values) for name, values in self._fields.items()}
-        return Form(files=tuple(self._files), fields=fields, polygons=self._polygons)
+        return Form(files=tuple(self._files), fields=fields, vectors=self._vectors)
 
     def close(self) -> None:
         """Close an unfinished file."""
@@ -263,8 +269,8 @@ class _FormReader:
         if self._part.name == FILES:
             self._open_file(filename)
             return
-        if self._part.name == FIELDS and filename is not None:
-            self._open_polygons(filename)
+        if self._part.name == self._vector and filename is not None:
+            self._open_vector(filename)
             return
         if filename is not None and names_a_raster(self._part.name, filename):
             raise InvalidRequest.of(
@@ -288,11 +294,11 @@ class _FormReader:
         self._files.append(SourceFile(name=label(filename, position), path=path))
         self._part.file = path.open("xb")
 
-    def _open_polygons(self, filename: str) -> None:
-        if self._polygons is not None:
-            raise InvalidRequest.of(FIELDS, "given twice; send one file of polygons")
-        path = self._folder / "fields.bin"
-        self._polygons = SourceFile(name=label(filename, 0), path=path)
+    def _open_vector(self, filename: str) -> None:
+        if self._vector in self._vectors:
+            raise InvalidRequest.of(self._vector, "given twice; send one file")
+        path = self._folder / f"{self._vector}.bin"
+        self._vectors[self._vector] = SourceFile(name=label(filename, 0), path=path)
         self._part.file = path.open("xb")
 
     def _data(self, data: bytes, start: int, end: int) -> None:
@@ -317,8 +323,8 @@ class _FormReader:
             return
         part.file.close()
         if part.size == 0:
-            last = self._files[-1] if part.name == FILES else self._polygons
-            raise InvalidRequest.of(part.name, f"'{last.name if last else ''}' is empty")
+            last = self._files[-1] if part.name == FILES else self._vectors[part.name]
+            raise InvalidRequest.of(part.name, f"'{last.name}' is empty")
 
     def _end(self) -> None:
         self._ended = True

@@ -1,4 +1,4 @@
-"""Inference engine: every bundle of a registry, loaded and warm."""
+"""Inference engine: every bundle of a registry, and the callers' own, loaded and warm."""
 
 from __future__ import annotations
 
@@ -56,6 +56,9 @@ class Engine:
         # One call at a time on the device: two would alternate anyway and double its memory.
         self._device = threading.Lock()
         self._shrinking = ArenaShrinking()
+        self._changing = threading.Lock()
+        # Replaced, never changed, so that requests read it without a lock.
+        self._own: Mapping[tuple[str, str], LoadedModel] = {}
         provider = wanted(providers)
         models: dict[str, LoadedModel] = {}
         refused: dict[str, str] = dict(registry.refused)
@@ -79,6 +82,7 @@ class Engine:
         except BaseException:
             self.close()
             raise
+        self._wanted = provider
         self.models: Mapping[str, LoadedModel] = models
         self.refused: Mapping[str, str] = refused
         """Bundles that are not served, with the reason; those rejected by the registry included."""
@@ -94,10 +98,52 @@ class Engine:
         """Models whose last run failed on the device, as `name@version`."""
         return sorted(model.card.id for model in self.models.values() if model.failing)
 
+    def own(self, owner: str) -> Mapping[str, LoadedModel]:
+        """A caller's own models, by name."""
+        return {name: model for (whose, name), model in self._own.items() if whose == owner}
+
+    def load(self, bundle: Bundle) -> LoadedModel:
+        """Load a bundle that only the caller of this method uses.
+
+        Raises:
+            BundleError: it does not load, or fails its warm-up.
+        """
+        return self._load(bundle, self._wanted)
+
+    def add(self, owner: str, model: LoadedModel) -> None:
+        """Serve a model to one caller; it replaces that caller's model of the same name."""
+        with self._changing:
+            self._own = {**self._own, (owner, model.card.name): model}
+
+    def remove(self, owner: str, name: str) -> None:
+        """Serve a caller's own model no longer; runs that use it still end."""
+        with self._changing:
+            self._own = {key: m for key, m in self._own.items() if key != (owner, name)}
+
+    def named(self, reference: str, owner: str = "") -> LoadedModel | None:
+        """The model of a `name` or `name@version` that a caller may use; None if there is none."""
+        name, _, version = reference.partition("@")
+        own = self._own.get((owner, name))
+        if own is not None and version in {"", own.card.version}:
+            return own
+        bundle = self.registry.find(reference)
+        return self.models.get(bundle.card.name) if bundle else None
+
     def find(
-        self, reference: str | None, task: Task, modality: Modality | None = None
+        self,
+        reference: str | None,
+        task: Task,
+        modality: Modality | None = None,
+        *,
+        owner: str = "",
     ) -> LoadedModel:
         """The model of a `name` or `name@version`, or the task's default.
+
+        Args:
+            reference: None takes the default.
+            task: the task it must serve.
+            modality: that it must take; None for any.
+            owner: the caller, whose own models count as well.
 
         Raises:
             UnknownModel: no model of that name and version, or none for the task, is served.
@@ -105,11 +151,12 @@ class Engine:
         """
         if reference is None:
             bundle = self.registry.default(task, modality)
+            model = self.models.get(bundle.card.name) if bundle else None
         else:
             bundle = self.registry.find(reference)
-        model = self.models.get(bundle.card.name) if bundle else None
+            model = self.named(reference, owner)
         if model is None:
-            raise UnknownModel(self._why_unknown(reference, task, bundle))
+            raise UnknownModel(self._why_unknown(reference, task, bundle, owner))
         card = model.card
         if card.task != task:
             raise WrongTask(f"model '{card.id}' is for {card.task}, but the request is for {task}")
@@ -150,9 +197,12 @@ class Engine:
     def _open(self, bundle: Bundle, provider: str) -> Session:
         return open_session(bundle, provider, self._precision, shrinking=self._shrinking)
 
-    def _why_unknown(self, reference: str | None, task: Task, bundle: Bundle | None) -> str:
+    def _why_unknown(
+        self, reference: str | None, task: Task, bundle: Bundle | None, owner: str
+    ) -> str:
         if bundle and bundle.card.name in self.refused:
             return f"model '{bundle.card.id}' could not be loaded: {self.refused[bundle.card.name]}"
-        served = ", ".join(sorted(m.card.id for m in self.models.values())) or "none"
+        usable = (*self.models.values(), *self.own(owner).values())
+        served = ", ".join(sorted(m.card.id for m in usable)) or "none"
         asked = f"no model '{reference}'" if reference else f"no model serves {task}"
         return f"{asked}; available: {served}"

@@ -286,13 +286,14 @@ class JobRunner:
             engine=self._engine,
             max_raster_bytes=self._max_raster_bytes,
             rasters=True,
+            owner=job.owner,
             max_fields=self._max_fields,
             cache=self._cache,
             budget=self._budget,
             cancelled=cancelled,
         )
         name = job.model.partition("@")[0]
-        now = self._engine.models.get(name)
+        now = self._engine.named(name, job.owner)
         if now is not None and (now.card.id, now.card.sha256) == (job.model, job.sha256):
             return plan_with(request)
         if now is not None and self._store.may_upgrade(job):

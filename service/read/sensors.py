@@ -146,6 +146,17 @@ def _of_generation(sensor: Sensor, header: Header) -> Sensor:
     return OLI if sensor is LANDSAT and re.search(r"SR_B6\b", texts, re.IGNORECASE) else sensor
 
 
+def card_names(labels: str | None) -> tuple[str, ...]:
+    """Names for a model card of the sensors that a stack is of.
+
+    Args:
+        labels: comma-separated, as a stack has them; None if unknown.
+    """
+    known = (SENTINEL_2, HLS_S30, HLS_L30, OLI, TM, LANDSAT, MODIS, PLANETSCOPE)
+    names = {sensor.label: sensor.name for sensor in known}
+    return tuple(dict.fromkeys(names[label] for label in (labels or "").split(", ") if label))
+
+
 def sensors_of(
     headers: Sequence[Header], given: str | None
 ) -> tuple[tuple[Sensor | None, str], ...]:

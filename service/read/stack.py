@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import InvalidRequest, RasterTooLarge, StackWarning
+from service.errors import InvalidRequest, MissingBands, RasterTooLarge, StackWarning
 from service.grid import Grid
 from service.read.arrange import Arrangement, Granule, arrange
 from service.read.containers import split_products, with_product
@@ -44,6 +44,8 @@ from service.read.reflectance import (
 )
 from service.read.sensors import Sensor, check_sensors, in_sentinel_2_terms, sensors_of
 
+LAND_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
+"""Bands that show the land; the others show the air."""
 # Float rasters mark missing pixels by numbers such as -3.4e38, with or without a nodata tag.
 NO_VALUE = 1e30
 
@@ -262,6 +264,40 @@ def open_stack(
             *_eight_bits(arranged.granules, read, options),
         ),
     )
+
+
+def stack_bands(files: Sequence[SourceFile], options: StackOptions) -> tuple[str, ...]:
+    """The bands of reflectance that files hold at every date, by Sentinel-2 name.
+
+    Args:
+        files: the GeoTIFFs, in the order given by the caller.
+        options: the caller's statements about them.
+
+    Returns:
+        Bands among `LAND_BANDS`, in that order; a band that only stands in for another is left out.
+
+    Raises:
+        NotAGeoTIFF: a file is not a GeoTIFF.
+        MissingDates: a file or band has no date.
+        InvalidRequest: the options contradict the files or themselves.
+    """
+    _check_options(files, options)
+    headers = _headers(files)
+    told = sensors_of(headers, options.sensor)
+    headers = [
+        in_sentinel_2_terms(header, sensor)
+        for header, (sensor, _) in zip(headers, told, strict=True)
+    ]
+    dates: dict[str, set[date | int]] = {}
+    for band in LAND_BANDS:
+        try:
+            arranged = arrange(headers, options, bands=(band,), dated=True)
+        except MissingBands:
+            continue
+        if not any(warning.code == "band_substituted" for warning in arranged.warnings):
+            dates[band] = {granule.key for granule in arranged.granules}
+    most = max(map(len, dates.values()), default=0)
+    return tuple(band for band, own in dates.items() if len(own) == most)
 
 
 def _check_options(files: Sequence[SourceFile], options: StackOptions) -> None:

@@ -32,6 +32,7 @@ _MAX_DECODED_BYTES = 512 * 2**20
 _MAX_PROPERTIES = 500
 _NAMED_AT_MOST = 5
 _POLYGONS = frozenset({shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON})
+_POINTS = frozenset({shapely.GeometryType.POINT, shapely.GeometryType.MULTIPOINT})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,8 @@ class Fields:
     properties: tuple[Mapping[str, Any], ...]
     """Properties (N), JSON values."""
     shapes: NDArray[np.object_]
-    """Shapely polygons (N) in the file's CRS; None for a feature without a usable polygon."""
+    """Shapely polygons (N) in the file's CRS; None for a feature without a usable polygon. Of
+    `read_labels` points as well."""
     crs: CRS
     warnings: tuple[StackWarning, ...]
 
@@ -88,6 +90,28 @@ def read_fields(source: SourceFile, most: int) -> Fields:
         TooManyFields: the file has more features than `most`.
         InvalidFields: no feature holds a polygon.
     """
+    return _read_vectors(source, most, points=False)
+
+
+def read_labels(source: SourceFile, most: int) -> Fields:
+    """Read points and polygons from a file.
+
+    Args:
+        source: the file.
+        most: features that it may hold.
+
+    Returns:
+        The features, as `read_fields` returns polygons.
+
+    Raises:
+        NotAVectorFile: none of the three formats, or a file that does not read.
+        TooManyFields: more features than `most`.
+        InvalidFields: no feature holds a point or a polygon.
+    """
+    return _read_vectors(source, most, points=True)
+
+
+def _read_vectors(source: SourceFile, most: int, *, points: bool) -> Fields:
     with source.path.open("rb") as file:
         head = file.read(100)
     if head.startswith(b"SQLite format 3\0") and head[_APPLICATION_ID] in _GEOPACKAGES:
@@ -100,7 +124,7 @@ def read_fields(source: SourceFile, most: int) -> Fields:
         raise NotAVectorFile(
             f"'{source.name}' is not GeoJSON, GeoPackage or GeoParquet: it starts with {head[:8]!r}"
         )
-    shapes, warnings = _usable(source.name, ids, shapes)
+    shapes, warnings = _usable(source.name, ids, shapes, points=points)
     return Fields(
         ids=tuple(ids),
         properties=tuple(properties),
@@ -246,14 +270,28 @@ def _json_value(value: Any) -> Any:  # noqa: ANN401 - whatever a file holds
 
 
 def _usable(
-    name: str, ids: Sequence[Any], shapes: NDArray[np.object_]
+    name: str, ids: Sequence[Any], shapes: NDArray[np.object_], *, points: bool
 ) -> tuple[NDArray[np.object_], list[StackWarning]]:
-    """Valid polygons, None for features that hold none; and the warnings about both."""
+    """Valid polygons, None for features that hold none; and the warnings about both.
+
+    Args:
+        name: of the file.
+        ids: of its features.
+        shapes: of its features.
+        points: whether points are as good as polygons.
+    """
+    kept = _POLYGONS | _POINTS if points else _POLYGONS
+    sought = (
+        "a Point, MultiPoint, Polygon or MultiPolygon"
+        if points
+        else ("a Polygon or MultiPolygon with an area")
+    )
+    what = "point or polygon" if points else "polygon"
     kinds = shapely.get_type_id(shapes)
     found = np.full(len(shapes), None, np.object_)
     repaired, unusable = [], []
     for n, (shape, kind) in enumerate(zip(shapes, kinds, strict=True)):
-        if kind not in _POLYGONS or shapely.is_empty(shape):
+        if kind not in kept or shapely.is_empty(shape):
             unusable.append(ids[n])
             continue
         if not np.isfinite(shapely.bounds(shape)).all():
@@ -270,8 +308,7 @@ def _usable(
             repaired.append(ids[n])
     if len(unusable) == len(shapes):
         raise InvalidFields(
-            f"none of the {len(shapes)} features of '{name}' is a Polygon or MultiPolygon with an "
-            f"area ({_named(unusable)})"
+            f"none of the {len(shapes)} features of '{name}' is {sought} ({_named(unusable)})"
         )
     warnings = []
     if repaired:
@@ -282,7 +319,7 @@ def _usable(
         warnings.append(StackWarning(code="fields_repaired", detail=detail))
     if unusable:
         detail = (
-            f"{len(unusable)} of {len(shapes)} features of '{name}' hold no polygon and have the "
+            f"{len(unusable)} of {len(shapes)} features of '{name}' hold no {what} and have the "
             f"status 'invalid': {_named(unusable)}"
         )
         warnings.append(StackWarning(code="invalid_fields", detail=detail))

@@ -37,6 +37,8 @@ from service.write.predictions import JSON
 
 _CELLS_AT_ONCE = 2**16
 """Cells of fields whose series are gathered at once; overlapping fields may have many cells."""
+_LABEL_CELLS = 16
+"""Pixels that one polygon labels: neighbours in a field hardly differ."""
 LEAST_CLEAR = 0.1
 """Share of a field's area that must be clear on a date for it to count in the mean series."""
 
@@ -134,6 +136,57 @@ class FieldGrid:
             cells=np.concatenate([part["cell_id"] for part in parts] or [empty]).astype(np.intp),
             share=np.concatenate([part["coverage"] for part in parts] or [empty]).astype(float),
         )
+
+
+def label_pixels(
+    labels: Fields, grid: Grid
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+    """The pixels of a raster that points and polygons label.
+
+    Args:
+        labels: points, which label the pixel they lie in, and polygons, which label the pixels of
+            which they cover half or, if there are none, most; of many, `_LABEL_CELLS` spread
+            evenly.
+        grid: of the raster.
+
+    Returns:
+        Row, column and position of the label (n) of each pixel, by label.
+    """
+    shapes = labels.in_crs(grid.crs)
+    kinds = shapely.get_type_id(shapes)
+    points = np.flatnonzero(np.isin(kinds, [shapely.GeometryType.POINT,
+                                            shapely.GeometryType.MULTIPOINT]))  # fmt: skip
+    places, index = shapely.get_coordinates(shapes[points], return_index=True)
+    columns, rows = ~grid.transform @ (places[:, 0], places[:, 1])
+    inside = (rows >= 0) & (rows < grid.height) & (columns >= 0) & (columns < grid.width)
+    row = [np.floor(rows[inside]).astype(np.intp)]
+    column = [np.floor(columns[inside]).astype(np.intp)]
+    which = [points[index[inside]]]
+    polygons = np.flatnonzero((kinds >= 0) & ~np.isin(np.arange(len(kinds)), points))
+    only = Fields(
+        ids=tuple(labels.ids[n] for n in polygons),
+        properties=tuple(labels.properties[n] for n in polygons),
+        shapes=labels.shapes[polygons],
+        crs=labels.crs,
+        warnings=(),
+    )
+    whole = Window(0, 0, grid.width, grid.height)
+    covered = FieldGrid(only, grid).coverage(whole)
+    ends = np.append(covered.starts, len(covered.cells))[1:]
+    for field, begin, end in zip(covered.fields, covered.starts, ends, strict=True):
+        share = covered.share[begin:end]
+        cells = covered.cells[begin:end][share >= min(0.5, share.max())]
+        spread = np.linspace(0, len(cells) - 1, min(len(cells), _LABEL_CELLS)).round()
+        chosen = np.sort(cells)[spread.astype(np.intp)]
+        row.append(chosen // grid.width)
+        column.append(chosen % grid.width)
+        which.append(np.full(len(chosen), polygons[field], np.intp))
+    order = np.argsort(np.concatenate(which), kind="stable")
+    return (
+        np.concatenate(row)[order],
+        np.concatenate(column)[order],
+        np.concatenate(which)[order],
+    )
 
 
 def _geometry(shape: Any) -> dict[str, Any]:  # noqa: ANN401 - shapely has no types

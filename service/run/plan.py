@@ -219,6 +219,7 @@ def plan_request(
     *,
     max_raster_bytes: int,
     rasters: bool,
+    owner: str = "",
     max_fields: int = 100_000,
     cache: BlockCache | None = None,
     budget: MemoryBudget | None = None,
@@ -232,6 +233,7 @@ def plan_request(
         engine: the models.
         max_raster_bytes: largest decoded size of a stack, bytes.
         rasters: whether files are written; the document is made in any case.
+        owner: the caller, whose own models may be named.
         max_fields: largest number of polygons of a request.
         cache: GDAL's block cache; None leaves it as it is.
         budget: memory for runs; None makes one for this run alone.
@@ -249,14 +251,15 @@ def plan_request(
     begun = time.perf_counter()
     if isinstance(request, SeriesRequest):
         series = plan_series(
-            engine.find(request.model, request.task, "pixel"),
+            engine.find(request.model, request.task, "pixel", owner=owner),
             request.series,
             start=request.start,
             horizon=request.horizon,
         )
         return Plan(request=request, model=series.model, run=series, pixels=0, planning=Timing())
     fields = None if request.fields is None else read_fields(request.fields, max_fields)
-    run = _plan_files(request, engine, max_raster_bytes, rasters=rasters)
+    model = engine.find(request.model, request.task, _modality(request), owner=owner)
+    run = _plan_files(request, model, max_raster_bytes, rasters=rasters)
     need = _need(run, request, fields, budget.window_bytes)
     budget.check(need)  # before a job is accepted that can never run
     with budget.take(sampling_need(run.stack, run.used), cancelled=cancelled, patience=patience):
@@ -275,12 +278,11 @@ def plan_request(
 
 def _plan_files(
     request: RasterRequest,
-    engine: Engine,
+    model: LoadedModel,
     max_raster_bytes: int,
     *,
     rasters: bool,
 ) -> RasterRun:
-    model = engine.find(request.model, request.task, _modality(request))
     _check_parameters(model, request)
     stack = open_stack(
         request.files,

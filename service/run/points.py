@@ -53,7 +53,7 @@ def run_points(
     """
     check_run(run)
     rows, cols, inside = run.stack.grid.locate(lonlat)
-    predict = _predict_pixels if run.model.card.modality == "pixel" else _predict_patches
+    predict = predict_pixels if run.model.card.modality == "pixel" else _predict_patches
     with StackReader(
         run.stack, run.used, cache=cache, before_read=lambda: check(cancelled)
     ) as reader:
@@ -68,7 +68,7 @@ def run_points(
     return PointOutcome(results=tuple(results), timing=timing, warnings=warnings)
 
 
-def _predict_pixels(
+def predict_pixels(
     run: RasterRun, reader: StackReader, rows: NDArray[np.intp], cols: NDArray[np.intp]
 ) -> tuple[Floats, Timing]:
     """Predictions (N, …) for pixels, NaN where a pixel has too few clear dates."""

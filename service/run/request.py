@@ -103,3 +103,34 @@ class SeriesRequest:
 
 
 TaskRequest = RasterRequest | SeriesRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledSeries:
+    """One pixel's observations, and its class."""
+
+    series: SeriesInput
+    name: str
+    """The class."""
+    place: str | None = None
+    """Where it lies: labels of one place are never split when a head is scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRequest:
+    """Labels from which a caller's own classes are learnt."""
+
+    name: str
+    """Of the model to make."""
+    description: str = ""
+    files: tuple[SourceFile, ...] = ()
+    """The stack; empty if the labels bring their own series."""
+    stack: StackOptions = field(default_factory=StackOptions)
+    """The caller's statements about the files."""
+    labels: SourceFile | None = None
+    """Points and polygons with a property `class`, in a vector file; None with series."""
+    series: tuple[LabelledSeries, ...] = ()
+    start: date | None = None
+    """First day of the time window; None uses all dates."""
+    embedding: str | None = None
+    """Model whose embedding is tried as features; None tries none."""

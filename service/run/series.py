@@ -131,7 +131,7 @@ def run_series(run: SeriesRun, *, cancelled: threading.Event | None = None) -> S
         Cancelled: `cancelled` was set.
     """
     began = time.perf_counter()
-    answers = _infer(run.model, run.ready, cancelled)
+    answers = predict_series(run, cancelled)
     missing = () if any(a is not None for a in answers) else (_all_missing(run.model.card),)
     return SeriesOutcome(
         results=tuple(map(_result, run.ready, run.readings, answers)),
@@ -227,10 +227,13 @@ def _merge(dates: Sequence[date], values: Floats) -> tuple[list[date], Floats]:
     return unique, values[[chosen[day] for day in unique]]
 
 
-def _infer(
-    model: LoadedModel, series: Sequence[_Series], cancelled: threading.Event | None
-) -> list[Floats | None]:
-    """The prediction for each series; None if it has too few clear observations."""
+def predict_series(run: SeriesRun, cancelled: threading.Event | None) -> list[Floats | None]:
+    """The prediction for each series; None if it has too few clear observations.
+
+    Raises:
+        Cancelled: `cancelled` was set.
+    """
+    model, series = run.model, run.ready
     least = model.card.min_observations
     enough = [
         n

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from models.card import Modality, ModelCard, Task
-from service.api.dependencies import KNOWN_CALLER, App, root_of
+from service.api.dependencies import KNOWN_CALLER, App, Caller, root_of
 from service.api.negotiation import negotiate
 from service.api.openapi import STAC_ITEM, problems
 from service.api.responses import GEOJSON
@@ -28,9 +28,10 @@ router = APIRouter(tags=["models"], dependencies=[KNOWN_CALLER])
 
 
 @router.get("/models", responses=problems(["unauthorized"]))
-async def list_models(app: App) -> ModelList:
-    """All models, and the default model of each task."""
-    cards = [model.card for _, model in sorted(app.engine.models.items())]
+async def list_models(app: App, caller: Caller) -> ModelList:
+    """All models that the caller may use, and the default model of each task."""
+    usable = {**app.engine.models, **app.engine.own(caller or "")}
+    cards = [model.card for _, model in sorted(usable.items())]
     return ModelList(models=cards, defaults=defaults(app.engine))
 
 
@@ -42,17 +43,18 @@ async def list_models(app: App) -> ModelList:
         **problems(["unauthorized", "unknown_model", "invalid_request"]),
     },
 )
-async def read_model(name: str, request: Request, app: App) -> ModelCard | Response:
+async def read_model(name: str, request: Request, app: App, caller: Caller) -> ModelCard | Response:
     """A model's card, by `name` or `name@version`; a STAC MLM Item if `Accept` asks for it."""
-    bundle = app.engine.registry.find(name)
-    if bundle is None or bundle.card.name not in app.engine.models:
-        served = ", ".join(sorted(app.engine.models)) or "none"
+    model = app.engine.named(name, caller or "")
+    if model is None:
+        usable = {*app.engine.models, *app.engine.own(caller or "")}
+        served = ", ".join(sorted(usable)) or "none"
         raise UnknownModel(f"no model '{name}'; available: {served}")
     accept = request.headers.get("accept", "")
     if negotiate(accept, ("application/json", GEOJSON), lenient=True) == GEOJSON:
-        item = model_item(bundle.card, f"{root_of(request)}/models/{bundle.card.id}")
+        item = model_item(model.card, f"{root_of(request)}/models/{model.card.id}")
         return JSONResponse(item, media_type=GEOJSON, headers={"Vary": "Accept"})
-    return bundle.card
+    return model.card
 
 
 def defaults(engine: Engine) -> dict[str, str]:

@@ -7,7 +7,7 @@ Each route is one line; `_serve` is the whole path of a request.
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -41,6 +41,7 @@ from service.errors import InvalidRequest, NotReady
 from service.jobs.store import Idempotency, fingerprint
 from service.read.containers import unpack
 from service.read.geotiff import SourceFile
+from service.read.layouts import StackOptions
 from service.read.references import fetch_items
 from service.run.execute import Result, execute
 from service.run.plan import Plan, plan_request
@@ -130,7 +131,9 @@ async def _serve(
             first = await to_thread.run_sync(app.jobs.repeated, owner, idempotency)
             if first:
                 return accepted(first, request, applied=preferences.of_a_job)
-        run = partial(_run, app, asked, media, folder, whose, later=preferences.respond_async)
+        run = partial(
+            _run, app, asked, media, folder, owner, whose, later=preferences.respond_async
+        )
         try:
             outcome = await run_watched(request, run, slot=run_slot(app, whose))
         except asyncio.CancelledError:
@@ -163,6 +166,7 @@ def _run(
     request: TaskRequest,
     media: str,
     folder: Path,
+    owner: str,
     caller: str,
     *,
     later: bool,
@@ -174,6 +178,7 @@ def _run(
         app.engine,
         max_raster_bytes=app.settings.max_raster_bytes,
         rasters=media in FILE_TYPES,
+        owner=owner,
         max_fields=app.settings.max_fields,
         cache=app.cache,
         budget=app.budget,
@@ -225,8 +230,10 @@ def check_query(request: Request, known: set[str]) -> None:
         )
 
 
-async def _unpacked(request: RasterRequest, folder: Path, app: AppState) -> RasterRequest:
-    """The request with its zips opened.
+async def unpacked(
+    files: Sequence[SourceFile], stack: StackOptions, folder: Path, app: AppState
+) -> tuple[tuple[SourceFile, ...], StackOptions]:
+    """Files with their zips opened, and the options with what was left out of them.
 
     Raises:
         PIMCError: a zip that does not open, or that holds too much.
@@ -234,15 +241,19 @@ async def _unpacked(request: RasterRequest, folder: Path, app: AppState) -> Rast
     opened = await to_thread.run_sync(
         partial(
             unpack,
-            request.files,
+            files,
             folder,
             max_bytes=app.settings.max_body_bytes,
             max_files=app.limits.files,
             jp2=app.settings.jp2,
         )
     )
-    stack = replace(request.stack, left_out=opened.left_out)
-    return replace(request, files=opened.files, stack=stack)
+    return opened.files, replace(stack, left_out=opened.left_out)
+
+
+async def _unpacked(request: RasterRequest, folder: Path, app: AppState) -> RasterRequest:
+    files, stack = await unpacked(request.files, request.stack, folder, app)
+    return replace(request, files=files, stack=stack)
 
 
 async def read_request(
@@ -267,7 +278,7 @@ async def read_request(
         fields = await to_thread.run_sync(read_fields, task, said)
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
-        polygons = form.polygons or await _polygons(fields.fields, folder)
+        polygons = form.vectors.get(FIELDS) or await vector_file(FIELDS, fields.fields, folder)
         return await _unpacked(fields.request(task, form.files, polygons), folder, app)
     text = await read_json(request, app.limits, place)
     settings = app.settings
@@ -281,9 +292,8 @@ async def read_request(
         for file in files:
             if file.path.is_relative_to(folder):  # downloaded
                 place.received(file.path.stat().st_size)
-        return await _unpacked(
-            fields.request(task, files, await _polygons(fields.fields, folder)), folder, app
-        )
+        polygons = await vector_file(FIELDS, fields.fields, folder)
+        return await _unpacked(fields.request(task, files, polygons), folder, app)
     series = await to_thread.run_sync(read_series, task, text)
     if modality == "patch":
         raise InvalidRequest.of("modality", "a series has no imagery; use modality pixel")
@@ -292,11 +302,19 @@ async def read_request(
     return series.request(task)
 
 
-async def _polygons(given: str | Mapping[str, Any] | None, folder: Path) -> SourceFile | None:
-    """GeoJSON of a form or a JSON body as a file, as an uploaded one is."""
+async def vector_file(
+    name: str, given: str | Mapping[str, Any] | None, folder: Path
+) -> SourceFile | None:
+    """GeoJSON of a form or a JSON body as a file, as an uploaded one is.
+
+    Args:
+        name: of the parameter.
+        given: its value; None if it was not sent.
+        folder: of the request.
+    """
     if given is None:
         return None
     text = given if isinstance(given, str) else json.dumps(given)
-    path = folder / "fields.bin"
+    path = folder / f"{name}.bin"
     await to_thread.run_sync(partial(path.write_text, text, encoding="utf-8"))
-    return SourceFile(name=FIELDS, path=path)
+    return SourceFile(name=name, path=path)

@@ -1,0 +1,166 @@
+"""Own classes: `POST /heads` learns them, `GET` lists and `DELETE` removes them."""
+
+# No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+import threading
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+from fastapi import Path as InPath
+from starlette.responses import JSONResponse
+
+from service.api.admission import Place
+from service.api.auth import share_of
+from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder, root_of
+from service.api.disconnect import run_watched
+from service.api.openapi import HEAD, HEAD_BODY, problems
+from service.api.responses import warning_headers
+from service.api.routes.tasks import PATIENCE, check_query, run_slot, unpacked, vector_file
+from service.api.schemas import (
+    HeadForm,
+    HeadList,
+    HeadResponse,
+    WarningEntry,
+    read_head_fields,
+    read_head_items,
+    read_head_series,
+)
+from service.api.uploads import FILES, FORM, LABELS, media_type, read_form, read_json
+from service.errors import InvalidRequest, NotReady
+from service.read.geotiff import SourceFile
+from service.read.references import fetch_items
+from service.run.request import HeadRequest
+
+if TYPE_CHECKING:
+    from service.run.teach import Taught
+
+router = APIRouter(tags=["own classes"], dependencies=[KNOWN_CALLER])
+_Name = Annotated[str, InPath(max_length=64, pattern=r"^[a-z0-9][a-z0-9-]*$")]
+
+
+@router.post("/heads", status_code=201, responses=dict(HEAD), openapi_extra=HEAD_BODY)
+async def make_head(request: Request, app: App, folder: Folder, caller: Caller) -> Response:
+    """Learn classes from labelled pixels, as a model that `/classify-pixels` serves at once."""
+    check_query(request, set())
+    if app.closing.is_set():
+        raise NotReady("the server is stopping; nothing was started", retry_after=10)
+    owner = caller or ""
+    share = share_of(caller, request.scope)
+    request.state.limits = partial(app.quotas.limits, share)
+    async with app.admission.place(share) as place:
+        asked = await _read_request(request, app, folder, place)
+        await to_thread.run_sync(app.heads.check_free, owner, asked.name)
+        taught = await run_watched(
+            request, partial(_teach, app, asked, owner), slot=run_slot(app, share)
+        )
+    card = taught.model.card
+    app.metrics.ran(task="heads", pixels=card.metrics["n"], stages=asdict(taught.timing))
+    document = HeadResponse(
+        model=card.id,
+        card=card,
+        warnings=[WarningEntry(code=w.code, detail=w.detail) for w in taught.warnings],
+    )
+    response = JSONResponse(
+        document.model_dump(mode="json"),
+        status_code=201,
+        headers={"Location": f"{root_of(request)}/models/{card.name}", "PIMC-Model": card.id},
+    )
+    for text in warning_headers(taught.warnings):
+        response.headers.append("PIMC-Warning", text)
+    return response
+
+
+@router.get("/heads", responses=problems(["unauthorized"]))
+async def list_heads(app: App, caller: Caller) -> HeadList:
+    """The caller's own models."""
+    own = app.engine.own(caller or "")
+    return HeadList(heads=[model.card for _, model in sorted(own.items())])
+
+
+@router.delete(
+    "/heads/{name}",
+    status_code=204,
+    responses=problems(["unauthorized", "unknown_model", "invalid_request", "internal_error"]),
+    response_class=Response,
+)
+async def remove_head(name: _Name, app: App, caller: Caller) -> Response:
+    """Remove a model of the caller's own; runs that use it still end."""
+    await to_thread.run_sync(app.heads.remove, caller or "", name)
+    return Response(status_code=204)
+
+
+def _teach(
+    app: AppState, request: HeadRequest, owner: str, *, cancelled: threading.Event
+) -> "Taught":
+    from service.run.teach import teach  # here, for it brings onnx: a slow start for all others
+
+    with app.heads.draft() as draft:
+        taught = teach(
+            request,
+            app.engine,
+            draft,
+            owner=owner,
+            max_raster_bytes=app.settings.max_raster_bytes,
+            max_labels=app.settings.max_fields,
+            cache=app.cache,
+            cancelled=cancelled,
+            budget=app.budget,
+            patience=PATIENCE,
+        )
+        app.heads.publish(owner, draft, taught.model)
+        return taught
+
+
+async def _read_request(request: Request, app: AppState, folder: Path, place: Place) -> HeadRequest:
+    """The request that a body holds.
+
+    Raises:
+        Overloaded: there is no room for the body.
+        RequestError: the body does not hold a valid request.
+    """
+    if media_type(request) == FORM:
+        form = await read_form(request, folder, app.limits, place, LABELS)
+        fields = await to_thread.run_sync(read_head_fields, form.fields)
+        if not form.files:
+            raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
+        labels = form.vectors.get(LABELS) or await vector_file(LABELS, fields.labels, folder)
+        return await _of_files(fields, form.files, labels, folder, app)
+    text = await read_json(request, app.limits, place)
+    settings = app.settings
+    allowed = bool(settings.allowed_roots or settings.allowed_hosts)
+    named = await to_thread.run_sync(partial(read_head_items, text, allowed=allowed))
+    if named is None:
+        body = await to_thread.run_sync(read_head_series, text)
+        return body.request()
+    items, fields = named
+    files = await fetch_items(items, folder, settings)
+    for file in files:
+        if file.path.is_relative_to(folder):  # downloaded
+            place.received(file.path.stat().st_size)
+    return await _of_files(
+        fields, files, await vector_file(LABELS, fields.labels, folder), folder, app
+    )
+
+
+async def _of_files(
+    fields: HeadForm,
+    files: tuple[SourceFile, ...],
+    labels: SourceFile | None,
+    folder: Path,
+    app: AppState,
+) -> HeadRequest:
+    if labels is None:
+        raise InvalidRequest.of(LABELS, "points or polygons with a property `class` are required")
+    opened, stack = await unpacked(files, fields.stack, folder, app)
+    return HeadRequest(
+        name=fields.name,
+        description=fields.description,
+        files=opened,
+        stack=stack,
+        labels=labels,
+        start=fields.start,
+        embedding=fields.embedding,
+    )

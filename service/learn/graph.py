@@ -1,0 +1,277 @@
+"""The ONNX graph of a user's own classes: reflectance → regular series → features → head.
+
+    values (N, T, C), valid (N, T), days (T) → regular series (N, C, M) → bands and indices ─┐
+                                             → an embedding's own graph ────────────────────┴→ head
+
+Features are computed by this graph when a head is fitted, too, so that fitting and serving cannot
+differ. The time grid is that of `models.timegrid`, periodic by the year.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, compose, helper, numpy_helper
+
+from models.card import OUTPUTS, PIXEL_INPUTS
+
+_OPSET = 20
+_OLDEST = 18
+"""Least operator set of an embedding's graph: the nodes here need it."""
+_IR_VERSION = 10
+STEPS = 36
+STEP_DAYS = 10
+FEATURES = OUTPUTS["embed"]
+"""The features' name in a graph, which is an `embed` bundle's while a head is fitted."""
+_YEAR = 365.25
+# Of the kernels, as in `models.timegrid`: a narrow Gaussian, and a wide Cauchy kernel a thousandth
+# as high, so that no step is empty.
+_NARROW, _WIDE, _WIDE_HEIGHT, _FAR = 0.45, 2.0, 1e-3, -60.0
+_BEYOND = 1e3
+"""Sum of a date's bands from which on it is not reflectance, as NaN is not."""
+_SMALLEST_SUM = 0.05
+"""Least denominator of an index: over dark water a ratio of two small numbers is noise."""
+
+INDICES: Mapping[str, tuple[str, str]] = {
+    "ndvi": ("B08", "B04"),
+    "ndwi": ("B03", "B08"),
+    "ndmi": ("B08", "B11"),
+    "nbr": ("B08", "B12"),
+    "ndrei": ("B08", "B05"),
+    "ndti": ("B11", "B12"),
+    "ngrdi": ("B03", "B04"),
+}
+"""Normalised differences (a - b) / (a + b), by their names in the Awesome Spectral Indices
+catalogue (Montero et al. 2023, doi:10.1038/s41597-023-02096-0)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """A bundle whose embedding is a part of the features."""
+
+    model: bytes
+    """Its ONNX file in float32."""
+    bands: tuple[str, ...]
+    """Its bands, in order."""
+    length: int
+    """D."""
+
+    @property
+    def opset(self) -> int | None:
+        """Its operator set; None if its graph cannot become part of another."""
+        model = onnx.load_from_string(self.model)
+        sets = {entry.domain: entry.version for entry in model.opset_import}
+        if model.functions or set(sets) - {""} or sets.get("", 0) < _OLDEST:
+            return None
+        return int(sets[""])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A kernel classifier of standardised features (see `service.learn.kernel`)."""
+
+    mean: NDArray[np.float64]
+    """Subtracted from the features (D)."""
+    scale: NDArray[np.float64]
+    """The difference is multiplied by it (D)."""
+    support: NDArray[np.float64]
+    """Scaled features of the labelled pixels (n, D)."""
+    weights: NDArray[np.float64]
+    """Of each labelled pixel in each class's score (n, K)."""
+    width: float
+    """g of the kernel 1 / (1 + g |a - b|²)."""
+    temperature: float
+    """Scores are divided by it before the softmax."""
+
+
+def indices_of(bands: Sequence[str]) -> tuple[str, ...]:
+    """The indices that can be computed from some bands."""
+    return tuple(name for name, needs in INDICES.items() if set(needs) <= set(bands))
+
+
+@dataclass(kw_only=True)
+class _Builder:
+    """Nodes and constants of a graph that is being made."""
+
+    nodes: list[Any] = field(default_factory=list)
+    constants: dict[str, Any] = field(default_factory=dict)
+
+    def constant(self, name: str, value: Any, kind: Any = np.float32) -> str:  # noqa: ANN401
+        self.constants[name] = numpy_helper.from_array(np.asarray(value, kind), name)
+        return name
+
+    def add(self, kind: str, inputs: Sequence[str], output: str, **options: Any) -> str:  # noqa: ANN401
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output, **options))
+        return output
+
+
+def feature_graph(bands: Sequence[str], *, series: bool, embedding: Embedding | None) -> bytes:
+    """A graph that ends in the features (N, D), those of the series first.
+
+    Args:
+        bands: the stack's (C), which the graph takes in this order.
+        series: whether the regular series of bands and indices are features.
+        embedding: whose embedding is; None for none. `bands` must hold its bands.
+
+    Returns:
+        The model, serialised. Its output is `FEATURES`, NaN for a pixel without a usable date.
+    """
+    build = _Builder()
+    parts = [_series(build, bands)] if series else []
+    if embedding is not None:
+        parts.append(_embedded(build, bands, embedding))
+    if len(parts) == 1:
+        build.add("Identity", parts, FEATURES)
+    else:
+        build.add("Concat", parts, FEATURES, axis=1)
+    length = (len(bands) + len(indices_of(bands))) * STEPS if series else 0
+    length += 0 if embedding is None else embedding.length
+    opset = None if embedding is None else embedding.opset
+    return _model(build, len(bands), FEATURES, length, opset or _OPSET)
+
+
+def with_head(features: bytes, head: Head) -> bytes:
+    """A feature graph, continued to class probabilities.
+
+    Args:
+        features: as `feature_graph` made it.
+        head: fitted to its features.
+
+    Returns:
+        The model, serialised, with the inputs and the output of a `classify-pixels` bundle.
+    """
+    model = onnx.load_from_string(features)
+    bands = model.graph.input[0].type.tensor_type.shape.dim[2].dim_value
+    build = _Builder(
+        nodes=list(model.graph.node),
+        constants={tensor.name: tensor for tensor in model.graph.initializer},
+    )
+    kinds = head.weights.shape[1]
+    build.add("Sub", [FEATURES, build.constant("h_mean", head.mean)], "h_centred")
+    build.add("Mul", ["h_centred", build.constant("h_scale", head.scale)], "h_scaled")
+    # |a - b|² = |a|² + |b|² - 2 ab, as one product. Rounding may make it slightly negative, which
+    # is harmless; a clip is not, because it turns the NaN of a cloudy pixel into a number.
+    build.add("Mul", ["h_scaled", "h_scaled"], "h_squares")
+    build.constant("h_axis", [1], np.int64)
+    build.add("ReduceSum", ["h_squares", "h_axis"], "h_length", keepdims=1)
+    build.constant("h_support", -2.0 * head.support.T)
+    build.add("MatMul", ["h_scaled", "h_support"], "h_product")
+    build.constant("h_lengths", (head.support**2).sum(axis=1)[None])
+    build.add("Add", ["h_product", "h_lengths"], "h_partial")
+    build.add("Add", ["h_partial", "h_length"], "h_distance")
+    build.add("Mul", ["h_distance", build.constant("h_width", head.width)], "h_relative")
+    build.add("Add", ["h_relative", build.constant("h_one", 1.0)], "h_farness")
+    build.add("Reciprocal", ["h_farness"], "h_kernel")
+    build.constant("h_weights", head.weights / head.temperature)
+    build.add("MatMul", ["h_kernel", "h_weights"], "h_logits")
+    output = OUTPUTS["classify-pixels"]
+    build.add("Softmax", ["h_logits"], output, axis=1)
+    return _model(build, bands, output, kinds, model.opset_import[0].version)
+
+
+def _series(build: _Builder, bands: Sequence[str]) -> str:
+    """Regular series of bands and indices, flattened (N, (C + K) * M)."""
+    usable = _usable(build)
+    weight = _weights(build)
+    build.add("Unsqueeze", [usable, build.constant("last", [2], np.int64)], "usable_bands")
+    build.add("Where", ["usable_bands", "values", build.constant("zero", 0.0)], "seen")
+    build.add("Transpose", ["seen"], "by_band", perm=[0, 2, 1])
+    build.add("MatMul", ["by_band", weight], "weighted")
+    build.add("Cast", [usable], "present", to=TensorProto.FLOAT)
+    build.add("MatMul", ["present", weight], "total")
+    build.add("Unsqueeze", ["total", build.constant("middle", [1], np.int64)], "totals")
+    # 0 / 0 is NaN for a pixel without a usable date.
+    build.add("Div", ["weighted", "totals"], "regular")
+    names = indices_of(bands)
+    parts = ["regular"]
+    if names:
+        position = {band: number for number, band in enumerate(bands)}
+        first = build.constant("first", [position[INDICES[n][0]] for n in names], np.int64)
+        second = build.constant("second", [position[INDICES[n][1]] for n in names], np.int64)
+        build.add("Gather", ["regular", first], "a", axis=1)
+        build.add("Gather", ["regular", second], "b", axis=1)
+        build.add("Sub", ["a", "b"], "difference")
+        build.add("Add", ["a", "b"], "sum")
+        build.add("Max", ["sum", build.constant("least", _SMALLEST_SUM)], "denominator")
+        build.add("Div", ["difference", "denominator"], "ratio")
+        build.add("Clip", ["ratio", build.constant("low", -1.0), build.constant("high", 1.0)],
+                  "index")  # fmt: skip
+        parts.append("index")
+        build.add("Concat", parts, "shown", axis=1)
+    else:
+        build.add("Identity", parts, "shown")
+    build.constant("flat", [0, (len(bands) + len(names)) * STEPS], np.int64)
+    return build.add("Reshape", ["shown", "flat"], "series")
+
+
+def _usable(build: _Builder) -> str:
+    """Dates that are valid and whose bands are all numbers (N, T)."""
+    build.add("ReduceSum", ["values", build.constant("bands", [2], np.int64)], "bright", keepdims=0)
+    build.add("Abs", ["bright"], "brightness")
+    # A comparison with NaN is false.
+    build.add("Less", ["brightness", build.constant("beyond", _BEYOND)], "finite")
+    return build.add("And", ["valid", "finite"], "usable")
+
+
+def _weights(build: _Builder) -> str:
+    """Weight of each date in each step (T, M)."""
+    build.add("Unsqueeze", ["days", build.constant("after", [1], np.int64)], "day")
+    build.constant("grid", np.arange(STEPS) * STEP_DAYS)
+    build.add("Sub", ["day", "grid"], "away")
+    year = build.constant("year", _YEAR)
+    build.add("Div", ["away", year], "years")
+    build.add("Floor", ["years"], "whole_years")
+    build.add("Mul", ["whole_years", year], "before")
+    build.add("Sub", ["away", "before"], "within")
+    build.add("Sub", [year, "within"], "around")
+    build.add("Min", ["within", "around"], "distance")
+    build.add("Mul", ["distance", "distance"], "square")
+    build.constant("to_narrow", -0.5 / (_NARROW * STEP_DAYS) ** 2)
+    build.add("Mul", ["square", "to_narrow"], "falling")
+    # Products with subnormal numbers are far slower.
+    build.add("Max", ["falling", build.constant("far", _FAR)], "clipped")
+    build.add("Exp", ["clipped"], "narrow")
+    build.add("Mul", ["square", build.constant("to_wide", (_WIDE * STEP_DAYS) ** -2)], "spread")
+    build.add("Add", ["spread", build.constant("one", 1.0)], "broad")
+    build.add("Div", [build.constant("height", _WIDE_HEIGHT), "broad"], "wide")
+    return build.add("Add", ["narrow", "wide"], "weight")
+
+
+def _embedded(build: _Builder, bands: Sequence[str], embedding: Embedding) -> str:
+    """The embedding (N, D) of the same pixels, its time axis the year from 1 January."""
+    model = compose.add_prefix(onnx.load_from_string(embedding.model), "e_")
+    positions = build.constant("e_bands", [list(bands).index(b) for b in embedding.bands], np.int64)
+    values, valid, days = (f"e_{name}" for name in PIXEL_INPUTS)
+    build.add("Gather", ["values", positions], values, axis=2)
+    build.add("Identity", ["valid"], valid)
+    # Its grid has no period, so a second year's dates are laid on the first by hand.
+    year = build.constant("e_year", 365.0)
+    build.add("Div", ["days", year], "e_years")
+    build.add("Floor", ["e_years"], "e_whole_years")
+    build.add("Mul", ["e_whole_years", year], "e_before")
+    build.add("Sub", ["days", "e_before"], days)
+    build.nodes += model.graph.node
+    build.constants |= {tensor.name: tensor for tensor in model.graph.initializer}
+    return f"e_{OUTPUTS['embed']}"
+
+
+def _model(build: _Builder, bands: int, output: str, width: int, opset: int) -> bytes:
+    kinds = (TensorProto.FLOAT, TensorProto.BOOL, TensorProto.FLOAT)
+    shapes: tuple[list[str | int | None], ...] = (["N", "T", bands], ["N", "T"], ["T"])
+    inputs = [
+        helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in zip(PIXEL_INPUTS, kinds, shapes, strict=True)
+    ]
+    end = helper.make_tensor_value_info(output, TensorProto.FLOAT, ["N", width])
+    graph = helper.make_graph(
+        build.nodes, "own-classes", inputs, [end], list(build.constants.values())
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=_IR_VERSION
+    )
+    return bytes(model.SerializeToString())

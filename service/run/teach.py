@@ -1,0 +1,611 @@
+"""Own classes: a stack or series with labels → features → a head scored by place → a bundle.
+
+    labels → pixels of the stack → features, by the graph that will serve them → kernel.fit → bundle
+
+Nothing but the labelled pixels is predicted, so a large stack costs what reading it costs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.card import (
+    CARD_FILE,
+    LegendClass,
+    ModelCard,
+    TimeWindow,
+    TrainingData,
+    Variant,
+)
+from models.registry import Bundle, sha256_of
+from service.errors import (
+    InvalidRequest,
+    MissingBands,
+    StackWarning,
+    TooFewLabels,
+)
+from service.infer.engine import Engine
+from service.infer.model import LoadedModel
+from service.learn.graph import STEP_DAYS, STEPS, Embedding, feature_graph, indices_of, with_head
+from service.learn.kernel import Fitted, fit
+from service.learn.places import folds_of, named_places, spatial_places
+from service.learn.scores import scores
+from service.read.geotiff import BlockCache
+from service.read.radiometry import calibrate
+from service.read.reader import StackReader
+from service.read.sensors import card_names
+from service.read.stack import LAND_BANDS, open_stack, stack_bands
+from service.read.vectors import read_labels
+from service.run.executors import Timing, check
+from service.run.fields import label_pixels
+from service.run.memory import MemoryBudget, points_need
+from service.run.plan import plan_raster, unique
+from service.run.points import predict_pixels
+from service.run.request import HeadRequest
+from service.run.series import plan_series, predict_series
+
+MODEL_FILE = "model.onnx"
+CLASS, PLACE = "class", "place"
+"""Properties of a label."""
+FEWEST_LABELS = 5
+"""Labels that a class needs."""
+_FEWEST_PLACES = 3
+"""Places of a class below which its score means little."""
+_MOST_PIXELS = 2000
+"""Labelled pixels that a head keeps: each costs time at every prediction."""
+_MOST_CLASSES = 100
+_MOST_TEXT = 100
+_FEWEST_CLEAR = 4
+_SEVERAL_YEARS = 400
+"""Days that dates span from which on they are of several seasons."""
+_VERSION = "1.0.0"
+_OPSET = 20
+_PALETTE = (
+    "#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#1f78b4",
+    "#b2df8a", "#fb9a99", "#fdbf6f", "#cab2d6", "#6a3d9a", "#b15928", "#8dd3c7", "#bebada",
+    "#80b1d3", "#fccde5", "#bc80bd", "#ccebc5",
+)  # fmt: skip
+"""Colours of ColorBrewer's qualitative schemes; more classes repeat them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """A bundle made from labels, in a folder of the request."""
+
+    bundle: Bundle
+    model: LoadedModel
+    warnings: tuple[StackWarning, ...]
+    timing: Timing
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Samples:
+    """Pixels with a class, and where they lie."""
+
+    features: NDArray[np.float32]
+    """(n, D), NaN for a pixel with too few clear dates."""
+    labels: NDArray[np.intp]
+    """The label of each pixel (n)."""
+    xy: NDArray[np.float64] | None
+    """Column and row (n, 2), in pixels; None for series, which lie anywhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Label:
+    """One label as it was given."""
+
+    name: str
+    """Its class."""
+    place: str | None
+
+
+def teach(
+    request: HeadRequest,
+    engine: Engine,
+    folder: Path,
+    *,
+    owner: str,
+    max_raster_bytes: int,
+    max_labels: int,
+    cache: BlockCache | None = None,
+    cancelled: threading.Event | None = None,
+    budget: MemoryBudget | None = None,
+    patience: float | None = None,
+) -> Taught:
+    """Learn a caller's own classes.
+
+    Args:
+        request: the stack or series, and the labels.
+        engine: the models.
+        folder: an empty folder, which becomes the bundle's.
+        owner: the caller, whose own models may be named.
+        max_raster_bytes: decoded bytes that a stack may have.
+        max_labels: labels that a request may hold.
+        cache: GDAL's block cache; None leaves it as it is.
+        cancelled: set it to cancel.
+        budget: memory for runs; None makes one for this run alone.
+        patience: seconds to wait for memory; None waits for as long as it takes.
+
+    Raises:
+        TooFewLabels: fewer than two classes, or than `FEWEST_LABELS` usable labels of a class.
+        MissingBands: no index can be computed, or a band of the embedding is missing.
+        PIMCError: a fault of the files, the labels or the options.
+        Cancelled: `cancelled` was set.
+    """
+    begun = time.perf_counter()
+    work = _Teaching(
+        request=request,
+        engine=engine,
+        folder=folder,
+        embedding=_embedding(request, engine, owner),
+        max_raster_bytes=max_raster_bytes,
+        max_labels=max_labels,
+        cache=cache,
+        cancelled=cancelled,
+        budget=budget or MemoryBudget(),
+        patience=patience,
+    )
+    return work.taught(begun)
+
+
+def _embedding(request: HeadRequest, engine: Engine, owner: str) -> Embedding | None:
+    if request.embedding is None:
+        return None
+    model = engine.find(request.embedding, "embed", "pixel", owner=owner)
+    bundle = engine.registry.find(request.embedding)
+    card = model.card
+    if bundle is None or card.day_of_year:
+        raise InvalidRequest.of("embedding", f"'{card.id}' cannot become part of another model")
+    found = Embedding(
+        model=bundle.path().read_bytes(), bands=card.bands, length=card.embedding or 0
+    )
+    if found.opset is None:
+        raise InvalidRequest.of("embedding", f"'{card.id}' cannot become part of another model")
+    return found
+
+
+@dataclass(kw_only=True)
+class _Teaching:
+    """The steps of one request, in the order of its methods."""
+
+    request: HeadRequest
+    engine: Engine
+    folder: Path
+    embedding: Embedding | None
+    max_raster_bytes: int
+    max_labels: int
+    cache: BlockCache | None
+    cancelled: threading.Event | None
+    budget: MemoryBudget
+    patience: float | None
+
+    def taught(self, begun: float) -> Taught:
+        """All of it."""
+        warnings: list[StackWarning] = []
+        if self.request.files:
+            labels, samples, facts = self._from_raster(warnings)
+        else:
+            labels, samples, facts = self._from_series(warnings)
+        read = time.perf_counter()
+        kept, names = self._usable(labels, samples, facts["outside"], warnings)
+        classes = np.array([names.index(labels[n].name) for n in samples.labels[kept]], np.intp)
+        where, nearest = self._places(labels, samples, kept, warnings)
+        for name, some in _few_places(names, classes, where):
+            detail = (
+                f"class '{name}' has {some} {'place' if some == 1 else 'places'}, so its score by "
+                f"place means little: label it in at least {_FEWEST_PLACES} places"
+            )
+            warnings.append(StackWarning(code="few_places", detail=detail))
+        fitted = fit(
+            self._candidates(samples.features[kept], facts["bands"]),
+            classes,
+            self._folds(where, samples.labels[kept], classes),
+            partial(check, self.cancelled),
+        )
+        metrics = {
+            **scores(fitted.probabilities, classes, where),
+            "split": "places left out, in five folds",
+            "labels": dict(Counter(labels[n].name for n in np.unique(samples.labels[kept]))),
+            "places": int(where.max()) + 1,
+            "separation_pixels": nearest,
+        }
+        bundle = self._bundle(fitted, names, facts, metrics)
+        model = self.engine.load(bundle)
+        return Taught(
+            bundle=bundle,
+            model=model,
+            warnings=unique(warnings),
+            timing=Timing(read=read - begun, infer=time.perf_counter() - read),
+        )
+
+    # Samples -------------------------------------------------------------------------------
+
+    def _from_raster(
+        self, warnings: list[StackWarning]
+    ) -> tuple[list[_Label], _Samples, dict[str, Any]]:
+        request = self.request
+        if request.labels is None:
+            raise InvalidRequest.of("labels", "points or polygons with a property `class`")
+        found = read_labels(request.labels, self.max_labels)
+        labels = _labels(found.properties)
+        bands = stack_bands(request.files, request.stack)
+        self._check_bands(bands, "the stack")
+        stack = open_stack(
+            request.files, request.stack, bands=bands, max_bytes=self.max_raster_bytes
+        )
+        warnings += found.warnings
+        features = self._features(bands, len(stack.dates))
+        run = plan_raster(features, stack, start=request.start)
+        rows, cols, which = label_pixels(found, stack.grid)
+        outside = sorted(set(range(len(labels))) - set(which.tolist()))
+        rows, cols, which = self._agreed(rows, cols, which, labels, warnings)
+        with self.budget.take(
+            points_need(run, len(rows)), cancelled=self.cancelled, patience=self.patience
+        ):
+            run = replace(run, stack=calibrate(stack, run.used, cache=self.cache))
+            with StackReader(
+                run.stack, run.used, cache=self.cache, before_read=partial(check, self.cancelled)
+            ) as reader:
+                predicted, _ = predict_pixels(run, reader, rows, cols)
+        warnings += run.stack.warnings
+        samples = _Samples(
+            features=predicted, labels=which, xy=np.stack([cols, rows], axis=1).astype(np.float64)
+        )
+        used = [stack.dates[t] for t in run.used]
+        if request.start is None and (used[-1] - used[0]).days > _SEVERAL_YEARS:
+            detail = (
+                f"the {len(used)} dates from {used[0]} to {used[-1]} are placed on one year: "
+                "where the classes change from year to year, as crops do, give `start`, here and "
+                "when the model is used"
+            )
+            warnings.append(StackWarning(code="several_years", detail=detail))
+        size = stack.grid.pixel_size
+        return (
+            labels,
+            samples,
+            {
+                "bands": bands,
+                "outside": outside,
+                "card": features.card,
+                "sensors": card_names(stack.sensor),
+                "pixel_size": (round(size, 2), round(size, 2)) if size else None,
+                "source": f"a stack of {len(used)} dates from {used[0]} to {used[-1]}",
+            },
+        )
+
+    def _from_series(
+        self, warnings: list[StackWarning]
+    ) -> tuple[list[_Label], _Samples, dict[str, Any]]:
+        given = self.request.series
+        labels = [_Label(name=_class_of(one.name, n), place=one.place)
+                  for n, one in enumerate(given, start=1)]  # fmt: skip
+        bands = tuple(b for b in LAND_BANDS if all(b in one.series.bands for one in given))
+        self._check_bands(bands, "some series")
+        dates = int(np.median([len(set(one.series.dates)) for one in given]))
+        features = self._features(bands, dates)
+        run = plan_series(features, [one.series for one in given], start=self.request.start)
+        warnings += run.warnings
+        width = features.width[0]
+        rows = [np.full(width, np.nan, np.float32) if row is None else row
+                for row in predict_series(run, self.cancelled)]  # fmt: skip
+        samples = _Samples(features=np.stack(rows), labels=np.arange(len(given)), xy=None)
+        return (
+            labels,
+            samples,
+            {
+                "bands": bands,
+                "outside": [],
+                "card": features.card,
+                "sensors": (),
+                "pixel_size": None,
+                "source": f"{len(given)} series",
+            },
+        )
+
+    def _check_bands(self, bands: Sequence[str], what: str) -> None:
+        if not indices_of(bands):
+            there = ", ".join(bands) or "none"
+            raise MissingBands(
+                f"{what} has not enough bands to learn from: B04 and B08, or B03 and B04 are "
+                f"needed at every date; there are: {there}"
+            )
+        lacking = set(self.embedding.bands) - set(bands) if self.embedding else set()
+        if lacking:
+            raise MissingBands(
+                f"{what} lacks {', '.join(sorted(lacking))}, which '{self.request.embedding}' needs"
+            )
+
+    def _features(self, bands: tuple[str, ...], dates: int) -> LoadedModel:
+        """A model whose embedding is the features, loaded from the request's folder."""
+        content = feature_graph(bands, series=True, embedding=self.embedding)
+        path = self.folder / MODEL_FILE
+        path.write_bytes(content)
+        card = ModelCard(
+            name=self.request.name,
+            version=_VERSION,
+            task="embed",
+            modality="pixel",
+            description="features",
+            bands=bands,
+            indices=indices_of(bands),
+            window=TimeWindow(steps=STEPS, step_days=STEP_DAYS, start="every-date"),
+            min_observations=min(max(dates // 3, 1), _FEWEST_CLEAR),
+            embedding=self._width(bands),
+            licence="unstated",
+            variants=(_variant(path),),
+            sha256=sha256_of(path),
+        )
+        return self.engine.load(Bundle(card=card, folder=self.folder))
+
+    def _width(self, bands: Sequence[str]) -> int:
+        series = (len(bands) + len(indices_of(bands))) * STEPS
+        return series + (self.embedding.length if self.embedding else 0)
+
+    def _agreed(
+        self,
+        rows: NDArray[np.intp],
+        cols: NDArray[np.intp],
+        which: NDArray[np.intp],
+        labels: Sequence[_Label],
+        warnings: list[StackWarning],
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+        """Each pixel once; none that two classes claim."""
+        names = np.array([labels[n].name for n in which], np.object_)
+        claims: dict[tuple[int, int], set[str]] = {}
+        for row, col, name in zip(rows.tolist(), cols.tolist(), names, strict=True):
+            claims.setdefault((row, col), set()).add(name)
+        taken: set[tuple[int, int]] = set()
+        keep = []
+        for n, place in enumerate(zip(rows.tolist(), cols.tolist(), strict=True)):
+            if len(claims[place]) == 1 and place not in taken:
+                keep.append(n)
+            taken.add(place)
+        disputed = sum(len(one) > 1 for one in claims.values())
+        if disputed:
+            detail = f"{disputed} pixels have labels of several classes and are not used"
+            warnings.append(StackWarning(code="labels_conflict", detail=detail))
+        chosen = np.array(keep, np.intp)
+        return rows[chosen], cols[chosen], which[chosen]
+
+    # What counts -----------------------------------------------------------------------------
+
+    def _usable(
+        self,
+        labels: Sequence[_Label],
+        samples: _Samples,
+        outside: Sequence[int],
+        warnings: list[StackWarning],
+    ) -> tuple[NDArray[np.intp], list[str]]:
+        """Positions of the pixels that are learnt from, and the classes' names in order.
+
+        Raises:
+            TooFewLabels: of the classes, or of one class.
+        """
+        clear = np.flatnonzero(np.isfinite(samples.features).all(axis=1))
+        names = list(dict.fromkeys(label.name for label in labels))
+        there = set(samples.labels[clear].tolist())
+        cloudy = set(samples.labels.tolist()) - there
+        for code, which, why in (
+            ("label_outside", set(outside), "lie outside the raster"),
+            ("label_cloudy", cloudy, "have too few clear dates"),
+        ):
+            if which:
+                detail = f"{len(which)} of {len(labels)} labels {why} and are not used"
+                warnings.append(StackWarning(code=code, detail=detail))
+        if len(names) < 2:
+            raise TooFewLabels(
+                f"the labels are all of one class, '{names[0]}', and at least 2 are needed"
+            )
+        if len(names) > _MOST_CLASSES:
+            raise InvalidRequest.of(
+                "labels", f"{len(names)} classes, and at most {_MOST_CLASSES} can be learnt"
+            )
+        given = Counter(label.name for label in labels)
+        good = Counter(labels[n].name for n in there)
+        for name in names:
+            if good[name] < FEWEST_LABELS:
+                own = [n for n, label in enumerate(labels) if label.name == name]
+                away = len(set(own) & set(outside))
+                clouds = len(set(own) & cloudy)
+                raise TooFewLabels(
+                    f"class '{name}' has {good[name]} usable labels of {given[name]} given "
+                    f"({away} outside the raster, {clouds} with too few clear dates), and at "
+                    f"least {FEWEST_LABELS} are needed"
+                )
+        return _thinned(clear, samples.labels[clear], labels, names), names
+
+    def _places(
+        self,
+        labels: Sequence[_Label],
+        samples: _Samples,
+        kept: NDArray[np.intp],
+        warnings: list[StackWarning],
+    ) -> tuple[NDArray[np.intp], float | None]:
+        """The place of each pixel, and how far apart places are, in pixels."""
+        which = samples.labels[kept]
+        named = [labels[n].place for n in which]
+        if all(name is not None for name in named):
+            return named_places(named, which), None
+        if any(name is not None for name in named):
+            lacking = sum(name is None for name in named)
+            raise InvalidRequest.of(
+                "labels", f"{lacking} of {len(named)} labels have no `{PLACE}`: give all or none"
+            )
+        if samples.xy is not None:
+            return spatial_places(samples.xy[kept], which)
+        detail = (
+            "the series name no `place`, so each counts as one of its own: if some are neighbours, "
+            "the scores are too good"
+        )
+        warnings.append(StackWarning(code="places_unknown", detail=detail))
+        return named_places(which.tolist(), which), None
+
+    def _folds(
+        self, where: NDArray[np.intp], which: NDArray[np.intp], classes: NDArray[np.intp]
+    ) -> NDArray[np.intp]:
+        if where.max() > 0:
+            return folds_of(where, classes)
+        # A single place cannot be left out; `few_places` warns of what this is worth.
+        return folds_of(np.unique(which, return_inverse=True)[1].astype(np.intp), classes)
+
+    def _candidates(
+        self, features: NDArray[np.float32], bands: Sequence[str]
+    ) -> dict[str, NDArray[np.float32]]:
+        if self.embedding is None:
+            return {"series": features}
+        edge = self._width(bands) - self.embedding.length
+        return {
+            "series": features[:, :edge],
+            "embedding": features[:, edge:],
+            "series and embedding": features,
+        }
+
+    # Result ----------------------------------------------------------------------------------
+
+    def _bundle(
+        self,
+        fitted: Fitted,
+        names: Sequence[str],
+        facts: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+    ) -> Bundle:
+        chosen, request = fitted.candidate.features, self.request
+        graph = feature_graph(
+            facts["bands"],
+            series=chosen != "embedding",
+            embedding=None if chosen == "series" else self.embedding,
+        )
+        path = self.folder / MODEL_FILE
+        new = path.with_suffix(".new")
+        new.write_bytes(with_head(graph, fitted.head))
+        new.replace(path)
+        draft: ModelCard = facts["card"]
+        card = ModelCard.model_validate(
+            {
+                **draft.model_dump(),
+                "task": "classify-pixels",
+                "description": request.description or f"Own classes: {', '.join(names)}.",
+                "embedding": None,
+                "classes": tuple(
+                    LegendClass(value=n, name=name, color=_PALETTE[n % len(_PALETTE)])
+                    for n, name in enumerate(names)
+                ),
+                "metrics": metrics,
+                "training_data": (
+                    TrainingData(
+                        name="the caller's labels",
+                        use="labels",
+                        n=metrics["n"],
+                        licence="unstated",
+                        source=facts["source"],
+                    ),
+                ),
+                "training": {
+                    "features": chosen,
+                    "classifier": "kernel ridge, Cauchy kernel",
+                    "width": fitted.candidate.width,
+                    "temperature": fitted.head.temperature,
+                    "embedding": request.embedding if chosen != "series" else None,
+                    "start": request.start.isoformat() if request.start else None,
+                },
+                "sensors": facts["sensors"],
+                "pixel_size": facts["pixel_size"],
+                "variants": (_variant(path),),
+                "sha256": sha256_of(path),
+            }
+        )
+        (self.folder / CARD_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
+        return Bundle(card=card, folder=self.folder)
+
+
+def _labels(properties: Sequence[Mapping[str, Any]]) -> list[_Label]:
+    """Class and place of each label.
+
+    Raises:
+        InvalidRequest: a label without a class.
+    """
+    lacking = [n for n, one in enumerate(properties, start=1) if one.get(CLASS) in (None, "")]
+    if lacking:
+        raise InvalidRequest.of(
+            "labels",
+            f"{len(lacking)} of {len(properties)} features have no property `{CLASS}` (the first "
+            f"is number {lacking[0]})",
+        )
+    return [
+        _Label(
+            name=_class_of(one[CLASS], n),
+            place=None if one.get(PLACE) in (None, "") else str(one[PLACE]),
+        )
+        for n, one in enumerate(properties, start=1)
+    ]
+
+
+def _class_of(value: object, number: int) -> str:
+    """A class's name as the card holds it; 3.0, as a table may have it, is class 3.
+
+    Raises:
+        InvalidRequest: not a text or a number, or too long.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise InvalidRequest.of("labels", f"the `{CLASS}` of feature {number} is not a name")
+    name = " ".join(str(value).split())
+    if not 0 < len(name) <= _MOST_TEXT:
+        raise InvalidRequest.of(
+            "labels",
+            f"the `{CLASS}` of feature {number} has {len(name)} characters; 1 to {_MOST_TEXT} are "
+            "allowed",
+        )
+    return name
+
+
+def _thinned(
+    pixels: NDArray[np.intp],
+    which: NDArray[np.intp],
+    labels: Sequence[_Label],
+    names: Sequence[str],
+) -> NDArray[np.intp]:
+    """At most `_MOST_PIXELS` of some pixels, the rare classes whole."""
+    if len(pixels) <= _MOST_PIXELS:
+        return pixels
+    classes = np.array([names.index(labels[n].name) for n in which])
+    random = np.random.default_rng(0)  # the same labels give the same model
+    kept: list[NDArray[np.intp]] = []
+    left = _MOST_PIXELS
+    by_size = sorted(range(len(names)), key=lambda name: int((classes == name).sum()))
+    for turn, name in enumerate(by_size):
+        own = random.permutation(np.flatnonzero(classes == name))[: left // (len(names) - turn)]
+        left -= len(own)
+        kept.append(own)
+    return np.asarray(pixels[np.sort(np.concatenate(kept))])
+
+
+def _few_places(
+    names: Sequence[str], classes: NDArray[np.intp], places: NDArray[np.intp]
+) -> list[tuple[str, int]]:
+    """Classes that are labelled in few places, and in how many."""
+    counts = [len(np.unique(places[classes == n])) for n in range(len(names))]
+    return [
+        (name, count) for name, count in zip(names, counts, strict=True) if count < _FEWEST_PLACES
+    ]
+
+
+def _variant(path: Path) -> Variant:
+    return Variant(
+        name="float32",
+        file=path.name,
+        sha256=sha256_of(path),
+        bytes=path.stat().st_size,
+        opset=_OPSET,
+    )
