@@ -14,6 +14,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,32 @@ _ADRIFT = 0.05
 _ROUGHLY = 0.01  # float16 has three digits
 _RECHECKED = 16
 """Pixels or patches that are checked on the CPU if a device returns NaN or infinity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One call of a model: its inputs, and the array that takes the predictions."""
+
+    inputs: Mapping[str, NDArray[Any]]
+    """Inputs with one row per pixel or patch (N, …), by name."""
+    shared: Mapping[str, NDArray[Any]]
+    """Inputs that all pixels share, by name."""
+    predictions: Floats
+    """(N, …), filled batch by batch."""
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Mapping[str, NDArray[Any]],
+        shared: Mapping[str, NDArray[Any]],
+        width: tuple[int, ...],
+    ) -> _Call:
+        """A call with uninitialised predictions of a width."""
+        count = len(next(iter(inputs.values())))
+        return cls(inputs=inputs, shared=shared, predictions=np.empty((count, *width), np.float32))
+
+    def __len__(self) -> int:
+        return len(self.predictions)
 
 
 class LoadedModel:
@@ -119,15 +146,16 @@ class LoadedModel:
         Raises:
             InternalError: the runtime failed.
         """
-        each: dict[str, NDArray[Any]] = {
+        inputs: dict[str, NDArray[Any]] = {
             "values": np.asarray(values, np.float32),
             "valid": np.asarray(valid, np.bool_),
         }
         if self.card.day_of_year:
             if day_of_year is None:
                 raise InternalError(f"model '{self.card.id}' needs the day of the year")
-            each["day_of_year"] = np.full(len(values), day_of_year, np.float32)
-        return self._run(each, {"days": np.ascontiguousarray(days, np.float32)})
+            inputs["day_of_year"] = np.full(len(values), day_of_year, np.float32)
+        shared = {"days": np.ascontiguousarray(days, np.float32)}
+        return self._run(_Call.of(inputs, shared, self.width))
 
     def patches(self, patches: Floats) -> Floats:
         """Predict for patches.
@@ -141,34 +169,27 @@ class LoadedModel:
         Raises:
             InternalError: the runtime failed.
         """
-        return self._run({"patches": np.asarray(patches, np.float32)}, {})
+        return self._run(_Call.of({"patches": np.asarray(patches, np.float32)}, {}, self.width))
 
-    def _run(self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]]) -> Floats:
-        count = len(next(iter(each.values())))
-        out = np.empty((count, *self.width), np.float32)
+    def _run(self, call: _Call) -> Floats:
         on_device = self.provider == CUDA
         run = self._run_on_device if on_device else self._run_on_threads
         try:
-            run(each, shared, out)
+            run(call)
             if on_device:
-                self._recheck(each, shared, out)
+                self._recheck(call)
         except _FAULTS as error:
             self.failing = on_device
             # The runtime's message goes to the log as the cause, not to the client.
             raise InternalError(f"model '{self.card.id}' failed to run") from error
         self.failing = False
-        return out
+        return call.predictions
 
-    def _run_on_threads(
-        self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]], out: Floats
-    ) -> None:
+    def _run_on_threads(self, call: _Call) -> None:
         size = self._batch
-        while len(out) < size * self._threads and size > _FEWEST[self.card.modality]:
+        while len(call) < size * self._threads and size > _FEWEST[self.card.modality]:
             size //= 2
-        jobs = [
-            self._pool.submit(self._in_halves, each, shared, out, part)
-            for part in _parts(len(out), size)
-        ]
+        jobs = [self._pool.submit(self._in_halves, call, part) for part in _parts(len(call), size)]
         _, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
         for job in waiting:
             job.cancel()
@@ -176,17 +197,11 @@ class LoadedModel:
             if not job.cancelled():
                 job.result()
 
-    def _in_halves(
-        self,
-        each: Mapping[str, NDArray[Any]],
-        shared: Mapping[str, NDArray[Any]],
-        out: Floats,
-        part: slice,
-    ) -> None:
+    def _in_halves(self, call: _Call, part: slice) -> None:
         """Run one batch, halved as often as memory requires."""
         size = part.stop - part.start
         try:
-            self._one(each, shared, out, part)
+            self._run_batch(call, part)
         except _FAULTS as error:
             if not _is_out_of_memory(error) or size == 1:
                 raise
@@ -195,34 +210,30 @@ class LoadedModel:
         # After the handler, so that the failed batch is freed first.
         _LOG.warning("out of memory; a batch of %d is halved", size)
         middle = part.start + size // 2
-        self._in_halves(each, shared, out, slice(part.start, middle))
-        self._in_halves(each, shared, out, slice(middle, part.stop))
+        self._in_halves(call, slice(part.start, middle))
+        self._in_halves(call, slice(middle, part.stop))
 
-    def _run_on_device(
-        self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]], out: Floats
-    ) -> None:
+    def _run_on_device(self, call: _Call) -> None:
         with self._device:
-            start, tried_again = 0, False
-            while start < len(out):
-                stop = min(start + self._batch, len(out))
+            start, retried = 0, False
+            while start < len(call):
+                stop = min(start + self._batch, len(call))
                 try:
-                    self._one(each, shared, out, slice(start, stop))
+                    self._run_batch(call, slice(start, stop))
                 except _FAULTS as error:
                     if _is_out_of_memory(error) and self._batch > 1:
                         self._batch //= 2
                         _LOG.warning("out of device memory; batches are now of %d", self._batch)
-                    elif tried_again:
+                    elif retried:
                         raise
                     else:
-                        tried_again = True
+                        retried = True
                         _LOG.warning("a run failed on the device; retrying", exc_info=error)
                 else:
                     start = stop
 
-    def _recheck(
-        self, each: Mapping[str, NDArray[Any]], shared: Mapping[str, NDArray[Any]], out: Floats
-    ) -> None:
-        """Check on the CPU a few of those for which the device returns NaN or infinity.
+    def _recheck(self, call: _Call) -> None:
+        """Check on the CPU a few pixels or patches for which the device returns NaN or infinity.
 
         NaN is the prediction for a pixel without a usable date. NaN from a device that fails
         silently would look the same, as if the pixel were cloudy.
@@ -232,32 +243,28 @@ class LoadedModel:
         """
         if self._reference is None:
             return
-        empty = np.flatnonzero(~np.isfinite(out.reshape(len(out), -1)).all(axis=1))
-        rows = empty[_has_input(each, empty)][:_RECHECKED]
+        finite = np.isfinite(call.predictions.reshape(len(call), -1)).all(axis=1)
+        empty = np.flatnonzero(~finite)
+        rows = empty[_has_input(call.inputs, empty)][:_RECHECKED]
         if rows.size == 0:
             return
-        told = self._reference.run({**{name: a[rows] for name, a in each.items()}, **shared})
-        if np.isfinite(told).all(axis=tuple(range(1, told.ndim))).any():
+        inputs = {name: array[rows] for name, array in call.inputs.items()}
+        expected = self._reference.run({**inputs, **call.shared})
+        if np.isfinite(expected).all(axis=tuple(range(1, expected.ndim))).any():
             raise ValueError(
                 f"{self.provider} returns NaN or infinity where the CPU returns numbers"
             )
 
-    def _one(
-        self,
-        each: Mapping[str, NDArray[Any]],
-        shared: Mapping[str, NDArray[Any]],
-        out: Floats,
-        part: slice,
-    ) -> None:
+    def _run_batch(self, call: _Call, part: slice) -> None:
         count = part.stop - part.start
         size = _padded(count, self._batch)
-        # Reordered per batch, so that the threads share the work and none waits for the whole.
-        feeds = {name: _repeat_last(array[part], size) for name, array in each.items()}
-        answer = self._session.run({**feeds, **shared})
-        if answer.shape != (size, *self.width):
+        # Reordered per batch, so that the threads share the work and none waits for all of it.
+        feeds = {name: _repeat_last(array[part], size) for name, array in call.inputs.items()}
+        output = self._session.run({**feeds, **call.shared})
+        if output.shape != (size, *self.width):
             # Otherwise another pixel's prediction could be taken for this one's.
-            raise ValueError(f"the output has shape {answer.shape}, not {(size, *self.width)}")
-        out[part] = answer[:count]
+            raise ValueError(f"the output has shape {output.shape}, not {(size, *self.width)}")
+        call.predictions[part] = output[:count]
 
     def _warm_up(self) -> None:
         """Run once, so that the first request does not wait and a wrong card is detected."""
@@ -321,13 +328,13 @@ def _sample(card: ModelCard, count: int) -> dict[str, NDArray[Any]]:
     return {name: feeds[name] for name in card.inputs}
 
 
-def _has_input(each: Mapping[str, NDArray[Any]], rows: NDArray[np.intp]) -> NDArray[np.bool_]:
-    """Whether each of these rows has usable input."""
-    if "patches" in each:
-        finite = np.isfinite(each["patches"][rows])
+def _has_input(inputs: Mapping[str, NDArray[Any]], rows: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Whether each of these rows has usable input (n)."""
+    if "patches" in inputs:
+        finite = np.isfinite(inputs["patches"][rows])
         return np.asarray(finite.reshape(len(finite), -1).all(axis=1))
-    finite = np.isfinite(each["values"][rows]).all(axis=2)
-    return np.asarray((finite & each["valid"][rows]).any(axis=1))
+    finite = np.isfinite(inputs["values"][rows]).all(axis=2)
+    return np.asarray((finite & inputs["valid"][rows]).any(axis=1))
 
 
 def _parts(count: int, size: int) -> Iterator[slice]:
