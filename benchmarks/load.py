@@ -1,6 +1,6 @@
 """Load test: fifty clients of every kind for ten minutes; failures, memory growth, leftovers.
 
-    python -m benchmarks.load [--seconds 600] [--callers 50] [--beside dripping] [--out load.json]
+    python -m benchmarks.load [--seconds 600] [--callers 50] [--beside dripping hogs] [--out FILE]
 
 The service runs as a process of its own. The clients request maps from 1 x 1 to 512 x 512, series,
 points, summaries and zips; some disconnect half way, some send or read slowly or never read, some
@@ -29,7 +29,7 @@ import time
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -73,6 +73,8 @@ class Request:
     weight: float = 1.0
     behaviour: str = "plain"
     """Behaviour of the client; a key of `_BEHAVIOURS`."""
+    key: str | None = None
+    """API key; None sends none."""
 
 
 @dataclass
@@ -385,7 +387,8 @@ def _send(connection: http.client.HTTPConnection, request: Request, body: bytes)
 
 
 def _headers(request: Request) -> dict[str, str]:
-    return {"Content-Type": request.kind, "Accept": request.accept}
+    key = {} if request.key is None else {"X-API-Key": request.key}
+    return {"Content-Type": request.kind, "Accept": request.accept, **key}
 
 
 Behaviour = Callable[[http.client.HTTPConnection, Request], Response]
@@ -467,7 +470,7 @@ def dripping(service: Served, end: float, counts: Counter[str]) -> None:
     """Forty uploads of 64 KiB per minute each; an upload that the server ends is started again."""
     head = (
         f"POST /classify-pixels HTTP/1.1\r\nHost: here\r\nContent-Type: {FORM}\r\n"
-        f"Content-Length: {2**31}\r\n\r\n--{_BOUNDARY}\r\n"
+        f"X-API-Key: {_OTHER_KEY}\r\nContent-Length: {2**31}\r\n\r\n--{_BOUNDARY}\r\n"
     ).encode()
     drips: list[socket.socket] = []
     while time.monotonic() < end:
@@ -498,7 +501,42 @@ def _refused(drip: socket.socket) -> str | None:
     return None
 
 
-OTHERS: Mapping[str, Other] = {"dripping": dripping}
+_HOGS = 16
+_PREFERENCES = ({}, {"Prefer": "respond-async"})
+
+
+def hogs(service: Served, end: float, counts: Counter[str]) -> None:
+    """Sixteen clients of one key that send maps and jobs as fast as they are rejected."""
+    with tempfile.TemporaryDirectory() as folder:
+        body = form(_stack(Path(folder), 256))
+    headers = {"Content-Type": FORM, "X-API-Key": _OTHER_KEY}
+
+    def send(preference: Mapping[str, str]) -> None:
+        while time.monotonic() < end:
+            connection = http.client.HTTPConnection(service.host, service.port, timeout=_TIMEOUT)
+            try:
+                connection.request("POST", "/classify-pixels", body, {**headers, **preference})
+                response = connection.getresponse()
+                response.read()
+                counts[str(response.status)] += 1
+            except OSError:
+                counts["broken"] += 1
+            finally:
+                connection.close()
+
+    threads = [
+        threading.Thread(target=send, args=(_PREFERENCES[number % 2],)) for number in range(_HOGS)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+OTHERS: Mapping[str, Other] = {"dripping": dripping, "hogs": hogs}
+NEED_KEYS = frozenset({"hogs"})
+"""Others who can be told from the clients by an API key alone."""
+_OTHER_KEY = "key-of-the-others"
 
 
 # The probe ----------------------------------------------------------------------------------
@@ -529,6 +567,8 @@ def run(
     callers: int,
     kinds: Sequence[Request],
     beside: Sequence[str] = (),
+    *,
+    keys: bool = False,
     **settings: str,
 ) -> Report:
     """Start a service, run all clients, and inspect what is left.
@@ -538,6 +578,7 @@ def run(
         callers: number of clients.
         kinds: the requests that the clients send.
         beside: names of `OTHERS` that run at the same time.
+        keys: whether each client, and the others together, have an API key of their own.
         settings: environment variables of the service.
     """
     others: dict[str, Counter[str]] = {name: Counter() for name in beside}
@@ -545,13 +586,19 @@ def run(
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     about = machine()
+    named = [f"key-of-client-{seed}" if keys else None for seed in range(callers)]
+    if keys:
+        settings["PIMC_API_KEYS"] = ",".join([*filter(None, named), _OTHER_KEY])
     with served(**settings) as service:
         probe = context.Process(target=_probe, args=(service.host, service.port, there))
         probe.start()
         end = time.monotonic() + seconds
         threads = [
-            threading.Thread(target=_caller, args=(service, kinds, tally, end, seed))
-            for seed in range(callers)
+            threading.Thread(
+                target=_caller,
+                args=(service, [replace(k, key=key) for k in kinds], tally, end, seed),
+            )
+            for seed, key in enumerate(named)
         ]
         threads += [
             threading.Thread(target=OTHERS[name], args=(service, end, others[name]))
@@ -654,9 +701,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     kinds = requests()
-    reports = [run(options.seconds, options.callers, kinds)]
-    if options.beside:
-        reports.append(run(options.seconds, options.callers, kinds, options.beside))
+    keys = not NEED_KEYS.isdisjoint(options.beside)
+    rounds = [(), options.beside] if options.beside else [()]
+    reports = [run(options.seconds, options.callers, kinds, names, keys=keys) for names in rounds]
     for report in reports:
         show(report)
     if options.out:

@@ -48,3 +48,17 @@ def test_a_report_states_growth_leftovers_and_delays() -> None:
     assert "in memory" in of([2e9] * 600).faults[0]
     assert of(steady, failures=["map: 500"]).faults == ["map: 500"]
     assert "ms" in of(steady, probes={"/metrics": [0.001] * 90 + [0.2] * 10}).delays[0]
+
+
+def test_a_key_that_hogs_the_service_does_not_keep_the_others_from_it() -> None:
+    kinds = [one for one in requests(largest=64) if one.name in {"map 1 x 1", "series of 1"}]
+    report = run(
+        10, 4, kinds, ["dripping", "hogs"],
+        keys=True, PIMC_MAX_CONCURRENCY="1", PIMC_MAX_REQUESTS_PER_CALLER="2",
+        PIMC_UPLOAD_SECONDS="5",
+    )  # fmt: skip
+    assert report.failures == []
+    outcomes = {name for counts in report.outcomes.values() for name in counts}
+    assert outcomes == {"200"}  # each client has slots of its own
+    assert report.beside["hogs"]["429"] > 0
+    assert set(report.beside["hogs"]) <= {"200", "202", "429"}
