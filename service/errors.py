@@ -24,7 +24,7 @@
     │   ├── MissingBands, MissingDates, TooFewDates
     │   ├── ImplausibleReflectance, WrongSensor
     │   └── RasterTooLarge
-    ├── Overloaded                           every slot is in use; nothing was started
+    ├── Overloaded                           slots, memory, descriptors or the store are in use
     ├── TooManyRequests                      the caller's share is used up; nothing was started
     ├── NotReady                             models are missing or loading, or the server stops
     ├── InsufficientStorage                  the disk is full
@@ -329,7 +329,10 @@ class RasterTooLarge(RasterError):
 
 
 class Overloaded(PIMCError):
-    """Every slot is in use; nothing was started."""
+    """What the request needs is in use by others: a slot, memory, descriptors, the job store.
+
+    A running job waits for it instead of failing.
+    """
 
     code = "overloaded"
     title = "Overloaded"
@@ -421,6 +424,7 @@ STATUS: Mapping[str, int] = {
     "internal_error": 500,
 }
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 def no_room(error: BaseException) -> InsufficientStorage | None:
@@ -428,6 +432,28 @@ def no_room(error: BaseException) -> InsufficientStorage | None:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return InsufficientStorage(f"the server's disk is full: {os.strerror(error.errno).lower()}")
     return None
+
+
+def no_descriptors(error: BaseException) -> Overloaded | None:
+    """The error for exhausted file descriptors; None if there are some.
+
+    GDAL and SQLite state only that a file does not open, so after an error of theirs it is tried
+    whether any file does.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and not any(os.strerror(n) in str(error) for n in _NO_DESCRIPTORS):
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as other:
+            number = other.errno
+        if number not in _NO_DESCRIPTORS:
+            return None
+    elif number is not None and number not in _NO_DESCRIPTORS:
+        return None
+    return Overloaded(
+        "the server has no free file descriptors: too many files and connections are open at once "
+        "(ulimit -n, LimitNOFILE)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import resource
 import uuid
 from collections.abc import Callable
@@ -47,7 +48,9 @@ MAX_HEAD_BYTES = 64 * 2**10
 MAX_TARGET_BYTES = 8 * 2**10
 """Of a request's target: path and query."""
 _RESERVED_DESCRIPTORS = 256
-"""Kept for files of runs and jobs, the database and the log."""
+"""At least so many are kept for files of runs and jobs, the database, health and the log."""
+_RESERVED_SHARE = 7 / 16
+"""At least this share: five runs may keep a sixteenth each open (`service/read/reader.py`)."""
 _FEWEST_CONNECTIONS = 16
 _LOOK_SECONDS = 5.0
 """How often it is looked for connections whose clients do not read."""
@@ -407,7 +410,7 @@ def bounded_connections(most: int) -> int:
         most: connections wanted.
 
     Returns:
-        Connections that leave `_RESERVED_DESCRIPTORS` for files.
+        Connections that leave enough descriptors for files.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = most + 4 * _RESERVED_DESCRIPTORS
@@ -417,7 +420,8 @@ def bounded_connections(most: int) -> int:
         soft = limit
     if soft == resource.RLIM_INFINITY:
         return most
-    fitting = max(_FEWEST_CONNECTIONS, min(most, soft - _RESERVED_DESCRIPTORS))
+    reserved = max(_RESERVED_DESCRIPTORS, math.ceil(_RESERVED_SHARE * soft))
+    fitting = max(_FEWEST_CONNECTIONS, min(most, soft - reserved))
     if fitting < most:
         _LOG.warning(
             "PIMC_MAX_CONNECTIONS is %d, but at most %d files may be open: %d connections are "

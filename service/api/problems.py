@@ -27,6 +27,7 @@ from service.errors import (
     PIMCError,
     TooManyRequests,
     Unauthorized,
+    no_descriptors,
     no_room,
 )
 
@@ -104,13 +105,13 @@ def _on_error(request: Request, error: Exception) -> Response:
 
 
 def _on_system(request: Request, error: Exception) -> Response:
-    """Errors of the operating system: a full disk, or an unexpected one."""
-    full = no_room(error)
-    if full is None:
+    """Errors of the operating system: a full disk, no descriptors, or an unexpected one."""
+    known = no_room(error) or no_descriptors(error)
+    if known is None:
         _LOG.error("unexpected error", exc_info=error)
         return fault(request)
-    _LOG.error("the disk is full", exc_info=error)
-    return problem(request, full)
+    _LOG.error(known.title.lower(), exc_info=error)
+    return problem(request, known)
 
 
 def _on_http(request: Request, error: Exception) -> Response:

@@ -18,7 +18,15 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from service.errors import Cancelled, InternalError, PIMCError, UnknownModel, no_room
+from service.errors import (
+    Cancelled,
+    InternalError,
+    Overloaded,
+    PIMCError,
+    UnknownModel,
+    no_descriptors,
+    no_room,
+)
 from service.infer.engine import Engine
 from service.jobs.store import Job, JobStore
 from service.jobs.window_journal import WindowFile
@@ -196,13 +204,23 @@ class JobRunner:
             self._settle(lambda: self._store.put_back(job))
             _LOG.info("job stops", extra={"stopping": self._closing.is_set()})
         except Exception as error:  # noqa: BLE001 - after any error the next job runs
-            self._fail(job, error)
+            busy = _busy(error)
+            if busy is None:
+                self._fail(job, error)
+            else:
+                self._wait(job, busy)
         else:
             seconds = time.monotonic() - begun
             self._metrics.job_ran(task=job.task, seconds=seconds)
             _LOG.info("job ends", extra={"seconds": round(seconds, 3)})
         self._settle(lambda: self._store.clear(job))
         self._count()
+
+    def _wait(self, job: Job, busy: Overloaded) -> None:
+        """Put a job back, which is the next to run, and wait for what it lacked."""
+        _LOG.warning("job waits", extra={"reason": busy.detail})
+        self._settle(lambda: self._store.put_back(job))
+        self._closing.wait(_PAUSE_SECONDS)
 
     def _fail(self, job: Job, error: Exception) -> None:
         told = error if isinstance(error, PIMCError) else no_room(error)
@@ -218,7 +236,7 @@ class JobRunner:
         self._settle(lambda: self._store.fail(job, told, free_key=free))
 
     def _settle(self, write: Callable[[], None]) -> None:
-        """Record a job's outcome; retries while the disk is full."""
+        """Record a job's outcome; retries while the disk is full or the store is in use."""
         while True:
             try:
                 write()
@@ -314,3 +332,10 @@ class JobRunner:
             self._metrics.jobs(self._store.counts(), self._store.oldest())
         except PIMCError:
             _LOG.exception("jobs cannot be counted")
+
+
+def _busy(error: Exception) -> Overloaded | None:
+    """What a job waits for; None if its error is another."""
+    if isinstance(error, Overloaded):
+        return error
+    return no_descriptors(error) if isinstance(error, OSError) else None

@@ -46,6 +46,7 @@ from service.errors import (
     ResultNotReady,
     TooManyRequests,
     UnknownJob,
+    no_descriptors,
 )
 from service.jobs.files import keep_only, lock, remove, size_of, sync_file, sync_folder, take_over
 from service.jobs.serialise import (
@@ -76,6 +77,8 @@ SCHEMA_VERSION = 3
 _DAY = 24 * 3600
 JOBS, PIXELS, STORAGE = "jobs", "pixels", "storage"
 """Names of the quotas of waiting and running jobs, of pixels per day, and of bytes."""
+_BUSY_SECONDS = 5.0
+"""Seconds to wait for a lock that another process or another thread holds."""
 _WAL_BYTES = 16 * 2**20
 """Size to which the write-ahead log is cut after a checkpoint."""
 _SCHEMA = """
@@ -278,7 +281,7 @@ class JobStore:
 
     def close(self) -> None:
         """Release the directory."""
-        with self._mutex:
+        with self._alone():
             self._db.close()
             os.close(self._held)
 
@@ -394,7 +397,7 @@ class JobStore:
             TooManyRequests: the share is used up.
         """
         if key is None or self._one(_BY_KEY, owner, key) is None:
-            with self._mutex, _stored():
+            with self._alone(), _stored():
                 self._check_room(self._db, owner if caller is None else caller, share, 0)
 
     def _check_room(self, db: sqlite3.Connection, caller: str, share: Share, size: int) -> None:
@@ -430,7 +433,7 @@ class JobStore:
 
     def usage(self, caller: str) -> Usage:
         """What a caller uses."""
-        with self._mutex, _stored():
+        with self._alone(), _stored():
             return _usage(self._db, caller)
 
     def charge(self, caller: str, pixels: int, share: Share) -> None:
@@ -471,7 +474,7 @@ class JobStore:
             UnknownJob: `before` is not the id of a job of the caller.
         """
         number = 2**63 - 1 if before is None else self.find(owner, before).number
-        with self._mutex, _stored():
+        with self._alone(), _stored():
             rows = self._db.execute(
                 "SELECT * FROM jobs WHERE owner = ? AND number < ? ORDER BY number DESC LIMIT ?",
                 (owner, number, limit),
@@ -499,13 +502,13 @@ class JobStore:
 
     def counts(self) -> dict[str, int]:
         """Number of jobs by status."""
-        with self._mutex, _stored():
+        with self._alone(), _stored():
             rows = self._db.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall()
         return {**dict.fromkeys(STATUSES, 0), **dict(rows)}
 
     def oldest(self) -> float | None:
         """When the job that has waited longest was accepted, seconds since 1970; None if none."""
-        with self._mutex, _stored():
+        with self._alone(), _stored():
             (created,) = self._db.execute(
                 "SELECT min(created) FROM jobs WHERE status = 'accepted'"
             ).fetchone()
@@ -750,7 +753,7 @@ class JobStore:
 
     def window(self, job: Job, step: Step) -> tuple[int, int] | None:
         """Offset and length of a finished window's bytes; None if it is not finished."""
-        with self._mutex, _stored():
+        with self._alone(), _stored():
             row = self._db.execute(
                 "SELECT offset, length FROM windows "
                 "WHERE job = ? AND stage = ? AND number = ? AND place = ?",
@@ -760,7 +763,7 @@ class JobStore:
 
     def end_of_windows(self, job: Job) -> int:
         """End offset of the finished windows' bytes."""
-        with self._mutex, _stored():
+        with self._alone(), _stored():
             (end,) = self._db.execute(
                 "SELECT coalesce(max(offset + length), 0) FROM windows WHERE job = ?", (job.number,)
             ).fetchone()
@@ -824,14 +827,28 @@ class JobStore:
     # SQLite --------------------------------------------------------------------------------
 
     def _one(self, query: str, *values: object) -> Job | None:
-        with self._mutex, _stored():
+        with self._alone(), _stored():
             row = self._db.execute(query, values).fetchone()
         return _job(row) if row else None
 
     @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The connection, for one thread at a time.
+
+        Raises:
+            Overloaded: other threads hold it, mostly because another process holds the database.
+        """
+        if not self._mutex.acquire(timeout=2 * _BUSY_SECONDS):
+            raise _in_use()
+        try:
+            yield
+        finally:
+            self._mutex.release()
+
+    @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """A transaction: all of it on disk, or nothing."""
-        with self._mutex, _stored():
+        with self._alone(), _stored():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -849,7 +866,7 @@ def _usable(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise SettingsError(f"PIMC_STATE_DIR: {folder} cannot be used: {reason}") from error
-    except (sqlite3.Error, InsufficientStorage) as error:
+    except (sqlite3.Error, InsufficientStorage, Overloaded) as error:
         raise SettingsError(
             f"PIMC_STATE_DIR: {folder} cannot be used: {error} (jobs.sqlite)"
         ) from error
@@ -857,7 +874,7 @@ def _usable(folder: Path) -> Iterator[None]:
 
 def _opened(path: Path) -> sqlite3.Connection:
     """Open the database and check its schema version."""
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS)
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA journal_mode = WAL")
     # A row is a promise to a client.
@@ -981,19 +998,34 @@ def _write_request(folder: Path, document: str) -> None:
 
 @contextmanager
 def _stored() -> Iterator[None]:
-    """Translate SQLite's errors of a full disk.
+    """Translate SQLite's errors of a full disk and of a database that is in use.
 
     Raises:
         InsufficientStorage: the disk is full or failing.
+        Overloaded: another process holds the database, or no file descriptor is free.
     """
     try:
         yield
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
+        code = error.sqlite_errorcode & 0xFF
+        if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+            raise _in_use() from error
+        if code in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR}:
+            busy = no_descriptors(error)
+            if busy is not None:
+                raise busy from error
+        if code in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
             raise InsufficientStorage(
                 "the job cannot be stored: the server's disk is full or failing"
             ) from error
         raise
+
+
+def _in_use() -> Overloaded:
+    return Overloaded(
+        f"the job store was in use by another process for {_BUSY_SECONDS:g} s (jobs.sqlite)",
+        retry_after=10,
+    )
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -25,7 +25,7 @@ from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, Interleaving, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from service.errors import NotAGeoTIFF, RasterTooLarge
+from service.errors import NotAGeoTIFF, RasterTooLarge, no_descriptors
 from service.grid import GDALError
 from service.read.jp2_guard import SIGNATURE, check_jp2
 from service.read.tiff_guard import MAX_BLOCK_BYTES, check_directories
@@ -262,6 +262,8 @@ def read_header(source: SourceFile, placed: dict[bytes, Placed] | None = None) -
             place = known or (dataset.crs, dataset.transform)
             header = _header(source, dataset, place, mask=mask)
     except (RasterioError, GDALError, OSError, ValueError) as error:
+        if busy := no_descriptors(error):
+            raise busy from error
         raise NotAGeoTIFF(
             f"'{source.name}' has the first bytes of a TIFF, but no header that "
             "GDAL's GTiff driver opens"
@@ -279,6 +281,8 @@ def _read_jp2_header(source: SourceFile) -> Header:
             # OpenJPEG decodes a tile twice over: as coefficients and as the image.
             header = _header(source, dataset, place, codec=2 * tile)
     except (RasterioError, GDALError, OSError, ValueError) as error:
+        if busy := no_descriptors(error):
+            raise busy from error
         raise NotAGeoTIFF(
             f"'{source.name}' is JPEG 2000, but its header does not open with GDAL's OpenJPEG "
             "driver"
@@ -335,6 +339,8 @@ def _driver_of(source: SourceFile) -> Driver:
         with source.path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
+        if busy := no_descriptors(error):
+            raise busy from error
         raise NotAGeoTIFF(f"'{source.name}' cannot be read as a file") from error
     if head[:4] in _MAGICS:
         return "GTiff"

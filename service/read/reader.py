@@ -6,6 +6,7 @@ the window in memory.
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from rasterio.errors import RasterioError
 from rasterio.features import geometry_mask
 
-from service.errors import CorruptRaster
+from service.errors import CorruptRaster, no_descriptors
 from service.grid import GDALError, Window
 from service.read import clouds
 from service.read.buffers import BufferPool
@@ -40,7 +41,8 @@ from service.read.placement import Position, Resampling
 from service.read.stack import NO_VALUE, Acquisition, Plane, Sits, Stack
 from service.read.warp import WARP_BYTES, fill_of, has_alpha, warped
 
-_MAX_OPEN = 256
+# Of the files of one reader: this many stay open, or this share of the descriptors if less.
+_MAX_OPEN, _FEWEST_OPEN, _SHARE_OPEN = 256, 16, 16
 # An open file keeps the block that it decoded last and a table of all blocks; together they may
 # take this much memory.
 _MAX_HELD_BYTES = 256 * 2**20
@@ -119,6 +121,7 @@ class StackReader:
         self._context = ExitStack()
         if cache is not None:
             self._context.enter_context(cache.room(CACHE_BYTES + _cached(planes)))
+        self._most_open = _files_kept_open()
         self._open: dict[_Key, rasterio.DatasetReader] = {}
         self._warped = ExitStack()
         self._held_bytes = 0
@@ -155,6 +158,7 @@ class StackReader:
 
         Raises:
             CorruptRaster: a file does not decode.
+            Overloaded: no file descriptor is free.
         """
         self._before_read()
         grid = self._stack.grid
@@ -299,6 +303,8 @@ class StackReader:
                 masked = read.planes[0].masked
                 return raw, dataset.read_masks(numbers[0], window=window) if masked else None
         except (RasterioError, GDALError) as error:
+            if busy := no_descriptors(error):
+                raise busy from error
             (top, bottom), (left, right) = window.toranges()
             raise CorruptRaster(
                 f"'{read.source.name}': the header opens, but rows {top} to {bottom - 1}, "
@@ -349,7 +355,7 @@ class StackReader:
         """Keep a file open if the limit allows it."""
         with self._lock:
             held = self._held_bytes + memory.open
-            room = len(self._open) < _MAX_OPEN and held <= _MAX_HELD_BYTES
+            room = len(self._open) < self._most_open and held <= _MAX_HELD_BYTES
             if room:
                 self._open[key] = dataset
                 self._held_bytes = held
@@ -389,7 +395,7 @@ def footprint(stack: Stack, used: Sequence[int]) -> Footprint:
     planes = [plane for read in reads for plane in read.planes]
     files = {(r.source, r.position, r.resampling): r.planes[0].memory.open for r in reads}
     whole = sum(files.values())
-    stays = len(files) <= _MAX_OPEN and whole <= _MAX_HELD_BYTES
+    stays = len(files) <= _files_kept_open() and whole <= _MAX_HELD_BYTES
     largest = max(plane.memory.block for plane in planes)
     at_once = SIDE_BY_SIDE if largest < THREADS_PAY_FROM else 1
     return Footprint(
@@ -403,6 +409,14 @@ def footprint(stack: Stack, used: Sequence[int]) -> Footprint:
         layers=len(layers) if stack.cloud_bands is not None else min(2, len(layers)),
         heaviest=max(planes, key=lambda plane: plane.memory.open + plane.memory.encoded),
     )
+
+
+def _files_kept_open() -> int:
+    """Files of one reader that stay open: several run at once, beside many connections."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _MAX_OPEN
+    return max(_FEWEST_OPEN, min(_MAX_OPEN, soft // _SHARE_OPEN))
 
 
 def _cached(planes: Sequence[Plane]) -> int:

@@ -18,7 +18,7 @@ import rasterio.shutil
 from numpy.typing import NDArray
 from rasterio.errors import RasterioError
 
-from service.errors import InsufficientStorage, no_room
+from service.errors import InsufficientStorage, no_descriptors, no_room
 from service.grid import GDALError, Grid, Window
 from service.write.legend import (
     attribute_table,
@@ -233,15 +233,18 @@ def stored() -> Iterator[None]:
 
     Raises:
         InsufficientStorage: GDAL or the system could not write.
+        Overloaded: no file descriptor is free.
     """
     try:
         yield
     except (RasterioError, GDALError) as error:
+        if busy := no_descriptors(error):
+            raise busy from error
         raise InsufficientStorage(
             "the result cannot be written: the server's disk is full or failing"
         ) from error
     except OSError as error:
-        raise no_room(error) or error from error
+        raise no_room(error) or no_descriptors(error) or error from error
 
 
 def check_whole(path: Path) -> None:
