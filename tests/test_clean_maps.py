@@ -25,7 +25,7 @@ from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.stack import open_stack
 from service.run.plan import plan_raster
-from service.run.raster import run_raster
+from service.run.raster import make_work, run_raster
 from service.write import sieve
 from service.write.predictions import NO_CLASS
 from service.write.sieve import areas_of, sieved
@@ -277,7 +277,7 @@ def test_windows_give_what_the_whole_gives(
         for name, size in (("whole", 2**25), ("windows", 2**13)):
             folder = tmp_path / name
             folder.mkdir()
-            outcome = run_raster(run, folder, window_bytes=size)
+            outcome = run_raster(make_work(run, folder, window_bytes=size))
             pixels = {}
             for layer, path in outcome.files.items():
                 with rasterio.open(path) as file:

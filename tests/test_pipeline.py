@@ -36,7 +36,7 @@ from service.read.reader import StackReader
 from service.read.stack import open_stack
 from service.run.plan import plan_raster
 from service.run.points import run_points
-from service.run.raster import run_raster
+from service.run.raster import make_work, run_raster
 from service.run.windows import windows
 from tests.kits import rasters
 
@@ -159,7 +159,7 @@ def test_classes_as_worked_out_by_hand(engine, scene, tmp_path):
         scene.stack(),
         outputs=("class", "confidence", "entropy", "probabilities"),
     )
-    outcome = run_raster(run, tmp_path)
+    outcome = run_raster(make_work(run, tmp_path))
     assert set(outcome.files) == {"class", "confidence", "entropy", "probabilities"}
     expected = softmax(scene.mean())
     there = ~np.isnan(expected[0])
@@ -196,8 +196,8 @@ def test_windows_do_not_show(engine, scene, tmp_path, name):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    one = run_raster(run, whole, window_bytes=2**40)
-    many = run_raster(run, parts, window_bytes=TINY)
+    one = run_raster(make_work(run, whole, window_bytes=2**40))
+    many = run_raster(make_work(run, parts, window_bytes=TINY))
     assert len(windows(run.stack.grid, run.stack.block, run.pixel_bytes, TINY)) > 20
     for output, path in one.files.items():
         np.testing.assert_allclose(read(many.files[output]), read(path), atol=1e-5)
@@ -208,7 +208,7 @@ def test_the_summary_adds_up_to_the_map(engine, scene, tmp_path):
     run = plan_raster(
         engine.models["pixels-landcover"], scene.stack(), outputs=("class", "confidence")
     )
-    outcome = run_raster(run, tmp_path, window_bytes=TINY)
+    outcome = run_raster(make_work(run, tmp_path, window_bytes=TINY))
     classes, confidence = read(outcome.files["class"])[0], read(outcome.files["confidence"])[0]
     summary = json.loads(json.dumps(outcome.summary, allow_nan=False))
     assert summary["model"] == "pixels-landcover@0.0.1"
@@ -230,8 +230,8 @@ def test_without_rasters_the_summary_is_the_same(engine, scene, tmp_path):
     stack, model = scene.stack(), engine.models["pixels-landcover"]
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    none = run_raster(plan_raster(model, stack, rasters=False), tmp_path / "a")
-    some = run_raster(plan_raster(model, stack), tmp_path / "b")
+    none = run_raster(make_work(plan_raster(model, stack, rasters=False), tmp_path / "a"))
+    some = run_raster(make_work(plan_raster(model, stack), tmp_path / "b"))
     assert none.files == {}
     assert list((tmp_path / "a").iterdir()) == []
     assert none.summary == some.summary
@@ -242,7 +242,7 @@ def test_a_geographic_raster_has_rows_of_different_area(engine, tmp_path):
     degrees = {"crs": "EPSG:4326", "transform": Affine(0.01, 0, 4, 0, -0.01, 60)}
     scene = Scene(tmp_path / "in", 60, 40, **degrees)
     run = plan_raster(engine.models["pixels-landcover"], scene.stack())
-    outcome = run_raster(run, tmp_path, window_bytes=TINY)
+    outcome = run_raster(make_work(run, tmp_path, window_bytes=TINY))
     classes = read(outcome.files["class"])[0]
     hectares = run.stack.grid.hectares(Window(0, 0, 1, 60))[:, 0]
     assert hectares[-1] > hectares[0] * 1.01
@@ -255,7 +255,7 @@ def test_a_forecast_names_and_orders_its_bands(engine, scene, tmp_path):
     run = plan_raster(
         engine.models["forecast-vi"], scene.stack(), outputs=("q10", "q90"), horizon=2
     )
-    outcome = run_raster(run, tmp_path)
+    outcome = run_raster(make_work(run, tmp_path))
     days = [(DATES[-1] + timedelta(days=10 * k)).isoformat() for k in (1, 2)]
     with rasterio.open(outcome.files["forecast"]) as file:
         assert file.descriptions == tuple(
@@ -275,7 +275,9 @@ def test_a_forecast_names_and_orders_its_bands(engine, scene, tmp_path):
 
 
 def test_an_embedding_has_a_band_a_dimension(engine, scene, tmp_path):
-    outcome = run_raster(plan_raster(engine.models["embed-pixel"], scene.stack()), tmp_path)
+    outcome = run_raster(
+        make_work(plan_raster(engine.models["embed-pixel"], scene.stack()), tmp_path)
+    )
     with rasterio.open(outcome.files["embedding"]) as file:
         assert file.descriptions == ("embedding_0", "embedding_1", "embedding_2")
     found, mean = read(outcome.files["embedding"]), scene.mean()
@@ -286,7 +288,7 @@ def test_an_embedding_has_a_band_a_dimension(engine, scene, tmp_path):
 
 def test_only_dates_in_the_window_are_used(engine, scene, tmp_path):
     run = plan_raster(engine.models["embed-pixel"], scene.stack(), start=date(2021, 3, 1))
-    outcome = run_raster(run, tmp_path)
+    outcome = run_raster(make_work(run, tmp_path))
     assert run.used == (2, 3, 4, 5)
     np.testing.assert_allclose(
         read(outcome.files["embedding"]), scene.mean(slice(2, None)), atol=1e-5
@@ -307,7 +309,7 @@ def test_one_pixel_is_a_raster_too(engine, tmp_path):
         for day in DATES
     ]
     stack = open_stack(files, StackOptions(), bands=PIXEL_BANDS, max_bytes=2**40)
-    outcome = run_raster(plan_raster(engine.models["embed-pixel"], stack), tmp_path)
+    outcome = run_raster(make_work(plan_raster(engine.models["embed-pixel"], stack), tmp_path))
     np.testing.assert_allclose(read(outcome.files["embedding"]).ravel(), 0.1, rtol=1e-5)
 
 
@@ -378,7 +380,7 @@ def test_landcover_averages_the_patches_that_hold_a_cell(engine, request, tmp_pa
         outputs=("class", "probabilities"),
         stride=stride,
     )
-    outcome = run_raster(run, tmp_path, window_bytes=TINY)
+    outcome = run_raster(make_work(run, tmp_path, window_bytes=TINY))
     _, raw = patch_answers(scene, stride)
     expected = np.full(raw.shape, np.nan)
     for r in range(raw.shape[1]):
@@ -419,7 +421,7 @@ def test_patch_windows_do_not_show(engine, cloudy, tmp_path):
     found = []
     for name, budget in (("whole", 2**40), ("parts", TINY)):
         (tmp_path / name).mkdir()
-        outcome = run_raster(run, tmp_path / name, window_bytes=budget)
+        outcome = run_raster(make_work(run, tmp_path / name, window_bytes=budget))
         found.append(read(outcome.files["probabilities"]))
         written = {p.name for p in (tmp_path / name).iterdir()}
         assert written == {"probabilities.tif", "probabilities.qml", "item.json"}
@@ -429,7 +431,7 @@ def test_patch_windows_do_not_show(engine, cloudy, tmp_path):
 @pytest.mark.parametrize("stride", [64, 20])
 def test_patch_embeddings_are_not_averaged(engine, imagery, tmp_path, stride):
     run = plan_raster(engine.models["embed-patch"], imagery.stack(dated=False), stride=stride)
-    outcome = run_raster(run, tmp_path, window_bytes=TINY)
+    outcome = run_raster(make_work(run, tmp_path, window_bytes=TINY))
     means, _ = patch_answers(imagery, stride)
     np.testing.assert_allclose(read(outcome.files["embedding"]), means, atol=1e-5)
 
@@ -549,14 +551,14 @@ def test_pixels_that_do_not_decode_stop_the_run_and_leave_nothing(engine, scene,
     stack = open_stack(files, StackOptions(), bands=PIXEL_BANDS, max_bytes=2**40)
     run = plan_raster(engine.models["pixels-landcover"], stack)
     with pytest.raises(CorruptRaster, match=files[-1].name):
-        run_raster(run, tmp_path / "out", window_bytes=TINY)
+        run_raster(make_work(run, tmp_path / "out", window_bytes=TINY))
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_graph_that_fails_stops_the_run_and_leaves_nothing(engine, scene, tmp_path):
     run = plan_raster(engine.models["pixels-brittle"], scene.stack())
     with pytest.raises(InternalError):
-        run_raster(run, tmp_path, window_bytes=TINY)
+        run_raster(make_work(run, tmp_path, window_bytes=TINY))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -569,7 +571,7 @@ def test_the_time_of_answering_is_told_of_one_window_too(engine, scene, tmp_path
         return answer(*given)
 
     monkeypatch.setattr(model, "pixels", pixels)
-    timing = run_raster(plan_raster(model, scene.stack()), tmp_path).timing
+    timing = run_raster(make_work(plan_raster(model, scene.stack()), tmp_path)).timing
     assert timing.infer > 0.2
 
 
@@ -607,7 +609,7 @@ def test_a_fault_in_one_window_stops_the_run(engine, scene, tmp_path, monkeypatc
 
     monkeypatch.setattr(model, "pixels", pixels)
     with pytest.raises(InternalError, match="this one fails"):
-        run_raster(run, tmp_path, window_bytes=TINY)
+        run_raster(make_work(run, tmp_path, window_bytes=TINY))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -632,7 +634,9 @@ def test_a_cancelled_run_leaves_nothing(engine, request, tmp_path, name, which, 
             cancelled.set()
 
     with pytest.raises(Cancelled):
-        run_raster(run, tmp_path, progress=progress, cancelled=cancelled, window_bytes=TINY)
+        run_raster(
+            make_work(run, tmp_path, progress=progress, cancelled=cancelled, window_bytes=TINY)
+        )
     assert after <= max(told) < 1
     assert list(tmp_path.iterdir()) == []
 
@@ -646,7 +650,7 @@ def test_progress_goes_from_nothing_to_all(engine, request, tmp_path, name, whic
     stack = scene.stack(dated=name.startswith("pixels"))
     run = plan_raster(engine.models[name], stack, stride=stride)
     told = []
-    outcome = run_raster(run, tmp_path, progress=told.append, window_bytes=TINY)
+    outcome = run_raster(make_work(run, tmp_path, progress=told.append, window_bytes=TINY))
     assert told == sorted(told)
     assert told[0] < 0.5
     assert told[-1] == 1
@@ -669,7 +673,7 @@ def test_a_real_stack_without_an_epsg_code(engine, shared_data, tmp_path):
         max_bytes=2**40,
     )
     run = plan_raster(engine.models["embed-pixel"], stack, start=date(2010, 1, 1))
-    outcome = run_raster(run, tmp_path)
+    outcome = run_raster(make_work(run, tmp_path))
     inside = [t for t, day in enumerate(dates) if date(2010, 1, 1) <= day < date(2010, 12, 27)]
     assert outcome.summary["dates_used"] == [dates[t].isoformat() for t in inside]
     path = outcome.files["embedding"]

@@ -86,60 +86,25 @@ def execute(
         raise TypeError("the plan of a raster states the memory that it needs")
     budget = budget or MemoryBudget()
     with budget.take(plan.need, cancelled=cancelled, patience=patience):
-        result = _execute(
-            plan,
-            run,
-            folder,
-            executor=executor,
-            cache=cache,
-            cancelled=cancelled,
-            progress=progress,
-            journal=journal,
-            window_bytes=budget.window_bytes,
-        )
+        points = request.points if isinstance(request, RasterRequest) else None
+        if points is not None:
+            result = _points(request.task, run, points, cancelled=cancelled, cache=cache)
+        else:
+            work = make_work(
+                run,
+                folder,
+                progress=progress,
+                cancelled=cancelled,
+                executor=executor,
+                cache=cache,
+                journal=journal,
+                window_bytes=budget.window_bytes,
+            )
+            if plan.fields is not None:
+                result = _fields(request.task, run, plan.fields, run_fields(work, plan.fields))
+            else:
+                result = _raster(request.task, run, run_raster(work))
     return replace(result, timing=plan.planning + result.timing)
-
-
-def _execute(
-    plan: Plan,
-    run: RasterRun,
-    folder: Path,
-    *,
-    executor: Executor,
-    cache: BlockCache | None,
-    cancelled: threading.Event,
-    progress: Callable[[float], None],
-    journal: Journal | None,
-    window_bytes: int,
-) -> Result:
-    """Run a plan over files, once it has its memory."""
-    request = plan.request
-    points = request.points if isinstance(request, RasterRequest) else None
-    if points is not None:
-        return _points(request.task, run, points, cancelled=cancelled, cache=cache)
-    if plan.fields is not None:
-        work = make_work(
-            run,
-            folder,
-            progress=progress,
-            cancelled=cancelled,
-            executor=executor,
-            cache=cache,
-            journal=journal,
-            window_bytes=window_bytes,
-        )
-        return _fields(request.task, run, plan.fields, run_fields(work, plan.fields))
-    outcome = run_raster(
-        run,
-        folder,
-        progress=progress,
-        cancelled=cancelled,
-        executor=executor,
-        cache=cache,
-        journal=journal,
-        window_bytes=window_bytes,
-    )
-    return _raster(request.task, run, outcome)
 
 
 def _raster(task: Task, run: RasterRun, outcome: Outcome) -> Result:

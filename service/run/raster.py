@@ -27,47 +27,17 @@ from service.run.plan import RasterRun, check_run
 from service.run.windows import WINDOW_BYTES, Journal
 
 
-def run_raster(
-    run: RasterRun,
-    folder: Path,
-    *,
-    progress: Callable[[float], None] = lambda _: None,
-    cancelled: threading.Event | None = None,
-    executor: Executor | None = None,
-    cache: BlockCache | None = None,
-    journal: Journal | None = None,
-    window_bytes: int = WINDOW_BYTES,
-) -> Outcome:
+def run_raster(work: Work) -> Outcome:
     """Predict for every pixel or patch of a raster.
 
     The plan has checked with `calibrate` that the values are reflectance.
 
-    Args:
-        run: the run.
-        folder: existing folder for the finished files. A run that fails leaves no file in it.
-        progress: called with the finished share, 0 to 1, from one thread at a time.
-        cancelled: set it to cancel the run.
-        executor: runs the windows; None uses threads of this process.
-        cache: GDAL's block cache; None creates one.
-        journal: holds the windows that an earlier attempt finished, and stores further ones; None
-            stores none.
-        window_bytes: memory of one window.
-
     Raises:
-        Cancelled: `cancelled` was set.
+        Cancelled: the run was cancelled.
         PIMCError: an error of the stack, the model or the request.
     """
-    work = make_work(
-        run,
-        folder,
-        progress=progress,
-        cancelled=cancelled,
-        executor=executor,
-        cache=cache,
-        journal=journal,
-        window_bytes=window_bytes,
-    )
-    return run_pixels(work) if run.model.card.modality == "pixel" else run_patches(work)
+    pixels = work.run.model.card.modality == "pixel"
+    return run_pixels(work) if pixels else run_patches(work)
 
 
 def make_work(
@@ -81,7 +51,18 @@ def make_work(
     journal: Journal | None = None,
     window_bytes: int = WINDOW_BYTES,
 ) -> Work:
-    """A run with everything around it; the arguments are those of `run_raster`.
+    """A run with its folder, executor, cache, journal and progress.
+
+    Args:
+        run: the run.
+        folder: existing folder for the finished files. A run that fails leaves no file in it.
+        progress: called with the finished share, 0 to 1, from one thread at a time.
+        cancelled: set it to cancel the run.
+        executor: runs the windows; None uses threads of this process.
+        cache: GDAL's block cache; None creates one.
+        journal: holds the windows that an earlier attempt finished, and stores further ones; None
+            stores none.
+        window_bytes: memory of one window.
 
     Raises:
         Cancelled: `cancelled` was set.
