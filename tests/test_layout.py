@@ -600,6 +600,38 @@ def test_the_time_of_writing_yields_to_names_that_tell_files_apart(tmp_path: Pat
     assert opened(files).dates == (D1, D2)
 
 
+def test_one_time_of_writing_for_all_files_is_no_acquisition(tmp_path: Path) -> None:
+    tags = {"TIFFTAG_DATETIME": "2023:05:01 00:00:00"}
+    files = [
+        in_folder(tmp_path, f"x{t}_{band}.tif", band, t, tags=tags)
+        for t in (1, 2)
+        for band in NEEDED
+    ]
+    with pytest.raises(MissingDates, match="TIFFTAG_DATETIME is 2023-05-01 in all of them"):
+        opened(files)
+    assert opened(files[:3]).dates == (date(2023, 5, 1),)  # one image may be of that day
+
+
+def test_bands_corrected_for_slopes_count_before_the_same_ones_without(tmp_path: Path) -> None:
+    name = "SENTINEL2B_{day}-104021-455_L2A_T31UES_C_V2-2_{kind}_{band}.tif"
+    files = [
+        in_folder(
+            tmp_path, name.format(day=day, kind=kind, band=band), band, t + 2 * (kind == "SRE")
+        )
+        for t, day in ((1, "20210105"), (2, "20210115"))
+        for kind in ("SRE", "FRE")
+        for band in NEEDED
+    ]
+    for day in ("20210105", "20210115"):
+        path = tmp_path / name.format(day=day, kind="CLM", band="R1")
+        files.append(write(path, np.zeros((1, 2, 2), np.uint8)))
+    stack = opened(files)
+    assert (stack.mask, told(stack)) == ("clm", expected(1, 2))
+    (warning,) = stack.warnings
+    assert "6 of 14 files not used" in warning.detail
+    assert "_SRE_B02.tif': B02, and other files have them" in warning.detail
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_granules_of_a_day_stay_apart_in_any_order(tmp_path: Path, seed: int) -> None:
     files = [

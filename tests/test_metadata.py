@@ -64,6 +64,13 @@ from service.read.metadata import (
         ("ga_s2am_nbart_3-2-1_31UES_2018-01-11_final_nbart_swir_2", "B11"),
         ("ga_s2am_nbart_3-2-1_31UES_2018-01-11_final_nbart_swir_3", "B12"),
         ("ga_ls8c_nbart_swir_2", "B12"),
+        ("S2A_20180111T105416_31UES_SCENECLASSIFICATION_20M_V200", "SCL"),
+        ("Красный", "B04"),
+        ("Канал 2 синий", None),
+        ("Зелёный", "B03"),
+        ("ближний ИК", "B08"),
+        ("近红外", "B08"),
+        ("红光", "B04"),
         # Places and other words, not colours.
         ("Cabo_Verde_2021", None),
         ("Baton_Rouge", None),
@@ -197,6 +204,12 @@ J5, J15, J25 = date(2021, 1, 5), date(2021, 1, 15), date(2021, 1, 25)
         (["05012021.tif", "25012021.tif"], [J5, J25]),
         (["5.1.2021.tif"], [J5]),
         (["2021-1-5.tif", "2021-1-15.tif"], [J5, J15]),
+        # Some of one digit, some of two.
+        (["2021_1_5.tif", "2021_12_15.tif"], [J5, date(2021, 12, 15)]),
+        # Year, month and day as folders.
+        (["31/U/ES/2021/1/5/0/B04.tif", "31/U/ES/2021/1/15/0/B04.tif"], [J5, J15]),
+        (["2021/01/05/B04.tif", "2021/01/15/B04.tif"], [J5, J15]),
+        (["2021/31/U/B04.tif"], [None]),
         # 5 January or 1 May?
         (["05-01-2021.tif", "06-01-2021.tif"], [None, None]),
         # Not all files agree.

@@ -489,6 +489,20 @@ def test_one_file_that_is_too_dark_is_named(tmp_path: Path, how: dict) -> None:
     assert codes(opened(months(tmp_path, {"levels": (0.03, 0.03, 0.1)}))) == []
 
 
+def test_one_file_that_is_too_bright_is_named(tmp_path: Path) -> None:
+    """Ten times the others, its median may still be one of reflectance."""
+    days = ("20210105", "20210205", "20210305", "20210405")
+    levels = (0.04, 0.06, 0.3)
+    files = [field(tmp_path / f"{day}.tif", levels=levels) for day in days]
+    files[2] = field(tmp_path / "20210305.tif", levels=levels, times=100_000, dtype="uint32")
+    (warning,) = found(opened(files))
+    assert warning.code == "scale_suspected"
+    assert warning.detail.startswith("'20210305.tif' (2021-03-05): a tenth of the clear values")
+    # A white sky is no unit.
+    files[2] = field(tmp_path / "20210305.tif", levels=(0.8, 0.8, 0.9))
+    assert codes(opened(files)) == []
+
+
 def test_one_blank_file_is_missing(tmp_path: Path) -> None:
     stack = opened(months(tmp_path, {"dtype": "int16", "times": 0, "add": -9999}))
     (warning,) = found(stack)

@@ -209,13 +209,21 @@ def _with_bands(slots: Sequence[BandAssignment], query: LayoutQuery) -> list[Ban
 
 
 _SIZE_WORD = re.compile(r"r?(10|20|60)m")
+_FLAT, _PLAIN = "fre", "sre"
+"""Words of Theia's names: reflectance corrected for slopes, and not. A product holds both."""
 
 
 def _finest(slots: Sequence[BandAssignment]) -> list[BandAssignment]:
-    """The granules without coarser copies of a band, such as those of products at 20 m."""
+    """The granules without other copies of a band: coarser, or not corrected for slopes.
+
+    Products hold at 20 m what they hold at 10 m, and those of Theia hold each band twice.
+    """
     copies: dict[tuple[object, ...], list[BandAssignment]] = defaultdict(list)
+    flat = any(_FLAT in _name_words(slot) for slot in slots)
     for slot in slots:
         words = frozenset(word for word in _name_words(slot) if not _SIZE_WORD.fullmatch(word))
+        if flat:
+            words -= {_FLAT, _PLAIN}
         single = slot.file.count == 1
         copies[tuple(slot.numbers) if single else id(slot), slot.day, words].append(slot)
     coarser: set[int] = set()
@@ -224,6 +232,8 @@ def _finest(slots: Sequence[BandAssignment]) -> list[BandAssignment]:
         coarser |= {
             id(slot) for slot, size in zip(own, sizes, strict=True) if size > 1.5 * min(sizes)
         }
+        if flat and any(_FLAT in _name_words(slot) for slot in own):
+            coarser |= {id(slot) for slot in own if _PLAIN in _name_words(slot)}
     return [slot for slot in slots if id(slot) not in coarser]
 
 
@@ -508,7 +518,19 @@ def _missing_dates(
         )
     return MissingDates(
         f"no date for {len(names)} of {counted(all_files, 'file')} ({_quoted(names)}): none in "
-        "the tags, the file's name or the band descriptions; give `dates`"
+        f"the tags, the names, the folders or the band descriptions{_written(undated)}; give "
+        "`dates`"
+    )
+
+
+def _written(undated: Sequence[BandAssignment]) -> str:
+    """What the writing tag of undated files says, where it says one day."""
+    days = {slot.file.written_day for slot in undated}
+    day = days.pop() if len(days) == 1 else None
+    return (
+        f" (TIFFTAG_DATETIME is {day} in all of them, which is when they were written)"
+        if day
+        else ""
     )
 
 
@@ -553,8 +575,8 @@ def _masked(granules: Sequence[Granule], rules: tuple[MaskRule, ...] | None) -> 
         raise InvalidRequest.of(
             "mask",
             f"the {lacking} band is there for {sum(complete)} of "
-            f"{counted(len(granules), 'observation')}, not in '{header.name}'; add it or say "
-            "mask=none",
+            f"{counted(len(granules), 'observation')}, not in '{header.name}'; add it, or give "
+            "mask=cloud to make a mask from the series, or mask=none",
         )
     return tuple(
         replace(granule, masks=(*own, ALPHA_RULE) if ALPHA in granule.planes else own)

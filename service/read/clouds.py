@@ -2,12 +2,12 @@
 
 Each pixel is compared with its own series: a cloud is brighter in blue, whiter and less green than
 the pixel usually is, and a cloud shadow is darker in the near infrared. Two logistic functions of
-these comparisons, one for clouds and one for shadows, say whether a value is clear. No neighbour
+these comparisons, one for clouds and one for shadows, decide whether a value is clear. No neighbour
 of the pixel counts, so windows of any size give the same result.
 
     blue, red, near infrared (T, N) → quantiles over T → comparisons → cloud, shadow → clear (T, N)
 
-Thin cirrus cannot be told in these bands. docs/decisions/cloud-mask.md has the errors measured.
+Thin cirrus does not show in these bands. docs/decisions/cloud-mask.md has the errors measured.
 
 Sources: O. Hagolle et al., "A multi-temporal method for cloud detection, applied to FORMOSAT-2,
 VENuS, LANDSAT and SENTINEL-2 images", Remote Sensing of Environment 114 (2010), compare blue with
@@ -28,7 +28,7 @@ Bools = NDArray[np.bool_]
 BANDS = ("B02", "B04", "B08")
 """The bands that the mask reads: blue, red, near infrared."""
 MIN_DATES = 6
-"""Fewest dates, of a stack and of a pixel, from which a pixel's usual reflectance is told."""
+"""Fewest dates, of a stack and of a pixel, from which a pixel's usual reflectance is estimated."""
 _BATCH = 2**17
 """Numbers of a band worked on at once, so that the intermediate results stay in the caches."""
 # Quantiles over the dates that stand for a pixel without clouds and shadows.

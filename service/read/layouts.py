@@ -260,13 +260,20 @@ def _file_days(files: Sequence[DescribedFile], query: LayoutQuery) -> Sequence[d
     named = named_days([file.name for file in files])
     written = [file.written_day for file in files]
     # Many programs write the time of writing into TIFFTAG_DATETIME, so names that distinguish the
-    # files at least as well take precedence.
-    if None not in named and len(set(named)) > 1 and len(set(named)) >= len(set(written)):
+    # files at least as well take precedence. One day for several files of a band does not count.
+    telling = None not in named and len(set(named)) > 1 and len(set(named)) >= len(set(written))
+    if telling or (len(set(written)) == 1 and _repeat_a_band(files)):
         written = [None] * len(files)
     return [
         file.tag_day or wrote or name or file.only_day
         for file, wrote, name in zip(files, written, named, strict=True)
     ]
+
+
+def _repeat_a_band(files: Sequence[DescribedFile]) -> bool:
+    """Whether several files, none of which states its date, hold the same bands."""
+    bands = [file.bands if any(file.bands) else file.own_band for file in files]
+    return len(set(bands)) < len(bands)
 
 
 def _given_days(

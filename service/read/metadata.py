@@ -51,7 +51,8 @@ _PHRASES: Mapping[tuple[str, ...], str] = {
         "B11": "swir|swir 1|swir1|swir16|short wave infrared 1|shortwave infrared 1"
         "|short wave infrared|shortwave infrared",
         "B12": "swir 2|swir2|swir22|short wave infrared 2|shortwave infrared 2",
-        SCL: "scl|scene classification|scene classification map|scene classification layer",
+        SCL: "scl|scene classification|scene classification map|scene classification layer"
+        "|sceneclassification",  # Terrascope
     }.items()
     for phrase in phrases.split("|")
 }
@@ -61,13 +62,15 @@ _LONGEST_PHRASE = max(map(len, _PHRASES))
 _FOREIGN: Mapping[tuple[str, ...], str] = {
     tuple(phrase.split()): band
     for band, phrases in {
-        "B02": "bleu|bleue|blau|azul|blu|blauw|niebieski|bla|sininen|modra|mavi|kek",
-        "B03": "vert|verte|grun|gruen|verde|groen|zielony|gron|vihrea|zelena|yesil|zold",
+        "B02": "bleu|bleue|blau|azul|blu|blauw|niebieski|bla|sininen|modra|mavi|kek"
+        "|синии|蓝|蓝光|蓝波段|青",
+        "B03": "vert|verte|grun|gruen|verde|groen|zielony|gron|vihrea|zelena|yesil|zold"
+        "|зеленыи|绿|绿光|绿波段|緑",
         "B04": "rouge|roja|rossa|rot|rojo|rosso|vermelho|rood|czerwony|rod|punainen|cervena|kirmizi"
-        "|piros",
+        "|piros|красныи|红|红光|红波段|赤",
         "B08": "proche infrarouge|nahes infrarot|naher infrarot|infrarrojo cercano"
         "|infrarosso vicino|vicino infrarosso|infravermelho proximo|nabij infrarood"
-        "|bliska podczerwien|pir",
+        "|bliska podczerwien|pir|ближнии ик|近红外|近红外波段|近赤外",
     }.items()
     for phrase in phrases.split("|")
 }
@@ -110,7 +113,7 @@ _QUALITY_WORDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 )
 _PERHAPS_QUALITY = re.compile(r"qa|cl[dmo]|fmask|udm2", re.IGNORECASE)
 _ALPHA = re.compile(r"alpha|data ?mask|opacity", re.IGNORECASE)
-_WORD = re.compile(r"[a-z0-9]+")
+_WORD = re.compile(r"[^\W_]+")
 _USUAL_LENGTH = 100
 # Year first, as in 20180521, 2018-05-21, 2018_05_21, 2018:05:21, also before a time of day; the day
 # of the year, as in MODIS's A2018141, HLS's 2018141T104421 and Landsat's LC81950252018141LGN00; and
@@ -130,6 +133,10 @@ _DATE = re.compile(
 _SHORT = re.compile(
     r"(?<!\d)(?P<year>(?:19[7-9]|20\d)\d)(?P<sep>[-_./])(?P<month>\d{1,2})(?P=sep)"
     r"(?P<day>\d{1,2})(?!\d)"
+)
+# The year, the month and the day as folders, as in AWS's tiles/31/U/ES/2018/1/11/0/B04.jp2.
+_FOLDERS = re.compile(
+    r"(?:^|/)(?P<year>(?:19[7-9]|20\d)\d)/(?P<month>\d{1,2})/(?P<day>\d{1,2})(?=/)"
 )
 _DAY_FIRST = re.compile(
     r"(?<!\d)(?P<day>\d{1,2})(?P<sep>[-_./])(?P<month>\d{1,2})(?P=sep)"
@@ -328,7 +335,11 @@ def _dates(text: str) -> Iterator[date]:
 
 def _short_dates(text: str) -> Iterator[date]:
     """Dates with the year first, and day or month of one digit."""
-    for match in _SHORT.finditer(text):
+    return _year_first(_SHORT, text)
+
+
+def _year_first(form: re.Pattern[str], text: str) -> Iterator[date]:
+    for match in form.finditer(text):
         try:
             yield date(int(match["year"]), int(match["month"]), int(match["day"]))
         except ValueError:
@@ -363,13 +374,15 @@ def named_days(names: Sequence[str]) -> list[date | None]:
     def found(form: Callable[[str], Iterator[date]]) -> list[list[date]]:
         return [[day for part in own for day in form(part)] for own in parts]
 
-    dates = found(_dates)
-    if not any(dates):
-        for form in (_short_dates, _day_first_dates):
-            loose = found(form)
-            if loose and all(loose) and (form is _short_dates or _day_is_first(names)):
-                dates = loose
-                break
+    dates = [
+        [*own, *_year_first(_FOLDERS, name)] for own, name in zip(found(_dates), names, strict=True)
+    ]
+    if dates and not all(dates):
+        short, day_first = found(_short_dates), found(_day_first_dates)
+        if all(short):
+            dates = short
+        elif all(day_first) and not any(dates) and _day_is_first(names):
+            dates = day_first
     return _told_apart(dates)
 
 

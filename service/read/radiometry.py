@@ -62,6 +62,9 @@ _NEVER_SO_DARK = 9.9e-5
 # A date whose brightest tenth is so much darker than that of the other dates, and so dark.
 _DARKER_THAN_OTHERS = 1 / 8
 _DARK_DATE = 0.05
+# A date whose brightest tenth is so much brighter, and brighter than clouds and snow are.
+_BRIGHTER_THAN_OTHERS = 4
+_BRIGHT_DATE = 1.3
 # Shares of pixels between which a number in all bands at once means missing.
 _FILL_SHARE = 0.005
 _FILL_PIXELS = 8
@@ -176,6 +179,7 @@ def calibrate(
         warnings += [
             *_dark(sample, values),
             *_one_dark(sample, values),
+            *_one_bright(sample, values),
             *_swapped(sample, values),
         ]
     corrected = _with_planes(stack, sample)
@@ -590,12 +594,7 @@ def _dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
 
 def _one_dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
     """The warning that files have smaller units than the others, such as per cent."""
-    levels = {
-        t: _bright(values[t][:, valid])
-        for t, valid in enumerate(sample.valid)
-        if valid.sum() >= _FEWEST_CLEAR
-    }
-    usual = float(np.median(list(levels.values()))) if len(levels) > 2 else 0.0
+    levels, usual = _levels(sample, values)
     ts = [t for t, level in levels.items() if level < min(_DARK_DATE, _DARKER_THAN_OTHERS * usual)]
     if ts:
         yield StackWarning(
@@ -605,6 +604,31 @@ def _one_dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
             "seems to be in other units than the others; give `scale` from a date on, or leave "
             "the file out",
         )
+
+
+def _one_bright(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+    """The warning that files have larger units than the others, but a plausible median."""
+    levels, usual = _levels(sample, values)
+    least = max(_BRIGHT_DATE, _BRIGHTER_THAN_OTHERS * usual)
+    ts = [t for t, level in levels.items() if usual and level > least]
+    if ts:
+        yield StackWarning(
+            code="scale_suspected",
+            detail=f"{sample.names(ts)}: a tenth of the clear values sampled lie above "
+            f"{min(levels[t] for t in ts):.2g}, and above {usual:.2g} on the median date: the file "
+            "seems to be in other units than the others; give `scale` from a date on, or leave "
+            "the file out",
+        )
+
+
+def _levels(sample: _Sample, values: Floats) -> tuple[dict[int, float], float]:
+    """The brightest tenth of each date's clear values, and its median; 0 with few dates."""
+    levels = {
+        t: _bright(values[t][:, valid])
+        for t, valid in enumerate(sample.valid)
+        if valid.sum() >= _FEWEST_CLEAR
+    }
+    return levels, float(np.median(list(levels.values()))) if len(levels) > 2 else 0.0
 
 
 def _swapped(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
