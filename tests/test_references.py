@@ -29,15 +29,9 @@ from benchmarks.tiny_zoo import write_bundle
 from pimc_client import Client, Reference
 from service.api.schemas import ItemBody
 from service.errors import BodyTooLarge, ForbiddenReference, UnreachableReference
+from service.read.connect import MAX_REDIRECTS, Patience
 from service.read.geotiff import SourceFile
-from service.read.references import (
-    MAX_REDIRECTS,
-    Patience,
-    _Local,
-    _place,
-    check_again,
-    fetch_items,
-)
+from service.read.references import Local, check_again, fetch_items, place_of
 from service.settings import HostRule, Settings, SettingsError, read_settings
 from tests.kits import rasters
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
@@ -286,8 +280,8 @@ def test_a_file_is_looked_at_again(root: Path, folder: Path) -> None:
 def test_any_text_is_a_place_or_refused(href: str) -> None:
     rules = Settings(allowed_roots=("/usr/lib",), allowed_hosts="127.0.0.1")
     with contextlib.suppress(ForbiddenReference):
-        place = _place(href, "items.0.href", rules)
-        if isinstance(place, _Local):
+        place = place_of(href, "items.0.href", rules)
+        if isinstance(place, Local):
             place.find(rules.allowed_roots)
         else:
             assert (place.url.scheme, place.host, place.url.userinfo) in {

@@ -1,0 +1,389 @@
+"""Checked connections: HTTP to allowed hosts alone, at addresses that were checked.
+
+    URL ──▶ host allowed? ──▶ its addresses allowed? ──▶ connect to one of them ──▶ response
+     ▲                                                                                │
+     └──────────────────────────── redirected: all of it again ───────────────────────┘
+
+A host's name is resolved once, and the connection goes to the checked address, so that a name
+server cannot give the check and the connection different answers.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import Self
+
+import anyio
+import httpx
+
+from service.errors import BodyTooLarge, ForbiddenReference, InvalidRequest, UnreachableReference
+from service.read.geotiff import label
+from service.settings import HostRule, Settings
+
+MAX_REDIRECTS = 5
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_WITH_BODY = frozenset({307, 308})
+"""Redirects that repeat the body of a POST."""
+_PORTS = {"http": 80, "https": 443}
+_KEPT = 8
+"""Idle connections kept to one address of one host."""
+_MAX_DOCUMENT_BYTES = 32 * 2**20
+_LOGIN = frozenset({401, 403})
+_WRONG = frozenset({400, 422})
+_SHOWN = 200
+"""Characters of a host's own words that are shown."""
+CHUNK_BYTES = 2**20
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+# IPv6 networks that lead on to IPv4 ones, public or not: NAT64, 6to4 and Teredo.
+_LEADS_ON = tuple(ipaddress.ip_network(text) for text in ("64:ff9b::/32", "2002::/16", "2001::/32"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """Time limits of downloads."""
+
+    idle_seconds: float = 20.0
+    """Seconds until a connection is open, and between two chunks of data."""
+    total_seconds: float = 300.0
+    """Seconds for all files of a request together."""
+
+
+Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
+"""Resolves a host name and a port to addresses; OSError if there are none."""
+
+
+async def resolve(host: str, port: int) -> Sequence[str]:
+    """A host's addresses by the system's resolver."""
+    found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remote:
+    """A URL of an allowed host."""
+
+    field: str
+    """What names it, for messages: a field of the request, or an item and its asset."""
+    url: httpx.URL
+
+    @classmethod
+    def of(cls, href: str, field: str, rules: Sequence[HostRule]) -> Remote:
+        """Parse a URL and check its host by name.
+
+        Raises:
+            ForbiddenReference: it is not a URL of an allowed host.
+        """
+        try:
+            url = httpx.URL(href)
+        except httpx.InvalidURL:
+            raise ForbiddenReference(f"{field}: neither a path nor a URL that is allowed") from None
+        remote = cls(field=field, url=url)
+        if not _is_allowed(remote, rules):
+            raise ForbiddenReference(f"{field}: '{label(url.host, 0)}' is not an allowed host")
+        return remote
+
+    @property
+    def host(self) -> str:
+        """The host as rules name it: lower case, ASCII, without a final dot."""
+        return self.url.raw_host.decode("ascii").lower().removesuffix(".")
+
+    @property
+    def port(self) -> int:
+        """The port that a connection goes to."""
+        return self.url.port or _PORTS[self.url.scheme]
+
+    def redirected(self, location: str, rules: Sequence[HostRule]) -> Remote:
+        """The target of a redirect.
+
+        Raises:
+            ForbiddenReference: the target is not allowed, or leaves TLS.
+        """
+        refused = ForbiddenReference(f"{self.field}: '{self.host}' redirects to a forbidden target")
+        try:
+            url = self.url.join(location)
+        except httpx.InvalidURL:
+            raise refused from None
+        to = replace(self, url=url)
+        if not _is_allowed(to, rules) or (self.url.scheme, url.scheme) == ("https", "http"):
+            raise refused
+        return to
+
+    def unreachable(self, what: str) -> UnreachableReference:
+        """The error for a host that does not return what it was asked for."""
+        return UnreachableReference(f"{self.field}: '{self.host}' {what}")
+
+
+class Connections:
+    """The HTTP requests of one request to the service, which share a budget of bytes.
+
+    Use it in `async with`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        patience: Patience | None = None,
+        resolver: Resolver = resolve,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            settings: allowed hosts, and the largest number of bytes.
+            patience: time limits.
+            resolver: resolves host names.
+            tls: trusted certificates; None uses httpx's own.
+        """
+        self._rules = settings.allowed_hosts
+        self._limit = int(settings.max_body_bytes)
+        self._left = self._limit
+        self._patience = patience or Patience()
+        self._resolver = resolver
+        self._tls = tls
+        self._addresses: dict[tuple[str, int], Sequence[str]] = {}
+        self._clients: dict[tuple[str, str, int, str], httpx.AsyncClient] = {}
+        self._open = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._open.aclose()
+
+    @property
+    def rules(self) -> Sequence[HostRule]:
+        """The allowed hosts."""
+        return self._rules
+
+    @property
+    def left(self) -> int:
+        """Bytes that may still be received."""
+        return self._left
+
+    @asynccontextmanager
+    async def response(
+        self,
+        place: Remote,
+        *,
+        method: str = "GET",
+        headers: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+    ) -> AsyncIterator[httpx.Response]:
+        """The response to a request, redirects followed; its body is not read yet.
+
+        Args:
+            place: where to.
+            method: GET or POST.
+            headers: further headers.
+            content: the body of a POST.
+
+        Raises:
+            ForbiddenReference: an address, or the target of a redirect, is not allowed.
+            UnreachableReference: the host does not respond.
+        """
+        first = place
+        for _ in range(MAX_REDIRECTS + 1):
+            async with self._ask(place, method, headers or {}, content) as answer:
+                if answer.status_code not in _REDIRECTS or "location" not in answer.headers:
+                    yield answer
+                    return
+                place = place.redirected(answer.headers["location"], self._rules)
+                if answer.status_code not in _WITH_BODY:
+                    method, content = "GET", None
+        raise first.unreachable(f"redirected more than {MAX_REDIRECTS} times")
+
+    async def body(
+        self, answer: httpx.Response, place: Remote, *, most: int | None = None
+    ) -> AsyncIterator[bytes]:
+        """The chunks of a response's body, counted against the budget.
+
+        Args:
+            answer: a response.
+            place: where it is from.
+            most: bytes that this body alone may have; None sets no bound of its own.
+
+        Raises:
+            BodyTooLarge: the budget is used up, or the body announces that it would be.
+        """
+        bound = self._left if most is None else min(most, self._left)
+        announced = answer.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > bound:
+            raise self.too_large(place)
+        # Raw: a compressed body counts as it arrives.
+        async for chunk in answer.aiter_raw(CHUNK_BYTES):
+            self._left -= len(chunk)
+            bound -= len(chunk)
+            if bound < 0:
+                raise self.too_large(place)
+            yield chunk
+
+    async def document(
+        self, place: Remote, *, method: str = "GET", content: bytes | None = None
+    ) -> str:
+        """The text of a JSON document.
+
+        Args:
+            place: where it is.
+            method: GET or POST.
+            content: the body of a POST, JSON.
+
+        Raises:
+            ForbiddenReference, UnreachableReference, BodyTooLarge: it cannot be had.
+            InvalidRequest: the host says that the request is wrong.
+        """
+        headers = {"Accept": "application/geo+json, application/json"}
+        if content is not None:
+            headers["Content-Type"] = "application/json"
+        async with self.response(place, method=method, headers=headers, content=content) as answer:
+            chunks = [c async for c in self.body(answer, place, most=_MAX_DOCUMENT_BYTES)]
+        data, status = b"".join(chunks), answer.status_code
+        if status in _LOGIN:
+            raise place.unreachable(f"needs a login (status {status}), and this server sends none")
+        if status in _WRONG:
+            text = "".join(c for c in data.decode("utf-8", "replace") if c.isprintable())
+            raise InvalidRequest.of(
+                place.field,
+                f"'{place.host}' refuses the request (status {status}): {text[:_SHOWN]}",
+            )
+        if status != HTTPStatus.OK:
+            raise place.unreachable(f"returned status {status}")
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise place.unreachable("returned a document that is not UTF-8") from error
+
+    def too_large(self, place: Remote) -> BodyTooLarge:
+        """The error for more bytes than may be received."""
+        return BodyTooLarge(
+            f"{place.field}: the named files have more than {self._limit} bytes together, the "
+            "largest allowed size"
+        )
+
+    @asynccontextmanager
+    async def _ask(
+        self, place: Remote, method: str, headers: Mapping[str, str], content: bytes | None
+    ) -> AsyncIterator[httpx.Response]:
+        """The response of the first address that accepts the connection."""
+        addresses = await self._checked(place)
+        for n, address in enumerate(addresses):
+            client = self._client(place, address)
+            request = client.build_request(
+                method,
+                place.url.copy_with(host=address, fragment=None),
+                headers={**headers, "Host": place.url.netloc.decode("ascii")},
+                content=content,
+                # The name that the certificate must have, whatever the address.
+                extensions={"sni_hostname": place.host},
+            )
+            try:
+                answer = await client.send(request, stream=True)
+            except httpx.ConnectError as error:
+                if n + 1 < len(addresses):
+                    continue
+                raise place.unreachable("accepts no connection") from error
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise place.unreachable("does not respond") from error
+            try:
+                yield answer
+            except httpx.HTTPError as error:
+                raise place.unreachable("closed the connection or stalled") from error
+            finally:
+                await answer.aclose()
+            return
+
+    def _client(self, place: Remote, address: str) -> httpx.AsyncClient:
+        """The client of one address of one host.
+
+        Connections are kept for the host alone: kept for its address, they could be used for
+        another host there, whose certificate was not checked.
+        """
+        key = (place.url.scheme, place.host, place.port, address)
+        if key not in self._clients:
+            client = httpx.AsyncClient(
+                verify=self._tls or True,
+                # No proxy and no .netrc of the environment: a proxy would connect elsewhere, .netrc
+                # would send a password.
+                trust_env=False,
+                timeout=httpx.Timeout(self._patience.idle_seconds),
+                limits=httpx.Limits(max_keepalive_connections=_KEPT),
+                headers={"User-Agent": "pimc", "Accept-Encoding": "identity"},
+            )
+            self._clients[key] = client
+            self._open.push_async_callback(client.aclose)
+        return self._clients[key]
+
+    async def _checked(self, place: Remote) -> Sequence[str]:
+        """The host's addresses, resolved once; all of them must be allowed.
+
+        Raises:
+            ForbiddenReference: an address is not allowed; the message does not name it.
+            UnreachableReference: the host has no address.
+        """
+        if _address(place.host) is not None:
+            return [place.host]  # allowed by name already
+        key = (place.host, place.port)
+        if key not in self._addresses:
+            self._addresses[key] = await self._resolved(place)
+        return self._addresses[key]
+
+    async def _resolved(self, place: Remote) -> Sequence[str]:
+        try:
+            with anyio.fail_after(self._patience.idle_seconds):
+                found = list(dict.fromkeys(await self._resolver(place.host, place.port)))
+        except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
+            raise place.unreachable("is not known") from error
+        if not found:
+            raise place.unreachable("is not known")
+        if not all(_may_connect(address, place.port, self._rules) for address in found):
+            raise ForbiddenReference(
+                f"{place.field}: '{place.host}' has an address that is not allowed"
+            )
+        return found
+
+
+def _is_allowed(place: Remote, rules: Sequence[HostRule]) -> bool:
+    """Whether a rule names the host, checked before it is resolved."""
+    if place.url.scheme not in _PORTS or place.url.userinfo or not place.host:
+        return False
+    address = _address(place.host)
+    return any(
+        rule.port in {None, place.port}
+        and (rule.name == place.host if address is None else _holds(rule, address))
+        for rule in rules
+    )
+
+
+def _may_connect(address: str, port: int, rules: Sequence[HostRule]) -> bool:
+    """Whether an address is public or allowed by a rule."""
+    there = _address(address)
+    if there is None:
+        return False
+    named = any(rule.port in {None, port} and _holds(rule, there) for rule in rules)
+    return named or _is_public(there)
+
+
+def _holds(rule: HostRule, address: _Address) -> bool:
+    return rule.network is not None and address in rule.network
+
+
+def _is_public(address: _Address) -> bool:
+    if any(address in network for network in _LEADS_ON):
+        return False
+    return address.is_global and not (address.is_multicast or address.is_reserved)
+
+
+def _address(text: str) -> _Address | None:
+    try:
+        found = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    # ::ffff:127.0.0.1 is 127.0.0.1.
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return mapped or found
