@@ -49,7 +49,7 @@ _REFERENCE = re.compile(rb"&#(?:[xX]([0-9a-fA-F]{1,6})|0*([0-9]{1,7}));?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Form:
+class Form:
     """Encoding of numbers in one file."""
 
     order: str
@@ -61,7 +61,7 @@ class _Form:
     """Tag, type and count, and the value's field."""
 
     @classmethod
-    def of(cls, order: str, *, big: bool) -> _Form:
+    def of(cls, order: str, *, big: bool) -> Form:
         """The form of a TIFF or BigTIFF in a byte order, as `struct` writes it."""
         word = struct.Struct(order + ("Q" if big else "I"))
         return cls(
@@ -72,12 +72,14 @@ class _Form:
         )
 
 
-_FORMS: Mapping[tuple[str, bool], _Form] = {
-    (order, big): _Form.of(order, big=big) for order in "<>" for big in (False, True)
+_FORMS: Mapping[tuple[str, bool], Form] = {
+    (order, big): Form.of(order, big=big) for order in "<>" for big in (False, True)
 }
 
 
-class _Entry(NamedTuple):  # a stack has thousands, and a frozen dataclass takes thrice as long
+class Entry(NamedTuple):  # a stack has thousands, and a frozen dataclass takes thrice as long
+    """A tag of a directory."""
+
     tag: int
     kind: int
     length: int
@@ -115,31 +117,35 @@ def check_directories(path: Path, name: str) -> Directories:
     place: bytes | None = None
     mask = 0
     with path.open("rb") as file:
-        for form, entries in _directories(file, name):
+        for _, form, entries in directories(file, name):
             _check_values(entries, name)
             if place is None:
                 place = _georeference(file, form, entries)
             mask = max(mask, _check_mask(form, entries, name))
             for entry in entries:
                 if entry.tag == _METADATA:
-                    _check_metadata(_value(file, form, entry), name)
+                    _check_metadata(value(file, form, entry), name)
     return Directories(georeference=place or b"", mask_block_bytes=mask)
 
 
-def _georeference(file: BinaryIO, form: _Form, entries: list[_Entry]) -> bytes:
+def _georeference(file: BinaryIO, form: Form, entries: list[Entry]) -> bytes:
     """The bytes from which GDAL derives CRS and transform, including their byte order."""
     telling = [entry for entry in entries if entry.tag in _PLACE]
     if sum(entry.size for entry in telling) > _MAX_PLACE_BYTES:
         return b""
     return b"".join(
         struct.pack("<cHHQ", form.order.encode(), entry.tag, entry.kind, entry.length)
-        + _value(file, form, entry)
+        + value(file, form, entry)
         for entry in telling
     )
 
 
-def _directories(file: BinaryIO, name: str) -> Iterator[tuple[_Form, list[_Entry]]]:
-    """Each directory of the chain that can be read; a loop ends it."""
+def directories(file: BinaryIO, name: str) -> Iterator[tuple[int, Form, list[Entry]]]:
+    """Each directory of the chain that can be read, and where it begins; a loop ends it.
+
+    Raises:
+        RasterTooLarge: too many directories, or entries of one.
+    """
     head = file.read(16)
     big = 43 in head[2:4]
     form = _FORMS["<" if head[:2] == b"II" else ">", big]
@@ -163,7 +169,8 @@ def _directories(file: BinaryIO, name: str) -> Iterator[tuple[_Form, list[_Entry
         content = file.read(n * size + form.word.size)
         # A file that ends early has fewer.
         there = min(n, len(content) // size) * size
-        yield form, [_Entry._make(each) for each in form.entry.iter_unpack(content[:there])]
+        entries = [Entry._make(each) for each in form.entry.iter_unpack(content[:there])]
+        yield at, form, entries
         at = _number(form.word, content, n * size)
 
 
@@ -175,7 +182,7 @@ def _number(layout: struct.Struct, data: bytes, at: int) -> int | None:
     return number if number < 2**63 else None
 
 
-def _check_values(entries: list[_Entry], name: str) -> None:
+def _check_values(entries: list[Entry], name: str) -> None:
     text = rest = 0
     for entry in entries:
         if entry.kind == _ASCII or entry.tag == _METADATA:
@@ -192,12 +199,12 @@ def _check_values(entries: list[_Entry], name: str) -> None:
             )
 
 
-def _check_mask(form: _Form, entries: list[_Entry], name: str) -> int:
+def _check_mask(form: Form, entries: list[Entry], name: str) -> int:
     """Check an internal mask, whose blocks GDAL does not report: the decoded size of one of them.
 
     0 for a directory that is not a mask.
     """
-    numbers = {entry.tag: _small(form, entry, name) for entry in entries if entry.tag in _NUMBERS}
+    numbers = {entry.tag: small(form, entry, name) for entry in entries if entry.tag in _NUMBERS}
     if not numbers.get(_SUBFILE, 0) & _MASK:
         return 0
     width, height = numbers.get(_WIDTH, 0), numbers.get(_HEIGHT, 0)
@@ -211,7 +218,7 @@ def _check_mask(form: _Form, entries: list[_Entry], name: str) -> int:
     return rows * columns
 
 
-def _small(form: _Form, entry: _Entry, name: str) -> int:
+def small(form: Form, entry: Entry, name: str) -> int:
     """The one number of an entry.
 
     Raises:
@@ -227,7 +234,7 @@ def _small(form: _Form, entry: _Entry, name: str) -> int:
     return int(struct.unpack_from(form.order + code, entry.field)[0])
 
 
-def _value(file: BinaryIO, form: _Form, entry: _Entry) -> bytes:
+def value(file: BinaryIO, form: Form, entry: Entry) -> bytes:
     """An entry's value; empty if it lies outside the file."""
     if entry.size <= len(entry.field):
         return entry.field[: entry.size]
