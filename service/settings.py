@@ -158,6 +158,8 @@ class Settings(BaseSettings):
     """Pixels of the largest raster that is processed synchronously; a larger one becomes a job."""
     max_concurrency: Annotated[int, Field(ge=1)] = 4
     """Run slots. There are twice as many queue slots; without one a request is `overloaded`."""
+    max_items: Annotated[int, Field(ge=1)] = 500
+    """STAC items of one request."""
     allowed_roots: Annotated[tuple[Path, ...], NoDecode] = ()
     """Folders, comma-separated, whose files a request may name instead of sending them."""
     allowed_hosts: Annotated[tuple[HostRule, ...], NoDecode] = ()

@@ -20,6 +20,7 @@ from service.api.schemas import (
     FORMS,
     ITEMS,
     SERIES,
+    STAC,
     HeadForm,
     HeadItems,
     HeadResponse,
@@ -63,6 +64,7 @@ _BINARY: Mapping[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _MODELS: tuple[type[BaseModel], ...] = (
     *FORMS.values(),
     *ITEMS.values(),
+    *STAC.values(),
     *SERIES.values(),
     HeadForm,
     HeadItems,
@@ -97,7 +99,7 @@ def body(task: Operation) -> dict[str, Any]:
     content: dict[str, Any] = {
         FORM: {"schema": _ref(FORMS[task]), "encoding": {FILES: {"contentType": "image/tiff"}}}
     }
-    bodies: list[type[BaseModel]] = [ITEMS[task]]
+    bodies: list[type[BaseModel]] = [ITEMS[task], STAC[task]]
     if task in SERIES:
         bodies.append(SERIES[task])
     content[JSON] = {"schema": {"anyOf": [_ref(model) for model in bodies]}}

@@ -9,15 +9,17 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from datetime import date, datetime
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     Json,
+    Tag,
     ValidationError,
     WithJsonSchema,
     field_validator,
@@ -309,6 +311,38 @@ class Area(_Loose):
         return {"type": self.type, "coordinates": self.coordinates}
 
 
+def extent_of_geojson(geometry: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
+    """West, south, east, north of a GeoJSON geometry; None if it is not one in degrees."""
+    parts = geometry.get("geometries", [geometry])
+    positions: list[Any] = [
+        position
+        for part in (parts if isinstance(parts, list) else [])
+        for position in _positions(part.get("coordinates") if isinstance(part, Mapping) else None)
+    ]
+    if not positions:
+        return None
+    west, east = min(p[0] for p in positions), max(p[0] for p in positions)
+    south, north = min(p[1] for p in positions), max(p[1] for p in positions)
+    if west < -180 or east > 180 or south < -90 or north > 90:
+        return None
+    return float(west), float(south), float(east), float(north)
+
+
+def _positions(value: object) -> list[list[float]]:
+    """The positions within nested coordinates; what is none is left out."""
+    found, waiting = [], [value]
+    while waiting:
+        one = waiting.pop()
+        if not isinstance(one, list):
+            continue
+        numbers = [n for n in one[:2] if isinstance(n, int | float) and not isinstance(n, bool)]
+        if len(numbers) == 2:
+            found.append([float(n) for n in numbers])
+        else:
+            waiting += one
+    return found
+
+
 def _depth(value: object) -> int:
     return 1 + _depth(value[0]) if isinstance(value, list) and value else 0
 
@@ -473,7 +507,7 @@ class RasterForm(StackForm):
             model=self.model,
             points=points,
             fields=polygons,
-            **{name: getattr(self, name, None) for name in some},
+            **cast(Any, {name: getattr(self, name, None) for name in some}),
         )
 
 
@@ -597,10 +631,9 @@ def _check_item_dates(items: Sequence[ItemBody], dates: Sequence[date] | None) -
         raise ValueError("dates are given twice: with the items, and as 'dates'")
 
 
-class _Items(_Strict):
-    """A raster request as JSON: files named instead of sent, `points` as an object."""
+class _AsObjects(_Strict):
+    """A raster request as JSON: what a form has as text, as objects."""
 
-    items: Annotated[tuple[ItemBody, ...], Field(min_length=1, max_length=MAX_ITEMS)]
     area: Annotated[
         Area | None,
         Field(description="GeoJSON polygon, EPSG:4326: only this part is read and returned"),
@@ -620,6 +653,12 @@ class _Items(_Strict):
         if value is not None and not isinstance(value, dict):
             raise ValueError("a GeoJSON object is needed")
         return value
+
+
+class _Items(_AsObjects):
+    """Files named instead of sent."""
+
+    items: Annotated[tuple[ItemBody, ...], Field(min_length=1, max_length=MAX_ITEMS)]
 
     @model_validator(mode="after")
     def _dated_once(self) -> Self:
@@ -656,6 +695,154 @@ ITEMS: Mapping[
     "landcover": LandcoverItems,
     "embed": EmbedItems,
     "series": MeasureItems,
+}
+_Name = Annotated[str, Field(min_length=1, max_length=300)]
+_Names = Annotated[tuple[_Name, ...], Field(max_length=1000)]
+
+
+_MOMENT = re.compile(
+    r"\d{4}(?:-\d\d(?:-\d\d(?:T\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:Z|[+-]\d\d:\d\d))?)?)?"
+)
+
+
+def _is_moment(text: str) -> bool:
+    """Whether a text is a year, a month, a day, or a time with its zone."""
+    if not _MOMENT.fullmatch(text):
+        return False
+    try:
+        datetime.fromisoformat(text + "0001-01-01T00:00:00Z"[len(text) :])
+    except ValueError:
+        return False
+    return True
+
+
+def _interval(value: str | None) -> str | None:
+    """A date or two, as STAC APIs take them."""
+    if value is None:
+        return None
+    ends = value.split("/")
+    for end in ends:
+        if not (end in {"", ".."} and len(ends) == 2) and not _is_moment(end):
+            raise ValueError(
+                f"'{end}' is not a date such as 2021, 2021-05, 2021-05-01 or 2021-05-01T00:00:00Z"
+            )
+    if len(ends) > 2 or not any(end.strip(".") for end in ends):
+        raise ValueError("one date, or two separated by `/`, is needed")
+    return value
+
+
+class StacSearch(_Strict):
+    """A search of a STAC API."""
+
+    url: Annotated[
+        str,
+        Field(min_length=1, max_length=8192, description="landing page of the API, `http(s):`"),
+    ]
+    collections: Annotated[_Names, Field(description="ids of collections")] = ()
+    ids: Annotated[_Names, Field(description="ids of items")] = ()
+    bbox: Annotated[
+        tuple[_Number, _Number, _Number, _Number] | None,
+        AfterValidator(_box),
+        Field(
+            description="west, south, east, north in degrees; without the request's own `bbox` or "
+            "`area`, only this part of the items is read"
+        ),
+    ] = None
+    intersects: Annotated[
+        dict[str, Any] | None,
+        Field(description="GeoJSON geometry, EPSG:4326; its extent is read, as with `bbox`"),
+    ] = None
+    datetime: Annotated[
+        str | None,
+        AfterValidator(_interval),
+        Field(
+            max_length=100,
+            description="a date, or two separated by `/`; `..` for an open end",
+            examples=["2021-01-01/2021-12-31"],
+        ),
+    ] = None
+    max_cloud_cover: Annotated[
+        _Number | None, Field(ge=0, le=100, description="per cent of `eo:cloud_cover`")
+    ] = None
+    query: Annotated[
+        dict[str, Any] | None, Field(description="as the API's query extension takes it")
+    ] = None
+    filter: Annotated[
+        dict[str, Any] | None, Field(description="CQL2 as JSON, for the API's filter extension")
+    ] = None
+
+    @model_validator(mode="after")
+    def _one_area(self) -> Self:
+        if self.bbox and self.intersects:
+            raise ValueError("bbox and intersects exclude each other: give one of them")
+        if self.intersects is not None and extent_of_geojson(self.intersects) is None:
+            raise ValueError("intersects is not a GeoJSON geometry in degrees")
+        return self
+
+    @property
+    def extent(self) -> tuple[float, float, float, float] | None:
+        """West, south, east, north of what is searched; None if the search names no area."""
+        return self.bbox or (extent_of_geojson(self.intersects) if self.intersects else None)
+
+
+class StacDocument(_Loose):
+    """A STAC ItemCollection, or a single Item, version 1.0 or 1.1."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", hide_input_in_errors=True)
+
+    type: Literal["FeatureCollection", "Feature"]
+
+
+def _kind_of_stac(value: object) -> str:
+    if isinstance(value, str):
+        return "address"
+    search = isinstance(value, StacSearch) or (isinstance(value, dict) and "type" not in value)
+    return "search" if search else "document"
+
+
+class _Stac(_AsObjects):
+    """Files that STAC items name."""
+
+    stac: Annotated[
+        Annotated[StacSearch, Tag("search")]
+        | Annotated[StacDocument, Tag("document")]
+        | Annotated[str, Field(min_length=1, max_length=8192), Tag("address")],
+        Discriminator(_kind_of_stac),
+        Field(
+            description="a STAC ItemCollection or Item, the URL of one, or a search: of each item "
+            "the assets that the model needs are read, by HTTP ranges"
+        ),
+    ]
+
+
+class ClassifyStac(_Stac, ClassifyForm):
+    """JSON body of `POST /classify-pixels` that names STAC items."""
+
+
+class ForecastStac(_Stac, ForecastForm):
+    """JSON body of `POST /forecast` that names STAC items."""
+
+
+class LandcoverStac(_Stac, LandcoverForm):
+    """JSON body of `POST /landcover` that names STAC items."""
+
+
+class EmbedStac(_Stac, EmbedForm):
+    """JSON body of `POST /embed` that names STAC items."""
+
+
+class MeasureStac(_Stac, MeasureForm):
+    """JSON body of `POST /series` that names STAC items."""
+
+
+STAC: Mapping[
+    Operation, type[ClassifyStac | ForecastStac | LandcoverStac | EmbedStac | MeasureStac]
+] = {
+    "classify-pixels": ClassifyStac,
+    "forecast": ForecastStac,
+    "landcover": LandcoverStac,
+    "embed": EmbedStac,
+    "series": MeasureStac,
 }
 _Values = Annotated[
     Annotated[tuple[_Number | None, ...], Field(fail_fast=True)] | None,
@@ -1034,22 +1221,62 @@ def read_items(
         InvalidRequest: with every field that fails.
         ForbiddenReference: the body names files, and none may be.
     """
-    if _checked(_Reference, body).items is None:
+    named = _named(body, "items", ITEMS[task], allowed=allowed)
+    if named is None:
         return None
-    if not allowed:
-        raise ForbiddenReference("'items' is not allowed: this server reads no files by reference")
-    named = _checked(ITEMS[task], body)
-    plain = FORMS[task]
-    fields = {name: getattr(named, name) for name in plain.model_fields}
+    fields = _plain(task, named, modality)
     if named.items[0].date:
         fields["dates"] = tuple(item.date for item in named.items)
+    # Not validated again: a form's `points` would be a text.
+    return named.items, FORMS[task].model_construct(**fields)
+
+
+def read_stac(
+    task: Operation, body: bytes, *, allowed: bool, modality: Modality | None = None
+) -> tuple[StacSearch | dict[str, Any] | str, RasterForm] | None:
+    """Validate a JSON body that names STAC items or searches for them; None if it does not.
+
+    Args:
+        task: what is asked for.
+        body: as it came.
+        allowed: whether files may be named at all.
+        modality: of an embedding, where the query says it.
+
+    Raises:
+        InvalidRequest: with every field that fails.
+        ForbiddenReference: the body names items, and none may be.
+    """
+    named = _named(body, "stac", STAC[task], allowed=allowed)
+    if named is None:
+        return None
+    stac = named.stac.model_dump() if isinstance(named.stac, StacDocument) else named.stac
+    return stac, FORMS[task].model_construct(**_plain(task, named, modality))
+
+
+def _named(body: bytes, field: str, model: type[_Model], *, allowed: bool) -> _Model | None:
+    """A body that names files by a field; None if the field is not there."""
+    if getattr(_checked(_Reference, body), field) is None:
+        return None
+    if not allowed:
+        raise ForbiddenReference(
+            f"'{field}' is not allowed: this server reads no files by reference"
+        )
+    return _checked(model, body)
+
+
+def _plain(task: Operation, named: BaseModel, modality: Modality | None) -> dict[str, Any]:
+    """The fields that a form has as well.
+
+    Raises:
+        InvalidRequest: the query and the body name different modalities.
+    """
+    fields = {name: getattr(named, name) for name in FORMS[task].model_fields}
     if modality is not None:
         if fields["modality"] not in {None, modality}:
             said = f"{modality} in the query, and {fields['modality']} in the body"
             raise InvalidRequest.of("modality", said)
         fields["modality"] = modality
-    # Not validated again: a form's `points` would be a text.
-    return named.items, plain.model_construct(**fields)
+    return fields
 
 
 def read_series(task: Operation, body: bytes) -> SeriesBody:
@@ -1095,9 +1322,10 @@ def read_head_series(body: bytes) -> HeadSeries:
 
 
 class _Reference(_Loose):
-    """Whether a JSON body names files."""
+    """Whether a JSON body names files, or STAC items."""
 
     items: Any = None
+    stac: Any = None
 
 
 def _checked(model: type[_Model], given: bytes | Mapping[str, object]) -> _Model:

@@ -57,6 +57,7 @@ def request_document(
         "smooth": request.smooth,
         "min_area": request.min_area,
         "polygons": None if request.fields is None else _file(request.fields, folder),
+        "items": [dict(item) for item in request.items],
         "points": None if points is None else [dict(point.feature) for point in points],
     }
     return {"task": request.task, "files": files, "fields": fields}
@@ -112,6 +113,7 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
         min_area=fields.get("min_area"),
         points=_points_of(fields.get("points")),
         fields=_source(fields.get("polygons"), folder),
+        items=tuple(fields.get("items") or ()),
     )
 
 

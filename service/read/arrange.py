@@ -32,6 +32,7 @@ from service.read.metadata import (
     PRODUCT_COUNTS,
     QA60,
     QUALITY,
+    TWINS,
     band_of,
     quality_of,
     stem,
@@ -40,8 +41,6 @@ from service.read.metadata import (
 _NAMED_AT_MOST = 5
 _UNUSED_IN_FULL = 100
 """Up to this many unused files are all named; if there are more, a few for each reason."""
-_TWINS: Mapping[str, str] = {"B08": "B8A"}
-"""A band, and the narrower one beside it that may replace it."""
 _ESTIMATED = StackWarning(
     code="cloud_mask_estimated",
     detail="the cloud mask is estimated from each pixel's own series: in regions that it was not "
@@ -116,7 +115,7 @@ def arrange(
     rules = parse_mask(options.mask)
     asked = rules is not None and MaskRule(name=OWN) in rules
     beside = tuple(band for band in CLOUD_BANDS if band not in bands) if asked else ()
-    twins = {_TWINS[band] for band in (*bands, *beside) if band in _TWINS}
+    twins = {TWINS[band] for band in (*bands, *beside) if band in TWINS}
     query = LayoutQuery(
         files=tuple(DescribedFile(header) for header in headers),
         dates=options.dates,
@@ -179,11 +178,11 @@ def _with_twins(
     """Replace a broad band by its narrow twin if no file has the broad band."""
     there = {name for slot in slots for name in slot.numbers}
     lacking = set(query.needed) - there
-    if not lacking or not {_TWINS.get(band) for band in lacking} <= there - set(query.needed):
+    if not lacking or not {TWINS.get(band) for band in lacking} <= there - set(query.needed):
         return slots, []
     warnings = []
     for band in lacking:
-        twin = _TWINS[band]
+        twin = TWINS[band]
         slots = [
             replace(
                 slot,
@@ -249,7 +248,7 @@ def _assumed_order(layout: Layout, query: LayoutQuery, used: set[int]) -> list[S
     if not unnamed:
         return []
     order = unnamed[0].product_bands or PRODUCT_BANDS
-    read = [band if band in order else _TWINS.get(band, band) for band in query.needed]
+    read = [band if band in order else TWINS.get(band, band) for band in query.needed]
     needed = ", ".join(f"{band} is band {order.index(band) + 1}" for band in read if band in order)
     detail = (
         f"no band of {counted(len(unnamed), 'file')} ({_quoted([f.name for f in unnamed])}) has a "

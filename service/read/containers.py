@@ -14,16 +14,25 @@ import re
 import struct
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
-from service.errors import BodyTooLarge, InvalidRequest, NotAGeoTIFF
-from service.read.geotiff import Header, SourceFile, label
+from service.errors import BodyTooLarge, InvalidRequest, NotAGeoTIFF, StackWarning
+from service.read.geotiff import Header, Placed, SourceFile, label
 from service.read.jp2_guard import SIGNATURE
 from service.read.metadata import band_of, quality_of, stem
+from service.read.stac import (
+    AssetBand,
+    asset_bands,
+    contradiction,
+    item_tags,
+    of_sentinel_2,
+    place_of_asset,
+)
 
 ZIP_MAGIC = b"PK\x03\x04"
 _MAX_MEMBERS = 20_000
@@ -281,22 +290,43 @@ def split_products(files: Sequence[SourceFile]) -> tuple[list[SourceFile], list[
 
 
 @dataclass(frozen=True, kw_only=True)
+class Described:
+    """What a STAC item says of one raster."""
+
+    bands: tuple[AssetBand, ...]
+    place: Placed | None
+    """CRS and transform; None if they are not stated."""
+    ignored_offset: str | None
+    """Why an offset that is stated is not applied; None if it is, or if none is."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Item:
     """Metadata of the rasters in a folder, from a STAC item or a request of sentinelhub-py."""
 
     root: str
     common: Mapping[str, str]
     """Tags of every raster in the folder."""
-    assets: Mapping[str, Mapping[str, str]]
-    """Further tags by the last part of a raster's name."""
+    assets: Mapping[str, Described]
+    """What is said of one raster, by the last part of its name."""
 
     def tags(self, name: str) -> dict[str, str]:
         """The metadata in the form of tags of one of the rasters."""
-        return {**self.common, **self.assets.get(name.rpartition("/")[2], {})}
+        described = self.assets.get(name.rpartition("/")[2])
+        if described is None or len(described.bands) != 1:
+            return dict(self.common)
+        return {**self.common, **_band_tags(described, described.bands[0])}
 
 
 Metadata = Product | Item
-_ITEM_TAGS = ("datetime", "s2:processing_baseline", "earthsearch:boa_offset_applied")
+
+
+def _band_tags(described: Described, band: AssetBand) -> dict[str, str]:
+    return {
+        key: value
+        for key, value in band.tags.items()
+        if key != "offset" or described.ignored_offset is None
+    }
 
 
 def _item(file: SourceFile) -> Item | None:
@@ -310,30 +340,27 @@ def _item(file: SourceFile) -> Item | None:
         return None
     root = file.name.rpartition("/")[0]
     if document.get("type") == "Feature" and "stac_version" in document:
-        properties = document.get("properties") or {}
-        common = {
-            key: str(properties[key]) for key in _ITEM_TAGS if properties.get(key) is not None
-        }
-        assets = document.get("assets")
-        listed = assets.values() if isinstance(assets, dict) else ()
-        by_name = dict(_asset_tags(asset) for asset in listed if isinstance(asset, dict))
-        return Item(root=root, common=common, assets=by_name)
+        return _stac_item(document, root)
     day = _requested_day(document)
     if day is None:
         return None
     return Item(root=root, common={"datetime": day} if day else {}, assets={})
 
 
-def _asset_tags(asset: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """The last part of an asset's href; scale and offset of its first band (STAC 1.0, 1.1)."""
-    tags: dict[str, str] = {}
-    bands = asset.get("raster:bands") or asset.get("bands") or [{}]
-    first = bands[0] if isinstance(bands, list) and isinstance(bands[0], dict) else {}
-    for key in ("scale", "offset"):
-        number = first.get(key, first.get(f"raster:{key}", asset.get(f"raster:{key}")))
-        if isinstance(number, int | float):
-            tags[key] = f"{number:.12g}"
-    return str(asset.get("href", "")).partition("?")[0].rpartition("/")[2], tags
+def _stac_item(document: Mapping[str, Any], root: str) -> Item:
+    common = item_tags(document)
+    assets = document.get("assets")
+    by_name: dict[str, Described] = {}
+    for key, asset in (assets if isinstance(assets, dict) else {}).items():
+        if not isinstance(asset, dict):
+            continue
+        bands = asset_bands(asset, str(key), sentinel_2=of_sentinel_2(document))
+        by_name[str(asset.get("href", "")).partition("?")[0].rpartition("/")[2]] = Described(
+            bands=bands,
+            place=place_of_asset(document, asset),
+            ignored_offset=contradiction(common, bands),
+        )
+    return Item(root=root, common=common, assets=by_name)
 
 
 def _requested_day(document: Mapping[str, Any]) -> str | None:
@@ -382,9 +409,56 @@ def _product(file: SourceFile) -> Product:
 
 def with_product(header: Header, products: Sequence[Metadata]) -> Header:
     """A header with the metadata of its product, for what the file itself does not state."""
-    name = header.name
-    own = [p for p in products if name.startswith(f"{p.root}/") or (not p.root and "/" not in name)]
-    if not own:
+    product = _product_of(header.name, products)
+    if product is None:
         return header
-    product = max(own, key=lambda one: len(one.root))
-    return replace(header, tags={**product.tags(name), **header.tags})
+    header = replace(header, tags={**product.tags(header.name), **header.tags})
+    described = _described(header.name, product)
+    return header if described is None else _as_described(header, described)
+
+
+def ignored_offsets(
+    headers: Sequence[Header], products: Sequence[Metadata]
+) -> tuple[StackWarning, ...]:
+    """Offsets that items state and contradict, by reason."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for header in headers:
+        product = _product_of(header.name, products)
+        described = product and _described(header.name, product)
+        if described and described.ignored_offset:
+            by_reason[described.ignored_offset].append(header.name)
+    return tuple(
+        StackWarning(
+            code="baseline_offset_suspected",
+            detail=f"the STAC items of {len(names)} files ('{names[0]}', ...) state an offset, and "
+            f"{reason}: the offset is not applied; give `offset` to decide",
+        )
+        for reason, names in by_reason.items()
+    )
+
+
+def _product_of(name: str, products: Sequence[Metadata]) -> Metadata | None:
+    """The metadata of a file: that in the nearest of its folders."""
+    own = [p for p in products if name.startswith(f"{p.root}/") or (not p.root and "/" not in name)]
+    return max(own, key=lambda one: len(one.root), default=None)
+
+
+def _described(name: str, product: Metadata) -> Described | None:
+    return product.assets.get(name.rpartition("/")[2]) if isinstance(product, Item) else None
+
+
+def _as_described(header: Header, described: Described) -> Header:
+    if header.crs is None and described.place is not None:
+        header = replace(header, crs=described.place[0], transform=described.place[1])
+    if len(described.bands) != header.count:
+        return header
+    descriptions, nodata, tags = [], [], []
+    for n, band in enumerate(described.bands):
+        own = header.descriptions[n]
+        descriptions.append(own if band_of(own) or quality_of(own) else (band.name or own))
+        nodata.append(band.nodata if header.nodata[n] is None else header.nodata[n])
+        told = {k: v for k, v in _band_tags(described, band).items() if k not in header.tags}
+        tags.append({**told, **header.band_tags[n]})
+    return replace(
+        header, descriptions=tuple(descriptions), nodata=tuple(nodata), band_tags=tuple(tags)
+    )

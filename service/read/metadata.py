@@ -22,6 +22,8 @@ ALPHA = "ALPHA"
 """An alpha band, or Sentinel Hub's dataMask: zero means missing."""
 QUALITY = frozenset({SCL, FMASK, QA_PIXEL, CLM, QAI, UDM2, CLOUD, CLDPRB, QA60})
 """Every band from which a cloud mask can be read."""
+TWINS: Mapping[str, str] = {"B08": "B8A"}
+"""A band, and the narrower one beside it that may replace it."""
 # Level 1C has 13 bands, level 2A the same without B10. Two orders are in use: B8A right after B08,
 # and B8A last (EuroSAT). The first eight bands, which include B02, B03, B04 and B08, have the same
 # positions in both; only these are used.

@@ -33,6 +33,8 @@ _CRS_AND_SIZE = re.compile(r"\s*(?P<crs>[^@]+?)\s*@\s*(?P<size>[0-9.eE+-]+)\s*")
 _DEGREES = CRS.from_epsg(4326)
 _MOST_PIXELS = 2**31 - 1
 _DENSIFY = 21
+_KERNEL_ROOM = 3
+"""Pixels that are read beyond the reach of the warper's kernel, for its own rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +348,7 @@ def _cropped(grid: Grid, place: Place) -> tuple[Grid, Mapping[str, Any] | None]:
     if place.bbox is not None:
         grid = _part(grid, place.bbox, "bbox")
     if place.area is not None:
-        grid = _part(grid, _extent(place.area), "area")
+        grid = _part(grid, extent_of(place.area), "area")
         try:
             area = rasterio.warp.transform_geom(_DEGREES, grid.crs, dict(place.area))
         except (GDALError, CRSError, ValueError) as error:
@@ -379,8 +381,8 @@ def _part(grid: Grid, bounds: Bounds, field: str) -> Grid:
     )
 
 
-def _extent(area: Mapping[str, Any]) -> Bounds:
-    """West, south, east and north of a polygon."""
+def extent_of(area: Mapping[str, Any]) -> Bounds:
+    """West, south, east and north of a GeoJSON Polygon or MultiPolygon."""
     polygons = [area["coordinates"]] if area["type"] == "Polygon" else area["coordinates"]
     points = [point for rings in polygons for ring in rings for point in ring]
     xs, ys = [point[0] for point in points], [point[1] for point in points]
@@ -413,3 +415,55 @@ def _described(grid: Grid) -> str:
     size = f"{across:.6g}" if math.isclose(across, down) else f"{across:.6g} x {down:.6g}"
     unit = "degrees" if grid.crs.is_geographic else "m"
     return f"pixels of {size} {unit} in {crs_name(grid.crs)}"
+
+
+def touches(header: Header, place: Place) -> bool:
+    """Whether a file has pixels in the part that is asked for, inside `gdal_options`.
+
+    Args:
+        header: the file's.
+        place: what is asked; without `bbox` and `area` every file touches it.
+    """
+    bounds = [place.bbox] if place.bbox else []
+    if place.area is not None:
+        bounds.append(extent_of(place.area))
+    own = _grid_of(header)
+    for one in bounds:
+        try:
+            left, top, right, bottom = _pixels(one, _DEGREES, own)
+        except GridMismatch:  # the part has no place in the file's CRS
+            return False
+        if left >= own.width or top >= own.height or right <= 0 or bottom <= 0:
+            return False
+    return True
+
+
+def needed_windows(headers: Sequence[Header], place: Place) -> tuple[Window | None, ...]:
+    """The pixels of each file that the part asked for needs, inside `gdal_options`.
+
+    Args:
+        headers: files with a needed band or mask.
+        place: what is asked.
+
+    Returns:
+        One window per file, in its own pixels; None for a file of which none is needed.
+
+    Raises:
+        GridMismatch, InvalidRequest, NoGeoreference: as `place_files`.
+    """
+    placed = place_files(headers, headers, place)
+    return tuple(
+        _needed(own, position, placed.grid)
+        for own, position in zip(_grids(headers), placed.positions, strict=True)
+    )
+
+
+def _needed(own: Grid, position: Position, grid: Grid) -> Window | None:
+    if position.warp is None:
+        return Window(position.column, position.row, grid.width, grid.height)
+    # The warper's kernel reaches a pixel of the output beyond it, in the file's pixels.
+    across, down = (math.ceil(1 / scale) + _KERNEL_ROOM for scale in position.warp.scale)
+    left, top, right, bottom = _box(grid, own)
+    left, top = max(left - across, 0), max(top - down, 0)
+    right, bottom = min(right + across, own.width), min(bottom + down, own.height)
+    return Window(left, top, right - left, bottom - top) if left < right and top < bottom else None

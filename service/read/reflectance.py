@@ -127,15 +127,15 @@ def _steps_per_unit(tags: Mapping[str, str]) -> float | None:
 def _baseline_offset(header: Header) -> tuple[float | None, str]:
     """The offset that follows from Sentinel-2's processing baseline; None if it is not known."""
     tags = dict(map(_whole, header.tags.items()))
-    for key, value in tags.items():
-        if key.endswith("boa_offset_applied"):
-            done = value.strip().lower() in {"true", "1", "yes"}
-            return (0.0 if done else BASELINE_OFFSET), f"the tag `{key}`"
     baseline = _baseline(header)
+    applied = next(((k, v) for k, v in tags.items() if k.endswith("boa_offset_applied")), None)
+    before = baseline is not None and baseline < _BASELINE_WITH_OFFSET
+    if applied is not None and not before:  # before 04.00 there was none to apply
+        done = applied[1].strip().lower() in {"true", "1", "yes"}
+        return (0.0 if done else BASELINE_OFFSET), f"the tag `{applied[0]}`"
     if baseline is None:
         return None, ""
-    offset = BASELINE_OFFSET if baseline >= _BASELINE_WITH_OFFSET else 0.0
-    return offset, f"processing baseline {baseline:05.2f}"
+    return (0.0 if before else BASELINE_OFFSET), f"processing baseline {baseline:05.2f}"
 
 
 def _baseline(header: Header) -> float | None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from service.errors import InvalidRequest, MissingBands, RasterTooLarge, StackWarning
 from service.grid import Grid
 from service.read.arrange import Arrangement, Granule, arrange
-from service.read.containers import split_products, with_product
+from service.read.containers import ignored_offsets, split_products, with_product
 from service.read.geotiff import (
     Driver,
     FileMemory,
@@ -203,7 +203,7 @@ def open_stack(
         InvalidRequest: the options contradict the files or each other.
     """
     _check_options(files, options)
-    headers = _headers(files)
+    headers, ignored = read_headers(files)
     told = sensors_of(headers, options.sensor)
     foreign = check_sensors(headers, told, sensors, other_sensors, model)
     by_file = {
@@ -257,6 +257,7 @@ def open_stack(
         area=placed.area,
         files=tuple(header.name for header in arranged.used),
         warnings=(
+            *ignored,
             *foreign,
             *arranged.warnings,
             *placed.warnings,
@@ -282,7 +283,7 @@ def stack_bands(files: Sequence[SourceFile], options: StackOptions) -> tuple[str
         InvalidRequest: the options contradict the files or themselves.
     """
     _check_options(files, options)
-    headers = _headers(files)
+    headers, _ = read_headers(files)
     told = sensors_of(headers, options.sensor)
     headers = [
         in_sentinel_2_terms(header, sensor)
@@ -317,14 +318,25 @@ def _numbers(given: DatedNumber | None) -> Sequence[float]:
     return (given,) if isinstance(given, int | float) else [number for _, number in given]
 
 
-def _headers(files: Sequence[SourceFile]) -> list[Header]:
+def read_headers(files: Sequence[SourceFile]) -> tuple[list[Header], tuple[StackWarning, ...]]:
+    """The rasters' headers, with what metadata beside them says, and what of it is not applied.
+
+    Args:
+        files: rasters, and metadata among them.
+
+    Raises:
+        NotAGeoTIFF, RasterTooLarge: a file is not a raster that is read.
+    """
     placed: dict[bytes, Placed] = {}
     # In one thread: parsing headers holds the GIL, and two threads that wait for it take 1.5 times
     # as long.
     with gdal_options():
         rasters, products = split_products(files)
         headers = [read_header(file, placed) for file in rasters]
-        return [with_product(header, products) for header in headers] if products else headers
+        if not products:
+            return headers, ()
+        ignored = ignored_offsets(headers, products)
+        return [with_product(header, products) for header in headers], ignored
 
 
 def _check_size(arranged: Arrangement, grid: Grid, wanted: Sequence[str], max_bytes: int) -> None:

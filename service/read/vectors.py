@@ -53,6 +53,15 @@ class Fields:
         return len(self.ids)
 
     @property
+    def extent(self) -> tuple[float, float, float, float] | None:
+        """West, south, east and north in degrees; None where no feature holds a polygon."""
+        shapes = [shape for shape in self.in_crs(_DEGREES) if shape is not None]
+        if not shapes:
+            return None
+        west, south, east, north = (float(number) for number in shapely.total_bounds(shapes))
+        return west, south, east, north
+
+    @property
     def geojson(self) -> list[dict[str, Any] | None]:
         """GeoJSON geometries (N) in EPSG:4326."""
         shapes = self.in_crs(_DEGREES)

@@ -104,7 +104,16 @@ def execute(
                 result = _fields(request.task, run, plan.fields, run_fields(work, plan.fields))
             else:
                 result = _raster(request.task, run, run_raster(work))
-    return replace(result, timing=plan.planning + result.timing)
+    document = result.document
+    if isinstance(request, RasterRequest) and request.items:
+        document = {**document, "sources": [dict(item) for item in _used(request.items, run)]}
+    return replace(result, document=document, timing=plan.planning + result.timing)
+
+
+def _used(items: Iterable[Mapping[str, Any]], run: RasterRun) -> list[Mapping[str, Any]]:
+    """The STAC items of the dates that the run uses."""
+    days = {run.stack.dates[t].isoformat() for t in run.used} if run.stack.dates else None
+    return [i for i in items if days is None or str(i.get("datetime", ""))[:10] in days]
 
 
 def _raster(task: Task, run: RasterRun, outcome: Outcome) -> Result:

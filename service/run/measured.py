@@ -235,6 +235,7 @@ def measure(
         "mask": stack.mask,
         "sensor": stack.sensor,
         **(plotter.head() if plotter else {}),
+        **({"sources": [dict(item) for item in request.items]} if request.items else {}),
         "warnings": listed(warnings),
     }
     return Measured(

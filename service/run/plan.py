@@ -316,6 +316,19 @@ def _need(run: RasterRun, request: RasterRequest, fields: Fields | None, window_
     return raster_need(run, window_bytes)
 
 
+def bands_of(request: RasterRequest, engine: Engine) -> tuple[str, ...]:
+    """The bands that a request's model takes, by name.
+
+    Args:
+        request: what to run.
+        engine: the models.
+
+    Raises:
+        UnknownModel, WrongTask: no such model, or one of another task.
+    """
+    return tuple(engine.find(request.model, request.task, _modality(request)).card.bands)
+
+
 def _modality(request: RasterRequest) -> Modality | None:
     """Modality of an embedding; a named model implies it."""
     if request.task != "embed":

@@ -59,6 +59,9 @@ class RasterRequest:
     fields: SourceFile | None = None
     """A file of polygons to predict for; None predicts for the whole raster."""
 
+    items: tuple[Mapping[str, Any], ...] = ()
+    """The STAC items that the files are of; returned as `sources`."""
+
     @property
     def sources(self) -> tuple[SourceFile, ...]:
         """Every file that the request needs."""

@@ -35,7 +35,14 @@ from service.api.openapi import answers, body
 from service.api.quotas import cost
 from service.api.responses import FILE_TYPES, make_response, offers
 from service.api.routes.jobs import accepted
-from service.api.schemas import Operation, read_fields, read_items, read_series
+from service.api.schemas import (
+    Operation,
+    read_fields,
+    read_items,
+    read_series,
+    read_stac,
+)
+from service.api.stac import stac_request
 from service.api.uploads import FIELDS, FILES, FORM, media_type, read_form, read_json
 from service.errors import InvalidRequest, NotReady
 from service.jobs.store import Idempotency, fingerprint
@@ -248,7 +255,7 @@ async def unpacked(
             jp2=app.settings.jp2,
         )
     )
-    return opened.files, replace(stack, left_out=opened.left_out)
+    return opened.files, replace(stack, left_out=(*stack.left_out, *opened.left_out))
 
 
 async def _unpacked(request: RasterRequest, folder: Path, app: AppState) -> RasterRequest:
@@ -294,6 +301,14 @@ async def read_request(
                 place.received(file.path.stat().st_size)
         polygons = await vector_file(FIELDS, fields.fields, folder)
         return await _unpacked(fields.request(task, files, polygons), folder, app)
+    found = await to_thread.run_sync(
+        partial(read_stac, task, text, allowed=allowed, modality=modality)
+    )
+    if found is not None:
+        stac, fields = found
+        polygons = await vector_file(FIELDS, fields.fields, folder)
+        by_stac = await stac_request(task, stac, fields, polygons, app, folder, place)
+        return await _unpacked(by_stac, folder, app)
     series = await to_thread.run_sync(read_series, task, text)
     if modality == "patch":
         raise InvalidRequest.of("modality", "a series has no imagery; use modality pixel")

@@ -1,0 +1,450 @@
+"""STAC items: which asset holds which band, and what the item states of it.
+
+    item (STAC 1.0 or 1.1) → assets with their bands → those that a model needs
+                           → tags, as the files themselves would have them
+
+Nothing here opens a file or a connection. Sources: STAC specification 1.0.0 and 1.1.0; extensions
+eo 1.x and 2.0, raster 1.1 and 2.0, projection 1.x and 2.0, alternate-assets 1.x.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote, urljoin, urlsplit
+
+from affine import Affine
+from rasterio.crs import CRS
+from rasterio.errors import CRSError
+
+from service.errors import InvalidRequest, MissingBands
+from service.read.masks import AUTO, MaskRule
+from service.read.metadata import TWINS, band_of, quality_of
+
+Document = Mapping[str, Any]
+_ITEM_TAGS = (
+    "datetime",
+    "platform",
+    "constellation",
+    "s2:processing_baseline",
+    "earthsearch:boa_offset_applied",
+)
+_NO_IMAGE = frozenset({"thumbnail", "overview", "metadata"})
+_RASTER_TYPE = re.compile(r"image/(?:tiff|vnd\.stac\.geotiff|jp2|jpeg2000)\b", re.IGNORECASE)
+_RASTER_NAME = re.compile(r"\.(?:tiff?|jp2)$", re.IGNORECASE)
+_METRES = re.compile(r"(?:^|[_\-])r?(\d{1,3})m$", re.IGNORECASE)
+_BASELINE = re.compile(r"\d{2}\.\d{2}")
+_BASELINE_WITH_OFFSET = 4.0
+_NAMED_AT_MOST = 20
+_UNKNOWN_SIZE = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssetBand:
+    """One band of an asset, as the item describes it."""
+
+    name: str | None
+    """By Sentinel-2 name, or that of a quality band; None if it is not understood."""
+    tags: Mapping[str, str]
+    """Scale and offset, where stated."""
+    nodata: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """A raster that an item names."""
+
+    key: str
+    """Its name among the item's assets."""
+    href: str
+    bands: tuple[AssetBand, ...]
+    """One entry per band; one where the item lists none."""
+    metres: float
+    """Its pixel size, to choose among copies of a band."""
+    document: Document = field(repr=False)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The bands that are understood."""
+        return frozenset(band.name for band in self.bands if band.name)
+
+    @property
+    def last(self) -> str:
+        """The last part of its href, as a file's name."""
+        return unquote(urlsplit(self.href).path).rpartition("/")[2] or self.key
+
+    @property
+    def is_jp2(self) -> bool:
+        """Whether it is JPEG 2000, of which no part can be fetched."""
+        kind = str(self.document.get("type", ""))
+        return "jp2" in kind or "jpeg2000" in kind or self.last.lower().endswith(".jp2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StacItem:
+    """A STAC Item: one acquisition and its assets."""
+
+    id: str
+    collection: str | None
+    properties: Document = field(repr=False)
+    bbox: tuple[float, float, float, float] | None
+    """West, south, east, north in degrees."""
+    assets: tuple[Asset, ...]
+    """The rasters among its assets."""
+    link: str | None
+    """Its own address."""
+
+    def chosen(
+        self,
+        needed: Sequence[str],
+        rules: tuple[MaskRule, ...] | None,
+        optional: Sequence[str] = (),
+    ) -> tuple[Asset, ...]:
+        """The assets that hold the bands needed, and the cloud masks.
+
+        Args:
+            needed: bands by Sentinel-2 name; a narrow twin stands in for a band that is not there.
+            rules: the masks asked for; None takes the first kind that the item has.
+            optional: further bands, taken where an asset of their own holds them.
+
+        Raises:
+            MissingBands: naming the item, the bands that are missing, and its assets.
+        """
+        single = self._single()
+        bands = [band if band in single else TWINS.get(band, band) for band in needed]
+        found = [single[band] for band in bands if band in single]
+        there = set(single)
+        if len(found) < len(bands):
+            together = next((a for a in self.assets if _all_in(needed, a.names)), None)
+            if together is None:
+                raise self._missing([band for band in needed if band not in there])
+            found = [together]
+            there |= together.names
+        if rules is None:
+            rules = next(((rule,) for rule in AUTO if rule.band in there), ())
+        more = (*(rule.band for rule in rules), *optional)
+        found += [single[band] for band in more if band in single]
+        return tuple({asset.key: asset for asset in found}.values())
+
+    def _single(self) -> dict[str, Asset]:
+        """Assets of one band each: GeoTIFF before JPEG 2000, then the finest."""
+        best: dict[str, Asset] = {}
+        for asset in sorted(self.assets, key=lambda one: (one.is_jp2, one.metres)):
+            if len(asset.bands) == 1 and asset.bands[0].name:
+                best.setdefault(asset.bands[0].name, asset)
+        return best
+
+    def _missing(self, bands: Sequence[str]) -> MissingBands:
+        listed = ", ".join(asset.key for asset in self.assets[:_NAMED_AT_MOST]) or "none"
+        more = len(self.assets) - _NAMED_AT_MOST
+        also = f" and {more} more" if more > 0 else ""
+        return MissingBands(
+            f"item '{self.id}' has no asset for {', '.join(bands)}; its rasters are "
+            f"{listed}{also}; "
+            "search a collection of surface reflectance, or name the bands in `bands` or "
+            "`eo:bands` of each asset"
+        )
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """How a result names it."""
+        stated = {
+            "id": self.id,
+            "collection": self.collection,
+            "datetime": self.properties.get("datetime") or self.properties.get("start_datetime"),
+            "href": self.link,
+        }
+        return {key: value for key, value in stated.items() if value is not None}
+
+    def beside(self, names: Mapping[str, str]) -> dict[str, Any]:
+        """The item as it lies beside its files: what is stated of them, and nothing else.
+
+        Args:
+            names: the last part of each file's name, by the asset's key.
+        """
+        return {
+            "type": "Feature",
+            "stac_version": "1.1.0",
+            "id": self.id,
+            "collection": self.collection,
+            "properties": {k: v for k, v in self.properties.items() if not isinstance(v, list)},
+            "assets": {
+                asset.key: {**asset.document, "href": names[asset.key]}
+                for asset in self.assets
+                if asset.key in names
+            },
+        }
+
+
+def _all_in(needed: Iterable[str], names: frozenset[str]) -> bool:
+    return all(band in names or TWINS.get(band) in names for band in needed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What is searched for."""
+
+    url: str
+    """The API's landing page."""
+    collections: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()
+    bbox: tuple[float, float, float, float] | None = None
+    """West, south, east, north in degrees."""
+    intersects: Mapping[str, Any] | None = None
+    """A GeoJSON geometry."""
+    datetime: str | None = None
+    """As the API takes it: `2021-01-01/2021-12-31`."""
+    max_cloud_cover: float | None = None
+    """Per cent; items without `eo:cloud_cover` stay."""
+    query: Mapping[str, Any] | None = None
+    filter: Mapping[str, Any] | None = None
+    """CQL2 as JSON."""
+
+
+def read_items(document: Document, field_name: str, base: str | None = None) -> list[StacItem]:
+    """The items of an ItemCollection, or a single item.
+
+    Args:
+        document: the JSON.
+        field_name: what names it, for messages.
+        base: the address that it came from, against which relative hrefs count.
+
+    Raises:
+        InvalidRequest: it is neither, or an item lacks what STAC demands.
+    """
+    kind = document.get("type")
+    if kind == "Feature":
+        return [read_item(document, field_name, base)]
+    features = document.get("features")
+    if kind != "FeatureCollection" or not isinstance(features, list):
+        raise InvalidRequest.of(
+            field_name,
+            f"neither a STAC ItemCollection nor an Item: its type is {str(kind)[:50]!r}; of an API "
+            "give `url` and `collections`",
+        )
+    found: dict[tuple[str | None, str], StacItem] = {}
+    for n, feature in enumerate(features):
+        item = read_item(feature, f"{field_name}.features.{n}", base)
+        found.setdefault((item.collection, item.id), item)  # pages may overlap
+    return list(found.values())
+
+
+def read_item(document: object, field_name: str, base: str | None = None) -> StacItem:
+    """One item; the arguments are those of `read_items`.
+
+    Raises:
+        InvalidRequest: it lacks what STAC demands.
+    """
+    if not isinstance(document, Mapping) or not isinstance(document.get("id"), str):
+        raise InvalidRequest.of(field_name, "not a STAC Item: an object with `id` is needed")
+    name = str(document["id"])[:200]
+    properties, assets = document.get("properties"), document.get("assets")
+    if not isinstance(properties, Mapping) or not isinstance(assets, Mapping):
+        raise InvalidRequest.of(
+            field_name, f"item '{name}' is not a STAC Item: it has no `properties` or no `assets`"
+        )
+    link = _link(document)
+    collection = document.get("collection")
+    return StacItem(
+        id=name,
+        collection=str(collection) if collection else None,
+        properties=properties,
+        bbox=_bbox(document.get("bbox")),
+        assets=tuple(_assets(assets, of_sentinel_2(document), link or base)),
+        link=link,
+    )
+
+
+def _link(document: Document) -> str | None:
+    links = document.get("links")
+    for link in links if isinstance(links, list) else ():
+        if isinstance(link, Mapping) and link.get("rel") == "self":
+            href = link.get("href")
+            return href if isinstance(href, str) and urlsplit(href).scheme else None
+    return None
+
+
+def _bbox(value: object) -> tuple[float, float, float, float] | None:
+    if not isinstance(value, list) or len(value) not in {4, 6}:
+        return None
+    if not all(isinstance(number, int | float) for number in value):
+        return None
+    half = len(value) // 2
+    return float(value[0]), float(value[1]), float(value[half]), float(value[half + 1])
+
+
+def _assets(assets: Document, sentinel_2: bool, base: str | None) -> Iterator[Asset]:
+    for key, asset in assets.items():
+        if not isinstance(asset, Mapping):
+            continue
+        href = _href(asset, base)
+        roles = asset.get("roles")
+        if href is None or (isinstance(roles, list) and _NO_IMAGE & set(map(str, roles))):
+            continue
+        kind, name = str(asset.get("type", "")), urlsplit(href).path
+        if not (_RASTER_TYPE.match(kind) or _RASTER_NAME.search(name)):
+            continue
+        bands = asset_bands(asset, str(key), sentinel_2=sentinel_2)
+        yield Asset(
+            key=str(key),
+            href=href,
+            bands=bands,
+            metres=_metres(asset, str(key)),
+            document=asset,
+        )
+
+
+def _href(asset: Document, base: str | None) -> str | None:
+    """The asset's address: that by HTTP, where there are several."""
+    alternate = asset.get("alternate")
+    others = alternate.values() if isinstance(alternate, Mapping) else ()
+    listed = [asset.get("href"), *(o.get("href") for o in others if isinstance(o, Mapping))]
+    hrefs = [href for href in listed if isinstance(href, str) and href]
+    if base:
+        hrefs = [urljoin(base, href) for href in hrefs]
+    return next((h for h in hrefs if urlsplit(h).scheme in {"http", "https"}), None) or next(
+        iter(hrefs), None
+    )
+
+
+def _metres(asset: Document, key: str) -> float:
+    """The pixel size, as far as the item states it."""
+    bands = _lists(asset, "raster:bands", "bands")
+    transform = asset.get("proj:transform")
+    steps = [
+        asset.get("gsd"),
+        asset.get("raster:spatial_resolution"),
+        *(band.get(name) for band in bands for name in ("spatial_resolution", "gsd")),
+        transform[0] if isinstance(transform, list) and transform else None,
+    ]
+    named = _METRES.search(key)
+    if named:
+        steps.insert(0, float(named[1]))
+    return next((float(s) for s in steps if isinstance(s, int | float) and s > 0), _UNKNOWN_SIZE)
+
+
+# What an item states of its rasters ---------------------------------------------------------------
+
+
+def of_sentinel_2(document: Document) -> bool:
+    """Whether an item is of Sentinel-2, whose bands go by their own names before the colours."""
+    properties = document.get("properties")
+    stated = properties if isinstance(properties, Mapping) else {}
+    texts = (stated.get("constellation"), stated.get("platform"), document.get("collection"))
+    return any("sentinel-2" in str(text).lower() for text in texts)
+
+
+def item_tags(document: Document) -> dict[str, str]:
+    """What all rasters of an item would say in tags."""
+    properties = document.get("properties")
+    stated = dict(properties) if isinstance(properties, Mapping) else {}
+    if not stated.get("datetime") and stated.get("start_datetime"):
+        stated["datetime"] = stated["start_datetime"]
+    version = str(stated.get("processing:version", ""))
+    if of_sentinel_2(document) and _BASELINE.fullmatch(version):  # Copernicus Data Space
+        stated.setdefault("s2:processing_baseline", version)
+    return {key: str(stated[key]) for key in _ITEM_TAGS if stated.get(key) is not None}
+
+
+def contradiction(tags: Mapping[str, str], bands: Iterable[AssetBand]) -> str | None:
+    """Why an offset that an item states for its bands is not to be applied; None if it is.
+
+    Earth Search v1 states `raster:bands` with the offset of the product, also where it has
+    subtracted it (`earthsearch:boa_offset_applied`).
+
+    Args:
+        tags: as `item_tags` returns them.
+        bands: of an asset.
+    """
+    if not any(float(band.tags.get("offset", 0)) for band in bands):
+        return None
+    if tags.get("earthsearch:boa_offset_applied", "").lower() == "true":
+        return "earthsearch:boa_offset_applied is true"
+    baseline = tags.get("s2:processing_baseline", "")
+    if _BASELINE.fullmatch(baseline) and float(baseline) < _BASELINE_WITH_OFFSET:
+        return f"s2:processing_baseline is {baseline}, before the first with an offset"
+    return None
+
+
+def asset_bands(asset: Document, key: str, *, sentinel_2: bool) -> tuple[AssetBand, ...]:
+    """The bands of an asset: names, scale, offset and nodata.
+
+    STAC 1.0 has `eo:bands` and `raster:bands` side by side, 1.1 has `bands`, whose fields may also
+    stand with the asset if all bands share them.
+
+    Args:
+        asset: as the item has it.
+        key: its name among the assets.
+        sentinel_2: whether codes such as B04 count before common names such as red.
+    """
+    lists = [asset.get(name) for name in ("eo:bands", "raster:bands", "bands")]
+    known = [one for one in lists if isinstance(one, list)]
+    count = max((len(one) for one in known), default=0)
+    shared = {k: asset[k] for k in ("nodata", "raster:scale", "raster:offset") if k in asset}
+    bands = []
+    for n in range(max(count, 1)):
+        stated = dict(shared)
+        for one in known:
+            if n < len(one) and isinstance(one[n], Mapping):
+                stated |= one[n]
+        bands.append(
+            AssetBand(
+                name=_name(stated, key if count <= 1 else "", sentinel_2=sentinel_2),
+                tags=_calibration(stated),
+                nodata=_number(stated.get("nodata")),
+            )
+        )
+    return tuple(bands)
+
+
+def _name(stated: Document, key: str, *, sentinel_2: bool) -> str | None:
+    common = stated.get("eo:common_name") or stated.get("common_name")
+    texts = [stated.get("name"), key, common]
+    if common and not sentinel_2:  # the numbers of another sensor mean other bands
+        texts = [common]
+    known = [text for text in texts if isinstance(text, str)]
+    return next((band for text in known if (band := band_of(text) or quality_of(text))), None)
+
+
+def _calibration(stated: Document) -> dict[str, str]:
+    tags = {}
+    for name in ("scale", "offset"):
+        number = _number(stated.get(name, stated.get(f"raster:{name}")))
+        if number is not None:
+            tags[name] = f"{number:.12g}"
+    return tags
+
+
+def _number(value: object) -> float | None:
+    """A finite number; NaN and infinity may also come as text, and mean nothing here."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < float("inf") else None
+
+
+def _lists(asset: Document, *names: str) -> list[Document]:
+    found: list[Document] = []
+    for name in names:
+        bands = asset.get(name)
+        if isinstance(bands, list):
+            found += [band for band in bands if isinstance(band, Mapping)]
+    return found
+
+
+def place_of_asset(document: Document, asset: Document) -> tuple[CRS, Affine] | None:
+    """CRS and transform of an asset by the projection extension; None if they are not stated."""
+    properties = document.get("properties")
+    stated = {**(properties if isinstance(properties, Mapping) else {}), **asset}
+    code = stated.get("proj:code") or stated.get("proj:epsg")
+    numbers = stated.get("proj:transform")
+    if not code or not isinstance(numbers, list) or len(numbers) not in {6, 9}:
+        return None
+    if not all(isinstance(number, int | float) for number in numbers):
+        return None
+    try:
+        crs = CRS.from_user_input(f"EPSG:{code}" if isinstance(code, int) else str(code))
+    except CRSError:
+        return None
+    return crs, Affine(*numbers[:6])

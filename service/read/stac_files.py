@@ -1,0 +1,367 @@
+"""Stacks by STAC: items found or given, and of their assets what a model needs.
+
+    stac → items → assets → directories → windows → blocks → files, and an item.json beside them
+
+The files are those that the same assets would be as uploads, with their item beside, and are read
+as uploads are.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio
+from anyio import to_thread
+
+from service.errors import (
+    BodyTooLarge,
+    ForbiddenReference,
+    GridMismatch,
+    InvalidRequest,
+    PIMCError,
+    UnreachableReference,
+)
+from service.grid import Window, crs_name
+from service.read.blocks import RemoteFile
+from service.read.clouds import BANDS as CLOUD_BANDS
+from service.read.connect import Connections, Patience, Remote, Resolver, resolve
+from service.read.geotiff import SourceFile, gdal_options, label
+from service.read.layouts import StackOptions
+from service.read.masks import OWN, MaskRule, parse_mask
+from service.read.placement import Bounds, Place, extent_of, needed_windows, touches
+from service.read.references import Local, place_of
+from service.read.stac import Asset, Search, StacItem, read_items
+from service.read.stack import read_headers
+from service.settings import Settings
+
+AT_ONCE = 8
+"""Files and ranges that are fetched side by side."""
+_ROOM = 0.01
+"""Degrees around points and polygons that are read with them."""
+_SIGN = (
+    "sign the item's hrefs first (Planetary Computer: planetary_computer.sign), or take the same "
+    "data from a public collection such as Earth Search's"
+)
+_OUTSIDE = "the item does not touch the area"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StacFiles:
+    """The files of a request by STAC."""
+
+    files: tuple[SourceFile, ...]
+    stack: StackOptions
+    """The caller's options, with the grid of tiles of one CRS, and the items that were left out."""
+    items: tuple[Mapping[str, Any], ...]
+    """The items that the files are of: `id`, `collection`, `datetime`, `href`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """One asset of one item, as a file."""
+
+    asset: Asset
+    file: SourceFile
+    remote: RemoteFile | None
+    """None for a file of this machine, which is read where it lies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scene:
+    """One item and its files."""
+
+    item: StacItem
+    pieces: tuple[_Piece, ...]
+    beside: SourceFile
+    """The item's JSON."""
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """The rasters, and the item beside."""
+        return (*(piece.file for piece in self.pieces), self.beside)
+
+
+async def fetch_stac(
+    stac: Mapping[str, Any] | str | Search,
+    folder: Path,
+    settings: Settings,
+    *,
+    bands: Sequence[str],
+    optional: Sequence[str] = (),
+    stack: StackOptions,
+    patience: Patience | None = None,
+    resolver: Resolver = resolve,
+    tls: ssl.SSLContext | None = None,
+) -> StacFiles:
+    """Find items, and fetch of their assets what a model needs.
+
+    Args:
+        stac: an ItemCollection or Item, the URL of one, or a search.
+        folder: of the request; files are written into it.
+        settings: allowed roots and hosts, the largest numbers of items and bytes.
+        bands: the bands needed, by Sentinel-2 name.
+        optional: further bands, fetched where an item has them.
+        stack: the caller's options; of them `bbox`, `area`, `grid` and `mask` decide what is
+            fetched.
+        patience: time limits.
+        resolver: resolves host names.
+        tls: trusted certificates; None uses httpx's own.
+
+    Raises:
+        ForbiddenReference: a URL, link or redirect outside the allowed roots and hosts.
+        UnreachableReference: a host does not return in time what it is asked for, or an asset
+            needs a signature.
+        BodyTooLarge: more bytes than an upload may have.
+        InvalidRequest: no STAC, no or too many items, or none that touches the area.
+        MissingBands: an item has no asset for a needed band.
+        PIMCError: a file is not a raster, or the files do not fit together.
+    """
+    if not (settings.allowed_roots or settings.allowed_hosts):
+        raise ForbiddenReference("'stac' is not allowed: this server reads no files by reference")
+    patience = patience or Patience()
+    with anyio.move_on_after(patience.total_seconds):
+        async with Connections(settings, patience=patience, resolver=resolver, tls=tls) as web:
+            items = await _items(stac, web, settings.max_items)
+            place = Place(grid=stack.grid, bbox=stack.bbox, area=stack.area)
+            near = [item for item in items if _is_near(item, place)]
+            if not near:
+                raise _none_touches(items, place)
+            scenes = _scenes(near, (bands, optional), parse_mask(stack.mask), folder, settings)
+            await to_thread.run_sync(_write_items, scenes)
+            await _side_by_side(
+                [partial(p.remote.open, web) for s in scenes for p in s.pieces if p.remote]
+            )
+            kept, windows, grid = await to_thread.run_sync(_needed, scenes, place)
+            if not kept:
+                raise _none_touches(near, place)
+            await _fetch(windows, web)
+            left_out = [(i.id, _OUTSIDE) for i in items if all(s.item is not i for s in kept)]
+            return StacFiles(
+                files=tuple(file for scene in kept for file in scene.files),
+                stack=replace(stack, grid=grid, left_out=(*stack.left_out, *left_out)),
+                items=tuple(scene.item.source for scene in kept),
+            )
+    raise UnreachableReference(
+        f"stac: not all items and files arrived within {patience.total_seconds:g} s; ask for fewer "
+        "dates or a smaller area"
+    )
+
+
+def around(extent: Bounds) -> Bounds:
+    """The part that is read for points or polygons.
+
+    Args:
+        extent: theirs; west, south, east, north in degrees.
+    """
+    west, south, east, north = extent
+    return (
+        max(west - _ROOM, -180.0),
+        max(south - _ROOM, -90.0),
+        min(east + _ROOM, 180.0),
+        min(north + _ROOM, 90.0),
+    )
+
+
+async def _items(
+    stac: Mapping[str, Any] | str | Search, web: Connections, most: int
+) -> list[StacItem]:
+    """The items that a request names or searches for, by date."""
+    if isinstance(stac, str):
+        items = read_items(await _document(stac, web), "stac", stac)
+    elif isinstance(stac, Mapping):
+        items = read_items(stac, "stac")
+    else:
+        # pystac-client takes long to import, and a search alone needs it.
+        from service.read.stac_search import search_items
+
+        items = await search_items(stac, web, most)
+    if not items:
+        raise InvalidRequest.of("stac", "the ItemCollection holds no item")
+    if len(items) > most:
+        raise InvalidRequest.of(
+            "stac",
+            f"{len(items)} items, and {most} may be in one request (PIMC_MAX_ITEMS); send fewer",
+        )
+    return sorted(items, key=lambda item: (str(item.source.get("datetime")), item.id))
+
+
+async def _document(url: str, web: Connections) -> Mapping[str, Any]:
+    place = Remote.of(url, "stac", web.rules)
+    try:
+        document = json.loads(await web.document(place))
+    except (ValueError, RecursionError) as error:
+        raise place.unreachable("returned no JSON") from error
+    if not isinstance(document, Mapping):
+        raise place.unreachable("returned no JSON object")
+    return document
+
+
+def _is_near(item: StacItem, place: Place) -> bool:
+    """Whether an item's box touches the part asked for, as far as both are known."""
+    asked = place.bbox or (extent_of(place.area) if place.area else None)
+    if asked is None or item.bbox is None:
+        return True
+    west, south, east, north = item.bbox
+    if west > east or asked[0] > asked[2]:  # across the antimeridian: the files' headers tell
+        return True
+    return west <= asked[2] and asked[0] <= east and south <= asked[3] and asked[1] <= north
+
+
+def _none_touches(items: Sequence[StacItem], place: Place) -> InvalidRequest:
+    boxes = [item.bbox for item in items if item.bbox]
+    lie = ""
+    if boxes:
+        west, south, east, north = zip(*boxes, strict=True)
+        box = (min(west), min(south), max(east), max(north))
+        lie = f"; together they lie at ({', '.join(f'{v:.6g}' for v in box)})"
+    return InvalidRequest.of(
+        "bbox" if place.bbox else "area",
+        f"touches none of the {len(items)} items{lie}: west, south, east, north in degrees",
+    )
+
+
+# Files ------------------------------------------------------------------------------------------
+
+
+def _scenes(
+    items: Sequence[StacItem],
+    bands: tuple[Sequence[str], Sequence[str]],
+    rules: tuple[MaskRule, ...] | None,
+    folder: Path,
+    settings: Settings,
+) -> list[_Scene]:
+    """The files of each item, not fetched yet.
+
+    Raises:
+        MissingBands: an item has no asset for a needed band.
+        ForbiddenReference: an asset is outside the allowed roots and hosts.
+    """
+    own = any(rule.name == OWN for rule in rules or ())
+    needed, optional = bands
+    needed = (*needed, *(band for band in CLOUD_BANDS if own and band not in needed))
+    times = Counter(item.id for item in items)
+    scenes = []
+    number = 0
+    for item in items:
+        root = item.id.replace("/", "_")
+        if times[item.id] > 1:
+            root = f"{item.collection}/{root}"
+        pieces: list[_Piece] = []
+        for asset in item.chosen(needed, rules, optional):
+            taken = {piece.file.name for piece in pieces}
+            name = label(f"{root}/{asset.last}", number)
+            if name in taken:
+                name = label(f"{root}/{asset.key}-{asset.last}", number)
+            path = folder / f"{number:05d}.tif"
+            pieces.append(_piece(item, asset, name, path, settings))
+            number += 1
+        beside = SourceFile(name=label(f"{root}/item.json", 0), path=folder / f"{number:05d}.json")
+        scenes.append(_Scene(item=item, pieces=tuple(pieces), beside=beside))
+    return scenes
+
+
+def _piece(item: StacItem, asset: Asset, name: str, path: Path, settings: Settings) -> _Piece:
+    field = f"item '{item.id}', asset '{asset.key}'"
+    place = place_of(_over_http(asset.href), field, settings)
+    if isinstance(place, Local):
+        found = place.find(settings.allowed_roots)
+        return _Piece(asset=asset, file=SourceFile(name=name, path=found), remote=None)
+    remote = RemoteFile(place=place, path=path, hint=_SIGN)
+    return _Piece(asset=asset, file=SourceFile(name=name, path=path), remote=remote)
+
+
+def _over_http(href: str) -> str:
+    """The address by HTTPS of an object in a public S3 bucket; any other href as it is."""
+    parts = urlsplit(href)
+    if parts.scheme != "s3" or not parts.netloc:
+        return href
+    return f"https://{parts.netloc}.s3.amazonaws.com{parts.path}"
+
+
+def _write_items(scenes: Sequence[_Scene]) -> None:
+    for scene in scenes:
+        names = {p.asset.key: p.file.name.rpartition("/")[2] for p in scene.pieces}
+        scene.beside.path.write_text(json.dumps(scene.item.beside(names)), encoding="utf-8")
+
+
+_Windows = list[tuple[RemoteFile, Window]]
+
+
+def _needed(scenes: Sequence[_Scene], place: Place) -> tuple[list[_Scene], _Windows, str | None]:
+    """The scenes that touch the part asked for, the windows to fetch, and the grid.
+
+    Tiles of one CRS are brought together on the finest of their grids.
+    """
+    headers, _ = read_headers([file for scene in scenes for file in scene.files])
+    by_path = {header.source.path: header for header in headers}
+    with gdal_options():
+        kept = [
+            scene
+            for scene in scenes
+            if any(touches(by_path[piece.file.path], place) for piece in scene.pieces)
+        ]
+        if not kept:
+            return [], [], place.grid
+        pieces = [piece for scene in kept for piece in scene.pieces]
+        own = [by_path[piece.file.path] for piece in pieces]
+        try:
+            windows = needed_windows(own, place)
+        except GridMismatch:
+            if place.grid is not None or len({crs_name(h.crs) for h in own if h.crs}) > 1:
+                raise
+            place = replace(place, grid="finest")
+            windows = needed_windows(own, place)
+    asked = [
+        (piece.remote, window)
+        for piece, window in zip(pieces, windows, strict=True)
+        if piece.remote is not None and not piece.remote.whole and window is not None
+    ]
+    return kept, asked, place.grid
+
+
+async def _fetch(windows: _Windows, web: Connections) -> None:
+    """Fetch the blocks of all files, if they are not too many.
+
+    Raises:
+        BodyTooLarge: they are.
+    """
+    size = sum(remote.cost(window) for remote, window in windows)
+    if size > web.left:
+        raise BodyTooLarge(
+            f"stac: the blocks needed of {len(windows)} files have {size} bytes, and {web.left} "
+            "more may be received (PIMC_MAX_BODY_BYTES); give a smaller bbox or area, or fewer "
+            "dates"
+        )
+    await _side_by_side([partial(remote.fetch, web, window) for remote, window in windows])
+
+
+async def _side_by_side(works: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """Do some things, a few at once.
+
+    Raises:
+        PIMCError: what the first of them failed with; the others are given up.
+    """
+    limiter = anyio.CapacityLimiter(AT_ONCE)
+    failed: list[PIMCError] = []
+    async with anyio.create_task_group() as group:
+
+        async def one(work: Callable[[], Awaitable[None]]) -> None:
+            try:
+                async with limiter:
+                    await work()
+            except PIMCError as error:
+                failed.append(error)
+                group.cancel_scope.cancel()
+
+        for work in works:
+            group.start_soon(one, work)
+    if failed:
+        raise failed[0]
