@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -38,8 +39,13 @@ def demo() -> ModuleType:
 @pytest.fixture(scope="session")
 def romania(demo: ModuleType) -> tuple[Path, Path]:
     """The Romania cube and its tree cover; skips where it cannot be fetched, but never in CI."""
+    folder = ROOT / "demo" / "data"
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        cube, trees = demo.fetch(ROOT / "demo" / "data")
+        # Two processes of a parallel run must not unpack the same files.
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            cube, trees = demo.fetch(folder)
     except subprocess.CalledProcessError:
         if os.environ.get("CI"):
             raise
