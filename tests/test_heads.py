@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from pimc_client import NameTaken, Series, TooFewLabels, cli
+from service.jobs.backup import back_up, restore
 from tests.kits.client import connected
 from tests.kits.jobs import ASYNC, running, waited
 from tests.kits.rasters import NORTH_UP, UTM, write
@@ -118,6 +119,7 @@ def made(api: httpx.Client, files) -> dict[str, Any]:
     assert answer.status_code == 201, answer.text
     assert answer.headers["Location"] == "/models/my-crops"
     assert answer.headers["PIMC-Model"] == "my-crops@1.0.0"
+    assert answer.headers["Server-Timing"].startswith("read;dur=")
     return dict(answer.json())
 
 
@@ -456,6 +458,21 @@ def test_files_may_be_named_instead_of_sent(tmp_path, files) -> None:
         assert [c["name"] for c in api.get("/heads").json()["heads"]] == ["named"]
     with served() as api:
         assert api.post("/heads", json=body).json()["code"] == "forbidden_reference"
+
+
+def test_a_backup_holds_the_models(tmp_path: Path, files) -> None:
+    with served(state_dir=tmp_path / "state") as api:
+        card = make(api, files, labelled(6)).json()["card"]
+        (tmp_path / "state" / "heads" / ".new-half").mkdir()
+        back_up(tmp_path / "state", tmp_path / "backup")
+    assert [p.name for p in (tmp_path / "backup" / "heads").rglob("*")] == [
+        "_",
+        "mine",
+        *(p.name for p in (tmp_path / "state" / "heads" / "_" / "mine").iterdir()),
+    ]
+    restore(tmp_path / "backup", tmp_path / "restored")
+    with served(state_dir=tmp_path / "restored") as api:
+        assert api.get("/models/mine").json() == card
 
 
 @pytest.mark.slow

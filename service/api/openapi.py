@@ -249,7 +249,13 @@ HEAD_BODY: dict[str, Any] = {
 HEAD: Mapping[int | str, dict[str, Any]] = {
     201: {
         "description": "The model, which `/classify-pixels` serves from now on",
-        "headers": _described({"Location": "the model's card", "PIMC-Model": "`name@version`"}),
+        "headers": _described(
+            {
+                "Location": "the model's card",
+                "PIMC-Model": "`name@version`",
+                "Server-Timing": "milliseconds of `read` and of `infer`, fitting included",
+            }
+        ),
         "content": {JSON: {"schema": _ref(HeadResponse)}},
     },
     **problems(

@@ -5,7 +5,8 @@
                                changed meanwhile? again
 
 A backup is a state directory itself. Jobs that wait or run are in it with their uploads and begin
-anew; finished ones with their results. Jobs accepted after the backup began are not in it.
+anew; finished ones with their results, and the callers' own models. Jobs accepted and models made
+after the backup began are not in it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service.jobs.files import lock, remove, sync_file, sync_folder
+from service.jobs.heads import HEADS, copy_heads
 from service.jobs.store import DATABASE, REQUEST, SCHEMA_VERSION
 from service.settings import SettingsError
 
@@ -72,6 +74,7 @@ def back_up(
         kept.execute("PRAGMA journal_mode = DELETE")
         for (name,) in kept.execute("SELECT id FROM jobs ORDER BY number").fetchall():
             _keep_job(live, kept, name, state / _JOBS / name, half / _JOBS / name, copy or _copy)
+        copy_heads(state, half)
         _check(kept, half)
         (jobs,) = kept.execute("SELECT count(*) FROM jobs").fetchone()
     for path in half.rglob("*"):
@@ -169,11 +172,14 @@ def restore(backup: Path, state: Path) -> int:
             raise SettingsError(
                 f"PIMC_STATE_DIR: {state} holds jobs already; move it away, or name another"
             )
-        remove(state / _JOBS)  # of a restore that did not come to its end
-        shutil.copytree(backup / _JOBS, state / _JOBS)
+        for name in (_JOBS, HEADS):
+            remove(state / name)  # of a restore that did not come to its end
+            if (backup / name).exists():
+                shutil.copytree(backup / name, state / name)
         half = state / f"{DATABASE}.part"
         shutil.copyfile(backup / DATABASE, half)
-        for path in [*(state / _JOBS).rglob("*"), state / _JOBS, half]:
+        copied = [path for name in (_JOBS, HEADS) for path in (state / name).rglob("*")]
+        for path in [*copied, state / _JOBS, half]:
             (sync_folder if path.is_dir() else sync_file)(path)
         # The database last: with it the directory is whole.
         half.rename(state / DATABASE)

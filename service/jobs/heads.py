@@ -26,8 +26,27 @@ from service.infer.model import LoadedModel
 from service.jobs.files import sync_file, sync_folder
 
 _LOG = logging.getLogger(__name__)
+HEADS = "heads"
+"""Folder of the models in a state directory."""
 _NOBODY = "_"
 """Folder of the owner without a name, if no keys are set."""
+
+
+def copy_heads(state: Path, target: Path) -> None:
+    """Copy every complete model of a state directory, while a service may use it.
+
+    A model does not change once it has its name; one that is removed meanwhile is left out.
+
+    Args:
+        state: the state directory.
+        target: the copy's.
+    """
+    for folder in sorted((state / HEADS).glob("[!.]*/*")):
+        place = target / HEADS / folder.parent.name / folder.name
+        try:
+            shutil.copytree(folder, place)
+        except (FileNotFoundError, shutil.Error):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 class HeadStore:
@@ -40,7 +59,7 @@ class HeadStore:
     """
 
     def __init__(self, state: Path, engine: Engine, *, most: int) -> None:
-        self._root = state / "heads"
+        self._root = state / HEADS
         self._engine = engine
         self._most = most
         self._mutex = threading.Lock()
@@ -48,7 +67,7 @@ class HeadStore:
         for left in self._root.glob(".*"):
             shutil.rmtree(left, ignore_errors=True)
 
-        for folder in sorted(self._root.glob("*/*")):
+        for folder in sorted(self._root.glob("[!.]*/*")):
             self._load(folder)
 
     def _load(self, folder: Path) -> None:

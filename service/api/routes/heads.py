@@ -17,7 +17,7 @@ from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder, root_of
 from service.api.disconnect import run_watched
 from service.api.openapi import HEAD, HEAD_BODY, problems
-from service.api.responses import warning_headers
+from service.api.responses import server_timing, warning_headers
 from service.api.routes.tasks import PATIENCE, check_query, run_slot, unpacked, vector_file
 from service.api.schemas import (
     HeadForm,
@@ -66,7 +66,11 @@ async def make_head(request: Request, app: App, folder: Folder, caller: Caller) 
     response = JSONResponse(
         document.model_dump(mode="json"),
         status_code=201,
-        headers={"Location": f"{root_of(request)}/models/{card.name}", "PIMC-Model": card.id},
+        headers={
+            "Location": f"{root_of(request)}/models/{card.name}",
+            "PIMC-Model": card.id,
+            "Server-Timing": server_timing(taught.timing),
+        },
     )
     for text in warning_headers(taught.warnings):
         response.headers.append("PIMC-Warning", text)
