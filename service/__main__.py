@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import logging.config
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -36,12 +38,18 @@ from service.settings import (
     unknown_variables,
 )
 from service.telemetry import log_config
+from service.threads import SupervisedThread
 
 _MISUSE = 2
 # Numbers of `mallopt` in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _TRIM_SECONDS = 10.0
 _UVICORN_FAILED = 3
+_FAILED = 1
+"""Exit status if a thread was given up or the service hung, after which it is started again."""
+_STUCK_SECONDS = 12.0
+"""Seconds after the grace period after which a process that hangs is ended. Compose and systemd
+send SIGKILL after 45 s, with the default grace period of 30 s."""
 
 
 def main() -> None:
@@ -98,12 +106,33 @@ def serve(settings: Settings, jobs: JobStore) -> None:
         logging.getLogger("service").warning(said, short, SHORT_KEY)
     app = create_app(settings, jobs)
     config = server_config(app, settings, log_config=log)
-    server = DrainingServer(config, app, grace_seconds=settings.grace_seconds)
+    end_after = settings.grace_seconds + _STUCK_SECONDS
+    server = DrainingServer(
+        config,
+        app,
+        grace_seconds=settings.grace_seconds,
+        on_stop=partial(_end_at_last, end_after),
+    )
     try:
         server.run()
     except SystemExit as stop:
         # uvicorn has its own exit status for a failed start; the log has the cause.
         sys.exit(_MISUSE if stop.code == _UVICORN_FAILED else stop.code)
+    if server.failed:
+        sys.exit(_FAILED)
+
+
+def _end_at_last(seconds: float) -> None:
+    """End the process after some time, whatever still hangs: jobs resume at the next start."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        logging.getLogger("service").critical(
+            "the service did not stop in time and is ended", extra={"seconds": seconds}
+        )
+        os._exit(_FAILED)
+
+    threading.Thread(target=end, name="end", daemon=True).start()
 
 
 def _give_memory_back() -> None:
@@ -122,7 +151,7 @@ def _give_memory_back() -> None:
     # Otherwise every free end of a heap of 128 KiB or more is returned and allocated again by the
     # next window: a land-cover run of 512 x 512 pixels then has 16,000 page faults, not 4,000.
     set_option(_M_TRIM_THRESHOLD, 2**25)
-    threading.Thread(target=_keep_trimming, args=(trim,), name="trim", daemon=True).start()
+    SupervisedThread("trim", partial(_keep_trimming, trim)).start()
 
 
 def _keep_trimming(trim: Callable[[int], int]) -> None:
@@ -141,10 +170,21 @@ class DrainingServer(uvicorn.Server):
         config: uvicorn's.
         app: made by `create_app`.
         grace_seconds: seconds that running requests have to end.
+        on_stop: called once, when it begins to stop.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, *, grace_seconds: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: FastAPI,
+        *,
+        grace_seconds: float,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(config)
+        self._on_stop = on_stop
+        self.failed = False
+        """Whether it stops because a thread was given up."""
         self._app = app
         self._grace_seconds = grace_seconds
         self._deadline: float | None = None
@@ -154,6 +194,7 @@ class DrainingServer(uvicorn.Server):
         del frame
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace_seconds
+            self._on_stop()
             state = self._state()
             if state is not None:
                 state.closing.set()
@@ -163,6 +204,10 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Check ten times a second whether to close."""
+        found = self._state()
+        if self._deadline is None and found is not None and found.runner.failed:
+            self.failed = True
+            self.handle_exit(signal.SIGTERM, None)
         if self._deadline is not None:
             left = self._deadline - time.monotonic()
             state = self._state()

@@ -38,12 +38,15 @@ from service.run.memory import MemoryBudget
 from service.run.plan import Plan, plan_request
 from service.run.request import RasterRequest, TaskRequest
 from service.telemetry import Metrics, job_named
+from service.threads import SupervisedThread
 
 _LOG = logging.getLogger(__name__)
 _SWEEP_SECONDS = 60.0
 _MAX_ATTEMPTS = 20
 """A job fails if the service ended so often during it without one more finished window."""
 _PAUSE_SECONDS = 1.0
+_JOIN_SECONDS = 20.0
+"""Seconds that workers have to put their jobs back when the service stops."""
 
 
 class JobRunner:
@@ -93,11 +96,8 @@ class JobRunner:
         self._turn = threading.Condition()
         self._running: dict[str, threading.Event] = {}
         self._sweep_fault: str | None = None
-        self._threads = [
-            threading.Thread(target=self._work, name=f"job-{n}", daemon=True)
-            for n in range(workers)
-        ]
-        self._threads.append(threading.Thread(target=self._keep_time, name="jobs", daemon=True))
+        self._threads = [SupervisedThread(f"job-{n}", self._work, closing) for n in range(workers)]
+        self._threads.append(SupervisedThread("jobs", self._keep_time, closing))
 
     def start(self) -> None:
         """Start the workers."""
@@ -106,18 +106,29 @@ class JobRunner:
             thread.start()
 
     def join(self) -> None:
-        """Wait until every worker has put its job back; `closing` must be set."""
+        """Wait until every worker has put its job back; `closing` must be set.
+
+        A worker that does not end in time is left: the next start resumes its job.
+        """
+        self._stop_runs()
+        until = time.monotonic() + _JOIN_SECONDS
         for thread in self._threads:
-            thread.join()
+            if not thread.join(max(0.0, until - time.monotonic())):
+                _LOG.error("a thread does not end", extra={"loop": thread.name})
 
     @property
     def workers(self) -> int:
         """Workers that are alive."""
-        return sum(thread.is_alive() for thread in self._threads[:-1])
+        return sum(thread.alive for thread in self._threads[:-1])
+
+    @property
+    def failed(self) -> bool:
+        """Whether a thread was given up: the service must end, and be started again."""
+        return any(thread.failed for thread in self._threads)
 
     def faults(self) -> list[str]:
         """Why jobs do not run as they should; empty if they do."""
-        dead = [thread.name for thread in self._threads if not thread.is_alive()]
+        dead = [thread.name for thread in self._threads if not thread.alive]
         found = [f"thread '{name}' has ended" for name in dead]
         return found if self._sweep_fault is None else [*found, self._sweep_fault]
 
@@ -160,6 +171,10 @@ class JobRunner:
             last = now
             with self._turn:  # a worker that could not take a job tries again
                 self._turn.notify_all()
+        self._stop_runs()
+
+    def _stop_runs(self) -> None:
+        """Cancel the running jobs, and let the workers see that the service stops."""
         with self._turn:
             for running in self._running.values():
                 running.set()

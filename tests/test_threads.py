@@ -1,0 +1,263 @@
+"""Long-lived threads: failures are tried again or end the service; locks are waited for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_zoo
+from service import threads
+from service.jobs import runner, store
+from service.jobs.store import JobStore
+from service.threads import SupervisedThread
+from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
+from tests.kits.jobs import ASYNC, ROOT, SERIES, running, stack, until, waited
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(runner, "_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(store, "_BUSY_SECONDS", 0.05)
+
+
+# Supervision ----------------------------------------------------------------------------------
+
+
+def test_a_loop_that_fails_is_logged_and_run_again(caplog: pytest.LogCaptureFixture) -> None:
+    runs = []
+
+    def loop() -> None:
+        runs.append(len(runs))
+        if len(runs) < 4:
+            raise RuntimeError("broken")
+
+    thread = SupervisedThread("worker", loop)
+    thread.start()
+    assert thread.join()
+    assert (len(runs), thread.failed) == (4, False)
+    found = [r for r in caplog.records if r.getMessage() == "thread fails"]
+    assert [(vars(r)["loop"], vars(r)["failures"]) for r in found] == [
+        ("worker", 1), ("worker", 2), ("worker", 3),
+    ]  # fmt: skip
+    assert all(r.exc_info for r in found)
+
+
+def test_a_loop_that_always_fails_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    def loop() -> None:
+        raise RuntimeError("broken")
+
+    thread = SupervisedThread("worker", loop)
+    thread.start()
+    assert thread.join()
+    assert thread.failed
+    assert caplog.records[-1].levelno == logging.CRITICAL
+
+
+def test_failures_far_apart_are_not_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_CALM_SECONDS", 0.0)
+    left = 50
+
+    def loop() -> None:
+        nonlocal left
+        left -= 1
+        if left:
+            raise RuntimeError("broken")
+
+    thread = SupervisedThread("worker", loop)
+    thread.start()
+    assert thread.join()
+    assert not thread.failed
+
+
+def test_a_pause_ends_when_the_service_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_FIRST_PAUSE", 1e6)
+    monkeypatch.setattr(threads, "_LONGEST_PAUSE", 1e6)
+    stop, failed = threading.Event(), threading.Event()
+
+    def loop() -> None:
+        failed.set()
+        raise RuntimeError("broken")
+
+    thread = SupervisedThread("worker", loop, stop)
+    thread.start()
+    failed.wait()
+    stop.set()
+    assert thread.join()
+    assert not thread.failed
+
+
+def test_the_sweeper_survives_an_error_and_jobs_still_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_SWEEP_SECONDS", 0.01)
+    sweep, broken, swept = JobStore.sweep, [True, True], threading.Event()
+
+    def fails_twice(self: JobStore, seconds: float) -> None:
+        sweeper = threading.current_thread().name == "jobs"  # and not the start
+        if sweeper and broken:
+            broken.pop()
+            raise RuntimeError("broken")
+        sweep(self, seconds)
+        if sweeper:
+            swept.set()
+
+    monkeypatch.setattr(JobStore, "sweep", fails_twice)
+    with served(model_dir=write_zoo(tmp_path / "zoo")) as api:
+        assert swept.wait(60)
+        assert not broken
+        assert api.get("/health/ready").status_code == 200
+        job = api.post("/embed", json=SERIES, headers=ASYNC).json()["jobID"]
+        assert waited(api, job)["status"] == "successful"
+
+
+_CHILD = """
+import os, sys, threading
+sys.path[:0] = [{root!r}]
+from service import __main__ as program
+from service import threads
+from service.jobs import runner
+from service.jobs.store import JobStore
+threads._FIRST_PAUSE = 0.001
+threads._LONGEST_PAUSE = 0.001
+runner._SWEEP_SECONDS = 0.01
+sweep = JobStore.sweep
+
+def broken(self, seconds):
+    if os.path.exists({mark!r}):
+        raise RuntimeError("broken")
+    sweep(self, seconds)
+
+JobStore.sweep = broken
+if {hangs!r}:
+    program._STUCK_SECONDS = 0.1
+    runner.JobRunner.join = lambda self: threading.Event().wait()
+sys.argv = ["service"]
+program.main()
+"""
+
+
+def lines_of_a_service(
+    folder: Path, once_it_runs: Callable[[subprocess.Popen[str], Path], None], *, hangs: bool
+) -> tuple[int, list[dict[str, Any]]]:
+    """Exit status and log of a service in which something happens once it runs."""
+    mark = folder / "broken"
+    child = subprocess.Popen(
+        [sys.executable, "-c", _CHILD.format(root=str(ROOT), mark=str(mark), hangs=hangs)],
+        env={
+            **os.environ,
+            "PIMC_PORT": "0",
+            "PIMC_PROVIDERS": "cpu",
+            "PIMC_MODEL_DIR": str(write_zoo(folder / "zoo")),
+            "PIMC_STATE_DIR": str(folder / "state"),
+            "PIMC_GRACE_SECONDS": "0",
+        },
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stderr is not None
+    lines = []
+    for line in child.stderr:
+        lines.append(json.loads(line))
+        if "running on" in lines[-1]["message"]:
+            once_it_runs(child, mark)
+    code = child.wait(60)
+    child.stderr.close()
+    return code, lines
+
+
+@pytest.mark.slow
+def test_a_service_whose_sweeper_is_given_up_ends_so_that_it_is_started_again(
+    tmp_path: Path,
+) -> None:
+    code, lines = lines_of_a_service(tmp_path, lambda _, mark: mark.touch(), hangs=False)
+    assert code == 1
+    messages = [line["message"] for line in lines]
+    assert messages.count("thread fails") == threads._MOST_FAILURES
+    assert messages.count("thread is given up") == 1
+    assert all("broken" in line["stack"] for line in lines if line["message"] == "thread fails")
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_service_that_hangs(tmp_path: Path) -> None:
+    code, lines = lines_of_a_service(tmp_path, lambda child, _: child.terminate(), hangs=True)
+    assert code == 1
+    assert (lines[-1]["level"], "did not stop in time" in lines[-1]["message"]) == (
+        "critical",
+        True,
+    )
+
+
+# A store that another process holds -----------------------------------------------------------
+
+
+@contextmanager
+def locked(state: Path) -> Iterator[None]:
+    """Another process's lock on the job store."""
+    with closing(sqlite3.connect(state / "jobs.sqlite", isolation_level=None, timeout=60)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        finally:
+            db.execute("ROLLBACK")
+
+
+def test_a_running_job_waits_for_a_locked_store_and_requests_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    gate, state = Gate(tmp_path / "gate"), tmp_path / "state"
+    zoo = zoo_with_a_held_model(tmp_path / "zoo")
+    files = stack(tmp_path, 160, 256)
+    with gate.installed(), served(model_dir=zoo, state_dir=state) as api:
+        gate.hold(after=4)
+        answer = api.post("/classify-pixels", files=files, data={"model": HELD}, headers=ASYNC)
+        job = answer.json()["jobID"]
+        until(api, job, progress=1)
+        with locked(state):
+            gate.open()
+            end = time.monotonic() + 60
+            while not any(r.getMessage() == "job waits" for r in caplog.records):
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            told = api.post("/embed", json=SERIES, headers=ASYNC)
+            assert (told.status_code, told.json()["code"]) == (503, "overloaded")
+            assert "in use by another process" in told.json()["detail"]
+            assert int(told.headers["retry-after"]) > 0
+            assert api.get("/health/live").status_code == 200
+            assert api.get(f"/jobs/{job}").json()["status"] in {"accepted", "running"}
+        assert waited(api, job)["status"] == "successful"
+        assert api.get("/health/ready").status_code == 200
+
+
+@pytest.mark.slow
+def test_a_service_ends_on_sigterm_while_another_process_holds_its_store(tmp_path: Path) -> None:
+    gate, state = Gate(tmp_path / "gate"), tmp_path / "state"
+    zoo = zoo_with_a_held_model(tmp_path / "zoo")
+    files = stack(tmp_path, 160, 256)
+    gate.hold(after=4)
+    with running(state, zoo, gate=gate) as service:
+        answer = service.api.post(
+            "/classify-pixels", files=files, data={"model": HELD}, headers=ASYNC
+        )
+        job = answer.json()["jobID"]
+        until(service.api, job, progress=1)
+        with locked(state):
+            service.process.terminate()
+            assert service.end() == 0
+    gate.open()
+    with running(state, zoo, gate=gate) as service:
+        assert waited(service.api, job)["status"] == "successful"
