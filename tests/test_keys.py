@@ -20,10 +20,13 @@ from anyio import to_thread
 from starlette.datastructures import Headers
 
 from benchmarks.serving import served
-from benchmarks.tiny_zoo import write_zoo
+from benchmarks.tiny_zoo import write_bundle, write_zoo
+from models.registry import Registry
 from service.api import auth
 from service.api.auth import ApiKeys, Refusals, address_of, read_keys, share_of
 from service.errors import Unauthorized
+from service.infer.engine import Engine
+from service.jobs.heads import HeadStore
 from service.jobs.store import JobStore
 from tests.kits.jobs import ASYNC, SERIES, waited
 
@@ -91,6 +94,7 @@ def test_a_file_has_a_key_a_line_with_name_and_expiry() -> None:
         ("anna swordfish expires=9999-12-31", "not a date"),
         ("anna swordfish expires=2027-01-31T12:00:00", "time zone"),
         ("-anna swordfish", "name must be"),
+        ("Anna swordfish", "name must be"),  # one folder with `anna` on some file systems
         ("0123456789abcdef swordfish", "name must be"),  # as the id of a key without a name
         ("anna sha256:c0ffee", "64 hex digits"),
         ("anna swordfish\nben swordfish", "line 3: the key stands in an earlier line"),
@@ -197,6 +201,24 @@ def test_jobs_of_one_owner_meet_those_of_another(tmp_path: Path) -> None:
         assert store.latest("old", 9) == []
         kept = store._db.execute("SELECT id, idempotency_key FROM jobs ORDER BY id").fetchall()
         assert [tuple(row) for row in kept] == [("0", None), ("1", "2"), ("2", "1")]
+
+
+def test_models_of_one_owner_meet_those_of_another(zoo: Path, tmp_path: Path) -> None:
+    with Engine(Registry.load(zoo), providers="cpu") as engine:
+        for owner, name in (("old", "crops"), ("old", "trees"), ("anna", "trees")):
+            write_bundle(
+                tmp_path / "heads" / owner, name, "classify-pixels", "pixel", default=False
+            )
+        heads = HeadStore(tmp_path, engine, most=9)
+        kept = engine.own("anna")["trees"]
+        heads.adopt({"old": "anna", "nobody": "ben"})
+        assert set(engine.own("anna")) == {"crops", "trees"}
+        assert engine.own("anna")["trees"] is kept
+        assert set(engine.own("old")) == {"trees"}  # it stays where it is
+        assert engine.own("ben") == {}
+    with Engine(Registry.load(zoo), providers="cpu") as engine:
+        HeadStore(tmp_path, engine, most=9)
+        assert set(engine.own("anna")) == {"crops", "trees"}
 
 
 # Refused keys -------------------------------------------------------------------------------

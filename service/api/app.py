@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -82,8 +82,6 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
         async with AsyncExitStack() as stack:
             store = await to_thread.run_sync(open_jobs, settings) if jobs is None else jobs
             stack.push_async_callback(to_thread.run_sync, store.close)
-            keys = await to_thread.run_sync(_keys, settings, store)
-            metrics.watch_keys(keys.valid)
             # The port opens only once every bundle is loaded and warm, or rejected.
             engine = await to_thread.run_sync(_load, settings)
             stack.push_async_callback(to_thread.run_sync, engine.close)
@@ -91,6 +89,8 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
             heads = await to_thread.run_sync(
                 partial(HeadStore, settings.state_folder, engine, most=settings.max_heads)
             )
+            keys = await to_thread.run_sync(_keys, settings, store, heads)
+            metrics.watch_keys(keys.valid)
             closing = threading.Event()
             cache = BlockCache()
             budget = MemoryBudget(settings.memory_budget)
@@ -210,20 +210,25 @@ def open_jobs(settings: Settings) -> JobStore:
     return JobStore(settings.state_folder, ttl=settings.job_ttl, max_waiting=settings.max_jobs)
 
 
-def _keys(settings: Settings, store: JobStore) -> ApiKeys:
-    """The API keys; jobs of a key that has come into the file belong to its name.
+def _keys(settings: Settings, store: JobStore, heads: HeadStore) -> ApiKeys:
+    """The API keys; jobs and models of a key that has come into the file belong to its name.
 
     Raises:
         SettingsError: the file cannot be used.
     """
+
+    def adopt(names: Mapping[str, str]) -> None:
+        store.adopt(names)
+        heads.adopt(names)
+
     keys = ApiKeys(
         (key.get_secret_value() for key in settings.api_keys),
         file=settings.api_keys_file,
-        adopt=store.adopt,
+        adopt=adopt,
     )
     try:
         keys.load()
-    except (ValueError, PIMCError) as error:
+    except (ValueError, PIMCError, OSError) as error:
         raise SettingsError(
             f"PIMC_API_KEYS_FILE: {settings.api_keys_file} cannot be used: {error}"
         ) from error

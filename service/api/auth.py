@@ -25,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 _FILE_BYTES = 2**20
 _LOOK_SECONDS = 1.0
 """Seconds between two looks at the key file."""
-_NAME = re.compile(r"(?![0-9a-f]{16}$)[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_NAME = re.compile(r"(?![0-9a-f]{16}$)[a-z0-9][a-z0-9._@-]{0,63}")
 _EXPIRES = "expires="
 
 
@@ -75,8 +75,8 @@ def _read_key(words: list[str]) -> Key:
     name = words[0]
     if not _NAME.fullmatch(name):
         raise ValueError(
-            "the name must be 1 to 64 letters, digits, '.', '_', '@' or '-', begin with a letter "
-            "or a digit, and not be 16 hex digits"
+            "the name must be 1 to 64 lower-case letters, digits, '.', '_', '@' or '-', begin with "
+            "a letter or a digit, and not be 16 hex digits"
         )
     digest = bytes.fromhex(key_hash(words[1]).removeprefix(KEY_HASH))
     expires = _moment(words[2].removeprefix(_EXPIRES)) if len(words) == 3 else None
@@ -103,8 +103,8 @@ class ApiKeys:
         hashes: of keys without a name, each `sha256:` and the hex SHA-256 of a key, as
             `Settings.api_keys` holds them.
         file: of keys with a name, read again when it changes; None if there is none.
-        adopt: called with the id that each key has without a name, and its name, so that jobs
-            follow a key into the file.
+        adopt: called with the id that each key has without a name, and its name, so that jobs and
+            models follow a key into the file.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class ApiKeys:
         self._look_at = now + _LOOK_SECONDS
         try:
             await to_thread.run_sync(self.load)
-        except (ValueError, PIMCError) as error:
+        except (ValueError, PIMCError, OSError) as error:
             if str(error) != self._fault:  # once, not every second
                 _LOG.error("PIMC_API_KEYS_FILE is not read again: %s", error)
             self._fault = str(error)

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -155,6 +155,28 @@ class HeadStore:
             sync_folder(self._root / (owner or _NOBODY))
             self._engine.remove(owner, name)
         shutil.rmtree(gone, ignore_errors=True)
+
+    def adopt(self, names: Mapping[str, str]) -> None:
+        """Give the models of former owners to new ones.
+
+        A model whose name the new owner uses already is logged and stays where it is.
+
+        Args:
+            names: new owner by former owner.
+        """
+        with self._mutex:
+            for former, owner in names.items():
+                for name, model in self._engine.own(former).items():
+                    place = self._place(owner, name)
+                    if place.exists():
+                        _LOG.error("model cannot change its owner", extra={"bundle": name})
+                        continue
+                    place.parent.mkdir(mode=0o700, exist_ok=True)
+                    self._place(former, name).rename(place)
+                    sync_folder(place.parent)
+                    sync_folder(self._root)
+                    self._engine.add(owner, model)
+                    self._engine.remove(former, name)
 
     def _place(self, owner: str, name: str) -> Path:
         return self._root / (owner or _NOBODY) / name
