@@ -104,6 +104,8 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = None
     """File of further API keys, each with a name and optionally an expiry, read again when it
     changes."""
+    private: bool = False
+    """Whether metrics, documentation and the details of readiness need an API key as well."""
     model_dir: Path | None = None
     """Folder of additional bundles; a bundle replaces the built-in one of the same name."""
     model_checksums: Path | None = None

@@ -212,6 +212,40 @@ def test_sweeps_are_counted(zoo: Path) -> None:
         assert sample(api, "pimc_sweeps_total", outcome="done") >= 1
 
 
+# Private --------------------------------------------------------------------------------------
+
+OPEN = ("/metrics", "/docs", "/docs/swagger-ui.css", "/openapi.json", "/explorer/demo")
+
+
+def test_what_is_open_is_closed_where_the_service_is_private(zoo: Path) -> None:
+    with served(model_dir=zoo, api_keys=(KEY,), private=True) as api:
+        for path in OPEN:
+            for headers in ({}, {"X-API-Key": "wrong"}):
+                answer = api.get(path, headers=headers)
+                assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized"), path
+                assert api.head(path, headers=headers).status_code == 401
+            known = api.get(path, headers={"Authorization": f"Bearer {KEY}"})
+            assert known.status_code == (404 if path == "/explorer/demo" else 200)
+        # The explorer is the same page for everybody, and asks for the key itself.
+        assert api.get("/").status_code == 200
+        # A load balancer has no key: it sees whether, and nothing of what.
+        assert api.get("/health/live").json() == {"status": "live"}
+        assert api.get("/health/ready").json() == {"status": "ready"}
+        assert "provider" in api.get("/health/ready", headers={"X-API-Key": KEY}).json()
+
+
+def test_a_private_service_does_not_tell_why_it_is_not_ready(zoo: Path) -> None:
+    with served(model_dir=zoo, api_keys=(KEY,), private=True, min_free_bytes=2**60) as api:
+        assert unready(api) == "the service is not ready"
+        told = api.get("/health/ready", headers={"X-API-Key": KEY})
+        assert (told.status_code, "PIMC_MIN_FREE_BYTES" in told.json()["detail"]) == (503, True)
+
+
+def test_by_default_they_are_open(api: httpx.Client) -> None:
+    for path in (*OPEN[:-1], "/", "/health/ready"):
+        assert httpx.get(api.base_url.join(path)).status_code == 200
+
+
 # Readiness ------------------------------------------------------------------------------------
 
 

@@ -167,3 +167,4 @@ def test_the_documentation_needs_no_other_host(api: httpx.Client) -> None:
 def test_the_description_is_built_once() -> None:
     app = create_app(Settings(providers="cpu"))
     assert app.openapi() is app.openapi()
+    assert app.description_of("") is app.description_of("")

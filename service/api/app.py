@@ -128,6 +128,8 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 uploads=lambda: admission.uploads,
                 spooled=lambda: admission.spooled,
             )
+            # Now, not in the first request for it: it takes a tenth of a second.
+            await to_thread.run_sync(documented.description_of, settings.root_path or "")
             await to_thread.run_sync(runner.start)
             stack.push_async_callback(to_thread.run_sync, runner.join)
             stack.callback(closing.set)
@@ -156,11 +158,12 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
             )
             yield
 
-    app = DocumentedApp(
+    app = documented = DocumentedApp(
         title="PIMC",
         version=project_version(),
         description=_DESCRIPTION,
         lifespan=lifespan,
+        openapi_url=None,  # a route of home, which can be closed
         docs_url=None,  # the explorer has the page, with a policy of its own
         redoc_url=None,
         # A redirect from `/jobs/` to `/jobs` would name the host that the request names.

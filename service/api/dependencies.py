@@ -138,6 +138,16 @@ async def known_caller(
     return request.state.caller  # type: ignore[no-any-return]
 
 
+async def known_if_private(request: Request, app: Annotated[AppState, Depends(app_state)]) -> None:
+    """Check the API key where `PIMC_PRIVATE` closes what is open otherwise.
+
+    Raises:
+        Unauthorized: the key is missing or wrong.
+    """
+    if app.settings.private:
+        await known_caller(request, app, None, None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RequestPreferences:
     """Preferences in a task's headers, other than the response type."""
@@ -188,6 +198,7 @@ App = Annotated[AppState, Depends(app_state)]
 Folder = Annotated[Path, Depends(own_folder)]
 Preferences = Annotated[RequestPreferences, Depends(request_preferences)]
 KNOWN_CALLER = Depends(known_caller)
+KNOWN_IF_PRIVATE = Depends(known_if_private)
 Caller = Annotated[str | None, Depends(known_caller)]
 """The caller's id, None if no keys are set. Checked once per request."""
 

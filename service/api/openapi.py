@@ -6,7 +6,9 @@ validation.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI
@@ -80,6 +82,21 @@ _MODELS: tuple[type[BaseModel], ...] = (
 
 class DocumentedApp(FastAPI):
     """An application whose OpenAPI document includes the models that routes use themselves."""
+
+    _made: Mapping[str, bytes] = MappingProxyType({})
+
+    def description_of(self, root_path: str) -> bytes:
+        """The OpenAPI document as JSON, made once.
+
+        Args:
+            root_path: path before the service's own paths; one in the life of an application.
+        """
+        made = self._made.get(root_path)
+        if made is None:
+            servers = {"servers": [{"url": root_path}]} if root_path else {}
+            made = json.dumps({**self.openapi(), **servers}, separators=(",", ":")).encode()
+            self._made = {root_path: made}
+        return made
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document, built once."""

@@ -62,17 +62,27 @@ def make_response(result: Result, media: str, folder: Path) -> Response:
     """
     if media in {JSON, GEOJSON}:
         content = document_bytes(result.document)
-        if len(content) <= CHUNK_BYTES:
-            return _named(Response(content, media_type=media), result)
-        path = folder / f"{result.task}.json"
-        path.write_bytes(content)
-        return _named(StoredFile(path, media_type=media), result)
+        return _named(spooled(content, media, folder / f"{result.task}.json"), result)
     name = derived_name(result, media)
     if name is None:
         return whole_raster(result)
     path = folder / name
     derive(result, lambda: result.document, media, path)
     return _derived(path, media, result)
+
+
+def spooled(content: bytes, media: str, path: Path) -> Response:
+    """A response from memory if it is short, else from a file, so that readers hold no memory.
+
+    Args:
+        content: of the response.
+        media: its type.
+        path: of the file.
+    """
+    if len(content) <= CHUNK_BYTES:
+        return Response(content, media_type=media)
+    path.write_bytes(content)
+    return StoredFile(path, media_type=media)
 
 
 def stored_response(store: JobStore, job: Job, result: StoredResult, media: str) -> Response:

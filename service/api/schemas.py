@@ -1155,10 +1155,15 @@ class Live(BaseModel):
     status: Literal["live"] = "live"
 
 
-class Ready(BaseModel):
-    """Every default model is loaded and warm."""
+class ReadyStatus(BaseModel):
+    """The service is ready; all that a caller without a key sees where `PIMC_PRIVATE` is set."""
 
     status: Literal["ready"] = "ready"
+
+
+class Ready(ReadyStatus):
+    """Every default model is loaded and warm."""
+
     provider: Annotated[str, Field(description="the execution provider really in use")]
     models: Annotated[list[str], Field(description="each as `name@version`")]
     defaults: dict[str, str]

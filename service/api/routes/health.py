@@ -7,21 +7,22 @@ from typing import Any
 
 import anyio
 from anyio import to_thread
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from models.card import Modality, Task
-from service.api.dependencies import App, AppState
+from service.api.dependencies import KNOWN_IF_PRIVATE, App, AppState, known_if_private
 from service.api.openapi import problems
 from service.api.routes.models import DEFAULTS, defaults
-from service.api.schemas import Live, Ready
-from service.errors import NotReady
+from service.api.schemas import Live, Ready, ReadyStatus
+from service.errors import NotReady, Unauthorized
 from service.infer.engine import Engine
 from service.telemetry import METRICS_MEDIA_TYPE, free_bytes
 
 router = APIRouter(tags=["operations"])
 _STORE_SECONDS = 2.0
 _METRICS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {METRICS_MEDIA_TYPE: {"schema": {"type": "string"}}}}
+    200: {"content": {METRICS_MEDIA_TYPE: {"schema": {"type": "string"}}}},
+    **problems(["unauthorized"]),
 }
 
 
@@ -32,8 +33,20 @@ async def live() -> Live:
 
 
 @router.get("/health/ready", responses=problems(["not_ready"]))
-async def ready(app: App) -> Ready:
+async def ready(request: Request, app: App) -> Ready | ReadyStatus:
     """200 if every default model is loaded and warm, and jobs can be stored and run."""
+    try:
+        await known_if_private(request, app)
+    except Unauthorized:
+        try:
+            await _ready(app)
+        except NotReady as error:
+            raise NotReady("the service is not ready", retry_after=error.retry_after) from error
+        return ReadyStatus()
+    return await _ready(app)
+
+
+async def _ready(app: AppState) -> Ready:
     if app.closing.is_set():
         raise NotReady("the service is stopping", retry_after=10)
     engine = app.engine
@@ -69,7 +82,9 @@ async def _store_faults(app: AppState) -> list[str]:
     return [] if found is None else [found]
 
 
-@router.get("/metrics", response_class=Response, responses=_METRICS)
+@router.get(
+    "/metrics", response_class=Response, responses=_METRICS, dependencies=[KNOWN_IF_PRIVATE]
+)
 async def metrics(app: App) -> Response:
     """Metrics in the Prometheus text format."""
     return Response(app.metrics.text(), media_type=METRICS_MEDIA_TYPE)

@@ -10,8 +10,9 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.api.dependencies import App, root_of
+from service.api.dependencies import KNOWN_IF_PRIVATE, App, root_of
 from service.api.middleware import page_policy
+from service.api.openapi import DocumentedApp
 from service.api.sending import StoredFile
 from service.errors import NotFound
 
@@ -36,7 +37,7 @@ async def home() -> HTMLResponse:
     return HTMLResponse(_PAGE, headers={"Content-Security-Policy": page_policy(_PAGE)})
 
 
-@router.get("/explorer/demo")
+@router.get("/explorer/demo", dependencies=[KNOWN_IF_PRIVATE])
 async def demo(app: App) -> JSONResponse:
     """Names of the demo's files, if `PIMC_DEMO_DIR` names a folder with GeoTIFFs.
 
@@ -46,7 +47,7 @@ async def demo(app: App) -> JSONResponse:
     return JSONResponse({"files": sorted(_demo_files(app.settings.demo_dir))})
 
 
-@router.get("/explorer/demo/{name}")
+@router.get("/explorer/demo/{name}", dependencies=[KNOWN_IF_PRIVATE])
 async def demo_file(name: str, app: App) -> Response:
     """One file of the demo.
 
@@ -86,7 +87,16 @@ def _demo_files(folder: Path | None) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir() if path.suffix.lower() in _DEMO}
 
 
-@router.get("/docs", response_class=HTMLResponse)
+@router.get("/openapi.json", response_class=Response, dependencies=[KNOWN_IF_PRIVATE])
+async def description(request: Request) -> Response:
+    """The OpenAPI document."""
+    app = request.app
+    if not isinstance(app, DocumentedApp):
+        raise TypeError("the application has no OpenAPI document")
+    return Response(app.description_of(root_of(request)), media_type="application/json")
+
+
+@router.get("/docs", response_class=HTMLResponse, dependencies=[KNOWN_IF_PRIVATE])
 async def documentation(request: Request) -> HTMLResponse:
     """Swagger UI over the OpenAPI document."""
     root = root_of(request)
@@ -103,7 +113,7 @@ async def documentation(request: Request) -> HTMLResponse:
     return page
 
 
-@router.get("/docs/{asset}")
+@router.get("/docs/{asset}", dependencies=[KNOWN_IF_PRIVATE])
 async def documentation_asset(asset: str) -> Response:
     """Swagger UI's script and style sheet, served from here so that no other host is needed."""
     kind = _ASSETS.get(asset)

@@ -4,19 +4,20 @@
 import threading
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
-from starlette.responses import JSONResponse
 
 from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder
 from service.api.disconnect import run_watched
 from service.api.negotiation import negotiate
 from service.api.openapi import MEASURED, body
-from service.api.responses import CSV, GEOJSON, server_timing, warning_headers
+from service.api.responses import CSV, GEOJSON, server_timing, spooled, warning_headers
 from service.api.routes.tasks import PATIENCE, check_query, read_request, run_slot
 from service.errors import InvalidRequest, NotReady
+from service.jobs.serialise import document_bytes
 from service.run.measured import Measured, measure
 from service.run.request import MeasureRequest
 from service.write.fields import observations_csv
@@ -45,7 +46,7 @@ async def series(request: Request, app: App, folder: Folder, caller: Caller) -> 
 
         found = await run_watched(request, run, slot=run_slot(app, share))
         app.metrics.ran(task="series", pixels=found.pixels, stages=asdict(found.timing))
-        return await to_thread.run_sync(_response, found, media)
+        return await to_thread.run_sync(_response, found, media, folder)
 
 
 def _measure(app: AppState, asked: MeasureRequest, cancelled: threading.Event) -> Measured:
@@ -62,16 +63,16 @@ def _measure(app: AppState, asked: MeasureRequest, cancelled: threading.Event) -
     )
 
 
-def _response(found: Measured, media: str) -> Response:
+def _response(found: Measured, media: str, folder: Path) -> Response:
     document = found.document
-    response: Response
     if media == CSV:
         columns = ("clear", *document["bands"], *document["indices"])
-        response = Response(observations_csv(document["features"], columns), media_type=CSV)
+        table = observations_csv(document["features"], columns).encode()
+        response = spooled(table, CSV, folder / "series.csv")
         for text in warning_headers(found.warnings):
             response.headers.append("PIMC-Warning", text)
     else:
-        response = JSONResponse(document, media_type=GEOJSON)
+        response = spooled(document_bytes(document), GEOJSON, folder / "series.json")
     response.headers["Server-Timing"] = server_timing(found.timing)
     response.headers["Vary"] = "Accept"
     return response
