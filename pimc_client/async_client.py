@@ -13,7 +13,6 @@ from pimc_client import operations
 from pimc_client.inputs import (
     AnswerKind,
     ClassOptions,
-    ClassOutput,
     ClassOutputs,
     Date,
     Fields,
@@ -22,6 +21,7 @@ from pimc_client.inputs import (
     Modality,
     Points,
     QuantileOutputs,
+    RasterOutput,
     Series,
     SeveralOutputs,
     StackOptions,
@@ -111,7 +111,18 @@ class AsyncClient:
         self,
         files: Files,
         *,
-        outputs: ClassOutput | None = None,
+        outputs: Literal["polygons"],
+        points: None = None,
+        fields: None = None,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[ClassOptions],
+    ) -> Table: ...
+    @overload
+    async def classify_pixels(
+        self,
+        files: Files,
+        *,
+        outputs: RasterOutput | None = None,
         points: None = None,
         fields: None = None,
         answer: Literal["raster"] = "raster",
@@ -176,8 +187,8 @@ class AsyncClient:
         Args:
             files: the stack: paths of files, folders or zips, patterns, open binary files,
                 `(name, bytes)`, or references.
-            outputs: `class` (the default), `confidence`, `entropy` or `probabilities`; one name, or
-                a list of names.
+            outputs: `class` (the default), `confidence`, `entropy`, `probabilities` or
+                `polygons` (one per connected area of the map); one name, or a list of names.
             points: return results only for these pixels: pairs of longitude and latitude,
                 GeoJSON, or the path of a GeoJSON or CSV file.
             fields: return one result for each of these polygons: GeoJSON, the path of a GeoJSON,
@@ -190,8 +201,9 @@ class AsyncClient:
                 `progress`, called during the upload with the bytes sent and the total.
 
         Returns:
-            A `Raster`; `Rasters` by name if `outputs` is a list; a `Summary`; with `points` one
-            result for each; or with `fields` a `Table`.
+            A `Raster`; `Rasters` by name if `outputs` is a list, `polygons` among their files; a
+            `Summary`; with `points` one result for each; or for `polygons` and with `fields` a
+            `Table`.
 
         Raises:
             ServiceError: the server responded with an error; each error code has its own class.
@@ -303,7 +315,18 @@ class AsyncClient:
         files: Files,
         *,
         stride: int | None = None,
-        outputs: ClassOutput | None = None,
+        outputs: Literal["polygons"],
+        points: None = None,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[StackOptions],
+    ) -> Table: ...
+    @overload
+    async def landcover(
+        self,
+        files: Files,
+        *,
+        stride: int | None = None,
+        outputs: RasterOutput | None = None,
         points: None = None,
         answer: Literal["raster"] = "raster",
         **options: Unpack[StackOptions],
@@ -552,7 +575,7 @@ class AsyncClient:
         task: Task,
         files: Files,
         *,
-        outputs: ClassOutput | QuantileOutputs | None = None,
+        outputs: RasterOutput | QuantileOutputs | None = None,
         points: None = None,
         fields: None = None,
         answer: Literal["raster"] = "raster",

@@ -90,7 +90,8 @@ Out = Annotated[
 ClassOutputs = Annotated[
     str | None,
     typer.Option(
-        "--output", help="Comma-separated: class (default), confidence, entropy, probabilities."
+        "--output",
+        help="Comma-separated: class (default), confidence, entropy, probabilities, polygons.",
     ),
 ]
 Quantiles = Annotated[

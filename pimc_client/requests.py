@@ -295,7 +295,7 @@ def _accept(
             f"{' and '.join(given)} exclude each other: points and fields return one result for "
             "each, answer='summary' a summary of the whole raster; give one of them"
         )
-    if points is not None or fields is not None:
+    if points is not None or fields is not None or outputs == "polygons":
         return f"{GEOJSON}, {JSON};q=0.9"
     if answer == "summary":
         return JSON

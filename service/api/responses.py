@@ -20,11 +20,13 @@ from service.api.uploads import JSON
 from service.errors import PIMCError, StackWarning
 from service.jobs.serialise import StoredResult, document_bytes
 from service.jobs.store import Job, JobStore, removed
-from service.run.execute import Result
+from service.run.execute import Result, listed
 from service.run.executors import Timing
 from service.run.request import RasterRequest, TaskRequest
 from service.write.fields import fields_csv, write_geoparquet
 from service.write.legend import SIDECAR, sidecar_of, style_of
+from service.write.polygons import polygon_features, stored_crs
+from service.write.predictions import POLYGONS
 from service.write.stac_item import item_of
 
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
@@ -33,7 +35,7 @@ GEOJSON = "application/geo+json"
 CSV = "text/csv"
 PARQUET = "application/vnd.apache.parquet"
 FILE_TYPES = frozenset({COG, ZIP})
-_SUFFIXES = {ZIP: ".zip", CSV: ".csv", PARQUET: ".parquet"}
+_SUFFIXES = {ZIP: ".zip", CSV: ".csv", PARQUET: ".parquet", GEOJSON: ".geojson"}
 # Proxies and clients limit the length of headers; JSON responses hold every warning in full.
 _MAX_WARNINGS = 20
 _MAX_WARNING_LENGTH = 500
@@ -49,7 +51,16 @@ def offers(request: TaskRequest) -> tuple[str, ...]:
         return (GEOJSON,)
     if request.fields is not None:
         return (GEOJSON, CSV, PARQUET)
+    if request.outputs == (POLYGONS,):
+        return (GEOJSON, PARQUET, ZIP, JSON)
     return (COG, ZIP, JSON)
+
+
+def needs_files(request: TaskRequest, media: str) -> bool:
+    """Whether a response of this type is made of files, and not of the result's document."""
+    return media in FILE_TYPES or (
+        isinstance(request, RasterRequest) and request.outputs == (POLYGONS,) and media != JSON
+    )
 
 
 def make_response(result: Result, media: str, folder: Path) -> Response:
@@ -60,12 +71,14 @@ def make_response(result: Result, media: str, folder: Path) -> Response:
         media: the negotiated type, one of `offers`.
         folder: for a file; it exists until the response is sent.
     """
-    if media in {JSON, GEOJSON}:
+    if POLYGONS in result.files and media == PARQUET:
+        return whole_file(result, POLYGONS)
+    if media == JSON or (media == GEOJSON and POLYGONS not in result.files):
         content = document_bytes(result.document)
         return _named(spooled(content, media, folder / f"{result.task}.json"), result)
     name = derived_name(result, media)
     if name is None:
-        return whole_raster(result)
+        return whole_file(result)
     path = folder / name
     derive(result, lambda: result.document, media, path)
     return _derived(path, media, result)
@@ -98,11 +111,13 @@ def stored_response(store: JobStore, job: Job, result: StoredResult, media: str)
         ResultNotReady: the result was removed.
     """
     gone = removed(job)
-    if media in {JSON, GEOJSON}:
+    if POLYGONS in result.files and media == PARQUET:
+        return whole_file(result, POLYGONS, missing=gone)
+    if media == JSON or (media == GEOJSON and POLYGONS not in result.files):
         return _named(StoredFile(result.document, media_type=media, missing=gone), result)
     name = derived_name(result, media)
     if name is None:
-        return whole_raster(result, missing=gone)
+        return whole_file(result, missing=gone)
 
     def make(path: Path) -> None:
         derive(result, lambda: json.loads(result.document.read_bytes()), media, path)
@@ -123,6 +138,19 @@ def derive(
     """Make a result's zip, CSV or GeoParquet."""
     if media == CSV:
         path.write_text(fields_csv(document()["features"]), encoding="utf-8", newline="")
+    elif media == GEOJSON:
+        crs = stored_crs(result.files["class"])
+        path.write_bytes(
+            document_bytes(
+                {
+                    "type": "FeatureCollection",
+                    "features": polygon_features(result.files[POLYGONS], crs),
+                    "model": result.model,
+                    "provider": result.provider,
+                    "warnings": listed(result.warnings),
+                }
+            )
+        )
     elif media == PARQUET:
         write_geoparquet(document()["features"], path)
     else:
@@ -134,18 +162,19 @@ def _derived(
 ) -> Response:
     if media == CSV:
         return with_raster_headers(StoredFile(path, media_type=CSV, missing=missing), result)
-    kind = media if media == PARQUET else ZIP
+    kind = media if media in {PARQUET, GEOJSON} else ZIP
     response = StoredFile(path, media_type=kind, filename=path.name, missing=missing)
     return with_raster_headers(response, result)
 
 
-def whole_raster(
+def whole_file(
     result: Result | StoredResult, output: str | None = None, *, missing: PIMCError | None = None
 ) -> Response:
-    """One COG of a result; its only one if none is named."""
+    """One file of a result; its only one if none is named."""
     name = output or next(iter(result.files))
     path = result.files[name]
-    response = StoredFile(path, media_type=COG, filename=f"{name}.tif", missing=missing)
+    kind = PARQUET if name == POLYGONS else COG
+    response = StoredFile(path, media_type=kind, filename=f"{name}{path.suffix}", missing=missing)
     return with_raster_headers(response, result)
 
 
@@ -213,7 +242,7 @@ def zip_files(files: Mapping[str, Path], path: Path) -> Path:
     # Stored: a COG is compressed already, and a stored one can still be read by ranges.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, file in files.items():
-            _add(archive, file, f"{name}.tif")
+            _add(archive, file, f"{name}{file.suffix}")
             if sidecar_of(file).exists():
                 _add(archive, sidecar_of(file), f"{name}.tif{SIDECAR}")
             if style_of(file).exists():

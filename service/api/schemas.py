@@ -48,7 +48,7 @@ Operation = Task | Literal["series"]
 MAX_POINTS = 10_000
 MAX_RINGS = 1_000
 MAX_VERTICES = 10_000
-ClassOutput = Literal["class", "confidence", "entropy", "probabilities"]
+ClassOutput = Literal["class", "confidence", "entropy", "probabilities", "polygons"]
 SensorName = Literal["sentinel-2", "hls", "landsat", "modis", "planetscope"]
 QuantileOutput = Literal["q10", "q50", "q90"]
 # The fields that take several values.

@@ -24,7 +24,8 @@ from service.run.plan import RasterRun, dates_summary
 from service.run.time_window import outside_time_window, partial_season
 from service.run.windows import Arrays, Journal, Step
 from service.write.cog import OpenScratch, RasterWriter, stored
-from service.write.predictions import JSON, ForecastPredictions
+from service.write.polygons import write_polygons
+from service.write.predictions import JSON, POLYGONS, ForecastPredictions
 from service.write.stac_item import Provenance, result_item, write_item
 
 Floats = NDArray[np.float32]
@@ -221,7 +222,12 @@ class Sink:
             layers = tuple(self._layers.values())
             card, made = self._work.run.model.card, _provenance(self._work.run)
             with stored():
-                write_item(result_item(card, self._grid, layers, made), self._work.folder)
+                if self._work.run.polygons:
+                    path = self._work.folder / f"{POLYGONS}.parquet"
+                    write_polygons(files["class"], self._grid, card.classes, path)
+                    files = {**files, POLYGONS: path}
+                item = result_item(card, self._grid, layers, made, polygons=self._work.run.polygons)
+                write_item(item, self._work.folder)
         self._work.progress.finish()
         total = self._grid.width * self._grid.height
         warnings = run_warnings(self._work.run)

@@ -32,7 +32,7 @@ from service.run.memory import (
 from service.run.request import RasterRequest, SeriesRequest, TaskRequest
 from service.run.series import SeriesRun, plan_series
 from service.run.time_window import resolve_time_window
-from service.write.predictions import JSON, Predictions, predictions_of
+from service.write.predictions import JSON, POLYGONS, Predictions, predictions_of
 
 _DEFAULT_OUTPUTS: Mapping[Task, tuple[str, ...]] = {
     "classify-pixels": ("class",),
@@ -60,6 +60,8 @@ class RasterRun:
     """Radius in pixels within which probabilities of neighbours count; 0 for none."""
     min_area: float = 0.0
     """Hectares below which a connected area of a class joins a neighbour; 0 for none."""
+    polygons: bool = False
+    """Whether the class map is written as polygons as well; `outputs` then holds `class`."""
     rasters: bool = True
     """Whether rasters are written; if not, only the summary is made."""
 
@@ -135,11 +137,16 @@ def plan_raster(
         MissingDates: the model needs dates, and the stack has none.
         TooFewDates: the time window holds fewer dates than the model needs.
     """
+    asked = _DEFAULT_OUTPUTS[model.card.task] if outputs is None else tuple(outputs)
+    polygons = bool(model.card.classes) and POLYGONS in asked
+    if polygons:
+        asked = tuple(dict.fromkeys("class" if one == POLYGONS else one for one in asked))
     run = RasterRun(
         model=model,
         stack=stack,
         time_window=resolve_time_window(model.card, stack.dates, start, what="the stack"),
-        outputs=_DEFAULT_OUTPUTS[model.card.task] if outputs is None else tuple(outputs),
+        outputs=asked,
+        polygons=polygons,
         horizon=horizon,
         stride=stride,
         smooth=smooth,
@@ -354,6 +361,12 @@ def _check_parameters(model: LoadedModel, request: RasterRequest) -> None:
                 name,
                 "cleans a map; leave out points and fields, whose results are of single places",
             )
+    if POLYGONS in (request.outputs or ()) and (request.points or request.fields) is not None:
+        raise InvalidRequest.of(
+            "outputs",
+            f"{POLYGONS} are of a map, and points and fields ask for single places: send one of "
+            "them",
+        )
     if card.modality == "pixel" and request.stride is not None:
         raise InvalidRequest.of("stride", f"'{card.id}' predicts for every pixel, not for patches")
 

@@ -27,6 +27,8 @@ JSON = dict[str, "JSON"] | list["JSON"] | str | float | int | bool | None
 Counts = Mapping[str, NDArray[Any]]
 Ramp = Literal["sequential", "vegetation", "diverging"]
 
+POLYGONS = "polygons"
+"""The output of a class map as polygons, a file beside the rasters."""
 NO_CLASS = 255
 """The `class` of a pixel without a prediction."""
 

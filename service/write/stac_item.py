@@ -27,7 +27,7 @@ from models.card import LegendClass, ModelCard
 from service.grid import Grid, transformed
 from service.settings import project_version
 from service.write.legend import SIDECAR
-from service.write.predictions import JSON, Layer
+from service.write.predictions import JSON, POLYGONS, Layer
 
 ITEM = "item.json"
 """Name of a result's item, beside its rasters."""
@@ -75,7 +75,12 @@ class Provenance:
 
 
 def result_item(
-    card: ModelCard, grid: Grid, layers: Sequence[Layer], made: Provenance
+    card: ModelCard,
+    grid: Grid,
+    layers: Sequence[Layer],
+    made: Provenance,
+    *,
+    polygons: bool = False,
 ) -> dict[str, Any] | None:
     """A STAC Item of a result, its assets beside it; None without a date, which STAC requires.
 
@@ -84,6 +89,7 @@ def result_item(
         grid: of the rasters.
         layers: the rasters, each in the file `<name>.tif`.
         made: what it was made of.
+        polygons: whether the class map is there as polygons as well.
     """
     if not made.dates:
         return None
@@ -115,6 +121,13 @@ def result_item(
     assets: dict[str, Any] = {}
     for layer in layers:
         assets |= _assets(layer, grid)
+    if polygons:
+        assets[POLYGONS] = {
+            "href": f"./{POLYGONS}.parquet",
+            "type": "application/vnd.apache.parquet",
+            "title": "connected areas of the class map",
+            "roles": ["data"],
+        }
     assets["model"] = _model_asset(card)
     geometry, bbox = footprint(grid)
     item = {

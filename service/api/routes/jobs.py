@@ -20,11 +20,12 @@ from service.api.dependencies import KNOWN_CALLER, READER, App, AppState, Caller
 from service.api.negotiation import negotiate
 from service.api.openapi import FILE, ITEM_FILE, RESULT, STAC_COLLECTION, problems
 from service.api.problems import problem
-from service.api.responses import GEOJSON, offers, stored_response, whole_raster
+from service.api.responses import GEOJSON, PARQUET, offers, stored_response, whole_file
 from service.api.schemas import JobInfo, JobList, Link
 from service.errors import NotFound, ResultNotReady
 from service.jobs.serialise import StoredResult
 from service.jobs.store import Job, removed
+from service.write.predictions import POLYGONS
 from service.write.stac_item import item_of
 
 _RESULTS = "http://www.opengis.net/def/rel/ogc/1.0/results"
@@ -151,7 +152,7 @@ def _linked_item(result: StoredResult, here: str) -> dict[str, Any] | None:
 async def read_output(
     job_id: str, output: str, request: Request, app: App, caller: Caller
 ) -> Response:
-    """One raster of a job's result."""
+    """One raster of a job's result, or its polygons."""
     job = await _find(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
@@ -159,7 +160,11 @@ async def read_output(
     if output not in result.files:
         there = ", ".join(result.files) or "none, as the result is not a raster"
         raise NotFound(f"job {job.id} has no output '{output[:64]}'; available: {there}")
-    return whole_raster(result, output, missing=removed(job))
+    if output == POLYGONS:
+        media = negotiate(request.headers.get("accept", ""), (PARQUET, GEOJSON), lenient=True)
+        make = partial(stored_response, app.jobs, job, result, media)
+        return await to_thread.run_sync(make, limiter=app.downloads.makers)
+    return whole_file(result, output, missing=removed(job))
 
 
 async def _find(app: AppState, caller: str | None, job_id: str) -> Job:

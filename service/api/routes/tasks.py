@@ -33,7 +33,7 @@ from service.api.disconnect import run_watched
 from service.api.negotiation import negotiate
 from service.api.openapi import answers, body
 from service.api.quotas import cost
-from service.api.responses import FILE_TYPES, make_response, offers
+from service.api.responses import make_response, needs_files, offers
 from service.api.routes.jobs import accepted
 from service.api.schemas import (
     Operation,
@@ -184,7 +184,7 @@ def _run(
         request,
         app.engine,
         max_raster_bytes=app.settings.max_raster_bytes,
-        rasters=media in FILE_TYPES,
+        rasters=needs_files(request, media),
         owner=owner,
         max_fields=app.settings.max_fields,
         cache=app.cache,

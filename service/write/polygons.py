@@ -1,0 +1,177 @@
+"""Polygons of a class map: one per connected area, edges shared exactly, as GeoParquet.
+
+    class map → areas → outlines on pixel corners → nodes where areas meet → polygons of the CRS
+
+Outlines run along pixel edges of the whole map, so that no window shows. Where three areas meet,
+each of them has a vertex: neighbours share vertices and not only places, and still do after a
+projection to degrees has bent what lies between them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import rasterio
+import rasterio.features
+import shapely
+from numpy.typing import NDArray
+from rasterio.crs import CRS
+
+from models.card import LegendClass
+from service.errors import InvalidRequest
+from service.grid import Grid, Window, transformed
+from service.write.predictions import NO_CLASS
+from service.write.sieve import areas_of
+
+MAX_POLYGONS = 500_000
+"""Polygons of one result: they are held in memory while they are written."""
+_DEGREES = CRS.from_epsg(4326)
+_ROWS = 256
+
+
+def write_polygons(raster: Path, grid: Grid, legend: Sequence[LegendClass], path: Path) -> Path:
+    """Write the areas of a finished class map as GeoParquet 1.1 in the map's CRS.
+
+    A row holds `id` (from 1, in the order of first pixels), `class`, `value`, `pixels`, `hectares`
+    and `geometry`.
+
+    Args:
+        raster: the class map.
+        grid: of the map.
+        legend: its classes.
+        path: of the file to write.
+
+    Returns:
+        The path.
+
+    Raises:
+        InvalidRequest: more areas than `MAX_POLYGONS`.
+    """
+    with rasterio.open(raster) as file:
+        classes = np.asarray(file.read(1))
+    labels, count = areas_of(classes)
+    value = np.empty(count, np.uint8)
+    pixels, hectares = np.zeros(count), np.zeros(count)
+    for top in range(0, grid.height, _ROWS):
+        rows = slice(top, top + _ROWS)
+        own = labels[rows].ravel()
+        window = Window(0, top, grid.width, len(labels[rows]))
+        value[own] = classes[rows].ravel()
+        pixels += np.bincount(own, minlength=count)
+        hectares += np.bincount(own, grid.hectares(window).ravel(), minlength=count)
+    shown = np.flatnonzero(value != NO_CLASS)
+    if len(shown) > MAX_POLYGONS:
+        raise InvalidRequest.of(
+            "outputs",
+            f"the map has {len(shown)} connected areas, and `polygons` writes at most "
+            f"{MAX_POLYGONS}: give `min_area` or `smooth`, or send a part of the raster (`bbox`)",
+        )
+    outlines = _outlines(labels, classes != NO_CLASS, grid)
+    names = {c.value: c.name for c in legend}
+    table = pa.table(
+        {
+            "id": pa.array(range(1, len(shown) + 1), pa.int64()),
+            "class": pa.array([names[int(value[area])] for area in shown], pa.string()),
+            "value": pa.array(value[shown].astype(np.int64)),
+            "pixels": pa.array(pixels[shown].astype(np.int64)),
+            "hectares": pa.array(hectares[shown]),
+            "geometry": pa.array(shapely.to_wkb([outlines[int(area)] for area in shown])),
+        }
+    )
+    crs = None if grid.crs == _DEGREES else grid.crs.to_dict(projjson=True)
+    column: dict[str, Any] = {"encoding": "WKB", "geometry_types": ["MultiPolygon", "Polygon"]}
+    if crs is not None:
+        column["crs"] = crs
+    geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
+    stored = table.replace_schema_metadata({"geo": json.dumps(geo)})
+    pyarrow.parquet.write_table(stored, path, compression="zstd")
+    return path
+
+
+def polygon_features(path: Path, crs: CRS) -> list[dict[str, Any]]:
+    """The rows of such a file as GeoJSON features, in degrees (EPSG:4326).
+
+    Args:
+        path: of the file.
+        crs: of its polygons.
+    """
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    shapes = np.asarray(shapely.from_wkb([row.pop("geometry") for row in rows]), np.object_)
+
+    def project(places: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.stack(transformed(crs, _DEGREES, places[:, 0], places[:, 1]), axis=1)
+
+    moved = shapely.transform(shapes, project) if len(shapes) and crs != _DEGREES else shapes
+    return [
+        {
+            "type": "Feature",
+            "id": row.pop("id"),
+            "geometry": json.loads(shapely.to_geojson(shape)),
+            "properties": row,
+        }
+        for row, shape in zip(rows, moved, strict=True)
+    ]
+
+
+def stored_crs(raster: Path) -> CRS:
+    """The CRS of a raster."""
+    with rasterio.open(raster) as file:
+        return file.crs
+
+
+def _outlines(labels: NDArray[np.int32], shown: NDArray[np.bool_], grid: Grid) -> Mapping[int, Any]:
+    """The polygon of each area by its number, in the grid's CRS."""
+    nodes = _nodes(labels)
+    a, b, c, d, e, f = grid.transform[:6]
+
+    def ring(corners: Sequence[tuple[float, float]]) -> NDArray[np.float64]:
+        column, row = _with_nodes(np.asarray(corners, np.int64), nodes).T
+        return np.stack([a * column + b * row + c, d * column + e * row + f], axis=1)
+
+    found: dict[int, Any] = {}
+    for geometry, area in rasterio.features.shapes(labels, mask=shown, connectivity=4):
+        shell, *holes = (ring(corners) for corners in geometry["coordinates"])
+        found[int(area)] = shapely.Polygon(shell, holes)
+    numbers = list(found)
+    shapes = np.array([found[number] for number in numbers], np.object_)
+    # A ring that touches itself at a corner is one with a hole.
+    for at in np.flatnonzero(~shapely.is_valid(shapes)).tolist():
+        found[numbers[at]] = shapely.make_valid(shapes[at])
+    return found
+
+
+def _nodes(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """The pixel corners (H + 1, W + 1) at which edges of areas do not merely pass or turn."""
+    height, width = labels.shape
+    nodes = np.zeros((height + 1, width + 1), np.bool_)
+    for top in range(0, height + 1, _ROWS):
+        end = min(top + _ROWS, height + 1)
+        # One row of pixels above and below these corners; nothing beyond the map.
+        rows = labels[max(0, top - 1) : min(end, height)]
+        ends = (int(top == 0), int(end == height + 1))
+        around = np.pad(rows, (ends, (1, 1)), constant_values=-1)
+        nw, ne, sw, se = around[:-1, :-1], around[:-1, 1:], around[1:, :-1], around[1:, 1:]
+        edges = (nw != ne).astype(np.uint8)
+        edges += ne != se
+        edges += se != sw
+        edges += sw != nw
+        nodes[top:end] = edges > 2
+    return nodes
+
+
+def _with_nodes(ring: NDArray[np.int64], nodes: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """A ring of pixel corners (n, 2), as column and row, with the nodes on its edges."""
+    step = np.diff(ring, axis=0)
+    length = np.abs(step).sum(axis=1)
+    start = np.repeat(ring[:-1], length, axis=0)
+    first = np.cumsum(length) - length
+    along = np.arange(length.sum()) - np.repeat(first, length)
+    corners = start + np.repeat(np.sign(step), length, axis=0) * along[:, None]
+    kept = (along == 0) | nodes[corners[:, 1], corners[:, 0]]
+    return np.concatenate([corners[kept], ring[-1:]])
