@@ -18,12 +18,13 @@ import scipy.ndimage
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from models.registry import Registry
-from service.errors import InvalidRequest
+from service.errors import Cancelled, InvalidRequest
 from service.infer.engine import Engine
 from service.infer.smooth import FRACTION, SMOOTHNESS, smoothed
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.stack import open_stack
+from service.run.memory import raster_need
 from service.run.plan import plan_raster
 from service.run.raster import make_work, run_raster
 from service.write import sieve
@@ -329,3 +330,23 @@ def test_what_does_not_fit_is_refused(
     answer = posted(api, stack, **data)
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == field
+
+
+def test_a_long_sieve_can_be_cancelled() -> None:
+    def stop() -> None:
+        raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        sieved(noise(0), np.full((23, 31), HECTARES), 0.1, check=stop)
+
+
+@pytest.mark.parametrize("options", [{"min_area": 0.1}, {"outputs": ("class", "polygons")}])
+def test_work_on_the_whole_map_counts_as_memory(
+    zoo: Path, stack: list[SourceFile], options: dict[str, Any]
+) -> None:
+    with Engine(Registry.load(zoo), providers="cpu") as engine:
+        model = engine.models["pixels-landcover"]
+        opened = open_stack(stack, StackOptions(), bands=model.card.bands, max_bytes=2**30)
+        plain = raster_need(plan_raster(model, opened), 2**20)
+        more = raster_need(plan_raster(model, opened, **options), 2**20)
+        assert more.total >= plain.total + H * W * 26

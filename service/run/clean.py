@@ -52,7 +52,12 @@ def clean(work: Work, raw: ScratchRaster, sink: Sink, stack: ExitStack) -> Timin
         timing += _decide(work, file, classes)
         check(work.cancelled)
         whole = Window(0, 0, grid.width, grid.height)
-        classes = sieved(classes, grid.hectares(whole), run.min_area)
+        classes = sieved(
+            classes,
+            grid.hectares(whole),
+            run.min_area,
+            check=lambda: check(work.cancelled),
+        )
         return timing + _to_sink(work, file, sink, radius=0, classes=classes)
 
 

@@ -29,7 +29,9 @@ from service.read.stack import Stack
 from service.run.executors import check
 from service.run.windows import AT_ONCE, OVER, WINDOW_BYTES
 from service.write.cog import finishing_bytes
+from service.write.polygons import polygon_bytes
 from service.write.predictions import Predictions
+from service.write.sieve import sieve_bytes
 
 _SHARE = 2
 """The budget is the memory of the container divided by this: models, bodies of requests, and what
@@ -198,6 +200,10 @@ class ReadingRun(Protocol):
     @property
     def rasters(self) -> bool: ...  # noqa: D102
     @property
+    def polygons(self) -> bool: ...  # noqa: D102
+    @property
+    def min_area(self) -> float: ...  # noqa: D102
+    @property
     def predictions(self) -> Predictions: ...  # noqa: D102
     @property
     def patches(self) -> PatchGrid: ...  # noqa: D102
@@ -252,6 +258,7 @@ def raster_need(run: ReadingRun, window_bytes: int) -> Need:
         window_bytes=window_bytes,
     )
     arrays = max(windows, sample_bytes(run.stack, run.used), _finishing_bytes(run))
+    arrays += _whole_map_bytes(run)
     return Need(
         files=files,
         arrays=arrays,
@@ -265,6 +272,14 @@ def _finishing_bytes(run: ReadingRun) -> int:
         return 0
     grid: Grid = run.patches.grid if run.model.card.modality == "patch" else run.stack.grid
     return max((finishing_bytes(layer, grid) for layer in run.predictions.layers), default=0)
+
+
+def _whole_map_bytes(run: ReadingRun) -> int:
+    """What takes a class map as a whole: the removal of small areas, and polygons."""
+    grid: Grid = run.patches.grid if run.model.card.modality == "patch" else run.stack.grid
+    pixels = grid.width * grid.height
+    sieve = sieve_bytes(pixels) if run.min_area else 0
+    return max(sieve, polygon_bytes(pixels) if run.polygons and run.rasters else 0)
 
 
 def points_need(run: ReadingRun, count: int) -> Need:

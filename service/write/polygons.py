@@ -27,12 +27,18 @@ from models.card import LegendClass
 from service.errors import InvalidRequest
 from service.grid import Grid, Window, transformed
 from service.write.predictions import NO_CLASS
-from service.write.sieve import areas_of
+from service.write.sieve import areas_of, labelling_bytes
 
 MAX_POLYGONS = 500_000
 """Polygons of one result: they are held in memory while they are written."""
+_POLYGON_BYTES = 1500
 _DEGREES = CRS.from_epsg(4326)
 _ROWS = 256
+
+
+def polygon_bytes(pixels: int) -> int:
+    """Most memory of `write_polygons` for a map of that many pixels."""
+    return labelling_bytes(pixels) + _POLYGON_BYTES * min(pixels, MAX_POLYGONS)
 
 
 def write_polygons(raster: Path, grid: Grid, legend: Sequence[LegendClass], path: Path) -> Path:
