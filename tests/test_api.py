@@ -138,7 +138,7 @@ def test_a_class_for_every_pixel(api: httpx.Client, scene: Scene) -> None:
         {"outputs": ["class,confidence", "entropy,probabilities", "class"]},
     ],
 )
-def test_several_outputs_come_as_a_zip(
+def test_several_outputs_are_a_zip(
     api: httpx.Client, scene: Scene, outputs: dict[str, Any]
 ) -> None:
     answer = api.post("/classify-pixels", files=scene.files(), data=outputs)
@@ -156,9 +156,7 @@ def test_several_outputs_come_as_a_zip(
 
 
 @pytest.mark.parametrize("task", ["classify-pixels", "forecast", "landcover", "embed"])
-def test_one_output_comes_as_a_zip_where_that_is_asked(
-    api: httpx.Client, scene: Scene, task: str
-) -> None:
+def test_one_output_is_a_zip_if_accept_says_so(api: httpx.Client, scene: Scene, task: str) -> None:
     answer = api.post(f"/{task}", files=scene.files(), headers={"Accept": ZIP})
     assert answer.headers["content-type"] == ZIP
     with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
@@ -166,7 +164,7 @@ def test_one_output_comes_as_a_zip_where_that_is_asked(
         assert len([name for name in archive.namelist() if name.endswith(".tif")]) == 1
 
 
-def test_a_summary_counts_what_the_raster_holds(api: httpx.Client, scene: Scene) -> None:
+def test_a_summary_counts_the_pixels_of_the_raster(api: httpx.Client, scene: Scene) -> None:
     accept = {"Accept": "application/json"}
     answer = api.post("/classify-pixels", files=scene.files(), headers=accept)
     assert answer.headers["content-type"] == "application/json"
@@ -240,7 +238,7 @@ def test_embeddings_of_pixels_and_patches(api: httpx.Client, scene: Scene) -> No
             assert (raster.count, raster.height, raster.width) == (3, 1, 1)
 
 
-def test_what_the_files_do_not_say_the_form_can(
+def test_parameters_state_what_the_files_do_not(
     api: httpx.Client, scene: Scene, tmp_path: Path
 ) -> None:
     bare = []
@@ -259,7 +257,7 @@ def test_what_the_files_do_not_say_the_form_can(
             np.testing.assert_array_equal(raster.read(1), expected_classes(scene))
 
 
-def test_empty_fields_count_as_not_given(api: httpx.Client, scene: Scene) -> None:
+def test_empty_parameters_count_as_not_given(api: httpx.Client, scene: Scene) -> None:
     empty = dict.fromkeys(["model", "dates", "bands", "scale", "outputs", "points", "start"], "")
     assert api.post("/classify-pixels", files=scene.files(), data=empty).status_code == 200
 
@@ -281,7 +279,7 @@ def collection(places: list[tuple[float, float]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("accept", ["*/*", "application/json", GEOJSON])
-def test_points_are_answered_in_order(api: httpx.Client, scene: Scene, accept: str) -> None:
+def test_results_of_points_are_in_order(api: httpx.Client, scene: Scene, accept: str) -> None:
     rows, cols = [40, 2, 60], [50, 2, 10]
     places = [*lonlat(rows, cols), (0.0, 0.0)]
     answer = api.post(
@@ -309,7 +307,7 @@ def test_points_are_answered_in_order(api: httpx.Client, scene: Scene, accept: s
     assert "class" not in found[3]
 
 
-def test_points_may_come_as_a_file(api: httpx.Client, scene: Scene) -> None:
+def test_points_may_be_sent_as_a_file(api: httpx.Client, scene: Scene) -> None:
     text = json.dumps(collection(lonlat([40], [50])))
     files = [*scene.files(), ("points", ("points.geojson", text, GEOJSON))]
     answer = api.post("/embed", files=files)
@@ -360,7 +358,9 @@ def test_series_are_forecast_and_embedded(api: httpx.Client) -> None:
 # Warnings -----------------------------------------------------------------------------------
 
 
-def test_what_is_odd_is_said_once_in_headers_and_in_json(api: httpx.Client, scene: Scene) -> None:
+def test_each_warning_is_stated_once_in_headers_and_in_json(
+    api: httpx.Client, scene: Scene
+) -> None:
     days = ["2019-03-01", "2021-04-01", "2021-05-01", "2021-05-01"]
     fields = {"dates": ",".join(days)}
     raster = api.post("/classify-pixels", files=scene.files(), data=fields)
@@ -391,7 +391,7 @@ def test_a_hostile_file_name_stays_a_label(api: httpx.Client, scene: Scene) -> N
     assert "'windows/ünï.tif'" in answer.json()["detail"]
 
 
-def test_every_answer_has_an_id_and_protects_a_browser(api: httpx.Client, scene: Scene) -> None:
+def test_every_response_has_an_id_and_security_headers(api: httpx.Client, scene: Scene) -> None:
     for answer in (
         api.get("/health/live", headers={"X-Request-ID": "mine-1"}),
         api.get("/nowhere", headers={"X-Request-ID": "mine-1"}),
@@ -426,7 +426,7 @@ def test_models_and_their_cards(api: httpx.Client) -> None:
         assert api.get(f"/models/{reference}").json()["code"] == "unknown_model"
 
 
-def test_it_lives_and_is_ready(api: httpx.Client) -> None:
+def test_the_service_is_live_and_ready(api: httpx.Client) -> None:
     assert api.get("/health/live").json() == {"status": "live"}
     ready = api.get("/health/ready")
     assert ready.status_code == 200
@@ -473,7 +473,7 @@ def test_metrics_count_what_was_served(api: httpx.Client, scene: Scene) -> None:
     assert after["in flight"] == 0
 
 
-def test_a_person_with_a_browser_finds_the_way(api: httpx.Client) -> None:
+def test_the_home_page_leads_a_browser_to_the_documentation(api: httpx.Client) -> None:
     page = api.get("/")
     assert page.headers["content-type"].startswith("text/html")
     for path in re.findall(r'(?:href|src)="([^":]+)"', page.text):
@@ -529,7 +529,7 @@ def references(node: Any) -> Iterator[str]:
             yield from references(value)
 
 
-def test_the_description_is_whole_and_true(api: httpx.Client) -> None:
+def test_the_openapi_document_is_complete_and_correct(api: httpx.Client) -> None:
     document = api.get("/openapi.json").json()
     for reference in references(document):
         node: Any = document

@@ -96,7 +96,7 @@ CONTENTS = [bytes(range(256)) * 40, b"--edge", b"\r\n--edge-no\r\n", b"\r\n" * 5
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_a_form_is_the_same_however_it_is_cut(data: Any) -> None:
+def test_a_form_is_parsed_the_same_in_any_chunks(data: Any) -> None:
     whole = body_of(
         part("dates", b"2021-01-01"),
         *(part("files", content, f"f{n}.tif") for n, content in enumerate(CONTENTS)),
@@ -111,7 +111,7 @@ def test_a_form_is_the_same_however_it_is_cut(data: Any) -> None:
         assert form.fields == {"dates": ("2021-01-01", "2021-02-01, é")}
 
 
-def test_bytes_that_come_one_by_one_do_not_pile_up(
+def test_single_bytes_are_not_accumulated_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handed: list[int] = []
@@ -128,7 +128,7 @@ def test_bytes_that_come_one_by_one_do_not_pile_up(
     assert max(handed) <= 1024
 
 
-def test_what_a_caller_calls_a_file_is_no_path(tmp_path: Path) -> None:
+def test_a_file_name_is_never_used_as_a_path(tmp_path: Path) -> None:
     names = ["../../up.tif", "/etc/passwd", "..", "", "a\\b.tif", "C:\\x\\y.tif", "n\x01ul.tif"]
     form = taken([body_of(*(part("files", b"x", name) for name in names))], tmp_path)
     assert {file.path.parent for file in form.files} == {tmp_path}
@@ -178,7 +178,7 @@ def test_a_file_name_in_any_encoding(tmp_path: Path, disposition: str, name: str
     ("name", "filename"),
     [("file", "a.tif"), ("files[]", "a.tif"), ("image", "a"), ("x", "a.TIFF"), ("files[0]", "a")],
 )
-def test_a_raster_under_another_name_is_told_where_it_goes(
+def test_a_raster_under_another_parameter_is_an_error_that_names_files(
     tmp_path: Path, name: str, filename: str
 ) -> None:
     with pytest.raises(InvalidRequest, match="go into the parameter 'files'") as caught:
@@ -195,9 +195,7 @@ def test_a_raster_under_another_name_is_told_where_it_goes(
     [("horizn", "horizon"), ("Dates", "dates"), ("aoi", "area"), ("output", "outputs"),
      ("bands[]", "bands"), ("start_date", "start"), ("resolution", "grid")],
 )  # fmt: skip
-def test_an_unknown_parameter_is_answered_with_the_one_that_is_meant(
-    given: str, meant: str
-) -> None:
+def test_an_unknown_parameter_is_an_error_with_a_suggestion(given: str, meant: str) -> None:
     with pytest.raises(InvalidRequest, match=rf"unknown field \(did you mean '{meant}'\?\)"):
         read_fields("forecast", {given: ("x",)})
 
@@ -220,7 +218,7 @@ def test_an_unknown_parameter_is_answered_with_the_one_that_is_meant(
         (f"--{BOUNDARY}\r\n{'X' * 9000}: 1\r\n\r\nx".encode(), {}, InvalidRequest),
     ],
 )
-def test_a_form_that_is_none_or_too_much_is_refused(
+def test_a_malformed_or_too_large_form_is_rejected(
     tmp_path: Path, body: bytes, limits: dict[str, int], kind: type[PIMCError]
 ) -> None:
     with pytest.raises(kind) as caught:
@@ -228,7 +226,7 @@ def test_a_form_that_is_none_or_too_much_is_refused(
     assert caught.value.detail
 
 
-def test_the_limit_holds_whatever_the_length_says(tmp_path: Path) -> None:
+def test_the_body_limit_does_not_depend_on_content_length(tmp_path: Path) -> None:
     pieces = [part("files", b"x" * 500, "a.tif")] * 10
     for said in ("10", "0", "nonsense"):
         with pytest.raises(BodyTooLarge):
@@ -244,7 +242,7 @@ def test_a_form_needs_a_boundary(tmp_path: Path) -> None:
         taken([b""], tmp_path, kind=f"multipart/form-data; boundary={'x' * 500}")
 
 
-def test_an_upload_that_stops_is_given_up(tmp_path: Path) -> None:
+def test_an_upload_that_stops_is_ended(tmp_path: Path) -> None:
     async def receive() -> dict[str, Any]:
         if begun:
             await anyio.sleep_forever()
@@ -261,7 +259,7 @@ def test_an_upload_that_stops_is_given_up(tmp_path: Path) -> None:
         anyio.run(json_of, Request(request_of([]).scope, receive), limits)
 
 
-def test_json_is_held_in_memory_and_so_bounded_more_tightly() -> None:
+def test_json_has_a_smaller_limit_because_it_is_in_memory() -> None:
     limits = Limits(body_bytes=10**9, json_bytes=10)
     assert anyio.run(json_of, request_of([b'{"a"', b": 1}"]), limits) == b'{"a": 1}'
     with pytest.raises(BodyTooLarge, match="10"):
@@ -282,7 +280,7 @@ def test_two_kinds_of_body_are_read(kind: str, read: str) -> None:
 @pytest.mark.parametrize(
     "kind", ["", "text/plain", "application/x-www-form-urlencoded", "image/tiff"]
 )
-def test_any_other_is_refused(kind: str) -> None:
+def test_any_other_media_type_is_rejected(kind: str) -> None:
     with pytest.raises(UnsupportedMedia):
         media_type(request_of([], kind=kind))
 
@@ -291,7 +289,7 @@ def test_any_other_is_refused(kind: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_run_is_told_when_its_caller_has_gone() -> None:
+async def test_a_run_is_cancelled_when_its_client_disconnects() -> None:
     async def receive() -> dict[str, str]:
         return {"type": "http.disconnect"}
 
@@ -338,7 +336,7 @@ def files_in(folder: Path) -> list[tuple[str, Any]]:
     return found
 
 
-def test_nothing_stays_of_a_request(api: httpx.Client, tmp_path: Path, scratch: Path) -> None:
+def test_a_request_leaves_no_files(api: httpx.Client, tmp_path: Path, scratch: Path) -> None:
     files = files_in(tmp_path)
     outputs = {"outputs": "class,confidence"}
     assert api.post("/classify-pixels", files=files, data=outputs).status_code == 200
@@ -349,7 +347,7 @@ def test_nothing_stays_of_a_request(api: httpx.Client, tmp_path: Path, scratch: 
     assert emptied(scratch)
 
 
-def test_nothing_stays_of_a_caller_who_hangs_up(
+def test_a_disconnected_client_leaves_no_files(
     api: httpx.Client, tmp_path: Path, scratch: Path
 ) -> None:
     where = (api.base_url.host, api.base_url.port or 80)

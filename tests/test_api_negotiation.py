@@ -38,7 +38,7 @@ OFFERS = (COG, ZIP, JSON)
         ("application/zip;q=x, application/json;q=0.1", JSON),
     ],
 )
-def test_the_best_liked_offer_is_chosen(accept: str, chosen: str) -> None:
+def test_the_type_with_the_highest_quality_is_chosen(accept: str, chosen: str) -> None:
     assert negotiate(accept, OFFERS) == chosen
 
 
@@ -46,12 +46,12 @@ def test_the_best_liked_offer_is_chosen(accept: str, chosen: str) -> None:
     "accept",
     ["text/html", "image/png", "image/tiff; profile=other", "*/*;q=0", "application/json;q=0"],
 )
-def test_nothing_acceptable_is_said_with_both_sides(accept: str) -> None:
+def test_no_acceptable_type_is_an_error_with_both_sides(accept: str) -> None:
     with pytest.raises(NotAcceptable) as caught:
         negotiate(accept, OFFERS)
     assert accept in caught.value.detail
     assert ZIP in caught.value.detail
 
 
-def test_a_lone_offer_is_taken_whatever_is_accepted() -> None:
+def test_a_single_type_is_returned_whatever_accept_says() -> None:
     assert negotiate("image/tiff", (JSON,)) == JSON

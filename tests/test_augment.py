@@ -59,7 +59,7 @@ def test_jitter_moves_dates_apart_and_season_moves_them_together():
     assert firsts.std() == pytest.approx(15.0 / np.sqrt(3.0), rel=0.15)
 
 
-def test_gain_is_a_pixels_own_and_keeps_missing_missing():
+def test_gain_differs_by_pixel_and_missing_values_stay_missing():
     values = np.full((500, 6, 3), 0.2, np.float32)
     values[:, 2] = np.nan
     out = disturb(values, chance(), noise=0.0, gain=0.05)
@@ -82,7 +82,7 @@ def test_no_augmentation_is_the_identity():
     )
 
 
-def test_inputs_are_left_alone_and_chance_repeats():
+def test_inputs_are_unchanged_and_a_seed_repeats_the_result():
     values = chance().random((5, 7, 3)).astype(np.float32)
     valid, days = np.ones((5, 7), bool), np.arange(7, dtype=np.float32)
     patches = chance().random((4, 3, 16, 16)).astype(np.float32)

@@ -66,7 +66,7 @@ def result(api: httpx.Client, job: str) -> bytes:
     return answer.content
 
 
-def test_what_is_backed_up_while_jobs_run_goes_on_where_it_is_restored(
+def test_jobs_continue_from_a_backup_that_was_made_while_they_ran(
     zoo: Path, files: Files, gate: Gate, tmp_path: Path
 ) -> None:
     state, backup = tmp_path / "state", tmp_path / "backup"
@@ -170,7 +170,7 @@ def test_a_restore_overwrites_nothing(backup: Path, tmp_path: Path) -> None:
         back_up(tmp_path / "state", backup)
 
 
-def test_a_restore_into_a_directory_in_use_is_refused(backup: Path, tmp_path: Path) -> None:
+def test_a_restore_into_a_directory_in_use_is_rejected(backup: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     held = lock(other)
@@ -189,7 +189,9 @@ def test_a_restore_that_was_killed_can_be_repeated(backup: Path, tmp_path: Path)
     assert not (other / "jobs" / "half-copied").exists()
 
 
-def test_what_is_no_backup_is_refused_in_one_sentence(backup: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_backup_is_rejected_in_one_sentence(
+    backup: Path, tmp_path: Path
+) -> None:
     done = service("restore", tmp_path, tmp_path / "other")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

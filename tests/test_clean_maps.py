@@ -80,7 +80,7 @@ def probabilities_of(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("radius", [1, 2, 4])
-def test_smoothing_is_the_papers(radius: int) -> None:
+def test_smoothing_equals_the_equations_of_the_paper(radius: int) -> None:
     probabilities = probabilities_of((4, 11, 13))
     border = ((0, 0), (radius, radius), (radius, radius))
     found = smoothed(np.pad(probabilities, border, constant_values=np.nan), radius)
@@ -112,7 +112,7 @@ def noise(seed: int, shape: tuple[int, int] = (23, 31), classes: int = 3) -> np.
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rows", [1, 3, 256])
-def test_areas_are_scipys(seed: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_areas_equal_those_of_scipy(seed: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sieve, "_ROWS", rows)
     classes = noise(seed, classes=2 + seed)
     labels, count = areas_of(classes)
@@ -168,7 +168,7 @@ def _wrapped(mask: np.ndarray, other: np.ndarray, step: int, axis: int) -> int:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("least", [0.02, 0.055, 0.31])
-def test_the_sieve_is_the_rule(seed: int, least: float) -> None:
+def test_the_sieve_equals_a_plain_implementation_of_its_rule(seed: int, least: float) -> None:
     classes = noise(seed, (12, 14), 2 + seed % 3)
     hectares = np.full(classes.shape, HECTARES)
     found = sieved(classes, hectares, least)
@@ -182,7 +182,7 @@ def test_an_area_between_two_of_one_class_joins_them() -> None:
     assert found.tolist() == [[0] * 5, [0] * 5, [2] * 5]
 
 
-def test_too_many_areas_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_areas_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sieve, "MAX_AREAS", 10)
     with pytest.raises(InvalidRequest, match="smooth it first"):
         sieved(noise(0), np.full((23, 31), HECTARES), 0.1)
@@ -265,7 +265,7 @@ def test_a_cleaned_map_is_that_of_the_plain_probabilities(
 @pytest.mark.parametrize(
     "options", [{"smooth": 3}, {"min_area": 0.15}, {"smooth": 1, "min_area": 0.3}]
 )
-def test_windows_give_what_the_whole_gives(
+def test_results_do_not_depend_on_the_windows(
     zoo: Path, stack: list[SourceFile], tmp_path: Path, options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -324,7 +324,7 @@ def test_a_job_gives_the_same_map(api: httpx.Client, stack: list[SourceFile]) ->
           '"geometry": {"type": "Point", "coordinates": [3, 50]}, "properties": {}}]}'}, "smooth"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(
+def test_parameters_that_do_not_fit_are_rejected(
     api: httpx.Client, stack: list[SourceFile], data: dict[str, Any], field: str
 ) -> None:
     answer = posted(api, stack, **data)

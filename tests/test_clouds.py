@@ -36,7 +36,7 @@ def judged(*series: tuple[float, ...]) -> list[bool]:
     return clouds.clear(*values.transpose(1, 0, 2), seen)[:, 0].tolist()
 
 
-def test_a_series_with_a_cloud_a_shadow_and_snow() -> None:
+def test_clouds_shadows_and_snow_of_a_series_are_masked() -> None:
     assert judged(CROP, CROP, CLOUD, CROP, SHADOW, CROP, SNOW, CROP) == [
         True, True, False, True, False, True, False, True,
     ]  # fmt: skip
@@ -47,12 +47,12 @@ def test_ground_that_stays_the_same_is_clear(ground: tuple[float, ...]) -> None:
     assert judged(*[ground] * 6) == [True] * 6
 
 
-def test_a_field_that_is_ploughed_and_grows_is_clear_all_along() -> None:
+def test_a_ploughed_and_growing_field_is_always_clear() -> None:
     growing = np.linspace(BARE, CROP, 8)
     assert judged(*[BARE] * 4, *map(tuple, growing), *[CROP] * 4, *[BARE] * 3) == [True] * 19
 
 
-def test_a_pixel_seen_too_rarely_is_clear_on_no_date() -> None:
+def test_a_pixel_with_too_few_dates_is_never_clear() -> None:
     assert judged(*[CROP] * clouds.MIN_DATES) == [True] * clouds.MIN_DATES
     assert judged(*[CROP] * (clouds.MIN_DATES - 1)) == [False] * (clouds.MIN_DATES - 1)
 
@@ -80,7 +80,7 @@ def reference(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return found
 
 
-def test_all_pixels_at_once_are_as_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_do_not_affect_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(3)
     values = random.uniform(0.02, 0.6, (20, 3, 60)).astype(np.float32)
     seen = random.random((20, 60)) < 0.8
@@ -131,7 +131,7 @@ def expected(dates: int = 9) -> np.ndarray:
     return clear
 
 
-def test_a_stack_is_read_without_the_clouds_that_its_series_shows(tmp_path: Path) -> None:
+def test_a_stack_is_read_with_the_estimated_cloud_mask(tmp_path: Path) -> None:
     stack = opened(series_of(tmp_path))
     assert (stack.mask, stack.cloud_bands) == ("cloud", ())
     (warning,) = stack.warnings
@@ -141,7 +141,7 @@ def test_a_stack_is_read_without_the_clouds_that_its_series_shows(tmp_path: Path
     assert not np.isnan(sits.values).any()  # clouds keep their values
 
 
-def test_windows_and_points_say_what_the_whole_says(tmp_path: Path) -> None:
+def test_windows_and_points_agree_with_the_whole_raster(tmp_path: Path) -> None:
     stack = opened(series_of(tmp_path))
     valid = whole(stack).valid
     with StackReader(stack) as reader:
@@ -152,7 +152,7 @@ def test_windows_and_points_say_what_the_whole_says(tmp_path: Path) -> None:
         assert (reader.read_pixels(rows, columns).valid == valid[:, rows, columns]).all()
 
 
-def test_bands_that_only_the_mask_needs_are_read_beside(tmp_path: Path) -> None:
+def test_bands_that_only_the_mask_needs_are_read_too(tmp_path: Path) -> None:
     files = series_of(tmp_path, ("B02", "B03", "B04", "B8A"))
     bands = ("B02", "B03", "B04")
     stack = calibrate(opened(files, bands=bands))
@@ -198,7 +198,7 @@ def test_another_mask_counts_as_well(tmp_path: Path) -> None:
     assert (whole(stack).valid == clear).all()
 
 
-def test_of_two_looks_of_a_day_the_clear_one_counts(tmp_path: Path) -> None:
+def test_of_two_granules_of_a_day_the_clear_one_is_used(tmp_path: Path) -> None:
     files = series_of(tmp_path)
     numbers = (np.array(CROP) * 10_000).round().astype(np.uint16)
     pixels = np.broadcast_to(numbers[:, None, None], (3, 24, 20))
@@ -209,7 +209,7 @@ def test_of_two_looks_of_a_day_the_clear_one_counts(tmp_path: Path) -> None:
     assert sits.values[2, :, 0, 0] == pytest.approx(CROP)
 
 
-def test_a_stack_without_a_mask_is_told_of_this_one(tmp_path: Path) -> None:
+def test_the_warning_of_a_stack_without_a_mask_names_mask_cloud(tmp_path: Path) -> None:
     (warning,) = opened(series_of(tmp_path), "auto").warnings
     assert warning.code == "no_cloud_mask"
     assert "mask=cloud to estimate one from at least 6 dates" in warning.detail
@@ -234,7 +234,7 @@ def posted(service: httpx.Client, files: list[SourceFile], **parameters: str) ->
     return {"status": response.status_code, **response.json()}
 
 
-def test_the_service_takes_the_mask_and_warns_of_its_errors(
+def test_the_service_accepts_the_mask_and_warns_of_its_errors(
     service: httpx.Client, tmp_path: Path
 ) -> None:
     files = series_of(tmp_path)
@@ -243,7 +243,7 @@ def test_the_service_takes_the_mask_and_warns_of_its_errors(
     assert "cloud_mask_estimated" in [w["code"] for w in found["warnings"]]
 
 
-def test_too_few_dates_are_refused_with_the_number_needed(
+def test_too_few_dates_are_an_error_with_the_number_needed(
     service: httpx.Client, tmp_path: Path
 ) -> None:
     refused = posted(service, series_of(tmp_path, dates=5), mask="cloud")
@@ -251,7 +251,7 @@ def test_too_few_dates_are_refused_with_the_number_needed(
     assert "at least 6 dates, and 5 of 5 are used" in refused["detail"]
 
 
-def test_why_nothing_is_predicted_counts_with_this_mask(
+def test_the_warning_of_no_prediction_counts_with_this_mask(
     service: httpx.Client, tmp_path: Path
 ) -> None:
     files = []

@@ -93,7 +93,7 @@ def product(tmp_path: Path) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
     return members, bands
 
 
-def test_a_product_as_a_zip(
+def test_a_product_may_be_sent_as_a_zip(
     tmp_path: Path, product: tuple[dict[str, bytes], dict[str, np.ndarray]]
 ) -> None:
     members, bands = product
@@ -114,7 +114,7 @@ def test_a_product_as_a_zip(
     assert "MACOSX" not in unused.detail
 
 
-def test_a_product_as_a_folder_and_before_baseline_04(
+def test_a_product_may_be_sent_as_a_folder_also_before_baseline_04(
     tmp_path: Path, product: tuple[dict[str, bytes], dict[str, np.ndarray]]
 ) -> None:
     members, bands = product
@@ -129,7 +129,7 @@ def test_a_product_as_a_folder_and_before_baseline_04(
     np.testing.assert_allclose(values(stack)[0, 0], bands["B02_10"] * 1e-4, atol=1e-6)
 
 
-def test_a_zip_of_geotiffs(tmp_path: Path) -> None:
+def test_geotiffs_may_be_sent_in_a_zip(tmp_path: Path) -> None:
     pixels = rng.integers(1, 3000, (3, 4, 5)).astype(np.uint16)
     members = {}
     for day in ("20210105", "20210115"):
@@ -141,7 +141,7 @@ def test_a_zip_of_geotiffs(tmp_path: Path) -> None:
     np.testing.assert_allclose(values(stack)[1], pixels * 1e-4, rtol=1e-6)
 
 
-def test_what_a_zip_holds_is_bounded_whatever_it_declares(tmp_path: Path) -> None:
+def test_the_content_of_a_zip_is_bounded_whatever_it_declares(tmp_path: Path) -> None:
     bomb = zipped(tmp_path / "bomb.zip", {"a.tif": bytes(10**6)})
     assert bomb.path.stat().st_size < 2000
     with pytest.raises(BodyTooLarge, match=r"bomb\.zip"):
@@ -175,7 +175,7 @@ def test_no_member_is_written_outside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "no raster", "many", "directory", "noise"])
-def test_a_zip_that_is_none_is_refused(tmp_path: Path, how: str) -> None:
+def test_a_damaged_zip_is_rejected(tmp_path: Path, how: str) -> None:
     file = zipped(tmp_path / "a.zip", {"a.tif": b"II*\0" * 9} if how != "no raster" else {"a": b""})
     data = bytearray(file.path.read_bytes())
     if how == "cut":
@@ -268,7 +268,7 @@ def test_a_request_of_sentinelhub_py_says_the_date(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("document", [{"type": "FeatureCollection"}, [], 3, {"url": "x"}])
-def test_other_json_is_no_raster(tmp_path: Path, document: object) -> None:
+def test_other_json_is_left_out(tmp_path: Path, document: object) -> None:
     files = [as_json(tmp_path, "a.json", document), one_band(tmp_path, "20210105_B02.tif", 1)]
     with pytest.raises(NotAGeoTIFF, match=r"'a\.json'"):
         opened(files, tmp_path)
@@ -315,7 +315,7 @@ def patched(path: Path, marker: int, offset: int, value: bytes) -> None:
         (0xFF52, 9, b"\x40", "damaged"),
     ],
 )
-def test_what_a_jp2_claims_is_refused_unread(
+def test_a_jp2_that_declares_too_much_is_rejected_before_it_is_read(
     tmp_path: Path, marker: int, offset: int, value: bytes, match: str
 ) -> None:
     path = jp2(tmp_path / "x.jp2", rng.integers(0, 999, (300, 300)).astype(np.uint16))
@@ -325,7 +325,7 @@ def test_what_a_jp2_claims_is_refused_unread(
         jp2_guard.check_jp2(path, path.name)
 
 
-def test_a_cut_jp2_says_what_it_is(tmp_path: Path) -> None:
+def test_a_truncated_jp2_is_named_in_the_error(tmp_path: Path) -> None:
     path = tmp_path / "T31UES_20180111T104421_B04_10m.jp2"
     path.write_bytes(jp2_guard.SIGNATURE + bytes(64))
     with pytest.raises(NotAGeoTIFF, match="JPEG 2000 that is cut or damaged"):
@@ -334,7 +334,7 @@ def test_a_cut_jp2_says_what_it_is(tmp_path: Path) -> None:
 
 # rasterio's own log of a message that is not UTF-8, out of which nothing comes.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_damaged_jp2_files_give_our_errors_alone(tmp_path: Path) -> None:
+def test_damaged_jp2_files_raise_only_errors_of_the_service(tmp_path: Path) -> None:
     chance = np.random.default_rng(11)
     path = jp2(tmp_path / "20210105_B02.jp2", rng.integers(0, 999, (40, 40)).astype(np.uint16))
     whole = path.read_bytes()
@@ -380,7 +380,7 @@ def test_damaged_jp2_files_give_our_errors_alone(tmp_path: Path) -> None:
         ("B04.tif", b"who knows", "GeoTIFF, JP2 and zips"),
     ],
 )
-def test_what_is_no_raster_is_named_with_what_to_do(
+def test_a_file_that_is_not_a_raster_is_named_with_what_to_do(
     tmp_path: Path, name: str, content: bytes, match: str
 ) -> None:
     path = tmp_path / "0000.tif"

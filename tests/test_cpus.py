@@ -64,7 +64,7 @@ def test_without_control_groups_the_affinity_alone_counts(tmp_path: Path) -> Non
     assert usable_cpus(tmp_path / "none", tmp_path / "none") == 16
 
 
-def test_on_this_machine_there_is_one_at_least() -> None:
+def test_this_machine_has_at_least_one_cpu() -> None:
     assert 1 <= usable_cpus() <= 16
 
 
@@ -84,5 +84,5 @@ def test_products_of_int8_are_for_cpus_that_have_instructions_for_them(tmp_path,
     assert multiplies_int8(info) is able
 
 
-def test_where_the_kernel_says_nothing_of_cpus_there_is_no_int8(tmp_path):
+def test_without_a_description_of_the_cpus_there_is_no_int8(tmp_path):
     assert not multiplies_int8(tmp_path / "none")

@@ -110,7 +110,7 @@ def test_zero_in_every_band_is_missing(folder):
     assert valid.sum() == valid.size - 1
 
 
-def test_what_is_wrong_with_the_folder_is_named(folder):
+def test_errors_name_the_fault_of_the_folder(folder):
     pastis = Pastis.open(folder)
     np.save(folder / "DATA_S2" / "S2_10001.npy", np.ones((5, 10, 8, 8), np.int16))
     with pytest.raises(PastisError, match="5 images but 2 dates"):

@@ -53,7 +53,7 @@ def test_dates_come_from_tags_or_names_and_ascend(tmp_path):
     assert valid.all()
 
 
-def test_scl_decides_and_zero_is_missing(tmp_path):
+def test_scl_determines_validity_and_zero_is_missing(tmp_path):
     scl = np.array([[4, 5, 6, 7, 8], [0, 1, 2, 3, 11], [4] * 5, [4] * 5], dtype=np.uint16)
     red = layer(500)
     red[2, 2] = 0
@@ -84,7 +84,7 @@ def test_offset_and_scale_are_applied_to_valid_values(tmp_path):
     assert values == pytest.approx(0.15)
 
 
-def test_what_is_no_stack_is_named(tmp_path):
+def test_a_folder_that_is_not_a_stack_is_named_in_the_error(tmp_path):
     write(tmp_path / "x.tif", {"B04": layer(1)})
     with pytest.raises(StackError, match="no GeoTIFF with a date"):
         read_stack(tmp_path)
@@ -130,7 +130,7 @@ def test_pixels_are_the_scene_row_by_row():
     assert pixels.labels[row * 5 + col] == fields[row, col] * 10
 
 
-def test_flanders_is_what_rasterio_reads(shared_data):
+def test_flanders_is_read_as_by_rasterio(shared_data):
     folder = shared_data / "flanders_2017_2018"
     scene = read_stack(folder, labels=folder / "LABEL_LC.tif")
     assert len(scene.dates) == 118

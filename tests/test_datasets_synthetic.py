@@ -24,7 +24,7 @@ def ndvi(values: np.ndarray) -> np.ndarray:
     return (values[..., 3] - values[..., 2]) / (values[..., 3] + values[..., 2])
 
 
-def test_a_season_is_half_risen_on_its_day():
+def test_greenness_is_halfway_on_the_day_of_the_rise():
     days = np.arange(365.0)
     season = double_logistic(days, rise=100, fall=250, speed=0.1)
     assert season[100] == pytest.approx(0.5, abs=1e-3)
@@ -81,7 +81,7 @@ def test_pixels_are_split_by_field():
     assert not held & set(pixels.places[~pixels.validation])
 
 
-def test_classes_can_be_told_apart_by_nearest_mean():
+def test_classes_can_be_separated_by_nearest_mean():
     pixels = make_pixels(make_scene(size=48, dates=DATES, fields=60, seed=7, clouds=0.0))
     pixels = replace(pixels, values=np.nan_to_num(pixels.values))
     assert pixels.labels is not None

@@ -113,7 +113,7 @@ def test_an_image_holds_all_of_our_code_that_it_runs(tmp_path, file, command):
     assert str(ROOT) not in done.stdout
 
 
-def test_the_builder_is_sent_what_is_copied_and_nothing_else():
+def test_the_build_context_holds_only_what_is_copied():
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"
@@ -156,7 +156,7 @@ def answering(status: int) -> Iterator[tuple[int, list[str]]]:
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
-def test_the_health_check_of_the_image_goes_by_readiness(status, healthy):
+def test_the_health_check_of_the_image_requests_readiness(status, healthy):
     found = re.search(r"^HEALTHCHECK .*?CMD (\[.*\])$", DOCKERFILES["service"], re.MULTILINE)
     assert found
     _, *command = json.loads(found[1])
@@ -269,7 +269,7 @@ def test_serving_needs_no_torch():
     assert not {"torch", "scikit-learn", "scipy"} & set(required(EXTRAS["service"]))
 
 
-def test_cuda_is_of_the_version_that_onnx_runtime_asks_for(pinned):
+def test_cuda_is_of_the_version_that_onnx_runtime_requires(pinned):
     asked = required(["onnxruntime-gpu[cuda,cudnn]"])
     cuda = {name: r for name, r in asked.items() if name.startswith("nvidia-")}
     assert "nvidia-cudnn-cu13" in cuda
@@ -297,7 +297,7 @@ def test_a_lock_file_has_each_package_once_at_the_pinned_version(path, pinned):
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
-def test_a_lock_file_is_whole(path):
+def test_a_lock_file_is_complete(path):
     """`--no-deps` installs it: what its packages need must be in it."""
     direct = script("lock").locks()[path.stem]
     # torch for the CPU, as it may be installed here, names none of its CUDA packages.
@@ -389,7 +389,7 @@ def test_every_setting_can_be_set_and_no_other(name, compose):
 
 
 @pytest.mark.parametrize("name", SERVING)
-def test_what_compose_sets_by_default_makes_settings(name, compose, monkeypatch):
+def test_the_defaults_of_compose_are_valid_settings(name, compose, monkeypatch):
     for variable, value in compose["services"][name]["environment"].items():
         monkeypatch.setenv(variable, re.sub(r"\$\{\w+:-(.*)\}", r"\1", str(value)))
     settings = Settings()
@@ -403,7 +403,7 @@ def test_the_open_files_suffice_for_the_connections(compose):
         assert compose["services"][name]["ulimits"]["nofile"] > 4 * connections
 
 
-def test_a_stop_waits_for_the_requests_under_way(compose):
+def test_a_stop_waits_for_the_running_requests(compose):
     grace = Settings.model_fields["grace_seconds"].default
     for name in SERVING:
         assert int(compose["services"][name]["stop_grace_period"].removesuffix("s")) > grace

@@ -66,7 +66,7 @@ def test_generated_pages_are_current(name: str) -> None:
     assert PAGES[f"docs/{name}"] == GENERATED[name](), "run `python docs/generate.py`"
 
 
-def test_every_form_of_input_names_a_test_that_is_there() -> None:
+def test_every_form_of_input_names_an_existing_test() -> None:
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", PAGES["docs/reference/inputs.md"])
     assert len(named) > 25
     for file, test in named:

@@ -115,7 +115,7 @@ OUTSIDE = ["bytes=100-", "bytes=100-101", "bytes=-0", "bytes=9999999999999999999
 
 
 @pytest.mark.parametrize("header", [*MALFORMED, *OUTSIDE, "bytes=²-3", "bytes=0-1,x"])
-def test_what_is_no_range_of_the_file_is_an_error(header: str) -> None:
+def test_a_range_outside_the_file_is_an_error(header: str) -> None:
     with pytest.raises(InvalidRange):
         chosen_range(header, 100)
 
@@ -322,7 +322,7 @@ def deaf(host: str, port: int, path: str, **headers: str) -> socket.socket:
     return connection
 
 
-def test_readers_are_bounded_for_each_caller_and_in_all(
+def test_the_number_of_readers_is_bounded_per_caller_and_in_total(
     zoo: Path, files: Files, tmp_path: Path
 ) -> None:
     with served(
@@ -374,7 +374,7 @@ def enlarge(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["class.tif", "document.json"])
-def test_readers_who_never_read_cost_neither_memory_nor_disk(
+def test_clients_that_never_read_cost_neither_memory_nor_disk(
     zoo: Path, files: Files, tmp_path: Path, name: str
 ) -> None:
     """As copies, or in memory, what sixteen readers are owed would be 768 MB."""
@@ -402,7 +402,7 @@ def test_readers_who_never_read_cost_neither_memory_nor_disk(
         assert len(api.get(f"/jobs/{job}/result", headers=accept).content) > MEGABYTES * 2**20
 
 
-def test_a_reader_who_never_reads_is_cut(
+def test_a_client_that_never_reads_is_disconnected(
     zoo: Path, files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with served(model_dir=zoo, state_dir=tmp_path, send_seconds=0.3) as api:

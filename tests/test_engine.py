@@ -65,7 +65,7 @@ def direct(zoo, name, feeds):
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 1000])
 @pytest.mark.parametrize("name", ["pixels-landcover", "forecast-vi", "embed-pixel"])
-def test_pixels_as_the_runtime_alone_answers(engine, zoo, name, count):
+def test_pixels_equal_the_output_of_onnx_runtime(engine, zoo, name, count):
     values, valid, days = series(count)
     found = engine.models[name].pixels(values, valid, days)
     expected = direct(zoo, name, {"values": values, "valid": valid, "days": days})
@@ -75,13 +75,13 @@ def test_pixels_as_the_runtime_alone_answers(engine, zoo, name, count):
 
 @pytest.mark.parametrize("count", [1, 8, 19])
 @pytest.mark.parametrize("name", ["landcover-eurosat", "embed-patch"])
-def test_patches_as_the_runtime_alone_answers(engine, zoo, name, count):
+def test_patches_equal_the_output_of_onnx_runtime(engine, zoo, name, count):
     patches = np.random.default_rng(1).random((count, 3, 64, 64), np.float32)
     found = engine.models[name].patches(patches)
     np.testing.assert_allclose(found, direct(zoo, name, {"patches": patches}), rtol=1e-5)
 
 
-def test_views_and_other_number_types_are_taken(engine):
+def test_views_and_other_number_types_are_accepted(engine):
     values, valid, days = series(300)
     model = engine.models["pixels-landcover"]
     turned = np.asfortranarray(values).astype(np.float64)
@@ -92,13 +92,13 @@ def test_views_and_other_number_types_are_taken(engine):
     )
 
 
-def test_nothing_asked_nothing_answered(engine):
+def test_no_pixels_give_no_predictions(engine):
     values, valid, days = series(0)
     assert engine.models["pixels-landcover"].pixels(values, valid, days).shape == (0, 3)
     assert engine.models["forecast-vi"].pixels(values, valid, days).shape == (0, 3, 3, 3)
 
 
-def test_a_pixel_without_dates_is_nan_and_leaves_its_neighbours_alone(engine):
+def test_a_pixel_without_dates_is_nan_and_does_not_affect_others(engine):
     values, valid, days = series(600)
     model = engine.models["pixels-landcover"]
     before = model.pixels(values, valid, days)
@@ -109,7 +109,7 @@ def test_a_pixel_without_dates_is_nan_and_leaves_its_neighbours_alone(engine):
     np.testing.assert_allclose(np.delete(after, 100, 0), np.delete(before, 100, 0), rtol=1e-6)
 
 
-def test_callers_at_the_same_time_get_their_own_answers(engine, zoo):
+def test_concurrent_callers_get_their_own_predictions(engine, zoo):
     model = engine.models["pixels-landcover"]
     asked = [series(700, dates=3 + n, seed=n) for n in range(6)]
     with ThreadPoolExecutor(6) as pool:
@@ -127,7 +127,7 @@ def test_any_number_of_pixels_has_the_predictions_of_the_runtime_itself(engine, 
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_the_runtime_failing_is_our_error_with_its_cause_and_without_its_words(engine):
+def test_a_runtime_error_is_an_internal_error_without_the_runtimes_message(engine):
     values, valid, days = series(600, dates=5)
     with pytest.raises(InternalError, match=r"pixels-brittle@0\.0\.1") as caught:
         engine.models["pixels-brittle"].pixels(values[:1], valid[:1], days)
@@ -152,7 +152,7 @@ def test_find_by_name_version_and_default(engine):
 
 
 @pytest.mark.parametrize("reference", ["no-such", "forecast-vi@9.9.9"])
-def test_an_unknown_model_is_told_what_there_is(engine, reference):
+def test_an_unknown_model_is_an_error_that_lists_the_models(engine, reference):
     with pytest.raises(UnknownModel, match=rf"'{reference}'.*forecast-vi@0\.0\.1"):
         engine.find(reference, "forecast")
 
@@ -177,7 +177,9 @@ LEGEND = [{"value": v, "name": str(v), "color": "#000000"} for v in range(4)]
         ({"classes": LEGEND}, r"'probabilities' has shape \(3,\).*\(4,\)"),
     ],
 )
-def test_a_bundle_that_is_not_its_card_is_refused_and_the_others_serve(tmp_path, change, says):
+def test_a_bundle_that_differs_from_its_card_is_rejected_and_others_are_served(
+    tmp_path, change, says
+):
     write_bundle(tmp_path, "good", "classify-pixels", "pixel")
     write_bundle(tmp_path, "bad", "classify-pixels", "pixel", **change)
     with Engine(Registry.load(tmp_path), providers="cpu", threads=1) as engine:
@@ -251,7 +253,7 @@ def no_number(model):
         (no_number, r"for a plausible pixel, 'probabilities' holds NaN or infinity"),
     ],
 )
-def test_a_graph_that_cannot_serve_is_refused_and_the_others_serve(tmp_path, change, says):
+def test_an_unusable_graph_is_rejected_and_others_are_served(tmp_path, change, says):
     write_bundle(tmp_path, "good", "embed", "pixel")
     changed(write_bundle(tmp_path, "bad", "classify-pixels", "pixel"), change)
     with Engine(Registry.load(tmp_path), providers="cpu", threads=1) as engine:
@@ -321,7 +323,7 @@ def test_weights_outside_a_bundles_folder_are_never_read(tmp_path, how, place):
         )
 
 
-def test_quantiles_that_do_not_ascend_are_refused(tmp_path):
+def test_quantiles_that_do_not_ascend_are_rejected(tmp_path):
     def descending(model):
         steps = next(c for c in model.graph.initializer if c.name == "steps")
         steps.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(steps), "steps"))
@@ -331,7 +333,7 @@ def test_quantiles_that_do_not_ascend_are_refused(tmp_path):
         assert "the quantiles do not ascend" in engine.refused["bad"]
 
 
-def test_a_graph_of_another_task_is_refused(tmp_path):
+def test_a_graph_of_another_task_is_rejected(tmp_path):
     folder = write_bundle(tmp_path, "embed", "embed", "pixel")
     card = json.loads((folder / "card.json").read_text())
     del card["embedding"]
@@ -341,7 +343,7 @@ def test_a_graph_of_another_task_is_refused(tmp_path):
         assert "returns embedding, the card states probabilities" in engine.refused["embed"]
 
 
-def test_what_the_registry_refused_is_said_too(tmp_path):
+def test_bundles_rejected_by_the_registry_are_listed_too(tmp_path):
     (write_bundle(tmp_path, "torn", "embed", "pixel") / "model.onnx").write_bytes(b"no")
     write_bundle(tmp_path, "good", "embed", "pixel")
     with Engine(Registry.load(tmp_path), providers="cpu", threads=1) as engine:
@@ -349,7 +351,7 @@ def test_what_the_registry_refused_is_said_too(tmp_path):
         assert set(engine.models) == {"good"}
 
 
-def test_a_file_that_is_no_graph_is_refused(tmp_path):
+def test_a_file_that_is_not_a_graph_is_rejected(tmp_path):
     folder = write_bundle(tmp_path, "junk", "embed", "pixel")
     (folder / "model.onnx").write_bytes(b"this is no graph")
     sha = sha256_of(folder / "model.onnx")
@@ -370,7 +372,7 @@ def test_the_provider_stated_is_the_one_that_the_session_got(zoo):
         assert {m.provider for m in engine.models.values()} == got
 
 
-def test_cuda_is_had_or_refused_but_never_replaced(zoo):
+def test_cuda_is_used_or_an_error_but_never_replaced(zoo):
     with Engine(Registry.load(zoo), providers="auto", threads=1) as engine:
         there = engine.provider == CUDA
     if there:
@@ -409,7 +411,7 @@ def test_reflectance_goes_into_a_float16_graph_as_float16(tmp_path):
     assert 0 < np.nanmax(np.abs(got - want)) < 2e-3
 
 
-def test_the_variant_that_costs_nothing_is_taken(zoo, monkeypatch):
+def test_the_variant_with_a_negligible_loss_is_used(zoo, monkeypatch):
     monkeypatch.setattr("service.infer.session.multiplies_int8", lambda: True)
     assert pick_variant(card_with(zoo), CPU) == "float32"
     assert pick_variant(card_with(zoo, float16={"accuracy": 0.0}), CUDA) == "float16"
@@ -424,7 +426,7 @@ def test_the_variant_that_costs_nothing_is_taken(zoo, monkeypatch):
     assert pick_variant(card_with(zoo, int8={"accuracy": 0.01}), CPU) == "float32"
 
 
-def test_float32_is_had_where_it_is_asked_for(monkeypatch):
+def test_float32_is_used_if_requested(monkeypatch):
     monkeypatch.setattr("service.infer.session.multiplies_int8", lambda: True)
     bundle = Registry.load(ZOO).bundles["pixels-landcover"]
     assert open_session(bundle, CPU).variant == "int8"
@@ -480,7 +482,7 @@ def test_on_a_device_batches_are_padded_to_few_shapes(zoo, engine):
     assert device.sizes[1:] == [PIXEL_BATCH[CUDA], 1024]
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(zoo, engine):
+def test_out_of_memory_halves_the_batch_and_the_run_continues(zoo, engine):
     model, device = on_a_device(zoo, most=2048)
     values, valid, days = series(5000)
     found = model.pixels(values, valid, days)
@@ -489,7 +491,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(zoo, engine):
     assert device.sizes[1:] == [8192, 4096, 2048, 2048, 1024]
 
 
-def test_another_fault_of_the_device_is_no_reason_to_halve(zoo):
+def test_another_device_fault_does_not_halve_the_batch(zoo):
     model, device = on_a_device(zoo, most=10**9, fault=InvalidArgument("wrong rank"))
     with pytest.raises(InternalError):
         model.pixels(*series(100))
@@ -497,7 +499,7 @@ def test_another_fault_of_the_device_is_no_reason_to_halve(zoo):
     assert model.failing
 
 
-def test_a_fault_that_passes_is_tried_once_more_and_noticed_by_nobody(zoo, engine):
+def test_a_transient_fault_is_retried_once_without_an_error(zoo, engine):
     model, _ = on_a_device(zoo, most=10**9, fault=Fail("CUDA failure 719"), times=1)
     values, valid, days = series(5000)
     found = model.pixels(values, valid, days)
@@ -506,7 +508,7 @@ def test_a_fault_that_passes_is_tried_once_more_and_noticed_by_nobody(zoo, engin
     assert not model.failing
 
 
-def test_a_device_that_failed_and_answers_again_is_failing_no_more(zoo):
+def test_a_device_that_works_again_is_not_failing(zoo):
     model, _ = on_a_device(zoo, most=10**9, fault=Fail("CUDA failure 719"), times=2)
     with pytest.raises(InternalError):
         model.pixels(*series(10))
@@ -526,7 +528,7 @@ def test_a_device_without_numbers_where_the_cpu_has_them_is_reported(zoo, hole):
         model.pixels(values, valid, days)
 
 
-def test_a_device_that_answers_otherwise_than_the_cpu_is_refused(zoo):
+def test_a_device_that_differs_from_the_cpu_is_rejected(zoo):
     class Reversed(SmallDevice):
         def run(self, names, feeds, options=None):
             return [answer[:, ::-1] for answer in super().run(names, feeds)]
@@ -578,7 +580,7 @@ np.save(target, answer)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
 @pytest.mark.parametrize("how", ["arena", "system"])
-def test_real_want_of_memory_halves_the_batch_and_changes_no_answer(tmp_path, how):
+def test_real_lack_of_memory_halves_the_batch_and_changes_no_prediction(tmp_path, how):
     values, valid, days = series(600, dates=40)
     days *= 9
     np.savez(tmp_path / "given.npz", values=values, valid=valid, days=days)
@@ -629,7 +631,7 @@ print(full - left)
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc"
 )
-def test_memory_of_a_large_batch_is_given_back_after_a_while() -> None:
+def test_memory_of_a_large_batch_is_released_later() -> None:
     done = subprocess.run(
         [sys.executable, "-c", GIVEN_BACK],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -653,7 +655,7 @@ def test_one_run_in_ten_seconds_shrinks_the_arena(monkeypatch: pytest.MonkeyPatc
     assert [shrinking.options() is None, shrinking.options() is None] == [False, True]
 
 
-def test_the_runtime_leaves_no_trace_and_reports_to_nobody(tmp_path: Path) -> None:
+def test_the_runtime_sends_no_telemetry(tmp_path: Path) -> None:
     # It is silent by itself where it believes to be under test.
     told = {k: v for k, v in os.environ.items() if k not in {"ORT_DISABLE_TELEMETRY", "CI"}}
     for module, traces in (("onnxruntime", 1), ("service.infer.engine", 0)):

@@ -27,7 +27,7 @@ def test_every_status_has_its_error_and_no_two_share_a_code() -> None:
     assert set(codes) == set(STATUS)
 
 
-def test_every_error_says_its_own_title() -> None:
+def test_every_error_has_a_title_of_its_own() -> None:
     for kind in every_error():
         if kind.__name__ not in GROUPS:
             assert kind.title.lower().replace(" ", "_") == kind.code or kind.code in {

@@ -222,7 +222,7 @@ def test_classes_are_those_of_the_mean_probability(
 
 
 @pytest.mark.parametrize("task", ["landcover", "embed"])
-def test_models_of_patches_name_what_predicts_for_fields(
+def test_models_of_patches_are_rejected_with_an_alternative(
     api: httpx.Client, stack: list[SourceFile], task: str
 ) -> None:
     data = {"modality": "patch"} if task == "embed" else {}
@@ -262,7 +262,7 @@ def test_a_forecast_is_that_of_the_fields_own_mean_series(
     assert found["under clouds"]["status"] == "no_data"
 
 
-def test_windows_give_what_the_whole_gives(
+def test_results_do_not_depend_on_the_windows(
     zoo: Path, stack: list[SourceFile], tmp_path: Path
 ) -> None:
     fields = fields_of(list(SHAPES.values()))
@@ -361,7 +361,7 @@ def test_geoparquet_is_read_by_geopandas(
     assert all(a.distance(b) < 1e-3 for a, b in zip(moved, SHAPES.values(), strict=True))
 
 
-def test_a_job_gives_what_the_request_gives(api: httpx.Client, stack: list[SourceFile]) -> None:
+def test_a_job_gives_the_result_of_the_request(api: httpx.Client, stack: list[SourceFile]) -> None:
     plain = posted(api, stack, fields=collection()).json()["features"]
     files: list[Any] = [("files", (s.name, s.path.read_bytes())) for s in stack]
     files.append(("fields", ("fields.geojson", json.dumps(collection()).encode())))
@@ -384,7 +384,9 @@ def codes(answer: httpx.Response) -> list[str]:
     return [one["code"] for one in answer.json()["warnings"]]
 
 
-def test_faulty_features_lose_nothing_else(api: httpx.Client, stack: list[SourceFile]) -> None:
+def test_invalid_features_do_not_affect_the_others(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
     bow = Polygon([at(4, 4), at(12, 12), at(12, 4), at(4, 12)])
     point = shapely.Point(at(5, 5))
     document = collection({"good": square(2, 3, 6), "bow": bow, "point": point})
@@ -414,7 +416,7 @@ def test_faulty_features_lose_nothing_else(api: httpx.Client, stack: list[Source
          "too_many_fields"),
     ],
 )  # fmt: skip
-def test_what_holds_no_fields_is_a_problem(
+def test_a_file_without_fields_is_rejected(
     api: httpx.Client, stack: list[SourceFile], content: bytes, code: str
 ) -> None:
     answer = posted(api, stack, fields=("fields.bin", content))
@@ -423,7 +425,7 @@ def test_what_holds_no_fields_is_a_problem(
     assert "fields.bin" in answer.json()["detail"]
 
 
-def test_points_and_fields_do_not_go_together(api: httpx.Client, stack: list[SourceFile]) -> None:
+def test_points_and_fields_exclude_each_other(api: httpx.Client, stack: list[SourceFile]) -> None:
     point = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [3, 51]}}
     points = json.dumps({"type": "FeatureCollection", "features": [point]})
     answer = posted(api, stack, fields=collection(), points=points)
@@ -431,12 +433,12 @@ def test_points_and_fields_do_not_go_together(api: httpx.Client, stack: list[Sou
     assert "points" in answer.json()["detail"]
 
 
-def test_patch_models_have_no_pixels_of_fields(api: httpx.Client, stack: list[SourceFile]) -> None:
+def test_patch_models_are_rejected_for_fields(api: httpx.Client, stack: list[SourceFile]) -> None:
     answer = posted(api, stack, "embed", fields=collection(), modality="patch")
     assert answer.json()["code"] in {"invalid_request", "missing_bands"}
 
 
-def test_a_file_is_not_what_its_name_says(tmp_path: Path) -> None:
+def test_the_content_determines_the_format_not_the_name(tmp_path: Path) -> None:
     path = tmp_path / "x.geojson"
     frame().to_file(tmp_path / "y.gpkg", driver="GPKG")
     (tmp_path / "y.gpkg").rename(path)
@@ -445,7 +447,7 @@ def test_a_file_is_not_what_its_name_says(tmp_path: Path) -> None:
         read_fields(SourceFile(name="x.geojson", path=path), 3)
 
 
-def test_a_geopackage_without_geometry_is_refused(tmp_path: Path) -> None:
+def test_a_geopackage_without_geometry_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "x.gpkg"
     pyogrio.write_dataframe(pd.DataFrame({"a": [1]}), path, driver="GPKG")
     with pytest.raises(NotAVectorFile, match="0 layers with geometry"):

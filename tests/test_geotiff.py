@@ -39,7 +39,7 @@ def opened(*files: SourceFile, max_bytes: int = 2**24, **options: object):
     return open_stack(files, StackOptions(**options), bands=BANDS, max_bytes=max_bytes)
 
 
-def test_a_vrt_that_names_another_file_never_opens(tmp_path: Path) -> None:
+def test_a_vrt_that_names_another_file_is_never_opened(tmp_path: Path) -> None:
     inside = scene(tmp_path / "secret.tif")
     vrt = tmp_path / "stack.tif"
     vrt.write_text(
@@ -54,27 +54,27 @@ def test_a_vrt_that_names_another_file_never_opens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"II", b"\x89PNG\r\n\x1a\n", b"not a raster", b"MM\0\x2c"]
 )
-def test_other_files_are_refused_by_their_first_bytes(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_rejected_by_their_first_bytes(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.tif").write_bytes(content)
     with pytest.raises(NotAGeoTIFF, match=r"'x\.tif'"):
         opened(SourceFile(name="x.tif", path=tmp_path / "x.tif"))
 
 
-def test_a_folder_or_nothing_is_no_geotiff(tmp_path: Path) -> None:
+def test_a_folder_or_missing_file_is_not_a_geotiff(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing.tif", Path("/vsimem/x.tif")):
         with pytest.raises(NotAGeoTIFF, match="cannot be read") as caught:
             opened(SourceFile(name="x.tif", path=path))
         assert str(tmp_path) not in caught.value.detail
 
 
-def test_a_tiff_without_a_directory_is_no_geotiff(tmp_path: Path) -> None:
+def test_a_tiff_without_a_directory_is_not_a_geotiff(tmp_path: Path) -> None:
     (tmp_path / "x.tif").write_bytes(b"II*\0" + struct.pack("<I", 8) + b"\0" * 20)
     with pytest.raises(NotAGeoTIFF, match="no header") as caught:
         opened(SourceFile(name="x.tif", path=tmp_path / "x.tif"))
     assert caught.value.__cause__ is not None
 
 
-def test_complex_numbers_are_refused(tmp_path: Path) -> None:
+def test_complex_numbers_are_rejected(tmp_path: Path) -> None:
     file = scene(tmp_path / "x.tif", bands=np.ones((3, 4, 4), np.complex64))
     with pytest.raises(NotAGeoTIFF, match="complex64"):
         opened(file)
@@ -97,7 +97,7 @@ def test_no_sidecar_is_read(tmp_path: Path) -> None:
     assert not header.masked
 
 
-def test_a_georeference_that_was_worked_out_once_serves_the_files_that_write_the_same(
+def test_equal_georeferences_are_parsed_once(
     tmp_path: Path,
 ) -> None:
     places = [
@@ -137,7 +137,7 @@ def test_the_block_cache_is_bounded_and_as_large_as_any_reader_needs() -> None:
 
 @pytest.mark.parametrize("block_bytes", [0, 2**20])
 @pytest.mark.parametrize("count", [0, 1, 8, 9, 100])
-def test_files_are_worked_on_in_gdals_options_and_come_back_in_order(
+def test_results_of_files_are_in_order_and_made_inside_gdals_options(
     count: int, block_bytes: int
 ) -> None:
     def work(number: int) -> tuple[int, str]:
@@ -154,7 +154,7 @@ def test_no_georeference(tmp_path: Path) -> None:
         opened(scene(tmp_path / "b.tif", transform=Affine.identity()))
 
 
-def test_the_limit_is_judged_from_headers(tmp_path: Path) -> None:
+def test_the_size_limit_is_checked_from_headers(tmp_path: Path) -> None:
     file = scene(tmp_path / "x.tif")
     decoded = 40 * 30 * 3 * 2
     opened(file, max_bytes=decoded)
@@ -164,13 +164,15 @@ def test_the_limit_is_judged_from_headers(tmp_path: Path) -> None:
     assert f"limit is {decoded - 1}" in caught.value.detail
 
 
-def test_bands_that_are_not_needed_count_nothing(tmp_path: Path) -> None:
+def test_bands_that_are_not_needed_do_not_count(tmp_path: Path) -> None:
     five = np.concatenate([pixels(), pixels()])
     names = [*BANDS, "B11", "B12", None]
     opened(scene(tmp_path / "x.tif", bands=five, descriptions=names), max_bytes=40 * 30 * 3 * 2)
 
 
-def test_a_small_file_that_claims_a_huge_raster_is_refused_unread(tmp_path: Path) -> None:
+def test_a_small_file_that_declares_a_huge_raster_is_rejected_before_it_is_read(
+    tmp_path: Path,
+) -> None:
     file = scene(tmp_path / "x.tif")
     huge = {256: 200_000, 257: 200_000}  # ImageWidth, ImageLength
     file.path.write_bytes(_with_tags(file.path.read_bytes(), huge))
@@ -178,7 +180,9 @@ def test_a_small_file_that_claims_a_huge_raster_is_refused_unread(tmp_path: Path
         opened(file)
 
 
-def test_a_small_file_that_claims_a_huge_strip_is_refused_unread(tmp_path: Path) -> None:
+def test_a_small_file_that_declares_a_huge_strip_is_rejected_before_it_is_read(
+    tmp_path: Path,
+) -> None:
     # Compressed: of a strip that is not, GDAL makes small blocks by itself.
     file = scene(tmp_path / "x.tif", compress="deflate")
     claims = {256: 20_000, 257: 20_000, 278: 20_000}  # and RowsPerStrip
@@ -200,7 +204,9 @@ def _with_tags(tiff: bytes, values: dict[int, int]) -> bytes:
 
 
 @pytest.mark.parametrize("compress", ["none", "deflate", "lzw"])
-def test_pixels_that_do_not_decode_are_named(tmp_path: Path, compress: str) -> None:
+def test_pixels_that_do_not_decode_are_an_error_that_names_the_file(
+    tmp_path: Path, compress: str
+) -> None:
     good = scene(tmp_path / "a.tif")
     scene(tmp_path / "late.tif", bands=pixels(), tags={"datetime": "2021-02-05"})
     # A copy has its header first, so that the pixels alone are cut off.
@@ -230,7 +236,7 @@ def test_of_many_files_the_first_that_fails_is_named(tmp_path: Path) -> None:
         opened(*files)
 
 
-def test_a_file_gone_since_is_corrupt(tmp_path: Path) -> None:
+def test_a_file_that_was_removed_is_an_error(tmp_path: Path) -> None:
     file = scene(tmp_path / "a.tif")
     stack = opened(file)
     file.path.unlink()
@@ -238,7 +244,7 @@ def test_a_file_gone_since_is_corrupt(tmp_path: Path) -> None:
         reader.read(Window(0, 0, 30, 40))
 
 
-def test_tags_in_no_utf8_do_no_harm(tmp_path: Path) -> None:
+def test_tags_that_are_not_utf_8_are_ignored(tmp_path: Path) -> None:
     file = scene(tmp_path / "x_20210105.tif", tags={"place": "Lièges"})
     content = file.path.read_bytes()
     file.path.write_bytes(content.replace("è".encode(), b"\xe8\xe8"))
@@ -247,7 +253,7 @@ def test_tags_in_no_utf8_do_no_harm(tmp_path: Path) -> None:
 
 # rasterio's own log callback cannot decode some of what GDAL says of such files; it goes on.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_damaged_files_give_our_errors_alone(tmp_path: Path) -> None:
+def test_damaged_files_raise_only_errors_of_the_service(tmp_path: Path) -> None:
     """Bytes changed at random, mostly in the header: a plain answer or one of our errors."""
     file = scene(tmp_path / "x.tif", compress="deflate", nodata=0)
     whole = file.path.read_bytes()

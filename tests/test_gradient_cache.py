@@ -64,7 +64,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch():
         torch.testing.assert_close(found, expected)
 
 
-def test_the_second_pass_drops_what_the_first_did():
+def test_dropout_is_the_same_in_both_passes():
     network = Two(dropout=0.5)
     seen: list[torch.Tensor] = []
     network.left.register_forward_hook(lambda _m, _i, out: seen.append(out.detach()))
@@ -74,7 +74,7 @@ def test_the_second_pass_drops_what_the_first_did():
     assert any((part == 0).any() for part in first)
 
 
-def test_statistics_are_remembered_once():
+def test_statistics_are_updated_once():
     chunked, plain = Two(normed=True), Two(normed=True)
     run(chunked, chunk=11)
     for rows in (slice(0, 11), slice(11, 22)):

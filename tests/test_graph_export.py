@@ -88,7 +88,7 @@ def answers(graph: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_a_folded_graph_answers_as_the_graph(told: dict[str, Any], precision: Precision) -> None:
+def test_a_folded_graph_equals_the_graph(told: dict[str, Any], precision: Precision) -> None:
     graph = pixel_graph(**told)
     if precision == "int8":
         round_plots(graph)
@@ -102,7 +102,7 @@ def test_a_folded_graph_answers_as_the_graph(told: dict[str, Any], precision: Pr
     assert isinstance(graph.encoder, PixelEncoder)
 
 
-def test_what_is_folded_holds_nothing_but_products_and_sums() -> None:
+def test_a_folded_graph_holds_only_products_and_sums() -> None:
     kinds = {type(module) for module in FoldedEncoder(pixel_graph().encoder).modules()}
     assert not kinds & {nn.Linear, nn.Dropout, ChannelNorm}
 
@@ -205,7 +205,7 @@ def test_series_are_rounded_before_their_plots_are_made(small: tuple[PixelGraph,
     assert types[plots.output[0]] == onnx.TensorProto.UINT8
 
 
-def test_int8_answers_nearly_as_float32(small: tuple[PixelGraph, Path]) -> None:
+def test_int8_predictions_are_close_to_float32(small: tuple[PixelGraph, Path]) -> None:
     graph, path = small
     inputs = pixel_inputs(graph, BATCH, 30)
     want = answers(graph, inputs).numpy()
@@ -215,7 +215,7 @@ def test_int8_answers_nearly_as_float32(small: tuple[PixelGraph, Path]) -> None:
     assert check_parity_int8(graph, path, inputs) == pytest.approx(off.mean(), rel=0.3)
 
 
-def test_int8_knows_who_has_no_answer(small: tuple[PixelGraph, Path]) -> None:
+def test_int8_returns_nan_for_pixels_without_a_date(small: tuple[PixelGraph, Path]) -> None:
     graph, path = small
     inputs = pixel_inputs(graph, 9, 30)
     inputs["valid"][[2, 5]] = False

@@ -75,7 +75,7 @@ def test_geographic_area_uses_the_ellipsoid_and_the_unit_of_the_crs() -> None:
     assert areas == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_whole_sphere_comes_out() -> None:
+def test_pixels_of_the_globe_sum_to_its_area() -> None:
     whole = grid("+proj=longlat +R=6371000", Affine(1, 0, -180, 0, -1, 90), 360, 180)
     total = rows(whole, slice(None)).sum() * 360
     assert total == pytest.approx(4 * np.pi * 6371000**2 / 1e4)
@@ -216,14 +216,14 @@ def test_grids_that_differ_by_rounding_are_the_same() -> None:
         ),
     ],
 )
-def test_grids_that_differ_are_refused_with_both_sides(other: Grid, both: list[str]) -> None:
+def test_grids_that_differ_are_an_error_with_both_sides(other: Grid, both: list[str]) -> None:
     with pytest.raises(GridMismatch) as caught:
         grid("EPSG:32631", NORTH_UP).check_same("a.tif", other, "b.tif")
     for part in ["'a.tif'", "'b.tif'", *both]:
         assert part in caught.value.detail
 
 
-def test_crs_without_an_epsg_code_compare_by_what_they_are() -> None:
+def test_crs_without_an_epsg_code_are_compared_by_definition() -> None:
     sinusoidal = grid("+proj=sinu +R=6371007.181 +units=m", NORTH_UP)
     sinusoidal.check_same("a", grid("+proj=sinu +R=6371007.181 +units=m", NORTH_UP), "b")
     with pytest.raises(GridMismatch, match="CRS"):

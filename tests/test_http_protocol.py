@@ -95,7 +95,7 @@ def test_a_flood_of_headers_is_cut_off(api: httpx.Client, begin: bytes, piece: b
     assert metric(api, 'pimc_connections_given_up_total{reason="header_too_large"}') >= 1
 
 
-def test_a_head_a_little_over_the_limit_is_answered_by_a_problem(api: httpx.Client) -> None:
+def test_a_head_a_little_over_the_limit_is_a_problem_response(api: httpx.Client) -> None:
     with connected(api) as connection:
         head = b"GET /health/live HTTP/1.1\r\nHost: a\r\nX-One: " + b"a" * 2**16 + b"\r\n\r\n"
         connection.sendall(head)
@@ -106,7 +106,7 @@ def test_a_head_below_the_limit_passes(api: httpx.Client) -> None:
     assert api.get("/health/live", headers={"X-One": "a" * 60_000}).status_code == 200
 
 
-def test_a_whole_request_in_one_read_is_no_long_head(api: httpx.Client) -> None:
+def test_a_complete_request_in_one_read_is_not_a_long_head(api: httpx.Client) -> None:
     with connected(api) as connection:
         filler = json.dumps({**SERIES, "filler": "a" * 100_000}).encode()
         connection.sendall(
@@ -116,19 +116,19 @@ def test_a_whole_request_in_one_read_is_no_long_head(api: httpx.Client) -> None:
         assert problem(rest_of(connection)) == (422, "invalid_request")
 
 
-def test_a_long_target_is_answered_by_a_problem(api: httpx.Client) -> None:
+def test_a_long_target_is_a_problem_response(api: httpx.Client) -> None:
     with connected(api) as connection:
         connection.sendall(b"GET /" + b"a" * 10_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n")
         assert problem(rest_of(connection)) == (414, "uri_too_long")
 
 
-def test_what_is_not_http_is_answered_by_a_problem(api: httpx.Client) -> None:
+def test_a_request_that_is_not_http_is_a_problem_response(api: httpx.Client) -> None:
     with connected(api) as connection:
         connection.sendall(b"\x16\x03\x01 a handshake of TLS\r\n\r\n")
         assert problem(rest_of(connection)) == (400, "malformed_request")
 
 
-def test_half_a_head_is_given_up_and_so_is_none(zoo: Path) -> None:
+def test_an_incomplete_or_missing_head_is_ended_in_time(zoo: Path) -> None:
     with (
         served(model_dir=zoo, head_seconds=0.5) as api,
         connected(api) as half,
@@ -147,7 +147,7 @@ def test_a_second_request_of_a_connection_has_its_time_too(zoo: Path) -> None:
         assert b'"head_stalled"' in rest_of(connection)
 
 
-def test_idle_connections_make_room_and_health_still_answers(zoo: Path) -> None:
+def test_idle_connections_are_closed_so_that_health_is_served(zoo: Path) -> None:
     with served(
         model_dir=zoo, max_connections=40, max_connections_per_address=40, head_seconds=300
     ) as api:
@@ -165,7 +165,7 @@ def test_idle_connections_make_room_and_health_still_answers(zoo: Path) -> None:
                 connection.close()
 
 
-def test_where_every_connection_has_a_request_the_next_is_rejected(zoo: Path) -> None:
+def test_a_connection_is_rejected_if_all_have_requests(zoo: Path) -> None:
     # Bodies that never come hold each of them.
     begin = b"POST /embed HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
     with served(model_dir=zoo, max_connections_per_address=3) as api:

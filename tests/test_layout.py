@@ -65,7 +65,7 @@ def one_date(path: Path, t: int, names: Sequence[str] = ("B08", "B02", "B04"), *
 # --- file-per-date --------------------------------------------------------------------------
 
 
-def test_a_file_a_date_in_any_order(tmp_path: Path) -> None:
+def test_one_file_per_date_is_read_in_any_order(tmp_path: Path) -> None:
     files = [
         one_date(tmp_path / "x_20210115.tif", 2),
         one_date(tmp_path / "x_20210204.tif", 3, ("B02", "B03", "B04", "B08", "SCL")),
@@ -82,7 +82,7 @@ def test_one_file_of_one_date_is_a_file_per_date(tmp_path: Path) -> None:
     assert (stack.layout, stack.dates) == ("file-per-date", (D1,))
 
 
-def test_bands_come_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_bands_are_in_the_requested_order(tmp_path: Path) -> None:
     stack = opened([one_date(tmp_path / "x_20210105.tif", 1)], bands=("B08", "B02"))
     assert told(stack) == [[1008, 1002]]
 
@@ -167,7 +167,7 @@ def test_a_band_missing_on_one_date_is_named(tmp_path: Path) -> None:
         opened(files)
 
 
-def test_b8a_stands_in_for_b08_with_a_warning_and_never_beside_it(tmp_path: Path) -> None:
+def test_b8a_replaces_a_missing_b08_with_a_warning(tmp_path: Path) -> None:
     files = [one_date(tmp_path / "x_20210105.tif", 1, ("B02", "B04", "B8A"))]
     stack = opened(files, mask="none")
     assert told(stack) == [[1002, 1004, 1080]]
@@ -206,7 +206,7 @@ def with_names(files: Sequence[SourceFile], *names: str, **options: object) -> S
     return open_stack(files, StackOptions(bands=names, **options), bands=NEEDED, max_bytes=2**20)
 
 
-def test_names_that_do_not_fit_the_bands_are_refused(tmp_path: Path) -> None:
+def test_names_that_do_not_fit_the_bands_are_rejected(tmp_path: Path) -> None:
     file = write(tmp_path / "20210105.tif", np.ones((4, 2, 2), np.uint16))
     with pytest.raises(InvalidRequest, match=r"5 names but '20210105\.tif' has 4 bands"):
         with_names([file], "B02", "B03", "B04", "B08", "SCL")
@@ -256,7 +256,7 @@ def test_a_file_that_lost_its_names_is_not_left_out(tmp_path: Path) -> None:
         opened(files)
 
 
-def test_bands_of_one_date_in_several_files_come_together(tmp_path: Path) -> None:
+def test_bands_of_one_date_in_several_files_are_put_together(tmp_path: Path) -> None:
     files = []
     for t, day in ((1, "20210105"), (2, "20210115")):
         files.append(one_date(tmp_path / f"{day}_10m.tif", t))
@@ -266,14 +266,14 @@ def test_bands_of_one_date_in_several_files_come_together(tmp_path: Path) -> Non
     assert told(stack) == expected(1, 2)
 
 
-def test_a_band_twice_in_a_file_of_one_date_is_refused(tmp_path: Path) -> None:
+def test_a_band_twice_in_a_file_of_one_date_is_rejected(tmp_path: Path) -> None:
     file = one_date(tmp_path / "20210105.tif", 1, ("B02", "B04", "B08", "B04"))
     with pytest.raises(InvalidRequest, match=r"holds B04 in its bands 2 and 4") as caught:
         opened([file], layout="file-per-date")
     assert caught.value.errors[0]["field"] == "layout"
 
 
-def test_files_of_different_layouts_are_refused(tmp_path: Path) -> None:
+def test_files_of_different_layouts_are_rejected(tmp_path: Path) -> None:
     red = write(tmp_path / "b.tif", bands_of(("B04", 1), ("B04", 2)), descriptions=["B04", "B04"])
     with pytest.raises(
         InvalidRequest, match=r"'20210105\.tif' looks like file-per-date but 'b\.tif'"
@@ -293,7 +293,7 @@ def colours(folder: Path, **how: object) -> list[SourceFile]:
     return [one_band(folder / name, band, **how) for name, band in names.items()]
 
 
-def test_a_file_a_band_by_its_name(tmp_path: Path) -> None:
+def test_one_file_per_band_is_read_by_its_name(tmp_path: Path) -> None:
     stack = opened(colours(tmp_path), dates=(D3, D1, D2))
     assert (stack.layout, stack.dates) == ("file-per-band", (D1, D2, D3))
     assert stack.files == ("nir.tif", "blue.tif", "red.tif")
@@ -312,7 +312,7 @@ def test_bands_of_a_file_are_dated_by_their_tags(tmp_path: Path) -> None:
     assert opened(colours(tmp_path, band_tags=tags)).dates == (D1, D2, D3)
 
 
-def test_a_file_a_band_by_its_descriptions(tmp_path: Path) -> None:
+def test_one_file_per_band_is_read_by_its_descriptions(tmp_path: Path) -> None:
     files = [
         one_band(tmp_path / f"{n}.tif", band, descriptions=[f"{band}_{d}" for d in (D1, D2, D3)])
         for n, band in enumerate(NEEDED)
@@ -321,7 +321,7 @@ def test_a_file_a_band_by_its_descriptions(tmp_path: Path) -> None:
     assert (stack.layout, told(stack)) == ("file-per-band", expected(1, 2, 3))
 
 
-def test_a_file_a_band_by_the_names_given(tmp_path: Path) -> None:
+def test_one_file_per_band_is_read_by_the_names_given(tmp_path: Path) -> None:
     files = [one_band(tmp_path / f"{n}.tif", b) for n, b in enumerate(("B08", "x", "B02", "B04"))]
     stack = with_names(files, "B08", "NDVI", "B02", "B04", dates=(D1, D2, D3))
     assert (stack.layout, told(stack)) == ("file-per-band", expected(1, 2, 3))
@@ -329,7 +329,7 @@ def test_a_file_a_band_by_the_names_given(tmp_path: Path) -> None:
         with_names(files, *NEEDED, dates=(D1, D2, D3), layout="file-per-band")
 
 
-def test_as_many_names_as_files_and_bands_are_told_apart_by_the_files_names(tmp_path: Path) -> None:
+def test_names_as_many_as_files_and_bands_are_assigned_by_the_files_names(tmp_path: Path) -> None:
     by_band = [
         one_band(tmp_path / f"{c}.tif", b)
         for c, b in [("blue", "B02"), ("red", "B04"), ("nir", "B08")]
@@ -361,14 +361,14 @@ def test_files_of_one_band_and_date_may_be_dated_one_by_one(tmp_path: Path) -> N
     assert told(stack) == expected(1, 2)
 
 
-def test_dates_that_do_not_fit_the_bands_are_refused(tmp_path: Path) -> None:
+def test_dates_that_do_not_fit_the_bands_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(MissingDates, match=r"'nir\.tif' has 3 bands but 2 dates"):
         opened(colours(tmp_path), dates=(D1, D2))
     with pytest.raises(MissingDates, match=r"3 of 3 files \('nir\.tif', 'blue\.tif', 'red\.tif'\)"):
         opened(colours(tmp_path))
 
 
-def test_a_band_file_with_a_date_less_is_refused(tmp_path: Path) -> None:
+def test_a_band_file_with_one_date_less_is_rejected(tmp_path: Path) -> None:
     days = [f"{d}" for d in (D1, D2, D3)]
     files = [
         one_band(tmp_path / "blue.tif", "B02", descriptions=days),
@@ -379,7 +379,7 @@ def test_a_band_file_with_a_date_less_is_refused(tmp_path: Path) -> None:
         opened(files)
 
 
-def test_a_layout_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_a_layout_that_does_not_fit_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"file-per-band, but '20210105\.tif' holds B02, B04"):
         opened([one_date(tmp_path / "20210105.tif", 1)], layout="file-per-band")
     with pytest.raises(MissingBands):
@@ -481,7 +481,7 @@ def test_files_of_one_date_are_one_observation(tmp_path: Path) -> None:
     assert told(opened([files[1], files[0], files[2]])) == expected(2, 3)
 
 
-def test_granules_kept_a_file_a_band_stay_apart(tmp_path: Path) -> None:
+def test_granules_with_one_file_per_band_stay_separate(tmp_path: Path) -> None:
     files = [
         one_band(tmp_path / f"{tile}_20210105_{band}.tif", band, (t,))
         for band in NEEDED
@@ -518,7 +518,7 @@ def test_imagery_partly_dated_is_undated(tmp_path: Path) -> None:
     assert (stack.dates, stack.observations, told(stack)) == ((), 2, expected(1, 2))
 
 
-def test_imagery_of_one_band_a_file_comes_together(tmp_path: Path) -> None:
+def test_imagery_with_one_band_per_file_is_put_together(tmp_path: Path) -> None:
     stack = opened(
         [
             one_band(tmp_path / f"{c}.tif", b, (1,))
@@ -532,7 +532,7 @@ def test_imagery_of_one_band_a_file_comes_together(tmp_path: Path) -> None:
 # --- the scene classification ---------------------------------------------------------------
 
 
-def test_a_mask_asked_for_and_absent_is_refused(tmp_path: Path) -> None:
+def test_a_requested_mask_that_is_missing_is_rejected(tmp_path: Path) -> None:
     files = [one_date(tmp_path / "20210105.tif", 1)]
     assert opened(files).mask == "none"
     with pytest.raises(InvalidRequest, match="0 of 1 observation") as caught:
@@ -540,7 +540,7 @@ def test_a_mask_asked_for_and_absent_is_refused(tmp_path: Path) -> None:
     assert caught.value.errors[0]["field"] == "mask"
 
 
-def test_a_mask_for_some_dates_is_refused(tmp_path: Path) -> None:
+def test_a_mask_of_only_some_dates_is_rejected(tmp_path: Path) -> None:
     files = [
         one_date(tmp_path / "20210105.tif", 1, (*NEEDED, "SCL")),
         one_date(tmp_path / "20210115.tif", 2),
@@ -559,7 +559,7 @@ def in_folder(folder: Path, name: str, band: str, t: int, **how: object) -> Sour
     return SourceFile(name=name, path=file.path)
 
 
-def test_the_date_may_stand_in_the_folder_alone(tmp_path: Path) -> None:
+def test_only_the_folder_may_name_the_date(tmp_path: Path) -> None:
     files = [
         in_folder(tmp_path, f"S2B_31UES_2021{day}_0_L2A/{band}.tif", band, t)
         for t, day in ((1, "0105"), (2, "0115"))
@@ -573,7 +573,7 @@ def test_the_date_may_stand_in_the_folder_alone(tmp_path: Path) -> None:
         opened(bare)
 
 
-def test_the_band_may_stand_in_the_folder_alone(tmp_path: Path) -> None:
+def test_only_the_folder_may_name_the_band(tmp_path: Path) -> None:
     files = [
         in_folder(tmp_path, f"{band}/x_2021{day}.tif", band, t)
         for t, day in ((1, "0105"), (2, "0115"))
@@ -590,7 +590,7 @@ def test_a_layout_of_one_band_and_date_a_file_may_be_given(tmp_path: Path) -> No
     assert (stack.layout, told(stack)) == ("file-per-band-and-date", expected(1))
 
 
-def test_the_time_of_writing_yields_to_names_that_tell_files_apart(tmp_path: Path) -> None:
+def test_names_that_distinguish_files_precede_the_time_of_writing(tmp_path: Path) -> None:
     files = [
         one_date(
             tmp_path / f"x_2021{day}.tif", t, tags={"TIFFTAG_DATETIME": f"2023:05:0{t} 00:00:00"}
@@ -647,7 +647,7 @@ def test_granules_of_a_day_stay_apart_in_any_order(tmp_path: Path, seed: int) ->
         assert len({plane.source.name.split("_")[3] for plane in sources}) == 1
 
 
-def test_one_name_a_file_of_one_band(tmp_path: Path) -> None:
+def test_one_name_per_file_of_one_band_may_be_given(tmp_path: Path) -> None:
     files = [
         in_folder(tmp_path, f"HLS.L30.T31UES.{day}.{code}.tif", band, t)
         for t, day in ((1, "2021-01-05"), (2, "2021-01-15"))

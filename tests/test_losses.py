@@ -40,7 +40,7 @@ def slow_info_nce(z0, z1, temperature, excluded=None) -> float:
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5])
 @pytest.mark.parametrize("masked", [False, True])
-def test_info_nce_is_its_definition(temperature, masked):
+def test_info_nce_equals_its_definition(temperature, masked):
     z0, z1 = unit(9, 5, 0), unit(9, 5, 1)
     excluded = None
     if masked:
@@ -57,7 +57,7 @@ def test_info_nce_is_its_definition(temperature, masked):
     assert both == pytest.approx((there + back) / 2, rel=1e-5)
 
 
-def test_vectors_that_say_nothing_cost_log_n():
+def test_uninformative_vectors_have_a_loss_of_log_n():
     z = torch.ones(16, 4) / 2.0
     assert info_nce(z, z, 0.1).item() == pytest.approx(math.log(16))
 
@@ -89,7 +89,7 @@ def test_temperature_is_learned_within_its_limits():
     assert loss.temperature.item() == pytest.approx(0.05)
 
 
-def test_same_group_spares_the_row_itself_and_unknown_groups():
+def test_same_group_excludes_the_row_itself_and_unknown_groups():
     mask = same_group(torch.tensor([3, -1, 3, -1, 5]))
     assert mask.nonzero().tolist() == [[0, 2], [2, 0]]
 

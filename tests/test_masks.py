@@ -56,7 +56,7 @@ def bits(*numbers: int) -> int:
         (masks.alpha, [1, 255], [0]),
     ],
 )
-def test_numbers_mean_what_their_provider_says(
+def test_numbers_are_decoded_as_their_provider_defines(
     decode: masks.Decoder, clear: Sequence[int], unclear: Sequence[int]
 ) -> None:
     for dtype in (np.uint16, np.int32, np.float32):
@@ -66,7 +66,7 @@ def test_numbers_mean_what_their_provider_says(
         assert not decode(np.array([np.nan], np.float32)).any()
 
 
-def test_a_limit_is_the_callers() -> None:
+def test_the_limit_of_cldprb_is_that_of_the_request() -> None:
     (rule,) = parse_mask("cldprb:20") or ()
     numbers = np.array([19, 20, 100], np.uint8)
     decode = pickle.loads(pickle.dumps(rule.decoder("x.tif")))  # noqa: S301 - goes to workers
@@ -74,7 +74,7 @@ def test_a_limit_is_the_callers() -> None:
     assert str(rule) == "cldprb:20"
 
 
-def test_one_name_with_two_meanings_is_told_apart_by_the_file() -> None:
+def test_a_name_with_two_meanings_is_decoded_by_the_file() -> None:
     fmask, cloud = MaskRule(name="fmask"), MaskRule(name="cloud")
     assert fmask.decoder("HLS.S30.T31UES.2018011T104421.v2.0.Fmask.tif") is masks.fmask
     assert fmask.decoder("ga_s2am_oa_3-2-1_31UES_2018-01-11_final_fmask.tif") is masks.fmask_classes
@@ -86,7 +86,7 @@ def test_one_name_with_two_meanings_is_told_apart_by_the_file() -> None:
 @pytest.mark.parametrize(
     "text", ["clouds", "scl,clouds", "scl:3", "cldprb:x", "cldprb:0", "none,scl"]
 )
-def test_a_mask_that_does_not_exist_is_refused_by_name(text: str) -> None:
+def test_an_unknown_mask_is_an_error_that_names_it(text: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_mask(text)
     assert caught.value.errors[0]["field"] == "mask"
@@ -144,7 +144,7 @@ SEEN = [[True, False], [False, True]]
         ("T31UES_{day}T104421_{band}.tif", "SCL", [4, 8, 3, 6], "scl"),
     ],
 )
-def test_a_mask_beside_is_used(
+def test_a_mask_in_another_file_is_used(
     tmp_path: Path, name: str, kind: str, numbers: list[int], rule: str
 ) -> None:
     files = beside(tmp_path, name, kind, np.array(numbers, np.uint16).reshape(2, 2))
@@ -159,7 +159,7 @@ def test_a_mask_beside_is_used(
     assert "2 of 8 files" in warning.detail
 
 
-def test_a_udm2_beside_is_used(tmp_path: Path) -> None:
+def test_a_udm2_in_another_file_is_used(tmp_path: Path) -> None:
     files = []
     for day in ("20210105", "20210115"):
         pixels = np.full((3, 2, 2), 1000, np.uint16)
@@ -184,7 +184,7 @@ def test_several_masks_count_together(tmp_path: Path) -> None:
     assert (stack.mask, valid(stack)) == ("scl,cldprb:50", SEEN)
 
 
-def test_without_a_mask_the_stack_says_so(tmp_path: Path) -> None:
+def test_a_stack_without_a_mask_has_a_warning(tmp_path: Path) -> None:
     files = beside(tmp_path, "S2_{day}_{band}.tif", "B03", np.ones((2, 2), np.uint16))
     assert [w.code for w in opened(files).warnings] == ["files_unused", "no_cloud_mask"]
     assert "no_cloud_mask" not in [w.code for w in opened(files, mask="none").warnings]

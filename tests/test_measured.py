@@ -135,7 +135,7 @@ def same(found: list[float | None], expected: Any, **tolerance: float) -> None:
     np.testing.assert_allclose(numbers, np.asarray(expected, float), **tolerance)
 
 
-def test_points_hold_what_the_pixels_hold(api: httpx.Client, stack: list[SourceFile]) -> None:
+def test_points_have_the_values_of_their_pixels(api: httpx.Client, stack: list[SourceFile]) -> None:
     answer = measured(api, stack, points=points(), offset="0")
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "application/geo+json"
@@ -263,7 +263,7 @@ def rasterio_day(text: str) -> Any:
 
 @pytest.mark.parametrize("threshold", [None, 0.5, "point", "distance"])
 @pytest.mark.parametrize("rule", ["calendar-year", "every-date"])
-def test_the_stages_before_the_encoder_are_the_graphs(threshold: Any, rule: Any) -> None:
+def test_the_stages_before_the_encoder_equal_those_of_the_graph(threshold: Any, rule: Any) -> None:
     random = np.random.default_rng(5)
     bands = ("B02", "B04", "B08", "B05", "B11", "B12")
     parameters = PlotParameters(
@@ -331,7 +331,7 @@ def test_the_cards_of_the_zoo_state_their_plots() -> None:
         ({"outputs": "class", "points": points()}, "invalid_request", "outputs"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_parameters_that_do_not_fit_are_rejected(
     api: httpx.Client, stack: list[SourceFile], data: dict[str, Any], code: str, said: str
 ) -> None:
     answer = measured(api, stack, **data)

@@ -140,7 +140,7 @@ def test_a_run_waits_until_there_is_room_and_one_that_fits_passes_it(
     assert budget.taken == 0
 
 
-def test_of_two_that_fit_the_one_that_came_first_goes_on(need: Callable[[int], Need]) -> None:
+def test_of_two_runs_that_fit_the_first_one_starts(need: Callable[[int], Need]) -> None:
     budget = MemoryBudget(100)
     first = Holder(budget, need(100))
     first.holds.wait()
@@ -169,7 +169,7 @@ def test_a_run_that_waits_can_be_cancelled(need: Callable[[int], Need]) -> None:
     first.join()
 
 
-def test_a_request_does_not_wait_for_ever(need: Callable[[int], Need]) -> None:
+def test_a_request_does_not_wait_forever(need: Callable[[int], Need]) -> None:
     budget = MemoryBudget(100)
     with budget.take(need(100)):
         with pytest.raises(Overloaded, match=r"needs 1 bytes .* hold 100"):
@@ -208,7 +208,7 @@ def test_many_runs_never_hold_more_than_the_budget_and_all_end(
     assert budget.taken == 0
 
 
-def test_what_can_never_fit_is_refused_with_what_is_too_large(
+def test_a_run_that_can_never_fit_is_rejected_with_the_reason(
     need: Callable[[int], Need], stack: Stack
 ) -> None:
     with pytest.raises(RasterTooLarge, match=r"windows take 101 bytes\. Send fewer dates"):
@@ -310,7 +310,7 @@ def post(service: Served, content: bytes) -> httpx.Response:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("make", "side"), [(fat, 3400), (ones, 1200)])
-def test_four_callers_with_files_that_take_much_memory_stay_within_the_budget(
+def test_four_callers_with_large_files_stay_within_the_budget(
     service: Served, tmp_path: Path, make: Callable[[Path, int], bytes], side: int
 ) -> None:
     content = make(tmp_path / "a.tif", side)
@@ -328,7 +328,9 @@ def test_four_callers_with_files_that_take_much_memory_stay_within_the_budget(
 
 
 @pytest.mark.slow
-def test_a_block_that_can_never_fit_is_refused_unread(service: Served, tmp_path: Path) -> None:
+def test_a_block_that_can_never_fit_is_rejected_before_it_is_read(
+    service: Served, tmp_path: Path
+) -> None:
     answer = post(service, fat(tmp_path / "a.tif", 5000))
     assert (answer.status_code, answer.json()["code"]) == (413, "raster_too_large")
     said = answer.json()["detail"]

@@ -142,7 +142,7 @@ def test_acquisition_tags_come_in_order_and_bad_ones_are_passed_over() -> None:
     assert tagged_date({"tifftag_datetime": "2020:02:03 00:00:00"}) is None
 
 
-def test_tagged_number_takes_finite_numbers_alone() -> None:
+def test_tagged_number_accepts_only_finite_numbers() -> None:
     assert tagged_number({"scale": "0.0001"}, "scale") == 0.0001
     assert tagged_number({"scale": "n/a", "scale_factor": "2"}, "scale", "scale_factor") == 2
     assert tagged_number({"scale": "nan"}, "scale") is None
@@ -179,7 +179,7 @@ def test_a_bands_tags_name_it_as_openeo_writes_them() -> None:
     assert tagged_band({"description": "CLM"}) == "CLM"
 
 
-def test_a_last_part_that_is_no_suffix_stays() -> None:
+def test_a_last_part_that_is_not_a_suffix_stays() -> None:
     assert stem("a.b/HLS.S30.v2.0.B02") == "HLS.S30.v2.0.B02"
     assert stem("a/HLS.S30.v2.0.B02.TIF") == "HLS.S30.v2.0.B02"
 

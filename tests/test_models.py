@@ -84,7 +84,7 @@ class TestSpectralIndices:
         turned = SpectralIndices(INDICES, BANDS[::-1])(values.flip(0))
         torch.testing.assert_close(turned, SpectralIndices(INDICES, BANDS)(values))
 
-    def test_an_index_without_its_bands_is_refused(self) -> None:
+    def test_an_index_without_its_bands_is_an_error(self) -> None:
         with pytest.raises(KeyError):
             SpectralIndices(("ndmi",), BANDS)
 
@@ -112,20 +112,20 @@ class TestTimeGrid:
         assert (series - x).abs().max() < 0.03
         assert observed.min() > 0.6
 
-    def test_no_step_is_empty_however_far_the_only_date(self) -> None:
+    def test_no_step_is_empty_even_with_one_distant_date(self) -> None:
         series, observed = TimeGrid(36, 10.0)(
             torch.full((1, 1, 1), 0.7), torch.tensor([[True]]), torch.tensor([0.0])
         )
         torch.testing.assert_close(series, torch.full((1, 1, 36), 0.7))
         assert observed[0, 0, -1] < 1e-20
 
-    def test_a_pixel_without_dates_is_nan_and_alone(self) -> None:
+    def test_a_pixel_without_dates_is_nan_and_does_not_affect_others(self) -> None:
         valid = torch.tensor([[False, False], [True, False]])
         series, _ = TimeGrid(4, 10.0)(torch.rand(2, 1, 2), valid, torch.tensor([0.0, 10.0]))
         assert torch.isnan(series[0]).all()
         assert torch.isfinite(series[1]).all()
 
-    def test_a_periodic_grid_lays_every_year_on_one(self) -> None:
+    def test_a_periodic_grid_places_all_years_on_one(self) -> None:
         _, valid, days = random_series(4, 30)
         x = torch.rand(4, 2, 30)
         grid = TimeGrid(36, 10.0, period=365.25)
@@ -143,7 +143,7 @@ class TestTimeGrid:
         assert stretch[0, 0, 0] < 1e-20
         assert year[0, 0, 0] > 0.6
 
-    def test_dates_of_little_worth_give_way_to_their_neighbours_alone(self) -> None:
+    def test_dates_of_low_weight_affect_only_their_neighbours(self) -> None:
         x = torch.tensor([[[0.2, 0.8, 0.8]]])
         valid = torch.ones(1, 3, dtype=torch.bool)
         days = torch.tensor([10.0, 11.0, 200.0])
@@ -229,7 +229,7 @@ class TestGraph:
             spoilt = values.masked_fill(~valid[..., None], fill)
             torch.testing.assert_close(graph(spoilt, valid, days), want, atol=1e-5, rtol=0)
 
-    def test_a_nan_that_is_called_valid_is_still_missing(self) -> None:
+    def test_a_nan_marked_valid_is_missing(self) -> None:
         graph = pixel_graph(ClassificationHead(32, 5))
         values, valid, days = random_series(2, 8)
         want = graph(values, valid, days)
@@ -242,7 +242,7 @@ class TestGraph:
         turned = graph(values.flip(0, 1), valid.flip(0, 1), days.flip(0)).flip(0)
         torch.testing.assert_close(turned, want, atol=1e-5, rtol=0)
 
-    def test_a_pixel_without_dates_answers_nan_and_alone(self) -> None:
+    def test_a_pixel_without_dates_predicts_nan_and_does_not_affect_others(self) -> None:
         graph = pixel_graph(ClassificationHead(32, 5))
         values, valid, days = random_series(3, 8)
         want = graph(values, valid, days)
@@ -342,7 +342,7 @@ class TestWhatTheGridIsGiven:
             **options,
         ).eval()
 
-    def test_a_hazy_date_beside_a_clear_one_hardly_counts(self) -> None:
+    def test_a_hazy_date_next_to_a_clear_one_has_little_weight(self) -> None:
         clear = torch.tensor([0.03, 0.03, 0.40]).expand(1, 36, 3).clone()
         hazy = clear.clone()
         hazy[:, ::2] += torch.tensor([0.25, 0.2, 0.1])
@@ -361,7 +361,7 @@ class TestWhatTheGridIsGiven:
         graph = self.graph(clarity=60.0, reflectance=True)
         assert torch.isfinite(graph(snow, valid, days)).all()
 
-    def test_bands_stand_beside_the_indices(self) -> None:
+    def test_bands_follow_the_indices(self) -> None:
         values, valid, days = random_series(4, 20)
         plain, seen, none = self.graph().regular(values, valid, days)
         series, observed, bands = self.graph(reflectance=True).regular(values, valid, days)
@@ -373,7 +373,7 @@ class TestWhatTheGridIsGiven:
         want, _ = TimeGrid(36, 10)(values.transpose(1, 2), usable, days)
         torch.testing.assert_close(bands, want)
 
-    def test_twice_as_bright_ground_of_the_same_index_is_told_apart(self) -> None:
+    def test_ground_of_equal_index_and_double_brightness_is_distinguished(self) -> None:
         values, valid, days = random_series(4, 20)
         graph = PixelGraph(
             bands=BANDS,
@@ -416,7 +416,7 @@ class TestSeveralNetworks:
             others=others,
         ).eval()
 
-    def test_answer_is_the_mean_of_each(self) -> None:
+    def test_the_output_is_the_mean_of_the_networks(self) -> None:
         graph, series = self.graph(), random_series(4, 20)
         alone = []
         for encoder, head in ((graph.encoder, graph.head), *graph.others):
@@ -437,7 +437,7 @@ class TestSeveralNetworks:
 
 
 class TestSymmetries:
-    def test_answer_does_not_depend_on_how_the_patch_lies(self) -> None:
+    def test_the_output_does_not_depend_on_the_patchs_orientation(self) -> None:
         patches = torch.rand(2, 3, 64, 64)
         turned = torch.from_numpy(np.rot90(patches.numpy(), axes=(2, 3)).copy())
         with torch.no_grad():
@@ -467,7 +467,7 @@ class TestSymmetries:
             torch.testing.assert_close(graph.raw(patches), alone.raw(patches))
             assert not torch.allclose(got, alone.raw(patches))
 
-    def test_training_sees_the_patch_as_it_lies(self) -> None:
+    def test_training_uses_the_patch_in_its_orientation(self) -> None:
         graph = patch_graph(views=8)
         patches = torch.rand(2, 3, 64, 64)
         graph.train()
@@ -479,7 +479,7 @@ class TestSymmetries:
 
 
 class TestContrast:
-    def test_light_of_a_patch_changes_its_contrast_in_nothing(self) -> None:
+    def test_brightness_of_a_patch_does_not_change_its_contrast(self) -> None:
         """What the stem sees twice: as it is, and by numpy's mean and spread of each band."""
         patches = np.random.default_rng(0).uniform(0.05, 0.1, (2, 3, 64, 64)).astype(np.float32)
         for light in (patches, patches * 2.0, patches + 0.1):
@@ -490,10 +490,10 @@ class TestContrast:
             want = off / (bands.std(axis=(2, 3), keepdims=True) + 0.03)
             np.testing.assert_allclose(seen[:, 3:], want, atol=1e-4)
 
-    def test_a_patch_of_one_colour_has_none(self) -> None:
+    def test_a_patch_of_one_colour_has_no_contrast(self) -> None:
         assert not stem_input(torch.full((1, 3, 64, 64), 0.07))[:, 3:].abs().max() > 1e-4
 
-    def test_networks_answer_with_their_mean(self) -> None:
+    def test_networks_predict_their_mean(self) -> None:
         graph = patch_graph(members=2)
         patches = torch.rand(2, 3, 64, 64)
         with torch.no_grad():
@@ -503,7 +503,7 @@ class TestContrast:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_the_finest_level_lies_as_many_pixels_apart_as_told(stride: int) -> None:
+def test_the_finest_level_has_the_configured_stride(stride: int) -> None:
     encoder = PatchEncoder(width=8, stride=stride).eval()
     shapes: list[torch.Size] = []
     encoder.stem.register_forward_hook(lambda _, __, output: shapes.append(output.shape))

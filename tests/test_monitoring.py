@@ -63,7 +63,7 @@ def expressions() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("place", "query"), expressions().items())
-def test_queries_ask_for_metrics_and_labels_that_the_service_has(place, query, labels):
+def test_queries_use_metrics_and_labels_of_the_service(place, query, labels):
     found = SELECTOR.findall(query)
     assert found or query.startswith("up{")
     known = set(OF_PROMETHEUS)

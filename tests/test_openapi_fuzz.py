@@ -42,7 +42,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 @pytest.mark.parametrize(
     "part", [["--exclude-path-regex", ALIKE], ["--include-path-regex", ALIKE, "--phases=fuzzing"]]
 )
-def test_what_is_described_is_what_is_done(
+def test_responses_conform_to_the_openapi_document(
     api: httpx.Client, tmp_path: Path, part: list[str]
 ) -> None:
     if EXAMPLES != "6":

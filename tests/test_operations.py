@@ -168,7 +168,7 @@ def test_metrics_count_failures_by_code_and_time_by_model(api: httpx.Client) -> 
     assert sample(api, "pimc_requests_in_flight") == 1
 
 
-def test_metrics_tell_the_build_the_disk_and_the_limits(api: httpx.Client) -> None:
+def test_metrics_include_the_build_the_disk_and_the_limits(api: httpx.Client) -> None:
     text = api.get("/metrics").text
     version = api.get("/openapi.json").json()["info"]["version"]
     assert f'pimc_build_info{{version="{version}"}} 1.0' in text
@@ -178,7 +178,7 @@ def test_metrics_tell_the_build_the_disk_and_the_limits(api: httpx.Client) -> No
     assert "pimc_run_slots_held" in text
 
 
-def test_models_that_callers_make_do_not_make_series_without_end() -> None:
+def test_models_of_callers_make_a_bounded_number_of_series() -> None:
     metrics = Metrics()
     for number in range(200):
         metrics.answered(route="/a", method="POST", status=200, seconds=1, model=f"mine-{number}")
@@ -256,7 +256,7 @@ def unready(api: httpx.Client) -> str:
     return str(answer.json()["detail"])
 
 
-def test_readiness_tells_workers_and_disk(api: httpx.Client) -> None:
+def test_readiness_includes_workers_and_disk(api: httpx.Client) -> None:
     said = api.get("/health/ready").json()
     assert said["workers"] == 1
     assert set(said["disk_free"]) == {"state", "scratch"}

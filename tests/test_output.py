@@ -112,7 +112,7 @@ def test_nothing_else_is_left_in_the_folder(tmp_path):
     ]
 
 
-def test_the_legend_travels_in_the_one_file(tmp_path):
+def test_the_legend_is_in_the_file_itself(tmp_path):
     files, _ = write(tmp_path, (CLASSES,), grid(700, 600))
     alone = files["class"].rename(tmp_path / "alone.tif")
     with rasterio.open(alone) as file:

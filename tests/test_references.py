@@ -221,7 +221,9 @@ def test_a_percent_in_a_url_is_decoded_and_in_a_path_is_not(root: Path, folder: 
         "/proc/self/environ",
     ],
 )
-def test_every_other_path_is_refused_in_the_same_words(root: Path, folder: Path, href: str) -> None:
+def test_every_other_path_is_rejected_with_the_same_message(
+    root: Path, folder: Path, href: str
+) -> None:
     with pytest.raises(ForbiddenReference) as caught:
         fetch(href.format(root=root, tmp=root.parent), folder, allowed_roots=(root,))
     assert caught.value.detail == "items.0.href: there is no such file under the allowed roots"
@@ -246,7 +248,7 @@ def test_every_other_path_is_refused_in_the_same_words(root: Path, folder: Path,
         "",
     ],
 )
-def test_other_schemes_are_refused(root: Path, folder: Path, href: str) -> None:
+def test_other_schemes_are_rejected(root: Path, folder: Path, href: str) -> None:
     item = ItemBody.model_construct(href=href.format(root=root))
     rules = Settings(allowed_roots=(root,), allowed_hosts="127.0.0.1")
     with pytest.raises(ForbiddenReference) as caught:
@@ -254,7 +256,7 @@ def test_other_schemes_are_refused(root: Path, folder: Path, href: str) -> None:
     assert str(root) not in caught.value.detail
 
 
-def test_a_file_is_looked_at_again(root: Path, folder: Path) -> None:
+def test_a_file_is_checked_again(root: Path, folder: Path) -> None:
     path = root / "in" / "2021-01-05.tif"
     mine = SourceFile(name="x", path=folder / "0000.tif")
     files = (mine, *fetch(str(path), folder, allowed_roots=(root,)))
@@ -277,7 +279,7 @@ def test_a_file_is_looked_at_again(root: Path, folder: Path) -> None:
         st.builds("http://127.0.0.1:{}/".format, st.integers(-1, 99999)),
     )
 )
-def test_any_text_is_a_place_or_refused(href: str) -> None:
+def test_any_text_is_parsed_or_rejected(href: str) -> None:
     rules = Settings(allowed_roots=("/usr/lib",), allowed_hosts="127.0.0.1")
     with contextlib.suppress(ForbiddenReference):
         place = place_of(href, "items.0.href", rules)
@@ -302,7 +304,7 @@ def test_an_address_that_is_allowed_is_fetched(host: Host, folder: Path) -> None
     assert host.asked == [(f"127.0.0.1:{host.port}", "/a.tif?signature=s%2Fecret")]
 
 
-def test_a_name_is_asked_for_once_and_that_address_connected_to(host: Host, folder: Path) -> None:
+def test_a_name_is_resolved_once_and_that_address_is_used(host: Host, folder: Path) -> None:
     resolver = names(("data.example", ["127.0.0.1"]))
     fetch(
         f"http://Data.Example.:{host.port}/a.tif",
@@ -351,7 +353,7 @@ def test_the_next_address_is_tried(host: Host, folder: Path) -> None:
         ["not an address"],
     ],
 )
-def test_a_name_that_leads_inside_is_refused_and_nobody_is_asked(
+def test_a_name_with_a_private_address_is_rejected_without_a_request(
     host: Host, folder: Path, addresses: list[str]
 ) -> None:
     resolver = names(("data.example", addresses))
@@ -366,7 +368,7 @@ def test_a_name_that_leads_inside_is_refused_and_nobody_is_asked(
     assert host.asked == []
 
 
-def test_localhost_is_no_public_place(host: Host, folder: Path) -> None:
+def test_localhost_is_not_a_public_host(host: Host, folder: Path) -> None:
     """With the system's own resolver."""
     with pytest.raises(ForbiddenReference, match="localhost"):
         fetch(f"http://localhost:{host.port}/a.tif", folder, allowed_hosts="localhost")
@@ -409,7 +411,7 @@ def test_no_other_host_or_port_by_any_spelling(host: Host, folder: Path, href: s
     assert "password" not in caught.value.detail
 
 
-def test_one_forbidden_href_and_none_is_fetched(host: Host, folder: Path) -> None:
+def test_with_one_forbidden_href_nothing_is_downloaded(host: Host, folder: Path) -> None:
     hrefs = [f"http://127.0.0.1:{host.port}/a.tif", "http://example.org/b.tif"]
     with pytest.raises(ForbiddenReference, match=r"items\.1.*'example\.org'"):
         fetch(hrefs, folder, allowed_hosts="127.0.0.1")
@@ -440,7 +442,9 @@ def test_a_redirect_within_what_is_allowed_is_followed(
         "ftp://127.0.0.1/a.tif",
     ],
 )
-def test_a_redirect_out_is_refused(host: Host, folder: Path, location: str) -> None:
+def test_a_redirect_to_a_forbidden_target_is_rejected(
+    host: Host, folder: Path, location: str
+) -> None:
     host.leads("/a.tif", location.format(port=host.port))
     redirected = r"items\.0\.href: '127\.0\.0\.1' redirects"
     with pytest.raises(ForbiddenReference, match=redirected) as caught:
@@ -461,7 +465,7 @@ def test_a_redirect_is_checked_after_dns_too(host: Host, folder: Path) -> None:
     assert len(host.asked) == 1
 
 
-def test_a_circle_ends(host: Host, folder: Path) -> None:
+def test_circular_redirects_end(host: Host, folder: Path) -> None:
     host.leads("/a.tif", "/a.tif")
     with pytest.raises(UnreachableReference, match=str(MAX_REDIRECTS)):
         fetch(f"http://127.0.0.1:{host.port}/a.tif", folder, allowed_hosts="127.0.0.1")
@@ -471,7 +475,7 @@ def test_a_circle_ends(host: Host, folder: Path) -> None:
 # Bodies -----------------------------------------------------------------------------------------
 
 
-def test_a_body_over_the_limit_is_refused_by_its_length(host: Host, folder: Path) -> None:
+def test_a_body_over_the_limit_is_rejected_by_its_length(host: Host, folder: Path) -> None:
     host.gives("/big.tif", b"x" * 5000)
     with pytest.raises(BodyTooLarge, match="4000"):
         fetch(
@@ -508,7 +512,7 @@ def test_the_limit_is_of_all_files_together(host: Host, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("header", [False, True])
-def test_a_host_that_drips_is_left(host: Host, folder: Path, header: bool) -> None:
+def test_a_host_that_sends_slowly_is_abandoned(host: Host, folder: Path, header: bool) -> None:
     host.drips("/slow.tif", 20, header=header)
     begun = time.monotonic()
     with pytest.raises(UnreachableReference, match=r"0 of 1 files arrived within 0\.5 s"):
@@ -521,7 +525,7 @@ def test_a_host_that_drips_is_left(host: Host, folder: Path, header: bool) -> No
     assert time.monotonic() - begun < 15
 
 
-def test_a_host_that_says_nothing_is_left(folder: Path) -> None:
+def test_a_host_that_sends_nothing_is_abandoned(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with pytest.raises(UnreachableReference, match=r"'127\.0\.0\.1' does not respond"):
@@ -533,7 +537,9 @@ def test_a_host_that_says_nothing_is_left(folder: Path) -> None:
             )
 
 
-def test_what_cannot_be_had_is_told_with_the_host_alone(host: Host, folder: Path) -> None:
+def test_an_unreachable_reference_is_an_error_that_names_only_the_host(
+    host: Host, folder: Path
+) -> None:
     with pytest.raises(UnreachableReference) as caught:
         fetch(f"http://127.0.0.1:{host.port}/x.tif?key=1", folder, allowed_hosts="127.0.0.1")
     assert caught.value.detail == "items.0.href: '127.0.0.1' returned status 404"
@@ -545,7 +551,7 @@ def test_what_cannot_be_had_is_told_with_the_host_alone(host: Host, folder: Path
         fetch(f"http://127.0.0.1:{port}/a.tif", folder, allowed_hosts="127.0.0.1")
 
 
-def test_a_packed_body_is_kept_as_it_came(host: Host, folder: Path) -> None:
+def test_a_compressed_body_is_not_decoded(host: Host, folder: Path) -> None:
     def packed(to: BaseHTTPRequestHandler) -> None:
         to.send_response(200)
         to.send_header("Content-Encoding", "gzip")
@@ -604,7 +610,7 @@ def test_a_certificate_is_checked_against_the_name(
         assert asked_for == [name]
 
 
-def test_from_tls_there_is_no_way_to_none(certificate: Path, folder: Path) -> None:
+def test_a_redirect_from_tls_to_none_is_rejected(certificate: Path, folder: Path) -> None:
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(certificate)
     with serving(server) as host:
@@ -642,14 +648,16 @@ def test_rules_are_read(text: str, shown: str) -> None:
     "text",
     ["http://a.example", "a.example/path", "10.0.0.1/8", "127.0.0.300", "*", "a b", "clé.example"],
 )
-def test_rules_that_say_nothing_are_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_invalid_rules_are_rejected(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("PIMC_ALLOWED_HOSTS", text)
     with pytest.raises(SettingsError, match="PIMC_ALLOWED_HOSTS"):
         read_settings()
 
 
 @pytest.mark.parametrize("text", ["relative", "/no/such/folder"])
-def test_roots_that_are_no_folders_are_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_roots_that_are_not_folders_are_rejected(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     monkeypatch.setenv("PIMC_ALLOWED_ROOTS", text)
     with pytest.raises(SettingsError, match="PIMC_ALLOWED_ROOTS"):
         read_settings()
@@ -701,7 +709,7 @@ def items(scene: Path, web: Host, kind: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("kind", ["path", "file", "http"])
 @pytest.mark.parametrize("accept", ["image/tiff", "application/json"])
-def test_a_stack_named_is_answered_as_a_stack_sent(
+def test_a_stack_by_reference_gives_the_result_of_an_upload(
     api: httpx.Client, scene: Path, web: Host, kind: str, accept: str
 ) -> None:
     sent = api.post(
@@ -721,7 +729,7 @@ def test_a_stack_named_is_answered_as_a_stack_sent(
     assert sorted(path.name for path in scene.iterdir()) == ["a.tif", "b.tif", "c.tif"]
 
 
-def test_options_are_those_of_a_form(api: httpx.Client, scene: Path, web: Host) -> None:
+def test_options_are_the_parameters_of_a_form(api: httpx.Client, scene: Path, web: Host) -> None:
     bare = [{"href": item["href"]} for item in items(scene, web, "path")]
     place = {"type": "Point", "coordinates": [3.0, 50.54]}
     points = {
@@ -739,7 +747,7 @@ def test_options_are_those_of_a_form(api: httpx.Client, scene: Path, web: Host) 
     assert named.json() == sent.json()
 
 
-def test_the_sdk_names_files_too(api: httpx.Client, scene: Path, web: Host) -> None:
+def test_the_sdk_sends_references(api: httpx.Client, scene: Path, web: Host) -> None:
     references = [Reference(**item) for item in items(scene, web, "http")]
     sent = [str(scene / f"{name}.tif") for name in "abc"]
     with Client(str(api.base_url)) as pimc:
@@ -757,7 +765,7 @@ def finished(api: httpx.Client, job: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("kind", ["path", "http"])
-def test_a_job_reads_what_was_named(api: httpx.Client, scene: Path, web: Host, kind: str) -> None:
+def test_a_job_reads_its_references(api: httpx.Client, scene: Path, web: Host, kind: str) -> None:
     body = {"items": items(scene, web, kind)}
     at_once = api.post("/classify-pixels", json=body)
     job = api.post("/classify-pixels", json=body, headers={"Prefer": "respond-async"})
@@ -799,7 +807,9 @@ def problem(answer: httpx.Response, code: str) -> str:
     return str(answer.json()["detail"])
 
 
-def test_a_mistake_is_told(api: httpx.Client, scene: Path, web: Host) -> None:
+def test_an_invalid_request_is_an_error_that_names_the_fault(
+    api: httpx.Client, scene: Path, web: Host
+) -> None:
     good = items(scene, web, "path")
 
     def post(task: str = "classify-pixels", **body: object) -> httpx.Response:

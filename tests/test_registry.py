@@ -77,7 +77,7 @@ class TestTimeWindow:
         assert {dates[i].year for i in window.used} == {2018}
         assert window.days(dates)[0] == (dates[window.used[0]] - date(2018, 1, 1)).days
 
-    def test_the_later_year_wins_a_tie(self) -> None:
+    def test_the_later_year_is_chosen_in_a_tie(self) -> None:
         dates = [date(y, m, 1) for y in (2019, 2020) for m in range(1, 12)]
         window = TimeWindow(steps=36, step_days=10, start="calendar-year").resolve(dates)
         assert window.start == date(2020, 1, 1)
@@ -102,7 +102,7 @@ class TestTimeWindow:
         assert window.last == dates[-1]
         assert max(window.days(dates[::-1])) == (dates[-1] - date(2016, 1, 1)).days
 
-    def test_a_start_moves_no_season_of_every_date(self) -> None:
+    def test_a_start_does_not_shift_the_seasons_of_every_date(self) -> None:
         dates = every(10, date(2018, 1, 4), date(2020, 12, 20))
         rule = TimeWindow(steps=36, step_days=10, start="every-date")
         window = rule.resolve(dates, date(2019, 5, 1))
@@ -182,7 +182,7 @@ class TestCard:
             ({"pixel_size": [0, 10]}, "smallest and the largest"),
         ],
     )
-    def test_a_card_that_contradicts_itself_is_refused(
+    def test_a_card_that_contradicts_itself_is_rejected(
         self, changes: dict[str, Any], reason: str
     ) -> None:
         with pytest.raises(ValidationError, match=reason):
@@ -201,7 +201,7 @@ class TestRegistry:
         assert registry.find("toy@2.0.0") is None
         assert registry.find("other") is None
 
-    def test_a_default_is_the_card_that_says_so(self, tmp_path: Path) -> None:
+    def test_the_default_is_the_card_marked_default(self, tmp_path: Path) -> None:
         write(tmp_path / "a", name="a-model")
         write(tmp_path / "b", name="b-model", default=True)
         bundle = Registry.load(tmp_path).default("classify-pixels")
@@ -209,14 +209,14 @@ class TestRegistry:
         assert bundle.card.name == "b-model"
         assert Registry.load(tmp_path).default("forecast") is None
 
-    def test_the_later_folder_wins_a_name(self, tmp_path: Path) -> None:
+    def test_a_later_folder_replaces_a_name(self, tmp_path: Path) -> None:
         write(tmp_path / "one" / "toy")
         write(tmp_path / "two" / "toy", version="2.0.0")
         bundle = Registry.load(tmp_path / "one", tmp_path / "two").find("toy")
         assert bundle is not None
         assert bundle.card.version == "2.0.0"
 
-    def test_one_bad_bundle_does_not_take_the_others_down(self, tmp_path: Path) -> None:
+    def test_one_invalid_bundle_does_not_affect_the_others(self, tmp_path: Path) -> None:
         write(tmp_path / "good")
         write(tmp_path / "bad", name="bad")
         (tmp_path / "bad" / "model.onnx").write_bytes(b"tampered")
@@ -224,7 +224,7 @@ class TestRegistry:
         assert list(registry.bundles) == ["toy"]
         assert "sha256" in registry.refused["bad"]
 
-    def test_each_refusal_says_which_and_why(self, tmp_path: Path) -> None:
+    def test_each_rejection_names_the_bundle_and_the_reason(self, tmp_path: Path) -> None:
         missing = write(tmp_path / "missing")
         (missing / "model.onnx").unlink()
         with pytest.raises(BundleError, match=r"'missing'.*model\.onnx, which is missing"):
@@ -245,13 +245,13 @@ class TestRegistry:
         ):
             load_bundle(folder)
 
-    def test_a_folder_within_a_bundle_is_refused(self, tmp_path: Path) -> None:
+    def test_a_folder_within_a_bundle_is_rejected(self, tmp_path: Path) -> None:
         folder = write(tmp_path / "deep")
         (folder / "more").mkdir()
         with pytest.raises(BundleError, match="'deep': it holds 'more'"):
             load_bundle(folder)
 
-    def test_a_link_is_refused_for_weights_may_lie_beside_its_target(self, tmp_path: Path) -> None:
+    def test_a_symbolic_link_is_rejected(self, tmp_path: Path) -> None:
         folder = write(tmp_path / "bundles" / "linked")
         (folder / "model.onnx").rename(tmp_path / "model.onnx")
         (folder / "model.onnx").symlink_to(tmp_path / "model.onnx")
@@ -292,12 +292,12 @@ class TestRegistry:
         }
 
     @pytest.mark.parametrize("line", ["", "abc  a/b", f"{'0' * 64}  a", f"{'0' * 64}  ../a/b"])
-    def test_a_list_of_another_form_is_refused(self, tmp_path: Path, line: str) -> None:
+    def test_a_list_of_another_form_is_rejected(self, tmp_path: Path, line: str) -> None:
         (tmp_path / "sums").write_text(f"{'1' * 64}  a/b\n{line}\n")
         with pytest.raises(ValueError, match="line 2 of sums is not 'sha256  folder/file'"):
             read_checksums(tmp_path / "sums")
 
-    def test_a_graph_without_a_card_is_refused_not_passed_over(self, tmp_path: Path) -> None:
+    def test_a_graph_without_a_card_is_rejected_and_listed(self, tmp_path: Path) -> None:
         folder = write(tmp_path / "bare")
         (folder / "card.json").unlink()
         (tmp_path / "empty").mkdir()
@@ -313,7 +313,7 @@ class TestRegistry:
         assert registry.bundles["toy"].card.version == "1.0.0"
         assert registry.refused["b"] == "bundle 'b': the name 'toy' is also that of 'a'"
 
-    def test_a_file_that_cannot_be_read_takes_nobody_down(self, tmp_path: Path) -> None:
+    def test_an_unreadable_file_does_not_affect_other_bundles(self, tmp_path: Path) -> None:
         write(tmp_path / "good")
         bad = write(tmp_path / "bad", name="bad")
         (bad / "card.json").unlink()
@@ -331,7 +331,7 @@ class TestZoo:
         assert set(checksums) == files
         assert Registry.load(ZOO, checksums=checksums).refused == {}
 
-    def test_the_zoo_is_whole(self) -> None:
+    def test_the_zoo_is_complete(self) -> None:
         registry = Registry.load(ZOO)
         assert registry.refused == {}
         assert set(registry.bundles) == {
@@ -346,7 +346,7 @@ class TestZoo:
         }
         assert sum(p.stat().st_size for p in ZOO.rglob("*") if p.is_file()) < 60e6
 
-    def test_every_card_states_the_sensors_and_pixel_sizes_that_it_learned_from(self) -> None:
+    def test_every_card_states_sensors_and_pixel_sizes_of_its_training_data(self) -> None:
         for bundle in Registry.load(ZOO).bundles.values():
             card = bundle.card
             learned = {part.name for part in card.training_data if part.use != "validation"}

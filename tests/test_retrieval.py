@@ -36,7 +36,7 @@ def test_excluded_rows_are_no_candidates():
     assert retrieval_accuracy(z0, z1, excluded) == pytest.approx(2 / 3)
 
 
-def test_collapse_finds_nothing_and_shows():
+def test_collapsed_embeddings_have_no_accuracy_and_no_spread():
     z = torch.ones(16, 8) / 8**0.5
     scores = pair_scores(z, z, z, z)
     assert scores.pixel_to_patch == 0.0

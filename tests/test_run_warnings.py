@@ -85,7 +85,7 @@ def ask(api: httpx.Client, task: str, files: list[tuple[str, Any]], **data: str)
         ([1, 3, 5, 7, 9, 11], False),
     ],
 )
-def test_dates_of_a_part_of_the_year_are_warned_of(
+def test_dates_of_only_a_part_of_the_year_give_a_warning(
     api: httpx.Client, tmp_path: Path, model: str, months: list[int], partial: bool
 ) -> None:
     days = [date(2021, month, 1 + 4 * n) for n, month in enumerate(months)]
@@ -101,7 +101,7 @@ def test_the_seasons_of_several_years_count_together(api: httpx.Client, tmp_path
     assert told(ask(api, "classify-pixels", stack(tmp_path, days), model="every-date")) == {}
 
 
-def test_series_are_warned_of_as_well(api: httpx.Client) -> None:
+def test_series_have_warnings_too(api: httpx.Client) -> None:
     days = [f"2021-06-{day:02d}" for day in range(1, 9)]
     one = {"id": "field-7", "dates": days, "B02": [0.04] * 8, "B04": [0.05] * 8, "B08": [0.3] * 8}
     warnings = told(api.post("/classify-pixels", json={"series": [one]}))
@@ -115,7 +115,7 @@ def test_series_are_warned_of_as_well(api: httpx.Client) -> None:
     ("size", "suspected"),
     [(3, True), (5, False), (10, False), (20, False), (30, True), (100, True)],
 )
-def test_pixels_unlike_the_models_are_warned_of(
+def test_pixels_of_another_size_than_the_models_give_a_warning(
     api: httpx.Client, tmp_path: Path, size: float, suspected: bool
 ) -> None:
     place = Affine(size, 0, 500_000, 0, -size, 5_600_000)
@@ -141,7 +141,9 @@ def test_the_size_of_a_pixel_is_that_on_the_ground(
 
 
 @pytest.mark.parametrize("task", ["classify-pixels", "forecast", "embed"])
-def test_an_all_missing_raster_says_why(api: httpx.Client, tmp_path: Path, task: str) -> None:
+def test_a_raster_without_a_prediction_has_a_warning_with_the_reason(
+    api: httpx.Client, tmp_path: Path, task: str
+) -> None:
     detail = told(ask(api, task, stack(tmp_path, scl=9)))["all_missing"]
     assert "needs 2 clear observations" in detail
     assert "clear on 0 (mask: scl)" in detail
@@ -151,13 +153,17 @@ def test_an_all_missing_raster_says_why(api: httpx.Client, tmp_path: Path, task:
     assert "all_missing" not in told(ask(api, task, stack(tmp_path, scl=4)))
 
 
-def test_an_all_missing_patch_says_why(api: httpx.Client, tmp_path: Path) -> None:
+def test_patches_without_a_prediction_have_a_warning_with_the_reason(
+    api: httpx.Client, tmp_path: Path
+) -> None:
     days = [date(2021, 6, 1)]
     detail = told(ask(api, "landcover", stack(tmp_path, days, side=64, scl=9)))["all_missing"]
     assert detail.startswith("no patch has a prediction")
 
 
-def test_files_without_values_are_told_from_clouds(api: httpx.Client, tmp_path: Path) -> None:
+def test_missing_values_and_clouds_give_different_reasons(
+    api: httpx.Client, tmp_path: Path
+) -> None:
     pixels = np.zeros((3, 8, 8), np.float32)
     files = []
     for day in YEAR:
@@ -168,7 +174,7 @@ def test_files_without_values_are_told_from_clouds(api: httpx.Client, tmp_path: 
     assert "check nodata" in detail
 
 
-def test_points_fields_and_series_without_a_prediction_say_so(
+def test_points_fields_and_series_without_a_prediction_have_a_warning(
     api: httpx.Client, tmp_path: Path
 ) -> None:
     outside = {"type": "Point", "coordinates": [0.0, 0.0]}
@@ -202,7 +208,7 @@ def test_points_fields_and_series_without_a_prediction_say_so(
     ("side", "stride", "share"),
     [(100, 64, 0.4096), (100, 16, 0.2304), (100, 4, 0.16), (128, 64, 1.0), (64, 64, 1.0)],
 )
-def test_labels_of_patches_say_how_much_they_cover(
+def test_a_warning_states_how_much_the_patches_cover(
     api: httpx.Client, tmp_path: Path, side: int, stride: int, share: float
 ) -> None:
     files = stack(tmp_path, [date(2021, 6, 1)], side=side)
@@ -217,7 +223,7 @@ def test_labels_of_patches_say_how_much_they_cover(
 # Sensors and dated numbers ------------------------------------------------------------------
 
 
-def test_another_sensor_is_refused(api: httpx.Client, tmp_path: Path) -> None:
+def test_another_sensor_is_rejected(api: httpx.Client, tmp_path: Path) -> None:
     files = [
         ("files", (f"LC08_L2SP_198024_{name[:4]}{name[5:7]}{name[8:10]}_02_T1.tif", data, kind))
         for _, (name, data, kind) in stack(tmp_path)
@@ -253,7 +259,7 @@ def test_numbers_from_a_date_on_survive_a_job(tmp_path: Path) -> None:
         ["2022-01-25:" + "9" * 5000],
     ],
 )
-def test_no_json_number_is_a_fault_of_the_server(offset: Any) -> None:
+def test_no_json_number_causes_an_internal_error(offset: Any) -> None:
     body = {"items": [{"href": "/data/a.tif"}], "offset": offset}
     with pytest.raises(InvalidRequest):
         read_items("classify-pixels", json.dumps(body).encode(), allowed=True)

@@ -29,11 +29,11 @@ def bearer(key: str) -> Headers:
 
 
 class TestKeys:
-    def test_without_keys_everybody_may_ask_and_nobody_has_a_name(self) -> None:
+    def test_without_keys_every_client_is_served_anonymously(self) -> None:
         assert keys().check(Headers()) is None
         assert keys().check(bearer("anything")) is None
 
-    def test_a_caller_is_the_same_however_the_key_comes(self) -> None:
+    def test_a_caller_is_the_same_for_each_header_of_the_key(self) -> None:
         first = keys("key-of-one", "key-of-two").check(bearer("key-of-one"))
         again = keys("key-of-two", "key-of-one").check(Headers({"x-api-key": "key-of-one"}))
         digest = hashlib.sha256(b"key-of-one").hexdigest()
@@ -44,7 +44,7 @@ class TestKeys:
         both = keys("key-of-one", "key-of-two")
         assert both.check(bearer("key-of-one")) != both.check(bearer("key-of-two"))
 
-    def test_a_caller_tells_neither_the_key_nor_its_hash(self) -> None:
+    def test_a_callers_id_reveals_neither_the_key_nor_its_hash(self) -> None:
         caller = keys("key-of-one").check(bearer("key-of-one"))
         assert caller is not None
         assert len(caller) == 16
@@ -52,13 +52,13 @@ class TestKeys:
         assert caller not in hashlib.sha256(b"key-of-one").hexdigest()
 
     @pytest.mark.parametrize("given", ["", "key-of-on", "key-of-one ", "KEY-OF-ONE", "clé"])
-    def test_anything_else_is_refused(self, given: str) -> None:
+    def test_any_other_key_is_rejected(self, given: str) -> None:
         with pytest.raises(Unauthorized):
             keys("key-of-one").check(Headers({"x-api-key": given}))
         with pytest.raises(Unauthorized):
             keys("key-of-one").check(Headers())
 
-    def test_the_hash_opens_nothing(self) -> None:
+    def test_the_hash_of_a_key_is_not_accepted_as_a_key(self) -> None:
         digest = hashlib.sha256(b"key-of-one").hexdigest()
         for given in (digest, f"sha256:{digest}"):
             with pytest.raises(Unauthorized):
@@ -69,7 +69,7 @@ class TestReached:
     @pytest.mark.parametrize(
         "address", ["192.168.1.5", "10.0.0.1", "2001:db8::1", "::ffff:10.0.0.1"]
     )
-    def test_an_open_address_serves_nobody_without_a_key_or_a_word(self, address: str) -> None:
+    def test_a_public_address_needs_keys_or_allow_anonymous(self, address: str) -> None:
         scope = {"server": (address, 8000)}
         with pytest.raises(Unauthorized, match="PIMC_ALLOW_ANONYMOUS"):
             check_reached_address(scope, Settings())
@@ -80,7 +80,7 @@ class TestReached:
         "server",
         [("127.0.0.1", 80), ("::1", 80), ("::ffff:127.0.0.1", 80), ("/run/pimc.sock", None), None],
     )
-    def test_this_machine_alone_needs_none(self, server: tuple[str, int | None] | None) -> None:
+    def test_loopback_needs_no_key(self, server: tuple[str, int | None] | None) -> None:
         check_reached_address({"server": server}, Settings())
         with pytest.raises(Unauthorized, match="PIMC_ALLOW_ANONYMOUS=0"):
             check_reached_address({"server": server}, Settings(allow_anonymous=False))
@@ -114,7 +114,7 @@ class TestHeaders:
             ("PUT", "/models", 405),
         ],
     )
-    def test_every_answer_is_protected(
+    def test_every_response_has_security_headers(
         self, api: httpx.Client, method: str, path: str, status: int
     ) -> None:
         answer = api.request(method, path)

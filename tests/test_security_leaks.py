@@ -119,7 +119,7 @@ EXPECTED = {
 }
 
 
-def test_nothing_said_gives_anything_away(base: Path) -> None:
+def test_no_response_discloses_internals(base: Path) -> None:
     log = base / "log"
     settings = {
         "PIMC_PORT": "0",

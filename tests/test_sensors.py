@@ -61,7 +61,7 @@ def opened(files: Sequence[SourceFile], sensors: Sequence[str] = (), **options: 
         ("modish_2018.tif", None),
     ],
 )
-def test_a_name_tells_the_sensor(tmp_path: Path, name: str, label: str | None) -> None:
+def test_the_sensor_is_detected_from_the_name(tmp_path: Path, name: str, label: str | None) -> None:
     write(tmp_path / "a.tif", np.ones((1, 2, 2), np.uint16))
     assert told(SourceFile(name=name, path=tmp_path / "a.tif")) == label
 
@@ -81,7 +81,9 @@ def test_a_name_tells_the_sensor(tmp_path: Path, name: str, label: str | None) -
         ({"descriptions": ["blue", "green", "red", "nir"]}, None),
     ],
 )
-def test_tags_and_bands_tell_the_sensor(tmp_path: Path, how: dict, label: str | None) -> None:
+def test_the_sensor_is_detected_from_tags_and_bands(
+    tmp_path: Path, how: dict, label: str | None
+) -> None:
     pixels = np.ones((5, 2, 2), np.uint16)
     assert told(write(tmp_path / "a.tif", pixels, **how)) == label
 
@@ -121,7 +123,7 @@ def test_landsat_is_read_by_its_own_numbers(tmp_path: Path, mission: str, names:
         np.testing.assert_allclose(sits.values[:, position], LEVELS[band], atol=2e-5)
 
 
-def test_another_sensor_than_the_models_is_refused(tmp_path: Path) -> None:
+def test_another_sensor_than_the_models_is_rejected(tmp_path: Path) -> None:
     files = landsat(tmp_path, "LC08", OLI)
     with pytest.raises(WrongSensor) as caught:
         opened(files, ["sentinel-2"])
@@ -176,7 +178,7 @@ def test_a_caller_may_name_the_sensor(tmp_path: Path) -> None:
         opened(files, ["sentinel-2"], sensor="modis")
 
 
-def test_hls_s30_stands_for_sentinel_2_and_l30_does_not(tmp_path: Path) -> None:
+def test_hls_s30_counts_as_sentinel_2_and_l30_does_not(tmp_path: Path) -> None:
     pixels = np.full((1, 8, 8), 500, np.int16)
     for product, allowed in (("S30", True), ("L30", False)):
         files = [

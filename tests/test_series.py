@@ -58,7 +58,7 @@ def softmax(x):
     return powers / powers.sum()
 
 
-def test_a_class_as_worked_out_by_hand(classifier):
+def test_a_class_equals_the_computation_by_hand(classifier):
     one = series("field-7")
     (result,) = answered(classifier, [one]).results
     expected = softmax(mean(one))
@@ -71,7 +71,7 @@ def test_a_class_as_worked_out_by_hand(classifier):
     assert list(result["probabilities"].values()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_forecast_goes_on_from_the_last_date(engine):
+def test_a_forecast_continues_the_last_date(engine):
     one = series(count=5, step=10)
     (result,) = answered(engine.models["forecast-vi"], [one], horizon=2).results
     assert result["dates"] == ["2021-02-20", "2021-03-02"]
@@ -87,7 +87,7 @@ def test_an_embedding(engine):
     assert result["embedding"] == pytest.approx(mean(one), rel=1e-5)
 
 
-def test_many_series_answer_as_each_alone_whatever_their_dates(classifier):
+def test_series_do_not_affect_each_other_whatever_their_dates(classifier):
     many = [
         series(str(n), count=4 + n, first=date(2015 + n, 1 + n, 3), step=7 + n, seed=n)
         for n in range(6)
@@ -119,7 +119,7 @@ def test_the_order_of_dates_does_not_matter(classifier):
     assert answered(classifier, [turned]).results == answered(classifier, [one]).results
 
 
-def test_a_missing_value_takes_its_date_out(engine):
+def test_a_date_with_a_missing_value_is_missing(engine):
     one = series(B04=[0.1, None, 0.3, float("nan"), 0.2, 0.4])
     (result,) = answered(engine.models["embed-pixel"], [one]).results
     expected = mean(series(B04=[0.1, 0, 0.3, 0, 0.2, 0.4]), keep=[0, 2, 4, 5])
@@ -140,7 +140,7 @@ def test_of_a_doubled_date_the_first_clear_observation_counts(engine):
     assert "'a': 5 observations on 3 dates" in warning.detail
 
 
-def test_dates_outside_the_window_are_not_used_and_said(engine):
+def test_dates_outside_the_window_are_unused_and_give_a_warning(engine):
     one = series(count=24, step=30)  # two years
     outcome = answered(engine.models["embed-pixel"], [one], start=date(2021, 1, 1))
     inside = [n for n, day in enumerate(one.dates) if day < date(2021, 12, 27)]
@@ -189,7 +189,7 @@ def test_too_few_dates_are_no_data_among_others_and_an_error_alone(classifier):
         (series("x", B02=[1e300] * 6, B08=[None] * 6), None, "no_data"),
     ],
 )
-def test_what_is_wrong_with_a_series_is_said_with_its_name(classifier, one, error, says):
+def test_an_invalid_series_is_named_in_the_error(classifier, one, error, says):
     if error is None:
         (result,) = answered(classifier, [one]).results
         assert result["status"] == says
@@ -203,7 +203,7 @@ def test_no_series_is_an_error(classifier):
         answered(classifier, [])
 
 
-def test_a_horizon_out_of_reach_is_an_error_before_anything_runs(engine):
+def test_an_invalid_horizon_is_an_error_before_the_run(engine):
     with pytest.raises(InvalidRequest, match="horizon: 9 steps"):
         answered(engine.models["forecast-vi"], [series()], horizon=9)
 

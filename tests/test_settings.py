@@ -22,7 +22,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def test_defaults_stay_on_this_machine() -> None:
+def test_the_default_address_is_loopback() -> None:
     settings = read_settings()
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
     assert settings.api_keys == ()
@@ -72,20 +72,22 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
         ("PIMC_API_KEYS", "sha256:c0ffee"),
     ],
 )
-def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_an_invalid_value_is_named_in_the_error(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=name) as caught:
         read_settings()
     assert name != "PIMC_API_KEYS" or value not in str(caught.value)
 
 
-def test_keys_are_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIMC_API_KEYS", "swordfish")
     assert "swordfish" not in repr(read_settings())
     assert "swordfish" not in read_settings().model_dump_json()
 
 
-def test_a_key_that_comes_hashed_is_the_same_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hashed_key_is_the_same_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIMC_API_KEYS", "swordfish")
     plain = read_settings().api_keys
     digest = hashlib.sha256(b"swordfish").hexdigest().upper()
@@ -93,7 +95,7 @@ def test_a_key_that_comes_hashed_is_the_same_key(monkeypatch: pytest.MonkeyPatch
     assert read_settings().api_keys == plain
 
 
-def test_no_key_is_kept_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_key_is_stored_in_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIMC_API_KEYS", "swordfish")
     assert "swordfish" not in str([key.get_secret_value() for key in read_settings().api_keys])
 
@@ -124,12 +126,12 @@ def test_every_setting_is_documented_with_its_default() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])
-def test_this_machine_alone_needs_no_key(host: str) -> None:
+def test_loopback_needs_no_key(host: str) -> None:
     check_binding(Settings(host=host))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])  # noqa: S104 - refused
-def test_an_open_address_needs_a_key_or_a_word(host: str) -> None:
+def test_a_public_address_needs_a_key_or_allow_anonymous(host: str) -> None:
     with pytest.raises(SettingsError, match="PIMC_ALLOW_ANONYMOUS"):
         check_binding(Settings(host=host))
     check_binding(Settings(host=host, allow_anonymous=True))
@@ -138,7 +140,7 @@ def test_an_open_address_needs_a_key_or_a_word(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "0.0.0.0"])  # noqa: S104 - refused
-def test_nobody_anonymous_means_this_machine_too(host: str) -> None:
+def test_allow_anonymous_false_applies_to_loopback_too(host: str) -> None:
     with pytest.raises(SettingsError, match="PIMC_ALLOW_ANONYMOUS is 0"):
         check_binding(Settings(host=host, allow_anonymous=False))
     check_binding(Settings(host=host, allow_anonymous=False, api_keys=("k",)))

@@ -60,7 +60,7 @@ def test_values_are_reflectance_in_float32_and_order(tmp_path: Path) -> None:
     np.testing.assert_allclose(sits.values, np.stack(pixels) * 1e-4, rtol=1e-6)
 
 
-def test_a_window_given_back_lends_its_memory_to_the_next_and_leaves_nothing_in_it(
+def test_a_recycled_windows_memory_is_reused_without_its_content(
     tmp_path: Path,
 ) -> None:
     first, second = numbers(64, 64, seed=1), numbers(64, 64, seed=2)
@@ -97,7 +97,7 @@ def test_planes_lie_an_odd_number_of_cache_lines_apart(kind, plane: tuple[int, .
     assert array.reshape(5, 3, -1).base is array.base  # a view still
 
 
-def test_dates_used_come_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_dates_used_are_in_the_requested_order(tmp_path: Path) -> None:
     pixels = [numbers(seed=t) for t in range(4)]
     files = [scene(tmp_path / f"2021010{t + 1}.tif", p) for t, p in enumerate(pixels)]
     sits = read(opened(*files), used=[3, 1])
@@ -168,13 +168,13 @@ def test_each_file_and_band_has_its_own_scale(tmp_path: Path) -> None:
     ("field", "value"),
     [("scale", 0.0), ("scale", float("nan")), ("scale", float("inf")), ("offset", float("nan"))],
 )
-def test_a_scale_that_is_none_is_refused(tmp_path: Path, field: str, value: float) -> None:
+def test_an_invalid_scale_is_rejected(tmp_path: Path, field: str, value: float) -> None:
     with pytest.raises(InvalidRequest) as caught:
         opened(scene(tmp_path / "20210105.tif", numbers()), **{field: value})
     assert caught.value.errors[0]["field"] == field
 
 
-def test_no_files_are_refused() -> None:
+def test_no_files_are_an_error() -> None:
     with pytest.raises(InvalidRequest, match="files"):
         opened()
 
@@ -208,7 +208,7 @@ def test_nodata_is_compared_before_scaling(tmp_path: Path, dtype: str, nodata: f
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -3.4e38, 1e35])
-def test_numbers_that_are_no_reflectance_are_missing_without_a_tag(
+def test_numbers_that_cannot_be_reflectance_are_missing_without_a_tag(
     tmp_path: Path, value: float
 ) -> None:
     pixels = numbers(dtype="float32")
@@ -249,7 +249,7 @@ def test_integers_all_zero_are_missing_and_one_zero_is_dark(tmp_path: Path) -> N
     assert sits.values[0, 1, 1, 1] == 0
 
 
-def test_zeros_of_bands_that_are_not_needed_say_nothing(tmp_path: Path) -> None:
+def test_zeros_of_bands_that_are_not_needed_do_not_count(tmp_path: Path) -> None:
     pixels = np.concatenate([np.zeros((1, 6, 5), np.uint16), numbers()])
     pixels[1:, 0, 0] = 0
     pixels[0, 0, 0] = 77
@@ -271,7 +271,7 @@ def test_an_internal_mask_counts(tmp_path: Path) -> None:
     assert np.argwhere(~sits.valid).tolist() == [[0, 4, 2]]
 
 
-def test_a_fourth_band_is_no_alpha(tmp_path: Path) -> None:
+def test_a_fourth_band_is_not_alpha(tmp_path: Path) -> None:
     pixels = np.full((4, 3, 3), 90, np.uint8)
     pixels[3] = 0
     file = scene(tmp_path / "20210105.tif", pixels, ("B02", "B03", "B04", "B08"))
@@ -389,7 +389,7 @@ def test_no_points_give_nothing(tiled: tuple[Stack, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("window", [Window(-1, 0, 5, 5), Window(80, 0, 20, 5), Window(0, 0, 0, 5)])
-def test_a_window_outside_the_grid_is_a_mistake(
+def test_a_window_outside_the_grid_is_an_error(
     tiled: tuple[Stack, np.ndarray], window: Window
 ) -> None:
     with StackReader(tiled[0]) as reader, pytest.raises(ValueError, match="70 rows x 90 columns"):
@@ -459,7 +459,7 @@ MOVED = Affine(10, 0, 500_020, 0, -10, 5_600_000)
         ({"transform": MOVED}, ["500020", "500000", "2 pixels"]),
     ],
 )
-def test_files_on_different_grids_are_refused(tmp_path: Path, how: dict, both: list[str]) -> None:
+def test_files_on_different_grids_are_rejected(tmp_path: Path, how: dict, both: list[str]) -> None:
     files = [
         scene(tmp_path / "20210105.tif", numbers()),
         scene(tmp_path / "20210115.tif", numbers(), **how),
@@ -470,7 +470,7 @@ def test_files_on_different_grids_are_refused(tmp_path: Path, how: dict, both: l
         assert part in caught.value.detail
 
 
-def test_a_mismatch_names_the_grid_that_would_do(tmp_path: Path) -> None:
+def test_a_mismatch_names_a_suitable_grid(tmp_path: Path) -> None:
     files = [
         scene(tmp_path / "20210105.tif", numbers()),
         scene(tmp_path / "20210115.tif", numbers(), transform=MOVED),

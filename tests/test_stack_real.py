@@ -162,7 +162,7 @@ def test_eurosat_needs_no_dates(shared_data: Path) -> None:
     np.testing.assert_allclose(composite, pixels(path)[[3, 2, 1]] * 1e-4, rtol=1e-6)
 
 
-def test_no_real_scene_is_suspected_of_anything(shared_data: Path) -> None:
+def test_no_real_scene_gives_a_radiometry_warning(shared_data: Path) -> None:
     for path in sorted((shared_data / "eurosat" / "ms_sample").glob("*.tif"))[::4]:
         stack = opened(sources([path]), dated=False)
         assert calibrate(stack).warnings == stack.warnings, path.name

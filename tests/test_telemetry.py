@@ -76,7 +76,7 @@ def lines():
 
 
 @pytest.mark.parametrize("given", ["abc-1", "A.b_c-9", "x" * 64])
-def test_a_sane_id_is_kept(given: str) -> None:
+def test_a_valid_request_id_is_kept(given: str) -> None:
     assert sane_request_id(given) == given
 
 
@@ -109,7 +109,7 @@ async def test_a_request_is_named_logged_and_counted(lines) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_fault_is_answered_and_its_stack_is_logged(lines) -> None:
+async def test_a_fault_is_an_internal_error_and_its_stack_is_logged(lines) -> None:
     metrics = Metrics()
     answer = await ask(small_app(metrics), "/broken")
     assert (answer.status_code, answer.text) == (500, "fault")
@@ -120,7 +120,7 @@ async def test_a_fault_is_answered_and_its_stack_is_logged(lines) -> None:
 
 
 @pytest.mark.anyio
-async def test_an_answer_half_sent_is_cut_off_not_added_to(lines) -> None:
+async def test_a_partly_sent_response_is_cut_off_after_a_fault(lines) -> None:
     with pytest.raises(RuntimeError, match="cut off"):
         await ask(small_app(Metrics()), "/half")
     assert any("cut off" in line.get("stack", "") for line in lines())
@@ -185,7 +185,7 @@ def test_windows_in_flight_come_back_to_none(fails_at: int | None) -> None:
     assert counted(metrics)["pimc_windows_in_flight", ()] == 0
 
 
-def test_a_log_line_is_one_line_whatever_it_says() -> None:
+def test_a_log_record_is_always_one_line() -> None:
     record = logging.makeLogRecord(
         {"name": "n", "levelname": "INFO", "msg": "a\nb %s", "args": ("c",)}
     )

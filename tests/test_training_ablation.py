@@ -87,7 +87,7 @@ def test_a_study_is_run_once_and_shares_what_others_have_run(plan: Plan) -> None
     assert cells(networks)["ours"] == table["both"]
 
 
-def test_each_arm_is_what_its_label_says(data: Path) -> None:
+def test_each_arm_has_the_settings_of_its_label(data: Path) -> None:
     arms = {arm.label: arm for study in STUDIES.values() for arm in study.arms}
 
     def graph(label: str, *more: str) -> torch.nn.Module:
@@ -120,7 +120,7 @@ def test_few_labels_are_studied_from_the_checkpoint(negatives: str, plan: Plan) 
     assert "10% of the labels, nearest neighbours of the pretrained" in table
 
 
-def test_a_study_that_does_not_fit_says_so(plan: Plan) -> None:
+def test_a_study_that_does_not_fit_is_an_error(plan: Plan) -> None:
     with pytest.raises(NothingToCompare, match="targets"):
         ablate("steps", replace(plan, bundle="forecast-vi", settings=()))
     with pytest.raises(NothingToCompare, match="labels"):
@@ -150,7 +150,7 @@ def test_speeds_are_relative_to_the_first_and_drawn(plan: Plan, tmp_path: Path) 
     assert np.isfinite([s.relative for s in speeds.values()]).all()
 
 
-def test_a_table_says_which_checkpoint_its_arms_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_names_the_checkpoint_of_its_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[Plan] = []
     monkeypatch.setattr("training.ablation.ablate", lambda _, plan: plans.append(plan) or "")
     for study in ("labels", "inputs"):

@@ -113,7 +113,7 @@ class TestFinetune:
         assert len(losses) == 3
         assert losses[-1] < losses[0]
 
-    def test_a_killed_run_goes_on_to_the_same_weights(
+    def test_a_killed_run_resumes_to_the_same_weights(
         self, data: Path, finished: Path, tmp_path: Path
     ) -> None:
         run = tiny_run(data)
@@ -131,13 +131,13 @@ class TestFinetune:
             if name != "head.temperature":  # fitted after the last epoch
                 torch.testing.assert_close(weights, want[name], msg=name)
 
-    def test_another_configuration_is_refused_in_the_same_folder(
+    def test_another_configuration_is_rejected_in_the_same_folder(
         self, data: Path, finished: Path
     ) -> None:
         with pytest.raises(CheckpointMismatch):
             finetune(tiny_run(data, everything=True), finished, device="cpu")
 
-    def test_trains_on_no_validation_place_unless_told(self, data: Path) -> None:
+    def test_validation_places_are_trained_on_only_with_everything(self, data: Path) -> None:
         task = task_of(tiny_run(data))
         held = set(task.validation.places.tolist())
         assert held
@@ -208,7 +208,7 @@ class TestFinetune:
         with pytest.raises(CheckpointMismatch, match="does not fit"):
             load_encoder(graph, tmp_path / "wide.pt")
 
-    def test_on_every_place_goes_on_from_the_whole_of_an_earlier_run(
+    def test_a_run_on_every_place_starts_from_all_weights_of_an_earlier_run(
         self, data: Path, finished: Path, tmp_path: Path
     ) -> None:
         earlier = torch.load(finished / "weights.pt", weights_only=True)
@@ -246,7 +246,7 @@ class TestProtocols:
         assert (task.logits(graph, task.validation).argmax(axis=1) == want).mean() > 0.98
         assert metrics["scores"]["accuracy"] == pytest.approx((want == truth).mean(), abs=0.03)
 
-    def test_nearest_neighbours_end_in_scores_alone(
+    def test_nearest_neighbours_give_only_scores(
         self, data: Path, finished: Path, tmp_path: Path
     ) -> None:
         done = finetune(self.run(data, finished, "knn"), tmp_path / "knn", device="cpu", threads=1)
@@ -277,7 +277,7 @@ class TestExport:
         assert card.metrics["validation"]["n"] > 0
         assert {d.use for d in card.training_data} == {"labels", "validation"}
 
-    def test_the_file_answers_as_torch_does(self, zoo: Path, finished: Path) -> None:
+    def test_the_file_equals_torch(self, zoo: Path, finished: Path) -> None:
         _, task, graph, _ = load_finished(finished)
         part = task.validation.take(np.arange(9))
         session = onnxruntime.InferenceSession(
@@ -290,13 +290,13 @@ class TestExport:
             want = graph(*(torch.from_numpy(a) for a in (part.values, part.valid, part.days[0])))
         np.testing.assert_allclose(got, want.numpy(), atol=1e-5)
 
-    def test_the_file_tells_nothing_of_the_machine(self, zoo: Path) -> None:
+    def test_the_file_holds_no_path_of_the_machine(self, zoo: Path) -> None:
         path = zoo / "pixels-crops-us" / "model.onnx"
         model = onnx.load(path)
         assert not any(node.metadata_props for node in model.graph.node)
         assert str(Path(__file__).parents[1]).encode() not in path.read_bytes()
 
-    def test_float16_stands_in_the_card_with_what_it_costs(self, zoo: Path) -> None:
+    def test_the_card_lists_float16_with_its_loss(self, zoo: Path) -> None:
         bundle = load_bundle(zoo / "pixels-crops-us")
         half = next(v for v in bundle.card.variants if v.name == "float16")
         assert set(half.loss) == {"accuracy", "macro_f1"}
@@ -325,7 +325,7 @@ class TestExport:
         assert np.isfinite(less[1:]).all()
         np.testing.assert_allclose(less[1:], full[1:], atol=5e-3)
 
-    def test_int8_stands_in_the_card_with_what_it_costs(self, zoo: Path) -> None:
+    def test_the_card_lists_int8_with_its_loss(self, zoo: Path) -> None:
         bundle = load_bundle(zoo / "pixels-crops-us")
         less = next(v for v in bundle.card.variants if v.name == "int8")
         assert set(less.loss) == {"accuracy", "macro_f1"}
@@ -346,7 +346,7 @@ class TestExport:
         assert [p.name for p in (tmp_path / "zoo").iterdir()] == ["pixels-crops-us"]
         load_bundle(tmp_path / "zoo" / "pixels-crops-us")
 
-    def test_the_card_tells_the_training(self, zoo: Path) -> None:
+    def test_the_card_describes_the_training(self, zoo: Path) -> None:
         facts = load_bundle(zoo / "pixels-crops-us").card.training
         assert facts["log"]["epochs"] == 3
         assert facts["log"]["loss"] > 0
@@ -385,7 +385,9 @@ class TestExport:
         assert answer["model"] == "my-crops@2.1.0"
         assert [r["class"] for r in answer["results"]] == [names[i] for i in want]
 
-    def test_a_graph_unlike_its_file_is_refused(self, zoo: Path, finished: Path) -> None:
+    def test_a_graph_that_differs_from_its_file_is_rejected(
+        self, zoo: Path, finished: Path
+    ) -> None:
         _, task, graph, _ = load_finished(finished)
         with torch.no_grad():
             graph.head.linear.bias[0] += 0.5
@@ -457,7 +459,7 @@ class TestCalibration:
         got = macro_f1(shares.argmax(1), labels, 4)
         assert got == pytest.approx(f1_score(labels, shares.argmax(1), average="macro"))
 
-    def test_the_temperature_mends_overconfidence(self) -> None:
+    def test_the_temperature_corrects_overconfidence(self) -> None:
         rng = np.random.default_rng(0)
         logits = rng.normal(size=(4000, 5)) * 1.5
         drawn = [rng.choice(5, p=p) for p in probabilities(logits)]
@@ -499,7 +501,7 @@ class TestCommand:
             (["pretrain", "--data", "nowhere"], "has no GeoTIFF"),
         ],
     )
-    def test_a_mistake_ends_in_one_sentence(
+    def test_a_users_mistake_is_one_sentence(
         self,
         arguments: list[str],
         message: str,
@@ -562,7 +564,7 @@ def test_a_section_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
     assert got.index("third") < got.index("second")
 
 
-def test_the_commands_of_a_run_make_it_again(tmp_path: Path) -> None:
+def test_the_commands_of_a_run_reproduce_it(tmp_path: Path) -> None:
     """What differs from the zoo's configuration is said, and the run it starts from comes first."""
     usual = ZOO["landcover-eurosat"]
     first = Run(config=usual, data=tmp_path)
@@ -639,7 +641,7 @@ def test_the_commands_of_a_chain_are_read_as_that_chain(
     assert result.exit_code == 0, result.output
 
 
-def test_a_card_names_what_its_pretraining_learned_from(data: Path, tmp_path: Path) -> None:
+def test_a_card_names_the_data_of_its_pretraining(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pretrained"
     pretrain(TINY_PRETRAINING, places=Places(data=data), folder=folder, device="cpu")
     first = tiny_run(data, pretrained=folder / "checkpoint.pt")
@@ -655,9 +657,7 @@ def test_a_card_names_what_its_pretraining_learned_from(data: Path, tmp_path: Pa
         assert {part.name for part in told if part.use == "labels"} == {"crops_us_2021"}
 
 
-def test_a_pretraining_that_does_not_tell_its_sources_is_not_put_into_a_card(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_pretraining_without_its_sources_is_an_error(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pretrained"
     pretrain(TINY_PRETRAINING, places=Places(data=data), folder=folder, device="cpu")
     checkpoint = folder / "checkpoint.pt"
@@ -669,7 +669,7 @@ def test_a_pretraining_that_does_not_tell_its_sources_is_not_put_into_a_card(
         card_fields(run, task_of(run), {"seconds": 1.0, "scores": {}}, "mine")
 
 
-def test_one_network_goes_on_from_the_first_of_several(tmp_path: Path) -> None:
+def test_one_network_starts_from_the_first_of_several(tmp_path: Path) -> None:
     torch.manual_seed(0)
     pairs = [(PatchEncoder(width=8, embedding=16), ClassificationHead(16, 3)) for _ in range(3)]
     (encoder, head), *others = pairs[:2]

@@ -83,7 +83,7 @@ def apart(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "coarse" / "weights.pt", folder / "fine" / "weights.pt"]
 
 
-def test_networks_of_two_runs_answer_together(data: Path, apart: list[Path]) -> None:
+def test_networks_of_two_runs_predict_together(data: Path, apart: list[Path]) -> None:
     run = Run(config=config(COARSE, FINE), data=data, pretrained=tuple(apart))
     task = task_of(run)
     joined = new_graph(run, task).eval()

@@ -76,7 +76,7 @@ class TestS2Points:
         total = sum(int(s.valid.sum()) for s in sets)
         assert total == int((archive["reflectance"] != 0).any(-1).sum())
 
-    def test_unknown_cover_is_no_class(self, shared_data: Path) -> None:
+    def test_unknown_cover_has_no_class(self, shared_data: Path) -> None:
         labels = np.concatenate(
             [s.labels for s in s2_points(shared_data / "s2_points") if s.labels is not None]
         )
@@ -176,7 +176,7 @@ class TestLandcoverSources:
         assert len(counts) == len(WORLDCOVER)
         assert counts.min() >= 40
 
-    def test_synthetic_ground_is_for_training_alone(self) -> None:
+    def test_synthetic_ground_is_only_for_training(self) -> None:
         pixels = synthetic_ground(seed=1)
         assert not pixels.validation.any()
         assert len(pixels.places) == sum(g.pixels for g in GROUNDS)

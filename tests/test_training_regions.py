@@ -67,7 +67,7 @@ class TestRegions:
         run = Run(config=ZOO["pixels-landcover"], data=shared_data)
         assert [sets[0].region for sets in evaluation_sets(run)] == ["pune", "bavaria"]
 
-    def test_a_task_without_regions_says_so(self, shared_data: Path, tmp_path: Path) -> None:
+    def test_a_task_without_regions_is_an_error(self, shared_data: Path, tmp_path: Path) -> None:
         run = Run(config=ZOO["landcover-eurosat"], data=shared_data)
         with pytest.raises(NoRegions, match="landcover-eurosat"):
             evaluate_regions(Plan(run=run, folder=tmp_path, report=tmp_path / "r.md"))
@@ -95,7 +95,7 @@ class TestReaders:
         np.testing.assert_array_equal(pixels.valid, clear)
         assert np.isnan(pixels.values[~clear]).all()
 
-    def test_bavaria_knows_arable_crops_from_meadows(self, shared_data: Path) -> None:
+    def test_bavaria_distinguishes_arable_crops_and_meadows(self, shared_data: Path) -> None:
         sets = bavaria_2018(shared_data / "bavaria_2018")
         with np.load(shared_data / "bavaria_2018" / "bavaria_fields_2018_l1c.npz") as archive:
             crops = archive["crop_code"]
@@ -104,7 +104,7 @@ class TestReaders:
         assert (labels == 40).sum() == ((crops >= 100) & (crops < 400)).sum()
         assert sets[0].bands[1] == "B02"
 
-    def test_declared_crops_tell_the_cover_where_worldcover_has_none(
+    def test_declared_crops_give_the_cover_where_worldcover_has_none(
         self, shared_data: Path
     ) -> None:
         with np.load(shared_data / "s2_points" / "s2_points_dev.npz") as archive:
@@ -141,7 +141,7 @@ class TestCalibration:
         repeated = fit_temperature(np.repeat(logits, times, axis=0), np.repeat(labels, times))
         assert weighed == pytest.approx(repeated, rel=1e-4)
 
-    def test_regions_weigh_alike_whatever_their_size(self) -> None:
+    def test_regions_have_equal_weight_whatever_their_size(self) -> None:
         rng = np.random.default_rng(1)
         sure = {"logits": 6 * np.eye(3)[rng.integers(3, size=900)], "labels": np.zeros(900, int)}
         sure["labels"] = sure["logits"].argmax(1)

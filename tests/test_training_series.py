@@ -107,14 +107,14 @@ class TestTabulate:
         least = int(np.median(usable))
         assert len(tabulate(sets, YEAR, least=least)) == (usable >= least).sum() < len(usable)
 
-    def test_only_the_window_is_looked_at(self, sets: list[PixelSet]) -> None:
+    def test_only_dates_in_the_window_are_used(self, sets: list[PixelSet]) -> None:
         table = tabulate(sets, YEAR, least=1)
         inside = in_window(table, YEAR)
         assert not (inside & (table.days >= 360)).any()
         # The monthly series began two months before the year with the most dates.
         assert (table.valid & ~inside)[:6].any()
 
-    def test_a_window_of_every_date_looks_at_all(self, sets: list[PixelSet]) -> None:
+    def test_a_window_of_every_date_uses_all_dates(self, sets: list[PixelSet]) -> None:
         window = YEAR.model_copy(update={"start": "every-date"})
         table = tabulate(sets, window, least=1)
         np.testing.assert_array_equal(in_window(table, window), table.valid)
@@ -136,14 +136,14 @@ class TestAugmentation:
         assert kept.sum(axis=1).min() >= 4
         assert kept.sum() < 0.8 * valid.sum()
 
-    def test_nothing_is_disturbed_by_zeros(self) -> None:
+    def test_augmentation_of_strength_zero_changes_nothing(self) -> None:
         how = SeriesAugmentation(drop=0, jitter=0, season=0, noise=0, gain=0)
         values, valid, days = self.arrays()
         got = augment_series(values, valid, days, how, np.random.default_rng(1))
         for one, other in zip(got, (values, valid, days), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-6)
 
-    def test_a_year_begins_anywhere_but_keeps_its_order_in_the_circle(self) -> None:
+    def test_a_year_starts_on_any_day_and_keeps_its_cyclic_order(self) -> None:
         rng = np.random.default_rng(2)
         _, valid, days = self.arrays()
         inside, turned = any_year(valid, days, rng, least=4)
@@ -204,7 +204,7 @@ class TestCut:
         # 310 days before 12 September 2021.
         assert (date(2021, 9, 12) - timedelta(days=310)).timetuple().tm_yday == day_of_year[0]
 
-    def test_what_lies_more_than_half_a_step_away_is_unknown(self) -> None:
+    def test_a_target_more_than_half_a_step_away_is_unknown(self) -> None:
         table = tabulate([pixel_set("m", date(2021, 1, 5), 30, 12, n=8)], YEAR, least=1)
         _, _, _, _, known = cut(table, np.full(8, 6), 32, 10, 10)
         near = known.any(axis=(0, 2))
@@ -273,7 +273,7 @@ class TestMixedPixels:
             np.testing.assert_allclose(area, area[0], atol=1e-3)
             assert 0 < area[0] <= 0.5
 
-    def test_none_is_mixed_where_none_is_asked_for(self) -> None:
+    def test_nothing_is_mixed_with_a_share_of_zero(self) -> None:
         table, values, valid = self.mixed(0.0)
         np.testing.assert_array_equal(values, table.values)
         np.testing.assert_array_equal(valid, table.valid)

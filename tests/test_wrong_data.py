@@ -132,7 +132,7 @@ def test_nodata_of_integers(api: httpx.Client, tmp_path: Path, dtype: str, nodat
     same(means(api, stack(tmp_path, broken, nodata=nodata)), expected(values * 1e-4, valid))
 
 
-def test_a_stack_of_clouds_is_answered_with_nothing(api: httpx.Client, tmp_path: Path) -> None:
+def test_a_stack_of_clouds_has_no_prediction(api: httpx.Client, tmp_path: Path) -> None:
     values = np.concatenate([noise(4, (70, 66)), np.full((4, 1, 70, 66), CLOUD, np.uint16)], axis=1)
     files = stack(tmp_path, values, bands=(*BANDS, "SCL"))
     classes, profile = raster(api.post("/classify-pixels", files=files))
@@ -212,7 +212,7 @@ def test_a_date_with_a_time_zone_is_the_day_as_written(
 # Radiometry ---------------------------------------------------------------------------------
 
 
-def test_a_stack_across_the_change_of_baseline_is_warned_of(
+def test_a_stack_across_the_change_of_baseline_gives_a_warning(
     api: httpx.Client, tmp_path: Path
 ) -> None:
     when = days(8, date(2021, 11, 1))
@@ -255,7 +255,7 @@ def test_a_stack_across_the_change_of_baseline_is_warned_of(
     same(raster(answer)[0], right)
 
 
-def test_of_several_scales_the_field_counts_then_gdals_then_the_tag(
+def test_the_parameter_scale_precedes_gdals_scale_and_the_tag(
     api: httpx.Client, tmp_path: Path
 ) -> None:
     values = noise(3)
@@ -268,7 +268,9 @@ def test_of_several_scales_the_field_counts_then_gdals_then_the_tag(
     assert "scale=0.0001" in detail
 
 
-def test_a_scale_that_was_applied_already_is_warned_of(api: httpx.Client, tmp_path: Path) -> None:
+def test_a_scale_that_was_already_applied_gives_a_warning(
+    api: httpx.Client, tmp_path: Path
+) -> None:
     values = (noise(3) / 1e4).astype(np.float32)
     files = stack(tmp_path, values, scales=(1e-4,) * 3)
     answer = api.post("/embed", files=files)
@@ -278,14 +280,14 @@ def test_a_scale_that_was_applied_already_is_warned_of(api: httpx.Client, tmp_pa
     same(means(api, files, scale="1"), expected(values.astype(np.float64)))
 
 
-def test_percent_is_refused_with_the_scale_that_it_needs(api: httpx.Client, tmp_path: Path) -> None:
+def test_percent_is_rejected_with_the_needed_scale(api: httpx.Client, tmp_path: Path) -> None:
     values = (noise(3) / 100).astype(np.float32)
     files = stack(tmp_path, values)
     assert "scale=0.01" in refused(api.post("/embed", files=files), "implausible_reflectance")
     same(means(api, files, scale="0.01"), expected(values / 100.0))
 
 
-def test_8_bits_are_reflectance_where_the_scale_is_said(api: httpx.Client, tmp_path: Path) -> None:
+def test_8_bits_are_reflectance_with_a_given_scale(api: httpx.Client, tmp_path: Path) -> None:
     values = (noise(3) / 40).astype(np.uint8)
     files = stack(tmp_path, values)
     assert warned(api.post("/embed", files=files)) == {"scale_suspected"}
@@ -294,7 +296,7 @@ def test_8_bits_are_reflectance_where_the_scale_is_said(api: httpx.Client, tmp_p
     same(raster(said)[0], expected(values * 0.004))
 
 
-def test_swapped_red_and_near_infrared_are_warned_of(api: httpx.Client, tmp_path: Path) -> None:
+def test_swapped_red_and_near_infrared_give_a_warning(api: httpx.Client, tmp_path: Path) -> None:
     files = stack(tmp_path, noise(3))
     assert warned(api.post("/embed", files=files)) == set()
     swapped = api.post("/embed", files=files, data={"bands": "B02,B08,B04"})
@@ -312,7 +314,7 @@ def test_swapped_red_and_near_infrared_are_warned_of(api: httpx.Client, tmp_path
         ({"transform": Affine(20, 0, 500_000, 0, -20, 5_600_000)}, ("(10,", "(20,")),
     ],
 )
-def test_mixed_grids_are_refused_with_both_sides(
+def test_mixed_grids_are_rejected_with_both_sides(
     api: httpx.Client, tmp_path: Path, other: dict[str, Any], both: tuple[str, str]
 ) -> None:
     files = stack(tmp_path, noise(2)) + stack(tmp_path, noise(1), ["2021-09-01"], **other)
@@ -374,7 +376,7 @@ def test_every_grid_keeps_its_place_and_its_hectares(
     + [{"dates": f"{a},{b}"} for a, b in [("0001-01-01", "9999-12-31"), ("2021-02-30", "2021-1-1")]]
     + [{"dates": "1970-01-01,2099-12-31", "start": "1970-01-01"}],
 )  # fmt: skip
-def test_extreme_dates_are_never_a_fault_of_the_server(
+def test_extreme_dates_never_cause_an_internal_error(
     api: httpx.Client, tmp_path: Path, task: str, fields: dict[str, str]
 ) -> None:
     answer = api.post(f"/{task}", files=stack(tmp_path, noise(2)), data=fields)
@@ -454,14 +456,14 @@ def test_sizes_that_no_block_divides(
         {"photometric": "rgb"},
     ],
 )
-def test_the_same_numbers_in_another_make_are_the_same(
+def test_the_same_numbers_in_another_format_give_the_same_result(
     api: httpx.Client, tmp_path: Path, how: dict[str, Any]
 ) -> None:
     values = noise(2)
     same(means(api, stack(tmp_path, values, **how)), expected(values * 1e-4))
 
 
-def test_an_alpha_band_is_no_mask_and_an_internal_mask_is(
+def test_an_internal_mask_is_used_and_an_unnamed_alpha_band_is_not(
     api: httpx.Client, tmp_path: Path
 ) -> None:
     values = noise(3)
@@ -474,12 +476,12 @@ def test_an_alpha_band_is_no_mask_and_an_internal_mask_is(
     same(means(api, files), expected(values * 1e-4, mask[None]))
 
 
-def test_complex_numbers_are_refused(api: httpx.Client, tmp_path: Path) -> None:
+def test_complex_numbers_are_rejected(api: httpx.Client, tmp_path: Path) -> None:
     files = stack(tmp_path, noise(2).astype(np.complex64))
     assert "complex64" in refused(api.post("/embed", files=files), "not_a_geotiff")
 
 
-def test_a_palette_holds_no_reflectance(api: httpx.Client, tmp_path: Path) -> None:
+def test_a_palette_is_rejected(api: httpx.Client, tmp_path: Path) -> None:
     """A picture in colours by number names no band."""
     path = tmp_path / "map_2021-01-01.tif"
     write(path, np.full((1, *SHAPE), 3, np.uint8), photometric="palette")
@@ -489,7 +491,7 @@ def test_a_palette_holds_no_reflectance(api: httpx.Client, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("how", ["gcps", "rpcs"])
-def test_ground_control_points_alone_are_no_grid(
+def test_ground_control_points_are_not_a_georeference(
     api: httpx.Client, tmp_path: Path, how: str
 ) -> None:
     files = []
