@@ -192,6 +192,19 @@ def test_a_damaged_zip_is_rejected(tmp_path: Path, how: str) -> None:
     assert caught.value.errors[0]["field"] == "files"
 
 
+def test_a_zip_of_which_nothing_is_read_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.tif", b"II*\0" * 9)
+    inside = zipped(tmp_path / "c.zip", {"inner.zip": (tmp_path / "b.zip").read_bytes()})
+    for path, match in (
+        (tmp_path / "b.zip", "'a.tif': compressed by a method other than deflate.*with deflate"),
+        (inside.path, r"but 'inner\.zip': send the inner zip"),
+    ):
+        file = SourceFile(name=path.name, path=path)
+        with pytest.raises(InvalidRequest, match=match):
+            unpack([file], tmp_path, max_bytes=1000, max_files=10)
+
+
 def test_jpeg_2000_can_be_switched_off(tmp_path: Path) -> None:
     path = jp2(tmp_path / "20210105_B02.jp2", np.ones((8, 8), np.uint16))
     file = SourceFile(name=path.name, path=path)
@@ -377,6 +390,15 @@ def test_damaged_jp2_files_raise_only_errors_of_the_service(tmp_path: Path) -> N
         ("B04.tif", b"\x89PNG\r\n", "a picture"),
         ("B04.tif", b'{"type": "FeatureCollection"}', "JSON"),
         ("B04.tif", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        ("stack.7z", b"7z\xbc\xaf\x27\x1c", "7-Zip.*send a zip"),
+        ("stack.tar", b"B04.tif".ljust(257, b"\0") + b"ustar\x0000", "tar.*send a zip"),
+        ("empty.zip", b"PK\x05\x06".ljust(22, b"\0"), "an empty zip"),
+        ("B04.img", b"EHFA_HEADER_TAG\0", "ERDAS Imagine.*gdal_translate"),
+        ("fields.gpkg", b"SQLite format 3\0", "`fields`"),
+        ("fields.shp", b"\0\0\x27\x0a", "a shapefile.*`fields`"),
+        ("points.csv", b"id,lon,lat\n", "`points`"),
+        ("B04.tfw", b"10.0\n", "beside a raster"),
+        ("manifest.safe", b'<?xml version="1.0"?>\n<xfdu:XFDU', "MTD_MSIL2A.xml"),
         ("B04.tif", b"who knows", "GeoTIFF, JP2 and zips"),
     ],
 )

@@ -489,6 +489,19 @@ def test_one_file_that_is_too_dark_is_named(tmp_path: Path, how: dict) -> None:
     assert codes(opened(months(tmp_path, {"levels": (0.03, 0.03, 0.1)}))) == []
 
 
+def test_landsats_numbers_without_a_name_are_suspected(tmp_path: Path) -> None:
+    days = ("20210105", "20210205", "20210305")
+    how = {"times": 1 / 0.0000275, "add": round(0.2 / 0.0000275)}
+    files = [field(tmp_path / f"{day}.tif", **how) for day in days]
+    warnings = found(opened(files))
+    (warning,) = [w for w in warnings if w.code == "scale_suspected"]
+    assert "those of Landsat Collection 2; give sensor=landsat" in warning.detail
+    assert "scale_suspected" not in codes(opened(files, scale=0.0000275, offset=-0.2))
+    assert "scale_suspected" not in codes(opened(files, scale=0.0001))
+    snow = [field(tmp_path / f"snow_{day}.tif", levels=(0.8, 0.8, 0.7)) for day in days]
+    assert "scale_suspected" not in codes(opened(snow))
+
+
 def test_one_file_that_is_too_bright_is_named(tmp_path: Path) -> None:
     """Ten times the others, its median may still be one of reflectance."""
     days = ("20210105", "20210205", "20210305", "20210405")

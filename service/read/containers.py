@@ -139,8 +139,18 @@ def _members(
             "files", f"'{source.name}' is a zip that does not open: {type(error).__name__}"
         ) from error
     if not any(_RASTER.search(file.name) for file in found):
-        raise InvalidRequest.of("files", f"the zip '{source.name}' holds no .tif and no .jp2 file")
+        raise InvalidRequest.of("files", _holds_none(source.name, left_out))
     return found, left_out, used
+
+
+def _holds_none(name: str, left_out: Sequence[tuple[str, str]]) -> str:
+    """The message that no file of a zip is read."""
+    rasters = [f"'{member}': {why}" for member, why in left_out if _RASTER.search(member)]
+    if rasters:
+        return f"no raster of the zip '{name}' is read ({rasters[0]}); write it again with deflate"
+    zips = [member for member, _ in left_out if member.lower().endswith(".zip")]
+    inner = f", but '{zips[0]}': send the inner zip" if zips else ""
+    return f"the zip '{name}' holds no .tif and no .jp2 file{inner}"
 
 
 def _why_not(member: zipfile.ZipInfo) -> str | None:

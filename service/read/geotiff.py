@@ -313,13 +313,22 @@ _OTHER_FORMATS: Mapping[bytes, str] = {
     b"<error": "an error message of the storage it was downloaded from: download it again",
     b"\x00\x05\x16\x07": _APPLE,
     b"PK\x03\x04": "a zip inside a zip: send the inner one",
+    b"PK\x05\x06": "an empty zip",
+    b"7z\xbc\xaf": "an archive of 7-Zip: unpack it, or send a zip",
+    b"Rar!": "an archive of RAR: unpack it, or send a zip",
     b"\x1f\x8b": "compressed by gzip: unpack it first",
     b"\x89PNG": _PICTURE,
     b"\xff\xd8\xff": _PICTURE,
     b"%PDF": "a PDF, not a raster",
     b"\x93NUMPY": "a NumPy array, which has no georeference: write a GeoTIFF with rasterio",
     b"GRIB": "GRIB: convert it with gdal_translate -of COG",
-    b"PAR1": "Parquet, not a raster",
+    b"PAR1": "Parquet, not a raster: polygons go into the parameter `fields`",
+    b"SQLite format 3": "a GeoPackage or database: polygons go into the parameter `fields`",
+    b"\x00\x00\x27\x0a": "a shapefile: send polygons as GeoPackage or GeoJSON in `fields`",
+    b"EHFA_HEADER_TAG": "an ERDAS Imagine file: convert it with gdal_translate -of COG",
+    b"ENVI": "the header of an ENVI file: convert the ENVI file with gdal_translate -of COG",
+    b"<dimap": "the metadata of a DIMAP product: send its .tif or .jp2 files",
+    b"<xfdu:xfdu": "the manifest of a SAFE product: send its .jp2 files and MTD_MSIL2A.xml",
     b"version https://git-lfs": "a pointer of Git LFS, not the file: run git lfs pull",
     b"\xff\x4f\xff\x51": _CODESTREAM,
     b"<?xml": "XML, not a raster: leave it out",
@@ -362,6 +371,14 @@ def _what_it_is(name: str, head: bytes) -> str:
     for magic, what in _OTHER_FORMATS.items():
         if head.startswith(magic) or text.startswith(magic.lower()):
             return f"it is {what}"
+    if head[257:262] == b"ustar":
+        return "it is an archive of tar: unpack it, or send a zip"
+    if last.endswith((".csv", ".txt", ".tsv")):
+        return "it is a text: points go into the parameter `points`, dates into `dates`"
+    if last.endswith((".tfw", ".j2w", ".wld", ".prj", ".ovr", ".msk")):
+        return (
+            "it is a file beside a raster, which is not read: a GeoTIFF holds its own georeference"
+        )
     return f"it starts with {head[:4]!r}; GeoTIFF, JP2 and zips of them are read"
 
 

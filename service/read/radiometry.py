@@ -59,6 +59,8 @@ _LARGEST_UINT8 = 255
 # No land is this dark in its brightest tenth.
 _BRIGHT_PERCENTILE = 90
 _NEVER_SO_DARK = 9.9e-5
+# Nothing but snow and cloud is so bright everywhere.
+_NEVER_ALL_SO_BRIGHT = 0.7
 # A date whose brightest tenth is so much darker than that of the other dates, and so dark.
 _DARKER_THAN_OTHERS = 1 / 8
 _DARK_DATE = 0.05
@@ -178,6 +180,7 @@ def calibrate(
         _check_medians(sample, values)
         warnings += [
             *_dark(sample, values),
+            *_like_landsat(sample, values),
             *_one_dark(sample, values),
             *_one_bright(sample, values),
             *_swapped(sample, values),
@@ -589,6 +592,25 @@ def _dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
             detail=f"nine tenths of the clear values sampled lie below {bright:.2g}, with scale "
             f"{sample.planes[0][0].scale:g}: the numbers stored may be reflectance already (then "
             "give scale=1), or missing pixels hold a number that no nodata tag names",
+        )
+
+
+def _like_landsat(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+    """The warning that integers without a stated scale seem to be those of Landsat.
+
+    Collection 2 stores (reflectance + 0.2) / 0.0000275, so that black is 7273.
+    """
+    planes = [plane for own in sample.planes for plane in own]
+    if any(not plane.integer or plane.scale_source is not None for plane in planes):
+        return
+    darkest = float(np.percentile(values.transpose(0, 2, 1)[sample.valid], _DARK_PERCENTILE))
+    if darkest > _NEVER_ALL_SO_BRIGHT:
+        yield StackWarning(
+            code="scale_suspected",
+            detail=f"nearly all clear values sampled lie above {darkest:.2g} with scale "
+            f"{planes[0].scale:g}, which no file states: the numbers seem to be those of Landsat "
+            "Collection 2; give sensor=landsat, or scale=0.0000275 and offset=-0.2, or "
+            f"scale={planes[0].scale:g} to confirm that all of it is snow or cloud",
         )
 
 
