@@ -152,7 +152,7 @@ class Settings(BaseSettings):
     max_fields: Annotated[int, Field(ge=1)] = 100_000
     """Polygons of one request."""
     max_raster_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(16 * 2**30)
-    """Largest decoded stack, in bytes or as `500MB`, `2GiB`, judged from the headers."""
+    """Largest decoded stack, in bytes or as `500MB`, `2GiB`, computed from the headers."""
     memory_budget: Annotated[ByteSize, Field(ge=2**26)] | None = None
     """Memory that runs may take together for what they decode, in bytes or as `500MB`, `2GiB`; None
     is half of the container's limit, or without one of the machine's memory."""
