@@ -332,6 +332,11 @@ MAIZE = [f for f in labelled(8) if f["properties"]["class"] == "maize"]
             "class 'wheat' has 4 usable labels of 4 given",
         ),
         ([*MAIZE, *OUTSIDE], "too_few_labels", "6 outside the raster"),
+        (
+            [*OUTSIDE, *[point(-90, n, "maize") for n in range(5)]],
+            "too_few_labels",
+            "0 usable labels of 6 given (6 outside the raster",
+        ),
         ([*MAIZE, *CLOUDED], "too_few_labels", "6 with too few clear dates"),
         ([*MAIZE, point(9, 9, None)], "invalid_request", "no property `class`"),
         ([*MAIZE, point(9, 9, "x" * 101)], "invalid_request", "101 characters"),
@@ -444,6 +449,19 @@ def test_the_command_teaches_and_forgets(api, stack, tmp_path) -> None:
         assert name in done.output
     assert run(["models"]).output.count("mine@1.0.0") == 1
     assert run(["forget", "mine"]).output == "mine removed\n"
+
+
+def test_labels_of_one_place_are_scored_with_a_warning(api, files) -> None:
+    features = labelled(8)
+    for feature in features:
+        feature["properties"]["place"] = "here"
+    answer = make(api, files, features)
+    assert answer.status_code == 201, answer.text
+    metrics = answer.json()["card"]["metrics"]
+    assert metrics["split"].startswith("labels of one place")
+    assert metrics["macro_f1_interval"] is None
+    assert [w["code"] for w in answer.json()["warnings"]] == ["few_places"] * 3
+    assert api.delete("/heads/mine").status_code == 204
 
 
 def test_files_may_be_named_instead_of_sent(tmp_path, files) -> None:

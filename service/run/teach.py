@@ -214,7 +214,7 @@ class _Teaching:
         )
         metrics = {
             **scores(fitted.probabilities, classes, where),
-            "split": "places left out, in five folds",
+            "split": f"{'places' if where.max() else 'labels of one place'} left out, in folds",
             "labels": dict(Counter(labels[n].name for n in np.unique(samples.labels[kept]))),
             "places": int(where.max()) + 1,
             "separation_pixels": nearest,
@@ -486,6 +486,8 @@ class _Teaching:
             embedding=None if chosen == "series" else self.embedding,
         )
         path = self.folder / MODEL_FILE
+        merged = self.embedding if chosen != "series" else None
+        opset = (merged.opset if merged else None) or _OPSET
         new = path.with_suffix(".new")
         new.write_bytes(with_head(graph, fitted.head))
         new.replace(path)
@@ -520,7 +522,7 @@ class _Teaching:
                 },
                 "sensors": facts["sensors"],
                 "pixel_size": facts["pixel_size"],
-                "variants": (_variant(path),),
+                "variants": (_variant(path, opset),),
                 "sha256": sha256_of(path),
             }
         )
@@ -601,11 +603,11 @@ def _few_places(
     ]
 
 
-def _variant(path: Path) -> Variant:
+def _variant(path: Path, opset: int = _OPSET) -> Variant:
     return Variant(
         name="float32",
         file=path.name,
         sha256=sha256_of(path),
         bytes=path.stat().st_size,
-        opset=_OPSET,
+        opset=opset,
     )
