@@ -85,7 +85,7 @@ def main() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        left = [name for name in os.listdir(folder) if name.startswith("pimc-")]  # noqa: PTH208 - names
+        left = [path.name for path in Path(folder).glob("pimc-*/request-*")]
     report.seconds = round(time.monotonic() - begun, 1)
     if left:
         report.failures.append({"seed": None, "why": f"temporary files were left: {left[:5]}"})

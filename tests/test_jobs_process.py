@@ -232,4 +232,4 @@ def test_files_that_may_not_grow(zoo: Path, tmp_path: Path) -> None:
         check_full(api.post("/embed", files=wide, headers=ASYNC))
         check_healthy(api)
         assert leftovers(state) == []
-        assert list(temporary.glob("pimc-*")) == []
+        assert list(temporary.glob("pimc-*/request-*")) == []

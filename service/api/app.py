@@ -34,6 +34,7 @@ from service.api.quotas import Quotas
 from service.api.routes import heads as head_routes
 from service.api.routes import health, home, models, series, tasks
 from service.api.routes import jobs as job_routes
+from service.api.scratch import Scratch
 from service.api.sending import Downloads
 from service.errors import PIMCError
 from service.infer.engine import Engine
@@ -91,6 +92,8 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
             )
             keys = await to_thread.run_sync(_keys, settings, store, heads)
             metrics.watch_keys(keys.valid)
+            scratch = await to_thread.run_sync(Scratch)
+            stack.push_async_callback(to_thread.run_sync, scratch.close)
             closing = threading.Event()
             cache = BlockCache()
             budget = MemoryBudget(settings.memory_budget)
@@ -152,6 +155,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 cache=cache,
                 budget=budget,
                 executor=executor,
+                scratch=scratch,
                 runner=runner,
                 probe=anyio.CapacityLimiter(1),
                 closing=closing,

@@ -25,6 +25,7 @@ from service.api.auth import (
 )
 from service.api.negotiation import ASYNC, UPGRADE, prefers
 from service.api.quotas import Quotas
+from service.api.scratch import Scratch
 from service.api.sending import Downloads
 from service.api.uploads import Limits
 from service.errors import Unauthorized
@@ -56,6 +57,8 @@ class AppState:
     cache: BlockCache
     budget: MemoryBudget
     executor: Executor
+    scratch: Scratch
+    """Temporary files of synchronous requests."""
     runner: JobRunner
     probe: anyio.CapacityLimiter
     """The one thread that looks at the job store for readiness."""
@@ -93,13 +96,13 @@ async def own_folder(
     For a job it lies in the state directory, so that its files need not be copied.
     """
     stays = prefers(request.headers.getlist("prefer"))
-    async for folder in _folder(app.jobs.requests if stays else None):
+    async for folder in _folder(app.jobs.requests if stays else app.scratch.folder):
         yield folder
 
 
-async def _folder(parent: Path | None) -> AsyncIterator[Path]:
-    """A temporary folder in `parent`, or in the system's temporary folder."""
-    folder = Path(await to_thread.run_sync(lambda: tempfile.mkdtemp(prefix="pimc-", dir=parent)))
+async def _folder(parent: Path) -> AsyncIterator[Path]:
+    """A temporary folder in `parent`."""
+    folder = Path(await to_thread.run_sync(lambda: tempfile.mkdtemp(prefix="request-", dir=parent)))
     try:
         yield folder
     finally:
