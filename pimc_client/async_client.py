@@ -839,15 +839,30 @@ class AsyncJob(JobHandle[T]):
     @overload
     async def result(self) -> T: ...
     @overload
-    async def result(self, output: str) -> Raster: ...
-    async def result(self, output: str | None = None) -> T | Raster:
+    async def result(
+        self, output: str, *, smooth: int | None = None, min_area: float | None = None
+    ) -> Raster: ...
+    async def result(
+        self,
+        output: str | None = None,
+        *,
+        smooth: int | None = None,
+        min_area: float | None = None,
+    ) -> T | Raster:
         """The result of a job that has finished, or one output of it.
+
+        Args:
+            output: name of one output, such as `confidence`; all of the result if left out.
+            smooth: of `class`: smooth the finished map within this radius in pixels; the job must
+                hold `probabilities`.
+            min_area: of `class`: let areas below so many hectares join a neighbour.
 
         Raises:
             ResultNotReady: the job has not finished.
             ServiceError, JobFailed, JobDismissed: as for `wait`.
         """
-        return cast("T", await self._client.run(operations.result(self, output)))
+        operation = operations.result(self, output, smooth=smooth, min_area=min_area)
+        return cast("T", await self._client.run(operation))
 
     async def item(self) -> Mapping[str, Any]:
         """The STAC Item of the job's rasters, its assets linked to the server.

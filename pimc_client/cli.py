@@ -694,16 +694,26 @@ def job_result(
     output: Annotated[
         str | None, typer.Option("--output", help="One output of several, such as confidence.")
     ] = None,
+    smooth: Annotated[
+        int | None,
+        typer.Option("--smooth", help="With --output class: smooth the finished map, in pixels."),
+    ] = None,
+    min_area: Annotated[
+        float | None,
+        typer.Option("--min-area", help="With --output class: join areas below so many hectares."),
+    ] = None,
     client: Client,
 ) -> None:
     """Wait for a job and write its result: rasters to a file or folder, JSON to the terminal."""
     if out is not None:
         _check_raster_target(out, several=False)
+    if output is None and (smooth or min_area):
+        raise UsageError("--smooth and --min-area clean one output: add --output class")
     found = client.job(job)
     with _bars() as bars:
         result = found.wait(progress=bars.computed)
     if output is not None:
-        result = found.result(output)
+        result = found.result(output, smooth=smooth, min_area=min_area)
     if isinstance(result, Raster | Rasters) and out is None:
         raise UsageError("the result is a raster: name the file to write with -o")
     _print_warnings(result)

@@ -838,15 +838,30 @@ class Job(JobHandle[T]):
     @overload
     def result(self) -> T: ...
     @overload
-    def result(self, output: str) -> Raster: ...
-    def result(self, output: str | None = None) -> T | Raster:
+    def result(
+        self, output: str, *, smooth: int | None = None, min_area: float | None = None
+    ) -> Raster: ...
+    def result(
+        self,
+        output: str | None = None,
+        *,
+        smooth: int | None = None,
+        min_area: float | None = None,
+    ) -> T | Raster:
         """The result of a job that has finished, or one output of it.
+
+        Args:
+            output: name of one output, such as `confidence`; all of the result if left out.
+            smooth: of `class`: smooth the finished map within this radius in pixels; the job must
+                hold `probabilities`.
+            min_area: of `class`: let areas below so many hectares join a neighbour.
 
         Raises:
             ResultNotReady: the job has not finished.
             ServiceError, JobFailed, JobDismissed: as for `wait`.
         """
-        return cast("T", self._client.run(operations.result(self, output)))
+        operation = operations.result(self, output, smooth=smooth, min_area=min_area)
+        return cast("T", self._client.run(operation))
 
     def item(self) -> Mapping[str, Any]:
         """The STAC Item of the job's rasters, its assets linked to the server.

@@ -286,11 +286,19 @@ def wait(
         pause = min(pause * _SLOWER, _LONGEST_PAUSE)
 
 
-def result(handle: JobHandle[Any], output: str | None = None) -> Operation[TaskResult]:
-    """The job's result, or one output of it."""
+def result(
+    handle: JobHandle[Any],
+    output: str | None = None,
+    *,
+    smooth: int | None = None,
+    min_area: float | None = None,
+) -> Operation[TaskResult]:
+    """The job's result, or one output of it, as it is or cleaned."""
     accept = handle.accept if output is None else ANYTHING
     try:
-        response = yield from _exchange(build_result(handle.id, accept=accept, output=output))
+        response = yield from _exchange(
+            build_result(handle.id, accept=accept, output=output, smooth=smooth, min_area=min_area)
+        )
     except (ResultNotReady, NotFound, UnknownJob) as error:
         # The server has no result; the job's state has the reason.
         reason = _unsuccessful(handle.state)

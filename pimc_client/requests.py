@@ -410,9 +410,28 @@ def build_cancel(job_id: str) -> Request:
     return Request(method="DELETE", path=f"jobs/{quote(job_id, safe='')}")
 
 
-def build_result(job_id: str, *, accept: str, output: str | None = None) -> Request:
-    """A job's result, or one output of it."""
+def build_result(
+    job_id: str,
+    *,
+    accept: str,
+    output: str | None = None,
+    smooth: int | None = None,
+    min_area: float | None = None,
+) -> Request:
+    """A job's result, or one output of it, derived anew if `smooth` or `min_area` is given.
+
+    Raises:
+        ValueError: `smooth` or `min_area` without an output.
+    """
     path = f"jobs/{quote(job_id, safe='')}/result"
+    given = {"smooth": smooth, "min_area": min_area}
+    query = "&".join(f"{name}={value}" for name, value in given.items() if value is not None)
+    if query and output is None:
+        raise ValueError("smooth and min_area derive an output: give 'class'")
+    if query:
+        return Request(
+            method="GET", path=f"{path}/{quote(str(output), safe='')}?{query}", accept=accept
+        )
     return Request(
         method="GET",
         path=path if output is None else f"{path}/{quote(output, safe='')}",

@@ -30,6 +30,7 @@ from service.run.raster import make_work, run_raster
 from service.write import sieve
 from service.write.predictions import NO_CLASS
 from service.write.sieve import areas_of, sieved
+from tests.kits.client import connected
 from tests.kits.jobs import waited
 from tests.kits.rasters import write
 
@@ -310,6 +311,77 @@ def test_a_job_gives_the_same_map(api: httpx.Client, stack: list[SourceFile]) ->
     assert found["status"] == "successful", found
     direct = posted(api, stack, smooth=2, min_area=0.2)
     assert api.get(f"/jobs/{job['jobID']}/result").content == direct.content
+
+
+def job_of(api: httpx.Client, stack: list[SourceFile], **data: Any) -> str:
+    answer = posted(api, stack, headers={"Prefer": "respond-async"}, **data)
+    assert waited(api, answer.json()["jobID"])["status"] == "successful"
+    return str(answer.json()["jobID"])
+
+
+def pixels(content: bytes) -> np.ndarray:
+    with rasterio.MemoryFile(content) as memory, memory.open() as file:
+        assert file.nodata == NO_CLASS
+        assert file.colormap(1)
+        return file.read(1)
+
+
+@pytest.mark.parametrize("how", ["smooth=2", "min_area=0.2", "smooth=2&min_area=0.2"])
+def test_a_finished_job_is_cleaned_without_running_again(
+    api: httpx.Client, stack: list[SourceFile], how: str
+) -> None:
+    job = job_of(api, stack, outputs="class,probabilities")
+    derived = api.get(f"/jobs/{job}/result/class?{how}")
+    assert derived.status_code == 200, derived.text
+    options = dict(one.split("=") for one in how.split("&"))
+    direct = posted(api, stack, **options)
+    np.testing.assert_array_equal(pixels(derived.content), pixels(direct.content))
+    plain = api.get(f"/jobs/{job}/result/class").content
+    assert (pixels(plain) != pixels(derived.content)).any()
+    assert api.get(f"/jobs/{job}/result/class?{how}").content == derived.content
+    polygons = api.get(f"/jobs/{job}/result/polygons?{how}")
+    accept = {"Accept": "application/vnd.apache.parquet"}
+    expected = posted(api, stack, headers=accept, outputs="polygons", **options)
+    assert polygons.content == expected.content
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_the_sdk_cleans_a_finished_job(
+    api: httpx.Client, stack: list[SourceFile], kind: str
+) -> None:
+    name = job_of(api, stack, outputs="class,probabilities")
+    with connected(kind, str(api.base_url)) as client:
+        found = client.job(name).result("class", smooth=2, min_area=0.2)
+        with pytest.raises(ValueError, match="give 'class'"):
+            client.job(name).result(smooth=2)
+    direct = posted(api, stack, smooth=2, min_area=0.2)
+    np.testing.assert_array_equal(found.array, pixels(direct.content))
+    assert found.legend[0].name == "first"
+
+
+def test_a_job_without_what_a_derived_map_needs_says_so(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    plain = job_of(api, stack)
+    answer = api.get(f"/jobs/{plain}/result/class?smooth=2")
+    assert answer.status_code == 422
+    assert "outputs=class,probabilities" in answer.json()["detail"]
+    assert api.get(f"/jobs/{plain}/result/class?min_area=0.2").status_code == 200
+    smooth = job_of(api, stack, outputs="class,probabilities", smooth=1)
+    assert "smoothed already" in api.get(f"/jobs/{smooth}/result/class?smooth=2").text
+    other = job_of(api, stack, outputs="confidence")
+    assert "no class map" in api.get(f"/jobs/{other}/result/class?min_area=1").text
+    for strange in ("smooth=11", "smooth=-1", "min_area=-1", "min_area=nan"):
+        assert api.get(f"/jobs/{plain}/result/class?{strange}").status_code == 422
+
+
+def test_a_large_map_is_not_derived_while_a_client_waits(
+    zoo: Path, stack: list[SourceFile]
+) -> None:
+    with served(model_dir=zoo, sync_max_pixels=H * W - 1) as api:
+        job = job_of(api, stack)
+        answer = api.get(f"/jobs/{job}/result/class?min_area=0.2")
+        assert "PIMC_SYNC_MAX_PIXELS" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,16 @@ def whole_file(
     return with_raster_headers(response, result)
 
 
+def derived_file(
+    path: Path, output: str, result: StoredResult, *, missing: PIMCError | None = None
+) -> Response:
+    """A map or polygons derived from a job's result."""
+    kind = PARQUET if output == POLYGONS else COG
+    filename = f"{output}{path.suffix}"
+    response = StoredFile(path, media_type=kind, filename=filename, missing=missing)
+    return with_raster_headers(response, result)
+
+
 def with_raster_headers(response: Response, result: Result | StoredResult) -> Response:
     """Add the headers with the model, the stage times and the warnings."""
     for text in warning_headers(result.warnings):

@@ -69,7 +69,9 @@ def around(grid: Grid, window: Window, radius: int) -> Window:
     return Window(left, top, right - left, bottom - top)
 
 
-def _read(file: OpenScratch, grid: Grid, window: Window, radius: int) -> tuple[Window, Floats]:
+def read_around(
+    file: OpenScratch, grid: Grid, window: Window, radius: int
+) -> tuple[Window, Floats]:
     """Probabilities of a window and its border (K, h + 2 radius, w + 2 radius), NaN beyond."""
     (top, bottom), (left, right) = window.toranges()
     rows = (max(0, radius - top), max(0, bottom + radius - grid.height))
@@ -89,7 +91,7 @@ def _smooth(work: Work, file: OpenScratch, target: OpenScratch) -> Timing:
     return work.each(
         "smoothed",
         _parts(work),
-        read=lambda window: _read(file, grid, window, radius),
+        read=lambda window: read_around(file, grid, window, radius),
         infer=lambda item: smoothed(item[1], radius),
         digest=lambda _, values: {"values": values},
         keep=lambda window, arrays: target.write(window, arrays["values"]),
@@ -138,7 +140,7 @@ def _to_sink(
     return work.each(
         "cleaned",
         _parts(work),
-        read=lambda window: _read(file, grid, window, radius),
+        read=lambda window: read_around(file, grid, window, radius),
         infer=infer,
         digest=sink.digest,
         keep=sink.keep,

@@ -5,10 +5,12 @@ bands of a window → temporary GeoTIFF (uncompressed, tiled) → COG, with its 
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import rasterio.shutil
 from numpy.typing import NDArray
 from rasterio.errors import RasterioError
 
+from models.card import LegendClass
 from service.errors import InsufficientStorage, no_descriptors, no_room
 from service.grid import GDALError, Grid, Window
 from service.write.legend import (
@@ -225,6 +228,33 @@ class OpenScratch:
         """
         with stored():
             self._file.write(values, window=window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRaster:
+    """A finished raster of a result, open for reading."""
+
+    pixels: OpenScratch
+    grid: Grid
+    legend: tuple[LegendClass, ...]
+    """Of a class map; empty for other rasters."""
+    tags: Mapping[str, str]
+    """As `RasterWriter` takes them."""
+
+
+@contextmanager
+def open_stored(path: Path) -> Iterator[StoredRaster]:
+    """A raster that `RasterWriter` wrote."""
+    with rasterio.open(path) as file:
+        found = file.tags()
+        legend = json.loads(found.get("PIMC_LEGEND", "[]"))
+        kept = {name for name in found if name.startswith("PIMC_")} - {"PIMC_LEGEND"}
+        yield StoredRaster(
+            pixels=OpenScratch(file),
+            grid=Grid(crs=file.crs, transform=file.transform, width=file.width, height=file.height),
+            legend=tuple(LegendClass(**one) for one in legend),
+            tags={name: found[name] for name in (*sorted(kept), "TIFFTAG_SOFTWARE")},
+        )
 
 
 @contextmanager

@@ -10,21 +10,33 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 from starlette.responses import JSONResponse
 
+from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, READER, App, AppState, Caller, root_of
 from service.api.negotiation import negotiate
 from service.api.openapi import FILE, ITEM_FILE, RESULT, STAC_COLLECTION, problems
 from service.api.problems import problem
-from service.api.responses import GEOJSON, PARQUET, offers, stored_response, whole_file
+from service.api.responses import (
+    GEOJSON,
+    PARQUET,
+    derived_file,
+    offers,
+    stored_response,
+    whole_file,
+)
 from service.api.schemas import JobInfo, JobList, Link
 from service.errors import NotFound, ResultNotReady
+from service.infer.smooth import MAX_RADIUS
 from service.jobs.serialise import StoredResult
 from service.jobs.store import Job, removed
+from service.run.derive import Cleaning, check_derivable, derive_map
+from service.run.request import RasterRequest
 from service.write.predictions import POLYGONS
 from service.write.stac_item import item_of
 
@@ -150,13 +162,41 @@ def _linked_item(result: StoredResult, here: str) -> dict[str, Any] | None:
     dependencies=[READER],
 )
 async def read_output(
-    job_id: str, output: str, request: Request, app: App, caller: Caller
+    job_id: str,
+    output: str,
+    request: Request,
+    app: App,
+    caller: Caller,
+    smooth: Annotated[
+        int,
+        Query(
+            ge=0,
+            le=MAX_RADIUS,
+            description="of `class` and `polygons`: radius in pixels of a smoothing of the "
+            "finished map; the job must hold `probabilities`",
+        ),
+    ] = 0,
+    min_area: Annotated[
+        float,
+        Query(
+            ge=0,
+            allow_inf_nan=False,
+            description="of `class` and `polygons`: hectares below which an area joins a neighbour",
+        ),
+    ] = 0.0,
 ) -> Response:
-    """One raster of a job's result, or its polygons."""
+    """One raster of a job's result, or its polygons; `smooth`, `min_area` derive a cleaner map."""
     job = await _find(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
     result = await to_thread.run_sync(app.jobs.result, job)
+    if (smooth or min_area) and output in {"class", POLYGONS}:
+        how = Cleaning(smooth=smooth, min_area=min_area)
+        derive = partial(_derived, app, job, result, how, output)
+        # A run slot: the work is that of a run.
+        async with app.admission.runs.slot(share_of(caller, request.scope)):
+            path = await to_thread.run_sync(derive)
+        return derived_file(path, output, result, missing=removed(job))
     if output not in result.files:
         there = ", ".join(result.files) or "none, as the result is not a raster"
         raise NotFound(f"job {job.id} has no output '{output[:64]}'; available: {there}")
@@ -165,6 +205,23 @@ async def read_output(
         make = partial(stored_response, app.jobs, job, result, media)
         return await to_thread.run_sync(make, limiter=app.downloads.makers)
     return whole_file(result, output, missing=removed(job))
+
+
+def _derived(
+    app: AppState,
+    job: Job,
+    result: StoredResult,
+    how: Cleaning,
+    output: str,
+) -> Path:
+    """A map or polygons derived from a result, made once."""
+    asked = app.jobs.request(job)
+    before = asked.smooth or 0 if isinstance(asked, RasterRequest) else 0
+    most = app.settings.sync_max_pixels
+    check_derivable(result.files, how, smoothed_by=before, most_pixels=most)
+    suffix = ".parquet" if output == POLYGONS else ".tif"
+    name = f"{output}-{how.name}{suffix}"
+    return app.jobs.ready(job, name, partial(derive_map, result.files, how, output))
 
 
 async def _find(app: AppState, caller: str | None, job_id: str) -> Job:
