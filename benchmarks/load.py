@@ -1,6 +1,6 @@
 """Load test: fifty clients of every kind for ten minutes; failures, memory growth, leftovers.
 
-    python -m benchmarks.load [--seconds 600] [--callers 50] [--beside dripping hogs] [--out FILE]
+    python -m benchmarks.load [--seconds 600] [--callers 50] [--beside NAME ...] [--out FILE]
 
 The service runs as a process of its own. The clients request maps from 1 x 1 to 512 x 512, series,
 points, summaries and zips; some disconnect half way, some send or read slowly or never read, some
@@ -30,6 +30,7 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from rich.table import Table
 
 from benchmarks.landscape import BANDS, days, write_stack
 from benchmarks.process import Sampler, Served, machine, served
+from benchmarks.strangers import STRANGERS
 
 MOST_RESIDENT = 1_500_000_000
 """Largest allowed resident memory of the service, bytes."""
@@ -533,10 +535,14 @@ def hogs(service: Served, end: float, counts: Counter[str]) -> None:
         thread.join()
 
 
-OTHERS: Mapping[str, Other] = {"dripping": dripping, "hogs": hogs}
+_OTHER_KEY = "key-of-the-others"
+OTHERS: Mapping[str, Other] = {
+    "dripping": dripping,
+    "hogs": hogs,
+    **{name: partial(stranger, key=_OTHER_KEY) for name, stranger in STRANGERS.items()},
+}
 NEED_KEYS = frozenset({"hogs"})
 """Others who can be told from the clients by an API key alone."""
-_OTHER_KEY = "key-of-the-others"
 
 
 # The probe ----------------------------------------------------------------------------------

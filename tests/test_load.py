@@ -7,6 +7,7 @@ import statistics
 import pytest
 
 from benchmarks.load import Report, requests, run
+from benchmarks.strangers import STRANGERS
 
 pytestmark = pytest.mark.slow
 
@@ -62,3 +63,23 @@ def test_a_key_that_hogs_the_service_does_not_keep_the_others_from_it() -> None:
     assert outcomes == {"200"}  # each client has slots of its own
     assert report.beside["hogs"]["429"] > 0
     assert set(report.beside["hogs"]) <= {"200", "202", "429"}
+
+
+def test_strangers_take_neither_memory_nor_connections_from_the_others() -> None:
+    kinds = [one for one in requests(largest=64) if one.name in {"map 1 x 1", "series of 1"}]
+    report = run(
+        10, 4, kinds, list(STRANGERS),
+        PIMC_MAX_CONCURRENCY="2", PIMC_MAX_CONNECTIONS_PER_ADDRESS="64",
+    )  # fmt: skip
+    assert report.faults == []
+    outcomes = {name for counts in report.outcomes.values() for name in counts}
+    assert "200" in outcomes
+    assert outcomes <= {"200", "overloaded"}
+    seen = report.beside
+    assert seen["idle"]["closed"] > 0  # three hundred connections, of which 64 are kept
+    assert seen["heads"]["cut off"] > 0
+    assert "taken whole" not in seen["heads"]
+    assert 0 < seen["unread"]["unread at once"] <= 16  # PIMC_MAX_DOWNLOADS_PER_CALLER
+    assert seen["leaving"]["left"] > 0
+    assert seen["blocks"]
+    assert set(seen["blocks"]) <= {"200", "413", "429", "503"}
