@@ -326,6 +326,41 @@ def test_measured_series_of_items(world: World) -> None:
     assert len(document["sources"]) == len(world.tyrol)
 
 
+def test_own_classes_of_items_are_those_of_their_files(world: World) -> None:
+    pixels = [(row, col) for row in range(4, 60, 9) for col in range(4, 60, 9)]
+    with rasterio.open(world.flanders[0].paths["B04"]) as raster:
+        xs, ys = zip(*(raster.xy(*pixel) for pixel in pixels), strict=True)
+        places = zip(*rasterio.warp.transform(raster.crs, "EPSG:4326", xs, ys), strict=True)
+    labels = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Point", "coordinates": list(place)},
+            "properties": {"class": "even" if n % 2 else "odd"},
+        }
+        for n, place in enumerate(places)
+    ]
+    features = {"type": "FeatureCollection", "features": labels}
+    named = {"stac": collection(world.items("earth-search", world.flanders)), "labels": features}
+    files = [
+        ("files", (f"S2A_31UES_{at.day[:10]}/{path.name}", path.read_bytes()))
+        for at in world.flanders
+        for path in at.paths.values()
+    ]
+    by_stac = world.service.post("/heads", json={"name": "by-stac", **named})
+    by_files = world.service.post(
+        "/heads", files=files, data={"name": "by-files", "labels": json.dumps(features)}
+    )
+    assert (by_stac.status_code, by_files.status_code) == (201, 201), by_stac.text
+    cards = [response.json()["card"] for response in (by_stac, by_files)]
+    assert cards[0]["sha256"] == cards[1]["sha256"]
+    assert cards[0]["metrics"] == cards[1]["metrics"]
+    mapped = world.named(named["stac"], model="by-stac")
+    assert mapped.status_code == 200, mapped.text
+    assert mapped.headers["PIMC-Model"] == "by-stac@1.0.0"
+    for name in ("by-stac", "by-files"):
+        assert world.service.delete(f"/heads/{name}").status_code == 204
+
+
 def test_tiles_of_one_crs_are_brought_together(world: World) -> None:
     """Two overlapping tiles, each with its own item, give what the whole scene gives."""
     at = world.tyrol[0]

@@ -27,6 +27,7 @@ from service.api.schemas import (
     HeadItems,
     HeadResponse,
     HeadSeries,
+    HeadStac,
     JobInfo,
     MeasuredResponse,
     Operation,
@@ -71,6 +72,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     HeadForm,
     HeadItems,
     HeadSeries,
+    HeadStac,
     HeadResponse,
     SummaryResponse,
     SeriesResponse,
@@ -258,7 +260,7 @@ HEAD_BODY: dict[str, Any] = {
         "required": True,
         "content": {
             FORM: {"schema": _ref(HeadForm), "encoding": {FILES: {"contentType": "image/tiff"}}},
-            JSON: {"schema": {"anyOf": [_ref(HeadItems), _ref(HeadSeries)]}},
+            JSON: {"schema": {"anyOf": [_ref(HeadItems), _ref(HeadStac), _ref(HeadSeries)]}},
         },
     }
 }

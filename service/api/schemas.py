@@ -800,19 +800,22 @@ def _kind_of_stac(value: object) -> str:
     return "search" if search else "document"
 
 
+StacReference = Annotated[
+    Annotated[StacSearch, Tag("search")]
+    | Annotated[StacDocument, Tag("document")]
+    | Annotated[str, Field(min_length=1, max_length=8192), Tag("address")],
+    Discriminator(_kind_of_stac),
+    Field(
+        description="a STAC ItemCollection or Item, the URL of one, or a search: of each item "
+        "the assets that the model needs are read, by HTTP ranges"
+    ),
+]
+
+
 class _Stac(_AsObjects):
     """Files that STAC items name."""
 
-    stac: Annotated[
-        Annotated[StacSearch, Tag("search")]
-        | Annotated[StacDocument, Tag("document")]
-        | Annotated[str, Field(min_length=1, max_length=8192), Tag("address")],
-        Discriminator(_kind_of_stac),
-        Field(
-            description="a STAC ItemCollection or Item, the URL of one, or a search: of each item "
-            "the assets that the model needs are read, by HTTP ranges"
-        ),
-    ]
+    stac: StacReference
 
 
 class ClassifyStac(_Stac, ClassifyForm):
@@ -967,10 +970,9 @@ class HeadForm(StackForm):
     embedding: _EmbeddingName = None
 
 
-class HeadItems(HeadForm):
-    """JSON body of `POST /heads` that names its files."""
+class _HeadObjects(HeadForm):
+    """A request to learn classes as JSON: labels and area as objects."""
 
-    items: Annotated[tuple[ItemBody, ...], Field(min_length=1, max_length=MAX_ITEMS)]
     area: Annotated[
         Area | None,
         Field(description="GeoJSON polygon, EPSG:4326: only this part is read"),
@@ -980,10 +982,22 @@ class HeadItems(HeadForm):
         Field(description="GeoJSON FeatureCollection of points or polygons with a `class`"),
     ]
 
+
+class HeadItems(_HeadObjects):
+    """JSON body of `POST /heads` that names its files."""
+
+    items: Annotated[tuple[ItemBody, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+
     @model_validator(mode="after")
     def _dated_once(self) -> Self:
         _check_item_dates(self.items, self.dates)
         return self
+
+
+class HeadStac(_HeadObjects):
+    """JSON body of `POST /heads` that names STAC items."""
+
+    stac: StacReference
 
 
 class LabelledEntry(SeriesEntry):
@@ -1306,15 +1320,34 @@ def read_head_items(body: bytes, *, allowed: bool) -> tuple[tuple[ItemBody, ...]
         InvalidRequest: with every field that fails.
         ForbiddenReference: the body names files, and none may be.
     """
-    if _checked(_Reference, body).items is None:
+    named = _named(body, "items", HeadItems, allowed=allowed)
+    if named is None:
         return None
-    if not allowed:
-        raise ForbiddenReference("'items' is not allowed: this server reads no files by reference")
-    named = _checked(HeadItems, body)
     fields = {name: getattr(named, name) for name in HeadForm.model_fields}
     if named.items[0].date:
         fields["dates"] = tuple(item.date for item in named.items)
     return named.items, HeadForm.model_construct(**fields)
+
+
+def read_head_stac(
+    body: bytes, *, allowed: bool
+) -> tuple[StacSearch | dict[str, Any] | str, HeadForm] | None:
+    """Validate a JSON body of `POST /heads` that names STAC items; None if it does not.
+
+    Args:
+        body: as it came.
+        allowed: whether files may be named at all.
+
+    Raises:
+        InvalidRequest: with every field that fails.
+        ForbiddenReference: the body names items, and none may be.
+    """
+    named = _named(body, "stac", HeadStac, allowed=allowed)
+    if named is None:
+        return None
+    stac = named.stac.model_dump() if isinstance(named.stac, StacDocument) else named.stac
+    fields = {name: getattr(named, name) for name in HeadForm.model_fields}
+    return stac, HeadForm.model_construct(**fields)
 
 
 def read_head_series(body: bytes) -> HeadSeries:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,18 @@ from service.api.admission import Place
 from service.api.dependencies import AppState
 from service.api.schemas import Operation, RasterForm, StacSearch
 from service.read.geotiff import SourceFile
+from service.read.layouts import StackOptions
 from service.read.placement import Bounds
 from service.read.stac import Search
-from service.read.stac_files import around, fetch_stac
-from service.read.vectors import read_fields
+from service.read.stac_files import StacFiles, around, fetch_stac
+from service.read.stack import LAND_BANDS
+from service.read.vectors import read_fields, read_labels
 from service.run.measured import BANDS, FURTHER_BANDS
 from service.run.plan import bands_of
 from service.run.request import MeasureRequest, RasterRequest
+
+NEEDED_BANDS = ("B04", "B08")
+"""Bands that items need for own classes; all others that show the land are read where they are."""
 
 
 async def stac_request(
@@ -30,6 +35,7 @@ async def stac_request(
     app: AppState,
     folder: Path,
     place: Place,
+    owner: str,
 ) -> RasterRequest:
     """The request on the files of STAC items, of which only the needed part is fetched.
 
@@ -41,18 +47,62 @@ async def stac_request(
         app: application state.
         folder: of the request.
         place: of the request; the fetched bytes count as received.
+        owner: the caller, whose own models may be named.
 
     Raises:
         PIMCError: the items or their files cannot be fetched, or do not fit the model.
     """
     request = fields.request(task, (), polygons)
     measured = isinstance(request, MeasureRequest)
-    bands = BANDS if measured else await to_thread.run_sync(bands_of, request, app.engine)
+    bands = BANDS if measured else await to_thread.run_sync(bands_of, request, app.engine, owner)
     optional = FURTHER_BANDS if measured else ()
     stack = request.stack
     if stack.bbox is None and stack.area is None:
         extent = await to_thread.run_sync(_extent, stac, request, app.settings.max_fields)
         stack = replace(stack, bbox=extent)
+    fetched = await _fetched(stac, stack, app, folder, place, bands=bands, optional=optional)
+    return replace(request, files=fetched.files, stack=fetched.stack, items=fetched.items)
+
+
+async def stac_head(
+    stac: StacSearch | Mapping[str, Any] | str,
+    stack: StackOptions,
+    labels: SourceFile,
+    app: AppState,
+    folder: Path,
+    place: Place,
+) -> StacFiles:
+    """The files of STAC items around labels, in every band that shows the land.
+
+    Args:
+        stac: an ItemCollection or Item, the URL of one, or a search.
+        stack: the other parameters.
+        labels: points or polygons.
+        app: application state.
+        folder: of the request.
+        place: of the request; the fetched bytes count as received.
+
+    Raises:
+        PIMCError: the items, their files or the labels cannot be read.
+    """
+    if stack.bbox is None and stack.area is None:
+        found = await to_thread.run_sync(read_labels, labels, app.settings.max_fields)
+        extent = found.extent
+        stack = replace(stack, bbox=None if extent is None else around(extent))
+    further = tuple(band for band in LAND_BANDS if band not in NEEDED_BANDS)
+    return await _fetched(stac, stack, app, folder, place, bands=NEEDED_BANDS, optional=further)
+
+
+async def _fetched(
+    stac: StacSearch | Mapping[str, Any] | str,
+    stack: StackOptions,
+    app: AppState,
+    folder: Path,
+    place: Place,
+    *,
+    bands: Sequence[str],
+    optional: Sequence[str],
+) -> StacFiles:
     asked = (
         Search(**{name: getattr(stac, name) for name in type(stac).model_fields})
         if isinstance(stac, StacSearch)
@@ -64,7 +114,7 @@ async def stac_request(
     for file in fetched.files:
         if file.path.is_relative_to(folder):
             place.received(file.path.stat().st_size)
-    return replace(request, files=fetched.files, stack=fetched.stack, items=fetched.items)
+    return fetched
 
 
 def _extent(

@@ -323,17 +323,19 @@ def _need(run: RasterRun, request: RasterRequest, fields: Fields | None, window_
     return raster_need(run, window_bytes)
 
 
-def bands_of(request: RasterRequest, engine: Engine) -> tuple[str, ...]:
+def bands_of(request: RasterRequest, engine: Engine, owner: str = "") -> tuple[str, ...]:
     """The bands that a request's model takes, by name.
 
     Args:
         request: what to run.
         engine: the models.
+        owner: the caller, whose own models may be named.
 
     Raises:
         UnknownModel, WrongTask: no such model, or one of another task.
     """
-    return tuple(engine.find(request.model, request.task, _modality(request)).card.bands)
+    model = engine.find(request.model, request.task, _modality(request), owner=owner)
+    return tuple(model.card.bands)
 
 
 def _modality(request: RasterRequest) -> Modality | None:

@@ -27,10 +27,13 @@ from service.api.schemas import (
     read_head_fields,
     read_head_items,
     read_head_series,
+    read_head_stac,
 )
+from service.api.stac import stac_head
 from service.api.uploads import FILES, FORM, LABELS, media_type, read_form, read_json
 from service.errors import InvalidRequest, NotReady
 from service.read.geotiff import SourceFile
+from service.read.layouts import StackOptions
 from service.read.references import fetch_items
 from service.run.request import HeadRequest
 
@@ -137,8 +140,16 @@ async def _read_request(request: Request, app: AppState, folder: Path, place: Pl
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
     named = await to_thread.run_sync(partial(read_head_items, text, allowed=allowed))
     if named is None:
-        body = await to_thread.run_sync(read_head_series, text)
-        return body.request()
+        found = await to_thread.run_sync(partial(read_head_stac, text, allowed=allowed))
+        if found is None:
+            body = await to_thread.run_sync(read_head_series, text)
+            return body.request()
+        stac, fields = found
+        labels = await vector_file(LABELS, fields.labels, folder)
+        if labels is None:
+            raise TypeError("a body that names items has labels")
+        fetched = await stac_head(stac, fields.stack, labels, app, folder, place)
+        return await _of_files(fields, fetched.files, labels, folder, app, stack=fetched.stack)
     items, fields = named
     files = await fetch_items(items, folder, settings)
     for file in files:
@@ -155,15 +166,16 @@ async def _of_files(
     labels: SourceFile | None,
     folder: Path,
     app: AppState,
+    stack: StackOptions | None = None,
 ) -> HeadRequest:
     if labels is None:
         raise InvalidRequest.of(LABELS, "points or polygons with a property `class` are required")
-    opened, stack = await unpacked(files, fields.stack, folder, app)
+    opened, options = await unpacked(files, stack or fields.stack, folder, app)
     return HeadRequest(
         name=fields.name,
         description=fields.description,
         files=opened,
-        stack=stack,
+        stack=options,
         labels=labels,
         start=fields.start,
         embedding=fields.embedding,

@@ -34,7 +34,7 @@ async def series(request: Request, app: App, folder: Folder, caller: Caller) -> 
     share = share_of(caller, request.scope)
     request.state.limits = partial(app.quotas.limits, share)
     async with app.admission.place(share) as place:
-        asked = await read_request("series", request, app, folder, None, place)
+        asked = await read_request("series", request, app, folder, None, place, caller or "")
         if not isinstance(asked, MeasureRequest):
             raise TypeError("a form of measured series makes a request of another kind")
         media = negotiate(request.headers.get("accept", ""), (GEOJSON, CSV))

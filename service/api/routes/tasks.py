@@ -131,7 +131,7 @@ async def _serve(
         check = partial(app.jobs.check_room, caller=whose, share=share)
         await to_thread.run_sync(check, owner, preferences.idempotency_key)
     async with app.admission.place(whose) as place:
-        asked = await read_request(task, request, app, folder, modality, place)
+        asked = await read_request(task, request, app, folder, modality, place, owner)
         media = negotiate(request.headers.get("accept", ""), offers(asked))
         idempotency = await _idempotency(asked, folder, preferences)
         if idempotency:
@@ -270,6 +270,7 @@ async def read_request(
     folder: Path,
     modality: Modality | None,
     place: Place,
+    owner: str,
 ) -> TaskRequest:
     """The request that a body holds.
 
@@ -307,7 +308,7 @@ async def read_request(
     if found is not None:
         stac, fields = found
         polygons = await vector_file(FIELDS, fields.fields, folder)
-        by_stac = await stac_request(task, stac, fields, polygons, app, folder, place)
+        by_stac = await stac_request(task, stac, fields, polygons, app, folder, place, owner)
         return await _unpacked(by_stac, folder, app)
     series = await to_thread.run_sync(read_series, task, text)
     if modality == "patch":
