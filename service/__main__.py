@@ -29,6 +29,7 @@ from service.api.dependencies import AppState
 from service.api.http_protocol import server_config
 from service.jobs.backup import back_up, restore
 from service.jobs.store import JobStore
+from service.read.drivers import keep_needed_drivers
 from service.settings import (
     SHORT_KEY,
     Settings,
@@ -59,6 +60,7 @@ def main() -> None:
         return
     _give_memory_back()  # first: the limit on heaps does not affect existing ones
     try:
+        keep_needed_drivers()
         settings = read_settings()
         check_binding(settings)
         jobs = open_jobs(settings)

@@ -22,6 +22,7 @@ from rasterio.errors import CRSError
 
 from service.errors import InvalidFields, NotAVectorFile, StackWarning, TooManyFields
 from service.grid import transformed
+from service.read.drivers import keep_needed_vector_drivers
 from service.read.geotiff import SourceFile
 
 _DEGREES = CRS.from_epsg(4326)
@@ -198,7 +199,10 @@ def _named_crs(name: str, crs: object) -> CRS:
 
 def _read_geopackage(source: SourceFile, most: int) -> _Read:
     import pyogrio  # here, for it imports pandas where that is installed: a slow start
+    from pyogrio import _io
     from pyogrio.errors import DataLayerError, DataSourceError
+
+    keep_needed_vector_drivers(_io.__file__)
 
     # GDAL takes the driver from the ending; the magic bytes have been checked.
     path = source.path.with_name(f"{source.path.name}.gpkg")

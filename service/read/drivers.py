@@ -1,0 +1,54 @@
+"""GDAL drivers: only those that the service needs stay registered.
+
+GDAL reads some 150 formats, and several of them lead to other files or to the network. Each file is
+opened with one driver by name, so the others are of no use here, and what is not registered cannot
+be reached by a name inside a file either.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection
+
+import rasterio
+
+# Private: the extension that is linked with GDAL (rasterio 1.4 and 1.5).
+from rasterio import _env
+
+RASTERS = frozenset({"GTiff", "COG", "JP2OpenJPEG", "MEM", "VRT"})
+"""MEM burns polygons into pixels, and GDAL's warper returns a VRT: no file is opened as either."""
+VECTORS = frozenset({"GPKG"})
+
+
+def keep_needed_drivers() -> None:
+    """Unregister every other driver of rasterio's GDAL, for the life of the process.
+
+    pyogrio has a GDAL of its own and is imported when the first GeoPackage is read: see
+    `keep_needed_vector_drivers`.
+    """
+    with rasterio.Env():  # registers all of them, once
+        _unregister(_env.__file__, RASTERS)
+
+
+def keep_needed_vector_drivers(extension: str) -> None:
+    """Unregister the drivers of pyogrio's GDAL, where `keep_needed_drivers` ran.
+
+    Args:
+        extension: path of the extension that is linked with that GDAL.
+    """
+    with rasterio.Env() as env:
+        if set(env.drivers()) <= RASTERS:
+            _unregister(extension, VECTORS)
+
+
+def _unregister(extension: str, needed: Collection[str]) -> None:
+    # A symbol is looked for in what the extension is linked with, too.
+    gdal = ctypes.CDLL(extension)
+    gdal.GDALGetDriver.restype = ctypes.c_void_p
+    gdal.GDALGetDriverShortName.argtypes = [ctypes.c_void_p]
+    gdal.GDALGetDriverShortName.restype = ctypes.c_char_p
+    gdal.GDALDeregisterDriver.argtypes = [ctypes.c_void_p]
+    for number in reversed(range(gdal.GDALGetDriverCount())):
+        driver = gdal.GDALGetDriver(number)
+        if gdal.GDALGetDriverShortName(driver).decode() not in needed:
+            gdal.GDALDeregisterDriver(driver)
