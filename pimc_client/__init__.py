@@ -51,6 +51,7 @@ from pimc_client.errors import (
     RequestError,
     ResultNotReady,
     ServiceError,
+    StackError,
     TimedOut,
     TooFewDates,
     TooFewLabels,
@@ -91,6 +92,7 @@ from pimc_client.results import (
     Table,
     Taught,
 )
+from pimc_client.stack import fetch_stack
 
 __all__ = [
     "About",
@@ -151,6 +153,7 @@ __all__ = [
     "Series",
     "ServiceError",
     "ServiceWarning",
+    "StackError",
     "Summary",
     "Table",
     "Taught",
@@ -171,4 +174,5 @@ __all__ = [
     "WrongSensor",
     "WrongTask",
     "__version__",
+    "fetch_stack",
 ]

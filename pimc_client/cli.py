@@ -48,6 +48,7 @@ from pimc_client.results import (
     Table,
     Taught,
 )
+from pimc_client.stack import BANDS, COLLECTION, EARTH_SEARCH, fetch_stack
 from pimc_client.tables import csv_text, flat_record, series_of_file
 from pimc_client.uploads import decoded_name
 
@@ -528,6 +529,59 @@ def measure(
 
 
 @app.command()
+def stack(
+    *,
+    bbox: Annotated[
+        str, typer.Option("--bbox", help="west,south,east,north in degrees.", show_default=False)
+    ],
+    start: Annotated[
+        str, typer.Option("--start", help="First day, as ISO date.", show_default=False)
+    ],
+    end: Annotated[str, typer.Option("--end", help="Last day, as ISO date.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder of the stack: one GeoTIFF per date, and a STAC item beside each. Dates "
+            "that are in it are not fetched again.",
+            file_okay=False,
+            show_default=False,
+        ),
+    ],
+    stac: Annotated[
+        str, typer.Option("--stac", envvar="PIMC_STAC_URL", help="Landing page of the STAC API.")
+    ] = EARTH_SEARCH,
+    collection: Annotated[
+        str, typer.Option("--collection", help="Id of the collection in the API.")
+    ] = COLLECTION,
+    bands: Annotated[
+        str, typer.Option("--bands", help="Comma-separated Sentinel-2 bands; SCL is added.")
+    ] = ",".join(BANDS),
+    max_cloud_cover: Annotated[
+        float | None,
+        typer.Option(
+            "--max-cloud-cover",
+            help="Per cent of cloud in an image; cloudier ones are left out.",
+            min=0,
+            max=100,
+        ),
+    ] = None,
+) -> None:
+    """Fetch a Sentinel-2 stack of a place from a STAC API; needs a network, and no server."""
+    try:
+        box = [float(number) for number in bbox.split(",")]
+    except ValueError:
+        raise UsageError(f"--bbox: '{bbox}' is not west,south,east,north in degrees") from None
+    with _bars() as bars:
+        paths = fetch_stack(
+            out, bbox=box, start=start, end=end, url=stac, collection=collection,
+            bands=bands.split(","), max_cloud_cover=max_cloud_cover, progress=bars.fetched,
+        )  # fmt: skip
+    typer.echo(f"{len(paths)} dates in {out}", err=True)
+
+
+@app.command()
 @_with(client=_client)
 def series(
     task: Annotated[
@@ -954,6 +1008,16 @@ class _Bars:
         measure = f"{sent / 1e6:.1f}{size} MB"
         self._bars.update(
             self._bar, description="sending", completed=sent, total=total, measure=measure
+        )
+
+    def fetched(self, done: int, dates: int) -> None:
+        """Show the progress of a stack."""
+        self._bars.update(
+            self._bar,
+            description="fetching",
+            completed=done,
+            total=dates,
+            measure=f"{done} of {dates} dates",
         )
 
     def computed(self, percent: float) -> None:

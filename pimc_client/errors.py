@@ -12,6 +12,7 @@
     │   └── TimedOut
     ├── UnexpectedAnswer           a response that no route of the server sends
     ├── GeoTIFFError               a result that `Raster.array` cannot decode
+    ├── StackError                 a STAC API or one of its files cannot be read
     ├── JobError                   a job without a result
     │   ├── JobFailed, JobDismissed
     │   └── WaitTimedOut           job still running at the end of the time limit
@@ -84,6 +85,10 @@ class UnexpectedAnswer(PIMCError):
 
 class GeoTIFFError(PIMCError):
     """A TIFF is damaged, or has a form that the server does not write."""
+
+
+class StackError(PIMCError):
+    """A STAC API, or a file that an item of it names, cannot be read."""
 
 
 class JobError(PIMCError):

@@ -79,6 +79,7 @@ NAMES = [
     "Series",
     "ServiceError",
     "ServiceWarning",
+    "StackError",
     "Summary",
     "Table",
     "Taught",
@@ -99,6 +100,7 @@ NAMES = [
     "WrongSensor",
     "WrongTask",
     "__version__",
+    "fetch_stack",
 ]
 
 

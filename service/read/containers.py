@@ -450,7 +450,11 @@ def ignored_offsets(
 def _product_of(name: str, products: Sequence[Metadata]) -> Metadata | None:
     """The metadata of a file: that in the nearest of its folders."""
     own = [p for p in products if name.startswith(f"{p.root}/") or (not p.root and "/" not in name)]
-    return max(own, key=lambda one: len(one.root), default=None)
+    nearest = [p for p in own if len(p.root) == max(len(one.root) for one in own)]
+    if len(nearest) > 1:  # as `pimc stack` writes them: an item for each file of a folder
+        last = name.rpartition("/")[2]
+        nearest = [p for p in nearest if isinstance(p, Item) and last in p.assets]
+    return next(iter(nearest), None)
 
 
 def _described(name: str, product: Metadata) -> Described | None:

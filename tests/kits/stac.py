@@ -305,6 +305,13 @@ def range_server(folder: Path) -> Iterator[RangeServer]:
                 if not server.before(self):
                     self._send()
 
+        def do_HEAD(self) -> None:
+            path = folder / unquote(self.path.partition("?")[0]).lstrip("/")
+            self.send_response(200 if path.is_file() else 404)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
+            self.end_headers()
+
         def _send(self) -> None:
             name = unquote(self.path.partition("?")[0]).lstrip("/")
             path = folder / name
