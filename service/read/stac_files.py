@@ -179,9 +179,7 @@ async def _items(
     elif isinstance(stac, Mapping):
         items = read_items(stac, "stac")
     else:
-        # pystac-client takes long to import, and a search alone needs it.
-        from service.read.stac_search import search_items
-
+        search_items = await to_thread.run_sync(_search)
         items = await search_items(stac, web, most)
     if not items:
         raise InvalidRequest.of("stac", "the ItemCollection holds no item")
@@ -191,6 +189,13 @@ async def _items(
             f"{len(items)} items, and {most} may be in one request (PIMC_MAX_ITEMS); send fewer",
         )
     return sorted(items, key=lambda item: (str(item.source.get("datetime")), item.id))
+
+
+def _search() -> Callable[[Search, Connections, int], Awaitable[list[StacItem]]]:
+    """The search, imported by the first request that needs it: pystac-client takes seconds."""
+    from service.read.stac_search import search_items
+
+    return search_items
 
 
 async def _document(url: str, web: Connections) -> Mapping[str, Any]:
