@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# pyts compiles its functions whenever it is imported, which takes longer than any test of it.
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 
 @pytest.fixture(scope="session")
