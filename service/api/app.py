@@ -250,8 +250,8 @@ def _load(settings: Settings) -> Engine:
         _LOG.error("rejected bundle", extra={"bundle": name, "reason": reason})
     served = sorted(model.card.id for model in engine.models.values())
     precisions = sorted({model.variant for model in engine.models.values()})
-    told = {"provider": engine.provider, "precisions": precisions, "models": served}
-    _LOG.info("models loaded", extra=told)
+    loaded = {"provider": engine.provider, "precisions": precisions, "models": served}
+    _LOG.info("models loaded", extra=loaded)
     return engine
 
 

@@ -165,7 +165,7 @@ class RequestPreferences:
     def of_a_job(self) -> str:
         """Those that a job follows, as `Preference-Applied`."""
         applied = {ASYNC: self.respond_async, UPGRADE: self.upgrade}
-        return ", ".join(name for name, wanted in applied.items() if wanted)
+        return ", ".join(name for name, is_applied in applied.items() if is_applied)
 
 
 async def request_preferences(

@@ -253,7 +253,7 @@ class BoundedProtocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             self.send_400_response("")
         if self._in_head and self._fault is None and not self.transport.is_closing():
-            # What began within these bytes cannot be told from the body before it, so it is not
+            # A request within these bytes cannot be separated from the body before it, so it is not
             # counted: a head is bounded by this and what one read brings (256 KiB).
             self._came = self._came + len(data) if waited and heads == self._heads else 0
             if self._came > MAX_HEAD_BYTES:
@@ -407,15 +407,15 @@ def bounded_connections(most: int) -> int:
     """Raise the limit of open files as far as the system allows, and fit the connections to it.
 
     Args:
-        most: connections wanted.
+        most: largest number of connections.
 
     Returns:
         Connections that leave enough descriptors for files.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most + 4 * _RESERVED_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = most + 4 * _RESERVED_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         soft = limit
     if soft == resource.RLIM_INFINITY:

@@ -110,7 +110,7 @@ class RequestRecordMiddleware:
             bytes_in=access.bytes_in,
             bytes_out=access.bytes_out,
         )
-        told: dict[str, object] = {
+        record: dict[str, object] = {
             "request_id": state["request_id"],
             "client": client[0] if client else None,
             "key": state.get("caller"),
@@ -127,7 +127,7 @@ class RequestRecordMiddleware:
             "model": model,
             "complete": access.complete,
         }
-        _LOG.info("request", extra={name: one for name, one in told.items() if one is not None})
+        _LOG.info("request", extra={name: one for name, one in record.items() if one is not None})
 
 
 @dataclass
@@ -183,7 +183,7 @@ class RootPathMiddleware:
 
 
 class HeadMiddleware:
-    """ASGI middleware: answers HEAD as GET, without the body (RFC 9110, 9.3.2)."""
+    """ASGI middleware: responds to HEAD as to GET, without the body (RFC 9110, 9.3.2)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -204,11 +204,11 @@ class HeadMiddleware:
                 await send({"type": "http.response.body", "body": b""})
 
         # A copy, but with the same state: the record reads the route from the scope that it gave.
-        asked = {**scope, "method": "GET", HEAD_ONLY: True}
+        get = {**scope, "method": "GET", HEAD_ONLY: True}
         try:
-            await self._app(asked, receive, send_head)
+            await self._app(get, receive, send_head)
         finally:
-            scope.update({key: value for key, value in asked.items() if key not in scope})
+            scope.update({key: value for key, value in get.items() if key not in scope})
 
 
 def _in_short(send: Send) -> Send:

@@ -135,9 +135,9 @@ def headers(limits: Sequence[Limit], *, status: int, violated: str | None) -> di
     # `Retry-After` must not lie before the end of a window that the same response names, so a
     # rejection names only the quota that it is for.
     rejected = violated is not None or status == 503
-    told = [one for one in limits if one.policy == violated] if rejected else limits
-    if told:
-        found["RateLimit"] = ", ".join(map(_left, told))
+    shown = [one for one in limits if one.policy == violated] if rejected else limits
+    if shown:
+        found["RateLimit"] = ", ".join(map(_left, shown))
     return found
 
 

@@ -465,7 +465,7 @@ class RasterForm(StackForm):
     model: _ModelName = None
     points: Annotated[
         Json[PointCollection] | None,
-        Field(description="GeoJSON FeatureCollection of Points, EPSG:4326: answer for these alone"),
+        Field(description="GeoJSON FeatureCollection of Points, EPSG:4326: predict only for these"),
     ] = None
 
     fields: Annotated[
@@ -482,7 +482,7 @@ class RasterForm(StackForm):
         """The form as a request independent of HTTP.
 
         Args:
-            task: the task asked for.
+            task: the requested task.
             files: the stack.
             polygons: the file of `fields`; None if it was not sent.
 
@@ -640,7 +640,7 @@ class _AsObjects(_Strict):
     ] = None
     points: Annotated[
         PointCollection | None,
-        Field(description="GeoJSON FeatureCollection of Points, EPSG:4326: answer for these alone"),
+        Field(description="GeoJSON FeatureCollection of Points, EPSG:4326: predict only for these"),
     ] = None
     fields: Annotated[
         Any,  # a form's is text
@@ -897,7 +897,7 @@ class SeriesBody(_Strict):
         """The body as a request independent of HTTP.
 
         Args:
-            task: the task asked for.
+            task: the requested task.
         """
         return SeriesRequest(
             task=task,
@@ -1192,7 +1192,7 @@ def read_fields(task: Operation, raw: Mapping[str, Sequence[str]]) -> RasterForm
     """Validate the fields of a task's form.
 
     Args:
-        task: what is asked for.
+        task: the requested task.
         raw: each field's values as they came; an empty one counts as not given.
 
     Raises:
@@ -1231,7 +1231,7 @@ def read_items(
     """Validate a JSON body that names files; None if it names none.
 
     Args:
-        task: what is asked for.
+        task: the requested task.
         body: as it came.
         allowed: whether files may be named at all.
         modality: of an embedding, where the query says it.
@@ -1256,7 +1256,7 @@ def read_stac(
     """Validate a JSON body that names STAC items or searches for them; None if it does not.
 
     Args:
-        task: what is asked for.
+        task: the requested task.
         body: as it came.
         allowed: whether files may be named at all.
         modality: of an embedding, where the query says it.
@@ -1401,7 +1401,7 @@ def invalid_request(
 
     Args:
         errors: pydantic's own list.
-        known: names of the fields that there are, told to who sends another.
+        known: names of the existing fields, for the message about an unknown one.
     """
     # A list whose every entry fails counts as too short as well, which would only confuse.
     within = {error["loc"][:-1] for error in errors} | {error["loc"][:-2] for error in errors}

@@ -29,7 +29,7 @@ from starlette.types import Receive, Scope, Send
 from service.errors import InvalidRange, Overloaded, PIMCError
 
 HEAD_ONLY = "pimc.head_only"
-"""Key of the ASGI scope: true if only the head of the response is wanted."""
+"""Key of the ASGI scope: true if only the head of the response is to be sent."""
 CHUNK_BYTES = 64 * 2**10
 _RETRY_SECONDS = 5
 _MAKERS = 4
@@ -72,7 +72,7 @@ class StoredFile(Response):
         """Send the file.
 
         Raises:
-            InvalidRange: the range asked for is not valid, or not within the file.
+            InvalidRange: the requested range is not valid, or not within the file.
             PIMCError: `missing`.
         """
         file = await to_thread.run_sync(self._open)
@@ -104,20 +104,20 @@ class StoredFile(Response):
                 raise self._missing from None
             raise
 
-    def _choose(self, asked: Headers, stat: os.stat_result) -> tuple[int, int]:
+    def _choose(self, headers: Headers, stat: os.stat_result) -> tuple[int, int]:
         """First byte, and that after the last, by the request's conditions and range."""
         etag = f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"'
         modified = formatdate(stat.st_mtime, usegmt=True)
         self.headers["Accept-Ranges"] = "bytes"
         self.headers["ETag"] = etag
         self.headers["Last-Modified"] = modified
-        known = asked.get("if-none-match")
+        known = headers.get("if-none-match")
         if known is not None and _names(known, etag):
             self.status_code = 304
             return 0, 0
         span = None
-        if asked.get("if-range", etag) in {etag, modified}:
-            span = chosen_range(asked.get("range"), stat.st_size)
+        if headers.get("if-range", etag) in {etag, modified}:
+            span = chosen_range(headers.get("range"), stat.st_size)
         if span is None:
             return 0, stat.st_size
         self.status_code = 206

@@ -238,17 +238,17 @@ class JobRunner:
         self._closing.wait(_PAUSE_SECONDS)
 
     def _fail(self, job: Job, error: Exception) -> None:
-        told = error if isinstance(error, PIMCError) else no_room(error)
-        if told is None or isinstance(told, InternalError):
-            told = InternalError(
+        problem = error if isinstance(error, PIMCError) else no_room(error)
+        if problem is None or isinstance(problem, InternalError):
+            problem = InternalError(
                 f"internal error; the server's log has the cause under job {job.id}"
             )
         # A model that is gone says nothing of the request, which may be sent again as it is.
-        free = isinstance(told, UnknownModel)
-        _LOG.error("job fails", exc_info=error, extra={"code": told.code})
+        free = isinstance(problem, UnknownModel)
+        _LOG.error("job fails", exc_info=error, extra={"code": problem.code})
         # Free disk space first: without it the failure could not be recorded.
         self._store.make_room(job)
-        self._settle(lambda: self._store.fail(job, told, free_key=free))
+        self._settle(lambda: self._store.fail(job, problem, free_key=free))
 
     def _settle(self, write: Callable[[], None]) -> None:
         """Record a job's outcome; retries while the disk is full or the store is in use."""

@@ -9,12 +9,12 @@
         jobs.sqlite    every job, and which of its windows are finished
         requests/      running uploads and responses; emptied at each start
         jobs/<id>/
-            request.json   what was asked for
+            request.json   the request
             input/     the uploaded files, as 0000.tif, …
             windows    finished windows, one after the other
             work/      files of the current run; emptied when it begins
             result/    complete, or missing
-            ready/     what is made of a result when it is first asked for, such as its zip
+            ready/     files made of a result when it is first requested, such as its zip
 
 Durability follows from one order: first the bytes are on disk, then the row is written. A missing
 row costs repeated work; bytes without a row are overwritten or removed.

@@ -69,7 +69,7 @@ class Tally(Protocol):
 
     def count(
         self,
-        answers: Floats,
+        predictions: Floats,
         hectares: NDArray[np.float64],
         classes: NDArray[np.uint8] | None = None,
     ) -> Counts:
@@ -97,7 +97,7 @@ class Predictions(Protocol):
         ...
 
     def bands(
-        self, answers: Floats, classes: NDArray[np.uint8] | None = None
+        self, predictions: Floats, classes: NDArray[np.uint8] | None = None
     ) -> dict[str, NDArray[Any]]:
         """Each layer's bands (B, N) of predictions (N, …), by its name.
 
@@ -167,10 +167,10 @@ def quantile_name(quantile: float) -> str:
     return f"q{round(quantile * 100):02d}"
 
 
-def _all_known(field: str, asked: Sequence[str], known: Sequence[str]) -> None:
-    strange = [name for name in asked if name not in known]
-    if strange:
-        raise InvalidRequest.of(field, f"unknown {', '.join(strange)}; allowed: {', '.join(known)}")
+def _all_known(field: str, requested: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in requested if name not in known]
+    if unknown:
+        raise InvalidRequest.of(field, f"unknown {', '.join(unknown)}; allowed: {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,15 +198,15 @@ class ClassPredictions:
         return tuple(every[name] for name in self.outputs)
 
     def bands(
-        self, answers: Floats, classes: NDArray[np.uint8] | None = None
+        self, predictions: Floats, classes: NDArray[np.uint8] | None = None
     ) -> dict[str, NDArray[Any]]:
         """See `Predictions`; the confidence is the probability of the class in the map."""
-        classes, sure = decided(answers, classes)
+        classes, sure = decided(predictions, classes)
         made: dict[str, Callable[[], NDArray[Any]]] = {
             "class": lambda: classes[None],
             "confidence": lambda: sure[None],
-            "entropy": lambda: entropy(answers)[None],
-            "probabilities": lambda: answers.T,
+            "entropy": lambda: entropy(predictions)[None],
+            "probabilities": lambda: predictions.T,
         }
         return {name: made[name]() for name in self.outputs}
 
@@ -237,12 +237,12 @@ class ClassTally:
 
     def count(
         self,
-        answers: Floats,
+        predictions: Floats,
         hectares: NDArray[np.float64],
         classes: NDArray[np.uint8] | None = None,
     ) -> Counts:
         """See `Tally`."""
-        classes, sure = decided(answers, classes)
+        classes, sure = decided(predictions, classes)
         there = classes != NO_CLASS
         classes = classes[there]
         size = len(self._legend)
@@ -331,17 +331,17 @@ class ForecastPredictions:
         return (layer,) if names else ()
 
     def bands(
-        self, answers: Floats, classes: NDArray[np.uint8] | None = None
+        self, predictions: Floats, classes: NDArray[np.uint8] | None = None
     ) -> dict[str, NDArray[Any]]:
         """See `Predictions`."""
         del classes
         if not self.outputs:
             return {}
-        asked = [self.quantiles.index(name) for name in self.outputs]
+        requested = [self.quantiles.index(name) for name in self.outputs]
         # (N, H, S, Q) to (S, H, Q, N): index, date, quantile is the order of the bands.
-        stacked = answers[:, : len(self.dates), :, asked].transpose(2, 1, 3, 0)
+        stacked = predictions[:, : len(self.dates), :, requested].transpose(2, 1, 3, 0)
         # Given in full, because -1 would be ambiguous if no pixel has a prediction.
-        return {"forecast": stacked.reshape(len(self.layers[0].bands), len(answers))}
+        return {"forecast": stacked.reshape(len(self.layers[0].bands), len(predictions))}
 
     def record(self, answer: Floats) -> dict[str, JSON]:
         """See `Predictions`."""
@@ -378,23 +378,23 @@ class ForecastPredictions:
 class ForecastTally:
     """The mean over all pixels of each quantile."""
 
-    def __init__(self, answers: ForecastPredictions) -> None:
-        self._answers = answers
+    def __init__(self, predictions: ForecastPredictions) -> None:
+        self._predictions = predictions
         self._pixels = 0
-        shape = (len(answers.dates), len(answers.indices), len(answers.quantiles))
+        shape = (len(predictions.dates), len(predictions.indices), len(predictions.quantiles))
         self._sum = np.zeros(shape)
 
     def count(
         self,
-        answers: Floats,
+        predictions: Floats,
         hectares: NDArray[np.float64],
         classes: NDArray[np.uint8] | None = None,
     ) -> Counts:
         """See `Tally`; areas and classes have no part in it."""
         del hectares, classes
-        asked = answers[:, : len(self._answers.dates)]
-        there = ~np.isnan(asked).any(axis=(1, 2, 3))
-        return {"pixels": there.sum(), "sum": asked[there].sum(axis=0, dtype=np.float64)}
+        requested = predictions[:, : len(self._predictions.dates)]
+        there = ~np.isnan(requested).any(axis=(1, 2, 3))
+        return {"pixels": there.sum(), "sum": requested[there].sum(axis=0, dtype=np.float64)}
 
     def add(self, counts: Counts) -> None:
         """See `Tally`."""
@@ -404,7 +404,7 @@ class ForecastTally:
     def summary(self) -> dict[str, JSON]:
         """See `Tally`."""
         mean = self._sum / self._pixels if self._pixels else np.full(self._sum.shape, np.nan)
-        return self._answers.means(mean)
+        return self._predictions.means(mean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,11 +421,11 @@ class EmbeddingPredictions:
         return (Layer(name="embedding", bands=names, limits=(-1.0, 1.0), ramp="diverging"),)
 
     def bands(
-        self, answers: Floats, classes: NDArray[np.uint8] | None = None
+        self, predictions: Floats, classes: NDArray[np.uint8] | None = None
     ) -> dict[str, NDArray[Any]]:
         """See `Predictions`."""
         del classes
-        return {"embedding": answers.T}
+        return {"embedding": predictions.T}
 
     def record(self, answer: Floats) -> dict[str, JSON]:
         """See `Predictions`."""
@@ -446,13 +446,13 @@ class EmbeddingTally:
 
     def count(
         self,
-        answers: Floats,
+        predictions: Floats,
         hectares: NDArray[np.float64],
         classes: NDArray[np.uint8] | None = None,
     ) -> Counts:
         """See `Tally`; areas and classes have no part in it."""
         del hectares, classes
-        norms = np.linalg.norm(answers.astype(np.float64), axis=1)
+        norms = np.linalg.norm(predictions.astype(np.float64), axis=1)
         there = ~np.isnan(norms)
         return {"pixels": there.sum(), "norm": norms[there].sum()}
 

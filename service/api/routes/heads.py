@@ -54,10 +54,10 @@ async def make_head(request: Request, app: App, folder: Folder, caller: Caller) 
     share = share_of(caller, request.scope)
     request.state.limits = partial(app.quotas.limits, share)
     async with app.admission.place(share) as place:
-        asked = await _read_request(request, app, folder, place)
-        await to_thread.run_sync(app.heads.check_free, owner, asked.name)
+        parsed = await _read_request(request, app, folder, place)
+        await to_thread.run_sync(app.heads.check_free, owner, parsed.name)
         taught = await run_watched(
-            request, partial(_teach, app, asked, owner), slot=run_slot(app, share)
+            request, partial(_teach, app, parsed, owner), slot=run_slot(app, share)
         )
     card = taught.model.card
     app.metrics.ran(task="heads", pixels=card.metrics["n"], stages=asdict(taught.timing))

@@ -75,7 +75,7 @@ async def _ready(app: AppState) -> Ready:
 
 
 async def _store_faults(app: AppState) -> list[str]:
-    found: str | None = f"the job store did not answer within {_STORE_SECONDS:g} s"
+    found: str | None = f"the job store did not respond within {_STORE_SECONDS:g} s"
     # A limiter of its own: probes of a store that hangs must not take the threads of requests.
     with anyio.move_on_after(_STORE_SECONDS):
         found = await to_thread.run_sync(app.jobs.fault, abandon_on_cancel=True, limiter=app.probe)

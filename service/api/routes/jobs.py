@@ -100,8 +100,8 @@ async def read_result(job_id: str, request: Request, app: App, caller: Caller) -
     job = await _find(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
-    asked = await to_thread.run_sync(app.jobs.request, job)
-    media = negotiate(request.headers.get("accept", ""), offers(asked))
+    stored = await to_thread.run_sync(app.jobs.request, job)
+    media = negotiate(request.headers.get("accept", ""), offers(stored))
     result = await to_thread.run_sync(app.jobs.result, job)
     make = partial(stored_response, app.jobs, job, result, media)
     return await to_thread.run_sync(make, limiter=app.downloads.makers)

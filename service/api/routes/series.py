@@ -34,24 +34,24 @@ async def series(request: Request, app: App, folder: Folder, caller: Caller) -> 
     share = share_of(caller, request.scope)
     request.state.limits = partial(app.quotas.limits, share)
     async with app.admission.place(share) as place:
-        asked = await read_request("series", request, app, folder, None, place, caller or "")
-        if not isinstance(asked, MeasureRequest):
+        parsed = await read_request("series", request, app, folder, None, place, caller or "")
+        if not isinstance(parsed, MeasureRequest):
             raise TypeError("a form of measured series makes a request of another kind")
         media = negotiate(request.headers.get("accept", ""), (GEOJSON, CSV))
-        if media == CSV and asked.plots:
+        if media == CSV and parsed.plots:
             raise InvalidRequest.of("plots", f"a table holds no plots: accept {GEOJSON}")
 
         def run(*, cancelled: threading.Event) -> Measured:
-            return _measure(app, asked, cancelled)
+            return _measure(app, parsed, cancelled)
 
         found = await run_watched(request, run, slot=run_slot(app, share))
         app.metrics.ran(task="series", pixels=found.pixels, stages=asdict(found.timing))
         return await to_thread.run_sync(_response, found, media, folder)
 
 
-def _measure(app: AppState, asked: MeasureRequest, cancelled: threading.Event) -> Measured:
+def _measure(app: AppState, parsed: MeasureRequest, cancelled: threading.Event) -> Measured:
     return measure(
-        asked,
+        parsed,
         app.engine,
         max_raster_bytes=app.settings.max_raster_bytes,
         max_fields=app.settings.max_fields,

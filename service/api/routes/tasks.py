@@ -131,15 +131,15 @@ async def _serve(
         check = partial(app.jobs.check_room, caller=whose, share=share)
         await to_thread.run_sync(check, owner, preferences.idempotency_key)
     async with app.admission.place(whose) as place:
-        asked = await read_request(task, request, app, folder, modality, place, owner)
-        media = negotiate(request.headers.get("accept", ""), offers(asked))
-        idempotency = await _idempotency(asked, folder, preferences)
+        parsed = await read_request(task, request, app, folder, modality, place, owner)
+        media = negotiate(request.headers.get("accept", ""), offers(parsed))
+        idempotency = await _idempotency(parsed, folder, preferences)
         if idempotency:
             first = await to_thread.run_sync(app.jobs.repeated, owner, idempotency)
             if first:
                 return accepted(first, request, applied=preferences.of_a_job)
         run = partial(
-            _run, app, asked, media, folder, owner, whose, later=preferences.respond_async
+            _run, app, parsed, media, folder, owner, whose, later=preferences.respond_async
         )
         try:
             outcome = await run_watched(request, run, slot=run_slot(app, whose))
