@@ -35,7 +35,8 @@ from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.stack import open_stack
 from service.read.vectors import Fields, read_fields
-from service.run.fields import FieldGrid, run_fields
+from service.run import windows as windowing
+from service.run.fields import Coverage, FieldGrid, run_fields
 from service.run.plan import plan_raster
 from service.run.raster import make_work
 from tests.kits.rasters import NORTH_UP, UTM, write
@@ -278,6 +279,37 @@ def test_results_do_not_depend_on_the_windows(
                 flat, same = (json.dumps(x, sort_keys=True) for x in (one, other))
                 numbers, others = (_numbers(json.loads(text)) for text in (flat, same))
                 np.testing.assert_allclose(numbers, others, rtol=1e-5, atol=1e-6)
+
+
+def test_fields_that_overlap_are_counted_in_parts_of_bounded_size(
+    zoo: Path, stack: list[SourceFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same field a hundred times, in a window that may hold only some of its cells."""
+    shapes = [*SHAPES.values(), *[SHAPES["shares of pixels"]] * 100]
+    coverage, most = FieldGrid.coverage, 0
+
+    def watched(self: FieldGrid, window: Window) -> Coverage:
+        nonlocal most
+        found = coverage(self, window)
+        most = max(most, len(found.cells))
+        return found
+
+    monkeypatch.setattr(FieldGrid, "coverage", watched)
+    with Engine(Registry.load(zoo), providers="cpu") as engine:
+        for name in ("pixels-landcover", "forecast-vi"):
+            model = engine.models[name]
+            opened = open_stack(stack, StackOptions(), bands=model.card.bands, max_bytes=2**30)
+            run = plan_raster(model, opened, rasters=False)
+            fields = fields_of(shapes)
+            whole, before = run_fields(make_work(run, tmp_path), fields).results, most
+            with monkeypatch.context() as patched:
+                patched.setattr(windowing, "COVERED_CELLS", 300)
+                most = 0
+                parts = run_fields(make_work(run, tmp_path), fields).results
+            assert most <= 300 < before
+            for one, other in zip(whole, parts, strict=True):
+                assert one["status"] == other["status"]
+                np.testing.assert_allclose(_numbers(one), _numbers(other), rtol=1e-5, atol=1e-6)
 
 
 def _numbers(value: Any) -> list[float]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from service.read.buffers import BufferPool
 from service.read.reader import StackReader
 from service.read.stack import Sits
 from service.read.vectors import Fields
+from service.run import windows as windowing
 from service.run.collect import WindowPredictions, Work, none_predicted, run_warnings
 from service.run.executors import Timing, check
 from service.run.pixels import ClearPixels, PixelStages, model_time
@@ -101,6 +103,35 @@ class FieldGrid:
         if self.usable.any():
             self._shapes[self.usable] = shapely.transform(in_crs[self.usable], place)
         self._tree = shapely.STRtree(self._shapes)
+        self._bounds = shapely.bounds(self._shapes)
+
+    def parts(self, windows: Iterable[Window]) -> list[Window]:
+        """The windows that hold a field, in order.
+
+        Windows are split where fields overlap so often that together they cover too many cells to
+        be held at once: the same field sent 10,000 times covers 10,000 times its cells.
+        """
+        found = []
+        for window in windows:
+            numbers = self.within(window)
+            if not len(numbers):
+                continue
+            if (
+                window.width * window.height == 1
+                or self._cells(window, numbers) <= windowing.COVERED_CELLS
+            ):
+                found.append(window)
+            else:
+                found += self.parts(_halves(window))
+        return found
+
+    def _cells(self, window: Window, numbers: NDArray[np.intp]) -> int:
+        """Cells of the bounding boxes of some fields within a window, an upper limit of theirs."""
+        (top, bottom), (left, right) = window.toranges()
+        west, south, east, north = self._bounds[numbers].T
+        across = np.ceil(np.minimum(east, right)) - np.floor(np.maximum(west, left))
+        down = np.ceil(np.minimum(-south, bottom)) - np.floor(np.maximum(-north, top))
+        return int((across * down).sum())
 
     def within(self, window: Window) -> NDArray[np.intp]:
         """The fields whose bounding box meets a window, ascending."""
@@ -189,6 +220,16 @@ def label_pixels(
     )
 
 
+def _halves(window: Window) -> tuple[Window, Window]:
+    """A window of several pixels, cut across its longer side."""
+    left, top, width, height = window.col_off, window.row_off, window.width, window.height
+    if width >= height:
+        half = width // 2
+        return Window(left, top, half, height), Window(left + half, top, width - half, height)
+    half = height // 2
+    return Window(left, top, width, half), Window(left, top + half, width, height - half)
+
+
 def _geometry(shape: Any) -> dict[str, Any]:  # noqa: ANN401 - shapely has no types
     return dict(shapely.geometry.mapping(shape))
 
@@ -206,13 +247,9 @@ def run_fields(work: Work, fields: Fields) -> FieldOutcome:
     """
     run, grid = work.run, work.run.stack.grid
     on_grid = FieldGrid(fields, grid)
-    parts = [
-        part
-        for part in windows(
-            grid, run.stack.block, run.pixel_bytes + run.prediction_bytes, work.window_bytes
-        )
-        if len(on_grid.within(part))
-    ]
+    parts = on_grid.parts(
+        windows(grid, run.stack.block, run.pixel_bytes + run.prediction_bytes, work.window_bytes)
+    )
     buffers = BufferPool()
     with buffers, StackReader(run.stack, run.used, cache=work.cache, buffers=buffers) as reader:
         stages = PixelStages(run, reader, buffers, work.cancelled)
@@ -312,19 +349,26 @@ class _Means(_Sums):
         position = np.full(int(window.height * window.width), -1)
         good = ~np.isnan(predicted.predictions).any(axis=1)
         position[predicted.index[good]] = np.flatnonzero(good)
-        at = position[covered.cells]
-        weight = np.where(at >= 0, covered.share, 0.0)
-        values = predicted.predictions[at] if len(predicted.predictions) else None
+        classes = bool(self._run.model.card.classes)
         width = self._run.model.width[0]
-        weighted = np.zeros((len(at), width)) if values is None else weight[:, None] * values
-        arrays["weight"] = covered.sums(weight)
-        arrays["values"] = covered.sums(weighted)
+        sums: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+        for part, cells, share in _pieces(covered):
+            at = position[cells]
+            weight = np.where(at >= 0, share, 0.0)
+            values = predicted.predictions[at] if len(predicted.predictions) else None
+            weighted = np.zeros((len(at), width)) if values is None else weight[:, None] * values
+            sums["weight"].append(part.sums(weight))
+            sums["values"].append(part.sums(weighted))
+            if classes:
+                shares = np.zeros((len(at), width))
+                if values is not None:
+                    shares[np.arange(len(at)), values.argmax(axis=1)] = weight
+                sums["shares"].append(part.sums(shares))
+        arrays |= {name: np.concatenate(parts) for name, parts in sums.items()}
+        if not sums:
+            arrays |= {"weight": np.zeros(0), "values": np.zeros((0, width))}
+            arrays |= {"shares": np.zeros((0, width))} if classes else {}
         arrays["seen"] = covered.sums(covered.share * seen.reshape(-1)[covered.cells])
-        if self._run.model.card.classes:
-            shares = np.zeros((len(at), width))
-            if values is not None:
-                shares[np.arange(len(at)), values.argmax(axis=1)] = weight
-            arrays["shares"] = covered.sums(shares)
         return arrays
 
     def results(self, cancelled: threading.Event | None) -> list[dict[str, JSON]]:

@@ -297,7 +297,7 @@ def _fields(
     T, C, N = stack.observations, len(stack.bands), len(fields)
     bytes_of_pixel = T * (4 * len(stack.bands_read) + 1)
     every = windows(grid, stack.block, bytes_of_pixel, window_bytes)
-    parts = [part for part in every if len(on_grid.within(part))]
+    parts = on_grid.parts(every)
     clear, total = np.zeros((N, T)), np.zeros((N, T, C))
     pixels, hectares = np.zeros(N), np.zeros(N)
 

@@ -27,7 +27,7 @@ from service.read.radiometry import sample_bytes
 from service.read.reader import CELL_BYTES, Footprint, footprint
 from service.read.stack import Stack
 from service.run.executors import check
-from service.run.windows import AT_ONCE, OVER, WINDOW_BYTES
+from service.run.windows import AT_ONCE, COVERAGE_BYTES, OVER, WINDOW_BYTES
 from service.write.cog import finishing_bytes
 from service.write.polygons import polygon_bytes
 from service.write.predictions import Predictions
@@ -324,6 +324,7 @@ def measuring_need(stack: Stack, window_bytes: int, *, points: int, fields: int)
     read = len(used) * (4 * len(stack.bands_read) + 1)
     if fields:
         cells = _windows_bytes(stack, files, read=read, predicted=0, window_bytes=window_bytes)
+        cells += AT_ONCE * COVERAGE_BYTES
     else:
         cells = _cells_bytes(stack, files, read)
     # Sums in float64 and their means, and the numbers of the document.
@@ -349,7 +350,7 @@ def fields_need(run: ReadingRun, window_bytes: int, count: int) -> Need:
     of_one = 4 * 2 * (run.pixel_bytes + run.prediction_bytes)
     return Need(
         files=whole.files,
-        arrays=whole.arrays + count * of_one,
+        arrays=whole.arrays + count * of_one + COVERAGE_BYTES,
         what=f"windows and sums of {count} polygons of {len(run.used)} dates",
         remedy="Send fewer polygons at a time",
     )

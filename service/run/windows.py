@@ -20,6 +20,10 @@ with them: with 64 MiB, 4096 x 4096 pixels of 12 dates took 633 MB and 1024 x 10
 """
 AT_ONCE = 6
 """Windows of a run that exist at once: read ahead, at work, and waiting to be written."""
+COVERED_CELLS = 2**19
+"""Cells that the fields of one window may cover together, counted by their bounding boxes."""
+COVERAGE_BYTES = 48 * COVERED_CELLS
+"""Memory of those: positions and shares, as computed and as kept."""
 OVER = 1.25
 """Factor by which a window of one whole block may exceed its budget."""
 _SEVERAL = 8
