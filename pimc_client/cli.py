@@ -480,6 +480,28 @@ def fields(
 
 @app.command()
 @_with(reading=_reading, client=_client)
+def validate(
+    task: Annotated[
+        Task,
+        typer.Argument(help="classify-pixels, forecast, landcover or embed.", show_default=False),
+    ],
+    files: Stack,
+    *,
+    start: Start = None,
+    reading: dict[str, Any],
+    client: Client,
+) -> None:
+    """Check a request without running it: problem, warnings, and an estimate of its size."""
+    with _bars() as bars:
+        operation = operations.validate(task, files, start=start, progress=bars.uploaded, **reading)
+        found = client.run(operation)
+    _print_json(found)
+    if not found["valid"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_with(reading=_reading, client=_client)
 def measure(
     files: Stack,
     *,

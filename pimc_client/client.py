@@ -656,6 +656,36 @@ class Client:
         )
         return Job(self, self.run(operation))
 
+    def validate(
+        self,
+        task: Task,
+        files: Files,
+        *,
+        outputs: ClassOutputs | QuantileOutputs | None = None,
+        points: Points | None = None,
+        fields: Fields | None = None,
+        **options: Unpack[JobOptions],
+    ) -> dict[str, Any]:
+        """Check a request without running it.
+
+        Args:
+            task: `classify-pixels`, `forecast`, `landcover` or `embed`.
+            files: the GeoTIFF stack, as for `classify_pixels`.
+            outputs: as for the task's own method.
+            points: as for the task's own method.
+            fields: as for the task's own method.
+            **options: those of the task's own method.
+
+        Returns:
+            `valid`; the `problem` that the request is rejected for, or the `warnings` and an
+            `estimate` of pixels, dates, bytes and seconds.
+        """
+        return self.run(
+            operations.validate(
+                task, files, outputs=outputs, points=points, fields=fields, **options
+            )
+        )
+
     def job(self, job_id: str) -> Job[TaskResult]:
         """A job by its id, such as one that another program submitted."""
         return Job(self, self.run(operations.job(job_id)))

@@ -40,6 +40,7 @@ from pimc_client.requests import (
     build_ready,
     build_result,
     build_series,
+    build_validation,
     submitted,
 )
 from pimc_client.responses import (
@@ -130,6 +131,15 @@ def measure(
         raise ValueError("give either points or fields: the places to measure")
     request = build_raster("series", files, points=points, fields=fields, **options)
     return parse_measured((yield from _exchange(request)))
+
+
+def validate(
+    task: Task,
+    files: Files,
+    **options: Any,  # noqa: ANN401 (see `build_raster`)
+) -> Operation[dict[str, Any]]:
+    """Send imagery and return what a request would be rejected or warned for."""
+    return parse_json((yield from _exchange(build_validation(task, files, **options))))
 
 
 def submit(

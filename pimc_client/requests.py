@@ -261,6 +261,12 @@ def build_head_removal(name: str) -> Request:
     return Request(method="DELETE", path=f"heads/{quote(name, safe='')}")
 
 
+def build_validation(task: Task, files: Files, **options: Any) -> Request:  # noqa: ANN401 (see `build_raster`)
+    """The validation of a raster request; the arguments are those of `build_raster`."""
+    request = build_raster(task, files, **options)
+    return Request(method="POST", path=f"validate?task={task}", body=request.body)
+
+
 def _bbox(bbox: Sequence[float] | str) -> list[float]:
     """West, south, east, north, degrees.
 

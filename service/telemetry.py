@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -37,9 +40,21 @@ _JOB_ID: ContextVar[str | None] = ContextVar("job_id", default=None)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _MOST_MODELS = 64
 """Models with a series of their own."""
+_PACES = 20
+"""Last runs of a task that estimates are taken from."""
 _STAGE_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)
 # The fields that every LogRecord has; the others came with `extra`.
 _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Seconds that a run may take."""
+
+    shortest: float
+    longest: float
+    runs: int
+    """Runs that the range is taken from."""
 
 
 class Metrics:
@@ -47,6 +62,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._paces: dict[str, deque[tuple[float, float, int]]] = defaultdict(
+            lambda: deque(maxlen=_PACES)
+        )
+        self._pacing = threading.Lock()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)
         self._requests = self._counter(
@@ -299,6 +318,26 @@ class Metrics:
         self._pixels.labels(task).inc(pixels)
         for stage, spent in stages.items():
             self._stages.labels(task, stage).observe(spent)
+        if pixels and stages:
+            with self._pacing:
+                self._paces[task].append((max(stages.values()), sum(stages.values()), pixels))
+
+    def pace(self, task: str, pixels: int) -> Pace | None:
+        """How long a run takes, by the last runs of its task; None if there was none.
+
+        Stages overlap, so a run takes at least as long as its longest stage and at most as long as
+        all of them together. The range spans the last runs, scaled by pixels; its upper end is not
+        scaled down, because part of a run is its start.
+        """
+        with self._pacing:
+            last = list(self._paces[task])
+        if not last:
+            return None
+        return Pace(
+            shortest=min(least * pixels / count for least, _, count in last),
+            longest=max(most * max(1.0, pixels / count) for _, most, count in last),
+            runs=len(last),
+        )
 
     def jobs(self, counts: Mapping[str, int], oldest: float | None = None) -> None:
         """Set the number of jobs by status.

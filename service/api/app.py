@@ -32,7 +32,7 @@ from service.api.openapi import DocumentedApp
 from service.api.problems import add_handlers, fault
 from service.api.quotas import Quotas
 from service.api.routes import heads as head_routes
-from service.api.routes import health, home, models, series, tasks
+from service.api.routes import health, home, models, series, tasks, validate
 from service.api.routes import jobs as job_routes
 from service.api.scratch import Scratch
 from service.api.sending import Downloads
@@ -51,6 +51,7 @@ _LOG = logging.getLogger(__name__)
 _ROUTERS = (
     tasks.router,
     series.router,
+    validate.router,
     job_routes.router,
     models.router,
     head_routes.router,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -123,6 +123,25 @@ def body(task: Operation) -> dict[str, Any]:
         bodies.append(SERIES[task])
     content[JSON] = {"schema": {"anyOf": [_ref(model) for model in bodies]}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def validation_body() -> dict[str, Any]:
+    """`openapi_extra` of the validation of a request: the bodies of every task."""
+    forms: list[type[BaseModel]] = [FORMS[task] for task in get_args(Task)]
+    documents: list[type[BaseModel]] = [ITEMS[task] for task in get_args(Task)]
+    content = {
+        FORM: {"schema": {"anyOf": [_ref(model) for model in forms]}},
+        JSON: {"schema": {"anyOf": [_ref(m) for m in (*documents, *SERIES.values())]}},
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+VALIDATION_ERRORS = (
+    "unauthorized", "forbidden_reference", "unreachable_reference", "body_stalled",
+    "body_too_large", "unsupported_media_type", "invalid_request", "not_a_geotiff",
+    "overloaded", "not_ready", "insufficient_storage", "internal_error",
+)  # fmt: skip
+"""Codes with which a body is rejected that cannot be read as a request."""
 
 
 def answers(task: Task) -> dict[int | str, dict[str, Any]]:

@@ -1110,6 +1110,41 @@ class MeasuredResponse(BaseModel):
     warnings: list[WarningEntry]
 
 
+class Seconds(BaseModel):
+    """How long a run takes, by the last runs of the task on this server."""
+
+    shortest: float
+    longest: float
+    runs: Annotated[int, Field(description="runs that the range is taken from")]
+
+
+class Estimate(BaseModel):
+    """What a request takes."""
+
+    pixels: Annotated[int, Field(description="pixels, points, fields or series to predict for")]
+    dates: Annotated[int, Field(description="dates used of a raster")]
+    read_bytes: Annotated[int, Field(description="decoded bytes of the dates and bands used")]
+    memory_bytes: Annotated[int, Field(description="memory that the run takes at once")]
+    becomes_a_job: Annotated[bool, Field(description="whether it runs as a job in any case")]
+    seconds: Annotated[
+        Seconds | None, Field(description="null until the task has run since the server's start")
+    ]
+
+
+class ValidationResponse(BaseModel):
+    """What planning a request shows."""
+
+    valid: bool
+    task: str
+    model: str | None = None
+    problem: Annotated[
+        dict[str, Any] | None,
+        Field(description="what the request is rejected for: `code`, `detail`, `errors`"),
+    ] = None
+    warnings: list[WarningEntry] = []
+    estimate: Estimate | None = None
+
+
 class Link(BaseModel):
     """A link to another resource."""
 

@@ -1,0 +1,85 @@
+"""Validation route: what a task's request would be rejected or warned for, without running it."""
+
+# No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+import threading
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+
+from models.card import Task
+from service.api.auth import share_of
+from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder
+from service.api.disconnect import run_watched
+from service.api.openapi import VALIDATION_ERRORS, problems, validation_body
+from service.api.routes.tasks import PATIENCE, check_query, read_request, run_slot
+from service.api.schemas import Estimate, Seconds, ValidationResponse, WarningEntry
+from service.errors import NotReady
+from service.run.plan import plan_request
+from service.run.request import TaskRequest
+from service.run.validate import Validation, problem_document, validation
+
+router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER])
+
+
+@router.post("/validate", responses=problems(VALIDATION_ERRORS), openapi_extra=validation_body())
+async def validate(
+    request: Request,
+    app: App,
+    folder: Folder,
+    caller: Caller,
+    task: Annotated[Task, Query(description="the task whose request the body is")],
+) -> ValidationResponse:
+    """What a request would be rejected or warned for, and what it would take, without running."""
+    check_query(request, {"task"})
+    if app.closing.is_set():
+        raise NotReady("the server is stopping; nothing was started", retry_after=10)
+    share = share_of(caller, request.scope)
+    request.state.limits = partial(app.quotas.limits, share)
+    async with app.admission.place(share) as place:
+        asked = await read_request(task, request, app, folder, None, place, caller or "")
+        run = partial(_validated, app, asked, caller or "")
+        found = await run_watched(request, run, slot=run_slot(app, share))
+    return _response(app, task, found)
+
+
+def _validated(
+    app: AppState, asked: TaskRequest, owner: str, *, cancelled: threading.Event
+) -> Validation:
+    return validation(
+        partial(
+            plan_request,
+            asked,
+            app.engine,
+            max_raster_bytes=app.settings.max_raster_bytes,
+            rasters=True,
+            owner=owner,
+            max_fields=app.settings.max_fields,
+            cache=app.cache,
+            budget=app.budget,
+            cancelled=cancelled,
+            patience=PATIENCE,
+        )
+    )
+
+
+def _response(app: AppState, task: Task, found: Validation) -> ValidationResponse:
+    if found.problem is not None:
+        return ValidationResponse(valid=False, task=task, problem=problem_document(found.problem))
+    pace = app.metrics.pace(task, found.pixels)
+    return ValidationResponse(
+        valid=True,
+        task=task,
+        model=found.model,
+        warnings=[WarningEntry(code=w.code, detail=w.detail) for w in found.warnings],
+        estimate=Estimate(
+            pixels=found.pixels,
+            dates=found.dates,
+            read_bytes=found.read_bytes,
+            memory_bytes=found.memory_bytes,
+            becomes_a_job=found.pixels > app.settings.sync_max_pixels,
+            seconds=None
+            if pace is None
+            else Seconds(shortest=pace.shortest, longest=pace.longest, runs=pace.runs),
+        ),
+    )

@@ -1,0 +1,162 @@
+"""Validation: the outcome of a request without its run, against the request itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_zoo
+from pimc_client.cli import app
+from service.read.geotiff import SourceFile
+from service.telemetry import Metrics
+from tests.kits.client import connected
+from tests.kits.rasters import write
+
+H, W, DATES = 70, 66, 5
+BANDS = ("B02", "B03", "B04", "B08")
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> list[SourceFile]:
+    folder, random = tmp_path_factory.mktemp("stack"), np.random.default_rng(2)
+    files = []
+    for month in range(1, DATES + 1):
+        values = random.integers(300, 3000, (4, H, W)).astype(np.uint16)
+        name = f"s_2021-0{month}-01.tif"
+        files.append(write(folder / name, values, descriptions=BANDS, nodata=0))
+    return files
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    zoo = write_zoo(tmp_path_factory.mktemp("zoo"))
+    with served(model_dir=zoo, sync_max_pixels=H * W) as client:
+        yield client
+
+
+def post(
+    api: httpx.Client, path: str, stack: list[SourceFile], accept: str = "", **data: Any
+) -> httpx.Response:
+    files = [("files", (s.name, s.path.read_bytes())) for s in stack]
+    headers = {"Accept": accept} if accept else {}
+    return api.post(path, files=files, data=data, headers=headers)
+
+
+@pytest.mark.parametrize("task", ["classify-pixels", "forecast", "landcover", "embed"])
+def test_a_valid_request_has_the_warnings_of_its_run(
+    api: httpx.Client, stack: list[SourceFile], task: str
+) -> None:
+    found = post(api, f"/validate?task={task}", stack).json()
+    assert found["valid"], found
+    summary = post(api, f"/{task}", stack, accept="application/json").json()
+    assert found["warnings"] == summary["warnings"]
+    assert found["model"] == summary["model"]
+    estimate = found["estimate"]
+    assert estimate["pixels"] == H * W
+    assert estimate["dates"] == len(summary["dates_used"])
+    # Three bands as float32 and one byte of validity.
+    assert estimate["read_bytes"] == H * W * DATES * 13
+    assert estimate["memory_bytes"] > 0
+    assert estimate["becomes_a_job"] is False
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [
+        ("classify-pixels", {"model": "nothing"}),
+        ("classify-pixels", {"model": "forecast-vi"}),
+        ("classify-pixels", {"start": "2001-01-01"}),
+        ("forecast", {"horizon": 99}),
+        ("classify-pixels", {"bands": "B02,B03,B05,B08"}),
+        ("classify-pixels", {"scale": "10"}),
+    ],
+)
+def test_a_rejected_request_has_the_problem_of_its_run(
+    api: httpx.Client, stack: list[SourceFile], task: str, data: dict[str, Any]
+) -> None:
+    answer = post(api, f"/validate?task={task}", stack, **data)
+    assert answer.status_code == 200
+    found = answer.json()
+    problem = post(api, f"/{task}", stack, **data).json()
+    assert found["valid"] is False
+    assert found["estimate"] is None
+    assert found["problem"]["code"] == problem["code"]
+    assert found["problem"]["detail"] == problem["detail"]
+
+
+def test_nothing_runs_and_runs_make_the_estimate(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    def runs() -> str:
+        lines = api.get("/metrics").text.splitlines()
+        return next((x for x in lines if x.startswith('pimc_pixels_total{task="forecast"}')), "")
+
+    before = runs()
+    assert post(api, "/validate?task=forecast", stack).json()["valid"]
+    assert runs() == before
+    assert post(api, "/forecast", stack).status_code == 200
+    assert runs() != before
+    seconds = post(api, "/validate?task=forecast", stack).json()["estimate"]["seconds"]
+    assert seconds["runs"] >= 1
+    assert 0 < seconds["shortest"] <= seconds["longest"]
+
+
+def test_a_pace_spans_the_last_runs_scaled_by_pixels() -> None:
+    metrics = Metrics()
+    assert metrics.pace("forecast", 100) is None
+    metrics.ran(task="forecast", pixels=100, stages={"read": 1.0, "infer": 2.0, "write": 0.5})
+    metrics.ran(task="forecast", pixels=200, stages={"read": 1.0, "infer": 1.0, "write": 1.0})
+    found = metrics.pace("forecast", 400)
+    assert found is not None
+    assert (found.shortest, found.longest, found.runs) == (2.0, 14.0, 2)
+    small = metrics.pace("forecast", 50)
+    assert small is not None
+    assert (small.shortest, small.longest) == (0.25, 3.5)
+    for _ in range(30):
+        metrics.ran(task="forecast", pixels=100, stages={"infer": 1.0})
+    last = metrics.pace("forecast", 100)
+    assert last is not None
+    assert (last.shortest, last.longest, last.runs) == (1.0, 1.0, 20)
+
+
+def test_series_and_unreadable_bodies(api: httpx.Client, stack: list[SourceFile]) -> None:
+    dates = [f"2021-0{n}-01" for n in range(1, 7)]
+    one = {"id": "a", "dates": dates, "B02": [0.05] * 6, "B04": [0.06] * 6, "B08": [0.3] * 6}
+    found = api.post("/validate?task=classify-pixels", json={"series": [one]}).json()
+    assert found["valid"]
+    assert found["estimate"]["pixels"] == 1
+    lacking = {key: value for key, value in one.items() if key != "B08"}
+    found = api.post("/validate?task=classify-pixels", json={"series": [lacking]}).json()
+    assert found["problem"]["code"] == "missing_bands"
+    strange = post(api, "/validate?task=classify-pixels", stack, nonsense="1")
+    assert (strange.status_code, strange.json()["code"]) == (422, "invalid_request")
+    assert post(api, "/validate", stack).status_code == 422
+    assert post(api, "/validate?task=paint", stack).status_code == 422
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_the_sdk_validates(api: httpx.Client, stack: list[SourceFile], kind: str) -> None:
+    files = [source.path for source in stack]
+    with connected(kind, str(api.base_url)) as client:
+        assert client.validate("classify-pixels", files)["valid"]
+        found = client.validate("classify-pixels", files, model="nothing")
+    assert found["problem"]["code"] == "unknown_model"
+
+
+def test_the_command_validates(api: httpx.Client, stack: list[SourceFile], tmp_path: Path) -> None:
+    files = [str(source.path) for source in stack]
+    arguments = ["--url", str(api.base_url), "validate", "classify-pixels", *files]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["valid"]
+    bad = CliRunner().invoke(app, [*arguments, "--model", "nothing"])
+    assert bad.exit_code == 1
+    assert json.loads(bad.stdout)["problem"]["code"] == "unknown_model"
