@@ -30,6 +30,8 @@ from training.series import (
     augment_series,
     computable,
     other_hemisphere,
+    samples_by_source,
+    series_outputs,
     shared_dates,
     tabulate,
     typical_dates,
@@ -48,7 +50,6 @@ _AUGMENTATION = {
 }
 # Share of the training pixels moved to the other hemisphere: nearly all labels are northern.
 _OTHER_HEMISPHERE = 0.15
-_BATCH = 1024
 
 
 class PixelClassification:
@@ -152,15 +153,8 @@ class PixelClassification:
 
     def logits(self, graph: PixelGraph, table: SeriesTable) -> Floats:
         """Logits of a table's pixels (N, K), each in the time window of the card's rule."""
-        graph.eval()
         valid = in_window(table, self.config.window)
-        parts = []
-        with torch.inference_mode():
-            for i in range(0, len(table), _BATCH):
-                rows = slice(i, i + _BATCH)
-                arrays = usable_first(table.values[rows], valid[rows], table.days[rows])
-                parts.append(graph.raw(*(torch.from_numpy(a) for a in arrays)).numpy())
-        return np.concatenate(parts)
+        return series_outputs(graph, table.values, valid, table.days)
 
     def outputs(self, graph: Any) -> Outputs:  # noqa: ANN401  # a graph, or its file in its place
         """Logits of the validation places, with their labels."""
@@ -199,12 +193,7 @@ class PixelClassification:
 
     def data(self) -> list[dict[str, Any]]:
         """Name, use and number of samples of each source."""
-        return [
-            {"name": source, "use": use, "n": n}
-            for use, table in (("labels", self.train), ("validation", self.validation))
-            for i, source in enumerate(table.sources)
-            if (n := int((table.source == i).sum()))
-        ]
+        return samples_by_source({"labels": self.train, "validation": self.validation})
 
 
 def in_window(table: SeriesTable, window: TimeWindow) -> NDArray[np.bool_]:

@@ -36,6 +36,8 @@ from training.series import (
     augment_series,
     computable,
     ordinal_day_of_year,
+    samples_by_source,
+    series_outputs,
     shared_dates,
     tabulate,
     typical_dates,
@@ -69,7 +71,6 @@ SCORED_SOURCE = "crops_us_2021"
 SCORED_CUT = 26
 # Fewest dates before a cut.
 _SHORTEST = 5
-_BATCH = 1024
 
 
 class PixelForecast:
@@ -202,15 +203,9 @@ class PixelForecast:
 
     def predict(self, graph: PixelGraph) -> tuple[Floats, Floats, Bools]:
         """Quantiles (N, H, S, Q), targets and which are known (N, H, S) at the scored cut."""
-        graph.eval()
         positions = np.full(len(self.validation), SCORED_CUT)
-        inputs = self._tensors(self.validation, positions)
-        with torch.inference_mode():
-            parts = [
-                graph.raw(*(a[i : i + _BATCH] for a in inputs[:4])).numpy()
-                for i in range(0, len(inputs[0]), _BATCH)
-            ]
-        return np.concatenate(parts), inputs[4].numpy(), inputs[5].numpy()
+        *inputs, target, known = (a.numpy() for a in self._tensors(self.validation, positions))
+        return series_outputs(graph, *inputs), target, known
 
     def quantiles(self, graph: PixelGraph, table: SeriesTable, positions: Ints) -> Floats:
         """Forecasts of series of any table from their cuts (N, H, S, Q).
@@ -220,20 +215,14 @@ class PixelForecast:
             table: N series, each with a usable date before its cut.
             positions: number of dates of each series before its cut (N).
         """
-        graph.eval()
         config = self.config
+        if not len(table):
+            shape = (0, config.horizon, len(INDICES), len(config.quantiles))
+            return np.empty(shape, np.float32)
         valid, days, day_of_year, _, _ = cut(
             table, positions, config.window.steps, config.window.step_days, config.horizon
         )
-        parts = []
-        with torch.inference_mode():
-            for i in range(0, len(table), _BATCH):
-                rows = slice(i, i + _BATCH)
-                arrays = usable_first(table.values[rows], valid[rows], days[rows])
-                inputs = (*arrays, day_of_year[rows])
-                parts.append(graph.raw(*(torch.from_numpy(a) for a in inputs)).numpy())
-        shape = (0, config.horizon, len(INDICES), len(config.quantiles))
-        return np.concatenate(parts) if parts else np.empty(shape, np.float32)
+        return series_outputs(graph, table.values, valid, days, day_of_year)
 
     def predicted(self) -> Bools:
         """True for the validation pixels of `predict`: with dates before and after the cut (N)."""
@@ -290,12 +279,7 @@ class PixelForecast:
 
     def data(self) -> list[dict[str, Any]]:
         """Name, use and number of samples of each source."""
-        return [
-            {"name": source, "use": use, "n": n}
-            for use, table in (("series", self.train), ("validation", self.validation))
-            for i, source in enumerate(table.sources)
-            if (n := int((table.source == i).sum()))
-        ]
+        return samples_by_source({"series": self.train, "validation": self.validation})
 
 
 def series_sets(data: Path, romania: Path | None = None) -> list[PixelSet]:

@@ -6,9 +6,10 @@ length T, and `days` is (N, T).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ Ints = NDArray[np.int64]
 # Number of pixels that calibrate an int8 variant: in total, and at most with the same dates.
 _TYPICAL = 4096
 _TYPICAL_ALIKE = 1024
+# Series that a graph processes at once.
+_BATCH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,3 +315,47 @@ def typical_dates(table: SeriesTable) -> list[Inputs]:
         if taken >= _TYPICAL:
             break
     return found
+
+
+def series_outputs(
+    graph: Any,  # noqa: ANN401  # a graph, or its file in its place
+    values: Floats,
+    valid: Bools,
+    days: Floats,
+    *others: Floats,
+) -> Floats:
+    """Outputs of a graph for series, in evaluation mode, batch by batch.
+
+    Args:
+        graph: the trained graph, or its ONNX file.
+        values: reflectance (N, T, C); N at least 1.
+        valid: True where usable (N, T).
+        days: days since the window's first day (N, T).
+        others: further inputs (N), such as the day of the year.
+
+    Returns:
+        The graph's raw outputs (N, …).
+    """
+    graph.eval()
+    parts = []
+    with torch.inference_mode():
+        for i in range(0, len(valid), _BATCH):
+            rows = slice(i, i + _BATCH)
+            arrays = usable_first(values[rows], valid[rows], days[rows])
+            inputs = (*arrays, *(other[rows] for other in others))
+            parts.append(graph.raw(*(torch.from_numpy(a) for a in inputs)).numpy())
+    return np.concatenate(parts)
+
+
+def samples_by_source(tables: Mapping[str, SeriesTable]) -> list[dict[str, Any]]:
+    """Name, use and number of samples of each source, for a card.
+
+    Args:
+        tables: tables by their use, such as `labels` and `validation`.
+    """
+    return [
+        {"name": source, "use": use, "n": n}
+        for use, table in tables.items()
+        for i, source in enumerate(table.sources)
+        if (n := int((table.source == i).sum()))
+    ]
