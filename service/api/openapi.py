@@ -136,12 +136,8 @@ def validation_body() -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-VALIDATION_ERRORS = (
-    "unauthorized", "forbidden_reference", "unreachable_reference", "body_stalled",
-    "body_too_large", "unsupported_media_type", "invalid_request", "not_a_geotiff",
-    "overloaded", "not_ready", "insufficient_storage", "internal_error",
-)  # fmt: skip
-"""Codes with which a body is rejected that cannot be read as a request."""
+VALIDATION_ERRORS = _TASK_ERRORS
+"""Codes with which a body is rejected that cannot be read as a request: those of its task."""
 
 
 def answers(task: Task) -> dict[int | str, dict[str, Any]]:
