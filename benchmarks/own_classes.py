@@ -119,7 +119,7 @@ def _us_crops(data: Path) -> Region:
             bands=tuple(archive["bands"].tolist()),
             values=np.where((stored != 0).any(-1, keepdims=True), stored, np.nan),
             dates=np.broadcast_to(archive["dates"], stored.shape[:2]),
-            classes=np.array([names[str(code)] for code in archive["label"].tolist()]),
+            classes=np.array([names.get(str(n), str(n)) for n in archive["label"].tolist()]),
             places=_blocks(archive["lonlat"]),
         )
 
@@ -193,7 +193,7 @@ def taught(api: httpx.Client, region: Region, drawn: Draw) -> dict[str, float]:
     )
     known = np.array([one["status"] == "ok" for one in found])
     return {
-        "own classes": f1_score(truth, guesses, average="macro", labels=names),
+        "own classes": f1_score(truth, guesses, average="macro", labels=np.unique(truth)),
         "ece": calibration_error(sure, np.array([names.index(t) for t in truth[known]])),
         "card": card["metrics"]["macro_f1"],
         "seconds": seconds,
@@ -241,7 +241,7 @@ def baselines(x: NDArray[np.float64], region: Region, drawn: Draw) -> dict[str, 
             region.classes[drawn.tested],
             search.predict(x[drawn.tested]),
             average="macro",
-            labels=np.unique(classes),
+            labels=np.unique(region.classes[drawn.tested]),
         )
     return scores
 
