@@ -91,6 +91,8 @@ def test_from_the_demo_to_a_map_a_pixel_and_a_file(page: Page, folder: Path) -> 
     page.wait_for_selector(".leaflet-picture-pane canvas")
     expect(page.locator("#stack-facts")).to_contain_text("8 files")
     expect(page.locator("#stack-facts")).to_contain_text("from 2021-01-01 to 2021-08-01")
+    expect(page.locator("#findings")).to_contain_text("8 dates")
+    expect(page.locator("#findings")).to_contain_text("no_cloud_mask")
     run(page)
     # Each pixel has the colour that the model's card gives to the class in the file.
     with page.expect_download() as download:
@@ -166,6 +168,22 @@ def test_fields_are_drawn_and_described(page: Page, folder: Path, tmp_path: Path
     expect(page.locator("#pixel-body")).to_contain_text("hectares")
 
 
+def test_labelled_places_become_a_model(page: Page, folder: Path) -> None:
+    choose(page, folder)
+    page.check("#labelling")
+    for name, x in (("left", 250), ("right", 450)):
+        page.fill("#class-name", name)
+        for n in range(6):
+            page.click("#map", position={"x": x + 12 * n, "y": 300 + 40 * n})
+    expect(page.locator("#label-counts")).to_have_text("left6right6")
+    page.fill("#head-name", "two-sides")
+    page.click("#teach-run")
+    expect(page.locator("#teach-score")).to_contain_text("'two-sides' is ready: macro-F1")
+    expect(page.locator("#model")).to_have_value("two-sides")
+    run(page)
+    expect(page.locator("#legend")).to_have_text("leftright")
+
+
 # What goes wrong ------------------------------------------------------------------------------
 
 
@@ -173,8 +191,11 @@ def test_a_bad_file_shows_the_services_problem(page: Page, tmp_path: Path) -> No
     path = tmp_path / "2021-01-05.tif"
     path.write_bytes(b"<html>not a raster</html>")
     page.set_input_files("#files", path)
-    expect(page.locator("#run")).to_be_enabled()
+    # The service examines the stack before anything runs.
+    expect(page.locator("#problem")).to_contain_text("would reject this stack")
+    expect(page.locator("#problem")).to_contain_text("2021-01-05.tif")
     page.click("#run")
+    expect(page.locator("#problem")).not_to_contain_text("would reject this stack")
     expect(page.locator("#problem")).to_contain_text("2021-01-05.tif")
     accessible(page)
 

@@ -5,7 +5,7 @@ import { plotFigures, probabilityTable, seriesChart, seriesKey } from "./chart.j
 import { ExplorerMap } from "./map.js";
 import { Raster, classColours, painted, rampColour, rampColours, rgb } from "./raster.js";
 import { chosenFiles, droppedFiles, formOf, pictures } from "./stack.js";
-import { Teacher, canTeach } from "./teach.js";
+import { Teacher } from "./teach.js";
 
 const LOOK_MS = 500;
 const OUTPUTS = { "classify-pixels": "class", landcover: "class", forecast: "q50" };
@@ -81,26 +81,29 @@ async function take(files) {
       facts.textContent += " This page draws no picture of such files; the service reads them.";
     }
   });
-  await examine(facts);
+  await examine();
 }
 
-/** What the service understands of the stack before anything runs. */
-async function examine(facts) {
-  const task = part("task").value;
-  try {
-    const found = await json("validate", { method: "POST", body: formOf(state.files, { task, model: part("model").value }) });
-    showFindings(facts, found);
-  } catch (error) {
-    if (!(error instanceof Problem) || (error.status !== 404 && error.status !== 405)) showProblem(error);
+/** What the service reads in the stack, and whether it would reject it, before anything runs. */
+async function examine() {
+  const files = state.files;
+  const box = part("findings");
+  box.replaceChildren("The service reads the files…");
+  const path = `validate?task=${encodeURIComponent(part("task").value)}`;
+  const found = await guarded(() => json(path, { method: "POST", body: formOf(files, { model: part("model").value }) }));
+  if (files !== state.files) return; // another stack was chosen meanwhile
+  box.replaceChildren();
+  if (!found) return;
+  if (!found.valid) {
+    showProblem(new Problem(422, { ...found.problem, title: "The service would reject this stack" }));
+    return;
   }
-}
-
-function showFindings(facts, found) {
-  const dates = found.dates ?? [];
-  const lines = [];
-  if (dates.length) lines.push(`The service reads ${dates.length} dates, from ${dates[0]} to ${dates.at(-1)}.`);
-  for (const line of lines) facts.append(Object.assign(document.createElement("p"), { textContent: line, className: "hint" }));
-  facts.append(...warnings(found.warnings ?? []));
+  const { pixels, dates, seconds } = found.estimate;
+  const time = seconds ? `, ${Math.ceil(seconds.shortest)} to ${Math.ceil(seconds.longest)} s` : "";
+  const line = document.createElement("p");
+  line.className = "hint";
+  line.textContent = `The service would use ${dates} dates and predict for ${pixels.toLocaleString()} pixels${time}.`;
+  box.append(line, ...warnings(found.warnings));
 }
 
 async function showPicture(at) {
@@ -121,8 +124,8 @@ function size(bytes) {
 // Models ---------------------------------------------------------------------------------------
 
 async function loadModels(choice) {
-  const found = await json("models");
-  state.models = new Map(found.models.map((card) => [card.name, card]));
+  const [found, own] = await Promise.all([json("models"), json("heads")]);
+  state.models = new Map([...found.models, ...own.heads].map((card) => [card.name, card]));
   state.defaults = found.defaults;
   offerModels(choice);
 }
@@ -507,8 +510,8 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
 }
 part("open-demo").addEventListener("click", () => guarded(openDemo));
 part("date").addEventListener("input", (event) => guarded(() => showPicture(Number(event.target.value))));
-part("task").addEventListener("change", () => offerModels());
-part("model").addEventListener("change", describeModel);
+part("task").addEventListener("change", () => { offerModels(); if (state.files.length) examine(); });
+part("model").addEventListener("change", () => { describeModel(); if (state.files.length) examine(); });
 part("run-form").addEventListener("submit", (event) => { event.preventDefault(); run(); });
 part("cancel").addEventListener("click", cancel);
 part("opacity").addEventListener("input", (event) => map.opacity(event.target.value / 100));
@@ -520,15 +523,13 @@ part("set-key").addEventListener("click", async () => {
 await guarded(async () => {
   await loadModels();
   await Promise.all([listJobs(), offerDemo()]);
-  part("teach").hidden = !(await canTeach());
-  if (!part("teach").hidden) {
-    state.teacher = new Teacher(part("teach-body"), {
-      addPoint: (lonLat, colour, name) => map.addPoint(lonLat, colour, name),
-      files: () => state.files,
-      taught: (name) => guarded(() => loadModels(name)),
-      failed: showProblem,
-    });
-  }
+  state.teacher = new Teacher(part("teach-body"), {
+    addPoint: (lonLat, colour, name) => map.addPoint(lonLat, colour, name),
+    files: () => state.files,
+    taught: (name) => guarded(() => loadModels(name)),
+    failed: showProblem,
+    warnings,
+  });
   const job = new URLSearchParams(location.hash.slice(1)).get("job");
   if (job) await follow(job);
 });

@@ -1,20 +1,9 @@
 /** Own classes: points labelled on the map become a model of the caller's own (`POST /heads`). */
 
-import { Problem, json, send } from "./api.js";
+import { send } from "./api.js";
 import { formOf } from "./stack.js";
 
 const PALETTE = ["#e6550d", "#3182bd", "#31a354", "#756bb1", "#fdd049", "#de2d86", "#00a5a5", "#8c6d31"];
-
-/** Whether this service teaches own classes. */
-export async function canTeach() {
-  try {
-    await json("heads");
-    return true;
-  } catch (error) {
-    if (error instanceof Problem && error.status === 404) return false;
-    throw error;
-  }
-}
 
 /** The form of own classes. */
 export class Teacher {
@@ -22,7 +11,8 @@ export class Teacher {
    * @param {HTMLElement} body where the form goes
    * @param {{addPoint: (lonLat: number[], colour: string, name: string) => () => void,
    *          files: () => {name: string, file: File}[], taught: (model: string) => void,
-   *          failed: (error: Error) => void}} page
+   *          failed: (error: Error) => void,
+   *          warnings: (list: {code: string, detail: string}[]) => Node[]}} page
    */
   constructor(body, page) {
     this.body = body;
@@ -99,30 +89,17 @@ export class Teacher {
     try {
       const form = formOf(this.page.files(), { name, labels: JSON.stringify(labels) });
       const reply = await send("heads", { method: "POST", body: form, headers: { Accept: "application/json" } });
-      let card = JSON.parse(await reply.blob.text());
-      if (reply.status === 202) card = await this._finished(card.jobID);
-      const metrics = card.metrics ?? {};
-      const f1 = metrics.macro_f1 ?? metrics.macro_F1;
-      score.textContent = f1 === undefined
-        ? `'${card.name}' is ready.`
-        : `'${card.name}' is ready: macro-F1 ${Number(f1).toFixed(2)} on places that it was not taught.`;
+      const { card, warnings } = JSON.parse(await reply.blob.text());
+      const { macro_f1: f1, macro_f1_interval: interval, n, places } = card.metrics;
+      score.textContent = `'${card.name}' is ready: macro-F1 ${f1.toFixed(2)} (95 % interval ${interval.map((end) => end.toFixed(2)).join(" to ")}) `
+        + `on places left out; ${n} pixels in ${places} places. Choose it under Model and run.`;
+      score.append(...this.page.warnings(warnings));
       this.page.taught(card.name);
     } catch (error) {
       score.textContent = "";
       this.page.failed(error);
     } finally {
       this._show();
-    }
-  }
-
-  async _finished(job) {
-    for (;;) {
-      const info = await json(`jobs/${job}`);
-      if (info.status === "successful") return json(`jobs/${job}/result`);
-      if (info.status === "failed" || info.status === "dismissed") {
-        throw new Problem(422, { title: "Teaching failed", detail: info.message || `The job was ${info.status}.` });
-      }
-      await new Promise((resolve) => setTimeout(resolve, 500));
     }
   }
 }
