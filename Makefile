@@ -30,12 +30,14 @@ explore: $(VENV)/served
 serve: $(VENV)/served
 	PIMC_PORT=$(PORT) $(BIN)/python -m service
 
+# Two processes: on two cores most tests keep one of them busy. A file's tests stay together, as
+# they share services and models.
 test: $(VENV)/ready lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # The tests to run while working: all except load, fuzz, kill and training tests.
 check: $(VENV)/ready lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check $(SOURCES)

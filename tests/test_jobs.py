@@ -234,7 +234,10 @@ def test_a_bad_request_is_refused_at_once(api: httpx.Client, files: Files) -> No
     assert len(api.get("/jobs").json()["jobs"]) == before
 
 
-@pytest.mark.parametrize("name", ["6d57d4c4-d0f5-47de-8d45-cbeb621176eb", "x", "..", "%2e%2e%2fjobs.sqlite", "a" * 5000])
+@pytest.mark.parametrize(
+    "name",
+    ["6d57d4c4-d0f5-47de-8d45-cbeb621176eb", "x", "..", "%2e%2e%2fjobs.sqlite", "a" * 5000],
+)
 def test_an_unknown_job(api: httpx.Client, name: str) -> None:
     for path in (f"/jobs/{name}", f"/jobs/{name}/result", f"/jobs/{name}/result/class"):
         if ".." in httpx.URL(path).path and name == "..":
