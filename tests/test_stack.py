@@ -397,7 +397,7 @@ def test_a_window_outside_the_grid_is_an_error(
 
 
 def test_more_files_than_may_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_MAX_OPEN", 3)
+    monkeypatch.setattr(reading, "_files_kept_open", lambda: 3)
     pixels = [numbers(seed=t) for t in range(7)]
     files = [scene(tmp_path / f"2021010{t + 1}.tif", p) for t, p in enumerate(pixels)]
     with StackReader(opened(*files)) as reader:
