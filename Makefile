@@ -31,13 +31,14 @@ serve: $(VENV)/served
 	PIMC_PORT=$(PORT) $(BIN)/python -m service
 
 # Two processes: on two cores most tests keep one of them busy. A file's tests stay together, as
-# they share services and models.
+# they share services and models; files keep their order, or the few long tests would come last.
+IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/ready lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest $(IN_PARALLEL)
 
 # The tests to run while working: all except load, fuzz, kill and training tests.
 check: $(VENV)/ready lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest $(IN_PARALLEL) -m "not slow"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check $(SOURCES)
