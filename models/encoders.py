@@ -7,12 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models.formulas import INDEX_CENTER, INDEX_SPREAD
 from models.recurrence import Threshold, recurrence_plot
 
-# Typical mean and standard deviation of vegetation indices over cropland. They are constants, not
-# measured for each data set, so that all bundles compute the same plot of a series.
-_CENTER = 0.3
-_SPREAD = 0.25
 # Reflectance at which imagery saturates: EuroSAT's RGB is clipped at 2750 / 10000.
 _BRIGHTEST = 0.275
 # Standard deviation, in units where dark is -1 and _BRIGHTEST 1, below which a patch's contrast
@@ -27,7 +24,7 @@ _TOKENS = 4
 
 def standardised(series: Tensor) -> Tensor:
     """Spectral indices in the unit that every encoder sees: about -2 to 2."""
-    return (series - _CENTER) / _SPREAD
+    return (series - INDEX_CENTER) / INDEX_SPREAD
 
 
 def standardised_roots(reflectance: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from models.card import Modality
 from models.encoders import EfficientNetLite0, PatchEncoder, PixelEncoder
+from models.formulas import SMALLEST_DENOMINATOR, YEAR
 from models.heads import ClassificationHead, ForecastHead
-from models.indices import SMALLEST_DENOMINATOR, SpectralIndices
+from models.indices import SpectralIndices
 from models.timegrid import TimeGrid
 
-YEAR = 365.25
 """Days in a year, the period of a yearly grid."""
 _BLUE = "B02"
 

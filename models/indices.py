@@ -1,50 +1,13 @@
-"""Spectral indices, by name.
-
-Formulas are those of the Awesome Spectral Indices catalogue (Montero et al. 2023,
-doi:10.1038/s41597-023-02096-0), on Sentinel-2 bands as reflectance.
-"""
+"""Spectral indices, by name: see `models.formulas`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-# name -> (bands, formula). The formula takes the bands in that order and returns the numerator and
-# the denominator, so that one place guards the division. Both are weighted sums of the bands; the
-# denominator may add a constant: see `SpectralIndices`.
-_Formula = Callable[..., tuple[Tensor, Tensor]]
-
-
-def _normalized_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return a - b, a + b
-
-
-FORMULAS: dict[str, tuple[tuple[str, ...], _Formula]] = {
-    # Rouse et al. 1974
-    "ndvi": (("B08", "B04"), _normalized_difference),
-    # Huete et al. 2002, doi:10.1016/S0034-4257(02)00096-2: G = 2.5, C1 = 6, C2 = 7.5, L = 1
-    "evi": (
-        ("B08", "B04", "B02"),
-        lambda nir, red, blue: (2.5 * (nir - red), nir + 6.0 * red - 7.5 * blue + 1.0),
-    ),
-    # Huete 1988, doi:10.1016/0034-4257(88)90106-X: L = 0.5
-    "savi": (("B08", "B04"), lambda nir, red: (1.5 * (nir - red), nir + red + 0.5)),
-    # Gitelson and Merzlyak 1994
-    "ndrei": (("B08", "B05"), _normalized_difference),
-    # Gao 1996, doi:10.1016/S0034-4257(96)00067-3
-    "ndmi": (("B08", "B11"), _normalized_difference),
-    # Key and Benson 2006
-    "nbr": (("B08", "B12"), _normalized_difference),
-}
-
-# With a denominator this small an index is meaningless: EVI's passes through zero over bright
-# blue targets (cloud, snow).
-SMALLEST_DENOMINATOR = 0.05
-"""An index is missing if its denominator is at most this."""
-# Clear land lies well inside; values outside come from cloud edges and sun glint.
-_LIMIT = 1.5
+from models.formulas import FORMULAS, INDEX_LIMIT, SMALLEST_DENOMINATOR
 
 
 class SpectralIndices(nn.Module):
@@ -111,4 +74,4 @@ class SpectralIndices(nn.Module):
         numerators, denominators = torch.split(sums, len(self.names), dim=dim)
         shape = [-1] + [1] * (sums.ndim - 1 - dim % sums.ndim)
         denominators = denominators + self.constants.to(sums.dtype).view(shape)
-        return (numerators / denominators).clamp(-_LIMIT, _LIMIT), denominators
+        return (numerators / denominators).clamp(-INDEX_LIMIT, INDEX_LIMIT), denominators

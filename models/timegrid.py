@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from models.formulas import FAR, NARROW, WIDE, WIDE_HEIGHT
+
 
 class TimeGrid(nn.Module):
     """Masked kernel regression of irregular series onto M regular steps.
@@ -24,16 +26,12 @@ class TimeGrid(nn.Module):
             then placed on one, and the grid's ends are neighbours. None for a grid without period.
     """
 
-    _WIDE_HEIGHT = 1e-3
-    # The Gaussian is clipped at e to minus this, 1e-26: negligible against the wide kernel.
-    _FAR = 60.0
-
     def __init__(
         self,
         steps: int,
         step_days: float,
-        narrow: float = 0.45,
-        wide: float = 2.0,
+        narrow: float = NARROW,
+        wide: float = WIDE,
         period: float | None = None,
     ) -> None:
         super().__init__()
@@ -65,8 +63,8 @@ class TimeGrid(nn.Module):
         """
         square = self._distance(days).square()
         # Clipped, because products with subnormal numbers are far slower.
-        narrow = torch.exp((square * (-0.5 / self.narrow**2)).clamp(min=-self._FAR))
-        wide = self._WIDE_HEIGHT / (1.0 + square * self.wide**-2)
+        narrow = torch.exp((square * (-0.5 / self.narrow**2)).clamp(min=-FAR))
+        wide = WIDE_HEIGHT / (1.0 + square * self.wide**-2)
         weight = narrow + wide
         usable = valid[:, None, :]
         # `where`, not a product: 0 * NaN is NaN.

@@ -13,9 +13,10 @@ import torch
 from pyts.image import RecurrencePlot
 
 from models.encoders import PatchEncoder, PixelEncoder
+from models.formulas import FORMULAS
 from models.graph import PatchGraph, PixelGraph
 from models.heads import ClassificationHead, ForecastHead, ProjectionHead
-from models.indices import FORMULAS, SpectralIndices
+from models.indices import SpectralIndices
 from models.recurrence import recurrence_plot
 from models.timegrid import TimeGrid
 

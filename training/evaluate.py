@@ -28,7 +28,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from models.card import ModelCard
-from models.graph import YEAR
+from models.formulas import YEAR
 from models.registry import Bundle, load_bundle
 from models.timegrid import TimeGrid
 from training import validation_outputs

@@ -17,7 +17,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from models.card import TimeWindow
-from models.graph import YEAR
+from models.formulas import YEAR
 from models.indices import SpectralIndices
 from training.augment import disturb, drop_dates, jitter_dates
 from training.config import BANDS, INDICES

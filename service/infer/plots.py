@@ -9,7 +9,7 @@ through it. The tests compare it with the torch graph and with pyts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,42 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.card import ModelCard, TimeWindow
+from models.formulas import (
+    FAR,
+    FORMULAS,
+    INDEX_CENTER,
+    INDEX_LIMIT,
+    INDEX_SPREAD,
+    NARROW,
+    SMALLEST_DENOMINATOR,
+    WIDE,
+    WIDE_HEIGHT,
+    YEAR,
+)
 from service.errors import InvalidRequest
 
 Floats = NDArray[np.float32]
-_Formula = Callable[..., tuple[Floats, Floats]]
-
-
-def _normalized_difference(a: Floats, b: Floats) -> tuple[Floats, Floats]:
-    return a - b, a + b
-
-
-FORMULAS: Mapping[str, tuple[tuple[str, ...], _Formula]] = {
-    # Rouse et al. 1974
-    "ndvi": (("B08", "B04"), _normalized_difference),
-    # Huete et al. 2002, doi:10.1016/S0034-4257(02)00096-2
-    "evi": (
-        ("B08", "B04", "B02"),
-        lambda nir, red, blue: (2.5 * (nir - red), nir + 6.0 * red - 7.5 * blue + 1.0),
-    ),
-    # Huete 1988, doi:10.1016/0034-4257(88)90106-X
-    "savi": (("B08", "B04"), lambda nir, red: (1.5 * (nir - red), nir + red + 0.5)),
-    # Gitelson and Merzlyak 1994
-    "ndrei": (("B08", "B05"), _normalized_difference),
-    # Gao 1996, doi:10.1016/S0034-4257(96)00067-3
-    "ndmi": (("B08", "B11"), _normalized_difference),
-    # Key and Benson 2006
-    "nbr": (("B08", "B12"), _normalized_difference),
-}
-"""Name to its bands, and from these the numerator and the denominator."""
-_SMALLEST_DENOMINATOR = 0.05
-_LIMIT = 1.5
-# Of the regular grid: standard deviation of the Gaussian and half width of the Cauchy kernel, in
-# steps; the latter's height; the exponent at which the Gaussian is clipped.
-_NARROW, _WIDE, _WIDE_HEIGHT, _FAR = 0.45, 2.0, 1e-3, 60.0
-_YEAR = 365.25
-_CENTER, _SPREAD = 0.3, 0.25
-"""Of the standardised indices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +76,7 @@ def spectral_index(name: str, bands: Mapping[str, Floats]) -> Floats:
     """A spectral index from reflectance.
 
     Args:
-        name: a key of `FORMULAS`.
+        name: a key of `models.formulas.FORMULAS`.
         bands: reflectance by band name, unitless, of any shape, NaN where missing.
 
     Returns:
@@ -106,9 +85,9 @@ def spectral_index(name: str, bands: Mapping[str, Floats]) -> Floats:
     """
     needs, formula = FORMULAS[name]
     numerator, denominator = formula(*(bands[band] for band in needs))
-    known = denominator > _SMALLEST_DENOMINATOR  # False for NaN
+    known = denominator > SMALLEST_DENOMINATOR  # False for NaN
     ratio = np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=known)
-    return np.clip(ratio, -_LIMIT, _LIMIT)
+    return np.asarray(np.clip(ratio, -INDEX_LIMIT, INDEX_LIMIT))
 
 
 def regular_series(
@@ -138,12 +117,12 @@ def regular_series(
     steps = np.arange(window.steps, dtype=np.float32) * np.float32(window.step_days)
     distance = np.asarray(days, np.float32)[:, None] - steps
     if window.yearly:
-        within = distance - _YEAR * np.floor(distance / _YEAR)
-        distance = np.minimum(within, _YEAR - within)
+        within = distance - YEAR * np.floor(distance / YEAR)
+        distance = np.minimum(within, YEAR - within)
     square = np.square(distance, dtype=np.float64)
-    narrow, wide = _NARROW * window.step_days, _WIDE * window.step_days
-    weight = np.exp(np.maximum(-0.5 * square / narrow**2, -_FAR))
-    weight += _WIDE_HEIGHT / (1.0 + square / wide**2)
+    narrow, wide = NARROW * window.step_days, WIDE * window.step_days
+    weight = np.exp(np.maximum(-0.5 * square / narrow**2, -FAR))
+    weight += WIDE_HEIGHT / (1.0 + square / wide**2)
     present = usable.astype(np.float64)
     if parameters.clarity:
         blue = np.clip(np.nan_to_num(by_name["B02"]), 0.0, 1.0)
@@ -165,7 +144,7 @@ def recurrence_plots(series: Floats, parameters: PlotParameters) -> Floats:
         Plots (N, K, M, M): distances between the standardised values of each two steps, or 1 where
         they are below the threshold and 0 elsewhere.
     """
-    levels = (series - np.float32(_CENTER)) / np.float32(_SPREAD)
+    levels = (series - np.float32(INDEX_CENTER)) / np.float32(INDEX_SPREAD)
     distances = np.abs(levels[..., :, None] - levels[..., None, :])
     threshold = parameters.threshold
     if threshold is None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from models.card import OUTPUTS, PIXEL_INPUTS
+from models.formulas import FAR, NARROW, WIDE, WIDE_HEIGHT, YEAR
 
 _OPSET = 20
 _OLDEST = 18
@@ -28,10 +29,6 @@ STEPS = 36
 STEP_DAYS = 10
 FEATURES = OUTPUTS["embed"]
 """The features' name in a graph, which is an `embed` bundle's while a head is fitted."""
-_YEAR = 365.25
-# Of the kernels, as in `models.timegrid`: a narrow Gaussian, and a wide Cauchy kernel a thousandth
-# as high, so that no step is empty.
-_NARROW, _WIDE, _WIDE_HEIGHT, _FAR = 0.45, 2.0, 1e-3, -60.0
 _BEYOND = 1e3
 """Sum of a date's bands from which on it is not reflectance, as NaN is not."""
 _SMALLEST_SUM = 0.05
@@ -223,7 +220,7 @@ def _weights(build: _Builder) -> str:
     build.add("Unsqueeze", ["days", build.constant("after", [1], np.int64)], "day")
     build.constant("grid", np.arange(STEPS) * STEP_DAYS)
     build.add("Sub", ["day", "grid"], "away")
-    year = build.constant("year", _YEAR)
+    year = build.constant("year", YEAR)
     build.add("Div", ["away", year], "years")
     build.add("Floor", ["years"], "whole_years")
     build.add("Mul", ["whole_years", year], "before")
@@ -231,14 +228,13 @@ def _weights(build: _Builder) -> str:
     build.add("Sub", [year, "within"], "around")
     build.add("Min", ["within", "around"], "distance")
     build.add("Mul", ["distance", "distance"], "square")
-    build.constant("to_narrow", -0.5 / (_NARROW * STEP_DAYS) ** 2)
+    build.constant("to_narrow", -0.5 / (NARROW * STEP_DAYS) ** 2)
     build.add("Mul", ["square", "to_narrow"], "falling")
-    # Products with subnormal numbers are far slower.
-    build.add("Max", ["falling", build.constant("far", _FAR)], "clipped")
+    build.add("Max", ["falling", build.constant("far", -FAR)], "clipped")
     build.add("Exp", ["clipped"], "narrow")
-    build.add("Mul", ["square", build.constant("to_wide", (_WIDE * STEP_DAYS) ** -2)], "spread")
+    build.add("Mul", ["square", build.constant("to_wide", (WIDE * STEP_DAYS) ** -2)], "spread")
     build.add("Add", ["spread", build.constant("one", 1.0)], "broad")
-    build.add("Div", [build.constant("height", _WIDE_HEIGHT), "broad"], "wide")
+    build.add("Div", [build.constant("height", WIDE_HEIGHT), "broad"], "wide")
     return build.add("Add", ["narrow", "wide"], "weight")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from models.graph import YEAR
+from models.formulas import YEAR
 from training.datasets import PixelSet, Scene
 
 BANDS = ("B02", "B03", "B04", "B08")

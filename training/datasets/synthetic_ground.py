@@ -16,7 +16,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from models.graph import YEAR
+from models.formulas import YEAR
 from training.datasets import PixelSet
 from training.datasets.synthetic import make_dates
 

@@ -1,0 +1,66 @@
+"""Formulas and constants of the graph's first stages, without torch.
+
+The torch modules, the graph of own classes and the NumPy copy of recurrence plots all take them
+from here. Index formulas are those of the Awesome Spectral Indices catalogue (Montero et al. 2023,
+doi:10.1038/s41597-023-02096-0), on Sentinel-2 bands as reflectance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# The bands in the order of the names; the numerator and the denominator, so that one place guards
+# the division. Both are weighted sums of the bands; the denominator may add a constant: see
+# `models.indices.SpectralIndices`. Tensors and arrays alike.
+Formula = Callable[..., tuple[Any, Any]]
+
+
+def _normalized_difference(a: Any, b: Any) -> tuple[Any, Any]:  # noqa: ANN401 - tensors or arrays
+    return a - b, a + b
+
+
+FORMULAS: Mapping[str, tuple[tuple[str, ...], Formula]] = {
+    # Rouse et al. 1974
+    "ndvi": (("B08", "B04"), _normalized_difference),
+    # Huete et al. 2002, doi:10.1016/S0034-4257(02)00096-2: G = 2.5, C1 = 6, C2 = 7.5, L = 1
+    "evi": (
+        ("B08", "B04", "B02"),
+        lambda nir, red, blue: (2.5 * (nir - red), nir + 6.0 * red - 7.5 * blue + 1.0),
+    ),
+    # Huete 1988, doi:10.1016/0034-4257(88)90106-X: L = 0.5
+    "savi": (("B08", "B04"), lambda nir, red: (1.5 * (nir - red), nir + red + 0.5)),
+    # Gitelson and Merzlyak 1994
+    "ndrei": (("B08", "B05"), _normalized_difference),
+    # Gao 1996, doi:10.1016/S0034-4257(96)00067-3
+    "ndmi": (("B08", "B11"), _normalized_difference),
+    # Key and Benson 2006
+    "nbr": (("B08", "B12"), _normalized_difference),
+}
+"""Name to its bands and its formula."""
+
+# With a denominator this small an index is meaningless: EVI's passes through zero over bright
+# blue targets (cloud, snow).
+SMALLEST_DENOMINATOR = 0.05
+"""An index is missing if its denominator is at most this."""
+# Clear land lies well inside; values outside come from cloud edges and sun glint.
+INDEX_LIMIT = 1.5
+"""Largest absolute value of an index."""
+
+# Typical mean and standard deviation of vegetation indices over cropland. They are constants, not
+# measured for each data set, so that all bundles compute the same plot of a series.
+INDEX_CENTER = 0.3
+INDEX_SPREAD = 0.25
+
+# Of the kernel regression: see `models.timegrid.TimeGrid`.
+NARROW = 0.45
+"""Standard deviation of the Gaussian, in steps."""
+WIDE = 2.0
+"""Half width of the Cauchy kernel, in steps."""
+WIDE_HEIGHT = 1e-3
+"""Height of the Cauchy kernel, of the Gaussian's."""
+# Clipped, because products with subnormal numbers are far slower.
+FAR = 60.0
+"""The Gaussian is clipped at e to minus this, 1e-26: negligible against the wide kernel."""
+YEAR = 365.25
+"""Days after which a yearly grid repeats."""
