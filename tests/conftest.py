@@ -6,10 +6,13 @@ import fcntl
 import importlib.util
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.kits.gate import Gate
 
 ROOT = Path(__file__).parents[1]
 # pyts compiles its functions whenever it is imported, which takes longer than any test of it.
@@ -25,6 +28,13 @@ def shared_data() -> Path:
             pytest.fail(f"CI must have the real data, and {folder.name} is not there")
         pytest.skip("needs the real satellite data at ../shared/data")
     return folder
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    """A gate in this process, open at first and afterwards."""
+    with Gate(tmp_path / "gate").installed() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

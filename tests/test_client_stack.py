@@ -169,15 +169,7 @@ def test_tiles_of_one_day_are_one_file(world: World, tmp_path: Path) -> None:
     at = world.tyrol[0]
     halves = []
     for name, left, right in (("west", 0, 420), ("east", 380, 935)):
-        folder = world.web.folder / name
-        folder.mkdir()
-        paths = {}
-        for band, path in at.paths.items():
-            step = 2 if band == "SCL" else 1
-            with rasterio.open(path) as file:
-                part = file.read(1)[:, left // step : right // step]
-                moved = file.transform @ Affine.translation(left // step, 0)
-                paths[band] = kit.write_cog(folder / path.name, part, file.crs, moved)
+        paths = kit.write_columns(at, world.web.folder / name, left, right)
         half = Acquisition(**{**vars(at), "paths": paths})
         halves.append(kit.earth_search(half, f"{world.web.url}/{name}", tile=name))
     (whole,) = fetched(world, tmp_path / "whole", end=at.day[:10])

@@ -1,4 +1,4 @@
-"""Results of jobs over sockets: ranges, HEAD, made once, bounded readers, who may not read."""
+"""Results of jobs over sockets: ranges, HEAD, files made once, bounded readers, ownership."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ import shapely
 
 from benchmarks.mutations import GDAL_XML, edited
 from tests.kits.rasters import write
+from tests.kits.sockets import connections, listening
 
 ROOT = Path(__file__).parents[1]
 BANDS = ("B02", "B04", "B08")
@@ -68,22 +69,8 @@ print(json.dumps(said))
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    """A server that counts its visitors."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        server.settimeout(0.2)
+    with listening() as server:
         yield server
-
-
-def connections(server: socket.socket) -> int:
-    count = 0
-    while True:
-        try:
-            server.accept()[0].close()
-        except TimeoutError:
-            return count
-        count += 1
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ from service.run import windows as windowing
 from service.run.fields import Coverage, FieldGrid, run_fields
 from service.run.plan import plan_raster
 from service.run.raster import make_work
+from tests.kits.jobs import waited
 from tests.kits.rasters import NORTH_UP, UTM, write
 
 H, W, DATES = 40, 60, 5
@@ -400,8 +401,7 @@ def test_a_job_gives_the_result_of_the_request(api: httpx.Client, stack: list[So
     accepted = api.post("/classify-pixels", files=files, headers={"Prefer": "respond-async"})
     assert accepted.status_code == 202, accepted.text
     where = accepted.headers["Location"]
-    while (job := api.get(where).json())["status"] in {"accepted", "running"}:
-        pass
+    job = waited(api, accepted.json()["jobID"])
     assert job["status"] == "successful", job
     result = api.get(where + "/result")
     assert result.json()["features"] == plain

@@ -48,6 +48,7 @@ from service.read.layouts import StackOptions
 from service.read.reader import StackReader
 from service.read.stack import Stack, open_stack
 from tests.kits.rasters import NORTH_UP, UTM, write
+from tests.kits.sockets import connections, listening
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 2**34
@@ -370,22 +371,9 @@ def test_points_far_apart_in_a_large_block_are_not_read_as_one_window(
 
 @pytest.fixture
 def elsewhere() -> Iterator[socket.socket]:
-    """A server that nobody may ask; whoever connects is found waiting."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        server.settimeout(0.2)
+    """A server to which nothing may connect."""
+    with listening() as server:
         yield server
-
-
-def asked(server: socket.socket) -> bool:
-    times = 0
-    while True:
-        try:
-            server.accept()[0].close()
-        except TimeoutError:
-            return times > 0
-        times += 1
 
 
 @pytest.fixture
@@ -426,13 +414,13 @@ def test_no_name_in_a_file_leads_to_the_network(
             env={**os.environ, "GDAL_HTTP_TIMEOUT": "1", "no_proxy": "127.0.0.1"},
             check=False, capture_output=True, timeout=60,
         )  # fmt: skip
-        return asked(elsewhere)
+        return connections(elsewhere) > 0
 
     assert overviews("gdal's")  # so GDAL would ask, left to itself
     assert not overviews("ours")
     with pytest.raises(NotAGeoTIFF, match="names another file"):
         opened(path.read_bytes(), tmp_path)
-    assert not asked(elsewhere)
+    assert connections(elsewhere) == 0
 
 
 @pytest.mark.parametrize(

@@ -56,13 +56,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
-    with Gate(tmp_path_factory.mktemp("gate") / "gate").installed() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def api(zoo: Path, state: Path, gate: Gate) -> Iterator[httpx.Client]:
+def api(zoo: Path, state: Path) -> Iterator[httpx.Client]:
     with served(model_dir=zoo, state_dir=state) as client:
         yield client
 

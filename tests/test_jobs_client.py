@@ -19,20 +19,14 @@ from pimc_client import (
     UnknownJob,
 )
 from tests.kits.client import connected
-from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
+from tests.kits.gate import HELD, zoo_with_a_held_model
 from tests.kits.jobs import stack
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 
 
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory):
-    with Gate(tmp_path_factory.mktemp("gate") / "gate").installed() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory, gate):
+def url(tmp_path_factory):
     zoo = zoo_with_a_held_model(tmp_path_factory.mktemp("zoo"))
     with served(model_dir=zoo, sync_max_pixels=70 * 90) as http:
         yield str(http.base_url)

@@ -93,7 +93,7 @@ def need(stack: Stack) -> Callable[[int], Need]:
 
 
 class Holder:
-    """A run, as a thread that holds memory until it is told to end."""
+    """A run: a thread that holds memory until it is released."""
 
     def __init__(self, budget: MemoryBudget, need: Need) -> None:
         self.holds, self.end = threading.Event(), threading.Event()

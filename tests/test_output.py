@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import zipfile
-from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -23,6 +22,7 @@ from service.grid import Grid
 from service.write.cog import RasterWriter, create_raster
 from service.write.legend import sidecar_of
 from service.write.predictions import Layer
+from tests.kits.programs import qgis_python
 
 LEGEND = (
     LegendClass(value=0, name="Water & <ice>", color="#1020ff", code=80),
@@ -181,10 +181,7 @@ os._exit(0)  # without its own way out, which fails after Python has freed the l
 
 
 def test_qgis_opens_the_rasters_with_their_styles(tmp_path):
-    python = Path("/usr/bin/python3")
-    check = [python, "-c", "import qgis.core"]
-    if not python.exists() or subprocess.run(check, check=False, capture_output=True).returncode:
-        pytest.skip("needs QGIS with its Python bindings (Debian: qgis python3-qgis)")
+    python = qgis_python()
     forecast = Layer(name="forecast", bands=("NDVI_2021-11-05_q50",) * 3, ramp="vegetation")
     files, _ = write(tmp_path, (CLASSES, forecast), grid(30, 20))
     done = subprocess.run(

@@ -14,9 +14,9 @@ import pytest
 from benchmarks.serving import served
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import stack
+from tests.kits.programs import qgis_python
 
 PLUGIN = Path(__file__).parents[1] / "qgis"
-PYTHON = Path("/usr/bin/python3")
 # Drives the dialog as a person does, and prints what it shows and which layers there are.
 DRIVE = """
 import json, os, sys, time
@@ -61,21 +61,8 @@ os._exit(0)  # without its own way out, which fails after Python has freed the l
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def qgis() -> None:
-    check = [PYTHON, "-c", "import qgis.gui"]
-    if not PYTHON.exists() or subprocess.run(check, check=False, capture_output=True).returncode:
-        pytest.skip("needs QGIS with its Python bindings (Debian: qgis python3-qgis)")
-
-
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
-    with Gate(tmp_path_factory.mktemp("gate") / "gate").installed() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory, gate: Gate) -> Iterator[httpx.Client]:
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     with served(model_dir=zoo_with_a_held_model(tmp_path_factory.mktemp("zoo"))) as client:
         yield client
 
@@ -91,7 +78,7 @@ def driven(
     url: object, paths: list[Path], folder: Path, *, task: str, model: str = "", cancel: str = ""
 ) -> dict[str, Any]:
     done = subprocess.run(
-        [PYTHON, "-c", DRIVE, PLUGIN, str(url), task, model, cancel, folder, *paths],
+        [qgis_python(), "-c", DRIVE, PLUGIN, str(url), task, model, cancel, folder, *paths],
         env={"QT_QPA_PLATFORM": "offscreen", "HOME": str(folder), "PATH": "/usr/bin"},
         capture_output=True,
         text=True,

@@ -35,6 +35,7 @@ from service.read.references import Local, check_again, fetch_items, place_of
 from service.settings import HostRule, Settings, SettingsError, read_settings
 from tests.kits import rasters
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
+from tests.kits.jobs import waited
 from tests.kits.programs import require
 
 TIFF = b"II*\0 and the rest"
@@ -42,7 +43,7 @@ TIFF = b"II*\0 and the rest"
 
 @dataclass
 class Host:
-    """A web server of this machine, and what was asked of it."""
+    """A web server of this machine, and the requests that it got."""
 
     pages: dict[str, Callable[[BaseHTTPRequestHandler], None]] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
@@ -756,14 +757,6 @@ def test_the_sdk_sends_references(api: httpx.Client, scene: Path, web: Host) -> 
     assert (named.array == by_hand.array).all()
 
 
-def finished(api: httpx.Client, job: str) -> dict[str, object]:
-    until = time.monotonic() + 60
-    while (info := api.get(f"/jobs/{job}").json())["status"] in {"accepted", "running"}:
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    return dict(info)
-
-
 @pytest.mark.parametrize("kind", ["path", "http"])
 def test_a_job_reads_its_references(api: httpx.Client, scene: Path, web: Host, kind: str) -> None:
     body = {"items": items(scene, web, kind)}
@@ -771,7 +764,7 @@ def test_a_job_reads_its_references(api: httpx.Client, scene: Path, web: Host, k
     job = api.post("/classify-pixels", json=body, headers={"Prefer": "respond-async"})
     assert job.status_code == 202, job.text
     name = job.json()["jobID"]
-    assert finished(api, name)["status"] == "successful"
+    assert waited(api, name)["status"] == "successful"
     assert api.get(f"/jobs/{name}/result").content == at_once.content
     api.delete(f"/jobs/{name}")
     assert len(list(scene.iterdir())) == 3  # a job's files are its own, and these are not
@@ -797,7 +790,7 @@ def test_a_job_resumed_under_other_roots_reads_nothing(tmp_path: Path) -> None:
         ]
     names = [answer.json()["jobID"] for answer in asked]
     with served(**there, allowed_roots=(new,)) as second:
-        assert [finished(second, name)["status"] for name in names] == ["failed", "failed"]
+        assert [waited(second, name)["status"] for name in names] == ["failed", "failed"]
         for name in names:
             problem(second.get(f"/jobs/{name}/result"), "forbidden_reference")
 

@@ -366,15 +366,7 @@ def test_tiles_of_one_crs_are_brought_together(world: World) -> None:
     at = world.tyrol[0]
     tiles = []
     for name, left, right in (("west", 0, 500), ("east", 400, 935)):
-        folder = world.web.folder / name
-        folder.mkdir()
-        paths = {}
-        for band, path in at.paths.items():
-            step = 2 if band == "SCL" else 1
-            with rasterio.open(path) as file:
-                part = file.read(1)[:, left // step : right // step]
-                moved = file.transform @ Affine.translation(left // step, 0)
-                paths[band] = kit.write_cog(folder / path.name, part, file.crs, moved)
+        paths = kit.write_columns(at, world.web.folder / name, left, right)
         window = Window(left, 0, right - left, at.shape[0])
         box = box_of(at, window)
         tiles.append(Acquisition(**{**vars(at), "paths": paths, "bbox": box}))
@@ -462,7 +454,7 @@ def test_an_item_collection_by_its_address(world: World) -> None:
 
 @contextmanager
 def answering(world: World, reply: Any) -> Iterator[list[str]]:
-    """The range server answers first by a function; the paths that were asked of it."""
+    """The range server responds first by a function; yields the paths that were requested."""
     seen: list[str] = []
 
     def before(to: BaseHTTPRequestHandler) -> bool:

@@ -75,7 +75,7 @@ class Gate:
 
         def waits(stages: Any, window: Any) -> Any:
             done = vars(stages).setdefault("windows_read", 0)
-            while gate._closed(done) and not _cancelled(stages):
+            while _is_held(stages) and gate._closed(done):
                 time.sleep(_PAUSE)
             stages.windows_read = done + 1
             return read(stages, window)
@@ -93,10 +93,10 @@ class Gate:
             return False
 
 
-def _cancelled(stages: Any) -> bool:
-    return stages._model.card.name != HELD or (
-        stages._cancelled is not None and stages._cancelled.is_set()
-    )
+def _is_held(stages: Any) -> bool:
+    """Whether a gate concerns this run: one of `HELD` that nobody has cancelled."""
+    cancelled = stages._cancelled is not None and stages._cancelled.is_set()
+    return stages._model.card.name == HELD and not cancelled
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -21,3 +23,12 @@ def require(found: object, program: str, package: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"{message}, which .ci/run installs")
     pytest.skip(message)
+
+
+def qgis_python() -> Path:
+    """The system's Python with QGIS's bindings. Skips the test without them, in CI as well."""
+    python = Path("/usr/bin/python3")
+    check = [python, "-c", "import qgis.gui"]
+    if not python.exists() or subprocess.run(check, check=False, capture_output=True).returncode:
+        pytest.skip("needs QGIS with its Python bindings (Debian: qgis python3-qgis)")
+    return python

@@ -1,7 +1,7 @@
 """Kit of STAC tests: COGs of real stacks, items as providers write them, an API, a range server.
 
 The API is stac-fastapi over a list of items; what it leaves to its backend (which items a search
-means, and pages) is here. The range server counts what is asked of it.
+means, and pages) is here. The range server counts the requested bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import rasterio
 import rasterio.shutil
 import rasterio.warp
 import uvicorn
+from affine import Affine
 from rasterio.io import MemoryFile
 from stac_fastapi.api.app import StacApi
 from stac_fastapi.api.models import create_get_request_model, create_post_request_model
@@ -108,6 +109,29 @@ def write_cog(path: Path, values: np.ndarray, crs: Any, transform: Any) -> Path:
 # Items, as providers write them -----------------------------------------------------------------
 
 _COLOURS = {"B02": "blue", "B03": "green", "B04": "red", "B08": "nir"}
+
+
+def write_columns(at: Acquisition, folder: Path, left: int, right: int) -> dict[str, Path]:
+    """Some columns of an acquisition, as a tile that covers them has them.
+
+    Args:
+        at: its SCL has pixels of twice the size.
+        folder: of the new files; it is made.
+        left: first column, of the bands of 10 m.
+        right: column after the last.
+
+    Returns:
+        The new files by band.
+    """
+    folder.mkdir()
+    paths = {}
+    for band, path in at.paths.items():
+        step = 2 if band == "SCL" else 1
+        with rasterio.open(path) as file:
+            part = file.read(1)[:, left // step : right // step]
+            moved = file.transform @ Affine.translation(left // step, 0)
+            paths[band] = write_cog(folder / path.name, part, file.crs, moved)
+    return paths
 
 
 def _feature(at: Acquisition, id_: str, version: str, **rest: Any) -> Item:
@@ -270,7 +294,7 @@ def copernicus(at: Acquisition, base: str, *, tile: str = "31UES") -> Item:
 
 @dataclass
 class RangeServer:
-    """A web server of a folder, with ranges, and what was asked of it."""
+    """A web server of a folder, with ranges, and the requests that it got."""
 
     folder: Path
     url: str = ""
@@ -354,7 +378,7 @@ class Catalogue(BaseCoreClient):
 
     items: list[Item] = attr.ib(factory=list)
     page: int = attr.ib(default=100)
-    """Most items of one page, whatever is asked for."""
+    """Most items of one page, whatever limit is requested."""
     searches: list[Mapping[str, Any]] = attr.ib(factory=list)
     """What was searched for, page by page."""
 
