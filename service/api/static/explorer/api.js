@@ -9,7 +9,6 @@ export class Problem extends Error {
     this.status = status;
     this.code = document.code || "";
     this.title = document.title || "The request failed";
-    this.retryAfter = 0;
   }
 }
 
@@ -50,7 +49,7 @@ export function address(path) {
  * @param {string} path relative to the service's root
  * @param {{method?: string, headers?: object, body?: any, progress?: (share: number) => void,
  *          signal?: AbortSignal}} how
- * @returns {Promise<{status: number, headers: (name: string) => string | null, blob: Blob}>}
+ * @returns {Promise<{status: number, blob: Blob}>}
  * @throws {Problem} for every status from 400 on, and if the service cannot be reached
  */
 export async function send(path, how = {}) {
@@ -58,7 +57,6 @@ export async function send(path, how = {}) {
     const reply = await once(path, how);
     if (reply.status < 400) return reply;
     const problem = new Problem(reply.status, await parsed(reply.blob));
-    problem.retryAfter = Number(reply.headers("Retry-After")) || 0;
     const reason = storedKey() ? "The service does not accept this key." : "This service requires a key.";
     if (reply.status !== 401 || !(await askForKey(reason))) throw problem;
   }
@@ -92,11 +90,7 @@ function once(path, { method = "GET", headers = {}, body = null, progress, signa
         if (event.lengthComputable) progress(event.loaded / event.total);
       };
     }
-    request.onload = () => resolve({
-      status: request.status,
-      headers: (name) => request.getResponseHeader(name),
-      blob: request.response,
-    });
+    request.onload = () => resolve({ status: request.status, blob: request.response });
     request.onerror = () => reject(new Problem(0, {
       title: "Connection lost",
       detail: "The service cannot be reached. A run that was accepted goes on: reload the page to find it under Runs.",

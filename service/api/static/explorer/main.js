@@ -329,7 +329,7 @@ function summaryTable(summary) {
   for (const one of summary.classes.filter((row) => row.pixels > 0)) {
     const row = body.insertRow();
     row.insertCell().textContent = one.name;
-    for (const value of [one.hectares?.toFixed(1), one.mean_confidence?.toFixed(2) ?? one.confidence?.toFixed(2)]) {
+    for (const value of [one.hectares?.toFixed(1), one.mean_confidence?.toFixed(2)]) {
       const cell = row.insertCell();
       cell.className = "number";
       cell.textContent = value ?? "";

@@ -57,7 +57,7 @@ export function formOf(files, fields = {}) {
 export async function pictures(files) {
   const byDate = new Map();
   for (const { name, file } of files) {
-    if (!/\.(tiff?|jp2)$/i.test(name) || /\.jp2$/i.test(name)) continue;
+    if (!/\.tiff?$/i.test(name)) continue;
     const date = dateOf(name);
     if (!byDate.has(date)) byDate.set(date, []);
     byDate.get(date).push({ name, file });
@@ -73,7 +73,6 @@ export function dateOf(name) {
 }
 
 async function draw(files) {
-  let bands = null;
   for (const { file } of files) {
     const raster = await Raster.open(file);
     const samples = COLOURS.map((names) => raster.names.findIndex((n) => names.includes(n.toUpperCase())));
@@ -83,8 +82,7 @@ async function draw(files) {
   if (single.every(Boolean)) {
     const rasters = await Promise.all(single.map(({ file }) => Raster.open(file)));
     const parts = await Promise.all(rasters.map((raster) => raster.read([0], PICTURE)));
-    bands = { width: parts[0].width, height: parts[0].height, bands: parts.map((part) => part.bands[0]) };
-    return painting(rasters[0], bands);
+    return painting(rasters[0], { ...parts[0], bands: parts.map((part) => part.bands[0]) });
   }
   const raster = await Raster.open(files[0].file);
   return painting(raster, await raster.read([0, 0, 0], PICTURE));
