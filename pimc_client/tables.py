@@ -71,7 +71,7 @@ def json_of_file(path: Path, kind: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not {kind}: {error}") from error
     if not isinstance(document, dict):
-        raise ValueError(f"{path} is not {kind}: its JSON is not an object")  # noqa: TRY004
+        raise ValueError(f"{path} is not {kind}: its JSON is not an object")  # noqa: TRY004 (a file's content)
     return document
 
 

@@ -128,7 +128,7 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
 
     Raises:
         CheckpointMismatch: the folder holds a run of another configuration.
-        ManyEncoders: a probe is asked of a configuration with several encoders.
+        ManyEncoders: a linear or nearest-neighbour probe of a configuration with several encoders.
         NothingToStopOn: the run stops early but leaves no validation places out of training.
         NoGraph: a probe without a graph is trained on every place, which leaves nothing to score.
         NoImageNetWeights: the run starts from ImageNet weights, which are not installed.

@@ -146,8 +146,8 @@ class Room:
         mine = self._by_caller[caller]
         if self.taken + count > self._most or mine + count > self._most // 2:
             raise Overloaded(
-                f"server at capacity: bodies of requests in flight fill {self.taken} of "
-                f"{self._most} bytes {self._name}, {mine} of them from this caller, who may take "
+                f"server at capacity: bodies of requests in flight use {self.taken} of "
+                f"{self._most} bytes {self._name}, {mine} of them by this caller, which may use "
                 f"half; nothing was started, retry after {_RETRY_SECONDS} s",
                 retry_after=_RETRY_SECONDS,
             )

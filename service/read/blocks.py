@@ -37,7 +37,7 @@ _MAX_BLOCKS = 2**20
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 0.5
 _AGAIN = frozenset({429, 500, 502, 503, 504})
-"""Statuses after which a range is asked for again: S3 says 503 where it is asked too often."""
+"""Statuses after which a range is requested again: S3 returns 503 to too many requests."""
 _SIGNED = frozenset({401, 403, 409})
 """Statuses of a file that is not public; 409 is Azure's."""
 # GDAL reads the size that stands before a block of a COG, and four bytes behind it.

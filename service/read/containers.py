@@ -318,7 +318,7 @@ class Item:
     common: Mapping[str, str]
     """Tags of every raster in the folder."""
     assets: Mapping[str, Described]
-    """What is said of one raster, by the last part of its name."""
+    """What a document states of one raster, by the last part of the raster's name."""
 
     def tags(self, name: str) -> dict[str, str]:
         """The metadata in the form of tags of one of the rasters."""

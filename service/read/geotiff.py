@@ -227,7 +227,7 @@ def open_geotiff(
         RasterioError: GDAL cannot open it.
     """
     if driver == "JP2OpenJPEG":
-        # A tile decodes as a whole, however little of it is asked for.
+        # A tile is decoded as a whole, however little of it is read.
         return rasterio.DatasetReader(
             path, driver=driver, sharing=False, USE_TILE_AS_BLOCK="YES", **_JP2_SOURCES
         )

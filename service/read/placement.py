@@ -418,11 +418,11 @@ def _described(grid: Grid) -> str:
 
 
 def touches(header: Header, place: Place) -> bool:
-    """Whether a file has pixels in the part that is asked for, inside `gdal_options`.
+    """Whether a file has pixels in the requested part, inside `gdal_options`.
 
     Args:
         header: the file's.
-        place: what is asked; without `bbox` and `area` every file touches it.
+        place: the requested part; without `bbox` and `area` every file touches it.
     """
     bounds = [place.bbox] if place.bbox else []
     if place.area is not None:
@@ -443,7 +443,7 @@ def needed_windows(headers: Sequence[Header], place: Place) -> tuple[Window | No
 
     Args:
         headers: files with a needed band or mask.
-        place: what is asked.
+        place: the requested part.
 
     Returns:
         One window per file, in its own pixels; None for a file of which none is needed.

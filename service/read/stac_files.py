@@ -117,7 +117,7 @@ async def fetch_stac(
 
     Raises:
         ForbiddenReference: a URL, link or redirect outside the allowed roots and hosts.
-        UnreachableReference: a host does not return in time what it is asked for, or an asset
+        UnreachableReference: a host does not return the requested bytes in time, or an asset
             needs a signature.
         BodyTooLarge: more bytes than an upload may have.
         InvalidRequest: no STAC, no or too many items, or none that touches the area.

@@ -48,7 +48,7 @@ def check_derivable(
 
     Args:
         files: of the result, by output name.
-        how: what is asked for.
+        how: the requested cleaning.
         smoothed_by: radius by which the result was smoothed when it was made.
         most_pixels: pixels that a derived map may have.
 
@@ -79,7 +79,7 @@ def derive_map(files: Mapping[str, Path], how: Cleaning, output: str, path: Path
 
     Args:
         files: of the result, as `check_derivable` accepts them.
-        how: what is asked for.
+        how: the requested cleaning.
         output: `class` or `polygons`.
         path: of the file to write.
 
