@@ -180,18 +180,8 @@ def _run(
     cancelled: threading.Event,
 ) -> Result | Plan:
     """The result; or, for a job, the plan alone."""
-    plan = plan_request(
-        request,
-        app.engine,
-        max_raster_bytes=app.settings.max_raster_bytes,
-        rasters=needs_files(request, media),
-        owner=owner,
-        max_fields=app.settings.max_fields,
-        cache=app.cache,
-        budget=app.budget,
-        cancelled=cancelled,
-        patience=PATIENCE,
-    )
+    rasters = needs_files(request, media)
+    plan = planned(app, request, rasters=rasters, owner=owner, cancelled=cancelled)
     if later or plan.pixels > app.settings.sync_max_pixels:
         return plan
     with app.quotas.charged(caller, plan):
@@ -204,6 +194,29 @@ def _run(
             budget=app.budget,
             patience=PATIENCE,
         )
+
+
+def planned(
+    app: AppState,
+    request: TaskRequest,
+    *,
+    rasters: bool,
+    owner: str,
+    cancelled: threading.Event,
+) -> Plan:
+    """The plan of a request whose client waits: see `plan_request`."""
+    return plan_request(
+        request,
+        app.engine,
+        max_raster_bytes=app.settings.max_raster_bytes,
+        rasters=rasters,
+        owner=owner,
+        max_fields=app.settings.max_fields,
+        cache=app.cache,
+        budget=app.budget,
+        cancelled=cancelled,
+        patience=PATIENCE,
+    )
 
 
 async def _idempotency(

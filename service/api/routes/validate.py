@@ -12,10 +12,9 @@ from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder
 from service.api.disconnect import run_watched
 from service.api.openapi import VALIDATION_ERRORS, problems, validation_body
-from service.api.routes.tasks import PATIENCE, check_query, read_request, run_slot
+from service.api.routes.tasks import check_query, planned, read_request, run_slot
 from service.api.schemas import Estimate, Seconds, ValidationResponse, WarningEntry
 from service.errors import NotReady
-from service.run.plan import plan_request
 from service.run.request import TaskRequest
 from service.run.validate import Validation, problem_document, validation
 
@@ -46,21 +45,7 @@ async def validate(
 def _validated(
     app: AppState, asked: TaskRequest, owner: str, *, cancelled: threading.Event
 ) -> Validation:
-    return validation(
-        partial(
-            plan_request,
-            asked,
-            app.engine,
-            max_raster_bytes=app.settings.max_raster_bytes,
-            rasters=True,
-            owner=owner,
-            max_fields=app.settings.max_fields,
-            cache=app.cache,
-            budget=app.budget,
-            cancelled=cancelled,
-            patience=PATIENCE,
-        )
-    )
+    return validation(partial(planned, app, asked, rasters=True, owner=owner, cancelled=cancelled))
 
 
 def _response(app: AppState, task: Task, found: Validation) -> ValidationResponse:
