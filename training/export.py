@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,7 @@ def write_bundle(
         ParityError: ONNX Runtime and torch differ.
         VersionNotRaised: the bundle to replace has this version, but is another model.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with replaced_bundle(folder) as new:
         path = new / MODEL_FILE
         _export(folded(graph), path, fields)
         difference = check_parity(graph, path, real)
@@ -161,6 +160,23 @@ def write_bundle(
             }
         )
         write_card(new, card)
+    return folder
+
+
+@contextmanager
+def replaced_bundle(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of a bundle's, once it holds a bundle that loads.
+
+    Args:
+        folder: the bundle's folder; replaced completely or, if the context fails, not at all.
+
+    Raises:
+        BundleError: what the new folder holds does not load.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield new
         load_bundle(new)
         new.chmod(0o755)
         if folder.exists():
@@ -169,7 +185,6 @@ def write_bundle(
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    return folder
 
 
 def _export(

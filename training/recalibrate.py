@@ -5,8 +5,6 @@ bundle + calibration across regions -> the same weights under another temperatur
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from models.card import ModelCard
 from models.registry import load_bundle, sha256_of
 from training.card import write_card
 from training.errors import TrainingError
-from training.export import VersionNotRaised
+from training.export import VersionNotRaised, replaced_bundle
 from training.regions import read_report
 
 _TEMPERATURE = "head.temperature"
@@ -51,8 +49,7 @@ def recalibrate(folder: Path, *, regions: Path, version: str) -> Path:
         )
     if card.version == version:
         raise VersionNotRaised(f"the bundle already is {card.id}: give another --version")
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with replaced_bundle(folder) as new:
         variants = []
         for variant in card.variants:
             path = new / variant.file
@@ -68,13 +65,6 @@ def recalibrate(folder: Path, *, regions: Path, version: str) -> Path:
             "sha256": variants[0].sha256,
         }
         write_card(new, ModelCard.model_validate(fields))
-        load_bundle(new)
-        new.chmod(0o755)
-        shutil.rmtree(folder)
-        new.replace(folder)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
     return folder
 
 
