@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import email
-import email.policy
 import json
 import subprocess
 import sys
@@ -17,7 +15,7 @@ import pytest
 from shapely.geometry import box
 
 from pimc_client import Reference, Table
-from tests.kits.client import connected
+from tests.kits.client import connected, parts_of
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 ROOT = Path(__file__).parents[1]
@@ -63,20 +61,6 @@ def run(kind, properties=CLASSES, method="classify_pixels", files=FILE, **option
 
     with connected(kind, "http://test", transport=httpx.MockTransport(handle)) as client:
         return seen, getattr(client, method)(files, **options)
-
-
-def parts_of(request):
-    head = b"Content-Type: " + request.headers["content-type"].encode() + b"\r\n\r\n"
-    message = email.message_from_bytes(head + request.content, policy=email.policy.HTTP)
-    return [
-        (
-            part.get_param("name", header="content-disposition"),
-            part.get_filename(),
-            part.get_content_type(),
-            part.get_payload(decode=True),
-        )
-        for part in message.iter_parts()
-    ]
 
 
 def frame():

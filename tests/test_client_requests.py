@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import email
-import email.policy
 import io
 import json
 import os
@@ -19,7 +17,7 @@ import pytest
 import xarray as xr
 
 from pimc_client import Reference, Series, UnexpectedAnswer
-from tests.kits.client import connected
+from tests.kits.client import connected, parts_of
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 URL = "http://test/prefix"
@@ -49,21 +47,6 @@ class Recorder:
     def request(self):
         (request,) = self.requests
         return request
-
-
-def parts_of(request):
-    """(name, filename, content type, content) of each part, by the standard library's parser."""
-    head = b"Content-Type: " + request.headers["content-type"].encode() + b"\r\n\r\n"
-    message = email.message_from_bytes(head + request.content, policy=email.policy.HTTP)
-    return [
-        (
-            part.get_param("name", header="content-disposition"),
-            part.get_filename(),
-            part.get_content_type(),
-            part.get_payload(decode=True),
-        )
-        for part in message.iter_parts()
-    ]
 
 
 def fields_of(request):

@@ -21,7 +21,7 @@ from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from service.settings import SettingsError, read_settings
 from tests.kits.jobs import ASYNC, SERIES, Files, stack, waited
-from tests.kits.programs import require
+from tests.kits.programs import require, self_signed
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "how-to" / "proxy.md").read_text()
@@ -47,14 +47,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `cert.pem` and `key.pem` for localhost."""
-    openssl = shutil.which("openssl")
-    require(openssl, "the openssl command", "openssl")
-    folder = tmp_path_factory.mktemp("tls")
-    options = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    options += " -subj /CN=localhost -addext subjectAltName=DNS:localhost"
-    command = [str(openssl), *options.split(), "-keyout", "key.pem", "-out", "cert.pem"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    return folder
+    return self_signed(tmp_path_factory.mktemp("tls"), "localhost")
 
 
 @pytest.fixture(scope="module")

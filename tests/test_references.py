@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -36,7 +34,7 @@ from service.settings import HostRule, Settings, SettingsError, read_settings
 from tests.kits import rasters
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import waited
-from tests.kits.programs import require
+from tests.kits.programs import self_signed
 
 TIFF = b"II*\0 and the rest"
 
@@ -571,13 +569,7 @@ def test_a_compressed_body_is_not_decoded(host: Host, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A key and a certificate for data.example, in one file."""
-    openssl = shutil.which("openssl")
-    require(openssl, "the openssl command", "openssl")
-    folder = tmp_path_factory.mktemp("tls")
-    options = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    options += " -subj /CN=data.example -addext subjectAltName=DNS:data.example"
-    command = [openssl, *options.split(), "-keyout", "key.pem", "-out", "cert.pem"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    folder = self_signed(tmp_path_factory.mktemp("tls"), "data.example")
     both = folder / "both.pem"
     both.write_bytes((folder / "key.pem").read_bytes() + (folder / "cert.pem").read_bytes())
     return both

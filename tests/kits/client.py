@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import email
+import email.policy
 import inspect
 import io
 import threading
@@ -11,7 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
+import httpx
 import numpy as np
 import rasterio.shutil
 from rasterio.io import MemoryFile
@@ -188,3 +192,18 @@ def zipped(**members):
         for name, data in members.items():
             archive.writestr(name.replace("__", "."), data)
     return file.getvalue()
+
+
+def parts_of(request: httpx.Request) -> list[tuple[Any, str | None, str, Any]]:
+    """(name, filename, content type, content) of each part, by the standard library's parser."""
+    head = b"Content-Type: " + request.headers["content-type"].encode() + b"\r\n\r\n"
+    message = email.message_from_bytes(head + request.content, policy=email.policy.HTTP)
+    return [
+        (
+            part.get_param("name", header="content-disposition"),
+            part.get_filename(),
+            part.get_content_type(),
+            part.get_payload(decode=True),
+        )
+        for part in message.iter_parts()
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -32,3 +33,14 @@ def qgis_python() -> Path:
     if not python.exists() or subprocess.run(check, check=False, capture_output=True).returncode:
         pytest.skip("needs QGIS with its Python bindings (Debian: qgis python3-qgis)")
     return python
+
+
+def self_signed(folder: Path, host: str) -> Path:
+    """Write `cert.pem` and `key.pem` for a host into a folder, by openssl. Returns the folder."""
+    openssl = shutil.which("openssl")
+    require(openssl, "the openssl command", "openssl")
+    options = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    options += f" -subj /CN={host} -addext subjectAltName=DNS:{host}"
+    command = [str(openssl), *options.split(), "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
