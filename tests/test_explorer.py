@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import rasterio
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 from pyproj import Transformer
 
 from benchmarks.serving import served
@@ -235,6 +235,53 @@ def test_an_api_key_is_asked_for(browser: Browser, tmp_path: Path, folder: Path)
         page.wait_for_selector("html[data-ready=yes]")
         choose(page, folder)
         run(page)
+        context.close()
+
+
+def first(page: Page, delayed: list[Route]) -> Route:
+    """The first delayed request, waited for: its event may come after a later request's reply."""
+    while not delayed:
+        page.wait_for_timeout(20)
+    return delayed[0]
+
+
+def test_a_second_refusal_leaves_what_is_being_typed(browser: Browser, tmp_path: Path) -> None:
+    with served(model_dir=zoo_with_a_held_model(tmp_path / "zoo"), api_keys=("sesame",)) as keyed:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(str(keyed.base_url))
+        expect(page.locator("#key-dialog")).to_be_visible()
+        delayed: list[Route] = []
+        # Of the two requests that repeat with the wrong key, one is answered late.
+        page.route("**/heads", lambda route: delayed.append(route), times=1)
+        page.fill("#key", "wrong")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-reason")).to_contain_text("does not accept")
+        page.fill("#key", "sesame")
+        with page.expect_response("**/heads"):
+            first(page, delayed).continue_()
+        expect(page.locator("#key")).to_have_value("sesame")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("html[data-ready=yes]")
+        context.close()
+
+
+def test_a_refusal_of_a_replaced_key_does_not_ask_again(browser: Browser, tmp_path: Path) -> None:
+    with served(model_dir=zoo_with_a_held_model(tmp_path / "zoo"), api_keys=("sesame",)) as keyed:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(str(keyed.base_url))
+        expect(page.locator("#key-dialog")).to_be_visible()
+        delayed: list[Route] = []
+        page.route("**/heads", lambda route: delayed.append(route), times=1)
+        page.fill("#key", "wrong")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-reason")).to_contain_text("does not accept")
+        page.fill("#key", "sesame")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-dialog")).to_be_hidden()
+        first(page, delayed).continue_()
+        page.wait_for_selector("html[data-ready=yes]")
         context.close()
 
 

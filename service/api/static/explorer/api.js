@@ -16,13 +16,23 @@ export function storedKey() {
   return sessionStorage.getItem(KEY) || "";
 }
 
-/** Ask for the API key in a dialog. Resolves to whether one was given. */
+let asking = null;
+
+/**
+ * Ask for the API key in a dialog. Resolves to whether one was given. While the dialog is open,
+ * every caller waits for the same answer: a second one must not overwrite what is being typed.
+ */
 export function askForKey(reason) {
+  asking ??= openKeyDialog(reason).finally(() => { asking = null; });
+  return asking;
+}
+
+function openKeyDialog(reason) {
   const dialog = document.getElementById("key-dialog");
   const input = document.getElementById("key");
   if (reason) document.getElementById("key-reason").textContent = reason;
   input.value = storedKey();
-  if (!dialog.open) dialog.showModal();
+  dialog.showModal();
   input.focus();
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => {
@@ -54,8 +64,10 @@ export function address(path) {
  */
 export async function send(path, how = {}) {
   for (;;) {
+    const key = storedKey();
     const reply = await once(path, how);
     if (reply.status < 400) return reply;
+    if (reply.status === 401 && storedKey() !== key) continue; // Refused a key that was replaced since.
     const problem = new Problem(reply.status, await parsed(reply.blob));
     const reason = storedKey() ? "The service does not accept this key." : "This service requires a key.";
     if (reply.status !== 401 || !(await askForKey(reason))) throw problem;
