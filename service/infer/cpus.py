@@ -15,29 +15,33 @@ _INT8_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 @functools.cache  # called for each bundle, and the CPUs do not change
 def multiplies_int8(info: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPUs have instructions for products of int8 (x86 on Linux; elsewhere False).
+    """Whether all CPUs have instructions for int8 products: True or False on x86 Linux.
 
-    Without them such products gain little over float32.
+    On other systems the result is False. Without these instructions, an int8 model is hardly
+    faster than the float32 one.
 
     Args:
-        info: the kernel's description of the CPUs.
+        info: path of the kernel's description of the CPUs.
     """
     try:
         lines = info.read_text().splitlines()
     except OSError:  # not Linux
         return False
     flags = [set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")]
-    return bool(flags) and all(have & _INT8_PRODUCTS for have in flags)
+    return bool(flags) and all(of_cpu & _INT8_PRODUCTS for of_cpu in flags)
 
 
 def usable_cpus(groups: Path = GROUPS, own: Path = OWN) -> int:
-    """CPUs that this process may use, by its affinity and its container's quota.
+    """Number of CPUs that this process may use, by its affinity and its container's quota.
 
-    A quota of one and a half CPUs counts as two: one thread would leave the half unused.
+    A quota of 1.5 CPUs counts as 2, because one thread would leave half a CPU unused.
 
     Args:
         groups: mount point of the control groups, version 1 or 2.
-        own: file with the groups of this process.
+        own: file that lists the control groups of this process.
+
+    Returns:
+        The number of CPUs, at least 1.
     """
     if hasattr(os, "sched_getaffinity"):  # without it, every CPU may be used
         allowed = len(os.sched_getaffinity(0))

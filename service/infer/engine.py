@@ -1,4 +1,4 @@
-"""Inference engine: every bundle of a registry, and the callers' own, loaded and warm."""
+"""Inference engine: the bundles of a registry and the callers' own models, loaded and warm."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from service.infer.session import (
     ProviderUnavailable,
     Session,
     open_session,
-    wanted,
+    provider_to_request,
 )
 
 _LOG = logging.getLogger(__name__)
 
 
 class Engine:
-    """Every bundle of a registry, loaded and warm.
+    """The bundles of a registry and the callers' own models, loaded and warm.
 
     Args:
         registry: verified bundles.
-        providers: `auto` uses CUDA if a session really gets it; `cuda` requires it; `cpu`.
-        threads: threads that run batches on the CPU, shared by all models and requests;
-            None uses the CPUs that this process may use, `usable_cpus`.
-        precision: `auto` uses variants with a negligible loss; `float32` none.
+        providers: `auto` uses CUDA if sessions can be created on it, else the CPU; `cuda` requires
+            CUDA; `cpu` uses the CPU.
+        threads: number of threads that run batches on the CPU, shared by all models and requests;
+            None takes one per usable CPU, see `usable_cpus`.
+        precision: `auto` uses reduced-precision variants whose measured loss is negligible;
+            `float32` never uses them.
 
     Raises:
-        ProviderUnavailable: `cuda` is required and a session does not get it.
+        ProviderUnavailable: `cuda` is required, and a session cannot be created on it.
     """
 
     def __init__(
@@ -53,13 +55,13 @@ class Engine:
         self._precision = precision
         self.threads = threads or usable_cpus()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="infer")
-        # One call at a time on the device: two would alternate anyway and double its memory.
+        # One call at a time on the device: two calls would alternate and take twice the memory.
         self._device = threading.Lock()
         self._shrinking = ArenaShrinking()
         self._changing = threading.Lock()
-        # Replaced, never changed, so that requests read it without a lock.
+        # The mapping is replaced and never modified, so that requests read it without a lock.
         self._own: Mapping[tuple[str, str], LoadedModel] = {}
-        provider = wanted(providers)
+        provider = provider_to_request(providers)
         models: dict[str, LoadedModel] = {}
         refused: dict[str, str] = dict(registry.refused)
         try:
@@ -68,28 +70,29 @@ class Engine:
                     models[name] = self._load(bundle, provider)
                 except BundleError as error:
                     refused[name] = str(error)
-                    # With the runtime's message, which names paths and so stays in the log.
+                    # The runtime's message contains paths, so it appears only in the log.
                     _LOG.error("%s", error, exc_info=error)
                     continue
                 if models[name].provider != provider:
                     if providers == "cuda":
                         raise ProviderUnavailable(  # noqa: TRY301 - the pool must be closed
-                            f"CUDA is required, but the session of '{name}' runs on "
-                            f"{models[name].provider}: the driver, CUDA or cuDNN does not load"
+                            f"CUDA is required (PIMC_PROVIDERS=cuda), but the session of '{name}' "
+                            f"runs on {models[name].provider}: the driver, CUDA or cuDNN does not "
+                            "load"
                         )
-                    _LOG.warning("CUDA is offered but no session gets it; serving on the CPU")
-                    provider = CPU  # trying again for each bundle would fail as slowly
+                    _LOG.warning("CUDA is installed but cannot be used; models run on the CPU")
+                    provider = CPU  # each further attempt on CUDA would take as long and fail
         except BaseException:
             self.close()
             raise
-        self._wanted = provider
+        self._requested_provider = provider
         self.models: Mapping[str, LoadedModel] = models
         self.refused: Mapping[str, str] = refused
-        """Bundles that are not served, with the reason; those rejected by the registry included."""
+        """Bundles that are not served, with the reason: rejected by the registry or not loaded."""
 
     @property
     def provider(self) -> str:
-        """The execution provider in use, by the sessions: CUDA only if all have it."""
+        """The execution provider in use: CUDA if every session runs on it, else the CPU."""
         on_cuda = bool(self.models) and all(m.provider == CUDA for m in self.models.values())
         return CUDA if on_cuda else CPU
 
@@ -100,28 +103,28 @@ class Engine:
 
     def own(self, owner: str) -> Mapping[str, LoadedModel]:
         """A caller's own models, by name."""
-        return {name: model for (whose, name), model in self._own.items() if whose == owner}
+        return {name: model for (key, name), model in self._own.items() if key == owner}
 
     def load(self, bundle: Bundle) -> LoadedModel:
-        """Load a bundle that only the caller of this method uses.
+        """Load a bundle without serving it; `add` serves it.
 
         Raises:
-            BundleError: it does not load, or fails its warm-up.
+            BundleError: the bundle does not load, or its warm-up fails.
         """
-        return self._load(bundle, self._wanted)
+        return self._load(bundle, self._requested_provider)
 
     def add(self, owner: str, model: LoadedModel) -> None:
-        """Serve a model to one caller; it replaces that caller's model of the same name."""
+        """Serve a model to one caller, in place of the caller's model of the same name."""
         with self._changing:
             self._own = {**self._own, (owner, model.card.name): model}
 
     def remove(self, owner: str, name: str) -> None:
-        """Serve a caller's own model no longer; runs that use it still end."""
+        """Stop serving a caller's own model; runs that use it continue to their end."""
         with self._changing:
             self._own = {key: m for key, m in self._own.items() if key != (owner, name)}
 
     def named(self, reference: str, owner: str = "") -> LoadedModel | None:
-        """The model of a `name` or `name@version` that a caller may use; None if there is none."""
+        """The model with a `name` or `name@version` that a caller may use; None if none exists."""
         name, _, version = reference.partition("@")
         own = self._own.get((owner, name))
         if own is not None and version in {"", own.card.version}:
@@ -140,14 +143,15 @@ class Engine:
         """The model of a `name` or `name@version`, or the task's default.
 
         Args:
-            reference: None takes the default.
-            task: the task it must serve.
-            modality: that it must take; None for any.
-            owner: the caller, whose own models count as well.
+            reference: `name` or `name@version`; None takes the task's default.
+            task: the task that the model must serve.
+            modality: the input that the model must take; None allows any.
+            owner: the caller, who may also use their own models.
 
         Raises:
-            UnknownModel: no model of that name and version, or none for the task, is served.
-            WrongTask: the model serves another task or modality.
+            UnknownModel: the engine serves no model with that name and version, or no model for
+                the task.
+            WrongTask: the model serves another task or takes input of another modality.
         """
         if reference is None:
             bundle = self.registry.default(task, modality)
@@ -156,7 +160,7 @@ class Engine:
             bundle = self.registry.find(reference)
             model = self.named(reference, owner)
         if model is None:
-            raise UnknownModel(self._why_unknown(reference, task, bundle, owner))
+            raise UnknownModel(self._unknown_model_message(reference, task, bundle, owner))
         card = model.card
         if card.task != task:
             raise WrongTask(f"model '{card.id}' is for {card.task}, but the request is for {task}")
@@ -168,8 +172,8 @@ class Engine:
         return model
 
     def close(self) -> None:
-        """Stop the threads; a call in progress still ends."""
-        # Pending batches are not cancelled: a caller that waits for one would wait for ever.
+        """Stop the threads after the calls in progress."""
+        # Pending batches still run: a caller that waits for a cancelled batch would never return.
         self._pool.shutdown(wait=True)
 
     def __enter__(self) -> Engine:
@@ -181,7 +185,7 @@ class Engine:
     def _load(self, bundle: Bundle, provider: str) -> LoadedModel:
         session = self._open(bundle, provider)
         if session.provider != provider:
-            # The variant and the options of CUDA are not those of the CPU.
+            # Opened again, because the CPU uses another variant and other options than CUDA.
             session = self._open(bundle, session.provider)
         on_device = session.provider == CUDA
         reference = self._open(bundle, CPU) if on_device else None
@@ -197,12 +201,12 @@ class Engine:
     def _open(self, bundle: Bundle, provider: str) -> Session:
         return open_session(bundle, provider, self._precision, shrinking=self._shrinking)
 
-    def _why_unknown(
+    def _unknown_model_message(
         self, reference: str | None, task: Task, bundle: Bundle | None, owner: str
     ) -> str:
         if bundle and bundle.card.name in self.refused:
             return f"model '{bundle.card.id}' could not be loaded: {self.refused[bundle.card.name]}"
         usable = (*self.models.values(), *self.own(owner).values())
         served = ", ".join(sorted(m.card.id for m in usable)) or "none"
-        asked = f"no model '{reference}'" if reference else f"no model serves {task}"
-        return f"{asked}; available: {served}"
+        lacking = f"no model '{reference}'" if reference else f"no model serves {task}"
+        return f"{lacking}; available: {served}"

@@ -2,10 +2,10 @@
 
     values (N, T, C) → batches of one size → session → predictions (N, …)
 
-On a CPU the batches of one call run side by side on a small pool of threads, each with a
-single-threaded session run; on CUDA they run one after the other. The last batch is padded, so that
-there are few shapes. If a batch runs out of memory, it is halved and the run continues; any other
-device fault is retried once and then raised.
+On a CPU the batches of one call run in parallel on a small pool of threads, each as one
+single-threaded session run. On CUDA they run one after the other. The last batch is padded, so that
+few input shapes occur. A batch that runs out of memory is halved, and the run continues. After any
+other failure of the device, the batch is retried once; if it fails again, the call raises.
 """
 
 from __future__ import annotations
@@ -27,23 +27,25 @@ from service.infer.session import CPU, CUDA, ORT_ERRORS, Floats, Session
 
 _LOG = logging.getLogger(__name__)
 
-# On a CPU a batch must stay in the caches, and each of its operations costs some microseconds.
-# Measured on two threads with 2 MiB of level-2 cache each, µs per pixel of `pixels-landcover` /
-# `pixels-crops-us` in batches of 128, 256, 512: float32 11.0, 11.5, 12.0 / 49.7, 52.8, 62.2; int8,
-# with bytes for most floats, 7.45, 6.92, 6.29 / 26.8, 25.4, 25.2. A patch takes 2.7 ms alone, 2.1
-# in batches of 8 to 32. A device needs thousands of pixels; its sizes are not measured yet.
+# On a CPU a batch must fit into the caches, and each operation of the graph has an overhead of some
+# microseconds. Measured on two threads with 2 MiB of level-2 cache each, µs per pixel of
+# `pixels-landcover` / `pixels-crops-us` in batches of 128, 256, 512: float32 11.0, 11.5, 12.0 /
+# 49.7, 52.8, 62.2; int8, with bytes for most floats, 7.45, 6.92, 6.29 / 26.8, 25.4, 25.2. A patch
+# takes 2.7 ms alone and 2.1 ms in batches of 8 to 32. A GPU needs thousands of pixels per batch;
+# the sizes for CUDA are not measured yet.
 PIXEL_BATCH: Mapping[str, int] = {CPU: 128, CUDA: 8192}
 INT8_BATCH = 512
 PATCH_BATCH: Mapping[str, int] = {CPU: 8, CUDA: 512}
-_FEWEST = {"pixel": 64, "patch": 1}
-"""Smallest batch when a call is split so that each thread has one."""
+_SMALLEST_BATCH = {"pixel": 64, "patch": 1}
+"""Smallest batch when a call is split so that each thread gets one, by modality."""
 _WARM_UP = 3
 """Pixels or patches of the warm-up: more than one, so that a fixed batch axis is detected."""
-# MemoryError comes from NumPy, when a batch is assembled.
-_FAULTS: tuple[type[Exception], ...] = (*ORT_ERRORS, MemoryError)
-_ADRIFT = 0.05
+# NumPy raises MemoryError when a batch is assembled.
+_RUN_ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, MemoryError)
+_MAX_DEVIATION = 0.05
 """Largest allowed mean difference between device and CPU, relative to the largest output."""
-_ROUGHLY = 0.01  # float16 has three digits
+_ROUNDING = 0.01
+"""Tolerance of the warm-up's checks: float16 has three digits."""
 _RECHECKED = 16
 """Pixels or patches that are checked on the CPU if a device returns NaN or infinity."""
 
@@ -55,9 +57,9 @@ class _Call:
     inputs: Mapping[str, NDArray[Any]]
     """Inputs with one row per pixel or patch (N, …), by name."""
     shared: Mapping[str, NDArray[Any]]
-    """Inputs that all pixels share, by name."""
+    """Inputs that are the same for all pixels, by name."""
     predictions: Floats
-    """(N, …), filled batch by batch."""
+    """Predictions (N, …), written batch by batch."""
 
     @classmethod
     def of(
@@ -66,7 +68,7 @@ class _Call:
         shared: Mapping[str, NDArray[Any]],
         width: tuple[int, ...],
     ) -> _Call:
-        """A call with uninitialised predictions of a width."""
+        """A call whose array of predictions (N, *width) is not initialised."""
         count = len(next(iter(inputs.values())))
         return cls(inputs=inputs, shared=shared, predictions=np.empty((count, *width), np.float32))
 
@@ -75,18 +77,19 @@ class _Call:
 
 
 class LoadedModel:
-    """One bundle's warm session.
+    """A bundle loaded into a session and run once.
 
     Args:
-        card: of the bundle.
-        session: its checked session.
-        pool: threads for batches on the CPU.
-        threads: number of these threads.
-        device: held while batches run on CUDA.
-        reference: on CUDA, the same model on the CPU, to check the device against.
+        card: the bundle's card.
+        session: the bundle's session, checked against the card.
+        pool: threads that run batches on the CPU.
+        threads: number of threads of the pool.
+        device: lock that a call holds while its batches run on CUDA.
+        reference: on CUDA, a session of the same model on the CPU, with which the device's output
+            is compared; None on the CPU.
 
     Raises:
-        BundleError: the warm-up fails, or returns values that the card's task cannot have.
+        BundleError: the warm-up fails, or returns values that are impossible for the card's task.
     """
 
     def __init__(
@@ -112,12 +115,12 @@ class LoadedModel:
         self._device = device
         self._reference = reference
         self.failing = False
-        """Whether the last run failed on the device, the retry included."""
+        """Whether the last run failed on the device, also when it was retried."""
         self._warm_up()
 
     @property
     def chunk(self) -> int:
-        """Pixels or patches per call that keep every thread busy."""
+        """Number of pixels or patches per call that keeps every thread busy."""
         if self.provider == CUDA:
             return self._batch * 4
         return 8192 if self.card.modality == "pixel" else 128
@@ -132,19 +135,19 @@ class LoadedModel:
         """Predict for pixels.
 
         Args:
-            values: reflectance (N, T, C), unitless, bands in the card's order; any value, NaN
-                included, where not valid.
+            values: reflectance (N, T, C) float32, unitless, 0 to 1, bands in the card's order; any
+                value or NaN where not valid.
             valid: True where usable (N, T).
-            days: days since the window's first day (T).
-            day_of_year: day of the year of the first day, 1 to 366, one for all or (N). Needed
-                only by a model whose card has `day_of_year`.
+            days: days since the time window's first day (T) float32.
+            day_of_year: day of the year of the time window's first day, 1 to 366, one for all
+                pixels or one per pixel (N). Required if the card has `day_of_year`.
 
         Returns:
-            Probabilities (N, K), quantiles (N, H, S, Q) or embeddings (N, D); NaN for a pixel
-            without a usable date.
+            Probabilities (N, K), quantiles (N, H, S, Q) or embeddings (N, D), float32; NaN for a
+            pixel without a usable date.
 
         Raises:
-            InternalError: the runtime failed.
+            InternalError: ONNX Runtime failed, or `day_of_year` is missing.
         """
         inputs: dict[str, NDArray[Any]] = {
             "values": np.asarray(values, np.float32),
@@ -161,13 +164,13 @@ class LoadedModel:
         """Predict for patches.
 
         Args:
-            patches: reflectance (N, C, P, P), unitless, bands in the card's order.
+            patches: reflectance (N, C, P, P) float32, unitless, 0 to 1, bands in the card's order.
 
         Returns:
-            Probabilities (N, K) or embeddings (N, D).
+            Probabilities (N, K) or embeddings (N, D), float32.
 
         Raises:
-            InternalError: the runtime failed.
+            InternalError: ONNX Runtime failed.
         """
         return self._run(_Call.of({"patches": np.asarray(patches, np.float32)}, {}, self.width))
 
@@ -178,7 +181,7 @@ class LoadedModel:
             run(call)
             if on_device:
                 self._recheck(call)
-        except _FAULTS as error:
+        except _RUN_ERRORS as error:
             self.failing = on_device
             # The runtime's message goes to the log as the cause, not to the client.
             raise InternalError(f"model '{self.card.id}' failed to run") from error
@@ -187,31 +190,33 @@ class LoadedModel:
 
     def _run_on_threads(self, call: _Call) -> None:
         size = self._batch
-        while len(call) < size * self._threads and size > _FEWEST[self.card.modality]:
+        while len(call) < size * self._threads and size > _SMALLEST_BATCH[self.card.modality]:
             size //= 2
-        jobs = [self._pool.submit(self._in_halves, call, part) for part in _parts(len(call), size)]
-        _, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
-        for job in waiting:
-            job.cancel()
-        for job in jobs:
-            if not job.cancelled():
-                job.result()
+        batches = [
+            self._pool.submit(self._run_halving, call, part) for part in _parts(len(call), size)
+        ]
+        _, pending = wait(batches, return_when=FIRST_EXCEPTION)
+        for batch in pending:
+            batch.cancel()
+        for batch in batches:
+            if not batch.cancelled():
+                batch.result()
 
-    def _in_halves(self, call: _Call, part: slice) -> None:
-        """Run one batch, halved as often as memory requires."""
+    def _run_halving(self, call: _Call, part: slice) -> None:
+        """Run one batch; if it runs out of memory, run its halves instead."""
         size = part.stop - part.start
         try:
             self._run_batch(call, part)
-        except _FAULTS as error:
+        except _RUN_ERRORS as error:
             if not _is_out_of_memory(error) or size == 1:
                 raise
         else:
             return
-        # After the handler, so that the failed batch is freed first.
+        # Outside the handler, which would keep the failed batch's memory.
         _LOG.warning("out of memory; a batch of %d is halved", size)
         middle = part.start + size // 2
-        self._in_halves(call, slice(part.start, middle))
-        self._in_halves(call, slice(middle, part.stop))
+        self._run_halving(call, slice(part.start, middle))
+        self._run_halving(call, slice(middle, part.stop))
 
     def _run_on_device(self, call: _Call) -> None:
         with self._device:
@@ -220,7 +225,7 @@ class LoadedModel:
                 stop = min(start + self._batch, len(call))
                 try:
                     self._run_batch(call, slice(start, stop))
-                except _FAULTS as error:
+                except _RUN_ERRORS as error:
                     if _is_out_of_memory(error) and self._batch > 1:
                         self._batch //= 2
                         _LOG.warning("out of device memory; batches are now of %d", self._batch)
@@ -233,13 +238,13 @@ class LoadedModel:
                     start = stop
 
     def _recheck(self, call: _Call) -> None:
-        """Check on the CPU a few pixels or patches for which the device returns NaN or infinity.
+        """Run a few pixels or patches again on the CPU if the device returns NaN or infinity.
 
-        NaN is the prediction for a pixel without a usable date. NaN from a device that fails
-        silently would look the same, as if the pixel were cloudy.
+        NaN is the prediction for a pixel without a usable date. The NaN of a device that fails
+        silently would be mistaken for that of a cloudy pixel.
 
         Raises:
-            ValueError: the CPU returns numbers for them.
+            ValueError: the CPU returns numbers where the device returns NaN or infinity.
         """
         if self._reference is None:
             return
@@ -258,32 +263,36 @@ class LoadedModel:
     def _run_batch(self, call: _Call, part: slice) -> None:
         count = part.stop - part.start
         size = _padded(count, self._batch)
-        # Reordered per batch, so that the threads share the work and none waits for all of it.
+        # Each batch copies its own rows, so that the pool's threads share that work.
         feeds = {name: _repeat_last(array[part], size) for name, array in call.inputs.items()}
         output = self._session.run({**feeds, **call.shared})
         if output.shape != (size, *self.width):
-            # Otherwise another pixel's prediction could be taken for this one's.
+            # Otherwise predictions could be assigned to the wrong pixels.
             raise ValueError(f"the output has shape {output.shape}, not {(size, *self.width)}")
         call.predictions[part] = output[:count]
 
     def _warm_up(self) -> None:
-        """Run once, so that the first request does not wait and a wrong card is detected."""
+        """Run once, so that the first request is not slower and a wrong card is detected.
+
+        Raises:
+            BundleError: the run fails, or its output does not match the card.
+        """
         where = f"bundle '{self.card.name}'"
         sample = _sample(self.card, _WARM_UP)
         try:
-            answer = self._session.run(sample)
-            told = answer if self._reference is None else self._reference.run(sample)
-        except _FAULTS as error:
+            output = self._session.run(sample)
+            expected = output if self._reference is None else self._reference.run(sample)
+        except _RUN_ERRORS as error:
             raise BundleError(f"{where}: the warm-up failed; the log has the cause") from error
-        if answer.shape != (_WARM_UP, *self.width):
+        if output.shape != (_WARM_UP, *self.width):
             raise BundleError(
-                f"{where}: '{self.card.output}' has shape {answer.shape[1:]} per "
+                f"{where}: '{self.card.output}' has shape {output.shape[1:]} per "
                 f"{self.card.modality}, but the card states {self.width}"
             )
-        wrong = _impossible(answer, self.card)
-        if wrong:
-            raise BundleError(f"{where}: for a plausible {self.card.modality}, {wrong}")
-        if np.abs(answer - told).mean() > _ADRIFT * np.abs(told).max():
+        fault = _output_fault(output, self.card)
+        if fault:
+            raise BundleError(f"{where}: for a plausible {self.card.modality}, {fault}")
+        if np.abs(output - expected).mean() > _MAX_DEVIATION * np.abs(expected).max():
             raise BundleError(f"{where}: the outputs on {self.provider} differ from the CPU's")
 
 
@@ -296,21 +305,21 @@ def prediction_shape(card: ModelCard) -> tuple[int, ...]:
     return (len(card.classes),)
 
 
-def _impossible(answer: Floats, card: ModelCard) -> str | None:
-    """The fault of a prediction that no model of this task may have; None if there is none."""
-    if not np.isfinite(answer).all():
+def _output_fault(output: Floats, card: ModelCard) -> str | None:
+    """The reason why an output is impossible for the card's task; None if it is possible."""
+    if not np.isfinite(output).all():
         return f"'{card.output}' holds NaN or infinity"
-    if card.task == "forecast" and (np.diff(answer, axis=-1) < -_ROUGHLY).any():
+    if card.task == "forecast" and (np.diff(output, axis=-1) < -_ROUNDING).any():
         return "the quantiles do not ascend"
     if card.output == "probabilities" and (
-        (answer < -_ROUGHLY).any() or (np.abs(answer.sum(axis=1) - 1) > _ROUGHLY).any()
+        (output < -_ROUNDING).any() or (np.abs(output.sum(axis=1) - 1) > _ROUNDING).any()
     ):
-        return f"probabilities sum to {answer.sum(axis=1)[0]:.4g}, not to 1"
+        return f"probabilities sum to {output.sum(axis=1)[0]:.4g}, not to 1"
     return None
 
 
 def _sample(card: ModelCard, count: int) -> dict[str, NDArray[Any]]:
-    """Plausible reflectance, to check that the graph runs."""
+    """Inputs of the graph with random, plausible reflectance for `count` pixels or patches."""
     random = np.random.default_rng(0)
     if card.modality == "patch":
         side = card.patch or 0
@@ -329,7 +338,7 @@ def _sample(card: ModelCard, count: int) -> dict[str, NDArray[Any]]:
 
 
 def _has_input(inputs: Mapping[str, NDArray[Any]], rows: NDArray[np.intp]) -> NDArray[np.bool_]:
-    """Whether each of these rows has usable input (n)."""
+    """Whether each of the given rows (n) has usable input."""
     if "patches" in inputs:
         finite = np.isfinite(inputs["patches"][rows])
         return np.asarray(finite.reshape(len(finite), -1).all(axis=1))
@@ -343,7 +352,7 @@ def _parts(count: int, size: int) -> Iterator[slice]:
 
 
 def _padded(count: int, batch: int) -> int:
-    """The next power of two, at most the batch: few shapes, so few plans and little waste."""
+    """The next power of two, at most the batch size: few shapes occur, and little is wasted."""
     return min(1 << (count - 1).bit_length(), batch)
 
 

@@ -1,7 +1,7 @@
 """Patches of imagery: positions, gap filling, overlap averaging, cloud-free composites.
 
-Patches start at multiples of the stride. Cell k of the result is the stride x stride pixels at
-the same corner as patch k, and lies wholly inside the patches k - reach to k.
+Patches start at multiples of the stride. Cell k of the result covers the stride x stride pixels in
+the upper left corner of patch k. The patches k - reach to k contain the whole cell.
 """
 
 from __future__ import annotations
@@ -28,23 +28,31 @@ class PatchGrid:
     grid: Grid
     """Grid of the predictions: one cell per patch, from the imagery's corner."""
     side: int
-    """Of a patch, in pixels (P)."""
+    """Side of a patch in pixels (P)."""
     stride: int
     """Pixels between two patches, and the side of a cell."""
 
     @classmethod
     def over(cls, imagery: Grid, *, side: int, stride: int) -> PatchGrid:
-        """The patches that lie wholly inside the imagery.
+        """The patches that lie entirely inside the imagery.
+
+        Args:
+            imagery: grid of the imagery.
+            side: side of a patch in pixels.
+            stride: pixels between two patches, 1 to `side`.
 
         Raises:
-            InvalidRequest: a stride out of range, or imagery smaller than a patch.
+            InvalidRequest: the stride is out of range, or the imagery is smaller than a patch.
         """
         if not 1 <= stride <= side:
-            raise InvalidRequest.of("stride", f"{stride} is not between 1 and {side}")
+            raise InvalidRequest.of(
+                "stride", f"{stride} is not a number of pixels from 1 to {side}, the patch's side"
+            )
         if imagery.width < side or imagery.height < side:
             raise InvalidRequest.of(
                 "files",
-                f"{imagery.width} x {imagery.height} pixels, but a patch is {side} x {side}",
+                f"the raster has {imagery.width} x {imagery.height} pixels, and the model needs at "
+                f"least one patch of {side} x {side}: send a larger raster",
             )
         cells = Grid(
             crs=imagery.crs,
@@ -56,7 +64,7 @@ class PatchGrid:
 
     @property
     def reach(self) -> int:
-        """Number of patches back, in each direction, that still contain a cell wholly."""
+        """Number of preceding patches, along each axis, that contain a whole cell."""
         return (self.side - self.stride) // self.stride
 
     def pixels(self, cells: Window) -> Window:
@@ -69,23 +77,23 @@ class PatchGrid:
         )
 
     def behind(self, cells: Window) -> Window:
-        """A window of cells, extended by those before it whose patches reach into it."""
+        """A window of cells, extended by the preceding cells whose patches reach into it."""
         left, above = min(self.reach, cells.col_off), min(self.reach, cells.row_off)
         return Window(
             cells.col_off - left, cells.row_off - above, cells.width + left, cells.height + above
         )
 
     def cut(self, imagery: Floats) -> Floats:
-        """A view (h, w, C, P, P) of the patches of imagery (C, H, W).
+        """A view (h, w, C, P, P) of the patches of imagery (C, H, W), reflectance in float32.
 
-        Not a copy: overlapping patches would take up to 4,096 times the imagery.
+        A copy of overlapping patches would take up to 4,096 times the imagery's memory.
         """
         views = sliding_window_view(imagery, (self.side, self.side), axis=(1, 2))
         patches: Floats = views[:, :: self.stride, :: self.stride].transpose(1, 2, 0, 3, 4)
         return patches
 
     def centred(self, imagery: Grid, row: int, column: int) -> Window:
-        """The patch with a pixel at its centre, shifted to lie inside the imagery."""
+        """The window of the patch centred on a pixel, shifted to lie inside the imagery."""
         top = min(max(row - self.side // 2, 0), imagery.height - self.side)
         left = min(max(column - self.side // 2, 0), imagery.width - self.side)
         return Window(left, top, self.side, self.side)
@@ -95,11 +103,11 @@ def fill_gaps(patches: Floats) -> tuple[NDArray[np.bool_], Floats]:
     """Patches that are clear enough for a prediction, with their gaps filled.
 
     Args:
-        patches: reflectance (N, C, P, P), NaN where not clear.
+        patches: reflectance (N, C, P, P) float32, unitless, NaN where not clear.
 
     Returns:
-        Which patches (N) have at least half of their pixels clear; and those alone, a missing
-        pixel filled with its patch's median of the band.
+        True for each patch (N) in which at least half of the pixels are clear; and these n patches
+        (n, C, P, P), each missing pixel filled with the patch's median of the band.
     """
     missing: NDArray[np.bool_] = np.asarray(np.isnan(patches).any(axis=1))
     clear = missing.mean(axis=(1, 2)) <= 1 - CLEAR_SHARE
@@ -111,25 +119,25 @@ def fill_gaps(patches: Floats) -> tuple[NDArray[np.bool_], Floats]:
 
 
 def box_mean(values: Floats, size: int) -> Floats:
-    """The mean over a box that ends at each cell, NaN left out.
+    """The mean over the box whose last cell is each cell, without NaN.
 
     Args:
-        values: (K, h, w), NaN in all K where missing.
+        values: (K, h, w) float32, NaN in all K where missing.
         size: rows and columns of the box, clipped at the first row and column.
 
     Returns:
-        Means (K, h, w), NaN where the box holds no value.
+        Means (K, h, w) float32, NaN where all values of the box are missing.
     """
-    there = ~np.isnan(values[:1])
-    # Cumulative sums in float64: in float32 the end of a window would show in the last digits.
-    sums = _box_sum(np.where(there, values, 0.0).astype(np.float64), size)
-    counts = _box_sum(there.astype(np.float64), size)
+    present = ~np.isnan(values[:1])
+    # float64, because rounding errors of float32 sums would depend on where a window begins.
+    sums = _box_sum(np.where(present, values, 0.0).astype(np.float64), size)
+    counts = _box_sum(present.astype(np.float64), size)
     mean = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0.5)
     return np.asarray(mean, np.float32)
 
 
 def _box_sum(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """Sums over the box of `size` that ends at each cell of (K, h, w)."""
+    """Sums over the box of `size` x `size` cells that ends at each cell of (K, h, w)."""
     for axis in (1, 2):
         total = np.cumsum(values, axis=axis)
         before = np.zeros_like(total)
@@ -147,14 +155,14 @@ def median_composite(values: Floats, valid: NDArray[np.bool_]) -> Floats:
     """The per-pixel median of the clear observations, NaN where none is clear.
 
     Args:
-        values: reflectance (T, C, h, w), unitless.
+        values: reflectance (T, C, h, w) float32, unitless.
         valid: True where an observation exists and is clear (T, h, w).
 
     Returns:
-        (C, h, w) float32 reflectance.
+        Reflectance (C, h, w) float32, unitless.
     """
-    # Sorted with the unclear ones last, the median's position follows from the count; NumPy's
-    # nanmedian is an order of magnitude slower along a short axis.
+    # Unclear observations are sorted last, so the median's position follows from the number of
+    # clear ones. NumPy's nanmedian is an order of magnitude slower along a short axis.
     ordered = np.sort(np.where(valid[:, None], values, np.float32(np.inf)), axis=0)
     count = valid.sum(axis=0)[None, None]
     low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=0)

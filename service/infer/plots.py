@@ -2,9 +2,9 @@
 
     reflectance → spectral indices → regular time grid → standardised → recurrence plots
 
-The graph computes these inside and returns only its prediction. This module repeats the graph's
-stages for display, so that a client can look at what an encoder was given; predictions never pass
-through it. The tests compare it with the torch graph and with pyts.
+A model's ONNX graph computes its recurrence plots internally and returns only the prediction. This
+module computes the same plots for display, so that a client can see an encoder's input. No
+prediction uses this module. The tests compare its plots with those of the torch graph and of pyts.
 """
 
 from __future__ import annotations
@@ -40,32 +40,34 @@ class PlotParameters:
 
     indices: tuple[str, ...]
     """Spectral indices (K)."""
-    window: TimeWindow
+    time_window: TimeWindow
+    """The model's span of dates, with the steps of the regular grid."""
     clarity: float
     """How fast a date's weight falls with its blue reflectance; 0 weighs all dates equally."""
     threshold: float | Literal["point", "distance"] | None
-    """As in pyts; None keeps distances."""
+    """The parameter `threshold` of pyts; None returns distances instead of 0 and 1."""
     percentage: float
-    """Of the thresholds `point` and `distance`, 0 to 100."""
+    """The parameter `percentage` of the thresholds `point` and `distance`, 0 to 100."""
 
     @classmethod
     def of(cls, card: ModelCard) -> PlotParameters:
-        """The parameters that a model's card states.
+        """The parameters from a model's card.
 
         Raises:
-            InvalidRequest: the model sees no recurrence plots, or its card does not state how.
+            InvalidRequest: the model does not use recurrence plots, or its card does not contain
+                their parameters.
         """
         config = card.training.get("config") or {}
         encoder: Mapping[str, Any] = config.get("encoder") or config.get("pixel") or {}
         if card.window is None or not encoder.get("plots"):
             raise InvalidRequest.of(
                 "plots",
-                f"the card of '{card.id}' states no recurrence plots; name a model of pixels that "
-                "has them as `model`",
+                f"the card of '{card.id}' has no parameters of recurrence plots; set `model` to a "
+                "pixel model that uses recurrence plots",
             )
         return cls(
             indices=card.indices,
-            window=card.window,
+            time_window=card.window,
             clarity=float(config.get("clarity") or 0.0),
             threshold=encoder.get("threshold"),
             percentage=float(encoder.get("percentage", 10.0)),
@@ -77,11 +79,11 @@ def spectral_index(name: str, bands: Mapping[str, Floats]) -> Floats:
 
     Args:
         name: a key of `models.formulas.FORMULAS`.
-        bands: reflectance by band name, unitless, of any shape, NaN where missing.
+        bands: reflectance by band name, unitless, arrays of one shape, NaN where missing.
 
     Returns:
-        The index, unitless, -1.5 to 1.5; NaN where a band is missing or the formula's denominator
-        is at most 0.05.
+        The index in the shape of the bands, float32, unitless, -1.5 to 1.5; NaN where a band is
+        missing or the formula's denominator is at most 0.05.
     """
     needs, formula = FORMULAS[name]
     numerator, denominator = formula(*(bands[band] for band in needs))
@@ -98,19 +100,19 @@ def regular_series(
     bands: tuple[str, ...],
     parameters: PlotParameters,
 ) -> Floats:
-    """Spectral indices on a model's regular grid, as its graph computes them.
+    """Spectral indices on a model's regular time grid, equal to those that its graph computes.
 
     Args:
-        values: reflectance (N, T, C), unitless; any value where not valid.
+        values: reflectance (N, T, C) float32, unitless, 0 to 1; any value where not valid.
         valid: True where usable (N, T).
-        days: days since the window's first day (T).
+        days: days since the time window's first day (T).
         bands: names of the bands on the C axis.
-        parameters: of the model.
+        parameters: the model's parameters.
 
     Returns:
-        Series (N, K, M), NaN for a pixel without a usable date.
+        Spectral indices (N, K, M) float32, unitless, NaN for a pixel without a usable date.
     """
-    window = parameters.window
+    window = parameters.time_window
     by_name = {name: values[:, :, c] for c, name in enumerate(bands)}
     x = np.stack([spectral_index(name, by_name) for name in parameters.indices], axis=1)
     usable = valid & ~np.isnan(x).any(axis=1)
@@ -127,9 +129,9 @@ def regular_series(
     if parameters.clarity:
         blue = np.clip(np.nan_to_num(by_name["B02"]), 0.0, 1.0)
         present *= np.exp(-parameters.clarity * blue.astype(np.float64))
-    seen = np.where(usable[:, None], x, 0.0) * present[:, None]
+    weighted = np.where(usable[:, None], x, 0.0) * present[:, None]
     with np.errstate(invalid="ignore"):
-        series = (seen @ weight) / (present @ weight)[:, None]
+        series = (weighted @ weight) / (present @ weight)[:, None]
     return np.asarray(series, np.float32)
 
 
@@ -137,12 +139,12 @@ def recurrence_plots(series: Floats, parameters: PlotParameters) -> Floats:
     """Recurrence plots of regular series (Eckmann et al. 1987, doi:10.1209/0295-5075/4/9/004).
 
     Args:
-        series: spectral indices on the regular grid (N, K, M).
-        parameters: of the model.
+        series: spectral indices on the regular grid (N, K, M) float32, unitless.
+        parameters: the model's parameters.
 
     Returns:
-        Plots (N, K, M, M): distances between the standardised values of each two steps, or 1 where
-        they are below the threshold and 0 elsewhere.
+        Plots (N, K, M, M) float32. Without a threshold, the distance between the standardised
+        values of each pair of steps; with one, 1 where the distance is below it and 0 elsewhere.
     """
     levels = (series - np.float32(INDEX_CENTER)) / np.float32(INDEX_SPREAD)
     distances = np.abs(levels[..., :, None] - levels[..., None, :])

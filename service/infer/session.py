@@ -1,7 +1,7 @@
 """ONNX Runtime sessions: provider, variant and memory options, checks against the card.
 
-ONNX Runtime's private interface (`onnxruntime_pybind11_state`, last tested with 1.24) is used in
-this module only, and its exceptions leave the package as the service's own.
+Only this module uses ONNX Runtime's private interface (`onnxruntime_pybind11_state`, last tested
+with 1.24). The package catches ONNX Runtime's exceptions and raises the service's own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Floats = NDArray[np.float32]
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 TOLERATED_LOSS = 0.003
-"""Largest loss of any metric that a reduced precision may have: 0.3 points."""
+"""Loss of any metric from which on a reduced-precision variant is not used: 0.3 points."""
 ORT_ERRORS: tuple[type[Exception], ...] = (
     # The runtime's own exceptions share no base class but Exception.
     *(
@@ -45,17 +45,20 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
         for kind in vars(onnxruntime_pybind11_state).values()
         if isinstance(kind, type) and issubclass(kind, Exception)
     ),
-    ValueError,  # from its Python layer, and from `_one`: an array of the wrong shape
+    ValueError,  # from its Python layer, and from `model`: an array of the wrong shape
 )
 _SHRINK_SECONDS = 10.0
 
 
 class ArenaShrinking:
-    """Run options with which, every few seconds, one run shrinks the CPU memory arena.
+    """Run options that make one run every few seconds shrink the CPU memory arena.
 
-    The arena then returns unused blocks, by which a batch of many dates or of patches made it grow.
-    Allocating memory again costs a millisecond or two. An engine owns one, because all of its
-    sessions share one arena. Thread-safe.
+    A batch of many dates or of patches makes the arena grow; shrinking it returns the unused blocks
+    to the system. Allocating them again takes 1 to 2 ms. The sessions of an engine share one arena
+    and therefore one `ArenaShrinking`. Thread-safe.
+
+    Args:
+        seconds: seconds between two runs that shrink the arena.
     """
 
     def __init__(self, seconds: float = _SHRINK_SECONDS) -> None:
@@ -76,33 +79,44 @@ class ArenaShrinking:
 
 
 class ProviderUnavailable(SettingsError):
-    """CUDA is required and not available; the service must not start."""
+    """CUDA is required but not available, so the service does not start."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """A session whose inputs and output agree with the card."""
+    """An ONNX Runtime session whose inputs and output match the model card."""
 
     session: onnxruntime.InferenceSession
     output: str
-    """Name of the one output."""
+    """Name of the graph's only output."""
     kinds: Mapping[str, type[np.generic]]
-    """NumPy type of each input."""
+    """NumPy type of each input, by name."""
     variant: Precision
-    """The ONNX file that was loaded."""
+    """The variant that was loaded."""
     shrinking: ArenaShrinking
+    """Shared by the sessions of an engine."""
 
     @property
     def provider(self) -> str:
-        """The execution provider that the session really has."""
+        """The execution provider that the session uses."""
         return str(self.session.get_providers()[0])
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Floats:
-        """Run once, without the GIL. Input that stays on a device would be bound here."""
-        given = {n: np.ascontiguousarray(x, self.kinds[n]) for n, x in feeds.items()}
+        """Run the graph once, without holding the GIL.
+
+        Args:
+            feeds: the inputs (N, …) by name; converted to the types that the graph takes.
+
+        Returns:
+            The graph's output (N, …) float32.
+
+        Raises:
+            Exception: one of `ORT_ERRORS`.
+        """
+        inputs = {n: np.ascontiguousarray(x, self.kinds[n]) for n, x in feeds.items()}
         options = self.shrinking.options() if self.provider == CPU else None
-        (answer,) = self.session.run([self.output], given, options)
-        return np.asarray(answer, np.float32)
+        (output,) = self.session.run([self.output], inputs, options)
+        return np.asarray(output, np.float32)
 
 
 def open_session(
@@ -112,31 +126,31 @@ def open_session(
     *,
     shrinking: ArenaShrinking | None = None,
 ) -> Session:
-    """Load the variant that suits a provider, and check it against the card.
+    """Load the variant for a provider, and check it against the card.
 
-    The session may have another provider than requested: see `Session.provider`.
+    ONNX Runtime may create the session on another provider: see `Session.provider`.
 
     Args:
-        bundle: verified.
+        bundle: a verified bundle.
         provider: the requested provider.
-        precision: `float32` always loads that file.
-        shrinking: of all sessions of an engine; None makes one.
+        precision: `float32` always loads the float32 file; `auto` see `pick_variant`.
+        shrinking: shared by the sessions of an engine; None creates one.
 
     Raises:
         BundleError: the file does not load, or its inputs or output differ from the card.
     """
     card = bundle.card
     variant = "float32" if precision == "float32" else pick_variant(card, provider)
-    asked: list[Any] = [CPU] if provider == CPU else [(CUDA, _cuda_options()), CPU]
+    requested: list[Any] = [CPU] if provider == CPU else [(CUDA, _cuda_options()), CPU]
     try:
         session = onnxruntime.InferenceSession(
-            bundle.path(variant), sess_options=_session_options(provider), providers=asked
+            bundle.path(variant), sess_options=_session_options(provider), providers=requested
         )
     except ORT_ERRORS as error:
-        raise BundleError(_why_not(bundle, variant, error)) from error
-    # Otherwise ONNX Runtime silently replaces a failing device by a new CPU session.
+        raise BundleError(_load_error(bundle, variant, error)) from error
+    # Otherwise ONNX Runtime silently replaces the session of a failing device by one on the CPU.
     session.disable_fallback()
-    _check_ends(session, card)
+    _check_signature(session, card)
     kinds = {node.name: _KINDS[node.type] for node in session.get_inputs()}
     return Session(
         session=session,
@@ -155,17 +169,17 @@ def pick_variant(card: ModelCard, provider: str) -> Precision:
     """
     if provider != CUDA and not multiplies_int8():
         return "float32"
-    wish: Precision = "float16" if provider == CUDA else "int8"
+    reduced: Precision = "float16" if provider == CUDA else "int8"
     for variant in card.variants:
-        if variant.name == wish:
+        if variant.name == reduced:
             worst = min(variant.loss.values(), default=0.0)
             if variant.loss and worst > -TOLERATED_LOSS:
-                return wish
+                return reduced
     return "float32"
 
 
-def _why_not(bundle: Bundle, variant: Precision, error: Exception) -> str:
-    """Message for a file that does not load; the runtime's own message names paths."""
+def _load_error(bundle: Bundle, variant: Precision, error: Exception) -> str:
+    """Message for a file that does not load, without the runtime's message, which names paths."""
     where = f"bundle '{bundle.card.name}': {bundle.path(variant).name}"
     opset = re.search(
         r"Opset (\d+) is under development.*support for domain ai\.onnx is till opset (\d+)",
@@ -180,7 +194,7 @@ def _why_not(bundle: Bundle, variant: Precision, error: Exception) -> str:
     )
 
 
-# Type and rank of each input as the engine feeds it; reflectance may also be float16.
+# Type and rank that each input must have; reflectance may also be float16.
 _INPUTS: Mapping[str, tuple[type[np.generic], int]] = {
     "values": (np.float32, 3),
     "valid": (np.bool_, 2),
@@ -195,7 +209,7 @@ _KINDS: Mapping[str, type[np.generic]] = {
 }
 
 
-def _check_ends(session: onnxruntime.InferenceSession, card: ModelCard) -> None:
+def _check_signature(session: onnxruntime.InferenceSession, card: ModelCard) -> None:
     """Check a graph's inputs and output against its card.
 
     Raises:
@@ -214,9 +228,9 @@ def _check_ends(session: onnxruntime.InferenceSession, card: ModelCard) -> None:
         )
     for name, node in found.items():
         kind, rank = _INPUTS[name]
-        told = _KINDS.get(node.type)
-        half = told is np.float16 and name in REFLECTANCE
-        if not (told is kind or half) or len(node.shape) != rank:
+        graph_kind = _KINDS.get(node.type)
+        half = graph_kind is np.float16 and name in REFLECTANCE
+        if not (graph_kind is kind or half) or len(node.shape) != rank:
             raise BundleError(
                 f"{where}: '{name}' is a {node.type} with {len(node.shape)} axes, but must be "
                 f"{kind.__name__} with {rank}"
@@ -231,7 +245,7 @@ def _check_ends(session: onnxruntime.InferenceSession, card: ModelCard) -> None:
 
 
 def _symbols(shape: list[int | str | None]) -> set[int | str | None]:
-    """The symbolic axes; only the warm-up shows whether they fit."""
+    """The symbolic axes of a shape; only the warm-up shows whether their lengths fit."""
     return {length for length in shape if not isinstance(length, int)}
 
 
@@ -241,30 +255,32 @@ def _listed(names: Any) -> str:  # noqa: ANN401 - any iterable of names
 
 def _session_options(provider: str) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    # Errors arrive as exceptions; on stderr they would not be lines of the JSON log.
+    # The runtime also raises its errors; printed on stderr, they would break the JSON log.
     options.log_severity_level = 4
-    # Two single-threaded runs on halves of a batch beat one run on two threads: the layers are
-    # small, and splitting each of them costs more than it gains.
+    # Two single-threaded runs on halves of a batch are faster than one run on two threads: the
+    # layers are small, and splitting each of them costs more than it gains.
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     # A spinning thread takes the CPU from the reader, the writer and other requests.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     if provider == CPU:
-        # The arena has one lock. With the runtime's memory patterns, which stay on, a run takes it
-        # once for all its layers, and two threads wait less for each other: 5 to 9 % more pixels.
-        # A pattern of 2 KB is kept for every shape, so last batches have few sizes.
-        _share_memory()
+        # The arena has one lock. With the runtime's memory patterns (on by default) a run locks
+        # the arena once instead of once per layer, so that two threads wait less for each other:
+        # 5 to 9 % more pixels per second. The runtime stores a pattern of 2 KB for every shape of
+        # input, which is why `model` pads the last batch to one of a few sizes.
+        _share_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
     return options
 
 
 @functools.cache
-def _share_memory() -> None:
-    """Share one arena between the sessions of the process.
+def _share_arena() -> None:
+    """Share one memory arena between the CPU sessions of the process.
 
-    By default each session has its own and keeps the memory of its largest batch: the zoo's seven
-    took 783 MB once each had run, and 477 MB with a shared one, at the same speed.
+    By default each session has an arena of its own and keeps the memory of its largest batch. After
+    one run each, the seven models of the zoo took 783 MB with separate arenas and 477 MB with a
+    shared one, at the same speed.
     """
     onnxruntime.create_and_register_allocator(
         onnxruntime.OrtMemoryInfo(
@@ -278,40 +294,52 @@ def _share_memory() -> None:
 
 
 def _cuda_options() -> dict[str, str]:
-    # No CUDA graphs: one has a fixed shape and fixed addresses, and T changes with each stack. No
-    # bound input: it comes from the CPU and is used once, so binding would copy as much.
+    # CUDA graphs are not used: a CUDA graph has a fixed shape, and T changes with each stack. Input
+    # is not bound to the device: it comes from the CPU and is used once, so that binding it would
+    # copy as many bytes.
     return {
-        # EXHAUSTIVE, the default, times every algorithm for each new shape: seconds for a request
-        # with a new T. HEURISTIC uses cuDNN's choice, in no time.
+        # EXHAUSTIVE, the default, times every algorithm for each new shape, which takes seconds
+        # for a request with a new T. HEURISTIC takes cuDNN's choice without timing.
         "cudnn_conv_algo_search": "HEURISTIC",
-        # TF32 keeps ten bits of each factor, so that the difference of two bands a thousandth
-        # apart is lost. Products that may be rounded are in float16 anyway.
+        # TF32 rounds each factor to ten bits, which loses the difference of two bands that are
+        # 0.001 apart. Products that may be rounded are in float16 already.
         "use_tf32": "0",
-        # Grow by the requested size: the default doubles, and takes memory from other processes.
+        # Grow by the requested size: the default doubles the arena, and takes memory that other
+        # processes on the device need.
         "arena_extend_strategy": "kSameAsRequested",
     }
 
 
-def wanted(providers: Providers) -> str:
-    """The provider to request for sessions."""
+def provider_to_request(providers: Providers) -> str:
+    """The execution provider to request for sessions, by the setting and the installed software.
+
+    Args:
+        providers: `auto`, `cuda` or `cpu`.
+
+    Raises:
+        ProviderUnavailable: `cuda` is required, and ONNX Runtime or the driver does not offer it.
+    """
     if providers == "cpu":
         return CPU
     if CUDA not in onnxruntime.get_available_providers():
         if providers == "cuda":
             raise ProviderUnavailable(
-                "CUDA is required, but this build of ONNX Runtime offers only "
+                "CUDA is required (PIMC_PROVIDERS=cuda), but this build of ONNX Runtime has only "
                 + ", ".join(onnxruntime.get_available_providers())
             )
         return CPU
     if not _has_driver():  # otherwise ONNX Runtime prints errors about missing libraries
         if providers == "cuda":
-            raise ProviderUnavailable("CUDA is required, but NVIDIA's driver is not installed")
+            raise ProviderUnavailable(
+                "CUDA is required (PIMC_PROVIDERS=cuda), but NVIDIA's driver is not installed"
+            )
         return CPU
     if hasattr(onnxruntime, "preload_dlls"):
-        # CUDA and cuDNN from wheels lie on no loader path. Missing libraries are printed.
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        # The loader does not search the wheels of CUDA and cuDNN. `preload_dlls` prints the names
+        # of missing libraries.
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             onnxruntime.preload_dlls()
-        _LOG.debug("preloading CUDA: %s", said.getvalue().strip())
+        _LOG.debug("preloading CUDA: %s", printed.getvalue().strip())
     return CUDA
 
 

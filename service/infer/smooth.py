@@ -6,12 +6,13 @@ of `sits_smooth`.
 
 For each class k, the logit x of a pixel is an observation of its true logit with the variance
 sigma² (the smoothness). The prior comes from the neighbourhood: mean m and variance s² of the half
-of the neighbours' logits that are largest for k. The half, not all, keeps edges: a pixel at the
-border of two areas has enough neighbours of its own area. The posterior expectation
+of the neighbours' logits that are largest for k. The prior uses half of the neighbours, not all, to
+preserve edges: a pixel at the border of two areas has enough neighbours in its own area. The
+posterior expectation
 
     E = s² / (s² + sigma²) · x + sigma² / (s² + sigma²) · m
 
-lies close to the neighbours where these agree, and close to the pixel where they do not.
+is close to m where the neighbours agree, and close to x where they do not.
 """
 
 from __future__ import annotations
@@ -26,29 +27,32 @@ SMOOTHNESS = 20.0
 FRACTION = 0.5
 """Share of the neighbours that the prior is made of."""
 MAX_RADIUS = 10
-_LEAST = 1e-4
-"""Probabilities are held this far from 0 and 1, as in sits, so that logits are finite."""
-_AT_ONCE = 2**22
-"""Logits of neighbours sorted at once."""
+"""Largest radius of a neighbourhood, pixels."""
+_MARGIN = 1e-4
+"""Distance from 0 and 1 to which probabilities are clipped, as in sits: logits are then finite."""
+_SORTED_AT_ONCE = 2**22
+"""Number of neighbours' logits that are sorted at once, which bounds the memory."""
 
 
 def smoothed(probabilities: Floats, radius: int) -> Floats:
     """Class probabilities smoothed by their neighbourhoods.
 
     Args:
-        probabilities: of a window and `radius` pixels around it (K, h + 2 radius, w + 2 radius);
-            NaN in pixels without a prediction and beyond the raster.
-        radius: of the square neighbourhood, in pixels; its side is 2 radius + 1.
+        probabilities: class probabilities, 0 to 1, of a window and the `radius` pixels around it
+            (K, h + 2 radius, w + 2 radius) float32; NaN for pixels without a prediction and for
+            positions outside the raster.
+        radius: radius of the square neighbourhood in pixels, 1 to `MAX_RADIUS`; the side of the
+            neighbourhood is 2 radius + 1 pixels.
 
     Returns:
-        Probabilities (K, h, w) with the sum 1, NaN where the pixel has no prediction.
+        Probabilities (K, h, w) float32 that sum to 1 over K; NaN for pixels without a prediction.
     """
     K, height, width = probabilities.shape
     h, w, side = height - 2 * radius, width - 2 * radius, 2 * radius + 1
-    clipped = np.clip(probabilities, _LEAST, 1 - _LEAST)
+    clipped = np.clip(probabilities, _MARGIN, 1 - _MARGIN)
     logits = np.log(clipped) - np.log1p(-clipped)
     out = np.empty((K, h, w), np.float32)
-    rows = max(1, _AT_ONCE // (side * side * w))
+    rows = max(1, _SORTED_AT_ONCE // (side * side * w))
     for k in range(K):
         around = sliding_window_view(logits[k], (side, side))
         for top in range(0, h, rows):
@@ -64,12 +68,12 @@ def _posterior(own: Floats, around: Floats) -> Floats:
     """Posterior expectation (N) of logits (N) with neighbours (N, side²), NaN where missing."""
     # Descending, and NaN last.
     ordered = -np.sort(-around, axis=1)
-    there = (~np.isnan(around)).sum(axis=1)
-    count = np.maximum(1, np.ceil(FRACTION * there)).astype(np.intp)
+    present = (~np.isnan(around)).sum(axis=1)
+    count = np.maximum(1, np.ceil(FRACTION * present)).astype(np.intp)
     used = np.arange(around.shape[1]) < count[:, None]
     chosen = np.where(used, ordered, np.float32(0))
     mean = chosen.sum(axis=1, dtype=np.float64) / count
-    off = np.where(used, chosen - mean[:, None], 0.0)
-    variance = (off * off).sum(axis=1) / np.maximum(1, count - 1)
+    deviation = np.where(used, chosen - mean[:, None], 0.0)
+    variance = (deviation**2).sum(axis=1) / np.maximum(1, count - 1)
     weight = variance / (variance + SMOOTHNESS)
     return np.asarray(weight * own + (1 - weight) * mean, np.float32)

@@ -138,7 +138,7 @@ class _Plotter:
 
     def head(self) -> dict[str, JSON]:
         """Description of the plots, for the document."""
-        window = self.parameters.window
+        window = self.parameters.time_window
         return {
             "plots": {
                 "model": self.card.id,
