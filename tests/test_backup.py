@@ -192,7 +192,7 @@ def test_a_file_that_is_not_a_backup_is_rejected_in_one_sentence(
     db = sqlite3.connect(backup / "jobs.sqlite")
     db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(SettingsError, match="schema 99"):
+    with pytest.raises(SettingsError, match="schema version 99"):
         restore(backup, tmp_path / "other")
     (backup / "jobs.sqlite").write_bytes(b"SQLite format 3\0" + bytes(4096))
     with pytest.raises(SettingsError, match="damaged"):

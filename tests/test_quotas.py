@@ -303,7 +303,7 @@ def test_a_day_is_charged_whole_or_not_at_all(tmp_path: Path) -> None:
     with closing(JobStore(tmp_path, ttl=9e9, max_waiting=9)) as jobs:
         share = Share(pixels=10)
         jobs.charge("anna", 6, share)
-        with pytest.raises(TooManyRequests, match="6 of 10"):
+        with pytest.raises(TooManyRequests, match="6 of its 10"):
             jobs.charge("anna", 5, share)
         jobs.charge("anna", 4, share)
         assert jobs.usage("anna").pixels == 10

@@ -11,10 +11,10 @@ from service.settings import SettingsError
 
 
 def lock(folder: Path) -> int:
-    """Lock a state directory for as long as the returned file is open.
+    """Lock a state directory; the lock lasts as long as the returned file descriptor is open.
 
     Raises:
-        SettingsError: another service holds it.
+        SettingsError: another service holds the lock.
         OSError: the directory is not writable.
     """
     file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -27,8 +27,8 @@ def lock(folder: Path) -> int:
         holder = os.pread(file, 32, 0).decode().strip() or "unknown"
         os.close(file)
         raise SettingsError(
-            f"PIMC_STATE_DIR: {folder} is in use by another service (process {holder}); give each "
-            "service a directory of its own"
+            f"PIMC_STATE_DIR: {folder} is in use by another service (process {holder}); set "
+            "PIMC_STATE_DIR to a different directory for each service"
         ) from error
     except BaseException:
         os.close(file)
@@ -37,26 +37,32 @@ def lock(folder: Path) -> int:
 
 
 def take_over(paths: list[Path], source: Path, target: Path) -> None:
-    """Move a request's files into a job's folder, synced to disk."""
+    """Move a request's files into a job's folder, synced to disk.
+
+    Args:
+        paths: files that the request uses; those outside `source` stay where they are.
+        source: folder of the request.
+        target: folder to create for the moved files.
+    """
     target.mkdir(parents=True)
     for path in paths:
         if path.is_relative_to(source):
             moved = target / path.relative_to(source)
-            shutil.move(path, moved)  # a copy if the request is on another disk
+            shutil.move(path, moved)  # copies the file if the request is on another disk
             sync_file(moved)
     sync_folder(target)
     sync_folder(target.parent)
 
 
 def keep_only(folder: Path, *names: str) -> None:
-    """Remove everything in a folder but some names."""
+    """Remove everything in a folder except the entries with the given names."""
     for path in folder.iterdir():
         if path.name not in names:
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -64,7 +70,7 @@ def remove(path: Path) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Total size of all files in a folder and its subfolders, bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

@@ -2,9 +2,9 @@
 
     take → plan → execute, window by window → publish → succeed
              │              │
-           fail       stopped: put back; dismissed: removed
+           fail       service stops: put back; job dismissed: files removed
 
-All of this happens in threads of its own; the event loop never waits for it.
+Jobs run in the runner's own threads; the event loop never waits for them.
 """
 
 from __future__ import annotations
@@ -43,27 +43,29 @@ from service.threads import SupervisedThread
 _LOG = logging.getLogger(__name__)
 _SWEEP_SECONDS = 60.0
 _MAX_ATTEMPTS = 20
-"""A job fails if the service ended so often during it without one more finished window."""
+"""Starts of a job without one more finished window after which the job fails."""
 _PAUSE_SECONDS = 1.0
+"""Seconds before a worker retries a write that failed or a job whose resources were in use."""
 _JOIN_SECONDS = 20.0
-"""Seconds that workers have to put their jobs back when the service stops."""
+"""Seconds within which workers must put their jobs back when the service stops."""
 
 
 class JobRunner:
     """Worker threads that run jobs.
 
     Args:
-        store: of the jobs.
-        engine: the models.
-        metrics: counts jobs and runs.
+        store: store that holds the jobs.
+        engine: engine that holds the models.
+        metrics: metrics that count jobs and runs.
         max_raster_bytes: largest decoded size of a stack, bytes.
-        roots: folders whose files a job may read in place.
-        workers: number of jobs that run at once.
+        max_fields: largest number of polygons of one request.
+        roots: folders whose files a job may read without copying them.
+        workers: number of jobs that run at once, at least 1.
         ttl: seconds for which a finished job is kept.
-        closing: set when the service stops.
+        closing: event that is set when the service stops.
         cache: GDAL's block cache.
-        budget: memory for runs.
-        executor: runs the windows.
+        budget: memory that runs may take.
+        executor: executor that runs the windows.
     """
 
     def __init__(
@@ -93,100 +95,111 @@ class JobRunner:
         self._cache = cache
         self._budget = budget
         self._executor = executor
-        self._turn = threading.Condition()
+        self._wakeup = threading.Condition()
         self._running: dict[str, threading.Event] = {}
         self._sweep_fault: str | None = None
         self._threads = [SupervisedThread(f"job-{n}", self._work, closing) for n in range(workers)]
-        self._threads.append(SupervisedThread("jobs", self._keep_time, closing))
+        self._threads.append(SupervisedThread("jobs", self._sweep_repeatedly, closing))
 
     def start(self) -> None:
         """Start the workers."""
-        self._count()
+        self._update_metrics()
         for thread in self._threads:
             thread.start()
 
     def join(self) -> None:
         """Wait until every worker has put its job back; `closing` must be set.
 
-        A worker that does not end in time is left: the next start resumes its job.
+        A worker that does not end in time is abandoned: the next start resumes its job.
         """
         self._stop_runs()
         until = time.monotonic() + _JOIN_SECONDS
         for thread in self._threads:
             if not thread.join(max(0.0, until - time.monotonic())):
-                _LOG.error("a thread does not end", extra={"loop": thread.name})
+                _LOG.error(
+                    "thread did not end within the time limit",
+                    extra={"loop": thread.name, "seconds": _JOIN_SECONDS},
+                )
 
     @property
     def workers(self) -> int:
-        """Workers that are alive."""
+        """Number of worker threads that are alive."""
         return sum(thread.alive for thread in self._threads[:-1])
 
     @property
     def failed(self) -> bool:
-        """Whether a thread was given up: the service must end, and be started again."""
+        """Whether a thread failed too often and ended: the service must stop and be restarted."""
         return any(thread.failed for thread in self._threads)
 
     def faults(self) -> list[str]:
-        """Why jobs do not run as they should; empty if they do."""
-        dead = [thread.name for thread in self._threads if not thread.alive]
-        found = [f"thread '{name}' has ended" for name in dead]
-        return found if self._sweep_fault is None else [*found, self._sweep_fault]
+        """Current faults of the runner, one sentence each; empty if there are none."""
+        ended = [thread.name for thread in self._threads if not thread.alive]
+        faults = [f"thread '{name}' has ended" for name in ended]
+        return faults if self._sweep_fault is None else [*faults, self._sweep_fault]
 
     def accepted(self) -> None:
-        """Notify the workers of a new job."""
-        with self._turn:
-            self._turn.notify_all()
-        self._count()
+        """Wake the workers after the store accepted a job."""
+        with self._wakeup:
+            self._wakeup.notify_all()
+        self._update_metrics()
 
     def dismiss(self, owner: str, name: str) -> Job:
-        """Dismiss a job; if it runs, its run ends within a window.
+        """Dismiss a job; a running job ends after its current window at the latest.
+
+        Args:
+            owner: the caller that the job belongs to.
+            name: the job's id.
+
+        Returns:
+            The dismissed job.
 
         Raises:
             UnknownJob: the job does not exist or belongs to another caller.
         """
         job = self._store.dismiss(owner, name)
-        with self._turn:
+        with self._wakeup:
             running = self._running.get(job.id)
         if running is not None:
             running.set()
-        self._count()
+        self._update_metrics()
         return job
 
     # Threads -------------------------------------------------------------------------------
 
-    def _keep_time(self) -> None:
+    def _sweep_repeatedly(self) -> None:
+        """Remove expired jobs until the service stops; then cancel the running jobs."""
         last = time.monotonic()
         while not self._closing.wait(self._sweep_seconds):
             now = time.monotonic()
             try:
                 self._store.sweep(now - last)
-                self._count()
+                self._update_metrics()
             except PIMCError as error:
-                _LOG.exception("old jobs cannot be removed")
-                self._sweep_fault = f"old jobs cannot be removed: {error}"
+                _LOG.exception("expired jobs cannot be removed")
+                self._sweep_fault = f"expired jobs cannot be removed: {error}"
                 self._metrics.swept("failed")
                 continue
             self._sweep_fault = None
             self._metrics.swept("done")
             last = now
-            with self._turn:  # a worker that could not take a job tries again
-                self._turn.notify_all()
+            with self._wakeup:  # a worker that could not take a job tries again
+                self._wakeup.notify_all()
         self._stop_runs()
 
     def _stop_runs(self) -> None:
-        """Cancel the running jobs, and let the workers see that the service stops."""
-        with self._turn:
+        """Cancel the running jobs, and wake the waiting workers so that they end."""
+        with self._wakeup:
             for running in self._running.values():
                 running.set()
-            self._turn.notify_all()
+            self._wakeup.notify_all()
 
     def _work(self) -> None:
         while True:
-            with self._turn:
-                # Taken and registered under one lock, so that a dismissal in between is not lost.
+            with self._wakeup:
+                # Take and register a job under one lock: a dismissal in between would be lost.
                 job = self._take()
                 while job is None and not self._closing.is_set():
-                    self._turn.wait()
+                    self._wakeup.wait()
                     job = self._take()
                 if job is None:
                     return
@@ -195,7 +208,7 @@ class JobRunner:
                 with job_named(job.id):
                     self._run(job, cancelled)
             finally:
-                with self._turn:
+                with self._wakeup:
                     del self._running[job.id]
 
     def _take(self) -> Job | None:
@@ -204,37 +217,37 @@ class JobRunner:
         try:
             return self._store.take()
         except PIMCError:
-            # Tried again with the next job, or after the next sweep.
-            _LOG.exception("no job can be taken")
+            # The worker retries when the next job is accepted, or after the next sweep.
+            _LOG.exception("the job store cannot start a job")
             return None
 
     def _run(self, job: Job, cancelled: threading.Event) -> None:
         _LOG.info("job begins", extra={"task": job.task, "model": job.model})
-        self._count()
+        self._update_metrics()
         begun = time.monotonic()
         try:
-            self._carry_out(job, cancelled)
+            self._complete(job, cancelled)
         except Cancelled:
             # A dismissed job stays dismissed: `put_back` changes running jobs only.
-            self._settle(lambda: self._store.put_back(job))
+            self._record(lambda: self._store.put_back(job))
             _LOG.info("job stops", extra={"stopping": self._closing.is_set()})
         except Exception as error:  # noqa: BLE001 - after any error the next job runs
-            busy = _busy(error)
-            if busy is None:
+            shortage = _shortage(error)
+            if shortage is None:
                 self._fail(job, error)
             else:
-                self._wait(job, busy)
+                self._retry_later(job, shortage)
         else:
             seconds = time.monotonic() - begun
             self._metrics.job_ran(task=job.task, seconds=seconds)
             _LOG.info("job ends", extra={"seconds": round(seconds, 3)})
-        self._settle(lambda: self._store.clear(job))
-        self._count()
+        self._record(lambda: self._store.clear(job))
+        self._update_metrics()
 
-    def _wait(self, job: Job, busy: Overloaded) -> None:
-        """Put a job back, which is the next to run, and wait for what it lacked."""
-        _LOG.warning("job waits", extra={"reason": busy.detail})
-        self._settle(lambda: self._store.put_back(job))
+    def _retry_later(self, job: Job, shortage: Overloaded) -> None:
+        """Put back a job whose memory, file descriptors or store are in use, and pause."""
+        _LOG.warning("job waits", extra={"reason": shortage.detail})
+        self._record(lambda: self._store.put_back(job))
         self._closing.wait(_PAUSE_SECONDS)
 
     def _fail(self, job: Job, error: Exception) -> None:
@@ -243,32 +256,35 @@ class JobRunner:
             problem = InternalError(
                 f"internal error; the server's log has the cause under job {job.id}"
             )
-        # A model that is gone says nothing of the request, which may be sent again as it is.
+        # The request itself is valid if only its model was removed: the client may repeat it.
         free = isinstance(problem, UnknownModel)
         _LOG.error("job fails", exc_info=error, extra={"code": problem.code})
-        # Free disk space first: without it the failure could not be recorded.
+        # Free disk space first: on a full disk the failure cannot be recorded.
         self._store.make_room(job)
-        self._settle(lambda: self._store.fail(job, problem, free_key=free))
+        self._record(lambda: self._store.fail(job, problem, free_key=free))
 
-    def _settle(self, write: Callable[[], None]) -> None:
-        """Record a job's outcome; retries while the disk is full or the store is in use."""
+    def _record(self, write: Callable[[], None]) -> None:
+        """Record a job's outcome; retry while the disk is full or the store is in use."""
         while True:
             try:
                 write()
             except PIMCError:
-                _LOG.exception("a job's outcome cannot be recorded")
+                _LOG.exception("the job's outcome cannot be recorded")
                 if self._closing.wait(_PAUSE_SECONDS):
-                    return  # the next start runs it again
+                    return  # the job runs again after the next start
             else:
                 return
 
     # One job -------------------------------------------------------------------------------
 
-    def _carry_out(self, job: Job, cancelled: threading.Event) -> None:
-        # If it exists, the last service ended before it could record it.
+    def _complete(self, job: Job, cancelled: threading.Event) -> None:
+        # A result exists already if the service was killed before it recorded the success.
         if not (self._store.folder(job) / "result").exists():
             if job.attempts > _MAX_ATTEMPTS:
-                raise InternalError(f"the server ended {_MAX_ATTEMPTS} times while it ran this job")
+                raise InternalError(
+                    f"the server stopped {_MAX_ATTEMPTS} times while it ran job {job.id}, each "
+                    "time before it finished another window; the server's log may have the cause"
+                )
             self._compute(job, cancelled)
         self._store.succeed(job)
 
@@ -309,10 +325,10 @@ class JobRunner:
         self._store.publish(job, work, result)
 
     def _plan(self, job: Job, request: TaskRequest, cancelled: threading.Event) -> Plan:
-        """The plan with the model that the job was accepted for, or with a later one.
+        """Plan a job with the model that it was accepted for, or with a later version.
 
         Raises:
-            UnknownModel: the model is not served any more, and the owner did not allow another.
+            UnknownModel: the server no longer has the model, and the owner allowed no other.
         """
         plan_with = partial(
             plan_request,
@@ -332,7 +348,7 @@ class JobRunner:
         if now is not None and self._store.may_upgrade(job):
             return plan_with(replace(request, model=name))
         served = (
-            "which is not served any more"
+            "which the server no longer has"
             if now is None
             else f"but the server now has '{now.card.id}' with sha256 {now.card.sha256[:12]}…"
         )
@@ -342,15 +358,15 @@ class JobRunner:
             "any later version may run it"
         )
 
-    def _count(self) -> None:
+    def _update_metrics(self) -> None:
         try:
             self._metrics.jobs(self._store.counts(), self._store.oldest())
         except PIMCError:
-            _LOG.exception("jobs cannot be counted")
+            _LOG.exception("jobs cannot be counted for the metrics")
 
 
-def _busy(error: Exception) -> Overloaded | None:
-    """What a job waits for; None if its error is another."""
+def _shortage(error: Exception) -> Overloaded | None:
+    """The shortage of a resource that an error reports; None for any other error."""
     if isinstance(error, Overloaded):
         return error
     return no_descriptors(error) if isinstance(error, OSError) else None

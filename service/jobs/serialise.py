@@ -28,12 +28,13 @@ from service.run.request import (
 def request_document(
     request: TaskRequest, folder: Path, *, model: str | None = None
 ) -> dict[str, Any]:
-    """A request as JSON.
+    """A request as a JSON document.
 
     Args:
         request: the request.
-        folder: files in it are named relative to it; others by their absolute path.
-        model: replaces the request's model, which may be None.
+        folder: the request's folder. Paths of files in it are stored relative to it; paths of
+            other files are absolute.
+        model: model to store instead of the request's own, which may be None.
     """
     model = model or request.model
     if isinstance(request, SeriesRequest):
@@ -64,17 +65,17 @@ def request_document(
 
 
 def _file(file: SourceFile, folder: Path) -> list[str]:
-    """A file's name, and its path relative to the folder if it lies there."""
+    """A file's name and its path, relative to the folder if the file lies inside."""
     inside = file.path.is_relative_to(folder)
     return [file.name, str(file.path.relative_to(folder) if inside else file.path)]
 
 
 def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
-    """The request that a document holds.
+    """The request that a JSON document holds.
 
     Args:
-        document: as `request_document` made it, also in a release before this one.
-        folder: folder of the files whose paths are relative.
+        document: a document that `request_document` of this or an earlier release made.
+        folder: folder to which relative paths refer.
     """
     task: Task = document["task"]
     if "series" in document:
@@ -117,8 +118,8 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
     )
 
 
-def _source(named: list[str] | None, folder: Path) -> SourceFile | None:
-    return None if named is None else SourceFile(name=named[0], path=folder / named[1])
+def _source(entry: list[str] | None, folder: Path) -> SourceFile | None:
+    return None if entry is None else SourceFile(name=entry[0], path=folder / entry[1])
 
 
 def _series_of(entry: Mapping[str, Any]) -> SeriesInput:
@@ -131,13 +132,13 @@ def _series_of(entry: Mapping[str, Any]) -> SeriesInput:
 def _points_of(points: Any) -> tuple[PointQuery, ...] | None:  # noqa: ANN401 - JSON
     if points is None:
         return None
-    # Before 0.2 the text of a FeatureCollection was stored.
+    # Releases before 0.2 stored the text of a FeatureCollection.
     features = json.loads(points)["features"] if isinstance(points, str) else points
     return tuple(map(PointQuery.of, features))
 
 
 def _iso(value: Any) -> Any:  # noqa: ANN401 - anything that a request holds
-    """A date as text, also within a sequence; other values unchanged."""
+    """A date as ISO text, also within a sequence; other values unchanged."""
     if isinstance(value, date):
         return value.isoformat()
     return [_iso(one) for one in value] if isinstance(value, list | tuple) else value
@@ -148,7 +149,7 @@ def _date(text: str | None) -> date | None:
 
 
 def _dated(value: Any) -> DatedNumber | None:  # noqa: ANN401 - JSON
-    """A number, or numbers from dates or baselines on."""
+    """A number, or pairs of a date or processing baseline and the number from then on."""
     if not isinstance(value, list):
         return value  # type: ignore[no-any-return]
     return tuple(
@@ -170,22 +171,22 @@ def _bbox(values: list[float] | None) -> tuple[float, float, float, float] | Non
 
 @dataclass(frozen=True, kw_only=True)
 class StoredResult:
-    """A job's result on disk: what its headers need, and where its files lie."""
+    """A job's result on disk: the values of its response headers and the paths of its files."""
 
     task: Task
     model: str
     """As `name@version`."""
     provider: str
     document: Path
-    """The JSON document, as it is sent."""
+    """Path of the JSON document, which is sent unchanged."""
     files: Mapping[str, Path]
-    """Finished COGs by output name."""
+    """Paths of the finished COGs, by output name."""
     timing: Timing
     warnings: tuple[StackWarning, ...]
 
 
 def result_head(result: Result) -> dict[str, Any]:
-    """Everything of a result but its document and its pixels; its files by name."""
+    """The JSON description of a result: all but its document, with its files by name."""
     return {
         "task": result.task,
         "model": result.model,
@@ -198,7 +199,13 @@ def result_head(result: Result) -> dict[str, Any]:
 
 
 def stored_result(head: Mapping[str, Any], folder: Path, document: Path) -> StoredResult:
-    """The result of a head, its files in a folder."""
+    """The stored result that a description refers to.
+
+    Args:
+        head: the description, made by `result_head`.
+        folder: folder of the result's files.
+        document: path of the result's JSON document.
+    """
     return StoredResult(
         task=head["task"],
         model=head["model"],
@@ -211,6 +218,10 @@ def stored_result(head: Mapping[str, Any], folder: Path, document: Path) -> Stor
 
 
 def document_bytes(document: Mapping[str, Any]) -> bytes:
-    """A result's document as it is sent: JSON without NaN, in UTF-8."""
+    """A result's document as it is sent: JSON without NaN, in UTF-8.
+
+    Raises:
+        ValueError: the document holds NaN or infinity.
+    """
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode()

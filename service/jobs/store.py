@@ -1,23 +1,23 @@
 """Job store: durable background jobs; killing the process loses none.
 
-    accepted ─▶ running ─▶ successful | failed          dismissed, from any of them
+    accepted ─▶ running ─▶ successful | failed          dismissed, from any status
         ▲          │
-        └──────────┘ drained or killed: resumes at its last finished window
+        └──────────┘ service stopped or killed: the job resumes after its last finished window
 
     PIMC_STATE_DIR/
-        lock           held by the one service that uses the directory
+        lock           locked by the one service that uses the directory
         jobs.sqlite    every job, and which of its windows are finished
-        requests/      running uploads and responses; emptied at each start
+        requests/      files of requests in flight; emptied at each start
         jobs/<id>/
             request.json   the request
             input/     the uploaded files, as 0000.tif, …
-            windows    finished windows, one after the other
-            work/      files of the current run; emptied when it begins
-            result/    complete, or missing
-            ready/     files made of a result when it is first requested, such as its zip
+            windows    bytes of the finished windows, appended
+            work/      files of the current run; emptied when the run begins
+            result/    the complete result, or missing
+            ready/     files derived from the result at the first request for them, such as a zip
 
-Durability follows from one order: first the bytes are on disk, then the row is written. A missing
-row costs repeated work; bytes without a row are overwritten or removed.
+Durability follows from one order: the store syncs the bytes to disk before it writes the row. If
+the row is missing, the work is repeated; bytes without a row are overwritten or removed.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _DAY = 24 * 3600
 JOBS, PIXELS, STORAGE = "jobs", "pixels", "storage"
 """Names of the quotas of waiting and running jobs, of pixels per day, and of bytes."""
 _BUSY_SECONDS = 5.0
-"""Seconds to wait for a lock that another process or another thread holds."""
+"""Seconds to wait for a lock on the database that another process holds."""
 _WAL_BYTES = 16 * 2**20
 """Size to which the write-ahead log is cut after a checkpoint."""
 _SCHEMA = """
@@ -97,14 +97,14 @@ CREATE TABLE jobs (
     progress INTEGER NOT NULL DEFAULT 0,
     problem TEXT,
     computed_by TEXT,
-    attempts INTEGER NOT NULL DEFAULT 0,  -- begun since a window was last finished
+    attempts INTEGER NOT NULL DEFAULT 0,  -- starts since the last finished window
     created REAL NOT NULL,
     started REAL,
     finished REAL,
     updated REAL NOT NULL,
-    age REAL NOT NULL DEFAULT 0,  -- seconds since it ended, as `sweep` counts them
-    caller TEXT NOT NULL DEFAULT '',  -- whose share it takes: the owner, or an address
-    bytes INTEGER NOT NULL DEFAULT 0,  -- of its files
+    age REAL NOT NULL DEFAULT 0,  -- seconds since the job ended, as `sweep` counts them
+    caller TEXT NOT NULL DEFAULT '',  -- counted for the quotas: the owner, or an address
+    bytes INTEGER NOT NULL DEFAULT 0,  -- size of the job's files
     UNIQUE (owner, idempotency_key)
 );
 CREATE INDEX by_status ON jobs (status);
@@ -157,30 +157,31 @@ WHERE number = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job's state when it was read. Times are seconds since 1970, by the clock at the time."""
+    """A job's state when it was read. Times are seconds since 1970 by the wall clock."""
 
     number: int
     """Position in the order of acceptance."""
     id: str
     owner: str
-    """The caller it belongs to; empty if no keys are set."""
+    """The caller that the job belongs to; empty if no API keys are set."""
     caller: str
-    """Whose share it takes: the owner; an address if no keys are set."""
+    """The caller whose share the job counts for: the owner, or an address without API keys."""
     fingerprint: str | None
-    """Fingerprint of the request, if it had an idempotency key."""
+    """Fingerprint of the request; None if the request had no idempotency key."""
     task: Task
     model: str
     """As `name@version`."""
     sha256: str
-    """Of the model's card."""
+    """The sha256 in the model's card, hexadecimal."""
     status: JobStatus
     progress: int
-    """Per cent, 0 to 100; never decreases."""
+    """Progress in per cent, 0 to 100; never decreases."""
     problem: Mapping[str, Any] | None
-    """Of a failed job: `code`, `detail`, `errors`."""
+    """`code`, `detail` and `errors` of a failed job; None otherwise."""
     computed_by: str | None
-    """Provider and variant that computed its finished windows."""
+    """Provider and variant that computed the finished windows; None before the first run."""
     attempts: int
+    """Number of starts since a window was last finished."""
     created: float
     started: float | None
     finished: float | None
@@ -188,21 +189,21 @@ class Job:
 
     @property
     def error(self) -> PIMCError:
-        """The error that a failed job ended with."""
-        said = self.problem or {}
-        return PIMCError.of_code(said["code"], said["detail"], said.get("errors", ()))
+        """The error of a failed job."""
+        problem = self.problem or {}
+        return PIMCError.of_code(problem["code"], problem["detail"], problem.get("errors", ()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """The share of one caller; None is no bound."""
+    """Quotas of one caller; None is unlimited."""
 
     jobs: int | None = None
-    """Jobs that wait or run."""
+    """Largest number of jobs that wait or run."""
     pixels: int | None = None
-    """Pixels, series and points per day."""
+    """Largest number of pixels, series and points per day (UTC)."""
     bytes: int | None = None
-    """Files of jobs."""
+    """Largest size of the files of all jobs."""
 
 
 UNBOUNDED = Share()
@@ -210,14 +211,14 @@ UNBOUNDED = Share()
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What one caller uses."""
+    """Current use of one caller's quotas."""
 
     jobs: int
-    """Jobs that wait or run."""
+    """Number of jobs that wait or run."""
     pixels: int
-    """Pixels, series and points of this day."""
+    """Number of pixels, series and points on this day (UTC)."""
     bytes: int
-    """Files of jobs."""
+    """Size of the files of all jobs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,11 +232,11 @@ class Idempotency:
 
 
 def fingerprint(request: TaskRequest, folder: Path) -> str:
-    """A hash of everything that a request states, the content of its files included.
+    """SHA-256 of a request's parameters and of the content of its uploaded files, hexadecimal.
 
     Args:
         request: the request.
-        folder: folder of its uploaded files; other files are identified by their path.
+        folder: folder of the uploaded files; the path identifies any other file.
     """
     document = request_document(request, folder)
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
@@ -247,10 +248,10 @@ def fingerprint(request: TaskRequest, folder: Path) -> str:
 
 
 class JobStore:
-    """The state directory. Thread-safe; one process at a time.
+    """The jobs in a state directory. Thread-safe; one process at a time uses a directory.
 
     Args:
-        folder: created if missing.
+        folder: the state directory; created if missing.
         ttl: seconds for which a finished job is kept.
         max_waiting: largest number of waiting jobs.
 
@@ -265,23 +266,23 @@ class JobStore:
         self.requests = folder / "requests"
         """Parent of the folders of single requests."""
         self._mutex = threading.Lock()
-        self._making = [threading.Lock() for _ in range(_LOCKS)]
-        with _usable(folder):
+        self._ready_locks = [threading.Lock() for _ in range(_LOCKS)]
+        with _translate_start_errors(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._held = lock(folder)
             try:
                 shutil.rmtree(self.requests, ignore_errors=True)
                 self.requests.mkdir()
                 self._jobs.mkdir(exist_ok=True)
-                self._db = _opened(folder / DATABASE)
+                self._db = _open_database(folder / DATABASE)
                 self._recover()
             except BaseException:
                 os.close(self._held)
                 raise
 
     def close(self) -> None:
-        """Release the directory."""
-        with self._alone():
+        """Close the database and unlock the directory."""
+        with self._exclusive():
             self._db.close()
             os.close(self._held)
 
@@ -299,45 +300,45 @@ class JobStore:
         share: Share = UNBOUNDED,
         pixels: int = 0,
     ) -> Job:
-        """Create a job from a plan; after the return no kill loses it.
+        """Create a job from a plan; once this returns, a kill does not lose the job.
 
         Args:
-            plan: checked against its files and model.
-            folder: of the request; files in it are moved into the job's folder.
-            owner: the caller it belongs to.
-            idempotency: None if every request is a new one.
-            upgrade: whether a later version of the model may run it.
-            caller: whose share it takes; None is the owner.
-            share: that share.
-            pixels: what it takes of that share.
+            plan: the request, checked against its files and its model.
+            folder: the request's folder; its files are moved into the job's folder.
+            owner: the caller that the job belongs to.
+            idempotency: identification of repeated requests; None if the request has no key.
+            upgrade: whether a later version of the model may run the job.
+            caller: the caller whose share the job counts for; None is the owner.
+            share: the caller's share.
+            pixels: pixels, series and points that the job counts for.
 
         Returns:
-            The new job, or the first request's if this repeats one.
+            The new job, or the existing job if this request repeats an earlier one.
 
         Raises:
-            Overloaded: too many jobs are waiting.
-            TooManyRequests: the share is used up.
-            InvalidRequest: the key was used with another request.
+            Overloaded: too many jobs are waiting, or another process holds the database.
+            TooManyRequests: the caller's share is used up.
+            InvalidRequest: the idempotency key was used with another request.
             InsufficientStorage: the disk is full.
         """
         name = str(uuid.uuid4())
-        # The model of the plan, even if another becomes the default.
+        # Store the plan's model: the default model may change before the job runs.
         document = request_document(plan.request, folder, model=plan.model.card.id)
         document[_UPGRADE] = upgrade
-        place = self._jobs / name
+        job_folder = self._jobs / name
         try:
             if isinstance(plan.request, RasterRequest):
-                take_over([f.path for f in plan.request.sources], folder, place / "input")
+                take_over([f.path for f in plan.request.sources], folder, job_folder / "input")
             else:
-                place.mkdir()
-            _write_request(place, json.dumps(document))
+                job_folder.mkdir()
+            _write_request(job_folder, json.dumps(document))
             sync_folder(self._jobs)
             now = time.time()
-            size = size_of(place)
-            whose = owner if caller is None else caller
+            size = size_of(job_folder)
+            charged = owner if caller is None else caller
             with self._transaction() as db:
-                self._check_room(db, whose, share, size)
-                _charge(db, whose, pixels, share)
+                self._check_room(db, charged, share, size)
+                _charge(db, charged, pixels, share)
                 db.execute(
                     "INSERT INTO jobs (id, owner, caller, bytes, idempotency_key, fingerprint, "
                     "task, model, sha256, created, updated) "
@@ -345,7 +346,7 @@ class JobStore:
                     (
                         name,
                         owner,
-                        whose,
+                        charged,
                         size,
                         idempotency.key if idempotency else None,
                         idempotency.fingerprint if idempotency else None,
@@ -357,9 +358,9 @@ class JobStore:
                     ),
                 )
         except BaseException as error:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(job_folder, ignore_errors=True)
             if isinstance(error, sqlite3.IntegrityError) and idempotency:
-                # The same request arrived twice at once, and the other was first.
+                # Two equal requests arrived at once, and the other one was stored first.
                 first = self.repeated(owner, idempotency)
                 if first:
                     return first
@@ -367,12 +368,16 @@ class JobStore:
         return self.find(owner, name)
 
     def repeated(self, owner: str, idempotency: Idempotency) -> Job | None:
-        """The job that an earlier request with this key made.
+        """The job that an earlier request with the same idempotency key made; None if none did.
+
+        Args:
+            owner: the caller.
+            idempotency: the key, and the fingerprint of the request.
 
         Raises:
-            InvalidRequest: that was another request.
+            InvalidRequest: the earlier request has another fingerprint.
         """
-        job = self._one(_BY_KEY, owner, idempotency.key)
+        job = self._first_job(_BY_KEY, owner, idempotency.key)
         if job and job.fingerprint != idempotency.fingerprint:
             raise InvalidRequest.of(
                 "Idempotency-Key",
@@ -387,17 +392,17 @@ class JobStore:
         """Check that one more job may wait, unless the request is a repeat.
 
         Args:
-            owner: the caller it would belong to.
-            key: of a request that may be a repeat, whose job exists already.
-            caller: whose share it would take; None is the owner.
-            share: that share.
+            owner: the caller that the job would belong to.
+            key: the request's idempotency key; a repeated request has a job already.
+            caller: the caller whose share the job would count for; None is the owner.
+            share: the caller's share.
 
         Raises:
-            Overloaded: too many jobs are waiting.
-            TooManyRequests: the share is used up.
+            Overloaded: too many jobs are waiting, or another process holds the database.
+            TooManyRequests: the caller's share is used up.
         """
-        if key is None or self._one(_BY_KEY, owner, key) is None:
-            with self._alone(), _stored():
+        if key is None or self._first_job(_BY_KEY, owner, key) is None:
+            with self._exclusive(), _translate_errors():
                 self._check_room(self._db, owner if caller is None else caller, share, 0)
 
     def _check_room(self, db: sqlite3.Connection, caller: str, share: Share, size: int) -> None:
@@ -415,8 +420,9 @@ class JobStore:
         used = _usage(db, caller)
         if share.jobs is not None and used.jobs >= share.jobs:
             raise TooManyRequests(
-                f"{used.jobs} jobs of this caller wait or run, at most {share.jobs} are allowed "
-                "(PIMC_MAX_JOBS_PER_CALLER); nothing was started",
+                f"{used.jobs} jobs of this caller wait or run, and at most {share.jobs} are "
+                "allowed (PIMC_MAX_JOBS_PER_CALLER): wait until one finishes, or dismiss one; "
+                "nothing was started",
                 policy=JOBS,
             )
         if share.bytes is not None and used.bytes + size >= share.bytes:
@@ -432,20 +438,20 @@ class JobStore:
             )
 
     def usage(self, caller: str) -> Usage:
-        """What a caller uses."""
-        with self._alone(), _stored():
+        """Current use of a caller's quotas."""
+        with self._exclusive(), _translate_errors():
             return _usage(self._db, caller)
 
     def charge(self, caller: str, pixels: int, share: Share) -> None:
-        """Count pixels of a request that begins.
+        """Count the pixels of a request for its caller's quota of the day.
 
         Args:
-            caller: whose share they take.
-            pixels: of the request; negative to give back.
-            share: that share.
+            caller: the caller.
+            pixels: pixels, series and points of the request; negative if it was not run after all.
+            share: the caller's share.
 
         Raises:
-            TooManyRequests: they exceed the day's share; then they are not counted.
+            TooManyRequests: the request exceeds the quota of the day; its pixels are not counted.
         """
         if share.pixels is not None:
             with self._transaction() as db:
@@ -457,9 +463,12 @@ class JobStore:
         Raises:
             UnknownJob: the job does not exist or belongs to another caller.
         """
-        job = self._one("SELECT * FROM jobs WHERE owner = ? AND id = ?", owner, name)
+        job = self._first_job("SELECT * FROM jobs WHERE owner = ? AND id = ?", owner, name)
         if job is None:
-            raise UnknownJob(f"there is no job '{name[:64]}'")
+            raise UnknownJob(
+                f"there is no job '{name[:64]}' of this caller: check the id and the API key "
+                "(finished jobs expire; GET /jobs lists those that are kept)"
+            )
         return job
 
     def latest(self, owner: str, limit: int, *, before: str | None = None) -> list[Job]:
@@ -467,14 +476,15 @@ class JobStore:
 
         Args:
             owner: the caller.
-            limit: largest number of jobs.
-            before: only jobs accepted before the one of this id; None starts at the newest.
+            limit: largest number of jobs to return.
+            before: id of a job; only jobs accepted before it are returned. None starts at the
+                newest job.
 
         Raises:
             UnknownJob: `before` is not the id of a job of the caller.
         """
         number = 2**63 - 1 if before is None else self.find(owner, before).number
-        with self._alone(), _stored():
+        with self._exclusive(), _translate_errors():
             rows = self._db.execute(
                 "SELECT * FROM jobs WHERE owner = ? AND number < ? ORDER BY number DESC LIMIT ?",
                 (owner, number, limit),
@@ -482,7 +492,14 @@ class JobStore:
         return [_job(row) for row in rows]
 
     def dismiss(self, owner: str, name: str) -> Job:
-        """Dismiss a job in any status; the caller must cancel its run.
+        """Dismiss a job in any status; `JobRunner.dismiss` also cancels its run.
+
+        Args:
+            owner: the caller that the job belongs to.
+            name: the job's id.
+
+        Returns:
+            The dismissed job.
 
         Raises:
             UnknownJob: the job does not exist or belongs to another caller.
@@ -496,28 +513,28 @@ class JobStore:
                 (now, now, job.number),
             )
             db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
-        if job.status != "running":  # else its run removes them when it ends
+        if job.status != "running":  # a running job's files are removed when its run ends
             self.remove(job)
         return self.find(owner, name)
 
     def counts(self) -> dict[str, int]:
         """Number of jobs by status."""
-        with self._alone(), _stored():
+        with self._exclusive(), _translate_errors():
             rows = self._db.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall()
         return {**dict.fromkeys(STATUSES, 0), **dict(rows)}
 
     def oldest(self) -> float | None:
-        """When the job that has waited longest was accepted, seconds since 1970; None if none."""
-        with self._alone(), _stored():
+        """Time of acceptance of the job that has waited longest, seconds since 1970, or None."""
+        with self._exclusive(), _translate_errors():
             (created,) = self._db.execute(
                 "SELECT min(created) FROM jobs WHERE status = 'accepted'"
             ).fetchone()
         return None if created is None else float(created)
 
     def fault(self) -> str | None:
-        """Why the store cannot be used; None if it can. Waits for whoever uses it."""
+        """The reason why the store cannot be used; None if it works. Waits while it is locked."""
         try:
-            with self._transaction() as db:  # as an acceptance does, but nothing is written
+            with self._transaction() as db:  # a transaction as in `accept`, but nothing is written
                 db.execute("SELECT id FROM jobs LIMIT 1").fetchone()
         except (sqlite3.Error, PIMCError) as error:
             return f"the job store cannot be used: {error}"
@@ -544,53 +561,56 @@ class JobStore:
             ResultNotReady: the job has no result, or it was removed.
         """
         if job.status != "successful":
-            raise ResultNotReady(f"job {job.id} has no result: {job.status}, at {job.progress} %")
-        place = self.folder(job) / "result"
+            raise ResultNotReady(
+                f"job {job.id} has no result: its status is '{job.status}', its progress "
+                f"{job.progress} %; the result exists once the status is 'successful'"
+            )
+        folder = self.folder(job) / "result"
         try:
-            head = json.loads((place / _RESULT).read_text("utf-8"))
+            head = json.loads((folder / _RESULT).read_text("utf-8"))
             if "document" in head:
-                with self._making_for(job.id):
-                    head = _move_document(place)
+                with self._ready_lock(job.id):
+                    head = _split_result(folder)
         except FileNotFoundError as error:
             raise removed(job) from error
-        return stored_result(head, place, place / _DOCUMENT)
+        return stored_result(head, folder, folder / _DOCUMENT)
 
     def ready(self, job: Job, name: str, make: Callable[[Path], object]) -> Path:
-        """A file made of a result, made once for all who ask for it.
+        """A file derived from a result, made at the first request and kept for later ones.
 
         Args:
-            job: successful.
-            name: of the file.
-            make: writes it; called with the path to write.
+            job: a successful job.
+            name: name of the file.
+            make: writes the file to the path that it receives.
 
         Returns:
-            Its path.
+            Path of the file.
 
         Raises:
             ResultNotReady: the result was removed.
         """
-        place = self.folder(job) / _READY
-        path, half = place / name, place / f"half-{name}"
-        with self._making_for(job.id):
+        folder = self.folder(job) / _READY
+        path, unfinished = folder / name, folder / f"half-{name}"
+        with self._ready_lock(job.id):
             if not path.exists():
                 try:
-                    place.mkdir(exist_ok=True)
-                    make(half)
-                    half.rename(path)
+                    folder.mkdir(exist_ok=True)
+                    make(unfinished)
+                    unfinished.rename(path)
                 except FileNotFoundError as error:
                     raise removed(job) from error
                 finally:
-                    half.unlink(missing_ok=True)
+                    unfinished.unlink(missing_ok=True)
         return path
 
-    def _making_for(self, name: str) -> threading.Lock:
-        """The lock of a job's derived files; their making and their removal exclude each other."""
-        return self._making[hash(name) % _LOCKS]
+    def _ready_lock(self, name: str) -> threading.Lock:
+        """The lock under which files derived from a job's result are made and removed."""
+        return self._ready_locks[hash(name) % _LOCKS]
 
     def adopt(self, names: Mapping[str, str]) -> None:
-        """Give the jobs of former owners to new ones.
+        """Move the jobs of former owners to new owners.
 
-        If both used one idempotency key, the new owner's job keeps it.
+        If both owners used the same idempotency key, the new owner's job keeps it.
 
         Args:
             names: new owner by former owner.
@@ -618,10 +638,11 @@ class JobStore:
         return self._jobs / job.id
 
     def take(self) -> Job | None:
-        """Start the next waiting job; None if none waits.
+        """Start the next waiting job; None if no job waits.
 
-        The next is the first of the caller with the fewest running jobs; callers with equally many
-        take turns, so that one with a hundred jobs does not make another wait for all of them.
+        The next job is the oldest one of the caller with the fewest running jobs. Callers with
+        equally many running jobs take turns, so that a caller with a hundred jobs delays another
+        caller by one job.
         """
         now = time.time()
         with self._transaction() as db:
@@ -644,12 +665,12 @@ class JobStore:
             )
 
     def publish(self, job: Job, work: Path, result: Result) -> None:
-        """Publish a finished run's files as the result: synced to disk, then renamed.
+        """Publish a finished run's files as the job's result: sync them to disk, then rename.
 
         Args:
-            job: running.
-            work: the folder that holds exactly its files.
-            result: of the run.
+            job: a running job.
+            work: folder that holds the files of the result and nothing else.
+            result: result of the run.
         """
         (work / _DOCUMENT).write_bytes(document_bytes(result.document))
         (work / _RESULT).write_text(json.dumps(result_head(result)), encoding="utf-8")
@@ -665,17 +686,20 @@ class JobStore:
         self._end(job, "successful", progress=100, size=size_of(self.folder(job)))
 
     def may_upgrade(self, job: Job) -> bool:
-        """Whether the owner lets a later version of the model run the job."""
+        """Whether the owner allows a later version of the model to run the job."""
         document = json.loads((self.folder(job) / REQUEST).read_text("utf-8"))
         return bool(document.get(_UPGRADE))
 
     def change_model(self, job: Job, model: str, sha256: str) -> Job:
-        """Let another model run a running job, from its first window.
+        """Change the model of a running job and discard its finished windows.
 
         Args:
-            job: running.
-            model: as `name@version`.
-            sha256: of its card.
+            job: a running job.
+            model: the new model, as `name@version`.
+            sha256: the sha256 in the new model's card, hexadecimal.
+
+        Returns:
+            The job with the new model.
         """
         with self._transaction() as db:
             db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
@@ -689,9 +713,9 @@ class JobStore:
         """Mark a running job as failed.
 
         Args:
-            job: running.
-            error: its cause.
-            free_key: whether a request with its idempotency key may make a new job.
+            job: a running job.
+            error: the error that ended it.
+            free_key: whether a request with the job's idempotency key may make a new job.
         """
         if free_key:
             with self._transaction() as db:
@@ -724,12 +748,12 @@ class JobStore:
 
     def clear(self, job: Job) -> None:
         """Remove the files of a job that ended without a result."""
-        current = self._one("SELECT * FROM jobs WHERE number = ?", job.number)
+        current = self._first_job("SELECT * FROM jobs WHERE number = ?", job.number)
         if current is None or current.status in {"failed", "dismissed"}:
             self.remove(job)
 
     def make_room(self, job: Job) -> None:
-        """Remove files that a run can make again."""
+        """Free disk space: remove the files that a new run of the job would make again."""
         remove(self.folder(job) / "work")
         remove(self.folder(job) / "windows")
 
@@ -738,11 +762,16 @@ class JobStore:
         self._remove(job.id)
 
     def _remove(self, name: str) -> None:
-        with self._making_for(name):
+        with self._ready_lock(name):
             remove(self._jobs / name)
 
     def begin(self, job: Job, computed_by: str) -> None:
-        """Discard windows of another device or precision, so that no result mixes two."""
+        """Begin a run; discard windows that another device or precision computed.
+
+        Args:
+            job: a running job.
+            computed_by: provider and variant of this run; one result never mixes two.
+        """
         if job.computed_by == computed_by:
             return
         with self._transaction() as db:
@@ -752,18 +781,18 @@ class JobStore:
             )
 
     def window(self, job: Job, step: Step) -> tuple[int, int] | None:
-        """Offset and length of a finished window's bytes; None if it is not finished."""
-        with self._alone(), _stored():
+        """Offset and length of a finished window's bytes; None if the window is not finished."""
+        with self._exclusive(), _translate_errors():
             row = self._db.execute(
                 "SELECT offset, length FROM windows "
                 "WHERE job = ? AND stage = ? AND number = ? AND place = ?",
-                (job.number, step.stage, step.number, _place(step)),
+                (job.number, step.stage, step.number, _window_key(step)),
             ).fetchone()
         return row or None
 
     def end_of_windows(self, job: Job) -> int:
         """End offset of the finished windows' bytes."""
-        with self._alone(), _stored():
+        with self._exclusive(), _translate_errors():
             (end,) = self._db.execute(
                 "SELECT coalesce(max(offset + length), 0) FROM windows WHERE job = ?", (job.number,)
             ).fetchone()
@@ -772,11 +801,19 @@ class JobStore:
     def count_window(
         self, job: Job, step: Step, *, offset: int, length: int, progress: int
     ) -> None:
-        """Mark a window as finished: its bytes are on disk."""
+        """Mark a window as finished, after its bytes were synced to disk.
+
+        Args:
+            job: a running job.
+            step: the window's step.
+            offset: position of the window's bytes in the journal.
+            length: number of bytes.
+            progress: progress of the job, per cent.
+        """
         with self._transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO windows VALUES (?, ?, ?, ?, ?, ?)",
-                (job.number, step.stage, step.number, _place(step), offset, length),
+                (job.number, step.stage, step.number, _window_key(step), offset, length),
             )
             db.execute(
                 "UPDATE jobs SET progress = max(progress, ?), attempts = 0, updated = ? "
@@ -789,10 +826,11 @@ class JobStore:
     def sweep(self, seconds: float) -> None:
         """Remove expired jobs.
 
-        Their age is counted, not read from the clock, so that a clock that jumps removes nothing.
+        The store adds up each job's age instead of reading the wall clock, so that a change of the
+        clock removes no job.
 
         Args:
-            seconds: since the last sweep, by a clock that does not jump.
+            seconds: seconds since the last sweep, by a monotonic clock.
         """
         with self._transaction() as db:
             db.execute(
@@ -800,43 +838,43 @@ class JobStore:
                 (seconds,),
             )
             old = db.execute("DELETE FROM jobs WHERE age >= ? RETURNING id", (self._ttl,))
-            names = [name for (name,) in old.fetchall()]
+            ids = [job_id for (job_id,) in old.fetchall()]
             db.execute("DELETE FROM turns WHERE caller NOT IN (SELECT caller FROM jobs)")
             db.execute("DELETE FROM usage WHERE day < ?", (_today(),))
             db.execute("UPDATE clock SET seen = ?", (time.time(),))
-        for name in names:
-            self._remove(name)
+        for job_id in ids:
+            self._remove(job_id)
 
     def _recover(self) -> None:
-        """Recover the state that the last service left, however it ended."""
-        # Files first: if the disk is full, this may free it.
+        """Remove the leftovers of the last service and put its running jobs back."""
+        # Files come first: removing them may free a full disk.
         kept = dict(self._db.execute("SELECT id, status FROM jobs").fetchall())
-        for place in self._jobs.iterdir():
-            status = kept.get(place.name)
+        for job_folder in self._jobs.iterdir():
+            status = kept.get(job_folder.name)
             if status in {None, "failed", "dismissed"}:
-                remove(place)
+                remove(job_folder)
             elif status == "successful":
-                keep_only(place, "result", REQUEST)
+                keep_only(job_folder, "result", REQUEST)
         with self._transaction() as db:
             db.execute("UPDATE jobs SET status = 'accepted' WHERE status = 'running'")
             (seen,) = db.execute("SELECT seen FROM clock").fetchone()
-        # The length of a stop is known only from the wall clock, which may have jumped: a stop ages
-        # a result by at most half of its lifetime.
+        # Only the wall clock measures how long the service was stopped, and it may have been
+        # changed. So one stop adds at most half of a job's lifetime to its age.
         self.sweep(min(max(0.0, time.time() - seen), self._ttl / 2))
 
     # SQLite --------------------------------------------------------------------------------
 
-    def _one(self, query: str, *values: object) -> Job | None:
-        with self._alone(), _stored():
+    def _first_job(self, query: str, *values: object) -> Job | None:
+        with self._exclusive(), _translate_errors():
             row = self._db.execute(query, values).fetchone()
         return _job(row) if row else None
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """The connection, for one thread at a time.
+    def _exclusive(self) -> Iterator[None]:
+        """Exclusive use of the connection by one thread.
 
         Raises:
-            Overloaded: other threads hold it, mostly because another process holds the database.
+            Overloaded: other threads use it, mostly because another process holds the database.
         """
         if not self._mutex.acquire(timeout=2 * _BUSY_SECONDS):
             raise _in_use()
@@ -847,20 +885,20 @@ class JobStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: all of it on disk, or nothing."""
-        with self._alone(), _stored():
+        """A transaction, which is committed to disk completely or not at all."""
+        with self._exclusive(), _translate_errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
                 self._db.execute("COMMIT")
             except BaseException:
-                with suppress(sqlite3.Error):  # a full disk has rolled it back already
+                with suppress(sqlite3.Error):  # SQLite itself rolls back on a full disk
                     self._db.execute("ROLLBACK")
                 raise
 
 
 @contextmanager
-def _usable(folder: Path) -> Iterator[None]:
+def _translate_start_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -872,40 +910,42 @@ def _usable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _opened(path: Path) -> sqlite3.Connection:
+def _open_database(path: Path) -> sqlite3.Connection:
     """Open the database and check its schema version."""
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS)
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA journal_mode = WAL")
-    # A row is a promise to a client.
+    # Commits must survive a power failure: the client has received the id of its job.
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
     db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version not in range(SCHEMA_VERSION + 1):
         raise sqlite3.DatabaseError(
-            f"its schema has version {version}, but this service needs version {SCHEMA_VERSION}"
+            f"its schema has version {version}, but this release reads versions up to "
+            f"{SCHEMA_VERSION}; use the release that wrote it, or another directory"
         )
     if version == 0:
         db.executescript(_SCHEMA)
         return db
     if version < 2:
-        _move_documents(db, path.parent / "jobs")
+        _upgrade_from_1(db, path.parent / "jobs")
     if version < 3:
-        _add_shares(db, path.parent / "jobs")
+        _upgrade_from_2(db, path.parent / "jobs")
     return db
 
 
-def _move_documents(db: sqlite3.Connection, jobs: Path) -> None:
-    """Upgrade from schema 1, which kept requests in the database: each becomes a file.
+def _upgrade_from_1(db: sqlite3.Connection, jobs: Path) -> None:
+    """Upgrade from schema 1, which kept requests in the database: write each to a file.
 
-    Files come first, so that a kill in between costs nothing but doing it again.
+    Files are written before the schema changes, so that the next start repeats the upgrade after a
+    kill.
     """
     kept = "SELECT id, document FROM jobs WHERE status IN ('accepted', 'running', 'successful')"
     for name, document in db.execute(kept):
-        place = jobs / name
-        if place.is_dir():
-            _write_request(place, document)
+        folder = jobs / name
+        if folder.is_dir():
+            _write_request(folder, document)
     db.executescript(
         "BEGIN; ALTER TABLE jobs DROP COLUMN document; "
         "CREATE INDEX by_owner ON jobs (owner, number); PRAGMA user_version = 2; COMMIT; VACUUM;"
@@ -914,34 +954,37 @@ def _move_documents(db: sqlite3.Connection, jobs: Path) -> None:
 
 
 def removed(job: Job) -> ResultNotReady:
-    """The error of a result whose files are gone."""
-    return ResultNotReady(f"the result of job {job.id} has been removed")
+    """The error for a result whose files have been removed."""
+    return ResultNotReady(
+        f"the result of job {job.id} has been removed: the job was dismissed or has expired; send "
+        "the request again"
+    )
 
 
-def _move_document(place: Path) -> Any:  # noqa: ANN401 - JSON
-    """Split a result of the release before, which held the document with all else.
+def _split_result(folder: Path) -> Any:  # noqa: ANN401 - JSON
+    """Split a result of an earlier release, which kept description and document in one file.
 
     Returns:
-        Its head.
+        The description.
     """
-    head = json.loads((place / _RESULT).read_text("utf-8"))
-    if "document" in head:  # else another reader was first
+    head = json.loads((folder / _RESULT).read_text("utf-8"))
+    if "document" in head:  # another reader may have split it meanwhile
         for name, content in (
             (_DOCUMENT, document_bytes(head.pop("document"))),
             (_RESULT, json.dumps(head).encode()),
         ):
-            half = place / f"half-{name}"
-            half.write_bytes(content)
-            sync_file(half)
-            half.rename(place / name)
-        sync_folder(place)
+            unfinished = folder / f"half-{name}"
+            unfinished.write_bytes(content)
+            sync_file(unfinished)
+            unfinished.rename(folder / name)
+        sync_folder(folder)
     return head
 
 
-def _add_shares(db: sqlite3.Connection, jobs: Path) -> None:
-    """Upgrade from schema 2, which did not count what callers use."""
-    names = [name for (name,) in db.execute("SELECT id FROM jobs").fetchall()]
-    sizes = [(size_of(jobs / name), name) for name in names]
+def _upgrade_from_2(db: sqlite3.Connection, jobs: Path) -> None:
+    """Upgrade from schema 2, which did not count the callers' use of their quotas."""
+    ids = [job_id for (job_id,) in db.execute("SELECT id FROM jobs").fetchall()]
+    sizes = [(size_of(jobs / job_id), job_id) for job_id in ids]
     db.execute("BEGIN IMMEDIATE")
     for statement in _SHARES.split(";"):
         db.execute(statement)
@@ -968,8 +1011,9 @@ def _charge(db: sqlite3.Connection, caller: str, pixels: int, share: Share) -> N
     used = _usage(db, caller).pixels
     if used + pixels > share.pixels:
         raise TooManyRequests(
-            f"this caller has used {used} of {share.pixels} pixels of this day (UTC; "
-            f"PIMC_MAX_PIXELS_PER_DAY), and the request has {pixels}; nothing was started",
+            f"this caller has used {used} of its {share.pixels} pixels of this day (UTC; "
+            f"PIMC_MAX_PIXELS_PER_DAY), and the request has {pixels} pixels: send a smaller area, "
+            "or wait until the next day; nothing was started",
             policy=PIXELS,
             retry_after=seconds_of_day_left(),
         )
@@ -997,8 +1041,8 @@ def _write_request(folder: Path, document: str) -> None:
 
 
 @contextmanager
-def _stored() -> Iterator[None]:
-    """Translate SQLite's errors of a full disk and of a database that is in use.
+def _translate_errors() -> Iterator[None]:
+    """Translate SQLite's errors for a full disk and for a database that is in use.
 
     Raises:
         InsufficientStorage: the disk is full or failing.
@@ -1016,14 +1060,16 @@ def _stored() -> Iterator[None]:
                 raise busy from error
         if code in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
             raise InsufficientStorage(
-                "the job cannot be stored: the server's disk is full or failing"
+                "the job store cannot be written (PIMC_STATE_DIR): the server's disk is full or "
+                "failing; the administrator must free space"
             ) from error
         raise
 
 
 def _in_use() -> Overloaded:
     return Overloaded(
-        f"the job store was in use by another process for {_BUSY_SECONDS:g} s (jobs.sqlite)",
+        f"the job store ({DATABASE}) has been in use by another process for more than "
+        f"{_BUSY_SECONDS:g} s; retry later",
         retry_after=10,
     )
 
@@ -1034,6 +1080,6 @@ def _job(row: sqlite3.Row) -> Job:
     return replace(job, problem=json.loads(problem)) if problem else job
 
 
-def _place(step: Step) -> str:
+def _window_key(step: Step) -> str:
     window = step.window
     return f"{window.col_off},{window.row_off},{window.width},{window.height}"

@@ -20,9 +20,9 @@ class WindowFile:
     A context manager that closes the file.
 
     Args:
-        store: of the job.
-        job: running.
-        progress: the percentage done.
+        store: store that holds the job.
+        job: a running job.
+        progress: returns the share of the job that is done, per cent.
     """
 
     def __init__(self, store: JobStore, job: Job, progress: Callable[[], int]) -> None:
@@ -42,13 +42,13 @@ class WindowFile:
         os.close(self._file)
 
     def load(self, step: Step) -> Arrays | None:
-        """See `Journal`; None also for corrupted bytes."""
+        """See `Journal`; also returns None if the stored bytes are corrupted."""
         found = self._store.window(self._job, step)
         if found is None:
             return None
         offset, length = found
         try:
-            # The archive holds a checksum of each array.
+            # NumPy's archive is a zip, which holds a checksum of each array.
             with np.load(io.BytesIO(os.pread(self._file, length, offset))) as archive:
                 return dict(archive)
         except (ValueError, EOFError, OSError, zipfile.BadZipFile):
