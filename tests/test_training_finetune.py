@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import shlex
 import shutil
@@ -98,12 +99,16 @@ def finished_data(folder: Path) -> Path:
 
 
 class Interrupted(PixelClassification):
-    """A task that dies as its second epoch begins."""
+    """A task that dies in its second epoch, after some steps."""
+
+    after = 0
 
     def batches(self, epoch: int, rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, ...]]:
-        if epoch == 1:
-            raise InterruptedError
-        return super().batches(epoch, rng)
+        if epoch != 1:
+            yield from super().batches(epoch, rng)
+            return
+        yield from itertools.islice(super().batches(epoch, rng), self.after)
+        raise InterruptedError
 
 
 class TestFinetune:
@@ -113,23 +118,38 @@ class TestFinetune:
         assert len(losses) == 3
         assert losses[-1] < losses[0]
 
+    @pytest.mark.parametrize("after", [0, 2])
     def test_a_killed_run_resumes_to_the_same_weights(
-        self, data: Path, finished: Path, tmp_path: Path
+        self,
+        data: Path,
+        finished: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        after: int,
     ) -> None:
+        monkeypatch.setattr("training.finetune.KEEP_SECONDS", 0.0)
         run = tiny_run(data)
         how = run.config.optimisation
         cpu = torch.device("cpu")
-        for task in (Interrupted(run.config, data), PixelClassification(run.config, data)):
+        dying = Interrupted(run.config, data)
+        dying.after = after
+        assert dying.steps > 2
+        for task in (dying, PixelClassification(run.config, data)):
             torch.manual_seed(how.seed)
             try:
                 graph = fit(task, task.graph(), how, tmp_path, cpu)
             except InterruptedError:
                 kept = torch.load(tmp_path / CHECKPOINT, weights_only=True)
-                assert kept["epoch"] == 1
+                assert (kept["epoch"], kept["step"]) == (1, after)
         want = torch.load(finished / "weights.pt", weights_only=True)
         for name, weights in graph.state_dict().items():
             if name != "head.temperature":  # fitted after the last epoch
                 torch.testing.assert_close(weights, want[name], msg=name)
+        losses = [
+            [row["loss"] for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
+            for folder in (tmp_path, finished)
+        ]
+        assert losses[0] == losses[1]
 
     def test_another_configuration_is_rejected_in_the_same_folder(
         self, data: Path, finished: Path

@@ -3,9 +3,9 @@
 task (data -> batches -> loss) -> fit (optimise, average, checkpoint) -> finish (calibrate, score)
 
 A task gives the graph, the batches, the loss and the scores; the loop is the same for all tasks, on
-CPU and GPU. A killed run resumes: every epoch writes a checkpoint, and the random numbers of an
-epoch depend only on the seed and the epoch's number. A run under the protocol `linear` or `knn`
-trains no encoder: see `training.probe`.
+CPU and GPU. A killed run resumes to the same weights: a checkpoint is written after every epoch and
+every two minutes within one, and the random numbers of an epoch depend only on the seed and the
+epoch's number. A run under the protocol `linear` or `knn` trains no encoder: see `training.probe`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ WEIGHTS = "weights.pt"
 METRICS = "metrics.json"
 RUN = "run.json"
 LOG = "log.csv"
+KEEP_SECONDS = 120.0
+"""Training time between two checkpoints within an epoch: the most that a killed run repeats."""
 # The task of each kind of configuration.
 _TASKS: Mapping[str, Callable[[Any], Task[Any]]] = {
     "classify": lambda run: PixelClassification(
@@ -91,6 +93,24 @@ class Finished:
     """With the averaged weights, in evaluation mode, on the CPU; None for nearest neighbours."""
     scores: Mapping[str, Any]
     folder: Path
+
+
+@dataclass(kw_only=True)
+class _Reached:
+    """How far a run has come, as its checkpoint states."""
+
+    epoch: int = 0
+    """Finished epochs."""
+    step: int = 0
+    """Finished steps of the next epoch."""
+    loss: float = 0.0
+    """Sum of the losses of these steps."""
+    random: tuple[Tensor, ...] = ()
+    """States of torch's generators after these steps: of the CPU and, on a GPU, of the GPU."""
+    seconds: float = 0.0
+    """Training time so far, of all calls."""
+    best: dict[str, Any] | None = None
+    """Score, epoch and weights of the best epoch, if training may stop early."""
 
 
 def task_of(run: Run) -> Task[Any]:
@@ -225,24 +245,25 @@ def fit(
         pct_start=how.warm_up,
     )
     state = {"graph": graph, "average": average, "optimizer": optimizer, "schedule": schedule}
-    first, spent, best = _resume(state, folder)
+    reached = _resume(state, folder)
     last = min(how.stop or how.epochs, how.epochs)
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as progress:
-        bar = progress.add_task(folder.name, total=last, completed=first)
-        for epoch in range(first, last):
-            if best and how.patience and epoch - best["epoch"] >= how.patience:
+        bar = progress.add_task(folder.name, total=last, completed=reached.epoch)
+        while reached.epoch < last:
+            best = reached.best
+            if best and how.patience and reached.epoch - best["epoch"] >= how.patience:
                 log.info("%s: stopped early; best epoch %d", folder.name, best["epoch"])
                 break
-            started = time.monotonic()
-            loss = _epoch(task, state, how, epoch, device)
-            row = {"epoch": epoch + 1, "loss": round(loss, 5)}
+            loss = _epoch(task, state, how, reached, folder, device)
+            row = {"epoch": reached.epoch, "loss": round(loss, 5)}
             if how.patience:
-                best, row["score"] = _better(best, task, average.module, epoch + 1)
-            spent += time.monotonic() - started
-            _keep(state, folder, epoch + 1, spent, best)
-            _log(folder, {**row, "seconds": round(spent, 1)})
+                started = time.monotonic()
+                reached.best, row["score"] = _better(best, task, average.module, reached.epoch)
+                reached.seconds += time.monotonic() - started
+            _keep(state, folder, reached)
+            _log(folder, {**row, "seconds": round(reached.seconds, 1)})
             progress.update(bar, advance=1, description=f"{folder.name} loss {loss:.4f}")
-    graph.load_state_dict(best["weights"] if best else average.module.state_dict())
+    graph.load_state_dict(reached.best["weights"] if reached.best else average.module.state_dict())
     if how.statistics:
         measure_statistics(task, graph, how, device)
     return graph.cpu().eval()
@@ -296,17 +317,26 @@ def _better(
 
 
 def _epoch(
-    task: Task[Any], state: Mapping[str, Any], how: Optimisation, epoch: int, device: torch.device
+    task: Task[Any],
+    state: Mapping[str, Any],
+    how: Optimisation,
+    reached: _Reached,
+    folder: Path,
+    device: torch.device,
 ) -> float:
-    """One pass over the task's batches; the mean loss."""
+    """The rest of a pass over the task's batches; the mean loss of the whole pass."""
     graph: Graph = state["graph"]
     graph.train()
     # A function of the seed and the epoch only, so that a resumed run draws the same batches.
-    torch.manual_seed(how.seed * 100_003 + epoch)
-    rng = np.random.default_rng((how.seed, epoch))
+    torch.manual_seed(how.seed * 100_003 + reached.epoch)
+    batches = task.batches(reached.epoch, np.random.default_rng((how.seed, reached.epoch)))
+    if reached.step:
+        # The finished batches are drawn again, because later ones depend on them.
+        next(itertools.islice(batches, reached.step, reached.step), None)
+        _set_random_states(reached.random, device)
     mixed = how.bfloat16 or device.type == "cuda"
-    total = 0.0
-    for batch in task.batches(epoch, rng):
+    kept = counted = time.monotonic()
+    for batch in batches:
         moved = tuple(part.to(device, non_blocking=True) for part in batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             loss = task.loss(graph, moved)
@@ -316,8 +346,30 @@ def _epoch(
         state["optimizer"].step()
         state["schedule"].step()
         state["average"].update_parameters(graph)
-        total += loss.item()
-    return total / task.steps
+        reached.step += 1
+        reached.loss += loss.item()
+        now = time.monotonic()
+        reached.seconds += now - counted
+        counted = now
+        if now - kept >= KEEP_SECONDS:
+            reached.random = _random_states(device)
+            _keep(state, folder, reached)
+            kept = now
+    mean = reached.loss / task.steps
+    reached.epoch, reached.step, reached.loss, reached.random = reached.epoch + 1, 0, 0.0, ()
+    return mean
+
+
+def _random_states(device: torch.device) -> tuple[Tensor, ...]:
+    """States of torch's generators: of the CPU and, if it is another device, of the device."""
+    cpu = torch.get_rng_state()
+    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+
+
+def _set_random_states(states: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def load_encoder(graph: Graph, checkpoint: Path) -> None:
@@ -476,30 +528,26 @@ def _same_run(run: Run, folder: Path) -> None:
         )
 
 
-def _resume(state: Mapping[str, Any], folder: Path) -> tuple[int, float, dict[str, Any] | None]:
-    """Load the checkpoint, if there is one; epochs done, seconds spent and the best weights."""
+def _resume(state: Mapping[str, Any], folder: Path) -> _Reached:
+    """Load the checkpoint, if there is one."""
     path = folder / CHECKPOINT
     if not path.exists():
-        return 0, 0.0, None
+        return _Reached()
     stored = torch.load(path, map_location="cpu", weights_only=True)
     for name, part in state.items():
-        part.load_state_dict(stored[name])
-    log.info("%s: resuming after epoch %d", folder.name, stored["epoch"])
-    return stored["epoch"], stored["seconds"], stored.get("best")
+        part.load_state_dict(stored.pop(name))
+    # Checkpoints of earlier versions were written after epochs only and hold fewer fields.
+    reached = _Reached(**stored)
+    log.info("%s: resuming after epoch %d, step %d", folder.name, reached.epoch, reached.step)
+    return reached
 
 
-def _keep(
-    state: Mapping[str, Any],
-    folder: Path,
-    epoch: int,
-    seconds: float,
-    best: Mapping[str, Any] | None,
-) -> None:
+def _keep(state: Mapping[str, Any], folder: Path, reached: _Reached) -> None:
+    """Write a checkpoint."""
     stored: dict[str, Any] = {name: part.state_dict() for name, part in state.items()}
     path = folder / CHECKPOINT
     # Written to another file and renamed: a kill leaves the last complete one.
-    stored |= {"epoch": epoch, "seconds": seconds, "best": best}
-    torch.save(stored, path.with_suffix(".new"))
+    torch.save(stored | vars(reached), path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
 
 
