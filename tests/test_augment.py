@@ -11,6 +11,7 @@ from training.augment import (
     NO_PIXEL_AUGMENTATION,
     PatchAugmentation,
     PixelAugmentation,
+    add_haze,
     augment_patches,
     augment_pixels,
     clear_atmosphere,
@@ -20,6 +21,8 @@ from training.augment import (
     flip,
     jitter_dates,
     shift_season,
+    to_surface,
+    to_top,
     zoom,
 )
 
@@ -158,3 +161,27 @@ def test_clearing_the_atmosphere_takes_most_from_blue_and_spares_the_rest() -> N
     assert 0.0 <= out[changed].mean() < 0.05
     bright = np.full((50, 3, 2, 2), 0.25, np.float32)
     assert abs(clear_atmosphere(bright, chance(), share=1.0).mean() - 0.25) < 0.03
+
+
+def test_scattering_that_is_added_and_removed_changes_nothing() -> None:
+    ground = chance().uniform(0.0, 0.3, (5, 3, 4, 4)).astype(np.float32)
+    top = to_top(ground, 0.7)
+    np.testing.assert_allclose(to_surface(top, 0.7), ground, atol=1e-6)
+    # Of black ground the air alone is seen: at 490 nm and a sun 45 degrees high about 0.055.
+    air = to_top(np.zeros((1, 3, 1, 1), np.float32), np.sqrt(0.5)).ravel()
+    assert air[0] < air[1] < air[2]
+    assert air[2] == pytest.approx(0.055, abs=0.002)
+    # The lower the sun, the longer its way through the air.
+    assert (to_top(np.zeros((1, 3, 1, 1), np.float32), 0.4).ravel() > air).all()
+
+
+def test_haze_brightens_dark_ground_and_dims_bright_ground() -> None:
+    dark, bright = (np.full((1, 3, 2, 2), value, np.float32) for value in (0.02, 0.9))
+    np.testing.assert_allclose(add_haze(bright, 0.0, 0.7), bright)
+    thin, thick = (add_haze(dark, depth, 0.7) - dark for depth in (0.3, 0.6))
+    assert (thin > 0).all()
+    assert (thin < thick).all()
+    assert (thick < 0.05).all()
+    red, green, blue = thick[0, :, 0, 0]
+    assert red < green < blue
+    assert (add_haze(bright, 0.6, 0.7) < bright).all()

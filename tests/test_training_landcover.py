@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import shutil
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import rasterio
 import torch
 from PIL import Image
 
 from models.registry import load_bundle
+from training.augment import to_surface
 from training.card import card_fields, commands
 from training.config import (
     EfficientNetLite0Config,
@@ -36,6 +39,7 @@ from training.finetune import (
     task_of,
 )
 from training.imagenet import imagenet_weights
+from training.robustness import SOUTH_TYROL, NotLandcover, measure_robustness
 
 pytestmark = pytest.mark.slow
 
@@ -184,6 +188,70 @@ def test_statistics_of_averaged_weights_are_those_of_their_own_activations(data:
     torch.testing.assert_close(norm.running_mean, means, atol=1e-5, rtol=1e-4)
     assert norm.momentum == 0.1
     assert not graph.training
+
+
+def test_a_run_is_scored_on_other_imagery_and_the_card_states_it(
+    data: Path, apart: list[Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(apart[0].parent, tmp_path / "coarse")
+    weights = torch.load(folder / "weights.pt", weights_only=True)
+    # After few steps every class has the same share; a low temperature tells the inputs apart.
+    weights["head.temperature"].fill_(0.01)
+    torch.save(weights, folder / "weights.pt")
+    scores = measure_robustness(folder, report=tmp_path / "results.md")
+    same, clear, _, _, darker, brighter = scores.values()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (same["n"], same["accuracy"]) == (20, metrics["scores"]["accuracy"])
+    _, task, graph, _ = load_finished(folder)
+    patches = task.read(task.validation)
+    for found, changed in (
+        (clear, to_surface(patches, 0.7)),
+        (darker, 0.85 * patches),
+        (brighter, 1.15 * patches),
+    ):
+        with torch.inference_mode():
+            shares = graph(torch.from_numpy(changed)).numpy()
+        assert found["confidence"] == pytest.approx(shares.max(axis=1).mean(), abs=1e-4)
+    text = (tmp_path / "results.md").read_text()
+    assert f"| {clear['n']} | {clear['accuracy']:.3f} | {clear['confidence']:.3f} |" in text
+    bundle = load_bundle(export_run(folder, tmp_path / "zoo"))
+    assert bundle.card.metrics["robustness"] == scores
+
+
+def test_labelled_patches_of_real_level_2a_imagery_are_scored_on_clear_dates(
+    data: Path, apart: list[Path], tmp_path: Path, shared_data: Path
+) -> None:
+    for name in ("south_tyrol_2022", "hesbaye_a_monthly"):
+        if not (shared_data / name).is_dir():
+            pytest.skip(f"{name} is not in {shared_data}")
+        (tmp_path / name).symlink_to((shared_data / name).resolve())
+    (tmp_path / "eurosat").symlink_to(data / "eurosat")
+    folder = shutil.copytree(apart[0].parent, tmp_path / "coarse")
+    run = Run.model_validate_json((folder / "run.json").read_bytes())
+    (folder / "run.json").write_text(run.model_copy(update={"data": tmp_path}).model_dump_json())
+    scores = measure_robustness(folder, report=tmp_path / "results.md")
+    clear = 0
+    for path in (shared_data / "south_tyrol_2022").glob("*2022-*.tif"):
+        with rasterio.open(path) as file:
+            *bands, scl = file.read()
+            assert file.descriptions[-1] == "SCL"
+            usable = np.isin(scl, (4, 5, 6, 7)) & (np.stack(bands) != file.nodata).all(axis=0)
+        for row, col in itertools.chain(*SOUTH_TYROL.values()):
+            patch = usable[row * 64 : row * 64 + 64, col * 64 : col * 64 + 64]
+            clear += patch.mean() >= 0.98
+    assert scores["South Tyrol, June 2022 (level 2A)"]["n"] == clear
+    seasons = [found["n"] for title, found in scores.items() if title.startswith("Hesbaye")]
+    months = len(list((shared_data / "hesbaye_a_monthly").glob("*.tif")))
+    assert 0 < sum(seasons) <= 4 * months
+
+
+def test_a_run_without_held_out_places_is_not_scored_on_other_imagery(
+    data: Path, tmp_path: Path
+) -> None:
+    run = Run(config=config(COARSE), data=data, everything=True)
+    finetune(run, tmp_path / "all", device="cpu", threads=1)
+    with pytest.raises(NotLandcover, match="landcover on every place"):
+        measure_robustness(tmp_path / "all", report=tmp_path / "results.md")
 
 
 def test_networks_of_other_number_or_shape_are_rejected(data: Path, apart: list[Path]) -> None:

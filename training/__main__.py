@@ -182,6 +182,20 @@ def evaluate(
 
 
 @app.command()
+def robustness(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished land-cover run.")],
+    *,
+    report: Annotated[Path, typer.Option(help="The Markdown file.")] = Path("docs/results.md"),
+    threads: Threads = 0,
+) -> None:
+    """Score a land-cover run on level 2A imagery, in haze, and in other light and seasons."""
+    from training.robustness import measure_robustness
+
+    _use_threads(threads)
+    Console().print_json(json.dumps(measure_robustness(run, report=report)))
+
+
+@app.command()
 def regions(
     name: Annotated[str, typer.Argument(help="A bundle's name, e.g. pixels-landcover.")],
     *,

@@ -7,6 +7,7 @@ batch exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -69,6 +70,12 @@ NO_PATCH_AUGMENTATION = PatchAugmentation(
 # Optical depth of the air's molecules in B04, B03, B02 (665, 560, 490 nm) at sea level: Bodhaine
 # et al. 1999, doi:10.1175/1520-0426(1999)016<1854:ORODC>2.0.CO;2.
 _RAYLEIGH = np.array([0.045, 0.090, 0.155], np.float32)
+# Aerosol of a continent at 550 nm: single-scattering albedo, asymmetry, and Angstrom's exponent of
+# its optical depth. "Continental average" of Hess et al. 1998,
+# doi:10.1175/1520-0477(1998)079<0831:OPOAAC>2.0.CO;2.
+_AEROSOL_ALBEDO = 0.925
+_AEROSOL_ASYMMETRY = 0.703
+_AEROSOL_DEPTHS = (np.array([665.0, 560.0, 490.0], np.float32) / 550.0) ** -1.11
 
 
 def drop_dates(valid: Bools, rng: Generator, *, most: float, least: int) -> Bools:
@@ -190,19 +197,65 @@ def brighten(patches: Floats, rng: Generator, how: PatchAugmentation) -> Floats:
 def clear_atmosphere(patches: Floats, rng: Generator, *, share: float) -> Floats:
     """Remove Rayleigh scattering from some patches: level 1C to level 2A, approximately.
 
-    Single scattering (Hansen and Travis 1974): `surface = (top - t / 4m) / (1 - t (1 + 1/m) / 2)`
-    with the optical depth t of a band and the cosine m of the sun's zenith angle, here 0.5 to 0.9.
-
     Args:
         patches: reflectance (N, 3, P, P) of B04, B03, B02.
         rng: random generator.
         share: share of the patches that are changed, 0 to 1.
     """
     cosine = rng.uniform(0.5, 0.9, (len(patches), 1, 1, 1))
-    depth = _RAYLEIGH[None, :, None, None]
-    surface = (patches - depth / (4.0 * cosine)) / (1.0 - 0.5 * depth * (1.0 + 1.0 / cosine))
+    surface = to_surface(patches, cosine)
     chosen = rng.random((len(patches), 1, 1, 1)) < share
-    return np.where(chosen, np.maximum(surface, 0.0), patches).astype(np.float32)
+    return np.where(chosen, surface, patches).astype(np.float32)
+
+
+def to_surface(patches: Floats, cosine: float | NDArray[np.float64]) -> Floats:
+    """Remove Rayleigh scattering: level 1C to level 2A, approximately.
+
+    Single scattering (Hansen and Travis 1974): `surface = (top - t / 4m) / (1 - t (1 + 1/m) / 2)`
+    with the optical depth t of a band and the cosine m of the sun's zenith angle.
+
+    Args:
+        patches: reflectance (N, 3, P, P) of B04, B03, B02.
+        cosine: of the sun's zenith angle, above 0 to 1; of all patches or of each (N, 1, 1, 1).
+
+    Returns:
+        Reflectance (N, 3, P, P), at least 0.
+    """
+    added, kept = _rayleigh(cosine)
+    return np.asarray(np.maximum((patches - added) / kept, 0.0), np.float32)
+
+
+def to_top(patches: Floats, cosine: float | NDArray[np.float64]) -> Floats:
+    """Add Rayleigh scattering, the inverse of `to_surface`: level 2A to level 1C, approximately."""
+    added, kept = _rayleigh(cosine)
+    return np.asarray(patches * kept + added, np.float32)
+
+
+def _rayleigh(cosine: float | NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Reflectance of the air's molecules, and the share of the ground's that passes them."""
+    depth = _RAYLEIGH[None, :, None, None]
+    return depth / (4.0 * cosine), 1.0 - 0.5 * depth * (1.0 + 1.0 / cosine)
+
+
+def add_haze(patches: Floats, depth: float, cosine: float) -> Floats:
+    """Add haze: aerosol between ground and sensor, seen from the zenith.
+
+    Single scattering (Hansen and Travis 1974) with the phase function of Henyey and Greenstein
+    1941.
+
+    Args:
+        patches: reflectance (N, 3, P, P) of B04, B03, B02.
+        depth: optical depth of the aerosol at 550 nm; 0.1 is clear, 0.5 hazy.
+        cosine: of the sun's zenith angle, above 0 to 1.
+    """
+    g, albedo = _AEROSOL_ASYMMETRY, _AEROSOL_ALBEDO
+    # The sun's light is turned by 180 degrees minus the zenith angle, whose cosine is -cosine.
+    phase = (1.0 - g**2) / (1.0 + g**2 + 2.0 * g * cosine) ** 1.5
+    depths = (depth * _AEROSOL_DEPTHS)[None, :, None, None]
+    # What is scattered forward stays in the beam; the rest and what is absorbed leave it.
+    lost = (1.0 - albedo) + albedo * (1.0 - g) / 2.0
+    added = albedo * phase * depths / (4.0 * cosine)
+    return np.asarray(patches * np.exp(-lost * depths * (1.0 + 1.0 / cosine)) + added, np.float32)
 
 
 def augment_patches(patches: Floats, how: PatchAugmentation, rng: Generator) -> Floats:

@@ -38,6 +38,8 @@ from training.task import Graph, Task
 
 EVALUATION = "evaluation.json"
 """File of an evaluation's table, in a run's folder."""
+ROBUSTNESS = "robustness.json"
+"""File of the scores on other imagery, in a run's folder."""
 
 
 class UnknownOrigin(TrainingError):

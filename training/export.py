@@ -22,6 +22,7 @@ from models.registry import load_bundle, sha256_of
 from training import validation_outputs
 from training.card import (
     EVALUATION,
+    ROBUSTNESS,
     card_fields,
     megaflop,
     parameters,
@@ -79,7 +80,7 @@ def export_run(
     name = name or run.config.name
     real = task.real_inputs()
     fields = card_fields(run, task, metrics, name)
-    fields["metrics"] |= _evaluation(folder, zoo / name, run)
+    fields["metrics"] |= _evaluations(folder, zoo / name, run)
     if regions is not None:
         report = read_report(regions)
         apply_calibration(graph, report.calibration)
@@ -234,24 +235,28 @@ def _version(folder: Path, requested: str | None, sha256: str) -> str:
     return requested or old.version
 
 
-def _evaluation(run_folder: Path, bundle: Path, run: Run) -> dict[str, Any]:
-    """The evaluation of a run as a card's metric; empty if there is none.
+def _evaluations(run_folder: Path, bundle: Path, run: Run) -> dict[str, Any]:
+    """The evaluations of a run as a card's metrics, by name; empty if there are none.
 
-    `python -m training evaluate` stores it in the run's folder. A run that was trained on every
-    place has no evaluation of its own: it takes that of the run it starts from, or else that of the
-    bundle it replaces if that bundle has the same configuration.
+    `python -m training evaluate` and `robustness` store them in the run's folder. A run that was
+    trained on every place has none of its own: it takes those of the run it starts from, or else
+    those of the bundle it replaces if that bundle has the same configuration.
     """
     folders = [run_folder]
     if run.everything and [path.name for path in run.pretrained] == [WEIGHTS]:
         folders.append(run.pretrained[0].parent)
-    for folder in folders:
-        if (folder / EVALUATION).exists():
-            return {"evaluation": json.loads((folder / EVALUATION).read_text())}
-    if not (bundle / CARD_FILE).exists():
-        return {}
-    old = ModelCard.model_validate_json((bundle / CARD_FILE).read_bytes())
-    found = old.metrics.get("evaluation")
-    return {"evaluation": found} if found and same_configuration(old, run) else {}
+    old: dict[str, Any] = {}
+    if (bundle / CARD_FILE).exists():
+        card = ModelCard.model_validate_json((bundle / CARD_FILE).read_bytes())
+        old = card.metrics if same_configuration(card, run) else {}
+    found = {}
+    for name, file in (("evaluation", EVALUATION), ("robustness", ROBUSTNESS)):
+        stored = next((folder / file for folder in folders if (folder / file).exists()), None)
+        if stored:
+            found[name] = json.loads(stored.read_text())
+        elif old.get(name):
+            found[name] = old[name]
+    return found
 
 
 def measured_loss(full: Outputs, task: Task[Any], file: Path) -> dict[str, float]:
