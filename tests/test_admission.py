@@ -7,8 +7,7 @@ import re
 import socket
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 import anyio
 import httpx
-import numpy as np
 import pytest
 import uvicorn
 from starlette.responses import StreamingResponse
@@ -31,9 +29,10 @@ from service.errors import Overloaded
 from service.run.execute import execute
 from service.run.plan import Plan
 from service.run.request import SeriesRequest
-from tests.kits.rasters import write
+from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
+from tests.kits.jobs import stack
+from tests.kits.patience import PATIENCE, soon
 
-PATIENCE = 30.0
 BOUNDARY = "b0undary"
 FORM = f"multipart/form-data; boundary={BOUNDARY}"
 
@@ -49,13 +48,6 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
-
-
-def soon(true: Callable[[], bool]) -> bool:
-    until = time.monotonic() + PATIENCE
-    while not true() and time.monotonic() < until:
-        time.sleep(0.01)
-    return true()
 
 
 # The count itself ---------------------------------------------------------------------------
@@ -170,52 +162,36 @@ async def test_places_come_in_the_order_of_asking_and_a_cancelled_wait_takes_non
         assert waiting.cancelled_caught
         assert order == []
     assert order == [0, 1, 2]
-    with anyio.fail_after(1):
+    with anyio.fail_after(PATIENCE):
         await ask(4)
 
 
-# A service whose runs last for minutes, unless they are stopped -------------------------------
+# A service whose runs wait at a gate, unless they are stopped ---------------------------------
 
 
 @pytest.fixture(scope="module")
-def long_upload(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A request of 2048 x 2048 pixels for the real classifier: small to send, long to answer."""
-    folder = tmp_path_factory.mktemp("long")
-    parts = []
-    for month in (1, 4, 7, 10):
-        bands = (
-            np.ones((3, 2048, 2048), np.uint16) * np.array([500, 600, 3000 + month])[:, None, None]
-        )
-        name = f"s_2021-{month:02d}-01.tif"
-        source = write(
-            folder / name,
-            bands.astype(np.uint16),
-            descriptions=("B02", "B04", "B08"),
-            nodata=0,
-            tiled=True,
-            blockxsize=256,
-            blockysize=256,
-            compress="deflate",
-        )
-        parts.append(
-            f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="files"; '
-            f'filename="{name}"\r\n\r\n'.encode()
-            + source.path.read_bytes()
-            + b"\r\n"
-        )
-    form = b"".join(parts) + f"--{BOUNDARY}--\r\n".encode()
-    head = (
-        "POST /classify-pixels HTTP/1.1\r\nHost: here\r\n"
-        f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
-        f"Content-Length: {len(form)}\r\n\r\n"
+def held_upload(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A request for the model whose runs wait at the gate, as bytes of HTTP."""
+    request = httpx.Request(
+        "POST",
+        "http://here/classify-pixels",
+        files=stack(tmp_path_factory.mktemp("held"), 160, 256),
+        data={"model": HELD},
     )
-    return head.encode() + form
+    head = "POST /classify-pixels HTTP/1.1\r\n" + "".join(
+        f"{name}: {value}\r\n" for name, value in request.headers.items()
+    )
+    return f"{head}\r\n".encode() + request.read()
 
 
 @pytest.fixture
-def narrow(scratch: Path, tmp_path: Path) -> Iterator[httpx.Client]:
+def narrow(scratch: Path, tmp_path: Path, gate: Gate) -> Iterator[httpx.Client]:
     """One place, so two seats; its state lies elsewhere than what a request leaves."""
-    with served(max_concurrency=1, state_dir=tmp_path / "state") as client:
+    zoo = zoo_with_a_held_model(tmp_path / "zoo")
+    with (
+        gate.held(),
+        served(model_dir=zoo, max_concurrency=1, state_dir=tmp_path / "state") as client,
+    ):
         yield client
 
 
@@ -230,12 +206,12 @@ def metric(client: httpx.Client, name: str) -> float:
 
 
 def test_a_caller_who_leaves_stops_the_work_and_frees_the_place(
-    narrow: httpx.Client, long_upload: bytes, scratch: Path
+    narrow: httpx.Client, held_upload: bytes, scratch: Path
 ) -> None:
     for _ in range(2):  # the second time needs what the first gave back
         with connected(narrow) as caller:
-            caller.sendall(long_upload)
-            assert soon(lambda: metric(narrow, "pimc_windows_in_flight") > 0)
+            caller.sendall(held_upload)
+            assert soon(lambda: metric(narrow, "pimc_runs_in_flight") == 1)
         assert soon(lambda: metric(narrow, "pimc_runs_in_flight") == 0)
         assert soon(lambda: not any(scratch.glob("pimc-*/request-*")))
     assert metric(narrow, "pimc_windows_in_flight") == 0
@@ -244,14 +220,14 @@ def test_a_caller_who_leaves_stops_the_work_and_frees_the_place(
 
 
 def test_a_caller_who_leaves_the_queue_frees_its_seat(
-    narrow: httpx.Client, long_upload: bytes, scratch: Path
+    narrow: httpx.Client, held_upload: bytes, scratch: Path
 ) -> None:
     with connected(narrow) as runs:
-        runs.sendall(long_upload)
+        runs.sendall(held_upload)
         assert soon(lambda: metric(narrow, "pimc_runs_in_flight") == 1)
         for _ in range(2):
             with connected(narrow) as waits:
-                waits.sendall(long_upload)
+                waits.sendall(held_upload)
                 assert soon(lambda: metric(narrow, "pimc_run_slots_awaited") == 1)
                 assert metric(narrow, "pimc_run_slots_held") == 1
                 # Both seats are taken: the next is told at once, while the first still runs.
@@ -292,15 +268,15 @@ def dripping(client: httpx.Client, key: str, uploads: int, length: int = LENGTH)
             f"Content-Type: {FORM}\r\nContent-Length: {length}\r\n\r\n-".encode()
         )
         connection.setblocking(False)
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until:
+        rejected = False
+        while not rejected:
             if metric(client, "pimc_uploads_in_flight") == uploads:
-                connection.setblocking(True)
                 connection.settimeout(PATIENCE)
                 return connection
             with suppress(BlockingIOError):
-                assert connection.recv(2**16).startswith(b"HTTP/1.1 503 ")
-                break  # the ones before still count: they are behind only after a second
+                # The ones before still count: they are behind only after a second.
+                rejected = connection.recv(2**16).startswith(b"HTTP/1.1 503 ")
+                assert rejected
         connection.close()
 
 

@@ -26,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import CLASSES, HORIZON, SHARPNESS, SPREAD, STEP, write_zoo
 from service.api.responses import COG, GEOJSON, ZIP
+from tests.kits.patience import PATIENCE
 from tests.kits.rasters import NORTH_UP, UTM, write
 
 DATES = ("2021-03-01", "2021-04-01", "2021-05-01", "2021-06-01")
@@ -505,11 +506,13 @@ def test_the_command_serves_and_logs_json(tmp_path: Path) -> None:
                 break
         else:
             pytest.fail("it ended before it served")
-        answer = httpx.get(f"{running[1]}/models/nobody", headers={"X-Request-ID": "mine"})
+        answer = httpx.get(
+            f"{running[1]}/models/nobody", headers={"X-Request-ID": "mine"}, timeout=PATIENCE
+        )
         assert answer.status_code == 404
     finally:
         process.terminate()
-        rest, _ = process.communicate(timeout=60)[::-1]
+        rest, _ = process.communicate(timeout=PATIENCE)[::-1]
     lines += [json.loads(text) for text in rest.splitlines()]
     (line,) = [line for line in lines if line.get("request_id") == "mine"]
     assert (line["route"], line["status"], line["level"]) == ("/models/{name}", 404, "info")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from affine import Affine
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from service.errors import STATUS
+from tests.kits.patience import PATIENCE, soon
 from tests.kits.rasters import NORTH_UP, write
 
 BANDS = ("B02", "B04", "B08")
@@ -191,7 +191,7 @@ CASES: dict[str, list[Callable[[httpx.Client, Path], httpx.Response]]] = {
     ],
     "body_stalled": [
         lambda api, f: api.post(
-            "/embed", content=dripping(), headers={"Content-Type": "application/json"}
+            "/embed", content=dripping(api), headers={"Content-Type": "application/json"}
         ),
     ],
     "internal_error": [
@@ -202,10 +202,12 @@ CASES: dict[str, list[Callable[[httpx.Client, Path], httpx.Response]]] = {
 }
 
 
-def dripping() -> Iterator[bytes]:
-    for _ in range(8):
-        yield b" "
-        time.sleep(0.2)
+def dripping(api: httpx.Client) -> Iterator[bytes]:
+    """A body that stops after a byte, until the service has responded."""
+    line = 'pimc_problems_total{code="body_stalled"}'
+    yield b" "
+    with httpx.Client(base_url=api.base_url, timeout=PATIENCE) as other:
+        assert soon(lambda: line in other.get("/metrics").text)
 
 
 def points(*places: tuple[float, float]) -> dict[str, Any]:
@@ -490,26 +492,19 @@ def started_upload(client: httpx.Client) -> socket.socket:
 def test_who_finds_no_seat_is_told_at_once(zoo: Path, folder: Path) -> None:
     with served(model_dir=zoo, max_concurrency=1) as client:
         uploads = [started_upload(client) for _ in range(2)]
-        time.sleep(0.2)  # one that found no seat would have been answered, and none is
-        for upload in uploads:
-            upload.settimeout(0.2)
-            with pytest.raises(TimeoutError):
-                upload.recv(1)
+        assert soon(lambda: "pimc_uploads_in_flight 2.0" in client.get("/metrics").text)
         answer = posted(client, stack(folder))
         check_problem(answer, "overloaded")
         assert int(answer.headers["Retry-After"]) > 0
         for upload in uploads:
             upload.close()
         # Their seats come free; nothing is left of them.
-        until = time.monotonic() + 20
-        while posted(client, stack(folder)).status_code != 200:
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        assert soon(lambda: posted(client, stack(folder)).status_code == 200)
 
 
 def test_what_can_be_refused_by_its_length_is_not_uploaded(api: httpx.Client) -> None:
     where = (api.base_url.host, api.base_url.port or 80)
-    with socket.create_connection(where, timeout=20) as connection:
+    with socket.create_connection(where, timeout=PATIENCE) as connection:
         connection.sendall(
             b"POST /classify-pixels HTTP/1.1\r\nHost: here\r\nContent-Length: 99999999999\r\n"
             b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"

@@ -19,6 +19,7 @@ from service.jobs.files import lock
 from service.settings import SettingsError
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import ASYNC, SERIES, Files, stack, until, waited
+from tests.kits.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,7 +41,7 @@ def service(command: str, folder: Path, state: Path) -> subprocess.CompletedProc
         env={**os.environ, "PIMC_STATE_DIR": str(state)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
 

@@ -45,6 +45,7 @@ from pimc_client import (
     WrongTask,
 )
 from tests.kits.client import connected
+from tests.kits.patience import PATIENCE
 from tests.kits.rasters import write
 
 pytestmark = pytest.mark.slow
@@ -604,7 +605,7 @@ def test_a_retry_is_served_when_a_queue_slot_becomes_free(guarded, paths):
             response = pool.submit(patient.classify_pixels, paths[:4])
             time.sleep(0.5)
             assert not response.done()
-        assert isinstance(response.result(timeout=60), Raster)
+        assert isinstance(response.result(timeout=PATIENCE), Raster)
 
 
 @pytest.mark.usefixtures("shared_data")

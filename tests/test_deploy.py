@@ -30,6 +30,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from service.settings import PREFIX, Settings
+from tests.kits.patience import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -106,7 +107,7 @@ def test_an_image_holds_all_of_our_code_that_it_runs(tmp_path, file, command):
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -162,7 +163,9 @@ def test_the_health_check_of_the_image_requests_readiness(status, healthy):
     _, *command = json.loads(found[1])
     with answering(status) as (port, paths):
         environment = {**os.environ, "PIMC_PORT": str(port), "http_proxy": "http://127.0.0.1:9"}
-        done = subprocess.run([sys.executable, *command], env=environment, timeout=60, check=False)
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, timeout=PATIENCE, check=False
+        )
     assert (done.returncode == 0) is healthy
     assert paths == ["/health/ready"]
 

@@ -14,6 +14,7 @@ from service.api import http_protocol
 from service.api.http_protocol import bounded_connections
 from service.errors import no_descriptors, no_room
 from service.read import reader
+from tests.kits.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,7 +105,7 @@ print(json.dumps(said))
 def test_a_job_waits_for_descriptors_and_a_request_is_told(tmp_path: Path) -> None:
     child = subprocess.run(
         [sys.executable, "-c", _CHILD.format(root=str(ROOT), folder=str(tmp_path))],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]
     said = json.loads(child.stdout.splitlines()[-1])

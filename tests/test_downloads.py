@@ -6,9 +6,8 @@ import io
 import json
 import socket
 import threading
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from service.api.responses import COG, CSV, PARQUET
 from service.api.sending import chosen_range
 from service.errors import InvalidRange
 from tests.kits.jobs import ASYNC, SERIES, Files, stack, waited
+from tests.kits.patience import PATIENCE, soon
 
 FIELDS = {
     "type": "FeatureCollection",
@@ -41,7 +41,6 @@ FIELDS = {
         }
     ],
 }
-PATIENCE = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +74,6 @@ def done(api: httpx.Client, files: Files, **data: str) -> str:
     answer = api.post("/classify-pixels", files=files, data=data, headers=ASYNC)
     assert waited(api, answer.json()["jobID"])["status"] == "successful"
     return str(answer.json()["jobID"])
-
-
-def soon(true: Callable[[], bool]) -> bool:
-    until = time.monotonic() + PATIENCE
-    while not true() and time.monotonic() < until:
-        time.sleep(0.02)
-    return true()
 
 
 # Ranges ---------------------------------------------------------------------------------------
@@ -178,7 +170,9 @@ def test_head_is_get_without_the_body(api: httpx.Client, job: str) -> None:
 
 def test_after_a_head_the_connection_serves_the_next_request(api: httpx.Client, job: str) -> None:
     """A body in spite of all would be taken for the next response."""
-    with socket.create_connection((api.base_url.host, api.base_url.port), timeout=30) as connection:
+    with socket.create_connection(
+        (api.base_url.host, api.base_url.port), timeout=PATIENCE
+    ) as connection:
         head = f"HEAD /jobs/{job}/result HTTP/1.1\r\nHost: a\r\n\r\n"
         last = "GET /health/live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
         connection.sendall((head + last).encode())
@@ -381,7 +375,7 @@ def test_clients_that_never_read_cost_neither_memory_nor_disk(
     settings = {"PIMC_MODEL_DIR": str(zoo), "PIMC_STATE_DIR": str(tmp_path)}
     with (
         served_alone(PIMC_PROVIDERS="cpu", **settings) as service,
-        httpx.Client(base_url=service.url, timeout=60) as api,
+        httpx.Client(base_url=service.url, timeout=PATIENCE) as api,
         ExitStack() as held,
     ):
         job = done(api, files)

@@ -18,6 +18,7 @@ import rasterio
 import shapely
 
 from benchmarks.mutations import GDAL_XML, edited
+from tests.kits.patience import PATIENCE
 from tests.kits.rasters import write
 from tests.kits.sockets import connections, listening
 
@@ -106,7 +107,8 @@ def folder(tmp_path: Path, listener: socket.socket) -> Path:
 def child(folder: Path, *, limited: bool) -> dict[str, Any]:
     program = _CHILD.format(root=str(ROOT), folder=str(folder), limited=limited)
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", program],
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
         env={**os.environ, "GDAL_HTTP_TIMEOUT": "1", "no_proxy": "127.0.0.1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -33,6 +33,7 @@ from service.infer.session import (
     open_session,
     pick_variant,
 )
+from tests.kits.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -589,7 +590,7 @@ def test_real_lack_of_memory_halves_the_batch_and_changes_no_prediction(tmp_path
         env={**os.environ, "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -637,7 +638,7 @@ def test_memory_of_a_large_batch_is_released_later() -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr

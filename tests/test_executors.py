@@ -8,6 +8,7 @@ import pytest
 
 from service.errors import Cancelled
 from service.run.executors import ThreadExecutor, Timing
+from tests.kits.patience import PATIENCE
 
 
 class Fault(Exception):
@@ -91,7 +92,7 @@ def test_reading_goes_on_while_an_item_is_inferred():
 
     def infer(item):
         # Were the stages one after the other, the second item would never be read meanwhile.
-        return item == 0 and read_second.wait(60)
+        return item == 0 and read_second.wait(PATIENCE)
 
     answers = []
     run(

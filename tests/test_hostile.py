@@ -47,6 +47,7 @@ from service.read.geotiff import SourceFile, gdal_options, open_geotiff
 from service.read.layouts import StackOptions
 from service.read.reader import StackReader
 from service.read.stack import Stack, open_stack
+from tests.kits.patience import PATIENCE
 from tests.kits.rasters import NORTH_UP, UTM, write
 from tests.kits.sockets import connections, listening
 
@@ -269,7 +270,7 @@ def test_bombs_cost_no_memory_and_little_time(sound: bytes, tmp_path: Path) -> N
         (tmp_path / f"bomb-{name}.tif").write_bytes(content)
     child = subprocess.run(
         [sys.executable, "-c", _CHILD.format(root=str(ROOT), folder=str(tmp_path))],
-        capture_output=True, text=True, timeout=280, check=True,
+        capture_output=True, text=True, timeout=PATIENCE, check=True,
     )  # fmt: skip
     found = {line[0]: line[1:] for line in map(json.loads, child.stdout.splitlines())}
     assert set(found) == set(bombs)
@@ -412,7 +413,7 @@ def test_no_name_in_a_file_leads_to_the_network(
         subprocess.run(
             [sys.executable, "-c", _OVERVIEWS, str(path), whose, str(ROOT)],
             env={**os.environ, "GDAL_HTTP_TIMEOUT": "1", "no_proxy": "127.0.0.1"},
-            check=False, capture_output=True, timeout=60,
+            check=False, capture_output=True, timeout=PATIENCE,
         )  # fmt: skip
         return connections(elsewhere) > 0
 

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
+from tests.kits.patience import PATIENCE
 
 SERIES = {
     "series": [
@@ -38,7 +39,7 @@ def api(zoo: Path) -> Iterator[httpx.Client]:
 
 
 def connected(api: httpx.Client) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", api.base_url.port), timeout=30)
+    return socket.create_connection(("127.0.0.1", api.base_url.port), timeout=PATIENCE)
 
 
 def rest_of(connection: socket.socket) -> bytes:

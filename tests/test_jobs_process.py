@@ -31,6 +31,7 @@ from tests.kits.jobs import (
     until,
     waited,
 )
+from tests.kits.patience import PATIENCE, soon
 
 pytestmark = pytest.mark.slow
 
@@ -74,8 +75,8 @@ def test_a_job_survives_any_number_of_kills(zoo: Path, large: Files, tmp_path: P
     try:
         for kill in range(KILLS):
             # The first as soon as the answer is there; every other one after some progress.
-            while kill % 2 and windows_counted(tmp_path) <= counted[-1]:
-                time.sleep(0.01)
+            if kill % 2:
+                assert soon(lambda: windows_counted(tmp_path) > counted[-1])
             time.sleep(moments.uniform(0, 0.5) if kill else 0)
             info = service.api.get(f"/jobs/{job}").json()
             assert info["status"] in {"accepted", "running"}
@@ -117,7 +118,7 @@ def test_a_stop_lets_requests_end_and_puts_jobs_back(
     answers: list[httpx.Response] = []
     gate = Gate(tmp_path / "gate")
     gate.hold(after=4)
-    with running(tmp_path, zoo, gate=gate) as service:
+    with running(tmp_path, zoo, gate=gate, PIMC_GRACE_SECONDS=str(PATIENCE)) as service:
         job = submitted(service.api, large, model=HELD)
         until(service.api, job, progress=1)
 
@@ -127,14 +128,13 @@ def test_a_stop_lets_requests_end_and_puts_jobs_back(
                     f"{service.api.base_url}/classify-pixels",
                     files=large,
                     data={"model": HELD},
-                    timeout=60,
+                    timeout=PATIENCE,
                 )
             )
 
         asking = threading.Thread(target=ask)
         asking.start()
-        while "pimc_runs_in_flight 2.0" not in service.api.get("/metrics").text:
-            time.sleep(0.02)
+        assert soon(lambda: "pimc_runs_in_flight 2.0" in service.api.get("/metrics").text)
         service.process.send_signal(signal.SIGTERM)
         refused = service.api.post("/embed", json=SERIES)
         assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
@@ -147,10 +147,12 @@ def test_a_stop_lets_requests_end_and_puts_jobs_back(
         asking.join()
         assert [answer.status_code for answer in answers] == [200]
         assert service.lines("job stops")[0]["stopping"] is True
-    with running(tmp_path, zoo) as service:
+    gate.hold()
+    with running(tmp_path, zoo, gate=gate) as service:
         again = service.api.get(f"/jobs/{job}").json()
         assert again["status"] in {"accepted", "running"}
         assert again["progress"] >= progress > 0
+        gate.open()
         assert waited(service.api, job)["status"] == "successful"
         assert service.api.get(f"/jobs/{job}/result").content == answers[0].content
 
@@ -163,12 +165,11 @@ def test_a_stop_does_not_wait_for_ever(zoo: Path, large: Files, tmp_path: Path) 
 
         def ask() -> None:
             url = f"{service.api.base_url}/classify-pixels"
-            answers.append(httpx.post(url, files=large, data={"model": HELD}, timeout=60))
+            answers.append(httpx.post(url, files=large, data={"model": HELD}, timeout=PATIENCE))
 
         asking = threading.Thread(target=ask)
         asking.start()
-        while "pimc_runs_in_flight 1.0" not in service.api.get("/metrics").text:
-            time.sleep(0.02)
+        assert soon(lambda: "pimc_runs_in_flight 1.0" in service.api.get("/metrics").text)
         service.process.send_signal(signal.SIGTERM)
         assert service.end() == 0
         asking.join()
@@ -191,7 +192,7 @@ def refused(state: Path, zoo: Path) -> str:
         },
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert ended.returncode == 2, ended.stderr
     (line,) = ended.stderr.splitlines()

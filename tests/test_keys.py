@@ -6,8 +6,7 @@ import hashlib
 import logging
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +28,7 @@ from service.infer.engine import Engine
 from service.jobs.heads import HeadStore
 from service.jobs.store import JobStore
 from tests.kits.jobs import ASYNC, SERIES, waited
+from tests.kits.patience import PATIENCE, soon
 
 OLD, NEW = {"X-API-Key": "the-old-key"}, {"X-API-Key": "the-new-key"}
 
@@ -50,13 +50,6 @@ def replace(path: Path, text: str) -> None:
     fresh = path.with_name("keys.new")
     fresh.write_text(text)
     fresh.rename(path)
-
-
-def soon(true: Callable[[], bool]) -> bool:
-    until = time.monotonic() + 30
-    while not true() and time.monotonic() < until:
-        time.sleep(0.02)
-    return true()
 
 
 def hash_of(key: str) -> str:
@@ -282,7 +275,7 @@ def test_refused_keys_are_logged_and_slowed_and_others_of_the_address_are_not(
         answers: list[int] = []
         slow = threading.Thread(
             target=lambda: answers.append(
-                httpx.get(f"{api.base_url}/models", headers=wrong, timeout=60).status_code
+                httpx.get(f"{api.base_url}/models", headers=wrong, timeout=PATIENCE).status_code
             )
         )
         slow.start()
@@ -291,7 +284,7 @@ def test_refused_keys_are_logged_and_slowed_and_others_of_the_address_are_not(
         assert api.get("/models").status_code == 401  # no key is no guess
         assert answers == []
         gate.set()
-        slow.join(30)
+        slow.join(PATIENCE)
         assert answers == [401]
         assert "pimc_api_keys 1.0" in api.get("/metrics").text
     records: list[Any] = [r for r in caplog.records if r.getMessage() == "API key refused"]

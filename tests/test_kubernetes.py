@@ -15,6 +15,7 @@ import yaml
 
 from service.api.routes import health
 from service.settings import PREFIX, Settings
+from tests.kits.patience import PATIENCE
 from tests.kits.programs import require
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +52,7 @@ def rendered(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
         [*command, str(MANIFESTS / request.param)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=True,
     )
     documents = list(yaml.safe_load_all(done.stdout))
@@ -207,7 +208,7 @@ def test_systemd_reads_the_unit(tmp_path):
         [analyze, "verify", "--man=no", str(copy)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     own = [line for line in done.stderr.splitlines() if UNIT.name in line]

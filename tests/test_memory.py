@@ -37,6 +37,7 @@ from service.read.layouts import StackOptions
 from service.read.reader import footprint
 from service.read.stack import Stack, open_stack
 from service.run.memory import MemoryBudget, Need
+from tests.kits.patience import PATIENCE
 from tests.kits.rasters import NORTH_UP, UTM, write
 
 BANDS = ("B02", "B04", "B08")
@@ -304,7 +305,7 @@ def post(service: Served, content: bytes) -> httpx.Response:
     headers = {"Accept": "application/json"}
     return httpx.post(
         f"{service.url}/classify-pixels", files=files, data={"bbox": corner(30)}, headers=headers,
-        timeout=120,
+        timeout=PATIENCE,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from service.telemetry import Metrics
+from tests.kits.patience import PATIENCE
 from tests.kits.programs import require
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +106,7 @@ def test_each_alert_fires_for_its_cause_and_not_without(promtool):
             cwd=RULES.parent,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
@@ -123,7 +124,7 @@ def test_prometheus_reads_its_configuration(promtool):
         cwd=RULES.parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

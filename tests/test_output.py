@@ -22,6 +22,7 @@ from service.grid import Grid
 from service.write.cog import RasterWriter, create_raster
 from service.write.legend import sidecar_of
 from service.write.predictions import Layer
+from tests.kits.patience import PATIENCE
 from tests.kits.programs import qgis_python
 
 LEGEND = (
@@ -187,7 +188,7 @@ def test_qgis_opens_the_rasters_with_their_styles(tmp_path):
     done = subprocess.run(
         [python, "-c", QGIS, *files.values()],
         env={"QT_QPA_PLATFORM": "offscreen", "HOME": str(tmp_path), "PATH": "/usr/bin"},
-        capture_output=True, text=True, check=True, timeout=120,
+        capture_output=True, text=True, check=True, timeout=PATIENCE,
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
     kind, bands, entries, _, crs = found["class.tif"]

@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from datetime import date
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.kits.patience import soon
 from training.card import pretrain_command
 from training.config import PatchEncoderConfig, PixelEncoderConfig
 from training.datasets import PatchSet
@@ -106,9 +106,8 @@ def test_a_killed_run_goes_on_exactly(tmp_path, undisturbed):
     held = [sys.executable, "-c", _WAITS, *words[2:], *options, str(tmp_path / "reached")]
     run = subprocess.Popen(held, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not (tmp_path / "reached").exists():
-            assert run.poll() is None
-            time.sleep(0.005)
+        assert soon(lambda: run.poll() is not None or (tmp_path / "reached").exists())
+        assert run.poll() is None
         os.kill(run.pid, signal.SIGKILL)
     finally:
         run.wait()

@@ -14,6 +14,7 @@ import pytest
 from benchmarks.serving import served
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import stack
+from tests.kits.patience import PATIENCE
 from tests.kits.programs import qgis_python
 
 PLUGIN = Path(__file__).parents[1] / "qgis"
@@ -82,7 +83,7 @@ def driven(
         env={"QT_QPA_PLATFORM": "offscreen", "HOME": str(folder), "PATH": "/usr/bin"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -6,8 +6,7 @@ import re
 import socket
 import sqlite3
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from queue import Queue
@@ -26,21 +25,14 @@ from service.jobs.store import JobStore, Share
 from service.run.execute import execute
 from service.run.plan import Plan
 from tests.kits.jobs import ASYNC, SERIES, waited
+from tests.kits.patience import PATIENCE, soon
 
 ANNA, BEN = {"X-API-Key": "anna"}, {"X-API-Key": "ben"}
-PATIENCE = 30.0
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_zoo(tmp_path_factory.mktemp("zoo"))
-
-
-def soon(true: Callable[[], bool]) -> bool:
-    until = time.monotonic() + PATIENCE
-    while not true() and time.monotonic() < until:
-        time.sleep(0.01)
-    return true()
 
 
 def embed(api: httpx.Client, count: int, *more: dict[str, str]) -> httpx.Response:
@@ -254,7 +246,9 @@ def test_the_storage_of_a_caller_is_bounded(zoo: Path) -> None:
 def test_without_keys_an_address_is_a_caller(zoo: Path, gate: Gate) -> None:
     with served(model_dir=zoo, max_jobs_per_caller=1) as api:
         other = httpx.Client(
-            base_url=api.base_url, transport=httpx.HTTPTransport(local_address="127.0.0.2")
+            base_url=api.base_url,
+            transport=httpx.HTTPTransport(local_address="127.0.0.2"),
+            timeout=PATIENCE,
         )
         with other:
             try:

@@ -28,6 +28,7 @@ from rio_cogeo.cogeo import cog_validate
 from benchmarks.serving import served
 from models.card import ModelCard
 from models.registry import ZOO, load_bundle
+from tests.kits.patience import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,9 @@ def post(
 ) -> httpx.Response:
     with ExitStack() as stack:
         parts = [("files", (p.name, stack.enter_context(p.open("rb")))) for p in files]
-        answer = http.post(path, files=parts, data=fields, headers={"Accept": accept}, timeout=120)
+        answer = http.post(
+            path, files=parts, data=fields, headers={"Accept": accept}, timeout=PATIENCE
+        )
     assert answer.status_code == 200, answer.text
     return answer
 

@@ -66,15 +66,16 @@ class Host:
 
         self.pages[path] = page
 
-    def drips(self, path: str, seconds: float, *, header: bool = False) -> None:
+    def drips(self, path: str, *, header: bool = False) -> None:
+        """Send a byte now and then, until the client leaves."""
+
         def page(to: BaseHTTPRequestHandler) -> None:
             if not header:
                 to.send_response(200)
                 to.end_headers()
             else:
                 to.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
-            until = time.monotonic() + seconds
-            while time.monotonic() < until:
+            while True:
                 to.wfile.write(b"x")
                 time.sleep(0.05)
 
@@ -512,8 +513,7 @@ def test_the_limit_is_of_all_files_together(host: Host, folder: Path) -> None:
 
 @pytest.mark.parametrize("header", [False, True])
 def test_a_host_that_sends_slowly_is_abandoned(host: Host, folder: Path, header: bool) -> None:
-    host.drips("/slow.tif", 20, header=header)
-    begun = time.monotonic()
+    host.drips("/slow.tif", header=header)
     with pytest.raises(UnreachableReference, match=r"0 of 1 files arrived within 0\.5 s"):
         fetch(
             f"http://127.0.0.1:{host.port}/slow.tif",
@@ -521,7 +521,6 @@ def test_a_host_that_sends_slowly_is_abandoned(host: Host, folder: Path, header:
             allowed_hosts="127.0.0.1",
             patience=Patience(idle_seconds=5, total_seconds=0.5),
         )
-    assert time.monotonic() - begun < 15
 
 
 def test_a_host_that_sends_nothing_is_abandoned(folder: Path) -> None:

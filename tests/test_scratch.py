@@ -11,6 +11,7 @@ import pytest
 from benchmarks.tiny_zoo import write_zoo
 from service.api.scratch import Scratch
 from tests.kits.jobs import running
+from tests.kits.patience import soon
 
 
 def test_folders_of_ended_processes_are_removed_and_no_others(tmp_path: Path) -> None:
@@ -49,8 +50,7 @@ def test_an_upload_cut_by_a_kill_is_removed_by_the_next_start(tmp_path: Path) ->
         url = service.api.base_url
         with socket.create_connection((url.host, url.port or 0)) as client:
             client.sendall(head.encode() + bytes(8 * 2**20))
-            while not any(path.stat().st_size for path in temporary.rglob("0000.tif")):
-                assert service.process.poll() is None
+            assert soon(lambda: any(path.stat().st_size for path in temporary.rglob("0000.tif")))
             service.process.send_signal(signal.SIGKILL)
             service.end()
     assert list(temporary.glob("pimc-*/request-*/0000.tif"))

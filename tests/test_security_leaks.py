@@ -21,6 +21,7 @@ import pytest
 
 from benchmarks.tiny_zoo import write_zoo
 from tests.kits import rasters
+from tests.kits.patience import PATIENCE, soon
 from tests.kits.process import RUNNING
 
 pytestmark = pytest.mark.slow
@@ -137,9 +138,10 @@ def test_no_response_discloses_internals(base: Path) -> None:
             [sys.executable, "-m", "service"], cwd=ROOT, env={**os.environ, **settings}, stderr=to
         )
     try:
-        while not (found := RUNNING.search(log.read_text())):
-            assert process.poll() is None, log.read_text()
-        with httpx.Client(base_url=f"http://127.0.0.1:{found[1]}", timeout=60) as client:
+        assert soon(lambda: process.poll() is not None or RUNNING.search(log.read_text()))
+        found = RUNNING.search(log.read_text())
+        assert found, log.read_text()
+        with httpx.Client(base_url=f"http://127.0.0.1:{found[1]}", timeout=PATIENCE) as client:
 
             def ask(method: str, path: str, **how: Any) -> httpx.Response:
                 how["headers"] = {"Authorization": f"Bearer {KEY}", **how.get("headers", {})}
@@ -148,7 +150,7 @@ def test_no_response_discloses_internals(base: Path) -> None:
             told = everything_wrong(ask, base)
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=PATIENCE)
 
     assert {name: told[name].status_code for name in EXPECTED} == EXPECTED
     for name, answer in told.items():

@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 from models.registry import ZOO, Registry
 from service.infer.engine import Engine
 from service.infer.session import CUDA
+from tests.kits.patience import PATIENCE, soon
 from tests.kits.process import RUNNING
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def refused(state: Path, **settings: str) -> tuple[int, str]:
         env=environment(state, **settings),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert "Traceback" not in done.stderr
@@ -55,15 +55,13 @@ def started(log: Path, *command: str, **settings: str) -> Iterator[int]:
             stderr=to,
         )
     try:
-        until = time.monotonic() + 60
-        while not (found := RUNNING.search(log.read_text())):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.05)
+        assert soon(lambda: process.poll() is not None or RUNNING.search(log.read_text()))
+        found = RUNNING.search(log.read_text())
+        assert found, log.read_text()
         yield int(found[1])
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", socket.gethostname()])  # noqa: S104 - refused
@@ -156,7 +154,7 @@ def test_a_refused_bundle_is_logged_and_the_whole_zoo_serves(tmp_path: Path) -> 
     (bad / "card.json").write_text("{}")
     log = tmp_path / "log"
     with started(log, "service", PIMC_PORT="0", PIMC_MODEL_DIR=str(bad.parent)) as port:
-        ready = httpx.get(f"http://127.0.0.1:{port}/health/ready")
+        ready = httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=PATIENCE)
     assert ready.status_code == 200
     assert set(ready.json()["refused"]) == {"handed-in"}
     assert {name.partition("@")[0] for name in ready.json()["models"]} == {
@@ -187,16 +185,17 @@ def test_another_server_may_bind_what_it_likes_and_still_serves_no_stranger(
     address = own_address()
     with (
         started(tmp_path / "log", *command) as port,
-        httpx.Client(base_url=f"http://{address}:{port}") as stranger,
+        httpx.Client(base_url=f"http://{address}:{port}", timeout=PATIENCE) as stranger,
     ):
         answer = stranger.get("/models")
         assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
         assert "PIMC_API_KEYS" in answer.json()["detail"]
         assert stranger.get("/health/live").status_code == 200
-        assert httpx.get(f"http://127.0.0.1:{port}/models").status_code == 200
+        known = httpx.get(f"http://127.0.0.1:{port}/models", timeout=PATIENCE)
+        assert known.status_code == 200
     with (
         started(tmp_path / "log", *command, PIMC_API_KEYS="swordfish") as port,
-        httpx.Client(base_url=f"http://{address}:{port}") as stranger,
+        httpx.Client(base_url=f"http://{address}:{port}", timeout=PATIENCE) as stranger,
     ):
         assert stranger.get("/models").status_code == 401
         assert stranger.get("/models", headers={"X-API-Key": "swordfish"}).status_code == 200
@@ -236,7 +235,7 @@ start.main()
     not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc"
 )
 def test_memory_of_a_peak_is_returned_to_the_system() -> None:
-    subprocess.run([sys.executable, "-c", _PEAK], cwd=ROOT, timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", _PEAK], cwd=ROOT, timeout=PATIENCE, check=True)
 
 
 def test_importing_the_service_loads_nothing_that_training_needs() -> None:
@@ -245,7 +244,7 @@ def test_importing_the_service_loads_nothing_that_training_needs() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=True,
     )
     loaded = {name.partition(".")[0] for name in done.stdout.split()}

@@ -9,7 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -25,13 +24,13 @@ from service.jobs.store import JobStore
 from service.threads import SupervisedThread
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import ASYNC, ROOT, SERIES, running, stack, until, waited
+from tests.kits.patience import PATIENCE, soon
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_FIRST_PAUSE", 0.001)
     monkeypatch.setattr(runner, "_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(store, "_BUSY_SECONDS", 0.05)
 
 
 # Supervision ----------------------------------------------------------------------------------
@@ -117,7 +116,7 @@ def test_the_sweeper_survives_an_error_and_jobs_still_run(
 
     monkeypatch.setattr(JobStore, "sweep", fails_twice)
     with served(model_dir=write_zoo(tmp_path / "zoo")) as api:
-        assert swept.wait(60)
+        assert swept.wait(PATIENCE)
         assert not broken
         assert api.get("/health/ready").status_code == 200
         job = api.post("/embed", json=SERIES, headers=ASYNC).json()["jobID"]
@@ -129,7 +128,7 @@ import os, sys, threading
 sys.path[:0] = [{root!r}]
 from service import __main__ as program
 from service import threads
-from service.jobs import runner
+from service.jobs import runner, store
 from service.jobs.store import JobStore
 threads._FIRST_PAUSE = 0.001
 threads._LONGEST_PAUSE = 0.001
@@ -174,7 +173,7 @@ def lines_of_a_service(
         lines.append(json.loads(line))
         if "running on" in lines[-1]["message"]:
             once_it_runs(child, mark)
-    code = child.wait(60)
+    code = child.wait(PATIENCE)
     child.stderr.close()
     return code, lines
 
@@ -216,8 +215,9 @@ def locked(state: Path) -> Iterator[None]:
 
 
 def test_a_running_job_waits_for_a_locked_store_and_requests_are_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(store, "_BUSY_SECONDS", 0.5)
     caplog.set_level(logging.INFO)
     gate, state = Gate(tmp_path / "gate"), tmp_path / "state"
     zoo = zoo_with_a_held_model(tmp_path / "zoo")
@@ -229,10 +229,7 @@ def test_a_running_job_waits_for_a_locked_store_and_requests_are_told(
         until(api, job, progress=1)
         with locked(state):
             gate.open()
-            end = time.monotonic() + 60
-            while not any(r.getMessage() == "job waits" for r in caplog.records):
-                assert time.monotonic() < end
-                time.sleep(0.01)
+            assert soon(lambda: any(r.getMessage() == "job waits" for r in caplog.records))
             told = api.post("/embed", json=SERIES, headers=ASYNC)
             assert (told.status_code, told.json()["code"]) == (503, "overloaded")
             assert "in use by another process" in told.json()["detail"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from pimc_client import Client, PIMCError
 from service.api.middleware import LingeringCloseMiddleware
+from tests.kits.patience import PATIENCE
 
 LARGE = 24 * 2**20  # more than the sockets of both sides hold
 FORM = {"Content-Type": "multipart/form-data; boundary=edge"}
@@ -74,7 +76,7 @@ def test_the_sdk_hears_it_too(api: httpx.Client, large: Path) -> None:
 
 def connected(api: httpx.Client) -> socket.socket:
     where = (api.base_url.host, api.base_url.port or 80)
-    return socket.create_connection(where, timeout=20)
+    return socket.create_connection(where, timeout=PATIENCE)
 
 
 def received(connection: socket.socket) -> bytes:
@@ -92,11 +94,9 @@ def test_an_answer_before_the_whole_body_came_is_sent_at_once_and_the_rest_is_re
     with connected(api) as connection:
         connection.sendall(head.format(LARGE, "wrong").encode())
         connection.sendall(bytes(2**16))
-        begun = time.monotonic()
         first = connection.recv(65536)
         assert first.startswith(b"HTTP/1.1 401 ")
         assert b"connection: close" in first.lower()
-        assert time.monotonic() - begun < 5
         connection.sendall(bytes(LARGE - 2**16))  # nobody resets it
         assert b"HTTP/1.1" not in received(connection)
 
@@ -123,7 +123,7 @@ def test_what_is_read_on_is_bounded() -> None:
 
         async def receive() -> dict[str, Any]:
             nonlocal read
-            await anyio.sleep(pause)
+            await anyio.sleep(pause if read else 0)  # the first bytes come at once
             read += 1000
             return {"type": "http.request", "body": bytes(1000), "more_body": True}
 
@@ -131,7 +131,7 @@ def test_what_is_read_on_is_bounded() -> None:
             sent.append(message)
 
         scope = {"type": "http", "headers": [(b"content-length", b"999999999")]}
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE):
             await LingeringCloseMiddleware(app, **bounds)(scope, receive, send)
         return read, sent
 
@@ -154,17 +154,14 @@ def test_a_drip_feed_times_out(api: httpx.Client, kind: str) -> None:
         "POST /embed HTTP/1.1\r\nHost: here\r\nX-API-Key: key\r\n"
         f"Content-Type: {kind}\r\nContent-Length: 90000\r\n\r\n--edge\r\n"
     ).encode()
-    begun = time.monotonic()
+    answer = b""
     with connected(api) as connection:
         connection.sendall(head)
         connection.settimeout(0.1)
-        answer = b""
-        while not answer and time.monotonic() - begun < 20:
+        while not answer:
             connection.sendall(b"x")
-            try:
+            with suppress(TimeoutError):
                 answer = connection.recv(65536)
-            except TimeoutError:
-                continue
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"body_stalled" in answer
 

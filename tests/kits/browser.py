@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from tests.kits.patience import PATIENCE
 from tests.kits.programs import require
 
-PATIENCE_MS = 60_000
+_PATIENCE_MS = 1000 * PATIENCE
 # Without the background flags Chromium calls its maker's hosts at every start.
 _OPTIONS = [
     "--no-sandbox",
@@ -29,7 +30,9 @@ def chromium() -> Iterator[Browser]:
     found = shutil.which("chromium")
     require(found, "Chromium", "chromium")
     with sync_playwright() as playwright:
+        expect.set_options(timeout=_PATIENCE_MS)
         browser = playwright.chromium.launch(executable_path=found, args=_OPTIONS)
+        browser.on("context", lambda made: made.set_default_timeout(_PATIENCE_MS))
         try:
             yield browser
         finally:
@@ -47,7 +50,6 @@ def opened(
         accept_downloads=True,
     )
     page = context.new_page()
-    page.set_default_timeout(PATIENCE_MS)
     page.on("pageerror", _fail)
     page.goto(url)
     page.wait_for_selector("html[data-ready=yes]")

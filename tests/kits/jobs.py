@@ -22,6 +22,7 @@ import httpx
 import numpy as np
 
 from tests.kits.gate import Gate
+from tests.kits.patience import PATIENCE, soon
 from tests.kits.rasters import write
 
 ROOT = Path(__file__).parents[2]
@@ -55,9 +56,9 @@ def stack(folder: Path, height: int = 70, width: int = 90, dates: int = 4, **how
     return files
 
 
-def waited(api: httpx.Client, job_id: str, *, seconds: float = 120) -> dict[str, Any]:
+def waited(api: httpx.Client, job_id: str) -> dict[str, Any]:
     """A job's status document once it has ended."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while (info := api.get(f"/jobs/{job_id}").json())["status"] not in ENDED:
         assert time.monotonic() < end, info
         time.sleep(0.02)
@@ -66,7 +67,7 @@ def waited(api: httpx.Client, job_id: str, *, seconds: float = 120) -> dict[str,
 
 def until(api: httpx.Client, job_id: str, *, progress: int) -> dict[str, Any]:
     """A running job's status document once it has come so far."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while (info := api.get(f"/jobs/{job_id}").json())["progress"] < progress:
         assert info["status"] not in ENDED, info
         assert time.monotonic() < end, info
@@ -88,7 +89,7 @@ def leftovers(state: Path) -> list[str]:
 
 def change(state: Path, statement: str, *values: object) -> None:
     """Change the stored jobs as another clock would have written them."""
-    with closing(sqlite3.connect(state / "jobs.sqlite", timeout=60)) as db, db:
+    with closing(sqlite3.connect(state / "jobs.sqlite", timeout=PATIENCE)) as db, db:
         db.execute(statement, values)
 
 
@@ -96,11 +97,12 @@ def swept(state: Path, times: int = 1) -> None:
     """Wait until the service has looked for expired jobs so many times."""
     for _ in range(times):
         change(state, "UPDATE clock SET seen = -1")
-        end = time.monotonic() + 60
-        with closing(sqlite3.connect(state / "jobs.sqlite", timeout=60)) as db:
-            while db.execute("SELECT seen FROM clock").fetchone()[0] == -1:
-                assert time.monotonic() < end
-                time.sleep(0.02)
+        assert soon(lambda: _last_sweep(state) != -1)
+
+
+def _last_sweep(state: Path) -> float:
+    with closing(sqlite3.connect(state / "jobs.sqlite", timeout=PATIENCE)) as db:
+        return float(db.execute("SELECT seen FROM clock").fetchone()[0])
 
 
 def check_healthy(api: httpx.Client) -> None:
@@ -151,10 +153,10 @@ class Service:
         # All of it is read as it comes: a full pipe would stop the service.
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
-        url = self._url.get(timeout=60)
+        url = self._url.get(timeout=PATIENCE)
         if url is None:
             raise RuntimeError(f"it ended with {self.process.wait()}: {self.log}")
-        self.api = httpx.Client(base_url=url, timeout=60)
+        self.api = httpx.Client(base_url=url, timeout=PATIENCE)
 
     def _listen(self) -> None:
         for text in self.process.stderr or ():
@@ -170,7 +172,7 @@ class Service:
 
     def end(self) -> int:
         """Wait for its end, and hear the rest of its log."""
-        code = self.process.wait(timeout=60)
+        code = self.process.wait(PATIENCE)
         self._reader.join()
         if self.process.stderr:
             self.process.stderr.close()
