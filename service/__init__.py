@@ -2,6 +2,6 @@
 
 import os
 
-# ONNX Runtime reports its use, and leaves a session id in the temporary folder as it is imported.
-# What the service does is nobody's business but its administrator's, who may set this otherwise.
+# ONNX Runtime sends usage data and writes a session id to the temporary folder when it is imported.
+# The service sends no data about its use; an administrator may set the variable otherwise.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

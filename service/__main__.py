@@ -1,8 +1,8 @@
-"""`python -m service`: bind, serve, drain on SIGTERM; one sentence if the start fails.
+"""`python -m service`: bind, serve, drain on SIGTERM; one line per fault if the start fails.
 
 python -m service                   serves
 python -m service backup FOLDER     copies the jobs to a new folder, also while a service runs
-python -m service restore FOLDER    copies such a folder to an empty PIMC_STATE_DIR
+python -m service restore FOLDER    copies a backup to an empty PIMC_STATE_DIR
 """
 
 from __future__ import annotations
@@ -47,65 +47,83 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _TRIM_SECONDS = 10.0
 _UVICORN_FAILED = 3
 _FAILED = 1
-"""Exit status if a thread was given up or the service hung, after which it is started again."""
+"""Exit status if a supervised thread failed for good or the service hung; Compose, Kubernetes and
+systemd then start the service again."""
 _STUCK_SECONDS = 12.0
-"""Seconds after the grace period after which a process that hangs is ended. Compose and systemd
-send SIGKILL after 45 s, with the default grace period of 30 s."""
+"""Seconds after the grace period at which a process that hangs ends itself. With the default grace
+period of 30 s, Compose and systemd send SIGKILL after 45 s."""
 
 
 def main() -> None:
-    """Serve until stopped, or carry out a command."""
+    """Serve until stopped, or run a command."""
     if len(sys.argv) > 1:
-        _command(sys.argv[1:])
+        _run_command(sys.argv[1:])
         return
-    _give_memory_back()  # first: the limit on heaps does not affect existing ones
+    _configure_malloc()  # first: the limit on heaps does not affect existing heaps
     try:
         keep_needed_drivers()
         settings = read_settings()
         check_binding(settings)
         jobs = open_jobs(settings)
     except SettingsError as error:
-        sys.exit(_refusal(error))
+        sys.exit(_report(error))
     serve(settings, jobs)
 
 
-def _command(arguments: list[str]) -> None:
+def _run_command(arguments: list[str]) -> None:
     """Back jobs up, or restore them."""
     parser = argparse.ArgumentParser(
         prog="python -m service",
-        description="Without a command: serve. Settings are environment variables, PIMC_*.",
+        description="Without a command, start the service. Settings are environment variables "
+        "whose names begin with PIMC_.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("backup", "copy the jobs of PIMC_STATE_DIR to a new folder; a service may be running"),
-        ("restore", "copy such a folder to PIMC_STATE_DIR, which must not hold jobs"),
+        ("restore", "copy a backup to PIMC_STATE_DIR, which must not hold jobs"),
     ):
-        commands.add_parser(name, help=text, description=text).add_argument("folder", type=Path)
+        commands.add_parser(name, help=text, description=text).add_argument(
+            "folder",
+            type=Path,
+            help="folder of the backup; for `backup` it must not exist yet",
+        )
     given = parser.parse_args(arguments)
     try:
         state = read_settings().state_folder
         if given.command == "backup":
-            made = back_up(state, given.folder)
-            size = f"{made.size / 1e6:.1f} MB"
-            said = f"{made.jobs} jobs, {made.results} with a result, {size}, in {given.folder}"
+            backup = back_up(state, given.folder)
+            size = f"{backup.size / 1e6:.1f} MB"
+            message = (
+                f"{backup.jobs} jobs, {backup.results} with a result, {size}, in {given.folder}"
+            )
         else:
-            said = f"{restore(given.folder, state)} jobs in {state}"
+            message = f"{restore(given.folder, state)} jobs in {state}"
     except SettingsError as error:
-        sys.exit(_refusal(error))
+        sys.exit(_report(error))
     except OSError as error:
-        sys.exit(_refusal(SettingsError(f"{given.command} of {given.folder} failed: {error}")))
-    sys.stdout.write(f"{said}\n")
+        sys.exit(_report(SettingsError(f"{given.command} of {given.folder} failed: {error}")))
+    sys.stdout.write(f"{message}\n")
 
 
 def serve(settings: Settings, jobs: JobStore) -> None:
-    """Serve with validated settings and a locked state directory."""
+    """Serve until stopped, with validated settings.
+
+    Args:
+        settings: the settings.
+        jobs: the store of the state directory, which it has locked; closed at the end.
+
+    Raises:
+        SystemExit: the start failed (status 2), or the service stopped because of a fault (1).
+    """
     log = log_config(settings.log_level)
     logging.config.dictConfig(log)
     for name in unknown_variables():
-        logging.getLogger("service").warning("%s is not a setting of this service", name)
+        logging.getLogger("service").warning(
+            "%s is not a setting of this service and has no effect: check its spelling", name
+        )
     if short := short_keys():
-        said = "%d of the API keys have fewer than %d characters and can be guessed"
-        logging.getLogger("service").warning(said, short, SHORT_KEY)
+        warning = "%d of the PIMC_API_KEYS have fewer than %d characters and can be guessed"
+        logging.getLogger("service").warning(warning, short, SHORT_KEY)
     app = create_app(settings, jobs)
     config = server_config(app, settings, log_config=log)
     end_after = settings.grace_seconds + _STUCK_SECONDS
@@ -113,35 +131,37 @@ def serve(settings: Settings, jobs: JobStore) -> None:
         config,
         app,
         grace_seconds=settings.grace_seconds,
-        on_stop=partial(_end_at_last, end_after),
+        on_stop=partial(_end_process_after, end_after),
     )
     try:
         server.run()
     except SystemExit as stop:
-        # uvicorn has its own exit status for a failed start; the log has the cause.
+        # uvicorn exits with a status of its own if the start fails; the log has the cause.
         sys.exit(_MISUSE if stop.code == _UVICORN_FAILED else stop.code)
     if server.failed:
         sys.exit(_FAILED)
 
 
-def _end_at_last(seconds: float) -> None:
-    """End the process after some time, whatever still hangs: jobs resume at the next start."""
+def _end_process_after(seconds: float) -> None:
+    """End the process after some seconds even if threads hang; jobs resume at the next start."""
 
     def end() -> None:
         time.sleep(seconds)
         logging.getLogger("service").critical(
-            "the service did not stop in time and is ended", extra={"seconds": seconds}
+            "the service did not stop in time; its process ends now",
+            extra={"seconds": seconds},
         )
         os._exit(_FAILED)
 
     threading.Thread(target=end, name="end", daemon=True).start()
 
 
-def _give_memory_back() -> None:
-    """Configure glibc's malloc to return the memory of a window.
+def _configure_malloc() -> None:
+    """Configure glibc's malloc to return freed memory to the system; no effect with other libcs.
 
-    By default glibc keeps one heap per thread, with arrays of up to 32 MiB in them and holes
-    between: after fifty clients 1,400 MB stayed in use, with these options 500 MB.
+    By default glibc keeps one heap per thread, with arrays of up to 32 MiB in it and holes between
+    them. After requests of fifty clients, 1,400 MB stay in use by default and 500 MB with these
+    options.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -150,29 +170,31 @@ def _give_memory_back() -> None:
         return
     set_option(_M_ARENA_MAX, 2)
     set_option(_M_MMAP_THRESHOLD, 2**20)
-    # Otherwise every free end of a heap of 128 KiB or more is returned and allocated again by the
-    # next window: a land-cover run of 512 x 512 pixels then has 16,000 page faults, not 4,000.
+    # By default malloc returns each free end of a heap of 128 KiB or more, and the next window
+    # allocates it again: a land-cover run of 512 x 512 pixels has 16,000 page faults instead of
+    # 4,000.
     set_option(_M_TRIM_THRESHOLD, 2**25)
-    SupervisedThread("trim", partial(_keep_trimming, trim)).start()
+    SupervisedThread("trim", partial(_trim_repeatedly, trim)).start()
 
 
-def _keep_trimming(trim: Callable[[int], int]) -> None:
-    """Also return the holes inside the heaps, which a peak of load leaves."""
+def _trim_repeatedly(trim: Callable[[int], int]) -> None:
+    """Also return the free pages inside the heaps, which remain after a peak of load."""
     while True:
         time.sleep(_TRIM_SECONDS)
         trim(0)
 
 
 class DrainingServer(uvicorn.Server):
-    """Drains on SIGTERM: new requests are rejected, running ones may end, then the sockets close.
+    """Server that drains on SIGTERM: it rejects new requests, lets running ones end, then closes.
 
-    uvicorn by itself closes the sockets first, and a client cannot distinguish a stop from a crash.
+    uvicorn's own server closes the sockets first, so that a client cannot distinguish a stop from
+    a crash.
 
     Args:
-        config: uvicorn's.
-        app: made by `create_app`.
+        config: uvicorn's configuration.
+        app: application made by `create_app`.
         grace_seconds: seconds that running requests have to end.
-        on_stop: called once, when it begins to stop.
+        on_stop: called once, when the server begins to stop.
     """
 
     def __init__(
@@ -186,13 +208,13 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._on_stop = on_stop
         self.failed = False
-        """Whether it stops because a thread was given up."""
+        """Whether the server stops because a supervised thread failed for good."""
         self._app = app
         self._grace_seconds = grace_seconds
         self._deadline: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop; a second signal does not wait."""
+        """Begin to stop; at a second signal, stop without waiting for running requests."""
         del frame
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace_seconds
@@ -206,15 +228,14 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Check ten times a second whether to close."""
-        found = self._state()
-        if self._deadline is None and found is not None and found.runner.failed:
+        state = self._state()
+        if self._deadline is None and state is not None and state.runner.failed:
             self.failed = True
             self.handle_exit(signal.SIGTERM, None)
         if self._deadline is not None:
             left = self._deadline - time.monotonic()
-            state = self._state()
             if left <= 0 or state is None or not state.admission.held:
-                # Responses that are still being sent have until then.
+                # Responses that are still being sent have the rest of the grace period.
                 self.config.timeout_graceful_shutdown = max(1, round(left))
                 self.should_exit = True
         return await super().on_tick(counter)
@@ -224,7 +245,12 @@ class DrainingServer(uvicorn.Server):
         return getattr(self._app.state, "pimc", None)
 
 
-def _refusal(error: SettingsError) -> int:
+def _report(error: SettingsError) -> int:
+    """Write an error to stderr.
+
+    Returns:
+        The exit status of a failed start.
+    """
     sys.stderr.write(f"{error}\n")
     return _MISUSE
 

@@ -1,4 +1,4 @@
-"""Container limits: CPUs and memory that the control groups around this process grant."""
+"""Container limits: CPUs and memory that the control groups of this process allow."""
 
 from __future__ import annotations
 
@@ -6,44 +6,54 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-GROUPS = Path("/sys/fs/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 """Mount point of the control groups, version 1 or 2."""
-OWN = Path("/proc/self/cgroup")
-"""File with the groups of this process."""
+PROCESS_CGROUPS = Path("/proc/self/cgroup")
+"""File that lists the control groups of this process."""
 
 
-def cpu_quotas(groups: Path = GROUPS, own: Path = OWN) -> Iterator[float]:
-    """CPUs that each control group around this process grants; those without a limit left out."""
-    for group, version in _around("cpu", groups, own):
+def cpu_quotas(groups: Path = CGROUP_ROOT, own: Path = PROCESS_CGROUPS) -> Iterator[float]:
+    """CPU quota of each control group that this process belongs to, in CPUs; groups with one only.
+
+    Args:
+        groups: mount point of the control groups.
+        own: file that lists the control groups of this process.
+    """
+    for group, version in _groups_of_process("cpu", groups, own):
         try:
             if version == 1:
                 quota = (group / "cpu.cfs_quota_us").read_text()
                 period = (group / "cpu.cfs_period_us").read_text()
             else:
                 quota, period = (group / "cpu.max").read_text().split()
-            granted = float(quota) / float(period)  # "max" is not a number; -1 means the same
+            cpus = float(quota) / float(period)  # "max" and -1 mean no limit
         except (OSError, ValueError, ZeroDivisionError):
             continue
-        if granted > 0:
-            yield granted
+        if cpus > 0:
+            yield cpus
 
 
-def usable_memory(groups: Path = GROUPS, own: Path = OWN) -> int:
-    """Bytes of memory that this process may use: the machine's, or its container's limit."""
+def usable_memory(groups: Path = CGROUP_ROOT, own: Path = PROCESS_CGROUPS) -> int:
+    """Bytes of memory that this process may use: the machine's memory or the container's limit.
+
+    Args:
+        groups: mount point of the control groups.
+        own: file that lists the control groups of this process.
+    """
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for group, version in _around("memory", groups, own):
+    for group, version in _groups_of_process("memory", groups, own):
         name = "memory.limit_in_bytes" if version == 1 else "memory.max"
         try:
-            limit = int((group / name).read_text())  # "max" is not a number
+            limit = int((group / name).read_text())  # raises for "max", which means no limit
         except (OSError, ValueError):
             continue
-        if limit > 0:  # version 1 without a limit has one beyond any machine
+        if limit > 0:  # version 1 states a huge number if there is no limit
             limits.append(limit)
     return min(limits)
 
 
-def _around(controller: str, groups: Path, own: Path) -> Iterator[tuple[Path, int]]:
-    """The control groups around this process, and their version."""
+def _groups_of_process(controller: str, groups: Path, own: Path) -> Iterator[tuple[Path, int]]:
+    """The control groups that this process belongs to, innermost first, each with its version."""
     try:
         lines = own.read_text().splitlines()
     except OSError:  # not Linux
@@ -52,11 +62,12 @@ def _around(controller: str, groups: Path, own: Path) -> Iterator[tuple[Path, in
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        # Version 2 names no controllers; version 1 mounts each under its name.
+        # Version 2 lists no controllers; version 1 mounts each controller under its name.
         mounted = groups / controller if controllers else groups
-        at = mounted / path.lstrip("/")
-        # In a container the path may be the host's, and only the root of the mount exists.
-        for group in (at, *at.parents) if at.is_relative_to(mounted) else ():
+        innermost = mounted / path.lstrip("/")
+        # In a container the path may be the host's; then only the root of the mount exists.
+        inside = innermost.is_relative_to(mounted)
+        for group in (innermost, *innermost.parents) if inside else ():
             yield group, 1 if controllers else 2
             if group == mounted:
                 break

@@ -6,8 +6,8 @@
 
     PIMCError
     ├── RequestError
-    │   ├── InvalidRequest                   a field fails validation
-    │   ├── WrongTask                        the model named serves another task
+    │   ├── InvalidRequest                   a parameter fails validation
+    │   ├── WrongTask                        the named model serves another task
     │   ├── UnsupportedMedia, NotAcceptable  a body or response of an unsupported type
     │   ├── Unauthorized
     │   ├── ForbiddenReference, UnreachableReference
@@ -15,8 +15,8 @@
     │   ├── ResultNotReady                   the job is not finished
     │   ├── InvalidRange                     `Range` is not within the file
     │   ├── BodyTooLarge                     over the upload limit
-    │   ├── BodyStalled                      the upload stopped half way
-    │   ├── NotAVectorFile, InvalidFields, TooManyFields    what `fields` holds
+    │   ├── BodyStalled                      the upload was too slow
+    │   ├── NotAVectorFile, InvalidFields, TooManyFields    the file of `fields` or `labels`
     │   ├── TooFewLabels, NameTaken          own classes
     │   └── MalformedRequest, UriTooLong, HeaderTooLarge, HeadStalled    the head of the request
     ├── RasterError                          the content of the files
@@ -25,13 +25,13 @@
     │   ├── ImplausibleReflectance, WrongSensor
     │   └── RasterTooLarge
     ├── Overloaded                           slots, memory, descriptors or the store are in use
-    ├── TooManyRequests                      the caller's share is used up; nothing was started
+    ├── TooManyRequests                      the caller's quota is used up; nothing was started
     ├── NotReady                             models are missing or loading, or the server stops
     ├── InsufficientStorage                  the disk is full
     └── InternalError                        a fault of the server
 
 The errors are independent of HTTP; only `STATUS` gives each code its status. A message names the
-file or parameter and both sides of the conflict.
+file or parameter, both sides of the conflict and the remedy.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ from typing import ClassVar
 
 
 class PIMCError(Exception):
-    """Any error that is reported to the client."""
+    """Any error that is reported to the client.
+
+    Args:
+        detail: message for people: the file or parameter, both sides of the conflict, the remedy.
+    """
 
     code: ClassVar[str] = "internal_error"
     title: ClassVar[str] = "Internal error"
@@ -55,7 +59,13 @@ class PIMCError(Exception):
 
     @staticmethod
     def of_code(code: str, detail: str, errors: Sequence[Mapping[str, str]] = ()) -> PIMCError:
-        """Restore a stored error from its code."""
+        """Restore a stored error from its code.
+
+        Args:
+            code: the code; an unknown one becomes `internal_error`.
+            detail: message of the error.
+            errors: `{"field", "detail"}` of each invalid parameter, with `invalid_request`.
+        """
         kinds: list[type[PIMCError]] = [PIMCError]
         for kind in kinds:
             kinds += kind.__subclasses__()
@@ -68,7 +78,12 @@ class RequestError(PIMCError):
 
 
 class InvalidRequest(RequestError):
-    """A field fails validation; `errors` lists each as `{"field", "detail"}`."""
+    """A parameter fails validation.
+
+    Args:
+        detail: message for people.
+        errors: `{"field", "detail"}` of each parameter that fails.
+    """
 
     code = "invalid_request"
     title = "Invalid request"
@@ -79,40 +94,45 @@ class InvalidRequest(RequestError):
 
     @classmethod
     def of(cls, field: str, detail: str) -> InvalidRequest:
-        """The error of one field."""
+        """The error of one parameter.
+
+        Args:
+            field: name of the parameter.
+            detail: message without the name.
+        """
         return cls(f"{field}: {detail}", [{"field": field, "detail": detail}])
 
 
 class WrongTask(RequestError):
-    """The model named serves another task."""
+    """The named model serves another task."""
 
     code = "wrong_task"
     title = "Wrong task"
 
 
 class UnsupportedMedia(RequestError):
-    """A body of a type that the endpoint does not read."""
+    """The endpoint does not read bodies of this media type."""
 
     code = "unsupported_media_type"
     title = "Unsupported media type"
 
 
 class NotAcceptable(RequestError):
-    """No type in `Accept` is available."""
+    """No media type in `Accept` is available."""
 
     code = "not_acceptable"
     title = "Not acceptable"
 
 
 class Unauthorized(RequestError):
-    """The API key is missing or wrong."""
+    """The API key is missing, wrong or expired."""
 
     code = "unauthorized"
     title = "Unauthorized"
 
 
 class ForbiddenReference(RequestError):
-    """An href outside the allowed roots and hosts."""
+    """An `href` lies outside the allowed roots and hosts."""
 
     code = "forbidden_reference"
     title = "Forbidden reference"
@@ -126,35 +146,35 @@ class UnreachableReference(RequestError):
 
 
 class NotFound(RequestError):
-    """No such path."""
+    """The path does not exist."""
 
     code = "not_found"
     title = "Not found"
 
 
 class MethodNotAllowed(RequestError):
-    """The path has no such method."""
+    """The path does not support the method."""
 
     code = "method_not_allowed"
     title = "Method not allowed"
 
 
 class UnknownModel(RequestError):
-    """No model of that name and version."""
+    """No model has the given name and version."""
 
     code = "unknown_model"
     title = "Unknown model"
 
 
 class UnknownJob(RequestError):
-    """No job of that id."""
+    """The caller has no job with the given id."""
 
     code = "unknown_job"
     title = "Unknown job"
 
 
 class ResultNotReady(RequestError):
-    """The job is not finished."""
+    """The job has no result: it waits, runs, was dismissed or has expired."""
 
     code = "result_not_ready"
     title = "Result not ready"
@@ -168,88 +188,87 @@ class BodyTooLarge(RequestError):
 
 
 class BodyStalled(RequestError):
-    """The upload stalled while it held a queue slot."""
+    """The upload was slower than the minimum rate."""
 
     code = "body_stalled"
     title = "Body stalled"
 
 
 class NotAVectorFile(RequestError):
-    """Not GeoJSON, GeoPackage or GeoParquet, or one that does not read."""
+    """The file of `fields` or `labels` is not GeoJSON, GeoPackage or GeoParquet, or is damaged."""
 
     code = "not_a_vector_file"
     title = "Not a vector file"
 
 
 class InvalidFields(RequestError):
-    """No feature holds a polygon."""
+    """No feature of `fields` holds a polygon, or none of `labels` a point or polygon."""
 
     code = "invalid_fields"
     title = "Invalid fields"
 
 
 class TooManyFields(RequestError):
-    """More fields than one request may hold."""
+    """The request holds more polygons or labels than are allowed."""
 
     code = "too_many_fields"
     title = "Too many fields"
 
 
 class TooFewLabels(RequestError):
-    """Too few classes, or too few usable labels of a class, to learn from."""
+    """There are too few classes, or too few usable labels of a class, to fit a model."""
 
     code = "too_few_labels"
     title = "Too few labels"
 
 
 class NameTaken(RequestError):
-    """A model of that name exists."""
+    """A model of the given name exists already."""
 
     code = "name_taken"
     title = "Name taken"
 
 
 class MalformedRequest(RequestError):
-    """The request is not HTTP."""
+    """The request is not valid HTTP/1.1."""
 
     code = "malformed_request"
     title = "Malformed request"
 
 
 class UriTooLong(RequestError):
-    """The request's path and query are over their limit."""
+    """The request's path and query exceed their limit."""
 
     code = "uri_too_long"
     title = "URI too long"
 
 
 class HeaderTooLarge(RequestError):
-    """The request's headers are over their limit."""
+    """The request's headers exceed their limit."""
 
     code = "header_too_large"
     title = "Header too large"
 
 
 class HeadStalled(RequestError):
-    """The request's headers did not come in time."""
+    """The request's headers did not arrive in time."""
 
     code = "head_stalled"
     title = "Head stalled"
 
 
 class InvalidRange(RequestError):
-    """`Range` is not valid, or not within the file."""
+    """`Range` is not valid, or not within the file.
+
+    Args:
+        detail: message for people.
+        size: size of the file, bytes.
+    """
 
     code = "invalid_range"
     title = "Invalid range"
 
     def __init__(self, detail: str, size: int = 0) -> None:
-        """State the file's size.
-
-        Args:
-            detail: for the client.
-            size: of the file, bytes.
-        """
         super().__init__(detail)
         self.size = size
 
@@ -259,21 +278,21 @@ class RasterError(PIMCError):
 
 
 class NotAGeoTIFF(RasterError):
-    """Not a TIFF that GDAL's GTiff driver opens."""
+    """The file is neither a GeoTIFF nor a JP2, or its GDAL driver cannot open it."""
 
     code = "not_a_geotiff"
     title = "Not a GeoTIFF"
 
 
 class CorruptRaster(RasterError):
-    """The header is readable, the pixels are not."""
+    """The file's header is readable, but its pixels are not."""
 
     code = "corrupt_raster"
     title = "Corrupt raster"
 
 
 class NoGeoreference(RasterError):
-    """No CRS or no transform."""
+    """The file has no CRS or no transform."""
 
     code = "no_georeference"
     title = "No georeference"
@@ -301,7 +320,7 @@ class MissingDates(RasterError):
 
 
 class TooFewDates(RasterError):
-    """Fewer dates in the window than the card's `min_observations`."""
+    """The time window holds fewer dates than the card's `min_observations`."""
 
     code = "too_few_dates"
     title = "Too few dates"
@@ -315,23 +334,27 @@ class ImplausibleReflectance(RasterError):
 
 
 class WrongSensor(RasterError):
-    """Images of a sensor that the model was not trained on."""
+    """The images come from a sensor that the model was not trained on."""
 
     code = "wrong_sensor"
     title = "Wrong sensor"
 
 
 class RasterTooLarge(RasterError):
-    """The decoded size, judged from headers, exceeds the limit."""
+    """The decoded size, computed from the headers, exceeds the limit."""
 
     code = "raster_too_large"
     title = "Raster too large"
 
 
 class Overloaded(PIMCError):
-    """What the request needs is in use by others: a slot, memory, descriptors, the job store.
+    """Other requests use the slots, memory, file descriptors or job store that this one needs.
 
-    A running job waits for it instead of failing.
+    A running job waits until they are free instead of failing.
+
+    Args:
+        detail: message for people.
+        retry_after: seconds after which a client may retry.
     """
 
     code = "overloaded"
@@ -343,12 +366,12 @@ class Overloaded(PIMCError):
 
 
 class TooManyRequests(PIMCError):
-    """The caller's share is used up; nothing was started.
+    """The caller's quota is used up; nothing was started.
 
     Args:
-        detail: what is used, and what the share is.
+        detail: message for people: the amount in use, and the quota.
         policy: name of the quota.
-        retry_after: seconds.
+        retry_after: seconds after which a client may retry.
     """
 
     code = "too_many_requests"
@@ -361,7 +384,12 @@ class TooManyRequests(PIMCError):
 
 
 class NotReady(PIMCError):
-    """A model is missing or still loading, or the server is stopping."""
+    """A model is missing or still loading, or the server is stopping.
+
+    Args:
+        detail: message for people.
+        retry_after: seconds after which a client may retry.
+    """
 
     code = "not_ready"
     title = "Not ready"
@@ -372,7 +400,7 @@ class NotReady(PIMCError):
 
 
 class InsufficientStorage(PIMCError):
-    """The disk is full: a body, a job or a result cannot be stored."""
+    """The server's disk is full: a body, a job or a result cannot be stored."""
 
     code = "insufficient_storage"
     title = "Insufficient storage"
@@ -428,17 +456,20 @@ _NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 def no_room(error: BaseException) -> InsufficientStorage | None:
-    """The error for a full disk; None if the system's error is another."""
+    """The error for a full disk; None if the operating system reported another error."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return InsufficientStorage(f"the server's disk is full: {os.strerror(error.errno).lower()}")
+        return InsufficientStorage(
+            f"the server's disk is full ({os.strerror(error.errno).lower()}): the administrator "
+            "must free space; nothing of this request is kept"
+        )
     return None
 
 
 def no_descriptors(error: BaseException) -> Overloaded | None:
-    """The error for exhausted file descriptors; None if there are some.
+    """The error for exhausted file descriptors; None if descriptors are free.
 
-    GDAL and SQLite state only that a file does not open, so after an error of theirs it is tried
-    whether any file does.
+    GDAL and SQLite report only that a file does not open. After such an error this function tries
+    to open a file itself.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number is None and not any(os.strerror(n) in str(error) for n in _NO_DESCRIPTORS):
@@ -451,18 +482,20 @@ def no_descriptors(error: BaseException) -> Overloaded | None:
     elif number is not None and number not in _NO_DESCRIPTORS:
         return None
     return Overloaded(
-        "the server has no free file descriptors: too many files and connections are open at once "
-        "(ulimit -n, LimitNOFILE)"
+        "the server has no free file descriptors: too many files and connections are open at once; "
+        "retry later, or have the administrator raise the limit (ulimit -n, LimitNOFILE)"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackWarning:
-    """Something suspicious that is not an error."""
+    """A finding about the input that does not stop the run."""
 
     code: str
+    """Stable code, such as `merged_dates`."""
     detail: str
+    """Message for people."""
 
 
 class Cancelled(Exception):
-    """The run was cancelled; nothing of it is left."""
+    """The run was cancelled; none of its files remain."""

@@ -27,9 +27,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "PIMC_"
 KEY_HASH = "sha256:"
-"""Prefix of a hashed API key; every key is kept in this form."""
+"""Prefix of a hashed API key; the service keeps every key in this form."""
 SHORT_KEY = 16
-"""A shorter API key is logged as a warning: an unsalted hash does not protect it."""
+"""Characters below which the log warns of an API key: an unsalted hash does not protect it."""
 _SHA256 = re.compile(KEY_HASH + r"[0-9a-fA-F]{64}")
 _HOST = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<host>[^:\[\]/@\s]+))(?::(?P<port>\d{1,5}))?")
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
@@ -38,7 +38,7 @@ LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
 class SettingsError(Exception):
-    """The environment holds invalid settings; the message names each variable."""
+    """The settings or the state directory cannot be used; the message names each variable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +46,24 @@ class HostRule:
     """One entry of `PIMC_ALLOWED_HOSTS`: a name or a network, optionally with a port."""
 
     name: str | None = None
-    """A host's name, lower case, ASCII; None for addresses."""
+    """Host name in lower-case ASCII; None if the entry is a network."""
     network: ipaddress.IPv4Network | ipaddress.IPv6Network | None = None
-    """Addresses that may be read from even if they are not public; None for a name."""
+    """Addresses that may be read from even if they are not public; None if the entry is a name."""
     port: int | None = None
-    """The only port allowed; None for all."""
+    """The only allowed port; None allows all ports."""
 
     @classmethod
     def read(cls, text: str) -> HostRule:
         """Parse an entry.
 
+        Args:
+            text: the entry: `name`, `name:port`, an address or a network.
+
         Raises:
-            ValueError: it is not a name, address or network.
+            ValueError: the entry is not a name, address or network.
         """
         network = _network(text)
-        if network is not None:  # before the port: 2001:db8::1 has none
+        if network is not None:  # checked before a port: the end of 2001:db8::1 is not a port
             return cls(network=network)
         found = _HOST.fullmatch(text)
         if found is None:
@@ -71,7 +74,9 @@ class HostRule:
         if network is not None:
             return cls(network=network, port=port)
         if not _NAME.fullmatch(host) or host.rpartition(".")[2].isdecimal():
-            raise ValueError(f"'{host}' is not a host name; write one beyond ASCII as xn--…")
+            raise ValueError(
+                f"'{host}' is not a valid host name; write an international name as xn--…"
+            )
         return cls(name=host.lower().removesuffix("."), port=port)
 
     def __str__(self) -> str:
@@ -94,23 +99,23 @@ class Settings(BaseSettings):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address that `python -m service` binds."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """Port that `python -m service` binds; 0 takes any free one, which the log names."""
+    """Port that `python -m service` binds; 0 chooses a free port, which the log states."""
     allow_anonymous: bool | None = None
-    """Whether the service may be used without API keys: True over every address, False over none;
-    None over loopback addresses only."""
+    """Whether clients may use the service without API keys: True over every address, False over
+    none; None over loopback addresses only."""
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
     """API keys, comma-separated, each plain or as `sha256:` and its hex SHA-256; with at least one,
-    tasks, jobs and models need a key. Kept as hashes only."""
+    tasks, jobs and models need a key. The service keeps only the hashes."""
     api_keys_file: Path | None = None
-    """File of further API keys, each with a name and optionally an expiry, read again when it
+    """File of further API keys, each with a name and optionally an expiry; read again when it
     changes."""
     private: bool = False
     """Whether metrics, documentation and the details of readiness need an API key as well."""
     model_dir: Path | None = None
     """Folder of additional bundles; a bundle replaces the built-in one of the same name."""
     model_checksums: Path | None = None
-    """File of sha256 checksums as `sha256sum` writes it; with it, a bundle is served only if each
-    of its files is listed."""
+    """File of sha256 checksums as `sha256sum` writes it; if set, a bundle is served only if the
+    file lists each of its files."""
     providers: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` uses CUDA if it works, else the CPU; `cuda` stops the start if CUDA does not work;
     `cpu` uses the CPU."""
@@ -119,49 +124,56 @@ class Settings(BaseSettings):
     if the card's measured loss is below 0.3 points; `float32` never does, so that predictions are
     the same on every machine up to rounding."""
     max_body_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(2 * 2**30)
-    """Largest upload, in bytes or as `500MB`, `2GiB`; also what the zips in it hold together."""
+    """Largest upload, in bytes or as `500MB`, `2GiB`; also the largest size of its unpacked zips
+    together."""
     jp2: bool = True
     """Whether JPEG 2000 files (`.jp2`) are read, by GDAL's OpenJPEG."""
     upload_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     """Seconds over which an upload must keep `upload_rate`."""
     upload_rate: Annotated[ByteSize, Field(ge=1)] = ByteSize(16 * 2**10)
-    """Bytes per second that an upload must keep; a slower one holds no queue slot."""
+    """Bytes per second that an upload must keep; a slower upload holds no queue slot."""
     max_spool_bytes: ByteSize | None = None
-    """Bodies of requests in flight on disk, in bytes or as `500MB`, `2GiB`; one caller may take
-    half. At least twice `max_body_bytes`; None is eight times that."""
+    """Largest size on disk of all bodies of requests in flight, in bytes or as `500MB`, `2GiB`;
+    one caller may take half. At least twice `max_body_bytes`; None is eight times
+    `max_body_bytes`."""
     root_path: Annotated[str | None, Field(max_length=200)] = None
     """Path under which a proxy serves the service, such as `/pimc`; links begin with it."""
     trusted_proxies: Annotated[
         tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...], NoDecode
     ] = ()
     """Addresses and networks, comma-separated, of proxies whose `X-Forwarded-For` and
-    `X-Forwarded-Proto` are believed."""
+    `X-Forwarded-Proto` the service trusts."""
     max_connections: Annotated[int, Field(ge=16)] = 1024
-    """Open connections. At the bound, the one that has waited longest without a request is closed.
-    The limit of open files is raised for them as far as the system allows."""
+    """Largest number of open connections. At the limit, the service closes the connection that has
+    waited longest without a request. It raises the limit of open files for them as far as the
+    system allows."""
     max_connections_per_address: Annotated[int, Field(ge=1)] = 256
-    """Open connections of one client address; set it to `PIMC_MAX_CONNECTIONS` behind a proxy."""
+    """Largest number of open connections of one client address; behind a proxy set it to
+    `PIMC_MAX_CONNECTIONS`."""
     head_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
     """Seconds within which a request's line and headers must arrive."""
     send_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     """Seconds for which a client may read nothing of a response before it is disconnected."""
     max_downloads: Annotated[int, Field(ge=1)] = 64
-    """Results of jobs that are sent at once; a further reader is `overloaded`."""
+    """Largest number of job results that are sent at once; a further request for a result is
+    rejected with `overloaded`."""
     max_downloads_per_caller: Annotated[int, Field(ge=1)] = 16
-    """Results of jobs that are sent at once to one key, or to one address without keys."""
+    """Largest number of job results that are sent at once to one API key, or without keys to one
+    address."""
     max_fields: Annotated[int, Field(ge=1)] = 100_000
-    """Polygons of one request."""
+    """Largest number of polygons of one request."""
     max_raster_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(16 * 2**30)
     """Largest decoded stack, in bytes or as `500MB`, `2GiB`, computed from the headers."""
     memory_budget: Annotated[ByteSize, Field(ge=2**26)] | None = None
-    """Memory that runs may take together for what they decode, in bytes or as `500MB`, `2GiB`; None
-    is half of the container's limit, or without one of the machine's memory."""
+    """Memory that all runs together may take for decoded data, in bytes or as `500MB`, `2GiB`; None
+    is half of the container's limit, or without a limit half of the machine's memory."""
     sync_max_pixels: Annotated[int, Field(ge=1)] = 2048 * 2048
     """Pixels of the largest raster that is processed synchronously; a larger one becomes a job."""
     max_concurrency: Annotated[int, Field(ge=1)] = 4
-    """Run slots. There are twice as many queue slots; without one a request is `overloaded`."""
+    """Run slots. A caller has twice as many queue slots; without a free queue slot a request is
+    rejected with `overloaded`."""
     max_items: Annotated[int, Field(ge=1)] = 500
-    """STAC items of one request."""
+    """Largest number of STAC items of one request."""
     allowed_roots: Annotated[tuple[Path, ...], NoDecode] = ()
     """Folders, comma-separated, whose files a request may name instead of sending them."""
     allowed_hosts: Annotated[tuple[HostRule, ...], NoDecode] = ()
@@ -170,25 +182,30 @@ class Settings(BaseSettings):
     state_dir: Path | None = None
     """Folder of jobs and their results; None uses `state/<port>` in the checkout."""
     min_free_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(32 * 2**20)
-    """Bytes that must be free for jobs and for requests; with fewer the service is not ready."""
+    """Bytes that must be free on the disks of jobs and of temporary files; with fewer,
+    `/health/ready` reports the service as not ready."""
     demo_dir: Path | None = None
-    """Folder of GeoTIFFs that the explorer offers everybody as its demo; None for no demo."""
+    """Folder of GeoTIFFs that the explorer offers to every user as its demo; None for no demo."""
     job_workers: Annotated[int, Field(ge=1)] = 1
-    """Jobs that run at once, in addition to synchronous runs."""
+    """Number of jobs that run at once, in addition to synchronous runs."""
     max_jobs: Annotated[int, Field(ge=1)] = 100
-    """Jobs that may wait; a further one is `overloaded`."""
+    """Largest number of waiting jobs; a further job is rejected with `overloaded`."""
     max_requests_per_caller: Annotated[int, Field(ge=1)] | None = None
-    """Requests of one caller at once; None bounds them by its queue slots alone. A caller is an API
-    key's name, without keys an address. Beyond this and the three below: `too_many_requests`."""
+    """Largest number of requests of one caller at once; None limits them by its queue slots only.
+    A caller is an API key's name or, without keys, an address. A request over this quota or over
+    `max_jobs_per_caller`, `max_pixels_per_day` or `max_storage_per_caller` is rejected with
+    `too_many_requests`."""
     max_jobs_per_caller: Annotated[int, Field(ge=1)] | None = None
-    """Jobs of one caller that wait or run; None is half of `max_jobs` if there are several keys,
-    and no bound otherwise."""
+    """Largest number of jobs of one caller that wait or run; None is half of `max_jobs` if there
+    are keys of several callers, and unlimited otherwise."""
     max_pixels_per_day: Annotated[int, Field(ge=1)] | None = None
-    """Pixels, series and points of one caller per day (UTC); None is no bound."""
+    """Largest number of pixels, series and points of one caller per day (UTC); None is
+    unlimited."""
     max_storage_per_caller: Annotated[ByteSize, Field(ge=1)] | None = None
-    """Files of one caller's jobs, in bytes or as `500MB`, `2GiB`; None is no bound."""
+    """Largest size of the files of one caller's jobs, in bytes or as `500MB`, `2GiB`; None is
+    unlimited."""
     max_heads: Annotated[int, Field(ge=1)] = 100
-    """Models of its own classes that one caller may have."""
+    """Largest number of models of own classes of one caller."""
     job_ttl: Annotated[int, Field(ge=1)] = 7 * 24 * 3600
     """Seconds for which a finished job and its result are kept."""
     grace_seconds: Annotated[int, Field(ge=0)] = 30
@@ -208,17 +225,17 @@ class Settings(BaseSettings):
 
     @property
     def spool_bytes(self) -> int:
-        """Bytes of bodies of requests in flight on disk."""
+        """Largest size on disk of all bodies of requests in flight, bytes."""
         return self.max_spool_bytes or 8 * self.max_body_bytes
 
     @field_validator("max_spool_bytes")
     @classmethod
     def _holds_two_bodies(cls, value: ByteSize | None, info: ValidationInfo) -> ByteSize | None:
-        body = info.data.get("max_body_bytes")  # not there if it is not valid itself
+        body = info.data.get("max_body_bytes")  # missing if that setting itself is not valid
         if value is not None and body is not None and value < 2 * body:
             raise ValueError(
-                f"{value} bytes are less than twice PIMC_MAX_BODY_BYTES ({body}): one caller may "
-                "take half, and one body must fit"
+                f"{value} bytes are less than twice PIMC_MAX_BODY_BYTES ({body}), but one caller "
+                "may take half, and one body must fit: raise this setting or lower that one"
             )
         return value
 
@@ -239,7 +256,10 @@ class Settings(BaseSettings):
     @classmethod
     def _is_a_path(cls, value: str | None) -> str | None:
         if value and not _ROOT_PATH.fullmatch(value):
-            raise ValueError(f"'{value}' is not a path such as /pimc, without a slash at its end")
+            raise ValueError(
+                f"'{value}' is not a valid path: it must begin with a slash and not end with one, "
+                "such as /pimc"
+            )
         return value
 
     @field_validator("demo_dir")
@@ -276,32 +296,38 @@ class Settings(BaseSettings):
 
 
 def _parts(value: object) -> object:
-    """The parts of a comma-separated variable."""
+    """The parts of a comma-separated text; other values unchanged."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
 
 
 def key_hash(key: str) -> str:
-    """`sha256:…` of a key; a hash is returned as it is.
+    """An API key in the form `sha256:…`.
+
+    Args:
+        key: the key, or `sha256:` and its hexadecimal SHA-256.
 
     Raises:
-        ValueError: it is neither a hash nor a key that a header can hold.
+        ValueError: the key is neither such a hash nor printable ASCII without spaces.
     """
     if key.startswith(KEY_HASH):
         if not _SHA256.fullmatch(key):
             raise ValueError(f"a key that begins with {KEY_HASH} must have 64 hex digits after it")
         return key.lower()
     if not (key.isascii() and key.isprintable() and " " not in key and key):
-        raise ValueError("a key must be printable ASCII without spaces, as headers are")
+        raise ValueError("a key must be printable ASCII without spaces, because a header holds it")
     return KEY_HASH + hashlib.sha256(key.encode()).hexdigest()
 
 
 def read_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - whatever a field takes
-    """Settings from the environment, with some fields set by the caller.
+    """Read the settings from the environment.
+
+    Args:
+        overrides: values of fields that replace those of the environment.
 
     Raises:
-        SettingsError: a variable has an invalid value; the message lists each.
+        SettingsError: a variable has an invalid value; the message lists each such variable.
     """
     try:
         return Settings(**overrides)
@@ -314,20 +340,20 @@ def read_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - whatever a fi
 
 
 def short_keys(environment: Mapping[str, str] = os.environ) -> int:
-    """Number of plain API keys that are short enough to be guessed."""
+    """Number of plain keys in `PIMC_API_KEYS` that are short enough to be guessed."""
     parts = environment.get(f"{PREFIX}API_KEYS", "").split(",")
     keys = [key.strip() for key in parts if not key.strip().startswith(KEY_HASH)]
     return sum(0 < len(key) < SHORT_KEY for key in keys)
 
 
 def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Names that begin with `PIMC_` but are not settings, such as misspelt ones."""
+    """Environment variables that begin with `PIMC_` but are not settings, such as misspelt ones."""
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
     return sorted(n for n in environment if n.upper().startswith(PREFIX) and n.upper() not in known)
 
 
 def project_version() -> str:
-    """The version of the project, by its installed metadata."""
+    """The project's version, from its installed metadata; `0+checkout` if it is not installed."""
     try:
         return version("pimc-client")
     except PackageNotFoundError:  # run from a checkout that was not installed

@@ -1,6 +1,6 @@
 """Telemetry: JSON log lines and Prometheus metrics.
 
-Each application has a metrics registry of its own, so that two in one process do not mix.
+Each application has its own metrics registry, so that two applications in one process count apart.
 """
 
 from __future__ import annotations
@@ -39,22 +39,25 @@ TRACE_ID: ContextVar[str | None] = ContextVar("trace_id", default=None)
 _JOB_ID: ContextVar[str | None] = ContextVar("job_id", default=None)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _MOST_MODELS = 64
-"""Models with a series of their own."""
+"""Largest number of models that metrics count under their own name; the rest count as `other`."""
 _PACES = 20
-"""Last runs of a task that estimates are taken from."""
+"""Number of last runs of a task that an estimate uses."""
 _STAGE_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)
-# The fields that every LogRecord has; the others came with `extra`.
+"""Upper bounds of the histograms' buckets, seconds."""
+# The fields that every LogRecord has; all others came with `extra`.
 _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """Seconds that a run may take."""
+    """Estimate of a run's duration."""
 
     shortest: float
+    """Lower end of the range, seconds."""
     longest: float
+    """Upper end of the range, seconds."""
     runs: int
-    """Runs that the range is taken from."""
+    """Number of past runs that the range is taken from."""
 
 
 class Metrics:
@@ -111,7 +114,7 @@ class Metrics:
             "Seconds since the job that waits longest was accepted; 0 if none waits",
             registry=self._registry,
         ).set_function(lambda: 0 if self._oldest is None else max(0, time.time() - self._oldest))
-        self._sweeps = self._counter("pimc_sweeps", "Looks for expired jobs", ["outcome"])
+        self._sweeps = self._counter("pimc_sweeps", "Searches for expired jobs", ["outcome"])
         self._problems = self._counter("pimc_problems", "Error responses by code", ["code"])
         self._bytes = self._counter(
             "pimc_body_bytes",
@@ -126,7 +129,7 @@ class Metrics:
         self._models: set[str] = set()
         self._model_seconds = Histogram(
             "pimc_model_seconds",
-            "Seconds of a request that a model computed the response of, as pimc_request_seconds",
+            "Seconds of requests as in pimc_request_seconds, by the model that was run",
             ["model"],
             buckets=_STAGE_BUCKETS,
             registry=self._registry,
@@ -134,7 +137,7 @@ class Metrics:
         self._connections = Gauge("pimc_connections", "Open connections", registry=self._registry)
         self._given_up = self._counter(
             "pimc_connections_given_up",
-            "Connections closed or rejected by a bound, by reason",
+            "Connections closed or rejected because of a limit, by reason",
             ["reason"],
         )
         self._downloads = Gauge(
@@ -142,7 +145,7 @@ class Metrics:
         )
         self._downloads_rejected = self._counter(
             "pimc_downloads_rejected",
-            "Readers of results rejected by a bound: of one caller, or of all",
+            "Requests for results rejected because of a limit: for one caller, or for all",
             ["bound"],
         )
 
@@ -156,7 +159,7 @@ class Metrics:
         )
         self._uploads_given_up = Counter(
             "pimc_uploads_given_up",
-            "Slow uploads ended because another request needed their place",
+            "Slow uploads ended because other requests needed their capacity",
             registry=self._registry,
         )
 
@@ -169,14 +172,14 @@ class Metrics:
         uploads: Callable[[], int],
         spooled: Callable[[], int],
     ) -> None:
-        """Add gauges of admission, read whenever metrics are.
+        """Add gauges of admission; they are read whenever a client reads the metrics.
 
         Args:
-            run_slots: requests that may run at once.
-            held: run slots in use.
-            awaited: requests that wait for one.
-            uploads: uploads in flight.
-            spooled: bytes of bodies on disk.
+            run_slots: number of requests that may run at once.
+            held: returns the number of run slots in use.
+            awaited: returns the number of requests that wait for a run slot.
+            uploads: returns the number of uploads in flight.
+            spooled: returns the bytes of bodies on disk.
         """
         for name, text, read in (
             ("pimc_run_slots", "Requests that may run at once", lambda: run_slots),
@@ -190,12 +193,12 @@ class Metrics:
     def watch_memory(
         self, *, limit: int, taken: Callable[[], int], awaited: Callable[[], int]
     ) -> None:
-        """Add gauges of the memory budget, read whenever metrics are.
+        """Add gauges of the memory budget; they are read whenever a client reads the metrics.
 
         Args:
-            limit: bytes that runs may take.
-            taken: bytes that they hold.
-            awaited: runs that wait for memory.
+            limit: bytes that runs may take together.
+            taken: returns the bytes that runs hold.
+            awaited: returns the number of runs that wait for memory.
         """
         for name, text, read in (
             ("pimc_memory_budget_bytes", "Bytes of memory that runs may take", lambda: limit),
@@ -205,7 +208,11 @@ class Metrics:
             Gauge(name, text, registry=self._registry).set_function(read)
 
     def watch_keys(self, valid: Callable[[], int]) -> None:
-        """Add a gauge of API keys that have not expired, read whenever metrics are."""
+        """Add a gauge of the API keys that have not expired.
+
+        Args:
+            valid: returns the number of keys; called whenever a client reads the metrics.
+        """
         Gauge("pimc_api_keys", "API keys that are valid", registry=self._registry).set_function(
             valid
         )
@@ -219,14 +226,14 @@ class Metrics:
         self._quotas.labels(quota).inc()
 
     def upload_given_up(self) -> None:
-        """Count an upload that had to make room for another."""
+        """Count a slow upload that was ended for the benefit of other requests."""
         self._uploads_given_up.inc()
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         return Counter(name, text, labels, registry=self._registry)
 
     def provider(self, name: str) -> None:
-        """Set the execution provider really in use."""
+        """Set the execution provider in use."""
         self._provider.labels(name).set(1)
 
     def connections(self, count: int) -> None:
@@ -234,7 +241,7 @@ class Metrics:
         self._connections.set(count)
 
     def connection_given_up(self, reason: str) -> None:
-        """Count a connection that a bound closed or rejected."""
+        """Count a connection that was closed or rejected because of a limit."""
         self._given_up.labels(reason).inc()
 
     def downloads(self, count: int) -> None:
@@ -242,10 +249,14 @@ class Metrics:
         self._downloads.set(count)
 
     def download_rejected(self, bound: str) -> None:
-        """Count a reader of a result for whom there was no room."""
+        """Count a request for a result that was rejected because of a limit.
+
+        Args:
+            bound: `caller` or `all`, whichever limit was reached.
+        """
         self._downloads_rejected.labels(bound).inc()
 
-    def answered(
+    def request_completed(
         self,
         *,
         route: str,
@@ -257,17 +268,17 @@ class Metrics:
         bytes_in: int = 0,
         bytes_out: int = 0,
     ) -> None:
-        """Count one request.
+        """Count one completed request.
 
         Args:
-            route: its path, with the names of parameters.
-            method: its method.
-            status: of the response.
-            seconds: from its head to the end of the response.
-            code: of the problem that it was answered with.
-            model: that computed the response.
-            bytes_in: of its body.
-            bytes_out: of the response's body.
+            route: path of the route, with the names of its parameters.
+            method: HTTP method.
+            status: status of the response.
+            seconds: seconds from the head of the request to the end of the response.
+            code: error code of the response; None if it was not an error.
+            model: model that computed the response; None if no model did.
+            bytes_in: bytes of the request's body.
+            bytes_out: bytes of the response's body.
         """
         known = method if method in _METHODS else "OTHER"
         self._requests.labels(route, known, str(status)).inc()
@@ -277,32 +288,36 @@ class Metrics:
         if code is not None:
             self._problems.labels(code).inc()
         if model is not None:
-            self._model_seconds.labels(self._series_of(model)).observe(seconds)
+            self._model_seconds.labels(self._model_label(model)).observe(seconds)
 
-    def _series_of(self, model: str) -> str:
-        """The label of a model; callers may make models of their own, so it is bounded."""
+    def _model_label(self, model: str) -> str:
+        """The label of a model. Callers can make any number of models; labels are bounded."""
         if model not in self._models and len(self._models) < _MOST_MODELS:
             self._models.add(model)
         return model if model in self._models else "other"
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Count a request until its response is sent."""
+        """Count a request as in flight until its response is sent."""
         with self._requests_in_flight.track_inprogress():
             yield
 
     def build(self, version: str) -> None:
-        """Set the service's version; those of its libraries are nobody's business."""
+        """Set the service's version. The versions of its libraries are not published."""
         info = Gauge(
             "pimc_build_info", "1 for the running version", ["version"], registry=self._registry
         )
         info.labels(version).set(1)
 
     def watch_disk(self, **folders: Path) -> None:
-        """Add a gauge of free disk space, read whenever metrics are."""
+        """Add a gauge of free disk space; it is read whenever a client reads the metrics.
+
+        Args:
+            folders: a folder on each disk, by the value of the label `place`.
+        """
         free = Gauge(
             "pimc_disk_free_bytes",
-            "Bytes free where jobs (state) and requests (scratch) lie",
+            "Bytes free on the disk of jobs (state) and of temporary files (scratch)",
             ["place"],
             registry=self._registry,
         )
@@ -310,11 +325,17 @@ class Metrics:
             free.labels(place).set_function(partial(free_bytes, folder))
 
     def swept(self, outcome: Literal["done", "failed"]) -> None:
-        """Count one look for expired jobs."""
+        """Count one search for expired jobs."""
         self._sweeps.labels(outcome).inc()
 
     def ran(self, *, task: str, pixels: int, stages: Mapping[str, float]) -> None:
-        """Count one finished run: its pixels, and its seconds by stage."""
+        """Count one finished run.
+
+        Args:
+            task: task of the run.
+            pixels: number of pixels, points or series that were predicted.
+            stages: seconds that each stage was busy, by name.
+        """
         self._pixels.labels(task).inc(pixels)
         for stage, spent in stages.items():
             self._stages.labels(task, stage).observe(spent)
@@ -323,11 +344,18 @@ class Metrics:
                 self._paces[task].append((max(stages.values()), sum(stages.values()), pixels))
 
     def pace(self, task: str, pixels: int) -> Pace | None:
-        """How long a run takes, by the last runs of its task; None if there was none.
+        """Estimate the duration of a run from the last runs of its task.
 
         Stages overlap, so a run takes at least as long as its longest stage and at most as long as
-        all of them together. The range spans the last runs, scaled by pixels; its upper end is not
-        scaled down, because part of a run is its start.
+        the sum of its stages. The range spans the last runs, scaled by pixels. Its upper end is
+        not scaled down, because part of a run's duration does not depend on its pixels.
+
+        Args:
+            task: task of the run.
+            pixels: number of pixels, points or series to predict.
+
+        Returns:
+            The estimate; None if the task has not run since the start of the server.
         """
         with self._pacing:
             last = list(self._paces[task])
@@ -343,9 +371,9 @@ class Metrics:
         """Set the number of jobs by status.
 
         Args:
-            counts: by status.
-            oldest: when the job that has waited longest was accepted, seconds since 1970; None if
-                none waits.
+            counts: number of jobs by status.
+            oldest: time of acceptance of the job that has waited longest, seconds since 1970; None
+                if no job waits.
         """
         self._oldest = oldest
         for status, count in counts.items():
@@ -357,12 +385,12 @@ class Metrics:
 
     @contextmanager
     def run(self) -> Iterator[None]:
-        """Count a run while it lasts."""
+        """Count a run as in flight while the context is open."""
         with self._running.track_inprogress():
             yield
 
     def windows(self, change: int) -> None:
-        """Count windows in (above 0) or out (below 0)."""
+        """Add to the number of windows in flight: positive when read, negative when written."""
         self._windows.inc(change)
 
     def text(self) -> bytes:
@@ -371,7 +399,7 @@ class Metrics:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that may still be written below a folder; 0 if the folder is gone."""
+    """Free bytes on the disk of a folder; 0 if the folder does not exist."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
@@ -392,7 +420,7 @@ class JsonFormatter(logging.Formatter):
     """A log record as one JSON object on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Time, level, logger, message, request id, fields of `extra`, and the stack trace."""
+        """Time, level, logger, message, ids, the fields of `extra`, and the stack trace."""
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -409,14 +437,18 @@ class JsonFormatter(logging.Formatter):
         if job_id is not None:
             entry["job_id"] = job_id
         entry |= {k: v for k, v in vars(record).items() if k not in _RECORD_FIELDS}
-        entry.pop("color_message", None)  # uvicorn's own, for terminals
+        entry.pop("color_message", None)  # uvicorn's copy of the message for terminals
         if record.exc_info:
             entry["stack"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str)
 
 
 def log_config(level: LogLevel) -> dict[str, Any]:
-    """The configuration for `logging.config.dictConfig`: JSON lines on stderr, uvicorn's too."""
+    """Configuration for `logging.config.dictConfig`: JSON lines on stderr, also for uvicorn.
+
+    Args:
+        level: least severe level that is logged.
+    """
     return {
         "version": 1,
         "disable_existing_loggers": False,
@@ -424,12 +456,12 @@ def log_config(level: LogLevel) -> dict[str, Any]:
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
         "root": {"level": level.upper(), "handlers": ["stderr"]},
         "loggers": {
-            # Its access log would repeat each request's own line.
+            # uvicorn's access log would repeat the line that the service writes per request.
             "uvicorn.access": {"level": "WARNING"},
-            # It logs each candidate for a part's boundary.
+            # python_multipart logs each candidate for a boundary between parts.
             "python_multipart": {"level": "WARNING"},
             "rasterio": {"level": "WARNING"},
-            # It logs each downloaded URL, and a signed URL is a secret.
+            # httpx logs each downloaded URL, and a signed URL is a secret.
             "httpx": {"level": "WARNING"},
             "httpcore": {"level": "WARNING"},
         },

@@ -30,7 +30,7 @@ def labels() -> dict[str, set[str]]:
     """The labels of each metric that a service gives once it has done a bit of everything."""
     metrics = Metrics()
     metrics.provider("CPUExecutionProvider")
-    metrics.answered(
+    metrics.request_completed(
         route="/embed", method="POST", status=200, seconds=1.0, code="overloaded", model="a@1"
     )
     metrics.build("1")

@@ -181,7 +181,9 @@ def test_metrics_include_the_build_the_disk_and_the_limits(api: httpx.Client) ->
 def test_models_of_callers_make_a_bounded_number_of_series() -> None:
     metrics = Metrics()
     for number in range(200):
-        metrics.answered(route="/a", method="POST", status=200, seconds=1, model=f"mine-{number}")
+        metrics.request_completed(
+            route="/a", method="POST", status=200, seconds=1, model=f"mine-{number}"
+        )
     assert metrics.text().count(b"pimc_model_seconds_count{") == 65
 
 

@@ -48,7 +48,7 @@ def test_a_loop_that_fails_is_logged_and_run_again(caplog: pytest.LogCaptureFixt
     thread.start()
     assert thread.join()
     assert (len(runs), thread.failed) == (4, False)
-    found = [r for r in caplog.records if r.getMessage() == "thread fails"]
+    found = [r for r in caplog.records if r.getMessage() == "thread failed"]
     assert [(vars(r)["loop"], vars(r)["failures"]) for r in found] == [
         ("worker", 1), ("worker", 2), ("worker", 3),
     ]  # fmt: skip
@@ -185,9 +185,9 @@ def test_a_service_whose_sweeper_is_given_up_ends_so_that_it_is_started_again(
     code, lines = lines_of_a_service(tmp_path, lambda _, mark: mark.touch(), hangs=False)
     assert code == 1
     messages = [line["message"] for line in lines]
-    assert messages.count("thread fails") == threads._MOST_FAILURES
-    assert messages.count("thread is given up") == 1
-    assert all("broken" in line["stack"] for line in lines if line["message"] == "thread fails")
+    assert messages.count("thread failed") == threads._MOST_FAILURES
+    assert messages.count("thread failed too often and is not run again") == 1
+    assert all("broken" in line["stack"] for line in lines if line["message"] == "thread failed")
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ class RequestRecordMiddleware:
         route = getattr(scope.get("route"), "path", "unmatched")
         state, client = scope["state"], scope.get("client")
         model = access.headers.get("pimc-model") if scope["method"] == "POST" else None
-        self._metrics.answered(
+        self._metrics.request_completed(
             route=route,
             method=scope["method"],
             status=access.status,

@@ -7,7 +7,7 @@ import math
 import os
 from pathlib import Path
 
-from service.container import GROUPS, OWN, cpu_quotas
+from service.container import CGROUP_ROOT, PROCESS_CGROUPS, cpu_quotas
 
 # Linux's names for the VNNI of AVX-512 and of AVX, and for AMX.
 _INT8_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
@@ -31,7 +31,7 @@ def multiplies_int8(info: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(flags) and all(of_cpu & _INT8_PRODUCTS for of_cpu in flags)
 
 
-def usable_cpus(groups: Path = GROUPS, own: Path = OWN) -> int:
+def usable_cpus(groups: Path = CGROUP_ROOT, own: Path = PROCESS_CGROUPS) -> int:
     """Number of CPUs that this process may use, by its affinity and its container's quota.
 
     A quota of 1.5 CPUs counts as 2, because one thread would leave half a CPU unused.
