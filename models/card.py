@@ -41,7 +41,7 @@ class _Frozen(BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedWindow:
+class ResolvedTimeWindow:
     """A model's time window, applied to the dates of one series."""
 
     start: date
@@ -84,7 +84,7 @@ class TimeWindow(_Frozen):
         """Whether the graph places the dates of several years on one."""
         return self.start == "every-date"
 
-    def resolve(self, dates: Sequence[date], start: date | None = None) -> ResolvedWindow:
+    def resolve(self, dates: Sequence[date], start: date | None = None) -> ResolvedTimeWindow:
         """Apply the window to dates.
 
         Args:
@@ -103,7 +103,7 @@ class TimeWindow(_Frozen):
             first_day = shifted(end, -(self.steps - 1) * self.step_days)
             lower = max(start, first_day) if start else first_day
             used = tuple(i for i, d in enumerate(dates) if last and lower <= d <= last)
-            return ResolvedWindow(
+            return ResolvedTimeWindow(
                 start=start or first_day, first_day=first_day, used=used, last=last
             )
         if self.yearly:
@@ -114,7 +114,7 @@ class TimeWindow(_Frozen):
             # as in training.
             first_day = date((start or min(dates)).year, 1, 1)
             last = max((dates[i] for i in used), default=None)
-            return ResolvedWindow(
+            return ResolvedTimeWindow(
                 start=start or first_day, first_day=first_day, used=used, last=last
             )
         first_day = start or max(
@@ -123,7 +123,7 @@ class TimeWindow(_Frozen):
         )
         used = tuple(i for i, d in enumerate(dates) if _within(d, first_day, length))
         last = max((dates[i] for i in used), default=None)
-        return ResolvedWindow(start=first_day, first_day=first_day, used=used, last=last)
+        return ResolvedTimeWindow(start=first_day, first_day=first_day, used=used, last=last)
 
     def _candidates(self, dates: Sequence[date]) -> list[date]:
         years = range(max(min(dates).year - 1, date.min.year), max(dates).year + 1)

@@ -1,4 +1,4 @@
-"""Grids: CRS, transform and size of a raster, the area of its pixels, and places on it."""
+"""Grids: CRS, transform and size of a raster, the area of its pixels, and the pixel of a point."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import rasterio.warp
 from affine import Affine
 from numpy.typing import ArrayLike, NDArray
 
-# Private, as rasterio 1.4 and 1.5 have it: `warp.transform` and `shutil.copy` raise it, and
-# `rasterio.errors` lacks it.
+# Private in rasterio 1.4 and 1.5: `warp.transform` and `shutil.copy` raise it, and
+# `rasterio.errors` does not export it.
 from rasterio._err import CPLE_BaseError as GDALError
 from rasterio.crs import CRS
 from rasterio.windows import Window
@@ -24,16 +24,17 @@ from service.errors import GridMismatch, NoGeoreference
 __all__ = ["GDALError", "Grid", "Window", "crs_name", "transformed"]
 
 _TOLERANCE = 1e-3
-"""Pixels by which a corner may lie elsewhere: writers round transforms differently."""
+"""Largest distance of corresponding corners, pixels: programs round transforms differently."""
 _WGS84 = (6378137.0, 298.257223563)
 _ELLIPSOID = re.compile(r'(?:SPHEROID|ELLIPSOID)\["[^"]*",\s*([0-9.eE+]+),\s*([0-9.eE+]+)')
 _DEGREES = CRS.from_epsg(4326)
 _COLUMNS_AVERAGED = 65
 _EQUAL_AREA = 0.005
 """Share by which a pixel's area on the ground may differ from that in the projection's plane."""
-# Each side of a grid, to see whether its projection keeps areas.
 _NODES = 9
-# Between the places where areas are worked out, at most: linear between them is right to 0.001 %.
+"""Number of points along each side of a grid at which the projection's areas are checked."""
+# Largest distance between points at which areas are computed. Linear interpolation between them has
+# an error of at most 0.001 %.
 _NODE_PIXELS = 64
 _NODE_METRES = 20_000
 
@@ -50,17 +51,18 @@ class Grid:
 
     @classmethod
     def of(cls, name: str, *, crs: CRS | None, transform: Affine, width: int, height: int) -> Grid:
-        """The grid that a file states.
+        """The grid of a file, from its georeference.
 
         Args:
-            name: the file's, for messages.
-            crs: its CRS.
-            transform: its transform; the identity where it states none.
-            width: columns.
-            height: rows.
+            name: name of the file, for messages.
+            crs: CRS of the file; None if it has none.
+            transform: transform of the file; the identity if it has none.
+            width: number of columns.
+            height: number of rows.
 
         Raises:
-            NoGeoreference: no CRS, no transform, or one whose pixels have no area.
+            NoGeoreference: the file has no CRS, no transform, or a transform whose pixels have no
+                area.
         """
         if not crs:
             raise NoGeoreference(f"'{name}' has no CRS")
@@ -73,18 +75,19 @@ class Grid:
     def locate(
         self, lonlat: Sequence[tuple[float, float]]
     ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.bool_]]:
-        """The pixel under each point.
+        """The pixel that contains each point.
 
         Args:
-            lonlat: longitude and latitude in degrees (EPSG:4326) of N points.
+            lonlat: longitude and latitude of each point (N, 2) in degrees (EPSG:4326).
 
         Returns:
-            Row (N) and column (N), 0 for points outside; and which points (N) lie inside.
+            Row (N) and column (N) of each pixel, 0 for points outside the grid; and True for each
+            point (N) inside the grid.
         """
         xs, ys = transformed(_DEGREES, self.crs, *np.reshape(lonlat, (-1, 2)).T)
         with np.errstate(invalid="ignore"):
             columns, rows = np.floor(~self.transform @ (xs, ys))
-        # NaN, where the projection holds no such point, compares as outside.
+        # A point outside the projection is NaN, for which these comparisons are False.
         inside = (rows >= 0) & (rows < self.height) & (columns >= 0) & (columns < self.width)
         return (
             np.where(inside, rows, 0).astype(np.intp),
@@ -93,12 +96,13 @@ class Grid:
         )
 
     def hectares(self, window: Window) -> NDArray[np.float64]:
-        """Area of each pixel of a window, in hectares, shape (h, w) float64, read-only.
+        """Area of each pixel of a window (h, w) float64, hectares, read-only.
 
-        Projected, and equal-area to `_EQUAL_AREA` on this grid: the transform's determinant, in
-        metres. Any other projection: the area on the ellipsoid. Geographic: exact on the
-        ellipsoid (Snyder, Map Projections, USGS PP 1395, eq. 3-12), or, where a row is no
-        parallel because the grid is rotated, the mean over the row of the area element.
+        For a geographic CRS, the exact area on the ellipsoid (Snyder, Map Projections, USGS PP
+        1395, eq. 3-12), or, if the grid is rotated so that a row is not a parallel, the mean of the
+        area element over the row. For a projection that preserves areas on this grid to
+        `_EQUAL_AREA`, the determinant of the transform. For any other projection, the area on the
+        ellipsoid.
         """
         (top, bottom), (left, right) = window.toranges()
         shape = (bottom - top, right - left)
@@ -110,28 +114,28 @@ class Grid:
 
     @cached_property
     def pixel_size(self) -> float:
-        """Side in metres, on the ground, of a square as large as the pixel in the middle."""
+        """Side of a square with the area of the middle pixel on the ground, metres."""
         middle = Window(self.width // 2, self.height // 2, 1, 1)
         return float(np.sqrt(self.hectares(middle)[0, 0] * 1e4))
 
     @property
     def _plane_hectares(self) -> float:
-        """Area of a pixel in the plane of the projection."""
+        """Area of a pixel in the plane of the projection, hectares."""
         return float(abs(self.transform.determinant) * _unit(self.crs) ** 2 / 1e4)
 
     @cached_property
     def _equal_area(self) -> bool:
-        """Whether pixels have the same area on the ground as in the plane, all over the grid."""
+        """Whether the projection preserves areas, to `_EQUAL_AREA`, on the whole grid."""
         column, row = np.meshgrid(
             np.linspace(0, self.width, _NODES), np.linspace(0, self.height, _NODES)
         )
         ratio = self._elements(column, row) / self._plane_hectares
         known = ratio[np.isfinite(ratio)]
-        # Nothing is known of a CRS that does not lie on the Earth, such as a local one.
+        # In a local CRS, which is not a CRS of the Earth, no ratio is finite.
         return bool((np.abs(known - 1) <= _EQUAL_AREA).all())
 
     def _ellipsoidal(self, window: Window) -> NDArray[np.float64]:
-        """Areas (h, w) on the ellipsoid, linear between nodes that are fixed to the grid."""
+        """Areas (h, w) on the ellipsoid, hectares, interpolated between nodes of a lattice."""
         step = int(np.clip(_NODE_METRES / math.sqrt(self._plane_hectares * 1e4), 1, _NODE_PIXELS))
         axes = []
         for start, stop in window.toranges():
@@ -141,16 +145,16 @@ class Grid:
         (row, rows), (column, columns) = axes
         areas = self._elements(*np.meshgrid(columns.astype(float), rows.astype(float)))
         by_row = _between(areas, row)
-        # A pixel where the projection has no place on Earth has no area.
+        # A pixel outside the projection has the area 0.
         return np.nan_to_num(_between(by_row.T, column).T, nan=0.0)
 
     def _elements(
         self, column: NDArray[np.float64], row: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """Area in hectares of a pixel around each place (h, w), NaN beyond the projection.
+        """Area of a pixel around each position (h, w), hectares; NaN outside the projection.
 
-        The parallelogram between places half a pixel away on either side, as vectors from the
-        Earth's centre: neither a pole nor the antimeridian is special.
+        The area of the parallelogram between the positions half a pixel to either side, as vectors
+        from the Earth's centre, so that poles and the antimeridian need no special case.
         """
         half = max(0.5, 50 / math.sqrt(self._plane_hectares * 1e4))
         ends = [
@@ -164,7 +168,7 @@ class Grid:
     def _from_centre(
         self, column: NDArray[np.float64], row: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """Places of the grid (h, w) as metres from the Earth's centre (h, w, 3)."""
+        """Positions on the grid (h, w) as vectors from the Earth's centre (h, w, 3), metres."""
         a, b, c, d, e, f = self.transform[:6]
         xs = a * column.ravel() + b * row.ravel() + c
         ys = d * column.ravel() + e * row.ravel() + f
@@ -180,7 +184,7 @@ class Grid:
         return np.stack(places, axis=-1).reshape(*column.shape, 3)
 
     def _geographic(self, rows: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Areas of one pixel in each row of a geographic grid."""
+        """Area of one pixel in each row (n) of a geographic grid, hectares."""
         row = rows.astype(np.float64)
         unit = _unit(self.crs)
         radius, e2 = _ellipsoid(self.crs)
@@ -190,7 +194,7 @@ class Grid:
             zones = _zone(np.clip(edges, -np.pi / 2, np.pi / 2), e2)
             width = abs(self.transform.a) * unit
             return np.asarray(radius**2 * width * np.abs(zones[1] - zones[0]) / 1e4)
-        # The middles of equal stretches of the row.
+        # The middles of equal intervals of the row.
         column = (np.arange(_COLUMNS_AVERAGED) + 0.5) * self.width / _COLUMNS_AVERAGED
         latitude = top + lat_by_row * (row[:, None] + 0.5) + lat_by_column * column
         element = (1 - e2) * np.cos(latitude) / (1 - e2 * np.sin(latitude) ** 2) ** 2
@@ -201,7 +205,7 @@ class Grid:
         """Check that another file has the same grid.
 
         Raises:
-            GridMismatch: it differs in size, CRS or transform; the message states both.
+            GridMismatch: the grids differ in size, CRS or transform; the message states both.
         """
         differs = f"'{other_name}' does not lie on the grid of '{name}'"
         if (self.width, self.height) != (other.width, other.height):
@@ -226,7 +230,7 @@ class Grid:
 def transformed(
     source: CRS, target: CRS, xs: ArrayLike, ys: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Points of one CRS in another.
+    """Points transformed from one CRS to another.
 
     Args:
         source: the CRS of the points.
@@ -235,13 +239,13 @@ def transformed(
         ys: y (or latitude) of each point (N).
 
     Returns:
-        X and y (N), NaN for points that either CRS cannot hold.
+        X and y (N) float64, NaN for points outside the area of either CRS.
     """
     x, y = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
     try:
         found = rasterio.warp.transform(source, target, x.tolist(), y.tolist())
     except GDALError:
-        # One point beyond the projection fails them all, so bisect.
+        # One point outside the projection makes GDAL reject all points, so bisect.
         if x.size == 1:
             return np.array([np.nan]), np.array([np.nan])
         half = x.size // 2
@@ -251,19 +255,19 @@ def transformed(
         )
         return np.concatenate([ax, bx]), np.concatenate([ay, by])
     u, v = (np.asarray(values, np.float64) for values in found)
-    there = np.isfinite(u) & np.isfinite(v)
-    return np.where(there, u, np.nan), np.where(there, v, np.nan)
+    finite = np.isfinite(u) & np.isfinite(v)
+    return np.where(finite, u, np.nan), np.where(finite, v, np.nan)
 
 
 def _between(values: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Linear along the first axis, at places counted in its steps."""
+    """Values interpolated linearly along the first axis, at positions in its steps."""
     low = np.minimum(at.astype(np.intp), len(values) - 2)
     weight = (at - low)[:, None]
     return np.asarray(values[low] * (1 - weight) + values[low + 1] * weight)
 
 
 def crs_name(crs: CRS) -> str:
-    """A CRS in few words: its EPSG code, else its PROJ parameters."""
+    """A short name of a CRS: its EPSG code, else its PROJ parameters."""
     code = crs.to_epsg()
     if code:
         return f"EPSG:{code}"
@@ -276,7 +280,7 @@ def _numbers(transform: Affine) -> str:
 
 
 def _unit(crs: CRS) -> float:
-    """Metres or radians in one unit of a CRS."""
+    """Length of one unit of a CRS in metres or, for a geographic CRS, radians."""
     _, factor = crs.units_factor
     return float(factor)
 
@@ -290,7 +294,7 @@ def _ellipsoid(crs: CRS) -> tuple[float, float]:
 
 
 def _zone(latitude: NDArray[np.float64], e2: float) -> NDArray[np.float64]:
-    """Area from the equator to a latitude, for 1 radian of longitude and semi-major axis 1."""
+    """Area from the equator to a latitude in radians, for 1 radian and a semi-major axis of 1."""
     sine = np.sin(latitude)
     if e2 == 0:
         return np.asarray(sine)

@@ -231,7 +231,7 @@ def test_a_block_that_is_not_the_files_is_refused(
 
     odd.before = answer
     expected = {
-        "short": "bytes asked for", "long": "more than", "changed": "replaced the file",
+        "short": "requested bytes", "long": "more than", "changed": "replaced the file",
         "gone": "status 404", "signed": "needs a signature or a login; sign it",
     }  # fmt: skip
     with pytest.raises((UnreachableReference, BodyTooLarge), match=expected[how]):

@@ -185,7 +185,7 @@ def test_an_area_between_two_of_one_class_joins_them() -> None:
 
 def test_too_many_areas_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sieve, "MAX_AREAS", 10)
-    with pytest.raises(InvalidRequest, match="smooth it first"):
+    with pytest.raises(InvalidRequest, match="set `smooth` as well"):
         sieved(noise(0), np.full((23, 31), HECTARES), 0.1)
 
 

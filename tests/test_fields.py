@@ -230,7 +230,7 @@ def test_models_of_patches_are_rejected_with_an_alternative(
     data = {"modality": "patch"} if task == "embed" else {}
     answer = posted(api, stack, task, fields=collection(), **data)
     assert answer.json()["code"] == "invalid_request", answer.text
-    assert "use a model of pixels: /classify-pixels" in answer.json()["detail"]
+    assert "use a pixel model with /classify-pixels" in answer.json()["detail"]
 
 
 def test_embeddings_are_the_mean_embedding(api: httpx.Client, stack: list[SourceFile]) -> None:

@@ -325,23 +325,27 @@ MAIZE = [f for f in labelled(8) if f["properties"]["class"] == "maize"]
 @pytest.mark.parametrize(
     ("features", "code", "said"),
     [
-        (MAIZE, "too_few_labels", "all of one class, 'maize'"),
+        (MAIZE, "too_few_labels", "all labels are of the class 'maize'"),
         (
             [*MAIZE, *[f for f in labelled(4) if f["properties"]["class"] == "wheat"]],
             "too_few_labels",
-            "class 'wheat' has 4 usable labels of 4 given",
+            "class 'wheat' has 4 usable labels of 4 (",
         ),
         ([*MAIZE, *OUTSIDE], "too_few_labels", "6 outside the raster"),
         (
             [*OUTSIDE, *[point(-90, n, "maize") for n in range(5)]],
             "too_few_labels",
-            "0 usable labels of 6 given (6 outside the raster",
+            "0 usable labels of 6 (6 outside the raster",
         ),
         ([*MAIZE, *CLOUDED], "too_few_labels", "6 with too few clear dates"),
         ([*MAIZE, point(9, 9, None)], "invalid_request", "no property `class`"),
         ([*MAIZE, point(9, 9, "x" * 101)], "invalid_request", "101 characters"),
-        ([*MAIZE, point(9, 9, ["a"])], "invalid_request", "not a name"),
-        ([*labelled(6), point(9, 9, "maize", place="here")], "invalid_request", "give all or none"),
+        ([*MAIZE, point(9, 9, ["a"])], "invalid_request", "not a text or a number"),
+        (
+            [*labelled(6), point(9, 9, "maize", place="here")],
+            "invalid_request",
+            "for all labels or none",
+        ),
         (
             [{"type": "Feature", "geometry": None, "properties": {"class": "a"}}],
             "invalid_fields",

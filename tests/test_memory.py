@@ -173,7 +173,7 @@ def test_a_run_that_waits_can_be_cancelled(need: Callable[[int], Need]) -> None:
 def test_a_request_does_not_wait_forever(need: Callable[[int], Need]) -> None:
     budget = MemoryBudget(100)
     with budget.take(need(100)):
-        with pytest.raises(Overloaded, match=r"needs 1 bytes .* hold 100"):
+        with pytest.raises(Overloaded, match=r"needs 1 bytes .* use 100 of 100"):
             budget.take(need(1), patience=0).__enter__()
         assert budget.awaited == 0
     with budget.take(need(100), patience=0):

@@ -517,7 +517,7 @@ def test_a_point_in_a_hole_of_the_imagery_has_no_data(engine, cloudy):
 
 def test_too_few_dates_names_both_numbers_and_the_windows_ends(engine, scene):
     with pytest.raises(
-        TooFewDates, match=r"1 of its 6 dates in the window from 2021-06-01 to 2022-05-26.* 2"
+        TooFewDates, match=r"1 of its 6 dates in the time window from 2021-06-01 to 2022-05-26.* 2"
     ):
         plan_raster(engine.models["pixels-landcover"], scene.stack(), start=date(2021, 6, 1))
 

@@ -116,7 +116,7 @@ def test_a_map_without_a_class_has_no_polygons(tmp_path: Path) -> None:
 
 def test_too_many_polygons_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polygons, "MAX_POLYGONS", 5)
-    with pytest.raises(InvalidRequest, match="give `min_area` or `smooth`"):
+    with pytest.raises(InvalidRequest, match="set `min_area` or `smooth`"):
         written(noise(0, 2), tmp_path)
 
 

@@ -174,7 +174,7 @@ def test_too_few_dates_are_no_data_among_others_and_an_error_alone(classifier):
         (
             SeriesInput(id="x", dates=[JANUARY], bands={"B02": [0.1], "B08": [0.1]}),
             MissingBands,
-            "series 'x' lacks B04.*there are: B02, B08",
+            "series 'x' lacks B04.*bands of the series: B02, B08",
         ),
         (
             SeriesInput(id="x", dates=[], bands={b: [] for b in ("B02", "B04", "B08")}),
@@ -204,7 +204,7 @@ def test_no_series_is_an_error(classifier):
 
 
 def test_an_invalid_horizon_is_an_error_before_the_run(engine):
-    with pytest.raises(InvalidRequest, match="horizon: 9 steps"):
+    with pytest.raises(InvalidRequest, match="horizon: 9 is not a number of steps"):
         answered(engine.models["forecast-vi"], [series()], horizon=9)
 
 

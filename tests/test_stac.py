@@ -604,7 +604,7 @@ def test_mistakes_are_told(world: World) -> None:
     assert f"item '{poor['id']}' has no asset for B08" in detail
     assert "blue" in detail
     detail = problem(world.named(collection(items), bbox=[10, 40, 11, 41]), "invalid_request")
-    assert f"touches none of the {len(items)} items; together they lie at (3.0" in detail
+    assert f"touches none of the {len(items)} items, whose extent is (3.0" in detail
     many = [{**items[0], "id": str(n)} for n in range(MAX_ITEMS + 1)]
     assert f"{MAX_ITEMS + 1} items" in problem(world.named(collection(many)), "invalid_request")
     found = world.named({"url": world.api, "collections": ["landsat"]})

@@ -3,8 +3,8 @@
     values (N, T, C), valid (N, T), days (T) → regular series (N, C, M) → bands and indices ─┐
                                              → an embedding's own graph ────────────────────┴→ head
 
-Features are computed by this graph when a head is fitted, too, so that fitting and serving cannot
-differ. The time grid is that of `models.timegrid`, periodic by the year.
+The same graph computes the features for fitting a head and for serving it, so that they cannot
+differ. The time grid is that of `models.timegrid` with a period of one year.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from models.formulas import FAR, NARROW, WIDE, WIDE_HEIGHT, YEAR
 
 _OPSET = 20
 _OLDEST = 18
-"""Least operator set of an embedding's graph: the nodes here need it."""
+"""Oldest operator set of an embedding's graph that has the operators of this module."""
 _IR_VERSION = 10
 STEPS = 36
 STEP_DAYS = 10
 FEATURES = OUTPUTS["embed"]
-"""The features' name in a graph, which is an `embed` bundle's while a head is fitted."""
-_BEYOND = 1e3
-"""Sum of a date's bands from which on it is not reflectance, as NaN is not."""
+"""Name of the features in a graph: the output of an `embed` bundle, as which the graph is loaded
+while a head is fitted."""
+_MAX_BRIGHTNESS = 1e3
+"""Sum of a date's bands from which on the date is not usable, like one with NaN."""
 _SMALLEST_SUM = 0.05
-"""Least denominator of an index: over dark water a ratio of two small numbers is noise."""
+"""Smallest denominator of an index: over dark water, a ratio of two small numbers is noise."""
 
 INDICES: Mapping[str, tuple[str, str]] = {
     "ndvi": ("B08", "B04"),
@@ -49,18 +50,18 @@ catalogue (Montero et al. 2023, doi:10.1038/s41597-023-02096-0)."""
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """A bundle whose embedding is a part of the features."""
+    """A model whose embedding is a part of the features."""
 
     model: bytes
-    """Its ONNX file in float32."""
+    """Content of its ONNX file in float32."""
     bands: tuple[str, ...]
-    """Its bands, in order."""
+    """Names of the bands that it takes, in order."""
     length: int
-    """D."""
+    """D, the length of its embedding."""
 
     @property
     def opset(self) -> int | None:
-        """Its operator set; None if its graph cannot become part of another."""
+        """Operator set of its graph; None if the graph cannot become part of another."""
         model = onnx.load_from_string(self.model)
         sets = {entry.domain: entry.version for entry in model.opset_import}
         if model.functions or set(sets) - {""} or sets.get("", 0) < _OLDEST:
@@ -73,27 +74,27 @@ class Head:
     """A kernel classifier of standardised features (see `service.learn.kernel`)."""
 
     mean: NDArray[np.float64]
-    """Subtracted from the features (D)."""
+    """Mean (D), which is subtracted from the features."""
     scale: NDArray[np.float64]
-    """The difference is multiplied by it (D)."""
+    """Scale (D), by which the difference is multiplied."""
     support: NDArray[np.float64]
     """Scaled features of the labelled pixels (n, D)."""
     weights: NDArray[np.float64]
-    """Of each labelled pixel in each class's score (n, K)."""
+    """Weights (n, K) of the labelled pixels in the score of each class."""
     width: float
     """g of the kernel 1 / (1 + g |a - b|²)."""
     temperature: float
-    """Scores are divided by it before the softmax."""
+    """Temperature, by which scores are divided before the softmax."""
 
 
 def indices_of(bands: Sequence[str]) -> tuple[str, ...]:
-    """The indices that can be computed from some bands."""
+    """Names of the indices that can be computed from bands."""
     return tuple(name for name, needs in INDICES.items() if set(needs) <= set(bands))
 
 
 @dataclass(kw_only=True)
 class _Builder:
-    """Nodes and constants of a graph that is being made."""
+    """Nodes and constants of a graph under construction."""
 
     nodes: list[Any] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
@@ -108,15 +109,17 @@ class _Builder:
 
 
 def feature_graph(bands: Sequence[str], *, series: bool, embedding: Embedding | None) -> bytes:
-    """A graph that ends in the features (N, D), those of the series first.
+    """A graph whose output is the features (N, D): the series, then the embedding.
 
     Args:
-        bands: the stack's (C), which the graph takes in this order.
+        bands: names of the stack's bands (C), which the graph takes in this order.
         series: whether the regular series of bands and indices are features.
-        embedding: whose embedding is; None for none. `bands` must hold its bands.
+        embedding: model whose embedding is a feature; None for none. `bands` must contain its
+            bands.
 
     Returns:
-        The model, serialised. Its output is `FEATURES`, NaN for a pixel without a usable date.
+        The serialised model. Its output `FEATURES` is float32, NaN for a pixel without a usable
+        date.
     """
     build = _Builder()
     parts = [_series(build, bands)] if series else []
@@ -133,14 +136,14 @@ def feature_graph(bands: Sequence[str], *, series: bool, embedding: Embedding | 
 
 
 def with_head(features: bytes, head: Head) -> bytes:
-    """A feature graph, continued to class probabilities.
+    """A feature graph followed by a head, whose output is class probabilities.
 
     Args:
-        features: as `feature_graph` made it.
-        head: fitted to its features.
+        features: a serialised model of `feature_graph`.
+        head: a head fitted to its features.
 
     Returns:
-        The model, serialised, with the inputs and the output of a `classify-pixels` bundle.
+        The serialised model, with the inputs and the output of a `classify-pixels` bundle.
     """
     model = onnx.load_from_string(features)
     bands = model.graph.input[0].type.tensor_type.shape.dim[2].dim_value
@@ -151,8 +154,9 @@ def with_head(features: bytes, head: Head) -> bytes:
     kinds = head.weights.shape[1]
     build.add("Sub", [FEATURES, build.constant("h_mean", head.mean)], "h_centred")
     build.add("Mul", ["h_centred", build.constant("h_scale", head.scale)], "h_scaled")
-    # |a - b|² = |a|² + |b|² - 2 ab, as one product. Rounding may make it slightly negative, which
-    # is harmless; a clip is not, because it turns the NaN of a cloudy pixel into a number.
+    # |a - b|² = |a|² + |b|² - 2 ab needs one matrix product. Rounding may make it slightly
+    # negative, which is harmless. It is not clipped, because a clip turns the NaN of a cloudy pixel
+    # into a number.
     build.add("Mul", ["h_scaled", "h_scaled"], "h_squares")
     build.constant("h_axis", [1], np.int64)
     build.add("ReduceSum", ["h_squares", "h_axis"], "h_length", keepdims=1)
@@ -172,7 +176,7 @@ def with_head(features: bytes, head: Head) -> bytes:
 
 
 def _series(build: _Builder, bands: Sequence[str]) -> str:
-    """Regular series of bands and indices, flattened (N, (C + K) * M)."""
+    """Add the regular series of bands and indices, flattened (N, (C + K) * M)."""
     usable = _usable(build)
     weight = _weights(build)
     build.add("Unsqueeze", [usable, build.constant("last", [2], np.int64)], "usable_bands")
@@ -207,16 +211,16 @@ def _series(build: _Builder, bands: Sequence[str]) -> str:
 
 
 def _usable(build: _Builder) -> str:
-    """Dates that are valid and whose bands are all numbers (N, T)."""
+    """Add the mask (N, T) of dates that are valid and whose bands are all numbers."""
     build.add("ReduceSum", ["values", build.constant("bands", [2], np.int64)], "bright", keepdims=0)
     build.add("Abs", ["bright"], "brightness")
     # A comparison with NaN is false.
-    build.add("Less", ["brightness", build.constant("beyond", _BEYOND)], "finite")
+    build.add("Less", ["brightness", build.constant("beyond", _MAX_BRIGHTNESS)], "finite")
     return build.add("And", ["valid", "finite"], "usable")
 
 
 def _weights(build: _Builder) -> str:
-    """Weight of each date in each step (T, M)."""
+    """Add the weight of each date in each step (T, M)."""
     build.add("Unsqueeze", ["days", build.constant("after", [1], np.int64)], "day")
     build.constant("grid", np.arange(STEPS) * STEP_DAYS)
     build.add("Sub", ["day", "grid"], "away")
@@ -239,13 +243,13 @@ def _weights(build: _Builder) -> str:
 
 
 def _embedded(build: _Builder, bands: Sequence[str], embedding: Embedding) -> str:
-    """The embedding (N, D) of the same pixels, its time axis the year from 1 January."""
+    """Add the embedding (N, D) of the same pixels, with all dates projected onto one year."""
     model = compose.add_prefix(onnx.load_from_string(embedding.model), "e_")
     positions = build.constant("e_bands", [list(bands).index(b) for b in embedding.bands], np.int64)
     values, valid, days = (f"e_{name}" for name in PIXEL_INPUTS)
     build.add("Gather", ["values", positions], values, axis=2)
     build.add("Identity", ["valid"], valid)
-    # Its grid has no period, so a second year's dates are laid on the first by hand.
+    # The embedding's time grid has no period, so `days` is taken modulo 365.
     year = build.constant("e_year", 365.0)
     build.add("Div", ["days", year], "e_years")
     build.add("Floor", ["e_years"], "e_whole_years")

@@ -2,11 +2,11 @@
 
     K(a, b) = 1 / (1 + g |a - b|²);  weights = (K + ridge W⁻¹)⁻¹ (onehot - 1/classes)
 
-W weighs labels so that all classes count alike. The kernel is the mean of Gaussians of all widths
-(a rational quadratic one, Rasmussen and Williams 2006, eq. 4.19), so that little has to be chosen
-from few labels. There is no optimiser that may stop early, and one matrix inverse gives the scores
-of every fold that was left out (Rifkin and Klautau 2004, "In Defense of One-Vs-All
-Classification"; Rasmussen and Williams, eq. 5.12, for a block instead of one sample). A
+W weights labels so that all classes have the same total weight. The kernel is a mixture of
+Gaussians of all widths (a rational quadratic kernel, Rasmussen and Williams 2006, eq. 4.19), so
+that few parameters are chosen from few labels. The fit needs no iterative optimiser, and one matrix
+inverse gives the scores of every fold that is left out (Rifkin and Klautau 2004, "In Defense of
+One-Vs-All Classification"; Rasmussen and Williams, eq. 5.12, for a block instead of one sample). A
 temperature turns scores into probabilities (Guo et al. 2017, arXiv 1706.04599).
 """
 
@@ -23,35 +23,37 @@ from service.learn.graph import Head
 
 Floats = NDArray[np.float64]
 _WIDTHS = (0.25, 0.5, 1.0)
-"""Widths of the kernel that are tried, relative to the inverse of the median distance."""
+"""Widths of the kernel that are tried, relative to the inverse of the median squared distance."""
 _RIDGE = 0.03
-_FLAT = 1e-6
-"""Least deviation of a feature: one that hardly varies is not blown up."""
+_MIN_DEVIATION = 1e-6
+"""Smallest standard deviation by which a feature is divided, so that noise is not amplified."""
 _COLDEST, _HOTTEST = np.log(0.01), np.log(2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to classify: which features, and how wide the kernel is."""
+    """A set of features with a width of the kernel."""
 
     features: str
+    """Name of the features."""
     width: float
+    """g of the kernel 1 / (1 + g |a - b|²)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """A head, and what it says of labels that it was not fitted to."""
+    """A head, and its predictions for labels to which it was not fitted."""
 
     candidate: Candidate
     head: Head
     probabilities: Floats
-    """Of each label (n, K), by a head whose fit, choice and temperature knew nothing of its
-    place."""
+    """Probabilities of each label (n, K), by a head whose fit, candidate and temperature did not
+    use the label's place."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Scaled:
-    """Standardised features, so that their mean squared distance does not depend on their count."""
+    """Features scaled so that their mean squared distance does not depend on their number (D)."""
 
     values: Floats
     mean: Floats
@@ -64,13 +66,16 @@ def fit(
     folds: NDArray[np.intp],
     check: Callable[[], None] = lambda: None,
 ) -> Fitted:
-    """Fit the candidate that is best on places left out.
+    """Fit the candidate with the smallest loss on places that are left out.
 
     Args:
-        features: by name, (n, D) each, finite.
-        classes: of each label (n), counting from 0, each at least once.
-        folds: of each label (n); labels of one place share a fold. At least two.
-        check: called between the steps; what it raises ends the fit.
+        features: features of the labels (n, D), finite, by name.
+        classes: class of each label (n), counting from 0, each at least once.
+        folds: fold of each label (n), at least two folds; labels of one place share a fold.
+        check: called between the steps; an exception that it raises ends the fit.
+
+    Returns:
+        The head of that candidate, fitted to all labels, and the predictions for left-out labels.
     """
     scaled = {name: _standardised(np.asarray(x, np.float64)) for name, x in features.items()}
     squares = {name: _squares(one.values) for name, one in scaled.items()}
@@ -84,10 +89,10 @@ def fit(
     best, temperature = _choice(left_out, classes, np.ones(len(classes), np.bool_))
     probabilities = np.empty_like(left_out[best])
     for fold in np.unique(folds):
-        # What is reported of a place must not have chosen anything.
+        # Candidate and temperature are chosen without the fold whose predictions are reported.
         others = folds != fold
-        chosen, warmth = _choice(left_out, classes, others)
-        probabilities[~others] = softmax(left_out[chosen][~others] / warmth)
+        chosen, fold_temperature = _choice(left_out, classes, others)
+        probabilities[~others] = softmax(left_out[chosen][~others] / fold_temperature)
     own = scaled[best.features]
     kernel = _kernel(squares[best.features], best.width)
     weights = np.linalg.solve(_regularised(kernel, classes), _targets(classes))
@@ -106,19 +111,19 @@ def fit(
 
 
 def softmax(logits: Floats) -> Floats:
-    """Probabilities of logits (n, K)."""
+    """Probabilities (n, K) of logits (n, K)."""
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 
 
 def _standardised(x: Floats) -> _Scaled:
     mean = x.mean(axis=0)
-    scale = 1 / (np.maximum(x.std(axis=0), _FLAT) * np.sqrt(x.shape[1]))
+    scale = 1 / (np.maximum(x.std(axis=0), _MIN_DEVIATION) * np.sqrt(x.shape[1]))
     return _Scaled(values=(x - mean) * scale, mean=mean, scale=scale)
 
 
 def _squares(x: Floats) -> Floats:
-    """Squared distances (n, n)."""
+    """Squared distances (n, n) between rows (n, D)."""
     lengths = (x**2).sum(axis=1)
     return np.asarray(np.maximum(lengths[:, None] + lengths[None] - 2 * x @ x.T, 0.0))
 
@@ -128,7 +133,7 @@ def _kernel(squares: Floats, width: float) -> Floats:
 
 
 def _typical(squares: Floats) -> float:
-    """The median distance; 1 where all labels look the same."""
+    """The median of the squared distances above 0; 1 if all labels have the same features."""
     apart = squares[squares > 0]
     return float(np.median(apart)) if apart.size else 1.0
 
@@ -161,7 +166,7 @@ def _left_out(kernel: Floats, classes: NDArray[np.intp], folds: NDArray[np.intp]
 def _choice(
     left_out: Mapping[Candidate, Floats], classes: NDArray[np.intp], rows: NDArray[np.bool_]
 ) -> tuple[Candidate, float]:
-    """The candidate with the least loss on some labels, and its temperature."""
+    """The candidate with the smallest loss on the labels of `rows`, and its temperature."""
     found = {
         candidate: _temperature(scores[rows], classes[rows])
         for candidate, scores in left_out.items()
@@ -171,17 +176,17 @@ def _choice(
 
 
 def _temperature(scores: Floats, classes: NDArray[np.intp]) -> tuple[float, float]:
-    """The temperature with the least loss, and that loss.
+    """The temperature with the smallest loss, and that loss.
 
-    The loss is the mean over classes of the cross entropy of their labels. A label of a class with
-    n counts for its class with (n + 1) / (n + 2) only (Platt 1999), so that ten labels that are all
-    told right do not make a model that is never in doubt.
+    The loss is the mean over classes of the cross entropy of their labels. The target of a label of
+    a class with n labels is (n + 1) / (n + 2) instead of 1 (Platt 1999), so that a class whose ten
+    labels are all predicted correctly does not get probabilities of nearly 1.
     """
     counts = np.bincount(classes, minlength=scores.shape[1])
     weight = 1 / (np.count_nonzero(counts) * counts[classes])
-    doubt = 1 / (counts[classes] + 2)
-    targets = np.repeat(doubt[:, None] / (scores.shape[1] - 1), scores.shape[1], axis=1)
-    targets[np.arange(len(classes)), classes] = 1 - doubt
+    other = 1 / (counts[classes] + 2)  # target of all other classes together
+    targets = np.repeat(other[:, None] / (scores.shape[1] - 1), scores.shape[1], axis=1)
+    targets[np.arange(len(classes)), classes] = 1 - other
 
     def loss(log: float) -> float:
         logits = scores / np.exp(log)
@@ -194,7 +199,14 @@ def _temperature(scores: Floats, classes: NDArray[np.intp]) -> tuple[float, floa
 
 
 def golden_section(of: Callable[[float], float], low: float, high: float, steps: int = 30) -> float:
-    """Where a function with one minimum is least between two numbers."""
+    """The position of the minimum of a unimodal function, by golden-section search.
+
+    Args:
+        of: the function.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        steps: number of reductions of the interval, each by the factor 0.618.
+    """
     ratio = (np.sqrt(5) - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     at_left, at_right = of(left), of(right)

@@ -1,7 +1,7 @@
-"""Places and folds: labels that are left out together, so that neighbours never sit on both sides.
+"""Places and folds: groups of labels that are left out together, so that scores are by place.
 
-A place is one the caller names, or else a block of the raster, joined with every other block that
-has a label close to one of its own.
+Neighbouring labels are never in both training and scoring. A place is one that the caller names;
+otherwise it is a block of the raster, joined with all blocks that have labels near its own.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from numpy.typing import NDArray
 
 FOLDS = 5
 _BLOCKS = 10
-"""Blocks along the longer side of the labels' extent."""
+"""Number of blocks along the longer side of the labels' extent."""
 _NEAR = 10.0
-"""Pixels within which labels are neighbours, if that leaves several places."""
+"""Distance in pixels within which labels are neighbours, if several places remain."""
 _NEAREST = 1.5
-"""Pixels within which they always are: those that touch."""
+"""Smallest value to which that distance is reduced: pixels that touch."""
 _LARGEST = 0.5
-"""Share of the labels that one place may hold before neighbours must be closer than `_NEAR`."""
+"""Share of the labels that one place may have; if a place has more, the distance is halved."""
 
 
 def spatial_places(
     xy: NDArray[np.float64], labels: NDArray[np.intp]
 ) -> tuple[NDArray[np.intp], float]:
-    """Places of pixels by where they lie.
+    """Places of pixels by their positions.
 
     Args:
-        xy: column and row of each pixel (n, 2), in pixels.
-        labels: the label of each pixel (n); pixels of one label are never split.
+        xy: column and row of each pixel (n, 2).
+        labels: the label of each pixel (n); pixels of one label are in one place.
 
     Returns:
-        The place of each pixel (n), counting from 0; and the pixels that lie between any two
-        pixels of different places, at least.
+        The place of each pixel (n), counting from 0; and the smallest distance in pixels between
+        pixels of different places.
     """
     low = xy.min(axis=0)
     side = max(float((xy.max(axis=0) - low).max()) / _BLOCKS, 1.0)
@@ -51,13 +51,26 @@ def spatial_places(
 
 
 def named_places(names: Sequence[Hashable], labels: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Places of pixels by the names that the caller gives them."""
+    """Places of pixels by the names in the request.
+
+    Args:
+        names: name of each pixel's place (n).
+        labels: the label of each pixel (n); pixels of one label are in one place.
+
+    Returns:
+        The place of each pixel (n), counting from 0.
+    """
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return _joined([np.array([numbers[n] for n in names], np.intp), labels], None)
 
 
 def _joined(groups: Sequence[NDArray[np.intp]], pairs: NDArray[np.intp] | None) -> NDArray[np.intp]:
-    """Numbers of the connected parts of n nodes that share a group or are a pair."""
+    """The component of each node (n): nodes that share a group or form a pair are connected.
+
+    Args:
+        groups: each the group of every node (n).
+        pairs: two connected nodes per column (2, E); None for none.
+    """
     count = len(groups[0])
     part = np.arange(count)
     while True:
@@ -76,18 +89,18 @@ def _joined(groups: Sequence[NDArray[np.intp]], pairs: NDArray[np.intp] | None) 
 
 
 def folds_of(places: NDArray[np.intp], classes: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Folds of labels: whole places, with the classes spread over them as evenly as they let.
+    """Folds of labels: groups of whole places, in which classes are spread as evenly as possible.
 
     Args:
-        places: of each label (n), counting from 0.
-        classes: of each label (n), counting from 0.
+        places: place of each label (n), counting from 0.
+        classes: class of each label (n), counting from 0.
 
     Returns:
-        Numbers from 0 (n); as many as there are places, at most `FOLDS`.
+        Fold of each label (n), counting from 0; there are as many folds as places, at most `FOLDS`.
     """
     counts = np.zeros((places.max() + 1, classes.max() + 1))
     np.add.at(counts, (places, classes), 1)
-    # A label of a rare class weighs more, so that rare classes are spread first.
+    # Labels of rare classes have a larger weight, so that rare classes are spread first.
     counts /= counts.sum(axis=0)
     folds = min(FOLDS, len(counts))
     filled = np.zeros((folds, counts.shape[1]))

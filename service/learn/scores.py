@@ -1,4 +1,4 @@
-"""Scores of labels left out: macro-F1 with its interval by place, confusion, calibration error."""
+"""Scores of left-out labels: macro-F1 with its interval by place, confusion, calibration error."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _INTERVAL = (2.5, 97.5)
 def confusion_matrix(
     truth: NDArray[np.intp], found: NDArray[np.intp], count: int
 ) -> NDArray[np.int64]:
-    """Labels by class (rows) and predicted class (columns), (K, K)."""
+    """Number of labels by class (rows) and predicted class (columns), (K, K)."""
     matrix = np.zeros((count, count), np.int64)
     np.add.at(matrix, (truth, found), 1)
     return matrix
 
 
 def f1_scores(matrix: NDArray[Any]) -> Floats:
-    """F1 of each class (..., K) from confusion matrices (..., K, K); NaN of one that is nowhere."""
+    """F1 of each class (..., K) from confusion matrices (..., K, K); NaN for an absent class."""
     hits = np.diagonal(matrix, axis1=-2, axis2=-1).astype(np.float64)
     total = matrix.sum(axis=-1) + matrix.sum(axis=-2)
     f1 = np.divide(2 * hits, total, out=np.full(hits.shape, np.nan), where=total > 0)
@@ -42,18 +42,26 @@ def calibration_error(probabilities: Floats, truth: NDArray[np.intp]) -> float:
 def place_interval(
     truth: NDArray[np.intp], found: NDArray[np.intp], places: NDArray[np.intp], count: int
 ) -> tuple[float, float] | None:
-    """95 % interval of the macro-F1 by a bootstrap of places; None of a single place.
+    """95 % interval of the macro-F1 by a bootstrap of places; None for a single place.
 
-    The seed is fixed, so that the same labels give the same card.
+    Args:
+        truth: class of each label (n).
+        found: predicted class of each label (n).
+        places: place of each label (n), counting from 0.
+        count: number of classes (K).
+
+    Returns:
+        The 2.5th and 97.5th percentile. The seed is fixed, so that the same labels give the same
+        interval.
     """
-    many = int(places.max()) + 1
-    if many < 2:
+    P = int(places.max()) + 1
+    if P < 2:
         return None
-    by_place = np.zeros((many, count, count))
+    by_place = np.zeros((P, count, count))
     np.add.at(by_place, (places, truth, found), 1)
     random = np.random.default_rng(0)
-    drawn = random.multinomial(many, np.full(many, 1 / many), size=_DRAWS).astype(np.float64)
-    matrices = (drawn @ by_place.reshape(many, -1)).reshape(_DRAWS, count, count)
+    drawn = random.multinomial(P, np.full(P, 1 / P), size=_DRAWS).astype(np.float64)
+    matrices = (drawn @ by_place.reshape(P, -1)).reshape(_DRAWS, count, count)
     scores = f1_scores(matrices)
     known = ~np.isnan(scores)
     means = np.where(known, scores, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
@@ -64,12 +72,12 @@ def place_interval(
 def scores(
     probabilities: Floats, truth: NDArray[np.intp], places: NDArray[np.intp]
 ) -> dict[str, Any]:
-    """The scores as a card holds them.
+    """The scores for a model card, as JSON values.
 
     Args:
-        probabilities: of each label (n, K).
-        truth: its class (n).
-        places: its place (n), counting from 0.
+        probabilities: predicted probabilities of each label (n, K).
+        truth: class of each label (n).
+        places: place of each label (n), counting from 0.
     """
     count = probabilities.shape[1]
     found = probabilities.argmax(axis=1)

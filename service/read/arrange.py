@@ -1,4 +1,4 @@
-"""Arrangement: which layout the files have, and their granules by date."""
+"""Arrangement: the layout of the files, and their granules by date."""
 
 from __future__ import annotations
 
@@ -40,32 +40,33 @@ from service.read.metadata import (
 
 _NAMED_AT_MOST = 5
 _UNUSED_IN_FULL = 100
-"""Up to this many unused files are all named; if there are more, a few for each reason."""
+"""Largest number of unused files that a warning names in full; of more, it names a few per reason.
+"""
 _ESTIMATED = StackWarning(
     code="cloud_mask_estimated",
     detail="the cloud mask is estimated from each pixel's own series: in regions that it was not "
-    "fitted on it found 83 % or more of the clouds of cloudy series and 57 % of those in eight "
-    "dates of June, hardly any thin cirrus, and took 4 % or less of clear land, and 10 % of water, "
-    "for cloud or shadow; a mask of the provider, such as SCL, is better",
+    "fitted on, it detected 83 % or more of the clouds in cloudy series, 57 % of the clouds in a "
+    "series of eight dates in June, and hardly any thin cirrus; it classified up to 4 % of clear "
+    "land and 10 % of water as cloud or shadow. A mask of the provider, such as SCL, is better",
 )
-"""With the errors of docs/results.md."""
+"""The errors are those of docs/results.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Granule:
-    """One acquisition of the ground: every band of one date, from one file or several."""
+    """One acquisition of an area: every band of one date, from one file or several."""
 
     key: date | int
     """The date; a running number for undated imagery."""
     planes: Mapping[str, tuple[Header, int]]
-    """Band name to the file and the number of the band in it, from 1; quality bands included."""
+    """Band name to the file and the number of the band in it, from 1; also quality bands."""
     masks: tuple[MaskRule, ...] = ()
-    """The cloud masks that are used, each with its band among the planes; alpha included."""
+    """The cloud masks that are used, whose bands are among the planes; also alpha."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arrangement:
-    """The files in arranged form: granules with their bands and cloud masks."""
+    """The files as granules with their bands and cloud masks."""
 
     layout: Layout
     bands: tuple[str, ...]
@@ -73,7 +74,7 @@ class Arrangement:
     granules: tuple[Granule, ...]
     """The granules in the order of their keys; those of one key in the order of the files."""
     used: tuple[Header, ...]
-    """Files that hold a band or a mask that is used, in the order given."""
+    """Files that contain a used band or mask, in the order given."""
     mask: str
     """The cloud masks used, as the parameter `mask` names them; `none` if there is none."""
     cloud_bands: tuple[str, ...] | None = None
@@ -102,7 +103,7 @@ def arrange(
 
     Args:
         headers: headers of all files, in the order given.
-        options: the caller's statements about the files.
+        options: the request's parameters about the files.
         bands: the needed bands, by canonical name.
         optional: further bands, used if every date has them.
         dated: whether every observation needs a date.
@@ -113,32 +114,31 @@ def arrange(
         MissingDates: a file or band has no date, or there are fewer dates than files.
     """
     rules = parse_mask(options.mask)
-    asked = rules is not None and MaskRule(name=OWN) in rules
-    beside = tuple(band for band in CLOUD_BANDS if band not in bands) if asked else ()
-    twins = {TWINS[band] for band in (*bands, *beside) if band in TWINS}
+    may_estimate = rules is not None and MaskRule(name=OWN) in rules
+    for_clouds = tuple(b for b in CLOUD_BANDS if b not in bands) if may_estimate else ()
+    twins = {TWINS[band] for band in (*bands, *for_clouds) if band in TWINS}
     query = LayoutQuery(
         files=tuple(DescribedFile(header) for header in headers),
         dates=options.dates,
         names=options.bands and tuple(map(_canonical, options.bands)),
         needed=tuple(bands),
         optional=tuple(optional),
-        wanted=frozenset((*bands, *beside, *optional))
+        usable=frozenset((*bands, *for_clouds, *optional))
         | twins
         | {rule.band for rule in (AUTO if rules is None else rules)}
         | {ALPHA},
     )
     layout = options.layout or _guess(query)
     slots = [slot for slot in _READERS[layout](query) if slot.numbers]
-    own = asked and not any(CLOUD in slot.numbers for slot in slots)
-    if own:
+    estimated = may_estimate and not any(CLOUD in slot.numbers for slot in slots)
+    if estimated:
         rules = tuple(rule for rule in rules or () if rule.name != OWN)
-        query = replace(query, needed=(*query.needed, *beside))
+        query = replace(query, needed=(*query.needed, *for_clouds))
     slots, warnings = _with_twins(slots, query)
-    _check_found(query, slots, beside if own else ())
+    _check_found(query, slots, for_clouds if estimated else ())
     if layout == "file-per-band" != options.layout and all(s.file.count == 1 for s in slots):
         layout = "file-per-band-and-date"
-    looks = _finest(_with_bands(slots, query))
-    granules = _granules(looks, dated=dated)
+    granules = _granules(_finest(_with_bands(slots, query)), dated=dated)
     _check_complete(granules, query.needed)
     granules = _masked(granules, rules)
     found = [b for b in optional if all(b in granule.planes for granule in granules)]
@@ -149,9 +149,9 @@ def arrange(
     }
     warnings += _assumed_order(layout, query, used)
     warnings += _unused(query, used, options)
-    warnings += [_ESTIMATED] if own else _unclouded(granules, rules)
+    warnings += [_ESTIMATED] if estimated else _missing_mask(granules, rules)
     names = dict.fromkeys(str(r) for g in granules for r in g.masks if r is not ALPHA_RULE)
-    if own:
+    if estimated:
         names[OWN] = None
     return Arrangement(
         layout=layout,
@@ -159,7 +159,7 @@ def arrange(
         granules=granules,
         used=tuple(file.header for file in query.files if id(file.header) in used),
         mask=",".join(names) or "none",
-        cloud_bands=tuple(b for b in beside if b not in found) if own else None,
+        cloud_bands=tuple(b for b in for_clouds if b not in found) if estimated else None,
         warnings=tuple(warnings),
     )
 
@@ -176,9 +176,9 @@ def _with_twins(
     slots: list[BandAssignment], query: LayoutQuery
 ) -> tuple[list[BandAssignment], list[StackWarning]]:
     """Replace a broad band by its narrow twin if no file has the broad band."""
-    there = {name for slot in slots for name in slot.numbers}
-    lacking = set(query.needed) - there
-    if not lacking or not {TWINS.get(band) for band in lacking} <= there - set(query.needed):
+    present = {name for slot in slots for name in slot.numbers}
+    lacking = set(query.needed) - present
+    if not lacking or not {TWINS.get(band) for band in lacking} <= present - set(query.needed):
         return slots, []
     warnings = []
     for band in lacking:
@@ -200,7 +200,7 @@ def _with_twins(
 
 
 def _with_bands(slots: Sequence[BandAssignment], query: LayoutQuery) -> list[BandAssignment]:
-    """The granules without the masks of dates that have no band."""
+    """The slots without masks of dates that have no needed band."""
     if any(slot.day is None for slot in slots):
         return list(slots)
     days = {slot.day for slot in slots if slot.numbers.keys() & set(query.needed)}
@@ -209,13 +209,14 @@ def _with_bands(slots: Sequence[BandAssignment], query: LayoutQuery) -> list[Ban
 
 _SIZE_WORD = re.compile(r"r?(10|20|60)m")
 _FLAT, _PLAIN = "fre", "sre"
-"""Words of Theia's names: reflectance corrected for slopes, and not. A product holds both."""
+"""Words in Theia's file names: reflectance with and without slope correction. A product has both.
+"""
 
 
 def _finest(slots: Sequence[BandAssignment]) -> list[BandAssignment]:
-    """The granules without other copies of a band: coarser, or not corrected for slopes.
+    """The slots without other copies of a band: coarser ones, or those without slope correction.
 
-    Products hold at 20 m what they hold at 10 m, and those of Theia hold each band twice.
+    Products contain 10 m bands again at 20 m, and Theia's products contain each band twice.
     """
     copies: dict[tuple[object, ...], list[BandAssignment]] = defaultdict(list)
     flat = any(_FLAT in _name_words(slot) for slot in slots)
@@ -279,8 +280,8 @@ def _unused(query: LayoutQuery, used: set[int], options: StackOptions) -> list[S
         f"{_quoted([short[name] for name in names], most)}: {reason}"
         for reason, names in sorted(reasons.items(), key=lambda item: len(item[1]))
     )
-    came = len(query.files) + len(options.left_out)
-    detail = f"{total} of {counted(came, 'file')} not used: {each}"
+    sent = len(query.files) + len(options.left_out)
+    detail = f"{total} of {counted(sent, 'file')} not used: {each}"
     return [StackWarning(code="files_unused", detail=detail)]
 
 
@@ -303,7 +304,7 @@ def _reason(file: DescribedFile, query: LayoutQuery, mask: str | None) -> str:
     return f"{', '.join(bands)}, and other files have them"
 
 
-def _unclouded(
+def _missing_mask(
     granules: Sequence[Granule], rules: tuple[MaskRule, ...] | None
 ) -> list[StackWarning]:
     """The warning that there is no cloud mask without `mask=none`, or that one is always empty."""
@@ -359,10 +360,10 @@ def _guess(query: LayoutQuery) -> Layout:
 
 
 def _vote(file: DescribedFile) -> Layout | None:
-    """The layout by the band descriptions; None if they are missing or fit several layouts."""
+    """The layout that a file's band descriptions imply; None if they fit none or several."""
     times = Counter(band for band in file.bands if band and band != ALPHA)
     if not times or file.count == 1:
-        return None  # one band fits as a band of its own and as a part of a date
+        return None  # a file with one band fits two layouts: file-per-band, and a part of a date
     if len(times) == 1 and times.total() == file.count:
         return "file-per-band"
     return "single-file" if max(times.values()) > 1 else "file-per-date"
@@ -376,7 +377,7 @@ def _guess_named(query: LayoutQuery, names: tuple[str, ...]) -> Layout:
         return "file-per-band"
     if len(set(names)) < n:
         return "single-file"
-    other = next((file for file in files if not _holds(file, n)), None)
+    other = next((file for file in files if not _has_bands(file, n)), None)
     if files and other is None:
         by_name = len(files) == n > 1 and (
             all(_vote(file) == "file-per-band" for file in files)
@@ -391,8 +392,8 @@ def _guess_named(query: LayoutQuery, names: tuple[str, ...]) -> Layout:
     raise InvalidRequest.of("bands", names_and_bands(n, other or query.files[0]))
 
 
-def _holds(file: DescribedFile, n: int) -> bool:
-    """Whether a file has that many bands, with or without alpha."""
+def _has_bands(file: DescribedFile, n: int) -> bool:
+    """Whether a file has n bands, not counting alpha."""
     alpha = file.bands[-1] == ALPHA or file.header.alpha == file.count
     return file.count == n or (alpha and file.count == n + 1)
 
@@ -400,17 +401,17 @@ def _holds(file: DescribedFile, n: int) -> bool:
 def _check_found(
     query: LayoutQuery, slots: Sequence[BandAssignment], for_clouds: Sequence[str]
 ) -> None:
-    """Check that some file has each needed band, including those of the cloud mask.
+    """Check that some file has each needed band, also those of the cloud mask.
 
     Raises:
-        MissingBands: no file has a band.
+        MissingBands: no file has one of the bands.
     """
-    there = {band for slot in slots for band in slot.numbers}
-    missing = [band for band in query.needed if band not in there]
+    present = {band for slot in slots for band in slot.numbers}
+    missing = [band for band in query.needed if band not in present]
     if not missing:
         return
     known = {band for file in query.files for band in (*file.bands, file.name_band) if band}
-    known |= there | set(query.names or ())
+    known |= present | set(query.names or ())
     unnamed = sum(
         not query.names and not (band or file.name_band)
         for file in query.files
@@ -439,17 +440,18 @@ def _granules(slots: Sequence[BandAssignment], *, dated: bool) -> tuple[Granule,
     for slot in slots:
         by_key[slot.turn if undated or slot.day is None else slot.day].append(slot)
     return tuple(
-        Granule(key=key, planes=look)
+        Granule(key=key, planes=planes)
         for key, own in sorted(by_key.items(), key=lambda item: _ordinal(item[0]))
-        for look in _looks(own)
+        for planes in _planes_by_granule(own)
     )
 
 
-_Look = dict[str, tuple[Header, int]]
+_Planes = dict[str, tuple[Header, int]]
+"""Band name to the file and the number of the band in it, from 1."""
 
 
-def _looks(slots: Sequence[BandAssignment]) -> list[_Look]:
-    """The granules of one date: files without a common band are put together.
+def _planes_by_granule(slots: Sequence[BandAssignment]) -> list[_Planes]:
+    """The planes of each granule of one date: files without a common band form one granule.
 
     If a band occurs several times, the files of one granule are those whose names agree in the
     words that distinguish granules: tile, number, satellite or time. Without such words, a file is
@@ -459,41 +461,42 @@ def _looks(slots: Sequence[BandAssignment]) -> list[_Look]:
     several = [band for band, n in times.items() if n > 1 and band not in QUALITY]
     by_granule: dict[frozenset[str], list[BandAssignment]] = defaultdict(list)
     if several and all(len(_own(slot)) < len(times) for slot in slots):
-        telling = _telling_words(slots, several)
+        distinguishing = _distinguishing_words(slots, several)
         for slot in slots:
-            by_granule[_name_words(slot) & telling].append(slot)
-        looks = [look for own in by_granule.values() for look in _merged(own)]
+            by_granule[_name_words(slot) & distinguishing].append(slot)
+        granules = [planes for own in by_granule.values() for planes in _merged(own)]
         most = max(times[band] for band in several)
-        if len(looks) == len(by_granule) == most:
-            return looks
+        if len(granules) == len(by_granule) == most:
+            return granules
     return _merged(slots)
 
 
-def _merged(slots: Sequence[BandAssignment]) -> list[_Look]:
-    looks: list[_Look] = []
+def _merged(slots: Sequence[BandAssignment]) -> list[_Planes]:
+    """The planes of each granule if every slot belongs to the first granule without its bands."""
+    granules: list[_Planes] = []
     for slot in slots:
-        look = next((look for look in looks if not look.keys() & _own(slot)), None)
-        if look is None:
-            look = {}
-            looks.append(look)
+        granule = next((one for one in granules if not one.keys() & _own(slot)), None)
+        if granule is None:
+            granule = {}
+            granules.append(granule)
         for band, number in slot.numbers.items():
-            look.setdefault(band, (slot.file.header, number))
-    # A second mask of the same look, as MAJA has one for 10 m and one for 20 m, is no look.
-    return [look for look in looks if look.keys() - QUALITY] or looks
+            granule.setdefault(band, (slot.file.header, number))
+    # MAJA has a mask at 10 m and one at 20 m: the second mask alone is not a granule.
+    return [granule for granule in granules if granule.keys() - QUALITY] or granules
 
 
 def _own(slot: BandAssignment) -> set[str]:
-    """The bands that only one file of a granule has; several files may repeat a mask."""
+    """The bands of which a granule has one; a granule may have several files with one mask."""
     return slot.numbers.keys() - QUALITY - {ALPHA} or set(slot.numbers)
 
 
-def _telling_words(slots: Sequence[BandAssignment], bands: Sequence[str]) -> frozenset[str]:
+def _distinguishing_words(slots: Sequence[BandAssignment], bands: Sequence[str]) -> frozenset[str]:
     """Words in the names of some files of a band that other files of this band do not have."""
-    telling: set[str] = set()
+    found: set[str] = set()
     for band in bands:
         words = [_name_words(slot) for slot in slots if band in slot.numbers]
-        telling |= frozenset.union(*words) - frozenset.intersection(*words)
-    return frozenset(telling)
+        found |= frozenset.union(*words) - frozenset.intersection(*words)
+    return frozenset(found)
 
 
 def _name_words(slot: BandAssignment) -> frozenset[str]:
@@ -523,7 +526,7 @@ def _missing_dates(
 
 
 def _written(undated: Sequence[BandAssignment]) -> str:
-    """What the writing tag of undated files says, where it says one day."""
+    """Text about the writing tag of undated files, if all of them have the same day in it."""
     days = {slot.file.written_day for slot in undated}
     day = days.pop() if len(days) == 1 else None
     return (
@@ -557,7 +560,11 @@ def _check_complete(granules: Sequence[Granule], needed: Sequence[str]) -> None:
 
 
 def _masked(granules: Sequence[Granule], rules: tuple[MaskRule, ...] | None) -> tuple[Granule, ...]:
-    """The granules with the cloud masks that are used for all of them, or for none."""
+    """The granules with their cloud masks; every granule has a mask, or none has.
+
+    Raises:
+        InvalidRequest: only some granules have the mask.
+    """
     found = [
         next(((rule,) for rule in AUTO if rule.band in granule.planes), ())
         if rules is None
@@ -573,9 +580,9 @@ def _masked(granules: Sequence[Granule], rules: tuple[MaskRule, ...] | None) -> 
         lacking = " and ".join(rule.band for rule in needed if rule not in found[at])
         raise InvalidRequest.of(
             "mask",
-            f"the {lacking} band is there for {sum(complete)} of "
-            f"{counted(len(granules), 'observation')}, not in '{header.name}'; add it, or give "
-            "mask=cloud to make a mask from the series, or mask=none",
+            f"{sum(complete)} of {counted(len(granules), 'observation')} have the band {lacking}, "
+            f"and '{header.name}' does not: add the band, or give mask=cloud to estimate a mask "
+            "from the series, or mask=none",
         )
     return tuple(
         replace(granule, masks=(*own, ALPHA_RULE) if ALPHA in granule.planes else own)

@@ -1,11 +1,12 @@
-"""Remote TIFFs in part: the directory, and the blocks that a window needs, by HTTP ranges.
+"""Remote TIFFs in part: the directories, and the blocks that a window needs, by HTTP ranges.
 
-    first bytes → directories, and what they point to → a local file without blocks → its header
+    first bytes → directories and their values → a local file without blocks → its header
     window → blocks → fetched, appended to the local file, their offsets corrected in it
 
-The local file is a TIFF of the same size, grid and tags, which GDAL reads as it reads the whole
-one. A block that was not fetched has an offset behind the end of the file: reading it is an error,
-never a missing value. Overviews are left out. Any other file is fetched whole.
+The local file is a TIFF of the same size, grid and tags, which GDAL reads like the remote file. A
+block that was not fetched has an offset after the end of the file, so that reading it is an error
+and never returns missing values. The local file has no overviews. Files of other formats are
+fetched as a whole.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from service.read.connect import Connections, Remote
 from service.read.tiff_guard import Entry, Form, directories, small, value
 
 FIRST_BYTES = 16 * 2**10
-"""Bytes of the first range, which hold the directories of most cloud-optimized GeoTIFFs."""
+"""Bytes of the first range, which contains the directories of most cloud-optimized GeoTIFFs."""
 _MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MAX_HEADER_BYTES = 32 * 2**20
 _MAX_RANGES = 64
-"""Ranges in which the directories of one file must be found."""
+"""Largest number of ranges that are fetched for the directories of one file."""
 _MAX_BLOCKS = 2**20
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 0.5
 _AGAIN = frozenset({429, 500, 502, 503, 504})
-"""Statuses after which a range is requested again: S3 returns 503 to too many requests."""
+"""Statuses after which a range is requested again; S3 returns 503 after too many requests."""
 _SIGNED = frozenset({401, 403, 409})
 """Statuses of a file that is not public; 409 is Azure's."""
-# GDAL reads the size that stands before a block of a COG, and four bytes behind it.
+# GDAL reads the 4 bytes before a block of a COG, which are its size, and the 4 bytes after it.
 _MARGIN = 4
 _SUBFILE, _MASK, _REDUCED = 254, 4, 1
 _WIDTH, _HEIGHT, _SAMPLES, _PLANAR = 256, 257, 277, 284
@@ -48,7 +49,7 @@ _STRIPS, _ROWS, _STRIP_BYTES = 273, 278, 279
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES = 322, 323, 324, 325
 _ARRAYS = frozenset({_STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES})
 _CODES = {4: "I", 16: "Q"}
-"""Types of offsets and sizes of blocks; 16 bits are enough for small files alone."""
+"""`struct` codes of the types of offsets, by TIFF type; sizes of blocks may also have 16 bits."""
 _SIZE_CODES = {3: "H", **_CODES}
 
 
@@ -57,13 +58,13 @@ class _Array:
     """Numbers of one tag, one per block."""
 
     at: int
-    """Where they stand in the file."""
+    """Position of the first number in the file, bytes."""
     code: str
-    """The type of one, as `struct` writes it, byte order included."""
+    """Byte order and type of a number, as a format of `struct`."""
     numbers: tuple[int, ...]
 
     def place(self, index: int) -> int:
-        """Where one number stands in the file."""
+        """Position of a number in the file, bytes."""
         return self.at + index * struct.calcsize(self.code)
 
 
@@ -72,23 +73,26 @@ class _Image:
     """The blocks of one directory."""
 
     at: int
-    """Where the directory begins in the file."""
+    """Position of the directory in the file, bytes."""
     link: int
-    """Where the place of the next directory stands in it."""
+    """Position of the next directory's offset in the file, bytes."""
     word: struct.Struct
-    """How that place is written."""
+    """Format of an offset of a directory."""
     width: int
     height: int
     rows: int
+    """Rows of a block."""
     columns: int
-    """Of one block."""
+    """Columns of a block."""
     planes: int
-    """1 where a block holds all bands, else the number of bands."""
+    """1 if a block contains all bands, else the number of bands."""
     offsets: _Array
+    """Offset of each block in the remote file, bytes."""
     counts: _Array
+    """Size of each block, bytes."""
 
     def needed(self, window: Window) -> Iterator[int]:
-        """The positions of the blocks that a window touches."""
+        """The numbers of the blocks that a window intersects."""
         across, down = -(-self.width // self.columns), -(-self.height // self.rows)
         (top, bottom), (left, right) = window.toranges()
         for plane in range(self.planes):
@@ -99,7 +103,7 @@ class _Image:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """Bytes that are fetched at once."""
+    """A range of bytes that is fetched by one request, and the blocks in it."""
 
     begin: int
     end: int
@@ -116,11 +120,11 @@ class _Missing(Exception):
 
 @dataclass(kw_only=True)
 class _Known(io.RawIOBase):
-    """What is known of a remote file, as a file that can be read."""
+    """The fetched bytes of a remote file, as a file that can be read."""
 
     size: int
     parts: list[tuple[int, bytes]] = field(default_factory=list)
-    """Where each begins, and its bytes."""
+    """Position and content of each fetched range."""
     at: int = 0
 
     def add(self, begin: int, data: bytes) -> None:
@@ -135,10 +139,10 @@ class _Known(io.RawIOBase):
         return offset
 
     def read(self, size: int = -1, /) -> bytes:
-        """Bytes from here on.
+        """The next `size` bytes, or all bytes to the end if it is negative.
 
         Raises:
-            _Missing: some of them have not been fetched.
+            _Missing: some of these bytes have not been fetched.
         """
         end = self.size if size < 0 else min(self.at + size, self.size)
         if end <= self.at:
@@ -157,34 +161,37 @@ class _Known(io.RawIOBase):
 
 @dataclass(kw_only=True)
 class RemoteFile:
-    """A file of an allowed host, fetched in part or whole."""
+    """A file of an allowed host, fetched in part or as a whole."""
 
     place: Remote
     path: Path
     """The local file."""
     hint: str
-    """What to do if the file cannot be had, for messages."""
+    """Advice if the host does not return the file, for messages."""
     images: tuple[_Image, ...] = ()
-    """The full resolution and its mask; empty if the local file is the whole one."""
+    """The full resolution and its mask; empty if the file was fetched as a whole."""
     _end: int = 0
-    """Size of the local file."""
+    """Size of the local file, bytes."""
     _tag: str = ""
-    """The version of the remote file, as its server names it."""
+    """The remote file's ETag; empty if the server sends none."""
 
     @property
     def whole(self) -> bool:
-        """Whether the local file is the remote one."""
+        """Whether the local file is a copy of the whole remote file."""
         return not self.images
 
     async def open(self, web: Connections) -> None:
-        """Fetch the directories, and write them into the local file.
+        """Fetch the directories, and write them to the local file.
 
         Args:
             web: the request's connections.
 
         Raises:
-            ForbiddenReference, UnreachableReference, BodyTooLarge: the file cannot be had.
-            RasterTooLarge, NotAGeoTIFF: its directories claim what no raster needs.
+            ForbiddenReference: an address or the target of a redirect is not allowed.
+            UnreachableReference: the host does not return the file.
+            BodyTooLarge: the request's files are larger than allowed.
+            RasterTooLarge: the directories declare sizes beyond the limits.
+            NotAGeoTIFF: the directories contradict the TIFF specification.
         """
         known = await self._begin(web)
         if known is None:
@@ -207,21 +214,21 @@ class RemoteFile:
         await anyio.to_thread.run_sync(_write, self.path, known.parts, images, self._end)
 
     def cost(self, window: Window) -> int:
-        """Bytes that the blocks of a window have."""
+        """Number of bytes that `fetch` requests for a window."""
         return sum(run.end - run.begin for run in self._runs(window))
 
     def _runs(self, window: Window) -> list[_Run]:
-        """The ranges that hold a window's blocks; neighbours in one."""
-        wanted = []
+        """The ranges with a window's blocks; adjacent blocks are in one range."""
+        needed = []
         for image in self.images:
             for index in image.needed(window):
                 offset, count = image.offsets.numbers[index], image.counts.numbers[index]
                 if offset and count:
-                    wanted.append(
+                    needed.append(
                         (max(0, offset - _MARGIN), offset + count + _MARGIN, image, index)
                     )
         runs: list[_Run] = []
-        for begin, end, image, index in sorted(wanted, key=lambda one: one[:2]):
+        for begin, end, image, index in sorted(needed, key=lambda block: block[:2]):
             if runs and begin <= runs[-1].end:
                 last = runs.pop()
                 blocks = (*last.blocks, (image, index))
@@ -231,22 +238,24 @@ class RemoteFile:
         return runs
 
     async def fetch(self, web: Connections, window: Window) -> None:
-        """Fetch the blocks that a window needs, and put them into the local file.
+        """Fetch the blocks of a window, and append them to the local file.
 
         Args:
             web: the request's connections.
-            window: whole pixels inside the image.
+            window: a window of the image.
 
         Raises:
-            ForbiddenReference, UnreachableReference, BodyTooLarge: the blocks cannot be had.
+            ForbiddenReference: an address or the target of a redirect is not allowed.
+            UnreachableReference: the host does not return the blocks.
+            BodyTooLarge: the request's files are larger than allowed.
         """
         for run in self._runs(window):
-            async with self._answer(web, run.begin, run.end) as answer:
-                self._checked(answer, run.begin)
+            async with self._range_response(web, run.begin, run.end) as response:
+                self._checked(response, run.begin)
                 begin, size = self._end, 0
                 async with await anyio.open_file(self.path, "r+b") as file:
                     await file.seek(begin)
-                    async for chunk in web.body(answer, self.place, most=run.end - run.begin):
+                    async for chunk in web.body(response, self.place, most=run.end - run.begin):
                         await file.write(chunk)
                         size += len(chunk)
             self._check_length(size, run.end - run.begin - _MARGIN)
@@ -254,7 +263,7 @@ class RemoteFile:
             await anyio.to_thread.run_sync(self._correct, run, begin)
 
     def _correct(self, run: _Run, begin: int) -> None:
-        """Write where the blocks of a run lie in the local file."""
+        """Write the blocks' offsets in the local file to its directory."""
         with self.path.open("r+b") as file:
             for image, index in run.blocks:
                 offset = begin + image.offsets.numbers[index] - run.begin
@@ -263,25 +272,25 @@ class RemoteFile:
 
     def _check_length(self, size: int, least: int) -> None:
         if size < least:
-            raise self.place.unreachable(f"returned {size} of {least} bytes asked for")
+            raise self.place.unreachable(f"returned {size} of {least} requested bytes")
 
     # HTTP ----------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _answer(
+    async def _range_response(
         self, web: Connections, begin: int, end: int
     ) -> AsyncIterator[httpx.Response]:
-        """The response to a range; asked for again if the server is busy."""
+        """The response to a request for a range, which is retried if the server is busy."""
         kept = AsyncExitStack()
         for attempt in range(_ATTEMPTS):
             last = attempt == _ATTEMPTS - 1
             headers = {"Range": f"bytes={begin}-{end - 1}"}
             try:
                 async with AsyncExitStack() as stack:
-                    answer = await stack.enter_async_context(
+                    response = await stack.enter_async_context(
                         web.response(self.place, headers=headers)
                     )
-                    if last or answer.status_code not in _AGAIN:
+                    if last or response.status_code not in _AGAIN:
                         kept = stack.pop_all()
                         break
             except UnreachableReference:
@@ -289,18 +298,18 @@ class RemoteFile:
                     raise
             await anyio.sleep(_PAUSE_SECONDS * 2**attempt)
         async with kept:
-            yield answer
+            yield response
 
     async def _begin(self, web: Connections) -> _Known | None:
-        """The first bytes; None if the file was written whole."""
-        async with self._answer(web, 0, FIRST_BYTES) as answer:
-            if answer.status_code == HTTPStatus.OK:  # a server without ranges
-                await self._save(web, answer)
+        """The first bytes; None if the server returned the whole file, which is then stored."""
+        async with self._range_response(web, 0, FIRST_BYTES) as response:
+            if response.status_code == HTTPStatus.OK:  # a server without ranges
+                await self._save(web, response)
                 return None
-            known = _Known(size=self._checked(answer, 0))
-            self._tag = answer.headers.get("etag", "")
+            known = _Known(size=self._checked(response, 0))
+            self._tag = response.headers.get("etag", "")
             most = min(FIRST_BYTES, known.size)
-            first = b"".join([c async for c in web.body(answer, self.place, most=most)])
+            first = b"".join([c async for c in web.body(response, self.place, most=most)])
         known.add(0, first)
         if first[:4] not in _MAGICS or len(first) >= known.size:
             await self._rest(web, known)
@@ -313,49 +322,51 @@ class RemoteFile:
         if known.size > len(first) + web.left:
             raise web.too_large(self.place)
         async with AsyncExitStack() as stack:
-            answer = None
+            response = None
             if len(first) < known.size:
-                answer = await stack.enter_async_context(self._answer(web, len(first), known.size))
-                self._checked(answer, len(first))
-            await self._save(web, answer, first)
+                response = await stack.enter_async_context(
+                    self._range_response(web, len(first), known.size)
+                )
+                self._checked(response, len(first))
+            await self._save(web, response, first)
 
     async def _save(
-        self, web: Connections, answer: httpx.Response | None, first: bytes = b""
+        self, web: Connections, response: httpx.Response | None, first: bytes = b""
     ) -> None:
         async with await anyio.open_file(self.path, "wb") as file:
             await file.write(first)
-            if answer is not None:
-                async for chunk in web.body(answer, self.place):
+            if response is not None:
+                async for chunk in web.body(response, self.place):
                     await file.write(chunk)
 
     async def _range(self, web: Connections, begin: int, end: int) -> bytes:
-        """Some bytes of the file."""
-        async with self._answer(web, begin, end) as answer:
-            self._checked(answer, begin)
-            chunks = [c async for c in web.body(answer, self.place, most=end - begin)]
+        """The bytes of a range of the file."""
+        async with self._range_response(web, begin, end) as response:
+            self._checked(response, begin)
+            chunks = [c async for c in web.body(response, self.place, most=end - begin)]
         data = b"".join(chunks)
         self._check_length(len(data), end - begin)
         return data
 
-    def _checked(self, answer: httpx.Response, begin: int) -> int:
-        """The size of the file, if the answer is the range asked for.
+    def _checked(self, response: httpx.Response, begin: int) -> int:
+        """Check that a response is the requested range, and return the size of the whole file.
 
         Raises:
-            UnreachableReference: it is not.
+            UnreachableReference: the response is another range, or an error, or the file changed.
         """
-        status = answer.status_code
+        status = response.status_code
         if status in _SIGNED:
             raise self.place.unreachable(
-                f"does not give this file to everybody (status {status}): its URL needs a "
-                f"signature or a login; {self.hint}"
+                f"returned status {status}: the file is not public, and its URL needs a signature "
+                f"or a login; {self.hint}"
             )
         if status != HTTPStatus.PARTIAL_CONTENT:
             raise self.place.unreachable(f"returned status {status}")
-        unit, _, rest = answer.headers.get("content-range", "").partition(" ")
+        unit, _, rest = response.headers.get("content-range", "").partition(" ")
         span, _, size = rest.partition("/")
         if unit != "bytes" or span.partition("-")[0] != str(begin) or not size.isdecimal():
-            raise self.place.unreachable("returned another range than the one asked for")
-        tag = answer.headers.get("etag", "")
+            raise self.place.unreachable("returned another range than the requested one")
+        tag = response.headers.get("etag", "")
         if self._tag and tag and tag != self._tag:
             raise self.place.unreachable(
                 "replaced the file while it was read; send the request again"
@@ -370,11 +381,12 @@ def _images(known: _Known, name: str) -> tuple[_Image, ...] | None:
     """The full resolution and its mask, and every value that their directories point to.
 
     Returns:
-        None if the file is a TIFF of a kind that is fetched whole.
+        None if the file is a TIFF of a kind that is fetched as a whole.
 
     Raises:
         _Missing: bytes of a directory have not been fetched.
-        RasterTooLarge, NotAGeoTIFF: a directory claims what no raster needs.
+        RasterTooLarge: a directory declares sizes beyond the limits.
+        NotAGeoTIFF: a directory contradicts the TIFF specification.
     """
     known.seek(0)
     images: list[_Image] = []
@@ -461,7 +473,7 @@ def _array(
 def _write(
     path: Path, parts: Sequence[tuple[int, bytes]], images: Sequence[_Image], end: int
 ) -> None:
-    """Write a file of directories alone, whose blocks lie behind its end."""
+    """Write a file with the directories only, whose blocks have offsets after its end."""
     with path.open("wb") as file:
         for begin, data in parts:
             file.seek(begin)
@@ -475,7 +487,7 @@ def _write(
             ]
             file.seek(image.offsets.at)
             file.write(struct.pack(f"{code[0]}{len(numbers)}{code[1]}", *numbers))
-            # Overviews are left out: their blocks are not there.
+            # Skip the directories of overviews, whose blocks are never fetched.
             file.seek(image.link)
             file.write(image.word.pack(following.at if following else 0))
         file.truncate(end)

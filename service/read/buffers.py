@@ -1,4 +1,4 @@
-"""Buffer pool: the one owner of the memory of windows, which later windows reuse."""
+"""Buffer pool: owner of the memory of windows, which later windows reuse."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _CACHE_LINE = 64
 
 
 class BufferPool:
-    """Memory of windows that are not needed any more; a context manager that frees it.
+    """Memory of finished windows for reuse; a context manager that frees it.
 
-    The system returns new memory as pages of zeros, which takes as long as scaling the pixels.
-    Thread-safe.
+    Reuse saves time: the operating system fills new memory with zeros, which takes as long as
+    scaling the pixels. Thread-safe.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class BufferPool:
     def take(
         self, planes: tuple[int, ...], plane: tuple[int, ...], kind: type[np.generic]
     ) -> NDArray[Any]:
-        """An uninitialised array as `spaced` makes it, in recycled memory if there is enough."""
+        """An uninitialised array, see `spaced`, in recycled memory if a large enough one exists."""
         with self._lock:
             spare = self._spare[kind].pop() if self._spare[kind] else None
         return spaced(planes, plane, kind, spare)
@@ -61,9 +61,9 @@ def spaced(
 ) -> NDArray[Any]:
     """An uninitialised array whose planes lie an odd number of cache lines apart.
 
-    A pixel has a value in each plane. If planes lie a power of two bytes apart, as with windows of
-    256 x 256 pixels, all of them map to the same few cache sets, and transposing planes into rows
-    of pixels takes two to ten times as long.
+    A pixel has a value in each plane. If the distance between planes is a power of two, as with
+    windows of 256 x 256 pixels, the values of a pixel map to the same few cache sets, and
+    transposing planes into rows of pixels takes two to ten times as long.
 
     Args:
         planes: the first axes, such as (T, C).
@@ -72,7 +72,7 @@ def spaced(
         memory: flat array of that type, used if it is large enough; else new memory is used.
 
     Returns:
-        The array; `base` is its memory.
+        The array (*planes, *plane); its attribute `base` is the flat array of its memory.
     """
     pixels, line = math.prod(plane), _CACHE_LINE // np.dtype(kind).itemsize
     pitch = line * (-(-pixels // line) | 1)

@@ -1,13 +1,14 @@
-"""The project's own cloud mask, for stacks that carry none: `mask=cloud`.
+"""Cloud mask estimated from the series, for stacks without a quality band: `mask=cloud`.
 
 Each pixel is compared with its own series: a cloud is brighter in blue, whiter and less green than
 the pixel usually is, and a cloud shadow is darker in the near infrared. Two logistic functions of
-these comparisons, one for clouds and one for shadows, decide whether a value is clear. No neighbour
-of the pixel counts, so windows of any size give the same result.
+these comparisons, one for clouds and one for shadows, decide whether a value is clear. Neighbouring
+pixels are not used, so windows of any size give the same result.
 
     blue, red, near infrared (T, N) → quantiles over T → comparisons → cloud, shadow → clear (T, N)
 
-Thin cirrus does not show in these bands. docs/decisions/cloud-mask.md has the errors measured.
+The mask does not detect thin cirrus, which is invisible in these bands. The measured errors are in
+docs/decisions/cloud-mask.md.
 
 Sources: O. Hagolle et al., "A multi-temporal method for cloud detection, applied to FORMOSAT-2,
 VENuS, LANDSAT and SENTINEL-2 images", Remote Sensing of Environment 114 (2010), compare blue with
@@ -28,16 +29,16 @@ Bools = NDArray[np.bool_]
 BANDS = ("B02", "B04", "B08")
 """The bands that the mask reads: blue, red, near infrared."""
 MIN_DATES = 6
-"""Fewest dates, of a stack and of a pixel, from which a pixel's usual reflectance is estimated."""
+"""Smallest number of dates, of a stack and of a pixel, to estimate a pixel's usual reflectance."""
 _BATCH = 2**17
-"""Numbers of a band worked on at once, so that the intermediate results stay in the caches."""
-# Quantiles over the dates that stand for a pixel without clouds and shadows.
+"""Numbers of a band that are processed at once, so that intermediate results stay in the caches."""
+# Quantiles over the dates that approximate a pixel's reflectance without clouds and shadows.
 _BLUE_QUANTILE, _NIR_QUANTILE = 0.2, 0.25
 _FLOOR = np.float32(0.01)
-"""Added before two reflectances are divided, so that noise on dark pixels has no weight."""
+"""Added to two reflectances before they are divided, so that noise on dark pixels has no weight."""
 
-# Weights of the comparisons by name; "" is the constant. Above 0 is a cloud, or a shadow.
-# Fitted and measured by `python -m benchmarks.clouds`.
+# Weights of the comparisons by name; "" is the constant. A weighted sum above 0 is a cloud or a
+# shadow. `python -m benchmarks.clouds` fits the weights and measures the errors.
 CLOUD: Mapping[str, float] = {
     "": -3.819,
     "blue": 12.094,
@@ -63,29 +64,29 @@ def clear(
     cloud: Mapping[str, float] = CLOUD,
     shadow: Mapping[str, float] = SHADOW,
 ) -> Bools:
-    """Where the ground is seen, without cloud and cloud shadow.
+    """True where the ground is visible, without cloud and cloud shadow.
 
     Args:
-        blue: (T, …) reflectance, 0 to 1 and above; NaN where missing.
-        red: the same.
-        nir: the same.
-        seen: (T, …) True where a value is there, and no other mask has excluded it.
-        cloud: weights of the comparisons; a sum above 0 is a cloud.
-        shadow: the same for cloud shadows.
+        blue: reflectance (T, …) float32, unitless, 0 to 1 and above; NaN where missing.
+        red: reflectance in red, of the same shape.
+        nir: reflectance in near infrared, of the same shape.
+        seen: True (T, …) where a value exists and no other mask has excluded it.
+        cloud: weights of the comparisons; a weighted sum above 0 is a cloud.
+        shadow: weights of the comparisons; a weighted sum above 0 is a cloud shadow.
 
     Returns:
-        (T, …) True where `seen` and clear. A pixel seen on fewer than `MIN_DATES` dates is clear
-        on none of them.
+        True (T, …) where `seen` and clear. A pixel that is `seen` on fewer than `MIN_DATES` dates
+        is clear on none of them.
     """
     T = len(seen)
     found = np.zeros(seen.shape, np.bool_)
     flat = found.reshape(T, -1)
     bands = [band.reshape(T, -1) for band in (blue, red, nir)]
-    there = seen.reshape(T, -1)
+    usable = seen.reshape(T, -1)
     step = max(1, _BATCH // max(T, 1))
     for begin in range(0, flat.shape[1], step):
         part = slice(begin, begin + step)
-        own = there[:, part]
+        own = usable[:, part]
         compared = comparisons(bands[0][:, part], bands[1][:, part], bands[2][:, part], own)
         clouded = (_weighted(compared, cloud) > 0) | (_weighted(compared, shadow) > 0)
         flat[:, part] = own & ~clouded & (own.sum(axis=0) >= MIN_DATES)
@@ -93,13 +94,16 @@ def clear(
 
 
 def comparisons(blue: Floats, red: Floats, nir: Floats, seen: Bools) -> dict[str, Floats]:
-    """What the mask is made from, by name, each (T, N); meaningless where not `seen`.
+    """Comparisons of each pixel with its own series, from which the mask is computed.
 
     Args:
-        blue: (T, N) reflectance.
-        red: the same.
-        nir: the same.
-        seen: (T, N) True where the values count.
+        blue: reflectance (T, N) float32, unitless.
+        red: reflectance in red, of the same shape.
+        nir: reflectance in near infrared, of the same shape.
+        seen: True (T, N) where the values are used.
+
+    Returns:
+        Arrays (T, N) float32 by name; values where `seen` is False are meaningless.
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         ndvi = np.clip((nir - red) / np.maximum(nir + red, np.float32(1e-3)), -1, 1)
@@ -126,13 +130,13 @@ def _weighted(compared: Mapping[str, Floats], weights: Mapping[str, float]) -> F
 
 
 def _gain(values: Floats, usual: Floats) -> Floats:
-    """Logarithm of the ratio (T, N) of values to the usual ones (N)."""
+    """Logarithm of the ratio (T, N) of values (T, N) to the usual values (N), -3 to 4."""
     usual = np.maximum(usual, 0) + _FLOOR
     return np.asarray(np.clip(np.log((np.maximum(values, 0) + _FLOOR) / usual), -3, 4))
 
 
 def _quantile(values: Floats, seen: Bools, share: float) -> Floats:
-    """A quantile (N) over the dates seen: the value itself at the rank below, not interpolated."""
+    """A quantile (N) over the dates `seen`: the value at the lower rank, not interpolated."""
     ordered = np.sort(np.where(seen, values, np.float32(np.inf)), axis=0)
     rank = (share * np.maximum(seen.sum(axis=0) - 1, 0)).astype(np.intp)
     return np.asarray(np.take_along_axis(ordered, rank[None], axis=0)[0])

@@ -1,11 +1,11 @@
-"""Checked connections: HTTP to allowed hosts alone, at addresses that were checked.
+"""Checked connections: HTTP to allowed hosts only, at addresses that were checked.
 
     URL ──▶ host allowed? ──▶ its addresses allowed? ──▶ connect to one of them ──▶ response
      ▲                                                                                │
-     └──────────────────────────── redirected: all of it again ───────────────────────┘
+     └──────────────────────── redirect: the same checks again ───────────────────────┘
 
-A host's name is resolved once, and the connection goes to the checked address, so that a name
-server cannot give the check and the connection different answers.
+A host's name is resolved once, and the connection goes to the checked address. A name server
+therefore cannot return one address for the check and another for the connection.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ _MAX_DOCUMENT_BYTES = 32 * 2**20
 _LOGIN = frozenset({401, 403})
 _WRONG = frozenset({400, 422})
 _SHOWN = 200
-"""Characters of a host's own words that are shown."""
+"""Largest number of characters of a host's error text in a message."""
 CHUNK_BYTES = 2**20
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-# IPv6 networks that lead on to IPv4 ones, public or not: NAT64, 6to4 and Teredo.
-_LEADS_ON = tuple(ipaddress.ip_network(text) for text in ("64:ff9b::/32", "2002::/16", "2001::/32"))
+# IPv6 networks through which IPv4 addresses can be reached, public or private: NAT64, 6to4, Teredo.
+_IPV4_GATEWAYS = tuple(
+    ipaddress.ip_network(text) for text in ("64:ff9b::/32", "2002::/16", "2001::/32")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class Remote:
     """A URL of an allowed host."""
 
     field: str
-    """What names it, for messages: a field of the request, or an item and its asset."""
+    """The parameter, or the item and asset, that contains the URL, for messages."""
     url: httpx.URL
 
     @classmethod
@@ -77,7 +79,7 @@ class Remote:
         """Parse a URL and check its host by name.
 
         Raises:
-            ForbiddenReference: it is not a URL of an allowed host.
+            ForbiddenReference: the text is not a URL of an allowed host.
         """
         try:
             url = httpx.URL(href)
@@ -104,25 +106,27 @@ class Remote:
         Raises:
             ForbiddenReference: the target is not allowed, or leaves TLS.
         """
-        refused = ForbiddenReference(f"{self.field}: '{self.host}' redirects to a forbidden target")
+        forbidden = ForbiddenReference(
+            f"{self.field}: '{self.host}' redirects to a forbidden target"
+        )
         try:
             url = self.url.join(location)
         except httpx.InvalidURL:
-            raise refused from None
-        to = replace(self, url=url)
-        if not _is_allowed(to, rules) or (self.url.scheme, url.scheme) == ("https", "http"):
-            raise refused
-        return to
+            raise forbidden from None
+        target = replace(self, url=url)
+        if not _is_allowed(target, rules) or (self.url.scheme, url.scheme) == ("https", "http"):
+            raise forbidden
+        return target
 
     def unreachable(self, what: str) -> UnreachableReference:
-        """The error for a host that does not return what it was asked for."""
+        """The error for a host that does not return the requested file or document."""
         return UnreachableReference(f"{self.field}: '{self.host}' {what}")
 
 
 class Connections:
-    """The HTTP requests of one request to the service, which share a budget of bytes.
+    """The outgoing HTTP requests of one request to the service, which share a budget of bytes.
 
-    Use it in `async with`.
+    An async context manager that closes the connections.
     """
 
     def __init__(
@@ -133,7 +137,7 @@ class Connections:
         resolver: Resolver = resolve,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """Connect to nothing yet.
+        """Create the connections without opening any.
 
         Args:
             settings: allowed hosts, and the largest number of bytes.
@@ -179,7 +183,7 @@ class Connections:
         """The response to a request, redirects followed; its body is not read yet.
 
         Args:
-            place: where to.
+            place: the URL.
             method: GET or POST.
             headers: further headers.
             content: the body of a POST.
@@ -190,34 +194,34 @@ class Connections:
         """
         first = place
         for _ in range(MAX_REDIRECTS + 1):
-            async with self._ask(place, method, headers or {}, content) as answer:
-                if answer.status_code not in _REDIRECTS or "location" not in answer.headers:
-                    yield answer
+            async with self._send(place, method, headers or {}, content) as response:
+                if response.status_code not in _REDIRECTS or "location" not in response.headers:
+                    yield response
                     return
-                place = place.redirected(answer.headers["location"], self._rules)
-                if answer.status_code not in _WITH_BODY:
+                place = place.redirected(response.headers["location"], self._rules)
+                if response.status_code not in _WITH_BODY:
                     method, content = "GET", None
         raise first.unreachable(f"redirected more than {MAX_REDIRECTS} times")
 
     async def body(
-        self, answer: httpx.Response, place: Remote, *, most: int | None = None
+        self, response: httpx.Response, place: Remote, *, most: int | None = None
     ) -> AsyncIterator[bytes]:
         """The chunks of a response's body, counted against the budget.
 
         Args:
-            answer: a response.
-            place: where it is from.
-            most: bytes that this body alone may have; None sets no bound of its own.
+            response: the response, whose body has not been read.
+            place: the URL of the response.
+            most: largest size of this body, bytes; None limits it by the budget only.
 
         Raises:
-            BodyTooLarge: the budget is used up, or the body announces that it would be.
+            BodyTooLarge: the body exceeds the budget, or its declared length does.
         """
         bound = self._left if most is None else min(most, self._left)
-        announced = answer.headers.get("content-length", "")
+        announced = response.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > bound:
             raise self.too_large(place)
-        # Raw: a compressed body counts as it arrives.
-        async for chunk in answer.aiter_raw(CHUNK_BYTES):
+        # Raw chunks, so that a compressed body is counted by the bytes received.
+        async for chunk in response.aiter_raw(CHUNK_BYTES):
             self._left -= len(chunk)
             bound -= len(chunk)
             if bound < 0:
@@ -230,27 +234,33 @@ class Connections:
         """The text of a JSON document.
 
         Args:
-            place: where it is.
+            place: the URL.
             method: GET or POST.
             content: the body of a POST, JSON.
 
         Raises:
-            ForbiddenReference, UnreachableReference, BodyTooLarge: it cannot be had.
-            InvalidRequest: the host says that the request is wrong.
+            ForbiddenReference: an address or the target of a redirect is not allowed.
+            UnreachableReference: the host does not return a document.
+            BodyTooLarge: the document is too large.
+            InvalidRequest: the host rejects the request (status 400 or 422).
         """
         headers = {"Accept": "application/geo+json, application/json"}
         if content is not None:
             headers["Content-Type"] = "application/json"
-        async with self.response(place, method=method, headers=headers, content=content) as answer:
-            chunks = [c async for c in self.body(answer, place, most=_MAX_DOCUMENT_BYTES)]
-        data, status = b"".join(chunks), answer.status_code
+        async with self.response(
+            place, method=method, headers=headers, content=content
+        ) as response:
+            chunks = [c async for c in self.body(response, place, most=_MAX_DOCUMENT_BYTES)]
+        data, status = b"".join(chunks), response.status_code
         if status in _LOGIN:
-            raise place.unreachable(f"needs a login (status {status}), and this server sends none")
+            raise place.unreachable(
+                f"requires a login (status {status}), and this server sends no credentials"
+            )
         if status in _WRONG:
             text = "".join(c for c in data.decode("utf-8", "replace") if c.isprintable())
             raise InvalidRequest.of(
                 place.field,
-                f"'{place.host}' refuses the request (status {status}): {text[:_SHOWN]}",
+                f"'{place.host}' rejected the request (status {status}): {text[:_SHOWN]}",
             )
         if status != HTTPStatus.OK:
             raise place.unreachable(f"returned status {status}")
@@ -260,14 +270,14 @@ class Connections:
             raise place.unreachable("returned a document that is not UTF-8") from error
 
     def too_large(self, place: Remote) -> BodyTooLarge:
-        """The error for more bytes than may be received."""
+        """The error for files that exceed the budget of bytes."""
         return BodyTooLarge(
             f"{place.field}: the named files have more than {self._limit} bytes together, the "
             "largest allowed size"
         )
 
     @asynccontextmanager
-    async def _ask(
+    async def _send(
         self, place: Remote, method: str, headers: Mapping[str, str], content: bytes | None
     ) -> AsyncIterator[httpx.Response]:
         """The response of the first address that accepts the connection."""
@@ -283,7 +293,7 @@ class Connections:
                 extensions={"sni_hostname": place.host},
             )
             try:
-                answer = await client.send(request, stream=True)
+                response = await client.send(request, stream=True)
             except httpx.ConnectError as error:
                 if n + 1 < len(addresses):
                     continue
@@ -291,25 +301,26 @@ class Connections:
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise place.unreachable("does not respond") from error
             try:
-                yield answer
+                yield response
             except httpx.HTTPError as error:
                 raise place.unreachable("closed the connection or stalled") from error
             finally:
-                await answer.aclose()
+                await response.aclose()
             return
 
     def _client(self, place: Remote, address: str) -> httpx.AsyncClient:
-        """The client of one address of one host.
+        """The client for one address of one host.
 
-        Connections are kept for the host alone: kept for its address, they could be used for
-        another host there, whose certificate was not checked.
+        Idle connections are reused only for the same host. If they were reused for the same
+        address, a request to another host there could use a connection whose certificate was
+        checked for the first host.
         """
         key = (place.url.scheme, place.host, place.port, address)
         if key not in self._clients:
             client = httpx.AsyncClient(
                 verify=self._tls or True,
-                # No proxy and no .netrc of the environment: a proxy would connect elsewhere, .netrc
-                # would send a password.
+                # Ignore the environment's proxy and .netrc: a proxy would connect to addresses that
+                # were not checked, and .netrc would send a password.
                 trust_env=False,
                 timeout=httpx.Timeout(self._patience.idle_seconds),
                 limits=httpx.Limits(max_keepalive_connections=_KEPT),
@@ -374,7 +385,7 @@ def _holds(rule: HostRule, address: _Address) -> bool:
 
 
 def _is_public(address: _Address) -> bool:
-    if any(address in network for network in _LEADS_ON):
+    if any(address in network for network in _IPV4_GATEWAYS):
         return False
     return address.is_global and not (address.is_multicast or address.is_reserved)
 

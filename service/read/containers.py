@@ -1,10 +1,10 @@
 """Containers: zips, which are unpacked, and metadata in files beside rasters.
 
-    files → zips opened, within bounds → rasters and product metadata → headers that know both
+    files → zips unpacked, within limits → rasters and product metadata → completed headers
 
-Python reads zips, never GDAL, and members are written under names that the service chooses. The XML
-of a Sentinel-2 product (MTD_MSIL2A.xml) states scale, offset and date of its bands; a STAC item and
-the request.json of sentinelhub-py state them for the rasters in their folder.
+Python's zipfile reads zips, not GDAL, and the service chooses the names of the unpacked files. The
+XML of a Sentinel-2 product (MTD_MSIL2A.xml) states scale, offset and date of its bands; a STAC item
+and the request.json of sentinelhub-py state them for the rasters in their folder.
 """
 
 from __future__ import annotations
@@ -49,28 +49,28 @@ _MAX_XML_BYTES = 4 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Unpacked:
-    """The files of a request, after its zips were opened."""
+    """The files of a request, after its zips were unpacked."""
 
     files: tuple[SourceFile, ...]
     left_out: tuple[tuple[str, str], ...]
-    """Members that are not read, each with the reason."""
+    """Members that were not unpacked, each with the reason."""
 
 
 def unpack(
     files: Sequence[SourceFile], folder: Path, *, max_bytes: int, max_files: int, jp2: bool = True
 ) -> Unpacked:
-    """Open the zips among files.
+    """Unpack the zips among files.
 
     Args:
         files: the files of the request.
-        folder: folder for the members, which get names that the service chooses.
+        folder: folder for the members, whose names the service chooses.
         max_bytes: largest size of all members together, bytes.
         max_files: largest number of rasters.
         jp2: whether JPEG 2000 files may be read.
 
     Raises:
-        BodyTooLarge: the members have more bytes, whatever sizes the zip declares.
-        InvalidRequest: a zip is damaged, or holds too many members.
+        BodyTooLarge: the members have more bytes, also if the zip declares fewer.
+        InvalidRequest: a zip is damaged, or has too many members.
         NotAGeoTIFF: a file is JPEG 2000, and `jp2` is False.
     """
     found: list[SourceFile] = []
@@ -81,20 +81,21 @@ def unpack(
             found.append(file)
             continue
         members, others, used = _members(file, folder, f"{number:04d}", room, max_bytes)
-        if file.path.is_relative_to(folder):  # an upload, which would take its room twice
+        if file.path.is_relative_to(folder):  # an upload, which is not needed any more
             file.path.unlink()
         found += members
         left_out += others
         room -= used
     if len(found) > max_files:
         raise InvalidRequest.of(
-            "files", f"{len(found)} in all, zips opened; at most {max_files} are allowed"
+            "files",
+            f"{len(found)} files, members of zips included; at most {max_files} are allowed",
         )
-    refused = next((f for f in found if not jp2 and _begins(f.path, SIGNATURE)), None)
-    if refused is not None:
+    forbidden = next((f for f in found if not jp2 and _begins(f.path, SIGNATURE)), None)
+    if forbidden is not None:
         raise NotAGeoTIFF(
-            f"'{refused.name}' is JPEG 2000, which this service does not read (PIMC_JP2); convert "
-            "it with gdal_translate -of COG"
+            f"'{forbidden.name}' is JPEG 2000, which this service does not read (PIMC_JP2); "
+            "convert it with gdal_translate -of COG"
         )
     return Unpacked(files=tuple(found), left_out=tuple(left_out))
 
@@ -154,7 +155,7 @@ def _holds_none(name: str, left_out: Sequence[tuple[str, str]]) -> str:
 
 
 def _why_not(member: zipfile.ZipInfo) -> str | None:
-    """Why a member is not read; None if it is read, empty if no reason needs to be reported."""
+    """The reason for not unpacking a member; None to unpack it, empty for a reason not reported."""
     name = member.filename
     last = name.rpartition("/")[2]
     if last.startswith("._") or name.startswith("__MACOSX/") or last == ".DS_Store":
@@ -197,7 +198,11 @@ def _write(content: IO[bytes], path: Path, room: int, name: str, limit: int) -> 
 
 
 def _check_directory(source: SourceFile) -> None:
-    """Reject a zip with a directory that would fill the memory: Python reads it at once."""
+    """Reject a zip whose directory is too large for memory, because Python reads it at once.
+
+    Raises:
+        InvalidRequest: the zip is damaged, or its directory is too large.
+    """
     damaged = InvalidRequest.of("files", f"'{source.name}' is a zip that is cut or damaged")
     with source.path.open("rb") as file:
         size = file.seek(0, 2)
@@ -213,8 +218,8 @@ def _check_directory(source: SourceFile) -> None:
     if members > _MAX_MEMBERS or bytes_ > _MAX_DIRECTORY_BYTES:
         raise InvalidRequest.of(
             "files",
-            f"the zip '{source.name}' lists {members} files in {bytes_} bytes; {_MAX_MEMBERS} in "
-            f"{_MAX_DIRECTORY_BYTES} may be",
+            f"the zip '{source.name}' has {members} members and a directory of {bytes_} bytes; at "
+            f"most {_MAX_MEMBERS} members and {_MAX_DIRECTORY_BYTES} bytes are allowed",
         )
 
 
@@ -277,12 +282,12 @@ class Product:
         band = band_of(stem(name))
         if band not in _BAND_IDS:
             return {}
-        said = {"scale": f"{self.scale:g}", "offset": f"{self.offsets.get(band, 0.0):g}"}
+        tags = {"scale": f"{self.scale:g}", "offset": f"{self.offsets.get(band, 0.0):g}"}
         if self.baseline:
-            said["processing_baseline"] = self.baseline
+            tags["processing_baseline"] = self.baseline
         if self.sensed:
-            said["datatake_1_datatake_sensing_start"] = self.sensed
-        return said
+            tags["datatake_1_datatake_sensing_start"] = self.sensed
+        return tags
 
 
 def split_products(files: Sequence[SourceFile]) -> tuple[list[SourceFile], list[Metadata]]:
@@ -301,13 +306,13 @@ def split_products(files: Sequence[SourceFile]) -> tuple[list[SourceFile], list[
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """What a STAC item says of one raster."""
+    """Metadata of one raster in a STAC item."""
 
     bands: tuple[AssetBand, ...]
     place: Placed | None
     """CRS and transform; None if they are not stated."""
     ignored_offset: str | None
-    """Why an offset that is stated is not applied; None if it is, or if none is."""
+    """Why a stated offset is not applied; None if it is applied, or if no offset is stated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +323,7 @@ class Item:
     common: Mapping[str, str]
     """Tags of every raster in the folder."""
     assets: Mapping[str, Described]
-    """What a document states of one raster, by the last part of the raster's name."""
+    """Metadata of single rasters, by the last part of the raster's name."""
 
     def tags(self, name: str) -> dict[str, str]:
         """The metadata in the form of tags of one of the rasters."""
@@ -430,7 +435,7 @@ def with_product(header: Header, products: Sequence[Metadata]) -> Header:
 def ignored_offsets(
     headers: Sequence[Header], products: Sequence[Metadata]
 ) -> tuple[StackWarning, ...]:
-    """Offsets that items state and contradict, by reason."""
+    """Warnings about offsets that are not applied, because their item contradicts them."""
     by_reason: dict[str, list[str]] = defaultdict(list)
     for header in headers:
         product = _product_of(header.name, products)
@@ -448,7 +453,7 @@ def ignored_offsets(
 
 
 def _product_of(name: str, products: Sequence[Metadata]) -> Metadata | None:
-    """The metadata of a file: that in the nearest of its folders."""
+    """The metadata document of a file: the one in the nearest of its folders."""
     own = [p for p in products if name.startswith(f"{p.root}/") or (not p.root and "/" not in name)]
     nearest = [p for p in own if len(p.root) == max(len(one.root) for one in own)]
     if len(nearest) > 1:  # as `pimc stack` writes them: an item for each file of a folder
@@ -471,8 +476,8 @@ def _as_described(header: Header, described: Described) -> Header:
         own = header.descriptions[n]
         descriptions.append(own if band_of(own) or quality_of(own) else (band.name or own))
         nodata.append(band.nodata if header.nodata[n] is None else header.nodata[n])
-        told = {k: v for k, v in _band_tags(described, band).items() if k not in header.tags}
-        tags.append({**told, **header.band_tags[n]})
+        stated = {k: v for k, v in _band_tags(described, band).items() if k not in header.tags}
+        tags.append({**stated, **header.band_tags[n]})
     return replace(
         header, descriptions=tuple(descriptions), nodata=tuple(nodata), band_tags=tuple(tags)
     )

@@ -1,8 +1,8 @@
-"""GDAL drivers: only those that the service needs stay registered.
+"""GDAL drivers: all drivers that the service does not need are unregistered.
 
-GDAL reads some 150 formats, and several of them lead to other files or to the network. Each file is
-opened with one driver by name, so the others are of no use here, and what is not registered cannot
-be reached by a name inside a file either.
+GDAL reads some 150 formats, and several of them can open other files or network addresses. The
+service opens each file with one driver by name and needs no other. An unregistered driver cannot be
+reached by a name inside a file either.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import rasterio
 from rasterio import _env
 
 RASTERS = frozenset({"GTiff", "COG", "JP2OpenJPEG", "MEM", "VRT"})
-"""MEM burns polygons into pixels, and GDAL's warper returns a VRT: no file is opened as either."""
+"""MEM rasterises polygons, and GDAL's warper returns a VRT; no file is opened with these two."""
 VECTORS = frozenset({"GPKG"})
 
 
@@ -31,10 +31,10 @@ def keep_needed_drivers() -> None:
 
 
 def keep_needed_vector_drivers(extension: str) -> None:
-    """Unregister the drivers of pyogrio's GDAL, where `keep_needed_drivers` ran.
+    """Unregister the other drivers of pyogrio's GDAL, if `keep_needed_drivers` was called before.
 
     Args:
-        extension: path of the extension that is linked with that GDAL.
+        extension: path of the extension module that is linked with pyogrio's GDAL.
     """
     with rasterio.Env() as env:
         if set(env.drivers()) <= RASTERS:
@@ -42,7 +42,7 @@ def keep_needed_vector_drivers(extension: str) -> None:
 
 
 def _unregister(extension: str, needed: Collection[str]) -> None:
-    # A symbol is looked for in what the extension is linked with, too.
+    # The lookup of a symbol includes the libraries with which the extension is linked.
     gdal = ctypes.CDLL(extension)
     gdal.GDALGetDriver.restype = ctypes.c_void_p
     gdal.GDALGetDriverShortName.argtypes = [ctypes.c_void_p]

@@ -1,6 +1,6 @@
-"""Raster access: only GDAL's GTiff and JP2OpenJPEG drivers, and no file beside the opened one.
+"""Raster access: only GDAL's GTiff and JP2OpenJPEG drivers, without side files of a raster.
 
-`read_header` reads everything that determines whether a file can be used, but no pixel.
+`read_header` reads all metadata that determines whether a file can be used, but no pixels.
 """
 
 from __future__ import annotations
@@ -35,30 +35,32 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 MAX_BANDS = 20_000
 """Largest number of bands of a file; listing more costs memory."""
 _MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # TIFF and BigTIFF in both byte orders
-# Codecs that decode a block into a copy of their own.
+# Codecs that decode a block into a second buffer.
 _COPYING = ("WEBP", "LERC")
 _GDAL: Mapping[str, str | int] = {
-    # An upload's folder holds other uploads: no sidecar (.aux.xml, .tfw, .msk, .ovr) is looked for.
+    # Do not look for side files (.aux.xml, .tfw, .msk, .ovr): they may belong to other uploads in
+    # the same folder.
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-    # Nor is a statistics or metadata sidecar read or written by another road.
+    # Do not read or write side files with statistics or metadata (PAM).
     "GDAL_PAM_ENABLED": "NO",
-    # The georeference is that of the file itself, as with the two options above.
+    # Take the georeference from the file itself, not from side files.
     "GDAL_GEOREF_SOURCES": "INTERNAL",
-    # No name inside a file leads to the network: this is the only one that GDAL would fetch.
+    # Do not open network addresses that a file names: GDAL may fetch this name only.
     "CPL_VSIL_CURL_ALLOWED_FILENAME": "none",
 }
-# No world file and no other file beside says where a JP2 lies.
+# Take the georeference of a JP2 from the file itself, not from a world file.
 _JP2_SOURCES = {"GEOREF_SOURCES": "INTERNAL"}
 CACHE_BYTES = 32 * 2**20
-"""Bound of GDAL's block cache where no run needs more."""
-# Threads decode the blocks of one read side by side. Measured on small strips they cost 1 ms a
-# read and gain nothing; on tiles of half a megabyte they pay.
+"""Size of GDAL's block cache while no run needs more, bytes."""
+# Decoded size of a block from which GDAL decodes the blocks of one read in several threads, bytes.
+# With small strips, threads take 1 ms more per read; with blocks of 0.5 MB they are faster.
 THREADS_PAY_FROM = 2**18
-# What does not pay within one small file pays across many: GDAL opens and decodes them without the
-# GIL. Two, as other callers are served meanwhile; by batches, as each handing over costs 40 us.
+# Number of small files that are read in parallel, because GDAL opens and decodes without the GIL.
+# Only two, because other requests run at the same time. In batches, because passing a file to a
+# thread takes 40 us.
 SIDE_BY_SIDE = 2
 _BATCH = 8
-# Dates, numbers and names are short; longer texts are not needed and not kept.
+# Largest length of a tag: dates, numbers and names are short, and longer texts are dropped.
 _TAG_LENGTH = 1000
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -80,26 +82,26 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class FileMemory:
-    """Memory that GDAL takes for an open file, bytes, as far as its header tells it."""
+    """Memory that GDAL takes for an open file, bytes, as computed from its header."""
 
     block: int
-    """One strip or tile, decoded, with its part of all bands where these are interleaved."""
+    """One decoded strip or tile, with all bands if these are interleaved."""
     blocks: int
-    """Numbers and pointers that say where each block lies: 16 bytes each, and 8 for each band."""
+    """Table of offsets and sizes of blocks: 16 bytes per block, and 8 per block and band."""
     mask: int = 0
-    """One block of the internal mask, decoded."""
+    """One decoded block of the internal mask."""
     encoded: int = 0
-    """One block as it lies in the file, and what its codec takes beside."""
+    """One encoded block, and the buffers of its codec."""
 
     @property
     def open(self) -> int:
-        """What the file keeps while it is open: the block decoded last among it."""
+        """Memory of the file while it is open, with the block that was decoded last."""
         return self.block + self.blocks + self.mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The header of a raster, read without its pixels. Tuples hold one entry per band."""
+    """The header of a raster, read without its pixels. Tuples have one entry per band."""
 
     source: SourceFile
     width: int
@@ -123,7 +125,7 @@ class Header:
     masked: bool
     """Whether an internal mask marks missing pixels."""
     alpha: int | None = None
-    """Number of the last band, from 1, if GDAL takes it for alpha."""
+    """Number of the last band, from 1, if GDAL assumes that it is alpha."""
     driver: Driver = "GTiff"
 
     @property
@@ -139,7 +141,7 @@ class Header:
 
 @contextmanager
 def gdal_options() -> Iterator[None]:
-    """GDAL's options for every open and read; GDAL keeps them per thread, so enter it in each."""
+    """A context with GDAL's options for opening and reading, for the calling thread only."""
     with rasterio.Env(**_GDAL):
         yield
 
@@ -147,9 +149,10 @@ def gdal_options() -> Iterator[None]:
 class BlockCache:
     """GDAL's cache of decoded blocks: one per process, as large as the present runs need.
 
-    The application creates one and passes it on. An `Env` does not set the bound, because it would
-    restore the previous one for every thread. GDAL's default is 5 % of the machine's memory: with
-    it, writing 2048 x 2048 pixels of 17 bands took 480 MB on 24 GB; with this bound it takes 220.
+    The application creates the only instance. The size is not set by an `Env`, which would restore
+    the previous size for all threads at its end. GDAL's default is 5 % of the machine's memory:
+    with it, writing 2048 x 2048 pixels of 17 bands took 480 MB on a machine of 24 GB; with this
+    size it takes 220 MB.
     """
 
     def __init__(self) -> None:
@@ -159,11 +162,11 @@ class BlockCache:
 
     @contextmanager
     def room(self, size: int) -> Iterator[None]:
-        """Room for blocks of at least `size` bytes in all, also while other runs need less.
+        """A context in which the cache has at least `size` bytes, also if other runs need less.
 
-        One block must fit, so that its other bands are not decoded again. More is of no use, as
-        windows decode no block twice, and with large rasters it fills: 512 MiB made the service's
-        memory on 4096 x 4096 pixels 2.4 times that on 1024 x 1024.
+        One block must fit, so that it is not decoded again for its other bands. A larger cache has
+        no effect, because no window decodes a block twice, and large rasters fill it: with 512 MiB,
+        the service took 2.4 times as much memory for 4096 x 4096 pixels as for 1024 x 1024.
         """
         with self._lock:
             self._needed.append(size)
@@ -176,21 +179,21 @@ class BlockCache:
                 self._bound()
 
     def _bound(self) -> None:
-        # In bytes: rasterio hands the number to GDALSetCacheMax64, and not to GDAL's parser, which
-        # takes a small one for megabytes.
+        # In bytes: rasterio passes the number to GDALSetCacheMax64. GDAL's parser of options would
+        # interpret a small number as megabytes.
         set_gdal_config("GDAL_CACHEMAX", max(self._needed))
 
 
 def for_each(
     files: Sequence[Item], work: Callable[[Item], Result], *, block_bytes: int = 0
 ) -> list[Result]:
-    """Call a function for each file, inside `gdal_options`; many small files are read in parallel.
+    """Call a function for each file, inside `gdal_options`, in parallel for many small files.
 
     Args:
         files: files in order.
         work: called for each file, in the calling thread or in others.
-        block_bytes: decoded size of the largest block. GDAL already decodes large blocks in several
-            threads.
+        block_bytes: decoded size of the largest block, bytes. Files with large blocks are read one
+            after the other, because GDAL decodes these blocks in several threads.
 
     Returns:
         The results in order.
@@ -218,24 +221,25 @@ def open_geotiff(
 
     Args:
         path: the file.
-        block_bytes: decoded size of a block, if known: several threads decode large blocks.
-        georeferenced: False skips the georeference if it is known already. It is most of the cost
-            of opening: 0.7 ms with it, 0.1 ms without.
+        block_bytes: decoded size of a block, bytes; several threads decode large blocks. 0 if it is
+            not known.
+        georeferenced: False skips the georeference if it is known already, which takes most of the
+            time of opening: 0.7 ms with it, 0.1 ms without.
         driver: the driver that reads the file.
 
     Raises:
         RasterioError: GDAL cannot open it.
     """
     if driver == "JP2OpenJPEG":
-        # A tile is decoded as a whole, however little of it is read.
+        # OpenJPEG decodes whole tiles, also for a read of a few pixels.
         return rasterio.DatasetReader(
             path, driver=driver, sharing=False, USE_TILE_AS_BLOCK="YES", **_JP2_SOURCES
         )
     options = {"NUM_THREADS": "ALL_CPUS"} if block_bytes >= THREADS_PAY_FROM else {}
     if not georeferenced:
         options["GEOREF_SOURCES"] = "NONE"
-    # `rasterio.open` would set and restore GDAL's options for each file, which takes 1.5 times as
-    # long, and would interpret a scheme or an archive in a path given as text.
+    # Not `rasterio.open`: it sets and restores GDAL's options for each file, which takes 1.5 times
+    # as long, and interprets a scheme or an archive in a path that is a text.
     return rasterio.DatasetReader(path, driver="GTiff", sharing=False, **options)
 
 
@@ -244,12 +248,12 @@ def read_header(source: SourceFile, placed: dict[bytes, Placed] | None = None) -
 
     Args:
         source: the file.
-        placed: cache from the bytes of a georeference to CRS and transform; extended here. Most
-            files of a stack have the same bytes, which GDAL then need not parse again.
+        placed: cache from the bytes of a georeference to CRS and transform, to which this function
+            adds. Most files of a stack have the same bytes, which GDAL then parses only once.
 
     Raises:
-        NotAGeoTIFF: the file is neither a TIFF nor a JP2, GDAL cannot open it, or it holds complex
-            numbers.
+        NotAGeoTIFF: the file is neither a TIFF nor a JP2, GDAL cannot open it, or it contains
+            complex numbers.
         RasterTooLarge: a block, the number of bands, or their metadata exceeds its limit.
     """
     driver = _driver_of(source)
@@ -278,7 +282,7 @@ def _read_jp2_header(source: SourceFile) -> Header:
         tile = check_jp2(source.path, source.name)
         with open_geotiff(source.path, driver="JP2OpenJPEG") as dataset:
             place = dataset.crs, dataset.transform
-            # OpenJPEG decodes a tile twice over: as coefficients and as the image.
+            # OpenJPEG has a decoded tile in memory twice: as coefficients and as the image.
             header = _header(source, dataset, place, codec=2 * tile)
     except (RasterioError, GDALError, OSError, ValueError) as error:
         if busy := no_descriptors(error):
@@ -295,7 +299,7 @@ _NETCDF = (
     "write a GeoTIFF with rioxarray's to_raster"
 )
 _PAGE = (
-    "an HTML page, not data: the download was answered with a page, often one for signing in; "
+    "an HTML page, not data: the server of the download returned a page, often one for signing in; "
     "download the file again"
 )
 _VRT = "a VRT, which only points to other files: write the pixels with gdal_translate -of COG"
@@ -334,15 +338,15 @@ _OTHER_FORMATS: Mapping[bytes, str] = {
     b"<?xml": "XML, not a raster: leave it out",
     b"{": "JSON, not a raster",
 }
-"""First bytes of files that are not rasters: what the file is, and what to do."""
+"""First bytes of files that are not rasters, with the kind of file and advice for messages."""
 
 
 def _driver_of(source: SourceFile) -> Driver:
     """The driver that reads a file, by its first bytes.
 
     Raises:
-        NotAGeoTIFF: no driver reads the file; the message states what the file is and what to do,
-            if that is known.
+        NotAGeoTIFF: no driver reads the file; the message names the kind of file and gives advice,
+            if the kind is known.
     """
     try:
         with source.path.open("rb") as file:
@@ -365,7 +369,7 @@ def _what_it_is(name: str, head: bytes) -> str:
         text = b"\x00\x05\x16\x07"
     elif last.endswith(".aux.xml"):
         text = b"<pamdataset"
-    elif text.startswith(b"<?xml"):  # the element after the declaration says more
+    elif text.startswith(b"<?xml"):  # the root element after the declaration identifies the kind
         root = text.partition(b"?>")[2].lstrip()
         text = root if any(root.startswith(magic) for magic in _OTHER_FORMATS) else text
     for magic, what in _OTHER_FORMATS.items():
@@ -377,7 +381,8 @@ def _what_it_is(name: str, head: bytes) -> str:
         return "it is a text: points go into the parameter `points`, dates into `dates`"
     if last.endswith((".tfw", ".j2w", ".wld", ".prj", ".ovr", ".msk")):
         return (
-            "it is a file beside a raster, which is not read: a GeoTIFF holds its own georeference"
+            "it is a side file of a raster, which the service does not read: send a GeoTIFF, which "
+            "contains its georeference"
         )
     return f"it starts with {head[:4]!r}; GeoTIFF, JP2 and zips of them are read"
 
@@ -394,14 +399,17 @@ def _header(
 
     Args:
         source: the file.
-        dataset: it, open.
-        place: where it lies.
-        mask: bytes of one block of its mask.
-        codec: bytes that decoding takes beside the block; None tells it from the compression.
+        dataset: the open file.
+        place: CRS and transform of the file.
+        mask: bytes of one block of its internal mask.
+        codec: bytes that decoding takes in addition to the block; None derives them from the
+            compression.
     """
     strange = sorted({dtype for dtype in dataset.dtypes if dtype.startswith("complex")})
     if strange:
-        raise NotAGeoTIFF(f"'{source.name}' holds {strange[0]} numbers, not reflectance")
+        raise NotAGeoTIFF(
+            f"'{source.name}' has numbers of type {strange[0]}, which cannot be reflectance"
+        )
     if dataset.count > MAX_BANDS:
         raise RasterTooLarge(f"'{source.name}' has {dataset.count} bands, the limit is {MAX_BANDS}")
     rows, columns = dataset.block_shapes[0]
@@ -412,9 +420,9 @@ def _header(
             f"'{source.name}': one block of {rows} x {columns} pixels and {together} bands decodes "
             f"to {block_bytes} bytes, the limit is {MAX_BLOCK_BYTES}"
         )
-    # Whether what GDAL takes for alpha is a mask, the names of the bands decide.
+    # GDAL's assumption about alpha is not enough: `DescribedFile.bands` decides by the names.
     flags = dataset.mask_flag_enums[0]
-    # This query takes time for every band, so it is made only if no name identifies the last band.
+    # This query takes time for every band, so it is skipped if the last band has a name.
     unnamed = dataset.count > 1 and not dataset.descriptions[-1]
     alpha = unnamed and dataset.colorinterp[-1] == ColorInterp.alpha
     return Header(
@@ -435,7 +443,7 @@ def _header(
             block=block_bytes,
             blocks=_blocks_bytes(dataset, together),
             mask=mask,
-            # libtiff reads no more of a block than ten times what it decodes to.
+            # libtiff reads at most ten times a block's decoded size.
             encoded=min(source.path.stat().st_size, 10 * block_bytes)
             + (_codec_bytes(dataset, block_bytes) if codec is None else codec),
         ),
@@ -469,12 +477,12 @@ _NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f]+")
 def label(name: str, position: int) -> str:
     """A name for messages: without control characters, not too long, and without `..`.
 
-    The last folders stay, because only they may contain the date or the tile.
+    The name keeps its last folders, which may contain the date or the tile.
     """
     parts = _NOT_SHOWN.sub("", name).replace("\\", "/").split("/")
     *folders, last = [part.strip() for part in parts]
     if not last.strip(". "):
         return f"file {position + 1}"
     folders = [part for part in folders if part.strip(". ") and not part.endswith(":")]
-    # The end of a long name is kept: it has the date and the suffix.
+    # A long name is cut at its beginning: its end has the date and the suffix.
     return "/".join([*folders[-_FOLDERS:], last])[-_NAME_LENGTH:]

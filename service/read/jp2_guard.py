@@ -1,9 +1,9 @@
-"""JPEG 2000 guard: a file's declared sizes, checked before GDAL reads it, against bombs.
+"""JPEG 2000 guard: limits on the sizes that a file declares, checked before GDAL reads the file.
 
-OpenJPEG allocates what the codestream declares: a tile of all components as 32-bit numbers, and
-bookkeeping for every precinct, layer and resolution. A few hundred bytes can declare far more than
-the memory, so the boxes and the main header are checked here first. Other faults are left to
-OpenJPEG, which rejects them.
+OpenJPEG allocates the memory that the codestream declares: a tile of all components as 32-bit
+numbers, and tables for every precinct, layer and resolution. A file of a few hundred bytes can
+declare more than the machine's memory (a decompression bomb), so this module checks the boxes and
+the main header first. OpenJPEG rejects files with other faults.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ class _Size:
 
 
 def check_jp2(path: Path, name: str) -> int:
-    """Reject a JPEG 2000 file that declares sizes that no raster needs.
+    """Reject a JPEG 2000 file that declares sizes beyond the limits.
 
     Args:
         path: the file; its first bytes are those of a JP2.
         name: the caller's name for the file.
 
     Returns:
-        Bytes that OpenJPEG decodes one tile to.
+        Decoded size of one tile, bytes.
 
     Raises:
-        RasterTooLarge: a tile, a box, or the number of components, precincts or markers is beyond
-            reason.
-        NotAGeoTIFF: the boxes or the main header are cut or contradict themselves.
+        RasterTooLarge: a tile, a box, or the number of components, precincts or markers exceeds its
+            limit.
+        NotAGeoTIFF: the boxes or the main header are cut or inconsistent.
     """
     with path.open("rb") as file:
         _to_codestream(file, name)
@@ -80,7 +80,7 @@ def _to_codestream(file: BinaryIO, name: str) -> None:
 
 
 def _boxes(file: BinaryIO, name: str) -> Iterator[tuple[bytes, int]]:
-    """Type and content length of each box; the file is at the box's content."""
+    """Type and content length of each box, with the file positioned at the box's content."""
     while True:
         start = file.tell()
         head = file.read(8)
@@ -161,7 +161,12 @@ def _size(content: bytes, name: str) -> _Size:
 
 
 def _check_coding(content: bytes, size: _Size, name: str) -> None:
-    """Precincts, layers and resolutions of one tile."""
+    """Check the number of precincts, layers and resolutions of one tile.
+
+    Raises:
+        RasterTooLarge: a tile has too many packets.
+        NotAGeoTIFF: the marker is cut or inconsistent.
+    """
     if len(content) < 10:
         raise _damaged(name)
     has_precincts = content[0] & 1
@@ -187,4 +192,6 @@ def _check_coding(content: bytes, size: _Size, name: str) -> None:
 
 
 def _damaged(name: str) -> NotAGeoTIFF:
-    return NotAGeoTIFF(f"'{name}' is JPEG 2000 that is cut or damaged: its header does not end")
+    return NotAGeoTIFF(
+        f"'{name}' is a cut or damaged JPEG 2000 file: its header is incomplete; send it again"
+    )

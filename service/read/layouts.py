@@ -1,7 +1,7 @@
-"""Layouts: which band of which date each file holds.
+"""Layouts: the bands and dates of each file.
 
-One reader per layout assigns bands and dates to files. Statements of the caller take precedence
-over those of the files. Only headers are read.
+One function per layout assigns bands and dates to files. The request's parameters take precedence
+over the files' metadata. Only headers are read.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ Layout = Literal["file-per-date", "file-per-band-and-date", "file-per-band", "si
 
 @dataclass(frozen=True, kw_only=True)
 class StackOptions:
-    """The caller's statements about the files; None is determined from the files."""
+    """The request's parameters about the files; None is determined from the files."""
 
     layout: Layout | None = None
     dates: tuple[date, ...] | None = None
     """One date per file, per band of a file-per-band file, or per date of a single-file stack."""
     bands: tuple[str, ...] | None = None
-    """Band names in band order; for files of one band, in the order of the files. Files that hold a
-    cloud mask or another number of bands need no name."""
+    """Band names in the order of the bands; for files with one band, in the order of the files.
+    Files with a cloud mask or with another number of bands need no name."""
     scale: DatedNumber | None = None
     offset: DatedNumber | None = None
     """reflectance = value x scale + offset; one number for all dates, or numbers from dates on."""
@@ -67,7 +67,7 @@ class StackOptions:
 
 @dataclass(frozen=True)
 class DescribedFile:
-    """A header with the band names and dates that its texts state."""
+    """A header with the band names and dates in its descriptions and tags."""
 
     header: Header
 
@@ -83,7 +83,7 @@ class DescribedFile:
 
     @cached_property
     def bands(self) -> tuple[str | None, ...]:
-        """The name that each band states, quality bands and alpha included."""
+        """The name of each band by its description or tags, also of quality bands and alpha."""
         if self.count > 1 and quality_of(stem(self.name)) == UDM2:
             return (UDM2, *[None] * (self.count - 1))
         words = list(zip(self.header.descriptions, self.header.band_tags, strict=True))
@@ -98,8 +98,8 @@ class DescribedFile:
                 calls_itself_alpha(text) or calls_itself_alpha(tags.get("description"))
             ):
                 names[at] = ALPHA
-        # GDAL takes the fourth of four 8-bit bands for alpha, but in a satellite image it is the
-        # near infrared. If all other bands have a name and this one has none, it is alpha.
+        # GDAL assumes that the fourth of four 8-bit bands is alpha, but in a satellite image it is
+        # the near infrared. It is alpha only if all other bands have a name and it has none.
         alpha = self.header.alpha
         if alpha and not words[alpha - 1][0] and sum(map(bool, names)) == self.count - 1:
             names[alpha - 1] = ALPHA
@@ -107,7 +107,7 @@ class DescribedFile:
 
     @cached_property
     def days(self) -> tuple[date | None, ...]:
-        """The date that each band states."""
+        """The date of each band by its tags or description; None without one."""
         words = zip(self.header.descriptions, self.header.band_tags, strict=True)
         return tuple(tagged_date(tags) or date_of(text) for text, tags in words)
 
@@ -147,7 +147,7 @@ class DescribedFile:
 
     @property
     def only_day(self) -> date | None:
-        """The one date that all bands with a date state."""
+        """The date of the bands, if all bands with a date have the same one."""
         days = {day for day in self.days if day}
         return days.pop() if len(days) == 1 else None
 
@@ -161,12 +161,12 @@ class BandAssignment:
     """Band name to its number in the file, from 1; only bands that are used."""
     day: date | None
     turn: int
-    """Stands for the date where there is none."""
+    """Number of the observation, which replaces the date of undated imagery."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutQuery:
-    """The files, the caller's statements and the needed bands."""
+    """The files, the request's parameters about them, and the needed bands."""
 
     files: tuple[DescribedFile, ...]
     dates: tuple[date, ...] | None
@@ -175,7 +175,7 @@ class LayoutQuery:
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
     """Bands that are used if every date has them."""
-    wanted: frozenset[str]
+    usable: frozenset[str]
     """The needed and optional bands, their twins, the quality bands that may be used, and alpha."""
 
     @property
@@ -234,7 +234,7 @@ def _bands_of_one_date(file: DescribedFile, query: LayoutQuery) -> dict[str, int
             names = file.product_bands
     numbers: dict[str, int] = {}
     for number, band in enumerate(names, start=1):
-        if band in query.wanted and numbers.setdefault(band, number) != number:
+        if band in query.usable and numbers.setdefault(band, number) != number:
             raise InvalidRequest.of(
                 "layout",
                 f"file-per-date, but '{file.name}' holds {band} in its bands {numbers[band]} and "
@@ -259,10 +259,11 @@ def _file_days(files: Sequence[DescribedFile], query: LayoutQuery) -> Sequence[d
         return _given_days(files, query, query.dates)
     named = named_days([file.name for file in files])
     written = [file.written_day for file in files]
-    # Many programs write the time of writing into TIFFTAG_DATETIME, so names that distinguish the
-    # files at least as well take precedence. One day for several files of a band does not count.
-    telling = None not in named and len(set(named)) > 1 and len(set(named)) >= len(set(written))
-    if telling or (len(set(written)) == 1 and _repeat_a_band(files)):
+    # Many programs store the time of writing in TIFFTAG_DATETIME. Dates in the file names therefore
+    # take precedence if they distinguish the files at least as well, and a single day for several
+    # files of one band is ignored.
+    named_apart = None not in named and len(set(named)) > 1 and len(set(named)) >= len(set(written))
+    if named_apart or (len(set(written)) == 1 and _repeat_a_band(files)):
         written = [None] * len(files)
     return [
         file.tag_day or wrote or name or file.only_day
@@ -271,7 +272,7 @@ def _file_days(files: Sequence[DescribedFile], query: LayoutQuery) -> Sequence[d
 
 
 def _repeat_a_band(files: Sequence[DescribedFile]) -> bool:
-    """Whether several files, none of which states its date, hold the same bands."""
+    """Whether several files contain the same bands."""
     bands = [file.bands if any(file.bands) else file.own_band for file in files]
     return len(set(bands)) < len(bands)
 
@@ -302,7 +303,7 @@ def file_per_band(query: LayoutQuery) -> list[BandAssignment]:
         MissingDates: there are fewer dates than bands in a file.
     """
     bands = _bands_of_files(query)
-    held = [(file, band) for file, band in bands if band in query.wanted]
+    held = [(file, band) for file, band in bands if band in query.usable]
     days = _band_days([file for file, _ in held], query)
     turns: Counter[str] = Counter()
     slots = []
@@ -393,7 +394,7 @@ def _slots_of_one_file(
     seen: Counter[tuple[str, date | None]] = Counter()
     found: dict[tuple[date | None, int], BandAssignment] = {}
     for number, band in enumerate(_names_in_one_file(file, query, by_day=described), start=1):
-        if band not in query.wanted:
+        if band not in query.usable:
             continue
         day = file.days[number - 1] if described else None
         # The k-th occurrence of a band is the k-th date, whether the file is ordered by date or by
@@ -440,7 +441,7 @@ def _names_in_one_file(
 
 
 def names_and_bands(n: int, file: DescribedFile) -> str:
-    """Both sides of the conflict between the names given and a file's bands."""
+    """Message for a number of names that differs from a file's number of bands."""
     return f"{counted(n, 'name')} but '{file.name}' has {counted(file.count, 'band')}"
 
 

@@ -1,9 +1,9 @@
-"""Cloud masks: which pixels each provider's quality band calls clear.
+"""Cloud masks: decoders of the providers' quality bands.
 
-One function per kind of band. Each takes the numbers as delivered, of any shape, and returns a
-boolean array of that shape: True where the ground is visible, without cloud, cloud shadow or snow.
-A number that is not in the band's definition is not clear. `RULES` has one row per kind, the most
-complete first: `mask=auto` uses the first one that a date has.
+Each kind of band has one function. It takes the stored numbers in an array of any shape, and
+returns a boolean array of that shape: True where the ground is visible, without cloud, cloud shadow
+or snow. A number that is not in the band's definition is not clear. `RULES` has one row per kind,
+the most complete first: `mask=auto` uses the first kind that a date has.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ CLEAR_CLASSES = range(4, 8)
 CLDPRB_LIMIT = 40.0
 """Cloud probability in per cent from which on a pixel is cloudy, if `mask` gives no number."""
 QA60_EMPTY = (date(2022, 1, 25), date(2024, 2, 28))
-"""From the first to the second date Earth Engine's QA60 holds zeros, whatever the clouds: the
-products of those days have no vector cloud mask (Earth Engine catalogue, COPERNICUS/S2_SR)."""
+"""First and last date on which Earth Engine's QA60 is always zero, because the products of that
+time have no vector cloud mask (Earth Engine catalogue, COPERNICUS/S2_SR)."""
 _BITS = 16
 OWN = "cloud"
-"""The rule that needs no band."""
+"""The rule that needs no band: the mask is estimated from the series."""
 
 
-def _whole(data: Numbers) -> tuple[NDArray[np.int64], Clear]:
-    """The numbers as integers, and where they are integers of 0 to 65535; floats may be NaN."""
+def _integers(data: Numbers) -> tuple[NDArray[np.int64], Clear]:
+    """The numbers as integers, and True where they are integers from 0 to 65535."""
     if data.dtype.kind == "u" and data.dtype.itemsize <= 2:
         return data.astype(np.int64), np.ones(data.shape, np.bool_)
     with np.errstate(invalid="ignore"):
         known = (data >= 0) & (data < 2**_BITS)
-        whole = np.where(known, data, 0).astype(np.int64)
-        return whole, known & (whole == data)
+        integers = np.where(known, data, 0).astype(np.int64)
+        return integers, known & (integers == data)
 
 
 def _without(data: Numbers, bits: Sequence[int]) -> Clear:
-    """Where none of the bits is set."""
-    whole, known = _whole(data)
-    return np.asarray(known & (whole & sum(1 << bit for bit in bits) == 0))
+    """True where none of the bits is set."""
+    integers, known = _integers(data)
+    return np.asarray(known & (integers & sum(1 << bit for bit in bits) == 0))
 
 
 def scl(data: Numbers) -> Clear:
@@ -126,8 +126,8 @@ def qa60(data: Numbers) -> Clear:
     """QA60 of Sentinel-2 on Google Earth Engine: bits.
 
     Source: Earth Engine Data Catalog, COPERNICUS/S2_SR_HARMONIZED, band QA60: 10 opaque clouds, 11
-    cirrus clouds. See also `QA60_EMPTY`. A number without these bits, such as the zero of
-    a nodata tag, is clear; it knows no shadow.
+    cirrus clouds. See also `QA60_EMPTY`. A number without these bits, such as the zero of a nodata
+    tag, is clear. The band does not mark cloud shadows.
     """
     return _without(data, (10, 11))
 
@@ -136,7 +136,7 @@ def cldprb(data: Numbers, limit: float = CLDPRB_LIMIT) -> Clear:
     """MSK_CLDPRB of Sentinel-2 level 2A: below `limit` per cent of cloud probability is clear.
 
     Source: Sentinel-2 Products Specification Document, quality indicator MSK_CLDPRB: probability of
-    cloud by Sen2Cor, 0 to 100 per cent. It knows no shadow.
+    cloud by Sen2Cor, 0 to 100 per cent. The band does not mark cloud shadows.
     """
     return np.asarray((data >= 0) & (data < min(limit, 100.5)))
 
@@ -160,9 +160,10 @@ RULES: Mapping[str, tuple[str, Decoder]] = {
     "cldprb": (CLDPRB, cldprb),
     "qa60": (QA60, qa60),
 }
-"""By the name that `mask` takes: the band, and how its numbers are read. `cloud` reads sits' band
-where there is one, and else is the mask of `clouds`, made from the series."""
-# What a name has in one provider's files alone.
+"""Band and decoder of each rule, by its name in the parameter `mask`. The rule `cloud` decodes the
+band CLOUD of sits if the files have it; otherwise the mask is estimated from the series (`clouds`).
+"""
+# Parts of file names that only one provider uses.
 _DEA = re.compile(r"(^|[/_])(ga_|oa_)", re.IGNORECASE)
 _LANDSAT = re.compile(r"landsat|(^|[/_])l[cteo]0[4-9]_", re.IGNORECASE)
 _HLS = re.compile(r"(^|[/_.])hls", re.IGNORECASE)
@@ -188,9 +189,9 @@ class MaskRule:
     def decoder(self, file: str) -> Decoder:
         """The function that decodes the numbers of the band in one file.
 
-        Two conventions share a name: Digital Earth Australia's fmask holds classes where that of
-        HLS holds bits, and sits' CLOUD is the quality band of the collection (SCL, Fmask or
-        QA_PIXEL).
+        Two names have several conventions: Digital Earth Australia's fmask contains classes and
+        that of HLS contains bits, and the band CLOUD of sits is the quality band of the collection
+        (SCL, Fmask or QA_PIXEL).
 
         Args:
             file: the file's name, with its folders.
@@ -221,7 +222,7 @@ def parse_mask(text: str | None) -> tuple[MaskRule, ...] | None:
         The rules, all of which a clear pixel must pass; empty for `none`; None for `auto`.
 
     Raises:
-        InvalidRequest: a rule does not exist, or a number is not 0 to 100 per cent.
+        InvalidRequest: a rule does not exist, or its number is not above 0 and up to 100 per cent.
     """
     if text is None or text == "auto":
         return None

@@ -1,7 +1,7 @@
 """Metadata parsing: band names and dates in descriptions, tags and file names.
 
-Each function takes text and returns a canonical name or a date; None if the text holds none or
-contradicts itself. Nothing here opens a file.
+Each function takes text and returns a canonical name or a date; None if the text contains none or
+several different ones. This module opens no file.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ SCL = "SCL"
 """The scene classification band of Sentinel-2 level 2A."""
 FMASK, QA_PIXEL, CLM, QAI, UDM2 = "FMASK", "QA_PIXEL", "CLM", "QAI", "UDM2"
 CLOUD, CLDPRB, QA60 = "CLOUD", "CLDPRB", "QA60"
-"""Quality bands of other providers, by the names that are used here; `masks` decodes them."""
+"""Canonical names of other providers' quality bands; `masks` decodes them."""
 ALPHA = "ALPHA"
 """An alpha band, or Sentinel Hub's dataMask: zero means missing."""
 QUALITY = frozenset({SCL, FMASK, QA_PIXEL, CLM, QAI, UDM2, CLOUD, CLDPRB, QA60})
-"""Every band from which a cloud mask can be read."""
+"""All bands from which a cloud mask can be decoded."""
 TWINS: Mapping[str, str] = {"B08": "B8A"}
-"""A band, and the narrower one beside it that may replace it."""
+"""Band name to the narrower band of similar wavelength that may replace it."""
 # Level 1C has 13 bands, level 2A the same without B10. Two orders are in use: B8A right after B08,
 # and B8A last (EuroSAT). The first eight bands, which include B02, B03, B04 and B08, have the same
 # positions in both; only these are used.
@@ -41,7 +41,7 @@ _PHRASES: Mapping[tuple[str, ...], str] = {
         "B02": "blue",
         "B03": "green",
         "B04": "red",
-        # Any red edge is B05 here where it has no number: what counts is that it is not red.
+        # A red edge band without a number is B05; the important point is that it is not red.
         "B05": "red edge 1|rededge 1|rededge1|red edge1|red edge|rededge|re1",
         "B06": "red edge 2|rededge 2|rededge2|red edge2|re2",
         "B07": "red edge 3|rededge 3|rededge3|red edge3|re3",
@@ -60,7 +60,8 @@ _PHRASES: Mapping[tuple[str, ...], str] = {
 }
 _LONGEST_PHRASE = max(map(len, _PHRASES))
 # Colours in other languages, without accents. Some are parts of place names (Cabo Verde, Baton
-# Rouge) or of other words (vert, rot), so they count only where no other word stands beside them.
+# Rouge) or other words (vert, rot), so they name a band only if the text has no other word, except
+# those of `_BESIDE`.
 _FOREIGN: Mapping[tuple[str, ...], str] = {
     tuple(phrase.split()): band
     for band, phrases in {
@@ -76,18 +77,18 @@ _FOREIGN: Mapping[tuple[str, ...], str] = {
     }.items()
     for phrase in phrases.split("|")
 }
-# Words that may stand beside: "Bande rouge", "Kanal 4 (rot)", "s2 rojo 10m".
+# Words that may accompany a foreign colour: "Bande rouge", "Kanal 4 (rot)", "s2 rojo 10m".
 _BESIDE = re.compile(
     r"bands?|band[ae]s?|bandet|kanal|canal|canale|pasmo|couleur|s2|s2[abc]|sentinel2?|l2a|l1c"
     r"|msi|boa|toa|reflectan\w*|reflekt\w*|r?[126]0m|\d+|t?\d\d[a-z]{3}|\d{8}t\d{6}"
 )
-# What is near enough to be said of one band: "B8A - NIR", "B06 red edge".
+# Bands whose names may occur in one text without contradiction: "B8A - NIR", "B06 red edge".
 _FAMILIES = (
     frozenset({"B05", "B06", "B07"}),
     frozenset({"B07", "B08", "B8A", "B09"}),
     frozenset({"B10", "B11", "B12"}),
 )
-# Text with one of these speaks of something made from bands, not of a band.
+# Text with one of these words names a product that was computed from bands, not a band.
 _NOT_A_BAND = re.compile(
     r"ndvi|evi2?|m?savi|m?ndwi|ndmi|nbr|ndre|gndvi|index|ratio|labels?|std(ev|dev)?|sd|var"
     r"|variance|sigma|uncertainty|error|count|quality|qa|doy"
@@ -95,8 +96,8 @@ _NOT_A_BAND = re.compile(
 _CODE = re.compile(r"b(?:and|anda|ande)?0?([1-9]|1[0-2]|8a)")
 _BAND_WORD = re.compile(r"b(?:and|anda|ande)")
 _NUMBER = re.compile(r"0?([1-9]|1[0-2]|8a)")
-# What a quality band is called: whole words, in this order. "Cloud" alone is sits' band, and a word
-# beside it makes it something else.
+# Names of quality bands as whole words, in order of precedence. "Cloud" names a band (of sits) only
+# if it is the only word.
 _QUALITY_WORDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (band, re.compile(rf"(?:^| )(?:{words})(?= |$)"))
     for band, words in (

@@ -1,9 +1,9 @@
 """Placement: the grid of a stack, and the position of each file on it.
 
-    files' grids + `grid`, `bbox`, `area` → one Grid → per file: as it lies, a part of it, or warped
+    files' grids + `grid`, `bbox`, `area` → one Grid → each file: unchanged, at an offset, or warped
 
-Files that share the grid are read directly: no resampling and no copy. A file whose pixels lie on
-the same lattice is read at an offset. GDAL's warper brings any other file to the grid.
+A file on the stack's grid is read directly, without resampling. A file whose pixels coincide with
+those of the grid is read at an offset. GDAL's warper resamples any other file to the grid.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _DEGREES = CRS.from_epsg(4326)
 _MOST_PIXELS = 2**31 - 1
 _DENSIFY = 21
 _KERNEL_ROOM = 3
-"""Pixels that are read beyond the reach of the warper's kernel, for its own rounding."""
+"""Pixels that are read in addition to the warper's kernel, because the warper rounds its size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Place:
     """The requested grid: the parameters `grid`, `bbox` and `area`."""
 
     grid: str | None = None
-    """`strict`, `finest`, `EPSG:32631@10`, or the name of a file; None as `Placed` says."""
+    """`strict`, `finest`, `EPSG:32631@10`, or the name of a file; None see `place_files`."""
     bbox: Bounds | None = None
     """West, south, east, north in degrees; west is larger across the antimeridian."""
     area: Mapping[str, Any] | None = None
@@ -86,7 +86,7 @@ AS_IT_LIES = Position()
 
 
 def place_files(used: Sequence[Header], everything: Sequence[Header], place: Place) -> Placed:
-    """The grid of a stack, inside `gdal_options`.
+    """The grid of a stack, and the position of each file on it, inside `gdal_options`.
 
     Without `grid`, all files must share one grid, or one CRS and corner with pixel sizes that are
     whole multiples of the finest grid, which is then used.
@@ -107,10 +107,14 @@ def place_files(used: Sequence[Header], everything: Sequence[Header], place: Pla
     elif place.grid == "strict":
         base = _one_grid(used, grids)
     else:
-        base = _asked_grid(used, grids, everything, place.grid)
+        base = _requested_grid(used, grids, everything, place.grid)
     grid, area = _cropped(base, place)
     if grid.width > _MOST_PIXELS or grid.height > _MOST_PIXELS:
-        raise InvalidRequest.of("grid", f"{grid.width} x {grid.height} pixels are too many")
+        raise InvalidRequest.of(
+            "grid",
+            f"the grid has {grid.width} x {grid.height} pixels; at most {_MOST_PIXELS} per side "
+            "are allowed: give a larger pixel size",
+        )
     known: dict[int, Position] = {}
     for own in grids:
         if id(own) not in known:
@@ -161,11 +165,12 @@ def _one_grid(headers: Sequence[Header], grids: Sequence[Grid]) -> Grid:
         try:
             first.check_same(headers[0].name, grid, header.name)
         except GridMismatch as error:
-            raise GridMismatch(f"{error.detail}; {_would_do(grids)}") from None
+            raise GridMismatch(f"{error.detail}; {_advice(grids)}") from None
     return first
 
 
-def _would_do(grids: Sequence[Grid]) -> str:
+def _advice(grids: Sequence[Grid]) -> str:
+    """The parameter `grid` that would make the files fit together, for messages."""
     finest = min(grids, key=_ground)
     own = f"{crs_name(finest.crs)}@{abs(finest.transform.a):.10g}"
     if all(grid.crs == finest.crs for grid in grids):
@@ -195,7 +200,10 @@ def _same_crs(one: Grid, other: Grid) -> bool:
 
 
 def _nests(coarse: Grid, fine: Grid) -> bool:
-    """Whether pixels of one are whole blocks of pixels of the other, from the same corner."""
+    """Whether each pixel of a coarse grid is a block of whole pixels of a fine one.
+
+    Both grids must have the same upper left corner.
+    """
     if not _same_crs(coarse, fine):
         return False
     step = ~fine.transform @ coarse.transform  # from pixels of one grid to pixels of the other
@@ -207,7 +215,7 @@ def _nests(coarse: Grid, fine: Grid) -> bool:
         return False
     if max(abs(step.c), abs(step.f)) > _TOLERANCE:
         return False
-    # A raster whose size is no multiple has its last coarse pixel cut or whole.
+    # If the size is not a multiple, the last coarse pixel may or may not extend over the edge.
     wide: bool = abs(coarse.width * across - fine.width) < across
     high: bool = abs(coarse.height * down - fine.height) < down
     return wide and high
@@ -235,7 +243,13 @@ def _position(own: Grid, grid: Grid) -> Position:
 
 
 def _scale(own: Grid, grid: Grid) -> tuple[float, float]:
-    """Reach of the warper's kernel: one number for all windows, so that results do not differ."""
+    """Pixels of the stack per pixel of the file, which set the size of the warper's kernel.
+
+    The size is the same for all windows, so that the result does not depend on them.
+
+    Raises:
+        GridMismatch: the file's CRS cannot be transformed to that of the grid.
+    """
     width, height = _sizes(own)
     if not _same_crs(own, grid):
         bounds = array_bounds(own.height, own.width, own.transform)
@@ -250,7 +264,7 @@ def _scale(own: Grid, grid: Grid) -> tuple[float, float]:
         width, height = abs(default.a), abs(default.e)
     into = _sizes(grid)
     across, down = width / into[0], height / into[1]
-    # Within five per cent GDAL's own kernel has the same reach as at 1.
+    # With a ratio above 0.95, GDAL uses the same kernel as with 1.
     return (across if across < 0.95 else 1.0, down if down < 0.95 else 1.0)
 
 
@@ -258,33 +272,37 @@ def _sizes(grid: Grid) -> tuple[float, float]:
     return abs(grid.transform.a), abs(grid.transform.e)
 
 
-def _asked_grid(
-    used: Sequence[Header], grids: Sequence[Grid], everything: Sequence[Header], asked: str
+def _requested_grid(
+    used: Sequence[Header], grids: Sequence[Grid], everything: Sequence[Header], requested: str
 ) -> Grid:
-    """The grid of the parameter `grid`."""
-    if asked == "finest":
+    """The grid of the parameter `grid`.
+
+    Raises:
+        InvalidRequest: the parameter is neither a keyword, a CRS and pixel size, nor a file's name.
+    """
+    if requested == "finest":
         return _over(grids, min(grids, key=_ground))
-    named = [h for h in everything if asked in {h.name, h.name.rpartition("/")[2]}]
+    named = [h for h in everything if requested in {h.name, h.name.rpartition("/")[2]}]
     if named:
         return next((g for h, g in zip(used, grids, strict=True) if h is named[0]), None) or (
             _grid_of(named[0])
         )
-    match = _CRS_AND_SIZE.fullmatch(asked)
+    match = _CRS_AND_SIZE.fullmatch(requested)
     if not match:
         raise InvalidRequest.of(
             "grid",
-            f"'{asked}' is neither strict, finest, a CRS and pixel size such as EPSG:32631@10, nor "
-            "the name of a file that was sent",
+            f"'{requested}' is neither strict, finest, a CRS and pixel size such as "
+            "EPSG:32631@10, nor the name of a file of the request",
         )
     try:
         crs = CRS.from_user_input(match["crs"])
         size = float(match["size"])
     except (CRSError, ValueError):
         raise InvalidRequest.of(
-            "grid", f"'{asked}' is not a CRS and a pixel size such as EPSG:32631@10"
+            "grid", f"'{requested}' is not a CRS and a pixel size such as EPSG:32631@10"
         ) from None
     if not (math.isfinite(size) and size > 0):
-        raise InvalidRequest.of("grid", f"'{asked}': the pixel size is not above 0")
+        raise InvalidRequest.of("grid", f"'{requested}': the pixel size must be above 0")
     corner = Grid(crs=crs, transform=Affine(size, 0, 0, 0, -size, 0), width=1, height=1)
     return _over(grids, corner)
 
@@ -421,8 +439,8 @@ def touches(header: Header, place: Place) -> bool:
     """Whether a file has pixels in the requested part, inside `gdal_options`.
 
     Args:
-        header: the file's.
-        place: the requested part; without `bbox` and `area` every file touches it.
+        header: the file's header.
+        place: the requested part; without `bbox` and `area`, it is everything.
     """
     bounds = [place.bbox] if place.bbox else []
     if place.area is not None:
@@ -439,17 +457,19 @@ def touches(header: Header, place: Place) -> bool:
 
 
 def needed_windows(headers: Sequence[Header], place: Place) -> tuple[Window | None, ...]:
-    """The pixels of each file that the part asked for needs, inside `gdal_options`.
+    """The pixels of each file that the requested part needs, inside `gdal_options`.
 
     Args:
         headers: files with a needed band or mask.
         place: the requested part.
 
     Returns:
-        One window per file, in its own pixels; None for a file of which none is needed.
+        One window per file, in the file's pixels; None for a file of which no pixel is needed.
 
     Raises:
-        GridMismatch, InvalidRequest, NoGeoreference: as `place_files`.
+        GridMismatch: see `place_files`.
+        InvalidRequest: see `place_files`.
+        NoGeoreference: see `place_files`.
     """
     placed = place_files(headers, headers, place)
     return tuple(
@@ -461,7 +481,7 @@ def needed_windows(headers: Sequence[Header], place: Place) -> tuple[Window | No
 def _needed(own: Grid, position: Position, grid: Grid) -> Window | None:
     if position.warp is None:
         return Window(position.column, position.row, grid.width, grid.height)
-    # The warper's kernel reaches a pixel of the output beyond it, in the file's pixels.
+    # The warper's kernel extends by one pixel of the stack's grid, here in the file's pixels.
     across, down = (math.ceil(1 / scale) + _KERNEL_ROOM for scale in position.warp.scale)
     left, top, right, bottom = _box(grid, own)
     left, top = max(left - across, 0), max(top - down, 0)

@@ -1,9 +1,9 @@
-"""Radiometry: whether sampled pixels agree with the scale and offset that the files state.
+"""Radiometry: checks and corrections of scale and offset by sampled pixels.
 
-    stack → sample of the numbers stored → checks and corrections by file → calibrated stack
+    stack → sample of the stored numbers → checks and corrections by file → calibrated stack
 
-Pixels determine what no file states (Sentinel-2's offset, the number of missing pixels), and they
-take precedence over a tag that they contradict. Each correction is reported as a warning.
+If no file states Sentinel-2's offset or the number of missing pixels, the pixels determine them. If
+the pixels contradict a tag, the pixels take precedence. A warning reports each correction.
 """
 
 from __future__ import annotations
@@ -28,53 +28,58 @@ Floats = NDArray[np.float32]
 PLAUSIBLE = (-0.2, 1.6)
 """Limits of the median of clear values in any real scene, including snow and sun glint."""
 BASELINE_CHANGE = date(2022, 1, 25)
-"""From here on ESA's Sentinel-2 products (processing baseline 04.00) hold an offset of -0.1."""
+"""First day of ESA's Sentinel-2 products with an offset of -0.1 (processing baseline 04.00)."""
 _BRIGHT_RED = 0.15
 _RED_OVER_NIR = 1.3
 _DARK_PERCENTILE = 2
-# Of blue and red, the dark end of a date. Vegetation, water and shadow lie below the first
-# number; with Sentinel-2's offset in them no pixel does, and most dates lie below the second.
-# Above the second is what is bright in itself: clouds, snow, desert.
+# Thresholds of a date's dark end, the 2nd percentile of its clear blue and red. Without
+# Sentinel-2's offset in the values, vegetation, water and shadow are below the first threshold;
+# with it, no pixel is. With the offset, most dates are below the second threshold; dates above it
+# are bright for another reason: clouds, snow, desert.
 _NO_LONGER_DARK = 0.09
 _STILL_DARK = 0.17
-# If an offset is subtracted that the pixels do not hold, a quarter of them lies below this.
+# If an offset is subtracted that the values do not contain, a quarter of the pixels is below this.
 _TOO_DARK = -0.02
 _SHARE_OF_DATES = 0.25
-# Two dates show the same land under a clear sky if the pixels of one are those of the other but
-# for a constant: correlation of red, ratio of the quartile distances, and quartile distance of the
-# differences. Of 94 real dates that haze or clouds lift to where the offset would, none does so; of
-# 406 clear dates with the offset added, 286 do.
+# Two dates show the same land under a clear sky if their pixels differ only by a constant, as
+# measured by the correlation of red, the ratio of the interquartile ranges, and the interquartile
+# range of the differences. Of 94 real dates that haze or clouds brighten as much as the offset
+# would, none passes this test; of 406 clear dates with the offset added, 286 pass.
 _ALIKE_CORRELATION = 0.7
 _ALIKE_SPREAD = 1.7
 _ALIKE_NOISE = 0.032
 _ALIKE_PIXELS = 50
 _ALIKE_DATES = 8
 _OFFSET_TOLERANCE = 0.025
-# Among dates without the offset, haze and thin clouds lift some; more than this are another kind.
+# Haze and thin clouds brighten some dates that have no offset. If a larger share of dates is
+# bright, the offset is the likely reason.
 _SHARE_OF_RAISED = 0.3
 _BRIGHT_IN_ITSELF = 0.3
 _MANY_DATES = 3
 _MANY_PIXELS = 10_000
 _LARGEST_UINT8 = 255
-# No land is this dark in its brightest tenth.
+# The brightest tenth of any land is brighter than this.
 _BRIGHT_PERCENTILE = 90
 _NEVER_SO_DARK = 9.9e-5
-# Nothing but snow and cloud is so bright everywhere.
+# Only snow and clouds are brighter than this over a whole raster.
 _NEVER_ALL_SO_BRIGHT = 0.7
-# A date whose brightest tenth is so much darker than that of the other dates, and so dark.
+# A date is in smaller units if its brightest tenth is below this share of the other dates'
+# brightest tenth, and below this reflectance.
 _DARKER_THAN_OTHERS = 1 / 8
 _DARK_DATE = 0.05
-# A date whose brightest tenth is so much brighter, and brighter than clouds and snow are.
+# A date is in larger units if its brightest tenth is above this multiple of the other dates'
+# brightest tenth, and above this reflectance, which clouds and snow do not reach.
 _BRIGHTER_THAN_OTHERS = 4
 _BRIGHT_DATE = 1.3
-# Shares of pixels between which a number in all bands at once means missing.
+# A number that all bands of a pixel have at once means missing if it fills more than the first
+# share of the pixels, at least that number of pixels, and less than the last share.
 _FILL_SHARE = 0.005
 _FILL_PIXELS = 8
 _NOT_FILL_SHARE = 0.95
 _FEWEST_CLEAR = 20
 _SAMPLED_DATES = 8
 _SAMPLED_SIDE = 128
-# Pixels sampled over all dates: percentiles of more would take longer than reading them.
+# Number of pixels sampled over all dates: percentiles of more would take longer than reading them.
 _SAMPLED_PIXELS = 2**17
 # Positions of samples as shares of height and width: the middle, and the middles of the quarters.
 _SAMPLED_PLACES = ((0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75))
@@ -82,10 +87,10 @@ _SAMPLED_PLACES = ((0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 
 
 @dataclass(frozen=True, kw_only=True)
 class _Sample:
-    """Sampled pixels of each date used, as stored, and the planes that define their meaning."""
+    """Sampled pixels of each used date, as stored, and the planes with their scale and offset."""
 
     stored: Floats
-    """(T, C, N) numbers as stored, NaN where missing."""
+    """(T, C, N) numbers as stored in the files, NaN where missing."""
     valid: NDArray[np.bool_]
     """(T, N): True where usable."""
     positions: tuple[int, ...]
@@ -97,10 +102,10 @@ class _Sample:
     planes: tuple[tuple[Plane, ...], ...]
     """(T, C) of the first acquisition of each date."""
     places: tuple[tuple[int, ...], ...]
-    """(T, …) which place of the raster each part of N is from; all parts are of one length."""
+    """(T, …) the place in the raster of each part of the N axis; all parts have one length."""
 
     def shared(self, t: int, u: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Positions on N of two dates (n) that are the same pixels, valid on both."""
+        """Positions on the N axis of two dates (n) of the same pixels, valid on both dates."""
         length = self.valid.shape[1] // len(self.places[t])
         common = [place for place in self.places[t] if place in self.places[u]]
         own, other = (
@@ -114,7 +119,7 @@ class _Sample:
         return own[both], other[both]
 
     def values(self) -> Floats:
-        """Reflectance (T, C, N)."""
+        """Reflectance (T, C, N) float32, unitless."""
         scale = np.array([[p.scale for p in own] for own in self.planes], np.float32)
         offset = np.array([[p.offset for p in own] for own in self.planes], np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -150,15 +155,15 @@ class _Sample:
 def calibrate(
     stack: Stack, used: Sequence[int] | None = None, *, cache: BlockCache | None = None
 ) -> Stack:
-    """Compare sampled pixels of each date with the files' statements, and correct these.
+    """Check the files' scale, offset and nodata by sampled pixels of each date, and correct them.
 
     Args:
         stack: the stack.
         used: positions on the stack's T axis that a run will use; None for all.
-        cache: GDAL's block cache; None leaves it as it is.
+        cache: GDAL's block cache; None does not change it.
 
     Returns:
-        The stack with corrected scale, offset and nodata of its planes, and with these warnings:
+        The stack with corrected scale, offset and nodata of its planes, and any of the warnings
         `offset_applied`, `baseline_offset_suspected`, `scale_suspected`, `nodata_assumed`,
         `nodata_suspected`, `bands_suspected_swapped`.
 
@@ -237,7 +242,7 @@ _Corrected = tuple[_Sample, list[StackWarning]]
 
 
 def _fill(sample: _Sample) -> _Corrected:
-    """Correct numbers that mean missing pixels but are not in a nodata tag."""
+    """Detect a number that means missing pixels but is not in a nodata tag."""
     found: dict[float, int] = Counter()
     places: dict[float, list[int]] = defaultdict(list)
     for t, stored in enumerate(sample.stored):
@@ -251,15 +256,16 @@ def _fill(sample: _Sample) -> _Corrected:
     present = int((~np.isnan(sample.stored[:, 0])).sum())
     if not found or sum(found.values()) > _NOT_FILL_SHARE * present:
         return sample, []
-    # One number has room in a plane: a second one is rare, and stays a value that is refused.
+    # A plane has one nodata number. A second such number is rare; its values remain and are then
+    # rejected as implausible.
     number = max(found, key=lambda n: found[n])
     ts, plane = places[number], sample.planes[0][0]
-    told = (
+    filled = (
         f"{number:g} fills all bands of {found[number] / present:.1%} of the pixels sampled, in "
         f"{sample.names(ts)}, and "
     )
     if any(p.nodata not in {None, number} for own in sample.planes for p in own):
-        detail = f"{told}the nodata tag names another number: correct the tag, or mask the pixels"
+        detail = f"{filled}the nodata tag names another number: correct the tag, or mask the pixels"
         return sample, [StackWarning(code="nodata_suspected", detail=detail)]
     native = int(number) if number.is_integer() and plane.integer else number
     sample = sample.corrected(range(len(sample.planes)), lambda p: replace(p, nodata=native))
@@ -270,7 +276,7 @@ def _fill(sample: _Sample) -> _Corrected:
         valid=sample.valid & ~gone,
     )
     detail = (
-        f"{told}no nodata tag names it: it is taken as missing; record it with "
+        f"{filled}no nodata tag names it: it is taken as missing; record it with "
         f"`gdal_edit.py -a_nodata {number:g} FILE`"
     )
     return sample, [StackWarning(code="nodata_assumed", detail=detail)]
@@ -283,7 +289,7 @@ def _never_reflectance(number: float, plane: Plane) -> bool:
 
 
 def _scaled_already(sample: _Sample) -> _Corrected:
-    """Correct floats that are reflectance but have the scale and offset of former integers."""
+    """Detect floats that are reflectance already but have the scale and offset of integers."""
     ts = [
         t
         for t, stored in enumerate(sample.stored)
@@ -305,8 +311,8 @@ def _scaled_already(sample: _Sample) -> _Corrected:
 
 
 def _plain(plane: Plane) -> Plane:
-    told = "the pixels"
-    return replace(plane, scale=1.0, offset=0.0, scale_source=told, offset_source=told)
+    source = "the pixels"
+    return replace(plane, scale=1.0, offset=0.0, scale_source=source, offset_source=source)
 
 
 def _stated_by_file(plane: Plane) -> bool:
@@ -333,7 +339,7 @@ def _percentiles(sample: _Sample, q: float) -> NDArray[np.float64]:
 
 
 def _not_in_the_pixels(sample: _Sample) -> _Corrected:
-    """Correct an offset that a file states although its pixels already include it."""
+    """Detect an offset that a file states although it was applied to the pixels already."""
     groups: dict[tuple[float, str], list[int]] = defaultdict(list)
     for t, (plane, *_) in enumerate(sample.planes):
         if plane.offset < 0 and plane.offset_source not in {None, GIVEN} and _dark_bands(sample):
@@ -390,15 +396,15 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
             sample = sample.corrected(side, _with_offset(source))
             continue
         others = [t for t in known if t not in low]
-        shown = _above_others(sample, without, others)
-        if shown:  # of the others, some may hold it as well
+        with_offset = _above_others(sample, without, others)
+        if with_offset:  # some of the other dates may have the offset as well
             source = "the pixels: blue and red lie 0.1 above those of other dates"
-            sample = sample.corrected(shown, _with_offset(source))
-            raised = [t for t in others if t not in shown]
+            sample = sample.corrected(with_offset, _with_offset(source))
+            raised = [t for t in others if t not in with_offset]
         unlike_land = -BASELINE_OFFSET < median < _BRIGHT_IN_ITSELF
-        all_raised = not low and not shown and (bool(raised) or unlike_land)
-        few = 0 if shown else max(2, _SHARE_OF_RAISED * len(known))
-        some_raised = (low or shown) and len(raised) > few
+        all_raised = not low and not with_offset and (bool(raised) or unlike_land)
+        few = 0 if with_offset else max(2, _SHARE_OF_RAISED * len(known))
+        some_raised = (low or with_offset) and len(raised) > few
         if some_raised or (all_raised and (late or large or len(known) > 1)):
             which = raised or known
             detail = (
@@ -413,18 +419,21 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
 
 
 def _above_others(sample: _Sample, without: Sequence[int], others: Sequence[int]) -> list[int]:
-    """Of the other dates those that hold the offset, told by dates without it.
+    """The dates whose values contain the offset, detected by comparison with dates without it.
 
-    A date holds it if it shows the same land as a date near it in time, 0.1 brighter in blue and
-    red; or not brighter than one that was found so.
+    A date contains the offset if it shows the same land as a date near it in time and is 0.1
+    brighter in blue and red, or if it is as bright as a date that was detected in this way.
 
     Args:
         sample: the sample.
-        without: dates without the offset.
-        others: dates that may hold it.
+        without: positions of dates without the offset, on the sample's T axis.
+        others: positions of dates that may contain the offset.
+
+    Returns:
+        Positions of the dates that contain it, ascending.
     """
     values, bands = sample.values(), _dark_bands(sample)
-    if len(bands) < 2:  # haze lifts one band as the offset does
+    if len(bands) < 2:  # in a single band, haze has the same effect as the offset
         return []
     values = values[:, bands]
     days = [day.toordinal() for day in sample.dates] or list(range(len(values)))
@@ -441,14 +450,14 @@ def _above_others(sample: _Sample, without: Sequence[int], others: Sequence[int]
 
 
 def _holds_more(sample: _Sample, values: Floats, t: int, u: int, added: float) -> bool:
-    """Whether a date shows the land of another, and the offset in its values.
+    """Whether a date shows the same land as another date, and its values contain the offset.
 
     Args:
         sample: the sample.
-        values: (T, 2, N) its reflectance in blue and red.
-        t: the date.
-        u: the other date.
-        added: what the other date's values hold of the offset.
+        values: its reflectance in blue and red (T, 2, N) float32, unitless.
+        t: position of the date on the T axis.
+        u: position of the other date.
+        added: the part of the offset that the other date's values contain, 0 or 0.1.
     """
     own, other = sample.shared(t, u)
     if len(own) < _ALIKE_PIXELS:
@@ -467,7 +476,7 @@ def _holds_more(sample: _Sample, values: Floats, t: int, u: int, added: float) -
 
 
 def _quartile_distance(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of bands (C, n)."""
+    """Interquartile range of each band (C) of values (C, n)."""
     lower, upper = np.percentile(values, [25, 75], axis=1)
     return np.asarray(upper - lower)
 
@@ -477,7 +486,7 @@ def _with_offset(source: str) -> Callable[[Plane], Plane]:
 
 
 def _may_hold_offset(plane: Plane) -> bool:
-    """Dates with integers x 0.0001 for which nothing states the offset."""
+    """Whether a plane has integers with the scale 0.0001 and no source that states an offset."""
     return plane.integer and plane.offset_source is None and math.isclose(plane.scale, 1e-4)
 
 
@@ -510,8 +519,8 @@ def why_missing(
     Args:
         stack: the stack.
         used: positions on the stack's T axis that the run used.
-        least: clear observations that a pixel needs.
-        cache: GDAL's block cache; None leaves it as it is.
+        least: number of clear observations that a pixel needs.
+        cache: GDAL's block cache; None does not change it.
     """
     seen = clear = 0
     with StackReader(stack, sorted(used), cache=cache) as reader:
@@ -541,7 +550,7 @@ def _check_medians(sample: _Sample, values: Floats) -> None:
     """
     low, high = PLAUSIBLE
     median = float(np.median(values.transpose(0, 2, 1)[sample.valid]))
-    # A single file is named only if the other files show that it differs.
+    # The message names a single file only if its median differs from that of the other files.
     if not low <= median <= high:
         plane = sample.planes[0][0]
         stored = (median - plane.offset) / plane.scale
@@ -671,32 +680,32 @@ def _swapped(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
 
 
 def sample_bytes(stack: Stack, used: Sequence[int]) -> int:
-    """Memory of the pixels that `calibrate` samples, bytes: as read, and as they are kept."""
+    """Memory of the pixels that `calibrate` samples, bytes: as read, and for the checks."""
     windows = _sampled_windows(stack)
-    each = _sampled_each(windows, len(used))
+    each = _windows_per_date(windows, len(used))
     pixels = each * int(windows[0].height * windows[0].width)
-    judged = 4 * 4 * _SAMPLED_PIXELS * len(stack.bands_read)
-    return 2 * len(used) * pixels * (4 * len(stack.bands_read) + 1) + judged
+    checked = 4 * 4 * _SAMPLED_PIXELS * len(stack.bands_read)
+    return 2 * len(used) * pixels * (4 * len(stack.bands_read) + 1) + checked
 
 
-def _sampled_each(windows: Sequence[Window], dates: int) -> int:
-    """Windows sampled of each date."""
+def _windows_per_date(windows: Sequence[Window], dates: int) -> int:
+    """Number of windows sampled of each date."""
     return min(len(windows), max(1, _SAMPLED_DATES * len(windows) // max(1, dates)))
 
 
 def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) -> _Sample:
-    """Sample the same number of places on every date; the fewer dates, the more places."""
+    """Sample the same number of places on every date, more of them if there are few dates."""
     windows = _sampled_windows(stack)
-    each = _sampled_each(windows, len(positions))
+    each = _windows_per_date(windows, len(positions))
     plain = _as_stored(stack)
     T, C = len(positions), len(plain.bands)
     size = int(windows[0].height * windows[0].width)
-    # Thinned place by place, so that the pixels of one place are the same on all dates.
+    # Every n-th pixel of each place, so that a place has the same sampled pixels on all dates.
     thin = slice(None, None, max(1, T * each * size // _SAMPLED_PIXELS))
     size = len(range(size)[thin])
     stored = np.empty((T, C, each * size), np.float32)
     valid = np.empty((T, each * size), np.bool_)
-    # Places in turn, so that many dates together are judged by all of them.
+    # The dates take turns with the places, so that many dates together cover all places.
     for at, window in enumerate(windows):
         ts = [t for t in range(T) if (at - t) % len(windows) < each]
         if not ts:
@@ -720,7 +729,7 @@ def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) ->
 
 
 def _as_stored(stack: Stack) -> Stack:
-    """The stack without scale and offset, so that it is read as the stored numbers of all bands."""
+    """The stack without scale and offset, so that a reader returns the stored numbers."""
     return replace(
         stack,
         bands=stack.bands_read,

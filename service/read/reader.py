@@ -1,7 +1,7 @@
 """Windowed reads: a stack's pixels as reflectance and validity.
 
-A `StackReader` decodes each block of each file once for a window of whole blocks, and holds only
-the window in memory.
+For a window of whole blocks, a `StackReader` decodes each block of each file once, and has only the
+window in memory.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from service.read.placement import Position, Resampling
 from service.read.stack import NO_VALUE, Acquisition, Plane, Sits, Stack
 from service.read.warp import WARP_BYTES, fill_of, has_alpha, warped
 
-# Of the files of one reader: this many stay open, or this share of the descriptors if less.
+# A reader keeps at most this number of files open, or this share of the descriptors if that is
+# less, but never fewer than the second number.
 _MAX_OPEN, _FEWEST_OPEN, _SHARE_OPEN = 256, 16, 16
-# An open file keeps the block that it decoded last and a table of all blocks; together they may
-# take this much memory.
+# An open file keeps its last decoded block and a table of all blocks in memory. All open files of a
+# reader together take at most this memory, bytes.
 _MAX_HELD_BYTES = 256 * 2**20
-# Points are read in windows of about this many pixels per side,
+# Points are read in windows of about this side in pixels, and of at most this memory in bytes.
 _CELL = 256
-# and of no more than these bytes, however large a block is.
 CELL_BYTES = 64 * 2**20
 
 
@@ -79,7 +79,7 @@ class _Layer:
 
     @property
     def apart(self) -> bool:
-        """Whether no two files share an acquisition, so that no two threads share an array."""
+        """Whether each acquisition is in one file, so that two threads never share an array."""
         return sum(len({t for t, _ in read.targets}) for read in self.reads) == len(
             self.acquisitions
         )
@@ -88,7 +88,7 @@ class _Layer:
 class StackReader:
     """Reads windows of a stack, for one thread at a time; close it, or use it in `with`.
 
-    Files stay open from window to window, up to a limit.
+    Files stay open between windows, up to a limit.
     """
 
     def __init__(
@@ -104,12 +104,13 @@ class StackReader:
 
         Args:
             stack: the stack to read.
-            used: positions on the stack's T axis to read, which become T in this order;
+            used: positions on the stack's T axis to read, which become the T axis in this order;
                 None reads all.
-            cache: GDAL's block cache, with room for the stack's blocks until the reader is
-                closed; None leaves it as it is.
+            cache: GDAL's block cache, enlarged for the stack's blocks until the reader is closed;
+                None does not change it.
             buffers: pool of the windows' memory; None creates one for this reader.
-            before_read: called before each window is read; an exception of it ends the read.
+            before_read: called before each window is read; an exception that it raises ends the
+                read.
         """
         self._stack = stack
         self._used = tuple(range(stack.observations) if used is None else used)
@@ -151,14 +152,15 @@ class StackReader:
         """Decode a window.
 
         Args:
-            window: whole pixels inside the grid.
+            window: a window of the stack's grid.
 
         Returns:
-            values (T, C, h, w) and valid (T, h, w).
+            `values` (T, C, h, w) float32 and `valid` (T, h, w).
 
         Raises:
+            ValueError: the window does not lie inside the grid.
             CorruptRaster: a file does not decode.
-            Overloaded: no file descriptor is free.
+            Overloaded: the process has no free file descriptor.
         """
         self._before_read()
         grid = self._stack.grid
@@ -177,26 +179,29 @@ class StackReader:
             self._buffers.give_back(more.values, more.valid)
         return Sits(values=merged.values[:, : len(self._stack.bands)], valid=merged.valid)
 
-    def _without_clouds(self, looks: Sequence[Sits]) -> Sequence[Sits]:
-        """All granules, each a date of the series; `valid` where the estimated mask is clear."""
+    def _without_clouds(self, layers: Sequence[Sits]) -> Sequence[Sits]:
+        """All layers, their `valid` restricted to pixels that the estimated mask finds clear.
+
+        The mask takes every granule as a date of one series.
+        """
         bands = [self._stack.bands_read.index(band) for band in clouds.BANDS]
-        blue, red, nir = (_together([look.values[:, c] for look in looks]) for c in bands)
-        clear = clouds.clear(blue, red, nir, _together([look.valid for look in looks]))
+        blue, red, nir = (_together([layer.values[:, c] for layer in layers]) for c in bands)
+        clear = clouds.clear(blue, red, nir, _together([layer.valid for layer in layers]))
         begin = 0
-        for look in looks:
-            look.valid[...] = clear[begin : begin + len(look.valid)]
-            begin += len(look.valid)
-        return looks
+        for layer in layers:
+            layer.valid[...] = clear[begin : begin + len(layer.valid)]
+            begin += len(layer.valid)
+        return layers
 
     def read_pixels(self, rows: ArrayLike, columns: ArrayLike) -> Sits:
-        """Decode single pixels; close ones are read in one small window.
+        """Decode single pixels; neighbouring pixels are read in one small window.
 
         Args:
             rows: row of each pixel (N), inside the grid.
             columns: column of each pixel (N), inside the grid.
 
         Returns:
-            values (T, C, N) and valid (T, N), in the order given.
+            `values` (T, C, N) float32 and `valid` (T, N), in the order given.
 
         Raises:
             CorruptRaster: a file does not decode.
@@ -228,11 +233,11 @@ class StackReader:
         values = self._buffers.take((T, C), (h, w), np.float32)
         present = self._buffers.take((T,), (h, w), np.bool_)
         clear = self._buffers.take((T,), (h, w), np.bool_)
-        told = [not acquisition.zero_is_missing for acquisition in layer.acquisitions]
+        zero_counts = [not acquisition.zero_is_missing for acquisition in layer.acquisitions]
 
         def fill(read: _FileRead) -> None:
             raw, mask = self._decode(read, window)
-            # What float32 cannot hold becomes infinite.
+            # Values beyond the range of float32 become infinite.
             with np.errstate(over="ignore", invalid="ignore"):
                 for data, plane, (t, c) in zip(raw, read.planes, read.targets, strict=True):
                     if c >= C:
@@ -250,13 +255,13 @@ class StackReader:
                         present[t] &= data != nodata
                     if mask is not None:
                         present[t] &= mask != 0
-                    if not told[t]:
+                    if not zero_counts[t]:
                         something[t] |= data != 0
 
         present.fill(True)
         clear.fill(True)
-        # Whether some band is not zero, where zeros in all of them are no values.
-        something = {t: np.zeros((h, w), np.bool_) for t in range(T) if not told[t]}
+        # True where some band is not zero, for dates on which zeros in all bands mean no data.
+        something = {t: np.zeros((h, w), np.bool_) for t in range(T) if not zero_counts[t]}
         if layer.apart:
             for_each(layer.reads, fill, block_bytes=self._block_bytes)
         else:
@@ -264,9 +269,9 @@ class StackReader:
                 for read in layer.reads:
                     fill(read)
         for t in range(T):
-            if not told[t]:
+            if not zero_counts[t]:
                 present[t] &= something[t]
-            if not present[t].all():  # few dates lack anything
+            if not present[t].all():  # most dates are complete
                 np.copyto(values[t], np.float32(np.nan), where=~present[t])
         if self._stack.area is not None:
             clear &= self._inside(window)
@@ -313,10 +318,10 @@ class StackReader:
 
     @contextmanager
     def _dataset(self, read: _FileRead) -> Iterator[rasterio.DatasetReader]:
-        """The open file. The first files opened stay open, further ones are closed after use.
+        """The open file. The first files stay open; all others are closed after each read.
 
-        Every window reads the files in the same order, so closing the least recently used file
-        would always close the one needed next.
+        Closing the least recently used file would always close the file that is needed next,
+        because every window reads the files in the same order.
         """
         key = (read.source, read.position, read.resampling)
         dataset = self._open.get(key)
@@ -338,7 +343,7 @@ class StackReader:
                         self._warped.push(stack.pop_all())
                 yield dataset
             return
-        # Windows count in pixels; where they lie was settled by the headers.
+        # Windows are in pixels, and the headers have determined the file's position on the grid.
         dataset = open_geotiff(
             read.source.path,
             block_bytes=memory.block,
@@ -352,55 +357,60 @@ class StackReader:
             yield dataset
 
     def _stays(self, key: _Key, dataset: rasterio.DatasetReader, memory: FileMemory) -> bool:
-        """Keep a file open if the limit allows it."""
+        """Keep a file open if the limits allow it; returns whether it stays open."""
         with self._lock:
             held = self._held_bytes + memory.open
-            room = len(self._open) < self._most_open and held <= _MAX_HELD_BYTES
-            if room:
+            stays = len(self._open) < self._most_open and held <= _MAX_HELD_BYTES
+            if stays:
                 self._open[key] = dataset
                 self._held_bytes = held
-            return room
+            return stays
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Memory that reading windows of a stack takes beside their arrays, bytes.
+    """Memory that reading windows of a stack takes in addition to their arrays, bytes.
 
-    Known from headers: what GDAL decodes at once, and what open files keep.
+    Computed from the headers: the blocks that GDAL decodes at once, and the memory of open files.
     """
 
     cached: int
-    """Blocks in GDAL's cache, beyond what it holds in any case."""
+    """Blocks in GDAL's cache, in addition to its usual size."""
     held: int
     """Files that stay open."""
     decoding: int
-    """Files that are open for one read, blocks as they lie in the file, codecs and warps."""
+    """Files that are open for one read, encoded blocks, codecs and warps."""
     raw: int
     """Numbers of one file as stored, per pixel of a window."""
     layers: int
-    """Looks at the same dates that are in memory at once: 1, 2, or all for a mask of the series."""
+    """Layers of granules in memory at once: 1, 2, or all for a mask estimated from the series."""
     heaviest: Plane
-    """Of the file that takes the most."""
+    """A plane of the file that takes the most memory."""
 
     @property
     def total(self) -> int:
-        """All that does not grow with the window."""
+        """The memory that does not grow with the window."""
         return self.cached + self.held + self.decoding
 
 
 def footprint(stack: Stack, used: Sequence[int]) -> Footprint:
-    """The memory that a `StackReader` of the same arguments takes."""
+    """The memory that a `StackReader` with the same arguments takes.
+
+    Args:
+        stack: the stack.
+        used: positions on the stack's T axis that are read.
+    """
     layers = _layers(stack, used)
     reads = [read for layer in layers for read in layer.reads]
     planes = [plane for read in reads for plane in read.planes]
     files = {(r.source, r.position, r.resampling): r.planes[0].memory.open for r in reads}
-    whole = sum(files.values())
-    stays = len(files) <= _files_kept_open() and whole <= _MAX_HELD_BYTES
+    all_open = sum(files.values())
+    stays = len(files) <= _files_kept_open() and all_open <= _MAX_HELD_BYTES
     largest = max(plane.memory.block for plane in planes)
     at_once = SIDE_BY_SIDE if largest < THREADS_PAY_FROM else 1
     return Footprint(
         cached=_cached(planes),
-        held=min(whole, _MAX_HELD_BYTES),
+        held=min(all_open, _MAX_HELD_BYTES),
         decoding=(0 if stays else max(files.values()))
         + at_once * max(plane.memory.encoded for plane in planes)
         + at_once * WARP_BYTES * any(read.position.warp is not None for read in reads),
@@ -412,7 +422,10 @@ def footprint(stack: Stack, used: Sequence[int]) -> Footprint:
 
 
 def _files_kept_open() -> int:
-    """Files of one reader that stay open: several run at once, beside many connections."""
+    """Number of files that one reader keeps open.
+
+    Only a share of the descriptors, because several readers and many connections need them.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return _MAX_OPEN
@@ -420,7 +433,7 @@ def _files_kept_open() -> int:
 
 
 def _cached(planes: Sequence[Plane]) -> int:
-    """Bytes of one block and its mask: it must fit, so that no band of it is decoded again."""
+    """Bytes of one block and its mask, which must fit into the cache to be decoded only once."""
     return max((plane.memory.block + plane.memory.mask for plane in planes), default=0)
 
 
@@ -432,7 +445,8 @@ def _together(parts: Sequence[NDArray[np.generic]]) -> NDArray[Any]:
 def _layers(stack: Stack, used: Sequence[int]) -> list[_Layer]:
     """The granules to read in layers, so that a layer has at most one of each observation.
 
-    There is one layer unless files share a date. The first layer holds every observation used.
+    There is one layer unless several granules share a date. The first layer has every used
+    observation.
     """
     by_observation = defaultdict(list)
     for acquisition in stack.acquisitions:
@@ -454,7 +468,8 @@ def _reads(acquisitions: Sequence[Acquisition]) -> list[_FileRead]:
         C = len(acquisition.planes)
         planes = [*acquisition.planes, *(mask.plane for mask in acquisition.masks)]
         for c, plane in enumerate(planes):
-            # A warped file is read once for what is interpolated and once for what is not.
+            # A warped file is read twice: for interpolated bands, and for those with the nearest
+            # pixel.
             key: tuple[object, ...] = (plane.source,)
             if plane.position.warp is not None:
                 key = (plane.source, plane.resampling, fill_of(plane), c >= C)
@@ -473,7 +488,7 @@ def _reads(acquisitions: Sequence[Acquisition]) -> list[_FileRead]:
 
 
 def _reflectance(data: NDArray[np.generic], plane: Plane, out: NDArray[np.float32]) -> None:
-    """`data` x scale + offset into `out`."""
+    """Write `data` x scale + offset to `out`."""
     np.multiply(data, np.float32(plane.scale), out=out, dtype=np.float32, casting="same_kind")
     if plane.offset:
         out += np.float32(plane.offset)

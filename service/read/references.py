@@ -1,6 +1,6 @@
 """Requests by reference: hrefs to files, read only from allowed roots and hosts.
 
-    href ─┬─ a path, file:///… ──▶ every link followed ──▶ inside a root? ──▶ read where it lies
+    href ─┬─ a path, file:///… ──▶ every link resolved ──▶ inside a root? ──▶ read in place
           └─ http(s)://host/… ──▶ `connect` ──▶ NNNN.tif
 
 The message for a forbidden path is the same whether the path exists or not.
@@ -112,21 +112,23 @@ class Local:
             ForbiddenReference: the path lies outside the roots, is not a file, or does not exist;
                 the message is the same.
         """
-        refused = ForbiddenReference(f"{self.field}: there is no such file under the allowed roots")
+        forbidden = ForbiddenReference(
+            f"{self.field}: no such file under the allowed roots (PIMC_ALLOWED_ROOTS)"
+        )
         real_roots = [Path(os.path.realpath(root)) for root in roots]
-        # The written path first: a path outside the roots is not accessed at all.
+        # Check the path as written first, so that a path outside the roots is never accessed.
         written = ".." not in self.path.parts and any(
             self.path.is_relative_to(root) for root in (*roots, *real_roots)
         )
         if not written:
-            raise refused
+            raise forbidden
         try:
             real = Path(os.path.realpath(self.path, strict=True))
             if any(real.is_relative_to(root) for root in real_roots) and _is_file(real):
                 return real
         except (OSError, ValueError):
             pass  # the same error as below, without a cause, which would name the path
-        raise refused
+        raise forbidden
 
 
 def _is_file(path: Path) -> bool:
@@ -144,7 +146,7 @@ def place_of(href: str, field: str, settings: Settings) -> Local | Remote:
 
     Args:
         href: an absolute path, a `file:` URL or an `http(s):` URL.
-        field: what names it, for messages.
+        field: the parameter that contains the href, for messages.
         settings: allowed hosts.
 
     Raises:
@@ -180,18 +182,18 @@ async def download(web: Connections, place: Remote, target: Path) -> Path:
 
     Args:
         web: the request's connections.
-        place: where it is.
-        target: where it goes; does not exist.
+        place: the URL.
+        target: path of the new file, which must not exist.
 
     Raises:
         ForbiddenReference: an address, or the target of a redirect, is not allowed.
         UnreachableReference: the host does not return the file.
         BodyTooLarge: the files are larger than the limit.
     """
-    async with web.response(place) as answer:
-        if answer.status_code != HTTPStatus.OK:
-            raise place.unreachable(f"returned status {answer.status_code}")
+    async with web.response(place) as response:
+        if response.status_code != HTTPStatus.OK:
+            raise place.unreachable(f"returned status {response.status_code}")
         async with await anyio.open_file(target, "xb") as file:
-            async for chunk in web.body(answer, place):
+            async for chunk in web.body(response, place):
                 await file.write(chunk)
     return target

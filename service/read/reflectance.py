@@ -1,8 +1,8 @@
-"""Reflectance: the scale and offset that the caller, a file or its sensor states for a band.
+"""Reflectance: scale and offset of a band, by the request, the file or the sensor.
 
     reflectance = value x scale + offset
 
-`radiometry` compares them with the pixels.
+The module `radiometry` checks them by the pixels.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def calibration_of(
 ) -> Calibration:
     """Scale and offset of a band, from the first source that states them.
 
-    The caller's numbers, GDAL's scale and offset, tags, Sentinel-2's processing baseline, the
-    sensor, and last what the number type implies.
+    The sources are, in this order: the request, GDAL's scale and offset, tags, Sentinel-2's
+    processing baseline, the sensor, and the number type.
 
     Args:
         header: the file's header.
@@ -126,13 +126,13 @@ def _steps_per_unit(tags: Mapping[str, str]) -> float | None:
 
 def _baseline_offset(header: Header) -> tuple[float | None, str]:
     """The offset that follows from Sentinel-2's processing baseline; None if it is not known."""
-    tags = dict(map(_whole, header.tags.items()))
+    tags = dict(map(_with_full_name, header.tags.items()))
     baseline = _baseline(header)
     applied = next(((k, v) for k, v in tags.items() if k.endswith("boa_offset_applied")), None)
     before = baseline is not None and baseline < _BASELINE_WITH_OFFSET
-    if applied is not None and not before:  # before 04.00 there was none to apply
-        done = applied[1].strip().lower() in {"true", "1", "yes"}
-        return (0.0 if done else BASELINE_OFFSET), f"the tag `{applied[0]}`"
+    if applied is not None and not before:  # products before 04.00 have no offset
+        is_applied = applied[1].strip().lower() in {"true", "1", "yes"}
+        return (0.0 if is_applied else BASELINE_OFFSET), f"the tag `{applied[0]}`"
     if baseline is None:
         return None, ""
     return (0.0 if before else BASELINE_OFFSET), f"processing baseline {baseline:05.2f}"
@@ -140,7 +140,7 @@ def _baseline_offset(header: Header) -> tuple[float | None, str]:
 
 def _baseline(header: Header) -> float | None:
     """Sentinel-2's processing baseline by a tag or the product's name; None if neither has it."""
-    tags = dict(map(_whole, header.tags.items()))
+    tags = dict(map(_with_full_name, header.tags.items()))
     tagged = next((v for k, v in tags.items() if k.endswith("processing_baseline")), "")
     named = _NAMED_BASELINE.search(header.name)
     try:
@@ -149,7 +149,7 @@ def _baseline(header: Header) -> float | None:
         return None
 
 
-def _whole(item: tuple[str, str]) -> tuple[str, str]:
+def _with_full_name(item: tuple[str, str]) -> tuple[str, str]:
     """A tag with its complete name: GDAL cuts the name of `s2:processing_baseline=04.00` at `:`."""
     key, value = item
     name, equals, rest = value.partition("=")

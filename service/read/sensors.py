@@ -113,12 +113,12 @@ _BANDS: tuple[tuple[re.Pattern[str], Sensor], ...] = (
     (re.compile(r"(?:^|_)SR_B\d$", re.IGNORECASE), LANDSAT),
 )
 _NUMBER = re.compile(r"(?:^|[^0-9a-z])b(?:and)?[_ ]?0?(\d{1,2})(?=$|[^0-9a-z])", re.IGNORECASE)
-_NO_BAND = "of no use here"
+_NO_BAND = "not used"
 _NAME_TAGS = ("name", "band_name", "bandname")
 
 
 def sensor_of(header: Header) -> tuple[Sensor, str] | None:
-    """The sensor of a file, and the source of this; None if it is unknown.
+    """The sensor of a file, and the metadata that names it; None if the sensor is unknown.
 
     Args:
         header: the file's header.
@@ -160,7 +160,7 @@ def card_names(labels: str | None) -> tuple[str, ...]:
 def sensors_of(
     headers: Sequence[Header], given: str | None
 ) -> tuple[tuple[Sensor | None, str], ...]:
-    """Each file's sensor, None if unknown, and the source of this.
+    """Each file's sensor, None if unknown, and the metadata or parameter that names it.
 
     Args:
         headers: headers of all files.
@@ -171,7 +171,7 @@ def sensors_of(
         return tuple(one or (None, "") for one in found)
     named = BY_NAME[given]
     return tuple(
-        # Of one name there may be several forms; the file tells which.
+        # A sensor's name may have several products, such as HLS S30 and L30: the file decides.
         (one[0] if one and one[0].name == named.name else named, "the parameter `sensor`")
         for one in found
     )
@@ -194,8 +194,8 @@ def check_sensors(
         model: the model, for messages.
 
     Raises:
-        WrongSensor: a file is of another sensor; the message names the file, its sensor, the source
-            of this, and the model's sensors.
+        WrongSensor: a file is of another sensor; the message names the file, its sensor, the
+            metadata that names it, and the model's sensors.
     """
     if not allowed:
         return ()

@@ -1,9 +1,9 @@
-"""STAC items: which asset holds which band, and what the item states of it.
+"""STAC items: their assets, the bands of each asset, and the metadata of each band.
 
     item (STAC 1.0 or 1.1) → assets with their bands → those that a model needs
-                           → tags, as the files themselves would have them
+                           → metadata in the form of a file's tags
 
-Nothing here opens a file or a connection. Sources: STAC specification 1.0.0 and 1.1.0; extensions
+This module opens no file and no connection. Sources: STAC specification 1.0.0 and 1.1.0; extensions
 eo 1.x and 2.0, raster 1.1 and 2.0, projection 1.x and 2.0, alternate-assets 1.x.
 """
 
@@ -46,9 +46,9 @@ class AssetBand:
     """One band of an asset, as the item describes it."""
 
     name: str | None
-    """By Sentinel-2 name, or that of a quality band; None if it is not understood."""
+    """Sentinel-2's name of the band, or that of a quality band; None if it is not understood."""
     tags: Mapping[str, str]
-    """Scale and offset, where stated."""
+    """Scale and offset, if the item states them."""
     nodata: float | None
 
 
@@ -57,12 +57,12 @@ class Asset:
     """A raster that an item names."""
 
     key: str
-    """Its name among the item's assets."""
+    """Name of the asset in the item."""
     href: str
     bands: tuple[AssetBand, ...]
-    """One entry per band; one where the item lists none."""
+    """One entry per band; a single entry if the item lists no bands."""
     metres: float
-    """Its pixel size, to choose among copies of a band."""
+    """Pixel size in metres, by which one of several copies of a band is chosen."""
     document: Document = field(repr=False)
 
     @property
@@ -77,7 +77,7 @@ class Asset:
 
     @property
     def is_jp2(self) -> bool:
-        """Whether it is JPEG 2000, of which no part can be fetched."""
+        """Whether the asset is JPEG 2000, which can only be fetched as a whole."""
         kind = str(self.document.get("type", ""))
         return "jp2" in kind or "jpeg2000" in kind or self.last.lower().endswith(".jp2")
 
@@ -94,7 +94,7 @@ class StacItem:
     assets: tuple[Asset, ...]
     """The rasters among its assets."""
     link: str | None
-    """Its own address."""
+    """URL of the item."""
 
     def chosen(
         self,
@@ -102,34 +102,35 @@ class StacItem:
         rules: tuple[MaskRule, ...] | None,
         optional: Sequence[str] = (),
     ) -> tuple[Asset, ...]:
-        """The assets that hold the bands needed, and the cloud masks.
+        """The assets with the needed bands and the cloud masks.
 
         Args:
-            needed: bands by Sentinel-2 name; a narrow twin stands in for a band that is not there.
-            rules: the masks asked for; None takes the first kind that the item has.
-            optional: further bands, taken where an asset of their own holds them.
+            needed: bands by Sentinel-2 name; a narrow twin replaces a band that the item lacks.
+            rules: the requested masks; None takes the first kind that the item has.
+            optional: further bands, taken if a separate asset contains them.
 
         Raises:
-            MissingBands: naming the item, the bands that are missing, and its assets.
+            MissingBands: the item lacks a band; the message names the item, the bands and its
+                assets.
         """
         single = self._single()
         bands = [band if band in single else TWINS.get(band, band) for band in needed]
         found = [single[band] for band in bands if band in single]
-        there = set(single)
+        present = set(single)
         if len(found) < len(bands):
             together = next((a for a in self.assets if _all_in(needed, a.names)), None)
             if together is None:
-                raise self._missing([band for band in needed if band not in there])
+                raise self._missing([band for band in needed if band not in present])
             found = [together]
-            there |= together.names
+            present |= together.names
         if rules is None:
-            rules = next(((rule,) for rule in AUTO if rule.band in there), ())
+            rules = next(((rule,) for rule in AUTO if rule.band in present), ())
         more = (*(rule.band for rule in rules), *optional)
         found += [single[band] for band in more if band in single]
         return tuple({asset.key: asset for asset in found}.values())
 
     def _single(self) -> dict[str, Asset]:
-        """Assets of one band each: GeoTIFF before JPEG 2000, then the finest."""
+        """The asset of each band that has one to itself: GeoTIFF before JPEG 2000, then finest."""
         best: dict[str, Asset] = {}
         for asset in sorted(self.assets, key=lambda one: (one.is_jp2, one.metres)):
             if len(asset.bands) == 1 and asset.bands[0].name:
@@ -149,7 +150,7 @@ class StacItem:
 
     @property
     def source(self) -> dict[str, Any]:
-        """How a result names it."""
+        """The item as the `sources` of a result contain it."""
         stated = {
             "id": self.id,
             "collection": self.collection,
@@ -159,7 +160,7 @@ class StacItem:
         return {key: value for key, value in stated.items() if value is not None}
 
     def beside(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """The item as it lies beside its files: what is stated of them, and nothing else.
+        """The item that is stored beside its files, with their metadata only.
 
         Args:
             names: the last part of each file's name, by the asset's key.
@@ -184,7 +185,7 @@ def _all_in(needed: Iterable[str], names: frozenset[str]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What is searched for."""
+    """The parameters of a search."""
 
     url: str
     """The API's landing page."""
@@ -195,9 +196,9 @@ class Search:
     intersects: Mapping[str, Any] | None = None
     """A GeoJSON geometry."""
     datetime: str | None = None
-    """As the API takes it: `2021-01-01/2021-12-31`."""
+    """A date or an interval in STAC's form: `2021-01-01/2021-12-31`."""
     max_cloud_cover: float | None = None
-    """Per cent; items without `eo:cloud_cover` stay."""
+    """Largest cloud cover in per cent; items without `eo:cloud_cover` are found in any case."""
     query: Mapping[str, Any] | None = None
     filter: Mapping[str, Any] | None = None
     """CQL2 as JSON."""
@@ -207,12 +208,12 @@ def read_items(document: Document, field_name: str, base: str | None = None) -> 
     """The items of an ItemCollection, or a single item.
 
     Args:
-        document: the JSON.
-        field_name: what names it, for messages.
-        base: the address that it came from, against which relative hrefs count.
+        document: the JSON document.
+        field_name: name of the parameter that contains it, for messages.
+        base: URL of the document, to which relative hrefs refer.
 
     Raises:
-        InvalidRequest: it is neither, or an item lacks what STAC demands.
+        InvalidRequest: the document is neither, or an item lacks a property that STAC requires.
     """
     kind = document.get("type")
     if kind == "Feature":
@@ -221,8 +222,8 @@ def read_items(document: Document, field_name: str, base: str | None = None) -> 
     if kind != "FeatureCollection" or not isinstance(features, list):
         raise InvalidRequest.of(
             field_name,
-            f"neither a STAC ItemCollection nor an Item: its type is {str(kind)[:50]!r}; of an API "
-            "give `url` and `collections`",
+            f"neither a STAC ItemCollection nor an Item: its type is {str(kind)[:50]!r}; for a "
+            "STAC API give `url` and `collections`",
         )
     found: dict[tuple[str | None, str], StacItem] = {}
     for n, feature in enumerate(features):
@@ -235,10 +236,10 @@ def read_item(document: object, field_name: str, base: str | None = None) -> Sta
     """One item; the arguments are those of `read_items`.
 
     Raises:
-        InvalidRequest: it lacks what STAC demands.
+        InvalidRequest: the item lacks a property that STAC requires.
     """
     if not isinstance(document, Mapping) or not isinstance(document.get("id"), str):
-        raise InvalidRequest.of(field_name, "not a STAC Item: an object with `id` is needed")
+        raise InvalidRequest.of(field_name, "not a STAC Item: an object with `id` is required")
     name = str(document["id"])[:200]
     properties, assets = document.get("properties"), document.get("assets")
     if not isinstance(properties, Mapping) or not isinstance(assets, Mapping):
@@ -297,7 +298,7 @@ def _assets(assets: Document, sentinel_2: bool, base: str | None) -> Iterator[As
 
 
 def _href(asset: Document, base: str | None) -> str | None:
-    """The asset's address: that by HTTP, where there are several."""
+    """The asset's href; the first HTTP URL if it has several."""
     alternate = asset.get("alternate")
     others = alternate.values() if isinstance(alternate, Mapping) else ()
     listed = [asset.get("href"), *(o.get("href") for o in others if isinstance(o, Mapping))]
@@ -310,7 +311,7 @@ def _href(asset: Document, base: str | None) -> str | None:
 
 
 def _metres(asset: Document, key: str) -> float:
-    """The pixel size, as far as the item states it."""
+    """The pixel size in metres; `_UNKNOWN_SIZE` if the item does not state it."""
     bands = _lists(asset, "raster:bands", "bands")
     transform = asset.get("proj:transform")
     steps = [
@@ -325,11 +326,11 @@ def _metres(asset: Document, key: str) -> float:
     return next((float(s) for s in steps if isinstance(s, int | float) and s > 0), _UNKNOWN_SIZE)
 
 
-# What an item states of its rasters ---------------------------------------------------------------
+# Metadata of an item's rasters --------------------------------------------------------------------
 
 
 def of_sentinel_2(document: Document) -> bool:
-    """Whether an item is of Sentinel-2, whose bands go by their own names before the colours."""
+    """Whether an item is of Sentinel-2, whose band names take precedence over common names."""
     properties = document.get("properties")
     stated = properties if isinstance(properties, Mapping) else {}
     texts = (stated.get("constellation"), stated.get("platform"), document.get("collection"))
@@ -337,7 +338,7 @@ def of_sentinel_2(document: Document) -> bool:
 
 
 def item_tags(document: Document) -> dict[str, str]:
-    """What all rasters of an item would say in tags."""
+    """The metadata of all rasters of an item, in the form of a file's tags."""
     properties = document.get("properties")
     stated = dict(properties) if isinstance(properties, Mapping) else {}
     if not stated.get("datetime") and stated.get("start_datetime"):
@@ -349,14 +350,14 @@ def item_tags(document: Document) -> dict[str, str]:
 
 
 def contradiction(tags: Mapping[str, str], bands: Iterable[AssetBand]) -> str | None:
-    """Why an offset that an item states for its bands is not to be applied; None if it is.
+    """The reason for not applying the offset that an item states for its bands; None to apply it.
 
-    Earth Search v1 states `raster:bands` with the offset of the product, also where it has
-    subtracted it (`earthsearch:boa_offset_applied`).
+    Earth Search v1 states the product's offset in `raster:bands` even if the offset has been
+    subtracted from the pixels (`earthsearch:boa_offset_applied`).
 
     Args:
-        tags: as `item_tags` returns them.
-        bands: of an asset.
+        tags: the item's tags, from `item_tags`.
+        bands: the bands of an asset.
     """
     if not any(float(band.tags.get("offset", 0)) for band in bands):
         return None
@@ -371,13 +372,13 @@ def contradiction(tags: Mapping[str, str], bands: Iterable[AssetBand]) -> str | 
 def asset_bands(asset: Document, key: str, *, sentinel_2: bool) -> tuple[AssetBand, ...]:
     """The bands of an asset: names, scale, offset and nodata.
 
-    STAC 1.0 has `eo:bands` and `raster:bands` side by side, 1.1 has `bands`, whose fields may also
-    stand with the asset if all bands share them.
+    STAC 1.0 has two lists, `eo:bands` and `raster:bands`. STAC 1.1 has `bands`, whose properties
+    may also be those of the asset if all bands share them.
 
     Args:
-        asset: as the item has it.
-        key: its name among the assets.
-        sentinel_2: whether codes such as B04 count before common names such as red.
+        asset: the asset's JSON object.
+        key: name of the asset in the item.
+        sentinel_2: whether names such as B04 take precedence over common names such as red.
     """
     lists = [asset.get(name) for name in ("eo:bands", "raster:bands", "bands")]
     known = [one for one in lists if isinstance(one, list)]
@@ -402,7 +403,7 @@ def asset_bands(asset: Document, key: str, *, sentinel_2: bool) -> tuple[AssetBa
 def _name(stated: Document, key: str, *, sentinel_2: bool) -> str | None:
     common = stated.get("eo:common_name") or stated.get("common_name")
     texts = [stated.get("name"), key, common]
-    if common and not sentinel_2:  # the numbers of another sensor mean other bands
+    if common and not sentinel_2:  # another sensor's numbers are those of other bands
         texts = [common]
     known = [text for text in texts if isinstance(text, str)]
     return next((band for text in known if (band := band_of(text) or quality_of(text))), None)
@@ -418,7 +419,7 @@ def _calibration(stated: Document) -> dict[str, str]:
 
 
 def _number(value: object) -> float | None:
-    """A finite number; NaN and infinity may also come as text, and mean nothing here."""
+    """A finite number; None for any other value, such as the texts "nan" and "inf"."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if abs(value) < float("inf") else None

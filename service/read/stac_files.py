@@ -1,9 +1,8 @@
-"""Stacks by STAC: items found or given, and of their assets what a model needs.
+"""Stacks by STAC: the needed assets of given items, or of items found by a search.
 
     stac → items → assets → directories → windows → blocks → files, and an item.json beside them
 
-The files are those that the same assets would be as uploads, with their item beside, and are read
-as uploads are.
+The result is the same as an upload of these assets with their items, and is read in the same way.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ from service.read.stack import read_headers
 from service.settings import Settings
 
 AT_ONCE = 8
-"""Files and ranges that are fetched side by side."""
-_ROOM = 0.01
-"""Degrees around points and polygons that are read with them."""
+"""Number of files and ranges that are fetched at the same time."""
+_MARGIN = 0.01
+"""Margin around points and polygons that is read as well, degrees."""
 _SIGN = (
     "sign the item's hrefs first (Planetary Computer: planetary_computer.sign), or take the same "
     "data from a public collection such as Earth Search's"
@@ -55,13 +54,13 @@ _OUTSIDE = "the item does not touch the area"
 
 @dataclass(frozen=True, kw_only=True)
 class StacFiles:
-    """The files of a request by STAC."""
+    """The files of a request by STAC, with the request's options for them."""
 
     files: tuple[SourceFile, ...]
     stack: StackOptions
-    """The caller's options, with the grid of tiles of one CRS, and the items that were left out."""
+    """The request's options, with `grid` set if tiles of one CRS need it, and the unused items."""
     items: tuple[Mapping[str, Any], ...]
-    """The items that the files are of: `id`, `collection`, `datetime`, `href`."""
+    """The items to which the files belong: `id`, `collection`, `datetime`, `href`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class _Piece:
     asset: Asset
     file: SourceFile
     remote: RemoteFile | None
-    """None for a file of this machine, which is read where it lies."""
+    """The remote file; None for a file of this machine, which is read in place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,7 @@ class _Scene:
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
-        """The rasters, and the item beside."""
+        """The rasters, and the file of the item."""
         return (*(piece.file for piece in self.pieces), self.beside)
 
 
@@ -101,26 +100,27 @@ async def fetch_stac(
     resolver: Resolver = resolve,
     tls: ssl.SSLContext | None = None,
 ) -> StacFiles:
-    """Find items, and fetch of their assets what a model needs.
+    """Find items, and fetch the parts of their assets that a request needs.
 
     Args:
         stac: an ItemCollection or Item, the URL of one, or a search.
-        folder: of the request; files are written into it.
-        settings: allowed roots and hosts, the largest numbers of items and bytes.
-        bands: the bands needed, by Sentinel-2 name.
-        optional: further bands, fetched where an item has them.
-        stack: the caller's options; of them `bbox`, `area`, `grid` and `mask` decide what is
-            fetched.
+        folder: folder of the request, to which files are written.
+        settings: allowed roots and hosts, largest numbers of items and bytes.
+        bands: the needed bands, by Sentinel-2 name.
+        optional: further bands, fetched if an item has them.
+        stack: the request's options, of which `bbox`, `area`, `grid` and `mask` determine the parts
+            that are fetched.
         patience: time limits.
         resolver: resolves host names.
         tls: trusted certificates; None uses httpx's own.
 
     Raises:
-        ForbiddenReference: a URL, link or redirect outside the allowed roots and hosts.
+        ForbiddenReference: a URL, link or redirect is outside the allowed roots and hosts.
         UnreachableReference: a host does not return the requested bytes in time, or an asset
             needs a signature.
-        BodyTooLarge: more bytes than an upload may have.
-        InvalidRequest: no STAC, no or too many items, or none that touches the area.
+        BodyTooLarge: the files have more bytes than an upload may have.
+        InvalidRequest: the document is not STAC, has no or too many items, or no item intersects
+            the area.
         MissingBands: an item has no asset for a needed band.
         PIMCError: a file is not a raster, or the files do not fit together.
     """
@@ -150,23 +150,23 @@ async def fetch_stac(
                 items=tuple(scene.item.source for scene in kept),
             )
     raise UnreachableReference(
-        f"stac: not all items and files arrived within {patience.total_seconds:g} s; ask for fewer "
+        f"stac: not all items and files arrived within {patience.total_seconds:g} s; request fewer "
         "dates or a smaller area"
     )
 
 
 def around(extent: Bounds) -> Bounds:
-    """The part that is read for points or polygons.
+    """The extent of points or polygons with a margin, which is the part that is read for them.
 
     Args:
-        extent: theirs; west, south, east, north in degrees.
+        extent: west, south, east and north of the points or polygons in degrees.
     """
     west, south, east, north = extent
     return (
-        max(west - _ROOM, -180.0),
-        max(south - _ROOM, -90.0),
-        min(east + _ROOM, 180.0),
-        min(north + _ROOM, 90.0),
+        max(west - _MARGIN, -180.0),
+        max(south - _MARGIN, -90.0),
+        min(east + _MARGIN, 180.0),
+        min(north + _MARGIN, 90.0),
     )
 
 
@@ -186,7 +186,8 @@ async def _items(
     if len(items) > most:
         raise InvalidRequest.of(
             "stac",
-            f"{len(items)} items, and {most} may be in one request (PIMC_MAX_ITEMS); send fewer",
+            f"{len(items)} items; at most {most} are allowed in a request (PIMC_MAX_ITEMS): send "
+            "fewer items",
         )
     return sorted(items, key=lambda item: (str(item.source.get("datetime")), item.id))
 
@@ -203,33 +204,33 @@ async def _document(url: str, web: Connections) -> Mapping[str, Any]:
     try:
         document = json.loads(await web.document(place))
     except (ValueError, RecursionError) as error:
-        raise place.unreachable("returned no JSON") from error
+        raise place.unreachable("returned a document that is not valid JSON") from error
     if not isinstance(document, Mapping):
-        raise place.unreachable("returned no JSON object")
+        raise place.unreachable("returned JSON that is not an object")
     return document
 
 
 def _is_near(item: StacItem, place: Place) -> bool:
-    """Whether an item's box touches the part asked for, as far as both are known."""
-    asked = place.bbox or (extent_of(place.area) if place.area else None)
-    if asked is None or item.bbox is None:
+    """Whether an item's bounding box intersects the requested part; True if either is unknown."""
+    part = place.bbox or (extent_of(place.area) if place.area else None)
+    if part is None or item.bbox is None:
         return True
     west, south, east, north = item.bbox
-    if west > east or asked[0] > asked[2]:  # across the antimeridian: the files' headers tell
+    if west > east or part[0] > part[2]:  # across the antimeridian: the files' headers decide
         return True
-    return west <= asked[2] and asked[0] <= east and south <= asked[3] and asked[1] <= north
+    return west <= part[2] and part[0] <= east and south <= part[3] and part[1] <= north
 
 
 def _none_touches(items: Sequence[StacItem], place: Place) -> InvalidRequest:
     boxes = [item.bbox for item in items if item.bbox]
-    lie = ""
+    extent = ""
     if boxes:
         west, south, east, north = zip(*boxes, strict=True)
         box = (min(west), min(south), max(east), max(north))
-        lie = f"; together they lie at ({', '.join(f'{v:.6g}' for v in box)})"
+        extent = f", whose extent is ({', '.join(f'{v:.6g}' for v in box)})"
     return InvalidRequest.of(
         "bbox" if place.bbox else "area",
-        f"touches none of the {len(items)} items{lie}: west, south, east, north in degrees",
+        f"touches none of the {len(items)} items{extent}: west, south, east, north in degrees",
     )
 
 
@@ -243,7 +244,7 @@ def _scenes(
     folder: Path,
     settings: Settings,
 ) -> list[_Scene]:
-    """The files of each item, not fetched yet.
+    """The files of each item, before they are fetched.
 
     Raises:
         MissingBands: an item has no asset for a needed band.
@@ -284,7 +285,7 @@ def _piece(item: StacItem, asset: Asset, name: str, path: Path, settings: Settin
 
 
 def _over_http(href: str) -> str:
-    """The address by HTTPS of an object in a public S3 bucket; any other href as it is."""
+    """The HTTPS URL of an object in a public S3 bucket; any other href unchanged."""
     parts = urlsplit(href)
     if parts.scheme != "s3" or not parts.netloc:
         return href
@@ -301,9 +302,9 @@ _Windows = list[tuple[RemoteFile, Window]]
 
 
 def _needed(scenes: Sequence[_Scene], place: Place) -> tuple[list[_Scene], _Windows, str | None]:
-    """The scenes that touch the part asked for, the windows to fetch, and the grid.
+    """The scenes that intersect the requested part, the windows to fetch, and the parameter `grid`.
 
-    Tiles of one CRS are brought together on the finest of their grids.
+    Tiles of one CRS whose grids differ are resampled to the finest of these grids.
     """
     headers, _ = read_headers([file for scene in scenes for file in scene.files])
     by_path = {header.source.path: header for header in headers}
@@ -324,35 +325,35 @@ def _needed(scenes: Sequence[_Scene], place: Place) -> tuple[list[_Scene], _Wind
                 raise
             place = replace(place, grid="finest")
             windows = needed_windows(own, place)
-    asked = [
+    to_fetch = [
         (piece.remote, window)
         for piece, window in zip(pieces, windows, strict=True)
         if piece.remote is not None and not piece.remote.whole and window is not None
     ]
-    return kept, asked, place.grid
+    return kept, to_fetch, place.grid
 
 
 async def _fetch(windows: _Windows, web: Connections) -> None:
-    """Fetch the blocks of all files, if they are not too many.
+    """Fetch the needed blocks of all files.
 
     Raises:
-        BodyTooLarge: they are.
+        BodyTooLarge: the blocks have more bytes than may still be received.
     """
     size = sum(remote.cost(window) for remote, window in windows)
     if size > web.left:
         raise BodyTooLarge(
-            f"stac: the blocks needed of {len(windows)} files have {size} bytes, and {web.left} "
-            "more may be received (PIMC_MAX_BODY_BYTES); give a smaller bbox or area, or fewer "
-            "dates"
+            f"stac: the needed blocks of {len(windows)} files have {size} bytes, and the server "
+            f"receives at most {web.left} more (PIMC_MAX_BODY_BYTES); give a smaller bbox or area, "
+            "or fewer dates"
         )
     await _side_by_side([partial(remote.fetch, web, window) for remote, window in windows])
 
 
 async def _side_by_side(works: Sequence[Callable[[], Awaitable[None]]]) -> None:
-    """Do some things, a few at once.
+    """Await several calls, at most `AT_ONCE` of them at the same time.
 
     Raises:
-        PIMCError: what the first of them failed with; the others are given up.
+        PIMCError: the error of the first call that fails; the others are cancelled.
     """
     limiter = anyio.CapacityLimiter(AT_ONCE)
     failed: list[PIMCError] = []

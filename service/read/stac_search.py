@@ -1,11 +1,11 @@
-"""STAC searches with pystac-client, whose every request goes through checked connections.
+"""STAC searches with pystac-client, all of whose requests use checked connections.
 
     search → landing page → pages of items
                 │               │
                 └──── `connect`: host allowed? address allowed? redirects the same way
 
-pystac-client sends through `requests`, which would follow any link and any redirect. Its I/O object
-is replaced by one that sends nothing itself.
+By default pystac-client sends requests with the library `requests`, which follows any link and any
+redirect. `_CheckedIO` replaces its I/O object and sends every request over checked connections.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ async def search_items(search: Search, web: Connections, most: int) -> list[Stac
     """The items that a STAC API finds.
 
     Args:
-        search: what to search for.
+        search: the search.
         web: the request's connections.
-        most: items that may be found.
+        most: largest number of items.
 
     Raises:
         ForbiddenReference: the API, a link of it, or a redirect leads to a host that is not
             allowed.
-        UnreachableReference: the API does not respond, or not with STAC.
-        InvalidRequest: it refuses the search, or finds more items.
-        BodyTooLarge: its responses are too large.
+        UnreachableReference: the API does not respond, or its response is not STAC.
+        InvalidRequest: the API rejects the search, or finds no or too many items.
+        BodyTooLarge: the API's responses are too large.
     """
     stopped: list[bool] = []
     try:
@@ -62,7 +62,7 @@ async def search_items(search: Search, web: Connections, most: int) -> list[Stac
 
 
 def _search(search: Search, web: Connections, most: int, stopped: Sequence[bool]) -> list[StacItem]:
-    """`search_items`, in a thread that the event loop waits for."""
+    """`search_items`, in a worker thread."""
     io = _CheckedIO(web, stopped)
     place = Remote.of(search.url, "stac.url", web.rules)
     try:
@@ -75,11 +75,15 @@ def _search(search: Search, web: Connections, most: int, stopped: Sequence[bool]
             )
         found = _pages(client, search, most)
     except (ClientTypeError, STACTypeError) as error:
-        raise place.unreachable("returned no STAC landing page; check the API's URL") from error
+        raise place.unreachable(
+            "returned a document that is not a STAC landing page; check the API's URL"
+        ) from error
     except (APIError, STACError, KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error.__cause__, PIMCError):  # pystac wraps what its reader raises
+        if isinstance(error.__cause__, PIMCError):  # pystac wraps the errors of `_CheckedIO`
             raise error.__cause__ from None
-        raise place.unreachable(f"returned no STAC: {type(error).__name__}") from error
+        raise place.unreachable(
+            f"returned a document that is not STAC: {type(error).__name__}"
+        ) from error
     if not found:
         raise InvalidRequest.of(
             "stac",
@@ -139,7 +143,7 @@ def _cloud(item: StacItem) -> float:
 
 
 class _CheckedIO(StacApiIO):
-    """What pystac-client reads through: links and redirects to allowed hosts alone."""
+    """I/O object of pystac-client that follows links and redirects to allowed hosts only."""
 
     def __init__(self, web: Connections, stopped: Sequence[bool]) -> None:
         super().__init__(max_retries=None)
@@ -147,7 +151,7 @@ class _CheckedIO(StacApiIO):
         self._stopped = stopped
 
     def read_text(self, source: HREF, *args: Any, **kwargs: Any) -> str:  # noqa: ANN401
-        """The text at a link or URL; a path of this machine is refused."""
+        """The text at a link or URL; a path of this machine is rejected."""
         if isinstance(source, Link):
             return super().read_text(source, *args, **kwargs)
         return self.request(str(source), *args, **kwargs)
@@ -161,10 +165,12 @@ class _CheckedIO(StacApiIO):
     ) -> str:
         """The text that a URL returns, over checked connections."""
         if self._stopped:
-            raise UnreachableReference("stac: the search was given up")
+            raise UnreachableReference("stac: the search was cancelled")
         method = (method or "GET").upper()
         if method not in {"GET", "POST"}:
-            raise ForbiddenReference("stac: the API asks for a method other than GET and POST")
+            raise ForbiddenReference(
+                f"stac: the API requires the method {method}; only GET and POST are allowed"
+            )
         content = None
         if method == "POST":
             content = json.dumps(parameters or {}).encode()

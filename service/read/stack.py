@@ -1,6 +1,6 @@
 """Stacks: GeoTIFFs as one satellite image time series.
 
-    files → headers → arrangement (which band of which date is where) → Stack → windows of Sits
+    files → headers → arrangement (file of each band and date) → Stack → windows of Sits
 
 `open_stack` reads only headers, no pixels.
 """
@@ -45,7 +45,7 @@ from service.read.reflectance import (
 from service.read.sensors import Sensor, check_sensors, in_sentinel_2_terms, sensors_of
 
 LAND_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
-"""Bands that show the land; the others show the air."""
+"""Sentinel-2's bands of the land surface; the other three measure the atmosphere."""
 # Float rasters mark missing pixels by numbers such as -3.4e38, with or without a nodata tag.
 NO_VALUE = 1e30
 
@@ -182,7 +182,7 @@ def open_stack(
 
     Args:
         files: the GeoTIFFs, in the order given by the caller.
-        options: the caller's statements about them.
+        options: the request's parameters about them.
         bands: the needed bands, by Sentinel-2 name, in the order of the C axis.
         optional: further bands, which follow on the C axis if every date has them.
         dated: whether observations need dates. If not, each file without a date is an observation
@@ -204,10 +204,12 @@ def open_stack(
     """
     _check_options(files, options)
     headers, ignored = read_headers(files)
-    told = sensors_of(headers, options.sensor)
-    foreign = check_sensors(headers, told, sensors, other_sensors, model)
+    detected = sensors_of(headers, options.sensor)
+    foreign = check_sensors(headers, detected, sensors, other_sensors, model)
     by_file = {
-        header.source: sensor for header, (sensor, _) in zip(headers, told, strict=True) if sensor
+        header.source: sensor
+        for header, (sensor, _) in zip(headers, detected, strict=True)
+        if sensor
     }
     headers = [in_sentinel_2_terms(header, by_file.get(header.source)) for header in headers]
     arranged = arrange(headers, options, bands=bands, optional=optional, dated=dated)
@@ -268,26 +270,26 @@ def open_stack(
 
 
 def stack_bands(files: Sequence[SourceFile], options: StackOptions) -> tuple[str, ...]:
-    """The bands of reflectance that files hold at every date, by Sentinel-2 name.
+    """The bands of reflectance that the files have at every date, by Sentinel-2 name.
 
     Args:
         files: the GeoTIFFs, in the order given by the caller.
-        options: the caller's statements about them.
+        options: the request's parameters about them.
 
     Returns:
-        Bands among `LAND_BANDS`, in that order; a band that only stands in for another is left out.
+        Bands among `LAND_BANDS`, in that order, without bands that would be substituted by a twin.
 
     Raises:
         NotAGeoTIFF: a file is not a GeoTIFF.
         MissingDates: a file or band has no date.
-        InvalidRequest: the options contradict the files or themselves.
+        InvalidRequest: the options contradict the files or each other.
     """
     _check_options(files, options)
     headers, _ = read_headers(files)
-    told = sensors_of(headers, options.sensor)
+    detected = sensors_of(headers, options.sensor)
     headers = [
         in_sentinel_2_terms(header, sensor)
-        for header, (sensor, _) in zip(headers, told, strict=True)
+        for header, (sensor, _) in zip(headers, detected, strict=True)
     ]
     dates: dict[str, set[date | int]] = {}
     for band in LAND_BANDS:
@@ -319,13 +321,17 @@ def _numbers(given: DatedNumber | None) -> Sequence[float]:
 
 
 def read_headers(files: Sequence[SourceFile]) -> tuple[list[Header], tuple[StackWarning, ...]]:
-    """The rasters' headers, with what metadata beside them says, and what of it is not applied.
+    """The headers of the rasters, completed by the metadata files among the given files.
 
     Args:
-        files: rasters, and metadata among them.
+        files: rasters and metadata files.
+
+    Returns:
+        The headers, and warnings about offsets in the metadata that are not applied.
 
     Raises:
-        NotAGeoTIFF, RasterTooLarge: a file is not a raster that is read.
+        NotAGeoTIFF: a file is not a raster that the service reads.
+        RasterTooLarge: a file declares sizes beyond the limits.
     """
     placed: dict[bytes, Placed] = {}
     # In one thread: parsing headers holds the GIL, and two threads that wait for it take 1.5 times
@@ -339,17 +345,17 @@ def read_headers(files: Sequence[SourceFile]) -> tuple[list[Header], tuple[Stack
         return [with_product(header, products) for header in headers], ignored
 
 
-def _check_size(arranged: Arrangement, grid: Grid, wanted: Sequence[str], max_bytes: int) -> None:
-    a_pixel = 0
+def _check_size(arranged: Arrangement, grid: Grid, bands: Sequence[str], max_bytes: int) -> None:
+    pixel_bytes = 0
     for granule in arranged.granules:
-        for band in (*wanted, *(_mask_band(rule) for rule in granule.masks)):
+        for band in (*bands, *(_mask_band(rule) for rule in granule.masks)):
             header, number = granule.planes[band]
-            a_pixel += np.dtype(header.dtypes[number - 1]).itemsize
-    decoded = a_pixel * grid.width * grid.height
+            pixel_bytes += np.dtype(header.dtypes[number - 1]).itemsize
+    decoded = pixel_bytes * grid.width * grid.height
     if decoded > max_bytes:
         more = max((len(granule.masks) for granule in arranged.granules), default=0)
         raise RasterTooLarge(
-            f"{grid.width} x {grid.height} pixels of {len(wanted) + more} bands in "
+            f"{grid.width} x {grid.height} pixels of {len(bands) + more} bands in "
             f"{len(arranged.granules)} observations decode to {decoded} bytes, the limit is "
             f"{max_bytes}"
         )
@@ -459,8 +465,8 @@ def _as_native(nodata: float | None, name: str) -> int | float | None:
     dtype = np.dtype(name)
     if dtype.kind in "iu":
         info = np.iinfo(name)
-        whole = int(nodata)
-        return whole if whole == nodata and info.min <= whole <= info.max else None
+        integer = int(nodata)
+        return integer if integer == nodata and info.min <= integer <= info.max else None
     with np.errstate(over="ignore"):
         rounded = float(np.asarray(nodata, dtype=np.float64).astype(dtype))
     return rounded if np.isfinite(rounded) else None

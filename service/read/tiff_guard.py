@@ -1,9 +1,9 @@
-"""TIFF guard: a file's directories, checked before GDAL reads them, against bombs and pointers.
+"""TIFF guard: limits on a file's directories, checked before GDAL reads them.
 
-GDAL trusts a directory. It keeps metadata in lists that it searches from the start for each item,
+GDAL does not limit directories. It searches a list of metadata from its start for each item,
 follows chains of a million directories, and opens any file that an item of the domain OVERVIEWS
-names. So the declarations that cost time or memory, or refer to other files, are checked here
-first. Other faults are left to GDAL, which reports them.
+names. This module therefore first checks the declarations that take time or memory or refer to
+other files. GDAL rejects files with other faults.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import BinaryIO, NamedTuple
 from service.errors import NotAGeoTIFF, RasterTooLarge
 
 MAX_BLOCK_BYTES = 256 * 2**20
-"""Largest decoded size of one strip or tile, bytes: a few kB on disk can claim far more."""
+"""Largest decoded size of one strip or tile, bytes; a file of a few kB can declare far more."""
 _MAX_DIRECTORIES = 1000  # a raster has one, and two for each overview
-_MAX_ENTRIES = 4096  # of one directory; TIFF knows some hundred tags
-_MAX_VALUE_BYTES = 64 * 2**20  # of one directory, text aside; offsets of blocks are the most of it
+_MAX_ENTRIES = 4096  # of one directory; TIFF defines some hundred tags
+_MAX_VALUE_BYTES = 64 * 2**20  # of one directory, without text; mostly the offsets of blocks
 _MAX_TEXT_BYTES = 8 * 2**20  # 20,000 bands with name, scale and offset take 5 MB
 _MAX_ITEMS = 1000  # of one band or the whole image: GDAL's time grows with their square
 _WIDTH, _HEIGHT, _ROWS = 256, 257, 278
@@ -94,25 +94,30 @@ class Entry(NamedTuple):  # a stack has thousands, and a frozen dataclass takes 
 
 
 class Directories(NamedTuple):
-    """What GDAL does not report of a file's directories."""
+    """Properties of a file's directories that GDAL does not report."""
 
     georeference: bytes
-    """As it is written in the first directory: the same bytes say the same place. Empty where
-    there is none, or one beyond the usual length."""
+    """Bytes of the georeference in the first directory: equal bytes mean the same position. Empty
+    if the file has no georeference, or an unusually long one."""
     mask_block_bytes: int
-    """Decoded size of one block of the internal mask; 0 without one."""
+    """Decoded size of one block of the internal mask, bytes; 0 without an internal mask."""
 
 
 def check_directories(path: Path, name: str) -> Directories:
-    """Reject a TIFF whose directories claim sizes that no raster needs.
+    """Reject a TIFF whose directories declare sizes beyond the limits, or name other files.
 
     Args:
         path: the file; its first bytes are those of a TIFF.
         name: the caller's name for the file.
 
+    Returns:
+        The georeference's bytes and the mask's block size.
+
     Raises:
-        RasterTooLarge: too many directories, entries, values or items, or a mask of huge blocks.
-        NotAGeoTIFF: the metadata names another file for GDAL to open.
+        RasterTooLarge: too many directories, entries, values or items, or too large blocks of a
+            mask.
+        NotAGeoTIFF: the metadata names another file that GDAL would open, or a tag has a type that
+            the TIFF specification does not allow.
     """
     place: bytes | None = None
     mask = 0
@@ -130,21 +135,28 @@ def check_directories(path: Path, name: str) -> Directories:
 
 def _georeference(file: BinaryIO, form: Form, entries: list[Entry]) -> bytes:
     """The bytes from which GDAL derives CRS and transform, including their byte order."""
-    telling = [entry for entry in entries if entry.tag in _PLACE]
-    if sum(entry.size for entry in telling) > _MAX_PLACE_BYTES:
+    georeference = [entry for entry in entries if entry.tag in _PLACE]
+    if sum(entry.size for entry in georeference) > _MAX_PLACE_BYTES:
         return b""
     return b"".join(
         struct.pack("<cHHQ", form.order.encode(), entry.tag, entry.kind, entry.length)
         + value(file, form, entry)
-        for entry in telling
+        for entry in georeference
     )
 
 
 def directories(file: BinaryIO, name: str) -> Iterator[tuple[int, Form, list[Entry]]]:
-    """Each directory of the chain that can be read, and where it begins; a loop ends it.
+    """The directories of a file in order, up to the first that cannot be read or that repeats.
+
+    Args:
+        file: the file, open for reading.
+        name: the caller's name for the file.
+
+    Yields:
+        Position of the directory in the file, encoding of its numbers, and its entries.
 
     Raises:
-        RasterTooLarge: too many directories, or entries of one.
+        RasterTooLarge: the file has too many directories, or a directory too many entries.
     """
     head = file.read(16)
     big = 43 in head[2:4]
@@ -167,15 +179,15 @@ def directories(file: BinaryIO, name: str) -> Iterator[tuple[int, Form, list[Ent
             )
         size = form.entry.size
         content = file.read(n * size + form.word.size)
-        # A file that ends early has fewer.
-        there = min(n, len(content) // size) * size
-        entries = [Entry._make(each) for each in form.entry.iter_unpack(content[:there])]
+        # A truncated file has fewer entries than it declares.
+        complete = min(n, len(content) // size) * size
+        entries = [Entry._make(each) for each in form.entry.iter_unpack(content[:complete])]
         yield at, form, entries
         at = _number(form.word, content, n * size)
 
 
 def _number(layout: struct.Struct, data: bytes, at: int) -> int | None:
-    """A number in some bytes; None if they end before it or it is out of range."""
+    """The number at a position of some bytes; None if it is incomplete or out of range."""
     if len(data) < at + layout.size:
         return None
     number = int(layout.unpack_from(data, at)[0])
@@ -200,9 +212,13 @@ def _check_values(entries: list[Entry], name: str) -> None:
 
 
 def _check_mask(form: Form, entries: list[Entry], name: str) -> int:
-    """Check an internal mask, whose blocks GDAL does not report: the decoded size of one of them.
+    """Check the blocks of an internal mask, which GDAL does not report.
 
-    0 for a directory that is not a mask.
+    Returns:
+        Decoded size of one block, bytes; 0 for a directory that is not a mask.
+
+    Raises:
+        RasterTooLarge: a block is too large.
     """
     numbers = {entry.tag: small(form, entry, name) for entry in entries if entry.tag in _NUMBERS}
     if not numbers.get(_SUBFILE, 0) & _MASK:
@@ -229,7 +245,7 @@ def small(form: Form, entry: Entry, name: str) -> int:
     if code is None or entry.length != 1 or entry.size > len(entry.field):
         raise NotAGeoTIFF(
             f"'{name}' has a TIFF tag {entry.tag} of type {entry.kind} and count {entry.length}; "
-            "a TIFF writes one unsigned whole number there"
+            "the TIFF specification requires one unsigned integer"
         )
     return int(struct.unpack_from(form.order + code, entry.field)[0])
 
@@ -251,12 +267,12 @@ def _check_metadata(xml: bytes, name: str) -> None:
             f"'{name}' has metadata with a document type or an entity declaration, which no raster "
             "needs"
         )
-    # As GDAL reads it: with character references resolved.
+    # Character references are resolved first, because GDAL resolves them.
     outside = _OUTSIDE.search(_resolved(xml))
     if outside:
         raise NotAGeoTIFF(
-            f"'{name}' names another file in its metadata ({outside[0].decode('ascii')}), and a "
-            "raster must hold its own pixels"
+            f"'{name}' names another file in its metadata ({outside[0].decode('ascii')}), and the "
+            "service reads only pixels inside the file"
         )
     times: Counter[int] = Counter()
     for item in _ITEM.finditer(xml):
@@ -271,7 +287,7 @@ def _check_metadata(xml: bytes, name: str) -> None:
 
 
 def _resolved(xml: bytes) -> bytes:
-    """XML with its numeric character references as the ASCII characters that they stand for."""
+    """XML whose numeric character references of ASCII characters are replaced by these."""
 
     def character(found: re.Match[bytes]) -> bytes:
         number = int(found[1], 16) if found[1] else int(found[2])

@@ -29,7 +29,7 @@ _DEGREES = CRS.from_epsg(4326)
 _GEOPACKAGES = frozenset({b"GPKG", b"GP10", b"GP11", b"GP12"})
 _APPLICATION_ID = slice(68, 72)
 _MAX_DECODED_BYTES = 512 * 2**20
-"""Largest decoded size of a GeoParquet file: its columns may be compressed a thousandfold."""
+"""Largest decoded size of a GeoParquet file, bytes: columns may be compressed a thousandfold."""
 _MAX_PROPERTIES = 500
 _NAMED_AT_MOST = 5
 _POLYGONS = frozenset({shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON})
@@ -45,8 +45,8 @@ class Fields:
     properties: tuple[Mapping[str, Any], ...]
     """Properties (N), JSON values."""
     shapes: NDArray[np.object_]
-    """Shapely polygons (N) in the file's CRS; None for a feature without a usable polygon. Of
-    `read_labels` points as well."""
+    """Shapely polygons (N) in the file's CRS, and points if `read_labels` returned them; None for a
+    feature without a usable shape."""
     crs: CRS
     warnings: tuple[StackWarning, ...]
 
@@ -55,7 +55,7 @@ class Fields:
 
     @property
     def extent(self) -> tuple[float, float, float, float] | None:
-        """West, south, east and north in degrees; None where no feature holds a polygon."""
+        """West, south, east and north in degrees; None if no feature has a usable shape."""
         shapes = [shape for shape in self.in_crs(_DEGREES) if shape is not None]
         if not shapes:
             return None
@@ -69,20 +69,20 @@ class Fields:
         return [None if s is None else json.loads(shapely.to_geojson(s)) for s in shapes]
 
     def in_crs(self, crs: CRS) -> NDArray[np.object_]:
-        """The polygons (N) in another CRS; None for a polygon that the CRS cannot hold."""
+        """The shapes (N) in another CRS; None for a shape outside the area of that CRS."""
         if crs == self.crs:
             return self.shapes
 
         def project(places: NDArray[np.float64]) -> NDArray[np.float64]:
             return np.stack(transformed(self.crs, crs, places[:, 0], places[:, 1]), axis=1)
 
-        there = np.array([shape is not None for shape in self.shapes], np.bool_)
-        found = np.full(len(self), None, np.object_)
-        if there.any():
-            moved = shapely.transform(self.shapes[there], project)
-            finite = np.isfinite(shapely.bounds(moved)).all(axis=1)
-            found[np.flatnonzero(there)[finite]] = moved[finite]
-        return found
+        present = np.array([shape is not None for shape in self.shapes], np.bool_)
+        shapes = np.full(len(self), None, np.object_)
+        if present.any():
+            projected = shapely.transform(self.shapes[present], project)
+            finite = np.isfinite(shapely.bounds(projected)).all(axis=1)
+            shapes[np.flatnonzero(present)[finite]] = projected[finite]
+        return shapes
 
 
 def read_fields(source: SourceFile, most: int) -> Fields:
@@ -98,7 +98,7 @@ def read_fields(source: SourceFile, most: int) -> Fields:
     Raises:
         NotAVectorFile: the file has none of the three formats, or cannot be read.
         TooManyFields: the file has more features than `most`.
-        InvalidFields: no feature holds a polygon.
+        InvalidFields: no feature has a polygon.
     """
     return _read_vectors(source, most, points=False)
 
@@ -108,15 +108,15 @@ def read_labels(source: SourceFile, most: int) -> Fields:
 
     Args:
         source: the file.
-        most: features that it may hold.
+        most: largest number of features.
 
     Returns:
-        The features, as `read_fields` returns polygons.
+        The features; `warnings` name repaired and unusable features and repeated ids.
 
     Raises:
-        NotAVectorFile: none of the three formats, or a file that does not read.
-        TooManyFields: more features than `most`.
-        InvalidFields: no feature holds a point or a polygon.
+        NotAVectorFile: the file has none of the three formats, or cannot be read.
+        TooManyFields: the file has more features than `most`.
+        InvalidFields: no feature has a point or a polygon.
     """
     return _read_vectors(source, most, points=True)
 
@@ -150,7 +150,7 @@ _Read = tuple[list[Any], list[dict[str, Any]], NDArray[np.object_], CRS]
 def _check_count(name: str, count: int, most: int) -> None:
     if count > most:
         raise TooManyFields(
-            f"'{name}' holds {count} features, the limit is {most} (PIMC_MAX_FIELDS); send them in "
+            f"'{name}' has {count} features, the limit is {most} (PIMC_MAX_FIELDS); send them in "
             "several requests"
         )
 
@@ -198,13 +198,13 @@ def _named_crs(name: str, crs: object) -> CRS:
 
 
 def _read_geopackage(source: SourceFile, most: int) -> _Read:
-    import pyogrio  # here, for it imports pandas where that is installed: a slow start
+    import pyogrio  # imported here, because it imports pandas if installed, which takes long
     from pyogrio import _io
     from pyogrio.errors import DataLayerError, DataSourceError
 
     keep_needed_vector_drivers(_io.__file__)
 
-    # GDAL takes the driver from the ending; the magic bytes have been checked.
+    # GDAL chooses the driver by the file's suffix; its first bytes have been checked.
     path = source.path.with_name(f"{source.path.name}.gpkg")
     path.hardlink_to(source.path)
     try:
@@ -285,21 +285,24 @@ def _json_value(value: Any) -> Any:  # noqa: ANN401 - whatever a file holds
 def _usable(
     name: str, ids: Sequence[Any], shapes: NDArray[np.object_], *, points: bool
 ) -> tuple[NDArray[np.object_], list[StackWarning]]:
-    """Valid polygons, None for features that hold none; and the warnings about both.
+    """The valid shapes, None for features without one, and warnings about the others.
 
     Args:
-        name: of the file.
-        ids: of its features.
-        shapes: of its features.
-        points: whether points are as good as polygons.
+        name: name of the file.
+        ids: ids of its features (N).
+        shapes: shapes of its features (N).
+        points: whether points are allowed as well as polygons.
+
+    Raises:
+        InvalidFields: no feature has a usable shape.
     """
     kept = _POLYGONS | _POINTS if points else _POLYGONS
-    sought = (
+    required = (
         "a Point, MultiPoint, Polygon or MultiPolygon"
         if points
-        else ("a Polygon or MultiPolygon with an area")
+        else "a Polygon or MultiPolygon with an area"
     )
-    what = "point or polygon" if points else "polygon"
+    noun = "point or polygon" if points else "polygon"
     kinds = shapely.get_type_id(shapes)
     found = np.full(len(shapes), None, np.object_)
     repaired, unusable = [], []
@@ -313,15 +316,15 @@ def _usable(
         if shapely.is_valid(shape):
             found[n] = shape
             continue
-        whole = _polygons_of(shapely.make_valid(shape))
-        if whole is None:
+        valid = _polygons_of(shapely.make_valid(shape))
+        if valid is None:
             unusable.append(ids[n])
         else:
-            found[n] = whole
+            found[n] = valid
             repaired.append(ids[n])
     if len(unusable) == len(shapes):
         raise InvalidFields(
-            f"none of the {len(shapes)} features of '{name}' is {sought} ({_named(unusable)})"
+            f"none of the {len(shapes)} features of '{name}' is {required} ({_named(unusable)})"
         )
     warnings = []
     if repaired:
@@ -332,8 +335,8 @@ def _usable(
         warnings.append(StackWarning(code="fields_repaired", detail=detail))
     if unusable:
         detail = (
-            f"{len(unusable)} of {len(shapes)} features of '{name}' hold no {what} and have the "
-            f"status 'invalid': {_named(unusable)}"
+            f"{len(unusable)} of {len(shapes)} features of '{name}' have no valid {noun} and get "
+            f"the status 'invalid': {_named(unusable)}"
         )
         warnings.append(StackWarning(code="invalid_fields", detail=detail))
     return found, warnings
@@ -354,7 +357,10 @@ def _repeated(ids: Sequence[Any]) -> tuple[StackWarning, ...]:
     twice = [name for name, n in times.items() if n > 1]
     if not twice:
         return ()
-    detail = f"{len(twice)} ids stand for several fields: {_named(twice)}; results keep the order"
+    detail = (
+        f"{len(twice)} ids belong to several fields: {_named(twice)}; results are in the order of "
+        "the fields"
+    )
     return (StackWarning(code="duplicate_ids", detail=detail),)
 
 

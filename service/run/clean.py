@@ -1,9 +1,9 @@
-"""Clean maps: probabilities smoothed by their neighbourhood, small areas joined to neighbours.
+"""Clean maps: probabilities smoothed by their neighbourhood, and small areas joined to neighbours.
 
     probabilities → smoothed → classes of the whole map → sieved → layers and summary
 
-Windows are read with a border as wide as the neighbourhood, and the sieve sees the whole map, so
-that no result depends on where windows lie.
+Windows are read with a border as wide as the neighbourhood, and the sieve processes the whole map,
+so that the result does not depend on how the raster is divided into windows.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from service.run.collect import Floats, Sink, WindowPredictions, Work
 from service.run.executors import Timing, check
 from service.run.windows import Arrays, windows
 from service.write.cog import OpenScratch, ScratchRaster
-from service.write.predictions import NO_CLASS, decided
+from service.write.predictions import NO_CLASS, classes_with_confidence
 from service.write.sieve import sieved
 
 _PASS = 0.1
-"""Share of the progress of one pass."""
+"""Share of the run's progress that one pass counts."""
 _COPIES = 4
-"""Copies of a window's probabilities held at once: as read, as logits, smoothed, as bands."""
+"""Copies of a window's probabilities in memory at once: as read, as logits, smoothed, as bands."""
 
 
 def clean(work: Work, raw: ScratchRaster, sink: Sink, stack: ExitStack) -> Timing:
-    """Clean a map and give it to the sink.
+    """Clean a map and write it to the sink.
 
     Args:
         work: the run, whose `smooth` or `min_area` is set.
-        raw: probabilities (K) of every pixel, NaN without a prediction.
+        raw: probabilities (K) of every pixel, NaN for a pixel without a prediction.
         sink: takes the cleaned predictions.
-        stack: holds what must be removed at the end.
+        stack: contexts that the caller ends with the run; takes that of a temporary raster.
     """
     run, grid = work.run, work.run.stack.grid
     if not run.min_area:
@@ -51,10 +51,10 @@ def clean(work: Work, raw: ScratchRaster, sink: Sink, stack: ExitStack) -> Timin
     with source.open() as file:
         timing += _decide(work, file, classes)
         check(work.cancelled)
-        whole = Window(0, 0, grid.width, grid.height)
+        everything = Window(0, 0, grid.width, grid.height)
         classes = sieved(
             classes,
-            grid.hectares(whole),
+            grid.hectares(everything),
             run.min_area,
             check=lambda: check(work.cancelled),
         )
@@ -62,7 +62,7 @@ def clean(work: Work, raw: ScratchRaster, sink: Sink, stack: ExitStack) -> Timin
 
 
 def around(grid: Grid, window: Window, radius: int) -> Window:
-    """A window with a border, as far as the grid has it."""
+    """A window with a border of `radius` pixels, clipped to the grid."""
     (top, bottom), (left, right) = window.toranges()
     top, left = max(0, top - radius), max(0, left - radius)
     bottom, right = min(grid.height, bottom + radius), min(grid.width, right + radius)
@@ -72,7 +72,10 @@ def around(grid: Grid, window: Window, radius: int) -> Window:
 def read_around(
     file: OpenScratch, grid: Grid, window: Window, radius: int
 ) -> tuple[Window, Floats]:
-    """Probabilities of a window and its border (K, h + 2 radius, w + 2 radius), NaN beyond."""
+    """A window and its probabilities with a border (K, h + 2 radius, w + 2 radius) float32.
+
+    The border is NaN outside the grid.
+    """
     (top, bottom), (left, right) = window.toranges()
     rows = (max(0, radius - top), max(0, bottom + radius - grid.height))
     columns = (max(0, radius - left), max(0, right + radius - grid.width))
@@ -109,7 +112,7 @@ def _decide(work: Work, file: OpenScratch, classes: NDArray[np.uint8]) -> Timing
         "classes",
         _parts(work),
         read=file.read,
-        infer=lambda values: decided(values.reshape(len(values), -1).T)[0],
+        infer=lambda values: classes_with_confidence(values.reshape(len(values), -1).T)[0],
         digest=lambda w, found: {"class": found.reshape(w.height, w.width)},
         keep=keep,
         advance=work.progress.of(_PASS, work.run.stack.grid),

@@ -30,10 +30,12 @@ from service.write.stac_item import Provenance, result_item, write_item
 
 Floats = NDArray[np.float32]
 _OTHER_RESOLUTION = 2.05
-"""Factor by which pixels may be larger or smaller than the model's: at most 20 m for 10 m."""
+"""Factor by which pixels may be larger or smaller than those of the training data without a
+warning: pixels of up to 20 m for a model trained on 10 m."""
 _COVERED = 0.95
-_COUNTED = "tally."
-"""Prefix of a tally's counts, which share a mapping with the names of layers."""
+"""Share of a raster that a patch run must cover; a smaller share is warned of."""
+_COUNTS = "tally."
+"""Prefix that distinguishes a tally's counts from layers in one mapping."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Outcome:
     """Files and summary of a raster run."""
 
     files: Mapping[str, Path]
-    """Finished COGs by output name; a class map has a side file in the same folder."""
+    """Finished COGs by output name; a class map also has a side file in the same folder."""
     summary: dict[str, JSON]
     """The summary, as returned for `application/json`."""
     timing: Timing
@@ -49,19 +51,28 @@ class Outcome:
 
 
 class Progress:
-    """Progress of a run of several passes. Called from one thread at a time."""
+    """Progress of a run of several passes; not thread-safe.
+
+    Args:
+        report: called with the finished share of the run, 0 to 1.
+    """
 
     def __init__(self, report: Callable[[float], None]) -> None:
         self._report = report
         self._done = 0.0
 
     def of(self, share: float, grid: Grid) -> Callable[[int], None]:
-        """A function that a pass over a grid calls with the number of pixels just finished."""
+        """A function that a pass calls with the number of pixels that it has just finished.
+
+        Args:
+            share: share of the whole run that the pass counts, 0 to 1.
+            grid: grid of the pass, whose pixels are counted.
+        """
         total = grid.width * grid.height
 
         def advance(count: int) -> None:
             self._done += share * count / total
-            # The rest is finishing the files.
+            # The last percent is for finishing the files.
             self._report(min(self._done, 0.99))
 
         return advance
@@ -77,12 +88,17 @@ class Work:
 
     run: RasterRun
     folder: Path
+    """Folder for the finished files."""
     progress: Progress
     cancelled: threading.Event | None
+    """An event that cancels the run when it is set."""
     executor: Executor
     cache: BlockCache
+    """GDAL's block cache."""
     journal: Journal | None
+    """Stores finished windows; None stores none."""
     window_bytes: int
+    """Memory of one window, bytes."""
 
     def each(
         self,
@@ -95,16 +111,23 @@ class Work:
         keep: Callable[[Window, Arrays], None],
         advance: Callable[[int], None],
     ) -> Timing:
-        """Run one pass: read every window, infer, and store what later steps need.
+        """Run one pass: read every window, infer, and store the result.
 
         Args:
             stage: name of the pass.
             parts: windows of the pass.
-            read: reads a window; called ahead, in one thread.
-            infer: predicts for a window; called from several threads at once.
-            digest: turns the result of `infer` into the arrays that `keep` takes.
-            keep: takes the arrays of each window in order, those of the journal first.
+            read: reads a window; called ahead of `infer`, in one thread.
+            infer: predicts from the result of `read`; called from several threads at once.
+            digest: converts the result of `infer` to the arrays that the journal stores.
+            keep: takes the arrays of each window, in order: first those from the journal, then
+                those that this pass computes.
             advance: called with the number of pixels of each finished window.
+
+        Returns:
+            The seconds of each stage.
+
+        Raises:
+            Cancelled: the run was cancelled.
         """
         steps = [Step(stage=stage, number=n, window=part) for n, part in enumerate(parts)]
         begin = self._recall(steps, keep, advance)
@@ -130,9 +153,10 @@ class Work:
         keep: Callable[[Window, Arrays], None],
         advance: Callable[[int], None],
     ) -> int:
-        """Number of windows, from the first on without a gap, that the journal holds.
+        """Keep the windows from the journal up to the first missing one, and return their number.
 
-        Windows after a gap are computed again, because sums of floats must be added in one order.
+        Windows after a missing one are computed again, because sums of floats depend on the order
+        in which they are added.
         """
         if self.journal is None:
             return 0
@@ -151,18 +175,18 @@ class WindowPredictions:
     """The predictions of one window."""
 
     index: NDArray[np.intp]
-    """Positions in the flattened window (n) that have a prediction."""
+    """Positions (n) in the flattened window that have a prediction."""
     predictions: Floats
     """Predictions of these positions (n, …)."""
     classes: NDArray[np.uint8] | None = None
-    """Their classes (n) in a map that was cleaned; None takes the most probable ones."""
+    """Classes of these positions (n) in a map that was cleaned; None takes the most probable."""
 
 
 def spread(window: Window, found: WindowPredictions) -> Arrays:
-    """Predictions (n, K) as `values` (K, h, w), NaN elsewhere."""
-    whole = np.full((found.predictions.shape[1], window.height * window.width), np.nan, np.float32)
-    whole[:, found.index] = found.predictions.T
-    return {"values": whole.reshape(-1, window.height, window.width)}
+    """Predictions (n, K) as an array `values` (K, h, w) of the window, NaN without a prediction."""
+    values = np.full((found.predictions.shape[1], window.height * window.width), np.nan, np.float32)
+    values[:, found.index] = found.predictions.T
+    return {"values": values.reshape(-1, window.height, window.width)}
 
 
 def keep_in(raster: OpenScratch) -> Callable[[Window, Arrays], None]:
@@ -171,7 +195,13 @@ def keep_in(raster: OpenScratch) -> Callable[[Window, Arrays], None]:
 
 
 class Sink:
-    """Tallies the predictions of windows, and writes them to rasters if rasters are requested."""
+    """Counts the predictions of windows, and writes them to rasters if rasters are requested.
+
+    Args:
+        work: the run.
+        grid: grid of the predictions.
+        stack: contexts that the caller ends with the run; takes that of the raster writer.
+    """
 
     def __init__(self, work: Work, grid: Grid, stack: ExitStack) -> None:
         run = work.run
@@ -187,33 +217,42 @@ class Sink:
         )
 
     def digest(self, window: Window, found: WindowPredictions) -> Arrays:
-        """A window's bands by layer, its `valid` predictions, and its part of the tally."""
+        """The bands of a window by layer, its number of `valid` predictions, and its counts."""
         predictions = found.predictions
-        # A sum is finite only if all numbers are, and is faster than a test of each.
+        # The sum of a prediction is NaN if any number is, and is faster than a test of each number.
         flat = predictions.reshape(len(predictions), math.prod(predictions.shape[1:]))
         missing = np.isnan(np.einsum("ij->i", flat))
         hectares = self._grid.hectares(window).ravel()
         counts = self._tally.count(predictions, hectares[found.index], found.classes)
-        arrays = {f"{_COUNTED}{name}": values for name, values in counts.items()}
+        arrays = {f"{_COUNTS}{name}": values for name, values in counts.items()}
         arrays["valid"] = (~missing).sum()
         if not self._layers:
             return arrays
         for name, values in self._predictions.bands(predictions, found.classes).items():
-            whole = self._layers[name].empty(window.height * window.width)
-            whole[:, found.index] = values
-            arrays[name] = whole.reshape(-1, window.height, window.width)
+            bands = self._layers[name].empty(window.height * window.width)
+            bands[:, found.index] = values
+            arrays[name] = bands.reshape(-1, window.height, window.width)
         return arrays
 
     def keep(self, window: Window, arrays: Arrays) -> None:
-        """Add a window to the tally, and write its bands."""
+        """Add the counts of a window to the tally, and write its bands."""
         self._valid += int(arrays["valid"])
         self._tally.add(
-            {n.removeprefix(_COUNTED): a for n, a in arrays.items() if n.startswith(_COUNTED)}
+            {n.removeprefix(_COUNTS): a for n, a in arrays.items() if n.startswith(_COUNTS)}
         )
         self._writer.write(window, {name: arrays[name] for name in self._layers})
 
     def outcome(self, timing: Timing) -> Outcome:
-        """Finish the files and return them with the summary."""
+        """Finish the files and return them with the summary.
+
+        Args:
+            timing: seconds of the run's passes.
+
+        Raises:
+            Cancelled: the run was cancelled.
+            InsufficientStorage: the disk is full.
+            InvalidRequest: the map has more areas than `polygons` writes.
+        """
         start = time.perf_counter()
         check(self._work.cancelled)
         files = self._writer.finish()
@@ -279,7 +318,7 @@ def run_warnings(run: RasterRun) -> tuple[StackWarning, ...]:
 
 
 def all_missing(run: RasterRun, cache: BlockCache | None) -> StackWarning:
-    """The warning that no pixel or patch has a prediction, with the reason; none if one has."""
+    """The warning that no pixel or patch has a prediction, with the reason."""
     least = run.model.card.min_observations
     why = why_missing(run.stack, run.used, least, cache=cache)
     what = "pixel" if run.model.card.modality == "pixel" else "patch"
@@ -289,13 +328,13 @@ def all_missing(run: RasterRun, cache: BlockCache | None) -> StackWarning:
 def none_predicted(
     run: RasterRun, statuses: Sequence[JSON], noun: str, cache: BlockCache | None
 ) -> tuple[StackWarning, ...]:
-    """The warning that no point or field has a prediction, with the reason; none if one has.
+    """The warning that no point or field has a prediction, with the reason; empty if one has.
 
     Args:
         run: the run.
         statuses: status of each point or field: ok, no_data, outside or invalid.
-        noun: `point` or `field`, for messages.
-        cache: GDAL's block cache; None leaves it as it is.
+        noun: `point` or `field`, for the message.
+        cache: GDAL's block cache; None does not change it.
     """
     if "ok" in statuses:
         return ()
@@ -325,28 +364,29 @@ def _coverage(run: RasterRun) -> tuple[StackWarning, ...]:
     """The warning that the patches cover only a part of the raster."""
     if run.model.card.modality != "patch":
         return ()
-    cells, whole = covered_pixels(run)
-    if cells >= _COVERED * whole:
+    covered, total = covered_pixels(run)
+    if covered >= _COVERED * total:
         return ()
     rows, columns = run.patches.grid.height, run.patches.grid.width
     detail = (
-        f"the {rows} x {columns} cells of {run.stride} pixels cover {cells / whole:.0%} of the "
-        f"raster, from its upper left corner, and areas are those of the cells: a label is given "
-        f"where a whole patch of {run.model.card.patch} x {run.model.card.patch} pixels begins. "
-        "Extend the raster to the right and below to cover the rest"
+        f"the {rows} x {columns} cells of {run.stride} pixels cover {covered / total:.0%} of the "
+        "raster, from its upper left corner, and areas are those of the cells: a cell has a label "
+        f"only if a whole patch of {run.model.card.patch} x {run.model.card.patch} pixels fits "
+        "between its upper left corner and the raster's edges. Extend the raster to the right and "
+        "below to cover the rest"
     )
     return (StackWarning(code="area_not_covered", detail=detail),)
 
 
 def covered_pixels(run: RasterRun) -> tuple[int, int]:
-    """Pixels of the raster that the cells of a patch run cover, and all pixels."""
+    """Number of the raster's pixels that the cells of a patch run cover, and of all its pixels."""
     cells, grid = run.patches.grid, run.stack.grid
-    whole = grid.width * grid.height
-    return min(cells.width * cells.height * run.stride**2, whole), whole
+    total = grid.width * grid.height
+    return min(cells.width * cells.height * run.stride**2, total), total
 
 
 def cleaning(run: RasterRun) -> dict[str, JSON]:
-    """How a map was cleaned, for summaries; empty if it was not."""
+    """The parameters with which a map was cleaned, for summaries; empty if it was not cleaned."""
     given: dict[str, JSON] = {"smooth": run.smooth, "min_area": run.min_area}
     return {name: value for name, value in given.items() if value}
 
@@ -367,12 +407,12 @@ def _summary_head(run: RasterRun) -> dict[str, JSON]:
     }
     if card.modality == "pixel":
         return {**head, **cleaning(run)}
-    cells, whole = covered_pixels(run)
-    return {**head, "stride": run.stride, "covered_share": cells / whole}
+    covered, total = covered_pixels(run)
+    return {**head, "stride": run.stride, "covered_share": covered / total}
 
 
 def _reflectance(run: RasterRun) -> list[JSON]:
-    """Scale and offset with their origin, and the dates that they were applied to."""
+    """Each scale and offset with its origin and the dates to which it was applied."""
     stack, used = run.stack, set(run.used)
     by_kind: dict[tuple[float, float, str | None, str | None], list[int]] = defaultdict(list)
     for acquisition in stack.acquisitions:
@@ -393,7 +433,7 @@ def _reflectance(run: RasterRun) -> list[JSON]:
 
 
 def _tags(run: RasterRun) -> dict[str, str]:
-    """Tags of every file: the model and the dates of the observations."""
+    """Tags of every file: the model, the time window and the dates of the observations."""
     tags = {"TIFFTAG_SOFTWARE": "PIMC", "PIMC_MODEL": run.model.card.id}
     if run.time_window:
         tags["PIMC_WINDOW_START"] = run.time_window.start.isoformat()

@@ -1,4 +1,4 @@
-"""Derived maps: a finished result cleaned, without reading the stack or running the model again.
+"""Derived maps: a finished class map smoothed and sieved without running the model again.
 
 class.tif [+ probabilities.tif] → smoothed → sieved → another class map or its polygons
 """
@@ -19,7 +19,7 @@ from service.run.clean import read_around
 from service.run.windows import WINDOW_BYTES, windows
 from service.write.cog import RasterWriter, StoredRaster, open_stored
 from service.write.polygons import write_polygons
-from service.write.predictions import NO_CLASS, POLYGONS, Layer, decided
+from service.write.predictions import NO_CLASS, POLYGONS, Layer, classes_with_confidence
 from service.write.sieve import sieved
 
 _COPIES = 4
@@ -28,79 +28,85 @@ _BLOCK = (256, 256)
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaning:
-    """How a finished map is cleaned."""
+    """Parameters with which a finished map is cleaned."""
 
     smooth: int = 0
-    """Radius in pixels; 0 smooths nothing."""
+    """Radius of the smoothing in pixels; 0 does not smooth."""
     min_area: float = 0.0
-    """Hectares; 0 joins nothing."""
+    """Hectares below which an area joins a neighbour; 0 joins none."""
 
     @property
     def name(self) -> str:
-        """Part of a file name that tells this cleaning from others."""
+        """Part of a file name, different for each combination of parameters."""
         return f"s{self.smooth}-a{self.min_area!r}"
 
 
 def check_derivable(
-    files: Mapping[str, Path], how: Cleaning, *, smoothed_by: int, most_pixels: int
+    files: Mapping[str, Path], cleaning: Cleaning, *, smoothed_by: int, most_pixels: int
 ) -> None:
-    """Check that a result holds what a derived map is made of.
+    """Check that a map can be derived from a finished result.
 
     Args:
-        files: of the result, by output name.
-        how: the requested cleaning.
-        smoothed_by: radius by which the result was smoothed when it was made.
-        most_pixels: pixels that a derived map may have.
+        files: files of the result, by output name.
+        cleaning: the requested cleaning.
+        smoothed_by: radius in pixels by which the run smoothed the result; 0 if it did not.
+        most_pixels: largest number of pixels of a derived map.
 
     Raises:
-        InvalidRequest: it does not, or the map is too large to be made while the client waits.
+        InvalidRequest: the result does not contain the class map or the probabilities, was smoothed
+            by the run, or is too large to be cleaned while the client waits.
     """
     if "class" not in files:
         raise InvalidRequest.of("min_area", "the job has no class map: run it with outputs=class")
-    if how.smooth and smoothed_by:
-        raise InvalidRequest.of("smooth", f"the job's map is smoothed already, by {smoothed_by}")
-    if how.smooth and "probabilities" not in files:
+    if cleaning.smooth and smoothed_by:
         raise InvalidRequest.of(
             "smooth",
-            "the job kept no probabilities: run it with outputs=class,probabilities, or smooth",
+            f"the job's map is smoothed already, with smooth={smoothed_by}: leave out `smooth`, or "
+            "run the job without it",
+        )
+    if cleaning.smooth and "probabilities" not in files:
+        raise InvalidRequest.of(
+            "smooth",
+            "the job has no probabilities, from which a map is smoothed: run it with "
+            "outputs=class,probabilities, or with `smooth`",
         )
     with open_stored(files["class"]) as raster:
         pixels = raster.grid.width * raster.grid.height
     if pixels > most_pixels:
         raise InvalidRequest.of(
             "min_area",
-            f"a map of {pixels} pixels is not cleaned while a client waits, which is done up to "
-            f"{most_pixels} (PIMC_SYNC_MAX_PIXELS): run the job with smooth and min_area",
+            f"the map has {pixels} pixels, and maps of at most {most_pixels} are cleaned while the "
+            "client waits (PIMC_SYNC_MAX_PIXELS): run the job with `smooth` and `min_area` instead",
         )
 
 
-def derive_map(files: Mapping[str, Path], how: Cleaning, output: str, path: Path) -> None:
+def derive_map(files: Mapping[str, Path], cleaning: Cleaning, output: str, path: Path) -> None:
     """Write the cleaned class map of a result, or its polygons.
 
     Args:
-        files: of the result, as `check_derivable` accepts them.
-        how: the requested cleaning.
+        files: files of the result by output name, checked with `check_derivable`.
+        cleaning: the requested cleaning.
         output: `class` or `polygons`.
-        path: of the file to write.
+        path: the file to write.
 
     Raises:
-        InvalidRequest: more areas than can be joined or written.
+        InvalidRequest: the map has more areas than can be joined or written.
         InsufficientStorage: the disk is full.
     """
     with open_stored(files["class"]) as raster:
         grid, legend, tags = raster.grid, raster.legend, raster.tags
-        whole = Window(0, 0, grid.width, grid.height)
-        classes = raster.pixels.read(whole)[0].astype(np.uint8)
-    if how.smooth:
+        everything = Window(0, 0, grid.width, grid.height)
+        classes = raster.pixels.read(everything)[0].astype(np.uint8)
+    if cleaning.smooth:
         with open_stored(files["probabilities"]) as probabilities:
-            classes = _smoothed_classes(probabilities, how.smooth)
-    if how.min_area:
-        classes = sieved(classes, grid.hectares(whole), how.min_area)
+            classes = _smoothed_classes(probabilities, cleaning.smooth)
+    if cleaning.min_area:
+        classes = sieved(classes, grid.hectares(everything), cleaning.min_area)
     layer = Layer(name="class", bands=("class",), legend=legend)
     with TemporaryDirectory(dir=path.parent) as name:
         folder = Path(name)
         with RasterWriter(folder, grid, (layer,), tags) as writer:
-            writer.write(whole, {"class": classes[None]})
+            writer.write(everything, {"class": classes[None]})
             finished = writer.finish()["class"]
         if output == POLYGONS:
             write_polygons(finished, grid, legend, path)
@@ -114,6 +120,6 @@ def _smoothed_classes(probabilities: StoredRaster, radius: int) -> np.ndarray:
     count = len(probabilities.pixels.read(Window(0, 0, 1, 1)))
     for window in windows(grid, _BLOCK, _COPIES * 4 * count, WINDOW_BYTES):
         _, around = read_around(probabilities.pixels, grid, window, radius)
-        found = decided(smoothed(around, radius).reshape(count, -1).T)[0]
+        found = classes_with_confidence(smoothed(around, radius).reshape(count, -1).T)[0]
         classes[window.toslices()] = found.reshape(window.height, window.width)
     return classes

@@ -42,7 +42,7 @@ class Result:
     document: Mapping[str, Any]
     """JSON with `warnings`: a summary, GeoJSON, or one result per series."""
     files: Mapping[str, Path] = field(default_factory=dict)
-    """Finished COGs by output name; empty if the document is the whole result."""
+    """Finished COGs by output name; empty if the result has no rasters."""
     pixels: int
     """Pixels, patches, points or series predicted."""
     timing: Timing
@@ -61,22 +61,22 @@ def execute(
     budget: MemoryBudget | None = None,
     patience: float | None = None,
 ) -> Result:
-    """Run a plan to its end, in the calling thread.
+    """Run a plan to its result, in the calling thread.
 
     Args:
         plan: the plan to run.
-        folder: folder of the result's files.
-        executor: runs the windows.
+        folder: folder for the result's files.
+        executor: processes the windows.
         cache: GDAL's block cache; None creates one for a raster.
-        cancelled: set to stop the run soon.
+        cancelled: an event that cancels the run when it is set.
         progress: called with the finished share of a raster, 0 to 1, from one thread at a time.
         journal: stores a raster's finished windows; None stores none.
-        budget: memory for runs; None makes one for this run alone.
-        patience: seconds to wait for memory; None waits for as long as it takes.
+        budget: memory budget of all runs; None creates one for this run.
+        patience: seconds to wait for memory; None waits without a limit.
 
     Raises:
-        PIMCError: an error in the pixels, or of the disk.
-        Overloaded: other runs hold the memory.
+        PIMCError: an error of the pixels or of the disk.
+        Overloaded: other runs held the memory until `patience` had passed.
         Cancelled: `cancelled` was set.
     """
     request, run = plan.request, plan.run
@@ -111,7 +111,7 @@ def execute(
 
 
 def _used(items: Iterable[Mapping[str, Any]], run: RasterRun) -> list[Mapping[str, Any]]:
-    """The STAC items of the dates that the run uses."""
+    """The STAC items whose date the run uses; all items if the stack has no dates."""
     days = {run.stack.dates[t].isoformat() for t in run.used} if run.stack.dates else None
     return [i for i in items if days is None or str(i.get("datetime", ""))[:10] in days]
 
@@ -206,5 +206,5 @@ def _series(task: Task, run: SeriesRun, cancelled: threading.Event) -> Result:
 
 
 def listed(warnings: Iterable[StackWarning]) -> list[dict[str, str]]:
-    """Warnings in the form of JSON documents."""
+    """Warnings as JSON, as responses contain them."""
     return [{"code": warning.code, "detail": warning.detail} for warning in warnings]

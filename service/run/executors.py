@@ -2,7 +2,8 @@
 
     items ──▶ read (1 thread) ──▶ infer (2 threads) ──▶ write (1 thread, in the items' order)
 
-An executor gets the windows and one function per stage; it does not depend on rasters or models.
+An executor takes items, such as windows, and one function per stage. It does not depend on rasters
+or models.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Timing:
     read: float = 0.0
     """Reading and scaling pixels."""
     infer: float = 0.0
-    """Preparing input and running the graph."""
+    """Preparing the input and running the graph."""
     write: float = 0.0
     """Writing windows and finishing files."""
 
@@ -54,10 +55,20 @@ class Executor(Protocol):
         write: Callable[[_Item, _Inferred], None],
         cancelled: threading.Event | None = None,
     ) -> Timing:
-        """Pass every item through read, infer and write.
+        """Read, infer and write every item.
 
-        Reads and writes happen in the items' order, one at a time each; several items may be
-        inferred at once. The number of items between two stages is bounded, and so is memory.
+        Items are read one at a time and written one at a time, in their order; several items may be
+        inferred at once. The number of items between two stages is bounded, and therefore memory.
+
+        Args:
+            items: the items, such as windows.
+            read: reads an item.
+            infer: predicts from the result of `read`.
+            write: takes an item and the result of `infer`.
+            cancelled: an event that cancels the run when it is set.
+
+        Returns:
+            The seconds in which each stage was busy.
 
         Raises:
             Cancelled: `cancelled` was set.
@@ -71,11 +82,13 @@ class ThreadExecutor:
     """Reads in one thread, infers in several, writes in one."""
 
     depth: int = 1
-    """Items read ahead of the next one, and items that may wait to be written."""
+    """Number of items read ahead of the next one, and of items that may wait to be written."""
     workers: int = 2
-    """Items inferred at once: while one ends or gathers its input, the other's batches run."""
+    """Number of items inferred at once: while one item's input is prepared, the batches of another
+    run."""
     in_flight: Callable[[int], None] = lambda _: None
-    """Called with +1 when an item's read begins, and with -1 once it is written or abandoned."""
+    """Called with +1 when the read of an item begins, and with -1 when the item is written or
+    dropped."""
 
     def run(
         self,
@@ -97,11 +110,11 @@ class ThreadExecutor:
         begun = ended = 0
 
         def hand_over() -> None:
-            """Wait until the oldest item is inferred, and pass it on to the writer."""
+            """Wait until the oldest item is inferred, and submit it to the writer."""
             nonlocal ended
             item, inferred = at_work.popleft()
             result = inferred.result()
-            # A write that failed is raised now, not `depth` items later.
+            # A failed write raises here, and not only `depth` items later.
             while behind and (behind[0].done() or len(behind) >= self.depth):
                 behind.popleft().result()
                 ended += 1
@@ -119,14 +132,14 @@ class ThreadExecutor:
                     hand_over()
                 values = ahead.popleft().result()
                 at_work.append((item, inferrer.submit(inferring.call, infer, values)))
-                del values  # otherwise its memory is kept while the next item is read
+                del values  # otherwise its memory is not freed while the next item is read
             while at_work:
                 hand_over()
             for pending in behind:
                 pending.result()
             check(cancelled)
         finally:
-            # After an error this drops pending calls and waits for running ones.
+            # After an error, each shutdown cancels pending calls and waits for running ones.
             reader.shutdown(cancel_futures=True)
             inferrer.shutdown(cancel_futures=True)
             writer.shutdown(cancel_futures=True)
@@ -145,7 +158,7 @@ def check(cancelled: threading.Event | None) -> None:
 
 
 class _Stage:
-    """One stage: measures the seconds in which it is busy; after a failure it runs nothing."""
+    """One stage of a run: measures its busy seconds; after a failure it makes no further call."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -158,8 +171,8 @@ class _Stage:
         """Call a function as part of this stage."""
         with self._lock:
             if self._failed:
-                # This error never leaves the executor: items are awaited in order, and the earlier
-                # item's error is raised first.
+                # The executor never raises this error: it awaits items in order, and so raises the
+                # earlier item's error first.
                 raise Cancelled("an earlier item failed")
             if not self._inside:
                 self._since = time.perf_counter()

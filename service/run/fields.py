@@ -1,11 +1,11 @@
-"""Field runs: predictions per polygon, each pixel counted by the share of it that is covered.
+"""Field runs: predictions per polygon, each pixel weighted by the share that the polygon covers.
 
-    windows that hold a field → Sits → infer → sums per field → means → results
+    windows that contain a field → Sits → infer → sums per field → means → results
 
-Classes: the mean probability over a field's pixels. Forecasts: one forecast of the field's mean
-series, which is the mean over its clear pixels on each date. Embeddings: the mean embedding. Each
-window adds a few sums to its fields, so memory does not grow with the raster, and a field may lie
-in several windows.
+A classification returns the mean probabilities over a field's pixels. A forecast is made from the
+field's mean series, the mean over its clear pixels on each date. An embedding is the mean over the
+field's pixels. A field may extend over several windows; each of them adds a few sums to the field,
+so that memory does not grow with the raster.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from service.run.windows import Arrays, windows
 from service.write.predictions import JSON
 
 _CELLS_AT_ONCE = 2**16
-"""Cells of fields whose series are gathered at once; overlapping fields may have many cells."""
+"""Number of cells of fields whose series are gathered at once, which bounds the memory."""
 _LABEL_CELLS = 16
-"""Pixels that one polygon labels: neighbours in a field hardly differ."""
+"""Largest number of pixels that one polygon labels; the pixels of a field hardly differ."""
 LEAST_CLEAR = 0.1
 """Share of a field's area that must be clear on a date for it to count in the mean series."""
 
@@ -50,29 +50,30 @@ class FieldOutcome:
     """Results of a field run."""
 
     results: tuple[dict[str, JSON], ...]
-    """One result per field, in order: `status` ok, no_data, outside or invalid, and if ok the
-    prediction with `pixels`, `hectares` and `clear_dates`."""
+    """One result per field, in order: `status` (ok, no_data, outside or invalid), and the
+    prediction with `pixels`, `hectares` and `clear_dates` if the status is ok."""
     pixels: int
-    """Seconds by stage of the windows read."""
+    """Number of pixels of the windows read."""
     timing: Timing
+    """Seconds of each stage."""
     warnings: tuple[StackWarning, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """Coverage of a window: the cells that fields cover, and the share of each cell.
+    """Coverage of a window: one entry for each field and cell of which the field covers a part.
 
     Entries are sorted by field.
     """
 
     fields: NDArray[np.intp]
-    """Numbers of the fields that cover a cell (n), ascending."""
+    """Numbers (n) of the fields that cover a cell, ascending."""
     starts: NDArray[np.intp]
-    """First entry of each of these fields (n)."""
+    """Position (n) of the first entry of each of these fields."""
     cells: NDArray[np.intp]
-    """Position of each entry in the flattened window (E)."""
+    """Position (E) of each entry's cell in the flattened window."""
     share: NDArray[np.float64]
-    """Covered share of the cell, 0 to 1 (E)."""
+    """Share (E) of each entry's cell that the field covers, 0 to 1."""
 
     def sums(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Sums by field (n, …) of values by entry (E, …)."""
@@ -82,7 +83,7 @@ class Coverage:
 
 
 class FieldGrid:
-    """Fields on a raster's grid: the windows that hold them, and the covered shares of pixels.
+    """Fields on a raster's grid: the windows that contain them, and the covered shares of pixels.
 
     Args:
         fields: the polygons.
@@ -106,10 +107,11 @@ class FieldGrid:
         self._bounds = shapely.bounds(self._shapes)
 
     def parts(self, windows: Iterable[Window]) -> list[Window]:
-        """The windows that hold a field, in order.
+        """The windows that contain a part of a field, in order.
 
-        Windows are split where fields overlap so often that together they cover too many cells to
-        be held at once: the same field sent 10,000 times covers 10,000 times its cells.
+        A window in which fields together cover more than `COVERED_CELLS` cells is divided: the
+        entries of overlapping fields, such as one field sent 10,000 times, would take too much
+        memory.
         """
         found = []
         for window in windows:
@@ -126,7 +128,7 @@ class FieldGrid:
         return found
 
     def _cells(self, window: Window, numbers: NDArray[np.intp]) -> int:
-        """Cells of the bounding boxes of some fields within a window, an upper limit of theirs."""
+        """Number of cells of the fields' bounding boxes in a window, an upper limit of theirs."""
         (top, bottom), (left, right) = window.toranges()
         west, south, east, north = self._bounds[numbers].T
         across = np.ceil(np.minimum(east, right)) - np.floor(np.maximum(west, left))
@@ -134,18 +136,19 @@ class FieldGrid:
         return int((across * down).sum())
 
     def within(self, window: Window) -> NDArray[np.intp]:
-        """The fields whose bounding box meets a window, ascending."""
+        """Numbers of the fields whose bounding box intersects a window, ascending."""
         (top, bottom), (left, right) = window.toranges()
         return np.sort(self._tree.query(shapely.box(left, -bottom, right, -top)))
 
     def coverage(self, window: Window) -> Coverage:
-        """The covered share of each cell of a window by field.
+        """The share of each cell of a window that each field covers.
 
-        The shares are exact for every affine grid: exactextract computes them in pixel space.
+        The shares are exact for every affine grid, because exactextract computes them in pixel
+        coordinates.
         """
         (top, bottom), (left, right) = window.toranges()
         numbers = self.within(window)
-        # Only the shares are needed, so all cells may be the same byte.
+        # Only the shares are used, so all cells may have the same byte as their value.
         cells = np.broadcast_to(np.zeros((), np.uint8), (bottom - top, right - left))
         source = NumPyRasterSource(cells, left, -bottom, right, -top)
         features = [
@@ -175,13 +178,14 @@ def label_pixels(
     """The pixels of a raster that points and polygons label.
 
     Args:
-        labels: points, which label the pixel they lie in, and polygons, which label the pixels of
-            which they cover half or, if there are none, most; of many, `_LABEL_CELLS` spread
-            evenly.
-        grid: of the raster.
+        labels: points and polygons. A point labels the pixel in which it lies. A polygon labels the
+            pixels of which it covers at least half or, if there are none, those of which it covers
+            most; at most `_LABEL_CELLS` of these, evenly spread.
+        grid: grid of the raster.
 
     Returns:
-        Row, column and position of the label (n) of each pixel, by label.
+        Row (n) and column (n) of each labelled pixel, and the position of its label (n) in
+        `labels`, in the order of the labels.
     """
     shapes = labels.in_crs(grid.crs)
     kinds = shapely.get_type_id(shapes)
@@ -221,7 +225,7 @@ def label_pixels(
 
 
 def _halves(window: Window) -> tuple[Window, Window]:
-    """A window of several pixels, cut across its longer side."""
+    """The two halves of a window of several pixels, divided across its longer side."""
     left, top, width, height = window.col_off, window.row_off, window.width, window.height
     if width >= height:
         half = width // 2
@@ -238,7 +242,7 @@ def run_fields(work: Work, fields: Fields) -> FieldOutcome:
     """Predict for polygons.
 
     Args:
-        work: the run, with its executor, journal and progress; no rasters are written.
+        work: the run, with its executor, journal and progress; it writes no rasters.
         fields: the polygons.
 
     Raises:
@@ -288,7 +292,7 @@ def _advance(work: Work, parts: Sequence[Window]) -> Any:  # noqa: ANN401 - a fu
 
 
 class _Sums:
-    """Counts of each field for every kind of result: pixels, area and clear dates."""
+    """Sums of each field that every kind of result needs: pixels, area and clear dates."""
 
     def __init__(self, run: RasterRun, grid: FieldGrid, count: int, stages: PixelStages) -> None:
         self._run = run
@@ -306,7 +310,7 @@ class _Sums:
         }
 
     def add(self, arrays: Arrays) -> None:
-        """Add the sums of a window to its fields."""
+        """Add the sums of a window to those of its fields."""
         fields = arrays["fields"]
         for name, values in arrays.items():
             if name == "fields":
@@ -320,8 +324,8 @@ class _Sums:
     def _status(self, ok: NDArray[np.bool_]) -> list[dict[str, JSON]]:
         covered = self._total("pixels") > 0
         return [
-            {"status": "ok" if good else "no_data" if there else "outside"}
-            for good, there in zip(ok, covered, strict=True)
+            {"status": "ok" if is_ok else "no_data" if is_covered else "outside"}
+            for is_ok, is_covered in zip(ok, covered, strict=True)
         ]
 
     def _extent(self, number: int, clear_dates: float) -> dict[str, JSON]:
@@ -336,7 +340,7 @@ class _Means(_Sums):
     """Mean probabilities with the share of each class, or mean embeddings."""
 
     def infer(self, clear: ClearPixels) -> tuple[WindowPredictions, NDArray[np.integer[Any]]]:
-        """Predictions of a window, and the number of clear dates of each of its pixels."""
+        """The predictions of a window, and the number of clear dates of each pixel (h, w)."""
         return self._stages.infer(clear), clear.seen
 
     def digest(
@@ -391,10 +395,10 @@ class _Means(_Sums):
 
 
 class _Series(_Sums):
-    """Forecasts of the fields' mean series."""
+    """Forecasts from the fields' mean series."""
 
     def infer(self, clear: ClearPixels) -> Sits:
-        """The window's series; the model predicts later, from the means."""
+        """The window's series; the model runs later, on the mean series in `results`."""
         return clear.sits
 
     def digest(self, window: Window, sits: Sits) -> Arrays:
@@ -441,8 +445,8 @@ def series_sums(covered: Coverage, sits: Sits) -> tuple[NDArray[np.float64], NDA
         sits: the window's series.
 
     Returns:
-        Clear pixels by field and date (n, T), as sums of shares; and the sums of their reflectance
-        (n, T, C).
+        Clear pixels by field and date (n, T) float64, as sums of covered shares; and the sums of
+        their reflectance (n, T, C) float64, weighted by these shares.
     """
     T, C, h, w = sits.values.shape
     values, valid = sits.values.reshape(T, C, h * w), sits.valid.reshape(T, h * w)
@@ -450,7 +454,7 @@ def series_sums(covered: Coverage, sits: Sits) -> tuple[NDArray[np.float64], NDA
     for part, cells, share in _pieces(covered):
         weight = np.where(valid[:, cells], share, 0.0)
         clear.append(part.sums(weight.T))
-        # Cloudy pixels keep their values; missing ones are NaN.
+        # Invalid pixels may be NaN, whose product with the weight 0 is NaN.
         known = np.where(valid[:, None, cells], values[:, :, cells], 0.0)
         total.append(part.sums((known * weight[:, None]).transpose(2, 0, 1)))
     return (
@@ -462,7 +466,7 @@ def series_sums(covered: Coverage, sits: Sits) -> tuple[NDArray[np.float64], NDA
 def _pieces(
     covered: Coverage,
 ) -> Iterator[tuple[Coverage, NDArray[np.intp], NDArray[np.float64]]]:
-    """A coverage split into parts of complete fields, of about `_CELLS_AT_ONCE` entries each."""
+    """A coverage divided into parts of whole fields, each of about `_CELLS_AT_ONCE` entries."""
     ends = np.append(covered.starts[1:], len(covered.cells))
     begin = 0
     while begin < len(covered.fields):

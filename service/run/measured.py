@@ -1,9 +1,10 @@
-"""Measured series: the values of a stack at places, by date, without a prediction.
+"""Measured series: reflectance and spectral indices of points or fields by date, without a model.
 
     places × dates → reflectance, spectral indices, clear share [→ recurrence plots]
 
-A place is a point (its pixel) or a field (the mean over its clear pixels, each weighted by the
-share that the polygon covers). Indices are computed from the mean reflectance, as for forecasts.
+A place is a point or a field. The value of a point is that of its pixel; the value of a field is
+the mean over its clear pixels, each weighted by the share of the pixel that the polygon covers.
+Indices are computed from this mean reflectance, as for forecasts of fields.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import ModelCard, ResolvedWindow
+from models.card import ModelCard, ResolvedTimeWindow
 from service.errors import InvalidRequest, MissingBands, StackWarning
 from service.grid import Window
 from service.infer.engine import Engine
@@ -46,15 +47,15 @@ from service.write.fields import field_features
 from service.write.predictions import JSON
 
 BANDS = ("B02", "B04", "B08")
-"""Bands that a stack must have, those of the indices."""
+"""Bands that a stack must have, because the indices need them."""
 FURTHER_BANDS = ("B01", "B03", "B05", "B06", "B07", "B8A", "B09", "B11", "B12")
-"""Bands that are returned as well if every date has them."""
+"""Bands that the response also contains if every date has them."""
 Sums = NDArray[np.float64]
 INDICES = ("ndvi", "evi", "savi")
 MAX_OBSERVATIONS = 250_000
-"""Places times dates of one request: the response is one document in memory."""
+"""Largest number of places times dates of a request, because the response is held in memory."""
 MAX_PLOTS = 500
-"""Places of a request with plots."""
+"""Largest number of places of a request with plots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,24 +63,25 @@ class Measured:
     """The result of a `MeasureRequest`."""
 
     document: Mapping[str, Any]
-    """GeoJSON, `warnings` included."""
+    """GeoJSON with `warnings`."""
     pixels: int
-    """Pixels read."""
+    """Number of pixels read."""
     timing: Timing
     warnings: tuple[StackWarning, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Places:
-    """Mean series of N places; those without a clear pixel on a date have NaN there."""
+    """Mean series of N places."""
 
     values: Floats
-    """Reflectance (N, T, C)."""
+    """Reflectance (N, T, C), unitless; NaN on dates on which a place has no clear pixel."""
     clear: NDArray[np.float64]
     """Share of the place that is clear (N, T), 0 to 1."""
     extents: Sequence[Mapping[str, JSON]]
-    """For each place its `status`, and for a field its `pixels` and `hectares`."""
+    """`status` of each place, and `pixels` and `hectares` of a field."""
     pixels: int
+    """Number of pixels read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +90,11 @@ class _Plotter:
 
     card: ModelCard
     parameters: PlotParameters
-    time_window: ResolvedWindow
+    time_window: ResolvedTimeWindow
     bands: tuple[str, ...]
-    """Of the stack."""
+    """Bands of the stack."""
     days: NDArray[np.float32]
+    """Days since the time window's first day (T) of the used dates."""
 
     @classmethod
     def of(cls, request: MeasureRequest, engine: Engine, stack: Stack) -> _Plotter:
@@ -103,21 +106,21 @@ class _Plotter:
         if lacking:
             raise MissingBands(
                 f"the plots of '{card.id}' need {', '.join(lacking)}, which the stack does not "
-                f"have at every date; there are: {', '.join(stack.bands)}"
+                f"have at every date; bands of the stack: {', '.join(stack.bands)}"
             )
-        window = resolve_time_window(card, stack.dates, request.start, what="the stack")
-        if window is None:
+        time_window = resolve_time_window(card, stack.dates, request.start, what="the stack")
+        if time_window is None:
             raise TypeError(f"'{card.id}' has plots but no time window")
         return cls(
             card=card,
             parameters=parameters,
-            time_window=window,
+            time_window=time_window,
             bands=stack.bands,
-            days=np.asarray(window.days(stack.dates), np.float32),
+            days=np.asarray(time_window.days(stack.dates), np.float32),
         )
 
     def plots(self, places: _Places) -> list[JSON]:
-        """The plots of each place by index name; None with too few clear dates."""
+        """The plots of each place by index name; None for a place with too few clear dates."""
         used = list(self.time_window.used)
         values = places.values[:, used]
         valid = (places.clear[:, used] > LEAST_CLEAR) & ~np.isnan(values).any(axis=2)
@@ -131,20 +134,20 @@ class _Plotter:
                 name.upper(): np.round(plot, 6).tolist()
                 for name, plot in zip(self.parameters.indices, own, strict=True)
             }
-            if there
+            if has_enough
             else None
-            for own, there in zip(made, enough, strict=True)
+            for own, has_enough in zip(made, enough, strict=True)
         ]
 
     def head(self) -> dict[str, JSON]:
-        """Description of the plots, for the document."""
-        window = self.parameters.time_window
+        """Description of the plots, for the response."""
+        regular = self.parameters.time_window
         return {
             "plots": {
                 "model": self.card.id,
                 "first_day": self.time_window.first_day.isoformat(),
-                "steps": window.steps,
-                "step_days": window.step_days,
+                "steps": regular.steps,
+                "step_days": regular.step_days,
                 "threshold": self.parameters.threshold,
             }
         }
@@ -162,29 +165,31 @@ def measure(
     budget: MemoryBudget | None = None,
     patience: float | None = None,
 ) -> Measured:
-    """Measure the series of places.
+    """Measure the series of points or fields.
 
     Args:
         request: the stack and the places.
-        engine: the models, for plots.
-        max_raster_bytes: decoded bytes that a stack may have.
-        max_fields: polygons that a request may hold.
-        executor: runs the windows that hold a field.
-        cache: GDAL's block cache; None leaves it as it is.
-        cancelled: set it to cancel the run.
-        budget: memory for runs; None makes one for this run alone.
-        patience: seconds to wait for memory; None waits for as long as it takes.
+        engine: the models, whose cards have the parameters of the plots.
+        max_raster_bytes: largest decoded size of a stack, bytes.
+        max_fields: largest number of polygons of a request.
+        executor: processes the windows that contain a field.
+        cache: GDAL's block cache; None does not change it.
+        cancelled: an event that cancels the run when it is set.
+        budget: memory budget of all runs; None creates one for this run.
+        patience: seconds to wait for memory; None waits without a limit.
 
     Raises:
-        Overloaded: other runs hold the memory.
-        InvalidRequest: no places or both kinds, or more observations or plots than one response
-            holds.
+        Overloaded: other runs held the memory until `patience` had passed.
+        InvalidRequest: the request has neither points nor fields, or both, or more observations or
+            plots than one response may contain.
         PIMCError: the files, the places and the parameters do not fit together.
         Cancelled: `cancelled` was set.
     """
     begun = time.perf_counter()
     if (request.points is None) == (request.fields is None):
-        raise InvalidRequest.of("fields", "send either `points` or `fields`: the places to measure")
+        raise InvalidRequest.of(
+            "fields", "send either `points` or `fields`, the places whose series are measured"
+        )
     fields = None if request.fields is None else read_fields(request.fields, max_fields)
     opened = open_stack(
         request.files,
@@ -250,12 +255,14 @@ def _check_size(places: int, dates: int, *, plots: bool) -> None:
     if places * dates > MAX_OBSERVATIONS:
         raise InvalidRequest.of(
             "fields",
-            f"{places} places at {dates} dates are {places * dates} observations, and one response "
-            f"holds at most {MAX_OBSERVATIONS}: send fewer places or fewer dates",
+            f"{places} places at {dates} dates are {places * dates} observations, and a response "
+            f"contains at most {MAX_OBSERVATIONS}: send fewer places or fewer dates",
         )
     if plots and places > MAX_PLOTS:
         raise InvalidRequest.of(
-            "plots", f"{places} places, and a response holds the plots of at most {MAX_PLOTS}"
+            "plots",
+            f"{places} places, and a response contains the plots of at most {MAX_PLOTS}: send "
+            "fewer places, or plots=false",
         )
 
 
@@ -295,9 +302,8 @@ def _fields(
 ) -> tuple[_Places, Timing]:
     grid, on_grid = stack.grid, FieldGrid(fields, stack.grid)
     T, C, N = stack.observations, len(stack.bands), len(fields)
-    bytes_of_pixel = T * (4 * len(stack.bands_read) + 1)
-    every = windows(grid, stack.block, bytes_of_pixel, window_bytes)
-    parts = on_grid.parts(every)
+    pixel_bytes = T * (4 * len(stack.bands_read) + 1)
+    parts = on_grid.parts(windows(grid, stack.block, pixel_bytes, window_bytes))
     clear, total = np.zeros((N, T)), np.zeros((N, T, C))
     pixels, hectares = np.zeros(N), np.zeros(N)
 
@@ -368,5 +374,5 @@ def _records(stack: Stack, places: _Places, plotter: _Plotter | None) -> list[di
 
 
 def _numbers(values: Floats) -> list[JSON]:
-    """A list for JSON: null for NaN, and 6 digits, the precision of reflectance and indices."""
+    """A list for JSON: null for NaN, and 6 digits after the point."""
     return [None if np.isnan(v) else round(float(v), 6) for v in values]

@@ -1,12 +1,12 @@
-"""Memory budget: one for the process, from which runs take what they need before they read.
+"""Memory budget of the process: a run reserves all of its memory before it reads pixels.
 
-    plan → need, from headers → fits at all? → take → windows → give back
-                                   │             │
-                            RasterTooLarge    waits its turn, or is cancelled, or Overloaded
+    plan → need, from headers → within the budget? → reserve → windows → release
+                                   │                    │
+                            RasterTooLarge        waits; Cancelled or Overloaded
 
-A run takes all that it needs at once, and never more while it holds some, so that no two runs can
-wait for each other. Of those that wait, the first that fits goes on: a run that needs much does not
-keep out runs that need little.
+A run reserves all the memory that it needs at once and does not reserve more later, so that two
+runs can never wait for each other. Of the waiting runs, the first that fits into the free memory
+starts, so that a run that needs much memory does not delay runs that need little.
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ from service.write.predictions import Predictions
 from service.write.sieve import sieve_bytes
 
 _SHARE = 2
-"""The budget is the memory of the container divided by this: models, bodies of requests, and what
-inference takes beside its windows, need the rest."""
-_PIECES = 32
-"""A window takes at most this part of the budget."""
-_LEAST = 64 * 2**20
-"""Least budget, bytes."""
+"""The budget is the memory of the container divided by this. Models, request bodies and buffers of
+inference need the rest."""
+_WINDOWS_PER_BUDGET = 32
+"""A window takes at most the budget divided by this."""
+_MIN_BUDGET = 64 * 2**20
+"""Smallest budget, bytes."""
 _NUMBER_BYTES = 64
-"""Of a number of a JSON document, as an object and as text."""
+"""Memory of one number of a JSON document, as a Python object and as text."""
 _FURTHER_NUMBERS = 5
-"""Of a measured date: three indices, the clear share and the date."""
-_LOOK_SECONDS = 0.1
+"""Numbers of a measured date beside its bands: three indices, the clear share and the date."""
+_POLL_SECONDS = 0.1
+"""Seconds between two checks of whether a waiting run was cancelled."""
 _RETRY_SECONDS = 10
+"""Seconds after which a client should retry, for the header `Retry-After`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,30 +55,30 @@ class Need:
     """Memory that a run takes at once, bytes."""
 
     files: Footprint
-    """What GDAL takes for the files."""
+    """Memory that GDAL takes for the files."""
     arrays: int
-    """Windows, samples, points and results."""
+    """Memory of windows, samples, points and results."""
     what: str
-    """The arrays, for messages."""
+    """Name of these arrays, for messages."""
     remedy: str
-    """What makes them smaller."""
+    """Advice on how to make the arrays smaller, for messages."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Memory of files and arrays together."""
         return self.files.total + self.arrays
 
 
 def default_budget() -> int:
-    """Bytes that runs may take: half of what the container, or else the machine, has."""
-    return max(_LEAST, usable_memory() // _SHARE)
+    """Memory that runs may take, bytes: half of the memory of the container or the machine."""
+    return max(_MIN_BUDGET, usable_memory() // _SHARE)
 
 
 class MemoryBudget:
-    """Memory for runs. Thread-safe.
+    """The memory that all runs of the process share. Thread-safe.
 
     Args:
-        limit: bytes that all runs together may take; None takes `default_budget`.
+        limit: memory of all runs together, bytes; None takes `default_budget`.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -87,24 +89,24 @@ class MemoryBudget:
 
     @property
     def taken(self) -> int:
-        """Bytes taken at present."""
+        """Memory that runs have reserved at present, bytes."""
         return self._taken
 
     @property
     def awaited(self) -> int:
-        """Number of runs that wait."""
+        """Number of runs that wait for memory."""
         return len(self._waiting)
 
     @property
     def window_bytes(self) -> int:
-        """Memory for one window of a run."""
-        return min(WINDOW_BYTES, self.limit // _PIECES)
+        """Memory of one window of a run, bytes."""
+        return min(WINDOW_BYTES, self.limit // _WINDOWS_PER_BUDGET)
 
     def check(self, need: Need) -> None:
-        """Reject what can never fit.
+        """Reject a need that exceeds the budget.
 
         Raises:
-            RasterTooLarge: the need is over the whole budget.
+            RasterTooLarge: the need exceeds the whole budget.
         """
         if need.total <= self.limit:
             return
@@ -133,17 +135,17 @@ class MemoryBudget:
         cancelled: threading.Event | None = None,
         patience: float | None = None,
     ) -> Iterator[None]:
-        """Hold memory within the context; wait for it first if it is taken.
+        """Reserve memory for the duration of the context, after waiting until it is free.
 
         Args:
-            need: what to take; a run that holds some must not take more.
-            cancelled: set to end the wait.
-            patience: seconds to wait; None waits for as long as it takes.
+            need: memory to reserve; a run that has reserved memory must not reserve more.
+            cancelled: an event that ends the wait when it is set.
+            patience: seconds to wait; None waits without a limit.
 
         Raises:
-            RasterTooLarge: the need is over the whole budget.
+            RasterTooLarge: the need exceeds the whole budget.
             Cancelled: `cancelled` was set.
-            Overloaded: the memory was not free in time.
+            Overloaded: other runs held the memory until `patience` had passed.
         """
         self.check(need)
         size = need.total
@@ -165,12 +167,12 @@ class MemoryBudget:
                     check(cancelled)
                     if until is not None and time.monotonic() >= until:
                         raise Overloaded(
-                            f"the run needs {size} bytes of memory, and of {self.limit} "
-                            f"(PIMC_MEMORY_BUDGET) other runs hold {self._taken}; nothing was "
-                            "predicted",
+                            f"the run needs {size} bytes of memory, and other runs use "
+                            f"{self._taken} of {self.limit} (PIMC_MEMORY_BUDGET): retry after "
+                            f"{_RETRY_SECONDS} s",
                             retry_after=_RETRY_SECONDS,
                         )
-                    self._changed.wait(_LOOK_SECONDS)
+                    self._changed.wait(_POLL_SECONDS)
                 self._taken += size
             finally:
                 self._waiting.remove(ticket)
@@ -182,14 +184,14 @@ class MemoryBudget:
 
 
 class _Ticket:
-    """A run that waits; equal to no other."""
+    """A waiting run, compared by identity."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
 
 class ReadingRun(Protocol):
-    """A run over a stack, as far as its memory goes; `RasterRun` is one."""
+    """The properties of a run over a stack that determine its memory; `RasterRun` has them."""
 
     @property
     def model(self) -> LoadedModel: ...  # noqa: D102
@@ -214,7 +216,12 @@ class ReadingRun(Protocol):
 
 
 def sampling_need(stack: Stack, used: Sequence[int]) -> Need:
-    """The memory of comparing a few places of the files with what they state."""
+    """The memory of reading the sample of pixels with which a plan checks the files.
+
+    Args:
+        stack: the stack.
+        used: positions of the used observations on the stack's T axis.
+    """
     return Need(
         files=footprint(stack, used),
         arrays=sample_bytes(stack, used),
@@ -226,28 +233,28 @@ def sampling_need(stack: Stack, used: Sequence[int]) -> Need:
 def _windows_bytes(
     stack: Stack, files: Footprint, *, read: int, predicted: int, window_bytes: int
 ) -> int:
-    """The memory of the windows of a run.
+    """The memory of the windows of a run, bytes.
 
     Args:
-        stack: what is read.
-        files: of it.
-        read: bytes that one pixel takes as read.
-        predicted: bytes that its prediction takes.
-        window_bytes: memory for one window.
+        stack: the stack that is read.
+        files: memory that GDAL takes for its files.
+        read: bytes of one pixel as read.
+        predicted: bytes of one pixel's prediction.
+        window_bytes: memory of one window.
     """
     pixel = read + predicted
-    whole = AT_ONCE * stack.grid.width * stack.grid.height * pixel
-    windows = min(int(AT_ONCE * OVER * window_bytes), whole)
-    # What is read at once beside a window itself, in proportion to it.
+    all_pixels = AT_ONCE * stack.grid.width * stack.grid.height * pixel
+    windows = min(int(AT_ONCE * OVER * window_bytes), all_pixels)
+    # And the buffers of reading, whose size is proportional to that of the window being read.
     return windows + windows // AT_ONCE * (files.raw + files.layers * read) // pixel
 
 
 def raster_need(run: ReadingRun, window_bytes: int) -> Need:
-    """The memory of predicting for a whole raster.
+    """The memory of a raster run.
 
     Args:
-        run: what to do.
-        window_bytes: memory for one window.
+        run: the run.
+        window_bytes: memory of one window.
     """
     files = footprint(run.stack, run.used)
     windows = _windows_bytes(
@@ -275,7 +282,7 @@ def _finishing_bytes(run: ReadingRun) -> int:
 
 
 def _whole_map_bytes(run: ReadingRun) -> int:
-    """What takes a class map as a whole: the removal of small areas, and polygons."""
+    """Memory of the steps that need the whole class map: removal of small areas, and polygons."""
     grid: Grid = run.patches.grid if run.model.card.modality == "patch" else run.stack.grid
     pixels = grid.width * grid.height
     sieve = sieve_bytes(pixels) if run.min_area else 0
@@ -283,19 +290,20 @@ def _whole_map_bytes(run: ReadingRun) -> int:
 
 
 def points_need(run: ReadingRun, count: int) -> Need:
-    """The memory of predicting for points.
+    """The memory of a point run.
 
     Args:
-        run: what to do.
-        count: points.
+        run: the run.
+        count: number of points.
     """
     files = footprint(run.stack, run.used)
     side = run.model.card.patch or 1
-    # Pixels are gathered and turned into rows; of patches only the medians are kept, by chunks.
-    of_one = 3 * run.pixel_bytes if run.model.card.modality == "pixel" else 0
+    # Three copies of each pixel: as read, gathered, and as rows. Patches keep only the medians of
+    # one chunk.
+    point_bytes = 3 * run.pixel_bytes if run.model.card.modality == "pixel" else 0
     chunk = min(count, run.model.chunk) * side * side * 4 * 4 * len(run.stack.bands)
     cells = _cells_bytes(run.stack, files, run.pixel_bytes)
-    arrays = cells + count * (of_one + 2 * run.prediction_bytes) + chunk
+    arrays = cells + count * (point_bytes + 2 * run.prediction_bytes) + chunk
     return Need(
         files=files,
         arrays=max(arrays, sample_bytes(run.stack, run.used)),
@@ -305,17 +313,17 @@ def points_need(run: ReadingRun, count: int) -> Need:
 
 
 def _cells_bytes(stack: Stack, files: Footprint, read: int) -> int:
-    """The memory of the windows in which points are read."""
-    whole = stack.grid.width * stack.grid.height * read
-    return (1 + files.layers) * min(CELL_BYTES, whole)
+    """The memory of the windows in which points are read, bytes."""
+    all_pixels = stack.grid.width * stack.grid.height * read
+    return (1 + files.layers) * min(CELL_BYTES, all_pixels)
 
 
 def measuring_need(stack: Stack, window_bytes: int, *, points: int, fields: int) -> Need:
-    """The memory of measuring the series of places.
+    """The memory of measuring the series of points or fields.
 
     Args:
-        stack: what is read, all of its dates.
-        window_bytes: memory for one window.
+        stack: the stack, all of whose dates are read.
+        window_bytes: memory of one window.
         points: number of points.
         fields: number of polygons.
     """
@@ -327,30 +335,30 @@ def measuring_need(stack: Stack, window_bytes: int, *, points: int, fields: int)
         cells += AT_ONCE * COVERAGE_BYTES
     else:
         cells = _cells_bytes(stack, files, read)
-    # Sums in float64 and their means, and the numbers of the document.
-    of_one = 8 * read + _NUMBER_BYTES * len(used) * (len(stack.bands) + _FURTHER_NUMBERS)
+    # Sums in float64, their means, and the numbers of the JSON document.
+    place_bytes = 8 * read + _NUMBER_BYTES * len(used) * (len(stack.bands) + _FURTHER_NUMBERS)
     return Need(
         files=files,
-        arrays=max(cells + (points + fields) * of_one, sample_bytes(stack, used)),
+        arrays=max(cells + (points + fields) * place_bytes, sample_bytes(stack, used)),
         what=f"series of {points + fields} places at {len(used)} dates",
         remedy="Send fewer places at a time",
     )
 
 
 def fields_need(run: ReadingRun, window_bytes: int, count: int) -> Need:
-    """The memory of predicting for polygons.
+    """The memory of a field run.
 
     Args:
-        run: what to do.
-        window_bytes: memory for one window.
-        count: polygons.
+        run: the run.
+        window_bytes: memory of one window.
+        count: number of polygons.
     """
-    whole = raster_need(run, window_bytes)
-    # Sums in float64, of a window and of all, and their means.
-    of_one = 4 * 2 * (run.pixel_bytes + run.prediction_bytes)
+    raster = raster_need(run, window_bytes)
+    # Sums in float64 of one window and of all windows, and the means.
+    field_bytes = 4 * 2 * (run.pixel_bytes + run.prediction_bytes)
     return Need(
-        files=whole.files,
-        arrays=whole.arrays + count * of_one + COVERAGE_BYTES,
+        files=raster.files,
+        arrays=raster.arrays + count * field_bytes + COVERAGE_BYTES,
         what=f"windows and sums of {count} polygons of {len(run.used)} dates",
         remedy="Send fewer polygons at a time",
     )

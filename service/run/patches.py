@@ -1,4 +1,4 @@
-"""Patch runs: composite → patches → average of overlapping predictions."""
+"""Patch runs: a composite of the stack, predictions for its patches, averages of overlaps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run_patches(work: Work) -> Outcome:
     """Predict for every patch of a raster; see `run_raster`."""
     run = work.run
     patches = run.patches
-    # Embeddings are not averaged: the mean of two is not the embedding of a place between them.
+    # Embeddings are not averaged: the mean of two embeddings is not the embedding of their overlap.
     averaged = run.model.card.task == "landcover" and patches.reach > 0
     with ExitStack() as stack:
         sink = Sink(work, patches.grid, stack)
@@ -47,13 +47,13 @@ def run_patches(work: Work) -> Outcome:
 
 
 def _make_composite(work: Work, target: ScratchRaster) -> Timing:
-    """First pass: the median of each pixel's clear dates, NaN where it has too few."""
+    """First pass: the median of each pixel's clear dates, NaN for a pixel with too few."""
     run, grid = work.run, work.run.stack.grid
     with (
         StackReader(run.stack, run.used, cache=work.cache) as reader,
         target.create(grid, len(run.stack.bands)) as file,
     ):
-        # The median sorts a copy.
+        # Twice the window, because the median sorts a copy of it.
         pixel_bytes = 2 * run.pixel_bytes + 4 * len(run.stack.bands)
         parts = windows(grid, run.stack.block, pixel_bytes, work.window_bytes)
         return work.each(
@@ -68,7 +68,7 @@ def _make_composite(work: Work, target: ScratchRaster) -> Timing:
 
 
 def clear_composite(run: RasterRun, sits: Sits) -> Floats:
-    """Reflectance (C, h, w), NaN in pixels with too few clear dates."""
+    """The median over the clear dates (C, h, w) float32; NaN for a pixel with too few of them."""
     median = median_composite(sits.values, sits.valid)
     median[:, sits.valid.sum(axis=0) < run.model.card.min_observations] = np.nan
     return median
@@ -81,7 +81,7 @@ def _predict_patches(
     digest: Callable[[Window, WindowPredictions], Arrays],
     keep: Callable[[Window, Arrays], None],
 ) -> Timing:
-    """Second pass: the prediction of every patch, written to its cell."""
+    """Second pass: the prediction of every patch, stored at the position of its cell."""
     run, cells = work.run, patches.grid
 
     def infer(imagery: Floats) -> WindowPredictions:
@@ -124,7 +124,7 @@ def _average(work: Work, patches: PatchGrid, raw: ScratchRaster, sink: Sink) -> 
         return WindowPredictions(index=index, predictions=np.ascontiguousarray(flat[:, index].T))
 
     with raw.open() as file:
-        # As read, twice as cumulative sums in float64, and as means.
+        # Three arrays: as read, as cumulative sums in float64, and as means.
         cell_bytes = 3 * work.run.prediction_bytes
         parts = windows(cells, (1, 1), cell_bytes, work.window_bytes)
         return work.each(

@@ -44,14 +44,14 @@ def _predict(
     *,
     share: float,
 ) -> Timing:
-    """The pass that reads the stack and predicts; the memory of its windows ends with it."""
+    """The pass that reads the stack and predicts; it frees the memory of its windows at its end."""
     run = work.run
     grid = run.stack.grid
     parts = windows(
         grid, run.stack.block, run.pixel_bytes + run.prediction_bytes, work.window_bytes
     )
     buffers = BufferPool()
-    # Closed, and its memory freed, before the files are finished.
+    # The reader is closed and its memory freed before the files are finished, which takes memory.
     with buffers, StackReader(run.stack, run.used, cache=work.cache, buffers=buffers) as reader:
         stages = PixelStages(run, reader, buffers, work.cancelled)
         return work.each(
@@ -67,17 +67,25 @@ def _predict(
 
 @dataclass(frozen=True, kw_only=True)
 class ClearPixels:
-    """A window and the positions of its pixels that have enough clear dates."""
+    """A window of the stack with the pixels that have enough clear dates."""
 
     sits: Sits
+    """The window's values and validity."""
     index: NDArray[np.intp]
-    """Positions of these pixels in the flattened window."""
+    """Positions (n) of these pixels in the flattened window."""
     seen: NDArray[np.integer[Any]]
-    """Clear dates of every pixel (h, w)."""
+    """Number of clear dates of every pixel (h, w)."""
 
 
 class PixelStages:
-    """Reads windows, and predicts for the pixels that have enough clear dates."""
+    """The read and infer stages of a pixel run.
+
+    Args:
+        run: the run.
+        reader: reads the run's stack.
+        buffers: owns the memory of the windows.
+        cancelled: an event that cancels the run when it is set.
+    """
 
     def __init__(
         self,
@@ -93,41 +101,42 @@ class PixelStages:
         self._buffers = buffers
 
     def read(self, window: Window) -> ClearPixels:
-        """The read stage: everything that is computed without the model."""
+        """The read stage: read a window and find the pixels that have enough clear dates."""
         sits = self._reader.read(window)
         T = len(sits.valid)
-        # In the smallest type that holds T: bytes are added six times as fast.
+        # Sums in the smallest type that can hold T: uint8 is six times as fast as uint32.
         kind = np.uint8 if T < 256 else np.uint32
         seen = np.add.reduce(sits.valid.view(np.uint8), axis=0, dtype=kind)
         index = np.flatnonzero(seen >= self._model.card.min_observations)
         return ClearPixels(sits=sits, index=index, seen=seen)
 
     def infer(self, clear: ClearPixels) -> WindowPredictions:
-        """The infer stage; afterwards the window's memory is recycled."""
+        """The infer stage: predict for these pixels, and return the window's memory to the pool."""
         T, C, h, w = clear.sits.values.shape
         values = clear.sits.values.reshape(T, C, h * w)
         valid = clear.sits.valid.reshape(T, h * w)
         index = clear.index
         predictions = np.empty((len(index), *self._model.width), np.float32)
-        # In chunks: only one chunk at a time is copied into (N, T, C), and a run stops soon.
+        # In chunks, so that only one chunk at a time is copied into (N, T, C), and a cancelled run
+        # stops after the current chunk.
         for start in range(0, len(index), self._model.chunk):
             check(self._cancelled)
             chunk = index[start : start + self._model.chunk]
-            some, there = _chosen(values, chunk), _chosen(valid, chunk)
+            chunk_values, chunk_valid = _chosen(values, chunk), _chosen(valid, chunk)
             predictions[start : start + len(chunk)] = self._model.pixels(
-                some.transpose(2, 0, 1), there.T, self._days, self._day_of_year
+                chunk_values.transpose(2, 0, 1), chunk_valid.T, self._days, self._day_of_year
             )
         self.give_back(clear.sits)
         return WindowPredictions(index=index, predictions=predictions)
 
     def give_back(self, sits: Sits) -> None:
-        """Recycle the memory of a window that is not needed any more."""
+        """Return the memory of a window to the pool; the window must not be used afterwards."""
         self._buffers.give_back(sits.values, sits.valid)
 
 
 def _chosen(planes: NDArray[Any], index: NDArray[np.intp]) -> NDArray[Any]:
-    """Some pixels (..., n) of planes (..., N), by ascending positions in them."""
-    if index[-1] - index[0] + 1 == len(index):  # usually no pixel is left out: no copy
+    """The pixels at ascending positions (n) of planes (..., N), shape (..., n)."""
+    if index[-1] - index[0] + 1 == len(index):  # usual case, all pixels: a view instead of a copy
         return planes[..., index[0] : index[-1] + 1]
     out = spaced(planes.shape[:-1], index.shape, planes.dtype.type)
     out[...] = planes[..., index]  # `np.take` would copy all planes first
@@ -135,7 +144,11 @@ def _chosen(planes: NDArray[Any], index: NDArray[np.intp]) -> NDArray[Any]:
 
 
 def model_time(run: RasterRun) -> tuple[NDArray[np.float32], int]:
-    """Days (T) since the time window's first day, and that day's day of the year."""
+    """Days since the time window's first day (T) float32, and that day's day of the year.
+
+    Raises:
+        TypeError: the run has no time window, because its model takes imagery.
+    """
     if run.time_window is None:
         raise TypeError(f"'{run.model.card.id}' does not take time series")
     days = np.asarray(run.time_window.days(run.stack.dates), np.float32)

@@ -10,7 +10,7 @@ from datetime import date
 
 import numpy as np
 
-from models.card import Modality, ResolvedWindow, Task
+from models.card import Modality, ResolvedTimeWindow, Task
 from service.errors import InvalidRequest, MissingDates, StackWarning, TooFewDates
 from service.infer.engine import Engine
 from service.infer.model import LoadedModel
@@ -48,18 +48,18 @@ class RasterRun:
 
     model: LoadedModel
     stack: Stack
-    time_window: ResolvedWindow | None
-    """The model's time window over the stack's dates; None for imagery."""
+    time_window: ResolvedTimeWindow | None
+    """The model's time window over the stack's dates; None for a model of imagery."""
     outputs: tuple[str, ...] = ("class",)
-    """Rasters of a classification, or quantiles of a forecast; an embedding has one."""
+    """Rasters of a classification, or quantiles of a forecast; ignored for an embedding."""
     horizon: int | None = None
-    """Steps ahead of a forecast; None takes the card's maximum."""
+    """Number of steps of a forecast; None takes the card's maximum."""
     stride: int = 64
     """Pixels between patches, 1 to the patch's side."""
     smooth: int = 0
-    """Radius in pixels within which probabilities of neighbours count; 0 for none."""
+    """Radius in pixels of the smoothing of a class map; 0 does not smooth."""
     min_area: float = 0.0
-    """Hectares below which a connected area of a class joins a neighbour; 0 for none."""
+    """Hectares below which a connected area of a class map joins a neighbour; 0 joins none."""
     polygons: bool = False
     """Whether the class map is written as polygons as well; `outputs` then holds `class`."""
     rasters: bool = True
@@ -97,12 +97,12 @@ class RasterRun:
 
     @property
     def pixel_bytes(self) -> int:
-        """Memory of one pixel of a window: float32 values and one byte of validity per date."""
+        """Bytes of one pixel of a window: float32 values and 1 byte of validity per date."""
         return len(self.used) * (4 * len(self.stack.bands_read) + 1)
 
     @property
     def prediction_bytes(self) -> int:
-        """Memory of one prediction, as the model returns it and again as bands."""
+        """Memory of one prediction, bytes: as the model returns it, and again as bands."""
         return 2 * 4 * int(np.prod(self.model.width))
 
 
@@ -124,28 +124,28 @@ def plan_raster(
         model: the model that predicts.
         stack: the model's input.
         start: first day of the time window; None applies the card's rule.
-        outputs: requested rasters or quantiles; None uses the class map or the median forecast.
-        horizon: steps ahead of a forecast; None uses the card's maximum.
+        outputs: requested rasters or quantiles; None takes the class map or the median forecast.
+        horizon: number of steps of a forecast; None takes the card's maximum.
         stride: pixels between patches.
         smooth: radius of the smoothing of a class map, pixels.
         min_area: smallest area of a class map, hectares.
-        rasters: whether rasters are written, or only the summary is made.
+        rasters: whether the run writes rasters, or only makes the summary.
 
     Raises:
         InvalidRequest: the model does not have an output, the horizon or the stride, or the raster
             is smaller than a patch.
         MissingDates: the model needs dates, and the stack has none.
-        TooFewDates: the time window holds fewer dates than the model needs.
+        TooFewDates: fewer dates than the model needs lie in the time window.
     """
-    asked = _DEFAULT_OUTPUTS[model.card.task] if outputs is None else tuple(outputs)
-    polygons = bool(model.card.classes) and POLYGONS in asked
-    if polygons:
-        asked = tuple(dict.fromkeys("class" if one == POLYGONS else one for one in asked))
+    requested = _DEFAULT_OUTPUTS[model.card.task] if outputs is None else tuple(outputs)
+    polygons = bool(model.card.classes) and POLYGONS in requested
+    if polygons:  # the polygons are made from the class map
+        requested = tuple(dict.fromkeys("class" if o == POLYGONS else o for o in requested))
     run = RasterRun(
         model=model,
         stack=stack,
         time_window=resolve_time_window(model.card, stack.dates, start, what="the stack"),
-        outputs=asked,
+        outputs=requested,
         polygons=polygons,
         horizon=horizon,
         stride=stride,
@@ -168,11 +168,13 @@ def check_run(run: RasterRun) -> None:
     """
     card = run.model.card
     if card.modality == "pixel" and run.time_window is None:
-        raise MissingDates(f"'{card.id}' takes a time series, and the stack has no dates")
+        raise MissingDates(
+            f"'{card.id}' takes a time series, and the stack has no dates: give `dates`"
+        )
     if len(run.used) < card.min_observations:
         raise TooFewDates(
-            f"{len(run.used)} observations are used, and '{card.id}' needs at least "
-            f"{card.min_observations}"
+            f"the request uses {len(run.used)} observations, and '{card.id}' needs at least "
+            f"{card.min_observations}: add dates"
         )
     check_cloud_dates(run.stack, len(run.used))
     _ = run.predictions
@@ -189,13 +191,13 @@ def check_cloud_dates(stack: Stack, used: int) -> None:
     if stack.cloud_bands is not None and used < MIN_DATES:
         raise TooFewDates(
             f"mask=cloud compares each pixel with its own series and needs at least {MIN_DATES} "
-            f"dates, and {used} of {stack.observations} are used; add dates, or give another mask "
+            f"dates, and {used} of {stack.observations} are used: add dates, or give another mask "
             "or mask=none"
         )
 
 
 def dates_summary(run: RasterRun) -> dict[str, JSON]:
-    """The first day of the time window and the dates used, for summaries."""
+    """The first day of the time window and the used dates, for summaries."""
     dates = [run.stack.dates[t] for t in run.used] if run.stack.dates else []
     return {
         "start": run.time_window.start.isoformat() if run.time_window else None,
@@ -215,9 +217,9 @@ class Plan:
     fields: Fields | None = None
     """Polygons to predict for; None predicts for points, series or the whole raster."""
     need: Need | None = None
-    """Memory that the run takes; None for series, which are in memory already."""
+    """Memory that the run reserves; None for series, which are in memory already."""
     planning: Timing
-    """Time spent on the files' headers and the sampled pixels."""
+    """Time of reading the files' headers and the sampled pixels."""
 
 
 def plan_request(
@@ -239,19 +241,19 @@ def plan_request(
         request: the request.
         engine: the models.
         max_raster_bytes: largest decoded size of a stack, bytes.
-        rasters: whether files are written; the document is made in any case.
-        owner: the caller, whose own models may be named.
+        rasters: whether the run writes files; it makes the document in any case.
+        owner: the caller, who may also use their own models.
         max_fields: largest number of polygons of a request.
-        cache: GDAL's block cache; None leaves it as it is.
-        budget: memory for runs; None makes one for this run alone.
-        cancelled: set to end the wait for memory.
-        patience: seconds to wait for memory; None waits for as long as it takes.
+        cache: GDAL's block cache; None does not change it.
+        budget: memory budget of all runs; None creates one for this run.
+        cancelled: an event that ends the wait for memory when it is set.
+        patience: seconds to wait for memory; None waits without a limit.
 
     Raises:
         PIMCError: the files, the model and the parameters do not fit together. At most a sample of
             the pixels has been read.
-        RasterTooLarge: the run needs more memory than all runs together may take.
-        Overloaded: other runs hold the memory.
+        RasterTooLarge: the run needs more memory than the whole budget.
+        Overloaded: other runs held the memory until `patience` had passed.
         Cancelled: `cancelled` was set.
     """
     budget = budget or MemoryBudget()
@@ -327,12 +329,13 @@ def bands_of(request: RasterRequest, engine: Engine, owner: str = "") -> tuple[s
     """The bands that a request's model takes, by name.
 
     Args:
-        request: what to run.
+        request: the request.
         engine: the models.
-        owner: the caller, whose own models may be named.
+        owner: the caller, who may also use their own models.
 
     Raises:
-        UnknownModel, WrongTask: no such model, or one of another task.
+        UnknownModel: the engine serves no such model.
+        WrongTask: the model serves another task.
     """
     model = engine.find(request.model, request.task, _modality(request), owner=owner)
     return tuple(model.card.bands)
@@ -349,28 +352,33 @@ def _check_parameters(model: LoadedModel, request: RasterRequest) -> None:
     """Reject parameters that the model would silently ignore."""
     card = model.card
     if card.window is None and request.start is not None:
-        raise InvalidRequest.of("start", f"'{card.id}' takes imagery and has no time window")
+        raise InvalidRequest.of(
+            "start", f"'{card.id}' takes imagery and has no time window: leave out `start`"
+        )
     if card.modality == "patch" and request.fields is not None:
         raise InvalidRequest.of(
             "fields",
-            f"'{card.id}' predicts for patches of {card.patch} x {card.patch} pixels, in which "
-            "several fields may lie; for results per field use a model of pixels: /classify-pixels,"
-            " /forecast, or /embed with modality pixel",
+            f"'{card.id}' predicts for patches of {card.patch} x {card.patch} pixels, which may "
+            "contain several fields: for results per field use a pixel model with "
+            "/classify-pixels, /forecast, or /embed with modality=pixel",
         )
     for name in ("smooth", "min_area"):
         if getattr(request, name) and (request.points or request.fields) is not None:
             raise InvalidRequest.of(
                 name,
-                "cleans a map; leave out points and fields, whose results are of single places",
+                f"`{name}` changes a map, and a request with points or fields has no map: leave "
+                f"out `{name}`, or the points and fields",
             )
     if POLYGONS in (request.outputs or ()) and (request.points or request.fields) is not None:
         raise InvalidRequest.of(
             "outputs",
-            f"{POLYGONS} are of a map, and points and fields ask for single places: send one of "
-            "them",
+            f"`{POLYGONS}` outlines the areas of a map, and a request with points or fields has no "
+            f"map: leave out `{POLYGONS}`, or the points and fields",
         )
     if card.modality == "pixel" and request.stride is not None:
-        raise InvalidRequest.of("stride", f"'{card.id}' predicts for every pixel, not for patches")
+        raise InvalidRequest.of(
+            "stride", f"'{card.id}' predicts for every pixel, not for patches: leave out `stride`"
+        )
 
 
 def unique(warnings: Iterable[StackWarning]) -> tuple[StackWarning, ...]:

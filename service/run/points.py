@@ -1,4 +1,4 @@
-"""Point runs: predictions for single places."""
+"""Point runs: predictions for single points."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class PointOutcome:
     """Results of a point run."""
 
     results: tuple[dict[str, JSON], ...]
-    """One result per point, in order: `status` ok, outside or no_data, and if ok the prediction."""
+    """One result per point, in order: `status` (ok, outside or no_data), and the prediction if the
+    status is ok."""
     timing: Timing
     warnings: tuple[StackWarning, ...]
 
@@ -39,13 +40,13 @@ def run_points(
     cancelled: threading.Event | None = None,
     cache: BlockCache | None = None,
 ) -> PointOutcome:
-    """Predict for single places.
+    """Predict for single points.
 
     Args:
         run: the run; no rasters are written.
-        lonlat: longitude and latitude in degrees (EPSG:4326).
-        cancelled: set it to cancel the run.
-        cache: GDAL's block cache; None leaves it as it is.
+        lonlat: longitude and latitude of each point in degrees (EPSG:4326).
+        cancelled: an event that cancels the run when it is set.
+        cache: GDAL's block cache; None does not change it.
 
     Raises:
         Cancelled: `cancelled` was set.
@@ -59,10 +60,10 @@ def run_points(
     ) as reader:
         predictions, timing = predict(run, reader, rows[inside], cols[inside])
     results: list[dict[str, JSON]] = [{"status": "outside"} for _ in lonlat]
-    for place, prediction in zip(np.flatnonzero(inside), predictions, strict=True):
-        there = not np.isnan(prediction).any()
-        record = run.predictions.record(prediction) if there else {}
-        results[place] = {"status": "ok" if there else "no_data", **record}
+    for point, prediction in zip(np.flatnonzero(inside), predictions, strict=True):
+        predicted = not np.isnan(prediction).any()
+        record = run.predictions.record(prediction) if predicted else {}
+        results[point] = {"status": "ok" if predicted else "no_data", **record}
     statuses = [result["status"] for result in results]
     warnings = (*run_warnings(run), *none_predicted(run, statuses, "point", cache))
     return PointOutcome(results=tuple(results), timing=timing, warnings=warnings)
@@ -71,7 +72,14 @@ def run_points(
 def predict_pixels(
     run: RasterRun, reader: StackReader, rows: NDArray[np.intp], cols: NDArray[np.intp]
 ) -> tuple[Floats, Timing]:
-    """Predictions (N, …) for pixels, NaN where a pixel has too few clear dates."""
+    """Predictions (N, …) float32 for pixels, NaN for a pixel with too few clear dates.
+
+    Args:
+        run: the run.
+        reader: reads the run's stack.
+        rows: row of each pixel (N).
+        cols: column of each pixel (N).
+    """
     start = time.perf_counter()
     sits = reader.read_pixels(rows, cols)
     read = time.perf_counter()
@@ -87,7 +95,7 @@ def predict_pixels(
 def _predict_patches(
     run: RasterRun, reader: StackReader, rows: NDArray[np.intp], cols: NDArray[np.intp]
 ) -> tuple[Floats, Timing]:
-    """Predictions (N, …) for the patches centred on pixels, NaN where one is not clear enough."""
+    """Predictions (N, …) for the patches centred on pixels, NaN for a patch with many clouds."""
     patches, grid = run.patches, run.stack.grid
     predictions = np.full((len(rows), *run.model.width), np.nan, np.float32)
     timing = Timing()

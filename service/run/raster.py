@@ -1,15 +1,16 @@
-"""Raster runs: windows of a stack through a model, into rasters and a summary.
+"""Raster runs: predictions for every pixel or patch of a stack, as rasters and a summary.
 
     stack → read ahead → Sits → infer → predictions → write behind → COGs, summary
 
-A run of a pixel model reads the stack once. A run of a patch model first makes a cloud-free
-composite, so that overlapping patches do not decode a file twice; then it predicts for the patches
-of the composite; if these overlap, a last pass averages their probabilities. Memory is bounded by
-`WINDOW_BYTES` per window, whatever the raster's size, and a result does not depend on the windows.
+A run of a pixel model reads the stack once. A run of a patch model has two or three passes: it
+makes a cloud-free composite, so that a file is not decoded again for each overlapping patch; it
+predicts for the patches of the composite; and if patches overlap, it averages their probabilities.
+Each window takes at most `WINDOW_BYTES` of memory for a raster of any size, and the result does not
+depend on how the raster is divided into windows.
 
-If there is a journal, it stores each finished window before the window is counted. A run that
-starts again gets the stored windows from the journal and computes only the missing ones; its result
-is identical, byte for byte, to that of an uninterrupted run.
+A run with a journal stores each finished window there before counting it. After an interruption the
+run reads the finished windows from the journal and computes the others; its result is identical,
+byte for byte, to that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from service.run.windows import WINDOW_BYTES, Journal
 def run_raster(work: Work) -> Outcome:
     """Predict for every pixel or patch of a raster.
 
-    The plan has checked with `calibrate` that the values are reflectance.
+    Args:
+        work: the run; its plan has checked with `calibrate` that the values are reflectance.
 
     Raises:
         Cancelled: the run was cancelled.
@@ -55,14 +57,14 @@ def make_work(
 
     Args:
         run: the run.
-        folder: existing folder for the finished files. A run that fails leaves no file in it.
+        folder: existing folder for the finished files; a run that fails removes its files.
         progress: called with the finished share, 0 to 1, from one thread at a time.
-        cancelled: set it to cancel the run.
-        executor: runs the windows; None uses threads of this process.
+        cancelled: an event that cancels the run when it is set.
+        executor: processes the windows; None uses threads of this process.
         cache: GDAL's block cache; None creates one.
-        journal: holds the windows that an earlier attempt finished, and stores further ones; None
-            stores none.
-        window_bytes: memory of one window.
+        journal: contains the windows that an earlier attempt finished, and stores further ones;
+            None stores none.
+        window_bytes: memory of one window, bytes.
 
     Raises:
         Cancelled: `cancelled` was set.

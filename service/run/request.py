@@ -14,18 +14,18 @@ from service.read.layouts import StackOptions
 
 @dataclass(frozen=True, kw_only=True)
 class PointQuery:
-    """A place to predict for."""
+    """A point to predict for."""
 
     lon: float
     """Longitude in degrees, EPSG:4326."""
     lat: float
     """Latitude in degrees, EPSG:4326."""
     feature: Mapping[str, Any]
-    """The GeoJSON feature of the request; returned with the results among its properties."""
+    """The GeoJSON feature of the request, to whose properties the results are added."""
 
     @classmethod
     def of(cls, feature: Mapping[str, Any]) -> PointQuery:
-        """The place of a GeoJSON Point feature."""
+        """The point of a GeoJSON feature with a Point geometry."""
         lon, lat = feature["geometry"]["coordinates"][:2]
         return cls(lon=lon, lat=lat, feature=feature)
 
@@ -37,46 +37,46 @@ class RasterRequest:
     task: Task
     files: tuple[SourceFile, ...]
     stack: StackOptions = field(default_factory=StackOptions)
-    """The caller's statements about the files."""
+    """The request's parameters about the files: layout, dates, bands, scale, mask, grid."""
     model: str | None = None
     """`name` or `name@version`; None takes the task's default."""
     modality: Modality | None = None
-    """Modality of an embedding; None uses the model's, or else pixels."""
+    """Modality of an embedding; None takes that of `model`, and `pixel` if `model` is None."""
     start: date | None = None
     """First day of the time window; None applies the card's rule."""
     outputs: tuple[str, ...] | None = None
-    """Rasters of a classification, quantiles of a forecast; None uses the task's default."""
+    """Rasters of a classification, quantiles of a forecast; None takes the task's default."""
     horizon: int | None = None
     """Steps ahead of a forecast; None takes the card's maximum."""
     stride: int | None = None
-    """Pixels between patches; None uses the patch's side."""
+    """Pixels between patches; None takes the patch's side."""
     smooth: int | None = None
-    """Radius in pixels of the smoothing of a class map; None smooths nothing."""
+    """Radius in pixels of the smoothing of a class map; None does not smooth."""
     min_area: float | None = None
     """Hectares below which an area of a class map joins a neighbour; None joins none."""
     points: tuple[PointQuery, ...] | None = None
-    """Predict for these places alone; None predicts for the whole raster."""
+    """Points to predict for; None predicts for the whole raster or for `fields`."""
     fields: SourceFile | None = None
-    """A file of polygons to predict for; None predicts for the whole raster."""
+    """A file of polygons to predict for; None predicts for the whole raster or for `points`."""
 
     items: tuple[Mapping[str, Any], ...] = ()
-    """The STAC items that the files are of; returned as `sources`."""
+    """The STAC items to which the files belong; returned as `sources`."""
 
     @property
     def sources(self) -> tuple[SourceFile, ...]:
-        """Every file that the request needs."""
+        """Every file of the request: the rasters, and the polygons if there are any."""
         return self.files if self.fields is None else (*self.files, self.fields)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureRequest(RasterRequest):
-    """The measured series of places of a stack: `points` or `fields` is given.
+    """The measured series of points or fields of a stack; either `points` or `fields` is given.
 
-    Nothing is predicted; `model`, `task` and `start` are those of the recurrence plots.
+    No model runs. `model`, `task` and `start` determine the recurrence plots.
     """
 
     plots: bool = False
-    """Whether recurrence plots are wanted."""
+    """Whether the response contains recurrence plots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class SeriesInput:
     id: str
     """The caller's name for it; returned with the result."""
     dates: Sequence[date]
-    """In any order; of several observations of one date the first clear one counts."""
+    """Dates in any order; of several observations of one date the first clear one is used."""
     bands: Mapping[str, Sequence[float | None]]
     """Reflectance by band name, one value per date; None is missing."""
 
@@ -116,24 +116,24 @@ class LabelledSeries:
     name: str
     """The class."""
     place: str | None = None
-    """Where it lies: labels of one place are never split when a head is scored."""
+    """Name of its place: the labels of one place are never in both training and scoring."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadRequest:
-    """Labels from which a caller's own classes are learnt."""
+    """Labels from which a head for a caller's own classes is fitted."""
 
     name: str
-    """Of the model to make."""
+    """Name of the new model."""
     description: str = ""
     files: tuple[SourceFile, ...] = ()
-    """The stack; empty if the labels bring their own series."""
+    """The stack; empty if `series` is given."""
     stack: StackOptions = field(default_factory=StackOptions)
-    """The caller's statements about the files."""
+    """The request's parameters about the files: layout, dates, bands, scale, mask, grid."""
     labels: SourceFile | None = None
-    """Points and polygons with a property `class`, in a vector file; None with series."""
+    """A vector file of points and polygons with a property `class`; None if `series` is given."""
     series: tuple[LabelledSeries, ...] = ()
     start: date | None = None
     """First day of the time window; None uses all dates."""
     embedding: str | None = None
-    """Model whose embedding is tried as features; None tries none."""
+    """Model whose embedding is tried as features; None uses the series alone."""

@@ -1,9 +1,9 @@
 """Series runs: predictions for pixels given as JSON, as series of dates and reflectance.
 
-    series → checked, sorted, merged → one window each → one batch over all dates → results
+    series → checked, sorted, merged → a time window each → batches over all days → results
 
-Every series has its own time window, and so its own day 0. A batch shares the T axis: the axis
-holds all days that occur, and `valid` is True on the days of each series.
+Every series has its own time window, and so its own day 0. The series of a batch share one T axis:
+the axis contains every day that occurs in the batch, and `valid` is True on the days of a series.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from datetime import date
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import ModelCard, ResolvedWindow
+from models.card import ModelCard, ResolvedTimeWindow
 from service.errors import (
     ImplausibleReflectance,
     InvalidRequest,
@@ -42,8 +42,8 @@ class SeriesOutcome:
     """Result of a series run."""
 
     results: tuple[dict[str, JSON], ...]
-    """One result per series, in order: `id`, `status` (ok or no_data), `start`, and if ok the
-    prediction."""
+    """One result per series, in order: `id`, `status` (ok or no_data), `start`, and the prediction
+    if the status is ok."""
     timing: Timing
     warnings: tuple[StackWarning, ...]
 
@@ -53,12 +53,12 @@ class _Series:
     """A series in the form of the model's input."""
 
     id: str
-    time_window: ResolvedWindow | None
-    """The time window; None if it holds too few dates."""
+    time_window: ResolvedTimeWindow | None
+    """The time window; None if too few dates lie in it."""
     days: NDArray[np.int64]
-    """Days since the window's first day (T), ascending, of the dates used."""
+    """Days since the time window's first day (T), ascending, of the used dates."""
     values: Floats
-    """Reflectance (T, C), NaN in all bands where one is missing."""
+    """Reflectance (T, C), unitless, 0 to 1; NaN in all bands of a date on which one is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,9 @@ class SeriesRun:
     """Series checked against their model."""
 
     model: LoadedModel
-    ready: tuple[_Series, ...]
-    readings: tuple[Predictions | None, ...]
-    """The interpretation of each series' prediction; None for a series without a window."""
+    series: tuple[_Series, ...]
+    interpretations: tuple[Predictions | None, ...]
+    """The interpretation of each series' prediction; None for a series without a time window."""
     warnings: tuple[StackWarning, ...]
     seconds: float
     """Time spent on preparing the series."""
@@ -86,35 +86,35 @@ def plan_series(
     Args:
         model: a pixel model.
         series: at least one series.
-        start: first day of every series' window; None applies the card's rule to each.
-        horizon: steps ahead of a forecast; None takes the card's maximum.
+        start: first day of every series' time window; None applies the card's rule to each.
+        horizon: number of steps of a forecast; None takes the card's maximum.
 
     Raises:
-        InvalidRequest: a band has more or fewer values than dates, there is no series, or the model
+        InvalidRequest: a band has more or fewer values than dates, `series` is empty, or the model
             does not have the horizon.
         MissingBands: a band that the model needs is missing.
         MissingDates: a series has no dates.
         ImplausibleReflectance: the median of a series lies outside -0.2 to 1.6.
-        TooFewDates: no series has enough dates in its window.
+        TooFewDates: no series has enough dates in its time window.
     """
     began = time.perf_counter()
     if not series:
         raise InvalidRequest.of("series", "at least one series is required")
     warned: list[tuple[str, StackWarning]] = []
-    ready: list[_Series] = []
-    refused: list[TooFewDates] = []
+    prepared: list[_Series] = []
+    too_short: list[TooFewDates] = []
     for one in series:
         try:
-            ready.append(_prepare(model.card, one, start, warned))
+            prepared.append(_prepare(model.card, one, start, warned))
         except TooFewDates as error:
-            refused.append(error)
-            ready.append(_without_window(one))
-    if len(refused) == len(series):
-        raise refused[0]
+            too_short.append(error)
+            prepared.append(_without_time_window(one))
+    if len(too_short) == len(series):
+        raise too_short[0]
     return SeriesRun(
         model=model,
-        ready=tuple(ready),
-        readings=tuple(_reading(model.card, one, horizon) for one in ready),
+        series=tuple(prepared),
+        interpretations=tuple(_interpretation(model.card, one, horizon) for one in prepared),
         warnings=_gathered(warned),
         seconds=time.perf_counter() - began,
     )
@@ -125,16 +125,16 @@ def run_series(run: SeriesRun, *, cancelled: threading.Event | None = None) -> S
 
     Args:
         run: the checked series.
-        cancelled: set it to cancel the run.
+        cancelled: an event that cancels the run when it is set.
 
     Raises:
         Cancelled: `cancelled` was set.
     """
     began = time.perf_counter()
-    answers = predict_series(run, cancelled)
-    missing = () if any(a is not None for a in answers) else (_all_missing(run.model.card),)
+    predictions = predict_series(run, cancelled)
+    missing = () if any(p is not None for p in predictions) else (_all_missing(run.model.card),)
     return SeriesOutcome(
-        results=tuple(map(_result, run.ready, run.readings, answers)),
+        results=tuple(map(_result, run.series, run.interpretations, predictions)),
         timing=Timing(read=run.seconds, infer=time.perf_counter() - began),
         warnings=(*run.warnings, *missing),
     )
@@ -158,22 +158,25 @@ def _prepare(
     _check_plausible(series.id, values)
     dates, values = _merge(series.dates, values)
     if len(dates) < len(series.dates):
-        detail = f"{len(series.dates)} observations on {len(dates)} dates; the first clear counts"
+        detail = (
+            f"{len(series.dates)} observations on {len(dates)} dates; of several observations of "
+            "one date the first clear one is used"
+        )
         warned.append((series.id, StackWarning(code="merged_dates", detail=detail)))
-    window = resolve_time_window(card, dates, start, what=f"series '{series.id}'")
-    if window is None:
+    time_window = resolve_time_window(card, dates, start, what=f"series '{series.id}'")
+    if time_window is None:
         raise TypeError(f"'{card.id}' does not take series")
-    warned += [(series.id, w) for w in outside_time_window(card, dates, window)]
-    warned += [(series.id, w) for w in partial_season(card, dates, window)]
+    warned += [(series.id, w) for w in outside_time_window(card, dates, time_window)]
+    warned += [(series.id, w) for w in partial_season(card, dates, time_window)]
     return _Series(
         id=series.id,
-        time_window=window,
-        days=np.asarray(window.days(dates), np.int64),
-        values=values[list(window.used)],
+        time_window=time_window,
+        days=np.asarray(time_window.days(dates), np.int64),
+        values=values[list(time_window.used)],
     )
 
 
-def _without_window(series: SeriesInput) -> _Series:
+def _without_time_window(series: SeriesInput) -> _Series:
     return _Series(
         id=series.id,
         time_window=None,
@@ -183,13 +186,13 @@ def _without_window(series: SeriesInput) -> _Series:
 
 
 def _values(card: ModelCard, series: SeriesInput) -> Floats:
-    """Reflectance (T, C), NaN in all bands of a date where one is missing."""
+    """Reflectance (T, C), NaN in all bands of a date on which one is missing."""
     lacking = [band for band in card.bands if band not in series.bands]
     if lacking:
-        there = ", ".join(series.bands) or "none"
+        present = ", ".join(series.bands) or "none"
         raise MissingBands(
             f"series '{series.id}' lacks {', '.join(lacking)}, which '{card.id}' needs; "
-            f"there are: {there}"
+            f"bands of the series: {present}"
         )
     for band in card.bands:
         if len(series.bands[band]) != len(series.dates):
@@ -198,7 +201,8 @@ def _values(card: ModelCard, series: SeriesInput) -> Floats:
                 f"'{series.id}' has {len(series.dates)} dates but {len(series.bands[band])} "
                 f"values of {band}",
             )
-    # float64 first: None becomes NaN, and a value too large for float32 becomes infinite silently.
+    # float64 first: NumPy turns None into NaN, and the cast to float32 makes values beyond its
+    # range infinite.
     columns = [np.array(series.bands[band], np.float64) for band in card.bands]
     with np.errstate(over="ignore"):
         values = np.stack(columns, axis=1).astype(np.float32)
@@ -217,7 +221,7 @@ def _check_plausible(name: str, values: Floats) -> None:
 
 
 def _merge(dates: Sequence[date], values: Floats) -> tuple[list[date], Floats]:
-    """Unique, ascending dates, each with its first clear observation."""
+    """Unique, ascending dates, each with its first clear observation, or its first if none is."""
     clear = np.asarray(~np.isnan(values).any(axis=1))
     chosen: dict[date, int] = {}
     for t, day in enumerate(dates):
@@ -228,35 +232,42 @@ def _merge(dates: Sequence[date], values: Floats) -> tuple[list[date], Floats]:
 
 
 def predict_series(run: SeriesRun, cancelled: threading.Event | None) -> list[Floats | None]:
-    """The prediction for each series; None if it has too few clear observations.
+    """The prediction for each series; None for a series with too few clear observations.
+
+    Args:
+        run: the checked series.
+        cancelled: an event that cancels the run when it is set.
+
+    Returns:
+        Predictions (K,), (H, S, Q) or (D,), float32, in the order of the series.
 
     Raises:
         Cancelled: `cancelled` was set.
     """
-    model, series = run.model, run.ready
+    model, series = run.model, run.series
     least = model.card.min_observations
     enough = [
         n
         for n, one in enumerate(series)
         if one.time_window and int((~np.isnan(one.values[:, 0])).sum()) >= least
     ]
-    answers: list[Floats | None] = [None] * len(series)
+    predictions: list[Floats | None] = [None] * len(series)
     for part in _batches(model.card, series, enough):
         check(cancelled)
         batch = [series[n] for n in part]
-        for n, answer in zip(part, _infer_batch(model, batch), strict=True):
-            answers[n] = None if np.isnan(answer).any() else answer
-    return answers
+        for n, prediction in zip(part, _infer_batch(model, batch), strict=True):
+            predictions[n] = None if np.isnan(prediction).any() else prediction
+    return predictions
 
 
 def _batches(
-    card: ModelCard, series: Sequence[_Series], places: Sequence[int]
+    card: ModelCard, series: Sequence[_Series], numbers: Sequence[int]
 ) -> Iterator[Sequence[int]]:
-    """Series in parts, so that the input of each is bounded even if all days differ."""
-    most_days = len(np.unique(np.concatenate([series[n].days for n in places]))) if places else 1
+    """Numbers of series in parts, whose input fits into `_BATCH_BYTES` even if all days differ."""
+    most_days = len(np.unique(np.concatenate([series[n].days for n in numbers]))) if numbers else 1
     size = max(1, _BATCH_BYTES // (most_days * (4 * len(card.bands) + 1)))
-    for at in range(0, len(places), size):
-        yield places[at : at + size]
+    for at in range(0, len(numbers), size):
+        yield numbers[at : at + size]
 
 
 def _infer_batch(model: LoadedModel, batch: Sequence[_Series]) -> Floats:
@@ -273,24 +284,26 @@ def _infer_batch(model: LoadedModel, batch: Sequence[_Series]) -> Floats:
     )
 
 
-def _reading(card: ModelCard, series: _Series, horizon: int | None) -> Predictions | None:
-    """The interpretation of a series' prediction; None for a series without a window."""
+def _interpretation(card: ModelCard, series: _Series, horizon: int | None) -> Predictions | None:
+    """The interpretation of a series' prediction; None for a series without a time window."""
     if series.time_window is None:
         return None
     outputs = tuple(quantile_name(q) for q in card.quantiles)
     return predictions_of(card, outputs, horizon=horizon, time_window=series.time_window)
 
 
-def _result(series: _Series, reading: Predictions | None, answer: Floats | None) -> dict[str, JSON]:
+def _result(
+    series: _Series, interpretation: Predictions | None, prediction: Floats | None
+) -> dict[str, JSON]:
     start = series.time_window.start.isoformat() if series.time_window else None
     head: dict[str, JSON] = {"id": series.id, "status": "no_data", "start": start}
-    if reading is None or answer is None:
+    if interpretation is None or prediction is None:
         return head
-    return {**head, "status": "ok", **reading.record(answer)}
+    return {**head, "status": "ok", **interpretation.record(prediction)}
 
 
 def _gathered(warned: Sequence[tuple[str, StackWarning]]) -> tuple[StackWarning, ...]:
-    """One warning per code, even if it concerns several series."""
+    """One warning per code, which names the series that it concerns."""
     codes = dict.fromkeys(w.code for _, w in warned)
     return tuple(
         _one_warning(code, [(i, w) for i, w in warned if w.code == code]) for code in codes

@@ -1,8 +1,9 @@
-"""Own classes: a stack or series with labels → features → a head scored by place → a bundle.
+"""Own classes: a head fitted to a caller's labels, scored by place, and written as a bundle.
 
-    labels → pixels of the stack → features, by the graph that will serve them → kernel.fit → bundle
+    labels → pixels of the stack → features, by the graph that serves them → kernel.fit → bundle
 
-Nothing but the labelled pixels is predicted, so a large stack costs what reading it costs.
+The feature graph runs only for the labelled pixels, so that the time for a large stack is mainly
+that of reading these pixels.
 """
 
 from __future__ import annotations
@@ -56,18 +57,24 @@ from service.run.series import plan_series, predict_series
 
 MODEL_FILE = "model.onnx"
 CLASS, PLACE = "class", "place"
-"""Properties of a label."""
+"""Names of the properties of a label: its class, and optionally its place."""
 FEWEST_LABELS = 5
-"""Labels that a class needs."""
+"""Smallest number of labels of a class."""
 _FEWEST_PLACES = 3
-"""Places of a class below which its score means little."""
+"""Number of places of a class below which its score by place means little."""
 _MOST_PIXELS = 2000
-"""Labelled pixels that a head keeps: each costs time at every prediction."""
+"""Largest number of labelled pixels in a head, each of which takes time in every prediction."""
 _MOST_CLASSES = 100
 _MOST_TEXT = 100
+"""Largest number of characters of a class's name."""
 _FEWEST_CLEAR = 4
+"""Clear dates that a pixel needs, if the stack has at least three times as many dates."""
 _SEVERAL_YEARS = 400
-"""Days that dates span from which on they are of several seasons."""
+"""Days between the first and the last date above which a stack covers several seasons."""
+_NOT_COMPOSABLE = (
+    "the graph of '{}' cannot become part of another model: name another model for /embed, or "
+    "leave out `embedding`"
+)
 _VERSION = "1.0.0"
 _OPSET = 20
 _PALETTE = (
@@ -80,7 +87,7 @@ _PALETTE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Taught:
-    """A bundle made from labels, in a folder of the request."""
+    """A bundle made from labels, in the folder of the request, and its loaded model."""
 
     bundle: Bundle
     model: LoadedModel
@@ -90,23 +97,24 @@ class Taught:
 
 @dataclass(frozen=True, kw_only=True)
 class _Samples:
-    """Pixels with a class, and where they lie."""
+    """Labelled pixels with their features and positions."""
 
     features: NDArray[np.float32]
-    """(n, D), NaN for a pixel with too few clear dates."""
+    """Features (n, D), NaN for a pixel with too few clear dates."""
     labels: NDArray[np.intp]
-    """The label of each pixel (n)."""
+    """Position of each pixel's label (n) in the list of labels."""
     xy: NDArray[np.float64] | None
-    """Column and row (n, 2), in pixels; None for series, which lie anywhere."""
+    """Column and row of each pixel (n, 2); None for series, which have no position."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Label:
-    """One label as it was given."""
+    """One label of the request."""
 
     name: str
-    """Its class."""
+    """Name of its class."""
     place: str | None
+    """Name of its place; None if the request does not name it."""
 
 
 def teach(
@@ -122,24 +130,28 @@ def teach(
     budget: MemoryBudget | None = None,
     patience: float | None = None,
 ) -> Taught:
-    """Learn a caller's own classes.
+    """Fit a head to a caller's labels and write it as a bundle.
 
     Args:
         request: the stack or series, and the labels.
-        engine: the models.
-        folder: an empty folder, which becomes the bundle's.
-        owner: the caller, whose own models may be named.
-        max_raster_bytes: decoded bytes that a stack may have.
-        max_labels: labels that a request may hold.
-        cache: GDAL's block cache; None leaves it as it is.
-        cancelled: set it to cancel.
-        budget: memory for runs; None makes one for this run alone.
-        patience: seconds to wait for memory; None waits for as long as it takes.
+        engine: the models, which load the bundle.
+        folder: an empty folder, to which the bundle is written.
+        owner: the caller, who may also use their own models.
+        max_raster_bytes: largest decoded size of a stack, bytes.
+        max_labels: largest number of labels of a request.
+        cache: GDAL's block cache; None does not change it.
+        cancelled: an event that cancels the run when it is set.
+        budget: memory budget of all runs; None creates one for this run.
+        patience: seconds to wait for memory; None waits without a limit.
+
+    Returns:
+        The bundle, loaded.
 
     Raises:
-        TooFewLabels: fewer than two classes, or than `FEWEST_LABELS` usable labels of a class.
+        TooFewLabels: the labels have fewer than two classes, or a class has fewer than
+            `FEWEST_LABELS` usable labels.
         MissingBands: no index can be computed, or a band of the embedding is missing.
-        PIMCError: a fault of the files, the labels or the options.
+        PIMCError: an error of the files, the labels or the options.
         Cancelled: `cancelled` was set.
     """
     begun = time.perf_counter()
@@ -165,18 +177,18 @@ def _embedding(request: HeadRequest, engine: Engine, owner: str) -> Embedding | 
     bundle = engine.registry.find(request.embedding)
     card = model.card
     if bundle is None or card.day_of_year:
-        raise InvalidRequest.of("embedding", f"'{card.id}' cannot become part of another model")
-    found = Embedding(
+        raise InvalidRequest.of("embedding", _NOT_COMPOSABLE.format(card.id))
+    embedding = Embedding(
         model=bundle.path().read_bytes(), bands=card.bands, length=card.embedding or 0
     )
-    if found.opset is None:
-        raise InvalidRequest.of("embedding", f"'{card.id}' cannot become part of another model")
-    return found
+    if embedding.opset is None:
+        raise InvalidRequest.of("embedding", _NOT_COMPOSABLE.format(card.id))
+    return embedding
 
 
 @dataclass(kw_only=True)
 class _Teaching:
-    """The steps of one request, in the order of its methods."""
+    """The steps of one request, with their inputs."""
 
     request: HeadRequest
     engine: Engine
@@ -190,7 +202,7 @@ class _Teaching:
     patience: float | None
 
     def taught(self, begun: float) -> Taught:
-        """All of it."""
+        """All steps: samples, features, folds, fit, bundle."""
         warnings: list[StackWarning] = []
         if self.request.files:
             labels, samples, facts = self._from_raster(warnings)
@@ -235,7 +247,9 @@ class _Teaching:
     ) -> tuple[list[_Label], _Samples, dict[str, Any]]:
         request = self.request
         if request.labels is None:
-            raise InvalidRequest.of("labels", "points or polygons with a property `class`")
+            raise InvalidRequest.of(
+                "labels", "a file of points or polygons with a property `class` is required"
+            )
         found = read_labels(request.labels, self.max_labels)
         labels = _labels(found.properties)
         bands = stack_bands(request.files, request.stack)
@@ -314,10 +328,10 @@ class _Teaching:
 
     def _check_bands(self, bands: Sequence[str], what: str) -> None:
         if not indices_of(bands):
-            there = ", ".join(bands) or "none"
+            common = ", ".join(bands) or "none"
             raise MissingBands(
-                f"{what} has not enough bands to learn from: B04 and B08, or B03 and B04 are "
-                f"needed at every date; there are: {there}"
+                f"{what} must have B04 and B08, or B03 and B04, at every date; bands of every "
+                f"date: {common}"
             )
         lacking = set(self.embedding.bands) - set(bands) if self.embedding else set()
         if lacking:
@@ -326,7 +340,7 @@ class _Teaching:
             )
 
     def _features(self, bands: tuple[str, ...], dates: int) -> LoadedModel:
-        """A model whose embedding is the features, loaded from the request's folder."""
+        """A model whose output is the features, loaded from the request's folder."""
         content = feature_graph(bands, series=True, embedding=self.embedding)
         path = self.folder / MODEL_FILE
         path.write_bytes(content)
@@ -359,7 +373,7 @@ class _Teaching:
         labels: Sequence[_Label],
         warnings: list[StackWarning],
     ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
-        """Each pixel once; none that two classes claim."""
+        """The pixels without repetitions, and without those that have labels of two classes."""
         names = np.array([labels[n].name for n in which], np.object_)
         claims: dict[tuple[int, int], set[str]] = {}
         for row, col, name in zip(rows.tolist(), cols.tolist(), names, strict=True):
@@ -377,7 +391,7 @@ class _Teaching:
         chosen = np.array(keep, np.intp)
         return rows[chosen], cols[chosen], which[chosen]
 
-    # What counts -----------------------------------------------------------------------------
+    # Selection and folds ---------------------------------------------------------------------
 
     def _usable(
         self,
@@ -386,15 +400,16 @@ class _Teaching:
         outside: Sequence[int],
         warnings: list[StackWarning],
     ) -> tuple[NDArray[np.intp], list[str]]:
-        """Positions of the pixels that are learnt from, and the classes' names in order.
+        """Positions of the pixels to which a head is fitted, and the classes' names in order.
 
         Raises:
-            TooFewLabels: of the classes, or of one class.
+            TooFewLabels: there are fewer than two classes, or too few usable labels of a class.
+            InvalidRequest: there are too many classes.
         """
         clear = np.flatnonzero(np.isfinite(samples.features).all(axis=1))
         names = list(dict.fromkeys(label.name for label in labels))
-        there = set(samples.labels[clear].tolist())
-        cloudy = set(samples.labels.tolist()) - there
+        usable = set(samples.labels[clear].tolist())
+        cloudy = set(samples.labels.tolist()) - usable
         for code, which, why in (
             ("label_outside", set(outside), "lie outside the raster"),
             ("label_cloudy", cloudy, "have too few clear dates"),
@@ -404,23 +419,24 @@ class _Teaching:
                 warnings.append(StackWarning(code=code, detail=detail))
         if len(names) < 2:
             raise TooFewLabels(
-                f"the labels are all of one class, '{names[0]}', and at least 2 are needed"
+                f"all labels are of the class '{names[0]}', and at least 2 classes are required"
             )
         if len(names) > _MOST_CLASSES:
             raise InvalidRequest.of(
-                "labels", f"{len(names)} classes, and at most {_MOST_CLASSES} can be learnt"
+                "labels",
+                f"the labels have {len(names)} classes; at most {_MOST_CLASSES} are allowed",
             )
         given = Counter(label.name for label in labels)
-        good = Counter(labels[n].name for n in there)
+        good = Counter(labels[n].name for n in usable)
         for name in names:
             if good[name] < FEWEST_LABELS:
                 own = [n for n, label in enumerate(labels) if label.name == name]
                 away = len(set(own) & set(outside))
                 clouds = len(set(own) & cloudy)
                 raise TooFewLabels(
-                    f"class '{name}' has {good[name]} usable labels of {given[name]} given "
+                    f"class '{name}' has {good[name]} usable labels of {given[name]} "
                     f"({away} outside the raster, {clouds} with too few clear dates), and at "
-                    f"least {FEWEST_LABELS} are needed"
+                    f"least {FEWEST_LABELS} are required"
                 )
         return _thinned(clear, samples.labels[clear], labels, names), names
 
@@ -431,7 +447,11 @@ class _Teaching:
         kept: NDArray[np.intp],
         warnings: list[StackWarning],
     ) -> tuple[NDArray[np.intp], float | None]:
-        """The place of each pixel, and how far apart places are, in pixels."""
+        """The place of each pixel (n), and the smallest distance between places in pixels.
+
+        Raises:
+            InvalidRequest: only some labels name a place.
+        """
         which = samples.labels[kept]
         named = [labels[n].place for n in which]
         if all(name is not None for name in named):
@@ -439,13 +459,15 @@ class _Teaching:
         if any(name is not None for name in named):
             lacking = sum(name is None for name in named)
             raise InvalidRequest.of(
-                "labels", f"{lacking} of {len(named)} labels have no `{PLACE}`: give all or none"
+                "labels",
+                f"{lacking} of {len(named)} labels have no `{PLACE}`: give it for all labels or "
+                "none",
             )
         if samples.xy is not None:
             return spatial_places(samples.xy[kept], which)
         detail = (
-            "the series name no `place`, so each counts as one of its own: if some are neighbours, "
-            "the scores are too good"
+            "the series have no `place`, so each counts as a separate place: if some series are "
+            "neighbours, the scores are too high"
         )
         warnings.append(StackWarning(code="places_unknown", detail=detail))
         return named_places(which.tolist(), which), None
@@ -455,7 +477,7 @@ class _Teaching:
     ) -> NDArray[np.intp]:
         if where.max() > 0:
             return folds_of(where, classes)
-        # A single place cannot be left out; `few_places` warns of what this is worth.
+        # A single place cannot be left out, so the folds are of labels; `few_places` warns of it.
         return folds_of(np.unique(which, return_inverse=True)[1].astype(np.intp), classes)
 
     def _candidates(
@@ -531,17 +553,17 @@ class _Teaching:
 
 
 def _labels(properties: Sequence[Mapping[str, Any]]) -> list[_Label]:
-    """Class and place of each label.
+    """Class and place of each label, from the properties of the features.
 
     Raises:
-        InvalidRequest: a label without a class.
+        InvalidRequest: a feature has no class, or its class is not a valid name.
     """
     lacking = [n for n, one in enumerate(properties, start=1) if one.get(CLASS) in (None, "")]
     if lacking:
         raise InvalidRequest.of(
             "labels",
-            f"{len(lacking)} of {len(properties)} features have no property `{CLASS}` (the first "
-            f"is number {lacking[0]})",
+            f"{len(lacking)} of {len(properties)} features have no property `{CLASS}`, the first "
+            f"of them feature {lacking[0]}: give every feature a `{CLASS}`",
         )
     return [
         _Label(
@@ -553,15 +575,17 @@ def _labels(properties: Sequence[Mapping[str, Any]]) -> list[_Label]:
 
 
 def _class_of(value: object, number: int) -> str:
-    """A class's name as the card holds it; 3.0, as a table may have it, is class 3.
+    """The name of a class; a number with a fraction of 0, as in tables, becomes an integer.
 
     Raises:
-        InvalidRequest: not a text or a number, or too long.
+        InvalidRequest: the value is not a text or a number, or is too long.
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise InvalidRequest.of("labels", f"the `{CLASS}` of feature {number} is not a name")
+        raise InvalidRequest.of(
+            "labels", f"the `{CLASS}` of feature {number} is not a text or a number"
+        )
     name = " ".join(str(value).split())
     if not 0 < len(name) <= _MOST_TEXT:
         raise InvalidRequest.of(
@@ -578,11 +602,11 @@ def _thinned(
     labels: Sequence[_Label],
     names: Sequence[str],
 ) -> NDArray[np.intp]:
-    """At most `_MOST_PIXELS` of some pixels, the rare classes whole."""
+    """At most `_MOST_PIXELS` of the pixels, fewer of frequent classes and all of rare ones."""
     if len(pixels) <= _MOST_PIXELS:
         return pixels
     classes = np.array([names.index(labels[n].name) for n in which])
-    random = np.random.default_rng(0)  # the same labels give the same model
+    random = np.random.default_rng(0)  # a fixed seed, so that the same labels give the same model
     kept: list[NDArray[np.intp]] = []
     left = _MOST_PIXELS
     by_size = sorted(range(len(names)), key=lambda name: int((classes == name).sum()))
@@ -596,7 +620,7 @@ def _thinned(
 def _few_places(
     names: Sequence[str], classes: NDArray[np.intp], places: NDArray[np.intp]
 ) -> list[tuple[str, int]]:
-    """Classes that are labelled in few places, and in how many."""
+    """Classes with labels in fewer than `_FEWEST_PLACES` places, and their number of places."""
     counts = [len(np.unique(places[classes == n])) for n in range(len(names))]
     return [
         (name, count) for name, count in zip(names, counts, strict=True) if count < _FEWEST_PLACES

@@ -6,99 +6,107 @@ from collections.abc import Sequence
 from datetime import date
 from itertools import pairwise
 
-from models.card import ModelCard, ResolvedWindow, shifted
+from models.card import ModelCard, ResolvedTimeWindow, shifted
 from service.errors import MissingDates, StackWarning, TooFewDates
 
 
 def resolve_time_window(
     card: ModelCard, dates: Sequence[date], start: date | None, *, what: str
-) -> ResolvedWindow | None:
+) -> ResolvedTimeWindow | None:
     """Apply a model's time window to dates.
 
     Args:
         card: the model's card.
         dates: unique, ascending dates.
-        start: first day of the window; None applies the card's rule.
-        what: the stack or series of the dates, for messages.
+        start: first day of the time window; None applies the card's rule.
+        what: the stack or series that has the dates, for messages.
 
     Returns:
-        The window; None for a model of imagery.
+        The time window with the dates inside it; None for a model of imagery.
 
     Raises:
-        MissingDates: the model needs dates, and there are none.
-        TooFewDates: the window holds fewer dates than the card's `min_observations`.
+        MissingDates: the model needs dates, and `dates` is empty.
+        TooFewDates: fewer dates than the card's `min_observations` lie in the time window.
     """
     if card.window is None:
         return None
     if not dates:
-        raise MissingDates(f"{what} has no dates, and '{card.id}' needs them")
-    window = card.window.resolve(dates, start)
-    if len(window.used) < card.min_observations:
-        first, last = time_window_ends(card, window)
+        raise MissingDates(f"{what} has no dates, and '{card.id}' needs them: give `dates`")
+    time_window = card.window.resolve(dates, start)
+    if len(time_window.used) < card.min_observations:
+        first, last = time_window_ends(card, time_window)
         raise TooFewDates(
-            f"{what} has {len(window.used)} of its {len(dates)} dates in the window from {first} "
-            f"to {last}, and '{card.id}' needs at least {card.min_observations}"
+            f"{what} has {len(time_window.used)} of its {len(dates)} dates in the time window from "
+            f"{first} to {last}, and '{card.id}' needs at least {card.min_observations}: add "
+            "dates, or give another `start`"
         )
-    return window
+    return time_window
 
 
-def time_window_ends(card: ModelCard, window: ResolvedWindow) -> tuple[date, date]:
-    """The first and the last day of a window."""
+def time_window_ends(card: ModelCard, time_window: ResolvedTimeWindow) -> tuple[date, date]:
+    """The first and the last day of a time window.
+
+    Raises:
+        TypeError: the model takes imagery and has no time window.
+    """
     if card.window is None:
         raise TypeError(f"'{card.id}' has no time window")
     length = card.window.steps * card.window.step_days
     if card.window.start == "last-steps":
-        # The window ends on its last step and begins on its first.
-        first = max(window.start, window.first_day)
-        return first, shifted(window.first_day, length - card.window.step_days)
-    end = shifted(window.start, length - 1)
-    # One that takes every date has no length.
-    return window.start, max(end, window.last or end)
+        # This time window extends from the day of its first step to the day of its last step.
+        first = max(time_window.start, time_window.first_day)
+        return first, shifted(time_window.first_day, length - card.window.step_days)
+    end = shifted(time_window.start, length - 1)
+    # A time window of the rule `every-date` has no fixed length.
+    return time_window.start, max(end, time_window.last or end)
 
 
 def outside_time_window(
-    card: ModelCard, dates: Sequence[date], window: ResolvedWindow | None
+    card: ModelCard, dates: Sequence[date], time_window: ResolvedTimeWindow | None
 ) -> tuple[StackWarning, ...]:
-    """The warning that dates lie outside the time window; none if all lie inside."""
-    if window is None or len(window.used) == len(dates):
+    """The warning that dates lie outside the time window; empty if all lie inside."""
+    if time_window is None or len(time_window.used) == len(dates):
         return ()
-    first, last = time_window_ends(card, window)
+    first, last = time_window_ends(card, time_window)
     detail = (
-        f"{len(dates) - len(window.used)} of {len(dates)} dates lie outside the window from "
-        f"{first} to {last} and are not used"
+        f"{len(dates) - len(time_window.used)} of {len(dates)} dates lie outside the time window "
+        f"from {first} to {last} and are not used"
     )
     return (StackWarning(code="dates_outside_window", detail=detail),)
 
 
 _WHOLE_YEAR = 365
 _LONGEST_GAP = 180
-"""A gap of this many days or more means that the dates cover only a part of the model's span."""
+"""Longest gap between dates, days; after a longer one the dates cover only a part of a season."""
 
 
 def partial_season(
-    card: ModelCard, dates: Sequence[date], window: ResolvedWindow | None
+    card: ModelCard, dates: Sequence[date], time_window: ResolvedTimeWindow | None
 ) -> tuple[StackWarning, ...]:
-    """The warning that the dates used cover only a part of the model's span.
+    """The warning that the used dates cover only a part of the model's time window.
 
     Args:
         card: the model's card.
         dates: unique, ascending dates.
-        window: the model's time window over them; None for a model of imagery.
+        time_window: the model's time window over the dates; None for a model of imagery.
+
+    Returns:
+        The warning; empty if no gap between used dates is longer than `_LONGEST_GAP` days.
     """
-    if window is None or card.window is None or not window.used:
+    if time_window is None or card.window is None or not time_window.used:
         return ()
     span = card.window.steps * card.window.step_days
-    days = sorted(window.days(dates))
+    days = sorted(time_window.days(dates))
     if card.window.yearly:
-        # All years are placed on one, so the days around the new year may be a gap as well.
-        places = sorted({day % _WHOLE_YEAR for day in days})
-        gaps = [b - a for a, b in pairwise([*places, places[0] + _WHOLE_YEAR])]
+        # All years are projected onto one year, so that a gap may include the turn of the year.
+        in_year = sorted({day % _WHOLE_YEAR for day in days})
+        gaps = [b - a for a, b in pairwise([*in_year, in_year[0] + _WHOLE_YEAR])]
         span = _WHOLE_YEAR
     else:
         gaps = [b - a for a, b in pairwise([0, *days, span])]
     if max(gaps) <= _LONGEST_GAP:
         return ()
-    used = [dates[t] for t in window.used]
+    used = [dates[t] for t in time_window.used]
     detail = (
         f"the {len(used)} dates used, from {min(used)} to {max(used)}, leave {max(gaps)} of the "
         f"{span} days that '{card.id}' was trained on without an image: expect more errors, and "

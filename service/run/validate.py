@@ -1,6 +1,6 @@
-"""Validation: what a request would be rejected or warned for, and its size, without running it.
+"""Validation: the error or warnings and the size of a request, without running it.
 
-Only headers and the sample of pixels that every plan reads are read.
+Validation reads as much as planning does: the files' headers and a sample of their pixels.
 """
 
 from __future__ import annotations
@@ -16,29 +16,34 @@ from service.run.series import SeriesRun
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What planning a request shows."""
+    """The outcome of planning a request."""
 
     problem: PIMCError | None
-    """What the request is rejected for; None if it can run."""
+    """The error with which the request is rejected; None if the request can run."""
     warnings: tuple[StackWarning, ...] = ()
     model: str | None = None
-    """As `name@version`."""
+    """The model, as `name@version`."""
     pixels: int = 0
     """Pixels, points, fields or series to predict for."""
     dates: int = 0
-    """Dates used of a raster; 0 for series, which have their own."""
+    """Number of the stack's dates that the run uses; 0 for series, each of which has its own."""
     read_bytes: int = 0
-    """Decoded bytes of the dates and bands used, of the whole raster."""
+    """Decoded bytes of the used dates and bands, over the whole raster."""
     memory_bytes: int = 0
-    """Memory that the run takes from the budget."""
+    """Memory that the run takes from the memory budget, bytes."""
 
 
 def validation(plan: Callable[[], Plan]) -> Validation:
-    """Plan a request and describe the outcome.
+    """Plan a request and return the outcome.
 
     Args:
-        plan: plans the request; errors of the request and its files are part of the outcome, and
-            all others are raised.
+        plan: plans the request.
+
+    Returns:
+        The outcome; an error of the request or its files becomes its `problem`.
+
+    Raises:
+        PIMCError: an error with another cause.
     """
     try:
         planned = plan()
@@ -50,7 +55,7 @@ def validation(plan: Callable[[], Plan]) -> Validation:
             problem=None,
             warnings=run.warnings,
             model=planned.model.card.id,
-            pixels=len(run.ready),
+            pixels=len(run.series),
         )
     return _of_raster(planned, run)
 
@@ -72,6 +77,6 @@ def _of_raster(planned: Plan, run: RasterRun) -> Validation:
 
 
 def problem_document(error: PIMCError) -> dict[str, object]:
-    """An error as validation responses hold it."""
+    """An error as JSON: `code`, `detail`, and `errors` for an invalid request."""
     errors = [dict(one) for one in error.errors] if isinstance(error, InvalidRequest) else []
     return {"code": error.code, "detail": error.detail, "errors": errors}

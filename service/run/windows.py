@@ -1,4 +1,4 @@
-"""Windows of a raster, and the journal of finished ones."""
+"""Windows of a raster, and the interface of the journal of finished windows."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from service.grid import Grid, Window
 Arrays = Mapping[str, NDArray[Any]]
 """The stored arrays of a window, by name."""
 WINDOW_BYTES = 32 * 2**20
-"""Bytes of values, validity and predictions of one window, if the memory budget allows.
+"""Memory of one window's values, validity and predictions, bytes, if the memory budget allows.
 
-Rasters from about 1000 x 1000 pixels on have windows of this size, so that memory does not grow
-with them: with 64 MiB, 4096 x 4096 pixels of 12 dates took 633 MB and 1024 x 1024 took 413 MB.
+Rasters of about 1000 x 1000 pixels and more have windows of this size, so that a larger raster does
+not take more memory. With 64 MiB, 4096 x 4096 pixels of 12 dates took 633 MB, and 1024 x 1024
+pixels took 413 MB.
 """
 AT_ONCE = 6
-"""Windows of a run that exist at once: read ahead, at work, and waiting to be written."""
+"""Number of a run's windows in memory at once: read ahead, being inferred, waiting to be written.
+"""
 COVERED_CELLS = 2**19
-"""Cells that the fields of one window may cover together, counted by their bounding boxes."""
+"""Largest number of cells that the fields of one window cover, counted by their bounding boxes."""
 COVERAGE_BYTES = 48 * COVERED_CELLS
-"""Memory of those: positions and shares, as computed and as kept."""
+"""Memory of the positions and shares of `COVERED_CELLS` cells, bytes."""
 OVER = 1.25
 """Factor by which a window of one whole block may exceed its budget."""
-_SEVERAL = 8
-"""Smallest number of windows of a larger raster, so that the stages overlap."""
-_FEW_PIXELS = 4096
-"""Smallest window worth splitting, pixels: below it the overhead exceeds the gain from overlap."""
+_MIN_WINDOWS = 8
+"""Smallest number of windows of a larger raster, so that the stages of a run overlap."""
+_MIN_PIXELS = 4096
+"""Size up to which a window is not divided, pixels: the overhead would exceed the gain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Step:
     stage: str
     """The pass: `composite`, `patches`, `predictions`."""
     number: int
-    """Number of the window, from 0, in the pass's order."""
+    """Number of the window in the order of the pass, from 0."""
     window: Window
 
 
@@ -47,30 +49,30 @@ class Journal(Protocol):
     """Stores the finished windows of a run. Called from one thread at a time."""
 
     def load(self, step: Step) -> Arrays | None:
-        """The stored arrays of a step; None if it is not stored."""
+        """The stored arrays of a step; None if the step is not stored."""
         ...
 
     def save(self, step: Step, arrays: Arrays) -> None:
-        """Store a finished step; it is durable after the return."""
+        """Store a finished step durably: it survives a crash after this method returns."""
         ...
 
 
 def windows(
     grid: Grid, block: tuple[int, int], pixel_bytes: int, budget: int = WINDOW_BYTES
 ) -> list[Window]:
-    """Windows that cover a raster, each pixel once, in an order that reads each block once.
+    """Windows that cover each pixel of a raster once, in an order that reads each block once.
 
     Args:
         grid: the raster's grid.
-        block: rows and columns of a block on disk.
-        pixel_bytes: memory per pixel of a window.
-        budget: largest memory of a window, bytes. A window always has one pixel, and may be one
-            whole block that exceeds the budget by at most a quarter.
+        block: rows and columns of a block in the file.
+        pixel_bytes: memory per pixel of a window, bytes.
+        budget: largest memory of a window, bytes. A window of one pixel may exceed it, and a window
+            of one whole block may exceed it by a quarter (`OVER`).
 
     Returns:
         Windows of whole blocks, or of parts of a block if one block exceeds the budget.
     """
-    whole = Window(0, 0, grid.width, grid.height)
+    raster = Window(0, 0, grid.width, grid.height)
     rows, cols = min(block[0], grid.height), min(block[1], grid.width)
     most = max(1, budget // pixel_bytes)
     # A block slightly over the budget is not split, because its halves would each decode all of it.
@@ -80,19 +82,21 @@ def windows(
         part_cols = min(cols, most)
         part_rows = max(1, most // part_cols)
         return [
-            part for one in _tiles(whole, rows, cols) for part in _tiles(one, part_rows, part_cols)
+            part
+            for whole_block in _divided(raster, rows, cols)
+            for part in _divided(whole_block, part_rows, part_cols)
         ]
-    if grid.height * grid.width <= min(most, _FEW_PIXELS):
-        return [whole]  # otherwise a remainder of a few rows would be a window of its own
-    aim = min(most, max(_FEW_PIXELS, -(-grid.height * grid.width // _SEVERAL)))
+    if grid.height * grid.width <= min(most, _MIN_PIXELS):
+        return [raster]  # otherwise a remainder of a few rows would become a separate window
+    aim = min(most, max(_MIN_PIXELS, -(-grid.height * grid.width // _MIN_WINDOWS)))
     blocks = max(1, aim // (rows * cols))
     across = -(-grid.width // cols)
     if blocks < across:
-        return list(_tiles(whole, rows, blocks * cols))
-    return list(_tiles(whole, rows * (blocks // across), grid.width))
+        return list(_divided(raster, rows, blocks * cols))
+    return list(_divided(raster, rows * (blocks // across), grid.width))
 
 
-def _tiles(area: Window, rows: int, cols: int) -> Iterator[Window]:
+def _divided(area: Window, rows: int, cols: int) -> Iterator[Window]:
     for row in range(0, area.height, rows):
         for col in range(0, area.width, cols):
             yield Window(

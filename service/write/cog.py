@@ -1,6 +1,6 @@
-"""COG output: windows into plain GeoTIFFs, which GDAL then turns into COGs.
+"""COG output: windows written to temporary GeoTIFFs, which GDAL converts to COGs.
 
-bands of a window → temporary GeoTIFF (uncompressed, tiled) → COG, with its legend inside
+bands of a window → temporary GeoTIFF (uncompressed, tiled) → COG with legend and overviews
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from service.grid import GDALError, Grid, Window
 from service.write.legend import (
     attribute_table,
     category_names,
-    put_in_place,
     qgis_style,
     sidecar_of,
     style_of,
+    write_attribute_table,
     write_legend,
 )
 from service.write.predictions import Layer
@@ -37,30 +37,31 @@ from service.write.predictions import Layer
 _TEMPORARY_BLOCK = 256
 _BLOCK_BYTES = 8 * 2**20
 _LARGE = 1024
-"""Side from which blocks are 512: fewer requests per map; below it 256 reads less in excess."""
+"""Side in pixels from which a raster has blocks of 512 pixels, so that viewing it takes fewer HTTP
+requests; smaller rasters have blocks of 256, so that a request reads fewer pixels in excess."""
 _BLOCK_STEP = 16
-"""Sides of a TIFF's tiles are multiples of this."""
+"""The sides of a TIFF's blocks are multiples of this, pixels."""
 _OVERVIEW_BYTES = 2_000_000
-"""Bytes that GDAL makes overviews from at once: its default of 10 MB is not faster."""
+"""Bytes that GDAL makes overviews from at once; its default of 10 MB is not faster."""
 _THREADS = 4
-"""Threads that compress a COG's blocks."""
-_MOST_CACHED = 256 * 2**20
-"""Bytes of cached blocks while overviews are made, for rasters of any width and depth."""
+"""Number of threads that compress a COG's blocks."""
+_MAX_CACHE_BYTES = 256 * 2**20
+"""Largest block cache while overviews are made, bytes."""
 
 
 class RasterWriter:
     """Writes layers window by window; a context manager.
 
-    Files appear under their names only once they are complete, in `finish`. Leaving the context
-    removes everything else, so that a failed or cancelled run leaves nothing.
+    `finish` gives the files their names once they are complete. The end of the context removes all
+    other files, so that a failed or cancelled run leaves no file.
 
     Args:
         folder: existing folder of the finished files.
-        grid: of every layer.
+        grid: grid of every layer.
         layers: the layers to write.
-        tags: of every file.
-        room: a context in which GDAL's block cache has room for at least that many bytes; by
-            default the cache stays unchanged.
+        tags: tags of every file.
+        room: returns a context in which GDAL's block cache has at least the given number of bytes;
+            the default does not change the cache.
     """
 
     def __init__(
@@ -97,11 +98,11 @@ class RasterWriter:
         """Write one window of every layer.
 
         Args:
-            window: whole pixels inside the grid.
-            bands: arrays (B, h, w) by layer name.
+            window: a window of the grid.
+            bands: arrays (B, h, w) of the layer's dtype, by layer name.
 
         Raises:
-            InsufficientStorage: the disk takes no more.
+            InsufficientStorage: the disk is full.
         """
         with stored():
             for name, values in bands.items():
@@ -111,19 +112,20 @@ class RasterWriter:
                 self._open[name].write(values.astype(layer.dtype, copy=False), window=window)
 
     def finish(self) -> dict[str, Path]:
-        """Turn every layer into a COG.
+        """Convert every layer to a COG, with a QGIS style beside it.
 
         Returns:
-            Each layer's file, by name. A class map has a side file in the same folder.
+            Path of each layer's COG, by layer name. A class map also has a side file (`.aux.xml`)
+            in the same folder.
 
         Raises:
-            InsufficientStorage: the disk takes no more.
+            InsufficientStorage: the disk is full.
         """
         with stored():
             return {name: self._finish(layer) for name, layer in self._layers.items()}
 
     def _create(self, layer: Layer) -> Any:  # noqa: ANN401 - rasterio has no types
-        """The layer's temporary file with everything but its pixels, which GDAL requires last."""
+        """The layer's temporary file with its tags and legend: GDAL requires the pixels last."""
         file = create_raster(self._part(layer.name), self._grid, layer)
         file.update_tags(**self._tags)
         if layer.legend:
@@ -135,18 +137,18 @@ class RasterWriter:
 
     def _finish(self, layer: Layer) -> Path:
         self._open.pop(layer.name).close()
-        check_whole(self._part(layer.name))
-        whole = self._parts / f"{layer.name}.tif"
+        check_complete(self._part(layer.name))
+        cog = self._parts / f"{layer.name}.tif"
         cached, chunk = _overview_memory(layer, self._grid)
         with self._room(cached), rasterio.Env(GDAL_OVR_CHUNK_MAX_SIZE=chunk):
             rasterio.shutil.copy(
-                self._part(layer.name), whole, driver="COG", **cog_options(layer, self._grid)
+                self._part(layer.name), cog, driver="COG", **cog_options(layer, self._grid)
             )
-        check_whole(whole)
+        check_complete(cog)
         self._part(layer.name).unlink()
-        target = self._folder / whole.name
+        target = self._folder / cog.name
         if layer.legend:
-            put_in_place(whole, attribute_table(layer.legend))
+            write_attribute_table(cog, attribute_table(layer.legend))
             sidecar = sidecar_of(target)
             self._finished.append(sidecar)
             sidecar.write_text(category_names(layer), encoding="utf-8")
@@ -154,31 +156,36 @@ class RasterWriter:
         self._finished.append(style)
         style.write_text(qgis_style(layer), encoding="utf-8")
         self._finished.append(target)
-        whole.replace(target)
+        cog.replace(target)
         return target
 
 
 def finishing_bytes(layer: Layer, grid: Grid) -> int:
-    """Memory that turning a layer into a COG takes, bytes."""
+    """Memory that the conversion of a layer to a COG takes, bytes."""
     cached, chunk = _overview_memory(layer, grid)
     block = _block(layer, grid) ** 2 * len(layer.bands) * np.dtype(layer.dtype).itemsize
     return cached + 2 * chunk + 2 * _THREADS * block
 
 
 def _overview_memory(layer: Layer, grid: Grid) -> tuple[int, int]:
-    """Bytes of GDAL's block cache, and of a piece, while overviews are made.
+    """Bytes of GDAL's block cache, and bytes that GDAL makes overviews from at once.
 
-    They are made piece by piece along rows of blocks, of this raster and of the previous overview.
-    A row that does not fit is decoded again for each piece, and a block for each of its pieces:
-    512 x 512 pixels of 256 bands then take 102 s of processor time, else 11 s.
+    GDAL makes overviews in pieces along rows of blocks, first from the raster, then from the
+    previous overview. If a row of blocks does not fit into the cache, GDAL decodes it again for
+    each piece, and if a piece is smaller than a block, GDAL decodes the block for each of its
+    pieces: 512 x 512 pixels of 256 bands then take 102 s of processor time instead of 11 s.
     """
     block = _block(layer, grid)
     deep = block * len(layer.bands) * np.dtype(layer.dtype).itemsize
-    return min(2 * deep * grid.width, _MOST_CACHED), max(_OVERVIEW_BYTES, deep * block)
+    return min(2 * deep * grid.width, _MAX_CACHE_BYTES), max(_OVERVIEW_BYTES, deep * block)
 
 
 class ScratchRaster:
-    """A float raster between two passes; a context manager that removes it."""
+    """A temporary float32 raster between two passes of a run; a context manager that removes it.
+
+    Args:
+        path: path of its file.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -191,7 +198,11 @@ class ScratchRaster:
 
     @contextmanager
     def create(self, grid: Grid, bands: int) -> Iterator[OpenScratch]:
-        """The raster, open for writing; complete once the context is left.
+        """Create the raster and open it for writing; it is complete at the end of the context.
+
+        Args:
+            grid: grid of the raster.
+            bands: number of bands (K).
 
         Raises:
             InsufficientStorage: the disk is full.
@@ -201,7 +212,7 @@ class ScratchRaster:
             file = create_raster(self._path, grid, layer)
         with file:
             yield OpenScratch(file)
-        check_whole(self._path)
+        check_complete(self._path)
 
     @contextmanager
     def open(self) -> Iterator[OpenScratch]:
@@ -217,11 +228,11 @@ class OpenScratch:
         self._file = file
 
     def read(self, window: Window) -> NDArray[np.float32]:
-        """A window's values (K, h, w)."""
+        """The values (K, h, w) of a window, in the raster's dtype."""
         return np.asarray(self._file.read(window=window))
 
     def write(self, window: Window, values: NDArray[np.float32]) -> None:
-        """Write a window's values (K, h, w).
+        """Write the values (K, h, w) of a window.
 
         Raises:
             InsufficientStorage: the disk is full.
@@ -237,33 +248,33 @@ class StoredRaster:
     pixels: OpenScratch
     grid: Grid
     legend: tuple[LegendClass, ...]
-    """Of a class map; empty for other rasters."""
+    """Classes of a class map; empty for other rasters."""
     tags: Mapping[str, str]
-    """As `RasterWriter` takes them."""
+    """Tags of the file, as passed to `RasterWriter`."""
 
 
 @contextmanager
 def open_stored(path: Path) -> Iterator[StoredRaster]:
-    """A raster that `RasterWriter` wrote."""
+    """Open a raster that `RasterWriter` wrote, for reading."""
     with rasterio.open(path) as file:
-        found = file.tags()
-        legend = json.loads(found.get("PIMC_LEGEND", "[]"))
-        kept = {name for name in found if name.startswith("PIMC_")} - {"PIMC_LEGEND"}
+        tags = file.tags()
+        legend = json.loads(tags.get("PIMC_LEGEND", "[]"))
+        kept = {name for name in tags if name.startswith("PIMC_")} - {"PIMC_LEGEND"}
         yield StoredRaster(
             pixels=OpenScratch(file),
             grid=Grid(crs=file.crs, transform=file.transform, width=file.width, height=file.height),
             legend=tuple(LegendClass(**one) for one in legend),
-            tags={name: found[name] for name in (*sorted(kept), "TIFFTAG_SOFTWARE")},
+            tags={name: tags[name] for name in (*sorted(kept), "TIFFTAG_SOFTWARE")},
         )
 
 
 @contextmanager
 def stored() -> Iterator[None]:
-    """Translate write errors: the content is valid, so the disk is at fault.
+    """Translate errors of writing within the context: their cause is the disk, not the request.
 
     Raises:
-        InsufficientStorage: GDAL or the system could not write.
-        Overloaded: no file descriptor is free.
+        InsufficientStorage: GDAL or the operating system could not write.
+        Overloaded: the process has no free file descriptor.
     """
     try:
         yield
@@ -277,11 +288,11 @@ def stored() -> Iterator[None]:
         raise no_room(error) or no_descriptors(error) or error from error
 
 
-def check_whole(path: Path) -> None:
-    """Check that each block of a GeoTIFF lies in the file: GDAL closes a truncated file silently.
+def check_complete(path: Path) -> None:
+    """Check that a GeoTIFF contains each of its blocks: GDAL closes a truncated file silently.
 
     Raises:
-        InsufficientStorage: a block does not.
+        InsufficientStorage: a block is missing or ends after the end of the file.
     """
     size = path.stat().st_size
     with rasterio.open(path, driver="GTiff") as file:
@@ -289,22 +300,23 @@ def check_whole(path: Path) -> None:
         for _, window in file.block_windows(1):
             row = window.row_off // file.block_shapes[0][0]
             col = window.col_off // file.block_shapes[0][1]
-            place = [
-                file.get_tag_item(f"BLOCK_{what}_{col}_{row}", "TIFF", bidx=1)
-                for what in ("OFFSET", "SIZE")
+            offset_and_size = [
+                file.get_tag_item(f"BLOCK_{item}_{col}_{row}", "TIFF", bidx=1)
+                for item in ("OFFSET", "SIZE")
             ]
-            if None in place or sum(map(int, place)) > size:
+            if None in offset_and_size or sum(map(int, offset_and_size)) > size:
                 raise InsufficientStorage(
                     "the result was truncated: the server's disk is full or failing"
                 )
 
 
 def create_raster(path: Path, grid: Grid, layer: Layer) -> Any:  # noqa: ANN401 - rasterio has no types
-    """A new GeoTIFF for windows in any order, tiled so that no window rewrites whole rows."""
-    around = -(-max(grid.width, grid.height) // _BLOCK_STEP) * _BLOCK_STEP
-    # A block is held as a whole, also if it lies mostly outside the raster: with blocks of 256, an
-    # embedding of 7 x 7 pixels took 240 MB to write and convert to a COG, with smaller ones 50 MB.
-    block = min(_TEMPORARY_BLOCK, _block(layer, grid), around)
+    """A new GeoTIFF in blocks, open for writing windows in any order."""
+    side = -(-max(grid.width, grid.height) // _BLOCK_STEP) * _BLOCK_STEP
+    # GDAL allocates whole blocks, also for a raster smaller than a block: an embedding of 7 x 7
+    # pixels took 240 MB to write and convert to a COG with blocks of 256 pixels, and 50 MB with
+    # smaller blocks.
+    block = min(_TEMPORARY_BLOCK, _block(layer, grid), side)
     file = rasterio.open(
         path,
         "w",
@@ -319,10 +331,10 @@ def create_raster(path: Path, grid: Grid, layer: Layer) -> Any:  # noqa: ANN401 
         tiled=True,
         blockxsize=block,
         blockysize=block,
-        # Windows end inside blocks. A compressed block would be rewritten each time and leave a
-        # hole in the file.
+        # A window may end inside a block. GDAL would append a compressed block again after each
+        # change, and its previous copy would remain in the file.
         compress="NONE",
-        # The COG driver's own interleaving, so that the copy does not reorder.
+        # The COG driver's interleaving, so that the conversion does not reorder values.
         interleave="PIXEL",
         bigtiff="IF_NEEDED",
     )
@@ -335,17 +347,18 @@ def cog_options(layer: Layer, grid: Grid) -> dict[str, str]:
     """Creation options of the COG driver for one layer."""
     return {
         "COMPRESS": "DEFLATE",
-        # For floats level 1 takes 60 % of level 6's time and 1 to 2 % more space; for a class map
-        # a third more space.
+        # Compared with level 6, level 1 takes 60 % of the time. Its files are 1 to 2 % larger for
+        # floats and a third larger for class maps.
         "LEVEL": "6" if layer.legend else "1",
-        # Floats split by byte significance are 14 % smaller. Classes have no order, so their
-        # differences only make the file larger.
+        # The predictor for floats orders bytes by significance, which makes files 14 % smaller.
+        # The one for integers stores differences, which for class values make files larger.
         "PREDICTOR": "NO" if layer.legend else "YES",
         "BLOCKSIZE": str(_block(layer, grid)),
         # The mean of class numbers is another class; the most frequent one is a valid overview.
         "OVERVIEW_RESAMPLING": "MODE" if layer.legend else "AVERAGE",
-        # Compression is all of the work. Few threads, because other requests run meanwhile. A
-        # class map is fast: 8192 x 8192 pixels take one thread 1.2 s, and several 70 MB more.
+        # Compression takes nearly all of the time. Few threads, because other requests run at the
+        # same time. A class map of 8192 x 8192 pixels takes one thread 1.2 s; several threads take
+        # 70 MB more memory.
         "NUM_THREADS": "1" if layer.legend else str(_THREADS),
         "BIGTIFF": "IF_SAFER",
     }

@@ -27,7 +27,18 @@ def field_features(
     geometries: Sequence[Mapping[str, Any] | None],
     results: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """GeoJSON features: each field with its own properties and, over them, its results."""
+    """GeoJSON features of fields with their results.
+
+    Args:
+        ids: id of each field.
+        properties: properties of each field, as the request has them.
+        geometries: GeoJSON geometry of each field in degrees (EPSG:4326); None for a field without
+            a usable geometry.
+        results: result of each field; a result replaces a property of the same name.
+
+    Returns:
+        One feature per field, in the order given.
+    """
     return [
         {
             "type": "Feature",
@@ -40,10 +51,11 @@ def field_features(
 
 
 def table_rows(features: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Features as flat rows: `id`, their properties, and results by dotted names.
+    """GeoJSON features as flat rows: `id`, and one column per property or nested value.
 
-    A list of numbers by date becomes a column per date (`NDVI_2021-11-05_q50`), a list without
-    dates a column per position (`embedding_0`).
+    A nested value has a dotted name (`probabilities.Maize`). A list with one number per date
+    becomes one column per date (`NDVI_2021-11-05_q50`), any other list of numbers one column per
+    position (`embedding_0`).
     """
     return [{"id": one["id"], **_flat(one["properties"])} for one in features]
 
@@ -79,7 +91,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def fields_csv(features: Sequence[Mapping[str, Any]]) -> str:
-    """Features as CSV (RFC 4180) without their geometry."""
+    """GeoJSON features as CSV (RFC 4180) without their geometry, columns as in `table_rows`."""
     rows = table_rows(features)
     text = io.StringIO()
     writer = csv.DictWriter(text, _columns(rows), lineterminator="\r\n")
@@ -92,8 +104,11 @@ def observations_csv(features: Sequence[Mapping[str, Any]], columns: Sequence[st
     """Measured series as CSV (RFC 4180): one row per place and date.
 
     Args:
-        features: GeoJSON features whose properties hold lists by date.
+        features: GeoJSON features whose properties contain lists with one value per date.
         columns: names of these lists, such as `B04` and `NDVI`.
+
+    Returns:
+        The text. A place without dates has one row whose other columns are empty.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\r\n")
@@ -109,11 +124,11 @@ def observations_csv(features: Sequence[Mapping[str, Any]], columns: Sequence[st
 
 
 def write_geoparquet(features: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Write features as GeoParquet 1.1, in longitude and latitude.
+    """Write features as GeoParquet 1.1 in longitude and latitude (OGC:CRS84).
 
     Args:
-        features: GeoJSON features.
-        path: of the file to write.
+        features: GeoJSON features; columns as in `table_rows`, and `geometry`.
+        path: the file to write.
 
     Returns:
         The path.
@@ -134,7 +149,7 @@ def write_geoparquet(features: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 
 def _array(values: list[Any]) -> Any:  # noqa: ANN401 - pyarrow has no types
-    """A column; of text where its values are of several types."""
+    """A column of one type; text if the values have several types."""
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):

@@ -1,18 +1,19 @@
-"""Legends: how a class map carries names and colours.
+"""Legends: names and colours of classes in a class map, for GDAL and QGIS.
 
-With GDAL 3.10 (rasterio's wheels) and 3.12:
+Behaviour of GDAL 3.10 (rasterio's wheels) and 3.12:
 
-- The GTiff driver keeps category names (`SetCategoryNames`) only in a side file, `.aux.xml`.
-  No tag of the TIFF can hold them, so a response of one file cannot have them.
-- From 3.12 on the same driver reads a raster attribute table from the `GDAL_METADATA` tag, as an
-  item of role `rat`; `gdalinfo` and QGIS then show value, name and colour from the one file.
-  GDAL before 3.12 skips the item, and cannot write it: `SetMetadata` takes text, not
-  elements. So a placeholder of the same length goes through the COG driver, and the table replaces
-  it afterwards; no offset moves and the file stays a valid COG.
-- For everything older the band's tags name each class (`CLASS_0=Tree cover`), the dataset's tag
-  `PIMC_LEGEND` holds the legend as JSON, and the colour table is TIFF's own.
-- A zip carries `class.tif.aux.xml` beside `class.tif`: category names for every GDAL, which
-  QGIS shows without a style file.
+- The GTiff driver writes category names (`SetCategoryNames`) only to a side file, `.aux.xml`. No
+  tag of a TIFF can contain them, so a response of a single TIFF has no category names.
+- From 3.12 on the GTiff driver reads a raster attribute table from the `GDAL_METADATA` tag, as an
+  item with the role `rat`; `gdalinfo` and QGIS then show value, name and colour from the TIFF
+  alone. Older versions skip the item, and rasterio's GDAL cannot write it, because `SetMetadata`
+  takes text and no XML elements. The COG driver therefore writes a placeholder of the same length,
+  and `write_attribute_table` replaces it by the table: no offset changes, and the file remains a
+  valid COG.
+- For older versions, the band's tags name each class (`CLASS_0=Tree cover`), the dataset's tag
+  `PIMC_LEGEND` contains the legend as JSON, and the colours are in TIFF's colour table.
+- A zip contains `class.tif.aux.xml` beside `class.tif`, with category names for every version of
+  GDAL, which QGIS shows without a style file.
 """
 
 from __future__ import annotations
@@ -27,24 +28,25 @@ from models.card import LegendClass
 from service.write.predictions import NO_CLASS, Layer, Ramp
 
 SIDECAR = ".aux.xml"
-# From low to high; each reads in grey as well, but for `diverging`, whose middle is light.
+# Colours from the lowest to the highest value. In greyscale they become lighter with the value,
+# except `diverging`, whose middle is the lightest.
 _RAMPS: Mapping[Ramp, tuple[str, ...]] = {
     "sequential": ("#30123b", "#1f5f8b", "#2a9d8f", "#e9c46a", "#fff6d5"),
     "vegetation": ("#8c510a", "#dfc27d", "#f6e8c3", "#80cd66", "#1a7a2e"),
     "diverging": ("#2166ac", "#92c5de", "#f7f7f7", "#f4a582", "#b2182b"),
 }
 _PLACEHOLDER = "PIMC_RAT"
-# A COG's header lies at its front, before any pixel.
+# A COG's header precedes all of its pixels.
 _HEADER_BYTES = 8 * 2**20
 
 
 def sidecar_of(path: Path) -> Path:
-    """Path of GDAL's side file for metadata that a TIFF cannot hold."""
+    """Path of GDAL's side file (`.aux.xml`) for metadata that a TIFF cannot contain."""
     return path.with_name(path.name + SIDECAR)
 
 
 def category_names(layer: Layer) -> str:
-    """GDAL's side file (PAM) that names the classes of a layer's first band."""
+    """XML of GDAL's side file (PAM) with the names of the classes of a layer's first band."""
     names = "".join(f"<Category>{escape(c.name)}</Category>" for c in layer.legend)
     return (
         f'<PAMDataset><PAMRasterBand band="1"><CategoryNames>{names}</CategoryNames>'
@@ -53,15 +55,15 @@ def category_names(layer: Layer) -> str:
 
 
 def style_of(path: Path) -> Path:
-    """Path of the QGIS style that QGIS applies to a raster by its name."""
+    """Path of the style file (`.qml`) that QGIS applies to the raster of the same name."""
     return path.with_suffix(".qml")
 
 
 def qgis_style(layer: Layer) -> str:
-    """A QGIS style (QML) of a layer's first band, as QGIS 3.22 and later read it.
+    """A QGIS style (QML) of a layer's first band, for QGIS 3.22 and later.
 
-    A class map is paletted with the legend's names and colours, and has no entry for values that
-    are no class. A continuous layer has a colour ramp over its limits.
+    The style of a class map is a palette with the legend's names and colours, without an entry for
+    255 (no class). The style of a continuous layer is a colour ramp between the layer's limits.
     """
     renderer = _paletted(layer) if layer.legend else _ramped(layer)
     return (
@@ -102,9 +104,9 @@ def _ramped(layer: Layer) -> str:
 
 
 def attribute_table(legend: Sequence[LegendClass]) -> bytes:
-    """A legend as the XML item that GDAL 3.12 and later read from the TIFF."""
-    # Name, then GDAL's numbers: type 0 integer, 2 string; usage 5 value, 2 name, 6 to 8 colours,
-    # 0 anything else.
+    """A legend as the XML item that GDAL 3.12 and later read from the TIFF, UTF-8."""
+    # Name, type and usage of each column, by GDAL's numbers. Types: 0 integer, 2 string. Usages: 5
+    # value, 2 name, 6 to 8 red, green and blue, 0 other.
     fields = (
         ("Value", 0, 5),
         ("Class", 2, 2),
@@ -132,27 +134,27 @@ def _cells(c: LegendClass) -> str:
 
 
 def legend_json(legend: Sequence[LegendClass]) -> str:
-    """A legend as the value of the dataset's tag."""
+    """A legend as JSON, the value of the dataset's tag `PIMC_LEGEND`."""
     return json.dumps([c.model_dump() for c in legend], ensure_ascii=False)
 
 
 def write_legend(
     file: Any,  # noqa: ANN401 - rasterio has no types
     legend: Sequence[LegendClass],
-    room: int,
+    table_bytes: int,
 ) -> None:
     """Write a legend to an open file: colours, tags, and a placeholder for the attribute table.
 
     Args:
-        file: open for writing.
+        file: a rasterio dataset open for writing.
         legend: the classes.
-        room: size of the attribute table, bytes.
+        table_bytes: size of the attribute table that later replaces the placeholder, bytes.
     """
     colors = {c.value: (*_rgb(c), 255) for c in legend}
     file.write_colormap(1, {**colors, NO_CLASS: (0, 0, 0, 0)})
     file.update_tags(PIMC_LEGEND=legend_json(legend))
     names = {f"CLASS_{c.value}": c.name for c in legend}
-    file.update_tags(1, **names, **{_PLACEHOLDER: "x" * room})
+    file.update_tags(1, **names, **{_PLACEHOLDER: "x" * table_bytes})
 
 
 def _rgb(c: LegendClass) -> tuple[int, int, int]:
@@ -160,12 +162,26 @@ def _rgb(c: LegendClass) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def put_in_place(path: Path, table: bytes) -> None:
-    """Write the attribute table over its placeholder, padded with blanks, which XML ignores."""
-    room = b'<Item name="%s" sample="0">%s</Item>' % (_PLACEHOLDER.encode(), b"x" * len(table))
+def write_attribute_table(path: Path, table: bytes) -> None:
+    """Write the attribute table over its placeholder, padded with blanks, which XML ignores.
+
+    Args:
+        path: a COG with the placeholder of `write_legend`.
+        table: the XML of `attribute_table`.
+
+    Raises:
+        RuntimeError: the file does not contain the placeholder.
+    """
+    placeholder = b'<Item name="%s" sample="0">%s</Item>' % (
+        _PLACEHOLDER.encode(),
+        b"x" * len(table),
+    )
     with path.open("r+b") as file:
-        at = file.read(_HEADER_BYTES).find(room)
+        at = file.read(_HEADER_BYTES).find(placeholder)
         if at < 0:
-            raise RuntimeError(f"{path.name}: GDAL wrote the metadata in an unknown form")
+            raise RuntimeError(
+                f"{path.name}: the placeholder of the attribute table is not in the file's header; "
+                "this version of GDAL writes metadata in another form"
+            )
         file.seek(at)
-        file.write(table.ljust(len(room)))
+        file.write(table.ljust(len(placeholder)))

@@ -1,10 +1,10 @@
-"""Polygons of a class map: one per connected area, edges shared exactly, as GeoParquet.
+"""Polygons of a class map: one per connected area, with exactly shared edges, as GeoParquet.
 
-    class map → areas → outlines on pixel corners → nodes where areas meet → polygons of the CRS
+    class map → areas → outlines on pixel corners → nodes where areas meet → polygons in the CRS
 
-Outlines run along pixel edges of the whole map, so that no window shows. Where three areas meet,
-each of them has a vertex: neighbours share vertices and not only places, and still do after a
-projection to degrees has bent what lies between them.
+Outlines follow the pixel edges of the whole map and do not depend on windows. Where three areas
+meet, the polygon of each has a vertex. Neighbouring polygons therefore have the same vertices on
+their shared edge, and still share it after a projection to degrees.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ from service.write.predictions import NO_CLASS
 from service.write.sieve import areas_of, labelling_bytes
 
 MAX_POLYGONS = 500_000
-"""Polygons of one result: they are held in memory while they are written."""
+"""Largest number of polygons of one result, which are all in memory while they are written."""
 _POLYGON_BYTES = 1500
 _DEGREES = CRS.from_epsg(4326)
 _ROWS = 256
 
 
 def polygon_bytes(pixels: int) -> int:
-    """Most memory of `write_polygons` for a map of that many pixels."""
+    """Upper limit of the memory of `write_polygons` for a map of `pixels` pixels, bytes."""
     return labelling_bytes(pixels) + _POLYGON_BYTES * min(pixels, MAX_POLYGONS)
 
 
 def write_polygons(raster: Path, grid: Grid, legend: Sequence[LegendClass], path: Path) -> Path:
     """Write the areas of a finished class map as GeoParquet 1.1 in the map's CRS.
 
-    A row holds `id` (from 1, in the order of first pixels), `class`, `value`, `pixels`, `hectares`
-    and `geometry`.
+    The columns are `id` (from 1, in the order of the areas' first pixels by rows), `class`,
+    `value`, `pixels`, `hectares` and `geometry`.
 
     Args:
-        raster: the class map.
-        grid: of the map.
-        legend: its classes.
-        path: of the file to write.
+        raster: file of the class map (uint8, 255 for no class).
+        grid: grid of the map.
+        legend: classes of the map.
+        path: the file to write.
 
     Returns:
         The path.
 
     Raises:
-        InvalidRequest: more areas than `MAX_POLYGONS`.
+        InvalidRequest: the map has more than `MAX_POLYGONS` areas.
     """
     with rasterio.open(raster) as file:
         classes = np.asarray(file.read(1))
@@ -76,7 +76,7 @@ def write_polygons(raster: Path, grid: Grid, legend: Sequence[LegendClass], path
         raise InvalidRequest.of(
             "outputs",
             f"the map has {len(shown)} connected areas, and `polygons` writes at most "
-            f"{MAX_POLYGONS}: give `min_area` or `smooth`, or send a part of the raster (`bbox`)",
+            f"{MAX_POLYGONS}: set `min_area` or `smooth`, or request a part of the raster (`bbox`)",
         )
     outlines = _outlines(labels, classes != NO_CLASS, grid)
     names = {c.value: c.name for c in legend}
@@ -101,11 +101,11 @@ def write_polygons(raster: Path, grid: Grid, legend: Sequence[LegendClass], path
 
 
 def polygon_features(path: Path, crs: CRS) -> list[dict[str, Any]]:
-    """The rows of such a file as GeoJSON features, in degrees (EPSG:4326).
+    """The rows of a file of `write_polygons` as GeoJSON features, in degrees (EPSG:4326).
 
     Args:
-        path: of the file.
-        crs: of its polygons.
+        path: the file.
+        crs: CRS of its polygons.
     """
     rows = pyarrow.parquet.read_table(path).to_pylist()
     shapes = np.asarray(shapely.from_wkb([row.pop("geometry") for row in rows]), np.object_)
@@ -113,7 +113,7 @@ def polygon_features(path: Path, crs: CRS) -> list[dict[str, Any]]:
     def project(places: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.stack(transformed(crs, _DEGREES, places[:, 0], places[:, 1]), axis=1)
 
-    moved = shapely.transform(shapes, project) if len(shapes) and crs != _DEGREES else shapes
+    projected = shapely.transform(shapes, project) if len(shapes) and crs != _DEGREES else shapes
     return [
         {
             "type": "Feature",
@@ -121,12 +121,12 @@ def polygon_features(path: Path, crs: CRS) -> list[dict[str, Any]]:
             "geometry": json.loads(shapely.to_geojson(shape)),
             "properties": row,
         }
-        for row, shape in zip(rows, moved, strict=True)
+        for row, shape in zip(rows, projected, strict=True)
     ]
 
 
 def stored_crs(raster: Path) -> CRS:
-    """The CRS of a raster."""
+    """The CRS of a raster file."""
     with rasterio.open(raster) as file:
         return file.crs
 
@@ -146,19 +146,19 @@ def _outlines(labels: NDArray[np.int32], shown: NDArray[np.bool_], grid: Grid) -
         found[int(area)] = shapely.Polygon(shell, holes)
     numbers = list(found)
     shapes = np.array([found[number] for number in numbers], np.object_)
-    # A ring that touches itself at a corner is one with a hole.
+    # A ring that touches itself at a corner is not a valid shell; it is one with a hole.
     for at in np.flatnonzero(~shapely.is_valid(shapes)).tolist():
         found[numbers[at]] = shapely.make_valid(shapes[at])
     return found
 
 
 def _nodes(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """The pixel corners (H + 1, W + 1) at which edges of areas do not merely pass or turn."""
+    """True for the pixel corners (H + 1, W + 1) at which three or four edges of areas meet."""
     height, width = labels.shape
     nodes = np.zeros((height + 1, width + 1), np.bool_)
     for top in range(0, height + 1, _ROWS):
         end = min(top + _ROWS, height + 1)
-        # One row of pixels above and below these corners; nothing beyond the map.
+        # The rows of pixels above and below these corners; -1 outside the map.
         rows = labels[max(0, top - 1) : min(end, height)]
         ends = (int(top == 0), int(end == height + 1))
         around = np.pad(rows, (ends, (1, 1)), constant_values=-1)
@@ -172,7 +172,7 @@ def _nodes(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
 
 
 def _with_nodes(ring: NDArray[np.int64], nodes: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """A ring of pixel corners (n, 2), as column and row, with the nodes on its edges."""
+    """A ring of pixel corners (n, 2), as column and row, with the nodes on its edges added."""
     step = np.diff(ring, axis=0)
     length = np.abs(step).sum(axis=1)
     start = np.repeat(ring[:-1], length, axis=0)

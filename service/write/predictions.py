@@ -1,10 +1,11 @@
 """Predictions: a model's outputs as rasters, records and summaries.
 
-    predictions (N, …) ──┬── bands     layers of (B, N), what rasters hold
+    predictions (N, …) ──┬── bands     arrays (B, N) of each layer, for rasters
                          ├── record    one prediction as JSON
-                         └── tally     counts and means over all of them, for the summary
+                         └── tally     counts and means over all predictions, for the summary
 
-One class per kind of prediction: classes, forecasts, embeddings. No files and no GDAL here.
+Each kind of prediction has one class: classes, forecasts, embeddings. This module writes no files
+and does not use GDAL.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import LegendClass, ModelCard, ResolvedWindow, shifted
+from models.card import LegendClass, ModelCard, ResolvedTimeWindow, shifted
 from service.errors import InvalidRequest
 
 Floats = NDArray[np.float32]
-# A value that the json module can write.
+# A value that the json module can serialise.
 JSON = dict[str, "JSON"] | list["JSON"] | str | float | int | bool | None
-# Sums over some of the predictions, by name.
+# Sums over a part of the predictions, by name.
 Counts = Mapping[str, NDArray[Any]]
 Ramp = Literal["sequential", "vegetation", "diverging"]
 
 POLYGONS = "polygons"
-"""The output of a class map as polygons, a file beside the rasters."""
+"""Name in `outputs` of a class map as polygons, which is a file beside the rasters."""
 NO_CLASS = 255
 """The `class` of a pixel without a prediction."""
 
@@ -38,20 +39,21 @@ class Layer:
     """One raster of a result."""
 
     name: str
-    """Name of the file, and in `outputs`."""
+    """Name of the file without its extension, and name in `outputs`."""
     bands: tuple[str, ...]
     """Description of each band (B)."""
     legend: tuple[LegendClass, ...] = ()
-    """The classes: if given, the layer is uint8 with nodata 255, else float32 with NaN."""
+    """Classes of a class map, which is uint8 with nodata 255; without them the layer is float32
+    with nodata NaN."""
 
     limits: tuple[float, float] = (0.0, 1.0)
-    """Least and largest value that a style shows; values beyond take the outermost colour."""
+    """Values with the first and the last colour of the style; values outside have these, too."""
     ramp: Ramp = "sequential"
     """Colours of a continuous layer: `vegetation` for spectral indices, `diverging` around 0."""
 
     @property
     def dtype(self) -> str:
-        """Type of the pixels."""
+        """NumPy type of the pixels."""
         return "uint8" if self.legend else "float32"
 
     @property
@@ -60,12 +62,12 @@ class Layer:
         return NO_CLASS if self.legend else float("nan")
 
     def empty(self, count: int) -> NDArray[Any]:
-        """An array (B, count) of nodata."""
+        """An array (B, count) of nodata in the layer's dtype."""
         return np.full((len(self.bands), count), self.nodata, self.dtype)
 
 
 class Tally(Protocol):
-    """Running sums over predictions, in constant memory."""
+    """Running sums over predictions, whose memory does not grow with their number."""
 
     def count(
         self,
@@ -73,18 +75,21 @@ class Tally(Protocol):
         hectares: NDArray[np.float64],
         classes: NDArray[np.uint8] | None = None,
     ) -> Counts:
-        """Sums over predictions (N, …) with areas (N), those with NaN left out.
+        """Sums over a part of the predictions, without those that contain NaN.
 
-        `classes` as in `Predictions.bands`.
+        Args:
+            predictions: (N, …) float32.
+            hectares: area of each prediction's pixel or cell (N) float64, hectares.
+            classes: as in `Predictions.bands`.
         """
         ...
 
     def add(self, counts: Counts) -> None:
-        """Add the sums of a part."""
+        """Add the sums of a part, which `count` returned."""
         ...
 
     def summary(self) -> dict[str, JSON]:
-        """The summary of all parts."""
+        """The summary of all parts as JSON."""
         ...
 
 
@@ -99,14 +104,20 @@ class Predictions(Protocol):
     def bands(
         self, predictions: Floats, classes: NDArray[np.uint8] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Each layer's bands (B, N) of predictions (N, …), by its name.
+        """The bands of each layer.
 
-        `classes` (N) are those of a map that was cleaned, in place of the most probable ones.
+        Args:
+            predictions: (N, …) float32, NaN for a pixel without a prediction.
+            classes: classes (N) of a map that was cleaned, 255 for no class; None takes the most
+                probable class of each prediction.
+
+        Returns:
+            Arrays (B, N) in the layer's dtype, by layer name.
         """
         ...
 
-    def record(self, answer: Floats) -> dict[str, JSON]:
-        """One prediction (…) as JSON, with all that the model predicts for a place."""
+    def record(self, prediction: Floats) -> dict[str, JSON]:
+        """One prediction (…) float32 as JSON, with all outputs of the model."""
         ...
 
     def tally(self) -> Tally:
@@ -119,41 +130,50 @@ def predictions_of(
     outputs: Sequence[str],
     *,
     horizon: int | None = None,
-    time_window: ResolvedWindow | None = None,
+    time_window: ResolvedTimeWindow | None = None,
 ) -> Predictions:
     """The interpretation of a model's outputs for one request.
 
     Args:
-        card: the model's.
-        outputs: requested rasters or quantiles; an embedding has only one.
-        horizon: steps ahead of a forecast; None uses the card's maximum.
-        time_window: the model's, over the stack's dates; a forecast continues from its end.
+        card: the model's card.
+        outputs: names of the requested rasters or quantiles; ignored for an embedding, which has
+            one output.
+        horizon: number of steps of a forecast; None takes the card's maximum.
+        time_window: the model's time window over the dates; a forecast starts after its last date.
 
     Raises:
-        InvalidRequest: an output or horizon that the model does not have.
+        InvalidRequest: the model does not have an output or the horizon, or a forecast has no date.
     """
     if card.task == "forecast":
         return _forecast_of(card, outputs, horizon, time_window)
     if card.task == "embed":
         return EmbeddingPredictions(size=card.embedding or 0)
     known = ("class", "confidence", "entropy", "probabilities")
-    _all_known("outputs", outputs, known)
+    _check_names("outputs", outputs, known)
     return ClassPredictions(legend=card.classes, outputs=tuple(outputs))
 
 
 def _forecast_of(
-    card: ModelCard, outputs: Sequence[str], horizon: int | None, time_window: ResolvedWindow | None
+    card: ModelCard,
+    outputs: Sequence[str],
+    horizon: int | None,
+    time_window: ResolvedTimeWindow | None,
 ) -> ForecastPredictions:
     quantiles = tuple(quantile_name(q) for q in card.quantiles)
-    _all_known("outputs", outputs, quantiles)
+    _check_names("outputs", outputs, quantiles)
     most = card.horizon or 0
     steps = most if horizon is None else horizon
     if not 1 <= steps <= most:
-        raise InvalidRequest.of("horizon", f"{steps} steps, but '{card.id}' forecasts 1 to {most}")
+        raise InvalidRequest.of(
+            "horizon", f"{steps} is not a number of steps from 1 to {most}, which '{card.id}' takes"
+        )
     step_days = card.window.step_days if card.window else 0
     last = time_window.last if time_window else None
     if last is None:
-        raise InvalidRequest.of("dates", "a forecast starts after the last date, but there is none")
+        raise InvalidRequest.of(
+            "dates",
+            "a forecast starts after the last date, and the files have no dates: give `dates`",
+        )
     return ForecastPredictions(
         indices=tuple(name.upper() for name in card.indices),
         dates=tuple(shifted(last, step_days * (k + 1)) for k in range(steps)),
@@ -163,11 +183,11 @@ def _forecast_of(
 
 
 def quantile_name(quantile: float) -> str:
-    """Name of a quantile in outputs and bands: 0.1 is `q10`."""
+    """Name of a quantile in `outputs` and in bands: `q10` for 0.1."""
     return f"q{round(quantile * 100):02d}"
 
 
-def _all_known(field: str, requested: Sequence[str], known: Sequence[str]) -> None:
+def _check_names(field: str, requested: Sequence[str], known: Sequence[str]) -> None:
     unknown = [name for name in requested if name not in known]
     if unknown:
         raise InvalidRequest.of(field, f"unknown {', '.join(unknown)}; allowed: {', '.join(known)}")
@@ -175,12 +195,12 @@ def _all_known(field: str, requested: Sequence[str], known: Sequence[str]) -> No
 
 @dataclass(frozen=True, kw_only=True)
 class ClassPredictions:
-    """Probabilities (N, K)."""
+    """Class probabilities (N, K), 0 to 1."""
 
     legend: tuple[LegendClass, ...]
     """The classes (K)."""
     outputs: tuple[str, ...]
-    """The requested layers."""
+    """Names of the requested layers."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -201,24 +221,26 @@ class ClassPredictions:
         self, predictions: Floats, classes: NDArray[np.uint8] | None = None
     ) -> dict[str, NDArray[Any]]:
         """See `Predictions`; the confidence is the probability of the class in the map."""
-        classes, sure = decided(predictions, classes)
+        classes, confidence = classes_with_confidence(predictions, classes)
         made: dict[str, Callable[[], NDArray[Any]]] = {
             "class": lambda: classes[None],
-            "confidence": lambda: sure[None],
+            "confidence": lambda: confidence[None],
             "entropy": lambda: entropy(predictions)[None],
             "probabilities": lambda: predictions.T,
         }
         return {name: made[name]() for name in self.outputs}
 
-    def record(self, answer: Floats) -> dict[str, JSON]:
+    def record(self, prediction: Floats) -> dict[str, JSON]:
         """See `Predictions`."""
-        value = int(decided(answer[None])[0][0])
+        value = int(classes_with_confidence(prediction[None])[0][0])
         return {
             "class": self.legend[value].name,
             "value": value,
-            "confidence": float(answer.max()),
-            "entropy": float(entropy(answer[None])[0]),
-            "probabilities": {c.name: float(p) for c, p in zip(self.legend, answer, strict=True)},
+            "confidence": float(prediction.max()),
+            "entropy": float(entropy(prediction[None])[0]),
+            "probabilities": {
+                c.name: float(p) for c, p in zip(self.legend, prediction, strict=True)
+            },
         }
 
     def tally(self) -> ClassTally:
@@ -242,14 +264,14 @@ class ClassTally:
         classes: NDArray[np.uint8] | None = None,
     ) -> Counts:
         """See `Tally`."""
-        classes, sure = decided(predictions, classes)
-        there = classes != NO_CLASS
-        classes = classes[there]
+        classes, confidence = classes_with_confidence(predictions, classes)
+        present = classes != NO_CLASS
+        classes = classes[present]
         size = len(self._legend)
         return {
             "pixels": np.bincount(classes, minlength=size),
-            "hectares": np.bincount(classes, hectares[there], minlength=size),
-            "confidence": np.bincount(classes, sure[there], minlength=size),
+            "hectares": np.bincount(classes, hectares[present], minlength=size),
+            "confidence": np.bincount(classes, confidence[present], minlength=size),
         }
 
     def add(self, counts: Counts) -> None:
@@ -277,28 +299,35 @@ class ClassTally:
         }
 
 
-def decided(
+def classes_with_confidence(
     probabilities: Floats, classes: NDArray[np.uint8] | None = None
 ) -> tuple[NDArray[np.uint8], Floats]:
-    """The most probable class (N) of probabilities (N, K), and its probability (N).
+    """The class of each prediction, and the probability of that class.
 
-    255 and NaN where any of them is NaN. If classes (N) are given, these with their probability.
+    Args:
+        probabilities: class probabilities (N, K) float32, 0 to 1.
+        classes: classes (N) of a map that was cleaned, 255 for no class; None takes the most
+            probable class of each prediction.
+
+    Returns:
+        Classes (N) uint8 and their probabilities (N) float32; 255 and NaN for a prediction that
+        contains NaN or has no class.
     """
     if classes is not None:
-        there = classes != NO_CLASS
-        given = probabilities[np.arange(len(classes)), np.where(there, classes, 0)]
-        return classes, np.where(there, given, np.float32(np.nan))
-    # argmax treats NaN as the largest value, so it finds NaN if there is one.
+        present = classes != NO_CLASS
+        of_class = probabilities[np.arange(len(classes)), np.where(present, classes, 0)]
+        return classes, np.where(present, of_class, np.float32(np.nan))
+    # argmax treats NaN as the largest value and so returns the position of a NaN.
     best = probabilities.argmax(axis=1)
-    sure: Floats = probabilities[np.arange(len(best)), best]
+    confidence: Floats = probabilities[np.arange(len(best)), best]
     classes = best.astype(np.uint8)
-    classes[np.isnan(sure)] = NO_CLASS
-    return classes, sure
+    classes[np.isnan(confidence)] = NO_CLASS
+    return classes, confidence
 
 
 def entropy(probabilities: Floats) -> Floats:
-    """Shannon's entropy in nats (N) of probabilities (N, K), 0 to ln K."""
-    # 0 ln 0 is 0; NaN is not greater than 0, and must stay NaN.
+    """Shannon's entropy (N) float32 of probabilities (N, K), in nats, 0 to ln K."""
+    # 0 ln 0 is 0. The product with NaN remains NaN.
     logs = np.log(probabilities, where=probabilities > 0, out=np.zeros_like(probabilities))
     # "+ 0.0" turns -0.0, the entropy of a certain prediction, into 0.
     total: Floats = -(probabilities * logs).sum(axis=1) + np.float32(0.0)
@@ -307,7 +336,7 @@ def entropy(probabilities: Floats) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastPredictions:
-    """Quantiles (N, H, S, Q), of which the first `len(dates)` steps are requested."""
+    """Quantiles (N, H, S, Q) of spectral indices; the first `len(dates)` steps are requested."""
 
     indices: tuple[str, ...]
     """Spectral indices (S), in upper case."""
@@ -340,19 +369,19 @@ class ForecastPredictions:
         requested = [self.quantiles.index(name) for name in self.outputs]
         # (N, H, S, Q) to (S, H, Q, N): index, date, quantile is the order of the bands.
         stacked = predictions[:, : len(self.dates), :, requested].transpose(2, 1, 3, 0)
-        # Given in full, because -1 would be ambiguous if no pixel has a prediction.
+        # The full shape, because -1 is ambiguous if N is 0.
         return {"forecast": stacked.reshape(len(self.layers[0].bands), len(predictions))}
 
-    def record(self, answer: Floats) -> dict[str, JSON]:
+    def record(self, prediction: Floats) -> dict[str, JSON]:
         """See `Predictions`."""
-        return {"dates": self._days(), **self._by_index(answer[: len(self.dates)])}
+        return {"dates": self._days(), **self._by_index(prediction[: len(self.dates)])}
 
     def tally(self) -> ForecastTally:
         """See `Predictions`."""
         return ForecastTally(self)
 
     def means(self, mean: NDArray[np.float64]) -> dict[str, JSON]:
-        """The summary of mean quantiles (H, S, Q) over all pixels, NaN if there is none."""
+        """The summary of mean quantiles (H, S, Q) over all pixels; NaN if no pixel has any."""
         middle = len(self.quantiles) // 2
         by_index = self._by_index(mean, self.outputs)
         for s, index in enumerate(self.indices):
@@ -376,7 +405,7 @@ class ForecastPredictions:
 
 
 class ForecastTally:
-    """The mean over all pixels of each quantile."""
+    """The mean of each quantile over all pixels."""
 
     def __init__(self, predictions: ForecastPredictions) -> None:
         self._predictions = predictions
@@ -390,11 +419,11 @@ class ForecastTally:
         hectares: NDArray[np.float64],
         classes: NDArray[np.uint8] | None = None,
     ) -> Counts:
-        """See `Tally`; areas and classes have no part in it."""
+        """See `Tally`; areas and classes are ignored."""
         del hectares, classes
         requested = predictions[:, : len(self._predictions.dates)]
-        there = ~np.isnan(requested).any(axis=(1, 2, 3))
-        return {"pixels": there.sum(), "sum": requested[there].sum(axis=0, dtype=np.float64)}
+        present = ~np.isnan(requested).any(axis=(1, 2, 3))
+        return {"pixels": present.sum(), "sum": requested[present].sum(axis=0, dtype=np.float64)}
 
     def add(self, counts: Counts) -> None:
         """See `Tally`."""
@@ -427,9 +456,9 @@ class EmbeddingPredictions:
         del classes
         return {"embedding": predictions.T}
 
-    def record(self, answer: Floats) -> dict[str, JSON]:
+    def record(self, prediction: Floats) -> dict[str, JSON]:
         """See `Predictions`."""
-        return {"embedding": _numbers(answer)}
+        return {"embedding": _numbers(prediction)}
 
     def tally(self) -> EmbeddingTally:
         """See `Predictions`."""
@@ -437,7 +466,7 @@ class EmbeddingPredictions:
 
 
 class EmbeddingTally:
-    """The mean length of the vectors."""
+    """The mean Euclidean norm of the embeddings."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -450,11 +479,11 @@ class EmbeddingTally:
         hectares: NDArray[np.float64],
         classes: NDArray[np.uint8] | None = None,
     ) -> Counts:
-        """See `Tally`; areas and classes have no part in it."""
+        """See `Tally`; areas and classes are ignored."""
         del hectares, classes
         norms = np.linalg.norm(predictions.astype(np.float64), axis=1)
-        there = ~np.isnan(norms)
-        return {"pixels": there.sum(), "norm": norms[there].sum()}
+        present = ~np.isnan(norms)
+        return {"pixels": present.sum(), "norm": norms[present].sum()}
 
     def add(self, counts: Counts) -> None:
         """See `Tally`."""
@@ -468,5 +497,5 @@ class EmbeddingTally:
 
 
 def _numbers(values: NDArray[Any]) -> list[JSON]:
-    """A list for JSON, which has no NaN."""
+    """Values (n) as a list for JSON, which has no NaN: None instead."""
     return [None if np.isnan(v) else float(v) for v in values]

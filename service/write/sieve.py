@@ -2,8 +2,8 @@
 
     class map → runs of rows → 4-connected areas → areas below a size join a neighbour
 
-The work is on the whole map at once, because an area may reach across any window; `sieve_bytes`
-states what that takes.
+Both work on the whole map at once, because an area may extend over several windows; `sieve_bytes`
+returns the memory that this takes.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from service.errors import InvalidRequest
 from service.write.predictions import NO_CLASS
 
 MAX_AREAS = 1_000_000
-"""Areas of a map that may be sieved: noise of so many takes about a minute and a half."""
+"""Largest number of areas of a map that is sieved: noise with that many takes about 90 s."""
 _PIXEL_BYTES = 26
 _AREA_BYTES = 650
-_CHECKED = 4096
-"""Joins between two looks at whether the run was cancelled."""
-_PARTS = 1e8
-"""Square centimetres of a hectare, in which areas are summed."""
+_JOINS_PER_CHECK = 4096
+"""Number of joins after which the caller's `check` is called again."""
+_CM2_PER_HECTARE = 1e8
+"""Areas are summed in square centimetres."""
 _ROWS = 256
-"""Rows whose edges are counted at once."""
+"""Number of rows whose edges are counted at once."""
 
 
 def areas_of(classes: NDArray[np.uint8]) -> tuple[NDArray[np.int32], int]:
     """4-connected areas of equal class.
 
     Args:
-        classes: the map (H, W); 255 is an area like any other.
+        classes: the map (H, W) uint8; pixels of 255 (no class) also form areas.
 
     Returns:
-        The number of each pixel's area (H, W), counted from 0 in the order of the areas' first
-        pixels by rows; and how many areas there are.
+        The number of each pixel's area (H, W) int32, from 0 in the order of the areas' first pixels
+        by rows; and the number of areas.
     """
     height, width = classes.shape
     begins = np.ones(classes.shape, np.bool_)
@@ -51,7 +51,7 @@ def areas_of(classes: NDArray[np.uint8]) -> tuple[NDArray[np.int32], int]:
         end = min(top + _ROWS, height - 1)
         one, other = classes[top:end], classes[top + 1 : end + 1]
         same = one == other
-        # Two runs that touch along several pixels need one edge: where the touch begins.
+        # Two runs that touch along several pixels need one edge, at the first of these pixels.
         same[:, 1:] &= begins[top:end, 1:] | begins[top + 1 : end + 1, 1:] | ~same[:, :-1]
         upper.append(runs[top:end][same])
         lower.append(runs[top + 1 : end + 1][same])
@@ -64,7 +64,7 @@ def areas_of(classes: NDArray[np.uint8]) -> tuple[NDArray[np.int32], int]:
 
 
 def _joined(count: int, one: NDArray[np.int32], other: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The smallest member of each node's component (count), by edges between nodes (E)."""
+    """The smallest node of each node's component (count), by the edges between nodes (E)."""
     root = np.arange(count, dtype=np.int32)
     while len(one):
         a, b = root[one], root[other]
@@ -74,20 +74,26 @@ def _joined(count: int, one: NDArray[np.int32], other: NDArray[np.int32]) -> NDA
         one, other, a, b = one[apart], other[apart], a[apart], b[apart]
         np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
         while True:
-            further = root[root]
-            if np.array_equal(further, root):
+            grandparent = root[root]
+            if np.array_equal(grandparent, root):
                 break
-            root = further
+            root = grandparent
     return root
 
 
 def labelling_bytes(pixels: int) -> int:
-    """Most memory of `areas_of` (measured on noise of five classes: 25.2 bytes per pixel)."""
+    """Upper limit of the memory of `areas_of` for a map of `pixels` pixels, bytes.
+
+    Measured on noise of five classes: 25.2 bytes per pixel.
+    """
     return _PIXEL_BYTES * pixels
 
 
 def sieve_bytes(pixels: int) -> int:
-    """Most memory of `sieved` (measured on noise of five classes: 392 bytes per pixel)."""
+    """Upper limit of the memory of `sieved` for a map of `pixels` pixels, bytes.
+
+    Measured on noise of five classes: 392 bytes per pixel.
+    """
     return labelling_bytes(pixels) + _AREA_BYTES * min(pixels, MAX_AREAS)
 
 
@@ -98,40 +104,41 @@ def sieved(
     *,
     check: Callable[[], None] = lambda: None,
 ) -> NDArray[np.uint8]:
-    """A class map without areas below a size.
+    """A class map whose small areas have joined a neighbouring area.
 
-    Areas are taken by size, the smallest first (of equal ones the upper, then left one). Each joins
-    the neighbour with which it shares the longest edge (of equal ones the larger, then the upper
-    one), and with it the areas of that class which it touches. Pixels without a class join nothing,
-    and nothing joins them.
+    Areas are processed in ascending order of size; of two equal areas, the one whose first pixel by
+    rows comes first is processed first. Each area takes the class of the neighbour with which it
+    shares the longest edge (of equal edges: the larger neighbour, then the one whose first pixel
+    comes first) and joins all areas of that class that it touches. Pixels without a class join no
+    area, and no area joins them.
 
     Args:
-        classes: the map (H, W), 255 without a class.
-        hectares: area of each pixel (H, W).
-        least: smallest area that stays, hectares.
-        check: called now and then; what it raises ends the work.
+        classes: the map (H, W) uint8, 255 for no class.
+        hectares: area of each pixel (H, W) float64, hectares.
+        least: smallest area that is not joined to another, hectares.
+        check: called regularly; an exception that it raises ends the work.
 
     Returns:
-        The map (H, W).
+        The map (H, W) uint8.
 
     Raises:
-        InvalidRequest: more areas than can be held.
+        InvalidRequest: the map has more than `MAX_AREAS` areas.
     """
     labels, count = areas_of(classes)
     if count > MAX_AREAS:
         raise InvalidRequest.of(
             "min_area",
-            f"the map has {count} connected areas, and at most {MAX_AREAS} can be joined: smooth "
-            "it first (`smooth`), or send a part of it (`bbox`)",
+            f"the map has {count} connected areas, and `min_area` processes at most {MAX_AREAS}: "
+            "set `smooth` as well, or request a part of the raster (`bbox`)",
         )
-    # Whole numbers, whose sums are exact: equal areas are equal, in whatever order they grew.
+    # Integers have exact sums, so that areas of equal size compare as equal in any order of sums.
     size, value = np.zeros(count), np.empty(count, np.uint8)
     for top in range(0, len(classes), _ROWS):
         rows = slice(top, top + _ROWS)
-        own = np.rint(hectares[rows] * _PARTS)
+        own = np.rint(hectares[rows] * _CM2_PER_HECTARE)
         size += np.bincount(labels[rows].ravel(), own.ravel(), minlength=count)
         value[labels[rows].ravel()] = classes[rows].ravel()
-    least *= _PARTS
+    least *= _CM2_PER_HECTARE
     small = (size < least) & (value != NO_CLASS)
     if not small.any():
         return classes.copy()
@@ -143,9 +150,10 @@ def sieved(
 def _edges(
     labels: NDArray[np.int32], small: NDArray[np.bool_], value: NDArray[np.uint8]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs of areas that share an edge, the smaller number first, and its length in pixels' sides.
+    """Pairs of areas that share an edge, the smaller number first, and its length in pixel sides.
 
-    Both have a class, and one is small: no other pair has a part in what joins what.
+    Only pairs in which both areas have a class and at least one is small: no other edge decides
+    which areas are joined.
     """
     height = len(labels)
     count = len(value)
@@ -171,7 +179,7 @@ def _edges(
 
 
 class _Areas:
-    """Areas that join each other."""
+    """Areas of a map as a graph, in which small areas are joined to neighbours."""
 
     def __init__(
         self,
@@ -187,24 +195,24 @@ class _Areas:
             self._near[a][b] = self._near[b][a] = length
 
     def join_below(self, least: float, small: NDArray[np.intp], check: Callable[[], None]) -> None:
-        """Join each area below a size, the smallest first."""
+        """Join each area below a size to a neighbour, the smallest first; see `sieved`."""
         waiting = [(self._size[area], area) for area in small.tolist()]
         heapq.heapify(waiting)
         for step in itertools.count():
             if not waiting:
                 return
-            if step % _CHECKED == 0:
+            if step % _JOINS_PER_CHECK == 0:
                 check()
             size, area = heapq.heappop(waiting)
             if self._root[area] != area or self._size[area] != size:
-                continue  # it has joined another, or has grown and waits with its new size
+                continue  # it has joined another area, or has grown and is in the heap again
             near = self._near[area]
             if not near:
                 continue
             to = max(near, key=lambda other: (near[other], self._size[other], -other))
             value = self._value[to]
             joined = [area, *(other for other in near if self._value[other] == value)]
-            into = min(joined)  # numbers are in the order of first pixels
+            into = min(joined)  # areas are numbered in the order of their first pixels
             for other in joined:
                 if other != into:
                     self._merge(other, into)
@@ -229,6 +237,6 @@ class _Areas:
             while self._root[root] != root:
                 root = self._root[root]
             at = area
-            while self._root[at] != root:  # shortened, so that no chain is walked twice
+            while self._root[at] != root:  # path compression: no chain is followed twice
                 self._root[at], at = root, self._root[at]
         return np.array([self._value[root] for root in self._root], np.uint8)

@@ -1,9 +1,9 @@
-"""STAC items: a result and a model described for catalogues (STAC 1.1).
+"""STAC 1.1 items that describe results and models for catalogues.
 
     grid, layers, card, dates, sources → item.json beside the rasters
     card → an item of the MLM extension
 
-Nothing of an item depends on the clock or on chance, so that equal results are equal bytes.
+An item does not depend on the clock or on random numbers: equal results have identical items.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from service.write.legend import SIDECAR
 from service.write.predictions import JSON, POLYGONS, Layer
 
 ITEM = "item.json"
-"""Name of a result's item, beside its rasters."""
+"""File name of a result's item, in the folder of its rasters."""
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 _STAC_VERSION = "1.1.0"
 _EXTENSIONS: Mapping[str, str] = {
@@ -50,28 +50,30 @@ _TASKS: Mapping[str, tuple[str, ...]] = {
     "forecast": ("regression",),
     "embed": ("similarity-search",),
 }
-"""Tasks of the MLM extension by ours; it has none for embeddings, which serve similarity search."""
+"""The MLM extension's tasks for each of the service's; it has none for embeddings, which are used
+for similarity search."""
 _EDGE_POINTS = 16
-"""Points on each edge of a footprint: a straight edge of a projection is a curve in degrees."""
+"""Number of points on each edge of a footprint, because a straight edge in a projection is a curve
+in degrees."""
 _LICENCE = re.compile(r"[\w.+-]+")
-"""A licence's SPDX identifier; STAC takes `other` for any other text."""
+"""An SPDX identifier; STAC requires `other` for a licence stated in another form."""
 _DEGREES = CRS.from_epsg(4326)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What a result was made of."""
+    """Provenance of a result: dates, files, provider and parameters."""
 
     dates: tuple[date, ...]
     """Acquisition dates used; empty for undated imagery."""
     forecast_dates: tuple[date, ...] = ()
-    """Dates that a forecast is for."""
+    """Dates of a forecast's steps; empty for other tasks."""
     sources: tuple[str, ...]
-    """Names of the files that hold a band used, or their URLs."""
+    """Names or URLs of the files that contain a used band."""
     provider: str
-    """The execution provider that computed."""
+    """The execution provider of the run."""
     parameters: Mapping[str, JSON]
-    """What decides over the result beside files and model, such as `stride`."""
+    """Parameters of the request that change the result, such as `stride`."""
 
 
 def result_item(
@@ -82,14 +84,17 @@ def result_item(
     *,
     polygons: bool = False,
 ) -> dict[str, Any] | None:
-    """A STAC Item of a result, its assets beside it; None without a date, which STAC requires.
+    """A STAC Item that describes a result; its assets are files in the item's folder.
 
     Args:
-        card: of the model.
-        grid: of the rasters.
+        card: the model's card.
+        grid: grid of the rasters.
         layers: the rasters, each in the file `<name>.tif`.
-        made: what it was made of.
-        polygons: whether the class map is there as polygons as well.
+        made: provenance of the result.
+        polygons: whether the result contains the class map as polygons.
+
+    Returns:
+        The item; None if the result has no date, because STAC requires one.
     """
     if not made.dates:
         return None
@@ -146,27 +151,27 @@ def result_item(
 
 
 def write_item(item: Mapping[str, Any] | None, folder: Path) -> None:
-    """Write an item beside the rasters that it describes; None writes nothing."""
+    """Write an item to the folder of the rasters that it describes; None writes no file."""
     if item is not None:
         text = json.dumps(item, ensure_ascii=False, indent=1)
         (folder / ITEM).write_text(text, encoding="utf-8")
 
 
 def item_of(raster: Path) -> Path:
-    """Path of the item that describes a raster."""
+    """Path of the item that describes a raster, in the raster's folder."""
     return raster.with_name(ITEM)
 
 
 def model_item(card: ModelCard, href: str) -> dict[str, Any]:
     """A model as a STAC Item of the MLM extension.
 
-    Its extent is where and when it may be used, as the extension recommends: nothing in a card
-    restricts it to a part of the Earth or of time.
+    The item's extent is the whole Earth and all dates: the extension recommends the extent in which
+    a model may be used, and a card contains no restriction.
 
     Args:
-        card: of the model.
-        href: where the card is, absolute or relative to the item. The item has no link to itself,
-            which would have to be absolute, and the service does not know its public address.
+        card: the model's card.
+        href: URL of the card, absolute or relative to the item. The item has no `self` link,
+            because that link must be absolute and the service has no setting of its public address.
     """
     world = shapely.box(-180.0, -90.0, 180.0, 90.0)
     extensions = ["mlm", *(["classification"] if card.classes else [])]
@@ -194,10 +199,12 @@ def model_item(card: ModelCard, href: str) -> dict[str, Any]:
 
 
 def footprint(grid: Grid) -> tuple[dict[str, Any] | None, list[float] | None]:
-    """The outline of a grid in degrees, and its bounding box (west, south, east, north).
+    """The outline of a grid as GeoJSON in degrees, and its bounding box.
 
-    Both None where the CRS does not lie on the Earth. Cut at the antimeridian, as GeoJSON requires;
-    west is then larger than east.
+    Returns:
+        The outline, and west, south, east and north in degrees (EPSG:4326). An outline across the
+        antimeridian is cut there, as GeoJSON requires, and west is then larger than east. Both None
+        if the CRS is not a CRS of the Earth.
     """
     step = np.linspace(0.0, 1.0, _EDGE_POINTS, endpoint=False)
     one, zero = np.ones_like(step), np.zeros_like(step)
@@ -224,7 +231,11 @@ def footprint(grid: Grid) -> tuple[dict[str, Any] | None, list[float] | None]:
 
 
 def classes_of(legend: Sequence[LegendClass]) -> list[dict[str, JSON]]:
-    """A legend as the classification extension has it: `name` is a word of ASCII, `title` ours."""
+    """A legend in the form of STAC's classification extension.
+
+    The extension allows only ASCII letters, digits, `-` and `_` in `name`; `title` is the class's
+    own name.
+    """
     return [
         {
             "value": c.value,
@@ -238,7 +249,7 @@ def classes_of(legend: Sequence[LegendClass]) -> list[dict[str, JSON]]:
 
 
 def class_name(text: str) -> str:
-    """A class's name with only letters, digits, `-` and `_`, as the extension demands."""
+    """A class's name with all characters except ASCII letters, digits, `-` and `_` replaced."""
     return re.sub(r"[^0-9A-Za-z_-]+", "-", text).strip("-")
 
 
@@ -270,7 +281,7 @@ def _projection(grid: Grid) -> dict[str, JSON]:
 
 
 def _assets(layer: Layer, grid: Grid) -> dict[str, Any]:
-    """A raster with its style, and a class map with its side file."""
+    """The assets of a layer: its raster, its QGIS style and, for a class map, its side file."""
     name = layer.name
     raster: dict[str, Any] = {
         "href": f"./{name}.tif",
@@ -304,7 +315,7 @@ def _assets(layer: Layer, grid: Grid) -> dict[str, Any]:
 
 
 def _model_properties(card: ModelCard) -> dict[str, Any]:
-    """The properties of the MLM extension; dimensions of any size are -1."""
+    """The properties of the MLM extension; -1 stands for a dimension of variable size."""
     tasks = list(_TASKS[card.task])
     if card.modality == "pixel":
         shape, order = [-1, -1, len(card.bands)], ["batch", "time", "bands"]
@@ -358,14 +369,14 @@ def _result_structure(card: ModelCard) -> tuple[list[int], list[str]]:
 
 
 def _model_asset(card: ModelCard) -> dict[str, Any]:
-    """The ONNX file by its content (RFC 6920): it is known by its sha256, wherever it lies."""
+    """The asset of the ONNX file, whose URI is its sha256 (RFC 6920) and not a location."""
     digest = base64.urlsafe_b64encode(bytes.fromhex(card.sha256)).decode().rstrip("=")
     return {
         "href": f"ni:///sha-256;{digest}",
         "type": "application/octet-stream",
         "title": f"{card.id}, float32",
         "roles": ["mlm:model"],
-        # STAC allows an item's `bands`, which the extension requires, if an asset has some.
+        # The extension requires `bands` in the item, and STAC allows it only if an asset has them.
         "bands": [{"name": band} for band in card.bands],
         "mlm:artifact_type": "onnx",
         "pimc:sha256": card.sha256,

@@ -16,7 +16,7 @@ from service.errors import InvalidRequest
 from service.write.predictions import (
     ClassPredictions,
     EmbeddingPredictions,
-    decided,
+    classes_with_confidence,
     entropy,
     predictions_of,
 )
@@ -47,12 +47,12 @@ def test_a_pixel_with_a_missing_probability_has_no_class():
     found = probabilities(5)
     found[2] = np.nan
     found[3, 1] = np.nan
-    best, sure = decided(found)
+    best, confidence = classes_with_confidence(found)
     assert best.dtype == np.uint8
     assert best[[2, 3]].tolist() == [255, 255]
-    assert np.isnan(sure[[2, 3]]).all()
+    assert np.isnan(confidence[[2, 3]]).all()
     assert best[[0, 1, 4]].tolist() == found[[0, 1, 4]].argmax(axis=1).tolist()
-    assert sure[[0, 1, 4]].tolist() == found[[0, 1, 4]].max(axis=1).tolist()
+    assert confidence[[0, 1, 4]].tolist() == found[[0, 1, 4]].max(axis=1).tolist()
 
 
 def test_a_class_tally_does_not_depend_on_the_parts():
@@ -132,7 +132,7 @@ def test_forecast_records_and_tally(forecast):
 @pytest.mark.parametrize("horizon", [0, 4])
 def test_an_invalid_horizon_is_an_error_with_both_limits(forecast, horizon):
     card, window = forecast
-    with pytest.raises(InvalidRequest, match=rf"horizon: {horizon} steps.*1 to 3"):
+    with pytest.raises(InvalidRequest, match=rf"horizon: {horizon} is not .* from 1 to 3"):
         predictions_of(card, ("q50",), horizon=horizon, time_window=window)
 
 
