@@ -610,7 +610,7 @@ def test_mistakes_are_told(world: World) -> None:
     found = world.named({"url": world.api, "collections": ["landsat"]})
     assert "finds no item" in problem(found, "invalid_request")
     assert "neither a STAC" in problem(world.named(f"{world.api}conformance"), "invalid_request")
-    assert "no STAC landing page" in problem(
+    assert "not a STAC landing page" in problem(
         world.named({"url": f"{world.api}conformance"}), "unreachable_reference"
     )
     for stac in (
