@@ -11,8 +11,8 @@
     │   ├── UnsupportedMedia, NotAcceptable  a body or response of an unsupported type
     │   ├── Unauthorized
     │   ├── ForbiddenReference, UnreachableReference
-    │   ├── NotFound, MethodNotAllowed, UnknownModel, UnknownJob
-    │   ├── ResultNotReady                   the job is not finished
+    │   ├── NotFound, MethodNotAllowed, UnknownModel, UnknownJob, UnknownProcess
+    │   ├── ResultNotReady, ResultsNotReady  the job is not finished
     │   ├── InvalidRange                     `Range` is not within the file
     │   ├── BodyTooLarge                     over the upload limit
     │   ├── BodyStalled                      the upload was too slow
@@ -173,11 +173,25 @@ class UnknownJob(RequestError):
     title = "Unknown job"
 
 
+class UnknownProcess(RequestError):
+    """No process of that id."""
+
+    code = "unknown_process"
+    title = "Unknown process"
+
+
 class ResultNotReady(RequestError):
     """The job has no result: it waits, runs, was dismissed or has expired."""
 
     code = "result_not_ready"
     title = "Result not ready"
+
+
+class ResultsNotReady(RequestError):
+    """The job is not finished: OGC API - Processes gives this the status 404."""
+
+    code = "results_not_ready"
+    title = "Results not ready"
 
 
 class BodyTooLarge(RequestError):
@@ -434,6 +448,8 @@ STATUS: Mapping[str, int] = {
     "header_too_large": 431,
     "unknown_model": 404,
     "unknown_job": 404,
+    "unknown_process": 404,
+    "results_not_ready": 404,
     "not_found": 404,
     "method_not_allowed": 405,
     "not_acceptable": 406,

@@ -475,7 +475,7 @@ def test_metrics_count_what_was_served(api: httpx.Client, scene: Scene) -> None:
 
 
 def test_the_home_page_leads_a_browser_to_the_documentation(api: httpx.Client) -> None:
-    page = api.get("/")
+    page = api.get("/", headers={"Accept": "text/html"})
     assert page.headers["content-type"].startswith("text/html")
     for path in re.findall(r'(?:href|src)="([^":]+)"', page.text):
         assert api.get(path).status_code == 200, path

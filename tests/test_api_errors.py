@@ -29,6 +29,8 @@ ELSEWHERE = {
     "too_many_requests",
     "not_ready",
     "result_not_ready",
+    "results_not_ready",
+    "unknown_process",
     "invalid_range",
     "insufficient_storage",
     "unreachable_reference",

@@ -189,7 +189,12 @@ def test_every_link_leads_back_through_the_proxy(site: httpx.Client, files: File
     done = site.get(status).json()
     listed = site.get("jobs", params={"limit": 1}).json()
     links = done["links"] + listed["links"] + listed["jobs"][0]["links"]
-    assert {link["rel"].rpartition("/")[2] for link in links} == {"self", "results", "next"}
+    assert {link["rel"].rpartition("/")[2] for link in links} == {
+        "self",
+        "alternate",
+        "results",
+        "next",
+    }
     for link in links:
         assert link["href"].startswith(f"{PREFIX}/jobs")
         assert site.get(urljoin(status, link["href"])).status_code == 200
@@ -202,7 +207,7 @@ def test_every_link_leads_back_through_the_proxy(site: httpx.Client, files: File
 
 
 def test_the_pages_find_their_parts(site: httpx.Client) -> None:
-    home = site.get("")
+    home = site.get("", headers={"Accept": "text/html"})
     assert home.status_code == 200
     docs = site.get("docs")
     parts = re.findall(r'(?:href|src)="([^":]*)"', home.text + docs.text)

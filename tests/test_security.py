@@ -133,7 +133,7 @@ class TestHeaders:
     def test_a_pages_policy_lets_the_page_itself_run_and_nothing_else(
         self, api: httpx.Client, path: str
     ) -> None:
-        answer = api.get(path)
+        answer = api.get(path, headers={"Accept": "text/html"})
         rules = policy(answer)
         for tag, rule in (("script", "script-src"), ("style", "style-src")):
             for inline in re.findall(rf"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL):

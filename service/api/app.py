@@ -28,11 +28,11 @@ from service.api.middleware import (
     SecurityHeadersMiddleware,
     SlowClientMiddleware,
 )
-from service.api.openapi import DocumentedApp
+from service.api.openapi import DESCRIPTION, DocumentedApp
 from service.api.problems import add_handlers, fault
 from service.api.quotas import Quotas
 from service.api.routes import heads as head_routes
-from service.api.routes import health, home, models, series, tasks, validate
+from service.api.routes import health, home, models, processes, series, tasks, validate
 from service.api.routes import jobs as job_routes
 from service.api.scratch import Scratch
 from service.api.sending import Downloads
@@ -53,14 +53,11 @@ _ROUTERS = (
     series.router,
     validate.router,
     job_routes.router,
+    processes.router,
     models.router,
     head_routes.router,
     health.router,
     home.router,
-)
-_DESCRIPTION = (
-    "Land-cover classes, vegetation forecasts and embeddings from satellite image time series. "
-    "Send the GeoTIFFs of a stack as `files`; `Accept` chooses between a COG, a zip and JSON."
 )
 
 
@@ -166,7 +163,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
     app = documented = DocumentedApp(
         title="PIMC",
         version=project_version(),
-        description=_DESCRIPTION,
+        description=DESCRIPTION,
         lifespan=lifespan,
         openapi_url=None,  # a route of home, which can be closed
         docs_url=None,  # the explorer has the page, with a policy of its own

@@ -100,6 +100,12 @@ async def own_folder(
         yield folder
 
 
+async def job_folder(app: Annotated[AppState, Depends(app_state)]) -> AsyncIterator[Path]:
+    """As `own_folder`, in the state directory: only the body says whether a job is made."""
+    async for folder in _folder(app.jobs.requests):
+        yield folder
+
+
 async def _folder(parent: Path) -> AsyncIterator[Path]:
     """A temporary folder in `parent`."""
     folder = Path(await to_thread.run_sync(lambda: tempfile.mkdtemp(prefix="request-", dir=parent)))
@@ -199,6 +205,7 @@ async def request_preferences(
 
 App = Annotated[AppState, Depends(app_state)]
 Folder = Annotated[Path, Depends(own_folder)]
+JobFolder = Annotated[Path, Depends(job_folder)]
 Preferences = Annotated[RequestPreferences, Depends(request_preferences)]
 KNOWN_CALLER = Depends(known_caller)
 KNOWN_IF_PRIVATE = Depends(known_if_private)

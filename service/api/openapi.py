@@ -17,12 +17,13 @@ from pydantic.json_schema import models_json_schema
 
 from models.card import Task
 from service.api.problems import PROBLEM
-from service.api.responses import COG, CSV, GEOJSON, PARQUET, ZIP
+from service.api.responses import COG, CSV, GEOJSON, MULTIPART, PARQUET, ZIP
 from service.api.schemas import (
     FORMS,
     ITEMS,
     SERIES,
     STAC,
+    Execute,
     HeadForm,
     HeadItems,
     HeadResponse,
@@ -39,6 +40,10 @@ from service.api.schemas import (
 from service.api.uploads import FILES, FORM, JSON
 from service.errors import STATUS
 
+DESCRIPTION = (
+    "Land-cover classes, vegetation forecasts and embeddings from satellite image time series. "
+    "Send the GeoTIFFs of a stack as `files`; `Accept` chooses between a COG, a zip and JSON."
+)
 _REF = "#/components/schemas/{model}"
 _TASK_ERRORS = (
     "unauthorized", "forbidden_reference", "unreachable_reference", "unknown_model",
@@ -69,6 +74,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     *ITEMS.values(),
     *STAC.values(),
     *SERIES.values(),
+    Execute,
     HeadForm,
     HeadItems,
     HeadSeries,
@@ -225,6 +231,49 @@ FILE: Mapping[int | str, dict[str, Any]] = {
     **problems((*_RESULT_ERRORS, "not_found")),
 }
 """`responses` of one raster of a job's result."""
+
+EXECUTION_BODY: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {JSON: {"schema": _ref(Execute)}}}
+}
+"""`openapi_extra` of an execution."""
+_OUTPUTS: Mapping[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The outputs: one as it is, several as parts, or all in a document",
+        "headers": _described(_HEADERS),
+        "content": {
+            COG: _BINARY,
+            MULTIPART: _BINARY,
+            JSON: {"schema": {"type": "object"}},
+            GEOJSON: {"schema": _ref(PointsResponse)},
+            CSV: {"schema": {"type": "string"}},
+            PARQUET: _BINARY,
+        },
+    },
+    204: {
+        "description": "Links to the outputs",
+        "headers": _described({**_HEADERS, "Link": "an output, or the job that keeps them"}),
+    },
+}
+EXECUTION: Mapping[int | str, dict[str, Any]] = {
+    **_OUTPUTS,
+    201: {
+        "description": "A job, because `Prefer` requests it",
+        "headers": _described(_JOB_HEADERS),
+        "content": {JSON: {"schema": _ref(JobInfo)}},
+    },
+    **problems(
+        (
+            *(code for code in _TASK_ERRORS if code != "not_acceptable"),
+            "unknown_process",
+        )
+    ),
+}
+"""`responses` of an execution."""
+RESULTS: Mapping[int | str, dict[str, Any]] = {
+    **_OUTPUTS,
+    **problems((*_RESULT_ERRORS, "results_not_ready", "not_found")),
+}
+"""`responses` of the results of a job."""
 
 STAC_ITEM: Mapping[str, Any] = {
     "type": "object",

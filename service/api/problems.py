@@ -32,6 +32,14 @@ from service.errors import (
 )
 
 PROBLEM = "application/problem+json"
+_OGC = "http://www.opengis.net/def/exceptions/ogcapi-processes-1/1.0"
+_TYPES: Mapping[str, str] = {
+    "unknown_process": f"{_OGC}/no-such-process",
+    "unknown_job": f"{_OGC}/no-such-job",
+    "result_not_ready": f"{_OGC}/result-not-ready",
+    "results_not_ready": f"{_OGC}/result-not-ready",
+}
+"""Types that OGC API - Processes names; the others are this service's own."""
 METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 _LOG = logging.getLogger(__name__)
 _LONGEST_PATH = 200
@@ -67,7 +75,7 @@ def problem(
 def problem_document(error: PIMCError, request_id: str) -> dict[str, Any]:
     """An error as a problem document (RFC 9457)."""
     body: dict[str, Any] = {
-        "type": f"urn:pimc:problem:{error.code}",
+        "type": _TYPES.get(error.code, f"urn:pimc:problem:{error.code}"),
         "title": error.title,
         "status": STATUS[error.code],
         "detail": error.detail,

@@ -34,6 +34,7 @@ ZIP = "application/zip"
 GEOJSON = "application/geo+json"
 CSV = "text/csv"
 PARQUET = "application/vnd.apache.parquet"
+MULTIPART = "multipart/related"
 FILE_TYPES = frozenset({COG, ZIP})
 _SUFFIXES = {ZIP: ".zip", CSV: ".csv", PARQUET: ".parquet", GEOJSON: ".geojson"}
 # Proxies and clients limit the length of headers; JSON responses hold every warning in full.

@@ -90,7 +90,7 @@ def _only_finite(value: object) -> object:
     return value
 
 
-def _listed(value: object) -> object:
+def listed(value: object) -> object:
     """Split values: "a,b", ["a", "b"] and ["a,b", "c"] become lists."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list | tuple):
@@ -122,7 +122,7 @@ def _dated(value: object) -> object:
     Raises:
         ValueError: a part that is neither, or a date or baseline twice.
     """
-    parts = _listed(value)
+    parts = listed(value)
     if not isinstance(parts, list):
         return value
     pairs = [_dated_number(part) for part in parts]
@@ -172,8 +172,8 @@ _IsoDate = Annotated[
     AfterValidator(_plausible_date),
     WithJsonSchema({"type": "string", "format": "date", "examples": ["2021-01-05"]}),
 ]
-_Split = BeforeValidator(_listed)
-_SplitOnce = BeforeValidator(lambda value: _once(_listed(value)))
+_Split = BeforeValidator(listed)
+_SplitOnce = BeforeValidator(lambda value: _once(listed(value)))
 _DATED_SCHEMA = WithJsonSchema(
     {
         "anyOf": [{"type": "number"}, {"type": "string"}],
@@ -716,7 +716,7 @@ def _is_moment(text: str) -> bool:
     return True
 
 
-def _interval(value: str | None) -> str | None:
+def interval(value: str | None) -> str | None:
     """A date or two, as STAC APIs take them."""
     if value is None:
         return None
@@ -754,7 +754,7 @@ class StacSearch(_Strict):
     ] = None
     datetime: Annotated[
         str | None,
-        AfterValidator(_interval),
+        AfterValidator(interval),
         Field(
             max_length=100,
             description="a date, or two separated by `/`; `..` for an open end",
@@ -1038,6 +1038,54 @@ class HeadSeries(_Strict):
         )
 
 
+class OutputFormat(_Loose):
+    """The format of an output of a process."""
+
+    mediaType: Annotated[  # noqa: N815 - the standard's name
+        str | None, Field(max_length=200, description="one of those of the output's description")
+    ] = None
+
+
+class OutputRequest(_Strict):
+    """How an output of a process is returned."""
+
+    format: OutputFormat | None = None
+    transmissionMode: Annotated[  # noqa: N815 - the standard's name
+        Literal["value", "reference"],
+        Field(description="`value`: in the response; `reference`: a link to it"),
+    ] = "value"
+
+
+class Execute(_Strict):
+    """JSON body of an execution, as OGC API - Processes 1.0 has it."""
+
+    inputs: Annotated[
+        dict[str, Any],
+        Field(
+            description="by the names of the process description: values, or links "
+            '(`{"href": …}`) to them; an object or binary value as `{"value": …, "mediaType": …}`'
+        ),
+    ] = {}
+    outputs: Annotated[
+        dict[str, OutputRequest],
+        Field(description="the outputs to return; without any, all that the inputs give"),
+    ] = {}
+    response: Annotated[
+        Literal["raw", "document"],
+        Field(description="`raw`: the outputs themselves; `document`: JSON that holds them"),
+    ] = "raw"
+    subscriber: Annotated[
+        Any, Field(description="not supported: the server sends no callbacks")
+    ] = None
+
+    @field_validator("subscriber")
+    @classmethod
+    def _no_callbacks(cls, value: object) -> object:
+        if value is not None:
+            raise ValueError("this server sends no callbacks: read the job's status instead")
+        return value
+
+
 class Problem(BaseModel):
     """An error (RFC 9457)."""
 
@@ -1175,6 +1223,65 @@ class JobList(BaseModel):
 
     jobs: list[JobInfo]
     links: list[Link]
+
+
+class LandingPage(BaseModel):
+    """Where the parts of the API are."""
+
+    title: str
+    description: str
+    links: list[Link]
+
+
+class Conformance(BaseModel):
+    """The classes of standards that the server conforms to."""
+
+    conformsTo: list[str]  # noqa: N815 - the standard's name
+
+
+class ProcessSummary(BaseModel):
+    """A process: a task of the service."""
+
+    id: str
+    version: str
+    title: str
+    description: str
+    keywords: list[str]
+    jobControlOptions: list[Literal["sync-execute", "async-execute", "dismiss"]]  # noqa: N815
+    outputTransmission: list[Literal["value", "reference"]]  # noqa: N815
+    links: list[Link]
+
+
+class ProcessList(BaseModel):
+    """The processes."""
+
+    processes: list[ProcessSummary]
+    links: list[Link]
+
+
+class ProcessInput(BaseModel):
+    """An input of a process."""
+
+    title: str
+    description: str
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    minOccurs: int  # noqa: N815 - the standard's name
+    maxOccurs: int | Literal["unbounded"]  # noqa: N815 - the standard's name
+
+
+class ProcessOutput(BaseModel):
+    """An output of a process."""
+
+    title: str
+    description: str
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ProcessDescription(ProcessSummary):
+    """A process with its inputs and outputs."""
+
+    inputs: dict[str, ProcessInput]
+    outputs: dict[str, ProcessOutput]
 
 
 class HeadResponse(BaseModel):
@@ -1385,6 +1492,15 @@ def read_head_stac(
     return stac, HeadForm.model_construct(**fields)
 
 
+def read_execute(body: bytes) -> Execute:
+    """Validate the JSON body of an execution; its inputs only in their outer form.
+
+    Raises:
+        InvalidRequest: with every field that fails.
+    """
+    return _checked(Execute, body)
+
+
 def read_head_series(body: bytes) -> HeadSeries:
     """Validate a JSON body of labelled series.
 
@@ -1441,12 +1557,12 @@ def invalid_request(
     # A list whose every entry fails counts as too short as well, which would only confuse.
     within = {error["loc"][:-1] for error in errors} | {error["loc"][:-2] for error in errors}
     errors = [e for e in errors if e["type"] != "too_short" or e["loc"] not in within]
-    listed = [_field_error(error, known) for error in errors[:_MAX_ERRORS]]
-    names = ", ".join(error["field"] for error in listed)
+    found = [_field_error(error, known) for error in errors[:_MAX_ERRORS]]
+    names = ", ".join(error["field"] for error in found)
     if len(errors) == 1:
-        return InvalidRequest("{field}: {detail}".format(**listed[0]), listed)
+        return InvalidRequest("{field}: {detail}".format(**found[0]), found)
     more = ", …" if len(errors) > _MAX_ERRORS else ""
-    return InvalidRequest(f"{len(errors)} fields fail: {names}{more}", listed)
+    return InvalidRequest(f"{len(errors)} fields fail: {names}{more}", found)
 
 
 _OTHER_NAMES: Mapping[str, str] = {
@@ -1471,13 +1587,16 @@ def _meant(name: str, known: Collection[str]) -> str | None:
     return next(iter(get_close_matches(plain, [*known], n=1, cutoff=0.7)), None)
 
 
+def unknown_field(name: str, known: Collection[str]) -> str:
+    """The message about an unknown parameter."""
+    meant = _meant(name, known)
+    also = f" (did you mean '{meant}'?)" if meant else ""
+    return f"unknown field{also}; there are {', '.join(sorted(known))}"
+
+
 def _field_error(error: Mapping[str, Any], known: Collection[str]) -> dict[str, str]:
     place = error["loc"]
     detail = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        detail = "unknown field"
-        if len(place) == 1:
-            meant = _meant(str(place[0]), known)
-            also = f" (did you mean '{meant}'?)" if meant else ""
-            detail += f"{also}; there are {', '.join(sorted(known))}"
+        detail = unknown_field(str(place[0]), known) if len(place) == 1 else "unknown field"
     return {"field": ".".join(str(part) for part in place) or "body", "detail": detail}

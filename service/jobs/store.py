@@ -69,7 +69,7 @@ DATABASE = "jobs.sqlite"
 _RESULT = "reply.json"
 _DOCUMENT = "document.json"
 _READY = "ready"
-_UPGRADE = "upgrade"
+_UPGRADE, _ANSWER = "upgrade", "answer"
 _LOCKS = 16
 _BY_KEY = "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?"
 REQUEST = "request.json"
@@ -222,6 +222,49 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobFilter:
+    """Conditions on jobs; those that are None or empty hold for every job."""
+
+    tasks: tuple[str, ...] = ()
+    statuses: tuple[str, ...] = ()
+    since: float | None = None
+    """Created at or after this moment, seconds since 1970."""
+    until: float | None = None
+    """Created before this moment."""
+    shortest: float | None = None
+    """Seconds that the job has run at least; with a bound, jobs that have not begun are left out,
+    and those that wait to go on."""
+    longest: float | None = None
+    """Seconds that it has run at most."""
+
+    def sql(self, now: float) -> tuple[str, tuple[object, ...]]:
+        """The conditions as `AND …`, and their values.
+
+        Args:
+            now: seconds since 1970, until which a running job has run.
+        """
+        ran = (
+            "(CASE WHEN status = 'running' THEN ? "
+            "WHEN status != 'accepted' THEN finished END - started)"
+        )
+        conditions: list[tuple[str, tuple[object, ...]]] = [
+            (f"{column} IN ({', '.join('?' * len(values))})", values)
+            for column, values in (("task", self.tasks), ("status", self.statuses))
+            if values
+        ]
+        for condition, bound in (("created >= ?", self.since), ("created < ?", self.until)):
+            if bound is not None:
+                conditions.append((condition, (bound,)))
+        for sign, bound in ((">=", self.shortest), ("<=", self.longest)):
+            if bound is not None:
+                conditions.append((f"{ran} {sign} ?", (now, bound)))
+        return (
+            "".join(f" AND {condition}" for condition, _ in conditions),
+            tuple(value for _, values in conditions for value in values),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Idempotency:
     """Identification of repeated requests."""
 
@@ -231,14 +274,17 @@ class Idempotency:
     """Fingerprint of the request."""
 
 
-def fingerprint(request: TaskRequest, folder: Path) -> str:
+def fingerprint(request: TaskRequest, folder: Path, answer: Mapping[str, Any] | None = None) -> str:
     """SHA-256 of a request's parameters and of the content of its uploaded files, hexadecimal.
 
     Args:
         request: the request.
         folder: folder of the uploaded files; the path identifies any other file.
+        answer: how its results are returned; None if that is not part of the request.
     """
     document = request_document(request, folder)
+    if answer is not None:
+        document[_ANSWER] = answer
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
     for file in request.sources if isinstance(request, RasterRequest) else ():
         if file.path.is_relative_to(folder):
@@ -299,6 +345,8 @@ class JobStore:
         caller: str | None = None,
         share: Share = UNBOUNDED,
         pixels: int = 0,
+        answer: Mapping[str, Any] | None = None,
+        status: Literal["accepted", "running"] = "accepted",
     ) -> Job:
         """Create a job from a plan; once this returns, a kill does not lose the job.
 
@@ -311,6 +359,8 @@ class JobStore:
             caller: the caller whose share the job counts for; None is the owner.
             share: the caller's share.
             pixels: pixels, series and points that the job counts for.
+            answer: how its results are returned; None if the reader of the result chooses.
+            status: `running` keeps the workers from taking the job.
 
         Returns:
             The new job, or the existing job if this request repeats an earlier one.
@@ -325,6 +375,7 @@ class JobStore:
         # Store the plan's model: the default model may change before the job runs.
         document = request_document(plan.request, folder, model=plan.model.card.id)
         document[_UPGRADE] = upgrade
+        document[_ANSWER] = answer
         job_folder = self._jobs / name
         try:
             if isinstance(plan.request, RasterRequest):
@@ -341,8 +392,8 @@ class JobStore:
                 _charge(db, charged, pixels, share)
                 db.execute(
                     "INSERT INTO jobs (id, owner, caller, bytes, idempotency_key, fingerprint, "
-                    "task, model, sha256, created, updated) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "task, model, sha256, created, updated, status, started) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         name,
                         owner,
@@ -355,6 +406,8 @@ class JobStore:
                         plan.model.card.sha256,
                         now,
                         now,
+                        status,
+                        now if status == "running" else None,
                     ),
                 )
         except BaseException as error:
@@ -366,6 +419,46 @@ class JobStore:
                     return first
             raise
         return self.find(owner, name)
+
+    def keep(
+        self,
+        plan: Plan,
+        folder: Path,
+        work: Path,
+        result: Result,
+        *,
+        owner: str,
+        caller: str,
+        share: Share,
+        answer: Mapping[str, Any] | None,
+    ) -> Job:
+        """Keep a finished run as a successful job, whose result can be read again.
+
+        Args:
+            plan: that was run.
+            folder: of the request, as for `accept`.
+            work: a folder in the state directory that holds exactly the files of the run.
+            result: of the run.
+            owner: the caller it belongs to.
+            caller: whose share it takes.
+            share: that share.
+            answer: how its results are returned.
+
+        Raises:
+            PIMCError: as `accept`.
+        """
+        job = self.accept(
+            plan, folder, owner=owner, caller=caller, share=share, answer=answer, status="running"
+        )
+        try:
+            self.publish(job, work, result)
+            self.succeed(job)
+        except BaseException:
+            self.dismiss(owner, job.id)
+            raise
+        finally:
+            self.clear(job)
+        return self.find(owner, job.id)
 
     def repeated(self, owner: str, idempotency: Idempotency) -> Job | None:
         """The job that an earlier request with the same idempotency key made; None if none did.
@@ -471,7 +564,14 @@ class JobStore:
             )
         return job
 
-    def latest(self, owner: str, limit: int, *, before: str | None = None) -> list[Job]:
+    def latest(
+        self,
+        owner: str,
+        limit: int,
+        *,
+        before: str | None = None,
+        which: JobFilter | None = None,
+    ) -> list[Job]:
         """A caller's latest jobs, the newest first.
 
         Args:
@@ -479,15 +579,18 @@ class JobStore:
             limit: largest number of jobs to return.
             before: id of a job; only jobs accepted before it are returned. None starts at the
                 newest job.
+            which: conditions on the jobs returned; None returns all.
 
         Raises:
             UnknownJob: `before` is not the id of a job of the caller.
         """
         number = 2**63 - 1 if before is None else self.find(owner, before).number
+        condition, values = ("", ()) if which is None else which.sql(time.time())
         with self._exclusive(), _translate_errors():
             rows = self._db.execute(
-                "SELECT * FROM jobs WHERE owner = ? AND number < ? ORDER BY number DESC LIMIT ?",
-                (owner, number, limit),
+                f"SELECT * FROM jobs WHERE owner = ? AND number < ?{condition} "  # noqa: S608
+                "ORDER BY number DESC LIMIT ?",
+                (owner, number, *values, limit),
             ).fetchall()
         return [_job(row) for row in rows]
 
@@ -553,6 +656,19 @@ class JobStore:
                 f"job {job.id} is {job.status}, and its files have been removed"
             ) from error
         return request_of(json.loads(text), self.folder(job) / "input")
+
+    def answer(self, job: Job) -> Mapping[str, Any] | None:
+        """How a job's results are returned, as `accept` was told.
+
+        Raises:
+            ResultNotReady: the job's files are removed.
+        """
+        try:
+            document = json.loads((self.folder(job) / REQUEST).read_text("utf-8"))
+        except FileNotFoundError as error:
+            raise removed(job) from error
+        found: Mapping[str, Any] | None = document.get(_ANSWER)
+        return found
 
     def result(self, job: Job) -> StoredResult:
         """A finished job's result.

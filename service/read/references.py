@@ -41,6 +41,7 @@ async def fetch_items(
     folder: Path,
     settings: Settings,
     *,
+    fields: Sequence[str] = (),
     patience: Patience | None = None,
     resolver: Resolver = resolve,
     tls: ssl.SSLContext | None = None,
@@ -51,6 +52,7 @@ async def fetch_items(
         items: references of a request, in order.
         folder: the request's folder; the caller removes only this folder.
         settings: allowed roots and hosts, and the largest number of bytes.
+        fields: what names each reference, for messages; empty for `items.0.href` and so on.
         patience: time limits.
         resolver: resolves host names.
         tls: trusted certificates; None uses httpx's own.
@@ -62,9 +64,13 @@ async def fetch_items(
         BodyTooLarge: the files have more bytes than an upload may have.
     """
     if not (settings.allowed_roots or settings.allowed_hosts):
-        raise ForbiddenReference("'items' is not allowed: this server reads no files by reference")
+        named = fields[0] if fields else "items"
+        raise ForbiddenReference(
+            f"'{named}' is not allowed: this server reads no files by reference"
+        )
     patience = patience or Patience()
-    places = [place_of(item.href, f"items.{n}.href", settings) for n, item in enumerate(items)]
+    fields = fields or [f"items.{n}.href" for n in range(len(items))]
+    places = [place_of(i.href, field, settings) for i, field in zip(items, fields, strict=True)]
     files: list[SourceFile] = []
     with anyio.move_on_after(patience.total_seconds) as waiting:
         async with Connections(settings, patience=patience, resolver=resolver, tls=tls) as web:

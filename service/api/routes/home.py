@@ -1,4 +1,4 @@
-"""The explorer page, its parts, and the API documentation page."""
+"""The landing page and the explorer, its parts, and the API documentation page."""
 
 # No `from __future__ import annotations` here: FastAPI needs the types at run time.
 from collections.abc import Mapping
@@ -12,14 +12,18 @@ from starlette.responses import Response
 
 from service.api.dependencies import KNOWN_IF_PRIVATE, App, root_of
 from service.api.middleware import page_policy
-from service.api.openapi import DocumentedApp
+from service.api.negotiation import negotiate
+from service.api.openapi import DESCRIPTION, DocumentedApp
+from service.api.schemas import LandingPage, Link
 from service.api.sending import StoredFile
+from service.api.uploads import JSON
 from service.errors import NotFound
 
 _STATIC = Path(__file__).parents[1] / "static"
 _SWAGGER = _STATIC / "swagger-ui"
 _EXPLORER = _STATIC / "explorer"
 _ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
+_HTML = "text/html"
 _KINDS = {".js": "text/javascript", ".css": "text/css"}
 _PARTS: Mapping[str, Path] = {
     path.relative_to(_EXPLORER).as_posix(): path
@@ -31,10 +35,40 @@ _DEMO = frozenset({".tif", ".tiff"})
 router = APIRouter(include_in_schema=False)
 
 
-@router.get("/", response_class=HTMLResponse)
-async def home() -> HTMLResponse:
-    """The explorer: a page that runs tasks on a stack and shows their results."""
-    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": page_policy(_PAGE)})
+@router.get("/", response_class=Response)
+async def home(request: Request) -> Response:
+    """The explorer for a browser; for others the landing page of OGC API - Processes."""
+    accept = request.headers.get("accept", "")
+    headers = {"Vary": "Accept"}
+    # A program that accepts anything reads JSON; every browser names HTML.
+    if negotiate(accept, (JSON, _HTML), lenient=True) == JSON:
+        page = landing_page(root_of(request)).model_dump(exclude_none=True)
+        return JSONResponse(page, headers=headers)
+    policy = {"Content-Security-Policy": page_policy(_PAGE)}
+    return HTMLResponse(_PAGE, headers={**headers, **policy})
+
+
+def landing_page(root: str) -> LandingPage:
+    """Links to the parts of the API.
+
+    Args:
+        root: path before the service's own paths.
+    """
+    relations = "http://www.opengis.net/def/rel/ogc/1.0"
+    links = (
+        ("/", "self", JSON, "this page"),
+        ("/", "alternate", _HTML, "the explorer"),
+        ("/openapi.json", "service-desc", JSON, "the OpenAPI document"),
+        ("/docs", "service-doc", _HTML, "the OpenAPI document, for people"),
+        ("/conformance", f"{relations}/conformance", JSON, "classes of OGC API - Processes"),
+        ("/processes", f"{relations}/processes", JSON, "the processes"),
+        ("/jobs", f"{relations}/job-list", JSON, "the caller's jobs"),
+    )
+    return LandingPage(
+        title="PIMC",
+        description=DESCRIPTION,
+        links=[Link(href=f"{root}{path}", rel=r, type=kind, title=t) for path, r, kind, t in links],
+    )
 
 
 @router.get("/explorer/demo", dependencies=[KNOWN_IF_PRIVATE])

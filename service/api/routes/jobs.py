@@ -8,13 +8,15 @@ caller's job is unknown to it.
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import MAXYEAR, UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlencode
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import AfterValidator, BeforeValidator
 from starlette.responses import JSONResponse
 
 from service.api.auth import share_of
@@ -22,6 +24,7 @@ from service.api.dependencies import KNOWN_CALLER, READER, App, AppState, Caller
 from service.api.negotiation import negotiate
 from service.api.openapi import FILE, ITEM_FILE, RESULT, STAC_COLLECTION, problems
 from service.api.problems import problem
+from service.api.processes import task_of
 from service.api.responses import (
     GEOJSON,
     PARQUET,
@@ -30,11 +33,11 @@ from service.api.responses import (
     stored_response,
     whole_file,
 )
-from service.api.schemas import JobInfo, JobList, Link
+from service.api.schemas import JobInfo, JobList, Link, interval, listed
 from service.errors import NotFound, ResultNotReady
 from service.infer.smooth import MAX_RADIUS
 from service.jobs.serialise import StoredResult
-from service.jobs.store import Job, removed
+from service.jobs.store import Job, JobFilter, JobStatus, removed
 from service.run.derive import Cleaning, check_derivable, derive_map
 from service.run.request import RasterRequest
 from service.write.predictions import POLYGONS
@@ -42,15 +45,19 @@ from service.write.stac_item import item_of
 
 _RESULTS = "http://www.opengis.net/def/rel/ogc/1.0/results"
 _MANY = 1000
+_LISTED = BeforeValidator(listed)
 router = APIRouter(tags=["jobs"], dependencies=[KNOWN_CALLER])
 
 
 @router.get(
     "/jobs",
     response_model=JobList,
+    response_model_exclude_none=True,
     responses={
         200: {"content": {GEOJSON: {"schema": STAC_COLLECTION}}},
-        **problems(["unauthorized", "invalid_request", "unknown_job", "internal_error"]),
+        **problems(
+            ["unauthorized", "invalid_request", "unknown_job", "unknown_process", "internal_error"]
+        ),
     },
 )
 async def list_jobs(
@@ -61,30 +68,85 @@ async def list_jobs(
     cursor: Annotated[
         str | None, Query(max_length=64, description="id of the last job of the page before")
     ] = None,
+    kinds: Annotated[
+        tuple[str, ...], _LISTED, Query(alias="type", description="`process`, as every job is")
+    ] = (),
+    processes: Annotated[
+        tuple[str, ...], _LISTED, Query(alias="processID", description="only jobs of these tasks")
+    ] = (),
+    status: Annotated[
+        tuple[JobStatus, ...], _LISTED, Query(description="only jobs of these statuses")
+    ] = (),
+    created: Annotated[
+        str | None,
+        AfterValidator(interval),
+        Query(
+            alias="datetime",
+            max_length=100,
+            description="only jobs created at this moment, or from one to another separated by "
+            "`/`; `..` for an open end",
+        ),
+    ] = None,
+    shortest: Annotated[
+        tuple[int, ...],
+        _LISTED,
+        Query(alias="minDuration", description="least seconds run"),
+    ] = (),
+    longest: Annotated[
+        tuple[int, ...],
+        _LISTED,
+        Query(alias="maxDuration", description="most seconds run"),
+    ] = (),
 ) -> JobList | Response:
     """The caller's jobs, the newest first; as STAC Items of their results if `Accept` asks so."""
-    found = await to_thread.run_sync(partial(app.jobs.latest, caller or "", limit, before=cursor))
+    since, until = moments(created) if created else (None, None)
+    which = JobFilter(
+        tasks=tuple(map(task_of, processes)),
+        statuses=status,
+        since=since,
+        until=until,
+        shortest=max(shortest, default=None),
+        longest=min(longest, default=None),
+    )
+    find = partial(app.jobs.latest, caller or "", limit, before=cursor, which=which)
+    others = kinds and JobInfo.model_fields["type"].default not in kinds
+    found = [] if others else await to_thread.run_sync(find)
     here = f"{root_of(request)}/jobs"
-    links = [_link(here, "self", "this list")]
+    query = [(k, v) for k, v in request.query_params.multi_items() if k not in {"limit", "cursor"}]
+    links = [
+        _link(here, "self", "this list"),
+        _link(here, "alternate", "STAC Items of the results", kind=GEOJSON),
+    ]
     if len(found) == limit:
-        links.append(_link(f"{here}?limit={limit}&cursor={found[-1].id}", "next", "older jobs"))
+        further = urlencode([*query, ("limit", limit), ("cursor", found[-1].id)])
+        links.append(_link(f"{here}?{further}", "next", "older jobs"))
     accept = request.headers.get("accept", "")
     if negotiate(accept, ("application/json", GEOJSON), lenient=True) == GEOJSON:
         items = await to_thread.run_sync(_items, app, found, here)
-        listed = [{**link.model_dump(exclude_none=True), "type": GEOJSON} for link in links]
-        document = {"type": "FeatureCollection", "features": items, "links": listed}
+        shown = [
+            {**link.model_dump(exclude_none=True), "type": GEOJSON}
+            for link in links
+            if link.rel != "alternate"
+        ]
+        shown.append(_link(here, "alternate", "this list").model_dump(exclude_none=True))
+        document = {"type": "FeatureCollection", "features": items, "links": shown}
         return JSONResponse(document, media_type=GEOJSON, headers={"Vary": "Accept"})
     return JobList(jobs=[info(job, request) for job in found], links=links)
 
 
-@router.get("/jobs/{job_id}", responses=problems(["unauthorized", "unknown_job", "internal_error"]))
+@router.get(
+    "/jobs/{job_id}",
+    response_model_exclude_none=True,
+    responses=problems(["unauthorized", "unknown_job", "internal_error"]),
+)
 async def read_job(job_id: str, request: Request, app: App, caller: Caller) -> JobInfo:
     """The status of a job."""
-    return info(await _find(app, caller, job_id), request)
+    return info(await find_job(app, caller, job_id), request)
 
 
 @router.delete(
     "/jobs/{job_id}",
+    response_model_exclude_none=True,
     responses=problems(["unauthorized", "unknown_job", "insufficient_storage", "internal_error"]),
 )
 async def dismiss_job(job_id: str, request: Request, app: App, caller: Caller) -> JobInfo:
@@ -97,7 +159,7 @@ async def dismiss_job(job_id: str, request: Request, app: App, caller: Caller) -
 )
 async def read_result(job_id: str, request: Request, app: App, caller: Caller) -> Response:
     """The result of a job, as the synchronous response; or the problem that it failed with."""
-    job = await _find(app, caller, job_id)
+    job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
     stored = await to_thread.run_sync(app.jobs.request, job)
@@ -115,7 +177,7 @@ async def read_result(job_id: str, request: Request, app: App, caller: Caller) -
 )
 async def read_item(job_id: str, request: Request, app: App, caller: Caller) -> Response:
     """The STAC Item of a job's rasters, with links to them."""
-    job = await _find(app, caller, job_id)
+    job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
     result = await to_thread.run_sync(app.jobs.result, job)
@@ -186,7 +248,7 @@ async def read_output(
     ] = 0.0,
 ) -> Response:
     """One raster of a job's result, or its polygons; `smooth`, `min_area` derive a cleaner map."""
-    job = await _find(app, caller, job_id)
+    job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
     result = await to_thread.run_sync(app.jobs.result, job)
@@ -224,25 +286,26 @@ def _derived(
     return app.jobs.ready(job, name, partial(derive_map, result.files, how, output))
 
 
-async def _find(app: AppState, caller: str | None, job_id: str) -> Job:
+async def find_job(app: AppState, caller: str | None, job_id: str) -> Job:
+    """A job of the caller; see `JobStore.find`."""
     return await to_thread.run_sync(app.jobs.find, caller or "", job_id)
 
 
-def accepted(job: Job, request: Request, *, applied: str) -> Response:
+def accepted(job: Job, request: Request, *, applied: str, status: int = 202) -> Response:
     """The response to a request that became a job.
 
     Args:
         job: the new one, or the first request's if this repeats it.
         request: to which links are relative.
         applied: preferences that the job follows; empty for none.
+        status: 202, or 201 on the paths of OGC API - Processes, whose documents hold no null.
     """
     # Without scheme and host, so that a client resolves it against the address that it used.
     headers = {"Location": f"{root_of(request)}/jobs/{job.id}"}
     if applied:
         headers["Preference-Applied"] = applied
-    return JSONResponse(
-        info(job, request).model_dump(mode="json"), status_code=202, headers=headers
-    )
+    document = info(job, request).model_dump(mode="json", exclude_none=status == 201)
+    return JSONResponse(document, status_code=status, headers=headers)
 
 
 def info(job: Job, request: Request) -> JobInfo:
@@ -250,6 +313,7 @@ def info(job: Job, request: Request) -> JobInfo:
     here = f"{root_of(request)}/jobs/{job.id}"
     links = [_link(here, "self", "this document")]
     if job.status == "successful":
+        links.append(_link(f"{here}/results", _RESULTS, "the results, of OGC API - Processes"))
         links.append(_link(f"{here}/result", _RESULTS, "the result", kind=None))
     return JobInfo(
         jobID=job.id,
@@ -267,6 +331,35 @@ def info(job: Job, request: Request) -> JobInfo:
 
 def _link(href: str, rel: str, title: str, kind: str | None = "application/json") -> Link:
     return Link(href=href, rel=rel, type=kind, title=title)
+
+
+def moments(text: str) -> tuple[float | None, float | None]:
+    """First moment and end of a moment or an interval, seconds since 1970; None for an open end.
+
+    A moment lasts as long as its last digit says: a year, a month, a day, a second, a microsecond.
+
+    Args:
+        text: as `interval` accepts it.
+    """
+    begin, slash, end = text.partition("/")
+    return _span(begin)[0], _span(end if slash else begin)[1]
+
+
+def _span(text: str) -> tuple[float | None, float | None]:
+    if not text.strip("."):
+        return None, None
+    first = datetime.fromisoformat(text + "0001-01-01T00:00:00Z"[len(text) :])
+    if first.year == MAXYEAR:
+        return first.timestamp(), None
+    if len(text) == len("2021"):
+        last = first.replace(year=first.year + 1)
+    elif len(text) == len("2021-01"):
+        last = (first + timedelta(days=31)).replace(day=1)
+    elif len(text) == len("2021-01-01"):
+        last = first + timedelta(days=1)
+    else:
+        last = first + timedelta(microseconds=1 if "." in text else 10**6)
+    return first.timestamp(), last.timestamp()
 
 
 def _moment(seconds: float) -> datetime:

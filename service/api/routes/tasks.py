@@ -1,15 +1,15 @@
 """Task routes: a stack or series in, a map or numbers out.
 
-Each route is one line; `_serve` is the whole path of a request.
+Each route is one line; `serve` is the whole path of a request.
 """
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +45,7 @@ from service.api.schemas import (
 from service.api.stac import stac_request
 from service.api.uploads import FIELDS, FILES, FORM, media_type, read_form, read_json
 from service.errors import InvalidRequest, NotReady
-from service.jobs.store import Idempotency, fingerprint
+from service.jobs.store import Idempotency, Job, fingerprint
 from service.read.containers import unpack
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
@@ -109,7 +109,7 @@ async def _serve(
     preferences: RequestPreferences,
     modality: Modality | None = None,
 ) -> Response:
-    """Body → upload → request → plan → result → response, or a job that runs later.
+    """See `serve`; the body is a form or JSON, and `Accept` chooses the response.
 
     Args:
         task: the requested task.
@@ -121,71 +121,137 @@ async def _serve(
         modality: of an embedding, if the query states it.
     """
     check_query(request, {"modality"} if task == "embed" else set())
+
+    async def read(place: Place) -> Asked:
+        parsed = await read_request(task, request, app, folder, modality, place, caller or "")
+        media = negotiate(request.headers.get("accept", ""), offers(parsed))
+        return Asked(
+            request=parsed,
+            rasters=needs_files(parsed, media),
+            respond=lambda result, _job: make_response(result, media, folder),
+        )
+
+    return await serve(request, app, folder, caller, preferences, read)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a body asks for, and how the result is returned."""
+
+    request: TaskRequest
+    rasters: bool
+    """Whether the response needs rasters."""
+    respond: Callable[[Result, Job | None], Response]
+    """Makes the response of a run whose client waited, and of the job it is kept as; may block."""
+    answer: Mapping[str, Any] | None = None
+    """How OGC API - Processes returns the results, stored with the job; None on other paths."""
+    kept: bool = False
+    """Whether a run whose client waits is kept as a job, because the response links to it."""
+
+
+async def serve(
+    request: Request,
+    app: AppState,
+    folder: Path,
+    caller: str | None,
+    preferences: RequestPreferences,
+    read: Callable[[Place], Awaitable[Asked]],
+) -> Response:
+    """Body → upload → request → plan → result → response, or a job that runs later.
+
+    Args:
+        request: its body not yet read.
+        app: application state.
+        folder: of this request only; removed once the response is sent.
+        caller: the caller's id; None if no keys are set.
+        preferences: whether a job is preferred, and the idempotency key.
+        read: reads the body, once the request has a place.
+    """
     if app.closing.is_set():
         raise NotReady("the server is stopping; nothing was started", retry_after=10)
     owner, whose = caller or "", share_of(caller, request.scope)
     share = app.quotas.share
     request.state.limits = partial(app.quotas.limits, whose)
+    check_room = partial(app.jobs.check_room, caller=whose, share=share)
     if preferences.respond_async:
         # Before the body, so that nothing is sent in vain.
-        check = partial(app.jobs.check_room, caller=whose, share=share)
-        await to_thread.run_sync(check, owner, preferences.idempotency_key)
+        await to_thread.run_sync(check_room, owner, preferences.idempotency_key)
     async with app.admission.place(whose) as place:
-        parsed = await read_request(task, request, app, folder, modality, place, owner)
-        media = negotiate(request.headers.get("accept", ""), offers(parsed))
-        idempotency = await _idempotency(parsed, folder, preferences)
+        asked = await read(place)
+        status = 202 if asked.answer is None else 201
+        idempotency = await _idempotency(asked, folder, preferences)
         if idempotency:
             first = await to_thread.run_sync(app.jobs.repeated, owner, idempotency)
             if first:
-                return accepted(first, request, applied=preferences.of_a_job)
-        run = partial(
-            _run, app, parsed, media, folder, owner, whose, later=preferences.respond_async
-        )
+                return accepted(first, request, applied=preferences.of_a_job, status=status)
+        if asked.kept and not preferences.respond_async:
+            await to_thread.run_sync(check_room, owner, None)
+        run = partial(_run, app, asked, folder, owner, whose, later=preferences.respond_async)
         try:
-            outcome = await run_watched(request, run, slot=run_slot(app, whose))
+            plan, result = await run_watched(request, run, slot=run_slot(app, whose))
         except asyncio.CancelledError:
             if not app.closing.is_set():
                 raise
             # The grace period is over: the server cancels the rest, without a problem document.
             raise NotReady("the server stopped before the run ended", retry_after=10) from None
-        if isinstance(outcome, Plan):
+        if result is None:
             job = await to_thread.run_sync(
                 partial(
                     app.jobs.accept,
-                    outcome,
+                    plan,
                     folder,
                     owner=owner,
                     idempotency=idempotency,
                     upgrade=preferences.upgrade,
                     caller=whose,
                     share=share,
-                    pixels=cost(outcome),
+                    pixels=cost(plan),
+                    answer=asked.answer,
                 )
             )
             await to_thread.run_sync(app.runner.accepted)
-            return accepted(job, request, applied=preferences.of_a_job)
-        app.metrics.ran(task=task, pixels=outcome.pixels, stages=asdict(outcome.timing))
-        return await to_thread.run_sync(make_response, outcome, media, folder)
+            return accepted(job, request, applied=preferences.of_a_job, status=status)
+        app.metrics.ran(task=result.task, pixels=result.pixels, stages=asdict(result.timing))
+        kept = None
+        if asked.kept:
+            keep = partial(app.jobs.keep, owner=owner, caller=whose, share=share)
+            kept = await to_thread.run_sync(
+                partial(keep, plan, folder, _work(folder), result, answer=asked.answer)
+            )
+        return await to_thread.run_sync(asked.respond, result, kept)
+
+
+def _work(folder: Path) -> Path:
+    """The folder that holds the files of a run that is kept, and nothing else."""
+    return folder / "work"
 
 
 def _run(
     app: AppState,
-    request: TaskRequest,
-    media: str,
+    asked: Asked,
     folder: Path,
     owner: str,
     caller: str,
     *,
     later: bool,
     cancelled: threading.Event,
-) -> Result | Plan:
-    """The result; or, for a job, the plan alone."""
-    rasters = needs_files(request, media)
-    plan = planned(app, request, rasters=rasters, owner=owner, cancelled=cancelled)
-    if later or plan.pixels > app.settings.sync_max_pixels:
-        return plan
+) -> tuple[Plan, Result | None]:
+    """The plan with its result; without, if a job is to run it."""
+    plan = planned(app, asked.request, rasters=asked.rasters, owner=owner, cancelled=cancelled)
+    most = app.settings.sync_max_pixels
+    if not later and plan.pixels > most and asked.answer is not None:
+        raise InvalidRequest.of(
+            "Prefer",
+            f"the request has {plan.pixels} pixels, and a client can wait for {most} "
+            "(PIMC_SYNC_MAX_PIXELS): send 'Prefer: respond-async'",
+        )
+    if later or plan.pixels > most:
+        return plan, None
+    if asked.kept:
+        folder = _work(folder)
+        folder.mkdir()
     with app.quotas.charged(caller, plan):
-        return execute(
+        result = execute(
             plan,
             folder,
             executor=app.executor,
@@ -194,6 +260,7 @@ def _run(
             budget=app.budget,
             patience=PATIENCE,
         )
+    return plan, result
 
 
 def planned(
@@ -220,11 +287,11 @@ def planned(
 
 
 async def _idempotency(
-    request: TaskRequest, folder: Path, preferences: RequestPreferences
+    asked: Asked, folder: Path, preferences: RequestPreferences
 ) -> Idempotency | None:
     if preferences.idempotency_key is None:
         return None
-    print_of = await to_thread.run_sync(fingerprint, request, folder)
+    print_of = await to_thread.run_sync(fingerprint, asked.request, folder, asked.answer)
     return Idempotency(key=preferences.idempotency_key, fingerprint=print_of)
 
 
@@ -271,7 +338,8 @@ async def unpacked(
     return opened.files, replace(stack, left_out=(*stack.left_out, *opened.left_out))
 
 
-async def _unpacked(request: RasterRequest, folder: Path, app: AppState) -> RasterRequest:
+async def with_zips_opened(request: RasterRequest, folder: Path, app: AppState) -> RasterRequest:
+    """A request on the files that its zips hold; see `unpacked`."""
     files, stack = await unpacked(request.files, request.stack, folder, app)
     return replace(request, files=files, stack=stack)
 
@@ -300,7 +368,7 @@ async def read_request(
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
         polygons = form.vectors.get(FIELDS) or await vector_file(FIELDS, fields.fields, folder)
-        return await _unpacked(fields.request(task, form.files, polygons), folder, app)
+        return await with_zips_opened(fields.request(task, form.files, polygons), folder, app)
     text = await read_json(request, app.limits, place)
     settings = app.settings
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
@@ -314,7 +382,7 @@ async def read_request(
             if file.path.is_relative_to(folder):  # downloaded
                 place.received(file.path.stat().st_size)
         polygons = await vector_file(FIELDS, fields.fields, folder)
-        return await _unpacked(fields.request(task, files, polygons), folder, app)
+        return await with_zips_opened(fields.request(task, files, polygons), folder, app)
     found = await to_thread.run_sync(
         partial(read_stac, task, text, allowed=allowed, modality=modality)
     )
@@ -322,7 +390,7 @@ async def read_request(
         stac, fields = found
         polygons = await vector_file(FIELDS, fields.fields, folder)
         by_stac = await stac_request(task, stac, fields, polygons, app, folder, place, owner)
-        return await _unpacked(by_stac, folder, app)
+        return await with_zips_opened(by_stac, folder, app)
     series = await to_thread.run_sync(read_series, task, text)
     if modality == "patch":
         raise InvalidRequest.of("modality", "a series has no imagery; use modality pixel")

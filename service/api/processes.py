@@ -1,0 +1,640 @@
+"""OGC API - Processes 1.0 (18-062r2): tasks as processes, and execute requests as their requests.
+
+    request models ──▶ process descriptions: inputs, outputs
+    execute request ─┬─ inputs ──▶ the JSON body of the task, and binary values as files
+                     └─ outputs, response ──▶ `Answer`
+
+Inputs are the parameters of a task's JSON bodies, described and validated by the same models;
+`outputs` of a forecast is the input `quantiles`, and files are `files`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel
+
+from models.card import Task
+from service.api.negotiation import MediaRange
+from service.api.responses import COG, CSV, GEOJSON, PARQUET, ZIP
+from service.api.schemas import (
+    ITEMS,
+    MAX_ITEMS,
+    SERIES,
+    STAC,
+    ClassOutput,
+    Execute,
+    Link,
+    PointsResponse,
+    ProcessDescription,
+    ProcessInput,
+    ProcessOutput,
+    ProcessSummary,
+    SeriesResponse,
+    SummaryResponse,
+    unknown_field,
+)
+from service.api.uploads import JSON
+from service.errors import InvalidRequest, UnknownProcess
+from service.run.request import RasterRequest, TaskRequest
+from service.settings import project_version
+from service.write.predictions import POLYGONS
+
+_CLASSES = "http://www.opengis.net/spec/ogcapi-processes-1/1.0/conf"
+CONFORMANCE = tuple(
+    f"{_CLASSES}/{name}"
+    for name in ("core", "ogc-process-description", "json", "job-list", "dismiss")
+)
+"""Conformance classes whose every requirement holds, each with tests of their names."""
+EXECUTE = "http://www.opengis.net/def/rel/ogc/1.0/execute"
+TASKS: tuple[Task, ...] = get_args(Task)
+CRS84 = "http://www.opengis.net/def/crs/OGC/1.3/CRS84"
+_CRS84H = "http://www.opengis.net/def/crs/OGC/0/CRS84h"
+_GEOPACKAGE = "application/geopackage+sqlite3"
+SOURCES = ("files", "stac", "series")
+"""Inputs of which one is given: what the task works on."""
+FILE_TYPES = ("image/tiff; application=geotiff", "image/jp2", ZIP)
+"""Types of binary values of `files`."""
+VECTOR_TYPES = (GEOJSON, _GEOPACKAGE, PARQUET)
+"""Types of values of `fields`."""
+_TEXTS: Mapping[Task, tuple[str, str, tuple[str, ...]]] = {
+    "classify-pixels": (
+        "Classify pixels",
+        "A class for every pixel of a satellite image time series",
+        ("classification", "land cover", "crops", "time series"),
+    ),
+    "forecast": (
+        "Forecast spectral indices",
+        "The next values of NDVI, EVI and SAVI for every pixel, with quantiles",
+        ("forecast", "NDVI", "EVI", "SAVI", "time series"),
+    ),
+    "landcover": (
+        "Label imagery",
+        "Land-cover labels from imagery: one per 64 x 64 patch, or denser with `stride`",
+        ("classification", "land cover", "imagery"),
+    ),
+    "embed": (
+        "Embed pixels or patches",
+        "The embedding of every pixel, from recurrence plots, or patch, from imagery",
+        ("embedding", "features", "time series"),
+    ),
+}
+_OUTPUT_TEXTS: Mapping[str, str] = {
+    "class": "the class of every pixel: uint8, nodata 255, names and colours in the file",
+    "confidence": "the probability of the class",
+    "entropy": "the entropy of the probabilities",
+    "probabilities": "the probability of every class, a band each",
+    POLYGONS: "one feature per connected area of the class map",
+    "forecast": "NDVI, EVI and SAVI by date and quantile, a band each",
+    "embedding": "the embedding, a band per dimension",
+    "summary": "the result in numbers: model, dates, warnings, classes or means; not with "
+    "`points`, `fields` or `series`",
+    "features": "one feature per point or field, the results in its properties; only with the "
+    "input `points` or `fields`, which have no other output",
+    "series": "one result per series; only with the input `series`, which has no other output",
+}
+
+
+def task_of(process: str) -> Task:
+    """The task that is a process.
+
+    Raises:
+        UnknownProcess: no process has this id.
+    """
+    for task in TASKS:
+        if task == process:
+            return task
+    raise UnknownProcess(f"there is no process '{process[:64]}'; there are {', '.join(TASKS)}")
+
+
+# Descriptions -------------------------------------------------------------------------------------
+
+
+def summary_of(task: Task, root: str) -> ProcessSummary:
+    """A process as the list of processes has it.
+
+    Args:
+        task: the process.
+        root: path before the service's own paths.
+    """
+    title, description, keywords = _TEXTS[task]
+    here = f"{root}/processes/{task}"
+    return ProcessSummary(
+        id=task,
+        version=project_version(),
+        title=title,
+        description=description,
+        keywords=list(keywords),
+        jobControlOptions=["sync-execute", "async-execute", "dismiss"],
+        outputTransmission=["value", "reference"],
+        links=[
+            Link(href=here, rel="self", type=JSON, title="the description of the process"),
+            Link(href=f"{here}/execution", rel=EXECUTE, type=JSON, title="its execution"),
+        ],
+    )
+
+
+def description_of(task: Task, root: str) -> ProcessDescription:
+    """A process with its inputs and outputs.
+
+    Args:
+        task: the process.
+        root: path before the service's own paths.
+    """
+    return ProcessDescription(
+        **vars(summary_of(task, root)), inputs=dict(inputs_of(task)), outputs=_outputs_of(task)
+    )
+
+
+@cache
+def inputs_of(task: Task) -> Mapping[str, ProcessInput]:
+    """The inputs of a process by name, from the models of the task's JSON bodies."""
+    one_of = f"one of {', '.join(f'`{name}`' for name in _sources(task))} is needed"
+    found = {
+        "files": _input(
+            "files",
+            f"the GeoTIFFs of a stack, as links or binary values with their mediaType; {one_of}",
+            {"oneOf": [_binary(kind) for kind in FILE_TYPES]},
+            MAX_ITEMS,
+        ),
+        "stac": _described("stac", STAC[task], "stac", f"; {one_of}"),
+    }
+    if task in SERIES:
+        found["series"] = _described("series", SERIES[task], "series", f"pixels; {one_of}")
+    for field in ITEMS[task].model_fields:
+        name = _input_name(task, field)
+        if name is not None and name not in found:
+            found[name] = _described(name, ITEMS[task], field)
+    found["bbox"] = _input("bbox", found["bbox"].description, _BBOX)
+    found["fields"] = _input(
+        "fields",
+        "polygons, in any CRS: predict per polygon",
+        {
+            "oneOf": [
+                {"type": "object", "contentMediaType": GEOJSON},
+                *(_binary(kind) for kind in VECTOR_TYPES if kind != GEOJSON),
+            ]
+        },
+    )
+    return found
+
+
+_BBOX: dict[str, Any] = {
+    "type": "object",
+    "format": "ogc-bbox",
+    "required": ["bbox"],
+    "properties": {
+        "bbox": {"type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 6},
+        "crs": {"type": "string", "format": "uri", "default": CRS84, "enum": [CRS84, _CRS84H]},
+    },
+}
+
+
+def _sources(task: Task) -> tuple[str, ...]:
+    return tuple(name for name in SOURCES if name != "series" or task in SERIES)
+
+
+def _input_name(task: Task, field: str) -> str | None:
+    """The input that is a field of the task's models; None for one that has another place."""
+    if field == "outputs":
+        return "quantiles" if task == "forecast" else None  # those of maps are process outputs
+    return None if field == "items" else field
+
+
+def _described(name: str, model: type[BaseModel], field: str, more: str = "") -> ProcessInput:
+    """An input as a field of a model describes it."""
+    document = model.model_json_schema()
+    schema = _openapi(document["properties"][field], document.get("$defs", {}))
+    for key in ("default", "nullable", "title"):
+        schema.pop(key, None)
+    text = f"{schema.pop('description', '')}{more}"
+    most: int | Literal["unbounded"] = 1
+    if schema.get("type") == "array":  # each element is one value of the input
+        most = schema.get("maxItems", "unbounded")
+        schema = schema["items"]
+    if "anyOf" in schema:  # an input of several types: the first is the default
+        schema["oneOf"] = schema.pop("anyOf")
+    return _input(name, text, schema, most)
+
+
+def _input(
+    name: str, description: str, schema: dict[str, Any], most: int | Literal["unbounded"] = 1
+) -> ProcessInput:
+    rest: dict[str, Any] = {"schema": schema}  # an alias
+    return ProcessInput(title=name, description=description, minOccurs=0, maxOccurs=most, **rest)
+
+
+def _binary(media: str) -> dict[str, Any]:
+    return {
+        "type": "string",
+        "format": "byte",
+        "contentEncoding": "base64",
+        "contentMediaType": media,
+    }
+
+
+def _outputs_of(task: Task) -> dict[str, ProcessOutput]:
+    found = {}
+    for name, offers in _offers(task).items():
+        kinds = [_kind(name, media) for media in offers]
+        rest: dict[str, Any] = {"schema": kinds[0] if len(kinds) == 1 else {"oneOf": kinds}}
+        found[name] = ProcessOutput(title=name, description=_OUTPUT_TEXTS[name], **rest)
+    return found
+
+
+def _kind(name: str, media: str) -> dict[str, Any]:
+    """The schema of an output in one of its types."""
+    if media in {COG, PARQUET}:
+        return _binary(media)
+    if media == CSV:
+        return {"type": "string", "contentMediaType": CSV}
+    models: Mapping[str, type[BaseModel]] = {"summary": SummaryResponse, "series": SeriesResponse}
+    model = models.get(name, PointsResponse)
+    document = model.model_json_schema()
+    return {**_openapi(document, document.get("$defs", {})), "contentMediaType": media}
+
+
+_KEPT = frozenset(
+    {
+        "title", "description", "type", "format", "default", "enum", "pattern", "minimum",
+        "maximum", "minLength", "maxLength", "minItems", "maxItems", "required", "items",
+        "properties", "additionalProperties", "oneOf", "anyOf", "nullable", "example",
+    }
+)  # fmt: skip
+
+
+def _openapi(schema: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON Schema (2020-12) in the words of OpenAPI 3.0, as process descriptions have it.
+
+    Args:
+        schema: as pydantic makes it.
+        named: its `$defs`, which take the place of their references.
+    """
+    if "$ref" in schema:
+        rest = {key: value for key, value in schema.items() if key != "$ref"}
+        return {
+            **_openapi(named[schema["$ref"].rpartition("/")[2]], named),
+            **_openapi(rest, named),
+        }
+    options = [one for one in schema.get("anyOf", ()) if one.get("type") != "null"]
+    nullable = "anyOf" in schema and len(options) < len(schema["anyOf"])
+    found = dict(schema)
+    if len(options) == 1:
+        found = {**_openapi(options[0], named), **schema}  # the field's own words come first
+    if "anyOf" in found:
+        del found["anyOf"]
+        if len(options) > 1:
+            found["anyOf"] = options
+    if nullable:
+        found["nullable"] = True
+    if found.get("default", ...) is None:
+        del found["default"]
+    if "const" in found:
+        found["enum"] = [found["const"]]
+    if "examples" in found:
+        found["example"] = found["examples"][0]
+    if "prefixItems" in found:
+        found["items"] = found["prefixItems"][0]
+    found = {key: value for key, value in found.items() if key in _KEPT}
+    for key in ("items", "additionalProperties"):
+        if isinstance(found.get(key), Mapping):
+            found[key] = _openapi(found[key], named)
+    for key in ("oneOf", "anyOf"):
+        if key in found:
+            found[key] = [_openapi(one, named) for one in found[key]]
+    if "properties" in found:
+        found["properties"] = {
+            name: _openapi(one, named) for name, one in found["properties"].items()
+        }
+    return found
+
+
+# Outputs ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """A requested output."""
+
+    name: str
+    media: str
+    reference: bool = False
+    """Whether a link to it is returned, and not its value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """How the results of an execution are returned."""
+
+    response: Literal["raw", "document"]
+    outputs: tuple[Output, ...]
+
+    @property
+    def references(self) -> bool:
+        """Whether a link to an output is returned."""
+        return any(output.reference for output in self.outputs)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON, which a job keeps."""
+        return {"response": self.response, "outputs": [vars(output) for output in self.outputs]}
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Answer:
+        """The answer that a document holds."""
+        outputs = tuple(Output(**output) for output in document["outputs"])
+        return cls(response=document["response"], outputs=outputs)
+
+
+def rasters_of(task: Task) -> tuple[str, ...]:
+    """Names of the files that a task can make of a raster."""
+    if task in {"classify-pixels", "landcover"}:
+        return get_args(ClassOutput)
+    return ("forecast",) if task == "forecast" else ("embedding",)
+
+
+def _offers(task: Task) -> dict[str, tuple[str, ...]]:
+    """The types of every output of a process, the default first."""
+    found: dict[str, tuple[str, ...]] = dict.fromkeys(rasters_of(task), (COG,))
+    if POLYGONS in found:
+        found[POLYGONS] = (PARQUET, GEOJSON)
+    found |= {"summary": (JSON,), "features": (GEOJSON, CSV, PARQUET)}
+    return {**found, "series": (JSON,)} if task in SERIES else found
+
+
+def available(request: TaskRequest) -> dict[str, tuple[str, ...]]:
+    """The outputs that a request's inputs give, with their types."""
+    offers = _offers(request.task)
+    if not isinstance(request, RasterRequest):
+        names: Sequence[str] = ("series",)
+    elif request.points is not None:
+        return {"features": (GEOJSON,)}
+    elif request.fields is not None:
+        names = ("features",)
+    else:
+        names = (*rasters_of(request.task), "summary")
+    return {name: offers[name] for name in names}
+
+
+def answer_of(execute: Execute, request: TaskRequest) -> Answer:
+    """How an execution's results are returned.
+
+    Raises:
+        InvalidRequest: an output that the inputs do not give, or not in the requested type.
+    """
+    offers = available(request)
+    outputs = []
+    for name in execute.outputs or offers:
+        if name not in offers:
+            raise InvalidRequest.of(
+                f"outputs.{name}",
+                f"these inputs have no such output; there are {', '.join(offers)}",
+            )
+        asked = execute.outputs.get(name)
+        media = asked.format.mediaType if asked and asked.format else None
+        outputs.append(
+            Output(
+                name=name,
+                media=offers[name][0]
+                if media is None
+                else _chosen(media, offers[name], f"outputs.{name}.format.mediaType"),
+                reference=asked is not None and asked.transmissionMode == "reference",
+            )
+        )
+    return Answer(response=execute.response, outputs=tuple(outputs))
+
+
+def default_answer(request: TaskRequest, files: Mapping[str, Path]) -> Answer:
+    """How the results of a job are returned that another path has made: as links."""
+    outputs = tuple(
+        Output(name=name, media=media[0], reference=True)
+        for name, media in available(request).items()
+        if name in files or name not in rasters_of(request.task)
+    )
+    return Answer(response="document", outputs=outputs)
+
+
+def _chosen(given: str, offers: Sequence[str], field: str) -> str:
+    """The offered type that a media type means.
+
+    Raises:
+        InvalidRequest: none.
+    """
+    wanted = MediaRange.parse(given)
+    for offer in offers:
+        offered = MediaRange.parse(offer)
+        if wanted and offered and wanted.match(offered):
+            return offer
+    raise InvalidRequest.of(field, f"'{given[:100]}' is not one of {', '.join(offers)}")
+
+
+# Inputs -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A link in place of a value."""
+
+    href: str
+    field: str
+    """What names it, for messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binary:
+    """A binary value, still as base64."""
+
+    text: str
+    field: str
+    """What names it, for messages."""
+
+    def write(self, path: Path) -> int:
+        """Write it to a file.
+
+        Returns:
+            Its size in bytes.
+
+        Raises:
+            InvalidRequest: it is not base64, or empty.
+        """
+        try:
+            content = base64.b64decode(self.text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise InvalidRequest.of(self.field, f"not base64: {error}") from error
+        if not content:
+            raise InvalidRequest.of(self.field, "the value is empty")
+        path.write_bytes(content)
+        return len(content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The inputs of an execution, by the parts that they go to."""
+
+    source: str
+    """Which of `SOURCES` is given."""
+    files: tuple[Reference | Binary, ...]
+    """Files of a stack; empty with another source."""
+    fields: Reference | Binary | dict[str, Any] | None
+    """Polygons: elsewhere, as a file, or as GeoJSON."""
+    body: Mapping[str, Any]
+    """The other inputs, by the names of the task's JSON bodies; a link is a `Reference`."""
+
+
+def read_inputs(task: Task, execute: Execute) -> Inputs:
+    """The inputs of an execute request, references not yet resolved and options not yet validated.
+
+    Raises:
+        InvalidRequest: an unknown input, one in a wrong form, or not one source.
+    """
+    known, given, outputs = inputs_of(task), dict(execute.inputs), _offers(task)
+    for name in execute.outputs:
+        if name not in outputs:
+            there = ", ".join(outputs)
+            raise InvalidRequest.of(f"outputs.{name[:64]}", f"unknown output; there are {there}")
+    for name in given:
+        if name not in known:
+            raise InvalidRequest.of(f"inputs.{name[:64]}", unknown_field(name, known))
+    sources = [name for name in _sources(task) if name in given]
+    if len(sources) != 1:
+        said = ", ".join(sources) or "none"
+        raise InvalidRequest.of(
+            "inputs", f"one of {', '.join(_sources(task))} is needed, not {said}"
+        )
+    files = tuple(
+        _file(value, f"inputs.files.{n}", FILE_TYPES)
+        for n, value in enumerate(_each(given.pop("files", [])))
+    )
+    if sources == ["files"] and not files:
+        raise InvalidRequest.of("inputs.files", "at least one GeoTIFF is required")
+    if len(files) > MAX_ITEMS:
+        raise InvalidRequest.of("inputs.files", f"{len(files)} files, at most {MAX_ITEMS}")
+    fields = given.pop("fields", None)
+    if fields is not None and sources == ["series"]:
+        raise InvalidRequest.of("inputs.fields", "cannot be combined with series")
+    body = {
+        ("outputs" if name == "quantiles" else name): _value(name, value, known[name])
+        for name, value in given.items()
+    }
+    if isinstance(body.get("stac"), Reference):
+        body["stac"] = body["stac"].href  # of items or an item, which the reader of STAC fetches
+    return Inputs(
+        source=sources[0],
+        files=files,
+        fields=None if fields is None else _vector(fields),
+        body=body,
+    )
+
+
+@contextmanager
+def inputs_named(task: Task) -> Iterator[None]:
+    """Give the errors of the task's bodies the names of inputs.
+
+    Raises:
+        InvalidRequest: with the input of each error.
+    """
+    try:
+        yield
+    except InvalidRequest as error:
+        errors = [{**one, "field": _named(task, one["field"])} for one in error.errors]
+        if len(errors) == 1:
+            raise InvalidRequest.of(errors[0]["field"], errors[0]["detail"]) from error
+        detail = error.detail
+        if errors:
+            names = ", ".join(one["field"] for one in errors)
+            detail = f"{len(errors)} inputs fail: {names}"
+        raise InvalidRequest(detail, errors) from error
+
+
+def _named(task: Task, field: str) -> str:
+    if field.startswith("inputs"):
+        return field
+    field = re.sub(r"^items\b", "files", field)
+    if task == "forecast":
+        field = re.sub(r"^outputs\b", "quantiles", field)
+    return f"inputs.{field}"
+
+
+def _each(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def bbox_of(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """West, south, east, north of a bounding box, whose heights are left out; else the value.
+
+    Raises:
+        InvalidRequest: it is in another CRS.
+    """
+    if not isinstance(value, dict):
+        return value
+    crs = value.get("crs", CRS84)
+    if crs not in (CRS84, _CRS84H):
+        raise InvalidRequest.of("inputs.bbox.crs", f"'{str(crs)[:100]}' is not {CRS84}")
+    numbers = value.get("bbox")
+    if isinstance(numbers, list) and len(numbers) == 6:
+        return [*numbers[:2], *numbers[3:5]]
+    return numbers
+
+
+def _value(name: str, value: object, known: ProcessInput) -> Any:  # noqa: ANN401 - JSON
+    """A value as the task's JSON bodies have it."""
+    field = f"inputs.{name}"
+    if known.maxOccurs != 1:
+        if isinstance(value, dict) and "href" in value:
+            return _reference(value, field)  # to the list of all values
+        return [_plain(one, f"{field}.{n}") for n, one in enumerate(_each(value))]
+    return _plain(value, field)
+
+
+def _plain(value: object, field: str) -> Any:  # noqa: ANN401 - JSON
+    """A value without what qualifies it, or a reference to it."""
+    if not isinstance(value, dict):
+        return value
+    if "href" in value:
+        return _reference(value, field)
+    if "value" not in value:
+        return value
+    media = value.get("mediaType")
+    if media is not None:
+        _chosen(str(media), (JSON, GEOJSON), f"{field}.mediaType")
+    return value["value"]
+
+
+def _reference(link: Mapping[str, Any], field: str) -> Reference:
+    href = link["href"]
+    if not isinstance(href, str) or not href:
+        raise InvalidRequest.of(f"{field}.href", "a path, a `file:` or an `http(s):` URL is needed")
+    return Reference(href=href, field=f"{field}.href")
+
+
+def _file(value: object, field: str, kinds: Sequence[str]) -> Reference | Binary:
+    """A file, elsewhere or as a binary value."""
+    text = value
+    if isinstance(value, dict):
+        if "href" in value:
+            return _reference(value, field)
+        text = value.get("value")
+        if value.get("mediaType") is not None:
+            _chosen(str(value["mediaType"]), kinds, f"{field}.mediaType")
+        if value.get("encoding", "base64") != "base64":
+            raise InvalidRequest.of(f"{field}.encoding", "base64 is the only encoding")
+    if not isinstance(text, str):
+        raise InvalidRequest.of(field, 'a link {"href": …} or a value as base64 is needed')
+    return Binary(text=text, field=field)
+
+
+def _vector(value: object) -> Reference | Binary | dict[str, Any]:
+    """Polygons: GeoJSON as an object, another format as a file, either of them elsewhere."""
+    field = "inputs.fields"
+    if isinstance(value, dict) and "href" not in value:
+        inner = value.get("value", value)
+        if isinstance(inner, dict):
+            return inner
+    return _file(value, field, VECTOR_TYPES)

@@ -1,0 +1,207 @@
+"""Results as OGC API - Processes returns them: raw or as a document, by value or by reference.
+
+    Answer ─┬─ raw ──┬─ one output by value ──▶ the output itself
+            │        ├─ all by reference ─────▶ 204 and a `Link` each
+            │        └─ several ──────────────▶ multipart/related, a part each
+            └─ document ──────────────────────▶ JSON: values (binary ones as base64) and links
+
+Everything with a value goes through a file, so that a large result holds no memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from starlette.responses import JSONResponse, Response
+
+from service.api.processes import Answer, Output
+from service.api.responses import (
+    COG,
+    CSV,
+    GEOJSON,
+    MULTIPART,
+    PARQUET,
+    derive,
+    derived_name,
+    with_raster_headers,
+)
+from service.api.sending import StoredFile
+from service.api.uploads import JSON
+from service.errors import PIMCError
+from service.jobs.serialise import StoredResult, document_bytes
+from service.run.execute import Result
+from service.write.predictions import POLYGONS
+
+_COPY_BYTES = 3 * 2**18  # a multiple of three, so that base64 needs no padding in between
+_SUFFIXES: Mapping[str, str] = {
+    COG: ".tif",
+    PARQUET: ".parquet",
+    GEOJSON: ".geojson",
+    CSV: ".csv",
+    JSON: ".json",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The results of a run, and where files made of them go."""
+
+    result: Result | StoredResult
+    ready: Callable[[str, Callable[[Path], object]], Path]
+    """Path of a file by its name, made by the function if it is not there."""
+    boundary: str
+    """Separates the parts of a multipart response; unpredictable when the inputs were sent."""
+    here: str | None = None
+    """Path of the job's results, for links; None for a run that is not a job."""
+    missing: PIMCError | None = None
+    """Raised if a file is not there any more."""
+
+
+def results_response(results: Results, answer: Answer) -> Response:
+    """The response with an execution's results. Blocks while it makes a file.
+
+    Args:
+        results: of a job if the answer holds a link.
+        answer: how they are returned.
+
+    Raises:
+        ResultNotReady: the result was removed.
+    """
+    if answer.response == "document":
+        return _document(results, answer)
+    if all(output.reference for output in answer.outputs):
+        response = Response(status_code=204)
+        for output in answer.outputs:
+            response.headers.append(
+                "Link",
+                f'<{_href(results, output)}>; rel="item"; title="{output.name}"; '
+                f'type="{output.media.replace(chr(34), "")}"',
+            )
+        return with_raster_headers(response, results.result)
+    if len(answer.outputs) == 1:
+        return output_response(results, answer.outputs[0])
+    path = results.ready(
+        _name(results, answer, "multipart"), partial(_write_parts, results, answer)
+    )
+    kind = f'{MULTIPART}; type="{answer.outputs[0].media.partition(";")[0]}"'
+    media = f'{kind}; boundary="{results.boundary}"'
+    return _sent(results, path, media)
+
+
+def output_response(results: Results, output: Output) -> Response:
+    """The response with one output itself."""
+    path = _path(results, output)
+    return _sent(results, path, output.media, f"{output.name}{_SUFFIXES[output.media]}")
+
+
+def _sent(results: Results, path: Path, media: str, filename: str | None = None) -> Response:
+    response = StoredFile(path, media_type=media, filename=filename, missing=results.missing)
+    return with_raster_headers(response, results.result)
+
+
+def _path(results: Results, output: Output) -> Path:
+    """The file of an output."""
+    result = results.result
+    if output.name in result.files and output.media in {COG, PARQUET}:
+        return result.files[output.name]
+    if output.name != POLYGONS and output.media in {JSON, GEOJSON}:
+        return _document_path(results)
+    name = derived_name(result, output.media)
+    if name is None:
+        raise TypeError(f"no file of {output.media} can be made")
+
+    def make(path: Path) -> None:
+        derive(result, lambda: json.loads(_document_path(results).read_bytes()), output.media, path)
+
+    return results.ready(name, make)
+
+
+def _document_path(results: Results) -> Path:
+    document = results.result.document
+    if isinstance(document, Path):
+        return document
+    return results.ready("document.json", lambda path: path.write_bytes(document_bytes(document)))
+
+
+def _href(results: Results, output: Output) -> str:
+    if results.here is None:
+        raise TypeError("an output of a run that is not kept has no link")
+    return f"{results.here}/{output.name}"
+
+
+def _name(results: Results, answer: Answer, suffix: str) -> str:
+    """A file name that tells answers apart, and the addresses in them."""
+    text = json.dumps([answer.document(), results.here, results.boundary])
+    return f"results-{hashlib.sha256(text.encode()).hexdigest()[:16]}.{suffix}"
+
+
+# Several outputs as parts ------------------------------------------------------------------------
+
+
+def _write_parts(results: Results, answer: Answer, path: Path) -> None:
+    with path.open("wb") as target:
+        for output in answer.outputs:
+            head = {"Content-Type": output.media, "Content-ID": output.name}
+            if output.reference:
+                head["Content-Location"] = _href(results, output)
+            lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
+            target.write(f"--{results.boundary}\r\n{lines}\r\n".encode())
+            if not output.reference:
+                with _path(results, output).open("rb") as source:
+                    shutil.copyfileobj(source, target, _COPY_BYTES)
+            target.write(b"\r\n")
+        target.write(f"--{results.boundary}--\r\n".encode())
+
+
+# A document of all outputs -----------------------------------------------------------------------
+
+
+def _document(results: Results, answer: Answer) -> Response:
+    if all(output.reference for output in answer.outputs):
+        links = {output.name: _link(results, output) for output in answer.outputs}
+        return with_raster_headers(JSONResponse(links), results.result)
+    path = results.ready(_name(results, answer, "json"), partial(_write_document, results, answer))
+    return _sent(results, path, JSON)
+
+
+def _link(results: Results, output: Output) -> dict[str, Any]:
+    return {"href": _href(results, output), "type": output.media, "title": output.name}
+
+
+def _write_document(results: Results, answer: Answer, path: Path) -> None:
+    with path.open("wb") as target:
+        for number, output in enumerate(answer.outputs):
+            target.write(b"," if number else b"{")
+            target.write(f"{json.dumps(output.name)}:".encode())
+            if output.reference:
+                target.write(json.dumps(_link(results, output)).encode())
+                continue
+            with _path(results, output).open("rb") as source:
+                _write_value(source, output.media, target)
+        target.write(b"}")
+
+
+def _write_value(source: BinaryIO, media: str, target: BinaryIO) -> None:
+    """A value with what qualifies it: JSON as it is, text as a string, all else as base64."""
+    about = f'"mediaType":{json.dumps(media)}'
+    target.write(f"{{{about},".encode())
+    if media in {JSON, GEOJSON}:
+        target.write(b'"value":')
+        shutil.copyfileobj(source, target, _COPY_BYTES)
+    elif media == CSV:
+        target.write(b'"value":')
+        target.write(json.dumps(source.read().decode()).encode())
+    else:
+        target.write(b'"encoding":"base64","value":"')
+        while chunk := source.read(_COPY_BYTES):
+            target.write(base64.b64encode(chunk))
+        target.write(b'"')
+    target.write(b"}")

@@ -1,0 +1,382 @@
+"""OGC API - Processes 1.0 (18-062r2): conformance, processes, execution, results.
+
+The list of jobs, their status and their dismissal are those of `routes.jobs`; the landing page is
+that of `routes.home`. An execution becomes the request of the task, and from there on its path is
+that of every other request: `routes.tasks.serve`.
+"""
+
+# No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+import json
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request, Response
+from pydantic_core import from_json
+
+from models.card import Task
+from service.api.admission import Place
+from service.api.dependencies import (
+    KNOWN_CALLER,
+    KNOWN_IF_PRIVATE,
+    READER,
+    App,
+    AppState,
+    Caller,
+    JobFolder,
+    Preferences,
+    root_of,
+)
+from service.api.openapi import EXECUTION, EXECUTION_BODY, RESULTS, problems
+from service.api.problems import problem
+from service.api.processes import (
+    CONFORMANCE,
+    TASKS,
+    Answer,
+    Binary,
+    Inputs,
+    Reference,
+    answer_of,
+    bbox_of,
+    default_answer,
+    description_of,
+    inputs_named,
+    rasters_of,
+    read_inputs,
+    summary_of,
+    task_of,
+)
+from service.api.results import Results, output_response, results_response
+from service.api.routes.jobs import find_job
+from service.api.routes.tasks import Asked, check_query, serve, vector_file, with_zips_opened
+from service.api.schemas import (
+    Conformance,
+    Execute,
+    ItemBody,
+    Link,
+    ProcessDescription,
+    ProcessList,
+    read_execute,
+    read_items,
+    read_series,
+    read_stac,
+)
+from service.api.stac import stac_request
+from service.api.uploads import FIELDS, JSON, media_type, read_json
+from service.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    NotFound,
+    ResultsNotReady,
+    UnsupportedMedia,
+)
+from service.jobs.store import Job, removed
+from service.read.geotiff import SourceFile
+from service.read.references import fetch_items
+from service.run.execute import Result
+from service.run.request import TaskRequest
+
+_MONITOR = "monitor"
+router = APIRouter(tags=["processes"])
+
+
+@router.get(
+    "/conformance",
+    dependencies=[KNOWN_IF_PRIVATE],
+    responses=problems(["unauthorized", "internal_error"]),
+)
+async def conformance() -> Conformance:
+    """The conformance classes of OGC API - Processes that hold."""
+    return Conformance(conformsTo=list(CONFORMANCE))
+
+
+@router.get(
+    "/processes",
+    dependencies=[KNOWN_IF_PRIVATE],
+    response_model_exclude_none=True,
+    responses=problems(["unauthorized", "invalid_request", "internal_error"]),
+)
+async def list_processes(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="largest number of processes")] = 10,
+    offset: Annotated[int, Query(ge=0, le=10_000, description="processes to leave out")] = 0,
+) -> ProcessList:
+    """The processes: each task is one."""
+    root = root_of(request)
+    here, end = f"{root}/processes", offset + limit
+    links = [Link(href=here, rel="self", type=JSON, title="this list")]
+    if end < len(TASKS):
+        further = f"{here}?limit={limit}&offset={end}"
+        links.append(Link(href=further, rel="next", type=JSON, title="more processes"))
+    return ProcessList(processes=[summary_of(t, root) for t in TASKS[offset:end]], links=links)
+
+
+@router.get(
+    "/processes/{process_id}",
+    dependencies=[KNOWN_IF_PRIVATE],
+    response_model_exclude_none=True,
+    responses=problems(["unauthorized", "unknown_process", "internal_error"]),
+)
+async def read_process(process_id: str, request: Request) -> ProcessDescription:
+    """A process with its inputs and outputs."""
+    return description_of(task_of(process_id), root_of(request))
+
+
+@router.post(
+    "/processes/{process_id}/execution",
+    dependencies=[KNOWN_CALLER],
+    response_class=Response,
+    responses=dict(EXECUTION),
+    openapi_extra=EXECUTION_BODY,
+)
+async def execute_process(
+    process_id: str,
+    request: Request,
+    app: App,
+    folder: JobFolder,
+    caller: Caller,
+    preferences: Preferences,
+) -> Response:
+    """Execute a process, while the client waits or, if `Prefer` asks for it, as a job."""
+    task = task_of(process_id)
+    check_query(request, set())
+
+    async def read(place: Place) -> Asked:
+        if media_type(request) != JSON:
+            raise UnsupportedMedia(f"an execution is {JSON}; forms are sent to /{task}")
+        body = await read_json(request, app.limits, place)
+        execute = await to_thread.run_sync(read_execute, body)
+        inputs = await to_thread.run_sync(read_inputs, task, execute)
+        fetch = _Inputs(app, folder, place)
+        with inputs_named(task):
+            asked = await _request_of(task, execute, inputs, fetch, caller or "")
+        answer = answer_of(execute, asked)
+        return Asked(
+            request=asked,
+            # A run that is kept has all that a job has.
+            rasters=answer.references
+            or any(output.name in rasters_of(task) for output in answer.outputs),
+            respond=partial(_respond, app, request, folder, answer),
+            answer=answer.document(),
+            kept=answer.references,
+        )
+
+    return await serve(request, app, folder, caller, preferences, read)
+
+
+def _respond(
+    app: AppState,
+    request: Request,
+    folder: Path,
+    answer: Answer,
+    result: Result,
+    kept: Job | None,
+) -> Response:
+    """The results of a run whose client waited."""
+    if kept is not None:
+        response = results_response(_stored(app, request, kept), answer)
+        monitor = f"{root_of(request)}/jobs/{kept.id}"
+        response.headers.append("Link", f'<{monitor}>; rel="{_MONITOR}"; type="{JSON}"')
+        return response
+
+    def ready(name: str, make: Callable[[Path], object]) -> Path:
+        path = folder / name
+        if not path.exists():
+            make(path)
+        return path
+
+    boundary = f"pimc-{uuid.uuid4().hex}"
+    return results_response(Results(result=result, ready=ready, boundary=boundary), answer)
+
+
+def _stored(app: AppState, request: Request, job: Job) -> Results:
+    return Results(
+        result=app.jobs.result(job),
+        ready=partial(app.jobs.ready, job),
+        boundary=f"pimc-{job.id}",
+        here=f"{root_of(request)}/jobs/{job.id}/results",
+        missing=removed(job),
+    )
+
+
+@router.get(
+    "/jobs/{job_id}/results",
+    dependencies=[KNOWN_CALLER, READER],
+    response_class=Response,
+    responses=dict(RESULTS),
+)
+async def read_results(job_id: str, request: Request, app: App, caller: Caller) -> Response:
+    """The results of a job as its execution asked for them; links for a job of another path."""
+    job = await find_job(app, caller, job_id)
+    if job.status == "failed":
+        return problem(request, job.error)
+    results, answer = await to_thread.run_sync(_finished, app, request, job)
+    make = partial(results_response, results, answer)
+    return await to_thread.run_sync(make, limiter=app.downloads.makers)
+
+
+@router.get(
+    "/jobs/{job_id}/results/{output}",
+    dependencies=[KNOWN_CALLER, READER],
+    response_class=Response,
+    responses=dict(RESULTS),
+)
+async def read_results_output(
+    job_id: str, output: str, request: Request, app: App, caller: Caller
+) -> Response:
+    """One of the results of a job, in the type that its execution asked for."""
+    job = await find_job(app, caller, job_id)
+    if job.status == "failed":
+        return problem(request, job.error)
+    results, answer = await to_thread.run_sync(_finished, app, request, job)
+    for one in answer.outputs:
+        if one.name == output:
+            make = partial(output_response, results, one)
+            return await to_thread.run_sync(make, limiter=app.downloads.makers)
+    there = ", ".join(one.name for one in answer.outputs)
+    raise NotFound(f"job {job.id} has no result '{output[:64]}'; available: {there}")
+
+
+def _finished(app: AppState, request: Request, job: Job) -> tuple[Results, Answer]:
+    """The results of a job, and how they are returned.
+
+    Raises:
+        ResultsNotReady: the job is not finished, or was dismissed.
+        ResultNotReady: the results were removed.
+    """
+    if job.status != "successful":
+        raise ResultsNotReady(f"job {job.id} has no results: {job.status}, at {job.progress} %")
+    results, stored = _stored(app, request, job), app.jobs.answer(job)
+    if stored is not None:
+        return results, Answer.of(stored)
+    return results, default_answer(app.jobs.request(job), results.result.files)
+
+
+# Inputs -------------------------------------------------------------------------------------------
+
+
+class _Inputs:
+    """Makes files and values of a request's inputs.
+
+    Args:
+        app: application state.
+        folder: of the request.
+        place: of the request, which counts what is fetched and decoded.
+    """
+
+    def __init__(self, app: AppState, folder: Path, place: Place) -> None:
+        self.app = app
+        self.folder = folder
+        self.place = place
+        self._values = 0
+
+    async def files(self, given: Sequence[Reference | Binary]) -> tuple[SourceFile, ...]:
+        """Files of a stack, in the order given."""
+        links = [one for one in given if isinstance(one, Reference)]
+        fetched = iter(await self._fetched(links, self.folder) if links else ())
+        found = []
+        for number, one in enumerate(given):
+            if isinstance(one, Reference):
+                found.append(next(fetched))
+            else:
+                found.append(await self._decoded(one, f"value-{number:04d}.tif"))
+        return tuple(found)
+
+    async def polygons(
+        self, given: Reference | Binary | dict[str, Any] | None
+    ) -> SourceFile | None:
+        """The file of `fields`."""
+        if isinstance(given, Reference):
+            file = (await self._fetched([given], self._apart()))[0]
+            if not file.path.is_relative_to(self.folder):
+                return file
+            # To the other files, where a job takes them from.
+            path = file.path.rename(self.folder / f"{FIELDS}.bin")
+            return SourceFile(name=file.name, path=path)
+        if isinstance(given, Binary):
+            return await self._decoded(given, f"{FIELDS}.bin")
+        return await vector_file(FIELDS, given, self.folder)
+
+    async def value(self, given: Any) -> Any:  # noqa: ANN401 - JSON
+        """A value of JSON, or several, with references replaced by what they name."""
+        if isinstance(given, list):
+            return [await self.value(one) for one in given]
+        if not isinstance(given, Reference):
+            return given
+        file = (await self._fetched([given], self._apart()))[0]
+        size, most = file.path.stat().st_size, self.app.limits.json_bytes
+        if size > most:
+            raise BodyTooLarge(f"{given.field}: {size} bytes of JSON, at most {most} are read")
+        text = await to_thread.run_sync(file.path.read_bytes)
+        try:
+            return await to_thread.run_sync(from_json, text)
+        except ValueError as error:
+            raise InvalidRequest.of(given.field, f"not JSON: {error}") from error
+
+    def _apart(self) -> Path:
+        """A new folder, so that names of fetched files do not meet."""
+        self._values += 1
+        path = self.folder / f"input-{self._values}"
+        path.mkdir()
+        return path
+
+    async def _fetched(self, links: Sequence[Reference], folder: Path) -> tuple[SourceFile, ...]:
+        items = [ItemBody.model_construct(href=link.href) for link in links]
+        fields = [link.field for link in links]
+        files = await fetch_items(items, folder, self.app.settings, fields=fields)
+        for file in files:
+            if file.path.is_relative_to(self.folder):  # downloaded
+                self.place.received(file.path.stat().st_size)
+        return files
+
+    async def _decoded(self, value: Binary, name: str) -> SourceFile:
+        path = self.folder / name
+        self.place.received(await to_thread.run_sync(value.write, path))
+        return SourceFile(name=name, path=path)
+
+
+async def _request_of(
+    task: Task, execute: Execute, inputs: Inputs, fetch: _Inputs, owner: str
+) -> TaskRequest:
+    """The task's request that an execution's inputs and outputs are."""
+    app, folder = fetch.app, fetch.folder
+    body: dict[str, Any] = {name: await fetch.value(one) for name, one in inputs.body.items()}
+    if "bbox" in body:
+        body["bbox"] = bbox_of(body["bbox"])
+    polygons = await fetch.polygons(inputs.fields)
+    maps = inputs.source != "series" and "points" not in body and polygons is None
+    if maps and "outputs" not in body:
+        body.update(_rasters(task, execute.outputs))
+    settings = app.settings
+    allowed = bool(settings.allowed_roots or settings.allowed_hosts)
+    if inputs.source == "series":
+        series = await to_thread.run_sync(read_series, task, json.dumps(body).encode())
+        return series.request(task)
+    if inputs.source == "stac":
+        text = json.dumps(body).encode()
+        found = await to_thread.run_sync(partial(read_stac, task, text, allowed=allowed))
+        if found is None:
+            raise InvalidRequest.of("stac", "a STAC document, a search or a URL is needed")
+        stac, form = found
+        request = await stac_request(task, stac, form, polygons, app, folder, fetch.place, owner)
+        return await with_zips_opened(request, folder, app)
+    # A binary value has no address; only the other parameters are validated with it.
+    body["items"] = [{"href": getattr(one, "href", "value")} for one in inputs.files]
+    text = json.dumps(body).encode()
+    named = await to_thread.run_sync(partial(read_items, task, text, allowed=True))
+    if named is None:
+        raise TypeError("the body names files")
+    files = await fetch.files(inputs.files)
+    return await with_zips_opened(named[1].request(task, files, polygons), folder, app)
+
+
+def _rasters(task: Task, outputs: Mapping[str, object]) -> dict[str, Any]:
+    """The parameter `outputs` of a task, of the outputs of its process; empty for its default."""
+    names = rasters_of(task)
+    if len(names) == 1:  # the only file of the task
+        return {}
+    wanted = [name for name in names if name in outputs] if outputs else list(names)
+    return {"outputs": wanted} if wanted else {}
