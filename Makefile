@@ -36,9 +36,11 @@ IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/ready lint
 	$(BIN)/pytest $(IN_PARALLEL)
 
-# The tests to run while working: all except load, fuzz, kill and training tests.
+# The tests to run while working, in under two minutes: each part's core behaviour, in one process,
+# on tiny models. Files that are slow as a whole are not even imported.
+SLOW = $(shell grep -l '^pytestmark = pytest.mark.slow' tests/test_*.py)
 check: $(VENV)/ready lint
-	$(BIN)/pytest $(IN_PARALLEL) -m "not slow"
+	$(BIN)/pytest $(IN_PARALLEL) -m "not slow" $(SLOW:%=--ignore=%)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check $(SOURCES)

@@ -481,6 +481,7 @@ def test_the_home_page_leads_a_browser_to_the_documentation(api: httpx.Client) -
         assert api.get(path).status_code == 200, path
 
 
+@pytest.mark.slow
 def test_the_command_serves_and_logs_json(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "service"],

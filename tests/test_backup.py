@@ -21,6 +21,8 @@ from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import ASYNC, SERIES, Files, stack, until, waited
 from tests.kits.patience import PATIENCE
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

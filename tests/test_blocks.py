@@ -20,8 +20,8 @@ from service.read.blocks import FIRST_BYTES, RemoteFile
 from service.read.connect import Connections, Remote
 from service.read.geotiff import SourceFile, gdal_options, open_geotiff, read_header
 from service.settings import HostRule, Settings
+from tests.kits.ranges import RangeServer, range_server
 from tests.kits.rasters import write
-from tests.kits.stac import RangeServer, range_server
 
 HEIGHT, WIDTH, SIDE = 310, 270, 64
 rng = np.random.default_rng(5)

@@ -32,6 +32,8 @@ from pimc_client import (
 )
 from tests.kits.client import LEGEND, classes, cog, zipped
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 ABOUT = About(model="pixels-landcover@1.0.0")
 BANDS = [

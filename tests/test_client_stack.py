@@ -26,7 +26,10 @@ from benchmarks.tiny_zoo import write_bundle
 from pimc_client import Client, StackError, fetch_stack
 from pimc_client.cli import app
 from tests.kits import stac as kit
-from tests.kits.stac import Acquisition, Catalogue, RangeServer
+from tests.kits.ranges import RangeServer, range_server
+from tests.kits.stac import Acquisition, Catalogue
+
+pytestmark = pytest.mark.slow
 
 WINDOW = Window(330, 340, 120, 60)
 SPAN = {"start": "2022-06-01", "end": "2022-06-30"}
@@ -55,7 +58,7 @@ def world(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     bounds = rasterio.windows.bounds(WINDOW, Affine(*tyrol[0].transform))
     bbox = list(rasterio.warp.transform_bounds("EPSG:32632", "EPSG:4326", *bounds))
     with ExitStack() as stack:
-        web = stack.enter_context(kit.range_server(root))
+        web = stack.enter_context(range_server(root))
         items = [
             kit.earth_search(at, f"{web.url}/tyrol{n}", cloud=10.0 * n)
             for n, at in enumerate(tyrol)

@@ -268,6 +268,7 @@ def test_the_warning_of_no_prediction_counts_with_this_mask(
 # Against Sen2Cor --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FLANDERS.is_dir(), reason="needs ../shared/data/flanders_2017_2018")
 def test_flanders_agrees_with_scl() -> None:
     files = [SourceFile(name=p.name, path=p) for p in sorted(FLANDERS.glob("S2_L2A_2018*.tif"))]

@@ -19,6 +19,8 @@ import onnx
 import onnxruntime
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "tests" / "cuda_kernels.csv"
 LIBRARIES = ROOT / "tests" / "cuda_libraries.csv"

@@ -102,6 +102,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_a_job_waits_for_descriptors_and_a_request_is_told(tmp_path: Path) -> None:
     child = subprocess.run(
         [sys.executable, "-c", _CHILD.format(root=str(ROOT), folder=str(tmp_path))],

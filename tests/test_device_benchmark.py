@@ -24,6 +24,8 @@ from models.registry import ZOO, Registry
 from service.infer.model import PIXEL_BATCH
 from service.infer.session import CPU
 
+pytestmark = pytest.mark.slow
+
 
 def shown(found: Device | None) -> str:
     text = io.StringIO()

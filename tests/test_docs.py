@@ -89,6 +89,7 @@ def test_the_readme_is_short_and_has_one_picture() -> None:
     assert len(re.findall(r"!\[", README)) == 1
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -274,6 +274,7 @@ def test_a_long_document_is_a_file_also_at_once(api: httpx.Client) -> None:
     assert api.get(f"/jobs/{job}/result").content == at_once.content
 
 
+@pytest.mark.slow
 def test_half_a_zip_of_a_killed_service_is_removed(zoo: Path, files: Files, tmp_path: Path) -> None:
     with served(model_dir=zoo, state_dir=tmp_path) as api:
         job = done(api, files, outputs="class,entropy")
@@ -285,6 +286,7 @@ def test_half_a_zip_of_a_killed_service_is_removed(zoo: Path, files: Files, tmp_
         assert api.get(f"/jobs/{job}/result").content == whole
 
 
+@pytest.mark.slow
 def test_a_result_of_the_release_before_is_served(zoo: Path, files: Files, tmp_path: Path) -> None:
     """Its document stood in the same file as all else."""
     with served(model_dir=zoo, state_dir=tmp_path) as api:
@@ -316,6 +318,7 @@ def deaf(host: str, port: int, path: str, **headers: str) -> socket.socket:
     return connection
 
 
+@pytest.mark.slow
 def test_the_number_of_readers_is_bounded_per_caller_and_in_total(
     zoo: Path, files: Files, tmp_path: Path
 ) -> None:
@@ -367,6 +370,7 @@ def enlarge(path: Path) -> None:
             file.write(bytes(2**20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["class.tif", "document.json"])
 def test_clients_that_never_read_cost_neither_memory_nor_disk(
     zoo: Path, files: Files, tmp_path: Path, name: str
@@ -396,6 +400,7 @@ def test_clients_that_never_read_cost_neither_memory_nor_disk(
         assert len(api.get(f"/jobs/{job}/result", headers=accept).content) > MEGABYTES * 2**20
 
 
+@pytest.mark.slow
 def test_a_client_that_never_reads_is_disconnected(
     zoo: Path, files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

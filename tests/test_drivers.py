@@ -22,6 +22,8 @@ from tests.kits.patience import PATIENCE
 from tests.kits.rasters import write
 from tests.kits.sockets import connections, listening
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 BANDS = ("B02", "B04", "B08")
 

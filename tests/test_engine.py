@@ -579,6 +579,7 @@ np.save(target, answer)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
 @pytest.mark.parametrize("how", ["arena", "system"])
 def test_real_lack_of_memory_halves_the_batch_and_changes_no_prediction(tmp_path, how):
@@ -629,6 +630,7 @@ print(full - left)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc"
 )
@@ -656,6 +658,7 @@ def test_one_run_in_ten_seconds_shrinks_the_arena(monkeypatch: pytest.MonkeyPatc
     assert [shrinking.options() is None, shrinking.options() is None] == [False, True]
 
 
+@pytest.mark.slow
 def test_the_runtime_sends_no_telemetry(tmp_path: Path) -> None:
     # It is silent by itself where it believes to be under test.
     told = {k: v for k, v in os.environ.items() if k not in {"ORT_DISABLE_TELEMETRY", "CI"}}

@@ -21,6 +21,8 @@ from tests.kits.browser import chromium, opened
 from tests.kits.gate import HELD, Gate, held_model, zoo_with_a_held_model
 from tests.kits.jobs import stack
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

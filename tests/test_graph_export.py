@@ -131,6 +131,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[PixelGraph, Path]:
     return graph, folder / "int8.onnx"
 
 
+@pytest.mark.slow
 def test_the_encoders_products_are_in_int8_and_no_others(small: tuple[PixelGraph, Path]) -> None:
     model = onnx.load(small[1])
     whole = {tensor.name for tensor in model.graph.initializer if tensor.data_type == 3}
@@ -141,6 +142,7 @@ def test_the_encoders_products_are_in_int8_and_no_others(small: tuple[PixelGraph
     assert not any(node.op_type == "Relu" and "layers" in node.name for node in model.graph.node)
 
 
+@pytest.mark.slow
 def test_sums_around_blocks_are_in_int8(small: tuple[PixelGraph, Path]) -> None:
     model = onnx.load(small[1])
     made_by = {name: node.op_type for node in model.graph.node for name in node.output}
@@ -165,6 +167,7 @@ def scales(path: Path) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_an_outlier_does_not_stretch_the_scales(
     small: tuple[PixelGraph, Path], tmp_path: Path
 ) -> None:
@@ -189,6 +192,7 @@ def source(made_by: dict[str, onnx.NodeProto], name: str) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_series_are_rounded_before_their_plots_are_made(small: tuple[PixelGraph, Path]) -> None:
     model = onnx.shape_inference.infer_shapes(onnx.load(small[1]), strict_mode=True)
     made_by = {name: node for node in model.graph.node for name in node.output}
@@ -205,6 +209,7 @@ def test_series_are_rounded_before_their_plots_are_made(small: tuple[PixelGraph,
     assert types[plots.output[0]] == onnx.TensorProto.UINT8
 
 
+@pytest.mark.slow
 def test_int8_predictions_are_close_to_float32(small: tuple[PixelGraph, Path]) -> None:
     graph, path = small
     inputs = pixel_inputs(graph, BATCH, 30)
@@ -215,6 +220,7 @@ def test_int8_predictions_are_close_to_float32(small: tuple[PixelGraph, Path]) -
     assert check_parity_int8(graph, path, inputs) == pytest.approx(off.mean(), rel=0.3)
 
 
+@pytest.mark.slow
 def test_int8_returns_nan_for_pixels_without_a_date(small: tuple[PixelGraph, Path]) -> None:
     graph, path = small
     inputs = pixel_inputs(graph, 9, 30)

@@ -402,6 +402,7 @@ def stack(tmp_path: Path, files) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_the_sdk_teaches(api, stack, kind: str) -> None:
     labels = json.loads(collection([*labelled(8), *OUTSIDE[:2]]))
@@ -422,6 +423,7 @@ def test_the_sdk_teaches(api, stack, kind: str) -> None:
         assert pimc.own_models() == ()
 
 
+@pytest.mark.slow
 def test_the_sdk_teaches_from_series(api) -> None:
     values = reflectance()
     chosen = [(r, c) for r in range(8, 40, 8) for c in range(8, 40, 8)]
@@ -440,6 +442,7 @@ def test_the_sdk_teaches_from_series(api) -> None:
             pimc.teach_series("by-series", series, classes[:-1])
 
 
+@pytest.mark.slow
 def test_the_command_teaches_and_forgets(api, stack, tmp_path) -> None:
     (tmp_path / "labels.geojson").write_text(collection(labelled(8)))
     run = partial(
@@ -468,6 +471,7 @@ def test_labels_of_one_place_are_scored_with_a_warning(api, files) -> None:
     assert api.delete("/heads/mine").status_code == 204
 
 
+@pytest.mark.slow
 def test_files_may_be_named_instead_of_sent(tmp_path, files) -> None:
     for _, (name, content, _) in files:
         (tmp_path / name).write_bytes(content)
@@ -482,6 +486,7 @@ def test_files_may_be_named_instead_of_sent(tmp_path, files) -> None:
         assert api.post("/heads", json=body).json()["code"] == "forbidden_reference"
 
 
+@pytest.mark.slow
 def test_a_backup_holds_the_models(tmp_path: Path, files) -> None:
     with served(state_dir=tmp_path / "state") as api:
         card = make(api, files, labelled(6)).json()["card"]

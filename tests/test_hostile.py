@@ -262,6 +262,7 @@ with served(model_dir=write_zoo(folder / "zoo"), max_body_bytes=2**26) as api:
 """
 
 
+@pytest.mark.slow
 def test_bombs_cost_no_memory_and_little_time(sound: bytes, tmp_path: Path) -> None:
     (tmp_path / "sound.tif").write_bytes(sound)
     bombs = {name: edited(sound, change) for name, change in BOMBS.items()}
@@ -403,6 +404,7 @@ with gdal_options() if sys.argv[2] == "ours" else rasterio.Env():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handler", ["/vsicurl/", "/vsicurl_streaming/"])
 def test_no_name_in_a_file_leads_to_the_network(
     named: Callable[[str], Path], elsewhere: socket.socket, tmp_path: Path, handler: str

@@ -129,6 +129,7 @@ def test_a_request_that_is_not_http_is_a_problem_response(api: httpx.Client) -> 
         assert problem(rest_of(connection)) == (400, "malformed_request")
 
 
+@pytest.mark.slow
 def test_an_incomplete_or_missing_head_is_ended_in_time(zoo: Path) -> None:
     with (
         served(model_dir=zoo, head_seconds=0.5) as api,
@@ -140,6 +141,7 @@ def test_an_incomplete_or_missing_head_is_ended_in_time(zoo: Path) -> None:
         assert rest_of(silent) == b""
 
 
+@pytest.mark.slow
 def test_a_second_request_of_a_connection_has_its_time_too(zoo: Path) -> None:
     with served(model_dir=zoo, head_seconds=0.5) as api, connected(api) as connection:
         connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -148,6 +150,7 @@ def test_a_second_request_of_a_connection_has_its_time_too(zoo: Path) -> None:
         assert b'"head_stalled"' in rest_of(connection)
 
 
+@pytest.mark.slow
 def test_idle_connections_are_closed_so_that_health_is_served(zoo: Path) -> None:
     with served(
         model_dir=zoo, max_connections=40, max_connections_per_address=40, head_seconds=300
@@ -166,6 +169,7 @@ def test_idle_connections_are_closed_so_that_health_is_served(zoo: Path) -> None
                 connection.close()
 
 
+@pytest.mark.slow
 def test_a_connection_is_rejected_if_all_have_requests(zoo: Path) -> None:
     # Bodies that never come hold each of them.
     begin = b"POST /embed HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"

@@ -29,6 +29,8 @@ from training.imagenet import (
     translated,
 )
 
+pytestmark = pytest.mark.slow
+
 Weights = dict[str, Tensor]
 # EfficientNet-B0, table 1 of arXiv 1905.11946, block by block: kernel, stride, expansion, channels.
 BLOCKS = [

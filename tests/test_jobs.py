@@ -180,6 +180,7 @@ def test_a_result_is_negotiated_when_it_is_asked_for(api: httpx.Client, files: F
     problem_of(refused, "not_acceptable", 406)
 
 
+@pytest.mark.slow
 def test_a_large_raster_becomes_a_job_unasked(zoo: Path, files: Files) -> None:
     with served(model_dir=zoo, sync_max_pixels=70 * 90 - 1) as api:
         answer = api.post("/classify-pixels", files=files)
@@ -450,6 +451,7 @@ def test_no_more_than_a_set_number_may_wait(zoo: Path, gate: Gate, large: Files)
         api.delete(f"/jobs/{runs}")
 
 
+@pytest.mark.slow
 def test_old_jobs_are_removed(
     zoo: Path, tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -522,6 +524,7 @@ def upgraded(root: Path, held: str | None = "0.0.2") -> Path:
     return other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["0.0.2", None])
 def test_a_key_is_free_again_where_its_job_failed_of_an_upgrade(
     zoo: Path, gate: Gate, large: Files, tmp_path: Path, version: str | None
@@ -544,6 +547,7 @@ def test_a_key_is_free_again_where_its_job_failed_of_an_upgrade(
         assert submit(api, headers=key, **held)["jobID"] == again
 
 
+@pytest.mark.slow
 def test_a_job_runs_with_the_next_version_if_its_owner_said_so(
     zoo: Path, gate: Gate, large: Files, tmp_path: Path
 ) -> None:
@@ -565,6 +569,7 @@ def test_a_job_runs_with_the_next_version_if_its_owner_said_so(
         assert later.content == at_once.content
 
 
+@pytest.mark.slow
 def test_a_job_whose_model_is_gone_fails_also_if_it_may_be_upgraded(
     zoo: Path, gate: Gate, large: Files, tmp_path: Path
 ) -> None:
@@ -578,6 +583,7 @@ def test_a_job_whose_model_is_gone_fails_also_if_it_may_be_upgraded(
         problem_of(api.get(f"/jobs/{job}/result"), "unknown_model", 404)
 
 
+@pytest.mark.slow
 def test_a_job_keeps_the_model_that_was_the_default(
     zoo: Path, gate: Gate, large: Files, tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_clock_that_jumped_while_nothing_ran(ready: Plan, tmp_path: Path, jump
         assert len(store.latest("", 9)) == 1
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_while_the_service_runs(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +283,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(unmount, check=True)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_read_only(small_disk: Path) -> None:
     remount = ["mount", "-o", "remount,ro", str(small_disk)]
     subprocess.run(remount, check=True)
@@ -301,6 +303,7 @@ def fill(disk: Path) -> Path:
     return filler
 
 
+@pytest.mark.slow
 def test_a_job_that_fills_the_disk(zoo: Path, small_disk: Path, tmp_path: Path) -> None:
     with served(model_dir=zoo, state_dir=small_disk / "state", min_free_bytes=0) as api:
         # 8 MB are sent, and embeddings of 700 x 700 pixels want 12 MB and more.
@@ -314,6 +317,7 @@ def test_a_job_that_fills_the_disk(zoo: Path, small_disk: Path, tmp_path: Path) 
         assert leftovers(small_disk / "state") == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_others_fill(zoo: Path, small_disk: Path, tmp_path: Path) -> None:
     files = stack(tmp_path, 128, 256)
     gate = Gate(tmp_path / "gate")

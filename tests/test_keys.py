@@ -133,6 +133,7 @@ def test_the_example_of_the_documentation_is_read() -> None:
 # A service that reads it --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_keys_are_replaced_without_a_restart_and_keep_their_jobs(
     zoo: Path, keys: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -164,6 +165,7 @@ def told(caplog: pytest.LogCaptureFixture) -> int:
     return sum("PIMC_API_KEYS_FILE is not read" in r.getMessage() for r in caplog.records)
 
 
+@pytest.mark.slow
 def test_a_key_that_comes_into_the_file_brings_its_jobs(
     zoo: Path, keys: Path, tmp_path: Path
 ) -> None:

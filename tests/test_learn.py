@@ -9,7 +9,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix, f1_score
 
 from benchmarks.tiny_zoo import write_bundle
 from models.registry import Registry, load_bundle
@@ -229,6 +228,8 @@ def test_folds_hold_whole_places_and_spread_the_classes() -> None:
 
 
 def test_scores_are_those_of_scikit_learn() -> None:
+    from sklearn.metrics import confusion_matrix, f1_score  # takes seconds
+
     random = np.random.default_rng(9)
     truth = random.integers(0, 3, 200)
     probabilities = random.dirichlet([1, 1, 1], 200)

@@ -42,6 +42,8 @@ from service.run.measured import MAX_PLOTS
 from tests.kits.client import connected
 from tests.kits.rasters import NORTH_UP, UTM, write
 
+pytestmark = pytest.mark.slow
+
 H, W, DATES = 30, 40, 6
 BANDS = ("B02", "B03", "B04", "B08", "SCL")
 DAYS = [f"2021-0{n}-11" for n in range(1, DATES + 1)]

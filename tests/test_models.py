@@ -10,7 +10,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from pyts.image import RecurrencePlot
 
 from models.encoders import PatchEncoder, PixelEncoder
 from models.formulas import FORMULAS
@@ -159,11 +158,14 @@ class TestTimeGrid:
         torch.testing.assert_close(seen, seen_again)
 
 
+@pytest.mark.slow
 class TestRecurrencePlot:
     @pytest.mark.parametrize("threshold", [None, 0.2, "point", "distance"])
     @pytest.mark.parametrize(("dimension", "time_delay"), [(1, 1), (2, 1), (3, 4)])
     def test_equals_pyts(self, threshold: object, dimension: int, time_delay: int) -> None:
         x = np.random.default_rng(3).uniform(-1, 1, (7, 36))
+        from pyts.image import RecurrencePlot  # takes seconds
+
         want = RecurrencePlot(
             dimension=dimension, time_delay=time_delay, threshold=threshold, percentage=13
         ).transform(x)
@@ -179,6 +181,8 @@ class TestRecurrencePlot:
     @pytest.mark.parametrize("percentage", [0.0, 10.0, 50.0, 100.0])
     def test_point_threshold_at_the_ends(self, percentage: float) -> None:
         x = np.random.default_rng(4).uniform(-1, 1, (3, 12))
+        from pyts.image import RecurrencePlot
+
         want = RecurrencePlot(threshold="point", percentage=percentage).transform(x)
         got = recurrence_plot(torch.tensor(x), threshold="point", percentage=percentage)
         np.testing.assert_array_equal(got.numpy(), want)
@@ -283,6 +287,7 @@ def romania_like(shared_data: Path) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return torch.tensor(values), torch.tensor(valid), torch.tensor(days, dtype=torch.float32)
 
 
+@pytest.mark.slow
 class TestOnnx:
     @pytest.mark.parametrize("kind", ["classify", "forecast", "embed"])
     def test_pixel_graph_equals_torch(self, kind: str, tmp_path: Path, shared_data: Path) -> None:
@@ -387,6 +392,7 @@ class TestWhatTheGridIsGiven:
         ).eval()
         assert not torch.allclose(graph(values, valid, days), graph(0.5 * values, valid, days))
 
+    @pytest.mark.slow
     def test_onnx_equals_torch(self, tmp_path: Path) -> None:
         graph = self.graph(yearly=True, clarity=40.0, reflectance=True)
         names = ["values", "valid", "days"]
@@ -429,6 +435,7 @@ class TestSeveralNetworks:
         torch.testing.assert_close(graph.raw(*series), sum(alone) / 3)
         torch.testing.assert_close(graph(*series), torch.softmax(sum(alone) / 3, dim=-1))
 
+    @pytest.mark.slow
     def test_onnx_equals_torch(self, tmp_path: Path) -> None:
         graph, names = self.graph(), ["values", "valid", "days"]
         session = export(graph, tmp_path / "m.onnx", names, random_series(3, 7))

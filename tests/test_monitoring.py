@@ -99,6 +99,7 @@ def promtool() -> str:
     return found
 
 
+@pytest.mark.slow
 def test_each_alert_fires_for_its_cause_and_not_without(promtool):
     for command in (["check", "rules", RULES.name], ["test", "rules", "alerts_test.yml"]):
         done = subprocess.run(
@@ -118,6 +119,7 @@ def test_each_alert_fires_for_its_cause_and_not_without(promtool):
     assert fired == {rule["alert"] for group in rules for rule in group["rules"]}
 
 
+@pytest.mark.slow
 def test_prometheus_reads_its_configuration(promtool):
     done = subprocess.run(
         [promtool, "check", "config", "prometheus.yml"],

@@ -197,6 +197,7 @@ def test_the_age_of_the_oldest_job_is_that_of_the_longest_wait(
         assert f"pimc_oldest_job_seconds {age}" in metrics.text().decode()
 
 
+@pytest.mark.slow
 def test_sweeps_are_counted(zoo: Path) -> None:
     with served(model_dir=zoo, job_ttl=1) as api:
         swept = threading.Event()
@@ -219,6 +220,7 @@ def test_sweeps_are_counted(zoo: Path) -> None:
 OPEN = ("/metrics", "/docs", "/docs/swagger-ui.css", "/openapi.json", "/explorer/demo")
 
 
+@pytest.mark.slow
 def test_what_is_open_is_closed_where_the_service_is_private(zoo: Path) -> None:
     with served(model_dir=zoo, api_keys=(KEY,), private=True) as api:
         for path in OPEN:
@@ -236,6 +238,7 @@ def test_what_is_open_is_closed_where_the_service_is_private(zoo: Path) -> None:
         assert "provider" in api.get("/health/ready", headers={"X-API-Key": KEY}).json()
 
 
+@pytest.mark.slow
 def test_a_private_service_does_not_tell_why_it_is_not_ready(zoo: Path) -> None:
     with served(model_dir=zoo, api_keys=(KEY,), private=True, min_free_bytes=2**60) as api:
         assert unready(api) == "the service is not ready"
@@ -265,6 +268,7 @@ def test_readiness_includes_workers_and_disk(api: httpx.Client) -> None:
     assert all(count > 0 for count in said["disk_free"].values())
 
 
+@pytest.mark.slow
 def test_a_disk_with_too_little_room_is_not_ready(zoo: Path) -> None:
     with served(model_dir=zoo, min_free_bytes=2**60) as api:
         said = unready(api)
@@ -273,6 +277,7 @@ def test_a_disk_with_too_little_room_is_not_ready(zoo: Path) -> None:
         assert "PIMC_MIN_FREE_BYTES" in said
 
 
+@pytest.mark.slow
 def test_a_thread_of_jobs_that_died_is_not_ready(
     zoo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +295,7 @@ def test_a_thread_of_jobs_that_died_is_not_ready(
         assert "'job-0' has ended" in unready(api)
 
 
+@pytest.mark.slow
 def test_a_store_that_others_hold_is_not_ready_and_is_again(zoo: Path, tmp_path: Path) -> None:
     with served(model_dir=zoo, state_dir=tmp_path) as api:
         db = sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)

@@ -181,6 +181,7 @@ os._exit(0)  # without its own way out, which fails after Python has freed the l
 """
 
 
+@pytest.mark.slow
 def test_qgis_opens_the_rasters_with_their_styles(tmp_path):
     python = qgis_python()
     forecast = Layer(name="forecast", bands=("NDVI_2021-11-05_q50",) * 3, ramp="vegetation")

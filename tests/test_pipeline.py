@@ -662,6 +662,7 @@ def test_progress_goes_from_nothing_to_all(engine, request, tmp_path, name, whic
 # Real data ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_real_stack_without_an_epsg_code(engine, shared_data, tmp_path):
     folder = shared_data / "mato_grosso_modis"
     dates = tuple(date.fromisoformat(d) for d in (folder / "dates.txt").read_text().split())

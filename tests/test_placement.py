@@ -302,6 +302,7 @@ def test_a_box_across_the_antimeridian(tmp_path: Path) -> None:
 # --- real files -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_flanders_at_10_and_20_m(shared_data: Path) -> None:
     """SCL and the 20 m bands in files of their own give what the 10 m files hold."""
     days = ("20180114", "20180421", "20180630")

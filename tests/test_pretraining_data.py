@@ -18,6 +18,8 @@ from training.pretraining_data import (
     open_sources,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_weights_are_shared_by_the_scenes_of_a_source(tmp_path):
     config = SourcesConfig(stacks=(), synthetic=4, synthetic_weight=2.0, series=(), eurosat=False)

@@ -7,6 +7,8 @@ import pytest
 
 from training.probe import Labelled, probe, score
 
+pytestmark = pytest.mark.slow
+
 
 def blobs(apart: float, *, seed: int = 0) -> Labelled:
     rng = np.random.default_rng(seed)

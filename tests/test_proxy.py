@@ -23,6 +23,8 @@ from tests.kits.jobs import ASYNC, SERIES, Files, stack, waited
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.programs import require, self_signed
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "how-to" / "proxy.md").read_text()
 KEY = {"X-API-Key": "the-key-of-this-test"}

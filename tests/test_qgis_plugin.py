@@ -17,6 +17,8 @@ from tests.kits.jobs import stack
 from tests.kits.patience import PATIENCE
 from tests.kits.programs import qgis_python
 
+pytestmark = pytest.mark.slow
+
 PLUGIN = Path(__file__).parents[1] / "qgis"
 # Drives the dialog as a person does, and prints what it shows and which layers there are.
 DRIVE = """

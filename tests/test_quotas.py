@@ -125,6 +125,7 @@ def test_one_key_fills_half_of_the_places_for_jobs(zoo: Path, gate: Gate) -> Non
         gate.open(99)
 
 
+@pytest.mark.slow
 def test_one_key_alone_may_fill_all_places(zoo: Path, gate: Gate) -> None:
     with served(model_dir=zoo, max_jobs=2, api_keys=("anna",)) as api:
         answers = [embed(api, 1, ANNA, ASYNC)]
@@ -148,6 +149,7 @@ def test_jobs_of_callers_take_turns(zoo: Path, gate: Gate) -> None:
         assert order == [1, 4, 2, 5, 3]
 
 
+@pytest.mark.slow
 def test_a_caller_with_fewer_running_jobs_comes_first(tmp_path: Path) -> None:
     with closing(JobStore(tmp_path, ttl=9e9, max_waiting=9)) as jobs:
         for caller in ("many", "many", "many", "few", "many", "few"):
@@ -169,6 +171,7 @@ def test_a_caller_with_fewer_running_jobs_comes_first(tmp_path: Path) -> None:
 # Requests, pixels, storage ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_requests_at_once_are_bounded(zoo: Path) -> None:
     with served(model_dir=zoo, max_requests_per_caller=2, api_keys=("anna", "ben")) as api:
         where = (api.base_url.host, api.base_url.port or 80)
@@ -194,6 +197,7 @@ def test_requests_at_once_are_bounded(zoo: Path) -> None:
         assert exceeded(api, "requests") >= 1
 
 
+@pytest.mark.slow
 def test_pixels_of_a_day_are_bounded(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +224,7 @@ def test_pixels_of_a_day_are_bounded(
         assert embed(api, 4, ANNA).status_code == 200
 
 
+@pytest.mark.slow
 def test_the_storage_of_a_caller_is_bounded(zoo: Path) -> None:
     with served(model_dir=zoo, max_storage_per_caller=4000, api_keys=("anna", "ben")) as api:
         made = []
@@ -243,6 +248,7 @@ def test_the_storage_of_a_caller_is_bounded(zoo: Path) -> None:
         assert embed(api, 1, ANNA, ASYNC).status_code == 202
 
 
+@pytest.mark.slow
 def test_without_keys_an_address_is_a_caller(zoo: Path, gate: Gate) -> None:
     with served(model_dir=zoo, max_jobs_per_caller=1) as api:
         other = httpx.Client(
@@ -277,6 +283,7 @@ def test_headers_state_what_is_left() -> None:
     assert headers(limits, status=429, violated="jobs")["RateLimit"] == '"jobs";r=49'
 
 
+@pytest.mark.slow
 def test_a_run_that_finds_no_room_is_not_charged(
     zoo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -239,6 +239,7 @@ def test_places_of_large_rasters_are_compared_with_themselves(tmp_path: Path) ->
     assert offsets(opened(files)) == [0] * 7 + [-0.1] + [0] * 4
 
 
+@pytest.mark.slow
 def test_flanders_with_the_offset_on_some_dates(shared_data: Path, tmp_path: Path) -> None:
     """Every third clear date: no date is taken for what it is not, with SCL and without."""
     files, holds, clear = [], [], 0
@@ -411,6 +412,7 @@ def test_one_hazy_date_is_no_baseline(tmp_path: Path) -> None:
     assert codes(opened(files)) == []
 
 
+@pytest.mark.slow
 def test_real_scenes_with_and_without_the_offset(shared_data: Path, tmp_path: Path) -> None:
     """Every date of Flanders, clouds masked and not: with 1000 added the offset is found."""
     paths = sorted((shared_data / "flanders_2017_2018").glob("S2_L2A_2018*.tif"))[::3]

@@ -258,6 +258,7 @@ class TestRegistry:
         with pytest.raises(BundleError, match=r"'linked': model\.onnx is a symbolic link"):
             load_bundle(folder)
 
+    @pytest.mark.slow
     def test_with_checksums_only_what_they_list_is_loaded(self, tmp_path: Path) -> None:
         write(tmp_path / "zoo" / "listed", name="listed")
         write(tmp_path / "zoo" / "changed", name="changed")

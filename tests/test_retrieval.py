@@ -8,6 +8,8 @@ import torch
 
 from training.retrieval import pair_scores, retrieval_accuracy, spread
 
+pytestmark = pytest.mark.slow
+
 
 def unit(n: int, p: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)

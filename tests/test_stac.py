@@ -27,7 +27,10 @@ from benchmarks.tiny_zoo import write_bundle
 from service.read.blocks import FIRST_BYTES
 from tests.kits import stac as kit
 from tests.kits.jobs import waited
-from tests.kits.stac import Acquisition, Catalogue, Item, RangeServer
+from tests.kits.ranges import RangeServer, range_server
+from tests.kits.stac import Acquisition, Catalogue, Item
+
+pytestmark = pytest.mark.slow
 
 FORMS = {
     "earth-search": kit.earth_search,
@@ -87,7 +90,7 @@ def world(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         kit.write_cogs(path, root / f"tyrol{n}", "32TPS") for n, path in enumerate(scenes)
     )
     with ExitStack() as stack:
-        web = stack.enter_context(kit.range_server(root))
+        web = stack.enter_context(range_server(root))
         items = [
             kit.earth_search(at, f"{web.url}/{at.paths['B04'].parent.name}", cloud=float(10 * n))
             for n, at in enumerate(flanders)

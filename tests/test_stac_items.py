@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import jsonschema
 import numpy as np
 import pytest
 import rasterio
@@ -31,6 +30,8 @@ from service.write.stac_item import class_name, footprint, model_item
 from tests.kits.client import connected
 from tests.kits.jobs import waited
 from tests.kits.rasters import NORTH_UP, UTM, write
+
+pytestmark = pytest.mark.slow
 
 SCHEMAS = Path(__file__).parent / "data" / "stac"
 H, W = 70, 80
@@ -54,6 +55,8 @@ ITEM_SCHEMA = "https://schemas.stacspec.org/v1.1.0/item-spec/json-schema/item.js
 
 def check_item(item: dict[str, Any], *extensions: str) -> None:
     """An item fits the schema of STAC 1.1 and of every extension that it names."""
+    import jsonschema  # takes seconds: it compiles a grammar of addresses
+
     names = {url.split("/")[3] for url in item["stac_extensions"]}
     assert names >= set(extensions)
     for url in (ITEM_SCHEMA, *item["stac_extensions"]):

@@ -64,6 +64,7 @@ def started(log: Path, *command: str, **settings: str) -> Iterator[int]:
         process.wait(timeout=PATIENCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", socket.gethostname()])  # noqa: S104 - refused
 def test_no_open_address_is_bound_without_a_key_or_a_word(tmp_path: Path, host: str) -> None:
     status, said = refused(tmp_path, PIMC_HOST=host)
@@ -91,6 +92,7 @@ def test_settings_that_cannot_be_used_end_the_start_with_a_sentence_each(tmp_pat
     assert "swordfish" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -110,12 +112,14 @@ def test_checksums_that_cannot_be_used_end_the_start(
     assert errors[0]["message"].endswith(reason)
 
 
+@pytest.mark.slow
 def test_nobody_anonymous_ends_a_start_without_keys_on_the_loopback_too(tmp_path: Path) -> None:
     status, said = refused(tmp_path, PIMC_ALLOW_ANONYMOUS="0", PIMC_PORT="0")
     assert (status, len(said.splitlines())) == (2, 1)
     assert said.startswith("PIMC_ALLOW_ANONYMOUS is 0, but neither")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -136,6 +140,7 @@ def test_keys_that_cannot_be_read_end_the_start(
     assert "swordfish" not in said
 
 
+@pytest.mark.slow
 def test_cuda_that_is_not_there_ends_the_start_with_a_sentence(tmp_path: Path) -> None:
     with Engine(Registry.load(ZOO), threads=1) as engine:
         if engine.provider == CUDA:
@@ -148,6 +153,7 @@ def test_cuda_that_is_not_there_ends_the_start_with_a_sentence(tmp_path: Path) -
     assert not any("stack" in line for line in errors)
 
 
+@pytest.mark.slow
 def test_a_refused_bundle_is_logged_and_the_whole_zoo_serves(tmp_path: Path) -> None:
     bad = tmp_path / "models" / "handed-in"
     bad.mkdir(parents=True)
@@ -178,6 +184,7 @@ def own_address() -> str:
     return address
 
 
+@pytest.mark.slow
 def test_another_server_may_bind_what_it_likes_and_still_serves_no_stranger(
     tmp_path: Path,
 ) -> None:
@@ -231,6 +238,7 @@ start.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc"
 )

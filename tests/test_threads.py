@@ -214,6 +214,7 @@ def locked(state: Path) -> Iterator[None]:
             db.execute("ROLLBACK")
 
 
+@pytest.mark.slow
 def test_a_running_job_waits_for_a_locked_store_and_requests_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

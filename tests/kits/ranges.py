@@ -1,0 +1,92 @@
+"""A web server of a folder, with ranges."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+
+@dataclass
+class RangeServer:
+    """A web server of a folder, with ranges, and the requests that it got."""
+
+    folder: Path
+    url: str = ""
+    asked: list[tuple[str, int, int]] = field(default_factory=list)
+    """Path, first byte and the one behind the last, of each request that was answered."""
+    before: Callable[[BaseHTTPRequestHandler], bool] = lambda _: False
+    """Called with each request; True if it has answered."""
+    handler: type[BaseHTTPRequestHandler] = BaseHTTPRequestHandler
+
+    def bytes_of(self, path: str) -> int:
+        """How many bytes of a file were sent."""
+        return sum(end - begin for name, begin, end in self.asked if name == path)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that closed a connection is no error of the test."""
+
+
+@contextmanager
+def range_server(folder: Path) -> Iterator[RangeServer]:
+    server = RangeServer(folder=folder)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_GET(self) -> None:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                if not server.before(self):
+                    self._send()
+
+        def do_HEAD(self) -> None:
+            path = folder / unquote(self.path.partition("?")[0]).lstrip("/")
+            self.send_response(200 if path.is_file() else 404)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
+            self.end_headers()
+
+        def _send(self) -> None:
+            name = unquote(self.path.partition("?")[0]).lstrip("/")
+            path = folder / name
+            if not path.is_file():
+                self.send_error(404)
+                return
+            data = path.read_bytes()
+            asked = self.headers.get("Range")
+            begin, end = 0, len(data)
+            if asked:
+                first, last = asked.removeprefix("bytes=").split("-")
+                begin, end = int(first), min(int(last) + 1, len(data))
+            server.asked.append((name, begin, end))
+            self.send_response(206 if asked else 200)
+            if asked:
+                self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
+            self.send_header("Content-Length", str(end - begin))
+            self.end_headers()
+            self.wfile.write(data[begin:end])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server.handler = Handler
+    web = _Server(("127.0.0.1", 0), Handler)
+    server.url = f"http://127.0.0.1:{web.server_address[1]}"
+    thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield server
+    finally:
+        web.shutdown()
+        web.server_close()
+        thread.join()
