@@ -23,6 +23,8 @@ STEP = 0.01
 SPREAD = 0.1
 """q10 and q90 lie this far from q50."""
 HORIZON = 3
+INT8_SCALE = 0.002
+"""Of embeddings as int8: the largest value is 0.254, below some reflectances."""
 PIXEL_BANDS = ("B02", "B04", "B08")
 PATCH_BANDS = ("B04", "B03", "B02")
 CLASSES = ("first", "second", "third")
@@ -165,6 +167,7 @@ def write_bundle(
         content |= {"horizon": HORIZON, "quantiles": (0.1, 0.5, 0.9)}
     if task == "embed":
         content["embedding"] = 3
+        content["embedding_int8"] = {"scale": INT8_SCALE}
     (folder / "card.json").write_text(json.dumps(content | card))
     return folder
 

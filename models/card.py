@@ -178,6 +178,15 @@ class Variant(_Frozen):
     """Measured change of each metric against float32 (negative is worse)."""
 
 
+class EmbeddingInt8(_Frozen):
+    """How an embedding is stored as int8: value = int8 x scale, in every dimension."""
+
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Of all dimensions alike, so that int8 vectors have the cosines of those they stand for."""
+    loss: dict[str, float] = {}
+    """Measured change of each score of each probe against float32 (negative is worse)."""
+
+
 class ModelCard(_Frozen):
     """Inputs, outputs, training data, scores and files of a bundle."""
 
@@ -206,6 +215,8 @@ class ModelCard(_Frozen):
     """The quantiles of a forecast (Q), ascending."""
     embedding: int | None = None
     """D, the length of an embedding."""
+    embedding_int8: EmbeddingInt8 | None = None
+    """How embeddings are stored as int8; None if that was not measured."""
     default: bool = False
     """Whether the model is used for its task if a request does not name a model."""
     metrics: dict[str, Any] = {}
@@ -259,6 +270,8 @@ class ModelCard(_Frozen):
                 verb = "needs" if needed else "must not have"
                 msg = f"a {self.task} card of modality {self.modality} {verb} '{field}'"
                 raise ValueError(msg)
+        if self.embedding_int8 and self.task != "embed":
+            raise ValueError(f"a {self.task} card must not have 'embedding_int8'")
         if self.other_sensors and not self.sensors:
             raise ValueError("other_sensors needs sensors")
         if self.pixel_size and not 0 < self.pixel_size[0] <= self.pixel_size[1]:

@@ -121,7 +121,9 @@ def _attributes(raster: Raster) -> dict[str, Any]:
         attributes["model"] = raster.model
     if raster.nodata is not None:
         attributes["_FillValue"] = raster.array.dtype.type(raster.nodata)
-    if raster.legend:  # flags of the CF conventions
+    if raster.scale is not None:  # of the CF conventions, as are the flags
+        attributes |= {"scale_factor": raster.scale, "add_offset": 0.0}
+    if raster.legend:
         attributes["flag_values"] = list(raster.legend)
         names = [entry.name.replace(" ", "_") for entry in raster.legend.values()]
         attributes["flag_meanings"] = " ".join(names)

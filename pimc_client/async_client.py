@@ -15,6 +15,7 @@ from pimc_client.inputs import (
     ClassOptions,
     ClassOutputs,
     Date,
+    EmbeddingType,
     Fields,
     Files,
     JobOptions,
@@ -406,6 +407,7 @@ class AsyncClient:
         files: Files,
         *,
         modality: Modality | None = None,
+        dtype: EmbeddingType | None = None,
         stride: int | None = None,
         points: None = None,
         fields: None = None,
@@ -418,6 +420,7 @@ class AsyncClient:
         files: Files,
         *,
         modality: Modality | None = None,
+        dtype: EmbeddingType | None = None,
         stride: int | None = None,
         points: None = None,
         fields: None = None,
@@ -430,6 +433,7 @@ class AsyncClient:
         files: Files,
         *,
         modality: Modality | None = None,
+        dtype: EmbeddingType | None = None,
         stride: int | None = None,
         points: Points,
         fields: None = None,
@@ -442,6 +446,7 @@ class AsyncClient:
         files: Files,
         *,
         modality: Modality | None = None,
+        dtype: EmbeddingType | None = None,
         stride: int | None = None,
         points: None = None,
         fields: Fields,
@@ -453,6 +458,7 @@ class AsyncClient:
         files: Files,
         *,
         modality: Modality | None = None,
+        dtype: EmbeddingType | None = None,
         stride: int | None = None,
         points: Points | None = None,
         fields: Fields | None = None,
@@ -464,6 +470,8 @@ class AsyncClient:
         Args:
             files: the GeoTIFF stack, as for `classify_pixels`.
             modality: `pixel` (the default), from the time series; `patch`, from imagery.
+            dtype: `float32` (the default), or `int8`, a quarter of the size: `values` of the
+                raster multiplies by the scale that the file holds.
             stride: pixels between patches; only for `patch`.
             points: return results only for these places, as for `classify_pixels`.
             fields: return one result for each polygon, as for `classify_pixels`.
@@ -479,6 +487,7 @@ class AsyncClient:
                 "embed",
                 files,
                 modality=modality,
+                dtype=dtype,
                 stride=stride,
                 points=points,
                 fields=fields,

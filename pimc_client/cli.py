@@ -35,7 +35,7 @@ except ModuleNotFoundError as error:
 from pimc_client import operations
 from pimc_client.client import Client
 from pimc_client.errors import PIMCError
-from pimc_client.inputs import Layout, Modality, Sensor, Series, Task
+from pimc_client.inputs import EmbeddingType, Layout, Modality, Sensor, Series, Task
 from pimc_client.requests import __version__
 from pimc_client.responses import TaskResult
 from pimc_client.results import (
@@ -192,6 +192,10 @@ Horizon = Annotated[
 ModalityOption = Annotated[
     Modality | None,
     typer.Option("--modality", help="Embeddings of pixel time series (default) or of patches."),
+]
+DtypeOption = Annotated[
+    EmbeddingType | None,
+    typer.Option("--dtype", help="Number type of embeddings; int8 takes a quarter of the space."),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 URL_HELP = "Base URL of the server; also accepted after the subcommand."
@@ -423,13 +427,16 @@ def embed(
     *,
     delivery: _Delivery,
     modality: ModalityOption = None,
+    dtype: DtypeOption = None,
     stride: Stride = None,
     start: Start = None,
     reading: dict[str, Any],
     client: Client,
 ) -> None:
     """Compute the PIMC embedding of every pixel or patch."""
-    options = {"modality": modality, "stride": stride, "start": start, **reading}
+    options = {
+        "modality": modality, "dtype": dtype, "stride": stride, "start": start, **reading
+    }  # fmt: skip
     _raster(client, "embed", files, delivery, None, **options)
 
 
@@ -460,6 +467,7 @@ def fields(
         typer.Option("--task", help="What to compute for each field."),
     ] = "classify-pixels",
     horizon: Horizon = None,
+    dtype: DtypeOption = None,
     start: Start = None,
     reading: dict[str, Any],
     client: Client,
@@ -467,7 +475,7 @@ def fields(
     """Run a task on each field of a file: one row per polygon, with its id and properties."""
     if out is not None and out != STANDARD_OUTPUT:
         _check_file(out)
-    options = {"horizon": horizon, "start": start, **reading}
+    options = {"horizon": horizon, "dtype": dtype, "start": start, **reading}
     with _bars() as bars:
         operation = operations.raster(
             task, files, fields=polygons, progress=bars.uploaded, job_progress=bars.computed,

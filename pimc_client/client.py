@@ -12,6 +12,7 @@ from pimc_client.inputs import (
     ClassOptions,
     ClassOutputs,
     Date,
+    EmbeddingType,
     Fields,
     Files,
     JobOptions,
@@ -403,6 +404,7 @@ class Client:
         files: Files,
         *,
         modality: Modality | None = None,
+        dtype: EmbeddingType | None = None,
         stride: int | None = None,
         points: None = None,
         fields: None = None,
@@ -415,6 +417,7 @@ class Client:
         files: Files,
         *,
         modality: Modality | None = None,
+        dtype: EmbeddingType | None = None,
         stride: int | None = None,
         points: None = None,
         fields: None = None,
@@ -427,6 +430,7 @@ class Client:
         files: Files,
         *,
         modality: Modality | None = None,
+        dtype: EmbeddingType | None = None,
         stride: int | None = None,
         points: Points,
         fields: None = None,
@@ -439,6 +443,7 @@ class Client:
         files: Files,
         *,
         modality: Modality | None = None,
+        dtype: EmbeddingType | None = None,
         stride: int | None = None,
         points: None = None,
         fields: Fields,
@@ -450,6 +455,7 @@ class Client:
         files: Files,
         *,
         modality: Modality | None = None,
+        dtype: EmbeddingType | None = None,
         stride: int | None = None,
         points: Points | None = None,
         fields: Fields | None = None,
@@ -461,6 +467,8 @@ class Client:
         Args:
             files: the GeoTIFF stack, as for `classify_pixels`.
             modality: `pixel` (the default), from the time series; `patch`, from imagery.
+            dtype: `float32` (the default), or `int8`, a quarter of the size: `values` of the
+                raster multiplies by the scale that the file holds.
             stride: pixels between patches; only for `patch`.
             points: return results only for these places, as for `classify_pixels`.
             fields: return one result for each polygon, as for `classify_pixels`.
@@ -476,6 +484,7 @@ class Client:
                 "embed",
                 files,
                 modality=modality,
+                dtype=dtype,
                 stride=stride,
                 points=points,
                 fields=fields,

@@ -63,6 +63,8 @@ class GeoTIFF:
     """Number type of the pixels, by its name in NumPy."""
     nodata: float | None
     """The value of pixels without a prediction, None if the file names none."""
+    scale: float | None
+    """Of an int8 embedding: value = pixel x scale; None if pixels are the values."""
     descriptions: tuple[str | None, ...]
     """Name of each band."""
     tags: Mapping[str, str]
@@ -162,13 +164,14 @@ def _values(kind: int, count: int, data: bytes) -> bytes | tuple[Any, ...]:
 
 def _header(ifd: Tags) -> GeoTIFF:
     width, height, count = ifd[_WIDTH][0], ifd[_HEIGHT][0], ifd.get(_SAMPLES, (1,))[0]
-    tags, band_tags, descriptions = _metadata(ifd.get(_GDAL_METADATA, b""), count)
+    tags, band_tags, descriptions, scale = _metadata(ifd.get(_GDAL_METADATA, b""), count)
     return GeoTIFF(
         width=width,
         height=height,
         count=count,
         dtype=_dtype(ifd),
-        nodata=_nodata(ifd.get(_GDAL_NODATA, b"")),
+        nodata=_number(_text(ifd.get(_GDAL_NODATA, b""))),
+        scale=scale,
         descriptions=descriptions,
         tags=tags,
         band_tags=band_tags,
@@ -188,9 +191,9 @@ def _text(data: bytes) -> str:
     return data.split(b"\0", 1)[0].decode("utf-8").strip()
 
 
-def _nodata(data: bytes) -> float | None:
+def _number(text: str) -> float | None:
     try:
-        return float(_text(data))
+        return float(text)
     except ValueError:
         return None
 
@@ -207,9 +210,13 @@ def _colors(table: tuple[int, ...]) -> dict[int, str]:
 
 def _metadata(
     data: bytes, count: int
-) -> tuple[dict[str, str], tuple[dict[str, str], ...], tuple[str | None, ...]]:
-    """GDAL's metadata: of the data set, of each band, and each band's description."""
+) -> tuple[dict[str, str], tuple[dict[str, str], ...], tuple[str | None, ...], float | None]:
+    """GDAL's metadata: of the data set, of each band, each band's description, and the scale.
+
+    The server gives all bands of a file the same scale, and never an offset.
+    """
     tags: dict[str, str] = {}
+    scale: float | None = None
     band_tags: tuple[dict[str, str], ...] = tuple({} for _ in range(count))
     descriptions: list[str | None] = [None] * count
     for name, text, place in _metadata_items(_text(data)):
@@ -218,9 +225,11 @@ def _metadata(
             continue
         if place.get("role") == "description" and sample:
             descriptions[int(sample)] = text
-        elif "role" not in place:  # A role is GDAL's own use: scale, colours, attribute table.
+        elif place.get("role") == "scale" and sample:
+            scale = _number(text)
+        elif "role" not in place:  # A role is GDAL's own use, such as an attribute table.
             (band_tags[int(sample)] if sample else tags)[name] = text
-    return tags, band_tags, tuple(descriptions)
+    return tags, band_tags, tuple(descriptions), scale
 
 
 def _metadata_items(xml: str) -> Iterator[tuple[str, str, Mapping[str, str]]]:

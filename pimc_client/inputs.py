@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+EmbeddingType = Literal["float32", "int8"]
 Task = Literal["classify-pixels", "forecast", "landcover", "embed"]
 Layout = Literal["file-per-date", "file-per-band-and-date", "file-per-band", "single-file"]
 Sensor = Literal["sentinel-2", "hls", "landsat", "modis", "planetscope"]
@@ -134,6 +135,8 @@ class JobOptions(ClassOptions, total=False):
     """Patches: pixels between one patch and the next."""
     modality: Modality
     """Embed: `pixel` or `patch`."""
+    dtype: EmbeddingType
+    """Embed: number type, `float32` or `int8`."""
     idempotency_key: str
     """Two submissions with the same key create one job; without a key, each creates its own."""
 

@@ -236,7 +236,7 @@ def embedding(record: Record) -> Embedding:
     return Embedding(
         id=record.get("id"),
         status=record.get("status", "ok"),
-        values=None if values is None else _array(values),
+        values=None if values is None else _array(values) * record.get("scale", 1.0),
     )
 
 

@@ -172,6 +172,25 @@ class Raster(_Result):
         return pixels[0] if self.header.count == 1 else pixels
 
     @property
+    def scale(self) -> float | None:
+        """Of an int8 embedding: value = pixel x scale; None if the pixels are the values."""
+        return self.header.scale
+
+    @property
+    def values(self) -> NDArray[Any]:
+        """As `array`; of an int8 embedding the values, as float32 with NaN for no prediction.
+
+        Raises:
+            GeoTIFFError: as for `array`.
+        """
+        import numpy as np
+
+        if self.scale is None:
+            return self.array
+        values = self.array * np.float32(self.scale)
+        return np.where(self.array == self.nodata, np.float32(np.nan), values)
+
+    @property
     def content(self) -> bytes:
         """The bytes of the file."""
         self._file.seek(0)
@@ -243,7 +262,7 @@ class Raster(_Result):
 
     @property
     def nodata(self) -> float | None:
-        """The value of pixels without a prediction: 255 for classes, else NaN."""
+        """The value of pixels without a prediction: 255 for classes, -128 for int8, else NaN."""
         return self.header.nodata
 
     @property

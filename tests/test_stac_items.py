@@ -107,6 +107,7 @@ CASES = [
     ("forecast", {"outputs": "q10,q90"}, "forecast"),
     ("landcover", {"stride": "4"}, "classification"),
     ("embed", {}, "mlm"),
+    ("embed", {"dtype": "int8"}, "mlm"),
 ]
 
 
@@ -126,6 +127,8 @@ def test_the_item_of_a_zip_is_valid_and_says_what_its_files_hold(
             with rasterio.MemoryFile(archive.read(f"{key}.tif")) as memory, memory.open() as file:
                 assert [band["name"] for band in asset["bands"]] == list(file.descriptions)
                 assert asset["data_type"] == file.dtypes[0]
+                assert asset.get("raster:scale", 1.0) == file.scales[0]
+                assert asset.get("raster:offset", 0) == file.offsets[0]
                 assert str(asset["nodata"]) == str(file.nodata).removesuffix(".0")
                 assert item["properties"]["proj:shape"] == list(file.shape)
                 assert item["properties"]["proj:transform"] == list(file.transform)

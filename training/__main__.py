@@ -336,6 +336,29 @@ def recalibrate(
     Console().print(str(refit(bundle, regions=regions, version=version)))
 
 
+@app.command("int8")
+def measure_int8(
+    bundles: Annotated[list[Path], typer.Argument(help="Folders of bundles of embeddings.")],
+    *,
+    data: Data = Path("../shared/data"),
+    report: Annotated[Path, typer.Option(help="The Markdown file.")] = Path("docs/results.md"),
+    version: Annotated[
+        str | None,
+        typer.Option(
+            help="Version of new bundles whose cards state the scale; without it bundles stay as "
+            "they are, and the scale on their cards is measured."
+        ),
+    ] = None,
+    threads: Threads = 0,
+) -> None:
+    """Compare int8 with float32 embeddings on the probes, and write the table."""
+    from training.embedding_int8 import measure_int8 as measure
+
+    _use_threads(threads)
+    text = measure(bundles, data=data, report=report, version=version)
+    Console().print(text, markup=False, soft_wrap=True)
+
+
 @app.command()
 def embed(
     run: Annotated[Path, typer.Argument(help="Folder of a finished pretraining run.")],

@@ -24,6 +24,7 @@ from training.datasets import PatchSet, PixelSet
 from training.datasets.eurosat import eurosat_rgb
 from training.export import write_bundle
 from training.finetune import machine
+from training.int8_scale import int8_of
 from training.legends import crop_sets
 from training.licences import LICENCE, pretraining_data, sensed
 from training.parity import Served
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 
 # Side of a served patch, and of the patches that the patch encoder is probed on.
 PATCH = 64
+MIN_OBSERVATIONS = 4
+"""Clear observations of a pixel that is probed."""
 _BATCH = 256
 _PROBED_PATCHES = 5000
 _DESCRIPTIONS = {
@@ -94,7 +97,8 @@ def export_embeddings(
     eurosat = eurosat_rgb(places.data / "eurosat")
     untrained = _untrained(config)
     pixel, patch = pixel_graph(networks), PatchGraph(encoder=networks.patch, head=None).eval()
-    scores = probe(embed_crops(pixel, crops)), probe(embed_patches(patch, eurosat))
+    embedded = embed_crops(pixel, crops), embed_patches(patch, eurosat)
+    scores = probe(embedded[0]), probe(embedded[1])
     common = {"task": "embed", "licence": LICENCE, "training_data": data, **sensed(data)}
     return (
         write_bundle(
@@ -112,6 +116,7 @@ def export_embeddings(
                 "day_of_year": False,
                 "min_observations": config.min_observations,
                 "embedding": config.pixel.embedding,
+                "embedding_int8": int8_of({"US crops": embedded[0]})[0],
                 "metrics": {
                     "crops_us_2021": {
                         "split": "validation blocks of 0.1 degree; labels are USDA's map",
@@ -140,6 +145,7 @@ def export_embeddings(
                 "day_of_year": False,
                 "min_observations": 1,
                 "embedding": config.patch.embedding,
+                "embedding_int8": int8_of({"EuroSAT": embedded[1]})[0],
                 "metrics": {
                     "eurosat": {
                         "split": "EuroSAT's spatial split; 5,000 random patches of both sides",
@@ -226,7 +232,7 @@ def embed_crops(graph: PixelGraph | Served, crops: PixelSet) -> Labelled:
     """Embeddings of the labelled US crops with enough observations."""
     labels = crops.labels if crops.labels is not None else np.full(len(crops.values), -1)
     pixels = crops.select(BANDS)
-    rows = np.flatnonzero((labels >= 0) & (pixels.valid.sum(axis=1) >= 4))
+    rows = np.flatnonzero((labels >= 0) & (pixels.valid.sum(axis=1) >= MIN_OBSERVATIONS))
     part = pixels.take(rows)
     days = _days(part)
     parts = []

@@ -42,6 +42,7 @@ from service.run.request import (
     SeriesInput,
     SeriesRequest,
 )
+from service.write.predictions import EmbeddingType
 
 Operation = Task | Literal["series"]
 """What a body is for: a task, or measured series."""
@@ -499,7 +500,9 @@ class RasterForm(StackForm):
                 PointQuery.of(feature.model_dump(exclude_none=True))
                 for feature in self.points.features
             )
-        some = ("modality", "start", "outputs", "horizon", "stride", "smooth", "min_area")
+        some = (
+            "modality", "start", "outputs", "horizon", "stride", "smooth", "min_area", "dtype",
+        )  # fmt: skip
         return RasterRequest(
             task=task,
             files=files,
@@ -562,6 +565,13 @@ class EmbedForm(RasterForm):
     ] = None
     start: _Start = None
     stride: _Stride = None
+    dtype: Annotated[
+        EmbeddingType,
+        Field(
+            description="number type of the embedding; `int8` takes a quarter of the space, and "
+            "the file has the scale: value = int8 x scale, nodata -128"
+        ),
+    ] = "float32"
 
 
 class MeasureForm(RasterForm):

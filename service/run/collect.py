@@ -301,6 +301,7 @@ def _provenance(run: RasterRun) -> Provenance:
             "outputs": list(run.outputs),
             **({"stride": run.stride} if run.model.card.modality == "patch" else {}),
             **cleaning(run),
+            **({} if run.dtype == "float32" else {"dtype": run.dtype}),
         },
     )
 

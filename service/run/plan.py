@@ -32,7 +32,13 @@ from service.run.memory import (
 from service.run.request import RasterRequest, SeriesRequest, TaskRequest
 from service.run.series import SeriesRun, plan_series
 from service.run.time_window import resolve_time_window
-from service.write.predictions import JSON, POLYGONS, Predictions, predictions_of
+from service.write.predictions import (
+    JSON,
+    POLYGONS,
+    EmbeddingType,
+    Predictions,
+    predictions_of,
+)
 
 _DEFAULT_OUTPUTS: Mapping[Task, tuple[str, ...]] = {
     "classify-pixels": ("class",),
@@ -60,6 +66,8 @@ class RasterRun:
     """Radius in pixels of the smoothing of a class map; 0 does not smooth."""
     min_area: float = 0.0
     """Hectares below which a connected area of a class map joins a neighbour; 0 joins none."""
+    dtype: EmbeddingType = "float32"
+    """Number type of an embedding."""
     polygons: bool = False
     """Whether the class map is written as polygons as well; `outputs` then holds `class`."""
     rasters: bool = True
@@ -80,10 +88,14 @@ class RasterRun:
         """The interpretation of the model's predictions.
 
         Raises:
-            InvalidRequest: the model does not have an output or the horizon.
+            InvalidRequest: the model does not have an output, the horizon or the number type.
         """
         return predictions_of(
-            self.model.card, self.outputs, horizon=self.horizon, time_window=self.time_window
+            self.model.card,
+            self.outputs,
+            horizon=self.horizon,
+            time_window=self.time_window,
+            dtype=self.dtype,
         )
 
     @property
@@ -116,6 +128,7 @@ def plan_raster(
     stride: int = 64,
     smooth: int = 0,
     min_area: float = 0.0,
+    dtype: EmbeddingType = "float32",
     rasters: bool = True,
 ) -> RasterRun:
     """A run checked against its model, before a pixel is read.
@@ -129,6 +142,7 @@ def plan_raster(
         stride: pixels between patches.
         smooth: radius of the smoothing of a class map, pixels.
         min_area: smallest area of a class map, hectares.
+        dtype: number type of an embedding.
         rasters: whether the run writes rasters, or only makes the summary.
 
     Raises:
@@ -151,6 +165,7 @@ def plan_raster(
         stride=stride,
         smooth=smooth,
         min_area=min_area,
+        dtype=dtype,
         rasters=rasters,
     )
     check_run(run)
@@ -312,6 +327,7 @@ def _plan_files(
         stride=request.stride or model.card.patch or 1,
         smooth=request.smooth or 0,
         min_area=request.min_area or 0.0,
+        dtype=request.dtype or "float32",
         rasters=rasters,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from models.card import Modality, Task
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
+from service.write.predictions import EmbeddingType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,8 @@ class RasterRequest:
     """Radius in pixels of the smoothing of a class map; None does not smooth."""
     min_area: float | None = None
     """Hectares below which an area of a class map joins a neighbour; None joins none."""
+    dtype: EmbeddingType | None = None
+    """Number type of an embedding; None is float32."""
     points: tuple[PointQuery, ...] | None = None
     """Points to predict for; None predicts for the whole raster or for `fields`."""
     fields: SourceFile | None = None

@@ -340,6 +340,9 @@ def create_raster(path: Path, grid: Grid, layer: Layer) -> Any:  # noqa: ANN401 
     )
     for position, name in enumerate(layer.bands, start=1):
         file.set_band_description(position, name)
+    if layer.scale is not None:
+        file.scales = [layer.scale] * len(layer.bands)
+        file.offsets = [0.0] * len(layer.bands)
     return file
 
 

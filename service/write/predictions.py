@@ -32,6 +32,10 @@ POLYGONS = "polygons"
 """Name in `outputs` of a class map as polygons, which is a file beside the rasters."""
 NO_CLASS = 255
 """The `class` of a pixel without a prediction."""
+NO_EMBEDDING = -128
+"""Every int8 of a pixel without an embedding; the values of others are -127 to 127."""
+EmbeddingType = Literal["float32", "int8"]
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,8 @@ class Layer:
     legend: tuple[LegendClass, ...] = ()
     """Classes of a class map, which is uint8 with nodata 255; without them the layer is float32
     with nodata NaN."""
-
+    scale: float | None = None
+    """If given, the layer is int8 with nodata -128, and value = int8 x scale."""
     limits: tuple[float, float] = (0.0, 1.0)
     """Values with the first and the last colour of the style; values outside have these, too."""
     ramp: Ramp = "sequential"
@@ -54,11 +59,15 @@ class Layer:
     @property
     def dtype(self) -> str:
         """NumPy type of the pixels."""
+        if self.scale is not None:
+            return "int8"
         return "uint8" if self.legend else "float32"
 
     @property
     def nodata(self) -> float:
         """Value of a pixel without a prediction."""
+        if self.scale is not None:
+            return NO_EMBEDDING
         return NO_CLASS if self.legend else float("nan")
 
     def empty(self, count: int) -> NDArray[Any]:
@@ -131,6 +140,7 @@ def predictions_of(
     *,
     horizon: int | None = None,
     time_window: ResolvedTimeWindow | None = None,
+    dtype: EmbeddingType = "float32",
 ) -> Predictions:
     """The interpretation of a model's outputs for one request.
 
@@ -140,17 +150,31 @@ def predictions_of(
             one output.
         horizon: number of steps of a forecast; None takes the card's maximum.
         time_window: the model's time window over the dates; a forecast starts after its last date.
+        dtype: number type of an embedding.
 
     Raises:
-        InvalidRequest: the model does not have an output or the horizon, or a forecast has no date.
+        InvalidRequest: the model does not have an output, the horizon or the number type, or a
+            forecast has no date.
     """
     if card.task == "forecast":
         return _forecast_of(card, outputs, horizon, time_window)
     if card.task == "embed":
-        return EmbeddingPredictions(size=card.embedding or 0)
+        return EmbeddingPredictions(size=card.embedding or 0, scale=_scale_of(card, dtype))
     known = ("class", "confidence", "entropy", "probabilities")
     _check_names("outputs", outputs, known)
     return ClassPredictions(legend=card.classes, outputs=tuple(outputs))
+
+
+def _scale_of(card: ModelCard, dtype: EmbeddingType) -> float | None:
+    if dtype == "float32":
+        return None
+    if card.embedding_int8 is None:
+        raise InvalidRequest.of(
+            "dtype",
+            f"the card of '{card.id}' states no scale for int8: send dtype=float32, or measure "
+            "the scale with 'python -m training int8'",
+        )
+    return card.embedding_int8.scale
 
 
 def _forecast_of(
@@ -442,36 +466,62 @@ class EmbeddingPredictions:
 
     size: int
     """D."""
+    scale: float | None = None
+    """Of int8; None writes float32."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """See `Predictions`."""
-        names = tuple(f"embedding_{d}" for d in range(self.size))
-        return (Layer(name="embedding", bands=names, limits=(-1.0, 1.0), ramp="diverging"),)
+        layer = Layer(
+            name="embedding",
+            bands=tuple(f"embedding_{d}" for d in range(self.size)),
+            scale=self.scale,
+            limits=(-1.0, 1.0),
+            ramp="diverging",
+        )
+        return (layer,)
 
     def bands(
         self, predictions: Floats, classes: NDArray[np.uint8] | None = None
     ) -> dict[str, NDArray[Any]]:
         """See `Predictions`."""
         del classes
-        return {"embedding": predictions.T}
+        if self.scale is None:
+            return {"embedding": predictions.T}
+        return {"embedding": quantised(predictions, self.scale).T}
 
     def record(self, prediction: Floats) -> dict[str, JSON]:
         """See `Predictions`."""
-        return {"embedding": _numbers(prediction)}
+        if self.scale is None:
+            return {"embedding": _numbers(prediction)}
+        values: list[JSON] = quantised(prediction[None], self.scale)[0].tolist()
+        return {"embedding": values, "scale": self.scale}
 
     def tally(self) -> EmbeddingTally:
         """See `Predictions`."""
-        return EmbeddingTally(self.size)
+        return EmbeddingTally(self.size, self.scale)
+
+
+def quantised(embeddings: Floats, scale: float) -> NDArray[np.int8]:
+    """Embeddings (N, D) as int8: the nearest step, -127 or 127 beyond them, -128 for NaN."""
+    out = np.empty(embeddings.shape, np.int8)
+    # In parts, so that the floats in between take little memory.
+    for start in range(0, len(embeddings), _ROWS_AT_ONCE):
+        some = embeddings[start : start + _ROWS_AT_ONCE]
+        steps = np.clip(np.rint(some / np.float32(scale)), -127, 127)
+        out[start : start + _ROWS_AT_ONCE] = np.where(np.isnan(steps), NO_EMBEDDING, steps)
+    return out
 
 
 class EmbeddingTally:
-    """The mean Euclidean norm of the embeddings."""
+    """The mean Euclidean norm of the embeddings, and the share of values beyond int8."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, scale: float | None = None) -> None:
         self._size = size
+        self._scale = scale
         self._pixels = 0
         self._norm = 0.0
+        self._clipped = 0
 
     def count(
         self,
@@ -483,17 +533,27 @@ class EmbeddingTally:
         del hectares, classes
         norms = np.linalg.norm(predictions.astype(np.float64), axis=1)
         present = ~np.isnan(norms)
-        return {"pixels": present.sum(), "norm": norms[present].sum()}
+        counts = {"pixels": present.sum(), "norm": norms[present].sum()}
+        if self._scale is not None:
+            most = np.float32(127.5 * self._scale)
+            counts["clipped"] = (np.abs(predictions) > most).sum()
+        return counts
 
     def add(self, counts: Counts) -> None:
         """See `Tally`."""
         self._pixels += int(counts["pixels"])
         self._norm += float(counts["norm"])
+        self._clipped += int(counts.get("clipped", 0))
 
     def summary(self) -> dict[str, JSON]:
         """See `Tally`."""
         mean = self._norm / self._pixels if self._pixels else None
-        return {"embedding": {"dimensions": self._size, "mean_norm": mean}}
+        found: dict[str, JSON] = {"dimensions": self._size, "mean_norm": mean}
+        if self._scale is not None:
+            values = self._pixels * self._size
+            clipped = self._clipped / values if values else None
+            found |= {"dtype": "int8", "scale": self._scale, "clipped_share": clipped}
+        return {"embedding": found}
 
 
 def _numbers(values: NDArray[Any]) -> list[JSON]:

@@ -293,6 +293,8 @@ def _assets(layer: Layer, grid: Grid) -> dict[str, Any]:
         "raster:spatial_resolution": round(grid.pixel_size, 3),
         "bands": [{"name": band} for band in layer.bands],
     }
+    if layer.scale is not None:
+        raster |= {"raster:scale": layer.scale, "raster:offset": 0}
     if layer.legend:
         raster["classification:classes"] = classes_of(layer.legend)
     assets = {
