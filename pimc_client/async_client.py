@@ -658,7 +658,8 @@ class AsyncClient:
             points: as for the task's own method.
             fields: as for the task's own method.
             answer: as for the task's own method.
-            **options: as for the task's own method, and `idempotency_key`.
+            **options: as for the task's own method, `idempotency_key`, and `subscriber`, the
+                addresses that the job calls when it ends.
 
         Returns:
             The job; its `wait` returns the result that the task's own method would return.

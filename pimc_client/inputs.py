@@ -137,6 +137,8 @@ class JobOptions(ClassOptions, total=False):
     """Embed: `pixel` or `patch`."""
     dtype: EmbeddingType
     """Embed: number type, `float32` or `int8`."""
+    subscriber: Mapping[str, str]
+    """Addresses that the job calls: `successUri`, `failedUri`, `inProgressUri`."""
     idempotency_key: str
     """Two submissions with the same key create one job; without a key, each creates its own."""
 

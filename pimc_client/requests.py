@@ -146,6 +146,7 @@ def build_raster(
     plots: bool = False,
     smooth: int | None = None,
     min_area: float | None = None,
+    subscriber: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Request:
     """A raster request: a form with the files, or JSON that names references.
@@ -177,6 +178,7 @@ def build_raster(
         plots=plots or None,
         smooth=smooth,
         min_area=min_area,
+        subscriber=subscriber,
     )
     accept = _accept(task, outputs, points, fields, answer)
     return Request(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import ipaddress
 import os
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     ByteSize,
     Field,
+    SecretBytes,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -179,6 +181,15 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[tuple[HostRule, ...], NoDecode] = ()
     """Hosts, comma-separated, from which a request may have files downloaded: `name`, `name:port`,
     an address or a network; only public addresses unless the address or its network is listed."""
+    callback_hosts: Annotated[tuple[HostRule, ...], NoDecode] = ()
+    """Hosts, comma-separated, that jobs may call when they end, as for `allowed_hosts`; with none
+    the service sends no callbacks."""
+    callback_secrets: Annotated[
+        tuple[SecretBytes, ...], NoDecode, Field(validate_default=True)
+    ] = ()
+    """Secrets, comma-separated, from which each caller's secret for signed callbacks is derived:
+    `whsec_` and 24 to 64 random bytes in base64. The first is in use; callbacks are also signed
+    with the others, so that one can be replaced."""
     state_dir: Path | None = None
     """Folder of jobs and their results; None uses `state/<port>` in the checkout."""
     min_free_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(32 * 2**20)
@@ -239,12 +250,29 @@ class Settings(BaseSettings):
             )
         return value
 
+    @field_validator("callback_secrets", mode="before")
+    @classmethod
+    def _decoded(cls, value: object) -> object:
+        parts = _parts(value)
+        if not isinstance(parts, tuple | list):
+            return value
+        return tuple(_secret_bytes(part) if isinstance(part, str) else part for part in parts)
+
+    @field_validator("callback_secrets")
+    @classmethod
+    def _signs(
+        cls, value: tuple[SecretBytes, ...], info: ValidationInfo
+    ) -> tuple[SecretBytes, ...]:
+        if info.data.get("callback_hosts") and not value:
+            raise ValueError("PIMC_CALLBACK_HOSTS is set, and callbacks must be signed: give one")
+        return value
+
     @field_validator("api_keys", "allowed_roots", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return _parts(value)
 
-    @field_validator("allowed_hosts", mode="before")
+    @field_validator("allowed_hosts", "callback_hosts", mode="before")
     @classmethod
     def _read_rules(cls, value: object) -> object:
         parts = _parts(value)
@@ -293,6 +321,21 @@ class Settings(BaseSettings):
         if value is not None and not value.is_dir():
             raise ValueError(f"{value} is not an existing directory")
         return value
+
+
+def _secret_bytes(text: str) -> bytes:
+    """The bytes of a secret of Standard Webhooks.
+
+    Raises:
+        ValueError: it is not one; the message does not show it.
+    """
+    try:
+        secret = base64.b64decode(text.removeprefix("whsec_"), validate=True)
+    except ValueError:
+        secret = b""
+    if not (text.startswith("whsec_") and 24 <= len(secret) <= 64):
+        raise ValueError("a secret is whsec_ and 24 to 64 random bytes in base64")
+    return secret
 
 
 def _parts(value: object) -> object:

@@ -114,6 +114,16 @@ class Metrics:
             "Seconds since the job that waits longest was accepted; 0 if none waits",
             registry=self._registry,
         ).set_function(lambda: 0 if self._oldest is None else max(0, time.time() - self._oldest))
+        self._callbacks = self._counter(
+            "pimc_callbacks",
+            "Attempts to call the receivers of jobs",
+            ["event", "outcome"],
+        )
+        self._callbacks_waiting = Gauge(
+            "pimc_callbacks_waiting",
+            "Callbacks that no receiver has accepted yet",
+            registry=self._registry,
+        )
         self._sweeps = self._counter("pimc_sweeps", "Searches for expired jobs", ["outcome"])
         self._problems = self._counter("pimc_problems", "Error responses by code", ["code"])
         self._bytes = self._counter(
@@ -323,6 +333,14 @@ class Metrics:
         )
         for place, folder in folders.items():
             free.labels(place).set_function(partial(free_bytes, folder))
+
+    def callback(self, event: str, outcome: Literal["delivered", "failed", "given_up"]) -> None:
+        """Count one attempt to call a job's receiver."""
+        self._callbacks.labels(event, outcome).inc()
+
+    def callbacks_waiting(self, count: int) -> None:
+        """Set the number of callbacks that were not accepted yet."""
+        self._callbacks_waiting.set(count)
 
     def swept(self, outcome: Literal["done", "failed"]) -> None:
         """Count one search for expired jobs."""

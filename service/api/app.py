@@ -38,6 +38,7 @@ from service.api.scratch import Scratch
 from service.api.sending import Downloads
 from service.errors import PIMCError
 from service.infer.engine import Engine
+from service.jobs.callbacks import CallbackSender
 from service.jobs.heads import HeadStore
 from service.jobs.runner import JobRunner
 from service.jobs.store import JobStore
@@ -101,6 +102,15 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 awaited=lambda: budget.awaited,
             )
             executor = ThreadExecutor(in_flight=metrics.windows)
+            callbacks = CallbackSender(
+                store,
+                settings,
+                document=partial(
+                    job_routes.called_with, root_path=(settings.root_path or "").rstrip("/")
+                ),
+                metrics=metrics,
+                closing=closing,
+            )
             runner = JobRunner(
                 store,
                 engine,
@@ -114,6 +124,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 cache=cache,
                 budget=budget,
                 executor=executor,
+                callbacks=callbacks,
             )
             admission = Admission(
                 settings.max_concurrency,

@@ -41,6 +41,7 @@ from service.run.request import (
     RasterRequest,
     SeriesInput,
     SeriesRequest,
+    Subscriber,
 )
 from service.write.predictions import EmbeddingType
 
@@ -460,10 +461,43 @@ class StackForm(_Strict):
         )
 
 
+_Address = Annotated[str, Field(min_length=1, max_length=2048)]
+
+
+class SubscriberBody(_Strict):
+    """Addresses that a job calls, as OGC API - Processes names them."""
+
+    successUri: Annotated[_Address, Field(description="called when the job has a result")]  # noqa: N815 - the standard's names
+    failedUri: Annotated[_Address | None, Field(description="called when the job failed")] = None  # noqa: N815
+    inProgressUri: Annotated[  # noqa: N815
+        _Address | None,
+        Field(description="called when the job begins, and after each further 10 per cent"),
+    ] = None
+
+    @property
+    def subscriber(self) -> Subscriber:
+        """The addresses as a value independent of HTTP."""
+        return Subscriber(
+            success=self.successUri, failed=self.failedUri, progress=self.inProgressUri
+        )
+
+
+_CALLED = (
+    "whom a job calls when it ends, on hosts that the server allows; with `Prefer: respond-async`"
+)
+
+
+def _called(body: SubscriberBody | None) -> Subscriber | None:
+    return None if body is None else body.subscriber
+
+
 class RasterForm(StackForm):
     """Parameters of every task, in addition to the files."""
 
     model: _ModelName = None
+    subscriber: Annotated[
+        Json[SubscriberBody] | None, Field(description=f"JSON object: {_CALLED}")
+    ] = None
     points: Annotated[
         Json[PointCollection] | None,
         Field(description="GeoJSON FeatureCollection of Points, EPSG:4326: predict only for these"),
@@ -510,6 +544,7 @@ class RasterForm(StackForm):
             model=self.model,
             points=points,
             fields=polygons,
+            subscriber=_called(self.subscriber),
             **cast(Any, {name: getattr(self, name, None) for name in some}),
         )
 
@@ -603,9 +638,12 @@ class MeasureForm(RasterForm):
         """See `RasterForm.request`; the task is that of the plots' default model.
 
         Raises:
-            InvalidRequest: points and fields in one request, or a model or start without plots.
+            InvalidRequest: points and fields in one request, a model or start without plots, or a
+                subscriber.
         """
         del task
+        if self.subscriber is not None:
+            raise InvalidRequest.of("subscriber", "callbacks are of jobs, and /series makes none")
         for name in ("model", "start"):
             if getattr(self, name) is not None and not self.plots:
                 raise InvalidRequest.of(name, "belongs to the recurrence plots: send plots=true")
@@ -643,6 +681,8 @@ def _check_item_dates(items: Sequence[ItemBody], dates: Sequence[date] | None) -
 
 class _AsObjects(_Strict):
     """A raster request as JSON: what a form has as text, as objects."""
+
+    subscriber: Annotated[SubscriberBody | None, Field(description=_CALLED)] = None
 
     area: Annotated[
         Area | None,
@@ -902,6 +942,7 @@ class SeriesBody(_Strict):
     series: Annotated[tuple[SeriesEntry, ...], Field(min_length=1)]
     model: _ModelName = None
     start: _Start = None
+    subscriber: Annotated[SubscriberBody | None, Field(description=_CALLED)] = None
 
     def request(self, task: Task) -> SeriesRequest:
         """The body as a request independent of HTTP.
@@ -917,6 +958,7 @@ class SeriesBody(_Strict):
             model=self.model,
             start=self.start,
             horizon=getattr(self, "horizon", None),
+            subscriber=_called(self.subscriber),
         )
 
 
@@ -1226,6 +1268,18 @@ class JobInfo(BaseModel):
     finished: datetime | None
     updated: datetime
     links: list[Link]
+
+
+class CallbackSecret(BaseModel):
+    """What the caller needs to verify callbacks."""
+
+    secret: Annotated[
+        str, Field(description="of this caller, as libraries of Standard Webhooks take it")
+    ]
+    secrets: Annotated[
+        list[str],
+        Field(description="every secret that callbacks are signed with, while one is replaced"),
+    ]
 
 
 class JobList(BaseModel):

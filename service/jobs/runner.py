@@ -28,6 +28,7 @@ from service.errors import (
     no_room,
 )
 from service.infer.engine import Engine
+from service.jobs.callbacks import CallbackSender
 from service.jobs.store import Job, JobStore
 from service.jobs.window_journal import WindowFile
 from service.read.geotiff import BlockCache
@@ -66,6 +67,7 @@ class JobRunner:
         cache: GDAL's block cache.
         budget: memory that runs may take.
         executor: executor that runs the windows.
+        callbacks: sender of the jobs' callbacks; None sends none.
     """
 
     def __init__(
@@ -83,7 +85,9 @@ class JobRunner:
         cache: BlockCache,
         budget: MemoryBudget,
         executor: Executor,
+        callbacks: CallbackSender | None = None,
     ) -> None:
+        self._callbacks = callbacks
         self._store = store
         self._engine = engine
         self._metrics = metrics
@@ -98,8 +102,10 @@ class JobRunner:
         self._wakeup = threading.Condition()
         self._running: dict[str, threading.Event] = {}
         self._sweep_fault: str | None = None
-        self._threads = [SupervisedThread(f"job-{n}", self._work, closing) for n in range(workers)]
-        self._threads.append(SupervisedThread("jobs", self._sweep_repeatedly, closing))
+        self._workers = [SupervisedThread(f"job-{n}", self._work, closing) for n in range(workers)]
+        self._threads = [*self._workers, SupervisedThread("jobs", self._sweep_repeatedly, closing)]
+        if callbacks is not None:
+            self._threads.append(SupervisedThread("callbacks", callbacks.run, closing))
 
     def start(self) -> None:
         """Start the workers."""
@@ -124,7 +130,7 @@ class JobRunner:
     @property
     def workers(self) -> int:
         """Number of worker threads that are alive."""
-        return sum(thread.alive for thread in self._threads[:-1])
+        return sum(thread.alive for thread in self._workers)
 
     @property
     def failed(self) -> bool:
@@ -187,7 +193,9 @@ class JobRunner:
         self._stop_runs()
 
     def _stop_runs(self) -> None:
-        """Cancel the running jobs, and wake the waiting workers so that they end."""
+        """Cancel the running jobs, and wake the waiting threads so that they end."""
+        if self._callbacks is not None:
+            self._callbacks.notify()
         with self._wakeup:
             for running in self._running.values():
                 running.set()
@@ -359,6 +367,9 @@ class JobRunner:
         )
 
     def _update_metrics(self) -> None:
+        """Update the metrics after a job has changed, and let its receivers be called."""
+        if self._callbacks is not None:
+            self._callbacks.notify()
         try:
             self._metrics.jobs(self._store.counts(), self._store.oldest())
         except PIMCError:

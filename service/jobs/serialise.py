@@ -21,6 +21,7 @@ from service.run.request import (
     RasterRequest,
     SeriesInput,
     SeriesRequest,
+    Subscriber,
     TaskRequest,
 )
 
@@ -43,7 +44,8 @@ def request_document(
             for one in request.series
         ]
         rest = {"model": model, "start": _iso(request.start), "horizon": request.horizon}
-        return {"task": request.task, "series": {"series": series, **rest}}
+        whole = {"series": series, **rest}
+        return {"task": request.task, "series": whole, **_subscriber_document(request)}
     files = [_file(file, folder) for file in request.files]
     stack = {name: _iso(value) for name, value in vars(request.stack).items()}
     points = request.points
@@ -62,7 +64,13 @@ def request_document(
         "items": [dict(item) for item in request.items],
         "points": None if points is None else [dict(point.feature) for point in points],
     }
-    return {"task": request.task, "files": files, "fields": fields}
+    return {
+        "task": request.task, "files": files, "fields": fields, **_subscriber_document(request)
+    }  # fmt: skip
+
+
+def _subscriber_document(request: TaskRequest) -> dict[str, Any]:
+    return {} if request.subscriber is None else {"subscriber": asdict(request.subscriber)}
 
 
 def _file(file: SourceFile, folder: Path) -> list[str]:
@@ -79,6 +87,8 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
         folder: folder to which relative paths refer.
     """
     task: Task = document["task"]
+    called = document.get("subscriber")
+    subscriber = None if called is None else Subscriber(**called)
     if "series" in document:
         body = document["series"]
         return SeriesRequest(
@@ -87,6 +97,7 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
             model=body.get("model"),
             start=_date(body.get("start")),
             horizon=body.get("horizon"),
+            subscriber=subscriber,
         )
     fields = document["fields"]
     return RasterRequest(
@@ -117,6 +128,7 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
         points=_points_of(fields.get("points")),
         fields=_source(fields.get("polygons"), folder),
         items=tuple(fields.get("items") or ()),
+        subscriber=subscriber,
     )
 
 

@@ -33,7 +33,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -48,6 +48,7 @@ from service.errors import (
     UnknownJob,
     no_descriptors,
 )
+from service.jobs import outbox
 from service.jobs.files import keep_only, lock, remove, size_of, sync_file, sync_folder, take_over
 from service.jobs.serialise import (
     StoredResult,
@@ -59,7 +60,7 @@ from service.jobs.serialise import (
 )
 from service.run.execute import Result
 from service.run.plan import Plan
-from service.run.request import RasterRequest, TaskRequest
+from service.run.request import RasterRequest, Subscriber, TaskRequest
 from service.run.windows import Step
 from service.settings import SettingsError
 
@@ -73,7 +74,7 @@ _UPGRADE, _ANSWER = "upgrade", "answer"
 _LOCKS = 16
 _BY_KEY = "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?"
 REQUEST = "request.json"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _DAY = 24 * 3600
 JOBS, PIXELS, STORAGE = "jobs", "pixels", "storage"
 """Names of the quotas of waiting and running jobs, of pixels per day, and of bytes."""
@@ -83,7 +84,7 @@ _WAL_BYTES = 16 * 2**20
 """Size to which the write-ahead log is cut after a checkpoint."""
 _SCHEMA = """
 BEGIN;
-PRAGMA user_version = 3;
+PRAGMA user_version = 4;
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of acceptance
     id TEXT NOT NULL UNIQUE,
@@ -105,6 +106,7 @@ CREATE TABLE jobs (
     age REAL NOT NULL DEFAULT 0,  -- seconds since the job ended, as `sweep` counts them
     caller TEXT NOT NULL DEFAULT '',  -- counted for the quotas: the owner, or an address
     bytes INTEGER NOT NULL DEFAULT 0,  -- size of the job's files
+    subscriber TEXT,  -- addresses that the job calls, JSON
     UNIQUE (owner, idempotency_key)
 );
 CREATE INDEX by_status ON jobs (status);
@@ -128,7 +130,6 @@ CREATE TABLE usage (
     pixels INTEGER NOT NULL,
     PRIMARY KEY (caller, day)
 );
-COMMIT;
 """
 _SHARES = """
 ALTER TABLE jobs ADD COLUMN caller TEXT NOT NULL DEFAULT '';
@@ -186,12 +187,27 @@ class Job:
     started: float | None
     finished: float | None
     updated: float
+    subscriber: Subscriber | None
+    """Whom it calls."""
 
     @property
     def error(self) -> PIMCError:
         """The error of a failed job."""
         problem = self.problem or {}
         return PIMCError.of_code(problem["code"], problem["detail"], problem.get("errors", ()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Callback:
+    """A callback to send."""
+
+    number: int
+    job: Job
+    event: outbox.Event
+    message: str
+    """Its id, the same in every attempt."""
+    attempts: int
+    """That have failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,7 +392,7 @@ class JobStore:
         document = request_document(plan.request, folder, model=plan.model.card.id)
         document[_UPGRADE] = upgrade
         document[_ANSWER] = answer
-        job_folder = self._jobs / name
+        job_folder, called = self._jobs / name, plan.request.subscriber
         try:
             if isinstance(plan.request, RasterRequest):
                 take_over([f.path for f in plan.request.sources], folder, job_folder / "input")
@@ -392,8 +408,8 @@ class JobStore:
                 _charge(db, charged, pixels, share)
                 db.execute(
                     "INSERT INTO jobs (id, owner, caller, bytes, idempotency_key, fingerprint, "
-                    "task, model, sha256, created, updated, status, started) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "task, model, sha256, created, updated, status, started, subscriber) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         name,
                         owner,
@@ -408,6 +424,7 @@ class JobStore:
                         now,
                         status,
                         now if status == "running" else None,
+                        called and json.dumps(asdict(called)),
                     ),
                 )
         except BaseException as error:
@@ -616,6 +633,7 @@ class JobStore:
                 (now, now, job.number),
             )
             db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
+            outbox.drop(db, job.number)
         if job.status != "running":  # a running job's files are removed when its run ends
             self.remove(job)
         return self.find(owner, name)
@@ -769,6 +787,8 @@ class JobStore:
                     "ON CONFLICT (caller) DO UPDATE SET turn = excluded.turn",
                     (row["caller"],),
                 )
+                if row["started"] == now:  # not when it resumes
+                    outbox.queue_progress(db, row["number"], _job(row).subscriber, now)
         return _job(row) if row else None
 
     def put_back(self, job: Job) -> None:
@@ -855,11 +875,13 @@ class JobStore:
     ) -> None:
         now = time.time()
         with self._transaction() as db:
-            db.execute(
+            ended = db.execute(
                 "UPDATE jobs SET status = ?, progress = max(progress, ?), problem = ?, bytes = ?, "
                 "finished = ?, updated = ? WHERE number = ? AND status = 'running'",
                 (status, progress, problem, size, now, now, job.number),
             )
+            if ended.rowcount:
+                outbox.queue_end(db, job.number, job.subscriber, status, now)
             db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
 
     def clear(self, job: Job) -> None:
@@ -926,16 +948,82 @@ class JobStore:
             length: number of bytes.
             progress: progress of the job, per cent.
         """
+        now = time.time()
         with self._transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO windows VALUES (?, ?, ?, ?, ?, ?)",
                 (job.number, step.stage, step.number, _window_key(step), offset, length),
             )
+            before, status = db.execute(
+                "SELECT progress, status FROM jobs WHERE number = ?", (job.number,)
+            ).fetchone()
             db.execute(
                 "UPDATE jobs SET progress = max(progress, ?), attempts = 0, updated = ? "
                 "WHERE number = ?",
-                (progress, time.time(), job.number),
+                (progress, now, job.number),
             )
+            further = progress // outbox.PROGRESS_STEP > before // outbox.PROGRESS_STEP
+            if further and status == "running":
+                outbox.queue_progress(db, job.number, job.subscriber, now)
+
+    # Callbacks -----------------------------------------------------------------------------
+
+    def callbacks_due(self, now: float, most: int) -> list[Callback]:
+        """Callbacks to send now, first attempts before repeated ones.
+
+        Args:
+            now: seconds since 1970.
+            most: largest number of callbacks.
+        """
+        with self._exclusive(), _translate_errors():
+            rows = outbox.due(self._db, now, most)
+            numbers = {row["job"] for row in rows}
+            marks = ", ".join("?" * len(numbers))
+            jobs = {
+                row["number"]: _job(row)
+                for row in self._db.execute(
+                    f"SELECT * FROM jobs WHERE number IN ({marks})",  # noqa: S608 - marks alone
+                    (*numbers,),
+                ).fetchall()
+            }
+        return [
+            Callback(
+                number=row["number"],
+                job=jobs[row["job"]],
+                event=row["event"],
+                message=row["message"],
+                attempts=row["attempts"],
+            )
+            for row in rows
+        ]
+
+    def next_callback(self) -> float | None:
+        """When the next callback is due, seconds since 1970; None if there is none."""
+        with self._exclusive(), _translate_errors():
+            return outbox.next_due(self._db)
+
+    def waiting_callbacks(self) -> int:
+        """Callbacks that were not delivered yet."""
+        with self._exclusive(), _translate_errors():
+            return outbox.count(self._db)
+
+    def callback_failed(self, callback: Callback, *, until: float | None) -> None:
+        """Record an attempt that failed.
+
+        Args:
+            callback: the callback.
+            until: when it is sent again, seconds since 1970; None gives it up.
+        """
+        with self._transaction() as db:
+            if until is None:
+                outbox.settle(db, callback.number)
+            else:
+                outbox.postpone(db, callback.number, until)
+
+    def callback_delivered(self, callback: Callback) -> None:
+        """Record that the receiver has accepted a callback."""
+        with self._transaction() as db:
+            outbox.settle(db, callback.number)
 
     # Time ----------------------------------------------------------------------------------
 
@@ -1042,12 +1130,14 @@ def _open_database(path: Path) -> sqlite3.Connection:
             f"{SCHEMA_VERSION}; use the release that wrote it, or another directory"
         )
     if version == 0:
-        db.executescript(_SCHEMA)
+        db.executescript(f"{_SCHEMA}{outbox.TABLE}; COMMIT;")
         return db
     if version < 2:
         _upgrade_from_1(db, path.parent / "jobs")
     if version < 3:
         _upgrade_from_2(db, path.parent / "jobs")
+    if version < 4:
+        _upgrade_from_3(db)
     return db
 
 
@@ -1107,6 +1197,14 @@ def _upgrade_from_2(db: sqlite3.Connection, jobs: Path) -> None:
     db.executemany("UPDATE jobs SET bytes = ? WHERE id = ?", sizes)
     db.execute("PRAGMA user_version = 3")
     db.execute("COMMIT")
+
+
+def _upgrade_from_3(db: sqlite3.Connection) -> None:
+    """Upgrade from schema 3, which called nobody."""
+    db.executescript(
+        f"BEGIN; ALTER TABLE jobs ADD COLUMN subscriber TEXT; {outbox.TABLE}; "
+        "PRAGMA user_version = 4; COMMIT;"
+    )
 
 
 def _usage(db: sqlite3.Connection, caller: str) -> Usage:
@@ -1191,9 +1289,12 @@ def _in_use() -> Overloaded:
 
 
 def _job(row: sqlite3.Row) -> Job:
-    job = Job(**{name: row[name] for name in Job.__dataclass_fields__})
-    problem: Any = job.problem
-    return replace(job, problem=json.loads(problem)) if problem else job
+    found: dict[str, Any] = {name: row[name] for name in Job.__dataclass_fields__}
+    if found["problem"]:
+        found["problem"] = json.loads(found["problem"])
+    if found["subscriber"]:
+        found["subscriber"] = Subscriber(**json.loads(found["subscriber"]))
+    return Job(**found)
 
 
 def _window_key(step: Step) -> str:

@@ -133,6 +133,7 @@ class Connections:
         self,
         settings: Settings,
         *,
+        rules: Sequence[HostRule] | None = None,
         patience: Patience | None = None,
         resolver: Resolver = resolve,
         tls: ssl.SSLContext | None = None,
@@ -141,11 +142,12 @@ class Connections:
 
         Args:
             settings: allowed hosts, and the largest number of bytes.
+            rules: allowed hosts; None takes those of references.
             patience: time limits.
             resolver: resolves host names.
             tls: trusted certificates; None uses httpx's own.
         """
-        self._rules = settings.allowed_hosts
+        self._rules = settings.allowed_hosts if rules is None else rules
         self._limit = int(settings.max_body_bytes)
         self._left = self._limit
         self._patience = patience or Patience()
@@ -179,6 +181,7 @@ class Connections:
         method: str = "GET",
         headers: Mapping[str, str] | None = None,
         content: bytes | None = None,
+        redirects: bool = True,
     ) -> AsyncIterator[httpx.Response]:
         """The response to a request, redirects followed; its body is not read yet.
 
@@ -187,6 +190,7 @@ class Connections:
             method: GET or POST.
             headers: further headers.
             content: the body of a POST.
+            redirects: whether redirects are followed; if not, one is a response like any other.
 
         Raises:
             ForbiddenReference: an address, or the target of a redirect, is not allowed.
@@ -195,7 +199,8 @@ class Connections:
         first = place
         for _ in range(MAX_REDIRECTS + 1):
             async with self._send(place, method, headers or {}, content) as response:
-                if response.status_code not in _REDIRECTS or "location" not in response.headers:
+                redirected = response.status_code in _REDIRECTS and "location" in response.headers
+                if not (redirects and redirected):
                     yield response
                     return
                 place = place.redirected(response.headers["location"], self._rules)

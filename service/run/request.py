@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any
+from typing import Any, Literal
 
 from models.card import Modality, Task
 from service.read.geotiff import SourceFile
@@ -29,6 +29,25 @@ class PointQuery:
         """The point of a GeoJSON feature with a Point geometry."""
         lon, lat = feature["geometry"]["coordinates"][:2]
         return cls(lon=lon, lat=lat, feature=feature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subscriber:
+    """Addresses that the service calls when a job ends or proceeds, as OGC API - Processes has it.
+
+    `form` says what the address of success gets: the job's status document, or the results document
+    of OGC API - Processes. The others always get the status document.
+    """
+
+    success: str
+    failed: str | None = None
+    progress: str | None = None
+    form: Literal["status", "results"] = "status"
+
+    def url(self, event: Literal["success", "failed", "progress"]) -> str | None:
+        """The address of an event; None if nobody wants it."""
+        given: str | None = getattr(self, event)
+        return given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +83,8 @@ class RasterRequest:
 
     items: tuple[Mapping[str, Any], ...] = ()
     """The STAC items to which the files belong; returned as `sources`."""
+    subscriber: Subscriber | None = None
+    """Whom a job calls; None calls nobody."""
 
     @property
     def sources(self) -> tuple[SourceFile, ...]:
@@ -106,6 +127,8 @@ class SeriesRequest:
     """First day of every series' time window; None applies the card's rule to each."""
     horizon: int | None = None
     """Steps ahead of a forecast; None takes the card's maximum."""
+    subscriber: Subscriber | None = None
+    """Whom a job calls; None calls nobody."""
 
 
 TaskRequest = RasterRequest | SeriesRequest

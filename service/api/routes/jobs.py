@@ -33,9 +33,11 @@ from service.api.responses import (
     stored_response,
     whole_file,
 )
-from service.api.schemas import JobInfo, JobList, Link, interval, listed
+from service.api.schemas import CallbackSecret, JobInfo, JobList, Link, interval, listed
 from service.errors import NotFound, ResultNotReady
 from service.infer.smooth import MAX_RADIUS
+from service.jobs.callbacks import caller_secret, secret_text
+from service.jobs.outbox import Event
 from service.jobs.serialise import StoredResult
 from service.jobs.store import Job, JobFilter, JobStatus, removed
 from service.run.derive import Cleaning, check_derivable, derive_map
@@ -132,6 +134,19 @@ async def list_jobs(
         document = {"type": "FeatureCollection", "features": items, "links": shown}
         return JSONResponse(document, media_type=GEOJSON, headers={"Vary": "Accept"})
     return JobList(jobs=[info(job, request) for job in found], links=links)
+
+
+@router.get("/callbacks", responses=problems(["unauthorized", "not_found", "internal_error"]))
+async def read_callback_secret(app: App, caller: Caller) -> CallbackSecret:
+    """The secret with which callbacks to this caller are signed."""
+    settings = app.settings
+    if not settings.callback_hosts:
+        raise NotFound("this server sends no callbacks (PIMC_CALLBACK_HOSTS)")
+    found = [
+        secret_text(caller_secret(secret.get_secret_value(), caller or ""))
+        for secret in settings.callback_secrets
+    ]
+    return CallbackSecret(secret=found[0], secrets=found)
 
 
 @router.get(
@@ -308,9 +323,31 @@ def accepted(job: Job, request: Request, *, applied: str, status: int = 202) -> 
     return JSONResponse(document, status_code=status, headers=headers)
 
 
+def called_with(job: Job, event: Event, *, root_path: str) -> dict[str, Any]:
+    """The body of a callback: the job's status document.
+
+    Args:
+        job: as it is now.
+        event: what the receiver is told of.
+        root_path: the path before the service's own paths.
+    """
+    del event
+    return status_of(job, root_path).model_dump(mode="json", exclude_none=True)
+
+
 def info(job: Job, request: Request) -> JobInfo:
     """A job as its status document."""
-    here = f"{root_of(request)}/jobs/{job.id}"
+    return status_of(job, root_of(request))
+
+
+def status_of(job: Job, root_path: str) -> JobInfo:
+    """A job as its status document.
+
+    Args:
+        job: the job.
+        root_path: the path before the service's own paths, with which links begin.
+    """
+    here = f"{root_path}/jobs/{job.id}"
     links = [_link(here, "self", "this document")]
     if job.status == "successful":
         links.append(_link(f"{here}/results", _RESULTS, "the results, of OGC API - Processes"))

@@ -45,6 +45,7 @@ from service.api.schemas import (
 from service.api.stac import stac_request
 from service.api.uploads import FIELDS, FILES, FORM, media_type, read_form, read_json
 from service.errors import InvalidRequest, NotReady
+from service.jobs.callbacks import check_subscriber
 from service.jobs.store import Idempotency, Job, fingerprint
 from service.read.containers import unpack
 from service.read.geotiff import SourceFile
@@ -178,6 +179,7 @@ async def serve(
         await to_thread.run_sync(check_room, owner, preferences.idempotency_key)
     async with app.admission.place(whose) as place:
         asked = await read(place)
+        _check_subscriber(asked, app, later=preferences.respond_async)
         status = 202 if asked.answer is None else 201
         idempotency = await _idempotency(asked, folder, preferences)
         if idempotency:
@@ -224,6 +226,22 @@ async def serve(
 def _work(folder: Path) -> Path:
     """The folder that holds the files of a run that is kept, and nothing else."""
     return folder / "work"
+
+
+def _check_subscriber(asked: Asked, app: AppState, *, later: bool) -> None:
+    """Check the addresses that a job would call.
+
+    Raises:
+        InvalidRequest: the client waits for the result itself, and no job is made.
+        ForbiddenReference: an address is not on an allowed host.
+    """
+    if asked.request.subscriber is None:
+        return
+    if not (later or asked.kept):
+        raise InvalidRequest.of(
+            "subscriber", "callbacks are of jobs: send the header 'Prefer: respond-async' as well"
+        )
+    check_subscriber(asked.request.subscriber, app.settings)
 
 
 def _run(

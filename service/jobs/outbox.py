@@ -1,0 +1,100 @@
+"""Outbox of callbacks: rows of the job store, written with the change that they report.
+
+    job changes ─┬─ one transaction ─▶ jobs
+                 └────────────────────▶ callbacks ──▶ delivered, or given up: removed
+
+A row exists until its receiver has accepted it, so that a kill between a job's end and its callback
+loses none; a receiver may get one twice, and knows it by its message id.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import uuid
+from collections.abc import Mapping
+from typing import Literal
+
+from service.run.request import Subscriber
+
+Event = Literal["success", "failed", "progress"]
+TABLE = """
+CREATE TABLE callbacks (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    job INTEGER NOT NULL REFERENCES jobs (number) ON DELETE CASCADE,
+    event TEXT NOT NULL,
+    message TEXT NOT NULL UNIQUE,  -- its id, the same in every attempt
+    attempts INTEGER NOT NULL DEFAULT 0,
+    due REAL NOT NULL  -- seconds since 1970
+);
+CREATE INDEX by_due ON callbacks (attempts, due);
+CREATE INDEX callbacks_by_job ON callbacks (job)
+"""
+PROGRESS_STEP = 10
+"""Per cent after which the receiver of progress is called again."""
+_ENDS: Mapping[str, Event] = {"successful": "success", "failed": "failed"}
+
+
+def queue_end(
+    db: sqlite3.Connection, job: int, subscriber: Subscriber | None, status: str, now: float
+) -> None:
+    """Queue the callback of a job that has ended; one of progress is no longer sent."""
+    if subscriber is not None:
+        drop(db, job)
+        if status in _ENDS:
+            _queue(db, job, subscriber, _ENDS[status], now)
+
+
+def queue_progress(
+    db: sqlite3.Connection, job: int, subscriber: Subscriber | None, now: float
+) -> None:
+    """Queue a callback of progress, in place of one that was not delivered yet."""
+    if subscriber is not None:
+        db.execute("DELETE FROM callbacks WHERE job = ? AND event = 'progress'", (job,))
+        _queue(db, job, subscriber, "progress", now)
+
+
+def drop(db: sqlite3.Connection, job: int) -> None:
+    """Send no more callbacks of a job."""
+    db.execute("DELETE FROM callbacks WHERE job = ?", (job,))
+
+
+def _queue(
+    db: sqlite3.Connection, job: int, subscriber: Subscriber, event: Event, now: float
+) -> None:
+    if subscriber.url(event) is not None:
+        db.execute(
+            "INSERT INTO callbacks (job, event, message, due) VALUES (?, ?, ?, ?)",
+            (job, event, f"msg_{uuid.uuid4().hex}", now),
+        )
+
+
+def due(db: sqlite3.Connection, now: float, most: int) -> list[sqlite3.Row]:
+    """Callbacks to send now, with their jobs' numbers; first attempts before repeated ones."""
+    return db.execute(
+        "SELECT * FROM callbacks WHERE due <= ? ORDER BY attempts, due, number LIMIT ?",
+        (now, most),
+    ).fetchall()
+
+
+def next_due(db: sqlite3.Connection) -> float | None:
+    """When the next callback is due, seconds since 1970; None if there is none."""
+    (when,) = db.execute("SELECT min(due) FROM callbacks").fetchone()
+    return None if when is None else float(when)
+
+
+def postpone(db: sqlite3.Connection, number: int, until: float) -> None:
+    """Count a failed attempt, and send the callback again later."""
+    db.execute(
+        "UPDATE callbacks SET attempts = attempts + 1, due = ? WHERE number = ?", (until, number)
+    )
+
+
+def settle(db: sqlite3.Connection, number: int) -> None:
+    """Remove a callback that was delivered or given up."""
+    db.execute("DELETE FROM callbacks WHERE number = ?", (number,))
+
+
+def count(db: sqlite3.Connection) -> int:
+    """Callbacks that wait."""
+    (waiting,) = db.execute("SELECT count(*) FROM callbacks").fetchone()
+    return int(waiting)
