@@ -188,7 +188,8 @@ class AsyncClient:
         Args:
             files: the stack: paths of files, folders or zips, patterns, open binary files,
                 `(name, bytes)`, or references.
-            outputs: `class` (the default), `confidence`, `entropy`, `probabilities` or
+            outputs: `class` (the default), `confidence`, `entropy`, `probabilities`, `attribution`
+                (of `classify_pixels`: how much each date mattered, a band per date) or
                 `polygons` (one per connected area of the map); one name, or a list of names.
             points: return results only for these pixels: pairs of longitude and latitude,
                 GeoJSON, or the path of a GeoJSON or CSV file.

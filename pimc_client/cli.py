@@ -92,7 +92,8 @@ ClassOutputs = Annotated[
     str | None,
     typer.Option(
         "--output",
-        help="Comma-separated: class (default), confidence, entropy, probabilities, polygons.",
+        help="Comma-separated: class (default), confidence, entropy, probabilities, polygons; of "
+        "classify also attribution, a band per date.",
     ),
 ]
 Quantiles = Annotated[

@@ -212,6 +212,7 @@ def pixel_class(record: Record) -> PixelClass:
         confidence=record.get("confidence"),
         entropy=record.get("entropy"),
         probabilities=record.get("probabilities") or {},
+        attribution=record.get("attribution") or {},
     )
 
 

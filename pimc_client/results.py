@@ -604,12 +604,16 @@ class PixelClass:
     """Shannon entropy of the probabilities, in nats, if the server sent it."""
     probabilities: Mapping[str, float]
     """Class name to probability; empty without a prediction."""
+    attribution: Mapping[str, float | None] = field(default_factory=dict)
+    """ISO date to the drop in the class's probability without this date; None where the place is
+    not clear on it. Empty if it was not requested."""
 
     def row(self) -> dict[str, Any]:
         """The result as one row of a table."""
         known = {"id": self.id, "status": self.status, "class": self.label, "value": self.value}
         more = {"confidence": self.confidence, "entropy": self.entropy}
-        return flat_record({**known, **more, "probabilities": self.probabilities})
+        shares = {"probabilities": self.probabilities, "attribution": self.attribution}
+        return flat_record({**known, **more, **shares})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -103,6 +103,7 @@ def test_from_the_demo_to_a_map_a_pixel_and_a_file(page: Page, folder: Path) -> 
     page.wait_for_selector("#pixel-body .chart")
     expect(page.locator("#pixel-body .plots canvas")).to_have_count(3)
     expect(page.locator("#pixel-body table")).to_contain_text("%")
+    expect(page.locator("#pixel-body .attribution rect")).to_have_count(8)
     accessible(page)
 
 

@@ -51,6 +51,9 @@ MAX_POINTS = 10_000
 MAX_RINGS = 1_000
 MAX_VERTICES = 10_000
 ClassOutput = Literal["class", "confidence", "entropy", "probabilities", "polygons"]
+DatedOutput = Literal[ClassOutput, "attribution"]
+"""What a class of a time series may be returned as."""
+SeriesOutput = Literal["class", "confidence", "entropy", "probabilities", "attribution"]
 SensorName = Literal["sentinel-2", "hls", "landsat", "modis", "planetscope"]
 QuantileOutput = Literal["q10", "q50", "q90"]
 # The fields that take several values.
@@ -553,7 +556,7 @@ class ClassifyForm(RasterForm):
     """Fields of `POST /classify-pixels`."""
 
     start: _Start = None
-    outputs: Annotated[tuple[ClassOutput, ...], _AtLeastOne, _SplitOnce] = ("class",)
+    outputs: Annotated[tuple[DatedOutput, ...], _AtLeastOne, _SplitOnce] = ("class",)
     smooth: Annotated[
         int | None,
         Field(
@@ -959,11 +962,21 @@ class SeriesBody(_Strict):
             start=self.start,
             horizon=getattr(self, "horizon", None),
             subscriber=_called(self.subscriber),
+            attribution="attribution" in getattr(self, "outputs", ()),
         )
 
 
 class ClassifySeries(SeriesBody):
     """JSON body of `POST /classify-pixels`."""
+
+    outputs: Annotated[
+        tuple[SeriesOutput, ...],
+        _AtLeastOne,
+        Field(
+            description="a result always holds the class, its confidence and all probabilities; "
+            "`attribution` adds how much each date mattered"
+        ),
+    ] = ("class",)
 
 
 class ForecastSeries(SeriesBody):

@@ -44,6 +44,7 @@ def request_document(
             for one in request.series
         ]
         rest = {"model": model, "start": _iso(request.start), "horizon": request.horizon}
+        rest["attribution"] = request.attribution
         whole = {"series": series, **rest}
         return {"task": request.task, "series": whole, **_subscriber_document(request)}
     files = [_file(file, folder) for file in request.files]
@@ -98,6 +99,7 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
             start=_date(body.get("start")),
             horizon=body.get("horizon"),
             subscriber=subscriber,
+            attribution=bool(body.get("attribution")),
         )
     fields = document["fields"]
     return RasterRequest(

@@ -25,7 +25,7 @@ from service.run.time_window import outside_time_window, partial_season
 from service.run.windows import Arrays, Journal, Step
 from service.write.cog import OpenScratch, RasterWriter, stored
 from service.write.polygons import write_polygons
-from service.write.predictions import JSON, POLYGONS, ForecastPredictions
+from service.write.predictions import ATTRIBUTION, JSON, POLYGONS, ForecastPredictions
 from service.write.stac_item import Provenance, result_item, write_item
 
 Floats = NDArray[np.float32]
@@ -180,6 +180,8 @@ class WindowPredictions:
     """Predictions of these positions (n, …)."""
     classes: NDArray[np.uint8] | None = None
     """Classes of these positions (n) in a map that was cleaned; None takes the most probable."""
+    attribution: Floats | None = None
+    """Attribution of each date to their class (n, T); None if it was not requested."""
 
 
 def spread(window: Window, found: WindowPredictions) -> Arrays:
@@ -228,10 +230,13 @@ class Sink:
         arrays["valid"] = (~missing).sum()
         if not self._layers:
             return arrays
-        for name, values in self._predictions.bands(predictions, found.classes).items():
-            bands = self._layers[name].empty(window.height * window.width)
-            bands[:, found.index] = values
-            arrays[name] = bands.reshape(-1, window.height, window.width)
+        bands = self._predictions.bands(predictions, found.classes)
+        if found.attribution is not None:
+            bands[ATTRIBUTION] = found.attribution.T
+        for name, values in bands.items():
+            layer = self._layers[name].empty(window.height * window.width)
+            layer[:, found.index] = values
+            arrays[name] = layer.reshape(-1, window.height, window.width)
         return arrays
 
     def keep(self, window: Window, arrays: Arrays) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.grid import Window
+from service.infer.attribution import date_attribution
 from service.read.buffers import BufferPool, spaced
 from service.read.reader import StackReader
 from service.read.stack import Sits
@@ -96,6 +97,7 @@ class PixelStages:
     ) -> None:
         self._model = run.model
         self._days, self._day_of_year = model_time(run)
+        self._attributed = run.attribution
         self._cancelled = cancelled
         self._reader = reader
         self._buffers = buffers
@@ -117,17 +119,29 @@ class PixelStages:
         valid = clear.sits.valid.reshape(T, h * w)
         index = clear.index
         predictions = np.empty((len(index), *self._model.width), np.float32)
+        attribution = np.empty((len(index), T), np.float32) if self._attributed else None
         # In chunks, so that only one chunk at a time is copied into (N, T, C), and a cancelled run
         # stops after the current chunk.
         for start in range(0, len(index), self._model.chunk):
             check(self._cancelled)
             chunk = index[start : start + self._model.chunk]
             chunk_values, chunk_valid = _chosen(values, chunk), _chosen(valid, chunk)
-            predictions[start : start + len(chunk)] = self._model.pixels(
-                chunk_values.transpose(2, 0, 1), chunk_valid.T, self._days, self._day_of_year
+            part = slice(start, start + len(chunk))
+            time = self._days, self._day_of_year
+            predictions[part] = self._model.pixels(
+                chunk_values.transpose(2, 0, 1), chunk_valid.T, *time
             )
+            if attribution is not None:
+                attribution[part] = date_attribution(
+                    self._model,
+                    chunk_values.transpose(2, 0, 1),
+                    chunk_valid.T,
+                    *time,
+                    predictions[part],
+                    before_each=lambda: check(self._cancelled),
+                )
         self.give_back(clear.sits)
-        return WindowPredictions(index=index, predictions=predictions)
+        return WindowPredictions(index=index, predictions=predictions, attribution=attribution)
 
     def give_back(self, sits: Sits) -> None:
         """Return the memory of a window to the pool; the window must not be used afterwards."""

@@ -33,6 +33,7 @@ from service.run.request import RasterRequest, SeriesRequest, TaskRequest
 from service.run.series import SeriesRun, plan_series
 from service.run.time_window import resolve_time_window
 from service.write.predictions import (
+    ATTRIBUTION,
     JSON,
     POLYGONS,
     EmbeddingType,
@@ -79,6 +80,11 @@ class RasterRun:
         return bool(self.smooth or self.min_area)
 
     @property
+    def attribution(self) -> bool:
+        """Whether the share of each date in a pixel's class is asked for."""
+        return ATTRIBUTION in self.outputs
+
+    @property
     def used(self) -> tuple[int, ...]:
         """Positions of the observations used, on the stack's T axis."""
         return self.time_window.used if self.time_window else tuple(range(self.stack.observations))
@@ -96,6 +102,7 @@ class RasterRun:
             horizon=self.horizon,
             time_window=self.time_window,
             dtype=self.dtype,
+            dates=[self.stack.dates[t] for t in self.used] if self.stack.dates else (),
         )
 
     @property
@@ -115,7 +122,8 @@ class RasterRun:
     @property
     def prediction_bytes(self) -> int:
         """Memory of one prediction, bytes: as the model returns it, and again as bands."""
-        return 2 * 4 * int(np.prod(self.model.width))
+        attributed = len(self.used) if self.attribution else 0
+        return 2 * 4 * (int(np.prod(self.model.width)) + attributed)
 
 
 def plan_raster(
@@ -279,6 +287,7 @@ def plan_request(
             request.series,
             start=request.start,
             horizon=request.horizon,
+            attribution=request.attribution,
         )
         return Plan(request=request, model=series.model, run=series, pixels=0, planning=Timing())
     fields = None if request.fields is None else read_fields(request.fields, max_fields)
@@ -385,6 +394,14 @@ def _check_parameters(model: LoadedModel, request: RasterRequest) -> None:
                 f"`{name}` changes a map, and a request with points or fields has no map: leave "
                 f"out `{name}`, or the points and fields",
             )
+    if ATTRIBUTION in (request.outputs or ()):
+        for name in ("smooth", "min_area", "fields"):
+            if getattr(request, name):
+                raise InvalidRequest.of(
+                    "outputs",
+                    f"{ATTRIBUTION} explains what the model predicts for single pixels, and cannot "
+                    f"be combined with {name}: send two requests, or ask for it at points",
+                )
     if POLYGONS in (request.outputs or ()) and (request.points or request.fields) is not None:
         raise InvalidRequest.of(
             "outputs",

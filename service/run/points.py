@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import StackWarning
+from service.infer.attribution import date_attribution
 from service.infer.patches import fill_gaps
 from service.read.geotiff import BlockCache
 from service.read.reader import StackReader
@@ -19,7 +21,7 @@ from service.run.executors import Timing, check
 from service.run.patches import clear_composite
 from service.run.pixels import model_time
 from service.run.plan import RasterRun, check_run
-from service.write.predictions import JSON
+from service.write.predictions import ATTRIBUTION, JSON, dated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +56,19 @@ def run_points(
     """
     check_run(run)
     rows, cols, inside = run.stack.grid.locate(lonlat)
-    predict = predict_pixels if run.model.card.modality == "pixel" else _predict_patches
+    pixels = partial(predict_pixels, cancelled=cancelled)
+    predict = pixels if run.model.card.modality == "pixel" else _predict_patches
     with StackReader(
         run.stack, run.used, cache=cache, before_read=lambda: check(cancelled)
     ) as reader:
-        predictions, timing = predict(run, reader, rows[inside], cols[inside])
+        predictions, attribution, timing = predict(run, reader, rows[inside], cols[inside])
     results: list[dict[str, JSON]] = [{"status": "outside"} for _ in lonlat]
-    for point, prediction in zip(np.flatnonzero(inside), predictions, strict=True):
+    dates = [run.stack.dates[t] for t in run.used] if run.stack.dates else []
+    for n, (point, prediction) in enumerate(zip(np.flatnonzero(inside), predictions, strict=True)):
         predicted = not np.isnan(prediction).any()
         record = run.predictions.record(prediction) if predicted else {}
+        if predicted and attribution is not None:
+            record[ATTRIBUTION] = dated(dates, attribution[n])
         results[point] = {"status": "ok" if predicted else "no_data", **record}
     statuses = [result["status"] for result in results]
     warnings = (*run_warnings(run), *none_predicted(run, statuses, "point", cache))
@@ -70,15 +76,15 @@ def run_points(
 
 
 def predict_pixels(
-    run: RasterRun, reader: StackReader, rows: NDArray[np.intp], cols: NDArray[np.intp]
-) -> tuple[Floats, Timing]:
-    """Predictions (N, …) float32 for pixels, NaN for a pixel with too few clear dates.
+    run: RasterRun,
+    reader: StackReader,
+    rows: NDArray[np.intp],
+    cols: NDArray[np.intp],
+    cancelled: threading.Event | None = None,
+) -> tuple[Floats, Floats | None, Timing]:
+    """Predictions (N, …) for pixels, NaN where a pixel has too few clear dates.
 
-    Args:
-        run: the run.
-        reader: reads the run's stack.
-        rows: row of each pixel (N).
-        cols: column of each pixel (N).
+    Also the attribution of each date (N, T), None if it is not asked for.
     """
     start = time.perf_counter()
     sits = reader.read_pixels(rows, cols)
@@ -86,16 +92,27 @@ def predict_pixels(
     days, day_of_year = model_time(run)
     predictions = np.full((len(rows), *run.model.width), np.nan, np.float32)
     enough = sits.valid.sum(axis=0) >= run.model.card.min_observations
-    predictions[enough] = run.model.pixels(
-        sits.values[:, :, enough].transpose(2, 0, 1), sits.valid[:, enough].T, days, day_of_year
+    observed = (
+        sits.values[:, :, enough].transpose(2, 0, 1),
+        sits.valid[:, enough].T,
+        days,
+        day_of_year,
     )
-    return predictions, Timing(read=read - start, infer=time.perf_counter() - read)
+    predictions[enough] = run.model.pixels(*observed)
+    attribution = None
+    if run.attribution:
+        attribution = np.full((len(rows), len(days)), np.nan, np.float32)
+        attribution[enough] = date_attribution(
+            run.model, *observed, predictions[enough], before_each=lambda: check(cancelled)
+        )
+    timing = Timing(read=read - start, infer=time.perf_counter() - read)
+    return predictions, attribution, timing
 
 
 def _predict_patches(
     run: RasterRun, reader: StackReader, rows: NDArray[np.intp], cols: NDArray[np.intp]
-) -> tuple[Floats, Timing]:
-    """Predictions (N, …) for the patches centred on pixels, NaN for a patch with many clouds."""
+) -> tuple[Floats, None, Timing]:
+    """Predictions (N, …) for the patches centred on pixels, NaN where one is not clear enough."""
     patches, grid = run.patches, run.stack.grid
     predictions = np.full((len(rows), *run.model.width), np.nan, np.float32)
     timing = Timing()
@@ -112,4 +129,4 @@ def _predict_patches(
         clear, filled = fill_gaps(imagery)
         predictions[part][clear] = run.model.patches(filled)
         timing += Timing(read=read - start, infer=time.perf_counter() - read)
-    return predictions, timing
+    return predictions, None, timing

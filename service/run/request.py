@@ -129,6 +129,8 @@ class SeriesRequest:
     """Steps ahead of a forecast; None takes the card's maximum."""
     subscriber: Subscriber | None = None
     """Whom a job calls; None calls nobody."""
+    attribution: bool = False
+    """Whether the attribution of each date to a class is requested."""
 
 
 TaskRequest = RasterRequest | SeriesRequest

@@ -25,12 +25,20 @@ from service.errors import (
     StackWarning,
     TooFewDates,
 )
+from service.infer.attribution import date_attribution
 from service.infer.model import LoadedModel
 from service.read.radiometry import PLAUSIBLE
 from service.run.executors import Timing, check
 from service.run.request import SeriesInput
 from service.run.time_window import outside_time_window, partial_season, resolve_time_window
-from service.write.predictions import JSON, Predictions, predictions_of, quantile_name
+from service.write.predictions import (
+    ATTRIBUTION,
+    JSON,
+    Predictions,
+    dated,
+    predictions_of,
+    quantile_name,
+)
 
 Floats = NDArray[np.float32]
 _BATCH_BYTES = 64 * 2**20
@@ -55,6 +63,8 @@ class _Series:
     id: str
     time_window: ResolvedTimeWindow | None
     """The time window; None if too few dates lie in it."""
+    dates: tuple[date, ...]
+    """The dates in the time window (T)."""
     days: NDArray[np.int64]
     """Days since the time window's first day (T), ascending, of the used dates."""
     values: Floats
@@ -72,6 +82,8 @@ class SeriesRun:
     warnings: tuple[StackWarning, ...]
     seconds: float
     """Time spent on preparing the series."""
+    attribution: bool = False
+    """Whether the attribution of each date to a class is requested."""
 
 
 def plan_series(
@@ -80,6 +92,7 @@ def plan_series(
     *,
     start: date | None = None,
     horizon: int | None = None,
+    attribution: bool = False,
 ) -> SeriesRun:
     """Check that each series fits the model.
 
@@ -88,6 +101,7 @@ def plan_series(
         series: at least one series.
         start: first day of every series' time window; None applies the card's rule to each.
         horizon: number of steps of a forecast; None takes the card's maximum.
+        attribution: whether the attribution of each date to a class is requested.
 
     Raises:
         InvalidRequest: a band has more or fewer values than dates, `series` is empty, or the model
@@ -117,6 +131,7 @@ def plan_series(
         interpretations=tuple(_interpretation(model.card, one, horizon) for one in prepared),
         warnings=_gathered(warned),
         seconds=time.perf_counter() - began,
+        attribution=attribution,
     )
 
 
@@ -133,8 +148,13 @@ def run_series(run: SeriesRun, *, cancelled: threading.Event | None = None) -> S
     began = time.perf_counter()
     predictions = predict_series(run, cancelled)
     missing = () if any(p is not None for p in predictions) else (_all_missing(run.model.card),)
+    results = tuple(map(_result, run.series, run.interpretations, predictions))
+    if run.attribution:
+        for series, result, prediction in zip(run.series, results, predictions, strict=True):
+            if prediction is not None:
+                result[ATTRIBUTION] = _attribution(run.model, series, prediction, cancelled)
     return SeriesOutcome(
-        results=tuple(map(_result, run.series, run.interpretations, predictions)),
+        results=results,
         timing=Timing(read=run.seconds, infer=time.perf_counter() - began),
         warnings=(*run.warnings, *missing),
     )
@@ -171,6 +191,7 @@ def _prepare(
     return _Series(
         id=series.id,
         time_window=time_window,
+        dates=tuple(dates[t] for t in time_window.used),
         days=np.asarray(time_window.days(dates), np.int64),
         values=values[list(time_window.used)],
     )
@@ -180,6 +201,7 @@ def _without_time_window(series: SeriesInput) -> _Series:
     return _Series(
         id=series.id,
         time_window=None,
+        dates=(),
         days=np.empty(0, np.int64),
         values=np.empty((0, 0), np.float32),
     )
@@ -282,6 +304,27 @@ def _infer_batch(model: LoadedModel, batch: Sequence[_Series]) -> Floats:
         days.astype(np.float32),
         np.array([day.timetuple().tm_yday for day in first_days], np.float32),
     )
+
+
+def _attribution(
+    model: LoadedModel,
+    series: _Series,
+    prediction: Floats,
+    cancelled: threading.Event | None,
+) -> JSON:
+    """The attribution of each date of a series to its class, by ISO date."""
+    if series.time_window is None:
+        raise TypeError(f"series '{series.id}' has no time window, and so no prediction")
+    found = date_attribution(
+        model,
+        series.values[None],
+        ~np.isnan(series.values[None, :, 0]),
+        series.days.astype(np.float32),
+        series.time_window.first_day.timetuple().tm_yday,
+        prediction[None],
+        before_each=lambda: check(cancelled),
+    )
+    return dated(series.dates, found[0])
 
 
 def _interpretation(card: ModelCard, series: _Series, horizon: int | None) -> Predictions | None:

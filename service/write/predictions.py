@@ -30,6 +30,8 @@ Ramp = Literal["sequential", "vegetation", "diverging"]
 
 POLYGONS = "polygons"
 """Name in `outputs` of a class map as polygons, which is a file beside the rasters."""
+ATTRIBUTION = "attribution"
+"""Name in `outputs` of the attribution of each date to the class of a pixel."""
 NO_CLASS = 255
 """The `class` of a pixel without a prediction."""
 NO_EMBEDDING = -128
@@ -141,6 +143,7 @@ def predictions_of(
     horizon: int | None = None,
     time_window: ResolvedTimeWindow | None = None,
     dtype: EmbeddingType = "float32",
+    dates: Sequence[date] = (),
 ) -> Predictions:
     """The interpretation of a model's outputs for one request.
 
@@ -151,6 +154,7 @@ def predictions_of(
         horizon: number of steps of a forecast; None takes the card's maximum.
         time_window: the model's time window over the dates; a forecast starts after its last date.
         dtype: number type of an embedding.
+        dates: the dates used (T); `attribution` has a band for each.
 
     Raises:
         InvalidRequest: the model does not have an output, the horizon or the number type, or a
@@ -160,9 +164,11 @@ def predictions_of(
         return _forecast_of(card, outputs, horizon, time_window)
     if card.task == "embed":
         return EmbeddingPredictions(size=card.embedding or 0, scale=_scale_of(card, dtype))
-    known = ("class", "confidence", "entropy", "probabilities")
+    known: tuple[str, ...] = ("class", "confidence", "entropy", "probabilities")
+    if card.modality == "pixel":
+        known = (*known, ATTRIBUTION)
     _check_names("outputs", outputs, known)
-    return ClassPredictions(legend=card.classes, outputs=tuple(outputs))
+    return ClassPredictions(legend=card.classes, outputs=tuple(outputs), dates=tuple(dates))
 
 
 def _scale_of(card: ModelCard, dtype: EmbeddingType) -> float | None:
@@ -225,6 +231,8 @@ class ClassPredictions:
     """The classes (K)."""
     outputs: tuple[str, ...]
     """Names of the requested layers."""
+    dates: tuple[date, ...] = ()
+    """The dates used (T)."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -238,13 +246,22 @@ class ClassPredictions:
                 limits=(0.0, float(np.log(max(2, len(self.legend))))),
             ),
             "probabilities": Layer(name="probabilities", bands=tuple(c.name for c in self.legend)),
+            ATTRIBUTION: Layer(
+                name=ATTRIBUTION,
+                bands=tuple(day.isoformat() for day in self.dates),
+                limits=(-0.25, 0.25),
+                ramp="diverging",
+            ),
         }
         return tuple(every[name] for name in self.outputs)
 
     def bands(
         self, predictions: Floats, classes: NDArray[np.uint8] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """See `Predictions`; the confidence is the probability of the class in the map."""
+        """See `Predictions`; the confidence is the probability of the class in the map.
+
+        The run adds `attribution`, which predictions alone do not determine.
+        """
         classes, confidence = classes_with_confidence(predictions, classes)
         made: dict[str, Callable[[], NDArray[Any]]] = {
             "class": lambda: classes[None],
@@ -252,7 +269,7 @@ class ClassPredictions:
             "entropy": lambda: entropy(predictions)[None],
             "probabilities": lambda: predictions.T,
         }
-        return {name: made[name]() for name in self.outputs}
+        return {name: made[name]() for name in self.outputs if name != ATTRIBUTION}
 
     def record(self, prediction: Floats) -> dict[str, JSON]:
         """See `Predictions`."""
@@ -554,6 +571,11 @@ class EmbeddingTally:
             clipped = self._clipped / values if values else None
             found |= {"dtype": "int8", "scale": self._scale, "clipped_share": clipped}
         return {"embedding": found}
+
+
+def dated(dates: Sequence[date], values: NDArray[Any]) -> dict[str, JSON]:
+    """One number per date (T) as a JSON object by ISO date, null for NaN."""
+    return {day.isoformat(): n for day, n in zip(dates, _numbers(values), strict=True)}
 
 
 def _numbers(values: NDArray[Any]) -> list[JSON]:

@@ -78,6 +78,42 @@ export function probabilityTable(probabilities) {
   return table;
 }
 
+/**
+ * How much each date mattered to a class: bars up for dates that speak for it, down for those that
+ * speak against it.
+ *
+ * @param {Record<string, number | null>} attribution by ISO date
+ * @param {string} name of the class
+ */
+export function attributionChart(attribution, name) {
+  const dates = Object.keys(attribution);
+  const values = dates.map((date) => attribution[date] ?? 0);
+  const most = Math.max(...values.map(Math.abs), 1e-9);
+  const strongest = dates[values.map(Math.abs).indexOf(most)] ?? dates[0];
+  const [width, middle, reach] = [WIDTH - LEFT - 6, 40, 30];
+  const chart = element("svg", {
+    class: "chart attribution", viewBox: `0 0 ${WIDTH} 92`, role: "img",
+    "aria-label": `How much each date mattered to ${name}; most: ${strongest}`,
+  });
+  chart.append(element("path", { class: "axis", d: `M${LEFT} ${middle}H${WIDTH - 6}` }));
+  dates.forEach((date, at) => {
+    const height = (reach * values[at]) / most;
+    const bar = element("rect", {
+      class: height < 0 ? "against" : "for", width: Math.max(1, width / dates.length - 2),
+      height: Math.abs(height), x: LEFT + (width * at) / dates.length, y: middle - Math.max(0, height),
+    });
+    bar.append(titled(`${date}: ${(100 * values[at]).toFixed(1)} points of probability`));
+    chart.append(bar);
+  });
+  chart.append(text(LEFT, 88, dates[0], "start"), text(WIDTH - 6, 88, dates.at(-1), "end"));
+  const caption = document.createElement("figcaption");
+  caption.className = "hint";
+  caption.textContent = `Dates that speak for ${name} (up) and against it (down); most: ${strongest}.`;
+  const figure = document.createElement("figure");
+  figure.append(chart, caption);
+  return figure;
+}
+
 /** The recurrence plots (M x M) of a place, as the model's encoder sees them. */
 export function plotFigures(plots) {
   const row = document.createElement("div");

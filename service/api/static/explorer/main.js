@@ -1,7 +1,7 @@
 /** The explorer page: choose a stack, run a task, look at the result, ask about a pixel. */
 
 import { Problem, askForKey, address, json, keyHeaders, send } from "./api.js";
-import { plotFigures, probabilityTable, seriesChart, seriesKey } from "./chart.js";
+import { attributionChart, plotFigures, probabilityTable, seriesChart, seriesKey } from "./chart.js";
 import { ExplorerMap } from "./map.js";
 import { Raster, classColours, painted, rampColour, rampColours, rgb } from "./raster.js";
 import { chosenFiles, droppedFiles, formOf, pictures } from "./stack.js";
@@ -440,8 +440,11 @@ async function chosen(lonLat) {
     if (measured.plots) body.append(plotFigures(measured.plots));
     const card = state.models.get(part("model").value);
     const classes = card?.task === "classify-pixels" ? card.name : state.defaults["classify-pixels"];
-    const result = await predicted("classify-pixels", measured, classes);
-    if (result) body.append(probabilityTable(result.probabilities));
+    const result = await predicted("classify-pixels", measured, classes, { outputs: ["class", "attribution"] });
+    if (result) {
+      body.append(probabilityTable(result.probabilities));
+      body.append(attributionChart(result.attribution, result.class));
+    }
   });
 }
 
@@ -450,7 +453,7 @@ function measuredAt(fields) {
 }
 
 /** What a model predicts of a measured series; null if the series does not do for it. */
-async function predicted(task, measured, model) {
+async function predicted(task, measured, model, more = {}) {
   const card = state.models.get(model);
   if (!card) return null;
   const there = measured.dates.map((_, at) => at).filter((at) => measured.clear[at] > 0);
@@ -463,7 +466,7 @@ async function predicted(task, measured, model) {
     const found = await json(task, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ series: [series], model }),
+      body: JSON.stringify({ series: [series], model, ...more }),
     });
     return found.results[0].status === "ok" ? found.results[0] : null;
   } catch (error) {
