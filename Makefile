@@ -20,12 +20,13 @@ $(VENV)/served: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,service,demo]'
 	touch $@
 
+# STACK=folder takes your own stack instead of the demo's.
 demo: $(VENV)/served
-	$(BIN)/python docs/demo.py
+	$(BIN)/python docs/demo.py $(if $(STACK),--stack "$(STACK)")
 
 # The demo's stack in the explorer, until stopped.
 explore: $(VENV)/served
-	$(BIN)/python docs/demo.py --explore --port $(PORT)
+	$(BIN)/python docs/demo.py --explore --port $(PORT) $(if $(STACK),--stack "$(STACK)")
 
 serve: $(VENV)/served
 	PIMC_PORT=$(PORT) $(BIN)/python -m service

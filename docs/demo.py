@@ -1,5 +1,7 @@
 """What `make demo` runs: a real Sentinel-2 stack through the service, maps and pictures out.
 
+With `--stack FOLDER` (`make demo STACK=folder`) the stack is the reader's own.
+
 The stack is a forest edge in Romania, 100 x 100 pixels of 10 m and 140 dates from 2015 to 2021,
 which the European Commission's Joint Research Centre ships in its package `nrt` (EUPL 1.2) together
 with the Copernicus tree cover density of 2018 for the same square.
@@ -15,10 +17,12 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -27,17 +31,19 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import rasterio
+from affine import Affine
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_origin
-from rasterio.warp import reproject
+from rasterio.warp import reproject, transform
 from rich.console import Console
 from rich.table import Table
 
-from pimc_client import Client, ConnectionFailed, Raster
+from pimc_client import Client, ConnectionFailed, Forecast, Measured, Raster, Series, UnknownModel
+from pimc_client.inputs import Files
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "demo"
@@ -48,6 +54,15 @@ BANDS = {"B02": "B2", "B03": "B3", "B04": "B4", "B08": "B8", "SCL": "SCL"}
 FIRST_DAY = date(2015, 8, 1)
 STRIDE = 4
 READY_SECONDS = 120.0
+SAMPLED = 400
+"""Pixels at which a forecast is compared with what came."""
+LABELS = 20
+"""Points of each class from which the own classes are taught."""
+OWN = "demo-tree-cover"
+COVER_CLASSES = {"none": (0, 0), "open": (1, 49), "dense": (50, 100)}
+"""The own classes, by per cent of tree cover."""
+NEAR = timedelta(days=5)
+"""How far from a clear date a forecast's date may lie to be compared with it."""
 
 console = Console(width=100)
 
@@ -195,32 +210,243 @@ def finish(figure: plt.Figure, axes: plt.Axes, path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def tree_agreement(classes: Path, trees: Path) -> tuple[float, int]:
-    """Share of pixels where the tree class and the tree cover (50 % and more) agree, and n."""
-    with rasterio.open(classes) as file:
-        mapped = file.read(1)
-        cover = np.full(mapped.shape, 255, np.uint8)
-        with rasterio.open(trees) as reference:
-            # The two name the same projection differently; the square is the same.
-            reproject(
-                reference.read(1),
-                cover,
-                src_transform=reference.transform,
-                src_crs=file.crs,
-                src_nodata=255,
-                dst_transform=file.transform,
-                dst_crs=file.crs,
-                dst_nodata=255,
-                resampling=Resampling.nearest,
-            )
-        tree = next(
-            int(key.removeprefix("CLASS_"))
-            for key, name in file.tags(1).items()
-            if key.startswith("CLASS_") and name.lower().startswith("tree")
+def tree_cover(like: Raster, trees: Path) -> NDArray[np.uint8]:
+    """Per cent of tree cover (h, w) on a raster's grid, 255 where unknown."""
+    cover = np.full(like.array.shape[-2:], 255, np.uint8)
+    with rasterio.open(trees) as reference:
+        # The two name the same projection differently; the square is the same.
+        reproject(
+            reference.read(1),
+            cover,
+            src_transform=reference.transform,
+            src_crs=like.crs,
+            src_nodata=255,
+            dst_transform=Affine(*like.transform),
+            dst_crs=like.crs,
+            dst_nodata=255,
+            resampling=Resampling.nearest,
         )
-    known = (mapped != 255) & (cover != 255)
-    agree = (mapped == tree) == (cover >= 50)
+    return cover
+
+
+def tree_agreement(
+    mapped: Raster, cover: NDArray[np.uint8], tree: str, without: NDArray[np.bool_] | None = None
+) -> tuple[float, int]:
+    """Share of pixels whose tree class and tree cover (50 % and more) agree, and their number.
+
+    Args:
+        mapped: a class map.
+        cover: per cent of tree cover (h, w), 255 where unknown.
+        tree: how the name of the tree class begins, in small letters.
+        without: pixels (h, w) that are left out, such as those a model was taught from.
+    """
+    value = next(c.value for c in mapped.legend.values() if c.name.lower().startswith(tree))
+    known = (mapped.array != 255) & (cover != 255)
+    if without is not None:
+        known &= ~without
+    agree = (mapped.array == value) == (cover >= 50)
     return float(agree[known].mean()), int(known.sum())
+
+
+def sampled_points(like: Raster, count: int) -> list[tuple[float, float]]:
+    """Longitude and latitude of randomly chosen pixels of a raster, always the same ones."""
+    height, width = like.array.shape[-2:]
+    chosen = np.random.default_rng(0).choice(height * width, min(count, height * width), False)
+    return lonlat(like, *np.unravel_index(np.sort(chosen), (height, width)))
+
+
+def lonlat(
+    like: Raster, rows: NDArray[np.intp], cols: NDArray[np.intp]
+) -> list[tuple[float, float]]:
+    """Longitude and latitude (EPSG:4326) of the centres of a raster's pixels."""
+    xs, ys = rasterio.transform.xy(Affine(*like.transform), rows, cols)
+    return list(zip(*transform(like.crs, "EPSG:4326", xs, ys), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skill:
+    """A forecast beside what came."""
+
+    compared: int
+    """Clear observations that were compared."""
+    rmse: float
+    """Of the median NDVI."""
+    persistence: float
+    """RMSE if NDVI stayed as on the pixel's last clear date before the forecast."""
+    coverage: float
+    """Share of the observations within the 80 % band."""
+
+
+def forecast_skill(
+    measured: Sequence[Mapping[str, Any]], forecasts: Sequence[Forecast], last: date
+) -> Skill | None:
+    """How well forecasts of NDVI met what came; None if nothing can be compared.
+
+    Args:
+        measured: places with `dates`, `clear` and `NDVI` over the whole stack.
+        forecasts: of the same places, from observations up to `last`.
+        last: last date that the forecasts were made from.
+    """
+    came, median, stayed, inside = [], [], [], []
+    for place, forecast in zip(measured, forecasts, strict=True):
+        if forecast.status != "ok" or place["status"] != "ok":
+            continue
+        seen = [
+            (date.fromisoformat(day), value)
+            for day, clear, value in zip(place["dates"], place["clear"], place["NDVI"], strict=True)
+            if clear and value is not None
+        ]
+        before = [value for day, value in seen if day <= last]
+        ndvi = forecast.indices["NDVI"]
+        for day, value in seen:
+            if day <= last or not before:
+                continue
+            step = min(range(len(forecast.dates)), key=lambda k: abs(forecast.dates[k] - day))
+            if abs(forecast.dates[step] - day) <= NEAR:
+                came.append(value)
+                median.append(ndvi["q50"][step])
+                stayed.append(before[-1])
+                inside.append(ndvi["q10"][step] <= value <= ndvi["q90"][step])
+    if not came:
+        return None
+    return Skill(
+        compared=len(came),
+        rmse=float(np.sqrt(np.mean(np.square(np.subtract(median, came))))),
+        persistence=float(np.sqrt(np.mean(np.square(np.subtract(stayed, came))))),
+        coverage=float(np.mean(inside)),
+    )
+
+
+def try_forecasts(
+    pimc: Client, files: Files, like: Raster, starts: Sequence[date] | None = None
+) -> None:
+    """Forecast from earlier dates of the stack, and compare with what came; a table, a picture.
+
+    Args:
+        pimc: the service.
+        files: the stack.
+        like: a raster of the stack's grid.
+        starts: last dates that the forecasts are made from; None takes three, 100 days apart.
+    """
+    measured = pimc.measure(files, points=sampled_points(like, SAMPLED))
+    if starts is None:
+        starts = [measured.dates[-1] - timedelta(days=days) for days in (300, 200, 100)]
+    table = Table(
+        "forecast from", "observations", "RMSE of NDVI", "of persistence", "in 80 % band", box=None
+    )
+    pictured = None
+    for last in starts:
+        forecasts = list(pimc.forecast_series(series_until(measured, last)))
+        skill = forecast_skill(measured, forecasts, last)
+        if skill is None:
+            table.add_row(last.isoformat(), "0", "", "", "")
+            continue
+        table.add_row(
+            last.isoformat(),
+            f"{skill.compared:,}",
+            f"{skill.rmse:.3f}",
+            f"{skill.persistence:.3f}",
+            f"{skill.coverage:.0%}",
+        )
+        if pictured is None or skill.compared > pictured[0]:
+            pictured = skill.compared, forecasts, last
+    console.print(table)
+    if pictured is not None:
+        skill_picture(measured, *pictured[1:], OUT / "forecast-skill.png")
+
+
+def series_until(measured: Measured, last: date) -> list[Series]:
+    """The measured places as series that end on a date."""
+    kept = [t for t, day in enumerate(measured.dates) if day <= last]
+    days = [measured.dates[t] for t in kept]
+    series = []
+    for number, place in enumerate(measured):
+        ok = place["status"] == "ok"
+        bands = {
+            band: [place[band][t] if ok and place["clear"][t] else None for t in kept]
+            for band in measured.bands
+        }
+        series.append(Series(id=str(number), dates=days, **bands))
+    return series
+
+
+def skill_picture(
+    measured: Measured, forecasts: Sequence[Forecast], last: date, path: Path
+) -> None:
+    """The mean NDVI of the sampled pixels before and after the forecast, and the mean forecast."""
+    known = [f for f in forecasts if f.status == "ok"]
+    if not known:
+        return
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    days, means = [], []
+    until = known[0].dates[-1]
+    for t, day in enumerate(measured.dates):
+        seen = [p for p in measured if p["status"] == "ok" and p["clear"][t]]
+        values = [p["NDVI"][t] for p in seen if p["NDVI"][t] is not None]
+        if len(values) > len(measured) / 2 and last - timedelta(days=730) <= day <= until:
+            days.append(np.datetime64(day))
+            means.append(np.mean(values))
+    cut = np.datetime64(last)
+    before = [n for n, day in enumerate(days) if day <= cut]
+    after = [n for n, day in enumerate(days) if day > cut]
+    axes.plot([days[n] for n in before], [means[n] for n in before], "o-", ms=3, label="measured")
+    axes.plot([days[n] for n in after], [means[n] for n in after], "ks", ms=4, label="what came")
+    ahead = np.array(known[0].dates, "datetime64[D]")
+    ndvi = {
+        q: np.mean([f.indices["NDVI"][q] for f in known], axis=0) for q in ("q10", "q50", "q90")
+    }
+    axes.fill_between(ahead, ndvi["q10"], ndvi["q90"], alpha=0.25, color="C2")
+    axes.plot(ahead, ndvi["q50"], "C2", label="forecast with its 80 % band")
+    axes.axvline(cut, color="#888888", lw=0.8)
+    axes.set_ylabel("mean NDVI")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def try_own_classes(
+    pimc: Client, paths: Sequence[Path], default: Raster, cover: NDArray[np.uint8]
+) -> None:
+    """Teach three classes of tree cover from a few points each, and compare with the default model.
+
+    Args:
+        pimc: the service.
+        paths: the stack of one year.
+        default: the default model's map of the same stack.
+        cover: per cent of tree cover (h, w), 255 where unknown.
+    """
+    random = np.random.default_rng(1)
+    taught = np.zeros(cover.shape, np.bool_)
+    features = []
+    for name, (low, high) in COVER_CLASSES.items():
+        candidates = np.flatnonzero((cover >= low) & (cover <= high))
+        rows, cols = np.unravel_index(random.choice(candidates, LABELS, False), cover.shape)
+        taught[rows, cols] = True
+        for lon_lat in lonlat(default, rows, cols):
+            point = {"type": "Point", "coordinates": lon_lat}
+            features.append({"type": "Feature", "properties": {"class": name}, "geometry": point})
+    with suppress(UnknownModel):
+        pimc.delete_model(OWN)  # of an earlier run
+    labels = {"type": "FeatureCollection", "features": features}
+    taught_model = pimc.teach(OWN, paths, labels).model
+    own = pimc.classify_pixels(paths, model=OWN)
+    own.save(OUT / "own-classes.tif")
+    class_picture(own, OUT / "own-classes.png", f"Own classes from {LABELS} points each, 2018")
+    rest = (cover != 255) & ~taught & (own.array != 255)
+    names = {c.value: c.name for c in own.legend.values()}
+    right = np.zeros(cover.shape, np.bool_)
+    for value, name in names.items():
+        low, high = COVER_CLASSES[name]
+        right |= (own.array == value) & (cover >= low) & (cover <= high)
+    score = taught_model.metrics["macro_f1"]
+    mine, n = tree_agreement(own, cover, "dense", taught)
+    theirs, _ = tree_agreement(default, cover, "tree", taught)
+    console.print(
+        f"Own classes {', '.join(COVER_CLASSES)} from {LABELS} points each: macro-F1 {score:.2f} "
+        f"on places left out; {right[rest].mean():.1%} of the {rest.sum():,} other pixels right. "
+        f"Dense trees agree with the tree cover on {mine:.1%} of {n:,} pixels, the tree class of "
+        f"{default.model} on {theirs:.1%}"
+    )
 
 
 def shares(answer: Raster) -> str:
@@ -241,22 +467,46 @@ def main() -> None:
     """Run the demo, or serve its stack in the explorer until stopped."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--explore", action="store_true", help="serve the stack in the explorer")
+    parser.add_argument("--stack", type=Path, help="folder of the reader's own stack")
     parser.add_argument("--port", type=int, default=8000, help="of the explorer")
     options = parser.parse_args()
     OUT.mkdir(exist_ok=True)
+    if options.stack is not None:
+        own_stack(options.stack.resolve(), options)
+        return
     console.print(f"Fetching the stack ({WHEEL}) …")
     cube, trees = fetch(OUT / "data")
     paths = to_geotiffs(cube, OUT / "stack")
     console.print(f"{len(paths)} GeoTIFFs, {paths[0].stem[3:]} to {paths[-1].stem[3:]}")
     if options.explore:
-        explore(options.port)
+        explore(OUT / "stack", options.port)
     else:
         make_maps(paths, trees)
 
 
-def explore(port: int) -> None:
-    """Serve the stack as the explorer's demo until interrupted."""
-    with service(port, PIMC_DEMO_DIR=str(OUT / "stack")) as url:
+def own_stack(folder: Path, options: argparse.Namespace) -> None:
+    """The demo with the reader's own stack: a map, a forecast, and the forecast's skill."""
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is not a folder")
+    if options.explore:
+        explore(folder, options.port)
+        return
+    table = Table("task", "model", "pixels", "seconds", "pixels/s", box=None)
+    with service() as url, Client(url) as pimc:
+        classes, _ = maps_of_series(pimc, folder, table)
+        try_forecasts(pimc, folder, classes)
+    class_picture(classes, OUT / "classes.png", "Land cover by pixel series")
+    console.print(table)
+    console.print(f"classify-pixels: {shares(classes)}")
+    console.print(
+        f"Maps and pictures are in {OUT.name}/; `make explore STACK={folder}` shows the stack in a "
+        "browser, where own classes can be taught"
+    )
+
+
+def explore(folder: Path, port: int) -> None:
+    """Serve a stack as the explorer's demo until interrupted."""
+    with service(port, PIMC_DEMO_DIR=str(folder)) as url:
         console.print(f"The explorer is at {url}/ : open it, and choose 'Open the demo'.")
         console.print("Ctrl+C stops the service.")
         with suppress(KeyboardInterrupt):
@@ -264,22 +514,26 @@ def explore(port: int) -> None:
                 time.sleep(1)
 
 
+def maps_of_series(pimc: Client, files: Files, table: Table) -> tuple[Raster, Raster]:
+    """The class map and the forecast of a stack, saved and with their times in the table."""
+    start = time.perf_counter()
+    classes = pimc.classify_pixels(files)
+    timed_row(table, "classify-pixels", classes, classes.array.size, time.perf_counter() - start)
+    classes.save(OUT / "classes.tif")
+    start = time.perf_counter()
+    forecast = pimc.forecast(files, outputs=["q10", "q50", "q90"])
+    timed_row(table, "forecast", forecast, forecast.array[0].size, time.perf_counter() - start)
+    forecast.save(OUT / "forecast.tif")
+    forecast_picture(forecast, OUT / "forecast.png")
+    return classes, forecast
+
+
 def make_maps(paths: Sequence[Path], trees: Path) -> None:
     """Make maps and pictures of the stack, and compare its tree class with the tree cover."""
     table = Table("task", "model", "pixels", "seconds", "pixels/s", box=None)
-    with service() as url, Client(url) as pimc:
-        start = time.perf_counter()
-        classes = pimc.classify_pixels(paths)
-        timed_row(
-            table, "classify-pixels", classes, classes.array.size, time.perf_counter() - start
-        )
-        classes.save(OUT / "classes.tif")
-
-        start = time.perf_counter()
-        forecast = pimc.forecast(paths, outputs=["q10", "q50", "q90"])
-        timed_row(table, "forecast", forecast, forecast.array[0].size, time.perf_counter() - start)
-        forecast.save(OUT / "forecast.tif")
-
+    state = OUT / "state"
+    with service(PIMC_STATE_DIR=str(state)) as url, Client(url) as pimc:
+        classes, _ = maps_of_series(pimc, paths, table)
         start = time.perf_counter()
         cover = pimc.landcover(summer(paths, 2018), stride=STRIDE)
         timed_row(
@@ -290,10 +544,14 @@ def make_maps(paths: Sequence[Path], trees: Path) -> None:
             time.perf_counter() - start,
         )
         cover.save(OUT / "landcover.tif")
+        spring_and_summer = [date(2020, month, 1) for month in range(4, 10)]
+        try_forecasts(pimc, paths, classes, [date(2019, 12, 31), *spring_and_summer])
+        of_2018 = [path for path in paths if path.stem[3:7] == "2018"]
+        trees_there = tree_cover(classes, trees)
+        try_own_classes(pimc, of_2018, pimc.classify_pixels(of_2018), trees_there)
     class_picture(classes, OUT / "classes.png", "Land cover by pixel series, 2015 to 2021")
     class_picture(cover, OUT / "landcover.png", "Land cover by imagery, summer 2018")
-    forecast_picture(forecast, OUT / "forecast.png")
-    agreement, n = tree_agreement(OUT / "classes.tif", trees)
+    agreement, n = tree_agreement(classes, trees_there, "tree")
     console.print(table)
     console.print(f"classify-pixels: {shares(classes)}")
     console.print(f"landcover: {shares(cover)}")

@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +45,7 @@ def demo() -> ModuleType:
     if spec is None or spec.loader is None:
         pytest.fail("docs/demo.py is not there")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
