@@ -22,7 +22,7 @@ os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The real satellite data beside the checkout; skips where it is missing, but never in CI."""
+    """The real satellite data beside the checkout; without it the test is skipped, except in CI."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         if os.environ.get("CI"):

@@ -1,4 +1,4 @@
-"""Admission control, `overloaded` and disconnects, over sockets."""
+"""Admission control: slots, `overloaded`, slow clients and disconnects, over sockets."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-# The count itself ---------------------------------------------------------------------------
+# Slots in one process ---------------------------------------------------------------------------
 
 
 RATE = 2**14
@@ -58,7 +58,7 @@ ROOM = 2**30
 
 
 @pytest.mark.anyio
-async def test_slots_are_given_back_also_after_a_fault() -> None:
+async def test_slots_are_released_after_an_error() -> None:
     admission = Admission(1, upload_rate=RATE, spool_bytes=ROOM)
 
     async def fail() -> None:
@@ -79,7 +79,7 @@ async def test_slots_are_given_back_also_after_a_fault() -> None:
 
 
 @pytest.mark.anyio
-async def test_all_callers_together_are_bounded_too() -> None:
+async def test_the_slots_of_all_callers_together_are_limited() -> None:
     admission = Admission(1, upload_rate=RATE, spool_bytes=ROOM)
     async with AsyncExitStack() as stack:
         for caller in range(16):
@@ -90,7 +90,7 @@ async def test_all_callers_together_are_bounded_too() -> None:
 
 
 @pytest.mark.anyio
-async def test_one_caller_may_fill_half_of_the_room_for_bodies() -> None:
+async def test_one_caller_may_use_half_of_the_space_for_bodies() -> None:
     admission = Admission(1, upload_rate=RATE, spool_bytes=1000)
     async with admission.place("a") as first:
         first.received(300)
@@ -105,19 +105,19 @@ async def test_one_caller_may_fill_half_of_the_room_for_bodies() -> None:
 
 
 @pytest.mark.anyio
-async def test_run_slots_go_to_the_caller_who_holds_fewest_and_then_in_turn() -> None:
+async def test_a_run_slot_goes_to_the_caller_with_the_fewest_slots() -> None:
     slots = FairSlots(2)
     order: list[str] = []
     held = {name: anyio.Event() for name in ("many", "few")}
 
-    async def ask(caller: str) -> None:
+    async def run(caller: str) -> None:
         async with slots.slot(caller):
             order.append(caller)
             await held[caller].wait()
 
     async with anyio.create_task_group() as group:
         for caller in ("many",) * 5 + ("few",) * 2:
-            group.start_soon(ask, caller)
+            group.start_soon(run, caller)
             await anyio.wait_all_tasks_blocked()
         assert (order, slots.held, slots.awaited) == (["many", "many"], 2, 5)
         held["many"].set()  # both of its runs end; then one of each caller holds a slot
@@ -129,44 +129,46 @@ async def test_run_slots_go_to_the_caller_who_holds_fewest_and_then_in_turn() ->
 
 
 @pytest.mark.anyio
-async def test_callers_with_one_slot_among_them_take_turns() -> None:
+async def test_callers_take_turns_if_there_is_one_slot() -> None:
     slots = FairSlots(1)
     order: list[str] = []
 
-    async def ask(caller: str) -> None:
+    async def run(caller: str) -> None:
         async with slots.slot(caller):
             order.append(caller)
 
     async with anyio.create_task_group() as group, slots.slot("a"):
         for caller in ("a", "a", "a", "b", "b", "c"):
-            group.start_soon(ask, caller)
+            group.start_soon(run, caller)
             await anyio.wait_all_tasks_blocked()
     assert order == ["b", "c", "a", "b", "a", "a"]
 
 
 @pytest.mark.anyio
-async def test_places_come_in_the_order_of_asking_and_a_cancelled_wait_takes_none() -> None:
+async def test_slots_are_assigned_in_the_order_of_requests_and_a_cancelled_wait_takes_none() -> (
+    None
+):
     slots = FairSlots(1)
     order: list[int] = []
 
-    async def ask(number: int) -> None:
+    async def run(number: int) -> None:
         async with slots.slot("a"):
             order.append(number)
 
     async with anyio.create_task_group() as group, slots.slot("a"):
         for number in range(3):
-            group.start_soon(ask, number)
+            group.start_soon(run, number)
             await anyio.wait_all_tasks_blocked()
         with anyio.move_on_after(0.01) as waiting:
-            await ask(3)
+            await run(3)
         assert waiting.cancelled_caught
         assert order == []
     assert order == [0, 1, 2]
     with anyio.fail_after(PATIENCE):
-        await ask(4)
+        await run(4)
 
 
-# A service whose runs wait at a gate, unless they are stopped ---------------------------------
+# Runs that wait at a gate until they are cancelled ---------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +188,7 @@ def held_upload(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture
 def narrow(scratch: Path, tmp_path: Path, gate: Gate) -> Iterator[httpx.Client]:
-    """One place, so two seats; its state lies elsewhere than what a request leaves."""
+    """A service with one run slot and two queue slots; its state is not in the scratch folder."""
     zoo = zoo_with_a_held_model(tmp_path / "zoo")
     with (
         gate.held(),
@@ -205,21 +207,21 @@ def metric(client: httpx.Client, name: str) -> float:
     return sum(map(float, lines))
 
 
-def test_a_caller_who_leaves_stops_the_work_and_frees_the_place(
+def test_a_disconnect_cancels_the_run_and_frees_its_slot(
     narrow: httpx.Client, held_upload: bytes, scratch: Path
 ) -> None:
-    for _ in range(2):  # the second time needs what the first gave back
+    for _ in range(2):  # the second iteration needs the slot of the first
         with connected(narrow) as caller:
             caller.sendall(held_upload)
             assert soon(lambda: metric(narrow, "pimc_runs_in_flight") == 1)
         assert soon(lambda: metric(narrow, "pimc_runs_in_flight") == 0)
         assert soon(lambda: not any(scratch.glob("pimc-*/request-*")))
     assert metric(narrow, "pimc_windows_in_flight") == 0
-    # It was stopped, not finished.
+    # The run was cancelled before it finished.
     assert metric(narrow, "pimc_pixels_total") == 0
 
 
-def test_a_caller_who_leaves_the_queue_frees_its_seat(
+def test_a_disconnect_of_a_waiting_request_frees_its_queue_slot(
     narrow: httpx.Client, held_upload: bytes, scratch: Path
 ) -> None:
     with connected(narrow) as runs:
@@ -230,22 +232,22 @@ def test_a_caller_who_leaves_the_queue_frees_its_seat(
                 waits.sendall(held_upload)
                 assert soon(lambda: metric(narrow, "pimc_run_slots_awaited") == 1)
                 assert metric(narrow, "pimc_run_slots_held") == 1
-                # Both seats are taken: the next is told at once, while the first still runs.
+                # Both queue slots are taken: the next request is rejected while the first runs.
                 refused = narrow.post("/classify-pixels", json={"series": []})
                 assert refused.status_code == 503
                 assert refused.json()["code"] == "overloaded"
                 assert int(refused.headers["Retry-After"]) > 0
                 assert metric(narrow, "pimc_runs_in_flight") == 1
-            # Gone from the queue, though no place came free.
+            # The waiting request is removed, although no run slot became free.
             assert soon(lambda: len(list(scratch.glob("pimc-*/request-*"))) == 1)
             assert metric(narrow, "pimc_runs_in_flight") == 1
-        # The seat is there again: this one is looked at, and refused for what it says.
+        # A queue slot is free again: this request is validated, and rejected as invalid.
         assert narrow.post("/classify-pixels", json={"series": 3}).status_code == 422
     assert soon(lambda: metric(narrow, "pimc_runs_in_flight") == 0)
     assert metric(narrow, "pimc_pixels_total") == 0
 
 
-# Callers who send slowly, and callers with many requests ---------------------------------------
+# Slow uploads, and callers with many requests ---------------------------------------
 
 SERIES = {
     "id": "a", "dates": ["2021-01-01", "2021-02-01"],
@@ -260,7 +262,7 @@ def embed(client: httpx.Client, count: int, headers: dict[str, str]) -> httpx.Re
 
 
 def dripping(client: httpx.Client, key: str, uploads: int, length: int = LENGTH) -> socket.socket:
-    """The next upload that has sent one byte of many."""
+    """A connection with an upload of which one byte has arrived; `uploads` are then in flight."""
     while True:
         connection = connected(client)
         connection.sendall(
@@ -274,13 +276,13 @@ def dripping(client: httpx.Client, key: str, uploads: int, length: int = LENGTH)
                 connection.settimeout(PATIENCE)
                 return connection
             with suppress(BlockingIOError):
-                # The ones before still count: they are behind only after a second.
+                # Earlier uploads still occupy their slots: they are too slow only after a second.
                 rejected = connection.recv(2**16).startswith(b"HTTP/1.1 503 ")
                 assert rejected
         connection.close()
 
 
-def test_uploads_that_drip_shut_nobody_out(tmp_path: Path) -> None:
+def test_slow_uploads_do_not_block_other_callers(tmp_path: Path) -> None:
     zoo = write_zoo(tmp_path / "zoo")
     with (
         served(
@@ -289,19 +291,19 @@ def test_uploads_that_drip_shut_nobody_out(tmp_path: Path) -> None:
         ExitStack() as stack,
     ):
         drips = [stack.enter_context(dripping(client, "anna", n)) for n in (1, 2)]
-        # Both of the key's slots, and none of another's.
+        # The two uploads take both slots of their key, and none of another key's.
         assert embed(client, 1, BEN).status_code == 200
-        # Not for long: they are too slow to hold a slot.
+        # After a second the two uploads are too slow to keep their slots.
         assert soon(lambda: embed(client, 1, ANNA).status_code == 200)
         assert metric(client, "pimc_uploads_in_flight") == 2
         drips += [stack.enter_context(dripping(client, "anna", n)) for n in (3, 4)]
         assert metric(client, "pimc_uploads_given_up_total") == 0
-        # As many uploads as a caller may have: each further request ends the slowest of them.
+        # The caller has as many uploads as allowed: each further request ends the slowest.
         assert soon(lambda: embed(client, 1, ANNA).status_code == 200)
-        told = drips[0].recv(2**16).decode()
-        assert told.startswith("HTTP/1.1 408 ")
-        assert '"body_stalled"' in told
-        assert "16384 bytes per second" in told
+        response = drips[0].recv(2**16).decode()
+        assert response.startswith("HTTP/1.1 408 ")
+        assert '"body_stalled"' in response
+        assert "16384 bytes per second" in response
         assert metric(client, "pimc_uploads_in_flight") == 3
         assert metric(client, "pimc_uploads_given_up_total") == 1
         for _ in range(3):
@@ -311,7 +313,7 @@ def test_uploads_that_drip_shut_nobody_out(tmp_path: Path) -> None:
 def test_a_caller_with_many_requests_delays_another_by_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gate lets one run after the other through; the number of series tells whose it is."""
+    """A gate starts one run after the other; the number of series identifies the caller."""
     zoo = write_zoo(tmp_path / "zoo")
     gate, began = threading.Semaphore(0), Queue[int]()
 
@@ -338,13 +340,15 @@ def test_a_caller_with_many_requests_delays_another_by_one_run(
             assert metric(client, "pimc_run_slots") == metric(client, "pimc_run_slots_held") == 2
             assert [began.get(timeout=PATIENCE) for _ in range(2)] == [1, 1]
             gate.release()
-            assert began.get(timeout=PATIENCE) == 7  # before two that came earlier
+            assert (
+                began.get(timeout=PATIENCE) == 7
+            )  # before two earlier requests of the other caller
         finally:
             gate.release(9)
         assert {one.result(PATIENCE).status_code for one in [*many, few]} == {200}
 
 
-def test_bodies_that_fill_their_room_are_refused(tmp_path: Path) -> None:
+def test_bodies_that_exceed_the_space_are_rejected(tmp_path: Path) -> None:
     zoo = write_zoo(tmp_path / "zoo")
     form = [("files", ("a.tif", bytes(50_000)))]
     with served(model_dir=zoo, max_body_bytes=100_000, max_spool_bytes=200_000) as client:
@@ -359,17 +363,18 @@ def test_bodies_that_fill_their_room_are_refused(tmp_path: Path) -> None:
         assert client.post("/embed", files=form).json()["code"] == "not_a_geotiff"
 
 
-# Callers who do not read ----------------------------------------------------------------------
+# Clients that do not read the response ----------------------------------------------------------
 
 
 @contextmanager
 def paced(**pace: float) -> Iterator[tuple[tuple[str, int], threading.Event, list[str]]]:
-    """An application with a long and a short answer, under a pace.
+    """A server with a long and a short response and limits on slow clients.
 
-    Its address, an event that is set once an answer has ended, and the answers that were whole.
+    Yields its address, an event that is set at the end of a response, and a list with one entry per
+    complete response.
     """
     closed = threading.Event()
-    said: list[str] = []
+    completed: list[str] = []
 
     async def chunks(count: int) -> Any:
         for _ in range(count):
@@ -379,7 +384,7 @@ def paced(**pace: float) -> Iterator[tuple[tuple[str, int], threading.Event, lis
         try:
             long = scope["path"] == "/long"
             await StreamingResponse(chunks(10**6 if long else 16))(scope, receive, send)
-            said.append("whole")
+            completed.append("complete")
         finally:
             closed.set()
 
@@ -391,38 +396,38 @@ def paced(**pace: float) -> Iterator[tuple[tuple[str, int], threading.Event, lis
     thread.start()
     assert soon(lambda: server.started)
     try:
-        yield server.servers[0].sockets[0].getsockname()[:2], closed, said
+        yield server.servers[0].sockets[0].getsockname()[:2], closed, completed
     finally:
         server.should_exit = server.force_exit = True
         thread.join(PATIENCE)
 
 
-def test_an_answer_that_nobody_reads_is_given_up() -> None:
+def test_a_response_that_the_client_does_not_read_is_aborted() -> None:
     with (
-        paced(stall_seconds=0.2) as (where, closed, said),
+        paced(stall_seconds=0.2) as (where, closed, completed),
         socket.create_connection(where, PATIENCE) as caller,
     ):
         caller.sendall(b"GET /long HTTP/1.1\r\nHost: here\r\n\r\n")
         assert closed.wait(PATIENCE)
-        assert said == []
+        assert completed == []
 
 
-def test_an_answer_that_is_read_too_slowly_is_given_up() -> None:
-    """Each chunk is taken in time, and yet it would take for ever."""
+def test_a_response_that_the_client_reads_too_slowly_is_aborted() -> None:
+    """The client reads each chunk in time, but the whole response would take too long."""
     with (
-        paced(stall_seconds=0.5, slowest=2.0**40) as (where, closed, said),
+        paced(stall_seconds=0.5, slowest=2.0**40) as (where, closed, completed),
         socket.create_connection(where, PATIENCE) as caller,
     ):
         caller.sendall(b"GET /long HTTP/1.1\r\nHost: here\r\n\r\n")
         while not closed.wait(0.01):
             caller.recv(2**16)
-        assert said == []
+        assert completed == []
 
 
-def test_an_answer_that_is_read_comes_whole() -> None:
-    with paced(stall_seconds=20.0) as (where, _, said):
+def test_a_response_that_the_client_reads_is_complete() -> None:
+    with paced(stall_seconds=20.0) as (where, _, completed):
         connection = http.client.HTTPConnection(*where, timeout=PATIENCE)
         connection.request("GET", "/short")
         assert connection.getresponse().read() == b"y" * 2**20
         connection.close()
-        assert soon(lambda: said == ["whole"])
+        assert soon(lambda: completed == ["complete"])

@@ -22,7 +22,7 @@ from tests.kits.patience import PATIENCE, soon
 from tests.kits.rasters import NORTH_UP, write
 
 BANDS = ("B02", "B04", "B08")
-# Codes that need a service in a state of its own; other tests reach each of them over HTTP.
+# Codes that need a specially prepared service; other tests reach each of them over HTTP.
 ELSEWHERE = {
     "unauthorized",
     "overloaded",
@@ -92,8 +92,8 @@ def stack(folder: Path, dates: int = 3, **how: Any) -> Files:
 
 
 def corrupt(folder: Path) -> Files:
-    """A header that opens before pixels that do not."""
-    # Random numbers compress to nothing short, so most of the file is pixels.
+    """A TIFF whose header opens and whose pixels do not decode."""
+    # Random numbers hardly compress, so most of the file is pixels.
     noise = np.random.default_rng(1).integers(1, 4000, (3, 64, 32)).astype(np.uint16)
     source = write(
         folder / "scene_2021-04-01.tif", noise, descriptions=BANDS, compress="deflate", nodata=0
@@ -110,7 +110,7 @@ def posted(
     return api.post(f"/{task}", files=files, **how)
 
 
-# What to send, by the code that it must be answered with.
+# A request for each error code.
 CASES: dict[str, list[Callable[[httpx.Client, Path], httpx.Response]]] = {
     "not_a_geotiff": [
         lambda api, f: posted(api, [("files", ("a.tif", b"GIF89a and no TIFF"))]),
@@ -146,7 +146,7 @@ CASES: dict[str, list[Callable[[httpx.Client, Path], httpx.Response]]] = {
     ],
     "body_too_large": [
         lambda api, f: posted(api, [("files", ("a.tif", bytes(BODY_LIMIT)))]),
-        # Without a length, and so found out only on the way.
+        # Without a Content-Length, so that the size is known only while the body arrives.
         lambda api, f: api.post(
             "/embed",
             content=(bytes(1000) for _ in range(BODY_LIMIT // 500)),
@@ -197,7 +197,7 @@ CASES: dict[str, list[Callable[[httpx.Client, Path], httpx.Response]]] = {
         ),
     ],
     "internal_error": [
-        # This model runs for four dates only, as its warm-up has.
+        # This model fails for any other number of dates than the four of its warm-up.
         lambda api, f: posted(api, stack(f), data={"model": "pixels-brittle"}),
     ],
     "invalid_request": [lambda api, f: posted(api, stack(f), data={"horizon": "3"})],
@@ -205,7 +205,7 @@ CASES: dict[str, list[Callable[[httpx.Client, Path], httpx.Response]]] = {
 
 
 def dripping(api: httpx.Client) -> Iterator[bytes]:
-    """A body that stops after a byte, until the service has responded."""
+    """A body of one byte that does not end before the service has responded."""
     line = 'pimc_problems_total{code="body_stalled"}'
     yield b" "
     with httpx.Client(base_url=api.base_url, timeout=PATIENCE) as other:
@@ -226,16 +226,16 @@ def series(**change: Any) -> dict[str, Any]:
     return {"series": [one | change]}
 
 
-def check_problem(answer: httpx.Response, code: str) -> dict[str, Any]:
-    assert answer.headers["content-type"] == "application/problem+json", answer.text
-    body: dict[str, Any] = answer.json()
+def check_problem(response: httpx.Response, code: str) -> dict[str, Any]:
+    assert response.headers["content-type"] == "application/problem+json", response.text
+    body: dict[str, Any] = response.json()
     assert body["code"] == code, body
-    assert body["status"] == answer.status_code == STATUS[code]
+    assert body["status"] == response.status_code == STATUS[code]
     assert {"type", "title", "status", "detail", "code", "request_id"} <= set(body)
-    assert body["request_id"] == answer.headers["X-Request-ID"]
+    assert body["request_id"] == response.headers["X-Request-ID"]
     assert body["detail"]
-    assert "/tmp" not in answer.text  # noqa: S108 - where files lie is nobody's business
-    assert "Traceback" not in answer.text
+    assert "/tmp" not in response.text  # noqa: S108 - where files lie is nobody's business
+    assert "Traceback" not in response.text
     return body
 
 
@@ -253,23 +253,25 @@ def test_each_error_has_its_code_and_status(
     check_problem(CASES[code][number](api, folder), code)
 
 
-def test_the_inside_stays_inside(api: httpx.Client, folder: Path) -> None:
-    answer = posted(api, stack(folder), data={"model": "pixels-brittle"})
-    detail = check_problem(answer, "internal_error")["detail"]
+def test_internal_details_are_not_in_the_response(api: httpx.Client, folder: Path) -> None:
+    response = posted(api, stack(folder), data={"model": "pixels-brittle"})
+    detail = check_problem(response, "internal_error")["detail"]
     assert "brittle" not in detail
     assert "Reshape" not in detail
 
 
-def test_a_refused_method_says_which_are_taken(api: httpx.Client) -> None:
-    answer = api.get("/embed")
-    assert answer.headers["Allow"] == "POST"
+def test_a_rejected_method_lists_the_allowed_methods(api: httpx.Client) -> None:
+    response = api.get("/embed")
+    assert response.headers["Allow"] == "POST"
 
 
-def test_points_of_a_large_raster_are_answered(api: httpx.Client, folder: Path) -> None:
+def test_points_of_a_large_raster_are_predicted_synchronously(
+    api: httpx.Client, folder: Path
+) -> None:
     files = stack(folder, 2, shape=(1, PIXEL_LIMIT + 1), compress="deflate")
-    answer = posted(api, files, data={"points": json.dumps(points((0, 0)))})
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["features"][0]["properties"]["status"] == "outside"
+    response = posted(api, files, data={"points": json.dumps(points((0, 0)))})
+    assert response.status_code == 200, response.text
+    assert response.json()["features"][0]["properties"]["status"] == "outside"
 
 
 # Validation ---------------------------------------------------------------------------------
@@ -328,10 +330,10 @@ def test_each_failing_field_is_listed(
         assert found == failing
 
 
-def test_too_many_points_are_refused(zoo: Path, folder: Path) -> None:
+def test_too_many_points_are_rejected(zoo: Path, folder: Path) -> None:
     with served(model_dir=zoo) as client:
-        answer = posted(client, stack(folder), data={"points": json.dumps(LONG)})
-        body = check_problem(answer, "invalid_request")
+        response = posted(client, stack(folder), data={"points": json.dumps(LONG)})
+        body = check_problem(response, "invalid_request")
     assert body["errors"][0]["field"] == "points.features"
 
 
@@ -355,18 +357,18 @@ def test_too_many_points_are_refused(zoo: Path, folder: Path) -> None:
 def test_each_failing_field_of_a_series_is_listed(
     api: httpx.Client, task: str, body: Any, failing: str
 ) -> None:
-    answer = api.post(f"/{task}", json=body)
-    assert failing in {e["field"] for e in check_problem(answer, "invalid_request")["errors"]}
+    response = api.post(f"/{task}", json=body)
+    assert failing in {e["field"] for e in check_problem(response, "invalid_request")["errors"]}
 
 
-def test_a_patch_embedding_of_a_series_is_refused(api: httpx.Client) -> None:
-    answer = api.post("/embed", params={"modality": "patch"}, json=series())
-    assert check_problem(answer, "invalid_request")["errors"][0]["field"] == "modality"
+def test_a_patch_embedding_of_a_series_is_rejected(api: httpx.Client) -> None:
+    response = api.post("/embed", params={"modality": "patch"}, json=series())
+    assert check_problem(response, "invalid_request")["errors"][0]["field"] == "modality"
 
 
-def test_a_field_in_the_query_is_not_passed_over(api: httpx.Client, folder: Path) -> None:
-    answer = posted(api, stack(folder), params={"outputs": "confidence", "model": "x"})
-    body = check_problem(answer, "invalid_request")
+def test_a_parameter_in_the_query_is_not_ignored(api: httpx.Client, folder: Path) -> None:
+    response = posted(api, stack(folder), params={"outputs": "confidence", "model": "x"})
+    body = check_problem(response, "invalid_request")
     assert [error["field"] for error in body["errors"]] == ["model", "outputs"]
 
 
@@ -379,12 +381,12 @@ def test_the_query_and_the_form_must_agree(api: httpx.Client, folder: Path) -> N
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"series": NaN}', b"null"])
-def test_what_is_no_json_is_said(api: httpx.Client, content: bytes) -> None:
+def test_invalid_json_is_named_in_the_error(api: httpx.Client, content: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     check_problem(api.post("/forecast", content=content, headers=headers), "invalid_request")
 
 
-def test_a_flood_of_errors_is_cut_short(api: httpx.Client) -> None:
+def test_a_long_list_of_errors_is_shortened(api: httpx.Client) -> None:
     flood = {"series": [{"id": "a"} for _ in range(500)]}
     body = check_problem(api.post("/embed", json=flood), "invalid_request")
     assert len(body["errors"]) == 20
@@ -400,15 +402,15 @@ def test_a_flood_of_errors_is_cut_short(api: httpx.Client) -> None:
     ],
     ids=["lists", "objects", "keys"],
 )
-def test_json_of_mere_structure_is_refused_unparsed(zoo: Path, content: bytes) -> None:
-    """It would take a hundred times its size in memory."""
+def test_json_of_brackets_only_is_rejected_before_parsing(zoo: Path, content: bytes) -> None:
+    """Parsing it would take a hundred times its size in memory."""
     with served(model_dir=zoo) as client:
         headers = {"Content-Type": "application/json"}
-        answer = client.post("/embed", content=content, headers=headers)
-        assert "500000" in check_problem(answer, "invalid_request")["detail"]
+        response = client.post("/embed", content=content, headers=headers)
+        assert "500000" in check_problem(response, "invalid_request")["detail"]
 
 
-def test_of_a_list_of_wrong_values_the_first_is_told(api: httpx.Client) -> None:
+def test_the_first_wrong_value_of_a_list_is_named(api: httpx.Client) -> None:
     flood = {**series()["series"][0], "dates": [0] * 20_000}
     body = check_problem(api.post("/embed", json={"series": [flood]}), "invalid_request")
     assert [error["field"] for error in body["errors"]] == ["series.0.dates.0"]
@@ -423,12 +425,12 @@ def test_of_a_list_of_wrong_values_the_first_is_told(api: httpx.Client) -> None:
         ([("files", (None, "text"))], "files"),
     ],
 )
-def test_files_that_did_not_come_are_missed(api: httpx.Client, files: Files, field: str) -> None:
+def test_missing_files_are_an_error(api: httpx.Client, files: Files, field: str) -> None:
     body = check_problem(api.post("/classify-pixels", files=files), "invalid_request")
     assert [error["field"] for error in body["errors"]] == [field]
 
 
-# Keys ---------------------------------------------------------------------------------------
+# API keys ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -445,7 +447,7 @@ def keyed(zoo: Path) -> Iterator[httpx.Client]:
         {"X-API-Key": "first-key"},
     ],
 )
-def test_a_key_opens(keyed: httpx.Client, headers: dict[str, str]) -> None:
+def test_a_valid_key_is_accepted(keyed: httpx.Client, headers: dict[str, str]) -> None:
     assert keyed.get("/models", headers=headers).status_code == 200
     assert keyed.post("/embed", json=series(), headers=headers).status_code == 200
 
@@ -461,28 +463,28 @@ def test_a_key_opens(keyed: httpx.Client, headers: dict[str, str]) -> None:
         {"X-API-Key": "first-key2"},
     ],
 )
-def test_anything_else_does_not(keyed: httpx.Client, headers: dict[str, str]) -> None:
-    for answer in (
+def test_any_other_key_is_rejected(keyed: httpx.Client, headers: dict[str, str]) -> None:
+    for response in (
         keyed.get("/models", headers=headers),
         keyed.get("/models/embed-pixel", headers=headers),
         keyed.post("/embed", json=series(), headers=headers),
         keyed.post("/classify-pixels", content=b"", headers=headers),
     ):
-        body = check_problem(answer, "unauthorized")
-        assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+        body = check_problem(response, "unauthorized")
+        assert response.headers["WWW-Authenticate"].startswith("Bearer")
         assert "first-key" not in body["detail"]
 
 
-def test_an_operator_and_a_reader_need_no_key(keyed: httpx.Client) -> None:
+def test_health_and_documentation_need_no_key(keyed: httpx.Client) -> None:
     for path in ("/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json", "/"):
         assert keyed.get(path).status_code == 200
 
 
-# Room ---------------------------------------------------------------------------------------
+# Capacity ---------------------------------------------------------------------------------------
 
 
 def started_upload(client: httpx.Client) -> socket.socket:
-    """An upload that has begun and goes on for as long as the socket is open."""
+    """An upload that has started and continues while the socket is open."""
     connection = socket.create_connection((client.base_url.host, client.base_url.port or 80))
     connection.sendall(
         b"POST /classify-pixels HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n"
@@ -491,20 +493,20 @@ def started_upload(client: httpx.Client) -> socket.socket:
     return connection
 
 
-def test_who_finds_no_seat_is_told_at_once(zoo: Path, folder: Path) -> None:
+def test_a_request_without_a_free_slot_is_rejected_at_once(zoo: Path, folder: Path) -> None:
     with served(model_dir=zoo, max_concurrency=1) as client:
         uploads = [started_upload(client) for _ in range(2)]
         assert soon(lambda: "pimc_uploads_in_flight 2.0" in client.get("/metrics").text)
-        answer = posted(client, stack(folder))
-        check_problem(answer, "overloaded")
-        assert int(answer.headers["Retry-After"]) > 0
+        response = posted(client, stack(folder))
+        check_problem(response, "overloaded")
+        assert int(response.headers["Retry-After"]) > 0
         for upload in uploads:
             upload.close()
-        # Their seats come free; nothing is left of them.
+        # Their slots become free, and no file remains.
         assert soon(lambda: posted(client, stack(folder)).status_code == 200)
 
 
-def test_what_can_be_refused_by_its_length_is_not_uploaded(api: httpx.Client) -> None:
+def test_a_request_rejected_by_its_length_is_not_uploaded(api: httpx.Client) -> None:
     where = (api.base_url.host, api.base_url.port or 80)
     with socket.create_connection(where, timeout=PATIENCE) as connection:
         connection.sendall(
@@ -514,8 +516,8 @@ def test_what_can_be_refused_by_its_length_is_not_uploaded(api: httpx.Client) ->
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
-def test_more_at_once_than_there_is_room_for(zoo: Path, folder: Path) -> None:
-    """All are answered in full or told that nothing was started; none is lost."""
+def test_more_simultaneous_requests_than_slots(zoo: Path, folder: Path) -> None:
+    """Each gets a complete result or the error `overloaded`; none is lost."""
     files = stack(folder, 4, shape=(60, 60))
     found: list[httpx.Response] = []
     with served(model_dir=zoo, max_concurrency=1) as client:
@@ -531,28 +533,30 @@ def test_more_at_once_than_there_is_room_for(zoo: Path, folder: Path) -> None:
         for thread in threads:
             thread.join()
     assert len(found) == 8
-    good = [answer for answer in found if answer.status_code == 200]
+    good = [response for response in found if response.status_code == 200]
     assert good, [(a.status_code, a.text[:300]) for a in found]
-    assert len({answer.content for answer in good}) == 1
-    for answer in found:
-        if answer.status_code != 200:
-            check_problem(answer, "overloaded")
+    assert len({response.content for response in good}) == 1
+    for response in found:
+        if response.status_code != 200:
+            check_problem(response, "overloaded")
 
 
 # Readiness ----------------------------------------------------------------------------------
 
 
-def test_a_default_that_cannot_be_loaded_makes_it_unready(tmp_path: Path, folder: Path) -> None:
+def test_a_service_whose_default_model_does_not_load_is_not_ready(
+    tmp_path: Path, folder: Path
+) -> None:
     zoo = write_zoo(tmp_path)
     card = json.loads((zoo / "forecast-vi" / "card.json").read_text())
     (zoo / "forecast-vi" / "model.onnx").write_bytes(b"no graph")
     card["sha256"] = card["variants"][0]["sha256"] = hashlib.sha256(b"no graph").hexdigest()
     (zoo / "forecast-vi" / "card.json").write_text(json.dumps(card))
     with served(model_dir=zoo) as client:
-        answer = client.get("/health/ready")
-        assert "forecast-vi" in check_problem(answer, "not_ready")["detail"]
-        assert int(answer.headers["Retry-After"]) > 0
-        # The others go on.
+        response = client.get("/health/ready")
+        assert "forecast-vi" in check_problem(response, "not_ready")["detail"]
+        assert int(response.headers["Retry-After"]) > 0
+        # The other models are served.
         assert client.get("/health/live").status_code == 200
         assert posted(client, stack(folder)).status_code == 200
         check_problem(posted(client, stack(folder), "forecast"), "unknown_model")
@@ -560,7 +564,7 @@ def test_a_default_that_cannot_be_loaded_makes_it_unready(tmp_path: Path, folder
         check_problem(client.get("/models/forecast-vi"), "unknown_model")
 
 
-def test_a_refused_bundle_is_told_with_the_reason(zoo: Path, tmp_path: Path) -> None:
+def test_readiness_lists_a_rejected_bundle_with_the_reason(zoo: Path, tmp_path: Path) -> None:
     own = write_zoo(tmp_path)
     (own / "pixels-brittle" / "model.onnx").write_bytes(b"tampered with")
     with served(model_dir=own) as client:
@@ -592,9 +596,9 @@ def test_no_number_in_a_point_is_an_internal_error(
         f'{{"type": "Feature", "geometry": {{"type": "Point", "coordinates": [3, 51]}}, {member}}}'
     )
     points = f'{{"type": "FeatureCollection", "features": [{feature}]}}'
-    answer = posted(api, stack(folder), data={"points": points})
-    check_problem(answer, "invalid_request")
-    assert "points" in answer.json()["detail"]
+    response = posted(api, stack(folder), data={"points": points})
+    check_problem(response, "invalid_request")
+    assert "points" in response.json()["detail"]
 
 
 @pytest.mark.parametrize("task", ["classify-pixels", "forecast", "embed"])
@@ -621,9 +625,9 @@ def test_no_series_is_an_internal_error(
         **changes,
     }
     one = ", ".join(f'"{name}": {value}' for name, value in members.items())
-    answer = api.post(
+    response = api.post(
         f"/{task}",
         content=f'{{"series": [{{{one}}}]}}',
         headers={"Content-Type": "application/json"},
     )
-    check_problem(answer, "invalid_request")
+    check_problem(response, "invalid_request")

@@ -97,13 +97,13 @@ CONTENTS = [bytes(range(256)) * 40, b"--edge", b"\r\n--edge-no\r\n", b"\r\n" * 5
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_a_form_is_parsed_the_same_in_any_chunks(data: Any) -> None:
-    whole = body_of(
+    body = body_of(
         part("dates", b"2021-01-01"),
         *(part("files", content, f"f{n}.tif") for n, content in enumerate(CONTENTS)),
         part("dates", "2021-02-01, é".encode()),
     )
-    cuts = sorted(data.draw(st.sets(st.integers(1, len(whole) - 1), max_size=30)))
-    pieces = [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(body) - 1), max_size=30)))
+    pieces = [body[a:b] for a, b in zip([0, *cuts], [*cuts, len(body)], strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         form = taken(pieces, Path(folder))
         assert [file.name for file in form.files] == ["f0.tif", "f1.tif", "f2.tif", "f3.tif"]
@@ -228,9 +228,9 @@ def test_a_malformed_or_too_large_form_is_rejected(
 
 def test_the_body_limit_does_not_depend_on_content_length(tmp_path: Path) -> None:
     pieces = [part("files", b"x" * 500, "a.tif")] * 10
-    for said in ("10", "0", "nonsense"):
+    for declared in ("10", "0", "nonsense"):
         with pytest.raises(BodyTooLarge):
-            taken(list(pieces), tmp_path / said, Limits(body_bytes=50), content_length=said)
+            taken(list(pieces), tmp_path / declared, Limits(body_bytes=50), content_length=declared)
     with pytest.raises(BodyTooLarge, match="5000"):
         taken([b""], tmp_path, Limits(body_bytes=50), content_length="5000")
 
@@ -377,10 +377,10 @@ def test_a_chunked_upload_is_read_like_any_other(api: httpx.Client, tmp_path: Pa
         for at in range(0, len(form), 100):
             yield form[at : at + 100]
 
-    answer = api.post(
+    response = api.post(
         "/classify-pixels",
         content=pieces(),
         headers={"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"},
     )
-    assert answer.status_code == 200, answer.text
+    assert response.status_code == 200, response.text
     assert json.loads(api.get("/health/ready").text)["status"] == "ready"

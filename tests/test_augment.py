@@ -135,8 +135,8 @@ def test_a_zoom_interpolates_as_scipy_does_and_mirrors_what_lies_outside(closer,
     assert out.dtype == np.float32
     for got_rows, got_cols, got in out:
         # The first two bands tell where each pixel was seen.
-        want = map_coordinates(image, [got_rows, got_cols], order=1)
-        np.testing.assert_allclose(got, want, atol=1e-5)
+        expected = map_coordinates(image, [got_rows, got_cols], order=1)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
     steps = np.diff(out[:, 0, :, 0], axis=1)
     scale = np.median(np.abs(steps), axis=1)
     assert (scale > 1 - closer - 1e-3).all()

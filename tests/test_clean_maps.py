@@ -224,10 +224,10 @@ def posted(api: httpx.Client, stack: list[SourceFile], **data: Any) -> httpx.Res
     return api.post("/classify-pixels", files=files, data=data, headers=headers)
 
 
-def layers(answer: httpx.Response) -> dict[str, np.ndarray]:
-    assert answer.status_code == 200, answer.text
+def layers(response: httpx.Response) -> dict[str, np.ndarray]:
+    assert response.status_code == 200, response.text
     found = {}
-    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+    with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
         for name in archive.namelist():
             if name.endswith(".tif"):
                 with rasterio.MemoryFile(archive.read(name)) as memory, memory.open() as file:
@@ -286,11 +286,11 @@ def test_results_do_not_depend_on_the_windows(
                     pixels[layer] = file.read()
             found.append((pixels, outcome.summary))
             assert not list(folder.glob("*scratch*"))
-        (whole, one), (parts, other) = found
+        (complete, one), (parts, other) = found
         for name in outputs:
-            np.testing.assert_array_equal(whole[name], parts[name])
+            np.testing.assert_array_equal(complete[name], parts[name])
         counts = [row["pixels"] for row in one["classes"]]
-        assert counts == [int((whole["class"] == n).sum()) for n in range(len(counts))]
+        assert counts == [int((complete["class"] == n).sum()) for n in range(len(counts))]
         assert counts == [row["pixels"] for row in other["classes"]]
 
 
@@ -314,9 +314,9 @@ def test_a_job_gives_the_same_map(api: httpx.Client, stack: list[SourceFile]) ->
 
 
 def job_of(api: httpx.Client, stack: list[SourceFile], **data: Any) -> str:
-    answer = posted(api, stack, headers={"Prefer": "respond-async"}, **data)
-    assert waited(api, answer.json()["jobID"])["status"] == "successful"
-    return str(answer.json()["jobID"])
+    response = posted(api, stack, headers={"Prefer": "respond-async"}, **data)
+    assert waited(api, response.json()["jobID"])["status"] == "successful"
+    return str(response.json()["jobID"])
 
 
 def pixels(content: bytes) -> np.ndarray:
@@ -363,9 +363,9 @@ def test_a_job_without_what_a_derived_map_needs_says_so(
     api: httpx.Client, stack: list[SourceFile]
 ) -> None:
     plain = job_of(api, stack)
-    answer = api.get(f"/jobs/{plain}/result/class?smooth=2")
-    assert answer.status_code == 422
-    assert "outputs=class,probabilities" in answer.json()["detail"]
+    response = api.get(f"/jobs/{plain}/result/class?smooth=2")
+    assert response.status_code == 422
+    assert "outputs=class,probabilities" in response.json()["detail"]
     assert api.get(f"/jobs/{plain}/result/class?min_area=0.2").status_code == 200
     smooth = job_of(api, stack, outputs="class,probabilities", smooth=1)
     assert "smoothed already" in api.get(f"/jobs/{smooth}/result/class?smooth=2").text
@@ -380,8 +380,8 @@ def test_a_large_map_is_not_derived_while_a_client_waits(
 ) -> None:
     with served(model_dir=zoo, sync_max_pixels=H * W - 1) as api:
         job = job_of(api, stack)
-        answer = api.get(f"/jobs/{job}/result/class?min_area=0.2")
-        assert "PIMC_SYNC_MAX_PIXELS" in answer.json()["detail"]
+        response = api.get(f"/jobs/{job}/result/class?min_area=0.2")
+        assert "PIMC_SYNC_MAX_PIXELS" in response.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -399,9 +399,9 @@ def test_a_large_map_is_not_derived_while_a_client_waits(
 def test_parameters_that_do_not_fit_are_rejected(
     api: httpx.Client, stack: list[SourceFile], data: dict[str, Any], field: str
 ) -> None:
-    answer = posted(api, stack, **data)
-    assert answer.status_code == 422
-    assert answer.json()["errors"][0]["field"] == field
+    response = posted(api, stack, **data)
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["field"] == field
 
 
 def test_a_long_sieve_can_be_cancelled() -> None:

@@ -231,11 +231,11 @@ def as_json(folder: Path, name: str, document: object) -> SourceFile:
 def test_a_stac_item_beside_its_assets_says_date_scale_and_offset(
     tmp_path: Path, version: str
 ) -> None:
-    said = {"scale": 0.0001, "offset": -0.1}
+    stated = {"scale": 0.0001, "offset": -0.1}
     extra = (
-        {"raster:bands": [said]}
+        {"raster:bands": [stated]}
         if version == "1.0.0"
-        else {"bands": [{f"raster:{key}": value for key, value in said.items()}]}
+        else {"bands": [{f"raster:{key}": value for key, value in stated.items()}]}
     )
     assets = {
         key: {"href": f"https://example.org/x/{band}.tif?token=1", **extra}

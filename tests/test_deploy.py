@@ -183,8 +183,8 @@ def registry() -> Iterator[str]:
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            asked = "service=here&scope=repository%3Alibrary%2Fpython%3Apull"
-            assert self.path == f"/token?{asked}"
+            requested = "service=here&scope=repository%3Alibrary%2Fpython%3Apull"
+            assert self.path == f"/token?{requested}"
             self.wfile.write(b'{"token": "open sesame"}')
 
         def do_HEAD(self) -> None:
@@ -273,8 +273,8 @@ def test_serving_needs_no_torch():
 
 
 def test_cuda_is_of_the_version_that_onnx_runtime_requires(pinned):
-    asked = required(["onnxruntime-gpu[cuda,cudnn]"])
-    cuda = {name: r for name, r in asked.items() if name.startswith("nvidia-")}
+    requested = required(["onnxruntime-gpu[cuda,cudnn]"])
+    cuda = {name: r for name, r in requested.items() if name.startswith("nvidia-")}
     assert "nvidia-cudnn-cu13" in cuda
     for name, requirement in cuda.items():
         assert requirement.specifier.contains(pinned[name]), requirement

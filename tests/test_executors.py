@@ -1,4 +1,4 @@
-"""The three stages: order, bounds, errors and cancellation, with plain functions."""
+"""The executor's three stages: order, limits, errors and cancellation, with plain functions."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_every_item_goes_through_in_order():
     assert written == [(i, i * 10 + 1) for i in range(50)]
 
 
-def test_no_items_no_calls():
+def test_a_run_without_items_calls_no_stage():
     assert run([]) == Timing()
 
 
 @pytest.mark.parametrize("stage", ["read", "infer", "write"])
-def test_a_stage_that_fails_stops_the_others_and_is_heard_as_it_is(stage):
+def test_an_error_of_a_stage_stops_the_others_and_is_raised_unchanged(stage):
     begun, written = [], []
     stages = {
         "read": lambda i: begun.append(i) or i,
@@ -60,14 +60,14 @@ def test_a_stage_that_fails_stops_the_others_and_is_heard_as_it_is(stage):
 
     with pytest.raises(Fault, match="at 5"):
         run(range(1000), **{**stages, stage: broken})
-    # What was inferred but not yet written is dropped.
+    # Items that were inferred but not yet written are dropped.
     assert written == list(range(len(written)))
     assert 5 not in written
-    # At most what may lie between the stages was begun in vain.
+    # At most the items between two stages were read without being written.
     assert len(begun) < 20
 
 
-def test_no_stage_runs_away_from_the_next():
+def test_the_number_of_items_between_stages_is_limited():
     lock, alive, most = threading.Lock(), 0, 0
 
     def read(item):
@@ -77,7 +77,7 @@ def test_no_stage_runs_away_from_the_next():
             most = max(most, alive)
         return item
 
-    def write(item, answer):
+    def write(item, result):
         nonlocal alive
         with lock:
             alive -= 1
@@ -87,24 +87,24 @@ def test_no_stage_runs_away_from_the_next():
     assert most <= 6
 
 
-def test_reading_goes_on_while_an_item_is_inferred():
+def test_the_next_item_is_read_while_an_item_is_inferred():
     read_second = threading.Event()
 
     def infer(item):
-        # Were the stages one after the other, the second item would never be read meanwhile.
+        # If the stages did not overlap, the second item would never be read during this wait.
         return item == 0 and read_second.wait(PATIENCE)
 
-    answers = []
+    results = []
     run(
         [0, 1],
         read=lambda i: i if i == 0 else (read_second.set(), i)[1],
         infer=infer,
-        write=lambda i, a: answers.append(a),
+        write=lambda i, a: results.append(a),
     )
-    assert answers[0] is True
+    assert results[0] is True
 
 
-def test_cancelling_stops_after_the_item_at_hand():
+def test_a_cancelled_run_stops_after_the_current_item():
     cancelled, written = threading.Event(), []
 
     def infer(item):
@@ -118,7 +118,7 @@ def test_cancelling_stops_after_the_item_at_hand():
     assert len(written) <= 4
 
 
-def test_cancelled_before_it_began_reads_nothing():
+def test_a_run_cancelled_before_its_start_reads_no_item():
     cancelled, read = threading.Event(), []
     cancelled.set()
     with pytest.raises(Cancelled):
@@ -126,16 +126,16 @@ def test_cancelled_before_it_began_reads_nothing():
     assert read == []
 
 
-def test_threads_end_with_the_run():
+def test_the_threads_of_a_run_end_with_it():
     before = set(threading.enumerate())
     with pytest.raises(Fault):
         run(range(10), infer=failing_at(2))
     run(range(10))
-    # Threads of other tests may end meanwhile.
+    # Threads of other tests may end in the meantime.
     assert set(threading.enumerate()) <= before
 
 
-def test_times_add_up():
+def test_timings_are_added_by_stage():
     total = Timing(read=1, infer=2, write=3) + Timing(write=4)
     assert total == Timing(read=1, infer=2, write=7)
     measured = run([0], infer=lambda v: threading.Event().wait(0.05))

@@ -131,9 +131,9 @@ def posted(
     return api.post(f"/{task}", files=files, data=data, headers=headers)
 
 
-def raster(answer: httpx.Response) -> rasterio.io.MemoryFile:
-    assert answer.status_code == 200, answer.text
-    return rasterio.io.MemoryFile(answer.content)
+def raster(response: httpx.Response) -> rasterio.io.MemoryFile:
+    assert response.status_code == 200, response.text
+    return rasterio.io.MemoryFile(response.content)
 
 
 # Shares --------------------------------------------------------------------------------------
@@ -188,10 +188,10 @@ def test_fields_that_overlap_each_count_in_full() -> None:
 def test_classes_are_those_of_the_mean_probability(
     api: httpx.Client, stack: list[SourceFile]
 ) -> None:
-    answer = posted(api, stack, fields=collection())
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] == "application/geo+json"
-    features = answer.json()["features"]
+    response = posted(api, stack, fields=collection())
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "application/geo+json"
+    features = response.json()["features"]
     assert [one["id"] for one in features] == list(SHAPES)
     assert [one["properties"]["crop"] for one in features] == [f"c{n}" for n in range(len(SHAPES))]
     with raster(posted(api, stack, outputs="probabilities")) as memory, memory.open() as file:
@@ -228,9 +228,9 @@ def test_models_of_patches_are_rejected_with_an_alternative(
     api: httpx.Client, stack: list[SourceFile], task: str
 ) -> None:
     data = {"modality": "patch"} if task == "embed" else {}
-    answer = posted(api, stack, task, fields=collection(), **data)
-    assert answer.json()["code"] == "invalid_request", answer.text
-    assert "use a pixel model with /classify-pixels" in answer.json()["detail"]
+    response = posted(api, stack, task, fields=collection(), **data)
+    assert response.json()["code"] == "invalid_request", response.text
+    assert "use a pixel model with /classify-pixels" in response.json()["detail"]
 
 
 def test_embeddings_are_the_mean_embedding(api: httpx.Client, stack: list[SourceFile]) -> None:
@@ -273,9 +273,9 @@ def test_results_do_not_depend_on_the_windows(
             model = engine.models[name]
             opened = open_stack(stack, StackOptions(), bands=model.card.bands, max_bytes=2**30)
             run = plan_raster(model, opened, rasters=False)
-            whole = run_fields(make_work(run, tmp_path), fields).results
+            at_once = run_fields(make_work(run, tmp_path), fields).results
             small = run_fields(make_work(run, tmp_path, window_bytes=2**13), fields).results
-            for one, other in zip(whole, small, strict=True):
+            for one, other in zip(at_once, small, strict=True):
                 assert one["status"] == other["status"]
                 flat, same = (json.dumps(x, sort_keys=True) for x in (one, other))
                 numbers, others = (_numbers(json.loads(text)) for text in (flat, same))
@@ -302,13 +302,13 @@ def test_fields_that_overlap_are_counted_in_parts_of_bounded_size(
             opened = open_stack(stack, StackOptions(), bands=model.card.bands, max_bytes=2**30)
             run = plan_raster(model, opened, rasters=False)
             fields = fields_of(shapes)
-            whole, before = run_fields(make_work(run, tmp_path), fields).results, most
+            at_once, before = run_fields(make_work(run, tmp_path), fields).results, most
             with monkeypatch.context() as patched:
                 patched.setattr(windowing, "COVERED_CELLS", 300)
                 most = 0
                 parts = run_fields(make_work(run, tmp_path), fields).results
             assert most <= 300 < before
-            for one, other in zip(whole, parts, strict=True):
+            for one, other in zip(at_once, parts, strict=True):
                 assert one["status"] == other["status"]
                 np.testing.assert_allclose(_numbers(one), _numbers(other), rtol=1e-5, atol=1e-6)
 
@@ -349,10 +349,10 @@ def test_every_format_and_crs_gives_the_same(
         given.to_parquet(path)
     else:
         given.to_file(path, driver="GPKG" if ending == "gpkg" else "GeoJSON")
-    answer = posted(api, stack, fields=(path.name, path.read_bytes()))
-    assert answer.status_code == 200, answer.text
+    response = posted(api, stack, fields=(path.name, path.read_bytes()))
+    assert response.status_code == 200, response.text
     plain = posted(api, stack, fields=collection()).json()["features"]
-    for one, other in zip(answer.json()["features"], plain, strict=True):
+    for one, other in zip(response.json()["features"], plain, strict=True):
         assert one["properties"]["name"] == other["id"]
         assert one["properties"]["n"] == other["properties"]["n"]
         assert one["properties"]["status"] == other["properties"]["status"]
@@ -363,9 +363,9 @@ def test_every_format_and_crs_gives_the_same(
 
 
 def test_a_table_holds_a_row_for_each_field(api: httpx.Client, stack: list[SourceFile]) -> None:
-    answer = posted(api, stack, fields=collection(), accept="text/csv")
-    assert answer.headers["content-type"].startswith("text/csv")
-    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    response = posted(api, stack, fields=collection(), accept="text/csv")
+    assert response.headers["content-type"].startswith("text/csv")
+    rows = list(csv.DictReader(io.StringIO(response.text)))
     features = posted(api, stack, fields=collection()).json()["features"]
     assert [row["id"] for row in rows] == [one["id"] for one in features]
     for row, one in zip(rows, features, strict=True):
@@ -382,10 +382,10 @@ def test_a_table_holds_a_row_for_each_field(api: httpx.Client, stack: list[Sourc
 def test_geoparquet_is_read_by_geopandas(
     api: httpx.Client, stack: list[SourceFile], tmp_path: Path
 ) -> None:
-    answer = posted(api, stack, fields=collection(), accept="application/vnd.apache.parquet")
-    assert answer.status_code == 200, answer.text
+    response = posted(api, stack, fields=collection(), accept="application/vnd.apache.parquet")
+    assert response.status_code == 200, response.text
     path = tmp_path / "x.parquet"
-    path.write_bytes(answer.content)
+    path.write_bytes(response.content)
     table = geopandas.read_parquet(path)
     assert table.crs == "OGC:CRS84"
     assert list(table["id"]) == list(SHAPES)
@@ -412,8 +412,8 @@ def test_a_job_gives_the_result_of_the_request(api: httpx.Client, stack: list[So
 # Faults --------------------------------------------------------------------------------------
 
 
-def codes(answer: httpx.Response) -> list[str]:
-    return [one["code"] for one in answer.json()["warnings"]]
+def codes(response: httpx.Response) -> list[str]:
+    return [one["code"] for one in response.json()["warnings"]]
 
 
 def test_invalid_features_do_not_affect_the_others(
@@ -424,11 +424,11 @@ def test_invalid_features_do_not_affect_the_others(
     document = collection({"good": square(2, 3, 6), "bow": bow, "point": point})
     document["features"].append({"type": "Feature", "id": "good", "properties": None,
                                  "geometry": None})  # fmt: skip
-    answer = posted(api, stack, fields=document)
-    statuses = [one["properties"]["status"] for one in answer.json()["features"]]
+    response = posted(api, stack, fields=document)
+    statuses = [one["properties"]["status"] for one in response.json()["features"]]
     assert statuses == ["ok", "ok", "invalid", "invalid"]
-    assert {"fields_repaired", "invalid_fields", "duplicate_ids"} <= set(codes(answer))
-    bow_found = answer.json()["features"][1]["properties"]
+    assert {"fields_repaired", "invalid_fields", "duplicate_ids"} <= set(codes(response))
+    bow_found = response.json()["features"][1]["properties"]
     assert bow_found["pixels"] == pytest.approx(32, abs=1e-3)  # two triangles of 16
 
 
@@ -451,23 +451,23 @@ def test_invalid_features_do_not_affect_the_others(
 def test_a_file_without_fields_is_rejected(
     api: httpx.Client, stack: list[SourceFile], content: bytes, code: str
 ) -> None:
-    answer = posted(api, stack, fields=("fields.bin", content))
-    assert answer.json()["code"] == code
-    assert answer.status_code in {413, 422}
-    assert "fields.bin" in answer.json()["detail"]
+    response = posted(api, stack, fields=("fields.bin", content))
+    assert response.json()["code"] == code
+    assert response.status_code in {413, 422}
+    assert "fields.bin" in response.json()["detail"]
 
 
 def test_points_and_fields_exclude_each_other(api: httpx.Client, stack: list[SourceFile]) -> None:
     point = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [3, 51]}}
     points = json.dumps({"type": "FeatureCollection", "features": [point]})
-    answer = posted(api, stack, fields=collection(), points=points)
-    assert answer.json()["code"] == "invalid_request"
-    assert "points" in answer.json()["detail"]
+    response = posted(api, stack, fields=collection(), points=points)
+    assert response.json()["code"] == "invalid_request"
+    assert "points" in response.json()["detail"]
 
 
 def test_patch_models_are_rejected_for_fields(api: httpx.Client, stack: list[SourceFile]) -> None:
-    answer = posted(api, stack, "embed", fields=collection(), modality="patch")
-    assert answer.json()["code"] in {"invalid_request", "missing_bands"}
+    response = posted(api, stack, "embed", fields=collection(), modality="patch")
+    assert response.json()["code"] in {"invalid_request", "missing_bands"}
 
 
 def test_the_content_determines_the_format_not_the_name(tmp_path: Path) -> None:

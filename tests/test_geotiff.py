@@ -256,11 +256,11 @@ def test_tags_that_are_not_utf_8_are_ignored(tmp_path: Path) -> None:
 def test_damaged_files_raise_only_errors_of_the_service(tmp_path: Path) -> None:
     """Bytes changed at random, mostly in the header: a plain answer or one of our errors."""
     file = scene(tmp_path / "x.tif", compress="deflate", nodata=0)
-    whole = file.path.read_bytes()
+    content = file.path.read_bytes()
     chance = np.random.default_rng(7)
-    told = []
+    details = []
     for _ in range(250):
-        damaged = bytearray(whole)
+        damaged = bytearray(content)
         reach = 1200 if chance.random() < 0.8 else len(damaged)
         for _ in range(chance.integers(1, 7)):
             # The header stands at the end of the file.
@@ -274,6 +274,6 @@ def test_damaged_files_raise_only_errors_of_the_service(tmp_path: Path) -> None:
             with StackReader(stack) as reader:
                 reader.read(Window(0, 0, stack.grid.width, stack.grid.height))
         except PIMCError as error:
-            told.append(error.detail)
-    assert 30 < len(told) < 250
-    assert all(re.search(r"x\.tif|median|decode to", detail) for detail in told)
+            details.append(error.detail)
+    assert 30 < len(details) < 250
+    assert all(re.search(r"x\.tif|median|decode to", detail) for detail in details)

@@ -18,9 +18,9 @@ def grid(crs: str, transform: Affine, width: int = 40, height: int = 30) -> Grid
     return Grid(crs=CRS.from_string(crs), transform=transform, width=width, height=height)
 
 
-def rows(of: Grid, wanted: slice | range) -> np.ndarray:
+def rows(of: Grid, expected: slice | range) -> np.ndarray:
     """Area of the first pixel of some rows."""
-    return of.hectares(Window(0, 0, of.width, of.height))[wanted, 0]
+    return of.hectares(Window(0, 0, of.width, of.height))[expected, 0]
 
 
 def geodesic_hectares(
@@ -76,8 +76,8 @@ def test_geographic_area_uses_the_ellipsoid_and_the_unit_of_the_crs() -> None:
 
 
 def test_pixels_of_the_globe_sum_to_its_area() -> None:
-    whole = grid("+proj=longlat +R=6371000", Affine(1, 0, -180, 0, -1, 90), 360, 180)
-    total = rows(whole, slice(None)).sum() * 360
+    complete = grid("+proj=longlat +R=6371000", Affine(1, 0, -180, 0, -1, 90), 360, 180)
+    total = rows(complete, slice(None)).sum() * 360
     assert total == pytest.approx(4 * np.pi * 6371000**2 / 1e4)
 
 
@@ -151,21 +151,21 @@ def test_areas_are_geodesic_to_half_a_per_cent(
     crs: str, transform: Affine, width: int, height: int
 ) -> None:
     one = grid(crs, transform, width, height)
-    whole = one.hectares(Window(0, 0, width, height))
-    assert whole.shape == (height, width)
+    complete = one.hectares(Window(0, 0, width, height))
+    assert complete.shape == (height, width)
     for row, column in [(0, 0), (height - 1, width - 1), (height // 2, width // 3), (5, width - 7)]:
         expected = polygon_hectares(one, row, column)
-        assert whole[row, column] == pytest.approx(expected, rel=5e-3), (row, column)
-        if abs(whole[row, column] / one.hectares(Window(0, 0, 1, 1))[0, 0] - 1) > 1e-9:
+        assert complete[row, column] == pytest.approx(expected, rel=5e-3), (row, column)
+        if abs(complete[row, column] / one.hectares(Window(0, 0, 1, 1))[0, 0] - 1) > 1e-9:
             # Not constant, so worked out on the ellipsoid.
-            assert whole[row, column] == pytest.approx(expected, rel=2e-5), (row, column)
+            assert complete[row, column] == pytest.approx(expected, rel=2e-5), (row, column)
 
 
 def test_areas_do_not_depend_on_the_window() -> None:
     one = grid("EPSG:3857", Affine(10, 0, 480_000, 0, -10, 6_650_000), 300, 200)
-    whole = one.hectares(Window(0, 0, 300, 200))
+    complete = one.hectares(Window(0, 0, 300, 200))
     part = one.hectares(Window(70, 130, 90, 3))
-    np.testing.assert_allclose(part, whole[130:133, 70:160], rtol=1e-12)
+    np.testing.assert_allclose(part, complete[130:133, 70:160], rtol=1e-12)
 
 
 def test_web_mercator_does_not_stretch_hectares() -> None:

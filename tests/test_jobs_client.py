@@ -39,7 +39,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """More pixels than a synchronous request may have."""
+    """A stack with more pixels than a synchronous request may have."""
     return made(tmp_path_factory.mktemp("large"), 128, 256)
 
 
@@ -50,17 +50,17 @@ def made(folder, *size) -> list[Path]:
 
 @KINDS
 def test_submit_wait_and_result(url, kind, paths):
-    heard = []
+    reported = []
     with connected(kind, url) as client:
         at_once = client.classify_pixels(paths)
         job = client.submit("classify-pixels", paths)
-        raster = job.wait(progress=heard.append)
+        raster = job.wait(progress=reported.append)
         assert isinstance(raster, Raster)
         np.testing.assert_array_equal(raster.array, at_once.array)
         assert raster.content == at_once.content
         assert raster.legend == at_once.legend
-        assert heard == sorted(heard)
-        assert heard[-1] == 100
+        assert reported == sorted(reported)
+        assert reported[-1] == 100
         assert (job.status, job.progress, job.done) == ("successful", 100, True)
         assert job.state.created <= job.state.started <= job.state.finished
         found = client.job(job.id)
@@ -81,7 +81,7 @@ def test_several_outputs_and_one_of_them(url, kind, paths):
 
 
 @KINDS
-def test_what_is_too_large_for_the_line_comes_all_the_same(url, kind, large):
+def test_a_result_too_large_for_a_synchronous_response_is_returned_by_a_job(url, kind, large):
     with connected(kind, url) as client:
         before = len(client.jobs())
         raster = client.classify_pixels(large)
@@ -102,7 +102,7 @@ def test_cancel(url, kind, gate, large):
 
 
 @KINDS
-def test_a_repeat_finds_the_first_job(url, kind, paths):
+def test_a_repeated_request_returns_the_first_job(url, kind, paths):
     with connected(kind, url) as client:
         first = client.submit("embed", paths, idempotency_key=f"mine-{kind}")
         assert client.submit("embed", paths, idempotency_key=f"mine-{kind}").id == first.id
@@ -110,7 +110,7 @@ def test_a_repeat_finds_the_first_job(url, kind, paths):
 
 
 @KINDS
-def test_what_goes_wrong_is_raised(url, kind, paths):
+def test_errors_of_jobs_are_raised(url, kind, paths):
     with connected(kind, url) as client:
         with pytest.raises(MissingBands):
             client.submit("classify-pixels", paths, bands=["B02", "B03", "B04", "B05"])

@@ -45,14 +45,14 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Eight windows."""
+    """A stack that is read in eight windows."""
     return stack(tmp_path_factory.mktemp("large"), 160, 256)
 
 
 def submitted(api: httpx.Client, files: Files, **data: str) -> str:
-    answer = api.post("/classify-pixels", files=files, data=data, headers=ASYNC)
-    assert answer.status_code == 202, answer.text
-    return str(answer.json()["jobID"])
+    response = api.post("/classify-pixels", files=files, data=data, headers=ASYNC)
+    assert response.status_code == 202, response.text
+    return str(response.json()["jobID"])
 
 
 def windows_counted(state: Path) -> int:
@@ -74,7 +74,7 @@ def test_a_job_survives_any_number_of_kills(zoo: Path, large: Files, tmp_path: P
     seen, counted = [0], [0]
     try:
         for kill in range(KILLS):
-            # The first as soon as the answer is there; every other one after some progress.
+            # The first kill follows the response at once; every second kill waits for progress.
             if kill % 2:
                 assert soon(lambda: windows_counted(tmp_path) > counted[-1])
             time.sleep(moments.uniform(0, 0.5) if kill else 0)
@@ -88,7 +88,7 @@ def test_a_job_survives_any_number_of_kills(zoo: Path, large: Files, tmp_path: P
             seen.append(service.api.get(f"/jobs/{job}").json()["progress"])
         gate.open()
         assert waited(service.api, job)["status"] == "successful"
-        # The second one was never killed while it ran.
+        # No kill happened while the second job ran.
         assert waited(service.api, second)["status"] == "successful"
         for output in ("class", "probabilities"):
             killed = service.api.get(f"/jobs/{job}/result/{output}").content
@@ -101,7 +101,7 @@ def test_a_job_survives_any_number_of_kills(zoo: Path, large: Files, tmp_path: P
         ]
         assert results[0] == results[1]
         assert seen == sorted(seen)
-        assert counted == sorted(counted)  # a finished window stays finished
+        assert counted == sorted(counted)  # a finished window is never computed again
         assert counted[-1] > 0
         (line,) = service.lines("job ends")[:1]
         assert line["job_id"] == job
@@ -112,18 +112,18 @@ def test_a_job_survives_any_number_of_kills(zoo: Path, large: Files, tmp_path: P
 # SIGTERM --------------------------------------------------------------------------------------
 
 
-def test_a_stop_lets_requests_end_and_puts_jobs_back(
+def test_a_stopping_service_finishes_requests_and_resumes_jobs_later(
     zoo: Path, large: Files, tmp_path: Path
 ) -> None:
-    answers: list[httpx.Response] = []
+    responses: list[httpx.Response] = []
     gate = Gate(tmp_path / "gate")
     gate.hold(after=4)
     with running(tmp_path, zoo, gate=gate, PIMC_GRACE_SECONDS=str(PATIENCE)) as service:
         job = submitted(service.api, large, model=HELD)
         until(service.api, job, progress=1)
 
-        def ask() -> None:
-            answers.append(
+        def classify() -> None:
+            responses.append(
                 httpx.post(
                     f"{service.api.base_url}/classify-pixels",
                     files=large,
@@ -132,8 +132,8 @@ def test_a_stop_lets_requests_end_and_puts_jobs_back(
                 )
             )
 
-        asking = threading.Thread(target=ask)
-        asking.start()
+        caller = threading.Thread(target=classify)
+        caller.start()
         assert soon(lambda: "pimc_runs_in_flight 2.0" in service.api.get("/metrics").text)
         service.process.send_signal(signal.SIGTERM)
         refused = service.api.post("/embed", json=SERIES)
@@ -144,8 +144,8 @@ def test_a_stop_lets_requests_end_and_puts_jobs_back(
         progress = service.api.get(f"/jobs/{job}").json()["progress"]
         gate.open()
         assert service.end() == 0
-        asking.join()
-        assert [answer.status_code for answer in answers] == [200]
+        caller.join()
+        assert [response.status_code for response in responses] == [200]
         assert service.lines("job stops")[0]["stopping"] is True
     gate.hold()
     with running(tmp_path, zoo, gate=gate) as service:
@@ -154,33 +154,35 @@ def test_a_stop_lets_requests_end_and_puts_jobs_back(
         assert again["progress"] >= progress > 0
         gate.open()
         assert waited(service.api, job)["status"] == "successful"
-        assert service.api.get(f"/jobs/{job}/result").content == answers[0].content
+        assert service.api.get(f"/jobs/{job}/result").content == responses[0].content
 
 
-def test_a_stop_does_not_wait_for_ever(zoo: Path, large: Files, tmp_path: Path) -> None:
+def test_a_stopping_service_waits_for_the_grace_period_only(
+    zoo: Path, large: Files, tmp_path: Path
+) -> None:
     gate = Gate(tmp_path / "gate")
     gate.hold()
     with running(tmp_path, zoo, gate=gate, PIMC_GRACE_SECONDS="1") as service:
-        answers: list[httpx.Response] = []
+        responses: list[httpx.Response] = []
 
-        def ask() -> None:
+        def classify() -> None:
             url = f"{service.api.base_url}/classify-pixels"
-            answers.append(httpx.post(url, files=large, data={"model": HELD}, timeout=PATIENCE))
+            responses.append(httpx.post(url, files=large, data={"model": HELD}, timeout=PATIENCE))
 
-        asking = threading.Thread(target=ask)
-        asking.start()
+        caller = threading.Thread(target=classify)
+        caller.start()
         assert soon(lambda: "pimc_runs_in_flight 1.0" in service.api.get("/metrics").text)
         service.process.send_signal(signal.SIGTERM)
         assert service.end() == 0
-        asking.join()
-        assert (answers[0].status_code, answers[0].json()["code"]) == (503, "not_ready")
+        caller.join()
+        assert (responses[0].status_code, responses[0].json()["code"]) == (503, "not_ready")
 
 
 # The state directory --------------------------------------------------------------------------
 
 
-def refused(state: Path, zoo: Path) -> str:
-    """What a service says that refuses to start: one line, and no trace of the inside."""
+def start_error(state: Path, zoo: Path) -> str:
+    """The error of a service that does not start: one line without a traceback."""
     ended = subprocess.run(
         [sys.executable, "-m", "service"],
         cwd=ROOT,
@@ -200,9 +202,9 @@ def refused(state: Path, zoo: Path) -> str:
     return line
 
 
-def test_a_second_service_is_refused(zoo: Path, tmp_path: Path) -> None:
+def test_a_second_service_with_the_same_state_does_not_start(zoo: Path, tmp_path: Path) -> None:
     with running(tmp_path, zoo) as service:
-        line = refused(tmp_path, zoo)
+        line = start_error(tmp_path, zoo)
         assert "in use by another service" in line
         assert str(service.process.pid) in line
         assert service.api.get("/health/ready").status_code == 200
@@ -211,8 +213,8 @@ def test_a_second_service_is_refused(zoo: Path, tmp_path: Path) -> None:
 # A full disk ----------------------------------------------------------------------------------
 
 
-def test_files_that_may_not_grow(zoo: Path, tmp_path: Path) -> None:
-    """A limit on the size of files: what is sent fits, what is answered does not."""
+def test_a_limit_on_the_size_of_files_is_reported_as_full_disk(zoo: Path, tmp_path: Path) -> None:
+    """Uploads fit into the limit, and results do not."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     files = stack(tmp_path, 256, 256)
@@ -221,13 +223,13 @@ def test_files_that_may_not_grow(zoo: Path, tmp_path: Path) -> None:
         api = service.api
         check_healthy(api)
         check_full(api.post("/embed", files=files))
-        answer = api.post("/embed", files=files, headers=ASYNC)
-        job = answer.json()["jobID"]
+        response = api.post("/embed", files=files, headers=ASYNC)
+        job = response.json()["jobID"]
         info = waited(api, job)
         assert info["status"] == "failed"
         assert check_full(api.get(f"/jobs/{job}/result"))["detail"] == info["message"]
         assert "disk" in info["message"]
-        # And what does not fit when it is sent.
+        # Uploads that exceed the limit.
         wide = stack(tmp_path, 300, 320)
         check_full(api.post("/embed", files=wide))
         check_full(api.post("/embed", files=wide, headers=ASYNC))

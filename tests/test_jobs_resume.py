@@ -1,4 +1,4 @@
-"""A run that is interrupted at any window returns the bytes of an undisturbed run."""
+"""Resumed runs: a run that is interrupted at any window gives the bytes of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ RUNS: dict[str, tuple[Any, dict[str, tuple[str, ...]]]] = {
 
 
 class Killed(Exception):
-    """The process ended here."""
+    """Stands for the end of the process."""
 
 
-class Kept:
-    """A journal that is killed in the middle of saving window number `after`."""
+class MemoryJournal:
+    """A journal in memory whose process is killed while it saves window number `after`."""
 
     def __init__(self, after: int | None = None) -> None:
         self.after = after
@@ -52,18 +52,18 @@ class Kept:
 
 
 class Counting(ThreadExecutor):
-    """Notes which windows are read."""
+    """An executor that records the windows that are read."""
 
     def __init__(self) -> None:
         super().__init__()
         object.__setattr__(self, "read", [])
 
     def run(self, items: Any, *, read: Callable[[Any], Any], **stages: Any) -> Any:
-        def noted(step: Step) -> Any:
+        def recorded(step: Step) -> Any:
             self.read.append((step.stage, step.number))
             return read(step)
 
-        return super().run(items, read=noted, **stages)
+        return super().run(items, read=recorded, **stages)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module", params=RUNS, ids=str)
-def ready(request: Any, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def plan(request: Any, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     folder = tmp_path_factory.mktemp("stack")
     stack(folder, 150, 230)
     task, fields = RUNS[request.param]
@@ -82,39 +82,39 @@ def ready(request: Any, engine: Engine, tmp_path_factory: pytest.TempPathFactory
     return plan_request(request, engine, max_raster_bytes=2**30, rasters=True)
 
 
-def ran(
-    ready: Plan, folder: Path, journal: Kept | None, executor: ThreadExecutor | None = None
+def run(
+    plan: Plan, folder: Path, journal: MemoryJournal | None, executor: ThreadExecutor | None = None
 ) -> tuple[dict[str, bytes], object, list[float]]:
-    """The files' bytes, the document, and the progress told."""
+    """The bytes of the result's files, the document, and the reported progress."""
     folder.mkdir()
     shares: list[float] = []
-    reply = execute(
-        ready,
+    result = execute(
+        plan,
         folder,
         executor=executor or ThreadExecutor(),
         cancelled=threading.Event(),
         progress=shares.append,
         journal=journal,
     )
-    return {p.name: p.read_bytes() for p in folder.iterdir()}, reply.document, shares
+    return {p.name: p.read_bytes() for p in folder.iterdir()}, result.document, shares
 
 
-def test_an_interruption_leaves_no_trace(ready: Plan, tmp_path: Path) -> None:
-    whole = Kept()
-    files, document, _ = ran(ready, tmp_path / "undisturbed", None)
-    with_journal, same, _ = ran(ready, tmp_path / "journal", whole)
+def test_a_resumed_run_equals_an_undisturbed_run(plan: Plan, tmp_path: Path) -> None:
+    complete = MemoryJournal()
+    files, document, _ = run(plan, tmp_path / "undisturbed", None)
+    with_journal, same, _ = run(plan, tmp_path / "journal", complete)
     assert (with_journal, same) == (files, document)
-    steps = list(whole.saved)
+    steps = list(complete.saved)
     assert len(steps) >= 6
     for after in sorted({0, 1, len(steps) // 2, len(steps) - 1}):
-        kept = Kept(after)
+        kept = MemoryJournal(after)
         with pytest.raises(Killed):
-            ran(ready, tmp_path / f"killed-{after}", kept)
-        # What other runs leave behind is for who made the folder to remove; no answer is there.
+            run(plan, tmp_path / f"killed-{after}", kept)
+        # No finished raster is there; the caller removes the folder with its temporary files.
         assert not list((tmp_path / f"killed-{after}").glob("*.tif"))
         kept.after = None
         executor = Counting()
-        again, document_again, shares = ran(ready, tmp_path / f"again-{after}", kept, executor)
+        again, document_again, shares = run(plan, tmp_path / f"again-{after}", kept, executor)
         assert again == files
         assert document_again == document
         assert executor.read == steps[after:]  # type: ignore[attr-defined]
@@ -122,15 +122,15 @@ def test_an_interruption_leaves_no_trace(ready: Plan, tmp_path: Path) -> None:
         assert shares[-1] == 1
 
 
-def test_windows_after_a_gap_are_done_again(ready: Plan, tmp_path: Path) -> None:
-    kept = Kept()
-    files, document, _ = ran(ready, tmp_path / "undisturbed", kept)
+def test_windows_after_a_missing_one_are_computed_again(plan: Plan, tmp_path: Path) -> None:
+    kept = MemoryJournal()
+    files, document, _ = run(plan, tmp_path / "undisturbed", kept)
     steps = list(kept.saved)
     lost = len(steps) // 2
     del kept.saved[steps[lost]]
     executor = Counting()
-    again, same, _ = ran(ready, tmp_path / "again", kept, executor)
+    again, same, _ = run(plan, tmp_path / "again", kept, executor)
     assert (again, same) == (files, document)
-    # To the end of that pass; what later passes had is the same, and is kept.
+    # Up to the end of that pass; the windows of later passes are not computed again.
     expected = [step for step in steps[lost:] if step[0] == steps[lost][0]]
     assert executor.read == expected  # type: ignore[attr-defined]

@@ -320,8 +320,8 @@ def test_four_callers_with_large_files_stay_within_the_budget(
     service.forget_peak()
     before = service.peak()
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda _: post(service, content), range(4)))
-    assert [answer.status_code for answer in answers] == [200] * 4, answers[0].text
+        responses = list(pool.map(lambda _: post(service, content), range(4)))
+    assert [response.status_code for response in responses] == [200] * 4, responses[0].text
     grown = service.peak() - before
     # Without the budget the four take more than twice as much.
     assert grown < BUDGET + 64 * MIB, f"{grown / MIB:.0f} MiB"
@@ -332,10 +332,10 @@ def test_four_callers_with_large_files_stay_within_the_budget(
 def test_a_block_that_can_never_fit_is_rejected_before_it_is_read(
     service: Served, tmp_path: Path
 ) -> None:
-    answer = post(service, fat(tmp_path / "a.tif", 5000))
-    assert (answer.status_code, answer.json()["code"]) == (413, "raster_too_large")
-    said = answer.json()["detail"]
-    assert re.search(r"'s_2021-01-01\.tif', 5000 x 5000 pixels, decodes to 150000000 bytes", said)
-    assert "PIMC_MEMORY_BUDGET" in said
-    assert "gdal_translate -of COG" in said
+    response = post(service, fat(tmp_path / "a.tif", 5000))
+    assert (response.status_code, response.json()["code"]) == (413, "raster_too_large")
+    detail = response.json()["detail"]
+    assert re.search(r"'s_2021-01-01\.tif', 5000 x 5000 pixels, decodes to 150000000 bytes", detail)
+    assert "PIMC_MEMORY_BUDGET" in detail
+    assert "gdal_translate -of COG" in detail
     assert service.metric("pimc_memory_budget_bytes") == BUDGET

@@ -57,16 +57,16 @@ def test_responses_conform_to_the_openapi_document(
         env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    told = "\n".join(line[:500] for line in run.stdout.splitlines())
-    assert run.returncode == 0, told
+    output = "\n".join(line[:500] for line in run.stdout.splitlines())
+    assert run.returncode == 0, output
     found = re.search(r"(\d+) generated, (\d+) passed", run.stdout)
-    assert found, told
+    assert found, output
     assert int(found[1]) == int(found[2]) > 0
 
 
 def test_every_method_of_a_path_is_in_allow(api: httpx.Client) -> None:
     for path, item in api.get("/openapi.json").json()["paths"].items():
-        answer = api.request("OPTIONS", path.replace("{job_id}", "1").replace("{name}", "x"))
-        assert answer.status_code == 405
-        allowed = set(answer.headers["Allow"].split(", "))
+        response = api.request("OPTIONS", path.replace("{job_id}", "1").replace("{name}", "x"))
+        assert response.status_code == 405
+        allowed = set(response.headers["Allow"].split(", "))
         assert {method.upper() for method in item} <= allowed <= {*map(str.upper, item), "HEAD"}

@@ -147,9 +147,9 @@ def posted(
     api: httpx.Client, stack: list[SourceFile], headers: dict[str, str] | None = None, **data: Any
 ) -> httpx.Response:
     files = [("files", (s.name, s.path.read_bytes())) for s in stack]
-    answer = api.post("/classify-pixels", files=files, data=data, headers=headers or {})
-    assert answer.status_code in {200, 202}, answer.text
-    return answer
+    response = api.post("/classify-pixels", files=files, data=data, headers=headers or {})
+    assert response.status_code in {200, 202}, response.text
+    return response
 
 
 def test_polygons_of_every_type(api: httpx.Client, stack: list[SourceFile]) -> None:
@@ -213,5 +213,5 @@ def test_points_have_no_polygons(api: httpx.Client, stack: list[SourceFile]) -> 
     points = json.dumps({"type": "FeatureCollection", "features": features})
     files = [("files", (s.name, s.path.read_bytes())) for s in stack]
     data = {"outputs": "polygons", "points": points}
-    answer = api.post("/classify-pixels", files=files, data=data)
-    assert answer.json()["errors"][0]["field"] == "outputs"
+    response = api.post("/classify-pixels", files=files, data=data)
+    assert response.json()["errors"][0]["field"] == "outputs"

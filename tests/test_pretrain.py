@@ -165,9 +165,9 @@ def test_it_learns_to_find_the_place(tmp_path):
 
 
 def test_a_run_in_chunks_starts_as_the_whole_one_does(tmp_path, undisturbed):
-    whole = TINY.model_copy(update={"steps": 2, "measure_every": 2})
-    chunked = whole.model_copy(update={"chunk": 8})
-    for name, config in (("whole", whole), ("chunked", chunked)):
+    complete = TINY.model_copy(update={"steps": 2, "measure_every": 2})
+    chunked = complete.model_copy(update={"chunk": 8})
+    for name, config in (("whole", complete), ("chunked", chunked)):
         pretrain(config, places=NOWHERE, folder=tmp_path / name, device="cpu")
     one, two = (float(rows(tmp_path / n)[0]["loss"]) for n in ("whole", "chunked"))
     # Only the statistics of batch normalisation and the dropout differ.

@@ -128,14 +128,14 @@ def names(*known: tuple[str, Sequence[str]]) -> Callable[[str, int], Awaitable[S
     """A name server that knows these, and what it was asked."""
 
     async def resolver(host: str, port: int) -> Sequence[str]:
-        asked.append(host)
+        requested.append(host)
         found = dict(known).get(host)
         if found is None:
             raise OSError("no such host")
         return found
 
-    asked: list[str] = []
-    resolver.asked = asked  # type: ignore[attr-defined]
+    requested: list[str] = []
+    resolver.asked = requested  # type: ignore[attr-defined]
     return resolver
 
 
@@ -777,20 +777,20 @@ def test_a_job_resumed_under_other_roots_reads_nothing(tmp_path: Path) -> None:
     gate = Gate(tmp_path / "gate")
     with gate.installed(), gate.held(), served(**there, allowed_roots=(old,)) as first:
         # One runs, one waits; neither is through when the service stops.
-        asked = [
+        requested = [
             first.post("/classify-pixels", json=body, headers={"Prefer": "respond-async"})
             for _ in range(2)
         ]
-    names = [answer.json()["jobID"] for answer in asked]
+    names = [response.json()["jobID"] for response in requested]
     with served(**there, allowed_roots=(new,)) as second:
         assert [waited(second, name)["status"] for name in names] == ["failed", "failed"]
         for name in names:
             problem(second.get(f"/jobs/{name}/result"), "forbidden_reference")
 
 
-def problem(answer: httpx.Response, code: str) -> str:
-    assert answer.json()["code"] == code, answer.text
-    return str(answer.json()["detail"])
+def problem(response: httpx.Response, code: str) -> str:
+    assert response.json()["code"] == code, response.text
+    return str(response.json()["detail"])
 
 
 def test_an_invalid_request_is_an_error_that_names_the_fault(

@@ -1,4 +1,4 @@
-"""What a newcomer is told before believing a map: warnings of a run, through HTTP."""
+"""Warnings of runs about input that a map should not be trusted for, over HTTP."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def stack(
     return files
 
 
-def told(answer: httpx.Response) -> dict[str, str]:
+def warnings_of(response: httpx.Response) -> dict[str, str]:
     """Warnings by code; whether clouds are masked is not the subject."""
-    assert answer.status_code == 200, answer.text
-    warnings = {one["code"]: one["detail"] for one in answer.json()["warnings"]}
+    assert response.status_code == 200, response.text
+    warnings = {one["code"]: one["detail"] for one in response.json()["warnings"]}
     warnings.pop("no_cloud_mask", None)
     return warnings
 
@@ -89,7 +89,7 @@ def test_dates_of_only_a_part_of_the_year_give_a_warning(
     api: httpx.Client, tmp_path: Path, model: str, months: list[int], partial: bool
 ) -> None:
     days = [date(2021, month, 1 + 4 * n) for n, month in enumerate(months)]
-    warnings = told(ask(api, "classify-pixels", stack(tmp_path, days), model=model))
+    warnings = warnings_of(ask(api, "classify-pixels", stack(tmp_path, days), model=model))
     assert ("partial_season" in warnings) is partial
     if partial:
         assert f"{len(days)} dates used, from {days[0]} to {days[-1]}" in warnings["partial_season"]
@@ -98,13 +98,13 @@ def test_dates_of_only_a_part_of_the_year_give_a_warning(
 def test_the_seasons_of_several_years_count_together(api: httpx.Client, tmp_path: Path) -> None:
     days = [date(2018, 11, 1), date(2018, 12, 20), date(2019, 2, 1), date(2020, 5, 1)]
     days += [date(2021, 8, 1)]
-    assert told(ask(api, "classify-pixels", stack(tmp_path, days), model="every-date")) == {}
+    assert warnings_of(ask(api, "classify-pixels", stack(tmp_path, days), model="every-date")) == {}
 
 
 def test_series_have_warnings_too(api: httpx.Client) -> None:
     days = [f"2021-06-{day:02d}" for day in range(1, 9)]
     one = {"id": "field-7", "dates": days, "B02": [0.04] * 8, "B04": [0.05] * 8, "B08": [0.3] * 8}
-    warnings = told(api.post("/classify-pixels", json={"series": [one]}))
+    warnings = warnings_of(api.post("/classify-pixels", json={"series": [one]}))
     assert "series 'field-7'" in warnings["partial_season"]
 
 
@@ -119,7 +119,7 @@ def test_pixels_of_another_size_than_the_models_give_a_warning(
     api: httpx.Client, tmp_path: Path, size: float, suspected: bool
 ) -> None:
     place = Affine(size, 0, 500_000, 0, -size, 5_600_000)
-    warnings = told(ask(api, "classify-pixels", stack(tmp_path, transform=place)))
+    warnings = warnings_of(ask(api, "classify-pixels", stack(tmp_path, transform=place)))
     assert ("resolution_suspected" in warnings) is suspected
     if suspected:
         assert f"{size} m on the ground" in warnings["resolution_suspected"]
@@ -134,7 +134,7 @@ def test_the_size_of_a_pixel_is_that_on_the_ground(
     api: httpx.Client, tmp_path: Path, crs: str, size: float, place: tuple[float, float]
 ) -> None:
     how = {"crs": crs, "transform": Affine(size, 0, place[0], 0, -size, place[1])}
-    assert told(ask(api, "classify-pixels", stack(tmp_path, **how))) == {}
+    assert warnings_of(ask(api, "classify-pixels", stack(tmp_path, **how))) == {}
 
 
 # all_missing --------------------------------------------------------------------------------
@@ -144,20 +144,22 @@ def test_the_size_of_a_pixel_is_that_on_the_ground(
 def test_a_raster_without_a_prediction_has_a_warning_with_the_reason(
     api: httpx.Client, tmp_path: Path, task: str
 ) -> None:
-    detail = told(ask(api, task, stack(tmp_path, scl=9)))["all_missing"]
+    detail = warnings_of(ask(api, task, stack(tmp_path, scl=9)))["all_missing"]
     assert "needs 2 clear observations" in detail
     assert "clear on 0 (mask: scl)" in detail
     assert "mask=none" in detail
     raster = api.post(f"/{task}", files=stack(tmp_path, scl=9))
     assert any(line.startswith("all_missing;") for line in raster.headers.get_list("PIMC-Warning"))
-    assert "all_missing" not in told(ask(api, task, stack(tmp_path, scl=4)))
+    assert "all_missing" not in warnings_of(ask(api, task, stack(tmp_path, scl=4)))
 
 
 def test_patches_without_a_prediction_have_a_warning_with_the_reason(
     api: httpx.Client, tmp_path: Path
 ) -> None:
     days = [date(2021, 6, 1)]
-    detail = told(ask(api, "landcover", stack(tmp_path, days, side=64, scl=9)))["all_missing"]
+    detail = warnings_of(ask(api, "landcover", stack(tmp_path, days, side=64, scl=9)))[
+        "all_missing"
+    ]
     assert detail.startswith("no patch has a prediction")
 
 
@@ -169,7 +171,7 @@ def test_missing_values_and_clouds_give_different_reasons(
     for day in YEAR:
         path = write(tmp_path / f"{day}.tif", pixels, descriptions=("B02", "B04", "B08")).path
         files.append(("files", (path.name, path.read_bytes(), "image/tiff")))
-    detail = told(ask(api, "classify-pixels", files))["all_missing"]
+    detail = warnings_of(ask(api, "classify-pixels", files))["all_missing"]
     assert "values on 0" in detail
     assert "check nodata" in detail
 
@@ -186,19 +188,19 @@ def test_points_fields_and_series_without_a_prediction_have_a_warning(
         return json.dumps({"type": "FeatureCollection", "features": features})
 
     files = stack(tmp_path, scl=9)
-    answer = api.post("/classify-pixels", files=files, data={"points": points(outside)})
-    assert "outside the raster" in told(answer)["all_missing"]
-    answer = api.post("/classify-pixels", files=files, data={"points": points(inside, outside)})
-    assert "clear on 0" in told(answer)["all_missing"]
+    response = api.post("/classify-pixels", files=files, data={"points": points(outside)})
+    assert "outside the raster" in warnings_of(response)["all_missing"]
+    response = api.post("/classify-pixels", files=files, data={"points": points(inside, outside)})
+    assert "clear on 0" in warnings_of(response)["all_missing"]
     square = {"type": "Polygon", "coordinates": [[(0, 0), (0, 0.01), (0.01, 0.01), (0, 0)]]}
     away = {"type": "Feature", "geometry": square, "properties": {}}
     away_file = json.dumps({"type": "FeatureCollection", "features": [away]})
     field = ("fields", ("fields.geojson", away_file, "application/geo+json"))
-    answer = api.post("/classify-pixels", files=[*files, field])
-    assert "outside the raster" in told(answer)["all_missing"]
+    response = api.post("/classify-pixels", files=[*files, field])
+    assert "outside the raster" in warnings_of(response)["all_missing"]
     empty = [None] * 12
     one = {"id": "a", "dates": [str(d) for d in YEAR], "B02": empty, "B04": empty, "B08": empty}
-    assert "all_missing" in told(api.post("/classify-pixels", json={"series": [one]}))
+    assert "all_missing" in warnings_of(api.post("/classify-pixels", json={"series": [one]}))
 
 
 # area_not_covered ---------------------------------------------------------------------------
@@ -212,12 +214,12 @@ def test_a_warning_states_how_much_the_patches_cover(
     api: httpx.Client, tmp_path: Path, side: int, stride: int, share: float
 ) -> None:
     files = stack(tmp_path, [date(2021, 6, 1)], side=side)
-    answer = ask(api, "landcover", files, stride=str(stride))
-    body = answer.json()
+    response = ask(api, "landcover", files, stride=str(stride))
+    body = response.json()
     assert body["covered_share"] == pytest.approx(share)
     hectares = sum(entry["hectares"] for entry in body["classes"])
     assert hectares == pytest.approx(share * side**2 / 100)
-    assert ("area_not_covered" in told(answer)) is (share < 0.95)
+    assert ("area_not_covered" in warnings_of(response)) is (share < 0.95)
 
 
 # Sensors and dated numbers ------------------------------------------------------------------
@@ -228,9 +230,9 @@ def test_another_sensor_is_rejected(api: httpx.Client, tmp_path: Path) -> None:
         ("files", (f"LC08_L2SP_198024_{name[:4]}{name[5:7]}{name[8:10]}_02_T1.tif", data, kind))
         for _, (name, data, kind) in stack(tmp_path)
     ]
-    answer = ask(api, "classify-pixels", files)
-    assert (answer.status_code, answer.json()["code"]) == (422, "wrong_sensor")
-    assert told(ask(api, "classify-pixels", files, sensor="sentinel-2")) == {}
+    response = ask(api, "classify-pixels", files)
+    assert (response.status_code, response.json()["code"]) == (422, "wrong_sensor")
+    assert warnings_of(ask(api, "classify-pixels", files, sensor="sentinel-2")) == {}
     assert (
         ask(api, "classify-pixels", files, sensor="landsat-8").json()["code"] == "invalid_request"
     )

@@ -94,8 +94,8 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         yield client
 
 
-def policy(answer: httpx.Response) -> dict[str, list[str]]:
-    rules = [rule.split() for rule in answer.headers["Content-Security-Policy"].split(";")]
+def policy(response: httpx.Response) -> dict[str, list[str]]:
+    rules = [rule.split() for rule in response.headers["Content-Security-Policy"].split(";")]
     return {rule[0]: rule[1:] for rule in rules}
 
 
@@ -117,34 +117,34 @@ class TestHeaders:
     def test_every_response_has_security_headers(
         self, api: httpx.Client, method: str, path: str, status: int
     ) -> None:
-        answer = api.request(method, path)
-        assert answer.status_code == status
-        assert answer.headers["X-Content-Type-Options"] == "nosniff"
-        assert answer.headers["Referrer-Policy"] == "no-referrer"
-        assert answer.headers["Cache-Control"] == "no-store"
-        assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
-        assert "Access-Control-Allow-Origin" not in answer.headers
-        rules = policy(answer)
+        response = api.request(method, path)
+        assert response.status_code == status
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert response.headers["Referrer-Policy"] == "no-referrer"
+        assert response.headers["Cache-Control"] == "no-store"
+        assert response.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert "Access-Control-Allow-Origin" not in response.headers
+        rules = policy(response)
         assert rules["default-src"] == rules["frame-ancestors"] == rules["base-uri"] == ["'none'"]
         assert "'unsafe-inline'" not in rules.get("script-src", [])
-        assert "'unsafe-eval'" not in answer.headers["Content-Security-Policy"]
+        assert "'unsafe-eval'" not in response.headers["Content-Security-Policy"]
 
     @pytest.mark.parametrize("path", ["/", "/docs"])
     def test_a_pages_policy_lets_the_page_itself_run_and_nothing_else(
         self, api: httpx.Client, path: str
     ) -> None:
-        answer = api.get(path, headers={"Accept": "text/html"})
-        rules = policy(answer)
+        response = api.get(path, headers={"Accept": "text/html"})
+        rules = policy(response)
         for tag, rule in (("script", "script-src"), ("style", "style-src")):
-            for inline in re.findall(rf"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL):
+            for inline in re.findall(rf"<{tag}>(.*?)</{tag}>", response.text, re.DOTALL):
                 digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
                 assert f"'sha256-{digest}'" in rules[rule]
-        sources = re.findall(r"(?:src|href)=\"(https?://[^/\"]+)", answer.text)
+        sources = re.findall(r"(?:src|href)=\"(https?://[^/\"]+)", response.text)
         for source in sources:
             assert source in rules["script-src"]
             assert source in rules["style-src"]
         assert path == "/docs" or not sources
-        assert not re.search(r"\son\w+=", answer.text)  # no handler written into the page
+        assert not re.search(r"\son\w+=", response.text)  # no handler written into the page
         if path == "/":
             assert "'unsafe-inline'" not in rules["style-src"]
 

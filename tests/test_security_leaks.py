@@ -1,7 +1,7 @@
 """No key, path or stack trace in a response, and no key in the log, whatever goes wrong.
 
 A service as a process, with marks in its keys and in the names of its folders; every kind of
-error is forced, some by taking its folders away; then all that it said is searched.
+error is caused, some by removing its folders; then its responses and its log are searched.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def everything_wrong(ask: Ask, base: Path) -> dict[str, httpx.Response]:
     def post(**how: Any) -> httpx.Response:
         return ask("POST", "/classify-pixels", **how)
 
-    told: dict[str, httpx.Response] = {
+    responses: dict[str, httpx.Response] = {
         "wrong bearer": ask("GET", "/models", headers={"Authorization": f"Bearer {WRONG}"}),
         "wrong key": ask("GET", "/models", headers={"X-API-Key": WRONG}),
         "basic": ask("GET", "/models", headers={"Authorization": f"Basic {WRONG}"}),
@@ -96,14 +96,14 @@ def everything_wrong(ask: Ask, base: Path) -> dict[str, httpx.Response]:
         "all well": post(files=sound, headers={"Accept": "application/json"}),
     }
     shutil.rmtree(base / "models")  # loaded already: nothing changes
-    told["bundles gone"] = post(files=sound, headers={"Accept": "application/json"})
+    responses["bundles gone"] = post(files=sound, headers={"Accept": "application/json"})
     # The service may still be tidying up after an answer, and takes a file away under rmtree.
     while (base / "temporary").exists():
         shutil.rmtree(base / "temporary", ignore_errors=True)
-    told["nowhere to put an upload"] = post(files=sound)
+    responses["nowhere to put an upload"] = post(files=sound)
     shutil.rmtree(base / "state")
-    told["nowhere to put a job"] = post(files=sound, headers={"Prefer": "respond-async"})
-    return told
+    responses["nowhere to put a job"] = post(files=sound, headers={"Prefer": "respond-async"})
+    return responses
 
 
 EXPECTED = {
@@ -147,19 +147,19 @@ def test_no_response_discloses_internals(base: Path) -> None:
                 how["headers"] = {"Authorization": f"Bearer {KEY}", **how.get("headers", {})}
                 return client.request(method, path, **how)
 
-            told = everything_wrong(ask, base)
+            responses = everything_wrong(ask, base)
     finally:
         process.terminate()
         process.wait(timeout=PATIENCE)
 
-    assert {name: told[name].status_code for name in EXPECTED} == EXPECTED
-    for name, answer in told.items():
-        said = f"{answer.headers}{answer.text}"
+    assert {name: responses[name].status_code for name in EXPECTED} == EXPECTED
+    for name, response in responses.items():
+        text = f"{response.headers}{response.text}"
         for secret in (KEY, WRONG, HERE, "Traceback", 'File "', "site-packages", "onnxruntime"):
-            assert secret not in said, (name, answer.text)
-        assert "server" not in answer.headers
+            assert secret not in text, (name, response.text)
+        assert "server" not in response.headers
     lines = log.read_text().splitlines()
-    assert len(lines) > len(told)
+    assert len(lines) > len(responses)
     for line in lines:
         entry = json.loads(line)  # every line, that of a library's too
         assert KEY not in line

@@ -21,7 +21,7 @@ from tests.kits.rasters import write
 BANDS = ("B02", "B04", "B08")
 
 
-def told(file: SourceFile) -> str | None:
+def sensor_label(file: SourceFile) -> str | None:
     with gdal_options():
         found = sensor_of(read_header(file))
     return found[0].label if found else None
@@ -63,7 +63,7 @@ def opened(files: Sequence[SourceFile], sensors: Sequence[str] = (), **options: 
 )
 def test_the_sensor_is_detected_from_the_name(tmp_path: Path, name: str, label: str | None) -> None:
     write(tmp_path / "a.tif", np.ones((1, 2, 2), np.uint16))
-    assert told(SourceFile(name=name, path=tmp_path / "a.tif")) == label
+    assert sensor_label(SourceFile(name=name, path=tmp_path / "a.tif")) == label
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_the_sensor_is_detected_from_tags_and_bands(
     tmp_path: Path, how: dict, label: str | None
 ) -> None:
     pixels = np.ones((5, 2, 2), np.uint16)
-    assert told(write(tmp_path / "a.tif", pixels, **how)) == label
+    assert sensor_label(write(tmp_path / "a.tif", pixels, **how)) == label
 
 
 LEVELS = {"B02": 0.04, "B03": 0.06, "B04": 0.05, "B08": 0.32}

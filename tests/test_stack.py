@@ -374,13 +374,13 @@ def test_points_are_the_pixels_of_the_whole(
     rng = np.random.default_rng(1)
     rows, columns = rng.integers(0, 70, 60), rng.integers(0, 90, 60)
     rows[:2], columns[:2] = 30, 40  # the same pixel twice, and it is missing on one date
-    whole = read(stack)
+    complete = read(stack)
     with StackReader(stack, [1, 0]) as reader:
         sits = reader.read_pixels(rows, columns)
     assert sits.values.shape == (2, 3, 60)
     assert sits.valid.shape == (2, 60)
-    np.testing.assert_array_equal(sits.values, whole.values[::-1][:, :, rows, columns])
-    np.testing.assert_array_equal(sits.valid, whole.valid[::-1][:, rows, columns])
+    np.testing.assert_array_equal(sits.values, complete.values[::-1][:, :, rows, columns])
+    np.testing.assert_array_equal(sits.valid, complete.valid[::-1][:, rows, columns])
 
 
 def test_no_points_give_nothing(tiled: tuple[Stack, np.ndarray]) -> None:

@@ -80,7 +80,7 @@ def test_flanders(shared_data: Path) -> None:
 
 def test_a_flanders_date_in_two_half_empty_granules(shared_data: Path, tmp_path: Path) -> None:
     scenes = sorted((shared_data / "flanders_2017_2018").glob("S2_*.tif"))[60:64]
-    whole = read(opened(sources(scenes)))
+    complete = read(opened(sources(scenes)))
     with rasterio.open(scenes[1]) as file:
         raw, names, day = file.read(), file.descriptions, file.tags()["datetime"]
         where = {"crs": file.crs, "transform": file.transform, "nodata": file.nodata}
@@ -96,10 +96,10 @@ def test_a_flanders_date_in_two_half_empty_granules(shared_data: Path, tmp_path:
     assert warning.code == "merged_dates"
     assert day[:10] in warning.detail
     merged = read(stack)
-    np.testing.assert_array_equal(merged.valid, whole.valid)
-    clear = whole.valid[:, None]
+    np.testing.assert_array_equal(merged.valid, complete.valid)
+    clear = complete.valid[:, None]
     np.testing.assert_array_equal(
-        np.where(clear, merged.values, 0), np.where(clear, whole.values, 0)
+        np.where(clear, merged.values, 0), np.where(clear, complete.values, 0)
     )
 
 
@@ -145,11 +145,11 @@ def test_hesbaye_as_a_single_file(shared_data: Path, tmp_path: Path) -> None:
         max_bytes=2**30,
     )
     assert (together.layout, together.dates) == ("single-file", apart.dates)
-    whole = read(together)
-    np.testing.assert_array_equal(whole.values, read(apart).values)
+    complete = read(together)
+    np.testing.assert_array_equal(complete.values, read(apart).values)
     with StackReader(together) as reader:
         points = reader.read_pixels([0, 50, 100], [100, 7, 0])
-    np.testing.assert_array_equal(points.values, whole.values[:, :, [0, 50, 100], [100, 7, 0]])
+    np.testing.assert_array_equal(points.values, complete.values[:, :, [0, 50, 100], [100, 7, 0]])
 
 
 def test_eurosat_needs_no_dates(shared_data: Path) -> None:

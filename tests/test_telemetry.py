@@ -93,8 +93,8 @@ async def ask(app: Starlette, path: str, **headers: str) -> httpx.Response:
 @pytest.mark.anyio
 async def test_a_request_is_named_logged_and_counted(lines) -> None:
     metrics = Metrics()
-    answer = await ask(small_app(metrics), "/fine/7", **{"X-Request-ID": "mine"})
-    assert answer.headers["X-Request-ID"] == "mine" == answer.text
+    response = await ask(small_app(metrics), "/fine/7", **{"X-Request-ID": "mine"})
+    assert response.headers["X-Request-ID"] == "mine" == response.text
     inside, record = [
         line for line in lines() if line["logger"] in {"inside", "service.api.middleware"}
     ]
@@ -111,12 +111,12 @@ async def test_a_request_is_named_logged_and_counted(lines) -> None:
 @pytest.mark.anyio
 async def test_a_fault_is_an_internal_error_and_its_stack_is_logged(lines) -> None:
     metrics = Metrics()
-    answer = await ask(small_app(metrics), "/broken")
-    assert (answer.status_code, answer.text) == (500, "fault")
-    assert answer.headers["X-Request-ID"]
+    response = await ask(small_app(metrics), "/broken")
+    assert (response.status_code, response.text) == (500, "fault")
+    assert response.headers["X-Request-ID"]
     (fault,) = [line for line in lines() if line["level"] == "error"]
     assert "the inside, which nobody outside may see" in fault["stack"]
-    assert fault["request_id"] == answer.headers["X-Request-ID"]
+    assert fault["request_id"] == response.headers["X-Request-ID"]
 
 
 @pytest.mark.anyio
@@ -173,7 +173,7 @@ def test_windows_in_flight_come_back_to_none(fails_at: int | None) -> None:
 
     def run() -> None:
         ThreadExecutor(in_flight=metrics.windows).run(
-            range(5), read=lambda item: item, infer=infer, write=lambda item, answer: None
+            range(5), read=lambda item: item, infer=infer, write=lambda item, response: None
         )
 
     if fails_at is None:

@@ -132,9 +132,9 @@ def test_speeds_are_relative_to_the_first_and_drawn(plan: Plan, tmp_path: Path) 
     folders = [p.parent for p in plan.runs.rglob("seed-0/weights.pt") if "tempcnn" not in str(p)]
     # Names of runs are cut, some within "encoder.series".
     parts = ("encoder.plots", "encoder.serie")
-    whole = next(f for f in folders if not any(part in str(f) for part in parts))
+    complete = next(f for f in folders if not any(part in str(f) for part in parts))
     series = next(f for f in folders if "encoder.plots" in str(f))
-    speeds = compare({"both": whole, "series alone": series})
+    speeds = compare({"both": complete, "series alone": series})
     assert speeds["both"].relative == 1.0
     assert speeds["both"].megaflop > speeds["series alone"].megaflop
     rows = [
@@ -154,8 +154,8 @@ def test_a_table_names_the_checkpoint_of_its_arms(monkeypatch: pytest.MonkeyPatc
     plans: list[Plan] = []
     monkeypatch.setattr("training.ablation.ablate", lambda _, plan: plans.append(plan) or "")
     for study in ("labels", "inputs"):
-        told = ["ablate", study, "--seeds", "1", "--pretrained", "runs/mine/checkpoint.pt"]
-        assert CliRunner().invoke(app, told).exit_code == 0
+        command = ["ablate", study, "--seeds", "1", "--pretrained", "runs/mine/checkpoint.pt"]
+        assert CliRunner().invoke(app, command).exit_code == 0
     few, inputs = (plan.command for plan in plans)
     assert few.endswith(
         "labels --bundle pixels-crops-us --seeds 1 --pretrained runs/mine/checkpoint.pt"

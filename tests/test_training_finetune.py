@@ -141,10 +141,10 @@ class TestFinetune:
             except InterruptedError:
                 kept = torch.load(tmp_path / CHECKPOINT, weights_only=True)
                 assert (kept["epoch"], kept["step"]) == (1, after)
-        want = torch.load(finished / "weights.pt", weights_only=True)
+        expected = torch.load(finished / "weights.pt", weights_only=True)
         for name, weights in graph.state_dict().items():
             if name != "head.temperature":  # fitted after the last epoch
-                torch.testing.assert_close(weights, want[name], msg=name)
+                torch.testing.assert_close(weights, expected[name], msg=name)
         losses = [
             [row["loss"] for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
             for folder in (tmp_path, finished)
@@ -167,9 +167,9 @@ class TestFinetune:
     def test_a_share_of_the_labels_is_taken_place_by_place(self, data: Path) -> None:
         run = tiny_run(data)
         config = changed(run.config, ["labels=0.25"])
-        whole = task_of(run).train
+        complete = task_of(run).train
         few = PixelClassification(config, data).train
-        assert len(few) == round(0.25 * len(whole))
+        assert len(few) == round(0.25 * len(complete))
         assert len(set(few.places.tolist())) <= 4
 
     def test_early_stopping_keeps_the_best_epoch_and_goes_on_after_a_kill(
@@ -262,9 +262,9 @@ class TestProtocols:
         train, labels = task.embeddings(graph, training=True)
         rest, truth = task.embeddings(graph, training=False)
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, tol=1e-3, max_iter=2000))
-        want = model.fit(train, labels).predict(rest)
-        assert (task.logits(graph, task.validation).argmax(axis=1) == want).mean() > 0.98
-        assert metrics["scores"]["accuracy"] == pytest.approx((want == truth).mean(), abs=0.03)
+        expected = model.fit(train, labels).predict(rest)
+        assert (task.logits(graph, task.validation).argmax(axis=1) == expected).mean() > 0.98
+        assert metrics["scores"]["accuracy"] == pytest.approx((expected == truth).mean(), abs=0.03)
 
     def test_nearest_neighbours_give_only_scores(
         self, data: Path, finished: Path, tmp_path: Path
@@ -307,8 +307,10 @@ class TestExport:
             0
         ]
         with torch.inference_mode():
-            want = graph(*(torch.from_numpy(a) for a in (part.values, part.valid, part.days[0])))
-        np.testing.assert_allclose(got, want.numpy(), atol=1e-5)
+            expected = graph(
+                *(torch.from_numpy(a) for a in (part.values, part.valid, part.days[0]))
+            )
+        np.testing.assert_allclose(got, expected.numpy(), atol=1e-5)
 
     def test_the_file_holds_no_path_of_the_machine(self, zoo: Path) -> None:
         path = zoo / "pixels-crops-us" / "model.onnx"
@@ -395,15 +397,15 @@ class TestExport:
             for i in range(3)
         ]
         with served(model_dir=tmp_path) as http:
-            answer = http.post(
+            response = http.post(
                 "/classify-pixels", json={"series": series, "model": "my-crops"}
             ).json()
         with torch.inference_mode():
             inputs = (part.values, part.valid, part.days[0])
-            want = graph(*(torch.from_numpy(a) for a in inputs)).argmax(dim=1)
+            expected = graph(*(torch.from_numpy(a) for a in inputs)).argmax(dim=1)
         names = [name for name, _ in CDL.values()]
-        assert answer["model"] == "my-crops@2.1.0"
-        assert [r["class"] for r in answer["results"]] == [names[i] for i in want]
+        assert response["model"] == "my-crops@2.1.0"
+        assert [r["class"] for r in response["results"]] == [names[i] for i in expected]
 
     def test_a_graph_that_differs_from_its_file_is_rejected(
         self, zoo: Path, finished: Path
@@ -426,9 +428,9 @@ class TestExport:
         config = changed(ZOO["pixels-crops-us"], settings)
         # As if it had been trained as long: what is looked at is how seeds meet in a row.
         finetune(Run(config=config, data=finished_data(finished)), other, device="cpu", threads=1)
-        told = json.loads((other / "run.json").read_text())
-        told["config"]["optimisation"]["epochs"] = 3
-        (other / "run.json").write_text(json.dumps(told))
+        stored = json.loads((other / "run.json").read_text())
+        stored["config"]["optimisation"]["epochs"] = 3
+        (other / "run.json").write_text(json.dumps(stored))
         (table,) = evaluate([finished, other], zoo=zoo, report=report)
         ours = next(row for row in table.rows if row.name == "ours")
         each = [cross_fitted_scores(**load(folder))["accuracy"] for folder in (finished, other)]
@@ -444,9 +446,9 @@ class TestExport:
         models = load_bundle(zoo / "pixels-crops-us").card.metrics["evaluation"]["models"]
         value, low, high = models["random forest"]["accuracy"]
         assert low <= value <= high
-        # A run of another configuration says nothing of the bundle.
-        told["config"]["optimisation"]["epochs"] = 4
-        (other / "run.json").write_text(json.dumps(told))
+        # A run of another configuration is no evaluation of the bundle.
+        stored["config"]["optimisation"]["epochs"] = 4
+        (other / "run.json").write_text(json.dumps(stored))
         evaluate([other], zoo=zoo, report=tmp_path / "other.md")
         assert (tmp_path / "other.md").exists()
         assert load_bundle(zoo / "pixels-crops-us").card.metrics["evaluation"]["models"] == models
@@ -454,10 +456,10 @@ class TestExport:
         export_run(finished, zoo)
         assert "evaluation" in load_bundle(zoo / "pixels-crops-us").card.metrics
         # A run that goes on from it on every place can have no score, and has that one.
-        told = tiny_run(finished_data(finished)).model_copy(
+        config = tiny_run(finished_data(finished)).model_copy(
             update={"pretrained": (finished / "weights.pt",), "everything": True}
         )
-        finetune(told, tmp_path / "all", device="cpu", threads=1)
+        finetune(config, tmp_path / "all", device="cpu", threads=1)
         export_run(tmp_path / "all", tmp_path / "new")
         metrics = load_bundle(tmp_path / "new" / "pixels-crops-us").card.metrics
         assert metrics["evaluation"]["models"] == models
@@ -470,12 +472,12 @@ class TestCalibration:
         shares = rng.dirichlet(np.ones(4), 500)
         labels = rng.integers(4, size=500)
         confidence, right = shares.max(1), shares.argmax(1) == labels
-        want = 0.0
+        expected = 0.0
         for low in np.arange(15) / 15:
             inside = (confidence >= low) & (confidence < low + 1 / 15)
             if inside.any():
-                want += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
-        assert expected_calibration_error(shares, labels) == pytest.approx(want, abs=1e-6)
+                expected += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+        assert expected_calibration_error(shares, labels) == pytest.approx(expected, abs=1e-6)
         got = macro_f1(shares.argmax(1), labels, 4)
         assert got == pytest.approx(f1_score(labels, shares.argmax(1), average="macro"))
 
@@ -490,9 +492,9 @@ class TestCalibration:
         rng = np.random.default_rng(0)
         labels, predicted = rng.integers(3, size=(2, 100))
         matrices = place_confusions(predicted, labels, rng.integers(9, size=100), 3)
-        whole = np.zeros((3, 3))
-        np.add.at(whole, (labels, predicted), 1)
-        np.testing.assert_array_equal(matrices.sum(axis=0), whole)
+        complete = np.zeros((3, 3))
+        np.add.at(complete, (labels, predicted), 1)
+        np.testing.assert_array_equal(matrices.sum(axis=0), complete)
 
 
 class TestCommand:
@@ -547,8 +549,10 @@ class TestCommand:
         assert (wide.exit_code, "width" in wide.output) == (2, True)
         assert isinstance(wide.exception, SystemExit)
         for name in ("text.pt", "missing.pt"):
-            told = CliRunner().invoke(app, [*call, "--pretrained", str(tmp_path / name)])
-            assert (told.exit_code, name in told.output.replace("\n", "")) == (2, True), told.output
+            outcome = CliRunner().invoke(app, [*call, "--pretrained", str(tmp_path / name)])
+            assert (outcome.exit_code, name in outcome.output.replace("\n", "")) == (2, True), (
+                outcome.output
+            )
 
     def test_finetune_prints_its_scores(self, data: Path, tmp_path: Path) -> None:
         settings = [f"--set={s}" for s in (*TINY, "optimisation.epochs=1", "optimisation.seed=2")]
@@ -561,7 +565,7 @@ class TestCommand:
         )
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout[result.stdout.index("{") :])["n"] > 0
-        # No --seed was said, and so it is that of the setting.
+        # Without --seed, the seed is that of the setting.
         run = Run.model_validate_json((tmp_path / "run" / "run.json").read_bytes())
         assert run.config.optimisation.seed == 2
 
@@ -585,7 +589,7 @@ def test_a_section_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
 
 
 def test_the_commands_of_a_run_reproduce_it(tmp_path: Path) -> None:
-    """What differs from the zoo's configuration is said, and the run it starts from comes first."""
+    """The command has the differences from the zoo's configuration, after the pretrained run."""
     usual = ZOO["landcover-eurosat"]
     first = Run(config=usual, data=tmp_path)
     (tmp_path / "first").mkdir()
@@ -641,7 +645,7 @@ def test_half_precision_keeps_every_input_in_its_place() -> None:
 def test_the_commands_of_a_chain_are_read_as_that_chain(
     data: Path, tmp_path: Path, name: str, task: str | None, more: str
 ) -> None:
-    """Whatever was told, `python -m training` makes the same of the commands in the card."""
+    """The commands in a card reproduce its configuration, for every combination of options."""
     folder = tmp_path / "pretrained"
     pretrain(TINY_PRETRAINING, places=Places(data=data), folder=folder, device="cpu")
     run = Run(
@@ -670,11 +674,11 @@ def test_a_card_names_the_data_of_its_pretraining(data: Path, tmp_path: Path) ->
     task, scratch = task_of(first), tiny_run(data)
     metrics = {"seconds": 1.0, "scores": {}}
     for run, learned in ((first, True), (last, True), (scratch, False)):
-        told = card_fields(run, task, metrics, "mine")["training_data"]
-        before = {part.name: part.n for part in told if part.use.startswith("pretraining")}
+        entries = card_fields(run, task, metrics, "mine")["training_data"]
+        before = {part.name: part.n for part in entries if part.use.startswith("pretraining")}
         # One synthetic scene; its part that is held out is another scene.
         assert before == ({"synthetic": 64 * 64} if learned else {})
-        assert {part.name for part in told if part.use == "labels"} == {"crops_us_2021"}
+        assert {part.name for part in entries if part.use == "labels"} == {"crops_us_2021"}
 
 
 def test_a_pretraining_without_its_sources_is_an_error(data: Path, tmp_path: Path) -> None:

@@ -109,16 +109,16 @@ def test_a_joined_run_is_scored_exported_and_made_again(
     patches = task.read(task.validation)
     session = onnxruntime.InferenceSession(bundle.path("float32"))
     with torch.inference_mode():
-        want = graph(torch.from_numpy(patches)).numpy()
-    np.testing.assert_allclose(session.run(None, {"patches": patches})[0], want, atol=1e-5)
+        expected = graph(torch.from_numpy(patches)).numpy()
+    np.testing.assert_allclose(session.run(None, {"patches": patches})[0], expected, atol=1e-5)
     one, two, last = commands(run)
     assert [text.split(" --run ")[1].split()[0] for text in (one, two)] == [
         str(path.parent) for path in apart
     ]
     assert "--pretrained" not in one + two
     assert last.count("--pretrained") == 2
-    told = card_fields(run, task, metrics, "my-cover")["training_data"]
-    assert [part.use for part in told] == ["labels", "validation"]
+    entries = card_fields(run, task, metrics, "my-cover")["training_data"]
+    assert [part.use for part in entries] == ["labels", "validation"]
 
 
 def test_a_network_with_imagenet_weights_is_exported_with_their_origin(
@@ -147,17 +147,17 @@ def test_a_network_with_imagenet_weights_is_exported_with_their_origin(
     patches = task.read(task.validation)
     session = onnxruntime.InferenceSession(bundle.path("float32"))
     with torch.inference_mode():
-        want = graph(torch.from_numpy(patches)).numpy()
-    np.testing.assert_allclose(session.run(None, {"patches": patches})[0], want, atol=1e-5)
+        expected = graph(torch.from_numpy(patches)).numpy()
+    np.testing.assert_allclose(session.run(None, {"patches": patches})[0], expected, atol=1e-5)
 
 
 def test_a_run_that_stops_early_has_the_schedule_of_the_whole(
     data: Path, apart: list[Path], tmp_path: Path
 ) -> None:
-    whole = config(COARSE)
-    told = whole.optimisation.model_copy(update={"stop": 1})
+    complete = config(COARSE)
+    stopped = complete.optimisation.model_copy(update={"stop": 1})
     finetune(
-        Run(config=whole.model_copy(update={"optimisation": told}), data=data),
+        Run(config=complete.model_copy(update={"optimisation": stopped}), data=data),
         tmp_path / "stopped",
         device="cpu",
         threads=1,

@@ -61,8 +61,8 @@ class TestCrops:
         assert raw.labels is not None
         for i in (0, 500, 9000):
             code = int(raw.labels[i])
-            want = list(CDL).index(code) if code in CDL else -1
-            assert pixels.labels[i] == want
+            expected = list(CDL).index(code) if code in CDL else -1
+            assert pixels.labels[i] == expected
 
 
 class TestS2Points:
@@ -138,8 +138,8 @@ class TestEuroSAT:
         with zipfile.ZipFile(folder / "part.zip") as archive:
             data = archive.read("Forest/Forest_1.jpg")
         with Image.open(io.BytesIO(data)) as image:
-            want = np.asarray(image)
-        np.testing.assert_array_equal(patches.values[2], want.transpose(2, 0, 1))
+            expected = np.asarray(image)
+        np.testing.assert_array_equal(patches.values[2], expected.transpose(2, 0, 1))
 
     def test_a_listed_patch_that_is_missing_is_named(self, folder: Path) -> None:
         with (folder / "val.txt").open("a") as file:

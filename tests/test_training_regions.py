@@ -156,10 +156,10 @@ class TestCalibration:
         true = np.array([0.05, 0.1, 0.2])[:, None]
         median = rng.uniform(0.2, 0.8, (n, steps, 2))
         target = median + rng.normal(size=(n, steps, 2)) * true
-        told = np.stack([median - 0.06, median, median + 0.06], axis=-1)
+        predicted = np.stack([median - 0.06, median, median + 0.06], axis=-1)
         known = rng.random((n, steps, 2)) < 0.7
-        spread = fit_spread([(told, target, known)])
-        after = spreaded(told, spread)
+        spread = fit_spread([(predicted, target, known)])
+        after = spreaded(predicted, spread)
         for h in range(steps):
             seen = known[:, h]
             below = (target[:, h] < after[:, h, :, 0])[seen].mean()
@@ -167,10 +167,10 @@ class TestCalibration:
             assert (below, above) == (pytest.approx(0.1, abs=0.005), pytest.approx(0.1, abs=0.005))
 
     def test_a_step_without_targets_keeps_its_band(self) -> None:
-        told = np.tile([0.1, 0.2, 0.3], (5, 2, 1, 1))
+        predicted = np.tile([0.1, 0.2, 0.3], (5, 2, 1, 1))
         known = np.zeros((5, 2, 1), bool)
         known[:, 0] = True
-        spread = fit_spread([(told, np.full((5, 2, 1), 0.25), known)])
+        spread = fit_spread([(predicted, np.full((5, 2, 1), 0.25), known)])
         assert spread[1].tolist() == [1.0, 1.0]
 
     def test_the_graph_scales_what_the_calibration_scales(self) -> None:
@@ -235,8 +235,8 @@ class TestExport:
     ) -> None:
         run, folder = evaluated
         plain = export_run(run, tmp_path / "a", name="plain")
-        told = export_run(run, tmp_path / "b", name="told", regions=folder)
-        card = load_bundle(told).card
+        predicted = export_run(run, tmp_path / "b", name="told", regions=folder)
+        card = load_bundle(predicted).card
         assert card.regions == {"us-west": {"accuracy": 0.5}}
         assert card.training["calibration"] == {"temperature": 2.5}
         assert load_bundle(plain).card.regions == {}
@@ -265,8 +265,10 @@ class TestExport:
             np.testing.assert_array_equal(later.argmax(axis=1), earlier.argmax(axis=1))
             # A temperature is a power of the odds, as far as float32 holds them.
             odds, new_odds = (p / p.max(axis=1, keepdims=True) for p in (earlier, later))
-            told = odds > 1e-6
-            np.testing.assert_allclose(new_odds[told], odds[told] ** (temperature / 2.5), atol=5e-3)
+            predicted = odds > 1e-6
+            np.testing.assert_allclose(
+                new_odds[predicted], odds[predicted] ** (temperature / 2.5), atol=5e-3
+            )
             assert later.max(axis=1).mean() < earlier.max(axis=1).mean()
         with pytest.raises(VersionNotRaised, match=r"mine@1\.1\.0"):
             recalibrate(bundle, regions=folder, version="1.1.0")

@@ -64,11 +64,11 @@ def test_usable_dates_first_change_nothing_but_the_length(sets: list[PixelSet]) 
     values, valid, days = usable_first(table.values, table.valid, table.days)
     assert valid.shape[1] == table.valid.sum(axis=1).max() < table.valid.shape[1]
     grid = TimeGrid(36, 10.0)
-    whole, _ = grid(
+    complete, _ = grid(
         *(torch.from_numpy(a) for a in (table.values.swapaxes(1, 2), table.valid, table.days))
     )
     short, _ = grid(*(torch.from_numpy(a) for a in (values.swapaxes(1, 2), valid, days)))
-    torch.testing.assert_close(short, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(short, complete, rtol=1e-4, atol=1e-5)
 
 
 class TestTabulate:

@@ -19,7 +19,7 @@ from pimc_client import Client, PIMCError
 from service.api.middleware import LingeringCloseMiddleware
 from tests.kits.patience import PATIENCE
 
-LARGE = 24 * 2**20  # more than the sockets of both sides hold
+LARGE = 24 * 2**20  # more than the buffers of both sockets
 FORM = {"Content-Type": "multipart/form-data; boundary=edge"}
 
 
@@ -53,21 +53,21 @@ def chunks() -> Iterator[bytes]:
 @pytest.mark.parametrize(("key", "status"), [("", 401), ("key", 413)])
 @pytest.mark.parametrize("connection", ["keep-alive", "close"])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_an_early_refusal_of_a_large_body_arrives(
+def test_an_early_rejection_of_a_large_body_reaches_the_client(
     api: httpx.Client, large: Path, key: str, status: int, connection: str, chunked: bool
 ) -> None:
     headers = {"X-API-Key": key, "Connection": connection}
     for _ in range(3):
         if chunked:
-            answer = api.post("/embed", content=chunks(), headers={**headers, **FORM})
+            response = api.post("/embed", content=chunks(), headers={**headers, **FORM})
         else:
             with large.open("rb") as file:
-                answer = api.post("/embed", files=[("files", file)], headers=headers)
-        assert answer.status_code == status
-        assert answer.json()["status"] == status
+                response = api.post("/embed", files=[("files", file)], headers=headers)
+        assert response.status_code == status
+        assert response.json()["status"] == status
 
 
-def test_the_sdk_hears_it_too(api: httpx.Client, large: Path) -> None:
+def test_an_early_rejection_reaches_the_sdk(api: httpx.Client, large: Path) -> None:
     for key, code in (("wrong", "unauthorized"), ("key", "body_too_large")):
         with Client(str(api.base_url), api_key=key) as pimc, pytest.raises(PIMCError) as caught:
             pimc.classify_pixels([large])
@@ -80,14 +80,14 @@ def connected(api: httpx.Client) -> socket.socket:
 
 
 def received(connection: socket.socket) -> bytes:
-    """All that comes, until the other side closes."""
+    """All bytes until the server closes the connection."""
     found = b""
     while more := connection.recv(65536):
         found += more
     return found
 
 
-def test_an_answer_before_the_whole_body_came_is_sent_at_once_and_the_rest_is_read(
+def test_a_response_is_sent_before_the_body_is_complete_and_the_rest_is_read(
     api: httpx.Client,
 ) -> None:
     head = "POST /embed HTTP/1.1\r\nHost: here\r\nContent-Length: {}\r\nX-API-Key: {}\r\n\r\n"
@@ -97,22 +97,22 @@ def test_an_answer_before_the_whole_body_came_is_sent_at_once_and_the_rest_is_re
         first = connection.recv(65536)
         assert first.startswith(b"HTTP/1.1 401 ")
         assert b"connection: close" in first.lower()
-        connection.sendall(bytes(LARGE - 2**16))  # nobody resets it
+        connection.sendall(bytes(LARGE - 2**16))  # the server does not reset the connection
         assert b"HTTP/1.1" not in received(connection)
 
 
-def test_a_short_body_that_nobody_reads_costs_no_connection(api: httpx.Client) -> None:
+def test_a_short_unread_body_keeps_the_connection_open(api: httpx.Client) -> None:
     head = b"POST /nowhere HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\n"
     with connected(api) as connection:
         for _ in range(3):
             connection.sendall(head + bytes(1000))
-            answer = connection.recv(65536)
-            assert answer.startswith(b"HTTP/1.1 404 ")
-            assert b"connection: close" not in answer.lower()
+            response = connection.recv(65536)
+            assert response.startswith(b"HTTP/1.1 404 ")
+            assert b"connection: close" not in response.lower()
 
 
-def test_what_is_read_on_is_bounded() -> None:
-    """A caller who never ends is not listened to for ever, in bytes or in seconds."""
+def test_the_rest_of_a_body_is_read_up_to_a_limit() -> None:
+    """The rest of an endless body is read up to a number of bytes and of seconds."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 401, "headers": []})
@@ -123,7 +123,7 @@ def test_what_is_read_on_is_bounded() -> None:
 
         async def receive() -> dict[str, Any]:
             nonlocal read
-            await anyio.sleep(pause if read else 0)  # the first bytes come at once
+            await anyio.sleep(pause if read else 0)  # the first bytes arrive at once
             read += 1000
             return {"type": "http.request", "body": bytes(1000), "more_body": True}
 
@@ -149,24 +149,24 @@ def test_what_is_read_on_is_bounded() -> None:
 
 @pytest.mark.parametrize("kind", ["multipart/form-data; boundary=edge", "application/json"])
 def test_a_drip_feed_times_out(api: httpx.Client, kind: str) -> None:
-    """A byte now and then keeps no place: what counts is how much comes in the time."""
+    """An upload must send enough bytes per interval: single bytes do not keep it alive."""
     head = (
         "POST /embed HTTP/1.1\r\nHost: here\r\nX-API-Key: key\r\n"
         f"Content-Type: {kind}\r\nContent-Length: 90000\r\n\r\n--edge\r\n"
     ).encode()
-    answer = b""
+    response = b""
     with connected(api) as connection:
         connection.sendall(head)
         connection.settimeout(0.1)
-        while not answer:
+        while not response:
             connection.sendall(b"x")
             with suppress(TimeoutError):
-                answer = connection.recv(65536)
-        assert answer.startswith(b"HTTP/1.1 408 ")
-        assert b"body_stalled" in answer
+                response = connection.recv(65536)
+        assert response.startswith(b"HTTP/1.1 408 ")
+        assert b"body_stalled" in response
 
 
-def test_a_silent_upload_times_out_and_gives_its_seat_back(zoo: Path) -> None:
+def test_a_stalled_upload_times_out_and_frees_its_slot(zoo: Path) -> None:
     with served(model_dir=zoo, max_concurrency=1, upload_seconds=1) as client:
         idle = [connected(client) for _ in range(2)]
         for connection in idle:
@@ -182,8 +182,8 @@ def test_a_silent_upload_times_out_and_gives_its_seat_back(zoo: Path) -> None:
         assert client.post("/embed", json={"series": [one]}).status_code == 200
 
 
-def test_a_slow_upload_that_goes_on_is_served(api: httpx.Client) -> None:
-    """Slower than the limit in all, but never too little in its time."""
+def test_a_slow_but_steady_upload_is_accepted(api: httpx.Client) -> None:
+    """The whole upload takes longer than the limit of one interval, but no interval is too slow."""
 
     def slowly() -> Iterator[bytes]:
         yield b'{"series": ['
@@ -194,5 +194,7 @@ def test_a_slow_upload_that_goes_on_is_served(api: httpx.Client) -> None:
         yield b"]}"
 
     headers = {"X-API-Key": "key", "Content-Type": "application/json"}
-    answer = api.post("/embed", content=slowly(), headers=headers)
-    assert answer.json()["code"] == "invalid_request"  # read to its end, and no series in it
+    response = api.post("/embed", content=slowly(), headers=headers)
+    assert (
+        response.json()["code"] == "invalid_request"
+    )  # the body was read to its end, and has no series

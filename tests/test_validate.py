@@ -82,9 +82,9 @@ def test_a_valid_request_has_the_warnings_of_its_run(
 def test_a_rejected_request_has_the_problem_of_its_run(
     api: httpx.Client, stack: list[SourceFile], task: str, data: dict[str, Any]
 ) -> None:
-    answer = post(api, f"/validate?task={task}", stack, **data)
-    assert answer.status_code == 200
-    found = answer.json()
+    response = post(api, f"/validate?task={task}", stack, **data)
+    assert response.status_code == 200
+    found = response.json()
     problem = post(api, f"/{task}", stack, **data).json()
     assert found["valid"] is False
     assert found["estimate"] is None

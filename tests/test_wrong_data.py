@@ -65,9 +65,9 @@ def stack(
     return files
 
 
-def raster(answer: httpx.Response) -> tuple[np.ndarray, dict[str, Any]]:
-    assert answer.status_code == 200, answer.text
-    with rasterio.MemoryFile(answer.content) as file, file.open() as opened:
+def raster(response: httpx.Response) -> tuple[np.ndarray, dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    with rasterio.MemoryFile(response.content) as file, file.open() as opened:
         return opened.read(), opened.profile
 
 
@@ -85,20 +85,20 @@ def expected(values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
     return np.where(count >= 2, kept.sum(axis=0) / np.maximum(count, 1), np.nan)
 
 
-def same(found: np.ndarray, wanted: np.ndarray) -> None:
-    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=1e-7)
+def same(found: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-7)
 
 
-def warned(answer: httpx.Response) -> set[str]:
+def warned(response: httpx.Response) -> set[str]:
     """The codes of all warnings but two, which most of these short stacks without a mask have."""
-    assert answer.status_code == 200, answer.text
-    codes = {line.partition(";")[0] for line in answer.headers.get_list("PIMC-Warning")}
+    assert response.status_code == 200, response.text
+    codes = {line.partition(";")[0] for line in response.headers.get_list("PIMC-Warning")}
     return codes - {"no_cloud_mask", "partial_season"}
 
 
-def refused(answer: httpx.Response, code: str) -> str:
-    assert answer.json()["code"] == code, answer.text
-    return str(answer.json()["detail"])
+def refused(response: httpx.Response, code: str) -> str:
+    assert response.json()["code"] == code, response.text
+    return str(response.json()["detail"])
 
 
 # Missing pixels -----------------------------------------------------------------------------
@@ -203,8 +203,8 @@ def test_a_date_with_a_time_zone_is_the_day_as_written(
     path = tmp_path / "late.tif"
     write(path, noise(1)[0], descriptions=BANDS, tags={"datetime": text})
     files.append(("files", ("late.tif", path.read_bytes())))
-    answer = api.post("/classify-pixels", files=files, headers={"Accept": "application/json"})
-    assert answer.json()["dates_used"] == ["2021-03-01", "2021-04-01", "2021-05-01"]
+    response = api.post("/classify-pixels", files=files, headers={"Accept": "application/json"})
+    assert response.json()["dates_used"] == ["2021-03-01", "2021-04-01", "2021-05-01"]
     given = api.post("/embed", files=files, data={"dates": f"2021-03-01,2021-04-01,{text}"})
     assert "dates.2" in refused(given, "invalid_request")
 
@@ -220,9 +220,9 @@ def test_a_stack_across_the_change_of_baseline_gives_a_warning(
     assert 0 < late.sum() < 8
     values = noise(8) + (1000 * late[:, None, None, None]).astype(np.uint16)
     right = expected(values * 1e-4 - 0.1 * late[:, None, None, None])
-    answer = api.post("/embed", files=stack(tmp_path, values, when), data={"start": "2021-09-01"})
-    assert warned(answer) == {"offset_applied"}
-    same(raster(answer)[0], right)
+    response = api.post("/embed", files=stack(tmp_path, values, when), data={"start": "2021-09-01"})
+    assert warned(response) == {"offset_applied"}
+    same(raster(response)[0], right)
     summary = api.post(
         "/embed",
         files=stack(tmp_path, values, when),
@@ -238,21 +238,21 @@ def test_a_stack_across_the_change_of_baseline_gives_a_warning(
     assert "offset_applied" in warned(part)
     # The caller decides, for all dates or from one on.
     given = {"start": "2021-09-01", "offset": "0, 2022-01-25:-0.1"}
-    answer = api.post("/embed", files=stack(tmp_path, values, when), data=given)
-    assert warned(answer) == set()
-    same(raster(answer)[0], right)
+    response = api.post("/embed", files=stack(tmp_path, values, when), data=given)
+    assert warned(response) == set()
+    same(raster(response)[0], right)
     given = {"start": "2021-09-01", "offset": "0"}
-    answer = api.post("/embed", files=stack(tmp_path, values, when), data=given)
-    assert warned(answer) == set()
-    same(raster(answer)[0], expected(values * 1e-4))
+    response = api.post("/embed", files=stack(tmp_path, values, when), data=given)
+    assert warned(response) == set()
+    same(raster(response)[0], expected(values * 1e-4))
     # Each file says its own offset: nothing is odd, and the values are right.
     files = []
     for number, day in enumerate(when):
-        told = {"offsets": (-0.1,) * 3, "scales": (1e-4,) * 3} if late[number] else {}
-        files += stack(tmp_path, values[number : number + 1], [day], **told)
-    answer = api.post("/embed", files=files, data={"start": "2021-09-01"})
-    assert warned(answer) == {"offset_applied"}
-    same(raster(answer)[0], right)
+        tags = {"offsets": (-0.1,) * 3, "scales": (1e-4,) * 3} if late[number] else {}
+        files += stack(tmp_path, values[number : number + 1], [day], **tags)
+    response = api.post("/embed", files=files, data={"start": "2021-09-01"})
+    assert warned(response) == {"offset_applied"}
+    same(raster(response)[0], right)
 
 
 def test_the_parameter_scale_precedes_gdals_scale_and_the_tag(
@@ -273,9 +273,9 @@ def test_a_scale_that_was_already_applied_gives_a_warning(
 ) -> None:
     values = (noise(3) / 1e4).astype(np.float32)
     files = stack(tmp_path, values, scales=(1e-4,) * 3)
-    answer = api.post("/embed", files=files)
-    assert warned(answer) == {"scale_suspected"}
-    same(raster(answer)[0], expected(values.astype(np.float64)))
+    response = api.post("/embed", files=files)
+    assert warned(response) == {"scale_suspected"}
+    same(raster(response)[0], expected(values.astype(np.float64)))
     assert warned(api.post("/embed", files=files, data={"scale": "1"})) == set()
     same(means(api, files, scale="1"), expected(values.astype(np.float64)))
 
@@ -291,9 +291,9 @@ def test_8_bits_are_reflectance_with_a_given_scale(api: httpx.Client, tmp_path: 
     values = (noise(3) / 40).astype(np.uint8)
     files = stack(tmp_path, values)
     assert warned(api.post("/embed", files=files)) == {"scale_suspected"}
-    said = api.post("/embed", files=files, data={"scale": "0.004"})
-    assert warned(said) == set()
-    same(raster(said)[0], expected(values * 0.004))
+    response = api.post("/embed", files=files, data={"scale": "0.004"})
+    assert warned(response) == set()
+    same(raster(response)[0], expected(values * 0.004))
 
 
 def test_swapped_red_and_near_infrared_give_a_warning(api: httpx.Client, tmp_path: Path) -> None:
@@ -358,8 +358,8 @@ def test_every_grid_keeps_its_place_and_its_hectares(
     place = to_degrees.transform(*(given["transform"] * (column + 0.5, row + 0.5)))
     feature = {"type": "Feature", "geometry": {"type": "Point", "coordinates": place}}
     points = json.dumps({"type": "FeatureCollection", "features": [feature]})
-    (answer,) = api.post("/embed", files=files, data={"points": points}).json()["features"]
-    same(np.array(answer["properties"]["embedding"]), found[:, row, column])
+    (response,) = api.post("/embed", files=files, data={"points": points}).json()["features"]
+    same(np.array(response["properties"]["embedding"]), found[:, row, column])
     summary = api.post(
         "/classify-pixels", files=files, headers={"Accept": "application/json"}
     ).json()
@@ -379,9 +379,9 @@ def test_every_grid_keeps_its_place_and_its_hectares(
 def test_extreme_dates_never_cause_an_internal_error(
     api: httpx.Client, tmp_path: Path, task: str, fields: dict[str, str]
 ) -> None:
-    answer = api.post(f"/{task}", files=stack(tmp_path, noise(2)), data=fields)
-    assert answer.status_code == 422, answer.text
-    assert answer.json()["code"] in {"invalid_request", "too_few_dates"}
+    response = api.post(f"/{task}", files=stack(tmp_path, noise(2)), data=fields)
+    assert response.status_code == 422, response.text
+    assert response.json()["code"] in {"invalid_request", "too_few_dates"}
 
 
 @pytest.mark.parametrize("day", ["0001-01-01", "9999-12-31"])
@@ -391,9 +391,9 @@ def test_extreme_dates_of_a_series_are_rejected(api: httpx.Client, day: str) -> 
         {"series": [one]},
         {"series": [{**one, "dates": ["2021-01-01"] * 4}], "start": day},
     ):
-        answer = api.post("/forecast", json=body)
-        assert answer.status_code == 422, answer.text
-        assert "1970-01-01 to 2099-12-31" in json.dumps(answer.json())
+        response = api.post("/forecast", json=body)
+        assert response.status_code == 422, response.text
+        assert "1970-01-01 to 2099-12-31" in json.dumps(response.json())
 
 
 def test_hectares_in_web_mercator_are_those_on_the_ground(
@@ -401,8 +401,8 @@ def test_hectares_in_web_mercator_are_those_on_the_ground(
 ) -> None:
     place = {"crs": "EPSG:3857", "transform": Affine(16, 0, 480_000, 0, -16, 6_650_000)}
     files = stack(tmp_path, noise(4), **place)
-    answer = api.post("/classify-pixels", files=files, headers={"Accept": "application/json"})
-    hectares = sum(entry["hectares"] for entry in answer.json()["classes"])
+    response = api.post("/classify-pixels", files=files, headers={"Accept": "application/json"})
+    hectares = sum(entry["hectares"] for entry in response.json()["classes"])
     grid = {**place, "crs": CRS.from_string(place["crs"]), "height": SHAPE[0], "width": SHAPE[1]}
     assert hectares == pytest.approx(geodesic_hectares(grid), rel=1e-4)
     assert hectares < 0.5 * np.prod(SHAPE) * 16**2 / 1e4
@@ -428,9 +428,9 @@ def test_a_raster_of_one_pixel(api: httpx.Client, tmp_path: Path) -> None:
     assert raster(api.post("/classify-pixels", files=files))[0].shape == (1, 1, 1)
     assert raster(api.post("/forecast", files=files))[0].shape == (3 * HORIZON, 1, 1)
     imagery = stack(tmp_path, values, bands=("B02", "B04", "B03"))
-    answer = api.post("/landcover", files=imagery)
-    assert answer.status_code == 422
-    assert "64" in answer.json()["detail"]
+    response = api.post("/landcover", files=imagery)
+    assert response.status_code == 422
+    assert "64" in response.json()["detail"]
 
 
 @pytest.mark.parametrize("shape", [(67, 131), (1, 257), (257, 1), (15, 17)])

@@ -75,7 +75,7 @@ def connected(kind: str, base_url: str, **options) -> Iterator[Client | Awaited]
 
 @dataclass
 class Received:
-    """A request as it came over the wire."""
+    """A request that the server received."""
 
     method: str
     path: str
@@ -85,7 +85,7 @@ class Received:
 
 @dataclass
 class Reply:
-    """What a server says; `drop` breaks the connection off instead."""
+    """A response of the server; with `drop` the server closes the connection instead."""
 
     status: int = 200
     body: bytes = b"{}"
@@ -94,8 +94,8 @@ class Reply:
 
 
 @contextmanager
-def serving(answer: Callable[[Received], Reply]) -> Iterator[tuple[str, list[Received]]]:
-    """A server on a free port: its URL, and a growing list of what it received."""
+def serving(response: Callable[[Received], Reply]) -> Iterator[tuple[str, list[Received]]]:
+    """A server on a free port; yields its URL and a growing list of the received requests."""
     received: list[Received] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -109,7 +109,7 @@ def serving(answer: Callable[[Received], Reply]) -> Iterator[tuple[str, list[Rec
                 self._body(),
             )
             received.append(request)
-            reply = answer(request)
+            reply = response(request)
             if reply.drop:
                 self.close_connection = True
                 return
@@ -117,7 +117,7 @@ def serving(answer: Callable[[Received], Reply]) -> Iterator[tuple[str, list[Rec
             for name, value in {**reply.headers, "Content-Length": str(len(reply.body))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            with suppress(ConnectionError):  # A client may have given up.
+            with suppress(ConnectionError):  # The client may have closed the connection.
                 self.wfile.write(reply.body)
 
         do_GET = do_POST = do_DELETE = _any  # noqa: N815 (the names that http.server calls)

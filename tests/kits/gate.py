@@ -30,7 +30,7 @@ def zoo_with_a_held_model(root: Path) -> Path:
 
 
 def held_model(root: Path) -> Path:
-    """`pixels-held` alone, to stand beside the built-in bundles."""
+    """Only `pixels-held`, for a service with the built-in bundles."""
     write_bundle(root, HELD, "classify-pixels", "pixel", default=False)
     return root
 
@@ -46,7 +46,7 @@ class Gate:
         self.file = file
 
     def hold(self, *, after: int = 0) -> None:
-        """Let each run read `after` windows and no more.
+        """Stop each run after it has read `after` windows.
 
         Two windows are inferred at once, so all but the last two of them are finished; a job's
         progress is that of the window before the last finished one.
@@ -56,7 +56,7 @@ class Gate:
         new.replace(self.file)
 
     def open(self) -> None:
-        """Let all runs go on."""
+        """Let all runs continue."""
         self.file.unlink(missing_ok=True)
 
     @contextmanager
@@ -70,7 +70,7 @@ class Gate:
 
     @contextmanager
     def installed(self) -> Iterator[Gate]:
-        """The gate in this process."""
+        """A context in which runs of this process wait at the gate."""
         read, gate = PixelStages.read, self
 
         def waits(stages: Any, window: Any) -> Any:
@@ -94,7 +94,7 @@ class Gate:
 
 
 def _is_held(stages: Any) -> bool:
-    """Whether a gate concerns this run: one of `HELD` that nobody has cancelled."""
+    """Whether a run waits at a gate: a run of `HELD` that was not cancelled."""
     cancelled = stages._cancelled is not None and stages._cancelled.is_set()
     return stages._model.card.name == HELD and not cancelled
 

@@ -45,7 +45,7 @@ Files = list[tuple[str, Any]]
 
 
 def stack(folder: Path, height: int = 70, width: int = 90, dates: int = 4, **how: Any) -> Files:
-    """A stack with a file a date, as a form's files; noise, so that no two pixels are alike."""
+    """A stack with one file per date, as files of a form; noise, so that all pixels differ."""
     random = np.random.default_rng(height * width + dates)
     files: Files = []
     for month in range(1, dates + 1):
@@ -57,7 +57,7 @@ def stack(folder: Path, height: int = 70, width: int = 90, dates: int = 4, **how
 
 
 def waited(api: httpx.Client, job_id: str) -> dict[str, Any]:
-    """A job's status document once it has ended."""
+    """Wait for the end of a job, and return its status document."""
     end = time.monotonic() + PATIENCE
     while (info := api.get(f"/jobs/{job_id}").json())["status"] not in ENDED:
         assert time.monotonic() < end, info
@@ -66,7 +66,7 @@ def waited(api: httpx.Client, job_id: str) -> dict[str, Any]:
 
 
 def until(api: httpx.Client, job_id: str, *, progress: int) -> dict[str, Any]:
-    """A running job's status document once it has come so far."""
+    """Wait until a running job has a progress, and return its status document."""
     end = time.monotonic() + PATIENCE
     while (info := api.get(f"/jobs/{job_id}").json())["progress"] < progress:
         assert info["status"] not in ENDED, info
@@ -94,7 +94,7 @@ def change(state: Path, statement: str, *values: object) -> None:
 
 
 def swept(state: Path, times: int = 1) -> None:
-    """Wait until the service has looked for expired jobs so many times."""
+    """Wait until the service has looked for expired jobs `times` times."""
     for _ in range(times):
         change(state, "UPDATE clock SET seen = -1")
         assert soon(lambda: _last_sweep(state) != -1)
@@ -106,21 +106,23 @@ def _last_sweep(state: Path) -> float:
 
 
 def check_healthy(api: httpx.Client) -> None:
-    """Small things are still done, now and later."""
+    """Check that small requests are still processed, synchronously and as jobs."""
     assert api.get("/health/ready").status_code == 200
     assert api.post("/embed", json=SERIES).status_code == 200
-    answer = api.post("/embed", json=SERIES, headers=ASYNC)
-    assert waited(api, answer.json()["jobID"])["status"] == "successful"
+    response = api.post("/embed", json=SERIES, headers=ASYNC)
+    assert waited(api, response.json()["jobID"])["status"] == "successful"
 
 
-def check_full(answer: httpx.Response) -> dict[str, Any]:
-    assert (answer.status_code, answer.json()["code"]) == (507, "insufficient_storage"), answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
-    return dict(answer.json())
+def check_full(response: httpx.Response) -> dict[str, Any]:
+    assert (response.status_code, response.json()["code"]) == (507, "insufficient_storage"), (
+        response.text
+    )
+    assert response.headers["content-type"] == "application/problem+json"
+    return dict(response.json())
 
 
 class Service:
-    """`python -m service`, as a process that may be killed; with a gate, its runs may be held."""
+    """`python -m service` as a process that can be killed; a gate can hold its runs."""
 
     def __init__(
         self,
@@ -150,7 +152,7 @@ class Service:
         )
         self.log: list[str] = []
         self._url: Queue[str | None] = Queue()
-        # All of it is read as it comes: a full pipe would stop the service.
+        # The log is read continuously, because a full pipe would block the service.
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
         url = self._url.get(timeout=PATIENCE)
@@ -166,12 +168,12 @@ class Service:
         self._url.put(None)
 
     def kill(self) -> None:
-        """As the power would."""
+        """Kill the process without notice, as a power failure would."""
         self.process.kill()
         self.end()
 
     def end(self) -> int:
-        """Wait for its end, and hear the rest of its log."""
+        """Wait for the end of the process and read the rest of its log; returns its exit code."""
         code = self.process.wait(PATIENCE)
         self._reader.join()
         if self.process.stderr:
@@ -180,7 +182,7 @@ class Service:
         return code
 
     def lines(self, message: str) -> list[dict[str, Any]]:
-        """What it logged under a message."""
+        """The log records with a message."""
         lines = [json.loads(text) for text in self.log]
         return [line for line in lines if line["message"] == message]
 
@@ -189,14 +191,14 @@ class Service:
 def running(
     state: Path, zoo: Path, *, gate: Gate | None = None, file_bytes: int = 0, **variables: str
 ) -> Iterator[Service]:
-    """A service that does not outlive the test.
+    """A service as a process, which is killed at the end of the context.
 
     Args:
         state: its state directory.
-        zoo: bundles beside the built-in ones.
-        gate: which its runs of the held model wait at.
-        file_bytes: how large a file may become, as if the disk were full; 0 for no limit.
-        variables: of its environment.
+        zoo: folder of bundles in addition to the built-in ones.
+        gate: gate at which runs of the held model wait; None for none.
+        file_bytes: largest size of a file, above which the disk seems full; 0 for no limit.
+        variables: further environment variables.
     """
     service = Service(state, zoo, gate=gate, file_bytes=file_bytes, **variables)
     try:

@@ -1,4 +1,4 @@
-"""What schemathesis cannot know from the description: files that are GeoTIFFs."""
+"""Hooks of schemathesis: GeoTIFFs, which it cannot generate from the description."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BANDS = ("B02", "B03", "B04", "B08")
 
 
 def _geotiffs() -> list[bytes]:
-    """Two dates of a small scene, and what is no TIFF."""
+    """Two dates of a small scene, and a file that is not a TIFF."""
     made = [b"no TIFF"]
     values = np.random.default_rng(4).integers(300, 4000, (2, 4, 66, 67)).astype(np.uint16)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,7 @@
-"""How long a test waits for what must come.
+"""Waiting in tests: for events and states, with one generous time limit.
 
-No test proves anything by the clock. It waits for an event or a state, and `PATIENCE` ends a wait
-that has become hopeless: on a machine with twenty times its load everything takes twenty times as
-long, and still comes.
+No test depends on time. It waits for an event or a state, and `PATIENCE` only ends a wait for one
+that never comes: on a machine with twenty times the load, everything takes twenty times as long.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable
 
 PATIENCE = 300.0
-"""Seconds until a wait is given up, for sockets, processes, threads, queues and HTTP clients."""
+"""Seconds after which a wait fails, for sockets, processes, threads, queues and HTTP clients."""
 
 
 def soon(true: Callable[[], bool], *, pause: float = 0.01) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 
 def require(found: object, program: str, package: str) -> None:
-    """Go on if a program was found; else skip the test, or fail it where CI should have it.
+    """Skip the test if a program is missing; in CI, which should have it, fail the test.
 
     Args:
         found: anything true if the program is there.

@@ -1,4 +1,4 @@
-"""A listener on the loopback that counts who connects, for tests that nobody does."""
+"""A listener on the loopback that counts connections, for tests that expect none."""
 
 from __future__ import annotations
 
