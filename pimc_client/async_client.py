@@ -23,8 +23,10 @@ from pimc_client.inputs import (
     Points,
     QuantileOutputs,
     RasterOutput,
+    Runnable,
     Series,
     SeveralOutputs,
+    SimilarOutput,
     StackOptions,
     Task,
     WindowOptions,
@@ -497,6 +499,72 @@ class AsyncClient:
             )
         )
 
+    @overload
+    async def similar(
+        self,
+        files: Files,
+        *,
+        points: Points | None = None,
+        fields: Fields | None = None,
+        outputs: SimilarOutput | None = None,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[WindowOptions],
+    ) -> Raster: ...
+    @overload
+    async def similar(
+        self,
+        files: Files,
+        *,
+        points: Points | None = None,
+        fields: Fields | None = None,
+        outputs: list[SimilarOutput] | tuple[SimilarOutput, ...],
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[WindowOptions],
+    ) -> Rasters: ...
+    @overload
+    async def similar(
+        self,
+        files: Files,
+        *,
+        points: Points | None = None,
+        fields: Fields | None = None,
+        outputs: SimilarOutput | None = None,
+        answer: Literal["summary"],
+        **options: Unpack[WindowOptions],
+    ) -> Summary: ...
+    async def similar(
+        self,
+        files: Files,
+        *,
+        points: Points | None = None,
+        fields: Fields | None = None,
+        outputs: SimilarOutput | list[SimilarOutput] | tuple[SimilarOutput, ...] | None = None,
+        answer: AnswerKind = "raster",
+        **options: Unpack[WindowOptions],
+    ) -> TaskResult:
+        """Compute how similar the embedding of every pixel is to those of places.
+
+        Args:
+            files: the GeoTIFF stack, as for `classify_pixels`.
+            points: the places: pairs of longitude and latitude, GeoJSON, or the path of a GeoJSON
+                or CSV file.
+            fields: the places: GeoJSON, the path of a GeoJSON, GeoParquet or GeoPackage file of
+                points or polygons in any CRS, or a GeoPandas object. Give either points or fields.
+            outputs: `similarity` (the default), the cosine similarity to the most similar place;
+                `similarities`, a band for each place; or a list of both.
+            answer: `summary` returns a summary instead of a raster.
+            **options: as for `classify_pixels`; `model` is a model of `embed` on pixels.
+
+        Returns:
+            A `Raster` of cosine similarities, -1 to 1; `Rasters` by name if `outputs` is a list;
+            or a `Summary`.
+        """
+        return await self.run(
+            operations.similar(
+                files, points=points, fields=fields, outputs=outputs, answer=answer, **options
+            )
+        )
+
     # Series ---------------------------------------------------------------------------------------
 
     async def measure(
@@ -582,6 +650,18 @@ class AsyncClient:
     @overload
     async def submit(
         self,
+        task: Literal["similar"],
+        files: Files,
+        *,
+        outputs: SimilarOutput | None = None,
+        points: Points | None = None,
+        fields: Fields | None = None,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[JobOptions],
+    ) -> AsyncJob[Raster]: ...
+    @overload
+    async def submit(
+        self,
         task: Task,
         files: Files,
         *,
@@ -641,10 +721,10 @@ class AsyncClient:
     ) -> AsyncJob[Table]: ...
     async def submit(
         self,
-        task: Task,
+        task: Runnable,
         files: Files,
         *,
-        outputs: ClassOutputs | QuantileOutputs | None = None,
+        outputs: ClassOutputs | QuantileOutputs | SimilarOutput | None = None,
         points: Points | None = None,
         fields: Fields | None = None,
         answer: AnswerKind = "raster",
@@ -653,7 +733,7 @@ class AsyncClient:
         """Start a task as a background job.
 
         Args:
-            task: `classify-pixels`, `forecast`, `landcover` or `embed`.
+            task: `classify-pixels`, `forecast`, `landcover`, `embed` or `similar`.
             files: the GeoTIFF stack, as for `classify_pixels`.
             outputs: as for the task's own method.
             points: as for the task's own method.
@@ -672,7 +752,7 @@ class AsyncClient:
 
     async def validate(
         self,
-        task: Task,
+        task: Runnable,
         files: Files,
         *,
         outputs: ClassOutputs | QuantileOutputs | None = None,
@@ -683,7 +763,7 @@ class AsyncClient:
         """Check a request without running it.
 
         Args:
-            task: `classify-pixels`, `forecast`, `landcover` or `embed`.
+            task: `classify-pixels`, `forecast`, `landcover`, `embed` or `similar`.
             files: the GeoTIFF stack, as for `classify_pixels`.
             outputs: as for the task's own method.
             points: as for the task's own method.

@@ -443,6 +443,64 @@ def embed(
 
 @app.command()
 @_with(reading=_reading, client=_client)
+def similar(
+    files: Stack,
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="GeoTIFF to write; a folder for several outputs.",
+        ),
+    ] = None,
+    polygons: Annotated[
+        Path | None,
+        typer.Option(
+            "--fields",
+            help="GeoJSON, GeoParquet or GeoPackage file of points or polygons, in any CRS.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    points: PointsFile = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            help="similarity (default): to the most similar place; similarities: a band for each "
+            "place; or both, comma-separated.",
+        ),
+    ] = None,
+    job: Annotated[bool, typer.Option("--job", help="Start a job and print its id.")] = False,
+    start: Start = None,
+    reading: dict[str, Any],
+    client: Client,
+) -> None:
+    """Compute how similar the embedding of every pixel is to those of points or fields."""
+    if (polygons is None) == (points is None):
+        raise UsageError("give either --fields or --points: the places to compare with")
+    if job == (out is not None):
+        raise UsageError("give either -o, the file to write, or --job")
+    outputs = _outputs(output)
+    if out is not None:
+        _check_raster_target(out, several=isinstance(outputs, list))
+    given = {"fields": polygons, "points": points, "outputs": outputs, "start": start, **reading}
+    with _bars() as bars:
+        given["progress"] = bars.uploaded
+        if job:
+            begun: JobHandle[Any] = client.run(operations.submit("similar", files, **given))
+        else:
+            found = client.run(operations.similar(files, job_progress=bars.computed, **given))
+    if job:
+        typer.echo(begun.id)
+        return
+    _print_warnings(found)
+    _deliver(found, out)
+
+
+@app.command()
+@_with(reading=_reading, client=_client)
 def fields(
     files: Stack,
     polygons: Annotated[

@@ -20,8 +20,10 @@ from pimc_client.inputs import (
     Points,
     QuantileOutputs,
     RasterOutput,
+    Runnable,
     Series,
     SeveralOutputs,
+    SimilarOutput,
     StackOptions,
     Task,
     WindowOptions,
@@ -494,6 +496,72 @@ class Client:
             )
         )
 
+    @overload
+    def similar(
+        self,
+        files: Files,
+        *,
+        points: Points | None = None,
+        fields: Fields | None = None,
+        outputs: SimilarOutput | None = None,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[WindowOptions],
+    ) -> Raster: ...
+    @overload
+    def similar(
+        self,
+        files: Files,
+        *,
+        points: Points | None = None,
+        fields: Fields | None = None,
+        outputs: list[SimilarOutput] | tuple[SimilarOutput, ...],
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[WindowOptions],
+    ) -> Rasters: ...
+    @overload
+    def similar(
+        self,
+        files: Files,
+        *,
+        points: Points | None = None,
+        fields: Fields | None = None,
+        outputs: SimilarOutput | None = None,
+        answer: Literal["summary"],
+        **options: Unpack[WindowOptions],
+    ) -> Summary: ...
+    def similar(
+        self,
+        files: Files,
+        *,
+        points: Points | None = None,
+        fields: Fields | None = None,
+        outputs: SimilarOutput | list[SimilarOutput] | tuple[SimilarOutput, ...] | None = None,
+        answer: AnswerKind = "raster",
+        **options: Unpack[WindowOptions],
+    ) -> TaskResult:
+        """Compute how similar the embedding of every pixel is to those of places.
+
+        Args:
+            files: the GeoTIFF stack, as for `classify_pixels`.
+            points: the places: pairs of longitude and latitude, GeoJSON, or the path of a GeoJSON
+                or CSV file.
+            fields: the places: GeoJSON, the path of a GeoJSON, GeoParquet or GeoPackage file of
+                points or polygons in any CRS, or a GeoPandas object. Give either points or fields.
+            outputs: `similarity` (the default), the cosine similarity to the most similar place;
+                `similarities`, a band for each place; or a list of both.
+            answer: `summary` returns a summary instead of a raster.
+            **options: as for `classify_pixels`; `model` is a model of `embed` on pixels.
+
+        Returns:
+            A `Raster` of cosine similarities, -1 to 1; `Rasters` by name if `outputs` is a list;
+            or a `Summary`.
+        """
+        return self.run(
+            operations.similar(
+                files, points=points, fields=fields, outputs=outputs, answer=answer, **options
+            )
+        )
+
     # Series ---------------------------------------------------------------------------------------
 
     def measure(
@@ -579,6 +647,18 @@ class Client:
     @overload
     def submit(
         self,
+        task: Literal["similar"],
+        files: Files,
+        *,
+        outputs: SimilarOutput | None = None,
+        points: Points | None = None,
+        fields: Fields | None = None,
+        answer: Literal["raster"] = "raster",
+        **options: Unpack[JobOptions],
+    ) -> Job[Raster]: ...
+    @overload
+    def submit(
+        self,
         task: Task,
         files: Files,
         *,
@@ -638,10 +718,10 @@ class Client:
     ) -> Job[Table]: ...
     def submit(
         self,
-        task: Task,
+        task: Runnable,
         files: Files,
         *,
-        outputs: ClassOutputs | QuantileOutputs | None = None,
+        outputs: ClassOutputs | QuantileOutputs | SimilarOutput | None = None,
         points: Points | None = None,
         fields: Fields | None = None,
         answer: AnswerKind = "raster",
@@ -650,7 +730,7 @@ class Client:
         """Start a task as a background job.
 
         Args:
-            task: `classify-pixels`, `forecast`, `landcover` or `embed`.
+            task: `classify-pixels`, `forecast`, `landcover`, `embed` or `similar`.
             files: the GeoTIFF stack, as for `classify_pixels`.
             outputs: as for the task's own method.
             points: as for the task's own method.
@@ -669,7 +749,7 @@ class Client:
 
     def validate(
         self,
-        task: Task,
+        task: Runnable,
         files: Files,
         *,
         outputs: ClassOutputs | QuantileOutputs | None = None,
@@ -680,7 +760,7 @@ class Client:
         """Check a request without running it.
 
         Args:
-            task: `classify-pixels`, `forecast`, `landcover` or `embed`.
+            task: `classify-pixels`, `forecast`, `landcover`, `embed` or `similar`.
             files: the GeoTIFF stack, as for `classify_pixels`.
             outputs: as for the task's own method.
             points: as for the task's own method.

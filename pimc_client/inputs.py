@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 EmbeddingType = Literal["float32", "int8"]
 Task = Literal["classify-pixels", "forecast", "landcover", "embed"]
+Runnable = Task | Literal["similar"]
+"""What a job can be for."""
+SimilarOutput = Literal["similarity", "similarities"]
 Layout = Literal["file-per-date", "file-per-band-and-date", "file-per-band", "single-file"]
 Sensor = Literal["sentinel-2", "hls", "landsat", "modis", "planetscope"]
 Modality = Literal["pixel", "patch"]

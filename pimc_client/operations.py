@@ -21,7 +21,7 @@ from pimc_client.errors import (
     UnknownJob,
     WaitTimedOut,
 )
-from pimc_client.inputs import Fields, Files, Points, Series, Task
+from pimc_client.inputs import Fields, Files, Points, Runnable, Series, Task
 from pimc_client.requests import (
     ANYTHING,
     GEOJSON,
@@ -91,7 +91,7 @@ def _exchange(request: Request) -> Operation[Response]:
 
 
 def raster(
-    task: Task,
+    task: Runnable,
     files: Files,
     *,
     job_progress: JobProgress | None = None,
@@ -115,6 +115,30 @@ def raster(
     return (yield from _with_legend(parse_result(response, task, output)))
 
 
+def similar(
+    files: Files,
+    *,
+    points: Points | None = None,
+    fields: Fields | None = None,
+    job_progress: JobProgress | None = None,
+    **options: Any,  # noqa: ANN401 (see `build_raster`)
+) -> Operation[TaskResult]:
+    """Send imagery and return how similar every pixel is to places.
+
+    Raises:
+        ValueError: neither points nor fields, or both.
+    """
+    _check_places(points, fields, "to compare every pixel with")
+    return raster(
+        "similar", files, points=points, fields=fields, job_progress=job_progress, **options
+    )
+
+
+def _check_places(points: Points | None, fields: Fields | None, purpose: str) -> None:
+    if (points is None) == (fields is None):
+        raise ValueError(f"give either points or fields: the places {purpose}")
+
+
 def measure(
     files: Files,
     *,
@@ -127,14 +151,13 @@ def measure(
     Raises:
         ValueError: neither points nor fields, or both.
     """
-    if (points is None) == (fields is None):
-        raise ValueError("give either points or fields: the places to measure")
+    _check_places(points, fields, "to measure")
     request = build_raster("series", files, points=points, fields=fields, **options)
     return parse_measured((yield from _exchange(request)))
 
 
 def validate(
-    task: Task,
+    task: Runnable,
     files: Files,
     **options: Any,  # noqa: ANN401 (see `build_raster`)
 ) -> Operation[dict[str, Any]]:
@@ -143,7 +166,7 @@ def validate(
 
 
 def submit(
-    task: Task,
+    task: Runnable,
     files: Files,
     *,
     idempotency_key: str | None = None,

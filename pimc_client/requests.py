@@ -21,6 +21,7 @@ from pimc_client.inputs import (
     Modality,
     Points,
     Reference,
+    Runnable,
     Sensor,
     Series,
     Task,
@@ -120,7 +121,7 @@ def client_headers(api_key: str | None) -> dict[str, str]:
 
 
 def build_raster(
-    task: Task | Literal["series"],
+    task: Task | Literal["similar", "series"],
     files: Files,
     *,
     outputs: str | Sequence[str] | None = None,
@@ -180,7 +181,9 @@ def build_raster(
         min_area=min_area,
         subscriber=subscriber,
     )
-    accept = _accept(task, outputs, points, fields, answer)
+    # The places of /similar are what pixels are compared with: its result is of the whole raster.
+    places = (None, None) if task == "similar" else (points, fields)
+    accept = _accept(task, outputs, *places, answer)
     return Request(
         method="POST",
         path=task,
@@ -266,7 +269,7 @@ def build_head_removal(name: str) -> Request:
     return Request(method="DELETE", path=f"heads/{quote(name, safe='')}")
 
 
-def build_validation(task: Task, files: Files, **options: Any) -> Request:  # noqa: ANN401 (see `build_raster`)
+def build_validation(task: Runnable, files: Files, **options: Any) -> Request:  # noqa: ANN401 (see `build_raster`)
     """The validation of a raster request; the arguments are those of `build_raster`."""
     request = build_raster(task, files, **options)
     return Request(method="POST", path=f"validate?task={task}", body=request.body)
@@ -312,7 +315,7 @@ def _accept(
         return JSON
     several = outputs is not None and not isinstance(outputs, str)
     # A forecast's quantiles are bands of one file.
-    return ZIP if several and task in {"classify-pixels", "landcover"} else COG
+    return ZIP if several and task in {"classify-pixels", "landcover", "similar"} else COG
 
 
 def _raster_body(

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from models.card import Task
 from service.api.problems import PROBLEM
 from service.api.responses import COG, CSV, GEOJSON, MULTIPART, PARQUET, ZIP
 from service.api.schemas import (
@@ -133,8 +132,8 @@ def body(task: Operation) -> dict[str, Any]:
 
 def validation_body() -> dict[str, Any]:
     """`openapi_extra` of the validation of a request: the bodies of every task."""
-    forms: list[type[BaseModel]] = [FORMS[task] for task in get_args(Task)]
-    documents: list[type[BaseModel]] = [ITEMS[task] for task in get_args(Task)]
+    forms: list[type[BaseModel]] = [FORMS[task] for task in FORMS if task != "series"]
+    documents: list[type[BaseModel]] = [ITEMS[task] for task in ITEMS if task != "series"]
     content = {
         FORM: {"schema": {"anyOf": [_ref(model) for model in forms]}},
         JSON: {"schema": {"anyOf": [_ref(m) for m in (*documents, *SERIES.values())]}},
@@ -146,7 +145,7 @@ VALIDATION_ERRORS = _TASK_ERRORS
 """Codes with which a body is rejected that cannot be read as a request: those of its task."""
 
 
-def answers(task: Task) -> dict[int | str, dict[str, Any]]:
+def answers(task: Operation) -> dict[int | str, dict[str, Any]]:
     """`responses` of a task's route."""
     summaries: list[type[BaseModel]] = [SummaryResponse]
     if task in SERIES:

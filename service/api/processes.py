@@ -39,12 +39,13 @@ from service.api.schemas import (
     ProcessOutput,
     ProcessSummary,
     SeriesResponse,
+    SimilarOutput,
     SummaryResponse,
     unknown_field,
 )
 from service.api.uploads import JSON
 from service.errors import InvalidRequest, UnknownProcess
-from service.run.request import RasterRequest, TaskRequest
+from service.run.request import RasterRequest, Runnable, TaskRequest
 from service.settings import project_version
 from service.write.predictions import POLYGONS
 
@@ -206,7 +207,7 @@ def _input_name(task: Task, field: str) -> str | None:
     """The input that is a field of the task's models; None for one that has another place."""
     if field == "outputs":
         return "quantiles" if task == "forecast" else None  # those of maps are process outputs
-    return None if field == "items" else field
+    return None if field in {"items", "subscriber"} else field
 
 
 def _described(name: str, model: type[BaseModel], field: str, more: str = "") -> ProcessInput:
@@ -353,14 +354,16 @@ class Answer:
         return cls(response=document["response"], outputs=outputs)
 
 
-def rasters_of(task: Task) -> tuple[str, ...]:
+def rasters_of(task: Runnable) -> tuple[str, ...]:
     """Names of the files that a task can make of a raster."""
     if task in {"classify-pixels", "landcover"}:
         return get_args(ClassOutput)
+    if task == "similar":
+        return get_args(SimilarOutput)
     return ("forecast",) if task == "forecast" else ("embedding",)
 
 
-def _offers(task: Task) -> dict[str, tuple[str, ...]]:
+def _offers(task: Runnable) -> dict[str, tuple[str, ...]]:
     """The types of every output of a process, the default first."""
     found: dict[str, tuple[str, ...]] = dict.fromkeys(rasters_of(task), (COG,))
     if POLYGONS in found:
@@ -371,7 +374,7 @@ def _offers(task: Task) -> dict[str, tuple[str, ...]]:
 
 def available(request: TaskRequest) -> dict[str, tuple[str, ...]]:
     """The outputs that a request's inputs give, with their types."""
-    offers = _offers(request.task)
+    offers = _offers(request.operation)
     if not isinstance(request, RasterRequest):
         names: Sequence[str] = ("series",)
     elif request.points is not None:
@@ -379,7 +382,7 @@ def available(request: TaskRequest) -> dict[str, tuple[str, ...]]:
     elif request.fields is not None:
         names = ("features",)
     else:
-        names = (*rasters_of(request.task), "summary")
+        names = (*rasters_of(request.operation), "summary")
     return {name: offers[name] for name in names}
 
 
@@ -416,7 +419,7 @@ def default_answer(request: TaskRequest, files: Mapping[str, Path]) -> Answer:
     outputs = tuple(
         Output(name=name, media=media[0], reference=True)
         for name, media in available(request).items()
-        if name in files or name not in rasters_of(request.task)
+        if name in files or name not in rasters_of(request.operation)
     )
     return Answer(response="document", outputs=outputs)
 

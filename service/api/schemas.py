@@ -39,14 +39,17 @@ from service.run.request import (
     MeasureRequest,
     PointQuery,
     RasterRequest,
+    Runnable,
     SeriesInput,
     SeriesRequest,
+    SimilarRequest,
     Subscriber,
 )
 from service.write.predictions import EmbeddingType
 
-Operation = Task | Literal["series"]
-"""What a body is for: a task, or measured series."""
+Operation = Runnable | Literal["series"]
+"""What a body is for: a run, or measured series."""
+SimilarOutput = Literal["similarity", "similarities"]
 MAX_POINTS = 10_000
 MAX_RINGS = 1_000
 MAX_VERTICES = 10_000
@@ -527,8 +530,8 @@ class RasterForm(StackForm):
         Raises:
             InvalidRequest: points and fields in one request.
         """
-        if task == "series":
-            raise TypeError("a form of measured series makes a request of its own")
+        if task in {"series", "similar"}:
+            raise TypeError(f"a form of /{task} makes a request of its own")
         if polygons is not None and self.points is not None:
             raise InvalidRequest.of("fields", "cannot be combined with points: send one of them")
         points = None
@@ -541,7 +544,7 @@ class RasterForm(StackForm):
             "modality", "start", "outputs", "horizon", "stride", "smooth", "min_area", "dtype",
         )  # fmt: skip
         return RasterRequest(
-            task=task,
+            task=cast(Task, task),
             files=files,
             stack=self.stack,
             model=self.model,
@@ -612,6 +615,44 @@ class EmbedForm(RasterForm):
     ] = "float32"
 
 
+class SimilarForm(RasterForm):
+    """Fields of `POST /similar`."""
+
+    points: Annotated[
+        Json[PointCollection] | None,
+        Field(
+            description="GeoJSON FeatureCollection of Points, EPSG:4326: the places that every "
+            "pixel is compared with"
+        ),
+    ] = None
+    fields: Annotated[
+        Any,
+        Field(
+            description="a file of points or polygons (GeoJSON, GeoPackage or GeoParquet; any "
+            "CRS), or GeoJSON as text: the places that every pixel is compared with"
+        ),
+    ] = None
+    start: _Start = None
+    outputs: Annotated[tuple[SimilarOutput, ...], _AtLeastOne, _SplitOnce] = ("similarity",)
+
+    def request(
+        self, task: Operation, files: tuple[SourceFile, ...], polygons: SourceFile | None = None
+    ) -> SimilarRequest:
+        """See `RasterForm.request`: points and fields are what pixels are compared with.
+
+        Raises:
+            InvalidRequest: points and fields in one request, or neither.
+        """
+        del task
+        plain = super().request("embed", files, polygons)
+        if (plain.points is None) == (plain.fields is None):
+            raise InvalidRequest.of(
+                "points", "send `points` or `fields`: the places to compare every pixel with"
+            )
+        given = {**vars(plain), "points": None, "fields": None}
+        return SimilarRequest(**given, place_points=plain.points, place_file=plain.fields)
+
+
 class MeasureForm(RasterForm):
     """Fields of `POST /series`."""
 
@@ -659,6 +700,7 @@ FORMS: Mapping[Operation, type[RasterForm]] = {
     "forecast": ForecastForm,
     "landcover": LandcoverForm,
     "embed": EmbedForm,
+    "similar": SimilarForm,
     "series": MeasureForm,
 }
 MAX_ITEMS = 2_000
@@ -735,18 +777,23 @@ class EmbedItems(_Items, EmbedForm):
     """JSON body of `POST /embed` that names its files."""
 
 
+class SimilarItems(_Items, SimilarForm):
+    """JSON body of `POST /similar` that names its files."""
+
+
 class MeasureItems(_Items, MeasureForm):
     """JSON body of `POST /series` that names its files."""
 
 
 ITEMS: Mapping[
     Operation,
-    type[ClassifyItems | ForecastItems | LandcoverItems | EmbedItems | MeasureItems],
+    type[ClassifyItems | ForecastItems | LandcoverItems | EmbedItems | SimilarItems | MeasureItems],
 ] = {
     "classify-pixels": ClassifyItems,
     "forecast": ForecastItems,
     "landcover": LandcoverItems,
     "embed": EmbedItems,
+    "similar": SimilarItems,
     "series": MeasureItems,
 }
 _Name = Annotated[str, Field(min_length=1, max_length=300)]
@@ -887,17 +934,23 @@ class EmbedStac(_Stac, EmbedForm):
     """JSON body of `POST /embed` that names STAC items."""
 
 
+class SimilarStac(_Stac, SimilarForm):
+    """JSON body of `POST /similar` that names STAC items."""
+
+
 class MeasureStac(_Stac, MeasureForm):
     """JSON body of `POST /series` that names STAC items."""
 
 
 STAC: Mapping[
-    Operation, type[ClassifyStac | ForecastStac | LandcoverStac | EmbedStac | MeasureStac]
+    Operation,
+    type[ClassifyStac | ForecastStac | LandcoverStac | EmbedStac | SimilarStac | MeasureStac],
 ] = {
     "classify-pixels": ClassifyStac,
     "forecast": ForecastStac,
     "landcover": LandcoverStac,
     "embed": EmbedStac,
+    "similar": SimilarStac,
     "series": MeasureStac,
 }
 _Values = Annotated[

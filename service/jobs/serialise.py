@@ -19,8 +19,10 @@ from service.run.executors import Timing
 from service.run.request import (
     PointQuery,
     RasterRequest,
+    Runnable,
     SeriesInput,
     SeriesRequest,
+    SimilarRequest,
     Subscriber,
     TaskRequest,
 )
@@ -65,8 +67,12 @@ def request_document(
         "items": [dict(item) for item in request.items],
         "points": None if points is None else [dict(point.feature) for point in points],
     }
+    if isinstance(request, SimilarRequest):
+        at, file = request.place_points, request.place_file
+        fields["place_points"] = None if at is None else [dict(point.feature) for point in at]
+        fields["place_file"] = None if file is None else _file(file, folder)
     return {
-        "task": request.task, "files": files, "fields": fields, **_subscriber_document(request)
+        "task": request.operation, "files": files, "fields": fields, **_subscriber_document(request)
     }  # fmt: skip
 
 
@@ -87,13 +93,13 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
         document: a document that `request_document` of this or an earlier release made.
         folder: folder to which relative paths refer.
     """
-    task: Task = document["task"]
+    task: Runnable = document["task"]
     called = document.get("subscriber")
     subscriber = None if called is None else Subscriber(**called)
     if "series" in document:
         body = document["series"]
         return SeriesRequest(
-            task=task,
+            task=_task(task),
             series=tuple(map(_series_of, body["series"])),
             model=body.get("model"),
             start=_date(body.get("start")),
@@ -102,8 +108,8 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
             attribution=bool(body.get("attribution")),
         )
     fields = document["fields"]
-    return RasterRequest(
-        task=task,
+    plain = RasterRequest(
+        task=_task(task),
         files=tuple(SourceFile(name=name, path=folder / path) for name, path in document["files"]),
         stack=StackOptions(
             layout=fields.get("layout"),
@@ -132,6 +138,18 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
         items=tuple(fields.get("items") or ()),
         subscriber=subscriber,
     )
+    if task != "similar":
+        return plain
+    return SimilarRequest(
+        **vars(plain),
+        place_points=_points_of(fields.get("place_points")),
+        place_file=_source(fields.get("place_file"), folder),
+    )
+
+
+def _task(name: Runnable) -> Task:
+    """The task of the model that a run needs."""
+    return "embed" if name == "similar" else name
 
 
 def _source(entry: list[str] | None, folder: Path) -> SourceFile | None:
@@ -189,7 +207,7 @@ def _bbox(values: list[float] | None) -> tuple[float, float, float, float] | Non
 class StoredResult:
     """A job's result on disk: the values of its response headers and the paths of its files."""
 
-    task: Task
+    task: Runnable
     model: str
     """As `name@version`."""
     provider: str

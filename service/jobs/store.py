@@ -37,7 +37,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from models.card import Task
 from service.errors import (
     InsufficientStorage,
     InvalidRequest,
@@ -60,7 +59,7 @@ from service.jobs.serialise import (
 )
 from service.run.execute import Result
 from service.run.plan import Plan
-from service.run.request import RasterRequest, Subscriber, TaskRequest
+from service.run.request import RasterRequest, Runnable, Subscriber, TaskRequest
 from service.run.windows import Step
 from service.settings import SettingsError
 
@@ -169,7 +168,7 @@ class Job:
     """The caller whose share the job counts for: the owner, or an address without API keys."""
     fingerprint: str | None
     """Fingerprint of the request; None if the request had no idempotency key."""
-    task: Task
+    task: Runnable
     model: str
     """As `name@version`."""
     sha256: str
@@ -417,7 +416,7 @@ class JobStore:
                         size,
                         idempotency.key if idempotency else None,
                         idempotency.fingerprint if idempotency else None,
-                        plan.request.task,
+                        plan.request.operation,
                         plan.model.card.id,
                         plan.model.card.sha256,
                         now,

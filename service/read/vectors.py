@@ -121,6 +121,22 @@ def read_labels(source: SourceFile, most: int) -> Fields:
     return _read_vectors(source, most, points=True)
 
 
+def points_in_degrees(lonlat: Sequence[tuple[float, float]], ids: Sequence[Any]) -> Fields:
+    """Points (N) as features without properties, as `read_labels` returns those of a file.
+
+    Args:
+        lonlat: longitude and latitude of each, degrees.
+        ids: their ids.
+    """
+    return Fields(
+        ids=tuple(ids),
+        properties=tuple({} for _ in ids),
+        shapes=np.array(shapely.points(np.asarray(lonlat, float).reshape(-1, 2)), np.object_),
+        crs=_DEGREES,
+        warnings=(),
+    )
+
+
 def _read_vectors(source: SourceFile, most: int, *, points: bool) -> Fields:
     with source.path.open("rb") as file:
         head = file.read(100)

@@ -270,7 +270,14 @@ class Sink:
                     path = self._work.folder / f"{POLYGONS}.parquet"
                     write_polygons(files["class"], self._grid, card.classes, path)
                     files = {**files, POLYGONS: path}
-                item = result_item(card, self._grid, layers, made, polygons=self._work.run.polygons)
+                item = result_item(
+                    card,
+                    self._grid,
+                    layers,
+                    made,
+                    task=self._work.run.operation,
+                    polygons=self._work.run.polygons,
+                )
                 write_item(item, self._work.folder)
         self._work.progress.finish()
         total = self._grid.width * self._grid.height
@@ -307,6 +314,7 @@ def _provenance(run: RasterRun) -> Provenance:
             **({"stride": run.stride} if run.model.card.modality == "patch" else {}),
             **cleaning(run),
             **({} if run.dtype == "float32" else {"dtype": run.dtype}),
+            **({} if run.similar_to is None else {"similar_to": list(run.similar_to)}),
         },
     )
 
@@ -401,7 +409,7 @@ def _summary_head(run: RasterRun) -> dict[str, JSON]:
     stack, card = run.stack, run.model.card
     head: dict[str, JSON] = {
         "model": card.id,
-        "task": card.task,
+        "task": run.operation,
         "provider": run.model.provider,
         **dates_summary(run),
         "layout": stack.layout,

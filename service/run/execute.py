@@ -24,8 +24,9 @@ from service.run.memory import MemoryBudget
 from service.run.plan import Plan, RasterRun, dates_summary, unique
 from service.run.points import run_points
 from service.run.raster import make_work, run_raster
-from service.run.request import PointQuery, RasterRequest
+from service.run.request import PointQuery, RasterRequest, Runnable, SimilarRequest
 from service.run.series import SeriesRun, run_series
+from service.run.similar import run_similar
 from service.run.windows import Journal
 from service.write.fields import field_features
 
@@ -34,7 +35,7 @@ from service.write.fields import field_features
 class Result:
     """The result of a run."""
 
-    task: Task
+    task: Runnable
     model: str
     """The model, as `name@version`."""
     provider: str
@@ -100,7 +101,9 @@ def execute(
                 journal=journal,
                 window_bytes=budget.window_bytes,
             )
-            if plan.fields is not None:
+            if isinstance(request, SimilarRequest) and plan.fields is not None:
+                result = _raster(request.operation, run, run_similar(work, plan.fields))
+            elif plan.fields is not None:
                 result = _fields(request.task, run, plan.fields, run_fields(work, plan.fields))
             else:
                 result = _raster(request.task, run, run_raster(work))
@@ -116,7 +119,7 @@ def _used(items: Iterable[Mapping[str, Any]], run: RasterRun) -> list[Mapping[st
     return [i for i in items if days is None or str(i.get("datetime", ""))[:10] in days]
 
 
-def _raster(task: Task, run: RasterRun, outcome: Outcome) -> Result:
+def _raster(task: Runnable, run: RasterRun, outcome: Outcome) -> Result:
     return Result(
         task=task,
         model=run.model.card.id,

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import shapely
@@ -37,6 +37,7 @@ from service.run.plan import RasterRun
 from service.run.windows import Arrays, windows
 from service.write.predictions import JSON
 
+_Kind = TypeVar("_Kind", "_Series", "_Means")
 _CELLS_AT_ONCE = 2**16
 """Number of cells of fields whose series are gathered at once, which bounds the memory."""
 _LABEL_CELLS = 16
@@ -238,6 +239,69 @@ def _geometry(shape: Any) -> dict[str, Any]:  # noqa: ANN401 - shapely has no ty
     return dict(shapely.geometry.mapping(shape))
 
 
+@dataclass(frozen=True, kw_only=True)
+class FieldMeans:
+    """The mean embedding of each field."""
+
+    embeddings: NDArray[np.float32]
+    """(n, D); NaN for a field without one."""
+    statuses: list[str]
+    """`ok`, `no_data`, `outside` or `invalid` (n)."""
+    timing: Timing
+
+
+def mean_embeddings(work: Work, fields: Fields, *, share: float) -> FieldMeans:
+    """The mean embedding of each field, as `/embed` returns it.
+
+    Args:
+        work: the run.
+        fields: the polygons.
+        share: of the progress.
+
+    Raises:
+        Cancelled: the run was cancelled.
+        PIMCError: an error of the stack or the model.
+    """
+    passed = _pass_over(work, fields, _Means, share=share)
+    return FieldMeans(
+        embeddings=passed.sums.means(),
+        statuses=[str(result["status"]) for result in passed.sums.statuses()],
+        timing=passed.timing,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pass(Generic[_Kind]):
+    """The pass over the windows that hold a field."""
+
+    sums: _Kind
+    parts: Sequence[Window]
+    timing: Timing
+
+
+def _pass_over(work: Work, fields: Fields, kind: type[_Kind], *, share: float) -> _Pass[_Kind]:
+    """Read the windows that hold a field, and add up what they give to each field."""
+    run, grid = work.run, work.run.stack.grid
+    on_grid = FieldGrid(fields, grid)
+    parts = on_grid.parts(
+        windows(grid, run.stack.block, run.pixel_bytes + run.prediction_bytes, work.window_bytes)
+    )
+    buffers = BufferPool()
+    with buffers, StackReader(run.stack, run.used, cache=work.cache, buffers=buffers) as reader:
+        stages = PixelStages(run, reader, buffers, work.cancelled)
+        sums = kind(run, on_grid, len(fields), stages)
+        timing = work.each(
+            "fields",
+            parts,
+            read=stages.read,
+            infer=sums.infer,
+            digest=sums.digest,
+            keep=lambda _, arrays: sums.add(arrays),
+            advance=_advance(work, parts, share),
+        )
+    return _Pass(sums=sums, parts=parts, timing=timing)
+
+
 def run_fields(work: Work, fields: Fields) -> FieldOutcome:
     """Predict for polygons.
 
@@ -249,46 +313,29 @@ def run_fields(work: Work, fields: Fields) -> FieldOutcome:
         Cancelled: the run was cancelled.
         PIMCError: an error of the stack or the model.
     """
-    run, grid = work.run, work.run.stack.grid
-    on_grid = FieldGrid(fields, grid)
-    parts = on_grid.parts(
-        windows(grid, run.stack.block, run.pixel_bytes + run.prediction_bytes, work.window_bytes)
-    )
-    buffers = BufferPool()
-    with buffers, StackReader(run.stack, run.used, cache=work.cache, buffers=buffers) as reader:
-        stages = PixelStages(run, reader, buffers, work.cancelled)
-        kind = _Series if run.model.card.task == "forecast" else _Means
-        sums = kind(run, on_grid, len(fields), stages)
-        advance = _advance(work, parts)
-        timing = work.each(
-            "fields",
-            parts,
-            read=stages.read,
-            infer=sums.infer,
-            digest=sums.digest,
-            keep=lambda _, arrays: sums.add(arrays),
-            advance=advance,
-        )
+    run = work.run
+    passed: _Pass[_Series] | _Pass[_Means]
+    if run.model.card.task == "forecast":
+        passed = _pass_over(work, fields, _Series, share=0.95)
+    else:
+        passed = _pass_over(work, fields, _Means, share=0.95)
     begun = time.perf_counter()
-    results = sums.results(work.cancelled)
-    for number in np.flatnonzero(~on_grid.usable):
-        results[number] = {"status": "invalid"}
+    results = passed.sums.results(work.cancelled)
     work.progress.finish()
     statuses = [result["status"] for result in results]
     missing = none_predicted(run, statuses, "field", work.cache)
     return FieldOutcome(
         results=tuple(results),
-        pixels=sum(int(part.width * part.height) for part in parts),
-        timing=timing + Timing(infer=time.perf_counter() - begun),
+        pixels=sum(int(part.width * part.height) for part in passed.parts),
+        timing=passed.timing + Timing(infer=time.perf_counter() - begun),
         warnings=(*run_warnings(run), *missing, *fields.warnings),
     )
 
 
-def _advance(work: Work, parts: Sequence[Window]) -> Any:  # noqa: ANN401 - a function
+def _advance(work: Work, parts: Sequence[Window], share: float) -> Any:  # noqa: ANN401 - a function
     total = sum(part.width * part.height for part in parts) or 1
     grid = work.run.stack.grid
-    share = 0.95 * grid.width * grid.height / total
-    return work.progress.of(share, grid)
+    return work.progress.of(share * grid.width * grid.height / total, grid)
 
 
 class _Sums:
@@ -323,10 +370,13 @@ class _Sums:
 
     def _status(self, ok: NDArray[np.bool_]) -> list[dict[str, JSON]]:
         covered = self._total("pixels") > 0
-        return [
+        found: list[dict[str, JSON]] = [
             {"status": "ok" if is_ok else "no_data" if is_covered else "outside"}
             for is_ok, is_covered in zip(ok, covered, strict=True)
         ]
+        for number in np.flatnonzero(~self._grid.usable):
+            found[number] = {"status": "invalid"}
+        return found
 
     def _extent(self, number: int, clear_dates: float) -> dict[str, JSON]:
         return {
@@ -374,6 +424,17 @@ class _Means(_Sums):
             arrays |= {"shares": np.zeros((0, width))} if classes else {}
         arrays["seen"] = covered.sums(covered.share * seen.reshape(-1)[covered.cells])
         return arrays
+
+    def means(self) -> NDArray[np.float32]:
+        """The mean prediction of each field (n, K), NaN for a field without one."""
+        weight = self._total("weight")
+        values = self._totals.get("values", np.zeros((self._count, self._run.model.width[0])))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(values / weight[:, None], np.float32)
+
+    def statuses(self) -> list[dict[str, JSON]]:
+        """The status of each field."""
+        return self._status(self._total("weight") > 0)
 
     def results(self, cancelled: threading.Event | None) -> list[dict[str, JSON]]:
         """The result of each field."""

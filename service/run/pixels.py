@@ -33,19 +33,30 @@ def run_pixels(work: Work) -> Outcome:
         if run.cleaned:
             raw = stack.enter_context(ScratchRaster(work.folder / "predictions.scratch.tif"))
             with raw.create(grid, run.model.width[0]) as file:
-                timing = _predict(work, spread, keep_in(file), share=0.6)
+                timing = predict_windows(work, spread, keep_in(file), share=0.6)
             return sink.outcome(timing + clean(work, raw, sink, stack))
-        return sink.outcome(_predict(work, sink.digest, sink.keep, share=0.9))
+        return sink.outcome(predict_windows(work, sink.digest, sink.keep, share=0.9))
 
 
-def _predict(
+def predict_windows(
     work: Work,
     digest: Callable[[Window, WindowPredictions], Arrays],
     keep: Callable[[Window, Arrays], None],
     *,
     share: float,
+    then: Callable[[WindowPredictions], WindowPredictions] = lambda found: found,
+    stage: str = "predictions",
 ) -> Timing:
-    """The pass that reads the stack and predicts; it frees the memory of its windows at its end."""
+    """The pass that reads the stack and predicts; it frees the memory of its windows at its end.
+
+    Args:
+        work: the run.
+        digest: turns a window's predictions into the arrays to keep.
+        keep: takes the arrays of each window.
+        share: share of the run's progress.
+        then: changes a window's predictions, in the stage that infers.
+        stage: name of the pass.
+    """
     run = work.run
     grid = run.stack.grid
     parts = windows(
@@ -56,10 +67,10 @@ def _predict(
     with buffers, StackReader(run.stack, run.used, cache=work.cache, buffers=buffers) as reader:
         stages = PixelStages(run, reader, buffers, work.cancelled)
         return work.each(
-            "predictions",
+            stage,
             parts,
             read=stages.read,
-            infer=stages.infer,
+            infer=lambda clear: then(stages.infer(clear)),
             digest=digest,
             keep=keep,
             advance=work.progress.of(share, grid),

@@ -29,7 +29,14 @@ from service.run.memory import (
     raster_need,
     sampling_need,
 )
-from service.run.request import RasterRequest, SeriesRequest, TaskRequest
+from service.run.places import read_places
+from service.run.request import (
+    RasterRequest,
+    Runnable,
+    SeriesRequest,
+    SimilarRequest,
+    TaskRequest,
+)
 from service.run.series import SeriesRun, plan_series
 from service.run.time_window import resolve_time_window
 from service.write.predictions import (
@@ -38,6 +45,7 @@ from service.write.predictions import (
     POLYGONS,
     EmbeddingType,
     Predictions,
+    SimilarityPredictions,
     predictions_of,
 )
 
@@ -69,10 +77,17 @@ class RasterRun:
     """Hectares below which a connected area of a class map joins a neighbour; 0 joins none."""
     dtype: EmbeddingType = "float32"
     """Number type of an embedding."""
+    similar_to: tuple[str, ...] | None = None
+    """Names of the places that pixels are compared with; None predicts as the model does."""
     polygons: bool = False
     """Whether the class map is written as polygons as well; `outputs` then holds `class`."""
     rasters: bool = True
     """Whether rasters are written; if not, only the summary is made."""
+
+    @property
+    def operation(self) -> Runnable:
+        """What the run is for."""
+        return self.model.card.task if self.similar_to is None else "similar"
 
     @property
     def cleaned(self) -> bool:
@@ -96,6 +111,8 @@ class RasterRun:
         Raises:
             InvalidRequest: the model does not have an output, the horizon or the number type.
         """
+        if self.similar_to is not None:
+            return SimilarityPredictions(places=self.similar_to, outputs=self.outputs)
         return predictions_of(
             self.model.card,
             self.outputs,
@@ -123,7 +140,8 @@ class RasterRun:
     def prediction_bytes(self) -> int:
         """Memory of one prediction, bytes: as the model returns it, and again as bands."""
         attributed = len(self.used) if self.attribution else 0
-        return 2 * 4 * (int(np.prod(self.model.width)) + attributed)
+        bands = 1 + len(self.similar_to) if self.similar_to else 0
+        return 2 * 4 * (int(np.prod(self.model.width)) + attributed + bands)
 
 
 def plan_raster(
@@ -137,6 +155,7 @@ def plan_raster(
     smooth: int = 0,
     min_area: float = 0.0,
     dtype: EmbeddingType = "float32",
+    similar_to: tuple[str, ...] | None = None,
     rasters: bool = True,
 ) -> RasterRun:
     """A run checked against its model, before a pixel is read.
@@ -151,6 +170,7 @@ def plan_raster(
         smooth: radius of the smoothing of a class map, pixels.
         min_area: smallest area of a class map, hectares.
         dtype: number type of an embedding.
+        similar_to: names of the places that pixels are compared with; None predicts.
         rasters: whether the run writes rasters, or only makes the summary.
 
     Raises:
@@ -174,6 +194,7 @@ def plan_raster(
         smooth=smooth,
         min_area=min_area,
         dtype=dtype,
+        similar_to=similar_to,
         rasters=rasters,
     )
     check_run(run)
@@ -238,7 +259,8 @@ class Plan:
     pixels: int
     """Number of pixels of a raster run; 0 for points and series."""
     fields: Fields | None = None
-    """Polygons to predict for; None predicts for points, series or the whole raster."""
+    """Polygons to predict for, or places to compare every pixel with; None predicts for points,
+    series or the whole raster."""
     need: Need | None = None
     """Memory that the run reserves; None for series, which are in memory already."""
     planning: Timing
@@ -290,9 +312,12 @@ def plan_request(
             attribution=request.attribution,
         )
         return Plan(request=request, model=series.model, run=series, pixels=0, planning=Timing())
-    fields = None if request.fields is None else read_fields(request.fields, max_fields)
+    if isinstance(request, SimilarRequest):
+        fields: Fields | None = read_places(request, max_fields)
+    else:
+        fields = None if request.fields is None else read_fields(request.fields, max_fields)
     model = engine.find(request.model, request.task, _modality(request), owner=owner)
-    run = _plan_files(request, model, max_raster_bytes, rasters=rasters)
+    run = _plan_files(request, model, max_raster_bytes, places=fields, rasters=rasters)
     need = _need(run, request, fields, budget.window_bytes)
     budget.check(need)  # before a job is accepted that can never run
     with budget.take(sampling_need(run.stack, run.used), cancelled=cancelled, patience=patience):
@@ -314,6 +339,7 @@ def _plan_files(
     model: LoadedModel,
     max_raster_bytes: int,
     *,
+    places: Fields | None,
     rasters: bool,
 ) -> RasterRun:
     _check_parameters(model, request)
@@ -337,12 +363,22 @@ def _plan_files(
         smooth=request.smooth or 0,
         min_area=request.min_area or 0.0,
         dtype=request.dtype or "float32",
+        similar_to=tuple(map(str, places.ids))
+        if isinstance(request, SimilarRequest) and places is not None
+        else None,
         rasters=rasters,
     )
 
 
 def _need(run: RasterRun, request: RasterRequest, fields: Fields | None, window_bytes: int) -> Need:
     """The memory that a run takes."""
+    if isinstance(request, SimilarRequest) and fields is not None:
+        passes = (
+            points_need(run, len(fields)),
+            fields_need(run, window_bytes, len(fields)),
+            raster_need(run, window_bytes),
+        )
+        return max(passes, key=lambda need: need.total)
     if request.points is not None:
         return points_need(run, len(request.points))
     if fields is not None:
@@ -370,6 +406,8 @@ def _modality(request: RasterRequest) -> Modality | None:
     """Modality of an embedding; a named model implies it."""
     if request.task != "embed":
         return None
+    if isinstance(request, SimilarRequest):
+        return "pixel"
     return request.modality or (None if request.model else "pixel")
 
 

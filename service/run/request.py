@@ -12,6 +12,9 @@ from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.write.predictions import EmbeddingType
 
+Runnable = Task | Literal["similar"]
+"""What a run is for: a task of a model, or similarity, which a model of embeddings serves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PointQuery:
@@ -87,6 +90,11 @@ class RasterRequest:
     """Whom a job calls; None calls nobody."""
 
     @property
+    def operation(self) -> Runnable:
+        """What is asked for, as jobs and results name it."""
+        return self.task
+
+    @property
     def sources(self) -> tuple[SourceFile, ...]:
         """Every file of the request: the rasters, and the polygons if there are any."""
         return self.files if self.fields is None else (*self.files, self.fields)
@@ -101,6 +109,30 @@ class MeasureRequest(RasterRequest):
 
     plots: bool = False
     """Whether the response contains recurrence plots."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarRequest(RasterRequest):
+    """How similar the embedding of every pixel is to those of places; the task is `embed`.
+
+    The places are `place_points` or `place_file`; `points` and `fields` are None, because the
+    result is of the whole raster.
+    """
+
+    place_points: tuple[PointQuery, ...] | None = None
+    """Points in degrees."""
+    place_file: SourceFile | None = None
+    """A file of points and polygons."""
+
+    @property
+    def operation(self) -> Runnable:
+        """See `RasterRequest`."""
+        return "similar"
+
+    @property
+    def sources(self) -> tuple[SourceFile, ...]:
+        """Every file that the request needs."""
+        return self.files if self.place_file is None else (*self.files, self.place_file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +163,11 @@ class SeriesRequest:
     """Whom a job calls; None calls nobody."""
     attribution: bool = False
     """Whether the attribution of each date to a class is requested."""
+
+    @property
+    def operation(self) -> Runnable:
+        """What is asked for, as jobs and results name it."""
+        return self.task
 
 
 TaskRequest = RasterRequest | SeriesRequest

@@ -64,7 +64,9 @@ def _of_raster(planned: Plan, run: RasterRun) -> Validation:
     grid = run.stack.grid
     fields = planned.fields
     points = getattr(planned.request, "points", None)
-    count = planned.pixels if fields is None else len(fields)
+    # Similarity is of the whole raster; its places are in `fields`.
+    whole = fields is None or run.similar_to is not None
+    count = planned.pixels if whole else len(fields or ())
     return Validation(
         problem=None,
         warnings=unique((*run_warnings(run), *(fields.warnings if fields else ()))),

@@ -10,6 +10,7 @@ and does not use GDAL.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -571,6 +572,80 @@ class EmbeddingTally:
             clipped = self._clipped / values if values else None
             found |= {"dtype": "int8", "scale": self._scale, "clipped_share": clipped}
         return {"embedding": found}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityPredictions:
+    """Cosine similarities (N, 1) or (N, 1 + R): the largest, then that to each place."""
+
+    places: tuple[str, ...]
+    """Names of the places (R)."""
+    outputs: tuple[str, ...]
+    """`similarity`, `similarities` or both."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """See `Predictions`."""
+        every = {
+            "similarity": Layer(name="similarity", bands=("similarity",)),
+            "similarities": Layer(name="similarities", bands=self.places),
+        }
+        return tuple(every[name] for name in self.outputs)
+
+    def bands(
+        self, predictions: Floats, classes: NDArray[np.uint8] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """See `Predictions`."""
+        del classes
+        made = {"similarity": predictions[:, :1].T, "similarities": predictions[:, 1:].T}
+        return {name: made[name] for name in self.outputs}
+
+    def record(self, prediction: Floats) -> dict[str, JSON]:
+        """See `Predictions`."""
+        return {"similarity": float(prediction[0])}
+
+    def tally(self) -> SimilarityTally:
+        """See `Predictions`."""
+        return SimilarityTally()
+
+
+class SimilarityTally:
+    """Mean, smallest and largest of the largest similarities."""
+
+    def __init__(self) -> None:
+        self._pixels = 0
+        self._sum = 0.0
+        self._low, self._high = math.inf, -math.inf
+
+    def count(
+        self,
+        predictions: Floats,
+        hectares: NDArray[np.float64],
+        classes: NDArray[np.uint8] | None = None,
+    ) -> Counts:
+        """See `Tally`; areas and classes have no part in it."""
+        del hectares, classes
+        values = predictions[:, 0][~np.isnan(predictions[:, 0])].astype(np.float64)
+        return {
+            "pixels": np.asarray(len(values)),
+            "sum": values.sum(),
+            "low": values.min(initial=math.inf),
+            "high": values.max(initial=-math.inf),
+        }
+
+    def add(self, counts: Counts) -> None:
+        """See `Tally`."""
+        self._pixels += int(counts["pixels"])
+        self._sum += float(counts["sum"])
+        self._low = min(self._low, float(counts["low"]))
+        self._high = max(self._high, float(counts["high"]))
+
+    def summary(self) -> dict[str, JSON]:
+        """See `Tally`."""
+        if not self._pixels:
+            return {"similarity": {"mean": None, "min": None, "max": None}}
+        mean = self._sum / self._pixels
+        return {"similarity": {"mean": mean, "min": self._low, "max": self._high}}
 
 
 def dated(dates: Sequence[date], values: NDArray[Any]) -> dict[str, JSON]:

@@ -82,6 +82,7 @@ def result_item(
     layers: Sequence[Layer],
     made: Provenance,
     *,
+    task: str | None = None,
     polygons: bool = False,
 ) -> dict[str, Any] | None:
     """A STAC Item that describes a result; its assets are files in the item's folder.
@@ -91,17 +92,19 @@ def result_item(
         grid: grid of the rasters.
         layers: the rasters, each in the file `<name>.tif`.
         made: provenance of the result.
+        task: what the result was made for; None is the model's task.
         polygons: whether the result contains the class map as polygons.
 
     Returns:
         The item; None if the result has no date, because STAC requires one.
     """
+    task = task or card.task
     if not made.dates:
         return None
     valid = made.forecast_dates or made.dates
     extensions = ["projection", "raster", "processing", "mlm"]
     properties: dict[str, Any] = {
-        "title": f"{card.task} by {card.id}",
+        "title": f"{task} by {card.id}",
         **_interval(valid[0], valid[-1]),
         **_projection(grid),
         "gsd": round(grid.pixel_size, 3),
@@ -147,7 +150,7 @@ def result_item(
         "assets": assets,
     }
     digest = hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()
-    return {**item, "id": f"{card.task}-{card.name}-{digest[:16]}"}
+    return {**item, "id": f"{task}-{card.name}-{digest[:16]}"}
 
 
 def write_item(item: Mapping[str, Any] | None, folder: Path) -> None:

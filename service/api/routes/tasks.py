@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
@@ -53,7 +53,7 @@ from service.read.layouts import StackOptions
 from service.read.references import fetch_items
 from service.run.execute import Result, execute
 from service.run.plan import Plan, plan_request
-from service.run.request import RasterRequest, TaskRequest
+from service.run.request import RasterRequest, Runnable, TaskRequest
 
 PATIENCE = 30.0
 """Seconds for which a request that holds a run slot waits for memory."""
@@ -101,8 +101,16 @@ async def embed(
     return await _serve("embed", request, app, folder, caller, preferences, modality)
 
 
+@router.post("/similar", responses=answers("similar"), openapi_extra=body("similar"))
+async def similar(
+    request: Request, app: App, folder: Folder, caller: Caller, preferences: Preferences
+) -> Response:
+    """Cosine similarity of every pixel's embedding to given points or fields."""
+    return await _serve("similar", request, app, folder, caller, preferences)
+
+
 async def _serve(
-    task: Task,
+    task: Runnable,
     request: Request,
     app: AppState,
     folder: Path,
@@ -412,9 +420,9 @@ async def read_request(
     series = await to_thread.run_sync(read_series, task, text)
     if modality == "patch":
         raise InvalidRequest.of("modality", "a series has no imagery; use modality pixel")
-    if task == "series":
-        raise TypeError("measured series are of imagery")
-    return series.request(task)
+    if task in {"series", "similar"}:
+        raise TypeError(f"/{task} takes imagery")
+    return series.request(cast(Task, task))
 
 
 async def vector_file(

@@ -7,7 +7,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from models.card import Task
 from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder
 from service.api.disconnect import run_watched
@@ -15,7 +14,7 @@ from service.api.openapi import VALIDATION_ERRORS, problems, validation_body
 from service.api.routes.tasks import check_query, planned, read_request, run_slot
 from service.api.schemas import Estimate, Seconds, ValidationResponse, WarningEntry
 from service.errors import NotReady
-from service.run.request import TaskRequest
+from service.run.request import Runnable, TaskRequest
 from service.run.validate import Validation, problem_document, validation
 
 router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER])
@@ -27,7 +26,7 @@ async def validate(
     app: App,
     folder: Folder,
     caller: Caller,
-    task: Annotated[Task, Query(description="the task whose request the body is")],
+    task: Annotated[Runnable, Query(description="the task whose request the body is")],
 ) -> ValidationResponse:
     """What a request would be rejected or warned for, and what it would take, without running."""
     check_query(request, {"task"})
@@ -48,7 +47,7 @@ def _validated(
     return validation(partial(planned, app, asked, rasters=True, owner=owner, cancelled=cancelled))
 
 
-def _response(app: AppState, task: Task, found: Validation) -> ValidationResponse:
+def _response(app: AppState, task: Runnable, found: Validation) -> ValidationResponse:
     if found.problem is not None:
         return ValidationResponse(valid=False, task=task, problem=problem_document(found.problem))
     pace = app.metrics.pace(task, found.pixels)

@@ -1,0 +1,181 @@
+"""Similarity runs: how similar the embedding of every pixel is to those of given places.
+
+    places → their embeddings → unit vectors ──┐
+    stack → windows → Sits → infer → embeddings → cosines → COGs, summary
+
+A place is a point (its pixel) or a polygon (the mean embedding of its pixels, each weighted by the
+share that it covers). Two passes: the first reads only the windows that hold a polygon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from service.errors import InvalidRequest, StackWarning
+from service.read.reader import StackReader
+from service.read.vectors import Fields
+from service.run.collect import Floats, Outcome, Sink, WindowPredictions, Work
+from service.run.executors import Timing, check
+from service.run.fields import mean_embeddings
+from service.run.pixels import predict_windows
+from service.run.points import predict_pixels
+from service.write.predictions import JSON
+
+_NAMED = 20
+"""Places that a message names."""
+_ROWS_AT_ONCE = 4096
+_POINT = int(shapely.GeometryType.POINT)
+_POLYGONS = (int(shapely.GeometryType.POLYGON), int(shapely.GeometryType.MULTIPOLYGON))
+_REASONS: Mapping[str, str] = {
+    "outside": "outside the raster",
+    "no_data": "with fewer clear dates than the model needs",
+    "invalid": "neither a point nor a polygon",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reference:
+    """Embeddings of N places."""
+
+    vectors: Floats
+    """Of unit length (N, D); NaN for a place without an embedding."""
+    statuses: Sequence[str]
+    """`ok`, `no_data`, `outside` or `invalid` (N)."""
+    timing: Timing
+
+
+def run_similar(work: Work, places: Fields) -> Outcome:
+    """Compare every pixel with places.
+
+    Args:
+        work: the run, with its executor, journal and progress.
+        places: points and polygons.
+
+    Raises:
+        Cancelled: the run was cancelled.
+        InvalidRequest: no place has an embedding.
+        PIMCError: an error of the stack or the model.
+    """
+    found = _reference(work, places)
+    usable = np.flatnonzero(np.array(found.statuses) == "ok")
+    unused = _unused(places, found.statuses)
+    if not len(usable):
+        raise InvalidRequest.of("points", f"no place has an embedding: {unused}")
+    names = tuple(str(places.ids[n]) for n in usable)
+    work = replace(work, run=replace(work.run, similar_to=names))
+    reference = found.vectors[usable]
+    each = "similarities" in work.run.outputs
+
+    def compare(embedded: WindowPredictions) -> WindowPredictions:
+        cosines = similarities(embedded.predictions, reference, each=each)
+        return replace(embedded, predictions=cosines)
+
+    with ExitStack() as stack:
+        sink = Sink(work, work.run.stack.grid, stack)
+        timing = predict_windows(
+            work, sink.digest, sink.keep, share=0.7, then=compare, stage="similarities"
+        )
+        outcome = sink.outcome(found.timing + timing)
+    warnings = (*outcome.warnings, *places.warnings)
+    if unused:
+        warnings += (StackWarning(code="places_unused", detail=f"not compared: {unused}"),)
+    listed: list[JSON] = [
+        {"id": name, "status": status}
+        for name, status in zip(places.ids, found.statuses, strict=True)
+    ]
+    summary: dict[str, JSON] = {
+        **outcome.summary,
+        "places": listed,
+        "warnings": [{"code": w.code, "detail": w.detail} for w in warnings],
+    }
+    return replace(outcome, summary=summary, warnings=warnings)
+
+
+def similarities(embeddings: Floats, reference: Floats, *, each: bool) -> Floats:
+    """Cosine similarities of embeddings (N, D) to unit vectors (R, D).
+
+    Returns:
+        (N, 1): the largest; or (N, 1 + R): the largest, then each. -1 to 1, NaN for an embedding
+        with NaN or without length.
+    """
+    out = np.empty((len(embeddings), 1 + each * len(reference)), np.float32)
+    # In parts, because N x R numbers may be more than N embeddings.
+    for start in range(0, len(embeddings), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        cosines = np.clip(unit(embeddings[part]) @ reference.T, -1, 1)
+        out[part, 0] = cosines.max(axis=1)
+        if each:
+            out[part, 1:] = cosines
+    return out
+
+
+def unit(vectors: Floats) -> Floats:
+    """Vectors (N, D) of unit length; NaN for those with NaN or without length."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(vectors / np.where(lengths > 0, lengths, np.nan), np.float32)
+
+
+def _reference(work: Work, places: Fields) -> _Reference:
+    """The embeddings of places: the pixel of a point, the mean of a polygon's pixels."""
+    shapes = places.in_crs(work.run.stack.grid.crs)
+    kinds = shapely.get_type_id(shapes)
+    points, polygons = np.flatnonzero(kinds == _POINT), np.flatnonzero(np.isin(kinds, _POLYGONS))
+    embeddings = np.full((len(places), work.run.model.width[0]), np.nan, np.float32)
+    statuses = np.full(len(places), "invalid", np.object_)
+    timing = Timing()
+    if len(points):
+        found, where, timing = _points(work, shapes[points])
+        embeddings[points], statuses[points] = found, where
+    if len(polygons):
+        means = mean_embeddings(work, _part(places, polygons), share=0.2)
+        embeddings[polygons], statuses[polygons] = means.embeddings, means.statuses
+        timing += means.timing
+    vectors = unit(embeddings)
+    lost = (statuses == "ok") & np.isnan(vectors).any(axis=1)
+    statuses[lost] = "no_data"
+    return _Reference(vectors=vectors, statuses=statuses.tolist(), timing=timing)
+
+
+def _points(work: Work, shapes: NDArray[np.object_]) -> tuple[Floats, NDArray[np.object_], Timing]:
+    """Embeddings (n, D) and statuses (n) of points in the raster's CRS."""
+    run, grid = work.run, work.run.stack.grid
+    columns, rows = ~grid.transform @ (shapely.get_x(shapes), shapely.get_y(shapes))
+    inside = (rows >= 0) & (rows < grid.height) & (columns >= 0) & (columns < grid.width)
+    row, column = (np.floor(side[inside]).astype(np.intp) for side in (rows, columns))
+    embeddings = np.full((len(shapes), run.model.width[0]), np.nan, np.float32)
+    with StackReader(
+        run.stack, run.used, cache=work.cache, before_read=lambda: check(work.cancelled)
+    ) as reader:
+        embeddings[inside], _, timing = predict_pixels(run, reader, row, column)
+    there = ~np.isnan(embeddings).any(axis=1)
+    statuses = np.where(there, "ok", np.where(inside, "no_data", "outside")).astype(np.object_)
+    return embeddings, statuses, timing
+
+
+def _part(places: Fields, chosen: NDArray[np.intp]) -> Fields:
+    return Fields(
+        ids=tuple(places.ids[n] for n in chosen),
+        properties=tuple(places.properties[n] for n in chosen),
+        shapes=places.shapes[chosen],
+        crs=places.crs,
+        warnings=(),
+    )
+
+
+def _unused(places: Fields, statuses: Sequence[str]) -> str:
+    """The places without an embedding, by reason; empty if there is none."""
+    parts = []
+    for status, reason in _REASONS.items():
+        ids = [str(one) for one, s in zip(places.ids, statuses, strict=True) if s == status]
+        if ids:
+            named = ", ".join(f"'{one}'" for one in ids[:_NAMED])
+            more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+            parts.append(f"{named}{more} {reason}")
+    return "; ".join(parts)
