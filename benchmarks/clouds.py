@@ -59,11 +59,11 @@ class Region:
 
     @property
     def seen(self) -> NDArray[np.bool_]:
-        """(T, N) True where there is a value, and no defect."""
+        """True (T, N) where a value exists and SCL marks no defect."""
         return np.asarray((self.scl > 1) & (self.values > 0).any(axis=1))
 
     def part(self, dates: Sequence[int], pixels: Sequence[int] | slice) -> Region:
-        """Some dates and pixels."""
+        """The region reduced to some dates and pixels."""
         return Region(
             name=self.name,
             values=self.values[list(dates)][:, :, pixels],
@@ -198,22 +198,23 @@ def draw(region: Region, seed: int) -> Examples:
 def fit(
     examples: Sequence[Examples], names: Sequence[str], positive: Sequence[int], weight: float = 1.0
 ) -> dict[str, float]:
-    """Weights of a logistic function that tells some classes from the clear ones.
+    """Weights of a logistic function that separates some classes from the clear ones.
 
     Args:
-        examples: of each region; every region counts the same.
-        names: the comparisons that it takes.
-        positive: SCL's classes to be found; those neither clear nor these are left out.
-        weight: of the positive examples.
+        examples: examples of each region; every region has the same total weight.
+        names: names of the comparisons that the function uses.
+        positive: SCL's classes that it detects; classes that are neither clear nor among these are
+            not used.
+        weight: weight of the positive examples.
     """
-    rows, wanted, weights = [], [], []
+    rows, labels, weights = [], [], []
     for one in examples:
         kept = np.isin(one.scl, (*positive, *LAND, *WATER, *UNCLASSIFIED))
         y = np.isin(one.scl[kept], positive)
         rows.append(np.stack([one.inputs[name][kept] for name in names], axis=1))
-        wanted.append(y)
+        labels.append(y)
         weights.append(np.where(y, weight, 1.0) / len(one.scl))
-    X, y, w = np.concatenate(rows), np.concatenate(wanted), np.concatenate(weights)
+    X, y, w = np.concatenate(rows), np.concatenate(labels), np.concatenate(weights)
     scaler = StandardScaler().fit(X)
     model = LogisticRegression(max_iter=1000)
     model.fit(scaler.transform(X), y, sample_weight=w * len(w) / w.sum())
@@ -287,7 +288,7 @@ def measure(regions: Iterator[Region], clear: Callable[[Region], NDArray[np.bool
 
 
 def _counts(region: Region, clear: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """By date (T, …): called cloud and all values of each column; agreement and all values."""
+    """Counts by date (T, …): masked and all values of each column; agreeing and all values."""
     seen = region.seen
     columns = []
     for classes in COLUMNS.values():

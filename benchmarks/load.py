@@ -2,12 +2,12 @@
 
     python -m benchmarks.load [--seconds 600] [--callers 50] [--beside NAME ...] [--out FILE]
 
-The service runs as a process of its own. The clients request maps from 1 x 1 to 512 x 512, series,
+The service runs in a separate process. The clients request maps from 1 x 1 to 512 x 512, series,
 points, summaries and zips; some disconnect half way, some send or read slowly or never read, some
-send invalid requests. Another process requests health and metrics. The run passes if nothing fails
-that should not, nothing is left, and memory does not grow: docs/explanation/reliability.md has the
-numbers. With `--beside`, the clients are measured twice: alone, and while others from another
-address use up what they can.
+send invalid requests. Another process requests health and metrics. The run passes if every valid
+request succeeds, no file remains, and memory does not grow: docs/explanation/reliability.md has the
+numbers. With `--beside`, the clients are measured twice: alone, and while clients from another
+address use up connections, memory or run slots.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ MOST_RESIDENT = 1_500_000_000
 MOST_GROWTH = 0.05
 """Largest relative difference between the last and the third minute's memory."""
 MOST_SLOWDOWN = 1.5
-"""Largest ratio of the clients' median times with others beside them to those alone."""
+"""Largest ratio of the clients' median times with other clients to those without."""
 SLOWEST_PROBE = 0.100
 """Seconds within which 99 of 100 health and metrics responses must arrive."""
 
 _TIMEOUT = 1800.0
-# As long as those of httpx, requests and curl: searching for a short one is three times slower.
+# A boundary as long as those of httpx, requests and curl: the search for a short one takes three
+# times as long.
 _BOUNDARY = "6f1e2b0c9d8a47e3b5c4f7a1d2e3c4b5"
 FORM = f"multipart/form-data; boundary={_BOUNDARY}"
 _PROBES = ("/health/live", "/health/ready", "/metrics")
@@ -542,14 +543,14 @@ OTHERS: Mapping[str, Other] = {
     **{name: partial(stranger, key=_OTHER_KEY) for name, stranger in STRANGERS.items()},
 }
 NEED_KEYS = frozenset({"hogs"})
-"""Others who can be told from the clients by an API key alone."""
+"""Further clients that the service can distinguish from the measured ones only by their API key."""
 
 
 # The probe ----------------------------------------------------------------------------------
 
 
 def _probe(host: str, port: int, out: Connection) -> None:
-    """Request health and metrics from a process of its own until stopped."""
+    """Request health and metrics in a separate process until stopped."""
     found: dict[str, list[float]] = {path: [] for path in _PROBES}
     connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
     while not out.poll(0.03):
@@ -641,7 +642,7 @@ def run(
 
 
 def slowdown(alone: Report, beside: Report) -> float:
-    """How much slower the clients were with others beside them: the median over kinds."""
+    """Ratio of the clients' median times with other clients to those without, median over kinds."""
     both = alone.medians.keys() & beside.medians.keys()
     return statistics.median(beside.medians[name] / alone.medians[name] for name in both)
 

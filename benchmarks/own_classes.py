@@ -42,7 +42,7 @@ from service.learn.scores import calibration_error
 
 _TESTED = 400
 """Pixels of other places that are predicted in each draw."""
-_FEWEST = 5
+_FEWEST_LABELS = 5
 _CLEAR_SCL = (4, 5, 6, 7)
 _BLOCK_DEGREES = 0.1
 _NAME = "benchmark"
@@ -149,7 +149,7 @@ def draw(region: Region, count: int, seed: int) -> Draw:
     for name in np.unique(region.classes):
         own = random.permutation(np.flatnonzero(half & (region.classes == name)))[:count]
         # A class that cannot fill its share is left out, unless it comes close to it.
-        if len(own) >= max(_FEWEST, count // 2):
+        if len(own) >= max(_FEWEST_LABELS, count // 2):
             labels.append(own)
     chosen = np.concatenate(labels)
     there = ~half & np.isin(region.classes, region.classes[chosen])
@@ -170,19 +170,19 @@ def series_of(region: Region, n: int) -> dict[str, Any]:
 
 
 def taught(api: httpx.Client, region: Region, drawn: Draw) -> dict[str, float]:
-    """Scores of the service on the tested pixels, and what its card says they would be."""
+    """Scores of the service on the tested pixels, and the scores that its card estimates."""
     labelled = [
         {**series_of(region, n), "class": region.classes[n], "place": region.places[n]}
         for n in drawn.labels.tolist()
     ]
     began = time.perf_counter()
-    answer = api.post("/heads", json={"name": _NAME, "series": labelled})
+    response = api.post("/heads", json={"name": _NAME, "series": labelled})
     seconds = time.perf_counter() - began
-    if answer.status_code != httpx.codes.CREATED:
-        raise RuntimeError(answer.text)
-    card = answer.json()["card"]
-    asked = [series_of(region, n) for n in drawn.tested.tolist()]
-    found = api.post("/classify-pixels", json={"series": asked, "model": _NAME}).json()["results"]
+    if response.status_code != httpx.codes.CREATED:
+        raise RuntimeError(response.text)
+    card = response.json()["card"]
+    queried = [series_of(region, n) for n in drawn.tested.tolist()]
+    found = api.post("/classify-pixels", json={"series": queried, "model": _NAME}).json()["results"]
     api.delete(f"/heads/{_NAME}").raise_for_status()
     names = [entry["name"] for entry in card["classes"]]
     # A pixel without a prediction counts as wrong.
@@ -358,15 +358,15 @@ def show_time(side: int, dates: int = 36) -> None:
         sent = stack(Path(folder), side, dates)
         size = sum(len(content) for _, (_, content, _) in sent)
         began, busy = time.perf_counter(), time.process_time()
-        answer = api.post("/heads", files=sent, data={"name": _NAME})
+        response = api.post("/heads", files=sent, data={"name": _NAME})
         seconds, busy = time.perf_counter() - began, time.process_time() - busy
-        if answer.status_code != httpx.codes.CREATED:
-            raise RuntimeError(answer.text)
-        metrics = answer.json()["card"]["metrics"]
+        if response.status_code != httpx.codes.CREATED:
+            raise RuntimeError(response.text)
+        metrics = response.json()["card"]["metrics"]
         print(
             f"500 points, {side} x {side} pixels, {dates} dates, 10 bands ({size / 2**20:.0f} MB "
             f"sent): {seconds:.1f} s, {busy:.1f} s of CPU time with the client's; "
-            f"{answer.headers['Server-Timing']}; macro-F1 {metrics['macro_f1']}"
+            f"{response.headers['Server-Timing']}; macro-F1 {metrics['macro_f1']}"
         )
 
 

@@ -46,9 +46,9 @@ class Rate:
     """Units of work per second."""
 
     clock: float
-    """By the clock, with all threads of the candidate."""
+    """Rate by the clock, with all threads of the candidate."""
     processor: float
-    """By processor time, times the cores."""
+    """Rate by processor time, multiplied by the number of cores."""
 
     def over(self, other: Rate) -> Rate:
         """This rate relative to another."""

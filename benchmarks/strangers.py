@@ -1,7 +1,7 @@
-"""Clients beside the load test's own who use up connections, memory and readers, not run slots.
+"""Further clients of the load test, which use up connections, memory and readers, not run slots.
 
-Each function runs until a time of `time.monotonic`, but one round at least, from an address of its
-own, and counts the outcomes.
+Each function runs at least one round and until a time of `time.monotonic`, from a separate address,
+and counts the outcomes.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ SHARPNESS = 20.0
 STEP = 0.01
 """Each step ahead of a forecast adds this to the mean."""
 SPREAD = 0.1
-"""q10 and q90 lie this far from q50."""
+"""Distance of q10 and q90 from q50."""
 HORIZON = 3
 INT8_SCALE = 0.002
-"""Of embeddings as int8: the largest value is 0.254, below some reflectances."""
+"""Scale of embeddings as int8: the largest value is 0.254, which some reflectances exceed."""
 PIXEL_BANDS = ("B02", "B04", "B08")
 PATCH_BANDS = ("B04", "B03", "B02")
 CLASSES = ("first", "second", "third")

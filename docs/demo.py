@@ -1,6 +1,6 @@
-"""What `make demo` runs: a real Sentinel-2 stack through the service, maps and pictures out.
+"""The demonstration of `make demo`: maps and pictures of a real Sentinel-2 stack by the service.
 
-With `--stack FOLDER` (`make demo STACK=folder`) the stack is the reader's own.
+With `--stack FOLDER` (`make demo STACK=folder`) it uses a stack of the reader's own.
 
 The stack is a forest edge in Romania, 100 x 100 pixels of 10 m and 140 dates from 2015 to 2021,
 which the European Commission's Joint Research Centre ships in its package `nrt` (EUPL 1.2) together
@@ -55,14 +55,14 @@ FIRST_DAY = date(2015, 8, 1)
 STRIDE = 4
 READY_SECONDS = 120.0
 SAMPLED = 400
-"""Pixels at which a forecast is compared with what came."""
+"""Number of pixels at which a forecast is compared with the later observations."""
 LABELS = 20
-"""Points of each class from which the own classes are taught."""
+"""Number of labelled points of each own class."""
 OWN = "demo-tree-cover"
 COVER_CLASSES = {"none": (0, 0), "open": (1, 49), "dense": (50, 100)}
 """The own classes, by per cent of tree cover."""
 NEAR = timedelta(days=5)
-"""How far from a clear date a forecast's date may lie to be compared with it."""
+"""Largest distance between a forecast's date and the clear date with which it is compared."""
 
 console = Console(width=100)
 
@@ -80,10 +80,10 @@ def fetch(folder: Path) -> tuple[Path, Path]:
 
 
 def to_geotiffs(cube: Path, folder: Path) -> list[Path]:
-    """Write the netCDF cube as one GeoTIFF a date, the way most stacks come."""
+    """Write the netCDF file as one GeoTIFF per date, the usual layout of stacks."""
     folder.mkdir(parents=True, exist_ok=True)
-    # The cube's y axis runs north to south; GDAL's netCDF driver takes files without CF metadata
-    # to run south to north unless told otherwise.
+    # The file's y axis runs from north to south. Without CF metadata, GDAL's netCDF driver assumes
+    # the opposite, unless this option is set.
     with rasterio.Env(GDAL_NETCDF_BOTTOMUP="NO"):
         x, y, days = (_variable(cube, name).ravel() for name in ("x", "y", "time"))
         bands = np.stack([_variable(cube, name) for name in BANDS.values()])
@@ -112,7 +112,7 @@ def to_geotiffs(cube: Path, folder: Path) -> list[Path]:
 
 def _variable(cube: Path, name: str) -> NDArray[np.generic]:
     with warnings.catch_warnings():
-        # The axes of the cube carry the georeference; its variables have none.
+        # The file's axes contain the georeference; its variables have none.
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         with rasterio.open(f"netcdf:{cube}:{name}") as file:
             values: NDArray[np.generic] = file.read()
@@ -159,43 +159,43 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def is_ready(pimc: Client) -> bool:
-    """Whether the service answers and is ready; it does not listen before its models are loaded."""
+    """Whether the service is ready; it does not accept connections before its models are loaded."""
     try:
         return bool(pimc.ready())
     except ConnectionFailed:
         return False
 
 
-def timed_row(table: Table, name: str, answer: Raster, cells: int, seconds: float) -> None:
-    """One line of the table: what was asked, how much, how long."""
+def timed_row(table: Table, name: str, raster: Raster, cells: int, seconds: float) -> None:
+    """Add a row to the table: the task, its model, the number of cells, and the time."""
     table.add_row(
-        name, answer.model or "", f"{cells:,}", f"{seconds:.2f}", f"{cells / seconds:,.0f}"
+        name, raster.model or "", f"{cells:,}", f"{seconds:.2f}", f"{cells / seconds:,.0f}"
     )
 
 
-def class_picture(answer: Raster, path: Path, title: str) -> None:
+def class_picture(raster: Raster, path: Path, title: str) -> None:
     """A class raster in its own colours, with the legend of the classes that occur."""
-    present = [entry for entry in answer.legend.values() if (answer.array == entry.value).any()]
+    present = [entry for entry in raster.legend.values() if (raster.array == entry.value).any()]
     colors = ["#ffffff"] * 256
-    for entry in answer.legend.values():
+    for entry in raster.legend.values():
         colors[entry.value] = entry.color
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    axes.imshow(answer.array, cmap=ListedColormap(colors), vmin=0, vmax=255, interpolation="none")
+    axes.imshow(raster.array, cmap=ListedColormap(colors), vmin=0, vmax=255, interpolation="none")
     handles = [Patch(facecolor=e.color, edgecolor="#666666", label=e.name) for e in present]
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     finish(figure, axes, path, title)
 
 
-def forecast_picture(answer: Raster, path: Path) -> None:
+def forecast_picture(raster: Raster, path: Path) -> None:
     """Median NDVI at the first and the last date of the forecast, on one scale."""
-    names = list(answer.descriptions)
+    names = list(raster.descriptions)
     layers = [i for i, n in enumerate(names) if n.startswith("NDVI") and n.endswith("q50")]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     for ax, layer in zip(axes, (layers[0], layers[-1]), strict=True):
         picture = ax.imshow(
-            answer.array[layer], cmap="YlGn", vmin=0, vmax=0.9, interpolation="none"
+            raster.array[layer], cmap="YlGn", vmin=0, vmax=0.9, interpolation="none"
         )
-        ax.set_title(answer.descriptions[layer].replace("_", " "), fontsize=10)
+        ax.set_title(raster.descriptions[layer].replace("_", " "), fontsize=10)
         ax.set_axis_off()
     figure.colorbar(picture, ax=axes, label="NDVI", shrink=0.85)
     figure.savefig(path, dpi=110)
@@ -265,12 +265,12 @@ def lonlat(
 
 @dataclass(frozen=True, kw_only=True)
 class Skill:
-    """A forecast beside what came."""
+    """Errors of forecasts, measured by later observations."""
 
     compared: int
-    """Clear observations that were compared."""
+    """Number of clear observations that were compared."""
     rmse: float
-    """Of the median NDVI."""
+    """RMSE of the median NDVI."""
     persistence: float
     """RMSE if NDVI stayed as on the pixel's last clear date before the forecast."""
     coverage: float
@@ -280,12 +280,12 @@ class Skill:
 def forecast_skill(
     measured: Sequence[Mapping[str, Any]], forecasts: Sequence[Forecast], last: date
 ) -> Skill | None:
-    """How well forecasts of NDVI met what came; None if nothing can be compared.
+    """Errors of forecasts of NDVI against later observations; None if nothing can be compared.
 
     Args:
         measured: places with `dates`, `clear` and `NDVI` over the whole stack.
-        forecasts: of the same places, from observations up to `last`.
-        last: last date that the forecasts were made from.
+        forecasts: forecasts for the same places, from observations up to `last`.
+        last: last date of the observations that the forecasts used.
     """
     came, median, stayed, inside = [], [], [], []
     for place, forecast in zip(measured, forecasts, strict=True):
@@ -320,13 +320,16 @@ def forecast_skill(
 def try_forecasts(
     pimc: Client, files: Files, like: Raster, starts: Sequence[date] | None = None
 ) -> None:
-    """Forecast from earlier dates of the stack, and compare with what came; a table, a picture.
+    """Forecast from earlier dates of the stack, and compare with later observations.
+
+    Prints a table and writes a picture.
 
     Args:
         pimc: the service.
         files: the stack.
         like: a raster of the stack's grid.
-        starts: last dates that the forecasts are made from; None takes three, 100 days apart.
+        starts: last dates of the observations that the forecasts use; None takes three dates, 100
+            days apart.
     """
     measured = pimc.measure(files, points=sampled_points(like, SAMPLED))
     if starts is None:
@@ -449,12 +452,12 @@ def try_own_classes(
     )
 
 
-def shares(answer: Raster) -> str:
+def shares(raster: Raster) -> str:
     """The classes of a map by area, largest first."""
-    known = answer.array[answer.array != 255]
+    known = raster.array[raster.array != 255]
     values, counts = np.unique(known, return_counts=True)
     order = np.argsort(-counts)
-    parts = [f"{answer.legend[int(values[i])].name} {counts[i] / known.size:.1%}" for i in order]
+    parts = [f"{raster.legend[int(values[i])].name} {counts[i] / known.size:.1%}" for i in order]
     return ", ".join(parts)
 
 

@@ -25,9 +25,9 @@ CARD_FILE = "card.json"
 PIXEL_INPUTS = ("values", "valid", "days")
 PATCH_INPUTS = ("patches",)
 # Inputs that are reflectance: float16 in a float16 variant, which halves the transfer to a device,
-# and float32 in any other. All other inputs are the same for all variants.
+# and float32 in any other variant. All other inputs have the same type in all variants.
 REFLECTANCE = ("values", "patches")
-# The one output of each task's graph.
+# Name of the only output of each task's graph.
 OUTPUTS: dict[Task, str] = {
     "classify-pixels": "probabilities",
     "forecast": "quantiles",
@@ -179,10 +179,10 @@ class Variant(_Frozen):
 
 
 class EmbeddingInt8(_Frozen):
-    """How an embedding is stored as int8: value = int8 x scale, in every dimension."""
+    """Parameters of storing an embedding as int8: value = int8 x scale, in every dimension."""
 
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """Of all dimensions alike, so that int8 vectors have the cosines of those they stand for."""
+    """The scale, one for all dimensions, so that int8 vectors have the cosines of the originals."""
     loss: dict[str, float] = {}
     """Measured change of each score of each probe against float32 (negative is worse)."""
 
@@ -216,7 +216,7 @@ class ModelCard(_Frozen):
     embedding: int | None = None
     """D, the length of an embedding."""
     embedding_int8: EmbeddingInt8 | None = None
-    """How embeddings are stored as int8; None if that was not measured."""
+    """Parameters of storing embeddings as int8; None if their loss was not measured."""
     default: bool = False
     """Whether the model is used for its task if a request does not name a model."""
     metrics: dict[str, Any] = {}
@@ -226,12 +226,12 @@ class ModelCard(_Frozen):
     sensors: tuple[str, ...] = ()
     """Sensors of the training imagery, e.g. `sentinel-2`; empty if unknown."""
     other_sensors: dict[str, str] = {}
-    """Sensors that may be read though none of the training imagery is of them, each with what that
-    costs, as measured; requests with them are warned of it."""
+    """Sensors that the model accepts although it was not trained on their imagery, each with the
+    measured loss of accuracy, which a warning reports."""
     pixel_size: tuple[float, float] | None = None
     """Smallest and largest pixel size of the training imagery, metres; None if unknown."""
     regions: dict[str, Any] = {}
-    """Scores on regions held out whole, by region: accuracy or error, and calibration."""
+    """Scores on regions that were entirely held out, by region: accuracy or error, calibration."""
     licence: str
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -63,11 +63,11 @@ class ChannelNorm(nn.BatchNorm1d):
 class PixelEncoder(nn.Module):
     """Encodes a pixel from the recurrence plots of its spectral indices.
 
-    Each step of the regular grid is a token. It holds the step's row of every index's recurrence
-    plot (its distance to every other step), and what a plot of distances does not show: the level
-    and sign of the series, and how well the step is observed. A pyramid of matrix products joins
-    neighbouring steps twice until four tokens are left: 36 steps by three and three, 32 by four
-    and two.
+    Each step of the regular grid is a token. The token contains the step's row of every index's
+    recurrence plot (its distance to every other step), and what a plot of distances does not show:
+    the level and sign of the series, and how well the step is observed. A pyramid of matrix
+    products joins neighbouring steps twice until four tokens remain: 36 steps by factors of three
+    and three, 32 steps by factors of four and two.
 
     Args:
         steps: M, four times a product of two factors.

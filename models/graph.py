@@ -16,7 +16,6 @@ from models.heads import ClassificationHead, ForecastHead
 from models.indices import SpectralIndices
 from models.timegrid import TimeGrid
 
-"""Days in a year, the period of a yearly grid."""
 _BLUE = "B02"
 
 
@@ -41,7 +40,7 @@ class PixelGraph(nn.Module):
         yearly: whether dates of several years are placed on one (see `TimeGrid`, `period`).
         clarity: how fast a date's weight falls with its blue reflectance. With 40, a date that is
             0.05 brighter than its neighbours in time counts e^2 times less. Thin cloud, haze and
-            snow brighten blue most, and no mask finds all of them. 0 weighs all dates equally.
+            snow brighten blue most, and no mask detects all of them. 0 weights all dates equally.
         reflectance: whether the encoders see the bands in addition to the indices.
     """
 
@@ -158,16 +157,16 @@ class PixelGraph(nn.Module):
 
 
 class PatchGraph(nn.Module):
-    """Patches of imagery to probabilities (N, K) or, without a head, embeddings (N, D).
+    """Patches (N, C, P, P) to probabilities (N, K) or, without a head, embeddings (N, D).
 
     Args:
         encoder: the patch encoder.
         head: None returns the embedding.
         others: further encoders, each with its head; the prediction is the mean of their logits.
-        views: number of a patch's eight symmetries whose logits are averaged, 1, 2, 4 or 8. Land
-            seen from above has no up, so a prediction should not depend on the orientation of the
-            patch. Several networks share the views, so that they cost no more than one; each has
-            at least one. In training each patch is seen in one symmetry at a time.
+        views: number of a patch's eight symmetries whose logits are averaged, 1, 2, 4 or 8. Imagery
+            from above has no upright orientation, so a prediction should not depend on that of the
+            patch. Several networks share the views, at least one each, so that they cost no more
+            than one network. Training uses one symmetry of each patch at a time.
     """
 
     modality: Modality = "patch"

@@ -10,7 +10,7 @@ _MENU = "PIMC"
 
 
 class PimcPlugin:
-    """As QGIS loads it.
+    """The plugin, which QGIS creates when it loads.
 
     Args:
         iface: QGIS's interface.

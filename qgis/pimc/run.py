@@ -28,7 +28,7 @@ class Run(QgsTask):
     """
 
     message = pyqtSignal(str)
-    """What the run does now."""
+    """Text about the current step of the run."""
 
     def __init__(
         self, service: Service, task: str, files: list[Path], fields: dict[str, str], folder: Path

@@ -133,8 +133,8 @@ def _content(sender: QgsBlockingNetworkRequest, url: str) -> bytes:
 
 def _head(boundary: str, name: str, file: str = "", kind: str = "") -> bytes:
     quoted = file.replace("\\", "%5C").replace('"', "%22")
-    said = f'; filename="{quoted}"' if file else ""
-    head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{said}\r\n'
+    filename = f'; filename="{quoted}"' if file else ""
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{filename}\r\n'
     return (head + (f"Content-Type: {kind}\r\n" if kind else "") + "\r\n").encode()
 
 
