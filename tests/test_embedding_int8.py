@@ -15,11 +15,13 @@ import pytest
 import rasterio
 import rioxarray
 import xarray
+from typer.testing import CliRunner
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import INT8_SCALE, write_bundle, write_zoo
 from models.card import ModelCard
 from pimc_client import Client
+from pimc_client.cli import app
 from service.read.geotiff import SourceFile
 from service.write.predictions import NO_EMBEDDING, EmbeddingPredictions, quantised
 from tests.kits.jobs import ASYNC, waited
@@ -206,3 +208,13 @@ def test_only_cards_of_embeddings_may_state_a_scale(tmp_path: Path) -> None:
     card = json.loads(path.read_text()) | {"embedding_int8": {"scale": 0.1}}
     with pytest.raises(ValueError, match="embedding_int8"):
         ModelCard.model_validate(card)
+
+
+def test_the_command_writes_int8(
+    api: httpx.Client, stack: list[SourceFile], small: Path, tmp_path: Path
+) -> None:
+    files, out = [str(source.path) for source in stack], tmp_path / "embedding.tif"
+    words = ["--url", str(api.base_url), "embed", *files, "--dtype", "int8", "-o", str(out)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert out.read_bytes() == small.read_bytes()

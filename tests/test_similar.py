@@ -18,11 +18,13 @@ from exactextract import exact_extract
 from rasterio.crs import CRS
 from rio_cogeo import cog_validate
 from shapely.geometry import MultiPoint, Point, Polygon
+from typer.testing import CliRunner
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from models.registry import Registry
 from pimc_client import Client
+from pimc_client.cli import UsageError, app
 from service.errors import InvalidRequest
 from service.infer.engine import Engine
 from service.read.geotiff import SourceFile
@@ -435,3 +437,32 @@ def test_results_by_ogc_are_links_to_the_rasters(
     answer = api.get(f"/jobs/{job}/results")
     assert answer.status_code == 200, answer.text
     assert set(answer.json()) == {"similarity", "summary"}
+
+
+def run(api: httpx.Client, *words: str) -> Any:
+    """The command `pimc`, with the service of the test."""
+    return CliRunner().invoke(app, ["--url", str(api.base_url), "similar", *words])
+
+
+def test_the_command_compares(
+    api: httpx.Client, stack: list[SourceFile], embeddings: Path, tmp_path: Path
+) -> None:
+    gpkg, points = tmp_path / "places.gpkg", tmp_path / "points.geojson"
+    frame(PLACES).to_file(gpkg, driver="GPKG")
+    points.write_text(json.dumps(geojson({"point": PLACES["point"]})))
+    files, out = [str(source.path) for source in stack], tmp_path / "similarity.tif"
+    done = run(api, *files, "--fields", str(gpkg), "-o", str(out))
+    assert done.exit_code == 0, done.output
+    np.testing.assert_allclose(
+        pixels(out.read_bytes())[0], expected(embeddings).max(axis=0), atol=1e-5
+    )
+    names = "similarity,similarities"
+    done = run(api, *files, "--points", str(points), "--output", names, "-o", str(tmp_path / "m"))
+    assert done.exit_code == 0, done.output
+    assert {"similarity.tif", "similarities.tif"} <= {p.name for p in (tmp_path / "m").iterdir()}
+    done = run(api, *files, "--points", str(points), "--job")
+    assert done.exit_code == 0, done.output
+    job = done.stdout.split()[0]
+    assert waited(api, job)["processID"] == "similar"
+    for wrong in ([], ["--points", str(points)], ["--points", str(points), "--job", "-o", "x.tif"]):
+        assert isinstance(run(api, *files, *wrong).exception, UsageError)
