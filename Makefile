@@ -32,7 +32,7 @@ serve: $(VENV)/served
 	PIMC_PORT=$(PORT) $(BIN)/python -m service
 
 # Two processes: on two cores most tests keep one of them busy. A file's tests stay together, as
-# they share services and models; files keep their order, or the few long tests would come last.
+# they share services and models; files keep the order of tests/conftest.py, the longest first.
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/ready lint
 	$(BIN)/pytest $(IN_PARALLEL)

@@ -80,6 +80,10 @@ class Request:
     """API key; None sends none."""
 
 
+Outcomes = Mapping[str, Mapping[str, int]]
+"""Number of each outcome, by what they are outcomes of."""
+
+
 @dataclass
 class Tally:
     """Outcome of the requests; many threads add to it."""
@@ -107,6 +111,11 @@ class Tally:
             if failure is not None:
                 self.failures.append(f"{request.name}: {failure}")
 
+    def so_far(self) -> Outcomes:
+        """A copy of the outcomes."""
+        with self.lock:
+            return {name: dict(counts) for name, counts in self.outcomes.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -115,7 +124,7 @@ class Report:
     machine: Mapping[str, str]
     seconds: float
     callers: int
-    outcomes: Mapping[str, Mapping[str, int]]
+    outcomes: Outcomes
     medians: Mapping[str, float]
     """Median seconds of a successful response, by kind of request."""
     failures: Sequence[str]
@@ -129,7 +138,7 @@ class Report:
     """Resident memory in bytes, one value per second."""
     probes: Mapping[str, Sequence[float]]
     """Seconds of each health and metrics response."""
-    beside: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    beside: Outcomes = field(default_factory=dict)
     """Responses to the others beside the clients, by their name."""
 
     @property
@@ -445,10 +454,12 @@ def _code(body: bytes) -> str | None:
     return None
 
 
-def _caller(service: Served, kinds: Sequence[Request], tally: Tally, end: float, seed: int) -> None:
+def _caller(
+    service: Served, kinds: Sequence[Request], tally: Tally, over: threading.Event, seed: int
+) -> None:
     rng = random.Random(seed)
     weights = [request.weight for request in kinds]
-    while time.monotonic() < end:
+    while not over.is_set():
         (request,) = rng.choices(kinds, weights)
         try:
             accepted = call(service, request, tally)
@@ -462,21 +473,21 @@ def _caller(service: Served, kinds: Sequence[Request], tally: Tally, end: float,
 # Others beside the clients --------------------------------------------------------------------
 
 
-Other = Callable[[Served, float, Counter[str]], None]
-"""Uses up what it can until a time of `time.monotonic`, and counts the responses."""
+Other = Callable[[Served, threading.Event, Counter[str]], None]
+"""Uses up what it can until the event is set, and counts the responses."""
 _DRIPS = 40
 _DRIP_BYTES = 64 * 2**10 // 60
 """Bytes that each slow upload sends per second."""
 
 
-def dripping(service: Served, end: float, counts: Counter[str]) -> None:
+def dripping(service: Served, over: threading.Event, counts: Counter[str]) -> None:
     """Forty uploads of 64 KiB per minute each; an upload that the server ends is started again."""
     head = (
         f"POST /classify-pixels HTTP/1.1\r\nHost: here\r\nContent-Type: {FORM}\r\n"
         f"X-API-Key: {_OTHER_KEY}\r\nContent-Length: {2**31}\r\n\r\n--{_BOUNDARY}\r\n"
     ).encode()
     drips: list[socket.socket] = []
-    while time.monotonic() < end:
+    while not over.is_set():
         for _ in range(_DRIPS - len(drips)):
             connection = socket.create_connection(
                 (service.host, service.port), _TIMEOUT, source_address=("127.0.0.2", 0)
@@ -508,14 +519,14 @@ _HOGS = 16
 _PREFERENCES = ({}, {"Prefer": "respond-async"})
 
 
-def hogs(service: Served, end: float, counts: Counter[str]) -> None:
+def hogs(service: Served, over: threading.Event, counts: Counter[str]) -> None:
     """Sixteen clients of one key that send maps and jobs as fast as they are rejected."""
     with tempfile.TemporaryDirectory() as folder:
         body = form(_stack(Path(folder), 256))
     headers = {"Content-Type": FORM, "X-API-Key": _OTHER_KEY}
 
     def send(preference: Mapping[str, str]) -> None:
-        while time.monotonic() < end:
+        while not over.is_set():
             connection = http.client.HTTPConnection(service.host, service.port, timeout=_TIMEOUT)
             try:
                 connection.request("POST", "/classify-pixels", body, {**headers, **preference})
@@ -550,10 +561,11 @@ NEED_KEYS = frozenset({"hogs"})
 
 
 def _probe(host: str, port: int, out: Connection) -> None:
-    """Request health and metrics in a separate process until stopped."""
+    """Request health and metrics in a separate process until stopped, at least once."""
     found: dict[str, list[float]] = {path: [] for path in _PROBES}
     connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
-    while not out.poll(0.03):
+    stopped = False
+    while not stopped:
         for path in _PROBES:
             begun = time.perf_counter()
             connection.request("GET", path)
@@ -563,6 +575,7 @@ def _probe(host: str, port: int, out: Connection) -> None:
             if response.status != 200:
                 out.send(f"{path} returned {response.status}")
                 return
+        stopped = out.poll(0.03)
     out.send(found)
 
 
@@ -576,16 +589,19 @@ def run(
     beside: Sequence[str] = (),
     *,
     keys: bool = False,
+    enough: Callable[[Outcomes, Outcomes], bool] | None = None,
     **settings: str,
 ) -> Report:
     """Start a service, run all clients, and inspect what is left.
 
     Args:
-        seconds: time in which the clients send requests.
+        seconds: time in which the clients send requests, at most.
         callers: number of clients.
         kinds: the requests that the clients send.
         beside: names of `OTHERS` that run at the same time.
         keys: whether each client, and the others together, have an API key of their own.
+        enough: given the outcomes so far, of the clients by kind of request and of the others by
+            name: whether the run may end before its time; None for never.
         settings: environment variables of the service.
     """
     others: dict[str, Counter[str]] = {name: Counter() for name in beside}
@@ -599,22 +615,28 @@ def run(
     with served(**settings) as service:
         probe = context.Process(target=_probe, args=(service.host, service.port, there))
         probe.start()
-        end = time.monotonic() + seconds
+        over = threading.Event()
         threads = [
             threading.Thread(
                 target=_caller,
-                args=(service, [replace(k, key=key) for k in kinds], tally, end, seed),
+                args=(service, [replace(k, key=key) for k in kinds], tally, over, seed),
             )
             for seed, key in enumerate(named)
         ]
         threads += [
-            threading.Thread(target=OTHERS[name], args=(service, end, others[name]))
+            threading.Thread(target=OTHERS[name], args=(service, over, others[name]))
             for name in beside
         ]
         with Sampler(take=service.resident) as resident:
             for thread in threads:
                 thread.start()
-            time.sleep(max(0.0, end - time.monotonic()))
+            begun = time.monotonic()
+            while (left := begun + seconds - time.monotonic()) > 0:
+                if enough and enough(tally.so_far(), others):
+                    break
+                time.sleep(min(0.2, left))
+            over.set()
+            lasted = time.monotonic() - begun
         here.send("stop")
         probes = here.recv()
         probe.join()
@@ -627,9 +649,9 @@ def run(
         tally.failures += _errors(service.log)
         return Report(
             machine=about,
-            seconds=seconds,
+            seconds=lasted,
             callers=callers,
-            outcomes={name: dict(counts) for name, counts in tally.outcomes.items()},
+            outcomes=tally.so_far(),
             medians={name: statistics.median(s) for name, s in tally.seconds.items()},
             failures=tally.failures,
             leftovers=service.leftovers(),
@@ -648,8 +670,8 @@ def slowdown(alone: Report, beside: Report) -> float:
 
 
 def _settle(service: Served) -> None:
-    """Wait up to 30 s until no run and no temporary file is left."""
-    until = time.monotonic() + 30
+    """Wait up to five minutes until no run and no temporary file is left."""
+    until = time.monotonic() + 300
     while time.monotonic() < until:
         if not service.leftovers() and not service.metric("pimc_runs_in_flight"):
             return

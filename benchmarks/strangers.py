@@ -1,7 +1,7 @@
 """Further clients of the load test, which use up connections, memory and readers, not run slots.
 
-Each function runs at least one round and until a time of `time.monotonic`, from a separate address,
-and counts the outcomes.
+Each function runs at least one round and until an event is set, from a separate address, and counts
+the outcomes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import select
 import socket
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -47,12 +48,12 @@ def _connected(service: Served, address: str, buffer: int | None = None) -> Iter
         yield connection
 
 
-def idle(service: Served, end: float, counts: Counter[str], *, key: str) -> None:
+def idle(service: Served, over: threading.Event, counts: Counter[str], *, key: str) -> None:
     """Three hundred sockets that send nothing; one that the server closes is opened again."""
     del key
     with contextlib.ExitStack() as held:
         sockets: list[socket.socket] = []
-        while time.monotonic() < end:
+        while not over.is_set():
             for _ in range(_IDLE - len(sockets)):
                 try:
                     sockets.append(held.enter_context(_connected(service, "127.0.0.3")))
@@ -68,7 +69,7 @@ def idle(service: Served, end: float, counts: Counter[str], *, key: str) -> None
                 connection.close()
 
 
-def unread(service: Served, end: float, counts: Counter[str], *, key: str) -> None:
+def unread(service: Served, over: threading.Event, counts: Counter[str], *, key: str) -> None:
     """Twenty-four readers of a job's result of some megabytes who never read it."""
     job = _job(service, "127.0.0.4", key)
     request = f"GET /jobs/{job}/result HTTP/1.1\r\nHost: here\r\nX-API-Key: {key}\r\n\r\n".encode()
@@ -88,7 +89,7 @@ def unread(service: Served, end: float, counts: Counter[str], *, key: str) -> No
                     sockets.remove(connection)
                     connection.close()
             counts["unread at once"] = max(counts["unread at once"], len(sockets))
-            if time.monotonic() >= end:
+            if over.is_set():
                 return
 
 
@@ -121,7 +122,7 @@ def _job(service: Served, address: str, key: str) -> str:
         connection.close()
 
 
-def leaving(service: Served, end: float, counts: Counter[str], *, key: str) -> None:
+def leaving(service: Served, over: threading.Event, counts: Counter[str], *, key: str) -> None:
     """Requests for maps whose clients leave once they have sent them, sixteen per second."""
     body, kind = _form(_files(128, noise=True))
     head = (
@@ -129,7 +130,7 @@ def leaving(service: Served, end: float, counts: Counter[str], *, key: str) -> N
         f"X-API-Key: {key}\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode()
     rounds = 0
-    while rounds == 0 or time.monotonic() < end:
+    while rounds == 0 or not over.is_set():
         rounds += 1
         with contextlib.suppress(OSError), contextlib.ExitStack() as held:
             for _ in range(_LEAVERS):
@@ -139,11 +140,11 @@ def leaving(service: Served, end: float, counts: Counter[str], *, key: str) -> N
             time.sleep(0.5)
 
 
-def heads(service: Served, end: float, counts: Counter[str], *, key: str) -> None:
+def heads(service: Served, over: threading.Event, counts: Counter[str], *, key: str) -> None:
     """Heads of 16 MiB, piece by piece, one after the other."""
     del key
     rounds = 0
-    while rounds == 0 or time.monotonic() < end:
+    while rounds == 0 or not over.is_set():
         rounds += 1
         with contextlib.suppress(OSError), _connected(service, "127.0.0.6") as connection:
             sent = 0
@@ -158,7 +159,7 @@ def heads(service: Served, end: float, counts: Counter[str], *, key: str) -> Non
                 counts["taken whole"] += 1
 
 
-def blocks(service: Served, end: float, counts: Counter[str], *, key: str) -> None:
+def blocks(service: Served, over: threading.Event, counts: Counter[str], *, key: str) -> None:
     """Points in files of some kilobytes whose one block decodes to 32 MiB in each band."""
     point = {"type": "Point", "coordinates": [3.0005, 50.54]}
     points = {"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": point}]}
@@ -166,7 +167,7 @@ def blocks(service: Served, end: float, counts: Counter[str], *, key: str) -> No
     body, kind = _form(_files(_BLOCK, noise=False), fields)
     headers = {"Content-Type": kind, "X-API-Key": key}
     rounds = 0
-    while rounds == 0 or time.monotonic() < end:
+    while rounds == 0 or not over.is_set():
         rounds += 1
         connection = http.client.HTTPConnection(
             service.host, service.port, timeout=_PATIENCE, source_address=("127.0.0.7", 0)
@@ -218,9 +219,11 @@ def _form(files: Mapping[str, bytes], fields: Mapping[str, str] | None = None) -
 
 
 class Stranger(Protocol):
-    """Uses up what it can until a time of `time.monotonic`, and counts the outcomes."""
+    """Uses up what it can until the event is set, and counts the outcomes."""
 
-    def __call__(self, service: Served, end: float, counts: Counter[str], *, key: str) -> None:
+    def __call__(
+        self, service: Served, over: threading.Event, counts: Counter[str], *, key: str
+    ) -> None:
         """Run, with an API key to send."""
         ...
 

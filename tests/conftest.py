@@ -20,6 +20,20 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 
+LONGEST = (
+    "test_training_finetune", "test_openapi_fuzz", "test_client_service", "test_training_regions",
+    "test_docs_samples", "test_models", "test_training_landcover", "test_load", "test_deploy",
+    "test_start", "test_blocks", "test_jobs_process", "test_pretrain", "test_training_ablation",
+)  # fmt: skip
+"""Files that take longest, in this order: of two processes neither is left with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the others keep their order."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real satellite data beside the checkout; without it the test is skipped, except in CI."""

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import threading
 import tomllib
+import venv
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -317,8 +318,17 @@ def test_the_dockerfiles_install_the_lock_files():
 
 
 @pytest.fixture(scope="module")
-def bill() -> dict:
-    return script("sbom").bill(Path(sys.executable), ROOT / "models" / "zoo")
+def bill(tmp_path_factory) -> dict:
+    """The bill of an environment of the service's packages: it has their metadata and no more."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    (packages,) = folder.glob("lib/python3*/site-packages")
+    for name in required(EXTRAS["service"]):
+        with suppress(PackageNotFoundError):  # of an extra that is not installed here
+            (metadata,) = (f for f in distribution(name).files or () if f.name == "METADATA")
+            found = Path(metadata.locate()).parent
+            (packages / found.name).symlink_to(found)
+    return script("sbom").bill(folder / "bin" / "python", ROOT / "models" / "zoo")
 
 
 def test_the_bill_of_materials_lists_packages_and_models_as_they_are(bill):

@@ -53,6 +53,12 @@ def plan(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 @pytest.fixture(scope="module")
+def apart(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A plan whose folder holds only the studies of inputs and networks."""
+    return replace(plan, runs=tmp_path_factory.mktemp("apart") / "runs")
+
+
+@pytest.fixture(scope="module")
 def negatives(plan: Plan) -> str:
     return ablate("negatives", replace(plan, settings=PRETRAINING, seeds=1))
 
@@ -66,8 +72,8 @@ def cells(text: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_a_study_is_run_once_and_shares_what_others_have_run(plan: Plan) -> None:
-    text = ablate("inputs", plan)
+def test_a_study_is_run_once_and_shares_what_others_have_run(apart: Plan) -> None:
+    text = ablate("inputs", apart)
     table = cells(text)
     assert set(table) == {"model", "both", "plots alone", "series alone"}
     # Two seeds, so an interval and a spread; of the small archive's 48 validation pixels.
@@ -75,15 +81,15 @@ def test_a_study_is_run_once_and_shares_what_others_have_run(plan: Plan) -> None
     assert "n = 48, 4 places" in text
     assert "python -m training ablate" in text
     assert "1 epochs" in text
-    assert "pixels-crops-us: inputs" in plan.report.read_text()
-    before = weights(plan)
+    assert "pixels-crops-us: inputs" in apart.report.read_text()
+    before = weights(apart)
     assert len(before) == 6
-    again = ablate("inputs", plan)
+    again = ablate("inputs", apart)
     assert cells(again) == table
-    assert weights(plan) == before
-    networks = ablate("networks", plan)
+    assert weights(apart) == before
+    networks = ablate("networks", apart)
     # Two of the three arms are new.
-    assert len(weights(plan)) == 6 + 4
+    assert len(weights(apart)) == 6 + 4
     assert cells(networks)["ours"] == table["both"]
 
 
@@ -127,9 +133,9 @@ def test_a_study_that_does_not_fit_is_an_error(plan: Plan) -> None:
         ablate("labels", replace(plan, bundle="landcover-eurosat", pretrained=Path(__file__)))
 
 
-def test_speeds_are_relative_to_the_first_and_drawn(plan: Plan, tmp_path: Path) -> None:
-    ablate("inputs", plan)
-    folders = [p.parent for p in plan.runs.rglob("seed-0/weights.pt") if "tempcnn" not in str(p)]
+def test_speeds_are_relative_to_the_first_and_drawn(apart: Plan, tmp_path: Path) -> None:
+    ablate("inputs", apart)
+    folders = [p.parent for p in apart.runs.rglob("seed-0/weights.pt") if "tempcnn" not in str(p)]
     # Names of runs are cut, some within "encoder.series".
     parts = ("encoder.plots", "encoder.serie")
     complete = next(f for f in folders if not any(part in str(f) for part in parts))
