@@ -50,6 +50,7 @@ from pimc_client.errors import (
     RasterTooLarge,
     RequestError,
     ResultNotReady,
+    ResultsNotReady,
     ServiceError,
     StackError,
     TimedOut,
@@ -62,6 +63,7 @@ from pimc_client.errors import (
     UnexpectedAnswer,
     UnknownJob,
     UnknownModel,
+    UnknownProcess,
     UnreachableReference,
     UnsupportedMedia,
     UriTooLong,
@@ -69,7 +71,7 @@ from pimc_client.errors import (
     WrongSensor,
     WrongTask,
 )
-from pimc_client.inputs import Reference, Series
+from pimc_client.inputs import Reference, Series, StacItems, StacSearch
 from pimc_client.requests import __version__
 from pimc_client.results import (
     About,
@@ -150,9 +152,12 @@ __all__ = [
     "RequestError",
     "ResultNotReady",
     "Results",
+    "ResultsNotReady",
     "Series",
     "ServiceError",
     "ServiceWarning",
+    "StacItems",
+    "StacSearch",
     "StackError",
     "Summary",
     "Table",
@@ -167,6 +172,7 @@ __all__ = [
     "UnexpectedAnswer",
     "UnknownJob",
     "UnknownModel",
+    "UnknownProcess",
     "UnreachableReference",
     "UnsupportedMedia",
     "UriTooLong",

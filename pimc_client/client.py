@@ -186,7 +186,7 @@ class Client:
 
         Args:
             files: the stack: paths of files, folders or zips, patterns, open binary files,
-                `(name, bytes)`, or references.
+                `(name, bytes)`, references, `StacItems` or a `StacSearch`.
             outputs: `class` (the default), `confidence`, `entropy`, `probabilities`, `attribution`
                 (of `classify_pixels`: how much each date mattered, a band per date) or
                 `polygons` (one per connected area of the map); one name, or a list of names.

@@ -23,6 +23,7 @@
         │   ├── ForbiddenReference, UnreachableReference
         │   ├── NotFound, MethodNotAllowed, UnknownModel, UnknownJob
         │   ├── ResultNotReady, InvalidRange
+        │   ├── UnknownProcess, ResultsNotReady
         │   ├── BodyTooLarge, BodyStalled
         │   ├── NotAVectorFile, InvalidFields, TooManyFields
         │   ├── TooFewLabels, NameTaken
@@ -276,6 +277,18 @@ class ResultNotReady(RequestError):
     """The job is not finished."""
 
     known_code = "result_not_ready"
+
+
+class UnknownProcess(RequestError):
+    """No process of this name, in requests of OGC API - Processes."""
+
+    known_code = "unknown_process"
+
+
+class ResultsNotReady(RequestError):
+    """The job is not finished, in requests of OGC API - Processes."""
+
+    known_code = "results_not_ready"
 
 
 class InvalidRange(RequestError):

@@ -48,6 +48,53 @@ class Reference:
     """The acquisition date, if neither the metadata nor the file's name holds it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StacItems:
+    """STAC items whose assets the server reads itself, if its administrator allows their hosts."""
+
+    items: Mapping[str, Any]
+    """A STAC ItemCollection (1.0 or 1.1) as JSON, such as `ItemCollection.to_dict()` of pystac."""
+
+    def document(self) -> dict[str, Any]:
+        """The value of `stac` in a request."""
+        return dict(self.items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StacSearch:
+    """A search of a STAC API by the server, if its administrator allows the API's host.
+
+    At least one of `collections`, `ids`, `bbox`, `intersects` and `datetime` is required.
+    """
+
+    url: str
+    """Landing page of the API, or the address of an ItemCollection."""
+    collections: Sequence[str] = ()
+    """Ids of collections."""
+    ids: Sequence[str] = ()
+    """Ids of items."""
+    bbox: Sequence[float] | None = None
+    """West, south, east, north in degrees; only this part of the items is read."""
+    intersects: Mapping[str, Any] | None = None
+    """GeoJSON geometry (EPSG:4326); only its extent is read."""
+    datetime: str | None = None
+    """A date, or two separated by `/` with `..` for an open end."""
+    max_cloud_cover: float | None = None
+    """Largest `eo:cloud_cover` of an item, per cent."""
+    query: Mapping[str, Any] | None = None
+    """As the API's query extension takes it."""
+    filter: Mapping[str, Any] | None = None
+    """CQL2 as JSON, for the API's filter extension."""
+
+    def document(self) -> dict[str, Any]:
+        """The value of `stac` in a request."""
+        given = {name: value for name, value in vars(self).items() if value not in (None, ())}
+        for name in ("collections", "ids", "bbox"):
+            if name in given:
+                given[name] = list(given[name])
+        return given
+
+
 Date: TypeAlias = "date | str | np.datetime64"
 """A date of Python, numpy or pandas, or ISO text (`2021-01-05`)."""
 Dates: TypeAlias = "Sequence[Date] | NDArray[np.datetime64] | Date"
@@ -57,8 +104,11 @@ File: TypeAlias = "str | os.PathLike[str] | BinaryIO | tuple[str, bytes]"
 
 A path may be a file, a folder or zip (all rasters in it, including subfolders), or a glob pattern.
 """
-Files: TypeAlias = "File | Reference | Iterable[File] | Iterable[Reference]"
-"""One file or many, in any order: dates come from `dates`, the metadata or the names."""
+Files: TypeAlias = (
+    "File | Reference | StacItems | StacSearch | Iterable[File] | Iterable[Reference]"
+)
+"""One file or many, in any order: dates come from `dates`, the metadata or the names; or STAC items
+or a search, which the server reads itself."""
 Points: TypeAlias = "Mapping[str, Any] | Iterable[Sequence[float]] | str | os.PathLike[str]"
 """A GeoJSON FeatureCollection of Points, pairs of (longitude, latitude) in degrees (EPSG:4326),
 the path of a GeoJSON or CSV file, or a GeoPandas object."""
@@ -276,14 +326,16 @@ def _dates(dates: Any, label: str) -> list[str]:  # noqa: ANN401 (`Dates`, of an
     return [iso(day, f"{label}[{at}]") for at, day in enumerate(dates)]
 
 
-def sources_of(files: Files) -> list[Source] | list[Reference]:
-    """The files to send, or the references.
+def sources_of(files: Files) -> list[Source] | list[Reference] | StacItems | StacSearch:
+    """The files to send, or the references, STAC items or search that the server reads itself.
 
     Raises:
         TypeError: a value is not a file, or files are mixed with references.
         ValueError: no file is given; see also `sources_of_paths`.
         FileNotFoundError: a path does not exist.
     """
+    if isinstance(files, StacItems | StacSearch):
+        return files
     given = [files] if _is_one(files) else list(files)  # type: ignore[arg-type] # many, so iterable
     if not given:
         raise ValueError("at least one file is required")
@@ -325,7 +377,7 @@ def _source(file: object, number: int) -> Source:
         )
     raise TypeError(
         f"file {number} is a {type(file).__name__}: give a path, a file open as 'rb', "
-        "(name, bytes) or a Reference"
+        "(name, bytes) or a Reference; StacItems or a StacSearch stand alone"
     )
 
 

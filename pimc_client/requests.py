@@ -24,6 +24,8 @@ from pimc_client.inputs import (
     Runnable,
     Sensor,
     Series,
+    StacItems,
+    StacSearch,
     Task,
     area_json,
     fields_json,
@@ -319,16 +321,21 @@ def _accept(
 
 
 def _raster_body(
-    sources: list[Source] | list[Reference],
+    sources: list[Source] | list[Reference] | StacItems | StacSearch,
     options: Mapping[str, Any],
     fields: Fields | None,
     progress: Progress | None,
     vector: str = "fields",
 ) -> Body:
-    references = [source for source in sources if isinstance(source, Reference)]
-    if references:
+    by_reference: dict[str, Any] = {}
+    if isinstance(sources, StacItems | StacSearch):
+        by_reference = {"stac": sources.document()}
+        sources = []
+    elif references := [source for source in sources if isinstance(source, Reference)]:
+        by_reference = {"items": [_item(r) for r in references]}
+    if by_reference:
         polygons = {} if fields is None else {vector: fields_json(fields)}
-        return json_body({"items": [_item(r) for r in references], **options, **polygons})
+        return json_body({**by_reference, **options, **polygons})
     files = [("files", source) for source in sources if isinstance(source, Source)]
     if fields is not None:
         files.insert(0, (vector, fields_source(fields)))

@@ -75,10 +75,13 @@ NAMES = [
     "Reference",
     "RequestError",
     "ResultNotReady",
+    "ResultsNotReady",
     "Results",
     "Series",
     "ServiceError",
     "ServiceWarning",
+    "StacItems",
+    "StacSearch",
     "StackError",
     "Summary",
     "Table",
@@ -93,6 +96,7 @@ NAMES = [
     "UnexpectedAnswer",
     "UnknownJob",
     "UnknownModel",
+    "UnknownProcess",
     "UnreachableReference",
     "UnsupportedMedia",
     "UriTooLong",
@@ -170,7 +174,8 @@ def test_every_parameter_of_the_server_is_an_option_of_the_client_and_of_the_com
         assert set(form.model_fields) <= options.keys(), task
         command = {"classify-pixels": "classify_pixels", "series": "measure"}.get(task, task)
         offered = inspect.signature(getattr(cli, command)).parameters.keys()
-        offered = offered | {"outputs", "fields"}  # the option --output and the command `fields`
+        # The option --output and the command `fields`; the command itself waits for its jobs.
+        offered = offered | {"outputs", "fields", "subscriber"}
         assert set(form.model_fields) <= offered, task
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from pimc_client import Reference, Series, UnexpectedAnswer
+from pimc_client import Reference, Series, StacItems, StacSearch, UnexpectedAnswer
 from tests.kits.client import connected, parts_of
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
@@ -245,6 +245,30 @@ def test_references_are_sent_without_reading_files(kind):
         "scale": 0.1,
     }
     assert request.headers["content-type"] == "application/json"
+
+
+@KINDS
+def test_stac_items_and_searches_are_sent_as_they_are(kind):
+    items = {"type": "FeatureCollection", "features": [{"type": "Feature", "id": "a"}]}
+    request = sent(kind, "classify_pixels", StacItems(items=items), answer="summary", scale=0.1)
+    assert json.loads(request.content) == {"stac": items, "scale": 0.1}
+    search = StacSearch(
+        url="https://stac.example.org/v1",
+        collections=["sentinel-2-l2a"],
+        bbox=(4.1, 50.9, 4.2, 51.0),
+        datetime="2021-01-01/2021-12-31",
+        max_cloud_cover=0,
+    )
+    request = sent(kind, "classify_pixels", search, answer="summary")
+    assert json.loads(request.content) == {
+        "stac": {
+            "url": "https://stac.example.org/v1",
+            "collections": ["sentinel-2-l2a"],
+            "bbox": [4.1, 50.9, 4.2, 51.0],
+            "datetime": "2021-01-01/2021-12-31",
+            "max_cloud_cover": 0,
+        }
+    }
 
 
 @KINDS

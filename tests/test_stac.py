@@ -24,6 +24,7 @@ from rasterio.windows import Window, from_bounds
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_bundle
+from pimc_client import Client, StacItems, StacSearch
 from service.read.blocks import FIRST_BYTES
 from tests.kits import stac as kit
 from tests.kits.jobs import waited
@@ -411,6 +412,23 @@ def test_a_search_finds_what_the_items_are(world: World) -> None:
     assert answer.status_code == 200, answer.text
     assert answer.content == world.sent(world.flanders).content
     assert len(world.catalogue.searches) == -(-len(world.flanders) // 2)  # page by page
+
+
+def test_the_sdk_sends_items_and_searches(world: World) -> None:
+    document = collection(world.items("earth-search", world.flanders))
+    expected = world.named(document, JSON).json()["classes"]
+    items = StacItems(items=document)
+    search = StacSearch(
+        url=world.api,
+        collections=["sentinel-2-l2a"],
+        bbox=world.flanders[0].bbox,
+        datetime="2018-01-01/2018-12-31",
+    )
+    with Client(str(world.service.base_url)) as pimc:
+        for files in (items, search):
+            summary = pimc.classify_pixels(files, answer="summary")
+            assert summary["classes"] == expected
+            assert pimc.validate("classify-pixels", files)["valid"]
 
 
 def test_a_search_takes_clouds_ids_and_shapes(world: World) -> None:
