@@ -62,19 +62,19 @@ async def test_slots_are_released_after_an_error() -> None:
     admission = Admission(1, upload_rate=RATE, spool_bytes=ROOM)
 
     async def fail() -> None:
-        async with admission.place("a") as place, admission.runs.slot("a"):
-            place.received(1000)
+        async with admission.admit("a") as admitted, admission.runs.slot("a"):
+            admitted.received(1000)
             raise ValueError("inside")
 
     for _ in range(5):
         with pytest.raises(ValueError, match="inside"):
             await fail()
     assert (admission.held, admission.spooled, admission.runs.held) == (0, 0, 0)
-    async with admission.place("a"), admission.place("a"):
+    async with admission.admit("a"), admission.admit("a"):
         with pytest.raises(Overloaded) as caught:
-            await admission.place("a").__aenter__()
+            await admission.admit("a").__aenter__()
         assert caught.value.retry_after > 0
-        async with admission.place("b"):
+        async with admission.admit("b"):
             assert admission.held == 3
 
 
@@ -83,19 +83,19 @@ async def test_the_slots_of_all_callers_together_are_limited() -> None:
     admission = Admission(1, upload_rate=RATE, spool_bytes=ROOM)
     async with AsyncExitStack() as stack:
         for caller in range(16):
-            place = await stack.enter_async_context(admission.place(str(caller)))
-            place.uploaded()
+            admitted = await stack.enter_async_context(admission.admit(str(caller)))
+            admitted.uploaded()
         with pytest.raises(Overloaded, match="16 of 16"):
-            await stack.enter_async_context(admission.place("another"))
+            await stack.enter_async_context(admission.admit("another"))
 
 
 @pytest.mark.anyio
 async def test_one_caller_may_use_half_of_the_space_for_bodies() -> None:
     admission = Admission(1, upload_rate=RATE, spool_bytes=1000)
-    async with admission.place("a") as first:
+    async with admission.admit("a") as first:
         first.received(300)
         first.received(200)
-        async with admission.place("b") as second:
+        async with admission.admit("b") as second:
             second.received(500)
             with pytest.raises(Overloaded, match="PIMC_MAX_SPOOL_BYTES"):
                 first.received(1)

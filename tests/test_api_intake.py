@@ -23,7 +23,7 @@ from benchmarks.tiny_zoo import write_zoo
 from service.api import uploads as intake
 from service.api.admission import Admission
 from service.api.disconnect import run_watched
-from service.api.schemas import read_fields
+from service.api.schemas import read_parameters
 from service.api.uploads import Form, Limits, media_type, read_form, read_json
 from service.errors import (
     BodyStalled,
@@ -79,14 +79,14 @@ def taken(pieces: list[bytes], folder: Path, limits: Limits | None = None, **how
 
 async def form_of(request: Request, folder: Path, limits: Limits) -> Form:
     admission = Admission(1, upload_rate=limits.rate, spool_bytes=10**10)
-    async with admission.place("") as place:
-        return await read_form(request, folder, limits, place)
+    async with admission.admit("") as admitted:
+        return await read_form(request, folder, limits, admitted)
 
 
 async def json_of(request: Request, limits: Limits) -> bytes:
     admission = Admission(1, upload_rate=limits.rate, spool_bytes=10**10)
-    async with admission.place("") as place:
-        return await read_json(request, limits, place)
+    async with admission.admit("") as admitted:
+        return await read_json(request, limits, admitted)
 
 
 CONTENTS = [bytes(range(256)) * 40, b"--edge", b"\r\n--edge-no\r\n", b"\r\n" * 50]
@@ -196,8 +196,8 @@ def test_a_raster_under_another_parameter_is_an_error_that_names_files(
      ("bands[]", "bands"), ("start_date", "start"), ("resolution", "grid")],
 )  # fmt: skip
 def test_an_unknown_parameter_is_an_error_with_a_suggestion(given: str, meant: str) -> None:
-    with pytest.raises(InvalidRequest, match=rf"unknown field \(did you mean '{meant}'\?\)"):
-        read_fields("forecast", {given: ("x",)})
+    with pytest.raises(InvalidRequest, match=rf"unknown parameter \(did you mean '{meant}'\?\)"):
+        read_parameters("forecast", {given: ("x",)})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.tiny_zoo import write_zoo
 from models.registry import Registry
-from service.api.schemas import read_fields
+from service.api.schemas import read_parameters
 from service.infer.engine import Engine
 from service.read.geotiff import SourceFile
 from service.run.execute import execute
@@ -78,7 +78,7 @@ def plan(request: Any, engine: Engine, tmp_path_factory: pytest.TempPathFactory)
     stack(folder, 150, 230)
     task, fields = RUNS[request.param]
     files = tuple(SourceFile(name=p.name, path=p) for p in sorted(folder.iterdir()))
-    request = read_fields(task, fields).request(task, files)
+    request = read_parameters(task, fields).request(task, files)
     return plan_request(request, engine, max_raster_bytes=2**30, rasters=True)
 
 

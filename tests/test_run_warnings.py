@@ -16,7 +16,7 @@ from rasterio.warp import transform
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_bundle
-from service.api.schemas import read_fields, read_items
+from service.api.schemas import read_items, read_parameters
 from service.errors import InvalidRequest
 from service.jobs.serialise import request_document, request_of
 from service.read.geotiff import SourceFile
@@ -241,7 +241,7 @@ def test_another_sensor_is_rejected(api: httpx.Client, tmp_path: Path) -> None:
 def test_numbers_from_a_date_on_survive_a_job(tmp_path: Path) -> None:
     file = SourceFile(name="a.tif", path=tmp_path / "a.tif")
     raw = {"offset": ["0, 2022-01-25:-0.1"], "scale": ["0.0001"], "sensor": ["hls"]}
-    request = read_fields("classify-pixels", raw).request("classify-pixels", (file,))
+    request = read_parameters("classify-pixels", raw).request("classify-pixels", (file,))
     assert request.stack.offset == ((date.min, 0), (date(2022, 1, 25), -0.1))
     assert (request.stack.scale, request.stack.sensor) == (0.0001, "hls")
     document = json.loads(json.dumps(request_document(request, tmp_path)))
@@ -296,4 +296,4 @@ def test_json_takes_numbers_and_texts() -> None:
 )
 def test_numbers_that_are_not_understood_are_rejected(raw: dict[str, list[str]]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(raw))):
-        read_fields("classify-pixels", raw)
+        read_parameters("classify-pixels", raw)

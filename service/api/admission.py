@@ -1,19 +1,20 @@
 """Admission control: bounded requests, uploads and runs, shared fairly between callers.
 
-    arrival → place → body, spooled → run slot, in turn → run → response
-                │          │
-           Overloaded   BodyStalled, if it is slow and another needs its place
+    arrival → admitted → body, spooled → run slot, in turn → run → response
+                 │            │
+            Overloaded    BodyStalled, if the upload is slow and another request needs its capacity
 
-A request takes a place before its body is read, so that nothing is uploaded in vain. Its place
-counts as a queue slot while it waits or runs, and while its upload keeps the minimum rate: an
-upload that falls behind goes on, but holds no slot, so that clients who send slowly shut nobody
-out. A caller has twice as many queue slots as there are run slots, all callers together eight times
-that. There may be twice as many uploads as queue slots; then one that is behind makes room.
+The server admits or rejects a request before it reads the body, so that no body is uploaded in
+vain. An admitted request holds a queue slot while it waits or runs, and during its upload as long
+as the upload keeps the minimum rate. A slower upload continues without a queue slot, so that slow
+clients do not block others. A caller has twice as many queue slots as there are run slots; all
+callers together have eight times as many queue slots as one caller. At most twice as many uploads
+as queue slots are in flight; beyond that, the slowest upload is ended.
 
-A request takes a run slot only for the run. Free run slots go to the waiting caller with the fewest
-runs, callers with equally many take turns: a caller with a hundred requests delays another by one
-run, not by a hundred. A request with a place is never rejected for load afterwards, unless its body
-is larger than the room left for bodies.
+A request takes a run slot only for the run. A free run slot goes to the waiting caller that holds
+the fewest; callers that hold equally many take turns. So a caller with a hundred requests delays
+another caller by one run. An admitted request is not rejected for load afterwards, unless its body
+exceeds the space that is left for bodies.
 """
 
 from __future__ import annotations
@@ -31,103 +32,107 @@ REQUESTS = "requests"
 
 _QUEUE_SLOTS_PER_RUN_SLOT = 2
 _CALLERS = 8
-"""Queue slots of all callers together, in those of one caller."""
+"""Queue slots of all callers together, as a multiple of those of one caller."""
 _UPLOADS_PER_QUEUE_SLOT = 2
 _RETRY_SECONDS = 5
 _FRESH_SECONDS = 1.0
-"""Seconds that an upload has before it can be behind."""
+"""Seconds at the start of an upload in which it cannot be behind the minimum rate."""
 _JSON_BYTES_PER_QUEUE_SLOT = 32 * 2**20
 
 
-class Place:
-    """The place of one request, from its arrival to its response, and the pace of its upload.
+class Admitted:
+    """One admitted request, from its arrival to its response, and the rate of its upload.
 
     Args:
-        caller: whose request it is.
-        rate: bytes per second that its upload must keep.
-        disk: room for bodies in files.
-        memory: room for bodies in memory.
+        caller: the caller's id, or the client's address without API keys.
+        rate: bytes per second that the upload must keep.
+        disk: space for bodies on disk.
+        memory: space for bodies in memory.
     """
 
     def __init__(self, caller: str, rate: float, disk: Room, memory: Room) -> None:
         self.caller = caller
         self.uploading = True
-        """Whether its body has not arrived whole."""
+        """Whether a part of the body has not arrived yet."""
         self.given_up = False
-        """Whether it had to make room for another."""
+        """Whether the upload was ended because another request needed its capacity."""
         self._rate = rate
         self._rooms = (disk, memory)
         self._taken = [0, 0]
         self._received = 0
         self._begun = anyio.current_time()
         self.waiting = anyio.CancelScope()
-        """The scope in which the next bytes are waited for."""
+        """The scope in which the server waits for the next bytes; cancelled to end the upload."""
 
     @property
     def lag(self) -> float:
-        """Seconds by which its upload is behind the minimum rate; negative if it is ahead."""
+        """Seconds by which the upload is behind the minimum rate; negative if it is ahead."""
         elapsed = anyio.current_time() - self._begun
         return elapsed - _FRESH_SECONDS - self._received / self._rate
 
     @property
     def holds_slot(self) -> bool:
-        """Whether it counts as a queue slot: it waits, runs, or its upload keeps the rate."""
+        """Whether the request holds a queue slot: it waits, runs, or its upload keeps the rate."""
         return not self.uploading or self.lag <= 0
 
     def received(self, count: int, *, in_memory: bool = False) -> None:
         """Count bytes of the body.
 
+        Args:
+            count: number of bytes.
+            in_memory: whether they are kept in memory instead of on disk.
+
         Raises:
-            Overloaded: there is no room for them.
+            Overloaded: the bytes exceed the space for bodies.
         """
         self._received += count
         self._rooms[in_memory].take(self.caller, count)
         self._taken[in_memory] += count
 
     def paused(self, seconds: float) -> None:
-        """Do not count seconds for which the server, not the client, was slow."""
+        """Leave out of the upload's time the seconds in which the server did not read."""
         self._begun += seconds
 
     def uploaded(self) -> None:
-        """The body has arrived whole."""
+        """Record that the whole body has arrived."""
         self.uploading = False
 
     def give_up(self) -> None:
-        """End the upload, because another request needs its place."""
+        """End the upload because another request needs its capacity."""
         self.given_up = True
         self.waiting.cancel()
 
     def too_slow(self, seconds: float) -> BodyStalled:
-        """The error of an upload that is ended.
+        """The error of an upload that was ended because it was too slow.
 
         Args:
-            seconds: over which it had to keep the rate.
+            seconds: period over which the upload must keep the rate.
         """
-        why = (
-            "another request needed its place"
+        reason = (
+            "and another request needed its capacity"
             if self.given_up
-            else f"fewer than {self._rate * seconds:g} in the last {seconds:g} s"
+            else f"fewer than {self._rate * seconds:g} of them in the last {seconds:g} s"
         )
         return BodyStalled(
             f"the upload stalled: {self._received} bytes arrived in "
-            f"{anyio.current_time() - self._begun:.1f} s, {why}; at least {self._rate:g} bytes per "
-            "second are needed (PIMC_UPLOAD_RATE): send fewer files at once, or use a faster "
+            f"{anyio.current_time() - self._begun:.1f} s, {reason}; at least {self._rate:g} bytes "
+            "per second are required (PIMC_UPLOAD_RATE): send fewer files at once, or use a faster "
             "connection"
         )
 
     def free_room(self) -> None:
-        """Give back the room of its body."""
+        """Give back the space that the body takes."""
         for room, count in zip(self._rooms, self._taken, strict=True):
             room.give_back(self.caller, count)
         self._taken = [0, 0]
 
 
 class Room:
-    """Bytes of bodies, bounded for all callers together; one caller may take half.
+    """Space for bodies, limited for all callers together; one caller may take half of it.
 
     Args:
-        name: of what is filled, for errors.
-        most: bytes for all callers.
+        name: name of the space, for errors.
+        most: largest number of bytes of all callers.
     """
 
     def __init__(self, name: str, most: int) -> None:
@@ -140,8 +145,12 @@ class Room:
     def take(self, caller: str, count: int) -> None:
         """Take bytes.
 
+        Args:
+            caller: the caller's id, or the client's address.
+            count: number of bytes.
+
         Raises:
-            Overloaded: that many are not free.
+            Overloaded: fewer bytes are free, or the caller's half is used up.
         """
         mine = self._by_caller[caller]
         if self.taken + count > self._most or mine + count > self._most // 2:
@@ -163,14 +172,16 @@ class Room:
 
 
 class Admission:
-    """Counts the requests that are uploaded, queued or running, on one event loop.
+    """Admits requests and counts those that upload, wait or run; used on one event loop.
 
     Args:
-        run_slots: requests that may run at once.
+        run_slots: number of requests that may run at once.
         upload_rate: bytes per second that an upload must keep.
-        spool_bytes: bytes of all bodies in flight that lie on disk.
-        most_requests: requests of one caller at once; None bounds them by its queue slots alone.
-        given_up: called for each upload that had to make room for another.
+        spool_bytes: largest size on disk of all bodies in flight, bytes.
+        most_requests: largest number of requests of one caller at once; None limits them by its
+            queue slots only.
+        given_up: called for each upload that was ended because another request needed its
+            capacity.
     """
 
     def __init__(
@@ -190,21 +201,21 @@ class Admission:
         self._slots = _QUEUE_SLOTS_PER_RUN_SLOT * run_slots
         self._disk = Room("on disk (PIMC_MAX_SPOOL_BYTES)", spool_bytes)
         self._memory = Room("in memory", self._slots * _JSON_BYTES_PER_QUEUE_SLOT)
-        self._places: dict[Place, None] = {}
+        self._admitted: dict[Admitted, None] = {}
 
     @property
     def held(self) -> int:
-        """Requests being uploaded, waiting or running."""
-        return len(self._places)
+        """Number of requests that upload, wait or run."""
+        return len(self._admitted)
 
     def requests_of(self, caller: str) -> int:
-        """Requests of one caller being uploaded, waiting or running."""
-        return sum(place.caller == caller for place in self._places)
+        """Number of requests of one caller that upload, wait or run."""
+        return sum(one.caller == caller for one in self._admitted)
 
     @property
     def uploads(self) -> int:
-        """Uploads in flight."""
-        return sum(place.uploading for place in self._places)
+        """Number of uploads in flight."""
+        return sum(one.uploading for one in self._admitted)
 
     @property
     def spooled(self) -> int:
@@ -212,89 +223,101 @@ class Admission:
         return self._disk.taken
 
     @asynccontextmanager
-    async def place(self, caller: str) -> AsyncIterator[Place]:
-        """A place, for as long as the request is uploaded and run.
+    async def admit(self, caller: str) -> AsyncIterator[Admitted]:
+        """Admit a request, which counts until the context ends.
 
         Args:
-            caller: an id of the key, or of the address if there are no keys.
+            caller: the caller's id, or the client's address without API keys.
 
         Raises:
-            Overloaded: every queue slot of this caller, or of all, is in use.
-            TooManyRequests: the caller has as many requests as it may have at once.
+            Overloaded: every queue slot of this caller, or of all callers, is in use.
+            TooManyRequests: the caller has the largest allowed number of requests at once.
         """
         self._make_room(caller)
-        place = Place(caller, self._upload_rate, self._disk, self._memory)
-        self._places[place] = None
+        admitted = Admitted(caller, self._upload_rate, self._disk, self._memory)
+        self._admitted[admitted] = None
         try:
-            yield place
+            yield admitted
         finally:
-            self._places.pop(place, None)
-            place.free_room()
+            self._admitted.pop(admitted, None)
+            admitted.free_room()
 
     def _make_room(self, caller: str) -> None:
-        mine = [place for place in self._places if place.caller == caller]
+        """Check the limits for one more request, and end the slowest upload if there are too many.
+
+        Raises:
+            Overloaded: every queue slot of this caller, or of all callers, is in use.
+            TooManyRequests: the caller has the largest allowed number of requests at once.
+        """
+        mine = [one for one in self._admitted if one.caller == caller]
         if self._most_requests is not None and len(mine) >= self._most_requests:
             raise TooManyRequests(
-                f"{len(mine)} requests of this caller are in flight, at most {self._most_requests} "
-                f"are allowed at once (PIMC_MAX_REQUESTS_PER_CALLER); nothing was started, retry "
-                f"after {_RETRY_SECONDS} s",
+                f"{len(mine)} requests of this caller are in flight, and at most "
+                f"{self._most_requests} are allowed at once (PIMC_MAX_REQUESTS_PER_CALLER); "
+                f"nothing was started, retry after {_RETRY_SECONDS} s",
                 policy=REQUESTS,
                 retry_after=_RETRY_SECONDS,
             )
-        everyone = list(self._places)
-        for places, most, whose in (
-            (mine, self._slots, "of this caller "),
+        everyone = list(self._admitted)
+        for requests, most, whose in (
+            (mine, self._slots, " of this caller"),
             (everyone, _CALLERS * self._slots, ""),
         ):
-            held = sum(place.holds_slot for place in places)
+            held = sum(one.holds_slot for one in requests)
             if held >= most:
                 raise Overloaded(
-                    f"server at capacity: {held} of {most} slots {whose}in use; nothing was "
+                    f"server at capacity: {held} of {most} queue slots{whose} in use; nothing was "
                     f"started, retry after {_RETRY_SECONDS} s",
                     retry_after=_RETRY_SECONDS,
                 )
-        for places, most in (
+        for requests, most in (
             (mine, _UPLOADS_PER_QUEUE_SLOT * self._slots),
             (everyone, _UPLOADS_PER_QUEUE_SLOT * _CALLERS * self._slots),
         ):
-            uploads = [place for place in places if place.uploading and place in self._places]
+            uploads = [one for one in requests if one.uploading and one in self._admitted]
             if len(uploads) >= most:
-                # Fewer uploads than this hold a slot, so the slowest is one that is behind.
-                slowest = max(uploads, key=lambda place: place.lag)
-                del self._places[slowest]
+                # Fewer uploads than `most` hold a queue slot, so the slowest one is behind.
+                slowest = max(uploads, key=lambda one: one.lag)
+                del self._admitted[slowest]
                 slowest.give_up()
                 self._given_up()
 
 
 class FairSlots:
-    """Slots granted to the waiting caller that holds the fewest; equal callers take turns.
+    """Slots that go to the waiting caller that holds the fewest; equal callers take turns.
 
-    Within a caller they are granted in the order of requests.
+    Requests of one caller receive slots in the order in which they arrived.
 
     Args:
-        count: slots.
+        count: number of slots.
     """
 
     def __init__(self, count: int) -> None:
         self._free = count
         self._held: Counter[str] = Counter()
-        self._lines: dict[str, deque[anyio.Event]] = {}
+        self._waiting: dict[str, deque[anyio.Event]] = {}  # by caller, in the order of requests
         self._granted = 0
-        self._last: dict[str, int] = {}  # of callers that hold or wait: number of their last slot
+        self._last: dict[
+            str, int
+        ] = {}  # number of the last slot of each caller that holds or waits
 
     @property
     def held(self) -> int:
-        """Slots in use."""
+        """Number of slots in use."""
         return self._held.total()
 
     @property
     def awaited(self) -> int:
-        """Requests that wait for a slot."""
-        return sum(map(len, self._lines.values()))
+        """Number of requests that wait for a slot."""
+        return sum(map(len, self._waiting.values()))
 
     @asynccontextmanager
     async def slot(self, caller: str) -> AsyncIterator[None]:
-        """A slot; the wait for it ends early only if cancelled."""
+        """Hold a slot while the context is open; waits until one is free.
+
+        Args:
+            caller: the caller's id, or the client's address without API keys.
+        """
         await self._acquire(caller)
         try:
             yield
@@ -302,19 +325,19 @@ class FairSlots:
             self._release(caller)
 
     async def _acquire(self, caller: str) -> None:
-        if self._free:  # then nobody waits
+        if self._free:  # no caller waits while a slot is free
             self._take(caller)
             return
         granted = anyio.Event()
-        line = self._lines.setdefault(caller, deque())
-        line.append(granted)
+        queue = self._waiting.setdefault(caller, deque())
+        queue.append(granted)
         try:
             await granted.wait()
         except BaseException:
-            if granted.is_set():  # granted and cancelled at once
+            if granted.is_set():  # the slot was granted and the wait cancelled at once
                 self._release(caller)
             else:
-                line.remove(granted)
+                queue.remove(granted)
                 self._forget(caller)
             raise
 
@@ -328,17 +351,20 @@ class FairSlots:
         self._free += 1
         self._held[caller] -= 1
         self._forget(caller)
-        if self._lines:
-            turn = min(self._lines, key=lambda name: (self._held[name], self._last.get(name, 0)))
-            granted = self._lines[turn].popleft()
-            self._take(turn)
-            self._forget(turn)
+        if self._waiting:
+            following = min(
+                self._waiting, key=lambda name: (self._held[name], self._last.get(name, 0))
+            )
+            granted = self._waiting[following].popleft()
+            self._take(following)
+            self._forget(following)
             granted.set()
 
     def _forget(self, caller: str) -> None:
+        """Remove the entries of a caller that are empty."""
         if not self._held[caller]:
             del self._held[caller]
-        if not self._lines.get(caller):
-            self._lines.pop(caller, None)
-        if caller not in self._held and caller not in self._lines:
+        if not self._waiting.get(caller):
+            self._waiting.pop(caller, None)
+        if caller not in self._held and caller not in self._waiting:
             self._last.pop(caller, None)

@@ -63,11 +63,12 @@ _ROUTERS = (
 
 
 def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -> FastAPI:
-    """The service as an ASGI application; models are loaded when its lifespan starts.
+    """Create the service as an ASGI application; its lifespan loads the models.
 
     Args:
-        settings: None reads them from the environment.
-        jobs: the state directory, closed with the lifespan; None opens it when that starts.
+        settings: the settings; None reads them from the environment.
+        jobs: store of the state directory, which the lifespan closes; None lets the lifespan open
+            it.
 
     Raises:
         SettingsError: the environment holds invalid settings.
@@ -83,13 +84,13 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
             store = await to_thread.run_sync(open_jobs, settings) if jobs is None else jobs
             stack.push_async_callback(to_thread.run_sync, store.close)
             # The port opens only once every bundle is loaded and warm, or rejected.
-            engine = await to_thread.run_sync(_load, settings)
+            engine = await to_thread.run_sync(_load_models, settings)
             stack.push_async_callback(to_thread.run_sync, engine.close)
             metrics.provider(engine.provider)
             heads = await to_thread.run_sync(
                 partial(HeadStore, settings.state_folder, engine, most=settings.max_heads)
             )
-            keys = await to_thread.run_sync(_keys, settings, store, heads)
+            keys = await to_thread.run_sync(_load_keys, settings, store, heads)
             metrics.watch_keys(keys.valid)
             scratch = await to_thread.run_sync(Scratch)
             stack.push_async_callback(to_thread.run_sync, scratch.close)
@@ -140,7 +141,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 uploads=lambda: admission.uploads,
                 spooled=lambda: admission.spooled,
             )
-            # Now, not in the first request for it: it takes a tenth of a second.
+            # Built at the start: in the first request for it, it would take a tenth of a second.
             await to_thread.run_sync(documented.description_of, settings.root_path or "")
             await to_thread.run_sync(runner.start)
             stack.push_async_callback(to_thread.run_sync, runner.join)
@@ -176,18 +177,19 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
         version=project_version(),
         description=DESCRIPTION,
         lifespan=lifespan,
-        openapi_url=None,  # a route of home, which can be closed
-        docs_url=None,  # the explorer has the page, with a policy of its own
+        openapi_url=None,  # `routes.home` serves it, and PIMC_PRIVATE can close it
+        docs_url=None,  # `routes.home` serves the page with its own Content-Security-Policy
         redoc_url=None,
-        # A redirect from `/jobs/` to `/jobs` would name the host that the request names.
+        # A redirect from `/jobs/` to `/jobs` would repeat the host that the request names.
         redirect_slashes=False,
     )
     app.state.metrics = metrics
     for router in _ROUTERS:
         app.include_router(router)
     add_handlers(app)
-    # Middleware added later is further out. The record responds to unexpected errors, and its
-    # response needs the security headers too; the slow-client check concerns the socket only.
+    # Middleware that is added later wraps the earlier ones. The request record responds to
+    # unexpected errors, and its response needs the security headers too; the checks of slow clients
+    # concern the socket only.
     app.add_middleware(HeadMiddleware)
     app.add_middleware(RateLimitMiddleware, exceeded=metrics.quota_exceeded)
     app.add_middleware(RequestRecordMiddleware, metrics=metrics, on_fault=fault)
@@ -205,32 +207,33 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
 
 
 def _check_root_path(root_path: str) -> None:
-    """Check that no path of the service could be taken for the prefix of another.
+    """Check that the root path is not the beginning of a path of the service.
 
     Raises:
-        SettingsError: one could.
+        SettingsError: the root path is ambiguous.
     """
     paths = [getattr(route, "path", "") for router in _ROUTERS for route in router.routes]
     if any(f"{path}/".startswith(f"{root_path}/") for path in paths):
         raise SettingsError(
-            f"PIMC_ROOT_PATH: {root_path} is a path of the service itself; choose another prefix"
+            f"PIMC_ROOT_PATH: {root_path} is the beginning of a path of the service itself; choose "
+            "another prefix"
         )
 
 
 def open_jobs(settings: Settings) -> JobStore:
-    """Open the state directory, locked until it is closed.
+    """Open and lock the state directory.
 
     Raises:
-        SettingsError: it is not usable, or another service uses it.
+        SettingsError: the directory is not usable, or another service uses it.
     """
     return JobStore(settings.state_folder, ttl=settings.job_ttl, max_waiting=settings.max_jobs)
 
 
-def _keys(settings: Settings, store: JobStore, heads: HeadStore) -> ApiKeys:
-    """The API keys; jobs and models of a key that has come into the file belong to its name.
+def _load_keys(settings: Settings, store: JobStore, heads: HeadStore) -> ApiKeys:
+    """Load the API keys; if a key gains a name in the file, its jobs and models move to the name.
 
     Raises:
-        SettingsError: the file cannot be used.
+        SettingsError: the key file cannot be used.
     """
 
     def adopt(names: Mapping[str, str]) -> None:
@@ -251,11 +254,11 @@ def _keys(settings: Settings, store: JobStore, heads: HeadStore) -> ApiKeys:
     return keys
 
 
-def _load(settings: Settings) -> Engine:
+def _load_models(settings: Settings) -> Engine:
     folders = [ZOO] if settings.model_dir is None else [ZOO, settings.model_dir]
     registry = Registry.load(*folders, checksums=_checksums(settings))
     engine = Engine(registry, providers=settings.providers, precision=settings.precision)
-    for name, reason in registry.refused.items():  # the engine logs its own
+    for name, reason in registry.refused.items():  # the engine logs those that it rejects itself
         _LOG.error("rejected bundle", extra={"bundle": name, "reason": reason})
     served = sorted(model.card.id for model in engine.models.values())
     precisions = sorted({model.variant for model in engine.models.values()})
@@ -265,10 +268,10 @@ def _load(settings: Settings) -> Engine:
 
 
 def _checksums(settings: Settings) -> dict[str, str] | None:
-    """The files that are trusted; None if the cards are.
+    """The sha256 by file from `PIMC_MODEL_CHECKSUMS`; None if the cards state them instead.
 
     Raises:
-        SettingsError: the list cannot be used.
+        SettingsError: the file of checksums cannot be used.
     """
     if settings.model_checksums is None:
         return None
@@ -276,6 +279,6 @@ def _checksums(settings: Settings) -> dict[str, str] | None:
         return read_checksums(settings.model_checksums)
     except OSError as error:
         reason = f"{settings.model_checksums} cannot be read: {error.strerror}"
-    except ValueError as error:  # a line, or bytes that are not UTF-8
+    except ValueError as error:  # an invalid line, or bytes that are not UTF-8
         reason = str(error)
     raise SettingsError(f"PIMC_MODEL_CHECKSUMS: {reason}")

@@ -24,7 +24,7 @@ from service.settings import KEY_HASH, Settings, SettingsError, key_hash
 _LOG = logging.getLogger(__name__)
 _FILE_BYTES = 2**20
 _LOOK_SECONDS = 1.0
-"""Seconds between two looks at the key file."""
+"""Seconds between two checks whether the key file has changed."""
 _NAME = re.compile(r"(?![0-9a-f]{16}$)[a-z0-9][a-z0-9._@-]{0,63}")
 _EXPIRES = "expires="
 
@@ -34,11 +34,11 @@ class Key:
     """One API key."""
 
     owner: str
-    """Id of the caller: the name that the key file gives, else made from the key's hash."""
+    """Id of the caller: the name in the key file, or an id derived from the key's hash."""
     digest: bytes
     """SHA-256 of the key."""
     expires: datetime | None = None
-    """Moment from which it is not valid any more; None if it does not expire."""
+    """Time from which the key is no longer valid; None if it does not expire."""
 
     @classmethod
     def of_hash(cls, text: str) -> Key:
@@ -49,10 +49,13 @@ class Key:
 def read_keys(text: str) -> tuple[Key, ...]:
     """Parse a key file: a name, a key, and optionally `expires=` per line; `#` begins a comment.
 
-    Several lines may have one name: they are one caller, so that a key can be replaced.
+    Lines with the same name belong to one caller, so that a key can be replaced.
+
+    Args:
+        text: content of the file.
 
     Raises:
-        ValueError: a line is not valid, or a key stands there twice; no message holds a key.
+        ValueError: a line is not valid, or two lines hold the same key; no message holds a key.
     """
     keys: dict[bytes, Key] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -64,14 +67,16 @@ def read_keys(text: str) -> tuple[Key, ...]:
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None  # the cause may hold a key
         if key.digest in keys:
-            raise ValueError(f"line {number}: the key stands in an earlier line as well")
+            raise ValueError(f"line {number}: an earlier line holds the same key; remove one")
         keys[key.digest] = key
     return tuple(keys.values())
 
 
 def _read_key(words: list[str]) -> Key:
     if not 2 <= len(words) <= 3 or (len(words) == 3 and not words[2].startswith(_EXPIRES)):
-        raise ValueError("it must be 'NAME KEY' or 'NAME KEY expires=2027-01-31'")
+        raise ValueError(
+            f"{len(words)} words, but a line must be 'NAME KEY' or 'NAME KEY expires=2027-01-31'"
+        )
     name = words[0]
     if not _NAME.fullmatch(name):
         raise ValueError(
@@ -79,32 +84,33 @@ def _read_key(words: list[str]) -> Key:
             "a letter or a digit, and not be 16 hex digits"
         )
     digest = bytes.fromhex(key_hash(words[1]).removeprefix(KEY_HASH))
-    expires = _moment(words[2].removeprefix(_EXPIRES)) if len(words) == 3 else None
+    expires = _end_of_validity(words[2].removeprefix(_EXPIRES)) if len(words) == 3 else None
     return Key(owner=name, digest=digest, expires=expires)
 
 
-def _moment(text: str) -> datetime:
-    """The end of a day in UTC, or a moment with its zone."""
+def _end_of_validity(text: str) -> datetime:
+    """The end of the given day in UTC, or the given time with its zone."""
     try:
         if len(text) == len("2027-01-31"):
             return datetime.combine(date.fromisoformat(text) + timedelta(days=1), time(), UTC)
         moment = datetime.fromisoformat(text)
     except (ValueError, OverflowError):
-        raise ValueError(f"'{text}' is not a date such as 2027-01-31") from None
+        raise ValueError(
+            f"'{text}' is not a date such as 2027-01-31 or a time such as 2027-01-31T12:00:00Z"
+        ) from None
     if moment.tzinfo is None:
         raise ValueError(f"'{text}' has no time zone; write {text}Z")
     return moment
 
 
 class ApiKeys:
-    """API keys, kept only as hashes; without any, every caller is admitted.
+    """API keys, kept only as hashes; without any key, every caller is admitted.
 
     Args:
-        hashes: of keys without a name, each `sha256:` and the hex SHA-256 of a key, as
-            `Settings.api_keys` holds them.
-        file: of keys with a name, read again when it changes; None if there is none.
-        adopt: called with the id that each key has without a name, and its name, so that jobs and
-            models follow a key into the file.
+        hashes: hashes of keys without a name, in the form `sha256:…` of `Settings.api_keys`.
+        file: file of keys with a name, read again when it changes; None if there is no such file.
+        adopt: called with the name of each key of the file, by the id that the key has without a
+            name, so that the key's jobs and models move to the name.
     """
 
     def __init__(
@@ -129,7 +135,7 @@ class ApiKeys:
 
     @property
     def callers(self) -> int:
-        """Number of callers that the keys stand for."""
+        """Number of callers to whom the keys belong."""
         return len({key.owner for key in self._keys.values()})
 
     def valid(self) -> int:
@@ -138,11 +144,11 @@ class ApiKeys:
         return sum(key.expires is None or now < key.expires for key in self._keys.values())
 
     def load(self) -> None:
-        """Read the file if it has changed.
+        """Read the key file if it has changed. After an error the previous keys stay valid.
 
         Raises:
-            ValueError: it cannot be read, or a line is not valid; the keys stay as they were.
-            PIMCError: jobs cannot be given to the names; the same.
+            ValueError: the file cannot be read, or a line is not valid.
+            PIMCError: jobs or models cannot be moved to the names of their keys.
         """
         if self._file is None:
             return
@@ -152,19 +158,21 @@ class ApiKeys:
             if seen == self._seen:
                 return
             if found.st_size > _FILE_BYTES:
-                raise ValueError(f"it has more than {_FILE_BYTES} bytes")
+                raise ValueError(
+                    f"the file has {found.st_size} bytes, and at most {_FILE_BYTES} are allowed"
+                )
             named = read_keys(self._file.read_text("utf-8"))
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from error
         except UnicodeDecodeError:
-            raise ValueError("it is not UTF-8") from None
+            raise ValueError("the file is not valid UTF-8 text") from None
         self._adopt({_unnamed(KEY_HASH + key.digest.hex()): key.owner for key in named})
         self._keys = self._unnamed | {key.digest: key for key in named}
         self._seen = seen
         _LOG.info("API keys read", extra={"keys": len(named), "valid": self.valid()})
 
     async def refresh(self) -> None:
-        """Look at the file, at most once a second; if it is not valid, the keys stay as before."""
+        """Read the key file if it has changed, at most once a second; log an invalid file."""
         now = anyio.current_time()
         if self._file is None or now < self._look_at:
             return
@@ -172,8 +180,11 @@ class ApiKeys:
         try:
             await to_thread.run_sync(self.load)
         except (ValueError, PIMCError, OSError) as error:
-            if str(error) != self._fault:  # once, not every second
-                _LOG.error("PIMC_API_KEYS_FILE is not read again: %s", error)
+            if str(error) != self._fault:  # logged once, not every second
+                _LOG.error(
+                    "PIMC_API_KEYS_FILE has changed but is not valid; the previous keys stay: %s",
+                    error,
+                )
             self._fault = str(error)
         else:
             self._fault = None
@@ -181,12 +192,15 @@ class ApiKeys:
     def check(self, headers: Headers) -> str | None:
         """Check the key in `Authorization: Bearer` or `X-API-Key`.
 
+        Args:
+            headers: headers of the request.
+
         Returns:
-            The caller's id: the key's name, else 16 hex digits that are stable for a key and do
-            not reveal it; None if no keys are set.
+            The caller's id: the key's name, or 16 hex digits that are stable for a key and do not
+            reveal it; None if no keys are set.
 
         Raises:
-            Unauthorized: keys are set, and the request has none, a wrong or an expired one.
+            Unauthorized: keys are set, and the request's key is missing, wrong or expired.
         """
         if not self.required:
             return None
@@ -194,11 +208,11 @@ class ApiKeys:
         if not given:
             raise Unauthorized("no API key: send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
         digest = hashlib.sha256(given.encode()).digest()
-        # Every hash is compared, each in constant time, so that the time reveals nothing.
+        # Compare every hash, each in constant time, so that the duration reveals nothing.
         matches = [hmac.compare_digest(digest, known) for known in self._keys]
         found = [key for key, match in zip(self._keys.values(), matches, strict=True) if match]
         if not found:
-            raise Unauthorized("the API key is not valid")
+            raise Unauthorized("the API key is not valid on this server: check the key and the URL")
         (key,) = found
         if key.expires is not None and datetime.now(UTC) >= key.expires:
             raise Unauthorized(
@@ -209,7 +223,7 @@ class ApiKeys:
 
 
 def given_key(headers: Headers) -> str | None:
-    """The key that a request has; None or empty if it has none."""
+    """The API key in a request's headers; None or empty if there is none."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token.strip():
         return token.strip()
@@ -217,37 +231,43 @@ def given_key(headers: Headers) -> str | None:
 
 
 def _unnamed(key_hash: str) -> str:
-    # A hash of the hash, not a part of it: the id stored with a job does not reveal the key's hash.
+    # A hash of the hash instead of a part of it: the id in a job does not reveal the key's hash.
     return hashlib.sha256(f"caller {key_hash}".encode()).hexdigest()[:16]
 
 
 _FREE_REFUSALS = 10
+"""Refused keys of one address whose responses are not delayed."""
 _FORGET_SECONDS = 300.0
+"""Seconds without a refused key after which an address's count restarts."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _MOST_ADDRESSES = 4096
 
 
 class Refusals:
-    """Refused keys by address: logged, and slowed down beyond the first ten within five minutes.
+    """Refused keys by address: logged, and delayed beyond ten of them within five minutes.
 
-    Only the responses to wrong keys wait: others behind the same address are not delayed.
+    Only responses to wrong keys are delayed, not those to other clients at the same address.
 
     Args:
-        counted: called for each.
+        counted: called for each refused key.
     """
 
     def __init__(self, counted: Callable[[], None] = lambda: None) -> None:
         self._counted = counted
-        # The latest last: (number, time of the last by the event loop's clock).
+        # By address, the most recent one last: count, and time of the last by the loop's clock.
         self._by_address: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
     async def refused(self, address: str) -> None:
-        """Record a refused key, and wait before it is answered."""
+        """Record a refused key, and wait before the response is sent.
+
+        Args:
+            address: address of the client.
+        """
         pause = self.pause(address, anyio.current_time())
         self._counted()
         number = self._by_address[address][0]
-        said = {"client": address, "refused": number, "pause": round(pause, 1)}
-        _LOG.warning("API key refused", extra=said)
+        fields = {"client": address, "refused": number, "pause": round(pause, 1)}
+        _LOG.warning("API key refused", extra=fields)
         if pause:
             await sleep(pause)
 
@@ -255,11 +275,11 @@ class Refusals:
         """Count a refused key.
 
         Args:
-            address: of the client.
-            now: time in seconds, by a clock that does not jump.
+            address: address of the client.
+            now: time in seconds, by a monotonic clock.
 
         Returns:
-            Seconds to wait before it is answered: 0 for the first ten, then 0.1, doubling to 5.
+            Seconds to wait before the response: 0 for the first ten, then 0.1, doubling up to 5.
         """
         number, last = self._by_address.pop(address, (0, now))
         number = 1 if now - last > _FORGET_SECONDS else number + 1
@@ -271,21 +291,25 @@ class Refusals:
 
 
 def share_of(caller: str | None, scope: Scope) -> str:
-    """Whose share of the service a request takes: its key's, or its address's without keys.
+    """The id for whose quotas a request counts: the caller's, or without keys its address.
 
     Args:
         caller: the caller's id; None if no keys are set.
-        scope: of the request.
+        scope: ASGI scope of the request.
     """
     return address_of(scope) if caller is None else caller
 
 
 def address_of(scope: Scope) -> str:
-    """The client's address; of IPv6 its network of 64 bits, among which a client may choose."""
+    """The client's address; for IPv6 its /64 network, because a client can use all of it.
+
+    Args:
+        scope: ASGI scope of the request.
+    """
     host = (scope.get("client") or ("", None))[0]
     try:
         address = ipaddress.ip_address(host)
-    except ValueError:  # a socket in the file system, or a test without a network
+    except ValueError:  # a Unix socket, or a test without a network
         return str(host)
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)
@@ -306,13 +330,13 @@ def check_binding(settings: Settings) -> None:
     if settings.allow_anonymous is not None:
         raise SettingsError(
             "PIMC_ALLOW_ANONYMOUS is 0, but neither PIMC_API_KEYS nor PIMC_API_KEYS_FILE is set: "
-            "set keys, or PIMC_ALLOW_ANONYMOUS=1 if everybody may use the service without one"
+            "set keys, or PIMC_ALLOW_ANONYMOUS=1 to let every client use the service without a key"
         )
     if _is_loopback(settings.host):
         return
     raise SettingsError(
         f"PIMC_HOST is {settings.host}, which other machines can reach, but PIMC_API_KEYS is not "
-        "set: set keys, or PIMC_ALLOW_ANONYMOUS=1 if everybody may use the service without one"
+        "set: set keys, or PIMC_ALLOW_ANONYMOUS=1 to let every client use the service without a key"
     )
 
 
@@ -328,8 +352,12 @@ def _is_loopback(host: str) -> bool:
 def check_reached_address(scope: Scope, settings: Settings) -> None:
     """Reject requests over an address that other machines can reach if no API keys are set.
 
-    `check_binding` checks this at the start; this check also holds if another server than
-    `python -m service` binds the address, which the application does not know.
+    `check_binding` checks this at the start of `python -m service`. If another server, such as
+    `uvicorn`, binds the address, the application learns the address only from a request.
+
+    Args:
+        scope: ASGI scope of the request.
+        settings: the settings.
 
     Raises:
         Unauthorized: no key is set, and `PIMC_ALLOW_ANONYMOUS` is 0, or it is not set and the
@@ -339,13 +367,13 @@ def check_reached_address(scope: Scope, settings: Settings) -> None:
         return
     if settings.allow_anonymous is not None:
         raise Unauthorized(
-            "the server has no API keys, and PIMC_ALLOW_ANONYMOUS=0 admits nobody without one: its "
-            "administrator must set PIMC_API_KEYS or PIMC_API_KEYS_FILE"
+            "the server has no API keys, and PIMC_ALLOW_ANONYMOUS=0 rejects requests without a "
+            "key: its administrator must set PIMC_API_KEYS or PIMC_API_KEYS_FILE"
         )
     host = (scope.get("server") or ("", None))[0]
     try:
         address = ipaddress.ip_address(host)
-    except ValueError:  # a socket in the file system, or a test without a network
+    except ValueError:  # a Unix socket, or a test without a network
         return
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     if not (mapped or address).is_loopback:

@@ -61,9 +61,9 @@ class AppState:
     """Temporary files of synchronous requests."""
     runner: JobRunner
     probe: anyio.CapacityLimiter
-    """The one thread that looks at the job store for readiness."""
+    """Limiter of one thread, in which readiness checks the job store."""
     closing: threading.Event
-    """Set when the service is stopping: no new request is started."""
+    """Set when the service begins to stop; new requests are rejected from then on."""
 
     @property
     def limits(self) -> Limits:
@@ -77,26 +77,27 @@ class AppState:
 
 async def app_state(request: Request) -> AppState:
     """The application state."""
-    found = request.app.state.pimc
-    if not isinstance(found, AppState):
-        raise TypeError("the lifespan has not run: app.state.pimc is not set")
-    return found
+    state = request.app.state.pimc
+    if not isinstance(state, AppState):
+        raise TypeError("app.state.pimc is not set: the application's lifespan has not started")
+    return state
 
 
 def root_of(request: Request) -> str:
-    """The path before the service's own paths; empty without a proxy that adds one."""
+    """The path prefix that a proxy adds to the service's paths; empty without one."""
     return str(request.scope.get("root_path", "")).rstrip("/")
 
 
 async def own_folder(
     request: Request, app: Annotated[AppState, Depends(app_state)]
 ) -> AsyncIterator[Path]:
-    """A folder that exists until the response is sent or has failed.
+    """A folder for the request's files, which exists until the response is sent or has failed.
 
-    For a job it lies in the state directory, so that its files need not be copied.
+    If the client prefers a job, the folder lies in the state directory, so that the job's files can
+    be moved instead of copied.
     """
-    stays = prefers(request.headers.getlist("prefer"))
-    async for folder in _folder(app.jobs.requests if stays else app.scratch.folder):
+    becomes_a_job = prefers(request.headers.getlist("prefer"))
+    async for folder in _folder(app.jobs.requests if becomes_a_job else app.scratch.folder):
         yield folder
 
 
@@ -112,13 +113,15 @@ async def _folder(parent: Path) -> AsyncIterator[Path]:
     try:
         yield folder
     finally:
-        # Also if the request was cancelled: no file may be left.
+        # Shielded, so that a cancelled request leaves no file.
         with anyio.CancelScope(shield=True):
             await to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 # These two check nothing: they make Swagger UI prompt for a key and send it.
-_BEARER = HTTPBearer(auto_error=False, description="one of `PIMC_API_KEYS`, where set")
+_BEARER = HTTPBearer(
+    auto_error=False, description="an API key of the server; required if the server has keys"
+)
 _API_KEY = APIKeyHeader(name="X-API-Key", auto_error=False)
 
 
@@ -148,10 +151,10 @@ async def known_caller(
 
 
 async def known_if_private(request: Request, app: Annotated[AppState, Depends(app_state)]) -> None:
-    """Check the API key where `PIMC_PRIVATE` closes what is open otherwise.
+    """Check the API key of a path that needs one only with `PIMC_PRIVATE`.
 
     Raises:
-        Unauthorized: the key is missing or wrong.
+        Unauthorized: `PIMC_PRIVATE` is set, and the key is missing, wrong or expired.
     """
     if app.settings.private:
         await known_caller(request, app, None, None)
@@ -162,14 +165,15 @@ class RequestPreferences:
     """Preferences in a task's headers, other than the response type."""
 
     respond_async: bool
-    """Whether a job is preferred."""
+    """Whether the client prefers a job."""
     upgrade: bool
     """Whether a later version of the model may run the job."""
     idempotency_key: str | None
+    """Value of `Idempotency-Key`; None without the header."""
 
     @property
     def of_a_job(self) -> str:
-        """Those that a job follows, as `Preference-Applied`."""
+        """The preferences that a job follows, as the value of `Preference-Applied`."""
         applied = {ASYNC: self.respond_async, UPGRADE: self.upgrade}
         return ", ".join(name for name, is_applied in applied.items() if is_applied)
 
@@ -214,12 +218,12 @@ Caller = Annotated[str | None, Depends(known_caller)]
 
 
 async def reader(request: Request, app: App, caller: Caller) -> AsyncIterator[None]:
-    """A place among the readers of results until the response is sent or has failed.
+    """Count the request as a download until the response is sent or has failed.
 
     Raises:
-        Overloaded: there is none.
+        Overloaded: the caller, or all callers together, have too many downloads.
     """
-    with app.downloads.place(share_of(caller, request.scope)):
+    with app.downloads.slot(share_of(caller, request.scope)):
         yield
 
 

@@ -21,7 +21,11 @@ class Run(Protocol[Result_co]):
     """Work that can be cancelled."""
 
     def __call__(self, *, cancelled: threading.Event) -> Result_co:
-        """Do it; stop soon once `cancelled` is set."""
+        """Run, and stop soon after `cancelled` is set.
+
+        Raises:
+            Cancelled: `cancelled` was set before the end.
+        """
         ...
 
 
@@ -31,16 +35,19 @@ async def run_watched(
     """Wait for a run slot, then run in a thread for as long as the client stays connected.
 
     Args:
-        request: its body must have been read to the end.
+        request: the request, whose body has been read to the end.
         run: called with `cancelled`, an event that is set once the client has disconnected.
-        slot: entered before the run, left after it.
+        slot: context of the run slot, entered before the run and left after it.
+
+    Returns:
+        What `run` returns.
 
     Raises:
-        Cancelled: the client disconnected before the run began, or the run stopped for it.
+        Cancelled: the client disconnected before the run began or ended.
     """
     gone = threading.Event()
     waiting = anyio.CancelScope()
-    watcher = asyncio.create_task(_once_gone(request, gone, waiting))
+    watcher = asyncio.create_task(_watch_disconnect(request, gone, waiting))
     try:
         async with AsyncExitStack() as held:
             with waiting:
@@ -49,12 +56,15 @@ async def run_watched(
                 raise Cancelled("the client disconnected before the run began")
             return await to_thread.run_sync(lambda: run(cancelled=gone))
     finally:
-        # Also if this task was cancelled, as at a shutdown.
+        # Also when the server cancels this task at its shutdown.
         gone.set()
         watcher.cancel()
 
 
-async def _once_gone(request: Request, gone: threading.Event, waiting: anyio.CancelScope) -> None:
+async def _watch_disconnect(
+    request: Request, gone: threading.Event, waiting: anyio.CancelScope
+) -> None:
+    """Set `gone` and cancel `waiting` once the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     gone.set()

@@ -1,14 +1,13 @@
-"""HTTP connections: bounded heads, bounded time to send one and to read, bounded connections.
+"""HTTP connections: limits on the size of heads, on the time to send and read, on connections.
 
-    accept → room for a connection? → head, in time and within its size? → application → sent, read
-                  │                          │                                             │
-        an idle one is closed        408, 414, 431 or 400                     unread: closed at once
+    accept → below the limits? → head, in time and within its size? → application → response read?
+                  │                        │                                              │
+       close an idle connection    408, 414, 431 or 400                     not in time: abort
 
-uvicorn parses HTTP with httptools, which bounds nothing: a head of 300 MB took 1.2 GB of memory,
-and half a head kept its socket for ever. This protocol counts the bytes of a head as they come. It
-subclasses uvicorn's (tested with 0.54.0), whose other parser, h11, has bounds built in but
-takes 1.6 to 2.8 times the processor time per megabyte uploaded
-(`docs/decisions/request-heads.md`).
+The *head* of a request is its line and headers. uvicorn parses HTTP with httptools, which has no
+limits: it buffers a head of any size, and half a head keeps its socket open. This protocol counts
+the bytes of a head as they arrive. It subclasses uvicorn's protocol (tested with 0.54.0).
+`docs/decisions/request-heads.md` compares uvicorn's other parser, h11, which has limits built in.
 """
 
 from __future__ import annotations
@@ -44,32 +43,34 @@ from service.settings import Settings
 _LOG = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 2**10
-"""Of a request's line and headers together."""
+"""Largest size of a request's line and headers together."""
 MAX_TARGET_BYTES = 8 * 2**10
-"""Of a request's target: path and query."""
+"""Largest size of a request's target: path and query."""
 _RESERVED_DESCRIPTORS = 256
-"""At least so many are kept for files of runs and jobs, the database, health and the log."""
+"""Smallest number of descriptors reserved for files of runs and jobs, the database and the log."""
 _RESERVED_SHARE = 7 / 16
-"""At least this share: five runs may keep a sixteenth each open (`service/read/reader.py`)."""
+"""Smallest reserved share of all descriptors: each of five runs may use a sixteenth
+(`service/read/reader.py`)."""
 _FEWEST_CONNECTIONS = 16
 _LOOK_SECONDS = 5.0
-"""How often it is looked for connections whose clients do not read."""
+"""Seconds between two searches for connections whose clients do not read."""
 _REASONS = {400: "Bad Request", 408: "Request Timeout", 414: "URI Too Long",
             431: "Request Header Fields Too Large", 503: "Service Unavailable"}  # fmt: skip
 
 
 class Connections:
-    """The open connections of a service: bounded in all and for each address.
+    """The open connections of a service, limited in all and for each address.
 
-    At the bound, the connection that has waited longest without a request makes room; only if each
-    has a request under way is the new one rejected. On one event loop.
+    At the limit, the connection that has waited longest without a request is closed; if every
+    connection has a request in flight, the new one is rejected. Used on one event loop.
 
     Args:
-        most: open connections.
-        most_per_address: open connections of one client address.
-        send_seconds: how long a client may read nothing of what it was sent.
-        changed: called with the number of open connections.
-        given_up: called with a reason for each connection closed or rejected by a bound.
+        most: largest number of open connections.
+        most_per_address: largest number of open connections of one client address.
+        send_seconds: seconds for which a client may read nothing of a response.
+        changed: called with the number of open connections when it changes.
+        given_up: called with the reason for each connection that is closed or rejected because of
+            a limit.
     """
 
     def __init__(
@@ -84,8 +85,8 @@ class Connections:
         self._most = most
         self._most_per_address = most_per_address
         self._send_seconds = send_seconds
-        self._look_seconds = min(_LOOK_SECONDS, send_seconds / 4)
-        self._looking: asyncio.TimerHandle | None = None
+        self._check_seconds = min(_LOOK_SECONDS, send_seconds / 4)
+        self._next_check: asyncio.TimerHandle | None = None
         self._changed = changed
         self.given_up = given_up
         self._open: dict[BoundedProtocol, str] = {}
@@ -94,10 +95,14 @@ class Connections:
     def enter(self, connection: BoundedProtocol, address: str) -> bool:
         """Count a new connection, which is idle.
 
+        Args:
+            connection: the new connection.
+            address: address of its client.
+
         Returns:
-            Whether there is room for it.
+            Whether the connection is accepted.
         """
-        of_address = [one for one, its in self._open.items() if its == address]
+        of_address = [one for one, client in self._open.items() if client == address]
         if len(of_address) >= self._most_per_address and not self._make_room(set(of_address)):
             return False
         if len(self._open) >= self._most and not self._make_room(set(self._open)):
@@ -105,24 +110,26 @@ class Connections:
         self._open[connection] = address
         self._idle[connection] = None
         self._changed(len(self._open))
-        if self._looking is None:
-            self._look_later()
+        if self._next_check is None:
+            self._schedule_check()
         return True
 
-    def _look_later(self) -> None:
-        self._looking = asyncio.get_running_loop().call_later(self._look_seconds, self._look)
+    def _schedule_check(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._next_check = loop.call_later(self._check_seconds, self._close_unread)
 
-    def _look(self) -> None:
+    def _close_unread(self) -> None:
         """Close the connections whose clients have not read for too long."""
         for connection in list(self._open):
             if connection.is_unread(self._send_seconds):
                 self.given_up("unread")
                 connection.abort()
-        self._looking = None
+        self._next_check = None
         if self._open:
-            self._look_later()
+            self._schedule_check()
 
     def _make_room(self, among: set[BoundedProtocol]) -> bool:
+        """Close the connection of a set that has been idle longest; False if none is idle."""
         oldest = next((one for one in self._idle if one in among), None)
         if oldest is None:
             return False
@@ -132,16 +139,16 @@ class Connections:
         return True
 
     def busy(self, connection: BoundedProtocol) -> None:
-        """A connection's request begins."""
+        """Record that a connection's request begins."""
         self._idle.pop(connection, None)
 
     def idle(self, connection: BoundedProtocol) -> None:
-        """A connection waits for its next request."""
+        """Record that a connection waits for its next request."""
         if connection in self._open:
             self._idle[connection] = None
 
     def leave(self, connection: BoundedProtocol) -> None:
-        """A connection is closed."""
+        """Record that a connection is closed."""
         self._idle.pop(connection, None)
         if self._open.pop(connection, None) is not None:
             self._changed(len(self._open))
@@ -149,21 +156,29 @@ class Connections:
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolFactory:
-    """Makes a protocol for each connection, as uvicorn's `http` option."""
+    """Makes a protocol for each connection; the value of uvicorn's `http` option."""
 
     connections: Connections
+    """The open connections of the service."""
     head_seconds: float
-    """How long a request's head may take to come."""
+    """Seconds within which a request's head must arrive."""
 
     def __call__(self, *arguments: Any, **options: Any) -> BoundedProtocol:  # noqa: ANN401 - uvicorn's
-        """A protocol for a new connection."""
+        """Make the protocol of a new connection."""
         return BoundedProtocol(
             *arguments, connections=self.connections, head_seconds=self.head_seconds, **options
         )
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with bounds on heads, their time, and connections."""
+    """uvicorn's HTTP protocol with limits on the size and time of heads, and on connections.
+
+    Args:
+        arguments: positional arguments of uvicorn's protocol.
+        connections: the open connections of the service.
+        head_seconds: seconds within which a request's head must arrive.
+        options: named arguments of uvicorn's protocol.
+    """
 
     def __init__(
         self,
@@ -173,35 +188,36 @@ class BoundedProtocol(HttpToolsProtocol):
         **options: Any,  # noqa: ANN401 - uvicorn's
     ) -> None:
         super().__init__(*arguments, **options)
-        self._book = connections
+        self._connections = connections
         self._head_seconds = head_seconds
         self._head_timer: asyncio.TimerHandle | None = None
         self._in_head = True
-        self._heads = 0  # that have ended
-        self._came = 0  # bytes of a head that has not ended
+        self._heads = 0  # number of heads that have ended
+        self._arrived = 0  # bytes of a head that has not ended
         self._parsed = 0  # bytes of the target and the headers parsed so far
-        self._read_by: float | None = None  # when what was sent must have been read
+        self._read_by: float | None = None  # time by which the client must have read
         self._fault: PIMCError | None = None
-        self._repeating = False  # a head is parsed whose request has begun already
+        self._repeating = False  # the parser receives a second head of a request that has begun
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Accept a connection if there is room."""
+        """Accept a connection within the limits; reject it otherwise."""
         super().connection_made(transport)
         address = self.client[0] if self.client else ""
-        if self._book.enter(self, address):
+        if self._connections.enter(self, address):
             self._await_head()
             return
-        self._book.given_up("full")
+        self._connections.given_up("full")
         self._reject(
             Overloaded(
-                "server at capacity: too many connections have requests under way; retry after 5 s"
+                "server at capacity: every connection that the server accepts has a request in "
+                "flight (PIMC_MAX_CONNECTIONS, PIMC_MAX_CONNECTIONS_PER_ADDRESS); retry after 5 s"
             )
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget a connection."""
+        """Remove the connection from those that are counted."""
         self._stop_timer()
-        self._book.leave(self)
+        self._connections.leave(self)
         super().connection_lost(exc)
 
     def close(self) -> None:
@@ -211,23 +227,23 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def abort(self) -> None:
-        """Close at once: what was not read yet is dropped."""
+        """Close at once and discard the bytes that the client has not read."""
         self._stop_timer()
         self.transport.abort()
 
     def resume_writing(self) -> None:
-        """The client has read most of what it was sent."""
+        """Continue to send: the client has read most of the buffered bytes."""
         self._read_by = None
         super().resume_writing()
 
     def is_unread(self, seconds: float) -> bool:
-        """Whether the client has had its time to read what it was sent, and has not.
+        """Whether the client has not read the response within its time.
 
-        uvicorn waits for ever: for a client that reads nothing, and for the last bytes before it
-        closes.
+        uvicorn itself has no such limit, neither during a response nor for the last bytes before
+        it closes the connection.
 
         Args:
-            seconds: for which a client may read nothing.
+            seconds: seconds for which a client may read nothing.
         """
         if not (self.flow.write_paused or self.transport.is_closing()):
             self._read_by = None
@@ -239,7 +255,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return now > self._read_by
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came; reject a head that is too long."""
+        """Parse the bytes that arrived; reject a head that is too long."""
         if self._fault is not None:
             return
         waited, heads = self._in_head, self._heads
@@ -249,22 +265,26 @@ class BoundedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._go_on_without_upgrade(data[upgrade.args[0] :])
+            self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self.send_400_response("")
         if self._in_head and self._fault is None and not self.transport.is_closing():
-            # A request within these bytes cannot be separated from the body before it, so it is not
-            # counted: a head is bounded by this and what one read brings (256 KiB).
-            self._came = self._came + len(data) if waited and heads == self._heads else 0
-            if self._came > MAX_HEAD_BYTES:
-                self._reject(_too_large(self._came))
+            # If these bytes also hold the end of an earlier body, the head's own bytes are unknown
+            # and not counted: a head may exceed its limit by the size of one read (256 KiB).
+            self._arrived = self._arrived + len(data) if waited and heads == self._heads else 0
+            if self._arrived > MAX_HEAD_BYTES:
+                self._reject(_too_large(self._arrived))
 
-    def _go_on_without_upgrade(self, rest: bytes) -> None:
-        """Ignore an upgrade to a protocol that is not spoken (RFC 9110, 7.8), and read the body.
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Ignore an upgrade to an unsupported protocol (RFC 9110, 7.8), and parse the body.
 
         Java's HttpClient and `curl --http2` offer `h2c` with every request. At an upgrade the
-        parser stops and takes the body for another protocol, so a new one is told, by a head of the
-        same length without callbacks, what is to come.
+        parser stops, because it expects another protocol instead of the body. So a new parser
+        first receives a head with the same length headers, whose callbacks are ignored, and then
+        the body.
+
+        Args:
+            rest: the bytes after the head.
         """
         length = [
             name + b": " + value
@@ -289,21 +309,21 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer = None
         if self.transport.is_closing() or not self._in_head:
             return
-        self._book.given_up("late_head")
-        if self._came == 0:
+        self._connections.given_up("late_head")
+        if self._arrived == 0:
             self.close()
             return
         self._reject(
             HeadStalled(
-                f"the request's headers did not come within {self._head_seconds:g} s; "
-                f"{self._came} bytes came"
+                f"the request's line and headers must arrive within {self._head_seconds:g} s "
+                f"(PIMC_HEAD_SECONDS), but only {self._arrived} bytes of them arrived; retry"
             )
         )
 
     # The parser's callbacks ------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        """A head begins."""
+        """Handle the begin of a head."""
         if self._repeating:
             return
         super().on_message_begin()
@@ -311,20 +331,20 @@ class BoundedProtocol(HttpToolsProtocol):
         self._parsed = 0
 
     def on_url(self, url: bytes) -> None:
-        """A part of the target."""
+        """Handle a part of the target."""
         if self._repeating:
             return
         super().on_url(url)
         self._parsed += len(url)
         if self._parsed > MAX_TARGET_BYTES:
             self._fault = UriTooLong(
-                f"the request's path and query take more than {MAX_TARGET_BYTES} bytes; parameters "
-                "belong in the body"
+                f"the request's path and query have {self._parsed} bytes or more, and at most "
+                f"{MAX_TARGET_BYTES} are allowed: send parameters in the body"
             )
             raise self._fault
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header."""
+        """Handle a header."""
         if self._repeating:
             return
         super().on_header(name, value)
@@ -334,46 +354,50 @@ class BoundedProtocol(HttpToolsProtocol):
             raise self._fault
 
     def on_headers_complete(self) -> None:
-        """A head ended: its request begins."""
+        """Handle the end of a head: the request begins."""
         if self._repeating:
             self._repeating = False
             return
         self._in_head = False
         self._heads += 1
-        self._came = 0
+        self._arrived = 0
         self._stop_timer()
-        self._book.busy(self)
+        self._connections.busy(self)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """A body ended: what comes next is a head."""
-        if self.parser.should_upgrade():  # the body is yet to come
+        """Handle the end of a body: the next bytes are a head."""
+        if self.parser.should_upgrade():  # the parser stopped before the body
             return
         super().on_message_complete()
         self._in_head = True
 
     def on_response_complete(self) -> None:
-        """A response was sent."""
+        """Handle the end of a response."""
         super().on_response_complete()
         if self._in_head and not self.pipeline:
-            self._book.idle(self)
+            self._connections.idle(self)
 
     def _abort_unread(self) -> None:
-        self._book.given_up("unread")
+        self._connections.given_up("unread")
         self.abort()
 
     # Rejections ------------------------------------------------------------------------------
 
     def send_400_response(self, msg: str) -> None:
-        """Reject what is not HTTP, or what a callback found at fault."""
+        """Reject a request that is not valid HTTP, or in which a callback found a fault."""
         del msg
-        self._reject(self._fault or MalformedRequest("the request is not valid HTTP/1.1"))
+        malformed = MalformedRequest(
+            "the request is not valid HTTP/1.1: check that the client does not send HTTPS to this "
+            "port"
+        )
+        self._reject(self._fault or malformed)
 
     def _reject(self, fault: PIMCError) -> None:
         """Send a problem and close the connection."""
         self._fault = fault
         self._stop_timer()
-        self._book.given_up(fault.code)
+        self._connections.given_up(fault.code)
         request_id = uuid.uuid4().hex
         status = STATUS[fault.code]
         body = json.dumps(problem_document(fault, request_id)).encode()
@@ -399,18 +423,19 @@ class BoundedProtocol(HttpToolsProtocol):
 
 def _too_large(size: int) -> HeaderTooLarge:
     return HeaderTooLarge(
-        f"the request's headers take {size} bytes or more, the limit is {MAX_HEAD_BYTES}"
+        f"the request's line and headers have {size} bytes or more, and at most {MAX_HEAD_BYTES} "
+        "are allowed: send fewer or shorter headers"
     )
 
 
 def bounded_connections(most: int) -> int:
-    """Raise the limit of open files as far as the system allows, and fit the connections to it.
+    """Raise the limit of open files as far as the system allows, and limit the connections to it.
 
     Args:
-        most: largest number of connections.
+        most: largest number of connections, from the settings.
 
     Returns:
-        Connections that leave enough descriptors for files.
+        Largest number of connections, up to `most`, that leaves enough descriptors for files.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = most + 4 * _RESERVED_DESCRIPTORS
@@ -431,12 +456,12 @@ def bounded_connections(most: int) -> int:
 
 
 def server_config(app: FastAPI, settings: Settings, **options: Any) -> uvicorn.Config:  # noqa: ANN401 - uvicorn's
-    """Uvicorn's configuration with bounded connections.
+    """Uvicorn's configuration with limited connections.
 
     Args:
-        app: made by `create_app`.
-        settings: the service's.
-        options: further options of uvicorn, which win.
+        app: application made by `create_app`.
+        settings: the settings.
+        options: further options of uvicorn, which replace those of the settings.
     """
     metrics = app.state.metrics
     connections = Connections(
@@ -454,9 +479,9 @@ def server_config(app: FastAPI, settings: Settings, **options: Any) -> uvicorn.C
             "port": settings.port,
             "http": factory,
             "ws": "none",
-            "access_log": False,  # each request has its own line, with its id
+            "access_log": False,  # RequestRecordMiddleware logs each request, with its id
             "server_header": False,
-            "proxy_headers": False,  # the application has its own, with PIMC_TRUSTED_PROXIES
+            "proxy_headers": False,  # the application handles them, by PIMC_TRUSTED_PROXIES
             **options,
         },
     )

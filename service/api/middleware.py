@@ -29,12 +29,18 @@ _LONGEST_PATH = 256
 _STAGE = re.compile(r"([a-z]+);dur=([0-9.]+)")
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
-# Request ids that a client may choose: they go into headers and logs.
+# Request ids that a client may choose; the service writes them to headers and logs.
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class RequestRecordMiddleware:
-    """ASGI middleware: an id and an access record per request, a response to the unexpected."""
+    """ASGI middleware: an id and an access record per request, a problem for unexpected errors.
+
+    Args:
+        app: the inner application.
+        metrics: metrics that count the requests.
+        on_fault: makes the response to an unexpected error.
+    """
 
     def __init__(
         self,
@@ -50,7 +56,7 @@ class RequestRecordMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the application and record the response."""
         if scope["type"] != "http":
-            await self._app(scope, receive, _in_short(send))
+            await self._app(scope, receive, _without_trace(send))
             return
         headers = Headers(scope=scope)
         request_id = sane_request_id(headers.get("x-request-id"))
@@ -78,7 +84,7 @@ class RequestRecordMiddleware:
             access.bytes_out += len(message.get("body", b""))
             access.complete = last
             if last:
-                record()  # before the end is sent, so that a client that has it finds it counted
+                record()  # first: a client that has the whole response finds it in the metrics
             await send(message)
 
         ids = REQUEST_ID.set(request_id), TRACE_ID.set(trace_id(headers.get("traceparent")))
@@ -87,7 +93,7 @@ class RequestRecordMiddleware:
                 await self._app(scope, receive_counted, send_named)
         except Exception:
             _LOG.exception("unexpected error")
-            if access.status:  # a partly sent response cannot be replaced; the server must abort it
+            if access.status:  # the response has begun: the server must abort the connection
                 raise
             await self._on_fault(Request(scope))(scope, receive, send_named)
         finally:
@@ -127,32 +133,37 @@ class RequestRecordMiddleware:
             "model": model,
             "complete": access.complete,
         }
-        _LOG.info("request", extra={name: one for name, one in record.items() if one is not None})
+        fields = {name: value for name, value in record.items() if value is not None}
+        _LOG.info("request", extra=fields)
 
 
 @dataclass
 class _Access:
-    """What is known of a request so far."""
+    """The access record of a request in progress."""
 
     begun: float
+    """Time of the request's begin, by `time.perf_counter`."""
     status: int = 0
-    """0 until the response begins."""
+    """Status of the response; 0 until it begins."""
     headers: Headers = field(default_factory=lambda: Headers(raw=[]))
-    """Of the response."""
+    """Headers of the response."""
     bytes_in: int = 0
+    """Bytes of the request's body so far."""
     bytes_out: int = 0
+    """Bytes of the response's body so far."""
     complete: bool = False
     """Whether the response was sent to its end."""
     recorded: bool = False
+    """Whether the record was written to the log."""
 
 
 def stage_times(header: str | None) -> dict[str, float] | None:
-    """Milliseconds by stage, of a `Server-Timing` header."""
+    """Milliseconds by stage from a `Server-Timing` header; None without one."""
     return {name: float(ms) for name, ms in _STAGE.findall(header)} if header else None
 
 
 def trace_id(header: str | None) -> str | None:
-    """The trace that a `traceparent` header names (W3C Trace Context); None if it names none."""
+    """The trace id of a `traceparent` header (W3C Trace Context); None without a valid one."""
     found = _TRACEPARENT.fullmatch(header or "")
     return found[1] if found and int(found[1], 16) else None
 
@@ -160,8 +171,8 @@ def trace_id(header: str | None) -> str | None:
 class RootPathMiddleware:
     """ASGI middleware: the path under which a proxy serves the application.
 
-    A proxy may leave the prefix in the path or take it out; without it, as a health check on the
-    same machine asks, the application answers as well.
+    The application accepts paths with and without the prefix: a proxy may leave it in the path or
+    remove it, and a health check on the same machine sends none.
 
     Args:
         app: the inner application.
@@ -173,7 +184,7 @@ class RootPathMiddleware:
         self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application with its path and prefix, as ASGI has them."""
+        """Call the application with `root_path` and a path that begins with it, as in ASGI."""
         if scope["type"] == "http":
             root, path = self._root_path, scope["path"]
             if path != root and not path.startswith(f"{root}/"):
@@ -183,13 +194,13 @@ class RootPathMiddleware:
 
 
 class HeadMiddleware:
-    """ASGI middleware: responds to HEAD as to GET, without the body (RFC 9110, 9.3.2)."""
+    """ASGI middleware: the response to HEAD is that to GET without the body (RFC 9110, 9.3.2)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application, as for a GET."""
+        """Call the application with the method GET and leave out the body."""
         if scope["type"] != "http" or scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return
@@ -203,7 +214,8 @@ class HeadMiddleware:
                 ended = True
                 await send({"type": "http.response.body", "body": b""})
 
-        # A copy, but with the same state: the record reads the route from the scope that it gave.
+        # The application receives a copy. What it adds to the copy, such as the route, is copied
+        # back, because RequestRecordMiddleware reads it from the original.
         get = {**scope, "method": "GET", HEAD_ONLY: True}
         try:
             await self._app(get, receive, send_head)
@@ -211,11 +223,11 @@ class HeadMiddleware:
             scope.update({key: value for key, value in get.items() if key not in scope})
 
 
-def _in_short(send: Send) -> Send:
-    """Send a failed start as one sentence if a setting is the cause."""
+def _without_trace(send: Send) -> Send:
+    """Replace the stack trace of a failed start by the message if a setting is the cause."""
 
     async def send_short(message: Message) -> None:
-        error = sys.exception()  # Starlette sends from its handler, with the whole stack trace
+        error = sys.exception()  # Starlette calls `send` from its exception handler
         if message["type"] == "lifespan.startup.failed" and isinstance(error, SettingsError):
             message = {**message, "message": str(error)}
         await send(message)
@@ -224,11 +236,11 @@ def _in_short(send: Send) -> Send:
 
 
 def sane_request_id(given: str | None) -> str:
-    """The client's request id if it is valid, else a new one."""
+    """The client's request id if it is valid; otherwise a new one."""
     return given if given and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-# For everything that is not a page: nothing may be loaded, run or framed.
+# Policy of every response that is not a page: it may not load, run or frame anything.
 _NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
@@ -239,17 +251,17 @@ _HEADERS: Mapping[str, str] = {
 # Defaults that a route may override.
 _DEFAULTS: Mapping[str, str] = {
     "Content-Security-Policy": _NOTHING,
-    # Responses are made from a client's data, and may belong to one key only.
+    # A response may hold one caller's data, so that no cache may keep it.
     "Cache-Control": "no-store",
 }
 
 
 def page_policy(html: str, *, styles: str = "", images: str = "'self' data:") -> str:
-    """The Content-Security-Policy of a page: its own scripts and styles, and these sources.
+    """The Content-Security-Policy of a page: scripts and styles of this server, and some sources.
 
     Args:
-        html: the page; the scripts and styles written into it may run as they are now, by hash.
-        styles: further sources of styles.
+        html: the page; its inline scripts and styles are allowed by the hash of their text.
+        styles: source of styles to allow instead of the inline styles.
         images: sources of images.
     """
     scripts = _hashes(html, "script")
@@ -265,17 +277,22 @@ def page_policy(html: str, *, styles: str = "", images: str = "'self' data:") ->
         "form-action": ["'none'"],
         "frame-ancestors": ["'none'"],
     }
-    return "; ".join(" ".join([rule, *filter(None, said)]) for rule, said in rules.items())
+    return "; ".join(" ".join([rule, *filter(None, sources)]) for rule, sources in rules.items())
 
 
 def _hashes(html: str, tag: str) -> list[str]:
+    """Policy sources with the hashes of a page's inline scripts or styles."""
     found = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
     digests = (hashlib.sha256(text.encode()).digest() for text in found)
     return [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
 
 
 class SecurityHeadersMiddleware:
-    """ASGI middleware: headers against MIME sniffing, referrer leaks and framing."""
+    """ASGI middleware: headers against MIME sniffing, referrer leaks and framing.
+
+    Args:
+        app: the inner application.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -327,24 +344,24 @@ class RateLimitMiddleware:
 
 
 ABORT = "pimc.abort"
-"""ASGI extension: `call` closes the connection at once, without what is still to be sent."""
+"""ASGI extension: `call` closes the connection at once and discards bytes not yet sent."""
 STALL_SECONDS = 60.0
 """Seconds for which a client may read nothing of a response."""
 SLOWEST_BYTES = 16 * 2**10
-"""Bytes per second that a client must read on average, beyond those seconds."""
+"""Bytes per second that a client must read on average, after the first `STALL_SECONDS`."""
 
 
 class SlowClientMiddleware:
-    """ASGI middleware: drops a response once its client reads nothing of it, or too slowly.
+    """ASGI middleware: ends a response whose client reads nothing, or too slowly.
 
-    Otherwise a client that never reads would keep the response's files for as long as the socket
-    stays open, and many of them would fill the disk. A connection of `BoundedProtocol` is aborted;
-    another server closes it when it finds the response incomplete.
+    Without it, a client that never reads keeps the files of its response as long as the socket
+    stays open, and many such clients fill the disk. `BoundedProtocol` aborts the connection;
+    another server closes it because the response is incomplete.
 
     Args:
         app: the inner application.
         stall_seconds: seconds for which a client may read nothing.
-        slowest: bytes per second that it must read on average, beyond `stall_seconds`.
+        slowest: bytes per second that a client must read on average, after `stall_seconds`.
     """
 
     def __init__(
@@ -359,48 +376,50 @@ class SlowClientMiddleware:
         self._slowest = slowest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application and watch the pace of its response."""
+        """Call the application and check how fast the client reads its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         begun: float | None = None
         sent = 0
-        # Cancelled from inside, so that everything opened for the response is closed; the server
-        # then finds it incomplete and closes the connection.
-        answering = anyio.CancelScope()
+        # The scope is cancelled from inside, so that the application closes what it has opened for
+        # the response; the server then finds the response incomplete and closes the connection.
+        responding = anyio.CancelScope()
 
         async def send_in_time(message: Message) -> None:
             nonlocal begun, sent
             begun = begun or time.monotonic()
             left = begun + self._stall_seconds + sent / self._slowest - time.monotonic()
-            with anyio.move_on_after(min(left, self._stall_seconds)) as taking:
+            with anyio.move_on_after(min(left, self._stall_seconds)) as sending:
                 await send(message)
                 sent += len(message.get("body", b""))
-            if taking.cancelled_caught:
+            if sending.cancelled_caught:
                 if ABORT in scope.get("extensions", {}):
                     scope["extensions"][ABORT]["call"]()
-                answering.cancel()
+                responding.cancel()
                 await anyio.lowlevel.checkpoint()
 
-        with answering:
+        with responding:
             await self._app(scope, receive, send_in_time)
-        if answering.cancelled_caught and ABORT in scope.get("extensions", {}):
-            # Until the server has noticed; it would log an incomplete response as an error.
+        if responding.cancelled_caught and ABORT in scope.get("extensions", {}):
+            # Wait until the server has closed the connection: before that, it would log an
+            # incomplete response as an error.
             with anyio.move_on_after(1):
                 while (await receive())["type"] != "http.disconnect":
                     pass
 
 
 _SHORT_REST = 2**20
-"""Bytes of a body that an early response waits for."""
+"""Largest unread rest of a body that is read before an early response is sent, bytes."""
 
 
 class LingeringCloseMiddleware:
-    """ASGI middleware: a response sent before the end of the body still reaches the client.
+    """ASGI middleware: a response sent before the end of the request's body reaches the client.
 
-    A server that closes with bytes unread resets the connection, and the reset may overtake the
+    A server that closes a connection with unread bytes resets it, and the reset may overtake the
     response. So a short rest of the body is read before the response, and the connection stays
-    open; a long one is read after it, for a limited time, and then the connection is closed.
+    open. A long rest is read after the response for a limited time, and then the connection is
+    closed.
     """
 
     def __init__(
@@ -409,10 +428,10 @@ class LingeringCloseMiddleware:
         """Set the limits.
 
         Args:
-            app: the application.
-            seconds: time to read on after a response.
-            size: bytes to read on after a response.
-            before_seconds: time that a response may wait for a short rest.
+            app: the inner application.
+            seconds: longest time for which the rest of a body is read after a response.
+            size: largest number of bytes that are read after a response.
+            before_seconds: longest time for which a response waits for a short rest of the body.
         """
         self._app = app
         self._seconds = seconds
@@ -444,7 +463,7 @@ class LingeringCloseMiddleware:
 
 
 class _Rest:
-    """The part of a body that has not arrived yet."""
+    """The part of a request's body that the server has not read yet."""
 
     def __init__(self, receive: Receive, headers: Headers) -> None:
         self._receive = receive
@@ -453,14 +472,14 @@ class _Rest:
         )
 
     async def receive(self) -> Message:
-        """The next message, for the application."""
+        """Receive the next message for the application."""
         message = await self._receive()
-        if not message.get("more_body"):  # the last, or a disconnect
+        if not message.get("more_body"):  # the last part of the body, or a disconnect
             self.ended = True
         return message
 
     async def read_on(self, size: int, seconds: float) -> None:
-        """Read and discard, within the limits."""
+        """Read and discard the rest of the body, at most `size` bytes within `seconds`."""
         with anyio.move_on_after(seconds):
             while size > 0 and not self.ended:
                 size -= len((await self.receive()).get("body", b""))

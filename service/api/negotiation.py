@@ -11,12 +11,13 @@ from service.errors import NotAcceptable
 
 @dataclass(frozen=True, kw_only=True)
 class MediaRange:
-    """One element of an `Accept` header, or a media type on offer."""
+    """One element of an `Accept` header, or one media type that is available."""
 
     type: str
     subtype: str
     parameters: frozenset[tuple[str, str]]
     quality: float = 1.0
+    """The client's preference, 0 (rejected) to 1."""
 
     @classmethod
     def parse(cls, text: str) -> MediaRange | None:
@@ -35,7 +36,7 @@ class MediaRange:
         )
 
     def match(self, offer: MediaRange) -> int:
-        """Specificity with which the range matches an offer: 0 for no match."""
+        """Specificity with which this range matches an available type; 0 if it does not."""
         if self.type not in {"*", offer.type} or self.subtype not in {"*", offer.subtype}:
             return 0
         if not self.parameters <= offer.parameters:
@@ -51,52 +52,60 @@ def _quality(text: str) -> float:
 
 
 def negotiate(accept: str, offers: Sequence[str], *, lenient: bool = False) -> str:
-    """The offer with the highest quality; the first of equals.
+    """Choose the media type of a response: the one with the highest quality, of equals the first.
 
     Args:
-        accept: the `Accept` header; empty accepts anything.
-        offers: media types, the preferred one first. A single offer is used whatever `Accept`
-            is, as RFC 9110 (12.4.1) allows: an error would not help the client.
-        lenient: whether the first offer is used if none is accepted, too.
+        accept: the `Accept` header; empty accepts any type.
+        offers: available media types, the preferred one first. If there is only one, it is used
+            whatever `Accept` is, as RFC 9110 (12.4.1) allows: an error would not help the client.
+        lenient: whether to use the first type if the client accepts none.
+
+    Returns:
+        One of `offers`.
 
     Raises:
-        NotAcceptable: none of several offers is accepted.
+        NotAcceptable: there are several offers, and the client accepts none of them.
     """
     if len(offers) == 1:
         return offers[0]
     ranges = [found for text in accept.split(",") if (found := MediaRange.parse(text))]
     if not ranges:
         return offers[0]
-    liked = {offer: _liking(offer, ranges) for offer in offers}
-    best = max(offers, key=lambda offer: liked[offer])
-    if liked[best] == 0 and lenient:
+    qualities = {offer: _quality_of(offer, ranges) for offer in offers}
+    best = max(offers, key=lambda offer: qualities[offer])
+    if qualities[best] == 0 and lenient:
         return offers[0]
-    if liked[best] == 0:
-        raise NotAcceptable(f"Accept is '{accept}', but the response types are {', '.join(offers)}")
+    if qualities[best] == 0:
+        raise NotAcceptable(
+            f"Accept is '{accept}', but this request has a response only as "
+            f"{', '.join(offers)}: accept one of these types"
+        )
     return best
 
 
 ASYNC = "respond-async"
 """The preference for a job (RFC 7240, section 4.1)."""
 UPGRADE = "model-upgrade"
-"""The preference that a job runs with a later version of its model if there is one by then."""
+"""The preference that a later version of the model may run the job."""
 
 
 def prefers(values: Sequence[str], name: str = ASYNC) -> bool:
     """Whether `Prefer` headers contain a preference.
 
     Args:
-        values: of each such header: comma-separated names with optional values and parameters.
-        name: of the preference, lower case.
+        values: value of each `Prefer` header: comma-separated preferences with optional values and
+            parameters.
+        name: name of the preference, lower case.
     """
     preferences = [one for value in values for one in value.split(",")]
     return any(re.split("[;=]", one)[0].strip().lower() == name for one in preferences)
 
 
-def _liking(offer: str, ranges: Sequence[MediaRange]) -> float:
+def _quality_of(offer: str, ranges: Sequence[MediaRange]) -> float:
+    """Quality of an available type by the media ranges that a client accepts, 0 to 1."""
     parsed = MediaRange.parse(offer)
     if parsed is None:
         raise ValueError(f"'{offer}' is not a media type")
-    # The most specific range counts, also if it excludes: "image/tiff;q=0, */*" means no TIFF.
+    # The most specific range decides, even if it rejects: "image/tiff;q=0, */*" means no TIFF.
     closest = max(ranges, key=lambda found: found.match(parsed))
     return closest.quality if closest.match(parsed) else 0.0

@@ -1,6 +1,6 @@
-"""OpenAPI document: the bodies, files and problems that the routes handle themselves.
+"""OpenAPI document: bodies, files and problems that FastAPI cannot derive from the routes.
 
-Everything is made from the models of `service.api.schemas`, so that the document agrees with the
+All schemas come from the models of `service.api.schemas`, so that the document agrees with the
 validation.
 """
 
@@ -54,17 +54,17 @@ _TASK_ERRORS = (
     "too_many_requests", "not_ready", "insufficient_storage", "internal_error",
 )  # fmt: skip
 _HEADERS: Mapping[str, str] = {
-    "X-Request-ID": "the request's id, in the log as well",
-    "PIMC-Model": "the model used, `name@version`",
-    "PIMC-Provider": "the execution provider that computed",
-    "Server-Timing": "milliseconds busy: `read`, `infer`, `write`",
-    "PIMC-Warning": "`code; detail` of a warning; repeated",
-    "RateLimit": "what is left of the caller's quotas, if there are any",
-    "RateLimit-Policy": "the caller's quotas, if there are any",
+    "X-Request-ID": "the request's id, which the server's log also states",
+    "PIMC-Model": "the model that was used, as `name@version`",
+    "PIMC-Provider": "the execution provider that computed the result",
+    "Server-Timing": "milliseconds that the stages `read`, `infer` and `write` were busy",
+    "PIMC-Warning": "`code; detail` of a warning; one header per warning",
+    "RateLimit": "what remains of the caller's quotas, if the server has quotas",
+    "RateLimit-Policy": "the caller's quotas, if the server has quotas",
 }
 _JOB_HEADERS: Mapping[str, str] = {
-    "X-Request-ID": "the request's id, in the log as well",
-    "Location": "the job's status",
+    "X-Request-ID": "the request's id, which the server's log also states",
+    "Location": "the path of the job's status",
     "Preference-Applied": "`respond-async`, if `Prefer` requested it",
 }
 _BINARY: Mapping[str, Any] = {"schema": {"type": "string", "format": "binary"}}
@@ -88,15 +88,15 @@ _MODELS: tuple[type[BaseModel], ...] = (
 
 
 class DocumentedApp(FastAPI):
-    """An application whose OpenAPI document includes the models that routes use themselves."""
+    """An application whose OpenAPI document includes models that no route declares."""
 
     _made: Mapping[str, bytes] = MappingProxyType({})
 
     def description_of(self, root_path: str) -> bytes:
-        """The OpenAPI document as JSON, made once.
+        """The OpenAPI document as JSON, built once.
 
         Args:
-            root_path: path before the service's own paths; one in the life of an application.
+            root_path: path prefix that a proxy adds; the same for every request.
         """
         made = self._made.get(root_path)
         if made is None:
@@ -119,7 +119,7 @@ class DocumentedApp(FastAPI):
 
 
 def body(task: Operation) -> dict[str, Any]:
-    """`openapi_extra` of a task's route: the bodies it reads."""
+    """`openapi_extra` of a task's route: the bodies that it accepts."""
     content: dict[str, Any] = {
         FORM: {"schema": _ref(FORMS[task]), "encoding": {FILES: {"contentType": "image/tiff"}}}
     }
@@ -131,7 +131,7 @@ def body(task: Operation) -> dict[str, Any]:
 
 
 def validation_body() -> dict[str, Any]:
-    """`openapi_extra` of the validation of a request: the bodies of every task."""
+    """`openapi_extra` of `POST /validate`: the bodies of every task."""
     forms: list[type[BaseModel]] = [FORMS[task] for task in FORMS if task != "series"]
     documents: list[type[BaseModel]] = [ITEMS[task] for task in ITEMS if task != "series"]
     content = {
@@ -142,18 +142,18 @@ def validation_body() -> dict[str, Any]:
 
 
 VALIDATION_ERRORS = _TASK_ERRORS
-"""Codes with which a body is rejected that cannot be read as a request: those of its task."""
+"""Codes of `POST /validate` for a body that cannot be read as a request: those of its task."""
 
 
-def answers(task: Operation) -> dict[int | str, dict[str, Any]]:
+def responses(task: Operation) -> dict[int | str, dict[str, Any]]:
     """`responses` of a task's route."""
     summaries: list[type[BaseModel]] = [SummaryResponse]
     if task in SERIES:
         summaries.append(SeriesResponse)
     return {
-        200: _answer(*summaries),
+        200: _success(*summaries),
         202: {
-            "description": "A job, because `Prefer` requests it or the raster is large",
+            "description": "A job, because `Prefer` requests one or the raster is large",
             "headers": _described(_JOB_HEADERS),
             "content": {JSON: {"schema": _ref(JobInfo)}},
         },
@@ -161,9 +161,9 @@ def answers(task: Operation) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def _answer(*documents: type[BaseModel]) -> dict[str, Any]:
+def _success(*documents: type[BaseModel]) -> dict[str, Any]:
     return {
-        "description": "The response, of the type that `Accept` chooses",
+        "description": "The result, in the media type that `Accept` chooses",
         "headers": _described(_HEADERS),
         "content": {
             COG: _BINARY,
@@ -202,7 +202,7 @@ def _ref(model: type[BaseModel]) -> dict[str, str]:
 
 MEASURED: Mapping[int | str, dict[str, Any]] = {
     200: {
-        "description": "The places in the order given, lists by date in their properties",
+        "description": "The points or fields in their order, with lists by date as properties",
         "headers": _described(
             {name: _HEADERS[name] for name in ("X-Request-ID", "Server-Timing", "PIMC-Warning")}
         ),
@@ -214,10 +214,10 @@ MEASURED: Mapping[int | str, dict[str, Any]] = {
     **problems(_TASK_ERRORS),
 }
 """`responses` of measured series."""
-# A failed job returns its problem, which may be any problem of a task.
+# The result of a failed job is its problem, which may be any problem of a task.
 _RESULT_ERRORS = (*_TASK_ERRORS, "unknown_job", "result_not_ready", "invalid_range")
 RESULT: Mapping[int | str, dict[str, Any]] = {
-    200: _answer(SummaryResponse, SeriesResponse),
+    200: _success(SummaryResponse, SeriesResponse),
     **problems(_RESULT_ERRORS),
 }
 """`responses` of a job's result."""
@@ -297,7 +297,7 @@ ITEM_FILE: Mapping[int | str, dict[str, Any]] = {
 
 
 def _form(schema: dict[str, Any]) -> dict[str, Any]:
-    """A form's schema, with `files`, which is not a field of the model."""
+    """A form's schema with `files`, which is not a parameter of the model."""
     files = {
         "type": "array",
         "items": {"type": "string", "format": "binary"},
@@ -310,7 +310,7 @@ def _form(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_null(field: dict[str, Any]) -> dict[str, Any]:
-    """A field's schema without null: a form leaves the field out instead."""
+    """A parameter's schema without null: a form leaves the parameter out instead."""
     kept = {key: value for key, value in field.items() if key != "anyOf"}
     if kept.get("default", ...) is None:
         del kept["default"]
@@ -330,12 +330,12 @@ HEAD_BODY: dict[str, Any] = {
 """`openapi_extra` of `POST /heads`."""
 HEAD: Mapping[int | str, dict[str, Any]] = {
     201: {
-        "description": "The model, which `/classify-pixels` serves from now on",
+        "description": "The new model, which `/classify-pixels` serves at once",
         "headers": _described(
             {
                 "Location": "the model's card",
                 "PIMC-Model": "`name@version`",
-                "Server-Timing": "milliseconds of `read` and of `infer`, fitting included",
+                "Server-Timing": "milliseconds of `read` and of `infer`, which includes fitting",
             }
         ),
         "content": {JSON: {"schema": _ref(HeadResponse)}},

@@ -47,7 +47,7 @@ _CLOSED = 499  # nginx's status for a client that has disconnected
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Convert every error into a problem document."""
+    """Register handlers that convert every error into a problem document."""
     app.add_exception_handler(PIMCError, _on_error)
     app.add_exception_handler(OSError, _on_system)
     app.add_exception_handler(HTTPException, _on_http)
@@ -59,7 +59,13 @@ def add_handlers(app: FastAPI) -> None:
 def problem(
     request: Request, error: PIMCError, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """The response for an error."""
+    """The response for an error.
+
+    Args:
+        request: the request.
+        error: the error.
+        headers: further headers of the response.
+    """
     request.state.code = error.code
     if isinstance(error, TooManyRequests):
         request.state.violated = error.policy
@@ -73,7 +79,12 @@ def problem(
 
 
 def problem_document(error: PIMCError, request_id: str) -> dict[str, Any]:
-    """An error as a problem document (RFC 9457)."""
+    """An error as a problem document (RFC 9457).
+
+    Args:
+        error: the error.
+        request_id: id of the request, by which the log can be searched.
+    """
     body: dict[str, Any] = {
         "type": _TYPES.get(error.code, f"urn:pimc:problem:{error.code}"),
         "title": error.title,
@@ -91,7 +102,10 @@ def problem_document(error: PIMCError, request_id: str) -> dict[str, Any]:
 
 def fault(request: Request) -> Response:
     """The response for an unexpected error, without internal details."""
-    detail = "internal error; the server's log has the cause under this request_id"
+    detail = (
+        "internal error: report the request_id to the server's administrator, whose log has the "
+        "cause under it"
+    )
     return problem(request, InternalError(detail))
 
 
@@ -113,7 +127,7 @@ def _on_error(request: Request, error: Exception) -> Response:
 
 
 def _on_system(request: Request, error: Exception) -> Response:
-    """Errors of the operating system: a full disk, no descriptors, or an unexpected one."""
+    """Handle errors of the operating system: a full disk, no free descriptors, or others."""
     known = no_room(error) or no_descriptors(error)
     if known is None:
         _LOG.error("unexpected error", exc_info=error)
@@ -123,12 +137,15 @@ def _on_system(request: Request, error: Exception) -> Response:
 
 
 def _on_http(request: Request, error: Exception) -> Response:
-    """Errors of the framework."""
+    """Handle errors that Starlette raises."""
     if not isinstance(error, HTTPException):
         return fault(request)
     path = request.scope["path"][:_LONGEST_PATH]
     if error.status_code == STATUS[NotFound.code]:
-        return problem(request, NotFound(f"there is no path {path}"))
+        return problem(
+            request,
+            NotFound(f"there is no path {path}: GET /openapi.json lists the paths of this service"),
+        )
     if error.status_code == STATUS[MethodNotAllowed.code]:
         allowed = ", ".join(_allowed(request))
         detail = f"{path} supports {allowed}, not {request.method}"
@@ -137,8 +154,8 @@ def _on_http(request: Request, error: Exception) -> Response:
 
 
 def _allowed(request: Request) -> list[str]:
-    """The methods of a path; the framework's own error names those of one route only."""
-    # HEAD is answered wherever GET is.
+    """The methods that a path supports; Starlette's own error names those of one route only."""
+    # A path that supports GET supports HEAD.
     scopes = {
         method: {**request.scope, "method": "GET" if method == "HEAD" else method}
         for method in METHODS

@@ -41,7 +41,7 @@ from service.api.schemas import (
     SeriesResponse,
     SimilarOutput,
     SummaryResponse,
-    unknown_field,
+    unknown_parameter,
 )
 from service.api.uploads import JSON
 from service.errors import InvalidRequest, UnknownProcess
@@ -504,7 +504,7 @@ def read_inputs(task: Task, execute: Execute) -> Inputs:
             raise InvalidRequest.of(f"outputs.{name[:64]}", f"unknown output; there are {there}")
     for name in given:
         if name not in known:
-            raise InvalidRequest.of(f"inputs.{name[:64]}", unknown_field(name, known))
+            raise InvalidRequest.of(f"inputs.{name[:64]}", unknown_parameter(name, known))
     sources = [name for name in _sources(task) if name in given]
     if len(sources) != 1:
         said = ", ".join(sources) or "none"

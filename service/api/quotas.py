@@ -1,7 +1,7 @@
 """Quotas of one caller, and the `RateLimit` headers that state them.
 
 The headers follow draft-ietf-httpapi-ratelimit-headers-11: `RateLimit-Policy` states each quota,
-`RateLimit` what is left of it.
+`RateLimit` what remains of it.
 """
 
 from __future__ import annotations
@@ -21,33 +21,36 @@ from service.run.request import RasterRequest
 from service.settings import Settings
 
 _DAY = 24 * 3600
-# Units of the draft's registry, and one of this service's own.
+# Units that the draft registers, and `pimc-pixels`, which only this service uses.
 _CONCURRENT, _BYTES, _PIXELS = "concurrent-requests", "content-bytes", "pimc-pixels"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """One quota of a caller, and what is left of it."""
+    """One quota of a caller, and what remains of it."""
 
     policy: str
-    """Its name."""
+    """Name of the quota."""
     quota: int
+    """Largest allowed amount."""
     unit: str
+    """Unit of `quota` and `left`."""
     left: int
+    """Amount that remains, at least 0."""
     window: int | None = None
-    """Seconds for which the quota is; None if it is for what there is at once."""
+    """Seconds to which the quota applies; None if it limits the amount at any one time."""
     seconds: int | None = None
-    """Seconds until more is left; None without a window."""
+    """Seconds until the quota is available again; None without a window."""
 
 
 class Quotas:
     """The quotas of each caller.
 
     Args:
-        settings: the quotas.
-        keys: of the callers.
-        jobs: count what callers use.
-        admission: counts requests.
+        settings: settings that hold the quotas.
+        keys: API keys of the callers.
+        jobs: store that counts jobs, pixels and bytes by caller.
+        admission: admission control, which counts requests by caller.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Quotas:
 
     @property
     def share(self) -> Share:
-        """The share of one caller of jobs, pixels and storage."""
+        """The quotas of one caller for jobs, pixels and storage."""
         settings = self._settings
         jobs = settings.max_jobs_per_caller
         if jobs is None and self._keys.callers > 1:
@@ -73,10 +76,14 @@ class Quotas:
 
     @contextmanager
     def charged(self, caller: str, plan: Plan) -> Iterator[None]:
-        """Charge a run to its caller; if the run is not started for lack of room, give it back.
+        """Count a run's pixels for its caller; undo that if the run is rejected as `overloaded`.
+
+        Args:
+            caller: the caller's id, or the client's address without API keys.
+            plan: plan of the run.
 
         Raises:
-            TooManyRequests: the day's pixels are used up.
+            TooManyRequests: the caller's pixels of the day are used up.
         """
         pixels, share = cost(plan), self.share
         self._jobs.charge(caller, pixels, share)
@@ -87,7 +94,7 @@ class Quotas:
             raise
 
     async def limits(self, caller: str) -> list[Limit]:
-        """The quotas that are set, and what a caller has left of them."""
+        """The quotas that are set, and what remains of them for a caller."""
         share = self.share
         requests = self._settings.max_requests_per_caller
         found = []
@@ -98,7 +105,7 @@ class Quotas:
             return found
         try:
             used = await to_thread.run_sync(self._jobs.usage, caller)
-        except PIMCError:  # a failing disk: the response goes out without these headers
+        except PIMCError:  # the disk fails: the response is sent without these headers
             return found
         if share.jobs is not None:
             found.append(_limit(JOBS, share.jobs, _CONCURRENT, share.jobs - used.jobs))
@@ -126,14 +133,14 @@ def headers(limits: Sequence[Limit], *, status: int, violated: str | None) -> di
 
     Args:
         limits: the caller's quotas.
-        status: of the response.
-        violated: the quota that the request exceeded; None if it exceeded none.
+        status: status of the response.
+        violated: name of the quota that the request exceeded; None if it exceeded none.
     """
     if not limits:
         return {}
     found = {"RateLimit-Policy": ", ".join(map(_policy, limits))}
-    # `Retry-After` must not lie before the end of a window that the same response names, so a
-    # rejection names only the quota that it is for.
+    # `Retry-After` must not be before the end of a window that the same response states, so a
+    # rejection states only the quota that caused it.
     rejected = violated is not None or status == 503
     shown = [one for one in limits if one.policy == violated] if rejected else limits
     if shown:
@@ -152,7 +159,7 @@ def _left(limit: Limit) -> str:
 
 
 def cost(plan: Plan) -> int:
-    """What a plan takes of the pixels of a day: its pixels, points or series."""
+    """Number of pixels, points or series for which a plan counts in the quota of a day."""
     request = plan.request
     if not isinstance(request, RasterRequest):
         return len(request.series)

@@ -37,7 +37,7 @@ PARQUET = "application/vnd.apache.parquet"
 MULTIPART = "multipart/related"
 FILE_TYPES = frozenset({COG, ZIP})
 _SUFFIXES = {ZIP: ".zip", CSV: ".csv", PARQUET: ".parquet", GEOJSON: ".geojson"}
-# Proxies and clients limit the length of headers; JSON responses hold every warning in full.
+# Proxies and clients limit the length of headers, so headers shorten warnings; JSON does not.
 _MAX_WARNINGS = 20
 _MAX_WARNING_LENGTH = 500
 _NAMES_IN_HEADER = 3
@@ -45,7 +45,7 @@ _LIST = re.compile(r"(?P<names>'[^']*'(?:, '[^']*'){3,})(?: and (?P<more>\d+) mo
 
 
 def offers(request: TaskRequest) -> tuple[str, ...]:
-    """The media types available for a request, the default first."""
+    """The media types in which a request's result is available, the default first."""
     if not isinstance(request, RasterRequest):
         return (JSON,)
     if request.points is not None:
@@ -58,19 +58,19 @@ def offers(request: TaskRequest) -> tuple[str, ...]:
 
 
 def needs_files(request: TaskRequest, media: str) -> bool:
-    """Whether a response of this type is made of files, and not of the result's document."""
+    """Whether a response of a media type consists of the result's files, not of its document."""
     return media in FILE_TYPES or (
         isinstance(request, RasterRequest) and request.outputs == (POLYGONS,) and media != JSON
     )
 
 
 def make_response(result: Result, media: str, folder: Path) -> Response:
-    """The response for a result of a run. Blocks while it writes a file.
+    """The response for the result of a run. Blocks while it writes a file.
 
     Args:
-        result: of a run.
-        media: the negotiated type, one of `offers`.
-        folder: for a file; it exists until the response is sent.
+        result: result of the run.
+        media: the negotiated media type, one of `offers`.
+        folder: folder for a file of the response; it exists until the response is sent.
     """
     if POLYGONS in result.files and media == PARQUET:
         return whole_file(result, POLYGONS)
@@ -86,12 +86,14 @@ def make_response(result: Result, media: str, folder: Path) -> Response:
 
 
 def spooled(content: bytes, media: str, path: Path) -> Response:
-    """A response from memory if it is short, else from a file, so that readers hold no memory.
+    """A response from memory if it is short, otherwise from a file.
+
+    A long response in memory would stay there until its client has read it.
 
     Args:
-        content: of the response.
-        media: its type.
-        path: of the file.
+        content: content of the response.
+        media: media type of the content.
+        path: path of the file to write.
     """
     if len(content) <= CHUNK_BYTES:
         return Response(content, media_type=media)
@@ -100,13 +102,13 @@ def spooled(content: bytes, media: str, path: Path) -> Response:
 
 
 def stored_response(store: JobStore, job: Job, result: StoredResult, media: str) -> Response:
-    """The response for a job's result. Blocks while it makes a file, if nobody has asked before.
+    """The response for a job's result. Blocks while it makes a file, at the first request for it.
 
     Args:
-        store: of the job.
-        job: successful.
-        result: its result.
-        media: the negotiated type, one of `offers`.
+        store: store that holds the job.
+        job: a successful job.
+        result: result of the job.
+        media: the negotiated media type, one of `offers`.
 
     Raises:
         ResultNotReady: the result was removed.
@@ -127,7 +129,7 @@ def stored_response(store: JobStore, job: Job, result: StoredResult, media: str)
 
 
 def derived_name(result: Result | StoredResult, media: str) -> str | None:
-    """Name of the file that a type needs made; None if the only raster is the response."""
+    """Name of the file to make for a media type; None if the response is the only raster itself."""
     if media in _SUFFIXES:
         return f"{result.task}{_SUFFIXES[media]}"
     return f"{result.task}{_SUFFIXES[ZIP]}" if len(result.files) > 1 else None
@@ -136,7 +138,14 @@ def derived_name(result: Result | StoredResult, media: str) -> str | None:
 def derive(
     result: Result | StoredResult, document: Callable[[], Mapping[str, Any]], media: str, path: Path
 ) -> None:
-    """Make a result's zip, CSV or GeoParquet."""
+    """Make a result's zip, CSV, GeoParquet or GeoJSON.
+
+    Args:
+        result: the result.
+        document: returns the result's JSON document.
+        media: media type of the file.
+        path: path of the file to write.
+    """
     if media == CSV:
         path.write_text(fields_csv(document()["features"]), encoding="utf-8", newline="")
     elif media == GEOJSON:
@@ -171,7 +180,13 @@ def _derived(
 def whole_file(
     result: Result | StoredResult, output: str | None = None, *, missing: PIMCError | None = None
 ) -> Response:
-    """One file of a result; its only one if none is named."""
+    """The response with one file of a result.
+
+    Args:
+        result: the result.
+        output: name of the output; None takes the only one.
+        missing: error to raise if the file has been removed.
+    """
     name = output or next(iter(result.files))
     path = result.files[name]
     kind = PARQUET if name == POLYGONS else COG
@@ -182,7 +197,14 @@ def whole_file(
 def derived_file(
     path: Path, output: str, result: StoredResult, *, missing: PIMCError | None = None
 ) -> Response:
-    """A map or polygons derived from a job's result."""
+    """The response with a map or polygons derived from a job's result.
+
+    Args:
+        path: path of the file.
+        output: name of the output.
+        result: the result that the file was derived from.
+        missing: error to raise if the file has been removed.
+    """
     kind = PARQUET if output == POLYGONS else COG
     filename = f"{output}{path.suffix}"
     response = StoredFile(path, media_type=kind, filename=filename, missing=missing)
@@ -200,7 +222,7 @@ def _named(response: Response, result: Result | StoredResult) -> Response:
     response.headers["PIMC-Model"] = result.model
     response.headers["PIMC-Provider"] = result.provider
     response.headers["Server-Timing"] = server_timing(result.timing)
-    # The same request has another response for another `Accept`.
+    # A cache must not use this response for another `Accept`.
     response.headers["Vary"] = "Accept"
     return response
 
@@ -214,7 +236,7 @@ def server_timing(timing: Timing) -> str:
 def warning_headers(warnings: Iterable[StackWarning]) -> list[str]:
     """`code; detail` of each warning as a header value: one line of latin-1, limited in length.
 
-    Long lists of names are cut, so that what follows them is not.
+    Long lists of names are shortened, so that the text after them is not cut.
     """
     texts = [_header_text(f"{warning.code}; {warning.detail}") for warning in warnings]
     if len(texts) <= _MAX_WARNINGS:
@@ -226,7 +248,7 @@ def warning_headers(warnings: Iterable[StackWarning]) -> list[str]:
 def _header_text(text: str) -> str:
     text = _LIST.sub(_shortened, text) if len(text) > _MAX_WARNING_LENGTH else text
     line = "".join(c if c.isprintable() else " " for c in text)
-    # Starlette encodes headers as latin-1; a file name may hold any letter.
+    # Starlette encodes headers as latin-1, but a file name may hold any character.
     return line.encode("latin-1", "replace").decode("latin-1")[:_MAX_WARNING_LENGTH]
 
 
@@ -241,16 +263,16 @@ _COPY_BYTES = 2**20
 
 
 def zip_files(files: Mapping[str, Path], path: Path) -> Path:
-    """Put finished files into one zip: `<output>.tif`, QGIS style and side file; `item.json`.
+    """Put finished files into one zip: `<output>.tif`, QGIS style, side file and `item.json`.
 
     Args:
         files: finished files by output name.
-        path: of the zip to write.
+        path: path of the zip to write.
 
     Returns:
         The path.
     """
-    # Stored: a COG is compressed already, and a stored one can still be read by ranges.
+    # Not compressed again: a COG is compressed already and can be read by ranges inside the zip.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, file in files.items():
             _add(archive, file, f"{name}{file.suffix}")
@@ -265,7 +287,7 @@ def zip_files(files: Mapping[str, Path], path: Path) -> Path:
 
 
 def _add(archive: zipfile.ZipFile, file: Path, name: str) -> None:
-    # Without the file's own date, so that equal results are equal bytes.
+    # Without the file's own date, so that equal results have equal bytes.
     entry = zipfile.ZipInfo(name)
     entry.external_attr = 0o644 << 16
     entry.file_size = file.stat().st_size  # decides on ZIP64 before a byte is written

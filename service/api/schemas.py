@@ -1,6 +1,7 @@
 """Request and response types: form parameters, JSON bodies, responses.
 
-The same models validate a request and describe it in the OpenAPI document.
+The same models validate a request and describe it in the OpenAPI document. The `description` of a
+parameter completes "NAME: …"; "default" states what holds if the parameter is left out.
 """
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
@@ -48,18 +49,18 @@ from service.run.request import (
 from service.write.predictions import EmbeddingType
 
 Operation = Runnable | Literal["series"]
-"""What a body is for: a run, or measured series."""
+"""The operation that a body requests: a run, or measured series."""
 SimilarOutput = Literal["similarity", "similarities"]
 MAX_POINTS = 10_000
 MAX_RINGS = 1_000
 MAX_VERTICES = 10_000
 ClassOutput = Literal["class", "confidence", "entropy", "probabilities", "polygons"]
 DatedOutput = Literal[ClassOutput, "attribution"]
-"""What a class of a time series may be returned as."""
+"""Outputs of a class of a time series."""
 SeriesOutput = Literal["class", "confidence", "entropy", "probabilities", "attribution"]
 SensorName = Literal["sentinel-2", "hls", "landsat", "modis", "planetscope"]
 QuantileOutput = Literal["q10", "q50", "q90"]
-# The fields that take several values.
+# The parameters that take several values.
 _LISTED = frozenset({"dates", "bands", "bbox", "outputs", "scale", "offset"})
 _MAX_ERRORS = 20
 _MAX_STRUCTURE = 500_000
@@ -71,16 +72,18 @@ _Form = TypeVar("_Form", bound="StackForm")
 
 
 def _iso_date(value: object) -> object:
-    # Left to itself, pydantic would read "20210105" as seconds since 1970.
+    # By default pydantic reads "20210105" as seconds since 1970.
     if isinstance(value, str) and not _ISO_DATE.fullmatch(value):
         raise ValueError(f"'{value}' is not an ISO date such as 2021-01-05")
     if not isinstance(value, str | date):
-        raise ValueError("an ISO date such as 2021-01-05 is needed")  # noqa: TRY004 - pydantic's way
+        raise ValueError(  # noqa: TRY004 - pydantic reports a ValueError
+            f"a date must be a text such as 2021-01-05, and is of type {type(value).__name__}"
+        )
     return value
 
 
 def _plausible_date(day: date) -> date:
-    """The years in which dates are looked for in files as well."""
+    """Reject a date outside the years in which dates are read from files."""
     first, last = PLAUSIBLE_DATES
     if not first <= day <= last:
         raise ValueError(f"{day} is not a date from {first} to {last}")
@@ -88,12 +91,12 @@ def _plausible_date(day: date) -> date:
 
 
 def _only_finite(value: object) -> object:
-    """Properties are returned as JSON, which has neither NaN nor infinities."""
+    """Reject NaN and infinities: properties are returned as JSON, which cannot hold them."""
     waiting = [value]
     while waiting:
         one = waiting.pop()
         if isinstance(one, float) and not math.isfinite(one):
-            raise ValueError(f"{one} is not a finite number, and JSON holds no other")
+            raise ValueError(f"{one} is not a finite number, and JSON cannot hold it: send null")
         waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
     return value
 
@@ -110,7 +113,7 @@ def listed(value: object) -> object:
 
 
 def _mask(value: object) -> object:
-    """One text from one or several rules, each of which exists."""
+    """Join one or several rules of a mask to one text, and check that each rule exists."""
     text = ",".join(value) if isinstance(value, list) and all(map(_is_text, value)) else value
     if isinstance(text, str):
         try:
@@ -125,17 +128,19 @@ def _is_text(value: object) -> bool:
 
 
 def _dated(value: object) -> object:
-    """A number, or pairs of a date or baseline and the number that holds from it on.
+    """Parse a number, or pairs of a date or baseline and the number that holds from then on.
 
     Raises:
-        ValueError: a part that is neither, or a date or baseline twice.
+        ValueError: a part is neither of them, or two parts have the same date or baseline.
     """
     parts = listed(value)
     if not isinstance(parts, list):
         return value
     pairs = [_dated_number(part) for part in parts]
     if len({since for since, _ in pairs}) < len(pairs):
-        raise ValueError(f"'{value}' gives several numbers from one date or baseline on")
+        raise ValueError(
+            f"'{value}' has several numbers for one date or processing baseline: give one for each"
+        )
     if len(pairs) == 1 and pairs[0][0] == date.min:
         return pairs[0][1]
     return tuple(sorted(pairs, key=lambda pair: (isinstance(pair[0], date), str(pair[0]))))
@@ -150,27 +155,27 @@ def _dated_number(part: object) -> tuple[date | str, float]:
         return date.fromisoformat(text.strip()) if colon else date.min, _finite(number)
     except ValueError as error:
         raise ValueError(
-            f"'{part}' is not a number such as -0.1, or one from a date on such as "
-            "2022-01-25:-0.1, or from a processing baseline on such as 04.00:-0.1"
+            f"'{part}' is not a number such as -0.1, a number from a date on such as "
+            "2022-01-25:-0.1, or a number from a processing baseline on such as 04.00:-0.1"
         ) from error
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is not finite")
+        raise ValueError(f"{text} is not a finite number")
     return number
 
 
 def _positive(value: DatedNumber | None) -> DatedNumber | None:
     numbers = [value] if isinstance(value, int | float) else [n for _, n in value or ()]
     if any(number <= 0 for number in numbers):
-        raise ValueError("a scale must be greater than 0")
+        raise ValueError(f"the scale must be greater than 0, and is {min(numbers):g}")
     return value
 
 
 def _once(value: object) -> object:
-    """Without repetitions, in the order given."""
+    """Remove repetitions from a list and keep its order."""
     return list(dict.fromkeys(value)) if isinstance(value, list) else value
 
 
@@ -196,23 +201,27 @@ _ModelName = Annotated[
     Field(
         min_length=1,
         max_length=200,
-        description="`name` or `name@version` from `GET /models`; else the task's default",
+        description="`name` or `name@version` from `GET /models`; default: the task's default "
+        "model",
     ),
 ]
 _Start = Annotated[
     _IsoDate | None,
-    Field(description="first day of the model's time window; else the card's rule"),
+    Field(description="first day of the model's time window; default: by the card's rule"),
 ]
 _Horizon = Annotated[
     int | None,
-    Field(ge=1, description="steps ahead, 1 to the card's maximum; else the maximum"),
+    Field(
+        ge=1,
+        description="number of steps to forecast, 1 to the card's maximum; default: the maximum",
+    ),
 ]
 _Stride = Annotated[
     int | None,
     Field(
         ge=1,
         le=64,
-        description="pixels between patches, else 64; below 64 patches overlap",
+        description="pixels between patches; patches overlap if it is below 64; default: 64",
     ),
 ]
 
@@ -235,7 +244,10 @@ class Point(_Loose):
     def _on_earth(self) -> Self:
         lon, lat = self.coordinates[:2]
         if not (-180 <= lon <= 180 and -90 <= lat <= 90):
-            raise ValueError(f"({lon}, {lat}) is not a longitude and latitude in degrees")
+            raise ValueError(
+                f"({lon}, {lat}) is not a valid longitude and latitude in degrees: send EPSG:4326, "
+                "longitude first"
+            )
         return self
 
 
@@ -249,7 +261,7 @@ class PointFeature(_Loose):
 
 
 class PointCollection(_Loose):
-    """Places to predict for: a GeoJSON FeatureCollection of Points."""
+    """Points to predict for: a GeoJSON FeatureCollection of Points, EPSG:4326."""
 
     type: Literal["FeatureCollection"]
     features: Annotated[list[PointFeature], Field(min_length=1, max_length=MAX_POINTS)]
@@ -257,11 +269,13 @@ class PointCollection(_Loose):
     @model_validator(mode="before")
     @classmethod
     def _in_degrees(cls, value: object) -> object:
-        # GeoJSON of 2008 could name a CRS; that of today (RFC 7946) is always in degrees.
+        # GeoJSON of 2008 could state a CRS; RFC 7946 allows only degrees.
         crs = value.get("crs") if isinstance(value, Mapping) else None
         name = str((crs.get("properties") or {}).get("name", "")) if isinstance(crs, dict) else ""
         if name and not name.endswith(("CRS84", ":4326")):
-            raise ValueError(f"points must be in EPSG:4326, but 'crs' is {name}")
+            raise ValueError(
+                f"points must be in EPSG:4326, but 'crs' is {name}: convert them to degrees"
+            )
         return value
 
     @property
@@ -276,7 +290,7 @@ _Rings = Annotated[list[_Ring], Field(min_length=1, max_length=MAX_RINGS)]
 
 
 class Area(_Loose):
-    """A GeoJSON Polygon or MultiPolygon, or one Feature or a collection of one, EPSG:4326."""
+    """A GeoJSON Polygon or MultiPolygon, also as a Feature or a collection of one, EPSG:4326."""
 
     type: Literal["Polygon", "MultiPolygon"]
     coordinates: _Rings | Annotated[list[_Rings], Field(min_length=1, max_length=MAX_RINGS)]
@@ -290,7 +304,11 @@ class Area(_Loose):
                 continue
             features = value.get("features")
             if not isinstance(features, list) or len(features) != 1:
-                raise ValueError("a collection must hold one polygon")
+                count = len(features) if isinstance(features, list) else "no"
+                raise ValueError(
+                    f"the collection holds {count} features, and one polygon is required: combine "
+                    "them to a MultiPolygon"
+                )
             value = features[0]
         return value
 
@@ -298,13 +316,21 @@ class Area(_Loose):
     def _is_a_polygon(self) -> Self:
         depth = _depth(self.coordinates)
         if depth != {"Polygon": 3, "MultiPolygon": 4}[self.type]:
-            raise ValueError(f"the coordinates are not those of a {self.type}")
+            raise ValueError(
+                f"the coordinates of a {self.type} must be nested as GeoJSON has them (RFC 7946)"
+            )
         for ring in self._every_ring():
             if ring[0][:2] != ring[-1][:2]:
-                raise ValueError("a ring does not end where it begins")
+                raise ValueError(
+                    f"a ring begins at {ring[0][:2]} but ends at {ring[-1][:2]}: repeat the first "
+                    "position at the end"
+                )
             for lon, lat, *_ in ring:
                 if not (-180 <= lon <= 180 and -90 <= lat <= 90):
-                    raise ValueError(f"({lon}, {lat}) is no longitude and latitude in degrees")
+                    raise ValueError(
+                        f"({lon}, {lat}) is not a valid longitude and latitude in degrees: send "
+                        "EPSG:4326, longitude first"
+                    )
         return self
 
     def _every_ring(self) -> list[Any]:
@@ -315,12 +341,12 @@ class Area(_Loose):
 
     @property
     def polygon(self) -> dict[str, Any]:
-        """As plain GeoJSON."""
+        """The geometry as a GeoJSON object."""
         return {"type": self.type, "coordinates": self.coordinates}
 
 
 def extent_of_geojson(geometry: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
-    """West, south, east, north of a GeoJSON geometry; None if it is not one in degrees."""
+    """West, south, east, north of a GeoJSON geometry; None if it is not valid or not in degrees."""
     parts = geometry.get("geometries", [geometry])
     positions: list[Any] = [
         position
@@ -337,7 +363,7 @@ def extent_of_geojson(geometry: Mapping[str, Any]) -> tuple[float, float, float,
 
 
 def _positions(value: object) -> list[list[float]]:
-    """The positions within nested coordinates; what is none is left out."""
+    """The positions within nested coordinates; other values are left out."""
     found, waiting = [], [value]
     while waiting:
         one = waiting.pop()
@@ -352,6 +378,7 @@ def _positions(value: object) -> list[list[float]]:
 
 
 def _depth(value: object) -> int:
+    """Number of nested lists around the first number of coordinates."""
     return 1 + _depth(value[0]) if isinstance(value, list) and value else 0
 
 
@@ -361,32 +388,37 @@ def _box(
     if value is not None:
         west, south, east, north = value
         if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south < north <= 90):
-            raise ValueError("west, south, east, north in degrees are needed, south below north")
+            raise ValueError(
+                f"{west:g}, {south:g}, {east:g}, {north:g} is not a valid box: give west, south, "
+                "east, north in degrees, with south less than north"
+            )
         if west == east:
-            raise ValueError("west and east are the same")
+            raise ValueError(f"west and east are both {west:g}, so that the box is empty")
     return value
 
 
 class StackForm(_Strict):
-    """Parameters that say how files are read, of every request with a stack."""
+    """Parameters that describe the files of a stack; common to all requests with files."""
 
     layout: Annotated[
-        Layout | None, Field(description="the content of a file; else determined from the files")
+        Layout | None,
+        Field(description="content of each file; default: determined from the files"),
     ] = None
     dates: Annotated[
         Annotated[tuple[_IsoDate, ...], _AtLeastOne] | None,
         _Split,
         Field(
             description="ISO dates, comma-separated or repeated: one per file, per band of a "
-            "`file-per-band` file, or per date of a `single-file` stack; else read from the files",
+            "`file-per-band` file, or per date of a `single-file` stack; default: read from the "
+            "files",
         ),
     ] = None
     bands: Annotated[
         Annotated[tuple[_Band, ...], _AtLeastOne] | None,
         _Split,
         Field(
-            description="Sentinel-2 band names in band order, comma-separated or repeated; else "
-            "read from the files",
+            description="Sentinel-2 band names in band order, comma-separated or repeated; "
+            "default: read from the files",
         ),
     ] = None
     scale: Annotated[
@@ -395,9 +427,9 @@ class StackForm(_Strict):
         AfterValidator(_positive),
         _DATED_SCHEMA,
         Field(
-            description="reflectance = value x scale + offset; from a date on as in "
+            description="factor in reflectance = value x scale + offset; from a date on as in "
             "`2022-01-25:0.0001`, or from a processing baseline on as in `04.00:0.0001`, several "
-            "comma-separated; else read from the files",
+            "comma-separated; default: read from the files",
         ),
     ] = None
     offset: Annotated[
@@ -405,13 +437,14 @@ class StackForm(_Strict):
         BeforeValidator(_dated),
         _DATED_SCHEMA,
         Field(
-            description="reflectance = value x scale + offset; from a date on as in "
+            description="summand in reflectance = value x scale + offset; from a date on as in "
             "`2022-01-25:-0.1`, or from a processing baseline on as in `04.00:-0.1`, several "
-            "comma-separated; else read from the files",
+            "comma-separated; default: read from the files",
         ),
     ] = None
     sensor: Annotated[
-        SensorName | None, Field(description="the sensor of the files; else determined from them")
+        SensorName | None,
+        Field(description="sensor of the images; default: determined from the files"),
     ] = None
     mask: Annotated[
         str | None,
@@ -419,9 +452,9 @@ class StackForm(_Strict):
         Field(
             max_length=200,
             description="cloud masks: `auto` uses what the files hold; `none` only nodata and NaN; "
-            f"or any of {', '.join(RULES)}, comma-separated, all of which a clear pixel passes; "
-            "`cldprb:40` gives the cloud probability in per cent; `cloud` makes a mask from the "
-            "series where no file holds one",
+            f"or any of {', '.join(RULES)}, comma-separated, all of which a clear pixel must pass; "
+            "`cldprb:40` rejects cloud probabilities of 40 per cent and more; `cloud` estimates a "
+            "mask from the series if no file holds one; default: `auto`",
             examples=["auto", "scl,cldprb:40", "cloud"],
         ),
     ] = None
@@ -431,8 +464,8 @@ class StackForm(_Strict):
             min_length=1,
             max_length=300,
             description="the output grid: `strict`, `finest`, a CRS and pixel size such as "
-            "`EPSG:32631@10`, or the name of a file whose grid is taken; else the files' own, or "
-            "the finest of them where the others are whole multiples of it",
+            "`EPSG:32631@10`, or the name of a file whose grid is taken; default: the files' own "
+            "grid, or the finest of them if the others are whole multiples of it",
         ),
     ] = None
     bbox: Annotated[
@@ -441,18 +474,22 @@ class StackForm(_Strict):
         AfterValidator(_box),
         Field(
             description="west, south, east, north in degrees: only this part is read and returned; "
-            "west is larger than east across the antimeridian",
+            "west is greater than east if the box crosses the antimeridian; default: the whole "
+            "extent",
             examples=["4.1,50.9,4.2,51.0"],
         ),
     ] = None
     area: Annotated[
         Json[Area] | None,
-        Field(description="GeoJSON polygon, EPSG:4326: only this part is read and returned"),
+        Field(
+            description="GeoJSON polygon, EPSG:4326: only this part is read and returned; "
+            "default: the whole extent"
+        ),
     ] = None
 
     @property
     def stack(self) -> StackOptions:
-        """The parameters as a value independent of HTTP."""
+        """The parameters as a value that is independent of HTTP."""
         return StackOptions(
             layout=self.layout,
             dates=self.dates,
@@ -471,7 +508,7 @@ _Address = Annotated[str, Field(min_length=1, max_length=2048)]
 
 
 class SubscriberBody(_Strict):
-    """Addresses that a job calls, as OGC API - Processes names them."""
+    """URLs that a job calls, with the names of OGC API - Processes."""
 
     successUri: Annotated[_Address, Field(description="called when the job has a result")]  # noqa: N815 - the standard's names
     failedUri: Annotated[_Address | None, Field(description="called when the job failed")] = None  # noqa: N815
@@ -482,14 +519,15 @@ class SubscriberBody(_Strict):
 
     @property
     def subscriber(self) -> Subscriber:
-        """The addresses as a value independent of HTTP."""
+        """The URLs as a value that is independent of HTTP."""
         return Subscriber(
             success=self.successUri, failed=self.failedUri, progress=self.inProgressUri
         )
 
 
 _CALLED = (
-    "whom a job calls when it ends, on hosts that the server allows; with `Prefer: respond-async`"
+    "URLs that a job calls when it ends, on hosts that the server allows; requires `Prefer: "
+    "respond-async`"
 )
 
 
@@ -498,7 +536,7 @@ def _called(body: SubscriberBody | None) -> Subscriber | None:
 
 
 class RasterForm(StackForm):
-    """Parameters of every task, in addition to the files."""
+    """Parameters of all tasks, in addition to the files."""
 
     model: _ModelName = None
     subscriber: Annotated[
@@ -520,18 +558,18 @@ class RasterForm(StackForm):
     def request(
         self, task: Operation, files: tuple[SourceFile, ...], polygons: SourceFile | None = None
     ) -> RasterRequest:
-        """The form as a request independent of HTTP.
+        """The parameters as a request that is independent of HTTP.
 
         Args:
             task: the requested task.
-            files: the stack.
+            files: the files of the stack.
             polygons: the file of `fields`; None if it was not sent.
 
         Raises:
-            InvalidRequest: points and fields in one request.
+            InvalidRequest: the request has both points and fields.
         """
         if task in {"series", "similar"}:
-            raise TypeError(f"a form of /{task} makes a request of its own")
+            raise TypeError(f"another form makes the requests of /{task}")
         if polygons is not None and self.points is not None:
             raise InvalidRequest.of("fields", "cannot be combined with points: send one of them")
         points = None
@@ -540,7 +578,7 @@ class RasterForm(StackForm):
                 PointQuery.of(feature.model_dump(exclude_none=True))
                 for feature in self.points.features
             )
-        some = (
+        of_some_tasks = (
             "modality", "start", "outputs", "horizon", "stride", "smooth", "min_area", "dtype",
         )  # fmt: skip
         return RasterRequest(
@@ -551,12 +589,12 @@ class RasterForm(StackForm):
             points=points,
             fields=polygons,
             subscriber=_called(self.subscriber),
-            **cast(Any, {name: getattr(self, name, None) for name in some}),
+            **cast(Any, {name: getattr(self, name, None) for name in of_some_tasks}),
         )
 
 
 class ClassifyForm(RasterForm):
-    """Fields of `POST /classify-pixels`."""
+    """Parameters of `POST /classify-pixels`."""
 
     start: _Start = None
     outputs: Annotated[tuple[DatedOutput, ...], _AtLeastOne, _SplitOnce] = ("class",)
@@ -565,8 +603,8 @@ class ClassifyForm(RasterForm):
         Field(
             ge=0,
             le=MAX_RADIUS,
-            description="radius in pixels: probabilities of neighbours count before the class is "
-            "taken (Bayesian smoothing); else 0",
+            description="radius in pixels of Bayesian smoothing: the probabilities of neighbours "
+            "count before the class is taken; default: 0, no smoothing",
         ),
     ] = None
     min_area: Annotated[
@@ -574,13 +612,13 @@ class ClassifyForm(RasterForm):
         Field(
             ge=0,
             description="hectares: smaller areas of the map join the neighbour with the longest "
-            "shared edge; else 0",
+            "shared edge; default: 0, none",
         ),
     ] = None
 
 
 class ForecastForm(RasterForm):
-    """Fields of `POST /forecast`."""
+    """Parameters of `POST /forecast`."""
 
     start: _Start = None
     outputs: Annotated[tuple[QuantileOutput, ...], _AtLeastOne, _SplitOnce] = ("q50",)
@@ -588,20 +626,20 @@ class ForecastForm(RasterForm):
 
 
 class LandcoverForm(RasterForm):
-    """Fields of `POST /landcover`."""
+    """Parameters of `POST /landcover`."""
 
     outputs: Annotated[tuple[ClassOutput, ...], _AtLeastOne, _SplitOnce] = ("class",)
     stride: _Stride = None
 
 
 class EmbedForm(RasterForm):
-    """Fields of `POST /embed`."""
+    """Parameters of `POST /embed`."""
 
     modality: Annotated[
         Modality | None,
         Field(
-            description="`pixel`: from recurrence plots; `patch`: from imagery; else what the "
-            "model named takes, else `pixel`"
+            description="`pixel`: embeddings of pixels from recurrence plots; `patch`: of patches "
+            "from imagery; default: the modality of `model`, or `pixel` without it"
         ),
     ] = None
     start: _Start = None
@@ -616,20 +654,20 @@ class EmbedForm(RasterForm):
 
 
 class SimilarForm(RasterForm):
-    """Fields of `POST /similar`."""
+    """Parameters of `POST /similar`."""
 
     points: Annotated[
         Json[PointCollection] | None,
         Field(
-            description="GeoJSON FeatureCollection of Points, EPSG:4326: the places that every "
-            "pixel is compared with"
+            description="GeoJSON FeatureCollection of Points, EPSG:4326, with which every pixel is "
+            "compared"
         ),
     ] = None
     fields: Annotated[
         Any,
         Field(
             description="a file of points or polygons (GeoJSON, GeoPackage or GeoParquet; any "
-            "CRS), or GeoJSON as text: the places that every pixel is compared with"
+            "CRS), or GeoJSON as text, with which every pixel is compared"
         ),
     ] = None
     start: _Start = None
@@ -638,39 +676,47 @@ class SimilarForm(RasterForm):
     def request(
         self, task: Operation, files: tuple[SourceFile, ...], polygons: SourceFile | None = None
     ) -> SimilarRequest:
-        """See `RasterForm.request`: points and fields are what pixels are compared with.
+        """See `RasterForm.request`; every pixel is compared with the points or fields.
 
         Raises:
-            InvalidRequest: points and fields in one request, or neither.
+            InvalidRequest: the request has both points and fields, or neither.
         """
         del task
         plain = super().request("embed", files, polygons)
         if (plain.points is None) == (plain.fields is None):
             raise InvalidRequest.of(
-                "points", "send `points` or `fields`: the places to compare every pixel with"
+                "points",
+                "missing: send either 'points' or 'fields', with which every pixel is compared",
             )
         given = {**vars(plain), "points": None, "fields": None}
         return SimilarRequest(**given, place_points=plain.points, place_file=plain.fields)
 
 
 class MeasureForm(RasterForm):
-    """Fields of `POST /series`."""
+    """Parameters of `POST /series`."""
 
     model: Annotated[
         str | None,
         Field(
             min_length=1,
             max_length=200,
-            description="with `plots`: the model whose recurrence plots are made, `name` or "
-            "`name@version`; else the default of `/embed`",
+            description="with `plots`: the model whose recurrence plots are computed, `name` or "
+            "`name@version`; default: the default model of `/embed`",
         ),
     ] = None
     start: Annotated[
         _IsoDate | None,
-        Field(description="with `plots`: first day of the model's time window; else the card's"),
+        Field(
+            description="with `plots`: first day of the model's time window; default: by the "
+            "card's rule"
+        ),
     ] = None
     plots: Annotated[
-        bool, Field(description="add the recurrence plots of each place, as the model sees them")
+        bool,
+        Field(
+            description="add the recurrence plots of each point or field, as the model receives "
+            "them; default: false"
+        ),
     ] = False
 
     def request(
@@ -679,18 +725,22 @@ class MeasureForm(RasterForm):
         files: tuple[SourceFile, ...],
         polygons: SourceFile | None = None,
     ) -> MeasureRequest:
-        """See `RasterForm.request`; the task is that of the plots' default model.
+        """See `RasterForm.request`; the plots are those of a model of the task `embed`.
 
         Raises:
-            InvalidRequest: points and fields in one request, a model or start without plots, or a
-                subscriber.
+            InvalidRequest: the request has both points and fields, a model or start without plots,
+                or a subscriber.
         """
         del task
         if self.subscriber is not None:
-            raise InvalidRequest.of("subscriber", "callbacks are of jobs, and /series makes none")
+            raise InvalidRequest.of(
+                "subscriber", "only jobs call a subscriber, and /series makes no job: leave it out"
+            )
         for name in ("model", "start"):
             if getattr(self, name) is not None and not self.plots:
-                raise InvalidRequest.of(name, "belongs to the recurrence plots: send plots=true")
+                raise InvalidRequest.of(
+                    name, "has an effect on recurrence plots only: send plots=true, or leave it out"
+                )
         plain = super().request("embed", files, polygons)
         return MeasureRequest(**vars(plain), plots=self.plots)
 
@@ -707,25 +757,30 @@ MAX_ITEMS = 2_000
 
 
 class ItemBody(_Strict):
-    """A file of a stack, named instead of sent."""
+    """A file of a stack that the request names instead of sending it."""
 
     href: Annotated[
         str,
         Field(min_length=1, max_length=8192, description="a path, a `file:` or an `http(s):` URL"),
     ]
-    date: Annotated[_IsoDate | None, Field(description="of all items or of none")] = None
+    date: Annotated[
+        _IsoDate | None,
+        Field(description="date of the file; give it for all items or for none"),
+    ] = None
 
 
 def _check_item_dates(items: Sequence[ItemBody], dates: Sequence[date] | None) -> None:
     dated = [item for item in items if item.date]
     if dated and len(dated) < len(items):
-        raise ValueError(f"{len(items)} items but {len(dated)} with a date")
+        raise ValueError(
+            f"{len(items)} items but {len(dated)} with a date: give all of them a date, or none"
+        )
     if dated and dates:
-        raise ValueError("dates are given twice: with the items, and as 'dates'")
+        raise ValueError("dates are given twice, with the items and as 'dates': remove one of them")
 
 
 class _AsObjects(_Strict):
-    """A raster request as JSON: what a form has as text, as objects."""
+    """A raster request as JSON: GeoJSON parameters are objects instead of text."""
 
     subscriber: Annotated[SubscriberBody | None, Field(description=_CALLED)] = None
 
@@ -746,12 +801,15 @@ class _AsObjects(_Strict):
     @classmethod
     def _is_an_object(cls, value: object) -> object:
         if value is not None and not isinstance(value, dict):
-            raise ValueError("a GeoJSON object is needed")
+            raise ValueError(
+                f"a GeoJSON object is required in a JSON body, but the value is a "
+                f"{type(value).__name__}"
+            )
         return value
 
 
 class _Items(_AsObjects):
-    """Files named instead of sent."""
+    """Files that the request names instead of sending them."""
 
     items: Annotated[tuple[ItemBody, ...], Field(min_length=1, max_length=MAX_ITEMS)]
 
@@ -806,7 +864,7 @@ _MOMENT = re.compile(
 
 
 def _is_moment(text: str) -> bool:
-    """Whether a text is a year, a month, a day, or a time with its zone."""
+    """Whether a text is an ISO year, month, day, or time with its zone."""
     if not _MOMENT.fullmatch(text):
         return False
     try:
@@ -817,7 +875,7 @@ def _is_moment(text: str) -> bool:
 
 
 def interval(value: str | None) -> str | None:
-    """A date or two, as STAC APIs take them."""
+    """Check a date or an interval of two dates, as STAC APIs accept them."""
     if value is None:
         return None
     ends = value.split("/")
@@ -827,7 +885,9 @@ def interval(value: str | None) -> str | None:
                 f"'{end}' is not a date such as 2021, 2021-05, 2021-05-01 or 2021-05-01T00:00:00Z"
             )
     if len(ends) > 2 or not any(end.strip(".") for end in ends):
-        raise ValueError("one date, or two separated by `/`, is needed")
+        raise ValueError(
+            f"'{value}' is not one date, or two dates separated by `/` of which one may be `..`"
+        )
     return value
 
 
@@ -836,39 +896,48 @@ class StacSearch(_Strict):
 
     url: Annotated[
         str,
-        Field(min_length=1, max_length=8192, description="landing page of the API, `http(s):`"),
+        Field(
+            min_length=1,
+            max_length=8192,
+            description="`http(s):` URL of the API's landing page",
+        ),
     ]
-    collections: Annotated[_Names, Field(description="ids of collections")] = ()
-    ids: Annotated[_Names, Field(description="ids of items")] = ()
+    collections: Annotated[_Names, Field(description="ids of the collections to search")] = ()
+    ids: Annotated[_Names, Field(description="ids of the items to search")] = ()
     bbox: Annotated[
         tuple[_Number, _Number, _Number, _Number] | None,
         AfterValidator(_box),
         Field(
-            description="west, south, east, north in degrees; without the request's own `bbox` or "
-            "`area`, only this part of the items is read"
+            description="west, south, east, north in degrees, for the search; if the request has "
+            "no `bbox` or `area` of its own, only this part of the items is read"
         ),
     ] = None
     intersects: Annotated[
         dict[str, Any] | None,
-        Field(description="GeoJSON geometry, EPSG:4326; its extent is read, as with `bbox`"),
+        Field(
+            description="GeoJSON geometry, EPSG:4326, for the search; its extent is read as with "
+            "`bbox`"
+        ),
     ] = None
     datetime: Annotated[
         str | None,
         AfterValidator(interval),
         Field(
             max_length=100,
-            description="a date, or two separated by `/`; `..` for an open end",
+            description="a date, or two dates separated by `/`, of which one may be `..`",
             examples=["2021-01-01/2021-12-31"],
         ),
     ] = None
     max_cloud_cover: Annotated[
-        _Number | None, Field(ge=0, le=100, description="per cent of `eo:cloud_cover`")
+        _Number | None,
+        Field(ge=0, le=100, description="largest `eo:cloud_cover` of an item, per cent"),
     ] = None
     query: Annotated[
-        dict[str, Any] | None, Field(description="as the API's query extension takes it")
+        dict[str, Any] | None, Field(description="value of the STAC API's query extension")
     ] = None
     filter: Annotated[
-        dict[str, Any] | None, Field(description="CQL2 as JSON, for the API's filter extension")
+        dict[str, Any] | None,
+        Field(description="CQL2 as JSON, for the STAC API's filter extension"),
     ] = None
 
     @model_validator(mode="after")
@@ -876,12 +945,15 @@ class StacSearch(_Strict):
         if self.bbox and self.intersects:
             raise ValueError("bbox and intersects exclude each other: give one of them")
         if self.intersects is not None and extent_of_geojson(self.intersects) is None:
-            raise ValueError("intersects is not a GeoJSON geometry in degrees")
+            raise ValueError(
+                "intersects is not a valid GeoJSON geometry in degrees: give a geometry, not a "
+                "Feature, in EPSG:4326"
+            )
         return self
 
     @property
     def extent(self) -> tuple[float, float, float, float] | None:
-        """West, south, east, north of what is searched; None if the search names no area."""
+        """West, south, east, north of the searched area, in degrees; None without an area."""
         return self.bbox or (extent_of_geojson(self.intersects) if self.intersects else None)
 
 
@@ -906,14 +978,14 @@ StacReference = Annotated[
     | Annotated[str, Field(min_length=1, max_length=8192), Tag("address")],
     Discriminator(_kind_of_stac),
     Field(
-        description="a STAC ItemCollection or Item, the URL of one, or a search: of each item "
-        "the assets that the model needs are read, by HTTP ranges"
+        description="a STAC ItemCollection or Item, the URL of one, or a search; the service reads "
+        "the assets that the model needs, by HTTP ranges"
     ),
 ]
 
 
 class _Stac(_AsObjects):
-    """Files that STAC items name."""
+    """Files that the request names by STAC items."""
 
     stac: StacReference
 
@@ -955,7 +1027,7 @@ STAC: Mapping[
 }
 _Values = Annotated[
     Annotated[tuple[_Number | None, ...], Field(fail_fast=True)] | None,
-    Field(description="reflectance, 0 to 1, one per date; null is a missing observation"),
+    Field(description="reflectance, 0 to 1, one value per date; null is a missing observation"),
 ]
 
 
@@ -980,20 +1052,23 @@ class SeriesEntry(_Strict):
 
     @property
     def bands(self) -> dict[str, tuple[float | None, ...]]:
-        """The bands given, by name."""
+        """Reflectance of the bands that the series has, by name of the band."""
         given = ((name, getattr(self, name)) for name in type(self).model_fields if name[0] == "B")
         return {name: values for name, values in given if values is not None}
 
     @model_validator(mode="after")
-    def _one_value_a_date(self) -> Self:
+    def _one_value_per_date(self) -> Self:
         for band, values in self.bands.items():
             if len(values) != len(self.dates):
-                raise ValueError(f"{len(self.dates)} dates but {len(values)} values of {band}")
+                raise ValueError(
+                    f"{len(self.dates)} dates but {len(values)} values of {band}: give one value "
+                    "per date, null if it is missing"
+                )
         return self
 
 
 class SeriesBody(_Strict):
-    """A JSON body of series instead of a raster."""
+    """A JSON body with series instead of a raster."""
 
     series: Annotated[tuple[SeriesEntry, ...], Field(min_length=1)]
     model: _ModelName = None
@@ -1001,7 +1076,7 @@ class SeriesBody(_Strict):
     subscriber: Annotated[SubscriberBody | None, Field(description=_CALLED)] = None
 
     def request(self, task: Task) -> SeriesRequest:
-        """The body as a request independent of HTTP.
+        """The body as a request that is independent of HTTP.
 
         Args:
             task: the requested task.
@@ -1020,29 +1095,30 @@ class SeriesBody(_Strict):
 
 
 class ClassifySeries(SeriesBody):
-    """JSON body of `POST /classify-pixels`."""
+    """JSON body of `POST /classify-pixels` with series."""
 
     outputs: Annotated[
         tuple[SeriesOutput, ...],
         _AtLeastOne,
         Field(
-            description="a result always holds the class, its confidence and all probabilities; "
-            "`attribution` adds how much each date mattered"
+            description="outputs; a result always holds the class, its confidence and all "
+            "probabilities; `attribution` adds how much each date contributed"
         ),
     ] = ("class",)
 
 
 class ForecastSeries(SeriesBody):
-    """JSON body of `POST /forecast`."""
+    """JSON body of `POST /forecast` with series."""
 
     horizon: _Horizon = None
 
 
 class EmbedSeries(SeriesBody):
-    """JSON body of `POST /embed`."""
+    """JSON body of `POST /embed` with series."""
 
     modality: Annotated[
-        Literal["pixel"], Field(description="a series has no imagery, so no patches")
+        Literal["pixel"],
+        Field(description="`pixel` only, because a series has no imagery for patches"),
     ] = "pixel"
 
 
@@ -1056,23 +1132,25 @@ SERIES: Mapping[Operation, type[SeriesBody]] = {
 _NEW_NAME = Field(
     max_length=64,
     pattern=r"^[a-z0-9][a-z0-9-]*$",
-    description="of the model to make: small letters, digits and hyphens; later `model=NAME`",
+    description="name of the new model, for `model=NAME`: lower-case letters, digits and hyphens",
     examples=["my-crops"],
 )
-_Described = Annotated[str, Field(max_length=2000, description="of the model, for its card")]
+_Described = Annotated[
+    str, Field(max_length=2000, description="description of the new model, for its card")
+]
 _EmbeddingName = Annotated[
     str | None,
     Field(
         min_length=1,
         max_length=200,
-        description="a model of `embed` on pixels, such as `embed-pixel`, whose embedding is tried "
-        "as features, alone and beside the bands; else the bands alone",
+        description="a model of `/embed` for pixels, such as `embed-pixel`; its embedding is tried "
+        "as features, with and without the bands; default: the bands only",
     ),
 ]
 
 
 class HeadForm(StackForm):
-    """Fields of `POST /heads`, in addition to the files."""
+    """Parameters of `POST /heads`, in addition to the files."""
 
     name: Annotated[str, _NEW_NAME]
     description: _Described = ""
@@ -1080,8 +1158,8 @@ class HeadForm(StackForm):
         Any,
         Field(
             description="a file of points or polygons (GeoJSON, GeoPackage or GeoParquet; any "
-            "CRS), or GeoJSON as text; each has a property `class`, and `place` if labels of one "
-            "place are to be left out together"
+            "CRS), or GeoJSON as text; each needs a property `class`; labels with the same "
+            "property `place` are held out together in scoring"
         ),
     ] = None
     start: _Start = None
@@ -1089,7 +1167,7 @@ class HeadForm(StackForm):
 
 
 class _HeadObjects(HeadForm):
-    """A request to learn classes as JSON: labels and area as objects."""
+    """A JSON body of `POST /heads` with files: labels and area are objects instead of text."""
 
     area: Annotated[
         Area | None,
@@ -1097,7 +1175,9 @@ class _HeadObjects(HeadForm):
     ] = None
     labels: Annotated[
         dict[str, Any],
-        Field(description="GeoJSON FeatureCollection of points or polygons with a `class`"),
+        Field(
+            description="GeoJSON FeatureCollection of points or polygons with a property `class`"
+        ),
     ]
 
 
@@ -1119,18 +1199,20 @@ class HeadStac(_HeadObjects):
 
 
 class LabelledEntry(SeriesEntry):
-    """One pixel's observations, and its class."""
+    """One pixel's observations and its class."""
 
-    id: Annotated[str, Field(max_length=200, description="named in messages")] = ""
-    name: Annotated[str | int, Field(alias="class", description="the class")]
+    id: Annotated[str, Field(max_length=200, description="id, for messages")] = ""
+    name: Annotated[str | int, Field(alias="class", description="class of the pixel")]
     place: Annotated[
         str | int | None,
-        Field(description="where it lies: series of one place are left out together"),
+        Field(
+            description="place of the pixel: series of one place are held out together in scoring"
+        ),
     ] = None
 
 
 class HeadSeries(_Strict):
-    """JSON body of `POST /heads` of labelled series instead of a raster."""
+    """JSON body of `POST /heads` with labelled series instead of a raster."""
 
     name: Annotated[str, _NEW_NAME]
     description: _Described = ""
@@ -1139,7 +1221,7 @@ class HeadSeries(_Strict):
     embedding: _EmbeddingName = None
 
     def request(self) -> HeadRequest:
-        """The body as a request independent of HTTP."""
+        """The body as a request that is independent of HTTP."""
         return HeadRequest(
             name=self.name,
             description=self.description,
@@ -1205,7 +1287,7 @@ class Execute(_Strict):
 
 
 class Problem(BaseModel):
-    """An error (RFC 9457)."""
+    """A problem document (RFC 9457)."""
 
     type: str
     title: str
@@ -1215,7 +1297,10 @@ class Problem(BaseModel):
     request_id: str
     errors: Annotated[
         list[dict[str, str]] | None,
-        Field(description="with `invalid_request`: each field that fails, as field and detail"),
+        Field(
+            description="with `invalid_request`: `field` and `detail` of each parameter that is "
+            "not valid"
+        ),
     ] = None
     violated_policies: Annotated[
         list[str] | None,
@@ -1227,14 +1312,14 @@ class Problem(BaseModel):
 
 
 class WarningEntry(BaseModel):
-    """Something suspicious that is not an error."""
+    """A finding about the input that does not stop the run."""
 
     code: str
     detail: str
 
 
 class SummaryResponse(BaseModel):
-    """A raster's result in numbers."""
+    """The summary of a raster's result."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -1243,7 +1328,7 @@ class SummaryResponse(BaseModel):
 
 
 class SeriesResponse(BaseModel):
-    """One result per series, in order."""
+    """One result per series, in the order of the request."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -1264,7 +1349,7 @@ class PointsResponse(BaseModel):
 
 
 class MeasuredResponse(BaseModel):
-    """A GeoJSON FeatureCollection of the requested places; `properties` hold lists by date."""
+    """A GeoJSON FeatureCollection of points or fields; `properties` hold lists by date."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -1277,35 +1362,42 @@ class MeasuredResponse(BaseModel):
 
 
 class Seconds(BaseModel):
-    """How long a run takes, by the last runs of the task on this server."""
+    """Estimated duration of a run in seconds, from the last runs of the task on this server."""
 
     shortest: float
     longest: float
-    runs: Annotated[int, Field(description="runs that the range is taken from")]
+    runs: Annotated[int, Field(description="number of runs that the range is taken from")]
 
 
 class Estimate(BaseModel):
-    """What a request takes."""
+    """Estimated size, memory and duration of a request's run."""
 
     pixels: Annotated[int, Field(description="pixels, points, fields or series to predict for")]
-    dates: Annotated[int, Field(description="dates used of a raster")]
-    read_bytes: Annotated[int, Field(description="decoded bytes of the dates and bands used")]
-    memory_bytes: Annotated[int, Field(description="memory that the run takes at once")]
-    becomes_a_job: Annotated[bool, Field(description="whether it runs as a job in any case")]
+    dates: Annotated[int, Field(description="dates of a raster that are used")]
+    read_bytes: Annotated[
+        int, Field(description="decoded size of the dates and bands that are used, bytes")
+    ]
+    memory_bytes: Annotated[int, Field(description="memory that the run takes at once, bytes")]
+    becomes_a_job: Annotated[
+        bool, Field(description="whether the request becomes a job even without `Prefer`")
+    ]
     seconds: Annotated[
         Seconds | None, Field(description="null until the task has run since the server's start")
     ]
 
 
 class ValidationResponse(BaseModel):
-    """What planning a request shows."""
+    """Result of the validation of a request."""
 
     valid: bool
     task: str
     model: str | None = None
     problem: Annotated[
         dict[str, Any] | None,
-        Field(description="what the request is rejected for: `code`, `detail`, `errors`"),
+        Field(
+            description="the error with which the request would be rejected: `code`, `detail`, "
+            "`errors`"
+        ),
     ] = None
     warnings: list[WarningEntry] = []
     estimate: Estimate | None = None
@@ -1327,8 +1419,10 @@ class JobInfo(BaseModel):
     type: Literal["process"] = "process"
     processID: Annotated[str, Field(description="the task")]  # noqa: N815 - the standard's name
     status: Literal["accepted", "running", "successful", "failed", "dismissed"]
-    message: Annotated[str | None, Field(description="why a failed job failed")] = None
-    progress: Annotated[int, Field(ge=0, le=100, description="per cent; never decreases")]
+    message: Annotated[str | None, Field(description="reason why the job failed")] = None
+    progress: Annotated[
+        int, Field(ge=0, le=100, description="progress in per cent; never decreases")
+    ]
     created: datetime
     started: datetime | None
     finished: datetime | None
@@ -1349,7 +1443,7 @@ class CallbackSecret(BaseModel):
 
 
 class JobList(BaseModel):
-    """The caller's jobs, the newest first."""
+    """The caller's jobs, newest first."""
 
     jobs: list[JobInfo]
     links: list[Link]
@@ -1442,7 +1536,7 @@ class Live(BaseModel):
 
 
 class ReadyStatus(BaseModel):
-    """The service is ready; all that a caller without a key sees where `PIMC_PRIVATE` is set."""
+    """The service is ready; with `PIMC_PRIVATE`, all that a client without a key receives."""
 
     status: Literal["ready"] = "ready"
 
@@ -1450,34 +1544,43 @@ class ReadyStatus(BaseModel):
 class Ready(ReadyStatus):
     """Every default model is loaded and warm."""
 
-    provider: Annotated[str, Field(description="the execution provider really in use")]
+    provider: Annotated[str, Field(description="the execution provider in use")]
     models: Annotated[list[str], Field(description="each as `name@version`")]
     defaults: dict[str, str]
-    refused: Annotated[dict[str, str], Field(description="bundles not served, with the reason")]
-    workers: Annotated[int, Field(description="jobs that can run at once")]
+    refused: Annotated[
+        dict[str, str], Field(description="bundles that are not served, each with the reason")
+    ]
+    workers: Annotated[int, Field(description="number of jobs that can run at once")]
     disk_free: Annotated[
-        dict[str, int], Field(description="bytes free for jobs (`state`) and requests (`scratch`)")
+        dict[str, int],
+        Field(
+            description="bytes free on the disk of jobs (`state`) and of temporary files "
+            "(`scratch`)"
+        ),
     ]
 
 
-def read_fields(task: Operation, raw: Mapping[str, Sequence[str]]) -> RasterForm:
-    """Validate the fields of a task's form.
+def read_parameters(task: Operation, raw: Mapping[str, Sequence[str]]) -> RasterForm:
+    """Validate the parameters of a task's form.
 
     Args:
         task: the requested task.
-        raw: each field's values as they came; an empty one counts as not given.
+        raw: values of each parameter, unparsed; an empty value counts as not sent.
 
     Raises:
-        InvalidRequest: with every field that fails.
+        InvalidRequest: parameters are not valid; the error lists each.
     """
     return _read_form(FORMS[task], raw)
 
 
-def read_head_fields(raw: Mapping[str, Sequence[str]]) -> HeadForm:
-    """Validate the fields of the form of `POST /heads`, as `read_fields` does a task's.
+def read_head_parameters(raw: Mapping[str, Sequence[str]]) -> HeadForm:
+    """Validate the parameters of the form of `POST /heads`.
+
+    Args:
+        raw: values of each parameter, unparsed; an empty value counts as not sent.
 
     Raises:
-        InvalidRequest: with every field that fails.
+        InvalidRequest: parameters are not valid; the error lists each.
     """
     return _read_form(HeadForm, raw)
 
@@ -1491,7 +1594,7 @@ def _read_form(model: type[_Form], raw: Mapping[str, Sequence[str]]) -> _Form:
         elif name == "mask":
             given[name] = ",".join(filled) if filled else []
         elif len(filled) > 1:
-            raise InvalidRequest.of(name, f"given {len(filled)} times, and one value is needed")
+            raise InvalidRequest.of(name, f"sent {len(filled)} times, but it takes one value")
         elif filled or name not in model.model_fields:
             given[name] = "".join(filled)
     return _checked(model, {name: value for name, value in given.items() if value != []})
@@ -1504,13 +1607,16 @@ def read_items(
 
     Args:
         task: the requested task.
-        body: as it came.
-        allowed: whether files may be named at all.
-        modality: of an embedding, where the query says it.
+        body: the body, unparsed.
+        allowed: whether the server reads files by reference.
+        modality: modality of an embedding, if the query states it.
+
+    Returns:
+        The named files, and the other parameters.
 
     Raises:
-        InvalidRequest: with every field that fails.
-        ForbiddenReference: the body names files, and none may be.
+        InvalidRequest: parameters are not valid; the error lists each.
+        ForbiddenReference: the body names files, but the server reads none by reference.
     """
     named = _named(body, "items", ITEMS[task], allowed=allowed)
     if named is None:
@@ -1518,7 +1624,7 @@ def read_items(
     fields = _plain(task, named, modality)
     if named.items[0].date:
         fields["dates"] = tuple(item.date for item in named.items)
-    # Not validated again: a form's `points` would be a text.
+    # Not validated again: the parameters are valid, and a form's `points` would have to be text.
     return named.items, FORMS[task].model_construct(**fields)
 
 
@@ -1529,13 +1635,16 @@ def read_stac(
 
     Args:
         task: the requested task.
-        body: as it came.
-        allowed: whether files may be named at all.
-        modality: of an embedding, where the query says it.
+        body: the body, unparsed.
+        allowed: whether the server reads files by reference.
+        modality: modality of an embedding, if the query states it.
+
+    Returns:
+        The search, document or URL, and the other parameters.
 
     Raises:
-        InvalidRequest: with every field that fails.
-        ForbiddenReference: the body names items, and none may be.
+        InvalidRequest: parameters are not valid; the error lists each.
+        ForbiddenReference: the body names items, but the server reads no files by reference.
     """
     named = _named(body, "stac", STAC[task], allowed=allowed)
     if named is None:
@@ -1545,27 +1654,28 @@ def read_stac(
 
 
 def _named(body: bytes, field: str, model: type[_Model], *, allowed: bool) -> _Model | None:
-    """A body that names files by a field; None if the field is not there."""
+    """Validate a body that names files by a parameter; None if the parameter is missing."""
     if getattr(_checked(_Reference, body), field) is None:
         return None
     if not allowed:
         raise ForbiddenReference(
-            f"'{field}' is not allowed: this server reads no files by reference"
+            f"'{field}' is not allowed, because this server reads no files by reference: send the "
+            "files, or have the administrator set PIMC_ALLOWED_ROOTS or PIMC_ALLOWED_HOSTS"
         )
     return _checked(model, body)
 
 
 def _plain(task: Operation, named: BaseModel, modality: Modality | None) -> dict[str, Any]:
-    """The fields that a form has as well.
+    """The parameters of a JSON body that the task's form has too.
 
     Raises:
-        InvalidRequest: the query and the body name different modalities.
+        InvalidRequest: the query and the body state different modalities.
     """
     fields = {name: getattr(named, name) for name in FORMS[task].model_fields}
     if modality is not None:
         if fields["modality"] not in {None, modality}:
-            said = f"{modality} in the query, and {fields['modality']} in the body"
-            raise InvalidRequest.of("modality", said)
+            conflict = f"'{modality}' in the query, but '{fields['modality']}' in the body"
+            raise InvalidRequest.of("modality", f"{conflict}: send it once")
         fields["modality"] = modality
     return fields
 
@@ -1573,11 +1683,19 @@ def _plain(task: Operation, named: BaseModel, modality: Modality | None) -> dict
 def read_series(task: Operation, body: bytes) -> SeriesBody:
     """Validate a JSON body of series.
 
+    Args:
+        task: the requested task, or measured series.
+        body: the body, unparsed.
+
     Raises:
-        InvalidRequest: with every field that fails.
+        InvalidRequest: the task takes no series, or parameters are not valid.
     """
     if task not in SERIES:
-        raise InvalidRequest.of("series", f"/{task} takes imagery, sent as multipart/form-data")
+        raise InvalidRequest.of(
+            "series",
+            f"/{task} takes imagery, not series: send GeoTIFFs as multipart/form-data, or 'items' "
+            "or 'stac'",
+        )
     return _checked(SERIES[task], body)
 
 
@@ -1585,12 +1703,15 @@ def read_head_items(body: bytes, *, allowed: bool) -> tuple[tuple[ItemBody, ...]
     """Validate a JSON body of `POST /heads` that names files; None if it names none.
 
     Args:
-        body: as it came.
-        allowed: whether files may be named at all.
+        body: the body, unparsed.
+        allowed: whether the server reads files by reference.
+
+    Returns:
+        The named files, and the other parameters.
 
     Raises:
-        InvalidRequest: with every field that fails.
-        ForbiddenReference: the body names files, and none may be.
+        InvalidRequest: parameters are not valid; the error lists each.
+        ForbiddenReference: the body names files, but the server reads none by reference.
     """
     named = _named(body, "items", HeadItems, allowed=allowed)
     if named is None:
@@ -1607,12 +1728,15 @@ def read_head_stac(
     """Validate a JSON body of `POST /heads` that names STAC items; None if it does not.
 
     Args:
-        body: as it came.
-        allowed: whether files may be named at all.
+        body: the body, unparsed.
+        allowed: whether the server reads files by reference.
+
+    Returns:
+        The search, document or URL, and the other parameters.
 
     Raises:
-        InvalidRequest: with every field that fails.
-        ForbiddenReference: the body names items, and none may be.
+        InvalidRequest: parameters are not valid; the error lists each.
+        ForbiddenReference: the body names items, but the server reads no files by reference.
     """
     named = _named(body, "stac", HeadStac, allowed=allowed)
     if named is None:
@@ -1634,14 +1758,17 @@ def read_execute(body: bytes) -> Execute:
 def read_head_series(body: bytes) -> HeadSeries:
     """Validate a JSON body of labelled series.
 
+    Args:
+        body: the body, unparsed.
+
     Raises:
-        InvalidRequest: with every field that fails.
+        InvalidRequest: parameters are not valid; the error lists each.
     """
     return _checked(HeadSeries, body)
 
 
 class _Reference(_Loose):
-    """Whether a JSON body names files, or STAC items."""
+    """The parameters by which a JSON body names files or STAC items, not validated."""
 
     items: Any = None
     stac: Any = None
@@ -1660,18 +1787,20 @@ def _checked(model: type[_Model], given: bytes | Mapping[str, object]) -> _Model
 
 
 def _check_shape(body: bytes) -> None:
-    """Reject JSON that would take many times its size in memory: mostly brackets or keys.
+    """Reject JSON that takes many times its size in memory because it is mostly brackets or keys.
 
-    An empty list is two bytes and takes some 260 once parsed; a key too many is an error of its
-    own. A body of series has one of either in every hundred bytes.
+    An empty list has two bytes and takes about 260 bytes of memory once parsed; each unknown key
+    makes an error of its own. A body of series has one bracket or key per hundred bytes.
     """
-    for what, number in (
+    for kind, number in (
         ("lists and objects", body.count(b"[") + body.count(b"{")),
         ("keys", body.count(b":")),
     ):
         if number > _MAX_STRUCTURE:
             raise InvalidRequest.of(
-                "body", f"about {number} {what}, and {_MAX_STRUCTURE} may be in one request"
+                "body",
+                f"about {number} {kind}, and at most {_MAX_STRUCTURE} are allowed: send several "
+                "requests",
             )
 
 
@@ -1681,10 +1810,10 @@ def invalid_request(
     """Translate pydantic's validation errors.
 
     Args:
-        errors: pydantic's own list.
-        known: names of the existing fields, for the message about an unknown one.
+        errors: pydantic's list of errors.
+        known: names of the existing parameters, for the message about an unknown one.
     """
-    # A list whose every entry fails counts as too short as well, which would only confuse.
+    # pydantic also reports a list as too short if none of its entries is valid; leave that out.
     within = {error["loc"][:-1] for error in errors} | {error["loc"][:-2] for error in errors}
     errors = [e for e in errors if e["type"] != "too_short" or e["loc"] not in within]
     found = [_field_error(error, known) for error in errors[:_MAX_ERRORS]]
@@ -1692,7 +1821,7 @@ def invalid_request(
     if len(errors) == 1:
         return InvalidRequest("{field}: {detail}".format(**found[0]), found)
     more = ", …" if len(errors) > _MAX_ERRORS else ""
-    return InvalidRequest(f"{len(errors)} fields fail: {names}{more}", found)
+    return InvalidRequest(f"{len(errors)} parameters are not valid: {names}{more}", found)
 
 
 _OTHER_NAMES: Mapping[str, str] = {
@@ -1703,11 +1832,11 @@ _OTHER_NAMES: Mapping[str, str] = {
     "output": "outputs", "lonlat": "points", "coordinates": "points", "factor": "scale",
     "version": "model",
 }  # fmt: skip
-"""Names of parameters in other services, and their names here."""
+"""Names of this service's parameters, by their names in other services."""
 
 
-def _meant(name: str, known: Collection[str]) -> str | None:
-    """The parameter that an unknown name probably means, by its spelling or other services."""
+def _suggestion(name: str, known: Collection[str]) -> str | None:
+    """The parameter whose name is similar to an unknown name, in spelling or in other services."""
     plain = name.lower().replace("-", "_").removesuffix("[]")
     if plain in known:
         return plain
@@ -1717,16 +1846,16 @@ def _meant(name: str, known: Collection[str]) -> str | None:
     return next(iter(get_close_matches(plain, [*known], n=1, cutoff=0.7)), None)
 
 
-def unknown_field(name: str, known: Collection[str]) -> str:
+def unknown_parameter(name: str, known: Collection[str]) -> str:
     """The message about an unknown parameter."""
-    meant = _meant(name, known)
-    also = f" (did you mean '{meant}'?)" if meant else ""
-    return f"unknown field{also}; there are {', '.join(sorted(known))}"
+    similar = _suggestion(name, known)
+    hint = f" (did you mean '{similar}'?)" if similar else ""
+    return f"unknown parameter{hint}; the parameters are {', '.join(sorted(known))}"
 
 
 def _field_error(error: Mapping[str, Any], known: Collection[str]) -> dict[str, str]:
-    place = error["loc"]
+    path = error["loc"]
     detail = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        detail = unknown_field(str(place[0]), known) if len(place) == 1 else "unknown field"
-    return {"field": ".".join(str(part) for part in place) or "body", "detail": detail}
+        detail = unknown_parameter(str(path[0]), known) if len(path) == 1 else "unknown parameter"
+    return {"field": ".".join(str(part) for part in path) or "body", "detail": detail}

@@ -1,11 +1,12 @@
-"""Responses from files: sent where they lie, in chunks; ranges, HEAD, conditions, admission.
+"""Responses from files: sent in chunks; ranges, HEAD, conditional requests, admission.
 
-    file → open → whole or one range? → chunks of 64 KiB, each read when the last one was taken
+    file → open → whole or one range? → chunks of 64 KiB, each read once the last one was sent
              │              │
         ResultNotReady   InvalidRange
 
-A response that nobody reads holds one chunk of memory and one descriptor. `Downloads` bounds how
-many there are, the middleware and the protocol how long.
+A response that its client does not read holds one chunk of memory and one file descriptor.
+`Downloads` limits the number of such responses; the middleware and the protocol limit their
+duration.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from starlette.types import Receive, Scope, Send
 from service.errors import InvalidRange, Overloaded, PIMCError
 
 HEAD_ONLY = "pimc.head_only"
-"""Key of the ASGI scope: true if only the head of the response is to be sent."""
+"""Key of the ASGI scope: true if the response has no body, as for HEAD."""
 CHUNK_BYTES = 64 * 2**10
 _RETRY_SECONDS = 5
 _MAKERS = 4
-"""Files that are made ready at once."""
+"""Largest number of files that are derived from results at once."""
 _BYTES = re.compile(r"\s*bytes\s*=(.*)", re.IGNORECASE | re.DOTALL)
 _SPEC = re.compile(r"([0-9]{0,18})\s*-\s*([0-9]{0,18})")
 
@@ -44,10 +45,10 @@ class StoredFile(Response):
     The file is opened once and may be removed while it is sent.
 
     Args:
-        path: of the file.
-        media_type: of its content.
-        filename: under which a browser saves it; None shows it.
-        missing: raised if the file is not there.
+        path: path of the file.
+        media_type: media type of its content.
+        filename: name under which a browser saves the file; None lets the browser show it.
+        missing: error to raise if the file does not exist.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class StoredFile(Response):
         filename: str | None = None,
         missing: PIMCError | None = None,
     ) -> None:
-        # As Starlette's own FileResponse, which has no content to give to its base either.
+        # Like Starlette's FileResponse, this does not call its base, which requires the content.
         self.path = path
         self.status_code = 200
         self.media_type = media_type
@@ -105,7 +106,7 @@ class StoredFile(Response):
             raise
 
     def _choose(self, headers: Headers, stat: os.stat_result) -> tuple[int, int]:
-        """First byte, and that after the last, by the request's conditions and range."""
+        """Position of the first byte and after the last one, by conditions and range."""
         etag = f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"'
         modified = formatdate(stat.st_mtime, usegmt=True)
         self.headers["Accept-Ranges"] = "bytes"
@@ -133,18 +134,18 @@ def _names(tags: str, etag: str) -> bool:
 
 
 def chosen_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """The bytes that a `Range` asks for (RFC 9110, 14).
+    """The bytes that a `Range` header requests (RFC 9110, 14).
 
     Args:
-        header: its value; None if there is none.
-        size: of the file, bytes.
+        header: value of the header; None without one.
+        size: size of the file, bytes.
 
     Returns:
-        The first byte, and that after the last. None for the whole file: without a range, with one
-        in another unit than bytes, or with several.
+        Position of the first byte and after the last one. None for the whole file: without a
+        range, with a range in another unit than bytes, or with several ranges.
 
     Raises:
-        InvalidRange: it is not a range, or has no byte within the file.
+        InvalidRange: the value is not a range, or the range has no byte within the file.
     """
     unit = _BYTES.fullmatch(header) if header else None
     if header is None or unit is None:
@@ -191,20 +192,20 @@ async def _send_chunks(file: BinaryIO, start: int, end: int, receive: Receive, s
 
 
 async def _watch(receive: Receive, gone: asyncio.Event) -> None:
-    # uvicorn ignores what is sent to a client that has left, and says so only here.
+    # uvicorn discards what is sent after a disconnect, and reports the disconnect only here.
     while (await receive())["type"] != "http.disconnect":
         pass
     gone.set()
 
 
 class Downloads:
-    """Admission of the readers of results, on one event loop.
+    """Admission of requests for results; used on one event loop.
 
     Args:
-        most: responses that may be open at once.
-        most_per_caller: of them, those of one caller.
-        changed: called with the number of open responses.
-        rejected: called for each reader without a place, with `caller` or `all`, whichever bound.
+        most: largest number of open responses.
+        most_per_caller: largest number of open responses of one caller.
+        changed: called with the number of open responses when it changes.
+        rejected: called for each rejected request, with `caller` or `all`, whichever limit applied.
     """
 
     def __init__(
@@ -221,11 +222,14 @@ class Downloads:
         self._rejected = rejected
         self._open: Counter[str] = Counter()
         self.makers = anyio.CapacityLimiter(_MAKERS)
-        """Threads that make files ready, apart from those that everything else needs."""
+        """Limiter of the threads that derive files; other requests need threads too."""
 
     @contextmanager
-    def place(self, caller: str) -> Iterator[None]:
-        """A place, until the response is sent.
+    def slot(self, caller: str) -> Iterator[None]:
+        """Count a response as open until the context ends.
+
+        Args:
+            caller: the caller's id, or the client's address without API keys.
 
         Raises:
             Overloaded: the caller, or all callers together, have too many responses open.

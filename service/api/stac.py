@@ -1,4 +1,4 @@
-"""Requests by STAC: a form and its items as a request on files."""
+"""STAC requests: parameters and STAC items, converted to a request on fetched files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from anyio import to_thread
 
-from service.api.admission import Place
+from service.api.admission import Admitted
 from service.api.dependencies import AppState
 from service.api.schemas import Operation, RasterForm, StacSearch
 from service.read.geotiff import SourceFile
@@ -24,35 +24,35 @@ from service.run.plan import bands_of
 from service.run.request import MeasureRequest, RasterRequest
 
 NEEDED_BANDS = ("B04", "B08")
-"""Bands that items need for own classes; all others that show the land are read where they are."""
+"""Bands that items must have for own classes; other bands of the land are read if present."""
 
 
 async def stac_request(
     task: Operation,
     stac: StacSearch | Mapping[str, Any] | str,
-    fields: RasterForm,
+    parameters: RasterForm,
     polygons: SourceFile | None,
     app: AppState,
     folder: Path,
-    place: Place,
+    admitted: Admitted,
     owner: str,
 ) -> RasterRequest:
-    """The request on the files of STAC items, of which only the needed part is fetched.
+    """The request on the files of STAC items, of which only the needed parts are fetched.
 
     Args:
         task: the requested task.
         stac: an ItemCollection or Item, the URL of one, or a search.
-        fields: the other parameters.
+        parameters: the other parameters.
         polygons: the file of `fields`; None if it was not sent.
         app: application state.
-        folder: of the request.
-        place: of the request; the fetched bytes count as received.
-        owner: the caller, whose own models may be named.
+        folder: folder of the request.
+        admitted: the admitted request; fetched bytes count as bytes of its body.
+        owner: the caller, whose own models the request may name.
 
     Raises:
         PIMCError: the items or their files cannot be fetched, or do not fit the model.
     """
-    request = fields.request(task, (), polygons)
+    request = parameters.request(task, (), polygons)
     measured = isinstance(request, MeasureRequest)
     bands = BANDS if measured else await to_thread.run_sync(bands_of, request, app.engine, owner)
     optional = FURTHER_BANDS if measured else ()
@@ -60,7 +60,7 @@ async def stac_request(
     if stack.bbox is None and stack.area is None:
         extent = await to_thread.run_sync(_extent, stac, request, app.settings.max_fields)
         stack = replace(stack, bbox=extent)
-    fetched = await _fetched(stac, stack, app, folder, place, bands=bands, optional=optional)
+    fetched = await _fetched(stac, stack, app, folder, admitted, bands=bands, optional=optional)
     return replace(request, files=fetched.files, stack=fetched.stack, items=fetched.items)
 
 
@@ -70,7 +70,7 @@ async def stac_head(
     labels: SourceFile,
     app: AppState,
     folder: Path,
-    place: Place,
+    admitted: Admitted,
 ) -> StacFiles:
     """The files of STAC items around labels, in every band that shows the land.
 
@@ -79,8 +79,8 @@ async def stac_head(
         stack: the other parameters.
         labels: points or polygons.
         app: application state.
-        folder: of the request.
-        place: of the request; the fetched bytes count as received.
+        folder: folder of the request.
+        admitted: the admitted request; fetched bytes count as bytes of its body.
 
     Raises:
         PIMCError: the items, their files or the labels cannot be read.
@@ -90,7 +90,7 @@ async def stac_head(
         extent = found.extent
         stack = replace(stack, bbox=None if extent is None else around(extent))
     further = tuple(band for band in LAND_BANDS if band not in NEEDED_BANDS)
-    return await _fetched(stac, stack, app, folder, place, bands=NEEDED_BANDS, optional=further)
+    return await _fetched(stac, stack, app, folder, admitted, bands=NEEDED_BANDS, optional=further)
 
 
 async def _fetched(
@@ -98,29 +98,29 @@ async def _fetched(
     stack: StackOptions,
     app: AppState,
     folder: Path,
-    place: Place,
+    admitted: Admitted,
     *,
     bands: Sequence[str],
     optional: Sequence[str],
 ) -> StacFiles:
-    asked = (
+    search = (
         Search(**{name: getattr(stac, name) for name in type(stac).model_fields})
         if isinstance(stac, StacSearch)
         else stac
     )
     fetched = await fetch_stac(
-        asked, folder, app.settings, bands=bands, optional=optional, stack=stack
+        search, folder, app.settings, bands=bands, optional=optional, stack=stack
     )
     for file in fetched.files:
         if file.path.is_relative_to(folder):
-            place.received(file.path.stat().st_size)
+            admitted.received(file.path.stat().st_size)
     return fetched
 
 
 def _extent(
     stac: StacSearch | Mapping[str, Any] | str, request: RasterRequest, max_fields: int
 ) -> Bounds | None:
-    """The part of the items that is read; None reads them whole."""
+    """The part of the items to read, in degrees; None reads them whole."""
     found = None
     if request.points:
         lons, lats = [p.lon for p in request.points], [p.lat for p in request.points]

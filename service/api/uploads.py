@@ -19,7 +19,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from service.api.admission import Place
+from service.api.admission import Admitted
 from service.errors import BodyTooLarge, InvalidRequest, UnsupportedMedia
 from service.read.geotiff import SourceFile, label
 
@@ -31,9 +31,9 @@ FIELDS = "fields"
 LABELS = "labels"
 """The part that holds labels: a file, or text."""
 _BATCH_BYTES = 2**21
-"""Bytes read before they are parsed: each switch to the parsing thread costs 0.2 ms or more."""
+"""Bytes that are read before they are parsed: each switch to the parsing thread takes 0.2 ms."""
 _CHUNK_BYTES = 2**11
-"""Smallest count of a chunk: single bytes are objects of 40 bytes each."""
+"""Smallest size for which a chunk counts: a chunk of one byte takes 40 bytes of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +41,15 @@ class Limits:
     """Limits of a request body."""
 
     body_bytes: int
-    """Of the whole body, of any type."""
+    """Largest size of a body of any type, bytes."""
     json_bytes: int = 32 * 2**20
-    """Of a JSON body, which is held in memory."""
+    """Largest size of a JSON body, which is kept in memory, bytes."""
     field_bytes: int = 8 * 2**20
-    """Of all fields together, which are held in memory; `points` is the longest."""
+    """Largest size of all parameters of a form together, which are kept in memory, bytes."""
     fields: int = 2_000
-    """Fields, counting each repetition."""
+    """Largest number of parameters of a form, counting each repetition."""
     files: int = 2_000
-    """GeoTIFFs."""
+    """Largest number of GeoTIFFs."""
     seconds: float = 60.0
     """Seconds over which an upload must keep `rate`: a body of n bytes takes at most
     `seconds + n / rate`."""
@@ -62,78 +62,81 @@ class Form:
     """A parsed multipart body."""
 
     files: tuple[SourceFile, ...]
-    """The parts named `files`, in order, each a file on disk."""
+    """The parts named `files`, in the order of the body, each a file on disk."""
     fields: Mapping[str, tuple[str, ...]]
-    """Every other part, by name: its values in order."""
+    """Values of every other part, by name, in the order of the body."""
     vectors: Mapping[str, SourceFile] = field(default_factory=dict)
-    """Parts that hold points or polygons, if they came as files, by name."""
+    """Parts with points or polygons that were sent as files, by name."""
 
 
 def media_type(request: Request) -> str:
-    """The body's type without parameters, one of `FORM` and `JSON`.
+    """The body's media type without parameters: `FORM` or `JSON`.
 
     Raises:
-        UnsupportedMedia: another type, none, or an encoded body.
+        UnsupportedMedia: the body has another type or no type, or is compressed.
     """
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise UnsupportedMedia(
-            f"the body has Content-Encoding '{encoding}', but only identity is supported"
+            f"the body has Content-Encoding '{encoding}', but only 'identity' is supported: send "
+            "the body without compression"
         )
     given = request.headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()
     if kind not in {FORM, JSON}:
-        said = f"Content-Type '{kind}'" if kind else "no Content-Type"
-        raise UnsupportedMedia(f"the body has {said}: send {FORM} or {JSON}")
+        found = f"Content-Type '{kind}'" if kind else "no Content-Type"
+        raise UnsupportedMedia(f"the body has {found}: send {FORM} or {JSON}")
     return kind
 
 
-async def read_json(request: Request, limits: Limits, place: Place) -> bytes:
-    """A JSON body, not yet parsed.
+async def read_json(request: Request, limits: Limits, admitted: Admitted) -> bytes:
+    """Read a JSON body without parsing it.
 
     Args:
-        request: its body not yet read.
-        limits: of the body.
-        place: of the request.
+        request: the request, whose body has not been read.
+        limits: limits of the body.
+        admitted: the admitted request, which counts the bytes.
 
     Raises:
-        BodyTooLarge: over the limit for JSON, or for any body.
-        BodyStalled: too little arrived in time.
-        Overloaded: there is no room for the body.
+        BodyTooLarge: the body exceeds the limit for JSON or for any body.
+        BodyStalled: the upload was too slow.
+        Overloaded: the body exceeds the space for bodies.
     """
     limit = min(limits.json_bytes, limits.body_bytes)
     body = bytearray()
-    async for batch in _batches(request, limit, limits, place, in_memory=True):
+    async for batch in _batches(request, limit, limits, admitted, in_memory=True):
         for chunk in batch:
             body += chunk
     return bytes(body)
 
 
 async def read_form(
-    request: Request, folder: Path, limits: Limits, place: Place, vector: str = FIELDS
+    request: Request, folder: Path, limits: Limits, admitted: Admitted, vector: str = FIELDS
 ) -> Form:
     """Stream a multipart body to files in `folder`.
 
     Args:
-        request: of type multipart/form-data, its body not yet read.
-        folder: an empty folder, which the caller removes.
-        limits: of the body.
-        place: of the request.
-        vector: the part that may be a file of points or polygons.
+        request: the request, of type multipart/form-data, whose body has not been read.
+        folder: an empty folder, which the calling function removes.
+        limits: limits of the body.
+        admitted: the admitted request, which counts the bytes.
+        vector: name of the part that may be a file of points or polygons.
 
     Raises:
-        BodyTooLarge: over the limit, whatever `Content-Length` is.
-        BodyStalled: too little arrived in time.
-        Overloaded: there is no room for the body.
-        InvalidRequest: the form is not valid, has too many parts, or an empty file.
+        BodyTooLarge: the body exceeds the limit, whatever `Content-Length` states.
+        BodyStalled: the upload was too slow.
+        Overloaded: the body exceeds the space for bodies.
+        InvalidRequest: the form is not valid, or has too many parts or an empty file.
     """
     _, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
     if not boundary:
-        raise InvalidRequest("the Content-Type has no boundary, which a multipart form needs")
+        raise InvalidRequest(
+            f"Content-Type is {FORM} without a boundary: let the HTTP client set the header itself"
+        )
     reader = _FormReader(boundary, folder, limits, vector)
     try:
-        async for batch in _batches(request, limits.body_bytes, limits, place):
+        async for batch in _batches(request, limits.body_bytes, limits, admitted):
             await to_thread.run_sync(reader.feed, batch)
         return await to_thread.run_sync(reader.finish)
     finally:
@@ -141,14 +144,14 @@ async def read_form(
 
 
 async def _batches(
-    request: Request, limit: int, limits: Limits, place: Place, *, in_memory: bool = False
+    request: Request, limit: int, limits: Limits, admitted: Admitted, *, in_memory: bool = False
 ) -> AsyncIterator[list[bytes]]:
-    """The body in batches of about `_BATCH_BYTES`, counted and timed."""
+    """Read the body in batches of about `_BATCH_BYTES`; check its size and rate."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
-        raise BodyTooLarge(f"the body has {announced} bytes; at most {limit} are allowed")
+        raise _too_large(announced, limit)
     chunks = request.stream()
-    batch: list[bytes] = []  # not joined: the copy would cost as much as the rest
+    batch: list[bytes] = []  # not joined: copying would take as long as parsing
     total = held = 0
     enough = 0.0
     until = anyio.current_time()
@@ -156,46 +159,60 @@ async def _batches(
         if total >= enough:
             enough = total + limits.rate * limits.seconds
             until = anyio.current_time() + limits.seconds
-        if place.given_up:
-            raise place.too_slow(limits.seconds)
-        with anyio.CancelScope(deadline=until) as place.waiting:
+        if admitted.given_up:
+            raise admitted.too_slow(limits.seconds)
+        with anyio.CancelScope(deadline=until) as admitted.waiting:
             chunk = await anext(chunks, None)
-        if place.waiting.cancelled_caught:
-            raise place.too_slow(limits.seconds)
+        if admitted.waiting.cancelled_caught:
+            raise admitted.too_slow(limits.seconds)
         if chunk is None:
             break
         total += len(chunk)
         if total > limit:
-            raise BodyTooLarge(f"the body has more than {limit} bytes, the largest allowed size")
-        place.received(len(chunk), in_memory=in_memory)
+            raise _too_large(f"more than {limit}", limit)
+        admitted.received(len(chunk), in_memory=in_memory)
         batch.append(chunk)
         held += max(len(chunk), _CHUNK_BYTES)
         if held >= _BATCH_BYTES:
             paused = anyio.current_time()
             yield batch
             batch, held = [], 0
-            # A slow disk is not the client's fault.
+            # The time that the server takes to write does not count for the client's rate.
             until += anyio.current_time() - paused
-            place.paused(anyio.current_time() - paused)
-    place.uploaded()
+            admitted.paused(anyio.current_time() - paused)
+    admitted.uploaded()
     if batch:
         yield batch
 
 
+def _too_large(size: str, limit: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"the body has {size} bytes, and at most {limit} are allowed: send a smaller area or fewer "
+        "files, or name the files with 'items'"
+    )
+
+
 @dataclass(kw_only=True)
 class _Part:
-    """The part being read."""
+    """The part that is being read."""
 
     name: str = ""
     value: bytearray = field(default_factory=bytearray)
     file: BinaryIO | None = None
-    """File of a GeoTIFF; None for a field."""
+    """File on disk to which the part is written; None for a parameter."""
     size: int = 0
-    """Bytes of the GeoTIFF so far."""
+    """Bytes of the file so far."""
 
 
 class _FormReader:
-    """Turns bytes into parts; the parser calls back at each boundary."""
+    """Parses a multipart body; the parser calls a method at each boundary.
+
+    Args:
+        boundary: boundary of the parts, from `Content-Type`.
+        folder: folder for files.
+        limits: limits of the body.
+        vector: name of the part that may be a file of points or polygons.
+    """
 
     def __init__(self, boundary: bytes, folder: Path, limits: Limits, vector: str) -> None:
         self._folder = folder
@@ -231,11 +248,18 @@ class _FormReader:
                 self._parser.write(chunk)
 
     def finish(self) -> Form:
-        """The whole form, once every byte has been parsed."""
+        """The form, after every byte has been parsed.
+
+        Raises:
+            InvalidRequest: the body is incomplete.
+        """
         with _well_formed():
             self._parser.finalize()
         if not self._ended:
-            raise InvalidRequest("the body ends before the closing boundary of the form")
+            raise InvalidRequest(
+                "the body ends before the closing boundary of the form: the upload was cut off, or "
+                "Content-Type states another boundary than the body"
+            )
         fields = {name: tuple(values) for name, values in self._fields.items()}
         return Form(files=tuple(self._files), fields=fields, vectors=self._vectors)
 
@@ -263,7 +287,10 @@ class _FormReader:
     def _open_part(self) -> None:
         _, options = parse_options_header(self._disposition)
         if b"name" not in options:
-            raise InvalidRequest("a part of the form has no name in its Content-Disposition")
+            raise InvalidRequest(
+                "a part of the form has no name in its Content-Disposition: give each part a name, "
+                f"'{FILES}' for GeoTIFFs"
+            )
         self._part.name = _decoded(options[b"name"])
         filename = _filename(self._disposition, options)
         if self._part.name == FILES:
@@ -280,23 +307,32 @@ class _FormReader:
             )
         self._field_count += 1
         if self._field_count > self._limits.fields:
-            raise InvalidRequest(f"the form has more than {self._limits.fields} fields")
+            raise InvalidRequest(
+                f"the form has more than {self._limits.fields} parameters, the largest allowed "
+                "number; GeoTIFFs do not count, but must be sent as files"
+            )
 
     def _open_file(self, filename: str | None) -> None:
         if filename is None:
             raise InvalidRequest.of(
-                FILES, "a part without a file name; send each GeoTIFF as a file"
+                FILES, "a part has no file name: send each GeoTIFF as a file with its name"
             )
         position = len(self._files)
         if position >= self._limits.files:
-            raise InvalidRequest.of(FILES, f"more than {self._limits.files} files")
+            raise InvalidRequest.of(
+                FILES,
+                f"more than {self._limits.files} files, the largest allowed number: send several "
+                "bands or dates in one file, or a shorter series",
+            )
         path = self._folder / f"{position:04d}.tif"
         self._files.append(SourceFile(name=label(filename, position), path=path))
         self._part.file = path.open("xb")
 
     def _open_vector(self, filename: str) -> None:
         if self._vector in self._vectors:
-            raise InvalidRequest.of(self._vector, "given twice; send one file")
+            raise InvalidRequest.of(
+                self._vector, "sent as a file twice: send one file with all points or polygons"
+            )
         path = self._folder / f"{self._vector}.bin"
         self._vectors[self._vector] = SourceFile(name=label(filename, 0), path=path)
         self._part.file = path.open("xb")
@@ -311,8 +347,8 @@ class _FormReader:
         if self._field_bytes > self._limits.field_bytes:
             raise InvalidRequest.of(
                 label(part.name, 0),
-                f"all fields together exceed {self._limits.field_bytes} bytes (send GeoTIFFs as "
-                f"'{FILES}')",
+                f"all parameters together have more than {self._limits.field_bytes} bytes, the "
+                f"largest allowed size: send GeoTIFFs as '{FILES}', and polygons as a file",
             )
         part.value += data[start:end]
 
@@ -324,7 +360,9 @@ class _FormReader:
         part.file.close()
         if part.size == 0:
             last = self._files[-1] if part.name == FILES else self._vectors[part.name]
-            raise InvalidRequest.of(part.name, f"'{last.name}' is empty")
+            raise InvalidRequest.of(
+                part.name, f"'{last.name}' is empty (0 bytes): export the file again"
+            )
 
     def _end(self) -> None:
         self._ended = True
@@ -332,14 +370,14 @@ class _FormReader:
 
 @contextmanager
 def _well_formed() -> Iterator[None]:
-    """Translate the parser's errors."""
+    """Translate the parser's errors to `InvalidRequest`."""
     try:
         yield
     except FormParserError as error:
-        raise InvalidRequest(f"the body is not a well-formed form: {error}") from error
+        raise InvalidRequest(f"the body is not a well-formed multipart form: {error}") from error
 
 
-# RFC 8187, once RFC 5987: charset'language'percent-encoded.
+# RFC 8187 (obsoletes RFC 5987): charset'language'percent-encoded.
 _EXTENDED = re.compile(
     rb"""filename\*\s*=\s*"?([A-Za-z0-9!#$%&+^_`{}~-]+)'[^']*'([^;"\s]*)""", re.IGNORECASE
 )
@@ -351,14 +389,14 @@ _MEANS_FILES = re.compile(
 
 
 def names_a_raster(name: str, filename: str) -> bool:
-    """Whether a part of another name than `files` is meant to be one of them."""
+    """Whether a part that is not named `files` is probably meant to be one of the files."""
     return bool(_RASTER_NAME.search(filename) or _MEANS_FILES.fullmatch(name))
 
 
 def _filename(disposition: bytes, options: Mapping[bytes, bytes]) -> str | None:
-    """The name of a part's file: `filename*` (RFC 8187) before `filename`; None of a text.
+    """The name of a part's file: `filename*` (RFC 8187) before `filename`; None for a text part.
 
-    Some clients write `filename` as an encoded word (RFC 2047), which is read as well.
+    Some clients write `filename` as an encoded word (RFC 2047), which is decoded too.
     """
     extended = _EXTENDED.search(disposition)
     if extended:

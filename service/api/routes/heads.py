@@ -1,4 +1,4 @@
-"""Own classes: `POST /heads` learns them, `GET` lists and `DELETE` removes them."""
+"""Own classes: `POST /heads` makes a model, `GET` lists and `DELETE` removes models."""
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 import threading
@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi import Path as InPath
 from starlette.responses import JSONResponse
 
-from service.api.admission import Place
+from service.api.admission import Admitted
 from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder, root_of
 from service.api.disconnect import run_watched
@@ -24,8 +24,8 @@ from service.api.schemas import (
     HeadList,
     HeadResponse,
     WarningEntry,
-    read_head_fields,
     read_head_items,
+    read_head_parameters,
     read_head_series,
     read_head_stac,
 )
@@ -46,15 +46,15 @@ _Name = Annotated[str, InPath(max_length=64, pattern=r"^[a-z0-9][a-z0-9-]*$")]
 
 @router.post("/heads", status_code=201, responses=dict(HEAD), openapi_extra=HEAD_BODY)
 async def make_head(request: Request, app: App, folder: Folder, caller: Caller) -> Response:
-    """Learn classes from labelled pixels, as a model that `/classify-pixels` serves at once."""
+    """Make a model of own classes from labelled pixels; `/classify-pixels` serves it at once."""
     check_query(request, set())
     if app.closing.is_set():
         raise NotReady("the server is stopping; nothing was started", retry_after=10)
     owner = caller or ""
     share = share_of(caller, request.scope)
     request.state.limits = partial(app.quotas.limits, share)
-    async with app.admission.place(share) as place:
-        parsed = await _read_request(request, app, folder, place)
+    async with app.admission.admit(share) as admitted:
+        parsed = await _read_request(request, app, folder, admitted)
         await to_thread.run_sync(app.heads.check_free, owner, parsed.name)
         taught = await run_watched(
             request, partial(_teach, app, parsed, owner), slot=run_slot(app, share)
@@ -82,7 +82,7 @@ async def make_head(request: Request, app: App, folder: Folder, caller: Caller) 
 
 @router.get("/heads", responses=problems(["unauthorized"]))
 async def list_heads(app: App, caller: Caller) -> HeadList:
-    """The caller's own models."""
+    """List the caller's own models."""
     own = app.engine.own(caller or "")
     return HeadList(heads=[model.card for _, model in sorted(own.items())])
 
@@ -94,7 +94,7 @@ async def list_heads(app: App, caller: Caller) -> HeadList:
     response_class=Response,
 )
 async def remove_head(name: _Name, app: App, caller: Caller) -> Response:
-    """Remove a model of the caller's own; runs that use it still end."""
+    """Remove one of the caller's own models; runs that use it are completed."""
     await to_thread.run_sync(app.heads.remove, caller or "", name)
     return Response(status_code=204)
 
@@ -102,7 +102,7 @@ async def remove_head(name: _Name, app: App, caller: Caller) -> Response:
 def _teach(
     app: AppState, request: HeadRequest, owner: str, *, cancelled: threading.Event
 ) -> "Taught":
-    from service.run.teach import teach  # here, for it brings onnx: a slow start for all others
+    from service.run.teach import teach  # imported here: it imports onnx, which slows the start
 
     with app.heads.draft() as draft:
         taught = teach(
@@ -121,21 +121,29 @@ def _teach(
         return taught
 
 
-async def _read_request(request: Request, app: AppState, folder: Path, place: Place) -> HeadRequest:
-    """The request that a body holds.
+async def _read_request(
+    request: Request, app: AppState, folder: Path, admitted: Admitted
+) -> HeadRequest:
+    """Read the body of `POST /heads`.
+
+    Args:
+        request: the request, whose body has not been read.
+        app: application state.
+        folder: folder of the request.
+        admitted: the admitted request, which counts the bytes of its body.
 
     Raises:
-        Overloaded: there is no room for the body.
-        RequestError: the body does not hold a valid request.
+        Overloaded: the body exceeds the space for bodies.
+        RequestError: the body is not a valid request.
     """
     if media_type(request) == FORM:
-        form = await read_form(request, folder, app.limits, place, LABELS)
-        fields = await to_thread.run_sync(read_head_fields, form.fields)
+        form = await read_form(request, folder, app.limits, admitted, LABELS)
+        parameters = await to_thread.run_sync(read_head_parameters, form.fields)
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
-        labels = form.vectors.get(LABELS) or await vector_file(LABELS, fields.labels, folder)
-        return await _of_files(fields, form.files, labels, folder, app)
-    text = await read_json(request, app.limits, place)
+        labels = form.vectors.get(LABELS) or await vector_file(LABELS, parameters.labels, folder)
+        return await _of_files(parameters, form.files, labels, folder, app)
+    text = await read_json(request, app.limits, admitted)
     settings = app.settings
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
     named = await to_thread.run_sync(partial(read_head_items, text, allowed=allowed))
@@ -144,24 +152,23 @@ async def _read_request(request: Request, app: AppState, folder: Path, place: Pl
         if found is None:
             body = await to_thread.run_sync(read_head_series, text)
             return body.request()
-        stac, fields = found
-        labels = await vector_file(LABELS, fields.labels, folder)
+        stac, parameters = found
+        labels = await vector_file(LABELS, parameters.labels, folder)
         if labels is None:
-            raise TypeError("a body that names items has labels")
-        fetched = await stac_head(stac, fields.stack, labels, app, folder, place)
-        return await _of_files(fields, fetched.files, labels, folder, app, stack=fetched.stack)
-    items, fields = named
+            raise TypeError("validation accepted a body without labels")
+        fetched = await stac_head(stac, parameters.stack, labels, app, folder, admitted)
+        return await _of_files(parameters, fetched.files, labels, folder, app, stack=fetched.stack)
+    items, parameters = named
     files = await fetch_items(items, folder, settings)
     for file in files:
         if file.path.is_relative_to(folder):  # downloaded
-            place.received(file.path.stat().st_size)
-    return await _of_files(
-        fields, files, await vector_file(LABELS, fields.labels, folder), folder, app
-    )
+            admitted.received(file.path.stat().st_size)
+    labels = await vector_file(LABELS, parameters.labels, folder)
+    return await _of_files(parameters, files, labels, folder, app)
 
 
 async def _of_files(
-    fields: HeadForm,
+    parameters: HeadForm,
     files: tuple[SourceFile, ...],
     labels: SourceFile | None,
     folder: Path,
@@ -169,14 +176,16 @@ async def _of_files(
     stack: StackOptions | None = None,
 ) -> HeadRequest:
     if labels is None:
-        raise InvalidRequest.of(LABELS, "points or polygons with a property `class` are required")
-    opened, options = await unpacked(files, stack or fields.stack, folder, app)
+        raise InvalidRequest.of(
+            LABELS, "missing: send points or polygons, each with a property `class`"
+        )
+    opened, options = await unpacked(files, stack or parameters.stack, folder, app)
     return HeadRequest(
-        name=fields.name,
-        description=fields.description,
+        name=parameters.name,
+        description=parameters.description,
         files=opened,
         stack=options,
         labels=labels,
-        start=fields.start,
-        embedding=fields.embedding,
+        start=parameters.start,
+        embedding=parameters.embedding,
     )

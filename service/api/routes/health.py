@@ -28,20 +28,23 @@ _METRICS: dict[int | str, dict[str, Any]] = {
 
 @router.get("/health/live")
 async def live() -> Live:
-    """200 while the process runs."""
+    """Liveness: 200 while the process runs."""
     return Live()
 
 
 @router.get("/health/ready", responses=problems(["not_ready"]))
 async def ready(request: Request, app: App) -> Ready | ReadyStatus:
-    """200 if every default model is loaded and warm, and jobs can be stored and run."""
+    """Readiness: 200 if every default model is loaded and warm, and jobs can be stored and run."""
     try:
         await known_if_private(request, app)
     except Unauthorized:
         try:
             await _ready(app)
         except NotReady as error:
-            raise NotReady("the service is not ready", retry_after=error.retry_after) from error
+            raise NotReady(
+                "the service is not ready; with an API key the response states why",
+                retry_after=error.retry_after,
+            ) from error
         return ReadyStatus()
     return await _ready(app)
 
@@ -50,20 +53,20 @@ async def _ready(app: AppState) -> Ready:
     if app.closing.is_set():
         raise NotReady("the service is stopping", retry_after=10)
     engine = app.engine
-    lacking = [_why(engine, *which) for which in DEFAULTS.values() if not _served(engine, *which)]
-    lacking += app.runner.faults()
-    free = {"state": app.settings.state_folder, "scratch": Path(tempfile.gettempdir())}
-    disk_free = {place: free_bytes(folder) for place, folder in free.items()}
-    lacking += [
-        f"{count} bytes are free for {place}, at least {app.settings.min_free_bytes} are needed "
-        "(PIMC_MIN_FREE_BYTES)"
-        for place, count in disk_free.items()
+    faults = [_reason(engine, *which) for which in DEFAULTS.values() if not _served(engine, *which)]
+    faults += app.runner.faults()
+    folders = {"state": app.settings.state_folder, "scratch": Path(tempfile.gettempdir())}
+    disk_free = {name: free_bytes(folder) for name, folder in folders.items()}
+    faults += [
+        f"{count} bytes are free on the disk of '{name}', and at least "
+        f"{app.settings.min_free_bytes} are required (PIMC_MIN_FREE_BYTES)"
+        for name, count in disk_free.items()
         if count < app.settings.min_free_bytes
     ]
-    lacking += await _store_faults(app)
-    lacking += [f"'{name}' fails on {engine.provider}" for name in engine.failing]
-    if lacking:
-        raise NotReady("; ".join(lacking), retry_after=60)
+    faults += await _store_faults(app)
+    faults += [f"model '{name}' fails on {engine.provider}" for name in engine.failing]
+    if faults:
+        raise NotReady("; ".join(faults), retry_after=60)
     return Ready(
         provider=engine.provider,
         models=sorted(model.card.id for model in engine.models.values()),
@@ -75,11 +78,11 @@ async def _ready(app: AppState) -> Ready:
 
 
 async def _store_faults(app: AppState) -> list[str]:
-    found: str | None = f"the job store did not respond within {_STORE_SECONDS:g} s"
-    # A limiter of its own: probes of a store that hangs must not take the threads of requests.
+    fault: str | None = f"the job store did not respond within {_STORE_SECONDS:g} s"
+    # A separate limiter: checks of a store that hangs must not take the threads of requests.
     with anyio.move_on_after(_STORE_SECONDS):
-        found = await to_thread.run_sync(app.jobs.fault, abandon_on_cancel=True, limiter=app.probe)
-    return [] if found is None else [found]
+        fault = await to_thread.run_sync(app.jobs.fault, abandon_on_cancel=True, limiter=app.probe)
+    return [] if fault is None else [fault]
 
 
 @router.get(
@@ -95,8 +98,8 @@ def _served(engine: Engine, task: Task, modality: Modality) -> bool:
     return bundle is not None and bundle.card.name in engine.models
 
 
-def _why(engine: Engine, task: Task, modality: Modality) -> str:
+def _reason(engine: Engine, task: Task, modality: Modality) -> str:
     bundle = engine.registry.default(task, modality)
     if bundle is None:
-        return f"no bundle serves {task} ({modality})"
+        return f"no bundle serves the task {task} ({modality})"
     return engine.refused.get(bundle.card.name, f"'{bundle.card.id}' is not loaded")

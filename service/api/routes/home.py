@@ -73,7 +73,7 @@ def landing_page(root: str) -> LandingPage:
 
 @router.get("/explorer/demo", dependencies=[KNOWN_IF_PRIVATE])
 async def demo(app: App) -> JSONResponse:
-    """Names of the demo's files, if `PIMC_DEMO_DIR` names a folder with GeoTIFFs.
+    """List the names of the demo's GeoTIFFs, which are the files of `PIMC_DEMO_DIR`.
 
     Raises:
         NotFound: this service has no demo.
@@ -90,7 +90,7 @@ async def demo_file(name: str, app: App) -> Response:
     """
     path = _demo_files(app.settings.demo_dir).get(name)
     if path is None:
-        raise NotFound(f"the demo has no file '{name[:64]}'")
+        raise NotFound(f"the demo has no file '{name[:64]}': GET /explorer/demo lists its files")
     return StoredFile(path, media_type="image/tiff")
 
 
@@ -104,18 +104,22 @@ async def explorer_asset(asset: str) -> Response:
     path = _PARTS.get(asset)
     if path is None:
         raise NotFound(f"there is no /explorer/{asset[:64]}")
-    # Parts of two releases must not meet in one page: a browser checks each time.
+    # The browser checks for changes each time, so that one page never mixes parts of two releases.
     return _cached(path, _KINDS[path.suffix], "no-cache")
 
 
-def _cached(path: Path, kind: str, how: str) -> Response:
+def _cached(path: Path, kind: str, cache_control: str) -> Response:
     response = StoredFile(path, media_type=kind)
-    response.headers["Cache-Control"] = how
+    response.headers["Cache-Control"] = cache_control
     return response
 
 
 def _demo_files(folder: Path | None) -> dict[str, Path]:
-    """The GeoTIFFs of the demo's folder, by name."""
+    """The GeoTIFFs of the demo's folder, by name.
+
+    Raises:
+        NotFound: this service has no demo.
+    """
     if folder is None:
         raise NotFound("this service has no demo: PIMC_DEMO_DIR is not set")
     return {path.name: path for path in folder.iterdir() if path.suffix.lower() in _DEMO}
@@ -141,7 +145,7 @@ async def documentation(request: Request) -> HTMLResponse:
         swagger_css_url=f"{root}/docs/swagger-ui.css",
         swagger_favicon_url="data:,",
     )
-    # Swagger UI writes style attributes as it goes, which no hash can foresee.
+    # Swagger UI sets style attributes at run time, which a policy cannot allow by hash.
     policy = page_policy(bytes(page.body).decode(), styles="'unsafe-inline'")
     page.headers["Content-Security-Policy"] = policy
     return page
@@ -149,7 +153,11 @@ async def documentation(request: Request) -> HTMLResponse:
 
 @router.get("/docs/{asset}", dependencies=[KNOWN_IF_PRIVATE])
 async def documentation_asset(asset: str) -> Response:
-    """Swagger UI's script and style sheet, served from here so that no other host is needed."""
+    """Swagger UI's script and style sheet, so that the page loads nothing from other hosts.
+
+    Raises:
+        NotFound: Swagger UI has no such part.
+    """
     kind = _ASSETS.get(asset)
     if kind is None:
         raise NotFound(f"there is no /docs/{asset[:64]}")

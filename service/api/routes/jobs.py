@@ -1,7 +1,7 @@
 """Job routes: status, results, dismissal.
 
-A status document is OGC API - Processes' `statusInfo`. A caller sees only its own jobs; another
-caller's job is unknown to it.
+A status document is the `statusInfo` of OGC API - Processes. A caller can read only its own jobs;
+for another caller's job the error is `unknown_job`.
 """
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
@@ -68,10 +68,12 @@ async def list_jobs(
     caller: Caller,
     limit: Annotated[int, Query(ge=1, le=_MANY, description="largest number of jobs")] = _MANY,
     cursor: Annotated[
-        str | None, Query(max_length=64, description="id of the last job of the page before")
+        str | None, Query(max_length=64, description="id of the last job of the previous page")
     ] = None,
     kinds: Annotated[
-        tuple[str, ...], _LISTED, Query(alias="type", description="`process`, as every job is")
+        tuple[str, ...],
+        _LISTED,
+        Query(alias="type", description="`process`, the type of every job"),
     ] = (),
     processes: Annotated[
         tuple[str, ...], _LISTED, Query(alias="processID", description="only jobs of these tasks")
@@ -85,22 +87,22 @@ async def list_jobs(
         Query(
             alias="datetime",
             max_length=100,
-            description="only jobs created at this moment, or from one to another separated by "
-            "`/`; `..` for an open end",
+            description="only jobs created at this time or in this interval: two times separated "
+            "by `/`, of which one may be `..`",
         ),
     ] = None,
     shortest: Annotated[
         tuple[int, ...],
         _LISTED,
-        Query(alias="minDuration", description="least seconds run"),
+        Query(alias="minDuration", description="only jobs that ran at least so many seconds"),
     ] = (),
     longest: Annotated[
         tuple[int, ...],
         _LISTED,
-        Query(alias="maxDuration", description="most seconds run"),
+        Query(alias="maxDuration", description="only jobs that ran at most so many seconds"),
     ] = (),
 ) -> JobList | Response:
-    """The caller's jobs, the newest first; as STAC Items of their results if `Accept` asks so."""
+    """List the caller's jobs, newest first; as STAC Items for `Accept: application/geo+json`."""
     since, until = moments(created) if created else (None, None)
     which = JobFilter(
         tasks=tuple(map(task_of, processes)),
@@ -173,7 +175,7 @@ async def dismiss_job(job_id: str, request: Request, app: App, caller: Caller) -
     "/jobs/{job_id}/result", responses=dict(RESULT), response_class=Response, dependencies=[READER]
 )
 async def read_result(job_id: str, request: Request, app: App, caller: Caller) -> Response:
-    """The result of a job, as the synchronous response; or the problem that it failed with."""
+    """The result of a job, as in a synchronous response, or the problem with which it failed."""
     job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
@@ -205,17 +207,17 @@ async def read_item(job_id: str, request: Request, app: App, caller: Caller) -> 
 
 
 def _items(app: AppState, jobs: Sequence[Job], here: str) -> list[dict[str, Any]]:
-    """The items of those jobs that have one."""
+    """The STAC Items of those jobs that have one."""
     found = []
     for job in jobs:
-        with suppress(ResultNotReady):  # one that is removed meanwhile is no longer listed
+        with suppress(ResultNotReady):  # the result was removed meanwhile
             if job.status == "successful":
                 found.append(_linked_item(app.jobs.result(job), f"{here}/{job.id}"))
     return [item for item in found if item is not None]
 
 
 def _linked_item(result: StoredResult, here: str) -> dict[str, Any] | None:
-    """A job's item, its rasters linked where the server has them; None without an item."""
+    """The STAC Item of a job with links to its rasters; None if the job has no item."""
     raster = next(iter(result.files.values()), None)
     if raster is None or not item_of(raster).exists():
         return None
@@ -224,7 +226,7 @@ def _linked_item(result: StoredResult, here: str) -> dict[str, Any] | None:
         if name in result.files:
             asset["href"] = f"{here}/result/{name}"
         elif asset["href"].startswith("./"):
-            del item["assets"][name]  # beside the raster in the zip alone
+            del item["assets"][name]  # a file that only the zip holds
     item["links"] = [
         {"rel": "alternate", "href": f"{here}/result/item.json", "type": GEOJSON},
         {"rel": "via", "href": here, "type": "application/json", "title": "the job"},
@@ -249,8 +251,8 @@ async def read_output(
         Query(
             ge=0,
             le=MAX_RADIUS,
-            description="of `class` and `polygons`: radius in pixels of a smoothing of the "
-            "finished map; the job must hold `probabilities`",
+            description="for `class` and `polygons`: radius of Bayesian smoothing of the finished "
+            "map, pixels; requires that the job has the output `probabilities`",
         ),
     ] = 0,
     min_area: Annotated[
@@ -258,11 +260,12 @@ async def read_output(
         Query(
             ge=0,
             allow_inf_nan=False,
-            description="of `class` and `polygons`: hectares below which an area joins a neighbour",
+            description="for `class` and `polygons`: areas below this size, in hectares, join a "
+            "neighbour",
         ),
     ] = 0.0,
 ) -> Response:
-    """One raster of a job's result, or its polygons; `smooth`, `min_area` derive a cleaner map."""
+    """One output of a job's result; `smooth` and `min_area` derive a cleaner class map."""
     job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
@@ -270,13 +273,13 @@ async def read_output(
     if (smooth or min_area) and output in {"class", POLYGONS}:
         how = Cleaning(smooth=smooth, min_area=min_area)
         derive = partial(_derived, app, job, result, how, output)
-        # A run slot: the work is that of a run.
+        # Deriving a map takes as much work as a run, so it takes a run slot.
         async with app.admission.runs.slot(share_of(caller, request.scope)):
             path = await to_thread.run_sync(derive)
         return derived_file(path, output, result, missing=removed(job))
     if output not in result.files:
-        there = ", ".join(result.files) or "none, as the result is not a raster"
-        raise NotFound(f"job {job.id} has no output '{output[:64]}'; available: {there}")
+        available = ", ".join(result.files) or "none, as the result is not a raster"
+        raise NotFound(f"job {job.id} has no output '{output[:64]}'; available: {available}")
     if output == POLYGONS:
         media = negotiate(request.headers.get("accept", ""), (PARQUET, GEOJSON), lenient=True)
         make = partial(stored_response, app.jobs, job, result, media)
@@ -291,11 +294,11 @@ def _derived(
     how: Cleaning,
     output: str,
 ) -> Path:
-    """A map or polygons derived from a result, made once."""
-    asked = app.jobs.request(job)
-    before = asked.smooth or 0 if isinstance(asked, RasterRequest) else 0
+    """The map or polygons derived from a result; made at the first request for them."""
+    original = app.jobs.request(job)
+    smoothed_by = original.smooth or 0 if isinstance(original, RasterRequest) else 0
     most = app.settings.sync_max_pixels
-    check_derivable(result.files, how, smoothed_by=before, most_pixels=most)
+    check_derivable(result.files, how, smoothed_by=smoothed_by, most_pixels=most)
     suffix = ".parquet" if output == POLYGONS else ".tif"
     name = f"{output}-{how.name}{suffix}"
     return app.jobs.ready(job, name, partial(derive_map, result.files, how, output))
@@ -310,10 +313,10 @@ def accepted(job: Job, request: Request, *, applied: str, status: int = 202) -> 
     """The response to a request that became a job.
 
     Args:
-        job: the new one, or the first request's if this repeats it.
-        request: to which links are relative.
-        applied: preferences that the job follows; empty for none.
-        status: 202, or 201 on the paths of OGC API - Processes, whose documents hold no null.
+        job: the new job, or the existing one if the request repeats an earlier request.
+        request: the request; links have its path prefix.
+        applied: value of `Preference-Applied`: preferences that the job follows, or empty.
+        status: 202; on the paths of OGC API - Processes 201, whose documents hold no null.
     """
     # Without scheme and host, so that a client resolves it against the address that it used.
     headers = {"Location": f"{root_of(request)}/jobs/{job.id}"}
@@ -336,7 +339,12 @@ def called_with(job: Job, event: Event, *, root_path: str) -> dict[str, Any]:
 
 
 def info(job: Job, request: Request) -> JobInfo:
-    """A job as its status document."""
+    """The status document of a job.
+
+    Args:
+        job: the job.
+        request: the request; links have its path prefix.
+    """
     return status_of(job, root_of(request))
 
 
@@ -345,7 +353,7 @@ def status_of(job: Job, root_path: str) -> JobInfo:
 
     Args:
         job: the job.
-        root_path: the path before the service's own paths, with which links begin.
+        root_path: path prefix that a proxy adds, with which links begin.
     """
     here = f"{root_path}/jobs/{job.id}"
     links = [_link(here, "self", "this document")]
@@ -358,10 +366,10 @@ def status_of(job: Job, root_path: str) -> JobInfo:
         status=job.status,
         message=job.error.detail if job.status == "failed" else None,
         progress=job.progress,
-        created=_moment(job.created),
-        started=None if job.started is None else _moment(job.started),
-        finished=None if job.finished is None else _moment(job.finished),
-        updated=_moment(job.updated),
+        created=_time_of(job.created),
+        started=None if job.started is None else _time_of(job.started),
+        finished=None if job.finished is None else _time_of(job.finished),
+        updated=_time_of(job.updated),
         links=links,
     )
 
@@ -371,12 +379,13 @@ def _link(href: str, rel: str, title: str, kind: str | None = "application/json"
 
 
 def moments(text: str) -> tuple[float | None, float | None]:
-    """First moment and end of a moment or an interval, seconds since 1970; None for an open end.
+    """Begin and end of a time or an interval, seconds since 1970; None for an open end.
 
-    A moment lasts as long as its last digit says: a year, a month, a day, a second, a microsecond.
+    A time lasts as long as its last digit states: a year, a month, a day, a second or a
+    microsecond.
 
     Args:
-        text: as `interval` accepts it.
+        text: a text that `interval` accepts.
     """
     begin, slash, end = text.partition("/")
     return _span(begin)[0], _span(end if slash else begin)[1]
@@ -399,5 +408,5 @@ def _span(text: str) -> tuple[float | None, float | None]:
     return first.timestamp(), last.timestamp()
 
 
-def _moment(seconds: float) -> datetime:
+def _time_of(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)

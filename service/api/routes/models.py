@@ -1,4 +1,4 @@
-"""Model registry routes: every model's card."""
+"""Model routes: the list of models, and each model's card."""
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ router = APIRouter(tags=["models"], dependencies=[KNOWN_CALLER])
 
 @router.get("/models", responses=problems(["unauthorized"]))
 async def list_models(app: App, caller: Caller) -> ModelList:
-    """All models that the caller may use, and the default model of each task."""
+    """List all models that the caller may use, and the default model of each task."""
     usable = {**app.engine.models, **app.engine.own(caller or "")}
     cards = [model.card for _, model in sorted(usable.items())]
     return ModelList(models=cards, defaults=defaults(app.engine))
@@ -44,7 +44,7 @@ async def list_models(app: App, caller: Caller) -> ModelList:
     },
 )
 async def read_model(name: str, request: Request, app: App, caller: Caller) -> ModelCard | Response:
-    """A model's card, by `name` or `name@version`; a STAC MLM Item if `Accept` asks for it."""
+    """A model's card, by `name` or `name@version`; a STAC Item for `application/geo+json`."""
     model = app.engine.named(name, caller or "")
     if model is None:
         usable = {*app.engine.models, *app.engine.own(caller or "")}
@@ -58,7 +58,7 @@ async def read_model(name: str, request: Request, app: App, caller: Caller) -> M
 
 
 def defaults(engine: Engine) -> dict[str, str]:
-    """The names of the default models that are served."""
+    """The names of the default models that are loaded, by task."""
     found = {key: engine.registry.default(*which) for key, which in DEFAULTS.items()}
     return {
         key: bundle.card.name

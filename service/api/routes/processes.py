@@ -18,7 +18,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic_core import from_json
 
 from models.card import Task
-from service.api.admission import Place
+from service.api.admission import Admitted
 from service.api.dependencies import (
     KNOWN_CALLER,
     KNOWN_IF_PRIVATE,
@@ -144,13 +144,13 @@ async def execute_process(
     task = task_of(process_id)
     check_query(request, set())
 
-    async def read(place: Place) -> Asked:
+    async def read(admitted: Admitted) -> Asked:
         if media_type(request) != JSON:
             raise UnsupportedMedia(f"an execution is {JSON}; forms are sent to /{task}")
-        body = await read_json(request, app.limits, place)
+        body = await read_json(request, app.limits, admitted)
         execute = await to_thread.run_sync(read_execute, body)
         inputs = await to_thread.run_sync(read_inputs, task, execute)
-        fetch = _Inputs(app, folder, place)
+        fetch = _Inputs(app, folder, admitted)
         with inputs_named(task):
             asked = await _request_of(task, execute, inputs, fetch, caller or "")
         answer = answer_of(execute, asked)
@@ -264,13 +264,13 @@ class _Inputs:
     Args:
         app: application state.
         folder: of the request.
-        place: of the request, which counts what is fetched and decoded.
+        admitted: the admitted request, which counts what is fetched and decoded.
     """
 
-    def __init__(self, app: AppState, folder: Path, place: Place) -> None:
+    def __init__(self, app: AppState, folder: Path, admitted: Admitted) -> None:
         self.app = app
         self.folder = folder
-        self.place = place
+        self.admitted = admitted
         self._values = 0
 
     async def files(self, given: Sequence[Reference | Binary]) -> tuple[SourceFile, ...]:
@@ -329,12 +329,12 @@ class _Inputs:
         files = await fetch_items(items, folder, self.app.settings, fields=fields)
         for file in files:
             if file.path.is_relative_to(self.folder):  # downloaded
-                self.place.received(file.path.stat().st_size)
+                self.admitted.received(file.path.stat().st_size)
         return files
 
     async def _decoded(self, value: Binary, name: str) -> SourceFile:
         path = self.folder / name
-        self.place.received(await to_thread.run_sync(value.write, path))
+        self.admitted.received(await to_thread.run_sync(value.write, path))
         return SourceFile(name=name, path=path)
 
 
@@ -361,7 +361,7 @@ async def _request_of(
         if found is None:
             raise InvalidRequest.of("stac", "a STAC document, a search or a URL is needed")
         stac, form = found
-        request = await stac_request(task, stac, form, polygons, app, folder, fetch.place, owner)
+        request = await stac_request(task, stac, form, polygons, app, folder, fetch.admitted, owner)
         return await with_zips_opened(request, folder, app)
     # A binary value has no address; only the other parameters are validated with it.
     body["items"] = [{"href": getattr(one, "href", "value")} for one in inputs.files]

@@ -1,4 +1,4 @@
-"""Measured series: reflectance, spectral indices and recurrence plots of places, by date."""
+"""Measured series: reflectance, spectral indices and recurrence plots of points or fields."""
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 import threading
@@ -27,19 +27,21 @@ router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER], default_response
 
 @router.post("/series", responses=dict(MEASURED), openapi_extra=body("series"))
 async def series(request: Request, app: App, folder: Folder, caller: Caller) -> Response:
-    """Reflectance, NDVI, EVI and SAVI by date of points or fields, as measured."""
+    """Measured reflectance, NDVI, EVI and SAVI of points or fields by date, without prediction."""
     check_query(request, set())
     if app.closing.is_set():
         raise NotReady("the server is stopping; nothing was started", retry_after=10)
     share = share_of(caller, request.scope)
     request.state.limits = partial(app.quotas.limits, share)
-    async with app.admission.place(share) as place:
-        parsed = await read_request("series", request, app, folder, None, place, caller or "")
+    async with app.admission.admit(share) as admitted:
+        parsed = await read_request("series", request, app, folder, None, admitted, caller or "")
         if not isinstance(parsed, MeasureRequest):
-            raise TypeError("a form of measured series makes a request of another kind")
+            raise TypeError("the parameters of /series did not make a MeasureRequest")
         media = negotiate(request.headers.get("accept", ""), (GEOJSON, CSV))
         if media == CSV and parsed.plots:
-            raise InvalidRequest.of("plots", f"a table holds no plots: accept {GEOJSON}")
+            raise InvalidRequest.of(
+                "plots", f"CSV cannot hold recurrence plots: send 'Accept: {GEOJSON}', or no plots"
+            )
 
         def run(*, cancelled: threading.Event) -> Measured:
             return _measure(app, parsed, cancelled)

@@ -1,6 +1,6 @@
 """Task routes: a stack or series in, a map or numbers out.
 
-Each route is one line; `serve` is the whole path of a request.
+Each route calls `serve`, which handles a request from its body to its response.
 """
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
@@ -18,7 +18,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 
 from models.card import Modality, Task
-from service.api.admission import Place
+from service.api.admission import Admitted
 from service.api.auth import share_of
 from service.api.dependencies import (
     KNOWN_CALLER,
@@ -31,14 +31,14 @@ from service.api.dependencies import (
 )
 from service.api.disconnect import run_watched
 from service.api.negotiation import negotiate
-from service.api.openapi import answers, body
+from service.api.openapi import body, responses
 from service.api.quotas import cost
 from service.api.responses import make_response, needs_files, offers
 from service.api.routes.jobs import accepted
 from service.api.schemas import (
     Operation,
-    read_fields,
     read_items,
+    read_parameters,
     read_series,
     read_stac,
 )
@@ -56,52 +56,55 @@ from service.run.plan import Plan, plan_request
 from service.run.request import RasterRequest, Runnable, TaskRequest
 
 PATIENCE = 30.0
-"""Seconds for which a request that holds a run slot waits for memory."""
+"""Longest time for which a request that holds a run slot waits for memory, seconds."""
 router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER], default_response_class=Response)
 
 
 @router.post(
     "/classify-pixels",
-    responses=answers("classify-pixels"),
+    responses=responses("classify-pixels"),
     openapi_extra=body("classify-pixels"),
 )
 async def classify_pixels(
     request: Request, app: App, folder: Folder, caller: Caller, preferences: Preferences
 ) -> Response:
-    """A class for every pixel of a satellite image time series."""
+    """Predict a class for every pixel of a satellite image time series."""
     return await _serve("classify-pixels", request, app, folder, caller, preferences)
 
 
-@router.post("/forecast", responses=answers("forecast"), openapi_extra=body("forecast"))
+@router.post("/forecast", responses=responses("forecast"), openapi_extra=body("forecast"))
 async def forecast(
     request: Request, app: App, folder: Folder, caller: Caller, preferences: Preferences
 ) -> Response:
-    """The next values of NDVI, EVI and SAVI for every pixel, with quantiles."""
+    """Predict the next values of NDVI, EVI and SAVI for every pixel, with quantiles."""
     return await _serve("forecast", request, app, folder, caller, preferences)
 
 
-@router.post("/landcover", responses=answers("landcover"), openapi_extra=body("landcover"))
+@router.post("/landcover", responses=responses("landcover"), openapi_extra=body("landcover"))
 async def landcover(
     request: Request, app: App, folder: Folder, caller: Caller, preferences: Preferences
 ) -> Response:
-    """Land-cover labels from imagery: one per 64 x 64 patch, or denser with `stride`."""
+    """Predict land cover from imagery: one label per 64 x 64 patch, or denser with `stride`."""
     return await _serve("landcover", request, app, folder, caller, preferences)
 
 
-@router.post("/embed", responses=answers("embed"), openapi_extra=body("embed"))
+@router.post("/embed", responses=responses("embed"), openapi_extra=body("embed"))
 async def embed(
     request: Request,
     app: App,
     folder: Folder,
     caller: Caller,
     preferences: Preferences,
-    modality: Annotated[Modality | None, Query(description="as in the body")] = None,
+    modality: Annotated[
+        Modality | None,
+        Query(description="`pixel` or `patch`, as the parameter of the same name in the body"),
+    ] = None,
 ) -> Response:
-    """The embedding of every pixel, from recurrence plots, or patch, from imagery."""
+    """Compute embeddings of pixels from recurrence plots, or of patches from imagery."""
     return await _serve("embed", request, app, folder, caller, preferences, modality)
 
 
-@router.post("/similar", responses=answers("similar"), openapi_extra=body("similar"))
+@router.post("/similar", responses=responses("similar"), openapi_extra=body("similar"))
 async def similar(
     request: Request, app: App, folder: Folder, caller: Caller, preferences: Preferences
 ) -> Response:
@@ -122,17 +125,20 @@ async def _serve(
 
     Args:
         task: the requested task.
-        request: its body not yet read.
+        request: the request, whose body has not been read.
         app: application state.
-        folder: of this request only; removed once the response is sent.
+        folder: folder of this request, which is removed once the response is sent.
         caller: the caller's id; None if no keys are set.
-        preferences: whether a job is preferred, and the idempotency key.
-        modality: of an embedding, if the query states it.
+        preferences: the preferences in the request's headers.
+        modality: modality of an embedding, if the query states it.
+
+    Raises:
+        PIMCError: the request is rejected, or its run fails.
     """
     check_query(request, {"modality"} if task == "embed" else set())
 
-    async def read(place: Place) -> Asked:
-        parsed = await read_request(task, request, app, folder, modality, place, caller or "")
+    async def read(admitted: Admitted) -> Asked:
+        parsed = await read_request(task, request, app, folder, modality, admitted, caller or "")
         media = negotiate(request.headers.get("accept", ""), offers(parsed))
         return Asked(
             request=parsed,
@@ -145,15 +151,17 @@ async def _serve(
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a body asks for, and how the result is returned."""
+    """A parsed body, and the form of its response."""
 
     request: TaskRequest
+    """The request that the body holds."""
     rasters: bool
     """Whether the response needs rasters."""
     respond: Callable[[Result, Job | None], Response]
-    """Makes the response of a run whose client waited, and of the job it is kept as; may block."""
+    """Makes the response from the result and from the job that keeps it, if any; may block."""
     answer: Mapping[str, Any] | None = None
-    """How OGC API - Processes returns the results, stored with the job; None on other paths."""
+    """The form in which OGC API - Processes returns the results, stored with the job; None on other
+    paths."""
     kept: bool = False
     """Whether a run whose client waits is kept as a job, because the response links to it."""
 
@@ -164,29 +172,32 @@ async def serve(
     folder: Path,
     caller: str | None,
     preferences: RequestPreferences,
-    read: Callable[[Place], Awaitable[Asked]],
+    read: Callable[[Admitted], Awaitable[Asked]],
 ) -> Response:
     """Body → upload → request → plan → result → response, or a job that runs later.
 
     Args:
-        request: its body not yet read.
+        request: the request, whose body has not been read.
         app: application state.
-        folder: of this request only; removed once the response is sent.
+        folder: folder of this request, which is removed once the response is sent.
         caller: the caller's id; None if no keys are set.
-        preferences: whether a job is preferred, and the idempotency key.
-        read: reads the body, once the request has a place.
+        preferences: the preferences in the request's headers.
+        read: reads the body, once the request is admitted.
+
+    Raises:
+        PIMCError: the request is rejected, or its run fails.
     """
     if app.closing.is_set():
         raise NotReady("the server is stopping; nothing was started", retry_after=10)
-    owner, whose = caller or "", share_of(caller, request.scope)
+    owner, charged = caller or "", share_of(caller, request.scope)
     share = app.quotas.share
-    request.state.limits = partial(app.quotas.limits, whose)
-    check_room = partial(app.jobs.check_room, caller=whose, share=share)
+    request.state.limits = partial(app.quotas.limits, charged)
+    check_room = partial(app.jobs.check_room, caller=charged, share=share)
     if preferences.respond_async:
-        # Before the body, so that nothing is sent in vain.
+        # Checked before the body is read, so that no body is uploaded in vain.
         await to_thread.run_sync(check_room, owner, preferences.idempotency_key)
-    async with app.admission.place(whose) as place:
-        asked = await read(place)
+    async with app.admission.admit(charged) as admitted:
+        asked = await read(admitted)
         _check_subscriber(asked, app, later=preferences.respond_async)
         status = 202 if asked.answer is None else 201
         idempotency = await _idempotency(asked, folder, preferences)
@@ -196,14 +207,18 @@ async def serve(
                 return accepted(first, request, applied=preferences.of_a_job, status=status)
         if asked.kept and not preferences.respond_async:
             await to_thread.run_sync(check_room, owner, None)
-        run = partial(_run, app, asked, folder, owner, whose, later=preferences.respond_async)
+        run = partial(_run, app, asked, folder, owner, charged, later=preferences.respond_async)
         try:
-            plan, result = await run_watched(request, run, slot=run_slot(app, whose))
+            plan, result = await run_watched(request, run, slot=run_slot(app, charged))
         except asyncio.CancelledError:
             if not app.closing.is_set():
                 raise
-            # The grace period is over: the server cancels the rest, without a problem document.
-            raise NotReady("the server stopped before the run ended", retry_after=10) from None
+            # At the end of the grace period the server cancels the tasks of running requests.
+            raise NotReady(
+                "the server stopped before the run ended: retry, or send 'Prefer: respond-async' "
+                "for a job that resumes after a restart",
+                retry_after=10,
+            ) from None
         if result is None:
             job = await to_thread.run_sync(
                 partial(
@@ -213,7 +228,7 @@ async def serve(
                     owner=owner,
                     idempotency=idempotency,
                     upgrade=preferences.upgrade,
-                    caller=whose,
+                    caller=charged,
                     share=share,
                     pixels=cost(plan),
                     answer=asked.answer,
@@ -224,7 +239,7 @@ async def serve(
         app.metrics.ran(task=result.task, pixels=result.pixels, stages=asdict(result.timing))
         kept = None
         if asked.kept:
-            keep = partial(app.jobs.keep, owner=owner, caller=whose, share=share)
+            keep = partial(app.jobs.keep, owner=owner, caller=charged, share=share)
             kept = await to_thread.run_sync(
                 partial(keep, plan, folder, _work(folder), result, answer=asked.answer)
             )
@@ -247,7 +262,8 @@ def _check_subscriber(asked: Asked, app: AppState, *, later: bool) -> None:
         return
     if not (later or asked.kept):
         raise InvalidRequest.of(
-            "subscriber", "callbacks are of jobs: send the header 'Prefer: respond-async' as well"
+            "subscriber",
+            "only jobs call a subscriber: send the header 'Prefer: respond-async' as well",
         )
     check_subscriber(asked.request.subscriber, app.settings)
 
@@ -262,7 +278,21 @@ def _run(
     later: bool,
     cancelled: threading.Event,
 ) -> tuple[Plan, Result | None]:
-    """The plan with its result; without, if a job is to run it."""
+    """Plan a request and run it; if it becomes a job, return the plan without a result.
+
+    Args:
+        app: application state.
+        asked: the parsed body.
+        folder: folder of the request.
+        owner: the caller, whose own models the request may name.
+        caller: the caller for whose quotas the run counts.
+        later: whether the client prefers a job.
+        cancelled: event that is set once the client has disconnected.
+
+    Raises:
+        InvalidRequest: OGC API - Processes requires a synchronous response to a large request.
+        PIMCError: the request is rejected, or its run fails.
+    """
     plan = planned(app, asked.request, rasters=asked.rasters, owner=owner, cancelled=cancelled)
     most = app.settings.sync_max_pixels
     if not later and plan.pixels > most and asked.answer is not None:
@@ -297,7 +327,7 @@ def planned(
     owner: str,
     cancelled: threading.Event,
 ) -> Plan:
-    """The plan of a request whose client waits: see `plan_request`."""
+    """Plan a request whose client waits for the response; see `plan_request`."""
     return plan_request(
         request,
         app.engine,
@@ -317,39 +347,57 @@ async def _idempotency(
 ) -> Idempotency | None:
     if preferences.idempotency_key is None:
         return None
-    print_of = await to_thread.run_sync(fingerprint, asked.request, folder, asked.answer)
-    return Idempotency(key=preferences.idempotency_key, fingerprint=print_of)
+    digest = await to_thread.run_sync(fingerprint, asked.request, folder, asked.answer)
+    return Idempotency(key=preferences.idempotency_key, fingerprint=digest)
 
 
 @asynccontextmanager
 async def run_slot(app: AppState, caller: str) -> AsyncIterator[None]:
-    """A run slot, and the run counted while it is held."""
+    """Hold a run slot and count the run as in flight while the context is open.
+
+    Args:
+        app: application state.
+        caller: the caller's id, or the client's address without API keys.
+    """
     async with app.admission.runs.slot(caller):
         with app.metrics.run():
             yield
 
 
 def check_query(request: Request, known: set[str]) -> None:
-    """Reject a parameter that came in the query, where it would be ignored.
+    """Reject parameters in the query, where they would have no effect.
+
+    Args:
+        request: the request.
+        known: names of the parameters that the query may hold.
 
     Raises:
-        InvalidRequest: with every such field.
+        InvalidRequest: the query holds other parameters; the message lists each.
     """
-    strange = sorted(set(request.query_params) - known)
-    if strange:
-        errors = [{"field": name, "detail": "send it in the body"} for name in strange]
+    misplaced = sorted(set(request.query_params) - known)
+    if misplaced:
+        errors = [{"field": name, "detail": "send it in the body"} for name in misplaced]
         raise InvalidRequest(
-            f"parameters in the query: send {', '.join(strange)} in the body", errors
+            f"parameters in the query: send {', '.join(misplaced)} in the body", errors
         )
 
 
 async def unpacked(
     files: Sequence[SourceFile], stack: StackOptions, folder: Path, app: AppState
 ) -> tuple[tuple[SourceFile, ...], StackOptions]:
-    """Files with their zips opened, and the options with what was left out of them.
+    """Unpack the zips among a request's files.
+
+    Args:
+        files: the files, zips among them.
+        stack: the parameters that describe the files.
+        folder: folder of the request, into which zips are unpacked.
+        app: application state.
+
+    Returns:
+        The files with those of the zips, and the parameters with the files that were left out.
 
     Raises:
-        PIMCError: a zip that does not open, or that holds too much.
+        PIMCError: a zip cannot be opened, or holds too many files or bytes.
     """
     opened = await to_thread.run_sync(
         partial(
@@ -376,64 +424,78 @@ async def read_request(
     app: AppState,
     folder: Path,
     modality: Modality | None,
-    place: Place,
+    admitted: Admitted,
     owner: str,
 ) -> TaskRequest:
-    """The request that a body holds.
+    """Read the body of a request.
+
+    Args:
+        task: the requested task, or measured series.
+        request: the request, whose body has not been read.
+        app: application state.
+        folder: folder of the request.
+        modality: modality of an embedding, if the query states it.
+        admitted: the admitted request, which counts the bytes of its body.
+        owner: the caller, whose own models the request may name.
 
     Raises:
-        Overloaded: there is no room for the body.
-        RequestError: the body does not hold a valid request for this task.
+        Overloaded: the body exceeds the space for bodies.
+        RequestError: the body is not a valid request for this task.
     """
     if media_type(request) == FORM:
-        form = await read_form(request, folder, app.limits, place)
-        said = dict(form.fields)
+        form = await read_form(request, folder, app.limits, admitted)
+        values = dict(form.fields)
         if modality is not None:
-            said["modality"] = tuple({modality, *said.get("modality", ())})
-        fields = await to_thread.run_sync(read_fields, task, said)
+            values["modality"] = tuple({modality, *values.get("modality", ())})
+        parameters = await to_thread.run_sync(read_parameters, task, values)
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
-        polygons = form.vectors.get(FIELDS) or await vector_file(FIELDS, fields.fields, folder)
-        return await with_zips_opened(fields.request(task, form.files, polygons), folder, app)
-    text = await read_json(request, app.limits, place)
+        polygons = form.vectors.get(FIELDS) or await vector_file(FIELDS, parameters.fields, folder)
+        return await with_zips_opened(parameters.request(task, form.files, polygons), folder, app)
+    text = await read_json(request, app.limits, admitted)
     settings = app.settings
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
     named = await to_thread.run_sync(
         partial(read_items, task, text, allowed=allowed, modality=modality)
     )
     if named is not None:
-        items, fields = named
+        items, parameters = named
         files = await fetch_items(items, folder, settings)
         for file in files:
             if file.path.is_relative_to(folder):  # downloaded
-                place.received(file.path.stat().st_size)
-        polygons = await vector_file(FIELDS, fields.fields, folder)
-        return await with_zips_opened(fields.request(task, files, polygons), folder, app)
+                admitted.received(file.path.stat().st_size)
+        polygons = await vector_file(FIELDS, parameters.fields, folder)
+        return await with_zips_opened(parameters.request(task, files, polygons), folder, app)
     found = await to_thread.run_sync(
         partial(read_stac, task, text, allowed=allowed, modality=modality)
     )
     if found is not None:
-        stac, fields = found
-        polygons = await vector_file(FIELDS, fields.fields, folder)
-        by_stac = await stac_request(task, stac, fields, polygons, app, folder, place, owner)
+        stac, parameters = found
+        polygons = await vector_file(FIELDS, parameters.fields, folder)
+        by_stac = await stac_request(task, stac, parameters, polygons, app, folder, admitted, owner)
         return await with_zips_opened(by_stac, folder, app)
     series = await to_thread.run_sync(read_series, task, text)
     if modality == "patch":
-        raise InvalidRequest.of("modality", "a series has no imagery; use modality pixel")
+        raise InvalidRequest.of(
+            "modality", "'patch' needs imagery, and a series has none: send 'pixel'"
+        )
     if task in {"series", "similar"}:
-        raise TypeError(f"/{task} takes imagery")
+        raise TypeError(f"validation accepted a body of series for /{task}, which needs imagery")
     return series.request(cast(Task, task))
 
 
 async def vector_file(
     name: str, given: str | Mapping[str, Any] | None, folder: Path
 ) -> SourceFile | None:
-    """GeoJSON of a form or a JSON body as a file, as an uploaded one is.
+    """Write GeoJSON that a form or a JSON body holds to a file, like an uploaded file.
 
     Args:
-        name: of the parameter.
-        given: its value; None if it was not sent.
-        folder: of the request.
+        name: name of the parameter.
+        given: value of the parameter: GeoJSON as text or object; None if it was not sent.
+        folder: folder of the request.
+
+    Returns:
+        The file; None if the parameter was not sent.
     """
     if given is None:
         return None

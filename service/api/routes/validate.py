@@ -1,4 +1,4 @@
-"""Validation route: what a task's request would be rejected or warned for, without running it."""
+"""Validation route: the errors, warnings and estimate of a request, without running it."""
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 import threading
@@ -26,25 +26,25 @@ async def validate(
     app: App,
     folder: Folder,
     caller: Caller,
-    task: Annotated[Runnable, Query(description="the task whose request the body is")],
+    task: Annotated[Runnable, Query(description="the task for which the body is a request")],
 ) -> ValidationResponse:
-    """What a request would be rejected or warned for, and what it would take, without running."""
+    """Check a request without running it: errors, warnings, estimated size and time."""
     check_query(request, {"task"})
     if app.closing.is_set():
         raise NotReady("the server is stopping; nothing was started", retry_after=10)
     share = share_of(caller, request.scope)
     request.state.limits = partial(app.quotas.limits, share)
-    async with app.admission.place(share) as place:
-        asked = await read_request(task, request, app, folder, None, place, caller or "")
-        run = partial(_validated, app, asked, caller or "")
+    async with app.admission.admit(share) as admitted:
+        parsed = await read_request(task, request, app, folder, None, admitted, caller or "")
+        run = partial(_validated, app, parsed, caller or "")
         found = await run_watched(request, run, slot=run_slot(app, share))
     return _response(app, task, found)
 
 
 def _validated(
-    app: AppState, asked: TaskRequest, owner: str, *, cancelled: threading.Event
+    app: AppState, parsed: TaskRequest, owner: str, *, cancelled: threading.Event
 ) -> Validation:
-    return validation(partial(planned, app, asked, rasters=True, owner=owner, cancelled=cancelled))
+    return validation(partial(planned, app, parsed, rasters=True, owner=owner, cancelled=cancelled))
 
 
 def _response(app: AppState, task: Runnable, found: Validation) -> ValidationResponse:
