@@ -41,6 +41,7 @@ from service.telemetry import Metrics
 from tests.kits.client import Received, Reply, serving
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import ASYNC, SERIES, stack, waited
+from tests.kits.patience import PATIENCE
 
 SECRET = secret_text(b"0123456789abcdef0123456789abcdef")
 OTHER = secret_text(b"fedcba9876543210fedcba9876543210")
@@ -255,7 +256,7 @@ def test_a_stop_leaves_what_is_under_way_to_the_next_start(
 
     def never(_: Received) -> Reply:
         closing.set()  # once the request is there, the service stops
-        held.wait(60)
+        held.wait(PATIENCE)
         return Reply()
 
     with serving(never) as (url, _):
@@ -540,12 +541,12 @@ def test_a_job_of_the_service_calls_back(
                 data={"model": HELD, "subscriber": called(receiver)},
             )  # fmt: skip
             assert answer.status_code == 202, answer.text
-            begun = receiver.arrived.get(timeout=60)
+            begun = receiver.arrived.get(timeout=PATIENCE)
         assert begun.path == "/progress"
         assert Webhook(secret).verify(begun.body, begun.headers)["status"] == "running"
         ended = begun
         while ended.path == "/progress":
-            ended = receiver.arrived.get(timeout=60)
+            ended = receiver.arrived.get(timeout=PATIENCE)
         document = Webhook(secret).verify(ended.body, ended.headers)
         job = answer.json()["jobID"]
         assert (ended.path, document["jobID"]) == ("/done", job)
@@ -554,7 +555,7 @@ def test_a_job_of_the_service_calls_back(
         series = {**SERIES, "subscriber": json.loads(called(receiver)), "model": "embed-pixel"}
         job = api.post("/embed", json=series, headers=ASYNC).json()["jobID"]
         assert waited(api, job)["status"] == "successful"
-        while (last := receiver.arrived.get(timeout=60)).path == "/progress":
+        while (last := receiver.arrived.get(timeout=PATIENCE)).path == "/progress":
             pass
         assert Webhook(secret).verify(last.body, last.headers)["jobID"] == job
 

@@ -317,9 +317,9 @@ class TestOnnx:
         "told",
         [
             {},
-            {"views": 8},
+            {"views": 2},
             {"stride": 1, "contrast": True},
-            {"contrast": True, "members": 2, "views": 8},
+            {"contrast": True, "members": 2, "views": 4},
         ],
         ids=str,
     )

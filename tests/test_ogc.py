@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import email
+import functools
 import io
 import json
 import re
@@ -14,11 +15,11 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 import geopandas
 import httpx
-import jsonschema
 import numpy as np
 import pytest
 import rasterio
@@ -32,7 +33,10 @@ from service.api.schemas import ITEMS, SERIES
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import ASYNC, ENDED, Files, change, stack, waited
 from tests.kits.jobs import SERIES as BODY
+from tests.kits.patience import PATIENCE
 from tests.kits.rasters import UTM
+
+pytestmark = pytest.mark.slow
 
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 OGC = "http://www.opengis.net/def"
@@ -144,9 +148,17 @@ KEYWORDS = {
 """Keywords of a schema in a process description; no others are allowed."""
 
 
+@functools.cache
+def json_schema() -> ModuleType:
+    """The module `jsonschema`, whose import takes seconds: it compiles a grammar of addresses."""
+    import jsonschema
+
+    return jsonschema
+
+
 def conforms(document: Any, schema: dict[str, Any]) -> Any:
-    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
-    jsonschema.Draft202012Validator(schema, format_checker=checker).validate(document)
+    checker = json_schema().Draft202012Validator.FORMAT_CHECKER
+    json_schema().Draft202012Validator(schema, format_checker=checker).validate(document)
     return document
 
 
@@ -979,7 +991,7 @@ def check_schemas(schemas: list[dict[str, Any]]) -> None:
             for key in ("exclusiveMinimum", "exclusiveMaximum", "nullable"):
                 assert isinstance(one.get(key, False), bool)
             assert one.get("required", ["x"])
-        jsonschema.Draft4Validator.check_schema(schema)
+        json_schema().Draft4Validator.check_schema(schema)
 
 
 def test_req_ogc_process_description_json_encoding(descriptions: list[dict[str, Any]]) -> None:
@@ -1026,7 +1038,7 @@ def test_req_ogc_process_description_input_def(
         ("points", [POINTS], [{"type": "Feature"}, {**POINTS, "features": []}]),
         ("bbox", [{"bbox": [3, 50, 4, 51]}], [{"bbox": [3, 50, 4]}, {"bbox": ["a"] * 4}]),
     ):
-        validator = jsonschema.Draft4Validator(known[name]["schema"])
+        validator = json_schema().Draft4Validator(known[name]["schema"])
         for value in good:
             assert validator.is_valid(value), (name, value)
             answer = execute(api, inputs={"files": links, name: value}, outputs={})
@@ -1069,9 +1081,9 @@ def test_req_ogc_process_description_output_def(
     check_schemas(schemas_of(descriptions, "outputs"))
     known = descriptions[0]["outputs"]
     summary = execute(api, inputs={"files": links}, outputs=NUMBERS).json()
-    jsonschema.Draft4Validator(known["summary"]["schema"]).validate(summary)
+    json_schema().Draft4Validator(known["summary"]["schema"]).validate(summary)
     features = execute(api, inputs={"files": links, "points": POINTS}).json()
-    jsonschema.Draft4Validator(known["features"]["schema"]["oneOf"][0]).validate(features)
+    json_schema().Draft4Validator(known["features"]["schema"]["oneOf"][0]).validate(features)
     assert known["class"]["schema"]["contentMediaType"] == COG
 
 
@@ -1233,7 +1245,7 @@ def test_req_job_list_duration_response(
     inputs = {"files": links, "model": HELD}
     with gate.held():
         job = job_of(execute(api, inputs=inputs, outputs={"class": {}}, headers=ASYNC))
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE
         while api.get(f"/jobs/{job}").json()["status"] != "running":
             assert time.monotonic() < end
             time.sleep(0.01)
@@ -1313,7 +1325,7 @@ def test_owslib_executes_a_process_as_a_job(api: httpx.Client, files: Files, lin
         async_=True,
     )
     where = client.response_headers["Location"]
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while status["status"] not in ENDED:
         assert time.monotonic() < end
         time.sleep(0.02)

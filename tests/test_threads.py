@@ -206,7 +206,9 @@ def test_sigterm_ends_a_service_that_hangs(tmp_path: Path) -> None:
 @contextmanager
 def locked(state: Path) -> Iterator[None]:
     """Another process's lock on the job store."""
-    with closing(sqlite3.connect(state / "jobs.sqlite", isolation_level=None, timeout=60)) as db:
+    with closing(
+        sqlite3.connect(state / "jobs.sqlite", isolation_level=None, timeout=PATIENCE)
+    ) as db:
         db.execute("BEGIN IMMEDIATE")
         try:
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -230,12 +231,18 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 class TestExport:
+    @pytest.fixture(scope="class")
+    def plain(self, evaluated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A bundle without calibration across regions."""
+        return export_run(
+            evaluated[0], tmp_path_factory.mktemp("zoo"), name="mine", version="1.0.0"
+        )
+
     def test_a_bundle_takes_the_calibration_and_the_scores(
-        self, evaluated: tuple[Path, Path], tmp_path: Path
+        self, evaluated: tuple[Path, Path], plain: Path, tmp_path: Path
     ) -> None:
         run, folder = evaluated
-        plain = export_run(run, tmp_path / "a", name="plain")
-        predicted = export_run(run, tmp_path / "b", name="told", regions=folder)
+        predicted = export_run(run, tmp_path, name="told", regions=folder)
         card = load_bundle(predicted).card
         assert card.regions == {"us-west": {"accuracy": 0.5}}
         assert card.training["calibration"] == {"temperature": 2.5}
@@ -243,10 +250,10 @@ class TestExport:
         assert card.sha256 != load_bundle(plain).card.sha256
 
     def test_a_bundle_is_calibrated_anew_without_training(
-        self, evaluated: tuple[Path, Path], tmp_path: Path
+        self, evaluated: tuple[Path, Path], plain: Path, tmp_path: Path
     ) -> None:
         run, folder = evaluated
-        bundle = export_run(run, tmp_path, name="mine", version="1.0.0")
+        bundle = shutil.copytree(plain, tmp_path / "mine")
         first = load_bundle(bundle)
         old = {
             v.name: onnxruntime.InferenceSession(first.path(v.name)) for v in first.card.variants

@@ -31,6 +31,8 @@ from stac_fastapi.extensions.query import QueryExtension
 from stac_fastapi.types.config import ApiSettings
 from stac_fastapi.types.core import BaseCoreClient
 
+from tests.kits.patience import PATIENCE
+
 Item = dict[str, Any]
 BLOCK = 128
 """Rows and columns of a tile of the COGs: small, so that a window needs few of many."""
@@ -387,4 +389,4 @@ def stac_api(items: Sequence[Item]) -> Iterator[tuple[str, Catalogue]]:
         yield f"http://127.0.0.1:{port}/", catalogue
     finally:
         server.should_exit = True
-        thread.join(timeout=30)
+        thread.join(PATIENCE)
