@@ -376,10 +376,7 @@ class TestExport:
         assert facts["machine"].endswith("one thread")
         assert "--set encoder.width=8" in facts["command"]
 
-    def test_a_users_bundle_is_served_without_code(
-        self, data: Path, finished: Path, tmp_path: Path
-    ) -> None:
-        export_run(finished, tmp_path, name="my-crops", version="2.1.0")
+    def test_a_users_bundle_is_served_without_code(self, zoo: Path, finished: Path) -> None:
         _, task, graph, _ = load_finished(finished)
         part = task.validation.take(np.arange(3))
         series = [
@@ -396,15 +393,14 @@ class TestExport:
             }
             for i in range(3)
         ]
-        with served(model_dir=tmp_path) as http:
-            response = http.post(
-                "/classify-pixels", json={"series": series, "model": "my-crops"}
-            ).json()
+        body = {"series": series, "model": "pixels-crops-us@1.0.0"}
+        with served(model_dir=zoo) as http:
+            response = http.post("/classify-pixels", json=body).json()
         with torch.inference_mode():
             inputs = (part.values, part.valid, part.days[0])
             expected = graph(*(torch.from_numpy(a) for a in inputs)).argmax(dim=1)
         names = [name for name, _ in CDL.values()]
-        assert response["model"] == "my-crops@2.1.0"
+        assert response["model"] == body["model"]
         assert [r["class"] for r in response["results"]] == [names[i] for i in expected]
 
     def test_a_graph_that_differs_from_its_file_is_rejected(
