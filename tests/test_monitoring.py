@@ -46,6 +46,7 @@ def labels() -> dict[str, set[str]]:
         run_slots=1, held=lambda: 0, awaited=lambda: 0, uploads=lambda: 0, spooled=lambda: 0
     )
     metrics.download_rejected("caller")
+    metrics.callback("success", "delivered")
     text = metrics.text()
     return {
         name: set(re.findall(r"(\w+)=", inside))
