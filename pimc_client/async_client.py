@@ -232,6 +232,7 @@ class AsyncClient:
         files: Files,
         *,
         horizon: int | None = None,
+        backtest: bool | None = None,
         outputs: QuantileOutputs | None = None,
         points: None = None,
         fields: None = None,
@@ -244,6 +245,7 @@ class AsyncClient:
         files: Files,
         *,
         horizon: int | None = None,
+        backtest: bool | None = None,
         outputs: QuantileOutputs | None = None,
         points: None = None,
         fields: None = None,
@@ -256,6 +258,7 @@ class AsyncClient:
         files: Files,
         *,
         horizon: int | None = None,
+        backtest: bool | None = None,
         outputs: QuantileOutputs | None = None,
         points: Points,
         fields: None = None,
@@ -268,6 +271,7 @@ class AsyncClient:
         files: Files,
         *,
         horizon: int | None = None,
+        backtest: bool | None = None,
         outputs: QuantileOutputs | None = None,
         points: None = None,
         fields: Fields,
@@ -279,6 +283,7 @@ class AsyncClient:
         files: Files,
         *,
         horizon: int | None = None,
+        backtest: bool | None = None,
         outputs: QuantileOutputs | None = None,
         points: Points | None = None,
         fields: Fields | None = None,
@@ -290,6 +295,9 @@ class AsyncClient:
         Args:
             files: the GeoTIFF stack, as for `classify_pixels`.
             horizon: number of steps ahead; the model's maximum if left out.
+            backtest: True forecasts from earlier dates of the same stack as well, reports the
+                errors and corrects the forecast by them; False does not. If left out, rasters and
+                fields with enough history are backtested.
             outputs: any of `q10`, `q50` (the default) and `q90`.
             points: return results only for these pixels, as for `classify_pixels`.
             fields: return one result for each polygon, as for `classify_pixels`.
@@ -305,6 +313,7 @@ class AsyncClient:
                 "forecast",
                 files,
                 horizon=horizon,
+                backtest=backtest,
                 outputs=outputs,
                 points=points,
                 fields=fields,
@@ -614,6 +623,7 @@ class AsyncClient:
         series: Iterable[Series],
         *,
         horizon: int | None = None,
+        backtest: bool | None = None,
         model: str | None = None,
         start: Date | None = None,
     ) -> Results[Forecast]:
@@ -622,11 +632,15 @@ class AsyncClient:
         Args:
             series: pixels or fields through time.
             horizon: number of steps ahead; the model's maximum if left out.
+            backtest: True forecasts from earlier dates of the series as well, and corrects the
+                forecasts by the errors.
             model: `name` or `name@version`; if left out, the default of `forecast`.
             start: first day of the model's time window; the rule on the card if left out.
         """
         return await self.run(
-            operations.forecast_series(series, horizon=horizon, model=model, start=start)
+            operations.forecast_series(
+                series, horizon=horizon, backtest=backtest, model=model, start=start
+            )
         )
 
     async def embed_series(

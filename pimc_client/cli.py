@@ -190,6 +190,15 @@ Stride = Annotated[
 Horizon = Annotated[
     int | None, typer.Option("--horizon", help="Steps ahead; default: the model's maximum.")
 ]
+Backtest = Annotated[
+    bool | None,
+    typer.Option(
+        "--backtest/--no-backtest",
+        help="Test the forecast on earlier dates of the same input and correct it; default: "
+        "rasters and fields with enough history.",
+        show_default=False,
+    ),
+]
 ModalityOption = Annotated[
     Modality | None,
     typer.Option("--modality", help="Embeddings of pixel time series (default) or of patches."),
@@ -396,13 +405,14 @@ def forecast(
     delivery: _Delivery,
     output: Quantiles = None,
     horizon: Horizon = None,
+    backtest: Backtest = None,
     start: Start = None,
     reading: dict[str, Any],
     client: Client,
 ) -> None:
     """Forecast NDVI, EVI and SAVI for every pixel."""
     # Quantiles are bands of one file, so several quantiles are still one output.
-    options = {"horizon": horizon, "start": start, **reading}
+    options = {"horizon": horizon, "backtest": backtest, "start": start, **reading}
     _raster(client, "forecast", files, delivery, output, **options)
 
 
@@ -527,6 +537,7 @@ def fields(
     ] = "classify-pixels",
     horizon: Horizon = None,
     dtype: DtypeOption = None,
+    backtest: Backtest = None,
     start: Start = None,
     reading: dict[str, Any],
     client: Client,
@@ -534,7 +545,7 @@ def fields(
     """Run a task on each field of a file: one row per polygon, with its id and properties."""
     if out is not None and out != STANDARD_OUTPUT:
         _check_file(out)
-    options = {"horizon": horizon, "dtype": dtype, "start": start, **reading}
+    options = {"horizon": horizon, "dtype": dtype, "backtest": backtest, "start": start, **reading}
     with _bars() as bars:
         operation = operations.raster(
             task, files, fields=polygons, progress=bars.uploaded, job_progress=bars.computed,
@@ -696,6 +707,7 @@ def series(
     ] = None,
     model: ModelName = None,
     horizon: Horizon = None,
+    backtest: Backtest = None,
     start: Start = None,
     client: Client,
 ) -> None:
@@ -705,7 +717,9 @@ def series(
     if horizon is not None and task != "forecast":
         raise UsageError(f"--horizon is an option of forecast, not of {task}: leave it out")
     given = [Series(id=s.id, dates=s.dates, **s.bands) for s in series_of_file(file)]
-    options = {"horizon": horizon} if task == "forecast" else {}
+    if backtest is not None and task != "forecast":
+        raise UsageError(f"--backtest is an option of forecast, not of {task}: leave it out")
+    options = {"horizon": horizon, "backtest": backtest} if task == "forecast" else {}
     found = client.run(operations.series(task, given, dict, model=model, start=start, **options))
     _print_warnings(found)
     _write_records(found, out)

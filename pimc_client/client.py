@@ -229,6 +229,7 @@ class Client:
         files: Files,
         *,
         horizon: int | None = None,
+        backtest: bool | None = None,
         outputs: QuantileOutputs | None = None,
         points: None = None,
         fields: None = None,
@@ -241,6 +242,7 @@ class Client:
         files: Files,
         *,
         horizon: int | None = None,
+        backtest: bool | None = None,
         outputs: QuantileOutputs | None = None,
         points: None = None,
         fields: None = None,
@@ -253,6 +255,7 @@ class Client:
         files: Files,
         *,
         horizon: int | None = None,
+        backtest: bool | None = None,
         outputs: QuantileOutputs | None = None,
         points: Points,
         fields: None = None,
@@ -265,6 +268,7 @@ class Client:
         files: Files,
         *,
         horizon: int | None = None,
+        backtest: bool | None = None,
         outputs: QuantileOutputs | None = None,
         points: None = None,
         fields: Fields,
@@ -276,6 +280,7 @@ class Client:
         files: Files,
         *,
         horizon: int | None = None,
+        backtest: bool | None = None,
         outputs: QuantileOutputs | None = None,
         points: Points | None = None,
         fields: Fields | None = None,
@@ -287,6 +292,9 @@ class Client:
         Args:
             files: the GeoTIFF stack, as for `classify_pixels`.
             horizon: number of steps ahead; the model's maximum if left out.
+            backtest: True forecasts from earlier dates of the same stack as well, reports the
+                errors and corrects the forecast by them; False does not. If left out, rasters and
+                fields with enough history are backtested.
             outputs: any of `q10`, `q50` (the default) and `q90`.
             points: return results only for these pixels, as for `classify_pixels`.
             fields: return one result for each polygon, as for `classify_pixels`.
@@ -302,6 +310,7 @@ class Client:
                 "forecast",
                 files,
                 horizon=horizon,
+                backtest=backtest,
                 outputs=outputs,
                 points=points,
                 fields=fields,
@@ -611,6 +620,7 @@ class Client:
         series: Iterable[Series],
         *,
         horizon: int | None = None,
+        backtest: bool | None = None,
         model: str | None = None,
         start: Date | None = None,
     ) -> Results[Forecast]:
@@ -619,11 +629,15 @@ class Client:
         Args:
             series: pixels or fields through time.
             horizon: number of steps ahead; the model's maximum if left out.
+            backtest: True forecasts from earlier dates of the series as well, and corrects the
+                forecasts by the errors.
             model: `name` or `name@version`; if left out, the default of `forecast`.
             start: first day of the model's time window; the rule on the card if left out.
         """
         return self.run(
-            operations.forecast_series(series, horizon=horizon, model=model, start=start)
+            operations.forecast_series(
+                series, horizon=horizon, backtest=backtest, model=model, start=start
+            )
         )
 
     def embed_series(

@@ -184,6 +184,8 @@ class JobOptions(ClassOptions, total=False):
 
     horizon: int
     """Forecast: number of steps ahead."""
+    backtest: bool
+    """Forecast: test and correct it on earlier dates of the same stack."""
     stride: int
     """Patches: pixels between one patch and the next."""
     modality: Modality

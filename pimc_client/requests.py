@@ -131,6 +131,7 @@ def build_raster(
     fields: Fields | None = None,
     answer: AnswerKind = "raster",
     horizon: int | None = None,
+    backtest: bool | None = None,
     stride: int | None = None,
     modality: Modality | None = None,
     dtype: EmbeddingType | None = None,
@@ -175,6 +176,7 @@ def build_raster(
         points=points,
         outputs=outputs,
         horizon=horizon,
+        backtest=backtest,
         stride=stride,
         modality=modality,
         dtype=dtype,
@@ -362,6 +364,7 @@ def build_series(
     model: str | None = None,
     start: Date | None = None,
     horizon: int | None = None,
+    backtest: bool | None = None,
 ) -> Request:
     """A series request: pixels or fields without a raster.
 
@@ -378,6 +381,7 @@ def build_series(
         "model": model,
         "start": None if start is None else iso(start, "start"),
         "horizon": horizon,
+        "backtest": backtest,
     }
     given = {name: value for name, value in options.items() if value is not None}
     return Request(method="POST", path=task, body=json_body({"series": listed, **given}))

@@ -216,6 +216,14 @@ _Horizon = Annotated[
         description="number of steps to forecast, 1 to the card's maximum; default: the maximum",
     ),
 ]
+_Backtest = Annotated[
+    bool | None,
+    Field(
+        description="true: forecast from earlier dates of the same input as well, report the "
+        "errors, and correct the forecast by them; false: do not; else rasters and fields with "
+        "enough history are backtested, points and series are not"
+    ),
+]
 _Stride = Annotated[
     int | None,
     Field(
@@ -579,7 +587,8 @@ class RasterForm(StackForm):
                 for feature in self.points.features
             )
         of_some_tasks = (
-            "modality", "start", "outputs", "horizon", "stride", "smooth", "min_area", "dtype",
+            "modality", "start", "outputs", "horizon", "backtest", "stride", "smooth",
+            "min_area", "dtype",
         )  # fmt: skip
         return RasterRequest(
             task=cast(Task, task),
@@ -623,6 +632,7 @@ class ForecastForm(RasterForm):
     start: _Start = None
     outputs: Annotated[tuple[QuantileOutput, ...], _AtLeastOne, _SplitOnce] = ("q50",)
     horizon: _Horizon = None
+    backtest: _Backtest = None
 
 
 class LandcoverForm(RasterForm):
@@ -1091,6 +1101,7 @@ class SeriesBody(_Strict):
             horizon=getattr(self, "horizon", None),
             subscriber=_called(self.subscriber),
             attribution="attribution" in getattr(self, "outputs", ()),
+            backtest=getattr(self, "backtest", None),
         )
 
 
@@ -1111,6 +1122,7 @@ class ForecastSeries(SeriesBody):
     """JSON body of `POST /forecast` with series."""
 
     horizon: _Horizon = None
+    backtest: _Backtest = None
 
 
 class EmbedSeries(SeriesBody):

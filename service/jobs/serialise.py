@@ -47,6 +47,7 @@ def request_document(
         ]
         rest = {"model": model, "start": _iso(request.start), "horizon": request.horizon}
         rest["attribution"] = request.attribution
+        rest["backtest"] = request.backtest
         whole = {"series": series, **rest}
         return {"task": request.task, "series": whole, **_subscriber_document(request)}
     files = [_file(file, folder) for file in request.files]
@@ -59,6 +60,7 @@ def request_document(
         "start": _iso(request.start),
         "outputs": request.outputs,
         "horizon": request.horizon,
+        "backtest": request.backtest,
         "stride": request.stride,
         "smooth": request.smooth,
         "min_area": request.min_area,
@@ -106,6 +108,7 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
             horizon=body.get("horizon"),
             subscriber=subscriber,
             attribution=bool(body.get("attribution")),
+            backtest=body.get("backtest", False),  # of a release before backtests
         )
     fields = document["fields"]
     plain = RasterRequest(
@@ -129,6 +132,7 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
         start=_date(fields.get("start")),
         outputs=_tuple(fields.get("outputs")),
         horizon=fields.get("horizon"),
+        backtest=fields.get("backtest", False),  # as above
         stride=fields.get("stride"),
         smooth=fields.get("smooth"),
         min_area=fields.get("min_area"),

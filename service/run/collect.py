@@ -280,6 +280,7 @@ class Sink:
                 )
                 write_item(item, self._work.folder)
         self._work.progress.finish()
+        run = self._work.run
         total = self._grid.width * self._grid.height
         warnings = run_warnings(self._work.run)
         if self._valid == 0:
@@ -289,6 +290,7 @@ class Sink:
             "pixels": total,
             "valid_share": self._valid / total,
             **self._tally.summary(),
+            **({"backtest": run.backtested.record} if run.backtested else {}),
             "warnings": [{"code": w.code, "detail": w.detail} for w in warnings],
         }
         return Outcome(
@@ -307,6 +309,7 @@ def _provenance(run: RasterRun) -> Provenance:
         forecast_dates=predictions.dates if isinstance(predictions, ForecastPredictions) else (),
         sources=stack.files,
         provider=run.model.provider,
+        backtest=run.backtested.record if run.backtested else None,
         parameters={
             "start": run.time_window.start.isoformat() if run.time_window else None,
             "mask": stack.mask,
@@ -328,6 +331,7 @@ def run_warnings(run: RasterRun) -> tuple[StackWarning, ...]:
         *partial_season(card, dates, run.time_window),
         *_resolution(run),
         *_coverage(run),
+        *(run.backtested.warnings if run.backtested else ()),
     )
 
 

@@ -17,13 +17,14 @@ from models.card import Task
 from service.errors import StackWarning
 from service.read.geotiff import BlockCache
 from service.read.vectors import Fields
+from service.run.backtest import Backtested, no_backtest
 from service.run.collect import Outcome
 from service.run.executors import Executor, Timing
 from service.run.fields import FieldOutcome, run_fields
 from service.run.memory import MemoryBudget
 from service.run.plan import Plan, RasterRun, dates_summary, unique
 from service.run.points import run_points
-from service.run.raster import make_work, run_raster
+from service.run.raster import backtest_sample, make_work, run_raster
 from service.run.request import PointQuery, RasterRequest, Runnable, SimilarRequest
 from service.run.series import SeriesRun, run_series
 from service.run.similar import run_similar
@@ -82,7 +83,7 @@ def execute(
     """
     request, run = plan.request, plan.run
     if isinstance(run, SeriesRun):
-        return _series(request.task, run, cancelled)
+        return _as_asked(plan, _series(request.task, run, cancelled))
     if plan.need is None:
         raise TypeError("the plan of a raster states the memory that it needs")
     budget = budget or MemoryBudget()
@@ -91,6 +92,7 @@ def execute(
         if points is not None:
             result = _points(request.task, run, points, cancelled=cancelled, cache=cache)
         else:
+            run = backtest_sample(run, cancelled=cancelled, cache=cache)
             work = make_work(
                 run,
                 folder,
@@ -107,6 +109,7 @@ def execute(
                 result = _fields(request.task, run, plan.fields, run_fields(work, plan.fields))
             else:
                 result = _raster(request.task, run, run_raster(work))
+    result = _as_asked(plan, result)
     document = result.document
     if isinstance(request, RasterRequest) and request.items:
         document = {**document, "sources": [dict(item) for item in _used(request.items, run)]}
@@ -159,6 +162,7 @@ def _points(
             "features": features,
             "model": run.model.card.id,
             "provider": run.model.provider,
+            **_backtest(outcome.backtested),
             "warnings": listed(warnings),
         },
         pixels=len(features),
@@ -181,6 +185,7 @@ def _fields(task: Task, run: RasterRun, fields: Fields, outcome: FieldOutcome) -
             "model": run.model.card.id,
             "provider": run.model.provider,
             **dates_summary(run),
+            **_backtest(outcome.backtested),
             "warnings": listed(warnings),
         },
         pixels=outcome.pixels,
@@ -200,12 +205,27 @@ def _series(task: Task, run: SeriesRun, cancelled: threading.Event) -> Result:
             "model": model.card.id,
             "provider": model.provider,
             "results": list(outcome.results),
+            **_backtest(outcome.backtested),
             "warnings": listed(warnings),
         },
         pixels=len(outcome.results),
         timing=outcome.timing,
         warnings=warnings,
     )
+
+
+def _as_asked(plan: Plan, result: Result) -> Result:
+    """The result, with a warning if it was to be backtested and no earlier target was clear."""
+    codes = {warning.code for warning in result.warnings}
+    if not plan.request.backtest or "backtest" in result.document or "no_backtest" in codes:
+        return result
+    warnings = (*result.warnings, no_backtest(plan.model.card))
+    document = {**result.document, "warnings": listed(warnings)}
+    return replace(result, document=document, warnings=warnings)
+
+
+def _backtest(found: Backtested | None) -> dict[str, Any]:
+    return {} if found is None else {"backtest": found.record}
 
 
 def listed(warnings: Iterable[StackWarning]) -> list[dict[str, str]]:

@@ -30,6 +30,7 @@ from service.read.reader import StackReader
 from service.read.stack import Sits
 from service.read.vectors import Fields
 from service.run import windows as windowing
+from service.run.backtest import Backtested, History, predict_from_history
 from service.run.collect import WindowPredictions, Work, none_predicted, run_warnings
 from service.run.executors import Timing, check
 from service.run.pixels import ClearPixels, PixelStages, model_time
@@ -58,6 +59,7 @@ class FieldOutcome:
     timing: Timing
     """Seconds of each stage."""
     warnings: tuple[StackWarning, ...]
+    backtested: Backtested | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +289,7 @@ def _pass_over(work: Work, fields: Fields, kind: type[_Kind], *, share: float) -
         windows(grid, run.stack.block, run.pixel_bytes + run.prediction_bytes, work.window_bytes)
     )
     buffers = BufferPool()
-    with buffers, StackReader(run.stack, run.used, cache=work.cache, buffers=buffers) as reader:
+    with buffers, StackReader(run.stack, run.read, cache=work.cache, buffers=buffers) as reader:
         stages = PixelStages(run, reader, buffers, work.cancelled)
         sums = kind(run, on_grid, len(fields), stages)
         timing = work.each(
@@ -328,7 +330,13 @@ def run_fields(work: Work, fields: Fields) -> FieldOutcome:
         results=tuple(results),
         pixels=sum(int(part.width * part.height) for part in passed.parts),
         timing=passed.timing + Timing(infer=time.perf_counter() - begun),
-        warnings=(*run_warnings(run), *missing, *fields.warnings),
+        warnings=(
+            *run_warnings(run),
+            *(passed.sums.backtested.warnings if passed.sums.backtested else ()),
+            *missing,
+            *fields.warnings,
+        ),
+        backtested=passed.sums.backtested,
     )
 
 
@@ -340,6 +348,9 @@ def _advance(work: Work, parts: Sequence[Window], share: float) -> Any:  # noqa:
 
 class _Sums:
     """Sums of each field that every kind of result needs: pixels, area and clear dates."""
+
+    backtested: Backtested | None = None
+    """Of forecasts, after `results`."""
 
     def __init__(self, run: RasterRun, grid: FieldGrid, count: int, stages: PixelStages) -> None:
         self._run = run
@@ -479,18 +490,21 @@ class _Series(_Sums):
         valid = clear > LEAST_CLEAR * self._total("pixels")[:, None]
         with np.errstate(invalid="ignore", divide="ignore"):
             values = (self._totals["values"] / clear[:, :, None]).astype(np.float32)
-        enough = np.flatnonzero(valid.sum(axis=1) >= run.model.card.min_observations)
-        predictions = np.full((self._count, *run.model.width), np.nan, np.float32)
         days, day_of_year = model_time(run)
-        for start in range(0, len(enough), run.model.chunk):
-            check(cancelled)
-            chunk = enough[start : start + run.model.chunk]
-            predictions[chunk] = run.model.pixels(values[chunk], valid[chunk], days, day_of_year)
+        predictions, self.backtested = predict_from_history(
+            run.model,
+            History(dates=tuple(run.stack.dates[t] for t in run.read), values=values, valid=valid),
+            used=len(run.used),
+            days=days,
+            day_of_year=day_of_year,
+            backtested=run.backtest == "places",
+            cancelled=cancelled,
+        )
         missing = np.isnan(predictions).reshape(self._count, -1)
         ok = np.asarray(~missing.any(axis=1))
         results = self._status(ok)
         for number in np.flatnonzero(ok).tolist():
-            seen = clear[number].sum() / self._total("pixels")[number]
+            seen = clear[number, -len(run.used) :].sum() / self._total("pixels")[number]
             results[number] |= {
                 **run.predictions.record(predictions[number]),
                 **self._extent(number, seen),

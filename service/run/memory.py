@@ -198,7 +198,7 @@ class ReadingRun(Protocol):
     @property
     def stack(self) -> Stack: ...  # noqa: D102
     @property
-    def used(self) -> tuple[int, ...]: ...  # noqa: D102
+    def read(self) -> tuple[int, ...]: ...  # noqa: D102
     @property
     def rasters(self) -> bool: ...  # noqa: D102
     @property
@@ -256,7 +256,7 @@ def raster_need(run: ReadingRun, window_bytes: int) -> Need:
         run: the run.
         window_bytes: memory of one window.
     """
-    files = footprint(run.stack, run.used)
+    files = footprint(run.stack, run.read)
     windows = _windows_bytes(
         run.stack,
         files,
@@ -264,12 +264,12 @@ def raster_need(run: ReadingRun, window_bytes: int) -> Need:
         predicted=run.prediction_bytes,
         window_bytes=window_bytes,
     )
-    arrays = max(windows, sample_bytes(run.stack, run.used), _finishing_bytes(run))
+    arrays = max(windows, sample_bytes(run.stack, run.read), _finishing_bytes(run))
     arrays += _whole_map_bytes(run)
     return Need(
         files=files,
         arrays=arrays,
-        what=f"windows of {len(run.used)} dates and {len(run.stack.bands_read)} bands",
+        what=f"windows of {len(run.read)} dates and {len(run.stack.bands_read)} bands",
         remedy="Send fewer dates",
     )
 
@@ -296,7 +296,7 @@ def points_need(run: ReadingRun, count: int) -> Need:
         run: the run.
         count: number of points.
     """
-    files = footprint(run.stack, run.used)
+    files = footprint(run.stack, run.read)
     side = run.model.card.patch or 1
     # Three copies of each pixel: as read, gathered, and as rows. Patches keep only the medians of
     # one chunk.
@@ -306,8 +306,8 @@ def points_need(run: ReadingRun, count: int) -> Need:
     arrays = cells + count * (point_bytes + 2 * run.prediction_bytes) + chunk
     return Need(
         files=files,
-        arrays=max(arrays, sample_bytes(run.stack, run.used)),
-        what=f"{count} points of {len(run.used)} dates",
+        arrays=max(arrays, sample_bytes(run.stack, run.read)),
+        what=f"{count} points of {len(run.read)} dates",
         remedy="Send fewer points at a time",
     )
 
@@ -359,6 +359,6 @@ def fields_need(run: ReadingRun, window_bytes: int, count: int) -> Need:
     return Need(
         files=raster.files,
         arrays=raster.arrays + count * field_bytes + COVERAGE_BYTES,
-        what=f"windows and sums of {count} polygons of {len(run.used)} dates",
+        what=f"windows and sums of {count} polygons of {len(run.read)} dates",
         remedy="Send fewer polygons at a time",
     )

@@ -64,7 +64,7 @@ def predict_windows(
     )
     buffers = BufferPool()
     # The reader is closed and its memory freed before the files are finished, which takes memory.
-    with buffers, StackReader(run.stack, run.used, cache=work.cache, buffers=buffers) as reader:
+    with buffers, StackReader(run.stack, run.read, cache=work.cache, buffers=buffers) as reader:
         stages = PixelStages(run, reader, buffers, work.cancelled)
         return work.each(
             stage,
@@ -107,6 +107,9 @@ class PixelStages:
         cancelled: threading.Event | None,
     ) -> None:
         self._model = run.model
+        self._backtested = run.backtested
+        self._dates = [run.stack.dates[t] for t in run.read]
+        self._used = len(run.used)
         self._days, self._day_of_year = model_time(run)
         self._attributed = run.attribution
         self._cancelled = cancelled
@@ -116,10 +119,10 @@ class PixelStages:
     def read(self, window: Window) -> ClearPixels:
         """The read stage: read a window and find the pixels that have enough clear dates."""
         sits = self._reader.read(window)
-        T = len(sits.valid)
+        T = self._used
         # Sums in the smallest type that can hold T: uint8 is six times as fast as uint32.
         kind = np.uint8 if T < 256 else np.uint32
-        seen = np.add.reduce(sits.valid.view(np.uint8), axis=0, dtype=kind)
+        seen = np.add.reduce(sits.valid[-T:].view(np.uint8), axis=0, dtype=kind)
         index = np.flatnonzero(seen >= self._model.card.min_observations)
         return ClearPixels(sits=sits, index=index, seen=seen)
 
@@ -139,17 +142,16 @@ class PixelStages:
             chunk_values, chunk_valid = _chosen(values, chunk), _chosen(valid, chunk)
             part = slice(start, start + len(chunk))
             time = self._days, self._day_of_year
-            predictions[part] = self._model.pixels(
-                chunk_values.transpose(2, 0, 1), chunk_valid.T, *time
-            )
+            seen = chunk_values[-self._used :].transpose(2, 0, 1), chunk_valid[-self._used :].T
+            found = self._model.pixels(*seen, *time)
+            if self._backtested is not None:
+                found = self._backtested.corrected(
+                    found, chunk_values.transpose(2, 0, 1), chunk_valid.T, self._dates, self._used
+                )
+            predictions[part] = found
             if attribution is not None:
                 attribution[part] = date_attribution(
-                    self._model,
-                    chunk_values.transpose(2, 0, 1),
-                    chunk_valid.T,
-                    *time,
-                    predictions[part],
-                    before_each=lambda: check(self._cancelled),
+                    self._model, *seen, *time, found, before_each=lambda: check(self._cancelled)
                 )
         self.give_back(clear.sits)
         return WindowPredictions(index=index, predictions=predictions, attribution=attribution)

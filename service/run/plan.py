@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +21,13 @@ from service.read.geotiff import BlockCache
 from service.read.radiometry import calibrate
 from service.read.stack import Stack, open_stack
 from service.read.vectors import Fields, read_fields
+from service.run.backtest import (
+    SAMPLED,
+    Backtested,
+    can_backtest,
+    dates_for_correction,
+    no_backtest,
+)
 from service.run.executors import Timing
 from service.run.memory import (
     MemoryBudget,
@@ -69,6 +77,10 @@ class RasterRun:
     """Rasters of a classification, or quantiles of a forecast; ignored for an embedding."""
     horizon: int | None = None
     """Number of steps of a forecast; None takes the card's maximum."""
+    backtest: Literal["no", "sample", "places"] = "no"
+    """Whether forecasts are backtested: on a sample of the raster, or on each of the places."""
+    backtested: Backtested | None = None
+    """The finished backtest, by which the predictions are corrected."""
     stride: int = 64
     """Pixels between patches, 1 to the patch's side."""
     smooth: int = 0
@@ -105,6 +117,25 @@ class RasterRun:
         return self.time_window.used if self.time_window else tuple(range(self.stack.observations))
 
     @property
+    def history(self) -> tuple[int, ...]:
+        """Positions of the observations up to the last one used: those of a backtest."""
+        return tuple(range(self.used[-1] + 1))
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """Positions of the observations that predictions are made from; those used are the last."""
+        if self.backtest == "no":
+            return self.used
+        if self.backtest == "places":
+            return self.history
+        return dates_for_correction(self.stack.dates, self.used)
+
+    @property
+    def sampled(self) -> tuple[int, ...]:
+        """Positions of all observations that are read, be it for a sample."""
+        return self.used if self.backtest == "no" else self.history
+
+    @property
     def predictions(self) -> Predictions:
         """The interpretation of the model's predictions.
 
@@ -134,7 +165,7 @@ class RasterRun:
     @property
     def pixel_bytes(self) -> int:
         """Bytes of one pixel of a window: float32 values and 1 byte of validity per date."""
-        return len(self.used) * (4 * len(self.stack.bands_read) + 1)
+        return len(self.read) * (4 * len(self.stack.bands_read) + 1)
 
     @property
     def prediction_bytes(self) -> int:
@@ -310,6 +341,7 @@ def plan_request(
             start=request.start,
             horizon=request.horizon,
             attribution=request.attribution,
+            backtest=bool(request.backtest),
         )
         return Plan(request=request, model=series.model, run=series, pixels=0, planning=Timing())
     if isinstance(request, SimilarRequest):
@@ -318,10 +350,12 @@ def plan_request(
         fields = None if request.fields is None else read_fields(request.fields, max_fields)
     model = engine.find(request.model, request.task, _modality(request), owner=owner)
     run = _plan_files(request, model, max_raster_bytes, places=fields, rasters=rasters)
+    run = _with_backtest(run, request, places=request.points is not None or fields is not None)
     need = _need(run, request, fields, budget.window_bytes)
     budget.check(need)  # before a job is accepted that can never run
-    with budget.take(sampling_need(run.stack, run.used), cancelled=cancelled, patience=patience):
-        calibrated = calibrate(run.stack, run.used, cache=cache)
+    every = run.sampled
+    with budget.take(sampling_need(run.stack, every), cancelled=cancelled, patience=patience):
+        calibrated = calibrate(run.stack, every, cache=cache)
     run = replace(run, stack=replace(calibrated, warnings=unique(calibrated.warnings)))
     return Plan(
         fields=fields,
@@ -370,6 +404,21 @@ def _plan_files(
     )
 
 
+def _with_backtest(run: RasterRun, request: RasterRequest, *, places: bool) -> RasterRun:
+    """The run with a backtest if it is wanted and the history is long enough."""
+    asked = request.backtest
+    if run.model.card.task != "forecast" or asked is False:
+        return run
+    if asked is None and request.points is not None:
+        return run
+    if can_backtest(run.model.card, [run.stack.dates[t] for t in run.history], asked=asked):
+        return replace(run, backtest="places" if places else "sample")
+    if asked is None:
+        return run
+    warnings = (*run.stack.warnings, no_backtest(run.model.card))
+    return replace(run, stack=replace(run.stack, warnings=warnings))
+
+
 def _need(run: RasterRun, request: RasterRequest, fields: Fields | None, window_bytes: int) -> Need:
     """The memory that a run takes."""
     if isinstance(request, SimilarRequest) and fields is not None:
@@ -383,7 +432,12 @@ def _need(run: RasterRun, request: RasterRequest, fields: Fields | None, window_
         return points_need(run, len(request.points))
     if fields is not None:
         return fields_need(run, window_bytes, len(fields))
-    return raster_need(run, window_bytes)
+    whole = raster_need(run, window_bytes)
+    if run.backtest == "no":
+        return whole
+    # The sample is read before the windows.
+    sample = points_need(replace(run, backtest="places"), SAMPLED)
+    return max(whole, sample, key=lambda need: need.total)
 
 
 def bands_of(request: RasterRequest, engine: Engine, owner: str = "") -> tuple[str, ...]:

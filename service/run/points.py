@@ -16,6 +16,7 @@ from service.infer.attribution import date_attribution
 from service.infer.patches import fill_gaps
 from service.read.geotiff import BlockCache
 from service.read.reader import StackReader
+from service.run.backtest import Backtested, History, predict_from_history
 from service.run.collect import Floats, none_predicted, run_warnings
 from service.run.executors import Timing, check
 from service.run.patches import clear_composite
@@ -33,6 +34,7 @@ class PointOutcome:
     status is ok."""
     timing: Timing
     warnings: tuple[StackWarning, ...]
+    backtested: Backtested | None = None
 
 
 def run_points(
@@ -59,9 +61,11 @@ def run_points(
     pixels = partial(predict_pixels, cancelled=cancelled)
     predict = pixels if run.model.card.modality == "pixel" else _predict_patches
     with StackReader(
-        run.stack, run.used, cache=cache, before_read=lambda: check(cancelled)
+        run.stack, run.read, cache=cache, before_read=lambda: check(cancelled)
     ) as reader:
-        predictions, attribution, timing = predict(run, reader, rows[inside], cols[inside])
+        predictions, attribution, backtested, timing = predict(
+            run, reader, rows[inside], cols[inside]
+        )
     results: list[dict[str, JSON]] = [{"status": "outside"} for _ in lonlat]
     dates = [run.stack.dates[t] for t in run.used] if run.stack.dates else []
     for n, (point, prediction) in enumerate(zip(np.flatnonzero(inside), predictions, strict=True)):
@@ -71,8 +75,14 @@ def run_points(
             record[ATTRIBUTION] = dated(dates, attribution[n])
         results[point] = {"status": "ok" if predicted else "no_data", **record}
     statuses = [result["status"] for result in results]
-    warnings = (*run_warnings(run), *none_predicted(run, statuses, "point", cache))
-    return PointOutcome(results=tuple(results), timing=timing, warnings=warnings)
+    warnings = (
+        *run_warnings(run),
+        *(backtested.warnings if backtested else ()),
+        *none_predicted(run, statuses, "point", cache),
+    )
+    return PointOutcome(
+        results=tuple(results), timing=timing, warnings=warnings, backtested=backtested
+    )
 
 
 def predict_pixels(
@@ -81,37 +91,59 @@ def predict_pixels(
     rows: NDArray[np.intp],
     cols: NDArray[np.intp],
     cancelled: threading.Event | None = None,
-) -> tuple[Floats, Floats | None, Timing]:
-    """Predictions (N, …) for pixels, NaN where a pixel has too few clear dates.
+) -> tuple[Floats, Floats | None, Backtested | None, Timing]:
+    """Predictions (N, …) float32 for pixels, with their attribution and their backtest.
 
-    Also the attribution of each date (N, T), None if it is not asked for.
+    Args:
+        run: the run.
+        reader: reads the run's stack.
+        rows: row of each pixel (N).
+        cols: column of each pixel (N).
+        cancelled: set it to cancel the run.
+
+    Returns:
+        The predictions, NaN for a pixel with too few clear dates; the attribution of each date
+        (N, T), None if it is not asked for; the backtest, None if the run has none; and the seconds
+        of each stage.
     """
     start = time.perf_counter()
     sits = reader.read_pixels(rows, cols)
     read = time.perf_counter()
     days, day_of_year = model_time(run)
-    predictions = np.full((len(rows), *run.model.width), np.nan, np.float32)
-    enough = sits.valid.sum(axis=0) >= run.model.card.min_observations
-    observed = (
-        sits.values[:, :, enough].transpose(2, 0, 1),
-        sits.valid[:, enough].T,
-        days,
-        day_of_year,
+    values, valid = sits.values.transpose(2, 0, 1), sits.valid.T
+    predictions, backtested = predict_from_history(
+        run.model,
+        History(
+            dates=tuple(run.stack.dates[t] for t in run.read) if run.stack.dates else (),
+            values=values,
+            valid=valid,
+        ),
+        used=len(run.used),
+        days=days,
+        day_of_year=day_of_year,
+        backtested=run.backtest == "places",
+        cancelled=cancelled,
     )
-    predictions[enough] = run.model.pixels(*observed)
     attribution = None
     if run.attribution:
+        enough = valid.sum(axis=1) >= run.model.card.min_observations
         attribution = np.full((len(rows), len(days)), np.nan, np.float32)
         attribution[enough] = date_attribution(
-            run.model, *observed, predictions[enough], before_each=lambda: check(cancelled)
+            run.model,
+            values[enough],
+            valid[enough],
+            days,
+            day_of_year,
+            predictions[enough],
+            before_each=lambda: check(cancelled),
         )
     timing = Timing(read=read - start, infer=time.perf_counter() - read)
-    return predictions, attribution, timing
+    return predictions, attribution, backtested, timing
 
 
 def _predict_patches(
     run: RasterRun, reader: StackReader, rows: NDArray[np.intp], cols: NDArray[np.intp]
-) -> tuple[Floats, None, Timing]:
+) -> tuple[Floats, None, None, Timing]:
     """Predictions (N, …) for the patches centred on pixels, NaN where one is not clear enough."""
     patches, grid = run.patches, run.stack.grid
     predictions = np.full((len(rows), *run.model.width), np.nan, np.float32)
@@ -129,4 +161,4 @@ def _predict_patches(
         clear, filled = fill_gaps(imagery)
         predictions[part][clear] = run.model.patches(filled)
         timing += Timing(read=read - start, infer=time.perf_counter() - read)
-    return predictions, None, timing
+    return predictions, None, None, timing

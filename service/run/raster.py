@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from service.read.geotiff import BlockCache
+from service.read.reader import StackReader
+from service.run.backtest import History, run_backtest, sample_pixels
 from service.run.collect import Outcome, Progress, Work
 from service.run.executors import Executor, ThreadExecutor, check
 from service.run.patches import run_patches
@@ -40,6 +43,34 @@ def run_raster(work: Work) -> Outcome:
     """
     pixels = work.run.model.card.modality == "pixel"
     return run_pixels(work) if pixels else run_patches(work)
+
+
+def backtest_sample(
+    run: RasterRun,
+    *,
+    cancelled: threading.Event | None = None,
+    cache: BlockCache | None = None,
+) -> RasterRun:
+    """The run with its backtest on a sample of the raster's pixels; unchanged if none is wanted.
+
+    Raises:
+        Cancelled: `cancelled` was set.
+        PIMCError: an error of the stack or the model.
+    """
+    if run.backtest != "sample":
+        return run
+    grid, history = run.stack.grid, run.history
+    rows, columns = sample_pixels(grid.height, grid.width)
+    with StackReader(
+        run.stack, history, cache=cache, before_read=lambda: check(cancelled)
+    ) as reader:
+        sits = reader.read_pixels(rows, columns)
+    sample = History(
+        dates=tuple(run.stack.dates[t] for t in history),
+        values=sits.values.transpose(2, 0, 1),
+        valid=sits.valid.T,
+    )
+    return replace(run, backtested=run_backtest(run.model, [sample], cancelled=cancelled))
 
 
 def make_work(

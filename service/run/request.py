@@ -71,6 +71,8 @@ class RasterRequest:
     """Rasters of a classification, quantiles of a forecast; None takes the task's default."""
     horizon: int | None = None
     """Steps ahead of a forecast; None takes the card's maximum."""
+    backtest: bool | None = None
+    """Whether forecasts are backtested; None backtests rasters and fields with enough history."""
     stride: int | None = None
     """Pixels between patches; None takes the patch's side."""
     smooth: int | None = None
@@ -163,6 +165,8 @@ class SeriesRequest:
     """Whom a job calls; None calls nobody."""
     attribution: bool = False
     """Whether the attribution of each date to a class is requested."""
+    backtest: bool | None = None
+    """Whether forecasts are backtested; None does not."""
 
     @property
     def operation(self) -> Runnable:

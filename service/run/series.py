@@ -28,6 +28,14 @@ from service.errors import (
 from service.infer.attribution import date_attribution
 from service.infer.model import LoadedModel
 from service.read.radiometry import PLAUSIBLE
+from service.run.backtest import (
+    Backtested,
+    History,
+    can_backtest,
+    no_backtest,
+    run_backtest,
+    sample_of,
+)
 from service.run.executors import Timing, check
 from service.run.request import SeriesInput
 from service.run.time_window import outside_time_window, partial_season, resolve_time_window
@@ -54,6 +62,7 @@ class SeriesOutcome:
     if the status is ok."""
     timing: Timing
     warnings: tuple[StackWarning, ...]
+    backtested: Backtested | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +78,8 @@ class _Series:
     """Days since the time window's first day (T), ascending, of the used dates."""
     values: Floats
     """Reflectance (T, C), unitless, 0 to 1; NaN in all bands of a date on which one is missing."""
+    history: History | None = None
+    """The series up to the last date used, those before the time window included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +95,8 @@ class SeriesRun:
     """Time spent on preparing the series."""
     attribution: bool = False
     """Whether the attribution of each date to a class is requested."""
+    backtest: bool = False
+    """Whether forecasts are backtested."""
 
 
 def plan_series(
@@ -93,6 +106,7 @@ def plan_series(
     start: date | None = None,
     horizon: int | None = None,
     attribution: bool = False,
+    backtest: bool = False,
 ) -> SeriesRun:
     """Check that each series fits the model.
 
@@ -102,6 +116,7 @@ def plan_series(
         start: first day of every series' time window; None applies the card's rule to each.
         horizon: number of steps of a forecast; None takes the card's maximum.
         attribution: whether the attribution of each date to a class is requested.
+        backtest: whether forecasts are backtested on the earlier dates of the series.
 
     Raises:
         InvalidRequest: a band has more or fewer values than dates, `series` is empty, or the model
@@ -125,11 +140,18 @@ def plan_series(
             prepared.append(_without_time_window(one))
     if len(too_short) == len(series):
         raise too_short[0]
+    possible = backtest and any(
+        can_backtest(model.card, one.history.dates, asked=True) for one in prepared if one.history
+    )
     return SeriesRun(
         model=model,
         series=tuple(prepared),
         interpretations=tuple(_interpretation(model.card, one, horizon) for one in prepared),
-        warnings=_gathered(warned),
+        warnings=(
+            *_gathered(warned),
+            *((no_backtest(model.card),) if backtest and not possible else ()),
+        ),
+        backtest=possible,
         seconds=time.perf_counter() - began,
         attribution=attribution,
     )
@@ -147,6 +169,7 @@ def run_series(run: SeriesRun, *, cancelled: threading.Event | None = None) -> S
     """
     began = time.perf_counter()
     predictions = predict_series(run, cancelled)
+    backtested = _backtest(run, predictions, cancelled) if run.backtest else None
     missing = () if any(p is not None for p in predictions) else (_all_missing(run.model.card),)
     results = tuple(map(_result, run.series, run.interpretations, predictions))
     if run.attribution:
@@ -156,8 +179,32 @@ def run_series(run: SeriesRun, *, cancelled: threading.Event | None = None) -> S
     return SeriesOutcome(
         results=results,
         timing=Timing(read=run.seconds, infer=time.perf_counter() - began),
-        warnings=(*run.warnings, *missing),
+        warnings=(*run.warnings, *(backtested.warnings if backtested else ()), *missing),
+        backtested=backtested,
     )
+
+
+def _backtest(
+    run: SeriesRun, answers: list[Floats | None], cancelled: threading.Event | None
+) -> Backtested | None:
+    """Backtest some of the series, and correct the answers in place."""
+    there = [
+        (n, one.history, answer)
+        for n, (one, answer) in enumerate(zip(run.series, answers, strict=True))
+        if one.history is not None and answer is not None
+    ]
+    chosen = sample_of(np.arange(len(there)))
+    found = run_backtest(run.model, [there[n][1] for n in chosen], cancelled=cancelled)
+    if found is not None:
+        for n, history, answer in there:
+            answers[n] = found.corrected(
+                answer[None],
+                history.values,
+                history.valid,
+                history.dates,
+                len(run.series[n].days),
+            )[0]
+    return found
 
 
 def _all_missing(card: ModelCard) -> StackWarning:
@@ -194,7 +241,18 @@ def _prepare(
         dates=tuple(dates[t] for t in time_window.used),
         days=np.asarray(time_window.days(dates), np.int64),
         values=values[list(time_window.used)],
+        history=_history(card, dates, values, time_window),
     )
+
+
+def _history(
+    card: ModelCard, dates: Sequence[date], values: Floats, window: ResolvedTimeWindow
+) -> History | None:
+    if card.task != "forecast" or not window.used:
+        return None
+    end = window.used[-1] + 1
+    valid = ~np.isnan(values[:end, 0])
+    return History(dates=tuple(dates[:end]), values=values[None, :end], valid=valid[None])
 
 
 def _without_time_window(series: SeriesInput) -> _Series:

@@ -153,7 +153,7 @@ def _points(work: Work, shapes: NDArray[np.object_]) -> tuple[Floats, NDArray[np
     with StackReader(
         run.stack, run.used, cache=work.cache, before_read=lambda: check(work.cancelled)
     ) as reader:
-        embeddings[inside], _, timing = predict_pixels(run, reader, row, column)
+        embeddings[inside], _, _, timing = predict_pixels(run, reader, row, column)
     there = ~np.isnan(embeddings).any(axis=1)
     statuses = np.where(there, "ok", np.where(inside, "no_data", "outside")).astype(np.object_)
     return embeddings, statuses, timing

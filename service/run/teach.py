@@ -270,7 +270,7 @@ class _Teaching:
             with StackReader(
                 run.stack, run.used, cache=self.cache, before_read=partial(check, self.cancelled)
             ) as reader:
-                predicted, _, _ = predict_pixels(run, reader, rows, cols)
+                predicted, _, _, _ = predict_pixels(run, reader, rows, cols)
         warnings += run.stack.warnings
         samples = _Samples(
             features=predicted, labels=which, xy=np.stack([cols, rows], axis=1).astype(np.float64)

@@ -74,6 +74,8 @@ class Provenance:
     """The execution provider of the run."""
     parameters: Mapping[str, JSON]
     """Parameters of the request that change the result, such as `stride`."""
+    backtest: Mapping[str, JSON] | None = None
+    """Of a forecast that was backtested; None otherwise."""
 
 
 def result_item(
@@ -117,6 +119,7 @@ def result_item(
         "pimc:dates_used": [day.isoformat() for day in made.dates],
         "pimc:sources": list(made.sources),
         "pimc:parameters": dict(made.parameters),
+        **({"pimc:backtest": dict(made.backtest)} if made.backtest else {}),
         **_model_properties(card),
     }
     if any(layer.legend for layer in layers):

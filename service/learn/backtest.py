@@ -1,0 +1,393 @@
+"""Backtests: earlier forecasts of a stack compared with what came, and what follows for the next.
+
+    hindcasts ──▶ weights of persistence and last year's date, by step ──▶ corrected medians
+              └─▶ conformal scores of these, by step ──▶ factor on the band's half widths
+
+Every hindcast has a weight: hindcasts from the same season count most, because errors in spring
+say little about autumn. Weights and factors are shrunk towards the model's own (towards a small
+fixed share for the weights) by the evidence, counted in independent blocks of 30 days, because
+pixels of one date err together.
+
+The factor is the conformal quantile of scaled scores: conformalised quantile regression (Romano,
+Patterson and Candès 2019, arXiv 1905.03222) with scores in units of the predicted half width
+(CQR-m of Sesia and Candès 2020, doi:10.1002/sta4.261), weighted by season (Barber et al. 2023,
+arXiv 2202.13415). Scores are of hindcasts whose own season block was left out when the weights were
+fitted (cross-conformal, Barber et al. 2021, arXiv 1905.02928), so the fit does not flatter them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+Bools = NDArray[np.bool_]
+
+BLOCK_DAYS = 30
+"""Days of hindcasts that count as one independent piece of evidence."""
+FACTORS = (0.5, 4.0)
+"""Least and largest factor on the band's half widths."""
+_YEAR = 365.25
+_SEASON_DAYS = 30.0
+"""Standard deviation of the season weight, in days of the year."""
+_OTHER_SEASON = 0.1
+"""Weight of a hindcast from the opposite season in the band's factor."""
+_OTHER_SEASON_BLEND = 0.03
+"""The same in the weights: which forecast is best differs more by season than the error's size."""
+_STEPS_ALIKE = 1.5
+"""Standard deviation, in steps, of the kernel that pools neighbouring steps."""
+_PRIOR = 1.0
+"""Blocks of evidence that the shrinkage counts for."""
+_PRIOR_SHARES = (0.1, 0.2)
+"""Shares of persistence and last year's date without evidence; between stacks, small shares of both
+lower the error more often than not (docs/results.md)."""
+_PRIOR_SHARE_ALONE = 0.1
+"""Share of persistence where last year's date is unknown."""
+_PER_BLOCK = 3.0
+"""Independent scores per block in the finite-sample level of the conformal quantile."""
+_NARROWEST = 1e-3
+"""Least half width of a band in scores, index units."""
+_HELD_OUT_DAYS = 100
+"""Hindcasts from at most this many days around are left out together: their targets overlap."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hindcasts:
+    """Forecasts from earlier dates, and what came."""
+
+    quantiles: Floats
+    """The model's quantiles (R, H, S, Q), index units; NaN without a prediction."""
+    target: Floats
+    """What came (R, H, S), index units; NaN where it is unknown."""
+    persistence: Floats
+    """The last clear value before (R, S)."""
+    last_year: Floats
+    """The value a year before each step (R, H, S); NaN where there is none."""
+    age: NDArray[np.int64]
+    """Days from the date forecast from to the last date of its series (R)."""
+    month: NDArray[np.int64]
+    """Month of the date forecast from (R), 1 to 12."""
+    weight: Floats
+    """Weight (R): all hindcasts of one block of 30 days sum to at most 1."""
+
+    def __len__(self) -> int:
+        return len(self.age)
+
+    @property
+    def known(self) -> Bools:
+        """Whether forecast, persistence and target are known (R, H)."""
+        middle = self.quantiles.shape[-1] // 2
+        # A sum over the indices is finite only if each of them is.
+        total = self.target.sum(axis=-1) + self.quantiles[..., middle].sum(axis=-1)
+        return np.asarray(np.isfinite(total + self.persistence.sum(axis=-1)[:, None]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What a backtest changes in a forecast, by step."""
+
+    shares: Floats
+    """Shares of persistence and of last year's date in the median where both are known (H, 2)."""
+    share_alone: Floats
+    """Share of persistence where last year's date is unknown (H)."""
+    factor: Floats
+    """Factor on the half widths of the band (H)."""
+
+    def apply(self, quantiles: Floats, persistence: Floats, last_year: Floats) -> Floats:
+        """Corrected quantiles (N, H, S, Q); unchanged where persistence is unknown.
+
+        Args:
+            quantiles: the model's (N, H, S, Q), index units.
+            persistence: the last clear value (N, S).
+            last_year: the value a year before each step (N, H, S), NaN where there is none.
+        """
+        middle = quantiles.shape[-1] // 2
+        median = quantiles[..., middle]
+        blended = _blend(median, persistence, last_year, self.shares, self.share_alone)
+        spread = (quantiles - median[..., None]) * self.factor[:, None, None]
+        return np.asarray(blended[..., None] + spread, quantiles.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """Errors on some of the hindcasts; RMSE is the mean of those of the indices."""
+
+    n: int
+    """Pixel-dates with a known target."""
+    rmse: dict[str, float]
+    """Of `forecast` (corrected), `model` (as it came) and `persistence`."""
+    coverage: float
+    """Share of the targets inside the corrected band."""
+    coverage_model: float
+    """Share inside the model's band."""
+    n_last_year: int
+    """Pixel-dates of which last year's date is known too."""
+    rmse_where_last_year: dict[str, float]
+    """On these, of `forecast`, `model`, `persistence` and `last_year`; empty if there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backtest:
+    """Outcome of a backtest."""
+
+    correction: Correction
+    overall: Errors
+    """Weighted by season, as the correction is."""
+    steps: tuple[Errors | None, ...]
+    """By step (H), weighted by season; None where no target is known."""
+    months: dict[int, Errors]
+    """By month of the date forecast from, not weighted."""
+
+
+def backtest(found: Hindcasts) -> Backtest:
+    """Fit a correction to hindcasts, and score it.
+
+    Args:
+        found: hindcasts, at least one with a known target.
+    """
+    known = found.known
+    distance = np.abs((found.age + _YEAR / 2) % _YEAR - _YEAR / 2)
+    season = np.exp(-0.5 * np.square(distance / _SEASON_DAYS))
+    blend_weight = found.weight * (_OTHER_SEASON_BLEND + (1 - _OTHER_SEASON_BLEND) * season)
+    band_weight = found.weight * (_OTHER_SEASON + (1 - _OTHER_SEASON) * season)
+    shares, alone = _fit(found, known * blend_weight[:, None])
+    median = _cross_fitted(found, known * blend_weight[:, None])
+    scores = _scores(found, median)
+    weights = known * band_weight[:, None]
+    factor = _factors(scores, weights)
+    correction = Correction(shares=shares, share_alone=alone, factor=factor)
+    # Judged as the scores are: by the median of a fit without the hindcast's own block.
+    inside = scores <= factor[:, None]
+    own = scores_of_model(found)
+    judge = _Judge(found, median, inside, own <= 1.0)
+    steps = np.arange(weights.shape[1])
+    return Backtest(
+        correction=correction,
+        overall=judge.errors(weights),
+        steps=tuple(
+            judge.errors(only) if (only := weights * (steps == h)).any() else None for h in steps
+        ),
+        months={
+            int(m): judge.errors(only)
+            for m in np.unique(found.month)
+            if (only := known * (found.month == m)[:, None] * 1.0).any()
+        },
+    )
+
+
+def scores_of_model(found: Hindcasts) -> Floats:
+    """Scores (R, H, S) of the model's own forecasts: at most 1 inside its band."""
+    return _scores(found, found.quantiles[..., found.quantiles.shape[-1] // 2])
+
+
+def _scores(found: Hindcasts, median: Floats) -> Floats:
+    """Distance of the targets from a median (R, H, S), in half widths of the model's band."""
+    own = found.quantiles[..., found.quantiles.shape[-1] // 2]
+    below = np.maximum(own - found.quantiles[..., 0], _NARROWEST)
+    above = np.maximum(found.quantiles[..., -1] - own, _NARROWEST)
+    return np.asarray(np.maximum((median - found.target) / below, (found.target - median) / above))
+
+
+def _factors(scores: Floats, weights: Floats) -> Floats:
+    """The conformal factor of each step (H), shrunk towards 1.
+
+    Args:
+        scores: (R, H, S).
+        weights: of the hindcasts (R, H), 0 where the target is unknown.
+    """
+    horizon = weights.shape[1]
+    kernel = _alike(horizon)
+    factors = np.ones(horizon)
+    for h in range(horizon):
+        weight = weights * kernel[h]
+        evidence = weight.sum()
+        if evidence <= 0:
+            continue
+        level = min(1.0, 0.8 * (1 + 1 / (_PER_BLOCK * max(evidence, 1.0))))
+        there = weight > 0
+        found = weighted_quantile(
+            scores[there].ravel(), np.repeat(weight[there], scores.shape[-1]), level
+        )
+        trust = evidence / (evidence + _PRIOR)
+        factors[h] = np.clip(found, *FACTORS) ** trust
+    return factors
+
+
+def weighted_quantile(values: Floats, weights: Floats, level: float) -> float:
+    """The least value that a share `level` of the weight does not exceed."""
+    order = np.argsort(values, kind="stable")
+    total = np.cumsum(weights[order])
+    at = np.searchsorted(total, level * total[-1] * (1 - 1e-12))
+    return float(values[order][min(int(at), len(values) - 1)])
+
+
+def _alike(horizon: int) -> Floats:
+    """Kernel that pools neighbouring steps (H, H), 1 on the diagonal."""
+    steps = np.arange(horizon)
+    kernel = np.exp(-0.5 * np.square((steps[:, None] - steps) / _STEPS_ALIKE))
+    kernel[kernel < 0.05] = 0.0
+    return np.asarray(kernel)
+
+
+def _blend(
+    median: Floats, persistence: Floats, last_year: Floats, shares: Floats, alone: Floats
+) -> Floats:
+    """Medians (…, N, H, S) with shares of persistence and last year's date, by step.
+
+    `shares` is (…, H, 2), `alone` (…, H); leading axes as those of the hindcasts' own fits.
+    """
+    to_last = np.nan_to_num(persistence[:, None] - median)
+    to_year = last_year - median
+    both = np.isfinite(to_year).all(axis=-1, keepdims=True)
+    with_year = shares[..., 0, None] * to_last + shares[..., 1, None] * np.nan_to_num(to_year)
+    return np.asarray(median + np.where(both, with_year, alone[..., None] * to_last))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """Second moments by block of hindcasts and step, of which weights are fitted."""
+
+    gram: Floats
+    """Products of the differences to the median (B, H, 2, 2); the first row alone in `alone`."""
+    cross: Floats
+    """Products with the error of the median (B, H, 2)."""
+    evidence: Floats
+    """(B, H)."""
+
+
+def _sums(found: Hindcasts, weights: Floats, block: NDArray[np.int64], *, years: bool) -> _Sums:
+    median = found.quantiles[..., found.quantiles.shape[-1] // 2]
+    error = np.nan_to_num(found.target - median)
+    differences = [found.persistence[:, None] - median]
+    if years:
+        weights = weights * np.isfinite(found.last_year).all(axis=-1)
+        differences.append(found.last_year - median)
+    x = np.nan_to_num(np.stack(differences, axis=-1))
+    gram = np.einsum("rh,rhsc,rhsd->rhcd", weights, x, x)
+    cross = np.einsum("rh,rhsc,rhs->rhc", weights, x, error)
+    count = int(block.max()) + 1
+    sums = []
+    for parts in (gram, cross, weights):
+        total = np.zeros((count, *parts.shape[1:]))
+        np.add.at(total, block, parts)
+        sums.append(total)
+    return _Sums(gram=sums[0], cross=sums[1], evidence=sums[2])
+
+
+def _fit(found: Hindcasts, weights: Floats) -> tuple[Floats, Floats]:
+    """Shares with last year's date (H, 2) and without (H), from all hindcasts."""
+    block = np.zeros(len(found), np.int64)
+    with_year = _solve(_sums(found, weights, block, years=True), _PRIOR_SHARES)
+    alone = _solve(_sums(found, weights, block, years=False), (_PRIOR_SHARE_ALONE,))
+    return with_year[0], alone[0, :, 0]
+
+
+def _cross_fitted(found: Hindcasts, weights: Floats) -> Floats:
+    """Blended medians (R, H, S), each with shares fitted without its own block and those around."""
+    block = found.age // BLOCK_DAYS
+    numbers, block = np.unique(block, return_inverse=True)
+    near = np.abs(numbers[:, None] - numbers) * BLOCK_DAYS <= _HELD_OUT_DAYS
+    fitted = []
+    for years, prior in ((True, _PRIOR_SHARES), (False, (_PRIOR_SHARE_ALONE,))):
+        sums = _sums(found, weights, block, years=years)
+        apart = (~near).astype(np.float64)
+        left = _Sums(
+            gram=np.einsum("ab,b...->a...", apart, sums.gram),
+            cross=np.einsum("ab,b...->a...", apart, sums.cross),
+            evidence=apart @ sums.evidence,
+        )
+        fitted.append(_solve(left, prior)[block])
+    median = found.quantiles[..., found.quantiles.shape[-1] // 2]
+    return _blend(median, found.persistence, found.last_year, fitted[0], fitted[1][..., 0])
+
+
+def _solve(sums: _Sums, prior: tuple[float, ...]) -> Floats:
+    """Shares (B, H, C), not negative, of sum at most 1, shrunk towards a prior.
+
+    The penalty is that of `_PRIOR` blocks in which the prior's shares were the best, in the units
+    of the data: the mean squared difference of each forecast to the median.
+    """
+    kernel = _alike(sums.gram.shape[1])
+    gram = np.einsum("hg,bg...->bh...", kernel, sums.gram)
+    cross = np.einsum("hg,bg...->bh...", kernel, sums.cross)
+    evidence = np.einsum("hg,bg->bh", kernel, sums.evidence)
+    shares = np.broadcast_to(np.asarray(prior), cross.shape).copy()
+    for place in np.ndindex(*evidence.shape):
+        if evidence[place] > 0:
+            ridge = np.diagonal(gram[place]) * _PRIOR / evidence[place]
+            shares[place] = bounded_least_squares(
+                gram[place] + np.diag(ridge), cross[place] + ridge * np.asarray(prior)
+            )
+    return shares
+
+
+def bounded_least_squares(gram: Floats, cross: Floats) -> Floats:
+    """The minimum of t'Gt - 2c't over t >= 0 with sum(t) <= 1, for one or two shares.
+
+    Found by the candidates on each face of the triangle.
+
+    Args:
+        gram: G (C, C), positive semidefinite.
+        cross: c (C).
+    """
+    tiny = 1e-12
+    if len(cross) == 1:
+        return np.asarray(np.clip(cross / (gram[0] + tiny), 0.0, 1.0))
+    (a, b), (_, d) = gram
+    candidates = [
+        np.array([np.clip(cross[0] / (a + tiny), 0.0, 1.0), 0.0]),
+        np.array([0.0, np.clip(cross[1] / (d + tiny), 0.0, 1.0)]),
+    ]
+    # On the edge where both sum to 1.
+    along = np.clip((cross[0] - cross[1] + d - b) / (a + d - 2 * b + tiny), 0.0, 1.0)
+    candidates.append(np.array([along, 1.0 - along]))
+    determinant = a * d - b * b
+    if determinant > tiny * max(a * d, tiny):
+        inside = np.array([d * cross[0] - b * cross[1], a * cross[1] - b * cross[0]]) / determinant
+        if (inside >= 0).all() and inside.sum() <= 1:
+            candidates.append(inside)
+    return min(candidates, key=lambda t: float(t @ gram @ t - 2 * cross @ t))
+
+
+class _Judge:
+    """Scores hindcasts under weights."""
+
+    def __init__(
+        self, found: Hindcasts, median: Floats, inside: Bools, inside_model: Bools
+    ) -> None:
+        target = found.target
+        self._squared = {
+            "forecast": np.square(median - target),
+            "model": np.square(found.quantiles[..., found.quantiles.shape[-1] // 2] - target),
+            "persistence": np.square(found.persistence[:, None] - target),
+            "last_year": np.square(found.last_year - target),
+        }
+        self._inside, self._inside_model = inside, inside_model
+        self._years = np.isfinite(found.last_year).all(axis=-1)
+
+    def errors(self, weights: Floats) -> Errors:
+        """Errors under weights (R, H), some above 0."""
+        years = weights * self._years
+        return Errors(
+            n=int((weights > 0).sum()),
+            rmse={name: self._rmse(name, weights) for name in ("forecast", "model", "persistence")},
+            coverage=_mean(self._inside, weights),
+            coverage_model=_mean(self._inside_model, weights),
+            n_last_year=int((years > 0).sum()),
+            rmse_where_last_year=(
+                {name: self._rmse(name, years) for name in self._squared} if years.any() else {}
+            ),
+        )
+
+    def _rmse(self, name: str, weights: Floats) -> float:
+        there = weights > 0
+        squared = self._squared[name][there]
+        return float(np.sqrt(np.average(squared, axis=0, weights=weights[there])).mean())
+
+
+def _mean(values: NDArray[Any], weights: Floats) -> float:
+    there = weights > 0
+    return float(np.average(values[there].mean(axis=-1), weights=weights[there]))
