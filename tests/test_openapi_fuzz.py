@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
 EXAMPLES = os.environ.get("SCHEMATHESIS_EXAMPLES", "6")
 # As /embed, which takes what they take: of their many parameters every value would take minutes.
-ALIKE = "^/(classify-pixels|forecast|landcover|series|heads|validate)$"
+ALIKE = "^/(classify-pixels|forecast|landcover|similar|series|heads|validate)$"
 
 _COMMAND = "from schemathesis.cli import schemathesis; schemathesis()"
 
