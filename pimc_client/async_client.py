@@ -592,11 +592,15 @@ class AsyncClient:
             points: the pixels to read, as for `classify_pixels`.
             fields: the polygons to read, as for `classify_pixels`: the mean over their clear
                 pixels. Give either points or fields.
-            plots: add the recurrence plots of each place, as the model sees them.
+            plots: add the recurrence plots of each point or field, as the model receives them.
             **options: as for `classify_pixels`; `model` and `start` are those of the plots.
 
         Returns:
-            Reflectance, NDVI, EVI and SAVI by date, and the share of each place that is clear.
+            Reflectance, NDVI, EVI and SAVI by date, and the share of clear pixels, of each point
+            or field.
+
+        Raises:
+            ValueError: neither points nor fields are given, or both.
         """
         return await self.run(
             operations.measure(files, points=points, fields=fields, plots=plots, **options)
@@ -785,8 +789,8 @@ class AsyncClient:
             **options: those of the task's own method.
 
         Returns:
-            `valid`; the `problem` that the request is rejected for, or the `warnings` and an
-            `estimate` of pixels, dates, bytes and seconds.
+            `valid`; the `problem` with which the server would reject the request, or the `warnings`
+            and an `estimate` of pixels, dates, bytes and seconds.
         """
         return await self.run(
             operations.validate(
@@ -795,7 +799,11 @@ class AsyncClient:
         )
 
     async def job(self, job_id: str) -> AsyncJob[TaskResult]:
-        """A job by its id, such as one that another program submitted."""
+        """A job by its id, for example one that another program submitted.
+
+        Raises:
+            UnknownJob: this API key has no job of that id.
+        """
         return AsyncJob(self, await self.run(operations.job(job_id)))
 
     async def jobs(self) -> list[AsyncJob[TaskResult]]:
@@ -814,25 +822,25 @@ class AsyncClient:
         embedding: str | None = None,
         **options: Unpack[WindowOptions],
     ) -> Taught:
-        """Learn classes from labelled pixels, as a model that `classify_pixels` takes at once.
+        """Make a model of own classes from labelled pixels, for `classify_pixels`.
 
         Args:
-            name: of the model: small letters, digits and hyphens.
-            files: the GeoTIFF stack, as for `classify_pixels`. Every band that it has at every
-                date is used.
-            labels: points or polygons with a property `class` (and `place`, if labels of one place
-                are to be left out together): GeoJSON, the path of a GeoJSON, GeoPackage or
-                GeoParquet file, or a GeoPandas object.
-            description: for the card.
-            embedding: a model such as `embed-pixel`, whose embedding is tried as features as well.
+            name: name of the new model: lower-case letters, digits and hyphens.
+            files: the GeoTIFF stack, as for `classify_pixels`. The model uses every band that the
+                stack has at every date.
+            labels: points or polygons with a property `class`; labels with the same property
+                `place` are held out together in scoring. GeoJSON, the path of a GeoJSON,
+                GeoPackage or GeoParquet file, or a GeoPandas object.
+            description: description of the model, for its card.
+            embedding: a model such as `embed-pixel`, whose embedding is tried as features too.
             **options: how the files are read, except `model`.
 
         Returns:
-            The model's card, with its scores on places left out, and warnings.
+            The model's card, with its scores on held-out places, and warnings.
 
         Raises:
-            TooFewLabels: fewer than two classes, or than five usable labels of one.
-            NameTaken: there is a model of that name.
+            TooFewLabels: there are fewer than two classes, or fewer than five usable labels of one.
+            NameTaken: a model of that name exists.
         """
         operation = operations.teach(
             name, files, labels, description=description, embedding=embedding, **options
@@ -850,20 +858,24 @@ class AsyncClient:
         embedding: str | None = None,
         start: Date | None = None,
     ) -> Taught:
-        """Learn classes from labelled series, as `teach` does from a stack.
+        """Make a model of own classes from labelled series, as `teach` does from a stack.
 
         Args:
-            name: of the model.
-            series: pixels or fields; bands that all of them have are used.
-            classes: the class of each.
-            places: where each lies; series of one place are left out together when the model is
-                scored. Without, each counts as a place of its own.
-            description: for the card.
+            name: name of the new model, as for `teach`.
+            series: pixels or fields; the model uses the bands that all of them have.
+            classes: the class of each series.
+            places: the place of each series; series of one place are held out together in scoring.
+                If left out, each series counts as a place.
+            description: description of the model, for its card.
             embedding: as for `teach`.
             start: first day of the time window; all dates if left out.
 
         Returns:
-            As `teach` does.
+            The model's card, with its scores on held-out places, and warnings.
+
+        Raises:
+            TooFewLabels, NameTaken: as for `teach`.
+            ValueError: the numbers of series, classes and places differ.
         """
         operation = operations.teach_series(
             name, series, classes, places=places, description=description, embedding=embedding,
@@ -872,11 +884,15 @@ class AsyncClient:
         return await self.run(operation)
 
     async def own_models(self) -> tuple[Model, ...]:
-        """The models that this API key has made."""
+        """The models of own classes that belong to this API key."""
         return await self.run(operations.own_models())
 
     async def delete_model(self, name: str) -> None:
-        """Remove a model that this API key has made."""
+        """Remove a model of own classes that belongs to this API key.
+
+        Raises:
+            UnknownModel: this API key has no model of that name.
+        """
         await self.run(operations.delete_model(name))
 
     # The server -----------------------------------------------------------------------------------
@@ -890,7 +906,7 @@ class AsyncClient:
         return await self.run(operations.model(name))
 
     async def ready(self) -> Readiness:
-        """Readiness of the server: true in a condition if it is ready, else with the reason."""
+        """Readiness of the server; true in a condition if it is ready, else with the reason."""
         return await self.run(operations.ready())
 
     async def aclose(self) -> None:
@@ -988,9 +1004,9 @@ class AsyncJob(JobHandle[T]):
 
         Args:
             output: name of one output, such as `confidence`; all of the result if left out.
-            smooth: of `class`: smooth the finished map within this radius in pixels; the job must
-                hold `probabilities`.
-            min_area: of `class`: let areas below so many hectares join a neighbour.
+            smooth: only for `class`: radius of the smoothing of the finished map, in pixels; the
+                job must have the output `probabilities`.
+            min_area: only for `class`: areas below this size, in hectares, join a neighbour.
 
         Raises:
             ResultNotReady: the job has not finished.

@@ -489,7 +489,11 @@ def similar(
 ) -> None:
     """Compute how similar the embedding of every pixel is to those of points or fields."""
     if (polygons is None) == (points is None):
-        raise UsageError("give either --fields or --points: the places to compare with")
+        count = "neither is" if points is None else "both are"
+        raise UsageError(
+            f"--fields and --points: {count} given; give one of them, the fields or points to "
+            "compare with"
+        )
     if job == (out is not None):
         raise UsageError("give either -o, the file to write, or --job")
     outputs = _outputs(output)
@@ -533,7 +537,7 @@ def fields(
     ] = None,
     task: Annotated[
         Literal["classify-pixels", "forecast", "embed"],
-        typer.Option("--task", help="What to compute for each field."),
+        typer.Option("--task", help="The task to run for each field."),
     ] = "classify-pixels",
     horizon: Horizon = None,
     dtype: DtypeOption = None,
@@ -594,7 +598,7 @@ def measure(
     ] = None,
     points: PointsFile = None,
     plots: Annotated[
-        bool, typer.Option("--plots", help="Add the recurrence plots, as the model sees them.")
+        bool, typer.Option("--plots", help="Add the recurrence plots, as the model receives them.")
     ] = False,
     start: Start = None,
     out: Annotated[
@@ -602,8 +606,8 @@ def measure(
         typer.Option(
             "--out",
             "-o",
-            help="File to write: .csv with one row per place and date, or GeoJSON; default: print "
-            "GeoJSON.",
+            help="File to write: .csv with one row per point or field and date, or GeoJSON; "
+            "default: print GeoJSON.",
         ),
     ] = None,
     reading: dict[str, Any],
@@ -611,7 +615,11 @@ def measure(
 ) -> None:
     """Read reflectance, NDVI, EVI and SAVI by date of fields or points, without a prediction."""
     if (polygons is None) == (points is None):
-        raise UsageError("give either --fields or --points: the places to measure")
+        count = "neither is" if polygons is None else "both are"
+        raise UsageError(
+            f"--fields and --points: {count} given; give one of them, the fields or points to "
+            "measure"
+        )
     if out is not None and out != STANDARD_OUTPUT:
         _check_file(out)
     with _bars() as bars:
@@ -644,7 +652,7 @@ def stack(
             "--out",
             "-o",
             help="Folder of the stack: one GeoTIFF per date, and a STAC item beside each. Dates "
-            "that are in it are not fetched again.",
+            "that the folder holds already are not fetched again.",
             file_okay=False,
             show_default=False,
         ),
@@ -662,13 +670,13 @@ def stack(
         float | None,
         typer.Option(
             "--max-cloud-cover",
-            help="Per cent of cloud in an image; cloudier ones are left out.",
+            help="Largest cloud cover of an image, in per cent; cloudier images are left out.",
             min=0,
             max=100,
         ),
     ] = None,
 ) -> None:
-    """Fetch a Sentinel-2 stack of a place from a STAC API; needs a network, and no server."""
+    """Fetch a Sentinel-2 stack of an area from a STAC API; needs a network, but no server."""
     try:
         box = [float(number) for number in bbox.split(",")]
     except ValueError:
@@ -734,7 +742,7 @@ def teach(
     name: Annotated[
         str,
         typer.Argument(
-            help="Name of the model to make: small letters, digits and hyphens.",
+            help="Name of the new model: lower-case letters, digits and hyphens.",
             show_default=False,
         ),
     ],
@@ -746,20 +754,20 @@ def teach(
             "--labels",
             "-l",
             help="GeoJSON, GeoPackage or GeoParquet file of points or polygons with a property "
-            "'class', and 'place' if labels of one place are to be left out together.",
+            "'class'; labels with the same property 'place' are held out together in scoring.",
             exists=True,
             dir_okay=False,
             show_default=False,
         ),
     ],
     description: Annotated[
-        str | None, typer.Option("--description", help="For the model's card.")
+        str | None, typer.Option("--description", help="Description of the model, for its card.")
     ] = None,
     embedding: Annotated[
         str | None,
         typer.Option(
             "--embedding",
-            help="Model such as embed-pixel, whose embedding is tried as features as well.",
+            help="Model such as embed-pixel, whose embedding is tried as features too.",
         ),
     ] = None,
     start: Start = None,
@@ -767,9 +775,9 @@ def teach(
     reading: dict[str, Any],
     client: Client,
 ) -> None:
-    """Learn your own classes from labels; 'pimc classify-pixels --model NAME' then maps them."""
+    """Make a model of own classes from labels, for 'pimc classify-pixels --model NAME'."""
     if reading.pop("model") is not None:
-        raise UsageError("--model is of no use here: NAME is that of the model to make")
+        raise UsageError("--model is not an option of teach: leave it out; NAME is the new model")
     with _bars() as bars:
         operation = operations.teach(
             name, files, labels, description=description, embedding=embedding, start=start,
@@ -784,7 +792,7 @@ def teach(
     low, high = metrics["macro_f1_interval"] or (float("nan"), float("nan"))
     typer.echo(
         f"{found.model.id}: macro-F1 {metrics['macro_f1']:.2f} ({low:.2f} to {high:.2f}), accuracy "
-        f"{metrics['accuracy']:.2f}, on places left out"
+        f"{metrics['accuracy']:.2f}, on held-out places"
     )
     rows = [
         (entry.name, str(metrics["labels"][entry.name]), "" if f1 is None else f"{f1:.2f}")
@@ -853,11 +861,17 @@ def job_result(
     ] = None,
     smooth: Annotated[
         int | None,
-        typer.Option("--smooth", help="With --output class: smooth the finished map, in pixels."),
+        typer.Option(
+            "--smooth",
+            help="With --output class: radius of the smoothing of the finished map, in pixels.",
+        ),
     ] = None,
     min_area: Annotated[
         float | None,
-        typer.Option("--min-area", help="With --output class: join areas below so many hectares."),
+        typer.Option(
+            "--min-area",
+            help="With --output class: areas below this size, in hectares, join a neighbour.",
+        ),
     ] = None,
     client: Client,
 ) -> None:
@@ -865,7 +879,7 @@ def job_result(
     if out is not None:
         _check_raster_target(out, several=False)
     if output is None and (smooth or min_area):
-        raise UsageError("--smooth and --min-area clean one output: add --output class")
+        raise UsageError("--smooth and --min-area need --output class: add it, or leave them out")
     found = client.job(job)
     with _bars() as bars:
         result = found.wait(progress=bars.computed)

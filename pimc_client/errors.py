@@ -362,13 +362,13 @@ class ImplausibleReflectance(RasterError):
 
 
 class WrongSensor(RasterError):
-    """The imagery is of a sensor that the model was not trained on."""
+    """The imagery comes from a sensor that the model was not trained on."""
 
     known_code = "wrong_sensor"
 
 
 class RasterTooLarge(RasterError):
-    """The raster is over the server's limit on decoded size."""
+    """The raster exceeds the server's limit on decoded size."""
 
     known_code = "raster_too_large"
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EmbeddingType = Literal["float32", "int8"]
 Task = Literal["classify-pixels", "forecast", "landcover", "embed"]
 Runnable = Task | Literal["similar"]
-"""What a job can be for."""
+"""Operations that a job can run."""
 SimilarOutput = Literal["similarity", "similarities"]
 Layout = Literal["file-per-date", "file-per-band-and-date", "file-per-band", "single-file"]
 Sensor = Literal["sentinel-2", "hls", "landsat", "modis", "planetscope"]
@@ -212,7 +212,7 @@ class Series:
     ```
 
     Args:
-        id: a name of the caller's choice; the result repeats it.
+        id: any name; the result repeats it.
         dates: acquisition dates (T).
         **bands: values (T) of each band that the model's card lists: reflectance, unitless, 0 to 1.
             None, NaN, a masked value and pandas' `NA` are missing observations.

@@ -136,7 +136,8 @@ def similar(
 
 def _check_places(points: Points | None, fields: Fields | None, purpose: str) -> None:
     if (points is None) == (fields is None):
-        raise ValueError(f"give either points or fields: the places {purpose}")
+        count = "neither is" if points is None else "both are"
+        raise ValueError(f"{count} given: give either points or fields, the places {purpose}")
 
 
 def measure(
@@ -146,10 +147,10 @@ def measure(
     fields: Fields | None = None,
     **options: Any,  # noqa: ANN401 (see `build_raster`)
 ) -> Operation[Measured]:
-    """Send imagery and return the measured series of places.
+    """Send imagery and return the measured series of points or fields.
 
     Raises:
-        ValueError: neither points nor fields, or both.
+        ValueError: neither points nor fields are given, or both.
     """
     _check_places(points, fields, "to measure")
     request = build_raster("series", files, points=points, fields=fields, **options)
@@ -161,7 +162,7 @@ def validate(
     files: Files,
     **options: Any,  # noqa: ANN401 (see `build_raster`)
 ) -> Operation[dict[str, Any]]:
-    """Send imagery and return what a request would be rejected or warned for."""
+    """Send imagery and return the server's validation: errors, warnings and an estimate."""
     return parse_json((yield from _exchange(build_validation(task, files, **options))))
 
 
@@ -238,7 +239,7 @@ def model(reference: str) -> Operation[Model]:
 
 
 def teach(name: str, files: Files, labels: Fields, **options: Any) -> Operation[Taught]:  # noqa: ANN401 (see `build_head`)
-    """Learn classes from a stack and labels."""
+    """Make a model of own classes from a stack and labels."""
     request = build_head(name, files, labels, **options)
     return parse_taught(parse_json((yield from _exchange(request))))
 
@@ -249,7 +250,7 @@ def teach_series(
     classes: Iterable[str],
     **options: Any,  # noqa: ANN401 (see `build_head_of_series`)
 ) -> Operation[Taught]:
-    """Learn classes from labelled series."""
+    """Make a model of own classes from labelled series."""
     request = build_head_of_series(name, given, classes, **options)
     return parse_taught(parse_json((yield from _exchange(request))))
 
@@ -260,7 +261,7 @@ def own_models() -> Operation[tuple[Model, ...]]:
 
 
 def delete_model(name: str) -> Operation[None]:
-    """Remove a model of the caller's own."""
+    """Remove one of the caller's own models."""
     (yield from _exchange(build_head_removal(name))).body.close()
 
 

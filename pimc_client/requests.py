@@ -185,7 +185,7 @@ def build_raster(
         min_area=min_area,
         subscriber=subscriber,
     )
-    # The places of /similar are what pixels are compared with: its result is of the whole raster.
+    # With /similar, pixels are compared with the points or fields; its result is a whole raster.
     places = (None, None) if task == "similar" else (points, fields)
     accept = _accept(task, outputs, *places, answer)
     return Request(
@@ -223,12 +223,12 @@ def build_head(
     progress: Progress | None = None,
     **options: Any,  # noqa: ANN401 (`description`, `embedding`, and those of `WindowOptions`)
 ) -> Request:
-    """A request to learn classes from a stack and labels.
+    """A request for a model of own classes from a stack and labels.
 
     Raises:
-        TypeError: something that is not a file, a date, or labels.
-        ValueError: no file.
-        FileNotFoundError: a path that does not exist.
+        TypeError: an argument is not a file, a date or labels.
+        ValueError: no file is given.
+        FileNotFoundError: a path does not exist.
     """
     given = _parameters(name=name, **options)
     body = _raster_body(sources_of(files), given, labels, progress, vector="labels")
@@ -243,7 +243,7 @@ def build_head_of_series(
     places: Iterable[str] | None = None,
     **options: Any,  # noqa: ANN401 (`description`, `embedding`, `start`)
 ) -> Request:
-    """A request to learn classes from labelled series.
+    """A request for a model of own classes from labelled series.
 
     Raises:
         ValueError: the numbers of series, classes and places differ.
@@ -264,12 +264,12 @@ def build_head_of_series(
 
 
 def build_heads() -> Request:
-    """The caller's own models."""
+    """A request for the caller's own models."""
     return Request(method="GET", path="heads")
 
 
 def build_head_removal(name: str) -> Request:
-    """The removal of a model of the caller's own."""
+    """A request to remove one of the caller's own models."""
     return Request(method="DELETE", path=f"heads/{quote(name, safe='')}")
 
 
@@ -452,7 +452,7 @@ def build_result(
     given = {"smooth": smooth, "min_area": min_area}
     query = "&".join(f"{name}={value}" for name, value in given.items() if value is not None)
     if query and output is None:
-        raise ValueError("smooth and min_area derive an output: give 'class'")
+        raise ValueError("smooth and min_area need the output 'class': give it, or leave them out")
     if query:
         return Request(
             method="GET", path=f"{path}/{quote(str(output), safe='')}?{query}", accept=accept

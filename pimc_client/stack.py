@@ -3,8 +3,8 @@
     bbox, dates → items, page by page → by day → windows of the assets by HTTP ranges
                 → `S2_YYYYMMDD.tif` with named bands, and a STAC item beside each
 
-The service is not involved: this runs on any machine with a network, and the folder is then a stack
-like any other. rasterio reads the windows; `pip install 'pimc-client[stac]'` installs it.
+This module needs a network but no PIMC server; the folder is then a stack like any other. rasterio
+reads the windows; `pip install 'pimc-client[stac]'` installs it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BANDS = ("B02", "B03", "B04", "B08")
 """The bands that the 10 m models read."""
 SCL = "SCL"
 Progress = Callable[[int, int], None]
-"""Called with the dates that are done, and all dates."""
+"""Called with the number of dates that are done, and of all dates."""
 _AT_ONCE = 4
 _PAGE_ITEMS = 100
 _MAX_PAGES = 200
@@ -48,11 +48,11 @@ _COLOURS: Mapping[str, str] = {
     "rededge2": "B06", "rededge3": "B07", "nir": "B08", "nir08": "B8A", "nir09": "B09",
     "swir16": "B11", "swir22": "B12", "scl": SCL,
 }  # fmt: skip
-"""Asset keys of Earth Search, and the bands that they are."""
+"""Sentinel-2 band names by asset key of Earth Search."""
 _KEY = re.compile(r"(?P<band>B\d[\dA]|SCL)(?:_(?P<metres>\d{2})m)?", re.IGNORECASE)
 _BASELINE = re.compile(r"\d{2}\.\d{2}")
 _GDAL: Mapping[str, Any] = {
-    # A COG has no file beside it, and asking for some costs a request each.
+    # A COG has no side files, and GDAL would send a request for each possible one.
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     "GDAL_HTTP_MAX_RETRY": 4,
     "GDAL_HTTP_RETRY_DELAY": 1,
@@ -74,50 +74,53 @@ def fetch_stack(
     max_cloud_cover: float | None = None,
     progress: Progress = lambda _done, _all: None,
 ) -> list[Path]:
-    """Fetch a Sentinel-2 stack of a place from a STAC API.
+    """Fetch a Sentinel-2 stack of an area from a STAC API.
 
-    Only the blocks of the assets that the bounding box needs are read. Acquisitions of one day are
-    one file, in which the first value that is there counts. A date whose file exists is not fetched
-    again, so that a run that was interrupted goes on.
+    Only the blocks of the assets that the bounding box needs are read. Acquisitions of one day
+    become one file, which takes the first value at each pixel. A date whose file exists is not
+    fetched again, so that an interrupted run can be continued.
 
     Args:
-        folder: where the files go; created if missing.
+        folder: folder for the files; created if missing.
         bbox: west, south, east, north in degrees.
         start: first day, ISO.
         end: last day, ISO.
         url: landing page of the API.
         collection: id of the collection.
-        bands: Sentinel-2 bands, in the order of the files; SCL is added as the last.
-        max_cloud_cover: per cent of `eo:cloud_cover`; cloudier items are left out.
+        bands: Sentinel-2 bands, in the order of the files' bands; SCL is added as the last band.
+        max_cloud_cover: largest `eo:cloud_cover` of an item, per cent; None takes all items.
         progress: called after each date.
 
     Returns:
-        The files, by date. A date without any value in the box has none.
+        The files in the order of their dates. A date without any value in the box has no file.
 
     Raises:
         ImportError: rasterio is not installed.
         ValueError: the box, the dates or the bands are not valid.
-        StackError: the API or a file cannot be read, or there is no item; it names the item and
-            the asset.
+        StackError: the API or a file cannot be read, or no item was found; the message names the
+            item and the asset.
     """
     rasterio = _rasterio()
     box, span = _checked_box(bbox), _checked_span(start, end)
     wanted = (*[band.upper() for band in bands if band.upper() != SCL], SCL)
-    strange = sorted(set(wanted) - set(_COLOURS.values()))
-    if strange:
-        raise ValueError(f"bands: {', '.join(strange)} not known; give names such as B02, B8A")
+    unknown = sorted(set(wanted) - set(_COLOURS.values()))
+    if unknown:
+        raise ValueError(
+            f"bands: {', '.join(unknown)} are not Sentinel-2 bands; give any of "
+            f"{', '.join(_COLOURS.values())}"
+        )
     items = _search(url, collection, box, span, max_cloud_cover)
     by_day: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for item in items:
         by_day[str(item["properties"]["datetime"])[:10]].append(item)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    place = _Place.of(rasterio, items, wanted, box)
+    grid = _Grid.of(rasterio, items, wanted, box)
     days = sorted(by_day)
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="stack") as pool:
 
         def one(day: str) -> Path | None:
-            return _write_day(rasterio, target, day, by_day[day], wanted, place, url)
+            return _write_day(rasterio, target, day, by_day[day], wanted, grid, url)
 
         found: list[Path | None] = []
         try:
@@ -145,7 +148,10 @@ def _rasterio() -> ModuleType:
 
 def _checked_box(bbox: Sequence[float]) -> BBox:
     if len(bbox) != 4 or not all(math.isfinite(number) for number in bbox):
-        raise ValueError("bbox: west, south, east, north in degrees are needed")
+        raise ValueError(
+            f"bbox: {list(bbox)} is not four finite numbers: give west, south, east, north in "
+            "degrees"
+        )
     west, south, east, north = (float(number) for number in bbox)
     if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
         raise ValueError(
@@ -201,7 +207,7 @@ def _pages(
     """The items of each page."""
     method = "POST"
     for _ in range(_MAX_PAGES):
-        document = _answer(client, method, url, body)
+        document = _request(client, method, url, body)
         try:
             features = document["features"]
             links = [link for link in document.get("links", ()) if link["rel"] == "next"]
@@ -215,22 +221,26 @@ def _pages(
         method = str(link.get("method", "GET")).upper()
         body = {**(body if link.get("merge") else {}), **(link.get("body") or {})}
         url = urljoin(url, str(link["href"]))
-    raise StackError(f"the search has more than {_MAX_PAGES} pages: ask for fewer dates")
+    raise StackError(
+        f"the search at {url} has more than {_MAX_PAGES} pages: give fewer dates or a smaller box"
+    )
 
 
-def _answer(client: httpx.Client, method: str, url: str, body: Mapping[str, Any]) -> Any:  # noqa: ANN401 (JSON)
+def _request(client: httpx.Client, method: str, url: str, body: Mapping[str, Any]) -> Any:  # noqa: ANN401 (JSON)
     import httpx
 
     try:
-        answer = client.request(method, url, json=body if method == "POST" else None)
+        response = client.request(method, url, json=body if method == "POST" else None)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise StackError(
             f"{url} cannot be reached ({type(error).__name__}): check the URL and the network"
         ) from error
-    if answer.status_code != httpx.codes.OK:
-        raise StackError(f"{url} responded HTTP {answer.status_code}: {answer.text[:200].strip()}")
+    if response.status_code != httpx.codes.OK:
+        raise StackError(
+            f"{url} responded HTTP {response.status_code}: {response.text[:200].strip()}"
+        )
     try:
-        return answer.json()
+        return response.json()
     except ValueError as error:
         raise StackError(f"{url} does not respond with JSON: check the URL") from error
 
@@ -268,8 +278,8 @@ def _asset(item: Mapping[str, Any], band: str) -> _Asset:
             best = (order, key)
     if best is None:
         raise StackError(
-            f"item '{item['id']}' has no asset for {band}; there are "
-            f"{', '.join(sorted(item['assets']))[:300]}"
+            f"item '{item['id']}' has no asset for {band}, but only "
+            f"{', '.join(sorted(item['assets']))[:300]}: choose other bands, or another collection"
         )
     asset = item["assets"][best[1]]
     scale, offset = _calibration(item["properties"], asset)
@@ -316,8 +326,8 @@ def _calibration(
 
 
 @dataclass(frozen=True)
-class _Place:
-    """The grid of a stack: that of the first item's first band, within the box."""
+class _Grid:
+    """The grid of a stack: the part of the first item's grid that covers the box."""
 
     crs: Any
     transform: Any
@@ -331,11 +341,11 @@ class _Place:
         items: Sequence[Mapping[str, Any]],
         bands: Sequence[str],
         box: BBox,
-    ) -> _Place:
+    ) -> _Grid:
         """The part of the grid that covers the box, in whole pixels.
 
         Raises:
-            StackError: the first item's file cannot be read, or lies elsewhere.
+            StackError: the first item's file cannot be read.
             ValueError: the box has too many pixels.
         """
         asset = _asset(items[0], bands[0])
@@ -349,8 +359,8 @@ class _Place:
             width, height = right - left, bottom - top
             if width * height > _MAX_PIXELS:
                 raise ValueError(
-                    f"bbox: {width} x {height} pixels are more than {_MAX_PIXELS}; fetch smaller "
-                    "boxes"
+                    f"bbox: {width} x {height} pixels are more than {_MAX_PIXELS}, the largest "
+                    "allowed number: fetch smaller boxes"
                 )
             moved = file.transform @ rasterio.Affine.translation(left, top)
             return cls(crs=file.crs, transform=moved, width=width, height=height)
@@ -360,7 +370,7 @@ def _opened(rasterio: ModuleType, asset: _Asset) -> Any:  # noqa: ANN401 (a data
     """The file of an asset.
 
     Raises:
-        StackError: it does not open; the message names the item and the asset.
+        StackError: the file cannot be opened; the message names the item and the asset.
     """
     try:
         return rasterio.open(asset.href)
@@ -372,32 +382,30 @@ def _unread(asset: _Asset, error: Exception) -> StackError:
     return StackError(
         f"item '{asset.item}', asset '{asset.key}' cannot be read from "
         f"{urlsplit(asset.href).netloc or asset.href}: {str(error)[:200]}; if the file needs a "
-        "signature or a login, take a public collection such as Earth Search's"
+        "signature or a login, use a public collection such as those of Earth Search"
     )
 
 
-def _read(
-    rasterio: ModuleType, asset: _Asset, place: _Place, *, classes: bool
-) -> NDArray[np.uint16]:
-    """An asset on the stack's grid (H, W), 0 where it holds nothing."""
+def _read(rasterio: ModuleType, asset: _Asset, grid: _Grid, *, classes: bool) -> NDArray[np.uint16]:
+    """An asset's values on the stack's grid, (H, W), uint16 as stored; 0 where it has no value."""
     import numpy as np
 
     with _opened(rasterio, asset) as file:
-        step = ~file.transform @ place.transform
+        step = ~file.transform @ grid.transform
         # Whole pixels of the same lattice are copied, and so are classes; else bilinear.
         same = (
-            file.crs == place.crs
+            file.crs == grid.crs
             and math.isclose(step.a, 1, abs_tol=1e-6)
             and abs(step.c - round(step.c)) + abs(step.f - round(step.f)) < 1e-3
         )
         kinds = rasterio.enums.Resampling
-        data = np.zeros((place.height, place.width), np.uint16)
+        data = np.zeros((grid.height, grid.width), np.uint16)
         try:
             rasterio.warp.reproject(
                 rasterio.band(file, 1),
                 data,
-                dst_crs=place.crs,
-                dst_transform=place.transform,
+                dst_crs=grid.crs,
+                dst_transform=grid.transform,
                 src_nodata=0,
                 dst_nodata=0,
                 resampling=kinds.nearest if same or classes else kinds.bilinear,
@@ -414,17 +422,17 @@ def _write_day(
     day: str,
     items: Sequence[Mapping[str, Any]],
     bands: Sequence[str],
-    place: _Place,
+    grid: _Grid,
     url: str,
 ) -> Path | None:
-    """The file of one day, fetched unless it is there; None where the box holds no value."""
+    """The file of one day, fetched unless it exists; None if the box holds no value of that day."""
     import numpy as np
 
     path = folder / f"S2_{day.replace('-', '')}.tif"
     if path.exists():
-        _check_same(rasterio, path, bands, place)
+        _check_same(rasterio, path, bands, grid)
         return path
-    values = np.zeros((len(bands), place.height, place.width), np.uint16)
+    values = np.zeros((len(bands), grid.height, grid.width), np.uint16)
     assets = [[_asset(item, band) for band in bands] for item in items]
     first = assets[0]
     used = []
@@ -434,7 +442,7 @@ def _write_day(
             if not empty.any():
                 break
             read = [
-                _read(rasterio, a, place, classes=b == SCL) for a, b in zip(own, bands, strict=True)
+                _read(rasterio, a, grid, classes=b == SCL) for a, b in zip(own, bands, strict=True)
             ]
             moved = [_as_first(data, a, f) for data, a, f in zip(read, own, first, strict=True)]
             np.copyto(values, np.stack(moved), where=empty)
@@ -443,26 +451,30 @@ def _write_day(
         if not used:
             return None
         part = path.with_suffix(".part")
-        _write(rasterio, part, values, bands, first, used[0], place)
+        _write(rasterio, part, values, bands, first, used[0], grid)
     item_path = path.with_suffix(".json")
-    item_path.write_text(json.dumps(_item(path.name, used, bands, first, place, url), indent=1))
-    part.replace(path)  # last: a file that is there is whole
+    item_path.write_text(json.dumps(_item(path.name, used, bands, first, grid, url), indent=1))
+    part.replace(path)  # last: a file of this name is complete
     return path
 
 
-def _check_same(rasterio: ModuleType, path: Path, bands: Sequence[str], place: _Place) -> None:
-    """Refuse to add to a stack of other bands or of another place."""
+def _check_same(rasterio: ModuleType, path: Path, bands: Sequence[str], grid: _Grid) -> None:
+    """Check that an existing file has the bands and the grid of the stack.
+
+    Raises:
+        StackError: the file has other bands or another grid.
+    """
     with rasterio.open(path) as file:
         own = (file.descriptions, file.crs, file.transform, file.width, file.height)
-    if own != (tuple(bands), place.crs, place.transform, place.width, place.height):
+    if own != (tuple(bands), grid.crs, grid.transform, grid.width, grid.height):
         raise StackError(
-            f"{path} is there and has other bands or another grid: choose another folder, or "
-            "remove it"
+            f"{path} exists with other bands or another grid than requested: choose another "
+            "folder, or remove the file"
         )
 
 
 def _as_first(data: NDArray[np.uint16], asset: _Asset, first: _Asset) -> NDArray[np.uint16]:
-    """Numbers stored with another offset, in terms of the first item's."""
+    """Stored values of an asset, converted to the offset of the first item; 0 stays 0."""
     import numpy as np
 
     shift = round(((asset.offset or 0) - (first.offset or 0)) / first.scale)
@@ -479,12 +491,12 @@ def _write(
     bands: Sequence[str],
     assets: Sequence[_Asset],
     item: Mapping[str, Any],
-    place: _Place,
+    grid: _Grid,
 ) -> None:
     reflectance = next(a for a, b in zip(assets, bands, strict=True) if b != SCL)
     with rasterio.open(
-        path, "w", driver="GTiff", width=place.width, height=place.height, count=len(bands),
-        dtype="uint16", crs=place.crs, transform=place.transform, nodata=0, compress="deflate",
+        path, "w", driver="GTiff", width=grid.width, height=grid.height, count=len(bands),
+        dtype="uint16", crs=grid.crs, transform=grid.transform, nodata=0, compress="deflate",
         predictor=2, tiled=True, blockxsize=256, blockysize=256, interleave="band",
     ) as file:  # fmt: skip
         file.write(values)
@@ -496,7 +508,7 @@ def _write(
             scale=f"{reflectance.scale:g}",
             constellation="sentinel-2",
         )
-        if reflectance.offset is not None:  # GDAL cannot tell an offset of 0 from none
+        if reflectance.offset is not None:  # GDAL does not distinguish an offset of 0 from none
             file.update_tags(offset=f"{reflectance.offset:g}")
 
 
@@ -505,10 +517,10 @@ def _item(
     items: Sequence[Mapping[str, Any]],
     bands: Sequence[str],
     assets: Sequence[_Asset],
-    place: _Place,
+    grid: _Grid,
     url: str,
 ) -> dict[str, Any]:
-    """A STAC item of a file: what it holds, and the items that it is made of."""
+    """The STAC item of a file: its bands, and links to the items that it was made from."""
     first, root = items[0], f"{url.rstrip('/')}/collections"
     covers = [item["properties"].get("eo:cloud_cover") for item in items]
     known = [cover for cover in covers if cover is not None]
@@ -532,9 +544,9 @@ def _item(
             "datetime": first["properties"]["datetime"],
             "constellation": "sentinel-2",
             **({"eo:cloud_cover": max(known)} if known else {}),
-            "proj:code": str(place.crs),
-            "proj:shape": [place.height, place.width],
-            "proj:transform": list(place.transform[:6]),
+            "proj:code": str(grid.crs),
+            "proj:shape": [grid.height, grid.width],
+            "proj:transform": list(grid.transform[:6]),
         },
         "links": [
             {
