@@ -160,3 +160,43 @@ def test_the_command_validates(api: httpx.Client, stack: list[SourceFile], tmp_p
     bad = CliRunner().invoke(app, [*arguments, "--model", "nothing"])
     assert bad.exit_code == 1
     assert json.loads(bad.stdout)["problem"]["code"] == "unknown_model"
+
+
+def test_problems_that_do_not_follow_from_each_other_are_all_listed(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    files = [("files", (s.name, s.path.read_bytes())) for s in stack]
+    files[1] = ("files", ("first.tif", b"no TIFF"))
+    files[3] = ("files", ("second.tif", b"no TIFF either"))
+    data = {"model": "nothing", "fields": "no GeoJSON", "bbox": "0,0,1,1"}
+    found = api.post("/validate?task=classify-pixels", files=files, data=data).json()
+    codes = [problem["code"] for problem in found["problems"]]
+    assert codes == ["not_a_vector_file", "unknown_model", "not_a_geotiff", "not_a_geotiff"]
+    assert found["problem"] == found["problems"][0]
+    assert ["first.tif" in p["detail"] for p in found["problems"]] == [False, False, True, False]
+    assert "second.tif" in found["problems"][3]["detail"]
+
+
+def test_each_wrong_parameter_is_listed(api: httpx.Client, stack: list[SourceFile]) -> None:
+    data = {"start": "2001-01-01", "bbox": "0,0,1,1"}
+    found = post(api, "/validate?task=classify-pixels", stack, **data).json()
+    assert [p["code"] for p in found["problems"]] == ["invalid_request", "too_few_dates"]
+    assert found["problems"][0]["errors"][0]["field"] == "bbox"
+    problem = post(api, "/classify-pixels", stack, **data).json()
+    assert found["problem"]["detail"] == problem["detail"]
+    found = post(api, "/validate?task=forecast", stack, horizon="99").json()
+    assert [p["errors"][0]["field"] for p in found["problems"]] == ["horizon"]
+    assert not found["valid"]
+
+
+def test_what_may_follow_from_a_problem_is_not_listed(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    """Without the files that are no GeoTIFFs there are too few dates; with them there were not."""
+    files = [("files", (s.name, s.path.read_bytes())) for s in stack[:1]]
+    files += [("files", (f"{n}.tif", b"no TIFF")) for n in range(3)]
+    for data in ({}, {"dates": "2021-01-01,2021-02-01,2021-03-01,2021-04-01"}):
+        found = api.post("/validate?task=classify-pixels", files=files, data=data).json()
+        assert [p["code"] for p in found["problems"]] == ["not_a_geotiff"] * 3
+    only = api.post("/validate?task=classify-pixels", files=files[1:]).json()
+    assert [p["code"] for p in only["problems"]] == ["not_a_geotiff"] * 3

@@ -1411,6 +1411,10 @@ class ValidationResponse(BaseModel):
             "`errors`"
         ),
     ] = None
+    problems: Annotated[
+        list[dict[str, Any]],
+        Field(description="`problem`, and those that the request has besides"),
+    ] = []
     warnings: list[WarningEntry] = []
     estimate: Estimate | None = None
 

@@ -5,12 +5,33 @@ Validation reads as much as planning does: the files' headers and a sample of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Set
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from service.errors import InvalidRequest, PIMCError, RasterError, RequestError, StackWarning
+from service.errors import (
+    InvalidFields,
+    InvalidRequest,
+    MissingBands,
+    MissingDates,
+    NotAGeoTIFF,
+    NotAVectorFile,
+    PIMCError,
+    RasterError,
+    RequestError,
+    StackWarning,
+    TooFewDates,
+    TooManyFields,
+    UnknownModel,
+    WrongSensor,
+    WrongTask,
+)
+from service.read.geotiff import SourceFile
+from service.read.layouts import StackOptions
+from service.read.stack import read_headers
 from service.run.collect import run_warnings
 from service.run.plan import Plan, RasterRun, unique
+from service.run.request import RasterRequest, SeriesRequest, TaskRequest
 from service.run.series import SeriesRun
 
 
@@ -18,8 +39,8 @@ from service.run.series import SeriesRun
 class Validation:
     """The outcome of planning a request."""
 
-    problem: PIMCError | None
-    """The error with which the request is rejected; None if the request can run."""
+    problems: tuple[PIMCError, ...] = ()
+    """The errors that the request is rejected with, in the order found; empty if it can run."""
     warnings: tuple[StackWarning, ...] = ()
     model: str | None = None
     """The model, as `name@version`."""
@@ -33,31 +54,106 @@ class Validation:
     """Memory that the run takes from the memory budget, bytes."""
 
 
-def validation(plan: Callable[[], Plan]) -> Validation:
-    """Plan a request and return the outcome.
+def validation(request: TaskRequest, plan: Callable[[TaskRequest], Plan]) -> Validation:
+    """Plan a request and describe the outcome.
+
+    After a problem the request is planned again without what the problem is about, as long as
+    that can be left out, so that problems that do not follow from each other are all found.
 
     Args:
-        plan: plans the request.
-
-    Returns:
-        The outcome; an error of the request or its files becomes its `problem`.
-
-    Raises:
-        PIMCError: an error with another cause.
+        request: the request.
+        plan: plans a request; errors of the request and its files are part of the outcome, and
+            all others are raised.
     """
-    try:
-        planned = plan()
-    except (RequestError, RasterError) as error:
-        return Validation(problem=error)
+    problems: list[PIMCError] = []
+    consequences: tuple[type[PIMCError], ...] = ()
+    files_missing = False
+    asked: TaskRequest | None = request
+    while asked is not None and len(problems) < _MOST_PROBLEMS:
+        try:
+            planned = plan(asked)
+        except (RequestError, RasterError) as error:
+            if isinstance(error, consequences) or (files_missing and _of_arrangement(error)):
+                break
+            problems.append(error)
+            if isinstance(error, UnknownModel | WrongTask):
+                consequences += _OF_THE_MODEL
+            if isinstance(error, NotAGeoTIFF):
+                files_missing = True
+                consequences += _OF_MISSING_FILES
+                problems += _other_files(asked, error)
+            asked = _without(asked, error)
+        else:
+            break
+    if problems:
+        return Validation(problems=tuple(problems[:_MOST_PROBLEMS]))
     run = planned.run
     if isinstance(run, SeriesRun):
         return Validation(
-            problem=None,
             warnings=run.warnings,
             model=planned.model.card.id,
             pixels=len(run.series),
         )
     return _of_raster(planned, run)
+
+
+_Given = TypeVar("_Given", RasterRequest, SeriesRequest, StackOptions)
+_MOST_PROBLEMS = 20
+_OF_THE_MODEL = (MissingBands, TooFewDates, WrongSensor, InvalidRequest)
+"""Problems that another model may not have: not told once the requested one is left out."""
+_OF_MISSING_FILES = (MissingBands, MissingDates, TooFewDates)
+"""Problems that files may have because others are left out."""
+_PARAMETERS = frozenset({"start", "outputs", "horizon", "stride", "smooth", "min_area"})
+_OF_THE_STACK = frozenset({"grid", "bbox", "area", "mask", "scale", "offset"})
+
+
+def _of_arrangement(error: PIMCError) -> bool:
+    """Whether an error is about parameters that count or name the files."""
+    about = {"dates", "bands", "files", "grid", "layout"}
+    return isinstance(error, InvalidRequest) and any(e["field"] in about for e in error.errors)
+
+
+def _without(request: TaskRequest, error: PIMCError) -> TaskRequest | None:
+    """A request without what an error is about; None if it needs that, or does not have it."""
+    if isinstance(error, UnknownModel | WrongTask):
+        return None if request.model is None else replace(request, model=None)
+    named = {one["field"] for one in error.errors} if isinstance(error, InvalidRequest) else set()
+    if isinstance(request, SeriesRequest):
+        return _cleared(request, named & {"start", "horizon"})
+    if isinstance(error, NotAVectorFile | InvalidFields | TooManyFields):
+        return replace(request, fields=None)
+    if isinstance(error, NotAGeoTIFF):
+        files = tuple(file for file in request.files if _fault(file) is None)
+        return replace(request, files=files) if files and files != request.files else None
+    if "fields" in named:
+        return replace(request, fields=None)
+    stack = _cleared(request.stack, named & _OF_THE_STACK)
+    cleared = _cleared(request, named & _PARAMETERS)
+    return cleared if stack is None else replace(cleared or request, stack=stack)
+
+
+def _cleared(value: _Given, names: Set[str]) -> _Given | None:
+    """A request or its options with some parameters not given; None if none of them is."""
+    given: dict[str, Any] = {name: None for name in names if getattr(value, name) is not None}
+    return replace(value, **given) if given else None
+
+
+def _other_files(request: TaskRequest, first: PIMCError) -> list[PIMCError]:
+    """The errors of further files that are not GeoTIFFs."""
+    files = request.files if isinstance(request, RasterRequest) else ()
+    found = [error for file in files if (error := _fault(file)) is not None]
+    return [error for error in found if error.detail != first.detail]
+
+
+def _fault(file: SourceFile) -> NotAGeoTIFF | None:
+    """Why a file cannot be read; None if it can."""
+    try:
+        read_headers([file])
+    except NotAGeoTIFF as error:
+        return error
+    except RasterError:
+        return None  # found again when the request is planned
+    return None
 
 
 def _of_raster(planned: Plan, run: RasterRun) -> Validation:
@@ -68,7 +164,6 @@ def _of_raster(planned: Plan, run: RasterRun) -> Validation:
     whole = fields is None or run.similar_to is not None
     count = planned.pixels if whole else len(fields or ())
     return Validation(
-        problem=None,
         warnings=unique((*run_warnings(run), *(fields.warnings if fields else ()))),
         model=planned.model.card.id,
         pixels=count if points is None else len(points),

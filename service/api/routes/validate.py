@@ -14,6 +14,7 @@ from service.api.openapi import VALIDATION_ERRORS, problems, validation_body
 from service.api.routes.tasks import check_query, planned, read_request, run_slot
 from service.api.schemas import Estimate, Seconds, ValidationResponse, WarningEntry
 from service.errors import NotReady
+from service.run.plan import Plan
 from service.run.request import Runnable, TaskRequest
 from service.run.validate import Validation, problem_document, validation
 
@@ -44,12 +45,16 @@ async def validate(
 def _validated(
     app: AppState, parsed: TaskRequest, owner: str, *, cancelled: threading.Event
 ) -> Validation:
-    return validation(partial(planned, app, parsed, rasters=True, owner=owner, cancelled=cancelled))
+    def plan(request: TaskRequest) -> Plan:
+        return planned(app, request, rasters=True, owner=owner, cancelled=cancelled)
+
+    return validation(parsed, plan)
 
 
 def _response(app: AppState, task: Runnable, found: Validation) -> ValidationResponse:
-    if found.problem is not None:
-        return ValidationResponse(valid=False, task=task, problem=problem_document(found.problem))
+    if found.problems:
+        problems = [problem_document(problem) for problem in found.problems]
+        return ValidationResponse(valid=False, task=task, problem=problems[0], problems=problems)
     pace = app.metrics.pace(task, found.pixels)
     return ValidationResponse(
         valid=True,
