@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from queue import Queue
 from types import ModuleType
 from typing import Any, get_args
 
@@ -25,11 +26,13 @@ import pytest
 import rasterio
 import shapely
 from owslib.ogcapi.processes import Processes
+from standardwebhooks import Webhook
 
 from benchmarks.serving import served
 from models.card import Task
-from service.api.processes import CONFORMANCE
+from service.api.processes import conformance_classes
 from service.api.schemas import ITEMS, SERIES
+from tests.kits.client import Received, Reply, serving
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import ASYNC, ENDED, Files, change, stack, waited
 from tests.kits.jobs import SERIES as BODY
@@ -74,6 +77,7 @@ CLASSES = {
         duration-definition duration-response limit-definition limit-response job-list-success
         links""",
     "dismiss": "job-dismiss-op job-dismiss-success",
+    "callback": "job-callback",
 }
 """Names of the requirements of the declared classes. Of two that the standard gives one name
 (`status-response`), the one about durations is `duration-response` here."""
@@ -279,7 +283,8 @@ def linked(answer: httpx.Response, rel: str) -> dict[str, str]:
 
 def test_every_requirement_of_a_declared_class_has_a_test() -> None:
     prefix = "http://www.opengis.net/spec/ogcapi-processes-1/1.0/conf/"
-    assert {uri.removeprefix(prefix) for uri in CONFORMANCE} == set(CLASSES)
+    declared = {uri.removeprefix(prefix) for uri in conformance_classes(callbacks=True)}
+    assert declared == set(CLASSES)
     for name, requirements in CLASSES.items():
         for requirement in requirements.split():
             test = re.sub("[-/]", "_", f"test_req_{name}_{requirement}")
@@ -361,7 +366,7 @@ def test_req_core_conformance_op(api: httpx.Client) -> None:
 
 
 def test_req_core_conformance_success(api: httpx.Client) -> None:
-    assert api.get("/conformance").json() == {"conformsTo": list(CONFORMANCE)}
+    assert api.get("/conformance").json() == {"conformsTo": conformance_classes(callbacks=False)}
 
 
 # Core: processes -----------------------------------------------------------------------------
@@ -453,7 +458,8 @@ def test_req_core_process_execute_request(api: httpx.Client, links: Any) -> None
         {"outputs": {"nothing": {}}},
         {"response": "cooked"},
         {"mode": "async"},
-        {"subscriber": {"successUri": "http://127.0.0.1/"}},
+        {"subscriber": {"successUri": "http://127.0.0.1/"}},  # the client waits
+        {"subscriber": {"failedUri": "http://127.0.0.1/"}},
     ):
         found = problem_of(execute(api, **{"inputs": {"files": links}, **wrong}), 422)
         assert found["errors"][0]["field"].partition(".")[0] == next(iter(wrong)), found
@@ -954,7 +960,7 @@ def test_req_core_job_results_failed(
         for path in paths:
             path.unlink()
     done = waited(api, job)
-    assert (done["status"], "there is no such file" in done["message"]) == ("failed", True)
+    assert (done["status"], "no such file" in done["message"]) == ("failed", True)
     found = problem_of(api.get(f"/jobs/{job}/results"), 403)
     assert found["code"] == "forbidden_reference"
     problem_of(api.get(f"/jobs/{job}/results/class"), 403)
@@ -1017,7 +1023,7 @@ def test_req_ogc_process_description_json_encoding(descriptions: list[dict[str, 
 
 def test_req_ogc_process_description_inputs_def(descriptions: list[dict[str, Any]]) -> None:
     for one in descriptions:
-        fields = set(ITEMS[one["id"]].model_fields) - {"items", "outputs"}
+        fields = set(ITEMS[one["id"]].model_fields) - {"items", "outputs", "subscriber"}
         more = {"files", "stac"} | ({"series"} if one["id"] in SERIES else set())
         more |= {"quantiles"} if one["id"] == "forecast" else set()
         assert set(one["inputs"]) == fields | more
@@ -1300,6 +1306,50 @@ def test_req_dismiss_job_dismiss_success(api: httpx.Client, links: Any, gate: Ga
     assert api.get(f"/jobs/{job}").json()["status"] == "dismissed"
 
 
+# Callbacks -----------------------------------------------------------------------------------
+
+
+def test_req_callback_job_callback(tmp_path: Path, folder: Path, links: Any, files: Files) -> None:
+    """The results are sent when the job has them, signed; its status on the way."""
+    zoo = zoo_with_a_held_model(tmp_path)
+    secret = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+    arrived: Queue[Received] = Queue()
+
+    def reply(request: Received) -> Reply:
+        arrived.put(request)
+        return Reply()
+
+    with (
+        serving(reply) as (url, _),
+        served(
+            model_dir=zoo,
+            allowed_roots=(folder,),
+            callback_hosts=url.removeprefix("http://"),
+            callback_secrets=secret,
+        ) as api,
+    ):
+        assert api.get("/conformance").json()["conformsTo"] == conformance_classes(callbacks=True)
+        whom = {"successUri": f"{url}/done", "inProgressUri": f"{url}/progress"}
+        answer = execute(
+            api,
+            inputs={"files": links},
+            outputs={"class": {}, "summary": {}},
+            subscriber=whom,
+            headers=ASYNC,
+        )
+        job, got = job_of(answer), []
+        while not got or got[-1].path != "/done":
+            got.append(arrived.get(timeout=120))
+        (own,) = api.get("/callbacks").json()["secrets"]
+        found = Webhook(own).verify(got[-1].body, got[-1].headers)
+        conforms(found, RESULTS)
+        assert list(found) == ["class", "summary"]
+        assert found["class"]["href"] == f"/jobs/{job}/results/class"
+        assert api.get(found["class"]["href"]).content == plain(api, files).content
+        for status in got[:-1]:
+            assert conforms(json.loads(status.body), STATUS)["jobID"] == job
+
+
 # A real client -------------------------------------------------------------------------------
 
 
@@ -1307,7 +1357,7 @@ def test_owslib_executes_a_process_and_waits(
     api: httpx.Client, files: Files, values: Any, dates: list[str]
 ) -> None:
     client = Processes(str(api.base_url))
-    assert client.conformance()["conformsTo"] == list(CONFORMANCE)
+    assert client.conformance()["conformsTo"] == conformance_classes(callbacks=False)
     assert [one["id"] for one in client.processes()] == list(TASKS)
     known = client.process("classify-pixels")
     assert {"files", "dates"} <= set(known["inputs"])

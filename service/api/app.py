@@ -107,7 +107,9 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 store,
                 settings,
                 document=partial(
-                    job_routes.called_with, root_path=(settings.root_path or "").rstrip("/")
+                    job_routes.called_with,
+                    jobs=store,
+                    root_path=(settings.root_path or "").rstrip("/"),
                 ),
                 metrics=metrics,
                 closing=closing,

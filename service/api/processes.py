@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -50,11 +50,18 @@ from service.settings import project_version
 from service.write.predictions import POLYGONS
 
 _CLASSES = "http://www.opengis.net/spec/ogcapi-processes-1/1.0/conf"
-CONFORMANCE = tuple(
-    f"{_CLASSES}/{name}"
-    for name in ("core", "ogc-process-description", "json", "job-list", "dismiss")
-)
-"""Conformance classes whose every requirement holds, each with tests of their names."""
+
+
+def conformance_classes(*, callbacks: bool) -> list[str]:
+    """The conformance classes whose every requirement holds; each requirement has a test.
+
+    Args:
+        callbacks: whether the server sends callbacks.
+    """
+    names = ["core", "ogc-process-description", "json", "job-list", "dismiss"]
+    return [f"{_CLASSES}/{name}" for name in (*names, *(["callback"] if callbacks else []))]
+
+
 EXECUTE = "http://www.opengis.net/def/rel/ogc/1.0/execute"
 TASKS: tuple[Task, ...] = get_args(Task)
 CRS84 = "http://www.opengis.net/def/crs/OGC/1.3/CRS84"
@@ -207,6 +214,7 @@ def _input_name(task: Task, field: str) -> str | None:
     """The input that is a field of the task's models; None for one that has another place."""
     if field == "outputs":
         return "quantiles" if task == "forecast" else None  # those of maps are process outputs
+    # A subscriber is not an input: an execute request names it beside them.
     return None if field in {"items", "subscriber"} else field
 
 
@@ -414,13 +422,19 @@ def answer_of(execute: Execute, request: TaskRequest) -> Answer:
     return Answer(response=execute.response, outputs=tuple(outputs))
 
 
-def default_answer(request: TaskRequest, files: Mapping[str, Path]) -> Answer:
-    """How the results of a job are returned that another path has made: as links."""
-    outputs = tuple(
-        Output(name=name, media=media[0], reference=True)
-        for name, media in available(request).items()
-        if name in files or name not in rasters_of(request.operation)
-    )
+def default_answer(request: TaskRequest, files: Iterable[str]) -> Answer:
+    """How the results of a job are returned that another path has made: as links.
+
+    Args:
+        request: of the job.
+        files: names of the files that it has made.
+    """
+    found = {name: PARQUET if name == POLYGONS else COG for name in files}
+    if found:
+        found["summary"] = JSON
+    else:
+        found = {name: media[0] for name, media in available(request).items()}
+    outputs = tuple(Output(name=n, media=media, reference=True) for n, media in found.items())
     return Answer(response="document", outputs=outputs)
 
 

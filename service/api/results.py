@@ -14,11 +14,11 @@ import base64
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from starlette.responses import JSONResponse, Response
 
@@ -131,10 +131,14 @@ def _document_path(results: Results) -> Path:
     return results.ready("document.json", lambda path: path.write_bytes(document_bytes(document)))
 
 
-def _href(results: Results, output: Output) -> str:
+def _here(results: Results) -> str:
     if results.here is None:
         raise TypeError("an output of a run that is not kept has no link")
-    return f"{results.here}/{output.name}"
+    return results.here
+
+
+def _href(results: Results, output: Output) -> str:
+    return f"{_here(results)}/{output.name}"
 
 
 def _name(results: Results, answer: Answer, suffix: str) -> str:
@@ -166,14 +170,23 @@ def _write_parts(results: Results, answer: Answer, path: Path) -> None:
 
 def _document(results: Results, answer: Answer) -> Response:
     if all(output.reference for output in answer.outputs):
-        links = {output.name: _link(results, output) for output in answer.outputs}
+        links = links_to(answer.outputs, _here(results))
         return with_raster_headers(JSONResponse(links), results.result)
     path = results.ready(_name(results, answer, "json"), partial(_write_document, results, answer))
     return _sent(results, path, JSON)
 
 
-def _link(results: Results, output: Output) -> dict[str, Any]:
-    return {"href": _href(results, output), "type": output.media, "title": output.name}
+def links_to(outputs: Iterable[Output], here: str) -> dict[str, dict[str, str]]:
+    """A document of results that holds links alone.
+
+    Args:
+        outputs: of a job.
+        here: path of the job's results.
+    """
+    return {
+        output.name: {"href": f"{here}/{output.name}", "type": output.media, "title": output.name}
+        for output in outputs
+    }
 
 
 def _write_document(results: Results, answer: Answer, path: Path) -> None:
@@ -182,7 +195,8 @@ def _write_document(results: Results, answer: Answer, path: Path) -> None:
             target.write(b"," if number else b"{")
             target.write(f"{json.dumps(output.name)}:".encode())
             if output.reference:
-                target.write(json.dumps(_link(results, output)).encode())
+                link = links_to([output], _here(results))[output.name]
+                target.write(json.dumps(link).encode())
                 continue
             with _path(results, output).open("rb") as source:
                 _write_value(source, output.media, target)

@@ -1286,16 +1286,7 @@ class Execute(_Strict):
         Literal["raw", "document"],
         Field(description="`raw`: the outputs themselves; `document`: JSON that holds them"),
     ] = "raw"
-    subscriber: Annotated[
-        Any, Field(description="not supported: the server sends no callbacks")
-    ] = None
-
-    @field_validator("subscriber")
-    @classmethod
-    def _no_callbacks(cls, value: object) -> object:
-        if value is not None:
-            raise ValueError("this server sends no callbacks: read the job's status instead")
-        return value
+    subscriber: Annotated[SubscriberBody | None, Field(description=_CALLED)] = None
 
 
 class Problem(BaseModel):

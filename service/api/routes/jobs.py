@@ -24,7 +24,7 @@ from service.api.dependencies import KNOWN_CALLER, READER, App, AppState, Caller
 from service.api.negotiation import negotiate
 from service.api.openapi import FILE, ITEM_FILE, RESULT, STAC_COLLECTION, problems
 from service.api.problems import problem
-from service.api.processes import task_of
+from service.api.processes import Answer, task_of
 from service.api.responses import (
     GEOJSON,
     PARQUET,
@@ -33,13 +33,14 @@ from service.api.responses import (
     stored_response,
     whole_file,
 )
+from service.api.results import links_to
 from service.api.schemas import CallbackSecret, JobInfo, JobList, Link, interval, listed
 from service.errors import NotFound, ResultNotReady
 from service.infer.smooth import MAX_RADIUS
 from service.jobs.callbacks import caller_secret, secret_text
 from service.jobs.outbox import Event
 from service.jobs.serialise import StoredResult
-from service.jobs.store import Job, JobFilter, JobStatus, removed
+from service.jobs.store import Job, JobFilter, JobStatus, JobStore, removed
 from service.run.derive import Cleaning, check_derivable, derive_map
 from service.run.request import RasterRequest
 from service.write.predictions import POLYGONS
@@ -326,15 +327,21 @@ def accepted(job: Job, request: Request, *, applied: str, status: int = 202) -> 
     return JSONResponse(document, status_code=status, headers=headers)
 
 
-def called_with(job: Job, event: Event, *, root_path: str) -> dict[str, Any]:
-    """The body of a callback: the job's status document.
+def called_with(job: Job, event: Event, *, jobs: JobStore, root_path: str) -> dict[str, Any]:
+    """The body of a callback: the job's status document; the results of a finished execution.
 
     Args:
         job: as it is now.
         event: what the receiver is told of.
+        jobs: the store of the job.
         root_path: the path before the service's own paths.
     """
-    del event
+    if event == "success" and job.status == "successful":
+        with suppress(ResultNotReady):  # removed meanwhile: the status says so
+            answer = jobs.answer(job)
+            if answer is not None:
+                here = f"{root_path}/jobs/{job.id}/results"
+                return dict(links_to(Answer.of(answer).outputs, here))
     return status_of(job, root_path).model_dump(mode="json", exclude_none=True)
 
 

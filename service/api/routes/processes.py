@@ -33,7 +33,6 @@ from service.api.dependencies import (
 from service.api.openapi import EXECUTION, EXECUTION_BODY, RESULTS, problems
 from service.api.problems import problem
 from service.api.processes import (
-    CONFORMANCE,
     TASKS,
     Answer,
     Binary,
@@ -41,6 +40,7 @@ from service.api.processes import (
     Reference,
     answer_of,
     bbox_of,
+    conformance_classes,
     default_answer,
     description_of,
     inputs_named,
@@ -88,9 +88,10 @@ router = APIRouter(tags=["processes"])
     dependencies=[KNOWN_IF_PRIVATE],
     responses=problems(["unauthorized", "internal_error"]),
 )
-async def conformance() -> Conformance:
+async def conformance(app: App) -> Conformance:
     """The conformance classes of OGC API - Processes that hold."""
-    return Conformance(conformsTo=list(CONFORMANCE))
+    callbacks = bool(app.settings.callback_hosts)
+    return Conformance(conformsTo=conformance_classes(callbacks=callbacks))
 
 
 @router.get(
@@ -346,6 +347,8 @@ async def _request_of(
     body: dict[str, Any] = {name: await fetch.value(one) for name, one in inputs.body.items()}
     if "bbox" in body:
         body["bbox"] = bbox_of(body["bbox"])
+    if execute.subscriber is not None:
+        body["subscriber"] = execute.subscriber.model_dump(exclude_none=True)
     polygons = await fetch.polygons(inputs.fields)
     maps = inputs.source != "series" and "points" not in body and polygons is None
     if maps and "outputs" not in body:
