@@ -111,18 +111,18 @@ def lonlat(rows: list[int], cols: list[int]) -> list[tuple[float, float]]:
 
 
 def test_a_class_for_every_pixel(api: httpx.Client, scene: Scene) -> None:
-    answer = api.post("/classify-pixels", files=scene.files())
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] == COG
-    assert answer.headers["content-disposition"] == 'attachment; filename="class.tif"'
-    assert answer.headers["PIMC-Model"] == "pixels-landcover@0.0.1"
-    assert answer.headers["PIMC-Provider"] == "CPUExecutionProvider"
+    response = api.post("/classify-pixels", files=scene.files())
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == COG
+    assert response.headers["content-disposition"] == 'attachment; filename="class.tif"'
+    assert response.headers["PIMC-Model"] == "pixels-landcover@0.0.1"
+    assert response.headers["PIMC-Provider"] == "CPUExecutionProvider"
     assert re.fullmatch(
-        r"read;dur=\d+\.\d, infer;dur=\d+\.\d, write;dur=\d+\.\d", answer.headers["Server-Timing"]
+        r"read;dur=\d+\.\d, infer;dur=\d+\.\d, write;dur=\d+\.\d", response.headers["Server-Timing"]
     )
     # Four dates of one spring.
-    assert answer.headers["PIMC-Warning"].startswith("partial_season; ")
-    with opened(answer.content) as raster:
+    assert response.headers["PIMC-Warning"].startswith("partial_season; ")
+    with opened(response.content) as raster:
         assert raster.crs == UTM
         assert raster.transform == NORTH_UP
         assert raster.nodata == 255
@@ -142,9 +142,9 @@ def test_a_class_for_every_pixel(api: httpx.Client, scene: Scene) -> None:
 def test_several_outputs_are_a_zip(
     api: httpx.Client, scene: Scene, outputs: dict[str, Any]
 ) -> None:
-    answer = api.post("/classify-pixels", files=scene.files(), data=outputs)
-    assert answer.headers["content-type"] == ZIP, answer.text
-    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+    response = api.post("/classify-pixels", files=scene.files(), data=outputs)
+    assert response.headers["content-type"] == ZIP, response.text
+    with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
         tiffs = {name for name in archive.namelist() if name.endswith(".tif")}
         assert tiffs == {"class.tif", "confidence.tif", "entropy.tif", "probabilities.tif"}
         expected = softmax(scene.mean(0, 2, 3))
@@ -158,18 +158,18 @@ def test_several_outputs_are_a_zip(
 
 @pytest.mark.parametrize("task", ["classify-pixels", "forecast", "landcover", "embed"])
 def test_one_output_is_a_zip_if_accept_says_so(api: httpx.Client, scene: Scene, task: str) -> None:
-    answer = api.post(f"/{task}", files=scene.files(), headers={"Accept": ZIP})
-    assert answer.headers["content-type"] == ZIP
-    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+    response = api.post(f"/{task}", files=scene.files(), headers={"Accept": ZIP})
+    assert response.headers["content-type"] == ZIP
+    with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
         assert archive.testzip() is None
         assert len([name for name in archive.namelist() if name.endswith(".tif")]) == 1
 
 
 def test_a_summary_counts_the_pixels_of_the_raster(api: httpx.Client, scene: Scene) -> None:
     accept = {"Accept": "application/json"}
-    answer = api.post("/classify-pixels", files=scene.files(), headers=accept)
-    assert answer.headers["content-type"] == "application/json"
-    body = answer.json()
+    response = api.post("/classify-pixels", files=scene.files(), headers=accept)
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
     classes = expected_classes(scene)
     assert [row["pixels"] for row in body["classes"]] == [
         int((classes == value).sum()) for value in range(3)
@@ -187,10 +187,10 @@ def test_a_summary_counts_the_pixels_of_the_raster(api: httpx.Client, scene: Sce
 
 def test_a_forecast_names_index_date_and_quantile(api: httpx.Client, scene: Scene) -> None:
     fields = {"horizon": "2", "outputs": "q10,q90"}
-    answer = api.post("/forecast", files=scene.files(), data=fields)
-    assert answer.status_code == 200, answer.text
+    response = api.post("/forecast", files=scene.files(), data=fields)
+    assert response.status_code == 200, response.text
     days = [date(2021, 6, 1) + timedelta(days=10 * step) for step in (1, 2)]
-    with opened(answer.content) as raster:
+    with opened(response.content) as raster:
         assert list(raster.descriptions) == [
             f"{index}_{day}_{quantile}"
             for index in ("NDVI", "EVI", "SAVI")
@@ -213,10 +213,10 @@ def test_land_cover_on_a_coarser_grid(
     api: httpx.Client, scene: Scene, stride: str | None, rows: int, cols: int
 ) -> None:
     fields = {"stride": stride} if stride else {}
-    answer = api.post("/landcover", files=scene.files(), data=fields)
-    assert answer.status_code == 200, answer.text
+    response = api.post("/landcover", files=scene.files(), data=fields)
+    assert response.status_code == 200, response.text
     step = int(stride or 64)
-    with opened(answer.content) as raster:
+    with opened(response.content) as raster:
         assert (raster.height, raster.width) == (rows, cols)
         assert raster.transform.a == 10 * step
         assert (raster.transform.c, raster.transform.f) == (NORTH_UP.c, NORTH_UP.f)
@@ -226,13 +226,13 @@ def test_embeddings_of_pixels_and_patches(api: httpx.Client, scene: Scene) -> No
     pixels = api.post("/embed", files=scene.files())
     with opened(pixels.content) as raster:
         np.testing.assert_allclose(raster.read(), scene.mean(0, 2, 3), atol=1e-6)
-    asked: list[dict[str, Any]] = [
+    requests: list[dict[str, Any]] = [
         {"data": {"modality": "patch"}},
         {"params": {"modality": "patch"}},
         {"params": {"modality": "patch"}, "data": {"modality": "patch"}},
         {"data": {"model": "embed-patch@0.0.1"}},
     ]
-    for how in asked:
+    for how in requests:
         patches = api.post("/embed", files=scene.files(), **how)
         assert patches.headers["PIMC-Model"] == "embed-patch@0.0.1", patches.text
         with opened(patches.content) as raster:
@@ -252,9 +252,9 @@ def test_parameters_state_what_the_files_do_not(
         {"dates": ",".join(DATES), "bands": ",".join(BANDS), "layout": "file-per-date"},
         {"dates": list(DATES), "bands": list(BANDS), "mask": "scl", "scale": "0.0001"},
     ):
-        answer = api.post("/classify-pixels", files=bare, data=fields)
-        assert answer.status_code == 200, answer.text
-        with opened(answer.content) as raster:
+        response = api.post("/classify-pixels", files=bare, data=fields)
+        assert response.status_code == 200, response.text
+        with opened(response.content) as raster:
             np.testing.assert_array_equal(raster.read(1), expected_classes(scene))
 
 
@@ -283,15 +283,15 @@ def collection(places: list[tuple[float, float]]) -> dict[str, Any]:
 def test_results_of_points_are_in_order(api: httpx.Client, scene: Scene, accept: str) -> None:
     rows, cols = [40, 2, 60], [50, 2, 10]
     places = [*lonlat(rows, cols), (0.0, 0.0)]
-    answer = api.post(
+    response = api.post(
         "/classify-pixels",
         files=scene.files(),
         data={"points": json.dumps(collection(places))},
         headers={"Accept": accept},
     )
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] == GEOJSON
-    body = answer.json()
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == GEOJSON
+    body = response.json()
     assert body["type"] == "FeatureCollection"
     found = [feature["properties"] for feature in body["features"]]
     assert [one["field"] for one in found] == ["f0", "f1", "f2", "f3"]
@@ -311,9 +311,9 @@ def test_results_of_points_are_in_order(api: httpx.Client, scene: Scene, accept:
 def test_points_may_be_sent_as_a_file(api: httpx.Client, scene: Scene) -> None:
     text = json.dumps(collection(lonlat([40], [50])))
     files = [*scene.files(), ("points", ("points.geojson", text, GEOJSON))]
-    answer = api.post("/embed", files=files)
-    assert answer.status_code == 200, answer.text
-    (feature,) = answer.json()["features"]
+    response = api.post("/embed", files=files)
+    assert response.status_code == 200, response.text
+    (feature,) = response.json()["features"]
     np.testing.assert_allclose(
         feature["properties"]["embedding"], scene.mean(0, 2, 3)[:, 40, 50], atol=1e-6
     )
@@ -331,12 +331,12 @@ def series(**extra: Any) -> dict[str, Any]:
 
 
 def test_series_are_classified(api: httpx.Client) -> None:
-    answer = api.post("/classify-pixels", json=series(start="2021-01-01"))
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] == "application/json"
-    assert answer.headers["PIMC-Model"] == "pixels-landcover@0.0.1"
-    assert "Server-Timing" in answer.headers
-    body = answer.json()
+    response = api.post("/classify-pixels", json=series(start="2021-01-01"))
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["PIMC-Model"] == "pixels-landcover@0.0.1"
+    assert "Server-Timing" in response.headers
+    body = response.json()
     assert body["model"] == "pixels-landcover@0.0.1"
     first, second = body["results"]
     assert (first["id"], first["status"], first["class"]) == ("field-7", "ok", "third")
@@ -366,8 +366,8 @@ def test_each_warning_is_stated_once_in_headers_and_in_json(
     fields = {"dates": ",".join(days)}
     raster = api.post("/classify-pixels", files=scene.files(), data=fields)
     assert raster.status_code == 200, raster.text
-    said = raster.headers.get_list("PIMC-Warning")
-    codes = [text.partition("; ")[0] for text in said]
+    warnings = raster.headers.get_list("PIMC-Warning")
+    codes = [text.partition("; ")[0] for text in warnings]
     assert sorted(codes) == ["dates_outside_window", "merged_dates", "partial_season"]
     summary = api.post(
         "/classify-pixels",
@@ -375,7 +375,7 @@ def test_each_warning_is_stated_once_in_headers_and_in_json(
         data=fields,
         headers={"Accept": "application/json"},
     )
-    assert [f"{w['code']}; {w['detail']}" for w in summary.json()["warnings"]] == said
+    assert [f"{w['code']}; {w['detail']}" for w in summary.json()["warnings"]] == warnings
     assert "PIMC-Warning" not in summary.headers
 
 
@@ -387,19 +387,19 @@ def test_a_hostile_file_name_stays_a_label(api: httpx.Client, scene: Scene) -> N
     good = api.post("/classify-pixels", files=scene.files(*names))
     assert good.status_code == 200, good.text
     broken = [("files", ("..\\..\\windows/ünï.tif", b"no tiff at all"))]
-    answer = api.post("/classify-pixels", files=broken)
-    assert answer.json()["code"] == "not_a_geotiff"
-    assert "'windows/ünï.tif'" in answer.json()["detail"]
+    response = api.post("/classify-pixels", files=broken)
+    assert response.json()["code"] == "not_a_geotiff"
+    assert "'windows/ünï.tif'" in response.json()["detail"]
 
 
 def test_every_response_has_an_id_and_security_headers(api: httpx.Client, scene: Scene) -> None:
-    for answer in (
+    for response in (
         api.get("/health/live", headers={"X-Request-ID": "mine-1"}),
         api.get("/nowhere", headers={"X-Request-ID": "mine-1"}),
         api.post("/embed", files=scene.files(), headers={"X-Request-ID": "mine-1"}),
     ):
-        assert answer.headers["X-Request-ID"] == "mine-1"
-        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert response.headers["X-Request-ID"] == "mine-1"
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
     made = api.get("/health/live", headers={"X-Request-ID": "bad id"}).headers["X-Request-ID"]
     assert re.fullmatch(r"[0-9a-f]{32}", made)
 
@@ -507,10 +507,10 @@ def test_the_command_serves_and_logs_json(tmp_path: Path) -> None:
                 break
         else:
             pytest.fail("it ended before it served")
-        answer = httpx.get(
+        response = httpx.get(
             f"{running[1]}/models/nobody", headers={"X-Request-ID": "mine"}, timeout=PATIENCE
         )
-        assert answer.status_code == 404
+        assert response.status_code == 404
     finally:
         process.terminate()
         rest, _ = process.communicate(timeout=PATIENCE)[::-1]

@@ -50,15 +50,15 @@ def service(command: str, folder: Path, state: Path) -> subprocess.CompletedProc
 
 def submit(api: httpx.Client, path: str = "/embed", **how: Any) -> str:
     headers = {**ASYNC, **how.pop("headers", {})}
-    answer = api.post(path, headers=headers, **how)
-    assert answer.status_code == 202, answer.text
-    return str(answer.json()["jobID"])
+    response = api.post(path, headers=headers, **how)
+    assert response.status_code == 202, response.text
+    return str(response.json()["jobID"])
 
 
 def result(api: httpx.Client, job: str) -> bytes:
-    answer = api.get(f"/jobs/{job}/result")
-    assert answer.status_code == 200, answer.text
-    return answer.content
+    response = api.get(f"/jobs/{job}/result")
+    assert response.status_code == 200, response.text
+    return response.content
 
 
 def test_jobs_continue_from_a_backup_that_was_made_while_they_ran(
@@ -67,11 +67,11 @@ def test_jobs_continue_from_a_backup_that_was_made_while_they_ran(
     state, backup = tmp_path / "state", tmp_path / "backup"
     key = {"Idempotency-Key": "once"}
     with served(model_dir=zoo, state_dir=state) as api:
-        whole = submit(api, "/classify-pixels", files=files, data={"outputs": "class,entropy"})
+        complete = submit(api, "/classify-pixels", files=files, data={"outputs": "class,entropy"})
         dismissed = submit(api, json=SERIES)
-        waited(api, whole)
+        waited(api, complete)
         api.delete(f"/jobs/{dismissed}")
-        expected = result(api, whole)
+        expected = result(api, complete)
         with gate.held(after=4):
             held = {"files": files, "data": {"model": HELD}}
             running = submit(api, "/classify-pixels", headers=key, **held)
@@ -91,7 +91,7 @@ def test_jobs_continue_from_a_backup_that_was_made_while_they_ran(
     done = service("restore", backup, other)
     assert (done.returncode, done.stdout) == (0, f"4 jobs in {other}\n")
     with served(model_dir=zoo, state_dir=other) as api:
-        assert result(api, whole) == expected
+        assert result(api, complete) == expected
         assert api.get(f"/jobs/{dismissed}").json()["status"] == "dismissed"
         info = waited(api, running)
         assert (info["status"], info["progress"]) == ("successful", 100)

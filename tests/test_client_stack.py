@@ -81,8 +81,8 @@ def test_files_hold_the_pixels_of_the_source(world: World, tmp_path: Path) -> No
     paths = fetched(world, tmp_path, progress=lambda done, dates: seen.append((done, dates)))
     assert days(paths) == [at.day[:10].replace("-", "") for at in world.tyrol]
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    whole = sum(path.stat().st_size for at in world.tyrol for path in at.paths.values())
-    assert sum(end - begin for _, begin, end in world.web.asked) < whole / 2
+    total = sum(path.stat().st_size for at in world.tyrol for path in at.paths.values())
+    assert sum(end - begin for _, begin, end in world.web.asked) < total / 2
     for path, source in zip(paths, world.stacks, strict=True):
         with rasterio.open(path) as file, rasterio.open(source) as original:
             assert file.descriptions == ("B02", "B03", "B04", "B08", "SCL")
@@ -160,11 +160,11 @@ def test_the_offset_goes_into_the_tags(world: World, tmp_path: Path) -> None:
         paths = fetched(world, tmp_path)
     finally:
         world.catalogue.items[:] = json.loads(before)
-    told = []
+    offsets = []
     for path in paths:
         with rasterio.open(path) as file:
-            told.append((file.offsets[0], file.tags()["offset"]))
-    assert told == [(0.0, "0"), (0.0, "0"), (-0.1, "-0.1")]
+            offsets.append((file.offsets[0], file.tags()["offset"]))
+    assert offsets == [(0.0, "0"), (0.0, "0"), (-0.1, "-0.1")]
 
 
 def test_tiles_of_one_day_are_one_file(world: World, tmp_path: Path) -> None:
@@ -175,10 +175,10 @@ def test_tiles_of_one_day_are_one_file(world: World, tmp_path: Path) -> None:
         paths = kit.write_columns(at, world.web.folder / name, left, right)
         half = Acquisition(**{**vars(at), "paths": paths})
         halves.append(kit.earth_search(half, f"{world.web.url}/{name}", tile=name))
-    (whole,) = fetched(world, tmp_path / "whole", end=at.day[:10])
+    (total,) = fetched(world, tmp_path / "whole", end=at.day[:10])
     with kit.stac_api(halves) as (api, _):
         (joined,) = fetched(world, tmp_path / "joined", url=api)
-    with rasterio.open(whole) as one, rasterio.open(joined) as other:
+    with rasterio.open(total) as one, rasterio.open(joined) as other:
         assert one.transform == other.transform
         assert (one.read() == other.read()).all()
     assert len(json.loads(joined.with_suffix(".json").read_text())["links"]) == 2

@@ -189,9 +189,9 @@ def test_libraries_that_are_loaded_later_are_in_the_pinned_wheels_too(provider: 
 
 def test_the_installed_wheels_hold_those_libraries(provider: Path) -> None:
     package_of = wheels()
-    wanted = {name for name in needed(provider) if name in package_of}
-    assert wanted
-    for name in sorted(wanted):
+    expected = {name for name in needed(provider) if name in package_of}
+    assert expected
+    for name in sorted(expected):
         try:
             files = metadata.files(package_of[name]) or []
         except metadata.PackageNotFoundError:

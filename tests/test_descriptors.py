@@ -109,10 +109,10 @@ def test_a_job_waits_for_descriptors_and_a_request_is_told(tmp_path: Path) -> No
         capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]
-    said = json.loads(child.stdout.splitlines()[-1])
-    assert "no free file descriptors" in said["reason"]
-    assert said["while"] in {"accepted", "running"}
-    assert said["live"] == 200
-    assert said["refused"][:2] == [503, "overloaded"]
-    assert "no free file descriptors" in said["refused"][2]
-    assert said["after"] == "successful"
+    report = json.loads(child.stdout.splitlines()[-1])
+    assert "no free file descriptors" in report["reason"]
+    assert report["while"] in {"accepted", "running"}
+    assert report["live"] == 200
+    assert report["refused"][:2] == [503, "overloaded"]
+    assert "no free file descriptors" in report["refused"][2]
+    assert report["after"] == "successful"

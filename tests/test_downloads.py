@@ -71,9 +71,9 @@ def job(api: httpx.Client, files: Files) -> str:
 
 
 def done(api: httpx.Client, files: Files, **data: str) -> str:
-    answer = api.post("/classify-pixels", files=files, data=data, headers=ASYNC)
-    assert waited(api, answer.json()["jobID"])["status"] == "successful"
-    return str(answer.json()["jobID"])
+    response = api.post("/classify-pixels", files=files, data=data, headers=ASYNC)
+    assert waited(api, response.json()["jobID"])["status"] == "successful"
+    return str(response.json()["jobID"])
 
 
 # Ranges ---------------------------------------------------------------------------------------
@@ -115,15 +115,15 @@ def test_a_range_outside_the_file_is_an_error(header: str) -> None:
 @pytest.mark.parametrize("path", ["", "/class", "/confidence"])
 def test_a_part_of_a_result_can_be_read(api: httpx.Client, job: str, path: str) -> None:
     url = f"/jobs/{job}/result{path}"
-    whole = api.get(url)
-    assert whole.headers["Accept-Ranges"] == "bytes"
-    size = len(whole.content)
+    complete = api.get(url)
+    assert complete.headers["Accept-Ranges"] == "bytes"
+    size = len(complete.content)
     for header, part in (("bytes=3-9", slice(3, 10)), ("bytes=-5", slice(size - 5, size))):
-        answer = api.get(url, headers={"Range": header})
-        assert (answer.status_code, answer.content) == (206, whole.content[part])
+        response = api.get(url, headers={"Range": header})
+        assert (response.status_code, response.content) == (206, complete.content[part])
         span = f"bytes {part.start}-{part.stop - 1}/{size}"
-        assert answer.headers["Content-Range"] == span
-        assert answer.headers["ETag"] == whole.headers["ETag"]
+        assert response.headers["Content-Range"] == span
+        assert response.headers["ETag"] == complete.headers["ETag"]
 
 
 @pytest.mark.parametrize("header", ["bytes=a-b", "bytes=9-2", "junk", "bytes=999999999-"])
@@ -132,21 +132,21 @@ def test_a_malformed_range_is_a_problem_like_any_other(
 ) -> None:
     for url in (f"/jobs/{job}/result", f"/jobs/{job}/result/class", "/docs/swagger-ui.css"):
         size = len(api.get(url).content)
-        answer = api.get(url, headers={"Range": header})
-        assert answer.headers["Content-Type"] == "application/problem+json"
-        assert (answer.status_code, answer.json()["code"]) == (416, "invalid_range")
-        assert answer.headers["Content-Range"] == f"bytes */{size}"
+        response = api.get(url, headers={"Range": header})
+        assert response.headers["Content-Type"] == "application/problem+json"
+        assert (response.status_code, response.json()["code"]) == (416, "invalid_range")
+        assert response.headers["Content-Range"] == f"bytes */{size}"
 
 
 def test_conditions_decide_whether_and_how_much_is_sent(api: httpx.Client, job: str) -> None:
     url = f"/jobs/{job}/result/class"
-    whole = api.get(url)
-    tag, modified = whole.headers["ETag"], whole.headers["Last-Modified"]
+    complete = api.get(url)
+    tag, modified = complete.headers["ETag"], complete.headers["Last-Modified"]
     for name in (tag, modified):
         part = api.get(url, headers={"Range": "bytes=0-3", "If-Range": name})
-        assert (part.status_code, part.content) == (206, whole.content[:4])
+        assert (part.status_code, part.content) == (206, complete.content[:4])
     stale = api.get(url, headers={"Range": "bytes=0-3", "If-Range": '"other"'})
-    assert (stale.status_code, stale.content) == (200, whole.content)
+    assert (stale.status_code, stale.content) == (200, complete.content)
     for name in (tag, f'"other", W/{tag}', "*"):
         known = api.get(url, headers={"If-None-Match": name})
         assert (known.status_code, known.content, known.headers["ETag"]) == (304, b"", tag)
@@ -176,17 +176,17 @@ def test_after_a_head_the_connection_serves_the_next_request(api: httpx.Client, 
         head = f"HEAD /jobs/{job}/result HTTP/1.1\r\nHost: a\r\n\r\n"
         last = "GET /health/live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
         connection.sendall((head + last).encode())
-        answers = b""
+        responses = b""
         while part := connection.recv(2**16):
-            answers += part
-    first, _, second = answers.partition(b"\r\n\r\n")
+            responses += part
+    first, _, second = responses.partition(b"\r\n\r\n")
     assert first.startswith(b"HTTP/1.1 200")
     assert second.startswith(b"HTTP/1.1 200")
 
 
 def test_a_path_without_get_has_no_head(api: httpx.Client) -> None:
-    answer = api.head("/forecast")
-    assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
+    response = api.head("/forecast")
+    assert (response.status_code, response.headers["Allow"]) == (405, "POST")
     assert "HEAD" in api.post("/models").headers["Allow"]
 
 
@@ -241,8 +241,8 @@ def test_a_zip_that_cannot_be_written_leaves_nothing_and_is_made_later(
 
     with monkeypatch.context() as patched:
         patched.setattr(responses, "zip_files", full)
-        answer = api.get(f"/jobs/{job}/result")
-        assert (answer.status_code, answer.json()["code"]) == (507, "insufficient_storage")
+        response = api.get(f"/jobs/{job}/result")
+        assert (response.status_code, response.json()["code"]) == (507, "insufficient_storage")
     assert list((state / "jobs" / job / "ready").iterdir()) == []
     assert zipfile.ZipFile(io.BytesIO(api.get(f"/jobs/{job}/result").content)).testzip() is None
 
@@ -278,12 +278,12 @@ def test_a_long_document_is_a_file_also_at_once(api: httpx.Client) -> None:
 def test_half_a_zip_of_a_killed_service_is_removed(zoo: Path, files: Files, tmp_path: Path) -> None:
     with served(model_dir=zoo, state_dir=tmp_path) as api:
         job = done(api, files, outputs="class,entropy")
-        whole = api.get(f"/jobs/{job}/result").content
+        complete = api.get(f"/jobs/{job}/result").content
     ready = tmp_path / "jobs" / job / "ready"
-    (ready / "half-classify-pixels.zip").write_bytes(whole[:100])
+    (ready / "half-classify-pixels.zip").write_bytes(complete[:100])
     with served(model_dir=zoo, state_dir=tmp_path) as api:
         assert not ready.exists()
-        assert api.get(f"/jobs/{job}/result").content == whole
+        assert api.get(f"/jobs/{job}/result").content == complete
 
 
 @pytest.mark.slow

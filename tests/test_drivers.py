@@ -118,20 +118,20 @@ def child(folder: Path, *, limited: bool) -> dict[str, Any]:
 
 
 def test_only_the_needed_drivers_stay_and_suffice(folder: Path, listener: socket.socket) -> None:
-    said = child(folder, limited=True)
-    assert said["drivers"] == ["COG", "GTiff", "JP2OpenJPEG", "MEM", "VRT"]
-    assert said["vectors"] == ["GPKG"]
-    assert (said["values"], said["fields"]) == (0.2, 1)
+    report = child(folder, limited=True)
+    assert report["drivers"] == ["COG", "GTiff", "JP2OpenJPEG", "MEM", "VRT"]
+    assert report["vectors"] == ["GPKG"]
+    assert (report["values"], report["fields"]) == (0.2, 1)
     # Neither the picture beside nor the network is reached.
-    assert said["opened"] == {"hostile-wms.xml": None, "hostile-overview.tif": ["GTiff", []]}
+    assert report["opened"] == {"hostile-wms.xml": None, "hostile-overview.tif": ["GTiff", []]}
     assert connections(listener) == 0
 
 
 def test_with_all_drivers_the_same_files_lead_elsewhere(
     folder: Path, listener: socket.socket
 ) -> None:
-    said = child(folder, limited=False)
-    assert said["opened"]["hostile-overview.tif"] != ["GTiff", []]
+    report = child(folder, limited=False)
+    assert report["opened"]["hostile-overview.tif"] != ["GTiff", []]
     assert connections(listener) > 0
-    assert len(said["drivers"]) > 100
-    assert (said["values"], said["fields"]) == (0.2, 1)
+    assert len(report["drivers"]) > 100
+    assert (report["values"], report["fields"]) == (0.2, 1)

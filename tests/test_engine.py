@@ -112,12 +112,12 @@ def test_a_pixel_without_dates_is_nan_and_does_not_affect_others(engine):
 
 def test_concurrent_callers_get_their_own_predictions(engine, zoo):
     model = engine.models["pixels-landcover"]
-    asked = [series(700, dates=3 + n, seed=n) for n in range(6)]
+    inputs = [series(700, dates=3 + n, seed=n) for n in range(6)]
     with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(lambda one: model.pixels(*one), asked))
-    for (values, valid, days), answer in zip(asked, found, strict=True):
+        found = list(pool.map(lambda one: model.pixels(*one), inputs))
+    for (values, valid, days), prediction in zip(inputs, found, strict=True):
         expected = direct(zoo, "pixels-landcover", {"values": values, "valid": valid, "days": days})
-        np.testing.assert_allclose(answer, expected, rtol=1e-6)
+        np.testing.assert_allclose(prediction, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 3, 100, 255, 256, 257, 300])
@@ -287,8 +287,8 @@ def outside(how, location, length):
             branches = {}
             for name in ("then_branch", "else_branch"):
                 inner = onnx.helper.make_node("Constant", [], [name], value=weight)
-                told = onnx.helper.make_tensor_value_info(name, weight.data_type, weight.dims)
-                branches[name] = onnx.helper.make_graph([inner], name, [], [told])
+                settings = onnx.helper.make_tensor_value_info(name, weight.data_type, weight.dims)
+                branches[name] = onnx.helper.make_graph([inner], name, [], [settings])
             model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "yes"))
             model.graph.node.insert(
                 0, onnx.helper.make_node("If", ["yes"], [weight.name], **branches)
@@ -407,9 +407,9 @@ def test_reflectance_goes_into_a_float16_graph_as_float16(tmp_path):
     with Engine(Registry.load(tmp_path), providers="cpu", threads=1) as engine:
         assert engine.refused == {}
         values, valid, days = series(40, dates=9)
-        want = engine.models["whole"].pixels(values, valid, days)
+        expected = engine.models["whole"].pixels(values, valid, days)
         got = engine.models["half"].pixels(values, valid, days)
-    assert 0 < np.nanmax(np.abs(got - want)) < 2e-3
+    assert 0 < np.nanmax(np.abs(got - expected)) < 2e-3
 
 
 def test_the_variant_with_a_negligible_loss_is_used(zoo, monkeypatch):
@@ -451,10 +451,10 @@ class SmallDevice:
             raise self.fault
         if len(feeds["values"]) > self.most:
             raise Fail("BFCArena: Failed to allocate memory for requested buffer")
-        (answer,) = self.session.run(names, feeds)
+        (prediction,) = self.session.run(names, feeds)
         for row, value in self.holes.items():
-            answer[row] = value
-        return [answer]
+            prediction[row] = value
+        return [prediction]
 
 
 def on_a_device(zoo, most, fault=None, times=10**9, kind=SmallDevice):
@@ -532,7 +532,7 @@ def test_a_device_without_numbers_where_the_cpu_has_them_is_reported(zoo, hole):
 def test_a_device_that_differs_from_the_cpu_is_rejected(zoo):
     class Reversed(SmallDevice):
         def run(self, names, feeds, options=None):
-            return [answer[:, ::-1] for answer in super().run(names, feeds)]
+            return [prediction[:, ::-1] for prediction in super().run(names, feeds)]
 
     with pytest.raises(BundleError, match="outputs on CUDAExecutionProvider differ from the CPU"):
         on_a_device(zoo, most=10**9, kind=Reversed)
@@ -661,13 +661,13 @@ def test_one_run_in_ten_seconds_shrinks_the_arena(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_the_runtime_sends_no_telemetry(tmp_path: Path) -> None:
     # It is silent by itself where it believes to be under test.
-    told = {k: v for k, v in os.environ.items() if k not in {"ORT_DISABLE_TELEMETRY", "CI"}}
+    settings = {k: v for k, v in os.environ.items() if k not in {"ORT_DISABLE_TELEMETRY", "CI"}}
     for module, traces in (("onnxruntime", 1), ("service.infer.engine", 0)):
         folder = tmp_path / module
         folder.mkdir()
         subprocess.run(
             [sys.executable, "-c", f"import {module}"],
-            env={**told, "TMPDIR": str(folder)},
+            env={**settings, "TMPDIR": str(folder)},
             check=True,
             cwd=Path(__file__).parent.parent,
         )

@@ -328,14 +328,14 @@ def test_at_the_width_of_a_phone(
 def test_nothing_comes_from_elsewhere(browser: Browser, api: httpx.Client) -> None:
     context = browser.new_context()
     page = context.new_page()
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    requested: list[str] = []
+    page.on("request", lambda request: requested.append(request.url))
     policies = []
     page.on("console", lambda message: policies.append(message.text))
     page.goto(str(api.base_url))
     page.wait_for_selector("html[data-ready=yes]")
     here = str(api.base_url)
-    assert all(url.startswith((here, "data:")) for url in asked), asked
+    assert all(url.startswith((here, "data:")) for url in requested), requested
     assert not [text for text in policies if "Content Security Policy" in text]
     context.close()
 

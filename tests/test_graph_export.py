@@ -74,7 +74,7 @@ def answers(graph: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize("precision", get_args(Precision))
 @pytest.mark.parametrize(
-    "told",
+    "options",
     [
         {},
         {"depths": (0, 1, 2), "bands": 3},
@@ -88,16 +88,16 @@ def answers(graph: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_a_folded_graph_equals_the_graph(told: dict[str, Any], precision: Precision) -> None:
-    graph = pixel_graph(**told)
+def test_a_folded_graph_equals_the_graph(options: dict[str, Any], precision: Precision) -> None:
+    graph = pixel_graph(**options)
     if precision == "int8":
         round_plots(graph)
     inputs = pixel_inputs(graph, 40, 30)
     inputs["valid"][3] = False
-    want = answers(graph, inputs)
-    assert torch.isnan(want[3]).all()
+    expected = answers(graph, inputs)
+    assert torch.isnan(expected[3]).all()
     got = answers(folded(graph, precision), inputs)
-    torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-5, equal_nan=True)
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=2e-5, equal_nan=True)
     # The one that was trained is as it was.
     assert isinstance(graph.encoder, PixelEncoder)
 
@@ -213,10 +213,10 @@ def test_series_are_rounded_before_their_plots_are_made(small: tuple[PixelGraph,
 def test_int8_predictions_are_close_to_float32(small: tuple[PixelGraph, Path]) -> None:
     graph, path = small
     inputs = pixel_inputs(graph, BATCH, 30)
-    want = answers(graph, inputs).numpy()
+    expected = answers(graph, inputs).numpy()
     got = open_cpu(path).run(None, inputs)[0]
-    off = np.abs(got - want)
-    assert 0 < off.mean() < 0.1 * np.abs(want - want.mean(axis=0)).mean()
+    off = np.abs(got - expected)
+    assert 0 < off.mean() < 0.1 * np.abs(expected - expected.mean(axis=0)).mean()
     assert check_parity_int8(graph, path, inputs) == pytest.approx(off.mean(), rel=0.3)
 
 

@@ -115,18 +115,18 @@ def make(api: httpx.Client, files, features, name: str = "mine", **data: str) ->
 
 @pytest.fixture(scope="module")
 def made(api: httpx.Client, files) -> dict[str, Any]:
-    answer = make(api, files, labelled(), name="my-crops", description="three crops")
-    assert answer.status_code == 201, answer.text
-    assert answer.headers["Location"] == "/models/my-crops"
-    assert answer.headers["PIMC-Model"] == "my-crops@1.0.0"
-    assert answer.headers["Server-Timing"].startswith("read;dur=")
-    return dict(answer.json())
+    response = make(api, files, labelled(), name="my-crops", description="three crops")
+    assert response.status_code == 201, response.text
+    assert response.headers["Location"] == "/models/my-crops"
+    assert response.headers["PIMC-Model"] == "my-crops@1.0.0"
+    assert response.headers["Server-Timing"].startswith("read;dur=")
+    return dict(response.json())
 
 
 def class_map(api: httpx.Client, files, model: str) -> np.ndarray:
-    answer = api.post("/classify-pixels", files=files, data={"model": model})
-    assert answer.status_code == 200, answer.text
-    with rasterio.MemoryFile(answer.content) as file, file.open() as raster:
+    response = api.post("/classify-pixels", files=files, data={"model": model})
+    assert response.status_code == 200, response.text
+    with rasterio.MemoryFile(response.content) as file, file.open() as raster:
         return raster.read(1)
 
 
@@ -166,8 +166,8 @@ def test_the_scores_are_those_of_labels_that_it_never_saw(api, files) -> None:
     names = [f["properties"]["class"] for f in features]
     for feature, name in zip(features, random.permutation(names), strict=True):
         feature["properties"]["class"] = name
-    answer = make(api, files, features, name="chance")
-    assert answer.json()["card"]["metrics"]["macro_f1"] < 0.55
+    response = make(api, files, features, name="chance")
+    assert response.json()["card"]["metrics"]["macro_f1"] < 0.55
     assert api.delete("/heads/chance").status_code == 204
 
 
@@ -182,8 +182,8 @@ def test_every_way_of_asking_gives_the_same_class(api, files, made) -> None:
         },
     ).json()["features"]
     names = [c["name"] for c in made["card"]["classes"]]
-    told = [p["properties"]["class"] for p in points[:2]]
-    assert told == [names[found[20, 30]], names[found[40, 10]]]
+    warnings = [p["properties"]["class"] for p in points[:2]]
+    assert warnings == [names[found[20, 30]], names[found[40, 10]]]
     assert points[2]["properties"]["status"] == "no_data"
     field = api.post(
         "/classify-pixels",
@@ -203,8 +203,8 @@ def test_every_way_of_asking_gives_the_same_class(api, files, made) -> None:
     assert one["results"][0]["class"] == names[found[20, 30]]
     job = api.post("/classify-pixels", files=files, data={"model": "my-crops"}, headers=ASYNC)
     assert waited(api, job.json()["jobID"])["status"] == "successful"
-    answer = api.get(f"/jobs/{job.json()['jobID']}/result")
-    with rasterio.MemoryFile(answer.content) as file, file.open() as raster:
+    response = api.get(f"/jobs/{job.json()['jobID']}/result")
+    with rasterio.MemoryFile(response.content) as file, file.open() as raster:
         np.testing.assert_array_equal(raster.read(1), found)
 
 
@@ -214,13 +214,13 @@ def test_a_model_belongs_to_the_key_that_made_it(api, files, made) -> None:
     assert "my-crops" in [c["name"] for c in api.get("/models").json()["models"]]
     assert api.get("/heads", headers=other).json() == {"heads": []}
     assert "my-crops" not in api.get("/models", headers=other).text
-    for answer in (
+    for response in (
         api.get("/models/my-crops", headers=other),
         api.delete("/heads/my-crops", headers=other),
         api.post("/classify-pixels", files=files, data={"model": "my-crops"}, headers=other),
     ):
-        assert (answer.status_code, answer.json()["code"]) == (404, "unknown_model")
-        assert "my-crops@" not in answer.text
+        assert (response.status_code, response.json()["code"]) == (404, "unknown_model")
+        assert "my-crops@" not in response.text
     assert class_map(api, files, "my-crops").shape == (SIDE, SIDE)
 
 
@@ -237,8 +237,8 @@ def test_a_name_can_be_used_again_once_its_model_is_removed(api, files) -> None:
 
 def test_a_built_in_model_cannot_be_removed_or_replaced(api, files) -> None:
     assert api.delete("/heads/pixels-landcover").status_code == 404
-    answer = make(api, files, labelled(6), name="pixels-landcover")
-    assert (answer.status_code, answer.json()["code"]) == (409, "name_taken")
+    response = make(api, files, labelled(6), name="pixels-landcover")
+    assert (response.status_code, response.json()["code"]) == (409, "name_taken")
 
 
 def test_polygons_teach_as_points_do(api, files) -> None:
@@ -247,14 +247,14 @@ def test_polygons_teach_as_points_do(api, files) -> None:
         for r in range(1, 6)
         for c in range(1, 6)
     ]
-    answer = make(api, files, squares, name="squares")
-    assert answer.status_code == 201, answer.text
-    metrics = answer.json()["card"]["metrics"]
+    response = make(api, files, squares, name="squares")
+    assert response.status_code == 201, response.text
+    metrics = response.json()["card"]["metrics"]
     assert sum(metrics["labels"].values()) == 25
     assert metrics["n"] == 25 * 16
     assert metrics["places"] <= 25
     assert metrics["macro_f1"] > 0.9
-    order = [NAMES.index(c["name"]) for c in answer.json()["card"]["classes"]]
+    order = [NAMES.index(c["name"]) for c in response.json()["card"]["classes"]]
     found = class_map(api, files, "squares")
     right = np.array([*order, *[-1] * 253])[found] == truth()
     assert right.mean() > 0.95
@@ -266,10 +266,10 @@ def test_labels_may_come_as_a_file_with_places(api, files) -> None:
     for n, feature in enumerate(features):
         feature["properties"]["place"] = f"farm-{n % 4}"
     sent = [*files, ("labels", ("labels.geojson", collection(features).encode(), "text/plain"))]
-    answer = api.post("/heads", files=sent, data={"name": "farms"})
-    assert answer.status_code == 201, answer.text
-    assert answer.json()["card"]["metrics"]["places"] == 4
-    assert answer.json()["card"]["metrics"]["separation_pixels"] is None
+    response = api.post("/heads", files=sent, data={"name": "farms"})
+    assert response.status_code == 201, response.text
+    assert response.json()["card"]["metrics"]["places"] == 4
+    assert response.json()["card"]["metrics"]["separation_pixels"] is None
     assert api.delete("/heads/farms").status_code == 204
 
 
@@ -291,9 +291,9 @@ def test_series_teach_without_a_raster(api, files, made) -> None:
                 **{b: own[:, i].tolist() for i, b in enumerate(BANDS[:4])},
             }
         )
-    answer = api.post("/heads", json={"name": "by-series", "series": series})
-    assert answer.status_code == 201, answer.text
-    assert [w["code"] for w in answer.json()["warnings"]] == ["places_unknown"]
+    response = api.post("/heads", json={"name": "by-series", "series": series})
+    assert response.status_code == 201, response.text
+    assert [w["code"] for w in response.json()["warnings"]] == ["places_unknown"]
     same = class_map(api, files, "by-series") == class_map(api, files, "my-crops")
     assert same.mean() > 0.9
     assert api.delete("/heads/by-series").status_code == 204
@@ -304,9 +304,9 @@ def test_series_teach_without_a_raster(api, files, made) -> None:
 
 
 def test_an_embedding_may_be_tried_and_is_checked(api, files) -> None:
-    answer = make(api, files, labelled(8), name="embedded", embedding="embed-pixel")
-    assert answer.status_code == 201, answer.text
-    assert answer.json()["card"]["training"]["features"] in {
+    response = make(api, files, labelled(8), name="embedded", embedding="embed-pixel")
+    assert response.status_code == 201, response.text
+    assert response.json()["card"]["training"]["features"] in {
         "series",
         "embedding",
         "series and embedding",
@@ -323,7 +323,7 @@ MAIZE = [f for f in labelled(8) if f["properties"]["class"] == "maize"]
 
 
 @pytest.mark.parametrize(
-    ("features", "code", "said"),
+    ("features", "code", "message"),
     [
         (MAIZE, "too_few_labels", "all labels are of the class 'maize'"),
         (
@@ -354,16 +354,16 @@ MAIZE = [f for f in labelled(8) if f["properties"]["class"] == "maize"]
         (labelled(80), "too_many_fields", "200"),
     ],
 )
-def test_labels_of_no_use_are_refused(api, files, features, code, said) -> None:
-    answer = make(api, files, features)
-    assert answer.status_code in {413, 422}
-    assert answer.json()["code"] == code
-    assert said in answer.json()["detail"]
+def test_labels_of_no_use_are_refused(api, files, features, code, message) -> None:
+    response = make(api, files, features)
+    assert response.status_code in {413, 422}
+    assert response.json()["code"] == code
+    assert message in response.json()["detail"]
     assert api.get("/models/mine").status_code == 404
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ({"name": "My crops", "labels": collection(MAIZE)}, "name"),
         ({"name": "../zoo", "labels": collection(MAIZE)}, "name"),
@@ -372,24 +372,24 @@ def test_labels_of_no_use_are_refused(api, files, features, code, said) -> None:
         ({"name": "mine", "labels": collection(MAIZE), "model": "x"}, "model"),
     ],
 )
-def test_a_request_that_is_not_whole_is_refused(api, files, data, said) -> None:
-    answer = api.post("/heads", files=files, data=data)
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
-    assert said in answer.json()["detail"]
+def test_a_request_that_is_not_whole_is_refused(api, files, data, message) -> None:
+    response = api.post("/heads", files=files, data=data)
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+    assert message in response.json()["detail"]
 
 
 def test_what_weakens_a_model_is_warned_of(api, files) -> None:
     near = [point(24 + n // 3, 24 + n % 3, "grass") for n in range(6)]
     both = [point(30, 30, "wheat"), point(30, 30, "maize")]
     features = [*labelled(8), *near, *both, *OUTSIDE[:2], *CLOUDED[:3]]
-    answer = make(api, files, features)
-    assert answer.status_code == 201, answer.text
-    told = {w["code"]: w["detail"] for w in answer.json()["warnings"]}
-    assert "class 'grass' has 1 place" in told["few_places"]
-    assert told["labels_conflict"].startswith("1 pixels have labels of several classes")
-    assert told["label_outside"].startswith("2 of ")
-    assert told["label_cloudy"].startswith("3 of ")
-    assert any(h.startswith("few_places; ") for h in answer.headers.get_list("PIMC-Warning"))
+    response = make(api, files, features)
+    assert response.status_code == 201, response.text
+    warnings = {w["code"]: w["detail"] for w in response.json()["warnings"]}
+    assert "class 'grass' has 1 place" in warnings["few_places"]
+    assert warnings["labels_conflict"].startswith("1 pixels have labels of several classes")
+    assert warnings["label_outside"].startswith("2 of ")
+    assert warnings["label_cloudy"].startswith("3 of ")
+    assert any(h.startswith("few_places; ") for h in response.headers.get_list("PIMC-Warning"))
     assert api.delete("/heads/mine").status_code == 204
 
 
@@ -462,12 +462,12 @@ def test_labels_of_one_place_are_scored_with_a_warning(api, files) -> None:
     features = labelled(8)
     for feature in features:
         feature["properties"]["place"] = "here"
-    answer = make(api, files, features)
-    assert answer.status_code == 201, answer.text
-    metrics = answer.json()["card"]["metrics"]
+    response = make(api, files, features)
+    assert response.status_code == 201, response.text
+    metrics = response.json()["card"]["metrics"]
     assert metrics["split"].startswith("labels of one place")
     assert metrics["macro_f1_interval"] is None
-    assert [w["code"] for w in answer.json()["warnings"]] == ["few_places"] * 3
+    assert [w["code"] for w in response.json()["warnings"]] == ["few_places"] * 3
     assert api.delete("/heads/mine").status_code == 204
 
 
@@ -478,8 +478,8 @@ def test_files_may_be_named_instead_of_sent(tmp_path, files) -> None:
     items = [{"href": str(tmp_path / name)} for _, (name, _, _) in files]
     body = {"name": "named", "items": items, "labels": json.loads(collection(labelled(6)))}
     with served(allowed_roots=(tmp_path,)) as api:
-        answer = api.post("/heads", json=body)
-        assert answer.status_code == 201, answer.text
+        response = api.post("/heads", json=body)
+        assert response.status_code == 201, response.text
         # Without keys the models are everybody's.
         assert [c["name"] for c in api.get("/heads").json()["heads"]] == ["named"]
     with served() as api:
@@ -506,8 +506,8 @@ def test_a_backup_holds_the_models(tmp_path: Path, files) -> None:
 def test_a_model_outlives_kill_9(tmp_path: Path, files) -> None:
     zoo = write_zoo(tmp_path / "zoo")
     with running(tmp_path / "state", zoo) as service:
-        answer = make(service.api, files, labelled(), name="kept")
-        assert answer.status_code == 201, answer.text
+        response = make(service.api, files, labelled(), name="kept")
+        assert response.status_code == 201, response.text
         before = class_map(service.api, files, "kept")
         service.kill()
     # What a kill in the middle of a request leaves.
@@ -516,7 +516,7 @@ def test_a_model_outlives_kill_9(tmp_path: Path, files) -> None:
     (half / "model.onnx").write_bytes(b"half")
     with running(tmp_path / "state", zoo) as service:
         np.testing.assert_array_equal(class_map(service.api, files, "kept"), before)
-        assert service.api.get("/models/kept").json() == answer.json()["card"]
+        assert service.api.get("/models/kept").json() == response.json()["card"]
         assert not half.exists()
         assert service.api.delete("/heads/kept").status_code == 204
         service.kill()

@@ -337,12 +337,12 @@ def test_open_files_hold_no_more_blocks_than_there_is_memory_for(
     assert memory.block == 200 * 300 * 3 * 2
     window = Window(10, 10, 30, 20)
     with StackReader(blocky) as reader:
-        whole = reader.read(window)
+        complete = reader.read(window)
         assert len(reader._open) == 6
     monkeypatch.setattr(reading, "_MAX_HELD_BYTES", 2 * memory.open)
     with StackReader(blocky) as reader:
         for _ in range(2):
-            np.testing.assert_array_equal(reader.read(window).values, whole.values)
+            np.testing.assert_array_equal(reader.read(window).values, complete.values)
         assert len(reader._open) == 2
 
 
@@ -364,8 +364,10 @@ def test_points_far_apart_in_a_large_block_are_not_read_as_one_window(
     with Watched(blocky) as reader:
         points = reader.read_pixels(rows.ravel(), columns.ravel())
         assert largest <= budget
-        whole = StackReader.read(reader, Window(0, 0, 300, 200))
-    np.testing.assert_array_equal(points.values, whole.values[:, :, rows.ravel(), columns.ravel()])
+        complete = StackReader.read(reader, Window(0, 0, 300, 200))
+    np.testing.assert_array_equal(
+        points.values, complete.values[:, :, rows.ravel(), columns.ravel()]
+    )
 
 
 # Nothing outside the file -------------------------------------------------------------------
@@ -485,7 +487,7 @@ def test_pixels_of_every_codec_may_be_garbage(tmp_path: Path, compress: str) -> 
     assert strips is not None
     assert sizes is not None
     rng = np.random.default_rng(5)
-    told = 0
+    rejected = 0
     for keep in (0, 2, 20, 100):
         noisy = bytearray(content)
         for at, size in zip(tiff.numbers(strips), tiff.numbers(sizes), strict=True):
@@ -495,8 +497,8 @@ def test_pixels_of_every_codec_may_be_garbage(tmp_path: Path, compress: str) -> 
             with StackReader(stack) as reader:
                 reader.read(Window(0, 0, 64, 64))
         except CorruptRaster:
-            told += 1
-    assert told or compress in {"none", "packbits", "lzw", "jpeg"}
+            rejected += 1
+    assert rejected or compress in {"none", "packbits", "lzw", "jpeg"}
 
 
 def test_a_value_outside_the_file_is_harmless(sound: bytes, tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def rest_of(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def problem(answer: bytes) -> tuple[int, str]:
-    head, _, body = answer.partition(b"\r\n\r\n")
+def problem(response: bytes) -> tuple[int, str]:
+    head, _, body = response.partition(b"\r\n\r\n")
     assert b"application/problem+json" in head
     found = json.loads(body)
     assert found["status"] == int(head.split()[1])
@@ -210,8 +210,8 @@ def test_an_offer_of_another_protocol_is_ignored_and_the_body_kept(
             connection.sendall(body)
         else:
             connection.sendall(head + body)
-        answer = connection.recv(2**16)
-        assert answer.startswith(b"HTTP/1.1 200"), answer
+        response = connection.recv(2**16)
+        assert response.startswith(b"HTTP/1.1 200"), response
         # And the connection serves the next request.
         connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         assert b"200 OK" in rest_of(connection)

@@ -109,9 +109,9 @@ def test_a_turned_patch_has_the_features_that_same_padding_gives(
     encoder.load_state_dict(translated(weights, encoder))
     patches = 0.275 * torch.rand(2, 3, side, side)
     with torch.inference_mode():
-        wanted = reference(weights, patches / 0.275 * 2.0 - 1.0)
-        torch.testing.assert_close(encoder(patches.flip(-1, -2)), wanted, atol=1e-4, rtol=1e-4)
-        assert (encoder(patches) - wanted).abs().max() > 1e-2  # the turn matters
+        expected = reference(weights, patches / 0.275 * 2.0 - 1.0)
+        torch.testing.assert_close(encoder(patches.flip(-1, -2)), expected, atol=1e-4, rtol=1e-4)
+        assert (encoder(patches) - expected).abs().max() > 1e-2  # the turn matters
 
 
 def test_all_weights_of_the_package_are_read() -> None:
@@ -122,8 +122,8 @@ def test_all_weights_of_the_package_are_read() -> None:
     stored = torch.load(imagenet_weights(), weights_only=True)
     patches = 0.275 * torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
-        wanted = reference(stored, patches / 0.275 * 2.0 - 1.0)
-        torch.testing.assert_close(encoder(patches.flip(-1, -2)), wanted, atol=1e-3, rtol=1e-3)
+        expected = reference(stored, patches / 0.275 * 2.0 - 1.0)
+        torch.testing.assert_close(encoder(patches.flip(-1, -2)), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_all_encoders_of_a_graph_start_from_the_weights(
@@ -162,9 +162,9 @@ def test_a_stored_configuration_keeps_its_kind_of_encoder(
     assert LandcoverConfig.model_validate_json(config.model_dump_json()) == config
 
 
-@pytest.mark.parametrize(("told", "views"), [(True, 8), (False, 1)])
-def test_the_symmetries_of_an_earlier_version_are_views(told: bool, views: int) -> None:
-    assert LandcoverConfig.model_validate({"name": "a", "symmetries": told}).views == views
+@pytest.mark.parametrize(("options", "views"), [(True, 8), (False, 1)])
+def test_the_symmetries_of_an_earlier_version_are_views(options: bool, views: int) -> None:
+    assert LandcoverConfig.model_validate({"name": "a", "symmetries": options}).views == views
 
 
 def test_two_views_of_a_patch_cost_less_than_half_a_gigaflop() -> None:

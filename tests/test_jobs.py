@@ -68,22 +68,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Eight windows."""
+    """A stack that is read in eight windows."""
     return stack(tmp_path_factory.mktemp("large"), 128, 256)
 
 
 def submit(
     api: httpx.Client, task: str = "classify-pixels", headers: Any = (), **how: Any
 ) -> dict[str, Any]:
-    answer = api.post(f"/{task}", headers={**ASYNC, **dict(headers)}, **how)
-    assert answer.status_code == 202, answer.text
-    return answer.json()
+    response = api.post(f"/{task}", headers={**ASYNC, **dict(headers)}, **how)
+    assert response.status_code == 202, response.text
+    return response.json()
 
 
-def problem_of(answer: httpx.Response, code: str, status: int) -> dict[str, Any]:
-    assert answer.headers["content-type"] == "application/problem+json", answer.text
-    document = answer.json()
-    assert (document["code"], answer.status_code) == (code, status), document
+def problem_of(response: httpx.Response, code: str, status: int) -> dict[str, Any]:
+    assert response.headers["content-type"] == "application/problem+json", response.text
+    document = response.json()
+    assert (document["code"], response.status_code) == (code, status), document
     return document
 
 
@@ -95,12 +95,12 @@ def gone(folder: Path) -> None:
 # From 202 to the result -----------------------------------------------------------------------
 
 
-def test_a_job_tells_how_it_stands_as_ogc_has_it(api: httpx.Client, files: Files) -> None:
-    answer = api.post("/classify-pixels", files=files, headers=ASYNC)
-    assert answer.status_code == 202
-    assert answer.headers["Preference-Applied"] == "respond-async"
-    info = answer.json()
-    assert answer.headers["Location"] == f"/jobs/{info['jobID']}"
+def test_the_status_of_a_job_follows_ogc_processes(api: httpx.Client, files: Files) -> None:
+    response = api.post("/classify-pixels", files=files, headers=ASYNC)
+    assert response.status_code == 202
+    assert response.headers["Preference-Applied"] == "respond-async"
+    info = response.json()
+    assert response.headers["Location"] == f"/jobs/{info['jobID']}"
     assert str(uuid.UUID(info["jobID"], version=4)) == info["jobID"]
     assert (info["type"], info["processID"]) == ("process", "classify-pixels")
     assert (info["status"], info["progress"]) == ("accepted", 0)
@@ -110,7 +110,7 @@ def test_a_job_tells_how_it_stands_as_ogc_has_it(api: httpx.Client, files: Files
     times = [datetime.fromisoformat(done[name]) for name in ("created", "started", "finished")]
     assert times == sorted(times)
     links = {link["rel"].rpartition("/")[2]: link["href"] for link in done["links"]}
-    assert links["self"] == answer.headers["Location"]
+    assert links["self"] == response.headers["Location"]
     assert api.get(links["results"]).status_code == 200
 
 
@@ -130,7 +130,7 @@ def test_a_job_tells_how_it_stands_as_ogc_has_it(api: httpx.Client, files: Files
         ("embed", "", COG, {"modality": "patch", "stride": "16"}),
     ],
 )
-def test_a_result_is_what_would_have_been_answered_at_once(
+def test_the_result_of_a_job_equals_the_synchronous_response(
     api: httpx.Client, files: Files, task: str, accept: str, kind: str, data: dict[str, str]
 ) -> None:
     headers = {"Accept": accept} if accept else {}
@@ -147,7 +147,7 @@ def test_a_result_is_what_would_have_been_answered_at_once(
 
 
 @pytest.mark.parametrize("task", ["classify-pixels", "forecast", "embed"])
-def test_series_can_be_a_job(api: httpx.Client, task: str) -> None:
+def test_a_job_of_series(api: httpx.Client, task: str) -> None:
     at_once = api.post(f"/{task}", json=SERIES)
     job = submit(api, task, json=SERIES)["jobID"]
     assert waited(api, job)["status"] == "successful"
@@ -155,22 +155,24 @@ def test_series_can_be_a_job(api: httpx.Client, task: str) -> None:
     problem_of(api.get(f"/jobs/{job}/result/class"), "not_found", 404)
 
 
-def test_each_output_has_its_own_address(api: httpx.Client, files: Files) -> None:
+def test_each_output_has_its_own_url(api: httpx.Client, files: Files) -> None:
     data = {"outputs": "class,confidence"}
     job = submit(api, files=files, data=data)["jobID"]
     waited(api, job)
     with zipfile.ZipFile(io.BytesIO(api.get(f"/jobs/{job}/result").content)) as archive:
         for output in ("class", "confidence"):
-            answer = api.get(f"/jobs/{job}/result/{output}")
-            assert answer.headers["content-type"] == COG
-            assert answer.content == archive.read(f"{output}.tif")
+            response = api.get(f"/jobs/{job}/result/{output}")
+            assert response.headers["content-type"] == COG
+            assert response.content == archive.read(f"{output}.tif")
             part = api.get(f"/jobs/{job}/result/{output}", headers={"Range": "bytes=0-3"})
-            assert (part.status_code, part.content) == (206, answer.content[:4])
+            assert (part.status_code, part.content) == (206, response.content[:4])
     for strange in ("entropy", "reply.json", "..%2Freply.json", "class.tif"):
         problem_of(api.get(f"/jobs/{job}/result/{strange}"), "not_found", 404)
 
 
-def test_a_result_is_negotiated_when_it_is_asked_for(api: httpx.Client, files: Files) -> None:
+def test_the_media_type_of_a_result_is_negotiated_with_its_request(
+    api: httpx.Client, files: Files
+) -> None:
     job = submit(api, files=files, headers={"Accept": "application/json"})["jobID"]
     waited(api, job)
     assert api.get(f"/jobs/{job}/result").headers["content-type"] == COG
@@ -181,14 +183,14 @@ def test_a_result_is_negotiated_when_it_is_asked_for(api: httpx.Client, files: F
 
 
 @pytest.mark.slow
-def test_a_large_raster_becomes_a_job_unasked(zoo: Path, files: Files) -> None:
+def test_a_large_raster_becomes_a_job_without_a_preference(zoo: Path, files: Files) -> None:
     with served(model_dir=zoo, sync_max_pixels=70 * 90 - 1) as api:
-        answer = api.post("/classify-pixels", files=files)
-        assert answer.status_code == 202
-        assert answer.headers["Location"] == f"/jobs/{answer.json()['jobID']}"
-        assert "Preference-Applied" not in answer.headers  # none was expressed
-        assert waited(api, answer.json()["jobID"])["status"] == "successful"
-        # Points are few, however large the raster.
+        response = api.post("/classify-pixels", files=files)
+        assert response.status_code == 202
+        assert response.headers["Location"] == f"/jobs/{response.json()['jobID']}"
+        assert "Preference-Applied" not in response.headers  # the request has no preference
+        assert waited(api, response.json()["jobID"])["status"] == "successful"
+        # Points of a large raster are predicted synchronously.
         points = {"points": json.dumps(POINTS)}
         assert api.post("/classify-pixels", files=files, data=points).status_code == 200
     with served(model_dir=zoo, sync_max_pixels=70 * 90) as api:
@@ -198,22 +200,22 @@ def test_a_large_raster_becomes_a_job_unasked(zoo: Path, files: Files) -> None:
 @pytest.mark.parametrize(
     "prefer", ["respond-async, wait=5", "RESPOND-ASYNC; foo=bar", 'handling="a", respond-async']
 )
-def test_a_preference_is_read_as_its_standard_has_it(
-    api: httpx.Client, files: Files, prefer: str
+def test_preferences_are_parsed_by_rfc_7240(api: httpx.Client, files: Files, prefer: str) -> None:
+    response = api.post("/classify-pixels", files=files, headers={"Prefer": prefer})
+    assert response.status_code == 202
+
+
+def test_other_preferences_do_not_create_a_job(api: httpx.Client) -> None:
+    response = api.post("/embed", json=SERIES, headers={"Prefer": "wait=10, return=minimal"})
+    assert response.status_code == 200
+
+
+# Rejections --------------------------------------------------------------------------------
+
+
+def test_an_invalid_request_is_rejected_before_a_job_is_created(
+    api: httpx.Client, files: Files
 ) -> None:
-    answer = api.post("/classify-pixels", files=files, headers={"Prefer": prefer})
-    assert answer.status_code == 202
-
-
-def test_another_preference_is_no_wish_for_a_job(api: httpx.Client) -> None:
-    answer = api.post("/embed", json=SERIES, headers={"Prefer": "wait=10, return=minimal"})
-    assert answer.status_code == 200
-
-
-# What is refused ------------------------------------------------------------------------------
-
-
-def test_a_bad_request_is_refused_at_once(api: httpx.Client, files: Files) -> None:
     before = len(api.get("/jobs").json()["jobs"])
     one = api.post("/classify-pixels", files=files[:1], headers=ASYNC)
     problem_of(one, "too_few_dates", 422)
@@ -230,28 +232,30 @@ def test_a_bad_request_is_refused_at_once(api: httpx.Client, files: Files) -> No
     "name",
     ["6d57d4c4-d0f5-47de-8d45-cbeb621176eb", "x", "..", "%2e%2e%2fjobs.sqlite", "a" * 5000],
 )
-def test_an_unknown_job(api: httpx.Client, name: str) -> None:
+def test_an_unknown_job_is_an_error(api: httpx.Client, name: str) -> None:
     for path in (f"/jobs/{name}", f"/jobs/{name}/result", f"/jobs/{name}/result/class"):
         if ".." in httpx.URL(path).path and name == "..":
-            continue  # the client itself takes it out
+            continue  # the HTTP client removes it from the path
         assert api.get(path).json()["code"] in {"unknown_job", "not_found"}
     assert api.delete(f"/jobs/{uuid.uuid4()}").json()["code"] == "unknown_job"
 
 
-def test_a_result_that_is_not_there_yet(api: httpx.Client, gate: Gate, large: Files) -> None:
+def test_a_result_of_an_unfinished_job_is_an_error(
+    api: httpx.Client, gate: Gate, large: Files
+) -> None:
     with gate.held(after=4):
         job = submit(api, files=large, data={"model": HELD})["jobID"]
         found = until(api, job, progress=1)
         assert found["status"] == "running"
         assert found["started"]
         waiting = submit(api, json=SERIES, task="embed")["jobID"]
-        said = problem_of(api.get(f"/jobs/{job}/result"), "result_not_ready", 409)
-        assert "running" in said["detail"]
-        said = problem_of(api.get(f"/jobs/{waiting}/result"), "result_not_ready", 409)
-        assert "accepted" in said["detail"]
+        problem = problem_of(api.get(f"/jobs/{job}/result"), "result_not_ready", 409)
+        assert "running" in problem["detail"]
+        problem = problem_of(api.get(f"/jobs/{waiting}/result"), "result_not_ready", 409)
+        assert "accepted" in problem["detail"]
         problem_of(api.get(f"/jobs/{job}/result/class"), "result_not_ready", 409)
         api.delete(f"/jobs/{job}")
-    # In the order of acceptance: once the first is gone, the second has its turn.
+    # Jobs run in the order of acceptance: after the first is dismissed, the second runs.
     assert waited(api, waiting)["status"] == "successful"
 
 
@@ -270,96 +274,102 @@ def test_progress_grows_with_every_window(api: httpx.Client, gate: Gate, large: 
 # Failures -------------------------------------------------------------------------------------
 
 
-def test_a_job_fails_of_what_only_its_pixels_show(
+def test_a_job_fails_if_pixels_do_not_decode(
     api: httpx.Client, state: Path, tmp_path: Path
 ) -> None:
     files = stack(tmp_path, 600, 400, dates=2, compress="deflate")
     broken = bytearray(files[1][1][1])
-    # Between the places where a sample is taken before a job is accepted: the last rows.
+    # The last rows, which are not in the sample that is read before a job is accepted.
     broken[-60_000:-20_000] = bytes(40_000)
     files[1] = ("files", (files[1][1][0], bytes(broken), "image/tiff"))
     job = submit(api, files=files)["jobID"]
     info = waited(api, job)
     assert info["status"] == "failed"
-    said = problem_of(api.get(f"/jobs/{job}/result"), "corrupt_raster", 422)
-    assert said["detail"] == info["message"]
-    assert "scene_2021-02-01.tif" in said["detail"]
+    problem = problem_of(api.get(f"/jobs/{job}/result"), "corrupt_raster", 422)
+    assert problem["detail"] == info["message"]
+    assert "scene_2021-02-01.tif" in problem["detail"]
     gone(state / "jobs" / job)
     assert waited(api, submit(api, "embed", json=SERIES)["jobID"])["status"] == "successful"
 
 
-def test_what_nobody_foresaw_says_nothing_of_the_inside(api: httpx.Client, tmp_path: Path) -> None:
+def test_an_internal_error_of_a_job_shows_no_internal_details(
+    api: httpx.Client, tmp_path: Path
+) -> None:
     files = stack(tmp_path, dates=3)
     job = submit(api, files=files, data={"model": "pixels-brittle"})["jobID"]
     assert waited(api, job)["status"] == "failed"
-    said = problem_of(api.get(f"/jobs/{job}/result"), "internal_error", 500)
-    assert job in said["detail"]
-    assert "Reshape" not in said["detail"]
+    problem = problem_of(api.get(f"/jobs/{job}/result"), "internal_error", 500)
+    assert job in problem["detail"]
+    assert "Reshape" not in problem["detail"]
 
 
 # Dismissal ------------------------------------------------------------------------------------
 
 
-def test_a_running_job_is_stopped_and_removed(
+def test_a_running_job_can_be_dismissed(
     api: httpx.Client, gate: Gate, state: Path, large: Files
 ) -> None:
     with gate.held(after=4):
         job = submit(api, files=large, data={"model": HELD})["jobID"]
         until(api, job, progress=1)
-        answer = api.delete(f"/jobs/{job}")
-    assert (answer.status_code, answer.json()["status"]) == (200, "dismissed")
-    assert answer.json()["finished"]
+        response = api.delete(f"/jobs/{job}")
+    assert (response.status_code, response.json()["status"]) == (200, "dismissed")
+    assert response.json()["finished"]
     assert api.delete(f"/jobs/{job}").json()["status"] == "dismissed"
-    said = problem_of(api.get(f"/jobs/{job}/result"), "result_not_ready", 409)
-    assert "dismissed" in said["detail"]
+    problem = problem_of(api.get(f"/jobs/{job}/result"), "result_not_ready", 409)
+    assert "dismissed" in problem["detail"]
     gone(state / "jobs" / job)
     assert waited(api, submit(api, "embed", json=SERIES)["jobID"])["status"] == "successful"
     assert api.get(f"/jobs/{job}").json()["status"] == "dismissed"
 
 
-def test_a_finished_job_is_removed_with_its_files(
+def test_a_dismissed_finished_job_is_removed_with_its_files(
     api: httpx.Client, state: Path, files: Files
 ) -> None:
     job = submit(api, files=files)["jobID"]
     waited(api, job)
     kept = sorted(path.name for path in (state / "jobs" / job).iterdir())
-    # What was sent and what was half done is gone already.
+    # The uploads and the finished windows are removed already.
     assert kept == ["request.json", "result"]
     assert api.delete(f"/jobs/{job}").json()["status"] == "dismissed"
     assert not (state / "jobs" / job).exists()
     problem_of(api.get(f"/jobs/{job}/result"), "result_not_ready", 409)
 
 
-def test_a_result_that_is_being_sent_is_sent_whole(
+def test_a_result_is_sent_completely_if_the_job_is_dismissed_meanwhile(
     api: httpx.Client, state: Path, tmp_path: Path
 ) -> None:
     job = submit(api, "embed", files=stack(tmp_path, 700, 700))["jobID"]
     waited(api, job)
-    whole = (state / "jobs" / job / "result" / "embedding.tif").read_bytes()
-    with api.stream("GET", f"/jobs/{job}/result") as answer:
-        chunks = answer.iter_bytes(2**14)
+    complete = (state / "jobs" / job / "result" / "embedding.tif").read_bytes()
+    with api.stream("GET", f"/jobs/{job}/result") as response:
+        chunks = response.iter_bytes(2**14)
         first = next(chunks)
         assert api.delete(f"/jobs/{job}").json()["status"] == "dismissed"
-        assert first + b"".join(chunks) == whole
+        assert first + b"".join(chunks) == complete
 
 
-# Repetition -----------------------------------------------------------------------------------
+# Idempotency keys ------------------------------------------------------------------------------
 
 
-def test_a_repeat_gets_the_first_ones_job(api: httpx.Client, files: Files) -> None:
+def test_a_repeated_request_with_a_key_returns_the_first_job(
+    api: httpx.Client, files: Files
+) -> None:
     key = {"Idempotency-Key": "mine-1"}
     first = submit(api, files=files, headers=key)["jobID"]
     assert submit(api, files=files, headers=key)["jobID"] == first
     waited(api, first)
     again = submit(api, files=files, headers=key)
     assert (again["jobID"], again["status"]) == (first, "successful")
-    # Without a wish for a job too: the key says that it is the same request.
+    # Also without a preference for a job: the key identifies the request.
     assert api.post("/classify-pixels", files=files, headers=key).json()["jobID"] == first
     assert submit(api, files=files)["jobID"] != first
 
 
 @pytest.mark.parametrize("how", ["field", "pixel", "task", "name"])
-def test_a_key_is_for_one_request(api: httpx.Client, tmp_path: Path, how: str) -> None:
+def test_a_key_with_another_request_is_an_error(
+    api: httpx.Client, tmp_path: Path, how: str
+) -> None:
     files = stack(tmp_path, 8, 9)
     key = {"Idempotency-Key": f"conflict {how}".replace(" ", "-")}
     first = submit(api, files=files, headers=key)["jobID"]
@@ -372,20 +382,20 @@ def test_a_key_is_for_one_request(api: httpx.Client, tmp_path: Path, how: str) -
         task = "embed"
     else:
         files = [*files[:-1], ("files", ("a_2021-04-01.tif", files[-1][1][1]))]
-    answer = api.post(f"/{task}", files=files, data=data, headers={**ASYNC, **key})
-    said = problem_of(answer, "invalid_request", 422)
-    assert said["errors"][0]["field"] == "Idempotency-Key"
-    assert first in said["detail"]
+    response = api.post(f"/{task}", files=files, data=data, headers={**ASYNC, **key})
+    problem = problem_of(response, "invalid_request", 422)
+    assert problem["errors"][0]["field"] == "Idempotency-Key"
+    assert first in problem["detail"]
 
 
-def test_the_same_request_at_the_same_time_is_one_job(api: httpx.Client, files: Files) -> None:
+def test_simultaneous_requests_with_one_key_create_one_job(api: httpx.Client, files: Files) -> None:
     found: list[str] = []
     key = {"Idempotency-Key": "at-once"}
 
-    def ask() -> None:
+    def send() -> None:
         found.append(submit(api, files=files, headers=key)["jobID"])
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
+    threads = [threading.Thread(target=send) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -395,22 +405,22 @@ def test_the_same_request_at_the_same_time_is_one_job(api: httpx.Client, files: 
 
 
 @pytest.mark.parametrize("key", ["", "a" * 256, "two words"])
-def test_a_key_that_is_none(api: httpx.Client, key: str) -> None:
-    answer = api.post("/embed", json=SERIES, headers={**ASYNC, "Idempotency-Key": key})
-    said = problem_of(answer, "invalid_request", 422)
-    assert said["errors"][0]["field"].lower() == "idempotency-key"
+def test_an_invalid_key_is_an_error(api: httpx.Client, key: str) -> None:
+    response = api.post("/embed", json=SERIES, headers={**ASYNC, "Idempotency-Key": key})
+    problem = problem_of(response, "invalid_request", 422)
+    assert problem["errors"][0]["field"].lower() == "idempotency-key"
 
 
-# Whose jobs -----------------------------------------------------------------------------------
+# Owners -----------------------------------------------------------------------------------
 
 
-def test_a_job_belongs_to_its_key(zoo: Path, files: Files) -> None:
+def test_a_job_is_visible_only_to_its_api_key(zoo: Path, files: Files) -> None:
     with served(model_dir=zoo, api_keys=("anna", "ben")) as api:
         anna, ben = {"X-API-Key": "anna"}, {"Authorization": "Bearer ben"}
         key = {"Idempotency-Key": "1"}
         mine = submit(api, files=files, headers=anna | key)["jobID"]
         yours = submit(api, files=files, headers=ben | key)["jobID"]
-        assert mine != yours  # one key of repetition a caller
+        assert mine != yours  # each caller has its own idempotency keys
         status = lambda: api.get(f"/jobs/{mine}", headers=anna).json()["status"]  # noqa: E731
         assert soon(lambda: status() == "successful")
         assert [j["jobID"] for j in api.get("/jobs", headers=anna).json()["jobs"]] == [mine]
@@ -430,20 +440,20 @@ def test_jobs_are_listed_newest_first(api: httpx.Client) -> None:
     problem_of(api.get("/jobs", params={"limit": 0}), "invalid_request", 422)
 
 
-# How many, how long ---------------------------------------------------------------------------
+# Limits ---------------------------------------------------------------------------
 
 
-def test_no_more_than_a_set_number_may_wait(zoo: Path, gate: Gate, large: Files) -> None:
+def test_the_number_of_waiting_jobs_is_limited(zoo: Path, gate: Gate, large: Files) -> None:
     with served(model_dir=zoo, max_jobs=2) as api, gate.held(after=4):
         runs = submit(api, files=large, data={"model": HELD})["jobID"]
         until(api, runs, progress=1)
         key = {"Idempotency-Key": "1"}
         waiting = [submit(api, "embed", json=SERIES, headers=key)["jobID"]]
         waiting.append(submit(api, "embed", json=SERIES)["jobID"])
-        answer = api.post("/embed", json=SERIES, headers=ASYNC)
-        problem_of(answer, "overloaded", 503)
-        assert int(answer.headers["Retry-After"]) > 0
-        # Who repeats has its place already, and who waits on the line needs none.
+        response = api.post("/embed", json=SERIES, headers=ASYNC)
+        problem_of(response, "overloaded", 503)
+        assert int(response.headers["Retry-After"]) > 0
+        # A repeated request has a job already, and a synchronous request needs none.
         assert submit(api, "embed", json=SERIES, headers=key)["jobID"] == waiting[0]
         assert api.post("/embed", json=SERIES).status_code == 200
         api.delete(f"/jobs/{waiting[1]}")
@@ -452,7 +462,7 @@ def test_no_more_than_a_set_number_may_wait(zoo: Path, gate: Gate, large: Files)
 
 
 @pytest.mark.slow
-def test_old_jobs_are_removed(
+def test_expired_jobs_are_removed(
     zoo: Path, tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.jobs.runner._SWEEP_SECONDS", 0.1)
@@ -463,7 +473,7 @@ def test_old_jobs_are_removed(
         change(tmp_path, "UPDATE jobs SET age = 3600")
         swept(tmp_path)
         problem_of(api.get(f"/jobs/{job}/result"), "unknown_job", 404)
-        # The job is gone for its callers first, its files a moment later.
+        # The job is unknown first; its files are removed a moment later.
         gone(tmp_path / "jobs" / job)
 
 
@@ -478,9 +488,9 @@ def metrics(api: httpx.Client) -> dict[tuple[str, ...], float]:
 
 def test_metrics_count_jobs(api: httpx.Client) -> None:
     submit(api, "embed", json=SERIES)
-    for job in api.get("/jobs").json()["jobs"]:  # those of other tests may still run
+    for job in api.get("/jobs").json()["jobs"]:  # jobs of other tests may still run
         waited(api, job["jobID"])
-    # The job's end is stored before the run's gauge falls.
+    # The end of a job is stored before the gauge of runs decreases.
     assert soon(lambda: not metrics(api)["pimc_runs_in_flight",])
     counted, jobs = metrics(api), api.get("/jobs").json()["jobs"]
     for status in ("successful", "failed", "dismissed", "running", "accepted"):
@@ -489,14 +499,14 @@ def test_metrics_count_jobs(api: httpx.Client) -> None:
     assert counted["pimc_windows_in_flight",] == 0
 
 
-def test_nothing_of_a_request_stays(api: httpx.Client, state: Path) -> None:
+def test_no_file_of_a_request_remains(api: httpx.Client, state: Path) -> None:
     assert soon(lambda: not any((state / "requests").iterdir()))  # jobs of other tests may run
 
 
 # Starts and stops -----------------------------------------------------------------------------
 
 
-def test_a_job_whose_model_has_changed_says_so(
+def test_a_job_fails_with_the_reason_if_its_model_has_changed(
     zoo: Path, gate: Gate, large: Files, tmp_path: Path
 ) -> None:
     with gate.held(after=4), served(model_dir=zoo, state_dir=tmp_path / "state") as api:
@@ -514,7 +524,7 @@ def test_a_job_whose_model_has_changed_says_so(
 
 
 def upgraded(root: Path, held: str | None = "0.0.2") -> Path:
-    """The zoo of the next release: another version of the held model, or none of it."""
+    """The zoo of the next release, with another version of the held model or without it."""
     other = zoo_with_a_held_model(root)
     card = other / HELD / "card.json"
     if held is None:
@@ -526,7 +536,7 @@ def upgraded(root: Path, held: str | None = "0.0.2") -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["0.0.2", None])
-def test_a_key_is_free_again_where_its_job_failed_of_an_upgrade(
+def test_a_key_can_be_used_again_after_its_job_failed_of_an_upgrade(
     zoo: Path, gate: Gate, large: Files, tmp_path: Path, version: str | None
 ) -> None:
     key = {"Idempotency-Key": "mine"}
@@ -537,8 +547,8 @@ def test_a_key_is_free_again_where_its_job_failed_of_an_upgrade(
     with served(model_dir=upgraded(tmp_path / "zoo", version), state_dir=tmp_path / "state") as api:
         info = waited(api, job)
         assert info["status"] == "failed"
-        for said in ("Idempotency-Key", "model-upgrade", f"{HELD}@0.0.1"):
-            assert said in info["message"]
+        for word in ("Idempotency-Key", "model-upgrade", f"{HELD}@0.0.1"):
+            assert word in info["message"]
         if version is None:
             return
         again = submit(api, headers=key, **held)["jobID"]
@@ -548,15 +558,15 @@ def test_a_key_is_free_again_where_its_job_failed_of_an_upgrade(
 
 
 @pytest.mark.slow
-def test_a_job_runs_with_the_next_version_if_its_owner_said_so(
+def test_a_job_runs_with_the_next_version_if_the_request_allows_it(
     zoo: Path, gate: Gate, large: Files, tmp_path: Path
 ) -> None:
     prefer = {"Prefer": "respond-async, model-upgrade"}
     held = {"files": large, "data": {"model": f"{HELD}@0.0.1"}}
     with gate.held(after=4), served(model_dir=zoo, state_dir=tmp_path / "state") as api:
-        answer = api.post("/classify-pixels", headers=prefer, **held)
-        assert answer.headers["Preference-Applied"] == "respond-async, model-upgrade"
-        job = answer.json()["jobID"]
+        response = api.post("/classify-pixels", headers=prefer, **held)
+        assert response.headers["Preference-Applied"] == "respond-async, model-upgrade"
+        job = response.json()["jobID"]
         before = until(api, job, progress=1)["progress"]
     with served(model_dir=upgraded(tmp_path / "zoo"), state_dir=tmp_path / "state") as api:
         info = waited(api, job)
@@ -564,13 +574,13 @@ def test_a_job_runs_with_the_next_version_if_its_owner_said_so(
         assert info["progress"] >= before
         later = api.get(f"/jobs/{job}/result")
         assert later.headers["PIMC-Model"] == f"{HELD}@0.0.2"
-        # From the first window: nothing of the model before is in it.
+        # Every window was computed by the new version.
         at_once = api.post("/classify-pixels", files=large, data={"model": HELD})
         assert later.content == at_once.content
 
 
 @pytest.mark.slow
-def test_a_job_whose_model_is_gone_fails_also_if_it_may_be_upgraded(
+def test_a_job_fails_if_no_version_of_its_model_is_left(
     zoo: Path, gate: Gate, large: Files, tmp_path: Path
 ) -> None:
     prefer = {"Prefer": "respond-async, model-upgrade"}
@@ -584,7 +594,7 @@ def test_a_job_whose_model_is_gone_fails_also_if_it_may_be_upgraded(
 
 
 @pytest.mark.slow
-def test_a_job_keeps_the_model_that_was_the_default(
+def test_a_job_keeps_the_default_model_of_its_submission(
     zoo: Path, gate: Gate, large: Files, tmp_path: Path
 ) -> None:
     with gate.held(), served(model_dir=zoo, state_dir=tmp_path / "state") as api:
@@ -600,10 +610,12 @@ def test_a_job_keeps_the_model_that_was_the_default(
         assert api.get(f"/jobs/{job}/result").json()["model"] == "pixels-landcover@0.0.1"
 
 
-# What is kept ---------------------------------------------------------------------------------
+# Stored files ---------------------------------------------------------------------------------
 
 
-def test_a_hostile_file_name_stays_a_label(api: httpx.Client, state: Path, tmp_path: Path) -> None:
+def test_a_hostile_file_name_is_used_as_a_label_only(
+    api: httpx.Client, state: Path, tmp_path: Path
+) -> None:
     pixels = np.full((4, 8, 9), 2000, np.uint16)
     files = []
     for month in (1, 2, 3):

@@ -57,7 +57,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ready(zoo: Path) -> Iterator[Plan]:
-    """A small order that is known to fit."""
+    """The plan of a small request."""
     with Engine(Registry.load(zoo), providers="cpu") as engine:
         request = read_series("embed", BODY).request("embed")
         yield plan_request(request, engine, max_raster_bytes=1, rasters=True)
@@ -73,7 +73,7 @@ def opened(folder: Path, **how: Any) -> Iterator[JobStore]:
 
 
 def done(store: JobStore, ready: Plan, folder: Path) -> Job:
-    """A job that has succeeded."""
+    """A finished, successful job."""
     store.accept(ready, folder, owner="")
     job = store.take()
     assert job is not None
@@ -81,22 +81,24 @@ def done(store: JobStore, ready: Plan, folder: Path) -> Job:
     return store.find("", job.id)
 
 
-# Time -----------------------------------------------------------------------------------------
+# Clocks -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("jump", [-YEAR, YEAR, 100 * YEAR])
-def test_a_clock_that_jumped_while_nothing_ran(ready: Plan, tmp_path: Path, jump: float) -> None:
+def test_a_jump_of_the_clock_while_the_service_is_stopped(
+    ready: Plan, tmp_path: Path, jump: float
+) -> None:
     with opened(tmp_path) as store:
         kept = done(store, ready, tmp_path)
         store.accept(ready, tmp_path, owner="")
-    # As if the clock now were `jump` later than it was when all this was written.
+    # As if the clock had jumped by `jump` seconds since these rows were written.
     change(tmp_path, "UPDATE clock SET seen = seen - ?", jump)
     change(
         tmp_path,
         "UPDATE jobs SET created = created - ?, started = started - ?, finished = finished - ?",
         *[jump] * 3,
     )
-    for _ in range(2):  # the second start finds what the first one wrote
+    for _ in range(2):  # the second start reads the rows of the first one
         with opened(tmp_path) as store:
             found = store.find("", kept.id)
             assert found.status == "successful"
@@ -104,7 +106,7 @@ def test_a_clock_that_jumped_while_nothing_ran(ready: Plan, tmp_path: Path, jump
             assert store.find("", kept.id)
             assert [job.status for job in store.latest("", 9)] == ["accepted", "successful"]
     with opened(tmp_path) as store:
-        # A week of running makes it old, whatever the clock says.
+        # After a week of running time the job expires, for any value of the clock.
         store.sweep(WEEK)
         with pytest.raises(UnknownJob):
             store.find("", kept.id)
@@ -112,7 +114,7 @@ def test_a_clock_that_jumped_while_nothing_ran(ready: Plan, tmp_path: Path, jump
 
 
 @pytest.mark.slow
-def test_a_clock_that_jumps_while_the_service_runs(
+def test_a_jump_of_the_clock_while_the_service_runs(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.jobs.runner._SWEEP_SECONDS", 0.1)
@@ -132,7 +134,7 @@ def test_a_clock_that_jumps_while_the_service_runs(
 JSON = {"Content-Type": "application/json"}
 
 
-def test_a_stop_makes_results_older_but_never_by_all_of_their_time(
+def test_the_time_of_a_stop_counts_only_in_part_for_the_age_of_results(
     ready: Plan, tmp_path: Path
 ) -> None:
     with opened(tmp_path) as store:
@@ -147,7 +149,7 @@ def test_a_stop_makes_results_older_but_never_by_all_of_their_time(
             store.find("", kept.id)
 
 
-# What the last service left -------------------------------------------------------------------
+# State of an earlier service -------------------------------------------------------------------
 
 
 def test_folders_without_a_job_are_removed_at_start(ready: Plan, tmp_path: Path) -> None:
@@ -170,7 +172,9 @@ def test_folders_without_a_job_are_removed_at_start(ready: Plan, tmp_path: Path)
         assert list((tmp_path / "requests").iterdir()) == []
 
 
-def test_a_window_counts_only_with_its_bytes(ready: Plan, tmp_path: Path) -> None:
+def test_a_stored_window_is_used_only_if_its_bytes_are_complete(
+    ready: Plan, tmp_path: Path
+) -> None:
     arrays = {"class": np.arange(8, dtype=np.uint8).reshape(1, 2, 4), "valid": np.array(8)}
     with opened(tmp_path) as store:
         store.accept(ready, tmp_path, owner="")
@@ -180,8 +184,8 @@ def test_a_window_counts_only_with_its_bytes(ready: Plan, tmp_path: Path) -> Non
             assert journal.load(STEP) is None
             journal.save(STEP, arrays)
             other = Step(stage="predictions", number=0, window=Window(0, 0, 2, 4))
-            assert journal.load(other) is None  # cut otherwise: another window
-        # Bytes that nobody counted, as a kill between the two leaves them.
+            assert journal.load(other) is None  # the raster is divided differently: another window
+        # Bytes without a row, as after a kill between the two writes.
         with (store.folder(job) / "windows").open("ab") as file:
             file.write(b"half a window")
         with WindowFile(store, job, lambda: 30) as journal:
@@ -195,11 +199,11 @@ def test_a_window_counts_only_with_its_bytes(ready: Plan, tmp_path: Path) -> Non
             file.seek(100)
             file.write(b"?")
         with WindowFile(store, job, lambda: 0) as journal:
-            assert journal.load(STEP) is None  # gone bad: done again
+            assert journal.load(STEP) is None  # damaged, so computed again
             assert journal.load(second) is not None
 
 
-def test_windows_of_another_device_are_forgotten(ready: Plan, tmp_path: Path) -> None:
+def test_windows_of_another_provider_are_not_used(ready: Plan, tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         store.accept(ready, tmp_path, owner="")
         job = store.take()
@@ -218,11 +222,11 @@ def test_windows_of_another_device_are_forgotten(ready: Plan, tmp_path: Path) ->
             assert journal.load(STEP) is None
 
 
-def test_a_key_of_repetition_is_the_owners(ready: Plan, tmp_path: Path) -> None:
+def test_an_idempotency_key_belongs_to_its_owner(ready: Plan, tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         same = Idempotency(key="k", fingerprint="1")
         first = store.accept(ready, tmp_path, owner="anna", idempotency=same)
-        # Twice at once: the second finds out only when it writes.
+        # Two simultaneous requests: the second finds the first one's job when it is stored.
         assert store.accept(ready, tmp_path, owner="anna", idempotency=same) == first
         assert store.accept(ready, tmp_path, owner="ben", idempotency=same) != first
         with pytest.raises(InvalidRequest, match=first.id):
@@ -232,36 +236,36 @@ def test_a_key_of_repetition_is_the_owners(ready: Plan, tmp_path: Path) -> None:
         assert len(list((tmp_path / "jobs").iterdir())) == 2
 
 
-# Folders that cannot be used ------------------------------------------------------------------
+# Unusable folders ------------------------------------------------------------------
 
 
 def refusal(folder: Path) -> str:
     with pytest.raises(SettingsError) as caught, opened(folder):
         pytest.fail("it was opened")
-    said = str(caught.value)
-    assert said.startswith(f"PIMC_STATE_DIR: {folder} ")
-    assert "\n" not in said
-    return said
+    message = str(caught.value)
+    assert message.startswith(f"PIMC_STATE_DIR: {folder} ")
+    assert "\n" not in message
+    return message
 
 
-def test_a_folder_in_use(tmp_path: Path) -> None:
+def test_a_state_folder_in_use_is_an_error(tmp_path: Path) -> None:
     with opened(tmp_path):
         assert "in use by another service" in refusal(tmp_path)
     with opened(tmp_path):
         pass
 
 
-def test_a_folder_that_is_none(tmp_path: Path) -> None:
+def test_a_state_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "Not a directory" in refusal(tmp_path / "file" / "state")
 
 
-def test_a_database_that_is_none(tmp_path: Path) -> None:
+def test_a_damaged_database_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "jobs.sqlite").write_text("no database at all, but some text " * 99)
     assert "not a database" in refusal(tmp_path)
 
 
-def test_a_database_of_a_later_version(tmp_path: Path) -> None:
+def test_a_database_of_a_later_version_is_an_error(tmp_path: Path) -> None:
     with opened(tmp_path):
         pass
     change(tmp_path, "PRAGMA user_version = 99")
@@ -270,7 +274,7 @@ def test_a_database_of_a_later_version(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MB of its own."""
+    """A separate file system of 16 MB."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "pimc-test", str(place)]
@@ -284,7 +288,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_read_only(small_disk: Path) -> None:
+def test_a_read_only_state_folder_is_an_error(small_disk: Path) -> None:
     remount = ["mount", "-o", "remount,ro", str(small_disk)]
     subprocess.run(remount, check=True)
     assert "Read-only file system" in refusal(small_disk)
@@ -295,7 +299,7 @@ def test_a_folder_that_is_read_only(small_disk: Path) -> None:
 
 
 def fill(disk: Path) -> Path:
-    """Take every byte that is left."""
+    """Fill the disk with a file."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -304,13 +308,15 @@ def fill(disk: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_job_that_fills_the_disk(zoo: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_a_job_that_fills_the_disk_fails_and_frees_it(
+    zoo: Path, small_disk: Path, tmp_path: Path
+) -> None:
     with served(model_dir=zoo, state_dir=small_disk / "state", min_free_bytes=0) as api:
-        # 8 MB are sent, and embeddings of 700 x 700 pixels want 12 MB and more.
+        # The upload has 8 MB, and embeddings of 700 x 700 pixels need 12 MB and more.
         big = stack(tmp_path, 700, 700, dates=2)
-        answer = api.post("/embed", files=big, headers=ASYNC)
-        assert answer.status_code == 202
-        job = answer.json()["jobID"]
+        response = api.post("/embed", files=big, headers=ASYNC)
+        assert response.status_code == 202
+        job = response.json()["jobID"]
         assert waited(api, job)["status"] == "failed"
         check_full(api.get(f"/jobs/{job}/result"))
         check_healthy(api)
@@ -318,7 +324,9 @@ def test_a_job_that_fills_the_disk(zoo: Path, small_disk: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_disk_that_others_fill(zoo: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_a_disk_filled_by_other_programs_is_reported(
+    zoo: Path, small_disk: Path, tmp_path: Path
+) -> None:
     files = stack(tmp_path, 128, 256)
     gate = Gate(tmp_path / "gate")
     with (
@@ -326,8 +334,8 @@ def test_a_disk_that_others_fill(zoo: Path, small_disk: Path, tmp_path: Path) ->
         served(model_dir=zoo, state_dir=small_disk / "state", min_free_bytes=0) as api,
     ):
         gate.hold(after=4)
-        answer = api.post("/classify-pixels", files=files, data={"model": HELD}, headers=ASYNC)
-        job = answer.json()["jobID"]
+        response = api.post("/classify-pixels", files=files, data={"model": HELD}, headers=ASYNC)
+        job = response.json()["jobID"]
         until(api, job, progress=1)
         filler = fill(small_disk)
         check_full(api.post("/classify-pixels", files=files, headers=ASYNC))
@@ -336,26 +344,26 @@ def test_a_disk_that_others_fill(zoo: Path, small_disk: Path, tmp_path: Path) ->
         assert api.post("/classify-pixels", files=files).status_code == 200  # needs no state
         gate.open()
         filler.unlink()
-        # It failed of the full disk, or came through between two windows; never in between.
+        # The job failed because of the full disk, or succeeded; no other outcome is possible.
         info = waited(api, job)
         if info["status"] == "failed":
             check_full(api.get(f"/jobs/{job}/result"))
         else:
             same = api.post("/classify-pixels", files=files, data={"model": HELD})
-            assert whole(api, job) == same.content
+            assert result_of(api, job) == same.content
         check_healthy(api)
         assert leftovers(small_disk / "state") == []
 
 
-def whole(api: httpx.Client, job: str) -> bytes:
-    answer = api.get(f"/jobs/{job}/result")
-    assert answer.status_code == 200
-    return answer.content
+def result_of(api: httpx.Client, job: str) -> bytes:
+    response = api.get(f"/jobs/{job}/result")
+    assert response.status_code == 200
+    return response.content
 
 
-# Room ----------------------------------------------------------------------------------------
+# Space ----------------------------------------------------------------------------------------
 
-# As the release before this one made it: requests stood in the database.
+# A database of the previous release, which stored requests in the database.
 SCHEMA_1 = """
 PRAGMA user_version = 1;
 CREATE TABLE jobs (
@@ -411,7 +419,7 @@ def test_a_store_of_the_release_before_is_upgraded(tmp_path: Path) -> None:
                 (name, json.dumps(document | {"filler": "f" * 10**6}), status),
             )
     db.close()
-    for _ in range(2):  # the second start finds it upgraded
+    for _ in range(2):  # the second start reads the upgraded database
         with opened(tmp_path) as store:
             assert size_of(tmp_path) < 2.2 * 10**6  # two files of a megabyte, and no third
             assert (tmp_path / "jobs.sqlite").stat().st_size < 10**5
@@ -425,7 +433,7 @@ def test_a_store_of_the_release_before_is_upgraded(tmp_path: Path) -> None:
             assert store.find("anna", "gone").status == "failed"
 
 
-def test_a_dismissed_job_gives_its_room_back_at_once(ready: Plan, tmp_path: Path) -> None:
+def test_a_dismissed_job_frees_its_space_at_once(ready: Plan, tmp_path: Path) -> None:
     request = ready.request
     many = replace(request, series=request.series * 20_000)
     large = replace(ready, request=many)
@@ -442,7 +450,7 @@ def test_a_dismissed_job_gives_its_room_back_at_once(ready: Plan, tmp_path: Path
             store.request(store.find("anna", job.id))
 
 
-def test_a_list_goes_on_from_a_job(ready: Plan, tmp_path: Path) -> None:
+def test_a_list_continues_after_a_job(ready: Plan, tmp_path: Path) -> None:
     with opened(tmp_path / "state") as store:
         names = []
         for number in range(5):

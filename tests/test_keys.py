@@ -77,7 +77,7 @@ def test_a_file_has_a_key_a_line_with_name_and_expiry() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("anna", "NAME KEY"),
         ("anna swordfish soon", "NAME KEY"),
@@ -94,10 +94,10 @@ def test_a_file_has_a_key_a_line_with_name_and_expiry() -> None:
         (f"anna swordfish\nben {hash_of('swordfish')}", "line 3"),
     ],
 )
-def test_a_line_that_is_not_valid_is_named_without_its_key(line: str, said: str) -> None:
+def test_a_line_that_is_not_valid_is_named_without_its_key(line: str, message: str) -> None:
     with pytest.raises(ValueError, match=r"line [23]: ") as caught:
         read_keys(f"# comment\n{line}\n")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "swordfish" not in str(caught.value)
 
 
@@ -152,16 +152,16 @@ def test_keys_are_replaced_without_a_restart_and_keep_their_jobs(
         assert [j["jobID"] for j in api.get("/jobs", headers=NEW).json()["jobs"]] == [job]
         # A mistake in the file shuts nobody out, and is logged once.
         replace(keys, "anna the-new-key expires=tomorrow\n")
-        assert soon(lambda: bool(api.get("/jobs", headers=NEW)) and told(caplog) == 1)
+        assert soon(lambda: bool(api.get("/jobs", headers=NEW)) and refusals_logged(caplog) == 1)
         keys.unlink()
-        assert soon(lambda: bool(api.get("/jobs", headers=NEW)) and told(caplog) == 2)
+        assert soon(lambda: bool(api.get("/jobs", headers=NEW)) and refusals_logged(caplog) == 2)
         assert api.get("/jobs", headers=NEW).status_code == 200
         replace(keys, "anna the-old-key\n")
         assert soon(lambda: api.get("/jobs", headers=OLD).status_code == 200)
     assert not any("-key" in record.getMessage() for record in caplog.records)
 
 
-def told(caplog: pytest.LogCaptureFixture) -> int:
+def refusals_logged(caplog: pytest.LogCaptureFixture) -> int:
     return sum(
         "PIMC_API_KEYS_FILE has changed but is not valid" in r.getMessage() for r in caplog.records
     )
@@ -276,9 +276,9 @@ def test_refused_keys_are_logged_and_slowed_and_others_of_the_address_are_not(
     with served(model_dir=zoo, api_keys_file=keys) as api:
         for _ in range(10):
             assert api.get("/models", headers=wrong).status_code == 401
-        answers: list[int] = []
+        responses: list[int] = []
         slow = threading.Thread(
-            target=lambda: answers.append(
+            target=lambda: responses.append(
                 httpx.get(f"{api.base_url}/models", headers=wrong, timeout=PATIENCE).status_code
             )
         )
@@ -286,10 +286,10 @@ def test_refused_keys_are_logged_and_slowed_and_others_of_the_address_are_not(
         assert soon(lambda: refused(api) == 11)
         assert api.get("/models", headers=OLD).status_code == 200
         assert api.get("/models").status_code == 401  # no key is no guess
-        assert answers == []
+        assert responses == []
         gate.set()
         slow.join(PATIENCE)
-        assert answers == [401]
+        assert responses == [401]
         assert "pimc_api_keys 1.0" in api.get("/metrics").text
     records: list[Any] = [r for r in caplog.records if r.getMessage() == "API key refused"]
     assert [(r.client, r.refused, r.pause) for r in records[-2:]] == [

@@ -121,9 +121,9 @@ def test_selectors_match_the_pods(rendered):
 
 def test_the_overlays_run_the_images_that_compose_builds(rendered):
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    wanted = compose["gpu" if rendered["overlay"] == "gpu" else "cpu"]["image"]
+    expected = compose["gpu" if rendered["overlay"] == "gpu" else "cpu"]["image"]
     (container,) = rendered["StatefulSet"]["spec"]["template"]["spec"]["containers"]
-    assert container["image"] == wanted
+    assert container["image"] == expected
     gpus = container["resources"]["limits"].get("nvidia.com/gpu")
     assert gpus == ("1" if rendered["overlay"] == "gpu" else None)
 

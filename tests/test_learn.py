@@ -112,9 +112,9 @@ def test_an_embedding_is_that_of_its_own_bundle(pixels) -> None:
     assert embedding.opset is not None
     both = run(feature_graph(BANDS, series=True, embedding=embedding), values, valid, days)
     alone = run(feature_graph(BANDS, series=False, embedding=embedding), values, valid, days)
-    told = run(content, values[..., [0, 2, 3]], valid, days)
-    np.testing.assert_allclose(alone, told, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(both[:, -256:], told, rtol=1e-4, atol=1e-4)
+    expected = run(content, values[..., [0, 2, 3]], valid, days)
+    np.testing.assert_allclose(alone, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(both[:, -256:], expected, rtol=1e-4, atol=1e-4)
 
 
 def fitted(features: np.ndarray) -> kernel.Fitted:
@@ -154,8 +154,8 @@ def test_left_out_scores_are_those_of_heads_fitted_without_the_fold() -> None:
     for fold in range(5):
         own, others = folds == fold, folds != fold
         inner = gram[np.ix_(others, others)] + kernel._RIDGE * np.eye(others.sum())
-        told = gram[np.ix_(own, others)] @ np.linalg.solve(inner, targets[others])
-        np.testing.assert_allclose(found[own], told, atol=1e-8)
+        expected = gram[np.ix_(own, others)] @ np.linalg.solve(inner, targets[others])
+        np.testing.assert_allclose(found[own], expected, atol=1e-8)
 
 
 def test_classes_apart_are_told_apart_and_noise_is_not() -> None:

@@ -137,10 +137,10 @@ def same(found: list[float | None], expected: Any, **tolerance: float) -> None:
 
 
 def test_points_have_the_values_of_their_pixels(api: httpx.Client, stack: list[SourceFile]) -> None:
-    answer = measured(api, stack, points=points(), offset="0")
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] == "application/geo+json"
-    document = answer.json()
+    response = measured(api, stack, points=points(), offset="0")
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "application/geo+json"
+    document = response.json()
     assert document["dates"] == DAYS
     assert document["bands"] == ["B02", "B04", "B08", "B03"]
     features = document["features"]
@@ -199,9 +199,9 @@ def test_a_table_has_a_row_for_each_place_and_date(
     api: httpx.Client, stack: list[SourceFile]
 ) -> None:
     document = measured(api, stack, fields=polygons()).json()
-    answer = measured(api, stack, fields=polygons(), accept="text/csv")
-    assert answer.headers["content-type"].startswith("text/csv")
-    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    response = measured(api, stack, fields=polygons(), accept="text/csv")
+    assert response.headers["content-type"].startswith("text/csv")
+    rows = list(csv.DictReader(io.StringIO(response.text)))
     assert len(rows) == 3 * DATES + 1
     of = {one["id"]: one["properties"] for one in document["features"]}
     for row in rows[:-1]:
@@ -227,9 +227,9 @@ def graph_of(bands: tuple[str, ...], parameters: PlotParameters) -> PixelGraph:
 
 
 def test_plots_are_those_of_the_graph(api: httpx.Client, stack: list[SourceFile]) -> None:
-    answer = measured(api, stack, fields=polygons(), plots="true", model="embed-plots")
-    assert answer.status_code == 200, answer.text
-    document = answer.json()
+    response = measured(api, stack, fields=polygons(), plots="true", model="embed-plots")
+    assert response.status_code == 200, response.text
+    document = response.json()
     head = document["plots"]
     assert (head["model"], head["first_day"]) == ("embed-plots@0.0.1", "2021-01-01")
     card = api.get("/models/embed-plots").json()
@@ -321,7 +321,7 @@ def test_the_cards_of_the_zoo_state_their_plots() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "code", "said"),
+    ("data", "code", "message"),
     [
         ({}, "invalid_request", "either `points` or `fields`"),
         ({"start": "2021-01-01", "points": points()}, "invalid_request", "plots=true"),
@@ -336,24 +336,24 @@ def test_the_cards_of_the_zoo_state_their_plots() -> None:
     ],
 )
 def test_parameters_that_do_not_fit_are_rejected(
-    api: httpx.Client, stack: list[SourceFile], data: dict[str, Any], code: str, said: str
+    api: httpx.Client, stack: list[SourceFile], data: dict[str, Any], code: str, message: str
 ) -> None:
-    answer = measured(api, stack, **data)
-    assert answer.json()["code"] == code, answer.text
-    assert said in answer.text
+    response = measured(api, stack, **data)
+    assert response.json()["code"] == code, response.text
+    assert message in response.text
 
 
 def test_plots_fit_no_table_and_not_any_number_of_places(
     api: httpx.Client, stack: list[SourceFile]
 ) -> None:
     options = {"plots": "true", "model": "embed-plots"}
-    answer = measured(api, stack, accept="text/csv", points=points(), **options)
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    response = measured(api, stack, accept="text/csv", points=points(), **options)
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
     many = points()
     many["features"] *= MAX_PLOTS
-    answer = measured(api, stack, points=many, **options)
-    assert answer.status_code == 422
-    assert f"at most {MAX_PLOTS}" in answer.json()["detail"]
+    response = measured(api, stack, points=many, **options)
+    assert response.status_code == 422
+    assert f"at most {MAX_PLOTS}" in response.json()["detail"]
 
 
 def test_a_band_that_not_every_date_has_is_left_out(

@@ -62,10 +62,10 @@ class TestSpectralIndices:
         bands = ("B01", *sorted(needs))
         values = torch.rand(50, len(bands), dtype=torch.float64) * 0.4 + 0.05
         numerator, denominator = formula(*(values[:, bands.index(band)] for band in needs))
-        want = (numerator / denominator).clamp(-1.5, 1.5)
-        want[denominator <= 0.05] = torch.nan
+        expected = (numerator / denominator).clamp(-1.5, 1.5)
+        expected[denominator <= 0.05] = torch.nan
         got = SpectralIndices((name,), bands)(values)
-        torch.testing.assert_close(got[:, 0], want, equal_nan=True)
+        torch.testing.assert_close(got[:, 0], expected, equal_nan=True)
 
     @pytest.mark.parametrize("missing", range(3))
     def test_a_missing_band_is_nan_and_not_zero(self, missing: int) -> None:
@@ -100,8 +100,8 @@ class TestTimeGrid:
                 gap = (days[valid[n]] - 30.0 * m).numpy()
                 narrow = np.exp(-0.5 * (gap / 13.5) ** 2)
                 weight = narrow + 1e-3 / (1 + (gap / 60.0) ** 2)
-                want = (x[n][:, valid[n]].numpy() * weight).sum(-1) / weight.sum()
-                np.testing.assert_allclose(series[n, :, m], want, rtol=1e-4)
+                expected = (x[n][:, valid[n]].numpy() * weight).sum(-1) / weight.sum()
+                np.testing.assert_allclose(series[n, :, m], expected, rtol=1e-4)
                 density = narrow.sum()
                 np.testing.assert_allclose(observed[n, 0, m], density / (density + 0.5), atol=1e-5)
 
@@ -166,7 +166,7 @@ class TestRecurrencePlot:
         x = np.random.default_rng(3).uniform(-1, 1, (7, 36))
         from pyts.image import RecurrencePlot  # takes seconds
 
-        want = RecurrencePlot(
+        expected = RecurrencePlot(
             dimension=dimension, time_delay=time_delay, threshold=threshold, percentage=13
         ).transform(x)
         got = recurrence_plot(
@@ -176,16 +176,16 @@ class TestRecurrencePlot:
             threshold=threshold,  # type: ignore[arg-type]  # parametrised
             percentage=13,
         )
-        np.testing.assert_allclose(got.numpy(), want, atol=1e-6)
+        np.testing.assert_allclose(got.numpy(), expected, atol=1e-6)
 
     @pytest.mark.parametrize("percentage", [0.0, 10.0, 50.0, 100.0])
     def test_point_threshold_at_the_ends(self, percentage: float) -> None:
         x = np.random.default_rng(4).uniform(-1, 1, (3, 12))
         from pyts.image import RecurrencePlot
 
-        want = RecurrencePlot(threshold="point", percentage=percentage).transform(x)
+        expected = RecurrencePlot(threshold="point", percentage=percentage).transform(x)
         got = recurrence_plot(torch.tensor(x), threshold="point", percentage=percentage)
-        np.testing.assert_array_equal(got.numpy(), want)
+        np.testing.assert_array_equal(got.numpy(), expected)
 
 
 class TestHeads:
@@ -229,32 +229,32 @@ class TestGraph:
         keep = torch.ones(14, dtype=torch.bool)
         keep[[3, 8]] = False
         valid[:, ~keep] = False
-        want = graph(values[:, keep], valid[:, keep], days[keep])
+        expected = graph(values[:, keep], valid[:, keep], days[keep])
         for fill in (torch.nan, torch.inf, 0.0, 1e30):
             spoilt = values.masked_fill(~valid[..., None], fill)
-            torch.testing.assert_close(graph(spoilt, valid, days), want, atol=1e-5, rtol=0)
+            torch.testing.assert_close(graph(spoilt, valid, days), expected, atol=1e-5, rtol=0)
 
     def test_a_nan_marked_valid_is_missing(self) -> None:
         graph = pixel_graph(ClassificationHead(32, 5))
         values, valid, days = random_series(2, 8)
-        want = graph(values, valid, days)
-        torch.testing.assert_close(graph(values, torch.ones_like(valid), days), want)
+        expected = graph(values, valid, days)
+        torch.testing.assert_close(graph(values, torch.ones_like(valid), days), expected)
 
     def test_order_of_dates_and_pixels_does_not_matter(self) -> None:
         graph = pixel_graph(ClassificationHead(32, 5))
         values, valid, days = random_series(6, 14)
-        want = graph(values, valid, days)
+        expected = graph(values, valid, days)
         turned = graph(values.flip(0, 1), valid.flip(0, 1), days.flip(0)).flip(0)
-        torch.testing.assert_close(turned, want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(turned, expected, atol=1e-5, rtol=0)
 
     def test_a_pixel_without_dates_predicts_nan_and_does_not_affect_others(self) -> None:
         graph = pixel_graph(ClassificationHead(32, 5))
         values, valid, days = random_series(3, 8)
-        want = graph(values, valid, days)
+        expected = graph(values, valid, days)
         valid[1] = False
         got = graph(values, valid, days)
         assert torch.isnan(got[1]).all()
-        torch.testing.assert_close(got[[0, 2]], want[[0, 2]])
+        torch.testing.assert_close(got[[0, 2]], expected[[0, 2]])
 
     def test_calendar_graph_sees_the_season(self) -> None:
         graph = pixel_graph(None, calendar=True)
@@ -308,13 +308,13 @@ class TestOnnx:
         for values, valid, days in [*cases, blind, romania_like(shared_data)]:
             more = (torch.full((len(values),), 274.0),) if extra else ()
             with torch.no_grad():
-                want = graph(values, valid, days, *more).numpy()
+                expected = graph(values, valid, days, *more).numpy()
             feed = dict(zip(names, (values, valid, days, *more), strict=True))
             got = session.run(None, {k: v.numpy() for k, v in feed.items()})[0]
-            np.testing.assert_allclose(got, want, atol=1e-4)
+            np.testing.assert_allclose(got, expected, atol=1e-4)
 
     @pytest.mark.parametrize(
-        "told",
+        "options",
         [
             {},
             {"views": 2},
@@ -323,15 +323,15 @@ class TestOnnx:
         ],
         ids=str,
     )
-    def test_patch_graph_equals_torch(self, told: dict[str, Any], tmp_path: Path) -> None:
-        graph = patch_graph(**told)
+    def test_patch_graph_equals_torch(self, options: dict[str, Any], tmp_path: Path) -> None:
+        graph = patch_graph(**options)
         session = export(graph, tmp_path / "m.onnx", ["patches"], (torch.rand(3, 3, 64, 64),))
         for n in (1, 5):
             patches = torch.rand(n, 3, 64, 64)
             with torch.no_grad():
-                want = graph(patches).numpy()
+                expected = graph(patches).numpy()
             got = session.run(None, {"patches": patches.numpy()})[0]
-            np.testing.assert_allclose(got, want, atol=1e-4)
+            np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 class TestWhatTheGridIsGiven:
@@ -357,9 +357,9 @@ class TestWhatTheGridIsGiven:
         def ndvi(graph: PixelGraph) -> torch.Tensor:
             return graph.regular(hazy, valid, days)[0][0, 0, 2:16]
 
-        want = self.graph().regular(clear, valid, days)[0][0, 0, 2:16]
-        assert (ndvi(self.graph()) - want).abs().max() > 0.1
-        torch.testing.assert_close(ndvi(self.graph(clarity=40.0)), want, atol=0.02, rtol=0)
+        expected = self.graph().regular(clear, valid, days)[0][0, 0, 2:16]
+        assert (ndvi(self.graph()) - expected).abs().max() > 0.1
+        torch.testing.assert_close(ndvi(self.graph(clarity=40.0)), expected, atol=0.02, rtol=0)
 
     def test_nothing_underflows_under_snow(self) -> None:
         snow = torch.full((2, 5, 3), 0.95)
@@ -376,8 +376,8 @@ class TestWhatTheGridIsGiven:
         torch.testing.assert_close(observed, seen)
         # A date whose index cannot be computed is missing in all.
         usable = valid & torch.isfinite(SpectralIndices(INDICES, BANDS)(values)).all(dim=-1)
-        want, _ = TimeGrid(36, 10)(values.transpose(1, 2), usable, days)
-        torch.testing.assert_close(bands, want)
+        expected, _ = TimeGrid(36, 10)(values.transpose(1, 2), usable, days)
+        torch.testing.assert_close(bands, expected)
 
     def test_ground_of_equal_index_and_double_brightness_is_distinguished(self) -> None:
         values, valid, days = random_series(4, 20)
@@ -402,8 +402,8 @@ class TestWhatTheGridIsGiven:
         got = session.run(
             None, {"values": values.numpy(), "valid": valid.numpy(), "days": days.numpy()}
         )[0]
-        want = graph(values, valid, days).detach().numpy()
-        np.testing.assert_allclose(got, want, atol=1e-4)
+        expected = graph(values, valid, days).detach().numpy()
+        np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 class TestSeveralNetworks:
@@ -495,8 +495,8 @@ class TestContrast:
             np.testing.assert_allclose(seen[:, :3], light / 0.1375 - 1.0, atol=1e-5)
             bands = light / 0.1375
             off = bands - bands.mean(axis=(2, 3), keepdims=True)
-            want = off / (bands.std(axis=(2, 3), keepdims=True) + 0.03)
-            np.testing.assert_allclose(seen[:, 3:], want, atol=1e-4)
+            expected = off / (bands.std(axis=(2, 3), keepdims=True) + 0.03)
+            np.testing.assert_allclose(seen[:, 3:], expected, atol=1e-4)
 
     def test_a_patch_of_one_colour_has_no_contrast(self) -> None:
         assert not stem_input(torch.full((1, 3, 64, 64), 0.07))[:, 3:].abs().max() > 1e-4

@@ -82,7 +82,7 @@ def test_a_request_has_one_record_with_all_that_was_measured(
     api: httpx.Client, lines: list[dict[str, Any]]
 ) -> None:
     body = json.dumps(SERIES).encode()
-    answer = api.post(
+    response = api.post(
         "/embed",
         content=body,
         headers={
@@ -92,38 +92,38 @@ def test_a_request_has_one_record_with_all_that_was_measured(
             "traceparent": f"00-{TRACE}-00f067aa0ba902b7-01",
         },
     )
-    assert answer.status_code == 200
-    said = record(lines, "whole")
-    assert said["key"] == "anna"
-    assert said["client"] == "127.0.0.1"
-    assert said["agent"] == "a test/1.0"
-    assert said["trace_id"] == TRACE
-    assert (said["method"], said["route"], said["path"]) == ("POST", "/embed", "/embed")
-    assert (said["status"], said["complete"]) == (200, True)
-    assert (said["bytes_in"], said["bytes_out"]) == (len(body), len(answer.content))
-    assert said["model"] == answer.headers["PIMC-Model"]
-    assert set(said["stages"]) == {"read", "infer", "write"}
-    assert sum(said["stages"].values()) <= said["ms"]
-    assert "code" not in said
+    assert response.status_code == 200
+    entry = record(lines, "whole")
+    assert entry["key"] == "anna"
+    assert entry["client"] == "127.0.0.1"
+    assert entry["agent"] == "a test/1.0"
+    assert entry["trace_id"] == TRACE
+    assert (entry["method"], entry["route"], entry["path"]) == ("POST", "/embed", "/embed")
+    assert (entry["status"], entry["complete"]) == (200, True)
+    assert (entry["bytes_in"], entry["bytes_out"]) == (len(body), len(response.content))
+    assert entry["model"] == response.headers["PIMC-Model"]
+    assert set(entry["stages"]) == {"read", "infer", "write"}
+    assert sum(entry["stages"].values()) <= entry["ms"]
+    assert "code" not in entry
     assert KEY not in json.dumps(lines)
 
 
 def test_a_record_of_an_error_names_its_code_and_no_key_that_was_refused(
     api: httpx.Client, lines: list[dict[str, Any]]
 ) -> None:
-    answer = api.get("/jobs", headers={"X-API-Key": "wrong", "X-Request-ID": "refused"})
-    assert answer.status_code == 401
-    said = record(lines, "refused")
-    assert (said["status"], said["code"]) == (401, "unauthorized")
-    assert "key" not in said
-    assert "wrong" not in json.dumps(said)
+    response = api.get("/jobs", headers={"X-API-Key": "wrong", "X-Request-ID": "refused"})
+    assert response.status_code == 401
+    entry = record(lines, "refused")
+    assert (entry["status"], entry["code"]) == (401, "unauthorized")
+    assert "key" not in entry
+    assert "wrong" not in json.dumps(entry)
 
 
 def test_a_long_path_and_agent_are_cut(api: httpx.Client, lines: list[dict[str, Any]]) -> None:
     api.get(f"/no/{'a' * 5000}", headers={"User-Agent": "b" * 5000, "X-Request-ID": "long"})
-    said = record(lines, "long")
-    assert (len(said["path"]), len(said["agent"])) == (256, 256)
-    assert (said["status"], said["code"], said["route"]) == (404, "not_found", "unmatched")
+    entry = record(lines, "long")
+    assert (len(entry["path"]), len(entry["agent"])) == (256, 256)
+    assert (entry["status"], entry["code"], entry["route"]) == (404, "not_found", "unmatched")
 
 
 def test_all_lines_of_a_request_name_its_trace(lines: list[dict[str, Any]]) -> None:
@@ -153,8 +153,8 @@ def test_metrics_count_failures_by_code_and_time_by_model(api: httpx.Client) -> 
     codes = {
         code: sample(api, "pimc_problems_total", code=code) for code in ("not_found", "wrong_task")
     }
-    answer = api.post("/embed", json=SERIES)
-    model = answer.headers["PIMC-Model"]
+    response = api.post("/embed", json=SERIES)
+    model = response.headers["PIMC-Model"]
     timed = sample(api, "pimc_model_seconds_count", model=model)
     sent = sample(api, "pimc_body_bytes_total", direction="in")
     api.get("/nothing")
@@ -225,8 +225,10 @@ def test_what_is_open_is_closed_where_the_service_is_private(zoo: Path) -> None:
     with served(model_dir=zoo, api_keys=(KEY,), private=True) as api:
         for path in OPEN:
             for headers in ({}, {"X-API-Key": "wrong"}):
-                answer = api.get(path, headers=headers)
-                assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized"), path
+                response = api.get(path, headers=headers)
+                assert (response.status_code, response.json()["code"]) == (401, "unauthorized"), (
+                    path
+                )
                 assert api.head(path, headers=headers).status_code == 401
             known = api.get(path, headers={"Authorization": f"Bearer {KEY}"})
             assert known.status_code == (404 if path == "/explorer/demo" else 200)
@@ -242,8 +244,9 @@ def test_what_is_open_is_closed_where_the_service_is_private(zoo: Path) -> None:
 def test_a_private_service_does_not_tell_why_it_is_not_ready(zoo: Path) -> None:
     with served(model_dir=zoo, api_keys=(KEY,), private=True, min_free_bytes=2**60) as api:
         assert unready(api).startswith("the service is not ready; with an API key")
-        told = api.get("/health/ready", headers={"X-API-Key": KEY})
-        assert (told.status_code, "PIMC_MIN_FREE_BYTES" in told.json()["detail"]) == (503, True)
+        response = api.get("/health/ready", headers={"X-API-Key": KEY})
+        assert response.status_code == 503
+        assert "PIMC_MIN_FREE_BYTES" in response.json()["detail"]
 
 
 def test_by_default_they_are_open(api: httpx.Client) -> None:
@@ -255,26 +258,26 @@ def test_by_default_they_are_open(api: httpx.Client) -> None:
 
 
 def unready(api: httpx.Client) -> str:
-    answer = api.get("/health/ready")
-    assert (answer.status_code, answer.json()["code"]) == (503, "not_ready"), answer.text
+    response = api.get("/health/ready")
+    assert (response.status_code, response.json()["code"]) == (503, "not_ready"), response.text
     assert api.get("/health/live").status_code == 200
-    return str(answer.json()["detail"])
+    return str(response.json()["detail"])
 
 
 def test_readiness_includes_workers_and_disk(api: httpx.Client) -> None:
-    said = api.get("/health/ready").json()
-    assert said["workers"] == 1
-    assert set(said["disk_free"]) == {"state", "scratch"}
-    assert all(count > 0 for count in said["disk_free"].values())
+    entry = api.get("/health/ready").json()
+    assert entry["workers"] == 1
+    assert set(entry["disk_free"]) == {"state", "scratch"}
+    assert all(count > 0 for count in entry["disk_free"].values())
 
 
 @pytest.mark.slow
 def test_a_disk_with_too_little_room_is_not_ready(zoo: Path) -> None:
     with served(model_dir=zoo, min_free_bytes=2**60) as api:
-        said = unready(api)
-        assert "state" in said
-        assert "scratch" in said
-        assert "PIMC_MIN_FREE_BYTES" in said
+        entry = unready(api)
+        assert "state" in entry
+        assert "scratch" in entry
+        assert "PIMC_MIN_FREE_BYTES" in entry
 
 
 @pytest.mark.slow

@@ -54,27 +54,29 @@ def values_of(layer, width, height, seed=0):
 
 def write(folder, layers, area, step=100):
     """Write layers window by window, and give what was written."""
-    whole = {layer.name: values_of(layer, area.width, area.height) for layer in layers}
+    complete = {layer.name: values_of(layer, area.width, area.height) for layer in layers}
     with RasterWriter(folder, area, layers, TAGS) as writer:
         for row in range(0, area.height, step):
             for col in range(0, area.width, step):
                 size = min(step, area.width - col), min(step, area.height - row)
                 window = Window(col, row, *size)
-                part = {n: v[:, row : row + size[1], col : col + size[0]] for n, v in whole.items()}
+                part = {
+                    n: v[:, row : row + size[1], col : col + size[0]] for n, v in complete.items()
+                }
                 writer.write(window, part)
         files = writer.finish()
-    return files, whole
+    return files, complete
 
 
 @pytest.mark.parametrize("size", [(1, 1), (101, 64), (700, 530), (1100, 1030)])
 def test_valid_cogs_with_every_pixel(tmp_path, size):
-    files, whole = write(tmp_path, (CLASSES, PAIR), grid(*size))
+    files, complete = write(tmp_path, (CLASSES, PAIR), grid(*size))
     assert set(files) == {"class", "pair"}
     for name, path in files.items():
         assert path == tmp_path / f"{name}.tif"
         assert cog_validate(path, strict=True) == (True, [], [])
         with rasterio.open(path) as file:
-            np.testing.assert_array_equal(file.read(), whole[name])
+            np.testing.assert_array_equal(file.read(), complete[name])
             assert (file.width, file.height) == size
             assert file.crs == UTM
             assert file.transform.almost_equals(NORTH_UP)
@@ -248,23 +250,23 @@ ODD = [
 
 @pytest.mark.parametrize(("crs", "transform"), ODD)
 def test_any_crs_and_any_transform(tmp_path, crs, transform):
-    files, whole = write(tmp_path, (CLASSES, PAIR), grid(40, 30, crs, transform))
+    files, complete = write(tmp_path, (CLASSES, PAIR), grid(40, 30, crs, transform))
     for name, path in files.items():
         sidecar_of(path).unlink(missing_ok=True)  # nothing of the CRS may hide there
         assert cog_validate(path, strict=True)[0]
         with rasterio.open(path) as file:
             assert file.crs == crs
             assert file.transform.almost_equals(transform, precision=1e-6)
-            np.testing.assert_array_equal(file.read(), whole[name])
+            np.testing.assert_array_equal(file.read(), complete[name])
 
 
 def test_many_bands(tmp_path):
     deep = Layer(name="deep", bands=tuple(f"embedding_{d}" for d in range(96)))
-    files, whole = write(tmp_path, (deep,), grid(150, 140))
+    files, complete = write(tmp_path, (deep,), grid(150, 140))
     assert cog_validate(files["deep"], strict=True) == (True, [], [])
     with rasterio.open(files["deep"]) as file:
         assert file.descriptions == deep.bands
-        np.testing.assert_array_equal(file.read(), whole["deep"])
+        np.testing.assert_array_equal(file.read(), complete["deep"])
 
 
 def broken(folder, *, finish):

@@ -129,9 +129,9 @@ def test_windows_cover_every_pixel_once_within_the_budget(height, width, block, 
         assert 0 <= top < bottom <= height
         assert 0 <= left < right <= width
         seen[top:bottom, left:right] += 1
-        pixels, whole = part.width * part.height, min(block[0], height) * min(block[1], width)
+        pixels, complete = part.width * part.height, min(block[0], height) * min(block[1], width)
         assert pixels * size <= max(budget, size) or (
-            pixels <= whole and pixels * size <= 1.25 * (budget + size)
+            pixels <= complete and pixels * size <= 1.25 * (budget + size)
         )
     assert (seen == 1).all()
     if min(block[0], height) * min(block[1], width) * size <= budget:
@@ -194,10 +194,10 @@ def test_classes_as_worked_out_by_hand(engine, scene, tmp_path):
 @pytest.mark.parametrize("name", ["pixels-landcover", "forecast-vi", "embed-pixel"])
 def test_windows_do_not_show(engine, scene, tmp_path, name):
     run = plan_raster(engine.models[name], scene.stack())
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
+    complete, parts = tmp_path / "whole", tmp_path / "parts"
+    complete.mkdir()
     parts.mkdir()
-    one = run_raster(make_work(run, whole, window_bytes=2**40))
+    one = run_raster(make_work(run, complete, window_bytes=2**40))
     many = run_raster(make_work(run, parts, window_bytes=TINY))
     assert len(windows(run.stack.grid, run.stack.block, run.pixel_bytes, TINY)) > 20
     for output, path in one.files.items():
@@ -393,9 +393,9 @@ def test_landcover_averages_the_patches_that_hold_a_cell(engine, request, tmp_pa
                 for j in range(raw.shape[2])
                 if 0 <= (r - i) * stride <= 64 - stride and 0 <= (c - j) * stride <= 64 - stride
             ]
-            answered = [p for p in holds if not np.isnan(p[0])]
-            if answered:
-                expected[:, r, c] = np.mean(answered, axis=0)
+            predicted = [p for p in holds if not np.isnan(p[0])]
+            if predicted:
+                expected[:, r, c] = np.mean(predicted, axis=0)
     with rasterio.open(outcome.files["probabilities"]) as file:
         assert (file.height, file.width) == raw.shape[1:]
         assert file.transform == rasters.NORTH_UP @ Affine.scale(stride)
@@ -565,11 +565,11 @@ def test_a_graph_that_fails_stops_the_run_and_leaves_nothing(engine, scene, tmp_
 
 def test_the_time_of_answering_is_told_of_one_window_too(engine, scene, tmp_path, monkeypatch):
     model = engine.models["pixels-landcover"]
-    answer = model.pixels
+    predict = model.pixels
 
     def pixels(*given):
         time.sleep(0.2)
-        return answer(*given)
+        return predict(*given)
 
     monkeypatch.setattr(model, "pixels", pixels)
     timing = run_raster(make_work(plan_raster(model, scene.stack()), tmp_path)).timing
@@ -597,7 +597,7 @@ def test_points_stop_when_the_run_is_cancelled(engine, scene, monkeypatch):
 @pytest.mark.parametrize("failing", ["first", "last"])
 def test_a_fault_in_one_window_stops_the_run(engine, scene, tmp_path, monkeypatch, failing):
     model = engine.models["pixels-landcover"]
-    answer, numbers = model.pixels, itertools.count(1)
+    predict, numbers = model.pixels, itertools.count(1)
     run = plan_raster(model, scene.stack())
     parts = windows(scene.stack().grid, (16, 32), run.pixel_bytes + run.prediction_bytes, TINY)
     wrong = 1 if failing == "first" else len(parts)
@@ -605,7 +605,7 @@ def test_a_fault_in_one_window_stops_the_run(engine, scene, tmp_path, monkeypatc
     def pixels(*given):
         if next(numbers) == wrong:  # two threads never get the same number
             raise InternalError("this one fails")
-        return answer(*given)
+        return predict(*given)
 
     monkeypatch.setattr(model, "pixels", pixels)
     with pytest.raises(InternalError, match="this one fails"):
@@ -626,10 +626,10 @@ def test_a_cancelled_run_leaves_nothing(engine, request, tmp_path, name, which, 
     scene = request.getfixturevalue(which)
     stack = scene.stack(dated=name.startswith("pixels"))
     run = plan_raster(engine.models[name], stack, stride=64 if which == "scene" else 8)
-    cancelled, told = threading.Event(), []
+    cancelled, shares = threading.Event(), []
 
     def progress(share):
-        told.append(share)
+        shares.append(share)
         if share >= after:
             cancelled.set()
 
@@ -637,7 +637,7 @@ def test_a_cancelled_run_leaves_nothing(engine, request, tmp_path, name, which, 
         run_raster(
             make_work(run, tmp_path, progress=progress, cancelled=cancelled, window_bytes=TINY)
         )
-    assert after <= max(told) < 1
+    assert after <= max(shares) < 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -649,13 +649,13 @@ def test_progress_goes_from_nothing_to_all(engine, request, tmp_path, name, whic
     scene = request.getfixturevalue(which)
     stack = scene.stack(dated=name.startswith("pixels"))
     run = plan_raster(engine.models[name], stack, stride=stride)
-    told = []
-    outcome = run_raster(make_work(run, tmp_path, progress=told.append, window_bytes=TINY))
-    assert told == sorted(told)
-    assert told[0] < 0.5
-    assert told[-1] == 1
-    assert len(told) > 5
-    assert all(0 <= share <= 1 for share in told)
+    shares = []
+    outcome = run_raster(make_work(run, tmp_path, progress=shares.append, window_bytes=TINY))
+    assert shares == sorted(shares)
+    assert shares[0] < 0.5
+    assert shares[-1] == 1
+    assert len(shares) > 5
+    assert all(0 <= share <= 1 for share in shares)
     assert min(outcome.timing.read, outcome.timing.infer, outcome.timing.write) > 0
 
 

@@ -84,12 +84,12 @@ def test_20_m_bands_come_to_10_m_as_plain_numpy_brings_them(
     assert "2 of 3 files ('20210105_B11_20m.tif', '20210105_SCL_20m.tif')" in warning.detail
     assert "pixels of 20 m in EPSG:32631" in warning.detail
     sits = read(stack)
-    wanted = doubled(coarse[0], *size)
-    there = wanted > 0
+    expected = doubled(coarse[0], *size)
+    there = expected > 0
     scl = coarse[1].repeat(2, 0).repeat(2, 1)[: size[0], : size[1]]
     np.testing.assert_array_equal(sits.valid[0], there & (scl >= 4) & (scl <= 7))
     # Whole numbers, as GDAL keeps the file's number type: half a digital number away at most.
-    np.testing.assert_allclose(sits.values[0, 3][there] * 1e4, wanted[there], atol=0.501, rtol=0)
+    np.testing.assert_allclose(sits.values[0, 3][there] * 1e4, expected[there], atol=0.501, rtol=0)
     with rasterio.open(files[0].path) as fine:  # the 10 m bands are untouched
         assert np.array_equal(np.rint(sits.values[0, 0][there] * 1e4), fine.read(1)[there])
 
@@ -97,12 +97,12 @@ def test_20_m_bands_come_to_10_m_as_plain_numpy_brings_them(
 def test_windows_are_parts_of_the_whole(tmp_path: Path) -> None:
     files, _ = mixed(tmp_path, 60, 80)
     stack = opened(files)
-    whole = read(stack)
+    complete = read(stack)
     for window in (Window(0, 0, 7, 9), Window(13, 11, 31, 17), Window(79, 59, 1, 1)):
         part = read(stack, window)
         (top, bottom), (left, right) = window.toranges()
-        np.testing.assert_array_equal(part.values, whole.values[..., top:bottom, left:right])
-        np.testing.assert_array_equal(part.valid, whole.valid[..., top:bottom, left:right])
+        np.testing.assert_array_equal(part.values, complete.values[..., top:bottom, left:right])
+        np.testing.assert_array_equal(part.valid, complete.valid[..., top:bottom, left:right])
 
 
 def test_strict_takes_no_other_grid(tmp_path: Path) -> None:
@@ -146,19 +146,19 @@ def test_another_crs_is_what_gdals_warper_makes_of_it(tmp_path: Path) -> None:
     assert "pixels of 10 m in EPSG:32632" in stack.warnings[0].detail
     assert (stack.grid.transform.c % 10, stack.grid.transform.f % 10) == (0, 0)
     sits = read(stack)
-    wanted = np.zeros((stack.grid.height, stack.grid.width), np.uint16)
+    expected = np.zeros((stack.grid.height, stack.grid.width), np.uint16)
     with rasterio.open(other.path) as source:
         rasterio.warp.reproject(
-            rasterio.band(source, 1), wanted, src_nodata=0, dst_nodata=0,
+            rasterio.band(source, 1), expected, src_nodata=0, dst_nodata=0,
             dst_transform=stack.grid.transform, dst_crs=stack.grid.crs,
             resampling=Resampling.bilinear,
         )  # fmt: skip
     found = np.where(sits.valid[0], np.rint(np.nan_to_num(sits.values[0, 0]) * 1e4), 0)
-    np.testing.assert_array_equal(found > 0, wanted > 0)
+    np.testing.assert_array_equal(found > 0, expected > 0)
     # GDAL interpolates coordinates to an eighth of a pixel where it is not told otherwise.
-    assert np.abs(found - wanted).max() <= 1
-    assert (found == wanted).mean() > 0.95
-    assert (wanted > 0).mean() > 0.8
+    assert np.abs(found - expected).max() <= 1
+    assert (found == expected).mean() > 0.95
+    assert (expected > 0).mean() > 0.8
     # And by hand, away from the edge: PROJ's coordinates, four neighbours.
     rows, columns = np.mgrid[0 : stack.grid.height, 0 : stack.grid.width].reshape(2, -1)
     xs, ys = stack.grid.transform @ (columns + 0.5, rows + 0.5)
@@ -179,9 +179,9 @@ def test_another_crs_is_what_gdals_warper_makes_of_it(tmp_path: Path) -> None:
 
 
 def test_tiles_of_one_lattice_become_one_without_a_seam(tmp_path: Path) -> None:
-    whole = smooth(20, 30, 5e5, 5.6e6, 10).astype(np.uint16)
+    complete = smooth(20, 30, 5e5, 5.6e6, 10).astype(np.uint16)
     files = []
-    for name, part, left in (("west", whole[:, :18], 0), ("east", whole[:, 12:], 12)):
+    for name, part, left in (("west", complete[:, :18], 0), ("east", complete[:, 12:], 12)):
         files.append(
             write(
                 tmp_path / f"{name}_20210105.tif", np.stack([part] * 4), descriptions=BANDS,
@@ -194,7 +194,7 @@ def test_tiles_of_one_lattice_become_one_without_a_seam(tmp_path: Path) -> None:
     sits = read(stack)
     assert (stack.grid.width, stack.grid.height, stack.observations) == (30, 20, 1)
     assert sits.valid.all()
-    np.testing.assert_array_equal(np.rint(sits.values[0, 0] * 1e4), whole)
+    np.testing.assert_array_equal(np.rint(sits.values[0, 0] * 1e4), complete)
     # They are copied pixel by pixel, so nothing was resampled.
     assert [warning.code for warning in stack.warnings] == ["merged_dates"]
 
@@ -220,8 +220,8 @@ def test_the_grid_of_a_file_may_be_taken_though_the_file_is_not_used(tmp_path: P
     stack = opened(files, grid="parcels.tif", mask="none")
     assert (stack.grid.width, stack.grid.height) == (2, 3)
     with rasterio.open(files[0].path) as raster:
-        wanted = raster.read(window=Window(4, 2, 2, 3))
-    np.testing.assert_array_equal(np.rint(read(stack).values[0] * 1e4), wanted)
+        expected = raster.read(window=Window(4, 2, 2, 3))
+    np.testing.assert_array_equal(np.rint(read(stack).values[0] * 1e4), expected)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_box_is_that_part_of_the_whole(tmp_path: Path) -> None:
     files = [
         write(tmp_path / f"2021010{t}.tif", pixels(4, 40, 50), descriptions=BANDS) for t in (1, 2)
     ]
-    whole = read(opened(files, mask="none"))
+    complete = read(opened(files, mask="none"))
     west, south = lonlat(5e5 + 105, 5.6e6 - 295)
     east, north = lonlat(5e5 + 305, 5.6e6 - 55)
     stack = opened(files, bbox=(west, south, east, north), mask="none")
@@ -257,7 +257,7 @@ def test_a_box_is_that_part_of_the_whole(tmp_path: Path) -> None:
     )
     assert (left, top, stack.grid.width, stack.grid.height) == (10, 5, 21, 25)
     part = read(stack)
-    np.testing.assert_array_equal(part.values, whole.values[..., 5:30, 10:31])
+    np.testing.assert_array_equal(part.values, complete.values[..., 5:30, 10:31])
     with StackReader(stack) as reader:
         points = reader.read_pixels([0, 24], [3, 20])
     np.testing.assert_array_equal(points.values, part.values[..., [0, 24], [3, 20]])
@@ -320,10 +320,10 @@ def test_flanders_at_10_and_20_m(shared_data: Path) -> None:
             np.testing.assert_array_equal(np.rint(sits.values[t, 0] * 1e4), raster.read(1))
         with rasterio.open(twenty) as raster:
             number = raster.descriptions.index("B11") + 1
-            wanted = np.zeros((64, 64), np.uint16)
+            expected = np.zeros((64, 64), np.uint16)
             rasterio.warp.reproject(
-                rasterio.band(raster, number), wanted, src_nodata=0, dst_nodata=0,
+                rasterio.band(raster, number), expected, src_nodata=0, dst_nodata=0,
                 dst_transform=stack.grid.transform, dst_crs=stack.grid.crs,
                 resampling=Resampling.bilinear,
             )  # fmt: skip
-        np.testing.assert_array_equal(np.rint(sits.values[t, 3] * 1e4), wanted)
+        np.testing.assert_array_equal(np.rint(sits.values[t, 3] * 1e4), expected)

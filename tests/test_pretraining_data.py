@@ -51,9 +51,9 @@ def test_held_out_places_are_never_learned_from(shared_data):
         eurosat=False,
     )
     sources = open_sources(config, Places(data=shared_data), seed=0)
-    whole = read_stack(shared_data / "flanders_2017_2018").values
-    np.testing.assert_array_equal(sources.scenes[0].values, whole[:, :, 16:])
-    np.testing.assert_array_equal(sources.held_out[0].values, whole[:, :, :16])
+    complete = read_stack(shared_data / "flanders_2017_2018").values
+    np.testing.assert_array_equal(sources.scenes[0].values, complete[:, :, 16:])
+    np.testing.assert_array_equal(sources.held_out[0].values, complete[:, :, :16])
     crops = crops_us_2021(shared_data / "crops_us_2021")[0]
     held = set(crops.places[crops.validation])
     assert held

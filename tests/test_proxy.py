@@ -200,12 +200,12 @@ def test_every_link_leads_back_through_the_proxy(site: httpx.Client, files: File
     for link in links:
         assert link["href"].startswith(f"{PREFIX}/jobs")
         assert site.get(urljoin(status, link["href"])).status_code == 200
-    whole = site.get(f"{status}/result")
-    assert whole.headers["Content-Type"] == "application/zip"
+    complete = site.get(f"{status}/result")
+    assert complete.headers["Content-Type"] == "application/zip"
     part = site.get(f"{status}/result", headers={"Range": "bytes=2-9"})
-    assert (part.status_code, part.content) == (206, whole.content[2:10])
+    assert (part.status_code, part.content) == (206, complete.content[2:10])
     head = site.head(f"{status}/result")
-    assert head.headers["Content-Length"] == str(len(whole.content))
+    assert head.headers["Content-Length"] == str(len(complete.content))
 
 
 def test_the_pages_find_their_parts(site: httpx.Client) -> None:
@@ -226,10 +226,10 @@ def test_the_pages_find_their_parts(site: httpx.Client) -> None:
 @pytest.mark.parametrize("path", ["jobs/", "models/", "health/live/", "docs/"])
 def test_nothing_redirects_to_the_host_of_the_request(site: httpx.Client, path: str) -> None:
     for headers in ({"X-Forwarded-Host": "evil.example"}, {"Forwarded": "host=evil.example"}):
-        answer = site.get(path, headers=headers)
-        assert answer.status_code == 404
-        assert "Location" not in answer.headers
-        assert "evil.example" not in answer.text
+        response = site.get(path, headers=headers)
+        assert response.status_code == 404
+        assert "Location" not in response.headers
+        assert "evil.example" not in response.text
 
 
 def test_the_client_is_who_connects_to_the_proxy_whatever_it_claims(
@@ -252,16 +252,16 @@ def clients(caplog: pytest.LogCaptureFixture, request_id: str) -> list[str]:
 def test_an_upload_streams_through(site: httpx.Client, folder: Path, files: Files) -> None:
     """More than a proxy takes by default, and none of it on the proxy's disk."""
     padded = [*files, ("files", ("notes.txt", b"x" * 3_000_000, "text/plain"))]
-    answer = site.post("classify-pixels", files=padded)
-    assert answer.status_code in {200, 422}, answer.text
-    assert answer.headers["X-Request-ID"]
+    response = site.post("classify-pixels", files=padded)
+    assert response.status_code in {200, 422}, response.text
+    assert response.headers["X-Request-ID"]
     assert [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 1_000_000] == []
 
 
 def test_a_rejection_arrives_before_the_upload_ends(site: httpx.Client) -> None:
     wrong = {"X-API-Key": "not it"}
-    answer = site.post("classify-pixels", files=[("files", bytes(8_000_000))], headers=wrong)
-    assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
+    response = site.post("classify-pixels", files=[("files", bytes(8_000_000))], headers=wrong)
+    assert (response.status_code, response.json()["code"]) == (401, "unauthorized")
 
 
 # Without a proxy ------------------------------------------------------------------------------
@@ -276,9 +276,9 @@ def test_an_address_that_is_not_trusted_cannot_claim_another(
         api.get("/health/live", headers={**claim, "X-Request-ID": "claims"})
         assert clients(caplog, "claims") == ["127.0.0.1"]
         for path in ("/jobs/", "/models/", "/health/live/"):
-            answer = api.get(path, headers={"Host": "evil.example"})
-            assert answer.status_code == 404
-            assert "Location" not in answer.headers
+            response = api.get(path, headers={"Host": "evil.example"})
+            assert response.status_code == 404
+            assert "Location" not in response.headers
         job = api.post("/embed", json=SERIES, headers={**ASYNC, "Host": "evil.example"})
         assert job.headers["Location"] == f"/jobs/{job.json()['jobID']}"
         waited(api, job.json()["jobID"])

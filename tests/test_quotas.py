@@ -40,15 +40,15 @@ def embed(api: httpx.Client, count: int, *more: dict[str, str]) -> httpx.Respons
     return api.post("/embed", json={"series": SERIES["series"] * count}, headers=head)
 
 
-def refused(answer: httpx.Response, policy: str) -> dict[str, Any]:
-    document = answer.json()
-    assert (answer.status_code, document["code"]) == (429, "too_many_requests"), answer.text
-    assert answer.headers["Content-Type"] == "application/problem+json"
+def refused(response: httpx.Response, policy: str) -> dict[str, Any]:
+    document = response.json()
+    assert (response.status_code, document["code"]) == (429, "too_many_requests"), response.text
+    assert response.headers["Content-Type"] == "application/problem+json"
     assert document["violated-policies"] == [policy]
-    assert int(answer.headers["Retry-After"]) > 0
+    assert int(response.headers["Retry-After"]) > 0
     # A rejection names the quota that it is for, and no other.
-    assert list(left(answer)) == [policy]
-    assert policy in quotas(answer)
+    assert list(left(response)) == [policy]
+    assert policy in quotas(response)
     return dict(document)
 
 
@@ -62,12 +62,12 @@ def items(text: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def left(answer: httpx.Response) -> dict[str, dict[str, str]]:
-    return items(answer.headers["RateLimit"])
+def left(response: httpx.Response) -> dict[str, dict[str, str]]:
+    return items(response.headers["RateLimit"])
 
 
-def quotas(answer: httpx.Response) -> dict[str, dict[str, str]]:
-    return items(answer.headers["RateLimit-Policy"])
+def quotas(response: httpx.Response) -> dict[str, dict[str, str]]:
+    return items(response.headers["RateLimit-Policy"])
 
 
 def exceeded(api: httpx.Client, policy: str) -> float:
@@ -113,8 +113,8 @@ def test_one_key_fills_half_of_the_places_for_jobs(zoo: Path, gate: Gate) -> Non
         assert quotas(first) == {"jobs": {"q": "2", "qu": '"concurrent-requests"'}}
         assert left(first) == {"jobs": {"r": "1"}}
         assert embed(api, 1, ANNA, ASYNC).status_code == 202
-        said = refused(embed(api, 1, ANNA, ASYNC), "jobs")
-        assert "PIMC_MAX_JOBS_PER_CALLER" in said["detail"]
+        problem = refused(embed(api, 1, ANNA, ASYNC), "jobs")
+        assert "PIMC_MAX_JOBS_PER_CALLER" in problem["detail"]
         assert exceeded(api, "jobs") == 1
         # Repeats and synchronous requests need no place, and the other key has its own.
         assert embed(api, 1, ANNA, ASYNC, repeat).json()["jobID"] == first.json()["jobID"]
@@ -128,11 +128,11 @@ def test_one_key_fills_half_of_the_places_for_jobs(zoo: Path, gate: Gate) -> Non
 @pytest.mark.slow
 def test_one_key_alone_may_fill_all_places(zoo: Path, gate: Gate) -> None:
     with served(model_dir=zoo, max_jobs=2, api_keys=("anna",)) as api:
-        answers = [embed(api, 1, ANNA, ASYNC)]
+        responses = [embed(api, 1, ANNA, ASYNC)]
         assert gate.next() == 1  # it runs, and two more may wait
-        answers += [embed(api, 1, ANNA, ASYNC) for _ in range(3)]
-        assert [answer.status_code for answer in answers] == [202, 202, 202, 503]
-        assert not [name for name in answers[0].headers if name.startswith("ratelimit")]
+        responses += [embed(api, 1, ANNA, ASYNC) for _ in range(3)]
+        assert [response.status_code for response in responses] == [202, 202, 202, 503]
+        assert not [name for name in responses[0].headers if name.startswith("ratelimit")]
         gate.open(99)
 
 
@@ -181,17 +181,17 @@ def test_requests_at_once_are_bounded(zoo: Path) -> None:
                 b"Content-Type: application/json\r\n\r\n{"
             )
             assert soon(lambda: "pimc_uploads_in_flight 1.0" in api.get("/metrics").text)
-            answer = embed(api, 1, ANNA)
-            assert answer.status_code == 200
-            assert quotas(answer)["requests"] == {"q": "2", "qu": '"concurrent-requests"'}
+            response = embed(api, 1, ANNA)
+            assert response.status_code == 200
+            assert quotas(response)["requests"] == {"q": "2", "qu": '"concurrent-requests"'}
             with socket.create_connection(where, PATIENCE) as second:
                 second.sendall(
                     b"POST /embed HTTP/1.1\r\nHost: here\r\nX-API-Key: anna\r\n"
                     b"Content-Length: 99\r\nContent-Type: application/json\r\n\r\n{"
                 )
                 assert soon(lambda: "pimc_uploads_in_flight 2.0" in api.get("/metrics").text)
-                said = refused(embed(api, 1, ANNA), "requests")
-                assert "PIMC_MAX_REQUESTS_PER_CALLER" in said["detail"]
+                problem = refused(embed(api, 1, ANNA), "requests")
+                assert "PIMC_MAX_REQUESTS_PER_CALLER" in problem["detail"]
                 assert embed(api, 1, BEN).status_code == 200
         assert soon(lambda: embed(api, 1, ANNA).status_code == 200)
         assert exceeded(api, "requests") >= 1
@@ -205,18 +205,18 @@ def test_pixels_of_a_day_are_bounded(
     monkeypatch.setattr(store, "_today", lambda: today)
     settings: dict[str, Any] = {"model_dir": zoo, "state_dir": tmp_path, "max_pixels_per_day": 10}
     with served(**settings, api_keys=("anna", "ben")) as api:
-        answer = embed(api, 3, ANNA)
-        assert answer.status_code == 200
-        assert quotas(answer)["pixels"] == {"q": "10", "qu": '"pimc-pixels"', "w": "86400"}
-        assert left(answer)["pixels"]["r"] == "7"
-        assert 0 < int(left(answer)["pixels"]["t"]) <= 86_400
+        response = embed(api, 3, ANNA)
+        assert response.status_code == 200
+        assert quotas(response)["pixels"] == {"q": "10", "qu": '"pimc-pixels"', "w": "86400"}
+        assert left(response)["pixels"]["r"] == "7"
+        assert 0 < int(left(response)["pixels"]["t"]) <= 86_400
         assert left(embed(api, 4, ANNA, ASYNC))["pixels"]["r"] == "3"
         for how in ({}, ASYNC):
-            answer = embed(api, 4, ANNA, how)
-            said = refused(answer, "pixels")
-            assert "PIMC_MAX_PIXELS_PER_DAY" in said["detail"]
-            assert int(answer.headers["Retry-After"]) >= int(left(answer)["pixels"]["t"])
-            assert left(answer)["pixels"]["r"] == "3"  # what was rejected is not counted
+            response = embed(api, 4, ANNA, how)
+            problem = refused(response, "pixels")
+            assert "PIMC_MAX_PIXELS_PER_DAY" in problem["detail"]
+            assert int(response.headers["Retry-After"]) >= int(left(response)["pixels"]["t"])
+            assert left(response)["pixels"]["r"] == "3"  # what was rejected is not counted
         assert left(embed(api, 10, BEN))["pixels"]["r"] == "0"
     with served(**settings, api_keys=("anna", "ben")) as api:  # a restart forgets nothing
         assert embed(api, 4, ANNA).status_code == 429
@@ -229,18 +229,18 @@ def test_the_storage_of_a_caller_is_bounded(zoo: Path) -> None:
     with served(model_dir=zoo, max_storage_per_caller=4000, api_keys=("anna", "ben")) as api:
         made = []
         for _ in range(20):
-            answer = embed(api, 1, ANNA, ASYNC)
-            if answer.status_code != 202:
+            response = embed(api, 1, ANNA, ASYNC)
+            if response.status_code != 202:
                 break
-            made.append(answer.json()["jobID"])
+            made.append(response.json()["jobID"])
             api.headers.update(ANNA)
             waited(api, made[-1])
             api.headers.pop("X-API-Key")
-        said = refused(answer, "storage")
-        assert "PIMC_MAX_STORAGE_PER_CALLER" in said["detail"]
+        problem = refused(response, "storage")
+        assert "PIMC_MAX_STORAGE_PER_CALLER" in problem["detail"]
         assert len(made) > 1
-        assert int(answer.headers["Retry-After"]) > 7 * 24 * 3600 - 600  # when the first expires
-        assert quotas(answer)["storage"] == {"q": "4000", "qu": '"content-bytes"'}
+        assert int(response.headers["Retry-After"]) > 7 * 24 * 3600 - 600  # when the first expires
+        assert quotas(response)["storage"] == {"q": "4000", "qu": '"content-bytes"'}
         assert embed(api, 1, BEN, ASYNC).status_code == 202
         for job in made:
             api.delete(f"/jobs/{job}", headers=ANNA)

@@ -108,12 +108,12 @@ class TestTimeWindow:
         window = rule.resolve(dates, date(2019, 5, 1))
         assert window.start == date(2019, 5, 1)
         assert window.first_day == date(2019, 1, 1)
-        told = dict(zip(window.used, window.days(dates), strict=True))
+        day_of = dict(zip(window.used, window.days(dates), strict=True))
         # A day of May lies where it lies without a start; of the next January, a year later.
         whole = rule.resolve(dates).days(dates)
-        assert all((whole[i] - day) % 365 in {0, 364, 1} for i, day in told.items())
-        assert min(told.values()) >= 120
-        assert max(told.values()) <= 120 + 360
+        assert all((whole[i] - day) % 365 in {0, 364, 1} for i, day in day_of.items())
+        assert min(day_of.values()) >= 120
+        assert max(day_of.values()) <= 120 + 360
 
     def test_last_steps_ends_on_the_last_date(self) -> None:
         dates = every(10, date(2021, 1, 5), date(2021, 12, 31))

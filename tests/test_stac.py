@@ -111,13 +111,13 @@ def collection(items: Sequence[Item]) -> dict[str, Any]:
     return {"type": "FeatureCollection", "features": list(items)}
 
 
-def problem(answer: httpx.Response, code: str) -> str:
-    assert answer.json()["code"] == code, answer.text
-    return str(answer.json()["detail"])
+def problem(response: httpx.Response, code: str) -> str:
+    assert response.json()["code"] == code, response.text
+    return str(response.json()["detail"])
 
 
-def codes(answer: httpx.Response) -> list[str]:
-    return [warning["code"] for warning in answer.json()["warnings"]]
+def codes(response: httpx.Response) -> list[str]:
+    return [warning["code"] for warning in response.json()["warnings"]]
 
 
 # The same as the files sent ---------------------------------------------------------------------
@@ -151,9 +151,9 @@ def test_the_offset_that_items_of_copernicus_state_is_applied(
 ) -> None:
     with raised(world, shared_data, "cdse") as which:
         named = world.named(collection(world.items("copernicus", which)))
-        told = world.named(collection(world.items("copernicus", which)), JSON)
+        response = world.named(collection(world.items("copernicus", which)), JSON)
     assert named.content == world.sent(world.flanders).content
-    assert "offset_applied" in codes(told)
+    assert "offset_applied" in codes(response)
 
 
 def test_the_offset_that_follows_from_the_processing_baseline_is_applied(
@@ -164,9 +164,9 @@ def test_the_offset_that_follows_from_the_processing_baseline_is_applied(
         for item in items:
             item["properties"]["s2:processing_baseline"] = "04.00"
         named = world.named(collection(items))
-        told = world.named(collection(items), JSON)
+        response = world.named(collection(items), JSON)
     assert named.content == world.sent(world.flanders).content
-    (warning,) = [w for w in told.json()["warnings"] if w["code"] == "offset_applied"]
+    (warning,) = [w for w in response.json()["warnings"] if w["code"] == "offset_applied"]
     assert "processing baseline 04.00" in warning["detail"]
 
 
@@ -182,8 +182,8 @@ def test_an_offset_that_earth_search_has_applied_is_not_applied_again(world: Wor
             for band in asset.get("raster:bands", ()):
                 band["offset"] = -0.1
     assert world.named(collection(items)).content == world.sent(world.flanders).content
-    told = world.named(collection(items), JSON).json()["warnings"]
-    (warning,) = [w for w in told if w["code"] == "baseline_offset_suspected"]
+    response = world.named(collection(items), JSON).json()["warnings"]
+    (warning,) = [w for w in response if w["code"] == "baseline_offset_suspected"]
     assert "boa_offset_applied is true" in warning["detail"]
 
 
@@ -235,10 +235,10 @@ def test_no_more_is_read_than_directories_and_the_blocks_of_the_area(world: Worl
     world.web.asked.clear()
     named = world.named(collection(items), bbox=bbox)
     assert named.status_code == 200, named.text
-    with MemoryFile(named.content) as memory, memory.open() as answer:
-        bounds = answer.bounds
-        assert (150, 60) < (answer.width, answer.height) < (300, 200)
-    read = whole = 0
+    with MemoryFile(named.content) as memory, memory.open() as response:
+        bounds = response.bounds
+        assert (150, 60) < (response.width, response.height) < (300, 200)
+    read = total = 0
     for at in world.tyrol:
         for band, path in at.paths.items():
             name = str(path.relative_to(world.web.folder))
@@ -247,7 +247,7 @@ def test_no_more_is_read_than_directories_and_the_blocks_of_the_area(world: Worl
                 assert asked == []
                 continue
             read += world.web.bytes_of(name)
-            whole += path.stat().st_size
+            total += path.stat().st_size
             if path.stat().st_size <= FIRST_BYTES:
                 assert asked == [[0, path.stat().st_size]]
                 continue
@@ -260,7 +260,7 @@ def test_no_more_is_read_than_directories_and_the_blocks_of_the_area(world: Worl
             assert sum(exact.values()) <= got <= sum(needed.values()) + 8 * len(needed)
             for begin, end in rest:
                 assert any(begin <= offset and offset + size <= end for offset, size in needed)
-    assert read < whole / 3
+    assert read < total / 3
     sent = world.sent(world.tyrol, bbox=",".join(map(str, bbox)))
     assert named.content == sent.content
 
@@ -297,8 +297,8 @@ def test_points_and_polygons_are_read_with_little_around_them(world: World) -> N
     named = world.named(items, points=points)
     read = sum(end - begin for _, begin, end in world.web.asked)
     assert named.status_code == 200, named.text
-    whole = sum(path.stat().st_size for at in world.tyrol for path in at.paths.values())
-    assert read < whole / 2
+    total = sum(path.stat().st_size for at in world.tyrol for path in at.paths.values())
+    assert read < total / 2
     sent = world.sent(world.tyrol, points=json.dumps(points))
     assert named.json()["features"] == sent.json()["features"]
     ring = [[lon, lat], [lon + 0.002, lat], [lon + 0.002, lat + 0.002], [lon, lat]]
@@ -322,9 +322,9 @@ def test_measured_series_of_items(world: World) -> None:
         "stac": collection(world.items("earth-search", world.tyrol)),
         "points": {"type": "FeatureCollection", "features": [feature]},
     }
-    answer = world.service.post("/series", json=body)
-    assert answer.status_code == 200, answer.text
-    document = answer.json()
+    response = world.service.post("/series", json=body)
+    assert response.status_code == 200, response.text
+    document = response.json()
     assert document["bands"] == ["B02", "B04", "B08", "B03"]
     assert document["dates"] == [at.day[:10] for at in world.tyrol]
     assert len(document["sources"]) == len(world.tyrol)
@@ -388,8 +388,8 @@ def test_tiles_of_one_crs_are_brought_together(world: World) -> None:
     assert len(np.unique(pixels(sent)[0])) > 1
 
 
-def pixels(answer: httpx.Response) -> tuple[np.ndarray, Affine]:
-    with MemoryFile(answer.content) as memory, memory.open() as file:
+def pixels(response: httpx.Response) -> tuple[np.ndarray, Affine]:
+    with MemoryFile(response.content) as memory, memory.open() as file:
         return file.read(), file.transform
 
 
@@ -406,11 +406,11 @@ def test_a_search_finds_what_the_items_are(world: World) -> None:
         "datetime": "2018-01-01/2018-12-31",
     }
     try:
-        answer = world.named(search)
+        response = world.named(search)
     finally:
         world.catalogue.page = 100
-    assert answer.status_code == 200, answer.text
-    assert answer.content == world.sent(world.flanders).content
+    assert response.status_code == 200, response.text
+    assert response.content == world.sent(world.flanders).content
     assert len(world.catalogue.searches) == -(-len(world.flanders) // 2)  # page by page
 
 
@@ -453,8 +453,8 @@ def test_what_a_search_covers_is_what_is_read(world: World) -> None:
     world.web.asked.clear()
     found = world.named({"url": world.api, "collections": ["sentinel-2-l2a"], "bbox": bbox})
     assert found.status_code == 200, found.text
-    whole = sum(path.stat().st_size for at in world.tyrol for path in at.paths.values())
-    assert sum(end - begin for _, begin, end in world.web.asked) < whole / 3
+    total = sum(path.stat().st_size for at in world.tyrol for path in at.paths.values())
+    assert sum(end - begin for _, begin, end in world.web.asked) < total / 3
     items = collection(world.items("earth-search", world.tyrol))
     assert found.content == world.named(items, bbox=bbox).content
 
@@ -520,8 +520,8 @@ def landing(search: str, root: str | None = None) -> dict[str, Any]:
 def test_a_search_link_leads_nowhere_else(world: World, elsewhere: str) -> None:
     for document in (landing(elsewhere), landing(world.api, elsewhere)):
         with answering(world, lambda to, page=document: send(to, page)):
-            answer = world.named({"url": f"{world.web.url}/api", "ids": ["x"]})
-        problem(answer, "forbidden_reference")
+            response = world.named({"url": f"{world.web.url}/api", "ids": ["x"]})
+        problem(response, "forbidden_reference")
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -535,8 +535,8 @@ def test_a_page_link_leads_nowhere_else(world: World, method: str) -> None:
 
     # The range server reads no POST of its own: this is all that it does with one.
     with posting(world), answering(world, reply) as seen:
-        answer = world.named({"url": f"{world.web.url}/api", "ids": ["x"]})
-    problem(answer, "forbidden_reference")
+        response = world.named({"url": f"{world.web.url}/api", "ids": ["x"]})
+    problem(response, "forbidden_reference")
     assert seen == ["/api", "/search"]
 
 
@@ -582,8 +582,8 @@ def test_references_are_off_until_allowed(tmp_path: Path) -> None:
     write_bundle(tmp_path, "pixels-landcover", "classify-pixels", "pixel")
     with served(model_dir=tmp_path) as service:
         for stac in ({"url": "http://127.0.0.1/"}, "http://127.0.0.1/x", {"type": "Feature"}):
-            answer = service.post("/classify-pixels", json={"stac": stac})
-            assert "by reference" in problem(answer, "forbidden_reference")
+            response = service.post("/classify-pixels", json={"stac": stac})
+            assert "by reference" in problem(response, "forbidden_reference")
 
 
 # What goes wrong says where and what to do ------------------------------------------------------
@@ -654,10 +654,10 @@ def test_more_items_than_allowed_end_a_search(world: World) -> None:
         {**world.catalogue.items[0], "id": f"more{n}"} for n in range(MAX_ITEMS)
     ]
     try:
-        answer = world.named({"url": world.api})
+        response = world.named({"url": world.api})
     finally:
         del world.catalogue.items[-MAX_ITEMS:]
-    assert "PIMC_MAX_ITEMS" in problem(answer, "invalid_request")
+    assert "PIMC_MAX_ITEMS" in problem(response, "invalid_request")
 
 
 # The guide ---------------------------------------------------------------------------------------

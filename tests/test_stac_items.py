@@ -92,14 +92,14 @@ def posted(
     api: httpx.Client, stack: list[SourceFile], task: str, headers: dict[str, str], **data: str
 ) -> httpx.Response:
     files = [("files", (s.name, s.path.read_bytes())) for s in stack]
-    answer = api.post(f"/{task}", files=files, data=data, headers=headers)
-    assert answer.status_code in {200, 202}, answer.text
-    return answer
+    response = api.post(f"/{task}", files=files, data=data, headers=headers)
+    assert response.status_code in {200, 202}, response.text
+    return response
 
 
 def zipped(api: httpx.Client, stack: list[SourceFile], task: str, **data: str) -> zipfile.ZipFile:
-    answer = posted(api, stack, task, {"Accept": "application/zip"}, **data)
-    return zipfile.ZipFile(io.BytesIO(answer.content))
+    response = posted(api, stack, task, {"Accept": "application/zip"}, **data)
+    return zipfile.ZipFile(io.BytesIO(response.content))
 
 
 CASES = [
@@ -221,10 +221,10 @@ def test_every_model_of_the_zoo_is_a_valid_item() -> None:
 def test_a_model_is_an_item_on_request(api: httpx.Client) -> None:
     card = api.get("/models/forecast-vi")
     assert card.headers["content-type"] == "application/json"
-    answer = api.get("/models/forecast-vi", headers={"Accept": GEOJSON})
-    assert answer.headers["content-type"] == GEOJSON
-    check_item(answer.json(), "mlm")
-    assert answer.json()["id"] == "forecast-vi@0.0.1"
+    response = api.get("/models/forecast-vi", headers={"Accept": GEOJSON})
+    assert response.headers["content-type"] == GEOJSON
+    check_item(response.json(), "mlm")
+    assert response.json()["id"] == "forecast-vi@0.0.1"
     unknown = api.get("/models/nothing", headers={"Accept": GEOJSON})
     assert unknown.json()["code"] == "unknown_model"
 

@@ -1,4 +1,4 @@
-"""The start as a process: ready or stopped with one sentence, without heavy imports."""
+"""The start as a process: ready, or ended with one line of error, without slow imports."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def environment(state: Path, **settings: str) -> dict[str, str]:
     return {**inherited, "PIMC_STATE_DIR": str(state), "PIMC_PROVIDERS": "cpu", **settings}
 
 
-def refused(state: Path, **settings: str) -> tuple[int, str]:
-    """How `python -m service` ends, and what it says."""
+def failed_start(state: Path, **settings: str) -> tuple[int, str]:
+    """Exit status and stderr of a `python -m service` that does not start."""
     done = subprocess.run(
         [sys.executable, "-m", "service"],
         cwd=ROOT,
@@ -66,15 +66,15 @@ def started(log: Path, *command: str, **settings: str) -> Iterator[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", socket.gethostname()])  # noqa: S104 - refused
-def test_no_open_address_is_bound_without_a_key_or_a_word(tmp_path: Path, host: str) -> None:
-    status, said = refused(tmp_path, PIMC_HOST=host)
+def test_a_public_address_needs_keys_or_an_explicit_setting(tmp_path: Path, host: str) -> None:
+    status, output = failed_start(tmp_path, PIMC_HOST=host)
     assert status == 2
-    assert said.startswith(f"PIMC_HOST is {host}, which other machines can reach")
-    assert len(said.splitlines()) == 1
+    assert output.startswith(f"PIMC_HOST is {host}, which other machines can reach")
+    assert len(output.splitlines()) == 1
 
 
-def test_settings_that_cannot_be_used_end_the_start_with_a_sentence_each(tmp_path: Path) -> None:
-    status, said = refused(
+def test_each_invalid_setting_is_one_line_of_error(tmp_path: Path) -> None:
+    status, output = failed_start(
         tmp_path,
         PIMC_PORT="http",
         PIMC_PROVIDERS="tpu",
@@ -83,13 +83,13 @@ def test_settings_that_cannot_be_used_end_the_start_with_a_sentence_each(tmp_pat
         PIMC_API_KEYS="swordfish,sha256:12",
     )
     assert status == 2
-    lines = dict(line.split(": ", 1) for line in said.splitlines())
+    lines = dict(line.split(": ", 1) for line in output.splitlines())
     assert set(lines) == {
         "PIMC_PORT", "PIMC_PROVIDERS", "PIMC_MODEL_DIR", "PIMC_ALLOWED_HOSTS", "PIMC_API_KEYS",
     }  # fmt: skip
     assert lines["PIMC_MODEL_DIR"] == "/no/such/folder is not an existing directory"
     assert lines["PIMC_API_KEYS"].startswith("a key that begins with sha256:")
-    assert "swordfish" not in said
+    assert "swordfish" not in output
 
 
 @pytest.mark.slow
@@ -100,23 +100,23 @@ def test_settings_that_cannot_be_used_end_the_start_with_a_sentence_each(tmp_pat
         ("models are fine\n", "line 1 of sums is not 'sha256  folder/file'"),
     ],
 )
-def test_checksums_that_cannot_be_used_end_the_start(
-    tmp_path: Path, content: str | None, reason: str
-) -> None:
+def test_invalid_checksums_end_the_start(tmp_path: Path, content: str | None, reason: str) -> None:
     if content is not None:
         (tmp_path / "sums").write_text(content)
-    status, said = refused(tmp_path, PIMC_MODEL_CHECKSUMS=str(tmp_path / "sums"), PIMC_PORT="0")
+    status, output = failed_start(
+        tmp_path, PIMC_MODEL_CHECKSUMS=str(tmp_path / "sums"), PIMC_PORT="0"
+    )
     assert status == 2
-    errors = [line for line in map(json.loads, said.splitlines()) if line["level"] == "error"]
+    errors = [line for line in map(json.loads, output.splitlines()) if line["level"] == "error"]
     assert errors[0]["message"].startswith("PIMC_MODEL_CHECKSUMS: ")
     assert errors[0]["message"].endswith(reason)
 
 
 @pytest.mark.slow
-def test_nobody_anonymous_ends_a_start_without_keys_on_the_loopback_too(tmp_path: Path) -> None:
-    status, said = refused(tmp_path, PIMC_ALLOW_ANONYMOUS="0", PIMC_PORT="0")
-    assert (status, len(said.splitlines())) == (2, 1)
-    assert said.startswith("PIMC_ALLOW_ANONYMOUS is 0, but neither")
+def test_without_anonymous_access_keys_are_required_on_the_loopback_too(tmp_path: Path) -> None:
+    status, output = failed_start(tmp_path, PIMC_ALLOW_ANONYMOUS="0", PIMC_PORT="0")
+    assert (status, len(output.splitlines())) == (2, 1)
+    assert output.startswith("PIMC_ALLOW_ANONYMOUS is 0, but neither")
 
 
 @pytest.mark.slow
@@ -127,34 +127,36 @@ def test_nobody_anonymous_ends_a_start_without_keys_on_the_loopback_too(tmp_path
         ("anna swordfish expires=soon\n", "line 1: 'soon' is not a date such as 2027-01-31"),
     ],
 )
-def test_keys_that_cannot_be_read_end_the_start(
+def test_an_unreadable_file_of_keys_ends_the_start(
     tmp_path: Path, content: str | None, reason: str
 ) -> None:
     if content is not None:
         (tmp_path / "keys").write_text(content)
-    status, said = refused(tmp_path, PIMC_API_KEYS_FILE=str(tmp_path / "keys"), PIMC_PORT="0")
+    status, output = failed_start(
+        tmp_path, PIMC_API_KEYS_FILE=str(tmp_path / "keys"), PIMC_PORT="0"
+    )
     assert status == 2
-    errors = [line for line in map(json.loads, said.splitlines()) if line["level"] == "error"]
+    errors = [line for line in map(json.loads, output.splitlines()) if line["level"] == "error"]
     assert errors[0]["message"].startswith("PIMC_API_KEYS_FILE: ")
     assert errors[0]["message"].endswith(reason)
-    assert "swordfish" not in said
+    assert "swordfish" not in output
 
 
 @pytest.mark.slow
-def test_cuda_that_is_not_there_ends_the_start_with_a_sentence(tmp_path: Path) -> None:
+def test_missing_cuda_ends_the_start_with_one_line_of_error(tmp_path: Path) -> None:
     with Engine(Registry.load(ZOO), threads=1) as engine:
         if engine.provider == CUDA:
             pytest.skip("needs a machine without CUDA")
-    status, said = refused(tmp_path, PIMC_PROVIDERS="cuda", PIMC_PORT="0")
+    status, output = failed_start(tmp_path, PIMC_PROVIDERS="cuda", PIMC_PORT="0")
     assert status == 2
-    errors = [line for line in map(json.loads, said.splitlines()) if line["level"] == "error"]
+    errors = [line for line in map(json.loads, output.splitlines()) if line["level"] == "error"]
     assert errors[0]["message"].startswith("CUDA is required (PIMC_PROVIDERS=cuda), but ")
     assert "\n" not in errors[0]["message"]
     assert not any("stack" in line for line in errors)
 
 
 @pytest.mark.slow
-def test_a_refused_bundle_is_logged_and_the_whole_zoo_serves(tmp_path: Path) -> None:
+def test_a_rejected_bundle_is_logged_and_the_zoo_is_served(tmp_path: Path) -> None:
     bad = tmp_path / "models" / "handed-in"
     bad.mkdir(parents=True)
     (bad / "card.json").write_text("{}")
@@ -166,16 +168,18 @@ def test_a_refused_bundle_is_logged_and_the_whole_zoo_serves(tmp_path: Path) -> 
     assert {name.partition("@")[0] for name in ready.json()["models"]} == {
         path.parent.name for path in ZOO.glob("*/card.json")
     }
-    told = [line for line in map(json.loads, log.read_text().splitlines()) if "bundle" in line]
-    assert [(line["level"], line["bundle"]) for line in told] == [("error", "handed-in")]
-    assert "card.json is not valid" in told[0]["reason"]
+    records = [line for line in map(json.loads, log.read_text().splitlines()) if "bundle" in line]
+    assert [(line["level"], line["bundle"]) for line in records] == [("error", "handed-in")]
+    assert "card.json is not valid" in records[0]["reason"]
 
 
 def own_address() -> str:
     """An address of this machine that others can reach."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # for documentation: nothing is sent
+            probe.connect(
+                ("192.0.2.1", 9)
+            )  # an address for documentation; connecting a UDP socket sends nothing
             address = str(probe.getsockname()[0])
         except OSError:
             address = "127.0.0.1"
@@ -185,7 +189,7 @@ def own_address() -> str:
 
 
 @pytest.mark.slow
-def test_another_server_may_bind_what_it_likes_and_still_serves_no_stranger(
+def test_an_app_on_another_server_rejects_remote_clients_without_keys(
     tmp_path: Path,
 ) -> None:
     command = ["uvicorn", "service.api.app:create_app", "--factory", "--host=0.0.0.0", "--port=0"]
@@ -194,9 +198,9 @@ def test_another_server_may_bind_what_it_likes_and_still_serves_no_stranger(
         started(tmp_path / "log", *command) as port,
         httpx.Client(base_url=f"http://{address}:{port}", timeout=PATIENCE) as stranger,
     ):
-        answer = stranger.get("/models")
-        assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
-        assert "PIMC_API_KEYS" in answer.json()["detail"]
+        response = stranger.get("/models")
+        assert (response.status_code, response.json()["code"]) == (401, "unauthorized")
+        assert "PIMC_API_KEYS" in response.json()["detail"]
         assert stranger.get("/health/live").status_code == 200
         known = httpx.get(f"http://127.0.0.1:{port}/models", timeout=PATIENCE)
         assert known.status_code == 200
@@ -242,11 +246,11 @@ start.main()
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc"
 )
-def test_memory_of_a_peak_is_returned_to_the_system() -> None:
+def test_the_memory_of_a_peak_is_returned_to_the_system() -> None:
     subprocess.run([sys.executable, "-c", _PEAK], cwd=ROOT, timeout=PATIENCE, check=True)
 
 
-def test_importing_the_service_loads_nothing_that_training_needs() -> None:
+def test_importing_the_service_does_not_import_training_packages() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import service.__main__, sys; print(*sys.modules)"],
         cwd=ROOT,

@@ -227,8 +227,8 @@ def test_a_running_job_waits_for_a_locked_store_and_requests_are_told(
     files = stack(tmp_path, 160, 256)
     with gate.installed(), served(model_dir=zoo, state_dir=state) as api:
         gate.hold(after=4)
-        answer = api.post("/classify-pixels", files=files, data={"model": HELD}, headers=ASYNC)
-        job = answer.json()["jobID"]
+        response = api.post("/classify-pixels", files=files, data={"model": HELD}, headers=ASYNC)
+        job = response.json()["jobID"]
         until(api, job, progress=1)
         with locked(state):
             gate.open()
@@ -250,10 +250,10 @@ def test_a_service_ends_on_sigterm_while_another_process_holds_its_store(tmp_pat
     files = stack(tmp_path, 160, 256)
     gate.hold(after=4)
     with running(state, zoo, gate=gate) as service:
-        answer = service.api.post(
+        response = service.api.post(
             "/classify-pixels", files=files, data={"model": HELD}, headers=ASYNC
         )
-        job = answer.json()["jobID"]
+        job = response.json()["jobID"]
         until(service.api, job, progress=1)
         with locked(state):
             service.process.terminate()
