@@ -425,7 +425,7 @@ def test_a_response_that_the_client_reads_too_slowly_is_aborted() -> None:
 
 
 def test_a_response_that_the_client_reads_is_complete() -> None:
-    with paced(stall_seconds=20.0) as (where, _, completed):
+    with paced(stall_seconds=PATIENCE) as (where, _, completed):
         connection = http.client.HTTPConnection(*where, timeout=PATIENCE)
         connection.request("GET", "/short")
         assert connection.getresponse().read() == b"y" * 2**20

@@ -182,19 +182,22 @@ def test_a_stalled_upload_times_out_and_frees_its_slot(zoo: Path) -> None:
         assert client.post("/embed", json={"series": [one]}).status_code == 200
 
 
-def test_a_slow_but_steady_upload_is_accepted(api: httpx.Client) -> None:
-    """The whole upload takes longer than the limit of one interval, but no interval is too slow."""
+def test_a_slow_but_steady_upload_is_accepted(zoo: Path) -> None:
+    """The whole upload takes longer than the limit of one interval, but no interval is too slow.
+
+    Each piece has more than an interval's bytes and comes long before its end.
+    """
+    seconds, pieces = 3, 8
 
     def slowly() -> Iterator[bytes]:
         yield b'{"series": ['
-        yield b" " * 66_000
-        time.sleep(0.7)
-        yield b" " * 66_000
-        time.sleep(0.7)
+        for _ in range(pieces):
+            yield b" " * 2**14 * (seconds + 1)
+            time.sleep(1.1 * seconds / pieces)
         yield b"]}"
 
-    headers = {"X-API-Key": "key", "Content-Type": "application/json"}
-    response = api.post("/embed", content=slowly(), headers=headers)
-    assert (
-        response.json()["code"] == "invalid_request"
-    )  # the body was read to its end, and has no series
+    with served(model_dir=zoo, upload_seconds=seconds) as client:
+        headers = {"Content-Type": "application/json"}
+        response = client.post("/embed", content=slowly(), headers=headers)
+    # The body was read to its end, and has no series.
+    assert response.json()["code"] == "invalid_request"
