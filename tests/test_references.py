@@ -810,7 +810,7 @@ def test_an_invalid_request_is_an_error_that_names_the_fault(
     twice = api.post(
         "/embed", params={"modality": "patch"}, json={"items": good, "modality": "pixel"}
     )
-    assert "patch in the query, and pixel" in problem(twice, "invalid_request")
+    assert "'patch' in the query, but 'pixel'" in problem(twice, "invalid_request")
     text = [{"href": f"http://127.0.0.1:{web.port}/text.tif", "date": DATES[0]}]
     assert "'text.tif' is not a TIFF" in problem(post(items=text), "not_a_geotiff")
     there, missing = ([{"href": href}] for href in ("/etc/passwd", "/etc/no-such"))
