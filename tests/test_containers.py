@@ -397,7 +397,7 @@ def test_damaged_jp2_files_raise_only_errors_of_the_service(tmp_path: Path) -> N
         ("fields.gpkg", b"SQLite format 3\0", "`fields`"),
         ("fields.shp", b"\0\0\x27\x0a", "a shapefile.*`fields`"),
         ("points.csv", b"id,lon,lat\n", "`points`"),
-        ("B04.tfw", b"10.0\n", "beside a raster"),
+        ("B04.tfw", b"10.0\n", "a side file of a raster"),
         ("manifest.safe", b'<?xml version="1.0"?>\n<xfdu:XFDU', "MTD_MSIL2A.xml"),
         ("B04.tif", b"who knows", "GeoTIFF, JP2 and zips"),
     ],
