@@ -31,8 +31,8 @@ def locks() -> dict[str, list[str]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras: dict[str, list[str]] = project["optional-dependencies"]
     return {
-        "service-cpu": extras["service"],
-        "service-gpu": [*extras["service"], "onnxruntime-gpu[cuda,cudnn]"],
+        "service-cpu": [*extras["service"], *extras["cluster"]],
+        "service-gpu": [*extras["service"], *extras["cluster"], "onnxruntime-gpu[cuda,cudnn]"],
         "training": extras["training"],
     }
 

@@ -89,15 +89,17 @@ def _run_command(arguments: list[str]) -> None:
         )
     given = parser.parse_args(arguments)
     try:
-        state = read_settings().state_folder
+        settings = read_settings()
+        state, secret = settings.state_folder, settings.database_url
+        url = None if secret is None else secret.get_secret_value()
         if given.command == "backup":
-            backup = back_up(state, given.folder)
+            backup = back_up(state, given.folder, database_url=url)
             size = f"{backup.size / 1e6:.1f} MB"
             message = (
                 f"{backup.jobs} jobs, {backup.results} with a result, {size}, in {given.folder}"
             )
         else:
-            message = f"{restore(given.folder, state)} jobs in {state}"
+            message = f"{restore(given.folder, state, database_url=url)} jobs in {state}"
     except SettingsError as error:
         sys.exit(_report(error))
     except OSError as error:

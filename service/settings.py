@@ -192,6 +192,9 @@ class Settings(BaseSettings):
     with the others, so that one can be replaced."""
     state_dir: Path | None = None
     """Folder of jobs and their results; None uses `state/<port>` in the checkout."""
+    database_url: SecretStr | None = None
+    """PostgreSQL database of the jobs, as `postgresql://user:password@host/name`, for several
+    replicas that share it and `state_dir`; None is SQLite in `state_dir`, for one service."""
     min_free_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(32 * 2**20)
     """Bytes that must be free on the disks of jobs and of temporary files; with fewer,
     `/health/ready` reports the service as not ready."""
@@ -279,6 +282,21 @@ class Settings(BaseSettings):
         if not isinstance(parts, tuple | list):
             return value
         return tuple(HostRule.read(part) if isinstance(part, str) else part for part in parts)
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgresql(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if value is None:
+            return None
+        # No message repeats the URL, which may contain a password.
+        scheme, mark, rest = value.get_secret_value().partition("://")
+        if scheme not in {"postgresql", "postgres"} or not mark:
+            raise ValueError("it is not a URL such as postgresql://user:password@host/name")
+        if rest.partition("/")[0].count("@") > 1:
+            raise ValueError("a password's characters @ : / must be written as %40 %3A %2F")
+        if info.data.get("state_dir") is None:
+            raise ValueError("PIMC_STATE_DIR must name the folder that all replicas share")
+        return value
 
     @field_validator("root_path")
     @classmethod

@@ -13,7 +13,9 @@ from types import ModuleType
 
 import pytest
 
+from tests.kits import postgres as postgres_kit
 from tests.kits.gate import Gate
+from tests.kits.jobs import Backend
 
 ROOT = Path(__file__).parents[1]
 # pyts compiles its functions whenever it is imported, which takes longer than any test of it.
@@ -50,6 +52,22 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     """A gate in this process, open at first and afterwards."""
     with Gate(tmp_path / "gate").installed() as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_kit.Postgres]:
+    """A PostgreSQL server; skips without one, but never in CI."""
+    with postgres_kit.server() as made:
+        yield made
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
+    """An empty state directory with its database, of either kind."""
+    url = None
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres").database()
+    return Backend(tmp_path / "state", url)
 
 
 @pytest.fixture(scope="session")

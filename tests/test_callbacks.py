@@ -32,7 +32,7 @@ from service.jobs.callbacks import (
     secret_text,
     signed,
 )
-from service.jobs.store import Job, JobStore
+from service.jobs.store import Job, JobStore, LeaseLost
 from service.run.plan import Plan, plan_request
 from service.run.request import Subscriber
 from service.run.windows import Step
@@ -293,7 +293,8 @@ def test_progress_is_called_at_the_start_and_each_further_tenth(
         windows(15, 19)
         windows(20, 30, 41)  # the last one alone: those before it were not sent yet
         store.put_back(job)
-        assert store.take() is not None  # a resumed job has begun before
+        job = store.take()  # a resumed job has begun before
+        assert job is not None
         windows()
         store.count_window(job, STEP, offset=0, length=1, progress=77)
         store.succeed(job)  # in place of the progress
@@ -326,8 +327,10 @@ def test_a_dismissed_job_calls_nobody(
             store.succeed(job)
         store.dismiss("", job.id)
         if when == "running":
-            store.succeed(job)  # its run ends later
-        store.count_window(job, STEP, offset=0, length=1, progress=50)
+            with pytest.raises(LeaseLost):
+                store.succeed(job)  # its run ends later
+        with pytest.raises(LeaseLost):
+            store.count_window(job, STEP, offset=0, length=1, progress=50)
         assert store.waiting_callbacks() == 0
 
 
@@ -365,7 +368,9 @@ def test_a_store_of_the_release_before_is_upgraded(
         store.put_back(kept)
     with sqlite3.connect(tmp_path / "jobs.sqlite") as db:  # as schema 3 was
         db.executescript(
-            "DROP TABLE callbacks; ALTER TABLE jobs DROP COLUMN subscriber; PRAGMA user_version = 3"
+            "DROP TABLE callbacks; ALTER TABLE jobs DROP COLUMN subscriber; "
+            "ALTER TABLE jobs DROP COLUMN lease; ALTER TABLE jobs DROP COLUMN expires; "
+            "ALTER TABLE windows DROP COLUMN lease; PRAGMA user_version = 3"
         )
     with opened(tmp_path) as store:
         job = store.take()
@@ -381,7 +386,7 @@ def test_a_restored_backup_calls_what_was_waiting(
 ) -> None:
     with opened(tmp_path / "state") as store:
         job = accepted(store, plan, subscriber(receiver, progress=None))
-        (store.folder(job) / "result").mkdir()
+        (store.folder(job) / "result-1").mkdir()
         store.succeed(job)
         back_up(tmp_path / "state", tmp_path / "backup")
     restore(tmp_path / "backup", tmp_path / "new")

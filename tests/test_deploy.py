@@ -36,7 +36,8 @@ from tests.kits.patience import PATIENCE
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-SERVING = ["cpu", "gpu"]
+SERVING = ["cpu", "gpu", "replicas"]
+DATABASE = ["postgres"]
 TRAINING = ["training", "training-gpu"]
 MONITORING = ["prometheus", "grafana"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -368,7 +369,7 @@ def test_every_container_is_hardened(compose):
 
 
 def test_no_profile_starts_two_containers_that_take_one_port(compose):
-    assert set(compose["services"]) == {*SERVING, *TRAINING, *MONITORING}
+    assert set(compose["services"]) == {*SERVING, *TRAINING, *MONITORING, *DATABASE}
     settings = (ROOT / ".env").read_text().splitlines()
     (plain,) = [line.partition("=")[2] for line in settings if line.startswith("COMPOSE_PROFILES=")]
     profiles = {profile for s in compose["services"].values() for profile in s["profiles"]}
@@ -405,9 +406,23 @@ def test_every_setting_can_be_set_and_no_other(name, compose):
 def test_the_defaults_of_compose_are_valid_settings(name, compose, monkeypatch):
     for variable, value in compose["services"][name]["environment"].items():
         monkeypatch.setenv(variable, re.sub(r"\$\{\w+:-(.*)\}", r"\1", str(value)))
+    if name == "replicas":
+        monkeypatch.setenv("PIMC_STATE_DIR", environment_of_the_image()["PIMC_STATE_DIR"])
     settings = Settings()
     assert settings.allow_anonymous
-    assert settings.model_copy(update={"allow_anonymous": None}) == Settings.model_construct()
+    assert (settings.database_url is not None) is (name == "replicas")
+    default = {"allow_anonymous": None, "database_url": None, "state_dir": None}
+    assert settings.model_copy(update=default) == Settings.model_construct()
+
+
+def test_the_replicas_reach_the_database_of_compose(compose):
+    url = compose["services"]["replicas"]["environment"]["PIMC_DATABASE_URL"]
+    given = compose["services"]["postgres"]["environment"]
+    found = re.search(r"postgresql://(\w+):(\w+)@(\w+)/(\w+)", url)
+    assert found
+    wanted = [given[f"POSTGRES_{name}"] for name in ("USER", "PASSWORD", "DB")]
+    assert list(found.groups()) == [*wanted[:2], "postgres", wanted[2]]
+    assert "ports" not in compose["services"]["postgres"]
 
 
 def test_the_open_files_suffice_for_the_connections(compose):
@@ -435,7 +450,9 @@ def test_volumes_cover_every_folder_that_the_image_writes_to(name, compose):
 def test_jobs_outlive_the_container_and_serving_only_reads_models(compose):
     of = {n: [mount_of(v) for v in s.get("volumes", [])] for n, s in compose["services"].items()}
     for name in SERVING:
-        assert ("state", environment_of_the_image()["PIMC_STATE_DIR"], "rw") in of[name]
+        # Replicas have a folder of their own in common, as a service without them locks its own.
+        volume = "shared" if name == "replicas" else "state"
+        assert (volume, environment_of_the_image()["PIMC_STATE_DIR"], "rw") in of[name]
         assert ("models", environment_of_the_image()["PIMC_MODEL_DIR"], "ro") in of[name]
     for name in TRAINING:
         assert ("models", environment_of_the_image()["PIMC_MODEL_DIR"], "rw") in of[name]

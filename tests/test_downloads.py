@@ -292,7 +292,7 @@ def test_a_result_of_the_release_before_is_served(zoo: Path, files: Files, tmp_p
     with served(model_dir=zoo, state_dir=tmp_path) as api:
         job = done(api, files)
         document = api.get(f"/jobs/{job}/result", headers={"Accept": "application/json"}).content
-    result = tmp_path / "jobs" / job / "result"
+    result = tmp_path / "jobs" / job / "result-1"
     head = json.loads((result / "reply.json").read_text())
     (result / "reply.json").write_text(json.dumps({**head, "document": json.loads(document)}))
     (result / "document.json").unlink()
@@ -334,7 +334,7 @@ def test_the_number_of_readers_is_bounded_per_caller_and_in_total(
             api.headers["X-API-Key"] = key
             job = done(api, files)
             urls[key] = f"/jobs/{job}/result"
-            enlarge(tmp_path / "jobs" / job / "result" / "class.tif")
+            enlarge(tmp_path / "jobs" / job / "result-1" / "class.tif")
         where = api.base_url.host, api.base_url.port
         with ExitStack() as held:
             held.enter_context(deaf(*where, urls["anna"], **{"X-API-Key": "anna"}))
@@ -383,7 +383,7 @@ def test_clients_that_never_read_cost_neither_memory_nor_disk(
         ExitStack() as held,
     ):
         job = done(api, files)
-        enlarge(tmp_path / "jobs" / job / "result" / name)
+        enlarge(tmp_path / "jobs" / job / "result-1" / name)
         accept = {"Accept": "application/json" if name == "document.json" else "image/tiff"}
         before, on_disk = service.resident(), stored(tmp_path)
         for _ in range(16):
@@ -406,7 +406,7 @@ def test_a_client_that_never_reads_is_disconnected(
 ) -> None:
     with served(model_dir=zoo, state_dir=tmp_path, send_seconds=0.3) as api:
         job = done(api, files)
-        enlarge(tmp_path / "jobs" / job / "result" / "class.tif")
+        enlarge(tmp_path / "jobs" / job / "result-1" / "class.tif")
         with deaf(api.base_url.host, api.base_url.port, f"/jobs/{job}/result"):
             assert soon(lambda: metric(api, UNREAD) == 1)
             # Its place and its socket are free, while the reader still holds its own end.

@@ -26,6 +26,7 @@ from tests.kits.jobs import (
     ASYNC,
     BANDS,
     SERIES,
+    Backend,
     Files,
     change,
     stack,
@@ -50,14 +51,23 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return zoo_with_a_held_model(tmp_path_factory.mktemp("zoo"))
 
 
-@pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("state")
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def backend(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Backend:
+    """As the fixture of single tests, for the service that most tests here share."""
+    url = None
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres").database()
+    return Backend(tmp_path_factory.mktemp("state"), url)
 
 
 @pytest.fixture(scope="module")
-def api(zoo: Path, state: Path) -> Iterator[httpx.Client]:
-    with served(model_dir=zoo, state_dir=state) as client:
+def state(backend: Backend) -> Path:
+    return backend.state
+
+
+@pytest.fixture(scope="module")
+def api(zoo: Path, backend: Backend) -> Iterator[httpx.Client]:
+    with served(model_dir=zoo, **backend.settings) as client:
         yield client
 
 
@@ -330,7 +340,7 @@ def test_a_dismissed_finished_job_is_removed_with_its_files(
     waited(api, job)
     kept = sorted(path.name for path in (state / "jobs" / job).iterdir())
     # The uploads and the finished windows are removed already.
-    assert kept == ["request.json", "result"]
+    assert kept == ["request.json", "result-1"]
     assert api.delete(f"/jobs/{job}").json()["status"] == "dismissed"
     assert not (state / "jobs" / job).exists()
     problem_of(api.get(f"/jobs/{job}/result"), "result_not_ready", 409)
@@ -341,7 +351,7 @@ def test_a_result_is_sent_completely_if_the_job_is_dismissed_meanwhile(
 ) -> None:
     job = submit(api, "embed", files=stack(tmp_path, 700, 700))["jobID"]
     waited(api, job)
-    complete = (state / "jobs" / job / "result" / "embedding.tif").read_bytes()
+    complete = (state / "jobs" / job / "result-1" / "embedding.tif").read_bytes()
     with api.stream("GET", f"/jobs/{job}/result") as response:
         chunks = response.iter_bytes(2**14)
         first = next(chunks)
@@ -500,7 +510,7 @@ def test_metrics_count_jobs(api: httpx.Client) -> None:
 
 
 def test_no_file_of_a_request_remains(api: httpx.Client, state: Path) -> None:
-    assert soon(lambda: not any((state / "requests").iterdir()))  # jobs of other tests may run
+    assert soon(lambda: not any(state.glob("requests/*")))  # jobs of other tests may run
 
 
 # Starts and stops -----------------------------------------------------------------------------
@@ -624,7 +634,7 @@ def test_a_hostile_file_name_is_used_as_a_label_only(
         files.append(("files", (name, path.read_bytes(), "image/tiff")))
     job = submit(api, files=files)["jobID"]
     assert waited(api, job)["status"] == "successful"
-    assert sorted(p.name for p in (state / "jobs" / job / "result").iterdir()) == [
+    assert sorted(p.name for p in (state / "jobs" / job / "result-1").iterdir()) == [
         "class.qml",
         "class.tif",
         "class.tif.aux.xml",

@@ -31,6 +31,7 @@ from service.settings import SettingsError
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import (
     ASYNC,
+    Backend,
     change,
     check_full,
     check_healthy,
@@ -156,9 +157,9 @@ def test_folders_without_a_job_are_removed_at_start(ready: Plan, tmp_path: Path)
     with opened(tmp_path) as store:
         gone = done(store, ready, tmp_path)
         waits = store.accept(ready, tmp_path, owner="")
-        (store.folder(gone) / "result").mkdir(parents=True)
-        (store.folder(gone) / "work").mkdir()
-        (store.folder(gone) / "windows").write_text("x")
+        (store.folder(gone) / "result-1").mkdir(parents=True)
+        (store.folder(gone) / "work-1").mkdir()
+        (store.folder(gone) / "windows-1").write_text("x")
     orphan = tmp_path / "jobs" / "0" / "input"
     orphan.mkdir(parents=True)
     (tmp_path / "requests" / "pimc-half" / "sent").mkdir(parents=True)
@@ -168,15 +169,15 @@ def test_folders_without_a_job_are_removed_at_start(ready: Plan, tmp_path: Path)
         assert took.id == waits.id
         assert not orphan.exists()
         left = sorted(path.name for path in store.folder(gone).iterdir())
-        assert left == ["request.json", "result"]
+        assert left == ["request.json", "result-1"]
         assert list((tmp_path / "requests").iterdir()) == []
 
 
 def test_a_stored_window_is_used_only_if_its_bytes_are_complete(
-    ready: Plan, tmp_path: Path
+    ready: Plan, tmp_path: Path, backend: Backend
 ) -> None:
     arrays = {"class": np.arange(8, dtype=np.uint8).reshape(1, 2, 4), "valid": np.array(8)}
-    with opened(tmp_path) as store:
+    with backend.opened() as store:
         store.accept(ready, tmp_path, owner="")
         job = store.take()
         assert job is not None
@@ -186,7 +187,7 @@ def test_a_stored_window_is_used_only_if_its_bytes_are_complete(
             other = Step(stage="predictions", number=0, window=Window(0, 0, 2, 4))
             assert journal.load(other) is None  # the raster is divided differently: another window
         # Bytes without a row, as after a kill between the two writes.
-        with (store.folder(job) / "windows").open("ab") as file:
+        with (store.folder(job) / "windows-1").open("ab") as file:
             file.write(b"half a window")
         with WindowFile(store, job, lambda: 30) as journal:
             found = journal.load(STEP)
@@ -195,7 +196,7 @@ def test_a_stored_window_is_used_only_if_its_bytes_are_complete(
             second = Step(stage="predictions", number=1, window=Window(0, 2, 4, 2))
             journal.save(second, arrays)
         assert store.find("", job.id).progress == 40
-        with (store.folder(job) / "windows").open("r+b") as file:
+        with (store.folder(job) / "windows-1").open("r+b") as file:
             file.seek(100)
             file.write(b"?")
         with WindowFile(store, job, lambda: 0) as journal:
@@ -203,8 +204,10 @@ def test_a_stored_window_is_used_only_if_its_bytes_are_complete(
             assert journal.load(second) is not None
 
 
-def test_windows_of_another_provider_are_not_used(ready: Plan, tmp_path: Path) -> None:
-    with opened(tmp_path) as store:
+def test_windows_of_another_provider_are_not_used(
+    ready: Plan, tmp_path: Path, backend: Backend
+) -> None:
+    with backend.opened() as store:
         store.accept(ready, tmp_path, owner="")
         job = store.take()
         assert job is not None
@@ -222,8 +225,10 @@ def test_windows_of_another_provider_are_not_used(ready: Plan, tmp_path: Path) -
             assert journal.load(STEP) is None
 
 
-def test_an_idempotency_key_belongs_to_its_owner(ready: Plan, tmp_path: Path) -> None:
-    with opened(tmp_path) as store:
+def test_an_idempotency_key_belongs_to_its_owner(
+    ready: Plan, tmp_path: Path, backend: Backend
+) -> None:
+    with backend.opened() as store:
         same = Idempotency(key="k", fingerprint="1")
         first = store.accept(ready, tmp_path, owner="anna", idempotency=same)
         # Two simultaneous requests: the second finds the first one's job when it is stored.
@@ -233,7 +238,7 @@ def test_an_idempotency_key_belongs_to_its_owner(ready: Plan, tmp_path: Path) ->
             store.accept(
                 ready, tmp_path, owner="anna", idempotency=Idempotency(key="k", fingerprint="2")
             )
-        assert len(list((tmp_path / "jobs").iterdir())) == 2
+        assert len(list((backend.state / "jobs").iterdir())) == 2
 
 
 # Unusable folders ------------------------------------------------------------------
@@ -433,25 +438,27 @@ def test_a_store_of_the_release_before_is_upgraded(tmp_path: Path) -> None:
             assert store.find("anna", "gone").status == "failed"
 
 
-def test_a_dismissed_job_frees_its_space_at_once(ready: Plan, tmp_path: Path) -> None:
+def test_a_dismissed_job_frees_its_space_at_once(
+    ready: Plan, tmp_path: Path, backend: Backend
+) -> None:
     request = ready.request
     many = replace(request, series=request.series * 20_000)
     large = replace(ready, request=many)
-    with opened(tmp_path / "state", max_waiting=99) as store:
-        empty = size_of(tmp_path / "state")
+    with backend.opened(max_waiting=99) as store:
+        empty = size_of(backend.state)
         for number in range(5):
             folder = tmp_path / str(number)
             folder.mkdir()
             job = store.accept(large, folder, owner="anna")
-            assert size_of(tmp_path / "state") > empty + 10**6
+            assert size_of(backend.state) > empty + 10**6
             store.dismiss("anna", job.id)
-        assert size_of(tmp_path / "state") < empty + 5 * 10**5
+        assert size_of(backend.state) < empty + 5 * 10**5
         with pytest.raises(ResultNotReady, match="removed"):
             store.request(store.find("anna", job.id))
 
 
-def test_a_list_continues_after_a_job(ready: Plan, tmp_path: Path) -> None:
-    with opened(tmp_path / "state") as store:
+def test_a_list_continues_after_a_job(ready: Plan, tmp_path: Path, backend: Backend) -> None:
+    with backend.opened() as store:
         names = []
         for number in range(5):
             folder = tmp_path / str(number)

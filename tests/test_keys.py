@@ -7,7 +7,6 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from service.api.auth import ApiKeys, Refusals, address_of, read_keys, share_of
 from service.errors import Unauthorized
 from service.infer.engine import Engine
 from service.jobs.heads import HeadStore
-from service.jobs.store import JobStore
-from tests.kits.jobs import ASYNC, SERIES, waited
+from tests.kits.jobs import ASYNC, SERIES, Backend, waited
 from tests.kits.patience import PATIENCE, soon
 
 OLD, NEW = {"X-API-Key": "the-old-key"}, {"X-API-Key": "the-new-key"}
@@ -185,19 +183,19 @@ def test_a_key_that_comes_into_the_file_brings_its_jobs(
         assert api.get(f"/jobs/{job}", headers=OLD).status_code == 404
 
 
-def test_jobs_of_one_owner_meet_those_of_another(tmp_path: Path) -> None:
-    with closing(JobStore(tmp_path, ttl=9e9, max_waiting=9)) as store:
+def test_jobs_of_one_owner_meet_those_of_another(backend: Backend) -> None:
+    with backend.opened() as store:
         for number, (owner, key) in enumerate([("old", "1"), ("old", "2"), ("anna", "1")]):
-            store._db.execute(
+            backend.rows(
                 "INSERT INTO jobs (id, owner, idempotency_key, task, model, sha256, created, "
                 "updated) VALUES (?, ?, ?, 'embed', 'm@1', 'x', 1, 1)",
-                (str(number), owner, key),
+                *(str(number), owner, key),
             )
         store.adopt({"old": "anna", "nobody": "ben"})
         assert [job.id for job in store.latest("anna", 9)] == ["2", "1", "0"]
         assert store.latest("old", 9) == []
-        kept = store._db.execute("SELECT id, idempotency_key FROM jobs ORDER BY id").fetchall()
-        assert [tuple(row) for row in kept] == [("0", None), ("1", "2"), ("2", "1")]
+        kept = backend.rows("SELECT id, idempotency_key FROM jobs ORDER BY id")
+        assert kept == [("0", None), ("1", "2"), ("2", "1")]
 
 
 def test_models_of_one_owner_meet_those_of_another(zoo: Path, tmp_path: Path) -> None:

@@ -116,7 +116,34 @@ def test_selectors_match_the_pods(rendered):
         assert scaled["name"] == rendered["StatefulSet"]["metadata"]["name"]
         assert scaled["kind"] == "StatefulSet"
         assert "replicas" not in spec  # each apply would undo what the autoscaler did
-        assert rendered["Service"]["spec"]["sessionAffinity"] == "ClientIP"
+
+
+def test_only_replicas_with_a_database_and_a_folder_in_common_are_several(rendered):
+    spec = rendered["StatefulSet"]["spec"]
+    claims = {claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", [])}
+    template = spec["template"]["spec"]
+    shared = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in template["volumes"]
+              if "persistentVolumeClaim" in v}  # fmt: skip
+    secrets = [
+        e["secretRef"]["name"] for e in template["containers"][0]["envFrom"] if "secretRef" in e
+    ]
+    ports = [
+        port["port"] for rule in rendered["NetworkPolicy"]["spec"].get("egress", [])
+        for port in rule["ports"]
+    ]  # fmt: skip
+    if rendered["overlay"] == "replicas":
+        assert claims == set()
+        claim = rendered["PersistentVolumeClaim"]
+        assert shared == {"state": claim["metadata"]["name"]}
+        assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+        assert secrets == ["pimc-keys", "pimc-database"]
+        assert 5432 in ports
+    else:
+        assert claims == {"state"}
+        assert shared == {}
+        assert secrets == ["pimc-keys"]
+        assert ports == []
+        assert spec["replicas"] == 1
 
 
 def test_the_overlays_run_the_images_that_compose_builds(rendered):

@@ -24,7 +24,7 @@ from service.jobs import runner, store
 from service.jobs.store import JobStore, Share
 from service.run.execute import execute
 from service.run.plan import Plan
-from tests.kits.jobs import ASYNC, SERIES, waited
+from tests.kits.jobs import ASYNC, SERIES, Backend, waited
 from tests.kits.patience import PATIENCE, soon
 
 ANNA, BEN = {"X-API-Key": "anna"}, {"X-API-Key": "ben"}
@@ -150,13 +150,14 @@ def test_jobs_of_callers_take_turns(zoo: Path, gate: Gate) -> None:
 
 
 @pytest.mark.slow
-def test_a_caller_with_fewer_running_jobs_comes_first(tmp_path: Path) -> None:
-    with closing(JobStore(tmp_path, ttl=9e9, max_waiting=9)) as jobs:
-        for caller in ("many", "many", "many", "few", "many", "few"):
-            jobs._db.execute(
+def test_a_caller_with_fewer_running_jobs_comes_first(backend: Backend) -> None:
+    with backend.opened() as jobs:
+        for number, caller in enumerate(("many", "many", "many", "few", "many", "few")):
+            backend.rows(
                 "INSERT INTO jobs (id, owner, caller, task, model, sha256, created, updated) "
-                "VALUES (hex(randomblob(8)), '', ?, 'embed', 'm@1', 'x', 1, 1)",
-                (caller,),
+                "VALUES (?, '', ?, 'embed', 'm@1', 'x', 1, 1)",
+                str(number),
+                caller,
             )
         taken = [job for job in (jobs.take() for _ in range(3)) if job]
         assert [job.caller for job in taken] == ["many", "few", "many"]
@@ -300,8 +301,8 @@ def test_a_run_that_finds_no_room_is_not_charged(
 # The store ----------------------------------------------------------------------------------
 
 
-def test_a_day_is_charged_whole_or_not_at_all(tmp_path: Path) -> None:
-    with closing(JobStore(tmp_path, ttl=9e9, max_waiting=9)) as jobs:
+def test_a_day_is_charged_whole_or_not_at_all(backend: Backend) -> None:
+    with backend.opened() as jobs:
         share = Share(pixels=10)
         jobs.charge("anna", 6, share)
         with pytest.raises(TooManyRequests, match="6 of its 10"):

@@ -19,7 +19,7 @@ import pytest
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from service import threads
-from service.jobs import runner, store
+from service.jobs import database, runner
 from service.jobs.store import JobStore
 from service.threads import SupervisedThread
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
@@ -220,7 +220,7 @@ def locked(state: Path) -> Iterator[None]:
 def test_a_running_job_waits_for_a_locked_store_and_requests_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_BUSY_SECONDS", 0.5)
+    monkeypatch.setattr(database, "_BUSY_SECONDS", 0.5)
     caplog.set_level(logging.INFO)
     gate, state = Gate(tmp_path / "gate"), tmp_path / "state"
     zoo = zoo_with_a_held_model(tmp_path / "zoo")

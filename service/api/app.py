@@ -88,7 +88,13 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
             stack.push_async_callback(to_thread.run_sync, engine.close)
             metrics.provider(engine.provider)
             heads = await to_thread.run_sync(
-                partial(HeadStore, settings.state_folder, engine, most=settings.max_heads)
+                partial(
+                    HeadStore,
+                    settings.state_folder,
+                    engine,
+                    most=settings.max_heads,
+                    shared=store.shared,
+                )
             )
             keys = await to_thread.run_sync(_load_keys, settings, store, heads)
             metrics.watch_keys(keys.valid)
@@ -128,6 +134,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 budget=budget,
                 executor=executor,
                 callbacks=callbacks,
+                refresh=heads.refresh,
             )
             admission = Admission(
                 settings.max_concurrency,
@@ -228,7 +235,13 @@ def open_jobs(settings: Settings) -> JobStore:
     Raises:
         SettingsError: the directory is not usable, or another service uses it.
     """
-    return JobStore(settings.state_folder, ttl=settings.job_ttl, max_waiting=settings.max_jobs)
+    url = settings.database_url
+    return JobStore(
+        settings.state_folder,
+        ttl=settings.job_ttl,
+        max_waiting=settings.max_jobs,
+        database_url=None if url is None else url.get_secret_value(),
+    )
 
 
 def _load_keys(settings: Settings, store: JobStore, heads: HeadStore) -> ApiKeys:

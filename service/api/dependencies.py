@@ -94,16 +94,17 @@ async def own_folder(
     """A folder for the request's files, which exists until the response is sent or has failed.
 
     If the client prefers a job, the folder lies in the state directory, so that the job's files can
-    be moved instead of copied.
+    be moved. Replicas copy them: a directory that they share cannot show which requests ended with
+    a replica.
     """
     becomes_a_job = prefers(request.headers.getlist("prefer"))
-    async for folder in _folder(app.jobs.requests if becomes_a_job else app.scratch.folder):
+    async for folder in _folder((becomes_a_job and app.jobs.requests) or app.scratch.folder):
         yield folder
 
 
 async def job_folder(app: Annotated[AppState, Depends(app_state)]) -> AsyncIterator[Path]:
     """As `own_folder`, in the state directory: only the body says whether a job is made."""
-    async for folder in _folder(app.jobs.requests):
+    async for folder in _folder(app.jobs.requests or app.scratch.folder):
         yield folder
 
 
@@ -147,6 +148,8 @@ async def known_caller(
         if given_key(request.headers):
             await app.refusals.refused(address_of(request.scope))
         raise
+    if app.heads.shared:
+        await to_thread.run_sync(app.heads.refresh, request.state.caller or "")
     return request.state.caller  # type: ignore[no-any-return]
 
 

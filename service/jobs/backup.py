@@ -1,12 +1,13 @@
-"""Backups of the state directory: made while the service runs, restored into an empty directory.
+"""Backups of the state directory: made while services run, restored into an empty directory.
 
-    database, copied by SQLite → for each job: its files, then its current row → renamed
-                                     │
-                               changed meanwhile? copied again
+    database, as SQLite → for each job: its files, then its current row → renamed
+                                 │
+                           changed meanwhile? copied again
 
-A backup is a state directory itself. It holds waiting and running jobs with their uploads, which
-start from their first window after a restore; finished jobs with their results; and the callers'
-own models. Jobs accepted and models made after the backup began are not in it.
+A backup is a state directory with SQLite, also if replicas with PostgreSQL made it; either kind of
+service restores it. It holds waiting and running jobs with their uploads, which start from their
+first window after a restore; finished jobs with their results; and the callers' own models. Jobs
+accepted and models made after the backup began are not in it.
 """
 
 from __future__ import annotations
@@ -15,14 +16,27 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
 
+from service.errors import PIMCError
+from service.jobs.database import (
+    Cursor,
+    Database,
+    Dialect,
+    Postgres,
+    Session,
+    Sqlite,
+    UnusableDatabase,
+)
 from service.jobs.files import lock, remove, sync_file, sync_folder
 from service.jobs.heads import HEADS, copy_heads
-from service.jobs.store import DATABASE, REQUEST, SCHEMA_VERSION
+from service.jobs.schema import REQUEST, SCHEMA_VERSION, result_name, upgrade
+from service.jobs.store import DATABASE, mark_owner
 from service.settings import SettingsError
 
 _JOBS = "jobs"
@@ -30,6 +44,14 @@ _ENDED = {"failed", "dismissed"}
 _TRIES = 600
 _PAUSE_SECONDS = 0.1
 _BUSY_SECONDS = 60.0
+_TABLES = ("jobs", "clock", "turns", "usage", "callbacks")
+"""Tables of a backup, by reference; finished windows of running jobs are not kept."""
+
+
+class _Live(Protocol):
+    """The database of a service that may be running."""
+
+    def execute(self, statement: str, values: Any = ..., /) -> Cursor: ...  # noqa: ANN401
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +67,18 @@ class Backup:
 
 
 def back_up(
-    state: Path, target: Path, *, copy: Callable[[Path, Path], None] | None = None
+    state: Path,
+    target: Path,
+    *,
+    database_url: str | None = None,
+    copy: Callable[[Path, Path], None] | None = None,
 ) -> Backup:
-    """Copy a state directory while a service may use it.
+    """Copy a state directory while services may use it.
 
     Args:
         state: the state directory.
         target: folder to create; its parent must exist.
+        database_url: of PostgreSQL; None is SQLite in the state directory.
         copy: copies a file or a folder; None uses `shutil`.
 
     Returns:
@@ -62,7 +89,7 @@ def back_up(
             during each of its copies.
         OSError: the target cannot be written.
     """
-    if not (state / DATABASE).is_file():
+    if database_url is None and not (state / DATABASE).is_file():
         raise SettingsError(
             f"PIMC_STATE_DIR: {state} holds no jobs ({DATABASE} is missing); set PIMC_STATE_DIR to "
             "the state directory of the service"
@@ -72,11 +99,10 @@ def back_up(
     unfinished = target.with_name(f"{target.name}.part")
     remove(unfinished)
     (unfinished / _JOBS).mkdir(parents=True, mode=0o700)
-    with (
-        closing(_connected(state / DATABASE)) as live,
-        closing(_connected(unfinished / DATABASE)) as kept,
-    ):
-        live.backup(kept)
+    opened = (
+        _sqlite(state, unfinished) if database_url is None else _postgres(database_url, unfinished)
+    )
+    with opened as live, closing(_connected(unfinished / DATABASE)) as kept:
         # Without a write-ahead log the copy is complete in one file.
         kept.execute("PRAGMA journal_mode = DELETE")
         for (name,) in kept.execute("SELECT id FROM jobs ORDER BY number").fetchall():
@@ -94,41 +120,85 @@ def back_up(
     files = [path for path in target.rglob("*") if path.is_file()]
     return Backup(
         jobs=jobs,
-        results=sum(1 for _ in target.glob(f"{_JOBS}/*/result")),
+        results=sum(1 for _ in target.glob(f"{_JOBS}/*/result*")),
         size=sum(path.stat().st_size for path in files),
     )
 
 
+@contextmanager
+def _sqlite(state: Path, target: Path) -> Iterator[_Live]:
+    """The database of a service, copied into a folder."""
+    with (
+        closing(_connected(state / DATABASE)) as live,
+        closing(_connected(target / DATABASE)) as kept,
+    ):
+        live.backup(kept)
+        yield live
+
+
+@contextmanager
+def _postgres(url: str, target: Path) -> Iterator[_Live]:
+    """The database of replicas, copied into a folder as SQLite."""
+    with _opened(Postgres(url), "PIMC_DATABASE_URL: it") as live, live.read() as source:
+        version = live.dialect.version(source)
+        if version != SCHEMA_VERSION:
+            raise SettingsError(
+                f"PIMC_DATABASE_URL: its schema has version {version}, but this release copies "
+                f"version {SCHEMA_VERSION}"
+            )
+        with _opened(Sqlite(target / DATABASE), str(target)) as kept:
+            upgrade(kept, target / _JOBS)
+            with kept.transaction() as copy:
+                _copy_rows(source, copy)
+        yield source
+
+
+@contextmanager
+def _opened(dialect: Dialect, what: str) -> Iterator[Database]:
+    """A database; its errors are those of settings."""
+    try:
+        with closing(Database(dialect)) as database:
+            yield database
+    except (UnusableDatabase, PIMCError) as error:
+        raise SettingsError(f"{what} cannot be used: {error}") from error
+
+
+def _copy_rows(source: _Live, target: Session) -> None:
+    """Copy all rows of a backup's tables into empty ones."""
+    target.execute("DELETE FROM clock")  # which a new schema fills
+    for table in _TABLES:
+        for row in source.execute(f"SELECT * FROM {table}").fetchall():  # noqa: S608
+            columns = ", ".join(row.keys())
+            marks = ", ".join("?" * len(row.keys()))
+            statement = f"INSERT INTO {table} ({columns}) VALUES ({marks})"  # noqa: S608
+            target.execute(statement, tuple(row))
+
+
 def _keep_job(
-    live: sqlite3.Connection,
+    live: _Live,
     kept: sqlite3.Connection,
     name: str,
-    source: Path,
+    place: Path,
     target: Path,
     copy: Callable[[Path, Path], None],
 ) -> None:
     """Copy a job's files and its row; copy both again if the job changed meanwhile."""
     for _ in range(_TRIES):
         row = _row(live, name)
-        done = (source / "result").exists()
         try:
             if row is not None and row["status"] not in _ENDED:
                 target.mkdir()
-                copy(source / REQUEST, target / REQUEST)
-                # A job of series has no input folder. The service removes uploads only once the
-                # complete result exists or the row holds the job's final status.
-                part = "result" if done else "input"
-                if done or (source / part).exists():
-                    copy(source / part, target / part)
+                copy(place / REQUEST, target / REQUEST)
+                # A series has no input. Uploads are removed only after the row says how the job
+                # ended, and a result is complete before.
+                part = _result(row) if row["status"] == "successful" else "input"
+                if part != "input" or (place / part).exists():
+                    copy(place / part, target / part)
         except (FileNotFoundError, shutil.Error):
             pass  # the service has removed files; the row's status changes with them
         else:
             again = _row(live, name)
-            same = None if again is None else again["status"]
-            if (
-                same == (None if row is None else row["status"])
-                and done == (source / "result").exists()
-            ):
+            if _ended(again) == _ended(row):
                 _keep_row(kept, name, again)
                 return
         remove(target)
@@ -139,31 +209,45 @@ def _keep_job(
     )
 
 
-def _row(db: sqlite3.Connection, name: str) -> sqlite3.Row | None:
-    found: sqlite3.Row | None = db.execute("SELECT * FROM jobs WHERE id = ?", (name,)).fetchone()
-    return found
+def _row(db: _Live, name: str) -> Any:  # noqa: ANN401 - of either library
+    return db.execute("SELECT * FROM jobs WHERE id = ?", (name,)).fetchone()
 
 
-def _keep_row(kept: sqlite3.Connection, name: str, row: sqlite3.Row | None) -> None:
+def _result(row: Any) -> str:  # noqa: ANN401 - of either library
+    """Name of the folder of a job's result; before schema 4 there were no leases."""
+    return result_name(row["lease"]) if "lease" in row.keys() else "result"  # noqa: SIM118
+
+
+def _ended(row: Any) -> str | None:  # noqa: ANN401 - of either library
+    """How a job has ended, on which its files depend; empty if it waits or runs."""
+    if row is None:
+        return None
+    return "" if row["status"] in {"accepted", "running"} else str(row["status"])
+
+
+def _keep_row(kept: sqlite3.Connection, name: str, row: Any) -> None:  # noqa: ANN401
     """Update a row of the backup to the state in which the job's files were copied."""
     if row is None:  # expired meanwhile
         kept.execute("DELETE FROM jobs WHERE id = ?", (name,))
         return
-    values = dict(row)
+    values = dict(zip(row.keys(), row, strict=True))
     if values["status"] in {"accepted", "running"}:
         # The backup holds no finished windows, so the job computes all of them again.
         values |= {"status": "accepted", "computed_by": None, "attempts": 0}
+    if "expires" in values:
+        values["expires"] = None
     kept.execute("DELETE FROM windows WHERE job = ?", (row["number"],))
     columns = ", ".join(f"{column} = :{column}" for column in values)
     kept.execute(f"UPDATE jobs SET {columns} WHERE id = :id", values)  # noqa: S608 - our columns
 
 
-def restore(backup: Path, state: Path) -> int:
+def restore(backup: Path, state: Path, *, database_url: str | None = None) -> int:
     """Copy a backup into a state directory that holds no jobs.
 
     Args:
         backup: folder that `back_up` made.
         state: state directory; created if missing, locked while it is written.
+        database_url: of PostgreSQL, with no jobs; None is SQLite in the state directory.
 
     Returns:
         Number of restored jobs.
@@ -188,21 +272,64 @@ def restore(backup: Path, state: Path) -> int:
                 f"PIMC_STATE_DIR: {state} holds jobs already; move that directory elsewhere, or "
                 "set PIMC_STATE_DIR to an empty one"
             )
-        for name in (_JOBS, HEADS):
-            remove(state / name)  # left by an interrupted restore
-            if (backup / name).exists():
-                shutil.copytree(backup / name, state / name)
-        unfinished = state / f"{DATABASE}.part"
-        shutil.copyfile(backup / DATABASE, unfinished)
-        copied = [path for name in (_JOBS, HEADS) for path in (state / name).rglob("*")]
-        for path in [*copied, state / _JOBS, unfinished]:
-            (sync_folder if path.is_dir() else sync_file)(path)
-        # The database comes last: a directory without it counts as empty.
-        unfinished.rename(state / DATABASE)
-        sync_folder(state)
+        if database_url is None:
+            _copy_files(backup, state)
+            unfinished = state / f"{DATABASE}.part"
+            shutil.copyfile(backup / DATABASE, unfinished)
+            sync_file(unfinished)
+            # The database comes last: a directory without it counts as empty.
+            unfinished.rename(state / DATABASE)
+            sync_folder(state)
+        else:
+            _restore_postgres(backup, state, database_url)
     finally:
         os.close(held)
     return int(jobs)
+
+
+def _copy_files(backup: Path, state: Path) -> None:
+    """Copy a backup's folders, synced to disk."""
+    for name in (_JOBS, HEADS):
+        remove(state / name)  # left by an interrupted restore
+        if (backup / name).exists():
+            shutil.copytree(backup / name, state / name)
+    for path in [path for name in (_JOBS, HEADS) for path in (state / name).rglob("*")]:
+        (sync_folder if path.is_dir() else sync_file)(path)
+    sync_folder(state / _JOBS)
+
+
+def _restore_postgres(backup: Path, state: Path, url: str) -> None:
+    """Copy a backup into the folder and the database of replicas, none of which runs.
+
+    Raises:
+        SettingsError: the database cannot be used, or holds jobs.
+    """
+    with (
+        TemporaryDirectory(prefix="pimc-restore-", dir=state) as copied,
+        _opened(Postgres(url), "PIMC_DATABASE_URL: it") as database,
+    ):
+        upgrade(database, state / _JOBS)
+        with database.read() as db:
+            (found,) = db.execute("SELECT count(*) FROM jobs").fetchone()
+            (ident,) = db.execute("SELECT id FROM store").fetchone()
+        if found:
+            raise SettingsError(
+                f"PIMC_DATABASE_URL: the database holds {found} jobs already; name an empty one"
+            )
+        _copy_files(backup, state)
+        # A backup of an earlier release: a copy of its rows, and the files, are upgraded first.
+        shutil.copyfile(backup / DATABASE, Path(copied) / DATABASE)
+        with _opened(Sqlite(Path(copied) / DATABASE), str(backup)) as kept:
+            upgrade(kept, state / _JOBS)
+            mark_owner(state, ident)
+            # The rows come last: a database without them counts as empty.
+            with kept.read() as rows, database.transaction(serial=True) as db:
+                _copy_rows(rows, db)
+                for table in ("jobs", "callbacks"):
+                    db.execute(
+                        f"SELECT setval(pg_get_serial_sequence('{table}', 'number'), "  # noqa: S608
+                        f"(SELECT coalesce(max(number), 0) + 1 FROM {table}), false)"
+                    )
 
 
 def _connected(path: Path) -> sqlite3.Connection:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from service.settings import SettingsError
 
 
-def lock(folder: Path) -> int:
+def lock(folder: Path, *, shared: bool = False) -> int:
     """Lock a state directory; the lock lasts as long as the returned file descriptor is open.
+
+    Args:
+        folder: the state directory.
+        shared: whether other shared locks may be held at the same time.
 
     Raises:
         SettingsError: another service holds the lock.
@@ -20,15 +25,17 @@ def lock(folder: Path) -> int:
     file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         # The system releases the lock however the process ends.
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        if not shared:
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
     except BlockingIOError as error:
         holder = os.pread(file, 32, 0).decode().strip() or "unknown"
         os.close(file)
         raise SettingsError(
             f"PIMC_STATE_DIR: {folder} is in use by another service (process {holder}); set "
-            "PIMC_STATE_DIR to a different directory for each service"
+            "PIMC_STATE_DIR to a different directory for each service, or PIMC_DATABASE_URL for "
+            "several that share it"
         ) from error
     except BaseException:
         os.close(file)
@@ -56,9 +63,10 @@ def take_over(paths: list[Path], source: Path, target: Path) -> None:
 
 def keep_only(folder: Path, *names: str) -> None:
     """Remove everything in a folder except the entries with the given names."""
-    for path in folder.iterdir():
-        if path.name not in names:
-            remove(path)
+    with suppress(FileNotFoundError):  # another process removes the folder
+        for path in folder.iterdir():
+            if path.name not in names:
+                remove(path)
 
 
 def remove(path: Path) -> None:
@@ -70,8 +78,9 @@ def remove(path: Path) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Total size of all files in a folder and its subfolders, bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Total size of a file, or of all files in a folder and its subfolders, bytes."""
+    files = [folder] if folder.is_file() else folder.rglob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def sync_file(path: Path) -> None:

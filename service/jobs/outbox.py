@@ -9,22 +9,22 @@ loses none; a receiver may get one twice, and knows it by its message id.
 
 from __future__ import annotations
 
-import sqlite3
 import uuid
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
+from service.jobs.database import Session
 from service.run.request import Subscriber
 
 Event = Literal["success", "failed", "progress"]
 TABLE = """
 CREATE TABLE callbacks (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    job INTEGER NOT NULL REFERENCES jobs (number) ON DELETE CASCADE,
+    number {number},
+    job BIGINT NOT NULL REFERENCES jobs (number) ON DELETE CASCADE,
     event TEXT NOT NULL,
     message TEXT NOT NULL UNIQUE,  -- its id, the same in every attempt
     attempts INTEGER NOT NULL DEFAULT 0,
-    due REAL NOT NULL  -- seconds since 1970
+    due DOUBLE PRECISION NOT NULL  -- seconds since 1970
 );
 CREATE INDEX by_due ON callbacks (attempts, due);
 CREATE INDEX callbacks_by_job ON callbacks (job)
@@ -35,7 +35,7 @@ _ENDS: Mapping[str, Event] = {"successful": "success", "failed": "failed"}
 
 
 def queue_end(
-    db: sqlite3.Connection, job: int, subscriber: Subscriber | None, status: str, now: float
+    db: Session, job: int, subscriber: Subscriber | None, status: str, now: float
 ) -> None:
     """Queue the callback of a job that has ended; one of progress is no longer sent."""
     if subscriber is not None:
@@ -44,23 +44,19 @@ def queue_end(
             _queue(db, job, subscriber, _ENDS[status], now)
 
 
-def queue_progress(
-    db: sqlite3.Connection, job: int, subscriber: Subscriber | None, now: float
-) -> None:
+def queue_progress(db: Session, job: int, subscriber: Subscriber | None, now: float) -> None:
     """Queue a callback of progress, in place of one that was not delivered yet."""
     if subscriber is not None:
         db.execute("DELETE FROM callbacks WHERE job = ? AND event = 'progress'", (job,))
         _queue(db, job, subscriber, "progress", now)
 
 
-def drop(db: sqlite3.Connection, job: int) -> None:
+def drop(db: Session, job: int) -> None:
     """Send no more callbacks of a job."""
     db.execute("DELETE FROM callbacks WHERE job = ?", (job,))
 
 
-def _queue(
-    db: sqlite3.Connection, job: int, subscriber: Subscriber, event: Event, now: float
-) -> None:
+def _queue(db: Session, job: int, subscriber: Subscriber, event: Event, now: float) -> None:
     if subscriber.url(event) is not None:
         db.execute(
             "INSERT INTO callbacks (job, event, message, due) VALUES (?, ?, ?, ?)",
@@ -68,7 +64,7 @@ def _queue(
         )
 
 
-def due(db: sqlite3.Connection, now: float, most: int) -> list[sqlite3.Row]:
+def due(db: Session, now: float, most: int) -> list[Any]:
     """Callbacks to send now, with their jobs' numbers; first attempts before repeated ones."""
     return db.execute(
         "SELECT * FROM callbacks WHERE due <= ? ORDER BY attempts, due, number LIMIT ?",
@@ -76,25 +72,30 @@ def due(db: sqlite3.Connection, now: float, most: int) -> list[sqlite3.Row]:
     ).fetchall()
 
 
-def next_due(db: sqlite3.Connection) -> float | None:
+def claim(db: Session, number: int, until: float) -> None:
+    """Keep a callback from other replicas until a moment, seconds since 1970."""
+    db.execute("UPDATE callbacks SET due = ? WHERE number = ?", (until, number))
+
+
+def next_due(db: Session) -> float | None:
     """When the next callback is due, seconds since 1970; None if there is none."""
     (when,) = db.execute("SELECT min(due) FROM callbacks").fetchone()
     return None if when is None else float(when)
 
 
-def postpone(db: sqlite3.Connection, number: int, until: float) -> None:
+def postpone(db: Session, number: int, until: float) -> None:
     """Count a failed attempt, and send the callback again later."""
     db.execute(
         "UPDATE callbacks SET attempts = attempts + 1, due = ? WHERE number = ?", (until, number)
     )
 
 
-def settle(db: sqlite3.Connection, number: int) -> None:
+def settle(db: Session, number: int) -> None:
     """Remove a callback that was delivered or given up."""
     db.execute("DELETE FROM callbacks WHERE number = ?", (number,))
 
 
-def count(db: sqlite3.Connection) -> int:
+def count(db: Session) -> int:
     """Callbacks that wait."""
     (waiting,) = db.execute("SELECT count(*) FROM callbacks").fetchone()
     return int(waiting)

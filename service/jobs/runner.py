@@ -2,7 +2,8 @@
 
     take → plan → execute, window by window → publish → succeed
              │              │
-           fail       service stops: put back; job dismissed: files removed
+           fail       service stops: put back; job dismissed: files removed;
+                      lease lost: left to the run that has it
 
 Jobs run in the runner's own threads; the event loop never waits for them.
 """
@@ -10,7 +11,6 @@ Jobs run in the runner's own threads; the event loop never waits for them.
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from service.errors import (
 )
 from service.infer.engine import Engine
 from service.jobs.callbacks import CallbackSender
-from service.jobs.store import Job, JobStore
+from service.jobs.store import Job, JobStore, LeaseLost
 from service.jobs.window_journal import WindowFile
 from service.read.geotiff import BlockCache
 from service.read.references import check_again
@@ -47,6 +47,8 @@ _MAX_ATTEMPTS = 20
 """Starts of a job without one more finished window after which the job fails."""
 _PAUSE_SECONDS = 1.0
 """Seconds before a worker retries a write that failed or a job whose resources were in use."""
+_BEAT_SECONDS = 1.0
+"""Seconds between renewals of the leases, and between looks for jobs of other replicas."""
 _JOIN_SECONDS = 20.0
 """Seconds within which workers must put their jobs back when the service stops."""
 
@@ -68,6 +70,7 @@ class JobRunner:
         budget: memory that runs may take.
         executor: executor that runs the windows.
         callbacks: sender of the jobs' callbacks; None sends none.
+        refresh: called with a job's owner before the owner's model is looked for.
     """
 
     def __init__(
@@ -86,7 +89,9 @@ class JobRunner:
         budget: MemoryBudget,
         executor: Executor,
         callbacks: CallbackSender | None = None,
+        refresh: Callable[[str], None],
     ) -> None:
+        self._refresh = refresh
         self._callbacks = callbacks
         self._store = store
         self._engine = engine
@@ -100,10 +105,12 @@ class JobRunner:
         self._budget = budget
         self._executor = executor
         self._wakeup = threading.Condition()
-        self._running: dict[str, threading.Event] = {}
+        self._running: dict[str, tuple[Job, threading.Event]] = {}
         self._sweep_fault: str | None = None
         self._workers = [SupervisedThread(f"job-{n}", self._work, closing) for n in range(workers)]
         self._threads = [*self._workers, SupervisedThread("jobs", self._sweep_repeatedly, closing)]
+        if store.shared:
+            self._threads.append(SupervisedThread("leases", self._keep_leases, closing))
         if callbacks is not None:
             self._threads.append(SupervisedThread("callbacks", callbacks.run, closing))
 
@@ -166,7 +173,7 @@ class JobRunner:
         with self._wakeup:
             running = self._running.get(job.id)
         if running is not None:
-            running.set()
+            running[1].set()
         self._update_metrics()
         return job
 
@@ -192,13 +199,28 @@ class JobRunner:
                 self._wakeup.notify_all()
         self._stop_runs()
 
+    def _keep_leases(self) -> None:
+        """Renew the runs' leases; end runs whose job was dismissed elsewhere or taken over."""
+        while not self._closing.wait(_BEAT_SECONDS):
+            with self._wakeup:
+                running = {job.id: (job, cancelled) for job, cancelled in self._running.values()}
+            try:
+                lost = self._store.renew(job for job, _ in running.values())
+            except PIMCError:
+                _LOG.exception("leases cannot be renewed")
+                continue
+            for job in lost:
+                running[job.id][1].set()
+            with self._wakeup:  # other replicas may have accepted jobs, or lost some
+                self._wakeup.notify_all()
+
     def _stop_runs(self) -> None:
         """Cancel the running jobs, and wake the waiting threads so that they end."""
         if self._callbacks is not None:
             self._callbacks.notify()
         with self._wakeup:
-            for running in self._running.values():
-                running.set()
+            for _, cancelled in self._running.values():
+                cancelled.set()
             self._wakeup.notify_all()
 
     def _work(self) -> None:
@@ -211,7 +233,8 @@ class JobRunner:
                     job = self._take()
                 if job is None:
                     return
-                cancelled = self._running[job.id] = threading.Event()
+                cancelled = threading.Event()
+                self._running[job.id] = job, cancelled
             try:
                 with job_named(job.id):
                     self._run(job, cancelled)
@@ -236,21 +259,32 @@ class JobRunner:
         try:
             self._complete(job, cancelled)
         except Cancelled:
-            # A dismissed job stays dismissed: `put_back` changes running jobs only.
-            self._record(lambda: self._store.put_back(job))
-            _LOG.info("job stops", extra={"stopping": self._closing.is_set()})
+            self._stop(job)
         except Exception as error:  # noqa: BLE001 - after any error the next job runs
             shortage = _shortage(error)
-            if shortage is None:
-                self._fail(job, error)
-            else:
+            if shortage is not None:
                 self._retry_later(job, shortage)
+            elif self._lost(job):  # the run that has the job now may have removed a file of this
+                self._stop(job)
+            else:
+                self._fail(job, error)
         else:
             seconds = time.monotonic() - begun
             self._metrics.job_ran(task=job.task, seconds=seconds)
             _LOG.info("job ends", extra={"seconds": round(seconds, 3)})
-        self._record(lambda: self._store.clear(job))
+        self._record(lambda: self._store.tidy(job))
         self._update_metrics()
+
+    def _stop(self, job: Job) -> None:
+        # A dismissed job stays dismissed: `put_back` changes running jobs of this lease only.
+        self._record(lambda: self._store.put_back(job))
+        _LOG.info("job stops", extra={"stopping": self._closing.is_set()})
+
+    def _lost(self, job: Job) -> bool:
+        try:
+            return not self._store.holds(job)
+        except PIMCError:  # recording the outcome finds out
+            return False
 
     def _retry_later(self, job: Job, shortage: Overloaded) -> None:
         """Put back a job whose memory, file descriptors or store are in use, and pause."""
@@ -276,6 +310,8 @@ class JobRunner:
         while True:
             try:
                 write()
+            except LeaseLost:
+                return  # the outcome is that of another run
             except PIMCError:
                 _LOG.exception("the job's outcome cannot be recorded")
                 if self._closing.wait(_PAUSE_SECONDS):
@@ -287,7 +323,7 @@ class JobRunner:
 
     def _complete(self, job: Job, cancelled: threading.Event) -> None:
         # A result exists already if the service was killed before it recorded the success.
-        if not (self._store.folder(job) / "result").exists():
+        if not self._store.published(job):
             if job.attempts > _MAX_ATTEMPTS:
                 raise InternalError(
                     f"the server stopped {_MAX_ATTEMPTS} times while it ran job {job.id}, each "
@@ -306,8 +342,7 @@ class JobRunner:
             _LOG.info("job upgraded", extra={"from": job.model, "to": card.id})
             job = self._store.change_model(job, card.id, card.sha256)
         self._store.begin(job, f"{plan.model.provider} {plan.model.variant}")
-        work = self._store.folder(job) / "work"
-        shutil.rmtree(work, ignore_errors=True)
+        work = self._store.work(job)
         work.mkdir()
         done = 0.0
 
@@ -350,6 +385,7 @@ class JobRunner:
             cancelled=cancelled,
         )
         name = job.model.partition("@")[0]
+        self._refresh(job.owner)
         now = self._engine.named(name, job.owner)
         if now is not None and (now.card.id, now.card.sha256) == (job.model, job.sha256):
             return plan_with(request)

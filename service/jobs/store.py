@@ -5,19 +5,24 @@
         └──────────┘ service stopped or killed: the job resumes after its last finished window
 
     PIMC_STATE_DIR/
-        lock           locked by the one service that uses the directory
-        jobs.sqlite    every job, and which of its windows are finished
-        requests/      files of requests in flight; emptied at each start
+        lock           locked by the one service that uses the directory, or by replicas together
+        jobs.sqlite    every job, and which of its windows are finished; replicas use PostgreSQL
+        database       id of the replicas' database
+        requests/      files of requests in flight; emptied at each start; replicas have none here
         jobs/<id>/
             request.json   the request
-            input/     the uploaded files, as 0000.tif, …
-            windows    bytes of the finished windows, appended
-            work/      files of the current run; emptied when the run begins
-            result/    the complete result, or missing
-            ready/     files derived from the result at the first request for them, such as a zip
+            input/         the uploaded files, as 0000.tif, …
+            windows-<n>    bytes of the windows that were finished under lease n, appended
+            work-<n>/      files of the run under lease n
+            result-<n>/    the complete result, or missing
+            ready/         files derived from the result at the first request for them
 
 Durability follows from one order: the store syncs the bytes to disk before it writes the row. If
-the row is missing, the work is repeated; bytes without a row are overwritten or removed.
+the row is missing, the work is repeated; bytes without a row are removed.
+
+Each run has a lease, numbered by job. It writes only files with its number, and changes the job's
+row only while the row has that number. So a run that was given up, because its replica was dead or
+seemed so, cannot affect the run that follows it.
 """
 
 from __future__ import annotations
@@ -27,28 +32,43 @@ import json
 import math
 import os
 import shutil
-import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from service.errors import (
-    InsufficientStorage,
+    Cancelled,
     InvalidRequest,
     Overloaded,
     PIMCError,
     ResultNotReady,
     TooManyRequests,
     UnknownJob,
-    no_descriptors,
 )
 from service.jobs import outbox
+from service.jobs.database import (
+    Database,
+    DuplicateRow,
+    Postgres,
+    Session,
+    Sqlite,
+    UncertainCommit,
+    UnusableDatabase,
+)
 from service.jobs.files import keep_only, lock, remove, size_of, sync_file, sync_folder, take_over
+from service.jobs.schema import (
+    REQUEST,
+    result_name,
+    upgrade,
+    windows_name,
+    work_name,
+    write_request,
+)
 from service.jobs.serialise import (
     StoredResult,
     document_bytes,
@@ -72,83 +92,31 @@ _READY = "ready"
 _UPGRADE, _ANSWER = "upgrade", "answer"
 _LOCKS = 16
 _BY_KEY = "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?"
-REQUEST = "request.json"
-SCHEMA_VERSION = 4
 _DAY = 24 * 3600
 JOBS, PIXELS, STORAGE = "jobs", "pixels", "storage"
 """Names of the quotas of waiting and running jobs, of pixels per day, and of bytes."""
-_BUSY_SECONDS = 5.0
-"""Seconds to wait for a lock on the database that another process holds."""
-_WAL_BYTES = 16 * 2**20
-"""Size to which the write-ahead log is cut after a checkpoint."""
-_SCHEMA = """
-BEGIN;
-PRAGMA user_version = 4;
-CREATE TABLE jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of acceptance
-    id TEXT NOT NULL UNIQUE,
-    owner TEXT NOT NULL,
-    idempotency_key TEXT,
-    fingerprint TEXT,
-    task TEXT NOT NULL,
-    model TEXT NOT NULL,
-    sha256 TEXT NOT NULL,
-    status TEXT NOT NULL DEFAULT 'accepted',
-    progress INTEGER NOT NULL DEFAULT 0,
-    problem TEXT,
-    computed_by TEXT,
-    attempts INTEGER NOT NULL DEFAULT 0,  -- starts since the last finished window
-    created REAL NOT NULL,
-    started REAL,
-    finished REAL,
-    updated REAL NOT NULL,
-    age REAL NOT NULL DEFAULT 0,  -- seconds since the job ended, as `sweep` counts them
-    caller TEXT NOT NULL DEFAULT '',  -- counted for the quotas: the owner, or an address
-    bytes INTEGER NOT NULL DEFAULT 0,  -- size of the job's files
-    subscriber TEXT,  -- addresses that the job calls, JSON
-    UNIQUE (owner, idempotency_key)
-);
-CREATE INDEX by_status ON jobs (status);
-CREATE INDEX by_owner ON jobs (owner, number);
-CREATE INDEX by_caller ON jobs (caller, status);
-CREATE TABLE windows (
-    job INTEGER NOT NULL REFERENCES jobs (number) ON DELETE CASCADE,
-    stage TEXT NOT NULL,
-    number INTEGER NOT NULL,
-    place TEXT NOT NULL,
-    offset INTEGER NOT NULL,
-    length INTEGER NOT NULL,
-    PRIMARY KEY (job, stage, number)
-) WITHOUT ROWID;
-CREATE TABLE clock (seen REAL NOT NULL);
-INSERT INTO clock VALUES (strftime('%s', 'now'));
-CREATE TABLE turns (caller TEXT PRIMARY KEY, turn INTEGER NOT NULL);
-CREATE TABLE usage (
-    caller TEXT NOT NULL,
-    day INTEGER NOT NULL,  -- since 1970, UTC
-    pixels INTEGER NOT NULL,
-    PRIMARY KEY (caller, day)
-);
-"""
-_SHARES = """
-ALTER TABLE jobs ADD COLUMN caller TEXT NOT NULL DEFAULT '';
-ALTER TABLE jobs ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
-UPDATE jobs SET caller = owner;
-CREATE INDEX by_caller ON jobs (caller, status);
-CREATE TABLE turns (caller TEXT PRIMARY KEY, turn INTEGER NOT NULL);
-CREATE TABLE usage (
-    caller TEXT NOT NULL, day INTEGER NOT NULL, pixels INTEGER NOT NULL, PRIMARY KEY (caller, day)
-)"""
+_LEASE_SECONDS = 30.0
+"""Seconds without a renewal after which another replica takes a job."""
+_ORPHAN_SECONDS = 24 * 3600.0
+"""Age at which a folder without a job is removed: a younger one may be about to be accepted."""
+_CLAIM_SECONDS = 60.0
+"""Seconds in which a replica sends a callback before another may send it."""
+_MARK = "database"
+_WAITS = (
+    "SELECT 1 FROM jobs WHERE status = 'accepted' OR (status = 'running' AND {expired}) LIMIT 1"
+)
+_GIVE_UP = "UPDATE jobs SET status = 'accepted' WHERE status = 'running' AND {expired}"
 _TAKE = """
 UPDATE jobs SET
-    status = 'running', started = coalesce(started, ?), updated = ?, attempts = attempts + 1
+    status = 'running', started = coalesce(started, ?), updated = ?, attempts = attempts + 1,
+    lease = lease + 1, expires = {now} + ?
 WHERE number = (
     SELECT min(number) FROM jobs LEFT JOIN turns USING (caller)
     WHERE status = 'accepted'
     GROUP BY caller
     ORDER BY
         (SELECT count(*) FROM jobs AS o WHERE o.caller = jobs.caller AND o.status = 'running'),
-        coalesce(turn, 0),
+        coalesce(max(turn), 0),
         min(number)
     LIMIT 1
 ) RETURNING *
@@ -182,6 +150,8 @@ class Job:
     """Provider and variant that computed the finished windows; None before the first run."""
     attempts: int
     """Number of starts since a window was last finished."""
+    lease: int
+    """Number of times that the job was taken; identifies the run that may change it."""
     created: float
     started: float | None
     finished: float | None
@@ -222,6 +192,10 @@ class Share:
 
 
 UNBOUNDED = Share()
+
+
+class LeaseLost(Cancelled):
+    """The job was dismissed, or another run has taken it over: this run may change nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,43 +283,81 @@ def fingerprint(request: TaskRequest, folder: Path, answer: Mapping[str, Any] | 
 
 
 class JobStore:
-    """The jobs in a state directory. Thread-safe; one process at a time uses a directory.
+    """The jobs in a state directory and its database. Thread-safe.
+
+    With SQLite one process at a time uses a directory; with PostgreSQL, any number of replicas.
 
     Args:
         folder: the state directory; created if missing.
         ttl: seconds for which a finished job is kept.
         max_waiting: largest number of waiting jobs.
+        database_url: address of a PostgreSQL database; None uses SQLite in the directory.
 
     Raises:
-        SettingsError: the folder cannot be used, or another service uses it.
+        SettingsError: the folder or the database cannot be used, or another service uses it.
     """
 
-    def __init__(self, folder: Path, *, ttl: float, max_waiting: int) -> None:
+    def __init__(
+        self, folder: Path, *, ttl: float, max_waiting: int, database_url: str | None = None
+    ) -> None:
         self._ttl = ttl
         self._max_waiting = max_waiting
         self._jobs = folder / "jobs"
-        self.requests = folder / "requests"
-        """Parent of the folders of single requests."""
-        self._mutex = threading.Lock()
         self._ready_locks = [threading.Lock() for _ in range(_LOCKS)]
-        with _translate_start_errors(folder):
+        dialect = Sqlite(folder / DATABASE) if database_url is None else Postgres(database_url)
+        self.shared = dialect.shared
+        """Whether replicas share the directory."""
+        self.requests = None if self.shared else folder / "requests"
+        """Parent of the folders of single requests; None for replicas."""
+        with _translate_start_errors(folder, dialect.name):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._held = lock(folder)
+            self._held = lock(folder, shared=self.shared)
+            opened = ExitStack()
             try:
-                shutil.rmtree(self.requests, ignore_errors=True)
-                self.requests.mkdir()
+                if self.requests:
+                    shutil.rmtree(self.requests, ignore_errors=True)
+                    self.requests.mkdir()
                 self._jobs.mkdir(exist_ok=True)
-                self._db = _open_database(folder / DATABASE)
+                _check_kind(folder, shared=self.shared)
+                self._db = opened.enter_context(closing(Database(dialect)))
+                upgrade(self._db, self._jobs)
+                if self.shared:
+                    self._check_owner(folder)
                 self._recover()
             except BaseException:
+                opened.close()
                 os.close(self._held)
                 raise
 
     def close(self) -> None:
         """Close the database and unlock the directory."""
-        with self._exclusive():
-            self._db.close()
-            os.close(self._held)
+        self._db.close()
+        os.close(self._held)
+
+    def _check_owner(self, folder: Path) -> None:
+        """Check that a state directory belongs to the database; mark a new one.
+
+        Raises:
+            SettingsError: the directory belongs to another database.
+        """
+        with self._db.read() as db:
+            (ident,) = db.execute("SELECT id FROM store").fetchone()
+        mark = folder / _MARK
+        if mark.exists():
+            known = mark.read_text("utf-8").strip()
+            if known != ident:
+                raise SettingsError(
+                    f"PIMC_STATE_DIR: {folder} belongs to the database {known}, but "
+                    f"PIMC_DATABASE_URL names the database {ident}; set the two that belong "
+                    "together, or name a new folder"
+                )
+        elif any(self._jobs.iterdir()):
+            raise SettingsError(
+                f"PIMC_STATE_DIR: {folder} has jobs of another database; name a new folder, or "
+                "restore a backup"
+            )
+        else:
+            mark_owner(folder, ident)
 
     # For requests --------------------------------------------------------------------------
 
@@ -397,12 +409,12 @@ class JobStore:
                 take_over([f.path for f in plan.request.sources], folder, job_folder / "input")
             else:
                 job_folder.mkdir()
-            _write_request(job_folder, json.dumps(document))
+            write_request(job_folder, json.dumps(document))
             sync_folder(self._jobs)
             now = time.time()
             size = size_of(job_folder)
             charged = owner if caller is None else caller
-            with self._transaction() as db:
+            with self._db.transaction(serial=True) as db:
                 self._check_room(db, charged, share, size)
                 _charge(db, charged, pixels, share)
                 db.execute(
@@ -426,9 +438,15 @@ class JobStore:
                         called and json.dumps(asdict(called)),
                     ),
                 )
+                if status == "running":
+                    db.execute(
+                        "UPDATE jobs SET expires = {now} + ? WHERE id = ?", (_LEASE_SECONDS, name)
+                    )
+        except UncertainCommit:
+            raise  # the row may exist, and then it needs the files
         except BaseException as error:
             shutil.rmtree(job_folder, ignore_errors=True)
-            if isinstance(error, sqlite3.IntegrityError) and idempotency:
+            if isinstance(error, DuplicateRow) and idempotency:
                 # Two equal requests arrived at once, and the other one was stored first.
                 first = self.repeated(owner, idempotency)
                 if first:
@@ -453,7 +471,7 @@ class JobStore:
         Args:
             plan: that was run.
             folder: of the request, as for `accept`.
-            work: a folder in the state directory that holds exactly the files of the run.
+            work: a folder that holds exactly the files of the run; it is moved.
             result: of the run.
             owner: the caller it belongs to.
             caller: whose share it takes.
@@ -467,13 +485,14 @@ class JobStore:
             plan, folder, owner=owner, caller=caller, share=share, answer=answer, status="running"
         )
         try:
-            self.publish(job, work, result)
+            shutil.move(work, self.work(job))  # copies the files if they are on another disk
+            self.publish(job, self.work(job), result)
             self.succeed(job)
         except BaseException:
             self.dismiss(owner, job.id)
             raise
         finally:
-            self.clear(job)
+            self.tidy(job)
         return self.find(owner, job.id)
 
     def repeated(self, owner: str, idempotency: Idempotency) -> Job | None:
@@ -511,10 +530,10 @@ class JobStore:
             TooManyRequests: the caller's share is used up.
         """
         if key is None or self._first_job(_BY_KEY, owner, key) is None:
-            with self._exclusive(), _translate_errors():
-                self._check_room(self._db, owner if caller is None else caller, share, 0)
+            with self._db.read() as db:
+                self._check_room(db, owner if caller is None else caller, share, 0)
 
-    def _check_room(self, db: sqlite3.Connection, caller: str, share: Share, size: int) -> None:
+    def _check_room(self, db: Session, caller: str, share: Share, size: int) -> None:
         if share != UNBOUNDED:
             self._check_share(db, caller, share, size)
         (waiting,) = db.execute("SELECT count(*) FROM jobs WHERE status = 'accepted'").fetchone()
@@ -525,7 +544,7 @@ class JobStore:
                 retry_after=60,
             )
 
-    def _check_share(self, db: sqlite3.Connection, caller: str, share: Share, size: int) -> None:
+    def _check_share(self, db: Session, caller: str, share: Share, size: int) -> None:
         used = _usage(db, caller)
         if share.jobs is not None and used.jobs >= share.jobs:
             raise TooManyRequests(
@@ -548,8 +567,8 @@ class JobStore:
 
     def usage(self, caller: str) -> Usage:
         """Current use of a caller's quotas."""
-        with self._exclusive(), _translate_errors():
-            return _usage(self._db, caller)
+        with self._db.read() as db:
+            return _usage(db, caller)
 
     def charge(self, caller: str, pixels: int, share: Share) -> None:
         """Count the pixels of a request for its caller's quota of the day.
@@ -563,7 +582,7 @@ class JobStore:
             TooManyRequests: the request exceeds the quota of the day; its pixels are not counted.
         """
         if share.pixels is not None:
-            with self._transaction() as db:
+            with self._db.transaction(serial=True) as db:
                 _charge(db, caller, pixels, share)
 
     def find(self, owner: str, name: str) -> Job:
@@ -574,10 +593,7 @@ class JobStore:
         """
         job = self._first_job("SELECT * FROM jobs WHERE owner = ? AND id = ?", owner, name)
         if job is None:
-            raise UnknownJob(
-                f"there is no job '{name[:64]}' of this caller: check the id and the API key "
-                "(finished jobs expire; GET /jobs lists those that are kept)"
-            )
+            raise _unknown(name)
         return job
 
     def latest(
@@ -602,8 +618,8 @@ class JobStore:
         """
         number = 2**63 - 1 if before is None else self.find(owner, before).number
         condition, values = ("", ()) if which is None else which.sql(time.time())
-        with self._exclusive(), _translate_errors():
-            rows = self._db.execute(
+        with self._db.read() as db:
+            rows = db.execute(
                 f"SELECT * FROM jobs WHERE owner = ? AND number < ?{condition} "  # noqa: S608
                 "ORDER BY number DESC LIMIT ?",
                 (owner, number, *values, limit),
@@ -625,7 +641,11 @@ class JobStore:
         """
         job = self.find(owner, name)
         now = time.time()
-        with self._transaction() as db:
+        with self._db.transaction(serial=True) as db:
+            row = db.execute("SELECT * FROM jobs WHERE number = ?", (job.number,)).fetchone()
+            if row is None:
+                raise _unknown(name)
+            job = _job(row)
             db.execute(
                 "UPDATE jobs SET status = 'dismissed', finished = coalesce(finished, ?), "
                 "updated = ?, bytes = 0 WHERE number = ? AND status != 'dismissed'",
@@ -639,14 +659,14 @@ class JobStore:
 
     def counts(self) -> dict[str, int]:
         """Number of jobs by status."""
-        with self._exclusive(), _translate_errors():
-            rows = self._db.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall()
+        with self._db.read() as db:
+            rows = db.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall()
         return {**dict.fromkeys(STATUSES, 0), **dict(rows)}
 
     def oldest(self) -> float | None:
         """Time of acceptance of the job that has waited longest, seconds since 1970, or None."""
-        with self._exclusive(), _translate_errors():
-            (created,) = self._db.execute(
+        with self._db.read() as db:
+            (created,) = db.execute(
                 "SELECT min(created) FROM jobs WHERE status = 'accepted'"
             ).fetchone()
         return None if created is None else float(created)
@@ -654,9 +674,10 @@ class JobStore:
     def fault(self) -> str | None:
         """The reason why the store cannot be used; None if it works. Waits while it is locked."""
         try:
-            with self._transaction() as db:  # a transaction as in `accept`, but nothing is written
+            # A transaction as in `accept`, but nothing is written.
+            with self._db.transaction(serial=True) as db:
                 db.execute("SELECT id FROM jobs LIMIT 1").fetchone()
-        except (sqlite3.Error, PIMCError) as error:
+        except (UnusableDatabase, PIMCError) as error:
             return f"the job store cannot be used: {error}"
         return None
 
@@ -698,7 +719,7 @@ class JobStore:
                 f"job {job.id} has no result: its status is '{job.status}', its progress "
                 f"{job.progress} %; the result exists once the status is 'successful'"
             )
-        folder = self.folder(job) / "result"
+        folder = self.folder(job) / result_name(job.lease)
         try:
             head = json.loads((folder / _RESULT).read_text("utf-8"))
             if "document" in head:
@@ -723,7 +744,9 @@ class JobStore:
             ResultNotReady: the result was removed.
         """
         folder = self.folder(job) / _READY
-        path, unfinished = folder / name, folder / f"half-{name}"
+        path = folder / name
+        # Another replica may make the same file.
+        unfinished = folder / f"half-{uuid.uuid4()}-{name}"
         with self._ready_lock(job.id):
             if not path.exists():
                 try:
@@ -748,7 +771,7 @@ class JobStore:
         Args:
             names: new owner by former owner.
         """
-        with self._transaction() as db:
+        with self._db.transaction(serial=True) as db:
             for former, owner in names.items():
                 db.execute(
                     "UPDATE jobs SET idempotency_key = NULL WHERE owner = ? AND idempotency_key IN "
@@ -759,7 +782,8 @@ class JobStore:
                 db.execute("UPDATE jobs SET caller = ? WHERE caller = ?", (owner, former))
                 db.execute(
                     "INSERT INTO usage SELECT ?, day, pixels FROM usage WHERE caller = ? "
-                    "ON CONFLICT (caller, day) DO UPDATE SET pixels = pixels + excluded.pixels",
+                    "ON CONFLICT (caller, day) "
+                    "DO UPDATE SET pixels = usage.pixels + excluded.pixels",
                     (owner, former),
                 )
                 db.execute("DELETE FROM usage WHERE caller = ?", (former,))
@@ -777,9 +801,13 @@ class JobStore:
         equally many running jobs take turns, so that a caller with a hundred jobs delays another
         caller by one job.
         """
+        with self._db.read() as db:
+            if db.execute(_WAITS).fetchone() is None:
+                return None
         now = time.time()
-        with self._transaction() as db:
-            row = db.execute(_TAKE, (now, now)).fetchone()
+        with self._db.transaction(serial=True) as db:
+            db.execute(_GIVE_UP)
+            row = db.execute(_TAKE, (now, now, _LEASE_SECONDS)).fetchone()
             if row:
                 db.execute(
                     "INSERT INTO turns VALUES (?, (SELECT coalesce(max(turn), 0) + 1 FROM turns)) "
@@ -790,14 +818,61 @@ class JobStore:
                     outbox.queue_progress(db, row["number"], _job(row).subscriber, now)
         return _job(row) if row else None
 
+    def renew(self, jobs: Iterable[Job]) -> list[Job]:
+        """Prolong the leases of runs.
+
+        Returns:
+            The jobs whose lease is lost: their runs must end.
+        """
+        lost = []
+        for job in jobs:
+            with self._db.transaction() as db:
+                renewed = db.execute(
+                    "UPDATE jobs SET expires = {now} + ? WHERE number = ? AND lease = ? "
+                    "AND status = 'running'",
+                    (_LEASE_SECONDS, job.number, job.lease),
+                )
+                if not renewed.rowcount:
+                    lost.append(job)
+        return lost
+
+    def holds(self, job: Job) -> bool:
+        """Whether a run still has its job's lease."""
+        current = self._first_job("SELECT * FROM jobs WHERE number = ?", job.number)
+        return current is not None and _run_of(current) == _run_of(job)
+
     def put_back(self, job: Job) -> None:
         """Return a running job to the queue; its finished windows are kept."""
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             db.execute(
                 "UPDATE jobs SET status = 'accepted', attempts = 0, updated = ? "
-                "WHERE number = ? AND status = 'running'",
-                (time.time(), job.number),
+                "WHERE number = ? AND lease = ? AND status = 'running'",
+                (time.time(), job.number, job.lease),
             )
+
+    def work(self, job: Job) -> Path:
+        """Path of the folder of the job's run."""
+        return self.folder(job) / work_name(job.lease)
+
+    def windows(self, job: Job, lease: int | None = None) -> Path:
+        """Path of the file of the windows that were finished under a lease; None is the job's."""
+        return self.folder(job) / windows_name(job.lease if lease is None else lease)
+
+    def published(self, job: Job) -> bool:
+        """Whether a run before published the result, but ended before it could say so.
+
+        Then the result is this run's.
+        """
+        for lease in range(job.lease):
+            try:
+                (self.folder(job) / result_name(lease)).rename(
+                    self.folder(job) / result_name(job.lease)
+                )
+            except FileNotFoundError:
+                continue
+            sync_folder(self.folder(job))
+            return True
+        return False
 
     def publish(self, job: Job, work: Path, result: Result) -> None:
         """Publish a finished run's files as the job's result: sync them to disk, then rename.
@@ -812,13 +887,25 @@ class JobStore:
         for path in work.iterdir():
             sync_file(path)
         sync_folder(work)
-        work.rename(self.folder(job) / "result")
+        work.rename(self.folder(job) / result_name(job.lease))
         sync_folder(self.folder(job))
 
     def succeed(self, job: Job) -> None:
-        """Mark a running job as successful and keep only its result."""
-        keep_only(self.folder(job), "result", REQUEST)
-        self._end(job, "successful", progress=100, size=size_of(self.folder(job)))
+        """Mark a running job, whose result is published, as successful.
+
+        Raises:
+            LeaseLost: the job was dismissed or taken over.
+        """
+        if not self.holds(job):
+            raise _lost(job)
+        # From here on a run that takes the job over finds the result, so it needs nothing else.
+        folder = self.folder(job)
+        remove(folder / "input")
+        for lease in range(job.lease + 1):
+            remove(folder / windows_name(lease))
+            remove(folder / work_name(lease))
+        kept = (folder / result_name(job.lease), folder / REQUEST)
+        self._end(job, "successful", progress=100, size=sum(map(size_of, kept)))
 
     def may_upgrade(self, job: Job) -> bool:
         """Whether the owner allows a later version of the model to run the job."""
@@ -835,13 +922,20 @@ class JobStore:
 
         Returns:
             The job with the new model.
+
+        Raises:
+            LeaseLost: the job was dismissed or taken over.
         """
-        with self._transaction() as db:
-            db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
-            db.execute(
-                "UPDATE jobs SET model = ?, sha256 = ?, computed_by = NULL WHERE number = ?",
-                (model, sha256, job.number),
+        with self._db.transaction() as db:
+            _change(
+                db,
+                job,
+                "UPDATE jobs SET model = ?, sha256 = ?, computed_by = NULL "
+                "WHERE number = ? AND lease = ? AND status = 'running'",
+                model,
+                sha256,
             )
+            db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
         return replace(job, model=model, sha256=sha256, computed_by=None)
 
     def fail(self, job: Job, error: PIMCError, *, free_key: bool = False) -> None:
@@ -851,13 +945,17 @@ class JobStore:
             job: a running job.
             error: the error that ended it.
             free_key: whether a request with the job's idempotency key may make a new job.
+
+        Raises:
+            LeaseLost: the job was dismissed or taken over.
         """
         if free_key:
-            with self._transaction() as db:
-                db.execute(
-                    "UPDATE jobs SET idempotency_key = NULL, fingerprint = NULL WHERE number = ? "
-                    "AND status = 'running'",
-                    (job.number,),
+            with self._db.transaction() as db:
+                _change(
+                    db,
+                    job,
+                    "UPDATE jobs SET idempotency_key = NULL, fingerprint = NULL "
+                    "WHERE number = ? AND lease = ? AND status = 'running'",
                 )
         problem = {"code": error.code, "detail": error.detail}
         errors = [dict(e) for e in error.errors] if isinstance(error, InvalidRequest) else []
@@ -873,26 +971,36 @@ class JobStore:
         size: int = 0,
     ) -> None:
         now = time.time()
-        with self._transaction() as db:
-            ended = db.execute(
-                "UPDATE jobs SET status = ?, progress = max(progress, ?), problem = ?, bytes = ?, "
-                "finished = ?, updated = ? WHERE number = ? AND status = 'running'",
-                (status, progress, problem, size, now, now, job.number),
+        with self._db.transaction() as db:
+            _change(
+                db,
+                job,
+                "UPDATE jobs SET status = ?, problem = ?, "
+                "progress = CASE WHEN progress < ? THEN ? ELSE progress END, bytes = ?, "
+                "finished = ?, updated = ? "
+                "WHERE number = ? AND lease = ? AND status = 'running'",
+                *(status, problem, progress, progress, size, now, now),
             )
-            if ended.rowcount:
-                outbox.queue_end(db, job.number, job.subscriber, status, now)
+            outbox.queue_end(db, job.number, job.subscriber, status, now)
             db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
 
-    def clear(self, job: Job) -> None:
-        """Remove the files of a job that ended without a result."""
+    def tidy(self, job: Job) -> None:
+        """Remove what is not needed of the files of a job that has ended."""
         current = self._first_job("SELECT * FROM jobs WHERE number = ?", job.number)
-        if current is None or current.status in {"failed", "dismissed"}:
+        if current is None:
             self.remove(job)
+        elif current.status in {"failed", "dismissed", "successful"}:
+            if current.status == "successful":
+                keep_only(self.folder(job), result_name(current.lease), REQUEST, _READY)
+            else:
+                self.remove(job)
+            with self._db.transaction() as db:
+                db.execute("UPDATE jobs SET expires = NULL WHERE number = ?", (job.number,))
 
     def make_room(self, job: Job) -> None:
-        """Free disk space: remove the files that a new run of the job would make again."""
-        remove(self.folder(job) / "work")
-        remove(self.folder(job) / "windows")
+        """Remove files of a run that can be made again."""
+        remove(self.work(job))
+        remove(self.windows(job))
 
     def remove(self, job: Job) -> None:
         """Remove a job's files."""
@@ -908,32 +1016,31 @@ class JobStore:
         Args:
             job: a running job.
             computed_by: provider and variant of this run; one result never mixes two.
+
+        Raises:
+            LeaseLost: the job was dismissed or taken over.
         """
         if job.computed_by == computed_by:
             return
-        with self._transaction() as db:
-            db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
-            db.execute(
-                "UPDATE jobs SET computed_by = ? WHERE number = ?", (computed_by, job.number)
+        with self._db.transaction() as db:
+            _change(
+                db,
+                job,
+                "UPDATE jobs SET computed_by = ? "
+                "WHERE number = ? AND lease = ? AND status = 'running'",
+                computed_by,
             )
+            db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
 
-    def window(self, job: Job, step: Step) -> tuple[int, int] | None:
-        """Offset and length of a finished window's bytes; None if the window is not finished."""
-        with self._exclusive(), _translate_errors():
-            row = self._db.execute(
-                "SELECT offset, length FROM windows "
+    def window(self, job: Job, step: Step) -> tuple[int, int, int] | None:
+        """Lease, offset and length of a finished window's bytes; None if it is not finished."""
+        with self._db.read() as db:
+            row = db.execute(
+                'SELECT lease, "offset", length FROM windows '
                 "WHERE job = ? AND stage = ? AND number = ? AND place = ?",
                 (job.number, step.stage, step.number, _window_key(step)),
             ).fetchone()
-        return row or None
-
-    def end_of_windows(self, job: Job) -> int:
-        """End offset of the finished windows' bytes."""
-        with self._exclusive(), _translate_errors():
-            (end,) = self._db.execute(
-                "SELECT coalesce(max(offset + length), 0) FROM windows WHERE job = ?", (job.number,)
-            ).fetchone()
-        return int(end)
+        return tuple(row) if row else None
 
     def count_window(
         self, job: Job, step: Step, *, offset: int, length: int, progress: int
@@ -943,26 +1050,31 @@ class JobStore:
         Args:
             job: a running job.
             step: the window's step.
-            offset: position of the window's bytes in the journal.
+            offset: position of the window's bytes in the journal of the job's lease.
             length: number of bytes.
             progress: progress of the job, per cent.
+
+        Raises:
+            LeaseLost: the job was dismissed or taken over.
         """
         now = time.time()
-        with self._transaction() as db:
-            db.execute(
-                "INSERT OR REPLACE INTO windows VALUES (?, ?, ?, ?, ?, ?)",
-                (job.number, step.stage, step.number, _window_key(step), offset, length),
+        with self._db.transaction() as db:
+            row = db.execute("SELECT progress FROM jobs WHERE number = ?", (job.number,)).fetchone()
+            _change(
+                db,
+                job,
+                "UPDATE jobs SET progress = CASE WHEN progress < ? THEN ? ELSE progress END, "
+                "attempts = 0, updated = ? WHERE number = ? AND lease = ? AND status = 'running'",
+                *(progress, progress, now),
             )
-            before, status = db.execute(
-                "SELECT progress, status FROM jobs WHERE number = ?", (job.number,)
-            ).fetchone()
             db.execute(
-                "UPDATE jobs SET progress = max(progress, ?), attempts = 0, updated = ? "
-                "WHERE number = ?",
-                (progress, now, job.number),
+                'INSERT INTO windows (job, stage, number, place, "offset", length, lease) '
+                "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (job, stage, number) DO UPDATE SET "
+                'place = excluded.place, "offset" = excluded."offset", length = excluded.length, '
+                "lease = excluded.lease",
+                (job.number, step.stage, step.number, _window_key(step), offset, length, job.lease),
             )
-            further = progress // outbox.PROGRESS_STEP > before // outbox.PROGRESS_STEP
-            if further and status == "running":
+            if progress // outbox.PROGRESS_STEP > row["progress"] // outbox.PROGRESS_STEP:
                 outbox.queue_progress(db, job.number, job.subscriber, now)
 
     # Callbacks -----------------------------------------------------------------------------
@@ -974,14 +1086,17 @@ class JobStore:
             now: seconds since 1970.
             most: largest number of callbacks.
         """
-        with self._exclusive(), _translate_errors():
-            rows = outbox.due(self._db, now, most)
+        with self._db.transaction(serial=True) as db:
+            rows = outbox.due(db, now, most)
+            if self.shared:
+                for row in rows:
+                    outbox.claim(db, row["number"], now + _CLAIM_SECONDS)
             numbers = {row["job"] for row in rows}
             marks = ", ".join("?" * len(numbers))
             jobs = {
                 row["number"]: _job(row)
-                for row in self._db.execute(
-                    f"SELECT * FROM jobs WHERE number IN ({marks})",  # noqa: S608 - marks alone
+                for row in db.execute(
+                    f"SELECT * FROM jobs WHERE number IN ({marks or 'NULL'})",  # noqa: S608 - marks
                     (*numbers,),
                 ).fetchall()
             }
@@ -998,13 +1113,13 @@ class JobStore:
 
     def next_callback(self) -> float | None:
         """When the next callback is due, seconds since 1970; None if there is none."""
-        with self._exclusive(), _translate_errors():
-            return outbox.next_due(self._db)
+        with self._db.read() as db:
+            return outbox.next_due(db)
 
     def waiting_callbacks(self) -> int:
         """Callbacks that were not delivered yet."""
-        with self._exclusive(), _translate_errors():
-            return outbox.count(self._db)
+        with self._db.read() as db:
+            return outbox.count(db)
 
     def callback_failed(self, callback: Callback, *, until: float | None) -> None:
         """Record an attempt that failed.
@@ -1013,7 +1128,7 @@ class JobStore:
             callback: the callback.
             until: when it is sent again, seconds since 1970; None gives it up.
         """
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             if until is None:
                 outbox.settle(db, callback.number)
             else:
@@ -1021,7 +1136,7 @@ class JobStore:
 
     def callback_delivered(self, callback: Callback) -> None:
         """Record that the receiver has accepted a callback."""
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             outbox.settle(db, callback.number)
 
     # Time ----------------------------------------------------------------------------------
@@ -1035,127 +1150,144 @@ class JobStore:
         Args:
             seconds: seconds since the last sweep, by a monotonic clock.
         """
-        with self._transaction() as db:
+        self._expire(seconds, by_clock=self.shared)
+        with self._db.read() as db:
+            # A replica ended before it could do this, or was stopped.
+            left = db.execute(
+                "SELECT * FROM jobs WHERE status NOT IN ('accepted', 'running') AND {expired}"
+            ).fetchall()
+        for row in left:
+            self.tidy(_job(row))
+
+    def _expire(self, seconds: float, *, by_clock: bool) -> None:
+        """Let the ended jobs become older, and remove those that are too old.
+
+        Args:
+            seconds: by how much.
+            by_clock: whether by no more than has passed by the database's clock: replicas, each of
+                which calls this, together count the time once.
+        """
+        with self._db.transaction(serial=True) as db:
+            (passed,) = db.execute("SELECT {now} - seen FROM clock").fetchone()
             db.execute(
                 "UPDATE jobs SET age = age + ? WHERE status NOT IN ('accepted', 'running')",
-                (seconds,),
+                (min(seconds, max(0.0, passed)) if by_clock else seconds,),
             )
             old = db.execute("DELETE FROM jobs WHERE age >= ? RETURNING id", (self._ttl,))
-            ids = [job_id for (job_id,) in old.fetchall()]
+            names = [name for (name,) in old.fetchall()]
             db.execute("DELETE FROM turns WHERE caller NOT IN (SELECT caller FROM jobs)")
             db.execute("DELETE FROM usage WHERE day < ?", (_today(),))
-            db.execute("UPDATE clock SET seen = ?", (time.time(),))
-        for job_id in ids:
-            self._remove(job_id)
+            db.execute("UPDATE clock SET seen = {now}")
+        for name in names:
+            self._remove(name)
 
     def _recover(self) -> None:
-        """Remove the leftovers of the last service and put its running jobs back."""
-        # Files come first: removing them may free a full disk.
-        kept = dict(self._db.execute("SELECT id, status FROM jobs").fetchall())
-        for job_folder in self._jobs.iterdir():
-            status = kept.get(job_folder.name)
-            if status in {None, "failed", "dismissed"}:
-                remove(job_folder)
-            elif status == "successful":
-                keep_only(job_folder, "result", REQUEST)
-        with self._transaction() as db:
-            db.execute("UPDATE jobs SET status = 'accepted' WHERE status = 'running'")
-            (seen,) = db.execute("SELECT seen FROM clock").fetchone()
-        # Only the wall clock measures how long the service was stopped, and it may have been
-        # changed. So one stop adds at most half of a job's lifetime to its age.
-        self.sweep(min(max(0.0, time.time() - seen), self._ttl / 2))
+        """Recover the state that the last service left, however it ended.
 
-    # SQLite --------------------------------------------------------------------------------
+        Replicas may be running: leases tell them which jobs have been left.
+        """
+        places = list(self._jobs.iterdir())
+        with self._db.read() as db:
+            rows = db.execute("SELECT id, status, lease FROM jobs").fetchall()
+        kept = {row["id"]: row for row in rows}
+        # Files first: if the disk is full, this may free it.
+        for place in places:
+            row = kept.get(place.name)
+            if row is None:
+                if not self.shared or time.time() - place.stat().st_mtime > _ORPHAN_SECONDS:
+                    remove(place)
+            elif self.shared:
+                continue
+            elif row["status"] in {"failed", "dismissed"}:
+                remove(place)
+            elif row["status"] == "successful":
+                keep_only(place, result_name(row["lease"]), REQUEST)
+        if not self.shared:
+            with self._db.transaction() as db:
+                db.execute("UPDATE jobs SET status = 'accepted' WHERE status = 'running'")
+        # The length of a stop is known only from the wall clock, which may have jumped: a stop ages
+        # a result by at most half of its lifetime.
+        self._expire(self._ttl / 2, by_clock=True)
 
     def _first_job(self, query: str, *values: object) -> Job | None:
-        with self._exclusive(), _translate_errors():
-            row = self._db.execute(query, values).fetchone()
+        with self._db.read() as db:
+            row = db.execute(query, values).fetchone()
         return _job(row) if row else None
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Exclusive use of the connection by one thread.
 
-        Raises:
-            Overloaded: other threads use it, mostly because another process holds the database.
-        """
-        if not self._mutex.acquire(timeout=2 * _BUSY_SECONDS):
-            raise _in_use()
-        try:
-            yield
-        finally:
-            self._mutex.release()
+def _change(db: Session, job: Job, statement: str, *values: object) -> None:
+    """Change a running job's row.
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """A transaction, which is committed to disk completely or not at all."""
-        with self._exclusive(), _translate_errors():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                with suppress(sqlite3.Error):  # SQLite itself rolls back on a full disk
-                    self._db.execute("ROLLBACK")
-                raise
+    Args:
+        db: in a transaction.
+        job: as its run took it.
+        statement: ends with the condition on number, lease and status.
+        values: before those of the condition.
+
+    Raises:
+        LeaseLost: the job was dismissed or taken over.
+    """
+    if not db.execute(statement, (*values, job.number, job.lease)).rowcount:
+        raise _lost(job)
+
+
+def _lost(job: Job) -> LeaseLost:
+    return LeaseLost(f"job {job.id} was dismissed, or taken over by another replica")
+
+
+def _unknown(name: str) -> UnknownJob:
+    return UnknownJob(
+        f"there is no job '{name[:64]}' of this caller: check the id and the API key "
+        "(finished jobs expire; GET /jobs lists those that are kept)"
+    )
+
+
+def _run_of(job: Job) -> tuple[str, int]:
+    return job.status, job.lease
+
+
+def _check_kind(folder: Path, *, shared: bool) -> None:
+    """Check that a state directory is not one of the other kind of database.
+
+    Raises:
+        SettingsError: it is.
+    """
+    if shared and (folder / DATABASE).exists():
+        raise SettingsError(
+            f"PIMC_STATE_DIR: {folder} has the jobs of a service without PIMC_DATABASE_URL "
+            f"({DATABASE}): name a new folder; `backup` and `restore` take the jobs there"
+        )
+    if not shared and (folder / _MARK).exists():
+        raise SettingsError(
+            f"PIMC_STATE_DIR: {folder} has the jobs of replicas with PIMC_DATABASE_URL: set it, or "
+            "name another folder"
+        )
+
+
+def mark_owner(folder: Path, ident: str) -> None:
+    """Let a state directory belong to a database.
+
+    Args:
+        folder: the state directory.
+        ident: id of the database.
+    """
+    half = folder / f".{_MARK}-{uuid.uuid4()}"
+    half.write_text(f"{ident}\n", encoding="utf-8")
+    sync_file(half)
+    half.rename(folder / _MARK)
+    sync_folder(folder)
 
 
 @contextmanager
-def _translate_start_errors(folder: Path) -> Iterator[None]:
+def _translate_start_errors(folder: Path, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         raise SettingsError(f"PIMC_STATE_DIR: {folder} cannot be used: {reason}") from error
-    except (sqlite3.Error, InsufficientStorage, Overloaded) as error:
-        raise SettingsError(
-            f"PIMC_STATE_DIR: {folder} cannot be used: {error} (jobs.sqlite)"
-        ) from error
-
-
-def _open_database(path: Path) -> sqlite3.Connection:
-    """Open the database and check its schema version."""
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS)
-    db.row_factory = sqlite3.Row
-    db.execute("PRAGMA journal_mode = WAL")
-    # Commits must survive a power failure: the client has received the id of its job.
-    db.execute("PRAGMA synchronous = FULL")
-    db.execute("PRAGMA foreign_keys = ON")
-    db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version not in range(SCHEMA_VERSION + 1):
-        raise sqlite3.DatabaseError(
-            f"its schema has version {version}, but this release reads versions up to "
-            f"{SCHEMA_VERSION}; use the release that wrote it, or another directory"
-        )
-    if version == 0:
-        db.executescript(f"{_SCHEMA}{outbox.TABLE}; COMMIT;")
-        return db
-    if version < 2:
-        _upgrade_from_1(db, path.parent / "jobs")
-    if version < 3:
-        _upgrade_from_2(db, path.parent / "jobs")
-    if version < 4:
-        _upgrade_from_3(db)
-    return db
-
-
-def _upgrade_from_1(db: sqlite3.Connection, jobs: Path) -> None:
-    """Upgrade from schema 1, which kept requests in the database: write each to a file.
-
-    Files are written before the schema changes, so that the next start repeats the upgrade after a
-    kill.
-    """
-    kept = "SELECT id, document FROM jobs WHERE status IN ('accepted', 'running', 'successful')"
-    for name, document in db.execute(kept):
-        folder = jobs / name
-        if folder.is_dir():
-            _write_request(folder, document)
-    db.executescript(
-        "BEGIN; ALTER TABLE jobs DROP COLUMN document; "
-        "CREATE INDEX by_owner ON jobs (owner, number); PRAGMA user_version = 2; COMMIT; VACUUM;"
-    )
-    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    except (UnusableDatabase, PIMCError) as error:
+        what = f"PIMC_STATE_DIR: {folder}" if name == DATABASE else "PIMC_DATABASE_URL: it"
+        raise SettingsError(f"{what} cannot be used: {error} ({name})") from error
 
 
 def removed(job: Job) -> ResultNotReady:
@@ -1178,7 +1310,7 @@ def _split_result(folder: Path) -> Any:  # noqa: ANN401 - JSON
             (_DOCUMENT, document_bytes(head.pop("document"))),
             (_RESULT, json.dumps(head).encode()),
         ):
-            unfinished = folder / f"half-{name}"
+            unfinished = folder / f"half-{uuid.uuid4()}-{name}"
             unfinished.write_bytes(content)
             sync_file(unfinished)
             unfinished.rename(folder / name)
@@ -1186,29 +1318,10 @@ def _split_result(folder: Path) -> Any:  # noqa: ANN401 - JSON
     return head
 
 
-def _upgrade_from_2(db: sqlite3.Connection, jobs: Path) -> None:
-    """Upgrade from schema 2, which did not count the callers' use of their quotas."""
-    ids = [job_id for (job_id,) in db.execute("SELECT id FROM jobs").fetchall()]
-    sizes = [(size_of(jobs / job_id), job_id) for job_id in ids]
-    db.execute("BEGIN IMMEDIATE")
-    for statement in _SHARES.split(";"):
-        db.execute(statement)
-    db.executemany("UPDATE jobs SET bytes = ? WHERE id = ?", sizes)
-    db.execute("PRAGMA user_version = 3")
-    db.execute("COMMIT")
-
-
-def _upgrade_from_3(db: sqlite3.Connection) -> None:
-    """Upgrade from schema 3, which called nobody."""
-    db.executescript(
-        f"BEGIN; ALTER TABLE jobs ADD COLUMN subscriber TEXT; {outbox.TABLE}; "
-        "PRAGMA user_version = 4; COMMIT;"
-    )
-
-
-def _usage(db: sqlite3.Connection, caller: str) -> Usage:
+def _usage(db: Session, caller: str) -> Usage:
     jobs, size = db.execute(
-        "SELECT count(*) FILTER (WHERE status IN ('accepted', 'running')), coalesce(sum(bytes), 0) "
+        "SELECT count(*) FILTER (WHERE status IN ('accepted', 'running')), "
+        "CAST(coalesce(sum(bytes), 0) AS BIGINT) "
         "FROM jobs WHERE caller = ?",
         (caller,),
     ).fetchone()
@@ -1218,7 +1331,7 @@ def _usage(db: sqlite3.Connection, caller: str) -> Usage:
     return Usage(jobs=jobs, pixels=row["pixels"] if row else 0, bytes=size)
 
 
-def _charge(db: sqlite3.Connection, caller: str, pixels: int, share: Share) -> None:
+def _charge(db: Session, caller: str, pixels: int, share: Share) -> None:
     if share.pixels is None:
         return
     used = _usage(db, caller).pixels
@@ -1232,7 +1345,7 @@ def _charge(db: sqlite3.Connection, caller: str, pixels: int, share: Share) -> N
         )
     db.execute(
         "INSERT INTO usage VALUES (?, ?, ?) "
-        "ON CONFLICT (caller, day) DO UPDATE SET pixels = pixels + excluded.pixels",
+        "ON CONFLICT (caller, day) DO UPDATE SET pixels = usage.pixels + excluded.pixels",
         (caller, _today(), pixels),
     )
 
@@ -1246,48 +1359,7 @@ def seconds_of_day_left() -> int:
     return math.ceil(_DAY - time.time() % _DAY)
 
 
-def _write_request(folder: Path, document: str) -> None:
-    path = folder / REQUEST
-    path.write_text(document, encoding="utf-8")
-    sync_file(path)
-    sync_folder(folder)
-
-
-@contextmanager
-def _translate_errors() -> Iterator[None]:
-    """Translate SQLite's errors for a full disk and for a database that is in use.
-
-    Raises:
-        InsufficientStorage: the disk is full or failing.
-        Overloaded: another process holds the database, or no file descriptor is free.
-    """
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        code = error.sqlite_errorcode & 0xFF
-        if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
-            raise _in_use() from error
-        if code in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR}:
-            busy = no_descriptors(error)
-            if busy is not None:
-                raise busy from error
-        if code in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
-            raise InsufficientStorage(
-                "the job store cannot be written (PIMC_STATE_DIR): the server's disk is full or "
-                "failing; the administrator must free space"
-            ) from error
-        raise
-
-
-def _in_use() -> Overloaded:
-    return Overloaded(
-        f"the job store ({DATABASE}) has been in use by another process for more than "
-        f"{_BUSY_SECONDS:g} s; retry later",
-        retry_after=10,
-    )
-
-
-def _job(row: sqlite3.Row) -> Job:
+def _job(row: Any) -> Job:  # noqa: ANN401 - of either library
     found: dict[str, Any] = {name: row[name] for name in Job.__dataclass_fields__}
     if found["problem"]:
         found["problem"] = json.loads(found["problem"])

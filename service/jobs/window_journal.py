@@ -1,4 +1,4 @@
-"""Window journal: the finished windows of a job, in one append-only file."""
+"""Window journal: the finished windows of a job, in one append-only file per lease."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from service.run.windows import Arrays, Step
 class WindowFile:
     """A job's `Journal`: finished windows in one file; the store records which are finished.
 
-    A context manager that closes the file.
+    A run writes only the file of its lease, and reads those of the leases before.
+
+    A context manager that closes the files.
 
     Args:
         store: store that holds the job.
@@ -29,27 +31,29 @@ class WindowFile:
         self._store = store
         self._job = job
         self._progress = progress
-        self._path = store.folder(job) / "windows"
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        sync_folder(self._path.parent)
-        self._end = store.end_of_windows(job)
-        os.ftruncate(self._file, self._end)
+        self._file = os.open(store.windows(job), os.O_RDWR | os.O_CREAT, 0o600)
+        self._files = {job.lease: self._file}
+        self._end = os.lseek(self._file, 0, os.SEEK_END)
+        sync_folder(store.folder(job))
 
     def __enter__(self) -> WindowFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+        for file in self._files.values():
+            os.close(file)
 
     def load(self, step: Step) -> Arrays | None:
         """See `Journal`; also returns None if the stored bytes are corrupted."""
         found = self._store.window(self._job, step)
         if found is None:
             return None
-        offset, length = found
+        lease, offset, length = found
         try:
+            if lease not in self._files:
+                self._files[lease] = os.open(self._store.windows(self._job, lease), os.O_RDONLY)
             # NumPy's archive is a zip, which holds a checksum of each array.
-            with np.load(io.BytesIO(os.pread(self._file, length, offset))) as archive:
+            with np.load(io.BytesIO(os.pread(self._files[lease], length, offset))) as archive:
                 return dict(archive)
         except (ValueError, EOFError, OSError, zipfile.BadZipFile):
             return None

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import Queue
@@ -20,7 +21,9 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psycopg
 
+from service.jobs.store import JobStore
 from tests.kits.gate import Gate
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.rasters import write
@@ -82,8 +85,8 @@ def leftovers(state: Path) -> list[str]:
         for folder in ("requests", "jobs")
         for path in (state / folder).rglob("*")
         if path.is_file()
-        and "result" not in path.parts
-        and not (path.name == "request.json" and path.with_name("result").is_dir())
+        and not any(part.startswith("result-") for part in path.parts)
+        and not (path.name == "request.json" and list(path.parent.glob("result-*")))
     ]
 
 
@@ -91,6 +94,41 @@ def change(state: Path, statement: str, *values: object) -> None:
     """Change the stored jobs as another clock would have written them."""
     with closing(sqlite3.connect(state / "jobs.sqlite", timeout=PATIENCE)) as db, db:
         db.execute(statement, values)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A state directory, and the database of its jobs."""
+
+    state: Path
+    url: str | None
+    """Of PostgreSQL; None is SQLite in the directory."""
+
+    @contextmanager
+    def opened(self, **how: Any) -> Iterator[JobStore]:
+        """A job store; with PostgreSQL there may be several at once."""
+        made = {"ttl": 7 * 24 * 3600.0, "max_waiting": 9, "database_url": self.url, **how}
+        with closing(JobStore(self.state, **made)) as store:
+            yield store
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The service's settings for it."""
+        return {"state_dir": self.state, "database_url": self.url}
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment of a process for it."""
+        return {"PIMC_DATABASE_URL": self.url or ""}
+
+    def rows(self, statement: str, *values: object) -> list[Any]:
+        """Execute a statement beside the service; `?` is a value."""
+        if self.url is None:
+            with closing(sqlite3.connect(self.state / "jobs.sqlite", timeout=60)) as lite, lite:
+                return lite.execute(statement, values).fetchall()
+        with psycopg.connect(self.url) as db:
+            done = db.execute(statement.replace("?", "%s"), values)  # type: ignore[arg-type]
+            return done.fetchall() if done.description else []
 
 
 def swept(state: Path, times: int = 1) -> None:
