@@ -91,10 +91,13 @@ def receiver() -> Iterator[Receiver]:
 
 
 class Clock:
-    """Begins at the true time, with which receivers compare it."""
+    """Begins ahead of the store's own clock, so that what is stored is due however long it takes.
+
+    Receivers accept signatures of up to five minutes ahead.
+    """
 
     def __init__(self) -> None:
-        self.now = time.time()
+        self.now = time.time() + 120.0
 
     def __call__(self) -> float:
         return self.now
