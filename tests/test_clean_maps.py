@@ -352,7 +352,7 @@ def test_the_sdk_cleans_a_finished_job(
     name = job_of(api, stack, outputs="class,probabilities")
     with connected(kind, str(api.base_url)) as client:
         found = client.job(name).result("class", smooth=2, min_area=0.2)
-        with pytest.raises(ValueError, match="give 'class'"):
+        with pytest.raises(ValueError, match="need the output 'class'"):
             client.job(name).result(smooth=2)
     direct = posted(api, stack, smooth=2, min_area=0.2)
     np.testing.assert_array_equal(found.array, pixels(direct.content))
