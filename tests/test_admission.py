@@ -32,6 +32,7 @@ from service.run.request import SeriesRequest
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import stack
 from tests.kits.patience import PATIENCE, soon
+from tests.kits.sockets import response_of
 
 BOUNDARY = "b0undary"
 FORM = f"multipart/form-data; boundary={BOUNDARY}"
@@ -300,7 +301,7 @@ def test_slow_uploads_do_not_block_other_callers(tmp_path: Path) -> None:
         assert metric(client, "pimc_uploads_given_up_total") == 0
         # The caller has as many uploads as allowed: each further request ends the slowest.
         assert soon(lambda: embed(client, 1, ANNA).status_code == 200)
-        response = drips[0].recv(2**16).decode()
+        response = response_of(drips[0]).decode()
         assert response.startswith("HTTP/1.1 408 ")
         assert '"body_stalled"' in response
         assert "16384 bytes per second" in response

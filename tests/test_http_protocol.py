@@ -13,6 +13,7 @@ import pytest
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from tests.kits.patience import PATIENCE
+from tests.kits.sockets import response_of
 
 SERIES = {
     "series": [
@@ -143,7 +144,7 @@ def test_a_second_request_of_a_connection_has_its_time_too(zoo: Path) -> None:
     # The second one begins before an idle connection is closed: at once.
     with served(model_dir=zoo, head_seconds=2) as api, connected(api) as connection:
         connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
+        assert response_of(connection).startswith(b"HTTP/1.1 200")
         connection.sendall(b"GET /health/live HTTP/1.1\r\nHo")
         assert b'"head_stalled"' in rest_of(connection)
 
@@ -208,7 +209,7 @@ def test_an_offer_of_another_protocol_is_ignored_and_the_body_kept(
             connection.sendall(body)
         else:
             connection.sendall(head + body)
-        response = connection.recv(2**16)
+        response = response_of(connection)
         assert response.startswith(b"HTTP/1.1 200"), response
         # And the connection serves the next request.
         connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")

@@ -18,6 +18,7 @@ from benchmarks.tiny_zoo import write_zoo
 from pimc_client import Client, PIMCError
 from service.api.middleware import LingeringCloseMiddleware
 from tests.kits.patience import PATIENCE
+from tests.kits.sockets import response_of
 
 LARGE = 24 * 2**20  # more than the buffers of both sockets
 FORM = {"Content-Type": "multipart/form-data; boundary=edge"}
@@ -94,7 +95,7 @@ def test_a_response_is_sent_before_the_body_is_complete_and_the_rest_is_read(
     with connected(api) as connection:
         connection.sendall(head.format(LARGE, "wrong").encode())
         connection.sendall(bytes(2**16))
-        first = connection.recv(65536)
+        first = response_of(connection)
         assert first.startswith(b"HTTP/1.1 401 ")
         assert b"connection: close" in first.lower()
         connection.sendall(bytes(LARGE - 2**16))  # the server does not reset the connection
@@ -106,7 +107,7 @@ def test_a_short_unread_body_keeps_the_connection_open(api: httpx.Client) -> Non
     with connected(api) as connection:
         for _ in range(3):
             connection.sendall(head + bytes(1000))
-            response = connection.recv(65536)
+            response = response_of(connection)
             assert response.startswith(b"HTTP/1.1 404 ")
             assert b"connection: close" not in response.lower()
 
@@ -162,6 +163,8 @@ def test_a_drip_feed_times_out(api: httpx.Client, kind: str) -> None:
             connection.sendall(b"x")
             with suppress(TimeoutError):
                 response = connection.recv(65536)
+        connection.settimeout(PATIENCE)
+        response = response_of(connection, response)
         assert response.startswith(b"HTTP/1.1 408 ")
         assert b"body_stalled" in response
 

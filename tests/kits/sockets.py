@@ -1,7 +1,8 @@
-"""A listener on the loopback that counts connections, for tests that expect none."""
+"""Plain sockets: a listener that counts connections, and one HTTP response of a connection."""
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,3 +27,22 @@ def connections(server: socket.socket) -> int:
         except TimeoutError:
             return count
         count += 1
+
+
+def response_of(connection: socket.socket, begun: bytes = b"") -> bytes:
+    """The next whole HTTP response: one read may return a part of it.
+
+    Args:
+        connection: blocking, with a timeout.
+        begun: bytes of the response that were read already.
+    """
+    found = begun
+    while b"\r\n\r\n" not in found and (more := connection.recv(2**16)):
+        found += more
+    head, _, body = found.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+    missing = (int(length[1]) if length else 0) - len(body)
+    while missing > 0 and (more := connection.recv(missing)):
+        found += more
+        missing -= len(more)
+    return found
