@@ -346,6 +346,7 @@ def test_a_truncated_jp2_is_named_in_the_error(tmp_path: Path) -> None:
 
 
 # rasterio's own log of a message that is not UTF-8, out of which nothing comes.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_jp2_files_raise_only_errors_of_the_service(tmp_path: Path) -> None:
     chance = np.random.default_rng(11)

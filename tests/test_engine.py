@@ -337,7 +337,7 @@ def test_quantiles_that_do_not_ascend_are_rejected(tmp_path):
 def test_a_graph_of_another_task_is_rejected(tmp_path):
     folder = write_bundle(tmp_path, "embed", "embed", "pixel")
     card = json.loads((folder / "card.json").read_text())
-    del card["embedding"]
+    del card["embedding"], card["embedding_int8"]
     card |= {"task": "classify-pixels", "classes": LEGEND[:3]}
     (folder / "card.json").write_text(json.dumps(card))
     with Engine(Registry.load(tmp_path), providers="cpu", threads=1) as engine:

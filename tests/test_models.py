@@ -445,6 +445,7 @@ class TestSeveralNetworks:
 
 
 class TestSymmetries:
+    @pytest.mark.slow
     def test_the_output_does_not_depend_on_the_patchs_orientation(self) -> None:
         patches = torch.rand(2, 3, 64, 64)
         turned = torch.from_numpy(np.rot90(patches.numpy(), axes=(2, 3)).copy())
@@ -454,6 +455,7 @@ class TestSymmetries:
             torch.testing.assert_close(mean(patches), mean(turned))
             torch.testing.assert_close(mean(patches), mean(patches.flip(-1)))
 
+    @pytest.mark.slow
     def test_networks_share_the_symmetries_among_them(self) -> None:
         graph = patch_graph(views=8, members=2)
         patches = torch.rand(2, 3, 64, 64)
