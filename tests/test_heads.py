@@ -451,7 +451,7 @@ def test_the_command_teaches_and_forgets(api, stack, tmp_path) -> None:
     done = run(["teach", "mine", str(stack), "--labels", str(tmp_path / "labels.geojson")])
     assert done.exit_code == 0, done.output
     assert "mine@1.0.0: macro-F1 " in done.output
-    assert "on places left out" in done.output
+    assert "on held-out places" in done.output
     for name in NAMES:
         assert name in done.output
     assert run(["models"]).output.count("mine@1.0.0") == 1
