@@ -369,14 +369,17 @@ class Overloaded(PIMCError):
     Args:
         detail: message for people.
         retry_after: seconds after which a client may retry.
+        uncertain: whether a change may have been stored all the same, because the connection to the
+            job store's database broke while it was.
     """
 
     code = "overloaded"
     title = "Overloaded"
 
-    def __init__(self, detail: str, retry_after: int = 5) -> None:
+    def __init__(self, detail: str, retry_after: int = 5, *, uncertain: bool = False) -> None:
         super().__init__(detail)
         self.retry_after = retry_after
+        self.uncertain = uncertain
 
 
 class TooManyRequests(PIMCError):

@@ -235,7 +235,7 @@ def test_mistakes_say_what_to_do(
         ({"bbox": [5, 50, 4, 51]}, "west below east"),
         ({"start": "yesterday"}, "start: 'yesterday' is not an ISO date"),
         ({"start": "2023-01-01"}, "is after the end"),
-        ({"bands": ["B99"]}, "B99 not known"),
+        ({"bands": ["B99"]}, "B99 are not Sentinel-2 bands"),
     ):
         with pytest.raises(ValueError, match=message):
             fetch_stack(tmp_path, **{"bbox": world.bbox, "url": world.api, **SPAN, **options})

@@ -44,10 +44,6 @@ class DuplicateRow(Exception):
     """A row with the same unique columns exists."""
 
 
-class UncertainCommit(Overloaded):
-    """The connection broke during a commit: the database may have stored it, or not."""
-
-
 class UnusableDatabase(Exception):
     """The database cannot be used; the message has the reason, without a password."""
 
@@ -202,10 +198,11 @@ class Database:
             with suppress(Exception):
                 session.execute("ROLLBACK")
             if self.dialect.shared and not self.dialect.usable(self._connection):
-                raise UncertainCommit(
+                raise Overloaded(
                     "the connection to the job store's database broke while a change was stored: "
                     "look at the job, or repeat the request with the same Idempotency-Key",
                     retry_after=10,
+                    uncertain=True,
                 ) from error
             raise
 

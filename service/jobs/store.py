@@ -57,7 +57,6 @@ from service.jobs.database import (
     Postgres,
     Session,
     Sqlite,
-    UncertainCommit,
     UnusableDatabase,
 )
 from service.jobs.files import keep_only, lock, remove, size_of, sync_file, sync_folder, take_over
@@ -442,9 +441,9 @@ class JobStore:
                     db.execute(
                         "UPDATE jobs SET expires = {now} + ? WHERE id = ?", (_LEASE_SECONDS, name)
                     )
-        except UncertainCommit:
-            raise  # the row may exist, and then it needs the files
         except BaseException as error:
+            if isinstance(error, Overloaded) and error.uncertain:
+                raise  # the row may exist, and then it needs the files
             shutil.rmtree(job_folder, ignore_errors=True)
             if isinstance(error, DuplicateRow) and idempotency:
                 # Two equal requests arrived at once, and the other one was stored first.
