@@ -1,14 +1,19 @@
-"""Formulas and constants of the graph's first stages, without torch.
+"""Formulas and constants that code with torch and code without it share.
 
-The torch modules, the graph of own classes and the NumPy copy of recurrence plots all take them
-from here. Index formulas are those of the Awesome Spectral Indices catalogue (Montero et al. 2023,
-doi:10.1038/s41597-023-02096-0), on Sentinel-2 bands as reflectance.
+They are those of the graph's first stages, and of int8 embeddings. The torch modules, the graph of
+own classes and the NumPy copy of recurrence plots take the former from here; the service, which
+writes int8, and the training, which measures its loss, take the latter. Index formulas are those of
+the Awesome Spectral Indices catalogue (Montero et al. 2023, doi:10.1038/s41597-023-02096-0), on
+Sentinel-2 bands as reflectance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 # The bands in the order of the names; the numerator and the denominator, so that one place guards
 # the division. Both are weighted sums of the bands; the denominator may add a constant: see
@@ -64,3 +69,17 @@ FAR = 60.0
 """The Gaussian is clipped at e to minus this, 1e-26: negligible against the wide kernel."""
 YEAR = 365.25
 """Days after which a yearly grid repeats."""
+
+INT8_STEPS = 127
+"""Largest absolute value of an embedding as int8; -128 is left for nodata."""
+
+
+def int8_steps(embeddings: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
+    """The nearest steps of int8, -127 to 127, in the shape of the embeddings; NaN stays NaN.
+
+    Args:
+        embeddings: any shape, float32.
+        scale: value of one step.
+    """
+    steps = np.rint(embeddings / np.float32(scale))
+    return np.asarray(np.clip(steps, -INT8_STEPS, INT8_STEPS), np.float32)

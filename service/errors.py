@@ -38,9 +38,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class PIMCError(Exception):
@@ -514,6 +514,18 @@ class StackWarning:
     """Stable code, such as `merged_dates`."""
     detail: str
     """Message for people."""
+
+
+def warning_list(warnings: Iterable[StackWarning]) -> list[Any]:
+    """Warnings as JSON, as responses and summaries contain them."""
+    return [{"code": warning.code, "detail": warning.detail} for warning in warnings]
+
+
+def first_names(names: Sequence[object], most: int) -> str:
+    """Names for a message: at most a number of them, and how many more there are."""
+    more = len(names) - most
+    shown = ", ".join(str(name) for name in names[:most])
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 class Cancelled(Exception):

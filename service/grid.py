@@ -84,7 +84,17 @@ class Grid:
             Row (N) and column (N) of each pixel, 0 for points outside the grid; and True for each
             point (N) inside the grid.
         """
-        xs, ys = transformed(_DEGREES, self.crs, *np.reshape(lonlat, (-1, 2)).T)
+        return self.pixels_at(*transformed(_DEGREES, self.crs, *np.reshape(lonlat, (-1, 2)).T))
+
+    def pixels_at(
+        self, xs: NDArray[np.float64], ys: NDArray[np.float64]
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.bool_]]:
+        """The pixel that contains each point, as `locate` returns it.
+
+        Args:
+            xs: easting or longitude of each point (N) in the grid's CRS.
+            ys: northing or latitude (N).
+        """
         with np.errstate(invalid="ignore"):
             columns, rows = np.floor(~self.transform @ (xs, ys))
         # A point outside the projection is NaN, for which these comparisons are False.

@@ -19,10 +19,7 @@ from rasterio.windows import Window
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from benchmarks.serving import served
-from models.registry import Registry
-from service.api.schemas import read_series
 from service.errors import ForbiddenReference, RasterError
-from service.infer.engine import Engine
 from service.jobs.backup import back_up, restore
 from service.jobs.callbacks import (
     PAUSES,
@@ -33,20 +30,19 @@ from service.jobs.callbacks import (
     signed,
 )
 from service.jobs.store import Job, JobStore, LeaseLost
-from service.run.plan import Plan, plan_request
+from service.run.plan import Plan
 from service.run.request import Subscriber
 from service.run.windows import Step
 from service.settings import Settings, SettingsError, read_settings
 from service.telemetry import Metrics
 from tests.kits.client import Received, Reply, serving
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
-from tests.kits.jobs import ASYNC, SERIES, stack, waited
+from tests.kits.jobs import ASYNC, SERIES, series_plan, stack, waited
 from tests.kits.patience import PATIENCE
 
 SECRET = secret_text(b"0123456789abcdef0123456789abcdef")
 OTHER = secret_text(b"fedcba9876543210fedcba9876543210")
 STEP = Step(stage="predictions", number=0, window=Window(0, 0, 4, 2))
-BODY = json.dumps(SERIES).encode()
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +52,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(zoo: Path) -> Iterator[Plan]:
-    with Engine(Registry.load(zoo), providers="cpu") as engine:
-        request = read_series("embed", BODY).request("embed")
-        yield plan_request(request, engine, max_raster_bytes=1, rasters=True)
+    with series_plan(zoo) as made:
+        yield made
 
 
 @dataclass

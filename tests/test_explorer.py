@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -248,44 +249,39 @@ def first(page: Page, delayed: list[Route]) -> Route:
     return delayed[0]
 
 
-def test_a_second_refusal_leaves_what_is_being_typed(browser: Browser, tmp_path: Path) -> None:
+@contextmanager
+def wrong_key_given(browser: Browser, tmp_path: Path) -> Iterator[tuple[Page, list[Route]]]:
+    """A page that asks for a key again; one of the two requests with the wrong key is delayed."""
     with served(model_dir=zoo_with_a_held_model(tmp_path / "zoo"), api_keys=("sesame",)) as keyed:
         context = browser.new_context()
         page = context.new_page()
         page.goto(str(keyed.base_url))
         expect(page.locator("#key-dialog")).to_be_visible()
         delayed: list[Route] = []
-        # Of the two requests that repeat with the wrong key, one is answered late.
         page.route("**/heads", lambda route: delayed.append(route), times=1)
         page.fill("#key", "wrong")
         page.keyboard.press("Enter")
         expect(page.locator("#key-reason")).to_contain_text("does not accept")
+        yield page, delayed
+        page.wait_for_selector("html[data-ready=yes]")
+        context.close()
+
+
+def test_a_second_refusal_leaves_what_is_being_typed(browser: Browser, tmp_path: Path) -> None:
+    with wrong_key_given(browser, tmp_path) as (page, delayed):
         page.fill("#key", "sesame")
         with page.expect_response("**/heads"):
             first(page, delayed).continue_()
         expect(page.locator("#key")).to_have_value("sesame")
         page.keyboard.press("Enter")
-        page.wait_for_selector("html[data-ready=yes]")
-        context.close()
 
 
 def test_a_refusal_of_a_replaced_key_does_not_ask_again(browser: Browser, tmp_path: Path) -> None:
-    with served(model_dir=zoo_with_a_held_model(tmp_path / "zoo"), api_keys=("sesame",)) as keyed:
-        context = browser.new_context()
-        page = context.new_page()
-        page.goto(str(keyed.base_url))
-        expect(page.locator("#key-dialog")).to_be_visible()
-        delayed: list[Route] = []
-        page.route("**/heads", lambda route: delayed.append(route), times=1)
-        page.fill("#key", "wrong")
-        page.keyboard.press("Enter")
-        expect(page.locator("#key-reason")).to_contain_text("does not accept")
+    with wrong_key_given(browser, tmp_path) as (page, delayed):
         page.fill("#key", "sesame")
         page.keyboard.press("Enter")
         expect(page.locator("#key-dialog")).to_be_hidden()
         first(page, delayed).continue_()
-        page.wait_for_selector("html[data-ready=yes]")
-        context.close()
 
 
 # For everybody --------------------------------------------------------------------------------

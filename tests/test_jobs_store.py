@@ -19,23 +19,22 @@ import pytest
 from rasterio.windows import Window
 
 from benchmarks.serving import served
-from models.registry import Registry
-from service.api.schemas import read_series
 from service.errors import InvalidRequest, ResultNotReady, UnknownJob
-from service.infer.engine import Engine
 from service.jobs.store import Idempotency, Job, JobStore
 from service.jobs.window_journal import WindowFile
-from service.run.plan import Plan, plan_request
+from service.run.plan import Plan
 from service.run.windows import Step
 from service.settings import SettingsError
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import (
     ASYNC,
+    SERIES,
     Backend,
     change,
     check_full,
     check_healthy,
     leftovers,
+    series_plan,
     stack,
     swept,
     until,
@@ -44,10 +43,6 @@ from tests.kits.jobs import (
 
 YEAR = 365 * 24 * 3600.0
 WEEK = 7 * 24 * 3600.0
-BODY = (
-    b'{"series": [{"id": "a", "dates": ["2021-01-05", "2021-03-05"],'
-    b' "B02": [0.1, 0.1], "B04": [0.1, 0.1], "B08": [0.3, 0.3]}]}'
-)
 STEP = Step(stage="predictions", number=0, window=Window(0, 0, 4, 2))
 
 
@@ -59,9 +54,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ready(zoo: Path) -> Iterator[Plan]:
     """The plan of a small request."""
-    with Engine(Registry.load(zoo), providers="cpu") as engine:
-        request = read_series("embed", BODY).request("embed")
-        yield plan_request(request, engine, max_raster_bytes=1, rasters=True)
+    with series_plan(zoo) as made:
+        yield made
 
 
 @contextmanager
@@ -120,7 +114,7 @@ def test_a_jump_of_the_clock_while_the_service_runs(
 ) -> None:
     monkeypatch.setattr("service.jobs.runner._SWEEP_SECONDS", 0.1)
     with served(model_dir=zoo, state_dir=tmp_path, job_ttl=3600) as api:
-        job = api.post("/embed", content=BODY, headers={**ASYNC, **JSON}).json()["jobID"]
+        job = api.post("/embed", json=SERIES, headers=ASYNC).json()["jobID"]
         waited(api, job)
         change(tmp_path, "UPDATE jobs SET created = 9e9, started = 9e9, finished = 9e9 + 1")
         change(tmp_path, "UPDATE clock SET seen = 9e9")
@@ -412,7 +406,9 @@ def test_a_store_of_the_release_before_is_upgraded(tmp_path: Path) -> None:
             "points": json.dumps(points), "start": "2021-01-01", "outputs": ["class"],
         },
     }  # fmt: skip
-    series = {"task": "embed", "series": json.loads(BODY) | {"model": None, "start": None}}
+    values = {"B02": [0.1, 0.1], "B04": [0.1, 0.1], "B08": [0.3, 0.3]}
+    stored = {"series": [{"id": "a", "dates": ["2021-01-05", "2021-03-05"], **values}]}
+    series = {"task": "embed", "series": stored | {"model": None, "start": None}}
     with sqlite3.connect(tmp_path / "jobs.sqlite") as db:
         db.executescript(SCHEMA_1)
         for name, document, status in (

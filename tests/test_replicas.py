@@ -25,16 +25,13 @@ import pytest
 from rasterio.windows import Window
 
 from benchmarks.serving import served
-from models.registry import Registry
-from service.api.schemas import read_series
 from service.errors import InternalError, Overloaded, TooManyRequests, UnknownJob
-from service.infer.engine import Engine
 from service.jobs.backup import back_up, restore
 from service.jobs.store import Idempotency, Job, JobStore, LeaseLost, Share
 from service.jobs.window_journal import WindowFile
 from service.run.execute import Result
 from service.run.executors import Timing
-from service.run.plan import Plan, plan_request
+from service.run.plan import Plan
 from service.run.request import Subscriber
 from service.run.windows import Step
 from service.settings import Settings, SettingsError, read_settings
@@ -49,16 +46,13 @@ from tests.kits.jobs import (
     check_healthy,
     leftovers,
     running,
+    series_plan,
     stack,
     until,
     waited,
 )
 from tests.kits.postgres import Postgres
 
-BODY = (
-    b'{"series": [{"id": "a", "dates": ["2021-01-05", "2021-03-05"],'
-    b' "B02": [0.1, 0.1], "B04": [0.1, 0.1], "B08": [0.3, 0.3]}]}'
-)
 WEEK = 7 * 24 * 3600.0
 STEPS = [
     Step(stage="predictions", number=n, window=Window(0, 2 * n, 4, 2))  # type: ignore[call-arg]
@@ -73,9 +67,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(zoo: Path) -> Iterator[Plan]:
-    with Engine(Registry.load(zoo), providers="cpu") as engine:
-        request = read_series("embed", BODY).request("embed")
-        yield plan_request(request, engine, max_raster_bytes=1, rasters=True)
+    with series_plan(zoo) as made:
+        yield made
 
 
 @pytest.fixture

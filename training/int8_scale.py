@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.card import EmbeddingInt8
+from models.formulas import INT8_STEPS, int8_steps
 from training.errors import TrainingError
 from training.probe import NEIGHBOURS, Labelled, probe
 
 MOST_LOSS = 0.005
 """Accuracy or macro-F1 of a probe that int8 may cost."""
-_STEPS = 127
 _HEADROOM = 1.25
 """Values elsewhere may be larger than any of the training places by this factor."""
 _DIGITS = 4
@@ -49,14 +49,13 @@ class Comparison:
 
 def fit_scale(embeddings: NDArray[np.float32]) -> float:
     """The scale of int8 for embeddings (N, D): the range of these, with headroom, in 127 steps."""
-    scale = _HEADROOM * float(np.abs(embeddings).max()) / _STEPS
+    scale = _HEADROOM * float(np.abs(embeddings).max()) / INT8_STEPS
     return float(f"{scale:.{_DIGITS}g}")
 
 
 def as_stored(embeddings: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
     """Embeddings (N, D) as they come back from int8."""
-    steps = np.clip(np.rint(embeddings / np.float32(scale)), -_STEPS, _STEPS)
-    return np.asarray(steps * np.float32(scale), np.float32)
+    return np.asarray(int8_steps(embeddings, scale) * np.float32(scale), np.float32)
 
 
 def compare(name: str, data: Labelled, scale: float) -> list[Comparison]:
@@ -73,7 +72,7 @@ def compare(name: str, data: Labelled, scale: float) -> list[Comparison]:
             places=len(np.unique(validation)),
             accuracy=_both(before[kind], after[kind], "accuracy"),
             macro_f1=_both(before[kind], after[kind], "macro_f1"),
-            clipped=float((np.abs(data.embeddings) > (_STEPS + 0.5) * scale).mean()),
+            clipped=float((np.abs(data.embeddings) > (INT8_STEPS + 0.5) * scale).mean()),
         )
         for kind in PROBES
     ]

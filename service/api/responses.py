@@ -17,10 +17,10 @@ from starlette.responses import Response
 
 from service.api.sending import CHUNK_BYTES, StoredFile
 from service.api.uploads import JSON
-from service.errors import PIMCError, StackWarning
+from service.errors import PIMCError, StackWarning, warning_list
 from service.jobs.serialise import StoredResult, document_bytes
 from service.jobs.store import Job, JobStore, removed
-from service.run.execute import Result, listed
+from service.run.execute import Result
 from service.run.executors import Timing
 from service.run.request import RasterRequest, TaskRequest
 from service.write.fields import fields_csv, write_geoparquet
@@ -157,7 +157,7 @@ def derive(
                     "features": polygon_features(result.files[POLYGONS], crs),
                     "model": result.model,
                     "provider": result.provider,
-                    "warnings": listed(result.warnings),
+                    "warnings": warning_list(result.warnings),
                 }
             )
         )

@@ -146,7 +146,7 @@ class Engine:
             reference: `name` or `name@version`; None takes the task's default.
             task: the task that the model must serve.
             modality: the input that the model must take; None allows any.
-            owner: the caller, who may also use their own models.
+            owner: the caller; the models that this caller has made may be named too.
 
         Raises:
             UnknownModel: the engine serves no model with that name and version, or no model for

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from models.card import Task
-from service.errors import StackWarning
+from service.errors import StackWarning, warning_list
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.reflectance import DatedNumber
-from service.run.execute import Result, listed
+from service.run.execute import Result
 from service.run.executors import Timing
 from service.run.request import (
     PointQuery,
@@ -232,7 +232,7 @@ def result_head(result: Result) -> dict[str, Any]:
         "files": {name: path.name for name, path in result.files.items()},
         "pixels": result.pixels,
         "timing": asdict(result.timing),
-        "warnings": listed(result.warnings),
+        "warnings": warning_list(result.warnings),
     }
 
 

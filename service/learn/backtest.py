@@ -77,11 +77,15 @@ class Hindcasts:
         return len(self.age)
 
     @property
+    def median(self) -> Floats:
+        """The model's median (R, H, S)."""
+        return self.quantiles[..., self.quantiles.shape[-1] // 2]
+
+    @property
     def known(self) -> Bools:
         """Whether forecast, persistence and target are known (R, H)."""
-        middle = self.quantiles.shape[-1] // 2
         # A sum over the indices is finite only if each of them is.
-        total = self.target.sum(axis=-1) + self.quantiles[..., middle].sum(axis=-1)
+        total = self.target.sum(axis=-1) + self.median.sum(axis=-1)
         return np.asarray(np.isfinite(total + self.persistence.sum(axis=-1)[:, None]))
 
 
@@ -180,14 +184,13 @@ def backtest(found: Hindcasts) -> Backtest:
 
 def scores_of_model(found: Hindcasts) -> Floats:
     """Scores (R, H, S) of the model's own forecasts: at most 1 inside its band."""
-    return _scores(found, found.quantiles[..., found.quantiles.shape[-1] // 2])
+    return _scores(found, found.median)
 
 
 def _scores(found: Hindcasts, median: Floats) -> Floats:
     """Distance of the targets from a median (R, H, S), in half widths of the model's band."""
-    own = found.quantiles[..., found.quantiles.shape[-1] // 2]
-    below = np.maximum(own - found.quantiles[..., 0], _NARROWEST)
-    above = np.maximum(found.quantiles[..., -1] - own, _NARROWEST)
+    below = np.maximum(found.median - found.quantiles[..., 0], _NARROWEST)
+    above = np.maximum(found.quantiles[..., -1] - found.median, _NARROWEST)
     return np.asarray(np.maximum((median - found.target) / below, (found.target - median) / above))
 
 
@@ -259,12 +262,11 @@ class _Sums:
 
 
 def _sums(found: Hindcasts, weights: Floats, block: NDArray[np.int64], *, years: bool) -> _Sums:
-    median = found.quantiles[..., found.quantiles.shape[-1] // 2]
-    error = np.nan_to_num(found.target - median)
-    differences = [found.persistence[:, None] - median]
+    error = np.nan_to_num(found.target - found.median)
+    differences = [found.persistence[:, None] - found.median]
     if years:
         weights = weights * np.isfinite(found.last_year).all(axis=-1)
-        differences.append(found.last_year - median)
+        differences.append(found.last_year - found.median)
     x = np.nan_to_num(np.stack(differences, axis=-1))
     gram = np.einsum("rh,rhsc,rhsd->rhcd", weights, x, x)
     cross = np.einsum("rh,rhsc,rhs->rhc", weights, x, error)
@@ -300,8 +302,7 @@ def _cross_fitted(found: Hindcasts, weights: Floats) -> Floats:
             evidence=apart @ sums.evidence,
         )
         fitted.append(_solve(left, prior)[block])
-    median = found.quantiles[..., found.quantiles.shape[-1] // 2]
-    return _blend(median, found.persistence, found.last_year, fitted[0], fitted[1][..., 0])
+    return _blend(found.median, found.persistence, found.last_year, fitted[0], fitted[1][..., 0])
 
 
 def _solve(sums: _Sums, prior: tuple[float, ...]) -> Floats:
@@ -361,7 +362,7 @@ class _Judge:
         target = found.target
         self._squared = {
             "forecast": np.square(median - target),
-            "model": np.square(found.quantiles[..., found.quantiles.shape[-1] // 2] - target),
+            "model": np.square(found.median - target),
             "persistence": np.square(found.persistence[:, None] - target),
             "last_year": np.square(found.last_year - target),
         }

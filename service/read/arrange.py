@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
-from service.errors import InvalidRequest, MissingBands, MissingDates, StackWarning
+from service.errors import InvalidRequest, MissingBands, MissingDates, StackWarning, first_names
 from service.read.clouds import BANDS as CLOUD_BANDS
 from service.read.clouds import MIN_DATES
 from service.read.geotiff import Header
@@ -537,9 +537,7 @@ def _written(undated: Sequence[BandAssignment]) -> str:
 
 
 def _quoted(names: Sequence[str], most: int = _NAMED_AT_MOST) -> str:
-    more = len(names) - most
-    shown = ", ".join(f"'{name}'" for name in names[:most])
-    return f"{shown} and {more} more" if more > 0 else shown
+    return first_names([f"'{name}'" for name in names], most)
 
 
 def _check_complete(granules: Sequence[Granule], needed: Sequence[str]) -> None:

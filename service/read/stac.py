@@ -19,7 +19,7 @@ from affine import Affine
 from rasterio.crs import CRS
 from rasterio.errors import CRSError
 
-from service.errors import InvalidRequest, MissingBands
+from service.errors import InvalidRequest, MissingBands, first_names
 from service.read.masks import AUTO, MaskRule
 from service.read.metadata import TWINS, band_of, quality_of
 
@@ -138,12 +138,9 @@ class StacItem:
         return best
 
     def _missing(self, bands: Sequence[str]) -> MissingBands:
-        listed = ", ".join(asset.key for asset in self.assets[:_NAMED_AT_MOST]) or "none"
-        more = len(self.assets) - _NAMED_AT_MOST
-        also = f" and {more} more" if more > 0 else ""
+        found = first_names([asset.key for asset in self.assets], _NAMED_AT_MOST) or "none"
         return MissingBands(
-            f"item '{self.id}' has no asset for {', '.join(bands)}; its rasters are "
-            f"{listed}{also}; "
+            f"item '{self.id}' has no asset for {', '.join(bands)}; its rasters are {found}; "
             "search a collection of surface reflectance, or name the bands in `bands` or "
             "`eo:bands` of each asset"
         )

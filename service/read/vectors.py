@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.errors import CRSError
 
-from service.errors import InvalidFields, NotAVectorFile, StackWarning, TooManyFields
+from service.errors import InvalidFields, NotAVectorFile, StackWarning, TooManyFields, first_names
 from service.grid import transformed
 from service.read.drivers import keep_needed_vector_drivers
 from service.read.geotiff import SourceFile
@@ -67,6 +67,16 @@ class Fields:
         """GeoJSON geometries (N) in EPSG:4326."""
         shapes = self.in_crs(_DEGREES)
         return [None if s is None else json.loads(shapely.to_geojson(s)) for s in shapes]
+
+    def part(self, chosen: NDArray[np.intp]) -> Fields:
+        """The fields at some positions, without the file's warnings."""
+        return Fields(
+            ids=tuple(self.ids[n] for n in chosen),
+            properties=tuple(self.properties[n] for n in chosen),
+            shapes=self.shapes[chosen],
+            crs=self.crs,
+            warnings=(),
+        )
 
     def in_crs(self, crs: CRS) -> NDArray[np.object_]:
         """The shapes (N) in another CRS; None for a shape outside the area of that CRS."""
@@ -381,6 +391,4 @@ def _repeated(ids: Sequence[Any]) -> tuple[StackWarning, ...]:
 
 
 def _named(ids: Sequence[Any]) -> str:
-    more = len(ids) - _NAMED_AT_MOST
-    shown = ", ".join(str(one)[:60] for one in ids[:_NAMED_AT_MOST])
-    return f"{shown} and {more} more" if more > 0 else shown
+    return first_names([str(one)[:60] for one in ids], _NAMED_AT_MOST)

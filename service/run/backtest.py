@@ -90,7 +90,7 @@ def can_backtest(card: ModelCard, dates: Sequence[date], *, asked: bool | None) 
 
 
 def no_backtest(card: ModelCard) -> StackWarning:
-    """The warning that a backtest was asked for and the history is too short for it."""
+    """The warning that the history is too short for the requested backtest."""
     step = _window(card).step_days
     return StackWarning(
         code="no_backtest",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import StackWarning
+from service.errors import StackWarning, warning_list
 from service.grid import Grid, Window
 from service.read.geotiff import BlockCache
 from service.read.radiometry import why_missing
@@ -291,7 +291,7 @@ class Sink:
             "valid_share": self._valid / total,
             **self._tally.summary(),
             **({"backtest": run.backtested.record} if run.backtested else {}),
-            "warnings": [{"code": w.code, "detail": w.detail} for w in warnings],
+            "warnings": warning_list(warnings),
         }
         return Outcome(
             files=files,

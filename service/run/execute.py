@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from models.card import Task
-from service.errors import StackWarning
+from service.errors import StackWarning, warning_list
 from service.read.geotiff import BlockCache
 from service.read.vectors import Fields
 from service.run.backtest import Backtested, no_backtest
@@ -163,7 +163,7 @@ def _points(
             "model": run.model.card.id,
             "provider": run.model.provider,
             **_backtest(outcome.backtested),
-            "warnings": listed(warnings),
+            "warnings": warning_list(warnings),
         },
         pixels=len(features),
         timing=outcome.timing,
@@ -186,7 +186,7 @@ def _fields(task: Task, run: RasterRun, fields: Fields, outcome: FieldOutcome) -
             "provider": run.model.provider,
             **dates_summary(run),
             **_backtest(outcome.backtested),
-            "warnings": listed(warnings),
+            "warnings": warning_list(warnings),
         },
         pixels=outcome.pixels,
         timing=outcome.timing,
@@ -206,7 +206,7 @@ def _series(task: Task, run: SeriesRun, cancelled: threading.Event) -> Result:
             "provider": model.provider,
             "results": list(outcome.results),
             **_backtest(outcome.backtested),
-            "warnings": listed(warnings),
+            "warnings": warning_list(warnings),
         },
         pixels=len(outcome.results),
         timing=outcome.timing,
@@ -220,14 +220,9 @@ def _as_asked(plan: Plan, result: Result) -> Result:
     if not plan.request.backtest or "backtest" in result.document or "no_backtest" in codes:
         return result
     warnings = (*result.warnings, no_backtest(plan.model.card))
-    document = {**result.document, "warnings": listed(warnings)}
+    document = {**result.document, "warnings": warning_list(warnings)}
     return replace(result, document=document, warnings=warnings)
 
 
 def _backtest(found: Backtested | None) -> dict[str, Any]:
     return {} if found is None else {"backtest": found.record}
-
-
-def listed(warnings: Iterable[StackWarning]) -> list[dict[str, str]]:
-    """Warnings as JSON, as responses contain them."""
-    return [{"code": warning.code, "detail": warning.detail} for warning in warnings]

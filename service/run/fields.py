@@ -195,21 +195,12 @@ def label_pixels(
     points = np.flatnonzero(np.isin(kinds, [shapely.GeometryType.POINT,
                                             shapely.GeometryType.MULTIPOINT]))  # fmt: skip
     places, index = shapely.get_coordinates(shapes[points], return_index=True)
-    columns, rows = ~grid.transform @ (places[:, 0], places[:, 1])
-    inside = (rows >= 0) & (rows < grid.height) & (columns >= 0) & (columns < grid.width)
-    row = [np.floor(rows[inside]).astype(np.intp)]
-    column = [np.floor(columns[inside]).astype(np.intp)]
+    rows, columns, inside = grid.pixels_at(places[:, 0], places[:, 1])
+    row, column = [rows[inside]], [columns[inside]]
     which = [points[index[inside]]]
     polygons = np.flatnonzero((kinds >= 0) & ~np.isin(np.arange(len(kinds)), points))
-    only = Fields(
-        ids=tuple(labels.ids[n] for n in polygons),
-        properties=tuple(labels.properties[n] for n in polygons),
-        shapes=labels.shapes[polygons],
-        crs=labels.crs,
-        warnings=(),
-    )
     whole = Window(0, 0, grid.width, grid.height)
-    covered = FieldGrid(only, grid).coverage(whole)
+    covered = FieldGrid(labels.part(polygons), grid).coverage(whole)
     ends = np.append(covered.starts, len(covered.cells))[1:]
     for field, begin, end in zip(covered.fields, covered.starts, ends, strict=True):
         share = covered.share[begin:end]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.card import ModelCard, ResolvedTimeWindow
-from service.errors import InvalidRequest, MissingBands, StackWarning
+from service.errors import InvalidRequest, MissingBands, StackWarning, warning_list
 from service.grid import Window
 from service.infer.engine import Engine
 from service.infer.plots import (
@@ -35,7 +35,6 @@ from service.read.radiometry import calibrate
 from service.read.reader import StackReader
 from service.read.stack import Sits, Stack, open_stack
 from service.read.vectors import Fields, read_fields
-from service.run.execute import listed
 from service.run.executors import Executor, Timing, check
 from service.run.fields import LEAST_CLEAR, Coverage, FieldGrid, series_sums
 from service.run.memory import MemoryBudget, measuring_need
@@ -241,7 +240,7 @@ def measure(
         "sensor": stack.sensor,
         **(plotter.head() if plotter else {}),
         **({"sources": [dict(item) for item in request.items]} if request.items else {}),
-        "warnings": listed(warnings),
+        "warnings": warning_list(warnings),
     }
     return Measured(
         document=document,

@@ -108,7 +108,7 @@ class RasterRun:
 
     @property
     def attribution(self) -> bool:
-        """Whether the share of each date in a pixel's class is asked for."""
+        """Whether the request asks how much each date mattered to a pixel's class."""
         return ATTRIBUTION in self.outputs
 
     @property
@@ -318,7 +318,7 @@ def plan_request(
         engine: the models.
         max_raster_bytes: largest decoded size of a stack, bytes.
         rasters: whether the run writes files; it makes the document in any case.
-        owner: the caller, who may also use their own models.
+        owner: the caller; the models that this caller has made may be named too.
         max_fields: largest number of polygons of a request.
         cache: GDAL's block cache; None does not change it.
         budget: memory budget of all runs; None creates one for this run.
@@ -446,7 +446,7 @@ def bands_of(request: RasterRequest, engine: Engine, owner: str = "") -> tuple[s
     Args:
         request: the request.
         engine: the models.
-        owner: the caller, who may also use their own models.
+        owner: the caller; the models that this caller has made may be named too.
 
     Raises:
         UnknownModel: the engine serves no such model.

@@ -63,26 +63,41 @@ def run_points(
     with StackReader(
         run.stack, run.read, cache=cache, before_read=lambda: check(cancelled)
     ) as reader:
-        predictions, attribution, backtested, timing = predict(
-            run, reader, rows[inside], cols[inside]
-        )
+        found = predict(run, reader, rows[inside], cols[inside])
     results: list[dict[str, JSON]] = [{"status": "outside"} for _ in lonlat]
     dates = [run.stack.dates[t] for t in run.used] if run.stack.dates else []
-    for n, (point, prediction) in enumerate(zip(np.flatnonzero(inside), predictions, strict=True)):
+    places = zip(np.flatnonzero(inside), found.predictions, strict=True)
+    for n, (point, prediction) in enumerate(places):
         predicted = not np.isnan(prediction).any()
         record = run.predictions.record(prediction) if predicted else {}
-        if predicted and attribution is not None:
-            record[ATTRIBUTION] = dated(dates, attribution[n])
+        if predicted and found.attribution is not None:
+            record[ATTRIBUTION] = dated(dates, found.attribution[n])
         results[point] = {"status": "ok" if predicted else "no_data", **record}
     statuses = [result["status"] for result in results]
     warnings = (
         *run_warnings(run),
-        *(backtested.warnings if backtested else ()),
+        *(found.backtested.warnings if found.backtested else ()),
         *none_predicted(run, statuses, "point", cache),
     )
     return PointOutcome(
-        results=tuple(results), timing=timing, warnings=warnings, backtested=backtested
+        results=tuple(results),
+        timing=found.timing,
+        warnings=warnings,
+        backtested=found.backtested,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointPredictions:
+    """Predictions for the pixels or patches of N points."""
+
+    predictions: Floats
+    """(N, …) float32, NaN where too little is clear."""
+    timing: Timing
+    attribution: Floats | None = None
+    """Attribution of each date to the class (N, T); None if it was not requested."""
+    backtested: Backtested | None = None
+    """The backtest of these pixels; None if the run has none."""
 
 
 def predict_pixels(
@@ -91,8 +106,8 @@ def predict_pixels(
     rows: NDArray[np.intp],
     cols: NDArray[np.intp],
     cancelled: threading.Event | None = None,
-) -> tuple[Floats, Floats | None, Backtested | None, Timing]:
-    """Predictions (N, …) float32 for pixels, with their attribution and their backtest.
+) -> PointPredictions:
+    """Predict for pixels, NaN for one with too few clear dates.
 
     Args:
         run: the run.
@@ -100,11 +115,6 @@ def predict_pixels(
         rows: row of each pixel (N).
         cols: column of each pixel (N).
         cancelled: set it to cancel the run.
-
-    Returns:
-        The predictions, NaN for a pixel with too few clear dates; the attribution of each date
-        (N, T), None if it is not asked for; the backtest, None if the run has none; and the seconds
-        of each stage.
     """
     start = time.perf_counter()
     sits = reader.read_pixels(rows, cols)
@@ -137,14 +147,18 @@ def predict_pixels(
             predictions[enough],
             before_each=lambda: check(cancelled),
         )
-    timing = Timing(read=read - start, infer=time.perf_counter() - read)
-    return predictions, attribution, backtested, timing
+    return PointPredictions(
+        predictions=predictions,
+        timing=Timing(read=read - start, infer=time.perf_counter() - read),
+        attribution=attribution,
+        backtested=backtested,
+    )
 
 
 def _predict_patches(
     run: RasterRun, reader: StackReader, rows: NDArray[np.intp], cols: NDArray[np.intp]
-) -> tuple[Floats, None, None, Timing]:
-    """Predictions (N, …) for the patches centred on pixels, NaN where one is not clear enough."""
+) -> PointPredictions:
+    """Predict for the patches centred on pixels, NaN where one is not clear enough."""
     patches, grid = run.patches, run.stack.grid
     predictions = np.full((len(rows), *run.model.width), np.nan, np.float32)
     timing = Timing()
@@ -161,4 +175,4 @@ def _predict_patches(
         clear, filled = fill_gaps(imagery)
         predictions[part][clear] = run.model.patches(filled)
         timing += Timing(read=read - start, infer=time.perf_counter() - read)
-    return predictions, None, None, timing
+    return PointPredictions(predictions=predictions, timing=timing)

@@ -93,7 +93,7 @@ class RasterRequest:
 
     @property
     def operation(self) -> Runnable:
-        """What is asked for, as jobs and results name it."""
+        """Name of the requested operation in jobs and results."""
         return self.task
 
     @property
@@ -170,7 +170,7 @@ class SeriesRequest:
 
     @property
     def operation(self) -> Runnable:
-        """What is asked for, as jobs and results name it."""
+        """Name of the requested operation in jobs and results."""
         return self.task
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from service.errors import InvalidRequest, StackWarning
+from service.errors import InvalidRequest, StackWarning, first_names, warning_list
 from service.read.reader import StackReader
 from service.read.vectors import Fields
 from service.run.collect import Floats, Outcome, Sink, WindowPredictions, Work
@@ -92,7 +92,7 @@ def run_similar(work: Work, places: Fields) -> Outcome:
     summary: dict[str, JSON] = {
         **outcome.summary,
         "places": listed,
-        "warnings": [{"code": w.code, "detail": w.detail} for w in warnings],
+        "warnings": warning_list(warnings),
     }
     return replace(outcome, summary=summary, warnings=warnings)
 
@@ -134,7 +134,7 @@ def _reference(work: Work, places: Fields) -> _Reference:
         found, where, timing = _points(work, shapes[points])
         embeddings[points], statuses[points] = found, where
     if len(polygons):
-        means = mean_embeddings(work, _part(places, polygons), share=0.2)
+        means = mean_embeddings(work, places.part(polygons), share=0.2)
         embeddings[polygons], statuses[polygons] = means.embeddings, means.statuses
         timing += means.timing
     vectors = unit(embeddings)
@@ -145,37 +145,24 @@ def _reference(work: Work, places: Fields) -> _Reference:
 
 def _points(work: Work, shapes: NDArray[np.object_]) -> tuple[Floats, NDArray[np.object_], Timing]:
     """Embeddings (n, D) and statuses (n) of points in the raster's CRS."""
-    run, grid = work.run, work.run.stack.grid
-    columns, rows = ~grid.transform @ (shapely.get_x(shapes), shapely.get_y(shapes))
-    inside = (rows >= 0) & (rows < grid.height) & (columns >= 0) & (columns < grid.width)
-    row, column = (np.floor(side[inside]).astype(np.intp) for side in (rows, columns))
+    run = work.run
+    rows, columns, inside = run.stack.grid.pixels_at(shapely.get_x(shapes), shapely.get_y(shapes))
     embeddings = np.full((len(shapes), run.model.width[0]), np.nan, np.float32)
     with StackReader(
         run.stack, run.used, cache=work.cache, before_read=lambda: check(work.cancelled)
     ) as reader:
-        embeddings[inside], _, _, timing = predict_pixels(run, reader, row, column)
+        found = predict_pixels(run, reader, rows[inside], columns[inside])
+    embeddings[inside] = found.predictions
     there = ~np.isnan(embeddings).any(axis=1)
     statuses = np.where(there, "ok", np.where(inside, "no_data", "outside")).astype(np.object_)
-    return embeddings, statuses, timing
-
-
-def _part(places: Fields, chosen: NDArray[np.intp]) -> Fields:
-    return Fields(
-        ids=tuple(places.ids[n] for n in chosen),
-        properties=tuple(places.properties[n] for n in chosen),
-        shapes=places.shapes[chosen],
-        crs=places.crs,
-        warnings=(),
-    )
+    return embeddings, statuses, found.timing
 
 
 def _unused(places: Fields, statuses: Sequence[str]) -> str:
     """The places without an embedding, by reason; empty if there is none."""
     parts = []
     for status, reason in _REASONS.items():
-        ids = [str(one) for one, s in zip(places.ids, statuses, strict=True) if s == status]
+        ids = [f"'{one}'" for one, s in zip(places.ids, statuses, strict=True) if s == status]
         if ids:
-            named = ", ".join(f"'{one}'" for one in ids[:_NAMED])
-            more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
-            parts.append(f"{named}{more} {reason}")
+            parts.append(f"{first_names(ids, _NAMED)} {reason}")
     return "; ".join(parts)

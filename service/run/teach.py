@@ -136,7 +136,7 @@ def teach(
         request: the stack or series, and the labels.
         engine: the models, which load the bundle.
         folder: an empty folder, to which the bundle is written.
-        owner: the caller, who may also use their own models.
+        owner: the caller; the models that this caller has made may be named too.
         max_raster_bytes: largest decoded size of a stack, bytes.
         max_labels: largest number of labels of a request.
         cache: GDAL's block cache; None does not change it.
@@ -270,7 +270,7 @@ class _Teaching:
             with StackReader(
                 run.stack, run.used, cache=self.cache, before_read=partial(check, self.cancelled)
             ) as reader:
-                predicted, _, _, _ = predict_pixels(run, reader, rows, cols)
+                predicted = predict_pixels(run, reader, rows, cols).predictions
         warnings += run.stack.warnings
         samples = _Samples(
             features=predicted, labels=which, xy=np.stack([cols, rows], axis=1).astype(np.float64)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.card import LegendClass, ModelCard, ResolvedTimeWindow, shifted
+from models.formulas import INT8_STEPS, int8_steps
 from service.errors import InvalidRequest
 
 Floats = NDArray[np.float32]
@@ -526,7 +527,7 @@ def quantised(embeddings: Floats, scale: float) -> NDArray[np.int8]:
     # In parts, so that the floats in between take little memory.
     for start in range(0, len(embeddings), _ROWS_AT_ONCE):
         some = embeddings[start : start + _ROWS_AT_ONCE]
-        steps = np.clip(np.rint(some / np.float32(scale)), -127, 127)
+        steps = int8_steps(some, scale)
         out[start : start + _ROWS_AT_ONCE] = np.where(np.isnan(steps), NO_EMBEDDING, steps)
     return out
 
@@ -553,7 +554,7 @@ class EmbeddingTally:
         present = ~np.isnan(norms)
         counts = {"pixels": present.sum(), "norm": norms[present].sum()}
         if self._scale is not None:
-            most = np.float32(127.5 * self._scale)
+            most = np.float32((INT8_STEPS + 0.5) * self._scale)
             counts["clipped"] = (np.abs(predictions) > most).sum()
         return counts
 

@@ -23,7 +23,11 @@ import httpx
 import numpy as np
 import psycopg
 
+from models.registry import Registry
+from service.api.schemas import read_series
+from service.infer.engine import Engine
 from service.jobs.store import JobStore
+from service.run.plan import Plan, plan_request
 from tests.kits.gate import Gate
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.rasters import write
@@ -45,6 +49,14 @@ SERIES = {
 ENDED = {"successful", "failed", "dismissed"}
 
 Files = list[tuple[str, Any]]
+
+
+@contextmanager
+def series_plan(zoo: Path) -> Iterator[Plan]:
+    """The plan of a small request: the embedding of `SERIES`."""
+    with Engine(Registry.load(zoo), providers="cpu") as engine:
+        request = read_series("embed", json.dumps(SERIES).encode()).request("embed")
+        yield plan_request(request, engine, max_raster_bytes=1, rasters=True)
 
 
 def stack(folder: Path, height: int = 70, width: int = 90, dates: int = 4, **how: Any) -> Files:
