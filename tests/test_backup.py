@@ -8,9 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from benchmarks.serving import served
@@ -18,7 +16,7 @@ from service.jobs.backup import back_up, restore
 from service.jobs.files import lock
 from service.settings import SettingsError
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
-from tests.kits.jobs import ASYNC, SERIES, Files, stack, until, waited
+from tests.kits.jobs import SERIES, Files, result, stack, submitted, until, waited
 from tests.kits.patience import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -48,35 +46,24 @@ def service(command: str, folder: Path, state: Path) -> subprocess.CompletedProc
     )
 
 
-def submit(api: httpx.Client, path: str = "/embed", **how: Any) -> str:
-    headers = {**ASYNC, **how.pop("headers", {})}
-    response = api.post(path, headers=headers, **how)
-    assert response.status_code == 202, response.text
-    return str(response.json()["jobID"])
-
-
-def result(api: httpx.Client, job: str) -> bytes:
-    response = api.get(f"/jobs/{job}/result")
-    assert response.status_code == 200, response.text
-    return response.content
-
-
 def test_jobs_continue_from_a_backup_that_was_made_while_they_ran(
     zoo: Path, files: Files, gate: Gate, tmp_path: Path
 ) -> None:
     state, backup = tmp_path / "state", tmp_path / "backup"
     key = {"Idempotency-Key": "once"}
     with served(model_dir=zoo, state_dir=state) as api:
-        complete = submit(api, "/classify-pixels", files=files, data={"outputs": "class,entropy"})
-        dismissed = submit(api, json=SERIES)
+        complete = submitted(
+            api, "/classify-pixels", files=files, data={"outputs": "class,entropy"}
+        )
+        dismissed = submitted(api, json=SERIES)
         waited(api, complete)
         api.delete(f"/jobs/{dismissed}")
         expected = result(api, complete)
         with gate.held(after=4):
             held = {"files": files, "data": {"model": HELD}}
-            running = submit(api, "/classify-pixels", headers=key, **held)
+            running = submitted(api, "/classify-pixels", headers=key, **held)
             progress = until(api, running, progress=1)["progress"]
-            waiting = submit(api, json=SERIES)
+            waiting = submitted(api, json=SERIES)
             done = service("backup", backup, state)
             assert done.returncode == 0, done.stderr
             assert "4 jobs, 1 with a result" in done.stdout
@@ -99,7 +86,7 @@ def test_jobs_continue_from_a_backup_that_was_made_while_they_ran(
         assert result(api, running) == undisturbed
         assert waited(api, waiting)["status"] == "successful"
         # Also the memory of repeated requests is there.
-        assert submit(api, "/classify-pixels", headers=key, **held) == running
+        assert submitted(api, "/classify-pixels", headers=key, **held) == running
 
 
 @pytest.mark.parametrize("ends", ["successful", "dismissed"])
@@ -109,7 +96,7 @@ def test_a_job_that_ends_while_it_is_copied_is_kept_as_it_ended(
     state, backup = tmp_path / "state", tmp_path / "backup"
     gate.hold(after=0)
     with served(model_dir=zoo, state_dir=state) as api:
-        job = submit(api, "/classify-pixels", files=files, data={"model": HELD})
+        job = submitted(api, "/classify-pixels", files=files, data={"model": HELD})
         copied: list[str] = []
 
         def copy(source: Path, target: Path) -> None:
@@ -136,7 +123,7 @@ def test_a_backup_of_an_idle_service_is_byte_for_byte_the_same_twice(
 ) -> None:
     state = tmp_path / "state"
     with served(model_dir=zoo, state_dir=state) as api:
-        waited(api, submit(api, json=SERIES))
+        waited(api, submitted(api, json=SERIES))
     made = [tmp_path / "one", tmp_path / "two"]
     for target in made:
         back_up(state, target)
@@ -151,7 +138,7 @@ def test_a_backup_of_an_idle_service_is_byte_for_byte_the_same_twice(
 @pytest.fixture
 def backup(zoo: Path, tmp_path: Path) -> Path:
     with served(model_dir=zoo, state_dir=tmp_path / "state") as api:
-        waited(api, submit(api, json=SERIES))
+        waited(api, submitted(api, json=SERIES))
     back_up(tmp_path / "state", tmp_path / "backup")
     return tmp_path / "backup"
 

@@ -28,6 +28,7 @@ from tests.kits.jobs import (
     leftovers,
     running,
     stack,
+    submitted,
     until,
     waited,
 )
@@ -49,10 +50,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return stack(tmp_path_factory.mktemp("large"), 160, 256)
 
 
-def submitted(api: httpx.Client, files: Files, **data: str) -> str:
-    response = api.post("/classify-pixels", files=files, data=data, headers=ASYNC)
-    assert response.status_code == 202, response.text
-    return str(response.json()["jobID"])
+def submitted_map(api: httpx.Client, files: Files, **data: str) -> str:
+    return submitted(api, "/classify-pixels", files=files, data=data)
 
 
 def windows_counted(state: Path) -> int:
@@ -69,8 +68,8 @@ def test_a_job_survives_any_number_of_kills(zoo: Path, large: Files, tmp_path: P
     gate = Gate(tmp_path / "gate")
     gate.hold()
     service = Service(tmp_path, zoo, gate=gate)
-    job = submitted(service.api, large, **how)
-    second = submitted(service.api, large, **how)
+    job = submitted_map(service.api, large, **how)
+    second = submitted_map(service.api, large, **how)
     seen, counted = [0], [0]
     try:
         for kill in range(KILLS):
@@ -119,7 +118,7 @@ def test_a_stopping_service_finishes_requests_and_resumes_jobs_later(
     gate = Gate(tmp_path / "gate")
     gate.hold(after=4)
     with running(tmp_path, zoo, gate=gate, PIMC_GRACE_SECONDS=str(PATIENCE)) as service:
-        job = submitted(service.api, large, model=HELD)
+        job = submitted_map(service.api, large, model=HELD)
         until(service.api, job, progress=1)
 
         def classify() -> None:

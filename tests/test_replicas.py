@@ -45,9 +45,11 @@ from tests.kits.jobs import (
     Service,
     check_healthy,
     leftovers,
+    result,
     running,
     series_plan,
     stack,
+    submitted,
     until,
     waited,
 )
@@ -445,17 +447,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return stack(tmp_path_factory.mktemp("large"), 160, 256)
 
 
-def submitted(api: httpx.Client, files: Files, **headers: str) -> str:
+def submitted_held(api: httpx.Client, files: Files, **headers: str) -> str:
     data = {"model": HELD, "outputs": "class,probabilities"}
-    answer = api.post("/classify-pixels", files=files, data=data, headers={**ASYNC, **headers})
-    assert answer.status_code == 202, answer.text
-    return str(answer.json()["jobID"])
-
-
-def result(api: httpx.Client, job: str) -> bytes:
-    answer = api.get(f"/jobs/{job}/result")
-    assert answer.status_code == 200, answer.text
-    return answer.content
+    return submitted(api, "/classify-pixels", files=files, data=data, headers=headers)
 
 
 def windows(shared: Backend) -> dict[int, int]:
@@ -482,12 +476,12 @@ def test_a_job_outlives_its_replica(
     with ExitStack() as services:
         first = services.enter_context(start())
         gate.hold(after=5)
-        job = submitted(first.api, large, **key)
+        job = submitted_held(first.api, large, **key)
         until(first.api, job, progress=1)
         second = services.enter_context(start())
         info = second.api.get(f"/jobs/{job}").json()
         assert info["status"] == "running"
-        assert submitted(second.api, large, **key) == job
+        assert submitted_held(second.api, large, **key) == job
         while len(windows(shared)) < 3:  # five are read, and two of them may be in flight
             time.sleep(0.1)
         first.kill()
@@ -509,7 +503,7 @@ def test_a_job_outlives_its_replica(
         done = waited(third.api, job)
         assert (done["status"], done["progress"]) == ("successful", 100)
         whole = result(third.api, job)
-        undisturbed = submitted(third.api, large)
+        undisturbed = submitted_held(third.api, large)
         assert waited(third.api, undisturbed)["status"] == "successful"
         assert result(third.api, undisturbed) == whole
         second.process.send_signal(signal.SIGCONT)
@@ -542,7 +536,7 @@ def test_a_dismissal_and_a_stop_at_any_replica(
         for one in stops:
             stack.enter_context(one)
         gate.hold(after=1)
-        job = submitted(both[0], large)
+        job = submitted_held(both[0], large)
         runner, other = runner_of(*both)
         assert other.delete(f"/jobs/{job}").json()["status"] == "dismissed"
         # The run ends, which removes the files.
@@ -553,7 +547,7 @@ def test_a_dismissal_and_a_stop_at_any_replica(
         assert runner.get(f"/jobs/{job}").json()["status"] == "dismissed"
         # A replica that is stopped puts its job back, and the other continues it.
         gate.hold(after=5)
-        job = submitted(both[1], large)
+        job = submitted_held(both[1], large)
         until(both[0], job, progress=1)
         while len(windows(shared)) < 3:  # five are read, and two of them may be in flight
             time.sleep(0.1)
@@ -657,7 +651,7 @@ def test_a_backup_of_replicas_is_restored_into_either_database(
         waited(api, finished)
         expected = result(api, finished)
         with gate.held(after=4):
-            job = submitted(api, large, **key)
+            job = submitted_held(api, large, **key)
             until(api, job, progress=1)
             said = command("backup", backup, shared)
             assert "2 jobs, 1 with a result" in said
@@ -671,7 +665,7 @@ def test_a_backup_of_replicas_is_restored_into_either_database(
         assert result(api, finished) == expected
         assert waited(api, job)["status"] == "successful"
         assert result(api, job) == whole
-        assert submitted(api, large, **key) == job
+        assert submitted_held(api, large, **key) == job
         later = api.post("/embed", json=SERIES, headers=ASYNC).json()["jobID"]
         listed = [entry["jobID"] for entry in api.get("/jobs").json()["jobs"]]
         assert listed == [later, job, finished]

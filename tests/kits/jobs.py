@@ -71,6 +71,21 @@ def stack(folder: Path, height: int = 70, width: int = 90, dates: int = 4, **how
     return files
 
 
+def submitted(api: httpx.Client, path: str = "/embed", **how: Any) -> str:
+    """The id of a job that a request has become; `how` is as for httpx."""
+    headers = {**ASYNC, **how.pop("headers", {})}
+    response = api.post(path, headers=headers, **how)
+    assert response.status_code == 202, response.text
+    return str(response.json()["jobID"])
+
+
+def result(api: httpx.Client, job_id: str) -> bytes:
+    """The result of a finished job."""
+    response = api.get(f"/jobs/{job_id}/result")
+    assert response.status_code == 200, response.text
+    return response.content
+
+
 def waited(api: httpx.Client, job_id: str) -> dict[str, Any]:
     """Wait for the end of a job, and return its status document."""
     end = time.monotonic() + PATIENCE
