@@ -206,7 +206,7 @@ def test_a_run_is_cancelled(page: Page, gate: Gate, folder: Path) -> None:
     expect(page.locator("#jobs")).to_contain_text("dismissed")
 
 
-def test_a_lost_connection_is_tried_again(page: Page, gate: Gate, folder: Path) -> None:
+def test_a_lost_connection_is_retried(page: Page, gate: Gate, folder: Path) -> None:
     choose(page, folder)
     page.select_option("#model", HELD)
     lost = threading.Event()
@@ -219,13 +219,13 @@ def test_a_lost_connection_is_tried_again(page: Page, gate: Gate, folder: Path) 
         page.click("#run")
         page.wait_for_url("**/#job=*")
         page.route("**/jobs/*", lose)
-        expect(page.locator("#status")).to_contain_text("trying again")
+        expect(page.locator("#status")).to_contain_text("Retrying")
         assert lost.is_set()
         page.unroute("**/jobs/*")
     page.wait_for_selector(".leaflet-result-pane canvas")
 
 
-def test_an_api_key_is_asked_for(browser: Browser, tmp_path: Path, folder: Path) -> None:
+def test_an_api_key_is_requested(browser: Browser, tmp_path: Path, folder: Path) -> None:
     with served(model_dir=zoo_with_a_held_model(tmp_path / "zoo"), api_keys=("sesame",)) as keyed:
         context = browser.new_context()
         page = context.new_page()
@@ -251,7 +251,7 @@ def first(page: Page, delayed: list[Route]) -> Route:
 
 @contextmanager
 def wrong_key_given(browser: Browser, tmp_path: Path) -> Iterator[tuple[Page, list[Route]]]:
-    """A page that asks for a key again; one of the two requests with the wrong key is delayed."""
+    """A page whose first key is refused; one of the two requests with that key is delayed."""
     with served(model_dir=zoo_with_a_held_model(tmp_path / "zoo"), api_keys=("sesame",)) as keyed:
         context = browser.new_context()
         page = context.new_page()
@@ -276,7 +276,7 @@ def test_a_second_refusal_leaves_what_is_being_typed(browser: Browser, tmp_path:
         page.keyboard.press("Enter")
 
 
-def test_a_refusal_of_a_replaced_key_does_not_ask_again(browser: Browser, tmp_path: Path) -> None:
+def test_a_refused_key_that_was_replaced_opens_no_dialog(browser: Browser, tmp_path: Path) -> None:
     with wrong_key_given(browser, tmp_path) as (page, delayed):
         page.fill("#key", "sesame")
         page.keyboard.press("Enter")

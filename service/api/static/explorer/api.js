@@ -1,8 +1,8 @@
-/** Requests to the service that serves this page. Paths are relative, so that a prefix is kept. */
+/** Requests to the service. Paths are relative to the page, so that a root path is kept. */
 
 const KEY = "pimc-api-key";
 
-/** A problem document (RFC 9457) of the service, or a failure to reach it. */
+/** A problem document (RFC 9457) of the service, or a failed connection. */
 export class Problem extends Error {
   constructor(status, document) {
     super(document.detail || document.title || `The service returned status ${status}.`);
@@ -16,15 +16,15 @@ export function storedKey() {
   return sessionStorage.getItem(KEY) || "";
 }
 
-let asking = null;
+let openDialog = null;
 
 /**
- * Ask for the API key in a dialog. Resolves to whether one was given. While the dialog is open,
- * every caller waits for the same answer: a second one must not overwrite what is being typed.
+ * Open the dialog for the API key. Resolves to whether a key was entered. Callers share one open
+ * dialog, so that a second one does not overwrite a key that is being typed.
  */
-export function askForKey(reason) {
-  asking ??= openKeyDialog(reason).finally(() => { asking = null; });
-  return asking;
+export function requestKey(reason) {
+  openDialog ??= openKeyDialog(reason).finally(() => { openDialog = null; });
+  return openDialog;
 }
 
 function openKeyDialog(reason) {
@@ -54,7 +54,7 @@ export function address(path) {
 }
 
 /**
- * Send a request; ask for a key and repeat if the service requires one.
+ * Send a request; if the service requires a key, request one from the user and repeat.
  *
  * @param {string} path relative to the service's root
  * @param {{method?: string, headers?: object, body?: any, progress?: (share: number) => void,
@@ -65,12 +65,12 @@ export function address(path) {
 export async function send(path, how = {}) {
   for (;;) {
     const key = storedKey();
-    const reply = await once(path, how);
-    if (reply.status < 400) return reply;
-    if (reply.status === 401 && storedKey() !== key) continue; // Refused a key that was replaced since.
-    const problem = new Problem(reply.status, await parsed(reply.blob));
-    const reason = storedKey() ? "The service does not accept this key." : "This service requires a key.";
-    if (reply.status !== 401 || !(await askForKey(reason))) throw problem;
+    const response = await once(path, how);
+    if (response.status < 400) return response;
+    if (response.status === 401 && storedKey() !== key) continue; // The refused key has been replaced since.
+    const problem = new Problem(response.status, await parsed(response.blob));
+    const reason = storedKey() ? "The service does not accept this key." : "This service requires an API key.";
+    if (response.status !== 401 || !(await requestKey(reason))) throw problem;
   }
 }
 
@@ -105,7 +105,7 @@ function once(path, { method = "GET", headers = {}, body = null, progress, signa
     request.onload = () => resolve({ status: request.status, blob: request.response });
     request.onerror = () => reject(new Problem(0, {
       title: "Connection lost",
-      detail: "The service cannot be reached. A run that was accepted goes on: reload the page to find it under Runs.",
+      detail: "The service cannot be reached. A run that was accepted continues: reload the page to find it under Runs.",
     }));
     request.onabort = () => reject(new DOMException("cancelled", "AbortError"));
     signal?.addEventListener("abort", () => request.abort(), { once: true });

@@ -1,4 +1,4 @@
-/** Charts of one place: its series, its forecast, its class probabilities, its recurrence plots. */
+/** Charts of one pixel: series, forecast, class probabilities, attribution, recurrence plots. */
 
 const SVG = "http://www.w3.org/2000/svg";
 const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP] = [360, 170, 28, 18, 8];
@@ -7,8 +7,8 @@ const YEAR = 365.25 * DAY;
 export const INDICES = ["NDVI", "EVI", "SAVI"];
 
 /**
- * NDVI, EVI and SAVI by date, cloudy dates marked below, a forecast with its band and the curve of
- * a year before it.
+ * NDVI, EVI and SAVI by date. Dates that are not clear are marked below. A forecast is drawn with
+ * its band and with the NDVI of the year before.
  *
  * @param {{dates: string[], clear: number[], NDVI: (number|null)[], EVI: object, SAVI: object}} measured
  * @param {{dates: string[], NDVI: {q10: number[], q50: number[], q90: number[]}} | null} forecast
@@ -34,7 +34,7 @@ export function seriesChart(measured, forecast) {
     const upper = later.map((time, at) => `${x(time)} ${y(forecast.NDVI.q90[at])}`);
     const lower = later.map((time, at) => `${x(time)} ${y(forecast.NDVI.q10[at])}`).reverse();
     chart.append(element("path", { class: "band", d: `M${[...upper, ...lower].join("L")}Z` }));
-    // What the same days of the year before looked like.
+    // The same days of the year before.
     const before = times.map((time, at) => [time + YEAR, measured.NDVI[at]])
       .filter(([time, value]) => value !== null && time >= later[0] - 15 * DAY && time <= later.at(-1) + 15 * DAY);
     chart.append(line("ndvi last", before.map(([time, value]) => [x(time), y(value)])));
@@ -53,12 +53,12 @@ export function seriesChart(measured, forecast) {
   return chart;
 }
 
-/** What the lines of a series chart mean. */
+/** The legend of a series chart. */
 export function seriesKey(forecast) {
   const key = document.createElement("p");
   key.className = "hint";
-  key.textContent = `Green NDVI, orange EVI, blue SAVI; × dates that are not clear${
-    forecast ? "; shaded: 80 % band of the forecast NDVI; dashed: NDVI a year before" : ""}.`;
+  key.textContent = `Green: NDVI; orange: EVI; blue: SAVI; ×: dates that are not clear${
+    forecast ? "; shaded: 80 % band of the NDVI forecast; dashed: NDVI of the year before" : ""}.`;
   return key;
 }
 
@@ -79,8 +79,8 @@ export function probabilityTable(probabilities) {
 }
 
 /**
- * How much each date mattered to a class: bars up for dates that speak for it, down for those that
- * speak against it.
+ * How much each date mattered to a class: bars up for dates that raise its probability, down for
+ * dates that lower it.
  *
  * @param {Record<string, number | null>} attribution by ISO date
  * @param {string} name of the class
@@ -93,7 +93,7 @@ export function attributionChart(attribution, name) {
   const [width, middle, reach] = [WIDTH - LEFT - 6, 40, 30];
   const chart = element("svg", {
     class: "chart attribution", viewBox: `0 0 ${WIDTH} 92`, role: "img",
-    "aria-label": `How much each date mattered to ${name}; most: ${strongest}`,
+    "aria-label": `How much each date mattered to ${name}; largest effect: ${strongest}`,
   });
   chart.append(element("path", { class: "axis", d: `M${LEFT} ${middle}H${WIDTH - 6}` }));
   dates.forEach((date, at) => {
@@ -102,19 +102,19 @@ export function attributionChart(attribution, name) {
       class: height < 0 ? "against" : "for", width: Math.max(1, width / dates.length - 2),
       height: Math.abs(height), x: LEFT + (width * at) / dates.length, y: middle - Math.max(0, height),
     });
-    bar.append(titled(`${date}: ${(100 * values[at]).toFixed(1)} points of probability`));
+    bar.append(titled(`${date}: ${(100 * values[at]).toFixed(1)} percentage points of probability`));
     chart.append(bar);
   });
   chart.append(text(LEFT, 88, dates[0], "start"), text(WIDTH - 6, 88, dates.at(-1), "end"));
   const caption = document.createElement("figcaption");
   caption.className = "hint";
-  caption.textContent = `Dates that speak for ${name} (up) and against it (down); most: ${strongest}.`;
+  caption.textContent = `Dates that raise the probability of ${name} (up) or lower it (down); largest effect: ${strongest}.`;
   const figure = document.createElement("figure");
   figure.append(chart, caption);
   return figure;
 }
 
-/** The recurrence plots (M x M) of a place, as the model's encoder sees them. */
+/** The recurrence plots of a pixel (M x M, M steps of the time grid), as the model's encoder sees them. */
 export function plotFigures(plots) {
   const row = document.createElement("div");
   row.className = "plots";

@@ -1,4 +1,4 @@
-/** Map coordinates to longitude and latitude and back: UTM zones, EPSG:4326, EPSG:3857, EPSG:3035. */
+/** Projections: UTM zones, EPSG:4326, EPSG:3857 and EPSG:3035, to longitude and latitude and back. */
 
 const A = 6378137;
 const N = 1 / 298.257223563 / (2 - 1 / 298.257223563);

@@ -1,13 +1,13 @@
-/** The explorer page: choose a stack, run a task, look at the result, ask about a pixel. */
+/** The explorer page: choose a stack, run a task, view the result, inspect a pixel. */
 
-import { Problem, askForKey, address, json, keyHeaders, send } from "./api.js";
+import { Problem, requestKey, address, json, keyHeaders, send } from "./api.js";
 import { attributionChart, plotFigures, probabilityTable, seriesChart, seriesKey } from "./chart.js";
 import { ExplorerMap } from "./map.js";
 import { Raster, classColours, painted, rampColour, rampColours, rgb } from "./raster.js";
 import { chosenFiles, droppedFiles, formOf, pictures } from "./stack.js";
 import { Teacher } from "./teach.js";
 
-const LOOK_MS = 500;
+const POLL_MS = 500;
 const OUTPUTS = { "classify-pixels": "class", landcover: "class", forecast: "q50" };
 const UNITS = ["B", "kB", "MB", "GB"];
 const part = (id) => document.getElementById(id);
@@ -19,17 +19,17 @@ const state = {
   /** Cards by model name. */
   models: new Map(),
   defaults: {},
-  /** The job that is waited for. */
+  /** Id of the job whose end the page waits for. */
   job: null,
   upload: null,
   teacher: null,
 };
 
-const map = new ExplorerMap(part("map"), (lonLat) => chosen(lonLat));
+const map = new ExplorerMap(part("map"), (lonLat) => inspect(lonLat));
 
 // Messages -------------------------------------------------------------------------------------
 
-function say(text) {
+function showStatus(text) {
   part("status").textContent = text;
 }
 
@@ -37,7 +37,7 @@ function showProblem(error) {
   if (error instanceof DOMException && error.name === "AbortError") return;
   const box = part("problem");
   const title = document.createElement("strong");
-  title.textContent = error instanceof Problem ? error.title : "This page failed";
+  title.textContent = error instanceof Problem ? error.title : "An error occurred in this page";
   const detail = document.createElement("p");
   detail.textContent = error.message;
   box.replaceChildren(title, detail);
@@ -46,10 +46,10 @@ function showProblem(error) {
 
 function clearProblem() {
   part("problem").hidden = true;
-  say("");
+  showStatus("");
 }
 
-/** Run something that may fail, and show the failure. */
+/** Run a function, and show its error if it fails. */
 async function guarded(work) {
   clearProblem();
   try {
@@ -76,19 +76,19 @@ async function take(files) {
     part("date").value = 0;
     if (state.pictures.length) {
       await showPicture(0);
-      facts.textContent += ` ${state.pictures.length} dates by the names, from ${state.pictures[0].date} to ${state.pictures.at(-1).date}.`;
+      facts.textContent += ` ${state.pictures.length} dates by file name, from ${state.pictures[0].date} to ${state.pictures.at(-1).date}.`;
     } else {
-      facts.textContent += " This page draws no picture of such files; the service reads them.";
+      facts.textContent += " This page cannot draw these files; the service can read them.";
     }
   });
   await examine();
 }
 
-/** What the service reads in the stack, and whether it would reject it, before anything runs. */
+/** Show what the service reads in the stack, and whether it would reject it, before a run. */
 async function examine() {
   const files = state.files;
   const box = part("findings");
-  box.replaceChildren("The service reads the files…");
+  box.replaceChildren("The service is reading the files…");
   const path = `validate?task=${encodeURIComponent(part("task").value)}`;
   const found = await guarded(() => json(path, { method: "POST", body: formOf(files, { model: part("model").value }) }));
   if (files !== state.files) return; // another stack was chosen meanwhile
@@ -102,7 +102,7 @@ async function examine() {
   const time = seconds ? `, ${Math.ceil(seconds.shortest)} to ${Math.ceil(seconds.longest)} s` : "";
   const line = document.createElement("p");
   line.className = "hint";
-  line.textContent = `The service would use ${dates} dates and predict for ${pixels.toLocaleString()} pixels${time}.`;
+  line.textContent = `A run would use ${dates} dates and predict ${pixels.toLocaleString()} pixels${time}.`;
   box.append(line, ...warnings(found.warnings));
 }
 
@@ -148,17 +148,17 @@ function describeModel() {
 async function run() {
   const task = part("task").value;
   const [fields] = part("fields").files;
-  busy(true, "Sending the files");
+  busy(true, "Uploading the files");
   state.upload = new AbortController();
   const job = await guarded(async () => {
-    const reply = await send(task, {
+    const response = await send(task, {
       method: "POST",
       headers: { Prefer: "respond-async" },
       body: formOf(state.files, { model: part("model").value, fields }),
-      progress: (share) => progress(100 * share, `Sending the files: ${Math.round(100 * share)} %`),
+      progress: (share) => progress(100 * share, `Uploading the files: ${Math.round(100 * share)} %`),
       signal: state.upload.signal,
     });
-    return JSON.parse(await reply.blob.text());
+    return JSON.parse(await response.blob.text());
   });
   state.upload = null;
   if (job) await follow(job.jobID);
@@ -169,13 +169,13 @@ async function run() {
 async function follow(id) {
   state.job = id;
   location.hash = `job=${id}`;
-  busy(true, "Waiting for its turn");
+  busy(true, "Waiting for a free worker");
   const info = await guarded(async () => {
     for (;;) {
-      const found = await look(id);
+      const found = await jobStatus(id);
       if (found.status === "running") progress(found.progress, `Running: ${found.progress} %`);
       if (!["accepted", "running"].includes(found.status)) return found;
-      await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
+      await new Promise((resolve) => setTimeout(resolve, POLL_MS));
     }
   });
   busy(false);
@@ -184,15 +184,15 @@ async function follow(id) {
   if (info) await guarded(() => open(info));
 }
 
-/** A job's status; a lost connection is tried again. */
-async function look(id) {
+/** A job's status; retried if the connection is lost. */
+async function jobStatus(id) {
   for (let attempt = 0; ; attempt++) {
     try {
       return await json(`jobs/${id}`);
     } catch (error) {
-      const passing = error instanceof Problem && (error.status === 0 || error.status === 503);
-      if (!passing || attempt >= 20) throw error;
-      say("The connection is lost; trying again.");
+      const temporary = error instanceof Problem && (error.status === 0 || error.status === 503);
+      if (!temporary || attempt >= 20) throw error;
+      showStatus("The connection was lost. Retrying…");
       await new Promise((resolve) => setTimeout(resolve, Math.min(5000, 500 * 2 ** attempt)));
     }
   }
@@ -241,7 +241,7 @@ async function open(info) {
   }
   if (info.status === "failed") {
     part("result").hidden = true;
-    await json(`jobs/${info.jobID}/result`); // its problem
+    await json(`jobs/${info.jobID}/result`); // throws the job's problem
     return;
   }
   const result = `jobs/${info.jobID}/result`;
@@ -286,7 +286,7 @@ async function openFields(info, body) {
   const colours = new Map((card?.classes ?? []).map((one) => [one.value, one.color]));
   body.append(...downloads(info, null));
   if (!map.map) {
-    body.append(Object.assign(document.createElement("p"), { className: "hint", textContent: "Choose the stack to see the fields on its picture." }));
+    body.append(Object.assign(document.createElement("p"), { className: "hint", textContent: "Choose the stack again to see the fields on its picture." }));
     return;
   }
   map.putPolygons(collection, (feature) => ({
@@ -367,7 +367,7 @@ function fill(canvas, x, [r, g, b]) {
   context.fillRect(x, 0, 1, 1);
 }
 
-/** Buttons that save the result, and the lines that do the same without this page. */
+/** Buttons that download the result, and commands that do the same. */
 function downloads(info, output) {
   const result = `jobs/${info.jobID}/result`;
   const kinds = output
@@ -407,10 +407,11 @@ function downloads(info, output) {
 
 // One pixel ------------------------------------------------------------------------------------
 
-async function chosen(lonLat) {
+/** Show the series of a selected pixel, and what models predict from it; or label the pixel. */
+async function inspect(lonLat) {
   const body = part("pixel-body");
   if (!lonLat) {
-    body.textContent = "This page places pixels of UTM zones, EPSG:4326, EPSG:3857 and EPSG:3035; the raster has another CRS.";
+    body.textContent = "Pixels cannot be selected on this raster: the page supports UTM zones, EPSG:4326, EPSG:3857 and EPSG:3035.";
     return;
   }
   if (state.teacher?.take(lonLat)) return;
@@ -418,21 +419,21 @@ async function chosen(lonLat) {
     className: "hint", textContent: `Longitude ${lonLat[0].toFixed(6)}, latitude ${lonLat[1].toFixed(6)}`,
   }));
   if (!state.files.length) {
-    body.append("Choose the stack to see the pixel's series.");
+    body.append("Choose the stack to see the series of the pixel.");
     return;
   }
   await guarded(async () => {
     const points = { type: "FeatureCollection", features: [{ type: "Feature", properties: {}, geometry: { type: "Point", coordinates: lonLat } }] };
-    const places = JSON.stringify(points);
-    const found = await measuredAt({ points: places, plots: "true" })
+    const geojson = JSON.stringify(points);
+    const found = await measuredAt({ points: geojson, plots: "true" })
       .catch((error) => {
-        // Not every service has a model whose card states recurrence plots.
+        // Recurrence plots need a model whose card describes them.
         if (error.status !== 422) throw error;
-        return measuredAt({ points: places });
+        return measuredAt({ points: geojson });
       });
     const measured = found.features[0].properties;
     if (measured.status !== "ok") {
-      body.append(`No clear observation here (${measured.status}).`);
+      body.append(`This pixel has no clear observation (status: ${measured.status}).`);
       return;
     }
     const forecast = await predicted("forecast", measured, state.defaults.forecast);
@@ -452,7 +453,7 @@ function measuredAt(fields) {
   return json("series", { method: "POST", body: formOf(state.files, fields), headers: { Accept: "application/geo+json" } });
 }
 
-/** What a model predicts of a measured series; null if the series does not do for it. */
+/** A model's prediction for a measured series; null if the series lacks bands or dates. */
 async function predicted(task, measured, model, more = {}) {
   const card = state.models.get(model);
   if (!card) return null;
@@ -487,13 +488,13 @@ async function offerDemo() {
 }
 
 async function openDemo() {
-  say("Fetching the demo");
+  showStatus("Downloading the demo");
   const files = [];
   for (const name of state.demo) {
     const { blob } = await send(`explorer/demo/${encodeURIComponent(name)}`);
     files.push({ name, file: new File([blob], name) });
   }
-  say("");
+  showStatus("");
   await take(files);
 }
 
@@ -520,7 +521,7 @@ part("cancel").addEventListener("click", cancel);
 part("opacity").addEventListener("input", (event) => map.opacity(event.target.value / 100));
 part("swipe").addEventListener("input", (event) => map.swipe(event.target.value / 100));
 part("set-key").addEventListener("click", async () => {
-  if (await askForKey()) guarded(() => loadModels());
+  if (await requestKey()) guarded(() => loadModels());
 });
 
 await guarded(async () => {

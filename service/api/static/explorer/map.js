@@ -1,18 +1,18 @@
-/** The map: layers on the grid of the stack, a swipe between two of them, points and polygons. */
+/** The map: layers on the grid of the stack, a swipe between them, points and polygons. */
 
 import { projection } from "./geo.js";
 
 const L = globalThis.L;
 
 export class ExplorerMap {
-  /** @param {HTMLElement} element @param {(lonLat: [number, number]) => void} chosen */
-  constructor(element, chosen) {
+  /** @param {HTMLElement} element @param {(lonLat: [number, number] | null) => void} selected */
+  constructor(element, selected) {
     this.element = element;
-    this.chosen = chosen;
+    this.selected = selected;
     this.map = null;
     this.layers = { picture: null, result: null };
     element.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && this.map) this._choose(this.map.getCenter());
+      if (event.key === "Enter" && this.map) this._select(this.map.getCenter());
     });
   }
 
@@ -41,7 +41,7 @@ export class ExplorerMap {
     this.layers = { picture: null, result: null };
     this.points = L.layerGroup().addTo(this.map);
     this.mark = null;
-    this.map.on("click", (event) => this._choose(event.latlng));
+    this.map.on("click", (event) => this._select(event.latlng));
     this.map.on("move zoomend resize", () => this.swipe(this.share || 0));
   }
 
@@ -98,10 +98,10 @@ export class ExplorerMap {
     return () => point.remove();
   }
 
-  _choose(latlng) {
+  _select(latlng) {
     if (!this.bounds.contains(latlng)) return;
     this.mark?.remove();
     this.mark = L.circleMarker(latlng, { radius: 7, color: "#fff", weight: 3, fill: false }).addTo(this.map);
-    this.chosen(this.projection ? this.projection.toLonLat(latlng.lng, latlng.lat) : null);
+    this.selected(this.projection ? this.projection.toLonLat(latlng.lng, latlng.lat) : null);
   }
 }

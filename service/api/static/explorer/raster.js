@@ -92,9 +92,9 @@ export function rampColours(low, high) {
 const RAMP = [[122, 82, 40], [214, 178, 94], [245, 240, 178], [120, 190, 90], [16, 92, 44]];
 
 export function rampColour(share) {
-  const place = Math.min(1, Math.max(0, share)) * (RAMP.length - 1);
-  const at = Math.min(RAMP.length - 2, Math.floor(place));
-  return [...RAMP[at].map((low, c) => low + (RAMP[at + 1][c] - low) * (place - at)), 255];
+  const position = Math.min(1, Math.max(0, share)) * (RAMP.length - 1);
+  const at = Math.min(RAMP.length - 2, Math.floor(position));
+  return [...RAMP[at].map((low, c) => low + (RAMP[at + 1][c] - low) * (position - at)), 255];
 }
 
 /** True colour, stretched between the 2nd and 98th percentile of all three bands. */

@@ -1,4 +1,4 @@
-/** The files of a stack as a person gives them, and true-colour pictures of its dates. */
+/** The files of a stack, and true-colour pictures of its dates. */
 
 import { Raster, painted, trueColours } from "./raster.js";
 
@@ -9,7 +9,7 @@ const COLOURS = [
 ];
 const PICTURE = 1024;
 
-/** Files of a drop, those of folders included: [{name, file}]; a name holds its folder. */
+/** Dropped files, including those in folders: [{name, file}]; a name contains the folder. */
 export async function droppedFiles(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
   if (!entries.length) return chosenFiles(transfer.files);
@@ -49,8 +49,8 @@ export function formOf(files, fields = {}) {
 }
 
 /**
- * Pictures that this page can make by itself: files with red, green and blue, named by their bands
- * or by the file's name. The service understands more forms than this page draws.
+ * Pictures of files with red, green and blue, named by band descriptions or file names. The service
+ * reads more forms of stacks than this page can draw.
  *
  * @returns {Promise<{date: string, draw: () => Promise<{canvas: HTMLCanvasElement, raster: Raster}>}[]>}
  */

@@ -1,4 +1,4 @@
-/** Own classes: points labelled on the map become a model of the caller's own (`POST /heads`). */
+/** Own classes: a model fitted to points that are labelled on the map (`POST /heads`). */
 
 import { send } from "./api.js";
 import { formOf } from "./stack.js";
@@ -19,10 +19,10 @@ export class Teacher {
     this.page = page;
     this.labels = [];
     body.innerHTML = `
-      <p class="hint">Name a class, switch labelling on and click its places on the map: at least five of each of two classes, spread over the area.</p>
+      <p class="hint">Name a class, switch labelling on, and click pixels of the class on the map: at least two classes with five pixels each, spread over the area.</p>
       <label>Class <input type="text" id="class-name" list="class-names" autocomplete="off"></label>
       <datalist id="class-names"></datalist>
-      <label><input type="checkbox" id="labelling"> Label the pixels that I choose</label>
+      <label><input type="checkbox" id="labelling"> Label selected pixels</label>
       <table id="label-counts"></table>
       <label>Name of the model <input type="text" id="head-name" value="my-classes" pattern="[a-z0-9][a-z0-9-]*"></label>
       <p class="buttons">
@@ -36,7 +36,7 @@ export class Teacher {
     this._show();
   }
 
-  /** Take a chosen pixel as a label. Returns whether it was taken. */
+  /** Label a selected pixel. Returns whether it was labelled. */
   take(lonLat) {
     const name = this.part("class-name").value.trim();
     if (!this.part("labelling").checked || !name) return false;
@@ -84,15 +84,15 @@ export class Teacher {
       })),
     };
     const score = this.part("teach-score");
-    score.textContent = "The service learns your classes…";
+    score.textContent = "The service is fitting the model…";
     this.part("teach-run").disabled = true;
     try {
       const form = formOf(this.page.files(), { name, labels: JSON.stringify(labels) });
-      const reply = await send("heads", { method: "POST", body: form, headers: { Accept: "application/json" } });
-      const { card, warnings } = JSON.parse(await reply.blob.text());
+      const response = await send("heads", { method: "POST", body: form, headers: { Accept: "application/json" } });
+      const { card, warnings } = JSON.parse(await response.blob.text());
       const { macro_f1: f1, macro_f1_interval: interval, n, places } = card.metrics;
       score.textContent = `'${card.name}' is ready: macro-F1 ${f1.toFixed(2)} (95 % interval ${interval.map((end) => end.toFixed(2)).join(" to ")}) `
-        + `on places left out; ${n} pixels in ${places} places. Choose it under Model and run.`;
+        + `on places left out of the fit; ${n} pixels in ${places} places. To map the area, select it under Model and choose Run.`;
       score.append(...this.page.warnings(warnings));
       this.page.taught(card.name);
     } catch (error) {
