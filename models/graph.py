@@ -1,4 +1,9 @@
-"""The whole graph, from reflectance to prediction, as trained and as exported."""
+"""The whole graph, from reflectance to prediction, as trained and as exported.
+
+Shapes: N pixels or patches, T dates, C bands, M steps of the regular grid, D numbers of an
+embedding. K is spectral indices in series (N, K, M) and classes in predictions (N, K). A forecast
+has H steps, S spectral indices and Q quantiles.
+"""
 
 from __future__ import annotations
 

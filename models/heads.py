@@ -1,4 +1,8 @@
-"""Heads: projection, classification, forecast."""
+"""Heads: projection, classification, forecast.
+
+Shapes: N pixels or patches, D numbers of an embedding, K classes, M steps of the regular grid, H
+steps of a forecast, S spectral indices, Q quantiles.
+"""
 
 from __future__ import annotations
 

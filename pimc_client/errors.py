@@ -292,7 +292,7 @@ class ResultsNotReady(RequestError):
 
 
 class InvalidRange(RequestError):
-    """The range asked for is not within the result."""
+    """The requested range is not within the result."""
 
     known_code = "invalid_range"
 

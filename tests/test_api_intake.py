@@ -319,7 +319,7 @@ def api(tmp_path: Path, scratch: Path) -> Iterator[httpx.Client]:
 
 
 def emptied(scratch: Path) -> bool:
-    """Whether no request has files, soon: an answer is there before its folder is gone."""
+    """Whether no request has files, soon: a response is sent before its folder is gone."""
     return soon(lambda: not any(scratch.glob("pimc-*/request-*")))
 
 
@@ -344,7 +344,7 @@ def test_a_request_leaves_no_files(api: httpx.Client, tmp_path: Path, scratch: P
     assert emptied(scratch)
 
 
-def answered(connection: socket.socket) -> bool:
+def responded(connection: socket.socket) -> bool:
     connection.setblocking(False)
     with suppress(BlockingIOError):
         return bool(connection.recv(1))
@@ -365,7 +365,9 @@ def test_a_disconnected_client_leaves_no_files(
         with socket.create_connection(where) as connection:
             connection.sendall(sent)
             # Whichever comes first: its files, or the end of a request that was served in no time.
-            soon(lambda: any(scratch.glob("pimc-*/request-*")) or answered(connection), pause=0.001)
+            soon(
+                lambda: any(scratch.glob("pimc-*/request-*")) or responded(connection), pause=0.001
+            )
         assert emptied(scratch)
     assert api.get("/health/live").status_code == 200
 

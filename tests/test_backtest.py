@@ -1,4 +1,4 @@
-"""Backtests: the fit against slow references, known answers, and every kind of request."""
+"""Backtests: the fit against slow references, known results, and every kind of request."""
 
 from __future__ import annotations
 
@@ -235,9 +235,9 @@ def posted(
 
 
 def summary(api: httpx.Client, scene: Scene, **how: Any) -> dict[str, Any]:
-    answer = posted(api, scene, headers={"Accept": "application/json"}, **how)
-    assert answer.status_code == 200, answer.text
-    return dict(answer.json())
+    response = posted(api, scene, headers={"Accept": "application/json"}, **how)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
 
 
 def nearest(scene: Scene, pixel: int, day: int, within: float, lo: int, hi: int) -> Any:
@@ -317,9 +317,9 @@ def corrected(scene: Scene, record: dict[str, Any]) -> np.ndarray:
 
 
 def test_every_pixel_is_corrected_by_the_record(api: httpx.Client, scene: Scene) -> None:
-    answer = posted(api, scene)
-    assert answer.status_code == 200, answer.text
-    with rasterio.MemoryFile(answer.content) as file, file.open() as raster:
+    response = posted(api, scene)
+    assert response.status_code == 200, response.text
+    with rasterio.MemoryFile(response.content) as file, file.open() as raster:
         found = raster.read().reshape(3, HORIZON, 3, H * W).transpose(3, 1, 0, 2)
     record = summary(api, scene)["backtest"]
     assert any(abs(step["factor"] - 1) > 0.02 for step in record["steps"])
@@ -405,11 +405,11 @@ def test_a_short_history_is_told_only_if_asked(api: httpx.Client, scene: Scene) 
             **{band: [None] * 18 + [0.05 * n] * 2 for n, band in enumerate(BANDS, start=1)},
         }
     ]
-    answer = api.post("/forecast", json={"series": cloudy, "backtest": True}).json()
-    assert answer["results"][0]["status"] == "ok"
-    assert "no_backtest" in {w["code"] for w in answer["warnings"]}
-    assert "backtest" not in answer
-    # Six months are not enough by themselves, and enough if asked for.
+    response = api.post("/forecast", json={"series": cloudy, "backtest": True}).json()
+    assert response["results"][0]["status"] == "ok"
+    assert "no_backtest" in {w["code"] for w in response["warnings"]}
+    assert "backtest" not in response
+    # Six months are not enough by themselves, and enough if requested.
     middle = slice(-8, None)
     assert "backtest" not in summary(api, scene, dates=middle)
     assert "backtest" in summary(api, scene, dates=middle, backtest="true")
@@ -425,14 +425,14 @@ def test_a_forecast_that_loses_says_so(api: httpx.Client, scene: Scene) -> None:
 
 def test_other_tasks_have_no_backtest(api: httpx.Client, scene: Scene) -> None:
     files = [("files", (s.name, s.path.read_bytes())) for s in scene.files[:4]]
-    answer = api.post("/classify-pixels", files=files, data={"backtest": "true"})
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    response = api.post("/classify-pixels", files=files, data={"backtest": "true"})
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
 
 
 def test_a_job_has_the_same_backtest(api: httpx.Client, scene: Scene) -> None:
-    answer = posted(api, scene, headers={"Prefer": "respond-async"})
-    assert answer.status_code == 202, answer.text
-    job = answer.json()["jobID"]
+    response = posted(api, scene, headers={"Prefer": "respond-async"})
+    assert response.status_code == 202, response.text
+    job = response.json()["jobID"]
     assert waited(api, job)["status"] == "successful"
     found = api.get(f"/jobs/{job}/result", headers={"Accept": "application/json"}).json()
     assert found["backtest"] == summary(api, scene)["backtest"]

@@ -79,8 +79,8 @@ def fetched(
 
     async def fetch() -> RemoteFile:
         async with Connections(allowed) as connections:
-            place = Remote.of(f"{web.url}/{name}", "the file", allowed.allowed_hosts)
-            remote = RemoteFile(place=place, path=folder / "local.tif", hint="sign it")
+            location = Remote.of(f"{web.url}/{name}", "the file", allowed.allowed_hosts)
+            remote = RemoteFile(remote=location, path=folder / "local.tif", hint="sign it")
             await remote.open(connections)
             if window is not None and not remote.whole:
                 await remote.fetch(connections, GridWindow(*window.flatten()))
@@ -97,7 +97,7 @@ def test_a_window_of_a_part_is_that_of_the_whole(
     web: RangeServer, tmp_path: Path, name: str, window: Window
 ) -> None:
     path = web.folder / f"{name}.tif"
-    web.asked.clear()
+    web.requests.clear()
     remote = fetched(web, path.name, tmp_path, window)
     assert not remote.whole
     with gdal_options():
@@ -129,7 +129,7 @@ def test_a_small_file_and_one_of_another_kind_come_whole(web: RangeServer, tmp_p
     (web.folder / "other.jp2").write_bytes(b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(3 * FIRST_BYTES))
     for name in ("small.tif", "other.jp2"):
         (tmp_path / name).mkdir()
-        web.asked.clear()
+        web.requests.clear()
         remote = fetched(web, name, tmp_path / name, Window(0, 0, 5, 5))
         assert remote.whole
         assert remote.path.read_bytes() == (web.folder / name).read_bytes()
@@ -181,15 +181,15 @@ def test_a_server_without_ranges_gives_the_file_whole(odd: RangeServer, tmp_path
 
 
 def test_a_busy_server_is_asked_again(odd: RangeServer, tmp_path: Path) -> None:
-    asked: list[int] = []
+    seen: list[int] = []
 
     def busy(to: BaseHTTPRequestHandler) -> bool:
-        asked.append(1)
-        return len(asked) % 3 != 0 and reply(to, 503, b"<Error>SlowDown</Error>")
+        seen.append(1)
+        return len(seen) % 3 != 0 and reply(to, 503, b"<Error>SlowDown</Error>")
 
     odd.before = busy
     fetched(odd, "COG.tif", tmp_path, Window(0, 0, 9, 9))
-    asked.clear()
+    seen.clear()
     odd.before = lambda to: reply(to, 503)
     with pytest.raises(UnreachableReference, match="status 503"):
         fetched(odd, "COG.tif", tmp_path, Window(0, 0, 9, 9))
@@ -218,7 +218,7 @@ def test_a_block_that_is_not_the_files_is_refused(
 ) -> None:
     data = (odd.folder / "COG.tif").read_bytes()
 
-    def answer(to: BaseHTTPRequestHandler) -> bool:
+    def respond(to: BaseHTTPRequestHandler) -> bool:
         begin, last = map(int, to.headers["Range"].removeprefix("bytes=").split("-"))
         part, first = data[begin : last + 1], begin == 0
         span = f"bytes {begin}-{last}/{len(data)}"
@@ -229,7 +229,7 @@ def test_a_block_that_is_not_the_files_is_refused(
             return reply(to, 206, part, Content_Range=span, ETag=tag)
         return reply(to, 404 if how == "gone" else 403)
 
-    odd.before = answer
+    odd.before = respond
     expected = {
         "short": "requested bytes", "long": "more than", "changed": "replaced the file",
         "gone": "status 404", "signed": "needs a signature or a login; sign it",

@@ -539,11 +539,11 @@ def test_a_job_of_the_service_calls_back(
     with served(**how) as api:
         secret = api.get("/callbacks").json()["secret"]
         with gate.held():
-            answer = api.post(
+            response = api.post(
                 "/classify-pixels", files=files, headers=ASYNC,
                 data={"model": HELD, "subscriber": called(receiver)},
             )  # fmt: skip
-            assert answer.status_code == 202, answer.text
+            assert response.status_code == 202, response.text
             begun = receiver.arrived.get(timeout=PATIENCE)
         assert begun.path == "/progress"
         assert Webhook(secret).verify(begun.body, begun.headers)["status"] == "running"
@@ -551,7 +551,7 @@ def test_a_job_of_the_service_calls_back(
         while ended.path == "/progress":
             ended = receiver.arrived.get(timeout=PATIENCE)
         document = Webhook(secret).verify(ended.body, ended.headers)
-        job = answer.json()["jobID"]
+        job = response.json()["jobID"]
         assert (ended.path, document["jobID"]) == ("/done", job)
         assert document == api.get(f"/jobs/{job}").json()
         assert 'outcome="delivered"' in api.get("/metrics").text
@@ -567,21 +567,21 @@ def test_a_subscriber_is_of_a_job_on_an_allowed_host(zoo: Path, receiver: Receiv
     how = {"model_dir": zoo, "callback_hosts": "hooks.example", "callback_secrets": SECRET}
     with served(**how) as api:
         given = {**SERIES, "subscriber": {"successUri": "https://hooks.example/x"}}
-        answer = api.post("/embed", json=given)
-        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
-        assert "respond-async" in answer.json()["detail"]
+        response = api.post("/embed", json=given)
+        assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+        assert "respond-async" in response.json()["detail"]
         elsewhere = {**SERIES, "subscriber": json.loads(called(receiver))}
-        answer = api.post("/embed", json=elsewhere, headers=ASYNC)
-        assert (answer.status_code, answer.json()["code"]) == (403, "forbidden_reference")
+        response = api.post("/embed", json=elsewhere, headers=ASYNC)
+        assert (response.status_code, response.json()["code"]) == (403, "forbidden_reference")
         assert api.get("/jobs").json()["jobs"] == []
         wrong = {**SERIES, "subscriber": {"failedUri": "https://hooks.example/x"}}
-        answer = api.post("/embed", json=wrong, headers=ASYNC)
-        assert answer.json()["errors"][0]["field"] == "subscriber.successUri"
+        response = api.post("/embed", json=wrong, headers=ASYNC)
+        assert response.json()["errors"][0]["field"] == "subscriber.successUri"
 
 
 def test_a_service_without_hosts_sends_none(zoo: Path, receiver: Receiver) -> None:
     with served(model_dir=zoo) as api:
         given = {**SERIES, "subscriber": json.loads(called(receiver))}
-        answer = api.post("/embed", json=given, headers=ASYNC)
-        assert (answer.status_code, answer.json()["code"]) == (403, "forbidden_reference")
+        response = api.post("/embed", json=given, headers=ASYNC)
+        assert (response.status_code, response.json()["code"]) == (403, "forbidden_reference")
         assert api.get("/callbacks").status_code == 404

@@ -77,12 +77,12 @@ def days(paths: Sequence[Path]) -> list[str]:
 
 def test_files_hold_the_pixels_of_the_source(world: World, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    world.web.asked.clear()
+    world.web.requests.clear()
     paths = fetched(world, tmp_path, progress=lambda done, dates: seen.append((done, dates)))
     assert days(paths) == [at.day[:10].replace("-", "") for at in world.tyrol]
     assert seen == [(1, 3), (2, 3), (3, 3)]
     total = sum(path.stat().st_size for at in world.tyrol for path in at.paths.values())
-    assert sum(end - begin for _, begin, end in world.web.asked) < total / 2
+    assert sum(end - begin for _, begin, end in world.web.requests) < total / 2
     for path, source in zip(paths, world.stacks, strict=True):
         with rasterio.open(path) as file, rasterio.open(source) as original:
             assert file.descriptions == ("B02", "B03", "B04", "B08", "SCL")
@@ -123,10 +123,10 @@ def test_what_is_there_is_not_fetched_again(world: World, tmp_path: Path) -> Non
     before = [path.read_bytes() for path in paths]
     paths[1].unlink()
     (tmp_path / "S2_20220610.part").write_bytes(b"cut off")
-    world.web.asked.clear()
+    world.web.requests.clear()
     assert fetched(world, tmp_path) == paths
     # The first item's header tells the grid.
-    assert {name.split("/")[0] for name, *_ in world.web.asked} - {"tyrol0"} == {"tyrol1"}
+    assert {name.split("/")[0] for name, *_ in world.web.requests} - {"tyrol0"} == {"tyrol1"}
     assert [path.read_bytes() for path in paths] == before
     with pytest.raises(StackError, match="other bands or another grid"):
         fetched(world, tmp_path, bands=["B04"])

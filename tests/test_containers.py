@@ -64,8 +64,8 @@ def opened(files: Sequence[SourceFile], folder: Path, **options: object) -> Stac
     out = folder / "members"
     out.mkdir(exist_ok=True)
     unpacked = unpack(files, out, max_bytes=2**26, max_files=100)
-    asked = StackOptions(left_out=unpacked.left_out, **options)
-    return open_stack(unpacked.files, asked, bands=BANDS, max_bytes=2**26)
+    options_given = StackOptions(left_out=unpacked.left_out, **options)
+    return open_stack(unpacked.files, options_given, bands=BANDS, max_bytes=2**26)
 
 
 def values(stack: Stack) -> np.ndarray:

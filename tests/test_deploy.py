@@ -135,7 +135,7 @@ def test_the_images_set_only_settings_that_the_service_has():
 
 
 @contextmanager
-def answering(status: int) -> Iterator[tuple[int, list[str]]]:
+def responding(status: int) -> Iterator[tuple[int, list[str]]]:
     """A server that gives every request a status: its port, and the paths requested."""
     paths: list[str] = []
 
@@ -163,7 +163,7 @@ def test_the_health_check_of_the_image_requests_readiness(status, healthy):
     found = re.search(r"^HEALTHCHECK .*?CMD (\[.*\])$", DOCKERFILES["service"], re.MULTILINE)
     assert found
     _, *command = json.loads(found[1])
-    with answering(status) as (port, paths):
+    with responding(status) as (port, paths):
         environment = {**os.environ, "PIMC_PORT": str(port), "http_proxy": "http://127.0.0.1:9"}
         done = subprocess.run(
             [sys.executable, *command], env=environment, timeout=PATIENCE, check=False

@@ -172,10 +172,10 @@ def test_the_summary_states_scale_and_clipped_share(
 
 
 def test_a_model_without_a_scale_rejects_int8(api: httpx.Client, stack: list[SourceFile]) -> None:
-    answer = posted(api, stack, model="embed-plain", dtype="int8")
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
-    assert answer.json()["errors"][0]["field"] == "dtype"
-    assert "embed-plain@0.0.1" in answer.json()["detail"]
+    response = posted(api, stack, model="embed-plain", dtype="int8")
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+    assert response.json()["errors"][0]["field"] == "dtype"
+    assert "embed-plain@0.0.1" in response.json()["detail"]
 
 
 @pytest.mark.parametrize("task", ["classify-pixels", "forecast", "landcover"])
@@ -183,9 +183,9 @@ def test_only_embeddings_have_a_number_type(
     api: httpx.Client, stack: list[SourceFile], task: str
 ) -> None:
     files = [("files", (s.name, s.path.read_bytes())) for s in stack]
-    answer = api.post(f"/{task}", files=files, data={"dtype": "int8"})
-    assert answer.status_code == 422
-    assert answer.json()["errors"][0]["field"] == "dtype"
+    response = api.post(f"/{task}", files=files, data={"dtype": "int8"})
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["field"] == "dtype"
 
 
 def test_every_float_becomes_the_nearest_step() -> None:

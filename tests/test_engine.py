@@ -134,7 +134,7 @@ def test_a_runtime_error_is_an_internal_error_without_the_runtimes_message(engin
         engine.models["pixels-brittle"].pixels(values[:1], valid[:1], days)
     assert type(caught.value.__cause__).__module__.startswith("onnxruntime")
     assert "onnxruntime" not in caught.value.detail.lower()
-    # 600 x 5 dates make whole rows of 4 dates, so it runs, and answers for too many pixels.
+    # 600 x 5 dates make whole rows of 4 dates, so it runs, and predicts for too many pixels.
     with pytest.raises(InternalError):
         engine.models["pixels-brittle"].pixels(values, valid, days)
     # And the engine goes on.
@@ -522,7 +522,7 @@ def test_a_device_that_works_again_is_not_failing(zoo):
 def test_a_device_without_numbers_where_the_cpu_has_them_is_reported(zoo, hole):
     model, device = on_a_device(zoo, most=10**9)
     values, valid, days = series(300)
-    valid[7] = False  # nothing to answer from: NaN is right
+    valid[7] = False  # nothing to predict from: NaN is right
     assert np.isnan(model.pixels(values, valid, days)[7]).all()
     device.holes = {8: hole}
     with pytest.raises(InternalError):
@@ -573,9 +573,9 @@ pool.submit(int).result()  # its thread takes memory as well
 if how == "system":
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 2**20, -1))
-answer = model.pixels(given["values"], given["valid"], given["days"])
+predictions = model.pixels(given["values"], given["valid"], given["days"])
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-np.save(target, answer)
+np.save(target, predictions)
 """
 
 
@@ -587,7 +587,7 @@ def test_real_lack_of_memory_halves_the_batch_and_changes_no_prediction(tmp_path
     days *= 9
     np.savez(tmp_path / "given.npz", values=values, valid=valid, days=days)
     done = subprocess.run(
-        [sys.executable, "-c", STARVED, how, tmp_path / "given.npz", tmp_path / "answer.npy"],
+        [sys.executable, "-c", STARVED, how, tmp_path / "given.npz", tmp_path / "predictions.npy"],
         env={**os.environ, "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -599,7 +599,7 @@ def test_real_lack_of_memory_halves_the_batch_and_changes_no_prediction(tmp_path
     registry = Registry.load(ZOO)
     with Engine(registry, providers="cpu", threads=1, precision="float32") as undisturbed:
         expected = undisturbed.models["pixels-landcover"].pixels(values, valid, days)
-    found = np.load(tmp_path / "answer.npy")
+    found = np.load(tmp_path / "predictions.npy")
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert (found.argmax(axis=1) == expected.argmax(axis=1)).all()
 

@@ -66,7 +66,7 @@ def round_plots(graph: PixelGraph) -> None:
             weight.copy_(torch.round(weight / step) * step)
 
 
-def answers(graph: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+def outputs_of(graph: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     with torch.inference_mode():
         out: torch.Tensor = graph(*(torch.from_numpy(array) for array in inputs.values()))
     return out
@@ -94,9 +94,9 @@ def test_a_folded_graph_equals_the_graph(options: dict[str, Any], precision: Pre
         round_plots(graph)
     inputs = pixel_inputs(graph, 40, 30)
     inputs["valid"][3] = False
-    expected = answers(graph, inputs)
+    expected = outputs_of(graph, inputs)
     assert torch.isnan(expected[3]).all()
-    got = answers(folded(graph, precision), inputs)
+    got = outputs_of(folded(graph, precision), inputs)
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=2e-5, equal_nan=True)
     # The one that was trained is as it was.
     assert isinstance(graph.encoder, PixelEncoder)
@@ -213,7 +213,7 @@ def test_series_are_rounded_before_their_plots_are_made(small: tuple[PixelGraph,
 def test_int8_predictions_are_close_to_float32(small: tuple[PixelGraph, Path]) -> None:
     graph, path = small
     inputs = pixel_inputs(graph, BATCH, 30)
-    expected = answers(graph, inputs).numpy()
+    expected = outputs_of(graph, inputs).numpy()
     got = open_cpu(path).run(None, inputs)[0]
     off = np.abs(got - expected)
     assert 0 < off.mean() < 0.1 * np.abs(expected - expected.mean(axis=0)).mean()
@@ -228,7 +228,7 @@ def test_int8_returns_nan_for_pixels_without_a_date(small: tuple[PixelGraph, Pat
     session = open_cpu(path)
     together = session.run(None, inputs)[0]
     assert np.isnan(together).all(axis=1).nonzero()[0].tolist() == [2, 5]
-    # Scales are fixed: a pixel's answer does not depend on its neighbours in the batch.
+    # Scales are fixed: a pixel's prediction does not depend on its neighbours in the batch.
     for i in (0, 4):
         alone = {n: a if n == "days" else a[i : i + 1] for n, a in inputs.items()}
         np.testing.assert_allclose(session.run(None, alone)[0][0], together[i], atol=1e-6)

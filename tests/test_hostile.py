@@ -255,9 +255,9 @@ with served(model_dir=write_zoo(folder / "zoo"), max_body_bytes=2**26) as api:
     for path in sorted(folder.glob("bomb-*.tif")):
         content = path.read_bytes()
         before = peak()
-        answer = post(content)
-        problem = "problem" in answer.headers["content-type"]
-        code = answer.json()["code"] if problem else "answered"
+        response = post(content)
+        problem = "problem" in response.headers["content-type"]
+        code = response.json()["code"] if problem else "accepted"
         print(json.dumps([path.stem[5:], code, peak() - before, len(content) // 2**20]))
 """
 
@@ -276,7 +276,7 @@ def test_bombs_cost_no_memory_and_little_time(sound: bytes, tmp_path: Path) -> N
     found = {line[0]: line[1:] for line in map(json.loads, child.stdout.splitlines())}
     assert set(found) == set(bombs)
     for name, (code, grown, sent) in found.items():
-        assert code == ("answered" if name == "inflating" else "raster_too_large"), name
+        assert code == ("accepted" if name == "inflating" else "raster_too_large"), name
         # An upload goes through memory in pieces; this client holds it whole, and its form.
         assert grown < 60 + 8 * sent, f"{name}: {grown} MiB more for {sent} MiB sent"
 

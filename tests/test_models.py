@@ -223,7 +223,7 @@ class TestHeads:
 
 class TestGraph:
     def test_missing_dates_do_not_matter(self) -> None:
-        """Whatever stands where a date is not valid, the answer is the one without that date."""
+        """Values where a date is not valid do not change the prediction."""
         graph = pixel_graph(ClassificationHead(32, 5))
         values, valid, days = random_series(6, 14)
         keep = torch.ones(14, dtype=torch.bool)
@@ -466,7 +466,7 @@ class TestSymmetries:
         with torch.no_grad():
             got = graph.raw(patches)
             assert calls == {0: 4, 1: 4}
-            # All eight were seen: with the same weights in both, they answer as one network does.
+            # With the same weights, both predict what one network predicts from all eight patches.
             graph.others.load_state_dict(
                 {
                     **{f"0.0.{k}": v for k, v in graph.encoder.state_dict().items()},

@@ -72,8 +72,8 @@ def test_queries_use_metrics_and_labels_of_the_service(place, query, labels):
     for name, matchers in found:
         assert name in labels, name
         known |= labels[name]
-        asked = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers))
-        assert asked <= labels[name] | OF_PROMETHEUS, name
+        matched = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers))
+        assert matched <= labels[name] | OF_PROMETHEUS, name
     for group in GROUPED.findall(query):
         assert {label.strip() for label in group.split(",")} <= known
 

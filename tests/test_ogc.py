@@ -237,15 +237,15 @@ def execute(
     return api.post(f"/processes/{task}/execution", json=body, headers=dict(headers))
 
 
-def job_of(answer: httpx.Response) -> str:
-    assert answer.status_code == 201, answer.text
-    return str(answer.json()["jobID"])
+def job_of(response: httpx.Response) -> str:
+    assert response.status_code == 201, response.text
+    return str(response.json()["jobID"])
 
 
-def problem_of(answer: httpx.Response, status: int, kind: str | None = None) -> dict[str, Any]:
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert answer.status_code == status, answer.text
-    document = conforms(answer.json(), EXCEPTION)
+def problem_of(response: httpx.Response, status: int, kind: str | None = None) -> dict[str, Any]:
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.status_code == status, response.text
+    document = conforms(response.json(), EXCEPTION)
     if kind is not None:
         assert document["type"] == f"{EXCEPTIONS}/{kind}"
     return dict(document)
@@ -253,9 +253,9 @@ def problem_of(answer: httpx.Response, status: int, kind: str | None = None) -> 
 
 def plain(api: httpx.Client, files: Files, accept: str = "", **data: Any) -> httpx.Response:
     """The response of the task's own path."""
-    answer = api.post("/classify-pixels", files=files, data=data, headers={"Accept": accept})
-    assert answer.status_code == 200, answer.text
-    return answer
+    response = api.post("/classify-pixels", files=files, data=data, headers={"Accept": accept})
+    assert response.status_code == 200, response.text
+    return response
 
 
 def raster(content: bytes) -> np.ndarray:
@@ -263,18 +263,18 @@ def raster(content: bytes) -> np.ndarray:
         return np.asarray(file.read())
 
 
-def parts_of(answer: httpx.Response) -> dict[str, email.message.Message]:
+def parts_of(response: httpx.Response) -> dict[str, email.message.Message]:
     """The parts of a multipart response by Content-ID, by the standard library's parser."""
-    head = b"Content-Type: " + answer.headers["content-type"].encode() + b"\r\n\r\n"
-    message = email.message_from_bytes(head + answer.content)
+    head = b"Content-Type: " + response.headers["content-type"].encode() + b"\r\n\r\n"
+    message = email.message_from_bytes(head + response.content)
     assert message.get_content_type() == "multipart/related"
     assert not message.defects
     return {str(part["Content-ID"]): part for part in message.get_payload()}  # type: ignore[union-attr,misc]
 
 
-def linked(answer: httpx.Response, rel: str) -> dict[str, str]:
+def linked(response: httpx.Response, rel: str) -> dict[str, str]:
     """Targets of `Link` headers of a relation, by title."""
-    found = re.findall(r'<([^>]*)>; rel="([^"]*)"(?:; title="([^"]*)")?', answer.headers["link"])
+    found = re.findall(r'<([^>]*)>; rel="([^"]*)"(?:; title="([^"]*)")?', response.headers["link"])
     return {title: target for target, relation, title in found if relation == rel}
 
 
@@ -295,8 +295,8 @@ def test_every_requirement_of_a_declared_class_has_a_test() -> None:
 
 
 def test_req_core_http(api: httpx.Client) -> None:
-    answer = api.get("/conformance")
-    assert answer.http_version == "HTTP/1.1"
+    response = api.get("/conformance")
+    assert response.http_version == "HTTP/1.1"
     assert api.head("/processes").headers["content-type"] == "application/json"
     assert api.put("/processes").headers["allow"] == "GET, HEAD"
 
@@ -316,8 +316,8 @@ def test_req_core_landingpage_success(api: httpx.Client) -> None:
         f"{OGC}/rel/ogc/1.0/job-list",
     }
     for link in page["links"]:
-        answer = api.get(link["href"], headers={"Accept": link["type"]})
-        assert (answer.status_code, answer.headers["content-type"].partition(";")[0]) == (
+        response = api.get(link["href"], headers={"Accept": link["type"]})
+        assert (response.status_code, response.headers["content-type"].partition(";")[0]) == (
             200,
             link["type"],
         )
@@ -336,9 +336,9 @@ def test_req_core_landingpage_success(api: httpx.Client) -> None:
 def test_a_browser_gets_the_explorer_and_a_program_the_landing_page(
     api: httpx.Client, accept: str, kind: str
 ) -> None:
-    answer = api.get("/", headers={"Accept": accept})
-    assert answer.headers["content-type"].partition(";")[0] == kind
-    assert answer.headers["vary"] == "Accept"
+    response = api.get("/", headers={"Accept": accept})
+    assert response.headers["content-type"].partition(";")[0] == kind
+    assert response.headers["vary"] == "Accept"
 
 
 def test_req_core_api_definition_op(api: httpx.Client) -> None:
@@ -433,8 +433,8 @@ def test_req_core_process_exception_no_such_process(api: httpx.Client) -> None:
 
 def test_req_core_process_execute_op(api: httpx.Client, links: Any) -> None:
     for task in TASKS:
-        answer = execute(api, task, inputs={"files": links}, outputs=NUMBERS)
-        assert answer.json()["task"] == task
+        response = execute(api, task, inputs={"files": links}, outputs=NUMBERS)
+        assert response.json()["task"] == task
 
 
 NUMBERS: dict[str, Any] = {"summary": {}}
@@ -472,9 +472,9 @@ def test_req_core_process_execute_inputs(
 ) -> None:
     expected = plain(api, files).content
     for inputs in ({"files": links}, {"files": values, "dates": dates}):
-        answer = execute(api, inputs=inputs, outputs={"class": {}})
-        assert answer.status_code == 200, answer.text
-        assert answer.content == expected
+        response = execute(api, inputs=inputs, outputs={"class": {}})
+        assert response.status_code == 200, response.text
+        assert response.content == expected
     mixed = execute(
         api, inputs={"files": [*links[:2], *values[2:]], "dates": dates}, outputs={"class": {}}
     )
@@ -483,8 +483,8 @@ def test_req_core_process_execute_inputs(
 
 def test_a_reference_is_checked_as_everywhere(api: httpx.Client, links: Any, folder: Path) -> None:
     for href in ("/etc/passwd", f"{folder}/nothing.tif", "http://127.0.0.1/a.tif", "ftp://a/b"):
-        answer = execute(api, inputs={"files": [links[0], {"href": href}]})
-        found = problem_of(answer, 403)
+        response = execute(api, inputs={"files": [links[0], {"href": href}]})
+        found = problem_of(response, 403)
         assert found["code"] == "forbidden_reference"
         assert "inputs.files.1.href" in found["detail"]
 
@@ -518,11 +518,11 @@ def test_req_core_process_execute_input_array(api: httpx.Client, links: Any) -> 
         "bands",
     }
     for given in (links, links[:1], links[0]):
-        answer = execute(api, "landcover", inputs={"files": given}, outputs=NUMBERS)
-        assert len(answer.json()["dates_used"]) == (1 if given != links else len(links))
+        response = execute(api, "landcover", inputs={"files": given}, outputs=NUMBERS)
+        assert len(response.json()["dates_used"]) == (1 if given != links else len(links))
     for given in (ENTRY, [ENTRY], {"value": ENTRY}, [{"value": ENTRY}]):
-        answer = execute(api, inputs={"series": given})
-        assert [found["id"] for found in answer.json()["results"]] == ["a"], answer.text
+        response = execute(api, inputs={"series": given})
+        assert [found["id"] for found in response.json()["results"]] == ["a"], response.text
 
 
 def test_req_core_process_execute_input_inline_object(api: httpx.Client, links: Any) -> None:
@@ -557,17 +557,17 @@ def test_req_core_process_execute_input_mixed_type(
     assert [one["pixels"] for one in found] == pytest.approx([found[1]["pixels"]] * 3, rel=1e-3)
     assert {one["class"] for one in found} == {found[0]["class"]}
     other = {"value": package, "mediaType": "application/x-shapefile"}
-    answer = execute(api, inputs={"files": links, "fields": other})
-    assert problem_of(answer, 422)["errors"][0]["field"] == "inputs.fields.mediaType"
+    response = execute(api, inputs={"files": links, "fields": other})
+    assert problem_of(response, 422)["errors"][0]["field"] == "inputs.fields.mediaType"
 
 
 def test_req_core_process_execute_input_inline_binary(
     api: httpx.Client, files: Files, values: Any, dates: list[str]
 ) -> None:
     texts = [value["value"] for value in values]  # without what qualifies them
-    answer = execute(api, inputs={"files": texts, "dates": dates}, outputs={"class": {}})
-    assert answer.content == plain(api, files).content
-    for wrong, why in (("%%%", "not base64"), ("", "empty"), (7, "base64 is needed")):
+    response = execute(api, inputs={"files": texts, "dates": dates}, outputs={"class": {}})
+    assert response.content == plain(api, files).content
+    for wrong, why in (("%%%", "not base64"), ("", "empty"), (7, "base64 value is required")):
         found = problem_of(execute(api, inputs={"files": [texts[0], wrong]}), 422)
         assert found["errors"][0]["field"] == "inputs.files.1"
         assert why in found["errors"][0]["detail"]
@@ -587,8 +587,8 @@ def test_req_core_process_execute_input_inline_bbox(
         ([west, south, -5, east, north, 5], {"crs": f"{OGC}/crs/OGC/0/CRS84h"}),
     ):
         box = {"bbox": numbers, **crs}
-        answer = execute(api, inputs={"files": links, "bbox": box}, outputs={"class": {}})
-        assert answer.content == flat.content
+        response = execute(api, inputs={"files": links, "bbox": box}, outputs={"class": {}})
+        assert response.content == flat.content
     box = {"bbox": [0, 0, 1, 1], "crs": f"{OGC}/crs/EPSG/0/32631"}
     found = problem_of(execute(api, inputs={"files": links, "bbox": box}), 422)
     assert found["errors"][0]["field"] == "inputs.bbox.crs"
@@ -647,9 +647,9 @@ def test_a_request_over_the_limit_is_not_made_a_job_unasked(
 
 
 def test_req_core_process_execute_auto_execution_mode(api: httpx.Client, links: Any) -> None:
-    answer = execute(api, inputs={"files": links}, outputs=NUMBERS, headers=ASYNC)
-    assert (answer.status_code, answer.headers["preference-applied"]) == (201, "respond-async")
-    waited(api, job_of(answer))
+    response = execute(api, inputs={"files": links}, outputs=NUMBERS, headers=ASYNC)
+    assert (response.status_code, response.headers["preference-applied"]) == (201, "respond-async")
+    waited(api, job_of(response))
 
 
 def test_req_core_process_execute_default_outputs(
@@ -669,23 +669,23 @@ def test_req_core_process_execute_sync_raw_value_one(
         ("class", COG, ""),
         ("summary", "application/json", "application/json"),
     ):
-        answer = execute(api, inputs={"files": links}, outputs={output: {}}, response="raw")
-        assert (answer.status_code, answer.headers["content-type"]) == (200, media)
+        response = execute(api, inputs={"files": links}, outputs={output: {}}, response="raw")
+        assert (response.status_code, response.headers["content-type"]) == (200, media)
         own = plain(api, files, accept)
-        assert answer.content == own.content
-        assert answer.headers["pimc-model"] == own.headers["pimc-model"]
+        assert response.content == own.content
+        assert response.headers["pimc-model"] == own.headers["pimc-model"]
     wanted = {"polygons": {"format": {"mediaType": "application/geo+json"}}}
-    answer = execute(api, inputs={"files": links}, outputs=wanted)
-    assert answer.headers["content-type"] == "application/geo+json"
+    response = execute(api, inputs={"files": links}, outputs=wanted)
+    assert response.headers["content-type"] == "application/geo+json"
     own = plain(api, files, outputs="polygons")
-    assert answer.json()["features"] == own.json()["features"]
+    assert response.json()["features"] == own.json()["features"]
 
 
 def test_req_core_process_execute_sync_raw_value_multi(
     api: httpx.Client, links: Any, files: Files
 ) -> None:
-    answer = execute(api, inputs={"files": links}, outputs={"class": {}, "confidence": {}})
-    parts = parts_of(answer)
+    response = execute(api, inputs={"files": links}, outputs={"class": {}, "confidence": {}})
+    parts = parts_of(response)
     assert list(parts) == ["class", "confidence"]
     for name, part in parts.items():
         assert part["Content-Type"] == COG
@@ -695,9 +695,9 @@ def test_req_core_process_execute_sync_raw_value_multi(
 def test_req_core_process_execute_sync_raw_ref(api: httpx.Client, links: Any, files: Files) -> None:
     by_reference = {"transmissionMode": "reference"}
     wanted = {"class": by_reference, "summary": by_reference}
-    answer = execute(api, inputs={"files": links}, outputs=wanted)
-    assert (answer.status_code, answer.content) == (204, b"")
-    found = linked(answer, "item")
+    response = execute(api, inputs={"files": links}, outputs=wanted)
+    assert (response.status_code, response.content) == (204, b"")
+    found = linked(response, "item")
     assert list(found) == ["class", "summary"]
     assert api.get(found["class"]).content == plain(api, files).content
     assert api.get(found["summary"]).json()["task"] == "classify-pixels"
@@ -707,12 +707,12 @@ def test_req_core_process_execute_sync_raw_ref(api: httpx.Client, links: Any, fi
 def test_req_core_process_execute_sync_raw_mixed_multi(
     api: httpx.Client, links: Any, files: Files
 ) -> None:
-    answer = execute(
+    response = execute(
         api,
         inputs={"files": links},
         outputs={"class": {"transmissionMode": "reference"}, "confidence": {}},
     )
-    parts = parts_of(answer)
+    parts = parts_of(response)
     assert parts["class"].get_payload(decode=True).strip() == b""
     assert api.get(parts["class"]["Content-Location"]).content == plain(api, files).content
     own = plain(api, files, outputs="confidence").content
@@ -722,7 +722,7 @@ def test_req_core_process_execute_sync_raw_mixed_multi(
 def test_req_core_process_execute_sync_document(
     api: httpx.Client, links: Any, files: Files
 ) -> None:
-    answer = execute(
+    response = execute(
         api,
         inputs={"files": links},
         outputs={
@@ -732,8 +732,8 @@ def test_req_core_process_execute_sync_document(
         },
         response="document",
     )
-    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
-    document = conforms(answer.json(), RESULTS)
+    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+    document = conforms(response.json(), RESULTS)
     assert base64.b64decode(document["class"]["value"]) == plain(api, files).content
     assert document["class"]["mediaType"] == COG
     assert document["summary"]["value"]["task"] == "classify-pixels"
@@ -758,8 +758,8 @@ def test_a_forecast_has_quantiles_as_input(api: httpx.Client, links: Any, files:
     data = {"outputs": "q10,q90", "horizon": "2"}
     own = api.post("/forecast", files=files, data=data)
     inputs = {"files": links, "quantiles": ["q10", "q90"], "horizon": 2}
-    answer = execute(api, "forecast", inputs=inputs, outputs={"forecast": {}})
-    assert answer.content == own.content
+    response = execute(api, "forecast", inputs=inputs, outputs={"forecast": {}})
+    assert response.content == own.content
     found = problem_of(execute(api, "forecast", inputs={**inputs, "quantiles": ["q50", "q1"]}), 422)
     assert found["errors"][0]["field"] == "inputs.quantiles.1"
 
@@ -777,11 +777,11 @@ def test_req_core_job_results_success_sync(api: httpx.Client, links: Any) -> Non
     assert "link" not in execute(api, inputs={"files": links}, outputs=NUMBERS).headers
     assert len(api.get("/jobs").json()["jobs"]) == before
     wanted = {"summary": {"transmissionMode": "reference"}}
-    answer = execute(api, inputs={"files": links}, outputs=wanted, response="document")
-    (monitor,) = linked(answer, "monitor").values()
+    response = execute(api, inputs={"files": links}, outputs=wanted, response="document")
+    (monitor,) = linked(response, "monitor").values()
     done = conforms(api.get(monitor).json(), STATUS)
     assert (done["status"], done["progress"]) == ("successful", 100)
-    assert api.get(f"{monitor}/results").json() == answer.json()
+    assert api.get(f"{monitor}/results").json() == response.json()
     assert api.get(f"{monitor}/result").headers["content-type"] == COG
 
 
@@ -815,10 +815,10 @@ def test_a_kept_run_takes_the_callers_share(tmp_path: Path, folder: Path, links:
 
 
 def test_req_core_process_execute_success_async(api: httpx.Client, links: Any) -> None:
-    answer = execute(api, inputs={"files": links}, outputs=NUMBERS, headers=ASYNC)
-    assert answer.status_code == 201
-    status = conforms(answer.json(), STATUS)
-    assert answer.headers["location"] == f"/jobs/{status['jobID']}"
+    response = execute(api, inputs={"files": links}, outputs=NUMBERS, headers=ASYNC)
+    assert response.status_code == 201
+    status = conforms(response.json(), STATUS)
+    assert response.headers["location"] == f"/jobs/{status['jobID']}"
     assert status["status"] == "accepted"
     waited(api, status["jobID"])
 
@@ -834,9 +834,9 @@ def test_a_repeat_with_the_same_key_is_the_same_job(api: httpx.Client, links: An
 
 
 def test_req_core_job(api: httpx.Client, links: Any) -> None:
-    answer = execute(api, inputs={"files": links}, outputs=NUMBERS, headers=ASYNC)
-    assert api.get(answer.headers["location"]).status_code == 200
-    waited(api, job_of(answer))
+    response = execute(api, inputs={"files": links}, outputs=NUMBERS, headers=ASYNC)
+    assert api.get(response.headers["location"]).status_code == 200
+    waited(api, job_of(response))
 
 
 def test_req_core_job_success(api: httpx.Client, links: Any, gate: Gate) -> None:
@@ -878,26 +878,26 @@ def test_a_job_of_another_path_has_links_as_results(api: httpx.Client, files: Fi
 def test_req_core_job_results_async_raw_value_one(
     api: httpx.Client, links: Any, files: Files
 ) -> None:
-    answer = finished(api, links, outputs={"class": {}})
-    assert (answer.status_code, answer.headers["content-type"]) == (200, COG)
-    assert answer.content == plain(api, files).content
+    response = finished(api, links, outputs={"class": {}})
+    assert (response.status_code, response.headers["content-type"]) == (200, COG)
+    assert response.content == plain(api, files).content
 
 
 def test_req_core_job_results_async_raw_value_multi(
     api: httpx.Client, links: Any, files: Files
 ) -> None:
-    answer = finished(api, links)
-    parts = parts_of(answer)
+    response = finished(api, links)
+    parts = parts_of(response)
     assert list(parts) == [*MAPS, "polygons", "summary"]
     assert parts["class"].get_payload(decode=True) == plain(api, files).content
-    again = api.get(str(answer.url), headers={"Range": "bytes=0-9"})
-    assert (again.status_code, again.content) == (206, answer.content[:10])
+    again = api.get(str(response.url), headers={"Range": "bytes=0-9"})
+    assert (again.status_code, again.content) == (206, response.content[:10])
 
 
 def test_req_core_job_results_async_raw_ref(api: httpx.Client, links: Any, files: Files) -> None:
-    answer = finished(api, links, outputs={"class": {"transmissionMode": "reference"}})
-    assert (answer.status_code, answer.content) == (204, b"")
-    assert api.get(linked(answer, "item")["class"]).content == plain(api, files).content
+    response = finished(api, links, outputs={"class": {"transmissionMode": "reference"}})
+    assert (response.status_code, response.content) == (204, b"")
+    assert api.get(linked(response, "item")["class"]).content == plain(api, files).content
 
 
 def test_req_core_job_results_async_raw_mixed_multi(
@@ -911,8 +911,8 @@ def test_req_core_job_results_async_raw_mixed_multi(
 
 def test_req_core_job_results_async_document(api: httpx.Client, links: Any, files: Files) -> None:
     wanted = {"class": {}, "summary": {"transmissionMode": "reference"}}
-    answer = finished(api, links, outputs=wanted, response="document")
-    document = conforms(answer.json(), RESULTS)
+    response = finished(api, links, outputs=wanted, response="document")
+    document = conforms(response.json(), RESULTS)
     assert base64.b64decode(document["class"]["value"]) == plain(api, files).content
     assert api.get(document["summary"]["href"]).json()["task"] == "classify-pixels"
 
@@ -1047,8 +1047,8 @@ def test_req_ogc_process_description_input_def(
         validator = json_schema().Draft4Validator(known[name]["schema"])
         for value in good:
             assert validator.is_valid(value), (name, value)
-            answer = execute(api, inputs={"files": links, name: value}, outputs={})
-            assert answer.status_code == 200, answer.text
+            response = execute(api, inputs={"files": links, name: value}, outputs={})
+            assert response.status_code == 200, response.text
         for value in bad:
             assert not validator.is_valid(value), (name, value)
             found = problem_of(execute(api, inputs={"files": links, name: value}), 422)
@@ -1099,10 +1099,10 @@ def test_req_ogc_process_description_output_mixed_type(
     kinds = descriptions[0]["outputs"]["polygons"]["schema"]["oneOf"]
     for kind in kinds:
         wanted = {"polygons": {"format": {"mediaType": kind["contentMediaType"]}}}
-        answer = execute(api, inputs={"files": links}, outputs=wanted)
-        assert answer.headers["content-type"] == kind["contentMediaType"]
-    answer = execute(api, inputs={"files": links}, outputs={"polygons": {}})
-    assert answer.headers["content-type"] == kinds[0]["contentMediaType"]
+        response = execute(api, inputs={"files": links}, outputs=wanted)
+        assert response.headers["content-type"] == kind["contentMediaType"]
+    response = execute(api, inputs={"files": links}, outputs={"polygons": {}})
+    assert response.headers["content-type"] == kinds[0]["contentMediaType"]
 
 
 # JSON ----------------------------------------------------------------------------------------
@@ -1113,9 +1113,9 @@ def test_req_json_definition(api: httpx.Client, links: Any) -> None:
     held = execute(api, inputs={"files": links}, outputs=NUMBERS, response="document")
     paths = ("/", "/conformance", "/processes", "/processes/embed", f"/jobs/{job_of(job)}")
     found = [api.get(path, headers={"Accept": "application/json"}) for path in paths]
-    for answer in (*found, job, held):
-        assert answer.headers["content-type"] == "application/json"
-        json.loads(answer.content)
+    for response in (*found, job, held):
+        assert response.headers["content-type"] == "application/json"
+        json.loads(response.content)
     waited(api, job_of(job))
 
 
@@ -1143,9 +1143,9 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
 
 
 def ids(api: httpx.Client, **params: Any) -> list[str]:
-    answer = api.get("/jobs", params=params)
-    assert answer.status_code == 200, answer.text
-    return [job["jobID"] for job in answer.json()["jobs"]]
+    response = api.get("/jobs", params=params)
+    assert response.status_code == 200, response.text
+    return [job["jobID"] for job in response.json()["jobs"]]
 
 
 def test_req_job_list_job_list_op(api: httpx.Client) -> None:
@@ -1330,14 +1330,14 @@ def test_req_callback_job_callback(tmp_path: Path, folder: Path, links: Any, fil
     ):
         assert api.get("/conformance").json()["conformsTo"] == conformance_classes(callbacks=True)
         whom = {"successUri": f"{url}/done", "inProgressUri": f"{url}/progress"}
-        answer = execute(
+        response = execute(
             api,
             inputs={"files": links},
             outputs={"class": {}, "summary": {}},
             subscriber=whom,
             headers=ASYNC,
         )
-        job, got = job_of(answer), []
+        job, got = job_of(response), []
         while not got or got[-1].path != "/done":
             got.append(arrived.get(timeout=120))
         (own,) = api.get("/callbacks").json()["secrets"]

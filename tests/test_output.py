@@ -204,7 +204,7 @@ def test_qgis_opens_the_rasters_with_their_styles(tmp_path):
 
 def test_the_side_file_names_the_classes_and_goes_into_the_zip(tmp_path):
     files, _ = write(tmp_path, (CLASSES, PAIR), grid(30, 20))
-    archive = zip_files(files, tmp_path / "answer.zip")
+    archive = zip_files(files, tmp_path / "result.zip")
     with zipfile.ZipFile(archive) as opened:
         assert sorted(opened.namelist()) == [
             "class.qml", "class.tif", "class.tif.aux.xml", "pair.qml", "pair.tif",

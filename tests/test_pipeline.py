@@ -328,7 +328,7 @@ def imagery(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cloudy(tmp_path_factory):
-    """Imagery with one large hole, so that some patches have no answer."""
+    """Imagery with one large hole, so that some patches have no prediction."""
     folder = tmp_path_factory.mktemp("cloudy")
     scene = Scene(folder, 140, 150, dates=DATES[:1], bands=PATCH_BANDS)
     scene.valid[:, 20:90, :70] = False

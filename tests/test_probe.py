@@ -46,9 +46,9 @@ def test_probes_learn_from_training_places_alone():
 
 def test_scores_are_their_definitions_and_intervals_are_by_place():
     truth = np.array([0, 0, 1, 1, 1, 2])
-    answer = np.array([0, 1, 1, 1, 0, 2])
+    predicted = np.array([0, 1, 1, 1, 0, 2])
     places = np.array([0, 0, 1, 1, 2, 2])
-    scores = score(truth, answer, places, resamples=500, seed=0)
+    scores = score(truth, predicted, places, resamples=500, seed=0)
     assert scores["accuracy"] == pytest.approx(4 / 6, abs=1e-4)
     # F1 of each class: 2 tp / (2 tp + fp + fn) = 2/4, 4/6, 2/2.
     assert scores["macro_f1"] == pytest.approx((0.5 + 4 / 6 + 1.0) / 3, abs=1e-4)

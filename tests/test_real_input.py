@@ -56,11 +56,11 @@ def post(
 ) -> httpx.Response:
     with ExitStack() as stack:
         parts = [("files", (p.name, stack.enter_context(p.open("rb")))) for p in files]
-        answer = http.post(
+        response = http.post(
             path, files=parts, data=fields, headers={"Accept": accept}, timeout=PATIENCE
         )
-    assert answer.status_code == 200, answer.text
-    return answer
+    assert response.status_code == 200, response.text
+    return response
 
 
 def raster(content: bytes) -> tuple[NDArray[Any], dict[str, Any], dict[str, str]]:
@@ -96,7 +96,7 @@ def infer(
     dates: Sequence[date],
     first_day: date,
 ) -> tuple[ModelCard, NDArray[np.float32]]:
-    """The answer (H, W, ...) for every pixel at once, NaN where too few dates are clear."""
+    """The prediction (H, W, ...) for every pixel at once, NaN where too few dates are clear."""
     bundle = load_bundle(ZOO / name)
     t, c, h, w = values.shape
     feed = {
@@ -107,9 +107,9 @@ def infer(
     if bundle.card.day_of_year:
         feed["day_of_year"] = np.full(h * w, first_day.timetuple().tm_yday, np.float32)
     session = onnxruntime.InferenceSession(bundle.path(), providers=["CPUExecutionProvider"])
-    answer = session.run(None, feed)[0]
-    answer[feed["valid"].sum(1) < bundle.card.min_observations] = np.nan
-    return bundle.card, answer.reshape(h, w, *answer.shape[1:])
+    predicted = session.run(None, feed)[0]
+    predicted[feed["valid"].sum(1) < bundle.card.min_observations] = np.nan
+    return bundle.card, predicted.reshape(h, w, *predicted.shape[1:])
 
 
 def agrees(classes: NDArray[Any], probabilities: NDArray[np.float32]) -> None:
@@ -134,8 +134,8 @@ def within(dates: Sequence[date], first: date, days: int) -> list[int]:
 
 def test_flanders_file_per_date(http: httpx.Client, shared_data: Path) -> None:
     paths, dates = flanders(shared_data)
-    answer = post(http, "/classify-pixels", paths)
-    pixels, profile, tags = raster(answer.content)
+    response = post(http, "/classify-pixels", paths)
+    pixels, profile, tags = raster(response.content)
     with rasterio.open(paths[0]) as source:
         assert (profile["crs"], profile["transform"]) == (source.crs, source.transform)
     assert (profile["dtype"], profile["nodata"], profile["count"]) == ("uint8", 255, 1)
@@ -144,9 +144,9 @@ def test_flanders_file_per_date(http: httpx.Client, shared_data: Path) -> None:
     assert start == date(2017, 1, 1)
     values, valid = read_dates(paths, ("B02", "B04", "B08"))
     card, want = infer("pixels-landcover", values, valid, dates, start)
-    assert answer.headers["PIMC-Model"] == card.id
-    assert answer.headers["PIMC-Provider"] == "CPUExecutionProvider"
-    assert "dates_outside_window" not in answer.headers.get("PIMC-Warning", "")
+    assert response.headers["PIMC-Model"] == card.id
+    assert response.headers["PIMC-Provider"] == "CPUExecutionProvider"
+    assert "dates_outside_window" not in response.headers.get("PIMC-Warning", "")
     agrees(pixels[0], want)
 
 
@@ -163,22 +163,22 @@ def test_int8_maps_what_float32_maps(http: httpx.Client, shared_data: Path) -> N
 def test_a_start_keeps_to_one_year(http: httpx.Client, shared_data: Path) -> None:
     paths, dates = flanders(shared_data)
     start = date(2018, 1, 1)
-    answer = post(http, "/classify-pixels", paths, start=str(start))
-    pixels, _, tags = raster(answer.content)
+    response = post(http, "/classify-pixels", paths, start=str(start))
+    pixels, _, tags = raster(response.content)
     used = within(dates, start, 360)
     assert tags["PIMC_DATES"] == ",".join(str(dates[i]) for i in used)
     values, valid = read_dates([paths[i] for i in used], ("B02", "B04", "B08"))
     _, want = infer("pixels-landcover", values, valid, [dates[i] for i in used], start)
-    assert "dates_outside_window" in answer.headers["PIMC-Warning"]
+    assert "dates_outside_window" in response.headers["PIMC-Warning"]
     agrees(pixels[0], want)
 
 
 def test_flanders_every_output_and_the_summary(http: httpx.Client, shared_data: Path) -> None:
     paths, dates = flanders(shared_data)
     names = "class,confidence,entropy,probabilities"
-    answer = post(http, "/classify-pixels", paths, outputs=names, model="pixels-crops-us")
-    assert answer.headers["content-type"] == "application/zip"
-    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+    response = post(http, "/classify-pixels", paths, outputs=names, model="pixels-crops-us")
+    assert response.headers["content-type"] == "application/zip"
+    with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
         maps = {name: raster(archive.read(f"{name}.tif"))[0] for name in names.split(",")}
     start = date(2018, 1, 1)
     used = within(dates, start, 360)
@@ -218,8 +218,8 @@ def test_us_crops_as_a_raster(
         with rasterio.open(path, "w", dtype="uint16", nodata=0, **profile, **place) as file:
             file.write(layers.astype(np.uint16))
             file.descriptions = tuple(bands)
-    answer = post(http, "/classify-pixels", paths, model=name)
-    pixels, _, _ = raster(answer.content)
+    response = post(http, "/classify-pixels", paths, model=name)
+    pixels, _, _ = raster(response.content)
     card = load_bundle(ZOO / name).card
     used = [i for i, day in enumerate(dates) if date.fromisoformat(day) < date(2021, 12, 27)]
     values, valid = read_dates([paths[i] for i in used], card.bands)
@@ -235,7 +235,7 @@ def test_us_crops_as_a_raster(
 def test_a_date_split_over_two_granules_is_one_observation(
     http: httpx.Client, shared_data: Path, tmp_path: Path
 ) -> None:
-    """Each granule holds half of the chip; merged, the answer is that of the whole files."""
+    """Each granule holds half of the chip; merged, the result is that of the whole files."""
     paths, _ = flanders(shared_data)
     split = []
     for path in paths[30:90]:
@@ -251,16 +251,16 @@ def test_a_date_split_over_two_granules_is_one_observation(
                 file.update_tags(**tags)
             split.append(tmp_path / f"{path.stem}_{half}.tif")
     whole, *_ = raster(post(http, "/classify-pixels", paths[30:90]).content)
-    answer = post(http, "/classify-pixels", split)
-    merged, *_ = raster(answer.content)
-    assert "merged_dates" in answer.headers["PIMC-Warning"]
+    response = post(http, "/classify-pixels", split)
+    merged, *_ = raster(response.content)
+    assert "merged_dates" in response.headers["PIMC-Warning"]
     np.testing.assert_array_equal(merged, whole)
 
 
 def test_flanders_forecast(http: httpx.Client, shared_data: Path) -> None:
     paths, dates = flanders(shared_data)
-    answer = post(http, "/forecast", paths, outputs="q10,q50,q90", horizon="3", backtest="false")
-    pixels, profile, _ = raster(answer.content)
+    response = post(http, "/forecast", paths, outputs="q10,q50,q90", horizon="3", backtest="false")
+    pixels, profile, _ = raster(response.content)
     last = max(dates)
     first_day = date.fromordinal(last.toordinal() - 310)
     used = within(dates, first_day, 311)
@@ -281,14 +281,14 @@ def test_mato_grosso_file_per_band(http: httpx.Client, shared_data: Path) -> Non
     dates = [date.fromisoformat(d) for d in (folder / "dates.txt").read_text().split()]
     paths = [folder / f"{name}.tif" for name in ("blue", "red", "nir", "ndvi", "evi", "doy")]
     start = date(2011, 9, 1)
-    answer = post(
+    response = post(
         http,
         "/classify-pixels",
         paths,
         dates=",".join(map(str, dates)),
         start=str(start),
     )
-    pixels, profile, _ = raster(answer.content)
+    pixels, profile, _ = raster(response.content)
     bands = []
     for path in paths[:3]:
         with rasterio.open(path) as source:
@@ -316,7 +316,7 @@ def test_romania(http: httpx.Client, romania_stack: list[Path]) -> None:
 
 
 def test_single_file_stack(http: httpx.Client, shared_data: Path, tmp_path: Path) -> None:
-    """Twelve months of a stack in one file answer as the twelve files do."""
+    """Twelve months of a stack in one file return the same as the twelve files do."""
     paths = sorted((shared_data / "hesbaye_b_monthly").glob("*.tif"))
     layers, names = [], []
     for path in paths:

@@ -29,7 +29,7 @@ from service.api.schemas import ItemBody
 from service.errors import BodyTooLarge, ForbiddenReference, UnreachableReference
 from service.read.connect import MAX_REDIRECTS, Patience
 from service.read.geotiff import SourceFile
-from service.read.references import Local, check_again, fetch_items, place_of
+from service.read.references import Local, check_again, fetch_items, location_of
 from service.settings import HostRule, Settings, SettingsError, read_settings
 from tests.kits import rasters
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
@@ -44,7 +44,7 @@ class Host:
     """A web server of this machine, and the requests that it got."""
 
     pages: dict[str, Callable[[BaseHTTPRequestHandler], None]] = field(default_factory=dict)
-    asked: list[tuple[str, str]] = field(default_factory=list)
+    requests: list[tuple[str, str]] = field(default_factory=list)
     """The Host header and the path of each request."""
     port: int = 0
 
@@ -88,9 +88,9 @@ def serving(tls: ssl.SSLContext | None = None) -> Iterator[Host]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            host.asked.append((self.headers["Host"], self.path))
+            host.requests.append((self.headers["Host"], self.path))
             page = host.pages.get(self.path.partition("?")[0])
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who asked has gone
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has gone
                 page(self) if page else self.send_error(404)
 
         def log_message(self, *_: object) -> None:
@@ -125,7 +125,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def names(*known: tuple[str, Sequence[str]]) -> Callable[[str, int], Awaitable[Sequence[str]]]:
-    """A name server that knows these, and what it was asked."""
+    """A name server that knows these, and the names that it was queried for."""
 
     async def resolver(host: str, port: int) -> Sequence[str]:
         requested.append(host)
@@ -135,7 +135,7 @@ def names(*known: tuple[str, Sequence[str]]) -> Callable[[str, int], Awaitable[S
         return found
 
     requested: list[str] = []
-    resolver.asked = requested  # type: ignore[attr-defined]
+    resolver.queries = requested  # type: ignore[attr-defined]
     return resolver
 
 
@@ -284,11 +284,11 @@ def test_a_file_is_checked_again(root: Path, folder: Path) -> None:
 def test_any_text_is_parsed_or_rejected(href: str) -> None:
     rules = Settings(allowed_roots=("/usr/lib",), allowed_hosts="127.0.0.1")
     with contextlib.suppress(ForbiddenReference):
-        place = place_of(href, "items.0.href", rules)
-        if isinstance(place, Local):
-            place.find(rules.allowed_roots)
+        location = location_of(href, "items.0.href", rules)
+        if isinstance(location, Local):
+            location.find(rules.allowed_roots)
         else:
-            assert (place.url.scheme, place.host, place.url.userinfo) in {
+            assert (location.url.scheme, location.host, location.url.userinfo) in {
                 ("http", "127.0.0.1", b""),
                 ("https", "127.0.0.1", b""),
             }
@@ -303,7 +303,7 @@ def test_an_address_that_is_allowed_is_fetched(host: Host, folder: Path) -> None
     assert file.name == "a.tif"
     assert file.path == folder / "0000.tif"
     assert file.path.read_bytes() == TIFF
-    assert host.asked == [(f"127.0.0.1:{host.port}", "/a.tif?signature=s%2Fecret")]
+    assert host.requests == [(f"127.0.0.1:{host.port}", "/a.tif?signature=s%2Fecret")]
 
 
 def test_a_name_is_resolved_once_and_that_address_is_used(host: Host, folder: Path) -> None:
@@ -314,8 +314,8 @@ def test_a_name_is_resolved_once_and_that_address_is_used(host: Host, folder: Pa
         allowed_hosts=f"data.example:{host.port}, 127.0.0.0/8",
         resolver=resolver,
     )
-    assert resolver.asked == ["data.example"]  # type: ignore[attr-defined]
-    assert host.asked[0][0].lower().startswith("data.example")
+    assert resolver.queries == ["data.example"]  # type: ignore[attr-defined]
+    assert host.requests[0][0].lower().startswith("data.example")
 
 
 def test_the_next_address_is_tried(host: Host, folder: Path) -> None:
@@ -367,14 +367,14 @@ def test_a_name_with_a_private_address_is_rejected_without_a_request(
             resolver=resolver,
         )
     assert addresses[0] not in caught.value.detail
-    assert host.asked == []
+    assert host.requests == []
 
 
 def test_localhost_is_not_a_public_host(host: Host, folder: Path) -> None:
     """With the system's own resolver."""
     with pytest.raises(ForbiddenReference, match="localhost"):
         fetch(f"http://localhost:{host.port}/a.tif", folder, allowed_hosts="localhost")
-    assert host.asked == []
+    assert host.requests == []
     (file,) = fetch(
         f"http://localhost:{host.port}/a.tif", folder, allowed_hosts="localhost,127.0.0.1,::1"
     )
@@ -408,8 +408,8 @@ def test_no_other_host_or_port_by_any_spelling(host: Host, folder: Path, href: s
             allowed_hosts=f"127.0.0.1:{host.port}",
             resolver=resolver,
         )
-    assert resolver.asked == []  # type: ignore[attr-defined]
-    assert host.asked == []
+    assert resolver.queries == []  # type: ignore[attr-defined]
+    assert host.requests == []
     assert "password" not in caught.value.detail
 
 
@@ -417,7 +417,7 @@ def test_with_one_forbidden_href_nothing_is_downloaded(host: Host, folder: Path)
     hrefs = [f"http://127.0.0.1:{host.port}/a.tif", "http://example.org/b.tif"]
     with pytest.raises(ForbiddenReference, match=r"items\.1.*'example\.org'"):
         fetch(hrefs, folder, allowed_hosts="127.0.0.1")
-    assert host.asked == []
+    assert host.requests == []
 
 
 # Redirects --------------------------------------------------------------------------------------
@@ -452,7 +452,7 @@ def test_a_redirect_to_a_forbidden_target_is_rejected(
     with pytest.raises(ForbiddenReference, match=redirected) as caught:
         fetch(f"http://127.0.0.1:{host.port}/a.tif", folder, allowed_hosts="127.0.0.1")
     assert "169.254" not in caught.value.detail
-    assert len(host.asked) == 1
+    assert len(host.requests) == 1
 
 
 def test_a_redirect_is_checked_after_dns_too(host: Host, folder: Path) -> None:
@@ -464,14 +464,14 @@ def test_a_redirect_is_checked_after_dns_too(host: Host, folder: Path) -> None:
             allowed_hosts="127.0.0.1,inside.example",
             resolver=names(("inside.example", ["127.0.0.2"])),
         )
-    assert len(host.asked) == 1
+    assert len(host.requests) == 1
 
 
 def test_circular_redirects_end(host: Host, folder: Path) -> None:
     host.leads("/a.tif", "/a.tif")
     with pytest.raises(UnreachableReference, match=str(MAX_REDIRECTS)):
         fetch(f"http://127.0.0.1:{host.port}/a.tif", folder, allowed_hosts="127.0.0.1")
-    assert len(host.asked) == MAX_REDIRECTS + 1
+    assert len(host.requests) == MAX_REDIRECTS + 1
 
 
 # Bodies -----------------------------------------------------------------------------------------

@@ -579,9 +579,9 @@ def test_own_classes_are_the_same_at_every_replica(zoo: Path, shared: Backend) -
         assert [card["name"] for card in other.get("/heads").json()["heads"]] == ["crops"]
         again = other.post("/heads", json=body)
         assert (again.status_code, again.json()["code"]) == (409, "name_taken")
-        answers = [api.post("/classify-pixels", json=ask) for api in (one, other)]
-        assert answers[0].status_code == 200, answers[0].text
-        assert answers[0].json()["results"] == answers[1].json()["results"]
+        responses = [api.post("/classify-pixels", json=ask) for api in (one, other)]
+        assert responses[0].status_code == 200, responses[0].text
+        assert responses[0].json()["results"] == responses[1].json()["results"]
         # A job that either may run.
         job = other.post("/classify-pixels", json=ask, headers=ASYNC)
         assert waited(one, job.json()["jobID"])["status"] == "successful"

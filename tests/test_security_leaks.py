@@ -55,7 +55,7 @@ def files(base: Path, name: str = "scene_2021-{}-01.tif", **how: Any) -> list[tu
 
 
 def everything_wrong(ask: Ask, base: Path) -> dict[str, httpx.Response]:
-    """An answer of each kind, by what was done."""
+    """A response of each kind, by request."""
     sound = files(base)
 
     def post(**how: Any) -> httpx.Response:
@@ -97,7 +97,7 @@ def everything_wrong(ask: Ask, base: Path) -> dict[str, httpx.Response]:
     }
     shutil.rmtree(base / "models")  # loaded already: nothing changes
     responses["bundles gone"] = post(files=sound, headers={"Accept": "application/json"})
-    # The service may still be tidying up after an answer, and takes a file away under rmtree.
+    # The service may still remove files after a response, while rmtree runs.
     while (base / "temporary").exists():
         shutil.rmtree(base / "temporary", ignore_errors=True)
     responses["nowhere to put an upload"] = post(files=sound)

@@ -36,7 +36,7 @@ def classifier(engine):
     return engine.models["pixels-landcover"]
 
 
-def answered(model, given, **options) -> SeriesOutcome:
+def outcome_of(model, given, **options) -> SeriesOutcome:
     """Both steps at once."""
     return run_series(plan_series(model, given, **options))
 
@@ -60,7 +60,7 @@ def softmax(x):
 
 def test_a_class_equals_the_computation_by_hand(classifier):
     one = series("field-7")
-    (result,) = answered(classifier, [one]).results
+    (result,) = outcome_of(classifier, [one]).results
     expected = softmax(mean(one))
     assert result["id"] == "field-7"
     assert result["status"] == "ok"
@@ -73,7 +73,7 @@ def test_a_class_equals_the_computation_by_hand(classifier):
 
 def test_a_forecast_continues_the_last_date(engine):
     one = series(count=5, step=10)
-    (result,) = answered(engine.models["forecast-vi"], [one], horizon=2).results
+    (result,) = outcome_of(engine.models["forecast-vi"], [one], horizon=2).results
     assert result["dates"] == ["2021-02-20", "2021-03-02"]
     expected = mean(one)
     for k, index in enumerate(("NDVI", "EVI", "SAVI")):
@@ -83,7 +83,7 @@ def test_a_forecast_continues_the_last_date(engine):
 
 def test_an_embedding(engine):
     one = series()
-    (result,) = answered(engine.models["embed-pixel"], [one]).results
+    (result,) = outcome_of(engine.models["embed-pixel"], [one]).results
     assert result["embedding"] == pytest.approx(mean(one), rel=1e-5)
 
 
@@ -92,8 +92,8 @@ def test_series_do_not_affect_each_other_whatever_their_dates(classifier):
         series(str(n), count=4 + n, first=date(2015 + n, 1 + n, 3), step=7 + n, seed=n)
         for n in range(6)
     ]
-    together = answered(classifier, many).results
-    alone = [answered(classifier, [one]).results[0] for one in many]
+    together = outcome_of(classifier, many).results
+    alone = [outcome_of(classifier, [one]).results[0] for one in many]
     assert [r["id"] for r in together] == [one.id for one in many]
     assert len({r["start"] for r in together}) == 6
     for a, b in zip(together, alone, strict=True):
@@ -106,7 +106,7 @@ def test_each_date_takes_its_own_place_on_the_shared_axis(engine):
     # Days 0, 20, 40 and days 0, 30, 60 of different years share an axis of five days.
     first = series("a", count=3, step=20, first=date(2020, 1, 1))
     second = series("b", count=3, step=30, first=date(2019, 1, 1), seed=1)
-    found = answered(engine.models["embed-pixel"], [first, second]).results
+    found = outcome_of(engine.models["embed-pixel"], [first, second]).results
     assert found[0]["embedding"] == pytest.approx(mean(first), rel=1e-5)
     assert found[1]["embedding"] == pytest.approx(mean(second), rel=1e-5)
 
@@ -116,12 +116,12 @@ def test_the_order_of_dates_does_not_matter(classifier):
     turned = SeriesInput(
         id="a", dates=one.dates[::-1], bands={b: v[::-1] for b, v in one.bands.items()}
     )
-    assert answered(classifier, [turned]).results == answered(classifier, [one]).results
+    assert outcome_of(classifier, [turned]).results == outcome_of(classifier, [one]).results
 
 
 def test_a_date_with_a_missing_value_is_missing(engine):
     one = series(B04=[0.1, None, 0.3, float("nan"), 0.2, 0.4])
-    (result,) = answered(engine.models["embed-pixel"], [one]).results
+    (result,) = outcome_of(engine.models["embed-pixel"], [one]).results
     expected = mean(series(B04=[0.1, 0, 0.3, 0, 0.2, 0.4]), keep=[0, 2, 4, 5])
     assert result["embedding"] == pytest.approx(expected, rel=1e-5)
 
@@ -133,7 +133,7 @@ def test_of_a_doubled_date_the_first_clear_observation_counts(engine):
         dates=[plain.dates[0], *plain.dates, plain.dates[2]],
         bands={b: [None, *v, 0.9] for b, v in plain.bands.items()},
     )
-    outcome = answered(engine.models["embed-pixel"], [doubled])
+    outcome = outcome_of(engine.models["embed-pixel"], [doubled])
     assert outcome.results[0]["embedding"] == pytest.approx(mean(plain), rel=1e-5)
     warning, partial = outcome.warnings
     assert (warning.code, partial.code) == ("merged_dates", "partial_season")
@@ -142,7 +142,7 @@ def test_of_a_doubled_date_the_first_clear_observation_counts(engine):
 
 def test_dates_outside_the_window_are_unused_and_give_a_warning(engine):
     one = series(count=24, step=30)  # two years
-    outcome = answered(engine.models["embed-pixel"], [one], start=date(2021, 1, 1))
+    outcome = outcome_of(engine.models["embed-pixel"], [one], start=date(2021, 1, 1))
     inside = [n for n, day in enumerate(one.dates) if day < date(2021, 12, 27)]
     assert outcome.results[0]["embedding"] == pytest.approx(mean(one, keep=inside), rel=1e-5)
     (warning,) = outcome.warnings
@@ -153,18 +153,18 @@ def test_dates_outside_the_window_are_unused_and_give_a_warning(engine):
 
 def test_too_few_observations_are_no_data(classifier):
     one = series(count=3, B02=[0.1, None, None])
-    (result,) = answered(classifier, [one]).results
+    (result,) = outcome_of(classifier, [one]).results
     assert result == {"id": "a", "status": "no_data", "start": "2021-01-01"}
 
 
 def test_too_few_dates_are_no_data_among_others_and_an_error_alone(classifier):
     short, long = series("short", count=1), series("long")
-    results = answered(classifier, [short, long]).results
+    results = outcome_of(classifier, [short, long]).results
     assert [r["status"] for r in results] == ["no_data", "ok"]
     with pytest.raises(
         TooFewDates, match=r"series 'short' has 1 of its 1 dates.*2021-12-26.*at least 2"
     ):
-        answered(classifier, [short, short])
+        outcome_of(classifier, [short, short])
 
 
 @pytest.mark.parametrize(
@@ -191,21 +191,21 @@ def test_too_few_dates_are_no_data_among_others_and_an_error_alone(classifier):
 )
 def test_an_invalid_series_is_named_in_the_error(classifier, one, error, says):
     if error is None:
-        (result,) = answered(classifier, [one]).results
+        (result,) = outcome_of(classifier, [one]).results
         assert result["status"] == says
         return
     with pytest.raises(error, match=says):
-        answered(classifier, [series("good"), one])
+        outcome_of(classifier, [series("good"), one])
 
 
 def test_no_series_is_an_error(classifier):
     with pytest.raises(InvalidRequest, match="series"):
-        answered(classifier, [])
+        outcome_of(classifier, [])
 
 
 def test_an_invalid_horizon_is_an_error_before_the_run(engine):
     with pytest.raises(InvalidRequest, match="horizon: 9 is not a number of steps"):
-        answered(engine.models["forecast-vi"], [series()], horizon=9)
+        outcome_of(engine.models["forecast-vi"], [series()], horizon=9)
 
 
 def test_series_stop_when_the_run_is_cancelled(classifier, monkeypatch):

@@ -159,11 +159,11 @@ def expected(embeddings: Path, names: Sequence[str] = tuple(PLACES)) -> np.ndarr
 def test_a_map_is_the_cosine_to_the_most_similar_place(
     api: httpx.Client, stack: list[SourceFile], embeddings: Path, tmp_path: Path
 ) -> None:
-    answer = posted(
+    response = posted(
         api, stack, fields=json.dumps(geojson(PLACES)), outputs="similarity,similarities"
     )
-    assert answer.status_code == 200, answer.text
-    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+    assert response.status_code == 200, response.text
+    with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
         assert sorted(archive.namelist()) == [
             "item.json", "similarities.qml", "similarities.tif", "similarity.qml", "similarity.tif",
         ]  # fmt: skip
@@ -200,11 +200,11 @@ def test_places_come_in_any_crs_and_format(
         data.to_file(path, driver=driver)
     else:
         data.to_parquet(path)
-    answer = posted(api, stack, file=(name, path.read_bytes()))
-    assert answer.status_code == 200, answer.text
+    response = posted(api, stack, file=(name, path.read_bytes()))
+    assert response.status_code == 200, response.text
     # A polygon's edges are straight in its own CRS, so that shares differ a little.
     np.testing.assert_allclose(
-        pixels(answer.content)[0], expected(embeddings).max(axis=0), atol=1e-3
+        pixels(response.content)[0], expected(embeddings).max(axis=0), atol=1e-3
     )
 
 
@@ -212,10 +212,10 @@ def test_points_are_as_the_file_of_points(
     api: httpx.Client, stack: list[SourceFile], embeddings: Path
 ) -> None:
     points = json.dumps(geojson({"point": PLACES["point"]}))
-    answer = posted(api, stack, points=points)
-    assert answer.headers["content-type"].startswith("image/tiff")
+    response = posted(api, stack, points=points)
+    assert response.headers["content-type"].startswith("image/tiff")
     cosines = expected(embeddings, ["point"])[0]
-    np.testing.assert_allclose(pixels(answer.content)[0], cosines, atol=2e-6)
+    np.testing.assert_allclose(pixels(response.content)[0], cosines, atol=2e-6)
     summary = posted(api, stack, points=points, headers={"Accept": "application/json"}).json()
     assert summary["task"] == "similar"
     assert summary["similarity"] == {
@@ -303,13 +303,17 @@ def test_a_job_has_the_same_file(api: httpx.Client, stack: list[SourceFile]) -> 
 
 def test_cosines_of_short_and_missing_vectors() -> None:
     vectors = np.array([[3, 4], [0, 0], [np.nan, 1], [-6, -8], [4, -3]], np.float32)
-    found = similarities(vectors, unit(np.array([[30, 40]], np.float32)), each=True)
+    found = similarities(vectors, unit(np.array([[30, 40]], np.float32)), per_place=True)
     np.testing.assert_allclose(
         found, [[1, 1], [np.nan] * 2, [np.nan] * 2, [-1, -1], [0, 0]], atol=1e-7
     )
     many = np.random.default_rng(0).normal(size=(9000, 5)).astype(np.float32)
-    apart = np.concatenate([similarities(m, unit(many[:3]), each=False) for m in many[:, None]])
-    np.testing.assert_allclose(similarities(many, unit(many[:3]), each=False), apart, atol=1e-6)
+    apart = np.concatenate(
+        [similarities(m, unit(many[:3]), per_place=False) for m in many[:, None]]
+    )
+    np.testing.assert_allclose(
+        similarities(many, unit(many[:3]), per_place=False), apart, atol=1e-6
+    )
 
 
 # Places that cannot be compared with ----------------------------------------------------------
@@ -321,15 +325,15 @@ def test_places_without_an_embedding_are_named(
     path = tmp_path / "places.gpkg"
     frame({**LOST, **PLACES}).to_file(path, driver="GPKG")
     given = geojson({**LOST, **PLACES})
-    answer = posted(
+    response = posted(
         api, stack, fields=json.dumps(given), headers={"Accept": "application/json"}
     ).json()
-    statuses = {place["id"]: place["status"] for place in answer["places"]}
+    statuses = {place["id"]: place["status"] for place in response["places"]}
     assert statuses == {
         "cloudy point": "no_data", "cloudy field": "no_data", "far point": "outside",
         "far field": "outside", "two points": "invalid", **dict.fromkeys(PLACES, "ok"),
     }  # fmt: skip
-    (warning,) = [w["detail"] for w in answer["warnings"] if w["code"] == "places_unused"]
+    (warning,) = [w["detail"] for w in response["warnings"] if w["code"] == "places_unused"]
     for name in LOST:
         assert f"'{name}'" in warning
     each = posted(api, stack, fields=json.dumps(given), outputs="similarities")
@@ -340,21 +344,21 @@ def test_without_any_embedding_the_request_is_rejected(
     api: httpx.Client, stack: list[SourceFile]
 ) -> None:
     fields = json.dumps(geojson(LOST))
-    answer = posted(api, stack, fields=fields)
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    response = posted(api, stack, fields=fields)
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
     for name in LOST:
-        assert f"'{name}'" in answer.json()["detail"]
+        assert f"'{name}'" in response.json()["detail"]
     job = posted(api, stack, fields=fields, headers=ASYNC).json()["jobID"]
     info = waited(api, job)
-    assert (info["status"], info["message"]) == ("failed", answer.json()["detail"])
+    assert (info["status"], info["message"]) == ("failed", response.json()["detail"])
 
 
 @pytest.mark.parametrize("kind", ["neither", "both"])
 def test_places_are_points_or_fields(api: httpx.Client, stack: list[SourceFile], kind: str) -> None:
     points = json.dumps(geojson({"point": PLACES["point"]}))
     data = {} if kind == "neither" else {"points": points, "fields": points}
-    answer = posted(api, stack, **data)
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    response = posted(api, stack, **data)
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
 
 
 @pytest.mark.parametrize(
@@ -364,24 +368,24 @@ def test_too_many_places_are_rejected(
     api: httpx.Client, stack: list[SourceFile], count: int, outputs: str
 ) -> None:
     points = geojson({str(n): Point(at(3.5, 4.5)) for n in range(count)})
-    answer = posted(api, stack, points=json.dumps(points), outputs=outputs)
-    assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "points")
-    assert str(count) in answer.json()["detail"]
+    response = posted(api, stack, points=json.dumps(points), outputs=outputs)
+    assert (response.status_code, response.json()["errors"][0]["field"]) == (422, "points")
+    assert str(count) in response.json()["detail"]
 
 
 def test_other_models_are_rejected(api: httpx.Client, stack: list[SourceFile]) -> None:
     points = json.dumps(geojson({"point": PLACES["point"]}))
     for model in ("embed-patch", "forecast-vi"):
-        answer = posted(api, stack, points=points, model=model)
-        assert (answer.status_code, answer.json()["code"]) == (422, "wrong_task")
+        response = posted(api, stack, points=points, model=model)
+        assert (response.status_code, response.json()["code"]) == (422, "wrong_task")
 
 
 def test_a_file_without_points_and_polygons_is_rejected(
     api: httpx.Client, stack: list[SourceFile]
 ) -> None:
     nothing = {"type": "FeatureCollection", "features": []}
-    answer = posted(api, stack, fields=json.dumps(nothing))
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_fields")
+    response = posted(api, stack, fields=json.dumps(nothing))
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_fields")
 
 
 def test_a_request_is_validated_without_running(api: httpx.Client, stack: list[SourceFile]) -> None:
@@ -434,9 +438,9 @@ def test_results_by_ogc_are_links_to_the_rasters(
     points = json.dumps(geojson({"point": PLACES["point"]}))
     job = posted(api, stack, headers=ASYNC, points=points).json()["jobID"]
     assert waited(api, job)["status"] == "successful"
-    answer = api.get(f"/jobs/{job}/results")
-    assert answer.status_code == 200, answer.text
-    assert set(answer.json()) == {"similarity", "summary"}
+    response = api.get(f"/jobs/{job}/results")
+    assert response.status_code == 200, response.text
+    assert set(response.json()) == {"similarity", "summary"}
 
 
 def run(api: httpx.Client, *words: str) -> Any:

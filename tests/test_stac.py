@@ -63,7 +63,7 @@ class World:
         return f"{self.web.url}/{folder.relative_to(self.web.folder)}"
 
     def sent(self, which: Sequence[Acquisition], **options: Any) -> httpx.Response:
-        """The answer to the same files as uploads."""
+        """The response to the same files as uploads."""
         files = [
             ("files", (f"S2A_31UES_{at.day[:10]}/{path.name}", path.read_bytes()))
             for at in which
@@ -232,7 +232,7 @@ def test_no_more_is_read_than_directories_and_the_blocks_of_the_area(world: Worl
     first = world.tyrol[0]
     bbox = box_of(first, Window(330, 340, 150, 60))
     items = world.items("earth-search", world.tyrol)
-    world.web.asked.clear()
+    world.web.requests.clear()
     named = world.named(collection(items), bbox=bbox)
     assert named.status_code == 200, named.text
     with MemoryFile(named.content) as memory, memory.open() as response:
@@ -242,16 +242,16 @@ def test_no_more_is_read_than_directories_and_the_blocks_of_the_area(world: Worl
     for at in world.tyrol:
         for band, path in at.paths.items():
             name = str(path.relative_to(world.web.folder))
-            asked = [span for file, *span in world.web.asked if file == name]
+            seen = [span for file, *span in world.web.requests if file == name]
             if band == "B03":  # the model does not take it
-                assert asked == []
+                assert seen == []
                 continue
             read += world.web.bytes_of(name)
             total += path.stat().st_size
             if path.stat().st_size <= FIRST_BYTES:
-                assert asked == [[0, path.stat().st_size]]
+                assert seen == [[0, path.stat().st_size]]
                 continue
-            head, *rest = sorted(asked)
+            head, *rest = sorted(seen)
             assert head == [0, FIRST_BYTES]
             # SCL is coarser, so it is warped, and the kernel reaches beyond.
             needed = blocks(path, bounds, beyond=5 if band == "SCL" else 0)
@@ -293,9 +293,9 @@ def test_points_and_polygons_are_read_with_little_around_them(world: World) -> N
         "features": [{"type": "Feature", "properties": {}, "geometry": place}],
     }
     items = collection(world.items("earth-search", world.tyrol))
-    world.web.asked.clear()
+    world.web.requests.clear()
     named = world.named(items, points=points)
-    read = sum(end - begin for _, begin, end in world.web.asked)
+    read = sum(end - begin for _, begin, end in world.web.requests)
     assert named.status_code == 200, named.text
     total = sum(path.stat().st_size for at in world.tyrol for path in at.paths.values())
     assert read < total / 2
@@ -450,11 +450,11 @@ def test_a_search_takes_clouds_ids_and_shapes(world: World) -> None:
 
 def test_what_a_search_covers_is_what_is_read(world: World) -> None:
     bbox = box_of(world.tyrol[0], Window(300, 300, 60, 60))
-    world.web.asked.clear()
+    world.web.requests.clear()
     found = world.named({"url": world.api, "collections": ["sentinel-2-l2a"], "bbox": bbox})
     assert found.status_code == 200, found.text
     total = sum(path.stat().st_size for at in world.tyrol for path in at.paths.values())
-    assert sum(end - begin for _, begin, end in world.web.asked) < total / 3
+    assert sum(end - begin for _, begin, end in world.web.requests) < total / 3
     items = collection(world.items("earth-search", world.tyrol))
     assert found.content == world.named(items, bbox=bbox).content
 
@@ -474,7 +474,7 @@ def test_an_item_collection_by_its_address(world: World) -> None:
 
 
 @contextmanager
-def answering(world: World, reply: Any) -> Iterator[list[str]]:
+def served_by(world: World, reply: Any) -> Iterator[list[str]]:
     """The range server responds first by a function; yields the paths that were requested."""
     seen: list[str] = []
 
@@ -519,7 +519,7 @@ def landing(search: str, root: str | None = None) -> dict[str, Any]:
 )  # fmt: skip
 def test_a_search_link_leads_nowhere_else(world: World, elsewhere: str) -> None:
     for document in (landing(elsewhere), landing(world.api, elsewhere)):
-        with answering(world, lambda to, page=document: send(to, page)):
+        with served_by(world, lambda to, page=document: send(to, page)):
             response = world.named({"url": f"{world.web.url}/api", "ids": ["x"]})
         problem(response, "forbidden_reference")
 
@@ -534,7 +534,7 @@ def test_a_page_link_leads_nowhere_else(world: World, method: str) -> None:
         return send(to, landing(f"{world.web.url}/search") if to.command == "GET" else page)
 
     # The range server reads no POST of its own: this is all that it does with one.
-    with posting(world), answering(world, reply) as seen:
+    with posting(world), served_by(world, reply) as seen:
         response = world.named({"url": f"{world.web.url}/api", "ids": ["x"]})
     problem(response, "forbidden_reference")
     assert seen == ["/api", "/search"]
@@ -561,7 +561,7 @@ def test_a_redirect_leads_nowhere_else(world: World) -> None:
         return send(to, {}, 302, Location="http://127.0.0.2:9/x")
 
     items = collection(world.items("earth-search", world.flanders[:1]))
-    with answering(world, reply):
+    with served_by(world, reply):
         for stac in (items, {"url": f"{world.web.url}/api"}, f"{world.web.url}/items.json"):
             problem(world.named(stac), "forbidden_reference")
 
@@ -592,7 +592,7 @@ def test_references_are_off_until_allowed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("status", [401, 403, 409])
 def test_an_asset_that_needs_a_signature_is_named(world: World, status: int) -> None:
     (item,) = world.items("planetary-computer", world.flanders[:1])
-    with answering(world, lambda to: send(to, b"<Error/>", status)):
+    with served_by(world, lambda to: send(to, b"<Error/>", status)):
         detail = problem(world.named(collection([item])), "unreachable_reference")
     assert f"item '{item['id']}', asset '" in detail
     assert "signature" in detail
@@ -611,7 +611,7 @@ def test_a_signed_asset_is_read_with_its_signature(world: World) -> None:
             unsigned.append(to.path)
         return False
 
-    with answering(world, reply):
+    with served_by(world, reply):
         named = world.named(collection(items))
     assert unsigned == []
     assert named.content == world.sent(world.flanders).content

@@ -43,7 +43,7 @@ def test_a_real_item_of_earth_search(shared_data: Path) -> None:
     (path,) = (shared_data / "earthsearch_v0").glob("*.json")
     found = read_item(json.loads(path.read_text()), "stac")
     chosen = found.chosen(BANDS, None)
-    # Of COG and JPEG 2000 the COG; the mask is found without its being asked for.
+    # Of COG and JPEG 2000 the COG; the mask is found although the request does not name it.
     assert [asset.key for asset in chosen] == ["blue", "red", "nir", "scl"]
     assert all(asset.href.startswith("https://sentinel-cogs") for asset in chosen)
     assert chosen[0].bands[0].tags == {"scale": "0.0001", "offset": "0"}

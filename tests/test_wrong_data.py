@@ -1,7 +1,7 @@
 """Misleading data through HTTP, against NumPy, pyproj and rasterio.
 
-`/embed` with the tiny bundle answers the mean over the valid dates of each pixel, band by band, so
-that what was taken for valid can be read off the answer.
+`/embed` with the tiny bundle returns the mean over the valid dates of each pixel, band by band, so
+that the response shows which values counted as valid.
 """
 
 from __future__ import annotations

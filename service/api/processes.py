@@ -1,11 +1,12 @@
-"""OGC API - Processes 1.0 (18-062r2): tasks as processes, and execute requests as their requests.
+"""OGC API - Processes 1.0 (18-062r2): process descriptions, and execute requests as task requests.
 
     request models ──▶ process descriptions: inputs, outputs
     execute request ─┬─ inputs ──▶ the JSON body of the task, and binary values as files
-                     └─ outputs, response ──▶ `Answer`
+                     └─ outputs, response ──▶ `Delivery`
 
-Inputs are the parameters of a task's JSON bodies, described and validated by the same models;
-`outputs` of a forecast is the input `quantiles`, and files are `files`.
+Each task is a process. Its inputs are the parameters of the task's JSON bodies, described and
+validated by the same models; the parameter `outputs` of a forecast is the input `quantiles`, and
+the uploaded files are the input `files`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _CLASSES = "http://www.opengis.net/spec/ogcapi-processes-1/1.0/conf"
 
 
 def conformance_classes(*, callbacks: bool) -> list[str]:
-    """The conformance classes whose every requirement holds; each requirement has a test.
+    """The conformance classes that the server declares; each of their requirements has a test.
 
     Args:
         callbacks: whether the server sends callbacks.
@@ -68,11 +69,11 @@ CRS84 = "http://www.opengis.net/def/crs/OGC/1.3/CRS84"
 _CRS84H = "http://www.opengis.net/def/crs/OGC/0/CRS84h"
 _GEOPACKAGE = "application/geopackage+sqlite3"
 SOURCES = ("files", "stac", "series")
-"""Inputs of which one is given: what the task works on."""
+"""Inputs with the data of a run, of which a request has exactly one."""
 FILE_TYPES = ("image/tiff; application=geotiff", "image/jp2", ZIP)
-"""Types of binary values of `files`."""
+"""Media types of binary values of the input `files`."""
 VECTOR_TYPES = (GEOJSON, _GEOPACKAGE, PARQUET)
-"""Types of values of `fields`."""
+"""Media types of values of the input `fields`."""
 _TEXTS: Mapping[Task, tuple[str, str, tuple[str, ...]]] = {
     "classify-pixels": (
         "Classify pixels",
@@ -112,7 +113,7 @@ _OUTPUT_TEXTS: Mapping[str, str] = {
 
 
 def task_of(process: str) -> Task:
-    """The task that is a process.
+    """The task with the id of a process.
 
     Raises:
         UnknownProcess: no process has this id.
@@ -120,14 +121,14 @@ def task_of(process: str) -> Task:
     for task in TASKS:
         if task == process:
             return task
-    raise UnknownProcess(f"there is no process '{process[:64]}'; there are {', '.join(TASKS)}")
+    raise UnknownProcess(f"there is no process '{process[:64]}'; available: {', '.join(TASKS)}")
 
 
 # Descriptions -------------------------------------------------------------------------------------
 
 
 def summary_of(task: Task, root: str) -> ProcessSummary:
-    """A process as the list of processes has it.
+    """A process without its inputs and outputs, for the list of processes.
 
     Args:
         task: the process.
@@ -165,7 +166,7 @@ def description_of(task: Task, root: str) -> ProcessDescription:
 @cache
 def inputs_of(task: Task) -> Mapping[str, ProcessInput]:
     """The inputs of a process by name, from the models of the task's JSON bodies."""
-    one_of = f"one of {', '.join(f'`{name}`' for name in _sources(task))} is needed"
+    one_of = f"exactly one of {', '.join(f'`{name}`' for name in _sources(task))} is required"
     found = {
         "files": _input(
             "files",
@@ -211,15 +212,15 @@ def _sources(task: Task) -> tuple[str, ...]:
 
 
 def _input_name(task: Task, field: str) -> str | None:
-    """The input that is a field of the task's models; None for one that has another place."""
+    """The input for a field of the task's models; None for a field that is not an input."""
     if field == "outputs":
-        return "quantiles" if task == "forecast" else None  # those of maps are process outputs
-    # A subscriber is not an input: an execute request names it beside them.
+        return "quantiles" if task == "forecast" else None  # outputs of maps are process outputs
+    # A subscriber is a property of the execute request, not an input.
     return None if field in {"items", "subscriber"} else field
 
 
 def _described(name: str, model: type[BaseModel], field: str, more: str = "") -> ProcessInput:
-    """An input as a field of a model describes it."""
+    """An input, described by a field of a model."""
     document = model.model_json_schema()
     schema = _openapi(document["properties"][field], document.get("$defs", {}))
     for key in ("default", "nullable", "title"):
@@ -281,11 +282,11 @@ _KEPT = frozenset(
 
 
 def _openapi(schema: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON Schema (2020-12) in the words of OpenAPI 3.0, as process descriptions have it.
+    """A JSON Schema (2020-12) as a schema of OpenAPI 3.0, which process descriptions require.
 
     Args:
-        schema: as pydantic makes it.
-        named: its `$defs`, which take the place of their references.
+        schema: the JSON Schema of a pydantic model.
+        named: its `$defs`, with which references are replaced.
     """
     if "$ref" in schema:
         rest = {key: value for key, value in schema.items() if key != "$ref"}
@@ -297,7 +298,10 @@ def _openapi(schema: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, A
     nullable = "anyOf" in schema and len(options) < len(schema["anyOf"])
     found = dict(schema)
     if len(options) == 1:
-        found = {**_openapi(options[0], named), **schema}  # the field's own words come first
+        found = {
+            **_openapi(options[0], named),
+            **schema,
+        }  # the field's own keywords have precedence
     if "anyOf" in found:
         del found["anyOf"]
         if len(options) > 1:
@@ -336,11 +340,11 @@ class Output:
     name: str
     media: str
     reference: bool = False
-    """Whether a link to it is returned, and not its value."""
+    """Whether a link to the output is returned instead of its value."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Delivery:
     """How the results of an execution are returned."""
 
     response: Literal["raw", "document"]
@@ -352,18 +356,18 @@ class Answer:
         return any(output.reference for output in self.outputs)
 
     def document(self) -> dict[str, Any]:
-        """As JSON, which a job keeps."""
+        """As JSON values, which are stored with a job."""
         return {"response": self.response, "outputs": [vars(output) for output in self.outputs]}
 
     @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Answer:
-        """The answer that a document holds."""
+    def of(cls, document: Mapping[str, Any]) -> Delivery:
+        """The delivery stored in a document."""
         outputs = tuple(Output(**output) for output in document["outputs"])
         return cls(response=document["response"], outputs=outputs)
 
 
 def rasters_of(task: Runnable) -> tuple[str, ...]:
-    """Names of the files that a task can make of a raster."""
+    """Names of the files that a task can write for a raster."""
     if task in {"classify-pixels", "landcover"}:
         return get_args(ClassOutput)
     if task == "similar":
@@ -372,7 +376,7 @@ def rasters_of(task: Runnable) -> tuple[str, ...]:
 
 
 def _offers(task: Runnable) -> dict[str, tuple[str, ...]]:
-    """The types of every output of a process, the default first."""
+    """Media types of each output of a process, the default first."""
     found: dict[str, tuple[str, ...]] = dict.fromkeys(rasters_of(task), (COG,))
     if POLYGONS in found:
         found[POLYGONS] = (PARQUET, GEOJSON)
@@ -381,7 +385,7 @@ def _offers(task: Runnable) -> dict[str, tuple[str, ...]]:
 
 
 def available(request: TaskRequest) -> dict[str, tuple[str, ...]]:
-    """The outputs that a request's inputs give, with their types."""
+    """The outputs that are available with a request's inputs, with their media types."""
     offers = _offers(request.operation)
     if not isinstance(request, RasterRequest):
         names: Sequence[str] = ("series",)
@@ -394,11 +398,11 @@ def available(request: TaskRequest) -> dict[str, tuple[str, ...]]:
     return {name: offers[name] for name in names}
 
 
-def answer_of(execute: Execute, request: TaskRequest) -> Answer:
-    """How an execution's results are returned.
+def delivery_of(execute: Execute, request: TaskRequest) -> Delivery:
+    """How the results of an execution are returned.
 
     Raises:
-        InvalidRequest: an output that the inputs do not give, or not in the requested type.
+        InvalidRequest: an output is not available with the inputs, or not in the requested type.
     """
     offers = available(request)
     outputs = []
@@ -406,28 +410,28 @@ def answer_of(execute: Execute, request: TaskRequest) -> Answer:
         if name not in offers:
             raise InvalidRequest.of(
                 f"outputs.{name}",
-                f"these inputs have no such output; there are {', '.join(offers)}",
+                f"not available with these inputs; available: {', '.join(offers)}",
             )
-        asked = execute.outputs.get(name)
-        media = asked.format.mediaType if asked and asked.format else None
+        requested = execute.outputs.get(name)
+        media = requested.format.mediaType if requested and requested.format else None
         outputs.append(
             Output(
                 name=name,
                 media=offers[name][0]
                 if media is None
                 else _chosen(media, offers[name], f"outputs.{name}.format.mediaType"),
-                reference=asked is not None and asked.transmissionMode == "reference",
+                reference=requested is not None and requested.transmissionMode == "reference",
             )
         )
-    return Answer(response=execute.response, outputs=tuple(outputs))
+    return Delivery(response=execute.response, outputs=tuple(outputs))
 
 
-def default_answer(request: TaskRequest, files: Iterable[str]) -> Answer:
-    """How the results of a job are returned that another path has made: as links.
+def default_delivery(request: TaskRequest, files: Iterable[str]) -> Delivery:
+    """How the results of a job that was not submitted by an execution are returned: as links.
 
     Args:
-        request: of the job.
-        files: names of the files that it has made.
+        request: the job's request.
+        files: names of the files that the job has written.
     """
     found = {name: PARQUET if name == POLYGONS else COG for name in files}
     if found:
@@ -435,14 +439,14 @@ def default_answer(request: TaskRequest, files: Iterable[str]) -> Answer:
     else:
         found = {name: media[0] for name, media in available(request).items()}
     outputs = tuple(Output(name=n, media=media, reference=True) for n, media in found.items())
-    return Answer(response="document", outputs=outputs)
+    return Delivery(response="document", outputs=outputs)
 
 
 def _chosen(given: str, offers: Sequence[str], field: str) -> str:
-    """The offered type that a media type means.
+    """The offered media type that matches a requested one.
 
     Raises:
-        InvalidRequest: none.
+        InvalidRequest: no offered type matches.
     """
     wanted = MediaRange.parse(given)
     for offer in offers:
@@ -457,29 +461,29 @@ def _chosen(given: str, offers: Sequence[str], field: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A link in place of a value."""
+    """A link instead of a value."""
 
     href: str
     field: str
-    """What names it, for messages."""
+    """Name of the input, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Binary:
-    """A binary value, still as base64."""
+    """A binary value, still encoded as base64."""
 
     text: str
     field: str
-    """What names it, for messages."""
+    """Name of the input, for messages."""
 
     def write(self, path: Path) -> int:
-        """Write it to a file.
+        """Decode the value and write it to a file.
 
         Returns:
-            Its size in bytes.
+            Size of the file in bytes.
 
         Raises:
-            InvalidRequest: it is not base64, or empty.
+            InvalidRequest: the value is not base64, or is empty.
         """
         try:
             content = base64.b64decode(self.text, validate=True)
@@ -493,37 +497,38 @@ class Binary:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The inputs of an execution, by the parts that they go to."""
+    """The inputs of an execution, by how they are read."""
 
     source: str
-    """Which of `SOURCES` is given."""
+    """The one of `SOURCES` that the request has."""
     files: tuple[Reference | Binary, ...]
-    """Files of a stack; empty with another source."""
+    """Files of a stack; empty for other sources."""
     fields: Reference | Binary | dict[str, Any] | None
-    """Polygons: elsewhere, as a file, or as GeoJSON."""
+    """Polygons: a link, a file, or GeoJSON."""
     body: Mapping[str, Any]
-    """The other inputs, by the names of the task's JSON bodies; a link is a `Reference`."""
+    """The other inputs, by their names in the task's JSON bodies; a link is a `Reference`."""
 
 
 def read_inputs(task: Task, execute: Execute) -> Inputs:
     """The inputs of an execute request, references not yet resolved and options not yet validated.
 
     Raises:
-        InvalidRequest: an unknown input, one in a wrong form, or not one source.
+        InvalidRequest: an input is unknown or has a wrong type, or there is not exactly one source.
     """
     known, given, outputs = inputs_of(task), dict(execute.inputs), _offers(task)
     for name in execute.outputs:
         if name not in outputs:
             there = ", ".join(outputs)
-            raise InvalidRequest.of(f"outputs.{name[:64]}", f"unknown output; there are {there}")
+            raise InvalidRequest.of(f"outputs.{name[:64]}", f"unknown output; available: {there}")
     for name in given:
         if name not in known:
             raise InvalidRequest.of(f"inputs.{name[:64]}", unknown_parameter(name, known))
     sources = [name for name in _sources(task) if name in given]
     if len(sources) != 1:
-        said = ", ".join(sources) or "none"
+        given_sources = ", ".join(sources) or "none"
         raise InvalidRequest.of(
-            "inputs", f"one of {', '.join(_sources(task))} is needed, not {said}"
+            "inputs",
+            f"exactly one of {', '.join(_sources(task))} is required; given: {given_sources}",
         )
     files = tuple(
         _file(value, f"inputs.files.{n}", FILE_TYPES)
@@ -532,7 +537,9 @@ def read_inputs(task: Task, execute: Execute) -> Inputs:
     if sources == ["files"] and not files:
         raise InvalidRequest.of("inputs.files", "at least one GeoTIFF is required")
     if len(files) > MAX_ITEMS:
-        raise InvalidRequest.of("inputs.files", f"{len(files)} files, at most {MAX_ITEMS}")
+        raise InvalidRequest.of(
+            "inputs.files", f"{len(files)} files; at most {MAX_ITEMS} are allowed"
+        )
     fields = given.pop("fields", None)
     if fields is not None and sources == ["series"]:
         raise InvalidRequest.of("inputs.fields", "cannot be combined with series")
@@ -541,7 +548,7 @@ def read_inputs(task: Task, execute: Execute) -> Inputs:
         for name, value in given.items()
     }
     if isinstance(body.get("stac"), Reference):
-        body["stac"] = body["stac"].href  # of items or an item, which the reader of STAC fetches
+        body["stac"] = body["stac"].href  # a URL of items, which `stac_request` fetches
     return Inputs(
         source=sources[0],
         files=files,
@@ -552,10 +559,10 @@ def read_inputs(task: Task, execute: Execute) -> Inputs:
 
 @contextmanager
 def inputs_named(task: Task) -> Iterator[None]:
-    """Give the errors of the task's bodies the names of inputs.
+    """Translate field names of the task's bodies in errors to names of inputs.
 
     Raises:
-        InvalidRequest: with the input of each error.
+        InvalidRequest: the error, with the input that caused each part of it.
     """
     try:
         yield
@@ -566,7 +573,7 @@ def inputs_named(task: Task) -> Iterator[None]:
         detail = error.detail
         if errors:
             names = ", ".join(one["field"] for one in errors)
-            detail = f"{len(errors)} inputs fail: {names}"
+            detail = f"{len(errors)} inputs are not valid: {names}"
         raise InvalidRequest(detail, errors) from error
 
 
@@ -584,16 +591,18 @@ def _each(value: object) -> list[Any]:
 
 
 def bbox_of(value: Any) -> Any:  # noqa: ANN401 - JSON
-    """West, south, east, north of a bounding box, whose heights are left out; else the value.
+    """West, south, east, north of a bounding box, without heights; any other value unchanged.
 
     Raises:
-        InvalidRequest: it is in another CRS.
+        InvalidRequest: the box is not in CRS84.
     """
     if not isinstance(value, dict):
         return value
     crs = value.get("crs", CRS84)
     if crs not in (CRS84, _CRS84H):
-        raise InvalidRequest.of("inputs.bbox.crs", f"'{str(crs)[:100]}' is not {CRS84}")
+        raise InvalidRequest.of(
+            "inputs.bbox.crs", f"'{str(crs)[:100]}' is not supported: give {CRS84}"
+        )
     numbers = value.get("bbox")
     if isinstance(numbers, list) and len(numbers) == 6:
         return [*numbers[:2], *numbers[3:5]]
@@ -601,17 +610,17 @@ def bbox_of(value: Any) -> Any:  # noqa: ANN401 - JSON
 
 
 def _value(name: str, value: object, known: ProcessInput) -> Any:  # noqa: ANN401 - JSON
-    """A value as the task's JSON bodies have it."""
+    """A value in the form of the task's JSON bodies."""
     field = f"inputs.{name}"
     if known.maxOccurs != 1:
         if isinstance(value, dict) and "href" in value:
-            return _reference(value, field)  # to the list of all values
+            return _reference(value, field)  # a link to the list of all values
         return [_plain(one, f"{field}.{n}") for n, one in enumerate(_each(value))]
     return _plain(value, field)
 
 
 def _plain(value: object, field: str) -> Any:  # noqa: ANN401 - JSON
-    """A value without what qualifies it, or a reference to it."""
+    """A value without its media type and encoding, or a reference to it."""
     if not isinstance(value, dict):
         return value
     if "href" in value:
@@ -627,12 +636,14 @@ def _plain(value: object, field: str) -> Any:  # noqa: ANN401 - JSON
 def _reference(link: Mapping[str, Any], field: str) -> Reference:
     href = link["href"]
     if not isinstance(href, str) or not href:
-        raise InvalidRequest.of(f"{field}.href", "a path, a `file:` or an `http(s):` URL is needed")
+        raise InvalidRequest.of(
+            f"{field}.href", "a path, a `file:` URL or an `http(s):` URL is required"
+        )
     return Reference(href=href, field=f"{field}.href")
 
 
 def _file(value: object, field: str, kinds: Sequence[str]) -> Reference | Binary:
-    """A file, elsewhere or as a binary value."""
+    """A file, as a link or a binary value."""
     text = value
     if isinstance(value, dict):
         if "href" in value:
@@ -641,14 +652,14 @@ def _file(value: object, field: str, kinds: Sequence[str]) -> Reference | Binary
         if value.get("mediaType") is not None:
             _chosen(str(value["mediaType"]), kinds, f"{field}.mediaType")
         if value.get("encoding", "base64") != "base64":
-            raise InvalidRequest.of(f"{field}.encoding", "base64 is the only encoding")
+            raise InvalidRequest.of(f"{field}.encoding", "only 'base64' is supported")
     if not isinstance(text, str):
-        raise InvalidRequest.of(field, 'a link {"href": …} or a value as base64 is needed')
+        raise InvalidRequest.of(field, 'a link {"href": …} or a base64 value is required')
     return Binary(text=text, field=field)
 
 
 def _vector(value: object) -> Reference | Binary | dict[str, Any]:
-    """Polygons: GeoJSON as an object, another format as a file, either of them elsewhere."""
+    """Polygons: GeoJSON as an object, another format as a file, or a link to either."""
     field = "inputs.fields"
     if isinstance(value, dict) and "href" not in value:
         inner = value.get("value", value)

@@ -1,11 +1,11 @@
 """Results as OGC API - Processes returns them: raw or as a document, by value or by reference.
 
-    Answer ─┬─ raw ──┬─ one output by value ──▶ the output itself
-            │        ├─ all by reference ─────▶ 204 and a `Link` each
-            │        └─ several ──────────────▶ multipart/related, a part each
-            └─ document ──────────────────────▶ JSON: values (binary ones as base64) and links
+    Delivery ─┬─ raw ──┬─ one output by value ──▶ the output itself
+              │        ├─ all by reference ─────▶ 204 and a `Link` header per output
+              │        └─ several ──────────────▶ multipart/related, one part per output
+              └─ document ──────────────────────▶ JSON: values (binary ones as base64) and links
 
-Everything with a value goes through a file, so that a large result holds no memory.
+Responses with values are written to files first, so that a large result takes no memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from starlette.responses import JSONResponse, Response
 
-from service.api.processes import Answer, Output
+from service.api.processes import Delivery, Output
 from service.api.responses import (
     COG,
     CSV,
@@ -52,46 +52,46 @@ _SUFFIXES: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """The results of a run, and where files made of them go."""
+    """The results of a run, and the files derived from them."""
 
     result: Result | StoredResult
     ready: Callable[[str, Callable[[Path], object]], Path]
-    """Path of a file by its name, made by the function if it is not there."""
+    """Returns the path of a file by its name; the function writes it if it does not exist."""
     boundary: str
     """Separates the parts of a multipart response; unpredictable when the inputs were sent."""
     here: str | None = None
     """Path of the job's results, for links; None for a run that is not a job."""
     missing: PIMCError | None = None
-    """Raised if a file is not there any more."""
+    """The error to raise if a file has been removed."""
 
 
-def results_response(results: Results, answer: Answer) -> Response:
+def results_response(results: Results, delivery: Delivery) -> Response:
     """The response with an execution's results. Blocks while it makes a file.
 
     Args:
-        results: of a job if the answer holds a link.
-        answer: how they are returned.
+        results: the results; those of a job if the delivery contains a link.
+        delivery: how the results are returned.
 
     Raises:
         ResultNotReady: the result was removed.
     """
-    if answer.response == "document":
-        return _document(results, answer)
-    if all(output.reference for output in answer.outputs):
+    if delivery.response == "document":
+        return _document(results, delivery)
+    if all(output.reference for output in delivery.outputs):
         response = Response(status_code=204)
-        for output in answer.outputs:
+        for output in delivery.outputs:
             response.headers.append(
                 "Link",
                 f'<{_href(results, output)}>; rel="item"; title="{output.name}"; '
                 f'type="{output.media.replace(chr(34), "")}"',
             )
         return with_raster_headers(response, results.result)
-    if len(answer.outputs) == 1:
-        return output_response(results, answer.outputs[0])
+    if len(delivery.outputs) == 1:
+        return output_response(results, delivery.outputs[0])
     path = results.ready(
-        _name(results, answer, "multipart"), partial(_write_parts, results, answer)
+        _name(results, delivery, "multipart"), partial(_write_parts, results, delivery)
     )
-    kind = f'{MULTIPART}; type="{answer.outputs[0].media.partition(";")[0]}"'
+    kind = f'{MULTIPART}; type="{delivery.outputs[0].media.partition(";")[0]}"'
     media = f'{kind}; boundary="{results.boundary}"'
     return _sent(results, path, media)
 
@@ -116,7 +116,7 @@ def _path(results: Results, output: Output) -> Path:
         return _document_path(results)
     name = derived_name(result, output.media)
     if name is None:
-        raise TypeError(f"no file of {output.media} can be made")
+        raise TypeError(f"there is no derived file of type {output.media}")
 
     def make(path: Path) -> None:
         derive(result, lambda: json.loads(_document_path(results).read_bytes()), output.media, path)
@@ -141,18 +141,18 @@ def _href(results: Results, output: Output) -> str:
     return f"{_here(results)}/{output.name}"
 
 
-def _name(results: Results, answer: Answer, suffix: str) -> str:
-    """A file name that tells answers apart, and the addresses in them."""
-    text = json.dumps([answer.document(), results.here, results.boundary])
+def _name(results: Results, delivery: Delivery, suffix: str) -> str:
+    """A file name that differs between deliveries, and between addresses in the response."""
+    text = json.dumps([delivery.document(), results.here, results.boundary])
     return f"results-{hashlib.sha256(text.encode()).hexdigest()[:16]}.{suffix}"
 
 
 # Several outputs as parts ------------------------------------------------------------------------
 
 
-def _write_parts(results: Results, answer: Answer, path: Path) -> None:
+def _write_parts(results: Results, delivery: Delivery, path: Path) -> None:
     with path.open("wb") as target:
-        for output in answer.outputs:
+        for output in delivery.outputs:
             head = {"Content-Type": output.media, "Content-ID": output.name}
             if output.reference:
                 head["Content-Location"] = _href(results, output)
@@ -168,19 +168,21 @@ def _write_parts(results: Results, answer: Answer, path: Path) -> None:
 # A document of all outputs -----------------------------------------------------------------------
 
 
-def _document(results: Results, answer: Answer) -> Response:
-    if all(output.reference for output in answer.outputs):
-        links = links_to(answer.outputs, _here(results))
+def _document(results: Results, delivery: Delivery) -> Response:
+    if all(output.reference for output in delivery.outputs):
+        links = links_to(delivery.outputs, _here(results))
         return with_raster_headers(JSONResponse(links), results.result)
-    path = results.ready(_name(results, answer, "json"), partial(_write_document, results, answer))
+    path = results.ready(
+        _name(results, delivery, "json"), partial(_write_document, results, delivery)
+    )
     return _sent(results, path, JSON)
 
 
 def links_to(outputs: Iterable[Output], here: str) -> dict[str, dict[str, str]]:
-    """A document of results that holds links alone.
+    """A results document that contains only links.
 
     Args:
-        outputs: of a job.
+        outputs: outputs of a job.
         here: path of the job's results.
     """
     return {
@@ -189,9 +191,9 @@ def links_to(outputs: Iterable[Output], here: str) -> dict[str, dict[str, str]]:
     }
 
 
-def _write_document(results: Results, answer: Answer, path: Path) -> None:
+def _write_document(results: Results, delivery: Delivery, path: Path) -> None:
     with path.open("wb") as target:
-        for number, output in enumerate(answer.outputs):
+        for number, output in enumerate(delivery.outputs):
             target.write(b"," if number else b"{")
             target.write(f"{json.dumps(output.name)}:".encode())
             if output.reference:
@@ -204,7 +206,7 @@ def _write_document(results: Results, answer: Answer, path: Path) -> None:
 
 
 def _write_value(source: BinaryIO, media: str, target: BinaryIO) -> None:
-    """A value with what qualifies it: JSON as it is, text as a string, all else as base64."""
+    """A value with its media type: JSON unchanged, text as a string, everything else as base64."""
     about = f'"mediaType":{json.dumps(media)}'
     target.write(f"{{{about},".encode())
     if media in {JSON, GEOJSON}:

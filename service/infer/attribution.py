@@ -2,14 +2,16 @@
 
     subsets of the dates → class probability of each subset → main effect of each date
 
-The model predicts from many subsets of a pixel's dates, the others left out as if they were cloudy.
-A date's attribution is the mean probability of the pixel's class over the subsets with the date,
-less the mean over those without it: the Banzhaf value of a cooperative game (Wang and Jia 2023,
+The model predicts from many subsets of a pixel's dates; dates outside a subset count as cloudy. A
+date's attribution is the mean probability of the pixel's class over the subsets with the date,
+minus the mean over those without it: the Banzhaf value of a cooperative game (Wang and Jia 2023,
 arXiv:2205.15466), and the main effect of a two-level experiment. The subsets are such an experiment
 with a foldover (Plackett and Burman 1946, doi:10.1093/biomet/33.4.305; Box and Hunter 1961,
 doi:10.1080/00401706.1961.10489951): every pair of dates occurs equally often with both, one or none
-of them, so that the effects neither mix with each other nor with those of pairs.
-docs/decisions/attribution.md compares it with leaving out one date.
+of them, so that the effects are confounded neither with each other nor with those of pairs.
+docs/decisions/attribution.md compares this method with leaving out one date.
+
+Shapes: N pixels, T dates, C bands, K classes, R subsets.
 """
 
 from __future__ import annotations
@@ -24,18 +26,17 @@ from service.infer.model import LoadedModel
 Floats = NDArray[np.float32]
 
 _EVERY_SUBSET = 6
-"""Dates up to which all subsets are tried, which makes the Banzhaf value exact."""
-
-
+"""Largest number of dates for which all subsets are used, so that the Banzhaf value is exact."""
 _ROWS = 256
-"""Rows of the model's input up to which several subsets are predicted at once."""
+"""Largest number of rows (pixels x subsets) in one call of the model."""
 
 
 def subsets(dates: int) -> NDArray[np.bool_]:
-    """The subsets of dates that are tried (R, T), True where a date is kept.
+    """The subsets of T dates (R, T), True where a date is in the subset.
 
-    Each date is in half of them, and each pair of dates in a quarter. R is 2**T up to six dates,
-    and else the smallest power of two that exceeds 2 T: 64 up to 31 dates, 128 up to 63.
+    Each date is in half of the subsets, and each pair of dates in a quarter. R is 2**T for up to
+    six dates, and otherwise the smallest power of two above 2 T: 64 for up to 31 dates, 128 for up
+    to 63.
     """
     if dates <= _EVERY_SUBSET:
         numbers = np.arange(2**dates)[:, None]
@@ -65,13 +66,13 @@ def date_attribution(
         valid: True where usable (N, T).
         days: days (T) since the time window's first day.
         day_of_year: of the time window's first day.
-        probabilities: what the model predicts from all dates (N, K).
+        probabilities: class probabilities predicted from all dates (N, K).
         before_each: called before each subset, for instance to raise if the run was cancelled.
 
     Returns:
         Difference of the class's mean probability with and without the date (N, T), -1 to 1:
-        positive if the date speaks for the class, negative if it speaks against it. NaN where the
-        pixel is not clear on the date. A subset without a clear date counts as probability 1 / K.
+        positive if the date raises the probability, negative if it lowers it. NaN where the pixel
+        is not clear on the date. A subset without a clear date has probability 1 / K.
     """
     best = probabilities.argmax(axis=1)[:, None]
     unknown = np.float32(1.0 / probabilities.shape[1])

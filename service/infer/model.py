@@ -6,6 +6,9 @@ On a CPU the batches of one call run in parallel on a small pool of threads, eac
 single-threaded session run. On CUDA they run one after the other. The last batch is padded, so that
 few input shapes occur. A batch that runs out of memory is halved, and the run continues. After any
 other failure of the device, the batch is retried once; if it fails again, the call raises.
+
+Shapes: N pixels or patches, T dates, C bands; predictions have K classes, or H steps x S spectral
+indices x Q quantiles, or D numbers of an embedding.
 """
 
 from __future__ import annotations

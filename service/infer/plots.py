@@ -5,6 +5,8 @@
 A model's ONNX graph computes its recurrence plots internally and returns only the prediction. This
 module computes the same plots for display, so that a client can see an encoder's input. No
 prediction uses this module. The tests compare its plots with those of the torch graph and of pyts.
+
+Shapes: N pixels, T dates, C bands, K spectral indices, M steps of the regular grid.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ posterior expectation
     E = s² / (s² + sigma²) · x + sigma² / (s² + sigma²) · m
 
 is close to m where the neighbours agree, and close to x where they do not.
+
+Shapes: K classes, h w rows and columns of a window.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ Floats = NDArray[np.float32]
 SMOOTHNESS = 20.0
 """sigma², the variance of a pixel's own logit."""
 FRACTION = 0.5
-"""Share of the neighbours that the prior is made of."""
+"""Share of the neighbours from which the prior is computed."""
 MAX_RADIUS = 10
 """Largest radius of a neighbourhood, pixels."""
 _MARGIN = 1e-4

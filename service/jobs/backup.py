@@ -178,7 +178,7 @@ def _keep_job(
     live: _Live,
     kept: sqlite3.Connection,
     name: str,
-    place: Path,
+    source: Path,
     target: Path,
     copy: Callable[[Path, Path], None],
 ) -> None:
@@ -188,12 +188,12 @@ def _keep_job(
         try:
             if row is not None and row["status"] not in _ENDED:
                 target.mkdir()
-                copy(place / REQUEST, target / REQUEST)
+                copy(source / REQUEST, target / REQUEST)
                 # A series has no input. Uploads are removed only after the row says how the job
                 # ended, and a result is complete before.
                 part = _result(row) if row["status"] == "successful" else "input"
-                if part != "input" or (place / part).exists():
-                    copy(place / part, target / part)
+                if part != "input" or (source / part).exists():
+                    copy(source / part, target / part)
         except (FileNotFoundError, shutil.Error):
             pass  # the service has removed files; the row's status changes with them
         else:

@@ -1,8 +1,8 @@
-"""Callbacks: signed requests to the addresses that a job names, tried until they are accepted.
+"""Callbacks: signed requests to a job's subscriber URLs, retried until they are accepted.
 
-    outbox → due → sign → host and addresses checked → POST ─┬─ 2xx ─▶ delivered
-                                                             ├─ else ─▶ again later, up to two days
-                                                             └─ 410, or tried too often ─▶ given up
+    outbox → due → sign → check host and addresses → POST ─┬─ 2xx ─▶ delivered
+                                                           ├─ else ─▶ retried, for up to two days
+                                                           └─ 410, or last attempt ─▶ given up
 
 Signed as Standard Webhooks 1.0 describes (https://www.standardwebhooks.com): `webhook-id`,
 `webhook-timestamp`, and in `webhook-signature` an HMAC-SHA256 of id, timestamp and body.
@@ -35,19 +35,19 @@ from service.telemetry import Metrics
 
 _LOG = logging.getLogger(__name__)
 SECRET_PREFIX = "whsec_"  # noqa: S105 - public
-"""Prefix of a secret in the form that libraries of Standard Webhooks take."""
+"""Prefix of a secret in the form that Standard Webhooks libraries accept."""
 PAUSES = (5.0, 60.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 57600.0)
-"""Seconds after each failed attempt until the next one; after the last the callback is given up."""
+"""Seconds from each failed attempt to the next; after the last one the callback is given up."""
 _JITTER = 0.1
-"""Share by which a pause is longer at random, so that what failed together is not tried together.
-"""
+"""Largest random lengthening of a pause, as a share of it: spreads the retries of callbacks that
+failed together."""
 _AT_ONCE = 16
-_ANSWER_SECONDS = 15.0
+_RESPONSE_SECONDS = 15.0
 """Seconds in which a receiver must accept a callback."""
 _LONGEST_WAIT = 5.0
-"""Seconds after which the outbox is looked at even if nobody told of a change."""
-_LOOK_SECONDS = 0.1
-"""Seconds in which callbacks under way notice that the service stops."""
+"""Longest time between two reads of the outbox, in seconds, without a notification."""
+_POLL_SECONDS = 0.1
+"""Seconds between two checks, during a delivery, whether the service stops."""
 FIELDS: Mapping[Event, str] = {
     "success": "successUri",
     "failed": "failedUri",
@@ -59,12 +59,12 @@ Document = Callable[[Job, Event], Mapping[str, Any]]
 
 
 def check_subscriber(subscriber: Subscriber, settings: Settings) -> None:
-    """Check that a job may call the addresses that it names.
+    """Check that the hosts of a job's subscriber URLs are allowed.
 
-    Their hosts are checked by name here; each delivery checks name and addresses again.
+    Host names are checked here; each delivery checks the name again, and its addresses.
 
     Raises:
-        ForbiddenReference: an address is not the URL of an allowed host.
+        ForbiddenReference: a subscriber URL is not on an allowed host.
     """
     if not settings.callback_hosts:
         raise ForbiddenReference(
@@ -77,9 +77,9 @@ def check_subscriber(subscriber: Subscriber, settings: Settings) -> None:
 
 
 def caller_secret(secret: bytes, owner: str) -> bytes:
-    """The secret with which one caller's callbacks are signed.
+    """The secret that signs the callbacks of one caller.
 
-    Each caller has its own, so that none can sign what another receives.
+    Each caller has its own, so that no caller can forge callbacks to another.
 
     Args:
         secret: the server's.
@@ -89,7 +89,7 @@ def caller_secret(secret: bytes, owner: str) -> bytes:
 
 
 def secret_text(secret: bytes) -> str:
-    """A secret in the form that libraries of Standard Webhooks take."""
+    """A secret in the form that Standard Webhooks libraries accept."""
     return SECRET_PREFIX + base64.b64encode(secret).decode()
 
 
@@ -115,7 +115,7 @@ def signed(body: bytes, *, message: str, seconds: int, secrets: Sequence[bytes])
 
 
 class CallbackSender:
-    """Sends the callbacks of the outbox, in a thread of its own.
+    """Sends the callbacks of the outbox, in its own thread.
 
     Args:
         store: of the jobs and their outbox.
@@ -157,7 +157,7 @@ class CallbackSender:
         self._changed = threading.Event()
 
     def notify(self) -> None:
-        """Look at the outbox now: a job has changed, or the service stops."""
+        """Wake the sender: a job has changed, or the service stops."""
         self._changed.set()
 
     def run(self) -> None:
@@ -190,7 +190,7 @@ class CallbackSender:
             Connections(
                 self._settings,
                 rules=self._settings.callback_hosts,
-                patience=Patience(idle_seconds=_ANSWER_SECONDS),
+                patience=Patience(idle_seconds=_RESPONSE_SECONDS),
                 resolver=self._resolver,
                 tls=self._tls,
             ) as web,
@@ -203,20 +203,20 @@ class CallbackSender:
             group.cancel_scope.cancel()
 
     async def _cancel_when_closing(self, scope: anyio.CancelScope) -> None:
-        """Leave callbacks that are under way to the next start, which sends them again."""
+        """Cancel deliveries when the service stops; the next start sends them again."""
         while not self._closing.is_set():
-            await anyio.sleep(_LOOK_SECONDS)
+            await anyio.sleep(_POLL_SECONDS)
         scope.cancel()
 
     async def _send(self, web: Connections, callback: Callback) -> None:
-        status, reason = None, f"not accepted within {_ANSWER_SECONDS:g} s"
-        with anyio.move_on_after(_ANSWER_SECONDS):
+        status, reason = None, f"not accepted within {_RESPONSE_SECONDS:g} s"
+        with anyio.move_on_after(_RESPONSE_SECONDS):
             try:
                 status = await self._post(web, callback)
                 reason = f"status {status}"
             except PIMCError as error:
                 reason = error.detail
-        # From here on without a pause, so that a stop does not part an attempt from its record.
+        # No await from here on, so that a stop does not separate an attempt from its record.
         if status is not None and HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
             self._store.callback_delivered(callback)
             self._record(callback, "delivered", reason)
@@ -232,13 +232,13 @@ class CallbackSender:
         """Status of one attempt.
 
         Raises:
-            PIMCError: the address is not allowed any more, or does not respond.
+            PIMCError: the address is no longer allowed, or does not respond.
         """
         job = callback.job
         if job.subscriber is None:
             raise TypeError("only a job with a subscriber has callbacks")
         url = job.subscriber.url(callback.event)
-        place = Remote.of(
+        remote = Remote.of(
             url or "", f"subscriber.{FIELDS[callback.event]}", self._settings.callback_hosts
         )
         body = json.dumps(self._document(job, callback.event), separators=(",", ":")).encode()
@@ -251,9 +251,9 @@ class CallbackSender:
             **signed(body, message=callback.message, seconds=int(self._clock()), secrets=secrets),
         }
         async with web.response(
-            place, method="POST", headers=headers, content=body, redirects=False
-        ) as answer:
-            return answer.status_code
+            remote, method="POST", headers=headers, content=body, redirects=False
+        ) as response:
+            return response.status_code
 
     def _record(
         self,

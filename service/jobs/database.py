@@ -1,14 +1,14 @@
 """Databases of the job store: SQLite in the state directory, or PostgreSQL for several replicas.
 
-Statements are written once, in the SQL that both understand, with these marks:
+Statements are written once, in SQL that both databases accept, with these placeholders:
 
     ?            a value
     {now}        the database's clock, seconds since 1970
-    {expired}    whether a job's lease has ended; never in SQLite, whose one service needs none
-    {number}     type of a column that counts rows
+    {expired}    whether a job's lease has ended; always false in SQLite, which one service uses
+    {number}     type of an auto-increment column
 
-Everything else that differs is in the two dialects: how to connect, how a transaction begins, where
-the version of the schema is kept, and what errors mean.
+All other differences are in the two dialects: connecting, beginning a transaction, storing the
+version of the schema, and translating errors.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _BUSY_SECONDS = 5.0
-"""Seconds to wait for a lock that another process or another thread holds."""
+"""Longest wait, in seconds, for a lock of another process or thread."""
 _IDLE_SECONDS = 10.0
 """Seconds after which PostgreSQL ends the transaction of a replica that has stalled in it."""
 _WAL_BYTES = 16 * 2**20
 """Size to which SQLite's write-ahead log is cut after a checkpoint."""
 _WRITERS = 0x70696D63
-"""Key of the advisory lock that transactions hold which must see each other's counts: `pimc`."""
+"""Key of the advisory lock of serial transactions: the bytes of `pimc`."""
 
 
 class DuplicateRow(Exception):
@@ -45,15 +45,15 @@ class DuplicateRow(Exception):
 
 
 class UnusableDatabase(Exception):
-    """The database cannot be used; the message has the reason, without a password."""
+    """The database cannot be used; the message states the reason, and contains no password."""
 
 
 class Cursor(Protocol):
-    """Rows of a statement, by name and by position."""
+    """Result of a statement; rows are read by column name or position."""
 
     @property
     def rowcount(self) -> int:
-        """Number of rows that it changed."""
+        """Number of rows that the statement changed."""
         ...
 
     def fetchone(self) -> Any:  # noqa: ANN401 - columns of any type
@@ -66,7 +66,7 @@ class Cursor(Protocol):
 
 
 class Connection(Protocol):
-    """What both libraries' connections have."""
+    """Methods that the connections of both libraries have."""
 
     def execute(self, statement: Any, values: Any = ..., /) -> Cursor:  # noqa: ANN401 - theirs
         """Execute one statement."""
@@ -78,7 +78,7 @@ class Connection(Protocol):
 
 
 class Dialect(Protocol):
-    """What differs between databases."""
+    """The differences between databases."""
 
     name: str
     """For messages."""
@@ -86,7 +86,7 @@ class Dialect(Protocol):
     """Whether several services use the database at once."""
 
     def connect(self) -> Connection:
-        """Open a connection that commits each statement by itself."""
+        """Open a connection in autocommit mode."""
         ...
 
     def usable(self, connection: Any) -> bool:  # noqa: ANN401 - the library's
@@ -94,7 +94,7 @@ class Dialect(Protocol):
         ...
 
     def sql(self, statement: str) -> str:
-        """A statement with its marks replaced."""
+        """A statement with its placeholders replaced."""
         ...
 
     def begin(self, *, serial: bool) -> Sequence[str]:
@@ -116,13 +116,13 @@ class Dialect(Protocol):
             DuplicateRow: unique columns exist already.
             InsufficientStorage: the disk is full or failing.
             Overloaded: the database is in use or cannot be reached; or no file descriptor is free.
-            UnusableDatabase: any other fault of it.
+            UnusableDatabase: any other error of the database.
         """
         ...
 
 
 class Session:
-    """An open connection that executes statements with marks.
+    """An open connection that executes statements with placeholders.
 
     Args:
         connection: open.
@@ -172,11 +172,11 @@ class Database:
 
     @contextmanager
     def transaction(self, *, serial: bool = False) -> Iterator[Session]:
-        """A transaction: all of it is stored, or nothing.
+        """A transaction: committed at the end of the context, rolled back on an exception.
 
         Args:
-            serial: whether it depends on rows that others may add or change meanwhile, such as a
-                count; one that changes rows of its own job by their lease does not.
+            serial: whether its result depends on rows that other transactions may add or change,
+                such as a count; a change to rows of one job, guarded by their lease, does not.
         """
         with self._alone(), self.dialect.translated():
             session = self._session()
@@ -185,7 +185,7 @@ class Database:
             try:
                 yield session
             except BaseException:
-                # A full disk, or the loss of the connection, has ended it already.
+                # A full disk or a broken connection has ended the transaction already.
                 with suppress(Exception):
                     session.execute("ROLLBACK")
                 raise
@@ -217,10 +217,10 @@ class Database:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """The connection, for one thread at a time.
+        """Hold the connection for this thread.
 
         Raises:
-            Overloaded: other threads hold it, mostly because another process holds the database.
+            Overloaded: other threads hold it, usually because another process locks the database.
         """
         if not self._mutex.acquire(timeout=2 * _BUSY_SECONDS):
             raise in_use(self.dialect.name)
@@ -231,7 +231,7 @@ class Database:
 
 
 def in_use(name: str) -> Overloaded:
-    """The error of a database that others hold."""
+    """The error for a database that another process locks."""
     return Overloaded(
         f"the job store ({name}) has been in use by another process for more than "
         f"{_BUSY_SECONDS:g} s; retry later",
@@ -240,7 +240,7 @@ def in_use(name: str) -> Overloaded:
 
 
 def unreachable() -> Overloaded:
-    """The error of a database server that does not respond; its address is for the log alone."""
+    """The error for a database server that does not respond; only the log contains its address."""
     return Overloaded(
         "the job store's database cannot be reached; nothing was started", retry_after=10
     )
@@ -269,7 +269,7 @@ class Sqlite:
         )
         db.row_factory = sqlite3.Row
         db.execute("PRAGMA journal_mode = WAL")
-        # A row is a promise to a client.
+        # A client that was sent a job's address relies on its row.
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
         db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
@@ -344,7 +344,7 @@ class Postgres:
 
     def __init__(self, url: str) -> None:
         try:
-            import psycopg  # noqa: F401 - whether it is installed
+            import psycopg  # noqa: F401 - only checks that it is installed
         except ImportError as error:
             raise SettingsError(
                 "PIMC_DATABASE_URL needs psycopg, which is not installed: "
@@ -356,7 +356,7 @@ class Postgres:
         """See `Dialect`."""
         import psycopg
 
-        # A server or a network that is gone is noticed after 10 s, unless the URL says otherwise.
+        # A lost server or network is detected after 10 s, unless the URL sets other values.
         patience: dict[str, Any] = {
             "connect_timeout": "5",
             "keepalives_idle": "5",
@@ -368,15 +368,16 @@ class Postgres:
         try:
             options = patience | psycopg.conninfo.conninfo_to_dict(self._url)
         except psycopg.ProgrammingError:
-            # Its message repeats the URL, and so a password.
+            # Its message contains the URL, and with it the password.
             raise UnusableDatabase("its URL is not valid") from None
         try:
             db: psycopg.Connection[Any] = psycopg.connect(
                 psycopg.conninfo.make_conninfo(**options), autocommit=True, row_factory=_rows
             )
-            # No prepared statements: a pooler may give each transaction another connection.
+            # No prepared statements: a pooler may use another connection for each transaction.
             db.prepare_threshold = None
-            # A row is a promise to a client. A replica that stalls must not hold others up.
+            # A client that was sent a job's address relies on its row. A replica that stalls must
+            # not block the others.
             db.execute(
                 "SET synchronous_commit = on; SET default_transaction_isolation = 'read committed';"
                 f" SET lock_timeout = '{_BUSY_SECONDS:g}s';"
@@ -401,7 +402,8 @@ class Postgres:
 
     def version(self, session: Session) -> int:
         """See `Dialect`."""
-        # Not to_regclass(): it may remember that there was no table before another made it.
+        # Not to_regclass(): it may use a cached lookup from before another replica created the
+        # table.
         found = session.execute(
             "SELECT 1 FROM pg_class WHERE relname = 'store' AND pg_table_is_visible(oid)"
         )

@@ -264,15 +264,15 @@ def _versions(folder: Path) -> _Versions:
     return found
 
 
-def _rename(folder: Path, place: Path) -> None:
+def _rename(folder: Path, target: Path) -> None:
     """Give a folder its name, unless it is taken.
 
     Raises:
         NameTaken: it is.
     """
     try:
-        folder.rename(place)
+        folder.rename(target)
     except OSError as error:
         if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
-            raise NameTaken(f"you have a model '{place.name}': choose another name") from error
+            raise NameTaken(f"you have a model '{target.name}': choose another name") from error
         raise

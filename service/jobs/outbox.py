@@ -3,8 +3,9 @@
     job changes ─┬─ one transaction ─▶ jobs
                  └────────────────────▶ callbacks ──▶ delivered, or given up: removed
 
-A row exists until its receiver has accepted it, so that a kill between a job's end and its callback
-loses none; a receiver may get one twice, and knows it by its message id.
+A row exists until its receiver has accepted the callback, so that killing the process between the
+end of a job and its callback loses none. A receiver may get a callback twice: the message id is the
+same.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ CREATE INDEX by_due ON callbacks (attempts, due);
 CREATE INDEX callbacks_by_job ON callbacks (job)
 """
 PROGRESS_STEP = 10
-"""Per cent after which the receiver of progress is called again."""
+"""Progress, in per cent, between two progress callbacks."""
 _ENDS: Mapping[str, Event] = {"successful": "success", "failed": "failed"}
 
 
 def queue_end(
     db: Session, job: int, subscriber: Subscriber | None, status: str, now: float
 ) -> None:
-    """Queue the callback of a job that has ended; one of progress is no longer sent."""
+    """Queue the callback for a job's end; a queued progress callback is dropped."""
     if subscriber is not None:
         drop(db, job)
         if status in _ENDS:
@@ -45,14 +46,14 @@ def queue_end(
 
 
 def queue_progress(db: Session, job: int, subscriber: Subscriber | None, now: float) -> None:
-    """Queue a callback of progress, in place of one that was not delivered yet."""
+    """Queue a progress callback; it replaces one that has not been delivered yet."""
     if subscriber is not None:
         db.execute("DELETE FROM callbacks WHERE job = ? AND event = 'progress'", (job,))
         _queue(db, job, subscriber, "progress", now)
 
 
 def drop(db: Session, job: int) -> None:
-    """Send no more callbacks of a job."""
+    """Drop the queued callbacks of a job."""
     db.execute("DELETE FROM callbacks WHERE job = ?", (job,))
 
 
@@ -65,7 +66,7 @@ def _queue(db: Session, job: int, subscriber: Subscriber, event: Event, now: flo
 
 
 def due(db: Session, now: float, most: int) -> list[Any]:
-    """Callbacks to send now, with their jobs' numbers; first attempts before repeated ones."""
+    """Rows of the callbacks that are due, first attempts before retries."""
     return db.execute(
         "SELECT * FROM callbacks WHERE due <= ? ORDER BY attempts, due, number LIMIT ?",
         (now, most),
@@ -73,18 +74,18 @@ def due(db: Session, now: float, most: int) -> list[Any]:
 
 
 def claim(db: Session, number: int, until: float) -> None:
-    """Keep a callback from other replicas until a moment, seconds since 1970."""
+    """Reserve a callback for this replica until a time, in seconds since 1970."""
     db.execute("UPDATE callbacks SET due = ? WHERE number = ?", (until, number))
 
 
 def next_due(db: Session) -> float | None:
-    """When the next callback is due, seconds since 1970; None if there is none."""
+    """Time at which the next callback is due, in seconds since 1970; None if there is none."""
     (when,) = db.execute("SELECT min(due) FROM callbacks").fetchone()
     return None if when is None else float(when)
 
 
 def postpone(db: Session, number: int, until: float) -> None:
-    """Count a failed attempt, and send the callback again later."""
+    """Count a failed attempt, and schedule the next one."""
     db.execute(
         "UPDATE callbacks SET attempts = attempts + 1, due = ? WHERE number = ?", (until, number)
     )
@@ -96,6 +97,6 @@ def settle(db: Session, number: int) -> None:
 
 
 def count(db: Session) -> int:
-    """Callbacks that wait."""
+    """Number of queued callbacks."""
     (waiting,) = db.execute("SELECT count(*) FROM callbacks").fetchone()
     return int(waiting)

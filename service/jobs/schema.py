@@ -1,6 +1,6 @@
 """Schema of the job store's database, and the upgrades to it from each earlier version.
 
-PostgreSQL came with version 5, so earlier versions are SQLite's alone.
+PostgreSQL is supported from version 5 on, so earlier versions exist in SQLite only.
 """
 
 from __future__ import annotations
@@ -96,14 +96,15 @@ def result_name(lease: int) -> str:
 def upgrade(database: Database, jobs: Path) -> None:
     """Create the schema, or bring it to this version.
 
-    Each step commits with its version, so that a kill in between costs nothing but doing it again.
+    Each step commits together with its version number, so that an interrupted upgrade resumes at
+    the interrupted step.
 
     Args:
         database: open.
         jobs: folder of the jobs.
 
     Raises:
-        UnusableDatabase: it is of a later release.
+        UnusableDatabase: a later release wrote the database.
     """
     dialect = database.dialect
     while (version := _version(database)) != SCHEMA_VERSION:
@@ -116,7 +117,7 @@ def upgrade(database: Database, jobs: Path) -> None:
             _move_requests(database, jobs)
         with database.transaction(serial=True) as db:
             if dialect.version(db) != version:
-                continue  # another replica was first
+                continue  # another replica has done this step
             if version == 0:
                 _execute(db, f"{_SCHEMA};{outbox.TABLE}")
                 dialect.set_version(db, SCHEMA_VERSION)
@@ -154,7 +155,7 @@ def _drop_requests(db: Session, jobs: Path) -> None:  # noqa: ARG001 - as the ot
 
 
 def _add_shares(db: Session, jobs: Path) -> None:
-    """Count what callers use."""
+    """Add the columns that count each caller's use."""
     names = [name for (name,) in db.execute("SELECT id FROM jobs").fetchall()]
     _execute(db, _SHARES)
     for name in names:
@@ -162,17 +163,17 @@ def _add_shares(db: Session, jobs: Path) -> None:
 
 
 def _add_callbacks(db: Session, jobs: Path) -> None:  # noqa: ARG001 - as the other steps
-    """Let jobs call addresses."""
+    """Add subscribers and the outbox."""
     _execute(db, f"ALTER TABLE jobs ADD COLUMN subscriber TEXT;{outbox.TABLE}")
 
 
 def _add_leases(db: Session, jobs: Path) -> None:
-    """Give jobs leases; what there is was made under the lease 0."""
-    for place in filter(Path.is_dir, jobs.iterdir()):
+    """Add leases; existing windows and results get the lease 0."""
+    for folder in filter(Path.is_dir, jobs.iterdir()):
         for before, name in (("windows", windows_name(0)), ("result", result_name(0))):
-            if (place / before).exists():
-                (place / before).rename(place / name)
-        sync_folder(place)
+            if (folder / before).exists():
+                (folder / before).rename(folder / name)
+        sync_folder(folder)
     _execute(db, _LEASES)
 
 

@@ -88,7 +88,7 @@ DATABASE = "jobs.sqlite"
 _RESULT = "reply.json"
 _DOCUMENT = "document.json"
 _READY = "ready"
-_UPGRADE, _ANSWER = "upgrade", "answer"
+_UPGRADE, _DELIVERY = "upgrade", "answer"  # names in stored requests, also of earlier releases
 _LOCKS = 16
 _BY_KEY = "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?"
 _DAY = 24 * 3600
@@ -262,17 +262,19 @@ class Idempotency:
     """Fingerprint of the request."""
 
 
-def fingerprint(request: TaskRequest, folder: Path, answer: Mapping[str, Any] | None = None) -> str:
+def fingerprint(
+    request: TaskRequest, folder: Path, delivery: Mapping[str, Any] | None = None
+) -> str:
     """SHA-256 of a request's parameters and of the content of its uploaded files, hexadecimal.
 
     Args:
         request: the request.
         folder: folder of the uploaded files; the path identifies any other file.
-        answer: how its results are returned; None if that is not part of the request.
+        delivery: how its results are returned; None if that is not part of the request.
     """
     document = request_document(request, folder)
-    if answer is not None:
-        document[_ANSWER] = answer
+    if delivery is not None:
+        document[_DELIVERY] = delivery
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
     for file in request.sources if isinstance(request, RasterRequest) else ():
         if file.path.is_relative_to(folder):
@@ -371,7 +373,7 @@ class JobStore:
         caller: str | None = None,
         share: Share = UNBOUNDED,
         pixels: int = 0,
-        answer: Mapping[str, Any] | None = None,
+        delivery: Mapping[str, Any] | None = None,
         status: Literal["accepted", "running"] = "accepted",
     ) -> Job:
         """Create a job from a plan; once this returns, a kill does not lose the job.
@@ -385,7 +387,7 @@ class JobStore:
             caller: the caller whose share the job counts for; None is the owner.
             share: the caller's share.
             pixels: pixels, series and points that the job counts for.
-            answer: how its results are returned; None if the reader of the result chooses.
+            delivery: how its results are returned; None if the reader of the result chooses.
             status: `running` keeps the workers from taking the job.
 
         Returns:
@@ -401,7 +403,7 @@ class JobStore:
         # Store the plan's model: the default model may change before the job runs.
         document = request_document(plan.request, folder, model=plan.model.card.id)
         document[_UPGRADE] = upgrade
-        document[_ANSWER] = answer
+        document[_DELIVERY] = delivery
         job_folder, called = self._jobs / name, plan.request.subscriber
         try:
             if isinstance(plan.request, RasterRequest):
@@ -463,7 +465,7 @@ class JobStore:
         owner: str,
         caller: str,
         share: Share,
-        answer: Mapping[str, Any] | None,
+        delivery: Mapping[str, Any] | None,
     ) -> Job:
         """Keep a finished run as a successful job, whose result can be read again.
 
@@ -475,13 +477,19 @@ class JobStore:
             owner: the caller it belongs to.
             caller: whose share it takes.
             share: that share.
-            answer: how its results are returned.
+            delivery: how its results are returned.
 
         Raises:
             PIMCError: as `accept`.
         """
         job = self.accept(
-            plan, folder, owner=owner, caller=caller, share=share, answer=answer, status="running"
+            plan,
+            folder,
+            owner=owner,
+            caller=caller,
+            share=share,
+            delivery=delivery,
+            status="running",
         )
         try:
             shutil.move(work, self.work(job))  # copies the files if they are on another disk
@@ -694,8 +702,8 @@ class JobStore:
             ) from error
         return request_of(json.loads(text), self.folder(job) / "input")
 
-    def answer(self, job: Job) -> Mapping[str, Any] | None:
-        """How a job's results are returned, as `accept` was told.
+    def delivery(self, job: Job) -> Mapping[str, Any] | None:
+        """How a job's results are returned, as stored by `accept`.
 
         Raises:
             ResultNotReady: the job's files are removed.
@@ -704,7 +712,7 @@ class JobStore:
             document = json.loads((self.folder(job) / REQUEST).read_text("utf-8"))
         except FileNotFoundError as error:
             raise removed(job) from error
-        found: Mapping[str, Any] | None = document.get(_ANSWER)
+        found: Mapping[str, Any] | None = document.get(_DELIVERY)
         return found
 
     def result(self, job: Job) -> StoredResult:
@@ -1185,22 +1193,22 @@ class JobStore:
 
         Replicas may be running: leases tell them which jobs have been left.
         """
-        places = list(self._jobs.iterdir())
+        folders = list(self._jobs.iterdir())
         with self._db.read() as db:
             rows = db.execute("SELECT id, status, lease FROM jobs").fetchall()
         kept = {row["id"]: row for row in rows}
         # Files first: if the disk is full, this may free it.
-        for place in places:
-            row = kept.get(place.name)
+        for folder in folders:
+            row = kept.get(folder.name)
             if row is None:
-                if not self.shared or time.time() - place.stat().st_mtime > _ORPHAN_SECONDS:
-                    remove(place)
+                if not self.shared or time.time() - folder.stat().st_mtime > _ORPHAN_SECONDS:
+                    remove(folder)
             elif self.shared:
                 continue
             elif row["status"] in {"failed", "dismissed"}:
-                remove(place)
+                remove(folder)
             elif row["status"] == "successful":
-                keep_only(place, result_name(row["lease"]), REQUEST)
+                keep_only(folder, result_name(row["lease"]), REQUEST)
         if not self.shared:
             with self._db.transaction() as db:
                 db.execute("UPDATE jobs SET status = 'accepted' WHERE status = 'running'")

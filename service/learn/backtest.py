@@ -1,18 +1,20 @@
-"""Backtests: earlier forecasts of a stack compared with what came, and what follows for the next.
+"""Backtests: a correction of forecasts fitted to hindcasts, and its errors.
 
-    hindcasts ──▶ weights of persistence and last year's date, by step ──▶ corrected medians
+    hindcasts ──▶ shares of persistence and last year's date, by step ──▶ corrected medians
               └─▶ conformal scores of these, by step ──▶ factor on the band's half widths
 
-Every hindcast has a weight: hindcasts from the same season count most, because errors in spring
-say little about autumn. Weights and factors are shrunk towards the model's own (towards a small
-fixed share for the weights) by the evidence, counted in independent blocks of 30 days, because
-pixels of one date err together.
+Hindcasts are weighted by season, because errors in spring are a poor estimate of errors in autumn.
+Factors are shrunk towards 1 and shares towards small fixed shares; the shrinkage decreases with the
+evidence, counted in blocks of 30 days, because pixels of one date err together.
 
 The factor is the conformal quantile of scaled scores: conformalised quantile regression (Romano,
 Patterson and Candès 2019, arXiv 1905.03222) with scores in units of the predicted half width
 (CQR-m of Sesia and Candès 2020, doi:10.1002/sta4.261), weighted by season (Barber et al. 2023,
-arXiv 2202.13415). Scores are of hindcasts whose own season block was left out when the weights were
-fitted (cross-conformal, Barber et al. 2021, arXiv 1905.02928), so the fit does not flatter them.
+arXiv 2202.13415). Each score uses shares fitted without the hindcast's own block and those around
+it (cross-conformal prediction, Barber et al. 2021, arXiv 1905.02928), so that scores are not those
+of training data.
+
+Shapes: R hindcasts, N series, B blocks, H steps of the forecast, S spectral indices, Q quantiles.
 """
 
 from __future__ import annotations
@@ -36,42 +38,43 @@ _SEASON_DAYS = 30.0
 _OTHER_SEASON = 0.1
 """Weight of a hindcast from the opposite season in the band's factor."""
 _OTHER_SEASON_BLEND = 0.03
-"""The same in the weights: which forecast is best differs more by season than the error's size."""
+"""The same for the shares: the season matters more for which forecast is best than for the size of
+the error."""
 _STEPS_ALIKE = 1.5
 """Standard deviation, in steps, of the kernel that pools neighbouring steps."""
 _PRIOR = 1.0
-"""Blocks of evidence that the shrinkage counts for."""
+"""Strength of the shrinkage, in blocks of evidence."""
 _PRIOR_SHARES = (0.1, 0.2)
-"""Shares of persistence and last year's date without evidence; between stacks, small shares of both
-lower the error more often than not (docs/results.md)."""
+"""Shares of persistence and last year's date without evidence; on most stacks, small shares of both
+lower the error (docs/results.md)."""
 _PRIOR_SHARE_ALONE = 0.1
 """Share of persistence where last year's date is unknown."""
 _PER_BLOCK = 3.0
-"""Independent scores per block in the finite-sample level of the conformal quantile."""
+"""Scores that one block counts for in the finite-sample level of the conformal quantile."""
 _NARROWEST = 1e-3
 """Least half width of a band in scores, index units."""
 _HELD_OUT_DAYS = 100
-"""Hindcasts from at most this many days around are left out together: their targets overlap."""
+"""Distance in days within which hindcasts are left out together, because their targets overlap."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hindcasts:
-    """Forecasts from earlier dates, and what came."""
+    """Forecasts from earlier dates, and the values observed later."""
 
     quantiles: Floats
     """The model's quantiles (R, H, S, Q), index units; NaN without a prediction."""
     target: Floats
-    """What came (R, H, S), index units; NaN where it is unknown."""
+    """Observed values (R, H, S), index units; NaN where unknown."""
     persistence: Floats
-    """The last clear value before (R, S)."""
+    """The last clear value before the forecast (R, S), index units."""
     last_year: Floats
-    """The value a year before each step (R, H, S); NaN where there is none."""
+    """The value a year before each step (R, H, S), index units; NaN where there is none."""
     age: NDArray[np.int64]
-    """Days from the date forecast from to the last date of its series (R)."""
+    """Days from the start date of the hindcast to the last date of its series (R)."""
     month: NDArray[np.int64]
-    """Month of the date forecast from (R), 1 to 12."""
+    """Month of the start date (R), 1 to 12."""
     weight: Floats
-    """Weight (R): all hindcasts of one block of 30 days sum to at most 1."""
+    """Weight (R): the weights of one block of 30 days sum to at most 1."""
 
     def __len__(self) -> int:
         return len(self.age)
@@ -91,7 +94,7 @@ class Hindcasts:
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """What a backtest changes in a forecast, by step."""
+    """The correction of a forecast, by step."""
 
     shares: Floats
     """Shares of persistence and of last year's date in the median where both are known (H, 2)."""
@@ -101,12 +104,15 @@ class Correction:
     """Factor on the half widths of the band (H)."""
 
     def apply(self, quantiles: Floats, persistence: Floats, last_year: Floats) -> Floats:
-        """Corrected quantiles (N, H, S, Q); unchanged where persistence is unknown.
+        """Correct quantiles; unchanged where persistence is unknown.
 
         Args:
             quantiles: the model's (N, H, S, Q), index units.
             persistence: the last clear value (N, S).
             last_year: the value a year before each step (N, H, S), NaN where there is none.
+
+        Returns:
+            Corrected quantiles (N, H, S, Q), in the dtype of `quantiles`.
         """
         middle = quantiles.shape[-1] // 2
         median = quantiles[..., middle]
@@ -117,25 +123,25 @@ class Correction:
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """Errors on some of the hindcasts; RMSE is the mean of those of the indices."""
+    """Errors of some hindcasts; an RMSE is the mean of the RMSE of the indices."""
 
     n: int
     """Pixel-dates with a known target."""
     rmse: dict[str, float]
-    """Of `forecast` (corrected), `model` (as it came) and `persistence`."""
+    """RMSE of `forecast` (corrected), `model` (not corrected) and `persistence`."""
     coverage: float
-    """Share of the targets inside the corrected band."""
+    """Share of the targets inside the corrected band, 0 to 1."""
     coverage_model: float
-    """Share inside the model's band."""
+    """Share of the targets inside the model's band, 0 to 1."""
     n_last_year: int
-    """Pixel-dates of which last year's date is known too."""
+    """Pixel-dates with a known value of last year's date as well."""
     rmse_where_last_year: dict[str, float]
-    """On these, of `forecast`, `model`, `persistence` and `last_year`; empty if there are none."""
+    """RMSE on these of `forecast`, `model`, `persistence` and `last_year`; empty without any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backtest:
-    """Outcome of a backtest."""
+    """A fitted correction and its errors."""
 
     correction: Correction
     overall: Errors
@@ -143,11 +149,11 @@ class Backtest:
     steps: tuple[Errors | None, ...]
     """By step (H), weighted by season; None where no target is known."""
     months: dict[int, Errors]
-    """By month of the date forecast from, not weighted."""
+    """By month of the start date, not weighted."""
 
 
 def backtest(found: Hindcasts) -> Backtest:
-    """Fit a correction to hindcasts, and score it.
+    """Fit a correction to hindcasts, and compute its errors.
 
     Args:
         found: hindcasts, at least one with a known target.
@@ -163,19 +169,19 @@ def backtest(found: Hindcasts) -> Backtest:
     weights = known * band_weight[:, None]
     factor = _factors(scores, weights)
     correction = Correction(shares=shares, share_alone=alone, factor=factor)
-    # Judged as the scores are: by the median of a fit without the hindcast's own block.
+    # As for the scores: the median of a fit without the hindcast's own block.
     inside = scores <= factor[:, None]
     own = scores_of_model(found)
-    judge = _Judge(found, median, inside, own <= 1.0)
+    errors = _WeightedErrors(found, median, inside, own <= 1.0)
     steps = np.arange(weights.shape[1])
     return Backtest(
         correction=correction,
-        overall=judge.errors(weights),
+        overall=errors.of(weights),
         steps=tuple(
-            judge.errors(only) if (only := weights * (steps == h)).any() else None for h in steps
+            errors.of(only) if (only := weights * (steps == h)).any() else None for h in steps
         ),
         months={
-            int(m): judge.errors(only)
+            int(m): errors.of(only)
             for m in np.unique(found.month)
             if (only := known * (found.month == m)[:, None] * 1.0).any()
         },
@@ -220,7 +226,13 @@ def _factors(scores: Floats, weights: Floats) -> Floats:
 
 
 def weighted_quantile(values: Floats, weights: Floats, level: float) -> float:
-    """The least value that a share `level` of the weight does not exceed."""
+    """The smallest value v such that a share `level` of the weight is on values up to v.
+
+    Args:
+        values: (n).
+        weights: weights of the values (n).
+        level: share of the total weight, 0 to 1.
+    """
     order = np.argsort(values, kind="stable")
     total = np.cumsum(weights[order])
     at = np.searchsorted(total, level * total[-1] * (1 - 1e-12))
@@ -238,9 +250,9 @@ def _alike(horizon: int) -> Floats:
 def _blend(
     median: Floats, persistence: Floats, last_year: Floats, shares: Floats, alone: Floats
 ) -> Floats:
-    """Medians (…, N, H, S) with shares of persistence and last year's date, by step.
+    """Medians (N, H, S) blended with persistence and last year's date, by step.
 
-    `shares` is (…, H, 2), `alone` (…, H); leading axes as those of the hindcasts' own fits.
+    `shares` is (H, 2) and `alone` (H), or with a leading axis N if each series has its own.
     """
     to_last = np.nan_to_num(persistence[:, None] - median)
     to_year = last_year - median
@@ -251,14 +263,14 @@ def _blend(
 
 @dataclass(frozen=True, kw_only=True)
 class _Sums:
-    """Second moments by block of hindcasts and step, of which weights are fitted."""
+    """Second moments by block and step, from which shares are fitted; C = 1 or 2 forecasts."""
 
     gram: Floats
-    """Products of the differences to the median (B, H, 2, 2); the first row alone in `alone`."""
+    """Products of the forecasts' differences to the median (B, H, C, C)."""
     cross: Floats
-    """Products with the error of the median (B, H, 2)."""
+    """Products of these differences and the error of the median (B, H, C)."""
     evidence: Floats
-    """(B, H)."""
+    """Sums of weights (B, H)."""
 
 
 def _sums(found: Hindcasts, weights: Floats, block: NDArray[np.int64], *, years: bool) -> _Sums:
@@ -306,21 +318,21 @@ def _cross_fitted(found: Hindcasts, weights: Floats) -> Floats:
 
 
 def _solve(sums: _Sums, prior: tuple[float, ...]) -> Floats:
-    """Shares (B, H, C), not negative, of sum at most 1, shrunk towards a prior.
+    """Shares (B, H, C): not negative, with a sum of at most 1, shrunk towards a prior.
 
-    The penalty is that of `_PRIOR` blocks in which the prior's shares were the best, in the units
-    of the data: the mean squared difference of each forecast to the median.
+    The penalty has the weight of `_PRIOR` blocks in which the prior's shares were the best; its
+    scale is the mean squared difference of each forecast to the median.
     """
     kernel = _alike(sums.gram.shape[1])
     gram = np.einsum("hg,bg...->bh...", kernel, sums.gram)
     cross = np.einsum("hg,bg...->bh...", kernel, sums.cross)
     evidence = np.einsum("hg,bg->bh", kernel, sums.evidence)
     shares = np.broadcast_to(np.asarray(prior), cross.shape).copy()
-    for place in np.ndindex(*evidence.shape):
-        if evidence[place] > 0:
-            ridge = np.diagonal(gram[place]) * _PRIOR / evidence[place]
-            shares[place] = bounded_least_squares(
-                gram[place] + np.diag(ridge), cross[place] + ridge * np.asarray(prior)
+    for index in np.ndindex(*evidence.shape):
+        if evidence[index] > 0:
+            ridge = np.diagonal(gram[index]) * _PRIOR / evidence[index]
+            shares[index] = bounded_least_squares(
+                gram[index] + np.diag(ridge), cross[index] + ridge * np.asarray(prior)
             )
     return shares
 
@@ -328,7 +340,7 @@ def _solve(sums: _Sums, prior: tuple[float, ...]) -> Floats:
 def bounded_least_squares(gram: Floats, cross: Floats) -> Floats:
     """The minimum of t'Gt - 2c't over t >= 0 with sum(t) <= 1, for one or two shares.
 
-    Found by the candidates on each face of the triangle.
+    The minimum is the best of the candidates on the faces of the triangle of allowed t.
 
     Args:
         gram: G (C, C), positive semidefinite.
@@ -353,8 +365,8 @@ def bounded_least_squares(gram: Floats, cross: Floats) -> Floats:
     return min(candidates, key=lambda t: float(t @ gram @ t - 2 * cross @ t))
 
 
-class _Judge:
-    """Scores hindcasts under weights."""
+class _WeightedErrors:
+    """Errors of hindcasts under different weights."""
 
     def __init__(
         self, found: Hindcasts, median: Floats, inside: Bools, inside_model: Bools
@@ -369,8 +381,8 @@ class _Judge:
         self._inside, self._inside_model = inside, inside_model
         self._years = np.isfinite(found.last_year).all(axis=-1)
 
-    def errors(self, weights: Floats) -> Errors:
-        """Errors under weights (R, H), some above 0."""
+    def of(self, weights: Floats) -> Errors:
+        """The errors under weights (R, H), some of which are above 0."""
         years = weights * self._years
         return Errors(
             n=int((weights > 0).sum()),

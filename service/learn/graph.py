@@ -5,6 +5,8 @@
 
 The same graph computes the features for fitting a head and for serving it, so that they cannot
 differ. The time grid is that of `models.timegrid` with a period of one year.
+
+Shapes: N pixels, T dates, C bands, M steps of the regular grid, D features, K classes, n labels.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from models.formulas import FAR, NARROW, WIDE, WIDE_HEIGHT, YEAR
 
 _OPSET = 20
 _OLDEST = 18
-"""Oldest operator set of an embedding's graph that has the operators of this module."""
+"""Oldest operator set that has the operators of this module."""
 _IR_VERSION = 10
 STEPS = 36
 STEP_DAYS = 10
@@ -176,7 +178,7 @@ def with_head(features: bytes, head: Head) -> bytes:
 
 
 def _series(build: _Builder, bands: Sequence[str]) -> str:
-    """Add the regular series of bands and indices, flattened (N, (C + K) * M)."""
+    """Add the regular series of bands and of I indices, flattened (N, (C + I) * M)."""
     usable = _usable(build)
     weight = _weights(build)
     build.add("Unsqueeze", [usable, build.constant("last", [2], np.int64)], "usable_bands")

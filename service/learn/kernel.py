@@ -1,6 +1,6 @@
 """Kernel ridge classification with a Cauchy kernel, and its left-out scores in closed form.
 
-    K(a, b) = 1 / (1 + g |a - b|²);  weights = (K + ridge W⁻¹)⁻¹ (onehot - 1/classes)
+    k(a, b) = 1 / (1 + g |a - b|²);  weights = (k + ridge W⁻¹)⁻¹ (onehot - 1/K)
 
 W weights labels so that all classes have the same total weight. The kernel is a mixture of
 Gaussians of all widths (a rational quadratic kernel, Rasmussen and Williams 2006, eq. 4.19), so
@@ -8,6 +8,8 @@ that few parameters are chosen from few labels. The fit needs no iterative optim
 inverse gives the scores of every fold that is left out (Rifkin and Klautau 2004, "In Defense of
 One-Vs-All Classification"; Rasmussen and Williams, eq. 5.12, for a block instead of one sample). A
 temperature turns scores into probabilities (Guo et al. 2017, arXiv 1706.04599).
+
+Shapes: n labels, D features, K classes.
 """
 
 from __future__ import annotations

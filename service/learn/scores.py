@@ -1,4 +1,7 @@
-"""Scores of left-out labels: macro-F1 with its interval by place, confusion, calibration error."""
+"""Scores of left-out labels: macro-F1 with its interval by place, confusion, calibration error.
+
+Shapes: n labels, K classes, P places.
+"""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class _Array:
     """Byte order and type of a number, as a format of `struct`."""
     numbers: tuple[int, ...]
 
-    def place(self, index: int) -> int:
+    def position(self, index: int) -> int:
         """Position of a number in the file, bytes."""
         return self.at + index * struct.calcsize(self.code)
 
@@ -163,7 +163,7 @@ class _Known(io.RawIOBase):
 class RemoteFile:
     """A file of an allowed host, fetched in part or as a whole."""
 
-    place: Remote
+    remote: Remote
     path: Path
     """The local file."""
     hint: str
@@ -199,7 +199,7 @@ class RemoteFile:
         images: tuple[_Image, ...] | None = None
         for _ in range(_MAX_RANGES):
             try:
-                images = _images(known, self.place.field)
+                images = _images(known, self.remote.field)
                 break
             except _Missing as missing:
                 end = min(max(missing.end, missing.begin + FIRST_BYTES), known.size)
@@ -255,7 +255,7 @@ class RemoteFile:
                 begin, size = self._end, 0
                 async with await anyio.open_file(self.path, "r+b") as file:
                     await file.seek(begin)
-                    async for chunk in web.body(response, self.place, most=run.end - run.begin):
+                    async for chunk in web.body(response, self.remote, most=run.end - run.begin):
                         await file.write(chunk)
                         size += len(chunk)
             self._check_length(size, run.end - run.begin - _MARGIN)
@@ -267,12 +267,12 @@ class RemoteFile:
         with self.path.open("r+b") as file:
             for image, index in run.blocks:
                 offset = begin + image.offsets.numbers[index] - run.begin
-                file.seek(image.offsets.place(index))
+                file.seek(image.offsets.position(index))
                 file.write(struct.pack(image.offsets.code, offset))
 
     def _check_length(self, size: int, least: int) -> None:
         if size < least:
-            raise self.place.unreachable(f"returned {size} of {least} requested bytes")
+            raise self.remote.unreachable(f"returned {size} of {least} requested bytes")
 
     # HTTP ----------------------------------------------------------------------------------------
 
@@ -288,7 +288,7 @@ class RemoteFile:
             try:
                 async with AsyncExitStack() as stack:
                     response = await stack.enter_async_context(
-                        web.response(self.place, headers=headers)
+                        web.response(self.remote, headers=headers)
                     )
                     if last or response.status_code not in _AGAIN:
                         kept = stack.pop_all()
@@ -309,7 +309,7 @@ class RemoteFile:
             known = _Known(size=self._checked(response, 0))
             self._tag = response.headers.get("etag", "")
             most = min(FIRST_BYTES, known.size)
-            first = b"".join([c async for c in web.body(response, self.place, most=most)])
+            first = b"".join([c async for c in web.body(response, self.remote, most=most)])
         known.add(0, first)
         if first[:4] not in _MAGICS or len(first) >= known.size:
             await self._rest(web, known)
@@ -320,7 +320,7 @@ class RemoteFile:
         """Fetch the whole file."""
         first = known.parts[0][1]
         if known.size > len(first) + web.left:
-            raise web.too_large(self.place)
+            raise web.too_large(self.remote)
         async with AsyncExitStack() as stack:
             response = None
             if len(first) < known.size:
@@ -336,14 +336,14 @@ class RemoteFile:
         async with await anyio.open_file(self.path, "wb") as file:
             await file.write(first)
             if response is not None:
-                async for chunk in web.body(response, self.place):
+                async for chunk in web.body(response, self.remote):
                     await file.write(chunk)
 
     async def _range(self, web: Connections, begin: int, end: int) -> bytes:
         """The bytes of a range of the file."""
         async with self._range_response(web, begin, end) as response:
             self._checked(response, begin)
-            chunks = [c async for c in web.body(response, self.place, most=end - begin)]
+            chunks = [c async for c in web.body(response, self.remote, most=end - begin)]
         data = b"".join(chunks)
         self._check_length(len(data), end - begin)
         return data
@@ -356,19 +356,19 @@ class RemoteFile:
         """
         status = response.status_code
         if status in _SIGNED:
-            raise self.place.unreachable(
+            raise self.remote.unreachable(
                 f"returned status {status}: the file is not public, and its URL needs a signature "
                 f"or a login; {self.hint}"
             )
         if status != HTTPStatus.PARTIAL_CONTENT:
-            raise self.place.unreachable(f"returned status {status}")
+            raise self.remote.unreachable(f"returned status {status}")
         unit, _, rest = response.headers.get("content-range", "").partition(" ")
         span, _, size = rest.partition("/")
         if unit != "bytes" or span.partition("-")[0] != str(begin) or not size.isdecimal():
-            raise self.place.unreachable("returned another range than the requested one")
+            raise self.remote.unreachable("returned another range than the requested one")
         tag = response.headers.get("etag", "")
         if self._tag and tag and tag != self._tag:
-            raise self.place.unreachable(
+            raise self.remote.unreachable(
                 "replaced the file while it was read; send the request again"
             )
         return int(size)
@@ -460,14 +460,14 @@ def _array(
     if entry is None or code is None or entry.length > _MAX_BLOCKS:
         return None
     # The value's field is the last of an entry.
-    place = at + form.length.size + (position + 1) * form.entry.size - form.word.size
+    start = at + form.length.size + (position + 1) * form.entry.size - form.word.size
     data = value(file, form, entry)
     if len(data) != entry.size:
         return None
     if entry.size > form.word.size:
-        (place,) = form.word.unpack(entry.field)
+        (start,) = form.word.unpack(entry.field)
     numbers = struct.unpack(f"{form.order}{entry.length}{code}", data)
-    return _Array(at=place, code=form.order + code, numbers=numbers)
+    return _Array(at=start, code=form.order + code, numbers=numbers)
 
 
 def _write(

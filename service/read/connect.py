@@ -176,7 +176,7 @@ class Connections:
     @asynccontextmanager
     async def response(
         self,
-        place: Remote,
+        remote: Remote,
         *,
         method: str = "GET",
         headers: Mapping[str, str] | None = None,
@@ -186,7 +186,7 @@ class Connections:
         """The response to a request, redirects followed; its body is not read yet.
 
         Args:
-            place: the URL.
+            remote: the URL.
             method: GET or POST.
             headers: further headers.
             content: the body of a POST.
@@ -196,26 +196,26 @@ class Connections:
             ForbiddenReference: an address, or the target of a redirect, is not allowed.
             UnreachableReference: the host does not respond.
         """
-        first = place
+        first = remote
         for _ in range(MAX_REDIRECTS + 1):
-            async with self._send(place, method, headers or {}, content) as response:
+            async with self._send(remote, method, headers or {}, content) as response:
                 redirected = response.status_code in _REDIRECTS and "location" in response.headers
                 if not (redirects and redirected):
                     yield response
                     return
-                place = place.redirected(response.headers["location"], self._rules)
+                remote = remote.redirected(response.headers["location"], self._rules)
                 if response.status_code not in _WITH_BODY:
                     method, content = "GET", None
         raise first.unreachable(f"redirected more than {MAX_REDIRECTS} times")
 
     async def body(
-        self, response: httpx.Response, place: Remote, *, most: int | None = None
+        self, response: httpx.Response, remote: Remote, *, most: int | None = None
     ) -> AsyncIterator[bytes]:
         """The chunks of a response's body, counted against the budget.
 
         Args:
             response: the response, whose body has not been read.
-            place: the URL of the response.
+            remote: the URL of the response.
             most: largest size of this body, bytes; None limits it by the budget only.
 
         Raises:
@@ -224,22 +224,22 @@ class Connections:
         bound = self._left if most is None else min(most, self._left)
         announced = response.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > bound:
-            raise self.too_large(place)
+            raise self.too_large(remote)
         # Raw chunks, so that a compressed body is counted by the bytes received.
         async for chunk in response.aiter_raw(CHUNK_BYTES):
             self._left -= len(chunk)
             bound -= len(chunk)
             if bound < 0:
-                raise self.too_large(place)
+                raise self.too_large(remote)
             yield chunk
 
     async def document(
-        self, place: Remote, *, method: str = "GET", content: bytes | None = None
+        self, remote: Remote, *, method: str = "GET", content: bytes | None = None
     ) -> str:
         """The text of a JSON document.
 
         Args:
-            place: the URL.
+            remote: the URL.
             method: GET or POST.
             content: the body of a POST, JSON.
 
@@ -253,74 +253,74 @@ class Connections:
         if content is not None:
             headers["Content-Type"] = "application/json"
         async with self.response(
-            place, method=method, headers=headers, content=content
+            remote, method=method, headers=headers, content=content
         ) as response:
-            chunks = [c async for c in self.body(response, place, most=_MAX_DOCUMENT_BYTES)]
+            chunks = [c async for c in self.body(response, remote, most=_MAX_DOCUMENT_BYTES)]
         data, status = b"".join(chunks), response.status_code
         if status in _LOGIN:
-            raise place.unreachable(
+            raise remote.unreachable(
                 f"requires a login (status {status}), and this server sends no credentials"
             )
         if status in _WRONG:
             text = "".join(c for c in data.decode("utf-8", "replace") if c.isprintable())
             raise InvalidRequest.of(
-                place.field,
-                f"'{place.host}' rejected the request (status {status}): {text[:_SHOWN]}",
+                remote.field,
+                f"'{remote.host}' rejected the request (status {status}): {text[:_SHOWN]}",
             )
         if status != HTTPStatus.OK:
-            raise place.unreachable(f"returned status {status}")
+            raise remote.unreachable(f"returned status {status}")
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise place.unreachable("returned a document that is not UTF-8") from error
+            raise remote.unreachable("returned a document that is not UTF-8") from error
 
-    def too_large(self, place: Remote) -> BodyTooLarge:
+    def too_large(self, remote: Remote) -> BodyTooLarge:
         """The error for files that exceed the budget of bytes."""
         return BodyTooLarge(
-            f"{place.field}: the named files have more than {self._limit} bytes together, the "
+            f"{remote.field}: the named files have more than {self._limit} bytes together, the "
             "largest allowed size"
         )
 
     @asynccontextmanager
     async def _send(
-        self, place: Remote, method: str, headers: Mapping[str, str], content: bytes | None
+        self, remote: Remote, method: str, headers: Mapping[str, str], content: bytes | None
     ) -> AsyncIterator[httpx.Response]:
         """The response of the first address that accepts the connection."""
-        addresses = await self._checked(place)
+        addresses = await self._checked(remote)
         for n, address in enumerate(addresses):
-            client = self._client(place, address)
+            client = self._client(remote, address)
             request = client.build_request(
                 method,
-                place.url.copy_with(host=address, fragment=None),
-                headers={**headers, "Host": place.url.netloc.decode("ascii")},
+                remote.url.copy_with(host=address, fragment=None),
+                headers={**headers, "Host": remote.url.netloc.decode("ascii")},
                 content=content,
                 # The name that the certificate must have, whatever the address.
-                extensions={"sni_hostname": place.host},
+                extensions={"sni_hostname": remote.host},
             )
             try:
                 response = await client.send(request, stream=True)
             except httpx.ConnectError as error:
                 if n + 1 < len(addresses):
                     continue
-                raise place.unreachable("accepts no connection") from error
+                raise remote.unreachable("accepts no connection") from error
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise place.unreachable("does not respond") from error
+                raise remote.unreachable("does not respond") from error
             try:
                 yield response
             except httpx.HTTPError as error:
-                raise place.unreachable("closed the connection or stalled") from error
+                raise remote.unreachable("closed the connection or stalled") from error
             finally:
                 await response.aclose()
             return
 
-    def _client(self, place: Remote, address: str) -> httpx.AsyncClient:
+    def _client(self, remote: Remote, address: str) -> httpx.AsyncClient:
         """The client for one address of one host.
 
         Idle connections are reused only for the same host. If they were reused for the same
         address, a request to another host there could use a connection whose certificate was
         checked for the first host.
         """
-        key = (place.url.scheme, place.host, place.port, address)
+        key = (remote.url.scheme, remote.host, remote.port, address)
         if key not in self._clients:
             client = httpx.AsyncClient(
                 verify=self._tls or True,
@@ -335,43 +335,43 @@ class Connections:
             self._open.push_async_callback(client.aclose)
         return self._clients[key]
 
-    async def _checked(self, place: Remote) -> Sequence[str]:
+    async def _checked(self, remote: Remote) -> Sequence[str]:
         """The host's addresses, resolved once; all of them must be allowed.
 
         Raises:
             ForbiddenReference: an address is not allowed; the message does not name it.
             UnreachableReference: the host has no address.
         """
-        if _address(place.host) is not None:
-            return [place.host]  # allowed by name already
-        key = (place.host, place.port)
+        if _address(remote.host) is not None:
+            return [remote.host]  # allowed by name already
+        key = (remote.host, remote.port)
         if key not in self._addresses:
-            self._addresses[key] = await self._resolved(place)
+            self._addresses[key] = await self._resolved(remote)
         return self._addresses[key]
 
-    async def _resolved(self, place: Remote) -> Sequence[str]:
+    async def _resolved(self, remote: Remote) -> Sequence[str]:
         try:
             with anyio.fail_after(self._patience.idle_seconds):
-                found = list(dict.fromkeys(await self._resolver(place.host, place.port)))
+                found = list(dict.fromkeys(await self._resolver(remote.host, remote.port)))
         except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
-            raise place.unreachable("is not known") from error
+            raise remote.unreachable("is not known") from error
         if not found:
-            raise place.unreachable("is not known")
-        if not all(_may_connect(address, place.port, self._rules) for address in found):
+            raise remote.unreachable("is not known")
+        if not all(_may_connect(address, remote.port, self._rules) for address in found):
             raise ForbiddenReference(
-                f"{place.field}: '{place.host}' has an address that is not allowed"
+                f"{remote.field}: '{remote.host}' has an address that is not allowed"
             )
         return found
 
 
-def _is_allowed(place: Remote, rules: Sequence[HostRule]) -> bool:
+def _is_allowed(remote: Remote, rules: Sequence[HostRule]) -> bool:
     """Whether a rule names the host, checked before it is resolved."""
-    if place.url.scheme not in _PORTS or place.url.userinfo or not place.host:
+    if remote.url.scheme not in _PORTS or remote.url.userinfo or not remote.host:
         return False
-    address = _address(place.host)
+    address = _address(remote.host)
     return any(
-        rule.port in {None, place.port}
-        and (rule.name == place.host if address is None else _holds(rule, address))
+        rule.port in {None, remote.port}
+        and (rule.name == remote.host if address is None else _holds(rule, address))
         for rule in rules
     )
 

@@ -22,16 +22,16 @@ from typing import IO, Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
 from service.errors import BodyTooLarge, InvalidRequest, NotAGeoTIFF, StackWarning
-from service.read.geotiff import Header, Placed, SourceFile, label
+from service.read.geotiff import Georeference, Header, SourceFile, label
 from service.read.jp2_guard import SIGNATURE
 from service.read.metadata import band_of, quality_of, stem
 from service.read.stac import (
     AssetBand,
     asset_bands,
     contradiction,
+    georeference_of_asset,
     item_tags,
     of_sentinel_2,
-    place_of_asset,
 )
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -309,7 +309,7 @@ class Described:
     """Metadata of one raster in a STAC item."""
 
     bands: tuple[AssetBand, ...]
-    place: Placed | None
+    georeference: Georeference | None
     """CRS and transform; None if they are not stated."""
     ignored_offset: str | None
     """Why a stated offset is not applied; None if it is applied, or if no offset is stated."""
@@ -372,7 +372,7 @@ def _stac_item(document: Mapping[str, Any], root: str) -> Item:
         bands = asset_bands(asset, str(key), sentinel_2=of_sentinel_2(document))
         by_name[str(asset.get("href", "")).partition("?")[0].rpartition("/")[2]] = Described(
             bands=bands,
-            place=place_of_asset(document, asset),
+            georeference=georeference_of_asset(document, asset),
             ignored_offset=contradiction(common, bands),
         )
     return Item(root=root, common=common, assets=by_name)
@@ -467,8 +467,8 @@ def _described(name: str, product: Metadata) -> Described | None:
 
 
 def _as_described(header: Header, described: Described) -> Header:
-    if header.crs is None and described.place is not None:
-        header = replace(header, crs=described.place[0], transform=described.place[1])
+    if header.crs is None and described.georeference is not None:
+        header = replace(header, crs=described.georeference[0], transform=described.georeference[1])
     if len(described.bands) != header.count:
         return header
     descriptions, nodata, tags = [], [], []

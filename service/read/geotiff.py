@@ -66,7 +66,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Driver = Literal["GTiff", "JP2OpenJPEG"]
 """The GDAL driver that reads a file."""
-Placed = tuple[CRS | None, Affine]
+Georeference = tuple[CRS | None, Affine]
 """CRS and transform of a file."""
 
 
@@ -243,12 +243,12 @@ def open_geotiff(
     return rasterio.DatasetReader(path, driver="GTiff", sharing=False, **options)
 
 
-def read_header(source: SourceFile, placed: dict[bytes, Placed] | None = None) -> Header:
+def read_header(source: SourceFile, known: dict[bytes, Georeference] | None = None) -> Header:
     """Read a file's header, inside `gdal_options`.
 
     Args:
         source: the file.
-        placed: cache from the bytes of a georeference to CRS and transform, to which this function
+        known: cache from the bytes of a georeference to CRS and transform, to which this function
             adds. Most files of a stack have the same bytes, which GDAL then parses only once.
 
     Raises:
@@ -261,10 +261,10 @@ def read_header(source: SourceFile, placed: dict[bytes, Placed] | None = None) -
         return _read_jp2_header(source)
     try:
         written, mask = check_directories(source.path, source.name)
-        known = (placed or {}).get(written)
-        with open_geotiff(source.path, georeferenced=known is None) as dataset:
-            place = known or (dataset.crs, dataset.transform)
-            header = _header(source, dataset, place, mask=mask)
+        found = (known or {}).get(written)
+        with open_geotiff(source.path, georeferenced=found is None) as dataset:
+            georeference = found or (dataset.crs, dataset.transform)
+            header = _header(source, dataset, georeference, mask=mask)
     except (RasterioError, GDALError, OSError, ValueError) as error:
         if busy := no_descriptors(error):
             raise busy from error
@@ -272,8 +272,8 @@ def read_header(source: SourceFile, placed: dict[bytes, Placed] | None = None) -
             f"'{source.name}' has the first bytes of a TIFF, but no header that "
             "GDAL's GTiff driver opens"
         ) from error
-    if placed is not None and written:
-        placed[written] = place
+    if known is not None and written:
+        known[written] = georeference
     return header
 
 
@@ -281,9 +281,9 @@ def _read_jp2_header(source: SourceFile) -> Header:
     try:
         tile = check_jp2(source.path, source.name)
         with open_geotiff(source.path, driver="JP2OpenJPEG") as dataset:
-            place = dataset.crs, dataset.transform
+            georeference = dataset.crs, dataset.transform
             # OpenJPEG has a decoded tile in memory twice: as coefficients and as the image.
-            header = _header(source, dataset, place, codec=2 * tile)
+            header = _header(source, dataset, georeference, codec=2 * tile)
     except (RasterioError, GDALError, OSError, ValueError) as error:
         if busy := no_descriptors(error):
             raise busy from error
@@ -390,7 +390,7 @@ def _what_it_is(name: str, head: bytes) -> str:
 def _header(
     source: SourceFile,
     dataset: rasterio.DatasetReader,
-    place: Placed,
+    georeference: Georeference,
     *,
     mask: int = 0,
     codec: int | None = None,
@@ -400,7 +400,7 @@ def _header(
     Args:
         source: the file.
         dataset: the open file.
-        place: CRS and transform of the file.
+        georeference: CRS and transform of the file.
         mask: bytes of one block of its internal mask.
         codec: bytes that decoding takes in addition to the block; None derives them from the
             compression.
@@ -429,8 +429,8 @@ def _header(
         source=source,
         width=dataset.width,
         height=dataset.height,
-        crs=place[0],
-        transform=place[1],
+        crs=georeference[0],
+        transform=georeference[1],
         dtypes=dataset.dtypes,
         nodata=dataset.nodatavals,
         scales=dataset.scales,

@@ -399,11 +399,11 @@ def _slots_of_one_file(
         day = file.days[number - 1] if described else None
         # The k-th occurrence of a band is the k-th date, whether the file is ordered by date or by
         # band.
-        place = (day, seen[band, day])
+        key = (day, seen[band, day])
         seen[band, day] += 1
-        if place not in found:
-            found[place] = BandAssignment(file=file, day=day, turn=first_turn + len(found))
-        found[place].numbers[band] = number
+        if key not in found:
+            found[key] = BandAssignment(file=file, day=day, turn=first_turn + len(found))
+        found[key].numbers[band] = number
     if len(found) == 1 and not described:
         (slot,) = found.values()
         (day,) = _file_days([file], replace(query, dates=None))

@@ -70,15 +70,17 @@ async def fetch_items(
         )
     patience = patience or Patience()
     fields = fields or [f"items.{n}.href" for n in range(len(items))]
-    places = [place_of(i.href, field, settings) for i, field in zip(items, fields, strict=True)]
+    locations = [
+        location_of(i.href, field, settings) for i, field in zip(items, fields, strict=True)
+    ]
     files: list[SourceFile] = []
     with anyio.move_on_after(patience.total_seconds) as waiting:
         async with Connections(settings, patience=patience, resolver=resolver, tls=tls) as web:
-            for n, (item, place) in enumerate(zip(items, places, strict=True)):
-                if isinstance(place, Local):
-                    path = await to_thread.run_sync(place.find, settings.allowed_roots)
+            for n, (item, location) in enumerate(zip(items, locations, strict=True)):
+                if isinstance(location, Local):
+                    path = await to_thread.run_sync(location.find, settings.allowed_roots)
                 else:
-                    path = await download(web, place, folder / f"{n:04d}.tif")
+                    path = await download(web, location, folder / f"{n:04d}.tif")
                 files.append(SourceFile(name=label(unquote(_path(item.href)), n), path=path))
     if waiting.cancelled_caught:
         raise UnreachableReference(
@@ -100,8 +102,8 @@ def check_again(files: Iterable[SourceFile], folder: Path, roots: Sequence[Path]
     """
     for n, file in enumerate(files):
         if not file.path.is_relative_to(folder):
-            place = Local(field=f"items.{n}.href", path=file.path)
-            place.find(roots)
+            location = Local(field=f"items.{n}.href", path=file.path)
+            location.find(roots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,7 @@ def _is_file(path: Path) -> bool:
         os.close(handle)
 
 
-def place_of(href: str, field: str, settings: Settings) -> Local | Remote:
+def location_of(href: str, field: str, settings: Settings) -> Local | Remote:
     """Parse an href and check its host by name.
 
     Args:
@@ -183,12 +185,12 @@ def _path(href: str) -> str:
     return href if href.startswith("/") else urlsplit(href).path
 
 
-async def download(web: Connections, place: Remote, target: Path) -> Path:
+async def download(web: Connections, remote: Remote, target: Path) -> Path:
     """Download a whole file.
 
     Args:
         web: the request's connections.
-        place: the URL.
+        remote: the URL.
         target: path of the new file, which must not exist.
 
     Raises:
@@ -196,10 +198,10 @@ async def download(web: Connections, place: Remote, target: Path) -> Path:
         UnreachableReference: the host does not return the file.
         BodyTooLarge: the files are larger than the limit.
     """
-    async with web.response(place) as response:
+    async with web.response(remote) as response:
         if response.status_code != HTTPStatus.OK:
-            raise place.unreachable(f"returned status {response.status_code}")
+            raise remote.unreachable(f"returned status {response.status_code}")
         async with await anyio.open_file(target, "xb") as file:
-            async for chunk in web.body(response, place):
+            async for chunk in web.body(response, remote):
                 await file.write(chunk)
     return target

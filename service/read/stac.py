@@ -431,7 +431,7 @@ def _lists(asset: Document, *names: str) -> list[Document]:
     return found
 
 
-def place_of_asset(document: Document, asset: Document) -> tuple[CRS, Affine] | None:
+def georeference_of_asset(document: Document, asset: Document) -> tuple[CRS, Affine] | None:
     """CRS and transform of an asset by the projection extension; None if they are not stated."""
     properties = document.get("properties")
     stated = {**(properties if isinstance(properties, Mapping) else {}), **asset}

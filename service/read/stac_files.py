@@ -36,7 +36,7 @@ from service.read.geotiff import SourceFile, gdal_options, label
 from service.read.layouts import StackOptions
 from service.read.masks import OWN, MaskRule, parse_mask
 from service.read.placement import Bounds, Place, extent_of, needed_windows, touches
-from service.read.references import Local, place_of
+from service.read.references import Local, location_of
 from service.read.stac import Asset, Search, StacItem, read_items
 from service.read.stack import read_headers
 from service.settings import Settings
@@ -200,13 +200,13 @@ def _search() -> Callable[[Search, Connections, int], Awaitable[list[StacItem]]]
 
 
 async def _document(url: str, web: Connections) -> Mapping[str, Any]:
-    place = Remote.of(url, "stac", web.rules)
+    remote = Remote.of(url, "stac", web.rules)
     try:
-        document = json.loads(await web.document(place))
+        document = json.loads(await web.document(remote))
     except (ValueError, RecursionError) as error:
-        raise place.unreachable("returned a document that is not valid JSON") from error
+        raise remote.unreachable("returned a document that is not valid JSON") from error
     if not isinstance(document, Mapping):
-        raise place.unreachable("returned JSON that is not an object")
+        raise remote.unreachable("returned JSON that is not an object")
     return document
 
 
@@ -276,11 +276,11 @@ def _scenes(
 
 def _piece(item: StacItem, asset: Asset, name: str, path: Path, settings: Settings) -> _Piece:
     field = f"item '{item.id}', asset '{asset.key}'"
-    place = place_of(_over_http(asset.href), field, settings)
-    if isinstance(place, Local):
-        found = place.find(settings.allowed_roots)
+    location = location_of(_over_http(asset.href), field, settings)
+    if isinstance(location, Local):
+        found = location.find(settings.allowed_roots)
         return _Piece(asset=asset, file=SourceFile(name=name, path=found), remote=None)
-    remote = RemoteFile(place=place, path=path, hint=_SIGN)
+    remote = RemoteFile(remote=location, path=path, hint=_SIGN)
     return _Piece(asset=asset, file=SourceFile(name=name, path=path), remote=remote)
 
 

@@ -64,30 +64,30 @@ async def search_items(search: Search, web: Connections, most: int) -> list[Stac
 def _search(search: Search, web: Connections, most: int, stopped: Sequence[bool]) -> list[StacItem]:
     """`search_items`, in a worker thread."""
     io = _CheckedIO(web, stopped)
-    place = Remote.of(search.url, "stac.url", web.rules)
+    remote = Remote.of(search.url, "stac.url", web.rules)
     try:
         client = Client.from_file(search.url, stac_io=io)
         if not client.conforms_to("ITEM_SEARCH"):
             raise InvalidRequest.of(
                 "stac.url",
-                f"'{place.host}' has no item search at this address; give the landing page of an "
+                f"'{remote.host}' has no item search at this address; give the landing page of an "
                 "API, or the URL of an ItemCollection as `stac`",
             )
         found = _pages(client, search, most)
     except (ClientTypeError, STACTypeError) as error:
-        raise place.unreachable(
+        raise remote.unreachable(
             "returned a document that is not a STAC landing page; check the API's URL"
         ) from error
     except (APIError, STACError, KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error.__cause__, PIMCError):  # pystac wraps the errors of `_CheckedIO`
             raise error.__cause__ from None
-        raise place.unreachable(
+        raise remote.unreachable(
             f"returned a document that is not STAC: {type(error).__name__}"
         ) from error
     if not found:
         raise InvalidRequest.of(
             "stac",
-            f"the search at '{place.host}' finds no item; check collections, bbox, datetime and "
+            f"the search at '{remote.host}' finds no item; check collections, bbox, datetime and "
             "max_cloud_cover",
         )
     return list(found.values())
@@ -176,5 +176,5 @@ class _CheckedIO(StacApiIO):
             content = json.dumps(parameters or {}).encode()
         elif parameters:
             href = str(httpx.URL(href).copy_merge_params(parameters))
-        place = Remote.of(href, "stac.url", self._web.rules)
-        return from_thread.run(partial(self._web.document, place, method=method, content=content))
+        remote = Remote.of(href, "stac.url", self._web.rules)
+        return from_thread.run(partial(self._web.document, remote, method=method, content=content))

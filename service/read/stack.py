@@ -25,8 +25,8 @@ from service.read.containers import ignored_offsets, split_products, with_produc
 from service.read.geotiff import (
     Driver,
     FileMemory,
+    Georeference,
     Header,
-    Placed,
     SourceFile,
     gdal_options,
     read_header,
@@ -333,12 +333,12 @@ def read_headers(files: Sequence[SourceFile]) -> tuple[list[Header], tuple[Stack
         NotAGeoTIFF: a file is not a raster that the service reads.
         RasterTooLarge: a file declares sizes beyond the limits.
     """
-    placed: dict[bytes, Placed] = {}
+    known: dict[bytes, Georeference] = {}
     # In one thread: parsing headers holds the GIL, and two threads that wait for it take 1.5 times
     # as long.
     with gdal_options():
         rasters, products = split_products(files)
-        headers = [read_header(file, placed) for file in rasters]
+        headers = [read_header(file, known) for file in rasters]
         if not products:
             return headers, ()
         ignored = ignored_offsets(headers, products)

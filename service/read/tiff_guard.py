@@ -119,18 +119,18 @@ def check_directories(path: Path, name: str) -> Directories:
         NotAGeoTIFF: the metadata names another file that GDAL would open, or a tag has a type that
             the TIFF specification does not allow.
     """
-    place: bytes | None = None
+    georeference: bytes | None = None
     mask = 0
     with path.open("rb") as file:
         for _, form, entries in directories(file, name):
             _check_values(entries, name)
-            if place is None:
-                place = _georeference(file, form, entries)
+            if georeference is None:
+                georeference = _georeference(file, form, entries)
             mask = max(mask, _check_mask(form, entries, name))
             for entry in entries:
                 if entry.tag == _METADATA:
                     _check_metadata(value(file, form, entry), name)
-    return Directories(georeference=place or b"", mask_block_bytes=mask)
+    return Directories(georeference=georeference or b"", mask_block_bytes=mask)
 
 
 def _georeference(file: BinaryIO, form: Form, entries: list[Entry]) -> bytes:

@@ -1,9 +1,11 @@
-"""Backtests of forecasts: forecasts from earlier dates of the same series, and what follows.
+"""Backtests of forecasts: hindcasts of the same series, and the correction fitted to them.
 
     series of a sample ──▶ forecasts from at most 24 earlier dates ──▶ Hindcasts ──▶ Backtested
 
-A raster is sampled at 48 pixels; points, fields and series are backtested by themselves. The result
-depends on the input alone, so a job that starts again corrects its windows in the same way.
+A raster is sampled at 48 pixels; points, fields and series are sampled from those of the request.
+The result depends on the input only, so a restarted job corrects its windows in the same way.
+
+Shapes: N series, T dates, C bands, S spectral indices, H steps of the forecast, Q quantiles.
 """
 
 from __future__ import annotations
@@ -29,34 +31,34 @@ from service.write.predictions import JSON
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 SAMPLED = 48
-"""Pixels, points, fields or series that are forecast from earlier dates. Results on four stacks
-were the same with 150."""
+"""Largest number of pixels, points, fields or series in a backtest. With 150 the results on four
+stacks were the same (docs/decisions/backtests.md)."""
 _ORIGINS = 24
-"""Dates that each is forecast from, spread evenly over those that can be."""
+"""Largest number of start dates of the hindcasts, spread evenly over the possible ones."""
 _FEWEST = 4
-"""Dates to forecast from that a backtest needs."""
+"""Smallest number of start dates of a backtest."""
 _BY_DEFAULT = 6, 150
-"""Dates to forecast from, and days from the first of them to the last date, from which on a stack
-is backtested without being asked to."""
+"""Smallest number of start dates, and of days from the first of them to the last date, for a
+backtest by default."""
 _YEAR_DAYS = 365
 _WORSE = 1.02
-"""Ratio of RMSE from which on the warning `forecast_worse` is given."""
+"""Ratio of RMSE above which the warning `forecast_worse` is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backtested:
-    """A backtest of a run."""
+    """The backtest of a run."""
 
     card: ModelCard
     correction: Correction
     record: dict[str, JSON]
-    """The backtest as documents hold it."""
+    """The backtest as JSON values, for responses and items."""
     warnings: tuple[StackWarning, ...]
 
     def corrected(
         self, quantiles: Floats, values: Floats, valid: Bools, dates: Sequence[date], used: int
     ) -> Floats:
-        """A model's quantiles, corrected.
+        """Correct a model's quantiles.
 
         Args:
             quantiles: (N, H, S, Q), NaN where there is no prediction.
@@ -72,18 +74,18 @@ class Backtested:
         return np.asarray(self.correction.apply(quantiles, persistence, last_year), np.float32)
 
 
-def can_backtest(card: ModelCard, dates: Sequence[date], *, asked: bool | None) -> bool:
-    """Whether a series is backtested.
+def can_backtest(card: ModelCard, dates: Sequence[date], *, requested: bool | None) -> bool:
+    """Whether a series with these dates is backtested.
 
     Args:
-        card: of the model.
+        card: the model's card.
         dates: ascending dates up to the last one used.
-        asked: True asks for it, False forbids it, None leaves it to the length of the history.
+        requested: whether the request has `backtest`; None decides by the length of the history.
     """
-    if card.task != "forecast" or asked is False or not dates:
+    if card.task != "forecast" or requested is False or not dates:
         return False
     origins = _origins(card, _ordinals(dates))
-    if asked:
+    if requested:
         return len(origins) >= _FEWEST
     fewest, days = _BY_DEFAULT
     return len(origins) >= fewest and (dates[-1] - dates[origins[0]]).days >= days
@@ -96,12 +98,12 @@ def no_backtest(card: ModelCard) -> StackWarning:
         code="no_backtest",
         detail=f"the history is too short for a backtest, so nothing was calibrated: it needs "
         f"{_FEWEST} dates, at least {step} days apart and before the last, that each have "
-        f"{card.min_observations} clear dates behind them; add earlier dates",
+        f"{card.min_observations} clear dates before them; add earlier dates",
     )
 
 
 def dates_for_correction(dates: Sequence[date], used: Sequence[int]) -> tuple[int, ...]:
-    """Positions of the dates that a corrected forecast needs: those used, and of the year before.
+    """Positions of the dates that a corrected forecast needs: those used, and the year before.
 
     Args:
         dates: of the stack, ascending.
@@ -119,8 +121,8 @@ def dates_for_correction(dates: Sequence[date], used: Sequence[int]) -> tuple[in
 def sample_pixels(height: int, width: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Rows and columns of the pixels of a raster that are backtested.
 
-    Four pixels at each of twelve places, so that a large raster is decoded at few places; on a
-    small one they are an even grid.
+    Four pixels at each of twelve positions, so that few blocks of a large raster are decoded; on a
+    small raster they are an even grid.
     """
     across, down, apart = 4, 3, 32
     offsets_y, offsets_x = min(height / down / 4, apart / 2), min(width / across / 4, apart / 2)
@@ -128,16 +130,16 @@ def sample_pixels(height: int, width: int) -> tuple[NDArray[np.intp], NDArray[np
     xs = (np.arange(across) + 0.5) * width / across
     rows = np.floor(ys[:, None] + offsets_y * np.array([-1, 1])).astype(np.intp)
     columns = np.floor(xs[:, None] + offsets_x * np.array([-1, 1])).astype(np.intp)
-    # By place, so that the pixels of one place are read together.
+    # By position, so that the pixels of one position are read together.
     row, column = np.broadcast_arrays(rows[:, None, :, None], columns[None, :, None, :])
     pixels = np.unique(np.stack([row.ravel(), column.ravel()]), axis=1)
     return pixels[0].clip(0, height - 1), pixels[1].clip(0, width - 1)
 
 
-def sample_of(places: NDArray[np.intp]) -> NDArray[np.intp]:
-    """At most `SAMPLED` of some positions, spread evenly."""
-    count = min(len(places), SAMPLED)
-    return places[np.linspace(0, len(places) - 1, count).round().astype(np.intp)]
+def sample_of(positions: NDArray[np.intp]) -> NDArray[np.intp]:
+    """At most `SAMPLED` of the positions (n), spread evenly."""
+    count = min(len(positions), SAMPLED)
+    return positions[np.linspace(0, len(positions) - 1, count).round().astype(np.intp)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ class History:
     """Series with common dates."""
 
     dates: tuple[date, ...]
-    """Ascending (T); the last is the one that is forecast from."""
+    """Ascending (T); the forecast starts at the last one."""
     values: Floats
     """Reflectance (N, T, C), bands in the card's order; any value where not valid."""
     valid: Bools
@@ -165,16 +167,17 @@ def predict_from_history(
     """Predict for series, corrected by a backtest on some of them.
 
     Args:
-        model: that predicts.
+        model: the model.
         history: the series.
-        used: number of dates of the model's time window, the last of the history.
-        days: of these, since the window's first day.
-        day_of_year: of that day.
+        used: number of dates in the model's time window: the last ones of the history.
+        days: days of these dates (used) since the window's first day.
+        day_of_year: day of the year of the window's first day.
         backtested: whether to backtest.
-        cancelled: set it to cancel.
+        cancelled: an event that cancels the run when it is set.
 
     Returns:
-        Predictions (N, …), NaN where a series has too few clear dates; and the backtest.
+        Predictions (N, …), NaN for a series with too few clear dates; and the backtest, None if
+        there is none.
 
     Raises:
         Cancelled: `cancelled` was set.
@@ -210,15 +213,15 @@ def run_backtest(
     *,
     cancelled: threading.Event | None = None,
 ) -> Backtested | None:
-    """Forecast from earlier dates, and learn from the errors.
+    """Forecast from earlier dates, and fit a correction to the errors.
 
     Args:
-        model: of forecasts.
-        histories: the series, together at most some dozens.
-        cancelled: set it to cancel.
+        model: a forecast model.
+        histories: the series, at most some dozens in all.
+        cancelled: an event that cancels the run when it is set.
 
     Returns:
-        The backtest; None if no earlier forecast has a known target.
+        The backtest; None if no hindcast has a known target.
 
     Raises:
         Cancelled: `cancelled` was set.
@@ -254,7 +257,7 @@ def run_backtest(
 
 
 def _together(histories: Iterable[History]) -> list[History]:
-    """Series of the same dates as one history, because a model takes these at once."""
+    """Histories with the same dates joined into one, which the model predicts in one call."""
     by_dates: dict[tuple[date, ...], list[History]] = defaultdict(list)
     for history in histories:
         by_dates[history.dates].append(history)
@@ -271,7 +274,7 @@ def _together(histories: Iterable[History]) -> list[History]:
 def _hindcasts(
     model: LoadedModel, history: History, cancelled: threading.Event | None
 ) -> tuple[Hindcasts | None, set[date]]:
-    """Forecasts of series from their earlier dates, with the dates forecast from."""
+    """Forecasts of series from their earlier dates, and the start dates."""
     card, days = model.card, _ordinals(history.dates)
     indices = _indices(card, history.values, history.valid)
     # A date on which an index cannot be computed is missing for the graph, too.
@@ -313,7 +316,7 @@ def _hindcasts(
 
 
 def _origins(card: ModelCard, days: NDArray[np.int64]) -> list[int]:
-    """Positions of the dates to forecast from, at least a step apart, at most `_ORIGINS`."""
+    """Positions of the start dates: at least a step apart, at most `_ORIGINS`."""
     window = _window(card)
     length = (window.steps - 1) * window.step_days
     behind = np.arange(1, len(days) + 1) - np.searchsorted(days, days - length)
@@ -366,7 +369,7 @@ def _nearest(indices: Floats, days: NDArray[np.int64], day: int, within: float) 
 
 
 def _after(card: ModelCard, indices: Floats, days: NDArray[np.int64], origin: int) -> Floats:
-    """What came (N, H, S): the clear date nearest to each step, within half a step."""
+    """Observed values (N, H, S): the clear date nearest to each step, within half a step."""
     step, later = _window(card).step_days, days > origin
     return np.stack(
         [

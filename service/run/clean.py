@@ -91,13 +91,13 @@ def _parts(work: Work) -> list[Window]:
 
 def _smooth(work: Work, file: OpenScratch, target: OpenScratch) -> Timing:
     grid, radius = work.run.stack.grid, work.run.smooth
-    return work.each(
+    return work.run_pass(
         "smoothed",
         _parts(work),
         read=lambda window: read_around(file, grid, window, radius),
         infer=lambda item: smoothed(item[1], radius),
-        digest=lambda _, values: {"values": values},
-        keep=lambda window, arrays: target.write(window, arrays["values"]),
+        to_arrays=lambda _, values: {"values": values},
+        collect=lambda window, arrays: target.write(window, arrays["values"]),
         advance=work.progress.of(_PASS, grid),
     )
 
@@ -105,16 +105,16 @@ def _smooth(work: Work, file: OpenScratch, target: OpenScratch) -> Timing:
 def _decide(work: Work, file: OpenScratch, classes: NDArray[np.uint8]) -> Timing:
     """The class of every pixel, into the whole map."""
 
-    def keep(window: Window, arrays: Arrays) -> None:
+    def collect(window: Window, arrays: Arrays) -> None:
         classes[window.toslices()] = arrays["class"]
 
-    return work.each(
+    return work.run_pass(
         "classes",
         _parts(work),
         read=file.read,
         infer=lambda values: classes_with_confidence(values.reshape(len(values), -1).T)[0],
-        digest=lambda w, found: {"class": found.reshape(w.height, w.width)},
-        keep=keep,
+        to_arrays=lambda w, found: {"class": found.reshape(w.height, w.width)},
+        collect=collect,
         advance=work.progress.of(_PASS, work.run.stack.grid),
     )
 
@@ -140,12 +140,12 @@ def _to_sink(
             classes=None if classes is None else classes[window.toslices()].ravel()[index],
         )
 
-    return work.each(
+    return work.run_pass(
         "cleaned",
         _parts(work),
         read=lambda window: read_around(file, grid, window, radius),
         infer=infer,
-        digest=sink.digest,
-        keep=sink.keep,
+        to_arrays=sink.to_arrays,
+        collect=sink.collect,
         advance=work.progress.of(_PASS, grid),
     )

@@ -100,15 +100,15 @@ class Work:
     window_bytes: int
     """Memory of one window, bytes."""
 
-    def each(
+    def run_pass(
         self,
         stage: str,
         parts: Sequence[Window],
         *,
         read: Callable[[Window], Any],
         infer: Callable[[Any], Any],
-        digest: Callable[[Window, Any], Arrays],
-        keep: Callable[[Window, Arrays], None],
+        to_arrays: Callable[[Window, Any], Arrays],
+        collect: Callable[[Window, Arrays], None],
         advance: Callable[[int], None],
     ) -> Timing:
         """Run one pass: read every window, infer, and store the result.
@@ -118,8 +118,8 @@ class Work:
             parts: windows of the pass.
             read: reads a window; called ahead of `infer`, in one thread.
             infer: predicts from the result of `read`; called from several threads at once.
-            digest: converts the result of `infer` to the arrays that the journal stores.
-            keep: takes the arrays of each window, in order: first those from the journal, then
+            to_arrays: converts the result of `infer` to the arrays that the journal stores.
+            collect: takes the arrays of each window, in order: first those from the journal, then
                 those that this pass computes.
             advance: called with the number of pixels of each finished window.
 
@@ -130,13 +130,13 @@ class Work:
             Cancelled: the run was cancelled.
         """
         steps = [Step(stage=stage, number=n, window=part) for n, part in enumerate(parts)]
-        begin = self._recall(steps, keep, advance)
+        begin = self._recall(steps, collect, advance)
 
         def write(step: Step, inferred: object) -> None:
-            arrays = digest(step.window, inferred)
+            arrays = to_arrays(step.window, inferred)
             if self.journal is not None:
                 self.journal.save(step, arrays)
-            keep(step.window, arrays)
+            collect(step.window, arrays)
             advance(step.window.height * step.window.width)
 
         return self.executor.run(
@@ -150,7 +150,7 @@ class Work:
     def _recall(
         self,
         steps: Sequence[Step],
-        keep: Callable[[Window, Arrays], None],
+        collect: Callable[[Window, Arrays], None],
         advance: Callable[[int], None],
     ) -> int:
         """Keep the windows from the journal up to the first missing one, and return their number.
@@ -165,7 +165,7 @@ class Work:
             arrays = self.journal.load(step)
             if arrays is None:
                 return step.number
-            keep(step.window, arrays)
+            collect(step.window, arrays)
             advance(step.window.height * step.window.width)
         return len(steps)
 
@@ -191,7 +191,7 @@ def spread(window: Window, found: WindowPredictions) -> Arrays:
     return {"values": values.reshape(-1, window.height, window.width)}
 
 
-def keep_in(raster: OpenScratch) -> Callable[[Window, Arrays], None]:
+def write_to(raster: OpenScratch) -> Callable[[Window, Arrays], None]:
     """A function that writes `values` (K, h, w) of each window to a scratch raster."""
     return lambda window, arrays: raster.write(window, arrays["values"])
 
@@ -218,7 +218,7 @@ class Sink:
             RasterWriter(work.folder, grid, layers, _tags(run), room=work.cache.room)
         )
 
-    def digest(self, window: Window, found: WindowPredictions) -> Arrays:
+    def to_arrays(self, window: Window, found: WindowPredictions) -> Arrays:
         """The bands of a window by layer, its number of `valid` predictions, and its counts."""
         predictions = found.predictions
         # The sum of a prediction is NaN if any number is, and is faster than a test of each number.
@@ -239,7 +239,7 @@ class Sink:
             arrays[name] = layer.reshape(-1, window.height, window.width)
         return arrays
 
-    def keep(self, window: Window, arrays: Arrays) -> None:
+    def collect(self, window: Window, arrays: Arrays) -> None:
         """Add the counts of a window to the tally, and write its bands."""
         self._valid += int(arrays["valid"])
         self._tally.add(

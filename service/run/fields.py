@@ -99,13 +99,13 @@ class FieldGrid:
         self.usable = np.array([shape is not None for shape in in_crs], np.bool_)
         to_pixels = ~grid.transform
 
-        def place(points: NDArray[np.float64]) -> NDArray[np.float64]:
+        def to_grid(points: NDArray[np.float64]) -> NDArray[np.float64]:
             columns, rows = to_pixels @ (points[:, 0], points[:, 1])
             # The y axis of exactextract points up.
             return np.stack([columns, -rows], axis=1)
 
         if self.usable.any():
-            self._shapes[self.usable] = shapely.transform(in_crs[self.usable], place)
+            self._shapes[self.usable] = shapely.transform(in_crs[self.usable], to_grid)
         self._tree = shapely.STRtree(self._shapes)
         self._bounds = shapely.bounds(self._shapes)
 
@@ -283,13 +283,13 @@ def _pass_over(work: Work, fields: Fields, kind: type[_Kind], *, share: float) -
     with buffers, StackReader(run.stack, run.read, cache=work.cache, buffers=buffers) as reader:
         stages = PixelStages(run, reader, buffers, work.cancelled)
         sums = kind(run, on_grid, len(fields), stages)
-        timing = work.each(
+        timing = work.run_pass(
             "fields",
             parts,
             read=stages.read,
             infer=sums.infer,
-            digest=sums.digest,
-            keep=lambda _, arrays: sums.add(arrays),
+            to_arrays=sums.to_arrays,
+            collect=lambda _, arrays: sums.add(arrays),
             advance=_advance(work, parts, share),
         )
     return _Pass(sums=sums, parts=parts, timing=timing)
@@ -395,7 +395,7 @@ class _Means(_Sums):
         """The predictions of a window, and the number of clear dates of each pixel (h, w)."""
         return self._stages.infer(clear), clear.seen
 
-    def digest(
+    def to_arrays(
         self, window: Window, found: tuple[WindowPredictions, NDArray[np.integer[Any]]]
     ) -> Arrays:
         """The sums that a window adds to its fields."""
@@ -464,7 +464,7 @@ class _Series(_Sums):
         """The window's series; the model runs later, on the mean series in `results`."""
         return clear.sits
 
-    def digest(self, window: Window, sits: Sits) -> Arrays:
+    def to_arrays(self, window: Window, sits: Sits) -> Arrays:
         """The sums that a window adds to its fields: clear area and reflectance by date."""
         covered = self._grid.coverage(window)
         arrays = self._extents(window, covered)

@@ -17,8 +17,8 @@ from service.run.collect import (
     Sink,
     WindowPredictions,
     Work,
-    keep_in,
     spread,
+    write_to,
 )
 from service.run.executors import Timing, check
 from service.run.plan import RasterRun
@@ -37,11 +37,11 @@ def run_patches(work: Work) -> Outcome:
         composite = stack.enter_context(ScratchRaster(work.folder / "composite.scratch.tif"))
         timing = _make_composite(work, composite)
         if not averaged:
-            timing += _predict_patches(work, patches, composite, sink.digest, sink.keep)
+            timing += _predict_patches(work, patches, composite, sink.to_arrays, sink.collect)
             return sink.outcome(timing)
         raw = stack.enter_context(ScratchRaster(work.folder / "patches.scratch.tif"))
         with raw.create(patches.grid, run.model.width[0]) as file:
-            timing += _predict_patches(work, patches, composite, spread, keep_in(file))
+            timing += _predict_patches(work, patches, composite, spread, write_to(file))
         timing += _average(work, patches, raw, sink)
         return sink.outcome(timing)
 
@@ -56,13 +56,13 @@ def _make_composite(work: Work, target: ScratchRaster) -> Timing:
         # Twice the window, because the median sorts a copy of it.
         pixel_bytes = 2 * run.pixel_bytes + 4 * len(run.stack.bands)
         parts = windows(grid, run.stack.block, pixel_bytes, work.window_bytes)
-        return work.each(
+        return work.run_pass(
             "composite",
             parts,
             read=reader.read,
             infer=lambda sits: clear_composite(run, sits),
-            digest=lambda _, values: {"values": values},
-            keep=keep_in(file),
+            to_arrays=lambda _, values: {"values": values},
+            collect=write_to(file),
             advance=work.progress.of(0.2, grid),
         )
 
@@ -78,8 +78,8 @@ def _predict_patches(
     work: Work,
     patches: PatchGrid,
     composite: ScratchRaster,
-    digest: Callable[[Window, WindowPredictions], Arrays],
-    keep: Callable[[Window, Arrays], None],
+    to_arrays: Callable[[Window, WindowPredictions], Arrays],
+    collect: Callable[[Window, Arrays], None],
 ) -> Timing:
     """Second pass: the prediction of every patch, stored at the position of its cell."""
     run, cells = work.run, patches.grid
@@ -101,13 +101,13 @@ def _predict_patches(
     with composite.open() as file:
         cell_bytes = 4 * len(run.stack.bands) * patches.stride**2 + run.prediction_bytes
         parts = windows(cells, (1, 1), cell_bytes, work.window_bytes)
-        return work.each(
+        return work.run_pass(
             "patches",
             parts,
             read=lambda w: file.read(patches.pixels(w)),
             infer=infer,
-            digest=digest,
-            keep=keep,
+            to_arrays=to_arrays,
+            collect=collect,
             advance=work.progress.of(0.6, cells),
         )
 
@@ -127,12 +127,12 @@ def _average(work: Work, patches: PatchGrid, raw: ScratchRaster, sink: Sink) -> 
         # Three arrays: as read, as cumulative sums in float64, and as means.
         cell_bytes = 3 * work.run.prediction_bytes
         parts = windows(cells, (1, 1), cell_bytes, work.window_bytes)
-        return work.each(
+        return work.run_pass(
             "predictions",
             parts,
             read=lambda w: (w, file.read(patches.behind(w))),
             infer=infer,
-            digest=sink.digest,
-            keep=sink.keep,
+            to_arrays=sink.to_arrays,
+            collect=sink.collect,
             advance=work.progress.of(0.1, cells),
         )

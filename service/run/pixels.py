@@ -17,7 +17,7 @@ from service.read.buffers import BufferPool, spaced
 from service.read.reader import StackReader
 from service.read.stack import Sits
 from service.run.clean import clean
-from service.run.collect import Outcome, Sink, WindowPredictions, Work, keep_in, spread
+from service.run.collect import Outcome, Sink, WindowPredictions, Work, spread, write_to
 from service.run.executors import Timing, check
 from service.run.plan import RasterRun
 from service.run.windows import Arrays, windows
@@ -33,15 +33,15 @@ def run_pixels(work: Work) -> Outcome:
         if run.cleaned:
             raw = stack.enter_context(ScratchRaster(work.folder / "predictions.scratch.tif"))
             with raw.create(grid, run.model.width[0]) as file:
-                timing = predict_windows(work, spread, keep_in(file), share=0.6)
+                timing = predict_windows(work, spread, write_to(file), share=0.6)
             return sink.outcome(timing + clean(work, raw, sink, stack))
-        return sink.outcome(predict_windows(work, sink.digest, sink.keep, share=0.9))
+        return sink.outcome(predict_windows(work, sink.to_arrays, sink.collect, share=0.9))
 
 
 def predict_windows(
     work: Work,
-    digest: Callable[[Window, WindowPredictions], Arrays],
-    keep: Callable[[Window, Arrays], None],
+    to_arrays: Callable[[Window, WindowPredictions], Arrays],
+    collect: Callable[[Window, Arrays], None],
     *,
     share: float,
     then: Callable[[WindowPredictions], WindowPredictions] = lambda found: found,
@@ -51,8 +51,8 @@ def predict_windows(
 
     Args:
         work: the run.
-        digest: turns a window's predictions into the arrays to keep.
-        keep: takes the arrays of each window.
+        to_arrays: converts a window's predictions to the arrays that the journal stores.
+        collect: takes the arrays of each window, in order.
         share: share of the run's progress.
         then: changes a window's predictions, in the stage that infers.
         stage: name of the pass.
@@ -66,13 +66,13 @@ def predict_windows(
     # The reader is closed and its memory freed before the files are finished, which takes memory.
     with buffers, StackReader(run.stack, run.read, cache=work.cache, buffers=buffers) as reader:
         stages = PixelStages(run, reader, buffers, work.cancelled)
-        return work.each(
+        return work.run_pass(
             stage,
             parts,
             read=stages.read,
             infer=lambda clear: then(stages.infer(clear)),
-            digest=digest,
-            keep=keep,
+            to_arrays=to_arrays,
+            collect=collect,
             advance=work.progress.of(share, grid),
         )
 

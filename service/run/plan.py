@@ -406,14 +406,14 @@ def _plan_files(
 
 def _with_backtest(run: RasterRun, request: RasterRequest, *, places: bool) -> RasterRun:
     """The run with a backtest if it is wanted and the history is long enough."""
-    asked = request.backtest
-    if run.model.card.task != "forecast" or asked is False:
+    requested = request.backtest
+    if run.model.card.task != "forecast" or requested is False:
         return run
-    if asked is None and request.points is not None:
+    if requested is None and request.points is not None:
         return run
-    if can_backtest(run.model.card, [run.stack.dates[t] for t in run.history], asked=asked):
+    if can_backtest(run.model.card, [run.stack.dates[t] for t in run.history], requested=requested):
         return replace(run, backtest="places" if places else "sample")
-    if asked is None:
+    if requested is None:
         return run
     warnings = (*run.stack.warnings, no_backtest(run.model.card))
     return replace(run, stack=replace(run.stack, warnings=warnings))

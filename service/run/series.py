@@ -4,6 +4,9 @@
 
 Every series has its own time window, and so its own day 0. The series of a batch share one T axis:
 the axis contains every day that occurs in the batch, and `valid` is True on the days of a series.
+
+Shapes: N series, T dates, C bands; predictions have K classes, or H steps x S spectral indices x Q
+quantiles, or D numbers of an embedding.
 """
 
 from __future__ import annotations
@@ -141,7 +144,9 @@ def plan_series(
     if len(too_short) == len(series):
         raise too_short[0]
     possible = backtest and any(
-        can_backtest(model.card, one.history.dates, asked=True) for one in prepared if one.history
+        can_backtest(model.card, one.history.dates, requested=True)
+        for one in prepared
+        if one.history
     )
     return SeriesRun(
         model=model,
@@ -185,20 +190,20 @@ def run_series(run: SeriesRun, *, cancelled: threading.Event | None = None) -> S
 
 
 def _backtest(
-    run: SeriesRun, answers: list[Floats | None], cancelled: threading.Event | None
+    run: SeriesRun, predictions: list[Floats | None], cancelled: threading.Event | None
 ) -> Backtested | None:
-    """Backtest some of the series, and correct the answers in place."""
+    """Backtest some of the series, and correct the predictions in place."""
     there = [
-        (n, one.history, answer)
-        for n, (one, answer) in enumerate(zip(run.series, answers, strict=True))
-        if one.history is not None and answer is not None
+        (n, one.history, prediction)
+        for n, (one, prediction) in enumerate(zip(run.series, predictions, strict=True))
+        if one.history is not None and prediction is not None
     ]
     chosen = sample_of(np.arange(len(there)))
     found = run_backtest(run.model, [there[n][1] for n in chosen], cancelled=cancelled)
     if found is not None:
-        for n, history, answer in there:
-            answers[n] = found.corrected(
-                answer[None],
+        for n, history, prediction in there:
+            predictions[n] = found.corrected(
+                prediction[None],
                 history.values,
                 history.valid,
                 history.dates,

@@ -1,10 +1,12 @@
-"""Similarity runs: how similar the embedding of every pixel is to those of given places.
+"""Similarity runs: cosine similarity of every pixel's embedding to those of given places.
 
-    places → their embeddings → unit vectors ──┐
+    places → their embeddings → unit vectors ────────┐
     stack → windows → Sits → infer → embeddings → cosines → COGs, summary
 
 A place is a point (its pixel) or a polygon (the mean embedding of its pixels, each weighted by the
-share that it covers). Two passes: the first reads only the windows that hold a polygon.
+share that the polygon covers). The first pass reads only the windows that hold a polygon.
+
+Shapes: N pixels, R places with an embedding, D numbers of an embedding.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from service.run.points import predict_pixels
 from service.write.predictions import JSON
 
 _NAMED = 20
-"""Places that a message names."""
+"""Largest number of places that a message names."""
 _ROWS_AT_ONCE = 4096
+"""Embeddings that are compared at once."""
 _POINT = int(shapely.GeometryType.POINT)
 _POLYGONS = (int(shapely.GeometryType.POLYGON), int(shapely.GeometryType.MULTIPOLYGON))
 _REASONS: Mapping[str, str] = {
@@ -41,21 +44,21 @@ _REASONS: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Reference:
-    """Embeddings of N places."""
+    """Embeddings of all places of the request."""
 
     vectors: Floats
-    """Of unit length (N, D); NaN for a place without an embedding."""
+    """Unit vectors, one row per place (…, D); NaN for a place without an embedding."""
     statuses: Sequence[str]
-    """`ok`, `no_data`, `outside` or `invalid` (N)."""
+    """`ok`, `no_data`, `outside` or `invalid`, one per place."""
     timing: Timing
 
 
 def run_similar(work: Work, places: Fields) -> Outcome:
-    """Compare every pixel with places.
+    """Run `/similar`: compare every pixel with the places.
 
     Args:
         work: the run, with its executor, journal and progress.
-        places: points and polygons.
+        places: points and polygons in any CRS.
 
     Raises:
         Cancelled: the run was cancelled.
@@ -66,20 +69,24 @@ def run_similar(work: Work, places: Fields) -> Outcome:
     usable = np.flatnonzero(np.array(found.statuses) == "ok")
     unused = _unused(places, found.statuses)
     if not len(usable):
-        raise InvalidRequest.of("points", f"no place has an embedding: {unused}")
+        raise InvalidRequest.of(
+            "points",
+            f"no place has an embedding ({unused}): give a point or polygon on clear pixels of "
+            "the raster",
+        )
     names = tuple(str(places.ids[n]) for n in usable)
     work = replace(work, run=replace(work.run, similar_to=names))
     reference = found.vectors[usable]
-    each = "similarities" in work.run.outputs
+    per_place = "similarities" in work.run.outputs
 
     def compare(embedded: WindowPredictions) -> WindowPredictions:
-        cosines = similarities(embedded.predictions, reference, each=each)
+        cosines = similarities(embedded.predictions, reference, per_place=per_place)
         return replace(embedded, predictions=cosines)
 
     with ExitStack() as stack:
         sink = Sink(work, work.run.stack.grid, stack)
         timing = predict_windows(
-            work, sink.digest, sink.keep, share=0.7, then=compare, stage="similarities"
+            work, sink.to_arrays, sink.collect, share=0.7, then=compare, stage="similarities"
         )
         outcome = sink.outcome(found.timing + timing)
     warnings = (*outcome.warnings, *places.warnings)
@@ -97,26 +104,31 @@ def run_similar(work: Work, places: Fields) -> Outcome:
     return replace(outcome, summary=summary, warnings=warnings)
 
 
-def similarities(embeddings: Floats, reference: Floats, *, each: bool) -> Floats:
-    """Cosine similarities of embeddings (N, D) to unit vectors (R, D).
+def similarities(embeddings: Floats, reference: Floats, *, per_place: bool) -> Floats:
+    """Cosine similarities of embeddings to the places.
+
+    Args:
+        embeddings: embeddings of pixels (N, D).
+        reference: unit vectors of the places (R, D).
+        per_place: whether to return a column per place as well.
 
     Returns:
-        (N, 1): the largest; or (N, 1 + R): the largest, then each. -1 to 1, NaN for an embedding
-        with NaN or without length.
+        Similarities from -1 to 1: the largest (N, 1), or the largest and then one per place
+        (N, 1 + R). NaN for an embedding with NaN or of length 0.
     """
-    out = np.empty((len(embeddings), 1 + each * len(reference)), np.float32)
+    out = np.empty((len(embeddings), 1 + per_place * len(reference)), np.float32)
     # In parts, because N x R numbers may be more than N embeddings.
     for start in range(0, len(embeddings), _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
         cosines = np.clip(unit(embeddings[part]) @ reference.T, -1, 1)
         out[part, 0] = cosines.max(axis=1)
-        if each:
+        if per_place:
             out[part, 1:] = cosines
     return out
 
 
 def unit(vectors: Floats) -> Floats:
-    """Vectors (N, D) of unit length; NaN for those with NaN or without length."""
+    """Vectors (N, D) scaled to unit length; NaN for vectors with NaN or of length 0."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(vectors / np.where(lengths > 0, lengths, np.nan), np.float32)
@@ -138,13 +150,13 @@ def _reference(work: Work, places: Fields) -> _Reference:
         embeddings[polygons], statuses[polygons] = means.embeddings, means.statuses
         timing += means.timing
     vectors = unit(embeddings)
-    lost = (statuses == "ok") & np.isnan(vectors).any(axis=1)
-    statuses[lost] = "no_data"
+    missing = (statuses == "ok") & np.isnan(vectors).any(axis=1)
+    statuses[missing] = "no_data"
     return _Reference(vectors=vectors, statuses=statuses.tolist(), timing=timing)
 
 
 def _points(work: Work, shapes: NDArray[np.object_]) -> tuple[Floats, NDArray[np.object_], Timing]:
-    """Embeddings (n, D) and statuses (n) of points in the raster's CRS."""
+    """Embeddings (n, D) and statuses (n) of n points in the raster's CRS."""
     run = work.run
     rows, columns, inside = run.stack.grid.pixels_at(shapely.get_x(shapes), shapely.get_y(shapes))
     embeddings = np.full((len(shapes), run.model.width[0]), np.nan, np.float32)
@@ -153,13 +165,13 @@ def _points(work: Work, shapes: NDArray[np.object_]) -> tuple[Floats, NDArray[np
     ) as reader:
         found = predict_pixels(run, reader, rows[inside], columns[inside])
     embeddings[inside] = found.predictions
-    there = ~np.isnan(embeddings).any(axis=1)
-    statuses = np.where(there, "ok", np.where(inside, "no_data", "outside")).astype(np.object_)
+    known = ~np.isnan(embeddings).any(axis=1)
+    statuses = np.where(known, "ok", np.where(inside, "no_data", "outside")).astype(np.object_)
     return embeddings, statuses, found.timing
 
 
 def _unused(places: Fields, statuses: Sequence[str]) -> str:
-    """The places without an embedding, by reason; empty if there is none."""
+    """Names of the places without an embedding, by reason; empty if there are none."""
     parts = []
     for status, reason in _REASONS.items():
         ids = [f"'{one}'" for one, s in zip(places.ids, statuses, strict=True) if s == status]

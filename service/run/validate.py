@@ -68,10 +68,10 @@ def validation(request: TaskRequest, plan: Callable[[TaskRequest], Plan]) -> Val
     problems: list[PIMCError] = []
     consequences: tuple[type[PIMCError], ...] = ()
     files_missing = False
-    asked: TaskRequest | None = request
-    while asked is not None and len(problems) < _MOST_PROBLEMS:
+    candidate: TaskRequest | None = request
+    while candidate is not None and len(problems) < _MOST_PROBLEMS:
         try:
-            planned = plan(asked)
+            planned = plan(candidate)
         except (RequestError, RasterError) as error:
             if isinstance(error, consequences) or (files_missing and _of_arrangement(error)):
                 break
@@ -81,8 +81,8 @@ def validation(request: TaskRequest, plan: Callable[[TaskRequest], Plan]) -> Val
             if isinstance(error, NotAGeoTIFF):
                 files_missing = True
                 consequences += _OF_MISSING_FILES
-                problems += _other_files(asked, error)
-            asked = _without(asked, error)
+                problems += _other_files(candidate, error)
+            candidate = _without(candidate, error)
         else:
             break
     if problems:

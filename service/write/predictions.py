@@ -6,6 +6,9 @@
 
 Each kind of prediction has one class: classes, forecasts, embeddings. This module writes no files
 and does not use GDAL.
+
+Shapes: N pixels, B bands, K classes, H steps of a forecast, S spectral indices, Q quantiles, D
+numbers of an embedding, R places of a similarity.
 """
 
 from __future__ import annotations

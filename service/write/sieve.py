@@ -173,8 +173,8 @@ def _edges(
             )
             keys.append(key)
             lengths.append(length)
-    key, place = np.unique(np.concatenate(keys), return_inverse=True)
-    total = np.bincount(place, np.concatenate(lengths), minlength=len(key)).astype(np.int64)
+    key, which = np.unique(np.concatenate(keys), return_inverse=True)
+    total = np.bincount(which, np.concatenate(lengths), minlength=len(key)).astype(np.int64)
     return key // count, key % count, total
 
 

@@ -18,15 +18,15 @@ class RangeServer:
 
     folder: Path
     url: str = ""
-    asked: list[tuple[str, int, int]] = field(default_factory=list)
-    """Path, first byte and the one behind the last, of each request that was answered."""
+    requests: list[tuple[str, int, int]] = field(default_factory=list)
+    """Path, first byte and the one behind the last, of each request that got a response."""
     before: Callable[[BaseHTTPRequestHandler], bool] = lambda _: False
-    """Called with each request; True if it has answered."""
+    """Called with each request; True if it has sent the response."""
     handler: type[BaseHTTPRequestHandler] = BaseHTTPRequestHandler
 
     def bytes_of(self, path: str) -> int:
         """How many bytes of a file were sent."""
-        return sum(end - begin for name, begin, end in self.asked if name == path)
+        return sum(end - begin for name, begin, end in self.requests if name == path)
 
 
 class _Server(ThreadingHTTPServer):
@@ -63,14 +63,14 @@ def range_server(folder: Path) -> Iterator[RangeServer]:
                 self.send_error(404)
                 return
             data = path.read_bytes()
-            asked = self.headers.get("Range")
+            given = self.headers.get("Range")
             begin, end = 0, len(data)
-            if asked:
-                first, last = asked.removeprefix("bytes=").split("-")
+            if given:
+                first, last = given.removeprefix("bytes=").split("-")
                 begin, end = int(first), min(int(last) + 1, len(data))
-            server.asked.append((name, begin, end))
-            self.send_response(206 if asked else 200)
-            if asked:
+            server.requests.append((name, begin, end))
+            self.send_response(206 if given else 200)
+            if given:
                 self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
             self.send_header("Content-Length", str(end - begin))
             self.end_headers()

@@ -302,11 +302,11 @@ class Catalogue(BaseCoreClient):
     """What was searched for, page by page."""
 
     def post_search(self, search_request: Any, **kwargs: Any) -> dict[str, Any]:
-        asked = search_request
-        self.searches.append(asked.model_dump(mode="json", exclude_none=True))
-        token = int(getattr(asked, "token", None) or 0)
-        found = [item for item in self.items if _matches(item, asked)]
-        limit = min(asked.limit or 10, self.page)
+        search = search_request
+        self.searches.append(search.model_dump(mode="json", exclude_none=True))
+        token = int(getattr(search, "token", None) or 0)
+        found = [item for item in self.items if _matches(item, search)]
+        limit = min(search.limit or 10, self.page)
         links = []
         if token + limit < len(found):
             body = {**self.searches[-1], "token": str(token + limit)}
@@ -336,25 +336,27 @@ class Catalogue(BaseCoreClient):
         raise NotImplementedError
 
 
-def _matches(item: Item, asked: Any) -> bool:
+def _matches(item: Item, search: Any) -> bool:
     west, south, east, north = item["bbox"]
-    if asked.bbox:
-        w, s, e, n = asked.bbox
+    if search.bbox:
+        w, s, e, n = search.bbox
         if west > e or w > east or south > n or s > north:
             return False
-    if asked.intersects:
-        (ring,) = asked.intersects.coordinates
+    if search.intersects:
+        (ring,) = search.intersects.coordinates
         xs, ys = [p[0] for p in ring], [p[1] for p in ring]
         if west > max(xs) or min(xs) > east or south > max(ys) or min(ys) > north:
             return False
-    if asked.collections and item["collection"] not in asked.collections:
+    if search.collections and item["collection"] not in search.collections:
         return False
-    if asked.ids and item["id"] not in asked.ids:
+    if search.ids and item["id"] not in search.ids:
         return False
     day = datetime.fromisoformat(item["properties"]["datetime"])
-    if (asked.start_date and day < asked.start_date) or (asked.end_date and day > asked.end_date):
+    if (search.start_date and day < search.start_date) or (
+        search.end_date and day > search.end_date
+    ):
         return False
-    limits = getattr(asked, "query", None) or {}
+    limits = getattr(search, "query", None) or {}
     for name, rules in limits.items():
         ((rule, value),) = rules.items()
         assert rule == "lte", f"this backend knows no {rule}"

@@ -24,7 +24,7 @@ from service.api.dependencies import KNOWN_CALLER, READER, App, AppState, Caller
 from service.api.negotiation import negotiate
 from service.api.openapi import FILE, ITEM_FILE, RESULT, STAC_COLLECTION, problems
 from service.api.problems import problem
-from service.api.processes import Answer, task_of
+from service.api.processes import Delivery, task_of
 from service.api.responses import (
     GEOJSON,
     PARQUET,
@@ -338,10 +338,10 @@ def called_with(job: Job, event: Event, *, jobs: JobStore, root_path: str) -> di
     """
     if event == "success" and job.status == "successful":
         with suppress(ResultNotReady):  # removed meanwhile: the status says so
-            answer = jobs.answer(job)
-            if answer is not None:
+            delivery = jobs.delivery(job)
+            if delivery is not None:
                 here = f"{root_path}/jobs/{job.id}/results"
-                return dict(links_to(Answer.of(answer).outputs, here))
+                return dict(links_to(Delivery.of(delivery).outputs, here))
     return status_of(job, root_path).model_dump(mode="json", exclude_none=True)
 
 

@@ -1,8 +1,8 @@
 """OGC API - Processes 1.0 (18-062r2): conformance, processes, execution, results.
 
-The list of jobs, their status and their dismissal are those of `routes.jobs`; the landing page is
-that of `routes.home`. An execution becomes the request of the task, and from there on its path is
-that of every other request: `routes.tasks.serve`.
+`routes.jobs` has the list of jobs, their status and their dismissal, `routes.home` the landing
+page. An execution is converted to a request of the task and then served like every other request by
+`routes.tasks.serve`.
 """
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
@@ -34,14 +34,14 @@ from service.api.openapi import EXECUTION, EXECUTION_BODY, RESULTS, problems
 from service.api.problems import problem
 from service.api.processes import (
     TASKS,
-    Answer,
     Binary,
+    Delivery,
     Inputs,
     Reference,
-    answer_of,
     bbox_of,
     conformance_classes,
-    default_answer,
+    default_delivery,
+    delivery_of,
     description_of,
     inputs_named,
     rasters_of,
@@ -51,7 +51,7 @@ from service.api.processes import (
 )
 from service.api.results import Results, output_response, results_response
 from service.api.routes.jobs import find_job
-from service.api.routes.tasks import Asked, check_query, serve, vector_file, with_zips_opened
+from service.api.routes.tasks import Received, check_query, serve, vector_file, with_zips_opened
 from service.api.schemas import (
     Conformance,
     Execute,
@@ -89,7 +89,7 @@ router = APIRouter(tags=["processes"])
     responses=problems(["unauthorized", "internal_error"]),
 )
 async def conformance(app: App) -> Conformance:
-    """The conformance classes of OGC API - Processes that hold."""
+    """The conformance classes of OGC API - Processes that the server declares."""
     callbacks = bool(app.settings.callback_hosts)
     return Conformance(conformsTo=conformance_classes(callbacks=callbacks))
 
@@ -103,7 +103,7 @@ async def conformance(app: App) -> Conformance:
 async def list_processes(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=10_000, description="largest number of processes")] = 10,
-    offset: Annotated[int, Query(ge=0, le=10_000, description="processes to leave out")] = 0,
+    offset: Annotated[int, Query(ge=0, le=10_000, description="number of processes to skip")] = 0,
 ) -> ProcessList:
     """The processes: each task is one."""
     root = root_of(request)
@@ -141,28 +141,28 @@ async def execute_process(
     caller: Caller,
     preferences: Preferences,
 ) -> Response:
-    """Execute a process, while the client waits or, if `Prefer` asks for it, as a job."""
+    """Execute a process while the client waits, or as a job with `Prefer: respond-async`."""
     task = task_of(process_id)
     check_query(request, set())
 
-    async def read(admitted: Admitted) -> Asked:
+    async def read(admitted: Admitted) -> Received:
         if media_type(request) != JSON:
-            raise UnsupportedMedia(f"an execution is {JSON}; forms are sent to /{task}")
+            raise UnsupportedMedia(f"an execution must be {JSON}; send forms to /{task}")
         body = await read_json(request, app.limits, admitted)
         execute = await to_thread.run_sync(read_execute, body)
         inputs = await to_thread.run_sync(read_inputs, task, execute)
         fetch = _Inputs(app, folder, admitted)
         with inputs_named(task):
-            asked = await _request_of(task, execute, inputs, fetch, caller or "")
-        answer = answer_of(execute, asked)
-        return Asked(
-            request=asked,
-            # A run that is kept has all that a job has.
-            rasters=answer.references
-            or any(output.name in rasters_of(task) for output in answer.outputs),
-            respond=partial(_respond, app, request, folder, answer),
-            answer=answer.document(),
-            kept=answer.references,
+            task_request = await _request_of(task, execute, inputs, fetch, caller or "")
+        delivery = delivery_of(execute, task_request)
+        return Received(
+            request=task_request,
+            # A run that is kept as a job has all files of one.
+            rasters=delivery.references
+            or any(output.name in rasters_of(task) for output in delivery.outputs),
+            respond=partial(_respond, app, request, folder, delivery),
+            delivery=delivery.document(),
+            kept=delivery.references,
         )
 
     return await serve(request, app, folder, caller, preferences, read)
@@ -172,13 +172,13 @@ def _respond(
     app: AppState,
     request: Request,
     folder: Path,
-    answer: Answer,
+    delivery: Delivery,
     result: Result,
     kept: Job | None,
 ) -> Response:
-    """The results of a run whose client waited."""
+    """The response with the results of a run whose client waited."""
     if kept is not None:
-        response = results_response(_stored(app, request, kept), answer)
+        response = results_response(_stored(app, request, kept), delivery)
         monitor = f"{root_of(request)}/jobs/{kept.id}"
         response.headers.append("Link", f'<{monitor}>; rel="{_MONITOR}"; type="{JSON}"')
         return response
@@ -190,7 +190,7 @@ def _respond(
         return path
 
     boundary = f"pimc-{uuid.uuid4().hex}"
-    return results_response(Results(result=result, ready=ready, boundary=boundary), answer)
+    return results_response(Results(result=result, ready=ready, boundary=boundary), delivery)
 
 
 def _stored(app: AppState, request: Request, job: Job) -> Results:
@@ -210,12 +210,12 @@ def _stored(app: AppState, request: Request, job: Job) -> Results:
     responses=dict(RESULTS),
 )
 async def read_results(job_id: str, request: Request, app: App, caller: Caller) -> Response:
-    """The results of a job as its execution asked for them; links for a job of another path."""
+    """The results of a job in the form that its execution requested; of other jobs, links."""
     job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
-    results, answer = await to_thread.run_sync(_finished, app, request, job)
-    make = partial(results_response, results, answer)
+    results, delivery = await to_thread.run_sync(_finished, app, request, job)
+    make = partial(results_response, results, delivery)
     return await to_thread.run_sync(make, limiter=app.downloads.makers)
 
 
@@ -228,20 +228,20 @@ async def read_results(job_id: str, request: Request, app: App, caller: Caller) 
 async def read_results_output(
     job_id: str, output: str, request: Request, app: App, caller: Caller
 ) -> Response:
-    """One of the results of a job, in the type that its execution asked for."""
+    """One of the results of a job, in the media type that its execution requested."""
     job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
-    results, answer = await to_thread.run_sync(_finished, app, request, job)
-    for one in answer.outputs:
+    results, delivery = await to_thread.run_sync(_finished, app, request, job)
+    for one in delivery.outputs:
         if one.name == output:
             make = partial(output_response, results, one)
             return await to_thread.run_sync(make, limiter=app.downloads.makers)
-    there = ", ".join(one.name for one in answer.outputs)
+    there = ", ".join(one.name for one in delivery.outputs)
     raise NotFound(f"job {job.id} has no result '{output[:64]}'; available: {there}")
 
 
-def _finished(app: AppState, request: Request, job: Job) -> tuple[Results, Answer]:
+def _finished(app: AppState, request: Request, job: Job) -> tuple[Results, Delivery]:
     """The results of a job, and how they are returned.
 
     Raises:
@@ -249,23 +249,25 @@ def _finished(app: AppState, request: Request, job: Job) -> tuple[Results, Answe
         ResultNotReady: the results were removed.
     """
     if job.status != "successful":
-        raise ResultsNotReady(f"job {job.id} has no results: {job.status}, at {job.progress} %")
-    results, stored = _stored(app, request, job), app.jobs.answer(job)
+        raise ResultsNotReady(
+            f"job {job.id} has no results: it is {job.status}, at {job.progress} %"
+        )
+    results, stored = _stored(app, request, job), app.jobs.delivery(job)
     if stored is not None:
-        return results, Answer.of(stored)
-    return results, default_answer(app.jobs.request(job), results.result.files)
+        return results, Delivery.of(stored)
+    return results, default_delivery(app.jobs.request(job), results.result.files)
 
 
 # Inputs -------------------------------------------------------------------------------------------
 
 
 class _Inputs:
-    """Makes files and values of a request's inputs.
+    """Reads a request's inputs into files and values.
 
     Args:
         app: application state.
-        folder: of the request.
-        admitted: the admitted request, which counts what is fetched and decoded.
+        folder: the request's folder.
+        admitted: the admitted request, which counts the bytes that are fetched and decoded.
     """
 
     def __init__(self, app: AppState, folder: Path, admitted: Admitted) -> None:
@@ -275,7 +277,7 @@ class _Inputs:
         self._values = 0
 
     async def files(self, given: Sequence[Reference | Binary]) -> tuple[SourceFile, ...]:
-        """Files of a stack, in the order given."""
+        """Files of a stack, in the order of the request."""
         links = [one for one in given if isinstance(one, Reference)]
         fetched = iter(await self._fetched(links, self.folder) if links else ())
         found = []
@@ -294,7 +296,7 @@ class _Inputs:
             file = (await self._fetched([given], self._apart()))[0]
             if not file.path.is_relative_to(self.folder):
                 return file
-            # To the other files, where a job takes them from.
+            # Beside the other files, which are moved into the folder of a job.
             path = file.path.rename(self.folder / f"{FIELDS}.bin")
             return SourceFile(name=file.name, path=path)
         if isinstance(given, Binary):
@@ -302,7 +304,7 @@ class _Inputs:
         return await vector_file(FIELDS, given, self.folder)
 
     async def value(self, given: Any) -> Any:  # noqa: ANN401 - JSON
-        """A value of JSON, or several, with references replaced by what they name."""
+        """A JSON value or a list of them, with references replaced by their content."""
         if isinstance(given, list):
             return [await self.value(one) for one in given]
         if not isinstance(given, Reference):
@@ -310,7 +312,7 @@ class _Inputs:
         file = (await self._fetched([given], self._apart()))[0]
         size, most = file.path.stat().st_size, self.app.limits.json_bytes
         if size > most:
-            raise BodyTooLarge(f"{given.field}: {size} bytes of JSON, at most {most} are read")
+            raise BodyTooLarge(f"{given.field}: {size} bytes of JSON; at most {most} are read")
         text = await to_thread.run_sync(file.path.read_bytes)
         try:
             return await to_thread.run_sync(from_json, text)
@@ -318,7 +320,7 @@ class _Inputs:
             raise InvalidRequest.of(given.field, f"not JSON: {error}") from error
 
     def _apart(self) -> Path:
-        """A new folder, so that names of fetched files do not meet."""
+        """A new folder, so that names of fetched files do not collide."""
         self._values += 1
         path = self.folder / f"input-{self._values}"
         path.mkdir()
@@ -342,7 +344,7 @@ class _Inputs:
 async def _request_of(
     task: Task, execute: Execute, inputs: Inputs, fetch: _Inputs, owner: str
 ) -> TaskRequest:
-    """The task's request that an execution's inputs and outputs are."""
+    """The task's request with the inputs and outputs of an execution."""
     app, folder = fetch.app, fetch.folder
     body: dict[str, Any] = {name: await fetch.value(one) for name, one in inputs.body.items()}
     if "bbox" in body:
@@ -362,11 +364,11 @@ async def _request_of(
         text = json.dumps(body).encode()
         found = await to_thread.run_sync(partial(read_stac, task, text, allowed=allowed))
         if found is None:
-            raise InvalidRequest.of("stac", "a STAC document, a search or a URL is needed")
+            raise InvalidRequest.of("stac", "a STAC document, a search or a URL is required")
         stac, form = found
         request = await stac_request(task, stac, form, polygons, app, folder, fetch.admitted, owner)
         return await with_zips_opened(request, folder, app)
-    # A binary value has no address; only the other parameters are validated with it.
+    # Binary values have no address: a placeholder lets the other parameters be validated.
     body["items"] = [{"href": getattr(one, "href", "value")} for one in inputs.files]
     text = json.dumps(body).encode()
     named = await to_thread.run_sync(partial(read_items, task, text, allowed=True))
@@ -377,7 +379,7 @@ async def _request_of(
 
 
 def _rasters(task: Task, outputs: Mapping[str, object]) -> dict[str, Any]:
-    """The parameter `outputs` of a task, of the outputs of its process; empty for its default."""
+    """The task parameter `outputs` for the requested process outputs; empty for the default."""
     names = rasters_of(task)
     if len(names) == 1:  # the only file of the task
         return {}

@@ -137,10 +137,10 @@ async def _serve(
     """
     check_query(request, {"modality"} if task == "embed" else set())
 
-    async def read(admitted: Admitted) -> Asked:
+    async def read(admitted: Admitted) -> Received:
         parsed = await read_request(task, request, app, folder, modality, admitted, caller or "")
         media = negotiate(request.headers.get("accept", ""), offers(parsed))
-        return Asked(
+        return Received(
             request=parsed,
             rasters=needs_files(parsed, media),
             respond=lambda result, _job: make_response(result, media, folder),
@@ -150,8 +150,8 @@ async def _serve(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A parsed body, and the form of its response."""
+class Received:
+    """A parsed body, and how to respond to it."""
 
     request: TaskRequest
     """The request that the body holds."""
@@ -159,7 +159,7 @@ class Asked:
     """Whether the response needs rasters."""
     respond: Callable[[Result, Job | None], Response]
     """Makes the response from the result and from the job that keeps it, if any; may block."""
-    answer: Mapping[str, Any] | None = None
+    delivery: Mapping[str, Any] | None = None
     """The form in which OGC API - Processes returns the results, stored with the job; None on other
     paths."""
     kept: bool = False
@@ -172,7 +172,7 @@ async def serve(
     folder: Path,
     caller: str | None,
     preferences: RequestPreferences,
-    read: Callable[[Admitted], Awaitable[Asked]],
+    read: Callable[[Admitted], Awaitable[Received]],
 ) -> Response:
     """Body → upload → request → plan → result → response, or a job that runs later.
 
@@ -197,17 +197,17 @@ async def serve(
         # Checked before the body is read, so that no body is uploaded in vain.
         await to_thread.run_sync(check_room, owner, preferences.idempotency_key)
     async with app.admission.admit(charged) as admitted:
-        asked = await read(admitted)
-        _check_subscriber(asked, app, later=preferences.respond_async)
-        status = 202 if asked.answer is None else 201
-        idempotency = await _idempotency(asked, folder, preferences)
+        received = await read(admitted)
+        _check_subscriber(received, app, later=preferences.respond_async)
+        status = 202 if received.delivery is None else 201
+        idempotency = await _idempotency(received, folder, preferences)
         if idempotency:
             first = await to_thread.run_sync(app.jobs.repeated, owner, idempotency)
             if first:
                 return accepted(first, request, applied=preferences.of_a_job, status=status)
-        if asked.kept and not preferences.respond_async:
+        if received.kept and not preferences.respond_async:
             await to_thread.run_sync(check_room, owner, None)
-        run = partial(_run, app, asked, folder, owner, charged, later=preferences.respond_async)
+        run = partial(_run, app, received, folder, owner, charged, later=preferences.respond_async)
         try:
             plan, result = await run_watched(request, run, slot=run_slot(app, charged))
         except asyncio.CancelledError:
@@ -231,19 +231,19 @@ async def serve(
                     caller=charged,
                     share=share,
                     pixels=cost(plan),
-                    answer=asked.answer,
+                    delivery=received.delivery,
                 )
             )
             await to_thread.run_sync(app.runner.accepted)
             return accepted(job, request, applied=preferences.of_a_job, status=status)
         app.metrics.ran(task=result.task, pixels=result.pixels, stages=asdict(result.timing))
         kept = None
-        if asked.kept:
+        if received.kept:
             keep = partial(app.jobs.keep, owner=owner, caller=charged, share=share)
             kept = await to_thread.run_sync(
-                partial(keep, plan, folder, _work(folder), result, answer=asked.answer)
+                partial(keep, plan, folder, _work(folder), result, delivery=received.delivery)
             )
-        return await to_thread.run_sync(asked.respond, result, kept)
+        return await to_thread.run_sync(received.respond, result, kept)
 
 
 def _work(folder: Path) -> Path:
@@ -251,26 +251,26 @@ def _work(folder: Path) -> Path:
     return folder / "work"
 
 
-def _check_subscriber(asked: Asked, app: AppState, *, later: bool) -> None:
+def _check_subscriber(received: Received, app: AppState, *, later: bool) -> None:
     """Check the addresses that a job would call.
 
     Raises:
         InvalidRequest: the client waits for the result itself, and no job is made.
         ForbiddenReference: an address is not on an allowed host.
     """
-    if asked.request.subscriber is None:
+    if received.request.subscriber is None:
         return
-    if not (later or asked.kept):
+    if not (later or received.kept):
         raise InvalidRequest.of(
             "subscriber",
             "only jobs call a subscriber: send the header 'Prefer: respond-async' as well",
         )
-    check_subscriber(asked.request.subscriber, app.settings)
+    check_subscriber(received.request.subscriber, app.settings)
 
 
 def _run(
     app: AppState,
-    asked: Asked,
+    received: Received,
     folder: Path,
     owner: str,
     caller: str,
@@ -282,7 +282,7 @@ def _run(
 
     Args:
         app: application state.
-        asked: the parsed body.
+        received: the parsed body.
         folder: folder of the request.
         owner: the caller, whose own models the request may name.
         caller: the caller for whose quotas the run counts.
@@ -293,9 +293,11 @@ def _run(
         InvalidRequest: OGC API - Processes requires a synchronous response to a large request.
         PIMCError: the request is rejected, or its run fails.
     """
-    plan = planned(app, asked.request, rasters=asked.rasters, owner=owner, cancelled=cancelled)
+    plan = planned(
+        app, received.request, rasters=received.rasters, owner=owner, cancelled=cancelled
+    )
     most = app.settings.sync_max_pixels
-    if not later and plan.pixels > most and asked.answer is not None:
+    if not later and plan.pixels > most and received.delivery is not None:
         raise InvalidRequest.of(
             "Prefer",
             f"the request has {plan.pixels} pixels, and a client can wait for {most} "
@@ -303,7 +305,7 @@ def _run(
         )
     if later or plan.pixels > most:
         return plan, None
-    if asked.kept:
+    if received.kept:
         folder = _work(folder)
         folder.mkdir()
     with app.quotas.charged(caller, plan):
@@ -343,11 +345,11 @@ def planned(
 
 
 async def _idempotency(
-    asked: Asked, folder: Path, preferences: RequestPreferences
+    received: Received, folder: Path, preferences: RequestPreferences
 ) -> Idempotency | None:
     if preferences.idempotency_key is None:
         return None
-    digest = await to_thread.run_sync(fingerprint, asked.request, folder, asked.answer)
+    digest = await to_thread.run_sync(fingerprint, received.request, folder, received.delivery)
     return Idempotency(key=preferences.idempotency_key, fingerprint=digest)
 
 
