@@ -15,7 +15,7 @@ from rasterio._env import get_gdal_config, set_gdal_config
 from rasterio.windows import Window
 
 from service.errors import CorruptRaster, NoGeoreference, NotAGeoTIFF, PIMCError, RasterTooLarge
-from service.read.geotiff import BlockCache, Placed, SourceFile, for_each, gdal_options, read_header
+from service.read.geotiff import BlockCache, Georeference, SourceFile, for_each, gdal_options, read_header
 from service.read.layouts import StackOptions
 from service.read.radiometry import calibrate
 from service.read.reader import StackReader
@@ -110,17 +110,17 @@ def test_equal_georeferences_are_parsed_once(
         {"crs": None, "transform": Affine.identity()},
         {"crs": None, "transform": Affine.identity()},
     ]
-    placed: dict[bytes, Placed] = {}
+    known: dict[bytes, Georeference] = {}
     with gdal_options():
         for number, place in enumerate(places):
             file = write(tmp_path / f"{number}.tif", pixels(), **place)
-            alone, together = read_header(file), read_header(file, placed)
+            alone, together = read_header(file), read_header(file, known)
             assert (together.crs, together.transform) == (alone.crs, alone.transform)
             assert (together.descriptions, together.block) == (alone.descriptions, alone.block)
             with rasterio.open(file.path) as plain:
                 assert (together.crs, together.transform) == (plain.crs, plain.transform)
-    # Of eight files the first two say the same, and so do the last two.
-    assert len(placed) == 6
+    # Of eight files the first two hold the same, and so do the last two.
+    assert len(known) == 6
 
 
 def test_the_block_cache_is_bounded_and_as_large_as_any_reader_needs() -> None:
