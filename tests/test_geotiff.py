@@ -15,7 +15,14 @@ from rasterio._env import get_gdal_config, set_gdal_config
 from rasterio.windows import Window
 
 from service.errors import CorruptRaster, NoGeoreference, NotAGeoTIFF, PIMCError, RasterTooLarge
-from service.read.geotiff import BlockCache, Georeference, SourceFile, for_each, gdal_options, read_header
+from service.read.geotiff import (
+    BlockCache,
+    Georeference,
+    SourceFile,
+    for_each,
+    gdal_options,
+    read_header,
+)
 from service.read.layouts import StackOptions
 from service.read.radiometry import calibrate
 from service.read.reader import StackReader
