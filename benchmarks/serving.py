@@ -14,19 +14,28 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
+from models.registry import ZOO
 from service.api.app import create_app
 from service.api.http_protocol import server_config
 from service.settings import Settings
 
 
 @contextmanager
-def served(**settings: Any) -> Iterator[httpx.Client]:
-    """A client of a service with these settings; the service stops when the context ends."""
+def served(*, built_in: bool | None = None, **settings: Any) -> Iterator[httpx.Client]:
+    """A client of a service with these settings; the service stops when the context ends.
+
+    Args:
+        built_in: whether the built-in bundles are served; None serves them unless `model_dir` names
+            others, because loading them takes longer than the rest of a start.
+        settings: of the service.
+    """
     with ExitStack() as stack:
         if "state_dir" not in settings:  # the services of a test run would share the default one
             settings["state_dir"] = Path(stack.enter_context(TemporaryDirectory(prefix="state-")))
         made = Settings(**{"providers": "cpu", "port": 0, **settings})
-        yield from _run(create_app(made), made)
+        if built_in is None:
+            built_in = made.model_dir is None
+        yield from _run(create_app(made, built_in=ZOO if built_in else None), made)
 
 
 def _run(app: FastAPI, settings: Settings) -> Iterator[httpx.Client]:

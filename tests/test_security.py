@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
+import threading
 from collections.abc import Iterator
+from typing import Any
 
+import anyio
 import httpx
 import pytest
+from pydantic.json_schema import models_json_schema
 from starlette.datastructures import Headers
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_bundle
+from service.api import openapi
 from service.api.app import create_app
 from service.api.auth import ApiKeys, check_reached_address
 from service.api.middleware import page_policy
 from service.errors import Unauthorized
 from service.settings import Settings
+from tests.kits.patience import PATIENCE
 
 
 def keys(*plain: str) -> ApiKeys:
@@ -164,7 +171,36 @@ def test_the_documentation_needs_no_other_host(api: httpx.Client) -> None:
     assert api.get("/docs/VERSION").status_code == 404
 
 
-def test_the_description_is_built_once() -> None:
+def test_the_description_is_built_once_while_others_are_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    building, goes = threading.Semaphore(0), threading.Event()
+
+    def held(*given: Any, **options: Any) -> Any:
+        building.release()
+        assert goes.wait(PATIENCE)
+        return models_json_schema(*given, **options)
+
+    monkeypatch.setattr(openapi, "models_json_schema", held)
     app = create_app(Settings(providers="cpu"))
+    assert isinstance(app, openapi.DocumentedApp)
+    made = []
+
+    async def ask() -> None:
+        made.append(await app.description_of(""))
+
+    async def ask_twice() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask)
+            group.start_soon(ask)
+            # The event loop still runs while a thread builds it.
+            with anyio.fail_after(PATIENCE):
+                while not building.acquire(blocking=False):
+                    await anyio.sleep(0.01)
+            goes.set()
+
+    anyio.run(ask_twice)
+    assert not building.acquire(blocking=False)
+    assert made[0] is made[1]
+    assert json.loads(made[0])["info"]["title"] == "PIMC"
     assert app.openapi() is app.openapi()
-    assert app.description_of("") is app.description_of("")

@@ -62,13 +62,20 @@ _ROUTERS = (
 )
 
 
-def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -> FastAPI:
+def create_app(
+    settings: Settings | None = None,
+    jobs: JobStore | None = None,
+    *,
+    built_in: Path | None = ZOO,
+) -> FastAPI:
     """Create the service as an ASGI application; its lifespan loads the models.
 
     Args:
         settings: the settings; None reads them from the environment.
         jobs: store of the state directory, which the lifespan closes; None lets the lifespan open
             it.
+        built_in: folder of the bundles that are served beside those of `settings.model_dir`; None
+            serves those of `settings.model_dir` alone.
 
     Raises:
         SettingsError: the environment holds invalid settings.
@@ -84,7 +91,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
             store = await to_thread.run_sync(open_jobs, settings) if jobs is None else jobs
             stack.push_async_callback(to_thread.run_sync, store.close)
             # The port opens only once every bundle is loaded and warm, or rejected.
-            engine = await to_thread.run_sync(_load_models, settings)
+            engine = await to_thread.run_sync(_load_models, settings, built_in)
             stack.push_async_callback(to_thread.run_sync, engine.close)
             metrics.provider(engine.provider)
             heads = await to_thread.run_sync(
@@ -150,8 +157,6 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
                 uploads=lambda: admission.uploads,
                 spooled=lambda: admission.spooled,
             )
-            # Built at the start: in the first request for it, it would take a tenth of a second.
-            await to_thread.run_sync(documented.description_of, settings.root_path or "")
             await to_thread.run_sync(runner.start)
             stack.push_async_callback(to_thread.run_sync, runner.join)
             stack.callback(closing.set)
@@ -181,7 +186,7 @@ def create_app(settings: Settings | None = None, jobs: JobStore | None = None) -
             )
             yield
 
-    app = documented = DocumentedApp(
+    app = DocumentedApp(
         title="PIMC",
         version=project_version(),
         description=DESCRIPTION,
@@ -269,8 +274,8 @@ def _load_keys(settings: Settings, store: JobStore, heads: HeadStore) -> ApiKeys
     return keys
 
 
-def _load_models(settings: Settings) -> Engine:
-    folders = [ZOO] if settings.model_dir is None else [ZOO, settings.model_dir]
+def _load_models(settings: Settings, built_in: Path | None) -> Engine:
+    folders = [folder for folder in (built_in, settings.model_dir) if folder is not None]
     registry = Registry.load(*folders, checksums=_checksums(settings))
     engine = Engine(registry, providers=settings.providers, precision=settings.precision)
     for name, reason in registry.refused.items():  # the engine logs those that it rejects itself

@@ -7,10 +7,12 @@ validation.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from anyio import to_thread
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -92,18 +94,31 @@ class DocumentedApp(FastAPI):
 
     _made: Mapping[str, bytes] = MappingProxyType({})
 
-    def description_of(self, root_path: str) -> bytes:
-        """The OpenAPI document as JSON, built once.
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - those of FastAPI
+        super().__init__(**options)
+        self._making = threading.Lock()
+
+    async def description_of(self, root_path: str) -> bytes:
+        """The OpenAPI document as JSON, built once, by the first request for it.
+
+        Building takes half a second, so it runs in a thread while other requests are served.
 
         Args:
             root_path: path prefix that a proxy adds; the same for every request.
         """
         made = self._made.get(root_path)
-        if made is None:
-            servers = {"servers": [{"url": root_path}]} if root_path else {}
-            made = json.dumps({**self.openapi(), **servers}, separators=(",", ":")).encode()
-            self._made = {root_path: made}
-        return made
+        if made is not None:
+            return made
+        return await to_thread.run_sync(self._description, root_path)
+
+    def _description(self, root_path: str) -> bytes:
+        with self._making:
+            made = self._made.get(root_path)
+            if made is None:
+                servers = {"servers": [{"url": root_path}]} if root_path else {}
+                made = json.dumps({**self.openapi(), **servers}, separators=(",", ":")).encode()
+                self._made = {root_path: made}
+            return made
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document, built once."""

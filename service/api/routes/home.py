@@ -131,7 +131,7 @@ async def description(request: Request) -> Response:
     app = request.app
     if not isinstance(app, DocumentedApp):
         raise TypeError("the application has no OpenAPI document")
-    return Response(app.description_of(root_of(request)), media_type="application/json")
+    return Response(await app.description_of(root_of(request)), media_type="application/json")
 
 
 @router.get("/docs", response_class=HTMLResponse, dependencies=[KNOWN_IF_PRIVATE])
