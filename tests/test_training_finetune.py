@@ -27,6 +27,7 @@ from models.encoders import PatchEncoder, PixelEncoder
 from models.graph import PatchGraph, PixelGraph
 from models.heads import ClassificationHead
 from models.registry import Registry, load_bundle
+from tests.kits.exports import exported_once, folder_of_run
 from tests.kits.small_crops import TINY, write_crops
 from training.__main__ import app
 from training.baselines import MultilayerPerceptron, TempCNN
@@ -75,6 +76,12 @@ from training.score_tables import place_confusions, write_section
 from training.validation_outputs import load
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with exported_once(folder_of_run(tmp_path_factory)):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -415,7 +422,7 @@ class TestExport:
             check_parity(graph, zoo / "pixels-crops-us" / "model.onnx", real)
 
     def test_evaluation_writes_tables_and_keeps_the_card_valid(
-        self, zoo: Path, finished: Path, tmp_path: Path
+        self, zoo: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         report = tmp_path / "results.md"
         report.write_text("# Results\n\n## Another\n\nkept\n")
@@ -456,6 +463,8 @@ class TestExport:
             update={"pretrained": (finished / "weights.pt",), "everything": True}
         )
         finetune(config, tmp_path / "all", device="cpu", threads=1)
+        # Without int8, as only the card is looked at: each further file takes seconds.
+        monkeypatch.setattr(PixelClassification, "typical_inputs", lambda _: [])
         export_run(tmp_path / "all", tmp_path / "new")
         metrics = load_bundle(tmp_path / "new" / "pixels-crops-us").card.metrics
         assert metrics["evaluation"]["models"] == models

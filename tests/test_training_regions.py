@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from models.heads import ForecastHead
 from models.registry import load_bundle
+from tests.kits.exports import exported_once, folder_of_run
 from tests.kits.small_crops import TINY, write_crops
 from training.calibration import fit_spread, fit_temperature
 from training.classification import PixelClassification
@@ -37,6 +39,12 @@ from training.regions import (
 )
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with exported_once(folder_of_run(tmp_path_factory)):
+        yield
 
 
 class TestRegions:
@@ -239,9 +247,15 @@ class TestExport:
         )
 
     def test_a_bundle_takes_the_calibration_and_the_scores(
-        self, evaluated: tuple[Path, Path], plain: Path, tmp_path: Path
+        self,
+        evaluated: tuple[Path, Path],
+        plain: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         run, folder = evaluated
+        # Without int8, as only the card is looked at: each further file takes seconds.
+        monkeypatch.setattr(PixelClassification, "typical_inputs", lambda _: [])
         predicted = export_run(run, tmp_path, name="told", regions=folder)
         card = load_bundle(predicted).card
         assert card.regions == {"us-west": {"accuracy": 0.5}}
