@@ -35,6 +35,7 @@ from service.errors import (
 )
 from service.read.geotiff import label
 from service.run.executors import check
+from tests.kits.clock import JumpingClock
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.rasters import write
 
@@ -257,6 +258,34 @@ def test_an_upload_that_stops_is_ended(tmp_path: Path) -> None:
     begun.clear()
     with pytest.raises(BodyStalled):
         anyio.run(json_of, Request(request_of([]).scope, receive), limits)
+
+
+def sent(pieces: int, size: int, *, every: float) -> Request:
+    """A request whose body comes in equal pieces, one after each pause in seconds."""
+    left = pieces
+
+    async def receive() -> dict[str, Any]:
+        nonlocal left
+        await anyio.sleep(every)
+        left -= 1
+        return {"type": "http.request", "body": bytes(size), "more_body": left > 0}
+
+    return Request(request_of([]).scope, receive)
+
+
+def test_a_slow_but_steady_upload_is_accepted() -> None:
+    """However long all of it takes, each interval has enough bytes."""
+    limits = Limits(body_bytes=10**6, seconds=3, rate=1000)
+    how = {"backend_options": {"loop_factory": JumpingClock}}
+    for size, every in ((3000, 2.9), (1500, 1.4), (30, 0.02)):
+        body = anyio.run(json_of, sent(100, size, every=every), limits, **how)
+        assert body == bytes(100 * size)
+    for size, every in ((3000, 3.1), (1500, 1.6), (30, 0.04)):
+        with pytest.raises(BodyStalled):
+            anyio.run(json_of, sent(100, size, every=every), limits, **how)
+    # One byte is missing at the end of the first interval.
+    with pytest.raises(BodyStalled):
+        anyio.run(json_of, sent(100, 2999, every=2), limits, **how)
 
 
 def test_json_has_a_smaller_limit_because_it_is_in_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -18,6 +19,7 @@ from pimc_client import (
     UnexpectedAnswer,
     UnknownJob,
     WaitTimedOut,
+    operations,
 )
 from tests.kits.client import cog, connected, zipped
 
@@ -185,12 +187,16 @@ def test_a_result_that_is_not_ready_is_an_error(kind):
 
 
 @KINDS
-def test_waiting_has_a_time_limit_and_may_be_repeated(kind):
+def test_waiting_has_a_time_limit_and_may_be_repeated(kind, monkeypatch):
     server = JobServer(steps=(10,) * 3)
     with connected(kind, "http://test", transport=server.transport) as client:
         job = client.submit("embed", FILE)
-        with pytest.raises(WaitTimedOut, match="job-0 is running at 10 %") as caught:
-            job.wait(timeout=0.3)
+        with monkeypatch.context() as patched:
+            # The time limit begins, has not passed, and has passed.
+            clock = SimpleNamespace(monotonic=iter([100.0, 100.2, 100.4]).__next__)
+            patched.setattr(operations, "time", clock)
+            with pytest.raises(WaitTimedOut, match="job-0 is running at 10 %") as caught:
+                job.wait(timeout=0.3)
         assert caught.value.job_id == "job-0"
         assert isinstance(job.wait(), Raster)
 

@@ -1339,7 +1339,7 @@ def test_req_callback_job_callback(tmp_path: Path, folder: Path, links: Any, fil
         )
         job, got = job_of(response), []
         while not got or got[-1].path != "/done":
-            got.append(arrived.get(timeout=120))
+            got.append(arrived.get(timeout=PATIENCE))
         (own,) = api.get("/callbacks").json()["secrets"]
         found = Webhook(own).verify(got[-1].body, got[-1].headers)
         conforms(found, RESULTS)

@@ -34,6 +34,7 @@ from service.settings import HostRule, Settings, SettingsError, read_settings
 from tests.kits import rasters
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import waited
+from tests.kits.patience import PATIENCE
 from tests.kits.programs import self_signed
 
 TIFF = b"II*\0 and the rest"
@@ -521,7 +522,7 @@ def test_a_host_that_sends_slowly_is_abandoned(host: Host, folder: Path, header:
             f"http://127.0.0.1:{host.port}/slow.tif",
             folder,
             allowed_hosts="127.0.0.1",
-            patience=Patience(idle_seconds=5, total_seconds=0.5),
+            patience=Patience(idle_seconds=PATIENCE, total_seconds=0.5),
         )
 
 

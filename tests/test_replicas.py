@@ -53,6 +53,7 @@ from tests.kits.jobs import (
     until,
     waited,
 )
+from tests.kits.patience import PATIENCE, soon
 from tests.kits.postgres import Postgres
 
 WEEK = 7 * 24 * 3600.0
@@ -459,10 +460,7 @@ def windows(shared: Backend) -> dict[int, int]:
 
 def logged(service: Service, message: str) -> None:
     """Wait until a service has logged a message."""
-    end = time.monotonic() + 120
-    while not any(f'"{message}"' in line for line in list(service.log)):
-        assert time.monotonic() < end, message
-        time.sleep(0.02)
+    assert soon(lambda: any(f'"{message}"' in line for line in list(service.log))), message
 
 
 @pytest.mark.slow
@@ -482,15 +480,14 @@ def test_a_job_outlives_its_replica(
         info = second.api.get(f"/jobs/{job}").json()
         assert info["status"] == "running"
         assert submitted_held(second.api, large, **key) == job
-        while len(windows(shared)) < 3:  # five are read, and two of them may be in flight
-            time.sleep(0.1)
+        # Five are read, and two of them may be in flight.
+        assert soon(lambda: len(windows(shared)) >= 3)
         first.kill()
         kept = windows(shared)
         assert set(kept.values()) == {1}
         gate.hold(after=3)
         expire(shared)
-        while 2 not in windows(shared).values():
-            time.sleep(0.1)
+        assert soon(lambda: 2 in windows(shared).values())
         # What the first has kept is not done again.
         now = windows(shared)
         assert {number: now[number] for number in kept} == kept
@@ -517,13 +514,16 @@ def test_a_job_outlives_its_replica(
 
 def runner_of(*replicas: httpx.Client) -> tuple[httpx.Client, ...]:
     """The replicas, the one that runs a job first."""
-    end = time.monotonic() + 120
-    while True:
-        for one in replicas:
-            if "pimc_runs_in_flight 1.0" in one.get("/metrics").text:
-                return one, *(other for other in replicas if other is not one)
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    running: list[httpx.Client] = []
+
+    def found() -> bool:
+        running[:] = [
+            one for one in replicas if "pimc_runs_in_flight 1.0" in one.get("/metrics").text
+        ]
+        return bool(running)
+
+    assert soon(found)
+    return running[0], *(other for other in replicas if other is not running[0])
 
 
 def test_a_dismissal_and_a_stop_at_any_replica(
@@ -540,24 +540,20 @@ def test_a_dismissal_and_a_stop_at_any_replica(
         runner, other = runner_of(*both)
         assert other.delete(f"/jobs/{job}").json()["status"] == "dismissed"
         # The run ends, which removes the files.
-        end = time.monotonic() + 120
-        while (shared.state / "jobs" / job).exists():
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        assert soon(lambda: not (shared.state / "jobs" / job).exists())
         assert runner.get(f"/jobs/{job}").json()["status"] == "dismissed"
         # A replica that is stopped puts its job back, and the other continues it.
         gate.hold(after=5)
         job = submitted_held(both[1], large)
         until(both[0], job, progress=1)
-        while len(windows(shared)) < 3:  # five are read, and two of them may be in flight
-            time.sleep(0.1)
+        # Five are read, and two of them may be in flight.
+        assert soon(lambda: len(windows(shared)) >= 3)
         runner, other = runner_of(*both)
         stops[both.index(runner)].close()
         kept = windows(shared)
         assert set(kept.values()) == {1}
         gate.hold(after=3)
-        while 2 not in windows(shared).values():
-            time.sleep(0.1)
+        assert soon(lambda: 2 in windows(shared).values())
         now = windows(shared)
         assert {number: now[number] for number in kept} == kept
         gate.open()
@@ -627,7 +623,7 @@ def command(name: str, folder: Path, of: Backend) -> str:
         env={**os.environ, "PIMC_STATE_DIR": str(of.state), **of.variables},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr

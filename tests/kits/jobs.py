@@ -151,7 +151,10 @@ class Backend:
     def rows(self, statement: str, *values: object) -> list[Any]:
         """Execute a statement beside the service; `?` is a value."""
         if self.url is None:
-            with closing(sqlite3.connect(self.state / "jobs.sqlite", timeout=60)) as lite, lite:
+            with (
+                closing(sqlite3.connect(self.state / "jobs.sqlite", timeout=PATIENCE)) as lite,
+                lite,
+            ):
                 return lite.execute(statement, values).fetchall()
         with psycopg.connect(self.url) as db:
             done = db.execute(statement.replace("?", "%s"), values)  # type: ignore[arg-type]

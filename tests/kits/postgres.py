@@ -16,9 +16,8 @@ from pathlib import Path
 
 import psycopg
 
+from tests.kits.patience import PATIENCE
 from tests.kits.programs import require
-
-_START_SECONDS = 120
 
 
 class Postgres:
@@ -86,13 +85,13 @@ def server() -> Iterator[Postgres]:
             yield made_server
         finally:
             process.send_signal(signal.SIGQUIT)
-            process.wait(timeout=60)
+            process.wait(PATIENCE)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait(made: Postgres, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + _START_SECONDS
+    end = time.monotonic() + PATIENCE
     while True:
         try:
             psycopg.connect(made.url()).close()
