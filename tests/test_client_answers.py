@@ -23,6 +23,7 @@ from pimc_client import (
     Summary,
     Unauthorized,
     UnexpectedAnswer,
+    results,
 )
 from tests.kits.client import CARD, LEGEND, TRANSFORM, classes, cog, connected, zipped
 
@@ -178,8 +179,9 @@ def test_a_crs_without_a_code_is_none(kind):
 
 
 @KINDS
-def test_a_large_result_is_on_disk_until_its_raster_is_closed(kind):
-    values = np.random.default_rng(1).random((1, 3100, 3100), dtype="float32")
+def test_a_large_result_is_on_disk_until_its_raster_is_closed(kind, monkeypatch):
+    monkeypatch.setattr(results, "IN_MEMORY", 2**16)
+    values = np.random.default_rng(1).random((1, 200, 200), dtype="float32")
     raster = request(kind, "classify_pixels", cog(values), outputs="confidence")
     assert raster._file._rolled
     np.testing.assert_array_equal(raster.array, values[0])

@@ -126,7 +126,7 @@ def polygon_hectares(of: Grid, row: int, column: int) -> float:
     ("crs", "transform", "width", "height"),
     [
         ("EPSG:3857", Affine(10, 0, 480_000, 0, -10, 6_650_000), 300, 200),
-        ("EPSG:3857", Affine(20_000, 0, -1e7, 0, -20_000, 1e7), 900, 700),
+        ("EPSG:3857", Affine(60_000, 0, -1e7, 0, -60_000, 1e7), 300, 233),
         ("EPSG:32631", Affine(10, 0, 300_000, 0, -10, 5_700_000), 300, 200),
         # Far outside its zone, where UTM stretches by more than the tolerance.
         ("EPSG:32631", Affine(100, 0, 1_300_000, 0, -100, 5_700_000), 300, 200),
