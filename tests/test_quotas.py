@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import sqlite3
@@ -13,7 +14,9 @@ from queue import Queue
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import rasterio.warp
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
@@ -26,6 +29,7 @@ from service.run.execute import execute
 from service.run.plan import Plan
 from tests.kits.jobs import ASYNC, SERIES, Backend, waited
 from tests.kits.patience import PATIENCE, soon
+from tests.kits.rasters import NORTH_UP, UTM, write
 
 ANNA, BEN = {"X-API-Key": "anna"}, {"X-API-Key": "ben"}
 
@@ -223,6 +227,60 @@ def test_pixels_of_a_day_are_bounded(
         assert embed(api, 4, ANNA).status_code == 429
         today += 1
         assert embed(api, 4, ANNA).status_code == 200
+
+
+def test_measured_series_and_own_classes_count_as_pixels(zoo: Path, tmp_path: Path) -> None:
+    side, dates = 6, [f"2021-{month:02d}-15" for month in range(1, 9)]
+    parts = []
+    for day in dates:
+        bands = np.full((4, side, side), 2000, np.uint16)
+        path = write(tmp_path / f"{day}.tif", bands, descriptions=("B02", "B04", "B08", "B11")).path
+        parts.append(("files", (path.name, path.read_bytes(), "image/tiff")))
+    (lons, lats) = rasterio.warp.transform(
+        UTM, "EPSG:4326", [NORTH_UP.c + 5, NORTH_UP.c + 45], [NORTH_UP.f - 5, NORTH_UP.f - 45]
+    )
+    corners = [(0, 0), (0, 1), (1, 1), (1, 0), (0, 0)]
+    field = {"type": "Polygon", "coordinates": [[[lons[x], lats[y]] for x, y in corners]]}
+    points = [{"type": "Point", "coordinates": list(one)} for one in zip(lons, lats, strict=True)]
+
+    def measured(**geometries: list[dict[str, Any]]) -> httpx.Response:
+        data = {
+            name: json.dumps(
+                {
+                    "type": "FeatureCollection",
+                    "features": [
+                        {"type": "Feature", "geometry": one, "properties": {}} for one in shapes
+                    ],
+                }
+            )
+            for name, shapes in geometries.items()
+        }
+        return api.post("/series", files=parts, data=data, headers=ANNA)
+
+    taught = [
+        {
+            "class": ("bare", "green")[n % 2],
+            "dates": dates,
+            "B04": [0.2 - 0.1 * (n % 2)] * 8,
+            "B08": [0.25 + 0.02 * n] * 8,
+        }
+        for n in range(10)
+    ]
+
+    def teach(name: str) -> httpx.Response:
+        return api.post("/heads", json={"name": name, "series": taught}, headers=ANNA)
+
+    most = 2 + side * side + len(taught) + 1
+    with served(model_dir=zoo, max_pixels_per_day=most, api_keys=("anna", "ben")) as api:
+        remaining = []
+        for response in (measured(points=points), measured(fields=[field]), teach("own")):
+            assert response.is_success, response.text
+            remaining.append(int(left(response)["pixels"]["r"]))
+        assert remaining == [most - 2, most - 2 - side * side, 1]
+        for rejected in (measured(points=points), measured(fields=[field]), teach("another")):
+            refused(rejected, "pixels")
+            assert left(rejected)["pixels"]["r"] == "1"
+        assert [h["name"] for h in api.get("/heads", headers=ANNA).json()["heads"]] == ["own"]
 
 
 @pytest.mark.slow

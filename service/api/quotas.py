@@ -75,17 +75,17 @@ class Quotas:
         )
 
     @contextmanager
-    def charged(self, caller: str, plan: Plan) -> Iterator[None]:
+    def charged(self, caller: str, pixels: int) -> Iterator[None]:
         """Count a run's pixels for its caller; undo that if the run is rejected as `overloaded`.
 
         Args:
             caller: the caller's id, or the client's address without API keys.
-            plan: plan of the run.
+            pixels: pixels, points or series of the run.
 
         Raises:
             TooManyRequests: the caller's pixels of the day are used up.
         """
-        pixels, share = cost(plan), self.share
+        share = self.share
         self._jobs.charge(caller, pixels, share)
         try:
             yield

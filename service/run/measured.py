@@ -39,7 +39,7 @@ from service.run.executors import Executor, Timing, check
 from service.run.fields import LEAST_CLEAR, Coverage, FieldGrid, series_sums
 from service.run.memory import MemoryBudget, measuring_need
 from service.run.plan import check_cloud_dates, unique
-from service.run.request import MeasureRequest, PointQuery
+from service.run.request import Charge, MeasureRequest, PointQuery, no_charge
 from service.run.time_window import resolve_time_window
 from service.run.windows import windows
 from service.write.fields import field_features
@@ -163,6 +163,7 @@ def measure(
     cancelled: threading.Event | None = None,
     budget: MemoryBudget | None = None,
     patience: float | None = None,
+    charge: Charge = no_charge,
 ) -> Measured:
     """Measure the series of points or fields.
 
@@ -176,8 +177,10 @@ def measure(
         cancelled: an event that cancels the run when it is set.
         budget: memory budget of all runs; None creates one for this run.
         patience: seconds to wait for memory; None waits without a limit.
+        charge: counts the points, or with fields the pixels of the stack, before they are read.
 
     Raises:
+        TooManyRequests: `charge` rejected the run.
         Overloaded: other runs held the memory until `patience` had passed.
         InvalidRequest: the request has neither points nor fields, or both, or more observations or
             plots than one response may contain.
@@ -208,7 +211,8 @@ def measure(
         points=count if fields is None else 0,
         fields=0 if fields is None else count,
     )
-    with budget.take(need, cancelled=cancelled, patience=patience):
+    pixels = count if fields is None else opened.grid.width * opened.grid.height
+    with charge(pixels), budget.take(need, cancelled=cancelled, patience=patience):
         stack = calibrate(opened, cache=cache)
         planned = Timing(read=time.perf_counter() - begun)
         if fields is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Literal
@@ -14,6 +15,14 @@ from service.write.predictions import EmbeddingType
 
 Runnable = Task | Literal["similar"]
 """What a run is for: a task of a model, or similarity, which a model of embeddings serves."""
+Charge = Callable[[int], AbstractContextManager[None]]
+"""Counts pixels, points or series for a caller's quota, before they are read; the run happens in
+the context, which may undo the count."""
+
+
+def no_charge(pixels: int) -> AbstractContextManager[None]:  # noqa: ARG001 - as `Charge`
+    """A `Charge` that counts nothing."""
+    return nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ from service.run.fields import label_pixels
 from service.run.memory import MemoryBudget, points_need
 from service.run.plan import plan_raster, unique
 from service.run.points import predict_pixels
-from service.run.request import HeadRequest
+from service.run.request import Charge, HeadRequest, no_charge
 from service.run.series import plan_series, predict_series
 
 MODEL_FILE = "model.onnx"
@@ -129,6 +129,7 @@ def teach(
     cancelled: threading.Event | None = None,
     budget: MemoryBudget | None = None,
     patience: float | None = None,
+    charge: Charge = no_charge,
 ) -> Taught:
     """Fit a head to a caller's labels and write it as a bundle.
 
@@ -143,11 +144,13 @@ def teach(
         cancelled: an event that cancels the run when it is set.
         budget: memory budget of all runs; None creates one for this run.
         patience: seconds to wait for memory; None waits without a limit.
+        charge: counts the labelled pixels or series before they are read.
 
     Returns:
         The bundle, loaded.
 
     Raises:
+        TooManyRequests: `charge` rejected the run.
         TooFewLabels: the labels have fewer than two classes, or a class has fewer than
             `FEWEST_LABELS` usable labels.
         MissingBands: no index can be computed, or a band of the embedding is missing.
@@ -166,6 +169,7 @@ def teach(
         cancelled=cancelled,
         budget=budget or MemoryBudget(),
         patience=patience,
+        charge=charge,
     )
     return work.taught(begun)
 
@@ -200,6 +204,7 @@ class _Teaching:
     cancelled: threading.Event | None
     budget: MemoryBudget
     patience: float | None
+    charge: Charge
 
     def taught(self, begun: float) -> Taught:
         """All steps: samples, features, folds, fit, bundle."""
@@ -263,9 +268,10 @@ class _Teaching:
         rows, cols, which = label_pixels(found, stack.grid)
         outside = sorted(set(range(len(labels))) - set(which.tolist()))
         rows, cols, which = self._agreed(rows, cols, which, labels, warnings)
-        with self.budget.take(
+        memory = self.budget.take(
             points_need(run, len(rows)), cancelled=self.cancelled, patience=self.patience
-        ):
+        )
+        with self.charge(len(rows)), memory:
             run = replace(run, stack=calibrate(stack, run.used, cache=self.cache))
             with StackReader(
                 run.stack, run.used, cache=self.cache, before_read=partial(check, self.cancelled)
@@ -310,8 +316,9 @@ class _Teaching:
         run = plan_series(features, [one.series for one in given], start=self.request.start)
         warnings += run.warnings
         width = features.width[0]
-        rows = [np.full(width, np.nan, np.float32) if row is None else row
-                for row in predict_series(run, self.cancelled)]  # fmt: skip
+        with self.charge(len(given)):
+            rows = [np.full(width, np.nan, np.float32) if row is None else row
+                    for row in predict_series(run, self.cancelled)]  # fmt: skip
         samples = _Samples(features=np.stack(rows), labels=np.arange(len(given)), xy=None)
         return (
             labels,

@@ -57,7 +57,7 @@ async def make_head(request: Request, app: App, folder: Folder, caller: Caller) 
         parsed = await _read_request(request, app, folder, admitted)
         await to_thread.run_sync(app.heads.check_free, owner, parsed.name)
         taught = await run_watched(
-            request, partial(_teach, app, parsed, owner), slot=run_slot(app, share)
+            request, partial(_teach, app, parsed, owner, share), slot=run_slot(app, share)
         )
     card = taught.model.card
     app.metrics.ran(task="heads", pixels=card.metrics["n"], stages=asdict(taught.timing))
@@ -100,7 +100,7 @@ async def remove_head(name: _Name, app: App, caller: Caller) -> Response:
 
 
 def _teach(
-    app: AppState, request: HeadRequest, owner: str, *, cancelled: threading.Event
+    app: AppState, request: HeadRequest, owner: str, caller: str, *, cancelled: threading.Event
 ) -> "Taught":
     from service.run.teach import teach  # imported here: it imports onnx, which slows the start
 
@@ -116,6 +116,7 @@ def _teach(
             cancelled=cancelled,
             budget=app.budget,
             patience=PATIENCE,
+            charge=partial(app.quotas.charged, caller),
         )
         app.heads.publish(owner, draft, taught.model)
         return taught

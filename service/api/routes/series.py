@@ -44,14 +44,16 @@ async def series(request: Request, app: App, folder: Folder, caller: Caller) -> 
             )
 
         def run(*, cancelled: threading.Event) -> Measured:
-            return _measure(app, parsed, cancelled)
+            return _measure(app, parsed, share, cancelled)
 
         found = await run_watched(request, run, slot=run_slot(app, share))
         app.metrics.ran(task="series", pixels=found.pixels, stages=asdict(found.timing))
         return await to_thread.run_sync(_response, found, media, folder)
 
 
-def _measure(app: AppState, parsed: MeasureRequest, cancelled: threading.Event) -> Measured:
+def _measure(
+    app: AppState, parsed: MeasureRequest, caller: str, cancelled: threading.Event
+) -> Measured:
     return measure(
         parsed,
         app.engine,
@@ -62,6 +64,7 @@ def _measure(app: AppState, parsed: MeasureRequest, cancelled: threading.Event) 
         cancelled=cancelled,
         budget=app.budget,
         patience=PATIENCE,
+        charge=partial(app.quotas.charged, caller),
     )
 
 

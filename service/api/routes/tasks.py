@@ -308,7 +308,7 @@ def _run(
     if received.kept:
         folder = _work(folder)
         folder.mkdir()
-    with app.quotas.charged(caller, plan):
+    with app.quotas.charged(caller, cost(plan)):
         result = execute(
             plan,
             folder,
