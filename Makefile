@@ -11,7 +11,7 @@ SOURCES := models service training pimc_client tests benchmarks docs docker scri
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,analysis,service,cluster,training,demo,docs,dev,supply]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[command,analysis,service,cluster,tracing,training,demo,docs,dev,supply]'
 	touch $@
 
 # The environment of the service and the demo: without torch, in a quarter of the time.

@@ -30,9 +30,10 @@ def locks() -> dict[str, list[str]]:
     """The requirements of each lock file, by the file's name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras: dict[str, list[str]] = project["optional-dependencies"]
+    served = [*extras["service"], *extras["cluster"], *extras["tracing"]]
     return {
-        "service-cpu": [*extras["service"], *extras["cluster"]],
-        "service-gpu": [*extras["service"], *extras["cluster"], "onnxruntime-gpu[cuda,cudnn]"],
+        "service-cpu": served,
+        "service-gpu": [*served, "onnxruntime-gpu[cuda,cudnn]"],
         "training": extras["training"],
     }
 

@@ -224,6 +224,9 @@ class Settings(BaseSettings):
     """Seconds for which a finished job and its result are kept."""
     grace_seconds: Annotated[int, Field(ge=0)] = 30
     """Seconds that running requests have to end after SIGTERM."""
+    tracing: bool = False
+    """Whether requests and jobs are traced: spans are sent by OTLP over HTTP, as the standard
+    variables `OTEL_*` say. Needs the extra `tracing`."""
     log_level: LogLevel = "info"
     """Least severe level that is logged."""
 

@@ -47,6 +47,7 @@ from service.run.executors import ThreadExecutor
 from service.run.memory import MemoryBudget
 from service.settings import Settings, SettingsError, project_version, read_settings
 from service.telemetry import Metrics
+from service.tracing import Traces
 
 _LOG = logging.getLogger(__name__)
 _ROUTERS = (
@@ -84,10 +85,12 @@ def create_app(
     metrics = Metrics()
     metrics.build(project_version())
     metrics.watch_disk(state=settings.state_folder, scratch=Path(tempfile.gettempdir()))
+    traces = Traces(enabled=settings.tracing, version=project_version())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(to_thread.run_sync, traces.close)
             store = await to_thread.run_sync(open_jobs, settings) if jobs is None else jobs
             stack.push_async_callback(to_thread.run_sync, store.close)
             # The port opens only once every bundle is loaded and warm, or rejected.
@@ -142,6 +145,7 @@ def create_app(
                 executor=executor,
                 callbacks=callbacks,
                 refresh=heads.refresh,
+                traces=traces,
             )
             admission = Admission(
                 settings.max_concurrency,
@@ -206,7 +210,7 @@ def create_app(
     # concern the socket only.
     app.add_middleware(HeadMiddleware)
     app.add_middleware(RateLimitMiddleware, exceeded=metrics.quota_exceeded)
-    app.add_middleware(RequestRecordMiddleware, metrics=metrics, on_fault=fault)
+    app.add_middleware(RequestRecordMiddleware, metrics=metrics, on_fault=fault, traces=traces)
     app.add_middleware(SecurityHeadersMiddleware)
     app.add_middleware(SlowClientMiddleware, stall_seconds=settings.send_seconds)
     app.add_middleware(LingeringCloseMiddleware)

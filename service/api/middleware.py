@@ -10,7 +10,9 @@ import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import anyio
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,10 +24,16 @@ from service.api.quotas import Limit, headers
 from service.api.sending import HEAD_ONLY
 from service.settings import SettingsError
 from service.telemetry import REQUEST_ID, TRACE_ID, Metrics
+from service.tracing import Traces, describe_request
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 _LOG = logging.getLogger(__name__)
 
 _LONGEST_PATH = 256
+_PROBES = ("/health/live", "/health/ready", "/metrics")
+"""Paths that are requested every few seconds, and not traced."""
 _STAGE = re.compile(r"([a-z]+);dur=([0-9.]+)")
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
@@ -40,6 +48,7 @@ class RequestRecordMiddleware:
         app: the inner application.
         metrics: metrics that count the requests.
         on_fault: makes the response to an unexpected error.
+        traces: traces of the requests; None makes none.
     """
 
     def __init__(
@@ -48,9 +57,11 @@ class RequestRecordMiddleware:
         *,
         metrics: Metrics,
         on_fault: Callable[[Request], Response],
+        traces: Traces | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
+        self._traces = traces
         self._on_fault = on_fault
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,6 +73,9 @@ class RequestRecordMiddleware:
         request_id = sane_request_id(headers.get("x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
         access = _Access(begun=time.perf_counter())
+        traced: AbstractContextManager[Span | None] = nullcontext()
+        if self._traces is not None and not scope["path"].endswith(_PROBES):
+            traced = self._traces.request(headers, scope["method"])
 
         def record() -> None:
             if not access.recorded:
@@ -87,19 +101,21 @@ class RequestRecordMiddleware:
                 record()  # first: a client that has the whole response finds it in the metrics
             await send(message)
 
-        ids = REQUEST_ID.set(request_id), TRACE_ID.set(trace_id(headers.get("traceparent")))
-        try:
-            with self._metrics.request():
-                await self._app(scope, receive_counted, send_named)
-        except Exception:
-            _LOG.exception("unexpected error")
-            if access.status:  # the response has begun: the server must abort the connection
-                raise
-            await self._on_fault(Request(scope))(scope, receive, send_named)
-        finally:
-            record()
-            REQUEST_ID.reset(ids[0])
-            TRACE_ID.reset(ids[1])
+        with traced as access.span:
+            trace = TRACE_ID.get() if access.span else trace_id(headers.get("traceparent"))
+            ids = REQUEST_ID.set(request_id), TRACE_ID.set(trace)
+            try:
+                with self._metrics.request():
+                    await self._app(scope, receive_counted, send_named)
+            except Exception:
+                _LOG.exception("unexpected error")
+                if access.status:  # the response has begun: the server must abort the connection
+                    raise
+                await self._on_fault(Request(scope))(scope, receive, send_named)
+            finally:
+                record()
+                REQUEST_ID.reset(ids[0])
+                TRACE_ID.reset(ids[1])
 
     def _record(self, scope: Scope, access: _Access) -> None:
         seconds = time.perf_counter() - access.begun
@@ -135,6 +151,17 @@ class RequestRecordMiddleware:
         }
         fields = {name: value for name, value in record.items() if value is not None}
         _LOG.info("request", extra=fields)
+        if access.span is not None:
+            describe_request(
+                access.span,
+                method=scope["method"],
+                route=route,
+                path=scope["path"][:_LONGEST_PATH],
+                status=access.status,
+                code=state.get("code"),
+                request_id=state["request_id"],
+                model=model,
+            )
 
 
 @dataclass
@@ -155,6 +182,8 @@ class _Access:
     """Whether the response was sent to its end."""
     recorded: bool = False
     """Whether the record was written to the log."""
+    span: Span | None = None
+    """The request's span; None if it is not traced."""
 
 
 def stage_times(header: str | None) -> dict[str, float] | None:

@@ -30,6 +30,7 @@ from service.errors import (
     no_descriptors,
     no_room,
 )
+from service.telemetry import TRACE_ID
 
 PROBLEM = "application/problem+json"
 _OGC = "http://www.opengis.net/def/exceptions/ogcapi-processes-1/1.0"
@@ -93,6 +94,9 @@ def problem_document(error: PIMCError, request_id: str) -> dict[str, Any]:
         "code": error.code,
         "request_id": request_id,
     }
+    trace_id = TRACE_ID.get()
+    if trace_id is not None:
+        body["trace_id"] = trace_id
     if isinstance(error, TooManyRequests):
         body["violated-policies"] = [error.policy]
     if isinstance(error, InvalidRequest):

@@ -1298,6 +1298,10 @@ class Problem(BaseModel):
     detail: str
     code: str
     request_id: str
+    trace_id: Annotated[
+        str | None,
+        Field(description="trace of the request, if it sent `traceparent` or the server traces"),
+    ] = None
     errors: Annotated[
         list[dict[str, str]] | None,
         Field(

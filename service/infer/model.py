@@ -17,6 +17,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,7 +197,9 @@ class LoadedModel:
         while len(call) < size * self._threads and size > _SMALLEST_BATCH[self.card.modality]:
             size //= 2
         batches = [
-            self._pool.submit(self._run_halving, call, part) for part in _parts(len(call), size)
+            # In the caller's context, so that a line of the log names the request.
+            self._pool.submit(copy_context().run, self._run_halving, call, part)
+            for part in _parts(len(call), size)
         ]
         _, pending = wait(batches, return_when=FIRST_EXCEPTION)
         for batch in pending:

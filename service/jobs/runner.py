@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from service.run.plan import Plan, plan_request
 from service.run.request import RasterRequest, TaskRequest
 from service.telemetry import Metrics, job_named
 from service.threads import SupervisedThread
+from service.tracing import Attribute, Traces
 
 _LOG = logging.getLogger(__name__)
 _SWEEP_SECONDS = 60.0
@@ -71,6 +73,7 @@ class JobRunner:
         executor: executor that runs the windows.
         callbacks: sender of the jobs' callbacks; None sends none.
         refresh: called with a job's owner before the owner's model is looked for.
+        traces: traces of the jobs; None makes none.
     """
 
     def __init__(
@@ -90,7 +93,9 @@ class JobRunner:
         executor: Executor,
         callbacks: CallbackSender | None = None,
         refresh: Callable[[str], None],
+        traces: Traces | None = None,
     ) -> None:
+        self._traces = traces or Traces(enabled=False, version="")
         self._refresh = refresh
         self._callbacks = callbacks
         self._store = store
@@ -236,11 +241,22 @@ class JobRunner:
                 cancelled = threading.Event()
                 self._running[job.id] = job, cancelled
             try:
-                with job_named(job.id):
+                with job_named(job.id), self._traced(job):
                     self._run(job, cancelled)
             finally:
                 with self._wakeup:
                     del self._running[job.id]
+
+    def _traced(self, job: Job) -> AbstractContextManager[None]:
+        """The span of one run of a job."""
+        if not self._traces.enabled:
+            return nullcontext()
+        attributes: dict[str, Attribute] = {
+            "pimc.job": job.id,
+            "pimc.model": job.model,
+            "pimc.lease": job.lease,
+        }
+        return self._traces.job(f"job {job.task}", self._store.submitted(job), attributes)
 
     def _take(self) -> Job | None:
         if self._closing.is_set():

@@ -81,6 +81,7 @@ from service.run.plan import Plan
 from service.run.request import RasterRequest, Runnable, Subscriber, TaskRequest
 from service.run.windows import Step
 from service.settings import SettingsError
+from service.tracing import traceparent
 
 JobStatus = Literal["accepted", "running", "successful", "failed", "dismissed"]
 STATUSES: tuple[JobStatus, ...] = get_args(JobStatus)
@@ -88,7 +89,8 @@ DATABASE = "jobs.sqlite"
 _RESULT = "reply.json"
 _DOCUMENT = "document.json"
 _READY = "ready"
-_UPGRADE, _DELIVERY = "upgrade", "answer"  # names in stored requests, also of earlier releases
+# Names in stored requests, also of earlier releases.
+_UPGRADE, _DELIVERY, _SUBMITTED = "upgrade", "answer", "submitted"
 _LOCKS = 16
 _BY_KEY = "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?"
 _DAY = 24 * 3600
@@ -404,6 +406,7 @@ class JobStore:
         document = request_document(plan.request, folder, model=plan.model.card.id)
         document[_UPGRADE] = upgrade
         document[_DELIVERY] = delivery
+        document[_SUBMITTED] = traceparent()
         job_folder, called = self._jobs / name, plan.request.subscriber
         try:
             if isinstance(plan.request, RasterRequest):
@@ -713,6 +716,15 @@ class JobStore:
         except FileNotFoundError as error:
             raise removed(job) from error
         found: Mapping[str, Any] | None = document.get(_DELIVERY)
+        return found
+
+    def submitted(self, job: Job) -> str | None:
+        """The span of the request that submitted a job, as a `traceparent`; None if not traced."""
+        try:
+            document = json.loads((self.folder(job) / REQUEST).read_text("utf-8"))
+        except FileNotFoundError:  # the job was dismissed: its run ends soon
+            return None
+        found: str | None = document.get(_SUBMITTED)
         return found
 
     def result(self, job: Job) -> StoredResult:

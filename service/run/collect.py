@@ -23,6 +23,7 @@ from service.run.executors import Executor, Timing, check
 from service.run.plan import RasterRun, dates_summary
 from service.run.time_window import outside_time_window, partial_season
 from service.run.windows import Arrays, Journal, Step
+from service.tracing import span
 from service.write.cog import OpenScratch, RasterWriter, stored
 from service.write.polygons import write_polygons
 from service.write.predictions import ATTRIBUTION, JSON, POLYGONS, ForecastPredictions
@@ -247,6 +248,7 @@ class Sink:
         )
         self._writer.write(window, {name: arrays[name] for name in self._layers})
 
+    @span("finish")
     def outcome(self, timing: Timing) -> Outcome:
         """Finish the files and return them with the summary.
 

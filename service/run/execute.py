@@ -29,6 +29,7 @@ from service.run.request import PointQuery, RasterRequest, Runnable, SimilarRequ
 from service.run.series import SeriesRun, run_series
 from service.run.similar import run_similar
 from service.run.windows import Journal
+from service.tracing import annotate, span
 from service.write.fields import field_features
 
 
@@ -51,6 +52,7 @@ class Result:
     warnings: tuple[StackWarning, ...]
 
 
+@span("run")
 def execute(
     plan: Plan,
     folder: Path,
@@ -82,6 +84,7 @@ def execute(
         Cancelled: `cancelled` was set.
     """
     request, run = plan.request, plan.run
+    annotate(task=request.operation, model=plan.model.card.id, pixels=plan.pixels)
     if isinstance(run, SeriesRun):
         return _as_asked(plan, _series(request.task, run, cancelled))
     if plan.need is None:

@@ -13,10 +13,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from service.errors import Cancelled
+from service.tracing import stage_spans
 
 _Item = TypeVar("_Item")
 _Read = TypeVar("_Read")
@@ -100,38 +102,40 @@ class ThreadExecutor:
         cancelled: threading.Event | None = None,
     ) -> Timing:
         """See `Executor.run`."""
-        reading, inferring, writing = _Stage(), _Stage(), _Stage()
+        reading, inferring, writing = (
+            _Stage(name, len(items)) for name in ("read", "infer", "write")
+        )
         reader = ThreadPoolExecutor(1, thread_name_prefix="read")
         inferrer = ThreadPoolExecutor(self.workers, thread_name_prefix="window")
         writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         ahead: deque[Future[_Read]] = deque()
-        at_work: deque[tuple[_Item, Future[_Inferred]]] = deque()
+        at_work: deque[tuple[int, _Item, Future[_Inferred]]] = deque()
         behind: deque[Future[None]] = deque()
         begun = ended = 0
 
         def hand_over() -> None:
             """Wait until the oldest item is inferred, and submit it to the writer."""
             nonlocal ended
-            item, inferred = at_work.popleft()
+            number, item, inferred = at_work.popleft()
             result = inferred.result()
             # A failed write raises here, and not only `depth` items later.
             while behind and (behind[0].done() or len(behind) >= self.depth):
                 behind.popleft().result()
                 ended += 1
                 self.in_flight(-1)
-            behind.append(writer.submit(writing.call, write, item, result))
+            behind.append(writing.submit(writer, number, write, item, result))
 
         try:
             for at, item in enumerate(items):
                 check(cancelled)
-                for coming in items[at + len(ahead) : at + 1 + self.depth]:
-                    ahead.append(reader.submit(reading.call, read, coming))
+                for coming in range(at + len(ahead), min(at + 1 + self.depth, len(items))):
+                    ahead.append(reading.submit(reader, coming, read, items[coming]))
                     begun += 1
                     self.in_flight(1)
                 while len(at_work) >= self.workers:
                     hand_over()
                 values = ahead.popleft().result()
-                at_work.append((item, inferrer.submit(inferring.call, infer, values)))
+                at_work.append((at, item, inferring.submit(inferrer, at, infer, values)))
                 del values  # otherwise its memory is not freed while the next item is read
             while at_work:
                 hand_over()
@@ -144,6 +148,8 @@ class ThreadExecutor:
             inferrer.shutdown(cancel_futures=True)
             writer.shutdown(cancel_futures=True)
             self.in_flight(ended - begun)
+            for stage in (reading, inferring, writing):
+                stage.end()
         return Timing(read=reading.seconds, infer=inferring.seconds, write=writing.seconds)
 
 
@@ -158,17 +164,39 @@ def check(cancelled: threading.Event | None) -> None:
 
 
 class _Stage:
-    """One stage of a run: measures its busy seconds; after a failure it makes no further call."""
+    """One stage of a run: measures its busy seconds; after a failure it makes no further call.
 
-    def __init__(self) -> None:
+    Args:
+        name: name of the stage.
+        items: number of items that the stage processes.
+    """
+
+    def __init__(self, name: str, items: int) -> None:
+        self._spans = stage_spans(name, items)
         self.seconds = 0.0
         self._inside = 0
         self._since = 0.0
         self._failed = False
         self._lock = threading.Lock()
 
-    def call(self, function: Callable[..., _Returned], *arguments: object) -> _Returned:
-        """Call a function as part of this stage."""
+    def submit(
+        self,
+        pool: ThreadPoolExecutor,
+        number: int,
+        function: Callable[..., _Returned],
+        *arguments: object,
+    ) -> Future[_Returned]:
+        """Call a function as part of this stage, in a thread that logs with the run's ids."""
+        return pool.submit(copy_context().run, self._call, number, function, *arguments)
+
+    def end(self) -> None:
+        """End the stage once no call is in progress."""
+        if self._spans is not None:
+            self._spans.end(self.seconds)
+
+    def _call(
+        self, number: int, function: Callable[..., _Returned], *arguments: object
+    ) -> _Returned:
         with self._lock:
             if self._failed:
                 # The executor never raises this error: it awaits items in order, and so raises the
@@ -178,7 +206,10 @@ class _Stage:
                 self._since = time.perf_counter()
             self._inside += 1
         try:
-            return function(*arguments)
+            if self._spans is None:
+                return function(*arguments)
+            with self._spans.window(number):
+                return function(*arguments)
         except BaseException:
             self._failed = True
             raise

@@ -47,6 +47,7 @@ from service.run.request import (
 )
 from service.run.series import SeriesRun, plan_series
 from service.run.time_window import resolve_time_window
+from service.tracing import span
 from service.write.predictions import (
     ATTRIBUTION,
     JSON,
@@ -298,6 +299,7 @@ class Plan:
     """Time of reading the files' headers and the sampled pixels."""
 
 
+@span("plan")
 def plan_request(
     request: TaskRequest,
     engine: Engine,

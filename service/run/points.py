@@ -22,6 +22,7 @@ from service.run.executors import Timing, check
 from service.run.patches import clear_composite
 from service.run.pixels import model_time
 from service.run.plan import RasterRun, check_run
+from service.tracing import span
 from service.write.predictions import ATTRIBUTION, JSON, dated
 
 
@@ -117,36 +118,38 @@ def predict_pixels(
         cancelled: set it to cancel the run.
     """
     start = time.perf_counter()
-    sits = reader.read_pixels(rows, cols)
+    with span("read"):
+        sits = reader.read_pixels(rows, cols)
     read = time.perf_counter()
     days, day_of_year = model_time(run)
     values, valid = sits.values.transpose(2, 0, 1), sits.valid.T
-    predictions, backtested = predict_from_history(
-        run.model,
-        History(
-            dates=tuple(run.stack.dates[t] for t in run.read) if run.stack.dates else (),
-            values=values,
-            valid=valid,
-        ),
-        used=len(run.used),
-        days=days,
-        day_of_year=day_of_year,
-        backtested=run.backtest == "places",
-        cancelled=cancelled,
-    )
     attribution = None
-    if run.attribution:
-        enough = valid.sum(axis=1) >= run.model.card.min_observations
-        attribution = np.full((len(rows), len(days)), np.nan, np.float32)
-        attribution[enough] = date_attribution(
+    with span("infer"):
+        predictions, backtested = predict_from_history(
             run.model,
-            values[enough],
-            valid[enough],
-            days,
-            day_of_year,
-            predictions[enough],
-            before_each=lambda: check(cancelled),
+            History(
+                dates=tuple(run.stack.dates[t] for t in run.read) if run.stack.dates else (),
+                values=values,
+                valid=valid,
+            ),
+            used=len(run.used),
+            days=days,
+            day_of_year=day_of_year,
+            backtested=run.backtest == "places",
+            cancelled=cancelled,
         )
+        if run.attribution:
+            enough = valid.sum(axis=1) >= run.model.card.min_observations
+            attribution = np.full((len(rows), len(days)), np.nan, np.float32)
+            attribution[enough] = date_attribution(
+                run.model,
+                values[enough],
+                valid[enough],
+                days,
+                day_of_year,
+                predictions[enough],
+                before_each=lambda: check(cancelled),
+            )
     return PointPredictions(
         predictions=predictions,
         timing=Timing(read=read - start, infer=time.perf_counter() - read),
@@ -165,14 +168,16 @@ def _predict_patches(
     for at in range(0, len(rows), run.model.chunk):
         part = slice(at, at + run.model.chunk)
         start = time.perf_counter()
-        imagery = np.stack(
-            [
-                clear_composite(run, reader.read(patches.centred(grid, int(row), int(col))))
-                for row, col in zip(rows[part], cols[part], strict=True)
-            ]
-        )
+        with span("read"):
+            imagery = np.stack(
+                [
+                    clear_composite(run, reader.read(patches.centred(grid, int(row), int(col))))
+                    for row, col in zip(rows[part], cols[part], strict=True)
+                ]
+            )
         read = time.perf_counter()
-        clear, filled = fill_gaps(imagery)
-        predictions[part][clear] = run.model.patches(filled)
+        with span("infer"):
+            clear, filled = fill_gaps(imagery)
+            predictions[part][clear] = run.model.patches(filled)
         timing += Timing(read=read - start, infer=time.perf_counter() - read)
     return PointPredictions(predictions=predictions, timing=timing)

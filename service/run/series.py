@@ -42,6 +42,7 @@ from service.run.backtest import (
 from service.run.executors import Timing, check
 from service.run.request import SeriesInput
 from service.run.time_window import outside_time_window, partial_season, resolve_time_window
+from service.tracing import span
 from service.write.predictions import (
     ATTRIBUTION,
     JSON,
@@ -162,6 +163,7 @@ def plan_series(
     )
 
 
+@span("infer")
 def run_series(run: SeriesRun, *, cancelled: threading.Event | None = None) -> SeriesOutcome:
     """Predict for each series.
 

@@ -36,6 +36,7 @@ from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.references import fetch_items
 from service.run.request import HeadRequest
+from service.tracing import span
 
 if TYPE_CHECKING:
     from service.run.teach import Taught
@@ -54,7 +55,8 @@ async def make_head(request: Request, app: App, folder: Folder, caller: Caller) 
     share = share_of(caller, request.scope)
     request.state.limits = partial(app.quotas.limits, share)
     async with app.admission.admit(share) as admitted:
-        parsed = await _read_request(request, app, folder, admitted)
+        with span("receive"):
+            parsed = await _read_request(request, app, folder, admitted)
         await to_thread.run_sync(app.heads.check_free, owner, parsed.name)
         taught = await run_watched(
             request, partial(_teach, app, parsed, owner, share), slot=run_slot(app, share)
@@ -157,10 +159,12 @@ async def _read_request(
         labels = await vector_file(LABELS, parameters.labels, folder)
         if labels is None:
             raise TypeError("validation accepted a body without labels")
-        fetched = await stac_head(stac, parameters.stack, labels, app, folder, admitted)
+        with span("fetch"):
+            fetched = await stac_head(stac, parameters.stack, labels, app, folder, admitted)
         return await _of_files(parameters, fetched.files, labels, folder, app, stack=fetched.stack)
     items, parameters = named
-    files = await fetch_items(items, folder, settings)
+    with span("fetch", items=len(items)):
+        files = await fetch_items(items, folder, settings)
     for file in files:
         if file.path.is_relative_to(folder):  # downloaded
             admitted.received(file.path.stat().st_size)

@@ -20,6 +20,7 @@ from service.errors import InvalidRequest, NotReady
 from service.jobs.serialise import document_bytes
 from service.run.measured import Measured, measure
 from service.run.request import MeasureRequest
+from service.tracing import span
 from service.write.fields import observations_csv
 
 router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER], default_response_class=Response)
@@ -34,7 +35,10 @@ async def series(request: Request, app: App, folder: Folder, caller: Caller) -> 
     share = share_of(caller, request.scope)
     request.state.limits = partial(app.quotas.limits, share)
     async with app.admission.admit(share) as admitted:
-        parsed = await read_request("series", request, app, folder, None, admitted, caller or "")
+        with span("receive"):
+            parsed = await read_request(
+                "series", request, app, folder, None, admitted, caller or ""
+            )
         if not isinstance(parsed, MeasureRequest):
             raise TypeError("the parameters of /series did not make a MeasureRequest")
         media = negotiate(request.headers.get("accept", ""), (GEOJSON, CSV))
@@ -48,7 +52,8 @@ async def series(request: Request, app: App, folder: Folder, caller: Caller) -> 
 
         found = await run_watched(request, run, slot=run_slot(app, share))
         app.metrics.ran(task="series", pixels=found.pixels, stages=asdict(found.timing))
-        return await to_thread.run_sync(_response, found, media, folder)
+        with span("respond"):
+            return await to_thread.run_sync(_response, found, media, folder)
 
 
 def _measure(

@@ -8,7 +8,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ from service.read.references import fetch_items
 from service.run.execute import Result, execute
 from service.run.plan import Plan, plan_request
 from service.run.request import RasterRequest, Runnable, TaskRequest
+from service.tracing import span
 
 PATIENCE = 30.0
 """Longest time for which a request that holds a run slot waits for memory, seconds."""
@@ -197,7 +198,8 @@ async def serve(
         # Checked before the body is read, so that no body is uploaded in vain.
         await to_thread.run_sync(check_room, owner, preferences.idempotency_key)
     async with app.admission.admit(charged) as admitted:
-        received = await read(admitted)
+        with span("receive"):
+            received = await read(admitted)
         _check_subscriber(received, app, later=preferences.respond_async)
         status = 202 if received.delivery is None else 201
         idempotency = await _idempotency(received, folder, preferences)
@@ -243,7 +245,8 @@ async def serve(
             kept = await to_thread.run_sync(
                 partial(keep, plan, folder, _work(folder), result, delivery=received.delivery)
             )
-        return await to_thread.run_sync(received.respond, result, kept)
+        with span("respond"):
+            return await to_thread.run_sync(received.respond, result, kept)
 
 
 def _work(folder: Path) -> Path:
@@ -361,7 +364,9 @@ async def run_slot(app: AppState, caller: str) -> AsyncIterator[None]:
         app: application state.
         caller: the caller's id, or the client's address without API keys.
     """
-    async with app.admission.runs.slot(caller):
+    async with AsyncExitStack() as held:
+        with span("queue"):
+            await held.enter_async_context(app.admission.runs.slot(caller))
         with app.metrics.run():
             yield
 
@@ -462,7 +467,8 @@ async def read_request(
     )
     if named is not None:
         items, parameters = named
-        files = await fetch_items(items, folder, settings)
+        with span("fetch", items=len(items)):
+            files = await fetch_items(items, folder, settings)
         for file in files:
             if file.path.is_relative_to(folder):  # downloaded
                 admitted.received(file.path.stat().st_size)
@@ -474,7 +480,10 @@ async def read_request(
     if found is not None:
         stac, parameters = found
         polygons = await vector_file(FIELDS, parameters.fields, folder)
-        by_stac = await stac_request(task, stac, parameters, polygons, app, folder, admitted, owner)
+        with span("fetch"):
+            by_stac = await stac_request(
+                task, stac, parameters, polygons, app, folder, admitted, owner
+            )
         return await with_zips_opened(by_stac, folder, app)
     series = await to_thread.run_sync(read_series, task, text)
     if modality == "patch":
