@@ -40,10 +40,16 @@ _JOB_ID: ContextVar[str | None] = ContextVar("job_id", default=None)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _MOST_MODELS = 64
 """Largest number of models that metrics count under their own name; the rest count as `other`."""
+_MOST_KEYS = 64
+"""Largest number of API keys that metrics count under their own name; the rest count as `other`."""
 _PACES = 20
 """Number of last runs of a task that an estimate uses."""
 _STAGE_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)
 """Upper bounds of the histograms' buckets, seconds."""
+_BATCH_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+"""Upper bounds of the buckets of the time of one batch, seconds."""
+_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Upper bounds of the buckets of the size of a batch: batches are padded to powers of two."""
 # The fields that every LogRecord has; all others came with `extra`.
 _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
@@ -61,9 +67,15 @@ class Pace:
 
 
 class Metrics:
-    """The Prometheus metrics of one application."""
+    """The Prometheus metrics of one application.
 
-    def __init__(self) -> None:
+    Args:
+        per_key: whether use is also counted by API key. Whoever reads the metrics then learns the
+            names of the keys.
+    """
+
+    def __init__(self, *, per_key: bool = False) -> None:
+        self._per_key = per_key
         self._registry = CollectorRegistry()
         self._paces: dict[str, deque[tuple[float, float, int]]] = defaultdict(
             lambda: deque(maxlen=_PACES)
@@ -137,6 +149,26 @@ class Metrics:
             registry=self._registry,
         )
         self._models: set[str] = set()
+        self._keys: set[str] = set()
+        self._batch_seconds = Histogram(
+            "pimc_batch_seconds",
+            "Seconds of one batch in a model's session",
+            ["model"],
+            buckets=_BATCH_BUCKETS,
+            registry=self._registry,
+        )
+        self._batch_sizes = Histogram(
+            "pimc_batch_size",
+            "Pixels or patches of one batch, without padding",
+            ["model"],
+            buckets=_SIZE_BUCKETS,
+            registry=self._registry,
+        )
+        self._read_bytes = self._counter(
+            "pimc_read_bytes",
+            "Bytes read: decoded pixels of files (decoded), bytes received from hosts (fetched)",
+            ["source"],
+        )
         self._model_seconds = Histogram(
             "pimc_model_seconds",
             "Seconds of requests as in pimc_request_seconds, by the model that was run",
@@ -159,6 +191,13 @@ class Metrics:
             ["bound"],
         )
 
+        if per_key:
+            self._key_requests = self._counter(
+                "pimc_key_requests", "Requests completed, by the name of the API key", ["key"]
+            )
+            self._key_pixels = self._counter(
+                "pimc_key_pixels", "Pixels or series predicted, by the name of the API key", ["key"]
+            )
         self._keys_refused = Counter(
             "pimc_api_keys_refused", "Wrong or expired API keys", registry=self._registry
         )
@@ -216,6 +255,18 @@ class Metrics:
             ("pimc_memory_awaited", "Runs that wait for memory", awaited),
         ):
             Gauge(name, text, registry=self._registry).set_function(read)
+
+    def watch_cache(self, size: Callable[[], int]) -> None:
+        """Add a gauge of GDAL's cache of decoded blocks.
+
+        Args:
+            size: returns the cache's size in bytes; called whenever a client reads the metrics.
+        """
+        Gauge(
+            "pimc_block_cache_bytes",
+            "Size of the cache of decoded blocks, which grows for runs with large blocks",
+            registry=self._registry,
+        ).set_function(size)
 
     def watch_keys(self, valid: Callable[[], int]) -> None:
         """Add a gauge of the API keys that have not expired.
@@ -277,6 +328,7 @@ class Metrics:
         model: str | None = None,
         bytes_in: int = 0,
         bytes_out: int = 0,
+        key: str | None = None,
     ) -> None:
         """Count one completed request.
 
@@ -289,6 +341,7 @@ class Metrics:
             model: model that computed the response; None if no model did.
             bytes_in: bytes of the request's body.
             bytes_out: bytes of the response's body.
+            key: name of the API key; None without one.
         """
         known = method if method in _METHODS else "OTHER"
         self._requests.labels(route, known, str(status)).inc()
@@ -299,12 +352,32 @@ class Metrics:
             self._problems.labels(code).inc()
         if model is not None:
             self._model_seconds.labels(self._model_label(model)).observe(seconds)
+        if self._per_key and key:
+            self._key_requests.labels(_bounded(key, self._keys, _MOST_KEYS)).inc()
 
     def _model_label(self, model: str) -> str:
         """The label of a model. Callers can make any number of models; labels are bounded."""
-        if model not in self._models and len(self._models) < _MOST_MODELS:
-            self._models.add(model)
-        return model if model in self._models else "other"
+        return _bounded(model, self._models, _MOST_MODELS)
+
+    def batch(self, model: str, size: int, seconds: float) -> None:
+        """Count one batch that a model's session has run.
+
+        Args:
+            model: the model, as `name@version`.
+            size: pixels or patches of the batch, without padding.
+            seconds: seconds in the session.
+        """
+        label = self._model_label(model)
+        self._batch_seconds.labels(label).observe(seconds)
+        self._batch_sizes.labels(label).observe(size)
+
+    def decoded(self, count: int) -> None:
+        """Count bytes of pixels that were decoded from files."""
+        self._read_bytes.labels("decoded").inc(count)
+
+    def fetched(self, count: int) -> None:
+        """Count bytes that were received from other hosts."""
+        self._read_bytes.labels("fetched").inc(count)
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -346,15 +419,20 @@ class Metrics:
         """Count one search for expired jobs."""
         self._sweeps.labels(outcome).inc()
 
-    def ran(self, *, task: str, pixels: int, stages: Mapping[str, float]) -> None:
+    def ran(
+        self, *, task: str, pixels: int, stages: Mapping[str, float], key: str | None = None
+    ) -> None:
         """Count one finished run.
 
         Args:
             task: task of the run.
             pixels: number of pixels, points or series that were predicted.
             stages: seconds that each stage was busy, by name.
+            key: name of the API key; None or empty without one.
         """
         self._pixels.labels(task).inc(pixels)
+        if self._per_key and key:
+            self._key_pixels.labels(_bounded(key, self._keys, _MOST_KEYS)).inc(pixels)
         for stage, spent in stages.items():
             self._stages.labels(task, stage).observe(spent)
         if pixels and stages:
@@ -414,6 +492,13 @@ class Metrics:
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return bytes(generate_latest(self._registry))
+
+
+def _bounded(name: str, known: set[str], most: int) -> str:
+    """A name as a label: `other` once there are `most` others."""
+    if name not in known and len(known) < most:
+        known.add(name)
+    return name if name in known else "other"
 
 
 def free_bytes(folder: Path) -> int:

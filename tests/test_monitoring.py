@@ -28,15 +28,25 @@ OF_PROMETHEUS = {"instance", "job", "le"}
 @pytest.fixture(scope="module")
 def labels() -> dict[str, set[str]]:
     """The labels of each metric that a service gives once it has done a bit of everything."""
-    metrics = Metrics()
+    metrics = Metrics(per_key=True)
     metrics.provider("CPUExecutionProvider")
     metrics.request_completed(
-        route="/embed", method="POST", status=200, seconds=1.0, code="overloaded", model="a@1"
+        route="/embed",
+        method="POST",
+        status=200,
+        seconds=1.0,
+        code="overloaded",
+        model="a@1",
+        key="anna",
     )
+    metrics.batch("a@1", 128, 0.1)
+    metrics.decoded(1)
+    metrics.watch_cache(lambda: 1)
+    metrics.watch_memory(limit=1, taken=lambda: 0, awaited=lambda: 0)
     metrics.build("1")
     metrics.watch_disk(state=ROOT)
     metrics.swept("done")
-    metrics.ran(task="embed", pixels=1, stages={"read": 1.0})
+    metrics.ran(task="embed", pixels=1, stages={"read": 1.0}, key="anna")
     metrics.jobs({"running": 1})
     metrics.job_ran(task="embed", seconds=1.0)
     metrics.connection_given_up("head")

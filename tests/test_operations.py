@@ -7,20 +7,25 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from service.api.middleware import stage_times, trace_id
+from service.api.routes import health, tasks
 from service.jobs.store import JobStore
+from service.run.execute import execute
 from service.telemetry import JsonFormatter, Metrics
 from tests.kits.jobs import ASYNC, SERIES, waited
 from tests.kits.patience import PATIENCE, soon
+from tests.kits.rasters import write
 
 KEY = "anna-has-a-key-of-her-own"
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -178,13 +183,68 @@ def test_metrics_include_the_build_the_disk_and_the_limits(api: httpx.Client) ->
     assert "pimc_run_slots_held" in text
 
 
-def test_models_of_callers_make_a_bounded_number_of_series() -> None:
-    metrics = Metrics()
+def test_batches_and_bytes_of_a_run_are_counted(api: httpx.Client, tmp_path: Path) -> None:
+    side, dates = 40, 8
+    parts = []
+    for month in range(1, dates + 1):
+        bands = np.full((3, side, side), 2000, np.uint16)
+        names = ("B02", "B04", "B08")
+        path = write(tmp_path / f"2021-{month:02d}-15.tif", bands, descriptions=names).path
+        parts.append(("files", (path.name, path.read_bytes(), "image/tiff")))
+    model = "pixels-landcover@0.0.1"
+    before = [
+        sample(api, "pimc_batch_size_sum", model=model),
+        sample(api, "pimc_read_bytes_total", source="decoded"),
+    ]
+    response = api.post("/classify-pixels", files=parts)
+    assert response.status_code == 200, response.text
+    assert response.headers["PIMC-Model"] == model
+    assert sample(api, "pimc_batch_size_sum", model=model) == before[0] + side * side
+    timed = sample(api, "pimc_batch_seconds_count", model=model)
+    assert timed == sample(api, "pimc_batch_size_count", model=model) > 0
+    # Each pixel once for the map; a sample of them once more, for the check of their values.
+    stack = dates * 3 * side * side * 2
+    decoded = sample(api, "pimc_read_bytes_total", source="decoded") - before[1]
+    assert stack <= decoded <= 2 * stack
+    assert sample(api, "pimc_block_cache_bytes") >= 2**20
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_use_by_key_is_for_those_who_may_know_the_keys(
+    zoo: Path, tmp_path: Path, private: bool
+) -> None:
+    (tmp_path / "keys").write_text(f"anna {KEY}\nben {KEY[::-1]}\n")
+    with served(model_dir=zoo, api_keys_file=tmp_path / "keys", private=private) as api:
+        for key, count in ((KEY, 2), (KEY[::-1], 1)):
+            api.headers["X-API-Key"] = key
+            for _ in range(count):
+                assert api.post("/embed", json=SERIES).status_code == 200
+        job = api.post("/embed", json=SERIES, headers=ASYNC).json()["jobID"]
+        waited(api, job)
+        text = api.get("/metrics").text
+        assert ('key="anna"' in text) == private
+        if private:
+            assert sample(api, "pimc_key_requests_total", key="anna") == 2
+            assert sample(api, "pimc_key_pixels_total", key="anna") == 2
+            assert soon(lambda: sample(api, "pimc_key_pixels_total", key="ben") == 2)
+
+
+def test_models_and_keys_make_a_bounded_number_of_series() -> None:
+    metrics = Metrics(per_key=True)
     for number in range(200):
         metrics.request_completed(
-            route="/a", method="POST", status=200, seconds=1, model=f"mine-{number}"
+            route="/a",
+            method="POST",
+            status=200,
+            seconds=1,
+            model=f"mine-{number}",
+            key=f"caller-{number}",
         )
-    assert metrics.text().count(b"pimc_model_seconds_count{") == 65
+        metrics.batch(f"mine-{number}", 1, 1.0)
+        metrics.ran(task="embed", pixels=1, stages={}, key=f"caller-{number}")
+    for name in ("model_seconds_count", "batch_size_count", "key_requests_total"):
+        assert metrics.text().count(f"pimc_{name}{{".encode()) == 65
+    assert b'pimc_key_pixels_total{key="other"} 136.0' in metrics.text()
 
 
 def test_the_age_of_the_oldest_job_is_that_of_the_longest_wait(
@@ -269,6 +329,54 @@ def test_readiness_includes_workers_and_disk(api: httpx.Client) -> None:
     assert entry["workers"] == 1
     assert set(entry["disk_free"]) == {"state", "scratch"}
     assert all(count > 0 for count in entry["disk_free"].values())
+
+
+def test_a_server_is_not_ready_before_it_rejects_for_load(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = threading.Event()
+
+    def held(*arguments: Any, **options: Any) -> Any:
+        assert opened.wait(PATIENCE)
+        return execute(*arguments, **options)
+
+    monkeypatch.setattr(tasks, "execute", held)
+    keys = tuple(f"key-{number}" for number in range(8))
+    # One run slot: 2 queue slots of each caller, 16 of all.
+    with (
+        served(model_dir=zoo, max_concurrency=1, api_keys=keys) as api,
+        ThreadPoolExecutor(len(keys) * 2) as pool,
+    ):
+
+        def embed(key: str) -> int:
+            return api.post("/embed", json=SERIES, headers={"X-API-Key": key}).status_code
+
+        try:
+            sent = [pool.submit(embed, key) for key in keys[:7] * 2]
+            assert soon(lambda: sample(api, "pimc_run_slots_awaited") == 13)
+            assert api.get("/health/ready").status_code == 200
+            sent.append(pool.submit(embed, keys[7]))
+            assert soon(lambda: sample(api, "pimc_run_slots_awaited") == 14)
+            assert unready(api) == "15 of 16 queue slots are in use"
+            assert api.get("/health/ready").headers["Retry-After"] == "5"
+            # What is sent nevertheless is still accepted.
+            sent.append(pool.submit(embed, keys[7]))
+            assert soon(lambda: sample(api, "pimc_run_slots_awaited") == 15)
+        finally:
+            opened.set()
+        assert [one.result(PATIENCE) for one in sent] == [200] * 16
+        assert soon(lambda: api.get("/health/ready").status_code == 200)
+
+
+def test_open_files_count_as_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / str(number)).touch()
+    monkeypatch.setattr(health, "_DESCRIPTORS", tmp_path)
+    monkeypatch.setattr(health.resource, "getrlimit", lambda _: (10, 10))
+    assert health._busy(0, 10) == ["9 of 10 files are open"]
+    (tmp_path / "0").unlink()
+    assert health._busy(8, 10) == []
+    assert health._busy(9, 10) == ["9 of 10 queue slots are in use"]
 
 
 @pytest.mark.slow

@@ -213,6 +213,16 @@ class Admission:
         return sum(one.caller == caller for one in self._admitted)
 
     @property
+    def slots(self) -> int:
+        """Number of queue slots of all callers together."""
+        return _CALLERS * self._slots
+
+    @property
+    def slots_held(self) -> int:
+        """Number of queue slots in use."""
+        return sum(one.holds_slot for one in self._admitted)
+
+    @property
     def uploads(self) -> int:
         """Number of uploads in flight."""
         return sum(one.uploading for one in self._admitted)
@@ -261,7 +271,7 @@ class Admission:
         everyone = list(self._admitted)
         for requests, most, whose in (
             (mine, self._slots, " of this caller"),
-            (everyone, _CALLERS * self._slots, ""),
+            (everyone, self.slots, ""),
         ):
             held = sum(one.holds_slot for one in requests)
             if held >= most:
@@ -272,7 +282,7 @@ class Admission:
                 )
         for requests, most in (
             (mine, _UPLOADS_PER_QUEUE_SLOT * self._slots),
-            (everyone, _UPLOADS_PER_QUEUE_SLOT * _CALLERS * self._slots),
+            (everyone, _UPLOADS_PER_QUEUE_SLOT * self.slots),
         ):
             uploads = [one for one in requests if one.uploading and one in self._admitted]
             if len(uploads) >= most:

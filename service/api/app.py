@@ -82,7 +82,7 @@ def create_app(
         SettingsError: the environment holds invalid settings.
     """
     settings = settings or read_settings()
-    metrics = Metrics()
+    metrics = Metrics(per_key=settings.private and settings.needs_key)
     metrics.build(project_version())
     metrics.watch_disk(state=settings.state_folder, scratch=Path(tempfile.gettempdir()))
     traces = Traces(enabled=settings.tracing, version=project_version())
@@ -94,7 +94,7 @@ def create_app(
             store = await to_thread.run_sync(open_jobs, settings) if jobs is None else jobs
             stack.push_async_callback(to_thread.run_sync, store.close)
             # The port opens only once every bundle is loaded and warm, or rejected.
-            engine = await to_thread.run_sync(_load_models, settings, built_in)
+            engine = await to_thread.run_sync(_load_models, settings, metrics, built_in)
             stack.push_async_callback(to_thread.run_sync, engine.close)
             metrics.provider(engine.provider)
             heads = await to_thread.run_sync(
@@ -111,7 +111,8 @@ def create_app(
             scratch = await to_thread.run_sync(Scratch)
             stack.push_async_callback(to_thread.run_sync, scratch.close)
             closing = threading.Event()
-            cache = BlockCache()
+            cache = BlockCache(decoded=metrics.decoded)
+            metrics.watch_cache(lambda: cache.size)
             budget = MemoryBudget(settings.memory_budget)
             metrics.watch_memory(
                 limit=budget.limit,
@@ -278,10 +279,15 @@ def _load_keys(settings: Settings, store: JobStore, heads: HeadStore) -> ApiKeys
     return keys
 
 
-def _load_models(settings: Settings, built_in: Path | None) -> Engine:
+def _load_models(settings: Settings, metrics: Metrics, built_in: Path | None) -> Engine:
     folders = [folder for folder in (built_in, settings.model_dir) if folder is not None]
     registry = Registry.load(*folders, checksums=_checksums(settings))
-    engine = Engine(registry, providers=settings.providers, precision=settings.precision)
+    engine = Engine(
+        registry,
+        providers=settings.providers,
+        precision=settings.precision,
+        observe=metrics.batch,
+    )
     for name, reason in registry.refused.items():  # the engine logs those that it rejects itself
         _LOG.error("rejected bundle", extra={"bundle": name, "reason": reason})
     served = sorted(model.card.id for model in engine.models.values())

@@ -131,6 +131,7 @@ class RequestRecordMiddleware:
             model=model,
             bytes_in=access.bytes_in,
             bytes_out=access.bytes_out,
+            key=state.get("caller"),
         )
         record: dict[str, object] = {
             "request_id": state["request_id"],

@@ -11,7 +11,7 @@ from models.card import Modality, Task
 from models.registry import Bundle, BundleError, Registry
 from service.errors import UnknownModel, WrongTask
 from service.infer.cpus import usable_cpus
-from service.infer.model import LoadedModel
+from service.infer.model import LoadedModel, Observe, unobserved
 from service.infer.session import (
     CPU,
     CUDA,
@@ -38,6 +38,8 @@ class Engine:
             None takes one per usable CPU, see `usable_cpus`.
         precision: `auto` uses reduced-precision variants whose measured loss is negligible;
             `float32` never uses them.
+        observe: called after each batch with the model's id, the pixels or patches of the batch,
+            and the seconds in the session; from several threads at once.
 
     Raises:
         ProviderUnavailable: `cuda` is required, and a session cannot be created on it.
@@ -50,7 +52,9 @@ class Engine:
         providers: Providers = "auto",
         threads: int | None = None,
         precision: PrecisionChoice = "auto",
+        observe: Observe = unobserved,
     ) -> None:
+        self._observe = observe
         self.registry = registry
         self._precision = precision
         self.threads = threads or usable_cpus()
@@ -196,6 +200,7 @@ class Engine:
             threads=self.threads,
             device=self._device,
             reference=reference,
+            observe=self._observe,
         )
 
     def _open(self, bundle: Bundle, provider: str) -> Session:

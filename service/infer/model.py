@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -52,6 +53,12 @@ _ROUNDING = 0.01
 """Tolerance of the warm-up's checks: float16 has three digits."""
 _RECHECKED = 16
 """Pixels or patches that are checked on the CPU if a device returns NaN or infinity."""
+Observe = Callable[[str, int, float], None]
+"""Called after a batch with the model's id, the batch's pixels or patches, and seconds."""
+
+
+def unobserved(model: str, size: int, seconds: float) -> None:
+    """An `Observe` that does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +98,7 @@ class LoadedModel:
         device: lock that a call holds while its batches run on CUDA.
         reference: on CUDA, a session of the same model on the CPU, with which the device's output
             is compared; None on the CPU.
+        observe: called after each batch.
 
     Raises:
         BundleError: the warm-up fails, or returns values that are impossible for the card's task.
@@ -105,7 +113,9 @@ class LoadedModel:
         device: threading.Lock,
         threads: int = 1,
         reference: Session | None = None,
+        observe: Observe = unobserved,
     ) -> None:
+        self._observe = observe
         self.card = card
         self.provider = session.provider
         self.variant: Precision = session.variant
@@ -271,7 +281,9 @@ class LoadedModel:
         size = _padded(count, self._batch)
         # Each batch copies its own rows, so that the pool's threads share that work.
         feeds = {name: _repeat_last(array[part], size) for name, array in call.inputs.items()}
+        begun = time.perf_counter()
         output = self._session.run({**feeds, **call.shared})
+        self._observe(self.card.id, count, time.perf_counter() - begun)
         if output.shape != (size, *self.width):
             # Otherwise predictions could be assigned to the wrong pixels.
             raise ValueError(f"the output has shape {output.shape}, not {(size, *self.width)}")

@@ -380,7 +380,9 @@ class JobRunner:
                 journal=journal,
                 budget=self._budget,
             )
-        self._metrics.ran(task=job.task, pixels=result.pixels, stages=asdict(result.timing))
+        self._metrics.ran(
+            task=job.task, pixels=result.pixels, stages=asdict(result.timing), key=job.owner
+        )
         self._store.publish(job, work, result)
 
     def _plan(self, job: Job, request: TaskRequest, cancelled: threading.Event) -> Plan:

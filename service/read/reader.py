@@ -120,6 +120,7 @@ class StackReader:
         self._before_read = before_read
         self._buffers = BufferPool() if buffers is None else buffers
         self._context = ExitStack()
+        self._cache = cache
         if cache is not None:
             self._context.enter_context(cache.room(CACHE_BYTES + _cached(planes)))
         self._most_open = _files_kept_open()
@@ -303,6 +304,8 @@ class StackReader:
         try:
             with self._dataset(read) as dataset:
                 raw = dataset.read(numbers, window=window)
+                if self._cache is not None:
+                    self._cache.decoded(raw.nbytes)
                 if read.position.warp is not None and has_alpha(read.planes[0]):
                     return raw, dataset.read(dataset.count, window=window)
                 masked = read.planes[0].masked

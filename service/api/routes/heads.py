@@ -62,7 +62,9 @@ async def make_head(request: Request, app: App, folder: Folder, caller: Caller) 
             request, partial(_teach, app, parsed, owner, share), slot=run_slot(app, share)
         )
     card = taught.model.card
-    app.metrics.ran(task="heads", pixels=card.metrics["n"], stages=asdict(taught.timing))
+    app.metrics.ran(
+        task="heads", pixels=card.metrics["n"], stages=asdict(taught.timing), key=caller
+    )
     document = HeadResponse(
         model=card.id,
         card=card,

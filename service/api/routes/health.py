@@ -1,6 +1,7 @@
 """Health and metrics routes: liveness, readiness, Prometheus counts."""
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
+import resource
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ from service.telemetry import METRICS_MEDIA_TYPE, free_bytes
 
 router = APIRouter(tags=["operations"])
 _STORE_SECONDS = 2.0
+_BUSY = 0.9
+"""Share of queue slots and of open files from which the server is not ready."""
+_BUSY_SECONDS = 5
+"""`Retry-After` of a server that is not ready because it is busy, seconds."""
+_DESCRIPTORS = Path("/proc/self/fd")
 _METRICS: dict[int | str, dict[str, Any]] = {
     200: {"content": {METRICS_MEDIA_TYPE: {"schema": {"type": "string"}}}},
     **problems(["unauthorized"]),
@@ -34,7 +40,11 @@ async def live() -> Live:
 
 @router.get("/health/ready", responses=problems(["not_ready"]))
 async def ready(request: Request, app: App) -> Ready | ReadyStatus:
-    """Readiness: 200 if every default model is loaded and warm, and jobs can be stored and run."""
+    """Readiness: 200 if every default model is loaded and warm, and jobs can be stored and run.
+
+    A server that is nearly at capacity is not ready, so that a load balancer sends new requests to
+    others before it rejects them.
+    """
     try:
         await known_if_private(request, app)
     except Unauthorized:
@@ -67,6 +77,9 @@ async def _ready(app: AppState) -> Ready:
     faults += [f"model '{name}' fails on {engine.provider}" for name in engine.failing]
     if faults:
         raise NotReady("; ".join(faults), retry_after=60)
+    busy = await to_thread.run_sync(_busy, app.admission.slots_held, app.admission.slots)
+    if busy:
+        raise NotReady("; ".join(busy), retry_after=_BUSY_SECONDS)
     return Ready(
         provider=engine.provider,
         models=sorted(model.card.id for model in engine.models.values()),
@@ -75,6 +88,24 @@ async def _ready(app: AppState) -> Ready:
         workers=app.runner.workers,
         disk_free=disk_free,
     )
+
+
+def _busy(held: int, slots: int) -> list[str]:
+    """What is nearly used up, one phrase each.
+
+    Args:
+        held: queue slots in use.
+        slots: queue slots of all callers together.
+    """
+    found = [f"{held} of {slots} queue slots are in use"] if held >= _BUSY * slots else []
+    try:
+        open_files = sum(1 for _ in _DESCRIPTORS.iterdir())
+    except OSError:  # not Linux
+        return found
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and open_files >= _BUSY * most:
+        found.append(f"{open_files} of {most} files are open")
+    return found
 
 
 async def _store_faults(app: AppState) -> list[str]:

@@ -51,7 +51,7 @@ async def series(request: Request, app: App, folder: Folder, caller: Caller) -> 
             return _measure(app, parsed, share, cancelled)
 
         found = await run_watched(request, run, slot=run_slot(app, share))
-        app.metrics.ran(task="series", pixels=found.pixels, stages=asdict(found.timing))
+        app.metrics.ran(task="series", pixels=found.pixels, stages=asdict(found.timing), key=caller)
         with span("respond"):
             return await to_thread.run_sync(_response, found, media, folder)
 

@@ -238,7 +238,8 @@ async def serve(
             )
             await to_thread.run_sync(app.runner.accepted)
             return accepted(job, request, applied=preferences.of_a_job, status=status)
-        app.metrics.ran(task=result.task, pixels=result.pixels, stages=asdict(result.timing))
+        stages = asdict(result.timing)
+        app.metrics.ran(task=result.task, pixels=result.pixels, stages=stages, key=caller)
         kept = None
         if received.kept:
             keep = partial(app.jobs.keep, owner=owner, caller=charged, share=share)
