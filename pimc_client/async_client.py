@@ -19,6 +19,7 @@ from pimc_client.inputs import (
     Fields,
     Files,
     JobOptions,
+    LabelOptions,
     Modality,
     Points,
     QuantileOutputs,
@@ -27,7 +28,6 @@ from pimc_client.inputs import (
     Series,
     SeveralOutputs,
     SimilarOutput,
-    StackOptions,
     Task,
     WindowOptions,
 )
@@ -201,8 +201,9 @@ class AsyncClient:
             **options: how the files are read: `model`, `layout`, `dates`, `bands`, `scale`,
                 `offset`, `mask`; the first day of the time window, `start`; how the map is
                 cleaned: `smooth`, a radius in pixels within which probabilities of neighbours
-                count, and `min_area`, hectares below which an area joins a neighbour; and
-                `progress`, called during the upload with the bytes sent and the total.
+                count, and `min_area`, hectares below which an area joins a neighbour; `dtype`,
+                `uint8` for `probabilities` in a quarter of the size or less; and `progress`,
+                called during the upload with the bytes sent and the total.
 
         Returns:
             A `Raster`; `Rasters` by name if `outputs` is a list, `polygons` among their files; a
@@ -331,7 +332,7 @@ class AsyncClient:
         outputs: Literal["polygons"],
         points: None = None,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[StackOptions],
+        **options: Unpack[LabelOptions],
     ) -> Table: ...
     @overload
     async def landcover(
@@ -342,7 +343,7 @@ class AsyncClient:
         outputs: RasterOutput | None = None,
         points: None = None,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[StackOptions],
+        **options: Unpack[LabelOptions],
     ) -> Raster: ...
     @overload
     async def landcover(
@@ -353,7 +354,7 @@ class AsyncClient:
         outputs: SeveralOutputs,
         points: None = None,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[StackOptions],
+        **options: Unpack[LabelOptions],
     ) -> Rasters: ...
     @overload
     async def landcover(
@@ -364,7 +365,7 @@ class AsyncClient:
         outputs: ClassOutputs | None = None,
         points: None = None,
         answer: Literal["summary"],
-        **options: Unpack[StackOptions],
+        **options: Unpack[LabelOptions],
     ) -> Summary: ...
     @overload
     async def landcover(
@@ -375,7 +376,7 @@ class AsyncClient:
         outputs: ClassOutputs | None = None,
         points: Points,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[StackOptions],
+        **options: Unpack[LabelOptions],
     ) -> Results[PointResult[PixelClass]]: ...
     async def landcover(
         self,
@@ -385,7 +386,7 @@ class AsyncClient:
         outputs: ClassOutputs | None = None,
         points: Points | None = None,
         answer: AnswerKind = "raster",
-        **options: Unpack[StackOptions],
+        **options: Unpack[LabelOptions],
     ) -> TaskResult:
         """Predict EuroSAT land-cover labels from imagery, one for each patch of 64 x 64 pixels.
 
@@ -396,7 +397,7 @@ class AsyncClient:
             points: return results only for the patches at these points, as for
                 `classify_pixels`.
             answer: `summary` returns a summary instead of a raster.
-            **options: as for `classify_pixels`, without `start`.
+            **options: as for `classify_pixels`, without `start`, `smooth` and `min_area`.
 
         Returns:
             As `classify_pixels`, on a grid `stride` times coarser.

@@ -35,7 +35,15 @@ except ModuleNotFoundError as error:
 from pimc_client import operations
 from pimc_client.client import Client
 from pimc_client.errors import PIMCError
-from pimc_client.inputs import EmbeddingType, Layout, Modality, Sensor, Series, Task
+from pimc_client.inputs import (
+    EmbeddingType,
+    Layout,
+    Modality,
+    ProbabilityType,
+    Sensor,
+    Series,
+    Task,
+)
 from pimc_client.requests import __version__
 from pimc_client.responses import TaskResult
 from pimc_client.results import (
@@ -206,6 +214,12 @@ ModalityOption = Annotated[
 DtypeOption = Annotated[
     EmbeddingType | None,
     typer.Option("--dtype", help="Number type of embeddings; int8 takes a quarter of the space."),
+]
+ProbabilityDtypeOption = Annotated[
+    ProbabilityType | None,
+    typer.Option(
+        "--dtype", help="Number type of probabilities; uint8 takes a quarter of the space or less."
+    ),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 URL_HELP = "Base URL of the server; also accepted after the subcommand."
@@ -388,12 +402,15 @@ def classify_pixels(
             help="Hectares: smaller areas join the neighbour with the longest shared edge.",
         ),
     ] = None,
+    dtype: ProbabilityDtypeOption = None,
     start: Start = None,
     reading: dict[str, Any],
     client: Client,
 ) -> None:
     """Predict a class for every pixel of a satellite image time series."""
-    options = {"smooth": smooth, "min_area": min_area, "start": start, **reading}
+    options = {
+        "smooth": smooth, "min_area": min_area, "dtype": dtype, "start": start, **reading
+    }  # fmt: skip
     _raster(client, "classify-pixels", files, delivery, _outputs(output), **options)
 
 
@@ -424,11 +441,13 @@ def landcover(
     delivery: _Delivery,
     output: ClassOutputs = None,
     stride: Stride = None,
+    dtype: ProbabilityDtypeOption = None,
     reading: dict[str, Any],
     client: Client,
 ) -> None:
     """Predict EuroSAT land-cover labels from imagery, one per patch of 64 x 64 pixels."""
-    _raster(client, "landcover", files, delivery, _outputs(output), stride=stride, **reading)
+    options = {"stride": stride, "dtype": dtype, **reading}
+    _raster(client, "landcover", files, delivery, _outputs(output), **options)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from pimc_client.inputs import (
     Fields,
     Files,
     JobOptions,
+    LabelOptions,
     Modality,
     Points,
     QuantileOutputs,
@@ -24,7 +25,6 @@ from pimc_client.inputs import (
     Series,
     SeveralOutputs,
     SimilarOutput,
-    StackOptions,
     Task,
     WindowOptions,
 )
@@ -198,8 +198,9 @@ class Client:
             **options: how the files are read: `model`, `layout`, `dates`, `bands`, `scale`,
                 `offset`, `mask`; the first day of the time window, `start`; how the map is
                 cleaned: `smooth`, a radius in pixels within which probabilities of neighbours
-                count, and `min_area`, hectares below which an area joins a neighbour; and
-                `progress`, called during the upload with the bytes sent and the total.
+                count, and `min_area`, hectares below which an area joins a neighbour; `dtype`,
+                `uint8` for `probabilities` in a quarter of the size or less; and `progress`,
+                called during the upload with the bytes sent and the total.
 
         Returns:
             A `Raster`; `Rasters` by name if `outputs` is a list, `polygons` among their files; a
@@ -328,7 +329,7 @@ class Client:
         outputs: Literal["polygons"],
         points: None = None,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[StackOptions],
+        **options: Unpack[LabelOptions],
     ) -> Table: ...
     @overload
     def landcover(
@@ -339,7 +340,7 @@ class Client:
         outputs: RasterOutput | None = None,
         points: None = None,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[StackOptions],
+        **options: Unpack[LabelOptions],
     ) -> Raster: ...
     @overload
     def landcover(
@@ -350,7 +351,7 @@ class Client:
         outputs: SeveralOutputs,
         points: None = None,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[StackOptions],
+        **options: Unpack[LabelOptions],
     ) -> Rasters: ...
     @overload
     def landcover(
@@ -361,7 +362,7 @@ class Client:
         outputs: ClassOutputs | None = None,
         points: None = None,
         answer: Literal["summary"],
-        **options: Unpack[StackOptions],
+        **options: Unpack[LabelOptions],
     ) -> Summary: ...
     @overload
     def landcover(
@@ -372,7 +373,7 @@ class Client:
         outputs: ClassOutputs | None = None,
         points: Points,
         answer: Literal["raster"] = "raster",
-        **options: Unpack[StackOptions],
+        **options: Unpack[LabelOptions],
     ) -> Results[PointResult[PixelClass]]: ...
     def landcover(
         self,
@@ -382,7 +383,7 @@ class Client:
         outputs: ClassOutputs | None = None,
         points: Points | None = None,
         answer: AnswerKind = "raster",
-        **options: Unpack[StackOptions],
+        **options: Unpack[LabelOptions],
     ) -> TaskResult:
         """Predict EuroSAT land-cover labels from imagery, one for each patch of 64 x 64 pixels.
 
@@ -393,7 +394,7 @@ class Client:
             points: return results only for the patches at these points, as for
                 `classify_pixels`.
             answer: `summary` returns a summary instead of a raster.
-            **options: as for `classify_pixels`, without `start`.
+            **options: as for `classify_pixels`, without `start`, `smooth` and `min_area`.
 
         Returns:
             As `classify_pixels`, on a grid `stride` times coarser.

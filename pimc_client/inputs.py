@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 EmbeddingType = Literal["float32", "int8"]
+ProbabilityType = Literal["float32", "uint8"]
 Task = Literal["classify-pixels", "forecast", "landcover", "embed"]
 Runnable = Task | Literal["similar"]
 """Operations that a job can run."""
@@ -169,7 +170,7 @@ class WindowOptions(StackOptions, total=False):
     """First day of the time window; chosen by the rule on the model's card if not given."""
 
 
-class ClassOptions(WindowOptions, total=False):
+class CleaningOptions(WindowOptions, total=False):
     """`WindowOptions`, and how a class map is cleaned."""
 
     smooth: int
@@ -179,8 +180,23 @@ class ClassOptions(WindowOptions, total=False):
     """Hectares: smaller areas of the map join the neighbour with the longest shared edge."""
 
 
-class JobOptions(ClassOptions, total=False):
-    """`ClassOptions`, the options of the job's task, and the job's own."""
+class ClassOptions(CleaningOptions, total=False):
+    """`CleaningOptions`, and the number type of probabilities."""
+
+    dtype: ProbabilityType
+    """Number type of the output `probabilities`: `float32` (the default), or `uint8`, a quarter of
+    the size or less."""
+
+
+class LabelOptions(StackOptions, total=False):
+    """`StackOptions`, and the number type of probabilities."""
+
+    dtype: ProbabilityType
+    """As in `ClassOptions`."""
+
+
+class JobOptions(CleaningOptions, total=False):
+    """`CleaningOptions`, the options of the job's task, and the job's own."""
 
     horizon: int
     """Forecast: number of steps ahead."""
@@ -190,8 +206,8 @@ class JobOptions(ClassOptions, total=False):
     """Patches: pixels between one patch and the next."""
     modality: Modality
     """Embed: `pixel` or `patch`."""
-    dtype: EmbeddingType
-    """Embed: number type, `float32` or `int8`."""
+    dtype: EmbeddingType | ProbabilityType
+    """Number type: of an embedding `float32` or `int8`; of probabilities `float32` or `uint8`."""
     subscriber: Mapping[str, str]
     """Addresses that the job calls: `successUri`, `failedUri`, `inProgressUri`."""
     idempotency_key: str

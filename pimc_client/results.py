@@ -173,12 +173,18 @@ class Raster(_Result):
 
     @property
     def scale(self) -> float | None:
-        """Of an int8 embedding: value = pixel x scale; None if the pixels are the values."""
+        """Of integers that stand for numbers: value = pixel x scale; None if pixels are the values.
+
+        Embeddings as int8 and probabilities as uint8 have one.
+        """
         return self.header.scale
 
     @property
     def values(self) -> NDArray[Any]:
-        """As `array`; of an int8 embedding the values, as float32 with NaN for no prediction.
+        """As `array`; with a `scale` the values, as float32 with NaN for no prediction.
+
+        Of probabilities as uint8 these are at most 1/508 from the probabilities, and their sum over
+        the classes need not be 1.
 
         Raises:
             GeoTIFFError: as for `array`.

@@ -28,7 +28,7 @@ from service.run.memory import raster_need
 from service.run.plan import plan_raster
 from service.run.raster import make_work, run_raster
 from service.write import sieve
-from service.write.predictions import NO_CLASS
+from service.write.predictions import NO_CLASS, probabilities_of_bytes, probability_bytes
 from service.write.sieve import areas_of, sieved
 from tests.kits.client import connected
 from tests.kits.jobs import waited
@@ -343,6 +343,116 @@ def test_a_finished_job_is_cleaned_without_running_again(
     accept = {"Accept": "application/vnd.apache.parquet"}
     expected = posted(api, stack, headers=accept, outputs="polygons", **options)
     assert polygons.content == expected.content
+
+
+# Probabilities as bytes ----------------------------------------------------------------------
+
+
+def test_bytes_are_the_nearest_of_254_steps_and_sum_to_one_when_read() -> None:
+    exact = probabilities_of((7, 40, 50)).reshape(7, -1).T
+    found = probability_bytes(exact)
+    for stored, row in zip(found.tolist(), exact.tolist(), strict=True):
+        assert stored == [255 if math.isnan(p) else round(p * 254) for p in row]
+    read = probabilities_of_bytes(found.T).T
+    assert (np.isnan(read) == np.isnan(exact)).all()
+    there = ~np.isnan(exact[:, 0])
+    np.testing.assert_allclose(read[there].sum(axis=1), 1, rtol=1e-6)
+    # Half a step, and the change by which the sum becomes 1: at most half a step per class.
+    assert np.abs(read - exact)[there].max() <= (1 + 7) / 508
+
+
+@pytest.fixture(scope="module")
+def in_bytes(api: httpx.Client, stack: list[SourceFile]) -> str:
+    """A finished job with probabilities as bytes."""
+    return job_of(api, stack, outputs="class,probabilities", dtype="uint8")
+
+
+def test_probabilities_as_bytes_are_those_of_float32_rounded(
+    api: httpx.Client, stack: list[SourceFile], in_bytes: str
+) -> None:
+    exact = layers(posted(api, stack, outputs="class,probabilities"))
+    content = api.get(f"/jobs/{in_bytes}/result/probabilities").content
+    with rasterio.MemoryFile(content) as memory, memory.open() as file:
+        assert set(file.dtypes) == {"uint8"}
+        assert set(file.nodatavals) == {255}
+        assert file.scales == pytest.approx([1 / 254] * 3)
+        assert set(file.offsets) == {0}
+        assert file.descriptions == ("first", "second", "third")
+        stored = file.read()
+    expected = np.where(np.isnan(exact["probabilities"]), 255, exact["probabilities"] * 254)
+    np.testing.assert_array_equal(stored, np.rint(expected))
+    np.testing.assert_array_equal(
+        pixels(api.get(f"/jobs/{in_bytes}/result/class").content), exact["class"][0]
+    )
+    item = api.get(f"/jobs/{in_bytes}/result/item.json").json()
+    asset = item["assets"]["probabilities"]
+    assert (asset["data_type"], asset["nodata"]) == ("uint8", 255)
+    assert asset["raster:scale"] == pytest.approx(1 / 254)
+    assert item["properties"]["pimc:parameters"]["dtype"] == "uint8"
+
+
+def test_a_map_is_smoothed_from_bytes(
+    api: httpx.Client, stack: list[SourceFile], in_bytes: str
+) -> None:
+    exact = layers(posted(api, stack, outputs="class,probabilities"))["probabilities"]
+    steps = np.rint(exact.astype(float) * 254)
+    smooth = smoothed_slowly(steps / steps.sum(axis=0), 2)
+    expected = np.where(np.isnan(smooth[0]), NO_CLASS, smooth.argmax(axis=0))
+    clear_cut = np.diff(np.sort(smooth, axis=0)[-2:], axis=0)[0] > 1e-4
+    decided = np.isnan(smooth[0]) | clear_cut
+    found = pixels(api.get(f"/jobs/{in_bytes}/result/class?smooth=2").content)
+    assert (found == expected)[decided].all()
+    assert decided.mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_the_sdk_reads_probabilities_of_bytes(
+    api: httpx.Client, stack: list[SourceFile], kind: str
+) -> None:
+    exact = layers(posted(api, stack, outputs="probabilities,class"))["probabilities"]
+    with connected(kind, str(api.base_url)) as client:
+        paths = [file.path for file in stack]
+        found = client.classify_pixels(paths, outputs="probabilities", dtype="uint8")
+    assert found.array.dtype == np.uint8
+    np.testing.assert_allclose(found.values, exact, atol=1 / 508 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"outputs": "class"},
+        {"outputs": "probabilities", "points": '{"type": "FeatureCollection", "features": '
+         '[{"type": "Feature", "geometry": {"type": "Point", "coordinates": [3, 50]}, '
+         '"properties": {}}]}'},
+    ],
+)  # fmt: skip
+def test_bytes_need_the_raster_of_probabilities(
+    api: httpx.Client, stack: list[SourceFile], data: dict[str, Any]
+) -> None:
+    response = posted(api, stack, dtype="uint8", **data)
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["field"] == "dtype"
+    assert "add it to `outputs`" in response.json()["detail"]
+
+
+def test_a_finished_map_is_outlined_without_running_again(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    job = job_of(api, stack)
+    for kind in ("application/vnd.apache.parquet", "application/geo+json"):
+        accept = {"Accept": kind}
+        derived = api.get(f"/jobs/{job}/result/polygons", headers=accept)
+        direct = posted(api, stack, headers=accept, outputs="polygons")
+        assert derived.headers["content-type"] == direct.headers["content-type"] == kind
+        assert derived.content == direct.content
+        cleaned = api.get(f"/jobs/{job}/result/polygons?min_area=0.2", headers=accept)
+        direct = posted(api, stack, headers=accept, outputs="polygons", min_area=0.2)
+        assert cleaned.content == direct.content != derived.content
+    other = job_of(api, stack, outputs="confidence")
+    assert api.get(f"/jobs/{other}/result/polygons").status_code == 404
+
+
+# The SDK, and what does not fit --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

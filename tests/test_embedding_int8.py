@@ -179,9 +179,7 @@ def test_a_model_without_a_scale_rejects_int8(api: httpx.Client, stack: list[Sou
 
 
 @pytest.mark.parametrize("task", ["classify-pixels", "forecast", "landcover"])
-def test_only_embeddings_have_a_number_type(
-    api: httpx.Client, stack: list[SourceFile], task: str
-) -> None:
+def test_int8_is_for_embeddings_only(api: httpx.Client, stack: list[SourceFile], task: str) -> None:
     files = [("files", (s.name, s.path.read_bytes())) for s in stack]
     response = api.post(f"/{task}", files=files, data={"dtype": "int8"})
     assert response.status_code == 422

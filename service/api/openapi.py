@@ -238,9 +238,13 @@ RESULT: Mapping[int | str, dict[str, Any]] = {
 """`responses` of a job's result."""
 FILE: Mapping[int | str, dict[str, Any]] = {
     200: {
-        "description": "The raster",
+        "description": "The raster, or the polygons",
         "headers": _described(_HEADERS),
-        "content": {COG: _BINARY},
+        "content": {
+            COG: _BINARY,
+            PARQUET: _BINARY,
+            GEOJSON: {"schema": _ref(PointsResponse)},
+        },
     },
     **problems((*_RESULT_ERRORS, "not_found")),
 }

@@ -149,22 +149,29 @@ def derive(
     if media == CSV:
         path.write_text(fields_csv(document()["features"]), encoding="utf-8", newline="")
     elif media == GEOJSON:
-        crs = stored_crs(result.files["class"])
-        path.write_bytes(
-            document_bytes(
-                {
-                    "type": "FeatureCollection",
-                    "features": polygon_features(result.files[POLYGONS], crs),
-                    "model": result.model,
-                    "provider": result.provider,
-                    "warnings": warning_list(result.warnings),
-                }
-            )
-        )
+        write_geojson(result, result.files[POLYGONS], path)
     elif media == PARQUET:
         write_geoparquet(document()["features"], path)
     else:
         zip_files(result.files, path)
+
+
+def write_geojson(result: Result | StoredResult, polygons: Path, path: Path) -> None:
+    """Write polygons as a GeoJSON document.
+
+    Args:
+        result: the result whose class map they outline.
+        polygons: GeoParquet file of the polygons.
+        path: path of the file to write.
+    """
+    document = {
+        "type": "FeatureCollection",
+        "features": polygon_features(polygons, stored_crs(result.files["class"])),
+        "model": result.model,
+        "provider": result.provider,
+        "warnings": warning_list(result.warnings),
+    }
+    path.write_bytes(document_bytes(document))
 
 
 def _derived(
@@ -195,19 +202,24 @@ def whole_file(
 
 
 def derived_file(
-    path: Path, output: str, result: StoredResult, *, missing: PIMCError | None = None
+    path: Path,
+    output: str,
+    media: str,
+    result: StoredResult,
+    *,
+    missing: PIMCError | None = None,
 ) -> Response:
     """The response with a map or polygons derived from a job's result.
 
     Args:
         path: path of the file.
         output: name of the output.
+        media: media type of the file.
         result: the result that the file was derived from.
         missing: error to raise if the file has been removed.
     """
-    kind = PARQUET if output == POLYGONS else COG
     filename = f"{output}{path.suffix}"
-    response = StoredFile(path, media_type=kind, filename=filename, missing=missing)
+    response = StoredFile(path, media_type=media, filename=filename, missing=missing)
     return with_raster_headers(response, result)
 
 

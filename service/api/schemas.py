@@ -46,7 +46,7 @@ from service.run.request import (
     SimilarRequest,
     Subscriber,
 )
-from service.write.predictions import EmbeddingType
+from service.write.predictions import EmbeddingType, ProbabilityType
 
 Operation = Runnable | Literal["series"]
 """The operation that a body requests: a run, or measured series."""
@@ -230,6 +230,13 @@ _Stride = Annotated[
         ge=1,
         le=64,
         description="pixels between patches; patches overlap if it is below 64; default: 64",
+    ),
+]
+_ProbabilityType = Annotated[
+    ProbabilityType,
+    Field(
+        description="number type of the raster `probabilities`; `uint8` takes a quarter of the "
+        "space or less, and the file has the scale: probability = uint8 / 254, nodata 255"
     ),
 ]
 
@@ -624,6 +631,7 @@ class ClassifyForm(RasterForm):
             "shared edge; default: 0, none",
         ),
     ] = None
+    dtype: _ProbabilityType = "float32"
 
 
 class ForecastForm(RasterForm):
@@ -640,6 +648,7 @@ class LandcoverForm(RasterForm):
 
     outputs: Annotated[tuple[ClassOutput, ...], _AtLeastOne, _SplitOnce] = ("class",)
     stride: _Stride = None
+    dtype: _ProbabilityType = "float32"
 
 
 class EmbedForm(RasterForm):

@@ -8,6 +8,7 @@ so that the result does not depend on how the raster is divided into windows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import numpy as np
@@ -70,16 +71,20 @@ def around(grid: Grid, window: Window, radius: int) -> Window:
 
 
 def read_around(
-    file: OpenScratch, grid: Grid, window: Window, radius: int
+    read: Callable[[Window], Floats], grid: Grid, window: Window, radius: int
 ) -> tuple[Window, Floats]:
     """A window and its probabilities with a border (K, h + 2 radius, w + 2 radius) float32.
 
-    The border is NaN outside the grid.
+    Args:
+        read: returns the probabilities (K, h, w) of a window of the grid.
+        grid: the grid.
+        window: the window.
+        radius: width of the border in pixels; it is NaN outside the grid.
     """
     (top, bottom), (left, right) = window.toranges()
     rows = (max(0, radius - top), max(0, bottom + radius - grid.height))
     columns = (max(0, radius - left), max(0, right + radius - grid.width))
-    values = file.read(around(grid, window, radius))
+    values = read(around(grid, window, radius))
     return window, np.pad(values, ((0, 0), rows, columns), constant_values=np.nan)
 
 
@@ -94,7 +99,7 @@ def _smooth(work: Work, file: OpenScratch, target: OpenScratch) -> Timing:
     return work.run_pass(
         "smoothed",
         _parts(work),
-        read=lambda window: read_around(file, grid, window, radius),
+        read=lambda window: read_around(file.read, grid, window, radius),
         infer=lambda item: smoothed(item[1], radius),
         to_arrays=lambda _, values: {"values": values},
         collect=lambda window, arrays: target.write(window, arrays["values"]),
@@ -143,7 +148,7 @@ def _to_sink(
     return work.run_pass(
         "cleaned",
         _parts(work),
-        read=lambda window: read_around(file, grid, window, radius),
+        read=lambda window: read_around(file.read, grid, window, radius),
         infer=infer,
         to_arrays=sink.to_arrays,
         collect=sink.collect,

@@ -1,4 +1,4 @@
-"""Derived maps: a finished class map smoothed and sieved without running the model again.
+"""Derived maps: a finished class map smoothed, sieved and outlined without running the model again.
 
 class.tif [+ probabilities.tif] → smoothed → sieved → another class map or its polygons
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,12 +15,18 @@ import numpy as np
 
 from service.errors import InvalidRequest
 from service.grid import Window
-from service.infer.smooth import smoothed
+from service.infer.smooth import Floats, smoothed
 from service.run.clean import read_around
 from service.run.windows import WINDOW_BYTES, windows
 from service.write.cog import RasterWriter, StoredRaster, open_stored
 from service.write.polygons import write_polygons
-from service.write.predictions import NO_CLASS, POLYGONS, Layer, classes_with_confidence
+from service.write.predictions import (
+    NO_CLASS,
+    POLYGONS,
+    Layer,
+    classes_with_confidence,
+    probabilities_of_bytes,
+)
 from service.write.sieve import sieved
 
 _COPIES = 4
@@ -28,7 +35,7 @@ _BLOCK = (256, 256)
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaning:
-    """Parameters with which a finished map is cleaned."""
+    """Parameters with which a finished map is cleaned; the defaults leave it as it is."""
 
     smooth: int = 0
     """Radius of the smoothing in pixels; 0 does not smooth."""
@@ -114,12 +121,19 @@ def derive_map(files: Mapping[str, Path], cleaning: Cleaning, output: str, path:
             finished.replace(path)
 
 
+def stored_probabilities(raster: StoredRaster, window: Window) -> Floats:
+    """Probabilities (K, h, w) float32 of a window of a result; of bytes, with sum 1 over K."""
+    values = raster.pixels.read(window)
+    return probabilities_of_bytes(values) if values.dtype == np.uint8 else values
+
+
 def _smoothed_classes(probabilities: StoredRaster, radius: int) -> np.ndarray:
     grid = probabilities.grid
     classes = np.full((grid.height, grid.width), NO_CLASS, np.uint8)
     count = len(probabilities.pixels.read(Window(0, 0, 1, 1)))
     for window in windows(grid, _BLOCK, _COPIES * 4 * count, WINDOW_BYTES):
-        _, around = read_around(probabilities.pixels, grid, window, radius)
+        read = partial(stored_probabilities, probabilities)
+        _, around = read_around(read, grid, window, radius)
         found = classes_with_confidence(smoothed(around, radius).reshape(count, -1).T)[0]
         classes[window.toslices()] = found.reshape(window.height, window.width)
     return classes

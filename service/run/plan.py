@@ -52,7 +52,7 @@ from service.write.predictions import (
     ATTRIBUTION,
     JSON,
     POLYGONS,
-    EmbeddingType,
+    NumberType,
     Predictions,
     SimilarityPredictions,
     predictions_of,
@@ -88,8 +88,8 @@ class RasterRun:
     """Radius in pixels of the smoothing of a class map; 0 does not smooth."""
     min_area: float = 0.0
     """Hectares below which a connected area of a class map joins a neighbour; 0 joins none."""
-    dtype: EmbeddingType = "float32"
-    """Number type of an embedding."""
+    dtype: NumberType = "float32"
+    """Number type of an embedding, or of a classification's probabilities."""
     similar_to: tuple[str, ...] | None = None
     """Names of the places that pixels are compared with; None predicts as the model does."""
     polygons: bool = False
@@ -186,7 +186,7 @@ def plan_raster(
     stride: int = 64,
     smooth: int = 0,
     min_area: float = 0.0,
-    dtype: EmbeddingType = "float32",
+    dtype: NumberType = "float32",
     similar_to: tuple[str, ...] | None = None,
     rasters: bool = True,
 ) -> RasterRun:
@@ -201,7 +201,7 @@ def plan_raster(
         stride: pixels between patches.
         smooth: radius of the smoothing of a class map, pixels.
         min_area: smallest area of a class map, hectares.
-        dtype: number type of an embedding.
+        dtype: number type of an embedding, or of a classification's probabilities.
         similar_to: names of the places that pixels are compared with; None predicts.
         rasters: whether the run writes rasters, or only makes the summary.
 
@@ -501,6 +501,15 @@ def _check_parameters(model: LoadedModel, request: RasterRequest) -> None:
             "outputs",
             f"`{POLYGONS}` outlines the areas of a map, and a request with points or fields has no "
             f"map: leave out `{POLYGONS}`, or the points and fields",
+        )
+    if request.dtype == "uint8" and (
+        (request.points or request.fields) is not None
+        or "probabilities" not in (request.outputs or ())
+    ):
+        raise InvalidRequest.of(
+            "dtype",
+            "uint8 is the number type of the raster `probabilities`, which this request does not "
+            "make: add it to `outputs`, without points or fields, or leave out `dtype`",
         )
     if card.modality == "pixel" and request.stride is not None:
         raise InvalidRequest.of(

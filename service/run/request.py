@@ -11,7 +11,7 @@ from typing import Any, Literal
 from models.card import Modality, Task
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
-from service.write.predictions import EmbeddingType
+from service.write.predictions import NumberType
 
 Runnable = Task | Literal["similar"]
 """What a run is for: a task of a model, or similarity, which a model of embeddings serves."""
@@ -88,8 +88,8 @@ class RasterRequest:
     """Radius in pixels of the smoothing of a class map; None does not smooth."""
     min_area: float | None = None
     """Hectares below which an area of a class map joins a neighbour; None joins none."""
-    dtype: EmbeddingType | None = None
-    """Number type of an embedding; None is float32."""
+    dtype: NumberType | None = None
+    """Number type of an embedding, or of a classification's probabilities; None is float32."""
     points: tuple[PointQuery, ...] | None = None
     """Points to predict for; None predicts for the whole raster or for `fields`."""
     fields: SourceFile | None = None

@@ -103,7 +103,7 @@ _OF_THE_MODEL = (MissingBands, TooFewDates, WrongSensor, InvalidRequest)
 """Problems that another model may not have: not told once the requested one is left out."""
 _OF_MISSING_FILES = (MissingBands, MissingDates, TooFewDates)
 """Problems that files may have because others are left out."""
-_PARAMETERS = frozenset({"start", "outputs", "horizon", "stride", "smooth", "min_area"})
+_PARAMETERS = frozenset({"start", "outputs", "horizon", "stride", "smooth", "min_area", "dtype"})
 _OF_THE_STACK = frozenset({"grid", "bbox", "area", "mask", "scale", "offset"})
 
 

@@ -227,7 +227,7 @@ class OpenScratch:
     def __init__(self, file: Any) -> None:  # noqa: ANN401 - rasterio has no types
         self._file = file
 
-    def read(self, window: Window) -> NDArray[np.float32]:
+    def read(self, window: Window) -> NDArray[Any]:
         """The values (K, h, w) of a window, in the raster's dtype."""
         return np.asarray(self._file.read(window=window))
 

@@ -41,7 +41,13 @@ NO_CLASS = 255
 """The `class` of a pixel without a prediction."""
 NO_EMBEDDING = -128
 """Every int8 of a pixel without an embedding; the values of others are -127 to 127."""
+NO_PROBABILITY = 255
+"""Every uint8 of a pixel without a prediction; probabilities are 0 to `PROBABILITY_STEPS`."""
+PROBABILITY_STEPS = 254
+"""The uint8 of probability 1: value = uint8 / 254."""
 EmbeddingType = Literal["float32", "int8"]
+ProbabilityType = Literal["float32", "uint8"]
+NumberType = EmbeddingType | ProbabilityType
 _ROWS_AT_ONCE = 4096
 
 
@@ -57,7 +63,9 @@ class Layer:
     """Classes of a class map, which is uint8 with nodata 255; without them the layer is float32
     with nodata NaN."""
     scale: float | None = None
-    """If given, the layer is int8 with nodata -128, and value = int8 x scale."""
+    """If given, the layer holds integers, and value = integer x scale."""
+    unsigned: bool = False
+    """Whether those integers are uint8 with nodata 255, and not int8 with nodata -128."""
     limits: tuple[float, float] = (0.0, 1.0)
     """Values with the first and the last colour of the style; values outside have these, too."""
     ramp: Ramp = "sequential"
@@ -67,14 +75,14 @@ class Layer:
     def dtype(self) -> str:
         """NumPy type of the pixels."""
         if self.scale is not None:
-            return "int8"
+            return "uint8" if self.unsigned else "int8"
         return "uint8" if self.legend else "float32"
 
     @property
     def nodata(self) -> float:
         """Value of a pixel without a prediction."""
         if self.scale is not None:
-            return NO_EMBEDDING
+            return NO_PROBABILITY if self.unsigned else NO_EMBEDDING
         return NO_CLASS if self.legend else float("nan")
 
     def empty(self, count: int) -> NDArray[Any]:
@@ -147,7 +155,7 @@ def predictions_of(
     *,
     horizon: int | None = None,
     time_window: ResolvedTimeWindow | None = None,
-    dtype: EmbeddingType = "float32",
+    dtype: NumberType = "float32",
     dates: Sequence[date] = (),
 ) -> Predictions:
     """The interpretation of a model's outputs for one request.
@@ -158,7 +166,7 @@ def predictions_of(
             one output.
         horizon: number of steps of a forecast; None takes the card's maximum.
         time_window: the model's time window over the dates; a forecast starts after its last date.
-        dtype: number type of an embedding.
+        dtype: number type of an embedding, or of the layer `probabilities`.
         dates: the dates used (T); `attribution` has a band for each.
 
     Raises:
@@ -173,12 +181,25 @@ def predictions_of(
     if card.modality == "pixel":
         known = (*known, ATTRIBUTION)
     _check_names("outputs", outputs, known)
-    return ClassPredictions(legend=card.classes, outputs=tuple(outputs), dates=tuple(dates))
+    if dtype == "int8":
+        raise InvalidRequest.of(
+            "dtype", "int8 is for embeddings: probabilities are stored as float32 or uint8"
+        )
+    return ClassPredictions(
+        legend=card.classes,
+        outputs=tuple(outputs),
+        dates=tuple(dates),
+        as_bytes=dtype == "uint8",
+    )
 
 
-def _scale_of(card: ModelCard, dtype: EmbeddingType) -> float | None:
+def _scale_of(card: ModelCard, dtype: NumberType) -> float | None:
     if dtype == "float32":
         return None
+    if dtype == "uint8":
+        raise InvalidRequest.of(
+            "dtype", "uint8 is for probabilities: embeddings are stored as float32 or int8"
+        )
     if card.embedding_int8 is None:
         raise InvalidRequest.of(
             "dtype",
@@ -238,6 +259,8 @@ class ClassPredictions:
     """Names of the requested layers."""
     dates: tuple[date, ...] = ()
     """The dates used (T)."""
+    as_bytes: bool = False
+    """Whether the layer `probabilities` is uint8."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -250,7 +273,12 @@ class ClassPredictions:
                 bands=("entropy",),
                 limits=(0.0, float(np.log(max(2, len(self.legend))))),
             ),
-            "probabilities": Layer(name="probabilities", bands=tuple(c.name for c in self.legend)),
+            "probabilities": Layer(
+                name="probabilities",
+                bands=tuple(c.name for c in self.legend),
+                scale=1 / PROBABILITY_STEPS if self.as_bytes else None,
+                unsigned=self.as_bytes,
+            ),
             ATTRIBUTION: Layer(
                 name=ATTRIBUTION,
                 bands=tuple(day.isoformat() for day in self.dates),
@@ -272,7 +300,9 @@ class ClassPredictions:
             "class": lambda: classes[None],
             "confidence": lambda: confidence[None],
             "entropy": lambda: entropy(predictions)[None],
-            "probabilities": lambda: predictions.T,
+            "probabilities": lambda: (
+                (probability_bytes(predictions) if self.as_bytes else predictions).T
+            ),
         }
         return {name: made[name]() for name in self.outputs if name != ATTRIBUTION}
 
@@ -369,6 +399,31 @@ def classes_with_confidence(
     classes = best.astype(np.uint8)
     classes[np.isnan(confidence)] = NO_CLASS
     return classes, confidence
+
+
+def probability_bytes(probabilities: Floats) -> NDArray[np.uint8]:
+    """Probabilities (N, K) as uint8: the nearest of 254 steps, 255 for NaN.
+
+    A stored probability is at most 1/508 from its value. The steps of a pixel need not sum to 254:
+    `probabilities_of_bytes` makes the sum 1 again.
+    """
+    out = np.empty(probabilities.shape, np.uint8)
+    # In parts, so that the floats in between take little memory.
+    for start in range(0, len(probabilities), _ROWS_AT_ONCE):
+        steps = np.rint(probabilities[start : start + _ROWS_AT_ONCE] * PROBABILITY_STEPS)
+        out[start : start + _ROWS_AT_ONCE] = np.where(np.isnan(steps), NO_PROBABILITY, steps)
+    return out
+
+
+def probabilities_of_bytes(stored: NDArray[np.uint8]) -> Floats:
+    """Probabilities (K, …) float32 of what `probability_bytes` stored, with sum 1 over K.
+
+    NaN for a pixel without a prediction.
+    """
+    values = np.where(stored == NO_PROBABILITY, np.float32(np.nan), stored.astype(np.float32))
+    # Not 0: the largest of at most 255 probabilities is at least one step.
+    found: Floats = values / values.sum(axis=0)
+    return found
 
 
 def entropy(probabilities: Floats) -> Floats:

@@ -26,12 +26,14 @@ from service.api.openapi import FILE, ITEM_FILE, RESULT, STAC_COLLECTION, proble
 from service.api.problems import problem
 from service.api.processes import Delivery, task_of
 from service.api.responses import (
+    COG,
     GEOJSON,
     PARQUET,
     derived_file,
     offers,
     stored_response,
     whole_file,
+    write_geojson,
 )
 from service.api.results import links_to
 from service.api.schemas import CallbackSecret, JobInfo, JobList, Link, interval, listed
@@ -266,18 +268,26 @@ async def read_output(
         ),
     ] = 0.0,
 ) -> Response:
-    """One output of a job's result; `smooth` and `min_area` derive a cleaner class map."""
+    """One output of a job's result; `smooth` and `min_area` derive a cleaner class map.
+
+    `polygons` is derived as well if the job has only the class map.
+    """
     job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
     result = await to_thread.run_sync(app.jobs.result, job)
-    if (smooth or min_area) and output in {"class", POLYGONS}:
+    outlined = output == POLYGONS and POLYGONS not in result.files and "class" in result.files
+    if outlined or ((smooth or min_area) and output in {"class", POLYGONS}):
+        media = COG
+        if output == POLYGONS:
+            accept = request.headers.get("accept", "")
+            media = negotiate(accept, (PARQUET, GEOJSON), lenient=True)
         how = Cleaning(smooth=smooth, min_area=min_area)
-        derive = partial(_derived, app, job, result, how, output)
+        derive = partial(_derived, app, job, result, how, output, media)
         # Deriving a map takes as much work as a run, so it takes a run slot.
         async with app.admission.runs.slot(share_of(caller, request.scope)):
             path = await to_thread.run_sync(derive)
-        return derived_file(path, output, result, missing=removed(job))
+        return derived_file(path, output, media, result, missing=removed(job))
     if output not in result.files:
         available = ", ".join(result.files) or "none, as the result is not a raster"
         raise NotFound(f"job {job.id} has no output '{output[:64]}'; available: {available}")
@@ -294,6 +304,7 @@ def _derived(
     result: StoredResult,
     how: Cleaning,
     output: str,
+    media: str,
 ) -> Path:
     """The map or polygons derived from a result; made at the first request for them."""
     original = app.jobs.request(job)
@@ -301,8 +312,11 @@ def _derived(
     most = app.settings.sync_max_pixels
     check_derivable(result.files, how, smoothed_by=smoothed_by, most_pixels=most)
     suffix = ".parquet" if output == POLYGONS else ".tif"
-    name = f"{output}-{how.name}{suffix}"
-    return app.jobs.ready(job, name, partial(derive_map, result.files, how, output))
+    name = f"{output}-{how.name}"
+    made = app.jobs.ready(job, name + suffix, partial(derive_map, result.files, how, output))
+    if media != GEOJSON:
+        return made
+    return app.jobs.ready(job, f"{name}.geojson", partial(write_geojson, result, made))
 
 
 async def find_job(app: AppState, caller: str | None, job_id: str) -> Job:
