@@ -12,6 +12,7 @@ import io
 import json
 import re
 import time
+import zipfile
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -44,7 +45,7 @@ pytestmark = pytest.mark.slow
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 OGC = "http://www.opengis.net/def"
 EXCEPTIONS = f"{OGC}/exceptions/ogcapi-processes-1/1.0"
-TASKS = get_args(Task)
+PROCESSES = (*get_args(Task), "similar")
 HEIGHT, WIDTH = 66, 67
 ENTRY = BODY["series"][0]
 MAPS = ("class", "confidence", "entropy", "probabilities")
@@ -378,7 +379,7 @@ def test_req_core_process_list(api: httpx.Client) -> None:
 
 def test_req_core_process_list_success(api: httpx.Client) -> None:
     document = api.get("/processes").json()
-    assert [conforms(one, SUMMARY)["id"] for one in document["processes"]] == list(TASKS)
+    assert [conforms(one, SUMMARY)["id"] for one in document["processes"]] == list(PROCESSES)
     conforms(document["links"], LINKS)
 
 
@@ -403,7 +404,7 @@ def test_req_core_pl_limit_response(api: httpx.Client) -> None:
         assert len(page["processes"]) <= 3
         found += [one["id"] for one in page["processes"]]
         url = next((link["href"] for link in page["links"] if link["rel"] == "next"), "")
-    assert found == list(TASKS)
+    assert found == list(PROCESSES)
 
 
 def test_req_core_pl_links(api: httpx.Client) -> None:
@@ -418,7 +419,7 @@ def test_req_core_process(api: httpx.Client) -> None:
 
 
 def test_req_core_process_success(api: httpx.Client) -> None:
-    for task in TASKS:
+    for task in PROCESSES:
         conforms(api.get(f"/processes/{task}").json(), SUMMARY)
 
 
@@ -432,8 +433,9 @@ def test_req_core_process_exception_no_such_process(api: httpx.Client) -> None:
 
 
 def test_req_core_process_execute_op(api: httpx.Client, links: Any) -> None:
-    for task in TASKS:
-        response = execute(api, task, inputs={"files": links}, outputs=NUMBERS)
+    for task in PROCESSES:
+        places = {"points": POINTS} if task == "similar" else {}
+        response = execute(api, task, inputs={"files": links, **places}, outputs=NUMBERS)
         assert response.json()["task"] == task
 
 
@@ -980,7 +982,7 @@ def test_req_core_test_process(api: httpx.Client) -> None:
 
 @pytest.fixture(scope="module")
 def descriptions(api: httpx.Client) -> list[dict[str, Any]]:
-    return [api.get(f"/processes/{task}").json() for task in TASKS]
+    return [api.get(f"/processes/{task}").json() for task in PROCESSES]
 
 
 def schemas_of(descriptions: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
@@ -1026,6 +1028,7 @@ def test_req_ogc_process_description_inputs_def(descriptions: list[dict[str, Any
         fields = set(ITEMS[one["id"]].model_fields) - {"items", "outputs", "subscriber"}
         more = {"files", "stac"} | ({"series"} if one["id"] in SERIES else set())
         more |= {"quantiles"} if one["id"] == "forecast" else set()
+        more |= {"attribution"} if one["id"] == "classify-pixels" else set()
         assert set(one["inputs"]) == fields | more
 
 
@@ -1041,6 +1044,8 @@ def test_req_ogc_process_description_input_def(
         ("model", ["pixels-landcover"], ["", 1]),
         ("mask", ["none"], [1]),
         ("scale", [0.0001, "2020-01-01:0.0001"], [{"a": 1}]),
+        ("attribution", [False], ["a", 1]),
+        ("dtype", ["uint8"], ["int8", 1]),
         ("points", [POINTS], [{"type": "Feature"}, {**POINTS, "features": []}]),
         ("bbox", [{"bbox": [3, 50, 4, 51]}], [{"bbox": [3, 50, 4]}, {"bbox": ["a"] * 4}]),
     ):
@@ -1074,10 +1079,11 @@ def test_req_ogc_process_description_outputs_def(descriptions: list[dict[str, An
     names = [set(one["outputs"]) for one in descriptions]
     maps = {*MAPS, "polygons", "summary", "features"}
     assert names == [
-        maps | {"series"},
+        maps | {"attribution", "series"},
         {"forecast", "summary", "features", "series"},
         maps,
         {"embedding", "summary", "features", "series"},
+        {"similarity", "similarities", "summary"},
     ]
 
 
@@ -1234,6 +1240,7 @@ def test_req_job_list_datetime_response(listed: tuple[httpx.Client, list[str]]) 
 
 
 def test_req_job_list_duration_definition(api: httpx.Client) -> None:
+    assert api.get("/jobs", params={"minDuration": 10**30}).status_code == 422
     for name in ("minDuration", "maxDuration"):
         schema = parameter(api, "/jobs", name)
         assert (schema["type"], schema["items"]["type"]) == ("array", "integer")
@@ -1350,6 +1357,86 @@ def test_req_callback_job_callback(tmp_path: Path, folder: Path, links: Any, fil
             assert conforms(json.loads(status.body), STATUS)["jobID"] == job
 
 
+# Similar pixels, and the attribution of dates -------------------------------------------------
+
+
+def test_similar_pixels_are_a_process(api: httpx.Client, files: Files, links: Any) -> None:
+    data = {"points": json.dumps(POINTS), "outputs": "similarity,similarities"}
+    own = api.post("/similar", files=files, data=data, headers={"Accept": "application/zip"})
+    with zipfile.ZipFile(io.BytesIO(own.content)) as archive:
+        expected = {name: archive.read(f"{name}.tif") for name in ("similarity", "similarities")}
+    inputs = {"files": links, "points": POINTS}
+    parts = parts_of(execute(api, "similar", inputs=inputs))
+    assert list(parts) == [*expected, "summary"]
+    for name, content in expected.items():
+        assert parts[name].get_payload(decode=True) == content
+    fields = json.loads(fields_of().to_crs(4326).to_json())
+    polygons = {"files": links, "fields": {"value": fields}}
+    answer = execute(api, "similar", inputs=polygons, outputs={"similarity": {}})
+    assert raster(answer.content).shape == (1, HEIGHT, WIDTH)
+    assert answer.content != expected["similarity"]
+
+    job = job_of(execute(api, "similar", inputs=inputs, outputs={"similarity": {}}, headers=ASYNC))
+    assert waited(api, job)["processID"] == "similar"
+    assert api.get(f"/jobs/{job}/results").content == expected["similarity"]
+    listed = api.get("/jobs", params={"processID": "similar"}).json()["jobs"]
+    assert [one["jobID"] for one in listed] == [job]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "field"),
+    [
+        ({}, "inputs.points"),
+        ({"points": POINTS, "fields": POINTS}, "inputs.fields"),
+        ({"points": POINTS, "series": [ENTRY]}, "inputs.series"),
+        ({"points": POINTS, "horizon": 2}, "inputs.horizon"),
+        ({"points": {**POINTS, "features": POINTS["features"] * 101}}, "points"),
+    ],
+)
+def test_inputs_of_similar_are_checked(
+    api: httpx.Client, links: Any, inputs: dict[str, Any], field: str
+) -> None:
+    found = problem_of(execute(api, "similar", inputs={"files": links, **inputs}), 422)
+    assert found["errors"][0]["field"] == field
+
+
+def test_the_attribution_is_made_only_if_it_is_asked_for(
+    api: httpx.Client, files: Files, links: Any
+) -> None:
+    own = plain(api, files, outputs="attribution")
+    named = execute(api, inputs={"files": links}, outputs={"attribution": {}})
+    assert named.content == own.content
+    parts = parts_of(execute(api, inputs={"files": links, "attribution": True}))
+    assert list(parts) == [*MAPS, "polygons", "attribution", "summary"]
+    assert parts["attribution"].get_payload(decode=True) == own.content
+    assert "attribution" not in parts_of(
+        execute(api, inputs={"files": links, "attribution": False})
+    )
+    for wrong in ({"attribution": True}, {"attribution": 1}):
+        answer = execute(api, inputs={"files": links, **wrong}, outputs={"class": {}})
+        assert problem_of(answer, 422)["errors"][0]["field"] == "inputs.attribution"
+
+
+def test_points_and_series_have_an_attribution(api: httpx.Client, links: Any) -> None:
+    for given in ({"files": links, "points": POINTS}, {"series": ENTRY}):
+        for attribution in (False, True):
+            found = execute(api, inputs={**given, "attribution": attribution}).json()
+            (one,) = found.get("features") or found["results"]
+            assert ("attribution" in one.get("properties", one)) == attribution
+
+
+def test_results_of_a_job_of_another_path_include_the_attribution(
+    api: httpx.Client, files: Files
+) -> None:
+    data = {"outputs": "class,attribution"}
+    job = api.post("/classify-pixels", files=files, data=data, headers=ASYNC).json()["jobID"]
+    assert waited(api, job)["status"] == "successful"
+    found = conforms(api.get(f"/jobs/{job}/results").json(), RESULTS)
+    assert list(found) == ["class", "attribution", "summary"]
+    content = api.get(found["attribution"]["href"]).content
+    assert content == plain(api, files, outputs="attribution").content
+
+
 # A real client -------------------------------------------------------------------------------
 
 
@@ -1358,7 +1445,7 @@ def test_owslib_executes_a_process_and_waits(
 ) -> None:
     client = Processes(str(api.base_url))
     assert client.conformance()["conformsTo"] == conformance_classes(callbacks=False)
-    assert [one["id"] for one in client.processes()] == list(TASKS)
+    assert [one["id"] for one in client.processes()] == list(PROCESSES)
     known = client.process("classify-pixels")
     assert {"files", "dates"} <= set(known["inputs"])
     found = client.execute("classify-pixels", inputs={"files": values, "dates": dates})

@@ -32,6 +32,7 @@ from service.api.schemas import (
     SERIES,
     STAC,
     ClassOutput,
+    DatedOutput,
     Execute,
     Link,
     PointsResponse,
@@ -48,7 +49,7 @@ from service.api.uploads import JSON
 from service.errors import InvalidRequest, UnknownProcess
 from service.run.request import RasterRequest, Runnable, TaskRequest
 from service.settings import project_version
-from service.write.predictions import POLYGONS
+from service.write.predictions import ATTRIBUTION, POLYGONS
 
 _CLASSES = "http://www.opengis.net/spec/ogcapi-processes-1/1.0/conf"
 
@@ -64,7 +65,7 @@ def conformance_classes(*, callbacks: bool) -> list[str]:
 
 
 EXECUTE = "http://www.opengis.net/def/rel/ogc/1.0/execute"
-TASKS: tuple[Task, ...] = get_args(Task)
+PROCESSES: tuple[Runnable, ...] = (*get_args(Task), "similar")
 CRS84 = "http://www.opengis.net/def/crs/OGC/1.3/CRS84"
 _CRS84H = "http://www.opengis.net/def/crs/OGC/0/CRS84h"
 _GEOPACKAGE = "application/geopackage+sqlite3"
@@ -74,7 +75,7 @@ FILE_TYPES = ("image/tiff; application=geotiff", "image/jp2", ZIP)
 """Media types of binary values of the input `files`."""
 VECTOR_TYPES = (GEOJSON, _GEOPACKAGE, PARQUET)
 """Media types of values of the input `fields`."""
-_TEXTS: Mapping[Task, tuple[str, str, tuple[str, ...]]] = {
+_TEXTS: Mapping[Runnable, tuple[str, str, tuple[str, ...]]] = {
     "classify-pixels": (
         "Classify pixels",
         "A class for every pixel of a satellite image time series",
@@ -95,6 +96,11 @@ _TEXTS: Mapping[Task, tuple[str, str, tuple[str, ...]]] = {
         "The embedding of every pixel, from recurrence plots, or patch, from imagery",
         ("embedding", "features", "time series"),
     ),
+    "similar": (
+        "Find what looks like given places",
+        "Cosine similarity of every pixel's embedding to that of points or polygons",
+        ("similarity", "embedding", "search", "time series"),
+    ),
 }
 _OUTPUT_TEXTS: Mapping[str, str] = {
     "class": "the class of every pixel: uint8, nodata 255, names and colours in the file",
@@ -102,8 +108,12 @@ _OUTPUT_TEXTS: Mapping[str, str] = {
     "entropy": "the entropy of the probabilities",
     "probabilities": "the probability of every class, a band each",
     POLYGONS: "one feature per connected area of the class map",
+    ATTRIBUTION: "how much each date mattered to the class of a pixel, a band per date; only if "
+    "`outputs` names it, or with the input `attribution`",
     "forecast": "NDVI, EVI and SAVI by date and quantile, a band each",
     "embedding": "the embedding, a band per dimension",
+    "similarity": "the similarity of every pixel to the most similar place, -1 to 1",
+    "similarities": "the similarity of every pixel to each place, -1 to 1, a band per place",
     "summary": "the result in numbers: model, dates, warnings, classes or means; not with "
     "`points`, `fields` or `series`",
     "features": "one feature per point or field, the results in its properties; only with the "
@@ -112,22 +122,23 @@ _OUTPUT_TEXTS: Mapping[str, str] = {
 }
 
 
-def task_of(process: str) -> Task:
+def task_of(process: str) -> Runnable:
     """The task with the id of a process.
 
     Raises:
         UnknownProcess: no process has this id.
     """
-    for task in TASKS:
+    for task in PROCESSES:
         if task == process:
             return task
-    raise UnknownProcess(f"there is no process '{process[:64]}'; available: {', '.join(TASKS)}")
+    there = ", ".join(PROCESSES)
+    raise UnknownProcess(f"there is no process '{process[:64]}'; available: {there}")
 
 
 # Descriptions -------------------------------------------------------------------------------------
 
 
-def summary_of(task: Task, root: str) -> ProcessSummary:
+def summary_of(task: Runnable, root: str) -> ProcessSummary:
     """A process without its inputs and outputs, for the list of processes.
 
     Args:
@@ -151,7 +162,7 @@ def summary_of(task: Task, root: str) -> ProcessSummary:
     )
 
 
-def description_of(task: Task, root: str) -> ProcessDescription:
+def description_of(task: Runnable, root: str) -> ProcessDescription:
     """A process with its inputs and outputs.
 
     Args:
@@ -164,7 +175,7 @@ def description_of(task: Task, root: str) -> ProcessDescription:
 
 
 @cache
-def inputs_of(task: Task) -> Mapping[str, ProcessInput]:
+def inputs_of(task: Runnable) -> Mapping[str, ProcessInput]:
     """The inputs of a process by name, from the models of the task's JSON bodies."""
     one_of = f"exactly one of {', '.join(f'`{name}`' for name in _sources(task))} is required"
     found = {
@@ -183,9 +194,11 @@ def inputs_of(task: Task) -> Mapping[str, ProcessInput]:
         if name is not None and name not in found:
             found[name] = _described(name, ITEMS[task], field)
     found["bbox"] = _input("bbox", found["bbox"].description, _BBOX)
+    polygons = "polygons, in any CRS: predict per polygon"
+    places = "points or polygons, in any CRS, with which every pixel is compared"
     found["fields"] = _input(
         "fields",
-        "polygons, in any CRS: predict per polygon",
+        places if task == "similar" else polygons,
         {
             "oneOf": [
                 {"type": "object", "contentMediaType": GEOJSON},
@@ -193,6 +206,13 @@ def inputs_of(task: Task) -> Mapping[str, ProcessInput]:
             ]
         },
     )
+    if task == "classify-pixels":
+        found[ATTRIBUTION] = _input(
+            ATTRIBUTION,
+            "true: all outputs of a map, and the results of points and series, include how much "
+            "each date mattered to the class, which takes about 64 predictions per pixel",
+            {"type": "boolean", "default": False},
+        )
     return found
 
 
@@ -207,11 +227,11 @@ _BBOX: dict[str, Any] = {
 }
 
 
-def _sources(task: Task) -> tuple[str, ...]:
+def _sources(task: Runnable) -> tuple[str, ...]:
     return tuple(name for name in SOURCES if name != "series" or task in SERIES)
 
 
-def _input_name(task: Task, field: str) -> str | None:
+def _input_name(task: Runnable, field: str) -> str | None:
     """The input for a field of the task's models; None for a field that is not an input."""
     if field == "outputs":
         return "quantiles" if task == "forecast" else None  # outputs of maps are process outputs
@@ -251,7 +271,7 @@ def _binary(media: str) -> dict[str, Any]:
     }
 
 
-def _outputs_of(task: Task) -> dict[str, ProcessOutput]:
+def _outputs_of(task: Runnable) -> dict[str, ProcessOutput]:
     found = {}
     for name, offers in _offers(task).items():
         kinds = [_kind(name, media) for media in offers]
@@ -368,7 +388,9 @@ class Delivery:
 
 def rasters_of(task: Runnable) -> tuple[str, ...]:
     """Names of the files that a task can write for a raster."""
-    if task in {"classify-pixels", "landcover"}:
+    if task == "classify-pixels":
+        return get_args(DatedOutput)
+    if task == "landcover":
         return get_args(ClassOutput)
     if task == "similar":
         return get_args(SimilarOutput)
@@ -380,7 +402,9 @@ def _offers(task: Runnable) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = dict.fromkeys(rasters_of(task), (COG,))
     if POLYGONS in found:
         found[POLYGONS] = (PARQUET, GEOJSON)
-    found |= {"summary": (JSON,), "features": (GEOJSON, CSV, PARQUET)}
+    found["summary"] = (JSON,)
+    if task != "similar":  # whose places are compared with every pixel
+        found["features"] = (GEOJSON, CSV, PARQUET)
     return {**found, "series": (JSON,)} if task in SERIES else found
 
 
@@ -394,7 +418,10 @@ def available(request: TaskRequest) -> dict[str, tuple[str, ...]]:
     elif request.fields is not None:
         names = ("features",)
     else:
-        names = (*rasters_of(request.operation), "summary")
+        # It takes many times as long as all others together, and is made only when it is asked for.
+        left_out = {ATTRIBUTION} - set(request.outputs or ())
+        rasters = [name for name in rasters_of(request.operation) if name not in left_out]
+        names = (*rasters, "summary")
     return {name: offers[name] for name in names}
 
 
@@ -509,7 +536,7 @@ class Inputs:
     """The other inputs, by their names in the task's JSON bodies; a link is a `Reference`."""
 
 
-def read_inputs(task: Task, execute: Execute) -> Inputs:
+def read_inputs(task: Runnable, execute: Execute) -> Inputs:
     """The inputs of an execute request, references not yet resolved and options not yet validated.
 
     Raises:
@@ -558,7 +585,7 @@ def read_inputs(task: Task, execute: Execute) -> Inputs:
 
 
 @contextmanager
-def inputs_named(task: Task) -> Iterator[None]:
+def inputs_named(task: Runnable) -> Iterator[None]:
     """Translate field names of the task's bodies in errors to names of inputs.
 
     Raises:
@@ -577,7 +604,7 @@ def inputs_named(task: Task) -> Iterator[None]:
         raise InvalidRequest(detail, errors) from error
 
 
-def _named(task: Task, field: str) -> str:
+def _named(task: Runnable, field: str) -> str:
     if field.startswith("inputs"):
         return field
     field = re.sub(r"^items\b", "files", field)

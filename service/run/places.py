@@ -41,6 +41,10 @@ def read_places(request: SimilarRequest, most: int) -> Fields:
         raise InvalidRequest.of(
             "points" if request.place_file is None else "fields",
             f"{len(places)} places, and at most {limit} are compared"
-            + (" with a band for each" if limit == MAX_BANDS else ""),
+            + (
+                f" with a band for each: ask for outputs=similarity, which takes {MAX_PLACES}"
+                if limit == MAX_BANDS
+                else ""
+            ),
         )
     return places

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
@@ -33,7 +33,7 @@ from service.api.dependencies import (
 from service.api.openapi import EXECUTION, EXECUTION_BODY, RESULTS, problems
 from service.api.problems import problem
 from service.api.processes import (
-    TASKS,
+    PROCESSES,
     Binary,
     Delivery,
     Inputs,
@@ -77,7 +77,8 @@ from service.jobs.store import Job, removed
 from service.read.geotiff import SourceFile
 from service.read.references import fetch_items
 from service.run.execute import Result
-from service.run.request import TaskRequest
+from service.run.request import Runnable, TaskRequest
+from service.write.predictions import ATTRIBUTION
 
 _MONITOR = "monitor"
 router = APIRouter(tags=["processes"])
@@ -105,14 +106,15 @@ async def list_processes(
     limit: Annotated[int, Query(ge=1, le=10_000, description="largest number of processes")] = 10,
     offset: Annotated[int, Query(ge=0, le=10_000, description="number of processes to skip")] = 0,
 ) -> ProcessList:
-    """The processes: each task is one."""
+    """The processes: each task is one, and the search for similar pixels."""
     root = root_of(request)
     here, end = f"{root}/processes", offset + limit
     links = [Link(href=here, rel="self", type=JSON, title="this list")]
-    if end < len(TASKS):
+    if end < len(PROCESSES):
         further = f"{here}?limit={limit}&offset={end}"
         links.append(Link(href=further, rel="next", type=JSON, title="more processes"))
-    return ProcessList(processes=[summary_of(t, root) for t in TASKS[offset:end]], links=links)
+    shown = [summary_of(process, root) for process in PROCESSES[offset:end]]
+    return ProcessList(processes=shown, links=links)
 
 
 @router.get(
@@ -342,7 +344,7 @@ class _Inputs:
 
 
 async def _request_of(
-    task: Task, execute: Execute, inputs: Inputs, fetch: _Inputs, owner: str
+    task: Runnable, execute: Execute, inputs: Inputs, fetch: _Inputs, owner: str
 ) -> TaskRequest:
     """The task's request with the inputs and outputs of an execution."""
     app, folder = fetch.app, fetch.folder
@@ -352,14 +354,18 @@ async def _request_of(
     if execute.subscriber is not None:
         body["subscriber"] = execute.subscriber.model_dump(exclude_none=True)
     polygons = await fetch.polygons(inputs.fields)
-    maps = inputs.source != "series" and "points" not in body and polygons is None
-    if maps and "outputs" not in body:
-        body.update(_rasters(task, execute.outputs))
+    attributed = _attributed(body.pop(ATTRIBUTION, False))
+    places = "points" in body or polygons is not None
+    if inputs.source == "series" or (places and task != "similar"):
+        if attributed:
+            body["outputs"] = ["class", ATTRIBUTION]
+    elif "outputs" not in body:
+        body.update(_rasters(task, execute.outputs, attributed=attributed))
     settings = app.settings
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
     if inputs.source == "series":
         series = await to_thread.run_sync(read_series, task, json.dumps(body).encode())
-        return series.request(task)
+        return series.request(cast(Task, task))  # others take no series
     if inputs.source == "stac":
         text = json.dumps(body).encode()
         found = await to_thread.run_sync(partial(read_stac, task, text, allowed=allowed))
@@ -378,10 +384,34 @@ async def _request_of(
     return await with_zips_opened(named[1].request(task, files, polygons), folder, app)
 
 
-def _rasters(task: Task, outputs: Mapping[str, object]) -> dict[str, Any]:
-    """The task parameter `outputs` for the requested process outputs; empty for the default."""
+def _attributed(given: Any) -> bool:  # noqa: ANN401 - JSON
+    """The input `attribution`, which the models of the task's bodies do not have.
+
+    Raises:
+        InvalidRequest: the value is not a boolean.
+    """
+    if not isinstance(given, bool):
+        raise InvalidRequest.of(ATTRIBUTION, "the value is not valid: true or false is needed")
+    return given
+
+
+def _rasters(task: Runnable, outputs: Mapping[str, object], *, attributed: bool) -> dict[str, Any]:
+    """The task parameter `outputs` for the requested process outputs; empty for the default.
+
+    Raises:
+        InvalidRequest: the attribution is asked for by an input, and `outputs` leaves it out.
+    """
     names = rasters_of(task)
     if len(names) == 1:  # the only file of the task
         return {}
-    wanted = [name for name in names if name in outputs] if outputs else list(names)
+    if attributed and outputs and ATTRIBUTION not in outputs:
+        raise InvalidRequest.of(
+            ATTRIBUTION,
+            f"has no effect, because `outputs` does not name `{ATTRIBUTION}`: add it there, or "
+            "leave out the input",
+        )
+    if outputs:
+        wanted = [name for name in names if name in outputs]
+    else:
+        wanted = [name for name in names if attributed or name != ATTRIBUTION]
     return {"outputs": wanted} if wanted else {}
