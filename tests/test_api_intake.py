@@ -23,7 +23,7 @@ from benchmarks.tiny_zoo import write_zoo
 from service.api import uploads as intake
 from service.api.admission import Admission
 from service.api.disconnect import run_watched
-from service.api.schemas import read_parameters
+from service.api.schemas import read_items, read_parameters
 from service.api.uploads import Form, Limits, media_type, read_form, read_json
 from service.errors import (
     BodyStalled,
@@ -415,3 +415,22 @@ def test_a_chunked_upload_is_read_like_any_other(api: httpx.Client, tmp_path: Pa
     )
     assert response.status_code == 200, response.text
     assert json.loads(api.get("/health/ready").text)["status"] == "ready"
+
+
+def test_null_is_the_default_of_a_mask_in_json() -> None:
+    body = json.dumps({"items": [{"href": "a.tif"}], "mask": None}).encode()
+    named = read_items("classify-pixels", body, allowed=True)
+    assert named is not None
+    assert named[1].stack.mask is None
+    long = json.dumps({"items": [{"href": "a.tif"}], "mask": "scl," * 60}).encode()
+    with pytest.raises(InvalidRequest):
+        read_items("classify-pixels", long, allowed=True)
+
+
+@pytest.mark.parametrize("kind", [[], {}, [["Polygon"]], None, 7])
+def test_a_type_of_geojson_that_is_not_text_is_rejected(kind: Any) -> None:
+    area = {"type": kind, "coordinates": []}
+    body = json.dumps({"items": [{"href": "a.tif"}], "area": area}).encode()
+    with pytest.raises(InvalidRequest) as caught:
+        read_items("classify-pixels", body, allowed=True)
+    assert {error["field"] for error in caught.value.errors} >= {"area.type"}

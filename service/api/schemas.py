@@ -313,7 +313,9 @@ class Area(_Loose):
     @model_validator(mode="before")
     @classmethod
     def _geometry(cls, value: object) -> object:
-        while isinstance(value, Mapping) and value.get("type") in {"FeatureCollection", "Feature"}:
+        # Not a set, because a value of JSON may not be hashable.
+        wrapped = ("FeatureCollection", "Feature")
+        while isinstance(value, Mapping) and value.get("type") in wrapped:
             if value["type"] == "Feature":
                 value = value.get("geometry")
                 continue
@@ -462,10 +464,9 @@ class StackForm(_Strict):
         Field(description="sensor of the images; default: determined from the files"),
     ] = None
     mask: Annotated[
-        str | None,
+        Annotated[str, Field(max_length=200)] | None,
         BeforeValidator(_mask),
         Field(
-            max_length=200,
             description="cloud masks: `auto` uses what the files hold; `none` only nodata and NaN; "
             f"or any of {', '.join(RULES)}, comma-separated, all of which a clear pixel must pass; "
             "`cldprb:40` rejects cloud probabilities of 40 per cent and more; `cloud` estimates a "

@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 from starlette.responses import JSONResponse
 
 from service.api.auth import share_of
@@ -51,6 +51,7 @@ from service.write.stac_item import item_of
 _RESULTS = "http://www.opengis.net/def/rel/ogc/1.0/results"
 _MANY = 1000
 _LISTED = BeforeValidator(listed)
+_Seconds = Annotated[int, Field(ge=0, le=2**31 - 1)]
 router = APIRouter(tags=["jobs"], dependencies=[KNOWN_CALLER])
 
 
@@ -95,12 +96,12 @@ async def list_jobs(
         ),
     ] = None,
     shortest: Annotated[
-        tuple[int, ...],
+        tuple[_Seconds, ...],
         _LISTED,
         Query(alias="minDuration", description="only jobs that ran at least so many seconds"),
     ] = (),
     longest: Annotated[
-        tuple[int, ...],
+        tuple[_Seconds, ...],
         _LISTED,
         Query(alias="maxDuration", description="only jobs that ran at most so many seconds"),
     ] = (),
