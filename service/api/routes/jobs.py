@@ -204,9 +204,7 @@ async def read_item(job_id: str, request: Request, app: App, caller: Caller) -> 
     result = await to_thread.run_sync(app.jobs.result, job)
     item = await to_thread.run_sync(_linked_item, result, f"{root_of(request)}/jobs/{job.id}")
     if item is None:
-        raise NotFound(
-            f"job {job.id} has no STAC Item: its result is not a raster, or its imagery has no date"
-        )
+        raise NotFound(f"job {job.id} has no STAC Item: its result is not a raster")
     return JSONResponse(item, media_type=GEOJSON)
 
 
