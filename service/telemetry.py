@@ -191,6 +191,9 @@ class Metrics:
             ["bound"],
         )
 
+        self._ranges = self._counter(
+            "pimc_ranges", "Ranges of remote files that were looked for in the cache", ["outcome"]
+        )
         if per_key:
             self._key_requests = self._counter(
                 "pimc_key_requests", "Requests completed, by the name of the API key", ["key"]
@@ -256,12 +259,18 @@ class Metrics:
         ):
             Gauge(name, text, registry=self._registry).set_function(read)
 
-    def watch_cache(self, size: Callable[[], int]) -> None:
-        """Add a gauge of GDAL's cache of decoded blocks.
+    def watch_cache(self, size: Callable[[], int], ranges: Callable[[], int]) -> None:
+        """Add gauges of the caches; they are read whenever a client reads the metrics.
 
         Args:
-            size: returns the cache's size in bytes; called whenever a client reads the metrics.
+            size: returns the size of GDAL's cache of decoded blocks, bytes.
+            ranges: returns the bytes of ranges of remote files that are kept.
         """
+        Gauge(
+            "pimc_range_cache_bytes",
+            "Ranges of remote files that are kept in memory",
+            registry=self._registry,
+        ).set_function(ranges)
         Gauge(
             "pimc_block_cache_bytes",
             "Size of the cache of decoded blocks, which grows for runs with large blocks",
@@ -374,6 +383,10 @@ class Metrics:
     def decoded(self, count: int) -> None:
         """Count bytes of pixels that were decoded from files."""
         self._read_bytes.labels("decoded").inc(count)
+
+    def range_asked(self, outcome: str) -> None:
+        """Count a range of a remote file that was looked for in the cache: `hit` or `miss`."""
+        self._ranges.labels(outcome).inc()
 
     def fetched(self, count: int) -> None:
         """Count bytes that were received from other hosts."""

@@ -195,6 +195,47 @@ def test_a_busy_server_is_asked_again(odd: RangeServer, tmp_path: Path) -> None:
         fetched(odd, "COG.tif", tmp_path, Window(0, 0, 9, 9))
 
 
+def test_a_range_that_was_cut_off_is_asked_for_again(odd: RangeServer, tmp_path: Path) -> None:
+    cut: set[str] = set()
+
+    def once(to: BaseHTTPRequestHandler) -> bool:
+        """Send half of each range the first time."""
+        asked = to.headers["Range"]
+        if asked in cut:
+            return False
+        cut.add(asked)
+        first, last = map(int, asked.removeprefix("bytes=").split("-"))
+        data = (odd.folder / "COG.tif").read_bytes()
+        part = data[first : last + 1]
+        to.send_response(206)
+        to.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
+        to.send_header("Content-Length", str(len(part)))
+        to.end_headers()
+        to.wfile.write(part[: len(part) // 2])
+        to.close_connection = True
+        return True
+
+    odd.before = once
+    window = Window(130, 70, 9, 8)
+    remote = fetched(odd, "COG.tif", tmp_path, window)
+    assert len(cut) >= 2
+    with gdal_options(), open_geotiff(remote.path) as part:
+        assert (part.read(window=window) == PIXELS[:, 70:78, 130:139]).all()
+
+
+def test_a_refusal_is_final(odd: RangeServer, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def refuses(to: BaseHTTPRequestHandler) -> bool:
+        seen.append(1)
+        return reply(to, 403)
+
+    odd.before = refuses
+    with pytest.raises(UnreachableReference, match="status 403"):
+        fetched(odd, "COG.tif", tmp_path, Window(0, 0, 9, 9))
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize(
     ("headers", "data", "message"),
     [

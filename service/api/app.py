@@ -42,6 +42,7 @@ from service.jobs.callbacks import CallbackSender
 from service.jobs.heads import HeadStore
 from service.jobs.runner import JobRunner
 from service.jobs.store import JobStore
+from service.read.connect import RangeCache, Remotes
 from service.read.geotiff import BlockCache
 from service.run.executors import ThreadExecutor
 from service.run.memory import MemoryBudget
@@ -50,6 +51,8 @@ from service.telemetry import Metrics
 from service.tracing import Traces
 
 _LOG = logging.getLogger(__name__)
+_RANGE_CACHE_BYTES = 64 * 2**20
+"""Ranges of remote files that are kept in memory for later requests, bytes."""
 _ROUTERS = (
     tasks.router,
     series.router,
@@ -112,7 +115,8 @@ def create_app(
             stack.push_async_callback(to_thread.run_sync, scratch.close)
             closing = threading.Event()
             cache = BlockCache(decoded=metrics.decoded)
-            metrics.watch_cache(lambda: cache.size)
+            ranges = RangeCache(_RANGE_CACHE_BYTES, asked=metrics.range_asked)
+            metrics.watch_cache(lambda: cache.size, lambda: ranges.size)
             budget = MemoryBudget(settings.memory_budget)
             metrics.watch_memory(
                 limit=budget.limit,
@@ -184,6 +188,7 @@ def create_app(
                 cache=cache,
                 budget=budget,
                 executor=executor,
+                remotes=Remotes(cache=ranges, received=metrics.fetched),
                 scratch=scratch,
                 runner=runner,
                 probe=anyio.CapacityLimiter(1),

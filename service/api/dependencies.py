@@ -33,6 +33,7 @@ from service.infer.engine import Engine
 from service.jobs.heads import HeadStore
 from service.jobs.runner import JobRunner
 from service.jobs.store import JobStore
+from service.read.connect import Remotes
 from service.read.geotiff import BlockCache
 from service.run.executors import Executor
 from service.run.memory import MemoryBudget
@@ -57,6 +58,8 @@ class AppState:
     cache: BlockCache
     budget: MemoryBudget
     executor: Executor
+    remotes: Remotes
+    """What requests that read from other hosts share."""
     scratch: Scratch
     """Temporary files of synchronous requests."""
     runner: JobRunner

@@ -781,7 +781,11 @@ class ItemBody(_Strict):
 
     href: Annotated[
         str,
-        Field(min_length=1, max_length=8192, description="a path, a `file:` or an `http(s):` URL"),
+        Field(
+            min_length=1,
+            max_length=8192,
+            description="a path, or a `file:`, `http(s):` or `s3:` URL",
+        ),
     ]
     date: Annotated[
         _IsoDate | None,

@@ -109,7 +109,13 @@ async def _fetched(
         else stac
     )
     fetched = await fetch_stac(
-        search, folder, app.settings, bands=bands, optional=optional, stack=stack
+        search,
+        folder,
+        app.settings,
+        bands=bands,
+        optional=optional,
+        stack=stack,
+        remotes=app.remotes,
     )
     for file in fetched.files:
         if file.path.is_relative_to(folder):

@@ -7,29 +7,40 @@ The local file is a TIFF of the same size, grid and tags, which GDAL reads like 
 block that was not fetched has an offset after the end of the file, so that reading it is an error
 and never returns missing values. The local file has no overviews. Files of other formats are
 fetched as a whole.
+
+Several ranges are fetched at once, also of one file. A range that a busy server or a lost
+connection did not return is requested again after a pause.
 """
 
 from __future__ import annotations
 
 import io
+import random
 import struct
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import anyio
 import httpx
 
-from service.errors import UnreachableReference
+from service.errors import BodyTooLarge, PIMCError, UnreachableReference
 from service.grid import Window
 from service.read.connect import Connections, Remote
 from service.read.tiff_guard import Entry, Form, directories, small, value
 
 FIRST_BYTES = 16 * 2**10
 """Bytes of the first range, which contains the directories of most cloud-optimized GeoTIFFs."""
+AT_ONCE = 16
+"""Number of files and ranges of one request that are fetched at the same time."""
+_MAX_RANGE_BYTES = 8 * 2**20
+"""Size from which a range takes no further block: parts of a large file are fetched at once."""
+_WRITE_BYTES = 2**20
+"""Bytes of a range that are received before they are written to the local file."""
 _MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MAX_HEADER_BYTES = 32 * 2**20
 _MAX_RANGES = 64
@@ -37,6 +48,9 @@ _MAX_RANGES = 64
 _MAX_BLOCKS = 2**20
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 0.5
+"""Longest pause before the first repetition; each further pause is twice as long."""
+_LONGEST_PAUSE = 10.0
+"""Longest pause that `Retry-After` may ask for, seconds."""
 _AGAIN = frozenset({429, 500, 502, 503, 504})
 """Statuses after which a range is requested again; S3 returns 503 after too many requests."""
 _SIGNED = frozenset({401, 403, 409})
@@ -51,6 +65,7 @@ _ARRAYS = frozenset({_STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES})
 _CODES = {4: "I", 16: "Q"}
 """`struct` codes of the types of offsets, by TIFF type; sizes of blocks may also have 16 bits."""
 _SIZE_CODES = {3: "H", **_CODES}
+Received = TypeVar("Received")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +123,19 @@ class _Run:
     begin: int
     end: int
     blocks: tuple[tuple[_Image, int], ...]
+
+
+class _Busy(UnreachableReference):
+    """A server that may return the range later.
+
+    Args:
+        detail: message for the client.
+        after: value of `Retry-After`; empty without one.
+    """
+
+    def __init__(self, detail: str, after: str) -> None:
+        super().__init__(detail)
+        self.after = float(after) if after.isdecimal() else 0.0
 
 
 class _Missing(Exception):
@@ -180,6 +208,11 @@ class RemoteFile:
         """Whether the local file is a copy of the whole remote file."""
         return not self.images
 
+    @property
+    def window(self) -> Window:
+        """The window of the whole image."""
+        return Window(0, 0, self.images[0].width, self.images[0].height)
+
     async def open(self, web: Connections) -> None:
         """Fetch the directories, and write them to the local file.
 
@@ -229,7 +262,8 @@ class RemoteFile:
                     )
         runs: list[_Run] = []
         for begin, end, image, index in sorted(needed, key=lambda block: block[:2]):
-            if runs and begin <= runs[-1].end:
+            joins = runs and begin <= runs[-1].end
+            if joins and runs[-1].end - runs[-1].begin < _MAX_RANGE_BYTES:
                 last = runs.pop()
                 blocks = (*last.blocks, (image, index))
                 runs.append(_Run(begin=last.begin, end=max(end, last.end), blocks=blocks))
@@ -249,18 +283,53 @@ class RemoteFile:
             UnreachableReference: the host does not return the blocks.
             BodyTooLarge: the request's files are larger than allowed.
         """
+        await side_by_side(self.fetches(web, window))
+
+    def fetches(self, web: Connections, window: Window) -> list[Callable[[], Awaitable[None]]]:
+        """Calls that each fetch one range of a window's blocks; they may be awaited at once."""
+        calls: list[Callable[[], Awaitable[None]]] = []
         for run in self._runs(window):
-            async with self._range_response(web, run.begin, run.end) as response:
-                self._checked(response, run.begin)
-                begin, size = self._end, 0
-                async with await anyio.open_file(self.path, "r+b") as file:
-                    await file.seek(begin)
-                    async for chunk in web.body(response, self.remote, most=run.end - run.begin):
-                        await file.write(chunk)
-                        size += len(chunk)
-            self._check_length(size, run.end - run.begin - _MARGIN)
-            self._end += size
-            await anyio.to_thread.run_sync(self._correct, run, begin)
+            calls.append(partial(self._fetch, web, run, self._end))
+            self._end += run.end - run.begin
+        return calls
+
+    async def _fetch(self, web: Connections, run: _Run, begin: int) -> None:
+        """Fetch one range and write it to the local file from `begin` on."""
+        key = (str(self.remote.url), self._tag, run.begin, run.end)
+        kept = web.cache.get(key) if _is_strong(self._tag) else None
+        if kept is None:
+            await self._retried(partial(self._receive, web, run, begin, key))
+        else:
+            await anyio.to_thread.run_sync(self._write, [kept], begin)
+        await anyio.to_thread.run_sync(self._correct, run, begin)
+
+    async def _receive(
+        self, web: Connections, run: _Run, begin: int, key: tuple[object, ...]
+    ) -> None:
+        size, most = 0, run.end - run.begin
+        keeps = _is_strong(self._tag) and most <= web.cache.largest
+        whole: list[bytes] = []
+        waiting: list[bytes] = []
+        async with self._range_response(web, run.begin, run.end) as response:
+            self._checked(response, run.begin)
+            async for chunk in web.body(response, self.remote, most=most):
+                waiting.append(chunk)
+                if keeps:
+                    whole.append(chunk)
+                if sum(map(len, waiting)) >= _WRITE_BYTES:
+                    size += await anyio.to_thread.run_sync(self._write, waiting, begin + size)
+                    waiting = []
+        size += await anyio.to_thread.run_sync(self._write, waiting, begin + size)
+        self._check_length(size, most - _MARGIN)
+        if keeps:
+            web.cache.put(key, b"".join(whole))
+
+    def _write(self, chunks: Sequence[bytes], begin: int) -> int:
+        """Write to the local file from `begin` on, and return the number of bytes."""
+        with self.path.open("r+b") as file:
+            file.seek(begin)
+            file.writelines(chunks)
+            return file.tell() - begin
 
     def _correct(self, run: _Run, begin: int) -> None:
         """Write the blocks' offsets in the local file to its directory."""
@@ -280,28 +349,49 @@ class RemoteFile:
     async def _range_response(
         self, web: Connections, begin: int, end: int
     ) -> AsyncIterator[httpx.Response]:
-        """The response to a request for a range, which is retried if the server is busy."""
-        kept = AsyncExitStack()
-        for attempt in range(_ATTEMPTS):
-            last = attempt == _ATTEMPTS - 1
-            headers = {"Range": f"bytes={begin}-{end - 1}"}
-            try:
-                async with AsyncExitStack() as stack:
-                    response = await stack.enter_async_context(
-                        web.response(self.remote, headers=headers)
-                    )
-                    if last or response.status_code not in _AGAIN:
-                        kept = stack.pop_all()
-                        break
-            except UnreachableReference:
-                if last:
-                    raise
-            await anyio.sleep(_PAUSE_SECONDS * 2**attempt)
-        async with kept:
+        """The response to a request for a range.
+
+        Raises:
+            _Busy: the server is busy; see `_retried`.
+            UnreachableReference: the host does not respond.
+        """
+        headers = {"Range": f"bytes={begin}-{end - 1}"}
+        async with web.response(self.remote, headers=headers) as response:
+            if response.status_code in _AGAIN:
+                raise _Busy(
+                    self.remote.unreachable(f"returned status {response.status_code}").detail,
+                    response.headers.get("retry-after", ""),
+                )
             yield response
+
+    async def _retried(self, receive: Callable[[], Awaitable[Received]]) -> Received:
+        """What `receive` returns, called again if the server is busy or a connection is lost.
+
+        Raises:
+            UnreachableReference: the host does not return it.
+        """
+        for attempt in range(1, _ATTEMPTS):
+            try:
+                return await receive()
+            except UnreachableReference as error:
+                # The server's own answer is not going to change.
+                if not isinstance(error, _Busy) and not isinstance(
+                    error.__cause__, httpx.HTTPError
+                ):
+                    raise
+                pause = _PAUSE_SECONDS * 2 ** (attempt - 1)
+                asked = getattr(error, "after", 0.0)
+            # Of random length, so that the requests that a busy server rejected do not come back
+            # at once.
+            share = random.uniform(0.5, 1)  # noqa: S311 - no secret
+            await anyio.sleep(max(pause * share, min(asked, _LONGEST_PAUSE)))
+        return await receive()
 
     async def _begin(self, web: Connections) -> _Known | None:
         """The first bytes; None if the server returned the whole file, which is then stored."""
+        return await self._retried(partial(self._first, web))
+
+    async def _first(self, web: Connections) -> _Known | None:
         async with self._range_response(web, 0, FIRST_BYTES) as response:
             if response.status_code == HTTPStatus.OK:  # a server without ranges
                 await self._save(web, response)
@@ -318,6 +408,9 @@ class RemoteFile:
 
     async def _rest(self, web: Connections, known: _Known) -> None:
         """Fetch the whole file."""
+        await self._retried(partial(self._receive_rest, web, known))
+
+    async def _receive_rest(self, web: Connections, known: _Known) -> None:
         first = known.parts[0][1]
         if known.size > len(first) + web.left:
             raise web.too_large(self.remote)
@@ -341,6 +434,9 @@ class RemoteFile:
 
     async def _range(self, web: Connections, begin: int, end: int) -> bytes:
         """The bytes of a range of the file."""
+        return await self._retried(partial(self._bytes, web, begin, end))
+
+    async def _bytes(self, web: Connections, begin: int, end: int) -> bytes:
         async with self._range_response(web, begin, end) as response:
             self._checked(response, begin)
             chunks = [c async for c in web.body(response, self.remote, most=end - begin)]
@@ -372,6 +468,60 @@ class RemoteFile:
                 "replaced the file while it was read; send the request again"
             )
         return int(size)
+
+
+async def fetch_windows(
+    windows: Sequence[tuple[RemoteFile, Window]], web: Connections, field: str
+) -> None:
+    """Fetch the blocks of windows of several files.
+
+    Args:
+        windows: files fetched in part, each with a window of it.
+        web: the request's connections.
+        field: the parameter that names the files, for messages.
+
+    Raises:
+        BodyTooLarge: the blocks have more bytes than may still be received.
+        ForbiddenReference: an address or the target of a redirect is not allowed.
+        UnreachableReference: a host does not return the blocks.
+    """
+    size = sum(remote.cost(window) for remote, window in windows)
+    if size > web.left:
+        raise BodyTooLarge(
+            f"{field}: the needed blocks of {len(windows)} files have {size} bytes, and the server "
+            f"receives at most {web.left} more (PIMC_MAX_BODY_BYTES); give a smaller bbox or area, "
+            "or fewer dates"
+        )
+    await side_by_side([call for remote, window in windows for call in remote.fetches(web, window)])
+
+
+async def side_by_side(works: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """Await several calls, at most `AT_ONCE` of them at the same time.
+
+    Raises:
+        PIMCError: the error of the first call that fails; the others are cancelled.
+    """
+    limiter = anyio.CapacityLimiter(AT_ONCE)
+    failed: list[PIMCError] = []
+    async with anyio.create_task_group() as group:
+
+        async def one(work: Callable[[], Awaitable[None]]) -> None:
+            try:
+                async with limiter:
+                    await work()
+            except PIMCError as error:
+                failed.append(error)
+                group.cancel_scope.cancel()
+
+        for work in works:
+            group.start_soon(one, work)
+    if failed:
+        raise failed[0]
+
+
+def _is_strong(tag: str) -> bool:
+    """Whether an ETag changes with every byte of the file (RFC 9110, 8.8.1)."""
+    return bool(tag) and not tag.startswith("W/")
 
 
 # Directories ------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import ssl
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -31,8 +32,10 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _WITH_BODY = frozenset({307, 308})
 """Redirects that repeat the body of a POST."""
 _PORTS = {"http": 80, "https": 443}
-_KEPT = 8
+_KEPT = 16
 """Idle connections kept to one address of one host."""
+MOST_AT_ONCE = 64
+"""Largest number of HTTP requests in flight, of all requests to the service together."""
 _MAX_DOCUMENT_BYTES = 32 * 2**20
 _LOGIN = frozenset({401, 403})
 _WRONG = frozenset({400, 422})
@@ -54,6 +57,65 @@ class Patience:
     """Seconds until a connection is open, and between two chunks of data."""
     total_seconds: float = 300.0
     """Seconds for all files of a request together."""
+
+
+class RangeCache:
+    """Ranges of remote files, kept in memory; the least recently used are dropped first.
+
+    The key has the file's strong ETag, which each request learns from the host before it looks
+    here: a file that was replaced, or that the host does not return to this URL, is never found.
+
+    Args:
+        most: largest number of bytes; 0 keeps none.
+        asked: called with `hit` or `miss` for each range that is looked for.
+    """
+
+    def __init__(self, most: int = 0, *, asked: Callable[[str], None] = lambda _: None) -> None:
+        self._most = most
+        self._asked = asked
+        self._kept: OrderedDict[tuple[object, ...], bytes] = OrderedDict()
+        self.size = 0
+        """Bytes kept."""
+
+    @property
+    def largest(self) -> int:
+        """Largest size of a range that is kept, bytes."""
+        return self._most // 8
+
+    def get(self, key: tuple[object, ...]) -> bytes | None:
+        """The bytes of a range; None if they are not kept."""
+        found = self._kept.get(key)
+        self._asked("miss" if found is None else "hit")
+        if found is not None:
+            self._kept.move_to_end(key)
+        return found
+
+    def put(self, key: tuple[object, ...], data: bytes) -> None:
+        """Keep a range; one that is larger than `largest` is not kept."""
+        if len(data) > self.largest or key in self._kept:
+            return
+        self._kept[key] = data
+        self.size += len(data)
+        while self.size > self._most:
+            _, dropped = self._kept.popitem(last=False)
+            self.size -= len(dropped)
+
+
+class Remotes:
+    """What the requests that read from other hosts share; used on one event loop.
+
+    Args:
+        cache: ranges that were received; None keeps none.
+        received: called with the bytes of each chunk received.
+    """
+
+    def __init__(
+        self, *, cache: RangeCache | None = None, received: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self.cache = cache or RangeCache()
+        self.received = received
+        self.limiter = anyio.CapacityLimiter(MOST_AT_ONCE)
+        """Bounds the HTTP requests of all requests to the service together."""
 
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -137,6 +199,7 @@ class Connections:
         patience: Patience | None = None,
         resolver: Resolver = resolve,
         tls: ssl.SSLContext | None = None,
+        remotes: Remotes | None = None,
     ) -> None:
         """Create the connections without opening any.
 
@@ -146,7 +209,9 @@ class Connections:
             patience: time limits.
             resolver: resolves host names.
             tls: trusted certificates; None uses httpx's own.
+            remotes: what all requests share; None shares nothing.
         """
+        self._remotes = remotes or Remotes()
         self._rules = settings.allowed_hosts if rules is None else rules
         self._limit = int(settings.max_body_bytes)
         self._left = self._limit
@@ -167,6 +232,11 @@ class Connections:
     def rules(self) -> Sequence[HostRule]:
         """The allowed hosts."""
         return self._rules
+
+    @property
+    def cache(self) -> RangeCache:
+        """Ranges that were received, also by other requests."""
+        return self._remotes.cache
 
     @property
     def left(self) -> int:
@@ -198,7 +268,10 @@ class Connections:
         """
         first = remote
         for _ in range(MAX_REDIRECTS + 1):
-            async with self._send(remote, method, headers or {}, content) as response:
+            async with (
+                self._remotes.limiter,
+                self._send(remote, method, headers or {}, content) as response,
+            ):
                 redirected = response.status_code in _REDIRECTS and "location" in response.headers
                 if not (redirects and redirected):
                     yield response
@@ -228,6 +301,7 @@ class Connections:
         # Raw chunks, so that a compressed body is counted by the bytes received.
         async for chunk in response.aiter_raw(CHUNK_BYTES):
             self._left -= len(chunk)
+            self._remotes.received(len(chunk))
             bound -= len(chunk)
             if bound < 0:
                 raise self.too_large(remote)

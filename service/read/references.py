@@ -1,7 +1,8 @@
 """Requests by reference: hrefs to files, read only from allowed roots and hosts.
 
     href ─┬─ a path, file:///… ──▶ every link resolved ──▶ inside a root? ──▶ read in place
-          └─ http(s)://host/… ──▶ `connect` ──▶ NNNN.tif
+          ├─ http(s)://host/… ──▶ `connect` ──▶ NNNN.tif, or with an area the needed `blocks` of it
+          └─ s3://bucket/… ──▶ https://bucket.s3.amazonaws.com/…
 
 The message for a forbidden path is the same whether the path exists or not.
 """
@@ -13,6 +14,7 @@ import ssl
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol
@@ -21,10 +23,22 @@ from urllib.parse import unquote, urlsplit
 import anyio
 from anyio import to_thread
 
-from service.errors import ForbiddenReference, UnreachableReference
-from service.read.connect import Connections, Patience, Remote, Resolver, resolve
-from service.read.geotiff import SourceFile, label
+from service.errors import (
+    ForbiddenReference,
+    GridMismatch,
+    NoGeoreference,
+    NotAGeoTIFF,
+    UnreachableReference,
+)
+from service.grid import Window
+from service.read.blocks import RemoteFile, fetch_windows, side_by_side
+from service.read.connect import Connections, Patience, Remote, Remotes, Resolver, resolve
+from service.read.geotiff import SourceFile, gdal_options, label
+from service.read.placement import Place, needed_windows
+from service.read.stack import read_headers
 from service.settings import Settings
+
+_SIGN = "send a signed URL"
 
 
 class Item(Protocol):
@@ -45,6 +59,8 @@ async def fetch_items(
     patience: Patience | None = None,
     resolver: Resolver = resolve,
     tls: ssl.SSLContext | None = None,
+    place: Place | None = None,
+    remotes: Remotes | None = None,
 ) -> tuple[SourceFile, ...]:
     """The files of references: local ones in place, others downloaded into a folder.
 
@@ -56,6 +72,9 @@ async def fetch_items(
         patience: time limits.
         resolver: resolves host names.
         tls: trusted certificates; None uses httpx's own.
+        place: the part of the files that is read: of TIFFs only its blocks are fetched. None
+            downloads the files whole.
+        remotes: what all requests share; None shares nothing.
 
     Raises:
         ForbiddenReference: an href is outside the allowed roots and hosts; if the href itself shows
@@ -73,20 +92,55 @@ async def fetch_items(
     locations = [
         location_of(i.href, field, settings) for i, field in zip(items, fields, strict=True)
     ]
-    files: list[SourceFile] = []
+    found: dict[int, SourceFile] = {}
+    parts: list[RemoteFile] = []
     with anyio.move_on_after(patience.total_seconds) as waiting:
-        async with Connections(settings, patience=patience, resolver=resolver, tls=tls) as web:
-            for n, (item, location) in enumerate(zip(items, locations, strict=True)):
-                if isinstance(location, Local):
-                    path = await to_thread.run_sync(location.find, settings.allowed_roots)
+        async with Connections(
+            settings, patience=patience, resolver=resolver, tls=tls, remotes=remotes
+        ) as web:
+
+            async def fetch(n: int) -> None:
+                at, path = locations[n], folder / f"{n:04d}.tif"
+                if isinstance(at, Local):
+                    path = await to_thread.run_sync(at.find, settings.allowed_roots)
+                elif place is None:
+                    path = await download(web, at, path)
                 else:
-                    path = await download(web, location, folder / f"{n:04d}.tif")
-                files.append(SourceFile(name=label(unquote(_path(item.href)), n), path=path))
+                    remote = RemoteFile(remote=at, path=path, hint=_SIGN)
+                    await remote.open(web)
+                    if not remote.whole:
+                        parts.append(remote)
+                found[n] = SourceFile(name=label(unquote(_path(items[n].href)), n), path=path)
+
+            await side_by_side([partial(fetch, n) for n in range(len(items))])
+            files = tuple(found[n] for n in range(len(items)))
+            if parts and place is not None:
+                windows = await to_thread.run_sync(_windows, files, parts, place)
+                await fetch_windows(windows, web, fields[0].partition(".")[0])
     if waiting.cancelled_caught:
         raise UnreachableReference(
-            f"only {len(files)} of {len(items)} files arrived within {patience.total_seconds:g} s"
+            f"only {len(found)} of {len(items)} files arrived within {patience.total_seconds:g} s"
         )
-    return tuple(files)
+    return files
+
+
+def _windows(
+    files: Sequence[SourceFile], parts: Sequence[RemoteFile], place: Place
+) -> list[tuple[RemoteFile, Window]]:
+    """The window of each file that the requested part needs; the whole file if that is not known.
+
+    Files that do not fit together are for the plan of the request to reject or to leave out.
+    """
+    whole = [(remote, remote.window) for remote in parts]
+    try:
+        headers, _ = read_headers(files)
+        with gdal_options():
+            needed = needed_windows(headers, place)
+    except (NotAGeoTIFF, NoGeoreference, GridMismatch):
+        return whole
+    by_path = {header.source.path: window for header, window in zip(headers, needed, strict=True)}
+    found = [(remote, by_path[remote.path]) for remote in parts]
+    return [(remote, window) for remote, window in found if window is not None]
 
 
 def check_again(files: Iterable[SourceFile], folder: Path, roots: Sequence[Path]) -> None:
@@ -153,19 +207,31 @@ def location_of(href: str, field: str, settings: Settings) -> Local | Remote:
     """Parse an href and check its host by name.
 
     Args:
-        href: an absolute path, a `file:` URL or an `http(s):` URL.
+        href: an absolute path, a `file:` URL, an `http(s):` URL or an `s3:` URL.
         field: the parameter that contains the href, for messages.
         settings: allowed hosts.
 
     Raises:
         ForbiddenReference: the href is neither a path nor a URL of an allowed host.
     """
+    href = _over_http(href)
     try:
         if urlsplit(href).scheme in {"", "file"}:
             return _local(href, field)
     except ValueError:
         raise ForbiddenReference(f"{field}: neither a path nor a URL that is allowed") from None
     return Remote.of(href, field, settings.allowed_hosts)
+
+
+def _over_http(href: str) -> str:
+    """The HTTPS URL of an object in a public S3 bucket; any other href unchanged."""
+    try:
+        parts = urlsplit(href)
+    except ValueError:
+        return href
+    if parts.scheme != "s3" or not parts.netloc:
+        return href
+    return f"https://{parts.netloc}.s3.amazonaws.com{parts.path}"
 
 
 def _local(href: str, field: str) -> Local:

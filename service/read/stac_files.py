@@ -15,23 +15,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio
 from anyio import to_thread
 
 from service.errors import (
-    BodyTooLarge,
     ForbiddenReference,
     GridMismatch,
     InvalidRequest,
-    PIMCError,
     UnreachableReference,
 )
 from service.grid import Window, crs_name
-from service.read.blocks import RemoteFile
+from service.read.blocks import RemoteFile, fetch_windows, side_by_side
 from service.read.clouds import BANDS as CLOUD_BANDS
-from service.read.connect import Connections, Patience, Remote, Resolver, resolve
+from service.read.connect import Connections, Patience, Remote, Remotes, Resolver, resolve
 from service.read.geotiff import SourceFile, gdal_options, label
 from service.read.layouts import StackOptions
 from service.read.masks import OWN, MaskRule, parse_mask
@@ -41,8 +38,6 @@ from service.read.stac import Asset, Search, StacItem, read_items
 from service.read.stack import read_headers
 from service.settings import Settings
 
-AT_ONCE = 8
-"""Number of files and ranges that are fetched at the same time."""
 _MARGIN = 0.01
 """Margin around points and polygons that is read as well, degrees."""
 _SIGN = (
@@ -99,6 +94,7 @@ async def fetch_stac(
     patience: Patience | None = None,
     resolver: Resolver = resolve,
     tls: ssl.SSLContext | None = None,
+    remotes: Remotes | None = None,
 ) -> StacFiles:
     """Find items, and fetch the parts of their assets that a request needs.
 
@@ -113,6 +109,7 @@ async def fetch_stac(
         patience: time limits.
         resolver: resolves host names.
         tls: trusted certificates; None uses httpx's own.
+        remotes: what all requests share; None shares nothing.
 
     Raises:
         ForbiddenReference: a URL, link or redirect is outside the allowed roots and hosts.
@@ -128,7 +125,9 @@ async def fetch_stac(
         raise ForbiddenReference("'stac' is not allowed: this server reads no files by reference")
     patience = patience or Patience()
     with anyio.move_on_after(patience.total_seconds):
-        async with Connections(settings, patience=patience, resolver=resolver, tls=tls) as web:
+        async with Connections(
+            settings, patience=patience, resolver=resolver, tls=tls, remotes=remotes
+        ) as web:
             items = await _items(stac, web, settings.max_items)
             place = Place(grid=stack.grid, bbox=stack.bbox, area=stack.area)
             near = [item for item in items if _is_near(item, place)]
@@ -136,13 +135,13 @@ async def fetch_stac(
                 raise _none_touches(items, place)
             scenes = _scenes(near, (bands, optional), parse_mask(stack.mask), folder, settings)
             await to_thread.run_sync(_write_items, scenes)
-            await _side_by_side(
+            await side_by_side(
                 [partial(p.remote.open, web) for s in scenes for p in s.pieces if p.remote]
             )
             kept, windows, grid = await to_thread.run_sync(_needed, scenes, place)
             if not kept:
                 raise _none_touches(near, place)
-            await _fetch(windows, web)
+            await fetch_windows(windows, web, "stac")
             left_out = [(i.id, _OUTSIDE) for i in items if all(s.item is not i for s in kept)]
             return StacFiles(
                 files=tuple(file for scene in kept for file in scene.files),
@@ -276,20 +275,12 @@ def _scenes(
 
 def _piece(item: StacItem, asset: Asset, name: str, path: Path, settings: Settings) -> _Piece:
     field = f"item '{item.id}', asset '{asset.key}'"
-    location = location_of(_over_http(asset.href), field, settings)
+    location = location_of(asset.href, field, settings)
     if isinstance(location, Local):
         found = location.find(settings.allowed_roots)
         return _Piece(asset=asset, file=SourceFile(name=name, path=found), remote=None)
     remote = RemoteFile(remote=location, path=path, hint=_SIGN)
     return _Piece(asset=asset, file=SourceFile(name=name, path=path), remote=remote)
-
-
-def _over_http(href: str) -> str:
-    """The HTTPS URL of an object in a public S3 bucket; any other href unchanged."""
-    parts = urlsplit(href)
-    if parts.scheme != "s3" or not parts.netloc:
-        return href
-    return f"https://{parts.netloc}.s3.amazonaws.com{parts.path}"
 
 
 def _write_items(scenes: Sequence[_Scene]) -> None:
@@ -331,43 +322,3 @@ def _needed(scenes: Sequence[_Scene], place: Place) -> tuple[list[_Scene], _Wind
         if piece.remote is not None and not piece.remote.whole and window is not None
     ]
     return kept, to_fetch, place.grid
-
-
-async def _fetch(windows: _Windows, web: Connections) -> None:
-    """Fetch the needed blocks of all files.
-
-    Raises:
-        BodyTooLarge: the blocks have more bytes than may still be received.
-    """
-    size = sum(remote.cost(window) for remote, window in windows)
-    if size > web.left:
-        raise BodyTooLarge(
-            f"stac: the needed blocks of {len(windows)} files have {size} bytes, and the server "
-            f"receives at most {web.left} more (PIMC_MAX_BODY_BYTES); give a smaller bbox or area, "
-            "or fewer dates"
-        )
-    await _side_by_side([partial(remote.fetch, web, window) for remote, window in windows])
-
-
-async def _side_by_side(works: Sequence[Callable[[], Awaitable[None]]]) -> None:
-    """Await several calls, at most `AT_ONCE` of them at the same time.
-
-    Raises:
-        PIMCError: the error of the first call that fails; the others are cancelled.
-    """
-    limiter = anyio.CapacityLimiter(AT_ONCE)
-    failed: list[PIMCError] = []
-    async with anyio.create_task_group() as group:
-
-        async def one(work: Callable[[], Awaitable[None]]) -> None:
-            try:
-                async with limiter:
-                    await work()
-            except PIMCError as error:
-                failed.append(error)
-                group.cancel_scope.cancel()
-
-        for work in works:
-            group.start_soon(one, work)
-    if failed:
-        raise failed[0]

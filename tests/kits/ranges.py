@@ -22,6 +22,8 @@ class RangeServer:
     """Path, first byte and the one behind the last, of each request that got a response."""
     before: Callable[[BaseHTTPRequestHandler], bool] = lambda _: False
     """Called with each request; True if it has sent the response."""
+    tag: str = ""
+    """ETag of each file; empty for none."""
     handler: type[BaseHTTPRequestHandler] = BaseHTTPRequestHandler
 
     def bytes_of(self, path: str) -> int:
@@ -72,6 +74,8 @@ def range_server(folder: Path) -> Iterator[RangeServer]:
             self.send_response(206 if given else 200)
             if given:
                 self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
+            if server.tag:
+                self.send_header("ETag", server.tag)
             self.send_header("Content-Length", str(end - begin))
             self.end_headers()
             self.wfile.write(data[begin:end])

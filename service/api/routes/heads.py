@@ -166,7 +166,7 @@ async def _read_request(
         return await _of_files(parameters, fetched.files, labels, folder, app, stack=fetched.stack)
     items, parameters = named
     with span("fetch", items=len(items)):
-        files = await fetch_items(items, folder, settings)
+        files = await fetch_items(items, folder, settings, remotes=app.remotes)
     for file in files:
         if file.path.is_relative_to(folder):  # downloaded
             admitted.received(file.path.stat().st_size)

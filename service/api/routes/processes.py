@@ -331,7 +331,9 @@ class _Inputs:
     async def _fetched(self, links: Sequence[Reference], folder: Path) -> tuple[SourceFile, ...]:
         items = [ItemBody.model_construct(href=link.href) for link in links]
         fields = [link.field for link in links]
-        files = await fetch_items(items, folder, self.app.settings, fields=fields)
+        files = await fetch_items(
+            items, folder, self.app.settings, fields=fields, remotes=self.app.remotes
+        )
         for file in files:
             if file.path.is_relative_to(self.folder):  # downloaded
                 self.admitted.received(file.path.stat().st_size)

@@ -50,6 +50,7 @@ from service.jobs.store import Idempotency, Job, fingerprint
 from service.read.containers import unpack
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
+from service.read.placement import Place
 from service.read.references import fetch_items
 from service.run.execute import Result, execute
 from service.run.plan import Plan, plan_request
@@ -468,8 +469,17 @@ async def read_request(
     )
     if named is not None:
         items, parameters = named
+        stack = parameters.stack
+        # Without a part, every block of the files is read.
+        part = Place(grid=stack.grid, bbox=stack.bbox, area=stack.area)
         with span("fetch", items=len(items)):
-            files = await fetch_items(items, folder, settings)
+            files = await fetch_items(
+                items,
+                folder,
+                settings,
+                place=part if stack.bbox or stack.area else None,
+                remotes=app.remotes,
+            )
         for file in files:
             if file.path.is_relative_to(folder):  # downloaded
                 admitted.received(file.path.stat().st_size)
