@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -15,6 +19,7 @@ from benchmarks.serving import served
 from service.jobs.backup import back_up, restore
 from service.jobs.files import lock
 from service.settings import SettingsError
+from tests.kits.client import Received, Reply, serving
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import SERIES, Files, result, stack, submitted, until, waited
 from tests.kits.patience import PATIENCE
@@ -116,6 +121,51 @@ def test_a_job_that_ends_while_it_is_copied_is_kept_as_it_ended(
         assert api.get(f"/jobs/{job}/result").status_code == (200 if ends == "successful" else 409)
         kept = (backup / "jobs" / job).exists()
         assert kept == (ends == "successful")
+
+
+@pytest.mark.parametrize(("ends", "queued"), [("successful", ["success"]), ("dismissed", [])])
+def test_the_callback_of_a_job_that_ends_while_it_is_copied_is_kept(
+    zoo: Path, files: Files, gate: Gate, tmp_path: Path, ends: str, queued: list[str]
+) -> None:
+    """The receiver accepts nothing until the backup is restored, and then what the backup holds."""
+    state, backup, other = (tmp_path / name for name in ("state", "backup", "other"))
+    restored, delivered = Event(), Event()
+
+    def receive(request: Received) -> Reply:
+        if not restored.is_set():
+            return Reply(status=503)
+        delivered.set()
+        return Reply()
+
+    with serving(receive) as (url, _):
+        calling = {
+            "model_dir": zoo,
+            "callback_hosts": url.removeprefix("http://"),
+            "callback_secrets": "whsec_" + base64.b64encode(bytes(range(32))).decode(),
+        }
+        gate.hold(after=0)
+        with served(state_dir=state, **calling) as api:
+            whom = json.dumps({"successUri": f"{url}/done"})
+            data = {"model": HELD, "subscriber": whom}
+            job = submitted(api, "/classify-pixels", files=files, data=data)
+
+            def copy(source: Path, target: Path) -> None:
+                if source.name == "input":
+                    if ends == "dismissed":
+                        api.delete(f"/jobs/{job}")
+                    gate.open()
+                    waited(api, job)
+                (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+
+            back_up(state, backup, copy=copy)
+        restore(backup, other)
+        with closing(sqlite3.connect(other / "jobs.sqlite")) as db, db:
+            assert [event for (event,) in db.execute("SELECT event FROM callbacks")] == queued
+            db.execute("UPDATE callbacks SET due = 0")  # it would be tried again later
+        restored.set()
+        with served(state_dir=other, **calling) as api:
+            assert api.get(f"/jobs/{job}").json()["status"] == ends
+            assert delivered.wait(PATIENCE) if queued else not delivered.is_set()
 
 
 def test_a_backup_of_an_idle_service_is_byte_for_byte_the_same_twice(

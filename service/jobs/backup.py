@@ -16,7 +16,7 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +182,8 @@ def _keep_job(
     target: Path,
     copy: Callable[[Path, Path], None],
 ) -> None:
-    """Copy a job's files and its row; copy both again if the job changed meanwhile."""
+    """Copy a job's files, row and callbacks; copy all again if the job changed meanwhile."""
+    (number,) = kept.execute("SELECT number FROM jobs WHERE id = ?", (name,)).fetchone()
     for _ in range(_TRIES):
         row = _row(live, name)
         try:
@@ -197,9 +198,13 @@ def _keep_job(
         except (FileNotFoundError, shutil.Error):
             pass  # the service has removed files; the row's status changes with them
         else:
+            # A job and the callback of its end change together: if the job is the same before and
+            # after, the callbacks are those of that state.
+            callbacks = _callbacks(live, kept, number)
             again = _row(live, name)
             if _ended(again) == _ended(row):
                 _keep_row(kept, name, again)
+                _keep_callbacks(kept, callbacks, number)
                 return
         remove(target)
         time.sleep(_PAUSE_SECONDS)
@@ -239,6 +244,24 @@ def _keep_row(kept: sqlite3.Connection, name: str, row: Any) -> None:  # noqa: A
     kept.execute("DELETE FROM windows WHERE job = ?", (row["number"],))
     columns = ", ".join(f"{column} = :{column}" for column in values)
     kept.execute(f"UPDATE jobs SET {columns} WHERE id = :id", values)  # noqa: S608 - our columns
+
+
+def _callbacks(live: _Live, kept: sqlite3.Connection, job: int) -> list[Any]:
+    """The queued callbacks of a job; none in a database of before there were callbacks."""
+    if not kept.execute("SELECT 1 FROM sqlite_master WHERE name = 'callbacks'").fetchone():
+        return []
+    return live.execute("SELECT * FROM callbacks WHERE job = ?", (job,)).fetchall()
+
+
+def _keep_callbacks(kept: sqlite3.Connection, callbacks: Sequence[Any], job: int) -> None:
+    """Replace the queued callbacks of a job in the backup."""
+    for callback in _callbacks(kept, kept, job):
+        kept.execute("DELETE FROM callbacks WHERE number = ?", (callback["number"],))
+    for callback in callbacks:
+        values = dict(zip(callback.keys(), callback, strict=True))
+        columns, marks = ", ".join(values), ", ".join(f":{column}" for column in values)
+        statement = f"INSERT INTO callbacks ({columns}) VALUES ({marks})"  # noqa: S608 - our columns
+        kept.execute(statement, values)
 
 
 def restore(backup: Path, state: Path, *, database_url: str | None = None) -> int:
