@@ -109,8 +109,8 @@ class Settings(BaseSettings):
     """API keys, comma-separated, each plain or as `sha256:` and its hex SHA-256; with at least one,
     tasks, jobs and models need a key. The service keeps only the hashes."""
     api_keys_file: Path | None = None
-    """File of further API keys, each with a name and optionally an expiry; read again when it
-    changes."""
+    """File of further API keys, each with a name and optionally an expiry and quotas; read again
+    when it changes."""
     private: bool = False
     """Whether metrics, documentation and the details of readiness need an API key as well."""
     model_dir: Path | None = None

@@ -36,7 +36,8 @@ from service.read.layouts import StackOptions
 from service.read.stack import open_stack
 from service.read.vectors import Fields, read_fields
 from service.run import windows as windowing
-from service.run.fields import Coverage, FieldGrid, run_fields
+from service.run.coverage import Coverage, FieldGrid
+from service.run.fields import run_fields
 from service.run.plan import plan_raster
 from service.run.raster import make_work
 from tests.kits.jobs import waited

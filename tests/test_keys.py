@@ -80,6 +80,17 @@ def test_a_file_has_a_key_a_line_with_name_and_expiry() -> None:
         ("anna", "NAME KEY"),
         ("anna swordfish soon", "NAME KEY"),
         ("anna swordfish expires=2027-01-31 more", "NAME KEY"),
+        ("anna swordfish jobs=1 jobs=2", "each at most once"),
+        ("anna swordfish seats=1", "NAME KEY"),
+        ("anna swordfish jobs=0", "jobs=0 is not a positive number"),
+        ("anna swordfish pixels=1e9", "pixels=1e9 is not a positive number"),
+        ("anna swordfish pixels=9223372036854775808", "not a positive number"),
+        ("anna swordfish storage=-1GiB", "such as storage=50GiB, or storage=unlimited"),
+        ("anna swordfish requests=", "requests= is not a positive number"),
+        (
+            "anna swordfish jobs=3\nanna x jobs=4",
+            "line 3: an earlier line of 'anna' states another",
+        ),
         ("anna swordfish expires=soon", "not a date"),
         ("anna swordfish expires=2027-02-30", "not a date"),
         ("anna swordfish expires=9999-12-31", "not a date"),
@@ -97,6 +108,42 @@ def test_a_line_that_is_not_valid_is_named_without_its_key(line: str, message: s
         read_keys(f"# comment\n{line}\n")
     assert message in str(caught.value)
     assert "swordfish" not in str(caught.value)
+
+
+def test_a_quota_of_one_line_holds_for_all_lines_of_its_caller() -> None:
+    text = """
+    anna  the-old-key  jobs=3  storage=10GiB
+    anna  the-new-key  pixels=unlimited expires=2027-01-31 jobs=3
+    ben   x
+    """
+    old, new, ben = read_keys(text)
+    assert old.quotas == new.quotas == {"jobs": 3, "storage": 10 * 2**30, "pixels": None}
+    assert not ben.quotas
+
+
+@pytest.mark.slow
+def test_quotas_of_a_key_replace_those_of_the_settings_without_a_restart(
+    zoo: Path, keys: Path
+) -> None:
+    def quotas(headers: dict[str, str]) -> dict[str, str]:
+        """Each quota that a response states, by name."""
+        response = api.post("/embed", json=SERIES, headers=headers)
+        assert response.status_code == 200, response.text
+        return dict(re.findall(r'"(\w+)";q=(\d+)', response.headers["RateLimit-Policy"]))
+
+    ben = {"X-API-Key": "of-ben"}
+    replace(keys, "anna the-old-key requests=3 jobs=7 pixels=unlimited storage=1MiB\nben of-ben\n")
+    with served(
+        model_dir=zoo, api_keys_file=keys, max_requests_per_caller=5, max_pixels_per_day=100,
+        max_jobs=20,
+    ) as api:  # fmt: skip
+        assert quotas(OLD) == {"requests": "3", "jobs": "7", "storage": "1048576"}
+        assert quotas(ben) == {"requests": "5", "jobs": "10", "pixels": "100"}
+        replace(keys, "anna the-old-key pixels=2\nben of-ben pixels=1\n")
+        assert soon(lambda: "pixels" in quotas(OLD))  # the series before do not count
+        refused = api.post("/embed", json=SERIES, headers=ben)
+        assert (refused.status_code, refused.json()["violated-policies"]) == (429, ["pixels"])
+        assert "`pixels` of its key" in refused.json()["detail"]
 
 
 def test_an_expired_key_is_an_error_that_says_so(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -33,7 +34,9 @@ from benchmarks.process import Served, served
 from benchmarks.tiny_zoo import write_zoo
 from service.container import usable_memory
 from service.errors import Cancelled, Overloaded, RasterTooLarge
+from service.read.geotiff import BlockCache
 from service.read.layouts import StackOptions
+from service.read.radiometry import calibrate
 from service.read.reader import footprint
 from service.read.stack import Stack, open_stack
 from service.run.memory import MemoryBudget, Need
@@ -253,6 +256,36 @@ def test_blocks_masks_and_tables_are_counted(tmp_path: Path) -> None:
     assert footprint(stack, (0,)).held == found.held // 2
 
 
+def read_so_far() -> int:
+    """Bytes that this process has read from files, from the page cache or not."""
+    words = Path("/proc/self/io").read_text(encoding="ascii").split()
+    return int(words[words.index("rchar:") + 1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs /proc/self/io")
+def test_a_block_that_holds_several_sampled_places_is_decoded_once(tmp_path: Path) -> None:
+    side = 1024
+    random = np.random.default_rng(1).integers(1000, 5000, (3, side, side), np.uint16)
+    files = [
+        write(
+            tmp_path / f"s_2021-0{month}-01.tif",
+            random,
+            descriptions=BANDS,
+            interleave="pixel",
+            blockysize=side,
+            compress="deflate",
+        )
+        for month in (1, 2, 3)
+    ]
+    stack = open_stack(files, StackOptions(), bands=BANDS, max_bytes=2**30)
+    assert stack.block == (side, side)
+    before = read_so_far()
+    calibrate(stack, cache=BlockCache())
+    # Five places are sampled of each file, and its only block is as large as the file.
+    size = sum(file.path.stat().st_size for file in files)
+    assert 1 <= (read_so_far() - before) / size < 1.2
+
+
 # Over a socket --------------------------------------------------------------------------------
 
 BUDGET = 300 * MIB
@@ -324,6 +357,46 @@ def test_four_callers_with_large_files_stay_within_the_budget(
     assert [response.status_code for response in responses] == [200] * 4, responses[0].text
     grown = service.peak() - before
     # Without the budget the four take more than twice as much.
+    assert grown < BUDGET + 64 * MIB, f"{grown / MIB:.0f} MiB"
+    assert service.metric("pimc_memory_taken_bytes") == 0
+
+
+def halves(side: int) -> str:
+    """Labels of two classes: ten polygons, each of which covers most of one half of the raster."""
+    features = []
+    for number in range(10):
+        left = (number % 2) * side // 2 + number
+        corners = [(left, 0), (left, side), (left + side // 2 - 10, side), (left + 10, 0)]
+        x, y = zip(*(NORTH_UP * corner for corner in (*corners, corners[0])), strict=True)
+        ring = np.transpose(rasterio.warp.transform(UTM, "EPSG:4326", x, y)).tolist()
+        features.append(
+            {
+                "type": "Feature",
+                "geometry": {"type": "Polygon", "coordinates": [ring]},
+                "properties": {"class": "even" if number % 2 else "odd"},
+            }
+        )
+    return json.dumps({"type": "FeatureCollection", "features": features})
+
+
+@pytest.mark.slow
+def test_labels_of_large_polygons_stay_within_the_budget(service: Served, tmp_path: Path) -> None:
+    side = 1400
+    content = fat(tmp_path / "a.tif", side)
+
+    def teach(number: int) -> httpx.Response:
+        files = [("files", (f"s_2021-{month:02}-01.tif", content)) for month in range(1, 5)]
+        data = {"name": f"halves-{number}", "labels": halves(side)}
+        return httpx.post(f"{service.url}/heads", files=files, data=data, timeout=PATIENCE)
+
+    assert teach(0).status_code == 201
+    service.forget_peak()
+    before = service.peak()
+    with ThreadPoolExecutor(4) as pool:
+        responses = list(pool.map(teach, range(1, 5)))
+    assert [response.status_code for response in responses] == [201] * 4, responses[0].text
+    grown = service.peak() - before
+    # The covered shares of all labels of one request take more than 120 MiB.
     assert grown < BUDGET + 64 * MIB, f"{grown / MIB:.0f} MiB"
     assert service.metric("pimc_memory_taken_bytes") == 0
 

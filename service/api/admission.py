@@ -178,8 +178,8 @@ class Admission:
         run_slots: number of requests that may run at once.
         upload_rate: bytes per second that an upload must keep.
         spool_bytes: largest size on disk of all bodies in flight, bytes.
-        most_requests: largest number of requests of one caller at once; None limits them by its
-            queue slots only.
+        most_requests: returns the largest number of requests of a caller at once; None limits them
+            by its queue slots only.
         given_up: called for each upload that was ended because another request needed its
             capacity.
     """
@@ -190,7 +190,7 @@ class Admission:
         *,
         upload_rate: float,
         spool_bytes: int,
-        most_requests: int | None = None,
+        most_requests: Callable[[str], int | None] = lambda _: None,
         given_up: Callable[[], None] = lambda: None,
     ) -> None:
         self.runs = FairSlots(run_slots)
@@ -260,11 +260,12 @@ class Admission:
             TooManyRequests: the caller has the largest allowed number of requests at once.
         """
         mine = [one for one in self._admitted if one.caller == caller]
-        if self._most_requests is not None and len(mine) >= self._most_requests:
+        allowed = self._most_requests(caller)
+        if allowed is not None and len(mine) >= allowed:
             raise TooManyRequests(
                 f"{len(mine)} requests of this caller are in flight, and at most "
-                f"{self._most_requests} are allowed at once (PIMC_MAX_REQUESTS_PER_CALLER); "
-                f"nothing was started, retry after {_RETRY_SECONDS} s",
+                f"{allowed} are allowed at once (PIMC_MAX_REQUESTS_PER_CALLER, or `requests` of "
+                f"its key); nothing was started, retry after {_RETRY_SECONDS} s",
                 policy=REQUESTS,
                 retry_after=_RETRY_SECONDS,
             )

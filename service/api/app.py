@@ -30,7 +30,7 @@ from service.api.middleware import (
 )
 from service.api.openapi import DESCRIPTION, DocumentedApp
 from service.api.problems import add_handlers, fault
-from service.api.quotas import Quotas
+from service.api.quotas import Allowances, Quotas
 from service.api.routes import heads as head_routes
 from service.api.routes import health, home, models, processes, series, tasks, validate
 from service.api.routes import jobs as job_routes
@@ -152,11 +152,12 @@ def create_app(
                 refresh=heads.refresh,
                 traces=traces,
             )
+            allowances = Allowances(settings, keys)
             admission = Admission(
                 settings.max_concurrency,
                 upload_rate=settings.upload_rate,
                 spool_bytes=settings.spool_bytes,
-                most_requests=settings.max_requests_per_caller,
+                most_requests=allowances.requests,
                 given_up=metrics.upload_given_up,
             )
             metrics.watch_admission(
@@ -179,7 +180,7 @@ def create_app(
                     changed=metrics.downloads,
                     rejected=metrics.download_rejected,
                 ),
-                quotas=Quotas(settings, keys, store, admission),
+                quotas=Quotas(allowances, store, admission),
                 metrics=metrics,
                 keys=keys,
                 refusals=Refusals(metrics.key_refused),

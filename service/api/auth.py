@@ -7,14 +7,15 @@ import hmac
 import ipaddress
 import logging
 import re
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 
 import anyio
 from anyio import sleep, to_thread
+from pydantic import ByteSize, TypeAdapter
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
@@ -25,8 +26,13 @@ _LOG = logging.getLogger(__name__)
 _FILE_BYTES = 2**20
 _LOOK_SECONDS = 1.0
 """Seconds between two checks whether the key file has changed."""
+_EXPIRES = "expires"
+UNLIMITED = "unlimited"
+QUOTAS = ("requests", "jobs", "pixels", "storage")
+"""Names of the quotas that a line of a key file may state."""
+_OPTIONS = {_EXPIRES, *QUOTAS}
+_SIZE = TypeAdapter(ByteSize)
 _NAME = re.compile(r"(?![0-9a-f]{16}$)[a-z0-9][a-z0-9._@-]{0,63}")
-_EXPIRES = "expires="
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,9 @@ class Key:
     """SHA-256 of the key."""
     expires: datetime | None = None
     """Time from which the key is no longer valid; None if it does not expire."""
+    quotas: Mapping[str, int | None] = field(default_factory=dict)
+    """The caller's own quotas by name, among `QUOTAS`; None is unlimited, and a quota that is not
+    stated is that of the settings."""
 
     @classmethod
     def of_hash(cls, text: str) -> Key:
@@ -47,17 +56,20 @@ class Key:
 
 
 def read_keys(text: str) -> tuple[Key, ...]:
-    """Parse a key file: a name, a key, and optionally `expires=` per line; `#` begins a comment.
+    """Parse a key file: a name, a key, and options per line; `#` begins a comment.
 
-    Lines with the same name belong to one caller, so that a key can be replaced.
+    Lines with the same name belong to one caller, so that a key can be replaced. Quotas belong to
+    the caller, so that those of one line hold for all of its lines.
 
     Args:
         text: content of the file.
 
     Raises:
-        ValueError: a line is not valid, or two lines hold the same key; no message holds a key.
+        ValueError: a line is not valid, two lines hold the same key, or lines of one name state
+            different quotas; no message holds a key.
     """
     keys: dict[bytes, Key] = {}
+    quotas: dict[str, dict[str, int | None]] = defaultdict(dict)
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
         if not words:
@@ -69,13 +81,22 @@ def read_keys(text: str) -> tuple[Key, ...]:
         if key.digest in keys:
             raise ValueError(f"line {number}: an earlier line holds the same key; remove one")
         keys[key.digest] = key
-    return tuple(keys.values())
+        own = quotas[key.owner]
+        for name, quota in key.quotas.items():
+            if own.setdefault(name, quota) != quota:
+                raise ValueError(
+                    f"line {number}: an earlier line of '{key.owner}' states another {name}=; "
+                    "state it once"
+                )
+    return tuple(replace(key, quotas=quotas[key.owner]) for key in keys.values())
 
 
 def _read_key(words: list[str]) -> Key:
-    if not 2 <= len(words) <= 3 or (len(words) == 3 and not words[2].startswith(_EXPIRES)):
+    options = dict(word.partition("=")[::2] for word in words[2:])
+    if len(words) < 2 or len(options) < len(words) - 2 or not set(options) <= _OPTIONS:
         raise ValueError(
-            f"{len(words)} words, but a line must be 'NAME KEY' or 'NAME KEY expires=2027-01-31'"
+            "a line must be 'NAME KEY', and after them each at most once expires=2027-01-31, "
+            "requests=4, jobs=20, pixels=500000000, storage=50GiB"
         )
     name = words[0]
     if not _NAME.fullmatch(name):
@@ -84,8 +105,26 @@ def _read_key(words: list[str]) -> Key:
             "a letter or a digit, and not be 16 hex digits"
         )
     digest = bytes.fromhex(key_hash(words[1]).removeprefix(KEY_HASH))
-    expires = _end_of_validity(words[2].removeprefix(_EXPIRES)) if len(words) == 3 else None
-    return Key(owner=name, digest=digest, expires=expires)
+    expires = _end_of_validity(options.pop(_EXPIRES)) if _EXPIRES in options else None
+    quotas = {quota: _quota(quota, text) for quota, text in options.items()}
+    return Key(owner=name, digest=digest, expires=expires, quotas=quotas)
+
+
+def _quota(name: str, text: str) -> int | None:
+    """A quota of a key file; None if it is unlimited."""
+    if text == UNLIMITED:
+        return None
+    try:
+        number = int(_SIZE.validate_python(text)) if name == "storage" else int(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < 2**63:
+        example = "50GiB" if name == "storage" else "20"
+        raise ValueError(
+            f"{name}={text} is not a positive number such as {name}={example}, or "
+            f"{name}={UNLIMITED}"
+        )
+    return number
 
 
 def _end_of_validity(text: str) -> datetime:
@@ -122,6 +161,7 @@ class ApiKeys:
     ) -> None:
         self._unnamed = {key.digest: key for key in map(Key.of_hash, hashes)}
         self._keys = self._unnamed
+        self._quotas: Mapping[str, Mapping[str, int | None]] = {}
         self._file = file
         self._adopt = adopt
         self._seen: tuple[int, ...] = ()
@@ -132,6 +172,10 @@ class ApiKeys:
     def required(self) -> bool:
         """Whether a request needs a key."""
         return bool(self._keys) or self._file is not None
+
+    def quotas_of(self, caller: str) -> Mapping[str, int | None]:
+        """A caller's own quotas by name; empty if the key file states none for it."""
+        return self._quotas.get(caller, {})
 
     @property
     def callers(self) -> int:
@@ -168,6 +212,7 @@ class ApiKeys:
             raise ValueError("the file is not valid UTF-8 text") from None
         self._adopt({_unnamed(KEY_HASH + key.digest.hex()): key.owner for key in named})
         self._keys = self._unnamed | {key.digest: key for key in named}
+        self._quotas = {key.owner: key.quotas for key in named}
         self._seen = seen
         _LOG.info("API keys read", extra={"keys": len(named), "valid": self.valid()})
 

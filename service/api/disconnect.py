@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Awaitable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Protocol, TypeVar
 
@@ -27,6 +28,26 @@ class Run(Protocol[Result_co]):
             Cancelled: `cancelled` was set before the end.
         """
         ...
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """Await work on a body that has been read, only for as long as the client stays connected.
+
+    Args:
+        request: the request, whose body has been read to the end.
+        work: the work, such as fetching the files that the body names.
+
+    Raises:
+        Cancelled: the client disconnected before the work was done.
+    """
+    gone = threading.Event()
+    with anyio.CancelScope() as working:
+        watcher = asyncio.create_task(_watch_disconnect(request, gone, working))
+        try:
+            return await work
+        finally:
+            watcher.cancel()
+    raise Cancelled("the client disconnected while its files were fetched")
 
 
 async def run_watched(

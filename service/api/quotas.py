@@ -43,36 +43,52 @@ class Limit:
     """Seconds until the quota is available again; None without a window."""
 
 
-class Quotas:
-    """The quotas of each caller.
+class Allowances:
+    """What each caller may take: its quotas of the key file, and else those of the settings.
 
     Args:
-        settings: settings that hold the quotas.
-        keys: API keys of the callers.
-        jobs: store that counts jobs, pixels and bytes by caller.
-        admission: admission control, which counts requests by caller.
+        settings: settings that hold the quotas of all callers.
+        keys: API keys of the callers, with their own quotas.
     """
 
-    def __init__(
-        self, settings: Settings, keys: ApiKeys, jobs: JobStore, admission: Admission
-    ) -> None:
+    def __init__(self, settings: Settings, keys: ApiKeys) -> None:
         self._settings = settings
         self._keys = keys
-        self._jobs = jobs
-        self._admission = admission
 
-    @property
-    def share(self) -> Share:
-        """The quotas of one caller for jobs, pixels and storage."""
-        settings = self._settings
+    def requests(self, caller: str) -> int | None:
+        """Largest number of requests of a caller at once; None is unlimited."""
+        return self._keys.quotas_of(caller).get("requests", self._settings.max_requests_per_caller)
+
+    def share(self, caller: str) -> Share:
+        """The quotas of a caller for jobs, pixels and storage."""
+        settings, own = self._settings, self._keys.quotas_of(caller)
         jobs = settings.max_jobs_per_caller
         if jobs is None and self._keys.callers > 1:
             jobs = max(1, settings.max_jobs // 2)
         return Share(
-            jobs=jobs,
-            pixels=settings.max_pixels_per_day,
-            bytes=settings.max_storage_per_caller,
+            jobs=own.get("jobs", jobs),
+            pixels=own.get("pixels", settings.max_pixels_per_day),
+            bytes=own.get("storage", settings.max_storage_per_caller),
         )
+
+
+class Quotas:
+    """The quotas of each caller, and what remains of them.
+
+    Args:
+        allowances: what each caller may take.
+        jobs: store that counts jobs, pixels and bytes by caller.
+        admission: admission control, which counts requests by caller.
+    """
+
+    def __init__(self, allowances: Allowances, jobs: JobStore, admission: Admission) -> None:
+        self._allowances = allowances
+        self._jobs = jobs
+        self._admission = admission
+
+    def share(self, caller: str) -> Share:
+        """The quotas of a caller for jobs, pixels and storage."""
+        return self._allowances.share(caller)
 
     @contextmanager
     def charged(self, caller: str, pixels: int) -> Iterator[None]:
@@ -85,7 +101,7 @@ class Quotas:
         Raises:
             TooManyRequests: the caller's pixels of the day are used up.
         """
-        share = self.share
+        share = self.share(caller)
         self._jobs.charge(caller, pixels, share)
         try:
             yield
@@ -95,8 +111,8 @@ class Quotas:
 
     async def limits(self, caller: str) -> list[Limit]:
         """The quotas that are set, and what remains of them for a caller."""
-        share = self.share
-        requests = self._settings.max_requests_per_caller
+        share = self.share(caller)
+        requests = self._allowances.requests(caller)
         found = []
         if requests is not None:
             left = requests - self._admission.requests_of(caller)

@@ -559,8 +559,8 @@ class JobStore:
         if share.jobs is not None and used.jobs >= share.jobs:
             raise TooManyRequests(
                 f"{used.jobs} jobs of this caller wait or run, and at most {share.jobs} are "
-                "allowed (PIMC_MAX_JOBS_PER_CALLER): wait until one finishes, or dismiss one; "
-                "nothing was started",
+                "allowed (PIMC_MAX_JOBS_PER_CALLER, or `jobs` of its key): wait until one "
+                "finishes, or dismiss one; nothing was started",
                 policy=JOBS,
             )
         if share.bytes is not None and used.bytes + size >= share.bytes:
@@ -569,8 +569,8 @@ class JobStore:
             ).fetchone()
             raise TooManyRequests(
                 f"the jobs of this caller keep {used.bytes} bytes, this one would add {size}, and "
-                f"at most {share.bytes} are allowed (PIMC_MAX_STORAGE_PER_CALLER): dismiss "
-                "finished jobs, or wait until the oldest one expires",
+                f"at most {share.bytes} are allowed (PIMC_MAX_STORAGE_PER_CALLER, or `storage` of "
+                "its key): dismiss finished jobs, or wait until the oldest one expires",
                 policy=STORAGE,
                 retry_after=max(1, math.ceil(self._ttl - age)),
             )
@@ -1357,8 +1357,8 @@ def _charge(db: Session, caller: str, pixels: int, share: Share) -> None:
     if used + pixels > share.pixels:
         raise TooManyRequests(
             f"this caller has used {used} of its {share.pixels} pixels of this day (UTC; "
-            f"PIMC_MAX_PIXELS_PER_DAY), and the request has {pixels} pixels: send a smaller area, "
-            "or wait until the next day; nothing was started",
+            f"PIMC_MAX_PIXELS_PER_DAY, or `pixels` of its key), and the request has {pixels} "
+            "pixels: send a smaller area, or wait until the next day; nothing was started",
             policy=PIXELS,
             retry_after=seconds_of_day_left(),
         )

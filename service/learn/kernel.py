@@ -91,6 +91,7 @@ def fit(
     best, temperature = _choice(left_out, classes, np.ones(len(classes), np.bool_))
     probabilities = np.empty_like(left_out[best])
     for fold in np.unique(folds):
+        check()
         # Candidate and temperature are chosen without the fold whose predictions are reported.
         others = folds != fold
         chosen, fold_temperature = _choice(left_out, classes, others)

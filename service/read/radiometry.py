@@ -153,7 +153,11 @@ class _Sample:
 
 
 def calibrate(
-    stack: Stack, used: Sequence[int] | None = None, *, cache: BlockCache | None = None
+    stack: Stack,
+    used: Sequence[int] | None = None,
+    *,
+    cache: BlockCache | None = None,
+    before_read: Callable[[], None] = lambda: None,
 ) -> Stack:
     """Check the files' scale, offset and nodata by sampled pixels of each date, and correct them.
 
@@ -161,6 +165,8 @@ def calibrate(
         stack: the stack.
         used: positions on the stack's T axis that a run will use; None for all.
         cache: GDAL's block cache; None does not change it.
+        before_read: called before a part of a file is read; an exception that it raises ends the
+            sampling.
 
     Returns:
         The stack with corrected scale, offset and nodata of its planes, and any of the warnings
@@ -175,7 +181,7 @@ def calibrate(
     positions = sorted(range(stack.observations) if used is None else used)
     if not positions:
         return stack
-    sample = _sample(stack, positions, cache)
+    sample = _sample(stack, positions, cache, before_read)
     warnings: list[StackWarning] = []
     for correct in (_fill, _scaled_already, _not_in_the_pixels, _unstated_offset):
         sample, more = correct(sample)
@@ -693,7 +699,12 @@ def _windows_per_date(windows: Sequence[Window], dates: int) -> int:
     return min(len(windows), max(1, _SAMPLED_DATES * len(windows) // max(1, dates)))
 
 
-def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) -> _Sample:
+def _sample(
+    stack: Stack,
+    positions: Sequence[int],
+    cache: BlockCache | None,
+    before_read: Callable[[], None],
+) -> _Sample:
     """Sample the same number of places on every date, more of them if there are few dates."""
     windows = _sampled_windows(stack)
     each = _windows_per_date(windows, len(positions))
@@ -705,17 +716,20 @@ def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) ->
     size = len(range(size)[thin])
     stored = np.empty((T, C, each * size), np.float32)
     valid = np.empty((T, each * size), np.bool_)
-    # The dates take turns with the places, so that many dates together cover all places.
-    for at, window in enumerate(windows):
-        ts = [t for t in range(T) if (at - t) % len(windows) < each]
-        if not ts:
-            continue
-        with StackReader(plain, [positions[t] for t in ts], cache=cache) as reader:
-            part = reader.read(window)
-        for k, t in enumerate(ts):
-            place = slice((at - t) % len(windows) * size, ((at - t) % len(windows) + 1) * size)
-            stored[t, :, place] = part.values[k].reshape(C, -1)[:, thin]
-            valid[t, place] = part.valid[k].reshape(-1)[thin]
+    # The dates take turns with the places, so that many dates together cover all places. All places
+    # of a date are read together, because a large block may hold several of them.
+    places = [tuple((t + k) % len(windows) for k in range(each)) for t in range(T)]
+    for chosen in sorted({tuple(sorted(own)) for own in places}):
+        ts = [t for t in range(T) if set(places[t]) == set(chosen)]
+        with StackReader(
+            plain, [positions[t] for t in ts], cache=cache, before_read=before_read
+        ) as reader:
+            parts = reader.read_together([windows[at] for at in chosen])
+        for at, part in zip(chosen, parts, strict=True):
+            for k, t in enumerate(ts):
+                begin = places[t].index(at) * size
+                stored[t, :, begin : begin + size] = part.values[k].reshape(C, -1)[:, thin]
+                valid[t, begin : begin + size] = part.valid[k].reshape(-1)[thin]
     first = _first_planes(stack)
     return _Sample(
         stored=stored,
@@ -724,7 +738,7 @@ def _sample(stack: Stack, positions: Sequence[int], cache: BlockCache | None) ->
         dates=tuple(stack.dates[t] for t in positions) if stack.dates else (),
         bands=plain.bands,
         planes=tuple(first[t] for t in positions),
-        places=tuple(tuple((t + k) % len(windows) for k in range(each)) for t in range(T)),
+        places=tuple(places),
     )
 
 

@@ -85,6 +85,21 @@ class _Layer:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """The arrays of one window of a layer, while its files are read."""
+
+    window: Window
+    values: NDArray[np.float32]
+    """(T, C, h, w) reflectance."""
+    present: NDArray[np.bool_]
+    """(T, h, w): whether a pixel has a value."""
+    clear: NDArray[np.bool_]
+    """(T, h, w): whether a mask leaves it."""
+    something: dict[int, NDArray[np.bool_]]
+    """(h, w) by date on which zeros in all bands mean no data: whether some band is not zero."""
+
+
 class StackReader:
     """Reads windows of a stack, for one thread at a time; close it, or use it in `with`.
 
@@ -109,8 +124,8 @@ class StackReader:
             cache: GDAL's block cache, enlarged for the stack's blocks until the reader is closed;
                 None does not change it.
             buffers: pool of the windows' memory; None creates one for this reader.
-            before_read: called before each window is read; an exception that it raises ends the
-                read.
+            before_read: called before a part of a file is read; an exception that it raises ends
+                the read.
         """
         self._stack = stack
         self._used = tuple(range(stack.observations) if used is None else used)
@@ -163,22 +178,50 @@ class StackReader:
             CorruptRaster: a file does not decode.
             Overloaded: the process has no free file descriptor.
         """
-        self._before_read()
+        (sits,) = self.read_together([window])
+        return sits
+
+    def read_together(self, windows: Sequence[Window]) -> list[Sits]:
+        """Decode several windows file by file, so that a block that they share is decoded once.
+
+        Args:
+            windows: windows of the stack's grid; all of them are in memory at once.
+
+        Returns:
+            The values and validity of each window, as `read` returns them.
+
+        Raises:
+            ValueError: a window does not lie inside the grid.
+            CorruptRaster: a file does not decode.
+            Overloaded: the process has no free file descriptor.
+        """
         grid = self._stack.grid
-        (top, bottom), (left, right) = window.toranges()
-        if not (0 <= top < bottom <= grid.height and 0 <= left < right <= grid.width):
-            raise ValueError(f"{window} is not inside {grid.height} rows x {grid.width} columns")
-        read: Iterator[Sits] = (self._read_layer(layer, window) for layer in self._layers)
+        for window in windows:
+            (top, bottom), (left, right) = window.toranges()
+            if not (0 <= top < bottom <= grid.height and 0 <= left < right <= grid.width):
+                raise ValueError(
+                    f"{window} is not inside {grid.height} rows x {grid.width} columns"
+                )
+        read: Iterator[Sequence[Sits]] = (
+            self._read_layer(layer, windows) for layer in self._layers
+        )
         if self._stack.cloud_bands is not None:
-            read = iter(self._without_clouds(list(read)))
+            by_window = [self._without_clouds(own) for own in zip(*read, strict=True)]
+            read = iter(list(zip(*by_window, strict=True)))
         merged = next(read)
         for layer, more in zip(self._layers[1:], read, strict=True):
-            for t, values, valid in zip(layer.positions, more.values, more.valid, strict=True):
-                better = valid & ~merged.valid[t]
-                np.copyto(merged.values[t], values, where=better)
-                merged.valid[t] |= better
-            self._buffers.give_back(more.values, more.valid)
-        return Sits(values=merged.values[:, : len(self._stack.bands)], valid=merged.valid)
+            for whole, part in zip(merged, more, strict=True):
+                self._fill_gaps(whole, part, layer.positions)
+        bands = len(self._stack.bands)
+        return [Sits(values=whole.values[:, :bands], valid=whole.valid) for whole in merged]
+
+    def _fill_gaps(self, whole: Sits, part: Sits, positions: Sequence[int]) -> None:
+        """Take the clear pixels of a layer where the layers before it are not clear."""
+        for t, values, valid in zip(positions, part.values, part.valid, strict=True):
+            better = valid & ~whole.valid[t]
+            np.copyto(whole.values[t], values, where=better)
+            whole.valid[t] |= better
+        self._buffers.give_back(part.values, part.valid)
 
     def _without_clouds(self, layers: Sequence[Sits]) -> Sequence[Sits]:
         """All layers, their `valid` restricted to pixels that the estimated mask finds clear.
@@ -228,54 +271,74 @@ class StackReader:
             self._buffers.give_back(part.values, part.valid)
         return Sits(values=values, valid=valid)
 
-    def _read_layer(self, layer: _Layer, window: Window) -> Sits:
-        T, C = len(layer.acquisitions), len(self._stack.bands_read)
-        h, w = int(window.height), int(window.width)
-        values = self._buffers.take((T, C), (h, w), np.float32)
-        present = self._buffers.take((T,), (h, w), np.bool_)
-        clear = self._buffers.take((T,), (h, w), np.bool_)
-        zero_counts = [not acquisition.zero_is_missing for acquisition in layer.acquisitions]
+    def _read_layer(self, layer: _Layer, windows: Sequence[Window]) -> list[Sits]:
+        parts = [self._blank(layer, window) for window in windows]
 
         def fill(read: _FileRead) -> None:
-            raw, mask = self._decode(read, window)
-            # Values beyond the range of float32 become infinite.
-            with np.errstate(over="ignore", invalid="ignore"):
-                for data, plane, (t, c) in zip(raw, read.planes, read.targets, strict=True):
-                    if c >= C:
-                        mask_plane = layer.acquisitions[t].masks[c - C]
-                        into = present if mask_plane.missing else clear
-                        into[t] &= mask_plane.clear(data)
-                        if mask is not None:
-                            into[t] &= mask != 0
-                        continue
-                    _reflectance(data, plane, values[t, c])
-                    if plane.may_be_beyond:
-                        present[t] &= np.abs(values[t, c]) < NO_VALUE  # False for NaN, too
-                    nodata = fill_of(plane) if read.position.warp else plane.nodata
-                    if nodata is not None:
-                        present[t] &= data != nodata
-                    if mask is not None:
-                        present[t] &= mask != 0
-                    if not zero_counts[t]:
-                        something[t] |= data != 0
+            for part in parts:
+                self._before_read()
+                self._fill(part, layer, read)
 
-        present.fill(True)
-        clear.fill(True)
-        # True where some band is not zero, for dates on which zeros in all bands mean no data.
-        something = {t: np.zeros((h, w), np.bool_) for t in range(T) if not zero_counts[t]}
         if layer.apart:
             for_each(layer.reads, fill, block_bytes=self._block_bytes)
         else:
             with gdal_options():
                 for read in layer.reads:
                     fill(read)
-        for t in range(T):
-            if not zero_counts[t]:
-                present[t] &= something[t]
+        return [self._filled(part) for part in parts]
+
+    def _blank(self, layer: _Layer, window: Window) -> _Part:
+        T, C = len(layer.acquisitions), len(self._stack.bands_read)
+        h, w = int(window.height), int(window.width)
+        present = self._buffers.take((T,), (h, w), np.bool_)
+        clear = self._buffers.take((T,), (h, w), np.bool_)
+        present.fill(True)
+        clear.fill(True)
+        zero_is_missing = [t for t, one in enumerate(layer.acquisitions) if one.zero_is_missing]
+        return _Part(
+            window=window,
+            values=self._buffers.take((T, C), (h, w), np.float32),
+            present=present,
+            clear=clear,
+            something={t: np.zeros((h, w), np.bool_) for t in zero_is_missing},
+        )
+
+    def _fill(self, part: _Part, layer: _Layer, read: _FileRead) -> None:
+        """Write one file's pixels of a window to the window's arrays."""
+        values, present, clear = part.values, part.present, part.clear
+        C = values.shape[1]
+        raw, mask = self._decode(read, part.window)
+        # Values beyond the range of float32 become infinite.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for data, plane, (t, c) in zip(raw, read.planes, read.targets, strict=True):
+                if c >= C:
+                    mask_plane = layer.acquisitions[t].masks[c - C]
+                    into = present if mask_plane.missing else clear
+                    into[t] &= mask_plane.clear(data)
+                    if mask is not None:
+                        into[t] &= mask != 0
+                    continue
+                _reflectance(data, plane, values[t, c])
+                if plane.may_be_beyond:
+                    present[t] &= np.abs(values[t, c]) < NO_VALUE  # False for NaN, too
+                nodata = fill_of(plane) if read.position.warp else plane.nodata
+                if nodata is not None:
+                    present[t] &= data != nodata
+                if mask is not None:
+                    present[t] &= mask != 0
+                if t in part.something:
+                    part.something[t] |= data != 0
+
+    def _filled(self, part: _Part) -> Sits:
+        """The values and validity of a window of which all files have been read."""
+        values, present, clear = part.values, part.present, part.clear
+        for t in range(len(values)):
+            if t in part.something:
+                present[t] &= part.something[t]
             if not present[t].all():  # most dates are complete
                 np.copyto(values[t], np.float32(np.nan), where=~present[t])
         if self._stack.area is not None:
-            clear &= self._inside(window)
+            clear &= self._inside(part.window)
         np.logical_and(present, clear, out=clear)
         self._buffers.give_back(present)
         return Sits(values=values, valid=clear)

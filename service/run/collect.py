@@ -270,7 +270,10 @@ class Sink:
             with stored():
                 if self._work.run.polygons:
                     path = self._work.folder / f"{POLYGONS}.parquet"
-                    write_polygons(files["class"], self._grid, card.classes, path)
+                    cancelled = self._work.cancelled
+                    write_polygons(
+                        files["class"], self._grid, card.classes, path, lambda: check(cancelled)
+                    )
                     files = {**files, POLYGONS: path}
                 item = result_item(
                     card,

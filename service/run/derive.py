@@ -5,6 +5,7 @@ class.tif [+ probabilities.tif] → smoothed → sieved → another class map or
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from service.errors import InvalidRequest
 from service.grid import Window
 from service.infer.smooth import Floats, smoothed
 from service.run.clean import read_around
+from service.run.executors import check
 from service.run.windows import WINDOW_BYTES, windows
 from service.write.cog import RasterWriter, StoredRaster, open_stored
 from service.write.polygons import write_polygons
@@ -87,7 +89,14 @@ def check_derivable(
         )
 
 
-def derive_map(files: Mapping[str, Path], cleaning: Cleaning, output: str, path: Path) -> None:
+def derive_map(
+    files: Mapping[str, Path],
+    cleaning: Cleaning,
+    output: str,
+    path: Path,
+    *,
+    cancelled: threading.Event | None = None,
+) -> None:
     """Write the cleaned class map of a result, or its polygons.
 
     Args:
@@ -95,8 +104,10 @@ def derive_map(files: Mapping[str, Path], cleaning: Cleaning, output: str, path:
         cleaning: the requested cleaning.
         output: `class` or `polygons`.
         path: the file to write.
+        cancelled: an event that ends the work when it is set.
 
     Raises:
+        Cancelled: `cancelled` was set.
         InvalidRequest: the map has more areas than can be joined or written.
         InsufficientStorage: the disk is full.
     """
@@ -106,9 +117,14 @@ def derive_map(files: Mapping[str, Path], cleaning: Cleaning, output: str, path:
         classes = raster.pixels.read(everything)[0].astype(np.uint8)
     if cleaning.smooth:
         with open_stored(files["probabilities"]) as probabilities:
-            classes = _smoothed_classes(probabilities, cleaning.smooth)
+            classes = _smoothed_classes(probabilities, cleaning.smooth, cancelled)
     if cleaning.min_area:
-        classes = sieved(classes, grid.hectares(everything), cleaning.min_area)
+        classes = sieved(
+            classes,
+            grid.hectares(everything),
+            cleaning.min_area,
+            check=lambda: check(cancelled),
+        )
     layer = Layer(name="class", bands=("class",), legend=legend)
     with TemporaryDirectory(dir=path.parent) as name:
         folder = Path(name)
@@ -116,7 +132,7 @@ def derive_map(files: Mapping[str, Path], cleaning: Cleaning, output: str, path:
             writer.write(everything, {"class": classes[None]})
             finished = writer.finish()["class"]
         if output == POLYGONS:
-            write_polygons(finished, grid, legend, path)
+            write_polygons(finished, grid, legend, path, lambda: check(cancelled))
         else:
             finished.replace(path)
 
@@ -127,11 +143,14 @@ def stored_probabilities(raster: StoredRaster, window: Window) -> Floats:
     return probabilities_of_bytes(values) if values.dtype == np.uint8 else values
 
 
-def _smoothed_classes(probabilities: StoredRaster, radius: int) -> np.ndarray:
+def _smoothed_classes(
+    probabilities: StoredRaster, radius: int, cancelled: threading.Event | None
+) -> np.ndarray:
     grid = probabilities.grid
     classes = np.full((grid.height, grid.width), NO_CLASS, np.uint8)
     count = len(probabilities.pixels.read(Window(0, 0, 1, 1)))
     for window in windows(grid, _BLOCK, _COPIES * 4 * count, WINDOW_BYTES):
+        check(cancelled)
         read = partial(stored_probabilities, probabilities)
         _, around = read_around(read, grid, window, radius)
         found = classes_with_confidence(smoothed(around, radius).reshape(count, -1).T)[0]

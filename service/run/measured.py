@@ -35,8 +35,9 @@ from service.read.radiometry import calibrate
 from service.read.reader import StackReader
 from service.read.stack import Sits, Stack, open_stack
 from service.read.vectors import Fields, read_fields
+from service.run.coverage import Coverage, FieldGrid, check_coverage, series_sums
 from service.run.executors import Executor, Timing, check
-from service.run.fields import LEAST_CLEAR, Coverage, FieldGrid, series_sums
+from service.run.fields import LEAST_CLEAR
 from service.run.memory import MemoryBudget, measuring_need
 from service.run.plan import check_cloud_dates, unique
 from service.run.request import Charge, MeasureRequest, PointQuery, no_charge
@@ -55,6 +56,8 @@ MAX_OBSERVATIONS = 250_000
 """Largest number of places times dates of a request, because the response is held in memory."""
 MAX_PLOTS = 500
 """Largest number of places of a request with plots."""
+_PLOTS_AT_ONCE = 16
+"""Number of places whose plots are made between two checks whether the run was cancelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +121,19 @@ class _Plotter:
             days=np.asarray(time_window.days(stack.dates), np.float32),
         )
 
-    def plots(self, places: _Places) -> list[JSON]:
+    def plots(self, places: _Places, cancelled: threading.Event | None) -> list[JSON]:
         """The plots of each place by index name; None for a place with too few clear dates."""
+        made: list[JSON] = []
+        for begin in range(0, len(places.values), _PLOTS_AT_ONCE):
+            check(cancelled)
+            part = slice(begin, begin + _PLOTS_AT_ONCE)
+            made += self._plots(places.values[part], places.clear[part])
+        return made
+
+    def _plots(self, values: Floats, clear: NDArray[np.float64]) -> list[JSON]:
         used = list(self.time_window.used)
-        values = places.values[:, used]
-        valid = (places.clear[:, used] > LEAST_CLEAR) & ~np.isnan(values).any(axis=2)
+        values = values[:, used]
+        valid = (clear[:, used] > LEAST_CLEAR) & ~np.isnan(values).any(axis=2)
         series = regular_series(
             values, valid, self.days, bands=self.bands, parameters=self.parameters
         )
@@ -202,6 +213,8 @@ def measure(
     )
     count = len(request.points or ()) if fields is None else len(fields)
     _check_size(count, opened.observations, plots=request.plots)
+    if fields is not None:
+        check_coverage(fields, opened.grid)
     plotter = _Plotter.of(request, engine, opened) if request.plots else None
     check_cloud_dates(opened, opened.observations)
     budget = budget or MemoryBudget()
@@ -213,7 +226,7 @@ def measure(
     )
     pixels = count if fields is None else opened.grid.width * opened.grid.height
     with charge(pixels), budget.take(need, cancelled=cancelled, patience=patience):
-        stack = calibrate(opened, cache=cache)
+        stack = calibrate(opened, cache=cache, before_read=lambda: check(cancelled))
         planned = Timing(read=time.perf_counter() - begun)
         if fields is None:
             places, timing = _points(stack, request.points or (), cache, cancelled)
@@ -221,7 +234,7 @@ def measure(
             size = budget.window_bytes
             places, timing = _fields(stack, fields, executor, cache, cancelled, size)
         begun = time.perf_counter()
-        records = _records(stack, places, plotter)
+        records = _records(stack, places, plotter, cancelled)
     warnings = unique((*stack.warnings, *(fields.warnings if fields else ())))
     features = (
         field_features(fields.ids, fields.properties, fields.geojson, records)
@@ -306,7 +319,9 @@ def _fields(
     grid, on_grid = stack.grid, FieldGrid(fields, stack.grid)
     T, C, N = stack.observations, len(stack.bands), len(fields)
     pixel_bytes = T * (4 * len(stack.bands_read) + 1)
-    parts = on_grid.parts(windows(grid, stack.block, pixel_bytes, window_bytes))
+    parts = on_grid.parts(
+        windows(grid, stack.block, pixel_bytes, window_bytes), lambda: check(cancelled)
+    )
     clear, total = np.zeros((N, T)), np.zeros((N, T, C))
     pixels, hectares = np.zeros(N), np.zeros(N)
 
@@ -358,14 +373,20 @@ def _fields(
     ), timing
 
 
-def _records(stack: Stack, places: _Places, plotter: _Plotter | None) -> list[dict[str, JSON]]:
+def _records(
+    stack: Stack,
+    places: _Places,
+    plotter: _Plotter | None,
+    cancelled: threading.Event | None,
+) -> list[dict[str, JSON]]:
     """The properties of each place: lists by date, null on dates without a clear pixel."""
     by_band = {name: places.values[:, :, c] for c, name in enumerate(stack.bands)}
     columns = {**by_band, **{name.upper(): spectral_index(name, by_band) for name in INDICES}}
-    plots = plotter.plots(places) if plotter else [None] * len(places.values)
+    plots = plotter.plots(places, cancelled) if plotter else [None] * len(places.values)
     days: list[JSON] = [day.isoformat() for day in stack.dates]
     records: list[dict[str, JSON]] = []
     for n, extent in enumerate(places.extents):
+        check(cancelled)
         record: dict[str, JSON] = dict(extent)
         if record["status"] in {"ok", "no_data"}:
             record |= {"dates": days, "clear": np.round(places.clear[n], 6).tolist()}

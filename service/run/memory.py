@@ -27,6 +27,7 @@ from service.read.radiometry import sample_bytes
 from service.read.reader import CELL_BYTES, Footprint, footprint
 from service.read.stack import Stack
 from service.run.executors import check
+from service.run.labels import MOST_OF_A_POLYGON
 from service.run.windows import AT_ONCE, COVERAGE_BYTES, OVER, WINDOW_BYTES
 from service.write.cog import finishing_bytes
 from service.write.polygons import polygon_bytes
@@ -44,6 +45,8 @@ _NUMBER_BYTES = 64
 """Memory of one number of a JSON document, as a Python object and as text."""
 _FURTHER_NUMBERS = 5
 """Numbers of a measured date beside its bands: three indices, the clear share and the date."""
+_POSITION_BYTES = 2 * 3 * 8
+"""Row, column and label of a labelled pixel, as found and in order, bytes."""
 _POLL_SECONDS = 0.1
 """Seconds between two checks of whether a waiting run was cancelled."""
 _RETRY_SECONDS = 10
@@ -54,8 +57,8 @@ _RETRY_SECONDS = 10
 class Need:
     """Memory that a run takes at once, bytes."""
 
-    files: Footprint
-    """Memory that GDAL takes for the files."""
+    files: Footprint | None = None
+    """Memory that GDAL takes for the files; None if it reads none."""
     arrays: int
     """Memory of windows, samples, points and results."""
     what: str
@@ -66,7 +69,7 @@ class Need:
     @property
     def total(self) -> int:
         """Memory of files and arrays together."""
-        return self.files.total + self.arrays
+        return self.arrays + (self.files.total if self.files else 0)
 
 
 def default_budget() -> int:
@@ -110,8 +113,8 @@ class MemoryBudget:
         """
         if need.total <= self.limit:
             return
-        heaviest = need.files.heaviest
-        if need.files.total >= need.arrays:
+        if need.files is not None and need.files.total >= need.arrays:
+            heaviest = need.files.heaviest
             rows, columns = heaviest.block
             why = (
                 f"one block of '{heaviest.source.name}', {rows} x {columns} pixels, decodes to "
@@ -342,6 +345,19 @@ def measuring_need(stack: Stack, window_bytes: int, *, points: int, fields: int)
         arrays=max(cells + (points + fields) * place_bytes, sample_bytes(stack, used)),
         what=f"series of {points + fields} places at {len(used)} dates",
         remedy="Send fewer places at a time",
+    )
+
+
+def labelling_need(count: int) -> Need:
+    """The memory of finding the pixels that points and polygons label.
+
+    Args:
+        count: number of labels.
+    """
+    return Need(
+        arrays=COVERAGE_BYTES + count * MOST_OF_A_POLYGON * _POSITION_BYTES,
+        what=f"pixels of {count} labels",
+        remedy="Send fewer labels at a time",
     )
 
 

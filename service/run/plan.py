@@ -28,7 +28,8 @@ from service.run.backtest import (
     dates_for_correction,
     no_backtest,
 )
-from service.run.executors import Timing
+from service.run.coverage import check_coverage
+from service.run.executors import Timing, check
 from service.run.memory import (
     MemoryBudget,
     Need,
@@ -353,11 +354,13 @@ def plan_request(
     model = engine.find(request.model, request.task, _modality(request), owner=owner)
     run = _plan_files(request, model, max_raster_bytes, places=fields, rasters=rasters)
     run = _with_backtest(run, request, places=request.points is not None or fields is not None)
+    if fields is not None:
+        check_coverage(fields, run.stack.grid)
     need = _need(run, request, fields, budget.window_bytes)
     budget.check(need)  # before a job is accepted that can never run
     every = run.sampled
     with budget.take(sampling_need(run.stack, every), cancelled=cancelled, patience=patience):
-        calibrated = calibrate(run.stack, every, cache=cache)
+        calibrated = calibrate(run.stack, every, cache=cache, before_read=lambda: check(cancelled))
     run = replace(run, stack=replace(calibrated, warnings=unique(calibrated.warnings)))
     return Plan(
         fields=fields,

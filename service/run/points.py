@@ -69,6 +69,7 @@ def run_points(
     dates = [run.stack.dates[t] for t in run.used] if run.stack.dates else []
     places = zip(np.flatnonzero(inside), found.predictions, strict=True)
     for n, (point, prediction) in enumerate(places):
+        check(cancelled)
         predicted = not np.isnan(prediction).any()
         record = run.predictions.record(prediction) if predicted else {}
         if predicted and found.attribution is not None:

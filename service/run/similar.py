@@ -163,7 +163,7 @@ def _points(work: Work, shapes: NDArray[np.object_]) -> tuple[Floats, NDArray[np
     with StackReader(
         run.stack, run.used, cache=work.cache, before_read=lambda: check(work.cancelled)
     ) as reader:
-        found = predict_pixels(run, reader, rows[inside], columns[inside])
+        found = predict_pixels(run, reader, rows[inside], columns[inside], cancelled=work.cancelled)
     embeddings[inside] = found.predictions
     known = ~np.isnan(embeddings).any(axis=1)
     statuses = np.where(known, "ok", np.where(inside, "no_data", "outside")).astype(np.object_)

@@ -47,9 +47,10 @@ from service.read.reader import StackReader
 from service.read.sensors import card_names
 from service.read.stack import LAND_BANDS, open_stack, stack_bands
 from service.read.vectors import read_labels
+from service.run.coverage import check_coverage
 from service.run.executors import Timing, check
-from service.run.fields import label_pixels
-from service.run.memory import MemoryBudget, points_need
+from service.run.labels import label_pixels
+from service.run.memory import MemoryBudget, labelling_need, points_need
 from service.run.plan import plan_raster, unique
 from service.run.points import predict_pixels
 from service.run.request import Charge, HeadRequest, no_charge
@@ -265,18 +266,29 @@ class _Teaching:
         warnings += found.warnings
         features = self._features(bands, len(stack.dates))
         run = plan_raster(features, stack, start=request.start)
-        rows, cols, which = label_pixels(found, stack.grid)
+        check_coverage(found, stack.grid)
+        with self.budget.take(
+            labelling_need(len(found)), cancelled=self.cancelled, patience=self.patience
+        ):
+            rows, cols, which = label_pixels(found, stack.grid, partial(check, self.cancelled))
         outside = sorted(set(range(len(labels))) - set(which.tolist()))
         rows, cols, which = self._agreed(rows, cols, which, labels, warnings)
         memory = self.budget.take(
             points_need(run, len(rows)), cancelled=self.cancelled, patience=self.patience
         )
         with self.charge(len(rows)), memory:
-            run = replace(run, stack=calibrate(stack, run.used, cache=self.cache))
+            run = replace(
+                run,
+                stack=calibrate(
+                    stack, run.used, cache=self.cache, before_read=partial(check, self.cancelled)
+                ),
+            )
             with StackReader(
                 run.stack, run.used, cache=self.cache, before_read=partial(check, self.cancelled)
             ) as reader:
-                predicted = predict_pixels(run, reader, rows, cols).predictions
+                predicted = predict_pixels(
+                    run, reader, rows, cols, cancelled=self.cancelled
+                ).predictions
         warnings += run.stack.warnings
         samples = _Samples(
             features=predicted, labels=which, xy=np.stack([cols, rows], axis=1).astype(np.float64)
@@ -384,10 +396,12 @@ class _Teaching:
         names = np.array([labels[n].name for n in which], np.object_)
         claims: dict[tuple[int, int], set[str]] = {}
         for row, col, name in zip(rows.tolist(), cols.tolist(), names, strict=True):
+            check(self.cancelled)
             claims.setdefault((row, col), set()).add(name)
         taken: set[tuple[int, int]] = set()
         keep = []
         for n, place in enumerate(zip(rows.tolist(), cols.tolist(), strict=True)):
+            check(self.cancelled)
             if len(claims[place]) == 1 and place not in taken:
                 keep.append(n)
             taken.add(place)

@@ -10,7 +10,7 @@ their shared edge, and still share it after a projection to degrees.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,13 @@ def polygon_bytes(pixels: int) -> int:
     return labelling_bytes(pixels) + _POLYGON_BYTES * min(pixels, MAX_POLYGONS)
 
 
-def write_polygons(raster: Path, grid: Grid, legend: Sequence[LegendClass], path: Path) -> Path:
+def write_polygons(
+    raster: Path,
+    grid: Grid,
+    legend: Sequence[LegendClass],
+    path: Path,
+    before_each: Callable[[], None] = lambda: None,
+) -> Path:
     """Write the areas of a finished class map as GeoParquet 1.1 in the map's CRS.
 
     The columns are `id` (from 1, in the order of the areas' first pixels by rows), `class`,
@@ -52,6 +58,7 @@ def write_polygons(raster: Path, grid: Grid, legend: Sequence[LegendClass], path
         grid: grid of the map.
         legend: classes of the map.
         path: the file to write.
+        before_each: called before each outline; an exception that it raises ends the work.
 
     Returns:
         The path.
@@ -78,7 +85,7 @@ def write_polygons(raster: Path, grid: Grid, legend: Sequence[LegendClass], path
             f"the map has {len(shown)} connected areas, and `polygons` writes at most "
             f"{MAX_POLYGONS}: set `min_area` or `smooth`, or request a part of the raster (`bbox`)",
         )
-    outlines = _outlines(labels, classes != NO_CLASS, grid)
+    outlines = _outlines(labels, classes != NO_CLASS, grid, before_each)
     names = {c.value: c.name for c in legend}
     table = pa.table(
         {
@@ -131,7 +138,12 @@ def stored_crs(raster: Path) -> CRS:
         return file.crs
 
 
-def _outlines(labels: NDArray[np.int32], shown: NDArray[np.bool_], grid: Grid) -> Mapping[int, Any]:
+def _outlines(
+    labels: NDArray[np.int32],
+    shown: NDArray[np.bool_],
+    grid: Grid,
+    before_each: Callable[[], None],
+) -> Mapping[int, Any]:
     """The polygon of each area by its number, in the grid's CRS."""
     nodes = _nodes(labels)
     a, b, c, d, e, f = grid.transform[:6]
@@ -142,12 +154,14 @@ def _outlines(labels: NDArray[np.int32], shown: NDArray[np.bool_], grid: Grid) -
 
     found: dict[int, Any] = {}
     for geometry, area in rasterio.features.shapes(labels, mask=shown, connectivity=4):
+        before_each()
         shell, *holes = (ring(corners) for corners in geometry["coordinates"])
         found[int(area)] = shapely.Polygon(shell, holes)
     numbers = list(found)
     shapes = np.array([found[number] for number in numbers], np.object_)
     # A ring that touches itself at a corner is not a valid shell; it is one with a hole.
     for at in np.flatnonzero(~shapely.is_valid(shapes)).tolist():
+        before_each()
         found[numbers[at]] = shapely.make_valid(shapes[at])
     return found
 

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from service.api.admission import Admitted
 from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder, root_of
-from service.api.disconnect import run_watched
+from service.api.disconnect import run_watched, unless_gone
 from service.api.openapi import HEAD, HEAD_BODY, problems
 from service.api.responses import server_timing, warning_headers
 from service.api.routes.tasks import PATIENCE, check_query, run_slot, unpacked, vector_file
@@ -162,11 +162,13 @@ async def _read_request(
         if labels is None:
             raise TypeError("validation accepted a body without labels")
         with span("fetch"):
-            fetched = await stac_head(stac, parameters.stack, labels, app, folder, admitted)
+            fetch = stac_head(stac, parameters.stack, labels, app, folder, admitted)
+            fetched = await unless_gone(request, fetch)
         return await _of_files(parameters, fetched.files, labels, folder, app, stack=fetched.stack)
     items, parameters = named
     with span("fetch", items=len(items)):
-        files = await fetch_items(items, folder, settings, remotes=app.remotes)
+        fetching = fetch_items(items, folder, settings, remotes=app.remotes)
+        files = await unless_gone(request, fetching)
     for file in files:
         if file.path.is_relative_to(folder):  # downloaded
             admitted.received(file.path.stat().st_size)

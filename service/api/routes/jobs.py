@@ -6,6 +6,7 @@ for another caller's job the error is `unknown_job`.
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 import json
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import MAXYEAR, UTC, datetime, timedelta
@@ -21,6 +22,7 @@ from starlette.responses import JSONResponse
 
 from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, READER, App, AppState, Caller, root_of
+from service.api.disconnect import run_watched
 from service.api.negotiation import negotiate
 from service.api.openapi import FILE, ITEM_FILE, RESULT, STAC_COLLECTION, problems
 from service.api.problems import problem
@@ -284,8 +286,8 @@ async def read_output(
         how = Cleaning(smooth=smooth, min_area=min_area)
         derive = partial(_derived, app, job, result, how, output, media)
         # Deriving a map takes as much work as a run, so it takes a run slot.
-        async with app.admission.runs.slot(share_of(caller, request.scope)):
-            path = await to_thread.run_sync(derive)
+        slot = app.admission.runs.slot(share_of(caller, request.scope))
+        path = await run_watched(request, derive, slot=slot)
         return derived_file(path, output, media, result, missing=removed(job))
     if output not in result.files:
         available = ", ".join(result.files) or "none, as the result is not a raster"
@@ -304,6 +306,8 @@ def _derived(
     how: Cleaning,
     output: str,
     media: str,
+    *,
+    cancelled: threading.Event,
 ) -> Path:
     """The map or polygons derived from a result; made at the first request for them."""
     original = app.jobs.request(job)
@@ -312,7 +316,8 @@ def _derived(
     check_derivable(result.files, how, smoothed_by=smoothed_by, most_pixels=most)
     suffix = ".parquet" if output == POLYGONS else ".tif"
     name = f"{output}-{how.name}"
-    made = app.jobs.ready(job, name + suffix, partial(derive_map, result.files, how, output))
+    make = partial(derive_map, result.files, how, output, cancelled=cancelled)
+    made = app.jobs.ready(job, name + suffix, make)
     if media != GEOJSON:
         return made
     return app.jobs.ready(job, f"{name}.geojson", partial(write_geojson, result, made))

@@ -30,6 +30,7 @@ from service.api.dependencies import (
     Preferences,
     root_of,
 )
+from service.api.disconnect import unless_gone
 from service.api.openapi import EXECUTION, EXECUTION_BODY, RESULTS, problems
 from service.api.problems import problem
 from service.api.processes import (
@@ -155,7 +156,9 @@ async def execute_process(
         inputs = await to_thread.run_sync(read_inputs, task, execute)
         fetch = _Inputs(app, folder, admitted)
         with inputs_named(task):
-            task_request = await _request_of(task, execute, inputs, fetch, caller or "")
+            task_request = await unless_gone(
+                request, _request_of(task, execute, inputs, fetch, caller or "")
+            )
         delivery = delivery_of(execute, task_request)
         return Received(
             request=task_request,

@@ -29,7 +29,7 @@ from service.api.dependencies import (
     Preferences,
     RequestPreferences,
 )
-from service.api.disconnect import run_watched
+from service.api.disconnect import run_watched, unless_gone
 from service.api.negotiation import negotiate
 from service.api.openapi import body, responses
 from service.api.quotas import cost
@@ -192,7 +192,7 @@ async def serve(
     if app.closing.is_set():
         raise NotReady("the server is stopping; nothing was started", retry_after=10)
     owner, charged = caller or "", share_of(caller, request.scope)
-    share = app.quotas.share
+    share = app.quotas.share(charged)
     request.state.limits = partial(app.quotas.limits, charged)
     check_room = partial(app.jobs.check_room, caller=charged, share=share)
     if preferences.respond_async:
@@ -473,13 +473,14 @@ async def read_request(
         # Without a part, every block of the files is read.
         part = Place(grid=stack.grid, bbox=stack.bbox, area=stack.area)
         with span("fetch", items=len(items)):
-            files = await fetch_items(
+            fetching = fetch_items(
                 items,
                 folder,
                 settings,
                 place=part if stack.bbox or stack.area else None,
                 remotes=app.remotes,
             )
+            files = await unless_gone(request, fetching)
         for file in files:
             if file.path.is_relative_to(folder):  # downloaded
                 admitted.received(file.path.stat().st_size)
@@ -491,10 +492,9 @@ async def read_request(
     if found is not None:
         stac, parameters = found
         polygons = await vector_file(FIELDS, parameters.fields, folder)
+        fetch = stac_request(task, stac, parameters, polygons, app, folder, admitted, owner)
         with span("fetch"):
-            by_stac = await stac_request(
-                task, stac, parameters, polygons, app, folder, admitted, owner
-            )
+            by_stac = await unless_gone(request, fetch)
         return await with_zips_opened(by_stac, folder, app)
     series = await to_thread.run_sync(read_series, task, text)
     if modality == "patch":
