@@ -14,6 +14,11 @@ posterior expectation
 
 is close to m where the neighbours agree, and close to x where they do not.
 
+Two things differ from `sits_smooth` (sits 1.5, read in its source). It mirrors the raster at its
+edges, so that pixels there count several times; here a neighbourhood ends at the edge. It gives a
+pixel without a prediction the mean of its neighbours; here such a pixel stays without. It also
+stores probabilities in steps of 1e-4, and not divided by their sum, which changes no class.
+
 Shapes: K classes, h w rows and columns of a window.
 """
 
