@@ -28,6 +28,8 @@ from service.api.auth import check_binding
 from service.api.dependencies import AppState
 from service.api.http_protocol import server_config
 from service.jobs.backup import back_up, restore
+from service.jobs.s3 import storage_of
+from service.jobs.storage import StorageUnreachable
 from service.jobs.store import JobStore
 from service.read.drivers import keep_needed_drivers
 from service.settings import (
@@ -92,16 +94,20 @@ def _run_command(arguments: list[str]) -> None:
         settings = read_settings()
         state, secret = settings.state_folder, settings.database_url
         url = None if secret is None else secret.get_secret_value()
+        storage = storage_of(state, settings.storage_url, settings.storage_endpoint)
         if given.command == "backup":
-            backup = back_up(state, given.folder, database_url=url)
+            backup = back_up(state, given.folder, database_url=url, storage=storage)
             size = f"{backup.size / 1e6:.1f} MB"
             message = (
                 f"{backup.jobs} jobs, {backup.results} with a result, {size}, in {given.folder}"
             )
         else:
-            message = f"{restore(given.folder, state, database_url=url)} jobs in {state}"
+            jobs = restore(given.folder, state, database_url=url, storage=storage)
+            message = f"{jobs} jobs in {storage.name}"
     except SettingsError as error:
         sys.exit(_report(error))
+    except StorageUnreachable as error:
+        sys.exit(_report(SettingsError(f"PIMC_STORAGE_URL: it cannot be used: {error.reason}")))
     except OSError as error:
         sys.exit(_report(SettingsError(f"{given.command} of {given.folder} failed: {error}")))
     sys.stdout.write(f"{message}\n")

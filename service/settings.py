@@ -36,6 +36,8 @@ _SHA256 = re.compile(KEY_HASH + r"[0-9a-fA-F]{64}")
 _HOST = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<host>[^:\[\]/@\s]+))(?::(?P<port>\d{1,5}))?")
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
 _NAME = re.compile(r"(?=.{1,253}\.?$)[a-zA-Z0-9_-]{1,63}(\.[a-zA-Z0-9_-]{1,63})*\.?")
+_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_.~-]+)*")
+_ENDPOINT = re.compile(r"https?://[^/@?#\s]+")
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -192,9 +194,17 @@ class Settings(BaseSettings):
     with the others, so that one can be replaced."""
     state_dir: Path | None = None
     """Folder of jobs and their results; None uses `state/<port>` in the checkout."""
-    database_url: SecretStr | None = None
+    storage_url: str | None = None
+    """Bucket of uploads, results and models of own classes, as `s3://bucket/prefix`, for replicas
+    with `database_url`, each with a `state_dir` of its own; None is `state_dir`. Credentials and
+    region come from the variables `AWS_*`."""
+    storage_endpoint: str | None = None
+    """Address of the S3 server of `storage_url`, as `https://minio.example.org:9000`; None is that
+    of AWS."""
+    database_url: Annotated[SecretStr | None, Field(validate_default=True)] = None
     """PostgreSQL database of the jobs, as `postgresql://user:password@host/name`, for several
-    replicas that share it and `state_dir`; None is SQLite in `state_dir`, for one service."""
+    replicas that share it and `state_dir` or `storage_url`; None is SQLite in `state_dir`, for one
+    service."""
     min_free_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(32 * 2**20)
     """Bytes that must be free on the disks of jobs and of temporary files; with fewer,
     `/health/ready` reports the service as not ready."""
@@ -290,6 +300,8 @@ class Settings(BaseSettings):
     @classmethod
     def _is_postgresql(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         if value is None:
+            if info.data.get("storage_url") is not None:
+                raise ValueError("PIMC_STORAGE_URL is set, and its jobs are in a database: name it")
             return None
         # No message repeats the URL, which may contain a password.
         scheme, mark, rest = value.get_secret_value().partition("://")
@@ -297,8 +309,25 @@ class Settings(BaseSettings):
             raise ValueError("it is not a URL such as postgresql://user:password@host/name")
         if rest.partition("/")[0].count("@") > 1:
             raise ValueError("a password's characters @ : / must be written as %40 %3A %2F")
-        if info.data.get("state_dir") is None:
-            raise ValueError("PIMC_STATE_DIR must name the folder that all replicas share")
+        if info.data.get("state_dir") is None and info.data.get("storage_url") is None:
+            raise ValueError(
+                "PIMC_STATE_DIR must name the folder that all replicas share, or PIMC_STORAGE_URL "
+                "a bucket"
+            )
+        return value
+
+    @field_validator("storage_url")
+    @classmethod
+    def _is_a_bucket(cls, value: str | None) -> str | None:
+        if value is not None and not _BUCKET.fullmatch(value):
+            raise ValueError("it is not a URL such as s3://bucket or s3://bucket/prefix")
+        return value
+
+    @field_validator("storage_endpoint")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        if value is not None and not _ENDPOINT.fullmatch(value):
+            raise ValueError("it is not an address such as https://minio.example.org:9000")
         return value
 
     @field_validator("root_path")

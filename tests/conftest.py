@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from tests.kits import postgres as postgres_kit
+from tests.kits import s3 as s3_kit
 from tests.kits.gate import Gate
 from tests.kits.jobs import Backend
 
@@ -58,6 +59,15 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
 def postgres() -> Iterator[postgres_kit.Postgres]:
     """A PostgreSQL server; skips without one, but never in CI."""
     with postgres_kit.server() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[s3_kit.S3]:
+    """A server with the interface of S3, and its credentials in the environment."""
+    with pytest.MonkeyPatch.context() as patch, s3_kit.server() as made:
+        for name, value in s3_kit.CREDENTIALS.items():
+            patch.setenv(name, value)
         yield made
 
 

@@ -368,7 +368,8 @@ def test_a_store_of_the_release_before_is_upgraded(
         db.executescript(
             "DROP TABLE callbacks; ALTER TABLE jobs DROP COLUMN subscriber; "
             "ALTER TABLE jobs DROP COLUMN lease; ALTER TABLE jobs DROP COLUMN expires; "
-            "ALTER TABLE windows DROP COLUMN lease; PRAGMA user_version = 3"
+            "ALTER TABLE windows DROP COLUMN lease; DROP TABLE heads; "
+            "PRAGMA user_version = 3"
         )
     with opened(tmp_path) as store:
         job = store.take()

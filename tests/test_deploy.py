@@ -400,7 +400,9 @@ def test_only_the_gpu_profiles_ask_for_a_gpu(name, expected, compose):
 def test_every_setting_can_be_set_and_no_other(name, compose):
     given = compose["services"][name]["environment"]
     passed = {n.removeprefix(PREFIX).lower() for n in given if n.startswith(PREFIX)}
-    assert all(n.startswith("OTEL_") for n in given if not n.startswith(PREFIX))
+    others = {n for n in given if not n.startswith(PREFIX)}
+    assert all(n.startswith(("AWS_", "OTEL_")) for n in others)
+    assert all(given[n] is None for n in others if n.startswith("AWS_"))
     assert passed == set(Settings.model_fields) - ONLY_IN_THE_IMAGE
 
 

@@ -175,27 +175,27 @@ def test_a_stored_window_is_used_only_if_its_bytes_are_complete(
         store.accept(ready, tmp_path, owner="")
         job = store.take()
         assert job is not None
-        with WindowFile(store, job, lambda: 40) as journal:
-            assert journal.load(STEP) is None
-            journal.save(STEP, arrays)
-            other = Step(stage="predictions", number=0, window=Window(0, 0, 2, 4))
-            assert journal.load(other) is None  # the raster is divided differently: another window
+        journal = WindowFile(store, job, lambda: 40)
+        assert journal.load(STEP) is None
+        journal.save(STEP, arrays)
+        other = Step(stage="predictions", number=0, window=Window(0, 0, 2, 4))
+        assert journal.load(other) is None  # the raster is divided differently: another window
         # Bytes without a row, as after a kill between the two writes.
         with (store.folder(job) / "windows-1").open("ab") as file:
             file.write(b"half a window")
-        with WindowFile(store, job, lambda: 30) as journal:
-            found = journal.load(STEP)
-            assert found is not None
-            np.testing.assert_array_equal(found["class"], arrays["class"])
-            second = Step(stage="predictions", number=1, window=Window(0, 2, 4, 2))
-            journal.save(second, arrays)
+        journal = WindowFile(store, job, lambda: 30)
+        found = journal.load(STEP)
+        assert found is not None
+        np.testing.assert_array_equal(found["class"], arrays["class"])
+        second = Step(stage="predictions", number=1, window=Window(0, 2, 4, 2))
+        journal.save(second, arrays)
         assert store.find("", job.id).progress == 40
         with (store.folder(job) / "windows-1").open("r+b") as file:
             file.seek(100)
             file.write(b"?")
-        with WindowFile(store, job, lambda: 0) as journal:
-            assert journal.load(STEP) is None  # damaged, so computed again
-            assert journal.load(second) is not None
+        journal = WindowFile(store, job, lambda: 0)
+        assert journal.load(STEP) is None  # damaged, so computed again
+        assert journal.load(second) is not None
 
 
 def test_windows_of_another_provider_are_not_used(
@@ -206,17 +206,17 @@ def test_windows_of_another_provider_are_not_used(
         job = store.take()
         assert job is not None
         store.begin(job, "CPUExecutionProvider float32")
-        with WindowFile(store, job, lambda: 1) as journal:
-            journal.save(STEP, {"a": np.zeros(3)})
+        journal = WindowFile(store, job, lambda: 1)
+        journal.save(STEP, {"a": np.zeros(3)})
         store.put_back(job)
         job = store.take()
         assert job is not None
         store.begin(job, "CPUExecutionProvider float32")
-        with WindowFile(store, job, lambda: 1) as journal:
-            assert journal.load(STEP) is not None
+        journal = WindowFile(store, job, lambda: 1)
+        assert journal.load(STEP) is not None
         store.begin(job, "CUDAExecutionProvider float16")
-        with WindowFile(store, job, lambda: 1) as journal:
-            assert journal.load(STEP) is None
+        journal = WindowFile(store, job, lambda: 1)
+        assert journal.load(STEP) is None
 
 
 def test_an_idempotency_key_belongs_to_its_owner(

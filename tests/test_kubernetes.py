@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "deploy" / "kubernetes"
 UNIT = ROOT / "deploy" / "systemd" / "pimc.service"
-OVERLAYS = ("base", "gpu", "replicas")
+OVERLAYS = ("base", "gpu", "replicas", "bucket")
 VERSIONS = ("1.33", "1.37")
 DOCKERFILE = re.sub(r"\\\n\s*", " ", (ROOT / "docker" / "service.Dockerfile").read_text())
 
@@ -96,7 +96,7 @@ def test_each_file_is_part_of_its_overlay(overlay):
     folder = MANIFESTS / overlay
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
     files = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
-    assert {name for name in kustomization["resources"] if name != "../base"} == files
+    assert {n for n in kustomization["resources"] if not n.startswith("../")} == files
 
 
 def test_selectors_match_the_pods(rendered):
@@ -111,14 +111,14 @@ def test_selectors_match_the_pods(rendered):
     ):
         assert selector
         assert selector.items() <= labels
-    if rendered["overlay"] == "replicas":
+    if rendered["overlay"] in {"replicas", "bucket"}:
         scaled = rendered["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
         assert scaled["name"] == rendered["StatefulSet"]["metadata"]["name"]
         assert scaled["kind"] == "StatefulSet"
         assert "replicas" not in spec  # each apply would undo what the autoscaler did
 
 
-def test_only_replicas_with_a_database_and_a_folder_in_common_are_several(rendered):
+def test_only_replicas_with_a_database_and_a_storage_in_common_are_several(rendered):
     spec = rendered["StatefulSet"]["spec"]
     claims = {claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", [])}
     template = spec["template"]["spec"]
@@ -131,7 +131,15 @@ def test_only_replicas_with_a_database_and_a_folder_in_common_are_several(render
         port["port"] for rule in rendered["NetworkPolicy"]["spec"].get("egress", [])
         for port in rule["ports"]
     ]  # fmt: skip
-    if rendered["overlay"] == "replicas":
+    if rendered["overlay"] == "bucket":
+        assert claims == set()
+        assert shared == {}
+        assert "PersistentVolumeClaim" not in rendered
+        volumes = {volume["name"]: volume for volume in template["volumes"]}
+        assert volumes["state"].keys() == {"name", "emptyDir"}
+        assert secrets == ["pimc-keys", "pimc-database", "pimc-storage"]
+        assert {53, 5432, 443} <= set(ports)
+    elif rendered["overlay"] == "replicas":
         assert claims == set()
         claim = rendered["PersistentVolumeClaim"]
         assert shared == {"state": claim["metadata"]["name"]}

@@ -50,6 +50,7 @@ from tests.kits.jobs import (
     series_plan,
     stack,
     submitted,
+    taught,
     until,
     waited,
 )
@@ -147,27 +148,27 @@ def test_a_run_that_lost_its_lease_changes_nothing(
     expire(shared)
     job = taken(other)
     other.begin(job, "CPU float32")
-    with old, WindowFile(other, job, lambda: 60) as new:
-        new.save(STEPS[1], {"a": np.arange(4)})
-        for change in (
-            partial(old.save, STEPS[1], {"a": np.zeros(9)}),
-            partial(old.save, STEPS[2], {"a": np.zeros(9)}),
-            partial(one.begin, stalled, "CUDA float16"),
-            partial(one.change_model, stalled, "m@2", "y"),
-            partial(one.fail, stalled, InternalError("too late"), free_key=True),
-            partial(one.succeed, stalled),
-        ):
-            with pytest.raises(LeaseLost, match=job.id):
-                change()
-        one.put_back(stalled)
-        one.make_room(stalled)
-        one.tidy(stalled)
-        # The window that was kept before is lost with the file of the stalled run, no other.
-        assert new.load(STEPS[0]) is None
-        kept = new.load(STEPS[1])
-        assert kept is not None
-        np.testing.assert_array_equal(kept["a"], np.arange(4))
-        assert new.load(STEPS[2]) is None
+    new = WindowFile(other, job, lambda: 60)
+    new.save(STEPS[1], {"a": np.arange(4)})
+    for change in (
+        partial(old.save, STEPS[1], {"a": np.zeros(9)}),
+        partial(old.save, STEPS[2], {"a": np.zeros(9)}),
+        partial(one.begin, stalled, "CUDA float16"),
+        partial(one.change_model, stalled, "m@2", "y"),
+        partial(one.fail, stalled, InternalError("too late"), free_key=True),
+        partial(one.succeed, stalled),
+    ):
+        with pytest.raises(LeaseLost, match=job.id):
+            change()
+    one.put_back(stalled)
+    one.make_room(stalled)
+    one.tidy(stalled)
+    # The window that was kept before is lost with the file of the stalled run, no other.
+    assert new.load(STEPS[0]) is None
+    kept = new.load(STEPS[1])
+    assert kept is not None
+    np.testing.assert_array_equal(kept["a"], np.arange(4))
+    assert new.load(STEPS[2]) is None
     publish(one, stalled, "stalled")
     with pytest.raises(LeaseLost):
         one.succeed(stalled)
@@ -189,12 +190,12 @@ def test_windows_of_a_dead_replica_are_read_by_the_next(
     one.accept(plan, tmp_path, owner="")
     for number, store in enumerate((one, other, one)):
         job = taken(store)
-        with WindowFile(store, job, lambda: 1) as journal:
-            for step in STEPS[:number]:
-                found = journal.load(step)
-                assert found is not None
-                assert found["a"] == step.number
-            journal.save(STEPS[number], {"a": np.array(number)})
+        journal = WindowFile(store, job, lambda: 1)
+        for step in STEPS[:number]:
+            found = journal.load(step)
+            assert found is not None
+            assert found["a"] == step.number
+        journal.save(STEPS[number], {"a": np.array(number)})
         expire(shared)
     kept = shared.rows("SELECT number, lease FROM windows ORDER BY number")
     assert kept == [(0, 1), (1, 2), (2, 3)]
@@ -591,27 +592,6 @@ def test_own_classes_are_the_same_at_every_replica(zoo: Path, shared: Backend) -
         assert {entry["name"] for entry in card["classes"]} == {"Wheat", "Rye"}
 
 
-def taught(name: str, other: str = "Maize") -> dict[str, Any]:
-    """A request for two classes."""
-    random = np.random.default_rng(5)
-    dates = [f"2021-{month:02d}-05" for month in range(1, 13)]
-    series = []
-    for number in range(40):
-        level = 0.2 if number % 2 else 0.45
-        nir = (level + random.normal(0, 0.01, len(dates))).round(4).tolist()
-        series.append(
-            {
-                "dates": dates,
-                "B02": [0.05] * len(dates),
-                "B04": [0.07] * len(dates),
-                "B08": nir,
-                "class": other if number % 2 else "Wheat",
-                "place": f"farm-{number // 4}",
-            }
-        )
-    return {"name": name, "series": series}
-
-
 # Backups and upgrades -------------------------------------------------------------------------
 
 
@@ -678,8 +658,8 @@ def test_a_dump_by_postgresql_and_a_copy_of_the_folder_are_a_backup(
         done = taken(store)
         finish(store, done, "whole")
         waits = taken(store)
-        with WindowFile(store, waits, lambda: 40) as journal:
-            journal.save(STEPS[0], {"a": np.arange(3)})
+        journal = WindowFile(store, waits, lambda: 40)
+        journal.save(STEPS[0], {"a": np.arange(3)})
     dump = tmp_path / "jobs.sql"
     postgres.run("pg_dump", "--no-owner", f"--file={dump}", str(shared.url))
     other = Backend(tmp_path / "other", postgres.database())
@@ -691,8 +671,8 @@ def test_a_dump_by_postgresql_and_a_copy_of_the_folder_are_a_backup(
         expire(other)
         job = taken(store)
         assert job.id == waits.id
-        with WindowFile(store, job, lambda: 40) as journal:
-            assert journal.load(STEPS[0]) is not None
+        journal = WindowFile(store, job, lambda: 40)
+        assert journal.load(STEPS[0]) is not None
         assert store.accept(plan, tmp_path, owner="anna").number > job.number
 
 
@@ -735,8 +715,8 @@ def of_the_release_before(plan: Plan, tmp_path: Path) -> Path:
         finish(store, taken(store), "whole")
         job = taken(store)
         store.begin(job, "CPU float32")
-        with WindowFile(store, job, lambda: 40) as journal:
-            journal.save(STEPS[0], {"a": np.arange(3)})
+        journal = WindowFile(store, job, lambda: 40)
+        journal.save(STEPS[0], {"a": np.arange(3)})
     before = tmp_path / "before"
     (before / "jobs").mkdir(parents=True)
     columns = "number, id, owner, task, model, sha256, status, progress, computed_by, attempts, "
@@ -768,10 +748,10 @@ def test_jobs_of_the_release_before_keep_results_and_windows(of_the_release_befo
             job = taken(store)
             assert (job.id, job.progress) == (waits.id, 40)
             store.begin(job, "CPU float32")
-            with WindowFile(store, job, lambda: 40) as journal:
-                kept = journal.load(STEPS[0])
-                assert kept is not None
-                np.testing.assert_array_equal(kept["a"], np.arange(3))
+            journal = WindowFile(store, job, lambda: 40)
+            kept = journal.load(STEPS[0])
+            assert kept is not None
+            np.testing.assert_array_equal(kept["a"], np.arange(3))
 
 
 def test_a_backup_of_the_release_before_moves_to_postgresql(

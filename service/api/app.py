@@ -41,6 +41,7 @@ from service.infer.engine import Engine
 from service.jobs.callbacks import CallbackSender
 from service.jobs.heads import HeadStore
 from service.jobs.runner import JobRunner
+from service.jobs.s3 import storage_of
 from service.jobs.store import JobStore
 from service.read.connect import RangeCache, Remotes
 from service.read.geotiff import BlockCache
@@ -106,7 +107,7 @@ def create_app(
                     settings.state_folder,
                     engine,
                     most=settings.max_heads,
-                    shared=store.shared,
+                    jobs=store if store.shared else None,
                 )
             )
             keys = await to_thread.run_sync(_load_keys, settings, store, heads)
@@ -246,17 +247,19 @@ def _check_root_path(root_path: str) -> None:
 
 
 def open_jobs(settings: Settings) -> JobStore:
-    """Open and lock the state directory.
+    """Open and lock the state directory, and open the storage.
 
     Raises:
-        SettingsError: the directory is not usable, or another service uses it.
+        SettingsError: one of them is not usable, or another service uses it.
     """
     url = settings.database_url
+    storage = storage_of(settings.state_folder, settings.storage_url, settings.storage_endpoint)
     return JobStore(
         settings.state_folder,
         ttl=settings.job_ttl,
         max_waiting=settings.max_jobs,
         database_url=None if url is None else url.get_secret_value(),
+        storage=storage,
     )
 
 

@@ -26,12 +26,13 @@ from service.api.auth import (
 from service.api.negotiation import ASYNC, UPGRADE, prefers
 from service.api.quotas import Quotas
 from service.api.scratch import Scratch
-from service.api.sending import Downloads
+from service.api.sending import READERS, Downloads
 from service.api.uploads import Limits
-from service.errors import Unauthorized
+from service.errors import Overloaded, Unauthorized
 from service.infer.engine import Engine
 from service.jobs.heads import HeadStore
 from service.jobs.runner import JobRunner
+from service.jobs.storage import StorageUnreachable
 from service.jobs.store import JobStore
 from service.read.connect import Remotes
 from service.read.geotiff import BlockCache
@@ -152,7 +153,12 @@ async def known_caller(
             await app.refusals.refused(address_of(request.scope))
         raise
     if app.heads.shared:
-        await to_thread.run_sync(app.heads.refresh, request.state.caller or "")
+        try:
+            await to_thread.run_sync(app.heads.refresh, request.state.caller or "")
+        except StorageUnreachable:
+            raise  # the caller has a model that is not here yet
+        except Overloaded:
+            pass  # without the database, what is known is served
     return request.state.caller  # type: ignore[no-any-return]
 
 
@@ -230,6 +236,7 @@ async def reader(request: Request, app: App, caller: Caller) -> AsyncIterator[No
         Overloaded: the caller, or all callers together, have too many downloads.
     """
     with app.downloads.slot(share_of(caller, request.scope)):
+        request.scope[READERS] = app.downloads.readers
         yield
 
 

@@ -19,6 +19,7 @@ from service.api.sending import CHUNK_BYTES, StoredFile
 from service.api.uploads import JSON
 from service.errors import PIMCError, StackWarning, warning_list
 from service.jobs.serialise import StoredResult, document_bytes
+from service.jobs.storage import RemoteFile
 from service.jobs.store import Job, JobStore, removed
 from service.run.execute import Result
 from service.run.executors import Timing
@@ -123,7 +124,8 @@ def stored_response(store: JobStore, job: Job, result: StoredResult, media: str)
         return whole_file(result, missing=gone)
 
     def make(path: Path) -> None:
-        derive(result, lambda: json.loads(result.document.read_bytes()), media, path)
+        with store.on_disk(job, result) as copy:
+            derive(copy, lambda: json.loads(copy.document.read_bytes()), media, path)
 
     return _derived(store.ready(job, name, make), media, result, missing=gone)
 
@@ -141,32 +143,46 @@ def derive(
     """Make a result's zip, CSV, GeoParquet or GeoJSON.
 
     Args:
-        result: the result.
+        result: the result, with its files on this machine.
         document: returns the result's JSON document.
         media: media type of the file.
         path: path of the file to write.
     """
+    files = on_this_machine(result.files)
     if media == CSV:
         path.write_text(fields_csv(document()["features"]), encoding="utf-8", newline="")
     elif media == GEOJSON:
-        write_geojson(result, result.files[POLYGONS], path)
+        write_geojson(result, files[POLYGONS], path)
     elif media == PARQUET:
         write_geoparquet(document()["features"], path)
     else:
-        zip_files(result.files, path)
+        zip_files(files, path)
+
+
+def on_this_machine(files: Mapping[str, Path | RemoteFile]) -> Mapping[str, Path]:
+    """Files of a result that `JobStore.on_disk` has brought to this machine.
+
+    Raises:
+        TypeError: it has not.
+    """
+    found = {name: file for name, file in files.items() if isinstance(file, Path)}
+    if len(found) < len(files):
+        raise TypeError("the files of the result are not on this machine")
+    return found
 
 
 def write_geojson(result: Result | StoredResult, polygons: Path, path: Path) -> None:
     """Write polygons as a GeoJSON document.
 
     Args:
-        result: the result whose class map they outline.
+        result: the result whose class map they outline, with its files on this machine.
         polygons: GeoParquet file of the polygons.
         path: path of the file to write.
     """
+    files = on_this_machine(result.files)
     document = {
         "type": "FeatureCollection",
-        "features": polygon_features(polygons, stored_crs(result.files["class"])),
+        "features": polygon_features(polygons, stored_crs(files["class"])),
         "model": result.model,
         "provider": result.provider,
         "warnings": warning_list(result.warnings),
@@ -175,7 +191,11 @@ def write_geojson(result: Result | StoredResult, polygons: Path, path: Path) -> 
 
 
 def _derived(
-    path: Path, media: str, result: Result | StoredResult, *, missing: PIMCError | None = None
+    path: Path | RemoteFile,
+    media: str,
+    result: Result | StoredResult,
+    *,
+    missing: PIMCError | None = None,
 ) -> Response:
     if media == CSV:
         return with_raster_headers(StoredFile(path, media_type=CSV, missing=missing), result)
@@ -202,7 +222,7 @@ def whole_file(
 
 
 def derived_file(
-    path: Path,
+    path: Path | RemoteFile,
     output: str,
     media: str,
     result: StoredResult,

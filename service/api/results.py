@@ -15,10 +15,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from starlette.responses import JSONResponse, Response
 
@@ -37,6 +38,7 @@ from service.api.sending import StoredFile
 from service.api.uploads import JSON
 from service.errors import PIMCError
 from service.jobs.serialise import StoredResult, document_bytes
+from service.jobs.storage import RemoteFile
 from service.run.execute import Result
 from service.write.predictions import POLYGONS
 
@@ -55,8 +57,10 @@ class Results:
     """The results of a run, and the files derived from them."""
 
     result: Result | StoredResult
-    ready: Callable[[str, Callable[[Path], object]], Path]
-    """Returns the path of a file by its name; the function writes it if it does not exist."""
+    ready: Callable[[str, Callable[[Path], object]], Path | RemoteFile]
+    """Returns a file by its name; the function writes it if it does not exist."""
+    on_disk: Callable[[], AbstractContextManager[Result | StoredResult]]
+    """Returns the result with its files on this machine."""
     boundary: str
     """Separates the parts of a multipart response; unpredictable when the inputs were sent."""
     here: str | None = None
@@ -102,12 +106,14 @@ def output_response(results: Results, output: Output) -> Response:
     return _sent(results, path, output.media, f"{output.name}{_SUFFIXES[output.media]}")
 
 
-def _sent(results: Results, path: Path, media: str, filename: str | None = None) -> Response:
+def _sent(
+    results: Results, path: Path | RemoteFile, media: str, filename: str | None = None
+) -> Response:
     response = StoredFile(path, media_type=media, filename=filename, missing=results.missing)
     return with_raster_headers(response, results.result)
 
 
-def _path(results: Results, output: Output) -> Path:
+def _path(results: Results, output: Output) -> Path | RemoteFile:
     """The file of an output."""
     result = results.result
     if output.name in result.files and output.media in {COG, PARQUET}:
@@ -119,15 +125,18 @@ def _path(results: Results, output: Output) -> Path:
         raise TypeError(f"there is no derived file of type {output.media}")
 
     def make(path: Path) -> None:
-        derive(result, lambda: json.loads(_document_path(results).read_bytes()), output.media, path)
+        with results.on_disk() as copy:
+            document = _document_path(replace(results, result=copy))
+            derive(copy, lambda: json.loads(document.read_bytes()), output.media, path)
 
     return results.ready(name, make)
 
 
-def _document_path(results: Results) -> Path:
-    document = results.result.document
-    if isinstance(document, Path):
-        return document
+def _document_path(results: Results) -> Path | RemoteFile:
+    result = results.result
+    if isinstance(result, StoredResult):
+        return result.document
+    document = result.document
     return results.ready("document.json", lambda path: path.write_bytes(document_bytes(document)))
 
 
@@ -205,7 +214,7 @@ def _write_document(results: Results, delivery: Delivery, path: Path) -> None:
         target.write(b"}")
 
 
-def _write_value(source: BinaryIO, media: str, target: BinaryIO) -> None:
+def _write_value(source: IO[bytes], media: str, target: BinaryIO) -> None:
     """A value with its media type: JSON unchanged, text as a string, everything else as base64."""
     about = f'"mediaType":{json.dumps(media)}'
     target.write(f"{{{about},".encode())

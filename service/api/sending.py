@@ -1,25 +1,23 @@
 """Responses from files: sent in chunks; ranges, HEAD, conditional requests, admission.
 
-    file → open → whole or one range? → chunks of 64 KiB, each read once the last one was sent
+    file → open → whole or one range? → blocks, each read once the last one was sent
              │              │
         ResultNotReady   InvalidRange
 
-A response that its client does not read holds one chunk of memory and one file descriptor.
-`Downloads` limits the number of such responses; the middleware and the protocol limit their
-duration.
+A response that its client does not read holds one block in memory: 64 KiB and a file descriptor,
+or 1 MiB if the file is in a bucket, which then has no open request. `Downloads` limits the number
+of such responses; the middleware and the protocol limit their duration.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
 from pathlib import Path
-from typing import BinaryIO
 
 import anyio
 from anyio import to_thread
@@ -28,11 +26,17 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.errors import InvalidRange, Overloaded, PIMCError
+from service.jobs.storage import Opened, RemoteFile, opened
 
 HEAD_ONLY = "pimc.head_only"
 """Key of the ASGI scope: true if the response has no body, as for HEAD."""
+READERS = "pimc.readers"
+"""Key of the ASGI scope: limiter of the threads that read files; None is that of all threads."""
 CHUNK_BYTES = 64 * 2**10
 _RETRY_SECONDS = 5
+_READERS = 16
+"""Largest number of results that are read at once: a storage that hangs must not take the threads
+of other requests."""
 _MAKERS = 4
 """Largest number of files that are derived from results at once."""
 _BYTES = re.compile(r"\s*bytes\s*=(.*)", re.IGNORECASE | re.DOTALL)
@@ -42,10 +46,10 @@ _SPEC = re.compile(r"([0-9]{0,18})\s*-\s*([0-9]{0,18})")
 class StoredFile(Response):
     """A file as a response, whole or one range of it.
 
-    The file is opened once and may be removed while it is sent.
+    A file of this machine is opened once and may be removed while it is sent.
 
     Args:
-        path: path of the file.
+        path: the file.
         media_type: media type of its content.
         filename: name under which a browser saves the file; None lets the browser show it.
         missing: error to raise if the file does not exist.
@@ -53,7 +57,7 @@ class StoredFile(Response):
 
     def __init__(
         self,
-        path: Path,
+        path: Path | RemoteFile,
         *,
         media_type: str,
         filename: str | None = None,
@@ -74,14 +78,14 @@ class StoredFile(Response):
 
         Raises:
             InvalidRange: the requested range is not valid, or not within the file.
+            Overloaded: the storage cannot be reached.
             PIMCError: `missing`.
         """
-        file = await to_thread.run_sync(self._open)
-        with file:
-            stat = os.fstat(file.fileno())
-            span = (0, stat.st_size)
+        file = await to_thread.run_sync(self._open, limiter=scope.get(READERS))
+        try:
+            span = (0, file.size)
             if scope["method"] in {"GET", "HEAD"}:
-                span = self._choose(Headers(scope=scope), stat)
+                span = self._choose(Headers(scope=scope), file)
             self.headers["Content-Length"] = str(span[1] - span[0])
             if self.status_code == 304:
                 del self.headers["Content-Length"]
@@ -95,20 +99,22 @@ class StoredFile(Response):
             if self.status_code == 304 or scope.get(HEAD_ONLY):
                 await send({"type": "http.response.body", "body": b""})
             else:
-                await _send_chunks(file, *span, receive, send)
+                await _send_blocks(file, *span, scope.get(READERS), receive, send)
+        finally:
+            file.close()
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> Opened:
         try:
-            return self.path.open("rb", buffering=0)
+            return opened(self.path, CHUNK_BYTES)
         except FileNotFoundError:
             if self._missing is not None:
                 raise self._missing from None
             raise
 
-    def _choose(self, headers: Headers, stat: os.stat_result) -> tuple[int, int]:
+    def _choose(self, headers: Headers, file: Opened) -> tuple[int, int]:
         """Position of the first byte and after the last one, by conditions and range."""
-        etag = f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"'
-        modified = formatdate(stat.st_mtime, usegmt=True)
+        etag = f'"{file.tag}"'
+        modified = formatdate(file.modified, usegmt=True)
         self.headers["Accept-Ranges"] = "bytes"
         self.headers["ETag"] = etag
         self.headers["Last-Modified"] = modified
@@ -118,11 +124,11 @@ class StoredFile(Response):
             return 0, 0
         span = None
         if headers.get("if-range", etag) in {etag, modified}:
-            span = chosen_range(headers.get("range"), stat.st_size)
+            span = chosen_range(headers.get("range"), file.size)
         if span is None:
-            return 0, stat.st_size
+            return 0, file.size
         self.status_code = 206
-        self.headers["Content-Range"] = f"bytes {span[0]}-{span[1] - 1}/{stat.st_size}"
+        self.headers["Content-Range"] = f"bytes {span[0]}-{span[1] - 1}/{file.size}"
         return span
 
 
@@ -173,20 +179,29 @@ def _span(spec: str, size: int) -> tuple[int, int]:
     return start, end
 
 
-async def _send_chunks(file: BinaryIO, start: int, end: int, receive: Receive, send: Send) -> None:
+async def _send_blocks(
+    file: Opened,
+    start: int,
+    end: int,
+    readers: anyio.CapacityLimiter | None,
+    receive: Receive,
+    send: Send,
+) -> None:
     """Send bytes of a file; stop once the client has disconnected."""
     gone = asyncio.Event()
     watcher = asyncio.create_task(_watch(receive, gone))
     try:
-        while not gone.is_set():
-            size = min(CHUNK_BYTES, end - start)
-            chunk = await to_thread.run_sync(os.pread, file.fileno(), size, start)
-            if len(chunk) < size:
-                raise OSError(f"{end - start - len(chunk)} bytes of the file are missing")
-            start += size
-            await send({"type": "http.response.body", "body": chunk, "more_body": start < end})
-            if start == end:
-                return
+        while start < end:
+            size = min(file.block, end - start)
+            block = await to_thread.run_sync(file.read, start, size, limiter=readers)
+            if len(block) < size:
+                raise OSError(f"{end - start - len(block)} bytes of the file are missing")
+            for at in range(0, size, CHUNK_BYTES):
+                if gone.is_set():
+                    return
+                chunk = block[at : at + CHUNK_BYTES]
+                start += len(chunk)
+                await send({"type": "http.response.body", "body": chunk, "more_body": start < end})
     finally:
         watcher.cancel()
 
@@ -221,6 +236,8 @@ class Downloads:
         self._changed = changed
         self._rejected = rejected
         self._open: Counter[str] = Counter()
+        self.readers = anyio.CapacityLimiter(_READERS)
+        """Limiter of the threads that read results."""
         self.makers = anyio.CapacityLimiter(_MAKERS)
         """Limiter of the threads that derive files; other requests need threads too."""
 

@@ -4,10 +4,11 @@
                                  │
                            changed meanwhile? copied again
 
-A backup is a state directory with SQLite, also if replicas with PostgreSQL made it; either kind of
-service restores it. It holds waiting and running jobs with their uploads, which start from their
-first window after a restore; finished jobs with their results; and the callers' own models. Jobs
-accepted and models made after the backup began are not in it.
+A backup is a state directory with SQLite, also if replicas with PostgreSQL made it, and also if
+their files are in a bucket; each kind of service restores it. It holds waiting and running jobs
+with their uploads, which start from their first window after a restore; finished jobs with their
+results; and the callers' own models. Jobs accepted and models made after the backup began are not
+in it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import os
 import shutil
 import sqlite3
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -34,9 +37,10 @@ from service.jobs.database import (
     UnusableDatabase,
 )
 from service.jobs.files import lock, remove, sync_file, sync_folder
-from service.jobs.heads import HEADS, copy_heads
+from service.jobs.heads import copy_heads, head_folder, head_owner
 from service.jobs.schema import REQUEST, SCHEMA_VERSION, result_name, upgrade
-from service.jobs.store import DATABASE, mark_owner
+from service.jobs.storage import FolderStorage, Storage
+from service.jobs.store import DATABASE, HEADS, MARK, mark_owner
 from service.settings import SettingsError
 
 _JOBS = "jobs"
@@ -71,6 +75,7 @@ def back_up(
     target: Path,
     *,
     database_url: str | None = None,
+    storage: Storage | None = None,
     copy: Callable[[Path, Path], None] | None = None,
 ) -> Backup:
     """Copy a state directory while services may use it.
@@ -79,7 +84,8 @@ def back_up(
         state: the state directory.
         target: folder to create; its parent must exist.
         database_url: of PostgreSQL; None is SQLite in the state directory.
-        copy: copies a file or a folder; None uses `shutil`.
+        storage: where the jobs' files are; None is the state directory.
+        copy: copies a file or a folder of it; None uses `shutil`.
 
     Returns:
         What the backup holds.
@@ -88,6 +94,7 @@ def back_up(
         SettingsError: the state directory holds no jobs, the target exists, or a job changes
             during each of its copies.
         OSError: the target cannot be written.
+        Overloaded: the storage cannot be reached.
     """
     if database_url is None and not (state / DATABASE).is_file():
         raise SettingsError(
@@ -106,10 +113,16 @@ def back_up(
         # Without a write-ahead log the copy is complete in one file.
         kept.execute("PRAGMA journal_mode = DELETE")
         for (name,) in kept.execute("SELECT id FROM jobs ORDER BY number").fetchall():
-            _keep_job(
-                live, kept, name, state / _JOBS / name, unfinished / _JOBS / name, copy or _copy
+            fetch = (
+                partial(_copied, state / _JOBS / name, copy or _copy)
+                if storage is None or storage.local
+                else partial(_fetched, storage, f"{_JOBS}/{name}")
             )
-        copy_heads(state, unfinished)
+            _keep_job(live, kept, name, unfinished / _JOBS / name, fetch)
+        if storage is None or storage.local:
+            copy_heads(state, unfinished)
+        else:
+            _fetch_heads(live, storage, unfinished)
         _check(kept, unfinished)
         (jobs,) = kept.execute("SELECT count(*) FROM jobs").fetchone()
     for path in unfinished.rglob("*"):
@@ -178,9 +191,8 @@ def _keep_job(
     live: _Live,
     kept: sqlite3.Connection,
     name: str,
-    source: Path,
     target: Path,
-    copy: Callable[[Path, Path], None],
+    fetch: Callable[[str, Path], bool],
 ) -> None:
     """Copy a job's files, row and callbacks; copy all again if the job changed meanwhile."""
     (number,) = kept.execute("SELECT number FROM jobs WHERE id = ?", (name,)).fetchone()
@@ -189,12 +201,12 @@ def _keep_job(
         try:
             if row is not None and row["status"] not in _ENDED:
                 target.mkdir()
-                copy(source / REQUEST, target / REQUEST)
                 # A series has no input. Uploads are removed only after the row says how the job
                 # ended, and a result is complete before.
                 part = _result(row) if row["status"] == "successful" else "input"
-                if part != "input" or (source / part).exists():
-                    copy(source / part, target / part)
+                found = {one: fetch(one, target / one) for one in (REQUEST, part)}
+                if not all(found[one] for one in found if one != "input"):
+                    raise FileNotFoundError(target)  # noqa: TRY301 - as if it were found later
         except (FileNotFoundError, shutil.Error):
             pass  # the service has removed files; the row's status changes with them
         else:
@@ -212,6 +224,37 @@ def _keep_job(
         f"job {name} changed during each of {_TRIES} copies, so its files do not match its row; "
         "repeat the backup later"
     )
+
+
+def _copied(place: Path, copy: Callable[[Path, Path], None], name: str, target: Path) -> bool:
+    """Copy a file or a folder of a job; returns whether it was there."""
+    if not (place / name).exists():
+        return False
+    copy(place / name, target)
+    return True
+
+
+def _fetched(storage: Storage, key: str, name: str, target: Path) -> bool:
+    """Copy a file or a tree of a job from a bucket; returns whether it was there."""
+    storage.fetch(f"{key}/{name}", target)
+    return target.exists()
+
+
+def _fetch_heads(live: _Live, storage: Storage, target: Path) -> None:
+    """Copy the models that a bucket holds, as folders of a state directory.
+
+    Args:
+        live: the database.
+        storage: of the bucket.
+        target: the copy of the state directory.
+    """
+    for owner, name, version in live.execute("SELECT owner, name, version FROM heads").fetchall():
+        folder = head_folder(target, owner) / name
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            storage.fetch(f"{HEADS}/{version}", folder)
+        except FileNotFoundError:  # removed meanwhile
+            remove(folder)
 
 
 def _row(db: _Live, name: str) -> Any:  # noqa: ANN401 - of either library
@@ -264,13 +307,20 @@ def _keep_callbacks(kept: sqlite3.Connection, callbacks: Sequence[Any], job: int
         kept.execute(statement, values)
 
 
-def restore(backup: Path, state: Path, *, database_url: str | None = None) -> int:
-    """Copy a backup into a state directory that holds no jobs.
+def restore(
+    backup: Path,
+    state: Path,
+    *,
+    database_url: str | None = None,
+    storage: Storage | None = None,
+) -> int:
+    """Copy a backup into a state directory, or a storage, that holds no jobs.
 
     Args:
         backup: folder that `back_up` made.
         state: state directory; created if missing, locked while it is written.
         database_url: of PostgreSQL, with no jobs; None is SQLite in the state directory.
+        storage: for the jobs' files, with PostgreSQL; None is the state directory.
 
     Returns:
         Number of restored jobs.
@@ -304,7 +354,7 @@ def restore(backup: Path, state: Path, *, database_url: str | None = None) -> in
             unfinished.rename(state / DATABASE)
             sync_folder(state)
         else:
-            _restore_postgres(backup, state, database_url)
+            _restore_postgres(backup, state, database_url, storage or FolderStorage(state))
     finally:
         os.close(held)
     return int(jobs)
@@ -321,17 +371,20 @@ def _copy_files(backup: Path, state: Path) -> None:
     sync_folder(state / _JOBS)
 
 
-def _restore_postgres(backup: Path, state: Path, url: str) -> None:
-    """Copy a backup into the folder and the database of replicas, none of which runs.
+def _restore_postgres(backup: Path, state: Path, url: str, storage: Storage) -> None:
+    """Copy a backup into the storage and the database of replicas, none of which runs.
 
     Raises:
-        SettingsError: the database cannot be used, or holds jobs.
+        SettingsError: the database cannot be used, or holds jobs, or the storage holds those of
+            another database.
     """
     with (
         TemporaryDirectory(prefix="pimc-restore-", dir=state) as copied,
         _opened(Postgres(url), "PIMC_DATABASE_URL: it") as database,
     ):
-        upgrade(database, state / _JOBS)
+        # The files of a bucket are upgraded here, before they are sent there.
+        place = state if storage.local else Path(copied)
+        upgrade(database, place / _JOBS)
         with database.read() as db:
             (found,) = db.execute("SELECT count(*) FROM jobs").fetchone()
             (ident,) = db.execute("SELECT id FROM store").fetchone()
@@ -339,20 +392,60 @@ def _restore_postgres(backup: Path, state: Path, url: str) -> None:
             raise SettingsError(
                 f"PIMC_DATABASE_URL: the database holds {found} jobs already; name an empty one"
             )
-        _copy_files(backup, state)
+        if not storage.local:
+            _clear(storage, ident)
+        _copy_files(backup, place)
         # A backup of an earlier release: a copy of its rows, and the files, are upgraded first.
         shutil.copyfile(backup / DATABASE, Path(copied) / DATABASE)
         with _opened(Sqlite(Path(copied) / DATABASE), str(backup)) as kept:
-            upgrade(kept, state / _JOBS)
-            mark_owner(state, ident)
+            upgrade(kept, place / _JOBS)
+            models = [] if storage.local else _send(place, storage)
+            mark_owner(storage, ident)
             # The rows come last: a database without them counts as empty.
             with kept.read() as rows, database.transaction(serial=True) as db:
                 _copy_rows(rows, db)
+                for model in models:
+                    db.execute("INSERT INTO heads VALUES (?, ?, ?)", model)
                 for table in ("jobs", "callbacks"):
                     db.execute(
                         f"SELECT setval(pg_get_serial_sequence('{table}', 'number'), "  # noqa: S608
                         f"(SELECT coalesce(max(number), 0) + 1 FROM {table}), false)"
                     )
+
+
+def _clear(storage: Storage, ident: str) -> None:
+    """Remove what an interrupted restore has left in a bucket, and let it belong to the database.
+
+    Raises:
+        SettingsError: the storage belongs to another database.
+    """
+    try:
+        known = storage.read(MARK).decode().strip()
+    except FileNotFoundError:
+        known = "" if storage.names(_JOBS) else ident
+    if known != ident:
+        raise SettingsError(
+            "PIMC_STORAGE_URL: it holds the files of another database's jobs; name a new prefix"
+        )
+    mark_owner(storage, ident)
+    for name in (_JOBS, HEADS):
+        storage.remove(name)
+
+
+def _send(place: Path, storage: Storage) -> list[tuple[str, str, str]]:
+    """Send a state directory's jobs and models to a bucket.
+
+    Returns:
+        Owner, name and version of the models.
+    """
+    for job in sorted((place / _JOBS).iterdir()):
+        storage.put(f"{_JOBS}/{job.name}", job)
+    models = []
+    for folder in sorted((place / HEADS).glob("[!.]*/*")):
+        version = uuid.uuid4().hex
+        models.append((head_owner(folder.parent.name), folder.name, version))
+        storage.put(f"{HEADS}/{version}", folder)
+    return models
 
 
 def _connected(path: Path) -> sqlite3.Connection:

@@ -1,5 +1,8 @@
 """Store of the callers' own models: folders in the state directory, complete or absent.
 
+With a bucket as storage, `heads/<version>` there holds a model, a row of the database says whose it
+is and how it is called, and the state directory has a copy for this replica.
+
     PIMC_STATE_DIR/heads/
         <owner>/<name>/    card.json and model.onnx, a bundle as in `models/zoo`
         .lock              locked while a replica publishes or removes a model
@@ -19,21 +22,32 @@ import shutil
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from models.registry import BundleError, load_bundle
-from service.errors import InvalidRequest, NameTaken, UnknownModel, no_room
+from service.errors import InvalidRequest, NameTaken, Overloaded, UnknownModel, no_room
 from service.infer.engine import Engine
 from service.infer.model import LoadedModel
+from service.jobs.database import DuplicateRow
 from service.jobs.files import sync_file, sync_folder
+from service.jobs.store import HEADS, JobStore
 
 _LOG = logging.getLogger(__name__)
-HEADS = "heads"
-"""Name of the models' folder in a state directory."""
 _NO_OWNER = "_"
 """Folder name of the empty owner, which all callers share if no API keys are set."""
+
+
+def head_folder(state: Path, owner: str) -> Path:
+    """Folder of a caller's models in a state directory."""
+    return state / HEADS / (owner or _NO_OWNER)
+
+
+def head_owner(name: str) -> str:
+    """The caller whose models are in a folder of this name."""
+    return "" if name == _NO_OWNER else name
 
 
 def copy_heads(state: Path, target: Path) -> None:
@@ -55,8 +69,8 @@ def copy_heads(state: Path, target: Path) -> None:
 
 _LEFT_SECONDS = 24 * 3600.0
 """Age at which replicas remove a folder that was being made or removed."""
-_Versions = Mapping[str, tuple[int, int]]
-"""Inode and time of change in ns of a caller's models, by name."""
+_Versions = Mapping[str, object]
+"""What tells a caller's models of a name apart: inode and time of change in ns, or the row's."""
 
 
 class HeadStore:
@@ -66,43 +80,83 @@ class HeadStore:
         state: the state directory, locked by this service.
         engine: engine that serves the models.
         most: largest number of models of one caller.
-        shared: whether replicas use the directory at the same time.
+        jobs: of replicas that share the models; None if this service is alone.
     """
 
-    def __init__(self, state: Path, engine: Engine, *, most: int, shared: bool = False) -> None:
+    def __init__(
+        self, state: Path, engine: Engine, *, most: int, jobs: JobStore | None = None
+    ) -> None:
         self._root = state / HEADS
         self._engine = engine
         self._most = most
-        self.shared = shared
+        self.shared = jobs is not None
+        """Whether replicas share the models."""
+        self._rows = None if jobs is None or jobs.storage.local else jobs
+        shared = self.shared and self._rows is None
         self._mutex = threading.Lock()
         # Replaced, never changed, so that requests read it without a lock.
         self._known: Mapping[str, _Versions] = {}
+        if self._rows is not None:  # copies
+            shutil.rmtree(self._root, ignore_errors=True)
         self._root.mkdir(mode=0o700, exist_ok=True)
         for left in self._root.glob(".*-*"):
             if not shared or time.time() - left.stat().st_mtime > _LEFT_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
-        for folder in sorted(self._root.glob("[!.]*")):
-            self._update("" if folder.name == _NO_OWNER else folder.name)
+        for owner in self._owners():
+            self._update(owner)
+
+    def _owners(self) -> list[str]:
+        if self._rows is not None:
+            return self._rows.head_owners()
+        return [head_owner(folder.name) for folder in sorted(self._root.glob("[!.]*"))]
+
+    def _versions(self, owner: str) -> _Versions:
+        """What a caller has now."""
+        if self._rows is not None:
+            return self._rows.heads(owner)
+        return _versions(self._owner_folder(owner))
 
     def refresh(self, owner: str) -> None:
         """Serve what other replicas have made of a caller's models, and nothing that they removed.
 
         Args:
             owner: the caller.
+
+        Raises:
+            Overloaded: the database or the storage cannot be reached.
         """
-        if self.shared and _versions(self._owner_folder(owner)) != self._known.get(owner, {}):
+        if self.shared and self._versions(owner) != self._known.get(owner, {}):
             with self._mutex:
                 self._update(owner)
 
     def _update(self, owner: str) -> None:
-        """Serve the models that a caller's folder has now."""
-        found, known = _versions(self._owner_folder(owner)), self._known.get(owner, {})
+        """Serve the models that a caller has now."""
+        found, known = self._versions(owner), self._known.get(owner, {})
         for name in known.keys() - found.keys():
             self._engine.remove(owner, name)
+            if self._rows is not None:
+                shutil.rmtree(self._folder(owner, name), ignore_errors=True)
         for name in sorted(found):
             if found[name] != known.get(name):
+                if self._rows is not None:
+                    self._bring(owner, name, str(found[name]))
                 self._load(owner, self._folder(owner, name))
         self._known = {**self._known, owner: found}
+
+    def _bring(self, owner: str, name: str, version: str) -> None:
+        """Copy a model from the bucket; one that was removed meanwhile leaves nothing."""
+        with self.draft() as draft:
+            if self._rows is not None:
+                with suppress(FileNotFoundError):
+                    self._rows.storage.fetch(f"{HEADS}/{version}", draft)
+            self._place(owner, name, draft)
+
+    def _place(self, owner: str, name: str, draft: Path) -> None:
+        """Let a folder be this replica's copy of a model."""
+        bundle_folder = self._folder(owner, name)
+        shutil.rmtree(bundle_folder, ignore_errors=True)
+        bundle_folder.parent.mkdir(mode=0o700, exist_ok=True)
+        draft.rename(bundle_folder)
 
     def _load(self, owner: str, folder: Path) -> None:
         """Serve a stored bundle; a damaged one is logged and stays on disk, not served."""
@@ -118,7 +172,7 @@ class HeadStore:
     def _alone(self) -> Iterator[None]:
         """Nobody else gives or takes names, in this process and among replicas."""
         with self._mutex:
-            if not self.shared:
+            if not self.shared or self._rows is not None:  # the database decides
                 yield
                 return
             file = os.open(self._root / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -153,19 +207,18 @@ class HeadStore:
         """
         if name in self._engine.registry.bundles:
             raise NameTaken(f"'{name}' is a model of this server: choose another name")
-        bundle_folder = self._folder(owner, name)
-        if bundle_folder.exists():
-            raise NameTaken(
-                f"you have a model '{name}': choose another name, or delete it first "
-                f"(DELETE /heads/{name})"
-            )
-        owned = sum(1 for _ in bundle_folder.parent.glob("*"))
-        if owned >= self._most:
-            raise InvalidRequest.of(
-                "name",
-                f"you have {owned} models of your own, and at most {self._most} are allowed "
-                "(PIMC_MAX_HEADS): delete one first (DELETE /heads/NAME)",
-            )
+        found = self._versions(owner)
+        if name in found:
+            raise _taken(name)
+        if len(found) >= self._most:
+            raise self._too_many(len(found))
+
+    def _too_many(self, owned: int) -> InvalidRequest:
+        return InvalidRequest.of(
+            "name",
+            f"you have {owned} models of your own, and at most {self._most} are allowed "
+            "(PIMC_MAX_HEADS): delete one first (DELETE /heads/NAME)",
+        )
 
     def publish(self, owner: str, folder: Path, model: LoadedModel) -> None:
         """Publish and serve a bundle; once this returns, a kill does not lose it.
@@ -184,6 +237,12 @@ class HeadStore:
         bundle_folder = self._folder(owner, name)
         with self._alone():
             self.check_free(owner, name)
+            if self._rows is not None:
+                self._upload(self._rows, owner, name, folder)
+                self._place(owner, name, folder)
+                self._engine.add(owner, model)
+                self._learn(owner)
+                return
             bundle_folder.parent.mkdir(mode=0o700, exist_ok=True)
             for file in folder.iterdir():
                 sync_file(file)
@@ -194,9 +253,35 @@ class HeadStore:
             self._engine.add(owner, model)
             self._learn(owner)
 
+    def _upload(self, rows: JobStore, owner: str, name: str, folder: Path) -> None:
+        """Store a model in the bucket, then record it: without the record it is nobody's."""
+        version = uuid.uuid4().hex
+        key = f"{HEADS}/{version}"
+        with self.draft() as copy:
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
+            rows.storage.put(key, copy)
+        try:
+            recorded = rows.add_head(owner, name, version, most=self._most)
+        except DuplicateRow as error:
+            self._forget(rows, version)
+            raise _taken(name) from error
+        except Overloaded as error:
+            if not error.uncertain:
+                self._forget(rows, version)
+            raise
+        if not recorded:
+            self._forget(rows, version)
+            raise self._too_many(self._most)
+
+    @staticmethod
+    def _forget(rows: JobStore, version: str) -> None:
+        """Remove the files of a model that has no record."""
+        with suppress(Overloaded):  # a sweep removes them
+            rows.storage.remove(f"{HEADS}/{version}")
+
     def _learn(self, owner: str) -> None:
-        """Take the models of a caller's folder as served."""
-        self._known = {**self._known, owner: _versions(self._owner_folder(owner))}
+        """Take the models that a caller has as served."""
+        self._known = {**self._known, owner: self._versions(owner)}
 
     def remove(self, owner: str, name: str) -> None:
         """Remove a caller's model; once this returns, a kill does not restore it.
@@ -204,18 +289,27 @@ class HeadStore:
         Raises:
             UnknownModel: the caller has no model of that name.
         """
+        if self._rows is not None:
+            self._remove_row(self._rows, owner, name)
+            return
         with self._alone():
             gone = self._root / f".old-{os.urandom(8).hex()}"
             try:
                 self._folder(owner, name).rename(gone)
             except (FileNotFoundError, NotADirectoryError) as error:
-                raise UnknownModel(
-                    f"you have no model '{name[:64]}' of your own; GET /heads lists those you have"
-                ) from error
+                raise _unknown(name) from error
             sync_folder(self._owner_folder(owner))
             self._engine.remove(owner, name)
             self._learn(owner)
         shutil.rmtree(gone, ignore_errors=True)
+
+    def _remove_row(self, rows: JobStore, owner: str, name: str) -> None:
+        with self._mutex:
+            version = rows.remove_head(owner, name)
+            if version is None:
+                raise _unknown(name)
+            self._update(owner)
+        self._forget(rows, version)
 
     def adopt(self, names: Mapping[str, str]) -> None:
         """Move the models of former owners to new owners.
@@ -228,15 +322,18 @@ class HeadStore:
         """
         with self._alone():
             for former, owner in names.items():
+                if self._rows is not None:
+                    for name in self._rows.adopt_heads(former, owner):
+                        _log_kept(name)
+                    self._update(former)
+                    self._update(owner)
+                    continue
                 self._update(former)  # another replica may have done this
                 self._update(owner)
                 for name, model in self._engine.own(former).items():
                     bundle_folder = self._folder(owner, name)
                     if bundle_folder.exists():
-                        _LOG.error(
-                            "model not moved to its new owner, who has one of the same name",
-                            extra={"bundle": name},
-                        )
+                        _log_kept(name)
                         continue
                     bundle_folder.parent.mkdir(mode=0o700, exist_ok=True)
                     self._folder(former, name).rename(bundle_folder)
@@ -252,6 +349,24 @@ class HeadStore:
 
     def _folder(self, owner: str, name: str) -> Path:
         return self._owner_folder(owner) / name
+
+
+def _taken(name: str) -> NameTaken:
+    return NameTaken(
+        f"you have a model '{name}': choose another name, or delete it first (DELETE /heads/{name})"
+    )
+
+
+def _unknown(name: str) -> UnknownModel:
+    return UnknownModel(
+        f"you have no model '{name[:64]}' of your own; GET /heads lists those you have"
+    )
+
+
+def _log_kept(name: str) -> None:
+    _LOG.error(
+        "model not moved to its new owner, who has one of the same name", extra={"bundle": name}
+    )
 
 
 def _versions(folder: Path) -> _Versions:

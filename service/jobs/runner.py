@@ -30,6 +30,7 @@ from service.errors import (
 )
 from service.infer.engine import Engine
 from service.jobs.callbacks import CallbackSender
+from service.jobs.storage import StorageUnreachable
 from service.jobs.store import Job, JobStore, LeaseLost
 from service.jobs.window_journal import WindowFile
 from service.read.geotiff import BlockCache
@@ -49,6 +50,8 @@ _MAX_ATTEMPTS = 20
 """Starts of a job without one more finished window after which the job fails."""
 _PAUSE_SECONDS = 1.0
 """Seconds before a worker retries a write that failed or a job whose resources were in use."""
+_MAX_PAUSE_SECONDS = 30.0
+"""Longest pause while the storage cannot be reached."""
 _BEAT_SECONDS = 1.0
 """Seconds between renewals of the leases, and between looks for jobs of other replicas."""
 _JOIN_SECONDS = 20.0
@@ -112,6 +115,8 @@ class JobRunner:
         self._wakeup = threading.Condition()
         self._running: dict[str, tuple[Job, threading.Event]] = {}
         self._sweep_fault: str | None = None
+        self._outages = 0
+        """Runs that the storage has ended since the last one that was finished."""
         self._workers = [SupervisedThread(f"job-{n}", self._work, closing) for n in range(workers)]
         self._threads = [*self._workers, SupervisedThread("jobs", self._sweep_repeatedly, closing)]
         if store.shared:
@@ -285,6 +290,7 @@ class JobRunner:
             else:
                 self._fail(job, error)
         else:
+            self._outages = 0
             seconds = time.monotonic() - begun
             self._metrics.job_ran(task=job.task, seconds=seconds)
             _LOG.info("job ends", extra={"seconds": round(seconds, 3)})
@@ -306,7 +312,11 @@ class JobRunner:
         """Put back a job whose memory, file descriptors or store are in use, and pause."""
         _LOG.warning("job waits", extra={"reason": shortage.detail})
         self._record(lambda: self._store.put_back(job))
-        self._closing.wait(_PAUSE_SECONDS)
+        pause = _PAUSE_SECONDS
+        if isinstance(shortage, StorageUnreachable):  # each attempt sends it requests
+            pause = min(pause * 2**self._outages, _MAX_PAUSE_SECONDS)
+            self._outages += 1
+        self._closing.wait(pause)
 
     def _fail(self, job: Job, error: Exception) -> None:
         problem = error if isinstance(error, PIMCError) else no_room(error)
@@ -349,6 +359,7 @@ class JobRunner:
         self._store.succeed(job)
 
     def _compute(self, job: Job, cancelled: threading.Event) -> None:
+        self._store.prepare(job)
         request = self._store.request(job)
         if isinstance(request, RasterRequest):
             check_again(request.files, self._store.folder(job), self._roots)
@@ -366,10 +377,8 @@ class JobRunner:
             nonlocal done
             done = share
 
-        with (
-            WindowFile(self._store, job, lambda: int(100 * done)) as journal,
-            self._metrics.run(),
-        ):
+        journal = WindowFile(self._store, job, lambda: int(100 * done))
+        with self._metrics.run():
             result = execute(
                 plan,
                 work,

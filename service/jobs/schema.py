@@ -12,7 +12,7 @@ from service.jobs import outbox
 from service.jobs.database import Database, Session, UnusableDatabase
 from service.jobs.files import size_of, sync_file, sync_folder
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 REQUEST = "request.json"
 _SCHEMA = """
 CREATE TABLE jobs (
@@ -62,6 +62,14 @@ CREATE TABLE usage (
     day INTEGER NOT NULL,  -- since 1970, UTC
     pixels BIGINT NOT NULL,
     PRIMARY KEY (caller, day)
+);
+"""
+_HEADS = """
+CREATE TABLE heads (  -- models of own classes in a bucket, while those in a folder have no rows
+    owner TEXT NOT NULL,
+    name TEXT NOT NULL,
+    version TEXT NOT NULL,  -- another for each model of the name
+    PRIMARY KEY (owner, name)
 )"""
 _SHARES = """
 ALTER TABLE jobs ADD COLUMN caller TEXT NOT NULL DEFAULT '';
@@ -119,7 +127,7 @@ def upgrade(database: Database, jobs: Path) -> None:
             if dialect.version(db) != version:
                 continue  # another replica has done this step
             if version == 0:
-                _execute(db, f"{_SCHEMA};{outbox.TABLE}")
+                _execute(db, f"{_SCHEMA}{_HEADS};{outbox.TABLE}")
                 dialect.set_version(db, SCHEMA_VERSION)
             else:
                 _STEPS[version](db, jobs)
@@ -177,11 +185,17 @@ def _add_leases(db: Session, jobs: Path) -> None:
     _execute(db, _LEASES)
 
 
+def _add_heads(db: Session, jobs: Path) -> None:  # noqa: ARG001 - as the other steps
+    """Let models of own classes be in a bucket."""
+    _execute(db, _HEADS)
+
+
 _STEPS: Mapping[int, Callable[[Session, Path], None]] = {
     1: _drop_requests,
     2: _add_shares,
     3: _add_callbacks,
     4: _add_leases,
+    5: _add_heads,
 }
 """Upgrades from each version to the next, within its transaction."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from models.card import Task
 from service.errors import StackWarning, warning_list
+from service.jobs.storage import RemoteFile
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.reflectance import DatedNumber
@@ -209,16 +210,16 @@ def _bbox(values: list[float] | None) -> tuple[float, float, float, float] | Non
 
 @dataclass(frozen=True, kw_only=True)
 class StoredResult:
-    """A job's result on disk: the values of its response headers and the paths of its files."""
+    """A job's result: the values of its response headers, and its files."""
 
     task: Runnable
     model: str
     """As `name@version`."""
     provider: str
-    document: Path
-    """Path of the JSON document, which is sent unchanged."""
-    files: Mapping[str, Path]
-    """Paths of the finished COGs, by output name."""
+    document: Path | RemoteFile
+    """The JSON document, which is sent unchanged."""
+    files: Mapping[str, Path | RemoteFile]
+    """The finished COGs, by output name."""
     timing: Timing
     warnings: tuple[StackWarning, ...]
 
@@ -236,20 +237,20 @@ def result_head(result: Result) -> dict[str, Any]:
     }
 
 
-def stored_result(head: Mapping[str, Any], folder: Path, document: Path) -> StoredResult:
+def stored_result(head: Mapping[str, Any], file: Path | RemoteFile, document: str) -> StoredResult:
     """The stored result that a description refers to.
 
     Args:
         head: the description, made by `result_head`.
-        folder: folder of the result's files.
-        document: path of the result's JSON document.
+        file: the description's file, beside which the result's files are.
+        document: name of the result's JSON document.
     """
     return StoredResult(
         task=head["task"],
         model=head["model"],
         provider=head["provider"],
-        document=document,
-        files={name: folder / path for name, path in head["files"].items()},
+        document=file.with_name(document),
+        files={name: file.with_name(path) for name, path in head["files"].items()},
         timing=Timing(**head["timing"]),
         warnings=tuple(StackWarning(**warning) for warning in head["warnings"]),
     )

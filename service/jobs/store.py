@@ -17,6 +17,13 @@
             result-<n>/    the complete result, or missing
             ready/         files derived from the result at the first request for them
 
+With a storage elsewhere (`storage.py`) the folders of jobs are there, and the state directory is
+one replica's own:
+
+    PIMC_STATE_DIR/
+        jobs/<id>-<n>/     input/ and work-<n>/ of a run here; emptied at each start
+        copies/            results from which files are derived; emptied at each start
+
 Durability follows from one order: the store syncs the bytes to disk before it writes the row. If
 the row is missing, the work is repeated; bytes without a row are removed.
 
@@ -36,9 +43,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 from service.errors import (
@@ -59,7 +67,7 @@ from service.jobs.database import (
     Sqlite,
     UnusableDatabase,
 )
-from service.jobs.files import keep_only, lock, remove, size_of, sync_file, sync_folder, take_over
+from service.jobs.files import lock, remove, size_of, sync_folder, take_over
 from service.jobs.schema import (
     REQUEST,
     result_name,
@@ -76,6 +84,7 @@ from service.jobs.serialise import (
     result_head,
     stored_result,
 )
+from service.jobs.storage import FolderStorage, RemoteFile, Storage, StorageUnreachable
 from service.run.execute import Result
 from service.run.plan import Plan
 from service.run.request import RasterRequest, Runnable, Subscriber, TaskRequest
@@ -89,6 +98,11 @@ DATABASE = "jobs.sqlite"
 _RESULT = "reply.json"
 _DOCUMENT = "document.json"
 _READY = "ready"
+_INPUT = "input"
+_RESULT_COPY = "result"
+_JOBS = "jobs"
+HEADS = "heads"
+"""Name of the folder of the callers' own models."""
 # Names in stored requests, also of earlier releases.
 _UPGRADE, _DELIVERY, _SUBMITTED = "upgrade", "answer", "submitted"
 _LOCKS = 16
@@ -100,9 +114,12 @@ _LEASE_SECONDS = 30.0
 """Seconds without a renewal after which another replica takes a job."""
 _ORPHAN_SECONDS = 24 * 3600.0
 """Age at which a folder without a job is removed: a younger one may be about to be accepted."""
+_LOOK_SECONDS = 3600.0
+"""Seconds between looks for such folders."""
 _CLAIM_SECONDS = 60.0
 """Seconds in which a replica sends a callback before another may send it."""
-_MARK = "database"
+MARK = "database"
+"""Key of the id of the database to which a storage belongs."""
 _WAITS = (
     "SELECT 1 FROM jobs WHERE status = 'accepted' OR (status = 'running' AND {expired}) LIMIT 1"
 )
@@ -295,33 +312,50 @@ class JobStore:
         ttl: seconds for which a finished job is kept.
         max_waiting: largest number of waiting jobs.
         database_url: address of a PostgreSQL database; None uses SQLite in the directory.
+        storage: where the jobs' files are, which `close` closes; None is the directory. With any
+            other, each replica has a directory of its own.
 
     Raises:
-        SettingsError: the folder or the database cannot be used, or another service uses it.
+        SettingsError: the folder, the database or the storage cannot be used, or another service
+            uses it.
     """
 
     def __init__(
-        self, folder: Path, *, ttl: float, max_waiting: int, database_url: str | None = None
+        self,
+        folder: Path,
+        *,
+        ttl: float,
+        max_waiting: int,
+        database_url: str | None = None,
+        storage: Storage | None = None,
     ) -> None:
         self._ttl = ttl
         self._max_waiting = max_waiting
-        self._jobs = folder / "jobs"
+        self._jobs = folder / _JOBS
+        self._copies = folder / "copies"
+        self.storage = FolderStorage(folder) if storage is None else storage
+        self._next_look = time.monotonic() + _LOOK_SECONDS
         self._ready_locks = [threading.Lock() for _ in range(_LOCKS)]
         dialect = Sqlite(folder / DATABASE) if database_url is None else Postgres(database_url)
         self.shared = dialect.shared
-        """Whether replicas share the directory."""
-        self.requests = None if self.shared else folder / "requests"
-        """Parent of the folders of single requests; None for replicas."""
+        """Whether replicas share the jobs."""
+        shares_folder = self.shared and self.storage.local
+        self.requests = None if shares_folder else folder / "requests"
+        """Parent of the folders of single requests; None if replicas share the directory."""
         with _translate_start_errors(folder, dialect.name):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._held = lock(folder, shared=self.shared)
+            self._held = lock(folder, shared=shares_folder)
             opened = ExitStack()
             try:
                 if self.requests:
                     shutil.rmtree(self.requests, ignore_errors=True)
                     self.requests.mkdir()
+                _check_kind(folder, shared=self.shared, own=not self.storage.local)
+                if not self.storage.local:
+                    for place in (self._jobs, self._copies):
+                        shutil.rmtree(place, ignore_errors=True)
+                        place.mkdir()
                 self._jobs.mkdir(exist_ok=True)
-                _check_kind(folder, shared=self.shared)
                 self._db = opened.enter_context(closing(Database(dialect)))
                 upgrade(self._db, self._jobs)
                 if self.shared:
@@ -329,38 +363,46 @@ class JobStore:
                 self._recover()
             except BaseException:
                 opened.close()
+                self.storage.close()
                 os.close(self._held)
                 raise
 
     def close(self) -> None:
-        """Close the database and unlock the directory."""
+        """Close the database and the storage, and unlock the directory."""
         self._db.close()
+        self.storage.close()
         os.close(self._held)
 
     def _check_owner(self, folder: Path) -> None:
-        """Check that a state directory belongs to the database; mark a new one.
+        """Check that the storage belongs to the database; mark a new one.
 
         Raises:
-            SettingsError: the directory belongs to another database.
+            SettingsError: the storage belongs to another database.
         """
         with self._db.read() as db:
             (ident,) = db.execute("SELECT id FROM store").fetchone()
-        mark = folder / _MARK
-        if mark.exists():
-            known = mark.read_text("utf-8").strip()
-            if known != ident:
+            (jobs,) = db.execute("SELECT count(*) FROM jobs").fetchone()
+        what = f"PIMC_STATE_DIR: {folder}" if self.storage.local else "PIMC_STORAGE_URL: it"
+        kind = "folder" if self.storage.local else "prefix"
+        try:
+            known = self.storage.read(MARK).decode().strip()
+        except FileNotFoundError:
+            if self.storage.names(_JOBS):
                 raise SettingsError(
-                    f"PIMC_STATE_DIR: {folder} belongs to the database {known}, but "
-                    f"PIMC_DATABASE_URL names the database {ident}; set the two that belong "
-                    "together, or name a new folder"
-                )
-        elif any(self._jobs.iterdir()):
+                    f"{what} has jobs of another database; name a new {kind}, or restore a backup"
+                ) from None
+            if jobs and not self.storage.local:
+                raise SettingsError(
+                    f"{what} has no files of the database's {jobs} jobs: name the storage in which "
+                    "they are; `backup` and `restore` take jobs to another"
+                ) from None
+            mark_owner(self.storage, ident)
+            return
+        if known != ident:
             raise SettingsError(
-                f"PIMC_STATE_DIR: {folder} has jobs of another database; name a new folder, or "
-                "restore a backup"
+                f"{what} belongs to the database {known}, but PIMC_DATABASE_URL names the database "
+                f"{ident}; set the two that belong together, or name a new {kind}"
             )
-        else:
-            mark_owner(folder, ident)
 
     # For requests --------------------------------------------------------------------------
 
@@ -408,15 +450,18 @@ class JobStore:
         document[_DELIVERY] = delivery
         document[_SUBMITTED] = traceparent()
         job_folder, called = self._jobs / name, plan.request.subscriber
+        key = _key(name)
         try:
             if isinstance(plan.request, RasterRequest):
-                take_over([f.path for f in plan.request.sources], folder, job_folder / "input")
+                take_over([f.path for f in plan.request.sources], folder, job_folder / _INPUT)
             else:
                 job_folder.mkdir()
             write_request(job_folder, json.dumps(document))
             sync_folder(self._jobs)
             now = time.time()
             size = size_of(job_folder)
+            if not self.storage.local:
+                self.storage.put(key, job_folder)
             charged = owner if caller is None else caller
             with self._db.transaction(serial=True) as db:
                 self._check_room(db, charged, share, size)
@@ -450,6 +495,9 @@ class JobStore:
             if isinstance(error, Overloaded) and error.uncertain:
                 raise  # the row may exist, and then it needs the files
             shutil.rmtree(job_folder, ignore_errors=True)
+            if not self.storage.local:
+                with suppress(Overloaded):  # an orphan, which a sweep removes
+                    self.storage.remove(key)
             if isinstance(error, DuplicateRow) and idempotency:
                 # Two equal requests arrived at once, and the other one was stored first.
                 first = self.repeated(owner, idempotency)
@@ -495,6 +543,7 @@ class JobStore:
             status="running",
         )
         try:
+            self.folder(job).mkdir(exist_ok=True)
             shutil.move(work, self.work(job))  # copies the files if they are on another disk
             self.publish(job, self.work(job), result)
             self.succeed(job)
@@ -502,7 +551,8 @@ class JobStore:
             self.dismiss(owner, job.id)
             raise
         finally:
-            self.tidy(job)
+            with suppress(Overloaded):  # a sweep does it
+                self.tidy(job)
         return self.find(owner, job.id)
 
     def repeated(self, owner: str, idempotency: Idempotency) -> Job | None:
@@ -658,13 +708,16 @@ class JobStore:
             job = _job(row)
             db.execute(
                 "UPDATE jobs SET status = 'dismissed', finished = coalesce(finished, ?), "
-                "updated = ?, bytes = 0 WHERE number = ? AND status != 'dismissed'",
+                "updated = ?, bytes = 0, "
+                "expires = CASE WHEN status = 'running' THEN expires ELSE {now} END "
+                "WHERE number = ? AND status != 'dismissed'",
                 (now, now, job.number),
             )
             db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
             outbox.drop(db, job.number)
         if job.status != "running":  # a running job's files are removed when its run ends
-            self.remove(job)
+            with suppress(Overloaded):  # a sweep removes them
+                self.tidy(job)
         return self.find(owner, name)
 
     def counts(self) -> dict[str, int]:
@@ -689,21 +742,22 @@ class JobStore:
                 db.execute("SELECT id FROM jobs LIMIT 1").fetchone()
         except (UnusableDatabase, PIMCError) as error:
             return f"the job store cannot be used: {error}"
-        return None
+        return self.storage.fault()
 
     def request(self, job: Job) -> TaskRequest:
-        """The request of a job.
+        """The request of a job; its uploads are where `prepare` brings them.
 
         Raises:
             ResultNotReady: the job was dismissed or has failed, and its files are removed.
+            Overloaded: the storage cannot be reached.
         """
         try:
-            text = (self.folder(job) / REQUEST).read_text("utf-8")
+            text = self.storage.read(_key(job.id, REQUEST))
         except FileNotFoundError as error:
             raise ResultNotReady(
                 f"job {job.id} is {job.status}, and its files have been removed"
             ) from error
-        return request_of(json.loads(text), self.folder(job) / "input")
+        return request_of(json.loads(text), self.folder(job) / _INPUT)
 
     def delivery(self, job: Job) -> Mapping[str, Any] | None:
         """How a job's results are returned, as stored by `accept`.
@@ -712,7 +766,7 @@ class JobStore:
             ResultNotReady: the job's files are removed.
         """
         try:
-            document = json.loads((self.folder(job) / REQUEST).read_text("utf-8"))
+            document = json.loads(self.storage.read(_key(job.id, REQUEST)))
         except FileNotFoundError as error:
             raise removed(job) from error
         found: Mapping[str, Any] | None = document.get(_DELIVERY)
@@ -721,8 +775,8 @@ class JobStore:
     def submitted(self, job: Job) -> str | None:
         """The span of the request that submitted a job, as a `traceparent`; None if not traced."""
         try:
-            document = json.loads((self.folder(job) / REQUEST).read_text("utf-8"))
-        except FileNotFoundError:  # the job was dismissed: its run ends soon
+            document = json.loads(self.storage.read(_key(job.id, REQUEST)))
+        except (FileNotFoundError, StorageUnreachable):  # which ends its run soon
             return None
         found: str | None = document.get(_SUBMITTED)
         return found
@@ -738,17 +792,50 @@ class JobStore:
                 f"job {job.id} has no result: its status is '{job.status}', its progress "
                 f"{job.progress} %; the result exists once the status is 'successful'"
             )
-        folder = self.folder(job) / result_name(job.lease)
+        key = _key(job.id, result_name(job.lease))
         try:
-            head = json.loads((folder / _RESULT).read_text("utf-8"))
+            head = json.loads(self.storage.read(f"{key}/{_RESULT}"))
             if "document" in head:
                 with self._ready_lock(job.id):
-                    head = _split_result(folder)
+                    head = _split_result(self.storage, key)
         except FileNotFoundError as error:
             raise removed(job) from error
-        return stored_result(head, folder, folder / _DOCUMENT)
+        return stored_result(head, self.storage.file(f"{key}/{_RESULT}"), _DOCUMENT)
 
-    def ready(self, job: Job, name: str, make: Callable[[Path], object]) -> Path:
+    @contextmanager
+    def on_disk(self, job: Job, result: StoredResult) -> Iterator[StoredResult]:
+        """A job's result with its files on this machine, for as long as the context lasts.
+
+        Args:
+            job: a successful job.
+            result: its result.
+
+        Raises:
+            ResultNotReady: the result was removed.
+        """
+        if self.storage.local:
+            yield result
+            return
+        with TemporaryDirectory(prefix=f"{job.id}-", dir=self._copies) as parent:
+            folder = Path(parent) / _RESULT_COPY
+            try:
+                self.storage.fetch(_key(job.id, result_name(job.lease)), folder)
+                head = json.loads((folder / _RESULT).read_text("utf-8"))
+            except FileNotFoundError as error:
+                raise removed(job) from error
+            yield stored_result(head, folder / _RESULT, _DOCUMENT)
+
+    @contextmanager
+    def copied(self, file: Path | RemoteFile) -> Iterator[Path]:
+        """A file of a result on this machine, for as long as the context lasts."""
+        if isinstance(file, Path):
+            yield file
+            return
+        with TemporaryDirectory(dir=self._copies) as folder:
+            self.storage.fetch(file.key, Path(folder) / file.name)
+            yield Path(folder) / file.name
+
+    def ready(self, job: Job, name: str, make: Callable[[Path], object]) -> Path | RemoteFile:
         """A file derived from a result, made at the first request and kept for later ones.
 
         Args:
@@ -762,21 +849,26 @@ class JobStore:
         Raises:
             ResultNotReady: the result was removed.
         """
-        folder = self.folder(job) / _READY
-        path = folder / name
+        key = _key(job.id, _READY, name)
         # Another replica may make the same file.
-        unfinished = folder / f"half-{uuid.uuid4()}-{name}"
+        unfinished = f"half-{uuid.uuid4()}-{name}"
         with self._ready_lock(job.id):
-            if not path.exists():
+            file = self.storage.file(key)
+            if not file.exists():
+                # Nothing is made for a job whose files were removed.
+                if not self.storage.file(_key(job.id, result_name(job.lease), _RESULT)).exists():
+                    raise removed(job)
+                folder = self.folder(job) / _READY if self.storage.local else self._copies
+                path = folder / unfinished
                 try:
                     folder.mkdir(exist_ok=True)
-                    make(unfinished)
-                    unfinished.rename(path)
+                    make(path)
+                    self.storage.put(key, path)
                 except FileNotFoundError as error:
                     raise removed(job) from error
                 finally:
-                    unfinished.unlink(missing_ok=True)
-        return path
+                    path.unlink(missing_ok=True)
+        return file
 
     def _ready_lock(self, name: str) -> threading.Lock:
         """The lock under which files derived from a job's result are made and removed."""
@@ -807,11 +899,84 @@ class JobStore:
                 )
                 db.execute("DELETE FROM usage WHERE caller = ?", (former,))
 
+    # Models of own classes in a bucket -------------------------------------------------------
+
+    def heads(self, owner: str) -> dict[str, str]:
+        """A caller's models: their versions by name."""
+        with self._db.read() as db:
+            rows = db.execute("SELECT name, version FROM heads WHERE owner = ?", (owner,))
+            return {row["name"]: row["version"] for row in rows.fetchall()}
+
+    def head_owners(self) -> list[str]:
+        """Callers that have models."""
+        with self._db.read() as db:
+            rows = db.execute("SELECT DISTINCT owner FROM heads ORDER BY owner").fetchall()
+        return [owner for (owner,) in rows]
+
+    def add_head(self, owner: str, name: str, version: str, *, most: int) -> bool:
+        """Record a caller's model, whose files are in the storage.
+
+        Args:
+            owner: the caller.
+            name: of the model.
+            version: key of its files below `heads`.
+            most: largest number of models of one caller.
+
+        Returns:
+            Whether it was recorded: not if the caller has as many already.
+
+        Raises:
+            DuplicateRow: the caller has a model of that name.
+        """
+        with self._db.transaction(serial=True) as db:
+            (owned,) = db.execute("SELECT count(*) FROM heads WHERE owner = ?", (owner,)).fetchone()
+            db.execute("INSERT INTO heads VALUES (?, ?, ?)", (owner, name, version))
+            if owned >= most:
+                db.execute("DELETE FROM heads WHERE owner = ? AND name = ?", (owner, name))
+        return bool(owned < most)
+
+    def remove_head(self, owner: str, name: str) -> str | None:
+        """Remove the record of a caller's model; returns its version, None if there is none."""
+        with self._db.transaction() as db:
+            row = db.execute(
+                "DELETE FROM heads WHERE owner = ? AND name = ? RETURNING version", (owner, name)
+            ).fetchone()
+        return row["version"] if row else None
+
+    def adopt_heads(self, former: str, owner: str) -> list[str]:
+        """Move the records of a former owner's models to a new owner.
+
+        Returns:
+            Names of the models that stay, because the new owner has one of the same name.
+        """
+        with self._db.transaction(serial=True) as db:
+            db.execute(
+                "UPDATE heads SET owner = ? WHERE owner = ? "
+                "AND name NOT IN (SELECT name FROM heads WHERE owner = ?)",
+                (owner, former, owner),
+            )
+            rows = db.execute("SELECT name FROM heads WHERE owner = ?", (former,)).fetchall()
+        return [name for (name,) in rows]
+
     # For runs ------------------------------------------------------------------------------
 
     def folder(self, job: Job) -> Path:
-        """Folder of a job's files."""
-        return self._jobs / job.id
+        """Folder of a job's files on this machine; with a storage elsewhere, of one run's."""
+        return self._jobs / (job.id if self.storage.local else f"{job.id}-{job.lease}")
+
+    def prepare(self, job: Job) -> None:
+        """Bring the files that a run needs to this machine.
+
+        Args:
+            job: a running job.
+
+        Raises:
+            Overloaded: the storage cannot be reached.
+            OSError: the disk is full.
+        """
+        if not self.storage.local:
+            self.folder(job).mkdir(exist_ok=True)
+            self.storage.fetch(_key(job.id, _INPUT), self.folder(job) / _INPUT)
 
     def take(self) -> Job | None:
         """Start the next waiting job; None if no job waits.
@@ -873,28 +1038,28 @@ class JobStore:
         """Path of the folder of the job's run."""
         return self.folder(job) / work_name(job.lease)
 
-    def windows(self, job: Job, lease: int | None = None) -> Path:
-        """Path of the file of the windows that were finished under a lease; None is the job's."""
-        return self.folder(job) / windows_name(job.lease if lease is None else lease)
+    def windows(self, job: Job, lease: int | None = None) -> str:
+        """Key of the log of the windows that were finished under a lease; None is the job's."""
+        return _key(job.id, windows_name(job.lease if lease is None else lease))
 
     def published(self, job: Job) -> bool:
         """Whether a run before published the result, but ended before it could say so.
 
         Then the result is this run's.
         """
+        names = self.storage.names(_key(job.id))
         for lease in range(job.lease):
-            try:
-                (self.folder(job) / result_name(lease)).rename(
-                    self.folder(job) / result_name(job.lease)
-                )
-            except FileNotFoundError:
-                continue
-            sync_folder(self.folder(job))
-            return True
+            if result_name(lease) in names:
+                here = _key(job.id, result_name(lease))
+                try:
+                    self.storage.move(here, _key(job.id, result_name(job.lease)), last=_RESULT)
+                except FileNotFoundError:  # it is not complete, or was removed
+                    continue
+                return True
         return False
 
     def publish(self, job: Job, work: Path, result: Result) -> None:
-        """Publish a finished run's files as the job's result: sync them to disk, then rename.
+        """Publish a finished run's files as the job's result, complete or not at all.
 
         Args:
             job: a running job.
@@ -903,11 +1068,7 @@ class JobStore:
         """
         (work / _DOCUMENT).write_bytes(document_bytes(result.document))
         (work / _RESULT).write_text(json.dumps(result_head(result)), encoding="utf-8")
-        for path in work.iterdir():
-            sync_file(path)
-        sync_folder(work)
-        work.rename(self.folder(job) / result_name(job.lease))
-        sync_folder(self.folder(job))
+        self.storage.put(_key(job.id, result_name(job.lease)), work, last=_RESULT)
 
     def succeed(self, job: Job) -> None:
         """Mark a running job, whose result is published, as successful.
@@ -918,17 +1079,18 @@ class JobStore:
         if not self.holds(job):
             raise _lost(job)
         # From here on a run that takes the job over finds the result, so it needs nothing else.
-        folder = self.folder(job)
-        remove(folder / "input")
-        for lease in range(job.lease + 1):
-            remove(folder / windows_name(lease))
-            remove(folder / work_name(lease))
-        kept = (folder / result_name(job.lease), folder / REQUEST)
-        self._end(job, "successful", progress=100, size=sum(map(size_of, kept)))
+        result = result_name(job.lease)
+        size = self.storage.size(_key(job.id, result), _key(job.id, REQUEST))
+        done = {_INPUT}
+        for lease in range(job.lease + 1):  # a later one would be another run's
+            done |= {windows_name(lease), work_name(lease)}
+        for name in done.intersection(self.storage.names(_key(job.id))):
+            self.storage.remove(_key(job.id, name))
+        self._end(job, "successful", progress=100, size=size)
 
     def may_upgrade(self, job: Job) -> bool:
         """Whether the owner allows a later version of the model to run the job."""
-        document = json.loads((self.folder(job) / REQUEST).read_text("utf-8"))
+        document = json.loads(self.storage.read(_key(job.id, REQUEST)))
         return bool(document.get(_UPGRADE))
 
     def change_model(self, job: Job, model: str, sha256: str) -> Job:
@@ -1004,13 +1166,16 @@ class JobStore:
             db.execute("DELETE FROM windows WHERE job = ?", (job.number,))
 
     def tidy(self, job: Job) -> None:
-        """Remove what is not needed of the files of a job that has ended."""
+        """Remove what is not needed of the files of a run and of a job that has ended."""
+        if not self.storage.local:
+            remove(self.folder(job))
         current = self._first_job("SELECT * FROM jobs WHERE number = ?", job.number)
         if current is None:
             self.remove(job)
         elif current.status in {"failed", "dismissed", "successful"}:
             if current.status == "successful":
-                keep_only(self.folder(job), result_name(current.lease), REQUEST, _READY)
+                kept = (result_name(current.lease), REQUEST, _READY)
+                self.storage.keep_only(_key(job.id), *kept)
             else:
                 self.remove(job)
             with self._db.transaction() as db:
@@ -1019,7 +1184,8 @@ class JobStore:
     def make_room(self, job: Job) -> None:
         """Remove files of a run that can be made again."""
         remove(self.work(job))
-        remove(self.windows(job))
+        if self.storage.local:
+            self.storage.remove(self.windows(job))
 
     def remove(self, job: Job) -> None:
         """Remove a job's files."""
@@ -1027,7 +1193,7 @@ class JobStore:
 
     def _remove(self, name: str) -> None:
         with self._ready_lock(name):
-            remove(self._jobs / name)
+            self.storage.remove(_key(name))
 
     def begin(self, job: Job, computed_by: str) -> None:
         """Begin a run; discard windows that another device or precision computed.
@@ -1170,6 +1336,9 @@ class JobStore:
             seconds: seconds since the last sweep, by a monotonic clock.
         """
         self._expire(seconds, by_clock=self.shared)
+        if self.shared and time.monotonic() >= self._next_look:
+            self._remove_orphans()
+            self._next_look = time.monotonic() + _LOOK_SECONDS
         with self._db.read() as db:
             # A replica ended before it could do this, or was stopped.
             left = db.execute(
@@ -1205,28 +1374,50 @@ class JobStore:
 
         Replicas may be running: leases tell them which jobs have been left.
         """
-        folders = list(self._jobs.iterdir())
-        with self._db.read() as db:
-            rows = db.execute("SELECT id, status, lease FROM jobs").fetchall()
-        kept = {row["id"]: row for row in rows}
         # Files first: if the disk is full, this may free it.
-        for folder in folders:
-            row = kept.get(folder.name)
-            if row is None:
-                if not self.shared or time.time() - folder.stat().st_mtime > _ORPHAN_SECONDS:
-                    remove(folder)
-            elif self.shared:
-                continue
-            elif row["status"] in {"failed", "dismissed"}:
-                remove(folder)
-            elif row["status"] == "successful":
-                keep_only(folder, result_name(row["lease"]), REQUEST)
+        if self.shared:
+            self._remove_orphans()
+        else:
+            self._tidy_all()
         if not self.shared:
             with self._db.transaction() as db:
                 db.execute("UPDATE jobs SET status = 'accepted' WHERE status = 'running'")
         # The length of a stop is known only from the wall clock, which may have jumped: a stop ages
         # a result by at most half of its lifetime.
         self._expire(self._ttl / 2, by_clock=True)
+
+    def _remove_orphans(self) -> None:
+        """Remove files without a job, and models without a record.
+
+        They are left by a replica that ended before it accepted the job, and by removals while the
+        storage could not be reached.
+        """
+        # Names first: a job that is accepted meanwhile is in neither.
+        found = {kind: self.storage.names(kind) for kind in (_JOBS, HEADS)}
+        with self._db.read() as db:
+            kept = {
+                _JOBS: db.execute("SELECT id FROM jobs").fetchall(),
+                HEADS: db.execute("SELECT version FROM heads").fetchall(),
+            }
+        if self.storage.local:  # its models have no rows
+            del found[HEADS]
+        for kind, names in found.items():
+            for name in set(names) - {one for (one,) in kept[kind]}:
+                key = f"{kind}/{name}"
+                if time.time() - self.storage.modified(key) > _ORPHAN_SECONDS:
+                    self.storage.remove(key)
+
+    def _tidy_all(self) -> None:
+        """Remove what an ended service has left: there is no other."""
+        with self._db.read() as db:
+            rows = db.execute("SELECT id, status, lease FROM jobs").fetchall()
+        kept = {row["id"]: row for row in rows}
+        for name in self.storage.names(_JOBS):
+            row = kept.get(name)
+            if row is None or row["status"] in {"failed", "dismissed"}:
+                self.storage.remove(_key(name))
+            elif row["status"] == "successful":
+                self.storage.keep_only(_key(name), result_name(row["lease"]), REQUEST)
 
     def _first_job(self, query: str, *values: object) -> Job | None:
         with self._db.read() as db:
@@ -1265,8 +1456,18 @@ def _run_of(job: Job) -> tuple[str, int]:
     return job.status, job.lease
 
 
-def _check_kind(folder: Path, *, shared: bool) -> None:
-    """Check that a state directory is not one of the other kind of database.
+def _key(name: str, *parts: str) -> str:
+    """Key of a job's files, or of some of them."""
+    return "/".join((_JOBS, name, *parts))
+
+
+def _check_kind(folder: Path, *, shared: bool, own: bool) -> None:
+    """Check that a state directory is not one of the other kind of service.
+
+    Args:
+        folder: the state directory.
+        shared: whether replicas share the database.
+        own: whether their files are in another storage.
 
     Raises:
         SettingsError: it is.
@@ -1276,25 +1477,26 @@ def _check_kind(folder: Path, *, shared: bool) -> None:
             f"PIMC_STATE_DIR: {folder} has the jobs of a service without PIMC_DATABASE_URL "
             f"({DATABASE}): name a new folder; `backup` and `restore` take the jobs there"
         )
-    if not shared and (folder / _MARK).exists():
+    if not shared and (folder / MARK).exists():
         raise SettingsError(
             f"PIMC_STATE_DIR: {folder} has the jobs of replicas with PIMC_DATABASE_URL: set it, or "
             "name another folder"
         )
+    if own and (folder / MARK).exists():
+        raise SettingsError(
+            f"PIMC_STATE_DIR: {folder} has the files of replicas without PIMC_STORAGE_URL: name a "
+            "new folder for each replica; `backup` and `restore` take the jobs to the storage"
+        )
 
 
-def mark_owner(folder: Path, ident: str) -> None:
-    """Let a state directory belong to a database.
+def mark_owner(storage: Storage, ident: str) -> None:
+    """Let a storage belong to a database.
 
     Args:
-        folder: the state directory.
+        storage: the storage.
         ident: id of the database.
     """
-    half = folder / f".{_MARK}-{uuid.uuid4()}"
-    half.write_text(f"{ident}\n", encoding="utf-8")
-    sync_file(half)
-    half.rename(folder / _MARK)
-    sync_folder(folder)
+    storage.write(MARK, f"{ident}\n".encode())
 
 
 @contextmanager
@@ -1304,6 +1506,8 @@ def _translate_start_errors(folder: Path, name: str) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise SettingsError(f"PIMC_STATE_DIR: {folder} cannot be used: {reason}") from error
+    except StorageUnreachable as error:
+        raise SettingsError(f"PIMC_STORAGE_URL: it cannot be used: {error.reason}") from error
     except (UnusableDatabase, PIMCError) as error:
         what = f"PIMC_STATE_DIR: {folder}" if name == DATABASE else "PIMC_DATABASE_URL: it"
         raise SettingsError(f"{what} cannot be used: {error} ({name})") from error
@@ -1317,23 +1521,16 @@ def removed(job: Job) -> ResultNotReady:
     )
 
 
-def _split_result(folder: Path) -> Any:  # noqa: ANN401 - JSON
+def _split_result(storage: Storage, key: str) -> Any:  # noqa: ANN401 - JSON
     """Split a result of an earlier release, which kept description and document in one file.
 
     Returns:
         The description.
     """
-    head = json.loads((folder / _RESULT).read_text("utf-8"))
+    head = json.loads(storage.read(f"{key}/{_RESULT}"))
     if "document" in head:  # another reader may have split it meanwhile
-        for name, content in (
-            (_DOCUMENT, document_bytes(head.pop("document"))),
-            (_RESULT, json.dumps(head).encode()),
-        ):
-            unfinished = folder / f"half-{uuid.uuid4()}-{name}"
-            unfinished.write_bytes(content)
-            sync_file(unfinished)
-            unfinished.rename(folder / name)
-        sync_folder(folder)
+        storage.write(f"{key}/{_DOCUMENT}", document_bytes(head.pop("document")))
+        storage.write(f"{key}/{_RESULT}", json.dumps(head).encode())
     return head
 
 

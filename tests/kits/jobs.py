@@ -9,6 +9,7 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ import psycopg
 from models.registry import Registry
 from service.api.schemas import read_series
 from service.infer.engine import Engine
+from service.jobs.s3 import storage_of
 from service.jobs.store import JobStore
 from service.run.plan import Plan, plan_request
 from tests.kits.gate import Gate
@@ -86,6 +88,27 @@ def result(api: httpx.Client, job_id: str) -> bytes:
     return response.content
 
 
+def taught(name: str, other: str = "Maize") -> dict[str, Any]:
+    """A request for a model of two classes."""
+    random = np.random.default_rng(5)
+    dates = [f"2021-{month:02d}-05" for month in range(1, 13)]
+    series = []
+    for number in range(40):
+        level = 0.2 if number % 2 else 0.45
+        nir = (level + random.normal(0, 0.01, len(dates))).round(4).tolist()
+        series.append(
+            {
+                "dates": dates,
+                "B02": [0.05] * len(dates),
+                "B04": [0.07] * len(dates),
+                "B08": nir,
+                "class": other if number % 2 else "Wheat",
+                "place": f"farm-{number // 4}",
+            }
+        )
+    return {"name": name, "series": series}
+
+
 def waited(api: httpx.Client, job_id: str) -> dict[str, Any]:
     """Wait for the end of a job, and return its status document."""
     end = time.monotonic() + PATIENCE
@@ -125,28 +148,55 @@ def change(state: Path, statement: str, *values: object) -> None:
 
 @dataclass(frozen=True)
 class Backend:
-    """A state directory, and the database of its jobs."""
+    """A state directory, the database of its jobs, and the storage of their files."""
 
     state: Path
     url: str | None
     """Of PostgreSQL; None is SQLite in the directory."""
+    storage: str | None = None
+    """`s3://…`; None is the directory. With it, each replica has a directory of its own."""
+    endpoint: str | None = None
+    """Of the S3 server."""
+
+    def own_state(self) -> Path:
+        """The state directory of one more replica."""
+        if self.storage is None:
+            return self.state
+        self.state.mkdir(exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=self.state))
 
     @contextmanager
     def opened(self, **how: Any) -> Iterator[JobStore]:
         """A job store; with PostgreSQL there may be several at once."""
-        made = {"ttl": 7 * 24 * 3600.0, "max_waiting": 9, "database_url": self.url, **how}
-        with closing(JobStore(self.state, **made)) as store:
+        state = self.own_state()
+        made = {
+            "ttl": 7 * 24 * 3600.0,
+            "max_waiting": 9,
+            "database_url": self.url,
+            "storage": storage_of(state, self.storage, self.endpoint),
+            **how,
+        }
+        with closing(JobStore(state, **made)) as store:
             yield store
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The service's settings for it."""
-        return {"state_dir": self.state, "database_url": self.url}
+        """The settings of one more service for it."""
+        return {
+            "state_dir": self.own_state(),
+            "database_url": self.url,
+            "storage_url": self.storage,
+            "storage_endpoint": self.endpoint,
+        }
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of a process for it."""
-        return {"PIMC_DATABASE_URL": self.url or ""}
+        """The environment of a process for it, without the state directory."""
+        return {
+            "PIMC_DATABASE_URL": self.url or "",
+            "PIMC_STORAGE_URL": self.storage or "",
+            "PIMC_STORAGE_ENDPOINT": self.endpoint or "",
+        }
 
     def rows(self, statement: str, *values: object) -> list[Any]:
         """Execute a statement beside the service; `?` is a value."""

@@ -8,6 +8,7 @@ for another caller's job the error is `unknown_job`.
 import json
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import MAXYEAR, UTC, datetime, timedelta
 from functools import partial
@@ -33,6 +34,7 @@ from service.api.responses import (
     PARQUET,
     derived_file,
     offers,
+    on_this_machine,
     stored_response,
     whole_file,
     write_geojson,
@@ -44,14 +46,17 @@ from service.infer.smooth import MAX_RADIUS
 from service.jobs.callbacks import caller_secret, secret_text
 from service.jobs.outbox import Event
 from service.jobs.serialise import StoredResult
+from service.jobs.storage import RemoteFile
 from service.jobs.store import Job, JobFilter, JobStatus, JobStore, removed
 from service.run.derive import Cleaning, check_derivable, derive_map
 from service.run.request import RasterRequest
 from service.write.predictions import POLYGONS
-from service.write.stac_item import item_of
+from service.write.stac_item import ITEM
 
 _RESULTS = "http://www.opengis.net/def/rel/ogc/1.0/results"
 _MANY = 1000
+_ITEMS_AT_ONCE = 8
+"""Items that are read at once for a list: each takes two requests if they are in a bucket."""
 _LISTED = BeforeValidator(listed)
 _Seconds = Annotated[int, Field(ge=0, le=2**31 - 1)]
 router = APIRouter(tags=["jobs"], dependencies=[KNOWN_CALLER])
@@ -185,9 +190,10 @@ async def read_result(job_id: str, request: Request, app: App, caller: Caller) -
     job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
-    stored = await to_thread.run_sync(app.jobs.request, job)
+    readers = app.downloads.readers
+    stored = await to_thread.run_sync(app.jobs.request, job, limiter=readers)
     media = negotiate(request.headers.get("accept", ""), offers(stored))
-    result = await to_thread.run_sync(app.jobs.result, job)
+    result = await to_thread.run_sync(app.jobs.result, job, limiter=readers)
     make = partial(stored_response, app.jobs, job, result, media)
     return await to_thread.run_sync(make, limiter=app.downloads.makers)
 
@@ -203,8 +209,10 @@ async def read_item(job_id: str, request: Request, app: App, caller: Caller) -> 
     job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
-    result = await to_thread.run_sync(app.jobs.result, job)
-    item = await to_thread.run_sync(_linked_item, result, f"{root_of(request)}/jobs/{job.id}")
+    readers = app.downloads.readers
+    result = await to_thread.run_sync(app.jobs.result, job, limiter=readers)
+    here = f"{root_of(request)}/jobs/{job.id}"
+    item = await to_thread.run_sync(_linked_item, result, here, limiter=readers)
     if item is None:
         raise NotFound(f"job {job.id} has no STAC Item: its result is not a raster")
     return JSONResponse(item, media_type=GEOJSON)
@@ -212,20 +220,26 @@ async def read_item(job_id: str, request: Request, app: App, caller: Caller) -> 
 
 def _items(app: AppState, jobs: Sequence[Job], here: str) -> list[dict[str, Any]]:
     """The STAC Items of those jobs that have one."""
-    found = []
-    for job in jobs:
+
+    def item(job: Job) -> dict[str, Any] | None:
         with suppress(ResultNotReady):  # the result was removed meanwhile
-            if job.status == "successful":
-                found.append(_linked_item(app.jobs.result(job), f"{here}/{job.id}"))
-    return [item for item in found if item is not None]
+            return _linked_item(app.jobs.result(job), f"{here}/{job.id}")
+        return None
+
+    with ThreadPoolExecutor(_ITEMS_AT_ONCE) as threads:
+        found = list(threads.map(item, [job for job in jobs if job.status == "successful"]))
+    return [one for one in found if one is not None]
 
 
 def _linked_item(result: StoredResult, here: str) -> dict[str, Any] | None:
     """The STAC Item of a job with links to its rasters; None if the job has no item."""
     raster = next(iter(result.files.values()), None)
-    if raster is None or not item_of(raster).exists():
+    if raster is None:
         return None
-    item: dict[str, Any] = json.loads(item_of(raster).read_bytes())
+    try:
+        item: dict[str, Any] = json.loads(raster.with_name(ITEM).read_bytes())
+    except FileNotFoundError:
+        return None
     for name, asset in list(item["assets"].items()):
         if name in result.files:
             asset["href"] = f"{here}/result/{name}"
@@ -276,7 +290,7 @@ async def read_output(
     job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
-    result = await to_thread.run_sync(app.jobs.result, job)
+    result = await to_thread.run_sync(app.jobs.result, job, limiter=app.downloads.readers)
     outlined = output == POLYGONS and POLYGONS not in result.files and "class" in result.files
     if outlined or ((smooth or min_area) and output in {"class", POLYGONS}):
         media = COG
@@ -308,19 +322,29 @@ def _derived(
     media: str,
     *,
     cancelled: threading.Event,
-) -> Path:
+) -> Path | RemoteFile:
     """The map or polygons derived from a result; made at the first request for them."""
-    original = app.jobs.request(job)
-    smoothed_by = original.smooth or 0 if isinstance(original, RasterRequest) else 0
-    most = app.settings.sync_max_pixels
-    check_derivable(result.files, how, smoothed_by=smoothed_by, most_pixels=most)
     suffix = ".parquet" if output == POLYGONS else ".tif"
     name = f"{output}-{how.name}"
-    make = partial(derive_map, result.files, how, output, cancelled=cancelled)
+
+    def make(path: Path) -> None:
+        original = app.jobs.request(job)
+        smoothed_by = original.smooth or 0 if isinstance(original, RasterRequest) else 0
+        with app.jobs.on_disk(job, result) as copy:
+            files = on_this_machine(copy.files)
+            most = app.settings.sync_max_pixels
+            check_derivable(files, how, smoothed_by=smoothed_by, most_pixels=most)
+            derive_map(files, how, output, path, cancelled=cancelled)
+
     made = app.jobs.ready(job, name + suffix, make)
     if media != GEOJSON:
         return made
-    return app.jobs.ready(job, f"{name}.geojson", partial(write_geojson, result, made))
+
+    def convert(path: Path) -> None:
+        with app.jobs.on_disk(job, result) as copy, app.jobs.copied(made) as polygons:
+            write_geojson(copy, polygons, path)
+
+    return app.jobs.ready(job, f"{name}.geojson", convert)
 
 
 async def find_job(app: AppState, caller: str | None, job_id: str) -> Job:

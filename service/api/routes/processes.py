@@ -9,6 +9,7 @@ page. An execution is converted to a request of the task and then served like ev
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -194,14 +195,21 @@ def _respond(
             make(path)
         return path
 
-    boundary = f"pimc-{uuid.uuid4().hex}"
-    return results_response(Results(result=result, ready=ready, boundary=boundary), delivery)
+    results = Results(
+        result=result,
+        ready=ready,
+        on_disk=lambda: nullcontext(result),
+        boundary=f"pimc-{uuid.uuid4().hex}",
+    )
+    return results_response(results, delivery)
 
 
 def _stored(app: AppState, request: Request, job: Job) -> Results:
+    result = app.jobs.result(job)
     return Results(
-        result=app.jobs.result(job),
+        result=result,
         ready=partial(app.jobs.ready, job),
+        on_disk=partial(app.jobs.on_disk, job, result),
         boundary=f"pimc-{job.id}",
         here=f"{root_of(request)}/jobs/{job.id}/results",
         missing=removed(job),
@@ -219,7 +227,9 @@ async def read_results(job_id: str, request: Request, app: App, caller: Caller) 
     job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
-    results, delivery = await to_thread.run_sync(_finished, app, request, job)
+    results, delivery = await to_thread.run_sync(
+        _finished, app, request, job, limiter=app.downloads.readers
+    )
     make = partial(results_response, results, delivery)
     return await to_thread.run_sync(make, limiter=app.downloads.makers)
 
@@ -237,7 +247,9 @@ async def read_results_output(
     job = await find_job(app, caller, job_id)
     if job.status == "failed":
         return problem(request, job.error)
-    results, delivery = await to_thread.run_sync(_finished, app, request, job)
+    results, delivery = await to_thread.run_sync(
+        _finished, app, request, job, limiter=app.downloads.readers
+    )
     for one in delivery.outputs:
         if one.name == output:
             make = partial(output_response, results, one)
