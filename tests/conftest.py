@@ -16,7 +16,7 @@ import pytest
 from tests.kits import postgres as postgres_kit
 from tests.kits import s3 as s3_kit
 from tests.kits.gate import Gate
-from tests.kits.jobs import Backend
+from tests.kits.jobs import BACKENDS, Backend
 
 ROOT = Path(__file__).parents[1]
 # pyts compiles its functions whenever it is imported, which takes longer than any test of it.
@@ -27,6 +27,8 @@ LONGEST = (
     "test_training_finetune", "test_openapi_fuzz", "test_client_service", "test_training_regions",
     "test_docs_samples", "test_models", "test_training_landcover", "test_load", "test_deploy",
     "test_start", "test_blocks", "test_jobs_process", "test_pretrain", "test_training_ablation",
+    "test_jobs", "test_replicas", "test_references", "test_pipeline", "test_backtest",
+    "test_validate", "test_clean_maps", "test_polygons",
 )  # fmt: skip
 """Files that take longest, in this order: of two processes neither is left with one at the end."""
 
@@ -71,7 +73,7 @@ def s3() -> Iterator[s3_kit.S3]:
         yield made
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
     """An empty state directory with its database, of either kind."""
     url = None

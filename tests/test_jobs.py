@@ -24,6 +24,7 @@ from service.api.responses import COG, GEOJSON, ZIP
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import (
     ASYNC,
+    BACKENDS,
     BANDS,
     SERIES,
     Backend,
@@ -51,7 +52,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return zoo_with_a_held_model(tmp_path_factory.mktemp("zoo"))
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=BACKENDS)
 def backend(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Backend:
     """As the fixture of single tests, for the service that most tests here share."""
     url = None

@@ -272,6 +272,9 @@ def test_a_file_is_checked_again(root: Path, folder: Path) -> None:
         check_again(files, folder, (root,))
 
 
+RULES = Settings(allowed_roots=("/usr/lib",), allowed_hosts="127.0.0.1")
+
+
 @settings(max_examples=400, deadline=None)
 @given(
     st.one_of(
@@ -283,11 +286,10 @@ def test_a_file_is_checked_again(root: Path, folder: Path) -> None:
     )
 )
 def test_any_text_is_parsed_or_rejected(href: str) -> None:
-    rules = Settings(allowed_roots=("/usr/lib",), allowed_hosts="127.0.0.1")
     with contextlib.suppress(ForbiddenReference):
-        location = location_of(href, "items.0.href", rules)
+        location = location_of(href, "items.0.href", RULES)
         if isinstance(location, Local):
-            location.find(rules.allowed_roots)
+            location.find(RULES.allowed_roots)
         else:
             assert (location.url.scheme, location.host, location.url.userinfo) in {
                 ("http", "127.0.0.1", b""),

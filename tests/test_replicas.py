@@ -610,7 +610,7 @@ def command(name: str, folder: Path, of: Backend) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("target", ["sqlite", "postgresql"])
+@pytest.mark.slow
 def test_a_backup_of_replicas_is_restored_into_either_database(
     zoo: Path,
     large: Files,
@@ -618,7 +618,6 @@ def test_a_backup_of_replicas_is_restored_into_either_database(
     postgres: Postgres,
     shared: Backend,
     tmp_path: Path,
-    target: str,
 ) -> None:
     backup = tmp_path / "backup"
     key = {"Idempotency-Key": "once"}
@@ -634,17 +633,17 @@ def test_a_backup_of_replicas_is_restored_into_either_database(
             assert api.get(f"/jobs/{job}").json()["status"] == "running"
         assert waited(api, job)["status"] == "successful"
         whole = result(api, job)
-    url = postgres.database() if target == "postgresql" else None
-    other = Backend(tmp_path / "other", url)
-    assert command("restore", backup, other) == f"2 jobs in {other.state}\n"
-    with served(model_dir=zoo, **other.settings) as api:
-        assert result(api, finished) == expected
-        assert waited(api, job)["status"] == "successful"
-        assert result(api, job) == whole
-        assert submitted_held(api, large, **key) == job
-        later = api.post("/embed", json=SERIES, headers=ASYNC).json()["jobID"]
-        listed = [entry["jobID"] for entry in api.get("/jobs").json()["jobs"]]
-        assert listed == [later, job, finished]
+    for url in (None, postgres.database()):
+        other = Backend(tmp_path / ("sqlite" if url is None else "postgresql"), url)
+        assert command("restore", backup, other) == f"2 jobs in {other.state}\n"
+        with served(model_dir=zoo, **other.settings) as api:
+            assert result(api, finished) == expected
+            assert waited(api, job)["status"] == "successful"
+            assert result(api, job) == whole
+            assert submitted_held(api, large, **key) == job
+            later = api.post("/embed", json=SERIES, headers=ASYNC).json()["jobID"]
+            listed = [entry["jobID"] for entry in api.get("/jobs").json()["jobs"]]
+            assert listed == [later, job, finished]
     with pytest.raises(SettingsError, match="already"):
         restore(backup, tmp_path / "third", database_url=shared.url)
 

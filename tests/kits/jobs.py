@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 import numpy as np
 import psycopg
+import pytest
 
 from models.registry import Registry
 from service.api.schemas import read_series
@@ -49,6 +50,8 @@ SERIES = {
     ]
 }
 ENDED = {"successful", "failed", "dismissed"}
+BACKENDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.slow))
+"""Databases of jobs, as parameters; `make check` tests PostgreSQL in test_replicas.py alone."""
 
 Files = list[tuple[str, Any]]
 
