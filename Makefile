@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 SOURCES := models service training pimc_client tests benchmarks docs docker scripts qgis
 
-.PHONY: demo explore serve test check lint format client lock checksums sbom audit bench docs clean
+.PHONY: demo explore serve test check all-tests quick-tests lint format client lock checksums sbom audit bench docs clean
 
 # The whole environment. torch is installed first, so that no dependent package selects another build.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -36,13 +36,21 @@ serve: $(VENV)/served
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # pytest keeps the test files that it has compiled, which takes 7 s for each process of the next run.
 unexport PYTHONDONTWRITEBYTECODE
-test: $(VENV)/ready lint
+
+# The linters run beside the tests: mypy keeps one core busy while pytest starts.
+test: $(VENV)/ready
+	$(MAKE) --no-print-directory --jobs 2 lint all-tests
+
+# The tests to run while working, in under two minutes: each part's core behaviour, on tiny models.
+# Files that are slow as a whole are not even imported.
+check: $(VENV)/ready
+	$(MAKE) --no-print-directory --jobs 2 lint quick-tests
+
+all-tests: $(VENV)/ready
 	$(BIN)/pytest $(IN_PARALLEL)
 
-# The tests to run while working, in under two minutes: each part's core behaviour, in one process,
-# on tiny models. Files that are slow as a whole are not even imported.
 SLOW = $(shell grep -l '^pytestmark = pytest.mark.slow' tests/test_*.py)
-check: $(VENV)/ready lint
+quick-tests: $(VENV)/ready
 	$(BIN)/pytest $(IN_PARALLEL) -m "not slow" $(SLOW:%=--ignore=%)
 
 lint: $(VENV)/ready
