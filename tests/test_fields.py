@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from rasterio.crs import CRS
 from rasterio.warp import transform_geom
 from shapely.geometry import MultiPolygon, Polygon, box, mapping, shape
 
+from benchmarks.fields import write_fields
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from models.registry import Registry
@@ -485,3 +489,23 @@ def test_a_geopackage_without_geometry_is_rejected(tmp_path: Path) -> None:
     pyogrio.write_dataframe(pd.DataFrame({"a": [1]}), path, driver="GPKG")
     with pytest.raises(NotAVectorFile, match="0 layers with geometry"):
         read_fields(SourceFile(name="x.gpkg", path=path), 9)
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_fields_with_the_map(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.fields", "--side", "64", "--dates", "12",
+         "--fields", "7", "--pairs", "1"],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    plain, fields, ratio = run.stdout.splitlines()
+    assert plain.startswith("map: ")
+    assert plain.endswith("4096 pixels")
+    # The next square of fields, each of them within its cell.
+    assert fields.startswith("fields: ")
+    made = json.loads(write_fields(tmp_path / "fields.geojson", 64, 7).path.read_text())
+    shapes = [shapely.from_geojson(json.dumps(one["geometry"])) for one in made["features"]]
+    assert len(shapes) == 9
+    assert all(shape.is_valid for shape in shapes)
+    assert shapely.union_all(shapes).area == pytest.approx(sum(shape.area for shape in shapes))
+    assert re.fullmatch(r"fields / map: \S+ by the clock, \S+ by processor time", ratio)
