@@ -4,15 +4,17 @@ python -m benchmarks.own_classes [--data ../shared/data] [--region victoria] [--
 python -m benchmarks.own_classes --time [--side 1024]
 
 Each draw takes a random half of the places; labels come from it, and pixels of the other half are
-tested. The service learns and predicts through its HTTP API, as series. Forests and logistic
-regression see the same bands at the same dates, gaps interpolated, and the same indices; their
-settings are chosen by cross-validation over places. Prints the Markdown of docs/results.md; with
-`--out` each draw is kept, so that a run that was stopped goes on. One thread.
+tested. The service learns and predicts through its HTTP API, as series. Forests, logistic
+regression and TempCNN see the same bands at the same dates, gaps interpolated, and the same
+indices; the untrained encoder sees its three bands. The settings of all but TempCNN are chosen by
+cross-validation over places. Prints the Markdown of docs/results.md; with `--out` each score is
+kept, so that a run that was stopped goes on. One thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +26,14 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pyogrio
 import rasterio
+import shapely
+import torch
 from affine import Affine
 from numpy.typing import NDArray
-from rasterio.warp import transform
+from rasterio.features import rasterize
+from rasterio.warp import transform, transform_geom
 from sklearn.base import BaseEstimator
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
@@ -37,12 +43,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.serving import served
-from service.learn.graph import INDICES, indices_of
+from models.encoders import PixelEncoder
+from models.graph import PixelGraph
+from service.learn.graph import INDICES, STEP_DAYS, STEPS, indices_of
 from service.learn.scores import calibration_error
+from training import config
+from training.baselines import TempCNN
 
 _TESTED = 400
 """Pixels of other places that are predicted in each draw."""
 _FEWEST_LABELS = 5
+_FEWEST_CLASSES = 4
 _CLEAR_SCL = (4, 5, 6, 7)
 _BLOCK_DEGREES = 0.1
 _NAME = "benchmark"
@@ -124,10 +135,76 @@ def _us_crops(data: Path) -> Region:
         )
 
 
+def _herault(data: Path) -> Region:
+    """Pixels inside the parcels, the 20 m bands repeated; each parcel is a place."""
+    folder = data / "herault_safe_2018"
+    products = sorted(folder.rglob("IMG_DATA"), key=lambda path: _day_of(path).toordinal())
+    grid, crs, images, clear = None, None, [], []
+    for product in products:
+        layers = []
+        for band in _HERAULT_BANDS:
+            (path,) = product.rglob(f"*_{band}_?0m.jp2")
+            with rasterio.open(path) as file:
+                layers.append(_at_10m(file.read(1), path))
+                if grid is None and path.parent.name == "R10m":
+                    grid, crs = file.transform, file.crs
+        (path,) = product.rglob("*_SCL_20m.jp2")
+        with rasterio.open(path) as file:
+            layers.append(_at_10m(file.read(1), path))
+        height, width = (min(layer.shape[axis] for layer in layers) for axis in (0, 1))
+        stored = np.stack([layer[:height, :width] for layer in layers])
+        images.append(stored[:-1].astype(np.float32) * np.float32(1e-4))
+        clear.append(np.isin(stored[-1], _CLEAR_SCL) & (stored[:-1] > 0).all(axis=0))
+    values = np.where(np.stack(clear)[:, None], np.stack(images), np.nan)
+    parcels = folder / "reference_data" / "france_data_2018.shp"
+    facts, _, shapes, (crops,) = pyogrio.raw.read(parcels, columns=["EC_hcat_n"], encoding="utf-8")
+    outlines = transform_geom(
+        facts["crs"], crs, [shapely.geometry.mapping(shape) for shape in shapely.from_wkb(shapes)]
+    )
+    numbers = rasterize(
+        [(shape, number) for number, shape in enumerate(outlines, start=1)],
+        out_shape=values.shape[2:],
+        transform=grid,
+    )
+    parcel = numbers[numbers > 0] - 1
+    series = values[:, :, numbers > 0].transpose(2, 0, 1)
+    names, counts = np.unique(crops.astype(str), return_counts=True)
+    known = np.isin(crops.astype(str), names[counts >= _FEWEST_PARCELS]) & (
+        crops != "not_known_and_other"
+    )
+    # A pixel of which no date is clear has no series.
+    own = known[parcel] & np.isfinite(series).any(axis=(1, 2))
+    return Region(
+        bands=_HERAULT_BANDS,
+        values=series[own],
+        dates=_same([_day_of(product) for product in products], int(own.sum())),
+        classes=crops[parcel[own]].astype(str),
+        places=parcel[own].astype(str),
+    )
+
+
+_HERAULT_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
+_FEWEST_PARCELS = 6
+"""Fewer parcels of a crop leave a half of them without labels."""
+
+
+def _day_of(product: Path) -> date:
+    folder = next(parent for parent in product.parents if parent.suffix == ".SAFE")
+    stamp = next(part for part in folder.name.split("_") if part[:2] == "20" and "T" in part)
+    return date.fromisoformat(f"{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}")
+
+
+def _at_10m(image: NDArray[Any], path: Path) -> NDArray[Any]:
+    if path.parent.name == "R10m":
+        return image
+    return image.repeat(2, axis=0).repeat(2, axis=1)
+
+
 REGIONS: Mapping[str, Callable[[Path], Region]] = {
     "victoria": _victoria,
     "pune": _pune,
     "brazil": _brazil,
+    "herault": _herault,
     "us-crops": _us_crops,
 }
 
@@ -140,8 +217,11 @@ class Draw:
     tested: NDArray[np.intp]
 
 
-def draw(region: Region, count: int, seed: int) -> Draw:
-    """Labels of each class from one half of the places, and pixels of the other half."""
+def draw(region: Region, count: int, seed: int) -> Draw | None:
+    """Labels of each class from one half of the places, and pixels of the other half.
+
+    None if fewer than `_FEWEST_CLASSES` classes have enough labels.
+    """
     random = np.random.default_rng(seed)
     places = np.unique(region.places)
     half = np.isin(region.places, random.permutation(places)[: len(places) // 2])
@@ -151,6 +231,8 @@ def draw(region: Region, count: int, seed: int) -> Draw:
         # A class that cannot fill its share is left out, unless it comes close to it.
         if len(own) >= max(_FEWEST_LABELS, count // 2):
             labels.append(own)
+    if len(labels) < _FEWEST_CLASSES:
+        return None
     chosen = np.concatenate(labels)
     there = ~half & np.isin(region.classes, region.classes[chosen])
     return Draw(labels=chosen, tested=random.permutation(np.flatnonzero(there))[:_TESTED])
@@ -200,10 +282,36 @@ def taught(api: httpx.Client, region: Region, drawn: Draw) -> dict[str, float]:
     }
 
 
-def features(region: Region) -> NDArray[np.float64]:
-    """Bands and indices at every date, gaps interpolated in time, (N, T * (C + K))."""
-    days = region.dates.astype("datetime64[D]").astype(np.int64)
-    values = region.values.astype(np.float64)
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What the other methods see of one draw: the labels first, then the tested pixels."""
+
+    region: Region
+    drawn: Draw
+    cube: NDArray[np.float32]
+    """Bands, then indices, at every date, gaps interpolated in time (n, T, C + K)."""
+
+    @property
+    def split(self) -> int:
+        """Number of labels."""
+        return len(self.drawn.labels)
+
+    @property
+    def classes(self) -> NDArray[np.str_]:
+        """Class of each label."""
+        return self.region.classes[self.drawn.labels]
+
+    def score(self, guesses: NDArray[np.str_]) -> float:
+        """Macro-F1 of the classes guessed for the tested pixels."""
+        truth = self.region.classes[self.drawn.tested]
+        return float(f1_score(truth, guesses, average="macro", labels=np.unique(truth)))
+
+
+def known_of(region: Region, drawn: Draw) -> Known:
+    """Bands and indices of the labels and of the tested pixels, gaps interpolated in time."""
+    rows = np.concatenate([drawn.labels, drawn.tested])
+    days = region.dates[rows].astype("datetime64[D]").astype(np.int64)
+    values = region.values[rows].astype(np.float64)
     filled = np.empty_like(values)
     for n in range(len(values)):
         there = ~np.isnan(values[n]).any(axis=1)
@@ -216,70 +324,172 @@ def features(region: Region) -> NDArray[np.float64]:
     for name in indices_of(region.bands):
         a, b = (column[band] for band in INDICES[name])
         parts.append(np.clip((a - b) / np.maximum(a + b, 0.05), -1, 1)[..., None])
-    return np.concatenate(parts, axis=-1).reshape(len(values), -1)
+    cube = np.concatenate(parts, axis=-1).astype(np.float32)
+    return Known(region=region, drawn=drawn, cube=cube)
 
 
-def baselines(x: NDArray[np.float64], region: Region, drawn: Draw) -> dict[str, float]:
-    """Macro-F1 of tuned scikit-learn models on the same labels and pixels."""
-    forest = {"max_features": ["sqrt", 0.1], "min_samples_leaf": [1, 2]}
-    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=150))
-    tuned: dict[str, tuple[BaseEstimator, dict[str, Any]]] = {
-        "random forest": (RandomForestClassifier(150, random_state=0), forest),
-        "logistic regression": (regression, {"logisticregression__C": [0.001, 0.01, 0.1]}),
-    }
-    classes, places = region.classes[drawn.labels], region.places[drawn.labels]
-    folds = list(
-        StratifiedGroupKFold(3, shuffle=True, random_state=0).split(
-            x[drawn.labels], classes, places
-        )
+def tuned(known: Known, x: NDArray[Any], model: BaseEstimator, grid: Mapping[str, Any]) -> float:
+    """Macro-F1 of a scikit-learn model whose settings are chosen over places.
+
+    Args:
+        known: the draw.
+        x: features of the labels, then of the tested pixels (n, D).
+        model: the model.
+        grid: the settings that are tried.
+    """
+    places = known.region.places[known.drawn.labels]
+    labels = x[: known.split]
+    folds = StratifiedGroupKFold(3, shuffle=True, random_state=0)
+    search = GridSearchCV(
+        model,
+        grid,
+        cv=list(folds.split(labels, known.classes, places)),
+        scoring="f1_macro",
+        error_score=0.0,
     )
-    scores = {}
-    for name, (model, grid) in tuned.items():
-        search = GridSearchCV(model, grid, cv=folds, scoring="f1_macro", error_score=0.0)
-        search.fit(x[drawn.labels], classes)
-        scores[name] = f1_score(
-            region.classes[drawn.tested],
-            search.predict(x[drawn.tested]),
-            average="macro",
-            labels=np.unique(region.classes[drawn.tested]),
-        )
-    return scores
+    return known.score(search.fit(labels, known.classes).predict(x[known.split :]))
+
+
+def forest(known: Known) -> float:
+    """Macro-F1 of a random forest."""
+    return tuned(
+        known,
+        known.cube.reshape(len(known.cube), -1),
+        RandomForestClassifier(150, random_state=0),
+        {"max_features": ["sqrt", 0.1], "min_samples_leaf": [1, 2]},
+    )
+
+
+def regression(known: Known) -> float:
+    """Macro-F1 of logistic regression."""
+    return _regression(known, known.cube.reshape(len(known.cube), -1))
+
+
+def _regression(known: Known, x: NDArray[Any]) -> float:
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=150))
+    return tuned(known, x, model, {"logisticregression__C": [0.001, 0.01, 0.1]})
+
+
+_EPOCHS, _STEPS, _BATCH = 20, 300, 32
+
+
+def tempcnn(known: Known) -> float:
+    """Macro-F1 of TempCNN, with the paper's network, optimiser, batch and number of epochs.
+
+    Pelletier et al. 2019, doi:10.3390/rs11050523. With few labels, its 20 epochs are a few dozen
+    steps, in which it learns little: it is trained for at least 300.
+    """
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    bands = len(known.region.bands)
+    names, labels = np.unique(known.classes, return_inverse=True)
+    inputs = torch.from_numpy(known.cube.transpose(0, 2, 1).copy())
+    encoder = TempCNN(
+        steps=inputs.shape[2], indices=inputs.shape[1] - bands, bands=bands, embedding=256
+    )
+    head = torch.nn.Linear(encoder.embedding, len(names))
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        # It ignores which dates were observed.
+        out: torch.Tensor = head(encoder(x[:, bands:], x[:, :1], None, x[:, :bands]))
+        return out
+
+    optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=1e-3)
+    per_epoch = max(known.split // _BATCH, 1)
+    for _ in range(max(_EPOCHS, -(-_STEPS // per_epoch))):
+        for part in np.array_split(random.permutation(known.split), per_epoch):
+            found = logits(inputs[part])
+            loss = torch.nn.functional.cross_entropy(found, torch.from_numpy(labels[part]))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
+            optimizer.step()
+    encoder.eval()
+    with torch.inference_mode():
+        found = logits(inputs[known.split :])
+    return known.score(names[found.argmax(dim=1).numpy()])
+
+
+def untrained(known: Known) -> float:
+    """Macro-F1 of logistic regression on the embedding of an encoder with random weights.
+
+    The encoder is that of `embed-pixel`, with its three bands.
+    """
+    torch.manual_seed(0)
+    encoder = PixelEncoder(steps=STEPS, indices=len(config.INDICES), bands=len(config.BANDS))
+    graph = PixelGraph(
+        bands=config.BANDS,
+        indices=config.INDICES,
+        steps=STEPS,
+        step_days=STEP_DAYS,
+        encoder=encoder,
+        head=None,
+        yearly=True,
+        reflectance=True,
+    ).eval()
+    rows = np.concatenate([known.drawn.labels, known.drawn.tested])
+    dates = known.region.dates[rows].astype("datetime64[D]")
+    years = dates[:, :1].astype("datetime64[Y]").astype("datetime64[D]")
+    days = (dates - years).astype(np.float32)
+    values = known.region.values[rows][..., [known.region.bands.index(b) for b in config.BANDS]]
+    found = np.zeros((len(rows), encoder.embedding), np.float32)
+    for shared in np.unique(days, axis=0):
+        own = (days == shared).all(axis=1)
+        with torch.inference_mode():
+            found[own] = graph(
+                torch.from_numpy(np.nan_to_num(values[own])),
+                torch.from_numpy(np.isfinite(values[own]).all(axis=2)),
+                torch.from_numpy(shared),
+            ).numpy()
+    return _regression(known, np.nan_to_num(found))
+
+
+_OTHERS: Mapping[str, Callable[[Known], float]] = {
+    "random forest": forest,
+    "logistic regression": regression,
+    "TempCNN": tempcnn,
+    "untrained encoder": untrained,
+}
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every draw of every region, those in `--out` not again."""
+    """Every draw of every region; scores that are in `--out` are not measured again."""
     rows: list[dict[str, Any]] = []
     if options.out and options.out.exists():
         rows = json.loads(options.out.read_text())
-    done = {(row["region"], row["labels"], row["seed"]) for row in rows}
+    done = {(row["region"], row["labels"], row["seed"]): row for row in rows}
     with served() as api:
         api.timeout = httpx.Timeout(600)
         for name in options.region:
             region = REGIONS[name](options.data)
-            x = features(region)
-            for count in options.labels:
-                for seed in range(options.draws):
-                    drawn = draw(region, count, seed)
-                    short = len(drawn.labels) < count * len(np.unique(region.classes)) / 2
-                    if short or (name, count, seed) in done:
-                        continue
+            for count, seed in itertools.product(options.labels, range(options.draws)):
+                drawn = draw(region, count, seed)
+                if drawn is None:
+                    continue
+                row = done.get((name, count, seed))
+                if row is None:
                     row = {
                         "region": name,
                         "labels": count,
                         "seed": seed,
                         "classes": len(np.unique(region.classes[drawn.labels])),
                         "tested": len(drawn.tested),
-                        **taught(api, region, drawn),
-                        **baselines(x, region, drawn),
                     }
                     rows.append(row)
-                    print(json.dumps(row), flush=True)
+                missing = [m for m in options.method if m not in row]
+                if missing:
+                    known = known_of(region, drawn)
+                for method in missing:
+                    if method in _OTHERS:
+                        row[method] = _OTHERS[method](known)
+                    else:
+                        row |= taught(api, region, drawn)
                     if options.out:
                         options.out.write_text(json.dumps(rows))
+                print(json.dumps(row), flush=True)
     return rows
 
 
-_METHODS = ("own classes", "random forest", "logistic regression")
+_METHODS = ("own classes", *_OTHERS)
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -297,13 +507,16 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     for region, count in dict.fromkeys((row["region"], row["labels"]) for row in rows):
         own = [row for row in rows if (row["region"], row["labels"]) == (region, count)]
         cells = [region, str(count), f"{np.mean([r['classes'] for r in own]):.3g}", str(len(own))]
-        cells += [_mean([row[name] for row in own]) for name in _METHODS]
-        cells += [f"{np.mean([r['ece'] for r in own]):.3f}", _mean([r["card"] for r in own])]
+        cells += [_mean([row[name] for row in own if name in row]) for name in _METHODS]
+        scored = [r for r in own if "card" in r]
+        cells += [f"{np.mean([r['ece'] for r in scored]):.3f}", _mean([r["card"] for r in scored])]
         print(f"| {' | '.join(cells)} |")
 
 
 def _mean(values: Sequence[float]) -> str:
-    """Mean and standard error."""
+    """Mean and standard error; a dash without values."""
+    if not values:
+        return "-"
     error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return f"{np.mean(values):.3f} ± {error:.3f}"
 
@@ -376,6 +589,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--region", nargs="+", choices=REGIONS, default=list(REGIONS))
     parser.add_argument("--labels", nargs="+", type=int, default=[10, 30, 100])
+    parser.add_argument("--method", nargs="+", choices=_METHODS, default=list(_METHODS))
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file of the draws, also of earlier runs")
     parser.add_argument("--time", action="store_true", help="measure the time alone")
@@ -384,6 +598,7 @@ def main() -> None:
     if options.time:
         show_time(options.side)
     else:
+        torch.set_num_threads(1)
         show(compare(options))
 
 

@@ -94,6 +94,11 @@ def indices_of(bands: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name, needs in INDICES.items() if set(needs) <= set(bands))
 
 
+def series_length(bands: Sequence[str]) -> int:
+    """Number of features of the series of bands and of their indices."""
+    return (len(bands) + len(indices_of(bands))) * (STEPS + STEPS // 2)
+
+
 @dataclass(kw_only=True)
 class _Builder:
     """Nodes and constants of a graph under construction."""
@@ -115,7 +120,8 @@ def feature_graph(bands: Sequence[str], *, series: bool, embedding: Embedding | 
 
     Args:
         bands: names of the stack's bands (C), which the graph takes in this order.
-        series: whether the regular series of bands and indices are features.
+        series: whether the regular series of bands and indices, and their values by rank, are
+            features.
         embedding: model whose embedding is a feature; None for none. `bands` must contain its
             bands.
 
@@ -131,7 +137,7 @@ def feature_graph(bands: Sequence[str], *, series: bool, embedding: Embedding | 
         build.add("Identity", parts, FEATURES)
     else:
         build.add("Concat", parts, FEATURES, axis=1)
-    length = (len(bands) + len(indices_of(bands))) * STEPS if series else 0
+    length = series_length(bands) if series else 0
     length += 0 if embedding is None else embedding.length
     opset = None if embedding is None else embedding.opset
     return _model(build, len(bands), FEATURES, length, opset or _OPSET)
@@ -178,7 +184,12 @@ def with_head(features: bytes, head: Head) -> bytes:
 
 
 def _series(build: _Builder, bands: Sequence[str]) -> str:
-    """Add the regular series of bands and of I indices, flattened (N, (C + I) * M)."""
+    """Add the regular series of bands and of I indices, each followed by its values by rank.
+
+    The ranked values do not depend on the season in which a value occurs, as classes that differ
+    by place do, for example in the date of sowing. Means of two neighbouring ranks, (C + I) * M / 2
+    values, so that they weigh half as much as the series. All flattened (N, (C + I) * 3 M / 2).
+    """
     usable = _usable(build)
     weight = _weights(build)
     build.add("Unsqueeze", [usable, build.constant("last", [2], np.int64)], "usable_bands")
@@ -208,8 +219,19 @@ def _series(build: _Builder, bands: Sequence[str]) -> str:
         build.add("Concat", parts, "shown", axis=1)
     else:
         build.add("Identity", parts, "shown")
-    build.constant("flat", [0, (len(bands) + len(names)) * STEPS], np.int64)
-    return build.add("Reshape", ["shown", "flat"], "series")
+    build.constant("all_steps", [STEPS], np.int64)
+    build.nodes.append(
+        helper.make_node(
+            "TopK", ["shown", "all_steps"], ["ranked", "ranks"], name="ranked", axis=2, largest=0
+        )
+    )
+    build.constant("pairs", [0, 0, STEPS // 2, 2], np.int64)
+    build.add("Reshape", ["ranked", "pairs"], "ranked_pairs")
+    build.constant("pair", [3], np.int64)
+    build.add("ReduceMean", ["ranked_pairs", "pair"], "by_rank", keepdims=0)
+    build.add("Concat", ["shown", "by_rank"], "seasonal_and_ranked", axis=2)
+    build.constant("flat", [0, series_length(bands)], np.int64)
+    return build.add("Reshape", ["seasonal_and_ranked", "flat"], "series")
 
 
 def _usable(build: _Builder) -> str:

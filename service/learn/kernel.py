@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from service.learn.graph import Head
 
 Floats = NDArray[np.float64]
-_WIDTHS = (0.25, 0.5, 1.0)
+_WIDTHS = (0.25, 0.5, 1.0, 2.0)
 """Widths of the kernel that are tried, relative to the inverse of the median squared distance."""
 _RIDGE = 0.03
 _MIN_DEVIATION = 1e-6

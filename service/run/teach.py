@@ -37,7 +37,15 @@ from service.errors import (
 )
 from service.infer.engine import Engine
 from service.infer.model import LoadedModel
-from service.learn.graph import STEP_DAYS, STEPS, Embedding, feature_graph, indices_of, with_head
+from service.learn.graph import (
+    STEP_DAYS,
+    STEPS,
+    Embedding,
+    feature_graph,
+    indices_of,
+    series_length,
+    with_head,
+)
 from service.learn.kernel import Fitted, fit
 from service.learn.places import folds_of, named_places, spatial_places
 from service.learn.scores import scores
@@ -381,8 +389,7 @@ class _Teaching:
         return self.engine.load(Bundle(card=card, folder=self.folder))
 
     def _width(self, bands: Sequence[str]) -> int:
-        series = (len(bands) + len(indices_of(bands))) * STEPS
-        return series + (self.embedding.length if self.embedding else 0)
+        return series_length(bands) + (self.embedding.length if self.embedding else 0)
 
     def _agreed(
         self,
