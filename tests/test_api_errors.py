@@ -17,7 +17,8 @@ from affine import Affine
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
-from service.errors import STATUS
+from service.api.schemas import read_items
+from service.errors import STATUS, InvalidRequest
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.rasters import NORTH_UP, write
 
@@ -631,3 +632,12 @@ def test_no_series_is_an_internal_error(
         headers={"Content-Type": "application/json"},
     )
     check_problem(response, "invalid_request")
+
+
+@pytest.mark.parametrize("task", ["classify-pixels", "forecast", "landcover", "similar"])
+@pytest.mark.parametrize("outputs", [[[None]], [{}], [["class"], "class"], [1e999]])
+def test_outputs_of_json_that_are_not_texts_are_named(task: Any, outputs: list[Any]) -> None:
+    body = {"items": [{"href": "/data/s_2021-01-05.tif"}], "outputs": outputs}
+    with pytest.raises(InvalidRequest) as caught:
+        read_items(task, json.dumps(body).encode(), allowed=True)
+    assert "outputs.0" in {error["field"] for error in caught.value.errors}

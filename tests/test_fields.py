@@ -443,6 +443,7 @@ def test_invalid_features_do_not_affect_the_others(
         (b"id;x\n1;2\n", "not_a_vector_file"),
         (b"{not json", "not_a_vector_file"),
         (b'{"type": "Topology"}', "not_a_vector_file"),
+        (b'{"type": ["Polygon", {}]}', "not_a_vector_file"),
         (b'{"type": "FeatureCollection", "features": 3}', "not_a_vector_file"),
         (b"SQLite format 3\0" + bytes(200), "not_a_vector_file"),
         (b"PAR1" + bytes(200) + b"PAR1", "not_a_vector_file"),

@@ -176,7 +176,10 @@ def _positive(value: DatedNumber | None) -> DatedNumber | None:
 
 def _once(value: object) -> object:
     """Remove repetitions from a list and keep its order."""
-    return list(dict.fromkeys(value)) if isinstance(value, list) else value
+    # A list may hold values without a hash, which validation rejects.
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return list(dict.fromkeys(value))
+    return value
 
 
 _IsoDate = Annotated[

@@ -32,6 +32,8 @@ _MAX_DECODED_BYTES = 512 * 2**20
 """Largest decoded size of a GeoParquet file, bytes: columns may be compressed a thousandfold."""
 _MAX_PROPERTIES = 500
 _NAMED_AT_MOST = 5
+_NAME_LENGTH = 64
+"""Largest number of characters of a client's text in a message."""
 _POLYGONS = frozenset({shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON})
 _POINTS = frozenset({shapely.GeometryType.POINT, shapely.GeometryType.MULTIPOINT})
 
@@ -189,11 +191,12 @@ def _read_geojson(source: SourceFile, most: int) -> _Read:
     kind = document.get("type") if isinstance(document, dict) else None
     if kind == "Feature":
         document = {"features": [document]}
-    elif kind in {"Polygon", "MultiPolygon"}:
+    elif kind in ("Polygon", "MultiPolygon"):  # not a set: a list has no hash
         document = {"features": [{"type": "Feature", "geometry": document}]}
     elif kind != "FeatureCollection":
         raise NotAVectorFile(
-            f"'{source.name}' is JSON of type {kind!r}, not a GeoJSON FeatureCollection"
+            f"'{source.name}' is JSON of type {str(kind)[:_NAME_LENGTH]!r}, not a GeoJSON "
+            "FeatureCollection"
         )
     features = document.get("features")
     if not isinstance(features, list) or not all(isinstance(one, dict) for one in features):
