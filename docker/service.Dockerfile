@@ -44,11 +44,13 @@ RUN apt-get update \
     && groupadd --gid 10001 pimc \
     && useradd --uid 10001 --gid pimc --no-create-home --home-dir /tmp --shell /usr/sbin/nologin pimc \
     && install --directory --owner=pimc --group=pimc /models /var/lib/pimc
+# PYTHONPATH: scheduler and workers of Dask import the code from any folder.
 # TMPDIR: temporary files of uploads and maps take some GB. /tmp is in memory if the root file system
 # is read-only; /var/tmp is a volume, so it is on disk.
 ENV PATH=/opt/venv/bin:${PATH} \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONPATH=/srv/pimc \
     HOME=/tmp \
     TMPDIR=/var/tmp \
     PIMC_HOST=0.0.0.0 \

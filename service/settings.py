@@ -205,6 +205,11 @@ class Settings(BaseSettings):
     """PostgreSQL database of the jobs, as `postgresql://user:password@host/name`, for several
     replicas that share it and `state_dir` or `storage_url`; None is SQLite in `state_dir`, for one
     service."""
+    dask_scheduler: str | None = None
+    """Dask scheduler on whose workers the windows of jobs are computed, as `tcp://host:port` or
+    `tls://host:port`; None computes them in this process."""
+    dask_window_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    """Seconds after which a window that a worker has not returned is given to another worker."""
     min_free_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(32 * 2**20)
     """Bytes that must be free on the disks of jobs and of temporary files; with fewer,
     `/health/ready` reports the service as not ready."""
@@ -328,6 +333,24 @@ class Settings(BaseSettings):
     def _is_an_address(cls, value: str | None) -> str | None:
         if value is not None and not _ENDPOINT.fullmatch(value):
             raise ValueError("it is not an address such as https://minio.example.org:9000")
+        return value
+
+    @field_validator("dask_scheduler")
+    @classmethod
+    def _is_a_scheduler(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        scheme, mark, place = value.partition("://")
+        found = _HOST.fullmatch(place)
+        if scheme not in {"tcp", "tls"} or not mark or found is None or found["port"] is None:
+            raise ValueError(f"'{value}' is not an address such as tcp://scheduler:8786")
+        if info.data.get("state_dir") is None:
+            raise ValueError("PIMC_STATE_DIR must name the folder that all workers share")
+        if info.data.get("storage_url") is not None:
+            raise ValueError(
+                "workers read a shared folder, and PIMC_STORAGE_URL keeps the files in a bucket: "
+                "leave one of the two out"
+            )
         return value
 
     @field_validator("root_path")

@@ -105,6 +105,9 @@ class Metrics:
         self._windows = Gauge(
             "pimc_windows_in_flight", "Windows read and not yet written", registry=self._registry
         )
+        self._cluster_windows = self._counter(
+            "pimc_cluster_windows", "Windows given to the cluster, by outcome", ["outcome"]
+        )
         self._provider = Gauge(
             "pimc_provider_info",
             "1 for the execution provider in use",
@@ -276,6 +279,35 @@ class Metrics:
             "Size of the cache of decoded blocks, which grows for runs with large blocks",
             registry=self._registry,
         ).set_function(size)
+
+    def watch_cluster(
+        self,
+        *,
+        workers: Callable[[], int],
+        threads: Callable[[], int],
+        refused: Callable[[], int],
+    ) -> None:
+        """Add gauges of the cluster that runs jobs; they are read with the metrics.
+
+        Args:
+            workers: returns the number of workers that compute windows.
+            threads: returns the number of their threads.
+            refused: returns the number of workers that are refused.
+        """
+        for name, text, read in (
+            ("pimc_cluster_workers", "Workers that compute windows of jobs", workers),
+            ("pimc_cluster_threads", "Threads of these workers", threads),
+            ("pimc_cluster_workers_refused", "Workers that differ from the service", refused),
+        ):
+            Gauge(name, text, registry=self._registry).set_function(read)
+
+    def cluster_window(self, outcome: str) -> None:
+        """Count a window that was given to the cluster.
+
+        Args:
+            outcome: `written`, `late`, `lost` or `refused`.
+        """
+        self._cluster_windows.labels(outcome).inc()
 
     def watch_keys(self, valid: Callable[[], int]) -> None:
         """Add a gauge of the API keys that have not expired.

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 SERVING = ["cpu", "gpu", "replicas"]
 DATABASE = ["postgres"]
+DASK = ["scheduler", "worker"]
 TRAINING = ["training", "training-gpu"]
 MONITORING = ["prometheus", "grafana"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -369,7 +370,7 @@ def test_every_container_is_hardened(compose):
 
 
 def test_no_profile_starts_two_containers_that_take_one_port(compose):
-    assert set(compose["services"]) == {*SERVING, *TRAINING, *MONITORING, *DATABASE}
+    assert set(compose["services"]) == {*SERVING, *TRAINING, *MONITORING, *DATABASE, *DASK}
     settings = (ROOT / ".env").read_text().splitlines()
     (plain,) = [line.partition("=")[2] for line in settings if line.startswith("COMPOSE_PROFILES=")]
     profiles = {profile for s in compose["services"].values() for profile in s["profiles"]}
@@ -381,7 +382,7 @@ def test_no_profile_starts_two_containers_that_take_one_port(compose):
 
 
 def test_images_are_built_from_targets_that_exist(compose):
-    for name in SERVING + TRAINING:
+    for name in SERVING + TRAINING + DASK:
         build = compose["services"][name]["build"]
         text = (ROOT / build["dockerfile"]).read_text()
         stages = re.findall(r"^FROM \S+ AS (\S+)$", text, re.MULTILINE)
@@ -416,8 +417,11 @@ def test_the_defaults_of_compose_are_valid_settings(name, compose, monkeypatch):
         monkeypatch.setenv("PIMC_STATE_DIR", environment_of_the_image()["PIMC_STATE_DIR"])
     settings = Settings()
     assert settings.allow_anonymous
-    assert (settings.database_url is not None) is (name == "replicas")
-    default = {"allow_anonymous": None, "database_url": None, "state_dir": None}
+    for value in (settings.database_url, settings.dask_scheduler):
+        assert (value is not None) is (name == "replicas")
+    default = {
+        "allow_anonymous": None, "database_url": None, "dask_scheduler": None, "state_dir": None
+    }  # fmt: skip
     assert settings.model_copy(update=default) == Settings.model_construct()
 
 
@@ -429,6 +433,51 @@ def test_the_replicas_reach_the_database_of_compose(compose):
     wanted = [given[f"POSTGRES_{name}"] for name in ("USER", "PASSWORD", "DB")]
     assert list(found.groups()) == [*wanted[:2], "postgres", wanted[2]]
     assert "ports" not in compose["services"]["postgres"]
+
+
+def test_only_replicas_and_workers_reach_the_scheduler(compose):
+    """Its port runs any code."""
+    services = compose["services"]
+    assert {n for n, s in services.items() if "dask" in s.get("networks", {})} == {
+        "replicas", *DASK
+    }  # fmt: skip
+    assert compose["networks"]["dask"]["internal"] is True
+    for name in DASK:
+        assert list(services[name]["networks"]) == ["dask"]
+        assert "ports" not in services[name]
+    address = services["replicas"]["environment"]["PIMC_DASK_SCHEDULER"]
+    assert "tcp://scheduler:8786" in address
+    assert address in services["worker"]["command"]
+    assert "8786" in services["scheduler"]["command"]
+
+
+def test_workers_are_like_the_replicas(compose):
+    worker, replicas = (compose["services"][name] for name in ("worker", "replicas"))
+    assert worker["image"] == replicas["image"]
+    assert worker["environment"] == replicas["environment"]
+    places = {place: source for source, place, _ in map(mount_of, replicas["volumes"])}
+    for source, place, mode in map(mount_of, worker["volumes"]):
+        assert places[place] == source
+        assert mode == ("rw" if not source else "ro")  # workers write only temporary files
+
+
+def test_the_image_has_the_commands_of_dask():
+    from distributed.cli import dask_scheduler, dask_worker
+
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    manifests = ROOT / "deploy" / "kubernetes" / "cluster"
+    commands = [compose[name]["command"] for name in DASK]
+    for name in DASK:
+        deployment = yaml.safe_load((manifests / f"{name}.yaml").read_text())
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        commands.append(container["command"])
+    for program, name, *arguments in commands:
+        assert program == "dask"
+        command = {"scheduler": dask_scheduler, "worker": dask_worker}[name].main
+        known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        given = {argument.partition("=")[0] for argument in arguments if argument[:2] == "--"}
+        assert given <= known
+    assert environment_of_the_image()["PYTHONPATH"] == "/srv/pimc"
 
 
 def test_the_open_files_suffice_for_the_connections(compose):

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "deploy" / "kubernetes"
 UNIT = ROOT / "deploy" / "systemd" / "pimc.service"
-OVERLAYS = ("base", "gpu", "replicas", "bucket")
+OVERLAYS = ("base", "gpu", "replicas", "bucket", "cluster")
+SEVERAL = ("replicas", "bucket", "cluster")
+"""Overlays with several replicas."""
 VERSIONS = ("1.33", "1.37")
 DOCKERFILE = re.sub(r"\\\n\s*", " ", (ROOT / "docker" / "service.Dockerfile").read_text())
 
@@ -39,7 +41,7 @@ def written() -> list[tuple[str, dict[str, Any]]]:
 
 @pytest.fixture(scope="module", params=OVERLAYS)
 def rendered(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
-    """The objects that kustomize makes of an overlay, by kind."""
+    """The objects that kustomize makes of an overlay: the service's by kind, all in `every`."""
     command = next(
         (
             [found, *words]
@@ -57,9 +59,12 @@ def rendered(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
         check=True,
     )
     documents = list(yaml.safe_load_all(done.stdout))
-    kinds = {document["kind"]: document for document in documents}
-    assert len(kinds) == len(documents)
-    return {"overlay": request.param, **kinds}
+    assert len({(d["kind"], d["metadata"]["name"]) for d in documents}) == len(documents)
+    dask = ("pimc-scheduler", "pimc-worker")
+    service = [d for d in documents if d["metadata"]["name"] not in dask]
+    kinds = {document["kind"]: document for document in service}
+    assert len(kinds) == len(service)
+    return {"overlay": request.param, "every": documents, **kinds}
 
 
 def validate(document: Any, version: str) -> None:
@@ -78,9 +83,8 @@ class InvalidDocument(Exception):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_output_of_kustomize_is_valid(rendered, version):
-    objects = [document for kind, document in rendered.items() if kind != "overlay"]
-    assert len(objects) >= 5
-    for document in objects:
+    assert len(rendered["every"]) >= 5
+    for document in rendered["every"]:
         validate(document, version)
 
 
@@ -111,7 +115,7 @@ def test_selectors_match_the_pods(rendered):
     ):
         assert selector
         assert selector.items() <= labels
-    if rendered["overlay"] in {"replicas", "bucket"}:
+    if rendered["overlay"] in SEVERAL:
         scaled = rendered["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
         assert scaled["name"] == rendered["StatefulSet"]["metadata"]["name"]
         assert scaled["kind"] == "StatefulSet"
@@ -139,7 +143,7 @@ def test_only_replicas_with_a_database_and_a_storage_in_common_are_several(rende
         assert volumes["state"].keys() == {"name", "emptyDir"}
         assert secrets == ["pimc-keys", "pimc-database", "pimc-storage"]
         assert {53, 5432, 443} <= set(ports)
-    elif rendered["overlay"] == "replicas":
+    elif rendered["overlay"] in SEVERAL:
         assert claims == set()
         claim = rendered["PersistentVolumeClaim"]
         assert shared == {"state": claim["metadata"]["name"]}
@@ -161,6 +165,57 @@ def test_the_overlays_run_the_images_that_compose_builds(rendered):
     assert container["image"] == expected
     gpus = container["resources"]["limits"].get("nvidia.com/gpu")
     assert gpus == ("1" if rendered["overlay"] == "gpu" else None)
+
+
+def named(rendered: dict[str, Any], kind: str, name: str) -> dict[str, Any]:
+    (found,) = [d for d in rendered["every"] if (d["kind"], d["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+def test_workers_have_the_image_the_settings_and_the_folder_of_the_service(rendered):
+    if rendered["overlay"] != "cluster":
+        pytest.skip("it has no workers")
+    service = rendered["StatefulSet"]["spec"]["template"]["spec"]
+    for name in ("pimc-scheduler", "pimc-worker"):
+        deployment = named(rendered, "Deployment", name)
+        labels = deployment["spec"]["template"]["metadata"]["labels"]
+        assert deployment["spec"]["selector"]["matchLabels"] == labels
+        spec = deployment["spec"]["template"]["spec"]
+        (own,) = spec["containers"]
+        assert own["image"] == service["containers"][0]["image"]
+        assert own["securityContext"] == service["containers"][0]["securityContext"]
+        assert spec["securityContext"].items() <= service["securityContext"].items()
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["enableServiceLinks"] is False
+    settings = rendered["ConfigMap"]["data"]["PIMC_DASK_SCHEDULER"]
+    ports = named(rendered, "Service", "pimc-scheduler")["spec"]["ports"]
+    assert settings == f"tcp://pimc-scheduler:{ports[0]['port']}"
+    (worker,) = spec["containers"]  # the last one
+    assert {"configMapRef": {"name": "pimc-settings"}} in worker["envFrom"]
+    claims = [v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"]
+              if "persistentVolumeClaim" in v]  # fmt: skip
+    assert claims == [rendered["PersistentVolumeClaim"]["metadata"]["name"]]
+    mounts = {m["mountPath"]: m for m in worker["volumeMounts"]}
+    state = re.findall(r"PIMC_STATE_DIR=(\S+)", DOCKERFILE)[0]
+    assert mounts[state] == {"name": "state", "mountPath": state, "readOnly": True}
+
+
+def test_only_the_service_and_dask_reach_the_ports_of_dask(rendered):
+    """They run any code that they receive."""
+    if rendered["overlay"] != "cluster":
+        pytest.skip("it has no workers")
+    for name, others in (
+        ("pimc-scheduler", {"pimc", "pimc-worker"}),
+        ("pimc-worker", {"pimc", "pimc-scheduler"}),
+    ):
+        policy = named(rendered, "NetworkPolicy", name)["spec"]
+        labels = named(rendered, "Deployment", name)["spec"]["template"]["metadata"]["labels"]
+        assert policy["podSelector"]["matchLabels"] == labels
+        assert policy["policyTypes"] == ["Ingress", "Egress"]
+        (rule,) = policy["ingress"]
+        allowed = [one["podSelector"]["matchLabels"] for one in rule["from"]]
+        assert {one["app.kubernetes.io/name"] for one in allowed} == others
+    assert "Ingress" not in rendered
 
 
 # The rest looks at the files, so that it needs no kubectl.

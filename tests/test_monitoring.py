@@ -53,6 +53,8 @@ def labels() -> dict[str, set[str]]:
     metrics.connection_given_up("head")
     metrics.quota_exceeded("jobs")
     metrics.watch_keys(lambda: 1)
+    metrics.watch_cluster(workers=lambda: 1, threads=lambda: 2, refused=lambda: 0)
+    metrics.cluster_window("written")
     metrics.watch_admission(
         run_slots=1, held=lambda: 0, awaited=lambda: 0, uploads=lambda: 0, spooled=lambda: 0
     )

@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 from anyio import to_thread
 from fastapi import FastAPI
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from models.registry import ZOO, Registry, read_checksums
+from models.registry import ZOO
 from service.api.admission import Admission
 from service.api.auth import ApiKeys, Refusals
 from service.api.dependencies import AppState
@@ -37,7 +38,7 @@ from service.api.routes import jobs as job_routes
 from service.api.scratch import Scratch
 from service.api.sending import Downloads
 from service.errors import PIMCError
-from service.infer.engine import Engine
+from service.infer.engine import load_models
 from service.jobs.callbacks import CallbackSender
 from service.jobs.heads import HeadStore
 from service.jobs.runner import JobRunner
@@ -50,6 +51,9 @@ from service.run.memory import MemoryBudget
 from service.settings import Settings, SettingsError, project_version, read_settings
 from service.telemetry import Metrics
 from service.tracing import Traces
+
+if TYPE_CHECKING:
+    from service.run.cluster import ClusterExecutor
 
 _LOG = logging.getLogger(__name__)
 _RANGE_CACHE_BYTES = 64 * 2**20
@@ -98,7 +102,9 @@ def create_app(
             store = await to_thread.run_sync(open_jobs, settings) if jobs is None else jobs
             stack.push_async_callback(to_thread.run_sync, store.close)
             # The port opens only once every bundle is loaded and warm, or rejected.
-            engine = await to_thread.run_sync(_load_models, settings, metrics, built_in)
+            engine = await to_thread.run_sync(
+                partial(load_models, settings, built_in=built_in, observe=metrics.batch)
+            )
             stack.push_async_callback(to_thread.run_sync, engine.close)
             metrics.provider(engine.provider)
             heads = await to_thread.run_sync(
@@ -136,6 +142,7 @@ def create_app(
                 metrics=metrics,
                 closing=closing,
             )
+            on_cluster = await to_thread.run_sync(_on_cluster, settings, executor, metrics, closing)
             runner = JobRunner(
                 store,
                 engine,
@@ -148,10 +155,11 @@ def create_app(
                 closing=closing,
                 cache=cache,
                 budget=budget,
-                executor=executor,
+                executor=executor if on_cluster is None else on_cluster,
                 callbacks=callbacks,
                 refresh=heads.refresh,
                 traces=traces,
+                loops={} if on_cluster is None else {"cluster": on_cluster.cluster.run},
             )
             allowances = Allowances(settings, keys)
             admission = Admission(
@@ -191,6 +199,7 @@ def create_app(
                 budget=budget,
                 executor=executor,
                 remotes=Remotes(cache=ranges, received=metrics.fetched),
+                cluster=None if on_cluster is None else on_cluster.cluster.state,
                 scratch=scratch,
                 runner=runner,
                 probe=anyio.CapacityLimiter(1),
@@ -263,6 +272,39 @@ def open_jobs(settings: Settings) -> JobStore:
     )
 
 
+def _on_cluster(
+    settings: Settings, here: ThreadExecutor, metrics: Metrics, closing: threading.Event
+) -> ClusterExecutor | None:
+    """The executor of jobs on a cluster; None without `PIMC_DASK_SCHEDULER`.
+
+    Raises:
+        SettingsError: the packages of clusters are not installed.
+    """
+    if settings.dask_scheduler is None:
+        return None
+    try:
+        from service.run.cluster import Cluster, ClusterExecutor
+    except ImportError as error:
+        raise SettingsError(
+            f"PIMC_DASK_SCHEDULER needs packages that are not installed ({error}): install the "
+            "extra `cluster`"
+        ) from error
+    cluster = Cluster(settings.dask_scheduler, closing)
+    metrics.watch_cluster(
+        workers=lambda: cluster.state().workers,
+        threads=lambda: cluster.state().threads,
+        refused=lambda: len(cluster.state().refused),
+    )
+    return ClusterExecutor(
+        cluster=cluster,
+        state=settings.state_folder,
+        window_seconds=settings.dask_window_seconds,
+        here=here,
+        in_flight=metrics.windows,
+        counted=metrics.cluster_window,
+    )
+
+
 def _load_keys(settings: Settings, store: JobStore, heads: HeadStore) -> ApiKeys:
     """Load the API keys; if a key gains a name in the file, its jobs and models move to the name.
 
@@ -286,38 +328,3 @@ def _load_keys(settings: Settings, store: JobStore, heads: HeadStore) -> ApiKeys
             f"PIMC_API_KEYS_FILE: {settings.api_keys_file} cannot be used: {error}"
         ) from error
     return keys
-
-
-def _load_models(settings: Settings, metrics: Metrics, built_in: Path | None) -> Engine:
-    folders = [folder for folder in (built_in, settings.model_dir) if folder is not None]
-    registry = Registry.load(*folders, checksums=_checksums(settings))
-    engine = Engine(
-        registry,
-        providers=settings.providers,
-        precision=settings.precision,
-        observe=metrics.batch,
-    )
-    for name, reason in registry.refused.items():  # the engine logs those that it rejects itself
-        _LOG.error("rejected bundle", extra={"bundle": name, "reason": reason})
-    served = sorted(model.card.id for model in engine.models.values())
-    precisions = sorted({model.variant for model in engine.models.values()})
-    loaded = {"provider": engine.provider, "precisions": precisions, "models": served}
-    _LOG.info("models loaded", extra=loaded)
-    return engine
-
-
-def _checksums(settings: Settings) -> dict[str, str] | None:
-    """The sha256 by file from `PIMC_MODEL_CHECKSUMS`; None if the cards state them instead.
-
-    Raises:
-        SettingsError: the file of checksums cannot be used.
-    """
-    if settings.model_checksums is None:
-        return None
-    try:
-        return read_checksums(settings.model_checksums)
-    except OSError as error:
-        reason = f"{settings.model_checksums} cannot be read: {error.strerror}"
-    except ValueError as error:  # an invalid line, or bytes that are not UTF-8
-        reason = str(error)
-    raise SettingsError(f"PIMC_MODEL_CHECKSUMS: {reason}")

@@ -4,7 +4,7 @@
 import shutil
 import tempfile
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +36,7 @@ from service.jobs.storage import StorageUnreachable
 from service.jobs.store import JobStore
 from service.read.connect import Remotes
 from service.read.geotiff import BlockCache
-from service.run.executors import Executor
+from service.run.executors import ClusterState, Executor
 from service.run.memory import MemoryBudget
 from service.settings import Settings
 from service.telemetry import Metrics
@@ -59,6 +59,9 @@ class AppState:
     cache: BlockCache
     budget: MemoryBudget
     executor: Executor
+    """Runs synchronous requests."""
+    cluster: Callable[[], ClusterState] | None
+    """Returns the state of the cluster that runs jobs; None without one."""
     remotes: Remotes
     """What requests that read from other hosts share."""
     scratch: Scratch

@@ -1569,6 +1569,21 @@ class ReadyStatus(BaseModel):
     status: Literal["ready"] = "ready"
 
 
+class ClusterReady(BaseModel):
+    """The cluster that runs the windows of jobs."""
+
+    scheduler: Annotated[str, Field(description="address of the Dask scheduler")]
+    workers: Annotated[int, Field(description="number of workers that compute windows")]
+    threads: Annotated[int, Field(description="number of threads of these workers")]
+    refused: Annotated[
+        dict[str, str], Field(description="workers that differ from the service, with the reason")
+    ]
+    fault: Annotated[
+        str | None,
+        Field(description="why jobs wait; synchronous requests do not use the cluster"),
+    ]
+
+
 class Ready(ReadyStatus):
     """Every default model is loaded and warm."""
 
@@ -1586,6 +1601,9 @@ class Ready(ReadyStatus):
             "(`scratch`)"
         ),
     ]
+    cluster: Annotated[
+        ClusterReady | None, Field(description="null if jobs run in the service")
+    ] = None
 
 
 def read_parameters(task: Operation, raw: Mapping[str, Sequence[str]]) -> RasterForm:

@@ -6,9 +6,10 @@ import logging
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from models.card import Modality, Task
-from models.registry import Bundle, BundleError, Registry
+from models.registry import ZOO, Bundle, BundleError, Registry, read_checksums
 from service.errors import UnknownModel, WrongTask
 from service.infer.cpus import usable_cpus
 from service.infer.model import LoadedModel, Observe, unobserved
@@ -23,8 +24,62 @@ from service.infer.session import (
     open_session,
     provider_to_request,
 )
+from service.settings import Settings, SettingsError
 
 _LOG = logging.getLogger(__name__)
+
+
+def load_models(
+    settings: Settings,
+    *,
+    built_in: Path | None = ZOO,
+    threads: int | None = None,
+    observe: Observe = unobserved,
+) -> Engine:
+    """An engine with the built-in bundles and those of the settings.
+
+    Args:
+        settings: folder and checksums of further bundles, provider and precision.
+        built_in: folder of the built-in bundles; None for none.
+        threads: as for `Engine`.
+        observe: as for `Engine`.
+
+    Raises:
+        SettingsError: the file of checksums cannot be used, or CUDA is required and missing.
+    """
+    folders = [folder for folder in (built_in, settings.model_dir) if folder is not None]
+    registry = Registry.load(*folders, checksums=_checksums(settings))
+    engine = Engine(
+        registry,
+        providers=settings.providers,
+        precision=settings.precision,
+        threads=threads,
+        observe=observe,
+    )
+    for name, reason in registry.refused.items():  # the engine logs those that it rejects itself
+        _LOG.error("rejected bundle", extra={"bundle": name, "reason": reason})
+    served = sorted(model.card.id for model in engine.models.values())
+    precisions = sorted({model.variant for model in engine.models.values()})
+    loaded = {"provider": engine.provider, "precisions": precisions, "models": served}
+    _LOG.info("models loaded", extra=loaded)
+    return engine
+
+
+def _checksums(settings: Settings) -> dict[str, str] | None:
+    """The sha256 by file from `PIMC_MODEL_CHECKSUMS`; None if the cards state them instead.
+
+    Raises:
+        SettingsError: the file of checksums cannot be used.
+    """
+    if settings.model_checksums is None:
+        return None
+    try:
+        return read_checksums(settings.model_checksums)
+    except OSError as error:
+        reason = f"{settings.model_checksums} cannot be read: {error.strerror}"
+    except ValueError as error:  # an invalid line, or bytes that are not UTF-8
+        reason = str(error)
+    raise SettingsError(f"PIMC_MODEL_CHECKSUMS: {reason}")
 
 
 class Engine:
@@ -201,6 +256,7 @@ class Engine:
             device=self._device,
             reference=reference,
             observe=self._observe,
+            folder=bundle.folder,
         )
 
     def _open(self, bundle: Bundle, provider: str) -> Session:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,7 @@ class LoadedModel:
         reference: on CUDA, a session of the same model on the CPU, with which the device's output
             is compared; None on the CPU.
         observe: called after each batch.
+        folder: the bundle's folder.
 
     Raises:
         BundleError: the warm-up fails, or returns values that are impossible for the card's task.
@@ -114,9 +116,12 @@ class LoadedModel:
         threads: int = 1,
         reference: Session | None = None,
         observe: Observe = unobserved,
+        folder: Path | None = None,
     ) -> None:
         self._observe = observe
         self.card = card
+        self.folder = folder
+        """The bundle's folder; None for a model that is not on disk."""
         self.provider = session.provider
         self.variant: Precision = session.variant
         self.width = prediction_shape(card)

@@ -13,11 +13,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from service.errors import (
     Cancelled,
@@ -77,6 +78,7 @@ class JobRunner:
         callbacks: sender of the jobs' callbacks; None sends none.
         refresh: called with a job's owner before the owner's model is looked for.
         traces: traces of the jobs; None makes none.
+        loops: further loops that run until `closing` is set, by the names of their threads.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class JobRunner:
         callbacks: CallbackSender | None = None,
         refresh: Callable[[str], None],
         traces: Traces | None = None,
+        loops: Mapping[str, Callable[[], None]] = MappingProxyType({}),
     ) -> None:
         self._traces = traces or Traces(enabled=False, version="")
         self._refresh = refresh
@@ -121,6 +124,7 @@ class JobRunner:
         self._threads = [*self._workers, SupervisedThread("jobs", self._sweep_repeatedly, closing)]
         if store.shared:
             self._threads.append(SupervisedThread("leases", self._keep_leases, closing))
+        self._threads += [SupervisedThread(n, loop, closing) for n, loop in loops.items()]
         if callbacks is not None:
             self._threads.append(SupervisedThread("callbacks", callbacks.run, closing))
 

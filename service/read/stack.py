@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -148,6 +149,16 @@ class Stack:
     def bands_read(self) -> tuple[str, ...]:
         """The needed bands, then those that only the cloud mask reads."""
         return (*self.bands, *(self.cloud_bands or ()))
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that hold a needed band or mask."""
+        planes = (
+            plane
+            for one in self.acquisitions
+            for plane in (*one.planes, *(mask.plane for mask in one.masks))
+        )
+        return tuple(dict.fromkeys(plane.source.path for plane in planes))
 
     @property
     def observations(self) -> int:

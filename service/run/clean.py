@@ -18,6 +18,7 @@ from service.grid import Grid, Window
 from service.infer.smooth import smoothed
 from service.run.collect import Floats, Sink, WindowPredictions, Work
 from service.run.executors import Timing, check
+from service.run.passes import Stages
 from service.run.windows import Arrays, windows
 from service.write.cog import OpenScratch, ScratchRaster
 from service.write.predictions import NO_CLASS, classes_with_confidence
@@ -99,9 +100,11 @@ def _smooth(work: Work, file: OpenScratch, target: OpenScratch) -> Timing:
     return work.run_pass(
         "smoothed",
         _parts(work),
-        read=lambda window: read_around(file.read, grid, window, radius),
-        infer=lambda item: smoothed(item[1], radius),
-        to_arrays=lambda _, values: {"values": values},
+        Stages(
+            read=lambda window: read_around(file.read, grid, window, radius),
+            infer=lambda item: smoothed(item[1], radius),
+            to_arrays=lambda _, values: {"values": values},
+        ),
         collect=lambda window, arrays: target.write(window, arrays["values"]),
         advance=work.progress.of(_PASS, grid),
     )
@@ -116,9 +119,11 @@ def _decide(work: Work, file: OpenScratch, classes: NDArray[np.uint8]) -> Timing
     return work.run_pass(
         "classes",
         _parts(work),
-        read=file.read,
-        infer=lambda values: classes_with_confidence(values.reshape(len(values), -1).T)[0],
-        to_arrays=lambda w, found: {"class": found.reshape(w.height, w.width)},
+        Stages(
+            read=file.read,
+            infer=lambda values: classes_with_confidence(values.reshape(len(values), -1).T)[0],
+            to_arrays=lambda w, found: {"class": found.reshape(w.height, w.width)},
+        ),
         collect=collect,
         advance=work.progress.of(_PASS, work.run.stack.grid),
     )
@@ -148,9 +153,11 @@ def _to_sink(
     return work.run_pass(
         "cleaned",
         _parts(work),
-        read=lambda window: read_around(file.read, grid, window, radius),
-        infer=infer,
-        to_arrays=sink.to_arrays,
+        Stages(
+            read=lambda window: read_around(file.read, grid, window, radius),
+            infer=infer,
+            to_arrays=sink.to_arrays,
+        ),
         collect=sink.collect,
         advance=work.progress.of(_PASS, grid),
     )

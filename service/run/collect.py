@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,14 @@ from service.grid import Grid, Window
 from service.read.geotiff import BlockCache
 from service.read.radiometry import why_missing
 from service.run.executors import Executor, Timing, check
+from service.run.passes import Pass, Stages
 from service.run.plan import RasterRun, dates_summary
 from service.run.time_window import outside_time_window, partial_season
 from service.run.windows import Arrays, Journal, Step
 from service.tracing import span
 from service.write.cog import OpenScratch, RasterWriter, stored
 from service.write.polygons import write_polygons
-from service.write.predictions import ATTRIBUTION, JSON, POLYGONS, ForecastPredictions
+from service.write.predictions import ATTRIBUTION, JSON, POLYGONS, ForecastPredictions, Layer
 from service.write.stac_item import Provenance, result_item, write_item
 
 Floats = NDArray[np.float32]
@@ -105,10 +106,8 @@ class Work:
         self,
         stage: str,
         parts: Sequence[Window],
+        work: Pass | Stages,
         *,
-        read: Callable[[Window], Any],
-        infer: Callable[[Any], Any],
-        to_arrays: Callable[[Window, Any], Arrays],
         collect: Callable[[Window, Arrays], None],
         advance: Callable[[int], None],
     ) -> Timing:
@@ -117,9 +116,8 @@ class Work:
         Args:
             stage: name of the pass.
             parts: windows of the pass.
-            read: reads a window; called ahead of `infer`, in one thread.
-            infer: predicts from the result of `read`; called from several threads at once.
-            to_arrays: converts the result of `infer` to the arrays that the journal stores.
+            work: the pass, whose windows the executor may compute elsewhere, or its stages, which
+                run in this process.
             collect: takes the arrays of each window, in order: first those from the journal, then
                 those that this pass computes.
             advance: called with the number of pixels of each finished window.
@@ -133,18 +131,27 @@ class Work:
         steps = [Step(stage=stage, number=n, window=part) for n, part in enumerate(parts)]
         begin = self._recall(steps, collect, advance)
 
-        def write(step: Step, inferred: object) -> None:
-            arrays = to_arrays(step.window, inferred)
+        def write(step: Step, arrays: Arrays) -> None:
             if self.journal is not None:
                 self.journal.save(step, arrays)
             collect(step.window, arrays)
             advance(step.window.height * step.window.width)
 
+        left = steps[begin:]
+        if not isinstance(work, Stages):
+            return self.executor.run_pass(
+                left,
+                work,
+                folder=self.folder,
+                write=write,
+                cache=self.cache,
+                cancelled=self.cancelled,
+            )
         return self.executor.run(
-            steps[begin:],
-            read=lambda step: read(step.window),
-            infer=infer,
-            write=write,
+            left,
+            read=lambda step: work.read(step.window),
+            infer=work.infer,
+            write=lambda step, found: write(step, work.to_arrays(step.window, found)),
             cancelled=self.cancelled,
         )
 
@@ -197,6 +204,51 @@ def write_to(raster: OpenScratch) -> Callable[[Window, Arrays], None]:
     return lambda window, arrays: raster.write(window, arrays["values"])
 
 
+class ToArrays(Protocol):
+    """Turns the predictions of a window into the arrays that are stored. `pickle` copies it."""
+
+    def __call__(self, window: Window, found: WindowPredictions) -> Arrays:
+        """The arrays of a window."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerArrays:
+    """The bands of a window by layer, its number of `valid` predictions, and its counts."""
+
+    run: RasterRun
+    grid: Grid
+    """Grid of the predictions."""
+
+    def __call__(self, window: Window, found: WindowPredictions) -> Arrays:
+        """See `ToArrays`."""
+        predictions = found.predictions
+        # The sum of a prediction is NaN if any number is, and is faster than a test of each number.
+        flat = predictions.reshape(len(predictions), math.prod(predictions.shape[1:]))
+        missing = np.isnan(np.einsum("ij->i", flat))
+        hectares = self.grid.hectares(window).ravel()
+        meaning = self.run.predictions
+        counts = meaning.tally().count(predictions, hectares[found.index], found.classes)
+        arrays = {f"{_COUNTS}{name}": values for name, values in counts.items()}
+        arrays["valid"] = (~missing).sum()
+        layers = layers_of(self.run)
+        if not layers:
+            return arrays
+        bands = meaning.bands(predictions, found.classes)
+        if found.attribution is not None:
+            bands[ATTRIBUTION] = found.attribution.T
+        for name, values in bands.items():
+            layer = layers[name].empty(window.height * window.width)
+            layer[:, found.index] = values
+            arrays[name] = layer.reshape(-1, window.height, window.width)
+        return arrays
+
+
+def layers_of(run: RasterRun) -> dict[str, Layer]:
+    """The rasters that a run writes, by name."""
+    return {layer.name: layer for layer in run.predictions.layers if run.rasters}
+
+
 class Sink:
     """Counts the predictions of windows, and writes them to rasters if rasters are requested.
 
@@ -210,35 +262,15 @@ class Sink:
         run = work.run
         self._work = work
         self._grid = grid
-        self._predictions = run.predictions
-        self._layers = {layer.name: layer for layer in run.predictions.layers if run.rasters}
+        self._layers = layers_of(run)
+        self.to_arrays: ToArrays = LayerArrays(run=run, grid=grid)
+        """The bands and counts of a window, which `collect` takes."""
         self._tally = run.predictions.tally()
         self._valid = 0
         layers = tuple(self._layers.values())
         self._writer = stack.enter_context(
             RasterWriter(work.folder, grid, layers, _tags(run), room=work.cache.room)
         )
-
-    def to_arrays(self, window: Window, found: WindowPredictions) -> Arrays:
-        """The bands of a window by layer, its number of `valid` predictions, and its counts."""
-        predictions = found.predictions
-        # The sum of a prediction is NaN if any number is, and is faster than a test of each number.
-        flat = predictions.reshape(len(predictions), math.prod(predictions.shape[1:]))
-        missing = np.isnan(np.einsum("ij->i", flat))
-        hectares = self._grid.hectares(window).ravel()
-        counts = self._tally.count(predictions, hectares[found.index], found.classes)
-        arrays = {f"{_COUNTS}{name}": values for name, values in counts.items()}
-        arrays["valid"] = (~missing).sum()
-        if not self._layers:
-            return arrays
-        bands = self._predictions.bands(predictions, found.classes)
-        if found.attribution is not None:
-            bands[ATTRIBUTION] = found.attribution.T
-        for name, values in bands.items():
-            layer = self._layers[name].empty(window.height * window.width)
-            layer[:, found.index] = values
-            arrays[name] = layer.reshape(-1, window.height, window.width)
-        return arrays
 
     def collect(self, window: Window, arrays: Arrays) -> None:
         """Add the counts of a window to the tally, and write its bands."""

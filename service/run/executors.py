@@ -2,8 +2,8 @@
 
     items ──▶ read (1 thread) ──▶ infer (2 threads) ──▶ write (1 thread, in the items' order)
 
-An executor takes items, such as windows, and one function per stage. It does not depend on rasters
-or models.
+An executor takes items, such as windows, and one function per stage; or a `Pass`, whose windows it
+may compute elsewhere: see `service.run.cluster`. It does not depend on models.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from service.errors import Cancelled
+from service.read.geotiff import BlockCache
+from service.run.passes import Pass
+from service.run.windows import Arrays, Step
 from service.tracing import stage_spans
 
 _Item = TypeVar("_Item")
@@ -43,6 +47,22 @@ class Timing:
             infer=self.infer + other.infer,
             write=self.write + other.write,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterState:
+    """The state of a cluster, for operators."""
+
+    scheduler: str
+    """Its address."""
+    workers: int
+    """Number of workers that compute windows, or may."""
+    threads: int
+    """Number of threads of these workers."""
+    refused: Mapping[str, str]
+    """Why workers are refused, by address."""
+    fault: str | None
+    """Why no job can run, as a sentence; None if one can."""
 
 
 class Executor(Protocol):
@@ -75,6 +95,35 @@ class Executor(Protocol):
         Raises:
             Cancelled: `cancelled` was set.
             Exception: the exception of a stage, unchanged; no further item is started.
+        """
+        ...
+
+    def run_pass(
+        self,
+        steps: Sequence[Step],
+        work: Pass,
+        *,
+        folder: Path,
+        write: Callable[[Step, Arrays], None],
+        cache: BlockCache,
+        cancelled: threading.Event | None = None,
+    ) -> Timing:
+        """Compute every window of a pass, here or elsewhere, and write the results in order.
+
+        Args:
+            steps: the windows, in order.
+            work: the pass.
+            folder: folder of the run.
+            write: takes a window and its arrays; called for one window at a time.
+            cache: GDAL's block cache.
+            cancelled: an event that cancels the run when it is set.
+
+        Returns:
+            The seconds in which each stage was busy.
+
+        Raises:
+            Cancelled: `cancelled` was set.
+            Exception: the exception of a stage, unchanged; no further window is started.
         """
         ...
 
@@ -151,6 +200,27 @@ class ThreadExecutor:
             for stage in (reading, inferring, writing):
                 stage.end()
         return Timing(read=reading.seconds, infer=inferring.seconds, write=writing.seconds)
+
+    def run_pass(
+        self,
+        steps: Sequence[Step],
+        work: Pass,
+        *,
+        folder: Path,
+        write: Callable[[Step, Arrays], None],
+        cache: BlockCache,
+        cancelled: threading.Event | None = None,
+    ) -> Timing:
+        """See `Executor.run_pass`."""
+        del folder  # for executors in other processes
+        with work.open(cache, cancelled) as stages:
+            return self.run(
+                steps,
+                read=lambda step: stages.read(step.window),
+                infer=stages.infer,
+                write=lambda step, found: write(step, stages.to_arrays(step.window, found)),
+                cancelled=cancelled,
+            )
 
 
 def check(cancelled: threading.Event | None) -> None:

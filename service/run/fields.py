@@ -13,9 +13,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -23,15 +25,15 @@ from numpy.typing import NDArray
 
 from service.errors import StackWarning
 from service.grid import Window
-from service.read.buffers import BufferPool
-from service.read.reader import StackReader
+from service.read.geotiff import BlockCache
 from service.read.stack import Sits
 from service.read.vectors import Fields
 from service.run.backtest import Backtested, History, predict_from_history
 from service.run.collect import WindowPredictions, Work, none_predicted, run_warnings
 from service.run.coverage import Coverage, FieldGrid, pieces, series_sums
 from service.run.executors import Timing, check
-from service.run.pixels import ClearPixels, PixelStages, model_time
+from service.run.passes import Stages
+from service.run.pixels import model_time, open_pixels
 from service.run.plan import RasterRun
 from service.run.windows import Arrays, windows
 from service.write.predictions import JSON
@@ -104,19 +106,14 @@ def _pass_over(work: Work, fields: Fields, kind: type[_Kind], *, share: float) -
         windows(grid, run.stack.block, run.pixel_bytes + run.prediction_bytes, work.window_bytes),
         partial(check, work.cancelled),
     )
-    buffers = BufferPool()
-    with buffers, StackReader(run.stack, run.read, cache=work.cache, buffers=buffers) as reader:
-        stages = PixelStages(run, reader, buffers, work.cancelled)
-        sums = kind(run, on_grid, len(fields), stages)
-        timing = work.run_pass(
-            "fields",
-            parts,
-            read=stages.read,
-            infer=sums.infer,
-            to_arrays=sums.to_arrays,
-            collect=lambda _, arrays: sums.add(arrays),
-            advance=_advance(work, parts, share),
-        )
+    sums = kind(run, on_grid, len(fields))
+    timing = work.run_pass(
+        "fields",
+        parts,
+        kind.pass_of(run=run, grid=on_grid),
+        collect=lambda _, arrays: sums.add(arrays),
+        advance=_advance(work, parts, share),
+    )
     return _Pass(sums=sums, parts=parts, timing=timing)
 
 
@@ -162,26 +159,111 @@ def _advance(work: Work, parts: Sequence[Window], share: float) -> Any:  # noqa:
     return work.progress.of(share * grid.width * grid.height / total, grid)
 
 
-class _Sums:
-    """Sums of each field that every kind of result needs: pixels, area and clear dates."""
+@dataclass(frozen=True, kw_only=True)
+class _FieldPass:
+    """The `Pass` over the windows that hold a field, but for its stages."""
 
-    backtested: Backtested | None = None
-    """Of forecasts, after `results`."""
+    run: RasterRun
+    grid: FieldGrid
 
-    def __init__(self, run: RasterRun, grid: FieldGrid, count: int, stages: PixelStages) -> None:
-        self._run = run
-        self._grid = grid
-        self._stages = stages
-        self._totals: dict[str, NDArray[np.float64]] = {}
-        self._count = count
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """See `Pass.paths`."""
+        return self.run.stack.paths
 
     def _extents(self, window: Window, covered: Coverage) -> dict[str, NDArray[Any]]:
-        hectares = self._run.stack.grid.hectares(window).reshape(-1)
+        hectares = self.run.stack.grid.hectares(window).reshape(-1)
         return {
             "fields": covered.fields,
             "pixels": covered.sums(covered.share),
             "hectares": covered.sums(covered.share * hectares[covered.cells]),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MeansPass(_FieldPass):
+    """The `Pass` that predicts for pixels, and sums the predictions of each field."""
+
+    @contextmanager
+    def open(self, cache: BlockCache, cancelled: threading.Event | None) -> Iterator[Stages]:
+        """See `Pass.open`."""
+        with open_pixels(self.run, cache, cancelled) as stages:
+            yield Stages(
+                read=stages.read,
+                infer=lambda clear: (stages.infer(clear), clear.seen),
+                to_arrays=self._to_arrays,
+            )
+
+    def _to_arrays(
+        self, window: Window, found: tuple[WindowPredictions, NDArray[np.integer[Any]]]
+    ) -> Arrays:
+        """The sums that a window adds to its fields.
+
+        Args:
+            window: the window.
+            found: its predictions, and the number of clear dates of each pixel (h, w).
+        """
+        predicted, seen = found
+        covered = self.grid.coverage(window)
+        arrays = self._extents(window, covered)
+        position = np.full(int(window.height * window.width), -1)
+        good = ~np.isnan(predicted.predictions).any(axis=1)
+        position[predicted.index[good]] = np.flatnonzero(good)
+        classes = bool(self.run.model.card.classes)
+        width = self.run.model.width[0]
+        sums: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+        for part, cells, share in pieces(covered):
+            at = position[cells]
+            weight = np.where(at >= 0, share, 0.0)
+            values = predicted.predictions[at] if len(predicted.predictions) else None
+            weighted = np.zeros((len(at), width)) if values is None else weight[:, None] * values
+            sums["weight"].append(part.sums(weight))
+            sums["values"].append(part.sums(weighted))
+            if classes:
+                shares = np.zeros((len(at), width))
+                if values is not None:
+                    shares[np.arange(len(at)), values.argmax(axis=1)] = weight
+                sums["shares"].append(part.sums(shares))
+        arrays |= {name: np.concatenate(parts) for name, parts in sums.items()}
+        if not sums:
+            arrays |= {"weight": np.zeros(0), "values": np.zeros((0, width))}
+            arrays |= {"shares": np.zeros((0, width))} if classes else {}
+        arrays["seen"] = covered.sums(covered.share * seen.reshape(-1)[covered.cells])
+        return arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SeriesPass(_FieldPass):
+    """The `Pass` that sums the series of each field; the model runs later, on the mean series."""
+
+    @contextmanager
+    def open(self, cache: BlockCache, cancelled: threading.Event | None) -> Iterator[Stages]:
+        """See `Pass.open`."""
+        with open_pixels(self.run, cache, cancelled) as stages:
+
+            def to_arrays(window: Window, sits: Sits) -> Arrays:
+                covered = self.grid.coverage(window)
+                arrays = self._extents(window, covered)
+                arrays["clear"], arrays["values"] = series_sums(covered, sits)
+                stages.give_back(sits)
+                return arrays
+
+            yield Stages(read=stages.read, infer=lambda clear: clear.sits, to_arrays=to_arrays)
+
+
+class _Sums:
+    """Sums of each field that every kind of result needs: pixels, area and clear dates."""
+
+    pass_of: type[_MeansPass | _SeriesPass]
+    """The pass whose arrays are added."""
+    backtested: Backtested | None = None
+    """Of forecasts, after `results`."""
+
+    def __init__(self, run: RasterRun, grid: FieldGrid, count: int) -> None:
+        self._run = run
+        self._grid = grid
+        self._totals: dict[str, NDArray[np.float64]] = {}
+        self._count = count
 
     def add(self, arrays: Arrays) -> None:
         """Add the sums of a window to those of its fields."""
@@ -216,41 +298,7 @@ class _Sums:
 class _Means(_Sums):
     """Mean probabilities with the share of each class, or mean embeddings."""
 
-    def infer(self, clear: ClearPixels) -> tuple[WindowPredictions, NDArray[np.integer[Any]]]:
-        """The predictions of a window, and the number of clear dates of each pixel (h, w)."""
-        return self._stages.infer(clear), clear.seen
-
-    def to_arrays(
-        self, window: Window, found: tuple[WindowPredictions, NDArray[np.integer[Any]]]
-    ) -> Arrays:
-        """The sums that a window adds to its fields."""
-        predicted, seen = found
-        covered = self._grid.coverage(window)
-        arrays = self._extents(window, covered)
-        position = np.full(int(window.height * window.width), -1)
-        good = ~np.isnan(predicted.predictions).any(axis=1)
-        position[predicted.index[good]] = np.flatnonzero(good)
-        classes = bool(self._run.model.card.classes)
-        width = self._run.model.width[0]
-        sums: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
-        for part, cells, share in pieces(covered):
-            at = position[cells]
-            weight = np.where(at >= 0, share, 0.0)
-            values = predicted.predictions[at] if len(predicted.predictions) else None
-            weighted = np.zeros((len(at), width)) if values is None else weight[:, None] * values
-            sums["weight"].append(part.sums(weight))
-            sums["values"].append(part.sums(weighted))
-            if classes:
-                shares = np.zeros((len(at), width))
-                if values is not None:
-                    shares[np.arange(len(at)), values.argmax(axis=1)] = weight
-                sums["shares"].append(part.sums(shares))
-        arrays |= {name: np.concatenate(parts) for name, parts in sums.items()}
-        if not sums:
-            arrays |= {"weight": np.zeros(0), "values": np.zeros((0, width))}
-            arrays |= {"shares": np.zeros((0, width))} if classes else {}
-        arrays["seen"] = covered.sums(covered.share * seen.reshape(-1)[covered.cells])
-        return arrays
+    pass_of = _MeansPass
 
     def means(self) -> NDArray[np.float32]:
         """The mean prediction of each field (n, K), NaN for a field without one."""
@@ -285,17 +333,7 @@ class _Means(_Sums):
 class _Series(_Sums):
     """Forecasts from the fields' mean series."""
 
-    def infer(self, clear: ClearPixels) -> Sits:
-        """The window's series; the model runs later, on the mean series in `results`."""
-        return clear.sits
-
-    def to_arrays(self, window: Window, sits: Sits) -> Arrays:
-        """The sums that a window adds to its fields: clear area and reflectance by date."""
-        covered = self._grid.coverage(window)
-        arrays = self._extents(window, covered)
-        arrays["clear"], arrays["values"] = series_sums(covered, sits)
-        self._stages.give_back(sits)
-        return arrays
+    pass_of = _SeriesPass
 
     def results(self, cancelled: threading.Event | None) -> list[dict[str, JSON]]:
         """The result of each field."""

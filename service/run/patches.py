@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from service.grid import Window
 from service.infer.patches import PatchGrid, box_mean, fill_gaps, median_composite
+from service.read.geotiff import BlockCache
 from service.read.reader import StackReader
 from service.read.stack import Sits
 from service.run.collect import (
     Floats,
     Outcome,
     Sink,
+    ToArrays,
     WindowPredictions,
     Work,
     spread,
     write_to,
 )
 from service.run.executors import Timing, check
+from service.run.passes import Stages
 from service.run.plan import RasterRun
 from service.run.windows import Arrays, windows
 from service.write.cog import ScratchRaster
@@ -49,22 +55,40 @@ def run_patches(work: Work) -> Outcome:
 def _make_composite(work: Work, target: ScratchRaster) -> Timing:
     """First pass: the median of each pixel's clear dates, NaN for a pixel with too few."""
     run, grid = work.run, work.run.stack.grid
-    with (
-        StackReader(run.stack, run.used, cache=work.cache) as reader,
-        target.create(grid, len(run.stack.bands)) as file,
-    ):
+    with target.create(grid, len(run.stack.bands)) as file:
         # Twice the window, because the median sorts a copy of it.
         pixel_bytes = 2 * run.pixel_bytes + 4 * len(run.stack.bands)
         parts = windows(grid, run.stack.block, pixel_bytes, work.window_bytes)
         return work.run_pass(
             "composite",
             parts,
-            read=reader.read,
-            infer=lambda sits: clear_composite(run, sits),
-            to_arrays=lambda _, values: {"values": values},
+            CompositePass(run=run),
             collect=write_to(file),
             advance=work.progress.of(0.2, grid),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompositePass:
+    """The `Pass` that makes the composite."""
+
+    run: RasterRun
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """See `Pass.paths`."""
+        return self.run.stack.paths
+
+    @contextmanager
+    def open(self, cache: BlockCache, cancelled: threading.Event | None) -> Iterator[Stages]:
+        """See `Pass.open`."""
+        del cancelled  # a window is short
+        with StackReader(self.run.stack, self.run.used, cache=cache) as reader:
+            yield Stages(
+                read=reader.read,
+                infer=lambda sits: clear_composite(self.run, sits),
+                to_arrays=lambda _, values: {"values": values},
+            )
 
 
 def clear_composite(run: RasterRun, sits: Sits) -> Floats:
@@ -78,38 +102,62 @@ def _predict_patches(
     work: Work,
     patches: PatchGrid,
     composite: ScratchRaster,
-    to_arrays: Callable[[Window, WindowPredictions], Arrays],
+    to_arrays: ToArrays,
     collect: Callable[[Window, Arrays], None],
 ) -> Timing:
     """Second pass: the prediction of every patch, stored at the position of its cell."""
     run, cells = work.run, patches.grid
+    cell_bytes = 4 * len(run.stack.bands) * patches.stride**2 + run.prediction_bytes
+    parts = windows(cells, (1, 1), cell_bytes, work.window_bytes)
+    return work.run_pass(
+        "patches",
+        parts,
+        PatchPass(run=run, composite=composite, to_arrays=to_arrays),
+        collect=collect,
+        advance=work.progress.of(0.6, cells),
+    )
 
-    def infer(imagery: Floats) -> WindowPredictions:
-        views = patches.cut(imagery)
-        h, w = views.shape[:2]
-        index, predictions = [], []
-        for start in range(0, h * w, run.model.chunk):
-            check(work.cancelled)
-            part = np.arange(start, min(start + run.model.chunk, h * w))
-            clear, filled = fill_gaps(views[part // w, part % w])
-            index.append(part[clear])
-            predictions.append(run.model.patches(filled))
-        return WindowPredictions(
-            index=np.concatenate(index), predictions=np.concatenate(predictions)
-        )
 
-    with composite.open() as file:
-        cell_bytes = 4 * len(run.stack.bands) * patches.stride**2 + run.prediction_bytes
-        parts = windows(cells, (1, 1), cell_bytes, work.window_bytes)
-        return work.run_pass(
-            "patches",
-            parts,
-            read=lambda w: file.read(patches.pixels(w)),
-            infer=infer,
-            to_arrays=to_arrays,
-            collect=collect,
-            advance=work.progress.of(0.6, cells),
-        )
+@dataclass(frozen=True, kw_only=True)
+class PatchPass:
+    """The `Pass` that predicts for the patches of the composite."""
+
+    run: RasterRun
+    composite: ScratchRaster
+    """The finished composite, in the folder of the run."""
+    to_arrays: ToArrays
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """See `Pass.paths`."""
+        return (self.composite.path,)
+
+    @contextmanager
+    def open(self, cache: BlockCache, cancelled: threading.Event | None) -> Iterator[Stages]:
+        """See `Pass.open`."""
+        del cache  # the composite's blocks are small
+        patches, model = self.run.patches, self.run.model
+
+        def infer(imagery: Floats) -> WindowPredictions:
+            views = patches.cut(imagery)
+            h, w = views.shape[:2]
+            index, predictions = [], []
+            for start in range(0, h * w, model.chunk):
+                check(cancelled)
+                part = np.arange(start, min(start + model.chunk, h * w))
+                clear, filled = fill_gaps(views[part // w, part % w])
+                index.append(part[clear])
+                predictions.append(model.patches(filled))
+            return WindowPredictions(
+                index=np.concatenate(index), predictions=np.concatenate(predictions)
+            )
+
+        with self.composite.open() as file:
+            yield Stages(
+                read=lambda window: file.read(patches.pixels(window)),
+                infer=infer,
+                to_arrays=self.to_arrays,
+            )
 
 
 def _average(work: Work, patches: PatchGrid, raw: ScratchRaster, sink: Sink) -> Timing:
@@ -130,9 +178,11 @@ def _average(work: Work, patches: PatchGrid, raw: ScratchRaster, sink: Sink) -> 
         return work.run_pass(
             "predictions",
             parts,
-            read=lambda w: (w, file.read(patches.behind(w))),
-            infer=infer,
-            to_arrays=sink.to_arrays,
+            Stages(
+                read=lambda w: (w, file.read(patches.behind(w))),
+                infer=infer,
+                to_arrays=sink.to_arrays,
+            ),
             collect=sink.collect,
             advance=work.progress.of(0.1, cells),
         )

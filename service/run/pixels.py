@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +15,13 @@ from numpy.typing import NDArray
 from service.grid import Window
 from service.infer.attribution import date_attribution
 from service.read.buffers import BufferPool, spaced
+from service.read.geotiff import BlockCache
 from service.read.reader import StackReader
 from service.read.stack import Sits
 from service.run.clean import clean
-from service.run.collect import Outcome, Sink, WindowPredictions, Work, spread, write_to
+from service.run.collect import Outcome, Sink, ToArrays, WindowPredictions, Work, spread, write_to
 from service.run.executors import Timing, check
+from service.run.passes import Stages
 from service.run.plan import RasterRun
 from service.run.windows import Arrays, windows
 from service.write.cog import ScratchRaster
@@ -40,11 +43,11 @@ def run_pixels(work: Work) -> Outcome:
 
 def predict_windows(
     work: Work,
-    to_arrays: Callable[[Window, WindowPredictions], Arrays],
+    to_arrays: ToArrays,
     collect: Callable[[Window, Arrays], None],
     *,
     share: float,
-    then: Callable[[WindowPredictions], WindowPredictions] = lambda found: found,
+    then: Then | None = None,
     stage: str = "predictions",
 ) -> Timing:
     """The pass that reads the stack and predicts; it frees the memory of its windows at its end.
@@ -54,7 +57,7 @@ def predict_windows(
         to_arrays: converts a window's predictions to the arrays that the journal stores.
         collect: takes the arrays of each window, in order.
         share: share of the run's progress.
-        then: changes a window's predictions, in the stage that infers.
+        then: changes a window's predictions, in the stage that infers; None leaves them.
         stage: name of the pass.
     """
     run = work.run
@@ -62,19 +65,65 @@ def predict_windows(
     parts = windows(
         grid, run.stack.block, run.pixel_bytes + run.prediction_bytes, work.window_bytes
     )
-    buffers = BufferPool()
     # The reader is closed and its memory freed before the files are finished, which takes memory.
-    with buffers, StackReader(run.stack, run.read, cache=work.cache, buffers=buffers) as reader:
-        stages = PixelStages(run, reader, buffers, work.cancelled)
-        return work.run_pass(
-            stage,
-            parts,
-            read=stages.read,
-            infer=lambda clear: then(stages.infer(clear)),
-            to_arrays=to_arrays,
-            collect=collect,
-            advance=work.progress.of(share, grid),
-        )
+    return work.run_pass(
+        stage,
+        parts,
+        PixelPass(run=run, to_arrays=to_arrays, then=then),
+        collect=collect,
+        advance=work.progress.of(share, grid),
+    )
+
+
+class Then(Protocol):
+    """Changes the predictions of a window. `pickle` copies it."""
+
+    def __call__(self, found: WindowPredictions) -> WindowPredictions:
+        """The changed predictions."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelPass:
+    """The `Pass` that reads the stack and predicts for every pixel."""
+
+    run: RasterRun
+    to_arrays: ToArrays
+    then: Then | None = None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """See `Pass.paths`."""
+        return self.run.stack.paths
+
+    @contextmanager
+    def open(self, cache: BlockCache, cancelled: threading.Event | None) -> Iterator[Stages]:
+        """See `Pass.open`."""
+        with open_pixels(self.run, cache, cancelled) as stages:
+            yield Stages(
+                read=stages.read,
+                infer=lambda clear: self._changed(stages.infer(clear)),
+                to_arrays=self.to_arrays,
+            )
+
+    def _changed(self, found: WindowPredictions) -> WindowPredictions:
+        return found if self.then is None else self.then(found)
+
+
+@contextmanager
+def open_pixels(
+    run: RasterRun, cache: BlockCache, cancelled: threading.Event | None
+) -> Iterator[PixelStages]:
+    """The read and infer stages of a run, over its open files.
+
+    Args:
+        run: the run.
+        cache: GDAL's block cache.
+        cancelled: an event that cancels the run when it is set.
+    """
+    buffers = BufferPool()
+    with buffers, StackReader(run.stack, run.read, cache=cache, buffers=buffers) as reader:
+        yield PixelStages(run, reader, buffers, cancelled)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,19 @@ class _Reference:
     timing: Timing
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Compare:
+    """Replaces embeddings by their similarities to places."""
+
+    reference: Floats
+    """Unit vectors of the places (R, D)."""
+    per_place: bool
+
+    def __call__(self, found: WindowPredictions) -> WindowPredictions:
+        cosines = similarities(found.predictions, self.reference, per_place=self.per_place)
+        return replace(found, predictions=cosines)
+
+
 def run_similar(work: Work, places: Fields) -> Outcome:
     """Run `/similar`: compare every pixel with the places.
 
@@ -76,13 +89,8 @@ def run_similar(work: Work, places: Fields) -> Outcome:
         )
     names = tuple(str(places.ids[n]) for n in usable)
     work = replace(work, run=replace(work.run, similar_to=names))
-    reference = found.vectors[usable]
     per_place = "similarities" in work.run.outputs
-
-    def compare(embedded: WindowPredictions) -> WindowPredictions:
-        cosines = similarities(embedded.predictions, reference, per_place=per_place)
-        return replace(embedded, predictions=cosines)
-
+    compare = _Compare(reference=found.vectors[usable], per_place=per_place)
     with ExitStack() as stack:
         sink = Sink(work, work.run.stack.grid, stack)
         timing = predict_windows(

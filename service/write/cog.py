@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,13 +188,13 @@ class ScratchRaster:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def __enter__(self) -> ScratchRaster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
     @contextmanager
     def create(self, grid: Grid, bands: int) -> Iterator[OpenScratch]:
@@ -209,15 +209,16 @@ class ScratchRaster:
         """
         layer = Layer(name="scratch", bands=tuple(str(b) for b in range(bands)))
         with stored():
-            file = create_raster(self._path, grid, layer)
+            file = create_raster(self.path, grid, layer)
         with file:
             yield OpenScratch(file)
-        check_complete(self._path)
+        check_complete(self.path)
 
     @contextmanager
     def open(self) -> Iterator[OpenScratch]:
-        """The raster, open for reading."""
-        with rasterio.open(self._path) as file:
+        """The raster, open for reading; another thread may end the context."""
+        # Not `with rasterio.open(...)`, which must end in the thread where it begins.
+        with closing(rasterio.open(self.path)) as file:
             yield OpenScratch(file)
 
 

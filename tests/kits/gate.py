@@ -69,8 +69,12 @@ class Gate:
             self.open()
 
     @contextmanager
-    def installed(self) -> Iterator[Gate]:
-        """A context in which runs of this process wait at the gate."""
+    def installed(self, *, leave: bool = False) -> Iterator[Gate]:
+        """A context in which runs of this process wait at the gate.
+
+        Args:
+            leave: whether the gate keeps its state when the context ends.
+        """
         read, gate = PixelStages.read, self
 
         def waits(stages: Any, window: Any) -> Any:
@@ -84,7 +88,8 @@ class Gate:
             try:
                 yield self
             finally:
-                self.open()
+                if not leave:
+                    self.open()
 
     def _closed(self, done: int) -> bool:
         try:

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 import resource
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from models.card import Modality, Task
 from service.api.dependencies import KNOWN_IF_PRIVATE, App, AppState, known_if_private
 from service.api.openapi import problems
 from service.api.routes.models import DEFAULTS, defaults
-from service.api.schemas import Live, Ready, ReadyStatus
+from service.api.schemas import ClusterReady, Live, Ready, ReadyStatus
 from service.errors import NotReady, Unauthorized
 from service.infer.engine import Engine
 from service.telemetry import METRICS_MEDIA_TYPE, free_bytes
@@ -87,6 +88,7 @@ async def _ready(app: AppState) -> Ready:
         refused=dict(engine.refused),
         workers=app.runner.workers,
         disk_free=disk_free,
+        cluster=None if app.cluster is None else ClusterReady(**asdict(app.cluster())),
     )
 
 

@@ -1,0 +1,467 @@
+"""Jobs on a Dask cluster of separate processes, and its faults."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from distributed import Client
+
+import service.errors
+from benchmarks.serving import served
+from benchmarks.tiny_zoo import write_bundle
+from models.registry import Registry
+from service.api.schemas import read_parameters
+from service.errors import ForbiddenReference, PIMCError
+from service.grid import Window
+from service.infer.engine import Engine, load_models
+from service.read.geotiff import SourceFile
+from service.run import worker as tasks
+from service.run.collect import spread
+from service.run.pixels import PixelPass
+from service.run.plan import RasterRun, plan_request
+from service.run.worker import Computed, ModelReference, PassFile, Refused, Workplace, packed
+from service.settings import SettingsError, project_version, read_settings
+from tests.kits.cluster import DaskCluster, Worker, dask_cluster
+from tests.kits.gate import HELD, zoo_with_a_held_model
+from tests.kits.jobs import Files, result, stack, submitted, waited
+from tests.kits.patience import soon
+
+WINDOWS = 10
+"""Windows of a job with the files of `files`."""
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return zoo_with_a_held_model(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return stack(tmp_path_factory.mktemp("stack"), 150, 230)
+
+
+@pytest.fixture(scope="module")
+def local(zoo: Path) -> Iterator[httpx.Client]:
+    with served(model_dir=zoo) as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def expected(local: httpx.Client, files: Files) -> bytes:
+    """The result of the held model in one process."""
+    return finished(local, submitted(local, "/classify-pixels", files=files, data={"model": HELD}))
+
+
+def finished(api: httpx.Client, job: str) -> bytes:
+    info = waited(api, job)
+    assert info["status"] == "successful", info
+    return result(api, job)
+
+
+class Fleet:
+    """A service and the cluster that runs its jobs."""
+
+    def __init__(self, folder: Path, zoo: Path, stack: ExitStack, **settings: Any) -> None:
+        self.state = folder / "state"
+        (folder / "workers").mkdir()
+        self.cluster: DaskCluster = stack.enter_context(
+            dask_cluster(
+                folder / "workers",
+                PIMC_STATE_DIR=str(self.state),
+                PIMC_MODEL_DIR=str(zoo),
+                PIMC_PROVIDERS="cpu",
+            )
+        )
+        self.settings = {
+            "model_dir": zoo,
+            "state_dir": self.state,
+            "dask_scheduler": self.cluster.address,
+            **settings,
+        }
+
+    def ready(self, api: httpx.Client) -> dict[str, Any]:
+        """What readiness says of the cluster."""
+        response = api.get("/health/ready")
+        assert response.status_code == 200, response.text
+        return dict(response.json()["cluster"])
+
+    def joined(self, api: httpx.Client, count: int) -> None:
+        """Wait until the service sees a number of workers."""
+        assert soon(lambda: self.ready(api)["workers"] == count)
+
+    def begun(self, *workers: Worker) -> Counter[str]:
+        """How often each window was begun, by some workers or all."""
+        return Counter(w for worker in workers or self.cluster.workers for w in worker.windows)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, zoo: Path) -> Iterator[Fleet]:
+    with ExitStack() as stack:
+        yield Fleet(tmp_path, zoo, stack)
+
+
+def metric(api: httpx.Client, name: str) -> float:
+    """The value of a metric, 0 if it has none yet."""
+    lines = api.get("/metrics").text.splitlines()
+    found = [line.rpartition(" ")[2] for line in lines if line.startswith(f"{name} ")]
+    return float(found[0]) if found else 0.0
+
+
+def outcome(api: httpx.Client, name: str) -> float:
+    return metric(api, f'pimc_cluster_windows_total{{outcome="{name}"}}')
+
+
+def held_job(api: httpx.Client, files: Files) -> str:
+    return submitted(api, "/classify-pixels", files=files, data={"model": HELD})
+
+
+# The result -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_jobs_on_a_cluster_have_the_bytes_of_one_process(
+    fleet: Fleet, local: httpx.Client, files: Files
+) -> None:
+    field = (
+        b'{"type":"Polygon","coordinates":[[[3.001,50.999],[3.010,50.999],[3.010,50.992],'
+        b"[3.001,50.999]]]}"
+    )
+    fields = ("fields", ("fields.geojson", field, "application/geo+json"))
+    cases: list[tuple[str, Files, dict[str, str]]] = [
+        ("/classify-pixels", files, {"outputs": "class,confidence,attribution"}),
+        ("/classify-pixels", files, {"smooth": "2"}),
+        ("/classify-pixels", [*files, fields], {}),
+        ("/forecast", [*files, fields], {}),
+        ("/landcover", files, {"stride": "16"}),
+        ("/embed", files, {"modality": "patch", "stride": "32"}),
+    ]
+    workers = [fleet.cluster.join() for _ in range(2)]
+    with served(**fleet.settings) as api:
+        fleet.joined(api, 2)
+        for path, sent, data in cases:
+            found = [
+                finished(one, submitted(one, path, files=sent, data=data)) for one in (api, local)
+            ]
+            assert found[0] == found[1], (path, data)
+        assert all(fleet.begun(worker) for worker in workers)
+        assert not list(fleet.state.rglob("*.pass"))
+        # What a client waits for is computed in the service.
+        before = fleet.begun()
+        response = api.post("/classify-pixels", files=files)
+        assert response.status_code == 200
+        assert fleet.begun() == before
+
+
+# Faults ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_only_its_own_window(
+    fleet: Fleet, files: Files, expected: bytes
+) -> None:
+    first, second = fleet.cluster.join(held_after=0), fleet.cluster.join(held_after=0)
+    with served(**fleet.settings) as api:
+        fleet.joined(api, 2)
+        job = held_job(api, files)
+        assert soon(lambda: bool(first.windows and second.windows))
+        # Windows in flight are bounded: three for each thread.
+        assert soon(lambda: metric(api, "pimc_windows_in_flight") == 6)
+        first.process.kill()
+        second.gate.open()
+        assert finished(api, job) == expected
+        assert outcome(api, "written") == WINDOWS
+        assert len(first.windows) == 1
+        # A slow machine may lose the connection, which costs the windows in flight.
+        assert fleet.begun(second).total() <= WINDOWS + outcome(api, "lost")
+        fleet.joined(api, 1)
+
+
+@pytest.mark.slow
+def test_after_the_scheduler_has_restarted_only_windows_that_were_not_kept_are_computed(
+    fleet: Fleet, files: Files, expected: bytes
+) -> None:
+    worker = fleet.cluster.join(held_after=4)
+    with served(**fleet.settings) as api:
+        fleet.joined(api, 1)
+        job = held_job(api, files)
+        assert soon(lambda: outcome(api, "written") == 4)
+        kept = set(worker.windows[:4])
+        fleet.cluster.kill_scheduler()
+        assert soon(lambda: "no connection" in (fleet.ready(api)["fault"] or ""))
+        worker.process.kill()  # one that loses its scheduler ends when its window ends
+        fleet.cluster.start_scheduler()
+        other = fleet.cluster.join()
+        assert finished(api, job) == expected
+        assert outcome(api, "written") == WINDOWS
+        assert len(set(other.windows)) == WINDOWS - 4
+        assert not kept & set(other.windows)
+
+
+@pytest.mark.slow
+def test_windows_of_a_worker_that_hangs_are_given_to_another(
+    tmp_path: Path, zoo: Path, files: Files, expected: bytes
+) -> None:
+    with ExitStack() as stack:
+        fleet = Fleet(tmp_path, zoo, stack, dask_window_seconds=2)
+        hanging, other = fleet.cluster.join(held_after=0), fleet.cluster.join()
+        api = stack.enter_context(served(**fleet.settings))
+        fleet.joined(api, 2)
+        job = held_job(api, files)
+        assert soon(lambda: bool(hanging.windows))
+        hanging.stop()
+        assert finished(api, job) == expected
+        assert outcome(api, "late") >= 1
+        assert outcome(api, "written") == WINDOWS  # each result is taken once
+        assert set(hanging.windows) <= set(other.windows)
+
+
+@pytest.mark.slow
+def test_a_job_waits_for_a_scheduler_and_for_workers_like_the_service(
+    fleet: Fleet,
+    tmp_path: Path,
+    files: Files,
+    expected: bytes,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    fleet.cluster.kill_scheduler()
+    with served(**fleet.settings) as api:
+        assert "no connection" in fleet.ready(api)["fault"]
+        job = held_job(api, files)
+        assert api.post("/classify-pixels", files=files).status_code == 200
+        fleet.cluster.start_scheduler()
+        assert soon(lambda: "no worker has joined" in (fleet.ready(api)["fault"] or ""))
+        waiting = [r for r in caplog.records if r.message == "job waits for workers"]
+        assert waiting
+        assert metric(api, "pimc_cluster_workers") == 0
+        others = tmp_path / "other-models"
+        write_bundle(others, HELD, "classify-pixels", "pixel", version="0.0.2", default=False)
+        model = fleet.cluster.join(PIMC_MODEL_DIR=str(others))
+        version = fleet.cluster.join(version="9.9.9")
+        assert soon(lambda: len(fleet.ready(api)["refused"]) == 2)
+        assert metric(api, "pimc_cluster_workers_refused") == 2
+        refused = fleet.ready(api)["refused"]
+        of_model = refused[model.process.address()]
+        assert f"{HELD}@0.0.2 with sha256" in of_model
+        assert f"the service has {HELD}@0.0.1 with sha256" in of_model
+        of_version = refused[version.process.address()]
+        assert "has version 9.9.9 of this project" in of_version
+        assert project_version() in of_version
+        for address, reason in refused.items():
+            assert f"worker {address} " in reason
+            assert reason in fleet.ready(api)["fault"]
+        assert api.get(f"/jobs/{job}").json()["status"] == "running"
+        good = fleet.cluster.join()
+        assert finished(api, job) == expected
+        assert len(set(good.windows)) == WINDOWS
+        assert not model.windows
+        assert not version.windows
+        assert fleet.ready(api)["fault"] is None
+
+
+@pytest.mark.slow
+def test_a_dismissed_job_leaves_nothing_with_the_scheduler(fleet: Fleet, files: Files) -> None:
+    worker = fleet.cluster.join(held_after=0)
+    with served(**fleet.settings) as api:
+        fleet.joined(api, 1)
+        job = held_job(api, files)
+        assert soon(lambda: bool(worker.windows))
+        with Client(fleet.cluster.address, set_as_default=False) as client:
+
+            def tasks() -> int:
+                count = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
+                return int(count)
+
+            assert soon(lambda: tasks() == 3)
+            assert api.delete(f"/jobs/{job}").status_code == 200
+            assert soon(lambda: tasks() == 0)
+        worker.gate.open()
+        assert soon(lambda: metric(api, "pimc_windows_in_flight") == 0)
+        assert not list(fleet.state.rglob("*.pass"))
+
+
+@pytest.mark.slow
+def test_a_job_that_resumes_skips_the_windows_that_were_kept(
+    fleet: Fleet, files: Files, expected: bytes
+) -> None:
+    worker = fleet.cluster.join(held_after=3)
+    with served(**fleet.settings) as api:
+        fleet.joined(api, 1)
+        job = held_job(api, files)
+        assert soon(lambda: outcome(api, "written") == 3)
+    kept = set(worker.windows[:3])
+    worker.gate.open()
+    with served(**fleet.settings) as api:
+        assert finished(api, job) == expected
+        assert outcome(api, "written") == WINDOWS - 3
+    times = fleet.begun()
+    assert {times[window] for window in kept} == {1}
+
+
+# A worker by itself ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(zoo: Path, tmp_path: Path) -> Iterator[RasterRun]:
+    """A run on a file outside the state directory."""
+    folder = tmp_path / "stack"
+    folder.mkdir()
+    stack(folder, 20, 30)
+    paths = sorted(folder.iterdir())
+    files = tuple(SourceFile(name=path.name, path=path) for path in paths)
+    request = read_parameters("classify-pixels", {"model": (HELD,)}).request(
+        "classify-pixels", files
+    )
+    with Engine(Registry.load(zoo), providers="cpu") as engine:
+        plan = plan_request(request, engine, max_raster_bytes=2**30, rasters=True)
+        assert isinstance(plan.run, RasterRun)
+        yield plan.run
+
+
+class Case:
+    """A worker in this process, and a pass that it can compute."""
+
+    def __init__(self, run: RasterRun, zoo: Path, folder: Path) -> None:
+        self.zoo = zoo
+        self.state = folder / "state"
+        self.state.mkdir()
+        self._content = packed(PixelPass(run=run, to_arrays=spread))
+        self._window = Window(0, 0, run.stack.grid.width, run.stack.grid.height)
+
+    def compute(self, **changed: Any) -> Computed:
+        """Compute the window, with other values of the `PassFile` than those of the service."""
+        path = self.state / "a.pass"
+        path.write_bytes(self._content)
+        given: dict[str, Any] = {
+            "path": path,
+            "sha256": hashlib.sha256(self._content).hexdigest(),
+            "state": self.state,
+            "version": project_version(),
+        }
+        return Workplace("tcp://here:1", 1).compute(PassFile(**{**given, **changed}), self._window)
+
+
+@pytest.fixture
+def case(run: RasterRun, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    made = Case(run, zoo, tmp_path)
+    monkeypatch.setattr(tasks, "load_models", partial(load_models, built_in=None))
+    monkeypatch.setenv("PIMC_STATE_DIR", str(made.state))
+    monkeypatch.setenv("PIMC_MODEL_DIR", str(zoo))
+    monkeypatch.setenv("PIMC_PROVIDERS", "cpu")
+    monkeypatch.setenv("PIMC_ALLOWED_ROOTS", str(tmp_path / "stack"))
+    return made
+
+
+def test_a_worker_computes_what_the_service_would(case: Case, run: RasterRun) -> None:
+    computed = case.compute()
+    assert computed.worker == "tcp://here:1"
+    assert computed.arrays["values"].shape == (3, 20, 30)
+
+
+def test_a_worker_refuses_what_it_does_not_have_as_the_service_has_it(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Refused, match=r"tcp://here:1 has version .* the service has 7\.0"):
+        case.compute(version="7.0")
+    with pytest.raises(Refused, match=r"PIMC_STATE_DIR=.*, and the service has /elsewhere"):
+        case.compute(state=Path("/elsewhere"))
+    with pytest.raises(Refused, match=r"cannot read /elsewhere/a\.pass"):
+        case.compute(path=Path("/elsewhere/a.pass"))
+    with pytest.raises(Refused, match="other bytes"):
+        case.compute(sha256="0" * 64)
+    monkeypatch.setenv("PIMC_PRECISION", "anything")
+    with pytest.raises(Refused, match="cannot load its models: PIMC_PRECISION"):
+        case.compute()
+
+
+def test_a_worker_reads_only_files_that_its_own_settings_allow(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIMC_ALLOWED_ROOTS", "")
+    with pytest.raises(Refused, match=r"under its allowed roots \(none\)") as caught:
+        case.compute()
+    # If no worker finds the file, this is the error of the job.
+    assert isinstance(caught.value.error, ForbiddenReference)
+
+
+def test_a_worker_refuses_another_bundle_of_the_same_name(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    # Of the same version, with other weights.
+    write_bundle(other, HELD, "classify-pixels", "pixel", brittle=True, default=False)
+    monkeypatch.setenv("PIMC_MODEL_DIR", str(other))
+    own, ours = (
+        load.card.sha256
+        for load in (Registry.load(other).bundles[HELD], Registry.load(case.zoo).bundles[HELD])
+    )
+    with pytest.raises(Refused) as caught:
+        case.compute()
+    assert own in caught.value.detail
+    assert ours in caught.value.detail
+    monkeypatch.setenv("PIMC_MODEL_DIR", "")
+    with pytest.raises(Refused, match=f"does not have model {HELD}@0.0.1"):
+        case.compute()
+
+
+def test_a_model_in_another_precision_is_another_model(run: RasterRun) -> None:
+    reference = ModelReference.of(run.model)
+    assert reference.same(ModelReference.of(run.model))
+    for change in (
+        {"variant": "int8"},
+        {"variant_sha256": "0" * 64},
+        {"provider": "CUDAExecutionProvider"},
+    ):
+        assert not reference.same(ModelReference(**{**vars(reference), **change}))
+
+
+def copied(error: Any) -> Any:
+    return pickle.loads(pickle.dumps(error))  # noqa: S301 - ours
+
+
+def test_errors_of_workers_reach_the_service_unchanged() -> None:
+    kinds = [
+        kind
+        for kind in vars(service.errors).values()
+        if isinstance(kind, type) and issubclass(kind, PIMCError)
+    ]
+    assert len(kinds) > 20
+    for kind in kinds:
+        error = kind("a detail")
+        copy = copied(error)
+        assert type(copy) is kind
+        assert vars(copy) == vars(error)
+    refused = copied(Refused("why", "tcp://a:1", ForbiddenReference("no")))
+    assert (refused.detail, refused.worker) == ("why", "tcp://a:1")
+    assert refused.error.detail == "no"
+
+
+# Settings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["scheduler:8786", "http://scheduler:8786", "tcp://scheduler"])
+def test_the_scheduler_is_an_address_of_dask(address: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"PIMC_DASK_SCHEDULER: .* such as tcp://"):
+        read_settings(state_dir=tmp_path, dask_scheduler=address)
+
+
+def test_a_cluster_needs_a_folder_in_common(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="PIMC_STATE_DIR must name the folder"):
+        read_settings(state_dir=None, dask_scheduler="tcp://scheduler:8786")
+    with pytest.raises(SettingsError, match="PIMC_STORAGE_URL keeps the files in a bucket"):
+        read_settings(
+            state_dir=tmp_path,
+            storage_url="s3://bucket",
+            database_url="postgresql:///pimc",
+            dask_scheduler="tcp://scheduler:8786",
+        )
