@@ -29,6 +29,7 @@ from benchmarks.serving import served
 from models.card import ModelCard
 from models.registry import ZOO, load_bundle
 from tests.kits.patience import PATIENCE
+from training.robustness import SOUTH_TYROL
 
 pytestmark = pytest.mark.slow
 
@@ -354,3 +355,23 @@ def test_a_eurosat_product_to_landcover(http: httpx.Client, shared_data: Path) -
         right += names[pixels[0, 0, 0]].replace(" ", "").lower() == path.stem.split("_")[0].lower()
     # A sanity check of units and band order, not the model's score: chance is a tenth.
     assert right >= 0.6 * len(paths)
+
+
+def test_level_2a_imagery_of_a_town_its_orchards_and_woods_to_landcover(
+    http: httpx.Client, shared_data: Path
+) -> None:
+    """Patches that were labelled by eye: the model learned from level 1C, most stacks are 2A."""
+    path = shared_data / "south_tyrol_2022" / "S2_L2A_2022-06-15.tif"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not in {shared_data}")
+    names = [c.name for c in load_bundle(ZOO / "landcover-eurosat").card.classes]
+    found = raster(post(http, "/landcover", [path]).content)[0][0]
+    assert found.shape == (11, 14)
+    right = [
+        names[found[cell]] == name
+        for name, cells in SOUTH_TYROL.items()
+        for cell in cells
+        if found[cell] != 255
+    ]
+    assert len(right) > 25
+    assert sum(right) > 0.8 * len(right)

@@ -345,7 +345,7 @@ class TestZoo:
             "embed-pixel",
             "embed-patch",
         }
-        assert sum(p.stat().st_size for p in ZOO.rglob("*") if p.is_file()) < 60e6
+        assert sum(p.stat().st_size for p in ZOO.rglob("*") if p.is_file()) < 66e6
 
     def test_every_card_states_sensors_and_pixel_sizes_of_its_training_data(self) -> None:
         for bundle in Registry.load(ZOO).bundles.values():
@@ -354,6 +354,17 @@ class TestZoo:
             assert "sentinel-2" in card.sensors
             assert ("modis" in card.sensors) == ("modis_brazil" in learned)
             assert card.pixel_size == (10.0, 250.0 if "modis" in card.sensors else 10.0)
+
+    def test_a_patch_costs_at_most_half_a_gigaflop(self) -> None:
+        card = Registry.load(ZOO).bundles["landcover-eurosat"].card
+        assert card.training["megaflop"] < 500
+
+    def test_weights_under_another_licence_come_with_its_text(self) -> None:
+        text = (ZOO / "LICENSE-Apache-2.0.txt").read_text()
+        assert "Version 2.0, January 2004" in text
+        notice = (ZOO / "NOTICE.txt").read_text()
+        for bundle in Registry.load(ZOO).bundles.values():
+            assert ("Apache-2.0" in bundle.card.licence) == (bundle.card.name in notice)
 
     def test_the_legends_carry_their_sources_codes(self) -> None:
         registry = Registry.load(ZOO)

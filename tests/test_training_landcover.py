@@ -151,6 +151,27 @@ def test_a_network_with_imagenet_weights_is_exported_with_their_origin(
     np.testing.assert_allclose(session.run(None, {"patches": patches})[0], expected, atol=1e-5)
 
 
+def test_balance_draws_rare_classes_as_often_as_frequent_ones(data: Path) -> None:
+    """One class has a quarter of the patches that the others have."""
+    frequent = config(COARSE)
+    rare = frequent.model_copy(update={"balance": 1.0})
+    shares = []
+    for how in (frequent, rare):
+        task = task_of(Run(config=how, data=data))
+        label = task.labels[task.train[0]]
+        own = np.flatnonzero(task.labels[task.train] == label)
+        task.train = np.delete(task.train, own[1:])
+        drawn = sum(
+            target.sum(dim=0)
+            for epoch in range(40)
+            for _, target in task.batches(epoch, np.random.default_rng(epoch))
+        )
+        shares.append(float(drawn[label] / drawn.sum()))
+    # 1 patch of 37; 1 class of 10.
+    assert shares[0] == pytest.approx(1 / 37, abs=0.01)
+    assert shares[1] == pytest.approx(1 / 10, abs=0.03)
+
+
 def test_a_run_that_stops_early_has_the_schedule_of_the_whole(
     data: Path, apart: list[Path], tmp_path: Path
 ) -> None:

@@ -93,7 +93,11 @@ class PatchClassification:
         """Augmented patches (N, C, P, P) and soft labels (N, K)."""
         how = self.config
         small = epoch < how.small_epochs * how.optimisation.epochs
-        order = rng.permutation(self.train)
+        order = (
+            rng.choice(self.train, len(self.train), p=self._weights())
+            if how.balance
+            else rng.permutation(self.train)
+        )
         for i in range(self.steps):
             chosen = order[i * how.optimisation.batch : (i + 1) * how.optimisation.batch]
             patches = augment_patches(self.read(chosen), how.augmentation, rng)
@@ -103,6 +107,12 @@ class PatchClassification:
             if rng.random() < how.mix:
                 patches, target = cut_mix(patches, target, rng)
             yield torch.from_numpy(patches), torch.from_numpy(target)
+
+    def _weights(self) -> NDArray[np.float64]:
+        """Probability that each training patch is drawn (N)."""
+        labels = self.labels[self.train]
+        weights = np.bincount(labels)[labels] ** -self.config.balance
+        return np.asarray(weights / weights.sum())
 
     def loss(self, graph: PatchGraph, batch: tuple[Tensor, ...]) -> Tensor:
         """Mean cross entropy of the networks, with soft labels."""

@@ -18,8 +18,10 @@ from training.task import Graph, Inputs
 
 # Largest allowed difference between ONNX Runtime and torch in float32.
 TOLERANCE = 1e-4
-# The same for a float16 variant, which has three decimal digits and a softmax in float32.
-HALF_TOLERANCE = 2e-2
+# The same for a float16 variant, which has three decimal digits and a softmax in float32. The fifty
+# layers of EfficientNet-Lite0 differ by up to 0.025 on a patch between two classes and by 1e-3 on
+# others; the card states the change of the scores.
+HALF_TOLERANCE = 3e-2
 # Largest allowed mean difference of an int8 variant on real input. Its scales fit real input only,
 # and a single value may differ by more.
 INT8_TOLERANCE = 2e-2
