@@ -683,6 +683,21 @@ def test_an_upload_that_is_cut_leaves_nothing_to_see(
     far.close()
 
 
+def test_an_upload_that_fails_is_aborted(bucket: Backend, s3: S3, tmp_path: Path) -> None:
+    near = storage_of(tmp_path, bucket.storage, s3.endpoint)
+    assert isinstance(near, S3Storage)
+
+    def content() -> Iterator[bytes]:
+        yield bytes(LARGE // 2)
+        raise ValueError("the source breaks off")
+
+    with pytest.raises(ValueError, match="breaks off"):
+        near._upload("large.tif", content())
+    name = str(bucket.storage).split("/")[2]
+    assert s3.unfinished(name) == s3.keys(name) == []
+    near.close()
+
+
 def test_a_job_whose_upload_is_cut_is_none(
     bucket: Backend, road: Way, s3: S3, plan: Plan, tmp_path: Path
 ) -> None:
