@@ -35,6 +35,9 @@ SHORT_KEY = 16
 _SHA256 = re.compile(KEY_HASH + r"[0-9a-fA-F]{64}")
 _HOST = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<host>[^:\[\]/@\s]+))(?::(?P<port>\d{1,5}))?")
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
+_TILES = re.compile(
+    r"(?P<origin>https?://[A-Za-z0-9.-]+(?::\d{1,5})?)(?P<path>/[A-Za-z0-9/._~?&=%@+{}-]*)"
+)
 _NAME = re.compile(r"(?=.{1,253}\.?$)[a-zA-Z0-9_-]{1,63}(\.[a-zA-Z0-9_-]{1,63})*\.?")
 _BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_.~-]+)*")
 _ENDPOINT = re.compile(r"https?://[^/@?#\s]+")
@@ -215,6 +218,11 @@ class Settings(BaseSettings):
     `/health/ready` reports the service as not ready."""
     demo_dir: Path | None = None
     """Folder of GeoTIFFs that the explorer offers to every user as its demo; None for no demo."""
+    explorer_tiles: str | None = None
+    """URL of Web Mercator tiles with `{z}`, `{x}` and `{y}`, which the explorer shows as the
+    background map; None for none, so that the page loads nothing from other hosts."""
+    explorer_attribution: Annotated[str | None, Field(max_length=200, validate_default=True)] = None
+    """Attribution that the explorer shows with these tiles; required by `explorer_tiles`."""
     job_workers: Annotated[int, Field(ge=1)] = 1
     """Number of jobs that run at once, in addition to synchronous runs."""
     max_jobs: Annotated[int, Field(ge=1)] = 100
@@ -254,6 +262,12 @@ class Settings(BaseSettings):
     def needs_key(self) -> bool:
         """Whether requests need an API key."""
         return bool(self.api_keys) or self.api_keys_file is not None
+
+    @property
+    def explorer_origin(self) -> str | None:
+        """Scheme, host and port of `explorer_tiles`; None without them."""
+        found = _TILES.fullmatch(self.explorer_tiles or "")
+        return found["origin"] if found else None
 
     @property
     def spool_bytes(self) -> int:
@@ -360,6 +374,29 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"'{value}' is not a valid path: it must begin with a slash and not end with one, "
                 "such as /pimc"
+            )
+        return value
+
+    @field_validator("explorer_tiles")
+    @classmethod
+    def _is_a_tile_url(cls, value: str | None) -> str | None:
+        if not value:
+            return None
+        found = _TILES.fullmatch(value)
+        if found is None or not all(f"{{{name}}}" in found["path"] for name in "zxy"):
+            raise ValueError(
+                f"'{value}' is not a valid URL of tiles: give http:// or https://, a host, and a "
+                "path with {z}, {x} and {y}, such as https://tiles.example.org/{z}/{x}/{y}.png"
+            )
+        return value
+
+    @field_validator("explorer_attribution")
+    @classmethod
+    def _is_attributed(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("explorer_tiles") and not (value or "").strip():
+            raise ValueError(
+                "PIMC_EXPLORER_TILES is set: give the attribution that the tiles' provider "
+                "requires, such as '© OpenStreetMap contributors'"
             )
         return value
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import numpy as np
 import pytest
 import rasterio
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect
 from pyproj import Transformer
 
@@ -73,6 +78,22 @@ def colours(page: Page, pane: str) -> np.ndarray[Any, Any]:
     return np.array(values, np.uint8).reshape(height, width, 4)
 
 
+def coloured(path: Path, *, overview: int | None = None) -> np.ndarray[Any, Any]:
+    """A class map (h, w, 4) in the colours of its file, at full resolution or an overview."""
+    options = {} if overview is None else {"overview_level": overview}
+    with rasterio.open(path, **options) as file:
+        classes, legend = file.read(1), file.colormap(1)
+    table = np.array([legend[value] for value in range(256)], np.uint8)
+    return np.asarray(table[classes])
+
+
+def downloaded(page: Page) -> Path:
+    """The GeoTIFF of the result, by the page's button."""
+    with page.expect_download() as download:
+        page.click("text=GeoTIFF (COG)")
+    return download.value.path()
+
+
 def accessible(page: Page) -> None:
     found = Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
@@ -90,12 +111,7 @@ def test_from_the_demo_to_a_map_a_pixel_and_a_file(page: Page, folder: Path) -> 
     expect(page.locator("#findings")).to_contain_text("no_cloud_mask")
     run(page)
     # Each pixel has the colour that the model's card gives to the class in the file.
-    with page.expect_download() as download:
-        page.click("text=GeoTIFF (COG)")
-    with rasterio.open(download.value.path()) as file:
-        classes, legend = file.read(1), file.colormap(1)
-    expected = np.array([legend[value] for value in classes.ravel()], np.uint8)
-    np.testing.assert_array_equal(colours(page, "result"), expected.reshape(*classes.shape, 4))
+    np.testing.assert_array_equal(colours(page, "result"), coloured(downloaded(page)))
     with page.expect_download() as download:
         page.click("text=Zip with QGIS style")
     assert download.value.suggested_filename == "result.zip"
@@ -106,6 +122,105 @@ def test_from_the_demo_to_a_map_a_pixel_and_a_file(page: Page, folder: Path) -> 
     expect(page.locator("#pixel-body table")).to_contain_text("%")
     expect(page.locator("#pixel-body .attribution rect")).to_have_count(8)
     accessible(page)
+
+
+def test_the_demo_shows_a_date_before_all_are_downloaded(page: Page) -> None:
+    delayed: list[Route] = []
+    page.route("**/explorer/demo/scene_2021-08-01.tif", lambda route: delayed.append(route))
+    page.click("#open-demo")
+    page.wait_for_selector(".leaflet-picture-pane canvas")
+    expect(page.locator("#run")).to_be_disabled()
+    first(page, delayed).continue_()
+    expect(page.locator("#stack-facts")).to_contain_text("8 files")
+    expect(page.locator("#run")).to_be_enabled()
+
+
+def test_a_forecast_is_shown_with_its_backtest(page: Page, tmp_path: Path) -> None:
+    stack(tmp_path, 16, 16, dates=12)
+    choose(page, tmp_path)
+    page.select_option("#task", "forecast")
+    run(page)
+    expect(page.locator("#band option")).to_have_count(30)
+    assert colours(page, "result").shape == (16, 16, 4)
+    summary = page.locator("#result-body .backtest")
+    expect(summary).to_contain_text("This forecast")
+    expect(summary).to_contain_text("Last value")
+    expect(page.locator("#result-body")).to_contain_text("Backtest on the past of this stack")
+    page.click("#map", position={"x": 300, "y": 300})
+    expect(page.locator("#pixel-body")).to_contain_text("Backtest on the past of this pixel")
+    # The numbers are those of the response.
+    shown = page.locator("#pixel-body .backtest td.number").first.inner_text()
+    note = page.locator("#pixel-body figcaption", has_text="Backtest").inner_text()
+    assert float(shown) > 0
+    assert re.search(r"[1-9]\d* values from [1-9]\d* forecasts", note), note
+
+
+def test_pixels_similar_to_a_pixel_are_mapped(page: Page, folder: Path) -> None:
+    choose(page, folder)
+    page.click("#map", position={"x": 300, "y": 300})
+    page.click("text=Find pixels similar to this pixel")
+    expect(page.locator("#band")).to_have_text("similarity")
+    page.wait_for_selector(".leaflet-result-pane canvas")
+    assert colours(page, "result").shape == (64, 96, 4)
+    where = page.locator("#pixel-body .hint").first.inner_text()
+    lon, lat = map(float, re.findall(r"-?\d+\.\d+", where))
+    with rasterio.open(downloaded(page)) as file:
+        there = Transformer.from_crs("EPSG:4326", file.crs, always_xy=True)
+        (value,) = next(file.sample([there.transform(lon, lat)]))
+        similarity = file.read(1)
+    assert value == pytest.approx(1, abs=1e-5)
+    assert similarity.min() < 0.999
+
+
+def test_a_large_result_is_drawn_in_parts(page: Page, tmp_path: Path) -> None:
+    stack(tmp_path, 64, 2304, dates=8)
+    choose(page, tmp_path)
+    run(page)
+    path = downloaded(page)
+    # The whole map is the first overview that is small enough for one canvas.
+    whole = colours(page, "result")
+    assert whole.shape == (32, 1152, 4)
+    np.testing.assert_array_equal(whole, coloured(path, overview=0))
+    assert page.locator(".leaflet-result-pane .leaflet-tile").count() == 0
+    page.focus("#map")
+    for _ in range(3):
+        page.keyboard.press("+")
+    page.wait_for_selector(".leaflet-result-pane .leaflet-tile-loaded")
+    page.wait_for_function(
+        "() => !document.querySelector("
+        "'.leaflet-result-pane .leaflet-tile:not(.leaflet-tile-loaded)')"
+    )
+    tiles = page.eval_on_selector_all(
+        ".leaflet-result-pane .leaflet-tile",
+        "all => all.map(c => [{...c.dataset}, c.width, "
+        "[...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]])",
+    )
+    expected = coloured(path)
+    assert tiles
+    for place, side, values in tiles:
+        assert place["level"] == "0"
+        left, top = int(place["left"]), int(place["top"])
+        part = expected[top : top + side, left : left + side]
+        found = np.array(values, np.uint8).reshape(side, side, 4)
+        np.testing.assert_array_equal(found[: part.shape[0], : part.shape[1]], part)
+    for _ in range(3):
+        page.keyboard.press("-")
+    expect(page.locator(".leaflet-result-pane .leaflet-tile")).to_have_count(0)
+
+
+def test_a_picture_of_a_large_file_takes_every_nth_pixel(page: Page, tmp_path: Path) -> None:
+    stack(tmp_path, 40, 2304, dates=1)
+    choose(page, tmp_path)
+    found = colours(page, "picture").astype(int)
+    assert found.shape == (18, 1024, 4)
+    with rasterio.open(tmp_path / "scene_2021-01-01.tif") as file:
+        blue = file.read(1)
+    rows = ((np.arange(18) + 0.5) * 40 / 18).astype(int)
+    columns = ((np.arange(1024) + 0.5) * 2304 / 1024).astype(int)
+    taken = blue[np.ix_(rows, columns)].ravel()
+    # The colour rises with the value, whatever the stretch.
+    assert (np.diff(found[..., 2].ravel()[np.argsort(taken, kind="stable")]) >= 0).all()
+    assert np.ptp(found[..., 2]) == 255
 
 
 def test_the_picture_follows_the_date(page: Page, folder: Path) -> None:
@@ -161,6 +276,9 @@ def test_fields_are_drawn_and_described(page: Page, folder: Path, tmp_path: Path
     page.click("#map", position={"x": 400, "y": 400})
     expect(page.locator("#pixel-body")).to_contain_text("north")
     expect(page.locator("#pixel-body")).to_contain_text("hectares")
+    page.click("text=Find pixels similar to this field")
+    expect(page.locator("#band")).to_have_text("similarity")
+    page.wait_for_selector(".leaflet-result-pane canvas")
 
 
 def test_labelled_places_become_a_model(page: Page, folder: Path) -> None:
@@ -334,6 +452,111 @@ def test_nothing_comes_from_elsewhere(browser: Browser, api: httpx.Client) -> No
     assert all(url.startswith((here, "data:")) for url in requested), requested
     assert not [text for text in policies if "Content Security Policy" in text]
     context.close()
+
+
+@dataclass
+class _Tiles:
+    """A server of tiles, each in one colour."""
+
+    url: str
+    requests: list[tuple[int, int, int]] = field(default_factory=list)
+    """Zoom, column and row of each requested tile."""
+    referers: set[str | None] = field(default_factory=set)
+
+    @staticmethod
+    def colour(z: int, x: int, y: int) -> tuple[int, int, int]:
+        """The colour of a tile, which differs between neighbours."""
+        return 37 * x % 256, 91 * y % 256, 10 * z
+
+
+@pytest.fixture
+def tiles() -> Iterator[_Tiles]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            z, x, y = map(int, re.findall(r"\d+", self.path))
+            made.requests.append((z, x, y))
+            made.referers.add(self.headers.get("Referer"))
+            content = io.BytesIO()
+            Image.new("RGB", (256, 256), _Tiles.colour(z, x, y)).save(content, "PNG")
+            self.send_response(200)
+            self.send_header("Content-Type", "image/png")
+            self.end_headers()
+            self.wfile.write(content.getvalue())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        made = _Tiles(url=f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield made
+        server.shutdown()
+
+
+def test_a_background_map_is_drawn_in_the_crs_of_the_stack(
+    browser: Browser, tmp_path: Path, folder: Path, tiles: _Tiles
+) -> None:
+    with served(
+        model_dir=held_model(tmp_path),
+        explorer_tiles=f"{tiles.url}/{{z}}/{{x}}/{{y}}.png",
+        explorer_attribution="Tiles <of> the test",
+    ) as api:
+        page = opened(browser, str(api.base_url))
+        expect(page.locator("#attribution")).to_have_text("Background map: Tiles <of> the test")
+        choose(page, folder)
+        page.wait_for_selector(".leaflet-background-pane .leaflet-tile-loaded")
+        page.wait_for_function(
+            "() => !document.querySelector("
+            "'.leaflet-background-pane canvas:not(.leaflet-tile-loaded)')"
+        )
+        picture = page.locator(".leaflet-picture-pane canvas").bounding_box()
+        view = page.locator("#map").bounding_box()
+        screen = np.array(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(int)
+        page.context.close()
+    assert picture is not None
+    assert view is not None
+    assert tiles.referers == {f"{api.base_url}/"}
+    (zoom,) = {z for z, _, _ in tiles.requests}
+    with rasterio.open(next(folder.glob("*.tif"))) as file:
+        bounds, crs = file.bounds, file.crs
+    scale = (bounds.right - bounds.left) / picture["width"]
+    to_mercator = Transformer.from_crs(crs, "EPSG:3857", always_xy=True)
+    half = np.pi * 6378137
+    compared = 0
+    for x in np.arange(view["x"] + 60, view["x"] + view["width"] - 5, 23):
+        for y in np.arange(view["y"] + 5, picture["y"] - 5, 17):
+            there = to_mercator.transform(
+                bounds.left + (x + 0.5 - picture["x"]) * scale,
+                bounds.top - (y + 0.5 - picture["y"]) * scale,
+            )
+            position = np.array([there[0] + half, half - there[1]]) / (2 * half) * 2**zoom
+            if (np.abs(position % 1 - 0.5) > 0.48).any():
+                continue  # at the edge of a tile two colours mix
+            column, row = position.astype(int)
+            colour = tiles.colour(zoom, int(column), int(row))
+            np.testing.assert_allclose(screen[int(y), int(x)], colour, atol=2)
+            compared += 1
+    assert compared > 100
+
+
+def test_only_the_origin_of_the_tiles_is_allowed(
+    tmp_path: Path, api: httpx.Client, tiles: _Tiles
+) -> None:
+    html = {"Accept": "text/html"}
+
+    def images(client: httpx.Client) -> str:
+        policy = client.get("/", headers=html).headers["content-security-policy"]
+        return next(rule for rule in policy.split("; ") if rule.startswith("img-src"))
+
+    assert images(api) == "img-src 'self' data:"
+    assert "pimc-background" not in api.get("/", headers=html).text
+    with served(
+        model_dir=held_model(tmp_path),
+        explorer_tiles=f"{tiles.url}/{{z}}/{{x}}/{{y}}.png?a=1&b=2",
+        explorer_attribution='"quoted"',
+    ) as with_tiles:
+        assert images(with_tiles) == f"img-src 'self' data: {tiles.url}"
+        assert 'data-attribution="&quot;quoted&quot;"' in with_tiles.get("/", headers=html).text
 
 
 # Coordinates ----------------------------------------------------------------------------------

@@ -70,6 +70,10 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
         ("PIMC_API_KEYS", "good,bad key"),
         ("PIMC_API_KEYS", "clé"),
         ("PIMC_API_KEYS", "sha256:c0ffee"),
+        ("PIMC_EXPLORER_TILES", "tiles.example.org/{z}/{x}/{y}.png"),
+        ("PIMC_EXPLORER_TILES", "https://tiles.example.org/{z}/{x}.png"),
+        ("PIMC_EXPLORER_TILES", "https://anna@tiles.example.org/{z}/{x}/{y}.png"),
+        ("PIMC_EXPLORER_TILES", "https://tiles.example.org/{z}/{x}/{y}.png; script-src *"),
     ],
 )
 def test_an_invalid_value_is_named_in_the_error(
@@ -79,6 +83,16 @@ def test_an_invalid_value_is_named_in_the_error(
     with pytest.raises(SettingsError, match=name) as caught:
         read_settings()
     assert name != "PIMC_API_KEYS" or value not in str(caught.value)
+
+
+def test_tiles_need_an_attribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "PIMC_EXPLORER_TILES", "https://tiles.example.org:8443/a/{z}/{x}/{y}.png?k=1"
+    )
+    with pytest.raises(SettingsError, match="PIMC_EXPLORER_ATTRIBUTION"):
+        read_settings()
+    monkeypatch.setenv("PIMC_EXPLORER_ATTRIBUTION", "© Example")
+    assert read_settings().explorer_origin == "https://tiles.example.org:8443"
 
 
 def test_keys_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The landing page and the explorer, its parts, and the API documentation page."""
 
 # No `from __future__ import annotations` here: FastAPI needs the types at run time.
+import html
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from service.api.schemas import LandingPage, Link
 from service.api.sending import StoredFile
 from service.api.uploads import JSON
 from service.errors import NotFound
+from service.settings import Settings
 
 _STATIC = Path(__file__).parents[1] / "static"
 _SWAGGER = _STATIC / "swagger-ui"
@@ -31,12 +33,14 @@ _PARTS: Mapping[str, Path] = {
     if path.suffix in _KINDS
 }
 _PAGE = (_EXPLORER / "index.html").read_text()
+_BACKGROUND = "<!-- background map -->\n"
+"""Line of the page that names the tiles of the background map, if there are any."""
 _DEMO = frozenset({".tif", ".tiff"})
 router = APIRouter(include_in_schema=False)
 
 
 @router.get("/", response_class=Response)
-async def home(request: Request) -> Response:
+async def home(request: Request, app: App) -> Response:
     """The explorer for a browser; for others the landing page of OGC API - Processes."""
     accept = request.headers.get("accept", "")
     headers = {"Vary": "Accept"}
@@ -44,8 +48,22 @@ async def home(request: Request) -> Response:
     if negotiate(accept, (JSON, _HTML), lenient=True) == JSON:
         page = landing_page(root_of(request)).model_dump(exclude_none=True)
         return JSONResponse(page, headers=headers)
-    policy = {"Content-Security-Policy": page_policy(_PAGE)}
-    return HTMLResponse(_PAGE, headers={**headers, **policy})
+    page, images = _explorer_page(app.settings)
+    policy = {"Content-Security-Policy": page_policy(page, images=images)}
+    return HTMLResponse(page, headers={**headers, **policy})
+
+
+def _explorer_page(settings: Settings) -> tuple[str, str]:
+    """The explorer's page, and the sources of its images for the policy."""
+    own = "'self' data:"
+    if settings.explorer_tiles is None:
+        return _PAGE.replace(_BACKGROUND, ""), own
+    url, attribution = settings.explorer_tiles, settings.explorer_attribution or ""
+    tag = (
+        f'<meta name="pimc-background" content="{html.escape(url)}" '
+        f'data-attribution="{html.escape(attribution)}">\n'
+    )
+    return _PAGE.replace(_BACKGROUND, tag), f"{own} {settings.explorer_origin}"
 
 
 def landing_page(root: str) -> LandingPage:

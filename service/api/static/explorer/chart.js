@@ -62,6 +62,41 @@ export function seriesKey(forecast) {
   return key;
 }
 
+/**
+ * How good forecasts from earlier dates were, beside the last value and last year's date.
+ *
+ * @param {object} backtest as in a response of `/forecast`
+ * @param {string} subject whose past was forecast
+ */
+export function backtestTable(backtest, subject) {
+  const years = backtest.where_last_year;
+  const table = document.createElement("table");
+  table.className = "backtest";
+  table.innerHTML = "<thead><tr><th scope=col>Forecast from earlier dates<th scope=col class=number>RMSE</thead>";
+  if (years) table.tHead.rows[0].insertAdjacentHTML("beforeend", "<th scope=col class=number>RMSE, last year known");
+  const body = table.createTBody();
+  const methods = [["forecast", "This forecast"], ["persistence", "Last value"], ["last_year", "Last year’s date"]];
+  for (const [name, label] of methods) {
+    if (name === "last_year" && !years) continue;
+    const row = body.insertRow();
+    row.insertCell().textContent = label;
+    for (const errors of years ? [backtest, years] : [backtest]) {
+      const cell = row.insertCell();
+      cell.className = "number";
+      // Last year's date is scored only where it is known.
+      cell.textContent = errors === backtest && name === "last_year" ? "" : errors.rmse[name].toFixed(3);
+    }
+  }
+  const note = document.createElement("figcaption");
+  note.className = "hint";
+  note.textContent = `Backtest on the past of ${subject}, ${backtest.first} to ${backtest.last}: `
+    + `${backtest.pixel_dates} values from ${backtest.forecasts} forecasts. `
+    + `The ${Math.round(100 * backtest.level)} % band contains ${Math.round(100 * backtest.coverage)} % of them.`;
+  const figure = document.createElement("figure");
+  figure.append(table, note);
+  return figure;
+}
+
 /** A table of class probabilities, the largest first. */
 export function probabilityTable(probabilities) {
   const table = document.createElement("table");

@@ -1,14 +1,16 @@
 /** The explorer page: choose a stack, run a task, view the result, inspect a pixel. */
 
 import { Problem, requestKey, address, json, keyHeaders, send } from "./api.js";
-import { attributionChart, plotFigures, probabilityTable, seriesChart, seriesKey } from "./chart.js";
+import { attributionChart, backtestTable, plotFigures, probabilityTable, seriesChart, seriesKey } from "./chart.js";
 import { ExplorerMap } from "./map.js";
-import { Raster, classColours, painted, rampColour, rampColours, rgb } from "./raster.js";
+import { Raster, classColours, paint, painted, percentiles, rampColour, rampColours, rgb } from "./raster.js";
 import { chosenFiles, droppedFiles, formOf, pictures } from "./stack.js";
 import { Teacher } from "./teach.js";
 
 const POLL_MS = 500;
-const OUTPUTS = { "classify-pixels": "class", landcover: "class", forecast: "q50" };
+/** The raster of each task's result that the page shows. */
+const OUTPUTS = { "classify-pixels": "class", landcover: "class", forecast: "forecast", similar: "similarity" };
+const FORECAST_LIMITS = [-0.1, 0.9];
 const UNITS = ["B", "kB", "MB", "GB"];
 const part = (id) => document.getElementById(id);
 
@@ -25,7 +27,12 @@ const state = {
   teacher: null,
 };
 
-const map = new ExplorerMap(part("map"), (lonLat) => inspect(lonLat));
+const background = document.querySelector("meta[name=pimc-background]");
+const map = new ExplorerMap(part("map"), {
+  selected: (lonLat) => inspect(lonLat),
+  failed: (error) => showProblem(error),
+  background: background?.content ?? "",
+});
 
 // Messages -------------------------------------------------------------------------------------
 
@@ -112,7 +119,7 @@ async function showPicture(at) {
   const { canvas, raster } = await picture.draw();
   if (Number(part("date").value) !== at) return; // another date was chosen meanwhile
   map.show(raster);
-  map.put("picture", canvas, raster.bounds);
+  map.put("picture", canvas, raster);
 }
 
 function size(bytes) {
@@ -145,16 +152,20 @@ function describeModel() {
 
 // Runs -----------------------------------------------------------------------------------------
 
-async function run() {
-  const task = part("task").value;
+function run() {
   const [fields] = part("fields").files;
+  return submit(part("task").value, { model: part("model").value, fields });
+}
+
+/** Upload the stack with a task's parameters as a job, and wait for its result. */
+async function submit(task, parameters) {
   busy(true, "Uploading the files");
   state.upload = new AbortController();
   const job = await guarded(async () => {
     const response = await send(task, {
       method: "POST",
       headers: { Prefer: "respond-async" },
-      body: formOf(state.files, { model: part("model").value, fields }),
+      body: formOf(state.files, parameters),
       progress: (share) => progress(100 * share, `Uploading the files: ${Math.round(100 * share)} %`),
       signal: state.upload.signal,
     });
@@ -258,33 +269,54 @@ async function open(info) {
     await openFields(info, body);
     return;
   }
-  body.append(...warnings(summary.warnings ?? []), summaryTable(summary), ...downloads(info, output));
+  body.append(...warnings(summary.warnings ?? []), summaryTable(summary));
+  if (summary.backtest) body.append(backtestTable(summary.backtest, "this stack"));
+  const model = (summary.model ?? "").split("@")[0];
+  body.append(...downloads(info, output, model));
   if (!output) return;
   const raster = await Raster.open(`${result}/${output}`);
   map.show(raster);
-  const card = state.models.get((summary.model ?? "").split("@")[0]);
+  const card = state.models.get(model);
+  const classes = card?.classes?.length ? card.classes : null;
+  const limits = info.processID === "forecast" ? FORECAST_LIMITS : null;
   part("layers").hidden = false;
   part("band").replaceChildren(...raster.names.map((name, at) => new Option(name || output, at)));
-  part("band").onchange = () => guarded(() => draw(raster, card, Number(part("band").value)));
-  await draw(raster, card, 0);
+  part("band").onchange = () => guarded(() => draw(raster, Number(part("band").value), classes, limits));
+  await draw(raster, 0, classes, limits);
 }
 
-async function draw(raster, card, band) {
+/**
+ * Show a band of a result, with tiles of its finer levels where it is larger than one canvas.
+ *
+ * @param {{value: number, name: string, color: string}[] | null} classes null for a colour ramp
+ * @param {[number, number] | null} limits of the colour ramp; null for those of the values
+ */
+async function draw(raster, band, classes, limits) {
   const pixels = await raster.read([band]);
-  const classes = card?.classes?.length ? card.classes : null;
-  const colours = classes ? classColours(classes) : rampColours(-0.1, 0.9);
-  map.put("result", painted(pixels, colours), raster.bounds);
+  const ends = limits ?? percentiles(pixels.bands, [0.02, 0.98]);
+  const colours = classes ? classColours(classes) : rampColours(...ends);
+  const level = raster.levelWithin();
+  map.put("result", painted(pixels, colours), raster, level && {
+    level,
+    block: raster.block,
+    draw: async (tile, at, left, top, signal) => {
+      const image = raster.levels[at];
+      const [right, bottom] = [Math.min(image.getWidth(), left + raster.block), Math.min(image.getHeight(), top + raster.block)];
+      if (right > left && bottom > top) paint(tile, await raster.window([band], at, [left, top, right, bottom], signal), colours);
+    },
+  });
   map.opacity(part("opacity").value / 100);
   map.swipe(part("swipe").value / 100);
-  showLegend(classes);
+  showLegend(classes, ends);
 }
 
 async function openFields(info, body) {
   const collection = await json(`jobs/${info.jobID}/result`, { headers: { Accept: "application/geo+json" } });
   body.append(...warnings(collection.warnings ?? []));
-  const card = [...state.models.values()].find((one) => (collection.model ?? "").startsWith(`${one.name}@`));
+  const model = (collection.model ?? "").split("@")[0];
+  const card = state.models.get(model);
   const colours = new Map((card?.classes ?? []).map((one) => [one.value, one.color]));
-  body.append(...downloads(info, null));
+  body.append(...downloads(info, null, model));
   if (!map.map) {
     body.append(Object.assign(document.createElement("p"), { className: "hint", textContent: "Choose the stack again to see the fields on its picture." }));
     return;
@@ -308,6 +340,17 @@ function describeField(feature) {
   }
   body.append(table);
   if (feature.properties.probabilities) body.append(probabilityTable(feature.properties.probabilities));
+  if (state.files.length) body.append(similarButton("field", feature.geometry));
+}
+
+/** A button that maps how similar every pixel is to a point or a polygon. */
+function similarButton(kind, geometry) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = `Find pixels similar to this ${kind}`;
+  const places = JSON.stringify({ type: "FeatureCollection", features: [{ type: "Feature", properties: {}, geometry }] });
+  button.addEventListener("click", () => submit("similar", { [geometry.type === "Point" ? "points" : "fields"]: places }));
+  return button;
 }
 
 function warnings(list) {
@@ -338,7 +381,7 @@ function summaryTable(summary) {
   return table;
 }
 
-function showLegend(classes) {
+function showLegend(classes, [low, high] = FORECAST_LIMITS) {
   const legend = part("legend");
   const swatch = (text, paint, className = "swatch") => {
     const item = document.createElement("span");
@@ -355,7 +398,8 @@ function showLegend(classes) {
     })));
     return;
   }
-  legend.replaceChildren("−0.1", swatch("0.9", (canvas) => {
+  const text = (value) => value.toFixed(Math.abs(high - low) < 0.5 ? 2 : 1).replace("-", "−");
+  legend.replaceChildren(text(low), swatch(text(high), (canvas) => {
     [canvas.width, canvas.height] = [100, 1];
     for (let at = 0; at < 100; at++) fill(canvas, at, rampColour(at / 99));
   }, "swatch ramp"));
@@ -368,7 +412,7 @@ function fill(canvas, x, [r, g, b]) {
 }
 
 /** Buttons that download the result, and commands that do the same. */
-function downloads(info, output) {
+function downloads(info, output, model) {
   const result = `jobs/${info.jobID}/result`;
   const kinds = output
     ? [["GeoTIFF (COG)", `${result}/${output}`, "", `${output}.tif`], ["Zip with QGIS style", result, "application/zip", "result.zip"]]
@@ -395,7 +439,7 @@ function downloads(info, output) {
   lines.textContent = [
     "# curl",
     `curl --fail-with-body${key} -F files=@2021-01-05.tif … \\`,
-    `  -F model=${part("model").value} -o result.tif ${address(info.processID)}`,
+    `  ${info.processID === "similar" ? "-F points=@places.geojson " : ""}-F model=${model} -o result.tif ${address(info.processID)}`,
     "",
     "# Python",
     "from pimc_client import Client",
@@ -423,8 +467,8 @@ async function inspect(lonLat) {
     return;
   }
   await guarded(async () => {
-    const points = { type: "FeatureCollection", features: [{ type: "Feature", properties: {}, geometry: { type: "Point", coordinates: lonLat } }] };
-    const geojson = JSON.stringify(points);
+    const geometry = { type: "Point", coordinates: lonLat };
+    const geojson = JSON.stringify({ type: "FeatureCollection", features: [{ type: "Feature", properties: {}, geometry }] });
     const found = await measuredAt({ points: geojson, plots: "true" })
       .catch((error) => {
         // Recurrence plots need a model whose card describes them.
@@ -436,16 +480,18 @@ async function inspect(lonLat) {
       body.append(`This pixel has no clear observation (status: ${measured.status}).`);
       return;
     }
-    const forecast = await predicted("forecast", measured, state.defaults.forecast);
-    body.append(seriesChart(measured, forecast), seriesKey(forecast));
+    const { result: forecast, backtest } = await predicted("forecast", measured, state.defaults.forecast, { backtest: true });
+    body.append(seriesChart(measured, forecast ?? null), seriesKey(forecast));
+    if (backtest) body.append(backtestTable(backtest, "this pixel"));
     if (measured.plots) body.append(plotFigures(measured.plots));
     const card = state.models.get(part("model").value);
     const classes = card?.task === "classify-pixels" ? card.name : state.defaults["classify-pixels"];
-    const result = await predicted("classify-pixels", measured, classes, { outputs: ["class", "attribution"] });
+    const { result } = await predicted("classify-pixels", measured, classes, { outputs: ["class", "attribution"] });
     if (result) {
       body.append(probabilityTable(result.probabilities));
       body.append(attributionChart(result.attribution, result.class));
     }
+    body.append(similarButton("pixel", geometry));
   });
 }
 
@@ -453,14 +499,17 @@ function measuredAt(fields) {
   return json("series", { method: "POST", body: formOf(state.files, fields), headers: { Accept: "application/geo+json" } });
 }
 
-/** A model's prediction for a measured series; null if the series lacks bands or dates. */
+/**
+ * A model's prediction for a measured series: `result`, and `backtest` if there is one. Without
+ * `result` if the service has no such model, or the series lacks bands or dates.
+ */
 async function predicted(task, measured, model, more = {}) {
   const card = state.models.get(model);
-  if (!card) return null;
+  if (!card) return {};
   const there = measured.dates.map((_, at) => at).filter((at) => measured.clear[at] > 0);
   const series = { id: "pixel", dates: there.map((at) => measured.dates[at]) };
   for (const band of card.bands) {
-    if (!measured[band]) return null;
+    if (!measured[band]) return {};
     series[band] = there.map((at) => measured[band][at]);
   }
   try {
@@ -469,9 +518,9 @@ async function predicted(task, measured, model, more = {}) {
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({ series: [series], model, ...more }),
     });
-    return found.results[0].status === "ok" ? found.results[0] : null;
+    return found.results[0].status === "ok" ? { result: found.results[0], backtest: found.backtest } : {};
   } catch (error) {
-    if (error instanceof Problem && error.status === 422) return null;
+    if (error instanceof Problem && error.status === 422) return {};
     throw error;
   }
 }
@@ -489,11 +538,18 @@ async function offerDemo() {
 
 async function openDemo() {
   showStatus("Downloading the demo");
-  const files = [];
-  for (const name of state.demo) {
+  const downloads = state.demo.map(async (name) => {
     const { blob } = await send(`explorer/demo/${encodeURIComponent(name)}`);
-    files.push({ name, file: new File([blob], name) });
+    return { name, file: new File([blob], name) };
+  });
+  // The first date is shown while the others are downloaded.
+  const [first] = await pictures([await downloads[0]]);
+  if (first) {
+    const { canvas, raster } = await first.draw();
+    map.show(raster);
+    map.put("picture", canvas, raster);
   }
+  const files = await Promise.all(downloads);
   showStatus("");
   await take(files);
 }
@@ -523,6 +579,11 @@ part("swipe").addEventListener("input", (event) => map.swipe(event.target.value 
 part("set-key").addEventListener("click", async () => {
   if (await requestKey()) guarded(() => loadModels());
 });
+
+if (background) {
+  part("attribution").hidden = false;
+  part("attribution").textContent = `Background map: ${background.dataset.attribution}`;
+}
 
 await guarded(async () => {
   await loadModels();
