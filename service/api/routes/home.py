@@ -48,9 +48,9 @@ async def home(request: Request, app: App) -> Response:
     if negotiate(accept, (JSON, _HTML), lenient=True) == JSON:
         page = landing_page(root_of(request)).model_dump(exclude_none=True)
         return JSONResponse(page, headers=headers)
-    page, images = _explorer_page(app.settings)
-    policy = {"Content-Security-Policy": page_policy(page, images=images)}
-    return HTMLResponse(page, headers={**headers, **policy})
+    explorer, images = _explorer_page(app.settings)
+    policy = {"Content-Security-Policy": page_policy(explorer, images=images)}
+    return HTMLResponse(explorer, headers={**headers, **policy})
 
 
 def _explorer_page(settings: Settings) -> tuple[str, str]:
