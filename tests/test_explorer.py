@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[httpx.Client]:
     zoo = held_model(tmp_path_factory.mktemp("zoo"))
-    with served(model_dir=zoo, demo_dir=folder) as client:
+    with served(built_in=True, model_dir=zoo, demo_dir=folder) as client:
         yield client
 
 

@@ -472,7 +472,7 @@ async function inspect(lonLat) {
     const found = await measuredAt({ points: geojson, plots: "true" })
       .catch((error) => {
         // Recurrence plots need a model whose card describes them.
-        if (error.status !== 422) throw error;
+        if (![404, 422].includes(error.status)) throw error;
         return measuredAt({ points: geojson });
       });
     const measured = found.features[0].properties;
