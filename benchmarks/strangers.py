@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol
 
@@ -71,7 +72,10 @@ def idle(service: Served, over: threading.Event, counts: Counter[str], *, key: s
 
 def unread(service: Served, over: threading.Event, counts: Counter[str], *, key: str) -> None:
     """Twenty-four readers of a job's result of some megabytes who never read it."""
-    job = _job(service, "127.0.0.4", key)
+    job = _job(service, "127.0.0.4", key, over)
+    if job is None:
+        counts["no job accepted"] += 1
+        return
     request = f"GET /jobs/{job}/result HTTP/1.1\r\nHost: here\r\nX-API-Key: {key}\r\n\r\n".encode()
     with contextlib.ExitStack() as held:
         sockets: list[socket.socket] = []
@@ -94,30 +98,41 @@ def unread(service: Served, over: threading.Event, counts: Counter[str], *, key:
 
 
 def _status(connection: socket.socket) -> str:
-    """The status at the begin of a response, left in the socket; `closed` if there is none."""
+    """The status at the begin of a response, left in the socket; `closed` after its end."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
     try:
+        # What a server sent before it cut the connection off can still be read.
+        if poll.poll(0):
+            return "closed"
         line = connection.recv(12, socket.MSG_PEEK)
     except OSError:
         return "closed"
     return line[9:12].decode() or "closed"
 
 
-def _job(service: Served, address: str, key: str) -> str:
-    """A finished job whose result is larger than the buffers of a socket."""
+def _job(service: Served, address: str, key: str, over: threading.Event) -> str | None:
+    """A finished job whose result is larger than the buffers of a socket; None if none runs."""
     body, kind = _form(_files(128, noise=True))
     headers = {"Content-Type": kind, "Prefer": "respond-async", "X-API-Key": key}
     connection = http.client.HTTPConnection(
         service.host, service.port, timeout=_PATIENCE, source_address=(address, 0)
     )
     try:
-        connection.request("POST", "/embed", body, headers)
-        accepted = json.loads(connection.getresponse().read())
-        while True:
+        while not over.is_set():
+            connection.request("POST", "/embed", body, headers)
+            response = connection.getresponse()
+            accepted = json.loads(response.read())
+            if response.status == HTTPStatus.ACCEPTED:
+                break
+            time.sleep(float(response.headers["Retry-After"]))  # others use the run slots
+        while not over.is_set():
             connection.request("GET", f"/jobs/{accepted['jobID']}", headers={"X-API-Key": key})
             status = json.loads(connection.getresponse().read())["status"]
-            if status in {"successful", "failed"}:
+            if status == "successful":
                 return str(accepted["jobID"])
             time.sleep(0.2)
+        return None
     finally:
         connection.close()
 

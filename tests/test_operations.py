@@ -412,6 +412,7 @@ def test_a_store_that_others_hold_is_not_ready_and_is_again(zoo: Path, tmp_path:
         db = sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)
         try:
             db.execute("BEGIN EXCLUSIVE")
+            assert soon(lambda: api.get("/health/ready").status_code == 503)
             assert "job store" in unready(api)
             db.execute("ROLLBACK")
         finally:

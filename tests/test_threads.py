@@ -240,7 +240,7 @@ def test_a_running_job_waits_for_a_locked_store_and_requests_are_told(
             assert api.get("/health/live").status_code == 200
             assert api.get(f"/jobs/{job}").json()["status"] in {"accepted", "running"}
         assert waited(api, job)["status"] == "successful"
-        assert api.get("/health/ready").status_code == 200
+        assert soon(lambda: api.get("/health/ready").status_code == 200)
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import anyio
 from anyio import to_thread
 from fastapi import FastAPI
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -202,7 +201,6 @@ def create_app(
                 cluster=None if on_cluster is None else on_cluster.cluster.state,
                 scratch=scratch,
                 runner=runner,
-                probe=anyio.CapacityLimiter(1),
                 closing=closing,
             )
             yield

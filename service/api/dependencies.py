@@ -67,8 +67,6 @@ class AppState:
     scratch: Scratch
     """Temporary files of synchronous requests."""
     runner: JobRunner
-    probe: anyio.CapacityLimiter
-    """Limiter of one thread, in which readiness checks the job store."""
     closing: threading.Event
     """Set when the service begins to stop; new requests are rejected from then on."""
 

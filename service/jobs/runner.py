@@ -46,6 +46,9 @@ from service.threads import SupervisedThread
 from service.tracing import Attribute, Traces
 
 _LOG = logging.getLogger(__name__)
+_CHECK_SECONDS = 1.0
+_STORE_SECONDS = 2.0
+"""Seconds after which a store that does not respond makes the service unready."""
 _SWEEP_SECONDS = 60.0
 _MAX_ATTEMPTS = 20
 """Starts of a job without one more finished window after which the job fails."""
@@ -120,8 +123,11 @@ class JobRunner:
         self._sweep_fault: str | None = None
         self._outages = 0
         """Runs that the storage has ended since the last one that was finished."""
+        self._store_fault: str | None = None
+        self._check_begun: float | None = None
         self._workers = [SupervisedThread(f"job-{n}", self._work, closing) for n in range(workers)]
         self._threads = [*self._workers, SupervisedThread("jobs", self._sweep_repeatedly, closing)]
+        self._threads.append(SupervisedThread("store check", self._check_store, closing))
         if store.shared:
             self._threads.append(SupervisedThread("leases", self._keep_leases, closing))
         self._threads += [SupervisedThread(n, loop, closing) for n, loop in loops.items()]
@@ -162,7 +168,10 @@ class JobRunner:
         """Current faults of the runner, one sentence each; empty if there are none."""
         ended = [thread.name for thread in self._threads if not thread.alive]
         faults = [f"thread '{name}' has ended" for name in ended]
-        return faults if self._sweep_fault is None else [*faults, self._sweep_fault]
+        begun = self._check_begun
+        if begun is not None and time.monotonic() - begun > _STORE_SECONDS:
+            faults.append(f"the job store did not respond within {_STORE_SECONDS:g} s")
+        return [*faults, *(fault for fault in (self._store_fault, self._sweep_fault) if fault)]
 
     def accepted(self) -> None:
         """Wake the workers after the store accepted a job."""
@@ -212,6 +221,18 @@ class JobRunner:
             with self._wakeup:  # a worker that could not take a job tries again
                 self._wakeup.notify_all()
         self._stop_runs()
+
+    def _check_store(self) -> None:
+        """Check once per second that the store works.
+
+        A readiness probe returns the outcome of the last check: under load, a check within the
+        probe would wait for a thread and make probes time out.
+        """
+        while not self._closing.is_set():
+            self._check_begun = time.monotonic()
+            self._store_fault = self._store.fault()
+            self._check_begun = None
+            self._closing.wait(_CHECK_SECONDS)
 
     def _keep_leases(self) -> None:
         """Renew the runs' leases; end runs whose job was dismissed elsewhere or taken over."""

@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import anyio
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from models.card import Modality, Task
@@ -21,7 +19,6 @@ from service.infer.engine import Engine
 from service.telemetry import METRICS_MEDIA_TYPE, free_bytes
 
 router = APIRouter(tags=["operations"])
-_STORE_SECONDS = 2.0
 _BUSY = 0.9
 """Share of queue slots and of open files from which the server is not ready."""
 _BUSY_SECONDS = 5
@@ -50,17 +47,17 @@ async def ready(request: Request, app: App) -> Ready | ReadyStatus:
         await known_if_private(request, app)
     except Unauthorized:
         try:
-            await _ready(app)
+            _ready(app)
         except NotReady as error:
             raise NotReady(
                 "the service is not ready; with an API key the response states why",
                 retry_after=error.retry_after,
             ) from error
         return ReadyStatus()
-    return await _ready(app)
+    return _ready(app)
 
 
-async def _ready(app: AppState) -> Ready:
+def _ready(app: AppState) -> Ready:
     if app.closing.is_set():
         raise NotReady("the service is stopping", retry_after=10)
     engine = app.engine
@@ -74,11 +71,10 @@ async def _ready(app: AppState) -> Ready:
         for name, count in disk_free.items()
         if count < app.settings.min_free_bytes
     ]
-    faults += await _store_faults(app)
     faults += [f"model '{name}' fails on {engine.provider}" for name in engine.failing]
     if faults:
         raise NotReady("; ".join(faults), retry_after=60)
-    busy = await to_thread.run_sync(_busy, app.admission.slots_held, app.admission.slots)
+    busy = _busy(app.admission.slots_held, app.admission.slots)
     if busy:
         raise NotReady("; ".join(busy), retry_after=_BUSY_SECONDS)
     return Ready(
@@ -108,14 +104,6 @@ def _busy(held: int, slots: int) -> list[str]:
     if most != resource.RLIM_INFINITY and open_files >= _BUSY * most:
         found.append(f"{open_files} of {most} files are open")
     return found
-
-
-async def _store_faults(app: AppState) -> list[str]:
-    fault: str | None = f"the job store did not respond within {_STORE_SECONDS:g} s"
-    # A separate limiter: checks of a store that hangs must not take the threads of requests.
-    with anyio.move_on_after(_STORE_SECONDS):
-        fault = await to_thread.run_sync(app.jobs.fault, abandon_on_cancel=True, limiter=app.probe)
-    return [] if fault is None else [fault]
 
 
 @router.get(
