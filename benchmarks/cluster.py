@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.inputs import DATES
 from benchmarks.landscape import write_stack
 from benchmarks.process import ROOT, Served, machine, served
 
@@ -35,6 +34,7 @@ BAR = 1.85
 """Speed of two workers, as a multiple of that of one."""
 FEWEST_WINDOWS = 256
 _TILE = 128
+_DATES = 24
 _BUDGET = "384MiB"
 """Memory budget of the service with which a window is one tile."""
 _PATIENCE = 600.0
@@ -92,12 +92,14 @@ def measure(side: int) -> Compared:
         raise RuntimeError("two workers of one core each need two cores")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pimc-cluster-")))
-        (folder / "files").mkdir()
         tiles = {"blockxsize": _TILE, "blockysize": _TILE}
-        files = write_stack(folder / "files", side, DATES, **tiles)
+        for name in ("files", "small"):
+            (folder / name).mkdir()
+        files = write_stack(folder / "files", side, _DATES, **tiles)
+        small = write_stack(folder / "small", 2 * _TILE, _DATES, **tiles)
         shared = {
             "PIMC_STATE_DIR": str(folder / "state"),
-            "PIMC_ALLOWED_ROOTS": str(folder / "files"),
+            "PIMC_ALLOWED_ROOTS": f"{folder / 'files'},{folder / 'small'}",
             "PIMC_PROVIDERS": "cpu",
         }
         (folder / "state").mkdir()
@@ -106,18 +108,25 @@ def measure(side: int) -> Compared:
         service = stack.enter_context(served(PIMC_MEMORY_BUDGET=_BUDGET, **shared))
         start = partial(_worker, folder, address, shared)
         workers = [stack.enter_context(start(cores[0]))]
-        one = _job(service, scheduler, workers, files)
+        one = _job(service, scheduler, workers, files, small)
         workers.append(stack.enter_context(start(cores[1])))
-        two = _job(service, scheduler, workers, files)
+        two = _job(service, scheduler, workers, files, small)
     if one.sha256 != two.sha256:
         raise RuntimeError("the results of one worker and of two differ")
     return Compared(one=one, two=two)
 
 
-def _job(service: Served, scheduler: int, workers: Sequence[int], files: Sequence[Path]) -> Run:
+def _job(
+    service: Served,
+    scheduler: int,
+    workers: Sequence[int],
+    files: Sequence[Path],
+    small: Sequence[Path],
+) -> Run:
     _wait(lambda: service.metric("pimc_cluster_workers") == len(workers), "workers join")
-    # A job of a few windows first: models load, and processes import what they need later.
-    _finished(service, files[:4])
+    # Jobs of a few windows first: models load, and each process does what it does only once.
+    for _ in workers:
+        _finished(service, small)
     begun = service.metric("pimc_job_seconds_sum")
     written = service.metric("pimc_cluster_windows_total")
     used = [_processor_seconds(pid) for pid in (*workers, service.process.pid, scheduler)]
