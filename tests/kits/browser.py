@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from benchmarks.browser import OPTIONS, chromium_path
 from tests.kits.patience import PATIENCE
 from tests.kits.programs import require
 
 _PATIENCE_MS = 1000 * PATIENCE
-# Without the background flags Chromium calls its maker's hosts at every start.
-_OPTIONS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """A headless browser; skips the test where Chromium is missing, but never in CI."""
-    found = shutil.which("chromium")
+    found = chromium_path()
     require(found, "Chromium", "chromium")
     with sync_playwright() as playwright:
         expect.set_options(timeout=_PATIENCE_MS)
-        browser = playwright.chromium.launch(executable_path=found, args=_OPTIONS)
+        browser = playwright.chromium.launch(executable_path=found, args=OPTIONS)
         browser.on("context", lambda made: made.set_default_timeout(_PATIENCE_MS))
         try:
             yield browser
