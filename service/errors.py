@@ -25,6 +25,7 @@
     │   ├── ImplausibleReflectance, WrongSensor
     │   └── RasterTooLarge
     ├── Overloaded                           slots, memory, descriptors or the store are in use
+    │   └── StorageUnreachable               of uploads and results (`service.jobs.storage`)
     ├── TooManyRequests                      the caller's quota is used up; nothing was started
     ├── NotReady                             models are missing or loading, or the server stops
     ├── InsufficientStorage                  the disk is full

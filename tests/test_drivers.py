@@ -61,6 +61,11 @@ stack = open_stack(files, options, bands=bands, max_bytes=2**30)
 with StackReader(stack) as reader:
     sits = reader.read(Window(0, 0, stack.grid.width, stack.grid.height))
 said["values"] = round(float(sits.values[sits.valid[:, None].repeat(3, 1)].mean()), 4)
+from rasterio.features import shapes, sieve
+import numpy as np
+mixed = np.array([[1, 1], [1, 2]], np.uint8)
+said["outlines"] = len(list(shapes(mixed)))
+said["sieved"] = int(sieve(mixed, 2).sum())
 said["fields"] = len(read_fields(SourceFile(name="f", path=folder / "fields.bin"), 10))
 import pyogrio
 with rasterio.Env() as env:
@@ -119,7 +124,8 @@ def child(folder: Path, *, limited: bool) -> dict[str, Any]:
 
 def test_only_the_needed_drivers_stay_and_suffice(folder: Path, listener: socket.socket) -> None:
     report = child(folder, limited=True)
-    assert report["drivers"] == ["COG", "GTiff", "JP2OpenJPEG", "MEM", "VRT"]
+    assert report["drivers"] == ["COG", "GTiff", "JP2OpenJPEG", "MEM", "Memory", "VRT"]
+    assert (report["outlines"], report["sieved"]) == (2, 4)
     assert report["vectors"] == ["GPKG"]
     assert (report["values"], report["fields"]) == (0.2, 1)
     # Neither the picture beside nor the network is reached.

@@ -22,6 +22,8 @@ def test_every_error_has_a_status(kind: type[PIMCError]) -> None:
 
 def test_every_status_has_its_error_and_no_two_share_a_code() -> None:
     leaves = [kind for kind in every_error() if kind.__name__ not in GROUPS]
+    # A special case of another error is reported with that error's code.
+    leaves = [kind for kind in leaves if "code" in vars(kind) or kind.__base__.__name__ in GROUPS]
     codes = [kind.code for kind in leaves]
     assert len(set(codes)) == len(codes)
     assert set(codes) == set(STATUS)
@@ -37,8 +39,8 @@ def test_every_error_has_a_title_of_its_own() -> None:
 
 def test_the_tree_in_the_docstring_names_every_error() -> None:
     assert errors.__doc__
-    missing = {k.__name__ for k in every_error() if k.__name__ not in errors.__doc__}
-    assert not missing
+    public = {kind.__name__ for kind in every_error() if not kind.__name__.startswith("_")}
+    assert {name for name in public if name not in errors.__doc__} == set()
 
 
 def test_an_error_of_one_field_names_it_twice() -> None:

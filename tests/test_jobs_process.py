@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -10,11 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
+import rasterio
+import shapely
+from rasterio.warp import transform_bounds
 
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import (
@@ -235,3 +240,54 @@ def test_a_limit_on_the_size_of_files_is_reported_as_full_disk(zoo: Path, tmp_pa
         check_healthy(api)
         assert leftovers(state) == []
         assert list(temporary.glob("pimc-*/request-*")) == []
+
+
+# Results ---------------------------------------------------------------------------------------
+
+ZIP = "application/zip"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return stack(tmp_path_factory.mktemp("small"), 40, 40)
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory, zoo: Path) -> Iterator[Service]:
+    with running(tmp_path_factory.mktemp("serving"), zoo) as service:
+        yield service
+
+
+def square(files: Files) -> str:
+    """A field in the middle of a stack, as GeoJSON."""
+    with rasterio.MemoryFile(files[0][1][1]) as memory, memory.open() as file:
+        left, bottom, right, top = transform_bounds(file.crs, "EPSG:4326", *file.bounds)
+    width, height = (right - left) / 4, (top - bottom) / 4
+    box = shapely.box(left + width, bottom + height, right - width, top - height)
+    geometry = shapely.geometry.mapping(box)
+    field = {"type": "Feature", "id": "a", "properties": {}, "geometry": geometry}
+    return json.dumps({"type": "FeatureCollection", "features": [field]})
+
+
+@pytest.mark.parametrize(
+    ("options", "accept"),
+    [
+        ({"outputs": "polygons"}, "application/geo+json"),
+        ({"outputs": "polygons"}, "application/vnd.apache.parquet"),
+        ({"outputs": "class,polygons,confidence", "min_area": "0.05", "smooth": "1"}, ZIP),
+        ({"fields": "square"}, "application/geo+json"),
+        ({"fields": "square"}, "application/vnd.apache.parquet"),
+        ({"fields": "square"}, "text/csv"),
+        ({"grid": "EPSG:3035@20"}, "image/tiff"),
+    ],
+)
+def test_a_service_process_makes_every_kind_of_result(
+    serving: Service, small: Files, options: dict[str, str], accept: str
+) -> None:
+    """The process keeps few of GDAL's drivers; services within the tests keep all of them."""
+    data = {name: value if name != "fields" else square(small) for name, value in options.items()}
+    response = serving.api.post(
+        "/classify-pixels", files=small, data=data, headers={"Accept": accept}
+    )
+    assert response.status_code == 200, response.text
+    assert response.headers["Content-Type"].partition(";")[0] == accept

@@ -15,8 +15,9 @@ import rasterio
 # Private: the extension that is linked with GDAL (rasterio 1.4 and 1.5).
 from rasterio import _env
 
-RASTERS = frozenset({"GTiff", "COG", "JP2OpenJPEG", "MEM", "VRT"})
-"""MEM rasterises polygons, and GDAL's warper returns a VRT; no file is opened with these two."""
+RASTERS = frozenset({"GTiff", "COG", "JP2OpenJPEG", "MEM", "Memory", "VRT"})
+"""MEM rasterises polygons, Memory (a part of MEM from GDAL 3.11 on) outlines classes, and GDAL's
+warper returns a VRT; no file is opened with these three."""
 VECTORS = frozenset({"GPKG"})
 
 

@@ -162,6 +162,7 @@ def workplace_of(worker: Worker) -> Workplace:
     with _finding:
         found: Workplace | None = getattr(worker, _WORKPLACE, None)
         if found is None:
+            keep_needed_drivers()
             found = Workplace(worker.address, worker.state.nthreads)
             setattr(worker, _WORKPLACE, found)
         return found
@@ -201,7 +202,6 @@ class Workplace:
 
     @staticmethod
     def _load(threads: int) -> tuple[Settings, Engine]:
-        keep_needed_drivers()
         settings = read_settings()
         return settings, load_models(settings, threads=threads)
 
