@@ -22,18 +22,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from rasterio.windows import Window
 
 from benchmarks.serving import served
 from service.errors import InternalError, Overloaded, TooManyRequests, UnknownJob
 from service.jobs.backup import back_up, restore
 from service.jobs.store import Idempotency, Job, JobStore, LeaseLost, Share
 from service.jobs.window_journal import WindowFile
-from service.run.execute import Result
-from service.run.executors import Timing
 from service.run.plan import Plan
 from service.run.request import Subscriber
-from service.run.windows import Step
 from service.settings import Settings, SettingsError, read_settings
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import (
@@ -49,19 +45,23 @@ from tests.kits.jobs import (
     running,
     series_plan,
     stack,
-    submitted,
     taught,
     until,
     waited,
 )
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.postgres import Postgres
+from tests.kits.replicas import (
+    STEPS,
+    expire,
+    publish,
+    refusal,
+    submitted_held,
+    taken,
+    windows,
+)
 
 WEEK = 7 * 24 * 3600.0
-STEPS = [
-    Step(stage="predictions", number=n, window=Window(0, 2 * n, 4, 2))  # type: ignore[call-arg]
-    for n in range(3)
-]
 
 
 @pytest.fixture(scope="module")
@@ -87,32 +87,10 @@ def two(shared: Backend) -> Iterator[tuple[JobStore, JobStore]]:
         yield one, other
 
 
-def expire(shared: Backend) -> None:
-    """Let all leases end now, as if their replicas had not been heard of for long."""
-    shared.rows("UPDATE jobs SET expires = 0 WHERE expires IS NOT NULL")
-
-
-def taken(store: JobStore) -> Job:
-    job = store.take()
-    assert job is not None
-    return job
-
-
 def finish(store: JobStore, job: Job, text: str) -> None:
     """Publish a result with this text."""
     publish(store, job, text)
     store.succeed(job)
-
-
-def publish(store: JobStore, job: Job, text: str) -> None:
-    work = store.work(job)
-    work.mkdir()
-    (work / "class.tif").write_text(text)
-    result = Result(
-        task="embed", model="m@1", provider="CPU", document={}, pixels=1,
-        files={"class": work / "class.tif"}, timing=Timing(read=0, infer=0, write=0), warnings=(),
-    )  # fmt: skip
-    store.publish(job, work, result)
 
 
 # Leases ---------------------------------------------------------------------------------------
@@ -199,22 +177,6 @@ def test_windows_of_a_dead_replica_are_read_by_the_next(
         expire(shared)
     kept = shared.rows("SELECT number, lease FROM windows ORDER BY number")
     assert kept == [(0, 1), (1, 2), (2, 3)]
-
-
-def test_a_result_that_was_published_but_not_recorded_is_the_next_owners(
-    two: tuple[JobStore, JobStore], plan: Plan, shared: Backend, tmp_path: Path
-) -> None:
-    one, other = two
-    one.accept(plan, tmp_path, owner="")
-    dead = taken(one)
-    publish(one, dead, "whole")
-    expire(shared)
-    job = taken(other)
-    assert other.published(job)
-    other.succeed(job)
-    assert one.result(one.find("", job.id)).files["class"].read_text() == "whole"
-    with pytest.raises(LeaseLost):
-        one.succeed(dead)
 
 
 def test_files_of_a_replica_that_ended_between_row_and_files_are_removed(
@@ -369,14 +331,6 @@ def test_a_connection_that_breaks_is_opened_again(
     assert other.fault() is None or other.fault() is None
 
 
-def refusal(backend: Backend) -> str:
-    with pytest.raises(SettingsError) as caught, backend.opened():
-        pytest.fail("it was opened")
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
-
-
 def test_a_folder_and_a_database_that_do_not_belong_together(
     postgres: Postgres, shared: Backend, plan: Plan, tmp_path: Path
 ) -> None:
@@ -447,16 +401,6 @@ def test_a_password_is_in_no_message(tmp_path: Path, rest: str) -> None:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """Eight windows."""
     return stack(tmp_path_factory.mktemp("large"), 160, 256)
-
-
-def submitted_held(api: httpx.Client, files: Files, **headers: str) -> str:
-    data = {"model": HELD, "outputs": "class,probabilities"}
-    return submitted(api, "/classify-pixels", files=files, data=data, headers=headers)
-
-
-def windows(shared: Backend) -> dict[int, int]:
-    """Leases of the finished windows by number."""
-    return dict(shared.rows("SELECT number, lease FROM windows"))
 
 
 def logged(service: Service, message: str) -> None:

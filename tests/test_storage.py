@@ -12,7 +12,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from rasterio.windows import Window
 
 from benchmarks.serving import served
 from service.errors import Overloaded, ResultNotReady, UnknownJob
@@ -28,10 +27,7 @@ from service.jobs.storage import (
 )
 from service.jobs.store import Job, JobStore, LeaseLost
 from service.jobs.window_journal import WindowFile
-from service.run.execute import Result
-from service.run.executors import Timing
 from service.run.plan import Plan
-from service.run.windows import Step
 from service.settings import SettingsError, read_settings
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import (
@@ -51,14 +47,19 @@ from tests.kits.jobs import (
 )
 from tests.kits.patience import soon
 from tests.kits.postgres import Postgres
+from tests.kits.replicas import (
+    STEPS,
+    expire,
+    publish,
+    refusal,
+    submitted_held,
+    taken,
+    windows,
+)
 from tests.kits.s3 import S3, Way, way
 
 WEEK = 7 * 24 * 3600.0
 LARGE = 20 * 2**20  # three parts of an upload
-STEPS = [
-    Step(stage="predictions", number=n, window=Window(0, 2 * n, 4, 2))  # type: ignore[call-arg]
-    for n in range(3)
-]
 
 
 @pytest.fixture(scope="module")
@@ -208,27 +209,6 @@ def two(shared: Backend) -> Iterator[tuple[JobStore, JobStore]]:
         yield one, other
 
 
-def expire(shared: Backend) -> None:
-    """Let all leases end now, as if their replicas had not been heard of for long."""
-    shared.rows("UPDATE jobs SET expires = 0 WHERE expires IS NOT NULL")
-
-
-def taken(store: JobStore) -> Job:
-    job = store.take()
-    assert job is not None
-    store.prepare(job)
-    return job
-
-
-def publish(store: JobStore, job: Job, text: str) -> None:
-    work = tree(store.work(job), **{"class.tif": text.encode()})
-    made = Result(
-        task="embed", model="m@1", provider="CPU", document={}, pixels=1,
-        files={"class": work / "class.tif"}, timing=Timing(read=0, infer=0, write=0), warnings=(),
-    )  # fmt: skip
-    store.publish(job, work, made)
-
-
 def kept(store: JobStore, job: Job) -> list[str]:
     """Names of a job's files in the storage."""
     return store.storage.names(f"jobs/{job.id}")
@@ -321,6 +301,8 @@ def test_a_result_that_was_published_but_not_recorded_is_the_next_owners(
     assert other.published(job)
     other.succeed(job)
     assert one.result(one.find("", job.id)).files["class"].read_bytes() == b"whole"
+    with pytest.raises(LeaseLost):
+        one.succeed(dead)
 
 
 def test_half_a_result_of_a_dead_replica_is_none(
@@ -457,14 +439,6 @@ def test_settings_that_are_not_valid(
         read_settings()
 
 
-def refusal(backend: Backend, state: Path | None = None) -> str:
-    with pytest.raises(SettingsError) as caught, backend.opened():
-        pytest.fail("it was opened")
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
-
-
 def test_a_storage_that_does_not_belong_to_the_database(
     bucket: Backend, postgres: Postgres, s3: S3, plan: Plan, tmp_path: Path
 ) -> None:
@@ -490,16 +464,6 @@ def test_a_storage_that_does_not_belong_to_the_database(
 def large(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """Eight windows."""
     return stack(tmp_path_factory.mktemp("large"), 160, 256)
-
-
-def submitted_held(api: httpx.Client, files: Files, **headers: str) -> str:
-    data = {"model": HELD, "outputs": "class,probabilities"}
-    return submitted(api, "/classify-pixels", files=files, data=data, headers=headers)
-
-
-def windows(shared: Backend) -> dict[int, int]:
-    """Leases of the finished windows by number."""
-    return dict(shared.rows("SELECT number, lease FROM windows"))
 
 
 def objects(s3: S3, backend: Backend) -> list[str]:
@@ -590,12 +554,7 @@ def finished(store: JobStore, plan: Plan, folder: Path, content: bytes) -> Job:
     """A successful job whose class map has this content."""
     store.accept(plan, folder, owner="")
     job = taken(store)
-    work = tree(store.work(job), **{"class.tif": content})
-    made = Result(
-        task="classify-pixels", model="m@1", provider="CPU", document={}, pixels=1,
-        files={"class": work / "class.tif"}, timing=Timing(read=0, infer=0, write=0), warnings=(),
-    )  # fmt: skip
-    store.publish(job, work, made)
+    publish(store, job, content, "classify-pixels")
     store.succeed(job)
     store.tidy(job)
     return job
