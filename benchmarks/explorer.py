@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from affine import Affine
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +39,7 @@ from service.write.predictions import Layer
 _SECONDS = 4.0
 """Seconds of each interaction."""
 _PATIENCE_MS = 600_000
-_VIEW = {"width": 1400, "height": 900}
+_VIEW = ViewportSize(width=1400, height=900)
 _RESULT = ".leaflet-result-pane canvas"
 _RECORD = """() => {
     const times = [];
@@ -94,11 +94,19 @@ def _chromium() -> Iterator[Browser]:
 
 
 def _opened(browser: Browser, url: str) -> Page:
-    page = browser.new_context(viewport=_VIEW).new_page()  # type: ignore[arg-type]
+    page = browser.new_context(viewport=_VIEW).new_page()
     page.set_default_timeout(_PATIENCE_MS)
     page.goto(url)
     page.wait_for_selector("html[data-ready=yes]")
     return page
+
+
+def _middle(page: Page) -> tuple[float, float]:
+    """The middle of the map, pixels of the page."""
+    box = page.locator("#map").bounding_box()
+    if box is None:
+        raise RuntimeError("the map is not shown")
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
 
 def first_picture(browser: Browser, url: str) -> dict[str, float]:
@@ -121,10 +129,7 @@ def interactions(browser: Browser, url: str, stack: list[Path]) -> dict[str, Fra
     page.wait_for_selector("#findings .hint")
     page.click("#run")
     page.wait_for_selector(_RESULT)
-    box = page.locator("#map").bounding_box()
-    if box is None:
-        raise RuntimeError("the map is not shown")
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    x, y = _middle(page)
 
     def pan(step: int) -> None:
         angle = step / 15
@@ -178,10 +183,7 @@ def large_result(
     page.context.close()
     (path,) = (state / "jobs" / link.partition("job=")[2]).glob("result-*/class.tif")
     _write_classes(path, side)
-    page = browser.new_context(viewport=_VIEW).new_page()  # type: ignore[arg-type]
-    page.set_default_timeout(_PATIENCE_MS)
-    page.goto(service.url)
-    page.wait_for_selector("html[data-ready=yes]")
+    page = _opened(browser, service.url)
     pages = _renderers(browser)
     before = max(map(_peak, pages))
     received: list[int] = []
@@ -198,10 +200,7 @@ def large_result(
     page.goto(link)
     page.wait_for_selector(_RESULT)
     first = time.perf_counter() - started
-    box = page.locator("#map").bounding_box()
-    if box is None:
-        raise RuntimeError("the map is not shown")
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    x, y = _middle(page)
     page.focus("#map")
     for _ in range(6):
         page.keyboard.press("+")
