@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.landscape import write_stack
-from benchmarks.process import ROOT, Served, machine, served
+from benchmarks.process import ROOT, Served, machine, processor_seconds, served
 
 BAR = 1.85
 """Speed of two workers, as a multiple of that of one."""
@@ -129,10 +129,10 @@ def _job(
         _finished(service, small)
     begun = service.metric("pimc_job_seconds_sum")
     written = service.metric("pimc_cluster_windows_total")
-    used = [_processor_seconds(pid) for pid in (*workers, service.process.pid, scheduler)]
+    used = [processor_seconds(pid) for pid in (*workers, service.process.pid, scheduler)]
     result = _finished(service, files)
     spent = [
-        _processor_seconds(pid) - before
+        processor_seconds(pid) - before
         for pid, before in zip((*workers, service.process.pid, scheduler), used, strict=True)
     ]
     windows = int(service.metric("pimc_cluster_windows_total") - written)
@@ -230,11 +230,6 @@ def _started(
     finally:
         process.kill()
         process.wait()
-
-
-def _processor_seconds(process: int) -> float:
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:

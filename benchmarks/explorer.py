@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.browser import OPTIONS, chromium_path
 from benchmarks.landscape import write_stack
-from benchmarks.process import ROOT, Served, machine, served
+from benchmarks.process import ROOT, Served, machine, peak_memory, served
 from benchmarks.tiny_zoo import write_zoo
 from models.registry import ZOO, Registry
 from service.grid import Grid, Window
@@ -184,8 +184,7 @@ def large_result(
     (path,) = (state / "jobs" / link.partition("job=")[2]).glob("result-*/class.tif")
     _write_classes(path, side)
     page = _opened(browser, service.url)
-    pages = _renderers(browser)
-    before = max(map(_peak, pages))
+    before = max(map(peak_memory, _renderers(browser)))
     received: list[int] = []
     page.on(
         "response",
@@ -213,7 +212,7 @@ def large_result(
     for _ in range(6):
         page.keyboard.press("-")
         page.wait_for_timeout(300)
-    peak = max(map(_peak, _renderers(browser)))
+    peak = max(map(peak_memory, _renderers(browser)))
     page.context.close()
     return Large(
         file=path.stat().st_size, first=first, read=sum(received), peak=peak, before=before
@@ -249,13 +248,6 @@ def _renderers(browser: Browser) -> list[int]:
     found = session.send("SystemInfo.getProcessInfo")["processInfo"]
     session.detach()
     return [int(process["id"]) for process in found if process["type"] == "renderer"]
-
-
-def _peak(process: int) -> int:
-    """Peak resident memory, bytes."""
-    status = Path(f"/proc/{process}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
 
 
 def main() -> None:

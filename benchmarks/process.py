@@ -65,12 +65,11 @@ class Served:
 
     def processor_seconds(self) -> float:
         """Processor time of the process so far, seconds."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return processor_seconds(self.process.pid)
 
     def peak(self) -> int:
         """Peak resident memory of the process since its start or `forget_peak`, bytes."""
-        return _status(self.process.pid, "VmHWM")
+        return peak_memory(self.process.pid)
 
     def forget_peak(self) -> None:
         """Reset the peak."""
@@ -138,6 +137,17 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> tuple[str, int]:
                 return found[1], int(found[2])
         time.sleep(0.005)
     raise RuntimeError(f"the service did not start: {log.read_text()[-2000:]}")
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time of a process so far, seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_memory(pid: int) -> int:
+    """Peak resident memory of a process, bytes; 0 once it has ended."""
+    return _status(pid, "VmHWM")
 
 
 def _family(pid: int) -> list[int]:
