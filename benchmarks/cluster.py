@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -173,7 +173,7 @@ def _finished(service: Served, files: Sequence[Path]) -> bytes:
         return bytes(response.read())
 
 
-def _wait(true: Any, what: str) -> None:
+def _wait(true: Callable[[], bool], what: str) -> None:
     until = time.monotonic() + _PATIENCE
     while not true():
         if time.monotonic() > until:

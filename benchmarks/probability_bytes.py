@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from benchmarks.serving import served
 from models.registry import ZOO
 from pimc_client import Client
+from pimc_client.inputs import JobOptions, ProbabilityType
 from service.grid import Window
 from service.run.derive import stored_probabilities
 from service.write.cog import open_stored
@@ -41,7 +42,7 @@ class Case:
 
     stack: str
     paths: Sequence[Path]
-    task: str
+    task: Literal["classify-pixels", "landcover"]
     model: str
 
 
@@ -77,17 +78,12 @@ class Stored:
     """Bytes of `probabilities.tif`."""
 
 
-def stored(client: Client, case: Case, folder: Path, dtype: str) -> Stored:
+def stored(client: Client, case: Case, folder: Path, dtype: ProbabilityType) -> Stored:
     """Classify a stack as a job, and read what it gives."""
-    options: dict[str, Any] = {"stride": 8} if case.task == "landcover" else {}
-    job = client.submit(
-        case.task,  # type: ignore[arg-type]
-        case.paths,
-        model=case.model,
-        outputs=["class", "probabilities"],
-        dtype=dtype,  # type: ignore[typeddict-item]
-        **options,
-    )
+    options: JobOptions = {"model": case.model, "dtype": dtype}
+    if case.task == "landcover":
+        options["stride"] = 8
+    job = client.submit(case.task, case.paths, outputs=["class", "probabilities"], **options)
     job.wait()
     plain = job.result("class")
     smooth = [job.result("class", smooth=radius).array for radius in RADII]
@@ -138,9 +134,8 @@ def main() -> None:
         Client(str(http.base_url)) as client,
     ):
         for case in cases(options.data):
-            exact, rounded = (
-                stored(client, case, Path(name), dtype) for dtype in ("float32", "uint8")
-            )
+            exact = stored(client, case, Path(name), "float32")
+            rounded = stored(client, case, Path(name), "uint8")
             print(row(case, exact, rounded), flush=True)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from rasterio.windows import Window
 
+from service.grid import Window
 from service.jobs.store import Job, JobStore
 from service.run.execute import Result
 from service.run.executors import Timing
@@ -14,10 +14,7 @@ from service.settings import SettingsError
 from tests.kits.gate import HELD
 from tests.kits.jobs import Backend, Files, submitted
 
-STEPS = [
-    Step(stage="predictions", number=n, window=Window(0, 2 * n, 4, 2))  # type: ignore[call-arg]
-    for n in range(3)
-]
+STEPS = [Step(stage="predictions", number=n, window=Window(0, 2 * n, 4, 2)) for n in range(3)]
 """Windows that a job may keep."""
 
 
