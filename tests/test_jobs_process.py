@@ -24,7 +24,6 @@ from rasterio.warp import transform_bounds
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import (
     ASYNC,
-    ROOT,
     SERIES,
     Files,
     Service,
@@ -38,6 +37,7 @@ from tests.kits.jobs import (
     waited,
 )
 from tests.kits.patience import PATIENCE, soon
+from tests.kits.process import ROOT
 
 pytestmark = pytest.mark.slow
 

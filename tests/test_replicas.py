@@ -34,7 +34,6 @@ from service.settings import Settings, SettingsError, read_settings
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import (
     ASYNC,
-    ROOT,
     SERIES,
     Backend,
     Files,
@@ -51,6 +50,7 @@ from tests.kits.jobs import (
 )
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.postgres import Postgres
+from tests.kits.process import ROOT
 from tests.kits.replicas import (
     STEPS,
     expire,

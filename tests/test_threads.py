@@ -23,8 +23,9 @@ from service.jobs import database, runner
 from service.jobs.store import JobStore
 from service.threads import SupervisedThread
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
-from tests.kits.jobs import ASYNC, ROOT, SERIES, running, stack, until, waited
+from tests.kits.jobs import ASYNC, SERIES, running, stack, until, waited
 from tests.kits.patience import PATIENCE, soon
+from tests.kits.process import ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -8,67 +8,20 @@ then waits at the gate `gate` if the window is of the held model.
 
 from __future__ import annotations
 
-import os
-import re
 import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from queue import Queue
 from typing import Any
 from unittest.mock import patch
 
 from tests.kits.gate import Gate
-from tests.kits.patience import PATIENCE
+from tests.kits.process import Process
 
-ROOT = Path(__file__).parents[2]
 _QUIET = ["--no-dashboard"]
-
-
-class Process:
-    """A process of Dask, whose log is read until it ends."""
-
-    def __init__(self, arguments: list[str], **variables: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **variables},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        self.log: list[str] = []
-        self._found: Queue[str | None] = Queue()
-        self._reader = threading.Thread(target=self._listen, daemon=True)
-        self._reader.start()
-
-    def _listen(self) -> None:
-        for line in self.process.stderr or ():
-            self.log.append(line)
-            if found := re.search(r"(?:Scheduler at|Start worker at): +(\S+)", line):
-                self._found.put(found[1])
-        self._found.put(None)
-
-    def address(self) -> str:
-        """Wait until it listens, and return its address."""
-        found = self._found.get(timeout=PATIENCE)
-        if found is None:
-            raise RuntimeError("".join(self.log))
-        return found
-
-    def kill(self) -> None:
-        """End it as a power failure would."""
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(PATIENCE)
-        self._reader.join()
-        if self.process.stderr:
-            self.process.stderr.close()
 
 
 @dataclass
@@ -119,7 +72,7 @@ class DaskCluster:
         if held_after >= 0:
             Gate(folder / "gate").hold(after=held_after)
         arguments = ["tests.kits.cluster", str(folder), self.address, version]
-        worker = Worker(folder, Process(arguments, **{**self.variables, **variables}))
+        worker = Worker(folder, _started(arguments, **{**self.variables, **variables}))
         self.workers.append(worker)
         return worker
 
@@ -141,7 +94,13 @@ class DaskCluster:
 
 def _scheduler(port: str) -> Process:
     host = ["--host", "127.0.0.1", "--port", port]
-    return Process(["distributed.cli.dask_scheduler", *host, *_QUIET])
+    return _started(["distributed.cli.dask_scheduler", *host, *_QUIET])
+
+
+def _started(module: Sequence[str], **variables: str) -> Process:
+    """A module of Dask or of this kit, with its arguments, as a process."""
+    address = r"(?:Scheduler at|Start worker at): +(\S+)"
+    return Process([sys.executable, "-m", *module], address, variables=variables)
 
 
 @contextmanager

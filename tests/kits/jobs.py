@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import resource
 import sqlite3
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import httpx
@@ -33,9 +28,9 @@ from service.jobs.store import JobStore
 from service.run.plan import Plan, plan_request
 from tests.kits.gate import Gate
 from tests.kits.patience import PATIENCE, soon
+from tests.kits.process import Process
 from tests.kits.rasters import write
 
-ROOT = Path(__file__).parents[2]
 ASYNC = {"Prefer": "respond-async"}
 BANDS = ("B02", "B03", "B04", "B08")
 SERIES = {
@@ -242,7 +237,7 @@ def check_full(response: httpx.Response) -> dict[str, Any]:
     return dict(response.json())
 
 
-class Service:
+class Service(Process):
     """`python -m service` as a process that can be killed; a gate can hold its runs."""
 
     def __init__(
@@ -256,49 +251,23 @@ class Service:
     ) -> None:
         module = ["tests.kits.gate", str(gate.file)] if gate else ["service"]
         limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-        self.process = subprocess.Popen(
+        super().__init__(
             [sys.executable, "-m", *module],
-            cwd=ROOT,
-            env={
-                **os.environ,
+            r"running on (http://127\.0\.0\.1:\d+)",
+            variables={
                 "PIMC_PORT": "0",
                 "PIMC_PROVIDERS": "cpu",
                 "PIMC_MODEL_DIR": str(zoo),
                 "PIMC_STATE_DIR": str(state),
                 **variables,
             },
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=limit if file_bytes else None,
+            before=limit if file_bytes else None,
         )
-        self.log: list[str] = []
-        self._url: Queue[str | None] = Queue()
-        # The log is read continuously, because a full pipe would block the service.
-        self._reader = threading.Thread(target=self._listen, daemon=True)
-        self._reader.start()
-        url = self._url.get(timeout=PATIENCE)
-        if url is None:
-            raise RuntimeError(f"it ended with {self.process.wait()}: {self.log}")
-        self.api = httpx.Client(base_url=url, timeout=PATIENCE)
-
-    def _listen(self) -> None:
-        for text in self.process.stderr or ():
-            self.log.append(text)
-            if running := re.search(r"running on (http://127\.0\.0\.1:\d+)", text):
-                self._url.put(running[1])
-        self._url.put(None)
-
-    def kill(self) -> None:
-        """Kill the process without notice, as a power failure would."""
-        self.process.kill()
-        self.end()
+        self.api = httpx.Client(base_url=self.address(), timeout=PATIENCE)
 
     def end(self) -> int:
         """Wait for the end of the process and read the rest of its log; returns its exit code."""
-        code = self.process.wait(PATIENCE)
-        self._reader.join()
-        if self.process.stderr:
-            self.process.stderr.close()
+        code = super().end()
         self.api.close()
         return code
 
@@ -325,5 +294,4 @@ def running(
     try:
         yield service
     finally:
-        if service.process.poll() is None:
-            service.kill()
+        service.kill()

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
 import selectors
 import socket
-import subprocess
 import sys
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from queue import Queue
 from typing import Any
 
 import httpx
 
 from tests.kits.patience import PATIENCE
+from tests.kits.process import Process
 
 # Moto checks no signature, but requests are signed as for any server.
 CREDENTIALS = {
@@ -69,38 +67,13 @@ class S3:
 def server() -> Iterator[S3]:
     """A running server, which ends with the tests, however they end."""
     command = ["setpriv", "--pdeathsig=KILL", sys.executable, "-m", "moto.server"]
-    process = subprocess.Popen(
-        [*command, "-H", "127.0.0.1", "-p", "0"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    process = Process(
+        [*command, "-H", "127.0.0.1", "-p", "0"], r"Running on (http://127\.0\.0\.1:\d+)"
     )
-    log: Queue[str | None] = Queue()
-    # The log is read on: a full pipe would block the server.
-    reader = threading.Thread(target=_listen, args=(process, log), daemon=True)
-    reader.start()
     try:
-        lines = []
-        while (line := log.get(timeout=PATIENCE)) is not None:
-            lines.append(line)
-            if found := re.search(r"Running on (http://127\.0\.0\.1:\d+)", line):
-                break
-        else:
-            raise RuntimeError(f"it ended with {process.wait()}: {lines}")
-        yield S3(found[1])
+        yield S3(process.address())
     finally:
         process.kill()
-        process.wait()
-        reader.join()
-        if process.stderr:
-            process.stderr.close()
-
-
-def _listen(process: subprocess.Popen[str], log: Queue[str | None]) -> None:
-    for line in process.stderr or ():
-        log.put(line)
-    log.put(None)
 
 
 class Way:
