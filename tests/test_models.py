@@ -45,6 +45,25 @@ def pixel_graph(
     return graph.eval()
 
 
+def class_graph(members: int = 1, **options: Any) -> PixelGraph:
+    torch.manual_seed(0)
+    bands = 3 if options.get("reflectance") else 0
+    (encoder, head), *others = [
+        (PixelEncoder(width=16, embedding=32, bands=bands), ClassificationHead(32, 5))
+        for _ in range(members)
+    ]
+    return PixelGraph(
+        bands=BANDS,
+        indices=INDICES,
+        steps=36,
+        step_days=10,
+        encoder=encoder,
+        head=head,
+        others=others,
+        **options,
+    ).eval()
+
+
 class TestSpectralIndices:
     def test_equal_the_published_formulas(self) -> None:
         rng = np.random.default_rng(0)
@@ -297,24 +316,7 @@ class TestOnnx:
             return pixel_graph(head, calendar=True)
         if kind == "embed":
             return pixel_graph()
-        torch.manual_seed(0)
-        (encoder, head), *others = [
-            (PixelEncoder(width=16, embedding=32, bands=3), ClassificationHead(32, 5))
-            for _ in range(3)
-        ]
-        graph = PixelGraph(
-            bands=BANDS,
-            indices=INDICES,
-            steps=36,
-            step_days=10,
-            encoder=encoder,
-            head=head,
-            others=others,
-            yearly=True,
-            clarity=40.0,
-            reflectance=True,
-        )
-        return graph.eval()
+        return class_graph(3, yearly=True, clarity=40.0, reflectance=True)
 
     @pytest.mark.parametrize("kind", ["classify", "forecast", "embed"])
     def test_pixel_graph_equals_torch(self, kind: str, tmp_path: Path, shared_data: Path) -> None:
@@ -360,19 +362,6 @@ class TestOnnx:
 
 
 class TestWhatTheGridIsGiven:
-    def graph(self, **options: Any) -> PixelGraph:
-        torch.manual_seed(0)
-        bands = 3 if options.get("reflectance") else 0
-        return PixelGraph(
-            bands=BANDS,
-            indices=INDICES,
-            steps=36,
-            step_days=10,
-            encoder=PixelEncoder(width=16, embedding=32, bands=bands),
-            head=ClassificationHead(32, 5),
-            **options,
-        ).eval()
-
     def test_a_hazy_date_next_to_a_clear_one_has_little_weight(self) -> None:
         clear = torch.tensor([0.03, 0.03, 0.40]).expand(1, 36, 3).clone()
         hazy = clear.clone()
@@ -382,20 +371,20 @@ class TestWhatTheGridIsGiven:
         def ndvi(graph: PixelGraph) -> torch.Tensor:
             return graph.regular(hazy, valid, days)[0][0, 0, 2:16]
 
-        expected = self.graph().regular(clear, valid, days)[0][0, 0, 2:16]
-        assert (ndvi(self.graph()) - expected).abs().max() > 0.1
-        torch.testing.assert_close(ndvi(self.graph(clarity=40.0)), expected, atol=0.02, rtol=0)
+        expected = class_graph().regular(clear, valid, days)[0][0, 0, 2:16]
+        assert (ndvi(class_graph()) - expected).abs().max() > 0.1
+        torch.testing.assert_close(ndvi(class_graph(clarity=40.0)), expected, atol=0.02, rtol=0)
 
     def test_nothing_underflows_under_snow(self) -> None:
         snow = torch.full((2, 5, 3), 0.95)
         days, valid = torch.arange(5) * 3.0, torch.ones(2, 5, dtype=torch.bool)
-        graph = self.graph(clarity=60.0, reflectance=True)
+        graph = class_graph(clarity=60.0, reflectance=True)
         assert torch.isfinite(graph(snow, valid, days)).all()
 
     def test_bands_follow_the_indices(self) -> None:
         values, valid, days = random_series(4, 20)
-        plain, seen, none = self.graph().regular(values, valid, days)
-        series, observed, bands = self.graph(reflectance=True).regular(values, valid, days)
+        plain, seen, none = class_graph().regular(values, valid, days)
+        series, observed, bands = class_graph(reflectance=True).regular(values, valid, days)
         assert none is None
         torch.testing.assert_close(series, plain)
         torch.testing.assert_close(observed, seen)
@@ -419,24 +408,8 @@ class TestWhatTheGridIsGiven:
 
 
 class TestSeveralNetworks:
-    def graph(self) -> PixelGraph:
-        torch.manual_seed(0)
-        pairs = [
-            (PixelEncoder(width=16, embedding=32), ClassificationHead(32, 5)) for _ in range(3)
-        ]
-        (encoder, head), *others = pairs
-        return PixelGraph(
-            bands=BANDS,
-            indices=INDICES,
-            steps=36,
-            step_days=10,
-            encoder=encoder,
-            head=head,
-            others=others,
-        ).eval()
-
     def test_the_output_is_the_mean_of_the_networks(self) -> None:
-        graph, series = self.graph(), random_series(4, 20)
+        graph, series = class_graph(3), random_series(4, 20)
         alone = []
         for encoder, head in ((graph.encoder, graph.head), *graph.others):
             single = PixelGraph(
