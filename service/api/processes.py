@@ -418,7 +418,8 @@ def available(request: TaskRequest) -> dict[str, tuple[str, ...]]:
     elif request.fields is not None:
         names = ("features",)
     else:
-        # It takes many times as long as all others together, and is made only when it is asked for.
+        # Attribution takes many times as long as all other outputs together, so it is computed only
+        # on request.
         left_out = {ATTRIBUTION} - set(request.outputs or ())
         rasters = [name for name in rasters_of(request.operation) if name not in left_out]
         names = (*rasters, "summary")

@@ -416,7 +416,7 @@ def _rasters(task: Runnable, outputs: Mapping[str, object], *, attributed: bool)
     """The task parameter `outputs` for the requested process outputs; empty for the default.
 
     Raises:
-        InvalidRequest: the attribution is asked for by an input, and `outputs` leaves it out.
+        InvalidRequest: the input `attribution` is true, but `outputs` does not include it.
     """
     names = rasters_of(task)
     if len(names) == 1:  # the only file of the task
