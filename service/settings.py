@@ -400,7 +400,7 @@ class Settings(BaseSettings):
             )
         return value
 
-    @field_validator("demo_dir")
+    @field_validator("demo_dir", "model_dir")
     @classmethod
     def _is_folder(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_dir():
@@ -424,13 +424,6 @@ class Settings(BaseSettings):
     @classmethod
     def _lower_level(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
-
-    @field_validator("model_dir")
-    @classmethod
-    def _is_a_folder(cls, value: Path | None) -> Path | None:
-        if value is not None and not value.is_dir():
-            raise ValueError(f"{value} is not an existing directory")
-        return value
 
 
 def _secret_bytes(text: str) -> bytes:
