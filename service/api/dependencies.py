@@ -36,7 +36,7 @@ from service.jobs.storage import StorageUnreachable
 from service.jobs.store import JobStore
 from service.read.connect import Remotes
 from service.read.geotiff import BlockCache
-from service.run.executors import ClusterState, Executor
+from service.run.executors import ClusterState, ThreadExecutor
 from service.run.memory import MemoryBudget
 from service.settings import Settings
 from service.telemetry import Metrics
@@ -58,7 +58,7 @@ class AppState:
     heads: HeadStore
     cache: BlockCache
     budget: MemoryBudget
-    executor: Executor
+    executor: ThreadExecutor
     """Runs synchronous requests."""
     cluster: Callable[[], ClusterState] | None
     """Returns the state of the cluster that runs jobs; None without one."""

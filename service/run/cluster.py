@@ -23,23 +23,20 @@ from concurrent.futures import Future as LocalFuture
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from distributed import Client, Future, KilledWorker
 
 from service.errors import InternalError
 from service.read.geotiff import BlockCache
 from service.run.executors import ClusterState, ThreadExecutor, Timing, check
-from service.run.passes import Pass
+from service.run.passes import Pass, Stages
 from service.run.windows import Arrays, Step
 from service.run.worker import Computed, ModelsPlugin, PassFile, Refused, compute, packed
 from service.settings import project_version
 from service.tracing import span
 
 _LOG = logging.getLogger(__name__)
-_Item = TypeVar("_Item")
-_Read = TypeVar("_Read")
-_Inferred = TypeVar("_Inferred")
 _LOOK_SECONDS = 1.0
 """Seconds between two looks at the workers, and between two checks of the windows in flight."""
 _CONNECT_SECONDS = 10.0
@@ -190,22 +187,10 @@ class ClusterExecutor:
     counted: Callable[[str], None] = lambda _: None
     """Called with the outcome of each task of a window: `written`, `late`, `lost`, `refused`."""
 
-    def run(
-        self,
-        items: Sequence[_Item],
-        *,
-        read: Callable[[_Item], _Read],
-        infer: Callable[[_Read], _Inferred],
-        write: Callable[[_Item, _Inferred], None],
-        cancelled: threading.Event | None = None,
-    ) -> Timing:
-        """See `Executor.run`."""
-        return self.here.run(items, read=read, infer=infer, write=write, cancelled=cancelled)
-
     def run_pass(
         self,
         steps: Sequence[Step],
-        work: Pass,
+        work: Pass | Stages,
         *,
         folder: Path,
         write: Callable[[Step, Arrays], None],
@@ -213,7 +198,10 @@ class ClusterExecutor:
         cancelled: threading.Event | None = None,
     ) -> Timing:
         """See `Executor.run_pass`."""
-        del cache  # of this process
+        if isinstance(work, Stages):
+            return self.here.run_pass(
+                steps, work, folder=folder, write=write, cache=cache, cancelled=cancelled
+            )
         if not steps:
             return Timing()
         content = packed(work)

@@ -137,21 +137,12 @@ class Work:
             collect(step.window, arrays)
             advance(step.window.height * step.window.width)
 
-        left = steps[begin:]
-        if not isinstance(work, Stages):
-            return self.executor.run_pass(
-                left,
-                work,
-                folder=self.folder,
-                write=write,
-                cache=self.cache,
-                cancelled=self.cancelled,
-            )
-        return self.executor.run(
-            left,
-            read=lambda step: work.read(step.window),
-            infer=work.infer,
-            write=lambda step, found: write(step, work.to_arrays(step.window, found)),
+        return self.executor.run_pass(
+            steps[begin:],
+            work,
+            folder=self.folder,
+            write=write,
+            cache=self.cache,
             cancelled=self.cancelled,
         )
 

@@ -2,8 +2,8 @@
 
     items ──▶ read (1 thread) ──▶ infer (2 threads) ──▶ write (1 thread, in the items' order)
 
-An executor takes items, such as windows, and one function per stage; or a `Pass`, whose windows it
-may compute elsewhere: see `service.run.cluster`. It does not depend on models.
+An executor runs passes. The windows of a `Pass` may be computed elsewhere, see
+`service.run.cluster`; those of `Stages` are computed in this process. It does not depend on models.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Protocol, TypeVar
 
 from service.errors import Cancelled
 from service.read.geotiff import BlockCache
-from service.run.passes import Pass
+from service.run.passes import Pass, Stages
 from service.run.windows import Arrays, Step
 from service.tracing import stage_spans
 
@@ -66,42 +67,12 @@ class ClusterState:
 
 
 class Executor(Protocol):
-    """Runs items through three stages."""
-
-    def run(
-        self,
-        items: Sequence[_Item],
-        *,
-        read: Callable[[_Item], _Read],
-        infer: Callable[[_Read], _Inferred],
-        write: Callable[[_Item, _Inferred], None],
-        cancelled: threading.Event | None = None,
-    ) -> Timing:
-        """Read, infer and write every item.
-
-        Items are read one at a time and written one at a time, in their order; several items may be
-        inferred at once. The number of items between two stages is bounded, and therefore memory.
-
-        Args:
-            items: the items, such as windows.
-            read: reads an item.
-            infer: predicts from the result of `read`.
-            write: takes an item and the result of `infer`.
-            cancelled: an event that cancels the run when it is set.
-
-        Returns:
-            The seconds in which each stage was busy.
-
-        Raises:
-            Cancelled: `cancelled` was set.
-            Exception: the exception of a stage, unchanged; no further item is started.
-        """
-        ...
+    """Runs passes."""
 
     def run_pass(
         self,
         steps: Sequence[Step],
-        work: Pass,
+        work: Pass | Stages,
         *,
         folder: Path,
         write: Callable[[Step, Arrays], None],
@@ -112,7 +83,7 @@ class Executor(Protocol):
 
         Args:
             steps: the windows, in order.
-            work: the pass.
+            work: the pass, or its stages, which run in this process.
             folder: folder of the run.
             write: takes a window and its arrays; called for one window at a time.
             cache: GDAL's block cache.
@@ -150,7 +121,25 @@ class ThreadExecutor:
         write: Callable[[_Item, _Inferred], None],
         cancelled: threading.Event | None = None,
     ) -> Timing:
-        """See `Executor.run`."""
+        """Read, infer and write every item.
+
+        Items are read one at a time and written one at a time, in their order; several items may be
+        inferred at once. The number of items between two stages is bounded, and therefore memory.
+
+        Args:
+            items: the items, such as windows.
+            read: reads an item.
+            infer: predicts from the result of `read`.
+            write: takes an item and the result of `infer`.
+            cancelled: an event that cancels the run when it is set.
+
+        Returns:
+            The seconds in which each stage was busy.
+
+        Raises:
+            Cancelled: `cancelled` was set.
+            Exception: the exception of a stage, unchanged; no further item is started.
+        """
         reading, inferring, writing = (
             _Stage(name, len(items)) for name in ("read", "infer", "write")
         )
@@ -204,7 +193,7 @@ class ThreadExecutor:
     def run_pass(
         self,
         steps: Sequence[Step],
-        work: Pass,
+        work: Pass | Stages,
         *,
         folder: Path,
         write: Callable[[Step, Arrays], None],
@@ -213,7 +202,8 @@ class ThreadExecutor:
     ) -> Timing:
         """See `Executor.run_pass`."""
         del folder  # for executors in other processes
-        with work.open(cache, cancelled) as stages:
+        opened = nullcontext(work) if isinstance(work, Stages) else work.open(cache, cancelled)
+        with opened as stages:
             return self.run(
                 steps,
                 read=lambda step: stages.read(step.window),

@@ -36,7 +36,7 @@ from service.read.reader import StackReader
 from service.read.stack import Sits, Stack, open_stack
 from service.read.vectors import Fields, read_fields
 from service.run.coverage import Coverage, FieldGrid, check_coverage, series_sums
-from service.run.executors import Executor, Timing, check
+from service.run.executors import ThreadExecutor, Timing, check
 from service.run.fields import LEAST_CLEAR
 from service.run.memory import MemoryBudget, measuring_need
 from service.run.plan import check_cloud_dates, unique
@@ -169,7 +169,7 @@ def measure(
     *,
     max_raster_bytes: int,
     max_fields: int,
-    executor: Executor,
+    executor: ThreadExecutor,
     cache: BlockCache | None = None,
     cancelled: threading.Event | None = None,
     budget: MemoryBudget | None = None,
@@ -311,7 +311,7 @@ def _points(
 def _fields(
     stack: Stack,
     fields: Fields,
-    executor: Executor,
+    executor: ThreadExecutor,
     cache: BlockCache | None,
     cancelled: threading.Event | None,
     window_bytes: int,
