@@ -106,7 +106,7 @@ def _smooth(work: Work, file: OpenScratch, target: OpenScratch) -> Timing:
             to_arrays=lambda _, values: {"values": values},
         ),
         collect=lambda window, arrays: target.write(window, arrays["values"]),
-        advance=work.progress.of(_PASS, grid),
+        share=_PASS,
     )
 
 
@@ -125,7 +125,7 @@ def _decide(work: Work, file: OpenScratch, classes: NDArray[np.uint8]) -> Timing
             to_arrays=lambda w, found: {"class": found.reshape(w.height, w.width)},
         ),
         collect=collect,
-        advance=work.progress.of(_PASS, work.run.stack.grid),
+        share=_PASS,
     )
 
 
@@ -159,5 +159,5 @@ def _to_sink(
             to_arrays=sink.to_arrays,
         ),
         collect=sink.collect,
-        advance=work.progress.of(_PASS, grid),
+        share=_PASS,
     )

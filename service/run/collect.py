@@ -63,21 +63,11 @@ class Progress:
         self._report = report
         self._done = 0.0
 
-    def of(self, share: float, grid: Grid) -> Callable[[int], None]:
-        """A function that a pass calls with the number of pixels that it has just finished.
-
-        Args:
-            share: share of the whole run that the pass counts, 0 to 1.
-            grid: grid of the pass, whose pixels are counted.
-        """
-        total = grid.width * grid.height
-
-        def advance(count: int) -> None:
-            self._done += share * count / total
-            # The last percent is for finishing the files.
-            self._report(min(self._done, 0.99))
-
-        return advance
+    def add(self, share: float) -> None:
+        """Add a share of the run that has just been finished, 0 to 1, and report the sum."""
+        self._done += share
+        # The last percent is for finishing the files.
+        self._report(min(self._done, 0.99))
 
     def finish(self) -> None:
         """Report that the run is complete."""
@@ -109,7 +99,7 @@ class Work:
         work: Pass | Stages,
         *,
         collect: Callable[[Window, Arrays], None],
-        advance: Callable[[int], None],
+        share: float,
     ) -> Timing:
         """Run one pass: read every window, infer, and store the result.
 
@@ -120,7 +110,7 @@ class Work:
                 run in this process.
             collect: takes the arrays of each window, in order: first those from the journal, then
                 those that this pass computes.
-            advance: called with the number of pixels of each finished window.
+            share: share of the whole run's progress that the pass counts, 0 to 1.
 
         Returns:
             The seconds of each stage.
@@ -129,16 +119,20 @@ class Work:
             Cancelled: the run was cancelled.
         """
         steps = [Step(stage=stage, number=n, window=part) for n, part in enumerate(parts)]
-        begin = self._recall(steps, collect, advance)
+        pixels = sum(part.width * part.height for part in parts)
+
+        def finish(step: Step, arrays: Arrays) -> None:
+            collect(step.window, arrays)
+            self.progress.add(share * (step.window.width * step.window.height) / pixels)
 
         def write(step: Step, arrays: Arrays) -> None:
             if self.journal is not None:
                 self.journal.save(step, arrays)
-            collect(step.window, arrays)
-            advance(step.window.height * step.window.width)
+            finish(step, arrays)
 
+        recalled = self._recall(steps, finish)
         return self.executor.run_pass(
-            steps[begin:],
+            steps[recalled:],
             work,
             folder=self.folder,
             write=write,
@@ -146,12 +140,7 @@ class Work:
             cancelled=self.cancelled,
         )
 
-    def _recall(
-        self,
-        steps: Sequence[Step],
-        collect: Callable[[Window, Arrays], None],
-        advance: Callable[[int], None],
-    ) -> int:
+    def _recall(self, steps: Sequence[Step], finish: Callable[[Step, Arrays], None]) -> int:
         """Keep the windows from the journal up to the first missing one, and return their number.
 
         Windows after a missing one are computed again, because sums of floats depend on the order
@@ -164,8 +153,7 @@ class Work:
             arrays = self.journal.load(step)
             if arrays is None:
                 return step.number
-            collect(step.window, arrays)
-            advance(step.window.height * step.window.width)
+            finish(step, arrays)
         return len(steps)
 
 

@@ -112,7 +112,7 @@ def _pass_over(work: Work, fields: Fields, kind: type[_Kind], *, share: float) -
         parts,
         kind.pass_of(run=run, grid=on_grid),
         collect=lambda _, arrays: sums.add(arrays),
-        advance=_advance(work, parts, share),
+        share=share,
     )
     return _Pass(sums=sums, parts=parts, timing=timing)
 
@@ -151,12 +151,6 @@ def run_fields(work: Work, fields: Fields) -> FieldOutcome:
         ),
         backtested=passed.sums.backtested,
     )
-
-
-def _advance(work: Work, parts: Sequence[Window], share: float) -> Any:  # noqa: ANN401 - a function
-    total = sum(part.width * part.height for part in parts) or 1
-    grid = work.run.stack.grid
-    return work.progress.of(share * grid.width * grid.height / total, grid)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ def _make_composite(work: Work, target: ScratchRaster) -> Timing:
             parts,
             CompositePass(run=run),
             collect=write_to(file),
-            advance=work.progress.of(0.2, grid),
+            share=0.2,
         )
 
 
@@ -114,7 +114,7 @@ def _predict_patches(
         parts,
         PatchPass(run=run, composite=composite, to_arrays=to_arrays),
         collect=collect,
-        advance=work.progress.of(0.6, cells),
+        share=0.6,
     )
 
 
@@ -184,5 +184,5 @@ def _average(work: Work, patches: PatchGrid, raw: ScratchRaster, sink: Sink) -> 
                 to_arrays=sink.to_arrays,
             ),
             collect=sink.collect,
-            advance=work.progress.of(0.1, cells),
+            share=0.1,
         )

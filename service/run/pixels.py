@@ -71,7 +71,7 @@ def predict_windows(
         parts,
         PixelPass(run=run, to_arrays=to_arrays, then=then),
         collect=collect,
-        advance=work.progress.of(share, grid),
+        share=share,
     )
 
 
