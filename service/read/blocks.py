@@ -246,11 +246,7 @@ class RemoteFile:
         self._end = max(begin + len(data) for begin, data in known.parts)
         await anyio.to_thread.run_sync(_write, self.path, known.parts, images, self._end)
 
-    def cost(self, window: Window) -> int:
-        """Number of bytes that `fetch` requests for a window."""
-        return sum(run.end - run.begin for run in self._runs(window))
-
-    def _runs(self, window: Window) -> list[_Run]:
+    def runs(self, window: Window) -> list[_Run]:
         """The ranges with a window's blocks; adjacent blocks are in one range."""
         needed = []
         for image in self.images:
@@ -271,24 +267,15 @@ class RemoteFile:
                 runs.append(_Run(begin=begin, end=end, blocks=((image, index),)))
         return runs
 
-    async def fetch(self, web: Connections, window: Window) -> None:
-        """Fetch the blocks of a window, and append them to the local file.
+    def fetches(
+        self, web: Connections, runs: Sequence[_Run]
+    ) -> list[Callable[[], Awaitable[None]]]:
+        """Calls that each fetch one range and append it to the local file; see `fetch_windows`.
 
-        Args:
-            web: the request's connections.
-            window: a window of the image.
-
-        Raises:
-            ForbiddenReference: an address or the target of a redirect is not allowed.
-            UnreachableReference: the host does not return the blocks.
-            BodyTooLarge: the request's files are larger than allowed.
+        They may be awaited at once.
         """
-        await side_by_side(self.fetches(web, window))
-
-    def fetches(self, web: Connections, window: Window) -> list[Callable[[], Awaitable[None]]]:
-        """Calls that each fetch one range of a window's blocks; they may be awaited at once."""
         calls: list[Callable[[], Awaitable[None]]] = []
-        for run in self._runs(window):
+        for run in runs:
             calls.append(partial(self._fetch, web, run, self._end))
             self._end += run.end - run.begin
         return calls
@@ -485,14 +472,15 @@ async def fetch_windows(
         ForbiddenReference: an address or the target of a redirect is not allowed.
         UnreachableReference: a host does not return the blocks.
     """
-    size = sum(remote.cost(window) for remote, window in windows)
+    needed = [(remote, remote.runs(window)) for remote, window in windows]
+    size = sum(run.end - run.begin for _, runs in needed for run in runs)
     if size > web.left:
         raise BodyTooLarge(
             f"{field}: the needed blocks of {len(windows)} files have {size} bytes, and the server "
             f"receives at most {web.left} more (PIMC_MAX_BODY_BYTES); give a smaller bbox or area, "
             "or fewer dates"
         )
-    await side_by_side([call for remote, window in windows for call in remote.fetches(web, window)])
+    await side_by_side([call for remote, runs in needed for call in remote.fetches(web, runs)])
 
 
 async def side_by_side(works: Sequence[Callable[[], Awaitable[None]]]) -> None:
