@@ -124,11 +124,11 @@ class Metrics:
         )
 
         self._oldest: float | None = None
-        Gauge(
+        self._watch(
             "pimc_oldest_job_seconds",
             "Seconds since the job that waits longest was accepted; 0 if none waits",
-            registry=self._registry,
-        ).set_function(lambda: 0 if self._oldest is None else max(0, time.time() - self._oldest))
+            lambda: 0 if self._oldest is None else max(0, time.time() - self._oldest),
+        )
         self._callbacks = self._counter(
             "pimc_callbacks",
             "Attempts to call the receivers of jobs",
@@ -243,7 +243,7 @@ class Metrics:
             ("pimc_uploads_in_flight", "Uploads that have not ended", uploads),
             ("pimc_spooled_bytes", "Bytes of request bodies on disk", spooled),
         ):
-            Gauge(name, text, registry=self._registry).set_function(read)
+            self._watch(name, text, read)
 
     def watch_memory(
         self, *, limit: int, taken: Callable[[], int], awaited: Callable[[], int]
@@ -260,7 +260,7 @@ class Metrics:
             ("pimc_memory_taken_bytes", "Bytes of memory that runs hold", taken),
             ("pimc_memory_awaited", "Runs that wait for memory", awaited),
         ):
-            Gauge(name, text, registry=self._registry).set_function(read)
+            self._watch(name, text, read)
 
     def watch_cache(self, size: Callable[[], int], ranges: Callable[[], int]) -> None:
         """Add gauges of the caches; they are read whenever a client reads the metrics.
@@ -269,16 +269,14 @@ class Metrics:
             size: returns the size of GDAL's cache of decoded blocks, bytes.
             ranges: returns the bytes of ranges of remote files that are kept.
         """
-        Gauge(
-            "pimc_range_cache_bytes",
-            "Ranges of remote files that are kept in memory",
-            registry=self._registry,
-        ).set_function(ranges)
-        Gauge(
+        self._watch(
+            "pimc_range_cache_bytes", "Ranges of remote files that are kept in memory", ranges
+        )
+        self._watch(
             "pimc_block_cache_bytes",
             "Size of the cache of decoded blocks, which grows for runs with large blocks",
-            registry=self._registry,
-        ).set_function(size)
+            size,
+        )
 
     def watch_cluster(
         self,
@@ -299,7 +297,7 @@ class Metrics:
             ("pimc_cluster_threads", "Threads of these workers", threads),
             ("pimc_cluster_workers_refused", "Workers that differ from the service", refused),
         ):
-            Gauge(name, text, registry=self._registry).set_function(read)
+            self._watch(name, text, read)
 
     def cluster_window(self, outcome: str) -> None:
         """Count a window that was given to the cluster.
@@ -315,9 +313,7 @@ class Metrics:
         Args:
             valid: returns the number of keys; called whenever a client reads the metrics.
         """
-        Gauge("pimc_api_keys", "API keys that are valid", registry=self._registry).set_function(
-            valid
-        )
+        self._watch("pimc_api_keys", "API keys that are valid", valid)
 
     def key_refused(self) -> None:
         """Count a wrong or expired API key."""
@@ -333,6 +329,10 @@ class Metrics:
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         return Counter(name, text, labels, registry=self._registry)
+
+    def _watch(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Add a gauge that calls `read` whenever a client reads the metrics."""
+        Gauge(name, text, registry=self._registry).set_function(read)
 
     def provider(self, name: str) -> None:
         """Set the execution provider in use."""
