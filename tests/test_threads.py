@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -20,10 +20,12 @@ from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from service import threads
 from service.jobs import database, runner
+from service.jobs.storage import StorageUnreachable
 from service.jobs.store import JobStore
+from service.telemetry import Metrics
 from service.threads import SupervisedThread
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
-from tests.kits.jobs import ASYNC, SERIES, running, stack, until, waited
+from tests.kits.jobs import ASYNC, SERIES, running, series_plan, stack, until, waited
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.process import ROOT
 
@@ -242,6 +244,60 @@ def test_a_running_job_waits_for_a_locked_store_and_requests_are_told(
             assert api.get(f"/jobs/{job}").json()["status"] in {"accepted", "running"}
         assert waited(api, job)["status"] == "successful"
         assert soon(lambda: api.get("/health/ready").status_code == 200)
+
+
+class Pauses(threading.Event):
+    """Set once a worker has waited for it a number of times, each of which takes no time.
+
+    Args:
+        most: that number.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+        self.seconds: list[float | None] = []
+        """Of the worker's waits."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if threading.current_thread().name != "job-0":
+            return super().wait(timeout)
+        self.seconds.append(timeout)
+        if len(self.seconds) == self._most:
+            self.set()
+        return self.is_set()
+
+
+def test_the_pauses_of_an_outage_are_bounded_however_long_it_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1100 attempts, each with twice the pause of the one before, would be more than a float."""
+
+    def unreachable(*_: object) -> None:
+        raise StorageUnreachable("no route")
+
+    monkeypatch.setattr(runner, "_PAUSE_SECONDS", 1.0)
+    closes, none = Pauses(1100), cast("Any", None)
+    with (
+        series_plan(write_zoo(tmp_path / "zoo")) as plan,
+        closing(JobStore(tmp_path / "state", ttl=3600.0, max_waiting=9)) as store,
+    ):
+        store.accept(plan, tmp_path, owner="")
+        job = store.take()
+        monkeypatch.setattr(store, "take", lambda: job)
+        monkeypatch.setattr(store, "prepare", unreachable)
+        for name in ("put_back", "tidy"):  # each would be synced to disk
+            monkeypatch.setattr(store, name, lambda _: None)
+        made = runner.JobRunner(
+            store, none, Metrics(), max_raster_bytes=1, max_fields=1, roots=(), workers=1,
+            ttl=3600.0, closing=closes, cache=none, budget=none, executor=none,
+            refresh=lambda _: None,
+        )  # fmt: skip
+        made.start()
+        assert threading.Event.wait(closes, PATIENCE)
+        made.join()
+    assert not made.failed
+    assert closes.seconds == [1.0, 2.0, 4.0, 8.0, 16.0, *[30.0] * 1095]
 
 
 @pytest.mark.slow

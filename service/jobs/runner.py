@@ -121,8 +121,8 @@ class JobRunner:
         self._wakeup = threading.Condition()
         self._running: dict[str, tuple[Job, threading.Event]] = {}
         self._sweep_fault: str | None = None
-        self._outages = 0
-        """Runs that the storage has ended since the last one that was finished."""
+        self._outage_pause = _PAUSE_SECONDS
+        """Next pause of a worker if the storage cannot be reached; a finished run resets it."""
         self._store_fault: str | None = None
         self._check_begun: float | None = None
         self._workers = [SupervisedThread(f"job-{n}", self._work, closing) for n in range(workers)]
@@ -315,7 +315,7 @@ class JobRunner:
             else:
                 self._fail(job, error)
         else:
-            self._outages = 0
+            self._outage_pause = _PAUSE_SECONDS
             seconds = time.monotonic() - begun
             self._metrics.job_ran(task=job.task, seconds=seconds)
             _LOG.info("job ends", extra={"seconds": round(seconds, 3)})
@@ -339,8 +339,8 @@ class JobRunner:
         self._record(lambda: self._store.put_back(job))
         pause = _PAUSE_SECONDS
         if isinstance(shortage, StorageUnreachable):  # each attempt sends it requests
-            pause = min(pause * 2**self._outages, _MAX_PAUSE_SECONDS)
-            self._outages += 1
+            pause = self._outage_pause
+            self._outage_pause = min(2 * pause, _MAX_PAUSE_SECONDS)
         self._closing.wait(pause)
 
     def _fail(self, job: Job, error: Exception) -> None:
