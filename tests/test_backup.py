@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from threading import Event
@@ -18,6 +18,7 @@ import pytest
 from benchmarks.serving import served
 from service.jobs.backup import back_up, restore
 from service.jobs.files import lock
+from service.jobs.storage import FolderStorage
 from service.settings import SettingsError
 from tests.kits.client import Received, Reply, serving
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
@@ -94,6 +95,18 @@ def test_jobs_continue_from_a_backup_that_was_made_while_they_ran(
         assert submitted(api, "/classify-pixels", headers=key, **held) == running
 
 
+class Watched(FolderStorage):
+    """A storage that calls a function with each name before the file or tree is copied."""
+
+    def __init__(self, root: Path, before: Callable[[str], None]) -> None:
+        super().__init__(root)
+        self._before = before
+
+    def fetch(self, key: str, target: Path) -> None:
+        self._before(target.name)
+        super().fetch(key, target)
+
+
 @pytest.mark.parametrize("ends", ["successful", "dismissed"])
 def test_a_job_that_ends_while_it_is_copied_is_kept_as_it_ended(
     zoo: Path, files: Files, gate: Gate, tmp_path: Path, ends: str
@@ -104,16 +117,15 @@ def test_a_job_that_ends_while_it_is_copied_is_kept_as_it_ended(
         job = submitted(api, "/classify-pixels", files=files, data={"model": HELD})
         copied: list[str] = []
 
-        def copy(source: Path, target: Path) -> None:
-            if source.name == "input" and "input" not in copied:
+        def before(name: str) -> None:
+            if name == "input" and "input" not in copied:
                 if ends == "dismissed":
                     api.delete(f"/jobs/{job}")
                 gate.open()
                 waited(api, job)
-            copied.append(source.name)
-            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+            copied.append(name)
 
-        back_up(state, backup, copy=copy)
+        back_up(state, backup, storage=Watched(state, before))
         assert copied[0] == "request.json"
     restore(backup, tmp_path / "other")
     with served(model_dir=zoo, state_dir=tmp_path / "other") as api:
@@ -149,15 +161,14 @@ def test_the_callback_of_a_job_that_ends_while_it_is_copied_is_kept(
             data = {"model": HELD, "subscriber": whom}
             job = submitted(api, "/classify-pixels", files=files, data=data)
 
-            def copy(source: Path, target: Path) -> None:
-                if source.name == "input":
+            def before(name: str) -> None:
+                if name == "input":
                     if ends == "dismissed":
                         api.delete(f"/jobs/{job}")
                     gate.open()
                     waited(api, job)
-                (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
 
-            back_up(state, backup, copy=copy)
+            back_up(state, backup, storage=Watched(state, before))
         restore(backup, other)
         with closing(sqlite3.connect(other / "jobs.sqlite")) as db, db:
             assert [event for (event,) in db.execute("SELECT event FROM callbacks")] == queued

@@ -18,10 +18,9 @@ import shutil
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -76,7 +75,6 @@ def back_up(
     *,
     database_url: str | None = None,
     storage: Storage | None = None,
-    copy: Callable[[Path, Path], None] | None = None,
 ) -> Backup:
     """Copy a state directory while services may use it.
 
@@ -85,7 +83,6 @@ def back_up(
         target: folder to create; its parent must exist.
         database_url: of PostgreSQL; None is SQLite in the state directory.
         storage: where the jobs' files are; None is the state directory.
-        copy: copies a file or a folder of it; None uses `shutil`.
 
     Returns:
         What the backup holds.
@@ -103,6 +100,7 @@ def back_up(
         )
     if target.exists():
         raise SettingsError(f"{target} exists already; give a folder that does not exist yet")
+    storage = storage or FolderStorage(state)
     unfinished = target.with_name(f"{target.name}.part")
     remove(unfinished)
     (unfinished / _JOBS).mkdir(parents=True, mode=0o700)
@@ -113,13 +111,8 @@ def back_up(
         # Without a write-ahead log the copy is complete in one file.
         kept.execute("PRAGMA journal_mode = DELETE")
         for (name,) in kept.execute("SELECT id FROM jobs ORDER BY number").fetchall():
-            fetch = (
-                partial(_copied, state / _JOBS / name, copy or _copy)
-                if storage is None or storage.local
-                else partial(_fetched, storage, f"{_JOBS}/{name}")
-            )
-            _keep_job(live, kept, name, unfinished / _JOBS / name, fetch)
-        if storage is None or storage.local:
+            _keep_job(live, kept, name, unfinished / _JOBS / name, storage)
+        if storage.local:
             copy_heads(state, unfinished)
         else:
             _fetch_heads(live, storage, unfinished)
@@ -192,7 +185,7 @@ def _keep_job(
     kept: sqlite3.Connection,
     name: str,
     target: Path,
-    fetch: Callable[[str, Path], bool],
+    storage: Storage,
 ) -> None:
     """Copy a job's files, row and callbacks; copy all again if the job changed meanwhile."""
     (number,) = kept.execute("SELECT number FROM jobs WHERE id = ?", (name,)).fetchone()
@@ -204,9 +197,10 @@ def _keep_job(
                 # A series has no input. Uploads are removed only after the row says how the job
                 # ended, and a result is complete before.
                 part = _result(row) if row["status"] == "successful" else "input"
-                found = {one: fetch(one, target / one) for one in (REQUEST, part)}
-                if not all(found[one] for one in found if one != "input"):
-                    raise FileNotFoundError(target)  # noqa: TRY301 - as if it were found later
+                for one in (REQUEST, part):
+                    storage.fetch(f"{_JOBS}/{name}/{one}", target / one)
+                    if one != "input" and not (target / one).exists():
+                        raise FileNotFoundError(target / one)  # noqa: TRY301 - removed meanwhile
         except (FileNotFoundError, shutil.Error):
             pass  # the service has removed files; the row's status changes with them
         else:
@@ -224,20 +218,6 @@ def _keep_job(
         f"job {name} changed during each of {_TRIES} copies, so its files do not match its row; "
         "repeat the backup later"
     )
-
-
-def _copied(place: Path, copy: Callable[[Path, Path], None], name: str, target: Path) -> bool:
-    """Copy a file or a folder of a job; returns whether it was there."""
-    if not (place / name).exists():
-        return False
-    copy(place / name, target)
-    return True
-
-
-def _fetched(storage: Storage, key: str, name: str, target: Path) -> bool:
-    """Copy a file or a tree of a job from a bucket; returns whether it was there."""
-    storage.fetch(f"{key}/{name}", target)
-    return target.exists()
 
 
 def _fetch_heads(live: _Live, storage: Storage, target: Path) -> None:
@@ -472,10 +452,3 @@ def _check(db: sqlite3.Connection, folder: Path) -> None:
             f"{folder}: {DATABASE} has schema version {version}, but this release reads versions 1 "
             f"to {SCHEMA_VERSION}; use the release that made the backup"
         )
-
-
-def _copy(source: Path, target: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copyfile(source, target)
