@@ -35,7 +35,7 @@ from service.jobs.database import (
     Sqlite,
     UnusableDatabase,
 )
-from service.jobs.files import lock, remove, sync_file, sync_folder
+from service.jobs.files import lock, remove, size_of, sync_file, sync_folder, sync_tree
 from service.jobs.heads import copy_heads, head_folder, head_owner
 from service.jobs.schema import REQUEST, SCHEMA_VERSION, result_name, upgrade
 from service.jobs.storage import FolderStorage, Storage
@@ -118,16 +118,13 @@ def back_up(
             _fetch_heads(live, storage, unfinished)
         _check(kept, unfinished)
         (jobs,) = kept.execute("SELECT count(*) FROM jobs").fetchone()
-    for path in unfinished.rglob("*"):
-        (sync_folder if path.is_dir() else sync_file)(path)
-    sync_folder(unfinished)
+    sync_tree(unfinished)
     unfinished.rename(target)
     sync_folder(target.parent)
-    files = [path for path in target.rglob("*") if path.is_file()]
     return Backup(
         jobs=jobs,
         results=sum(1 for _ in target.glob(f"{_JOBS}/*/result*")),
-        size=sum(path.stat().st_size for path in files),
+        size=size_of(target),
     )
 
 
@@ -344,11 +341,9 @@ def _copy_files(backup: Path, state: Path) -> None:
     """Copy a backup's folders, synced to disk."""
     for name in (_JOBS, HEADS):
         remove(state / name)  # left by an interrupted restore
-        if (backup / name).exists():
+        if name == _JOBS or (backup / name).exists():  # there may be no models
             shutil.copytree(backup / name, state / name)
-    for path in [path for name in (_JOBS, HEADS) for path in (state / name).rglob("*")]:
-        (sync_folder if path.is_dir() else sync_file)(path)
-    sync_folder(state / _JOBS)
+            sync_tree(state / name)
 
 
 def _restore_postgres(backup: Path, state: Path, url: str, storage: Storage) -> None:

@@ -93,6 +93,12 @@ def sync_folder(path: Path) -> None:
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
+def sync_tree(path: Path) -> None:
+    """Sync a file, or a folder with everything in it, to disk."""
+    for one in [*path.rglob("*"), path]:
+        (sync_folder if one.is_dir() else sync_file)(one)
+
+
 def _sync(path: Path, flags: int) -> None:
     file = os.open(path, flags)
     try:

@@ -32,7 +32,7 @@ from service.errors import InvalidRequest, NameTaken, Overloaded, UnknownModel, 
 from service.infer.engine import Engine
 from service.infer.model import LoadedModel
 from service.jobs.database import DuplicateRow
-from service.jobs.files import sync_file, sync_folder
+from service.jobs.files import sync_folder, sync_tree
 from service.jobs.store import HEADS, JobStore
 
 _LOG = logging.getLogger(__name__)
@@ -244,9 +244,7 @@ class HeadStore:
                 self._learn(owner)
                 return
             bundle_folder.parent.mkdir(mode=0o700, exist_ok=True)
-            for file in folder.iterdir():
-                sync_file(file)
-            sync_folder(folder)
+            sync_tree(folder)
             _rename(folder, bundle_folder)
             sync_folder(bundle_folder.parent)
             sync_folder(self._root)

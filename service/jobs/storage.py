@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from service.errors import Overloaded
-from service.jobs.files import keep_only, remove, size_of, sync_file, sync_folder
+from service.jobs.files import keep_only, remove, size_of, sync_folder, sync_tree
 
 
 class StorageUnreachable(Overloaded):
@@ -205,8 +205,7 @@ class FolderStorage:
 
     def put(self, key: str, path: Path, *, last: str = "") -> None:  # noqa: ARG002 - one rename
         """See `Storage`."""
-        for one in [*path.rglob("*"), path]:
-            (sync_folder if one.is_dir() else sync_file)(one)
+        sync_tree(path)
         target = self._root / key
         if path != target:
             path.rename(target)
