@@ -20,6 +20,7 @@ from rasterio.windows import Window
 
 from benchmarks.serving import served
 from service.errors import InvalidRequest, ResultNotReady, UnknownJob
+from service.jobs.storage import FolderStorage
 from service.jobs.store import Idempotency, Job, JobStore
 from service.jobs.window_journal import WindowFile
 from service.run.plan import Plan
@@ -40,6 +41,7 @@ from tests.kits.jobs import (
     until,
     waited,
 )
+from tests.kits.postgres import Postgres
 
 YEAR = 365 * 24 * 3600.0
 WEEK = 7 * 24 * 3600.0
@@ -165,6 +167,27 @@ def test_folders_without_a_job_are_removed_at_start(ready: Plan, tmp_path: Path)
         left = sorted(path.name for path in store.folder(gone).iterdir())
         assert left == ["request.json", "result-1"]
         assert list((tmp_path / "requests").iterdir()) == []
+
+
+class Emptied(FolderStorage):
+    """A folder whose jobs another replica removes just after it was listed."""
+
+    def names(self, key: str) -> list[str]:
+        found = super().names(key)
+        for name in found:
+            self.remove(f"{key}/{name}")
+        return found
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_replica_removes_meanwhile_is_no_error(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    state, url = tmp_path / "state", postgres.database()
+    with opened(state, database_url=url):
+        (state / "jobs" / "rejected").mkdir()
+    with opened(state, database_url=url, storage=Emptied(state)):
+        assert list((state / "jobs").iterdir()) == []
 
 
 def test_a_stored_window_is_used_only_if_its_bytes_are_complete(

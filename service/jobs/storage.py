@@ -162,7 +162,7 @@ class Storage(Protocol):
         ...
 
     def modified(self, key: str) -> float:
-        """When a tree was last changed, seconds since 1970."""
+        """When a tree was last changed, seconds since 1970; 0 if there is none."""
         ...
 
     def size(self, *keys: str) -> int:
@@ -270,7 +270,9 @@ class FolderStorage:
 
     def modified(self, key: str) -> float:
         """See `Storage`."""
-        return (self._root / key).stat().st_mtime
+        with suppress(FileNotFoundError):
+            return (self._root / key).stat().st_mtime
+        return 0.0
 
     def size(self, *keys: str) -> int:
         """See `Storage`."""
