@@ -1392,17 +1392,15 @@ class JobStore:
         They are left by a replica that ended before it accepted the job, and by removals while the
         storage could not be reached.
         """
-        # Names first: a job that is accepted meanwhile is in neither.
-        found = {kind: self.storage.names(kind) for kind in (_JOBS, HEADS)}
-        with self._db.read() as db:
-            kept = {
-                _JOBS: db.execute("SELECT id FROM jobs").fetchall(),
-                HEADS: db.execute("SELECT version FROM heads").fetchall(),
-            }
-        if self.storage.local:  # its models have no rows
-            del found[HEADS]
-        for kind, names in found.items():
-            for name in set(names) - {one for (one,) in kept[kind]}:
+        owned = {_JOBS: "SELECT id FROM jobs"}
+        if not self.storage.local:  # models in a folder have no rows
+            owned[HEADS] = "SELECT version FROM heads"
+        for kind, query in owned.items():
+            # Names first: a job that is accepted meanwhile is in neither.
+            names = self.storage.names(kind)
+            with self._db.read() as db:
+                kept = {name for (name,) in db.execute(query).fetchall()}
+            for name in set(names) - kept:
                 key = f"{kind}/{name}"
                 if time.time() - self.storage.modified(key) > _ORPHAN_SECONDS:
                     self.storage.remove(key)
