@@ -226,7 +226,7 @@ def _fetch_heads(live: _Live, storage: Storage, target: Path) -> None:
         target: the copy of the state directory.
     """
     for owner, name, version in live.execute("SELECT owner, name, version FROM heads").fetchall():
-        folder = head_folder(target, owner) / name
+        folder = head_folder(target / HEADS, owner) / name
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             storage.fetch(f"{HEADS}/{version}", folder)

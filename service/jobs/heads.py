@@ -40,9 +40,9 @@ _NO_OWNER = "_"
 """Folder name of the empty owner, which all callers share if no API keys are set."""
 
 
-def head_folder(state: Path, owner: str) -> Path:
-    """Folder of a caller's models in a state directory."""
-    return state / HEADS / (owner or _NO_OWNER)
+def head_folder(heads: Path, owner: str) -> Path:
+    """Folder of a caller's models in the folder of all models."""
+    return heads / (owner or _NO_OWNER)
 
 
 def head_owner(name: str) -> str:
@@ -139,16 +139,15 @@ class HeadStore:
         for name in sorted(found):
             if found[name] != known.get(name):
                 if self._rows is not None:
-                    self._bring(owner, name, str(found[name]))
+                    self._bring(self._rows, owner, name, str(found[name]))
                 self._load(owner, self._folder(owner, name))
         self._known = {**self._known, owner: found}
 
-    def _bring(self, owner: str, name: str, version: str) -> None:
+    def _bring(self, rows: JobStore, owner: str, name: str, version: str) -> None:
         """Copy a model from the bucket; one that was removed meanwhile leaves nothing."""
         with self.draft() as draft:
-            if self._rows is not None:
-                with suppress(FileNotFoundError):
-                    self._rows.storage.fetch(f"{HEADS}/{version}", draft)
+            with suppress(FileNotFoundError):
+                rows.storage.fetch(f"{HEADS}/{version}", draft)
             self._place(owner, name, draft)
 
     def _place(self, owner: str, name: str, draft: Path) -> None:
@@ -343,7 +342,7 @@ class HeadStore:
                 self._learn(owner)
 
     def _owner_folder(self, owner: str) -> Path:
-        return self._root / (owner or _NO_OWNER)
+        return head_folder(self._root, owner)
 
     def _folder(self, owner: str, name: str) -> Path:
         return self._owner_folder(owner) / name
