@@ -38,8 +38,8 @@ from service.jobs.database import (
 from service.jobs.files import lock, remove, size_of, sync_file, sync_folder, sync_tree
 from service.jobs.heads import copy_heads, head_folder, head_owner
 from service.jobs.schema import REQUEST, SCHEMA_VERSION, result_name, upgrade
-from service.jobs.storage import FolderStorage, Storage
-from service.jobs.store import DATABASE, HEADS, MARK, mark_owner
+from service.jobs.storage import MARK, FolderStorage, Storage
+from service.jobs.store import DATABASE, HEADS, mark_owner
 from service.settings import SettingsError
 
 _JOBS = "jobs"

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from service.jobs.files import remove
-from service.jobs.storage import FolderStorage, Storage, StorageUnreachable
+from service.jobs.storage import MARK, FolderStorage, Storage, StorageUnreachable
 from service.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -391,7 +391,7 @@ class S3Storage:
     def fault(self) -> str | None:
         """See `Storage`."""
         try:
-            self._library.head(self._probe, "database")
+            self._library.head(self._probe, MARK)
         except FileNotFoundError:
             return f"the storage {self.name} no longer has the jobs of this service"
         except self._fault as error:

@@ -20,6 +20,9 @@ from typing import IO, Protocol
 from service.errors import Overloaded
 from service.jobs.files import keep_only, remove, size_of, sync_folder, sync_tree
 
+MARK = "database"
+"""Key of the id of the database to which a storage belongs."""
+
 
 class StorageUnreachable(Overloaded):
     """The storage cannot be reached, or refuses requests: jobs wait until it can be used.

@@ -84,7 +84,7 @@ from service.jobs.serialise import (
     result_head,
     stored_result,
 )
-from service.jobs.storage import FolderStorage, RemoteFile, Storage, StorageUnreachable
+from service.jobs.storage import MARK, FolderStorage, RemoteFile, Storage, StorageUnreachable
 from service.run.execute import Result
 from service.run.plan import Plan
 from service.run.request import RasterRequest, Runnable, Subscriber, TaskRequest
@@ -118,8 +118,6 @@ _LOOK_SECONDS = 3600.0
 """Seconds between looks for such folders."""
 _CLAIM_SECONDS = 60.0
 """Seconds in which a replica sends a callback before another may send it."""
-MARK = "database"
-"""Key of the id of the database to which a storage belongs."""
 _WAITS = (
     "SELECT 1 FROM jobs WHERE status = 'accepted' OR (status = 'running' AND {expired}) LIMIT 1"
 )
