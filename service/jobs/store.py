@@ -750,12 +750,12 @@ class JobStore:
             Overloaded: the storage cannot be reached.
         """
         try:
-            text = self.storage.read(_key(job.id, REQUEST))
+            document = self._stored_request(job)
         except FileNotFoundError as error:
             raise ResultNotReady(
                 f"job {job.id} is {job.status}, and its files have been removed"
             ) from error
-        return request_of(json.loads(text), self.folder(job) / _INPUT)
+        return request_of(document, self.folder(job) / _INPUT)
 
     def delivery(self, job: Job) -> Mapping[str, Any] | None:
         """How a job's results are returned, as stored by `accept`.
@@ -764,20 +764,27 @@ class JobStore:
             ResultNotReady: the job's files are removed.
         """
         try:
-            document = json.loads(self.storage.read(_key(job.id, REQUEST)))
+            found: Mapping[str, Any] | None = self._stored_request(job).get(_DELIVERY)
         except FileNotFoundError as error:
             raise removed(job) from error
-        found: Mapping[str, Any] | None = document.get(_DELIVERY)
         return found
 
     def submitted(self, job: Job) -> str | None:
         """The span of the request that submitted a job, as a `traceparent`; None if not traced."""
         try:
-            document = json.loads(self.storage.read(_key(job.id, REQUEST)))
+            found: str | None = self._stored_request(job).get(_SUBMITTED)
         except (FileNotFoundError, StorageUnreachable):  # which ends its run soon
             return None
-        found: str | None = document.get(_SUBMITTED)
         return found
+
+    def _stored_request(self, job: Job) -> Mapping[str, Any]:
+        """The document of a job's request, as `accept` stored it.
+
+        Raises:
+            FileNotFoundError: the job's files are removed.
+        """
+        document: Mapping[str, Any] = json.loads(self.storage.read(_key(job.id, REQUEST)))
+        return document
 
     def result(self, job: Job) -> StoredResult:
         """A finished job's result.
@@ -1088,8 +1095,7 @@ class JobStore:
 
     def may_upgrade(self, job: Job) -> bool:
         """Whether the owner allows a later version of the model to run the job."""
-        document = json.loads(self.storage.read(_key(job.id, REQUEST)))
-        return bool(document.get(_UPGRADE))
+        return bool(self._stored_request(job).get(_UPGRADE))
 
     def change_model(self, job: Job, model: str, sha256: str) -> Job:
         """Change the model of a running job and discard its finished windows.
