@@ -171,10 +171,14 @@ def _copy_rows(source: _Live, target: Session) -> None:
     target.execute("DELETE FROM clock")  # which a new schema fills
     for table in _TABLES:
         for row in source.execute(f"SELECT * FROM {table}").fetchall():  # noqa: S608
-            columns = ", ".join(row.keys())
-            marks = ", ".join("?" * len(row.keys()))
-            statement = f"INSERT INTO {table} ({columns}) VALUES ({marks})"  # noqa: S608
-            target.execute(statement, tuple(row))
+            _insert(target, table, row)
+
+
+def _insert(target: sqlite3.Connection | Session, table: str, row: Any) -> None:  # noqa: ANN401
+    """Add a row of another database, of either library, to a table."""
+    columns, marks = ", ".join(row.keys()), ", ".join("?" * len(row))
+    statement = f"INSERT INTO {table} ({columns}) VALUES ({marks})"  # noqa: S608 - our columns
+    target.execute(statement, tuple(row))
 
 
 def _keep_job(
@@ -278,10 +282,7 @@ def _keep_callbacks(kept: sqlite3.Connection, callbacks: Sequence[Any], job: int
     for callback in _callbacks(kept, kept, job):
         kept.execute("DELETE FROM callbacks WHERE number = ?", (callback["number"],))
     for callback in callbacks:
-        values = dict(zip(callback.keys(), callback, strict=True))
-        columns, marks = ", ".join(values), ", ".join(f":{column}" for column in values)
-        statement = f"INSERT INTO callbacks ({columns}) VALUES ({marks})"  # noqa: S608 - our columns
-        kept.execute(statement, values)
+        _insert(kept, "callbacks", callback)
 
 
 def restore(
