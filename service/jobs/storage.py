@@ -210,8 +210,7 @@ class FolderStorage:
         """See `Storage`."""
         sync_tree(path)
         target = self._root / key
-        if path != target:
-            path.rename(target)
+        path.rename(target)
         sync_folder(target.parent)
 
     def write(self, key: str, content: bytes) -> None:
