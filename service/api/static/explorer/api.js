@@ -67,8 +67,9 @@ export async function send(path, how = {}) {
     const key = storedKey();
     const response = await once(path, how);
     if (response.status < 400) return response;
-    if (response.status === 401 && storedKey() !== key) continue; // The refused key has been replaced since.
     const problem = new Problem(response.status, await parsed(response.blob));
+    // After the last await before the dialog: the refused key may be replaced during each of them.
+    if (response.status === 401 && storedKey() !== key) continue;
     const reason = storedKey() ? "The service does not accept this key." : "This service requires an API key.";
     if (response.status !== 401 || !(await requestKey(reason))) throw problem;
   }
