@@ -15,7 +15,7 @@ from models.registry import Registry, load_bundle
 from models.timegrid import TimeGrid
 from service.errors import InvalidRequest, NameTaken, UnknownModel
 from service.infer.engine import Engine
-from service.jobs import heads
+from service.jobs import files, heads
 from service.jobs.heads import HeadStore
 from service.learn import kernel
 from service.learn.graph import (
@@ -315,7 +315,7 @@ def test_a_kill_while_publishing_leaves_all_or_nothing(
         elif step == "after":
             patch.setattr(engine, "add", killed)
         else:
-            patch.setattr(heads, step, killed)
+            patch.setattr(files, step, killed)
         with pytest.raises(Killed):
             publish(store, engine, made)
     with Engine(Registry(bundles={}), providers="cpu", threads=1) as second:
