@@ -17,16 +17,30 @@ from numpy.typing import ArrayLike, NDArray
 # `rasterio.errors` does not export it.
 from rasterio._err import CPLE_BaseError as GDALError
 from rasterio.crs import CRS
+from rasterio.errors import CRSError
 from rasterio.windows import Window
 
 from service.errors import GridMismatch, NoGeoreference
 
-__all__ = ["GDALError", "Grid", "Window", "crs_name", "transformed"]
+__all__ = ["CRSError", "GDALError", "Grid", "Window", "crs_name", "crs_of", "transformed"]
 
 _TOLERANCE = 1e-3
 """Largest distance of corresponding corners, pixels: programs round transforms differently."""
 _WGS84 = (6378137.0, 298.257223563)
 _ELLIPSOID = re.compile(r'(?:SPHEROID|ELLIPSOID)\["[^"]*",\s*([0-9.eE+]+),\s*([0-9.eE+]+)')
+_CRS_FORMS = re.compile(
+    r"[A-Za-z][A-Za-z0-9_-]*:[A-Za-z0-9_.+-]+"  # EPSG:32631, OGC:CRS84, EPSG:32631+5773
+    r"|urn:(ogc|x-ogc):def:crs:[A-Za-z0-9_.:-]+"
+    r"|(WGS|NAD)[0-9]{2}"
+    r"|\+proj=.*"
+    r"|\{.*\}"  # PROJJSON
+    r"|(PROJ|GEOG|GEOC|GEOD|PROJECTED|GEOGRAPHIC|GEODETIC|BOUND|COMPOUND)(_?CS|CRS)\s*[\[(].*",
+    re.DOTALL | re.IGNORECASE,
+)
+_CRS_URL = re.compile(r"https?://www\.opengis\.net/def/crs/([A-Za-z]+)/[0-9.]+/([A-Za-z0-9]+)")
+_CRS_FILES = re.compile(r"(grids|init|catalog)\s*=\s*(?!@null\b)|PARAMETERFILE", re.IGNORECASE)
+"""Parts of a CRS that name a file, which PROJ opens."""
+_CRS_LENGTH = 2**14
 _DEGREES = CRS.from_epsg(4326)
 _COLUMNS_AVERAGED = 65
 _EQUAL_AREA = 0.005
@@ -37,6 +51,26 @@ _NODES = 9
 # an error of at most 0.001 %.
 _NODE_PIXELS = 64
 _NODE_METRES = 20_000
+
+
+def crs_of(text: str) -> CRS:
+    """The CRS that a client's text states: a code of an authority, WKT, PROJJSON or a PROJ string.
+
+    GDAL takes any other text for the name of a file or a URL, and reads it.
+
+    Args:
+        text: the text, such as `EPSG:32631`.
+
+    Raises:
+        CRSError: the text has another form, or states a CRS that is not known.
+    """
+    given = text.strip()
+    url = _CRS_URL.fullmatch(given)
+    if url:
+        given = f"{url[1]}:{url[2]}"
+    if len(given) > _CRS_LENGTH or not _CRS_FORMS.fullmatch(given) or _CRS_FILES.search(given):
+        raise CRSError("the CRS is neither a code such as EPSG:32631, WKT, PROJJSON nor PROJ")
+    return CRS.from_user_input(given)
 
 
 @dataclass(frozen=True, kw_only=True)

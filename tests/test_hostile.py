@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from rasterio.crs import CRS
+from rasterio.errors import CRSError
 from rasterio.windows import Window
 
 from benchmarks.mutations import (
@@ -41,12 +43,22 @@ from benchmarks.mutations import (
     Tiff,
     edited,
 )
-from service.errors import CorruptRaster, NotAGeoTIFF, PIMCError, RasterTooLarge
+from service.errors import (
+    CorruptRaster,
+    InvalidRequest,
+    NotAGeoTIFF,
+    NotAVectorFile,
+    PIMCError,
+    RasterTooLarge,
+)
+from service.grid import crs_of
 from service.read import reader as reading
 from service.read.geotiff import SourceFile, gdal_options, open_geotiff
 from service.read.layouts import StackOptions
 from service.read.reader import StackReader
+from service.read.stac import georeference_of_asset
 from service.read.stack import Stack, open_stack
+from service.read.vectors import read_fields
 from tests.kits.patience import PATIENCE
 from tests.kits.rasters import NORTH_UP, UTM, write
 from tests.kits.sockets import connections, listening
@@ -457,6 +469,52 @@ def test_no_name_in_a_file_leads_to_another_file(
     with pytest.raises(NotAGeoTIFF, match="OVERVIEWS") as caught:
         opened(path.read_bytes(), tmp_path)
     assert "secret" not in caught.value.detail
+
+
+WKT = CRS.from_epsg(32631).to_wkt()
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["http://127.0.0.1:{port}/a", "ESRI::{path}", "{path}", "+proj=utm +zone=31 +nadgrids={path}"],
+)
+def test_no_crs_leads_to_a_file_or_to_the_network(
+    sound: bytes, tmp_path: Path, elsewhere: socket.socket, form: str
+) -> None:
+    other = tmp_path / "other.wkt"
+    other.write_text(WKT)
+    crs = form.format(port=elsewhere.getsockname()[1], path=other)
+    # rasterio reads the file, or connects.
+    with rasterio.Env(GDAL_HTTP_TIMEOUT="1", GDAL_HTTP_MAX_RETRY="0"):
+        try:
+            reads = bool(CRS.from_user_input(crs))
+        except CRSError:
+            reads = connections(elsewhere) > 0
+    assert reads
+    path = tmp_path / "a.tif"
+    path.write_bytes(sound)
+    file = SourceFile(name="a.tif", path=path)
+    with pytest.raises(InvalidRequest, match="EPSG:32631@10"):
+        open_stack([file], StackOptions(grid=f"{crs}@10"), bands=BANDS, max_bytes=LIMIT)
+    named = {"type": "name", "properties": {"name": crs}}
+    fields = {"type": "FeatureCollection", "crs": named, "features": []}
+    (tmp_path / "fields").write_text(json.dumps(fields))
+    with pytest.raises(NotAVectorFile, match="CRS that is not known"):
+        read_fields(SourceFile(name="fields", path=tmp_path / "fields"), 9)
+    stated = {"proj:code": crs, "proj:transform": [10, 0, 0, 0, -10, 0]}
+    assert georeference_of_asset({"properties": stated}, {}) is None
+    assert connections(elsewhere) == 0
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["EPSG:32631", "epsg:32631", "urn:ogc:def:crs:EPSG::32631", "+proj=utm +zone=31",
+     "http://www.opengis.net/def/crs/EPSG/0/32631",
+     WKT, CRS.from_epsg(32631).to_wkt(version="WKT2_2019"),
+     json.dumps(CRS.from_epsg(32631).to_dict(projjson=True))],
+)  # fmt: skip
+def test_a_crs_may_be_stated_in_each_form(form: str) -> None:
+    assert crs_of(form) == CRS.from_epsg(32631)
 
 
 def test_gdals_options_forbid_other_files() -> None:

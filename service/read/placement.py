@@ -17,11 +17,10 @@ from typing import Any, Literal
 import rasterio.warp
 from affine import Affine
 from rasterio.crs import CRS
-from rasterio.errors import CRSError
 from rasterio.transform import array_bounds
 
 from service.errors import GridMismatch, InvalidRequest, StackWarning
-from service.grid import GDALError, Grid, Window, crs_name
+from service.grid import CRSError, GDALError, Grid, Window, crs_name, crs_of
 from service.read.geotiff import Header
 
 Bounds = tuple[float, float, float, float]
@@ -295,7 +294,7 @@ def _requested_grid(
             "EPSG:32631@10, nor the name of a file of the request",
         )
     try:
-        crs = CRS.from_user_input(match["crs"])
+        crs = crs_of(match["crs"])
         size = float(match["size"])
     except (CRSError, ValueError):
         raise InvalidRequest.of(

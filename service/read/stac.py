@@ -17,9 +17,9 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 from affine import Affine
 from rasterio.crs import CRS
-from rasterio.errors import CRSError
 
 from service.errors import InvalidRequest, MissingBands, first_names
+from service.grid import CRSError, crs_of
 from service.read.masks import AUTO, MaskRule
 from service.read.metadata import TWINS, band_of, quality_of
 
@@ -442,7 +442,7 @@ def georeference_of_asset(document: Document, asset: Document) -> tuple[CRS, Aff
     if not all(isinstance(number, int | float) for number in numbers):
         return None
     try:
-        crs = CRS.from_user_input(f"EPSG:{code}" if isinstance(code, int) else str(code))
+        crs = crs_of(f"EPSG:{code}" if isinstance(code, int) else str(code))
     except CRSError:
         return None
     return crs, Affine(*numbers[:6])

@@ -18,10 +18,9 @@ import pyarrow.parquet
 import shapely
 from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.errors import CRSError
 
 from service.errors import InvalidFields, NotAVectorFile, StackWarning, TooManyFields, first_names
-from service.grid import transformed
+from service.grid import CRSError, crs_of, transformed
 from service.read.drivers import keep_needed_vector_drivers
 from service.read.geotiff import SourceFile
 
@@ -221,8 +220,8 @@ def _named_crs(name: str, crs: object) -> CRS:
         return _DEGREES
     try:
         text = crs["properties"]["name"]  # type: ignore[index]
-        return _DEGREES if "CRS84" in text else CRS.from_user_input(text)
-    except (TypeError, KeyError, CRSError) as error:
+        return _DEGREES if "CRS84" in text else crs_of(text)
+    except (TypeError, KeyError, AttributeError, CRSError) as error:
         raise NotAVectorFile(f"'{name}' names a CRS that is not known") from error
 
 
@@ -253,7 +252,7 @@ def _read_geopackage(source: SourceFile, most: int) -> _Read:
         meta, fids, geometry, columns = pyogrio.raw.read(
             path, layer=spatial[0], return_fids=True, force_2d=True
         )
-        crs = CRS.from_user_input(info["crs"])
+        crs = crs_of(info["crs"])
     except (DataSourceError, DataLayerError, CRSError, ValueError) as error:
         raise NotAVectorFile(f"'{source.name}' cannot be read as a GeoPackage") from error
     finally:
@@ -283,7 +282,7 @@ def _read_geoparquet(source: SourceFile, most: int) -> _Read:
             stated = geo["columns"][main].get("crs", "OGC:CRS84")
             rows = file.read().to_pylist()
         is_degrees = stated == "OGC:CRS84" or (stated or {}).get("id", {}).get("code") == "CRS84"
-        crs = _DEGREES if is_degrees else CRS.from_user_input(json.dumps(stated))
+        crs = _DEGREES if is_degrees else crs_of(json.dumps(stated))
         shapes = shapely.from_wkb([row.pop(main) for row in rows], on_invalid="ignore")
     except (pyarrow.ArrowException, CRSError, KeyError, TypeError, ValueError, OSError) as error:
         raise NotAVectorFile(f"'{source.name}' cannot be read as GeoParquet") from error
