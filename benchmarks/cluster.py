@@ -35,7 +35,7 @@ BAR = 1.85
 FEWEST_WINDOWS = 256
 _TILE = 128
 _DATES = 24
-_BUDGET = "384MiB"
+_BUDGET = "256MiB"
 """Memory budget of the service with which a window is one tile."""
 _PATIENCE = 600.0
 

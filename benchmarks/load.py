@@ -138,6 +138,8 @@ class Report:
     """Resident memory in bytes, one value per second."""
     probes: Mapping[str, Sequence[float]]
     """Seconds of each health and metrics response."""
+    unready: int = 0
+    """Number of responses of /health/ready that said that the server is not ready."""
     beside: Outcomes = field(default_factory=dict)
     """Responses to the others beside the clients, by their name."""
 
@@ -561,8 +563,13 @@ NEED_KEYS = frozenset({"hogs"})
 
 
 def _probe(host: str, port: int, out: Connection) -> None:
-    """Request health and metrics in a separate process until stopped, at least once."""
+    """Request health and metrics in a separate process until stopped, at least once.
+
+    A server at 9 of 10 queue slots is not ready, which is no failure beside clients that send more
+    than it can take; so these responses are counted.
+    """
     found: dict[str, list[float]] = {path: [] for path in _PROBES}
+    unready = 0
     connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
     stopped = False
     while not stopped:
@@ -570,13 +577,15 @@ def _probe(host: str, port: int, out: Connection) -> None:
             begun = time.perf_counter()
             connection.request("GET", path)
             response = connection.getresponse()
-            response.read()
+            body = response.read()
             found[path].append(time.perf_counter() - begun)
-            if response.status != 200:
+            if response.status == 503 and json.loads(body).get("code") == "not_ready":
+                unready += 1
+            elif response.status != 200:
                 out.send(f"{path} returned {response.status}")
                 return
         stopped = out.poll(0.03)
-    out.send(found)
+    out.send((found, unready))
 
 
 # All together -------------------------------------------------------------------------------
@@ -645,7 +654,10 @@ def run(
         _settle(service)
         if isinstance(probes, str):
             tally.failures.append(probes)
-            probes = {path: [] for path in _PROBES}
+            probes = {path: [] for path in _PROBES}, 0
+        seconds_of, unready = probes
+        if unready and not beside:
+            tally.failures.append(f"/health/ready returned 503 {unready} times")
         tally.failures += _errors(service.log)
         return Report(
             machine=about,
@@ -658,7 +670,8 @@ def run(
             running=service.metric("pimc_runs_in_flight"),
             refused_p99=percentile(tally.refused_seconds, 0.99),
             resident=[number for _, number in resident.samples],
-            probes=probes,
+            probes=seconds_of,
+            unready=unready,
             beside={name: dict(counts) for name, counts in others.items()},
         )
 
@@ -709,6 +722,8 @@ def show(report: Report) -> None:
             f"{path}: {len(seconds)} times, median {half * 1e3:.1f} ms, 99 of 100 within "
             f"{most * 1e3:.1f} ms, longest {max(seconds, default=0) * 1e3:.0f} ms"
         )
+    if report.unready:
+        console.print(f"/health/ready said {report.unready} times that the server is at capacity")
     minutes = [report.resident[at : at + 60] for at in range(0, len(report.resident), 60)]
     means = ", ".join(f"{statistics.fmean(minute) / 1e6:.0f}" for minute in minutes)
     console.print(f"memory by minute (MB): {means}; most {max(report.resident) / 1e6:.0f}")

@@ -35,6 +35,7 @@ from models.registry import Registry
 from service.errors import NotAVectorFile, TooManyFields
 from service.grid import Grid, Window
 from service.infer.engine import Engine
+from service.infer.model import LoadedModel
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.stack import open_stack
@@ -338,6 +339,29 @@ def test_only_windows_that_hold_a_field_are_read(
         assert run_fields(work, one).pixels < H * W / 4
         nothing = run_fields(work, fields_of([square(200, 200, 5)]))
         assert (nothing.pixels, nothing.results) == (0, ({"status": "outside"},))
+
+
+def test_only_pixels_that_a_field_covers_are_inferred(
+    zoo: Path, stack: list[SourceFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, inferred = LoadedModel.pixels, 0
+
+    def counted(self: LoadedModel, values: Any, *others: Any) -> Any:
+        nonlocal inferred
+        inferred += len(values)
+        return pixels(self, values, *others)
+
+    monkeypatch.setattr(LoadedModel, "pixels", counted)
+    with Engine(Registry.load(zoo), providers="cpu") as engine:
+        model = engine.models["pixels-landcover"]
+        opened = open_stack(stack, StackOptions(), bands=model.card.bands, max_bytes=2**30)
+        run = plan_raster(model, opened, rasters=False)
+        # 6 x 6 whole pixels, the same again, and 7 x 6 of which the field covers a part.
+        fields = fields_of([square(2, 3, 6), square(2, 3, 6), box(*square(20.5, 25, 6).bounds)])
+        results = run_fields(make_work(run, tmp_path), fields).results
+    assert [round(float(str(one["pixels"])), 6) for one in results] == [36, 36, 36]
+    seen = sum(rasterio.open(file.path).read().any(axis=0) for file in stack) > 0
+    assert inferred == seen[3:9, 2:8].sum() + seen[25:31, 20:27].sum()
 
 
 # Files ---------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Field runs: predictions per polygon, each pixel weighted by the share that the polygon covers.
 
-    windows that contain a field → Sits → infer → sums per field → means → results
+    windows that contain a field → Sits → infer covered pixels → sums per field → means → results
 
 A classification returns the mean probabilities over a field's pixels. A forecast is made from the
 field's mean series, the mean over its clear pixels on each date. An embedding is the mean over the
@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -33,7 +33,7 @@ from service.run.collect import WindowPredictions, Work, none_predicted, run_war
 from service.run.coverage import Coverage, FieldGrid, pieces, series_sums
 from service.run.executors import Timing, check
 from service.run.passes import Stages
-from service.run.pixels import model_time, open_pixels
+from service.run.pixels import ClearPixels, model_time, open_pixels
 from service.run.plan import RasterRun
 from service.run.windows import Arrays, windows
 from service.write.predictions import JSON
@@ -176,40 +176,55 @@ class _FieldPass:
 
 @dataclass(frozen=True, kw_only=True)
 class _MeansPass(_FieldPass):
-    """The `Pass` that predicts for pixels, and sums the predictions of each field."""
+    """The `Pass` that predicts for covered pixels, and sums the predictions of each field."""
 
     @contextmanager
     def open(self, cache: BlockCache, cancelled: threading.Event | None) -> Iterator[Stages]:
         """See `Pass.open`."""
         with open_pixels(self.run, cache, cancelled) as stages:
+            # A coverage takes memory, so it is not made in the stage that reads ahead.
+            def infer(found: tuple[Window, ClearPixels]) -> Arrays:
+                window, clear = found
+                covered = self.grid.coverage(window)
+                wanted = np.zeros(clear.seen.size, np.bool_)
+                wanted[covered.cells] = True
+                index = clear.index[wanted[clear.index]]
+                predicted = stages.infer(replace(clear, index=index))
+                return self._arrays(window, covered, predicted, clear.seen)
+
             yield Stages(
-                read=stages.read,
-                infer=lambda clear: (stages.infer(clear), clear.seen),
-                to_arrays=self._to_arrays,
+                read=lambda window: (window, stages.read(window)),
+                infer=infer,
+                to_arrays=lambda _, arrays: arrays,
             )
 
-    def _to_arrays(
-        self, window: Window, found: tuple[WindowPredictions, NDArray[np.integer[Any]]]
+    def _arrays(
+        self,
+        window: Window,
+        covered: Coverage,
+        predicted: WindowPredictions,
+        seen: NDArray[np.integer[Any]],
     ) -> Arrays:
         """The sums that a window adds to its fields.
 
         Args:
             window: the window.
-            found: its predictions, and the number of clear dates of each pixel (h, w).
+            covered: its cells that fields cover.
+            predicted: the predictions of these cells.
+            seen: number of clear dates of each pixel (h, w).
         """
-        predicted, seen = found
-        covered = self.grid.coverage(window)
         arrays = self._extents(window, covered)
         position = np.full(int(window.height * window.width), -1)
         good = ~np.isnan(predicted.predictions).any(axis=1)
-        position[predicted.index[good]] = np.flatnonzero(good)
+        predictions = predicted.predictions[good]
+        position[predicted.index[good]] = np.arange(len(predictions))
         classes = bool(self.run.model.card.classes)
         width = self.run.model.width[0]
         sums: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
         for part, cells, share in pieces(covered):
             at = position[cells]
             weight = np.where(at >= 0, share, 0.0)
-            values = predicted.predictions[at] if len(predicted.predictions) else None
+            values = predictions[at] if len(predictions) else None
             weighted = np.zeros((len(at), width)) if values is None else weight[:, None] * values
             sums["weight"].append(part.sums(weight))
             sums["values"].append(part.sums(weighted))

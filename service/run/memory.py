@@ -26,7 +26,7 @@ from service.infer.patches import PatchGrid
 from service.read.radiometry import sample_bytes
 from service.read.reader import CELL_BYTES, Footprint, footprint
 from service.read.stack import Stack
-from service.run.executors import check
+from service.run.executors import ThreadExecutor, check
 from service.run.labels import MOST_OF_A_POLYGON
 from service.run.windows import AT_ONCE, COVERAGE_BYTES, OVER, WINDOW_BYTES
 from service.write.cog import finishing_bytes
@@ -370,11 +370,12 @@ def fields_need(run: ReadingRun, window_bytes: int, count: int) -> Need:
         count: number of polygons.
     """
     raster = raster_need(run, window_bytes)
-    # Sums in float64 of one window and of all windows, and the means.
+    # Sums in float64 of one window and of all windows, and the means; and the coverage of each
+    # window that is being inferred.
     field_bytes = 4 * 2 * (run.pixel_bytes + run.prediction_bytes)
     return Need(
         files=raster.files,
-        arrays=raster.arrays + count * field_bytes + COVERAGE_BYTES,
+        arrays=raster.arrays + count * field_bytes + ThreadExecutor.workers * COVERAGE_BYTES,
         what=f"windows and sums of {count} polygons of {len(run.read)} dates",
         remedy="Send fewer polygons at a time",
     )
