@@ -354,7 +354,7 @@ class Rasters(_Result, Mapping[str, Raster]):
 
     @property
     def item(self) -> Mapping[str, Any] | None:
-        """The STAC Item that describes the rasters; None for imagery without a date."""
+        """The STAC Item that describes the rasters; None if the server sent none."""
         member = self._beside.get("item.json")
         return None if member is None else json.loads(self._archive.read(member))
 

@@ -42,7 +42,7 @@ def read_places(request: SimilarRequest, most: int) -> Fields:
             "points" if request.place_file is None else "fields",
             f"{len(places)} places, and at most {limit} are compared"
             + (
-                f" with a band for each: ask for outputs=similarity, which takes {MAX_PLACES}"
+                f" with a band for each: send outputs=similarity, which takes {MAX_PLACES}"
                 if limit == MAX_BANDS
                 else ""
             ),

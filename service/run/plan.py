@@ -497,7 +497,7 @@ def _check_parameters(model: LoadedModel, request: RasterRequest) -> None:
                 raise InvalidRequest.of(
                     "outputs",
                     f"{ATTRIBUTION} explains what the model predicts for single pixels, and cannot "
-                    f"be combined with {name}: send two requests, or ask for it at points",
+                    f"be combined with {name}: send two requests, or request it at points",
                 )
     if POLYGONS in (request.outputs or ()) and (request.points or request.fields) is not None:
         raise InvalidRequest.of(
