@@ -5,10 +5,17 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from qgis.core import QgsApplication, QgsProject, QgsRasterLayer, QgsSettings
-from qgis.gui import QgsAuthConfigSelect, QgsFileWidget
+from qgis.core import (
+    QgsApplication,
+    QgsMapLayerProxyModel,
+    QgsProject,
+    QgsRasterLayer,
+    QgsSettings,
+)
+from qgis.gui import QgsAuthConfigSelect, QgsFileWidget, QgsMapLayerComboBox
 from qgis.PyQt.QtCore import Qt
 from qgis.PyQt.QtWidgets import (
+    QCheckBox,
     QComboBox,
     QDialog,
     QFormLayout,
@@ -22,6 +29,7 @@ from qgis.PyQt.QtWidgets import (
     QVBoxLayout,
 )
 
+from .places import as_geojson
 from .run import Run
 from .service import Service, ServiceError
 
@@ -29,6 +37,7 @@ TASKS = {
     "classify-pixels": "Class of every pixel",
     "forecast": "Forecast of NDVI, EVI and SAVI",
     "landcover": "Land cover of patches",
+    "similar": "Similarity to places",
 }
 OUTPUTS = {"classify-pixels": "class,confidence", "landcover": "class,confidence"}
 _URL, _AUTH = "pimc/url", "pimc/auth"
@@ -51,6 +60,11 @@ class PimcDialog(QDialog):
         for name, text in TASKS.items():
             self.task.addItem(text, name)
         self.model = QComboBox()
+        self.places = QgsMapLayerComboBox()
+        self.places.setFilters(
+            QgsMapLayerProxyModel.PointLayer | QgsMapLayerProxyModel.PolygonLayer
+        )
+        self.selected = QCheckBox("Selected features only")
         self.folder = QgsFileWidget()
         self.folder.setStorageMode(QgsFileWidget.GetDirectory)
         self.folder.setFilePath(tempfile.mkdtemp(prefix="pimc-"))
@@ -119,9 +133,14 @@ class PimcDialog(QDialog):
         fields = {"model": self.model.currentText()}
         if task in OUTPUTS:
             fields["outputs"] = OUTPUTS[task]
+        try:
+            places = self._chosen_places() if task == "similar" else None
+        except ValueError as error:
+            self.text.setText(str(error))
+            return
         folder = Path(self.folder.filePath())
         folder.mkdir(parents=True, exist_ok=True)
-        self.run = Run(self.service(), task, files, fields, folder)
+        self.run = Run(self.service(), task, files, fields, folder, places)
         self.run.message.connect(self.text.setText)
         self.run.progressChanged.connect(lambda percent: self.progress.setValue(int(percent)))
         self.run.taskCompleted.connect(self._done)
@@ -143,15 +162,31 @@ class PimcDialog(QDialog):
             self.text.setText(self.run.error if self.run else "")
         else:
             self.text.setText(
-                f"Added {len(self.run.rasters)} layers from {self.run.rasters[0].parent}"
+                f"Added {len(self.run.rasters)} layer(s) from {self.run.rasters[0].parent}"
             )
 
     def _offer_models(self) -> None:
         task = self.task.currentData()
-        names = [card["name"] for card in self._cards if card["task"] == task]
+        is_similar = task == "similar"
+        self.places.setEnabled(is_similar)
+        self.selected.setEnabled(is_similar)
+        # Similarity compares the embeddings of pixels, so it takes the models of /embed.
+        served = "embed" if is_similar else task
+        cards = [card for card in self._cards if card["task"] == served]
+        if is_similar:
+            cards = [card for card in cards if card["modality"] == "pixel"]
         self.model.clear()
-        self.model.addItems(names)
-        self.model.setCurrentText(self._defaults.get(task, ""))
+        self.model.addItems([card["name"] for card in cards])
+        self.model.setCurrentText(self._defaults.get(served, ""))
+
+    def _chosen_places(self) -> bytes:
+        layer = self.places.currentLayer()
+        if layer is None:
+            raise ValueError(
+                "Add a layer of points or polygons to the project: every pixel is compared with "
+                "its features."
+            )
+        return as_geojson(layer, self.selected.isChecked())
 
     def _lay_out(self) -> None:
         server = QHBoxLayout()
@@ -163,6 +198,10 @@ class PimcDialog(QDialog):
         form.addRow("API key (method API Header, X-API-Key)", self.auth)
         form.addRow("Task", self.task)
         form.addRow("Model", self.model)
+        places = QHBoxLayout()
+        places.addWidget(self.places)
+        places.addWidget(self.selected)
+        form.addRow("Places to compare with", places)
         form.addRow("Folder of results", self.folder)
         buttons = QHBoxLayout()
         buttons.addWidget(self.run_button)

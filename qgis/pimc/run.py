@@ -25,13 +25,20 @@ class Run(QgsTask):
         files: of the stack.
         fields: further parameters.
         folder: existing folder of the results.
+        places: GeoJSON of the places of a similarity run.
     """
 
     message = pyqtSignal(str)
     """Text about the current step of the run."""
 
     def __init__(
-        self, service: Service, task: str, files: list[Path], fields: dict[str, str], folder: Path
+        self,
+        service: Service,
+        task: str,
+        files: list[Path],
+        fields: dict[str, str],
+        folder: Path,
+        places: bytes | None = None,
     ) -> None:
         super().__init__(f"PIMC: {task}", QgsTask.CanCancel)
         self._feedback = QgsFeedback()
@@ -40,6 +47,7 @@ class Run(QgsTask):
         self._files = files
         self._fields = fields
         self._folder = folder
+        self._places = places
         self._job = ""
         self.error = ""
         self.rasters: list[Path] = []
@@ -70,7 +78,7 @@ class Run(QgsTask):
 
     def _run(self) -> bool:
         self.message.emit("Sending the files")
-        self._job = self._service.submit(self._task, self._files, self._fields)
+        self._job = self._service.submit(self._task, self._files, self._fields, self._places)
         while (info := self._service.job(self._job))["status"] in RUNNING:
             if self.isCanceled():
                 Service(self._service.url, self._service.auth).dismiss(self._job)

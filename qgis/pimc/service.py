@@ -38,13 +38,16 @@ class Service:
         found = json.loads(self._get("models"))
         return found["models"], found["defaults"]
 
-    def submit(self, task: str, files: list[Path], fields: dict[str, str]) -> str:
+    def submit(
+        self, task: str, files: list[Path], fields: dict[str, str], places: bytes | None = None
+    ) -> str:
         """Send files as a job.
 
         Args:
             task: such as `classify-pixels`.
             files: of the stack.
             fields: further parameters.
+            places: GeoJSON that is sent as the file `fields`.
 
         Returns:
             The job's id.
@@ -62,6 +65,9 @@ class Service:
             body.write(_head(boundary, "files", file.name, kind))
             _copy(file, body)
             body.write(b"\r\n")
+        if places is not None:
+            head = _head(boundary, "fields", "places.geojson", "application/geo+json")
+            body.write(head + places + b"\r\n")
         body.write(f"--{boundary}--\r\n".encode())
         body.seek(0)
         request = self._request(task, f"multipart/form-data; boundary={boundary}")
