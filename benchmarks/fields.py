@@ -1,11 +1,15 @@
 """What results per field cost beside the class map of the same stack.
 
-python -m benchmarks.fields [--side 2048] [--dates 36] [--fields 10000] [--pairs 2]
+    python -m benchmarks.fields [--side 2048] [--dates 36] [--fields 10000] [--pairs 2]
+    python -m benchmarks.fields --memory [--side 1024] [--dates 12] [--fields 100000]
 
 Both run in this process, in turns on one engine: the class map as a COG, and the class of each
 field with shares and areas. Fields are quadrilaterals of irregular shape that cover about half of
 the raster, in another CRS than it. Processor time is that of all threads; it also holds on a
 machine that others use.
+
+With `--memory` a service runs as a process, and its peak of memory is measured while it returns the
+result of each task for the fields, and for a hundredth of them.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 
+import httpx
 import numpy as np
 import rasterio.warp
 import shapely
 
+from benchmarks import process
 from benchmarks.landscape import write_stack
 from models.registry import ZOO, Registry
 from service.infer.engine import Engine
@@ -101,6 +107,40 @@ def compare(files: Sequence[SourceFile], fields: SourceFile, pairs: int) -> None
     print(f"fields / map: {by_clock:.2f} by the clock, {by_processor:.2f} by processor time")
 
 
+def measure_memory(files: Sequence[SourceFile], fields: Sequence[SourceFile]) -> None:
+    """Print the peak of memory of a service for results per field, as Markdown.
+
+    Args:
+        files: the stack.
+        fields: files of fields, the smallest first.
+    """
+    print("| task | result | fields | file of fields, MB | result, MB | peak, MB | before, MB |")
+    print("|---|---|---|---|---|---|---|")
+    stack = [("files", (file.name, file.path.read_bytes())) for file in files]
+    with process.served() as service, httpx.Client(base_url=service.url, timeout=None) as client:  # noqa: S113 - as long as it takes
+        for task, result in (
+            ("classify-pixels", "application/geo+json"),
+            ("classify-pixels", "text/csv"),
+            ("classify-pixels", "application/vnd.apache.parquet"),
+            ("forecast", "application/geo+json"),
+            ("embed", "application/geo+json"),
+        ):
+            for file in fields:
+                before = service.resident()
+                service.forget_peak()
+                content = file.path.read_bytes()
+                response = client.post(
+                    f"/{task}",
+                    files=[*stack, ("fields", (file.name, content))],
+                    headers={"Accept": result},
+                )
+                response.raise_for_status()
+                count = content.count(b'"Feature"')
+                sizes = (len(content), len(response.content), service.peak(), before)
+                megabytes = " | ".join(f"{size / 1e6:.0f}" for size in sizes)
+                print(f"| {task} | {result} | {count:,} | {megabytes} |", flush=True)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -108,13 +148,18 @@ def main() -> None:
     parser.add_argument("--dates", type=int, default=36, help="dates of the stack")
     parser.add_argument("--fields", type=int, default=10_000, help="number of fields")
     parser.add_argument("--pairs", type=int, default=2, help="pairs of runs")
+    parser.add_argument("--memory", action="store_true", help="measure memory, not time")
     options = parser.parse_args()
     with TemporaryDirectory() as name:
         folder = Path(name)
         paths = write_stack(folder, options.side, options.dates, scl=True)
-        fields = write_fields(folder / "fields.geojson", options.side, options.fields)
         files = [SourceFile(name=path.name, path=path) for path in paths]
-        compare(files, fields, options.pairs)
+        fields = write_fields(folder / "fields.geojson", options.side, options.fields)
+        if options.memory:
+            few = write_fields(folder / "few.geojson", options.side, options.fields // 100)
+            measure_memory(files, (few, fields))
+        else:
+            compare(files, fields, options.pairs)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,16 @@ def test_a_pace_spans_the_last_runs_scaled_by_pixels() -> None:
     assert (last.shortest, last.longest, last.runs) == (1.0, 1.0, 20)
 
 
+def test_a_file_of_places_that_cannot_be_read_is_one_problem(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    files: list[Any] = [("files", (s.name, s.path.read_bytes())) for s in stack]
+    for task in ("similar", "classify-pixels"):
+        sent = [*files, ("fields", ("places.gpkg", b"PK not a GeoPackage"))]
+        found = api.post(f"/validate?task={task}", files=sent).json()
+        assert [one["code"] for one in found["problems"]] == ["not_a_vector_file"], task
+
+
 def test_series_and_unreadable_bodies(api: httpx.Client, stack: list[SourceFile]) -> None:
     dates = [f"2021-0{n}-01" for n in range(1, 7)]
     one = {"id": "a", "dates": dates, "B02": [0.05] * 6, "B04": [0.06] * 6, "B08": [0.3] * 6}

@@ -1,13 +1,15 @@
 """Fields: polygons with ids and properties, from GeoJSON, GeoPackage or GeoParquet.
 
-The first bytes determine the reader: GeoJSON is read as JSON, GeoPackage only by GDAL's GPKG driver
-(pyogrio), GeoParquet by Apache Arrow. Counts and sizes are checked before a feature is read.
+The first bytes determine the reader: GeoJSON is read as JSON, one feature at a time, GeoPackage
+only by GDAL's GPKG driver (pyogrio), GeoParquet by Apache Arrow. Counts and sizes are checked
+before a feature is read (`vector_guard`).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +25,23 @@ from service.errors import InvalidFields, NotAVectorFile, StackWarning, TooManyF
 from service.grid import CRSError, crs_of, transformed
 from service.read.drivers import keep_needed_vector_drivers
 from service.read.geotiff import SourceFile
+from service.read.vector_guard import (
+    MAX_DECODED_BYTES,
+    check_geopackage,
+    polygons_or_points,
+    rows_at_once,
+)
 
 _DEGREES = CRS.from_epsg(4326)
 _GEOPACKAGES = frozenset({b"GPKG", b"GP10", b"GP11", b"GP12"})
 _APPLICATION_ID = slice(68, 72)
-_MAX_DECODED_BYTES = 512 * 2**20
-"""Largest decoded size of a GeoParquet file, bytes: columns may be compressed a thousandfold."""
-_MAX_PROPERTIES = 500
+_MAX_TEXT_BYTES = 128 * 2**20
+"""Largest GeoJSON file, bytes: 100,000 polygons of 50 vertices of 25 bytes."""
+_MAX_LISTS = 2**23
+"""Largest number of lists and objects of a GeoJSON file, each of which takes about 100 bytes while
+its feature is read; a vertex is a list."""
+_MAX_DEPTH = 32
+"""Largest depth to which a property may nest."""
 _NAMED_AT_MOST = 5
 _NAME_LENGTH = 64
 """Largest number of characters of a client's text in a message."""
@@ -183,35 +195,163 @@ def _check_count(name: str, count: int, most: int) -> None:
 
 
 def _read_geojson(source: SourceFile, most: int) -> _Read:
+    remedy = "send GeoPackage or GeoParquet, or the features in several requests"
+    size = source.path.stat().st_size
+    if size > _MAX_TEXT_BYTES:
+        raise TooManyFields(
+            f"'{source.name}' is GeoJSON of {size} bytes, the limit is {_MAX_TEXT_BYTES}; {remedy}"
+        )
+    content = source.path.read_bytes()
+    lists = content.count(b"[") + content.count(b"{")
+    if lists > _MAX_LISTS:
+        raise TooManyFields(
+            f"'{source.name}' holds about {lists} vertices and other lists, the limit is "
+            f"{_MAX_LISTS}; {remedy}"
+        )
+    found = _Features(source.name, most)
     try:
-        document = json.loads(source.path.read_bytes().decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
+        del content
+        document = found.read(text)
+        kind = document.get("type")
+        if kind == "Feature":
+            found.add(document)
+        elif kind in ("Polygon", "MultiPolygon"):  # not a set: a list has no hash
+            found.add({"geometry": document})
     except (ValueError, RecursionError) as error:
-        raise NotAVectorFile(f"'{source.name}' is not valid JSON in UTF-8") from error
-    kind = document.get("type") if isinstance(document, dict) else None
-    if kind == "Feature":
-        document = {"features": [document]}
-    elif kind in ("Polygon", "MultiPolygon"):  # not a set: a list has no hash
-        document = {"features": [{"type": "Feature", "geometry": document}]}
-    elif kind != "FeatureCollection":
+        raise NotAVectorFile(
+            f"'{source.name}' is not valid JSON in UTF-8, or nests deeper than {_MAX_DEPTH} levels"
+        ) from error
+    if kind not in ("Feature", "Polygon", "MultiPolygon", "FeatureCollection"):
         raise NotAVectorFile(
             f"'{source.name}' is JSON of type {str(kind)[:_NAME_LENGTH]!r}, not a GeoJSON "
             "FeatureCollection"
         )
-    features = document.get("features")
-    if not isinstance(features, list) or not all(isinstance(one, dict) for one in features):
+    if kind == "FeatureCollection" and not found.has_list:
         raise NotAVectorFile(f"'{source.name}' has no list of GeoJSON features")
-    _check_count(source.name, len(features), most)
-    ids = [one.get("id") for one in features]
-    ids = [_json_value(n if one is None else one) for n, one in enumerate(ids, start=1)]
-    properties = [one.get("properties") or {} for one in features]
-    if not all(isinstance(one, dict) for one in properties):
-        raise NotAVectorFile(f"'{source.name}' has a feature whose properties are not an object")
-    shapes = np.full(len(features), None, np.object_)
-    for n, one in enumerate(features):
-        if isinstance(one.get("geometry"), dict):
-            shapes[n] = shapely.from_geojson(json.dumps(one["geometry"]), on_invalid="ignore")
-    crs = _named_crs(source.name, document.get("crs"))
-    return ids, [_json_object(one) for one in properties], shapes, crs
+    shapes = np.full(len(found.shapes), None, np.object_)
+    shapes[:] = found.shapes
+    return found.ids, found.properties, shapes, _named_crs(source.name, document.get("crs"))
+
+
+class _Features:
+    """Reader of a GeoJSON document that keeps one feature at a time as Python objects.
+
+    A coordinate takes 24 bytes as a Python float, and a vertex 130 as a list; as a shape, a vertex
+    takes 16.
+
+    Args:
+        name: name of the file.
+        most: largest number of features.
+    """
+
+    def __init__(self, name: str, most: int) -> None:
+        self._name = name
+        self._most = most
+        self.ids: list[Any] = []
+        self.properties: list[dict[str, Any]] = []
+        self.shapes: list[Any] = []
+        self.has_list = False
+
+    def read(self, text: str) -> dict[str, Any]:
+        """Add the features of a document.
+
+        Args:
+            text: the document, a JSON object.
+
+        Returns:
+            Its other members.
+
+        Raises:
+            ValueError: the text is not valid JSON.
+            RecursionError: it nests too deep.
+            NotAVectorFile: a feature is not an object, or its properties are not.
+            TooManyFields: there are more features than are allowed.
+        """
+        document: dict[str, Any] = {}
+        at = _after(text, 0, "{")
+        if text[at : at + 1] == "}":
+            return document
+        while True:
+            key, at = _DECODER.raw_decode(text, at)
+            if not isinstance(key, str):
+                raise ValueError("a key that is not text")  # noqa: TRY004 - as json raises
+            at = _after(text, at, ":")
+            if key == "features" and text[at : at + 1] == "[":
+                self.has_list = True
+                at = self._add_list(text, at)
+            else:
+                document[key], at = _DECODER.raw_decode(text, at)
+            at = _spaces(text, at)
+            if text[at : at + 1] == "}":
+                break
+            at = _after(text, at, ",")
+        if _spaces(text, at + 1) != len(text):
+            raise ValueError("text behind the document")
+        return document
+
+    def _add_list(self, text: str, at: int) -> int:
+        """Add the features of a JSON list. Returns the position behind it."""
+        at = _after(text, at, "[")
+        if text[at : at + 1] == "]":
+            return at + 1
+        while True:
+            feature, at = _DECODER.raw_decode(text, at)
+            self.add(feature)
+            at = _spaces(text, at)
+            if text[at : at + 1] == "]":
+                return at + 1
+            at = _after(text, at, ",")
+
+    def add(self, feature: object) -> None:
+        """Add a feature.
+
+        Raises:
+            NotAVectorFile: it is not an object, or its properties are not.
+            TooManyFields: it is one more than are allowed.
+            ValueError: a property nests too deep.
+        """
+        if not isinstance(feature, dict):
+            raise NotAVectorFile(f"'{self._name}' has no list of GeoJSON features")
+        if len(self.ids) == self._most:
+            raise TooManyFields(
+                f"'{self._name}' has more than {self._most} features, the limit "
+                "(PIMC_MAX_FIELDS); send them in several requests"
+            )
+        properties = feature.get("properties") or {}
+        if not isinstance(properties, dict):
+            raise NotAVectorFile(f"'{self._name}' has a feature whose properties are not an object")
+        own = feature.get("id")
+        self.ids.append(_json_value(len(self.ids) + 1 if own is None else own))
+        self.properties.append(_json_object(properties))
+        geometry = feature.get("geometry")
+        self.shapes.append(
+            shapely.from_geojson(json.dumps(geometry), on_invalid="ignore")
+            if isinstance(geometry, dict)
+            else None
+        )
+
+
+_DECODER = json.JSONDecoder()
+_SPACES = re.compile(r"[ \t\n\r]*")
+
+
+def _spaces(text: str, at: int) -> int:
+    """The position behind white space."""
+    found = _SPACES.match(text, at)
+    return found.end() if found else at
+
+
+def _after(text: str, at: int, mark: str) -> int:
+    """The position of what follows a mark, with white space around it.
+
+    Raises:
+        ValueError: something else stands there.
+    """
+    at = _spaces(text, at)
+    if text[at : at + 1] != mark:
+        raise ValueError(f"no {mark} at {at}")
+    return _spaces(text, at + 1)
 
 
 def _named_crs(name: str, crs: object) -> CRS:
@@ -230,6 +370,7 @@ def _read_geopackage(source: SourceFile, most: int) -> _Read:
     from pyogrio import _io
     from pyogrio.errors import DataLayerError, DataSourceError
 
+    check_geopackage(source.path, source.name)
     keep_needed_vector_drivers(_io.__file__)
 
     # GDAL chooses the driver by the file's suffix; its first bytes have been checked.
@@ -260,54 +401,94 @@ def _read_geopackage(source: SourceFile, most: int) -> _Read:
     names = [str(name) for name in meta["fields"]]
     rows = zip(*columns, strict=True) if columns else ((),) * len(fids)
     properties = [_json_object(dict(zip(names, row, strict=True))) for row in rows]
-    shapes = shapely.from_wkb(geometry, on_invalid="ignore")
-    return [int(fid) for fid in fids], properties, np.asarray(shapes, np.object_), crs
+    shapes = _shapes_of(geometry)
+    return [int(fid) for fid in fids], properties, shapes, crs
+
+
+def _shapes_of(wkb: Sequence[bytes | None]) -> NDArray[np.object_]:
+    """The shapes of well-known binary; None for what is not a point or a polygon."""
+    with np.errstate(invalid="ignore"):  # coordinates that are not a number: `_usable` finds them
+        shapes = shapely.from_wkb([*polygons_or_points(wkb)], on_invalid="ignore")
+    return np.asarray(shapes, np.object_)
 
 
 def _read_geoparquet(source: SourceFile, most: int) -> _Read:
     try:
         with pyarrow.parquet.ParquetFile(source.path, thrift_string_size_limit=2**26) as file:
             _check_count(source.name, file.metadata.num_rows, most)
-            groups = range(file.metadata.num_row_groups)
-            size = sum(file.metadata.row_group(n).total_byte_size for n in groups)
-            if size > _MAX_DECODED_BYTES or file.metadata.num_columns > _MAX_PROPERTIES:
-                raise NotAVectorFile(
-                    f"'{source.name}' decodes to {size} bytes of {file.metadata.num_columns} "
-                    f"columns, the limits are {_MAX_DECODED_BYTES} and {_MAX_PROPERTIES}"
-                )
+            at_once = rows_at_once(source.path, source.name, file)
             geo = json.loads((file.schema_arrow.metadata or {}).get(b"geo", b"null"))
             if not isinstance(geo, dict):
                 raise NotAVectorFile(f"'{source.name}' is Parquet without the GeoParquet metadata")
             main = geo["primary_column"]
             stated = geo["columns"][main].get("crs", "OGC:CRS84")
-            rows = file.read().to_pylist()
+            rows = _rows(source.name, file, at_once)
         is_degrees = stated == "OGC:CRS84" or (stated or {}).get("id", {}).get("code") == "CRS84"
         crs = _DEGREES if is_degrees else crs_of(json.dumps(stated))
-        shapes = shapely.from_wkb([row.pop(main) for row in rows], on_invalid="ignore")
+        shapes = _shapes_of([row.pop(main) for row in rows])
+        properties = [_json_object(row) for row in rows]
     except (pyarrow.ArrowException, CRSError, KeyError, TypeError, ValueError, OSError) as error:
         raise NotAVectorFile(f"'{source.name}' cannot be read as GeoParquet") from error
-    properties = [_json_object(row) for row in rows]
     ids = [row.get("id", n) for n, row in enumerate(properties, start=1)]
-    return ids, properties, np.asarray(shapes, np.object_), crs
+    return ids, properties, shapes, crs
 
 
-def _json_object(values: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(name): _json_value(value) for name, value in values.items()}
+def _rows(name: str, file: pyarrow.parquet.ParquetFile, at_once: int) -> list[dict[str, Any]]:
+    """The rows of a GeoParquet file, decoded in parts of some rows.
+
+    Raises:
+        NotAVectorFile: they decode to more than `MAX_DECODED_BYTES`.
+    """
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for batch in map(_decoded, file.iter_batches(batch_size=at_once, use_threads=False)):
+        size += batch.nbytes
+        if size > MAX_DECODED_BYTES:
+            raise NotAVectorFile(
+                f"'{name}' decodes to more than {MAX_DECODED_BYTES} bytes, the limit; leave out "
+                "properties, or send the features in several requests"
+            )
+        rows += batch.to_pylist()
+    return rows
 
 
-def _json_value(value: Any) -> Any:  # noqa: ANN401 - whatever a file holds
-    """A value for JSON: dates as text, without NaN and bytes."""
+def _decoded(batch: Any) -> Any:  # noqa: ANN401 - pyarrow has no types
+    """A batch whose columns of categories hold the value of each row, so that its size is known."""
+    columns = [
+        one.dictionary_decode() if isinstance(one, pyarrow.DictionaryArray) else one
+        for one in batch.columns
+    ]
+    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _json_object(values: Mapping[Any, Any], depth: int = 0) -> dict[str, Any]:
+    return {_text(str(name)): _json_value(value, depth) for name, value in values.items()}
+
+
+def _text(text: str) -> str:
+    """Text that UTF-8 can hold: JSON may state half of a surrogate pair."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def _json_value(value: Any, depth: int = 0) -> Any:  # noqa: ANN401 - whatever a file holds
+    """A value for JSON: dates as text, without NaN and bytes.
+
+    Raises:
+        ValueError: it nests deeper than `_MAX_DEPTH`.
+    """
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"a property that nests more than {_MAX_DEPTH} levels deep")
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int | bool):
+    if value is None or isinstance(value, int | bool):
         return value
     if isinstance(value, Mapping):
-        return _json_object(value)
+        return _json_object(value, depth + 1)
     if isinstance(value, list | tuple | np.ndarray):
-        return [_json_value(one) for one in value]
-    return None if isinstance(value, bytes) else str(value)
+        return [_json_value(one, depth + 1) for one in value]
+    return None if isinstance(value, bytes) else _text(str(value))
 
 
 def _usable(
@@ -338,7 +519,7 @@ def _usable(
         if kind not in kept or shapely.is_empty(shape):
             unusable.append(ids[n])
             continue
-        if not np.isfinite(shapely.bounds(shape)).all():
+        if not np.isfinite(shapely.get_coordinates(shape)).all():
             unusable.append(ids[n])
             continue
         if shapely.is_valid(shape):

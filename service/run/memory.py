@@ -44,7 +44,8 @@ _MIN_BUDGET = 64 * 2**20
 _NUMBER_BYTES = 64
 """Memory of one number of a JSON document, as a Python object and as text."""
 _FURTHER_NUMBERS = 5
-"""Numbers of a measured date beside its bands: three indices, the clear share and the date."""
+"""Numbers of a measured date beside its bands (three indices, the clear share and the date), and of
+a field beside its prediction (pixels, hectares, clear dates, confidence, status)."""
 _POSITION_BYTES = 2 * 3 * 8
 """Row, column and label of a labelled pixel, as found and in order, bytes."""
 _POLL_SECONDS = 0.1
@@ -373,9 +374,12 @@ def fields_need(run: ReadingRun, window_bytes: int, count: int) -> Need:
     # Sums in float64 of one window and of all windows, and the means; and the coverage of each
     # window that is being inferred.
     field_bytes = 4 * 2 * (run.pixel_bytes + run.prediction_bytes)
+    # The numbers of the JSON document; of classes, the probabilities and the shares.
+    numbers = run.prediction_bytes // 8 * (2 if run.model.card.classes else 1)
+    field_bytes += _NUMBER_BYTES * (numbers + _FURTHER_NUMBERS)
     return Need(
         files=raster.files,
         arrays=raster.arrays + count * field_bytes + ThreadExecutor.workers * COVERAGE_BYTES,
-        what=f"windows and sums of {count} polygons of {len(run.read)} dates",
+        what=f"windows, sums and results of {count} polygons of {len(run.read)} dates",
         remedy="Send fewer polygons at a time",
     )

@@ -120,13 +120,12 @@ def _without(request: TaskRequest, error: PIMCError) -> TaskRequest | None:
     named = {one["field"] for one in error.errors} if isinstance(error, InvalidRequest) else set()
     if isinstance(request, SeriesRequest):
         return _cleared(request, named & {"start", "horizon"})
-    if isinstance(error, NotAVectorFile | InvalidFields | TooManyFields):
-        return replace(request, fields=None)
+    if isinstance(error, NotAVectorFile | InvalidFields | TooManyFields) or "fields" in named:
+        # Similarity cannot be planned without its places.
+        return replace(request, fields=None) if request.fields is not None else None
     if isinstance(error, NotAGeoTIFF):
         files = tuple(file for file in request.files if _fault(file) is None)
         return replace(request, files=files) if files and files != request.files else None
-    if "fields" in named:
-        return replace(request, fields=None)
     stack = _cleared(request.stack, named & _OF_THE_STACK)
     cleared = _cleared(request, named & _PARAMETERS)
     return cleared if stack is None else replace(cleared or request, stack=stack)

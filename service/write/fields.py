@@ -13,6 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import shapely
 
+from service.errors import InvalidFields
+
+_MAX_CELLS = 10**8
+"""Largest number of cells of a table: 100,000 fields with 1,000 columns."""
 _GEO = {
     "version": "1.1.0",
     "primary_column": "geometry",
@@ -87,11 +91,27 @@ def _cell(value: Any) -> Any:  # noqa: ANN401 - JSON
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
+    """The columns of all rows, in order.
+
+    Raises:
+        InvalidFields: the table has too many cells, because features have unequal properties or
+            long lists.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if len(rows) * len(columns) > _MAX_CELLS:
+        raise InvalidFields(
+            f"a table of {len(rows)} features has {len(columns)} columns, one for each property, "
+            f"and {_MAX_CELLS} cells are allowed: request GeoJSON, or send fewer properties"
+        )
+    return columns
 
 
 def fields_csv(features: Sequence[Mapping[str, Any]]) -> str:
-    """GeoJSON features as CSV (RFC 4180) without their geometry, columns as in `table_rows`."""
+    """GeoJSON features as CSV (RFC 4180) without their geometry, columns as in `table_rows`.
+
+    Raises:
+        InvalidFields: the table has too many cells.
+    """
     rows = table_rows(features)
     text = io.StringIO()
     writer = csv.DictWriter(text, _columns(rows), lineterminator="\r\n")
@@ -132,6 +152,9 @@ def write_geoparquet(features: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
     Returns:
         The path.
+
+    Raises:
+        InvalidFields: the table has too many cells.
     """
     rows = table_rows(features)
     columns = {name: _array([row.get(name) for row in rows]) for name in _columns(rows)}
@@ -152,5 +175,5 @@ def _array(values: list[Any]) -> Any:  # noqa: ANN401 - pyarrow has no types
     """A column of one type; text if the values have several types."""
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return pa.array([None if value is None else str(value) for value in values], pa.string())
