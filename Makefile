@@ -31,9 +31,13 @@ explore: $(VENV)/served
 serve: $(VENV)/served
 	PIMC_PORT=$(PORT) $(BIN)/python -m service
 
-# Two processes: on two cores most tests keep one of them busy. A file's tests stay together, as
-# they share services and models; files keep the order of tests/conftest.py, the longest first.
-IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# A file's tests stay together, as they share services and models; files keep the order of
+# tests/conftest.py, the longest first. The tests that are run while working keep a core busy, so
+# they have two processes. Of all tests many wait for another process, a time limit or a browser,
+# so they have three for two cores. Each process has one thread of OpenMP: with more, those of one
+# process would wait actively for a core that another one has.
+IN_PARALLEL := --dist loadfile --no-loadscope-reorder --numprocesses
+all-tests quick-tests: export OMP_NUM_THREADS := 1
 # pytest keeps the test files that it has compiled, which takes 7 s for each process of the next run.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -47,11 +51,11 @@ check: $(VENV)/ready
 	$(MAKE) --no-print-directory --jobs 2 lint quick-tests
 
 all-tests: $(VENV)/ready
-	$(BIN)/pytest $(IN_PARALLEL)
+	$(BIN)/pytest $(IN_PARALLEL) 3
 
 SLOW = $(shell grep -l '^pytestmark = pytest.mark.slow' tests/test_*.py)
 quick-tests: $(VENV)/ready
-	$(BIN)/pytest $(IN_PARALLEL) -m "not slow" $(SLOW:%=--ignore=%)
+	$(BIN)/pytest $(IN_PARALLEL) 2 -m "not slow" $(SLOW:%=--ignore=%)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check $(SOURCES)

@@ -457,12 +457,19 @@ def _code(body: bytes) -> str | None:
 
 
 def _caller(
-    service: Served, kinds: Sequence[Request], tally: Tally, over: threading.Event, seed: int
+    service: Served,
+    kinds: Sequence[Request],
+    first: Sequence[Request],
+    tally: Tally,
+    over: threading.Event,
+    seed: int,
 ) -> None:
+    """Send the requests `first`, then drawn ones: so even a short run has each kind."""
     rng = random.Random(seed)
     weights = [request.weight for request in kinds]
+    waiting = list(first)
     while not over.is_set():
-        (request,) = rng.choices(kinds, weights)
+        request = waiting.pop() if waiting else rng.choices(kinds, weights)[0]
         try:
             accepted = call(service, request, tally)
         except Exception as error:  # noqa: BLE001 - a thread that dies silently would hide a fault
@@ -625,13 +632,11 @@ def run(
         probe = context.Process(target=_probe, args=(service.host, service.port, there))
         probe.start()
         over = threading.Event()
-        threads = [
-            threading.Thread(
-                target=_caller,
-                args=(service, [replace(k, key=key) for k in kinds], tally, over, seed),
-            )
-            for seed, key in enumerate(named)
-        ]
+        threads = []
+        for seed, key in enumerate(named):
+            own = [replace(kind, key=key) for kind in kinds]
+            sent = (service, own, own[seed::callers], tally, over, seed)
+            threads.append(threading.Thread(target=_caller, args=sent))
         threads += [
             threading.Thread(target=OTHERS[name], args=(service, over, others[name]))
             for name in beside

@@ -33,6 +33,7 @@ ELSEWHERE = {
     "results_not_ready",
     "unknown_process",
     "invalid_range",
+    "body_stalled",
     "insufficient_storage",
     "unreachable_reference",
     "malformed_request",
@@ -63,7 +64,6 @@ def api(zoo: Path) -> Iterator[httpx.Client]:
         max_body_bytes=BODY_LIMIT,
         max_raster_bytes=RASTER_LIMIT,
         sync_max_pixels=PIXEL_LIMIT,
-        upload_seconds=1,
     ) as client:
         yield client
 
@@ -192,25 +192,12 @@ CASES: dict[str, list[Callable[[httpx.Client, Path], httpx.Response]]] = {
         lambda api, f: api.get("/jobs/00000000-0000-4000-8000-000000000000"),
         lambda api, f: api.delete("/jobs/00000000-0000-4000-8000-000000000000"),
     ],
-    "body_stalled": [
-        lambda api, f: api.post(
-            "/embed", content=dripping(api), headers={"Content-Type": "application/json"}
-        ),
-    ],
     "internal_error": [
         # This model fails for any other number of dates than the four of its warm-up.
         lambda api, f: posted(api, stack(f), data={"model": "pixels-brittle"}),
     ],
     "invalid_request": [lambda api, f: posted(api, stack(f), data={"horizon": "3"})],
 }
-
-
-def dripping(api: httpx.Client) -> Iterator[bytes]:
-    """A body of one byte that does not end before the service has responded."""
-    line = 'pimc_problems_total{code="body_stalled"}'
-    yield b" "
-    with httpx.Client(base_url=api.base_url, timeout=PATIENCE) as other:
-        assert soon(lambda: line in other.get("/metrics").text)
 
 
 def points(*places: tuple[float, float]) -> dict[str, Any]:

@@ -179,21 +179,26 @@ def test_dates_and_pairs_of_dates_are_tried_equally_often(dates: int) -> None:
     assert (np.einsum("rt,rij->tij", signs, pairs) == 0).all()
 
 
+@pytest.fixture(scope="module")
+def built_in() -> Iterator[Engine]:
+    with Engine(Registry.load(ZOO), providers="cpu") as engine:
+        yield engine
+
+
 @pytest.mark.parametrize("pulse", [3, 9, 12, 15])
-def test_the_one_date_that_differs_matters_most(pulse: int) -> None:
+def test_the_one_date_that_differs_matters_most(built_in: Engine, pulse: int) -> None:
     """Bare soil all year but for one green date: the other dates stand in for one another."""
     soil = {"B02": 0.08, "B04": 0.15, "B08": 0.22}
     green = {"B02": 0.03, "B04": 0.03, "B08": 0.5}
     days = np.arange(0, 360, 18, dtype=np.float32)
-    with Engine(Registry.load(ZOO), providers="cpu") as engine:
-        model = engine.models["pixels-landcover"]
-        bands = model.card.bands
-        values = np.tile(np.float32([soil[b] for b in bands]), (1, len(days), 1))
-        values[0, pulse] = [green[b] for b in bands]
-        valid = np.ones((1, len(days)), np.bool_)
-        valid[0, 7] = False
-        probabilities = model.pixels(values, valid, days, 1)
-        found = date_attribution(model, values, valid, days, 1, probabilities)[0]
+    model = built_in.models["pixels-landcover"]
+    bands = model.card.bands
+    values = np.tile(np.float32([soil[b] for b in bands]), (1, len(days), 1))
+    values[0, pulse] = [green[b] for b in bands]
+    valid = np.ones((1, len(days)), np.bool_)
+    valid[0, 7] = False
+    probabilities = model.pixels(values, valid, days, 1)
+    found = date_attribution(model, values, valid, days, 1, probabilities)[0]
     assert np.isnan(found[7])
     assert np.nanargmax(np.abs(found)) == pulse
     assert np.isfinite(np.delete(found, 7)).all()

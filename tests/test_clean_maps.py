@@ -199,7 +199,7 @@ def _wrapped(mask: np.ndarray, other: np.ndarray, step: int, axis: int) -> int:
     return int((one & two).sum())
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("least", [0.02, 0.055, 0.31])
 def test_the_sieve_equals_a_plain_implementation_of_its_rule(seed: int, least: float) -> None:
     classes = noise(seed, (12, 14), 2 + seed % 3)

@@ -52,6 +52,12 @@ from tests.kits.rasters import write
 pytestmark = pytest.mark.slow
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
+_TINY = [("tiny", "sync"), ("tiny", "async")]
+# The clients differ only in how they send, which the tiny bundles show; the real ones take longer.
+SERVICES = pytest.mark.parametrize(("url", "kind"), [*_TINY, ("zoo", "async")], indirect=["url"])
+# What does not depend on the models.
+TINY = pytest.mark.parametrize(("url", "kind"), _TINY, indirect=["url"])
+COMMAND = pytest.mark.parametrize("url", ["tiny"], indirect=True)
 ROOT = Path(__file__).parents[1]
 H, W, T = 70, 90, 12
 BANDS = ("B02", "B03", "B04", "B08")
@@ -59,9 +65,9 @@ DATES = [date(2021, 1, 5) + timedelta(days=30 * t) for t in range(T)]
 DEFAULTS = {"pixels-landcover", "forecast-vi", "landcover-eurosat", "embed-pixel", "embed-patch"}
 
 
-@pytest.fixture(scope="module", params=["tiny", "zoo"])
+@pytest.fixture(scope="module")
 def url(request, tmp_path_factory):
-    """The address of a running service."""
+    """The address of a running service with the bundles of the parameter: `tiny` or `zoo`."""
     if request.param == "zoo":
         lacking = DEFAULTS - set(Registry.load(ZOO).bundles)
         if lacking:
@@ -126,7 +132,7 @@ def agrees_with_rasterio(raster: Raster, path):
         assert raster.transform[2::3] == pytest.approx((source.transform.c, source.transform.f))
 
 
-@KINDS
+@SERVICES
 def test_the_service_is_ready_and_lists_its_models(url, kind):
     with connected(kind, url) as client:
         found = client.ready()
@@ -141,7 +147,7 @@ def test_the_service_is_ready_and_lists_its_models(url, kind):
         assert client.model(card.id) == card
 
 
-@KINDS
+@SERVICES
 def test_a_class_map_is_decoded_as_by_rasterio(url, kind, paths, tmp_path):
     with connected(kind, url) as client:
         classes = client.classify_pixels(paths)
@@ -161,7 +167,7 @@ def test_a_class_map_is_decoded_as_by_rasterio(url, kind, paths, tmp_path):
         assert file.profile["driver"] == "GTiff"
 
 
-@KINDS
+@SERVICES
 def test_outputs_by_name_are_consistent(url, kind, paths, tmp_path):
     names = ["class", "confidence", "entropy", "probabilities"]
     with connected(kind, url) as client:
@@ -185,7 +191,7 @@ def test_outputs_by_name_are_consistent(url, kind, paths, tmp_path):
     assert {path.name for path in saved} == {f"{name}.tif" for name in names}
 
 
-@KINDS
+@SERVICES
 def test_a_forecast_continues_the_last_date(url, kind, paths):
     with connected(kind, url) as client:
         raster = client.forecast(paths, horizon=2, outputs=["q10", "q50", "q90"])
@@ -205,7 +211,7 @@ def test_a_forecast_continues_the_last_date(url, kind, paths):
     assert (middle <= high).all()
 
 
-@KINDS
+@SERVICES
 @pytest.mark.parametrize("stride", [64, 3])
 def test_land_cover_lies_on_a_coarser_grid(url, kind, paths, stride):
     with connected(kind, url) as client:
@@ -217,7 +223,7 @@ def test_land_cover_lies_on_a_coarser_grid(url, kind, paths, stride):
     assert cover.legend
 
 
-@KINDS
+@SERVICES
 @pytest.mark.parametrize("modality", ["pixel", "patch"])
 def test_embeddings_have_one_band_per_dimension(url, kind, paths, modality):
     with connected(kind, url) as client:
@@ -227,7 +233,7 @@ def test_embeddings_have_one_band_per_dimension(url, kind, paths, modality):
     assert raster.model.startswith(f"embed-{modality}@")
 
 
-@KINDS
+@SERVICES
 def test_points_and_series_agree_with_the_raster(url, kind, paths, points, values):
     places = [(lon, lat) for lon, lat, _, _ in points]
     with connected(kind, url) as client:
@@ -264,7 +270,7 @@ def test_points_and_series_agree_with_the_raster(url, kind, paths, points, value
     assert [one.id for one in in_series] == ["0", "1", "2"]
 
 
-@KINDS
+@SERVICES
 def test_series_are_accepted_with_every_band_of_a_model(url, kind, values, points, tmp_path):
     with connected(kind, url) as client:
         # The tiny zoo has a model that always fails.
@@ -304,7 +310,7 @@ def test_series_are_accepted_with_every_band_of_a_model(url, kind, values, point
                 assert one.confidence == pytest.approx(point.result.confidence, abs=1e-4)
 
 
-@KINDS
+@SERVICES
 def test_forecasts_and_embeddings_of_points_and_series_agree(url, kind, paths, points, values):
     lon, lat, row, column = points[0]
     bands = {
@@ -326,7 +332,7 @@ def test_forecasts_and_embeddings_of_points_and_series_agree(url, kind, paths, p
     np.testing.assert_allclose(embedded.values, everywhere.array[:, row, column], atol=2e-3)
 
 
-@KINDS
+@TINY
 def test_a_summary_counts_the_classes_of_the_map(url, kind, paths):
     with connected(kind, url) as client:
         summary = client.classify_pixels(paths, answer="summary")
@@ -338,7 +344,7 @@ def test_a_summary_counts_the_classes_of_the_map(url, kind, paths):
     assert sorted(summary["dates_used"]) == [day.isoformat() for day in DATES]
 
 
-@KINDS
+@TINY
 def test_files_are_accepted_in_any_form(url, kind, paths):
     data = [(path.name, path.read_bytes()) for path in paths]
     with connected(kind, url) as client:
@@ -364,7 +370,7 @@ def test_files_are_accepted_in_any_form(url, kind, paths):
         np.testing.assert_array_equal(dated.array, expected)
 
 
-@KINDS
+@TINY
 def test_a_folder_a_pattern_and_a_zip_give_the_same_stack(url, kind, paths, tmp_path):
     folder = paths[0].parent
     archive = tmp_path / "stack.zip"
@@ -380,7 +386,7 @@ def test_a_folder_a_pattern_and_a_zip_give_the_same_stack(url, kind, paths, tmp_
         assert summary["dates_used"] == [day.isoformat() for day in DATES]
 
 
-@KINDS
+@SERVICES
 def test_a_result_in_xarray_equals_the_file(url, kind, paths, tmp_path):
     with connected(kind, url) as client:
         raster = client.forecast(paths, horizon=2, outputs=["q10", "q90"])
@@ -403,6 +409,7 @@ def pimc(url, *arguments, binary=False):
     return done.returncode, done.stdout, done.stderr
 
 
+@COMMAND
 def test_the_command_writes_what_the_client_returns(url, paths, values, points, tmp_path):
     folder = paths[0].parent
     with connected("sync", url) as client:
@@ -435,6 +442,7 @@ def test_the_command_writes_what_the_client_returns(url, paths, values, points, 
     assert (result["id"], int(result["value"])) == ("one", expected.array[row, column])
 
 
+@COMMAND
 def test_the_command_runs_jobs(url, paths, tmp_path):
     folder = paths[0].parent
     options = ["--output", "class,confidence"]
@@ -456,7 +464,7 @@ def test_the_command_runs_jobs(url, paths, tmp_path):
     ]
 
 
-@KINDS
+@SERVICES
 def test_fields_count_the_classes_of_the_map(url, kind, paths, tmp_path):
     with rasterio.open(paths[0]) as file:
         # Full pixels: rows 20 to 40, columns 30 to 70; a corner without data; outside the raster.
@@ -494,7 +502,7 @@ def test_fields_count_the_classes_of_the_map(url, kind, paths, tmp_path):
     assert [row["status"] for row in rows] == ["ok", "no_data", "outside"]
 
 
-@KINDS
+@TINY
 def test_errors_are_raised_as_the_class_of_their_code(url, kind, paths, tmp_path):
     other = write(
         tmp_path / "2021-12-25.tif", np.ones((4, H, W + 1), np.uint16), descriptions=BANDS
@@ -597,7 +605,7 @@ def test_a_retry_is_served_when_a_queue_slot_becomes_free(guarded, paths):
 
 
 @pytest.mark.usefixtures("shared_data")
-@KINDS
+@SERVICES
 def test_a_real_stack_is_classified(url, kind, shared_data):
     files = sorted((shared_data / "flanders_2017_2018").glob("*2018*.tif"))[::3]
     with connected(kind, url) as client:

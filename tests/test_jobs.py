@@ -348,11 +348,14 @@ def test_a_dismissed_finished_job_is_removed_with_its_files(
 
 
 def test_a_result_is_sent_completely_if_the_job_is_dismissed_meanwhile(
-    api: httpx.Client, state: Path, tmp_path: Path
+    api: httpx.Client, state: Path, files: Files
 ) -> None:
-    job = submit(api, "embed", files=stack(tmp_path, 700, 700))["jobID"]
+    job = submit(api, "embed", files=files)["jobID"]
     waited(api, job)
-    complete = (state / "jobs" / job / "result-1" / "embedding.tif").read_bytes()
+    path = state / "jobs" / job / "result-1" / "embedding.tif"
+    with path.open("ab") as file:
+        file.write(bytes(2**24))  # more than the buffers of a connection hold
+    complete = path.read_bytes()
     with api.stream("GET", f"/jobs/{job}/result") as response:
         chunks = response.iter_bytes(2**14)
         first = next(chunks)

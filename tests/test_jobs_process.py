@@ -50,6 +50,18 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state directory of `serving`."""
+    return tmp_path_factory.mktemp("serving")
+
+
+@pytest.fixture(scope="module")
+def serving(state: Path, zoo: Path) -> Iterator[Service]:
+    with running(state, zoo) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """A stack that is read in eight windows."""
     return stack(tmp_path_factory.mktemp("large"), 160, 256)
@@ -206,12 +218,13 @@ def start_error(state: Path, zoo: Path) -> str:
     return line
 
 
-def test_a_second_service_with_the_same_state_does_not_start(zoo: Path, tmp_path: Path) -> None:
-    with running(tmp_path, zoo) as service:
-        line = start_error(tmp_path, zoo)
-        assert "in use by another service" in line
-        assert str(service.process.pid) in line
-        assert service.api.get("/health/ready").status_code == 200
+def test_a_second_service_with_the_same_state_does_not_start(
+    serving: Service, state: Path, zoo: Path
+) -> None:
+    line = start_error(state, zoo)
+    assert "in use by another service" in line
+    assert str(serving.process.pid) in line
+    assert serving.api.get("/health/ready").status_code == 200
 
 
 # A full disk ----------------------------------------------------------------------------------
@@ -250,12 +263,6 @@ ZIP = "application/zip"
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return stack(tmp_path_factory.mktemp("small"), 40, 40)
-
-
-@pytest.fixture(scope="module")
-def serving(tmp_path_factory: pytest.TempPathFactory, zoo: Path) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("serving"), zoo) as service:
-        yield service
 
 
 def square(files: Files) -> str:

@@ -275,7 +275,7 @@ def test_a_file_is_checked_again(root: Path, folder: Path) -> None:
 RULES = Settings(allowed_roots=("/usr/lib",), allowed_hosts="127.0.0.1")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.one_of(
         st.text(max_size=40),

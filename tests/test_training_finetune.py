@@ -27,7 +27,7 @@ from models.encoders import PatchEncoder, PixelEncoder
 from models.graph import PatchGraph, PixelGraph
 from models.heads import ClassificationHead
 from models.registry import Registry, load_bundle
-from tests.kits.exports import exported_once, folder_of_run
+from tests.kits.exports import exported_once, float32_alone, folder_of_run
 from tests.kits.small_crops import TINY, write_crops
 from training.__main__ import app
 from training.baselines import MultilayerPerceptron, TempCNN
@@ -422,7 +422,7 @@ class TestExport:
             check_parity(graph, zoo / "pixels-crops-us" / "model.onnx", real)
 
     def test_evaluation_writes_tables_and_keeps_the_card_valid(
-        self, zoo: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, zoo: Path, finished: Path, tmp_path: Path
     ) -> None:
         report = tmp_path / "results.md"
         report.write_text("# Results\n\n## Another\n\nkept\n")
@@ -456,16 +456,17 @@ class TestExport:
         assert (tmp_path / "other.md").exists()
         assert load_bundle(zoo / "pixels-crops-us").card.metrics["evaluation"]["models"] == models
         # Exported again, the bundle keeps what was measured of it.
-        export_run(finished, zoo)
-        assert "evaluation" in load_bundle(zoo / "pixels-crops-us").card.metrics
+        again = shutil.copytree(zoo, tmp_path / "again")
+        with float32_alone():
+            export_run(finished, again)
+        assert "evaluation" in load_bundle(again / "pixels-crops-us").card.metrics
         # A run that goes on from it on every place can have no score, and has that one.
         config = tiny_run(finished_data(finished)).model_copy(
             update={"pretrained": (finished / "weights.pt",), "everything": True}
         )
         finetune(config, tmp_path / "all", device="cpu", threads=1)
-        # Without int8, as only the card is looked at: each further file takes seconds.
-        monkeypatch.setattr(PixelClassification, "typical_inputs", lambda _: [])
-        export_run(tmp_path / "all", tmp_path / "new")
+        with float32_alone():
+            export_run(tmp_path / "all", tmp_path / "new")
         metrics = load_bundle(tmp_path / "new" / "pixels-crops-us").card.metrics
         assert metrics["evaluation"]["models"] == models
         assert metrics["validation"] == "none: trained on every place"

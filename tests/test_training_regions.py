@@ -15,7 +15,7 @@ import torch
 
 from models.heads import ForecastHead
 from models.registry import load_bundle
-from tests.kits.exports import exported_once, folder_of_run
+from tests.kits.exports import exported_once, float32_alone, folder_of_run
 from tests.kits.small_crops import TINY, write_crops
 from training.calibration import fit_spread, fit_temperature
 from training.classification import PixelClassification
@@ -251,12 +251,10 @@ class TestExport:
         evaluated: tuple[Path, Path],
         plain: Path,
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         run, folder = evaluated
-        # Without int8, as only the card is looked at: each further file takes seconds.
-        monkeypatch.setattr(PixelClassification, "typical_inputs", lambda _: [])
-        predicted = export_run(run, tmp_path, name="told", regions=folder)
+        with float32_alone():
+            predicted = export_run(run, tmp_path, name="told", regions=folder)
         card = load_bundle(predicted).card
         assert card.regions == {"us-west": {"accuracy": 0.5}}
         assert card.training["calibration"] == {"temperature": 2.5}

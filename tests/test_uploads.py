@@ -170,7 +170,8 @@ def test_a_drip_feed_times_out(impatient: httpx.Client, kind: str) -> None:
         connection.settimeout(PATIENCE)
         response = response_of(connection, response)
         assert response.startswith(b"HTTP/1.1 408 ")
-        assert b"body_stalled" in response
+        assert b"application/problem+json" in response
+        assert b'"code":"body_stalled"' in response
 
 
 def test_a_stalled_upload_times_out_and_frees_its_slot(impatient: httpx.Client) -> None:

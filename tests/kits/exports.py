@@ -51,6 +51,21 @@ def exported_once(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def float32_alone() -> Iterator[None]:
+    """A context in which bundles have no float16 and no int8 file, each of which takes seconds.
+
+    It is for tests that look at a card only.
+    """
+    write = export.write_bundle
+
+    def alone(graph: Any, folder: Path, **how: Any) -> Path:
+        return write(graph, folder, **{**how, "loss": None, "typical": ()})
+
+    with patch.object(export, "write_bundle", alone):
+        yield
+
+
 def _content(graph: nn.Module, how: dict[str, Any]) -> str:
     """Hash of a graph: its modules, their options and weights, and how it is exported."""
     example = [(tensor.shape, tensor.dtype) for tensor in how["example"]]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.tiny_zoo import write_bundle, write_zoo
 from service.run.pixels import PixelStages
 
 HELD = "pixels-held"
@@ -26,11 +25,15 @@ _PAUSE = 0.005
 
 def zoo_with_a_held_model(root: Path) -> Path:
     """The tiny zoo and `pixels-held`."""
+    from benchmarks.tiny_zoo import write_zoo  # imports onnx, which the service does not
+
     return held_model(write_zoo(root))
 
 
 def held_model(root: Path) -> Path:
     """Only `pixels-held`, for a service with the built-in bundles."""
+    from benchmarks.tiny_zoo import write_bundle  # as above
+
     write_bundle(root, HELD, "classify-pixels", "pixel", default=False)
     return root
 
