@@ -13,6 +13,7 @@ import pytest
 import rasterio
 from PIL import Image
 
+from training.datasets import PixelSet
 from training.datasets.eurosat import CLASSES, JPEG_SCALE, EuroSATError, eurosat_ms, eurosat_rgb
 from training.datasets.points import (
     blocks,
@@ -167,6 +168,11 @@ class TestEuroSAT:
         pytest.fail(f"{entry} is in no zip")
 
 
+@pytest.fixture(scope="module")
+def ground() -> PixelSet:
+    return synthetic_ground()
+
+
 class TestLandcoverSources:
     def test_every_class_has_samples_and_every_label_is_a_class(self, shared_data: Path) -> None:
         labels = np.concatenate(
@@ -176,8 +182,8 @@ class TestLandcoverSources:
         assert len(counts) == len(WORLDCOVER)
         assert counts.min() >= 40
 
-    def test_synthetic_ground_is_only_for_training(self) -> None:
-        pixels = synthetic_ground(seed=1)
+    def test_synthetic_ground_is_only_for_training(self, ground: PixelSet) -> None:
+        pixels = ground
         assert not pixels.validation.any()
         assert len(pixels.places) == sum(g.pixels for g in GROUNDS)
         assert np.isnan(pixels.values[~pixels.valid]).all()
@@ -185,8 +191,8 @@ class TestLandcoverSources:
         assert values.min() >= 0
         assert values.max() < 1.0
 
-    def test_synthetic_ground_looks_like_its_class(self) -> None:
-        pixels = synthetic_ground()
+    def test_synthetic_ground_looks_like_its_class(self, ground: PixelSet) -> None:
+        pixels = ground
         assert pixels.labels is not None
         red, nir = pixels.values[..., 1], pixels.values[..., 2]
         highest = np.nanquantile((nir - red) / (nir + red), 0.9, axis=1)
@@ -194,10 +200,9 @@ class TestLandcoverSources:
         assert np.median(highest[pixels.labels == 60]) < 0.5
         assert np.median(highest[pixels.labels == 80]) < 0.1
 
-    def test_it_is_the_same_from_the_same_seed(self) -> None:
-        first, again = synthetic_ground(seed=3), synthetic_ground(seed=3)
-        np.testing.assert_array_equal(first.values, again.values)
-        assert not np.array_equal(first.valid, synthetic_ground(seed=4).valid)
+    def test_it_is_the_same_from_the_same_seed(self, ground: PixelSet) -> None:
+        np.testing.assert_array_equal(synthetic_ground().values, ground.values)
+        assert not np.array_equal(synthetic_ground(seed=4).valid, ground.valid)
 
 
 def test_colours_are_distinct() -> None:

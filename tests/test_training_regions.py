@@ -25,6 +25,7 @@ from training.datasets.points import bavaria_2018, pune_2019, s2_points, us_regi
 from training.export import VersionNotRaised, export_run
 from training.finetune import finetune, load_finished
 from training.forecasting import PixelForecast
+from training.landcover import PatchClassification
 from training.legends import WORLDCOVER, landcover_sets
 from training.recalibrate import recalibrate
 from training.regions import (
@@ -47,6 +48,11 @@ def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def landcover(shared_data: Path) -> list[PixelSet]:
+    return landcover_sets(shared_data)
+
+
 class TestRegions:
     def test_a_region_left_out_is_whole_and_never_trained_on(self, shared_data: Path) -> None:
         task = PixelClassification(ZOO["pixels-landcover"], shared_data, left_out=("canada",))
@@ -62,22 +68,31 @@ class TestRegions:
         assert sources == {"hesbaye_a_monthly", "hesbaye_b_monthly"}
         assert task.table.regions.index("hesbaye") not in task.train.region
 
-    def test_the_us_regions_are_two_states(self, shared_data: Path) -> None:
-        sets = [s for s in landcover_sets(shared_data) if s.source == "crops_us_2021"]
+    def test_the_us_regions_are_two_states(
+        self, shared_data: Path, landcover: list[PixelSet]
+    ) -> None:
+        sets = [s for s in landcover if s.source == "crops_us_2021"]
         assert [s.region for s in sets] == ["us-west", "us-south"]
         with np.load(shared_data / "crops_us_2021" / "crops_us_2021_dev.npz") as archive:
             west = archive["lonlat"][:, 0] < -110
         assert [len(s.places) for s in sets] == [west.sum(), (~west).sum()]
 
-    def test_pune_is_evaluated_on_and_never_trained_on(self, shared_data: Path) -> None:
-        assert all(s.region != "pune" for s in landcover_sets(shared_data))
+    def test_pune_is_evaluated_on_and_never_trained_on(
+        self, shared_data: Path, landcover: list[PixelSet]
+    ) -> None:
+        assert all(s.region != "pune" for s in landcover)
         (pixels,) = pune_2019(shared_data / "pune_2019")
         assert pixels.validation.all()
         run = Run(config=ZOO["pixels-landcover"], data=shared_data)
         assert [sets[0].region for sets in evaluation_sets(run)] == ["pune", "bavaria"]
 
-    def test_a_task_without_regions_is_an_error(self, shared_data: Path, tmp_path: Path) -> None:
-        run = Run(config=ZOO["landcover-eurosat"], data=shared_data)
+    def test_a_task_without_regions_is_an_error(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = Run(config=ZOO["landcover-eurosat"], data=tmp_path)
+        # Without its data, which take seconds to read.
+        empty = object.__new__(PatchClassification)
+        monkeypatch.setattr("training.regions.task_of", lambda _: empty)
         with pytest.raises(NoRegions, match="landcover-eurosat"):
             evaluate_regions(Plan(run=run, folder=tmp_path, report=tmp_path / "r.md"))
 
