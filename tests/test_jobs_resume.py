@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import shapely
+from rasterio.warp import transform_geom
 
 from benchmarks.tiny_zoo import write_zoo
 from models.registry import Registry
@@ -19,6 +23,7 @@ from service.run.executors import ThreadExecutor
 from service.run.plan import Plan, plan_request
 from service.run.windows import Arrays, Step
 from tests.kits.jobs import stack
+from tests.kits.rasters import NORTH_UP, UTM
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +34,12 @@ RUNS: dict[str, tuple[Any, dict[str, tuple[str, ...]]]] = {
     "overlapping patches": ("landcover", {"stride": ("16",)}),
     "embedding": ("embed", {"modality": ("patch",), "stride": ("8",)}),
 }
+RUNS_OF_FIELDS = {
+    "classes of fields": ("classify-pixels", {}),
+    "forecasts of fields": ("forecast", {}),
+    "embeddings of fields": ("embed", {}),
+}
+HEIGHT, WIDTH = 150, 230
 
 
 class Killed(Exception):
@@ -72,14 +83,26 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         yield made
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=str)
+def parcels(path: Path) -> SourceFile:
+    """Fields of the whole raster, some in several windows, in a file."""
+    features = []
+    for n, (x, y) in enumerate(product(range(0, WIDTH, 30), range(0, HEIGHT, 25))):
+        shape = shapely.box(*NORTH_UP @ (x, y + 22.5), *NORTH_UP @ (x + 24.3, y))
+        geometry = transform_geom(UTM, "EPSG:4326", shapely.geometry.mapping(shape))
+        features.append({"type": "Feature", "id": n, "properties": {}, "geometry": geometry})
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return SourceFile(name=path.name, path=path)
+
+
+@pytest.fixture(scope="module", params=[*RUNS, *RUNS_OF_FIELDS], ids=str)
 def plan(request: Any, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     folder = tmp_path_factory.mktemp("stack")
-    stack(folder, 150, 230)
-    task, fields = RUNS[request.param]
+    stack(folder, HEIGHT, WIDTH)
+    task, fields = (RUNS | RUNS_OF_FIELDS)[request.param]
     files = tuple(SourceFile(name=p.name, path=p) for p in sorted(folder.iterdir()))
-    request = read_parameters(task, fields).request(task, files)
-    return plan_request(request, engine, max_raster_bytes=2**30, rasters=True)
+    polygons = parcels(folder / "parcels.geojson") if request.param in RUNS_OF_FIELDS else None
+    request = read_parameters(task, fields).request(task, files, polygons)
+    return plan_request(request, engine, max_raster_bytes=2**30, rasters=polygons is None)
 
 
 def run(
