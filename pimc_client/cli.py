@@ -55,6 +55,7 @@ from pimc_client.results import (
     Summary,
     Table,
     Taught,
+    check_table,
 )
 from pimc_client.stack import BANDS, COLLECTION, EARTH_SEARCH, fetch_stack
 from pimc_client.tables import csv_text, flat_record, series_of_file
@@ -374,6 +375,8 @@ class _Delivery:
                 "--points or --job"
             )
         _check_raster_target(self.out, several=isinstance(outputs, list))
+        if outputs == "polygons" and self.out != STANDARD_OUTPUT:
+            check_table(self.out)
 
     @property
     def is_raster(self) -> bool:
@@ -568,6 +571,7 @@ def fields(
     """Run a task on each field of a file: one row per polygon, with its id and properties."""
     if out is not None and out != STANDARD_OUTPUT:
         _check_file(out)
+        check_table(out)
     options = {"horizon": horizon, "dtype": dtype, "backtest": backtest, "start": start, **reading}
     with _bars() as bars:
         operation = operations.raster(

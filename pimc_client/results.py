@@ -437,6 +437,32 @@ class Results(_Result, list[T]):
         return analysis.geo_data_frame([one.row() for one in points], geometries)
 
 
+_OWN_FORMATS = (".csv", ".geojson", ".json")
+_PARQUET = (".parquet", ".geoparquet")
+_TABLES = (*_OWN_FORMATS, ".gpkg", *_PARQUET, ".fgb", ".shp")
+
+
+def check_table(path: Path) -> str:
+    """Check that a `Table` can be saved to a path, before a request is sent for it.
+
+    Returns:
+        The suffix in lower case.
+
+    Raises:
+        ValueError: no format has the path's suffix.
+        ImportError: the format needs GeoPandas, which is not installed.
+    """
+    kind = path.suffix.lower()
+    if kind not in _TABLES:
+        raise ValueError(
+            f"{path.name} has the suffix '{kind}', in which no table is written: name a file that "
+            f"ends with {', '.join(_TABLES[:-1])} or {_TABLES[-1]}"
+        )
+    if kind not in _OWN_FORMATS:
+        analysis.required("geopandas", f"a table as {kind}")
+    return kind
+
+
 class Table(_Result, Sequence[Mapping[str, Any]]):
     """Results of fields: one row for each, in the order given, with its id and properties.
 
@@ -484,18 +510,19 @@ class Table(_Result, Sequence[Mapping[str, Any]]):
         """Write the table in the format of the path's suffix.
 
         `.csv` is written without polygons, `.geojson` and `.json` as GeoJSON. GeoPandas writes
-        other formats, such as `.gpkg` and `.parquet`.
+        `.gpkg`, `.parquet`, `.geoparquet`, `.fgb` and `.shp`.
 
         Raises:
+            ValueError: the suffix is none of these.
             ImportError: the format needs GeoPandas, which is not installed.
         """
         target = Path(path)
-        kind = target.suffix.lower()
+        kind = check_table(target)
         if kind == ".csv":
             target.write_text(csv_text(self._rows), encoding="utf-8")
-        elif kind in {".geojson", ".json"}:
+        elif kind in _OWN_FORMATS:
             target.write_text(json.dumps(self.document, ensure_ascii=False), encoding="utf-8")
-        elif kind in {".parquet", ".geoparquet"}:
+        elif kind in _PARQUET:
             self.to_geopandas().to_parquet(target)
         else:
             self.to_geopandas().to_file(target)

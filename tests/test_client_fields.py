@@ -174,6 +174,31 @@ def test_forecasts_and_embeddings_of_fields_are_tables(kind):
     assert table[0] == {"id": "a", "status": "ok", "embedding_0": 1.0, "embedding_1": 2.0}
 
 
+@pytest.mark.parametrize(
+    ("name", "hidden", "message"),
+    [
+        ("out.foo", "", "out.foo has the suffix '.foo', in which no table is written: name a file"),
+        ("out", "", "out has the suffix '', in which no table is written"),
+        ("out.gpkg", "geopandas", "a table as .gpkg needs geopandas, which is not installed"),
+    ],
+)
+def test_a_table_that_cannot_be_written_is_named_before_anything_is_sent(
+    tmp_path, name, hidden, message
+):
+    (tmp_path / "parcels.geojson").write_text(json.dumps(FIELDS))
+    (tmp_path / "2021-01-05.tif").write_bytes(b"x")
+    program = (
+        f"import sys; sys.modules[{hidden!r}] = None; from pimc_client.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--url", "http://127.0.0.1:9", "fields", "2021-01-05.tif",
+         "parcels.geojson", "-o", name],
+        capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
 @pytest.mark.parametrize("suffix", ["csv", "geojson", None])
 def test_the_command_writes_the_table(tmp_path, suffix):
     from tests.kits.client import Reply, serving

@@ -43,6 +43,7 @@ from service.read.vectors import Fields, read_fields
 from service.run import windows as windowing
 from service.run.coverage import Coverage, FieldGrid
 from service.run.fields import run_fields
+from service.run.memory import fields_need
 from service.run.plan import plan_raster
 from service.run.raster import make_work
 from tests.kits.jobs import waited
@@ -220,6 +221,7 @@ def test_classes_are_those_of_the_mean_probability(
         assert found["class"] == names[int(np.argmax(expected))]
         assert found["confidence"] == pytest.approx(max(expected), abs=2e-4)
         assert sum(found["share"].values()) == pytest.approx(1)
+        assert list(found["share"]) == list(names)
         assert 0 < found["clear_dates"] <= DATES
         assert inside[n] <= found["pixels"] + 1e-3
     by_id = {one["id"]: one["properties"] for one in features}
@@ -317,6 +319,22 @@ def test_fields_that_overlap_are_counted_in_parts_of_bounded_size(
             for one, other in zip(at_once, parts, strict=True):
                 assert one["status"] == other["status"]
                 np.testing.assert_allclose(_numbers(one), _numbers(other), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"), [("pixels-landcover", 2 * 3), ("embed-pixel", 3), ("forecast-vi", 3 * 3)]
+)
+def test_the_results_of_fields_count_as_memory(
+    zoo: Path, stack: list[SourceFile], name: str, numbers: int
+) -> None:
+    """At least a Python float, its place in a list and twenty characters for each number."""
+    with Engine(Registry.load(zoo), providers="cpu") as engine:
+        model = engine.models[name]
+        opened = open_stack(stack, StackOptions(), bands=model.card.bands, max_bytes=2**30)
+        run = plan_raster(model, opened, rasters=False)
+        many, none = (fields_need(run, 2**20, count).arrays for count in (100_000, 0))
+        sums = 4 * 2 * (run.pixel_bytes + run.prediction_bytes)
+        assert many - none - 100_000 * sums >= 100_000 * numbers * (24 + 8 + 20)
 
 
 def _numbers(value: Any) -> list[float]:

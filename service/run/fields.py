@@ -331,9 +331,8 @@ class _Means(_Sums):
             classes = self._run.model.card.classes
             if classes:
                 shares = self._totals["shares"][number] / weight[number]
-                record["share"] = {
-                    c.name: float(s) for c, s in zip(classes, shares, strict=True) if s > 0
-                }
+                # Every class, so that the columns of tables do not depend on what is found.
+                record["share"] = {c.name: float(s) for c, s in zip(classes, shares, strict=True)}
             seen = self._totals["seen"][number] / self._total("pixels")[number]
             results[number] |= {**record, **self._extent(number, seen)}
         return results
