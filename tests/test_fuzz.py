@@ -47,12 +47,12 @@ def test_a_seed_always_gives_the_same_case(sound: dict[str, bytes]) -> None:
     assert Tiff.parse(sound["bigtiff-big-endian"]).order == ">"
 
 
-@pytest.mark.timeout(900)  # a hang is found by the run itself, case by case
 def test_no_mutated_file_crashes_hangs_or_discloses_internals(tmp_path: Path) -> None:
+    """A hang is found by the run itself, case by case."""
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.fuzz", "--cases", str(CASES),
          "--first", "1000000", "--workers", "2"],
-        cwd=ROOT, capture_output=True, text=True, timeout=800, check=False,
+        cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     report = json.loads(run.stdout.splitlines()[-1])
     assert report["failures"] == []

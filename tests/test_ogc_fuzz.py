@@ -145,7 +145,6 @@ def check(answer: httpx.Response, what: str) -> None:
     assert not INTERNALS.search(answer.text), (what, answer.text)
 
 
-@pytest.mark.timeout(900)
 def test_each_execute_request_is_a_result_or_a_problem(api: httpx.Client, folder: Path) -> None:
     files = stack(folder, 64, 65, dates=4)
     names = [{"href": str(folder / name)} for _, (name, *_) in files]

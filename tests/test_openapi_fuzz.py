@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
+from tests.kits.patience import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +40,6 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "part", [["--exclude-path-regex", ALIKE], ["--include-path-regex", ALIKE, "--phases=fuzzing"]]
 )
@@ -53,6 +53,7 @@ def test_responses_conform_to_the_openapi_document(
             sys.executable, "-c", _COMMAND, "--config-file", str(TESTS / "schemathesis.toml"),
             "run", f"{api.base_url}/openapi.json", "--checks", "all", "--seed", "1", "--no-color",
             "--header", "Authorization: Bearer key", "--max-examples", EXAMPLES, *part,
+            "--request-timeout", str(PATIENCE),
         ],
         env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
         cwd=tmp_path, capture_output=True, text=True, check=False,
