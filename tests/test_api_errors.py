@@ -14,10 +14,11 @@ import httpx
 import numpy as np
 import pytest
 from affine import Affine
+from pydantic import ValidationError
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
-from service.api.schemas import read_items
+from service.api.schemas import MAX_RINGS, MAX_VERTICES, Area, read_items
 from service.errors import STATUS, InvalidRequest
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.rasters import NORTH_UP, write
@@ -323,6 +324,23 @@ def test_too_many_points_are_rejected(zoo: Path, folder: Path) -> None:
         response = posted(client, stack(folder), data={"points": json.dumps(LONG)})
         body = check_problem(response, "invalid_request")
     assert body["errors"][0]["field"] == "points.features"
+
+
+_RING = [[3.0, 50.0], [3.1, 50.0], [3.1, 50.1], [3.0, 50.0]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "coordinates", "most"),
+    [
+        ("Polygon", [[*_RING[:1] * MAX_VERTICES, *_RING]], MAX_VERTICES),
+        ("Polygon", [_RING] * (MAX_RINGS + 1), MAX_RINGS),
+        ("MultiPolygon", [[_RING] * (MAX_RINGS + 1)], MAX_RINGS),
+        ("MultiPolygon", [[_RING]] * (MAX_RINGS + 1), MAX_RINGS),
+    ],
+)
+def test_an_area_of_too_many_parts_is_rejected(kind: str, coordinates: Any, most: int) -> None:
+    with pytest.raises(ValidationError, match=f"at most {most} items"):
+        Area.model_validate({"type": kind, "coordinates": coordinates})
 
 
 @pytest.mark.parametrize(
