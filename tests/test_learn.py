@@ -24,6 +24,7 @@ from service.learn.graph import (
     STEP_DAYS,
     STEPS,
     Embedding,
+    columns_of,
     feature_graph,
     indices_of,
     with_head,
@@ -64,9 +65,9 @@ def expected_features(values: np.ndarray, valid: np.ndarray, days: np.ndarray) -
         rows.append(np.clip((a - b) / np.maximum(a + b, 0.05), -1, 1))
     # Each band and index is followed by the means of two neighbouring ranks.
     ranked = [np.sort(row, axis=1).reshape(len(row), -1, 2).mean(axis=2) for row in rows]
-    return np.concatenate(
-        [part for pair in zip(rows, ranked, strict=True) for part in pair], axis=1
-    )
+    plain = [part for pair in zip(rows, ranked, strict=True) for part in pair]
+    compressed = [np.arcsinh(part / 0.03) + np.log(0.03) for part in plain[: 2 * len(BANDS)]]
+    return np.concatenate([*compressed, *plain], axis=1)
 
 
 def test_the_features_are_those_of_the_torch_grid(pixels) -> None:
@@ -82,6 +83,13 @@ def test_what_is_not_valid_has_no_say(pixels, nonsense: float) -> None:
     graph = feature_graph(BANDS, series=True, embedding=None)
     spoilt = np.where(valid[..., None], values, np.float32(nonsense))
     np.testing.assert_array_equal(run(graph, spoilt, valid, days), run(graph, values, valid, days))
+
+
+def test_any_reflectance_has_features(pixels) -> None:
+    values, valid, days = pixels
+    graph = feature_graph(BANDS, series=True, embedding=None)
+    for factor in (0, -0.1, -1, 400, -400):  # below zero, or not scaled
+        assert np.isfinite(run(graph, values * np.float32(factor), valid, days)).all()
 
 
 def test_a_band_that_is_not_a_number_makes_its_date_missing(pixels) -> None:
@@ -121,16 +129,47 @@ def test_an_embedding_is_that_of_its_own_bundle(pixels) -> None:
     np.testing.assert_allclose(both[:, -256:], expected, rtol=1e-4, atol=1e-4)
 
 
+def simple(values: np.ndarray) -> kernel.Features:
+    """Features of which each kernel takes all."""
+    columns = np.arange(values.shape[1])
+    return kernel.Features(values=values, columns={"Cauchy": columns, "linear": columns})
+
+
 def fitted(features: np.ndarray) -> kernel.Fitted:
     classes = (np.arange(len(features)) % 3).astype(np.intp)
     folds = (np.arange(len(features)) % 4).astype(np.intp)
-    return kernel.fit({"series": features}, classes, folds)
+    cauchy, linear = columns_of(BANDS, series=True, embedding=None)
+    own = kernel.Features(values=features, columns={"Cauchy": cauchy, "linear": linear})
+    return kernel.fit({"series": own}, classes, folds)
 
 
-def by_hand(head, features: np.ndarray) -> np.ndarray:
-    x = (features - head.mean) * head.scale
-    away = ((x[:, None] - head.support[None]) ** 2).sum(axis=-1)
-    logits = (1 / (1 + head.width * away)) @ head.weights / head.temperature
+def by_hand(found: kernel.Fitted, labels: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Probabilities by both kernels between every pixel and every label, from their definition."""
+    targets = np.eye(3)[np.arange(len(labels)) % 3] - 1 / 3
+    counts = np.bincount(np.arange(len(labels)) % 3)
+    ridges = 3 * counts[np.arange(len(labels)) % 3] / len(labels)
+    row = STEPS + STEPS // 2
+    taken = {
+        "Cauchy": np.r_[: len(BANDS) * row, 2 * len(BANDS) * row : features.shape[1]],
+        "linear": np.arange(len(BANDS) * row, features.shape[1]),
+    }
+    logits = np.zeros((len(features), 3))
+    for part, temperature in found.choice.parts.items():
+        columns = taken[part.kernel]
+        mean, deviation = labels[:, columns].mean(axis=0), labels[:, columns].std(axis=0)
+        a, b = (
+            (x[:, columns] - mean) / np.maximum(deviation, 1e-6) / np.sqrt(len(columns))
+            for x in (features, labels)
+        )
+
+        def k(x: np.ndarray, y: np.ndarray, part: kernel.Candidate = part) -> np.ndarray:
+            if part.kernel == "linear":
+                return 0.1 + x @ y.T / part.width
+            return 1 / (1 + ((x[:, None] - y[None]) ** 2).sum(axis=-1) / part.width)
+
+        weights = np.linalg.solve(k(b, b) + part.ridge * np.diag(ridges), targets)
+        share = {"Cauchy": 2 / 3, "linear": 1 / 3}[part.kernel]
+        logits += share * k(a, b) @ weights / temperature / found.choice.temperature
     grown = np.exp(logits - logits.max(axis=1, keepdims=True))
     return grown / grown.sum(axis=1, keepdims=True)
 
@@ -139,10 +178,11 @@ def test_the_exported_head_is_the_fitted_one(pixels) -> None:
     values, valid, days = pixels
     graph = feature_graph(BANDS, series=True, embedding=None)
     features = run(graph, values, valid, days).astype(np.float64)
-    head = fitted(features[:20]).head
-    found = run(with_head(graph, head), values, valid, days)
+    made = fitted(features[:20])
+    found = run(with_head(graph, made.head), values, valid, days)
     assert FEATURES == "embedding"
-    np.testing.assert_allclose(found, by_hand(head, features), atol=2e-4)
+    assert {part.kernel for part in made.choice.parts} == {"Cauchy", "linear"}
+    np.testing.assert_allclose(found, by_hand(made, features[:20], features), atol=2e-4)
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
 
 
@@ -153,11 +193,11 @@ def test_left_out_scores_are_those_of_heads_fitted_without_the_fold() -> None:
     folds = np.repeat(np.arange(5), 6).astype(np.intp)
     x = random.normal(size=(30, 4)) + classes[:, None]
     gram = 1 / (1 + 0.3 * ((x[:, None] - x[None]) ** 2).sum(-1))
-    found = kernel._left_out(gram, classes, folds)
+    found = kernel._left_out(gram, 0.2, classes, folds)
     targets = np.eye(3)[classes] - 1 / 3
     for fold in range(5):
         own, others = folds == fold, folds != fold
-        inner = gram[np.ix_(others, others)] + kernel._RIDGE * np.eye(others.sum())
+        inner = gram[np.ix_(others, others)] + 0.2 * np.eye(others.sum())
         expected = gram[np.ix_(own, others)] @ np.linalg.solve(inner, targets[others])
         np.testing.assert_allclose(found[own], expected, atol=1e-8)
 
@@ -167,9 +207,9 @@ def test_classes_apart_are_told_apart_and_noise_is_not() -> None:
     classes = np.arange(60).astype(np.intp) % 2
     folds = (np.arange(60) // 12).astype(np.intp)
     noise = random.normal(size=(60, 5))
-    apart = kernel.fit({"a": noise + 6.0 * classes[:, None]}, classes, folds)
+    apart = kernel.fit({"a": simple(noise + 6.0 * classes[:, None])}, classes, folds)
     assert (apart.probabilities.argmax(axis=1) == classes).all()
-    lost = kernel.fit({"a": noise}, classes, folds)
+    lost = kernel.fit({"a": simple(noise)}, classes, folds)
     assert (lost.probabilities.argmax(axis=1) == classes).mean() < 0.75
     # Calibrated: where nothing can be known, nothing is claimed.
     assert lost.probabilities.max(axis=1).mean() < apart.probabilities.max(axis=1).mean()
@@ -183,8 +223,9 @@ def test_the_better_features_are_chosen() -> None:
     classes = np.arange(40).astype(np.intp) % 2
     folds = (np.arange(40) // 8).astype(np.intp)
     good = random.normal(size=(40, 3)) + 4.0 * classes[:, None]
-    found = kernel.fit({"bad": random.normal(size=(40, 3)), "good": good}, classes, folds)
-    assert found.candidate.features == "good"
+    bad = random.normal(size=(40, 3))
+    found = kernel.fit({"bad": simple(bad), "good": simple(good)}, classes, folds)
+    assert found.choice.features == "good"
 
 
 @pytest.mark.parametrize("count", [12, 60, 300])

@@ -29,6 +29,9 @@ _OLDEST = 18
 _IR_VERSION = 10
 STEPS = 36
 STEP_DAYS = 10
+_TINY = 1e-6
+_ROW = STEPS + STEPS // 2
+"""Number of features of a band or an index: its series, then its values by rank."""
 FEATURES = OUTPUTS["embed"]
 """Name of the features in a graph: the output of an `embed` bundle, as which the graph is loaded
 while a head is fitted."""
@@ -36,6 +39,8 @@ _MAX_BRIGHTNESS = 1e3
 """Sum of a date's bands from which on the date is not usable, like one with NaN."""
 _SMALLEST_SUM = 0.05
 """Smallest denominator of an index: over dark water, a ratio of two small numbers is noise."""
+_DARK = 0.03
+"""Reflectance below which features grow linearly with it, and above which with its logarithm."""
 
 INDICES: Mapping[str, tuple[str, str]] = {
     "ndvi": ("B08", "B04"),
@@ -73,20 +78,27 @@ class Embedding:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A kernel classifier of standardised features (see `service.learn.kernel`)."""
+    """A classifier with a Cauchy and a linear kernel (see `service.learn.kernel`).
 
+    logits = weights / (1 + |scaled - support|² / width) + features · linear + bias
+    """
+
+    columns: NDArray[np.intp]
+    """The features (d) that the Cauchy kernel takes."""
     mean: NDArray[np.float64]
-    """Mean (D), which is subtracted from the features."""
+    """Mean (d), which is subtracted from them."""
     scale: NDArray[np.float64]
-    """Scale (D), by which the difference is multiplied."""
+    """Scale (d), by which the difference is multiplied."""
     support: NDArray[np.float64]
-    """Scaled features of the labelled pixels (n, D)."""
+    """Scaled features of the labelled pixels (n, d)."""
     weights: NDArray[np.float64]
-    """Weights (n, K) of the labelled pixels in the score of each class."""
+    """Weights (n, K) of the labelled pixels in the logit of each class."""
     width: float
-    """g of the kernel 1 / (1 + g |a - b|²)."""
-    temperature: float
-    """Temperature, by which scores are divided before the softmax."""
+    """Squared distance at which the Cauchy kernel is a half."""
+    linear: NDArray[np.float64]
+    """Weights (D, K) of all features in the logit of each class."""
+    bias: NDArray[np.float64]
+    """A summand (K) of the logits."""
 
 
 def indices_of(bands: Sequence[str]) -> tuple[str, ...]:
@@ -95,8 +107,22 @@ def indices_of(bands: Sequence[str]) -> tuple[str, ...]:
 
 
 def series_length(bands: Sequence[str]) -> int:
-    """Number of features of the series of bands and of their indices."""
-    return (len(bands) + len(indices_of(bands))) * (STEPS + STEPS // 2)
+    """Number of features of the series: see `_series`."""
+    return (2 * len(bands) + len(indices_of(bands))) * _ROW
+
+
+def columns_of(
+    bands: Sequence[str], *, series: bool, embedding: Embedding | None
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The features that the Cauchy kernel takes, and those that the linear one takes.
+
+    Distances are taken between asinh of the bands, sums between the bands themselves; both take
+    indices and the embedding. The arguments are those of `feature_graph`.
+    """
+    length = series_length(bands) if series else 0
+    edge = len(bands) * _ROW if series else 0
+    columns = np.arange(length + (0 if embedding is None else embedding.length))
+    return np.delete(columns, np.s_[edge : 2 * edge]), columns[edge:]
 
 
 @dataclass(kw_only=True)
@@ -110,9 +136,18 @@ class _Builder:
         self.constants[name] = numpy_helper.from_array(np.asarray(value, kind), name)
         return name
 
-    def add(self, kind: str, inputs: Sequence[str], output: str, **options: Any) -> str:  # noqa: ANN401
-        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output, **options))
-        return output
+    def add(
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        output: str | Sequence[str],
+        **options: Any,  # noqa: ANN401
+    ) -> str:
+        """Add a node and return the name of its first output, which is the node's name, too."""
+        outputs = [output] if isinstance(output, str) else list(output)
+        node = helper.make_node(kind, list(inputs), outputs, name=outputs[0], **options)
+        self.nodes.append(node)
+        return outputs[0]
 
 
 def feature_graph(bands: Sequence[str], *, series: bool, embedding: Embedding | None) -> bytes:
@@ -120,8 +155,8 @@ def feature_graph(bands: Sequence[str], *, series: bool, embedding: Embedding | 
 
     Args:
         bands: names of the stack's bands (C), which the graph takes in this order.
-        series: whether the regular series of bands and indices, and their values by rank, are
-            features.
+        series: whether the regular series of bands (asinh of reflectance) and indices, and their
+            values by rank, are features.
         embedding: model whose embedding is a feature; None for none. `bands` must contain its
             bands.
 
@@ -160,7 +195,9 @@ def with_head(features: bytes, head: Head) -> bytes:
         constants={tensor.name: tensor for tensor in model.graph.initializer},
     )
     kinds = head.weights.shape[1]
-    build.add("Sub", [FEATURES, build.constant("h_mean", head.mean)], "h_centred")
+    build.constant("h_columns", head.columns, np.int64)
+    build.add("Gather", [FEATURES, "h_columns"], "h_taken", axis=1)
+    build.add("Sub", ["h_taken", build.constant("h_mean", head.mean)], "h_centred")
     build.add("Mul", ["h_centred", build.constant("h_scale", head.scale)], "h_scaled")
     # |a - b|² = |a|² + |b|² - 2 ab needs one matrix product. Rounding may make it slightly
     # negative, which is harmless. It is not clipped, because a clip turns the NaN of a cloudy pixel
@@ -173,22 +210,28 @@ def with_head(features: bytes, head: Head) -> bytes:
     build.constant("h_lengths", (head.support**2).sum(axis=1)[None])
     build.add("Add", ["h_product", "h_lengths"], "h_partial")
     build.add("Add", ["h_partial", "h_length"], "h_distance")
-    build.add("Mul", ["h_distance", build.constant("h_width", head.width)], "h_relative")
+    build.add("Div", ["h_distance", build.constant("h_width", head.width)], "h_relative")
     build.add("Add", ["h_relative", build.constant("h_one", 1.0)], "h_farness")
     build.add("Reciprocal", ["h_farness"], "h_kernel")
-    build.constant("h_weights", head.weights / head.temperature)
-    build.add("MatMul", ["h_kernel", "h_weights"], "h_logits")
+    build.add("MatMul", ["h_kernel", build.constant("h_weights", head.weights)], "h_curved")
+    build.add("MatMul", [FEATURES, build.constant("h_linear", head.linear)], "h_sum")
+    build.add("Add", ["h_sum", build.constant("h_bias", head.bias)], "h_straight")
+    build.add("Add", ["h_curved", "h_straight"], "h_logits")
     output = OUTPUTS["classify-pixels"]
     build.add("Softmax", ["h_logits"], output, axis=1)
     return _model(build, bands, output, kinds, model.opset_import[0].version)
 
 
 def _series(build: _Builder, bands: Sequence[str]) -> str:
-    """Add the regular series of bands and of I indices, each followed by its values by rank.
+    """Add the features of the regular series, flattened (N, (2 C + I) * 3 M / 2).
 
-    The ranked values do not depend on the season in which a value occurs, as classes that differ
-    by place do, for example in the date of sowing. Means of two neighbouring ranks, (C + I) * M / 2
-    values, so that they weigh half as much as the series. All flattened (N, (C + I) * 3 M / 2).
+    The rows are asinh of the bands, the bands, and the indices. Brightness varies by factors (sun,
+    moisture, thin clouds), which a logarithm turns into sums; without it, a distance between two
+    pixels is mainly that of their brightest dates. asinh also takes values around 0.
+
+    Each row is followed by its values by rank, which do not depend on the season in which a value
+    occurs, as classes that differ by place do, for example in the date of sowing: means of two
+    neighbouring ranks, so that they weigh half as much as the series.
     """
     usable = _usable(build)
     weight = _weights(build)
@@ -220,18 +263,33 @@ def _series(build: _Builder, bands: Sequence[str]) -> str:
     else:
         build.add("Identity", parts, "shown")
     build.constant("all_steps", [STEPS], np.int64)
-    build.nodes.append(
-        helper.make_node(
-            "TopK", ["shown", "all_steps"], ["ranked", "ranks"], name="ranked", axis=2, largest=0
-        )
-    )
+    build.add("TopK", ["shown", "all_steps"], ["ranked", "ranks"], axis=2, largest=0)
     build.constant("pairs", [0, 0, STEPS // 2, 2], np.int64)
     build.add("Reshape", ["ranked", "pairs"], "ranked_pairs")
     build.constant("pair", [3], np.int64)
     build.add("ReduceMean", ["ranked_pairs", "pair"], "by_rank", keepdims=0)
     build.add("Concat", ["shown", "by_rank"], "seasonal_and_ranked", axis=2)
-    build.constant("flat", [0, series_length(bands)], np.int64)
-    return build.add("Reshape", ["seasonal_and_ranked", "flat"], "series")
+    build.constant("flat", [0, (len(bands) + len(names)) * _ROW], np.int64)
+    build.add("Reshape", ["seasonal_and_ranked", "flat"], "plain")
+    build.constant("column", [1], np.int64)
+    build.constant("first_column", [0], np.int64)
+    build.constant("after_bands", [len(bands) * _ROW], np.int64)
+    build.add("Slice", ["plain", "first_column", "after_bands", "column"], "reflectance")
+    return build.add("Concat", [_compressed(build, "reflectance"), "plain"], "series", axis=1)
+
+
+def _compressed(build: _Builder, reflectance: str) -> str:
+    """Add log(reflectance + sqrt(reflectance² + _DARK²)), asinh(reflectance / _DARK) + log(_DARK).
+
+    ONNX Runtime has no Asinh for CUDA.
+    """
+    build.add("Mul", [reflectance, reflectance], "square_of_reflectance")
+    build.add("Add", ["square_of_reflectance", build.constant("dark", _DARK**2)], "legs")
+    build.add("Sqrt", ["legs"], "hypotenuse")
+    build.add("Add", [reflectance, "hypotenuse"], "stretched")
+    # The sum of a large negative reflectance is rounded to 0.
+    build.add("Add", ["stretched", build.constant("tiny", _TINY)], "above_zero")
+    return build.add("Log", ["above_zero"], "compressed")
 
 
 def _usable(build: _Builder) -> str:

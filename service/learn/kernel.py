@@ -1,22 +1,25 @@
-"""Kernel ridge classification with a Cauchy kernel, and its left-out scores in closed form.
+"""Kernel ridge classification with two kernels, and its left-out scores in closed form.
 
-    k(a, b) = 1 / (1 + g |a - b|²);  weights = (k + ridge W⁻¹)⁻¹ (onehot - 1/K)
+    Cauchy: k(a, b) = 1 / (1 + |a - b|² / width);  linear: k(a, b) = offset + a·b / width
+    weights = (k + ridge W⁻¹)⁻¹ (onehot - 1/K)
 
-W weights labels so that all classes have the same total weight. The kernel is a mixture of
+W weights labels so that all classes have the same total weight. The Cauchy kernel is a mixture of
 Gaussians of all widths (a rational quadratic kernel, Rasmussen and Williams 2006, eq. 4.19), so
-that few parameters are chosen from few labels. The fit needs no iterative optimiser, and one matrix
+that few parameters are chosen from few labels. A head adds the scores of both kernels, two thirds
+of the Cauchy kernel and one of the linear one: which is better, few labels do not show, and the
+sum is hardly worse than the better one. The fit needs no iterative optimiser, and one matrix
 inverse gives the scores of every fold that is left out (Rifkin and Klautau 2004, "In Defense of
-One-Vs-All Classification"; Rasmussen and Williams, eq. 5.12, for a block instead of one sample). A
-temperature turns scores into probabilities (Guo et al. 2017, arXiv 1706.04599).
+One-Vs-All Classification"; Rasmussen and Williams, eq. 5.12, for a block instead of one sample).
+Temperatures turn scores into probabilities (Guo et al. 2017, arXiv 1706.04599).
 
-Shapes: n labels, D features, K classes.
+Shapes: n labels, D features, d features of one kernel, K classes.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,92 +27,173 @@ from numpy.typing import NDArray
 from service.learn.graph import Head
 
 Floats = NDArray[np.float64]
-_WIDTHS = (0.25, 0.5, 1.0, 2.0)
-"""Widths of the kernel that are tried, relative to the inverse of the median squared distance."""
-_RIDGE = 0.03
+Kernel = Literal["Cauchy", "linear"]
+_SETTINGS: Mapping[Kernel, tuple[tuple[float, float], ...]] = {
+    "Cauchy": ((4.0, 0.03), (2.0, 0.03), (1.0, 0.03), (0.5, 0.03)),
+    "linear": ((0.5, 0.1), (0.5, 0.3), (0.5, 1.0), (0.5, 3.0)),
+}
+"""Width, relative to the median squared distance, and ridge of each kernel that are tried."""
+_SHARES: Mapping[Kernel, float] = {"Cauchy": 2 / 3, "linear": 1 / 3}
+_OFFSET = 0.1
+"""Of the linear kernel, so that a score need not be 0 at the mean of the labels."""
 _MIN_DEVIATION = 1e-6
 """Smallest standard deviation by which a feature is divided, so that noise is not amplified."""
 _COLDEST, _HOTTEST = np.log(0.01), np.log(2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Features:
+    """Features of the labels, and which of them each kernel takes."""
+
+    values: NDArray[np.floating]
+    """Features (n, D), finite."""
+    columns: Mapping[Kernel, NDArray[np.intp]]
+    """The features (d) of each kernel."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A set of features with a width of the kernel."""
+    """A classifier that may become a part of a head."""
 
     features: str
     """Name of the features."""
+    kernel: Kernel
     width: float
-    """g of the kernel 1 / (1 + g |a - b|²)."""
+    """Width of the kernel."""
+    ridge: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The classifiers of a head and their temperatures."""
+
+    parts: Mapping[Candidate, float]
+    """The temperature of each classifier, one for each kernel."""
+    temperature: float
+    """Temperature of the sum."""
+
+    @property
+    def features(self) -> str:
+        """Name of the features, which all parts share."""
+        return next(iter(self.parts)).features
+
+    def factors(self) -> dict[Candidate, float]:
+        """The factors by which scores are multiplied before they are added to logits."""
+        return {
+            part: _SHARES[part.kernel] / (temperature * self.temperature)
+            for part, temperature in self.parts.items()
+        }
+
+    def logits(self, scores: Mapping[Candidate, Floats], rows: NDArray[np.bool_]) -> Floats:
+        """Logits of the chosen `rows` of scores (n, K)."""
+        factors = self.factors().items()
+        return np.asarray(sum(factor * scores[part][rows] for part, factor in factors))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
     """A head, and its predictions for labels to which it was not fitted."""
 
-    candidate: Candidate
+    choice: Choice
     head: Head
     probabilities: Floats
-    """Probabilities of each label (n, K), by a head whose fit, candidate and temperature did not
-    use the label's place."""
+    """Probabilities of each label (n, K), by a head whose fit, choice and temperatures did not use
+    the label's place."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Scaled:
-    """Features scaled so that their mean squared distance does not depend on their number (D)."""
+    """Features of a kernel, scaled so that distances do not depend on their number (d)."""
 
     values: Floats
     mean: Floats
     scale: Floats
+    products: Floats
+    """Products a·b (n, n)."""
+    typical: float
+    """The median of the squared distances above 0; 1 if all labels have the same features."""
+
+    def kernel(self, candidate: Candidate) -> Floats:
+        """The kernel (n, n) of a candidate."""
+        if candidate.kernel == "linear":
+            return np.asarray(_OFFSET + self.products / candidate.width)
+        return np.asarray(1 / (1 + _squares(self.products) / candidate.width))
 
 
 def fit(
-    features: Mapping[str, NDArray[np.floating]],
+    features: Mapping[str, Features],
     classes: NDArray[np.intp],
     folds: NDArray[np.intp],
     check: Callable[[], None] = lambda: None,
 ) -> Fitted:
-    """Fit the candidate with the smallest loss on places that are left out.
+    """Fit the head with the smallest loss on places that are left out.
 
     Args:
-        features: features of the labels (n, D), finite, by name.
+        features: features of the labels, by name.
         classes: class of each label (n), counting from 0, each at least once.
         folds: fold of each label (n), at least two folds; labels of one place share a fold.
         check: called between the steps; an exception that it raises ends the fit.
 
     Returns:
-        The head of that candidate, fitted to all labels, and the predictions for left-out labels.
+        That head, fitted to all labels, and the predictions for left-out labels.
     """
-    scaled = {name: _standardised(np.asarray(x, np.float64)) for name, x in features.items()}
-    squares = {name: _squares(one.values) for name, one in scaled.items()}
+    scaled: dict[tuple[str, Kernel], _Scaled] = {}
     left_out: dict[Candidate, Floats] = {}
-    for name, width in itertools.product(features, _WIDTHS):
-        check()
-        g = width / _typical(squares[name])
-        left_out[Candidate(features=name, width=g)] = _left_out(
-            _kernel(squares[name], g), classes, folds
-        )
-    best, temperature = _choice(left_out, classes, np.ones(len(classes), np.bool_))
-    probabilities = np.empty_like(left_out[best])
+    for name, one in features.items():
+        for kind, settings in _SETTINGS.items():
+            check()
+            values = np.asarray(one.values[:, one.columns[kind]], np.float64)
+            own = scaled[name, kind] = _scaled(values)
+            for width, ridge in settings:
+                check()
+                candidate = Candidate(
+                    features=name, kernel=kind, width=width * own.typical, ridge=ridge
+                )
+                left_out[candidate] = _left_out(own.kernel(candidate), ridge, classes, folds)
+    choice = _choice(left_out, classes, np.ones(len(classes), np.bool_))
+    probabilities = np.empty((len(classes), int(classes.max()) + 1))
     for fold in np.unique(folds):
         check()
-        # Candidate and temperature are chosen without the fold whose predictions are reported.
-        others = folds != fold
-        chosen, fold_temperature = _choice(left_out, classes, others)
-        probabilities[~others] = softmax(left_out[chosen][~others] / fold_temperature)
-    own = scaled[best.features]
-    kernel = _kernel(squares[best.features], best.width)
-    weights = np.linalg.solve(_regularised(kernel, classes), _targets(classes))
+        # Everything is chosen without the fold whose predictions are reported.
+        own_fold = folds == fold
+        fold_choice = _choice(left_out, classes, ~own_fold)
+        probabilities[own_fold] = softmax(fold_choice.logits(left_out, own_fold))
+    chosen = features[choice.features]
     return Fitted(
-        candidate=best,
-        head=Head(
-            mean=own.mean,
-            scale=own.scale,
-            support=own.values,
-            weights=np.asarray(weights, np.float64),
-            width=best.width,
-            temperature=temperature,
+        choice=choice,
+        head=_head(
+            {kind: scaled[choice.features, kind] for kind in _SETTINGS}, chosen, choice, classes
         ),
         probabilities=probabilities,
+    )
+
+
+def _head(
+    scaled: Mapping[Kernel, _Scaled],
+    features: Features,
+    choice: Choice,
+    classes: NDArray[np.intp],
+) -> Head:
+    """The head of a choice, fitted to all labels."""
+    weights = {
+        part.kernel: factor * _weights(scaled[part.kernel].kernel(part), part.ridge, classes)
+        for part, factor in choice.factors().items()
+    }
+    widths = {part.kernel: part.width for part in choice.parts}
+    curved, straight = scaled["Cauchy"], scaled["linear"]
+    # The linear kernel needs no labels once it is fitted: sums of features are enough.
+    own = straight.scale[:, None] * (straight.values.T @ weights["linear"]) / widths["linear"]
+    linear = np.zeros((features.values.shape[1], own.shape[1]))
+    linear[features.columns["linear"]] = own
+    return Head(
+        columns=features.columns["Cauchy"],
+        mean=curved.mean,
+        scale=curved.scale,
+        support=curved.values,
+        weights=weights["Cauchy"],
+        width=widths["Cauchy"],
+        linear=linear,
+        bias=_OFFSET * weights["linear"].sum(axis=0) - straight.mean @ own,
     )
 
 
@@ -119,26 +203,26 @@ def softmax(logits: Floats) -> Floats:
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 
 
-def _standardised(x: Floats) -> _Scaled:
+def _scaled(x: Floats) -> _Scaled:
     mean = x.mean(axis=0)
     scale = 1 / (np.maximum(x.std(axis=0), _MIN_DEVIATION) * np.sqrt(x.shape[1]))
-    return _Scaled(values=(x - mean) * scale, mean=mean, scale=scale)
+    values = (x - mean) * scale
+    products = values @ values.T
+    apart = _squares(products)
+    apart = apart[apart > 0]
+    return _Scaled(
+        values=values,
+        mean=mean,
+        scale=scale,
+        products=products,
+        typical=float(np.median(apart)) if apart.size else 1.0,
+    )
 
 
-def _squares(x: Floats) -> Floats:
-    """Squared distances (n, n) between rows (n, D)."""
-    lengths = (x**2).sum(axis=1)
-    return np.asarray(np.maximum(lengths[:, None] + lengths[None] - 2 * x @ x.T, 0.0))
-
-
-def _kernel(squares: Floats, width: float) -> Floats:
-    return np.asarray(1 / (1 + width * squares))
-
-
-def _typical(squares: Floats) -> float:
-    """The median of the squared distances above 0; 1 if all labels have the same features."""
-    apart = squares[squares > 0]
-    return float(np.median(apart)) if apart.size else 1.0
+def _squares(products: Floats) -> Floats:
+    """Squared distances (n, n) from products (n, n)."""
+    lengths = np.diagonal(products)
+    return np.asarray(np.maximum(lengths[:, None] + lengths[None] - 2 * products, 0.0))
 
 
 def _targets(classes: NDArray[np.intp]) -> Floats:
@@ -146,18 +230,25 @@ def _targets(classes: NDArray[np.intp]) -> Floats:
     return np.eye(count)[classes] - 1 / count
 
 
-def _regularised(kernel: Floats, classes: NDArray[np.intp]) -> Floats:
+def _regularised(kernel: Floats, ridge: float, classes: NDArray[np.intp]) -> Floats:
     counts = np.bincount(classes)
     weight = len(classes) / (len(counts) * counts[classes])
     out = kernel.copy()
-    out[np.diag_indices_from(out)] += _RIDGE / weight
+    out[np.diag_indices_from(out)] += ridge / weight
     return out
 
 
-def _left_out(kernel: Floats, classes: NDArray[np.intp], folds: NDArray[np.intp]) -> Floats:
-    """Scores (n, K) of each label by a head fitted without its fold."""
+def _weights(kernel: Floats, ridge: float, classes: NDArray[np.intp]) -> Floats:
+    """Weights (n, K) of the labels in the score of each class."""
+    return np.asarray(np.linalg.solve(_regularised(kernel, ridge, classes), _targets(classes)))
+
+
+def _left_out(
+    kernel: Floats, ridge: float, classes: NDArray[np.intp], folds: NDArray[np.intp]
+) -> Floats:
+    """Scores (n, K) of each label by a classifier fitted without its fold."""
     targets = _targets(classes)
-    inverse = np.linalg.inv(_regularised(kernel, classes))
+    inverse = np.linalg.inv(_regularised(kernel, ridge, classes))
     weights = inverse @ targets
     scores = np.empty_like(targets)
     for fold in np.unique(folds):
@@ -168,14 +259,23 @@ def _left_out(kernel: Floats, classes: NDArray[np.intp], folds: NDArray[np.intp]
 
 def _choice(
     left_out: Mapping[Candidate, Floats], classes: NDArray[np.intp], rows: NDArray[np.bool_]
-) -> tuple[Candidate, float]:
-    """The candidate with the smallest loss on the labels of `rows`, and its temperature."""
-    found = {
-        candidate: _temperature(scores[rows], classes[rows])
-        for candidate, scores in left_out.items()
-    }
-    best = min(found, key=lambda candidate: found[candidate][1])
-    return best, found[best][0]
+) -> Choice:
+    """Of each kernel the candidate with the smallest loss on the labels of `rows`.
+
+    Of several sets of features, those whose head has the smallest loss.
+    """
+    found = {one: _temperature(scores[rows], classes[rows]) for one, scores in left_out.items()}
+    heads: list[tuple[float, Choice]] = []
+    for name in dict.fromkeys(one.features for one in left_out):
+        parts: dict[Candidate, float] = {}
+        for kind in _SETTINGS:
+            own = [one for one in found if (one.features, one.kernel) == (name, kind)]
+            best = min(own, key=lambda one: found[one][1])
+            parts[best] = found[best][0]
+        plain = Choice(parts=parts, temperature=1.0)
+        temperature, loss = _temperature(plain.logits(left_out, rows), classes[rows])
+        heads.append((loss, replace(plain, temperature=temperature)))
+    return min(heads, key=lambda head: head[0])[1]
 
 
 def _temperature(scores: Floats, classes: NDArray[np.intp]) -> tuple[float, float]:

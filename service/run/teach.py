@@ -41,12 +41,13 @@ from service.learn.graph import (
     STEP_DAYS,
     STEPS,
     Embedding,
+    columns_of,
     feature_graph,
     indices_of,
     series_length,
     with_head,
 )
-from service.learn.kernel import Fitted, fit
+from service.learn.kernel import Features, Fitted, fit
 from service.learn.places import folds_of, named_places, spatial_places
 from service.learn.scores import scores
 from service.read.geotiff import BlockCache
@@ -510,14 +511,21 @@ class _Teaching:
 
     def _candidates(
         self, features: NDArray[np.float32], bands: Sequence[str]
-    ) -> dict[str, NDArray[np.float32]]:
+    ) -> dict[str, Features]:
+        """The features that are tried: those of the series, and with an embedding of all three."""
+
+        def of(values: NDArray[np.float32], *, series: bool, embedded: bool) -> Features:
+            embedding = self.embedding if embedded else None
+            cauchy, linear = columns_of(bands, series=series, embedding=embedding)
+            return Features(values=values, columns={"Cauchy": cauchy, "linear": linear})
+
         if self.embedding is None:
-            return {"series": features}
+            return {"series": of(features, series=True, embedded=False)}
         edge = self._width(bands) - self.embedding.length
         return {
-            "series": features[:, :edge],
-            "embedding": features[:, edge:],
-            "series and embedding": features,
+            "series": of(features[:, :edge], series=True, embedded=False),
+            "embedding": of(features[:, edge:], series=False, embedded=True),
+            "series and embedding": of(features, series=True, embedded=True),
         }
 
     # Result ----------------------------------------------------------------------------------
@@ -529,7 +537,7 @@ class _Teaching:
         facts: Mapping[str, Any],
         metrics: Mapping[str, Any],
     ) -> Bundle:
-        chosen, request = fitted.candidate.features, self.request
+        chosen, request = fitted.choice.features, self.request
         graph = feature_graph(
             facts["bands"],
             series=chosen != "embedding",
@@ -564,9 +572,10 @@ class _Teaching:
                 ),
                 "training": {
                     "features": chosen,
-                    "classifier": "kernel ridge, Cauchy kernel",
-                    "width": fitted.candidate.width,
-                    "temperature": fitted.head.temperature,
+                    "classifier": "kernel ridge, Cauchy and linear kernel",
+                    "width": fitted.head.width,
+                    "ridge": {part.kernel: part.ridge for part in fitted.choice.parts},
+                    "temperature": fitted.choice.temperature,
                     "embedding": request.embedding if chosen != "series" else None,
                     "start": request.start.isoformat() if request.start else None,
                 },
