@@ -21,6 +21,8 @@ from training.augment import (
     flip,
     jitter_dates,
     shift_season,
+    smooth,
+    soften,
     to_surface,
     to_top,
     zoom,
@@ -185,3 +187,23 @@ def test_haze_brightens_dark_ground_and_dims_bright_ground() -> None:
     red, green, blue = thick[0, :, 0, 0]
     assert red < green < blue
     assert (add_haze(bright, 0.6, 0.7) < bright).all()
+
+
+def test_smoothing_is_a_mean_of_neighbours_that_keeps_the_mean() -> None:
+    patch = chance().random((1, 2, 7, 7)).astype(np.float32)
+    kernel = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25])
+    expected = (patch[0, 1, 2:5, 3:6] * kernel).sum()
+    assert smooth(patch, 0.25)[0, 1, 3, 4] == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_array_equal(smooth(patch, 0.0), patch)
+    np.testing.assert_allclose(smooth(np.ones_like(patch), 1 / 3), 1.0, rtol=1e-6)
+
+
+def test_a_share_of_the_patches_is_smoothed_each_by_its_own_weight() -> None:
+    patches = np.zeros((400, 1, 9, 9), np.float32)
+    patches[:, :, 4, 4] = 1.0
+    left = soften(patches, chance(), share=0.5)[:, 0, 4, 4]
+    changed = left != 1.0
+    assert 0.4 < changed.mean() < 0.6
+    assert left[changed].min() > 1 / 9
+    assert np.ptp(left[changed]) > 0.7
+    assert (soften(patches, chance(), share=1.0)[:, 0, 4, 4] < 1.0).all()

@@ -59,6 +59,9 @@ class PatchAugmentation:
     clear: float = 0.0
     """Share of the patches (B04, B03, B02) from which Rayleigh scattering is removed, so that
     level 1C imagery resembles level 2A."""
+    soften: float = 0.0
+    """Share of the patches that are smoothed, as resampling to another grid or a median of dates
+    smooths imagery."""
 
 
 NO_PIXEL_AUGMENTATION = PixelAugmentation(drop=0.0, jitter=0.0, season=0.0, noise=0.0, gain=0.0)
@@ -184,6 +187,39 @@ def zoom(patches: Floats, rng: Generator, *, closer: float, wider: float) -> Flo
     return np.asarray(rows @ patches @ cols.swapaxes(-1, -2))
 
 
+def soften(patches: Floats, rng: Generator, *, share: float) -> Floats:
+    """Smooth some patches (N, C, P, P), by up to the mean of each pixel and its eight neighbours.
+
+    Args:
+        patches: reflectance.
+        rng: random generator.
+        share: share of the patches that are changed, 0 to 1.
+    """
+    weight = rng.uniform(0.0, 1.0 / 3.0, (len(patches), 1, 1, 1))
+    chosen = rng.random(weight.shape) < share
+    return smooth(patches, np.where(chosen, weight, 0.0))
+
+
+def smooth(patches: Floats, weight: float | NDArray[np.float64]) -> Floats:
+    """Smooth patches (N, C, P, P), as resampling to another grid does.
+
+    Args:
+        patches: reflectance.
+        weight: what each of the two neighbours along a row, and then along a column, has in a
+            pixel's mean, 0 to 1/3; of all patches or of each (N, 1, 1, 1). Bilinear shifts by half
+            a pixel there and back give 1/4.
+    """
+    share = np.float32(weight)
+    for axis in (2, 3):
+        edges = [(1, 1) if a == axis else (0, 0) for a in range(4)]
+        padded = np.pad(patches, edges, mode="edge")
+        before, _, after = (
+            np.take(padded, np.arange(i, i + patches.shape[axis]), axis=axis) for i in range(3)
+        )
+        patches = (1 - 2 * share) * patches + share * (before + after)
+    return patches
+
+
 def brighten(patches: Floats, rng: Generator, how: PatchAugmentation) -> Floats:
     """Gain, brightness and noise, on reflectance (N, C, P, P)."""
     n, c = patches.shape[:2]
@@ -265,4 +301,5 @@ def augment_patches(patches: Floats, how: PatchAugmentation, rng: Generator) -> 
     if how.closer or how.wider:
         cut = zoom(cut, rng, closer=how.closer, wider=how.wider)
     seen = clear_atmosphere(cut, rng, share=how.clear) if how.clear else cut
-    return brighten(seen, rng, how)
+    blurred = soften(seen, rng, share=how.soften) if how.soften else seen
+    return brighten(blurred, rng, how)

@@ -104,6 +104,9 @@ class Optimisation(_Frozen):
     """Batches on which batch normalisation is measured again once the weights are averaged. Its
     running mean and variance lag behind the weights; after few epochs of finetuning they are
     still those of the earlier data."""
+    keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the weights that training starts from in the final ones: what a short finetuning
+    on other data would lose of the earlier data stays (Wortsman et al. 2022, arXiv 2109.01903)."""
     stop: Annotated[int, Field(ge=1)] | None = None
     """Epochs after which training ends although the schedule is longer (`epochs`); None trains to
     the end of the schedule. Averaging the weights replaces the rest of the schedule."""
@@ -214,6 +217,11 @@ class LandcoverConfig(_Frozen):
     """Share of the epochs on small patches."""
     mix: float = 0.25
     """Share of the batches in which parts of patches are exchanged (CutMix)."""
+    level_2a: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of each batch from the labelled areas of level 2A (`training.datasets.level2a`), their
+    classes alike."""
+    drawn: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Length of an epoch, as a share of the training patches."""
     views: Literal[1, 2, 4, 8] = 8
     """Number of a patch's eight symmetries whose mean is the prediction."""
     augmentation: PatchAugmentation = PatchAugmentation(

@@ -1,8 +1,9 @@
-"""Land-cover task: classes of patches of imagery, trained on EuroSAT."""
+"""Land-cover task: classes of patches of imagery, trained on EuroSAT and labelled level 2A."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from training.augment import augment_patches
 from training.calibration import cross_fitted_scores, fit_temperature
 from training.config import AnyPatchEncoderConfig, LandcoverConfig, PatchEncoderConfig
 from training.datasets.eurosat import CLASSES, RGB, eurosat_ms, eurosat_rgb
+from training.datasets.level2a import LabelledArea, draw_weights, joined, labelled_areas
+from training.errors import TrainingError
 from training.losses import cross_entropy
 from training.probe import headless, probed_classes
 from training.task import Inputs, Outputs
@@ -39,6 +42,10 @@ _COLORS = {
 }
 
 
+class NoLabelledArea(TrainingError):
+    """A share of level 2A is wanted, but no labelled area of it is there."""
+
+
 class PatchClassification:
     """EuroSAT's ten classes from red, green and blue.
 
@@ -46,12 +53,24 @@ class PatchClassification:
         config: the configuration.
         data: folder of the data sets.
         everything: whether the validation patches are trained on too.
+        left_out: areas of level 2A that are not trained on; their patches are in `left_out`.
+        romania: path of the Romania cube of the wheel nrt 0.2.1; None leaves it out.
+
+    Raises:
+        NoLabelledArea: the configuration takes a share of level 2A, and none is there.
     """
 
-    regions: tuple[str, ...] = ()
     has_linear_head = True
 
-    def __init__(self, config: LandcoverConfig, data: Path, *, everything: bool = False) -> None:
+    def __init__(
+        self,
+        config: LandcoverConfig,
+        data: Path,
+        *,
+        everything: bool = False,
+        left_out: Sequence[str] = (),
+        romania: Path | None = None,
+    ) -> None:
         self.config = config
         self.patches = eurosat_rgb(data / "eurosat")
         self.geotiffs = data / "eurosat" / "ms_sample"
@@ -62,6 +81,18 @@ class PatchClassification:
         self.train = np.flatnonzero(~self.patches.validation | everything)
         self.validation = np.flatnonzero(self.patches.validation)
         self._finished: tuple[PatchGraph, Floats] | None = None
+        areas = labelled_areas(data, romania) if config.level_2a else []
+        self.regions = tuple(area.name for area in areas)
+        away = [area for area in areas if area.name in left_out]
+        near = [area for area in areas if area.name not in left_out]
+        if config.level_2a and not near:
+            raise NoLabelledArea(
+                f"level_2a is {config.level_2a}, but {data} has no labelled area of level 2A left: "
+                "give --romania or --set level_2a=0"
+            )
+        self.left_out = joined(away) if away else None
+        self.areas = joined(near) if near else None
+        self._draws = draw_weights(near) if near else None
 
     def graph(self) -> PatchGraph:
         """A new, untrained graph."""
@@ -87,7 +118,7 @@ class PatchClassification:
     @property
     def steps(self) -> int:
         """Number of batches per epoch."""
-        return len(self.train) // self.config.optimisation.batch
+        return int(len(self.train) * self.config.drawn) // self.config.optimisation.batch
 
     def batches(self, epoch: int, rng: Generator) -> Iterator[tuple[Tensor, ...]]:
         """Augmented patches (N, C, P, P) and soft labels (N, K)."""
@@ -98,12 +129,22 @@ class PatchClassification:
             if how.balance
             else rng.permutation(self.train)
         )
+        own = how.optimisation.batch - round(how.level_2a * how.optimisation.batch)
         for i in range(self.steps):
-            chosen = order[i * how.optimisation.batch : (i + 1) * how.optimisation.batch]
+            chosen = order[i * own : (i + 1) * own]
             patches = augment_patches(self.read(chosen), how.augmentation, rng)
+            labels = self.labels[chosen]
+            if self.areas is not None:
+                more = rng.choice(
+                    len(self.areas.labels), how.optimisation.batch - own, p=self._draws
+                )
+                surface = replace(how.augmentation, clear=0.0)
+                seen = augment_patches(self.areas.values[more], surface, rng)
+                patches = np.concatenate([patches, seen])
+                labels = np.concatenate([labels, self.areas.labels[more]])
             if small:
                 patches = _cut(patches, how.small_patch, rng)
-            target = np.eye(len(self.legend), dtype=np.float32)[self.labels[chosen]]
+            target = np.eye(len(self.legend), dtype=np.float32)[labels]
             if rng.random() < how.mix:
                 patches, target = cut_mix(patches, target, rng)
             yield torch.from_numpy(patches), torch.from_numpy(target)
@@ -157,6 +198,16 @@ class PatchClassification:
         """Logits of the validation patches, with their labels."""
         return self.outputs_of(self.logits(graph))
 
+    def area_outputs(self, graph: Any, area: LabelledArea) -> Outputs:  # noqa: ANN401
+        """Logits of an area's patches (N, K), with their labels, places and seasons."""
+        parts = np.array_split(area.values, -(-len(area.values) // 256))
+        return {
+            "logits": np.concatenate([_raw(graph, part) for part in parts]),
+            "labels": area.labels,
+            "places": area.places,
+            "seasons": area.seasons,
+        }
+
     def outputs_of(self, logits: NDArray[Any]) -> Outputs:
         """Logits of the validation patches (N, K), with their labels."""
         chosen = self.validation
@@ -201,6 +252,10 @@ class PatchClassification:
         return [
             {"name": "eurosat", "use": "labels", "n": len(self.train)},
             {"name": "eurosat", "use": "validation", "n": len(self.validation)},
+            *(
+                {"name": name, "use": "labels, level 2A", "n": n}
+                for name, n in (self.areas.sources if self.areas else {}).items()
+            ),
         ]
 
     def read(self, chosen: NDArray[np.int64]) -> Floats:

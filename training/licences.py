@@ -83,10 +83,21 @@ TERMS = {
     ),
     "romania": Terms(
         source=(
-            "Sentinel-2 stack of a forest edge in Romania, in the "
-            "package nrt 0.2.1 of the European Commission's Joint Research Centre"
+            "Sentinel-2 stack of a forest edge in Romania, in the package nrt 0.2.1 of the European "
+            "Commission's Joint Research Centre, with the Copernicus tree cover density of 2018"
         ),
         licence="EUPL 1.2; contains modified Copernicus Sentinel data",
+    ),
+    "south_tyrol_2022": Terms(
+        source="Sentinel-2 level 2A dates of South Tyrol, Italy, collected by the openEO project",
+        licence="Copernicus Sentinel data terms; Apache-2.0 (the collection); labels by eye: MIT",
+    ),
+    "herault_safe_2018": Terms(
+        source=(
+            "Sentinel-2 level 2A products of Hérault, France, collected by the cropmaps project; "
+            "parcels RPG 2018 by EuroCrops"
+        ),
+        licence="Copernicus Sentinel data terms; GPL-3 (the collection); CC BY (the parcels)",
     ),
     "synthetic": Terms(
         source="Made by training/datasets/synthetic.py",

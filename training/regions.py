@@ -35,15 +35,17 @@ from training.calibration import (
 from training.classification import PixelClassification
 from training.config import Run
 from training.datasets import PixelSet
+from training.datasets.level2a import SEASONS, LabelledArea
 from training.datasets.points import bavaria_2018, pune_2019
 from training.errors import TrainingError
 from training.evaluate import regular_series
 from training.finetune import finetune, is_finished, load_finished, task_of
 from training.forecasting import PixelForecast, cut
+from training.landcover import PatchClassification
 from training.legends import WORLDCOVER, relabelled
 from training.score_tables import write_section
 from training.series import SeriesTable, tabulate
-from training.task import Outputs
+from training.task import Graph, Outputs
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ REGIONS = "regions.json"
 WHOLE = "all-regions"
 """Folder of the run that leaves no region out; it scores regions that are never trained on."""
 _OUTPUTS_FILE = "left_out.npz"
+_EUROSAT = "eurosat"
+_AREA_COLUMNS = ("accuracy", "confidence", "calibration_error")
 _TREES = 200
 _RESAMPLES = 200
 # Number of pixels of a region whose forecasts are scored from each start.
@@ -104,7 +108,7 @@ def evaluate_regions(plan: Plan) -> Report:
     if not task.regions:
         raise NoRegions(
             f"the data of {plan.run.config.name} carry no regions, so none can be left out: give a "
-            "configuration of pixels"
+            "configuration of pixels, or one of land cover with --set level_2a=0.25"
         )
     names = [n for n in task.regions if n in (plan.only or (n,))]
     outputs = {name: _fold(plan, name) for name in names}
@@ -119,7 +123,7 @@ def evaluate_regions(plan: Plan) -> Report:
     return report
 
 
-def apply_calibration(graph: PixelGraph, calibration: Mapping[str, Any]) -> None:
+def apply_calibration(graph: Graph, calibration: Mapping[str, Any]) -> None:
     """Write a calibration across regions into the heads of a graph, in place."""
     for head in graph.modules():
         if isinstance(head, ClassificationHead):
@@ -198,7 +202,7 @@ def _table_of(sets: Sequence[PixelSet], task: PixelClassification | PixelForecas
     return table.take(table.labels >= 0) if _KINDS[config.task].labelled else table
 
 
-def _outputs_of(folder: Path, of: Callable[[Any], SeriesTable]) -> Outputs:
+def _outputs_of(folder: Path, of: Callable[[Any], Any]) -> Outputs:
     _, task, graph, _ = load_finished(folder)
     return _KINDS[task.config.task].outputs(task, graph, of(task))
 
@@ -336,6 +340,105 @@ def _class_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def _bracketed(score: Sequence[float]) -> str:
     value, low, high = score
     return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+# Patches ----------------------------------------------------------------------------------------
+
+
+def _area_logits(task: PatchClassification, graph: Any, area: LabelledArea) -> Outputs:  # noqa: ANN401
+    return {
+        **task.area_outputs(graph, area),
+        "temperature": np.array(float(graph.head.temperature)),
+    }
+
+
+def _areas(plan: Plan, task: PatchClassification, outputs: Mapping[str, Outputs]) -> Report:  # noqa: ARG001
+    """Scores of the areas left out, and of EuroSAT's validation patches by the run on all areas."""
+    folder = plan.folder / WHOLE
+    if not is_finished(folder):
+        finetune(plan.run, folder, device=plan.device, threads=plan.threads)
+    validation = _stored(folder / f"{_EUROSAT}.npz", partial(_validation_outputs, folder))
+    everything = {_EUROSAT: validation, **outputs}
+    regions = {}
+    for name, own in everything.items():
+        others = {n: o for n, o in everything.items() if n != name}
+        regions[name] = _area_scores(own, across(others))
+        if before := _before(plan, name):
+            regions[name]["before"] = _area_scores(before, float(before["temperature"]))
+    return Report(calibration={"temperature": round(across(everything), 4)}, regions=regions)
+
+
+def _validation_outputs(folder: Path) -> Outputs:
+    _, task, graph, _ = load_finished(folder)
+    return {**task.outputs(graph), "temperature": np.array(float(graph.head.temperature))}
+
+
+def _before(plan: Plan, name: str) -> Outputs | None:
+    """Outputs on an area by the run that all these start from; None if they start from no run."""
+    if len(plan.run.pretrained) != 1 or not is_finished(plan.run.pretrained[0].parent):
+        return None
+    start = plan.run.pretrained[0].parent
+
+    def made() -> Outputs:
+        if name == _EUROSAT:
+            return _validation_outputs(start)
+        _, _, graph, _ = load_finished(start)
+        away: Any = task_of(plan.run.model_copy(update={"left_out": (name,)}))
+        return _area_logits(away, graph, away.left_out)
+
+    return _stored(plan.folder / f"before-{name}.npz", made)
+
+
+def _area_scores(own: Outputs, temperature: float) -> dict[str, Any]:
+    shares = probabilities(own["logits"], temperature)
+    labels, places = own["labels"], own["places"]
+    right = shares.argmax(axis=1) == labels
+    scores = {
+        "n": len(labels),
+        "places": len(np.unique(places)),
+        "accuracy": round(float(right.mean()), 4),
+        "confidence": round(float(shares.max(axis=1).mean()), 4),
+        "calibration_error": round(expected_calibration_error(shares, labels), 4),
+        "confidence_where_wrong": None
+        if right.all()
+        else round(float(shares[~right].max(axis=1).mean()), 4),
+    }
+    if "seasons" in own:
+        scores["accuracy_by_season"] = {
+            season: round(float(right[own["seasons"] == i].mean()), 4)
+            for i, season in enumerate(SEASONS)
+            if (own["seasons"] == i).any()
+        }
+    return scores
+
+
+def _area_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield (
+        "Each area of level 2A was left out of training completely, and is scored with the "
+        "temperature fitted on the others and on EuroSAT's validation patches, all with the same "
+        "weight; `eurosat` are these patches, by the run on all areas. Columns `before` are of the "
+        "run that all start from, which saw no level 2A. A patch is a clear date or the median of "
+        "a season at a place; places of an area overlap or adjoin, and dates are alike, so that "
+        "each area is about one observation, whatever its number of patches."
+    )
+    yield ""
+    yield (
+        "| area | patches | places | accuracy | confidence | calibration error | by season | "
+        "before: accuracy | confidence | calibration error |"
+    )
+    yield "|---" * 10 + "|"
+    for name, r in regions.items():
+        before = r.get("before", {})
+        seasons = r.get("accuracy_by_season", {}).items()
+        cells = (
+            name,
+            r["n"],
+            r["places"],
+            *(_number(r[key]) for key in _AREA_COLUMNS),
+            ", ".join(f"{season} {value:.2f}" for season, value in seasons),
+            *(_number(before.get(key)) for key in _AREA_COLUMNS),
+        )
+        yield "| " + " | ".join(map(str, cells)) + " |"
 
 
 # Forecasts --------------------------------------------------------------------------------------
@@ -532,8 +635,8 @@ class _Kind:
     never_trained_on: Callable[[Run], list[list[PixelSet]]]
     labelled: bool
     """Whether only labelled pixels count."""
-    outputs: Callable[[Any, Any, SeriesTable], Outputs]
-    """Outputs of a task's graph on a region; takes the task, the graph and the region's table."""
+    outputs: Callable[[Any, Any, Any], Outputs]
+    """Outputs of a task's graph on a region; takes the task, the graph and the region's samples."""
     report: Callable[[Plan, Any, Mapping[str, Outputs]], Report]
     lines: Callable[[Mapping[str, Mapping[str, Any]]], Iterator[str]]
 
@@ -545,6 +648,13 @@ _KINDS: Mapping[str, _Kind] = {
         outputs=_logits,
         report=_classes,
         lines=_class_lines,
+    ),
+    "landcover": _Kind(
+        never_trained_on=lambda run: [],  # noqa: ARG005
+        labelled=True,
+        outputs=_area_logits,
+        report=_areas,
+        lines=_area_lines,
     ),
     "forecast": _Kind(
         never_trained_on=_series_sets,

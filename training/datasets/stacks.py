@@ -126,6 +126,54 @@ def read_romania(path: Path, *, validation: bool = False) -> Scene:
     )
 
 
+def read_safe_folders(folder: Path) -> Scene:
+    """Read B02, B03, B04 and B08 at 10 m of all Sentinel-2 L2A SAFE folders of one area.
+
+    The scene classification at 20 m determines which pixels are usable.
+
+    Args:
+        folder: holds the SAFE folders, at any depth.
+
+    Raises:
+        StackError: there is no SAFE folder, or a band is missing.
+    """
+    products = {}
+    for path in sorted(folder.rglob("*_SCL_20m.jp2")):
+        found = _DATE.search(path.name)
+        if found is not None:
+            products[date(*(int(part) for part in found.groups()))] = path
+    if not products:
+        raise StackError(f"{folder.name} has no SAFE folder with a scene classification")
+    bands = tuple(_NETCDF_BANDS)
+    values, valid = [], []
+    for day in sorted(products):
+        stored = np.stack([_safe_band(products[day], band) for band in bands])
+        with rasterio.open(products[day]) as file:
+            scl = file.read(1).repeat(2, axis=0).repeat(2, axis=1)
+        height, width = stored.shape[1:]
+        # An odd number of pixels at 10 m leaves half a pixel at 20 m, which the file may lack.
+        grown = np.pad(scl, ((0, 1), (0, 1)), mode="edge")[:height, :width]
+        values.append(stored)
+        valid.append(np.isin(grown, CLEAR_SCL) & (stored != 0).all(axis=0))
+    return Scene(
+        source=folder.name,
+        bands=bands,
+        dates=tuple(sorted(products)),
+        values=np.stack(values),
+        scale=1e-4,
+        valid=np.stack(valid),
+    )
+
+
+def _safe_band(scl: Path, band: str) -> NDArray[np.generic]:
+    paths = list((scl.parents[1] / "R10m").glob(f"*_{band}_10m.jp2"))
+    if len(paths) != 1:
+        raise StackError(f"{scl.parents[3].name} has {len(paths)} files of {band} at 10 m, not 1")
+    with rasterio.open(paths[0]) as file:
+        values: NDArray[np.generic] = file.read(1)
+    return values
+
+
 def split_north(scene: Scene, share: float) -> tuple[Scene, ...]:
     """Hold out the northern rows of an area as a validation place of its own.
 
