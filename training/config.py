@@ -104,9 +104,6 @@ class Optimisation(_Frozen):
     """Batches on which batch normalisation is measured again once the weights are averaged. Its
     running mean and variance lag behind the weights; after few epochs of finetuning they are
     still those of the earlier data."""
-    keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the weights that training starts from in the final ones: what a short finetuning
-    on other data would lose of the earlier data stays (Wortsman et al. 2022, arXiv 2109.01903)."""
     stop: Annotated[int, Field(ge=1)] | None = None
     """Epochs after which training ends although the schedule is longer (`epochs`); None trains to
     the end of the schedule. Averaging the weights replaces the rest of the schedule."""

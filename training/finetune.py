@@ -238,7 +238,6 @@ def fit(
         stops early; in evaluation mode, on the CPU.
     """
     graph = graph.to(device)
-    start = {name: value.clone() for name, value in graph.state_dict().items()}
     average = AveragedModel(
         graph,
         multi_avg_fn=get_ema_multi_avg_fn(how.average),  # type: ignore[no-untyped-call]  # torch's own
@@ -270,21 +269,10 @@ def fit(
             _keep(state, folder, reached)
             _log(folder, {**row, "seconds": round(reached.seconds, 1)})
             progress.update(bar, advance=1, description=f"{folder.name} loss {loss:.4f}")
-    weights = reached.best["weights"] if reached.best else average.module.state_dict()
-    graph.load_state_dict(_blended(weights, start, how.keep) if how.keep else weights)
+    graph.load_state_dict(reached.best["weights"] if reached.best else average.module.state_dict())
     if how.statistics:
         measure_statistics(task, graph, how, device)
     return graph.cpu().eval()
-
-
-def _blended(
-    weights: Mapping[str, Tensor], start: Mapping[str, Tensor], keep: float
-) -> dict[str, Tensor]:
-    """Weights with a share of those that training started from; counters stay."""
-    return {
-        name: torch.lerp(value, start[name].to(value), keep) if value.is_floating_point() else value
-        for name, value in weights.items()
-    }
 
 
 def measure_statistics(

@@ -83,8 +83,9 @@ TERMS = {
     ),
     "romania": Terms(
         source=(
-            "Sentinel-2 stack of a forest edge in Romania, in the package nrt 0.2.1 of the European "
-            "Commission's Joint Research Centre, with the Copernicus tree cover density of 2018"
+            "Sentinel-2 stack of a forest edge in Romania, in the package nrt 0.2.1 of the "
+            "European Commission's Joint Research Centre, with the Copernicus tree cover density "
+            "of 2018"
         ),
         licence="EUPL 1.2; contains modified Copernicus Sentinel data",
     ),

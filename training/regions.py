@@ -393,7 +393,7 @@ def _area_scores(own: Outputs, temperature: float) -> dict[str, Any]:
     shares = probabilities(own["logits"], temperature)
     labels, places = own["labels"], own["places"]
     right = shares.argmax(axis=1) == labels
-    scores = {
+    scores: dict[str, Any] = {
         "n": len(labels),
         "places": len(np.unique(places)),
         "accuracy": round(float(right.mean()), 4),

@@ -151,9 +151,9 @@ def _area(
         before = len(patches)
         for label, corners in windows.items():
             for corner in corners:
-                for season, dates, patch in observed(scene, corner):
+                for season, several, patch in observed(scene, corner):
                     patches.append(patch)
-                    facts.append((CLASSES.index(label), place, season, dates))
+                    facts.append((CLASSES.index(label), place, season, several))
                 place += 1
         sources[source] = len(patches) - before
     labels, places, seasons, dates = np.array(facts, dtype=np.int64).reshape(-1, 4).T
