@@ -227,6 +227,21 @@ def test_what_is_not_the_same_land_is_only_named(tmp_path: Path, how: dict) -> N
     assert offsets(stack) == [0] * 6
 
 
+@pytest.mark.parametrize(("darkest", "named"), [(0.13, True), (0.05, False)])
+def test_a_single_date_that_may_hold_the_offset_is_named(
+    tmp_path: Path, darkest: float, named: bool
+) -> None:
+    """Not the same land, but as dark as the offset allows: only darker pixels rule it out."""
+    files = [
+        land(tmp_path / f"2021{n + 4:02d}05.tif", seed=n == 3, add=0.1 * (n == 3)) for n in range(6)
+    ]
+    with rasterio.open(files[3].path, "r+") as file:  # four pixels of 400, such as a shadow
+        file.write(np.full((3, 2, 2), darkest * 10_000, np.uint16), window=((0, 2), (0, 2)))
+    stack = opened(files)
+    assert codes(stack) == ["baseline_offset_suspected"] * named
+    assert offsets(stack) == [0] * 6
+
+
 def test_places_of_large_rasters_are_compared_with_themselves(tmp_path: Path) -> None:
     """Of many dates each is read at one place: no other's pixels may stand for its own."""
     files = []
@@ -397,7 +412,9 @@ def test_numbers_that_say_nothing_are_refused(text: str) -> None:
         ({"late": 1000}, {"offset": 0.0}, []),
         ({"late": 1000, "offsets": (-0.01,) * 3}, {}, ["offset_applied"]),
         ({"late": 1000, "tags": {"offset": "-0.01"}}, {}, ["offset_applied"]),
-        ({"late": 1000, "dtype": "float32"}, {"scale": 1e-4}, []),
+        # Floats are mostly a product's integers that somebody divided by 10,000.
+        ({"late": 1000, "dtype": "float32"}, {"scale": 1e-4}, ["offset_applied"]),
+        ({"late": 1000, "dtype": "float32"}, {"scale": 1e-4, "sensor": "hls"}, []),
     ],
 )
 def test_no_offset_is_suspected(

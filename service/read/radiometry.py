@@ -43,14 +43,25 @@ _TOO_DARK = -0.02
 _SHARE_OF_DATES = 0.25
 # Two dates show the same land under a clear sky if their pixels differ only by a constant, as
 # measured by the correlation of red, the ratio of the interquartile ranges, and the interquartile
-# range of the differences. Of 94 real dates that haze or clouds brighten as much as the offset
-# would, none passes this test; of 406 clear dates with the offset added, 286 pass.
-_ALIKE_CORRELATION = 0.7
+# range of the differences. docs/decisions/offset-by-pixels.md has how many real dates pass.
+_ALIKE_CORRELATION = 0.6
 _ALIKE_SPREAD = 1.7
-_ALIKE_NOISE = 0.032
+_ALIKE_NOISE = 0.045
 _ALIKE_PIXELS = 50
 _ALIKE_DATES = 8
-_OFFSET_TOLERANCE = 0.025
+_OFFSET_TOLERANCE = 0.03
+# The dark end of blue and of red of a date with the offset lies 0.1 above that of the dates near
+# it. From the first distance on nothing is applied, from the second distance on nothing is said.
+_DOUBTFUL_TOLERANCE = 0.04
+# With the offset, no pixel is below 0.1, except for reflectance below 0. Clouds hide the dark end
+# of clear pixels, but their shadows show it: a few of all pixels, also cloudy ones, are enough.
+_BELOW_THE_OFFSET = 0.085
+_DARKEST_PIXELS = 3
+# A date of which the mask leaves fewer pixels hardly counts, and its dark end may be a cloud.
+_CLEAR_ENOUGH = 0.1
+# Haze takes more of the contrast of red, by its interquartile range, than another season does, and
+# clouds among land add to it.
+_USUAL_CONTRAST = np.array([0.31, 3.0])
 # Haze and thin clouds brighten some dates that have no offset. If a larger share of dates is
 # bright, the offset is the likely reason.
 _SHARE_OF_RAISED = 0.3
@@ -402,16 +413,21 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
             sample = sample.corrected(side, _with_offset(source))
             continue
         others = [t for t in known if t not in low]
-        with_offset = _above_others(sample, without, others)
+        above = _above_near(sample, dark, without)
+        probable = [t for t in others if above[t] <= _OFFSET_TOLERANCE]
+        with_offset = _above_others(sample, without, probable)
         if with_offset:  # some of the other dates may have the offset as well
             source = "the pixels: blue and red lie 0.1 above those of other dates"
             sample = sample.corrected(with_offset, _with_offset(source))
             raised = [t for t in others if t not in with_offset]
+        doubtful = [t for t in others if t not in with_offset and above[t] <= _DOUBTFUL_TOLERANCE]
         unlike_land = -BASELINE_OFFSET < median < _BRIGHT_IN_ITSELF
         all_raised = not low and not with_offset and (bool(raised) or unlike_land)
         few = 0 if with_offset else max(2, _SHARE_OF_RAISED * len(known))
         some_raised = (low or with_offset) and len(raised) > few
-        if some_raised or (all_raised and (late or large or len(known) > 1)):
+        if not some_raised and doubtful:
+            raised = doubtful
+        if some_raised or doubtful or (all_raised and (late or large or len(known) > 1)):
             which = raised or known
             detail = (
                 f"{level} is {float(np.median(dark[which].min(axis=1))):.2f} on "
@@ -422,6 +438,47 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
             )
             warnings.append(StackWarning(code="baseline_offset_suspected", detail=detail))
     return sample, warnings
+
+
+def _above_near(
+    sample: _Sample, dark: NDArray[np.float64], without: Sequence[int]
+) -> NDArray[np.float64]:
+    """How far the dark end of each date is from 0.1 above that of dates near it, reflectance.
+
+    Args:
+        sample: the sample.
+        dark: the dark end of the dark bands (T, 2), NaN without enough pixels.
+        without: positions of dates without the offset, on the sample's T axis.
+
+    Returns:
+        (T) the larger distance of both bands; infinite where a pixel of the date is darker than
+        the offset allows, the date has another contrast, or too few pixels are clear.
+    """
+    values, bands = sample.values(), _dark_bands(sample)
+    days = _day_numbers(sample)
+    distance = np.full(len(values), np.inf)
+    contrast = np.subtract(*(_percentiles(sample, q)[:, -1] for q in (75, 25)))
+    if not without or len(bands) < 2:  # in a single band, haze has the same effect as the offset
+        return distance
+    for t, own in enumerate(values[:, bands]):
+        present = own[:, ~np.isnan(own).any(axis=0)]
+        if not present.shape[1] or sample.valid[t].sum() < _CLEAR_ENOUGH * present.shape[1]:
+            continue
+        few = min(_DARKEST_PIXELS, present.shape[1]) - 1
+        if (np.partition(present, few, axis=1)[:, few] < _BELOW_THE_OFFSET).any():
+            continue
+        near = sorted((abs(days[u] - days[t]), u) for u in without if u != t)[:_ALIKE_DATES]
+        usual = np.median(dark[[u for _, u in near]], axis=0)
+        least, most = np.median(contrast[[u for _, u in near]]) * _USUAL_CONTRAST
+        if not least <= contrast[t] <= most:
+            continue
+        distance[t] = np.abs(dark[t] - usual + BASELINE_OFFSET).max(initial=0)
+    return np.where(np.isnan(distance), np.inf, distance)
+
+
+def _day_numbers(sample: _Sample) -> list[int]:
+    """The days of the dates; of undated imagery, the positions."""
+    return [day.toordinal() for day in sample.dates] or list(range(len(sample.positions)))
 
 
 def _above_others(sample: _Sample, without: Sequence[int], others: Sequence[int]) -> list[int]:
@@ -442,7 +499,7 @@ def _above_others(sample: _Sample, without: Sequence[int], others: Sequence[int]
     if len(bands) < 2:  # in a single band, haze has the same effect as the offset
         return []
     values = values[:, bands]
-    days = [day.toordinal() for day in sample.dates] or list(range(len(values)))
+    days = _day_numbers(sample)
     added = dict.fromkeys(without, 0.0)
     left, before = list(others), -1
     while len(left) != before:
@@ -492,8 +549,11 @@ def _with_offset(source: str) -> Callable[[Plane], Plane]:
 
 
 def _may_hold_offset(plane: Plane) -> bool:
-    """Whether a plane has integers with the scale 0.0001 and no source that states an offset."""
-    return plane.integer and plane.offset_source is None and math.isclose(plane.scale, 1e-4)
+    """Whether no source states an offset of a plane, which has floats or the scale 0.0001.
+
+    Floats are mostly a product's integers that somebody divided by 10,000.
+    """
+    return plane.offset_source is None and (not plane.integer or math.isclose(plane.scale, 1e-4))
 
 
 def _is_late(sample: _Sample, t: int) -> bool:

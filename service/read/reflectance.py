@@ -75,7 +75,9 @@ def calibration_of(
         factor, factor_source = sensor.scale, sensor.label
         if shift is None:
             shift, shift_source = sensor.offset, sensor.label
-    if shift is None and integer and (sensor is None or sensor.name == "sentinel-2"):
+    if shift is None and sensor and sensor.name != "sentinel-2":
+        shift, shift_source = 0.0, sensor.label  # Sentinel-2 alone has such an offset
+    if shift is None and integer:
         shift, shift_source = _baseline_offset(header)
     # A scale of 0 would make all values equal, so it means that no scale was set.
     return Calibration(
