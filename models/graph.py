@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from models.band import ForecastBand
 from models.card import Modality
 from models.encoders import EfficientNetLite0, PatchEncoder, PixelEncoder
 from models.formulas import SMALLEST_DENOMINATOR, YEAR
@@ -79,6 +80,11 @@ class PixelGraph(nn.Module):
         self.encoder = encoder
         self.head = head
         self.others = nn.ModuleList(nn.ModuleList(pair) for pair in others)
+        self.band = (
+            ForecastBand(encoder.embedding, head.shape[0])
+            if isinstance(head, ForecastHead)
+            else None
+        )
 
     sums: Tensor
 
@@ -120,24 +126,49 @@ class PixelGraph(nn.Module):
     def raw(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
     ) -> Tensor:
-        """Mean output of the networks: logits (N, K), quantiles (N, H, S, Q), embeddings (N, D)."""
-        outputs = self.each(values, valid, days, day_of_year)
+        """Mean output of the networks: logits (N, K), quantiles (N, H, S, Q), embeddings (N, D).
+
+        Quantiles under the calibrated band.
+        """
+        outputs, embedding = self._networks(values, valid, days, day_of_year)
+        if self.band is not None:
+            return self.band(torch.stack(outputs), embedding)  # type: ignore[no-any-return]
         return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0)
 
     def each(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
     ) -> list[Tensor]:
         """Output of each network, on which the training loss is computed."""
+        return self._networks(values, valid, days, day_of_year)[0]
+
+    def evidence(
+        self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What a forecast's band is calibrated on: all before the calibration.
+
+        Returns:
+            Quantiles of each network (R, N, H, S, Q) and the first network's embeddings (N, D).
+        """
+        outputs, embedding = self._networks(values, valid, days, day_of_year)
+        return torch.stack(outputs), embedding
+
+    def _networks(
+        self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Output of each network, and the first one's embeddings (N, D)."""
         series, observed, reflectance = self.regular(values, valid, days)
         season = None if day_of_year is None else self._season(day_of_year)
+        networks = ((self.encoder, self.head), *self.others)
+        embedded: list[Tensor] = [
+            encoder(series, observed, season, reflectance) for encoder, _ in networks
+        ]
         outputs = []
-        for encoder, head in ((self.encoder, self.head), *self.others):
-            embeddings: Tensor = encoder(series, observed, season, reflectance)
+        for (_, head), embeddings in zip(networks, embedded, strict=True):
             if isinstance(head, ForecastHead):
                 outputs.append(head(embeddings, series))
             else:
                 outputs.append(embeddings if head is None else head(embeddings))
-        return outputs
+        return outputs, embedded[0]
 
     def forward(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None

@@ -313,7 +313,11 @@ class TestOnnx:
     def graph(self, kind: str) -> PixelGraph:
         if kind == "forecast":
             head = ForecastHead(32, steps=36, indices=3, horizon=10, quantiles=3)
-            return pixel_graph(head, calendar=True)
+            graph = pixel_graph(head, calendar=True)
+            assert graph.band is not None
+            graph.band.weight.copy_(torch.linspace(-1, 1, 32))
+            graph.band.far.fill_(1.5)
+            return graph
         if kind == "embed":
             return pixel_graph()
         return class_graph(2, yearly=True, clarity=40.0, reflectance=True)

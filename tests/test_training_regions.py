@@ -229,14 +229,15 @@ def test_a_regions_forecast_is_scored_beside_persistence_and_last_year() -> None
         "persistence": target[:, 0] - 0.3,
         "last_year": np.where(np.arange(n)[:, None, None] < 25, target + 0.2, np.nan),
     }
-    scores = forecast_region(own, np.ones((steps, 2)))
+    scores = forecast_region(own, own["quantiles"])
     assert scores["rmse"] == pytest.approx(0.1, abs=1e-4)
     assert scores["last_year"] == pytest.approx(0.2, abs=1e-4)
     assert scores["by_month"]["7"]["last_year"] is None
     assert scores["coverage"] == 1.0
     first = np.sqrt(np.square(own["persistence"][:, None] - target).mean(axis=(0, 1))).mean()
     assert scores["persistence"] == pytest.approx(float(first), abs=1e-4)
-    assert forecast_region(own, np.full((steps, 2), 0.1))["coverage"] == 0.0
+    narrow = forecast_region(own, spreaded(own["quantiles"], np.full((steps, 2), 0.1)))
+    assert (narrow["coverage"], narrow["coverage_beside"]) == (0.0, 1.0)
 
 
 @pytest.fixture(scope="module")

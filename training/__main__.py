@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from typer.core import TyperGroup
 
-from models.registry import BundleError
+from models.registry import BundleError, load_bundle
 from training.config import ZOO, Run, changed, configuration
 from training.errors import TrainingError
 
@@ -212,6 +212,13 @@ def regions(
     pretrained: Annotated[
         Path | None, typer.Option(help="Checkpoint with the encoder to start from.")
     ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            help="A finished forecast bundle to score and calibrate on the regions that it was not "
+            "trained on, without training."
+        ),
+    ] = None,
     romania: Annotated[Path | None, typer.Option(help="The Romania cube of nrt 0.2.1.")] = None,
     report: Annotated[Path, typer.Option(help="The Markdown file.")] = Path("docs/results.md"),
     device: Device = "auto",
@@ -219,11 +226,16 @@ def regions(
     settings: Settings = None,
 ) -> None:
     """Hold each region out in turn: train the missing runs, score, calibrate across regions."""
-    from training.regions import Plan, evaluate_regions
+    from training.recalibrate import run_of_card
+    from training.regions import Plan, evaluate_bundle, evaluate_regions
 
     config = changed(configuration(name), settings or [])
+    if bundle:
+        _use_threads(threads)
+        config = run_of_card(load_bundle(bundle).card, data).config
     started = (pretrained,) if pretrained else ()
     words = [f"--pretrained {pretrained.as_posix()}"] if pretrained else []
+    words += [f"--bundle {bundle.as_posix()}"] if bundle else []
     words += ["--romania CUBE"] if romania else []
     words += [f"--set {shlex.quote(setting)}" for setting in settings or []]
     plan = Plan(
@@ -236,7 +248,7 @@ def regions(
         threads=threads,
         command=" ".join([f"python -m training regions {name}", *words]),
     )
-    done = evaluate_regions(plan)
+    done = evaluate_bundle(bundle, plan) if bundle else evaluate_regions(plan)
     Console().print_json(json.dumps({"calibration": done.calibration, "regions": done.regions}))
 
 
@@ -323,8 +335,11 @@ def export(
 
 @app.command()
 def recalibrate(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a classifier's bundle.")],
+    bundle: Annotated[
+        Path, typer.Argument(help="Folder of a classifier's or forecaster's bundle.")
+    ],
     *,
+    data: Data = Path("../shared/data"),
     regions: Annotated[
         Path, typer.Option(help="Folder of a `regions` run of the bundle's configuration.")
     ],
@@ -333,7 +348,7 @@ def recalibrate(
     """Write the calibration fitted across regions into a bundle, without training it again."""
     from training.recalibrate import recalibrate as refit
 
-    Console().print(str(refit(bundle, regions=regions, version=version)))
+    Console().print(str(refit(bundle, regions=regions, version=version, data=data)))
 
 
 @app.command("int8")

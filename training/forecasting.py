@@ -14,6 +14,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.band import relative_disagreement
 from models.graph import PixelGraph
 from models.heads import ForecastHead
 from models.indices import SpectralIndices
@@ -69,6 +70,8 @@ _STACKS = {
 # The scored case: the first 26 composites of 2021 as input, the next ten as targets.
 SCORED_SOURCE = "crops_us_2021"
 SCORED_CUT = 26
+# Series that a graph processes at once.
+_BATCH = 1024
 # Fewest dates before a cut.
 _SHORTEST = 5
 
@@ -223,6 +226,31 @@ class PixelForecast:
             table, positions, config.window.steps, config.window.step_days, config.horizon
         )
         return series_outputs(graph, table.values, valid, days, day_of_year)
+
+    def evidence(self, graph: PixelGraph, table: SeriesTable, positions: Ints) -> Outputs:
+        """Forecasts as `quantiles` returns them, with what a band is calibrated on.
+
+        Returns:
+            `quantiles` (N, H, S, Q) before the calibration, `disagreement` (N) of the networks and
+            `embedding` (N, D) of the first one.
+        """
+        window = self.config.window
+        valid, days, day_of_year, _, _ = cut(
+            table, positions, window.steps, window.step_days, self.config.horizon
+        )
+        parts = []
+        with torch.inference_mode():
+            for i in range(0, max(len(table), 1), _BATCH):  # also without a series
+                rows = slice(i, i + _BATCH)
+                arrays = (
+                    *usable_first(table.values[rows], valid[rows], days[rows]),
+                    day_of_year[rows],
+                )
+                outputs, embedding = graph.evidence(*(torch.from_numpy(a) for a in arrays))
+                disagreement = relative_disagreement(outputs)
+                parts.append([t.numpy() for t in (outputs.mean(dim=0), disagreement, embedding)])
+        joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
+        return dict(zip(("quantiles", "disagreement", "embedding"), joined, strict=True))
 
     def predicted(self) -> Bools:
         """True for the validation pixels of `predict`: with dates before and after the cut (N)."""

@@ -1,6 +1,6 @@
-"""Recalibration: a new temperature for a finished bundle, without training again.
+"""Recalibration of a finished bundle, without training again.
 
-bundle + calibration across regions -> the same weights under another temperature -> bundle
+bundle + calibration across regions -> the same weights under another calibration -> bundle
 """
 
 from __future__ import annotations
@@ -13,36 +13,50 @@ from onnx import numpy_helper
 
 from models.card import ModelCard
 from models.registry import load_bundle, sha256_of
+from training.bundle_weights import load_folded
 from training.card import write_card
+from training.config import Run
 from training.errors import TrainingError
-from training.export import VersionNotRaised, replaced_bundle
-from training.regions import read_report
+from training.export import VersionNotRaised, measured_loss, replaced_bundle, write_bundle
+from training.finetune import task_of
+from training.regions import Report, apply_calibration, read_report
 
 _TEMPERATURE = "head.temperature"
+_BAND = (
+    "The coverage in `evaluation` is that of the networks' own band. The band was calibrated "
+    "afterwards: `regions` has its coverage where the networks were not trained, "
+    "`training.calibration.validation_places` that on the validation places, before "
+    "(`coverage_beside`) and after."
+)
 
 
 class NotCalibrated(TrainingError):
     """The bundle has no temperature to replace, or the regions give none."""
 
 
-def recalibrate(folder: Path, *, regions: Path, version: str) -> Path:
-    """Write the temperature fitted across regions into every file of a classifier's bundle.
+def recalibrate(folder: Path, *, regions: Path, version: str, data: Path | None = None) -> Path:
+    """Write the calibration fitted across regions into every file of a bundle.
 
-    A temperature does not reorder probabilities, so the predicted classes stay the same, and so
-    does the measured loss of each variant.
+    A temperature does not reorder probabilities, and a band leaves the median as it is, so the
+    predicted classes and medians stay the same. A classifier's files are changed in place; a
+    forecaster is exported again, which computes the features of the band.
 
     Args:
         folder: the bundle's folder; replaced completely or not at all.
         regions: folder written by `python -m training regions`, for networks of the bundle's
             shape.
         version: version of the new bundle.
+        data: folder of the data sets, on which a forecaster's files are compared.
 
     Raises:
-        NotCalibrated: the bundle or the regions have no temperature.
+        NotCalibrated: the bundle or the regions have no calibration of the other's kind.
+        NotUnfolded: a forecaster's float32 file does not hold a graph of its configuration.
         VersionNotRaised: the bundle already has this version.
         NoRegions: the folder `regions` holds no report.
     """
     card, report = load_bundle(folder).card, read_report(regions)
+    if card.task == "forecast":
+        return _with_band(folder, card, report, version=version, data=data or Path())
     if "temperature" not in report.calibration:
         raise NotCalibrated(
             f"{regions} holds no temperature: give the folder of a classifier's regions"
@@ -66,6 +80,41 @@ def recalibrate(folder: Path, *, regions: Path, version: str) -> Path:
         }
         write_card(new, ModelCard.model_validate(fields))
     return folder
+
+
+def _with_band(folder: Path, card: ModelCard, report: Report, *, version: str, data: Path) -> Path:
+    if "band" not in report.calibration:
+        raise NotCalibrated(
+            "the regions hold no band: run `python -m training regions` with --bundle, and give "
+            "the folder of that run"
+        )
+    if card.version == version:
+        raise VersionNotRaised(f"the bundle already is {card.id}: give another --version")
+    run = run_of_card(card, data)
+    task = task_of(run)
+    graph = load_folded(task.graph(), load_bundle(folder).path("float32"))
+    apply_calibration(graph, report.calibration)
+    full = task.outputs(graph)
+    fields = {
+        **card.model_dump(),
+        "regions": report.regions,
+        "metrics": {**card.metrics, "band": _BAND},
+        "training": {**card.training, "calibration": report.calibration},
+    }
+    return write_bundle(
+        graph,
+        folder,
+        fields=fields,
+        real=task.real_inputs(),
+        typical=task.typical_inputs(),
+        version=version,
+        loss=lambda file: measured_loss(full, task, file),
+    )
+
+
+def run_of_card(card: ModelCard, data: Path) -> Run:
+    """A run of a bundle's configuration, as its card states it."""
+    return Run.model_validate({"config": card.training["config"], "data": data})
 
 
 def _set_temperature(source: Path, target: Path, temperature: float) -> None:

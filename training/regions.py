@@ -25,6 +25,9 @@ from sklearn.ensemble import RandomForestClassifier
 
 from models.graph import PixelGraph
 from models.heads import ClassificationHead, ForecastHead
+from models.registry import load_bundle
+from training.band import Band, Forecasts, apply_band, fit_band
+from training.bundle_weights import load_folded
 from training.calibration import (
     expected_calibration_error,
     fit_spread,
@@ -40,7 +43,7 @@ from training.datasets.points import bavaria_2018, pune_2019
 from training.errors import TrainingError
 from training.evaluate import regular_series
 from training.finetune import finetune, is_finished, load_finished, task_of
-from training.forecasting import PixelForecast, cut
+from training.forecasting import SCORED_CUT, SCORED_SOURCE, PixelForecast, cut
 from training.landcover import PatchClassification
 from training.legends import WORLDCOVER, relabelled
 from training.score_tables import write_section
@@ -62,6 +65,9 @@ _RESAMPLES = 200
 # Number of pixels of a region whose forecasts are scored from each start.
 _PIXELS = 300
 _YEAR = 365
+# Fewest regions on which a band is fitted: one is left out in turn.
+_FEWEST_REGIONS = 2
+_Forecaster = Callable[[PixelForecast, PixelGraph, SeriesTable], Outputs]
 
 
 class NoRegions(TrainingError):
@@ -115,20 +121,123 @@ def evaluate_regions(plan: Plan) -> Report:
     outputs |= _never_trained_on(plan)
     kind = _KINDS[plan.run.config.task]
     report = kind.report(plan, task, outputs)
-    lines = kind.lines(report.regions)
+    _write(plan, report, kind.lines(report.regions))
+    return report
+
+
+def _write(plan: Plan, report: Report, lines: Iterator[str]) -> None:
+    """Write `regions.json` and the report's section."""
     document = {"calibration": report.calibration, "regions": report.regions}
     (plan.folder / REGIONS).write_text(json.dumps(document, indent=1))
     title = f"{plan.run.config.name}: regions left out"
     write_section(plan.report, title, "\n".join([*lines, "", "```sh", plan.command, "```"]))
+
+
+def evaluate_bundle(bundle: Path, plan: Plan) -> Report:
+    """Score a forecast bundle where it was not trained, write the section and `regions.json`.
+
+    Its regions are those of the data sets that its card does not name. Each is scored under the
+    band fitted on the others; the band of the bundle is fitted on all. No run is trained, so this
+    also calibrates weights whose runs are gone.
+
+    Args:
+        bundle: the bundle's folder.
+        plan: `run` has the bundle's configuration; `only`, `baselines` and `device` do not count.
+
+    Raises:
+        NoRegions: the bundle is not a forecaster, or was trained on all data sets but one.
+        NotUnfolded: its float32 file does not hold a graph of the configuration.
+    """
+    found = load_bundle(bundle)
+    task = task_of(plan.run)
+    if not isinstance(task, PixelForecast):
+        raise NoRegions(f"{found.card.id} is not a forecaster: give --bundle only for forecasts")
+    graph = load_folded(task.graph(), found.path("float32"))
+    table = task.table
+    named = np.isin(table.sources, [part.name for part in found.card.training_data])
+    seen = set(np.unique(table.region[named[table.source]]).tolist())
+    new = [name for i, name in enumerate(table.regions) if i not in seen]
+    if len(new) < _FEWEST_REGIONS:
+        raise NoRegions(
+            f"{found.card.id} was trained on all regions but {len(new)}, and a band needs "
+            f"{_FEWEST_REGIONS} to be fitted and scored on: give further data sets"
+        )
+    plan.folder.mkdir(parents=True, exist_ok=True)
+
+    def stored(name: str, of: _Forecaster, table: SeriesTable) -> Outputs:
+        return _stored(plan.folder / f"{name}.npz", partial(of, task, graph, table))
+
+    def monthly(name: str) -> Outputs:
+        return stored(name, _forecasts_from_every_month, table.take(table.in_regions([name])))
+
+    far = {name: monthly(name) for name in new}
+    kept = {
+        str(sets[0].region): stored(
+            str(sets[0].region), _forecasts_from_every_month, _table_of(sets, task)
+        )
+        for sets in evaluation_sets(plan.run)
+    }
+    near = [
+        stored("validation-scored", _from_the_scored_cut, task.validation),
+        stored("validation-months", _forecasts_from_every_month, task.validation),
+    ]
+    scored = set(np.unique(table.region[table.source == table.sources.index(SCORED_SOURCE)]))
+    others = [
+        monthly(name)["embedding"]
+        for i, name in enumerate(table.regions)
+        if i in seen and i not in scored
+    ]
+    report = _band_report({**far, **kept}, far, near, others)
+    _write(plan, report, _forecast_lines(report.regions))
     return report
 
 
+def _band_report(
+    outputs: Mapping[str, Outputs],
+    far: Mapping[str, Outputs],
+    near: Sequence[Outputs],
+    others: Sequence[Floats],
+) -> Report:
+    """Scores of each region under the band of the other ones, and the band of all.
+
+    Args:
+        outputs: forecasts on each region.
+        far: those of them that a band may be fitted on.
+        near: forecasts on the validation places.
+        others: embeddings of further series.
+    """
+
+    def fitted(names: Sequence[str]) -> Band:
+        return fit_band(
+            [_uncalibrated(o) for o in near], [_uncalibrated(far[n]) for n in names], others
+        )
+
+    regions = {}
+    for name, own in outputs.items():
+        band = fitted([n for n in far if n != name])
+        regions[name] = forecast_region(own, band.scaled(_uncalibrated(own)))
+    band = fitted(list(far))
+    keys = ("n", "rmse", "coverage", "coverage_beside", "coverage_by_step")
+    validation = [forecast_region(o, band.scaled(_uncalibrated(o))) for o in near]
+    calibration = {
+        "band": band.document(),
+        "validation_places": [{key: scores[key] for key in keys} for scores in validation],
+    }
+    return Report(calibration=calibration, regions=regions)
+
+
+def _uncalibrated(own: Outputs) -> Forecasts:
+    return Forecasts(**{name: own[name] for name in Forecasts.__dataclass_fields__})
+
+
 def apply_calibration(graph: Graph, calibration: Mapping[str, Any]) -> None:
-    """Write a calibration across regions into the heads of a graph, in place."""
+    """Write a calibration across regions into a graph, in place."""
+    if "band" in calibration and isinstance(graph, PixelGraph) and graph.band is not None:
+        apply_band(graph.band, calibration["band"])
     for head in graph.modules():
         if isinstance(head, ClassificationHead):
             head.temperature.fill_(calibration["temperature"])
-        elif isinstance(head, ForecastHead):
+        elif isinstance(head, ForecastHead) and "spread" in calibration:
             head.spread.copy_(head.spread.new_tensor(calibration["spread"]))
 
 
@@ -465,6 +574,12 @@ def _forecasts_from_every_month(
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
 
+def _from_the_scored_cut(task: PixelForecast, graph: PixelGraph, table: SeriesTable) -> Outputs:
+    """As `_forecasts_from_every_month`, from the scored cut of every series."""
+    start = int(table.first_day[0] + table.days[0, SCORED_CUT - 1])
+    return _forecast_from(task, graph, table, np.full(len(table), SCORED_CUT), start)
+
+
 def _month_starts(table: SeriesTable) -> Iterator[int]:
     """Ordinals of the first days of the months that a table's dates span."""
     ordinals = (table.first_day[:, None] + table.days)[table.present]
@@ -491,7 +606,7 @@ def _forecast_from(
     last_day = table.days[rows, positions - 1]
     latest = np.where(valid, table.days, -np.inf).argmax(axis=1)
     return {
-        "quantiles": task.quantiles(graph, table, positions),
+        **task.evidence(graph, table, positions),
         "target": target[usable],
         "known": known[usable],
         "month": np.full(len(table), date.fromordinal(start).month),
@@ -517,7 +632,7 @@ def _forecasts(plan: Plan, task: PixelForecast, outputs: Mapping[str, Outputs]) 
     regions = {}
     for name, own in outputs.items():
         spread = spread_across({n: o for n, o in trained.items() if n != name})
-        regions[name] = forecast_region(own, spread)
+        regions[name] = forecast_region(own, spreaded(own["quantiles"], spread))
     return Report(calibration={"spread": spread_across(trained).round(4).tolist()}, regions=regions)
 
 
@@ -533,9 +648,8 @@ def spreaded(quantiles: Floats, spread: Floats) -> Floats:
     return np.asarray(median + (quantiles - median) * factors[:, None, :])
 
 
-def forecast_region(own: Outputs, spread: Floats) -> dict[str, Any]:
-    """Scores of one region's forecasts, its outer quantiles scaled by a spread."""
-    quantiles = spreaded(own["quantiles"], spread)
+def forecast_region(own: Outputs, quantiles: Floats) -> dict[str, Any]:
+    """Scores of one region's forecasts, with calibrated quantiles (N, H, S, 3)."""
     known, target, month = own["known"], own["target"], own["month"]
     raw = own["quantiles"]
     median = quantiles[..., 1]

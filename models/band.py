@@ -1,0 +1,90 @@
+"""The band of a forecast, calibrated by how far a pixel lies from the training data.
+
+Shapes: N pixels, R networks, D numbers of an embedding, H steps of a forecast, S spectral indices,
+Q quantiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_NARROWEST = 1e-3
+"""Least half width of a band, index units, that the disagreement is compared with."""
+
+
+class ForecastBand(nn.Module):
+    """Scales the distances of the outer quantiles from the median; by 1 until it is calibrated.
+
+    A network errs more in regions that it was not trained in, and its own band does not show it.
+    Two signs do: several networks disagree about such pixels (Lakshminarayanan et al. 2017, arXiv
+    1612.01474), and a linear classifier of the embedding tells them from the series that are like
+    those of the validation places. The factor of a pixel is
+
+        sqrt(1 + (disagreement * d)^2) * near^(1 - g) * far^g
+
+    where d is the standard deviation of the networks' medians, in half widths of the band, means
+    over steps and indices; g, 0 to 1, is the classifier's probability of another region.
+
+    Args:
+        embedding: D.
+        horizon: H.
+    """
+
+    def __init__(self, embedding: int, horizon: int) -> None:
+        super().__init__()
+        self.register_buffer("disagreement", torch.zeros(()))
+        self.register_buffer("weight", torch.zeros(embedding))
+        self.register_buffer("bias", torch.zeros(()))
+        self.register_buffer("near", torch.ones(horizon, 2))
+        self.register_buffer("far", torch.ones(horizon, 2))
+        self.register_load_state_dict_pre_hook(_not_calibrated)  # type: ignore[no-untyped-call]  # torch's own
+
+    disagreement: Tensor
+    weight: Tensor
+    bias: Tensor
+    near: Tensor
+    far: Tensor
+
+    def forward(self, outputs: Tensor, embedding: Tensor) -> Tensor:
+        """Mean of the networks' quantiles, its outer quantiles scaled.
+
+        Args:
+            outputs: quantiles of each network (R, N, H, S, Q), ascending, index units.
+            embedding: of the first network (N, D).
+
+        Returns:
+            Quantiles (N, H, S, Q), ascending, index units.
+        """
+        quantiles = outputs.mean(dim=0)
+        middle = quantiles.shape[-1] // 2
+        median = quantiles[..., middle : middle + 1]
+        apart = self.disagreement * relative_disagreement(outputs)
+        other = torch.sigmoid((embedding * self.weight).sum(dim=1) + self.bias)
+        near, far = torch.log(self.near), torch.log(self.far)
+        factor = torch.exp(near + other[:, None, None] * (far - near))  # (N, H, 2)
+        factor = factor * torch.sqrt(1.0 + apart * apart)[:, None, None]
+        below = median + (quantiles[..., :middle] - median) * factor[:, :, None, :1]
+        above = median + (quantiles[..., middle + 1 :] - median) * factor[:, :, None, 1:]
+        return torch.cat([below, median, above], dim=-1)
+
+
+def relative_disagreement(outputs: Tensor) -> Tensor:
+    """Standard deviation of the networks' medians in half widths of their mean band (N).
+
+    Args:
+        outputs: quantiles of each network (R, N, H, S, Q), index units.
+    """
+    medians = outputs[..., outputs.shape[-1] // 2]
+    deviation = (medians - medians.mean(dim=0)).square().mean(dim=0)
+    # A root has no slope at 0, where a single network is, so nothing is trained through it.
+    apart = torch.sqrt(deviation).mean(dim=(1, 2))
+    quantiles = outputs.mean(dim=0)
+    half = (quantiles[..., -1] - quantiles[..., 0]).mean(dim=(1, 2)) / 2.0
+    return apart / torch.clamp(half, min=_NARROWEST)
+
+
+def _not_calibrated(band: ForecastBand, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Set a calibration that changes nothing in the weights of earlier versions without one."""
+    for name, value in ForecastBand(len(band.weight), len(band.near)).state_dict().items():
+        state.setdefault(prefix + name, value)
