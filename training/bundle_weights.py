@@ -8,6 +8,7 @@ again under another calibration.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import onnx
 import torch
@@ -18,6 +19,7 @@ from models.encoders import Block, ChannelNorm, PixelEncoder
 from models.graph import PixelGraph
 from training.errors import TrainingError
 from training.graph_export import folded
+from training.task import Graph
 
 
 class NotUnfolded(TrainingError):
@@ -47,10 +49,11 @@ def load_folded(graph: PixelGraph, file: Path) -> PixelGraph:
             raise NotUnfolded(f"{file.name} holds no '{name}' of the shape {tuple(value.shape)}")
     exported.load_state_dict({name: stored[name] for name in weights}, strict=False)
     with torch.no_grad():
-        for encoder, source in zip(_encoders(graph), _encoders(exported), strict=True):
+        for (encoder, head), (source, source_head) in zip(
+            _networks(graph), _networks(exported), strict=True
+        ):
             _unfold(encoder, source.state_dict())
-        for head, source in zip(_heads(graph), _heads(exported), strict=True):
-            head.load_state_dict(source.state_dict())
+            head.load_state_dict(source_head.state_dict())
     return graph.eval()
 
 
@@ -59,12 +62,9 @@ def _calibrates(name: str) -> bool:
     return name.startswith(("band.", "grid.")) or name.endswith((".spread", ".temperature"))
 
 
-def _encoders(graph: nn.Module) -> list[nn.Module]:
-    return [graph.encoder, *(pair[0] for pair in graph.others)]  # type: ignore[operator,union-attr]
-
-
-def _heads(graph: nn.Module) -> list[nn.Module]:
-    return [graph.head, *(pair[1] for pair in graph.others)]  # type: ignore[operator,union-attr]
+def _networks(graph: Graph) -> list[tuple[nn.Module, nn.Module]]:
+    """Encoder and head of each network."""
+    return cast("list[tuple[nn.Module, nn.Module]]", [(graph.encoder, graph.head), *graph.others])
 
 
 def _unfold(encoder: nn.Module, stored: dict[str, Tensor]) -> None:
