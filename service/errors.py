@@ -70,7 +70,9 @@ class PIMCError(Exception):
         kinds: list[type[PIMCError]] = [PIMCError]
         for kind in kinds:
             kinds += kind.__subclasses__()
-        kind = next((k for k in kinds if k.code == code and not k.__subclasses__()), InternalError)
+        # Not a subclass that inherits the code, whose arguments may be others.
+        stated = (k for k in kinds if k is not PIMCError and vars(k).get("code") == code)
+        kind = next(stated, InternalError)
         return kind(detail, errors) if issubclass(kind, InvalidRequest) else kind(detail)
 
 

@@ -211,6 +211,9 @@ class Settings(BaseSettings):
     dask_scheduler: str | None = None
     """Dask scheduler on whose workers the windows of jobs are computed, as `tcp://host:port` or
     `tls://host:port`; None computes them in this process."""
+    dask_fetch: Literal["service", "workers"] = "service"
+    """Who fetches the remote files of jobs on the cluster: the service, when it accepts the job, or
+    the workers, window by window. Files without a strong ETag are fetched by the service."""
     dask_window_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
     """Seconds after which a window that a worker has not returned is given to another worker."""
     min_free_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(32 * 2**20)
@@ -225,6 +228,9 @@ class Settings(BaseSettings):
     """Attribution that the explorer shows with these tiles; required by `explorer_tiles`."""
     job_workers: Annotated[int, Field(ge=1)] = 1
     """Number of jobs that run at once, in addition to synchronous runs."""
+    job_turn_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
+    """Seconds that a job computes before it makes way for a waiting job of a caller with fewer
+    running jobs; it continues later, after its last finished window."""
     max_jobs: Annotated[int, Field(ge=1)] = 100
     """Largest number of waiting jobs; a further job is rejected with `overloaded`."""
     max_requests_per_caller: Annotated[int, Field(ge=1)] | None = None
@@ -262,6 +268,11 @@ class Settings(BaseSettings):
     def needs_key(self) -> bool:
         """Whether requests need an API key."""
         return bool(self.api_keys) or self.api_keys_file is not None
+
+    @property
+    def workers_fetch(self) -> bool:
+        """Whether the workers of a cluster fetch the remote files of jobs."""
+        return self.dask_scheduler is not None and self.dask_fetch == "workers"
 
     @property
     def explorer_origin(self) -> str | None:
@@ -358,12 +369,10 @@ class Settings(BaseSettings):
         found = _HOST.fullmatch(place)
         if scheme not in {"tcp", "tls"} or not mark or found is None or found["port"] is None:
             raise ValueError(f"'{value}' is not an address such as tcp://scheduler:8786")
-        if info.data.get("state_dir") is None:
-            raise ValueError("PIMC_STATE_DIR must name the folder that all workers share")
-        if info.data.get("storage_url") is not None:
+        if info.data.get("state_dir") is None and info.data.get("storage_url") is None:
             raise ValueError(
-                "workers read a shared folder, and PIMC_STORAGE_URL keeps the files in a bucket: "
-                "leave one of the two out"
+                "PIMC_STATE_DIR must name the folder that all workers share, or PIMC_STORAGE_URL "
+                "a bucket"
             )
         return value
 

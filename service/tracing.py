@@ -5,7 +5,8 @@
              ├─ plan
              ├─ run ─┬─ read ── window …
              │       ├─ infer ── window …
-             │       └─ write ── window …
+             │       ├─ write ── window …
+             │       └─ cluster ── window … of a worker ── read, infer
              └─ respond
 
 `span` makes a child of the current span, and does nothing without one. So a request that is not
@@ -105,6 +106,31 @@ class Traces:
         links = [Link(before)] if before.is_valid else []
         with self._root(name, SpanKind.CONSUMER, links=links, attributes=attributes):
             yield
+
+    @contextmanager
+    def continued(
+        self, name: str, parent: str, attributes: Mapping[str, Attribute]
+    ) -> Iterator[None]:
+        """The span of work that another process has given out, in the trace of that process.
+
+        Args:
+            name: name of the span.
+            parent: what `traceparent` returned there.
+            attributes: attributes of the span.
+        """
+        if self._tracer is None:
+            yield
+            return
+        from opentelemetry.trace import SpanKind
+
+        above = _extracted({"traceparent": parent})
+        with self._root(name, SpanKind.CONSUMER, parent=above, attributes=attributes):
+            yield
+
+    def flush(self) -> None:
+        """Send the spans that have ended."""
+        if self._provider is not None:
+            self._provider.force_flush()
 
     @contextmanager
     def _root(

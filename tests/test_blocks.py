@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -13,7 +14,7 @@ import rasterio
 import rasterio.shutil
 from rasterio.windows import Window
 
-from service.errors import BodyTooLarge, PIMCError, UnreachableReference
+from service.errors import BodyTooLarge, InternalError, PIMCError, UnreachableReference
 from service.grid import Window as GridWindow
 from service.read import blocks
 from service.read.blocks import FIRST_BYTES, RemoteFile, fetch_windows
@@ -302,3 +303,17 @@ def test_damaged_directories_give_our_errors_alone(odd: RangeServer, tmp_path: P
         except PIMCError:
             refused += 1
     assert refused
+
+
+def test_a_stored_error_is_restored_as_the_class_that_states_its_code() -> None:
+    assert blocks._Busy in UnreachableReference.__subclasses__()  # of the same code
+    restored = PIMCError.of_code("unreachable_reference", "why")
+    assert type(restored) is UnreachableReference
+    assert restored.detail == "why"
+    for code in ("internal_error", "of a later release"):
+        assert type(PIMCError.of_code(code, "why")) is InternalError
+
+
+def test_the_error_of_a_busy_server_reaches_another_process() -> None:
+    busy = pickle.loads(pickle.dumps(blocks._Busy("why", "7")))  # noqa: S301 - ours
+    assert (busy.detail, busy.after) == ("why", 7.0)

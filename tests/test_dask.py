@@ -24,6 +24,9 @@ from service.api.schemas import read_parameters
 from service.errors import ForbiddenReference, PIMCError
 from service.grid import Window
 from service.infer.engine import Engine, load_models
+from service.jobs.s3 import storage_for
+from service.jobs.shared import SharedJobFiles
+from service.jobs.storage import FolderStorage
 from service.read.geotiff import SourceFile
 from service.run import worker as tasks
 from service.run.collect import spread
@@ -31,11 +34,14 @@ from service.run.pixels import PixelPass
 from service.run.plan import RasterRun, plan_request
 from service.run.worker import Computed, ModelReference, PassFile, Refused, Workplace, packed
 from service.settings import SettingsError, project_version, read_settings
+from tests.kits.client import Reply, serving
 from tests.kits.cluster import DaskCluster, Worker, dask_cluster
 from tests.kits.gate import HELD, zoo_with_a_held_model
 from tests.kits.jobs import Files, result, stack, submitted, waited
 from tests.kits.patience import soon
+from tests.kits.spans import PROTOBUF, Spans, attributes
 
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 WINDOWS = 10
 """Windows of a job with the files of `files`."""
 
@@ -133,8 +139,8 @@ def test_jobs_on_a_cluster_have_the_bytes_of_one_process(
     fleet: Fleet, local: httpx.Client, files: Files
 ) -> None:
     field = (
-        b'{"type":"Polygon","coordinates":[[[3.001,50.999],[3.010,50.999],[3.010,50.992],'
-        b"[3.001,50.999]]]}"
+        b'{"type":"Polygon","coordinates":[[[3.001,50.551],[3.010,50.551],[3.010,50.545],'
+        b"[3.001,50.551]]]}"
     )
     fields = ("fields", ("fields.geojson", field, "application/geo+json"))
     cases: list[tuple[str, Files, dict[str, str]]] = [
@@ -334,21 +340,25 @@ class Case:
     def __init__(self, run: RasterRun, zoo: Path, folder: Path) -> None:
         self.zoo = zoo
         self.state = folder / "state"
-        self.state.mkdir()
-        self._content = packed(PixelPass(run=run, to_arrays=spread))
+        (self.state / "jobs").mkdir(parents=True)
+        files = SharedJobFiles(state=self.state, storage=FolderStorage(self.state))
+        self._pass = files.new_pass(self.state / "jobs")
+        self._content = packed(PixelPass(run=run, to_arrays=spread), self._pass.key)
         self._window = Window(0, 0, run.stack.grid.width, run.stack.grid.height)
 
-    def compute(self, **changed: Any) -> Computed:
+    def compute(
+        self, *, place: Workplace | None = None, trace: str | None = None, **changed: Any
+    ) -> Computed:
         """Compute the window, with other values of the `PassFile` than those of the service."""
-        path = self.state / "a.pass"
-        path.write_bytes(self._content)
         given: dict[str, Any] = {
-            "path": path,
+            "key": self._pass.store(self._content),
             "sha256": hashlib.sha256(self._content).hexdigest(),
-            "state": self.state,
+            "storage": str(self.state),
+            "opener": storage_for,
             "version": project_version(),
         }
-        return Workplace("tcp://here:1", 1).compute(PassFile(**{**given, **changed}), self._window)
+        place = place or Workplace("tcp://here:1", 1)
+        return place.compute(PassFile(**{**given, **changed}), self._window, trace)
 
 
 @pytest.fixture
@@ -368,15 +378,33 @@ def test_a_worker_computes_what_the_service_would(case: Case, run: RasterRun) ->
     assert computed.arrays["values"].shape == (3, 20, 30)
 
 
+def test_a_window_is_in_the_trace_of_its_job(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(lambda _: Reply(body=b"", headers=PROTOBUF)) as (url, received):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
+        monkeypatch.setenv("PIMC_TRACING", "1")
+        place = Workplace("tcp://here:1", 1)
+        case.compute(place=place)
+        place.flush()
+        assert not received
+        case.compute(place=place, trace=f"00-{TRACE}-{PARENT}-01")
+        place.flush()
+        spans = Spans(received)
+    window = spans.one("window")
+    assert (window.trace_id.hex(), window.parent_span_id.hex()) == (TRACE, PARENT)
+    assert attributes(window)["pimc.worker"] == "tcp://here:1"
+    for name in ("read", "infer"):
+        assert spans.one(name, window).trace_id == window.trace_id
+
+
 def test_a_worker_refuses_what_it_does_not_have_as_the_service_has_it(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Refused, match=r"tcp://here:1 has version .* the service has 7\.0"):
         case.compute(version="7.0")
-    with pytest.raises(Refused, match=r"PIMC_STATE_DIR=.*, and the service has /elsewhere"):
-        case.compute(state=Path("/elsewhere"))
-    with pytest.raises(Refused, match=r"cannot read /elsewhere/a\.pass"):
-        case.compute(path=Path("/elsewhere/a.pass"))
+    with pytest.raises(Refused, match=r"files of jobs in .*, and the service in /elsewhere: .*DIR"):
+        case.compute(storage="/elsewhere")
+    with pytest.raises(Refused, match=r"cannot read jobs/a\.pass in .*state \(No such file"):
+        case.compute(key="jobs/a.pass")
     with pytest.raises(Refused, match="other bytes"):
         case.compute(sha256="0" * 64)
     monkeypatch.setenv("PIMC_PRECISION", "anything")
@@ -455,13 +483,13 @@ def test_the_scheduler_is_an_address_of_dask(address: str, tmp_path: Path) -> No
         read_settings(state_dir=tmp_path, dask_scheduler=address)
 
 
-def test_a_cluster_needs_a_folder_in_common(tmp_path: Path) -> None:
+def test_a_cluster_needs_a_folder_or_a_bucket_in_common() -> None:
     with pytest.raises(SettingsError, match="PIMC_STATE_DIR must name the folder"):
         read_settings(state_dir=None, dask_scheduler="tcp://scheduler:8786")
-    with pytest.raises(SettingsError, match="PIMC_STORAGE_URL keeps the files in a bucket"):
-        read_settings(
-            state_dir=tmp_path,
-            storage_url="s3://bucket",
-            database_url="postgresql:///pimc",
-            dask_scheduler="tcp://scheduler:8786",
-        )
+    shared = read_settings(
+        state_dir=None,
+        storage_url="s3://bucket",
+        database_url="postgresql:///pimc",
+        dask_scheduler="tcp://scheduler:8786",
+    )
+    assert not shared.workers_fetch  # by default the service does

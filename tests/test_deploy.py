@@ -443,8 +443,11 @@ def test_only_replicas_and_workers_reach_the_scheduler(compose):
     }  # fmt: skip
     assert compose["networks"]["dask"]["internal"] is True
     for name in DASK:
-        assert list(services[name]["networks"]) == ["dask"]
+        # Workers also read a bucket and remote files, by a network in which nobody else is.
+        own = ["dask", "outside"] if name == "worker" else ["dask"]
+        assert list(services[name]["networks"]) == own
         assert "ports" not in services[name]
+    assert [n for n, s in services.items() if "outside" in s.get("networks", {})] == ["worker"]
     address = services["replicas"]["environment"]["PIMC_DASK_SCHEDULER"]
     assert "tcp://scheduler:8786" in address
     assert address in services["worker"]["command"]

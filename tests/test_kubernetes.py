@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "deploy" / "kubernetes"
 UNIT = ROOT / "deploy" / "systemd" / "pimc.service"
-OVERLAYS = ("base", "gpu", "replicas", "bucket", "cluster")
-SEVERAL = ("replicas", "bucket", "cluster")
+OVERLAYS = ("base", "gpu", "replicas", "bucket", "cluster", "cluster-bucket")
+SEVERAL = ("replicas", "bucket", "cluster", "cluster-bucket")
 """Overlays with several replicas."""
 VERSIONS = ("1.33", "1.37")
 DOCKERFILE = re.sub(r"\\\n\s*", " ", (ROOT / "docker" / "service.Dockerfile").read_text())
@@ -135,7 +135,7 @@ def test_only_replicas_with_a_database_and_a_storage_in_common_are_several(rende
         port["port"] for rule in rendered["NetworkPolicy"]["spec"].get("egress", [])
         for port in rule["ports"]
     ]  # fmt: skip
-    if rendered["overlay"] == "bucket":
+    if "bucket" in rendered["overlay"]:
         assert claims == set()
         assert shared == {}
         assert "PersistentVolumeClaim" not in rendered
@@ -172,8 +172,8 @@ def named(rendered: dict[str, Any], kind: str, name: str) -> dict[str, Any]:
     return found
 
 
-def test_workers_have_the_image_the_settings_and_the_folder_of_the_service(rendered):
-    if rendered["overlay"] != "cluster":
+def test_workers_have_the_image_the_settings_and_the_files_of_the_service(rendered):
+    if "cluster" not in rendered["overlay"]:
         pytest.skip("it has no workers")
     service = rendered["StatefulSet"]["spec"]["template"]["spec"]
     for name in ("pimc-scheduler", "pimc-worker"):
@@ -194,15 +194,27 @@ def test_workers_have_the_image_the_settings_and_the_folder_of_the_service(rende
     assert {"configMapRef": {"name": "pimc-settings"}} in worker["envFrom"]
     claims = [v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"]
               if "persistentVolumeClaim" in v]  # fmt: skip
-    assert claims == [rendered["PersistentVolumeClaim"]["metadata"]["name"]]
     mounts = {m["mountPath"]: m for m in worker["volumeMounts"]}
+    assert {m["name"] for m in mounts.values()} == {v["name"] for v in spec["volumes"]}
     state = re.findall(r"PIMC_STATE_DIR=(\S+)", DOCKERFILE)[0]
-    assert mounts[state] == {"name": "state", "mountPath": state, "readOnly": True}
+    secrets = [e["secretRef"]["name"] for e in worker["envFrom"] if "secretRef" in e]
+    if rendered["overlay"] == "cluster":
+        assert secrets == []
+        assert claims == [rendered["PersistentVolumeClaim"]["metadata"]["name"]]
+        assert mounts[state] == {"name": "state", "mountPath": state, "readOnly": True}
+        return
+    # Workers get the bucket's credentials, and neither the keys nor the database's.
+    assert secrets == ["pimc-storage"]
+    assert claims == []
+    assert state not in mounts
+    assert rendered["ConfigMap"]["data"]["PIMC_DASK_FETCH"] == "workers"
+    policy = named(rendered, "NetworkPolicy", "pimc-worker")["spec"]
+    assert 443 in [port["port"] for rule in policy["egress"] for port in rule["ports"]]
 
 
 def test_only_the_service_and_dask_reach_the_ports_of_dask(rendered):
     """They run any code that they receive."""
-    if rendered["overlay"] != "cluster":
+    if "cluster" not in rendered["overlay"]:
         pytest.skip("it has no workers")
     for name, others in (
         ("pimc-scheduler", {"pimc", "pimc-worker"}),

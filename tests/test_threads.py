@@ -290,6 +290,7 @@ def test_the_pauses_of_an_outage_are_bounded_however_long_it_lasts(
             monkeypatch.setattr(store, name, lambda _: None)
         made = runner.JobRunner(
             store, none, Metrics(), max_raster_bytes=1, max_fields=1, roots=(), workers=1,
+            turn_seconds=60.0,
             ttl=3600.0, closing=closes, cache=none, budget=none, executor=none,
             refresh=lambda _: None,
         )  # fmt: skip

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from benchmarks.serving import served
@@ -25,38 +24,10 @@ from tests.kits.client import Received, Reply, serving
 from tests.kits.jobs import ASYNC, SERIES, waited
 from tests.kits.patience import PATIENCE
 from tests.kits.rasters import write
+from tests.kits.spans import PROTOBUF, Spans, attributes
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 CALLED = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
-PROTOBUF = {"Content-Type": "application/x-protobuf"}
-
-
-class Spans:
-    """The spans that a receiver got."""
-
-    def __init__(self, received: list[Received]) -> None:
-        self.paths = {one.path for one in received}
-        self.resources: list[dict[str, Any]] = []
-        self.all: list[Span] = []
-        for one in received:
-            export = ExportTraceServiceRequest.FromString(one.body)
-            for resource in export.resource_spans:
-                self.resources.append(attributes(resource.resource))
-                self.all += [span for scope in resource.scope_spans for span in scope.spans]
-
-    def named(self, name: str, within: Span | None = None) -> list[Span]:
-        found = [one for one in self.all if one.name == name]
-        return found if within is None else [s for s in found if s.parent_span_id == within.span_id]
-
-    def one(self, name: str, within: Span | None = None) -> Span:
-        (found,) = self.named(name, within)
-        return found
-
-
-def attributes(holder: Any) -> dict[str, Any]:
-    return {
-        one.key: getattr(one.value, str(one.value.WhichOneof("value"))) for one in holder.attributes
-    }
 
 
 @contextmanager

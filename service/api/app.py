@@ -41,10 +41,12 @@ from service.infer.engine import load_models
 from service.jobs.callbacks import CallbackSender
 from service.jobs.heads import HeadStore
 from service.jobs.runner import JobRunner
-from service.jobs.s3 import storage_of
+from service.jobs.s3 import storage_for
+from service.jobs.shared import SharedJobFiles
 from service.jobs.store import JobStore
 from service.read.connect import RangeCache, Remotes
 from service.read.geotiff import BlockCache
+from service.read.on_demand import RANGE_CACHE_BYTES, OnDemand
 from service.run.executors import ThreadExecutor
 from service.run.memory import MemoryBudget
 from service.settings import Settings, SettingsError, project_version, read_settings
@@ -55,8 +57,6 @@ if TYPE_CHECKING:
     from service.run.cluster import ClusterExecutor
 
 _LOG = logging.getLogger(__name__)
-_RANGE_CACHE_BYTES = 64 * 2**20
-"""Ranges of remote files that are kept in memory for later requests, bytes."""
 _ROUTERS = (
     tasks.router,
     series.router,
@@ -120,9 +120,16 @@ def create_app(
             scratch = await to_thread.run_sync(Scratch)
             stack.push_async_callback(to_thread.run_sync, scratch.close)
             closing = threading.Event()
-            cache = BlockCache(decoded=metrics.decoded)
-            ranges = RangeCache(_RANGE_CACHE_BYTES, asked=metrics.range_asked)
-            metrics.watch_cache(lambda: cache.size, lambda: ranges.size)
+            on_demand = OnDemand(
+                settings,
+                folder=scratch.folder,
+                asked=metrics.range_asked,
+                received=metrics.fetched,
+            )
+            stack.push_async_callback(to_thread.run_sync, on_demand.close)
+            cache = BlockCache(decoded=metrics.decoded, remote=on_demand)
+            ranges = RangeCache(RANGE_CACHE_BYTES, asked=metrics.range_asked)
+            metrics.watch_cache(lambda: cache.size, lambda: ranges.size + on_demand.cached)
             budget = MemoryBudget(settings.memory_budget)
             metrics.watch_memory(
                 limit=budget.limit,
@@ -141,7 +148,9 @@ def create_app(
                 metrics=metrics,
                 closing=closing,
             )
-            on_cluster = await to_thread.run_sync(_on_cluster, settings, executor, metrics, closing)
+            on_cluster = await to_thread.run_sync(
+                _on_cluster, settings, store, executor, metrics, closing
+            )
             runner = JobRunner(
                 store,
                 engine,
@@ -150,6 +159,7 @@ def create_app(
                 max_fields=settings.max_fields,
                 roots=settings.allowed_roots,
                 workers=settings.job_workers,
+                turn_seconds=settings.job_turn_seconds,
                 ttl=settings.job_ttl,
                 closing=closing,
                 cache=cache,
@@ -260,18 +270,21 @@ def open_jobs(settings: Settings) -> JobStore:
         SettingsError: one of them is not usable, or another service uses it.
     """
     url = settings.database_url
-    storage = storage_of(settings.state_folder, settings.storage_url, settings.storage_endpoint)
     return JobStore(
         settings.state_folder,
         ttl=settings.job_ttl,
         max_waiting=settings.max_jobs,
         database_url=None if url is None else url.get_secret_value(),
-        storage=storage,
+        storage=storage_for(settings),
     )
 
 
 def _on_cluster(
-    settings: Settings, here: ThreadExecutor, metrics: Metrics, closing: threading.Event
+    settings: Settings,
+    store: JobStore,
+    here: ThreadExecutor,
+    metrics: Metrics,
+    closing: threading.Event,
 ) -> ClusterExecutor | None:
     """The executor of jobs on a cluster; None without `PIMC_DASK_SCHEDULER`.
 
@@ -295,7 +308,7 @@ def _on_cluster(
     )
     return ClusterExecutor(
         cluster=cluster,
-        state=settings.state_folder,
+        files=SharedJobFiles(state=settings.state_folder, storage=store.storage),
         window_seconds=settings.dask_window_seconds,
         here=here,
         in_flight=metrics.windows,

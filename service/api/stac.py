@@ -36,6 +36,8 @@ async def stac_request(
     folder: Path,
     admitted: Admitted,
     owner: str,
+    *,
+    on_demand: bool = False,
 ) -> RasterRequest:
     """The request on the files of STAC items, of which only the needed parts are fetched.
 
@@ -48,6 +50,8 @@ async def stac_request(
         folder: folder of the request.
         admitted: the admitted request; fetched bytes count as bytes of its body.
         owner: the caller, whose own models the request may name.
+        on_demand: whether blocks are fetched when they are read; those of a request with points or
+            fields are in any case.
 
     Raises:
         PIMCError: the items or their files cannot be fetched, or do not fit the model.
@@ -60,7 +64,16 @@ async def stac_request(
     if stack.bbox is None and stack.area is None:
         extent = await to_thread.run_sync(_extent, stac, request, app.settings.max_fields)
         stack = replace(stack, bbox=extent)
-    fetched = await _fetched(stac, stack, app, folder, admitted, bands=bands, optional=optional)
+    fetched = await _fetched(
+        stac,
+        stack,
+        app,
+        folder,
+        admitted,
+        bands=bands,
+        optional=optional,
+        on_demand=on_demand or (request.points or request.fields) is not None,
+    )
     return replace(request, files=fetched.files, stack=fetched.stack, items=fetched.items)
 
 
@@ -90,7 +103,16 @@ async def stac_head(
         extent = found.extent
         stack = replace(stack, bbox=None if extent is None else around(extent))
     further = tuple(band for band in LAND_BANDS if band not in NEEDED_BANDS)
-    return await _fetched(stac, stack, app, folder, admitted, bands=NEEDED_BANDS, optional=further)
+    return await _fetched(
+        stac,
+        stack,
+        app,
+        folder,
+        admitted,
+        bands=NEEDED_BANDS,
+        optional=further,
+        on_demand=True,
+    )
 
 
 async def _fetched(
@@ -102,6 +124,7 @@ async def _fetched(
     *,
     bands: Sequence[str],
     optional: Sequence[str],
+    on_demand: bool,
 ) -> StacFiles:
     search = (
         Search(**{name: getattr(stac, name) for name in type(stac).model_fields})
@@ -115,6 +138,7 @@ async def _fetched(
         bands=bands,
         optional=optional,
         stack=stack,
+        on_demand=on_demand,
         remotes=app.remotes,
     )
     for file in fetched.files:

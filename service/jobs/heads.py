@@ -239,6 +239,7 @@ class HeadStore:
             if self._rows is not None:
                 self._upload(self._rows, owner, name, folder)
                 self._place(owner, name, folder)
+                model.folder = bundle_folder
                 self._engine.add(owner, model)
                 self._learn(owner)
                 return
@@ -247,6 +248,7 @@ class HeadStore:
             _rename(folder, bundle_folder)
             sync_folder(bundle_folder.parent)
             sync_folder(self._root)
+            model.folder = bundle_folder
             self._engine.add(owner, model)
             self._learn(owner)
 

@@ -2,7 +2,7 @@
 
     take → plan → execute, window by window → publish → succeed
              │              │
-           fail       service stops: put back; job dismissed: files removed;
+           fail       service stops, or the turn ends: put back; job dismissed: files removed;
                       lease lost: left to the run that has it
 
 Jobs run in the runner's own threads; the event loop never waits for them.
@@ -22,7 +22,6 @@ from types import MappingProxyType
 
 from service.errors import (
     Cancelled,
-    InsufficientStorage,
     InternalError,
     Overloaded,
     PIMCError,
@@ -64,7 +63,7 @@ _JOIN_SECONDS = 20.0
 
 
 class JobRunner:
-    """Worker threads that run jobs.
+    """Worker threads that run jobs, each for a turn if jobs of other callers wait.
 
     Args:
         store: store that holds the jobs.
@@ -74,6 +73,7 @@ class JobRunner:
         max_fields: largest number of polygons of one request.
         roots: folders whose files a job may read without copying them.
         workers: number of jobs that run at once, at least 1.
+        turn_seconds: seconds after which a job makes way for one of another caller.
         ttl: seconds for which a finished job is kept.
         closing: event that is set when the service stops.
         cache: GDAL's block cache.
@@ -95,6 +95,7 @@ class JobRunner:
         max_fields: int,
         roots: Sequence[Path],
         workers: int,
+        turn_seconds: float,
         ttl: float,
         closing: threading.Event,
         cache: BlockCache,
@@ -114,6 +115,7 @@ class JobRunner:
         self._max_raster_bytes = max_raster_bytes
         self._max_fields = max_fields
         self._roots = roots
+        self._turn_seconds = turn_seconds
         self._sweep_seconds = min(_SWEEP_SECONDS, max(0.1, ttl / 10))
         self._closing = closing
         self._cache = cache
@@ -357,23 +359,19 @@ class JobRunner:
         self._store.make_room(job)
         self._record(lambda: self._store.fail(job, problem, free_key=free))
 
-    def _record(self, write: Callable[[], None]) -> bool:
-        """Record a job's outcome; retry while the disk is full or the store is in use.
-
-        Returns:
-            Whether it was recorded; if not, another run has the job, or the service stops.
-        """
+    def _record(self, write: Callable[[], None]) -> None:
+        """Record a job's outcome; retry while the disk is full or the store is in use."""
         while True:
             try:
                 write()
             except LeaseLost:
-                return False  # the outcome is that of another run
+                return  # the outcome is that of another run
             except PIMCError:
                 _LOG.exception("the job's outcome cannot be recorded")
                 if self._closing.wait(_PAUSE_SECONDS):
-                    return False  # the job runs again after the next start
+                    return  # the job runs again after the next start
             else:
-                return True
+                return
 
     # One job -------------------------------------------------------------------------------
 
@@ -386,12 +384,7 @@ class JobRunner:
                     "time before it finished another window; the server's log may have the cause"
                 )
             self._compute(job, cancelled)
-        try:
-            self._store.succeed(job)
-        except InsufficientStorage as error:
-            # Only the row does not fit on the disk: the result is complete, and not given up.
-            if not self._record(lambda: self._store.succeed(job)):
-                raise Cancelled(f"the success of job {job.id} is not recorded") from error
+        self._store.succeed(job)
 
     def _compute(self, job: Job, cancelled: threading.Event) -> None:
         self._store.prepare(job)
@@ -412,7 +405,13 @@ class JobRunner:
             nonlocal done
             done = share
 
-        journal = WindowFile(self._store, job, lambda: int(100 * done))
+        journal = WindowFile(
+            self._store,
+            job,
+            lambda: int(100 * done),
+            turn_seconds=self._turn_seconds,
+            cancelled=cancelled,
+        )
         with self._metrics.run():
             result = execute(
                 plan,

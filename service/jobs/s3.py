@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from service.jobs.files import remove
 from service.jobs.storage import MARK, FolderStorage, Storage, StorageUnreachable
-from service.settings import SettingsError
+from service.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config, S3Store
@@ -413,6 +413,15 @@ def storage_of(state: Path, url: str | None, endpoint: str | None) -> Storage:
     if url is None:
         return FolderStorage(state)
     return S3Storage(url, endpoint=endpoint)
+
+
+def storage_for(settings: Settings) -> Storage:
+    """The storage of the jobs' files, for the service and for its workers.
+
+    Raises:
+        SettingsError: see `storage_of`.
+    """
+    return storage_of(settings.state_folder, settings.storage_url, settings.storage_endpoint)
 
 
 def _name(path: str) -> str:

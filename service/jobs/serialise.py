@@ -84,9 +84,14 @@ def _subscriber_document(request: TaskRequest) -> dict[str, Any]:
 
 
 def _file(file: SourceFile, folder: Path) -> list[str]:
-    """A file's name and its path, relative to the folder if the file lies inside."""
-    inside = file.path.is_relative_to(folder)
-    return [file.name, str(file.path.relative_to(folder) if inside else file.path)]
+    """A file's name and its paths, relative to the folder if they lie inside."""
+    return [
+        file.name,
+        *(
+            str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+            for path in file.paths
+        ),
+    ]
 
 
 def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
@@ -114,7 +119,7 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
     fields = document["fields"]
     plain = RasterRequest(
         task=_task(task),
-        files=tuple(SourceFile(name=name, path=folder / path) for name, path in document["files"]),
+        files=tuple(_file_of(entry, folder) for entry in document["files"]),
         stack=StackOptions(
             layout=fields.get("layout"),
             dates=tuple(map(date.fromisoformat, fields["dates"])) if fields.get("dates") else None,
@@ -158,7 +163,12 @@ def _task(name: Runnable) -> Task:
 
 
 def _source(entry: list[str] | None, folder: Path) -> SourceFile | None:
-    return None if entry is None else SourceFile(name=entry[0], path=folder / entry[1])
+    return None if entry is None else _file_of(entry, folder)
+
+
+def _file_of(entry: list[str], folder: Path) -> SourceFile:
+    name, path, *remote = entry
+    return SourceFile(name=name, path=folder / path, remote=folder / remote[0] if remote else None)
 
 
 def _series_of(entry: Mapping[str, Any]) -> SeriesInput:

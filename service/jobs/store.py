@@ -98,9 +98,11 @@ DATABASE = "jobs.sqlite"
 _RESULT = "reply.json"
 _DOCUMENT = "document.json"
 _READY = "ready"
-_INPUT = "input"
+INPUT = "input"
+"""Name of the folder of a job's files, uploaded or fetched."""
 _RESULT_COPY = "result"
-_JOBS = "jobs"
+JOBS_FOLDER = "jobs"
+"""Name of the folder of the jobs."""
 HEADS = "heads"
 """Name of the folder of the callers' own models."""
 # Names in stored requests, also of earlier releases.
@@ -136,6 +138,15 @@ WHERE number = (
         min(number)
     LIMIT 1
 ) RETURNING *
+"""
+
+
+_OTHERS_WAIT = """
+SELECT 1 FROM jobs AS waiting
+WHERE status = 'accepted' AND caller != ?
+AND (SELECT count(*) FROM jobs AS o WHERE o.caller = waiting.caller AND o.status = 'running')
+    < (SELECT count(*) FROM jobs AS o WHERE o.caller = ? AND o.status = 'running')
+LIMIT 1
 """
 
 
@@ -293,9 +304,10 @@ def fingerprint(
     if delivery is not None:
         document[_DELIVERY] = delivery
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
-    for file in request.sources if isinstance(request, RasterRequest) else ():
-        if file.path.is_relative_to(folder):
-            with file.path.open("rb") as content:
+    files = request.sources if isinstance(request, RasterRequest) else ()
+    for path in (path for file in files for path in file.paths):
+        if path.is_relative_to(folder):
+            with path.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
 
@@ -329,7 +341,7 @@ class JobStore:
     ) -> None:
         self._ttl = ttl
         self._max_waiting = max_waiting
-        self._jobs = folder / _JOBS
+        self._jobs = folder / JOBS_FOLDER
         self._copies = folder / "copies"
         self.storage = FolderStorage(folder) if storage is None else storage
         self._next_look = time.monotonic() + _LOOK_SECONDS
@@ -385,7 +397,7 @@ class JobStore:
         try:
             known = self.storage.read(MARK).decode().strip()
         except FileNotFoundError:
-            if self.storage.names(_JOBS):
+            if self.storage.names(JOBS_FOLDER):
                 raise SettingsError(
                     f"{what} has jobs of another database; name a new {kind}, or restore a backup"
                 ) from None
@@ -451,7 +463,8 @@ class JobStore:
         key = _key(name)
         try:
             if isinstance(plan.request, RasterRequest):
-                take_over([f.path for f in plan.request.sources], folder, job_folder / _INPUT)
+                paths = [path for file in plan.request.sources for path in file.paths]
+                take_over(paths, folder, job_folder / INPUT)
             else:
                 job_folder.mkdir()
             write_request(job_folder, json.dumps(document))
@@ -755,7 +768,7 @@ class JobStore:
             raise ResultNotReady(
                 f"job {job.id} is {job.status}, and its files have been removed"
             ) from error
-        return request_of(document, self.folder(job) / _INPUT)
+        return request_of(document, self.folder(job) / INPUT)
 
     def delivery(self, job: Job) -> Mapping[str, Any] | None:
         """How a job's results are returned, as stored by `accept`.
@@ -981,14 +994,14 @@ class JobStore:
         """
         if not self.storage.local:
             self.folder(job).mkdir(exist_ok=True)
-            self.storage.fetch(_key(job.id, _INPUT), self.folder(job) / _INPUT)
+            self.storage.fetch(_key(job.id, INPUT), self.folder(job) / INPUT)
 
     def take(self) -> Job | None:
         """Start the next waiting job; None if no job waits.
 
         The next job is the oldest one of the caller with the fewest running jobs. Callers with
         equally many running jobs take turns, so that a caller with a hundred jobs delays another
-        caller by one job.
+        caller by one job, and by one turn if that job is long: see `others_wait`.
         """
         with self._db.read() as db:
             if db.execute(_WAITS).fetchone() is None:
@@ -1006,6 +1019,15 @@ class JobStore:
                 if row["started"] == now:  # not when it resumes
                     outbox.queue_progress(db, row["number"], _job(row).subscriber, now)
         return _job(row) if row else None
+
+    def others_wait(self, job: Job) -> bool:
+        """Whether a job waits whose caller has fewer running jobs than the caller of this one.
+
+        Args:
+            job: a running job.
+        """
+        with self._db.read() as db:
+            return db.execute(_OTHERS_WAIT, (job.caller, job.caller)).fetchone() is not None
 
     def renew(self, jobs: Iterable[Job]) -> list[Job]:
         """Prolong the leases of runs.
@@ -1031,7 +1053,8 @@ class JobStore:
         return current is not None and _run_of(current) == _run_of(job)
 
     def put_back(self, job: Job) -> None:
-        """Return a running job to the queue; its finished windows are kept."""
+        """Return a running job to the queue; of its run only the finished windows are kept."""
+        remove(self.work(job))
         with self._db.transaction() as db:
             db.execute(
                 "UPDATE jobs SET status = 'accepted', attempts = 0, updated = ? "
@@ -1076,20 +1099,17 @@ class JobStore:
         self.storage.put(_key(job.id, result_name(job.lease)), work, last=_RESULT)
 
     def succeed(self, job: Job) -> None:
-        """Mark a running job, whose result is published, as successful; `tidy` removes its uploads.
+        """Mark a running job, whose result is published, as successful.
 
         Raises:
             LeaseLost: the job was dismissed or taken over.
-            InsufficientStorage: the disk has no room for the row.
         """
         if not self.holds(job):
             raise _lost(job)
+        # From here on a run that takes the job over finds the result, so it needs nothing else.
         result = result_name(job.lease)
         size = self.storage.size(_key(job.id, result), _key(job.id, REQUEST))
-        # From here on a run that takes the job over finds the result, so it needs no windows: on a
-        # full disk they make room for the row. The uploads stay until the row says that the job
-        # has ended, because until then a backup keeps it as a job that waits.
-        done = set()
+        done = {INPUT}
         for lease in range(job.lease + 1):  # a later one would be another run's
             done |= {windows_name(lease), work_name(lease)}
         for name in done.intersection(self.storage.names(_key(job.id))):
@@ -1399,7 +1419,7 @@ class JobStore:
         They are left by a replica that ended before it accepted the job, and by removals while the
         storage could not be reached.
         """
-        owned = {_JOBS: "SELECT id FROM jobs"}
+        owned = {JOBS_FOLDER: "SELECT id FROM jobs"}
         if not self.storage.local:  # models in a folder have no rows
             owned[HEADS] = "SELECT version FROM heads"
         for kind, query in owned.items():
@@ -1417,7 +1437,7 @@ class JobStore:
         with self._db.read() as db:
             rows = db.execute("SELECT id, status, lease FROM jobs").fetchall()
         kept = {row["id"]: row for row in rows}
-        for name in self.storage.names(_JOBS):
+        for name in self.storage.names(JOBS_FOLDER):
             row = kept.get(name)
             if row is None or row["status"] in {"failed", "dismissed"}:
                 self.storage.remove(_key(name))
@@ -1463,7 +1483,12 @@ def _run_of(job: Job) -> tuple[str, int]:
 
 def _key(name: str, *parts: str) -> str:
     """Key of a job's files, or of some of them."""
-    return "/".join((_JOBS, name, *parts))
+    return "/".join((JOBS_FOLDER, name, *parts))
+
+
+def job_of(folder: Path) -> str:
+    """Id of the job whose run has this folder on this machine, with a storage elsewhere."""
+    return folder.name.rpartition("-")[0]
 
 
 def _check_kind(folder: Path, *, shared: bool, own: bool) -> None:

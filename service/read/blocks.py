@@ -10,11 +10,16 @@ fetched as a whole.
 
 Several ranges are fetched at once, also of one file. A range that a busy server or a lost
 connection did not return is requested again after a pause.
+
+`save` writes what is known of a remote file beside it, from which `load` continues in another
+process: its blocks are then fetched when a window is read (`service.read.on_demand`).
 """
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import random
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -32,9 +37,12 @@ from service.errors import BodyTooLarge, PIMCError, UnreachableReference
 from service.grid import Window
 from service.read.connect import Connections, Remote
 from service.read.tiff_guard import Entry, Form, directories, small, value
+from service.settings import HostRule
 
 FIRST_BYTES = 16 * 2**10
 """Bytes of the first range, which contains the directories of most cloud-optimized GeoTIFFs."""
+DESCRIBED = ".remote"
+"""Suffix of the description of a remote file, which lies beside the local file."""
 AT_ONCE = 16
 """Number of files and ranges of one request that are fetched at the same time."""
 _MAX_RANGE_BYTES = 8 * 2**20
@@ -133,7 +141,7 @@ class _Busy(UnreachableReference):
         after: value of `Retry-After`; empty without one.
     """
 
-    def __init__(self, detail: str, after: str) -> None:
+    def __init__(self, detail: str, after: str = "") -> None:
         super().__init__(detail)
         self.after = float(after) if after.isdecimal() else 0.0
 
@@ -202,6 +210,75 @@ class RemoteFile:
     """Size of the local file, bytes."""
     _tag: str = ""
     """The remote file's ETag; empty if the server sends none."""
+    _known: _Known | None = None
+    """The bytes of the directories; None if the file was fetched as a whole."""
+    _here: set[tuple[int, int]] = field(default_factory=set)
+    """Directory and number of each block that is in the local file."""
+
+    @classmethod
+    def load(cls, description: Path, path: Path, rules: Sequence[HostRule]) -> RemoteFile:
+        """A remote file that was opened before, with a new local file without blocks.
+
+        Args:
+            description: file that `save` wrote.
+            path: the local file, which is created, or replaced.
+            rules: hosts that are allowed now.
+
+        Raises:
+            ForbiddenReference: the host is no longer allowed.
+            OSError: the description is not there.
+        """
+        found = json.loads(description.read_bytes())
+        known = _Known(
+            size=found["size"],
+            parts=[(begin, base64.b64decode(data)) for begin, data in found["parts"]],
+        )
+        remote = Remote.of(found["url"], found["field"], rules)
+        opened = cls(
+            remote=remote,
+            path=path,
+            hint=found["hint"],
+            images=_images(known, remote.field) or (),
+            _tag=found["etag"],
+            _known=known,
+        )
+        opened.empty()
+        return opened
+
+    def save(self) -> Path:
+        """Write what `load` needs beside the local file; it was opened in part, and `is_tagged`.
+
+        Returns:
+            The description.
+        """
+        if self._known is None:
+            raise TypeError("a file that was fetched as a whole has no description")
+        document = {
+            "url": str(self.remote.url),
+            "field": self.remote.field,
+            "hint": self.hint,
+            "etag": self._tag,
+            "size": self._known.size,
+            "parts": [
+                (begin, base64.b64encode(data).decode("ascii")) for begin, data in self._known.parts
+            ],
+        }
+        description = self.path.with_suffix(DESCRIBED)
+        description.write_text(json.dumps(document), encoding="utf-8")
+        return description
+
+    def empty(self) -> None:
+        """Write the local file without blocks; open datasets of it must be closed."""
+        if self._known is None:
+            raise TypeError("a file that was fetched as a whole has no blocks to fetch")
+        self._here.clear()
+        self._end = max(begin + len(data) for begin, data in self._known.parts)
+        _write(self.path, self._known.parts, self.images, self._end)
+
+    @property
+    def is_tagged(self) -> bool:
+        """Whether a later request finds out that the file was replaced, by its strong ETag."""
+        return _is_strong(self._tag)
 
     @property
     def whole(self) -> bool:
@@ -242,17 +319,19 @@ class RemoteFile:
         if not images:
             await self._rest(web, known)
             return
-        self.images = images
-        self._end = max(begin + len(data) for begin, data in known.parts)
-        await anyio.to_thread.run_sync(_write, self.path, known.parts, images, self._end)
+        self.images, self._known = images, known
+        await anyio.to_thread.run_sync(self.empty)
 
-    def runs(self, window: Window) -> list[_Run]:
-        """The ranges with a window's blocks; adjacent blocks are in one range."""
+    def runs(self, *windows: Window) -> list[_Run]:
+        """The ranges with the blocks of windows that are not in the local file yet.
+
+        Adjacent blocks are in one range.
+        """
         needed = []
         for image in self.images:
-            for index in image.needed(window):
+            for index in sorted({n for window in windows for n in image.needed(window)}):
                 offset, count = image.offsets.numbers[index], image.counts.numbers[index]
-                if offset and count:
+                if offset and count and (image.at, index) not in self._here:
                     needed.append(
                         (max(0, offset - _MARGIN), offset + count + _MARGIN, image, index)
                     )
@@ -325,6 +404,7 @@ class RemoteFile:
                 offset = begin + image.offsets.numbers[index] - run.begin
                 file.seek(image.offsets.position(index))
                 file.write(struct.pack(image.offsets.code, offset))
+                self._here.add((image.at, index))
 
     def _check_length(self, size: int, least: int) -> None:
         if size < least:
@@ -473,7 +553,7 @@ async def fetch_windows(
         UnreachableReference: a host does not return the blocks.
     """
     needed = [(remote, remote.runs(window)) for remote, window in windows]
-    size = sum(run.end - run.begin for _, runs in needed for run in runs)
+    size = size_of(needed)
     if size > web.left:
         raise BodyTooLarge(
             f"{field}: the needed blocks of {len(windows)} files have {size} bytes, and the server "
@@ -481,6 +561,11 @@ async def fetch_windows(
             "or fewer dates"
         )
     await side_by_side([call for remote, runs in needed for call in remote.fetches(web, runs)])
+
+
+def size_of(needed: Sequence[tuple[RemoteFile, Sequence[_Run]]]) -> int:
+    """Bytes of ranges together."""
+    return sum(run.end - run.begin for _, runs in needed for run in runs)
 
 
 async def side_by_side(works: Sequence[Callable[[], Awaitable[None]]]) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import rasterio
@@ -26,7 +26,7 @@ from rasterio.enums import ColorInterp, Interleaving, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from service.errors import NotAGeoTIFF, RasterTooLarge, no_descriptors
-from service.grid import GDALError
+from service.grid import GDALError, Window
 from service.read.jp2_guard import SIGNATURE, check_jp2
 from service.read.tiff_guard import MAX_BLOCK_BYTES, check_directories
 
@@ -78,6 +78,14 @@ class SourceFile:
     """The caller's name; only for messages, never used as a path."""
     path: Path
     """Path on disk."""
+    remote: Path | None = None
+    """Description of the remote file whose blocks `path` lacks, and which are fetched when they are
+    read (`service.read.on_demand`); None if the file is here."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The file and its description, if it has one."""
+        return (self.path,) if self.remote is None else (self.path, self.remote)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +154,43 @@ def gdal_options() -> Iterator[None]:
         yield
 
 
+class Copies(Protocol):
+    """The local copies of one reader's remote files; used by one thread at a time."""
+
+    def path(self, source: SourceFile) -> Path:
+        """The copy of a remote file; the file itself if it is here."""
+        ...
+
+    def bring(self, windows: Iterable[tuple[SourceFile, Window]]) -> bool:
+        """Fetch the blocks of windows that are not in the copies.
+
+        Args:
+            windows: files, each with a window in its pixels.
+
+        Returns:
+            Whether copies have changed, so that open datasets of them must be closed.
+
+        Raises:
+            PIMCError: a host does not return a block, or the file was replaced.
+        """
+        ...
+
+
+class RemoteBlocks(Protocol):
+    """Fetches the blocks of remote files that readers need."""
+
+    def copies(
+        self, sources: Sequence[SourceFile], before: Callable[[], None]
+    ) -> AbstractContextManager[Copies]:
+        """Local copies of remote files, for one reader; removed at the end of the context.
+
+        Args:
+            sources: the files; those that are here are ignored.
+            before: called while blocks are awaited; an exception that it raises ends the wait.
+        """
+        ...
+
+
 class BlockCache:
     """GDAL's cache of decoded blocks: one per process, as large as the present runs need.
 
@@ -156,11 +201,18 @@ class BlockCache:
 
     Args:
         decoded: called with the bytes of each read's pixels, from several threads at once.
+        remote: fetches the blocks of remote files that readers need; None if they read none.
     """
 
-    def __init__(self, *, decoded: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        *,
+        decoded: Callable[[int], None] = lambda _: None,
+        remote: RemoteBlocks | None = None,
+    ) -> None:
         self.decoded = decoded
         """Counts the bytes of a read's pixels."""
+        self.remote = remote
         self._needed = [CACHE_BYTES]
         self._lock = threading.Lock()
         self._bound()
@@ -481,8 +533,7 @@ def _lower(tags: Mapping[str, str]) -> dict[str, str]:
 
 _NAME_LENGTH = 250
 _FOLDERS = 6
-# Control characters, and halves of characters, which UTF-8 cannot express.
-_NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]+")
+_NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f]+")
 
 
 def label(name: str, position: int) -> str:

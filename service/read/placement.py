@@ -32,6 +32,8 @@ _CRS_AND_SIZE = re.compile(r"\s*(?P<crs>[^@]+?)\s*@\s*(?P<size>[0-9.eE+-]+)\s*")
 _DEGREES = CRS.from_epsg(4326)
 _MOST_PIXELS = 2**31 - 1
 _DENSIFY = 21
+WARPED_BLOCK = (128, 512)
+"""Rows and columns of the blocks that GDAL's warping datasets make."""
 _KERNEL_ROOM = 3
 """Pixels that are read in addition to the warper's kernel, because the warper rounds its size."""
 
@@ -475,6 +477,31 @@ def needed_windows(headers: Sequence[Header], place: Place) -> tuple[Window | No
         _needed(own, position, placed.grid)
         for own, position in zip(_grids(headers), placed.positions, strict=True)
     )
+
+
+def warped_part(own: Grid, warp: Warp, window: Window) -> Window | None:
+    """The pixels of a warped file that a window of its stack's grid needs, inside `gdal_options`.
+
+    Args:
+        own: the file's grid.
+        warp: parameters of the warper.
+        window: a window of the stack's grid.
+
+    Returns:
+        A window in the file's pixels; None if no pixel is needed.
+    """
+    (top, bottom), (left, right) = window.toranges()
+    rows, columns = WARPED_BLOCK
+    top, left = top // rows * rows, left // columns * columns
+    bottom = min(-(-bottom // rows) * rows, warp.grid.height)
+    right = min(-(-right // columns) * columns, warp.grid.width)
+    part = Grid(
+        crs=warp.grid.crs,
+        transform=warp.grid.transform @ Affine.translation(left, top),
+        width=right - left,
+        height=bottom - top,
+    )
+    return _needed(own, Position(warp=warp), part)
 
 
 def _needed(own: Grid, position: Position, grid: Grid) -> Window | None:

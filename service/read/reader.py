@@ -10,8 +10,9 @@ import resource
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ from rasterio.errors import RasterioError
 from rasterio.features import geometry_mask
 
 from service.errors import CorruptRaster, no_descriptors
-from service.grid import GDALError, Window
+from service.grid import GDALError, Grid, Window
 from service.read import clouds
 from service.read.buffers import BufferPool
 from service.read.geotiff import (
@@ -31,13 +32,15 @@ from service.read.geotiff import (
     SIDE_BY_SIDE,
     THREADS_PAY_FROM,
     BlockCache,
+    Copies,
     FileMemory,
     SourceFile,
     for_each,
     gdal_options,
     open_geotiff,
+    read_header,
 )
-from service.read.placement import Position, Resampling
+from service.read.placement import Position, Resampling, warped_part
 from service.read.stack import NO_VALUE, Acquisition, Plane, Sits, Stack
 from service.read.warp import WARP_BYTES, fill_of, has_alpha, warped
 
@@ -143,6 +146,8 @@ class StackReader:
         self._warped = ExitStack()
         self._held_bytes = 0
         self._lock = threading.Lock()
+        self._copies = self._context.enter_context(self._copied([p.source for p in planes]))
+        self._own_grids: dict[SourceFile, Grid] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -157,12 +162,49 @@ class StackReader:
 
     def close(self) -> None:
         """Close the files."""
+        self._close_files()
         self._context.close()
+
+    def _close_files(self) -> None:
         while self._open:
             _, dataset = self._open.popitem()
             dataset.close()
         self._warped.close()
         self._held_bytes = 0
+
+    def _copied(self, sources: Sequence[SourceFile]) -> AbstractContextManager[Copies | None]:
+        """The local copies of remote files; None if there are none."""
+        if all(source.remote is None for source in sources):
+            return nullcontext()
+        if self._cache is None or self._cache.remote is None:
+            raise TypeError("a stack with remote files needs a cache that fetches their blocks")
+        return self._cache.remote.copies(sources, self._before_read)
+
+    def _bring(self, windows: Sequence[Window]) -> None:
+        """Fetch the blocks of windows, of all remote files together."""
+        if self._copies is None:
+            return
+        reads = [read for layer in self._layers for read in layer.reads if read.source.remote]
+        with gdal_options():
+            parts = [(read.source, self._part(read, w)) for read in reads for w in windows]
+        if self._copies.bring((source, part) for source, part in parts if part is not None):
+            self._close_files()  # GDAL has read the positions of the blocks
+
+    def _part(self, read: _FileRead, window: Window) -> Window | None:
+        """The pixels of a file that a window needs; None if it needs none."""
+        warp = read.position.warp
+        if warp is None:
+            return _shifted(window, read.position)
+        if read.source not in self._own_grids:
+            header = read_header(read.source)
+            self._own_grids[read.source] = Grid.of(
+                header.name,
+                crs=header.crs,
+                transform=header.transform,
+                width=header.width,
+                height=header.height,
+            )
+        return warped_part(self._own_grids[read.source], warp, window)
 
     def read(self, window: Window) -> Sits:
         """Decode a window.
@@ -202,6 +244,7 @@ class StackReader:
                 raise ValueError(
                     f"{window} is not inside {grid.height} rows x {grid.width} columns"
                 )
+        self._bring(windows)
         read: Iterator[Sequence[Sits]] = (
             self._read_layer(layer, windows) for layer in self._layers
         )
@@ -359,11 +402,7 @@ class StackReader:
     ) -> tuple[NDArray[np.generic], NDArray[np.uint8] | None]:
         """Bands of one file (n, h, w) in its own number type, and its mask (h, w)."""
         numbers = [plane.number for plane in read.planes]
-        row, column = read.position.row, read.position.column
-        if row or column:
-            window = Window(
-                window.col_off + column, window.row_off + row, window.width, window.height
-            )
+        window = _shifted(window, read.position)
         try:
             with self._dataset(read) as dataset:
                 raw = dataset.read(numbers, window=window)
@@ -400,7 +439,9 @@ class StackReader:
             with ExitStack() as stack:
                 source = stack.enter_context(
                     open_geotiff(
-                        read.source.path, block_bytes=memory.block, driver=read.planes[0].driver
+                        self._path(read.source),
+                        block_bytes=memory.block,
+                        driver=read.planes[0].driver,
                     )
                 )
                 dataset = stack.enter_context(warped(source, read.planes[0], warp))
@@ -411,7 +452,7 @@ class StackReader:
             return
         # Windows are in pixels, and the headers have determined the file's position on the grid.
         dataset = open_geotiff(
-            read.source.path,
+            self._path(read.source),
             block_bytes=memory.block,
             georeferenced=False,
             driver=read.planes[0].driver,
@@ -422,6 +463,9 @@ class StackReader:
         with dataset:
             yield dataset
 
+    def _path(self, source: SourceFile) -> Path:
+        return source.path if self._copies is None else self._copies.path(source)
+
     def _stays(self, key: _Key, dataset: rasterio.DatasetReader, memory: FileMemory) -> bool:
         """Keep a file open if the limits allow it; returns whether it stays open."""
         with self._lock:
@@ -431,6 +475,14 @@ class StackReader:
                 self._open[key] = dataset
                 self._held_bytes = held
             return stays
+
+
+def _shifted(window: Window, position: Position) -> Window:
+    """A window of the stack in the pixels of a file that is not warped."""
+    row, column = position.row, position.column
+    if not (row or column):
+        return window
+    return Window(window.col_off + column, window.row_off + row, window.width, window.height)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,7 @@ async def fetch_items(
     resolver: Resolver = resolve,
     tls: ssl.SSLContext | None = None,
     place: Place | None = None,
+    on_demand: bool = False,
     remotes: Remotes | None = None,
 ) -> tuple[SourceFile, ...]:
     """The files of references: local ones in place, others downloaded into a folder.
@@ -74,6 +75,8 @@ async def fetch_items(
         tls: trusted certificates; None uses httpx's own.
         place: the part of the files that is read: of TIFFs only its blocks are fetched. None
             downloads the files whole.
+        on_demand: whether only the directories of TIFFs with a strong ETag are fetched, and their
+            blocks when they are read; other files are fetched as `place` says.
         remotes: what all requests share; None shares nothing.
 
     Raises:
@@ -101,21 +104,26 @@ async def fetch_items(
 
             async def fetch(n: int) -> None:
                 at, path = locations[n], folder / f"{n:04d}.tif"
+                description = None
                 if isinstance(at, Local):
                     path = await to_thread.run_sync(at.find, settings.allowed_roots)
-                elif place is None:
+                elif place is None and not on_demand:
                     path = await download(web, at, path)
                 else:
                     remote = RemoteFile(remote=at, path=path, hint=_SIGN)
                     await remote.open(web)
-                    if not remote.whole:
+                    if on_demand and remote.is_tagged and not remote.whole:
+                        description = await to_thread.run_sync(remote.save)
+                    elif not remote.whole:
                         parts.append(remote)
-                found[n] = SourceFile(name=label(unquote(_path(items[n].href)), n), path=path)
+                found[n] = SourceFile(
+                    name=label(unquote(_path(items[n].href)), n), path=path, remote=description
+                )
 
             await side_by_side([partial(fetch, n) for n in range(len(items))])
             files = tuple(found[n] for n in range(len(items)))
-            if parts and place is not None:
-                windows = await to_thread.run_sync(_windows, files, parts, place)
+            if parts:
+                windows = await to_thread.run_sync(_windows, files, parts, place or Place())
                 await fetch_windows(windows, web, fields[0].partition(".")[0])
     if waiting.cancelled_caught:
         raise UnreachableReference(

@@ -94,6 +94,7 @@ async def fetch_stac(
     patience: Patience | None = None,
     resolver: Resolver = resolve,
     tls: ssl.SSLContext | None = None,
+    on_demand: bool = False,
     remotes: Remotes | None = None,
 ) -> StacFiles:
     """Find items, and fetch the parts of their assets that a request needs.
@@ -109,6 +110,8 @@ async def fetch_stac(
         patience: time limits.
         resolver: resolves host names.
         tls: trusted certificates; None uses httpx's own.
+        on_demand: whether only the directories of TIFFs with a strong ETag are fetched, and their
+            blocks when they are read.
         remotes: what all requests share; None shares nothing.
 
     Raises:
@@ -141,6 +144,8 @@ async def fetch_stac(
             kept, windows, grid = await to_thread.run_sync(_needed, scenes, place)
             if not kept:
                 raise _none_touches(near, place)
+            if on_demand:
+                kept, windows = await to_thread.run_sync(_left_for_later, kept, windows)
             await fetch_windows(windows, web, "stac")
             left_out = [(i.id, _OUTSIDE) for i in items if all(s.item is not i for s in kept)]
             return StacFiles(
@@ -290,6 +295,21 @@ def _write_items(scenes: Sequence[_Scene]) -> None:
 
 
 _Windows = list[tuple[RemoteFile, Window]]
+
+
+def _left_for_later(scenes: Sequence[_Scene], windows: _Windows) -> tuple[list[_Scene], _Windows]:
+    """The scenes, with files whose blocks are fetched when they are read, and the other windows."""
+
+    def described(piece: _Piece) -> _Piece:
+        remote = piece.remote
+        if remote is None or remote.whole or not remote.is_tagged:
+            return piece
+        return replace(piece, file=replace(piece.file, remote=remote.save()))
+
+    return (
+        [replace(s, pieces=tuple(map(described, s.pieces))) for s in scenes],
+        [(remote, window) for remote, window in windows if not remote.is_tagged],
+    )
 
 
 def _needed(scenes: Sequence[_Scene], place: Place) -> tuple[list[_Scene], _Windows, str | None]:

@@ -152,13 +152,13 @@ class Stack:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files that hold a needed band or mask."""
+        """The files that hold a needed band or mask, and the descriptions of remote ones."""
         planes = (
             plane
             for one in self.acquisitions
             for plane in (*one.planes, *(mask.plane for mask in one.masks))
         )
-        return tuple(dict.fromkeys(plane.source.path for plane in planes))
+        return tuple(dict.fromkeys(path for plane in planes for path in plane.source.paths))
 
     @property
     def observations(self) -> int:

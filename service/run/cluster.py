@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
 import queue
 import threading
 import time
@@ -31,10 +30,11 @@ from service.errors import InternalError
 from service.read.geotiff import BlockCache
 from service.run.executors import ClusterState, ThreadExecutor, Timing, check
 from service.run.passes import Pass, Stages
+from service.run.shared import SharedFiles
 from service.run.windows import Arrays, Step
 from service.run.worker import Computed, ModelsPlugin, PassFile, Refused, compute, packed
 from service.settings import project_version
-from service.tracing import span
+from service.tracing import MOST_WINDOWS, span, traceparent
 
 _LOG = logging.getLogger(__name__)
 _LOOK_SECONDS = 1.0
@@ -176,8 +176,8 @@ class ClusterExecutor:
     """An `Executor` that computes the windows of passes on a cluster."""
 
     cluster: Cluster
-    state: Path
-    """The state directory, which the workers share."""
+    files: SharedFiles
+    """The storage of the jobs' files, which the workers share."""
     window_seconds: float
     """Seconds after which a window is given to another worker as well."""
     here: ThreadExecutor = field(default_factory=ThreadExecutor)
@@ -204,14 +204,14 @@ class ClusterExecutor:
             )
         if not steps:
             return Timing()
-        content = packed(work)
-        path = folder / f"{uuid.uuid4().hex}.pass"
+        shared = self.files.new_pass(folder)
         try:
-            _write_durably(path, content)
+            content = packed(work, shared.key)
             file = PassFile(
-                path=path,
+                key=shared.store(content),
                 sha256=hashlib.sha256(content).hexdigest(),
-                state=self.state,
+                storage=self.files.name,
+                opener=self.files.opener,
                 version=project_version(),
             )
             with (
@@ -220,15 +220,7 @@ class ClusterExecutor:
             ):
                 return run.timing()
         finally:
-            path.unlink(missing_ok=True)
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write a new file so that other machines see all of it."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+            shared.remove()
 
 
 @dataclass(kw_only=True)
@@ -300,6 +292,7 @@ class _PassRun:
         """Workers on which a window is late, which get no more windows while there are others."""
         self._waiting: str | None = None
         self._checked = 0.0
+        self._traced_every = -(-len(steps) // MOST_WINDOWS)
 
     def __enter__(self) -> _PassRun:
         return self
@@ -387,6 +380,7 @@ class _PassRun:
             compute,
             self._file,
             tuple(map(int, place)),
+            None if number % self._traced_every else traceparent(),
             key=f"pimc-window-{flight.step.stage}-{flight.step.number}-{uuid.uuid4().hex}",
             workers=sorted(workers),
             allow_other_workers=False,

@@ -340,7 +340,12 @@ def _fields(
         hectares[covered.fields] += covered.sums(covered.share * area)
 
     buffers = BufferPool()
-    with buffers, StackReader(stack, cache=cache, buffers=buffers) as reader:
+    with (
+        buffers,
+        StackReader(
+            stack, cache=cache, buffers=buffers, before_read=lambda: check(cancelled)
+        ) as reader,
+    ):
         timing = executor.run(
             parts,
             read=lambda part: (on_grid.coverage(part), reader.read(part)),

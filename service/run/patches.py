@@ -82,8 +82,9 @@ class CompositePass:
     @contextmanager
     def open(self, cache: BlockCache, cancelled: threading.Event | None) -> Iterator[Stages]:
         """See `Pass.open`."""
-        del cancelled  # a window is short
-        with StackReader(self.run.stack, self.run.used, cache=cache) as reader:
+        with StackReader(
+            self.run.stack, self.run.used, cache=cache, before_read=lambda: check(cancelled)
+        ) as reader:
             yield Stages(
                 read=reader.read,
                 infer=lambda sits: clear_composite(self.run, sits),

@@ -122,7 +122,10 @@ def open_pixels(
         cancelled: an event that cancels the run when it is set.
     """
     buffers = BufferPool()
-    with buffers, StackReader(run.stack, run.read, cache=cache, buffers=buffers) as reader:
+    reader = StackReader(
+        run.stack, run.read, cache=cache, buffers=buffers, before_read=lambda: check(cancelled)
+    )
+    with buffers, reader:
         yield PixelStages(run, reader, buffers, cancelled)
 
 

@@ -1,7 +1,7 @@
 """Workers of a cluster: windows of a pass, computed in a process of Dask.
 
-    service: pass ──pickle, without its models──▶ file in the folder of the run
-    worker:  file, window ──▶ pass with the worker's own models ──▶ Stages ──▶ arrays
+    service: pass ──pickle, without its models and files──▶ file in the storage of the jobs
+    worker:  file, window ──▶ pass with the worker's models and files ──▶ Stages ──▶ arrays
 
 A worker has one set of sessions for all passes. It loads them from its own settings, so that a pass
 names its model, and the worker refuses a pass whose model is not, byte for byte, its own.
@@ -15,9 +15,9 @@ import logging
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,19 @@ from typing import Any
 from distributed import Worker, WorkerPlugin, get_worker
 
 from models.registry import BundleError, load_bundle
-from service.errors import ForbiddenReference, PIMCError, UnknownModel
+from service.errors import ForbiddenReference, Overloaded, PIMCError, UnknownModel
 from service.grid import Window
 from service.infer.engine import Engine, load_models
 from service.infer.model import LoadedModel
 from service.read.drivers import keep_needed_drivers
 from service.read.geotiff import BlockCache, SourceFile
+from service.read.on_demand import OnDemand
 from service.read.references import check_again
 from service.run.passes import Pass, Stages
+from service.run.shared import Copies, ReadStorage, Stored
 from service.run.windows import Arrays
-from service.settings import Settings, project_version, read_settings
+from service.settings import Settings, SettingsError, project_version, read_settings
+from service.tracing import Attribute, Traces, span
 
 _LOG = logging.getLogger(__name__)
 _WORKPLACE = "pimc_workplace"
@@ -42,6 +45,7 @@ _WORKPLACE = "pimc_workplace"
 _finding = threading.Lock()
 _IDLE_SECONDS = 30.0
 """Seconds after which the files of a pass without a window are closed."""
+_UNBOUNDED = 2**62
 
 
 class Refused(Exception):
@@ -72,12 +76,12 @@ class ModelReference:
     """The loaded variant, such as `int8`."""
     variant_sha256: str
     provider: str
-    folder: Path | None
-    """The bundle's folder in the service."""
+    key: str | None = None
+    """Key of the bundle in the storage if a caller has made the model, else None."""
 
     @classmethod
-    def of(cls, model: LoadedModel) -> ModelReference:
-        """The reference to a model."""
+    def of(cls, model: LoadedModel, key: str | None = None) -> ModelReference:
+        """The reference to a model, whose bundle has this key in the storage."""
         files = {variant.name: variant.sha256 for variant in model.card.variants}
         return cls(
             id=model.card.id,
@@ -85,11 +89,11 @@ class ModelReference:
             variant=model.variant,
             variant_sha256=files[model.variant],
             provider=model.provider,
-            folder=model.folder,
+            key=key,
         )
 
     def same(self, other: ModelReference) -> bool:
-        """Whether two processes have the same model: the folder may differ."""
+        """Whether two processes have the same model, wherever its bundle is."""
         return str(self) == str(other)
 
     def __str__(self) -> str:
@@ -101,13 +105,15 @@ class ModelReference:
 
 @dataclass(frozen=True, kw_only=True)
 class PassFile:
-    """A pass as workers find it: a pickled file in the shared folder."""
+    """A pass as workers find it: a pickled file in the storage that all share."""
 
-    path: Path
+    key: str
     sha256: str
     """Of the file: a worker unpickles nothing but what the service wrote."""
-    state: Path
-    """The service's `PIMC_STATE_DIR`, which is the worker's as well."""
+    storage: str
+    """Name of the service's storage, which is the worker's as well."""
+    opener: Callable[[Settings], ReadStorage]
+    """Opens the worker's storage."""
     version: str
     """Of the project that the service runs."""
 
@@ -125,25 +131,33 @@ class Computed:
     """Seconds of everything after reading."""
 
 
-def packed(work: Pass) -> bytes:
-    """A pass as bytes, with references in the place of its models."""
+def packed(work: Pass, key: Callable[[Path], str | None]) -> bytes:
+    """A pass as bytes, with references in the place of its models and of the job's files.
+
+    Args:
+        work: the pass.
+        key: see `SharedPass.key`.
+    """
     buffer = io.BytesIO()
-    _Pickler(buffer, protocol=5).dump(work)
+    _Pickler(buffer, key).dump(work)
     return buffer.getvalue()
 
 
-def compute(file: PassFile, window: tuple[int, int, int, int]) -> Computed:
+def compute(
+    file: PassFile, window: tuple[int, int, int, int], trace: str | None = None
+) -> Computed:
     """The task of one window, in a thread of a worker.
 
     Args:
         file: the pass.
         window: first column and row, width and height.
+        trace: the service's span, as the value of `traceparent`; None does not trace the window.
 
     Raises:
         Refused: this worker differs from the service.
         Exception: an exception of a stage, unchanged.
     """
-    return workplace_of(get_worker()).compute(file, Window(*window))
+    return workplace_of(get_worker()).compute(file, Window(*window), trace)
 
 
 class ModelsPlugin(WorkerPlugin):  # type: ignore[misc]
@@ -156,6 +170,10 @@ class ModelsPlugin(WorkerPlugin):  # type: ignore[misc]
         """Begin to load; called by Dask."""
         workplace_of(worker)
 
+    def teardown(self, worker: Worker) -> None:
+        """Send the spans that have ended; called by Dask when the worker closes."""
+        workplace_of(worker).flush()
+
 
 def workplace_of(worker: Worker) -> Workplace:
     """The models of a worker, loaded once however many services and plugins there are."""
@@ -163,7 +181,8 @@ def workplace_of(worker: Worker) -> Workplace:
         found: Workplace | None = getattr(worker, _WORKPLACE, None)
         if found is None:
             keep_needed_drivers()
-            found = Workplace(worker.address, worker.state.nthreads)
+            scratch = Path(worker.local_directory)
+            found = Workplace(worker.address, worker.state.nthreads, scratch)
             setattr(worker, _WORKPLACE, found)
         return found
 
@@ -172,12 +191,26 @@ def workplace_of(worker: Worker) -> Workplace:
 class _OpenPass:
     """A pass in a worker, and its files: one set for each thread that has computed a window."""
 
-    work: Pass
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while the pass is read, and its files are copied from a bucket."""
+    work: Pass | None = None
+    """The pass once it was read."""
+    copies: Copies | None = None
     free: list[tuple[ExitStack, Stages]] = field(default_factory=list)
     busy: int = 0
     """Number of windows being computed."""
     used: float = 0.0
     """When the last window ended, by the monotonic clock."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """What a worker loads once."""
+
+    settings: Settings
+    engine: Engine
+    cache: BlockCache
+    traces: Traces
 
 
 class Workplace:
@@ -186,38 +219,54 @@ class Workplace:
     Args:
         address: of the worker.
         threads: number of threads that compute windows.
+        scratch: folder for copies of files; None takes the system's.
     """
 
-    def __init__(self, address: str, threads: int) -> None:
+    def __init__(self, address: str, threads: int, scratch: Path | None = None) -> None:
         self._address = address
-        self._cache = BlockCache()
+        self._scratch = scratch
+        self._storage: ReadStorage | None = None
         self._passes: dict[str, _OpenPass] = {}
         self._own: dict[str, LoadedModel] = {}
         self._lock = threading.Lock()
         # In a thread of its own: the worker's event loop must answer the scheduler meanwhile.
         loader = ThreadPoolExecutor(1, thread_name_prefix="models")
-        self._loaded = loader.submit(self._load, threads)
+        self._loading = loader.submit(self._load, threads)
         loader.shutdown(wait=False)
         threading.Thread(target=self._close_idle, name="idle", daemon=True).start()
 
-    @staticmethod
-    def _load(threads: int) -> tuple[Settings, Engine]:
-        settings = read_settings()
-        return settings, load_models(settings, threads=threads)
+    def _load(self, threads: int) -> _Loaded:
+        # A worker uses no database, which the settings want beside a bucket.
+        settings = read_settings(database_url="postgresql:///none")
+        # Of a job all blocks may be read, which the service has allowed; nothing here keeps them.
+        fetching = settings.model_copy(update={"max_body_bytes": _UNBOUNDED})
+        return _Loaded(
+            settings=settings,
+            engine=load_models(settings, threads=threads),
+            cache=BlockCache(remote=OnDemand(fetching, folder=self._scratch)),
+            traces=Traces(enabled=settings.tracing, version=project_version()),
+        )
 
-    def compute(self, file: PassFile, window: Window) -> Computed:
-        """Compute a window of a pass.
+    def flush(self) -> None:
+        """Send the spans that have ended."""
+        if self._loading.done() and self._loading.exception() is None:
+            self._loading.result().traces.flush()
+
+    def compute(self, file: PassFile, window: Window, trace: str | None = None) -> Computed:
+        """Compute a window of a pass; `trace` is as for `compute`.
 
         Raises:
             Refused: this worker differs from the service.
             Exception: an exception of a stage, unchanged.
         """
         try:
-            with self._stages(file) as stages:
+            with self._traced(window, trace), self._stages(file) as stages:
                 begun = time.perf_counter()
-                values = stages.read(window)
+                with span("read"):
+                    values = stages.read(window)
                 read = time.perf_counter()
-                arrays = stages.to_arrays(window, stages.infer(values))
+                with span("infer"):
+                    arrays = stages.to_arrays(window, stages.infer(values))
                 return Computed(
                     arrays=arrays,
                     worker=self._address,
@@ -231,19 +280,54 @@ class Workplace:
             _LOG.exception("a window failed")  # the service does not get the cause of the error
             raise
 
+    def _traced(self, window: Window, trace: str | None) -> AbstractContextManager[None]:
+        """The span of a window, in the trace of its job."""
+        if trace is None:
+            return nullcontext()
+        attributes: dict[str, Attribute] = {
+            "pimc.worker": self._address,
+            "pimc.columns": f"{window.col_off}+{window.width}",
+            "pimc.rows": f"{window.row_off}+{window.height}",
+        }
+        return self._here().traces.continued("window", trace, attributes)
+
+    def _here(self) -> _Loaded:
+        """What was loaded.
+
+        Raises:
+            Refused: it cannot be loaded.
+        """
+        try:
+            return self._loading.result()
+        except Exception as error:
+            raise self._refused(f"cannot load its models: {error}") from error
+
     @contextmanager
     def _stages(self, file: PassFile) -> Iterator[Stages]:
         """Stages of a pass, for one thread; its files stay open for the next window."""
+        here = self._here()
         with self._lock:
-            found = self._passes.get(file.sha256)
-            if found is None:
-                found = self._passes[file.sha256] = _OpenPass(work=self._unpacked(file))
+            found = self._passes.setdefault(file.sha256, _OpenPass())
             found.busy += 1
-            free = found.free.pop() if found.free else None
+        free = None
         try:
+            with found.lock:
+                if found.work is None:
+                    found.work = self._unpacked(file, found, here)
+            with self._lock:
+                free = found.free.pop() if found.free else None
             if free is None:
                 files = ExitStack()
-                free = files, files.enter_context(found.work.open(self._cache, None))
+                try:
+                    stages = files.enter_context(found.work.open(here.cache, None))
+                except ForbiddenReference as error:
+                    hosts = ", ".join(map(str, here.settings.allowed_hosts)) or "none"
+                    raise self._refused(
+                        f"may not read from a host of the request; it may from {hosts}: its "
+                        "PIMC_ALLOWED_HOSTS must be that of the service",
+                        error,
+                    ) from error
+                free = files, stages
             yield free[1]
         finally:
             with self._lock:
@@ -260,43 +344,48 @@ class Workplace:
                 oldest = time.monotonic() - _IDLE_SECONDS
                 idle = [k for k, p in self._passes.items() if not p.busy and p.used < oldest]
                 closed = [self._passes.pop(key) for key in idle]
-            for files in [files for one in closed for files, _ in one.free]:
-                try:
-                    files.close()
-                except Exception:  # noqa: BLE001 - the other passes are closed in any case
-                    _LOG.exception("files of a pass cannot be closed")
+            for one in closed:
+                for files, _ in one.free:
+                    try:
+                        files.close()
+                    except Exception:  # noqa: BLE001 - the other passes are closed in any case
+                        _LOG.exception("files of a pass cannot be closed")
+                if one.copies is not None:
+                    one.copies.close()
 
-    def _unpacked(self, file: PassFile) -> Pass:
-        """The pass of a file, checked, with this worker's models."""
-        try:
-            settings, engine = self._loaded.result()
-        except Exception as error:
-            raise self._refused(f"cannot load its models: {error}") from error
+    def _unpacked(self, file: PassFile, into: _OpenPass, here: _Loaded) -> Pass:
+        """The pass of a file, checked, with this worker's models and the job's files."""
+        settings = here.settings
         if file.version != project_version():
             raise self._refused(
                 f"has version {project_version()} of this project, and the service has "
                 f"{file.version}: start it from the service's image"
             )
-        state = settings.state_folder
-        if state != file.state:
-            raise self._refused(
-                f"has PIMC_STATE_DIR={state}, and the service has {file.state}: both must be the "
-                "same shared folder, at the same path"
-            )
+        storage = self._storage_of(file, settings)
         try:
-            content = file.path.read_bytes()
-        except OSError as error:
+            content = storage.read(file.key)
+        except (OSError, Overloaded) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise self._refused(
-                f"cannot read {file.path} ({error.strerror}), which the service has written: both "
-                "must share PIMC_STATE_DIR, with the same user"
+                f"cannot read {file.key} in {storage.name} ({reason}), which the service has "
+                "written: both must share PIMC_STATE_DIR, with the same user, or PIMC_STORAGE_URL"
             ) from error
         if hashlib.sha256(content).hexdigest() != file.sha256:
-            raise self._refused(f"reads other bytes in {file.path} than the service has written")
-        work: Pass = _Unpickler(io.BytesIO(content), self, engine, state).load()
+            raise self._refused(
+                f"reads other bytes in {file.key} in {storage.name} than the service has written"
+            )
+        if into.copies is None:
+            into.copies = Copies(storage, settings.state_folder, self._scratch)
+        copies = into.copies
+        try:
+            work: Pass = _Unpickler(io.BytesIO(content), self, here.engine, copies).load()
+            copies.bring(work.paths)
+        except Overloaded as error:
+            raise self._refused(f"cannot read the job's files: {error}") from error
         try:
             check_again(
                 [SourceFile(name=path.name, path=path) for path in work.paths],
-                state,
+                copies.root,
                 settings.allowed_roots,
             )
         except ForbiddenReference as error:
@@ -308,7 +397,24 @@ class Workplace:
             ) from error
         return work
 
-    def model(self, wanted: ModelReference, engine: Engine, state: Path) -> LoadedModel:
+    def _storage_of(self, file: PassFile, settings: Settings) -> ReadStorage:
+        """The worker's storage, which must be that of the service."""
+        with self._lock:
+            if self._storage is None:
+                try:
+                    self._storage = file.opener(settings)
+                except SettingsError as error:
+                    raise self._refused(f"cannot open its storage: {error}") from error
+            storage = self._storage
+        if storage.name != file.storage:
+            raise self._refused(
+                f"has the files of jobs in {storage.name}, and the service in {file.storage}: "
+                "both need the same PIMC_STATE_DIR, a shared folder at the same path, or the same "
+                "PIMC_STORAGE_URL"
+            )
+        return storage
+
+    def model(self, wanted: ModelReference, engine: Engine, copies: Copies) -> LoadedModel:
         """The worker's model of a reference.
 
         Raises:
@@ -316,8 +422,8 @@ class Workplace:
         """
         name = wanted.id.partition("@")[0]
         found = engine.models.get(name)
-        if wanted.folder is not None and wanted.folder.is_relative_to(state):
-            found = self._own_model(wanted, wanted.folder, engine)
+        if wanted.key is not None:
+            found = self._own_model(wanted, copies.path(wanted.key), engine, copies)
         if found is None:
             why = engine.refused.get(name, "no bundle has that name")
             raise self._refused(f"does not have model {wanted}, which the service has: {why}")
@@ -329,10 +435,13 @@ class Workplace:
             )
         return found
 
-    def _own_model(self, wanted: ModelReference, folder: Path, engine: Engine) -> LoadedModel:
-        """A model that a caller has made; it lies in the shared folder."""
-        key = f"{folder} {wanted}"
+    def _own_model(
+        self, wanted: ModelReference, folder: Path, engine: Engine, copies: Copies
+    ) -> LoadedModel:
+        """A model that a caller has made; its bundle is in the storage."""
+        key = str(wanted)
         if key not in self._own:
+            copies.bring([folder])
             try:
                 self._own[key] = engine.load(load_bundle(folder))
             except (BundleError, OSError) as error:
@@ -345,22 +454,34 @@ class Workplace:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles references in the place of models."""
+    """Pickles references in the place of models and of the job's files."""
 
-    def persistent_id(self, value: object) -> ModelReference | None:
+    def __init__(self, file: io.BytesIO, key: Callable[[Path], str | None]) -> None:
+        super().__init__(file, protocol=5)
+        self._key = key
+
+    def persistent_id(self, value: object) -> ModelReference | Stored | None:
         """See `pickle`."""
-        return ModelReference.of(value) if isinstance(value, LoadedModel) else None
+        if isinstance(value, LoadedModel):
+            folder = value.folder
+            return ModelReference.of(value, None if folder is None else self._key(folder))
+        if isinstance(value, Path):
+            key = self._key(value)
+            return None if key is None else Stored(key)
+        return None
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds a worker's models in the place of references."""
+    """Finds a worker's models and files in the place of references."""
 
-    def __init__(self, file: io.BytesIO, place: Workplace, engine: Engine, state: Path) -> None:
+    def __init__(self, file: io.BytesIO, place: Workplace, engine: Engine, copies: Copies) -> None:
         super().__init__(file)
         self._place = place
         self._engine = engine
-        self._state = state
+        self._copies = copies
 
-    def persistent_load(self, reference: Any) -> LoadedModel:  # noqa: ANN401 - see `pickle`
+    def persistent_load(self, reference: Any) -> LoadedModel | Path:  # noqa: ANN401 - see `pickle`
         """See `pickle`."""
-        return self._place.model(reference, self._engine, self._state)
+        if isinstance(reference, Stored):
+            return self._copies.path(reference.key)
+        return self._place.model(reference, self._engine, self._copies)

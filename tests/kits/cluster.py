@@ -82,7 +82,8 @@ class DaskCluster:
 
     def start_scheduler(self) -> None:
         """Start a scheduler at the same address."""
-        self.scheduler = _scheduler(self.address.rpartition(":")[2])
+        protocol, _, place = self.address.partition("://")
+        self.scheduler = _scheduler(place.rpartition(":")[2], protocol)
         assert self.scheduler.address() == self.address
 
     def close(self) -> None:
@@ -92,9 +93,9 @@ class DaskCluster:
         self.scheduler.kill()
 
 
-def _scheduler(port: str) -> Process:
-    host = ["--host", "127.0.0.1", "--port", port]
-    return _started(["distributed.cli.dask_scheduler", *host, *_QUIET])
+def _scheduler(port: str, protocol: str, **variables: str) -> Process:
+    host = ["--host", "127.0.0.1", "--port", port, "--protocol", protocol]
+    return _started(["distributed.cli.dask_scheduler", *host, *_QUIET], **variables)
 
 
 def _started(module: Sequence[str], **variables: str) -> Process:
@@ -104,14 +105,17 @@ def _started(module: Sequence[str], **variables: str) -> Process:
 
 
 @contextmanager
-def dask_cluster(folder: Path, **variables: str) -> Iterator[DaskCluster]:
+def dask_cluster(folder: Path, *, protocol: str = "tcp", **variables: str) -> Iterator[DaskCluster]:
     """A scheduler without workers; all processes are killed at the end of the context.
 
     Args:
         folder: empty folder of the workers.
-        variables: environment of the workers, with the service's `PIMC_STATE_DIR`.
+        protocol: `tcp`, or `tls` with certificates in the environment.
+        variables: environment of the workers, with the service's `PIMC_STATE_DIR`; those of Dask
+            are the scheduler's as well.
     """
-    scheduler = _scheduler("0")
+    dask = {name: value for name, value in variables.items() if name.startswith("DASK_")}
+    scheduler = _scheduler("0", protocol, **dask)
     try:
         cluster = DaskCluster(folder, variables, scheduler, scheduler.address())
     except BaseException:

@@ -18,7 +18,14 @@ from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder
 from service.api.disconnect import run_watched, unless_gone
 from service.api.openapi import HEAD, HEAD_BODY, problems
 from service.api.responses import server_timing, warning_headers
-from service.api.routes.tasks import PATIENCE, check_query, run_slot, unpacked, vector_file
+from service.api.routes.tasks import (
+    PATIENCE,
+    check_query,
+    part_of,
+    run_slot,
+    unpacked,
+    vector_file,
+)
 from service.api.schemas import (
     HeadForm,
     HeadList,
@@ -167,7 +174,14 @@ async def _read_request(
         return await _of_files(parameters, fetched.files, labels, folder, app, stack=fetched.stack)
     items, parameters = named
     with span("fetch", items=len(items)):
-        fetching = fetch_items(items, folder, settings, remotes=app.remotes)
+        fetching = fetch_items(
+            items,
+            folder,
+            settings,
+            place=part_of(parameters.stack),
+            on_demand=True,
+            remotes=app.remotes,
+        )
         files = await unless_gone(request, fetching)
     for file in files:
         if file.path.is_relative_to(folder):  # downloaded

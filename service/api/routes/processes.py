@@ -53,7 +53,14 @@ from service.api.processes import (
 )
 from service.api.results import Results, output_response, results_response
 from service.api.routes.jobs import find_job
-from service.api.routes.tasks import Received, check_query, serve, vector_file, with_zips_opened
+from service.api.routes.tasks import (
+    Received,
+    check_query,
+    part_of,
+    serve,
+    vector_file,
+    with_zips_opened,
+)
 from service.api.schemas import (
     Conformance,
     Execute,
@@ -77,6 +84,7 @@ from service.errors import (
 )
 from service.jobs.store import Job, removed
 from service.read.geotiff import SourceFile
+from service.read.placement import Place
 from service.read.references import fetch_items
 from service.run.execute import Result
 from service.run.request import Runnable, TaskRequest
@@ -158,7 +166,15 @@ async def execute_process(
         fetch = _Inputs(app, folder, admitted)
         with inputs_named(task):
             task_request = await unless_gone(
-                request, _request_of(task, execute, inputs, fetch, caller or "")
+                request,
+                _request_of(
+                    task,
+                    execute,
+                    inputs,
+                    fetch,
+                    caller or "",
+                    on_demand=preferences.respond_async and app.settings.workers_fetch,
+                ),
             )
         delivery = delivery_of(execute, task_request)
         return Received(
@@ -293,10 +309,13 @@ class _Inputs:
         self.admitted = admitted
         self._values = 0
 
-    async def files(self, given: Sequence[Reference | Binary]) -> tuple[SourceFile, ...]:
-        """Files of a stack, in the order of the request."""
+    async def files(
+        self, given: Sequence[Reference | Binary], *, place: Place | None, on_demand: bool
+    ) -> tuple[SourceFile, ...]:
+        """Files of a stack, in the order of the request; see `fetch_items`."""
         links = [one for one in given if isinstance(one, Reference)]
-        fetched = iter(await self._fetched(links, self.folder) if links else ())
+        fetching = self._fetched(links, self.folder, place=place, on_demand=on_demand)
+        fetched = iter(await fetching if links else ())
         found = []
         for number, one in enumerate(given):
             if isinstance(one, Reference):
@@ -343,11 +362,24 @@ class _Inputs:
         path.mkdir()
         return path
 
-    async def _fetched(self, links: Sequence[Reference], folder: Path) -> tuple[SourceFile, ...]:
+    async def _fetched(
+        self,
+        links: Sequence[Reference],
+        folder: Path,
+        *,
+        place: Place | None = None,
+        on_demand: bool = False,
+    ) -> tuple[SourceFile, ...]:
         items = [ItemBody.model_construct(href=link.href) for link in links]
         fields = [link.field for link in links]
         files = await fetch_items(
-            items, folder, self.app.settings, fields=fields, remotes=self.app.remotes
+            items,
+            folder,
+            self.app.settings,
+            fields=fields,
+            place=place,
+            on_demand=on_demand,
+            remotes=self.app.remotes,
         )
         for file in files:
             if file.path.is_relative_to(self.folder):  # downloaded
@@ -361,7 +393,13 @@ class _Inputs:
 
 
 async def _request_of(
-    task: Runnable, execute: Execute, inputs: Inputs, fetch: _Inputs, owner: str
+    task: Runnable,
+    execute: Execute,
+    inputs: Inputs,
+    fetch: _Inputs,
+    owner: str,
+    *,
+    on_demand: bool,
 ) -> TaskRequest:
     """The task's request with the inputs and outputs of an execution."""
     app, folder = fetch.app, fetch.folder
@@ -389,7 +427,17 @@ async def _request_of(
         if found is None:
             raise InvalidRequest.of("stac", "a STAC document, a search or a URL is required")
         stac, form = found
-        request = await stac_request(task, stac, form, polygons, app, folder, fetch.admitted, owner)
+        request = await stac_request(
+            task,
+            stac,
+            form,
+            polygons,
+            app,
+            folder,
+            fetch.admitted,
+            owner,
+            on_demand=on_demand,
+        )
         return await with_zips_opened(request, folder, app)
     # Binary values have no address: a placeholder lets the other parameters be validated.
     body["items"] = [{"href": getattr(one, "href", "value")} for one in inputs.files]
@@ -397,7 +445,11 @@ async def _request_of(
     named = await to_thread.run_sync(partial(read_items, task, text, allowed=True))
     if named is None:
         raise TypeError("the body names files")
-    files = await fetch.files(inputs.files)
+    files = await fetch.files(
+        inputs.files,
+        place=part_of(named[1].stack),
+        on_demand=on_demand or (places and task != "similar"),
+    )
     return await with_zips_opened(named[1].request(task, files, polygons), folder, app)
 
 

@@ -140,7 +140,16 @@ async def _serve(
     check_query(request, {"modality"} if task == "embed" else set())
 
     async def read(admitted: Admitted) -> Received:
-        parsed = await read_request(task, request, app, folder, modality, admitted, caller or "")
+        parsed = await read_request(
+            task,
+            request,
+            app,
+            folder,
+            modality,
+            admitted,
+            caller or "",
+            on_demand=preferences.respond_async and app.settings.workers_fetch,
+        )
         media = negotiate(request.headers.get("accept", ""), offers(parsed))
         return Received(
             request=parsed,
@@ -435,6 +444,8 @@ async def read_request(
     modality: Modality | None,
     admitted: Admitted,
     owner: str,
+    *,
+    on_demand: bool = False,
 ) -> TaskRequest:
     """Read the body of a request.
 
@@ -446,6 +457,8 @@ async def read_request(
         modality: modality of an embedding, if the query states it.
         admitted: the admitted request, which counts the bytes of its body.
         owner: the caller, whose own models the request may name.
+        on_demand: whether the blocks of remote files are fetched when they are read; those of a
+            request with points or fields are in any case.
 
     Raises:
         Overloaded: the body exceeds the space for bodies.
@@ -470,14 +483,14 @@ async def read_request(
     if named is not None:
         items, parameters = named
         stack = parameters.stack
-        # Without a part, every block of the files is read.
-        part = Place(grid=stack.grid, bbox=stack.bbox, area=stack.area)
+        places = (parameters.points or parameters.fields) is not None
         with span("fetch", items=len(items)):
             fetching = fetch_items(
                 items,
                 folder,
                 settings,
-                place=part if stack.bbox or stack.area else None,
+                place=part_of(stack),
+                on_demand=on_demand or places,
                 remotes=app.remotes,
             )
             files = await unless_gone(request, fetching)
@@ -492,7 +505,17 @@ async def read_request(
     if found is not None:
         stac, parameters = found
         polygons = await vector_file(FIELDS, parameters.fields, folder)
-        fetch = stac_request(task, stac, parameters, polygons, app, folder, admitted, owner)
+        fetch = stac_request(
+            task,
+            stac,
+            parameters,
+            polygons,
+            app,
+            folder,
+            admitted,
+            owner,
+            on_demand=on_demand,
+        )
         with span("fetch"):
             by_stac = await unless_gone(request, fetch)
         return await with_zips_opened(by_stac, folder, app)
@@ -504,6 +527,13 @@ async def read_request(
     if task in {"series", "similar"}:
         raise TypeError(f"validation accepted a body of series for /{task}, which needs imagery")
     return series.request(cast(Task, task))
+
+
+def part_of(stack: StackOptions) -> Place | None:
+    """The part of the files that is read; None reads every block."""
+    if stack.bbox is None and stack.area is None:
+        return None
+    return Place(grid=stack.grid, bbox=stack.bbox, area=stack.area)
 
 
 async def vector_file(

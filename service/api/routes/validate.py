@@ -36,7 +36,10 @@ async def validate(
     share = share_of(caller, request.scope)
     request.state.limits = partial(app.quotas.limits, share)
     async with app.admission.admit(share) as admitted:
-        parsed = await read_request(task, request, app, folder, None, admitted, caller or "")
+        # Validation reads the headers and a sample.
+        parsed = await read_request(
+            task, request, app, folder, None, admitted, caller or "", on_demand=True
+        )
         run = partial(_validated, app, parsed, caller or "")
         found = await run_watched(request, run, slot=run_slot(app, share))
     return _response(app, task, found)
