@@ -314,8 +314,10 @@ class _Inputs:
     ) -> tuple[SourceFile, ...]:
         """Files of a stack, in the order of the request; see `fetch_items`."""
         links = [one for one in given if isinstance(one, Reference)]
-        fetching = self._fetched(links, self.folder, place=place, on_demand=on_demand)
-        fetched = iter(await fetching if links else ())
+        files: tuple[SourceFile, ...] = ()
+        if links:
+            files = await self._fetched(links, self.folder, place=place, on_demand=on_demand)
+        fetched = iter(files)
         found = []
         for number, one in enumerate(given):
             if isinstance(one, Reference):
