@@ -163,6 +163,12 @@ def test_a_label_is_short_and_shows_the_end(name: str) -> None:
         ("filename*=iso-8859-1''n%BA7.tif; filename=n7.tif", "nº7.tif"),
         ("filename*=UTF-8''a%2Fb.tif", "a/b.tif"),
         ("filename*=no-such''n%C2%BA7.tif", "nº7.tif"),
+        # Codecs of Python that are not character sets.
+        ("filename*=undefined''n%C2%BA7.tif", "nº7.tif"),
+        ("filename*=idna''xn--a.tif", "xn--a.tif"),
+        ("filename*=unicode_escape''n%5Cud8007.tif", "n7.tif"),
+        ('filename="=?undefined?Q?n7.tif?="', "=?undefined?Q?n7.tif?="),
+        ('filename="=?unicode_escape?Q?n=5Cud8007.tif?="', "n7.tif"),
         ('filename="=?utf-8?B?UzJfbsK6Ny50aWY=?="', "S2_nº7.tif"),
         ('filename="=?utf-8?Q?n=C2=BA7.tif?="', "nº7.tif"),
         ('filename="=?odd?="', "=?odd?="),

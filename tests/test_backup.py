@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 
@@ -20,11 +21,12 @@ from benchmarks.serving import served
 from service.jobs.backup import back_up, restore
 from service.jobs.files import lock
 from service.jobs.storage import FolderStorage
+from service.jobs.store import JobStore
 from service.settings import SettingsError
 from tests.kits.client import Received, Reply, serving
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import SERIES, Files, result, stack, submitted, until, waited
-from tests.kits.patience import PATIENCE
+from tests.kits.patience import PATIENCE, soon
 
 pytestmark = pytest.mark.slow
 
@@ -134,6 +136,36 @@ def test_a_job_that_ends_while_it_is_copied_is_kept_as_it_ended(
         assert api.get(f"/jobs/{job}/result").status_code == (200 if ends == "successful" else 409)
         kept = (backup / "jobs" / job).exists()
         assert kept == (ends == "successful")
+
+
+def test_a_job_that_is_copied_before_its_success_is_recorded_runs_again(
+    zoo: Path, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result is complete and its row says that it runs: the backup needs the uploads."""
+    state, backup, other = (tmp_path / name for name in ("state", "backup", "other"))
+    reached, copied = Event(), Event()
+    end = JobStore._end
+
+    def held(*arguments: Any, **options: Any) -> None:
+        reached.set()
+        assert copied.wait(PATIENCE)
+        end(*arguments, **options)
+
+    monkeypatch.setattr(JobStore, "_end", held)
+    with served(model_dir=zoo, state_dir=state) as api:
+        job = submitted(api, "/classify-pixels", files=files)
+        assert reached.wait(PATIENCE)
+        done = service("backup", backup, state)
+        copied.set()
+        assert done.returncode == 0, done.stderr
+        waited(api, job)
+        undisturbed = result(api, job)
+        # The uploads are removed once the row says how the job has ended.
+        assert soon(lambda: not (state / "jobs" / job / "input").exists())
+    assert service("restore", backup, other).returncode == 0
+    with served(model_dir=zoo, state_dir=other) as api:
+        assert waited(api, job)["status"] == "successful"
+        assert result(api, job) == undisturbed
 
 
 @pytest.mark.parametrize(("ends", "queued"), [("successful", ["success"]), ("dismissed", [])])

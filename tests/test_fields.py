@@ -479,6 +479,21 @@ def test_invalid_features_do_not_affect_the_others(
     assert bow_found["pixels"] == pytest.approx(32, abs=1e-3)  # two triangles of 16
 
 
+def star(points: int) -> Polygon:
+    """A ring each of whose edges crosses almost all others."""
+    turns = 2 * np.pi * (points // 2 * np.arange(points) % points) / points
+    return Polygon([at(20 + 9 * np.cos(turn), 20 + 9 * np.sin(turn)) for turn in turns])
+
+
+def test_only_simple_shapes_are_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "x.geojson"
+    path.write_text(json.dumps(collection({"small": star(51), "large": star(2_001)})))
+    found = read_fields(SourceFile(name="x.geojson", path=path), 9)
+    assert found.shapes[0].area > 0
+    assert found.shapes[1] is None  # its edges cross two million times
+    assert [one.code for one in found.warnings] == ["fields_repaired", "invalid_fields"]
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
     [

@@ -19,9 +19,9 @@ import pytest
 from rasterio.windows import Window
 
 from benchmarks.serving import served
-from service.errors import InvalidRequest, ResultNotReady, UnknownJob
+from service.errors import InsufficientStorage, InvalidRequest, ResultNotReady, UnknownJob
 from service.jobs.storage import FolderStorage
-from service.jobs.store import Idempotency, Job, JobStore
+from service.jobs.store import Idempotency, Job, JobStatus, JobStore
 from service.jobs.window_journal import WindowFile
 from service.run.plan import Plan
 from service.run.windows import Step
@@ -37,10 +37,12 @@ from tests.kits.jobs import (
     leftovers,
     series_plan,
     stack,
+    submitted,
     swept,
     until,
     waited,
 )
+from tests.kits.patience import soon
 from tests.kits.postgres import Postgres
 
 YEAR = 365 * 24 * 3600.0
@@ -375,6 +377,28 @@ def test_a_disk_filled_by_other_programs_is_reported(
             assert result_of(api, job) == same.content
         check_healthy(api)
         assert leftovers(small_disk / "state") == []
+
+
+def test_a_complete_result_is_not_given_up_because_its_row_does_not_fit(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, end = stack(tmp_path, 64, 64), JobStore._end
+    tries: list[tuple[str, list[str]]] = []
+
+    def full_at_first(store: JobStore, job: Job, status: JobStatus, **how: Any) -> None:
+        tries.append((status, sorted(path.name for path in store.folder(job).iterdir())))
+        if len(tries) == 1:
+            raise InsufficientStorage("no room for the row")
+        end(store, job, status, **how)
+
+    monkeypatch.setattr(JobStore, "_end", full_at_first)
+    with served(model_dir=zoo, state_dir=tmp_path / "state") as api:
+        job = submitted(api, "/classify-pixels", files=files)
+        assert waited(api, job)["status"] == "successful"
+        assert result_of(api, job) == api.post("/classify-pixels", files=files).content
+        # What the run does not need any more was removed first, to make room.
+        assert tries == [("successful", ["input", "request.json", "result-1"])] * 2
+        assert soon(lambda: leftovers(tmp_path / "state") == [])
 
 
 def result_of(api: httpx.Client, job: str) -> bytes:

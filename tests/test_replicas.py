@@ -503,7 +503,7 @@ def test_a_dismissal_and_a_stop_at_any_replica(
         assert {number: now[number] for number in kept} == kept
         gate.open()
         assert waited(other, job)["status"] == "successful"
-        assert leftovers(shared.state) == []
+        assert soon(lambda: leftovers(shared.state) == [])
         data = {"model": HELD, "outputs": "class,probabilities"}
         same = other.post("/classify-pixels", files=large, data=data)
         assert same.content == result(other, job)

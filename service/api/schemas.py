@@ -63,6 +63,8 @@ QuantileOutput = Literal["q10", "q50", "q90"]
 # The parameters that take several values.
 _LISTED = frozenset({"dates", "bands", "bbox", "outputs", "scale", "offset"})
 _MAX_ERRORS = 20
+_SHOWN = 100
+"""Characters of a client's name of a parameter that an error shows."""
 _MAX_STRUCTURE = 500_000
 PLAUSIBLE_DATES = (date(1970, 1, 1), date(2099, 12, 31))
 _ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
@@ -1883,6 +1885,8 @@ _OTHER_NAMES: Mapping[str, str] = {
 
 def _suggestion(name: str, known: Collection[str]) -> str | None:
     """The parameter whose name is similar to an unknown name, in spelling or in other services."""
+    if len(name) > _SHOWN:  # comparing takes time and memory in proportion
+        return None
     plain = name.lower().replace("-", "_").removesuffix("[]")
     if plain in known:
         return plain
@@ -1904,4 +1908,4 @@ def _field_error(error: Mapping[str, Any], known: Collection[str]) -> dict[str, 
     detail = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         detail = unknown_parameter(str(path[0]), known) if len(path) == 1 else "unknown parameter"
-    return {"field": ".".join(str(part) for part in path) or "body", "detail": detail}
+    return {"field": ".".join(str(part)[:_SHOWN] for part in path) or "body", "detail": detail}

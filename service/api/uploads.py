@@ -403,7 +403,7 @@ def _filename(disposition: bytes, options: Mapping[bytes, bytes]) -> str | None:
         charset, value = extended[1].decode("ascii"), unquote_to_bytes(extended[2])
         try:
             return value.decode(charset)
-        except (LookupError, UnicodeDecodeError):
+        except (LookupError, UnicodeError):  # Python's own codecs raise the latter as well
             return _decoded(value)
     plain = options.get(b"filename")
     if plain is None:
@@ -412,7 +412,7 @@ def _filename(disposition: bytes, options: Mapping[bytes, bytes]) -> str | None:
     if text.startswith("=?") and text.endswith("?="):
         try:
             return str(make_header(decode_header(text)))
-        except (HeaderParseError, LookupError, UnicodeDecodeError, ValueError):
+        except (HeaderParseError, LookupError, ValueError):
             return text
     return text
 

@@ -22,6 +22,7 @@ from types import MappingProxyType
 
 from service.errors import (
     Cancelled,
+    InsufficientStorage,
     InternalError,
     Overloaded,
     PIMCError,
@@ -359,19 +360,23 @@ class JobRunner:
         self._store.make_room(job)
         self._record(lambda: self._store.fail(job, problem, free_key=free))
 
-    def _record(self, write: Callable[[], None]) -> None:
-        """Record a job's outcome; retry while the disk is full or the store is in use."""
+    def _record(self, write: Callable[[], None]) -> bool:
+        """Record a job's outcome; retry while the disk is full or the store is in use.
+
+        Returns:
+            Whether it was recorded; if not, another run has the job, or the service stops.
+        """
         while True:
             try:
                 write()
             except LeaseLost:
-                return  # the outcome is that of another run
+                return False  # the outcome is that of another run
             except PIMCError:
                 _LOG.exception("the job's outcome cannot be recorded")
                 if self._closing.wait(_PAUSE_SECONDS):
-                    return  # the job runs again after the next start
+                    return False  # the job runs again after the next start
             else:
-                return
+                return True
 
     # One job -------------------------------------------------------------------------------
 
@@ -384,7 +389,12 @@ class JobRunner:
                     "time before it finished another window; the server's log may have the cause"
                 )
             self._compute(job, cancelled)
-        self._store.succeed(job)
+        try:
+            self._store.succeed(job)
+        except InsufficientStorage as error:
+            # Only the row does not fit on the disk: the result is complete, and not given up.
+            if not self._record(lambda: self._store.succeed(job)):
+                raise Cancelled(f"the success of job {job.id} is not recorded") from error
 
     def _compute(self, job: Job, cancelled: threading.Event) -> None:
         self._store.prepare(job)

@@ -1099,17 +1099,20 @@ class JobStore:
         self.storage.put(_key(job.id, result_name(job.lease)), work, last=_RESULT)
 
     def succeed(self, job: Job) -> None:
-        """Mark a running job, whose result is published, as successful.
+        """Mark a running job, whose result is published, as successful; `tidy` removes its uploads.
 
         Raises:
             LeaseLost: the job was dismissed or taken over.
+            InsufficientStorage: the disk has no room for the row.
         """
         if not self.holds(job):
             raise _lost(job)
-        # From here on a run that takes the job over finds the result, so it needs nothing else.
         result = result_name(job.lease)
         size = self.storage.size(_key(job.id, result), _key(job.id, REQUEST))
-        done = {INPUT}
+        # From here on a run that takes the job over finds the result, so it needs no windows: on a
+        # full disk they make room for the row. The uploads stay until the row says that the job
+        # has ended, because until then a backup keeps it as a job that waits.
+        done = set()
         for lease in range(job.lease + 1):  # a later one would be another run's
             done |= {windows_name(lease), work_name(lease)}
         for name in done.intersection(self.storage.names(_key(job.id))):

@@ -533,7 +533,8 @@ def _lower(tags: Mapping[str, str]) -> dict[str, str]:
 
 _NAME_LENGTH = 250
 _FOLDERS = 6
-_NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f]+")
+# Control characters, and halves of characters, which UTF-8 cannot express.
+_NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]+")
 
 
 def label(name: str, position: int) -> str:

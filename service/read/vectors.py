@@ -42,6 +42,8 @@ _MAX_LISTS = 2**23
 its feature is read; a vertex is a list."""
 _MAX_DEPTH = 32
 """Largest depth to which a property may nest."""
+_MAX_REPAIRED = 2_000
+"""Most vertices of a shape that is repaired: n edges can cross each other n x n / 2 times."""
 _NAMED_AT_MOST = 5
 _NAME_LENGTH = 64
 """Largest number of characters of a client's text in a message."""
@@ -325,11 +327,12 @@ class _Features:
         self.ids.append(_json_value(len(self.ids) + 1 if own is None else own))
         self.properties.append(_json_object(properties))
         geometry = feature.get("geometry")
-        self.shapes.append(
-            shapely.from_geojson(json.dumps(geometry), on_invalid="ignore")
-            if isinstance(geometry, dict)
-            else None
-        )
+        with np.errstate(over="ignore"):  # a shape with such a number is named as invalid
+            self.shapes.append(
+                shapely.from_geojson(json.dumps(geometry), on_invalid="ignore")
+                if isinstance(geometry, dict)
+                else None
+            )
 
 
 _DECODER = json.JSONDecoder()
@@ -525,7 +528,8 @@ def _usable(
         if shapely.is_valid(shape):
             found[n] = shape
             continue
-        valid = _polygons_of(shapely.make_valid(shape))
+        simple = shapely.get_num_coordinates(shape) <= _MAX_REPAIRED
+        valid = _polygons_of(shapely.make_valid(shape)) if simple else None
         if valid is None:
             unusable.append(ids[n])
         else:
