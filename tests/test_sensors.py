@@ -59,6 +59,19 @@ def opened(files: Sequence[SourceFile], sensors: Sequence[str] = (), **options: 
         ("lc08.tif.2018-01-05.tif", "Landsat 8 or 9"),
         ("landscape_2018-01-05.tif", None),
         ("modish_2018.tif", None),
+        ("20180105_LEVEL2_LND08_BOA.tif", "Landsat 8 or 9"),
+        ("20180105_LEVEL2_LND05_BOA.tif", "Landsat 4 to 7"),
+        ("ga_ls8c_nbart_3-2-1_090084_2018-01-05_final_nbart_red.tif", "Landsat 8 or 9"),
+        ("ga_ls5t_nbart_3-2-1_090084_2008-01-05_final_nbart_red.tif", "Landsat 4 to 7"),
+        ("LC81980242018005LGN00_sr_band4.tif", "Landsat 8 or 9"),
+        ("CB4A-WFI-L4-SR_20180105_red.tif", "CBERS"),
+        ("CBERS-4_WFI_022024_B15_2018-01-05.tif", "CBERS"),
+        ("2018-01-05T104421_RE2_3A_Analytic_SR.tif", "RapidEye"),
+        ("S3A_OL_2_20180105T104421_red.tif", "Sentinel-3"),
+        ("SPOT7_MS_20180105.tif", "SPOT"),
+        ("VNP09GA.A2018005.h18v03.002.tif", "VIIRS"),
+        ("m_3712213_sw_10_060_20180105.tif", "NAIP"),
+        ("planet_medres_normalized_analytic_2018-01_mosaic.tif", "PlanetScope"),
     ],
 )
 def test_the_sensor_is_detected_from_the_name(tmp_path: Path, name: str, label: str | None) -> None:
@@ -214,6 +227,20 @@ def test_landsat_of_unknown_generation_is_not_guessed(tmp_path: Path) -> None:
     files = [write(tmp_path / f"{day}.tif", pixels, descriptions=names) for day in DAYS]
     with pytest.raises(MissingBands):
         opened(files, ["landsat"])
+
+
+def test_forces_landsat_is_reflectance_times_10000(tmp_path: Path) -> None:
+    """Collection 2's own numbers (0.0000275, -0.2) are not those of analysis-ready Landsat."""
+    write(
+        tmp_path / "a.tif", np.full((3, 2, 2), 500, np.uint16), descriptions=("BLUE", "RED", "NIR")
+    )
+    stack = opened([SourceFile(name="20180105_LEVEL2_LND08_BOA.tif", path=tmp_path / "a.tif")])
+    assert (stack.scale, stack.offset) == (0.0001, 0)
+    with pytest.raises(WrongSensor, match="Landsat 8 or 9"):
+        opened(
+            [SourceFile(name="20180105_LEVEL2_LND08_BOA.tif", path=tmp_path / "a.tif")],
+            sensors=("sentinel-2",),
+        )
 
 
 def test_the_parameter_names_the_sensors_that_are_known() -> None:

@@ -46,6 +46,10 @@ HLS_L30 = Sensor(name="hls", label="HLS L30", bands=_OLI, scale=0.0001, also=("l
 OLI = Sensor(label="Landsat 8 or 9", bands=_OLI, **_LANDSAT)  # type: ignore[arg-type]
 TM = Sensor(label="Landsat 4 to 7", bands=_TM, **_LANDSAT)  # type: ignore[arg-type]
 LANDSAT = Sensor(label="Landsat", bands={}, **_LANDSAT)  # type: ignore[arg-type]
+# Analysis-ready Landsat of others, such as FORCE and Digital Earth Australia: reflectance x 10,000.
+_SCALED = {"name": "landsat", "scale": 0.0001}
+OLI_SCALED = Sensor(label="Landsat 8 or 9", bands=_OLI, **_SCALED)  # type: ignore[arg-type]
+TM_SCALED = Sensor(label="Landsat 4 to 7", bands=_TM, **_SCALED)  # type: ignore[arg-type]
 MODIS = Sensor(
     name="modis",
     label="MODIS",
@@ -72,6 +76,18 @@ BY_NAME: Mapping[str, Sensor] = {
 
 _START = r"(?:^|[/._\- ])"
 _END = r"(?=$|[/._\- ])"
+# Sensors whose bands have the same colours but other wavelengths, in the names of their products.
+_FOREIGN = tuple(
+    (pattern, Sensor(name=name, label=label))
+    for pattern, name, label in (
+        (rf"{_START}(?:CBERS|CB4A?){_END}|{_START}CBERS[_\- ]?4A?{_END}", "cbers", "CBERS"),
+        (rf"{_START}RE[1-5]_3A{_END}|RapidEye", "rapideye", "RapidEye"),
+        (rf"{_START}S3[AB]_OL_|{_START}Sentinel[_\- ]?3[AB]?{_END}", "sentinel-3", "Sentinel-3"),
+        (rf"{_START}SPOT[_\- ]?[1-7]{_END}", "spot", "SPOT"),
+        (rf"{_START}V(?:NP|J1)(?:09|43)[A-Z]?\w?\d?{_END}|{_START}VIIRS{_END}", "viirs", "VIIRS"),
+        (rf"{_START}NAIP{_END}|{_START}m_\d{{7}}_[ns][ew]_\d\d_", "naip", "NAIP"),
+    )
+)
 _NAMES: tuple[tuple[re.Pattern[str], Sensor], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), sensor)
     for pattern, sensor in (
@@ -79,12 +95,16 @@ _NAMES: tuple[tuple[re.Pattern[str], Sensor], ...] = tuple(
         (rf"{_START}HLS[._\- ]?L30{_END}", HLS_L30),
         (rf"{_START}L[CO]0[89]{_END}", OLI),
         (rf"{_START}L[ET]0[4-7]{_END}", TM),
+        (rf"{_START}LND0[89]{_END}|{_START}ga_ls[89]c?_|{_START}LC8\d{{13}}", OLI_SCALED),
+        (rf"{_START}LND0[4-7]{_END}|{_START}ga_ls[57][te]?_|{_START}L[ET][4-7]\d{{13}}", TM_SCALED),
         (rf"{_START}landsat[_\- ]?0?[89]{_END}", OLI),
         (rf"{_START}landsat[_\- ]?0?[4-7]{_END}", TM),
         (rf"{_START}landsat{_END}", LANDSAT),
         (rf"{_START}(?:MOD|MYD|MCD)(?:09|13|43)[A-Z]?\d?{_END}", MODIS),
         (rf"{_START}modis{_END}", MODIS),
-        (r"AnalyticMS|PSScene|PlanetScope|SuperDove", PLANETSCOPE),
+        # RapidEye's products are named analytic as PlanetScope's are.
+        *_FOREIGN,
+        (r"AnalyticMS|PSScene|PlanetScope|SuperDove|planet_medres", PLANETSCOPE),
         (rf"{_START}S2[A-D]?_(?:MSIL|OPER|L[12]|\d)", SENTINEL_2),
         (rf"{_START}(?:SEN|Sentinel[_\- ]?)2[A-D]?{_END}", SENTINEL_2),
         (rf"{_START}S2[A-D](?:1C|2A)?_", SENTINEL_2),
@@ -153,7 +173,8 @@ def card_names(labels: str | None) -> tuple[str, ...]:
         labels: comma-separated, as a stack has them; None if unknown.
     """
     known = (SENTINEL_2, HLS_S30, HLS_L30, OLI, TM, LANDSAT, MODIS, PLANETSCOPE)
-    names = {sensor.label: sensor.name for sensor in known}
+    foreign = (sensor for _, sensor in _FOREIGN)
+    names = {sensor.label: sensor.name for sensor in (*known, *foreign)}
     return tuple(dict.fromkeys(names[label] for label in (labels or "").split(", ") if label))
 
 
