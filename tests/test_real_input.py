@@ -29,7 +29,7 @@ from benchmarks.serving import served
 from models.card import ModelCard
 from models.registry import ZOO, load_bundle
 from tests.kits.patience import PATIENCE
-from training.robustness import SOUTH_TYROL
+from training.datasets.level2a import SOUTH_TYROL
 
 pytestmark = pytest.mark.slow
 

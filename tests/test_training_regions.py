@@ -92,6 +92,7 @@ class TestRegions:
         run = Run(config=ZOO["landcover-eurosat"], data=tmp_path)
         # Without its data, which take seconds to read.
         empty = object.__new__(PatchClassification)
+        empty.regions = ()
         monkeypatch.setattr("training.regions.task_of", lambda _: empty)
         with pytest.raises(NoRegions, match="landcover-eurosat"):
             evaluate_regions(Plan(run=run, folder=tmp_path, report=tmp_path / "r.md"))
