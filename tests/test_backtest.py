@@ -466,5 +466,5 @@ def test_the_band_covers_on_a_real_stack(shared_data: Path) -> None:
 
     without = coverage(np.concatenate([one.before for one in scored]))
     with_backtest = coverage(np.concatenate([one.after for one in scored]))
-    assert without < 0.7
-    assert 0.75 <= with_backtest <= 0.87
+    assert 0.75 <= without <= 0.85, "the bundle's own band, calibrated on other regions"
+    assert 0.75 <= with_backtest <= 0.85

@@ -49,8 +49,10 @@ _PRIOR_SHARES = (0.1, 0.2)
 lower the error (docs/results.md)."""
 _PRIOR_SHARE_ALONE = 0.1
 """Share of persistence where last year's date is unknown."""
-_PER_BLOCK = 3.0
-"""Scores that one block counts for in the finite-sample level of the conformal quantile."""
+_LEVEL = 0.8
+"""Level of the conformal quantile. The finite-sample level, 0.8 (1 + 1/n) for n independent scores,
+is not used: few blocks make it nearly 1, and the shrinkage towards the model's own band, which is
+calibrated on other regions, already guards against little evidence."""
 _NARROWEST = 1e-3
 """Least half width of a band in scores, index units."""
 _HELD_OUT_DAYS = 100
@@ -215,10 +217,9 @@ def _factors(scores: Floats, weights: Floats) -> Floats:
         evidence = weight.sum()
         if evidence <= 0:
             continue
-        level = min(1.0, 0.8 * (1 + 1 / (_PER_BLOCK * max(evidence, 1.0))))
         there = weight > 0
         found = weighted_quantile(
-            scores[there].ravel(), np.repeat(weight[there], scores.shape[-1]), level
+            scores[there].ravel(), np.repeat(weight[there], scores.shape[-1]), _LEVEL
         )
         trust = evidence / (evidence + _PRIOR)
         factors[h] = np.clip(found, *FACTORS) ** trust
