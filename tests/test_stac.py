@@ -600,19 +600,24 @@ def test_an_asset_that_needs_a_signature_is_named(world: World, status: int) -> 
 
 
 def test_a_signed_asset_is_read_with_its_signature(world: World) -> None:
+    signature = "?st=2026-01-01&se=2026-01-02&sig=a%2Bb%3D"
+    # At paths of their own: requests of an earlier test may still arrive, without a signature.
+    (world.web.folder / "signed").symlink_to(world.web.folder, target_is_directory=True)
     items = world.items("planetary-computer", world.flanders)
     for item in items:
         for asset in item["assets"].values():
-            asset["href"] += "?st=2026-01-01&se=2026-01-02&sig=a%2Bb%3D"
-    unsigned = []
+            path = asset["href"].removeprefix(world.web.url)
+            asset["href"] = f"{world.web.url}/signed{path}{signature}"
+    signed, unsigned = [], []
 
     def reply(to: BaseHTTPRequestHandler) -> bool:
-        if not to.path.endswith("?st=2026-01-01&se=2026-01-02&sig=a%2Bb%3D"):
-            unsigned.append(to.path)
+        if to.path.startswith("/signed/"):
+            (signed if to.path.endswith(signature) else unsigned).append(to.path)
         return False
 
     with served_by(world, reply):
         named = world.named(collection(items))
+    assert signed
     assert unsigned == []
     assert named.content == world.sent(world.flanders).content
 
