@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -35,9 +34,10 @@ from service.run.plan import RasterRun, plan_request
 from service.run.worker import Computed, ModelReference, PassFile, Refused, Workplace, packed
 from service.settings import SettingsError, project_version, read_settings
 from tests.kits.client import Reply, serving
-from tests.kits.cluster import DaskCluster, Worker, dask_cluster
+from tests.kits.cluster import Fleet, joined, outcome, ready
 from tests.kits.gate import HELD, zoo_with_a_held_model
-from tests.kits.jobs import Files, result, stack, submitted, waited
+from tests.kits.jobs import FIELD, Files, finished, stack, submitted
+from tests.kits.metrics import metric
 from tests.kits.patience import soon
 from tests.kits.spans import PROTOBUF, Spans, attributes
 
@@ -68,63 +68,10 @@ def expected(local: httpx.Client, files: Files) -> bytes:
     return finished(local, submitted(local, "/classify-pixels", files=files, data={"model": HELD}))
 
 
-def finished(api: httpx.Client, job: str) -> bytes:
-    info = waited(api, job)
-    assert info["status"] == "successful", info
-    return result(api, job)
-
-
-class Fleet:
-    """A service and the cluster that runs its jobs."""
-
-    def __init__(self, folder: Path, zoo: Path, stack: ExitStack, **settings: Any) -> None:
-        self.state = folder / "state"
-        (folder / "workers").mkdir()
-        self.cluster: DaskCluster = stack.enter_context(
-            dask_cluster(
-                folder / "workers",
-                PIMC_STATE_DIR=str(self.state),
-                PIMC_MODEL_DIR=str(zoo),
-                PIMC_PROVIDERS="cpu",
-            )
-        )
-        self.settings = {
-            "model_dir": zoo,
-            "state_dir": self.state,
-            "dask_scheduler": self.cluster.address,
-            **settings,
-        }
-
-    def ready(self, api: httpx.Client) -> dict[str, Any]:
-        """What readiness says of the cluster."""
-        response = api.get("/health/ready")
-        assert response.status_code == 200, response.text
-        return dict(response.json()["cluster"])
-
-    def joined(self, api: httpx.Client, count: int) -> None:
-        """Wait until the service sees a number of workers."""
-        assert soon(lambda: self.ready(api)["workers"] == count)
-
-    def begun(self, *workers: Worker) -> Counter[str]:
-        """How often each window was begun, by some workers or all."""
-        return Counter(w for worker in workers or self.cluster.workers for w in worker.windows)
-
-
 @pytest.fixture
 def fleet(tmp_path: Path, zoo: Path) -> Iterator[Fleet]:
     with ExitStack() as stack:
         yield Fleet(tmp_path, zoo, stack)
-
-
-def metric(api: httpx.Client, name: str) -> float:
-    """The value of a metric, 0 if it has none yet."""
-    lines = api.get("/metrics").text.splitlines()
-    found = [line.rpartition(" ")[2] for line in lines if line.startswith(f"{name} ")]
-    return float(found[0]) if found else 0.0
-
-
-def outcome(api: httpx.Client, name: str) -> float:
-    return metric(api, f'pimc_cluster_windows_total{{outcome="{name}"}}')
 
 
 def held_job(api: httpx.Client, files: Files) -> str:
@@ -138,11 +85,7 @@ def held_job(api: httpx.Client, files: Files) -> str:
 def test_jobs_on_a_cluster_have_the_bytes_of_one_process(
     fleet: Fleet, local: httpx.Client, files: Files
 ) -> None:
-    field = (
-        b'{"type":"Polygon","coordinates":[[[3.001,50.551],[3.010,50.551],[3.010,50.545],'
-        b"[3.001,50.551]]]}"
-    )
-    fields = ("fields", ("fields.geojson", field, "application/geo+json"))
+    fields = ("fields", ("fields.geojson", FIELD, "application/geo+json"))
     cases: list[tuple[str, Files, dict[str, str]]] = [
         ("/classify-pixels", files, {"outputs": "class,confidence,attribution"}),
         ("/classify-pixels", files, {"smooth": "2"}),
@@ -153,7 +96,7 @@ def test_jobs_on_a_cluster_have_the_bytes_of_one_process(
     ]
     workers = [fleet.cluster.join() for _ in range(2)]
     with served(**fleet.settings) as api:
-        fleet.joined(api, 2)
+        joined(api, 2)
         for path, sent, data in cases:
             found = [
                 finished(one, submitted(one, path, files=sent, data=data)) for one in (api, local)
@@ -177,7 +120,7 @@ def test_a_worker_that_is_killed_costs_only_its_own_window(
 ) -> None:
     first, second = fleet.cluster.join(held_after=0), fleet.cluster.join(held_after=0)
     with served(**fleet.settings) as api:
-        fleet.joined(api, 2)
+        joined(api, 2)
         job = held_job(api, files)
         assert soon(lambda: bool(first.windows and second.windows))
         # Windows in flight are bounded: three for each thread.
@@ -189,7 +132,7 @@ def test_a_worker_that_is_killed_costs_only_its_own_window(
         assert len(first.windows) == 1
         # A slow machine may lose the connection, which costs the windows in flight.
         assert fleet.begun(second).total() <= WINDOWS + outcome(api, "lost")
-        fleet.joined(api, 1)
+        joined(api, 1)
 
 
 @pytest.mark.slow
@@ -198,12 +141,12 @@ def test_after_the_scheduler_has_restarted_only_windows_that_were_not_kept_are_c
 ) -> None:
     worker = fleet.cluster.join(held_after=4)
     with served(**fleet.settings) as api:
-        fleet.joined(api, 1)
+        joined(api, 1)
         job = held_job(api, files)
         assert soon(lambda: outcome(api, "written") == 4)
         kept = set(worker.windows[:4])
         fleet.cluster.kill_scheduler()
-        assert soon(lambda: "no connection" in (fleet.ready(api)["fault"] or ""))
+        assert soon(lambda: "no connection" in (ready(api)["fault"] or ""))
         worker.process.kill()  # one that loses its scheduler ends when its window ends
         fleet.cluster.start_scheduler()
         other = fleet.cluster.join()
@@ -221,7 +164,7 @@ def test_windows_of_a_worker_that_hangs_are_given_to_another(
         fleet = Fleet(tmp_path, zoo, stack, dask_window_seconds=2)
         hanging, other = fleet.cluster.join(held_after=0), fleet.cluster.join()
         api = stack.enter_context(served(**fleet.settings))
-        fleet.joined(api, 2)
+        joined(api, 2)
         job = held_job(api, files)
         assert soon(lambda: bool(hanging.windows))
         hanging.stop()
@@ -242,11 +185,11 @@ def test_a_job_waits_for_a_scheduler_and_for_workers_like_the_service(
     caplog.set_level(logging.WARNING)
     fleet.cluster.kill_scheduler()
     with served(**fleet.settings) as api:
-        assert "no connection" in fleet.ready(api)["fault"]
+        assert "no connection" in ready(api)["fault"]
         job = held_job(api, files)
         assert api.post("/classify-pixels", files=files).status_code == 200
         fleet.cluster.start_scheduler()
-        assert soon(lambda: "no worker has joined" in (fleet.ready(api)["fault"] or ""))
+        assert soon(lambda: "no worker has joined" in (ready(api)["fault"] or ""))
         waiting = [r for r in caplog.records if r.message == "job waits for workers"]
         assert waiting
         assert metric(api, "pimc_cluster_workers") == 0
@@ -254,9 +197,9 @@ def test_a_job_waits_for_a_scheduler_and_for_workers_like_the_service(
         write_bundle(others, HELD, "classify-pixels", "pixel", version="0.0.2", default=False)
         model = fleet.cluster.join(PIMC_MODEL_DIR=str(others))
         version = fleet.cluster.join(version="9.9.9")
-        assert soon(lambda: len(fleet.ready(api)["refused"]) == 2)
+        assert soon(lambda: len(ready(api)["refused"]) == 2)
         assert metric(api, "pimc_cluster_workers_refused") == 2
-        refused = fleet.ready(api)["refused"]
+        refused = ready(api)["refused"]
         of_model = refused[model.process.address()]
         assert f"{HELD}@0.0.2 with sha256" in of_model
         assert f"the service has {HELD}@0.0.1 with sha256" in of_model
@@ -265,21 +208,21 @@ def test_a_job_waits_for_a_scheduler_and_for_workers_like_the_service(
         assert project_version() in of_version
         for address, reason in refused.items():
             assert f"worker {address} " in reason
-            assert reason in fleet.ready(api)["fault"]
+            assert reason in ready(api)["fault"]
         assert api.get(f"/jobs/{job}").json()["status"] == "running"
         good = fleet.cluster.join()
         assert finished(api, job) == expected
         assert len(set(good.windows)) == WINDOWS
         assert not model.windows
         assert not version.windows
-        assert fleet.ready(api)["fault"] is None
+        assert ready(api)["fault"] is None
 
 
 @pytest.mark.slow
 def test_a_dismissed_job_leaves_nothing_with_the_scheduler(fleet: Fleet, files: Files) -> None:
     worker = fleet.cluster.join(held_after=0)
     with served(**fleet.settings) as api:
-        fleet.joined(api, 1)
+        joined(api, 1)
         job = held_job(api, files)
         assert soon(lambda: bool(worker.windows))
         with Client(fleet.cluster.address, set_as_default=False) as client:
@@ -302,7 +245,7 @@ def test_a_job_that_resumes_skips_the_windows_that_were_kept(
 ) -> None:
     worker = fleet.cluster.join(held_after=3)
     with served(**fleet.settings) as api:
-        fleet.joined(api, 1)
+        joined(api, 1)
         job = held_job(api, files)
         assert soon(lambda: outcome(api, "written") == 3)
     kept = set(worker.windows[:3])

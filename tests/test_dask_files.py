@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +21,9 @@ from benchmarks.remote import degrees, write_cog
 from benchmarks.remote import stack as tile_stack
 from benchmarks.serving import served
 from tests.kits.client import Reply, serving
-from tests.kits.cluster import DaskCluster, Worker, dask_cluster
+from tests.kits.cluster import Fleet, Worker, dask_cluster, joined, outcome, ready
 from tests.kits.gate import HELD, zoo_with_a_held_model
-from tests.kits.jobs import ASYNC, Backend, Files, result, stack, submitted, waited
+from tests.kits.jobs import ASYNC, FIELD, Backend, Files, finished, stack, submitted, waited
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.postgres import Postgres
 from tests.kits.programs import self_signed
@@ -33,11 +32,6 @@ from tests.kits.s3 import S3
 from tests.kits.spans import PROTOBUF, Spans, attributes
 
 pytestmark = pytest.mark.slow
-
-FIELD = (
-    b'{"type":"Polygon","coordinates":[[[3.001,50.551],[3.010,50.551],[3.010,50.545],'
-    b"[3.001,50.551]]]}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -49,27 +43,6 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """A stack of ten windows."""
     return stack(tmp_path_factory.mktemp("stack"), 150, 230)
-
-
-def joined(api: httpx.Client, count: int) -> None:
-    """Wait until the service sees a number of workers."""
-    assert soon(lambda: api.get("/health/ready").json()["cluster"]["workers"] == count)
-
-
-def finished(api: httpx.Client, job: str) -> bytes:
-    info = waited(api, job)
-    assert info["status"] == "successful", info
-    return result(api, job)
-
-
-def written(api: httpx.Client) -> float:
-    """Number of windows that workers have computed."""
-    found = re.search(
-        r'^pimc_cluster_windows_total{outcome="written"} (\S+)$',
-        api.get("/metrics").text,
-        re.MULTILINE,
-    )
-    return float(found[1]) if found else 0.0
 
 
 # A bucket -------------------------------------------------------------------------------------
@@ -106,12 +79,12 @@ def test_workers_read_uploads_from_a_bucket(
             # What a client waits for is computed in the service.
             expected = api.post(path, files=sent, data=data)
             assert expected.status_code == 200, expected.text
-            before = written(api)
+            before = outcome(api, "written")
             found = finished(api, submitted(api, path, files=sent, data=data))
             assert found == expected.content, (path, data)
-            assert written(api) > before
+            assert outcome(api, "written") > before
         assert not [key for key in s3.keys(bucket) if "/pass-" in key]
-        assert api.get("/health/ready").json()["cluster"]["refused"] == {}
+        assert ready(api)["refused"] == {}
 
 
 def test_a_worker_of_another_bucket_is_refused(
@@ -134,7 +107,7 @@ def test_a_worker_of_another_bucket_is_refused(
         job = submitted(api, "/classify-pixels", files=files)
 
         def refused() -> dict[str, str]:
-            return dict(api.get("/health/ready").json()["cluster"]["refused"])
+            return dict(ready(api)["refused"])
 
         assert soon(lambda: len(refused()) == 2)
         assert f"and the service in {shared.storage}" in refused()[other.process.address()]
@@ -190,30 +163,12 @@ def tile(tmp_path: Path) -> Iterator[Tile]:
         yield Tile(server)
 
 
-class Fetching:
+def fetching(folder: Path, zoo: Path, stack: ExitStack, **settings: Any) -> Fleet:
     """A service and a cluster whose workers fetch remote files; they share a folder."""
-
-    def __init__(self, folder: Path, zoo: Path, stack: ExitStack, **settings: Any) -> None:
-        state = folder / "state"
-        (folder / "workers").mkdir()
-        hosts = {"PIMC_ALLOWED_HOSTS": "127.0.0.1"}
-        self.cluster: DaskCluster = stack.enter_context(
-            dask_cluster(
-                folder / "workers",
-                PIMC_STATE_DIR=str(state),
-                PIMC_MODEL_DIR=str(zoo),
-                PIMC_PROVIDERS="cpu",
-                **hosts,
-            )
-        )
-        self.settings = {
-            "model_dir": zoo,
-            "state_dir": state,
-            "dask_scheduler": self.cluster.address,
-            "dask_fetch": "workers",
-            "allowed_hosts": "127.0.0.1",
-            **settings,
-        }
+    hosts = {"PIMC_ALLOWED_HOSTS": "127.0.0.1"}
+    return Fleet(
+        folder, zoo, stack, hosts, dask_fetch="workers", allowed_hosts="127.0.0.1", **settings
+    )
 
 
 def posted(api: httpx.Client, path: str, body: Mapping[str, Any]) -> str:
@@ -230,7 +185,7 @@ def test_workers_fetch_the_blocks_of_their_windows(zoo: Path, tile: Tile, tmp_pa
         ("/classify-pixels", {"bbox": part, "grid": "EPSG:32631@20"}),
     ]
     with ExitStack() as stack:
-        fleet = Fetching(tmp_path, zoo, stack)
+        fleet = fetching(tmp_path, zoo, stack)
         tile.workers = [fleet.cluster.join() for _ in range(2)]
         api = stack.enter_context(served(**fleet.settings))
         joined(api, 2)
@@ -243,7 +198,7 @@ def test_workers_fetch_the_blocks_of_their_windows(zoo: Path, tile: Tile, tmp_pa
             assert tile.by_workers > 0
             assert tile.by_others < 6 * len(tile.names)
         # Nothing that a worker has fetched is in the folder that all share.
-        shared = sum(p.stat().st_size for p in fleet.settings["state_dir"].rglob("*.tif"))
+        shared = sum(p.stat().st_size for p in fleet.state.rglob("*.tif"))
         assert shared < (tile.server.folder / "tile.tif").stat().st_size * len(tile.names)
 
 
@@ -251,12 +206,12 @@ def test_a_file_that_is_replaced_while_a_job_waits_fails_it(
     zoo: Path, tile: Tile, tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
-        fleet = Fetching(tmp_path, zoo, stack)
+        fleet = fetching(tmp_path, zoo, stack)
         api = stack.enter_context(served(**fleet.settings))
         body = tile.body(bbox=degrees(Window(200, 200, 300, 260)))
         job = posted(api, "/classify-pixels", body)
         # Without a worker it waits, once the service has read its sample again.
-        assert soon(lambda: list(fleet.settings["state_dir"].rglob("*.pass")) != [])
+        assert soon(lambda: list(fleet.state.rglob("*.pass")) != [])
         tile.server.tag = '"2"'
         fleet.cluster.join()
         info = waited(api, job)
@@ -270,7 +225,7 @@ def test_a_worker_that_may_not_read_from_the_host_is_refused(
     zoo: Path, tile: Tile, tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
-        fleet = Fetching(tmp_path, zoo, stack)
+        fleet = fetching(tmp_path, zoo, stack)
         closed = fleet.cluster.join(PIMC_ALLOWED_HOSTS="data.example.org")
         tile.workers = [closed]
         api = stack.enter_context(served(**fleet.settings))
@@ -282,7 +237,7 @@ def test_a_worker_that_may_not_read_from_the_host_is_refused(
         assert info["status"] == "failed"
         problem = api.get(f"/jobs/{job}/result").json()
         assert problem["code"] == "forbidden_reference"
-        refused = api.get("/health/ready").json()["cluster"]["refused"]
+        refused = ready(api)["refused"]
         assert "it may from data.example.org" in refused[closed.process.address()]
         assert tile.by_workers == 0
 
@@ -298,7 +253,7 @@ def test_the_windows_of_workers_are_in_the_trace_of_the_job(
         url, received = stack.enter_context(serving(lambda _: reply))
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
-        fleet = Fetching(tmp_path, zoo, stack, tracing=True)
+        fleet = fetching(tmp_path, zoo, stack, tracing=True)
         worker = fleet.cluster.join(PIMC_TRACING="1")
         with served(**fleet.settings) as api:
             joined(api, 1)

@@ -24,6 +24,7 @@ from service.api.responses import COG, CSV, PARQUET
 from service.api.sending import chosen_range
 from service.errors import InvalidRange
 from tests.kits.jobs import ASYNC, SERIES, Files, stack, waited
+from tests.kits.metrics import metric
 from tests.kits.patience import PATIENCE, soon
 
 FIELDS = {
@@ -353,11 +354,6 @@ def test_the_number_of_readers_is_bounded_per_caller_and_in_total(
                 assert metric(api, f'pimc_downloads_rejected_total{{bound="{bound}"}}') == 1
         assert soon(lambda: metric(api, "pimc_downloads") == 0)
         assert api.get(urls["carla"], headers={"Range": "bytes=0-3"}).status_code == 206
-
-
-def metric(api: httpx.Client, line: str) -> float:
-    found = [text for text in api.get("/metrics").text.splitlines() if text.startswith(line + " ")]
-    return float(found[0].rpartition(" ")[2]) if found else 0.0
 
 
 MEGABYTES = 48

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
+from tests.kits.metrics import metric
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.sockets import response_of
 
@@ -61,11 +62,6 @@ def problem(response: bytes) -> tuple[int, str]:
     found = json.loads(body)
     assert found["status"] == int(head.split()[1])
     return found["status"], found["code"]
-
-
-def metric(api: httpx.Client, line: str) -> float:
-    found = [text for text in api.get("/metrics").text.splitlines() if text.startswith(line + " ")]
-    return float(found[0].rpartition(" ")[2]) if found else 0.0
 
 
 def flood(connection: socket.socket, piece: bytes, most: int) -> int:

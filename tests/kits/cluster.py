@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import httpx
+
 from tests.kits.gate import Gate
+from tests.kits.metrics import metric
+from tests.kits.patience import soon
 from tests.kits.process import Process
 
 _QUIET = ["--no-dashboard"]
@@ -125,6 +130,65 @@ def dask_cluster(folder: Path, *, protocol: str = "tcp", **variables: str) -> It
         yield cluster
     finally:
         cluster.close()
+
+
+class Fleet:
+    """A cluster, and the settings of a service whose jobs it runs; they share a folder.
+
+    Args:
+        folder: empty folder of the workers and of the state.
+        zoo: folder of the bundles.
+        stack: ends the cluster.
+        variables: further environment of the workers.
+        settings: further settings of the service.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        zoo: Path,
+        stack: ExitStack,
+        variables: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.state = folder / "state"
+        (folder / "workers").mkdir()
+        self.cluster: DaskCluster = stack.enter_context(
+            dask_cluster(
+                folder / "workers",
+                PIMC_STATE_DIR=str(self.state),
+                PIMC_MODEL_DIR=str(zoo),
+                PIMC_PROVIDERS="cpu",
+                **(variables or {}),
+            )
+        )
+        self.settings: dict[str, Any] = {
+            "model_dir": zoo,
+            "state_dir": self.state,
+            "dask_scheduler": self.cluster.address,
+            **settings,
+        }
+
+    def begun(self, *workers: Worker) -> Counter[str]:
+        """How often each window was begun, by some workers or all."""
+        return Counter(w for worker in workers or self.cluster.workers for w in worker.windows)
+
+
+def ready(api: httpx.Client) -> dict[str, Any]:
+    """What readiness says of the cluster."""
+    response = api.get("/health/ready")
+    assert response.status_code == 200, response.text
+    return dict(response.json()["cluster"])
+
+
+def joined(api: httpx.Client, count: int) -> None:
+    """Wait until the service sees a number of workers."""
+    assert soon(lambda: ready(api)["workers"] == count)
+
+
+def outcome(api: httpx.Client, name: str) -> float:
+    """Number of windows with an outcome, such as `written`."""
+    return metric(api, f'pimc_cluster_windows_total{{outcome="{name}"}}')
 
 
 def _work(folder: Path, address: str, version: str) -> None:

@@ -59,6 +59,13 @@ def series_plan(zoo: Path) -> Iterator[Plan]:
         yield plan_request(request, engine, max_raster_bytes=1, rasters=True)
 
 
+FIELD = (
+    b'{"type":"Polygon","coordinates":[[[3.001,50.551],[3.010,50.551],[3.010,50.545],'
+    b"[3.001,50.551]]]}"
+)
+"""A polygon within the rasters of `stack`, as GeoJSON."""
+
+
 def stack(folder: Path, height: int = 70, width: int = 90, dates: int = 4, **how: Any) -> Files:
     """A stack with one file per date, as files of a form; noise, so that all pixels differ."""
     random = np.random.default_rng(height * width + dates)
@@ -114,6 +121,13 @@ def waited(api: httpx.Client, job_id: str) -> dict[str, Any]:
         assert time.monotonic() < end, info
         time.sleep(0.02)
     return info
+
+
+def finished(api: httpx.Client, job_id: str) -> bytes:
+    """Wait for the success of a job, and return its result."""
+    info = waited(api, job_id)
+    assert info["status"] == "successful", info
+    return result(api, job_id)
 
 
 def until(api: httpx.Client, job_id: str, *, progress: int) -> dict[str, Any]:
