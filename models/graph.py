@@ -132,7 +132,8 @@ class PixelGraph(nn.Module):
         """
         outputs, embedding = self._networks(values, valid, days, day_of_year)
         if self.band is not None:
-            return self.band(torch.stack(outputs), embedding)  # type: ignore[no-any-return]
+            calibrated: Tensor = self.band(torch.stack(outputs), embedding)
+            return calibrated
         return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0)
 
     def each(

@@ -397,7 +397,7 @@ def load_encoder(graph: Graph, checkpoint: Path) -> None:
     own, shapes = _shapes(graph.state_dict()), _shapes(stored)
     beyond = {name for name in shapes.keys() - own.keys() if not name.startswith("others.")}
     # A calibration that earlier versions did not store has its default.
-    expected = {name for name in own if name in stored or not _calibrates(name)}
+    expected = {name for name in own if name in stored or not _added_later(name)}
     if not beyond and all(shapes.get(name) == own[name] for name in expected):
         graph.load_state_dict({name: stored[name] for name in expected})
         return
@@ -472,7 +472,7 @@ def _same_shapes(origin: Path | str, stored: Mapping[str, Any], own: Mapping[str
     """
     given, expected = _shapes(stored), _shapes(own)
     for name in (*expected, *given):
-        if given.get(name) != expected.get(name) and not _calibrates(name):
+        if given.get(name) != expected.get(name) and not _added_later(name):
             raise CheckpointMismatch(
                 f"{origin} does not fit: '{name}' is {_size(given.get(name))} there and "
                 f"{_size(expected.get(name))} in this configuration; --set the encoder's width, "
@@ -480,7 +480,7 @@ def _same_shapes(origin: Path | str, stored: Mapping[str, Any], own: Mapping[str
             )
 
 
-def _calibrates(name: str) -> bool:
+def _added_later(name: str) -> bool:
     """Whether a weight is of a forecast's calibration, which earlier versions did not store."""
     return name.endswith(".spread") or name.startswith("band.")
 

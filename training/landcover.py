@@ -198,7 +198,7 @@ class PatchClassification:
         """Logits of the validation patches, with their labels."""
         return self.outputs_of(self.logits(graph))
 
-    def area_outputs(self, graph: Any, area: LabelledArea) -> Outputs:  # noqa: ANN401
+    def area_outputs(self, graph: PatchGraph, area: LabelledArea) -> Outputs:
         """Logits of an area's patches (N, K), with their labels, places and seasons."""
         parts = np.array_split(area.values, -(-len(area.values) // 256))
         return {

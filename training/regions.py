@@ -259,14 +259,14 @@ def read_report(folder: Path) -> Report:
 def _fold(plan: Plan, region: str) -> Outputs:
     """Outputs on a region by the run that left it out; trained and computed once."""
     folder = plan.folder / region
-    if not is_finished(folder):
-        finetune(
-            plan.run.model_copy(update={"left_out": (region,)}),
-            folder,
-            device=plan.device,
-            threads=plan.threads,
-        )
+    _train_once(plan, plan.run.model_copy(update={"left_out": (region,)}), folder)
     return _stored(folder / _OUTPUTS_FILE, lambda: _outputs_of(folder, lambda task: task.left_out))
+
+
+def _train_once(plan: Plan, run: Run, folder: Path) -> None:
+    """Train a run, if it has not finished before."""
+    if not is_finished(folder):
+        finetune(run, folder, device=plan.device, threads=plan.threads)
 
 
 def _never_trained_on(plan: Plan) -> dict[str, Outputs]:
@@ -277,8 +277,7 @@ def _never_trained_on(plan: Plan) -> dict[str, Outputs]:
         region = str(pixels[0].region)
         if plan.only and region not in plan.only:
             continue
-        if not is_finished(folder):
-            finetune(plan.run, folder, device=plan.device, threads=plan.threads)
+        _train_once(plan, plan.run, folder)
         path = folder / f"{region}.npz"
         found[region] = _stored(path, partial(_outputs_of, folder, partial(_table_of, pixels)))
     return found
@@ -331,8 +330,13 @@ def _logits(task: PixelClassification, graph: Any, table: SeriesTable) -> Output
         "logits": task.logits(graph, table),
         "labels": table.labels,
         "places": table.places,
-        "temperature": np.array(float(graph.head.temperature)),
+        "temperature": _temperature(graph),
     }
+
+
+def _temperature(graph: Any) -> Floats:  # noqa: ANN401 - as `_logits`
+    """The temperature that a classifier's run has fitted ()."""
+    return np.array(float(graph.head.temperature))
 
 
 def _classes(plan: Plan, task: PixelClassification, outputs: Mapping[str, Outputs]) -> Report:
@@ -454,18 +458,18 @@ def _bracketed(score: Sequence[float]) -> str:
 # Patches ----------------------------------------------------------------------------------------
 
 
-def _area_logits(task: PatchClassification, graph: Any, area: LabelledArea) -> Outputs:  # noqa: ANN401
-    return {
-        **task.area_outputs(graph, area),
-        "temperature": np.array(float(graph.head.temperature)),
-    }
+def _area_logits(task: PatchClassification, graph: Any, area: LabelledArea) -> Outputs:  # noqa: ANN401 - as `_logits`
+    return {**task.area_outputs(graph, area), "temperature": _temperature(graph)}
 
 
-def _areas(plan: Plan, task: PatchClassification, outputs: Mapping[str, Outputs]) -> Report:  # noqa: ARG001
+def _areas(
+    plan: Plan,
+    task: PatchClassification,  # noqa: ARG001 - see `_Kind.report`
+    outputs: Mapping[str, Outputs],
+) -> Report:
     """Scores of the areas left out, and of EuroSAT's validation patches by the run on all areas."""
     folder = plan.folder / WHOLE
-    if not is_finished(folder):
-        finetune(plan.run, folder, device=plan.device, threads=plan.threads)
+    _train_once(plan, plan.run, folder)
     validation = _stored(folder / f"{_EUROSAT}.npz", partial(_validation_outputs, folder))
     everything = {_EUROSAT: validation, **outputs}
     regions = {}
@@ -479,7 +483,7 @@ def _areas(plan: Plan, task: PatchClassification, outputs: Mapping[str, Outputs]
 
 def _validation_outputs(folder: Path) -> Outputs:
     _, task, graph, _ = load_finished(folder)
-    return {**task.outputs(graph), "temperature": np.array(float(graph.head.temperature))}
+    return {**task.outputs(graph), "temperature": _temperature(graph)}
 
 
 def _before(plan: Plan, name: str) -> Outputs | None:

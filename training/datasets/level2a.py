@@ -8,7 +8,7 @@ as a few independent patches: it is trained on or left out as a whole.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -95,16 +95,14 @@ def labelled_areas(data: Path, romania: Path | None = None) -> list[LabelledArea
         romania: the Romania cube of the wheel nrt 0.2.1, with its raster of tree cover beside it;
             None leaves it out.
     """
-    found = []
-    for name, folders in _FOLDERS.items():
-        present = [data / folder for folder in folders if (data / folder).is_dir()]
-        parts = [(folder.name, *_PLACES[folder.name](folder)) for folder in present]
-        if parts:
-            found.append(_area(name, parts))
+    found = [
+        _area(name, folder, *read(data / folder))
+        for name, (folder, read) in _AREAS.items()
+        if (data / folder).is_dir()
+    ]
     if romania is not None:
-        scene = read_romania(romania)
         windows = {"Forest": _forests(romania.parent / TREE_COVER)}
-        found.append(_area("romania", [("romania", scene, windows)]))
+        found.append(_area("romania", "romania", read_romania(romania), windows))
     return found
 
 
@@ -140,30 +138,24 @@ def draw_weights(areas: Sequence[LabelledArea]) -> NDArray[np.float64]:
 
 
 def _area(
-    name: str, parts: Iterable[tuple[str, Scene, Mapping[str, Sequence[Window]]]]
+    name: str, source: str, scene: Scene, windows: Mapping[str, Sequence[Window]]
 ) -> LabelledArea:
-    """Patches of the windows of several scenes, by class."""
+    """Patches of the windows of a scene, by class."""
     patches: list[Floats] = []
     facts: list[tuple[int, int, int, int]] = []
-    sources: dict[str, int] = {}
-    place = 0
-    for source, scene, windows in parts:
-        before = len(patches)
-        for label, corners in windows.items():
-            for corner in corners:
-                for season, several, patch in observed(scene, corner):
-                    patches.append(patch)
-                    facts.append((CLASSES.index(label), place, season, several))
-                place += 1
-        sources[source] = len(patches) - before
-    labels, places, seasons, dates = np.array(facts, dtype=np.int64).reshape(-1, 4).T
+    labelled = ((label, corner) for label, corners in windows.items() for corner in corners)
+    for place, (label, corner) in enumerate(labelled):
+        for season, several, patch in observed(scene, corner):
+            patches.append(patch)
+            facts.append((CLASSES.index(label), place, season, several))
+    labels, numbers, seasons, dates = np.array(facts, dtype=np.int64).reshape(-1, 4).T
     return LabelledArea(
         name=name,
-        sources=sources,
+        sources={source: len(patches)},
         values=np.stack(patches),
         labels=labels,
         # A window without a clear date has no number.
-        places=np.unique(places, return_inverse=True)[1],
+        places=np.unique(numbers, return_inverse=True)[1],
         seasons=seasons,
         dates=dates,
     )
@@ -249,14 +241,9 @@ def _windows_of(inside: NDArray[np.bool_], least: float, step: int) -> tuple[Win
     )
 
 
-# Folders of each area, and how a folder's places are labelled.
-_FOLDERS: Mapping[str, tuple[str, ...]] = {
-    "south_tyrol": ("south_tyrol_2022",),
-    "hesbaye": ("hesbaye_a_monthly",),
-    "herault": ("herault_safe_2018",),
-}
-_PLACES = {
-    "south_tyrol_2022": _south_tyrol,
-    "hesbaye_a_monthly": _hesbaye,
-    "herault_safe_2018": _herault,
+# The folder of each area, and how it is read and its windows are labelled.
+_AREAS: Mapping[str, tuple[str, Callable[[Path], tuple[Scene, Mapping[str, Sequence[Window]]]]]] = {
+    "south_tyrol": ("south_tyrol_2022", _south_tyrol),
+    "hesbaye": ("hesbaye_a_monthly", _hesbaye),
+    "herault": ("herault_safe_2018", _herault),
 }
