@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from service.errors import Overloaded
@@ -46,14 +47,22 @@ class SharedJobFiles:
 
 
 @dataclass(kw_only=True)
-class FolderPass:
-    """The `SharedPass` of a shared folder."""
+class _JobPass:
+    """One pass of a job's run, and where its files are."""
 
     state: Path
+    """The state directory."""
     storage: Storage
     folder: Path
     """Folder of the run, in the state directory."""
+
+
+@dataclass(kw_only=True)
+class FolderPass(_JobPass):
+    """The `SharedPass` of a shared folder."""
+
     _stored: str = ""
+    """Key of the pass once it is stored."""
 
     def key(self, path: Path) -> str | None:
         """See `SharedPass`."""
@@ -72,23 +81,21 @@ class FolderPass:
 
 
 @dataclass(kw_only=True)
-class BucketPass:
-    """The `SharedPass` of a bucket."""
+class BucketPass(_JobPass):
+    """The `SharedPass` of a bucket; the folder of its run is this replica's own."""
 
-    state: Path
-    storage: Storage
-    folder: Path
-    """Folder of the run, on this replica."""
-    _job: str = ""
-    """Key of the job."""
-    _tree: str = ""
-    """Key of the pass's files."""
     _extra: dict[Path, str] = field(default_factory=dict)
     """Keys of files and folders that only this replica has."""
 
-    def __post_init__(self) -> None:
-        self._job = f"{JOBS_FOLDER}/{job_of(self.folder.parent)}"
-        self._tree = f"{self._job}/pass-{uuid.uuid4().hex}"
+    @cached_property
+    def _job(self) -> str:
+        """Key of the job."""
+        return f"{JOBS_FOLDER}/{job_of(self.folder.parent)}"
+
+    @cached_property
+    def _tree(self) -> str:
+        """Key of the pass's files."""
+        return f"{self._job}/pass-{uuid.uuid4().hex}"
 
     def key(self, path: Path) -> str | None:
         """See `SharedPass`."""

@@ -141,7 +141,7 @@ class _Builder:
         kind: str,
         inputs: Sequence[str],
         output: str | Sequence[str],
-        **options: Any,  # noqa: ANN401
+        **options: Any,  # noqa: ANN401 - attributes of the operator
     ) -> str:
         """Add a node and return the name of its first output, which is the node's name, too."""
         outputs = [output] if isinstance(output, str) else list(output)

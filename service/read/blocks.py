@@ -246,7 +246,7 @@ class RemoteFile:
         return opened
 
     def save(self) -> Path:
-        """Write what `load` needs beside the local file; it was opened in part, and `is_tagged`.
+        """Write what `load` needs beside the local file; it `can_wait`.
 
         Returns:
             The description.
@@ -276,9 +276,13 @@ class RemoteFile:
         _write(self.path, self._known.parts, self.images, self._end)
 
     @property
-    def is_tagged(self) -> bool:
-        """Whether a later request finds out that the file was replaced, by its strong ETag."""
-        return _is_strong(self._tag)
+    def can_wait(self) -> bool:
+        """Whether its blocks may be fetched later.
+
+        It was opened in part, and by its strong ETag a later request finds out that it was
+        replaced.
+        """
+        return not self.whole and _is_strong(self._tag)
 
     @property
     def whole(self) -> bool:

@@ -51,7 +51,8 @@ _ALIKE_PIXELS = 50
 _ALIKE_DATES = 8
 _OFFSET_TOLERANCE = 0.03
 # The dark end of blue and of red of a date with the offset lies 0.1 above that of the dates near
-# it. From the first distance on nothing is applied, from the second distance on nothing is said.
+# it. A date that misses this by more than the first distance is not corrected; one that misses it
+# by more than the second is not warned of either.
 _DOUBTFUL_TOLERANCE = 0.04
 # With the offset, no pixel is below 0.1, except for reflectance below 0. Clouds hide the dark end
 # of clear pixels, but their shadows show it: a few of all pixels, also cloudy ones, are enough.

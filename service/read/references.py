@@ -112,7 +112,7 @@ async def fetch_items(
                 else:
                     remote = RemoteFile(remote=at, path=path, hint=_SIGN)
                     await remote.open(web)
-                    if on_demand and remote.is_tagged and not remote.whole:
+                    if on_demand and remote.can_wait:
                         description = await to_thread.run_sync(remote.save)
                     elif not remote.whole:
                         parts.append(remote)

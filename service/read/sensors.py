@@ -39,17 +39,15 @@ class Sensor:
 
 _OLI = {1: "B01", 2: "B02", 3: "B03", 4: "B04", 5: "B08", 6: "B11", 7: "B12"}
 _TM = {1: "B02", 2: "B03", 3: "B04", 4: "B08", 5: "B11", 7: "B12"}
-_LANDSAT = {"name": "landsat", "scale": 0.0000275, "offset": -0.2}
 SENTINEL_2 = Sensor(name="sentinel-2", label="Sentinel-2")
 HLS_S30 = Sensor(name="hls", label="HLS S30", scale=0.0001, also=("sentinel-2",))
 HLS_L30 = Sensor(name="hls", label="HLS L30", bands=_OLI, scale=0.0001, also=("landsat",))
-OLI = Sensor(label="Landsat 8 or 9", bands=_OLI, **_LANDSAT)  # type: ignore[arg-type]
-TM = Sensor(label="Landsat 4 to 7", bands=_TM, **_LANDSAT)  # type: ignore[arg-type]
-LANDSAT = Sensor(label="Landsat", bands={}, **_LANDSAT)  # type: ignore[arg-type]
+LANDSAT = Sensor(name="landsat", label="Landsat", bands={}, scale=0.0000275, offset=-0.2)
+OLI = replace(LANDSAT, label="Landsat 8 or 9", bands=_OLI)
+TM = replace(LANDSAT, label="Landsat 4 to 7", bands=_TM)
 # Analysis-ready Landsat of others, such as FORCE and Digital Earth Australia: reflectance x 10,000.
-_SCALED = {"name": "landsat", "scale": 0.0001}
-OLI_SCALED = Sensor(label="Landsat 8 or 9", bands=_OLI, **_SCALED)  # type: ignore[arg-type]
-TM_SCALED = Sensor(label="Landsat 4 to 7", bands=_TM, **_SCALED)  # type: ignore[arg-type]
+OLI_SCALED = replace(OLI, scale=0.0001, offset=0.0)
+TM_SCALED = replace(TM, scale=0.0001, offset=0.0)
 MODIS = Sensor(
     name="modis",
     label="MODIS",

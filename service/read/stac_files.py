@@ -302,13 +302,13 @@ def _left_for_later(scenes: Sequence[_Scene], windows: _Windows) -> tuple[list[_
 
     def described(piece: _Piece) -> _Piece:
         remote = piece.remote
-        if remote is None or remote.whole or not remote.is_tagged:
+        if remote is None or not remote.can_wait:
             return piece
         return replace(piece, file=replace(piece.file, remote=remote.save()))
 
     return (
         [replace(s, pieces=tuple(map(described, s.pieces))) for s in scenes],
-        [(remote, window) for remote, window in windows if not remote.is_tagged],
+        [(remote, window) for remote, window in windows if not remote.can_wait],
     )
 
 

@@ -96,31 +96,33 @@ def _check_schema(database: sqlite3.Connection, name: str) -> None:
     tables = []
     for kind, one, sql in schema:
         if kind == "view":
-            _reject(name, f"the view '{one:.60}'", "export the layer to a new file")
+            _reject(name, f"the view '{one:.60}'")
         if kind != "table":
             continue
         words = str(sql).split(maxsplit=6)
         if [word.upper() for word in words[:2]] != ["CREATE", "VIRTUAL"]:
             tables.append(one)
         elif "RTREE" not in str(sql).upper():
-            _reject(name, f"the virtual table '{one:.60}'", "export the layer to a new file")
+            _reject(name, f"the virtual table '{one:.60}'")
     if len(tables) > _MAX_TABLES:
-        _reject(name, f"more than {_MAX_TABLES} tables", "export the layer to a new file")
+        _reject(name, f"more than {_MAX_TABLES} tables")
     for table in tables:
         for column in database.execute("SELECT * FROM pragma_table_xinfo(?)", (table,)):
             _, label, _, _, default, _, hidden = column
             what = f"of the column '{label:.60}' of the table '{table:.60}'"
             if hidden in _GENERATED:
-                _reject(name, f"the generated values {what}", "export the layer to a new file")
+                _reject(name, f"the generated values {what}")
             if default is not None and len(str(default)) > _MAX_DEFAULT:
-                _reject(name, f"a long default {what}", "export the layer to a new file")
+                _reject(name, f"a long default {what}")
     (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
     if found != "ok":
         raise NotAVectorFile(f"'{name}' is a damaged GeoPackage: export the layer to a new file")
 
 
-def _reject(name: str, what: str, remedy: str) -> NoReturn:
-    raise NotAVectorFile(f"'{name}' holds {what}, which is not read: {remedy}")
+def _reject(name: str, what: str) -> NoReturn:
+    raise NotAVectorFile(
+        f"'{name}' holds {what}, which is not read: export the layer to a new file"
+    )
 
 
 def rows_at_once(path: Path, name: str, file: pyarrow.parquet.ParquetFile) -> int:

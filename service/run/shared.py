@@ -106,7 +106,7 @@ class Stored:
     key: str
 
 
-class Copies:
+class StoredFiles:
     """The stored files of one pass on a worker. Used by one thread at a time.
 
     Args:

@@ -34,7 +34,7 @@ from service.read.geotiff import BlockCache, SourceFile
 from service.read.on_demand import OnDemand
 from service.read.references import check_again
 from service.run.passes import Pass, Stages
-from service.run.shared import Copies, ReadStorage, Stored
+from service.run.shared import ReadStorage, Stored, StoredFiles
 from service.run.windows import Arrays
 from service.settings import Settings, SettingsError, project_version, read_settings
 from service.tracing import Attribute, Traces, span
@@ -195,7 +195,7 @@ class _OpenPass:
     """Held while the pass is read, and its files are copied from a bucket."""
     work: Pass | None = None
     """The pass once it was read."""
-    copies: Copies | None = None
+    files: StoredFiles | None = None
     free: list[tuple[ExitStack, Stages]] = field(default_factory=list)
     busy: int = 0
     """Number of windows being computed."""
@@ -350,8 +350,8 @@ class Workplace:
                         files.close()
                     except Exception:  # noqa: BLE001 - the other passes are closed in any case
                         _LOG.exception("files of a pass cannot be closed")
-                if one.copies is not None:
-                    one.copies.close()
+                if one.files is not None:
+                    one.files.close()
 
     def _unpacked(self, file: PassFile, into: _OpenPass, here: _Loaded) -> Pass:
         """The pass of a file, checked, with this worker's models and the job's files."""
@@ -374,18 +374,18 @@ class Workplace:
             raise self._refused(
                 f"reads other bytes in {file.key} in {storage.name} than the service has written"
             )
-        if into.copies is None:
-            into.copies = Copies(storage, settings.state_folder, self._scratch)
-        copies = into.copies
+        if into.files is None:
+            into.files = StoredFiles(storage, settings.state_folder, self._scratch)
+        files = into.files
         try:
-            work: Pass = _Unpickler(io.BytesIO(content), self, here.engine, copies).load()
-            copies.bring(work.paths)
+            work: Pass = _Unpickler(io.BytesIO(content), self, here.engine, files).load()
+            files.bring(work.paths)
         except Overloaded as error:
             raise self._refused(f"cannot read the job's files: {error}") from error
         try:
             check_again(
                 [SourceFile(name=path.name, path=path) for path in work.paths],
-                copies.root,
+                files.root,
                 settings.allowed_roots,
             )
         except ForbiddenReference as error:
@@ -414,7 +414,7 @@ class Workplace:
             )
         return storage
 
-    def model(self, wanted: ModelReference, engine: Engine, copies: Copies) -> LoadedModel:
+    def model(self, wanted: ModelReference, engine: Engine, files: StoredFiles) -> LoadedModel:
         """The worker's model of a reference.
 
         Raises:
@@ -423,7 +423,7 @@ class Workplace:
         name = wanted.id.partition("@")[0]
         found = engine.models.get(name)
         if wanted.key is not None:
-            found = self._own_model(wanted, copies.path(wanted.key), engine, copies)
+            found = self._own_model(wanted, files.path(wanted.key), engine, files)
         if found is None:
             why = engine.refused.get(name, "no bundle has that name")
             raise self._refused(f"does not have model {wanted}, which the service has: {why}")
@@ -436,12 +436,12 @@ class Workplace:
         return found
 
     def _own_model(
-        self, wanted: ModelReference, folder: Path, engine: Engine, copies: Copies
+        self, wanted: ModelReference, folder: Path, engine: Engine, files: StoredFiles
     ) -> LoadedModel:
         """A model that a caller has made; its bundle is in the storage."""
         key = str(wanted)
         if key not in self._own:
-            copies.bring([folder])
+            files.bring([folder])
             try:
                 self._own[key] = engine.load(load_bundle(folder))
             except (BundleError, OSError) as error:
@@ -474,14 +474,16 @@ class _Pickler(pickle.Pickler):
 class _Unpickler(pickle.Unpickler):
     """Finds a worker's models and files in the place of references."""
 
-    def __init__(self, file: io.BytesIO, place: Workplace, engine: Engine, copies: Copies) -> None:
+    def __init__(
+        self, file: io.BytesIO, place: Workplace, engine: Engine, files: StoredFiles
+    ) -> None:
         super().__init__(file)
         self._place = place
         self._engine = engine
-        self._copies = copies
+        self._files = files
 
     def persistent_load(self, reference: Any) -> LoadedModel | Path:  # noqa: ANN401 - see `pickle`
         """See `pickle`."""
         if isinstance(reference, Stored):
-            return self._copies.path(reference.key)
-        return self._place.model(reference, self._engine, self._copies)
+            return self._files.path(reference.key)
+        return self._place.model(reference, self._engine, self._files)
