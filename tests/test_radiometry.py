@@ -92,6 +92,26 @@ def test_the_message_says_the_median(tmp_path: Path) -> None:
         calibrate(opened([file], scale=1.0))
 
 
+@pytest.mark.parametrize("hidden", [0, 1, 150])
+def test_the_message_says_the_median_of_the_clear_pixels_of_the_date(
+    tmp_path: Path, hidden: int
+) -> None:
+    rng = np.random.default_rng(hidden)
+    files, pixels = [], np.empty((4, 20, 20), np.uint16)
+    for n, day in enumerate(("20210105", "20210115", "20210125", "20210205", "20210215")):
+        pixels = rng.uniform(200, 4000, (4, 20, 20)).astype(np.uint16) * (10 if n == 4 else 1)
+        pixels[3] = 4
+        pixels[3].flat[:hidden] = 9
+        files.append(write(tmp_path / f"{day}.tif", pixels, descriptions=(*BANDS, "SCL")))
+    median = np.median(pixels[:3].reshape(3, -1)[:, hidden:]) / 10_000
+    with pytest.raises(ImplausibleReflectance) as caught:
+        calibrate(opened(files))
+    assert "'20210215.tif' (2021-02-15): the median of its clear" in caught.value.detail
+    stated = re.search(r"sampled is ([\d.]+), outside", caught.value.detail)
+    assert stated
+    assert float(stated[1]) == pytest.approx(median, abs=0.001)  # it has four digits
+
+
 @pytest.mark.parametrize("level", [-0.19, 0.0001, 0.9, 1.59])
 def test_snow_and_shadow_are_plausible(tmp_path: Path, level: float) -> None:
     pixels = np.full((3, 5, 5), level, np.float32)

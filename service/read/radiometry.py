@@ -204,8 +204,7 @@ def calibrate(
         warnings += [
             *_dark(sample, values),
             *_like_landsat(sample, values),
-            *_one_dark(sample, values),
-            *_one_bright(sample, values),
+            *_other_units(sample, values),
             *_swapped(sample, values),
         ]
     corrected = _with_planes(stack, sample)
@@ -346,14 +345,56 @@ def _dark_bands(sample: _Sample) -> list[int]:
     return [sample.bands.index(name) for name in ("B02", "B04") if name in sample.bands]
 
 
-def _percentiles(sample: _Sample, q: float) -> NDArray[np.float64]:
-    """A percentile of the clear reflectance of the dark bands (T, 2), NaN without enough pixels."""
-    values, bands = sample.values(), _dark_bands(sample)
-    found = np.full((len(values), len(bands)), np.nan)
-    for t, valid in enumerate(sample.valid):
-        if valid.sum() >= _FEWEST_CLEAR:
-            found[t] = np.percentile(values[t][bands][:, valid], q, axis=1)
+def _percentiles(sample: _Sample, *qs: float) -> NDArray[np.float64]:
+    """Percentiles of the clear reflectance of the dark bands (Q, T, 2), by date.
+
+    NaN for a date without enough clear pixels.
+    """
+    return _by_date(sample.values()[:, _dark_bands(sample)], sample.valid, *qs)
+
+
+def _by_date(values: Floats, valid: NDArray[np.bool_], *qs: float) -> NDArray[np.float64]:
+    """Percentiles of the clear values of each date and band, as `np.percentile` defines them.
+
+    All dates are sorted by one call: a call of `np.percentile` for each date takes longer than
+    reading a small raster.
+
+    Args:
+        values: numbers (T, C, N), not NaN where `valid`.
+        valid: usable pixels (T, N).
+        qs: the percentiles (Q), 0 to 100.
+
+    Returns:
+        (Q, T, C), NaN for a date with fewer than `_FEWEST_CLEAR` usable pixels.
+    """
+    ordered = np.sort(np.where(valid[:, None], values, np.float32(np.inf)), axis=2)
+    counts = valid.sum(axis=1)
+    dates = np.flatnonzero(counts >= _FEWEST_CLEAR)
+    last = counts[dates] - 1
+    found = np.full((len(qs), *values.shape[:2]), np.nan)
+    for n, q in enumerate(qs):
+        at = last * (q / 100)
+        below = np.floor(at).astype(np.intp)
+        lower = ordered[dates, :, below].astype(np.float64)
+        upper = ordered[dates, :, np.minimum(below + 1, last)].astype(np.float64)
+        found[n, dates] = lower + (upper - lower) * (at - below)[:, None]
     return found
+
+
+def _by_date_of_all_bands(values: Floats, valid: NDArray[np.bool_], q: float) -> dict[int, float]:
+    """A percentile of the clear values of all bands together, by position of the date.
+
+    Args:
+        values: numbers (T, C, N), not NaN where `valid`.
+        valid: usable pixels (T, N).
+        q: the percentile, 0 to 100.
+
+    Returns:
+        The percentile of each date with at least `_FEWEST_CLEAR` usable pixels.
+    """
+    (found,) = _by_date(values.reshape(len(values), 1, -1), np.tile(valid, (1, values.shape[1])), q)
+    enough = np.flatnonzero(valid.sum(axis=1) >= _FEWEST_CLEAR)
+    return dict(zip(enough.tolist(), found[enough, 0].tolist(), strict=True))
 
 
 def _not_in_the_pixels(sample: _Sample) -> _Corrected:
@@ -364,8 +405,7 @@ def _not_in_the_pixels(sample: _Sample) -> _Corrected:
             groups[plane.offset, str(plane.offset_source)].append(t)
     if not groups:
         return sample, []
-    quarter = _percentiles(sample, 25)
-    dark = _percentiles(sample, _DARK_PERCENTILE)
+    quarter, dark = _percentiles(sample, 25, _DARK_PERCENTILE)
     warnings = []
     for (offset, source), ts in groups.items():
         against = [t for t in ts if (quarter[t] < _TOO_DARK).all()]
@@ -393,7 +433,8 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
     bands = _dark_bands(sample)
     if not ts or not bands:
         return sample, []
-    dark = _percentiles(sample, _DARK_PERCENTILE)
+    dark, *quartiles = _percentiles(sample, _DARK_PERCENTILE, 25, 75)
+    contrast = np.subtract(*reversed(quartiles))[:, -1]
     warnings: list[StackWarning] = []
     without = np.flatnonzero((dark < _NO_LONGER_DARK).any(axis=1)).tolist()
     for late in (False, True):
@@ -414,7 +455,7 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
             sample = sample.corrected(side, _with_offset(source))
             continue
         others = [t for t in known if t not in low]
-        above = _above_near(sample, dark, without)
+        above = _above_near(sample, dark, contrast, without)
         probable = [t for t in others if above[t] <= _OFFSET_TOLERANCE]
         with_offset = _above_others(sample, without, probable)
         if with_offset:  # some of the other dates may have the offset as well
@@ -442,13 +483,17 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
 
 
 def _above_near(
-    sample: _Sample, dark: NDArray[np.float64], without: Sequence[int]
+    sample: _Sample,
+    dark: NDArray[np.float64],
+    contrast: NDArray[np.float64],
+    without: Sequence[int],
 ) -> NDArray[np.float64]:
     """How far the dark end of each date is from 0.1 above that of dates near it, reflectance.
 
     Args:
         sample: the sample.
         dark: the dark end of the dark bands (T, 2), NaN without enough pixels.
+        contrast: interquartile range of the last dark band (T), NaN without enough pixels.
         without: positions of dates without the offset, on the sample's T axis.
 
     Returns:
@@ -458,7 +503,6 @@ def _above_near(
     values, bands = sample.values(), _dark_bands(sample)
     days = _day_numbers(sample)
     distance = np.full(len(values), np.inf)
-    contrast = np.subtract(*(_percentiles(sample, q)[:, -1] for q in (75, 25)))
     if not without or len(bands) < 2:  # in a single band, haze has the same effect as the offset
         return distance
     for t, own in enumerate(values[:, bands]):
@@ -626,11 +670,7 @@ def _check_medians(sample: _Sample, values: Floats) -> None:
             f"with scale {plane.scale:g} and offset {plane.offset:g} (stored: {stored:.6g}); "
             f"{_likely_fix(stored, plane)}"
         )
-    medians = {
-        t: float(np.median(values[t][:, valid]))
-        for t, valid in enumerate(sample.valid)
-        if valid.sum() >= _FEWEST_CLEAR
-    }
+    medians = _by_date_of_all_bands(values, sample.valid, 50)
     for t, own in medians.items():
         if low <= own <= high:
             continue
@@ -690,8 +730,8 @@ def _like_landsat(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
         )
 
 
-def _one_dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
-    """The warning that files have smaller units than the others, such as per cent."""
+def _other_units(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+    """The warnings that files are in smaller or larger units than the others, such as per cent."""
     levels, usual = _levels(sample, values)
     ts = [t for t, level in levels.items() if level < min(_DARK_DATE, _DARKER_THAN_OTHERS * usual)]
     if ts:
@@ -702,11 +742,6 @@ def _one_dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
             "seems to be in other units than the others; give `scale` from a date on, or leave "
             "the file out",
         )
-
-
-def _one_bright(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
-    """The warning that files have larger units than the others, but a plausible median."""
-    levels, usual = _levels(sample, values)
     least = max(_BRIGHT_DATE, _BRIGHTER_THAN_OTHERS * usual)
     ts = [t for t, level in levels.items() if usual and level > least]
     if ts:
@@ -721,11 +756,7 @@ def _one_bright(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
 
 def _levels(sample: _Sample, values: Floats) -> tuple[dict[int, float], float]:
     """The brightest tenth of each date's clear values, and its median; 0 with few dates."""
-    levels = {
-        t: _bright(values[t][:, valid])
-        for t, valid in enumerate(sample.valid)
-        if valid.sum() >= _FEWEST_CLEAR
-    }
+    levels = _by_date_of_all_bands(np.abs(values), sample.valid, _BRIGHT_PERCENTILE)
     return levels, float(np.median(list(levels.values()))) if len(levels) > 2 else 0.0
 
 
