@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Literal, TypeVar, cast, overload
+from xml.sax.saxutils import quoteattr
 
 from pimc_client import analysis
 from pimc_client.geotiff import GeoTIFF, Transform, read_array, read_header
@@ -134,6 +135,26 @@ def legend_class(document: Mapping[str, Any]) -> LegendClass:
     )
 
 
+def qgis_style(legend: Iterable[LegendClass]) -> str:
+    """The QGIS style (QML) of a class map, for QGIS 3.22 and later.
+
+    A TIFF's colour table has 256 entries and no names, and only GDAL 3.12 and later read the
+    names from the file. With the style, QGIS lists the classes and nothing else.
+    """
+    entries = "".join(
+        f'<paletteEntry value="{c.value}" color={quoteattr(c.color)} label={quoteattr(c.name)} '
+        'alpha="255"/>'
+        for c in legend
+    )
+    return (
+        "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
+        '<qgis version="3.22" styleCategories="Symbology"><pipe>'
+        '<rasterrenderer type="paletted" band="1" opacity="1" alphaBand="-1" nodataColor="">'
+        f"<colorPalette>{entries}</colorPalette></rasterrenderer>"
+        "</pipe><blendMode>0</blendMode></qgis>\n"
+    )
+
+
 class Raster(_Result):
     """A GeoTIFF, as the server wrote it.
 
@@ -208,7 +229,11 @@ class Raster(_Result):
         shutil.copyfileobj(self._file, file)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file; an existing file is replaced only by a complete one."""
+        """Write the file; an existing file is replaced only by a complete one.
+
+        Beside a class map lies a style of the same name (`.qml`), from which QGIS takes the names
+        and colours of the classes; an existing style is kept.
+        """
         target = Path(path)
         part = target.with_name(f"{target.name}.part")
         try:
@@ -217,6 +242,9 @@ class Raster(_Result):
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
+        style = target.with_suffix(".qml")
+        if self.legend and self.header.count == 1 and not style.exists():
+            style.write_text(qgis_style(self.legend.values()), encoding="utf-8")
         return target
 
     def to_xarray(self) -> xarray.DataArray:

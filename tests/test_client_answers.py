@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import xml.etree.ElementTree as ET
 from datetime import date
 
 import httpx
@@ -83,9 +84,26 @@ def test_a_class_map(kind, tmp_path):
     assert raster.header.colors[1] == "#ffff4c"
     saved = raster.save(tmp_path / "classes.tif")
     assert saved.read_bytes() == content
-    assert [p.name for p in tmp_path.iterdir()] == ["classes.tif"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["classes.qml", "classes.tif"]
     with rasterio.open(saved) as file:
         np.testing.assert_array_equal(file.read(1), raster.array)
+
+
+@KINDS
+def test_a_class_map_is_saved_with_the_style_of_qgis(kind, tmp_path):
+    raster = request(kind, "classify_pixels", classes(PIMC_LEGEND=json.dumps(LEGEND)))
+    raster.save(tmp_path / "classes.tif")
+    style = ET.fromstring((tmp_path / "classes.qml").read_text())  # noqa: S314 - ours
+    assert [
+        (e.get("value"), e.get("color"), e.get("label")) for e in style.iter("paletteEntry")
+    ] == [
+        ("0", "#006400", "Tree cover"),
+        ("1", "#ffff4c", "Grass & herbs"),
+    ]
+    # The user's own style stays.
+    (tmp_path / "classes.qml").write_text("mine")
+    raster.save(tmp_path / "classes.tif")
+    assert (tmp_path / "classes.qml").read_text() == "mine"
 
 
 @KINDS
