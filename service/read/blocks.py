@@ -36,6 +36,7 @@ import httpx
 from service.errors import BodyTooLarge, PIMCError, UnreachableReference
 from service.grid import Window
 from service.read.connect import Connections, Remote
+from service.read.jp2_guard import SIGNATURE as JP2_SIGNATURE
 from service.read.tiff_guard import Entry, Form, directories, small, value
 from service.settings import HostRule
 
@@ -484,7 +485,15 @@ class RemoteFile:
     async def _receive_rest(self, web: Connections, known: _Known) -> None:
         first = known.parts[0][1]
         if known.size > len(first) + web.left:
-            raise web.too_large(self.remote)
+            if not first.startswith(JP2_SIGNATURE):
+                raise web.too_large(self.remote)
+            raise BodyTooLarge(
+                f"{self.remote.field}: '{self.remote.host}' has this file as JPEG 2000, of which "
+                f"the server reads no part without the whole ({known.size} bytes); only "
+                f"{web.left} bytes of the largest allowed size are left. Take the same image as a "
+                "GeoTIFF, of which only the area is read (Earth Search and Planetary Computer "
+                "have Sentinel-2 as COGs), or request fewer dates"
+            )
         async with AsyncExitStack() as stack:
             response = None
             if len(first) < known.size:
