@@ -74,11 +74,64 @@ def test_names_of_providers() -> None:
         keys(item({"blue": {}, "rededge1": {}, "nir": {}, "red": {"roles": ["thumbnail"]}}))
 
 
+def test_names_of_data_cubes() -> None:
+    # Digital Earth Australia names bands as its measurements; Brazil Data Cube counts `eo:bands`.
+    names = ("nbart_blue", "nbart_red", "nbart_nir_1", "nbart_nir_2", "oa_fmask")
+    dea = {name: {"eo:bands": [{"name": name}]} for name in names}
+    assert keys(item(dea, platform="sentinel-2a")) == [*names[:3], "oa_fmask"]
+    cube = {band: {"eo:bands": [n]} for n, band in enumerate((*BANDS, "SCL", "CLEAROB"))}
+    assert keys(item(cube)) == [*BANDS, "SCL"]
+    terrascope = {f"TOC-{band}_10M": {} for band in BANDS} | {"SCENECLASSIFICATION_20M": {}}
+    assert keys(item(terrascope, platform="sentinel-2b")) == list(terrascope)
+
+
+def test_numbers_of_another_sensor_without_common_names() -> None:
+    """NASA's items of HLS have none, and its band 5 of Landsat is near infrared."""
+    l30 = item({"B02": {}, "B04": {}, "B05": {}, "Fmask": {}})
+    assert keys({**l30, "id": "HLS.L30.T31UES.2021121T104421.v2.0"}) == [
+        "B02",
+        "B04",
+        "B05",
+        "Fmask",
+    ]
+    s30 = item({"B02": {}, "B04": {}, "B05": {}, "B8A": {}, "Fmask": {}})
+    assert keys({**s30, "id": "HLS.S30.T31UES.2021121T104421.v2.0"}) == [
+        "B02",
+        "B04",
+        "B8A",
+        "Fmask",
+    ]
+    five = item({"SR_B1": {}, "SR_B3": {}, "SR_B4": {}, "SR_B6": {}, "QA_PIXEL": {}})
+    assert keys({**five, "id": "LT05_L2SP_198024_20100501_02_T1"}) == [
+        "SR_B1", "SR_B3", "SR_B4", "QA_PIXEL"
+    ]  # fmt: skip
+
+
+def test_a_band_that_the_item_names_is_not_renamed_by_its_number(tmp_path: Path) -> None:
+    """Landsat 5: B04 stands for red in the item's terms, and not for the sensor's fourth band."""
+    id_ = "LT05_L2SP_198024_20100501_02_T1"
+    assets, files = {}, []
+    for n, name in enumerate(("blue", "green", "red", "nir08"), start=1):
+        href = f"{id_}_SR_B{n}.TIF"
+        file = write(tmp_path / href, np.full((1, 4, 4), 10_000 + n, np.uint16))
+        files.append(file)
+        assets[name] = {"href": href, "eo:bands": [{"name": f"SR_B{n}", "common_name": name}]}
+    document = {**item(assets, platform="LANDSAT_5"), "id": id_}
+    (tmp_path / "item.json").write_text(json.dumps(document))
+    files.append(SourceFile(name="item.json", path=tmp_path / "item.json"))
+    stack = open_stack(files, StackOptions(), bands=BANDS, max_bytes=2**24)
+    names = [plane.source.name[-6:-4] for plane in stack.acquisitions[0].planes]
+    assert (names, stack.sensor) == (["B1", "B3", "B4"], "Landsat 4 to 7")
+    assert {(p.scale, p.offset) for p in stack.acquisitions[0].planes} == {(0.0000275, -0.2)}
+
+
 def test_masks_by_name() -> None:
     assets = {"blue": {}, "red": {}, "nir": {}, "scl": {}, "cloud": {"title": "probability"}}
     assert keys(item(assets)) == ["blue", "red", "nir", "scl"]
     assert keys(item(assets), "none") == ["blue", "red", "nir"]
-    assert keys(item(assets), "scl,cloud") == ["blue", "red", "nir", "scl", "cloud"]
+    assert keys(item(assets), "scl,cldprb") == ["blue", "red", "nir", "scl", "cloud"]
+    # `mask=cloud` is the mask from the series, not Earth Search's probability.
+    assert keys(item(assets), "scl,cloud") == ["blue", "red", "nir", "scl"]
 
 
 def test_several_bands_in_one_asset() -> None:
@@ -184,6 +237,8 @@ def test_an_item_beside_names_the_bands_of_its_file(tmp_path: Path) -> None:
         ({"s2:processing_baseline": "05.09", "earthsearch:boa_offset_applied": False}, -0.1, False),
         ({"s2:processing_baseline": "05.09", "earthsearch:boa_offset_applied": True}, 0.0, True),
         ({"s2:processing_baseline": "03.01"}, 0.0, True),
+        ({"sentinel:processing_baseline": "04.00"}, -0.1, False),
+        ({"sentinel:boa_offset_applied": True}, 0.0, True),
         ({"s2:processing_baseline": "03.01", "earthsearch:boa_offset_applied": False}, 0.0, True),
     ],
 )

@@ -25,9 +25,11 @@ from service.errors import BodyTooLarge, InvalidRequest, NotAGeoTIFF, StackWarni
 from service.read.geotiff import Georeference, Header, SourceFile, label
 from service.read.jp2_guard import SIGNATURE
 from service.read.metadata import band_of, quality_of, stem
+from service.read.sensors import ITEM_BAND
 from service.read.stac import (
     AssetBand,
     asset_bands,
+    band_numbers,
     contradiction,
     georeference_of_asset,
     item_tags,
@@ -279,14 +281,13 @@ class Product:
 
     def tags(self, name: str) -> dict[str, str]:
         """The metadata in the form of tags of one of the product's files."""
+        sensed = {"datatake_1_datatake_sensing_start": self.sensed} if self.sensed else {}
         band = band_of(stem(name))
-        if band not in _BAND_IDS:
-            return {}
-        tags = {"scale": f"{self.scale:g}", "offset": f"{self.offsets.get(band, 0.0):g}"}
+        if band not in _BAND_IDS:  # a mask
+            return sensed
+        tags = {"scale": f"{self.scale:g}", "offset": f"{self.offsets.get(band, 0.0):g}", **sensed}
         if self.baseline:
             tags["processing_baseline"] = self.baseline
-        if self.sensed:
-            tags["datatake_1_datatake_sensing_start"] = self.sensed
         return tags
 
 
@@ -369,7 +370,12 @@ def _stac_item(document: Mapping[str, Any], root: str) -> Item:
     for key, asset in (assets if isinstance(assets, dict) else {}).items():
         if not isinstance(asset, dict):
             continue
-        bands = asset_bands(asset, str(key), sentinel_2=of_sentinel_2(document))
+        bands = asset_bands(
+            asset,
+            str(key),
+            sentinel_2=of_sentinel_2(document),
+            numbers=band_numbers(document),
+        )
         by_name[str(asset.get("href", "")).partition("?")[0].rpartition("/")[2]] = Described(
             bands=bands,
             georeference=georeference_of_asset(document, asset),
@@ -477,6 +483,8 @@ def _as_described(header: Header, described: Described) -> Header:
         descriptions.append(own if band_of(own) or quality_of(own) else (band.name or own))
         nodata.append(band.nodata if header.nodata[n] is None else header.nodata[n])
         stated = {k: v for k, v in _band_tags(described, band).items() if k not in header.tags}
+        if band.name:
+            stated[ITEM_BAND] = band.name
         tags.append({**stated, **header.band_tags[n]})
     return replace(
         header, descriptions=tuple(descriptions), nodata=tuple(nodata), band_tags=tuple(tags)

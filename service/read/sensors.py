@@ -132,6 +132,8 @@ _BANDS: tuple[tuple[re.Pattern[str], Sensor], ...] = (
 )
 _NUMBER = re.compile(r"(?:^|[^0-9a-z])b(?:and)?[_ ]?0?(\d{1,2})(?=$|[^0-9a-z])", re.IGNORECASE)
 _NO_BAND = "not used"
+ITEM_BAND = "pimc:band"
+"""Tag of a band that a STAC item names, in Sentinel-2's terms whatever the sensor."""
 _NAME_TAGS = ("name", "band_name", "bandname")
 
 
@@ -145,9 +147,8 @@ def sensor_of(header: Header) -> tuple[Sensor, str] | None:
     words += [(header.tags[tag], f"its tag `{tag}`") for tag in _TAGS if tag in header.tags]
     for text, source in words:
         # Tags name sensors as file names do: "LANDSAT_8", "Sentinel-2A".
-        for pattern, sensor in _NAMES:
-            if pattern.search(text):
-                return _of_generation(sensor, header), source
+        if sensor := sensor_named(text):
+            return _of_generation(sensor, header), source
     described = [text for text in header.descriptions if text]
     for pattern, sensor in _BANDS:
         found = next((text for text in described if pattern.search(text)), None)
@@ -156,6 +157,17 @@ def sensor_of(header: Header) -> tuple[Sensor, str] | None:
     if {"green_i", "yellow"} <= {text.lower().replace(" ", "_") for text in described}:
         return PLANETSCOPE, "its bands"
     return None
+
+
+def sensor_named(text: str) -> Sensor | None:
+    """The sensor that a name of a product or satellite states; None if it states none."""
+    return next((sensor for pattern, sensor in _NAMES if pattern.search(text)), None)
+
+
+def band_number(text: str) -> int | None:
+    """The number in a band's name, such as `SR_B5`; None without one."""
+    numbers = _NUMBER.findall(text)
+    return int(numbers[-1]) if numbers else None
 
 
 def _of_generation(sensor: Sensor, header: Header) -> Sensor:
@@ -271,11 +283,13 @@ def in_sentinel_2_terms(header: Header, sensor: Sensor | None) -> Header:
 
 def _described(header: Header, at: int, bands: Mapping[int, str]) -> str | None:
     tags = header.band_tags[at]
+    if ITEM_BAND in tags:
+        return tags[ITEM_BAND]
     texts = [header.descriptions[at], *(tags.get(tag) for tag in _NAME_TAGS)]
     if header.count == 1:
         texts.append(PurePosixPath(header.name).stem)
     for text in texts:
-        numbers = _NUMBER.findall(text or "")
-        if numbers:
-            return bands.get(int(numbers[-1]), _NO_BAND)
+        number = band_number(text or "")
+        if number is not None:
+            return bands.get(number, _NO_BAND)
     return header.descriptions[at]

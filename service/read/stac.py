@@ -21,7 +21,8 @@ from rasterio.crs import CRS
 from service.errors import InvalidRequest, MissingBands, first_names
 from service.grid import CRSError, crs_of
 from service.read.masks import AUTO, MaskRule
-from service.read.metadata import TWINS, band_of, quality_of
+from service.read.metadata import CLDPRB, CLOUD, TWINS, band_of, quality_of
+from service.read.sensors import band_number, sensor_named
 
 Document = Mapping[str, Any]
 _ITEM_TAGS = (
@@ -29,7 +30,9 @@ _ITEM_TAGS = (
     "platform",
     "constellation",
     "s2:processing_baseline",
+    "sentinel:processing_baseline",  # Earth Search v0, Digital Earth Africa
     "earthsearch:boa_offset_applied",
+    "sentinel:boa_offset_applied",
 )
 _NO_IMAGE = frozenset({"thumbnail", "overview", "metadata"})
 _RASTER_TYPE = re.compile(r"image/(?:tiff|vnd\.stac\.geotiff|jp2|jpeg2000)\b", re.IGNORECASE)
@@ -125,7 +128,7 @@ class StacItem:
             present |= together.names
         if rules is None:
             rules = next(((rule,) for rule in AUTO if rule.band in present), ())
-        more = (*(rule.band for rule in rules), *optional)
+        more = (*(part.band for rule in rules for part in rule.parts), *optional)
         found += [single[band] for band in more if band in single]
         return tuple({asset.key: asset for asset in found}.values())
 
@@ -250,7 +253,7 @@ def read_item(document: object, field_name: str, base: str | None = None) -> Sta
         collection=str(collection) if collection else None,
         properties=properties,
         bbox=_bbox(document.get("bbox")),
-        assets=tuple(_assets(assets, of_sentinel_2(document), link or base)),
+        assets=tuple(_assets(assets, document, link or base)),
         link=link,
     )
 
@@ -273,7 +276,8 @@ def _bbox(value: object) -> tuple[float, float, float, float] | None:
     return float(value[0]), float(value[1]), float(value[half]), float(value[half + 1])
 
 
-def _assets(assets: Document, sentinel_2: bool, base: str | None) -> Iterator[Asset]:
+def _assets(assets: Document, document: Document, base: str | None) -> Iterator[Asset]:
+    sentinel_2, numbers = of_sentinel_2(document), band_numbers(document)
     for key, asset in assets.items():
         if not isinstance(asset, Mapping):
             continue
@@ -284,7 +288,7 @@ def _assets(assets: Document, sentinel_2: bool, base: str | None) -> Iterator[As
         kind, name = str(asset.get("type", "")), urlsplit(href).path
         if not (_RASTER_TYPE.match(kind) or _RASTER_NAME.search(name)):
             continue
-        bands = asset_bands(asset, str(key), sentinel_2=sentinel_2)
+        bands = asset_bands(asset, str(key), sentinel_2=sentinel_2, numbers=numbers)
         yield Asset(
             key=str(key),
             href=href,
@@ -334,6 +338,15 @@ def of_sentinel_2(document: Document) -> bool:
     return any("sentinel-2" in str(text).lower() for text in texts)
 
 
+def band_numbers(document: Document) -> Mapping[int, str] | None:
+    """The bands of an item's sensor by number; None if its numbers are Sentinel-2's, or unknown."""
+    properties = document.get("properties")
+    stated = properties if isinstance(properties, Mapping) else {}
+    texts = (document.get("id"), document.get("collection"), stated.get("platform"))
+    sensor = next((found for text in texts if (found := sensor_named(str(text)))), None)
+    return sensor.bands if sensor else None
+
+
 def item_tags(document: Document) -> dict[str, str]:
     """The metadata of all rasters of an item, in the form of a file's tags."""
     properties = document.get("properties")
@@ -358,15 +371,18 @@ def contradiction(tags: Mapping[str, str], bands: Iterable[AssetBand]) -> str | 
     """
     if not any(float(band.tags.get("offset", 0)) for band in bands):
         return None
-    if tags.get("earthsearch:boa_offset_applied", "").lower() == "true":
-        return "earthsearch:boa_offset_applied is true"
-    baseline = tags.get("s2:processing_baseline", "")
-    if _BASELINE.fullmatch(baseline) and float(baseline) < _BASELINE_WITH_OFFSET:
-        return f"s2:processing_baseline is {baseline}, before the first with an offset"
+    for key, value in tags.items():
+        if key.endswith(":boa_offset_applied") and value.lower() == "true":
+            return f"{key} is true"
+        before = _BASELINE.fullmatch(value) and float(value) < _BASELINE_WITH_OFFSET
+        if key.endswith(":processing_baseline") and before:
+            return f"{key} is {value}, before the first with an offset"
     return None
 
 
-def asset_bands(asset: Document, key: str, *, sentinel_2: bool) -> tuple[AssetBand, ...]:
+def asset_bands(
+    asset: Document, key: str, *, sentinel_2: bool, numbers: Mapping[int, str] | None = None
+) -> tuple[AssetBand, ...]:
     """The bands of an asset: names, scale, offset and nodata.
 
     STAC 1.0 has two lists, `eo:bands` and `raster:bands`. STAC 1.1 has `bands`, whose properties
@@ -376,6 +392,7 @@ def asset_bands(asset: Document, key: str, *, sentinel_2: bool) -> tuple[AssetBa
         asset: the asset's JSON object.
         key: name of the asset in the item.
         sentinel_2: whether names such as B04 take precedence over common names such as red.
+        numbers: the bands of another sensor by number, for assets without a common name.
     """
     lists = [asset.get(name) for name in ("eo:bands", "raster:bands", "bands")]
     known = [one for one in lists if isinstance(one, list)]
@@ -389,7 +406,9 @@ def asset_bands(asset: Document, key: str, *, sentinel_2: bool) -> tuple[AssetBa
                 stated |= one[n]
         bands.append(
             AssetBand(
-                name=_name(stated, key if count <= 1 else "", sentinel_2=sentinel_2),
+                name=_name(
+                    stated, key if count <= 1 else "", sentinel_2=sentinel_2, numbers=numbers
+                ),
                 tags=_calibration(stated),
                 nodata=_number(stated.get("nodata")),
             )
@@ -397,13 +416,21 @@ def asset_bands(asset: Document, key: str, *, sentinel_2: bool) -> tuple[AssetBa
     return tuple(bands)
 
 
-def _name(stated: Document, key: str, *, sentinel_2: bool) -> str | None:
+def _name(
+    stated: Document, key: str, *, sentinel_2: bool, numbers: Mapping[int, str] | None
+) -> str | None:
     common = stated.get("eo:common_name") or stated.get("common_name")
     texts = [stated.get("name"), key, common]
     if common and not sentinel_2:  # another sensor's numbers are those of other bands
         texts = [common]
     known = [text for text in texts if isinstance(text, str)]
-    return next((band for text in known if (band := band_of(text) or quality_of(text))), None)
+    if numbers is not None and not common:
+        numbered = next((n for text in known if (n := band_number(text)) is not None), None)
+        if numbered is not None:
+            return numbers.get(numbered)
+    found = next((band for text in known if (band := band_of(text) or quality_of(text))), None)
+    # Earth Search's asset `cloud` is MSK_CLDPRB; only files of sits have a band CLOUD of classes.
+    return CLDPRB if found == CLOUD else found
 
 
 def _calibration(stated: Document) -> dict[str, str]:
