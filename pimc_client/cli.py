@@ -157,7 +157,8 @@ Mask = Annotated[
         "--mask",
         help="How cloudy pixels are identified: auto (default) by the masks in the files, none "
         "only by nodata, or comma-separated rules: scl, fmask, qa_pixel, clm, qai, udm2, cloud, "
-        "cldprb:40, qa60. If the files hold no mask, cloud computes one from the series.",
+        "cldprb:40, clp:40, cs:60, qa60 and others. If the files hold no mask, cloud computes one "
+        "from the series.",
     ),
 ]
 SensorOption = Annotated[

@@ -53,6 +53,20 @@ def bits(*numbers: int) -> int:
         (masks.udm2, [1], [0, 255]),
         (masks.qa60, [0, 1, bits(9)], [1024, 2048, 3072]),
         (masks.cldprb, [0, 1, 39], [40, 41, 100, 255]),
+        (masks.probability, [0, 2, 39], [40, 41, 100, 255]),
+        (masks.RULES["clp"][1], [0, 2, 101], [102, 103, 254, 255, 300]),
+        (masks.classi, [0], [1, 255]),
+        (masks.s2cloudless, [1], [0, 2, 255]),
+        (masks.cfmask, [0, 1], [2, 3, 4, 255]),
+        # The usual numbers of Landsat 8 (322 clear, 324 water) and of Landsat 5 (66, 68).
+        (
+            masks.pixel_qa,
+            [66, 68, 130, 322, 324, 386],
+            [0, 1, 72, 80, 96, 224, 328, 336, 352, 834, 836, 1346],
+        ),
+        (masks.udm, [0], [1, 2, 3, 4, 255]),
+        (masks.no_cloud, [0], [1, 2, 3, 255]),
+        (masks.usable, [1, 2, 255], [0]),
         (masks.alpha, [1, 255], [0]),
     ],
 )
@@ -64,6 +78,21 @@ def test_numbers_are_decoded_as_their_provider_defines(
         assert not decode(np.array(unclear, dtype)).any(), dtype
     if decode is not masks.alpha:
         assert not decode(np.array([np.nan], np.float32)).any()
+
+
+def test_shares_of_one_are_read_as_such() -> None:
+    shares = np.array([0.0, 0.02, 0.39, 0.41, 0.99, 1.0, np.nan, -1.0], np.float32)
+    clear = [True, True, True, False, False, False, False, False]
+    assert masks.probability(shares).tolist() == clear
+    assert masks.probability(shares, full=255).tolist() == clear
+
+
+def test_cloud_score_counts_from_its_limit_on() -> None:
+    scores = np.array([0.0, 0.59, 0.6, 0.61, 1.0, 1.5, np.nan], np.float32)
+    assert masks.cloud_score(scores).tolist() == [False, False, True, True, True, False, False]
+    assert masks.cloud_score(scores, limit=61).tolist()[2:4] == [False, True]
+    # No provider defines integers.
+    assert not masks.cloud_score(np.array([0, 1, 60, 100], np.uint8)).any()
 
 
 def test_the_limit_of_cldprb_is_that_of_the_request() -> None:
@@ -84,7 +113,7 @@ def test_a_name_with_two_meanings_is_decoded_by_the_file() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["clouds", "scl,clouds", "scl:3", "cldprb:x", "cldprb:0", "none,scl"]
+    "text", ["clouds", "scl,clouds", "scl:3", "cldprb:x", "cldprb:0", "clp:101", "none,scl"]
 )
 def test_an_unknown_mask_is_an_error_that_names_it(text: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -135,21 +164,40 @@ SEEN = [[True, False], [False, True]]
     ("name", "kind", "numbers", "rule"),
     [
         ("HLS.S30.T31UES.{day}.v2.0.{band}.tif", "Fmask", [64, 2, 8, 224], "fmask"),
+        ("HLS.S30.T31UES.{day}.v1.4.{band}.tif", "QA", [64, 2, 8, 224], "fmask"),
         ("{day}T104421_T31UES.{band}.tif", "QA60", [0, 1024, 2048, 0], "qa60"),
-        ("T31UES_{day}T104421_{band}_20m.tif", "MSK_CLDPRB", [0, 80, 40, 10], "cldprb"),
+        ("T31UES_{day}T104421_{band}_20m.tif", "MSK_CLDPRB", [0, 80, 40, 10], "cldprb:40"),
         ("SENTINEL2B_{day}-104021-455_L2A_{band}.tif", "CLM_R1", [0, 3, 32, 0], "clm"),
         ("{day}_LEVEL2_SEN2B_{band}.tif", "QAI", [0, 6, 8, 32], "qai"),
         ("LC08_L2SP_195025_{day}_SR_{band}.tif", "QA_PIXEL", [21824, 22280, 2, 21952], "qa_pixel"),
         ("SENTINEL-2_MSI_31UES_{band}_{day}.tif", "CLOUD", [4, 8, 3, 6], "cloud"),
         ("T31UES_{day}T104421_{band}.tif", "SCL", [4, 8, 3, 6], "scl"),
+        ("{day}T104421_{band}.tif", "cs_cdf", [0.9, 0.1, 0.5, 0.6], "cs:60"),
+        ("S2L2A_{day}_{band}.tif", "CLP", [0, 200, 102, 100], "clp:40"),
+        ("{day}T104421_T31UES_{band}.tif", "probability", [0, 90, 40, 39], "probability:40"),
+        ("ga_s2am_ard_3_{day}_{band}.tif", "oa_s2cloudless_mask", [1, 2, 0, 1], "s2cloudless"),
+        (
+            "ga_s2am_ard_3_{day}_{band}.tif",
+            "oa_s2cloudless_prob",
+            [0, 0.9, 1, 0.1],
+            "probability:40",
+        ),
+        ("T31UES_{day}T104421_{band}.tif", "MSK_CLASSI_B00", [0, 1, 1, 0], "msk_classi"),
+        ("LC08_L1TP_195025_{day}_01_T1_{band}.tif", "pixel_qa", [322, 352, 328, 324], "pixel_qa"),
+        ("LC08_L1TP_195025_{day}_T1_{band}.tif", "cfmask", [0, 4, 2, 1], "cfmask"),
+        ("{day}_103422_1020_3B_{band}.tif", "DN_udm", [0, 1, 2, 0], "udm"),
+        ("S2_{day}_{band}.tif", "cloud_mask", [0, 1, 3, 0], "cloud_mask"),
+        ("S2_{day}_{band}.tif", "valid", [1, 0, 0, 255], "valid"),
     ],
 )
 def test_a_mask_in_another_file_is_used(
     tmp_path: Path, name: str, kind: str, numbers: list[int], rule: str
 ) -> None:
-    files = beside(tmp_path, name, kind, np.array(numbers, np.uint16).reshape(2, 2))
+    dtype = np.uint16 if all(float(number).is_integer() for number in numbers) else np.float32
+    files = beside(tmp_path, name, kind, np.array(numbers, dtype).reshape(2, 2))
     stack = opened(files)
-    assert (stack.mask, stack.warnings) == (rule, ())
+    assumed = ["mask_assumed"] if rule in masks.ASSUMED else []
+    assert (stack.mask, [w.code for w in stack.warnings]) == (rule, assumed)
     assert valid(stack) == SEEN
     assert valid(opened(files, mask=rule)) == SEEN
     without = opened(files, mask="none")
@@ -169,6 +217,91 @@ def test_a_udm2_in_another_file_is_used(tmp_path: Path) -> None:
         files.append(write(tmp_path / f"{day}_3B_udm2.tif", mask))
     stack = opened(files)
     assert (stack.mask, valid(stack)) == ("udm2", SEEN)
+
+
+def test_the_three_bands_of_msk_classi_count_together(tmp_path: Path) -> None:
+    numbers = np.zeros((3, 2, 2), np.uint8)
+    numbers[0, 0, 1] = numbers[1, 1, 0] = numbers[2, 1, 1] = 1
+    files = beside(tmp_path, "T31UES_{day}T104421_{band}.tif", "B03", np.ones((2, 2), np.uint16))
+    files = [file for file in files if "B03" not in file.name]
+    for day in ("20210105", "20210115"):
+        folder = f"S2A_MSIL1C_{day}T104421_N0400_R008_T31UES_{day}T120000.SAFE/QI_DATA"
+        path = tmp_path / f"{day}.tif"
+        write(path, numbers)
+        files.append(SourceFile(name=f"{folder}/MSK_CLASSI_B00.jp2", path=path))
+        # Other masks of the product name bands, and hold none.
+        files.append(SourceFile(name=f"{folder}/MSK_QUALIT_B04.jp2", path=path))
+    stack = opened(files)
+    assert (stack.mask, valid(stack)) == ("msk_classi", [[True, False], [False, False]])
+    (warning,) = stack.warnings
+    assert "2 of 10 files not used" in warning.detail
+    assert "QI_DATA/MSK_QUALIT_B04.jp2': names no band that is understood" in warning.detail
+    # The same as bands, by the names of Earth Engine.
+    names = [*NEEDED, "MSK_CLASSI_OPAQUE", "MSK_CLASSI_CIRRUS", "MSK_CLASSI_SNOW_ICE", "QA60"]
+    for day in ("20240205", "20240215"):
+        pixels = np.full((7, 2, 2), 1000, np.uint16)
+        pixels[3:6], pixels[6] = numbers, 0
+        write(tmp_path / f"{day}_GEE.tif", pixels, descriptions=names)
+    engine = [SourceFile(name=p.name, path=p) for p in sorted(tmp_path.glob("*_GEE.tif"))]
+    assert valid(opened(engine)) == [[True, False], [False, False]]
+    assert opened(engine).mask == "msk_classi"
+
+
+@pytest.mark.parametrize(
+    ("day", "mask", "warned"),
+    [
+        ("20210105", "qa60", []),
+        ("20230105", "msk_classi", ["no_cloud_mask"]),
+        ("20240305", "msk_classi", []),
+    ],
+)
+def test_masks_that_earth_engine_left_empty_yield_to_others(
+    tmp_path: Path, day: str, mask: str, warned: list[str]
+) -> None:
+    pixels = np.full((5, 2, 2), 1000, np.uint16)
+    pixels[3:] = 0
+    names = [*NEEDED, "QA60", "MSK_CLASSI_OPAQUE"]
+    stack = opened([write(tmp_path / f"{day}.tif", pixels, descriptions=names)])
+    assert (stack.mask, [w.code for w in stack.warnings]) == (mask, warned)
+
+
+def test_a_datamask_in_another_file_marks_missing_values(tmp_path: Path) -> None:
+    numbers = np.array([[1, 0], [0, 1]], np.uint16)
+    files = beside(tmp_path, "S2_{day}_{band}.tif", "dataMask", numbers)
+    stack = opened(files)
+    assert (stack.mask, [w.code for w in stack.warnings]) == ("none", ["no_cloud_mask"])
+    assert valid(stack) == SEEN
+    with StackReader(stack) as reader:
+        values = reader.read(Window(0, 0, 2, 2)).values
+    assert np.isnan(values[0, :, 0, 1]).all()
+
+
+def test_udm2_is_known_by_the_names_of_its_bands(tmp_path: Path) -> None:
+    names = [
+        "clear",
+        "snow",
+        "shadow",
+        "light_haze",
+        "heavy_haze",
+        "cloud",
+        "confidence",
+        "unusable",
+    ]
+    numbers = np.zeros((8, 2, 2), np.uint8)
+    numbers[0] = SEEN
+    files = beside(tmp_path, "PS_{day}_{band}.tif", "B03", np.ones((2, 2), np.uint16))
+    files = [file for file in files if "B03" not in file.name]
+    for day in ("20210105", "20210115"):
+        files.append(write(tmp_path / f"PS_{day}_usable.tif", numbers, descriptions=names))
+    stack = opened(files)
+    assert (stack.mask, stack.warnings, valid(stack)) == ("udm2", (), SEEN)
+
+
+def test_snow_is_masked_only_on_request(tmp_path: Path) -> None:
+    numbers = np.array([[0, 90], [50, 10]], np.uint8)
+    files = beside(tmp_path, "T31UES_{day}_{band}.tif", "MSK_SNWPRB", numbers)
+    assert "no_cloud_mask" in [w.code for w in opened(files).warnings]
+    assert valid(opened(files, mask="snwprb")) == SEEN
 
 
 def test_several_masks_count_together(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from service.read.metadata import (
     tagged_band,
     tagged_date,
     tagged_number,
+    unclear_date,
 )
 
 
@@ -118,6 +119,33 @@ def test_band_of(text: str | None, band: str | None) -> None:
         ("LC81950252018141LGN00_B4", date(2018, 5, 21)),
         ("S2_21May2018.tif", date(2018, 5, 21)),
         ("21-Mar-2018", date(2018, 3, 21)),
+        ("S2_2018Jan11", date(2018, 1, 11)),
+        ("2018-JAN-11T10:54:21", date(2018, 1, 11)),
+        ("January 11, 2018", date(2018, 1, 11)),
+        ("S2_Jan-11-2018_B02", date(2018, 1, 11)),
+        ("11 Jan 2018", date(2018, 1, 11)),
+        ("S2_11ene2018", date(2018, 1, 11)),
+        ("11_de_enero_de_2018", date(2018, 1, 11)),
+        ("S2_11_février_2018_B04", date(2018, 2, 11)),
+        ("11 août 2018", date(2018, 8, 11)),
+        ("11. März 2018", date(2018, 3, 11)),
+        ("11-Dez-2018", date(2018, 12, 11)),
+        ("11gennaio2018", date(2018, 1, 11)),
+        ("11-set-2018", date(2018, 9, 11)),
+        ("11out2018", date(2018, 10, 11)),
+        ("11_maio_2018", date(2018, 5, 11)),
+        ("11_mrt_2018", date(2018, 3, 11)),
+        ("11 mei 2018", date(2018, 5, 11)),
+        ("S2_2018年01月11日_B04", date(2018, 1, 11)),
+        ("2018年1月11日", date(2018, 1, 11)),
+        ("2018년 1월 11일", date(2018, 1, 11)),
+        ("２０１８年１月１１日", date(2018, 1, 11)),
+        # Words that begin like a month, or that may be no month here.
+        ("21Marigold2018", None),
+        ("train_01_set_2018", None),
+        ("run_01_out_2018", None),
+        ("2018_set_12", None),
+        ("31UES_2018", None),
         ("S2_2018366T104421", None),
         ("orbit_12018141", None),
         ("2018-0521", None),
@@ -151,9 +179,79 @@ def test_tagged_number_accepts_only_finite_numbers() -> None:
 
 
 @pytest.mark.parametrize(
+    ("tags", "day"),
+    [
+        ({"time_coverage_start": "2018-01-11T10:54:21"}, date(2018, 1, 11)),
+        ({"start_date": "2018-01-11"}, date(2018, 1, 11)),
+        ({"datatake_sensing_start": "2018-01-11T10:54:21.024Z"}, date(2018, 1, 11)),
+        ({"product_start_time": "2018-01-11T10:54:21.024Z"}, date(2018, 1, 11)),
+        ({"date_acquired": "2018-01-11"}, date(2018, 1, 11)),
+        ({"acquisition_date": "11-JAN-2018"}, date(2018, 1, 11)),
+        ({"sensing_time": "2018-01-11T10:54:21Z + 2018-01-11T10:54:45Z"}, date(2018, 1, 11)),
+        ({"datetime_from": "2018-01-11"}, date(2018, 1, 11)),
+        ({"rangebeginningdate": "2018-01-11"}, date(2018, 1, 11)),
+        ({"acquisition": "2018-011"}, date(2018, 1, 11)),
+        ({"date": "2018/011"}, date(2018, 1, 11)),
+        # Milliseconds of Earth Engine; GDAL cuts the name at the colon.
+        ({"system:time_start": "1515668061024"}, date(2018, 1, 11)),
+        ({"system": "time_start=1515668061024"}, date(2018, 1, 11)),
+        ({"timestamp": "1515668061"}, date(2018, 1, 11)),
+        ({"time": "1515668061000000000"}, date(2018, 1, 11)),
+        ({"time": "2018-01-11T10:54:21.000000000"}, date(2018, 1, 11)),
+        # A netCDF's time, as GDAL's netCDF driver hands it on.
+        ({"netcdf_dim_time": "17542", "time#units": "days since 1970-01-01"}, date(2018, 1, 11)),
+        (
+            {"netcdf_dim_t": "249.5", "t#units": "hours since 2018-01-01 00:00:00"},
+            date(2018, 1, 11),
+        ),
+        ({"time": "17542"}, None),
+        ({"datetime": "201801111054"}, date(2018, 1, 11)),
+        ({"datetime": "2018011110"}, None),
+        ({"generation_time": "2018-01-11", "tifftag_datetime": "2018:01:11 00:00:00"}, None),
+        ({"netcdf_dim_time": "1e300", "time#units": "days since 1970-01-01"}, None),
+    ],
+)
+def test_tags_of_the_acquisition(tags: dict[str, str], day: date | None) -> None:
+    assert tagged_date(tags) == day
+
+
+def test_a_bands_time_has_the_files_unit() -> None:
+    assert tagged_date(
+        {"netcdf_dim_time": "17542"}, {"time#units": "days since 1970-01-01"}
+    ) == date(2018, 1, 11)
+
+
+@pytest.mark.parametrize(
     ("text", "band"),
     [
         ("QA60", "QA60"),
+        ("oa_s2cloudless_mask", "S2CLOUDLESS"),
+        ("ga_s2bm_oa_3-2-1_55HFA_2018-01-11_final_s2cloudless-prob", "CLOUD_PROBABILITY"),
+        ("probability", "CLOUD_PROBABILITY"),
+        ("20180111T105421_20180111T105422_T31UES_probability", "CLOUD_PROBABILITY"),
+        ("water_probability", None),
+        ("MSK_CLASSI_B00", "MSK_CLASSI"),
+        ("MSK_CLASSI_OPAQUE", "MSK_CLASSI"),
+        ("MSK_CLASSI_CIRRUS", "MSK_CLASSI_CIRRUS"),
+        ("MSK_CLASSI_SNOW_ICE", "MSK_CLASSI_SNOW"),
+        ("MSK_SNWPRB_20m", "SNWPRB"),
+        ("cs_cdf", "CS"),
+        ("20180111T105421_20180111T105422_T31UES_cs", "CS"),
+        ("cs_2018_b4", None),
+        ("CLP", "CLP"),
+        ("LC08_L1TP_195025_20180111_20180119_01_T1_pixel_qa", "PIXEL_QA"),
+        ("LC81950252018011LGN00_cfmask", "CFMASK"),
+        ("LC8_30_16D_STK_v001_044049_2018-01-01_Fmask4", "CFMASK"),
+        ("ls8_sr_pixel_quality", "QA_PIXEL"),
+        ("HLS.S30.T31UES.2018011.v1.4.QA", "FMASK"),
+        ("20180111_103422_1020_3B_AnalyticMS_DN_udm", "UDM"),
+        ("S2_20180111_cloud_mask", "CLOUD_MASK"),
+        ("CLOUDMASK", "CLOUD_MASK"),
+        ("S2_20180111_valid", "VALID"),
+        ("sr_cloud_qa", None),
+        ("cloud_shadow", None),
+        ("cloud_masked", None),
+        ("SCL_mask", "SCL"),
         ("MSK_CLDPRB_20m", "CLDPRB"),
         ("T31UES_20180111T104421_CLD_20m", "CLDPRB"),
         ("HLS.S30.T31UES.2018011T104421.v2.0.Fmask", "FMASK"),
@@ -172,6 +270,24 @@ def test_tagged_number_accepts_only_finite_numbers() -> None:
 )
 def test_quality_of(text: str | None, band: str | None) -> None:
     assert quality_of(text) == band
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("S2_05-01-2021_B04.tif", "'05-01-2021': the day or the month may come first"),
+        ("S2_2021_001.tif", "'2021_001': it may be a day of the year or a running number"),
+        ("S2_2021-01.tif", "'2021-01': a month and no day"),
+        ("S2_202101.tif", "'202101': a month and no day"),
+        ("S2_2021w02.tif", "'2021w02': a week and no day"),
+        ("S2_210105.tif", "'210105': the year may have two digits"),
+        ("21-JAN-05.tif", "'21-JAN-05': the year may come first or last"),
+        ("S2_B04.tif", None),
+        ("11_abc_22.tif", None),
+    ],
+)
+def test_what_stands_in_place_of_a_date(name: str, why: str | None) -> None:
+    assert unclear_date(name) == why
 
 
 def test_a_bands_tags_name_it_as_openeo_writes_them() -> None:
@@ -210,6 +326,26 @@ J5, J15, J25 = date(2021, 1, 5), date(2021, 1, 15), date(2021, 1, 25)
         (["31/U/ES/2021/1/5/0/B04.tif", "31/U/ES/2021/1/15/0/B04.tif"], [J5, J15]),
         (["2021/01/05/B04.tif", "2021/01/15/B04.tif"], [J5, J15]),
         (["2021/31/U/B04.tif"], [None]),
+        # The day of the year after a separator.
+        (["S2_2021-005.tif", "S2_2021-015.tif"], [J5, J15]),
+        (["2021/005/B04.tif", "2021/015/B04.tif"], [J5, J15]),
+        (["S2_2021_005_B04.tif", "S2_2021_015_B04.tif"], [J5, J15]),
+        (["S2.2021.005.tif", "S2.2021.025.tif"], [J5, J25]),
+        (["S2_2021-025.tif"], [J25]),
+        # Running numbers, or one number that may be anything.
+        (["S2_2021_000.tif", "S2_2021_001.tif", "S2_2021_002.tif"], [None, None, None]),
+        (["S2_2021-001.tif", "S2_2021-002.tif"], [None, None]),
+        (["2020_001.tif", "2021_001.tif"], [None, None]),
+        (["field_2021_015.tif"], [None]),
+        (["S2_2021-366.tif", "S2_2021-005.tif"], [None, None]),
+        # The month first, where a day above 12 excludes the other order.
+        (["01-05-2021.tif", "01-15-2021.tif"], [J5, J15]),
+        (["01152021.tif", "01052021.tif"], [J15, J5]),
+        # A year of two digits after a month in letters.
+        (["S2_05-JAN-21.tif", "S2_15-JAN-21.tif"], [J5, J15]),
+        (["S2_15-janv-21.tif"], [J15]),
+        (["21-JAN-05.tif", "21-JAN-15.tif"], [None, None]),
+        (["210105.tif", "210115.tif"], [None, None]),
         # 5 January or 1 May?
         (["05-01-2021.tif", "06-01-2021.tif"], [None, None]),
         # Not all files agree.

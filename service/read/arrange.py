@@ -24,7 +24,16 @@ from service.read.layouts import (
     names_and_bands,
     single_file,
 )
-from service.read.masks import ALPHA_RULE, AUTO, OWN, QA60_EMPTY, MaskRule, parse_mask
+from service.read.masks import (
+    ALPHA_RULE,
+    ASSUMED,
+    AUTO,
+    CLASSI_EMPTY,
+    OWN,
+    QA60_EMPTY,
+    MaskRule,
+    parse_mask,
+)
 from service.read.metadata import (
     ALPHA,
     CLOUD,
@@ -36,6 +45,7 @@ from service.read.metadata import (
     band_of,
     quality_of,
     stem,
+    unclear_date,
 )
 
 _NAMED_AT_MOST = 5
@@ -125,7 +135,7 @@ def arrange(
         optional=tuple(optional),
         usable=frozenset((*bands, *for_clouds, *optional))
         | twins
-        | {rule.band for rule in (AUTO if rules is None else rules)}
+        | {part.band for rule in (AUTO if rules is None else rules) for part in rule.parts}
         | {ALPHA},
     )
     layout = options.layout or _guess(query)
@@ -316,23 +326,44 @@ def _missing_mask(
             "dates, or give mask=none to state that the pixels are free of clouds"
         )
         return [StackWarning(code="no_cloud_mask", detail=detail)]
-    first, last = QA60_EMPTY
+    return [*_empty_mask(granules, clouds), *_assumed_mask(clouds)]
+
+
+def _empty_mask(
+    granules: Sequence[Granule], clouds: Sequence[Sequence[MaskRule]]
+) -> list[StackWarning]:
+    """The warning that the provider left the only mask of some dates empty."""
     empty = [
-        granule.key
+        (granule.key, own[0])
         for granule, own in zip(granules, clouds, strict=True)
-        if own
-        and all(rule.band == QA60 for rule in own)
-        and isinstance(granule.key, date)
-        and first <= granule.key <= last
+        if own and all(_is_empty(rule, granule) for rule in own)
     ]
     if not empty:
         return []
+    rule = empty[0][1]
+    first, last = QA60_EMPTY if rule.band == QA60 else CLASSI_EMPTY
+    when = f"from {first} to {last}" if first != date.min else f"up to {last}"
     detail = (
-        f"QA60 holds no clouds from {first} to {last}, even if there were clouds: "
-        f"{len(set(empty))} of the dates have no cloud mask; add SCL or MSK_CLDPRB, or give "
-        "mask=qa60,cloud"
+        f"{rule.band} holds no clouds {when}, even if there were clouds: "
+        f"{len({key for key, _ in empty})} of the dates have no cloud mask; add SCL or MSK_CLDPRB, "
+        f"or give mask={rule.name},cloud"
     )
     return [StackWarning(code="no_cloud_mask", detail=detail)]
+
+
+def _is_empty(rule: MaskRule, granule: Granule) -> bool:
+    header, number = granule.planes[rule.band]
+    return rule.is_empty(granule.key, header.name, header.descriptions[number - 1])
+
+
+def _assumed_mask(clouds: Sequence[Sequence[MaskRule]]) -> list[StackWarning]:
+    """The warning about masks whose numbers no provider defines."""
+    names = dict.fromkeys(r.name for own in clouds for r in own if r.name in ASSUMED)
+    if not names:
+        return []
+    read = "; ".join(f"of {name}, {ASSUMED[name]}" for name in names)
+    detail = f"no provider defines the numbers of this mask: {read}; if that is not so, give `mask`"
+    return [StackWarning(code="mask_assumed", detail=detail)]
 
 
 def _guess(query: LayoutQuery) -> Layout:
@@ -458,7 +489,7 @@ def _planes_by_granule(slots: Sequence[BandAssignment]) -> list[_Planes]:
     added to the first granule that has none of its bands.
     """
     times = Counter(band for slot in slots for band in _own(slot))
-    several = [band for band, n in times.items() if n > 1 and band not in QUALITY]
+    several = [band for band, n in times.items() if n > 1 and band not in QUALITY | {ALPHA}]
     by_granule: dict[frozenset[str], list[BandAssignment]] = defaultdict(list)
     if several and all(len(_own(slot)) < len(times) for slot in slots):
         distinguishing = _distinguishing_words(slots, several)
@@ -482,7 +513,7 @@ def _merged(slots: Sequence[BandAssignment]) -> list[_Planes]:
         for band, number in slot.numbers.items():
             granule.setdefault(band, (slot.file.header, number))
     # MAJA has a mask at 10 m and one at 20 m: the second mask alone is not a granule.
-    return [granule for granule in granules if granule.keys() - QUALITY] or granules
+    return [granule for granule in granules if granule.keys() - QUALITY - {ALPHA}] or granules
 
 
 def _own(slot: BandAssignment) -> set[str]:
@@ -520,8 +551,8 @@ def _missing_dates(
         )
     return MissingDates(
         f"no date for {len(names)} of {counted(all_files, 'file')} ({_quoted(names)}): none in "
-        f"the tags, the names, the folders or the band descriptions{_written(undated)}; give "
-        "`dates`"
+        f"the tags, the names, the folders or the band descriptions{_written(undated)}"
+        f"{_unclear(undated)}; give `dates`"
     )
 
 
@@ -534,6 +565,13 @@ def _written(undated: Sequence[BandAssignment]) -> str:
         if day
         else ""
     )
+
+
+def _unclear(undated: Sequence[BandAssignment]) -> str:
+    """Text about what stands in place of a date in the first undated file that has such."""
+    texts = (text for slot in undated for text in (slot.file.tag_text, slot.file.name) if text)
+    found = next((why for text in texts if (why := unclear_date(text))), None)
+    return f" ({found})" if found else ""
 
 
 def _quoted(names: Sequence[str], most: int = _NAMED_AT_MOST) -> str:
@@ -564,7 +602,7 @@ def _masked(granules: Sequence[Granule], rules: tuple[MaskRule, ...] | None) -> 
         InvalidRequest: only some granules have the mask.
     """
     found = [
-        next(((rule,) for rule in AUTO if rule.band in granule.planes), ())
+        _automatic(granule)
         if rules is None
         else tuple(rule for rule in rules if rule.band in granule.planes)
         for granule in granules
@@ -583,6 +621,19 @@ def _masked(granules: Sequence[Granule], rules: tuple[MaskRule, ...] | None) -> 
             "from the series, or mask=none",
         )
     return tuple(
-        replace(granule, masks=(*own, ALPHA_RULE) if ALPHA in granule.planes else own)
+        replace(
+            granule,
+            masks=(
+                *(part for rule in own for part in rule.parts if part.band in granule.planes),
+                *([ALPHA_RULE] if ALPHA in granule.planes else []),
+            ),
+        )
         for granule, own in zip(granules, found, strict=True)
     )
+
+
+def _automatic(granule: Granule) -> tuple[MaskRule, ...]:
+    """The most complete mask of a granule that its provider did not leave empty."""
+    there = [rule for rule in AUTO if rule.band in granule.planes]
+    filled = [rule for rule in there if not _is_empty(rule, granule)]
+    return tuple((filled or there)[:1])

@@ -17,6 +17,8 @@ from service.errors import InvalidRequest, MissingBands, MissingDates
 from service.read.geotiff import Header
 from service.read.metadata import (
     ALPHA,
+    CLASSI,
+    CLASSI_BANDS,
     PRODUCT_BANDS,
     PRODUCT_COUNTS,
     QUALITY,
@@ -25,6 +27,8 @@ from service.read.metadata import (
     band_of,
     calls_itself_alpha,
     date_of,
+    date_text,
+    ends_as_alpha,
     is_broad_nir,
     named_days,
     product_bands,
@@ -36,6 +40,10 @@ from service.read.metadata import (
 from service.read.reflectance import DatedNumber
 
 Layout = Literal["file-per-date", "file-per-band-and-date", "file-per-band", "single-file"]
+
+
+_UDM2_BANDS = frozenset({"clear", "snow", "shadow", "cloud"})
+"""Descriptions in Planet's Usable Data Mask 2, whose first band is "clear"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +92,11 @@ class DescribedFile:
     @cached_property
     def bands(self) -> tuple[str | None, ...]:
         """The name of each band by its description or tags, also of quality bands and alpha."""
-        if self.count > 1 and quality_of(stem(self.name)) == UDM2:
+        mask = quality_of(stem(self.name)) if self.count > 1 else None
+        if mask == UDM2 or {(d or "").lower() for d in self.header.descriptions} >= _UDM2_BANDS:
             return (UDM2, *[None] * (self.count - 1))
+        if mask == CLASSI and self.count == len(CLASSI_BANDS):
+            return CLASSI_BANDS
         words = list(zip(self.header.descriptions, self.header.band_tags, strict=True))
         names = [band_of(text) or tagged_band(tags) or quality_of(text) for text, tags in words]
         if any(is_broad_nir(text) for text in self.header.descriptions):
@@ -109,7 +120,7 @@ class DescribedFile:
     def days(self) -> tuple[date | None, ...]:
         """The date of each band by its tags or description; None without one."""
         words = zip(self.header.descriptions, self.header.band_tags, strict=True)
-        return tuple(tagged_date(tags) or date_of(text) for text, tags in words)
+        return tuple(tagged_date(tags, self.header.tags) or date_of(text) for text, tags in words)
 
     @cached_property
     def name_band(self) -> str | None:
@@ -117,7 +128,8 @@ class DescribedFile:
         *folders, _ = self.name.split("/")
         own = stem(self.name)
         texts = [own, folders[-1]] if folders else [own]
-        return next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
+        band = next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
+        return band or (ALPHA if ends_as_alpha(own) else None)
 
     @property
     def product_bands(self) -> tuple[str, ...]:
@@ -133,12 +145,17 @@ class DescribedFile:
     def is_mask(self) -> bool:
         """Whether the file holds only a quality band."""
         bands = {band for band in (*self.bands, self.own_band) if band}
-        return bool(bands) and bands <= QUALITY
+        return bool(bands) and bands <= QUALITY | {ALPHA}
 
     @cached_property
     def tag_day(self) -> date | None:
         """The date in the file's tags."""
         return tagged_date(self.header.tags)
+
+    @property
+    def tag_text(self) -> str | None:
+        """The text of the file's tag of the acquisition, whatever it holds."""
+        return date_text(self.header.tags)
 
     @cached_property
     def written_day(self) -> date | None:
@@ -211,7 +228,8 @@ def file_per_date(query: LayoutQuery) -> list[BandAssignment]:
     numbers = [(file, _bands_of_one_date(file, query)) for file in query.files]
     held = [(file, found) for file, found in numbers if found]
     files = [file for file, _ in held]
-    _check_unnamed([file for file, found in numbers if not found], files)
+    imagery = [file for file in files if not file.is_mask]
+    _check_unnamed([file for file, found in numbers if not found], imagery)
     days = _file_days(files, query)
     return [
         BandAssignment(file=file, numbers=found, day=day, turn=turn)
@@ -257,6 +275,7 @@ def _file_days(files: Sequence[DescribedFile], query: LayoutQuery) -> Sequence[d
     """The one date of each file."""
     if query.dates is not None:
         return _given_days(files, query, query.dates)
+    tagged = _tag_days(files)
     named = named_days([file.name for file in files])
     written = [file.written_day for file in files]
     # Many programs store the time of writing in TIFFTAG_DATETIME. Dates in the file names therefore
@@ -266,9 +285,19 @@ def _file_days(files: Sequence[DescribedFile], query: LayoutQuery) -> Sequence[d
     if named_apart or (len(set(written)) == 1 and _repeat_a_band(files)):
         written = [None] * len(files)
     return [
-        file.tag_day or wrote or name or file.only_day
-        for file, wrote, name in zip(files, written, named, strict=True)
+        tag or wrote or name or file.only_day
+        for file, tag, wrote, name in zip(files, tagged, written, named, strict=True)
     ]
+
+
+def _tag_days(files: Sequence[DescribedFile]) -> list[date | None]:
+    """The date in each file's tags, also in forms that count only if all files have them."""
+    days = [file.tag_day for file in files]
+    texts = [file.tag_text for file in files]
+    if any(days) or None in texts:
+        return days
+    # A slash in a tag is no folder.
+    return named_days([(text or "").replace("/", "-") for text in texts])
 
 
 def _repeat_a_band(files: Sequence[DescribedFile]) -> bool:
@@ -336,7 +365,7 @@ def _bands_of_files(query: LayoutQuery) -> list[tuple[DescribedFile, str]]:
             raise InvalidRequest.of(
                 "layout", f"file-per-band, but '{file.name}' holds {', '.join(bands)}"
             )
-        band = bands[0] if bands else file.name_band
+        band = bands[0] if bands else file.name_band or (ALPHA if ALPHA in file.bands else None)
         if band:
             found.append((file, band))
     return found

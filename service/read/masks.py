@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from typing import Any
@@ -20,7 +20,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import InvalidRequest
-from service.read.metadata import CLDPRB, CLM, CLOUD, FMASK, QA60, QA_PIXEL, QAI, SCL, UDM2
+from service.read.metadata import (
+    CFMASK,
+    CLASSI,
+    CLASSI_BANDS,
+    CLDPRB,
+    CLM,
+    CLOUD,
+    CLOUD_MASK,
+    CLOUD_PROBABILITY,
+    CLOUD_SCORE,
+    CLP,
+    FMASK,
+    PIXEL_QA,
+    QA60,
+    QA_PIXEL,
+    QAI,
+    S2CLOUDLESS,
+    SCL,
+    SNWPRB,
+    UDM,
+    UDM2,
+    VALID,
+)
 
 Numbers = NDArray[Any]
 Clear = NDArray[np.bool_]
@@ -28,10 +50,18 @@ Decoder = Callable[[Numbers], Clear]
 CLEAR_CLASSES = range(4, 8)
 """SCL classes that count as clear: 4 vegetation, 5 bare ground, 6 water, 7 unclassified."""
 CLDPRB_LIMIT = 40.0
-"""Cloud probability in per cent from which on a pixel is cloudy, if `mask` gives no number."""
+"""Probability in per cent from which on a pixel is cloudy, if `mask` gives no number: the threshold
+of s2cloudless and of Sentinel Hub's CLM."""
+CLOUD_SCORE_LIMIT = 60.0
+"""Cloud Score+ in per cent from which on a pixel is clear, if `mask` gives no number: the threshold
+of Earth Engine's example, which names 50 to 65 as usual."""
+_FULL_CLP = 255.0
 QA60_EMPTY = (date(2022, 1, 25), date(2024, 2, 28))
 """First and last date on which Earth Engine's QA60 is always zero, because the products of that
 time have no vector cloud mask (Earth Engine catalogue, COPERNICUS/S2_SR)."""
+CLASSI_EMPTY = (date.min, date(2024, 1, 31))
+"""The dates of which Earth Engine has no MSK_CLASSI: before February 2024 its pixels are masked,
+and an export holds zeros (Earth Engine catalogue, COPERNICUS/S2_HARMONIZED)."""
 _BITS = 16
 OWN = "cloud"
 """The rule that needs no band: the mask is estimated from the series."""
@@ -92,6 +122,37 @@ def qa_pixel(data: Numbers) -> Clear:
     return _without(data, (0, 1, 2, 3, 4, 5))
 
 
+def pixel_qa(data: Numbers) -> Clear:
+    """The band pixel_qa of Landsat 4 to 8, Collection 1 surface reflectance: bits.
+
+    Source: Landsat 8 Collection 1 Land Surface Reflectance Code Product Guide (USGS LSDS-1368),
+    table of pixel_qa: 0 fill, 1 clear, 2 water, 3 cloud shadow, 4 snow, 5 cloud, 6 and 7 confidence
+    of cloud, 8 and 9 confidence of cirrus (3 is high), 10 terrain occlusion.
+    """
+    integers, _ = _integers(data)
+    cirrus = (integers >> 8) & 3 == 3
+    seen = (integers >> 1) & 3 != 0
+    return np.asarray(_without(data, (0, 3, 4, 5, 10)) & seen & ~cirrus)
+
+
+def cfmask(data: Numbers) -> Clear:
+    """Classes of CFMask (Landsat before Collection 1) and Fmask 4 (Brazil Data Cube).
+
+    Source: USGS, Product Guide Landsat Surface Reflectance, cfmask, and Qiu et al. 2019, Fmask 4.0:
+    0 clear land, 1 clear water, 2 cloud shadow, 3 snow, 4 cloud, 255 no observation.
+    """
+    return np.asarray((data == 0) | (data == 1))
+
+
+def s2cloudless(data: Numbers) -> Clear:
+    """`oa_s2cloudless_mask` of Digital Earth Australia: classes. It does not mark cloud shadows.
+
+    Source: Digital Earth Australia, ga_s2am_ard_3, measurement `oa_s2cloudless_mask`: 0 no data,
+    1 valid, 2 cloud.
+    """
+    return np.asarray(data == 1)
+
+
 def clm(data: Numbers) -> Clear:
     """CLM of MAJA (Theia, files CLM_R1 and CLM_R2), and Sentinel Hub's CLM: zero is clear.
 
@@ -122,6 +183,26 @@ def udm2(data: Numbers) -> Clear:
     return np.asarray(data == 1)
 
 
+def udm(data: Numbers) -> Clear:
+    """Planet's first Unusable Data Mask (files `..._DN_udm`), and band 8 of UDM2: zero is usable.
+
+    Source: Planet, Unusable Data Masks (UDM), bits: 0 blackfill, 1 cloud, 2 to 7 missing or suspect
+    values of single bands. It does not mark shadow, haze or snow.
+    """
+    return np.asarray(data == 0)
+
+
+def classi(data: Numbers) -> Clear:
+    """One band of MSK_CLASSI of Sentinel-2, level 1C or 2A, baseline 04.00 and later: 0 is clear.
+
+    Source: Sentinel-2 Products Specification Document, issue 14.9, quality mask MSK_CLASSI: three
+    bands of 60 m for opaque clouds, cirrus, and snow and ice areas, 1 where the pixel is of that
+    class; Earth Engine Data Catalog: MSK_CLASSI_OPAQUE, MSK_CLASSI_CIRRUS, MSK_CLASSI_SNOW_ICE. The
+    bands do not mark cloud shadows.
+    """
+    return np.asarray(data == 0)
+
+
 def qa60(data: Numbers) -> Clear:
     """QA60 of Sentinel-2 on Google Earth Engine: bits.
 
@@ -136,9 +217,59 @@ def cldprb(data: Numbers, limit: float = CLDPRB_LIMIT) -> Clear:
     """MSK_CLDPRB of Sentinel-2 level 2A: below `limit` per cent of cloud probability is clear.
 
     Source: Sentinel-2 Products Specification Document, quality indicator MSK_CLDPRB: probability of
-    cloud by Sen2Cor, 0 to 100 per cent. The band does not mark cloud shadows.
+    cloud by Sen2Cor, 0 to 100 per cent. The band does not mark cloud shadows. MSK_SNWPRB is the
+    same for snow.
     """
     return np.asarray((data >= 0) & (data < min(limit, 100.5)))
+
+
+def probability(data: Numbers, limit: float = CLDPRB_LIMIT, full: float = 100.0) -> Clear:
+    """Cloud probability by s2cloudless: below `limit` per cent is clear. Shadows are not marked.
+
+    Sources: Earth Engine Data Catalog, COPERNICUS/S2_CLOUD_PROBABILITY, band `probability`: 0 to
+    100 per cent, uint8. Sentinel Hub documentation, band CLP: 0 to 255, divided by 255 the
+    probability. Digital Earth Australia, `oa_s2cloudless_prob`: 0 to 1, float32.
+
+    Args:
+        data: the numbers. Floats up to 1 are shares of one, as those of Digital Earth Australia and
+            Sentinel Hub's numbers that were divided by 255; 1 itself is cloudy in either reading.
+        limit: probability from which on a pixel is cloudy, per cent.
+        full: number of a probability of one.
+    """
+    share = data / full
+    if data.dtype.kind == "f":
+        share = np.where((data > 0) & (data <= 1), data, share)
+    return np.asarray((share >= 0) & (share <= 1) & (share * 100 < min(limit, 100.5)))
+
+
+def cloud_score(data: Numbers, limit: float = CLOUD_SCORE_LIMIT) -> Clear:
+    """Cloud Score+ of Earth Engine: `limit` per cent and more is clear. It also marks shadows.
+
+    Source: Earth Engine Data Catalog, GOOGLE/CLOUD_SCORE_PLUS/V1/S2_HARMONIZED, bands `cs` and
+    `cs_cdf`: 0 (not clear) to 1 (clear), float. Integers are not defined, so none is clear.
+    """
+    if data.dtype.kind != "f":
+        return np.zeros(data.shape, np.bool_)
+    return np.asarray((data >= limit / 100 - 1e-6) & (data <= 1))
+
+
+def no_cloud(data: Numbers) -> Clear:
+    """A band or file that is only named `cloud_mask` or `clouds`: zero is clear.
+
+    No provider defines it. s2cloudless, eo-learn, CloudSEN12 and OmniCloudMask number clouds from 1
+    on, so that zero is clear; the stack has the warning `mask_assumed`.
+    """
+    return np.asarray(data == 0)
+
+
+def usable(data: Numbers) -> Clear:
+    """A band or file that is only named `valid`, `clear` or `usable`: other than zero is clear.
+
+    No provider defines it; the stack has the warning `mask_assumed`. 255 is usable, as in masks of
+    GDAL.
+    """
+    with np.errstate(invalid="ignore"):
+        return np.asarray(data > 0)
 
 
 def alpha(data: Numbers) -> Clear:
@@ -149,23 +280,50 @@ def alpha(data: Numbers) -> Clear:
     return np.asarray(data != 0)
 
 
-RULES: Mapping[str, tuple[str, Decoder]] = {
+RULES: Mapping[str, tuple[str, Callable[..., Clear]]] = {
     "scl": (SCL, scl),
     "fmask": (FMASK, fmask),
+    "cfmask": (CFMASK, cfmask),
     "qa_pixel": (QA_PIXEL, qa_pixel),
+    "pixel_qa": (PIXEL_QA, pixel_qa),
     "clm": (CLM, clm),
     "qai": (QAI, qai),
     "udm2": (UDM2, udm2),
+    "cs": (CLOUD_SCORE, cloud_score),
     OWN: (CLOUD, scl),
+    "s2cloudless": (S2CLOUDLESS, s2cloudless),
     "cldprb": (CLDPRB, cldprb),
+    "clp": (CLP, partial(probability, full=_FULL_CLP)),
+    "probability": (CLOUD_PROBABILITY, probability),
+    "msk_classi": (CLASSI, classi),
     "qa60": (QA60, qa60),
+    "udm": (UDM, udm),
+    "cloud_mask": (CLOUD_MASK, no_cloud),
+    "valid": (VALID, usable),
+    "snwprb": (SNWPRB, cldprb),
 }
 """Band and decoder of each rule, by its name in the parameter `mask`. The rule `cloud` decodes the
 band CLOUD of sits if the files have it; otherwise the mask is estimated from the series (`clouds`).
 """
+LIMITS: Mapping[str, float] = {
+    "cs": CLOUD_SCORE_LIMIT,
+    "cldprb": CLDPRB_LIMIT,
+    "clp": CLDPRB_LIMIT,
+    "probability": CLDPRB_LIMIT,
+    "snwprb": CLDPRB_LIMIT,
+}
+"""The rules that take a number, and the number in per cent that counts without one."""
+ASSUMED: Mapping[str, str] = {
+    "cloud_mask": "0 is taken as clear and every other number as cloud",
+    "valid": "0 is taken as not usable and every other number as clear",
+}
+"""The rules whose numbers no provider defines, and how they are read."""
+_NOT_AUTOMATIC = frozenset({"snwprb"})
+"""Rules that mark no clouds, and are used only if they are named."""
 # Parts of file names that only one provider uses.
 _DEA = re.compile(r"(^|[/_])(ga_|oa_)", re.IGNORECASE)
 _LANDSAT = re.compile(r"landsat|(^|[/_])l[cteo]0[4-9]_", re.IGNORECASE)
+_EARTH_ENGINE = re.compile(r"msk_classi_opaque", re.IGNORECASE)
 _HLS = re.compile(r"(^|[/_.])hls", re.IGNORECASE)
 
 
@@ -176,15 +334,43 @@ class MaskRule:
     name: str
     """A key of `RULES`."""
     limit: float | None = None
-    """For `cldprb`: cloud probability in per cent from which on a pixel is cloudy."""
+    """For the keys of `LIMITS`: the threshold in per cent; None takes the usual one."""
+    further: str | None = None
+    """One of the further bands of the same mask, by canonical name; None for its first band."""
 
     @property
     def band(self) -> str:
         """The band that the rule reads, by canonical name."""
-        return RULES[self.name][0]
+        return self.further or RULES[self.name][0]
+
+    @property
+    def parts(self) -> tuple[MaskRule, ...]:
+        """The rule, and those of the further bands of the same mask."""
+        if self.band != CLASSI:
+            return (self,)
+        return (self, *(replace(self, further=band) for band in CLASSI_BANDS[1:]))
 
     def __str__(self) -> str:
-        return self.name if self.limit is None else f"{self.name}:{self.limit:g}"
+        limit = LIMITS.get(self.name) if self.limit is None else self.limit
+        return self.name if limit is None else f"{self.name}:{limit:g}"
+
+    def is_empty(self, key: date | int, file: str, description: str | None) -> bool:
+        """Whether the provider left the mask of a date empty, so that it marks no cloud.
+
+        Args:
+            key: the date; a number for undated imagery.
+            file: the file's name, with its folders.
+            description: the description of the mask's band.
+        """
+        if not isinstance(key, date):
+            return False
+        if self.name == "qa60":
+            return QA60_EMPTY[0] <= key <= QA60_EMPTY[1]
+        if self.name != "msk_classi":
+            return False
+        # Earth Engine's names; a product's file MSK_CLASSI_B00 is never empty.
+        engine = _EARTH_ENGINE.search(description or file.rpartition("/")[2])
+        return bool(engine) and CLASSI_EMPTY[0] <= key <= CLASSI_EMPTY[1]
 
     def decoder(self, file: str) -> Decoder:
         """The function that decodes the numbers of the band in one file.
@@ -196,8 +382,9 @@ class MaskRule:
         Args:
             file: the file's name, with its folders.
         """
-        if self.name == "cldprb":
-            return partial(cldprb, limit=CLDPRB_LIMIT if self.limit is None else self.limit)
+        if self.name in LIMITS:
+            limit = LIMITS[self.name] if self.limit is None else self.limit
+            return partial(RULES[self.name][1], limit=limit)
         if self.name == "fmask" and _DEA.search(file):
             return fmask_classes
         if self.name == "cloud" and _HLS.search(file):
@@ -207,8 +394,10 @@ class MaskRule:
         return RULES[self.name][1]
 
 
-AUTO: tuple[MaskRule, ...] = tuple(MaskRule(name=name) for name in RULES)
-"""Every rule, in the order of precedence of `mask=auto`."""
+AUTO: tuple[MaskRule, ...] = tuple(
+    MaskRule(name=name) for name in RULES if name not in _NOT_AUTOMATIC
+)
+"""The rules in the order of precedence of `mask=auto`."""
 ALPHA_RULE = MaskRule(name="alpha")
 
 
@@ -216,7 +405,7 @@ def parse_mask(text: str | None) -> tuple[MaskRule, ...] | None:
     """Parse the parameter `mask`.
 
     Args:
-        text: `auto`, `none`, or comma-separated rules; `cldprb` may have a number.
+        text: `auto`, `none`, or comma-separated rules; those of `LIMITS` may have a number.
 
     Returns:
         The rules, all of which a clear pixel must pass; empty for `none`; None for `auto`.
@@ -239,8 +428,10 @@ def _rule(text: str) -> MaskRule:
         )
     if not colon:
         return MaskRule(name=name)
-    if name != "cldprb":
-        raise InvalidRequest.of("mask", f"'{text}': only cldprb takes a number, as cldprb:40")
+    if name not in LIMITS:
+        raise InvalidRequest.of(
+            "mask", f"'{text}': only {', '.join(LIMITS)} take a number, as cldprb:40"
+        )
     try:
         limit = float(number)
     except ValueError:

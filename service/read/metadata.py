@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import date, timedelta
-from functools import lru_cache
+from datetime import date, datetime, time, timedelta
+from functools import lru_cache, partial
 from itertools import pairwise
 
 SCL = "SCL"
 """The scene classification band of Sentinel-2 level 2A."""
 FMASK, QA_PIXEL, CLM, QAI, UDM2 = "FMASK", "QA_PIXEL", "CLM", "QAI", "UDM2"
 CLOUD, CLDPRB, QA60 = "CLOUD", "CLDPRB", "QA60"
+CFMASK, PIXEL_QA, UDM, S2CLOUDLESS = "CFMASK", "PIXEL_QA", "UDM", "S2CLOUDLESS"
+CLOUD_SCORE, CLP, CLOUD_PROBABILITY, SNWPRB = "CS", "CLP", "CLOUD_PROBABILITY", "SNWPRB"
+CLASSI, CLASSI_CIRRUS, CLASSI_SNOW = "MSK_CLASSI", "MSK_CLASSI_CIRRUS", "MSK_CLASSI_SNOW"
+VALID, CLOUD_MASK = "VALID", "CLOUD_MASK"
 """Canonical names of other providers' quality bands; `masks` decodes them."""
+CLASSI_BANDS = (CLASSI, CLASSI_CIRRUS, CLASSI_SNOW)
+"""The bands of a product's file MSK_CLASSI_B00, in their order: opaque clouds, cirrus, snow."""
 ALPHA = "ALPHA"
 """An alpha band, or Sentinel Hub's dataMask: zero means missing."""
-QUALITY = frozenset({SCL, FMASK, QA_PIXEL, CLM, QAI, UDM2, CLOUD, CLDPRB, QA60})
+QUALITY = frozenset(
+    {SCL, FMASK, CFMASK, QA_PIXEL, PIXEL_QA, CLM, QAI, UDM2, UDM, S2CLOUDLESS, CLOUD_SCORE, CLP}
+    | {CLOUD, CLDPRB, CLOUD_PROBABILITY, SNWPRB, QA60, *CLASSI_BANDS, VALID, CLOUD_MASK}
+)
 """All bands from which a cloud mask can be decoded."""
 TWINS: Mapping[str, str] = {"B08": "B8A"}
 """Band name to the narrower band of similar wavelength that may replace it."""
@@ -91,48 +101,103 @@ _FAMILIES = (
 # Text with one of these words names a product that was computed from bands, not a band.
 _NOT_A_BAND = re.compile(
     r"ndvi|evi2?|m?savi|m?ndwi|ndmi|nbr|ndre|gndvi|index|ratio|labels?|std(ev|dev)?|sd|var"
-    r"|variance|sigma|uncertainty|error|count|quality|qa|doy"
+    r"|variance|sigma|uncertainty|error|count|quality|qa|doy|masks?|msk"
 )
 _CODE = re.compile(r"b(?:and|anda|ande)?0?([1-9]|1[0-2]|8a)")
 _BAND_WORD = re.compile(r"b(?:and|anda|ande)")
 _NUMBER = re.compile(r"0?([1-9]|1[0-2]|8a)")
-# Names of quality bands as whole words, in order of precedence. "Cloud" names a band (of sits) only
-# if it is the only word.
+# Names of quality bands as whole words, in order of precedence. Words that occur in other names too
+# must end the name; "cloud" (of sits) may be followed by a date, and before "probability" (of Earth
+# Engine) may be dates and tiles.
 _QUALITY_WORDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (band, re.compile(rf"(?:^| )(?:{words})(?= |$)"))
     for band, words in (
+        (SCL, "(?:scl|scene ?classification) mask"),
         (QA60, "qa60"),
+        (CLOUD_PROBABILITY, "s2cloudless prob(?:ability)?"),
+        (S2CLOUDLESS, "s2cloudless mask"),
         (CLDPRB, "cldprb|cld prb|cloud prob(?:ability)?|cld"),
-        (FMASK, "fmask"),
-        (QA_PIXEL, "qa pixel"),
+        (SNWPRB, "snwprb|snw"),
+        (CLASSI_CIRRUS, "msk classi cirrus"),
+        (CLASSI_SNOW, "msk classi snow(?: ice)?"),
+        (CLASSI, "msk classi"),
+        (CFMASK, "cfmask|fmask4"),
+        (FMASK, r"fmask|hls .*v1 \d qa$"),
+        (QA_PIXEL, "qa pixel|pixel quality"),
+        (PIXEL_QA, "pixel qa"),
         (CLM, "clm"),
+        (CLP, "clp"),
         (QAI, "qai"),
         (UDM2, "udm2"),
-        (
-            CLOUD,
-            "cloud(?! (?:free|less|cover\\w*|percent\\w*|shadows?|mask(?:ed)?|removed|filled|top))",
-        ),
+        (UDM, "(?:dn )?udm1?"),
+        (CLOUD_SCORE, "cs cdf|cs$"),
+        (CLOUD_MASK, "cloud ?masks?|clouds|mask clouds?"),
+        (VALID, "(?:valid|clear|usable)(?: ?(?:mask|pixels?))?$"),
+        (CLOUD, r"cloud(?= \d|$)"),
+        (CLOUD_PROBABILITY, r"(?:^(?:\S*\d\S* )*)probability$"),
     )
 )
-_PERHAPS_QUALITY = re.compile(r"qa|cl[dmo]|fmask|udm2", re.IGNORECASE)
+_PERHAPS_QUALITY = re.compile(
+    r"qa|quality|cl|mask|udm|cs|prob|snw|classi|valid|usable", re.IGNORECASE
+)
 _ALPHA = re.compile(r"alpha|data ?mask|opacity", re.IGNORECASE)
+_DATA_MASK = re.compile(r"(?:^|[^a-z])data_?mask$", re.IGNORECASE)
 _WORD = re.compile(r"[^\W_]+")
 _USUAL_LENGTH = 100
-# Year first, as in 20180521, 2018-05-21, 2018_05_21, 2018:05:21, also before a time of day; the day
-# of the year, as in MODIS's A2018141, HLS's 2018141T104421 and Landsat's LC81950252018141LGN00; and
-# the month in letters, as in 21May2018.
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+# Month names and abbreviations in English, Spanish, French, German, Italian, Portuguese and Dutch,
+# without accents.
+_MONTHS: Mapping[str, int] = {
+    word: month
+    for month, words in enumerate(
+        (
+            "jan january ene enero janv janvier januar jaenner janner gen gennaio janeiro januari",
+            "feb february febr febrero fev fevr fevrier februar febbraio fevereiro februari",
+            "mar march marzo mars marz maerz mrz marco mrt maart",
+            "apr april abr abril avr avril aprile",
+            "may mayo mai mag maggio maio mei",
+            "jun june junio juin juni giu giugno junho",
+            "jul july julio juil juillet juli lug luglio julho",
+            "aug august ago agosto aout augustus",
+            "sep sept september septiembre septembre set settembre setembro",
+            "oct october octubre octobre okt oktober ott ottobre out outubro",
+            "nov november noviembre novembre novembro",
+            "dec december dic diciembre decembre dez dezember dicembre dezembro",
+        ),
+        start=1,
+    )
+    for word in words.split()
+}
+# Abbreviations that are also English words: "01_set_2018" may be the first set.
+_ALSO_WORDS = frozenset({"set", "out"})
+_YEAR = r"(?:19[7-9]|20\d)\d"
+_MONTH = r"(?P<month>[A-Za-z]{3,10})\.?"
+# Year first, as in 20180521, 2018-05-21, 2018_05_21, 2018:05:21, also before a time of day; and the
+# day of the year, as in MODIS's A2018141, HLS's 2018141T104421 and Landsat's LC81950252018141LGN00.
 _DATE = re.compile(
-    r"(?<!\d)(?P<year>(?:19[7-9]|20\d)\d)(?P<sep>[-_./: ]?)(?P<month>0[1-9]|1[0-2])(?P=sep)"
+    rf"(?<!\d)(?P<year>{_YEAR})(?P<sep>[-_./: ]?)(?P<month>0[1-9]|1[0-2])(?P=sep)"
     r"(?P<day>0[1-9]|[12]\d|3[01])(?=\d{6}(?!\d)|\d{4}(?!\d)|\D|$)"
     r"|(?:(?<![0-9])|(?<=(?<![0-9A-Za-z])L[A-Z]\d{7}))"
-    r"(?P<doy_year>(?:19[7-9]|20\d)\d)(?P<doy>[0-3]\d\d)(?!\d)"
-    r"|(?<!\d)(?P<letters_day>[0-3]?\d)[-_. ]?(?P<letters>" + "|".join(_MONTHS) + r")[a-z]{0,6}"
-    r"[-_. ]?(?P<letters_year>(?:19[7-9]|20\d)\d)(?!\d)",
+    rf"(?P<doy_year>{_YEAR})(?P<doy>[0-3]\d\d)(?!\d)",
     re.IGNORECASE,
 )
-# Forms that count only if every file has one: a day or month of one digit, and the day before the
-# month.
+# The month in letters: 21May2018, 11 de enero de 2018; 2018Jan11; January 11, 2018.
+_LETTERS = (
+    re.compile(
+        rf"(?<!\d)(?P<day>[0-3]?\d)\.?(?P<sep>[-_. ]{{0,2}})(?:de[-_. ])?{_MONTH}"
+        rf"[-_. ]{{0,2}}(?:de[-_. ])?(?P<year>{_YEAR})(?!\d)"
+    ),
+    re.compile(rf"(?<!\d)(?P<year>{_YEAR})(?P<sep>[-_. ]?){_MONTH}[-_. ]?(?P<day>[0-3]?\d)(?!\d)"),
+    re.compile(
+        rf"(?<![A-Za-z]){_MONTH}(?P<sep>[-_. ]?)(?P<day>[0-3]\d|\d(?=[-_., ]))(?:st|nd|rd|th)?"
+        rf"(?:,? ?|[-_.])(?P<year>{_YEAR})(?!\d)"
+    ),
+)
+# 2018年01月11日, and the same in Korean.
+_IDEOGRAPHS = re.compile(
+    rf"(?<!\d)(?P<year>{_YEAR}) ?[年년] ?(?P<month>\d{{1,2}}) ?[月월] ?(?P<day>\d{{1,2}})"
+)
+# Forms that count only if every file has one: a day or month of one digit, the day or the month
+# before the other one, a day of the year after a separator, and a year of two digits.
 _SHORT = re.compile(
     r"(?<!\d)(?P<year>(?:19[7-9]|20\d)\d)(?P<sep>[-_./])(?P<month>\d{1,2})(?P=sep)"
     r"(?P<day>\d{1,2})(?!\d)"
@@ -146,24 +211,71 @@ _DAY_FIRST = re.compile(
     r"(?P<year>(?:19[7-9]|20\d)\d)(?!\d)"
     r"|(?<!\d)(?P<day8>\d\d)(?P<month8>\d\d)(?P<year8>(?:19[7-9]|20\d)\d)(?!\d)"
 )
+_ORDINAL = re.compile(rf"(?<!\d)(?P<year>{_YEAR})(?P<sep>[-_./])(?P<doy>[0-3]\d\d)(?!\d)")
+_SHORT_YEAR = re.compile(
+    r"(?<!\d)(?P<day>\d{1,2})(?P<sep>[-_. ]?)(?P<month>[A-Za-z]{3,10})(?P=sep)(?P<year>\d\d)(?!\d)"
+)
+# What is seen in place of a date, for messages.
+_UNCLEAR = (
+    (_DAY_FIRST, "the day or the month may come first"),
+    (_ORDINAL, "it may be a day of the year or a running number"),
+    (re.compile(rf"(?<!\d){_YEAR}[-_]?w\d\d(?!\d)", re.IGNORECASE), "a week and no day"),
+    (re.compile(rf"(?<!\d){_YEAR}[-_.]?(?:0[1-9]|1[0-2])(?!\d)"), "a month and no day"),
+    (
+        re.compile(r"(?<!\d)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?!\d)"),
+        "the year may have two digits",
+    ),
+    (_SHORT_YEAR, "the year may come first or last"),
+)
 _SUFFIX = re.compile(r"\.(?:tiff?|jp2|j2k|img|vrt|nc|zip)$", re.IGNORECASE)
 # Tags of the acquisition precede tags that may hold the time of writing.
 _DATE_TAGS = (
     "datetime",
+    "date_time",
     "acquisition_date",
+    "acquisitiondate",
     "acquisition_datetime",
     "acquisition_time",
+    "acquisition",
     "date_acquired",
+    "date_of_acquisition",
     "acquired",
+    "observation_date",
     "sensing_time",
     "sensing_date",
+    "sensing_start",
     "datatake_1_datatake_sensing_start",
+    "datatake_sensing_start",
     "product_start_time",
     "start_datetime",
+    "datetime_from",  # openEO
     "rangebeginningdate",
+    "time_coverage_start",
+    "system:time_start",
+    "time_start",
+    "start_time",
+    "start_date",
+    "startdate",
+    "scene_date",
+    "image_date",
+    "imagedate",
     "date",
     "time",
+    "timestamp",
+    "netcdf_dim_time",
+    "netcdf_dim_t",
 )
+# Counts of seconds, milliseconds, microseconds or nanoseconds since 1970, by their digits, as Earth
+# Engine (system:time_start), pandas and xarray write them.
+_EPOCHS: Mapping[int, float] = {
+    digits: unit
+    for unit, sizes in ((1.0, (9, 10)), (1e-3, (12, 13)), (1e-6, (15, 16)), (1e-9, (18, 19)))
+    for digits in sizes
+}
+_COUNT = re.compile(r"(?!19|20)[1-9][0-9]*")
+_EPOCH = datetime(1970, 1, 1)
+_SINCE = re.compile(r"(days|hours|minutes|seconds) since ", re.IGNORECASE)
+_SECONDS: Mapping[str, int] = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 WRITING_TAG = "tifftag_datetime"
 """The tag of the TIFF standard: some writers store the acquisition, others the time of writing."""
 # openEO's back-ends write DESCRIPTION.
@@ -285,6 +397,11 @@ def calls_itself_alpha(text: str | None) -> bool:
     return bool(text and _ALPHA.fullmatch(text.strip()))
 
 
+def ends_as_alpha(text: str) -> bool:
+    """Whether a file's stem ends with dataMask, as `S2_2021-01-05_dataMask`."""
+    return bool(_DATA_MASK.search(text))
+
+
 def product_bands(name: str, count: int) -> tuple[str, ...]:
     """The first bands of a file whose bands have no names, if it is a whole Sentinel-2 product.
 
@@ -320,51 +437,103 @@ def date_of(text: str | None) -> date | None:
 
 def _dates(text: str) -> Iterator[date]:
     """Every date of a text in an unambiguous form, in order."""
-    for match in _DATE.finditer(text):
-        try:
-            if match["doy"]:
-                new_year = date(int(match["doy_year"]), 1, 1)
-                day = new_year + timedelta(days=int(match["doy"]) - 1)
-                if match["doy"] != "000" and day.year == new_year.year:
-                    yield day
-            elif match["letters"]:
-                month = _MONTHS.index(match["letters"].lower()) + 1
-                yield date(int(match["letters_year"]), month, int(match["letters_day"]))
-            else:
-                yield date(int(match["year"]), int(match["month"]), int(match["day"]))
-        except ValueError:  # digits that only look like a date, such as 30 February
-            continue
+    text = _plain(text)
+    found = [(match, _numeric) for match in _DATE.finditer(text)]
+    found += [(match, _lettered) for form in _LETTERS for match in form.finditer(text)]
+    if not text.isascii():
+        found += [(match, _ymd) for match in _IDEOGRAPHS.finditer(text)]
+    end = 0
+    for match, read in sorted(found, key=lambda one: one[0].start()):
+        if match.start() >= end and (day := read(match)) is not None:
+            yield day
+            end = match.end()
+
+
+def _plain(text: str) -> str:
+    """A text with Latin letters without accents, and usual digits in place of wide ones."""
+    if text.isascii():
+        return text
+    letters = unicodedata.normalize("NFKC", text)
+    return "".join(unicodedata.normalize("NFKD", c)[0] if c < "\u0250" else c for c in letters)
+
+
+def _day(year: int, month: int, day: int) -> date | None:
+    """A date; None for digits that only look like one, such as 30 February."""
+    try:
+        return date(year, month, day)
+    except ValueError:
+        return None
+
+
+def _ymd(match: re.Match[str]) -> date | None:
+    return _day(int(match["year"]), int(match["month"]), int(match["day"]))
+
+
+def _ordinal(match: re.Match[str], year: str = "year") -> date | None:
+    """The date of a year and a day of it; None if the year has no such day."""
+    first = date(int(match[year]), 1, 1)
+    day = first + timedelta(days=int(match["doy"]) - 1)
+    return day if match["doy"] != "000" and day.year == first.year else None
+
+
+def _numeric(match: re.Match[str]) -> date | None:
+    return _ordinal(match, "doy_year") if match["doy"] else _ymd(match)
+
+
+def _lettered(match: re.Match[str]) -> date | None:
+    """The date of a match whose month is a word; None if the word is not a month."""
+    word = match["month"].lower()
+    month = _MONTHS.get(word)
+    if word in _ALSO_WORDS and (match.re is not _LETTERS[0] or match["sep"] not in {"", "-", "."}):
+        return None
+    if month is None:
+        return None
+    return _day(int(match["year"]), month, int(match["day"]))
+
+
+def _each(form: re.Pattern[str], text: str) -> Iterator[date]:
+    """Every date of a form with the groups year, month and day in a text."""
+    return (day for match in form.finditer(text) if (day := _ymd(match)))
 
 
 def _short_dates(text: str) -> Iterator[date]:
     """Dates with the year first, and day or month of one digit."""
-    return _year_first(_SHORT, text)
+    return _each(_SHORT, text)
 
 
-def _year_first(form: re.Pattern[str], text: str) -> Iterator[date]:
-    for match in form.finditer(text):
-        try:
-            yield date(int(match["year"]), int(match["month"]), int(match["day"]))
-        except ValueError:
-            continue
-
-
-def _day_first_dates(text: str) -> Iterator[date]:
-    """Dates with the day before the month."""
+def _day_first_dates(text: str, *, month_first: bool = False) -> Iterator[date]:
+    """Dates with the year last: the day before the month, or the month before the day."""
     for match in _DAY_FIRST.finditer(text):
-        year, month, day = (match[name] or match[f"{name}8"] for name in ("year", "month", "day"))
-        try:
-            yield date(int(year), int(month), int(day))
-        except ValueError:
-            continue
+        year, month, day = (
+            int(match[name] or match[f"{name}8"]) for name in ("year", "month", "day")
+        )
+        if month_first:
+            month, day = day, month
+        if found := _day(year, month, day):
+            yield found
+
+
+def _ordinal_dates(text: str) -> Iterator[date]:
+    """Dates of a year and a day of it, separated."""
+    return (day for match in _ORDINAL.finditer(text) if (day := _ordinal(match)))
+
+
+def _short_year_dates(text: str) -> Iterator[date]:
+    """Dates as 11-JAN-18, whose year has two digits."""
+    for match in _SHORT_YEAR.finditer(_plain(text)):
+        month = _MONTHS.get(match["month"].lower())
+        year = int(match["year"])
+        if month and (day := _day(year + (1900 if year >= 70 else 2000), month, int(match["day"]))):
+            yield day
 
 
 def named_days(names: Sequence[str]) -> list[date | None]:
     """The date in each file's name, determined from all names together.
 
-    Ambiguous forms (day first, one digit) count if all files have them. If names hold several
-    dates, the first date that differs between files is used; the file's own date precedes its
-    folder's.
+    Ambiguous forms (day or month first, one digit, a separated day of the year, a year of two
+    digits) count if all files have them and the files together exclude the other reading. If names
+    hold several dates, the first date that differs between files is used; the file's own date
+    precedes its folder's.
 
     Args:
         names: names with their folders, separated by `/`.
@@ -377,22 +546,74 @@ def named_days(names: Sequence[str]) -> list[date | None]:
     def found(form: Callable[[str], Iterator[date]]) -> list[list[date]]:
         return [[day for part in own for day in form(part)] for own in parts]
 
-    dates = [
-        [*own, *_year_first(_FOLDERS, name)] for own, name in zip(found(_dates), names, strict=True)
-    ]
+    dates = [[*own, *_each(_FOLDERS, name)] for own, name in zip(found(_dates), names, strict=True)]
     if dates and not all(dates):
-        short, day_first = found(_short_dates), found(_day_first_dates)
+        short = found(_short_dates)
         if all(short):
             dates = short
-        elif all(day_first) and not any(dates) and _day_is_first(names):
-            dates = day_first
+        elif not any(dates):
+            dates = _unusual(names, found) or dates
     return _told_apart(dates)
+
+
+def _unusual(
+    names: Sequence[str], found: Callable[[Callable[[str], Iterator[date]]], list[list[date]]]
+) -> list[list[date]]:
+    """The dates of names in a form that only the names together make clear; empty without one."""
+    day_first = found(_day_first_dates)
+    if all(day_first):
+        return day_first if _day_is_first(names) else []
+    month_first = found(partial(_day_first_dates, month_first=True))
+    if all(month_first):  # a day above 12 excludes the other order in some of them
+        return month_first
+    # Folders and files may both be parts of one: 2018/011/B04.tif.
+    ordinal = [list(_ordinal_dates(name)) for name in names]
+    if all(ordinal) and _are_days_of_the_year(names):
+        return ordinal
+    short_year = found(_short_year_dates)
+    return short_year if all(short_year) and _year_is_last(names) else []
 
 
 def _day_is_first(names: Sequence[str]) -> bool:
     """Whether 05-01-2021 can only be 5 January: by a dot, eight digits, or a day above 12."""
     matches = [match for name in names for match in _DAY_FIRST.finditer(name)]
     return any(m["day8"] or m["sep"] == "." or int(m["day"]) > 12 for m in matches)
+
+
+def _are_days_of_the_year(names: Sequence[str]) -> bool:
+    """Whether 2018-011 can only be the 11th day of 2018, and is no running number.
+
+    Running numbers count from 0 or 1 without a gap. After `_` or `.` numbers are usual that are
+    neither, so that several days are needed.
+    """
+    matches = [match for name in names for match in _ORDINAL.finditer(name)]
+    by_year: dict[str, set[int]] = defaultdict(set)
+    for match in matches:
+        by_year[match["year"]].add(int(match["doy"]))
+    counts_up = all(min(own) <= 1 and max(own) - min(own) < len(own) for own in by_year.values())
+    usual = all(match["sep"] in "-/" for match in matches)
+    return not counts_up and (usual or sum(map(len, by_year.values())) > 1)
+
+
+def _year_is_last(names: Sequence[str]) -> bool:
+    """Whether 11-JAN-18 is a day of 2018: the last number varies less than the first one."""
+    matches = [match for name in names for match in _SHORT_YEAR.finditer(_plain(name))]
+    matches = [match for match in matches if match["month"].lower() in _MONTHS]
+    days, years = ({match[part] for match in matches} for part in ("day", "year"))
+    return len(years) <= len(days)
+
+
+def unclear_date(name: str) -> str | None:
+    """What a name without a date has in its place, for messages; None if there is nothing.
+
+    Args:
+        name: a file's name, with its folders.
+    """
+    for form, why in _UNCLEAR:
+        for match in form.finditer(_plain(name)):
+            if form is not _SHORT_YEAR or match["month"].lower() in _MONTHS:
+                return f"'{match[0]}': {why}"
+    return None
 
 
 def _told_apart(dates: Sequence[Sequence[date]]) -> list[date | None]:
@@ -403,9 +624,47 @@ def _told_apart(dates: Sequence[Sequence[date]]) -> list[date | None]:
     return [own[place] if own else None for own in dates]
 
 
-def tagged_date(tags: Mapping[str, str]) -> date | None:
-    """The acquisition date in tags (lower-case keys), except TIFFTAG_DATETIME."""
-    return next((day for key in _DATE_TAGS if key in tags and (day := date_of(tags[key]))), None)
+def tagged_date(tags: Mapping[str, str], file: Mapping[str, str] | None = None) -> date | None:
+    """The acquisition date in tags (lower-case keys), except TIFFTAG_DATETIME.
+
+    Args:
+        tags: the tags of a file or of a band.
+        file: the file's tags, in which GDAL leaves the unit of a netCDF's time.
+    """
+    full = dict(map(with_full_name, tags.items()))
+    for key in _DATE_TAGS:
+        if key in full:
+            units = (file or full).get(f"{key.removeprefix('netcdf_dim_')}#units")
+            day = _tag_day(full[key].strip(), units)
+            if day:
+                return day
+    return None
+
+
+def _tag_day(text: str, units: str | None) -> date | None:
+    if units and (since := _SINCE.match(units)) and (first := date_of(units[since.end() :])):
+        try:
+            seconds = float(text) * _SECONDS[since[1].lower()]
+            return (datetime.combine(first, time()) + timedelta(seconds=seconds)).date()
+        except (ValueError, OverflowError):
+            pass  # a date in words, whatever the unit
+    # Numbers from 19... and 20... on are dates without separators, or times after 2030.
+    if _COUNT.fullmatch(text) and len(text) in _EPOCHS:
+        return (_EPOCH + timedelta(seconds=int(text) * _EPOCHS[len(text)])).date()
+    return date_of(text) or next(_ordinal_dates(text), None)
+
+
+def date_text(tags: Mapping[str, str]) -> str | None:
+    """The first acquisition tag (lower-case keys), whatever it holds; None without one."""
+    full = dict(map(with_full_name, tags.items()))
+    return next((full[key] for key in _DATE_TAGS if full.get(key)), None)
+
+
+def with_full_name(item: tuple[str, str]) -> tuple[str, str]:
+    """A tag with its complete name: GDAL cuts the name of `s2:processing_baseline=04.00` at `:`."""
+    key, value = item
+    name, equals, rest = value.partition("=")
+    return (f"{key}:{name}".lower(), rest) if equals and name.isidentifier() else item
 
 
 def tagged_band(tags: Mapping[str, str]) -> str | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from service.errors import InvalidRequest
 from service.read.geotiff import Header
-from service.read.metadata import tagged_number
+from service.read.metadata import tagged_number, with_full_name
 from service.read.sensors import Sensor
 
 DatedNumber = float | tuple[tuple[date | str, float], ...]
@@ -128,7 +128,7 @@ def _steps_per_unit(tags: Mapping[str, str]) -> float | None:
 
 def _baseline_offset(header: Header) -> tuple[float | None, str]:
     """The offset that follows from Sentinel-2's processing baseline; None if it is not known."""
-    tags = dict(map(_with_full_name, header.tags.items()))
+    tags = dict(map(with_full_name, header.tags.items()))
     baseline = _baseline(header)
     applied = next(((k, v) for k, v in tags.items() if k.endswith("boa_offset_applied")), None)
     before = baseline is not None and baseline < _BASELINE_WITH_OFFSET
@@ -142,20 +142,13 @@ def _baseline_offset(header: Header) -> tuple[float | None, str]:
 
 def _baseline(header: Header) -> float | None:
     """Sentinel-2's processing baseline by a tag or the product's name; None if neither has it."""
-    tags = dict(map(_with_full_name, header.tags.items()))
+    tags = dict(map(with_full_name, header.tags.items()))
     tagged = next((v for k, v in tags.items() if k.endswith("processing_baseline")), "")
     named = _NAMED_BASELINE.search(header.name)
     try:
         return float(tagged.strip() or (f"{named[1]}.{named[2]}" if named else ""))
     except ValueError:
         return None
-
-
-def _with_full_name(item: tuple[str, str]) -> tuple[str, str]:
-    """A tag with its complete name: GDAL cuts the name of `s2:processing_baseline=04.00` at `:`."""
-    key, value = item
-    name, equals, rest = value.partition("=")
-    return (f"{key}:{name}".lower(), rest) if equals and name.isidentifier() else item
 
 
 def _tags(header: Header, at: int) -> dict[str, str]:
