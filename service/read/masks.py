@@ -131,8 +131,7 @@ def pixel_qa(data: Numbers) -> Clear:
     """
     integers, _ = _integers(data)
     cirrus = (integers >> 8) & 3 == 3
-    seen = (integers >> 1) & 3 != 0
-    return np.asarray(_without(data, (0, 3, 4, 5, 10)) & seen & ~cirrus)
+    return np.asarray(_without(data, (0, 3, 4, 5, 10)) & ~cirrus)
 
 
 def cfmask(data: Numbers) -> Clear:
