@@ -122,6 +122,25 @@ def points() -> dict[str, Any]:
     return {"type": "FeatureCollection", "features": features}
 
 
+def test_series_without_a_clear_observation_have_a_warning(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    every = points()
+    cloudy = {**every, "features": every["features"][2:]}  # always cloudy, and outside
+    found = measured(api, stack, points=cloudy).json()
+    assert [f["properties"]["status"] for f in found["features"]] == ["no_data", "outside"]
+    (warning,) = [w for w in found["warnings"] if w["code"] == "all_missing"]
+    assert warning["detail"].startswith("no point has a clear observation: every pixel needs 1")
+    away = {**every, "features": every["features"][3:]}
+    (warning,) = measured(api, stack, points=away).json()["warnings"]
+    assert warning["detail"].endswith("all 1 lie outside the raster")
+    assert measured(api, stack, points=every).json()["warnings"] == []
+    shapes = polygons()
+    shapes["features"] = shapes["features"][2:3]
+    (warning,) = measured(api, stack, fields=shapes).json()["warnings"]
+    assert warning["detail"].startswith("no field has a clear observation")
+
+
 def formulas(blue: Any, red: Any, nir: Any) -> dict[str, Any]:
     """The indices of the Awesome Spectral Indices catalogue, written out."""
     return {

@@ -640,8 +640,9 @@ def why_missing(
             seen = max(seen, int((~np.isnan(part.values[:, 0])).sum(axis=0).max()))
             clear = max(clear, int(part.valid.sum(axis=0).max()))
     return (
-        f"every pixel needs {least} clear observations; of the {len(used)} dates used, the best "
-        f"pixel sampled has values on {seen} and is clear on {clear} (mask: {stack.mask}); "
+        f"every pixel needs {least} clear observation{'s' if least > 1 else ''}; of the "
+        f"{len(used)} dates used, the best pixel sampled has values on {seen} and is "
+        f"clear on {clear} (mask: {stack.mask}); "
         + (
             "the mask leaves too few, so add clearer dates, or give mask=none to use cloudy ones"
             if seen >= least

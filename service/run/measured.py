@@ -31,7 +31,7 @@ from service.infer.plots import (
 )
 from service.read.buffers import BufferPool
 from service.read.geotiff import BlockCache
-from service.read.radiometry import calibrate
+from service.read.radiometry import calibrate, why_missing
 from service.read.reader import StackReader
 from service.read.stack import Sits, Stack, open_stack
 from service.read.vectors import Fields, read_fields
@@ -235,7 +235,14 @@ def measure(
             places, timing = _fields(stack, fields, executor, cache, cancelled, size)
         begun = time.perf_counter()
         records = _records(stack, places, plotter, cancelled)
-    warnings = unique((*stack.warnings, *(fields.warnings if fields else ())))
+    statuses = [extent["status"] for extent in places.extents]
+    warnings = unique(
+        (
+            *stack.warnings,
+            *(fields.warnings if fields else ()),
+            *_none_seen(stack, statuses, "field" if fields else "point", cache),
+        )
+    )
     features = (
         field_features(fields.ids, fields.properties, fields.geojson, records)
         if fields
@@ -280,6 +287,19 @@ def _check_size(places: int, dates: int, *, plots: bool) -> None:
             f"{places} places, and a response contains the plots of at most {MAX_PLOTS}: send "
             "fewer places, or plots=false",
         )
+
+
+def _none_seen(
+    stack: Stack, statuses: Sequence[JSON], noun: str, cache: BlockCache | None
+) -> tuple[StackWarning, ...]:
+    """The warning that no place has a clear observation, with the reason; empty if one has."""
+    if "ok" in statuses or not statuses:
+        return ()
+    why = f"all {len(statuses)} lie outside the raster"
+    if "no_data" in statuses:
+        why = why_missing(stack, range(stack.observations), 1, cache=cache)
+    detail = f"no {noun} has a clear observation: {why}"
+    return (StackWarning(code="all_missing", detail=detail),)
 
 
 def _points(
