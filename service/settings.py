@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -507,6 +508,7 @@ def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
     return sorted(n for n in environment if n.upper().startswith(PREFIX) and n.upper() not in known)
 
 
+@cache
 def project_version() -> str:
     """The project's version, from its installed metadata; `0+checkout` if it is not installed."""
     try:
