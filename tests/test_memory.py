@@ -92,7 +92,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
 
 @pytest.fixture
 def need(stack: Stack) -> Callable[[int], Need]:
-    files = replace(footprint(stack, (0,)), cached=0, held=0, decoding=0)
+    files = replace(footprint(stack, (0,)), cached=0, held=0, decoding=0, kept=0)
     return lambda size: Need(files=files, arrays=size, what="windows", remedy="Send fewer dates")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from rasterio.windows import Window
 from service.errors import GridMismatch, InvalidRequest
 from service.infer.patches import median_composite
 from service.read import reader as reading
+from service.read import stack as stacks
 from service.read.buffers import BufferPool, spaced
-from service.read.geotiff import SourceFile
+from service.read.geotiff import BlockCache, SourceFile
 from service.read.layouts import StackOptions
 from service.read.reader import StackReader
 from service.read.stack import Sits, Stack, open_stack
@@ -523,3 +525,63 @@ def test_the_composite_is_the_median_of_the_clear(T: int) -> None:
                 np.testing.assert_allclose(got[:, row, column], expected, rtol=1e-6)
             else:
                 assert np.isnan(got[:, row, column]).all()
+
+
+@pytest.fixture
+def decoded() -> list[int]:
+    return []
+
+
+def read_whole(stack: Stack, decoded: list[int]) -> Sits:
+    with StackReader(stack, cache=BlockCache(decoded=decoded.append)) as reader:
+        return reader.read(Window(0, 0, stack.grid.width, stack.grid.height))
+
+
+def test_a_small_raster_is_decoded_once_for_all_readers(tmp_path: Path, decoded: list[int]) -> None:
+    pixels = [numbers(seed=t) for t in (1, 2)]
+    pixels[1][:, 2, 3] = 7
+    stack = opened(*(scene(tmp_path / f"2021010{t + 1}.tif", p) for t, p in enumerate(pixels)))
+    first = read_whole(stack, decoded)
+    assert len(decoded) == 2
+    late = stack.acquisitions[1]
+    other = tuple(replace(p, scale=1e-3, offset=-0.1, nodata=7) for p in late.planes)
+    corrected = replace(stack, acquisitions=(stack.acquisitions[0], replace(late, planes=other)))
+    second = read_whole(corrected, decoded)
+    assert len(decoded) == 2
+    np.testing.assert_array_equal(second.values[0], first.values[0])
+    assert not second.valid[1, 2, 3]
+    np.testing.assert_allclose(
+        second.values[1][:, second.valid[1]],
+        (pixels[1] * 1e-3 - 0.1)[:, second.valid[1]],
+        rtol=1e-6,
+    )
+
+
+def test_only_small_rasters_are_kept(
+    tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "SMALL_SIDE", 5)  # the rasters have 6 rows
+    stack = opened(*(scene(tmp_path / f"2021010{t}.tif", numbers()) for t in (1, 2)))
+    first, second = read_whole(stack, decoded), read_whole(stack, decoded)
+    assert len(decoded) == 4
+    np.testing.assert_array_equal(first.values, second.values)
+
+
+def test_a_stack_keeps_a_bounded_number_of_bytes(
+    tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = numbers()
+    monkeypatch.setattr(stacks, "KEPT_BYTES", 2 * one.nbytes)
+    stack = opened(*(scene(tmp_path / f"2021010{t}.tif", one) for t in (1, 2, 3)))
+    first, second = read_whole(stack, decoded), read_whole(stack, decoded)
+    assert len(decoded) == 4  # the third file does not fit
+    np.testing.assert_array_equal(first.values, second.values)
+
+
+def test_a_stack_for_another_process_keeps_nothing(tmp_path: Path, decoded: list[int]) -> None:
+    stack = opened(scene(tmp_path / "20210101.tif", numbers()))
+    first = read_whole(stack, decoded)
+    sent = pickle.dumps(stack.kept)  # as to a worker of a cluster
+    second = read_whole(replace(stack, kept=pickle.loads(sent)), decoded)  # noqa: S301 - own bytes
+    assert len(decoded) == 2
+    np.testing.assert_array_equal(first.values, second.values)

@@ -854,7 +854,7 @@ def _as_stored(stack: Stack) -> Stack:
 def _sampled_windows(stack: Stack) -> list[Window]:
     """Small windows distributed over the raster; one window of all of a small raster."""
     height, width = stack.grid.height, stack.grid.width
-    if max(height, width) <= 2 * _SAMPLED_SIDE:
+    if stack.small:
         return [Window(0, 0, width, height)]
     places = {
         (

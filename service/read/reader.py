@@ -41,7 +41,7 @@ from service.read.geotiff import (
     read_header,
 )
 from service.read.placement import Position, Resampling, warped_part
-from service.read.stack import NO_VALUE, Acquisition, Plane, Sits, Stack
+from service.read.stack import KEPT_BYTES, NO_VALUE, Acquisition, Decoded, Plane, Sits, Stack
 from service.read.warp import WARP_BYTES, fill_of, has_alpha, warped
 
 # A reader keeps at most this number of files open, or this share of the descriptors if that is
@@ -397,12 +397,20 @@ class StackReader:
         )
         return inside
 
-    def _decode(
-        self, read: _FileRead, window: Window
-    ) -> tuple[NDArray[np.generic], NDArray[np.uint8] | None]:
-        """Bands of one file (n, h, w) in its own number type, and its mask (h, w)."""
+    def _decode(self, read: _FileRead, window: Window) -> Decoded:
+        """Bands of one file and its mask, decoded or as another reader kept them."""
         numbers = [plane.number for plane in read.planes]
         window = _shifted(window, read.position)
+        if not self._stack.small or read.position.warp is not None:
+            return self._decode_window(read, numbers, window)
+        key = (read.source, tuple(numbers), window.flatten())
+        decoded = self._stack.kept.find(key)
+        if decoded is None:
+            decoded = self._decode_window(read, numbers, window)
+            self._stack.kept.keep(key, decoded)
+        return decoded
+
+    def _decode_window(self, read: _FileRead, numbers: list[int], window: Window) -> Decoded:
         try:
             with self._dataset(read) as dataset:
                 raw = dataset.read(numbers, window=window)
@@ -498,6 +506,8 @@ class Footprint:
     """Files that stay open."""
     decoding: int
     """Files that are open for one read, encoded blocks, codecs and warps."""
+    kept: int
+    """Numbers of a small raster that the stack keeps for its next reader."""
     raw: int
     """Numbers of one file as stored, per pixel of a window."""
     layers: int
@@ -508,7 +518,7 @@ class Footprint:
     @property
     def total(self) -> int:
         """The memory that does not grow with the window."""
-        return self.cached + self.held + self.decoding
+        return self.cached + self.held + self.decoding + self.kept
 
 
 def footprint(stack: Stack, used: Sequence[int]) -> Footprint:
@@ -532,11 +542,18 @@ def footprint(stack: Stack, used: Sequence[int]) -> Footprint:
         decoding=(0 if stays else max(files.values()))
         + at_once * max(plane.memory.encoded for plane in planes)
         + at_once * WARP_BYTES * any(read.position.warp is not None for read in reads),
-        raw=at_once
-        * max(sum(p.itemsize for p in read.planes) + read.planes[0].masked for read in reads),
+        kept=min(KEPT_BYTES, stack.grid.width * stack.grid.height * sum(map(_raw_bytes, reads)))
+        if stack.small
+        else 0,
+        raw=at_once * max(map(_raw_bytes, reads)),
         layers=len(layers) if stack.cloud_bands is not None else min(2, len(layers)),
         heaviest=max(planes, key=lambda plane: plane.memory.open + plane.memory.encoded),
     )
+
+
+def _raw_bytes(read: _FileRead) -> int:
+    """Bytes of one pixel of a file as stored, with its mask."""
+    return sum(plane.itemsize for plane in read.planes) + read.planes[0].masked
 
 
 def _files_kept_open() -> int:

@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +50,10 @@ LAND_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B1
 """Sentinel-2's bands of the land surface; the other three measure the atmosphere."""
 # Float rasters mark missing pixels by numbers such as -3.4e38, with or without a nodata tag.
 NO_VALUE = 1e30
+SMALL_SIDE = 256
+"""Largest side of a raster that is read whole before a run, pixels."""
+KEPT_BYTES = 32 * 2**20
+"""Largest memory of the pixels that one stack keeps, bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +120,46 @@ class Acquisition:
         return all(plane.nodata != 0 for plane in self.planes)
 
 
+Decoded = tuple[NDArray[np.generic], NDArray[np.uint8] | None]
+"""Bands of one file (n, h, w) in its own number type, and its mask (h, w)."""
+
+
+class KeptPixels:
+    """Numbers of a small raster's files as decoded, so that its readers decode each file once.
+
+    The check of scale and offset reads a small raster whole, and the run reads it again: for many
+    small files, opening and decoding take most of a request's time. Used by several threads.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Decoded] = {}
+        self._left = KEPT_BYTES
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[KeptPixels], tuple[()]]:
+        """A copy for another process keeps nothing."""
+        return KeptPixels, ()
+
+    def find(self, read: Hashable) -> Decoded | None:
+        """The numbers of a read; None if they were not kept."""
+        return self._kept.get(read)
+
+    def keep(self, read: Hashable, decoded: Decoded) -> None:
+        """Keep the numbers of a read, which cannot be changed from then on.
+
+        With more than `KEPT_BYTES` the read is not kept.
+        """
+        parts = [part for part in decoded if part is not None]
+        size = sum(part.nbytes for part in parts)
+        with self._lock:
+            if size > self._left or read in self._kept:
+                return
+            self._left -= size
+            self._kept[read] = decoded
+        for part in parts:
+            part.flags.writeable = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stack:
     """Files as T observations of C bands on one grid; no pixel has been read."""
@@ -144,6 +189,13 @@ class Stack:
     files: tuple[str, ...]
     """Names of the files that hold a needed band; the others are left out."""
     warnings: tuple[StackWarning, ...]
+    kept: KeptPixels = field(default_factory=KeptPixels, compare=False, repr=False)
+    """What was decoded of the files; stacks made from this one by `replace` share it."""
+
+    @property
+    def small(self) -> bool:
+        """Whether the check of scale and offset reads the whole raster."""
+        return max(self.grid.height, self.grid.width) <= SMALL_SIDE
 
     @property
     def bands_read(self) -> tuple[str, ...]:
