@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import geopandas
@@ -18,10 +18,76 @@ if TYPE_CHECKING:
     import xarray
     from numpy.typing import NDArray
 
-    from pimc_client.results import LegendClass, Raster, Rasters
-
 _FORECAST_BAND = re.compile(r"(?P<index>\w+)_(?P<date>\d{4}-\d\d-\d\d)_(?P<quantile>q\d+)")
 """Name of a forecast's band, such as `NDVI_2021-11-05_q50`."""
+
+
+class LegendEntry(Protocol):
+    """One class of a class map; a `LegendClass` is one."""
+
+    @property
+    def name(self) -> str:
+        """Name of the class."""
+        ...
+
+    @property
+    def color(self) -> str:
+        """Colour as `#rrggbb`."""
+        ...
+
+
+class Pixels(Protocol):
+    """The pixels of a raster and their description; a `Raster` is one."""
+
+    @property
+    def name(self) -> str:
+        """Name of the output, such as `class`."""
+        ...
+
+    @property
+    def model(self) -> str | None:
+        """The model that predicted, as `name@version`."""
+        ...
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """Pixels (rows, columns) of one band, else (bands, rows, columns)."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Bands, rows, columns."""
+        ...
+
+    @property
+    def descriptions(self) -> Sequence[str | None]:
+        """Name of each band."""
+        ...
+
+    @property
+    def crs(self) -> str | None:
+        """The CRS."""
+        ...
+
+    @property
+    def transform(self) -> tuple[float, float, float, float, float, float] | None:
+        """Affine transform (a, b, c, d, e, f) from column and row to the CRS's units."""
+        ...
+
+    @property
+    def nodata(self) -> float | None:
+        """Number of pixels without a prediction."""
+        ...
+
+    @property
+    def scale(self) -> float | None:
+        """Scale of integers: value = pixel x scale; None if the pixels are the values."""
+        ...
+
+    @property
+    def legend(self) -> Mapping[int, LegendEntry]:
+        """Pixel value to class; empty if pixels are not classes."""
+        ...
 
 
 def required(library: str, user: str) -> Any:  # noqa: ANN401 (a module)
@@ -49,7 +115,7 @@ def required(library: str, user: str) -> Any:  # noqa: ANN401 (a module)
 # --- xarray ---------------------------------------------------------------------------------------
 
 
-def data_array(raster: Raster) -> xarray.DataArray:
+def data_array(raster: Pixels) -> xarray.DataArray:
     """A raster as a `DataArray`; see `Raster.to_xarray`."""
     xr = required("xarray", "to_xarray")
     pixels = raster.array
@@ -68,15 +134,15 @@ def data_array(raster: Raster) -> xarray.DataArray:
     return array
 
 
-def dataset(rasters: Rasters) -> xarray.Dataset:
-    """Several rasters as a `Dataset`; see `Rasters.to_xarray`."""
+def dataset(rasters: Mapping[str, Pixels], model: str | None) -> xarray.Dataset:
+    """Several rasters of a model as a `Dataset`; see `Rasters.to_xarray`."""
     xr = required("xarray", "to_xarray")
     arrays = {}
     for name, raster in rasters.items():
         array = data_array(raster)
         # The bands of two outputs may have different names, which cannot share one dimension.
         arrays[name] = array.rename(band=f"{name}_band") if "band" in array.dims else array
-    found: xarray.Dataset = xr.Dataset(arrays, attrs={"model": rasters.model or ""})
+    found: xarray.Dataset = xr.Dataset(arrays, attrs={"model": model or ""})
     return found
 
 
@@ -94,7 +160,7 @@ def _forecast_axes(descriptions: Sequence[str | None]) -> dict[str, Any] | None:
     return {"index": indices, "time": np.array(dates, "datetime64[ns]"), "quantile": quantiles}
 
 
-def _coordinates(raster: Raster) -> dict[str, Any]:
+def _coordinates(raster: Pixels) -> dict[str, Any]:
     """Coordinates: centres of pixels, and the CRS in the form that rioxarray reads."""
     import numpy as np
 
@@ -115,7 +181,7 @@ def _coordinates(raster: Raster) -> dict[str, Any]:
     return coords
 
 
-def _attributes(raster: Raster) -> dict[str, Any]:
+def _attributes(raster: Pixels) -> dict[str, Any]:
     attributes: dict[str, Any] = {"grid_mapping": "spatial_ref"}
     if raster.model:
         attributes["model"] = raster.model
@@ -157,7 +223,7 @@ def geo_data_frame(
 
 
 def plot(
-    raster: Raster, band: int | str | None, axes: matplotlib.axes.Axes | None
+    raster: Pixels, band: int | str | None, axes: matplotlib.axes.Axes | None
 ) -> matplotlib.axes.Axes:
     """Draw one band of a raster; see `Raster.plot`."""
     number = _band_number(raster, band)
@@ -181,7 +247,7 @@ def plot(
     return axes
 
 
-def _band_number(raster: Raster, band: int | str | None) -> int:
+def _band_number(raster: Pixels, band: int | str | None) -> int:
     if band is None:
         return 0
     names = list(raster.descriptions)
@@ -198,7 +264,7 @@ def _band_number(raster: Raster, band: int | str | None) -> int:
     return band - 1
 
 
-def _extent(raster: Raster) -> dict[str, Any]:
+def _extent(raster: Pixels) -> dict[str, Any]:
     """Edges of the image in CRS units; for a rotated grid none, so that axes count pixels."""
     if raster.transform is None or raster.transform[1] or raster.transform[3]:
         return {}
@@ -207,7 +273,7 @@ def _extent(raster: Raster) -> dict[str, Any]:
     return {"extent": (left, left + a * columns, top + e * rows, top)}
 
 
-def _colored(pixels: NDArray[Any], legend: Mapping[int, LegendClass]) -> NDArray[Any]:
+def _colored(pixels: NDArray[Any], legend: Mapping[int, LegendEntry]) -> NDArray[Any]:
     """RGBA image (rows, columns, 4), uint8; pixels without a class are transparent."""
     import numpy as np
 
@@ -218,7 +284,7 @@ def _colored(pixels: NDArray[Any], legend: Mapping[int, LegendClass]) -> NDArray
 
 
 def _add_legend(
-    axes: matplotlib.axes.Axes, pixels: NDArray[Any], legend: Mapping[int, LegendClass]
+    axes: matplotlib.axes.Axes, pixels: NDArray[Any], legend: Mapping[int, LegendEntry]
 ) -> None:
     patches = required("matplotlib.patches", "plot")
     shown = [entry for value, entry in legend.items() if (pixels == value).any()]

@@ -194,7 +194,7 @@ class Raster(_Result):
 
     @property
     def scale(self) -> float | None:
-        """Of integers that stand for numbers: value = pixel x scale; None if pixels are the values.
+        """Scale of integers: value = pixel x scale; None if pixels are the values.
 
         Embeddings as int8 and probabilities as uint8 have one.
         """
@@ -204,8 +204,8 @@ class Raster(_Result):
     def values(self) -> NDArray[Any]:
         """As `array`; with a `scale` the values, as float32 with NaN for no prediction.
 
-        Of probabilities as uint8 these are at most 1/508 from the probabilities, and their sum over
-        the classes need not be 1.
+        Probabilities as uint8 are rounded by at most 1/508, and their sum over the classes need not
+        be 1.
 
         Raises:
             GeoTIFFError: as for `array`.
@@ -394,7 +394,7 @@ class Rasters(_Result, Mapping[str, Raster]):
         Raises:
             ImportError: xarray is not installed (`pip install 'pimc-client[analysis]'`).
         """
-        return analysis.dataset(self)
+        return analysis.dataset(self, self.model)
 
     def close(self) -> None:
         """Release the files."""
