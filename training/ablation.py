@@ -74,9 +74,9 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A question, and the choices that are compared."""
+    """The choices that are compared, and the sentence that introduces their table."""
 
-    question: str
+    subject: str
     arms: tuple[Arm, ...]
     pretraining: bool = False
     """Whether the arms differ in pretraining; else in finetuning."""
@@ -174,7 +174,7 @@ def _sources() -> tuple[Arm, ...]:
 
 STUDIES: Mapping[str, Study] = {
     "inputs": Study(
-        question="Recurrence plots, the series, or both?",
+        subject="Encoders that receive the recurrence plots, the series, or both.",
         arms=(
             Arm(label="both"),
             Arm(label="plots alone", settings=("encoder.series=false", "reflectance=false")),
@@ -182,9 +182,9 @@ STUDIES: Mapping[str, Study] = {
         ),
     ),
     "threshold": Study(
-        question=(
-            "Distances, or plots thresholded? Thresholds in standard deviations of an index "
-            "(0.25); `point` marks the smallest 20 % of each plot."
+        subject=(
+            "Recurrence plots of distances (none) and thresholded plots. Thresholds are in "
+            "standard deviations of an index (0.25); `point` marks the smallest 20 % of each plot."
         ),
         arms=(
             Arm(label="none"),
@@ -196,18 +196,18 @@ STUDIES: Mapping[str, Study] = {
         ),
     ),
     "steps": Study(
-        question="How many steps does the regular grid need? All cover the year.",
+        subject="Number of steps of the regular time grid. All grids cover the year.",
         arms=tuple(
             Arm(label=f"M = {m}", settings=(f"window.steps={m}",)) for m in (24, 32, 36, 48, 64)
         ),
     ),
     "labels": Study(
-        question="What is pretraining worth, with few labels and with many?",
+        subject="Effect of pretraining by the share of the labels that training uses.",
         arms=_few_labels(),
     ),
-    "size": Study(question="What does a larger encoder buy, and cost?", arms=_sizes()),
+    "size": Study(subject="Accuracy, cost and speed by the size of the encoder.", arms=_sizes()),
     "networks": Study(
-        question="Ours beside other networks, in the same graph, loop and schedule.",
+        subject="Our encoder and other networks, in the same graph, loop and schedule.",
         arms=(
             Arm(label="ours"),
             Arm(label="TempCNN", settings=("network=tempcnn",)),
@@ -215,7 +215,7 @@ STUDIES: Mapping[str, Study] = {
         ),
     ),
     "negatives": Study(
-        question="Which places of a batch are negatives of one another?",
+        subject="Pretraining with different choices of negatives within a batch.",
         pretraining=True,
         arms=(
             Arm(label="all but neighbours, one's own field and look-alikes (default)"),
@@ -226,7 +226,7 @@ STUDIES: Mapping[str, Study] = {
         ),
     ),
     "sources": Study(
-        question="What is each source of pretraining worth? Each is left out in turn.",
+        subject="Pretraining without each of its sources in turn.",
         pretraining=True,
         arms=_sources(),
     ),
@@ -249,7 +249,7 @@ def ablate(name: str, plan: Plan) -> str:
     study = STUDIES[name]
     make = _pretraining_section if study.pretraining else _finetuning_section
     title, text = make(name, study, plan)
-    text = f"{study.question}\n\n{text}"
+    text = f"{study.subject}\n\n{text}"
     write_section(plan.report, title, text)
     return f"## {title}\n\n{text}"
 

@@ -121,7 +121,8 @@ def outputs_of(folder: Path) -> Outputs:
         run, task, graph, _ = load_finished(folder)
         if run.everything:
             raise ValueError(
-                f"{folder.name} was trained on the validation places, so it cannot be scored there"
+                f"{folder.name} was trained on the validation places, so it cannot be scored "
+                "there: give a run without --everything"
             )
         validation_outputs.save(task.outputs(graph), folder)
     return validation_outputs.load(folder)
@@ -342,8 +343,8 @@ def romania_report(folder: Path, *, zoo: Path, report: Path) -> str:
         f"more: {agreement['agreement']:.3f} of {agreement['n']}. Tree cover holds "
         f"{agreement['tree_cover_share']:.3f} of the area, the map {agreement['map_share']:.3f}. "
         f"A map of trees everywhere would agree on {agreement['tree_cover_share']:.3f}. "
-        "No label of this area was trained on; the synthetic ground was adjusted while watching "
-        "this number, so it is not blind."
+        "No label of this area was used for training, but the synthetic ground was adjusted while "
+        "this number was observed, so it is not a blind test."
     )
     write_section(report, "pixels-landcover on the Romania cube", text)
     fields = {
