@@ -310,7 +310,7 @@ def shortened(region: Region, size: int, seed: int) -> Iterator[Region]:
 
 
 def effects(data: Path) -> Iterator[list[str]]:
-    """Of each task on Flanders 2018, the difference from the result with `mask=scl`.
+    """The difference of each task's result on Flanders 2018 from that with `mask=scl`.
 
     The share of pixels of another class, or the RMSE of the NDVI forecast.
 

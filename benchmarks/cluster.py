@@ -4,7 +4,7 @@
 
 A scheduler, the workers and the service are processes of this machine. Each worker has a core of
 its own; the service and the scheduler have what the workers leave. The same job runs on one worker
-and then on both. On a busy machine the clock says little: processor seconds show what the second
+and then on both. On a busy machine the clock means little: processor seconds show what the second
 worker costs, and what the service does while the workers compute.
 """
 
@@ -55,7 +55,7 @@ class Run:
     scheduler_seconds: float
     """Processor seconds of the scheduler."""
     sha256: str
-    """Of the result."""
+    """SHA-256 of the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +247,7 @@ def main() -> None:
             f"{run.scheduler_seconds:.1f}"
         )
     reached = "reached" if compared.ratio >= BAR else "not reached"
-    print(f"ratio {compared.ratio:.2f}; the bar of {BAR} is {reached}")
+    print(f"ratio {compared.ratio:.2f}; the target of {BAR} is {reached}")
     print(f"service and scheduler take {compared.overhead:.1%} of the workers' processor time")
     if options.out:
         found = {"machine": machine(), "ratio": compared.ratio, "bar": BAR, **asdict(compared)}

@@ -1,4 +1,4 @@
-"""What results per field cost beside the class map of the same stack.
+"""Cost of results per field, beside the class map of the same stack.
 
     python -m benchmarks.fields [--side 2048] [--dates 36] [--fields 10000] [--pairs 2]
     python -m benchmarks.fields --memory [--side 1024] [--dates 12] [--fields 100000]

@@ -139,7 +139,7 @@ class Report:
     probes: Mapping[str, Sequence[float]]
     """Seconds of each health and metrics response."""
     unready: int = 0
-    """Number of responses of /health/ready that said that the server is not ready."""
+    """Number of responses of /health/ready that reported the server as not ready."""
     beside: Outcomes = field(default_factory=dict)
     """Responses to the others beside the clients, by their name."""
 
@@ -728,7 +728,9 @@ def show(report: Report) -> None:
             f"{most * 1e3:.1f} ms, longest {max(seconds, default=0) * 1e3:.0f} ms"
         )
     if report.unready:
-        console.print(f"/health/ready said {report.unready} times that the server is at capacity")
+        console.print(
+            f"/health/ready reported {report.unready} times that the server is at capacity"
+        )
     minutes = [report.resident[at : at + 60] for at in range(0, len(report.resident), 60)]
     means = ", ".join(f"{statistics.fmean(minute) / 1e6:.0f}" for minute in minutes)
     console.print(f"memory by minute (MB): {means}; most {max(report.resident) / 1e6:.0f}")

@@ -284,11 +284,11 @@ def taught(api: httpx.Client, region: Region, drawn: Draw) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What the other methods see of one draw: the labels first, then the tested pixels."""
+    """Input of the other methods for one draw: the labels first, then the tested pixels."""
 
     region: Region
     drawn: Draw
-    cube: NDArray[np.float32]
+    values: NDArray[np.float32]
     """Bands, then indices, at every date, gaps interpolated in time (n, T, C + K)."""
 
     @property
@@ -324,8 +324,8 @@ def known_of(region: Region, drawn: Draw) -> Known:
     for name in indices_of(region.bands):
         a, b = (column[band] for band in INDICES[name])
         parts.append(np.clip((a - b) / np.maximum(a + b, 0.05), -1, 1)[..., None])
-    cube = np.concatenate(parts, axis=-1).astype(np.float32)
-    return Known(region=region, drawn=drawn, cube=cube)
+    joined = np.concatenate(parts, axis=-1).astype(np.float32)
+    return Known(region=region, drawn=drawn, values=joined)
 
 
 def tuned(known: Known, x: NDArray[Any], model: BaseEstimator, grid: Mapping[str, Any]) -> float:
@@ -354,7 +354,7 @@ def forest(known: Known) -> float:
     """Macro-F1 of a random forest."""
     return tuned(
         known,
-        known.cube.reshape(len(known.cube), -1),
+        known.values.reshape(len(known.values), -1),
         RandomForestClassifier(150, random_state=0),
         {"max_features": ["sqrt", 0.1], "min_samples_leaf": [1, 2]},
     )
@@ -362,7 +362,7 @@ def forest(known: Known) -> float:
 
 def regression(known: Known) -> float:
     """Macro-F1 of logistic regression."""
-    return _regression(known, known.cube.reshape(len(known.cube), -1))
+    return _regression(known, known.values.reshape(len(known.values), -1))
 
 
 def _regression(known: Known, x: NDArray[Any]) -> float:
@@ -383,7 +383,7 @@ def tempcnn(known: Known) -> float:
     random = np.random.default_rng(0)
     bands = len(known.region.bands)
     names, labels = np.unique(known.classes, return_inverse=True)
-    inputs = torch.from_numpy(known.cube.transpose(0, 2, 1).copy())
+    inputs = torch.from_numpy(known.values.transpose(0, 2, 1).copy())
     encoder = TempCNN(
         steps=inputs.shape[2], indices=inputs.shape[1] - bands, bands=bands, embedding=256
     )

@@ -36,7 +36,7 @@ from models.registry import ZOO, Registry
 from service.infer.engine import Engine
 from service.infer.model import LoadedModel
 
-CHIP = ROOT.parent / "shared" / "data" / "flanders_2017_2018"
+SMALL = ROOT.parent / "shared" / "data" / "flanders_2017_2018"
 MOST_RESIDENT = 1_500_000_000
 """Largest allowed memory of the service for any raster, bytes."""
 _TIMEOUT = 3600.0
@@ -141,10 +141,10 @@ def _mean(takes: Sequence[Taken]) -> Taken:
     )
 
 
-def chip(service: Served, model: LoadedModel, rounds: int) -> Compared:
-    """64 x 64 pixels, one file per date: the real chip if available, else a synthetic one."""
-    if CHIP.is_dir():
-        paths = [path for path in sorted(CHIP.glob("*.tif")) if not path.name.startswith("LABEL")]
+def small_raster(service: Served, model: LoadedModel, rounds: int) -> Compared:
+    """64 x 64 pixels, one file per date: a real stack if available, else a synthetic one."""
+    if SMALL.is_dir():
+        paths = [path for path in sorted(SMALL.glob("*.tif")) if not path.name.startswith("LABEL")]
         files = {path.name: path.read_bytes() for path in paths}
     else:
         with tempfile.TemporaryDirectory() as folder:
@@ -253,14 +253,14 @@ def compare(side: int, rounds: int = 5) -> list[Compared]:
         model = engine.find(None, "classify-pixels")
         return [
             one_pixel(service, model, rounds),
-            chip(service, model, rounds),
+            small_raster(service, model, rounds),
             raster(service, model, side),
         ]
 
 
 def show(found: Sequence[Compared], console: Console) -> None:
     """Print the requests."""
-    table = Table("request", "by the clock", "bare", "processor", "bare", "", "bar", box=None)
+    table = Table("request", "by the clock", "bare", "processor", "bare", "", "target", box=None)
     for one in found:
         clock, processor = one.share
         if one.pixels > PIXELS * 8:
@@ -293,7 +293,7 @@ def show_memory(found: Mapping[int, int], console: Console) -> None:
         console.print(f"{side} x {side}, 12 dates: at most {most / 1e6:.0f} MB")
     first, *_, last = found.values()
     console.print(
-        f"largest / smallest: {last / first:.2f} (bar 1.10, and {MOST_RESIDENT / 1e6:.0f} MB)"
+        f"largest / smallest: {last / first:.2f} (target 1.10, and {MOST_RESIDENT / 1e6:.0f} MB)"
     )
 
 
@@ -304,7 +304,7 @@ def show_start(found: Mapping[str, Taken], console: Console) -> None:
             f"{name}: {taken.clock * 1e3:.0f} ms by the clock, {taken.processor * 1e3:.0f} ms of "
             "processor time"
         )
-    console.print("(bars: 5 s with the whole zoo, 150 ms)")
+    console.print("(targets: 5 s with the whole zoo, 150 ms)")
     console.print(f"torch is loaded with the service: {'yes' if loads_torch() else 'no'}")
 
 

@@ -267,7 +267,7 @@ def show(found: Found, console: Console) -> None:
         f"{found.model} ({found.variant}): {found.flop / _MEGA:.2f} MFLOP per pixel in products; "
         f"{PIXELS} pixels of {DATES} dates, {CORES} cores"
     )
-    table = Table("", "by the clock", "by processor time", "bar", box=None)
+    table = Table("", "by the clock", "by processor time", "target", box=None)
     bare_rate = found.rates["bare session"]
     for name, rate in found.rates.items():
         unit, size = ("GFLOP/s", _GIGA) if "product" in name else ("px/s", 1.0)

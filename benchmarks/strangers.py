@@ -102,7 +102,7 @@ def _status(connection: socket.socket) -> str:
     poll = select.poll()
     poll.register(connection, select.POLLRDHUP)
     try:
-        # What a server sent before it cut the connection off can still be read.
+        # Bytes that a server sent before it closed the connection can still be read.
         if poll.poll(0):
             return "closed"
         line = connection.recv(12, socket.MSG_PEEK)

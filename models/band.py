@@ -18,8 +18,8 @@ class ForecastBand(nn.Module):
 
     A network errs more in regions that it was not trained in, and its own band does not show it.
     Two signs do: several networks disagree about such pixels (Lakshminarayanan et al. 2017, arXiv
-    1612.01474), and a linear classifier of the embedding tells them from the series that are like
-    those of the validation places. The factor of a pixel is
+    1612.01474), and a linear classifier of the embedding distinguishes them from the series that
+    are like those of the validation places. The factor of a pixel is
 
         sqrt(1 + (disagreement * d)^2) * near^(1 - g) * far^g
 

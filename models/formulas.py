@@ -57,7 +57,7 @@ INDEX_LIMIT = 1.5
 INDEX_CENTER = 0.3
 INDEX_SPREAD = 0.25
 
-# Of the kernel regression: see `models.timegrid.TimeGrid`.
+# Constants of the kernel regression: see `models.timegrid.TimeGrid`.
 NARROW = 0.45
 """Standard deviation of the Gaussian, in steps."""
 WIDE = 2.0

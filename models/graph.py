@@ -145,7 +145,7 @@ class PixelGraph(nn.Module):
     def evidence(
         self, values: Tensor, valid: Tensor, days: Tensor, day_of_year: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What a forecast's band is calibrated on: all before the calibration.
+        """Inputs of the calibration of a forecast's band, before that calibration.
 
         Returns:
             Quantiles of each network (R, N, H, S, Q) and the first network's embeddings (N, D).

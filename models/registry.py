@@ -171,7 +171,8 @@ def _reject_others(folder: Path, card: ModelCard, where: str) -> None:
     others = sorted({path.name for path in folder.iterdir()} - named)
     if others:
         raise BundleError(
-            f"{where}: it holds '{others[0]}', which {CARD_FILE} does not name; move it elsewhere"
+            f"{where}: the folder holds '{others[0]}', which {CARD_FILE} does not name: move the "
+            "file elsewhere"
         )
 
 
@@ -189,7 +190,8 @@ def _verify(path: Path, variant: Variant, where: str) -> None:
     found = sha256_of(path)
     if found != variant.sha256:
         raise BundleError(
-            f"{where}: {path.name} has sha256 {found[:12]}…, the card states {variant.sha256[:12]}…"
+            f"{where}: {path.name} has sha256 {found[:12]}…, but the card states "
+            f"{variant.sha256[:12]}…"
         )
 
 

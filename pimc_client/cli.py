@@ -101,12 +101,21 @@ ClassOutputs = Annotated[
     str | None,
     typer.Option(
         "--output",
-        help="Comma-separated: class (default), confidence, entropy, probabilities, polygons; of "
-        "classify also attribution, a band per date.",
+        help="Comma-separated: class (default), confidence, entropy, probabilities, polygons; with "
+        "classify-pixels also attribution, a band per date.",
     ),
 ]
 Quantiles = Annotated[
     str | None, typer.Option("--output", help="Comma-separated: q10, q50 (default), q90.")
+]
+PlacesFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--points",
+        help="GeoJSON or CSV file of points (columns lon and lat, in degrees).",
+        exists=True,
+        dir_okay=False,
+    ),
 ]
 AsSummary = Annotated[
     bool, typer.Option("--summary", help="Return a summary as JSON instead of a raster.")
@@ -496,7 +505,7 @@ def similar(
             dir_okay=False,
         ),
     ] = None,
-    points: PointsFile = None,
+    points: PlacesFile = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -620,7 +629,7 @@ def measure(
             dir_okay=False,
         ),
     ] = None,
-    points: PointsFile = None,
+    points: PlacesFile = None,
     plots: Annotated[
         bool, typer.Option("--plots", help="Add the recurrence plots, as the model receives them.")
     ] = False,

@@ -39,7 +39,7 @@
         ├── NotReady               the models are being loaded; see `retry_after`
         └── InternalError          a fault of the server; its log has the request id
 
-An error code that this version does not know is raised as a plain `ServiceError` with that `code`.
+An error code without a class in this version is raised as a plain `ServiceError` with that `code`.
 Invalid arguments raise `ValueError`, `TypeError` or `FileNotFoundError` before anything is sent.
 """
 

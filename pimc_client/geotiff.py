@@ -64,7 +64,7 @@ class GeoTIFF:
     nodata: float | None
     """The value of pixels without a prediction, None if the file names none."""
     scale: float | None
-    """Of integers that stand for numbers: value = pixel x scale; None if pixels are the values."""
+    """Scale of integers: value = pixel x scale; None if pixels are the values."""
     descriptions: tuple[str | None, ...]
     """Name of each band."""
     tags: Mapping[str, str]

@@ -100,7 +100,7 @@ def parse_result(response: Response, task: str, output: str | None = None) -> Ta
             return Rasters(response.body, about=_about(response))
     except (GeoTIFFError, zipfile.BadZipFile) as error:
         raise UnexpectedAnswer(
-            f"the response has media type '{kind}', but its content has not: {error}"
+            f"the response states media type '{kind}', but its content is of another type: {error}"
         ) from error
     document = parse_json(response)
     about = _about(response, document)

@@ -107,7 +107,8 @@ def _run_command(arguments: list[str]) -> None:
     except SettingsError as error:
         sys.exit(_report(error))
     except StorageUnreachable as error:
-        sys.exit(_report(SettingsError(f"PIMC_STORAGE_URL: it cannot be used: {error.reason}")))
+        message = f"PIMC_STORAGE_URL: the bucket cannot be used: {error.reason}"
+        sys.exit(_report(SettingsError(message)))
     except OSError as error:
         sys.exit(_report(SettingsError(f"{given.command} of {given.folder} failed: {error}")))
     sys.stdout.write(f"{message}\n")

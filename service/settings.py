@@ -213,8 +213,9 @@ class Settings(BaseSettings):
     """Dask scheduler on whose workers the windows of jobs are computed, as `tcp://host:port` or
     `tls://host:port`; None computes them in this process."""
     dask_fetch: Literal["service", "workers"] = "service"
-    """Who fetches the remote files of jobs on the cluster: the service, when it accepts the job, or
-    the workers, window by window. Files without a strong ETag are fetched by the service."""
+    """Which process fetches the remote files of jobs on the cluster: the service, when it accepts
+    the job, or the workers, window by window. Files without a strong ETag are fetched by the
+    service."""
     dask_window_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
     """Seconds after which a window that a worker has not returned is given to another worker."""
     min_free_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(32 * 2**20)
@@ -256,7 +257,7 @@ class Settings(BaseSettings):
     """Seconds that running requests have to end after SIGTERM."""
     tracing: bool = False
     """Whether requests and jobs are traced: spans are sent by OTLP over HTTP, as the standard
-    variables `OTEL_*` say. Needs the extra `tracing`."""
+    variables `OTEL_*` configure it. Needs the extra `tracing`."""
     log_level: LogLevel = "info"
     """Least severe level that is logged."""
 
@@ -292,8 +293,9 @@ class Settings(BaseSettings):
         body = info.data.get("max_body_bytes")  # missing if that setting itself is not valid
         if value is not None and body is not None and value < 2 * body:
             raise ValueError(
-                f"{value} bytes are less than twice PIMC_MAX_BODY_BYTES ({body}), but one caller "
-                "may take half, and one body must fit: raise this setting or lower that one"
+                f"{value} bytes are less than twice PIMC_MAX_BODY_BYTES ({body}). One caller may "
+                "take half of this space, which must hold one body: raise PIMC_MAX_SPOOL_BYTES or "
+                "lower PIMC_MAX_BODY_BYTES"
             )
         return value
 
@@ -311,7 +313,10 @@ class Settings(BaseSettings):
         cls, value: tuple[SecretBytes, ...], info: ValidationInfo
     ) -> tuple[SecretBytes, ...]:
         if info.data.get("callback_hosts") and not value:
-            raise ValueError("PIMC_CALLBACK_HOSTS is set, and callbacks must be signed: give one")
+            raise ValueError(
+                "PIMC_CALLBACK_HOSTS is set, so callbacks need a secret that signs them: give at "
+                "least one"
+            )
         return value
 
     @field_validator("api_keys", "allowed_roots", "trusted_proxies", mode="before")
@@ -332,12 +337,15 @@ class Settings(BaseSettings):
     def _is_postgresql(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         if value is None:
             if info.data.get("storage_url") is not None:
-                raise ValueError("PIMC_STORAGE_URL is set, and its jobs are in a database: name it")
+                raise ValueError(
+                    "PIMC_STORAGE_URL is set, and jobs with files in a bucket need a PostgreSQL "
+                    "database: give its URL, such as postgresql://user:password@host/name"
+                )
             return None
         # No message repeats the URL, which may contain a password.
         scheme, mark, rest = value.get_secret_value().partition("://")
         if scheme not in {"postgresql", "postgres"} or not mark:
-            raise ValueError("it is not a URL such as postgresql://user:password@host/name")
+            raise ValueError("the value is not a URL such as postgresql://user:password@host/name")
         if rest.partition("/")[0].count("@") > 1:
             raise ValueError("a password's characters @ : / must be written as %40 %3A %2F")
         if info.data.get("state_dir") is None and info.data.get("storage_url") is None:
@@ -351,14 +359,17 @@ class Settings(BaseSettings):
     @classmethod
     def _is_a_bucket(cls, value: str | None) -> str | None:
         if value is not None and not _BUCKET.fullmatch(value):
-            raise ValueError("it is not a URL such as s3://bucket or s3://bucket/prefix")
+            raise ValueError("the value is not a URL such as s3://bucket or s3://bucket/prefix")
         return value
 
     @field_validator("storage_endpoint")
     @classmethod
     def _is_an_address(cls, value: str | None) -> str | None:
         if value is not None and not _ENDPOINT.fullmatch(value):
-            raise ValueError("it is not an address such as https://minio.example.org:9000")
+            raise ValueError(
+                "the value is not an address such as https://minio.example.org:9000, without a "
+                "path, user or password"
+            )
         return value
 
     @field_validator("dask_scheduler")
@@ -440,14 +451,16 @@ def _secret_bytes(text: str) -> bytes:
     """The bytes of a secret of Standard Webhooks.
 
     Raises:
-        ValueError: it is not one; the message does not show it.
+        ValueError: the text is not such a secret; the message does not contain the text.
     """
     try:
         secret = base64.b64decode(text.removeprefix("whsec_"), validate=True)
     except ValueError:
         secret = b""
     if not (text.startswith("whsec_") and 24 <= len(secret) <= 64):
-        raise ValueError("a secret is whsec_ and 24 to 64 random bytes in base64")
+        raise ValueError(
+            "a value is not a secret: each must be whsec_ and 24 to 64 random bytes in base64"
+        )
     return secret
 
 

@@ -70,8 +70,8 @@ class Metrics:
     """The Prometheus metrics of one application.
 
     Args:
-        per_key: whether use is also counted by API key. Whoever reads the metrics then learns the
-            names of the keys.
+        per_key: whether use is also counted by API key; the metrics then contain the names of the
+            keys.
     """
 
     def __init__(self, *, per_key: bool = False) -> None:
@@ -416,7 +416,7 @@ class Metrics:
         """Count bytes of pixels that were decoded from files."""
         self._read_bytes.labels("decoded").inc(count)
 
-    def range_asked(self, outcome: str) -> None:
+    def range_looked_up(self, outcome: str) -> None:
         """Count a range of a remote file that was looked for in the cache: `hit` or `miss`."""
         self._ranges.labels(outcome).inc()
 

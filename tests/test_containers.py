@@ -108,7 +108,7 @@ def test_a_product_may_be_sent_as_a_zip(
     for part in (
         "_B02_20m.jp2",
         "TCI_10m.jp2': its name contains no band",
-        "manifest.safe': no raster",
+        "manifest.safe': not a raster",
     ):
         assert part in unused.detail
     assert "MACOSX" not in unused.detail
@@ -198,7 +198,7 @@ def test_a_zip_of_which_nothing_is_read_is_refused_with_the_reason(tmp_path: Pat
     inside = zipped(tmp_path / "c.zip", {"inner.zip": (tmp_path / "b.zip").read_bytes()})
     for path, match in (
         (tmp_path / "b.zip", "'a.tif': compressed by a method other than deflate.*with deflate"),
-        (inside.path, r"but 'inner\.zip': send the inner zip"),
+        (inside.path, r"but the zip 'inner\.zip': send that zip"),
     ):
         file = SourceFile(name=path.name, path=path)
         with pytest.raises(InvalidRequest, match=match):
@@ -296,7 +296,7 @@ def test_a_zip_keeps_its_items_and_names_other_json(tmp_path: Path) -> None:
     stack = opened([zipped(tmp_path / "a.zip", members)], tmp_path, mask="none")
     assert stack.dates == (date(2021, 1, 5),)
     (unused,) = [w for w in stack.warnings if w.code == "files_unused"]
-    assert "'other.json': no raster" in unused.detail
+    assert "'other.json': not a raster" in unused.detail
 
 
 # --- JPEG 2000 ------------------------------------------------------------------------------
@@ -320,9 +320,9 @@ def patched(path: Path, marker: int, offset: int, value: bytes) -> None:
     [
         # SIZ: the image and its one tile grow to 60,000 x 60,000.
         (0xFF51, 6, struct.pack(">8I", *[60_000, 60_000, 0, 0] * 2), "one tile of 60000 x 60000"),
-        (0xFF51, 22, struct.pack(">2I", 1, 1), "tiles, the limit"),
+        (0xFF51, 22, struct.pack(">2I", 1, 1), "tiles, and the limit"),
         (0xFF51, 38, struct.pack(">H", 16_000), "damaged"),
-        (0xFF51, 41, b"\x02\x02", "another size"),
+        (0xFF51, 41, b"\x02\x02", "different sizes"),
         # COD: 65,535 layers of precincts of one sample.
         (0xFF52, 6, struct.pack(">H", 65_535), "packets"),
         (0xFF52, 9, b"\x40", "damaged"),
@@ -341,7 +341,7 @@ def test_a_jp2_that_declares_too_much_is_rejected_before_it_is_read(
 def test_a_truncated_jp2_is_named_in_the_error(tmp_path: Path) -> None:
     path = tmp_path / "T31UES_20180111T104421_B04_10m.jp2"
     path.write_bytes(jp2_guard.SIGNATURE + bytes(64))
-    with pytest.raises(NotAGeoTIFF, match="a cut or damaged JPEG 2000 file"):
+    with pytest.raises(NotAGeoTIFF, match="an incomplete or damaged JPEG 2000 file"):
         header(path)
 
 
@@ -400,7 +400,7 @@ def test_damaged_jp2_files_raise_only_errors_of_the_service(tmp_path: Path) -> N
         ("points.csv", b"id,lon,lat\n", "`points`"),
         ("B04.tfw", b"10.0\n", "a side file of a raster"),
         ("manifest.safe", b'<?xml version="1.0"?>\n<xfdu:XFDU', "MTD_MSIL2A.xml"),
-        ("B04.tif", b"who knows", "GeoTIFF, JP2 and zips"),
+        ("B04.tif", b"who knows", "reads GeoTIFF and JP2 files"),
     ],
 )
 def test_a_file_that_is_not_a_raster_is_named_with_what_to_do(

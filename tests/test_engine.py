@@ -174,7 +174,7 @@ LEGEND = [{"value": v, "name": str(v), "color": "#000000"} for v in range(4)]
     ("change", "says"),
     [
         ({"bands": ["B02", "B04"]}, r"'values'.*'N', 'T', 3.*2 bands"),
-        ({"day_of_year": True}, r"takes days, valid, values, the card states day_of_year"),
+        ({"day_of_year": True}, r"takes days, valid, values, but the card states day_of_year"),
         ({"classes": LEGEND}, r"'probabilities' has shape \(3,\).*\(4,\)"),
     ],
 )
@@ -341,7 +341,7 @@ def test_a_graph_of_another_task_is_rejected(tmp_path):
     card |= {"task": "classify-pixels", "classes": LEGEND[:3]}
     (folder / "card.json").write_text(json.dumps(card))
     with Engine(Registry.load(tmp_path), providers="cpu", threads=1) as engine:
-        assert "returns embedding, the card states probabilities" in engine.refused["embed"]
+        assert "returns embedding, but the card states probabilities" in engine.refused["embed"]
 
 
 def test_bundles_rejected_by_the_registry_are_listed_too(tmp_path):

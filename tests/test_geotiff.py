@@ -69,14 +69,14 @@ def test_other_files_are_rejected_by_their_first_bytes(tmp_path: Path, content: 
 
 def test_a_folder_or_missing_file_is_not_a_geotiff(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing.tif", Path("/vsimem/x.tif")):
-        with pytest.raises(NotAGeoTIFF, match="cannot be read") as caught:
+        with pytest.raises(NotAGeoTIFF, match="cannot be opened") as caught:
             opened(SourceFile(name="x.tif", path=path))
         assert str(tmp_path) not in caught.value.detail
 
 
 def test_a_tiff_without_a_directory_is_not_a_geotiff(tmp_path: Path) -> None:
     (tmp_path / "x.tif").write_bytes(b"II*\0" + struct.pack("<I", 8) + b"\0" * 20)
-    with pytest.raises(NotAGeoTIFF, match="no header") as caught:
+    with pytest.raises(NotAGeoTIFF, match="cannot read its header") as caught:
         opened(SourceFile(name="x.tif", path=tmp_path / "x.tif"))
     assert caught.value.__cause__ is not None
 
@@ -223,7 +223,7 @@ def test_pixels_that_do_not_decode_are_an_error_that_names_the_file(
     stack = opened(good, SourceFile(name="b.tif", path=stored))
     with (
         StackReader(stack) as reader,
-        pytest.raises(CorruptRaster, match=r"'b\.tif': .* rows 0 to 39, columns 0 to 29") as caught,
+        pytest.raises(CorruptRaster, match=r"'b\.tif': .* rows 0 to 39 and columns 0 to 29") as caught,
     ):
         reader.read(Window(0, 0, 30, 40))
     assert caught.value.__cause__ is not None

@@ -344,7 +344,7 @@ MAIZE = [f for f in labelled(8) if f["properties"]["class"] == "maize"]
         (
             [*labelled(6), point(9, 9, "maize", place="here")],
             "invalid_request",
-            "for all labels or none",
+            "for all labels or for none",
         ),
         (
             [{"type": "Feature", "geometry": None, "properties": {"class": "a"}}],

@@ -80,7 +80,7 @@ def test_a_file_has_a_key_a_line_with_name_and_expiry() -> None:
         ("anna", "NAME KEY"),
         ("anna swordfish soon", "NAME KEY"),
         ("anna swordfish expires=2027-01-31 more", "NAME KEY"),
-        ("anna swordfish jobs=1 jobs=2", "each at most once"),
+        ("anna swordfish jobs=1 jobs=2", "each once"),
         ("anna swordfish seats=1", "NAME KEY"),
         ("anna swordfish jobs=0", "jobs=0 is not a positive number"),
         ("anna swordfish pixels=1e9", "pixels=1e9 is not a positive number"),

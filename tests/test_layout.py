@@ -254,7 +254,7 @@ def test_a_file_that_lost_its_names_is_not_left_out(tmp_path: Path) -> None:
         one_date(tmp_path / "x_20210105.tif", 1),
         write(tmp_path / "x_20210115.tif", bands_of(*((band, 2) for band in NEEDED))),
     ]
-    with pytest.raises(MissingBands, match=r"'x_20210115\.tif' has 3 bands as the other files"):
+    with pytest.raises(MissingBands, match=r"'x_20210115\.tif' has 3 bands like the other files"):
         opened(files)
 
 

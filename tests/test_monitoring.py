@@ -42,7 +42,7 @@ def labels() -> dict[str, set[str]]:
     metrics.batch("a@1", 128, 0.1)
     metrics.decoded(1)
     metrics.watch_cache(lambda: 1, lambda: 1)
-    metrics.range_asked("hit")
+    metrics.range_looked_up("hit")
     metrics.watch_memory(limit=1, taken=lambda: 0, awaited=lambda: 0)
     metrics.build("1")
     metrics.watch_disk(state=ROOT)

@@ -569,7 +569,7 @@ def test_req_core_process_execute_input_inline_binary(
     texts = [value["value"] for value in values]  # without what qualifies them
     response = execute(api, inputs={"files": texts, "dates": dates}, outputs={"class": {}})
     assert response.content == plain(api, files).content
-    for wrong, why in (("%%%", "not base64"), ("", "empty"), (7, "base64 value is required")):
+    for wrong, why in (("%%%", "not valid base64"), ("", "empty"), (7, "base64 value is required")):
         found = problem_of(execute(api, inputs={"files": [texts[0], wrong]}), 422)
         assert found["errors"][0]["field"] == "inputs.files.1"
         assert why in found["errors"][0]["detail"]

@@ -241,14 +241,15 @@ class TestRegistry:
         folder = write(tmp_path / "more")
         (folder / name).write_bytes(b"")
         with pytest.raises(
-            BundleError, match=rf"'more': it holds '{re.escape(name)}', which card\.json does not"
+            BundleError,
+            match=rf"'more': the folder holds '{re.escape(name)}', which card\.json does not",
         ):
             load_bundle(folder)
 
     def test_a_folder_within_a_bundle_is_rejected(self, tmp_path: Path) -> None:
         folder = write(tmp_path / "deep")
         (folder / "more").mkdir()
-        with pytest.raises(BundleError, match="'deep': it holds 'more'"):
+        with pytest.raises(BundleError, match="'deep': the folder holds 'more'"):
             load_bundle(folder)
 
     def test_a_symbolic_link_is_rejected(self, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_ranges_of_a_tagged_file_are_kept_until_it_changes(
 
 def test_the_cache_drops_what_was_used_least_recently() -> None:
     asked: list[str] = []
-    cache = RangeCache(80, asked=asked.append)
+    cache = RangeCache(80, looked_up=asked.append)
     for number in range(8):
         cache.put((number,), bytes(10))
     assert cache.get((0,)) == bytes(10)

@@ -388,7 +388,7 @@ def test_a_password_is_in_no_message(tmp_path: Path, rest: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as given:
         port = given.getsockname()[1]
     said = refusal(Backend(tmp_path, f"postgresql://anna:pass-word@127.0.0.1:{port}{rest}"))
-    assert said.startswith("PIMC_DATABASE_URL: it cannot be used: ")
+    assert said.startswith("PIMC_DATABASE_URL: the database cannot be used: ")
     assert "pass-word" not in said
     url = f"postgresql://anna:pass-word@127.0.0.1:{port}{rest}"
     assert "pass-word" not in repr(Settings(state_dir=tmp_path, database_url=url))

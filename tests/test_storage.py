@@ -424,10 +424,10 @@ def test_a_backup_of_a_bucket_is_restored_into_each_kind(
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"PIMC_STORAGE_URL": "https://bucket"}, "PIMC_STORAGE_URL: it is not a URL such as s3://"),
-        ({"PIMC_STORAGE_URL": "s3://bucket/"}, "PIMC_STORAGE_URL: it is not a URL such as s3://"),
+        ({"PIMC_STORAGE_URL": "https://bucket"}, "PIMC_STORAGE_URL: the value is not a URL"),
+        ({"PIMC_STORAGE_URL": "s3://bucket/"}, "PIMC_STORAGE_URL: the value is not a URL"),
         ({"PIMC_STORAGE_URL": "s3://bucket"}, "PIMC_DATABASE_URL: PIMC_STORAGE_URL is set"),
-        ({"PIMC_STORAGE_ENDPOINT": "minio:9000"}, "PIMC_STORAGE_ENDPOINT: it is not an address"),
+        ({"PIMC_STORAGE_ENDPOINT": "minio:9000"}, "PIMC_STORAGE_ENDPOINT: the value is not"),
     ],
 )
 def test_settings_that_are_not_valid(
@@ -449,12 +449,12 @@ def test_a_storage_that_does_not_belong_to_the_database(
     assert "has no files of the database's 1 jobs" in refusal(elsewhere)
     no_bucket = replace(bucket, storage="s3://there-is-no-such-bucket")
     said = refusal(no_bucket)
-    assert said.startswith("PIMC_STORAGE_URL: it cannot be used: ")
+    assert said.startswith("PIMC_STORAGE_URL: the bucket cannot be used: ")
     assert "NoSuchBucket" in said
     with way(s3.endpoint) as road:
         road.cut()
         said = refusal(replace(bucket, endpoint=road.endpoint))
-    assert said.startswith("PIMC_STORAGE_URL: it cannot be used: ")
+    assert said.startswith("PIMC_STORAGE_URL: the bucket cannot be used: ")
 
 
 # Services -------------------------------------------------------------------------------------

@@ -288,7 +288,7 @@ def add_haze(patches: Floats, depth: float, cosine: float) -> Floats:
     # The sun's light is turned by 180 degrees minus the zenith angle, whose cosine is -cosine.
     phase = (1.0 - g**2) / (1.0 + g**2 + 2.0 * g * cosine) ** 1.5
     depths = (depth * _AEROSOL_DEPTHS)[None, :, None, None]
-    # What is scattered forward stays in the beam; the rest and what is absorbed leave it.
+    # Light that is scattered forward stays in the beam; other scattered and absorbed light leaves.
     lost = (1.0 - albedo) + albedo * (1.0 - g) / 2.0
     added = albedo * phase * depths / (4.0 * cosine)
     return np.asarray(patches * np.exp(-lost * depths * (1.0 + 1.0 / cosine)) + added, np.float32)

@@ -438,7 +438,8 @@ def join_networks(graph: Graph, weights: Sequence[Path]) -> None:
     expected = 1 + len(graph.others)
     if count != expected:
         raise CheckpointMismatch(
-            f"{names} hold {count} networks, but the configuration has {expected}"
+            f"{names} hold {count} networks, but the configuration has {expected}: give as many "
+            "--pretrained networks, or change --set members"
         )
     _same_shapes(names, joined, graph.state_dict())
     graph.load_state_dict(joined)

@@ -110,7 +110,7 @@ class FoldedEncoder(nn.Module):
         weight, bias = _linear(encoder.row)
         steps = encoder.steps if encoder.plots else 0
         beside = 1 + encoder.bands + 2 * encoder.calendar
-        # Of the other rows, K belong to the series and K * M to the plots.
+        # K of the other rows belong to the series, and K * M to the plots.
         indices = (len(weight) - beside) // (encoder.series + steps)
         beside += indices * encoder.series
         tokens, plots = weight[:beside], weight[beside:]

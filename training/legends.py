@@ -101,7 +101,7 @@ def landcover_sets(data: Path) -> list[PixelSet]:
 
 
 def flanders(folder: Path) -> PixelSet:
-    """The labelled pixels of the Flemish chip; blocks of pixels are its places."""
+    """The labelled pixels of the stack of Flanders; blocks of pixels are its places."""
     scene = read_stack(folder, labels=folder / "LABEL_LC.tif")
     rows, cols = np.indices(scene.shape) // _BLOCK
     blocks = replace(scene, fields=rows * (cols.max() + 1) + cols)

@@ -123,12 +123,12 @@ def create_app(
             on_demand = OnDemand(
                 settings,
                 folder=scratch.folder,
-                asked=metrics.range_asked,
+                looked_up=metrics.range_looked_up,
                 received=metrics.fetched,
             )
             stack.push_async_callback(to_thread.run_sync, on_demand.close)
             cache = BlockCache(decoded=metrics.decoded, remote=on_demand)
-            ranges = RangeCache(RANGE_CACHE_BYTES, asked=metrics.range_asked)
+            ranges = RangeCache(RANGE_CACHE_BYTES, looked_up=metrics.range_looked_up)
             metrics.watch_cache(lambda: cache.size, lambda: ranges.size + on_demand.cached)
             budget = MemoryBudget(settings.memory_budget)
             metrics.watch_memory(

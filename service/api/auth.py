@@ -95,8 +95,8 @@ def _read_key(words: list[str]) -> Key:
     options = dict(word.partition("=")[::2] for word in words[2:])
     if len(words) < 2 or len(options) < len(words) - 2 or not set(options) <= _OPTIONS:
         raise ValueError(
-            "a line must be 'NAME KEY', and after them each at most once expires=2027-01-31, "
-            "requests=4, jobs=20, pixels=500000000, storage=50GiB"
+            "a line must be 'NAME KEY', and may add expires=2027-01-31, requests=4, jobs=20, "
+            "pixels=500000000 and storage=50GiB, each once"
         )
     name = words[0]
     if not _NAME.fullmatch(name):
@@ -203,13 +203,14 @@ class ApiKeys:
                 return
             if found.st_size > _FILE_BYTES:
                 raise ValueError(
-                    f"the file has {found.st_size} bytes, and at most {_FILE_BYTES} are allowed"
+                    f"the file has {found.st_size} bytes, and at most {_FILE_BYTES} are allowed: "
+                    "remove lines of expired keys"
                 )
             named = read_keys(self._file.read_text("utf-8"))
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from error
         except UnicodeDecodeError:
-            raise ValueError("the file is not valid UTF-8 text") from None
+            raise ValueError("the file is not valid UTF-8 text: save it as UTF-8") from None
         self._adopt({_unnamed(KEY_HASH + key.digest.hex()): key.owner for key in named})
         self._keys = self._unnamed | {key.digest: key for key in named}
         self._quotas = {key.owner: key.quotas for key in named}
@@ -251,7 +252,9 @@ class ApiKeys:
             return None
         given = given_key(headers)
         if not given:
-            raise Unauthorized("no API key: send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
+            raise Unauthorized(
+                "the request has no API key: send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+            )
         digest = hashlib.sha256(given.encode()).digest()
         # Compare every hash, each in constant time, so that the duration reveals nothing.
         matches = [hmac.compare_digest(digest, known) for known in self._keys]
@@ -423,6 +426,6 @@ def check_reached_address(scope: Scope, settings: Settings) -> None:
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     if not (mapped or address).is_loopback:
         raise Unauthorized(
-            "the server's address is reachable from other machines, but it has no API keys: its "
+            "other machines can reach the server's address, but the server has no API keys: its "
             "administrator must set PIMC_API_KEYS, or PIMC_ALLOW_ANONYMOUS=1"
         )

@@ -63,7 +63,7 @@ class AppState:
     cluster: Callable[[], ClusterState] | None
     """Returns the state of the cluster that runs jobs; None without one."""
     remotes: Remotes
-    """What requests that read from other hosts share."""
+    """State that requests which read from other hosts share."""
     scratch: Scratch
     """Temporary files of synchronous requests."""
     runner: JobRunner
@@ -108,7 +108,7 @@ async def own_folder(
 
 
 async def job_folder(app: Annotated[AppState, Depends(app_state)]) -> AsyncIterator[Path]:
-    """As `own_folder`, in the state directory: only the body says whether a job is made."""
+    """As `own_folder`, in the state directory: only the body states whether a job is made."""
     async for folder in _folder(app.jobs.requests or app.scratch.folder):
         yield folder
 

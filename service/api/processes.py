@@ -97,7 +97,7 @@ _TEXTS: Mapping[Runnable, tuple[str, str, tuple[str, ...]]] = {
         ("embedding", "features", "time series"),
     ),
     "similar": (
-        "Find what looks like given places",
+        "Find pixels similar to given places",
         "Cosine similarity of every pixel's embedding to that of points or polygons",
         ("similarity", "embedding", "search", "time series"),
     ),
@@ -516,7 +516,9 @@ class Binary:
         try:
             content = base64.b64decode(self.text, validate=True)
         except (binascii.Error, ValueError) as error:
-            raise InvalidRequest.of(self.field, f"not base64: {error}") from error
+            raise InvalidRequest.of(
+                self.field, f"the value is not valid base64 ({error}): encode the file again"
+            ) from error
         if not content:
             raise InvalidRequest.of(self.field, "the value is empty")
         path.write_bytes(content)
@@ -566,11 +568,13 @@ def read_inputs(task: Runnable, execute: Execute) -> Inputs:
         raise InvalidRequest.of("inputs.files", "at least one GeoTIFF is required")
     if len(files) > MAX_ITEMS:
         raise InvalidRequest.of(
-            "inputs.files", f"{len(files)} files; at most {MAX_ITEMS} are allowed"
+            "inputs.files",
+            f"the request has {len(files)} files, and at most {MAX_ITEMS} are allowed: send fewer "
+            "files",
         )
     fields = given.pop("fields", None)
     if fields is not None and sources == ["series"]:
-        raise InvalidRequest.of("inputs.fields", "cannot be combined with series")
+        raise InvalidRequest.of("inputs.fields", "cannot be combined with series: send one of them")
     body = {
         ("outputs" if name == "quantiles" else name): _value(name, value, known[name])
         for name, value in given.items()

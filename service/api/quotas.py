@@ -44,7 +44,7 @@ class Limit:
 
 
 class Allowances:
-    """What each caller may take: its quotas of the key file, and else those of the settings.
+    """Quotas of each caller: those of the key file, or else those of the settings.
 
     Args:
         settings: settings that hold the quotas of all callers.

@@ -1461,7 +1461,7 @@ class JobInfo(BaseModel):
 
 
 class CallbackSecret(BaseModel):
-    """What the caller needs to verify callbacks."""
+    """The secrets with which the caller verifies callbacks."""
 
     secret: Annotated[
         str, Field(description="of this caller, as libraries of Standard Webhooks take it")

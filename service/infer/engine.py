@@ -222,11 +222,14 @@ class Engine:
             raise UnknownModel(self._unknown_model_message(reference, task, bundle, owner))
         card = model.card
         if card.task != task:
-            raise WrongTask(f"model '{card.id}' is for {card.task}, but the request is for {task}")
+            raise WrongTask(
+                f"model '{card.id}' is for {card.task}, but the request is for {task}: choose a "
+                "model of this task from GET /models"
+            )
         if modality not in {None, card.modality}:
             raise WrongTask(
                 f"model '{card.id}' takes {card.modality} input, but the request has modality "
-                f"{modality}"
+                f"{modality}: change `modality`, or choose another model from GET /models"
             )
         return model
 
@@ -269,5 +272,5 @@ class Engine:
             return f"model '{bundle.card.id}' could not be loaded: {self.refused[bundle.card.name]}"
         usable = (*self.models.values(), *self.own(owner).values())
         served = ", ".join(sorted(m.card.id for m in usable)) or "none"
-        lacking = f"no model '{reference}'" if reference else f"no model serves {task}"
+        lacking = f"there is no model '{reference}'" if reference else f"no model serves {task}"
         return f"{lacking}; available: {served}"

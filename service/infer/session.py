@@ -219,12 +219,12 @@ def _check_signature(session: onnxruntime.InferenceSession, card: ModelCard) -> 
     found = {node.name: node for node in session.get_inputs()}
     if set(found) != set(card.inputs):
         raise BundleError(
-            f"{where}: the graph takes {_listed(found)}, the card states {_listed(card.inputs)}"
+            f"{where}: the graph takes {_listed(found)}, but the card states {_listed(card.inputs)}"
         )
     outputs = [node.name for node in session.get_outputs()]
     if outputs != [card.output]:
         raise BundleError(
-            f"{where}: the graph returns {_listed(outputs)}, the card states {card.output}"
+            f"{where}: the graph returns {_listed(outputs)}, but the card states {card.output}"
         )
     for name, node in found.items():
         kind, rank = _INPUTS[name]

@@ -85,7 +85,7 @@ def back_up(
         storage: where the jobs' files are; None is the state directory.
 
     Returns:
-        What the backup holds.
+        Number of jobs and results, and size of the backup.
 
     Raises:
         SettingsError: the state directory holds no jobs, the target exists, or a job changes
@@ -142,12 +142,12 @@ def _sqlite(state: Path, target: Path) -> Iterator[_Live]:
 @contextmanager
 def _postgres(url: str, target: Path) -> Iterator[_Live]:
     """The database of replicas, copied into a folder as SQLite."""
-    with _opened(Postgres(url), "PIMC_DATABASE_URL: it") as live, live.read() as source:
+    with _opened(Postgres(url), "PIMC_DATABASE_URL: the database") as live, live.read() as source:
         version = live.dialect.version(source)
         if version != SCHEMA_VERSION:
             raise SettingsError(
-                f"PIMC_DATABASE_URL: its schema has version {version}, but this release copies "
-                f"version {SCHEMA_VERSION}"
+                f"PIMC_DATABASE_URL: the database has schema version {version}, but this release "
+                f"copies version {SCHEMA_VERSION}: use the release that the replicas run"
             )
         with _opened(Sqlite(target / DATABASE), str(target)) as kept:
             upgrade(kept, target / _JOBS)
@@ -195,7 +195,7 @@ def _keep_job(
         try:
             if row is not None and row["status"] not in _ENDED:
                 target.mkdir()
-                # A series has no input. Uploads are removed only after the row says how the job
+                # A series has no input. Uploads are removed only after the row states how the job
                 # ended, and a result is complete before.
                 part = _result(row) if row["status"] == "successful" else "input"
                 for one in (REQUEST, part):
@@ -216,8 +216,8 @@ def _keep_job(
         remove(target)
         time.sleep(_PAUSE_SECONDS)
     raise SettingsError(
-        f"job {name} changed during each of {_TRIES} copies, so its files do not match its row; "
-        "repeat the backup later"
+        f"job {name} changed during each of {_TRIES} attempts to copy it, so its files do not "
+        "match its state in the database; repeat the backup later"
     )
 
 
@@ -271,7 +271,7 @@ def _keep_row(kept: sqlite3.Connection, name: str, row: Any) -> None:  # noqa: A
 
 
 def _callbacks(live: _Live, kept: sqlite3.Connection, job: int) -> list[Any]:
-    """The queued callbacks of a job; none in a database of before there were callbacks."""
+    """The queued callbacks of a job; none in a database of a release without callbacks."""
     if not kept.execute("SELECT 1 FROM sqlite_master WHERE name = 'callbacks'").fetchone():
         return []
     return live.execute("SELECT * FROM callbacks WHERE job = ?", (job,)).fetchall()
@@ -356,7 +356,7 @@ def _restore_postgres(backup: Path, state: Path, url: str, storage: Storage) -> 
     """
     with (
         TemporaryDirectory(prefix="pimc-restore-", dir=state) as copied,
-        _opened(Postgres(url), "PIMC_DATABASE_URL: it") as database,
+        _opened(Postgres(url), "PIMC_DATABASE_URL: the database") as database,
     ):
         # The files of a bucket are upgraded here, before they are sent there.
         place = state if storage.local else Path(copied)
@@ -366,7 +366,8 @@ def _restore_postgres(backup: Path, state: Path, url: str, storage: Storage) -> 
             (ident,) = db.execute("SELECT id FROM store").fetchone()
         if found:
             raise SettingsError(
-                f"PIMC_DATABASE_URL: the database holds {found} jobs already; name an empty one"
+                f"PIMC_DATABASE_URL: the database holds {found} jobs already; name an empty "
+                "database"
             )
         if not storage.local:
             _clear(storage, ident)
@@ -401,7 +402,8 @@ def _clear(storage: Storage, ident: str) -> None:
         known = "" if storage.names(_JOBS) else ident
     if known != ident:
         raise SettingsError(
-            "PIMC_STORAGE_URL: it holds the files of another database's jobs; name a new prefix"
+            "PIMC_STORAGE_URL: the bucket or prefix holds the files of another database's jobs; "
+            "name a new prefix, such as s3://bucket/restored"
         )
     mark_owner(storage, ident)
     for name in (_JOBS, HEADS):

@@ -68,7 +68,8 @@ def check_subscriber(subscriber: Subscriber, settings: Settings) -> None:
     """
     if not settings.callback_hosts:
         raise ForbiddenReference(
-            "'subscriber' is not allowed: this server sends no callbacks (PIMC_CALLBACK_HOSTS)"
+            "'subscriber' is not allowed, because this server sends no callbacks: leave it out, or "
+            "have the server's administrator set PIMC_CALLBACK_HOSTS"
         )
     for event, name in FIELDS.items():
         url = subscriber.url(event)
@@ -209,7 +210,7 @@ class CallbackSender:
         scope.cancel()
 
     async def _send(self, web: Connections, callback: Callback) -> None:
-        status, reason = None, f"not accepted within {_RESPONSE_SECONDS:g} s"
+        status, reason = None, f"no response within {_RESPONSE_SECONDS:g} s"
         with anyio.move_on_after(_RESPONSE_SECONDS):
             try:
                 status = await self._post(web, callback)

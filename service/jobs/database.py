@@ -200,7 +200,8 @@ class Database:
             if self.dialect.shared and not self.dialect.usable(self._connection):
                 raise Overloaded(
                     "the connection to the job store's database broke while a change was stored: "
-                    "look at the job, or repeat the request with the same Idempotency-Key",
+                    "look for the job with GET /jobs, or repeat the request with the same "
+                    "Idempotency-Key",
                     retry_after=10,
                     uncertain=True,
                 ) from error
@@ -242,7 +243,8 @@ def in_use(name: str) -> Overloaded:
 def unreachable() -> Overloaded:
     """The error for a database server that does not respond; only the log contains its address."""
     return Overloaded(
-        "the job store's database cannot be reached; nothing was started", retry_after=10
+        "the job store's database cannot be reached; nothing was started, retry later",
+        retry_after=10,
     )
 
 

@@ -1,7 +1,7 @@
 """Store of the callers' own models: folders in the state directory, complete or absent.
 
-With a bucket as storage, `heads/<version>` there holds a model, a row of the database says whose it
-is and how it is called, and the state directory has a copy for this replica.
+With a bucket as storage, `heads/<version>` there holds a model, a row of the database states its
+owner and name, and the state directory has a copy for this replica.
 
     PIMC_STATE_DIR/heads/
         <owner>/<name>/    card.json and model.onnx, a bundle as in `models/zoo`
@@ -70,7 +70,7 @@ def copy_heads(state: Path, target: Path) -> None:
 _LEFT_SECONDS = 24 * 3600.0
 """Age at which replicas remove a folder that was being made or removed."""
 _Versions = Mapping[str, object]
-"""What tells a caller's models of a name apart: inode and time of change in ns, or the row's."""
+"""Identity of one of a caller's models of a name: inode and time of change in ns, or the row's."""
 
 
 class HeadStore:
@@ -111,7 +111,7 @@ class HeadStore:
         return [head_owner(folder.name) for folder in sorted(self._root.glob("[!.]*"))]
 
     def _versions(self, owner: str) -> _Versions:
-        """What a caller has now."""
+        """The present models of a caller."""
         if self._rows is not None:
             return self._rows.heads(owner)
         return _versions(self._owner_folder(owner))
@@ -369,7 +369,7 @@ def _log_kept(name: str) -> None:
 
 
 def _versions(folder: Path) -> _Versions:
-    """What is in a caller's folder; a model that was replaced by one of its name is another."""
+    """The models in a caller's folder; a model that replaced another has another version."""
     found = {}
     with suppress(FileNotFoundError, NotADirectoryError):
         for path in folder.iterdir():

@@ -258,7 +258,7 @@ class S3Storage:
                 self._library.put(
                     self._store, key, content, chunk_size=part, max_concurrency=_PARTS_AT_ONCE
                 )
-        except FileNotFoundError as error:  # of a server that knows no such bucket or upload
+        except FileNotFoundError as error:  # of a server without this bucket or upload
             raise self._unreachable(error) from error
 
     def put(self, key: str, path: Path, *, last: str = "") -> None:

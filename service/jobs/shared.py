@@ -31,7 +31,7 @@ class SharedJobFiles:
     state: Path
     """The state directory."""
     storage: Storage
-    """Of the jobs' files."""
+    """Storage of the jobs' files."""
     opener: Callable[[Settings], Storage] = storage_for
     """See `SharedFiles`."""
 

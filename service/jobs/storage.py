@@ -181,7 +181,7 @@ class Storage(Protocol):
         ...
 
     def fault(self) -> str | None:
-        """Why it cannot be used; None if it works. Waits for two seconds at most."""
+        """Reason why the storage cannot be used; None if it works. Takes at most two seconds."""
         ...
 
     def close(self) -> None:

@@ -95,7 +95,7 @@ from service.tracing import traceparent
 JobStatus = Literal["accepted", "running", "successful", "failed", "dismissed"]
 STATUSES: tuple[JobStatus, ...] = get_args(JobStatus)
 DATABASE = "jobs.sqlite"
-_RESULT = "reply.json"
+_RESULT = "reply.json"  # as earlier releases named it, whose results stay readable
 _DOCUMENT = "document.json"
 _READY = "ready"
 INPUT = "input"
@@ -392,7 +392,7 @@ class JobStore:
         with self._db.read() as db:
             (ident,) = db.execute("SELECT id FROM store").fetchone()
             (jobs,) = db.execute("SELECT count(*) FROM jobs").fetchone()
-        what = f"PIMC_STATE_DIR: {folder}" if self.storage.local else "PIMC_STORAGE_URL: it"
+        what = f"PIMC_STATE_DIR: {folder}" if self.storage.local else "PIMC_STORAGE_URL: the bucket"
         kind = "folder" if self.storage.local else "prefix"
         try:
             known = self.storage.read(MARK).decode().strip()
@@ -403,8 +403,8 @@ class JobStore:
                 ) from None
             if jobs and not self.storage.local:
                 raise SettingsError(
-                    f"{what} has no files of the database's {jobs} jobs: name the storage in which "
-                    "they are; `backup` and `restore` take jobs to another"
+                    f"{what} has no files of the database's {jobs} jobs: name the storage that has "
+                    "them, or move the jobs with `python -m service backup` and `restore`"
                 ) from None
             mark_owner(self.storage, ident)
             return
@@ -611,7 +611,7 @@ class JobStore:
         if waiting >= self._max_waiting:
             raise Overloaded(
                 f"job queue full: {waiting} of {self._max_waiting} jobs are waiting "
-                "(PIMC_MAX_JOBS); nothing was started",
+                "(PIMC_MAX_JOBS); nothing was started, retry later",
                 retry_after=60,
             )
 
@@ -766,7 +766,8 @@ class JobStore:
             document = self._stored_request(job)
         except FileNotFoundError as error:
             raise ResultNotReady(
-                f"job {job.id} is {job.status}, and its files have been removed"
+                f"job {job.id} is {job.status}, and its files have been removed: send the request "
+                "again"
             ) from error
         return request_of(document, self.folder(job) / INPUT)
 
@@ -1071,7 +1072,7 @@ class JobStore:
         return _key(job.id, windows_name(job.lease if lease is None else lease))
 
     def published(self, job: Job) -> bool:
-        """Whether a run before published the result, but ended before it could say so.
+        """Whether a run before published the result, but ended before it could record this.
 
         Then the result is this run's.
         """
@@ -1110,7 +1111,7 @@ class JobStore:
         result = result_name(job.lease)
         size = self.storage.size(_key(job.id, result), _key(job.id, REQUEST))
         # From here on a run that takes the job over finds the result, so it needs no windows: on a
-        # full disk they make room for the row. The uploads stay until the row says that the job
+        # full disk they make room for the row. The uploads stay until the row states that the job
         # has ended, because until then a backup keeps it as a job that waits.
         done = set()
         for lease in range(job.lease + 1):  # a later one would be another run's
@@ -1402,7 +1403,7 @@ class JobStore:
     def _recover(self) -> None:
         """Recover the state that the last service left, however it ended.
 
-        Replicas may be running: leases tell them which jobs have been left.
+        Replicas may be running: leases show them which jobs have no worker.
         """
         # Files first: if the disk is full, this may free it.
         if self.shared:
@@ -1508,17 +1509,19 @@ def _check_kind(folder: Path, *, shared: bool, own: bool) -> None:
     if shared and (folder / DATABASE).exists():
         raise SettingsError(
             f"PIMC_STATE_DIR: {folder} has the jobs of a service without PIMC_DATABASE_URL "
-            f"({DATABASE}): name a new folder; `backup` and `restore` take the jobs there"
+            f"({DATABASE}): name a new folder, and move the jobs there with `python -m service "
+            "backup` and `restore`"
         )
     if not shared and (folder / MARK).exists():
         raise SettingsError(
-            f"PIMC_STATE_DIR: {folder} has the jobs of replicas with PIMC_DATABASE_URL: set it, or "
-            "name another folder"
+            f"PIMC_STATE_DIR: {folder} has the jobs of replicas with PIMC_DATABASE_URL: set "
+            "PIMC_DATABASE_URL, or name another folder"
         )
     if own and (folder / MARK).exists():
         raise SettingsError(
             f"PIMC_STATE_DIR: {folder} has the files of replicas without PIMC_STORAGE_URL: name a "
-            "new folder for each replica; `backup` and `restore` take the jobs to the storage"
+            "new folder for each replica, and move the jobs to the storage with `python -m service "
+            "backup` and `restore`"
         )
 
 
@@ -1540,9 +1543,11 @@ def _translate_start_errors(folder: Path, name: str) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise SettingsError(f"PIMC_STATE_DIR: {folder} cannot be used: {reason}") from error
     except StorageUnreachable as error:
-        raise SettingsError(f"PIMC_STORAGE_URL: it cannot be used: {error.reason}") from error
+        message = f"PIMC_STORAGE_URL: the bucket cannot be used: {error.reason}"
+        raise SettingsError(message) from error
     except (UnusableDatabase, PIMCError) as error:
-        what = f"PIMC_STATE_DIR: {folder}" if name == DATABASE else "PIMC_DATABASE_URL: it"
+        sqlite = name == DATABASE
+        what = f"PIMC_STATE_DIR: {folder}" if sqlite else "PIMC_DATABASE_URL: the database"
         raise SettingsError(f"{what} cannot be used: {error} ({name})") from error
 
 

@@ -84,7 +84,7 @@ class WindowFile:
         now = time.monotonic()
         self._begun = now if self._begun is None else self._begun
         if now - self._begun >= self._turn_seconds and self._store.others_wait(self._job):
-            _LOG.info("job makes way for another caller's", extra={"seconds": now - self._begun})
+            _LOG.info("job makes way for another caller", extra={"seconds": now - self._begun})
             if self._cancelled is not None:
                 self._cancelled.set()
             raise Cancelled("it is another caller's turn")

@@ -35,7 +35,7 @@ _SETTINGS: Mapping[Kernel, tuple[tuple[float, float], ...]] = {
 """Width, relative to the median squared distance, and ridge of each kernel that are tried."""
 _SHARES: Mapping[Kernel, float] = {"Cauchy": 2 / 3, "linear": 1 / 3}
 _OFFSET = 0.1
-"""Of the linear kernel, so that a score need not be 0 at the mean of the labels."""
+"""Constant of the linear kernel, so that a score need not be 0 at the mean of the labels."""
 _MIN_DEVIATION = 1e-6
 """Smallest standard deviation by which a feature is divided, so that noise is not amplified."""
 _COLDEST, _HOTTEST = np.log(0.01), np.log(2.0)
@@ -260,9 +260,9 @@ def _left_out(
 def _choice(
     left_out: Mapping[Candidate, Floats], classes: NDArray[np.intp], rows: NDArray[np.bool_]
 ) -> Choice:
-    """Of each kernel the candidate with the smallest loss on the labels of `rows`.
+    """The candidate of each kernel with the smallest loss on the labels of `rows`.
 
-    Of several sets of features, those whose head has the smallest loss.
+    If there are several sets of features, the set whose head has the smallest loss is chosen.
     """
     found = {one: _temperature(scores[rows], classes[rows]) for one, scores in left_out.items()}
     heads: list[tuple[float, Choice]] = []

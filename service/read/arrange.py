@@ -203,7 +203,8 @@ def _with_twins(
         warnings.append(
             StackWarning(
                 code="band_substituted",
-                detail=f"no file has {band}, so {twin}, its narrow twin, is used instead",
+                detail=f"no file has {band}, so {twin}, a narrower band of similar wavelength, is "
+                "used instead",
             )
         )
     return slots, warnings
@@ -263,8 +264,8 @@ def _assumed_order(layout: Layout, query: LayoutQuery, used: set[int]) -> list[S
     needed = ", ".join(f"{band} is band {order.index(band) + 1}" for band in read if band in order)
     detail = (
         f"no band of {counted(len(unnamed), 'file')} ({_quoted([f.name for f in unnamed])}) has a "
-        f"name; read in the order of a Sentinel-2 product, so that {needed}; if that is not so, "
-        "give `bands`"
+        f"name; they are read in the order of a Sentinel-2 product, so that {needed}; if this "
+        "order is wrong, give `bands`"
     )
     return [StackWarning(code="bands_assumed", detail=detail)]
 
@@ -591,7 +592,7 @@ def _check_complete(granules: Sequence[Granule], needed: Sequence[str]) -> None:
             when = f"observation {granule.key + 1}" if isinstance(granule.key, int) else granule.key
             raise MissingBands(
                 f"{when} has no {', '.join(missing)}, only {', '.join(sorted(granule.planes))} "
-                f"({_quoted(names)})"
+                f"({_quoted(names)}): add the band, or leave out the files of that date"
             )
 
 

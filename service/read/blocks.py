@@ -59,7 +59,7 @@ _ATTEMPTS = 3
 _PAUSE_SECONDS = 0.5
 """Longest pause before the first repetition; each further pause is twice as long."""
 _LONGEST_PAUSE = 10.0
-"""Longest pause that `Retry-After` may ask for, seconds."""
+"""Longest pause that `Retry-After` may request, seconds."""
 _AGAIN = frozenset({429, 500, 502, 503, 504})
 """Statuses after which a range is requested again; S3 returns 503 after too many requests."""
 _SIGNED = frozenset({401, 403, 409})
@@ -446,14 +446,14 @@ class RemoteFile:
             try:
                 return await receive()
             except UnreachableReference as error:
-                # The server's own answer is not going to change.
+                # Another response of the server would be the same.
                 if not isinstance(error, _Busy) and not isinstance(
                     error.__cause__, httpx.HTTPError
                 ):
                     raise
                 pause = _PAUSE_SECONDS * 2 ** (attempt - 1)
                 asked = getattr(error, "after", 0.0)
-            # Of random length, so that the requests that a busy server rejected do not come back
+            # A random length, so that the requests that a busy server rejected do not all return
             # at once.
             share = random.uniform(0.5, 1)  # noqa: S311 - no secret
             await anyio.sleep(max(pause * share, min(asked, _LONGEST_PAUSE)))
@@ -570,7 +570,7 @@ async def fetch_windows(
     if size > web.left:
         raise BodyTooLarge(
             f"{field}: the needed blocks of {len(windows)} files have {size} bytes, and the server "
-            f"receives at most {web.left} more (PIMC_MAX_BODY_BYTES); give a smaller bbox or area, "
+            f"receives at most {web.left} more (PIMC_MAX_BODY_BYTES): give a smaller bbox or area, "
             "or fewer dates"
         )
     await side_by_side([call for remote, runs in needed for call in remote.fetches(web, runs)])

@@ -42,6 +42,10 @@ _LOGIN = frozenset({401, 403})
 _WRONG = frozenset({400, 422})
 _SHOWN = 200
 """Largest number of characters of a host's error text in a message."""
+_HAVE_ALLOWED = (
+    "the server's administrator can allow it with PIMC_ALLOWED_HOSTS (for callbacks with "
+    "PIMC_CALLBACK_HOSTS)"
+)
 CHUNK_BYTES = 2**20
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # IPv6 networks through which IPv4 addresses can be reached, public or private: NAT64, 6to4, Teredo.
@@ -68,12 +72,12 @@ class RangeCache:
 
     Args:
         most: largest number of bytes; 0 keeps none.
-        asked: called with `hit` or `miss` for each range that is looked for.
+        looked_up: called with `hit` or `miss` for each range that is looked up.
     """
 
-    def __init__(self, most: int = 0, *, asked: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, most: int = 0, *, looked_up: Callable[[str], None] = lambda _: None) -> None:
         self._most = most
-        self._asked = asked
+        self._looked_up = looked_up
         self._kept: OrderedDict[tuple[object, ...], bytes] = OrderedDict()
         self.size = 0
         """Bytes kept."""
@@ -86,7 +90,7 @@ class RangeCache:
     def get(self, key: tuple[object, ...]) -> bytes | None:
         """The bytes of a range; None if they are not kept."""
         found = self._kept.get(key)
-        self._asked("miss" if found is None else "hit")
+        self._looked_up("miss" if found is None else "hit")
         if found is not None:
             self._kept.move_to_end(key)
         return found
@@ -103,7 +107,7 @@ class RangeCache:
 
 
 class Remotes:
-    """What the requests that read from other hosts share; used on one event loop.
+    """State that the requests which read from other hosts share; used on one event loop.
 
     Args:
         cache: ranges that were received; None keeps none.
@@ -147,10 +151,14 @@ class Remote:
         try:
             url = httpx.URL(href)
         except httpx.InvalidURL:
-            raise ForbiddenReference(f"{field}: neither a path nor a URL that is allowed") from None
+            raise ForbiddenReference(
+                f"{field}: the value is neither a path nor a URL that the server may read"
+            ) from None
         remote = cls(field=field, url=url)
         if not _is_allowed(remote, rules):
-            raise ForbiddenReference(f"{field}: '{label(url.host, 0)}' is not an allowed host")
+            raise ForbiddenReference(
+                f"{field}: '{label(url.host, 0)}' is not an allowed host: {_HAVE_ALLOWED}"
+            )
         return remote
 
     @property
@@ -170,7 +178,8 @@ class Remote:
             ForbiddenReference: the target is not allowed, or leaves TLS.
         """
         forbidden = ForbiddenReference(
-            f"{self.field}: '{self.host}' redirects to a forbidden target"
+            f"{self.field}: '{self.host}' redirects to a URL that the server may not read: give "
+            "the final URL, on an allowed host"
         )
         try:
             url = self.url.join(location)
@@ -340,7 +349,7 @@ class Connections:
             text = "".join(c for c in data.decode("utf-8", "replace") if c.isprintable())
             raise InvalidRequest.of(
                 remote.field,
-                f"'{remote.host}' rejected the request (status {status}): {text[:_SHOWN]}",
+                f"'{remote.host}' rejected the server's request (status {status}): {text[:_SHOWN]}",
             )
         if status != HTTPStatus.OK:
             raise remote.unreachable(f"returned status {status}")
@@ -352,8 +361,9 @@ class Connections:
     def too_large(self, remote: Remote) -> BodyTooLarge:
         """The error for files that exceed the budget of bytes."""
         return BodyTooLarge(
-            f"{remote.field}: the named files have more than {self._limit} bytes together, the "
-            "largest allowed size"
+            f"{remote.field}: the named files have more than {self._limit} bytes together, which "
+            "is the largest allowed size (PIMC_MAX_BODY_BYTES): name fewer files, or give a "
+            "smaller `bbox` or `area`"
         )
 
     @asynccontextmanager
@@ -377,13 +387,15 @@ class Connections:
             except httpx.ConnectError as error:
                 if n + 1 < len(addresses):
                     continue
-                raise remote.unreachable("accepts no connection") from error
+                raise remote.unreachable("accepts no connection: retry later") from error
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise remote.unreachable("does not respond") from error
+                raise remote.unreachable("does not respond: retry later") from error
             try:
                 yield response
             except httpx.HTTPError as error:
-                raise remote.unreachable("closed the connection or stalled") from error
+                raise remote.unreachable(
+                    "closed the connection or sent nothing for too long: retry later"
+                ) from error
             finally:
                 await response.aclose()
             return
@@ -429,12 +441,13 @@ class Connections:
             with anyio.fail_after(self._patience.idle_seconds):
                 found = list(dict.fromkeys(await self._resolver(remote.host, remote.port)))
         except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
-            raise remote.unreachable("is not known") from error
+            raise remote.unreachable("has no address: check the name of the host") from error
         if not found:
-            raise remote.unreachable("is not known")
+            raise remote.unreachable("has no address: check the name of the host")
         if not all(_may_connect(address, remote.port, self._rules) for address in found):
             raise ForbiddenReference(
-                f"{remote.field}: '{remote.host}' has an address that is not allowed"
+                f"{remote.field}: '{remote.host}' has an address that is neither public nor "
+                f"allowed: {_HAVE_ALLOWED}"
             )
         return found
 

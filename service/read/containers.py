@@ -91,7 +91,8 @@ def unpack(
     if len(found) > max_files:
         raise InvalidRequest.of(
             "files",
-            f"{len(found)} files, members of zips included; at most {max_files} are allowed",
+            f"the request has {len(found)} files, members of zips included, and at most "
+            f"{max_files} are allowed: send fewer files",
         )
     forbidden = next((f for f in found if not jp2 and _begins(f.path, SIGNATURE)), None)
     if forbidden is not None:
@@ -134,12 +135,14 @@ def _members(
                 written = SourceFile(name=name, path=path)
                 if _is_json(name) and _item(written) is None:
                     path.unlink()
-                    left_out.append((name, "no raster (.tif or .jp2)"))
+                    left_out.append((name, "not a raster (.tif or .jp2)"))
                     continue
                 found.append(written)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise InvalidRequest.of(
-            "files", f"'{source.name}' is a zip that does not open: {type(error).__name__}"
+            "files",
+            f"the zip '{source.name}' cannot be unpacked ({type(error).__name__}): write the zip "
+            "again, or send the files without it",
         ) from error
     if not any(_RASTER.search(file.name) for file in found):
         raise InvalidRequest.of("files", _holds_none(source.name, left_out))
@@ -150,10 +153,13 @@ def _holds_none(name: str, left_out: Sequence[tuple[str, str]]) -> str:
     """The message that no file of a zip is read."""
     rasters = [f"'{member}': {why}" for member, why in left_out if _RASTER.search(member)]
     if rasters:
-        return f"no raster of the zip '{name}' is read ({rasters[0]}); write it again with deflate"
+        return (
+            f"no raster in the zip '{name}' can be read ({rasters[0]}): write the zip again with "
+            "deflate and without a password"
+        )
     zips = [member for member, _ in left_out if member.lower().endswith(".zip")]
-    inner = f", but '{zips[0]}': send the inner zip" if zips else ""
-    return f"the zip '{name}' holds no .tif and no .jp2 file{inner}"
+    inner = f", but the zip '{zips[0]}': send that zip itself" if zips else ": add the rasters"
+    return f"the zip '{name}' holds no .tif or .jp2 file{inner}"
 
 
 def _why_not(member: zipfile.ZipInfo) -> str | None:
@@ -167,7 +173,7 @@ def _why_not(member: zipfile.ZipInfo) -> str | None:
     if _is_json(last) and member.file_size <= _MAX_XML_BYTES:
         return None
     if not _RASTER.search(name):
-        return "no raster (.tif or .jp2)"
+        return "not a raster (.tif or .jp2)"
     if member.flag_bits & 1:
         return "encrypted"
     if member.compress_type not in _METHODS:
@@ -194,7 +200,10 @@ def _write(content: IO[bytes], path: Path, room: int, name: str, limit: int) -> 
         while chunk := content.read(_CHUNK_BYTES):
             size += len(chunk)
             if size > room:
-                raise BodyTooLarge(f"the zip '{name}' holds more than the {limit} bytes allowed")
+                raise BodyTooLarge(
+                    f"the zip '{name}' unpacks to more than the {limit} bytes that the zips of a "
+                    "request may hold: send fewer files, or cut the area into parts"
+                )
             file.write(chunk)
     return size
 
@@ -205,7 +214,9 @@ def _check_directory(source: SourceFile) -> None:
     Raises:
         InvalidRequest: the zip is damaged, or its directory is too large.
     """
-    damaged = InvalidRequest.of("files", f"'{source.name}' is a zip that is cut or damaged")
+    damaged = InvalidRequest.of(
+        "files", f"the zip '{source.name}' is incomplete or damaged: download or write it again"
+    )
     with source.path.open("rb") as file:
         size = file.seek(0, 2)
         tail_at = max(0, size - _END.size - 2**16)
@@ -221,7 +232,8 @@ def _check_directory(source: SourceFile) -> None:
         raise InvalidRequest.of(
             "files",
             f"the zip '{source.name}' has {members} members and a directory of {bytes_} bytes; at "
-            f"most {_MAX_MEMBERS} members and {_MAX_DIRECTORY_BYTES} bytes are allowed",
+            f"most {_MAX_MEMBERS} members and {_MAX_DIRECTORY_BYTES} bytes are allowed: divide the "
+            "files into several zips",
         )
 
 
@@ -313,7 +325,7 @@ class Described:
     georeference: Georeference | None
     """CRS and transform; None if they are not stated."""
     ignored_offset: str | None
-    """Why a stated offset is not applied; None if it is applied, or if no offset is stated."""
+    """The reason why a stated offset is not applied; None if it is applied, or none is stated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,7 +422,9 @@ def _product(file: SourceFile) -> Product:
     quantification = _QUANTIFICATION.search(text)
     if not quantification or not float(quantification[1]):
         raise InvalidRequest.of(
-            "files", f"'{file.name}' is named as a product's metadata, but has no quantification"
+            "files",
+            f"'{file.name}' has the name of a Sentinel-2 product's metadata, but no element "
+            "QUANTIFICATION_VALUE other than 0: leave the file out, and give `scale` and `offset`",
         )
     scale = 1 / float(quantification[1])
     offsets = {

@@ -331,8 +331,8 @@ def read_header(source: SourceFile, known: dict[bytes, Georeference] | None = No
         if busy := no_descriptors(error):
             raise busy from error
         raise NotAGeoTIFF(
-            f"'{source.name}' has the first bytes of a TIFF, but no header that "
-            "GDAL's GTiff driver opens"
+            f"'{source.name}' begins as a TIFF, but GDAL's GTiff driver cannot read its header: "
+            "download or write the file again"
         ) from error
     if known is not None and written:
         known[written] = georeference
@@ -350,8 +350,8 @@ def _read_jp2_header(source: SourceFile) -> Header:
         if busy := no_descriptors(error):
             raise busy from error
         raise NotAGeoTIFF(
-            f"'{source.name}' is JPEG 2000, but its header does not open with GDAL's OpenJPEG "
-            "driver"
+            f"'{source.name}' begins as JPEG 2000, but GDAL's OpenJPEG driver cannot read its "
+            "header: download or write the file again"
         ) from error
     return replace(header, driver="JP2OpenJPEG")
 
@@ -376,16 +376,16 @@ _OTHER_FORMATS: Mapping[bytes, str] = {
     b"<html": _PAGE,
     b"<pamdataset": "GDAL's statistics beside a raster (.aux.xml): leave it out",
     b"<vrtdataset": _VRT,
-    b"<error": "an error message of the storage it was downloaded from: download it again",
+    b"<error": "an error message of a server, not data: download the file again",
     b"\x00\x05\x16\x07": _APPLE,
-    b"PK\x03\x04": "a zip inside a zip: send the inner one",
-    b"PK\x05\x06": "an empty zip",
+    b"PK\x03\x04": "a zip inside a zip: send the inner zip itself",
+    b"PK\x05\x06": "an empty zip: leave it out",
     b"7z\xbc\xaf": "an archive of 7-Zip: unpack it, or send a zip",
     b"Rar!": "an archive of RAR: unpack it, or send a zip",
     b"\x1f\x8b": "compressed by gzip: unpack it first",
     b"\x89PNG": _PICTURE,
     b"\xff\xd8\xff": _PICTURE,
-    b"%PDF": "a PDF, not a raster",
+    b"%PDF": "a PDF, not a raster: export a GeoTIFF",
     b"\x93NUMPY": "a NumPy array, which has no georeference: write a GeoTIFF with rasterio",
     b"GRIB": "GRIB: convert it with gdal_translate -of COG",
     b"PAR1": "Parquet, not a raster: polygons go into the parameter `fields`",
@@ -398,7 +398,7 @@ _OTHER_FORMATS: Mapping[bytes, str] = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file: run git lfs pull",
     b"\xff\x4f\xff\x51": _CODESTREAM,
     b"<?xml": "XML, not a raster: leave it out",
-    b"{": "JSON, not a raster",
+    b"{": "JSON, not a raster: leave it out; polygons go into the parameter `fields`",
 }
 """First bytes of files that are not rasters, with the kind of file and advice for messages."""
 
@@ -416,7 +416,7 @@ def _driver_of(source: SourceFile) -> Driver:
     except OSError as error:
         if busy := no_descriptors(error):
             raise busy from error
-        raise NotAGeoTIFF(f"'{source.name}' cannot be read as a file") from error
+        raise NotAGeoTIFF(f"'{source.name}' cannot be opened: send the file again") from error
     if head[:4] in _MAGICS:
         return "GTiff"
     if head.startswith(SIGNATURE):
@@ -446,7 +446,10 @@ def _what_it_is(name: str, head: bytes) -> str:
             "it is a side file of a raster, which the service does not read: send a GeoTIFF, which "
             "contains its georeference"
         )
-    return f"it starts with {head[:4]!r}; GeoTIFF, JP2 and zips of them are read"
+    return (
+        f"it starts with {head[:4]!r}; the service reads GeoTIFF and JP2 files and zips of them: "
+        "convert it with gdal_translate -of COG"
+    )
 
 
 def _header(
@@ -470,17 +473,22 @@ def _header(
     strange = sorted({dtype for dtype in dataset.dtypes if dtype.startswith("complex")})
     if strange:
         raise NotAGeoTIFF(
-            f"'{source.name}' has numbers of type {strange[0]}, which cannot be reflectance"
+            f"'{source.name}' has numbers of type {strange[0]}, which cannot be reflectance: write "
+            "the file with real numbers"
         )
     if dataset.count > MAX_BANDS:
-        raise RasterTooLarge(f"'{source.name}' has {dataset.count} bands, the limit is {MAX_BANDS}")
+        raise RasterTooLarge(
+            f"'{source.name}' has {dataset.count} bands, and the limit is {MAX_BANDS}: divide it "
+            "into several files"
+        )
     rows, columns = dataset.block_shapes[0]
     together = dataset.count if dataset.interleaving == Interleaving.pixel else 1
     block_bytes = rows * columns * np.dtype(dataset.dtypes[0]).itemsize * together
     if block_bytes > MAX_BLOCK_BYTES:
         raise RasterTooLarge(
             f"'{source.name}': one block of {rows} x {columns} pixels and {together} bands decodes "
-            f"to {block_bytes} bytes, the limit is {MAX_BLOCK_BYTES}"
+            f"to {block_bytes} bytes, and the limit is {MAX_BLOCK_BYTES}: write the file in tiles, "
+            "as with gdal_translate -of COG"
         )
     # GDAL's assumption about alpha is not enough: `DescribedFile.bands` decides by the names.
     flags = dataset.mask_flag_enums[0]

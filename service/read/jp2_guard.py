@@ -28,6 +28,7 @@ _MAX_PRECINCTS = 100_000  # of one tile, times its layers; OpenJPEG takes some 1
 _MAX_LEVELS = 32
 _SOC, _SIZ, _COD, _SOT = 0xFF4F, 0xFF51, 0xFF52, 0xFF90
 _CODESTREAM = b"jp2c"
+_CONVERT = "convert it with gdal_translate -of COG"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +69,15 @@ def _to_codestream(file: BinaryIO, name: str) -> None:
     """Move to the start of the codestream, and check that the boxes before it are small."""
     for boxes, (kind, length) in enumerate(_boxes(file, name)):
         if boxes >= _MAX_BOXES:
-            raise RasterTooLarge(f"'{name}' has more JPEG 2000 boxes than {_MAX_BOXES}")
+            raise RasterTooLarge(
+                f"'{name}' has more JPEG 2000 boxes than the limit of {_MAX_BOXES}: {_CONVERT}"
+            )
         if kind == _CODESTREAM:
             return
         if length > _MAX_BOX_BYTES:
             raise RasterTooLarge(
-                f"'{name}' has a JPEG 2000 box of {length} bytes before its pixels, the limit is "
-                f"{_MAX_BOX_BYTES}"
+                f"'{name}' has a JPEG 2000 box of {length} bytes before its pixels, and the limit "
+                f"is {_MAX_BOX_BYTES}: {_CONVERT}"
             )
     raise _damaged(name)
 
@@ -123,7 +126,10 @@ def _check_main_header(file: BinaryIO, name: str) -> int:
             size = _size(content, name)
         elif marker == _COD and size is not None:
             _check_coding(content, size, name)
-    raise RasterTooLarge(f"'{name}' has more markers in its header than {_MAX_MARKERS}")
+    raise RasterTooLarge(
+        f"'{name}' has more JPEG 2000 markers in its header than the limit of {_MAX_MARKERS}: "
+        f"{_CONVERT}"
+    )
 
 
 def _size(content: bytes, name: str) -> _Size:
@@ -137,25 +143,27 @@ def _size(content: bytes, name: str) -> _Size:
         raise _damaged(name)
     if components > _MAX_COMPONENTS:
         raise RasterTooLarge(
-            f"'{name}' has {components} components, the limit is {_MAX_COMPONENTS}"
+            f"'{name}' has {components} components, and the limit is {_MAX_COMPONENTS}: {_CONVERT}"
         )
     for n in range(components):
         bits, dx, dy = content[36 + 3 * n : 39 + 3 * n]
         if (bits & 0x7F) + 1 > _MAX_BITS or (dx, dy) != (1, 1):
             raise NotAGeoTIFF(
-                f"'{name}' has components of another size or of more than {_MAX_BITS} bits, which "
-                "no band of reflectance has"
+                f"'{name}' has components of different sizes or of more than {_MAX_BITS} bits, "
+                f"which the service does not read: {_CONVERT}"
             )
     tiles = -(-(right - tile_left) // across) * -(-(bottom - tile_top) // down)
     if tiles > _MAX_TILES:
-        raise RasterTooLarge(f"'{name}' has {tiles} tiles, the limit is {_MAX_TILES}")
+        raise RasterTooLarge(
+            f"'{name}' has {tiles} tiles, and the limit is {_MAX_TILES}: {_CONVERT}"
+        )
     tile = min(across, right), min(down, bottom)
     size = _Size(tile=tile, components=components)
     if size.decoded > MAX_BLOCK_BYTES:
         raise RasterTooLarge(
             f"'{name}': one tile of {tile[1]} x {tile[0]} pixels and {components} components "
-            f"decodes to {size.decoded} bytes, the limit is {MAX_BLOCK_BYTES}; write it with "
-            "smaller tiles, as with gdal_translate -of COG"
+            f"decodes to {size.decoded} bytes, and the limit is {MAX_BLOCK_BYTES}: write the file "
+            "with smaller tiles, as with gdal_translate -of COG"
         )
     return size
 
@@ -187,11 +195,12 @@ def _check_coding(content: bytes, size: _Size, name: str) -> None:
     if total > _MAX_PRECINCTS:
         raise RasterTooLarge(
             f"'{name}': one tile has {precincts} precincts in {layers} layers and "
-            f"{size.components} components, {total} packets; the limit is {_MAX_PRECINCTS}"
+            f"{size.components} components, {total} packets, and the limit is {_MAX_PRECINCTS}: "
+            f"{_CONVERT}"
         )
 
 
 def _damaged(name: str) -> NotAGeoTIFF:
     return NotAGeoTIFF(
-        f"'{name}' is a cut or damaged JPEG 2000 file: its header is incomplete; send it again"
+        f"'{name}' is an incomplete or damaged JPEG 2000 file: download the file again"
     )

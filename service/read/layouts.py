@@ -255,8 +255,9 @@ def _bands_of_one_date(file: DescribedFile, query: LayoutQuery) -> dict[str, int
         if band in query.usable and numbers.setdefault(band, number) != number:
             raise InvalidRequest.of(
                 "layout",
-                f"file-per-date, but '{file.name}' holds {band} in its bands {numbers[band]} and "
-                f"{number}",
+                f"the layout is file-per-date, but '{file.name}' holds {band} in its bands "
+                f"{numbers[band]} and {number}: give layout=single-file if the file has several "
+                "dates, or name its bands with `bands`",
             )
     return numbers
 
@@ -267,7 +268,8 @@ def _check_unnamed(ignored: Sequence[DescribedFile], used: Sequence[DescribedFil
     for file in ignored:
         if file.count in counts and not any(file.bands):
             raise MissingBands(
-                f"'{file.name}' has {file.count} bands as the other files, but none has a name"
+                f"'{file.name}' has {file.count} bands like the other files, but none of them has "
+                "a name: describe the bands, or give `bands`"
             )
 
 
@@ -320,7 +322,7 @@ def _given_days(
 
 def _wrong_number(dates: Sequence[date], n: int, what: str) -> Exception:
     """The error for a wrong number of dates: `MissingDates` if there are too few."""
-    detail = f"{what} but {counted(len(dates), 'date')}"
+    detail = f"{what} but {counted(len(dates), 'date')}: give {n} dates, in order"
     return MissingDates(detail) if len(dates) < n else InvalidRequest.of("dates", detail)
 
 
@@ -353,7 +355,8 @@ def _bands_of_files(query: LayoutQuery) -> list[tuple[DescribedFile, str]]:
         if len(query.names) != len(named):
             raise InvalidRequest.of(
                 "bands",
-                f"{counted(len(query.names), 'name')} but {counted(len(named), 'file')}",
+                f"{counted(len(query.names), 'name')} but {counted(len(named), 'file')}: give one "
+                "name per file, in the order of the files",
             )
         found += zip(named, query.names, strict=True)
     taken = {id(file) for file, _ in found}
@@ -363,7 +366,9 @@ def _bands_of_files(query: LayoutQuery) -> list[tuple[DescribedFile, str]]:
         bands = sorted({band for band in file.bands if band and band != ALPHA})
         if len(bands) > 1:
             raise InvalidRequest.of(
-                "layout", f"file-per-band, but '{file.name}' holds {', '.join(bands)}"
+                "layout",
+                f"the layout is file-per-band, but '{file.name}' holds {', '.join(bands)}: give "
+                "another `layout`, or leave it out",
             )
         band = bands[0] if bands else file.name_band or (ALPHA if ALPHA in file.bands else None)
         if band:
@@ -460,7 +465,9 @@ def _names_in_one_file(
     for day, n in Counter(file.days).items():
         if n % len(names):
             what = f"{counted(len(names), 'name')} but '{file.name}' has {counted(n, 'band')}"
-            raise InvalidRequest.of("bands", f"{what} of {day}")
+            raise InvalidRequest.of(
+                "bands", f"{what} of {day}: give one name per band of a date, in band order"
+            )
     seen: Counter[date | None] = Counter()
     ordered = []
     for day in file.days:
@@ -471,7 +478,10 @@ def _names_in_one_file(
 
 def names_and_bands(n: int, file: DescribedFile) -> str:
     """Message for a number of names that differs from a file's number of bands."""
-    return f"{counted(n, 'name')} but '{file.name}' has {counted(file.count, 'band')}"
+    return (
+        f"{counted(n, 'name')} but '{file.name}' has {counted(file.count, 'band')}: give one name "
+        "per band of a date, in band order"
+    )
 
 
 def counted(n: int, noun: str) -> str:

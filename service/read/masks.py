@@ -423,18 +423,24 @@ def _rule(text: str) -> MaskRule:
     name, colon, number = text.lower().partition(":")
     if name not in RULES:
         raise InvalidRequest.of(
-            "mask", f"'{text}' is not a cloud mask; give auto, none, or any of {', '.join(RULES)}"
+            "mask", f"'{text}' is not a cloud mask: give auto, none, or any of {', '.join(RULES)}"
         )
     if not colon:
         return MaskRule(name=name)
     if name not in LIMITS:
         raise InvalidRequest.of(
-            "mask", f"'{text}': only {', '.join(LIMITS)} take a number, as cldprb:40"
+            "mask",
+            f"'{text}' has a number, which only {' and '.join(LIMITS)} take, as in cldprb:40: give "
+            f"'{name}'",
         )
     try:
         limit = float(number)
     except ValueError:
         limit = math.nan
     if not 0 < limit <= 100:
-        raise InvalidRequest.of("mask", f"'{text}': the limit is per cent, above 0 and up to 100")
+        raise InvalidRequest.of(
+            "mask",
+            f"'{text}' is not valid: give the limit in per cent, above 0 and at most 100, as in "
+            "cldprb:40",
+        )
     return MaskRule(name=name, limit=limit)

@@ -2,8 +2,8 @@
 
     window ──▶ its blocks in every file that are not here ──▶ fetched together ──▶ a reader's copies
 
-Of such a file only the directories were fetched when the request was accepted, so its header and
-its place are known. Each reader has local copies of its own, to which nobody else writes; blocks
+Only the directories of such a file were fetched when the request was accepted, so its header and
+its place are known. Each reader has local copies of its own, to which only it writes; blocks
 that several readers need are found in the cache of ranges. A file that was replaced since then is
 an error: only files with a strong ETag are read on demand.
 """
@@ -46,7 +46,7 @@ class OnDemand:
     Args:
         settings: allowed hosts, and the largest number of bytes that one reader fetches.
         folder: parent of the readers' copies; None takes the system's folder.
-        asked: see `RangeCache`.
+        looked_up: see `RangeCache`.
         received: see `Remotes`.
         patience: time limits; the total is that of one window.
     """
@@ -56,14 +56,14 @@ class OnDemand:
         settings: Settings,
         *,
         folder: Path | None = None,
-        asked: Callable[[str], None] = lambda _: None,
+        looked_up: Callable[[str], None] = lambda _: None,
         received: Callable[[int], None] = lambda _: None,
         patience: Patience | None = None,
     ) -> None:
         self._settings = settings
         self._folder = folder
         self._patience = patience or Patience()
-        self._cache = RangeCache(RANGE_CACHE_BYTES, asked=asked)
+        self._cache = RangeCache(RANGE_CACHE_BYTES, looked_up=looked_up)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="blocks", daemon=True)
         self._thread.start()

@@ -260,7 +260,8 @@ def _scale(own: Grid, grid: Grid) -> tuple[float, float]:
             )
         except (GDALError, CRSError) as error:
             raise GridMismatch(
-                f"a file in {crs_name(own.crs)} cannot be brought to {crs_name(grid.crs)}"
+                f"a file in {crs_name(own.crs)} cannot be transformed to {crs_name(grid.crs)}: "
+                "give a `grid` in a CRS that covers all files"
             ) from error
         width, height = abs(default.a), abs(default.e)
     into = _sizes(grid)
@@ -345,13 +346,16 @@ def _pixels(
             )
         except (GDALError, CRSError) as error:
             raise GridMismatch(
-                f"the extent {bounds} in {crs_name(crs)} cannot be brought to "
-                f"{crs_name(lattice.crs)}"
+                f"the extent {bounds} in {crs_name(crs)} cannot be transformed to "
+                f"{crs_name(lattice.crs)}: give a `grid` in a CRS that covers it"
             ) from error
         inverse = ~lattice.transform
         at = [inverse @ (x, y) for x in (left, right) for y in (bottom, top)]
     if not all(math.isfinite(value) for pair in at for value in pair):
-        raise GridMismatch(f"{crs_name(crs)} has no place in {crs_name(lattice.crs)}")
+        raise GridMismatch(
+            f"an extent in {crs_name(crs)} cannot be transformed to {crs_name(lattice.crs)}: give "
+            "a `grid` in a CRS that covers it"
+        )
     columns, rows = [x for x, _ in at], [y for _, y in at]
     return (
         math.floor(min(columns) + _TOLERANCE),
@@ -372,7 +376,9 @@ def _cropped(grid: Grid, place: Place) -> tuple[Grid, Mapping[str, Any] | None]:
             area = rasterio.warp.transform_geom(_DEGREES, grid.crs, dict(place.area))
         except (GDALError, CRSError, ValueError) as error:
             raise InvalidRequest.of(
-                "area", f"cannot be brought to the files' CRS {crs_name(grid.crs)}"
+                "area",
+                f"the polygon cannot be transformed to the files' CRS {crs_name(grid.crs)}: give a "
+                "polygon on the files, in degrees",
             ) from error
     return grid, area
 
@@ -388,7 +394,8 @@ def _part(grid: Grid, bounds: Bounds, field: str) -> Grid:
         raise InvalidRequest.of(
             field,
             f"({', '.join(f'{v:.6g}' for v in bounds)}) does not touch the files, which lie at "
-            f"({', '.join(f'{v:.6g}' for v in own)}): west, south, east, north in degrees",
+            f"({', '.join(f'{v:.6g}' for v in own)}; west, south, east, north in degrees): give a "
+            "part of the files",
         )
     if (left, top, right, bottom) == (0, 0, grid.width, grid.height):
         return grid

@@ -293,7 +293,7 @@ def _fill(sample: _Sample) -> _Corrected:
         valid=sample.valid & ~gone,
     )
     detail = (
-        f"{filled}no nodata tag names it: it is taken as missing; record it with "
+        f"{filled}no nodata tag names it, so these pixels count as missing: record the number with "
         f"`gdal_edit.py -a_nodata {number:g} FILE`"
     )
     return sample, [StackWarning(code="nodata_assumed", detail=detail)]
@@ -419,9 +419,9 @@ def _not_in_the_pixels(sample: _Sample) -> _Corrected:
             without, lambda p: replace(p, offset=0.0, offset_source="the pixels")
         )
         detail = (
-            f"offset {offset:g} ({source}) is not applied to {sample.when(without)}: it would make "
-            f"the blue and red of most pixels negative, so it seems to have been applied before, "
-            f"in {sample.names(without)}; give `offset` to decide"
+            f"offset {offset:g} ({source}) is not applied to {sample.when(without)}, because blue "
+            "and red of most pixels would be negative: the offset seems to have been applied to "
+            f"{sample.names(without)} before; give `offset` to decide"
         )
         warnings.append(StackWarning(code="baseline_offset_suspected", detail=detail))
     return sample, warnings
@@ -474,9 +474,9 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
             detail = (
                 f"{level} is {float(np.median(dark[which].min(axis=1))):.2f} on "
                 f"{sample.when(which)}: {sample.names(which)} may hold Sentinel-2's offset of -0.1 "
-                "(processing baseline 04.00 and later), which nothing states, so it is not "
-                "applied; give offset=-0.1, from a date on as in offset=2022-01-25:-0.1, or "
-                "offset=0 to confirm"
+                "(processing baseline 04.00 and later). Neither a tag nor a file name states it, "
+                "so it is not applied: give offset=-0.1, from a date on as in "
+                "offset=2022-01-25:-0.1, or offset=0 to confirm"
             )
             warnings.append(StackWarning(code="baseline_offset_suspected", detail=detail))
     return sample, warnings

@@ -425,8 +425,9 @@ class StackReader:
                 raise busy from error
             (top, bottom), (left, right) = window.toranges()
             raise CorruptRaster(
-                f"'{read.source.name}': the header opens, but rows {top} to {bottom - 1}, "
-                f"columns {left} to {right - 1} do not decode"
+                f"'{read.source.name}': the header can be read, but the pixels of rows {top} to "
+                f"{bottom - 1} and columns {left} to {right - 1} cannot be decoded: download or "
+                "export the file again"
             ) from error
 
     @contextmanager

@@ -88,7 +88,9 @@ async def fetch_items(
     if not (settings.allowed_roots or settings.allowed_hosts):
         named = fields[0] if fields else "items"
         raise ForbiddenReference(
-            f"'{named}' is not allowed: this server reads no files by reference"
+            f"'{named}' is not allowed, because this server reads no files by reference: send the "
+            "files themselves, or have the server's administrator set PIMC_ALLOWED_ROOTS or "
+            "PIMC_ALLOWED_HOSTS"
         )
     patience = patience or Patience()
     fields = fields or [f"items.{n}.href" for n in range(len(items))]
@@ -127,7 +129,8 @@ async def fetch_items(
                 await fetch_windows(windows, web, fields[0].partition(".")[0])
     if waiting.cancelled_caught:
         raise UnreachableReference(
-            f"only {len(found)} of {len(items)} files arrived within {patience.total_seconds:g} s"
+            f"only {len(found)} of {len(items)} files arrived within {patience.total_seconds:g} s: "
+            "name fewer files, or give a smaller `bbox` or `area`"
         )
     return files
 
@@ -183,7 +186,8 @@ class Local:
                 the message is the same.
         """
         forbidden = ForbiddenReference(
-            f"{self.field}: no such file under the allowed roots (PIMC_ALLOWED_ROOTS)"
+            f"{self.field}: the path does not name a file in the folders of PIMC_ALLOWED_ROOTS: "
+            "check the path on the server's machine, or send the file"
         )
         real_roots = [Path(os.path.realpath(root)) for root in roots]
         # Check the path as written first, so that a path outside the roots is never accessed.
@@ -227,7 +231,9 @@ def location_of(href: str, field: str, settings: Settings) -> Local | Remote:
         if urlsplit(href).scheme in {"", "file"}:
             return _local(href, field)
     except ValueError:
-        raise ForbiddenReference(f"{field}: neither a path nor a URL that is allowed") from None
+        raise ForbiddenReference(
+            f"{field}: the value is neither a path nor a URL that the server may read"
+        ) from None
     return Remote.of(href, field, settings.allowed_hosts)
 
 

@@ -181,13 +181,15 @@ def number_on(
     elif not by_date:
         raise InvalidRequest.of(
             name,
-            f"given from a processing baseline on, but neither a tag nor the name of "
-            f"'{header.name}' states its baseline; give the number from a date on as well, as in "
+            "the number holds from a processing baseline on, but neither a tag nor the name of "
+            f"'{header.name}' states its baseline: give the number from a date on as well, as in "
             f"{name}=04.00:-0.1,2022-01-25:-0.1",
         )
     if day is None:
         raise InvalidRequest.of(
-            name, f"given from a date on, but '{header.name}' has no date; give one number"
+            name,
+            f"the number holds from a date on, but '{header.name}' has no date: give one number, "
+            "or `dates`",
         )
     return next((number for since, number in reversed(by_date) if since <= day), None)
 

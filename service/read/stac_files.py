@@ -125,7 +125,10 @@ async def fetch_stac(
         PIMCError: a file is not a raster, or the files do not fit together.
     """
     if not (settings.allowed_roots or settings.allowed_hosts):
-        raise ForbiddenReference("'stac' is not allowed: this server reads no files by reference")
+        raise ForbiddenReference(
+            "'stac' is not allowed, because this server reads no files by reference: send the "
+            "files themselves, or have the server's administrator set PIMC_ALLOWED_HOSTS"
+        )
     patience = patience or Patience()
     with anyio.move_on_after(patience.total_seconds):
         async with Connections(
@@ -154,7 +157,7 @@ async def fetch_stac(
                 items=tuple(scene.item.source for scene in kept),
             )
     raise UnreachableReference(
-        f"stac: not all items and files arrived within {patience.total_seconds:g} s; request fewer "
+        f"stac: not all items and files arrived within {patience.total_seconds:g} s: request fewer "
         "dates or a smaller area"
     )
 
@@ -186,7 +189,7 @@ async def _items(
         search_items = await to_thread.run_sync(_search)
         items = await search_items(stac, web, most)
     if not items:
-        raise InvalidRequest.of("stac", "the ItemCollection holds no item")
+        raise InvalidRequest.of("stac", "the ItemCollection is empty: send at least one item")
     if len(items) > most:
         raise InvalidRequest.of(
             "stac",
@@ -234,7 +237,8 @@ def _none_touches(items: Sequence[StacItem], place: Place) -> InvalidRequest:
         extent = f", whose extent is ({', '.join(f'{v:.6g}' for v in box)})"
     return InvalidRequest.of(
         "bbox" if place.bbox else "area",
-        f"touches none of the {len(items)} items{extent}: west, south, east, north in degrees",
+        f"the requested part touches none of the {len(items)} items{extent}: choose a part of the "
+        "items, in degrees, longitude first",
     )
 
 

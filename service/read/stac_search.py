@@ -76,18 +76,18 @@ def _search(search: Search, web: Connections, most: int, stopped: Sequence[bool]
         found = _pages(client, search, most)
     except (ClientTypeError, STACTypeError) as error:
         raise remote.unreachable(
-            "returned a document that is not a STAC landing page; check the API's URL"
+            "returned a document that is not a STAC landing page: check the API's URL"
         ) from error
     except (APIError, STACError, KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error.__cause__, PIMCError):  # pystac wraps the errors of `_CheckedIO`
             raise error.__cause__ from None
         raise remote.unreachable(
-            f"returned a document that is not STAC: {type(error).__name__}"
+            f"returned a document that is not STAC ({type(error).__name__}): check the API's URL"
         ) from error
     if not found:
         raise InvalidRequest.of(
             "stac",
-            f"the search at '{remote.host}' finds no item; check collections, bbox, datetime and "
+            f"the search at '{remote.host}' finds no item: check collections, bbox, datetime and "
             "max_cloud_cover",
         )
     return list(found.values())
@@ -117,15 +117,19 @@ def _pages(client: Client, search: Search, most: int) -> dict[tuple[str | None, 
     found: dict[tuple[str | None, str], StacItem] = {}
     for number, page in enumerate(pages):
         if number >= _MAX_PAGES:
-            raise InvalidRequest.of("stac", f"the search has more than {_MAX_PAGES} pages")
+            raise InvalidRequest.of(
+                "stac",
+                f"the search has more pages than the limit of {_MAX_PAGES}: narrow datetime or "
+                "bbox",
+            )
         for item in read_items({"type": "FeatureCollection", **page}, "stac"):
             if limit is None or _cloud(item) <= limit:
                 found.setdefault((item.collection, item.id), item)
         if len(found) > most:
             raise InvalidRequest.of(
                 "stac",
-                f"the search finds more than {most} items, the largest number allowed "
-                "(PIMC_MAX_ITEMS); narrow datetime or bbox, or lower max_cloud_cover",
+                f"the search finds more items than the limit of {most} (PIMC_MAX_ITEMS): narrow "
+                "datetime or bbox, or lower max_cloud_cover",
             )
     return found
 

@@ -371,10 +371,14 @@ def _check_options(files: Sequence[SourceFile], options: StackOptions) -> None:
         raise InvalidRequest.of("files", "at least one file is required")
     for scale in _numbers(options.scale):
         if not (np.isfinite(scale) and scale):
-            raise InvalidRequest.of("scale", f"{scale} is not a finite number other than 0")
+            raise InvalidRequest.of(
+                "scale", f"{scale} is not valid: give a finite number other than 0"
+            )
     for offset in _numbers(options.offset):
         if not np.isfinite(offset):
-            raise InvalidRequest.of("offset", f"{offset} is not a finite number")
+            raise InvalidRequest.of(
+                "offset", f"{offset} is not a finite number: give one such as -0.1"
+            )
 
 
 def _numbers(given: DatedNumber | None) -> Sequence[float]:
@@ -419,8 +423,8 @@ def _check_size(arranged: Arrangement, grid: Grid, bands: Sequence[str], max_byt
         more = max((len(granule.masks) for granule in arranged.granules), default=0)
         raise RasterTooLarge(
             f"{grid.width} x {grid.height} pixels of {len(bands) + more} bands in "
-            f"{len(arranged.granules)} observations decode to {decoded} bytes, the limit is "
-            f"{max_bytes}"
+            f"{len(arranged.granules)} observations decode to {decoded} bytes, and the limit is "
+            f"{max_bytes}: cut the area into parts, or send fewer dates"
         )
 
 

@@ -167,7 +167,8 @@ def directories(file: BinaryIO, name: str) -> Iterator[tuple[int, Form, list[Ent
         seen.add(at)
         if len(seen) > _MAX_DIRECTORIES:
             raise RasterTooLarge(
-                f"'{name}' has more than {_MAX_DIRECTORIES} directories, the largest number allowed"
+                f"'{name}' has more TIFF directories than the limit of {_MAX_DIRECTORIES}: write "
+                "the file again, as with gdal_translate -of COG"
             )
         file.seek(at)
         n = _number(form.length, file.read(form.length.size), 0)
@@ -175,7 +176,8 @@ def directories(file: BinaryIO, name: str) -> Iterator[tuple[int, Form, list[Ent
             return
         if n > _MAX_ENTRIES:
             raise RasterTooLarge(
-                f"'{name}' has a directory of {n} entries, the limit is {_MAX_ENTRIES}"
+                f"'{name}' has a TIFF directory of {n} entries, and the limit is {_MAX_ENTRIES}: "
+                "write the file again, as with gdal_translate -of COG"
             )
         size = form.entry.size
         content = file.read(n * size + form.word.size)
@@ -207,7 +209,9 @@ def _check_values(entries: list[Entry], name: str) -> None:
     ):
         if size > limit:
             raise RasterTooLarge(
-                f"'{name}' has a directory with {size} bytes of {what}, the limit is {limit}"
+                f"'{name}' has a TIFF directory with {size} bytes of {what}, and the limit is "
+                f"{limit}: write the file with larger blocks and less metadata, as with "
+                "gdal_translate -of COG"
             )
 
 
@@ -229,7 +233,8 @@ def _check_mask(form: Form, entries: list[Entry], name: str) -> int:
     if rows * columns > MAX_BLOCK_BYTES:
         raise RasterTooLarge(
             f"'{name}': one block of its mask, {rows} x {columns} pixels, decodes to "
-            f"{rows * columns} bytes, the limit is {MAX_BLOCK_BYTES}"
+            f"{rows * columns} bytes, and the limit is {MAX_BLOCK_BYTES}: write the file in tiles, "
+            "as with gdal_translate -of COG"
         )
     return rows * columns
 
@@ -245,7 +250,7 @@ def small(form: Form, entry: Entry, name: str) -> int:
     if code is None or entry.length != 1 or entry.size > len(entry.field):
         raise NotAGeoTIFF(
             f"'{name}' has a TIFF tag {entry.tag} of type {entry.kind} and count {entry.length}; "
-            "the TIFF specification requires one unsigned integer"
+            "the TIFF specification requires one unsigned integer: write the file again"
         )
     return int(struct.unpack_from(form.order + code, entry.field)[0])
 
@@ -264,15 +269,15 @@ def value(file: BinaryIO, form: Form, entry: Entry) -> bytes:
 def _check_metadata(xml: bytes, name: str) -> None:
     if _DECLARATION.search(xml):
         raise NotAGeoTIFF(
-            f"'{name}' has metadata with a document type or an entity declaration, which no raster "
-            "needs"
+            f"'{name}' has metadata with a document type or an entity declaration, which the "
+            "service does not read: write the file without it, as with gdal_translate -of COG"
         )
     # Character references are resolved first, because GDAL resolves them.
     outside = _OUTSIDE.search(_resolved(xml))
     if outside:
         raise NotAGeoTIFF(
             f"'{name}' names another file in its metadata ({outside[0].decode('ascii')}), and the "
-            "service reads only pixels inside the file"
+            "service reads only pixels inside the file: write it with gdal_translate -of COG"
         )
     times: Counter[int] = Counter()
     for item in _ITEM.finditer(xml):
@@ -281,8 +286,8 @@ def _check_metadata(xml: bytes, name: str) -> None:
     most = max(times.values(), default=0)
     if most > _MAX_ITEMS:
         raise RasterTooLarge(
-            f"'{name}' has {most} metadata items of one band or the image, the limit is "
-            f"{_MAX_ITEMS}"
+            f"'{name}' has {most} metadata items of one band or of the image, and the limit is "
+            f"{_MAX_ITEMS}: write the file without them"
         )
 
 

@@ -66,8 +66,8 @@ def check_geopackage(path: Path, name: str) -> None:
     size = path.stat().st_size
     if size > MAX_DECODED_BYTES:
         raise TooManyFields(
-            f"'{name}' is a GeoPackage of {size} bytes, the limit is {MAX_DECODED_BYTES}; send its "
-            "features in several requests"
+            f"'{name}' is a GeoPackage of {size} bytes, and the limit is {MAX_DECODED_BYTES}: send "
+            "its features in several requests"
         )
     try:
         # `immutable`: neither locks nor files beside it.
@@ -75,7 +75,9 @@ def check_geopackage(path: Path, name: str) -> None:
         with closing(sqlite3.connect(uri, uri=True)) as database:
             _check_schema(database, name)
     except (sqlite3.Error, OverflowError, ValueError) as error:
-        raise NotAVectorFile(f"'{name}' cannot be read as a GeoPackage") from error
+        raise NotAVectorFile(
+            f"'{name}' cannot be read as a GeoPackage: export the layer to a new file"
+        ) from error
 
 
 def _check_schema(database: sqlite3.Connection, name: str) -> None:
@@ -121,7 +123,7 @@ def _check_schema(database: sqlite3.Connection, name: str) -> None:
 
 def _reject(name: str, what: str) -> NoReturn:
     raise NotAVectorFile(
-        f"'{name}' holds {what}, which is not read: export the layer to a new file"
+        f"'{name}' holds {what}, which the service does not read: export the layer to a new file"
     )
 
 
@@ -142,8 +144,8 @@ def rows_at_once(path: Path, name: str, file: pyarrow.parquet.ParquetFile) -> in
     metadata = file.metadata
     if metadata.num_columns > MAX_PROPERTIES:
         raise NotAVectorFile(
-            f"'{name}' has {metadata.num_columns} columns, the limit is {MAX_PROPERTIES}; leave "
-            "out properties"
+            f"'{name}' has {metadata.num_columns} columns, and the limit is {MAX_PROPERTIES}: "
+            "leave out properties"
         )
     if metadata.num_rows == 0:
         return 1
@@ -169,8 +171,8 @@ def rows_at_once(path: Path, name: str, file: pyarrow.parquet.ParquetFile) -> in
     ):
         if found > limit:
             raise NotAVectorFile(
-                f"'{name}' decodes to {found} {what}, the limit is {limit}; leave out properties, "
-                "or send the features in several requests"
+                f"'{name}' decodes to {found} {what}, and the limit is {limit}: leave out "
+                "properties, or send the features in several requests"
             )
     return max(1, min(int(metadata.num_rows), _BATCH_BYTES // max(1, sum(longest))))
 
@@ -202,7 +204,9 @@ def _chunk(data: mmap.mmap, column: Any, name: str) -> _Chunk:  # noqa: ANN401 -
             if page[1] == _DICTIONARY_PAGE or encoding == _DELTA_BYTE_ARRAY:
                 longest = max(longest, decoded)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotAVectorFile(f"'{name}' cannot be read as GeoParquet") from error
+        raise NotAVectorFile(
+            f"'{name}' cannot be read as GeoParquet: export the layer to a new file"
+        ) from error
     return _Chunk(size=size, values=values, longest=longest)
 
 

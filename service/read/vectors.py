@@ -173,7 +173,8 @@ def _read_vectors(source: SourceFile, most: int, *, points: bool) -> Fields:
         ids, properties, shapes, crs = _read_geojson(source, most)
     else:
         raise NotAVectorFile(
-            f"'{source.name}' is not GeoJSON, GeoPackage or GeoParquet: it starts with {head[:8]!r}"
+            f"'{source.name}' is not GeoJSON, GeoPackage or GeoParquet (it starts with "
+            f"{head[:8]!r}): export the features as one of these"
         )
     shapes, warnings = _usable(source.name, ids, shapes, points=points)
     return Fields(
@@ -191,8 +192,8 @@ _Read = tuple[list[Any], list[dict[str, Any]], NDArray[np.object_], CRS]
 def _check_count(name: str, count: int, most: int) -> None:
     if count > most:
         raise TooManyFields(
-            f"'{name}' has {count} features, the limit is {most} (PIMC_MAX_FIELDS); send them in "
-            "several requests"
+            f"'{name}' has {count} features, and the limit is {most} (PIMC_MAX_FIELDS): send them "
+            "in several requests"
         )
 
 
@@ -201,14 +202,15 @@ def _read_geojson(source: SourceFile, most: int) -> _Read:
     size = source.path.stat().st_size
     if size > _MAX_TEXT_BYTES:
         raise TooManyFields(
-            f"'{source.name}' is GeoJSON of {size} bytes, the limit is {_MAX_TEXT_BYTES}; {remedy}"
+            f"'{source.name}' is GeoJSON of {size} bytes, and the limit is {_MAX_TEXT_BYTES}: "
+            f"{remedy}"
         )
     content = source.path.read_bytes()
     lists = content.count(b"[") + content.count(b"{")
     if lists > _MAX_LISTS:
         raise TooManyFields(
-            f"'{source.name}' holds about {lists} vertices and other lists, the limit is "
-            f"{_MAX_LISTS}; {remedy}"
+            f"'{source.name}' holds about {lists} vertices and other lists, and the limit is "
+            f"{_MAX_LISTS}: {remedy}"
         )
     found = _Features(source.name, most)
     try:
@@ -222,15 +224,18 @@ def _read_geojson(source: SourceFile, most: int) -> _Read:
             found.add({"geometry": document})
     except (ValueError, RecursionError) as error:
         raise NotAVectorFile(
-            f"'{source.name}' is not valid JSON in UTF-8, or nests deeper than {_MAX_DEPTH} levels"
+            f"'{source.name}' is not valid JSON in UTF-8, or nests deeper than {_MAX_DEPTH} "
+            "levels: export it again as GeoJSON"
         ) from error
     if kind not in ("Feature", "Polygon", "MultiPolygon", "FeatureCollection"):
         raise NotAVectorFile(
-            f"'{source.name}' is JSON of type {str(kind)[:_NAME_LENGTH]!r}, not a GeoJSON "
+            f"'{source.name}' is JSON of type {str(kind)[:_NAME_LENGTH]!r}: send a GeoJSON "
             "FeatureCollection"
         )
     if kind == "FeatureCollection" and not found.has_list:
-        raise NotAVectorFile(f"'{source.name}' has no list of GeoJSON features")
+        raise NotAVectorFile(
+            f"'{source.name}' has no list `features`: send a GeoJSON FeatureCollection"
+        )
     shapes = np.full(len(found.shapes), None, np.object_)
     shapes[:] = found.shapes
     return found.ids, found.properties, shapes, _named_crs(source.name, document.get("crs"))
@@ -309,20 +314,26 @@ class _Features:
         """Add a feature.
 
         Raises:
-            NotAVectorFile: it is not an object, or its properties are not.
-            TooManyFields: it is one more than are allowed.
+            NotAVectorFile: the feature is not an object, or its properties are not.
+            TooManyFields: there are as many features as allowed already.
             ValueError: a property nests too deep.
         """
         if not isinstance(feature, dict):
-            raise NotAVectorFile(f"'{self._name}' has no list of GeoJSON features")
+            raise NotAVectorFile(
+                f"'{self._name}' has a feature that is not an object: send a GeoJSON "
+                "FeatureCollection"
+            )
         if len(self.ids) == self._most:
             raise TooManyFields(
-                f"'{self._name}' has more than {self._most} features, the limit "
-                "(PIMC_MAX_FIELDS); send them in several requests"
+                f"'{self._name}' has more features than the limit of {self._most} "
+                "(PIMC_MAX_FIELDS): send them in several requests"
             )
         properties = feature.get("properties") or {}
         if not isinstance(properties, dict):
-            raise NotAVectorFile(f"'{self._name}' has a feature whose properties are not an object")
+            raise NotAVectorFile(
+                f"'{self._name}' has a feature whose `properties` are not an object: export it "
+                "again as GeoJSON"
+            )
         own = feature.get("id")
         self.ids.append(_json_value(len(self.ids) + 1 if own is None else own))
         self.properties.append(_json_object(properties))
@@ -365,7 +376,10 @@ def _named_crs(name: str, crs: object) -> CRS:
         text = crs["properties"]["name"]  # type: ignore[index]
         return _DEGREES if "CRS84" in text else crs_of(text)
     except (TypeError, KeyError, AttributeError, CRSError) as error:
-        raise NotAVectorFile(f"'{name}' names a CRS that is not known") from error
+        raise NotAVectorFile(
+            f"'{name}' names a CRS that is not known: leave out `crs` and give longitude and "
+            "latitude (EPSG:4326), or name a CRS such as EPSG:32631"
+        ) from error
 
 
 def _read_geopackage(source: SourceFile, most: int) -> _Read:
@@ -385,7 +399,7 @@ def _read_geopackage(source: SourceFile, most: int) -> _Read:
         if len(spatial) != 1:
             raise NotAVectorFile(
                 f"'{source.name}' holds {len(spatial)} layers with geometry "
-                f"({', '.join(spatial[:_NAMED_AT_MOST])}); send a file with one"
+                f"({', '.join(spatial[:_NAMED_AT_MOST])}): send a file with one such layer"
             )
         info = pyogrio.read_info(path, layer=spatial[0], force_feature_count=True)
         _check_count(source.name, info["features"], most)
@@ -398,7 +412,9 @@ def _read_geopackage(source: SourceFile, most: int) -> _Read:
         )
         crs = crs_of(info["crs"])
     except (DataSourceError, DataLayerError, CRSError, ValueError) as error:
-        raise NotAVectorFile(f"'{source.name}' cannot be read as a GeoPackage") from error
+        raise NotAVectorFile(
+            f"'{source.name}' cannot be read as a GeoPackage: export the layer to a new file"
+        ) from error
     finally:
         path.unlink(missing_ok=True)
     names = [str(name) for name in meta["fields"]]
@@ -409,7 +425,7 @@ def _read_geopackage(source: SourceFile, most: int) -> _Read:
 
 
 def _shapes_of(wkb: Sequence[bytes | None]) -> NDArray[np.object_]:
-    """The shapes of well-known binary; None for what is not a point or a polygon."""
+    """The shapes of well-known binary; None for any that is not a point or a polygon."""
     with np.errstate(invalid="ignore"):  # coordinates that are not a number: `_usable` finds them
         shapes = shapely.from_wkb([*polygons_or_points(wkb)], on_invalid="ignore")
     return np.asarray(shapes, np.object_)
@@ -422,7 +438,10 @@ def _read_geoparquet(source: SourceFile, most: int) -> _Read:
             at_once = rows_at_once(source.path, source.name, file)
             geo = json.loads((file.schema_arrow.metadata or {}).get(b"geo", b"null"))
             if not isinstance(geo, dict):
-                raise NotAVectorFile(f"'{source.name}' is Parquet without the GeoParquet metadata")
+                raise NotAVectorFile(
+                    f"'{source.name}' is Parquet without the metadata of GeoParquet: export it as "
+                    "GeoParquet"
+                )
             main = geo["primary_column"]
             stated = geo["columns"][main].get("crs", "OGC:CRS84")
             rows = _rows(source.name, file, at_once)
@@ -431,7 +450,9 @@ def _read_geoparquet(source: SourceFile, most: int) -> _Read:
         shapes = _shapes_of([row.pop(main) for row in rows])
         properties = [_json_object(row) for row in rows]
     except (pyarrow.ArrowException, CRSError, KeyError, TypeError, ValueError, OSError) as error:
-        raise NotAVectorFile(f"'{source.name}' cannot be read as GeoParquet") from error
+        raise NotAVectorFile(
+            f"'{source.name}' cannot be read as GeoParquet: export the layer to a new file"
+        ) from error
     ids = [row.get("id", n) for n, row in enumerate(properties, start=1)]
     return ids, properties, shapes, crs
 
@@ -448,7 +469,7 @@ def _rows(name: str, file: pyarrow.parquet.ParquetFile, at_once: int) -> list[di
         size += batch.nbytes
         if size > MAX_DECODED_BYTES:
             raise NotAVectorFile(
-                f"'{name}' decodes to more than {MAX_DECODED_BYTES} bytes, the limit; leave out "
+                f"'{name}' decodes to more bytes than the limit of {MAX_DECODED_BYTES}: leave out "
                 "properties, or send the features in several requests"
             )
         rows += batch.to_pylist()
@@ -537,7 +558,8 @@ def _usable(
             repaired.append(ids[n])
     if len(unusable) == len(shapes):
         raise InvalidFields(
-            f"none of the {len(shapes)} features of '{name}' is {required} ({_named(unusable)})"
+            f"none of the {len(shapes)} features of '{name}' is {required} ({_named(unusable)}): "
+            f"send features with a valid {noun}"
         )
     warnings = []
     if repaired:
@@ -548,8 +570,8 @@ def _usable(
         warnings.append(StackWarning(code="fields_repaired", detail=detail))
     if unusable:
         detail = (
-            f"{len(unusable)} of {len(shapes)} features of '{name}' have no valid {noun} and get "
-            f"the status 'invalid': {_named(unusable)}"
+            f"{len(unusable)} of {len(shapes)} features of '{name}' have no valid {noun}, so their "
+            f"results have the status 'invalid': {_named(unusable)}"
         )
         warnings.append(StackWarning(code="invalid_fields", detail=detail))
     return found, warnings
@@ -571,8 +593,8 @@ def _repeated(ids: Sequence[Any]) -> tuple[StackWarning, ...]:
     if not twice:
         return ()
     detail = (
-        f"{len(twice)} ids belong to several fields: {_named(twice)}; results are in the order of "
-        "the fields"
+        f"{len(twice)} ids belong to several fields ({_named(twice)}): identify the results by "
+        "their order, which is that of the fields"
     )
     return (StackWarning(code="duplicate_ids", detail=detail),)
 

@@ -409,8 +409,8 @@ def _worse(errors: Errors) -> tuple[StackWarning, ...]:
     if not better:
         return ()
     detail = (
-        f"on this input's own past, {'; and '.join(better)}: do not rely on the forecast here "
-        "without comparing it with these"
+        f"in the backtest on earlier dates of this input, {'; and '.join(better)}: compare the "
+        "forecast with these values before you rely on it"
     )
     return (StackWarning(code="forecast_worse", detail=detail),)
 

@@ -85,7 +85,7 @@ class Cluster:
             logger = logging.getLogger(name)
             logger.handlers.clear()
             logger.propagate = True
-        # Its tracebacks of lost connections say no more than the warnings of `run`.
+        # Its tracebacks of lost connections add nothing to the warnings of `run`.
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
 
     def members(self) -> Members | None:
@@ -106,7 +106,10 @@ class Cluster:
             fault = f"no worker has joined the Dask scheduler at {self.address}"
         elif not usable:
             reasons = "; ".join(refused.values())
-            fault = f"every worker of the Dask scheduler at {self.address} is refused: {reasons}"
+            fault = (
+                f"every worker of the Dask scheduler at {self.address} differs from the service "
+                f"and computes no windows: {reasons}"
+            )
         return ClusterState(
             scheduler=self.address,
             workers=len(usable),
@@ -444,7 +447,8 @@ class _PassRun:
             return
         if isinstance(error, KilledWorker):
             raise InternalError(
-                "several workers died while they computed one window, which may be the cause"
+                "several workers died while they computed one window, which may be the cause; the "
+                "logs of the workers may have the reason"
             ) from error
         if error is None:
             raise InternalError("a task of the cluster failed without an error")

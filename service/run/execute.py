@@ -86,7 +86,7 @@ def execute(
     request, run = plan.request, plan.run
     annotate(task=request.operation, model=plan.model.card.id, pixels=plan.pixels)
     if isinstance(run, SeriesRun):
-        return _as_asked(plan, _series(request.task, run, cancelled))
+        return _as_requested(plan, _series(request.task, run, cancelled))
     if plan.need is None:
         raise TypeError("the plan of a raster states the memory that it needs")
     budget = budget or MemoryBudget()
@@ -112,7 +112,7 @@ def execute(
                 result = _fields(request.task, run, plan.fields, run_fields(work, plan.fields))
             else:
                 result = _raster(request.task, run, run_raster(work))
-    result = _as_asked(plan, result)
+    result = _as_requested(plan, result)
     document = result.document
     if isinstance(request, RasterRequest) and request.items:
         document = {**document, "sources": [dict(item) for item in _used(request.items, run)]}
@@ -217,7 +217,7 @@ def _series(task: Task, run: SeriesRun, cancelled: threading.Event) -> Result:
     )
 
 
-def _as_asked(plan: Plan, result: Result) -> Result:
+def _as_requested(plan: Plan, result: Result) -> Result:
     """The result, with a warning if it was to be backtested and no earlier target was clear."""
     codes = {warning.code for warning in result.warnings}
     if not plan.request.backtest or "backtest" in result.document or "no_backtest" in codes:

@@ -266,7 +266,7 @@ class _Sums:
     pass_of: type[_MeansPass | _SeriesPass]
     """The pass whose arrays are added."""
     backtested: Backtested | None = None
-    """Of forecasts, after `results`."""
+    """The backtest of forecasts, after `results`."""
 
     def __init__(self, run: RasterRun, grid: FieldGrid, count: int) -> None:
         self._run = run

@@ -108,7 +108,8 @@ class _Plotter:
         if lacking:
             raise MissingBands(
                 f"the plots of '{card.id}' need {', '.join(lacking)}, which the stack does not "
-                f"have at every date; bands of the stack: {', '.join(stack.bands)}"
+                f"have on every date (bands of the stack: {', '.join(stack.bands)}): add the "
+                "missing bands, or send plots=false"
             )
         time_window = resolve_time_window(card, stack.dates, request.start, what="the stack")
         if time_window is None:

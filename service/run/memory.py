@@ -121,13 +121,13 @@ class MemoryBudget:
                 f"one block of '{heaviest.source.name}', {rows} x {columns} pixels, decodes to "
                 f"{heaviest.memory.block} bytes, and the table of its blocks takes "
                 f"{heaviest.memory.blocks}; files and decoded blocks together take "
-                f"{need.files.total}. Write the files in blocks of 256 or 512 pixels a side, as "
-                "with gdal_translate -of COG"
+                f"{need.files.total}. Write the files in blocks of 256 x 256 or 512 x 512 pixels, "
+                "as with gdal_translate -of COG"
             )
         else:
             why = f"{need.what} take {need.arrays} bytes. {need.remedy}"
         raise RasterTooLarge(
-            f"the run needs {need.total} bytes of memory at once, the limit is {self.limit} "
+            f"the run needs {need.total} bytes of memory at once, and the limit is {self.limit} "
             f"(PIMC_MEMORY_BUDGET): {why}"
         )
 

@@ -40,11 +40,11 @@ def read_places(request: SimilarRequest, most: int) -> Fields:
     if len(places) > limit:
         raise InvalidRequest.of(
             "points" if request.place_file is None else "fields",
-            f"{len(places)} places, and at most {limit} are compared"
+            f"the request has {len(places)} places, and at most {limit} are compared"
             + (
                 f" with a band for each: send outputs=similarity, which takes {MAX_PLACES}"
                 if limit == MAX_BANDS
-                else ""
+                else ": send fewer places"
             ),
         )
     return places

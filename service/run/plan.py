@@ -100,7 +100,7 @@ class RasterRun:
 
     @property
     def operation(self) -> Runnable:
-        """What the run is for."""
+        """The task of the run, or `similar`."""
         return self.model.card.task if self.similar_to is None else "similar"
 
     @property
@@ -110,7 +110,7 @@ class RasterRun:
 
     @property
     def attribution(self) -> bool:
-        """Whether the request asks how much each date mattered to a pixel's class."""
+        """Whether the request has the output `attribution`."""
         return ATTRIBUTION in self.outputs
 
     @property

@@ -14,7 +14,7 @@ from service.read.layouts import StackOptions
 from service.write.predictions import NumberType
 
 Runnable = Task | Literal["similar"]
-"""What a run is for: a task of a model, or similarity, which a model of embeddings serves."""
+"""Operations of a run: a task of a model, or similarity, which a model of embeddings serves."""
 Charge = Callable[[int], AbstractContextManager[None]]
 """Counts pixels, points or series for a caller's quota, before they are read; the run happens in
 the context, which may undo the count."""
@@ -47,8 +47,8 @@ class PointQuery:
 class Subscriber:
     """Addresses that the service calls when a job ends or proceeds, as OGC API - Processes has it.
 
-    `form` says what the address of success gets: the job's status document, or the results document
-    of OGC API - Processes. The others always get the status document.
+    `form` states what the address of success gets: the job's status document, or the results
+    document of OGC API - Processes. The others always get the status document.
     """
 
     success: str
@@ -57,7 +57,7 @@ class Subscriber:
     form: Literal["status", "results"] = "status"
 
     def url(self, event: Literal["success", "failed", "progress"]) -> str | None:
-        """The address of an event; None if nobody wants it."""
+        """The address of an event; None if the request names none."""
         given: str | None = getattr(self, event)
         return given
 

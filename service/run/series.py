@@ -278,15 +278,15 @@ def _values(card: ModelCard, series: SeriesInput) -> Floats:
     if lacking:
         present = ", ".join(series.bands) or "none"
         raise MissingBands(
-            f"series '{series.id}' lacks {', '.join(lacking)}, which '{card.id}' needs; "
-            f"bands of the series: {present}"
+            f"series '{series.id}' lacks {', '.join(lacking)}, which '{card.id}' needs (bands of "
+            f"the series: {present}): add the missing bands, or choose another model"
         )
     for band in card.bands:
         if len(series.bands[band]) != len(series.dates):
             raise InvalidRequest.of(
                 "series",
                 f"'{series.id}' has {len(series.dates)} dates but {len(series.bands[band])} "
-                f"values of {band}",
+                f"values of {band}: give one value per date, null if it is missing",
             )
     # float64 first: NumPy turns None into NaN, and the cast to float32 makes values beyond its
     # range infinite.

@@ -59,7 +59,7 @@ class SharedPass(Protocol):
         ...
 
     def store(self, content: bytes) -> str:
-        """Store the pass, after every file that `key` was asked for.
+        """Store the pass, after every file that `key` was called with.
 
         Args:
             content: the packed pass.

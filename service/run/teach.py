@@ -306,8 +306,8 @@ class _Teaching:
         if request.start is None and (used[-1] - used[0]).days > _SEVERAL_YEARS:
             detail = (
                 f"the {len(used)} dates from {used[0]} to {used[-1]} are placed on one year: "
-                "where the classes change from year to year, as crops do, give `start`, here and "
-                "when the model is used"
+                "if the classes change from year to year, as crops do, give `start` here and in "
+                "requests that use the model"
             )
             warnings.append(StackWarning(code="several_years", detail=detail))
         size = stack.grid.pixel_size
@@ -358,13 +358,14 @@ class _Teaching:
         if not indices_of(bands):
             common = ", ".join(bands) or "none"
             raise MissingBands(
-                f"{what} must have B04 and B08, or B03 and B04, at every date; bands of every "
-                f"date: {common}"
+                f"{what} must have B04 and B08, or B03 and B04, on every date, to compute a "
+                f"spectral index; bands that every date has: {common}. Add the missing bands"
             )
         lacking = set(self.embedding.bands) - set(bands) if self.embedding else set()
         if lacking:
             raise MissingBands(
-                f"{what} lacks {', '.join(sorted(lacking))}, which '{self.request.embedding}' needs"
+                f"{what} lacks {', '.join(sorted(lacking))}, which the embedding model "
+                f"'{self.request.embedding}' needs: add the bands, or leave out `embedding`"
             )
 
     def _features(self, bands: tuple[str, ...], dates: int) -> LoadedModel:
@@ -415,7 +416,10 @@ class _Teaching:
             taken.add(place)
         disputed = sum(len(one) > 1 for one in claims.values())
         if disputed:
-            detail = f"{disputed} pixels have labels of several classes and are not used"
+            detail = (
+                f"{disputed} pixels have labels of several classes and are not used: correct the "
+                "labels"
+            )
             warnings.append(StackWarning(code="labels_conflict", detail=detail))
         chosen = np.array(keep, np.intp)
         return rows[chosen], cols[chosen], which[chosen]
@@ -439,21 +443,23 @@ class _Teaching:
         names = list(dict.fromkeys(label.name for label in labels))
         usable = set(samples.labels[clear].tolist())
         cloudy = set(samples.labels.tolist()) - usable
-        for code, which, why in (
-            ("label_outside", set(outside), "lie outside the raster"),
-            ("label_cloudy", cloudy, "have too few clear dates"),
+        for code, which, why, remedy in (
+            ("label_outside", set(outside), "lie outside the raster", "check their CRS"),
+            ("label_cloudy", cloudy, "have too few clear dates", "add clear dates"),
         ):
             if which:
-                detail = f"{len(which)} of {len(labels)} labels {why} and are not used"
+                detail = f"{len(which)} of {len(labels)} labels {why} and are not used: {remedy}"
                 warnings.append(StackWarning(code=code, detail=detail))
         if len(names) < 2:
             raise TooFewLabels(
-                f"all labels are of the class '{names[0]}', and at least 2 classes are required"
+                f"all labels are of the class '{names[0]}', and at least 2 classes are required: "
+                "label places of another class, such as 'other'"
             )
         if len(names) > _MOST_CLASSES:
             raise InvalidRequest.of(
                 "labels",
-                f"the labels have {len(names)} classes; at most {_MOST_CLASSES} are allowed",
+                f"the labels have {len(names)} classes; at most {_MOST_CLASSES} are allowed: join "
+                "some classes",
             )
         given = Counter(label.name for label in labels)
         good = Counter(labels[n].name for n in usable)
@@ -465,7 +471,8 @@ class _Teaching:
                 raise TooFewLabels(
                     f"class '{name}' has {good[name]} usable labels of {given[name]} "
                     f"({away} outside the raster, {clouds} with too few clear dates), and at "
-                    f"least {FEWEST_LABELS} are required"
+                    f"least {FEWEST_LABELS} are required: label more places of the class, or leave "
+                    "the class out"
                 )
         return _thinned(clear, samples.labels[clear], labels, names), names
 
@@ -489,8 +496,8 @@ class _Teaching:
             lacking = sum(name is None for name in named)
             raise InvalidRequest.of(
                 "labels",
-                f"{lacking} of {len(named)} labels have no `{PLACE}`: give it for all labels or "
-                "none",
+                f"{lacking} of {len(named)} labels have no property `{PLACE}`, and the others "
+                "have one: give it for all labels or for none",
             )
         if samples.xy is not None:
             return spatial_places(samples.xy[kept], which)

@@ -70,7 +70,7 @@ def outside_time_window(
     first, last = time_window_ends(card, time_window)
     detail = (
         f"{len(dates) - len(time_window.used)} of {len(dates)} dates lie outside the time window "
-        f"from {first} to {last} and are not used"
+        f"from {first} to {last} and are not used: give `start` if another window is meant"
     )
     return (StackWarning(code="dates_outside_window", detail=detail),)
 

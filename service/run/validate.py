@@ -100,7 +100,7 @@ def validation(request: TaskRequest, plan: Callable[[TaskRequest], Plan]) -> Val
 _Given = TypeVar("_Given", RasterRequest, SeriesRequest, StackOptions)
 _MOST_PROBLEMS = 20
 _OF_THE_MODEL = (MissingBands, TooFewDates, WrongSensor, InvalidRequest)
-"""Problems that another model may not have: not told once the requested one is left out."""
+"""Problems that another model may not have: not reported once the requested one is left out."""
 _OF_MISSING_FILES = (MissingBands, MissingDates, TooFewDates)
 """Problems that files may have because others are left out."""
 _PARAMETERS = frozenset({"start", "outputs", "horizon", "stride", "smooth", "min_area", "dtype"})

@@ -71,7 +71,7 @@ class ModelReference:
     id: str
     """`name@version`."""
     sha256: str
-    """Of the bundle's float32 file."""
+    """SHA-256 of the bundle's float32 file."""
     variant: str
     """The loaded variant, such as `int8`."""
     variant_sha256: str
@@ -109,13 +109,13 @@ class PassFile:
 
     key: str
     sha256: str
-    """Of the file: a worker unpickles nothing but what the service wrote."""
+    """SHA-256 of the file, so that a worker unpickles only files that the service wrote."""
     storage: str
     """Name of the service's storage, which is the worker's as well."""
     opener: Callable[[Settings], ReadStorage]
     """Opens the worker's storage."""
     version: str
-    """Of the project that the service runs."""
+    """Version of the project that the service runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +205,7 @@ class _OpenPass:
 
 @dataclass(frozen=True, kw_only=True)
 class _Loaded:
-    """What a worker loads once."""
+    """Settings, models and files that a worker loads once."""
 
     settings: Settings
     engine: Engine
@@ -238,7 +238,7 @@ class Workplace:
     def _load(self, threads: int) -> _Loaded:
         # A worker uses no database, which the settings want beside a bucket.
         settings = read_settings(database_url="postgresql:///none")
-        # Of a job all blocks may be read, which the service has allowed; nothing here keeps them.
+        # The service has accepted the job with all its blocks, and nothing here keeps them.
         fetching = settings.model_copy(update={"max_body_bytes": _UNBOUNDED})
         return _Loaded(
             settings=settings,
@@ -292,7 +292,7 @@ class Workplace:
         return self._here().traces.continued("window", trace, attributes)
 
     def _here(self) -> _Loaded:
-        """What was loaded.
+        """The loaded settings, models and files.
 
         Raises:
             Refused: it cannot be loaded.
@@ -323,8 +323,8 @@ class Workplace:
                 except ForbiddenReference as error:
                     hosts = ", ".join(map(str, here.settings.allowed_hosts)) or "none"
                     raise self._refused(
-                        f"may not read from a host of the request; it may from {hosts}: its "
-                        "PIMC_ALLOWED_HOSTS must be that of the service",
+                        "is not allowed to read from a host of the request, but only from "
+                        f"{hosts}: its PIMC_ALLOWED_HOSTS must be that of the service",
                         error,
                     ) from error
                 free = files, stages

@@ -283,7 +283,8 @@ def stored() -> Iterator[None]:
         if busy := no_descriptors(error):
             raise busy from error
         raise InsufficientStorage(
-            "the result cannot be written: the server's disk is full or failing"
+            "the result cannot be written: the server's disk is full or failing; the administrator "
+            "must free space or check the disk"
         ) from error
     except OSError as error:
         raise no_room(error) or no_descriptors(error) or error from error
@@ -307,7 +308,8 @@ def check_complete(path: Path) -> None:
             ]
             if None in offset_and_size or sum(map(int, offset_and_size)) > size:
                 raise InsufficientStorage(
-                    "the result was truncated: the server's disk is full or failing"
+                    "the result was truncated: the server's disk is full or failing; the "
+                    "administrator must free space or check the disk"
                 )
 
 

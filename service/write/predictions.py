@@ -544,7 +544,7 @@ class EmbeddingPredictions:
     size: int
     """D."""
     scale: float | None = None
-    """Of int8; None writes float32."""
+    """Scale of int8; None writes float32."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -75,7 +75,7 @@ class Provenance:
     parameters: Mapping[str, JSON]
     """Parameters of the request that change the result, such as `stride`."""
     backtest: Mapping[str, JSON] | None = None
-    """Of a forecast that was backtested; None otherwise."""
+    """The backtest of a forecast; None without one."""
 
 
 def result_item(

@@ -1,8 +1,8 @@
 """Labelled patches of level 2A imagery in all seasons, in the classes of EuroSAT.
 
 EuroSAT is level 1C. The areas here are few and small, and were labelled by parcels, by a raster of
-tree cover, or by eye. Patches of an area overlap and its dates are alike, so an area says as much
-as a few independent patches: it is trained on or left out as a whole.
+tree cover, or by eye. Patches of an area overlap and its dates are alike, so an area is worth as
+much as a few independent patches: it is trained on or left out as a whole.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _area(
 
 
 def observed(scene: Scene, corner: Window) -> Iterator[tuple[int, int, Floats]]:
-    """What a window shows: each clear date, and the median of each season with several.
+    """The patches of a window: each clear date, and the median of each season with several.
 
     Yields:
         the season (position in `SEASONS`), the number of dates, and the patch (3, P, P).

@@ -89,7 +89,7 @@ def _ready(app: AppState) -> Ready:
 
 
 def _busy(held: int, slots: int) -> list[str]:
-    """What is nearly used up, one phrase each.
+    """Resources that are nearly used up, one phrase each.
 
     Args:
         held: queue slots in use.

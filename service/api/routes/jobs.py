@@ -154,7 +154,9 @@ async def read_callback_secret(app: App, caller: Caller) -> CallbackSecret:
     """The secret with which callbacks to this caller are signed."""
     settings = app.settings
     if not settings.callback_hosts:
-        raise NotFound("this server sends no callbacks (PIMC_CALLBACK_HOSTS)")
+        raise NotFound(
+            "this server sends no callbacks: its administrator must set PIMC_CALLBACK_HOSTS"
+        )
     found = [
         secret_text(caller_secret(secret.get_secret_value(), caller or ""))
         for secret in settings.callback_secrets
@@ -381,7 +383,7 @@ def called_with(job: Job, event: Event, *, jobs: JobStore, root_path: str) -> di
         root_path: the path before the service's own paths.
     """
     if event == "success" and job.status == "successful":
-        with suppress(ResultNotReady):  # removed meanwhile: the status says so
+        with suppress(ResultNotReady):  # removed meanwhile, as the status states
             delivery = jobs.delivery(job)
             if delivery is not None:
                 here = f"{root_path}/jobs/{job.id}/results"

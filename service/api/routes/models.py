@@ -49,7 +49,7 @@ async def read_model(name: str, request: Request, app: App, caller: Caller) -> M
     if model is None:
         usable = {*app.engine.models, *app.engine.own(caller or "")}
         served = ", ".join(sorted(usable)) or "none"
-        raise UnknownModel(f"no model '{name}'; available: {served}")
+        raise UnknownModel(f"there is no model '{name}'; available: {served}")
     accept = request.headers.get("accept", "")
     if negotiate(accept, ("application/json", GEOJSON), lenient=True) == GEOJSON:
         item = model_item(model.card, f"{root_of(request)}/models/{model.card.id}")

@@ -283,7 +283,8 @@ def _finished(app: AppState, request: Request, job: Job) -> tuple[Results, Deliv
     """
     if job.status != "successful":
         raise ResultsNotReady(
-            f"job {job.id} has no results: it is {job.status}, at {job.progress} %"
+            f"job {job.id} has no results: its status is '{job.status}', its progress "
+            f"{job.progress} %; the results exist once the status is 'successful'"
         )
     results, stored = _stored(app, request, job), app.jobs.delivery(job)
     if stored is not None:
@@ -350,12 +351,17 @@ class _Inputs:
         file = (await self._fetched([given], self._apart()))[0]
         size, most = file.path.stat().st_size, self.app.limits.json_bytes
         if size > most:
-            raise BodyTooLarge(f"{given.field}: {size} bytes of JSON; at most {most} are read")
+            raise BodyTooLarge(
+                f"{given.field}: the linked JSON document has {size} bytes, and at most {most} are "
+                "allowed: link to a smaller document"
+            )
         text = await to_thread.run_sync(file.path.read_bytes)
         try:
             return await to_thread.run_sync(from_json, text)
         except ValueError as error:
-            raise InvalidRequest.of(given.field, f"not JSON: {error}") from error
+            raise InvalidRequest.of(
+                given.field, f"the linked document is not valid JSON: {error}"
+            ) from error
 
     def _apart(self) -> Path:
         """A new folder, so that names of fetched files do not collide."""
@@ -462,7 +468,7 @@ def _attributed(given: Any) -> bool:  # noqa: ANN401 - JSON
         InvalidRequest: the value is not a boolean.
     """
     if not isinstance(given, bool):
-        raise InvalidRequest.of(ATTRIBUTION, "the value is not valid: true or false is needed")
+        raise InvalidRequest.of(ATTRIBUTION, "the value is not valid: give true or false")
     return given
 
 
