@@ -223,7 +223,9 @@ def test_pixels_that_do_not_decode_are_an_error_that_names_the_file(
     stack = opened(good, SourceFile(name="b.tif", path=stored))
     with (
         StackReader(stack) as reader,
-        pytest.raises(CorruptRaster, match=r"'b\.tif': .* rows 0 to 39 and columns 0 to 29") as caught,
+        pytest.raises(
+            CorruptRaster, match=r"'b\.tif': .* rows 0 to 39 and columns 0 to 29"
+        ) as caught,
     ):
         reader.read(Window(0, 0, 30, 40))
     assert caught.value.__cause__ is not None
