@@ -43,13 +43,15 @@ rng = np.random.default_rng(3)
 
 
 def jp2(path: Path, data: np.ndarray, size: float = 10) -> Path:
-    """One band, lossless."""
+    """One band (h, w), or several (n, h, w), lossless."""
+    data = data if data.ndim == 3 else data[None]
     with rasterio.open(
-        path, "w", driver="JP2OpenJPEG", width=data.shape[1], height=data.shape[0], count=1,
-        dtype=data.dtype, crs=UTM, transform=Affine(size, 0, 5e5, 0, -size, 5.6e6),
+        path, "w", driver="JP2OpenJPEG", width=data.shape[2], height=data.shape[1],
+        count=data.shape[0], dtype=data.dtype, crs=UTM,
+        transform=Affine(size, 0, 5e5, 0, -size, 5.6e6),
         QUALITY="100", REVERSIBLE="YES",
     ) as file:  # fmt: skip
-        file.write(data, 1)
+        file.write(data)
     return path
 
 
@@ -127,6 +129,40 @@ def test_a_product_may_be_sent_as_a_folder_also_before_baseline_04(
             files.append(SourceFile(name=name, path=path))
     stack = opened(files, tmp_path)
     np.testing.assert_allclose(values(stack)[0, 0], bands["B02_10"] * 1e-4, atol=1e-6)
+
+
+def test_level_1c_with_its_raster_masks_as_a_zip_and_as_a_folder(tmp_path: Path) -> None:
+    """RADIO_ADD_OFFSET, and MSK_CLASSI at 60 m; MSK_QUALIT_B04 is not the band B04."""
+    root = ROOT.replace("MSIL2A", "MSIL1C")
+    granule = f"{root}/GRANULE/L1C_T31UES_A038063_20221005T115413"
+    xml = XML.format(OFFSETS).replace("BOA_ADD", "RADIO_ADD").replace("BOA_QUANT", "QUANT")
+    members = {f"{root}/MTD_MSIL1C.xml": xml.replace("Level-2A", "Level-1C").encode()}
+    pixels = rng.integers(1100, 4000, (36, 36)).astype(np.uint16)
+    for band in BANDS:
+        name = f"{granule}/IMG_DATA/T31UES_20221005T115411_{band}.jp2"
+        members[name] = jp2(tmp_path / "band.jp2", pixels).read_bytes()
+    classes = np.zeros((3, 6, 6), np.uint8)
+    classes[0, 0, 0] = classes[1, 0, 1] = classes[2, 0, 2] = 1
+    mask = jp2(tmp_path / "mask.jp2", classes, 60).read_bytes()
+    for name in ("MSK_CLASSI_B00", "MSK_QUALIT_B04", "MSK_DETFOO_B02"):
+        members[f"{granule}/QI_DATA/{name}.jp2"] = mask
+    files = []
+    for number, (name, content) in enumerate(members.items()):
+        path = tmp_path / f"{number}.bin"
+        path.write_bytes(content)
+        files.append(SourceFile(name=name, path=path))
+    seen = np.ones((36, 36), np.bool_)
+    seen[:6, :18] = False
+    for sent in ([zipped(tmp_path / "S2A.zip", members)], files):
+        stack = opened(sent, tmp_path)
+        assert (stack.dates, stack.mask) == ((date(2022, 10, 5),), "msk_classi")
+        with StackReader(stack) as reader:
+            sits = reader.read(Window(0, 0, 36, 36))
+        np.testing.assert_allclose(sits.values[0, 1], pixels * 1e-4 - 0.1, atol=1e-6)
+        assert (sits.valid[0] == seen).all()
+        (unused,) = [w.detail for w in stack.warnings if w.code == "files_unused"]
+        assert "MSK_QUALIT_B04.jp2" in unused
+        (tmp_path / "members").rename(tmp_path / f"members{len(sent)}")
 
 
 def test_geotiffs_may_be_sent_in_a_zip(tmp_path: Path) -> None:
