@@ -486,6 +486,23 @@ def test_numbers_next_to_zero_are_suspected(tmp_path: Path) -> None:
     assert codes(opened([almost])) == ["scale_suspected"]
 
 
+def test_land_that_is_darker_than_land_is_suspected(tmp_path: Path) -> None:
+    """Reflectance x 1000, read as x 10000; water is as dark, but not brighter than red."""
+    thousand = field(tmp_path / "a.tif", times=1000)
+    (warning,) = found(opened([thousand]))
+    assert (warning.code, "scale=0.001" in warning.detail) == ("scale_suspected", True)
+    assert codes(opened([thousand], scale=0.001)) == []
+    assert codes(opened([field(tmp_path / "b.tif", levels=(0.05, 0.03, 0.02))])) == []
+
+
+def test_one_band_outside_what_is_plausible_is_refused(tmp_path: Path) -> None:
+    """A 16-bit export for viewing: near infrared alone is above 1.6."""
+    full = field(tmp_path / "a.tif", times=65_535)
+    with pytest.raises(ImplausibleReflectance, match=r"median of B08 .* scale=0\.00001526"):
+        calibrate(opened([full]))
+    assert codes(opened([full], scale=1 / 65_535)) == []
+
+
 def test_8_bits_need_a_scale(tmp_path: Path) -> None:
     eight = {"dtype": "uint8", "times": 250}
     stack = opened([field(tmp_path / "a.tif", **eight)], mask="none")
@@ -531,7 +548,12 @@ def test_one_file_that_is_too_dark_is_named(tmp_path: Path, how: dict) -> None:
 def test_landsats_numbers_without_a_name_are_suspected(tmp_path: Path) -> None:
     days = ("20210105", "20210205", "20210305")
     how = {"times": 1 / 0.0000275, "add": round(0.2 / 0.0000275)}
-    files = [field(tmp_path / f"{day}.tif", **how) for day in days]
+    bright = [field(tmp_path / f"bright_{day}.tif", **how) for day in days]
+    with pytest.raises(ImplausibleReflectance, match=r"median of B08 .* sensor=landsat"):
+        calibrate(opened(bright))
+    assert "scale_suspected" not in codes(opened(bright, scale=0.0000275, offset=-0.2))
+    levels = (0.04, 0.06, 0.15)
+    files = [field(tmp_path / f"{day}.tif", levels=levels, **how) for day in days]
     warnings = found(opened(files))
     (warning,) = [w for w in warnings if w.code == "scale_suspected"]
     assert "those of Landsat Collection 2; give sensor=landsat" in warning.detail

@@ -70,9 +70,11 @@ _BRIGHT_IN_ITSELF = 0.3
 _MANY_DATES = 3
 _MANY_PIXELS = 10_000
 _LARGEST_UINT8 = 255
+_LARGEST_UINT16 = 65_535
 # The brightest tenth of any land is brighter than this.
 _BRIGHT_PERCENTILE = 90
 _NEVER_SO_DARK = 9.9e-5
+_NO_LAND_SO_DARK = 0.05
 # Only snow and clouds are brighter than this over a whole raster.
 _NEVER_ALL_SO_BRIGHT = 0.7
 # A date is in smaller units if its brightest tenth is below this share of the other dates'
@@ -203,6 +205,7 @@ def calibrate(
         _check_medians(sample, values)
         warnings += [
             *_dark(sample, values),
+            *_darker_than_land(sample, values),
             *_like_landsat(sample, values),
             *_other_units(sample, values),
             *_swapped(sample, values),
@@ -671,6 +674,16 @@ def _check_medians(sample: _Sample, values: Floats) -> None:
             f"with scale {plane.scale:g} and offset {plane.offset:g} (stored: {stored:.6g}); "
             f"{_likely_fix(stored, plane)}"
         )
+    for c, name in enumerate(sample.bands):
+        median = float(np.median(values[:, c][sample.valid]))
+        if not low <= median <= high:
+            plane = sample.planes[0][c]
+            stored = (median - plane.offset) / plane.scale
+            raise ImplausibleReflectance(
+                f"the median of {name} of the clear pixels sampled is {median:.4g}, outside {low} "
+                f"to {high}, with scale {plane.scale:g} and offset {plane.offset:g} (stored: "
+                f"{stored:.6g}); {_likely_fix(stored, plane)}"
+            )
     medians = _by_date_of_all_bands(values, sample.valid, 50)
     for t, own in medians.items():
         if low <= own <= high:
@@ -697,7 +710,13 @@ def _likely_fix(stored: float, plane: Plane) -> str:
         return "the numbers stored look like an 8-bit picture, which is not reflectance"
     if stored * 1e-4 <= PLAUSIBLE[1]:
         return "the numbers stored look like reflectance x 10000: give scale=0.0001"
-    return "give the scale and offset that turn the numbers stored into reflectance"
+    fix = "give the scale and offset that turn the numbers stored into reflectance"
+    if plane.integer and stored <= _LARGEST_UINT16:
+        return (
+            f"{fix}: sensor=landsat if they are of Landsat Collection 2, or scale=0.00001526 if "
+            "they fill 16 bits, as an export for viewing does"
+        )
+    return fix
 
 
 def _dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
@@ -709,6 +728,27 @@ def _dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
             detail=f"nine tenths of the clear values sampled lie below {bright:.2g}, with scale "
             f"{sample.planes[0][0].scale:g}: the numbers stored may be reflectance already (then "
             "give scale=1), or missing pixels hold a number that no nodata tag names",
+        )
+
+
+def _darker_than_land(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+    """The warning that land is darker than land is, as reflectance x 1000 with the usual scale.
+
+    Water is as dark in the near infrared, but there it is darker than blue and red.
+    """
+    if not {"B02", "B04", "B08"} <= set(sample.bands):
+        return
+    blue, red, nir = (
+        values[:, sample.bands.index(name)][sample.valid] for name in ("B02", "B04", "B08")
+    )
+    level = _bright(nir)
+    land = np.median(nir) > max(np.median(red), np.median(blue)) > 0
+    if land and _NEVER_SO_DARK < level < _NO_LAND_SO_DARK:
+        yield StackWarning(
+            code="scale_suspected",
+            detail=f"nine tenths of the near infrared (B08) of the clear pixels sampled lie below "
+            f"{level:.2g} with scale {sample.planes[0][0].scale:g}, which is darker than land; if "
+            "the numbers stored are reflectance x 1000, give scale=0.001",
         )
 
 
