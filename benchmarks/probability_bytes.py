@@ -131,7 +131,7 @@ def main() -> None:
     with (
         TemporaryDirectory() as name,
         served(model_dir=ZOO) as http,
-        Client(str(http.base_url)) as client,
+        Client(str(http.base_url), timeout=None) as client,
     ):
         for case in cases(options.data):
             exact = stored(client, case, Path(name), "float32")

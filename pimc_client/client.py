@@ -1019,7 +1019,7 @@ class Job(JobHandle[T]):
         """The STAC Item of the job's rasters, its assets linked to the server.
 
         Raises:
-            NotFound: the result is not a raster, or its imagery has no date.
+            NotFound: the result is not a raster.
             ResultNotReady: the job has not finished.
         """
         return self._client.run(operations.item(self))

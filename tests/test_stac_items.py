@@ -39,23 +39,28 @@ DAYS = [f"2021-{n:02d}-11" for n in range(1, 7)]
 GEOJSON = "application/geo+json"
 
 
-def _registry() -> Registry:
-    found = Registry()
+def _schemas() -> dict[str, Path]:
+    """The files of the schemas, by their addresses."""
+    found = {}
     for path in sorted(SCHEMAS.glob("*.json")):
-        schema = json.loads(path.read_text())
-        resource = Resource.from_contents(schema)
-        address = schema["$id"].rstrip("#").replace("/commonjson", "/common.json")
-        found = found.with_resource(address, resource)
+        name = json.loads(path.read_text())["$id"]
+        found[name.rstrip("#").replace("/commonjson", "/common.json")] = path
     return found
 
 
-REGISTRY = _registry()
+LOCAL = {address: str(path) for address, path in _schemas().items()}
+"""What stac-validator reads in place of addresses, so that it needs no network."""
+REGISTRY = Registry().with_resources(
+    (address, Resource.from_contents(json.loads(path.read_text())))
+    for address, path in _schemas().items()
+)
 ITEM_SCHEMA = "https://schemas.stacspec.org/v1.1.0/item-spec/json-schema/item.json"
 
 
 def check_item(item: dict[str, Any], *extensions: str) -> None:
     """An item fits the schema of STAC 1.1 and of every extension that it names."""
     import jsonschema  # takes seconds: it compiles a grammar of addresses
+    from stac_validator.stac_validator import StacValidate  # takes seconds as well
 
     names = {url.split("/")[3] for url in item["stac_extensions"]}
     assert names >= set(extensions)
@@ -65,6 +70,29 @@ def check_item(item: dict[str, Any], *extensions: str) -> None:
         )
         errors = [f"{url}: {e.json_path}: {e.message}" for e in validator.iter_errors(item)]
         assert not errors, "\n".join(errors)
+    validator = StacValidate(schema_map=dict(LOCAL))
+    assert validator.validate_dict(item), validator.message
+
+
+def check_collection(document: dict[str, Any]) -> None:
+    """An ItemCollection is valid, as are all of its items."""
+    from stac_validator.stac_validator import StacValidate
+
+    assert document["type"] == "FeatureCollection"
+    validator = StacValidate(schema_map=dict(LOCAL))
+    validator.validate_item_collection_dict(document)
+    assert len(validator.message) == len(document["features"]) > 0
+    assert all(message["valid_stac"] for message in validator.message), validator.message
+
+
+def test_the_validator_rejects_what_an_extension_does_not_allow() -> None:
+    from stac_validator.stac_validator import StacValidate
+
+    card = ModelCard.model_validate_json(next(ZOO.glob("*/card.json")).read_text("utf-8"))
+    for change in ({"mlm:name": 7}, {"start_datetime": None}):
+        item = model_item(card, "https://example.org/model")
+        item["properties"] |= change
+        assert not StacValidate(schema_map=dict(LOCAL)).validate_dict(item)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +136,8 @@ CASES = [
     ("landcover", {"stride": "4"}, "classification"),
     ("embed", {}, "mlm"),
     ("embed", {"dtype": "int8"}, "mlm"),
+    ("classify-pixels", {"outputs": "probabilities", "dtype": "uint8"}, "mlm"),
+    ("classify-pixels", {"outputs": "class,attribution"}, "classification"),
 ]
 
 
@@ -181,6 +211,7 @@ def test_jobs_are_listed_as_items(api: httpx.Client, stack: list[SourceFile]) ->
     assert listed["type"] == "FeatureCollection"
     (item,) = listed["features"]
     check_item(item, "classification")
+    check_collection(listed)
     assert item["assets"]["class"]["href"] == f"/jobs/{name}/result/class"
     assert api.get(item["assets"]["class"]["href"]).content[:2] == b"II"
     single = api.get(f"/jobs/{name}/result/item.json")
@@ -188,6 +219,22 @@ def test_jobs_are_listed_as_items(api: httpx.Client, stack: list[SourceFile]) ->
     assert api.get(f"/jobs/{other}/result/item.json").json()["code"] == "not_found"
     assert "jobs" in api.get("/jobs").json()
     assert "jobs" in api.get("/jobs", headers={"Accept": "text/html"}).json()
+
+
+def test_undated_imagery_has_an_item_of_all_times(api: httpx.Client, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(3).integers(300, 3000, (4, H, W)).astype(np.uint16)
+    bands = ("B02", "B03", "B04", "B08")
+    undated = write(tmp_path / "scene.tif", pixels, descriptions=bands, nodata=0)
+    with zipped(api, [undated], "landcover") as archive:
+        item = json.loads(archive.read("item.json"))
+    check_item(item, "classification")
+    found = item["properties"]
+    assert (found["datetime"], found["pimc:undated"], found["pimc:dates_used"]) == (None, True, [])
+    assert found["start_datetime"] < "1959" < "2100" < found["end_datetime"]
+    assert "imagery without dates" in found["processing:lineage"]
+    job = posted(api, [undated], "landcover", {"Prefer": "respond-async"}).json()["jobID"]
+    assert waited(api, job)["status"] == "successful"
+    assert api.get(f"/jobs/{job}/result/item.json").json()["id"] == item["id"]
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

@@ -52,6 +52,11 @@ _TASKS: Mapping[str, tuple[str, ...]] = {
 }
 """The MLM extension's tasks for each of the service's; it has none for embeddings, which are used
 for similarity search."""
+_ALL_TIMES: Mapping[str, JSON] = {
+    "datetime": None,
+    "start_datetime": "1900-01-01T00:00:00Z",
+    "end_datetime": "9999-12-31T23:59:59Z",
+}
 _EDGE_POINTS = 16
 """Number of points on each edge of a footprint, because a straight edge in a projection is a curve
 in degrees."""
@@ -86,7 +91,7 @@ def result_item(
     *,
     task: str | None = None,
     polygons: bool = False,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """A STAC Item that describes a result; its assets are files in the item's folder.
 
     Args:
@@ -98,22 +103,26 @@ def result_item(
         polygons: whether the result contains the class map as polygons.
 
     Returns:
-        The item; None if the result has no date, because STAC requires one.
+        The item. STAC requires a time or an interval. If the imagery has no dates, the interval is
+        that of all times, as in an item of a model, and the property `pimc:undated` is true: no
+        shorter interval is known to hold, and the time of the run would not be that of the images.
     """
     task = task or card.task
-    if not made.dates:
-        return None
     valid = made.forecast_dates or made.dates
+    of_dates = (
+        f"{len(made.dates)} dates from {made.dates[0]} to {made.dates[-1]}"
+        if made.dates
+        else "imagery without dates"
+    )
     extensions = ["projection", "raster", "processing", "mlm"]
     properties: dict[str, Any] = {
         "title": f"{task} by {card.id}",
-        **_interval(valid[0], valid[-1]),
+        **(_interval(valid[0], valid[-1]) if valid else {**_ALL_TIMES, "pimc:undated": True}),
         **_projection(grid),
         "gsd": round(grid.pixel_size, 3),
         "processing:software": {"PIMC": project_version()},
         "processing:lineage": (
-            f"{card.id} (sha256 {card.sha256}) on {len(made.dates)} dates from {made.dates[0]} to "
-            f"{made.dates[-1]}, computed by {made.provider}"
+            f"{card.id} (sha256 {card.sha256}) on {of_dates}, computed by {made.provider}"
         ),
         "pimc:model": card.id,
         "pimc:dates_used": [day.isoformat() for day in made.dates],
@@ -156,11 +165,10 @@ def result_item(
     return {**item, "id": f"{task}-{card.name}-{digest[:16]}"}
 
 
-def write_item(item: Mapping[str, Any] | None, folder: Path) -> None:
-    """Write an item to the folder of the rasters that it describes; None writes no file."""
-    if item is not None:
-        text = json.dumps(item, ensure_ascii=False, indent=1)
-        (folder / ITEM).write_text(text, encoding="utf-8")
+def write_item(item: Mapping[str, Any], folder: Path) -> None:
+    """Write an item to the folder of the rasters that it describes."""
+    text = json.dumps(item, ensure_ascii=False, indent=1)
+    (folder / ITEM).write_text(text, encoding="utf-8")
 
 
 def item_of(raster: Path) -> Path:
@@ -192,9 +200,7 @@ def model_item(card: ModelCard, href: str) -> dict[str, Any]:
             "title": card.id,
             "description": card.description,
             "license": card.licence if _LICENCE.fullmatch(card.licence) else "other",
-            "datetime": None,
-            "start_datetime": "1900-01-01T00:00:00Z",
-            "end_datetime": "9999-12-31T23:59:59Z",
+            **_ALL_TIMES,
             **_model_properties(card),
         },
         "links": [

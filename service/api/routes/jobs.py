@@ -216,9 +216,7 @@ async def read_item(job_id: str, request: Request, app: App, caller: Caller) -> 
     here = f"{root_of(request)}/jobs/{job.id}"
     item = await to_thread.run_sync(_linked_item, result, here, limiter=readers)
     if item is None:
-        raise NotFound(
-            f"job {job.id} has no STAC Item: its result is not a raster, or its imagery has no date"
-        )
+        raise NotFound(f"job {job.id} has no STAC Item: its result is not a raster")
     return JSONResponse(item, media_type=GEOJSON)
 
 
