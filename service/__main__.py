@@ -28,6 +28,7 @@ from service.api.auth import check_binding
 from service.api.dependencies import AppState
 from service.api.http_protocol import server_config
 from service.jobs.backup import back_up, restore
+from service.jobs.database import database_of
 from service.jobs.s3 import storage_of
 from service.jobs.storage import StorageUnreachable
 from service.jobs.store import JobStore
@@ -92,8 +93,7 @@ def _run_command(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     try:
         settings = read_settings()
-        state, secret = settings.state_folder, settings.database_url
-        url = None if secret is None else secret.get_secret_value()
+        state, url = settings.state_folder, database_of(settings)
         storage = storage_of(state, settings.storage_url, settings.storage_endpoint)
         if given.command == "backup":
             backup = back_up(state, given.folder, database_url=url, storage=storage)

@@ -205,7 +205,7 @@ class Settings(BaseSettings):
     storage_endpoint: str | None = None
     """Address of the S3 server of `storage_url`, as `https://minio.example.org:9000`; None is that
     of AWS."""
-    database_url: Annotated[SecretStr | None, Field(validate_default=True)] = None
+    database_url: SecretStr | None = None
     """PostgreSQL database of the jobs, as `postgresql://user:password@host/name`, for several
     replicas that share it and `state_dir` or `storage_url`; None is SQLite in `state_dir`, for one
     service."""
@@ -336,11 +336,6 @@ class Settings(BaseSettings):
     @classmethod
     def _is_postgresql(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         if value is None:
-            if info.data.get("storage_url") is not None:
-                raise ValueError(
-                    "PIMC_STORAGE_URL is set, and jobs with files in a bucket need a PostgreSQL "
-                    "database: give its URL, such as postgresql://user:password@host/name"
-                )
             return None
         # No message repeats the URL, which may contain a password.
         scheme, mark, rest = value.get_secret_value().partition("://")

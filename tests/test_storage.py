@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.serving import served
+from service.api.app import open_jobs
 from service.errors import Overloaded, ResultNotReady, UnknownJob
 from service.jobs import s3 as s3_module
 from service.jobs.backup import back_up, restore
@@ -426,7 +427,6 @@ def test_a_backup_of_a_bucket_is_restored_into_each_kind(
     [
         ({"PIMC_STORAGE_URL": "https://bucket"}, "PIMC_STORAGE_URL: the value is not a URL"),
         ({"PIMC_STORAGE_URL": "s3://bucket/"}, "PIMC_STORAGE_URL: the value is not a URL"),
-        ({"PIMC_STORAGE_URL": "s3://bucket"}, "PIMC_DATABASE_URL: PIMC_STORAGE_URL is set"),
         ({"PIMC_STORAGE_ENDPOINT": "minio:9000"}, "PIMC_STORAGE_ENDPOINT: the value is not"),
     ],
 )
@@ -437,6 +437,14 @@ def test_settings_that_are_not_valid(
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=said):
         read_settings()
+
+
+def test_only_what_opens_the_jobs_needs_their_database(tmp_path: Path) -> None:
+    """A worker of a cluster reads the bucket, and no database."""
+    settings = read_settings(state_dir=tmp_path / "state", storage_url="s3://bucket")
+    with pytest.raises(SettingsError, match="PIMC_DATABASE_URL: PIMC_STORAGE_URL is set"):
+        open_jobs(settings)
+    assert not settings.state_folder.exists()
 
 
 def test_a_storage_that_does_not_belong_to_the_database(

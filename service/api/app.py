@@ -39,6 +39,7 @@ from service.api.sending import Downloads
 from service.errors import PIMCError
 from service.infer.engine import load_models
 from service.jobs.callbacks import CallbackSender
+from service.jobs.database import database_of
 from service.jobs.heads import HeadStore
 from service.jobs.runner import JobRunner
 from service.jobs.s3 import storage_for
@@ -269,12 +270,11 @@ def open_jobs(settings: Settings) -> JobStore:
     Raises:
         SettingsError: one of them is not usable, or another service uses it.
     """
-    url = settings.database_url
     return JobStore(
         settings.state_folder,
         ttl=settings.job_ttl,
         max_waiting=settings.max_jobs,
-        database_url=None if url is None else url.get_secret_value(),
+        database_url=database_of(settings),
         storage=storage_for(settings),
     )
 

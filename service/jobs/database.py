@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from service.errors import InsufficientStorage, Overloaded, no_descriptors
-from service.settings import SettingsError
+from service.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     import psycopg
@@ -38,6 +38,21 @@ _WAL_BYTES = 16 * 2**20
 """Size to which SQLite's write-ahead log is cut after a checkpoint."""
 _WRITERS = 0x70696D63
 """Key of the advisory lock of serial transactions: the bytes of `pimc`."""
+
+
+def database_of(settings: Settings) -> str | None:
+    """URL of the PostgreSQL database of the jobs; None for SQLite in the state directory.
+
+    Raises:
+        SettingsError: the files of the jobs are in a bucket, and no database is named.
+    """
+    url = settings.database_url
+    if url is None and settings.storage_url is not None:
+        raise SettingsError(
+            "PIMC_DATABASE_URL: PIMC_STORAGE_URL is set, and jobs with files in a bucket need a "
+            "PostgreSQL database: give its URL, such as postgresql://user:password@host/name"
+        )
+    return None if url is None else url.get_secret_value()
 
 
 class DuplicateRow(Exception):

@@ -236,8 +236,7 @@ class Workplace:
         threading.Thread(target=self._close_idle, name="idle", daemon=True).start()
 
     def _load(self, threads: int) -> _Loaded:
-        # A worker uses no database, which the settings want beside a bucket.
-        settings = read_settings(database_url="postgresql:///none")
+        settings = read_settings()
         # The service has accepted the job with all its blocks, and nothing here keeps them.
         fetching = settings.model_copy(update={"max_body_bytes": _UNBOUNDED})
         return _Loaded(
