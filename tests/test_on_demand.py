@@ -23,6 +23,7 @@ from rasterio.windows import Window, bounds
 from benchmarks.remote import CRS, TRANSFORM, block_bytes, degrees, stack, write_cog
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
+from service.api.schemas import Operation, read_parameters
 from service.errors import Cancelled, ForbiddenReference, UnreachableReference
 from service.read import on_demand
 from service.read.blocks import FIRST_BYTES
@@ -170,6 +171,34 @@ def test_a_job_of_points_reads_them_when_it_runs(api: httpx.Client, paths: Paths
     found = json.loads(result(api, info["jobID"]))
     assert found == post(api, "/classify-pixels", paths.here, points=POINTS).json()
     assert max(paths.read()) < 0.3 * paths.size
+
+
+def test_requests_and_their_runs_share_one_cache(api: httpx.Client, paths: Paths) -> None:
+    """A request fetches a part when it is accepted; a later run reads the same block on demand."""
+    hrefs = paths.there()
+    post(api, "/classify-pixels", hrefs, bbox=degrees(Window(300, 300, 40, 40)))
+    blocks = {request for request in paths.web.requests if request[1] > 0}
+    assert {name for name, _, _ in blocks} == set(paths.names)
+    paths.web.requests.clear()
+    post(api, "/classify-pixels", hrefs, points=collection(point(310, 320)))
+    assert paths.web.requests  # the directories at least
+    assert not blocks & set(paths.web.requests)
+
+
+@pytest.mark.parametrize(
+    ("task", "places", "of_places"),
+    [
+        ("classify-pixels", True, True),
+        ("classify-pixels", False, False),
+        ("series", True, True),
+        ("similar", True, False),  # every pixel is compared with them
+    ],
+)
+def test_results_of_places_are_read_on_demand(
+    task: Operation, places: bool, of_places: bool
+) -> None:
+    given = {"points": [json.dumps(POINTS)]} if places else {}
+    assert read_parameters(task, given).request(task, ()).of_places is of_places
 
 
 def test_a_file_without_a_strong_tag_comes_at_once(

@@ -121,16 +121,13 @@ def create_app(
             scratch = await to_thread.run_sync(Scratch)
             stack.push_async_callback(to_thread.run_sync, scratch.close)
             closing = threading.Event()
+            ranges = RangeCache(RANGE_CACHE_BYTES, looked_up=metrics.range_looked_up)
             on_demand = OnDemand(
-                settings,
-                folder=scratch.folder,
-                looked_up=metrics.range_looked_up,
-                received=metrics.fetched,
+                settings, folder=scratch.folder, cache=ranges, received=metrics.fetched
             )
             stack.push_async_callback(to_thread.run_sync, on_demand.close)
             cache = BlockCache(decoded=metrics.decoded, remote=on_demand)
-            ranges = RangeCache(RANGE_CACHE_BYTES, looked_up=metrics.range_looked_up)
-            metrics.watch_cache(lambda: cache.size, lambda: ranges.size + on_demand.cached)
+            metrics.watch_cache(lambda: cache.size, lambda: ranges.size)
             budget = MemoryBudget(settings.memory_budget)
             metrics.watch_memory(
                 limit=budget.limit,

@@ -50,8 +50,8 @@ async def stac_request(
         folder: folder of the request.
         admitted: the admitted request; fetched bytes count as bytes of its body.
         owner: the caller, whose own models the request may name.
-        on_demand: whether blocks are fetched when they are read; those of a request with points or
-            fields are in any case.
+        on_demand: whether blocks are fetched when they are read; those of a request of places are
+            in any case.
 
     Raises:
         PIMCError: the items or their files cannot be fetched, or do not fit the model.
@@ -72,7 +72,7 @@ async def stac_request(
         admitted,
         bands=bands,
         optional=optional,
-        on_demand=on_demand or (request.points or request.fields) is not None,
+        on_demand=on_demand or request.of_places,
     )
     return replace(request, files=fetched.files, stack=fetched.stack, items=fetched.items)
 

@@ -14,6 +14,7 @@ import functools
 import ipaddress
 import socket
 import ssl
+import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -65,7 +66,7 @@ class Patience:
 
 
 class RangeCache:
-    """Ranges of remote files, kept in memory; the least recently used are dropped first.
+    """Ranges of remote files in memory; the least recently used are dropped first. Thread-safe.
 
     The key has the file's strong ETag, which each request learns from the host before it looks
     here: a file that was replaced, or that the host does not return to this URL, is never found.
@@ -79,6 +80,7 @@ class RangeCache:
         self._most = most
         self._looked_up = looked_up
         self._kept: OrderedDict[tuple[object, ...], bytes] = OrderedDict()
+        self._lock = threading.Lock()
         self.size = 0
         """Bytes kept."""
 
@@ -89,21 +91,23 @@ class RangeCache:
 
     def get(self, key: tuple[object, ...]) -> bytes | None:
         """The bytes of a range; None if they are not kept."""
-        found = self._kept.get(key)
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
         self._looked_up("miss" if found is None else "hit")
-        if found is not None:
-            self._kept.move_to_end(key)
         return found
 
     def put(self, key: tuple[object, ...], data: bytes) -> None:
         """Keep a range; one that is larger than `largest` is not kept."""
-        if len(data) > self.largest or key in self._kept:
-            return
-        self._kept[key] = data
-        self.size += len(data)
-        while self.size > self._most:
-            _, dropped = self._kept.popitem(last=False)
-            self.size -= len(dropped)
+        with self._lock:
+            if len(data) > self.largest or key in self._kept:
+                return
+            self._kept[key] = data
+            self.size += len(data)
+            while self.size > self._most:
+                _, dropped = self._kept.popitem(last=False)
+                self.size -= len(dropped)
 
 
 class Remotes:

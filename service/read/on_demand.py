@@ -46,7 +46,7 @@ class OnDemand:
     Args:
         settings: allowed hosts, and the largest number of bytes that one reader fetches.
         folder: parent of the readers' copies; None takes the system's folder.
-        looked_up: see `RangeCache`.
+        cache: ranges that were received; None makes a cache of its own.
         received: see `Remotes`.
         patience: time limits; the total is that of one window.
     """
@@ -56,27 +56,22 @@ class OnDemand:
         settings: Settings,
         *,
         folder: Path | None = None,
-        looked_up: Callable[[str], None] = lambda _: None,
+        cache: RangeCache | None = None,
         received: Callable[[int], None] = lambda _: None,
         patience: Patience | None = None,
     ) -> None:
         self._settings = settings
         self._folder = folder
         self._patience = patience or Patience()
-        self._cache = RangeCache(RANGE_CACHE_BYTES, looked_up=looked_up)
+        cache = RangeCache(RANGE_CACHE_BYTES) if cache is None else cache
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="blocks", daemon=True)
         self._thread.start()
 
         async def made() -> Remotes:  # its limiter belongs to the loop
-            return Remotes(cache=self._cache, received=received)
+            return Remotes(cache=cache, received=received)
 
         self._remotes = asyncio.run_coroutine_threadsafe(made(), self._loop).result()
-
-    @property
-    def cached(self) -> int:
-        """Bytes of ranges in memory."""
-        return self._cache.size
 
     def close(self) -> None:
         """End the event loop, after the last reader."""

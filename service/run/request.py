@@ -106,6 +106,11 @@ class RasterRequest:
         return self.task
 
     @property
+    def of_places(self) -> bool:
+        """Whether results are of points or fields alone: remote files are then read on demand."""
+        return self.points is not None or self.fields is not None
+
+    @property
     def sources(self) -> tuple[SourceFile, ...]:
         """Every file of the request: the rasters, and the polygons if there are any."""
         return self.files if self.fields is None else (*self.files, self.fields)

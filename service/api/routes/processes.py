@@ -10,6 +10,7 @@ import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -453,12 +454,11 @@ async def _request_of(
     named = await to_thread.run_sync(partial(read_items, task, text, allowed=True))
     if named is None:
         raise TypeError("the body names files")
+    wanted = named[1].request(task, (), polygons)
     files = await fetch.files(
-        inputs.files,
-        place=part_of(named[1].stack),
-        on_demand=on_demand or (places and task != "similar"),
+        inputs.files, place=part_of(wanted.stack), on_demand=on_demand or wanted.of_places
     )
-    return await with_zips_opened(named[1].request(task, files, polygons), folder, app)
+    return await with_zips_opened(replace(wanted, files=files), folder, app)
 
 
 def _attributed(given: Any) -> bool:  # noqa: ANN401 - JSON

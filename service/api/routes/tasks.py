@@ -458,7 +458,7 @@ async def read_request(
         admitted: the admitted request, which counts the bytes of its body.
         owner: the caller, whose own models the request may name.
         on_demand: whether the blocks of remote files are fetched when they are read; those of a
-            request with points or fields are in any case.
+            request of places are in any case.
 
     Raises:
         Overloaded: the body exceeds the space for bodies.
@@ -482,23 +482,22 @@ async def read_request(
     )
     if named is not None:
         items, parameters = named
-        stack = parameters.stack
-        places = (parameters.points or parameters.fields) is not None
+        polygons = await vector_file(FIELDS, parameters.fields, folder)
+        wanted = parameters.request(task, (), polygons)
         with span("fetch", items=len(items)):
             fetching = fetch_items(
                 items,
                 folder,
                 settings,
-                place=part_of(stack),
-                on_demand=on_demand or places,
+                place=part_of(wanted.stack),
+                on_demand=on_demand or wanted.of_places,
                 remotes=app.remotes,
             )
             files = await unless_gone(request, fetching)
         for file in files:
             if file.path.is_relative_to(folder):  # downloaded
                 admitted.received(file.path.stat().st_size)
-        polygons = await vector_file(FIELDS, parameters.fields, folder)
-        return await with_zips_opened(parameters.request(task, files, polygons), folder, app)
+        return await with_zips_opened(replace(wanted, files=files), folder, app)
     found = await to_thread.run_sync(
         partial(read_stac, task, text, allowed=allowed, modality=modality)
     )
