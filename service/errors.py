@@ -142,10 +142,19 @@ class ForbiddenReference(RequestError):
 
 
 class UnreachableReference(RequestError):
-    """The host of an allowed href does not return the file."""
+    """The host of an allowed href does not return the file.
+
+    Args:
+        detail: message for people; names the host.
+        later: whether the host may return the file later: it does not respond, or is busy.
+    """
 
     code = "unreachable_reference"
     title = "Unreachable reference"
+
+    def __init__(self, detail: str, *, later: bool = False) -> None:
+        super().__init__(detail)
+        self.later = later
 
 
 class NotFound(RequestError):

@@ -223,6 +223,31 @@ def test_a_stored_window_is_used_only_if_its_bytes_are_complete(
         assert journal.load(second) is not None
 
 
+def test_a_resting_job_is_not_started_and_its_starts_count(
+    ready: Plan, tmp_path: Path, backend: Backend
+) -> None:
+    with backend.opened() as store:
+        first, second = (store.accept(ready, tmp_path, owner="") for _ in range(2))
+        for attempt in (1, 2):
+            job = store.take()
+            assert job is not None
+            assert (job.id, job.attempts) == (first.id, attempt)
+            store.put_back(job, counts=True)
+        other = store.take({first.number})
+        assert other is not None
+        assert other.id == second.id
+        assert store.take({first.number}) is None
+        job = store.take()
+        assert job is not None
+        assert store.attempts(job) == 3
+        WindowFile(store, job, lambda: 1).save(STEP, {"a": np.zeros(3)})
+        assert store.attempts(job) == 0  # it has come one window further
+        store.put_back(job)
+        job = store.take({second.number})
+        assert job is not None
+        assert job.attempts == 1
+
+
 def test_windows_of_another_provider_are_not_used(
     ready: Plan, tmp_path: Path, backend: Backend
 ) -> None:

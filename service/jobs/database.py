@@ -19,7 +19,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -334,7 +334,7 @@ class Sqlite:
             raise UnusableDatabase(str(error)) from error
 
 
-@cache
+@lru_cache(maxsize=256)
 def _sqlite(statement: str) -> str:
     return (
         statement.replace("{now}", "((julianday('now') - 2440587.5) * 86400.0)")
@@ -454,7 +454,7 @@ class Postgres:
             raise UnusableDatabase(" ".join(str(error).split())) from error
 
 
-@cache
+@lru_cache(maxsize=256)
 def _postgres(statement: str) -> str:
     now = "extract(epoch FROM clock_timestamp())::float8"
     return (

@@ -3,7 +3,8 @@
     take → plan → execute, window by window → publish → succeed
              │              │
            fail       service stops, or the turn ends: put back; job dismissed: files removed;
-                      lease lost: left to the run that has it
+                      lease lost: left to the run that has it; host does not respond: put back,
+                      and started again after a pause
 
 Jobs run in the runner's own threads; the event loop never waits for them.
 """
@@ -27,6 +28,7 @@ from service.errors import (
     Overloaded,
     PIMCError,
     UnknownModel,
+    UnreachableReference,
     no_descriptors,
     no_room,
 )
@@ -57,6 +59,12 @@ _PAUSE_SECONDS = 1.0
 """Seconds before a worker retries a write that failed or a job whose resources were in use."""
 _MAX_PAUSE_SECONDS = 30.0
 """Longest pause while the storage cannot be reached."""
+_HOST_ATTEMPTS = 8
+"""Starts of a job without one more finished window, each ended by a host that does not respond or
+is busy, after which the job fails."""
+_REST_SECONDS = 2.0
+"""Seconds before the second of these starts; before each further one twice as many, so that a host
+may be away for four minutes."""
 _BEAT_SECONDS = 1.0
 """Seconds between renewals of the leases, and between looks for jobs of other replicas."""
 _JOIN_SECONDS = 20.0
@@ -125,6 +133,8 @@ class JobRunner:
         self._wakeup = threading.Condition()
         self._running: dict[str, tuple[Job, threading.Event]] = {}
         self._sweep_fault: str | None = None
+        self._resting: dict[int, float] = {}
+        """Numbers of jobs that wait for a host, and when they may start by the monotonic clock."""
         self._outage_pause = _PAUSE_SECONDS
         """Next pause of a worker if the storage cannot be reached; a finished run resets it."""
         self._store_fault: str | None = None
@@ -268,7 +278,7 @@ class JobRunner:
                 # Take and register a job under one lock: a dismissal in between would be lost.
                 job = self._take()
                 while job is None and not self._closing.is_set():
-                    self._wakeup.wait()
+                    self._wakeup.wait(self._rest_left())
                     job = self._take()
                 if job is None:
                     return
@@ -295,12 +305,19 @@ class JobRunner:
     def _take(self) -> Job | None:
         if self._closing.is_set():
             return None
+        now = time.monotonic()
+        self._resting = {number: until for number, until in self._resting.items() if until > now}
         try:
-            return self._store.take()
+            return self._store.take(self._resting)
         except PIMCError:
             # The worker retries when the next job is accepted, or after the next sweep.
             _LOG.exception("the job store cannot start a job")
             return None
+
+    def _rest_left(self) -> float | None:
+        """Seconds until the next resting job may start; None if none rests."""
+        until = min(self._resting.values(), default=None)
+        return None if until is None else max(0.0, until - time.monotonic())
 
     def _run(self, job: Job, cancelled: threading.Event) -> None:
         _LOG.info("job begins", extra={"task": job.task, "model": job.model})
@@ -316,6 +333,8 @@ class JobRunner:
                 self._retry_later(job, shortage)
             elif self._lost(job):  # the run that has the job now may have removed a file of this
                 self._stop(job)
+            elif isinstance(error, UnreachableReference) and error.later:
+                self._rest(job, error)
             else:
                 self._fail(job, error)
         else:
@@ -346,6 +365,25 @@ class JobRunner:
             pause = self._outage_pause
             self._outage_pause = min(2 * pause, _MAX_PAUSE_SECONDS)
         self._closing.wait(pause)
+
+    def _rest(self, job: Job, error: UnreachableReference) -> None:
+        """Put back a job whose host does not respond, to be started after a pause; at last fail it.
+
+        Meanwhile the worker runs other jobs.
+        """
+        try:
+            attempts = self._store.attempts(job)
+        except PIMCError:  # recording the outcome finds out
+            attempts = job.attempts
+        if attempts >= _HOST_ATTEMPTS:
+            detail = f"{error.detail}; the job was started {attempts} times, with growing pauses"
+            self._fail(job, UnreachableReference(detail))
+            return
+        seconds = _REST_SECONDS * 2 ** max(0, attempts - 1)
+        _LOG.warning("job waits for a host", extra={"reason": error.detail, "seconds": seconds})
+        with self._wakeup:
+            self._resting[job.number] = time.monotonic() + seconds
+        self._record(lambda: self._store.put_back(job, counts=True))
 
     def _fail(self, job: Job, error: Exception) -> None:
         problem = error if isinstance(error, PIMCError) else no_room(error)

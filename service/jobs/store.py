@@ -42,7 +42,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -120,9 +120,11 @@ _LOOK_SECONDS = 3600.0
 """Seconds between looks for such folders."""
 _CLAIM_SECONDS = 60.0
 """Seconds in which a replica sends a callback before another may send it."""
-_WAITS = (
-    "SELECT 1 FROM jobs WHERE status = 'accepted' OR (status = 'running' AND {expired}) LIMIT 1"
-)
+_WAITS = """
+SELECT 1 FROM jobs
+WHERE (status = 'accepted' AND number NOT IN ({resting})) OR (status = 'running' AND {expired})
+LIMIT 1
+"""
 _GIVE_UP = "UPDATE jobs SET status = 'accepted' WHERE status = 'running' AND {expired}"
 _TAKE = """
 UPDATE jobs SET
@@ -130,7 +132,7 @@ UPDATE jobs SET
     lease = lease + 1, expires = {now} + ?
 WHERE number = (
     SELECT min(number) FROM jobs LEFT JOIN turns USING (caller)
-    WHERE status = 'accepted'
+    WHERE status = 'accepted' AND number NOT IN ({resting})
     GROUP BY caller
     ORDER BY
         (SELECT count(*) FROM jobs AS o WHERE o.caller = jobs.caller AND o.status = 'running'),
@@ -997,20 +999,25 @@ class JobStore:
             self.folder(job).mkdir(exist_ok=True)
             self.storage.fetch(_key(job.id, INPUT), self.folder(job) / INPUT)
 
-    def take(self) -> Job | None:
+    def take(self, resting: Collection[int] = ()) -> Job | None:
         """Start the next waiting job; None if no job waits.
 
         The next job is the oldest one of the caller with the fewest running jobs. Callers with
         equally many running jobs take turns, so that a caller with a hundred jobs delays another
         caller by one job, and by one turn if that job is long: see `others_wait`.
+
+        Args:
+            resting: numbers of jobs that are not started.
         """
+        numbers = ",".join(map(str, resting)) or "0"  # numbers of jobs begin at 1
         with self._db.read() as db:
-            if db.execute(_WAITS).fetchone() is None:
+            if db.execute(_WAITS.replace("{resting}", numbers)).fetchone() is None:
                 return None
         now = time.time()
         with self._db.transaction(serial=True) as db:
             db.execute(_GIVE_UP)
-            row = db.execute(_TAKE, (now, now, _LEASE_SECONDS)).fetchone()
+            take = _TAKE.replace("{resting}", numbers)
+            row = db.execute(take, (now, now, _LEASE_SECONDS)).fetchone()
             if row:
                 db.execute(
                     "INSERT INTO turns VALUES (?, (SELECT coalesce(max(turn), 0) + 1 FROM turns)) "
@@ -1053,14 +1060,25 @@ class JobStore:
         current = self._first_job("SELECT * FROM jobs WHERE number = ?", job.number)
         return current is not None and _run_of(current) == _run_of(job)
 
-    def put_back(self, job: Job) -> None:
-        """Return a running job to the queue; of its run only the finished windows are kept."""
+    def attempts(self, job: Job) -> int:
+        """How often a job was started since its last finished window."""
+        current = self._first_job("SELECT * FROM jobs WHERE number = ?", job.number)
+        return 0 if current is None else current.attempts
+
+    def put_back(self, job: Job, *, counts: bool = False) -> None:
+        """Return a running job to the queue; of its run only the finished windows are kept.
+
+        Args:
+            job: the job.
+            counts: whether the run stays among the job's attempts.
+        """
         remove(self.work(job))
         with self._db.transaction() as db:
             db.execute(
-                "UPDATE jobs SET status = 'accepted', attempts = 0, updated = ? "
+                "UPDATE jobs SET status = 'accepted', updated = ?, "
+                "attempts = CASE WHEN ? THEN attempts ELSE 0 END "
                 "WHERE number = ? AND lease = ? AND status = 'running'",
-                (time.time(), job.number, job.lease),
+                (time.time(), counts, job.number, job.lease),
             )
 
     def work(self, job: Job) -> Path:

@@ -143,7 +143,7 @@ class _Busy(UnreachableReference):
     """
 
     def __init__(self, detail: str, after: str = "") -> None:
-        super().__init__(detail)
+        super().__init__(detail, later=True)
         self.after = float(after) if after.isdecimal() else 0.0
 
 

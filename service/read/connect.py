@@ -194,9 +194,14 @@ class Remote:
             raise forbidden
         return target
 
-    def unreachable(self, what: str) -> UnreachableReference:
-        """The error for a host that does not return the requested file or document."""
-        return UnreachableReference(f"{self.field}: '{self.host}' {what}")
+    def unreachable(self, what: str, *, later: bool = False) -> UnreachableReference:
+        """The error for a host that does not return the requested file or document.
+
+        Args:
+            what: what the host does, for the message.
+            later: whether the host may return it later.
+        """
+        return UnreachableReference(f"{self.field}: '{self.host}' {what}", later=later)
 
 
 class Connections:
@@ -391,14 +396,16 @@ class Connections:
             except httpx.ConnectError as error:
                 if n + 1 < len(addresses):
                     continue
-                raise remote.unreachable("accepts no connection: retry later") from error
+                raise remote.unreachable(
+                    "accepts no connection: retry later", later=True
+                ) from error
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise remote.unreachable("does not respond: retry later") from error
+                raise remote.unreachable("does not respond: retry later", later=True) from error
             try:
                 yield response
             except httpx.HTTPError as error:
                 raise remote.unreachable(
-                    "closed the connection or sent nothing for too long: retry later"
+                    "closed the connection or sent nothing for too long: retry later", later=True
                 ) from error
             finally:
                 await response.aclose()
@@ -445,7 +452,9 @@ class Connections:
             with anyio.fail_after(self._patience.idle_seconds):
                 found = list(dict.fromkeys(await self._resolver(remote.host, remote.port)))
         except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
-            raise remote.unreachable("has no address: check the name of the host") from error
+            raise remote.unreachable(
+                "has no address: check the name of the host", later=True
+            ) from error
         if not found:
             raise remote.unreachable("has no address: check the name of the host")
         if not all(_may_connect(address, remote.port, self._rules) for address in found):

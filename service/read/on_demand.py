@@ -99,14 +99,15 @@ class OnDemand:
             try:
                 yield ReaderCopies(self, files, web, before)
             finally:
-                self.wait(web.__aexit__(), lambda: None)
+                self.wait(web.__aexit__(), lambda: None, "the hosts")
 
-    def wait(self, work: Coroutine[Any, Any, None], before: Callable[[], None]) -> None:
+    def wait(self, work: Coroutine[Any, Any, None], before: Callable[[], None], hosts: str) -> None:
         """Run a coroutine on the event loop, and wait for its end.
 
         Args:
             work: the coroutine.
             before: see `copies`.
+            hosts: the hosts that it reads from, for the message.
 
         Raises:
             UnreachableReference: it did not end within the time limit.
@@ -117,7 +118,9 @@ class OnDemand:
                 await work
                 return
             raise UnreachableReference(
-                f"the blocks of a window did not arrive within {self._patience.total_seconds:g} s"
+                f"{hosts} did not return the blocks of a window within "
+                f"{self._patience.total_seconds:g} s",
+                later=True,
             )
 
         future = asyncio.run_coroutine_threadsafe(limited(), self._loop)
@@ -177,5 +180,6 @@ class ReaderCopies:
         self._kept += size
         calls = [call for remote, own in runs for call in remote.fetches(self._web, own)]
         with span("fetch", ranges=len(calls), bytes=size):
-            self._on_demand.wait(side_by_side(calls), self._before)
+            hosts = ", ".join(sorted({f"'{remote.remote.host}'" for remote, own in runs if own}))
+            self._on_demand.wait(side_by_side(calls), self._before, hosts)
         return True
