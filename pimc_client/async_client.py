@@ -774,7 +774,7 @@ class AsyncClient:
         task: Runnable,
         files: Files,
         *,
-        outputs: ClassOutputs | QuantileOutputs | None = None,
+        outputs: ClassOutputs | QuantileOutputs | SimilarOutput | None = None,
         points: Points | None = None,
         fields: Fields | None = None,
         **options: Unpack[JobOptions],
@@ -796,6 +796,35 @@ class AsyncClient:
         return await self.run(
             operations.validate(
                 task, files, outputs=outputs, points=points, fields=fields, **options
+            )
+        )
+
+    async def validate_series(
+        self,
+        task: Task,
+        series: Iterable[Series],
+        *,
+        horizon: int | None = None,
+        backtest: bool | None = None,
+        model: str | None = None,
+        start: Date | None = None,
+    ) -> dict[str, Any]:
+        """Check a request of series without running it.
+
+        Args:
+            task: `classify-pixels`, `forecast` or `embed`.
+            series: pixels or fields through time.
+            horizon: as for `forecast_series`.
+            backtest: as for `forecast_series`.
+            model: as for the task's own method.
+            start: as for the task's own method.
+
+        Returns:
+            As `validate` does.
+        """
+        return await self.run(
+            operations.validate_series(
+                task, series, horizon=horizon, backtest=backtest, model=model, start=start
             )
         )
 

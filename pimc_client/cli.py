@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -40,6 +40,7 @@ from pimc_client.inputs import (
     Layout,
     Modality,
     ProbabilityType,
+    Runnable,
     Sensor,
     Series,
     Task,
@@ -77,6 +78,7 @@ jobs_app = typer.Typer(
 app.add_typer(jobs_app, name="jobs")
 
 STANDARD_OUTPUT = Path("-")
+_SERIES_SUFFIXES = frozenset({".csv", ".json"})
 
 # Arguments and options, in the order in which help lists them.
 Stack = Annotated[
@@ -230,6 +232,29 @@ ProbabilityDtypeOption = Annotated[
     ProbabilityType | None,
     typer.Option(
         "--dtype", help="Number type of probabilities; uint8 takes a quarter of the space or less."
+    ),
+]
+Smooth = Annotated[
+    int | None,
+    typer.Option(
+        "--smooth",
+        help="Radius in pixels: probabilities of neighbours count before the class is taken.",
+    ),
+]
+MinArea = Annotated[
+    float | None,
+    typer.Option(
+        "--min-area",
+        help="Hectares: smaller areas join the neighbour with the longest shared edge.",
+    ),
+]
+FieldsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--fields",
+        help="GeoJSON, GeoParquet or GeoPackage file of fields, in any CRS.",
+        exists=True,
+        dir_okay=False,
     ),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -401,20 +426,8 @@ def classify_pixels(
     *,
     delivery: _Delivery,
     output: ClassOutputs = None,
-    smooth: Annotated[
-        int | None,
-        typer.Option(
-            "--smooth",
-            help="Radius in pixels: probabilities of neighbours count before the class is taken.",
-        ),
-    ] = None,
-    min_area: Annotated[
-        float | None,
-        typer.Option(
-            "--min-area",
-            help="Hectares: smaller areas join the neighbour with the longest shared edge.",
-        ),
-    ] = None,
+    smooth: Smooth = None,
+    min_area: MinArea = None,
     dtype: ProbabilityDtypeOption = None,
     start: Start = None,
     reading: dict[str, Any],
@@ -597,22 +610,79 @@ def fields(
 @_with(reading=_reading, client=_client)
 def validate(
     task: Annotated[
-        Task,
-        typer.Argument(help="classify-pixels, forecast, landcover or embed.", show_default=False),
+        Literal["classify-pixels", "forecast", "landcover", "embed", "similar"],
+        typer.Argument(
+            help="classify-pixels, forecast, landcover, embed or similar.", show_default=False
+        ),
     ],
-    files: Stack,
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="GeoTIFFs of the stack, as for the task; or one CSV or JSON file of series, as "
+            "for 'pimc series'.",
+            show_default=False,
+        ),
+    ],
     *,
+    polygons: FieldsFile = None,
+    points: PointsFile = None,
+    output: Annotated[
+        str | None, typer.Option("--output", help="Comma-separated outputs, as for the task.")
+    ] = None,
+    smooth: Smooth = None,
+    min_area: MinArea = None,
+    horizon: Horizon = None,
+    backtest: Backtest = None,
+    stride: Stride = None,
+    modality: ModalityOption = None,
+    dtype: Annotated[
+        Literal["float32", "int8", "uint8"] | None,
+        typer.Option("--dtype", help="Number type of embeddings or probabilities."),
+    ] = None,
     start: Start = None,
     reading: dict[str, Any],
     client: Client,
 ) -> None:
     """Check a request without running it: problem, warnings, and an estimate of its size."""
+    options = {
+        "fields": polygons, "points": points, "outputs": _outputs(output), "smooth": smooth,
+        "min_area": min_area, "horizon": horizon, "backtest": backtest, "stride": stride,
+        "modality": modality, "dtype": dtype, "start": start, **reading,
+    }  # fmt: skip
     with _bars() as bars:
-        operation = operations.validate(task, files, start=start, progress=bars.uploaded, **reading)
-        found = client.run(operation)
+        if len(files) == 1 and files[0].suffix.lower() in _SERIES_SUFFIXES:
+            found = client.run(_validation_of_series(task, files[0], options))
+        else:
+            operation = operations.validate(task, files, progress=bars.uploaded, **options)
+            found = client.run(operation)
     _print_json(found)
     if not found["valid"]:
         raise typer.Exit(1)
+
+
+def _validation_of_series(
+    task: Runnable, file: Path, options: Mapping[str, Any]
+) -> operations.Operation[dict[str, Any]]:
+    """The validation of a file of series.
+
+    Raises:
+        UsageError: the task takes no series, or an option is one of imagery.
+    """
+    if task == "landcover" or task == "similar":
+        raise UsageError(f"{task} takes imagery, and {file} holds series: give GeoTIFFs")
+    of_series = {"model", "start", "horizon", "backtest"}
+    given = {name: value for name, value in options.items() if value is not None}
+    if others := sorted(given.keys() - of_series):
+        raise UsageError(
+            f"{', '.join(others)}: for imagery only, and {file} holds series: leave it out"
+        )
+    return operations.validate_series(task, _series_in(file), **given)
+
+
+def _series_in(file: Path) -> list[Series]:
+    """The series of a CSV or JSON file."""
+    return [Series(id=s.id, dates=s.dates, **s.bands) for s in series_of_file(file)]
 
 
 @app.command()
@@ -620,15 +690,7 @@ def validate(
 def measure(
     files: Stack,
     *,
-    polygons: Annotated[
-        Path | None,
-        typer.Option(
-            "--fields",
-            help="GeoJSON, GeoParquet or GeoPackage file of fields, in any CRS.",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
+    polygons: FieldsFile = None,
     points: PlacesFile = None,
     plots: Annotated[
         bool, typer.Option("--plots", help="Add the recurrence plots, as the model receives them.")
@@ -757,7 +819,7 @@ def series(
         _check_file(out)
     if horizon is not None and task != "forecast":
         raise UsageError(f"--horizon is an option of forecast, not of {task}: leave it out")
-    given = [Series(id=s.id, dates=s.dates, **s.bands) for s in series_of_file(file)]
+    given = _series_in(file)
     if backtest is not None and task != "forecast":
         raise UsageError(f"--backtest is an option of forecast, not of {task}: leave it out")
     options = {"horizon": horizon, "backtest": backtest} if task == "forecast" else {}

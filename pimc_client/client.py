@@ -771,7 +771,7 @@ class Client:
         task: Runnable,
         files: Files,
         *,
-        outputs: ClassOutputs | QuantileOutputs | None = None,
+        outputs: ClassOutputs | QuantileOutputs | SimilarOutput | None = None,
         points: Points | None = None,
         fields: Fields | None = None,
         **options: Unpack[JobOptions],
@@ -793,6 +793,35 @@ class Client:
         return self.run(
             operations.validate(
                 task, files, outputs=outputs, points=points, fields=fields, **options
+            )
+        )
+
+    def validate_series(
+        self,
+        task: Task,
+        series: Iterable[Series],
+        *,
+        horizon: int | None = None,
+        backtest: bool | None = None,
+        model: str | None = None,
+        start: Date | None = None,
+    ) -> dict[str, Any]:
+        """Check a request of series without running it.
+
+        Args:
+            task: `classify-pixels`, `forecast` or `embed`.
+            series: pixels or fields through time.
+            horizon: as for `forecast_series`.
+            backtest: as for `forecast_series`.
+            model: as for the task's own method.
+            start: as for the task's own method.
+
+        Returns:
+            As `validate` does.
+        """
+        return self.run(
+            operations.validate_series(
+                task, series, horizon=horizon, backtest=backtest, model=model, start=start
             )
         )
 

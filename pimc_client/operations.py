@@ -40,8 +40,8 @@ from pimc_client.requests import (
     build_ready,
     build_result,
     build_series,
-    build_validation,
     submitted,
+    validated,
 )
 from pimc_client.responses import (
     Record,
@@ -163,7 +163,18 @@ def validate(
     **options: Any,  # noqa: ANN401 (see `build_raster`)
 ) -> Operation[dict[str, Any]]:
     """Send imagery and return the server's validation: errors, warnings and an estimate."""
-    return parse_json((yield from _exchange(build_validation(task, files, **options))))
+    request = validated(build_raster(task, files, **options), task)
+    return parse_json((yield from _exchange(request)))
+
+
+def validate_series(
+    task: Task,
+    given: Iterable[Series],
+    **options: Any,  # noqa: ANN401 (see `build_series`)
+) -> Operation[dict[str, Any]]:
+    """Send series and return the server's validation."""
+    request = validated(build_series(task, given, **options), task)
+    return parse_json((yield from _exchange(request)))
 
 
 def submit(

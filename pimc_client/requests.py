@@ -274,9 +274,8 @@ def build_head_removal(name: str) -> Request:
     return Request(method="DELETE", path=f"heads/{quote(name, safe='')}")
 
 
-def build_validation(task: Runnable, files: Files, **options: Any) -> Request:  # noqa: ANN401 (see `build_raster`)
-    """The validation of a raster request; the arguments are those of `build_raster`."""
-    request = build_raster(task, files, **options)
+def validated(request: Request, task: Runnable) -> Request:
+    """The same request of a task, to be checked and not run."""
     return Request(method="POST", path=f"validate?task={task}", body=request.body)
 
 

@@ -77,7 +77,7 @@ class Metrics:
     def __init__(self, *, per_key: bool = False) -> None:
         self._per_key = per_key
         self._registry = CollectorRegistry()
-        self._paces: dict[str, deque[tuple[float, float, int]]] = defaultdict(
+        self._paces: dict[tuple[str, str], deque[tuple[float, float, int]]] = defaultdict(
             lambda: deque(maxlen=_PACES)
         )
         self._pacing = threading.Lock()
@@ -465,7 +465,13 @@ class Metrics:
         self._sweeps.labels(outcome).inc()
 
     def ran(
-        self, *, task: str, pixels: int, stages: Mapping[str, float], key: str | None = None
+        self,
+        *,
+        task: str,
+        pixels: int,
+        stages: Mapping[str, float],
+        key: str | None = None,
+        of: str = "raster",
     ) -> None:
         """Count one finished run.
 
@@ -474,6 +480,7 @@ class Metrics:
             pixels: number of pixels, points or series that were predicted.
             stages: seconds that each stage was busy, by name.
             key: name of the API key; None or empty without one.
+            of: what was predicted for, such as `raster`.
         """
         self._pixels.labels(task).inc(pixels)
         if self._per_key and key:
@@ -482,10 +489,10 @@ class Metrics:
             self._stages.labels(task, stage).observe(spent)
         if pixels and stages:
             with self._pacing:
-                self._paces[task].append((max(stages.values()), sum(stages.values()), pixels))
+                self._paces[task, of].append((max(stages.values()), sum(stages.values()), pixels))
 
-    def pace(self, task: str, pixels: int) -> Pace | None:
-        """Estimate the duration of a run from the last runs of its task.
+    def pace(self, task: str, pixels: int, *, of: str = "raster") -> Pace | None:
+        """Estimate the duration of a run from the last runs of its task for the same kind.
 
         Stages overlap, so a run takes at least as long as its longest stage and at most as long as
         the sum of its stages. The range spans the last runs, scaled by pixels. Its upper end is
@@ -494,12 +501,13 @@ class Metrics:
         Args:
             task: task of the run.
             pixels: number of pixels, points or series to predict.
+            of: what is predicted for, such as `raster`; a point takes longer than a pixel.
 
         Returns:
-            The estimate; None if the task has not run since the start of the server.
+            The estimate; None if there was no such run since the start of the server.
         """
         with self._pacing:
-            last = list(self._paces[task])
+            last = list(self._paces[task, of])
         if not last:
             return None
         return Pace(

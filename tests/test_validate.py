@@ -10,15 +10,21 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from rasterio.warp import transform_geom
+from rasterio.windows import Window
 from typer.testing import CliRunner
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from pimc_client.cli import app
+from pimc_client.inputs import Series
 from service.read.geotiff import SourceFile
+from service.run.memory import MemoryBudget
+from service.run.pixels import PixelStages
 from service.telemetry import Metrics
 from tests.kits.client import connected
-from tests.kits.rasters import write
+from tests.kits.metrics import metric
+from tests.kits.rasters import NORTH_UP, UTM, write
 
 H, W, DATES = 70, 66, 5
 BANDS = ("B02", "B03", "B04", "B08")
@@ -66,6 +72,93 @@ def test_a_valid_request_has_the_warnings_of_its_run(
     assert estimate["read_bytes"] == H * W * DATES * 13
     assert estimate["memory_bytes"] > 0
     assert estimate["becomes_a_job"] is False
+
+
+CORNERS = [(60, 2), (63, 2), (63, 5), (60, 5), (60, 2)]
+FIELDS = {"type": "Feature", "id": "a", "properties": {}, "geometry": dict(transform_geom(
+    UTM, "EPSG:4326", {"type": "Polygon", "coordinates": [[NORTH_UP @ at for at in CORNERS]]}
+))}  # fmt: skip
+POINT = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [3.0031, 50.5501]}}
+POINTS = {"type": "FeatureCollection", "features": [POINT] * 3}
+
+
+class Actual:
+    """What runs do: bytes of the windows read, and memory taken at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read = 0
+        self.memory: list[int] = []
+        plain_read, plain_wait = PixelStages.read, MemoryBudget._wait
+
+        def read(stages: PixelStages, window: Window) -> Any:
+            found = plain_read(stages, window)
+            self.read += found.sits.values.nbytes + found.sits.valid.nbytes
+            return found
+
+        def wait(budget: MemoryBudget, size: int, *how: Any) -> None:
+            self.memory.append(size)
+            plain_wait(budget, size, *how)
+
+        monkeypatch.setattr(PixelStages, "read", read)
+        monkeypatch.setattr(MemoryBudget, "_wait", wait)
+
+
+@pytest.mark.parametrize("task", ["classify-pixels", "forecast", "embed"])
+@pytest.mark.parametrize("of", ["raster", "fields", "points"])
+def test_the_estimate_is_what_the_run_does(
+    api: httpx.Client, stack: list[SourceFile], task: str, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {
+        "raster": {},
+        "fields": {"fields": json.dumps(FIELDS)},
+        "points": {"points": json.dumps(POINTS)},
+    }[of]
+    # Windows of one block each: the field lies in one of them.
+    monkeypatch.setattr(MemoryBudget, "window_bytes", 16 * 66 * 100)
+    found = post(api, f"/validate?task={task}", stack, **data).json()
+    assert found["valid"], found
+    estimate, actual = found["estimate"], Actual(monkeypatch)
+    predicted = metric(api, f'pimc_pixels_total{{task="{task}"}}')
+    ran = post(api, f"/{task}", stack, **data)
+    assert ran.status_code == 200, ran.text
+    run = metric(api, f'pimc_pixels_total{{task="{task}"}}') - predicted
+    assert estimate["pixels"] == run
+    if of == "points":
+        assert estimate["pixels"] == 3
+        assert actual.read == 0  # pixels are read by themselves
+    else:
+        assert estimate["read_bytes"] == actual.read > 0
+    if of == "fields":
+        assert estimate["dates"] == len(ran.json()["dates_used"])
+        assert 9 <= estimate["pixels"] < H * W
+    assert estimate["memory_bytes"] == max(actual.memory)
+
+
+def test_the_estimate_of_the_pace_is_of_the_same_kind(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    """A point takes far longer than a pixel of a raster."""
+
+    def runs(**data: str) -> int:
+        found = post(api, "/validate?task=landcover", stack, **data).json()["estimate"]["seconds"]
+        return 0 if found is None else int(found["runs"])
+
+    points = {"points": json.dumps(POINTS)}
+    before = runs(), runs(**points)
+    assert post(api, "/landcover", stack).status_code == 200
+    assert (runs(), runs(**points)) == (before[0] + 1, before[1])
+    assert post(api, "/landcover", stack, **points).status_code == 200
+    assert (runs(), runs(**points)) == (before[0] + 1, before[1] + 1)
+
+
+def test_fields_become_a_job_by_the_size_of_the_raster(
+    stack: list[SourceFile], tmp_path: Path
+) -> None:
+    data = {"fields": json.dumps(FIELDS)}
+    with served(model_dir=write_zoo(tmp_path), sync_max_pixels=H * W - 1) as api:
+        found = post(api, "/validate?task=classify-pixels", stack, **data).json()
+        assert found["estimate"]["becomes_a_job"]
+        assert post(api, "/classify-pixels", stack, **data).status_code == 202
 
 
 @pytest.mark.parametrize(
@@ -149,7 +242,8 @@ def test_series_and_unreadable_bodies(api: httpx.Client, stack: list[SourceFile]
     strange = post(api, "/validate?task=classify-pixels", stack, nonsense="1")
     assert (strange.status_code, strange.json()["code"]) == (422, "invalid_request")
     assert post(api, "/validate", stack).status_code == 422
-    assert post(api, "/validate?task=paint", stack).status_code == 422
+    unknown = post(api, "/validate?task=paint", stack)
+    assert [one["field"] for one in unknown.json()["errors"]] == ["task"]
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -170,6 +264,58 @@ def test_the_command_validates(api: httpx.Client, stack: list[SourceFile], tmp_p
     bad = CliRunner().invoke(app, [*arguments, "--model", "nothing"])
     assert bad.exit_code == 1
     assert json.loads(bad.stdout)["problem"]["code"] == "unknown_model"
+
+
+def test_the_command_takes_the_options_of_each_task(
+    api: httpx.Client, stack: list[SourceFile], tmp_path: Path
+) -> None:
+    fields, points = tmp_path / "fields.geojson", tmp_path / "points.geojson"
+    fields.write_text(json.dumps(FIELDS))
+    points.write_text(json.dumps(POINTS))
+    files = [str(source.path) for source in stack]
+
+    def validated(*given: str) -> dict[str, Any]:
+        done = CliRunner().invoke(app, ["--url", str(api.base_url), "validate", *given])
+        return dict(json.loads(done.stdout))
+
+    of_field = validated("classify-pixels", *files, "--fields", str(fields))
+    assert of_field["valid"], of_field
+    similar = validated("similar", *files, "--points", str(points), "--output", "similarities")
+    assert (similar["valid"], similar["estimate"]["pixels"]) == (True, H * W)
+    for given in (
+        ("classify-pixels", "--smooth", "2", "--min-area", "0.5", "--output", "class,polygons"),
+        ("classify-pixels", "--output", "probabilities", "--dtype", "uint8"),
+        ("forecast", "--horizon", "3", "--no-backtest", "--output", "q10,q50"),
+        ("landcover", "--stride", "16"),
+        ("embed", "--modality", "patch", "--stride", "32"),
+        ("classify-pixels", "--points", str(points)),
+    ):
+        assert validated(given[0], *files, *given[1:])["valid"], given
+    rejected = validated("forecast", *files, "--fields", str(fields), "--horizon", "99")
+    assert rejected["problem"]["errors"][0]["field"] == "horizon"
+
+
+def test_series_are_validated_by_sdk_and_command(api: httpx.Client, tmp_path: Path) -> None:
+    dates = [f"2021-0{n}-01" for n in range(1, 7)]
+    bands = {"B02": [0.05] * 6, "B04": [0.06] * 6, "B08": [0.3] * 6}
+    given = [Series(id="a", dates=dates, **bands), Series(id="b", dates=dates, **bands)]
+    for kind in ("sync", "async"):
+        with connected(kind, str(api.base_url)) as client:
+            found = client.validate_series("forecast", given, horizon=2)
+            assert (found["valid"], found["estimate"]["pixels"]) == (True, 2)
+            assert not client.validate_series("forecast", given, model="nothing")["valid"]
+    table = tmp_path / "fields.csv"
+    rows = [f"a,{day},0.05,0.06,0.3" for day in dates]
+    table.write_text("\n".join(["id,date,B02,B04,B08", *rows]))
+    arguments = ["--url", str(api.base_url), "validate", "classify-pixels", str(table)]
+    done = CliRunner().invoke(app, arguments)
+    assert json.loads(done.stdout)["estimate"]["pixels"] == 1
+    for wrong, said in (
+        ([*arguments, "--grid", "finest"], "grid: for imagery only"),
+        ([*arguments[:3], "similar", str(table)], "similar takes imagery"),
+    ):
+        failed = CliRunner().invoke(app, wrong)
+        assert said in str(failed.exception)
 
 
 def test_problems_that_do_not_follow_from_each_other_are_all_listed(

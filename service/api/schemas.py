@@ -48,7 +48,7 @@ from service.run.request import (
 )
 from service.write.predictions import EmbeddingType, ProbabilityType
 
-Operation = Runnable | Literal["series"]
+Operation = Literal[Runnable, "series"]
 """The operation that a body requests: a run, or measured series."""
 SimilarOutput = Literal["similarity", "similarities"]
 MAX_POINTS = 10_000
@@ -1398,17 +1398,31 @@ class Seconds(BaseModel):
 class Estimate(BaseModel):
     """Estimated size, memory and duration of a request's run."""
 
-    pixels: Annotated[int, Field(description="pixels, points, fields or series to predict for")]
+    pixels: Annotated[
+        int,
+        Field(
+            description="pixels, points or series to predict for; for fields the pixels of the "
+            "windows that hold one"
+        ),
+    ]
     dates: Annotated[int, Field(description="dates of a raster that are used")]
     read_bytes: Annotated[
-        int, Field(description="decoded size of the dates and bands that are used, bytes")
+        int,
+        Field(
+            description="size of the values that are read of the dates and bands used, bytes; for "
+            "points the most that may be read"
+        ),
     ]
     memory_bytes: Annotated[int, Field(description="memory that the run takes at once, bytes")]
     becomes_a_job: Annotated[
         bool, Field(description="whether the request becomes a job even without `Prefer`")
     ]
     seconds: Annotated[
-        Seconds | None, Field(description="null until the task has run since the server's start")
+        Seconds | None,
+        Field(
+            description="null until the task has run for the same kind (raster, points, fields or "
+            "series) since the server's start"
+        ),
     ]
 
 

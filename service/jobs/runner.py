@@ -472,7 +472,11 @@ class JobRunner:
                 budget=self._budget,
             )
         self._metrics.ran(
-            task=job.task, pixels=result.pixels, stages=asdict(result.timing), key=job.owner
+            task=job.task,
+            pixels=result.pixels,
+            stages=asdict(result.timing),
+            key=job.owner,
+            of=plan.predicts_for,
         )
         self._store.publish(job, work, result)
 

@@ -100,12 +100,9 @@ class _Pass(Generic[_Kind]):
 
 def _pass_over(work: Work, fields: Fields, kind: type[_Kind], *, share: float) -> _Pass[_Kind]:
     """Read the windows that hold a field, and add up what they give to each field."""
-    run, grid = work.run, work.run.stack.grid
-    on_grid = FieldGrid(fields, grid)
-    parts = on_grid.parts(
-        windows(grid, run.stack.block, run.pixel_bytes + run.prediction_bytes, work.window_bytes),
-        partial(check, work.cancelled),
-    )
+    run = work.run
+    on_grid = FieldGrid(fields, run.stack.grid)
+    parts = field_windows(run, on_grid, work.window_bytes, work.cancelled)
     sums = kind(run, on_grid, len(fields))
     timing = work.run_pass(
         "fields",
@@ -115,6 +112,25 @@ def _pass_over(work: Work, fields: Fields, kind: type[_Kind], *, share: float) -
         share=share,
     )
     return _Pass(sums=sums, parts=parts, timing=timing)
+
+
+def field_windows(
+    run: RasterRun, on_grid: FieldGrid, window_bytes: int, cancelled: threading.Event | None
+) -> list[Window]:
+    """The windows of a run that hold a field, in order.
+
+    Args:
+        run: the run.
+        on_grid: the fields.
+        window_bytes: memory of one window.
+        cancelled: an event that ends the search when it is set.
+
+    Raises:
+        Cancelled: `cancelled` was set.
+    """
+    pixel_bytes = run.pixel_bytes + run.prediction_bytes
+    every = windows(run.stack.grid, run.stack.block, pixel_bytes, window_bytes)
+    return on_grid.parts(every, partial(check, cancelled))
 
 
 def run_fields(work: Work, fields: Fields) -> FieldOutcome:

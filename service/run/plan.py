@@ -282,6 +282,9 @@ def dates_summary(run: RasterRun) -> dict[str, JSON]:
     }
 
 
+Kind = Literal["raster", "points", "fields", "series"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A request checked against its files and its model."""
@@ -298,6 +301,17 @@ class Plan:
     """Memory that the run reserves; None for series, which are in memory already."""
     planning: Timing
     """Time of reading the files' headers and the sampled pixels."""
+
+    @property
+    def predicts_for(self) -> Kind:
+        """What the run predicts for."""
+        if not isinstance(self.request, RasterRequest):
+            return "series"
+        if self.request.points is not None:
+            return "points"
+        # Similarity is of the whole raster; its places are in `fields`.
+        whole = self.fields is None or isinstance(self.request, SimilarRequest)
+        return "raster" if whole else "fields"
 
 
 @span("plan")

@@ -13,7 +13,7 @@ from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.write.predictions import NumberType
 
-Runnable = Task | Literal["similar"]
+Runnable = Literal[Task, "similar"]
 """Operations of a run: a task of a model, or similarity, which a model of embeddings serves."""
 Charge = Callable[[int], AbstractContextManager[None]]
 """Counts pixels, points or series for a caller's quota, before they are read; the run happens in

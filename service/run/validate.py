@@ -5,6 +5,7 @@ Validation reads as much as planning does: the files' headers and a sample of th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -30,9 +31,12 @@ from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
 from service.read.stack import read_headers
 from service.run.collect import run_warnings
-from service.run.plan import Plan, RasterRun, unique
+from service.run.coverage import FieldGrid
+from service.run.fields import field_windows
+from service.run.plan import Kind, Plan, RasterRun, unique
 from service.run.request import RasterRequest, SeriesRequest, TaskRequest
 from service.run.series import SeriesRun
+from service.run.windows import WINDOW_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +48,28 @@ class Validation:
     warnings: tuple[StackWarning, ...] = ()
     model: str | None = None
     """The model, as `name@version`."""
+    predicts_for: Kind = "raster"
     pixels: int = 0
-    """Pixels, points, fields or series to predict for."""
+    """Pixels, points or series to predict for; for fields the pixels of the windows that hold one,
+    which the run reads."""
+    raster_pixels: int = 0
+    """Pixels of the raster, by which a request becomes a job; 0 for points and series."""
     dates: int = 0
     """Number of the stack's dates that the run uses; 0 for series, each of which has its own."""
     read_bytes: int = 0
-    """Decoded bytes of the used dates and bands, over the whole raster."""
+    """Bytes of the values that are read of the used dates and bands; for points those of the whole
+    raster, which is the most that they read."""
     memory_bytes: int = 0
     """Memory that the run takes from the memory budget, bytes."""
 
 
-def validation(request: TaskRequest, plan: Callable[[TaskRequest], Plan]) -> Validation:
+def validation(
+    request: TaskRequest,
+    plan: Callable[[TaskRequest], Plan],
+    *,
+    window_bytes: int = WINDOW_BYTES,
+    cancelled: threading.Event | None = None,
+) -> Validation:
     """Plan a request and describe the outcome.
 
     After a problem the request is planned again without what the problem is about, as long as
@@ -64,6 +79,11 @@ def validation(request: TaskRequest, plan: Callable[[TaskRequest], Plan]) -> Val
         request: the request.
         plan: plans a request; errors of the request and its files are part of the outcome, and
             all others are raised.
+        window_bytes: memory of one window of a run.
+        cancelled: an event that ends the validation when it is set.
+
+    Raises:
+        Cancelled: `cancelled` was set.
     """
     problems: list[PIMCError] = []
     consequences: tuple[type[PIMCError], ...] = ()
@@ -92,9 +112,10 @@ def validation(request: TaskRequest, plan: Callable[[TaskRequest], Plan]) -> Val
         return Validation(
             warnings=run.warnings,
             model=planned.model.card.id,
+            predicts_for=planned.predicts_for,
             pixels=len(run.series),
         )
-    return _of_raster(planned, run)
+    return _of_raster(planned, run, window_bytes, cancelled)
 
 
 _Given = TypeVar("_Given", RasterRequest, SeriesRequest, StackOptions)
@@ -155,19 +176,25 @@ def _fault(file: SourceFile) -> NotAGeoTIFF | None:
     return None
 
 
-def _of_raster(planned: Plan, run: RasterRun) -> Validation:
-    grid = run.stack.grid
+def _of_raster(
+    planned: Plan, run: RasterRun, window_bytes: int, cancelled: threading.Event | None
+) -> Validation:
     fields = planned.fields
-    points = getattr(planned.request, "points", None)
-    # Similarity is of the whole raster; its places are in `fields`.
-    whole = fields is None or run.similar_to is not None
-    count = planned.pixels if whole else len(fields or ())
+    pixels = read = run.stack.grid.width * run.stack.grid.height
+    if planned.predicts_for == "points":
+        pixels = len(getattr(planned.request, "points", ()))
+    elif planned.predicts_for == "fields" and fields is not None:
+        on_grid = FieldGrid(fields, run.stack.grid)
+        parts = field_windows(run, on_grid, window_bytes, cancelled)
+        pixels = read = sum(int(part.width * part.height) for part in parts)
     return Validation(
         warnings=unique((*run_warnings(run), *(fields.warnings if fields else ()))),
         model=planned.model.card.id,
-        pixels=count if points is None else len(points),
+        predicts_for=planned.predicts_for,
+        pixels=pixels,
+        raster_pixels=planned.pixels,
         dates=len(run.used),
-        read_bytes=grid.width * grid.height * run.pixel_bytes,
+        read_bytes=read * run.pixel_bytes,
         memory_bytes=planned.need.total if planned.need else 0,
     )
 

@@ -249,7 +249,13 @@ async def serve(
             await to_thread.run_sync(app.runner.accepted)
             return accepted(job, request, applied=preferences.of_a_job, status=status)
         stages = asdict(result.timing)
-        app.metrics.ran(task=result.task, pixels=result.pixels, stages=stages, key=caller)
+        app.metrics.ran(
+            task=result.task,
+            pixels=result.pixels,
+            stages=stages,
+            key=caller,
+            of=plan.predicts_for,
+        )
         kept = None
         if received.kept:
             keep = partial(app.jobs.keep, owner=owner, caller=charged, share=share)

@@ -15,7 +15,7 @@ from service.api.routes.tasks import check_query, planned, read_request, run_slo
 from service.api.schemas import Estimate, Seconds, ValidationResponse, WarningEntry
 from service.errors import NotReady
 from service.run.plan import Plan
-from service.run.request import Runnable, TaskRequest
+from service.run.request import RasterRequest, Runnable, TaskRequest
 from service.run.validate import Validation, problem_document, validation
 
 router = APIRouter(tags=["tasks"], dependencies=[KNOWN_CALLER])
@@ -49,16 +49,17 @@ def _validated(
     app: AppState, parsed: TaskRequest, owner: str, *, cancelled: threading.Event
 ) -> Validation:
     def plan(request: TaskRequest) -> Plan:
-        return planned(app, request, rasters=True, owner=owner, cancelled=cancelled)
+        rasters = isinstance(request, RasterRequest) and not request.of_places
+        return planned(app, request, rasters=rasters, owner=owner, cancelled=cancelled)
 
-    return validation(parsed, plan)
+    return validation(parsed, plan, window_bytes=app.budget.window_bytes, cancelled=cancelled)
 
 
 def _response(app: AppState, task: Runnable, found: Validation) -> ValidationResponse:
     if found.problems:
         problems = [problem_document(problem) for problem in found.problems]
         return ValidationResponse(valid=False, task=task, problem=problems[0], problems=problems)
-    pace = app.metrics.pace(task, found.pixels)
+    pace = app.metrics.pace(task, found.pixels, of=found.predicts_for)
     return ValidationResponse(
         valid=True,
         task=task,
@@ -69,7 +70,7 @@ def _response(app: AppState, task: Runnable, found: Validation) -> ValidationRes
             dates=found.dates,
             read_bytes=found.read_bytes,
             memory_bytes=found.memory_bytes,
-            becomes_a_job=found.pixels > app.settings.sync_max_pixels,
+            becomes_a_job=found.raster_pixels > app.settings.sync_max_pixels,
             seconds=None
             if pace is None
             else Seconds(shortest=pace.shortest, longest=pace.longest, runs=pace.runs),
