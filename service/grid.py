@@ -253,6 +253,30 @@ class Grid:
         extent = abs(self.transform.determinant) * unit**2
         return np.asarray(radius**2 * extent * element.mean(axis=1) / 1e4)
 
+    def around(self, crs: CRS) -> tuple[float, float, float, float] | None:
+        """West, south, east and north of a box around the grid in another CRS; None if unknown.
+
+        The box is larger than the grid by a tenth on each side.
+        """
+        across, down = np.meshgrid(np.linspace(0, 1, _NODES), np.linspace(0, 1, _NODES))
+        columns, rows = across.ravel() * self.width, down.ravel() * self.height
+        place = self.transform
+        xs, ys = transformed(
+            self.crs,
+            crs,
+            place.a * columns + place.b * rows + place.c,
+            place.d * columns + place.e * rows + place.f,
+        )
+        if not np.isfinite([xs, ys]).all():
+            return None
+        margin_x, margin_y = 0.1 * np.ptp(xs), 0.1 * np.ptp(ys)
+        return (
+            float(xs.min() - margin_x),
+            float(ys.min() - margin_y),
+            float(xs.max() + margin_x),
+            float(ys.max() + margin_y),
+        )
+
     def check_same(self, name: str, other: Grid, other_name: str) -> None:
         """Check that another file has the same grid.
 

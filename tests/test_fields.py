@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -454,6 +455,172 @@ def test_a_job_gives_the_result_of_the_request(api: httpx.Client, stack: list[So
     assert result.json()["features"] == plain
     rows = api.get(where + "/result", headers={"Accept": "text/csv"})
     assert len(list(csv.DictReader(io.StringIO(rows.text)))) == len(SHAPES)
+
+
+def rows_of(response: httpx.Response) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(response.text)))
+
+
+def test_no_property_is_lost_in_a_table(
+    api: httpx.Client, stack: list[SourceFile], tmp_path: Path
+) -> None:
+    document = collection({"a": square(2, 3, 6), "b": square(12, 3, 6)})
+    one, other = document["features"]
+    one["properties"] = {
+        "id": 7,
+        "dates": ["2020-05-01", "2020-06-01"],
+        "empty": [],
+        "none": {},
+        "note": 'said "no",\r\nthen; left',
+        "mixed": 1,
+        "nested": {"farm": {"name": "Löß"}},
+        "big": 2**70,
+    }
+    other["properties"] = {"mixed": "zwei", "big": True, "geometry": "a lot"}
+    rows = rows_of(posted(api, stack, fields=document, accept="text/csv"))
+    assert [row["id"] for row in rows] == ["a", "b"]
+    assert rows[0]["properties.id"] == "7"
+    assert json.loads(rows[0]["dates"]) == ["2020-05-01", "2020-06-01"]
+    assert (rows[0]["empty"], rows[0]["none"]) == ("[]", "{}")
+    assert rows[0]["note"] == one["properties"]["note"]
+    assert [row["mixed"] for row in rows] == ["1", "zwei"]
+    assert json.loads(rows[0]["nested.farm"]) == {"name": "Löß"}
+    assert [row["big"] for row in rows] == [str(2**70), "True"]
+    path = tmp_path / "fields.parquet"
+    path.write_bytes(
+        posted(api, stack, fields=document, accept="application/vnd.apache.parquet").content
+    )
+    table = geopandas.read_parquet(path)
+    assert table["mixed"].tolist() == ["1", "zwei"]
+    assert table["big"].tolist() == [str(2**70), "True"]
+    assert table["properties.geometry"].dropna().tolist() == ["a lot"]
+    forecast = rows_of(posted(api, stack, "forecast", fields=document, accept="text/csv"))
+    assert sum(name.endswith("_q50") for name in forecast[0]) == 9
+
+
+def test_results_that_replace_properties_are_a_warning(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    document = collection({"a": square(2, 3, 6)})
+    assert "properties_replaced" not in codes(posted(api, stack, fields=document))
+    document["features"][0]["properties"] = {"class": "Wheat", "owner": "me"}
+    response = posted(api, stack, fields=document)
+    (told,) = [w for w in response.json()["warnings"] if w["code"] == "properties_replaced"]
+    assert "1 properties of the same name (class)" in told["detail"]
+    point = mapping(shape(lonlat(square(2, 3, 6))).centroid)
+    feature = {"type": "Feature", "geometry": point, "properties": {"status": "surveyed"}}
+    points = json.dumps({"type": "FeatureCollection", "features": [feature]})
+    assert "properties_replaced" in codes(posted(api, stack, points=points))
+
+
+def test_ids_are_those_of_the_file(tmp_path: Path) -> None:
+    polygon = mapping(box(0, 0, 1, 1))
+    document = {"type": "FeatureCollection", "features": [
+        {"type": "Feature", "id": 0, "properties": {"id": "own"}, "geometry": polygon},
+        {"type": "Feature", "properties": {"id": "A12"}, "geometry": polygon},
+        {"type": "Feature", "properties": None, "geometry": polygon},
+    ]}  # fmt: skip
+    path = tmp_path / "x.geojson"
+    path.write_text(json.dumps(document))
+    assert read_fields(SourceFile(name="x", path=path), 9).ids == (0, "A12", 3)
+
+
+# Places --------------------------------------------------------------------------------------
+
+
+def test_a_field_far_away_is_outside(api: httpx.Client, stack: list[SourceFile]) -> None:
+    """Also beyond the area in which the raster's projection is defined."""
+    document = collection({"here": square(2, 3, 6)})
+    for name, (lon, lat) in {"Sydney": (151, -34), "Hawaii": (-157, 20), "pole": (90, 90)}.items():
+        corners = box(lon - 1, max(lat - 1, -90), lon + 1, min(lat + 1, 90))
+        document["features"].append(
+            {"type": "Feature", "id": name, "properties": {}, "geometry": mapping(corners)}
+        )
+    response = posted(api, stack, fields=document)
+    statuses = [one["properties"]["status"] for one in response.json()["features"]]
+    assert statuses == ["ok", "outside", "outside", "outside"]
+    assert codes(response) == codes(posted(api, stack, fields=collection()))
+
+
+def test_a_field_larger_than_the_projection_covers_the_raster(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    world = mapping(box(-180, -90, 180, 90))
+    (found,) = posted(api, stack, fields=world).json()["features"]
+    assert found["properties"]["status"] == "ok"
+    assert found["properties"]["pixels"] == pytest.approx(H * W)
+
+
+def test_a_third_and_a_fourth_coordinate_are_ignored(
+    api: httpx.Client, stack: list[SourceFile], tmp_path: Path
+) -> None:
+    plain = posted(api, stack, fields=collection()).json()["features"]
+    document = collection()
+    for feature in document["features"]:
+        feature["geometry"] = mapping(shapely.force_3d(shape(feature["geometry"]), 812.5))
+    for given in (document, _with_measures(tmp_path)):
+        found = posted(api, stack, fields=given).json()["features"]
+        for one, other in zip(found, plain, strict=True):
+            for key in ("status", "class", "pixels"):
+                expected = other["properties"].get(key)
+                if isinstance(expected, float):
+                    assert one["properties"][key] == pytest.approx(expected, rel=1e-6)
+                else:
+                    assert one["properties"].get(key) == expected
+
+
+def _with_measures(folder: Path) -> tuple[str, bytes]:
+    """A GeoParquet file of polygons with Z and M."""
+    path = folder / "zm.parquet"
+    frame().to_parquet(path)
+    table = pyarrow.parquet.read_table(path)
+    binary = [_zm(one) for one in SHAPES.values()]
+    at = table.column_names.index("geometry")
+    table = table.set_column(at, "geometry", pyarrow.array(binary, pyarrow.binary()))
+    pyarrow.parquet.write_table(table, path)
+    return path.name, path.read_bytes()
+
+
+def _zm(polygon: Any) -> bytes:
+    """The ISO well-known binary of a polygon whose vertices have a height and a measure."""
+    if isinstance(polygon, MultiPolygon):
+        parts = [_zm(part) for part in polygon.geoms]
+        return struct.pack("<BII", 1, 3006, len(parts)) + b"".join(parts)
+    rings = [polygon.exterior, *polygon.interiors]
+    body = b"".join(
+        struct.pack("<I", len(ring.coords))
+        + b"".join(struct.pack("<4d", x, y, 812.5, 7.0) for x, y in ring.coords)
+        for ring in rings
+    )
+    return struct.pack("<BII", 1, 3003, len(rings)) + body
+
+
+def test_coordinates_beyond_every_projection_are_of_no_other_field(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    document = collection({"here": square(2, 3, 6)})
+    ring = [[1e308, 1], [2, 1], [2, 2], [1e308, 1]]
+    huge = {"type": "Polygon", "coordinates": [ring]}
+    document["features"].append({"type": "Feature", "properties": {}, "geometry": huge})
+    for task in ("classify-pixels", "series"):
+        response = posted(api, stack, task, fields=document)
+        assert response.status_code == 200, response.text
+        statuses = [one["properties"]["status"] for one in response.json()["features"]]
+        assert statuses == ["ok", "outside"], task
+
+
+def test_geoparquet_that_is_not_read_names_the_reason(
+    api: httpx.Client, stack: list[SourceFile], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.parquet"
+    frame().set_crs(None, allow_override=True).to_parquet(path)
+    without_crs = posted(api, stack, fields=("x.parquet", path.read_bytes()))
+    polygons = frame()[[isinstance(one, Polygon) for one in SHAPES.values()]]
+    polygons.to_parquet(path, geometry_encoding="geoarrow")
+    native = posted(api, stack, fields=("x.parquet", path.read_bytes()))
+    for response, said in ((without_crs, "states no CRS"), (native, "encoding polygon")):
+        assert (response.status_code, response.json()["code"]) == (422, "not_a_vector_file")
+        assert said in response.json()["detail"]
 
 
 # Faults --------------------------------------------------------------------------------------

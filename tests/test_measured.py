@@ -429,3 +429,21 @@ def test_the_command_writes_a_table(
     printed = CliRunner().invoke(app, arguments)
     assert json.loads(printed.stdout)["dates"] == DAYS
     assert CliRunner().invoke(app, ["measure", *files]).exit_code != 0
+
+
+def test_properties_named_as_results_do_not_change_the_table(
+    api: httpx.Client, stack: list[SourceFile]
+) -> None:
+    """Also of a place that is outside, which has no series of its own."""
+    document = polygons()
+    for feature in document["features"]:
+        feature["properties"] |= {"dates": ["2019-07-01"], "B04": [1, 2, 3]}
+    response = measured(api, stack, fields=document)
+    assert "properties_replaced" in [one["code"] for one in response.json()["warnings"]]
+    for fields in (document, polygons()):
+        answer = measured(api, stack, accept="text/csv", fields=fields)
+        assert answer.status_code == 200, answer.text
+        rows = list(csv.DictReader(io.StringIO(answer.text)))
+        assert [row["date"] for row in rows if row["id"] == "large"] == DAYS
+        (outside,) = (row for row in rows if row["id"] == "outside")
+        assert (outside["date"], outside["B04"]) == ("", "")

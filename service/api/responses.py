@@ -24,7 +24,7 @@ from service.jobs.store import Job, JobStore, removed
 from service.run.execute import Result
 from service.run.executors import Timing
 from service.run.request import RasterRequest, TaskRequest
-from service.write.fields import fields_csv, write_geoparquet
+from service.write.fields import write_csv, write_geoparquet
 from service.write.legend import SIDECAR, sidecar_of, style_of
 from service.write.polygons import polygon_features, stored_crs
 from service.write.predictions import POLYGONS
@@ -150,7 +150,7 @@ def derive(
     """
     files = on_this_machine(result.files)
     if media == CSV:
-        path.write_text(fields_csv(document()["features"]), encoding="utf-8", newline="")
+        write_csv(document()["features"], path)
     elif media == GEOJSON:
         write_geojson(result, files[POLYGONS], path)
     elif media == PARQUET:

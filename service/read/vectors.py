@@ -47,7 +47,8 @@ _MAX_REPAIRED = 2_000
 _NAMED_AT_MOST = 5
 _NAME_LENGTH = 64
 """Largest number of characters of a client's text in a message."""
-_POLYGONS = frozenset({shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON})
+POLYGON_TYPES = (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
+_POLYGONS = frozenset(POLYGON_TYPES)
 _POINTS = frozenset({shapely.GeometryType.POINT, shapely.GeometryType.MULTIPOINT})
 
 
@@ -56,12 +57,14 @@ class Fields:
     """N agricultural parcels or other polygons, in the order of their file."""
 
     ids: tuple[Any, ...]
-    """Ids (N) in the file; the id of a feature without one is its position, from 1."""
+    """Ids (N) in the file: of GeoJSON the member `id`, else the property `id`; of GeoPackage that
+    of the row; of GeoParquet the column `id`. The id of a feature without one is its position, from
+    1."""
     properties: tuple[Mapping[str, Any], ...]
     """Properties (N), JSON values."""
     shapes: NDArray[np.object_]
-    """Shapely polygons (N) in the file's CRS, and points if `read_labels` returned them; None for a
-    feature without a usable shape."""
+    """Shapely polygons (N) of two dimensions in the file's CRS, and points if `read_labels` has
+    returned them; None for a feature without a usable shape."""
     crs: CRS
     warnings: tuple[StackWarning, ...]
 
@@ -98,15 +101,13 @@ class Fields:
         if crs == self.crs:
             return self.shapes
 
-        def project(places: NDArray[np.float64]) -> NDArray[np.float64]:
-            return np.stack(transformed(self.crs, crs, places[:, 0], places[:, 1]), axis=1)
-
-        present = np.array([shape is not None for shape in self.shapes], np.bool_)
+        places, numbers = shapely.get_coordinates(self.shapes, return_index=True)
+        projected = np.stack(transformed(self.crs, crs, places[:, 0], places[:, 1]), axis=1)
+        known = np.array([shape is not None for shape in self.shapes], np.bool_)
+        known[numbers[~np.isfinite(projected).all(axis=1)]] = False
         shapes = np.full(len(self), None, np.object_)
-        if present.any():
-            projected = shapely.transform(self.shapes[present], project)
-            finite = np.isfinite(shapely.bounds(projected)).all(axis=1)
-            shapes[np.flatnonzero(present)[finite]] = projected[finite]
+        # A ring with a coordinate that is not a number is an error of the library.
+        shapes[known] = shapely.set_coordinates(self.shapes[known], projected[known[numbers]])
         return shapes
 
 
@@ -176,7 +177,7 @@ def _read_vectors(source: SourceFile, most: int, *, points: bool) -> Fields:
             f"'{source.name}' is not GeoJSON, GeoPackage or GeoParquet (it starts with "
             f"{head[:8]!r}): export the features as one of these"
         )
-    shapes, warnings = _usable(source.name, ids, shapes, points=points)
+    shapes, warnings = _usable(source.name, ids, shapely.force_2d(shapes), points=points)
     return Fields(
         ids=tuple(ids),
         properties=tuple(properties),
@@ -334,7 +335,7 @@ class _Features:
                 f"'{self._name}' has a feature whose `properties` are not an object: export it "
                 "again as GeoJSON"
             )
-        own = feature.get("id")
+        own = properties.get("id") if feature.get("id") is None else feature["id"]
         self.ids.append(_json_value(len(self.ids) + 1 if own is None else own))
         self.properties.append(_json_object(properties))
         geometry = feature.get("geometry")
@@ -444,8 +445,19 @@ def _read_geoparquet(source: SourceFile, most: int) -> _Read:
                 )
             main = geo["primary_column"]
             stated = geo["columns"][main].get("crs", "OGC:CRS84")
+            encoding = geo["columns"][main].get("encoding", "WKB")
+            if encoding != "WKB":
+                raise NotAVectorFile(
+                    f"'{source.name}' holds geometry in the encoding {str(encoding)[:_NAME_LENGTH]}"
+                    ": write it as WKB, the default of GeoPandas"
+                )
+            if stated is None:
+                raise NotAVectorFile(
+                    f"'{source.name}' states no CRS (`crs` is null): set one, or send GeoJSON in "
+                    "EPSG:4326"
+                )
             rows = _rows(source.name, file, at_once)
-        is_degrees = stated == "OGC:CRS84" or (stated or {}).get("id", {}).get("code") == "CRS84"
+        is_degrees = stated == "OGC:CRS84" or stated.get("id", {}).get("code") == "CRS84"
         crs = _DEGREES if is_degrees else crs_of(json.dumps(stated))
         shapes = _shapes_of([row.pop(main) for row in rows])
         properties = [_json_object(row) for row in rows]

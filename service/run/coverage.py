@@ -9,7 +9,7 @@ that overlap nor large ones take more than a request may.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from service.errors import TooManyFields
 from service.grid import Grid, Window
 from service.read.stack import Sits
-from service.read.vectors import Fields
+from service.read.vectors import POLYGON_TYPES, Fields
 from service.run import windows as windowing
 
 MOST_CELLS = 2**33
 """Largest number of cells that the polygons of a request cover, counted by their bounding boxes."""
+_TIMES = 10
+"""A polygon wider or higher than this many times the raster is cut around it."""
 _CELLS_AT_ONCE = 2**16
 """Number of cells of fields whose series are gathered at once, which bounds the memory."""
 
@@ -63,8 +65,10 @@ class FieldGrid:
 
     def __init__(self, fields: Fields, grid: Grid) -> None:
         self._shapes = np.full(len(fields), None, np.object_)
-        in_crs = fields.in_crs(grid.crs)
-        self.usable = np.array([shape is not None for shape in in_crs], np.bool_)
+        self.usable = np.array([shape is not None for shape in fields.shapes], np.bool_)
+        """Whether each field (N) has a shape, wherever it lies."""
+        in_crs = _near(fields, grid)
+        known = np.array([shape is not None for shape in in_crs], np.bool_)
         to_pixels = ~grid.transform
 
         def to_grid(points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -72,8 +76,8 @@ class FieldGrid:
             # The y axis of exactextract points up.
             return np.stack([columns, -rows], axis=1)
 
-        if self.usable.any():
-            self._shapes[self.usable] = shapely.transform(in_crs[self.usable], to_grid)
+        if known.any():
+            self._shapes[known] = shapely.transform(in_crs[known], to_grid)
         self._tree = shapely.STRtree(self._shapes)
         self._bounds = shapely.bounds(self._shapes)
 
@@ -155,6 +159,31 @@ class FieldGrid:
             cells=np.concatenate([part["cell_id"] for part in parts] or [empty]).astype(np.intp),
             share=np.concatenate([part["coverage"] for part in parts] or [empty]).astype(float),
         )
+
+
+def _near(fields: Fields, grid: Grid) -> NDArray[np.object_]:
+    """The shapes (N) in a raster's CRS; None for one that is far from the raster.
+
+    Of a polygon that is much larger than the raster only the part around it is kept: a projection
+    of the whole may not exist, or have the wrong shape, as for a box around the world.
+    """
+    shapes = fields.in_crs(grid.crs)
+    around = grid.around(fields.crs)
+    if around is None:
+        return shapes
+    west, south, east, north = around
+    bounds = shapely.bounds(fields.shapes)
+    with np.errstate(invalid="ignore"):  # bounds of a field without a shape
+        size = bounds[:, 2:] - bounds[:, :2]
+        large = (size > _TIMES * np.array([east - west, north - south])).any(axis=1)
+    unknown = np.array([shape is None for shape in shapes], np.bool_)
+    chosen = np.flatnonzero(~np.isnan(bounds[:, 0]) & (large | unknown))
+    if len(chosen):
+        cut = shapely.intersection(fields.shapes[chosen], shapely.box(*around))
+        cut[~np.isin(shapely.get_type_id(cut), POLYGON_TYPES) | shapely.is_empty(cut)] = None
+        shapes = shapes.copy()
+        shapes[chosen] = replace(fields.part(chosen), shapes=cut).in_crs(grid.crs)
+    return shapes
 
 
 def check_coverage(fields: Fields, grid: Grid) -> None:

@@ -30,7 +30,7 @@ from service.run.series import SeriesRun, run_series
 from service.run.similar import run_similar
 from service.run.windows import Journal
 from service.tracing import annotate, span
-from service.write.fields import field_features
+from service.write.fields import field_features, replaced_properties
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +148,14 @@ def _points(
 ) -> Result:
     lonlat = [(point.lon, point.lat) for point in points]
     outcome = run_points(run, lonlat, cancelled=cancelled, cache=cache)
-    warnings = unique(outcome.warnings)
+    own = [point.feature.get("properties") or {} for point in points]
+    warnings = unique((*outcome.warnings, *replaced_properties(own, outcome.results)))
     features = [
         {
             **point.feature,
-            "properties": {**(point.feature.get("properties") or {}), **found},
+            "properties": {**properties, **found},
         }
-        for point, found in zip(points, outcome.results, strict=True)
+        for point, properties, found in zip(points, own, outcome.results, strict=True)
     ]
     return Result(
         task=task,
@@ -175,7 +176,7 @@ def _points(
 
 
 def _fields(task: Task, run: RasterRun, fields: Fields, outcome: FieldOutcome) -> Result:
-    warnings = unique(outcome.warnings)
+    warnings = unique((*outcome.warnings, *replaced_properties(fields.properties, outcome.results)))
     return Result(
         task=task,
         model=run.model.card.id,

@@ -43,7 +43,7 @@ from service.run.plan import check_cloud_dates, unique
 from service.run.request import Charge, MeasureRequest, PointQuery, no_charge
 from service.run.time_window import resolve_time_window
 from service.run.windows import windows
-from service.write.fields import field_features
+from service.write.fields import field_features, replaced_properties
 from service.write.predictions import JSON
 
 BANDS = ("B02", "B04", "B08")
@@ -237,22 +237,22 @@ def measure(
         begun = time.perf_counter()
         records = _records(stack, places, plotter, cancelled)
     statuses = [extent["status"] for extent in places.extents]
+    points = request.points or ()
+    own = fields.properties if fields else [one.feature.get("properties") or {} for one in points]
     warnings = unique(
         (
             *stack.warnings,
             *(fields.warnings if fields else ()),
             *_none_seen(stack, statuses, "field" if fields else "point", cache),
+            *replaced_properties(own, records),
         )
     )
     features = (
-        field_features(fields.ids, fields.properties, fields.geojson, records)
+        field_features(fields.ids, own, fields.geojson, records)
         if fields
         else [
-            {
-                **point.feature,
-                "properties": {**(point.feature.get("properties") or {}), **record},
-            }
-            for point, record in zip(request.points or (), records, strict=True)
+            {**point.feature, "properties": {**properties, **record}}
+            for point, properties, record in zip(points, own, records, strict=True)
         ]
     )
     document: dict[str, Any] = {

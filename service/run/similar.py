@@ -145,7 +145,7 @@ def unit(vectors: Floats) -> Floats:
 def _reference(work: Work, places: Fields) -> _Reference:
     """The embeddings of places: the pixel of a point, the mean of a polygon's pixels."""
     shapes = places.in_crs(work.run.stack.grid.crs)
-    kinds = shapely.get_type_id(shapes)
+    kinds = shapely.get_type_id(places.shapes)
     points, polygons = np.flatnonzero(kinds == _POINT), np.flatnonzero(np.isin(kinds, _POLYGONS))
     embeddings = np.full((len(places), work.run.model.width[0]), np.nan, np.float32)
     statuses = np.full(len(places), "invalid", np.object_)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet
 import shapely
 
-from service.errors import InvalidFields
+from service.errors import InvalidFields, StackWarning, first_names
 
 _MAX_CELLS = 10**8
 """Largest number of cells of a table: 100,000 fields with 1,000 columns."""
+_MEASURED = frozenset({"ok", "no_data"})
+"""Statuses of places with a measured series."""
+_NAMED_AT_MOST = 5
+_NAME_LENGTH = 60
+"""Largest number of characters of a property's name in a message."""
 _GEO = {
     "version": "1.1.0",
     "primary_column": "geometry",
@@ -54,70 +59,122 @@ def field_features(
     ]
 
 
-def table_rows(features: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def replaced_properties(
+    properties: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]
+) -> tuple[StackWarning, ...]:
+    """The warning that results replace properties of the request; none if they do not.
+
+    Args:
+        properties: properties of each point or field, as the request has them.
+        results: result of each.
+    """
+    names = dict.fromkeys(
+        name
+        for own, found in zip(properties, results, strict=True)
+        for name in own
+        if name in found
+    )
+    if not names:
+        return ()
+    shown = first_names([str(name)[:_NAME_LENGTH] for name in names], _NAMED_AT_MOST)
+    detail = (
+        f"the results replace {len(names)} properties of the same name ({shown}): rename them in "
+        "the request to keep both"
+    )
+    return (StackWarning(code="properties_replaced", detail=detail),)
+
+
+def table_rows(features: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """GeoJSON features as flat rows: `id`, and one column per property or nested value.
 
     A nested value has a dotted name (`probabilities.Maize`). A list with one number per date
     becomes one column per date (`NDVI_2021-11-05_q50`), any other list of numbers one column per
-    position (`embedding_0`).
+    position (`embedding_0`). The rows are made one at a time: all of 100,000 forecasts would take
+    more memory than the forecasts.
     """
-    return [{"id": one["id"], **_flat(one["properties"])} for one in features]
+    return (_row(one["id"], one["properties"]) for one in features)
+
+
+def _row(ident: Any, properties: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ANN401 - JSON
+    """A feature as a row.
+
+    A property `geometry`, or `id` if it is not the feature's id, is `properties.geometry` or
+    `properties.id`.
+    """
+    row = {"id": ident}
+    for name, value in _flat(properties).items():
+        taken = name == "geometry" or (name == "id" and value != ident)
+        row[f"properties.{name}" if taken else name] = value
+    return row
 
 
 def _flat(properties: Mapping[str, Any]) -> dict[str, Any]:
-    dates = properties.get("dates") if isinstance(properties.get("dates"), list) else []
+    given = properties.get("dates")
+    dates: list[Any] = given if isinstance(given, list) else []
+    by_date = {
+        name for name, value in properties.items() if dates and _is_by_date(value, len(dates))
+    }
     row: dict[str, Any] = {}
     for name, value in properties.items():
-        if name == "dates" and dates:
-            continue
-        if isinstance(value, Mapping):
+        if name == "dates" and by_date:
+            continue  # they are in the names of the columns
+        if name in by_date:
             for inner, found in value.items():
-                if isinstance(found, list) and len(found) == len(dates or ()):
-                    row |= {
-                        f"{name}_{day}_{inner}": v
-                        for day, v in zip(dates or (), found, strict=True)
-                    }
-                else:
-                    row[f"{name}.{inner}"] = _cell(found)
-        elif isinstance(value, list) and all(isinstance(v, float | int) for v in value):
+                row |= {f"{name}_{day}_{inner}": v for day, v in zip(dates, found, strict=True)}
+        elif isinstance(value, Mapping) and value:
+            row |= {f"{name}.{inner}": _cell(found) for inner, found in value.items()}
+        elif isinstance(value, list) and value and all(isinstance(v, float | int) for v in value):
             row |= {f"{name}_{n}": v for n, v in enumerate(value)}
         else:
             row[name] = _cell(value)
     return row
 
 
+def _is_by_date(value: object, dates: int) -> bool:
+    """Whether a value is an object of lists with one value per date."""
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(found, list) and len(found) == dates for found in value.values())
+    )
+
+
 def _cell(value: Any) -> Any:  # noqa: ANN401 - JSON
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _columns(features: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns of all rows, in order.
 
     Raises:
         InvalidFields: the table has too many cells, because features have unequal properties or
             long lists.
     """
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    if len(rows) * len(columns) > _MAX_CELLS:
+    columns = list(dict.fromkeys(name for row in table_rows(features) for name in row))
+    if len(features) * len(columns) > _MAX_CELLS:
         raise InvalidFields(
-            f"a table of {len(rows)} features has {len(columns)} columns, one for each property, "
-            f"and {_MAX_CELLS} cells are allowed: request GeoJSON, or send fewer properties"
+            f"a table of {len(features)} features has {len(columns)} columns, one for each "
+            f"property, and {_MAX_CELLS} cells are allowed: request GeoJSON, or send fewer "
+            "properties"
         )
     return columns
 
 
-def fields_csv(features: Sequence[Mapping[str, Any]]) -> str:
-    """GeoJSON features as CSV (RFC 4180) without their geometry, columns as in `table_rows`.
+def write_csv(features: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write features as CSV (RFC 4180) in UTF-8.
+
+    Args:
+        features: GeoJSON features, whose geometry is left out; columns as in `table_rows`.
+        path: the file to write.
 
     Raises:
         InvalidFields: the table has too many cells.
     """
-    rows = table_rows(features)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _columns(rows), lineterminator="\r\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    columns = _columns(features)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\r\n")
+        writer.writeheader()
+        writer.writerows(table_rows(features))
 
 
 def observations_csv(features: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -136,9 +193,10 @@ def observations_csv(features: Sequence[Mapping[str, Any]], columns: Sequence[st
     for number, one in enumerate(features, start=1):
         found = one["properties"]
         name = one.get("id", number)
-        rows = zip(found.get("dates", ()), *(found.get(c, ()) for c in columns), strict=True)
-        writer.writerows((name, found["status"], *row) for row in rows)
-        if "dates" not in found:
+        if found["status"] in _MEASURED:
+            rows = zip(found["dates"], *(found[column] for column in columns), strict=True)
+            writer.writerows((name, found["status"], *row) for row in rows)
+        else:  # a property of the request may be named `dates`, too
             writer.writerow((name, found["status"], *[""] * (1 + len(columns))))
     return text.getvalue()
 
@@ -156,8 +214,11 @@ def write_geoparquet(features: Sequence[Mapping[str, Any]], path: Path) -> Path:
     Raises:
         InvalidFields: the table has too many cells.
     """
-    rows = table_rows(features)
-    columns = {name: _array([row.get(name) for row in rows]) for name in _columns(rows)}
+    values: dict[str, list[Any]] = {name: [None] * len(features) for name in _columns(features)}
+    for number, row in enumerate(table_rows(features)):
+        for name, value in row.items():
+            values[name][number] = value
+    columns = {name: _array(values.pop(name)) for name in list(values)}
     shapes = [
         None if one["geometry"] is None else shapely.from_geojson(json.dumps(one["geometry"]))
         for one in features
