@@ -1,7 +1,8 @@
 """Cost of results per field, beside the class map of the same stack.
 
     python -m benchmarks.fields [--side 2048] [--dates 36] [--fields 10000] [--pairs 2]
-    python -m benchmarks.fields --memory [--side 1024] [--dates 12] [--fields 100000]
+    python -m benchmarks.fields --memory [--side 1024] [--dates 36] [--fields 100000]
+        [--task forecast]
 
 Both run in this process, in turns on one engine: the class map as a COG, and the class of each
 field with shares and areas. Fields are quadrilaterals of irregular shape that cover about half of
@@ -9,7 +10,8 @@ the raster, in another CRS than it. Processor time is that of all threads; it al
 machine that others use.
 
 With `--memory` a service runs as a process, and its peak of memory is measured while it returns the
-result of each task for the fields, and for a hundredth of them.
+result of each task for the fields, and for a hundredth of them; beside it is what the run reserves
+of `PIMC_MEMORY_BUDGET`.
 """
 
 from __future__ import annotations
@@ -107,41 +109,47 @@ def compare(files: Sequence[SourceFile], fields: SourceFile, pairs: int) -> None
     print(f"fields / map: {by_clock:.2f} by the clock, {by_processor:.2f} by processor time")
 
 
-def measure_memory(files: Sequence[SourceFile], fields: Sequence[SourceFile]) -> None:
+_RESULTS = (
+    ("classify-pixels", "application/geo+json"),
+    ("classify-pixels", "text/csv"),
+    ("classify-pixels", "application/vnd.apache.parquet"),
+    ("forecast", "application/geo+json"),
+    ("forecast", "text/csv"),
+    ("embed", "application/geo+json"),
+)
+
+
+def measure_memory(
+    files: Sequence[SourceFile], fields: Sequence[SourceFile], task: str | None
+) -> None:
     """Print the peak of memory of a service for results per field, as Markdown.
 
     Args:
         files: the stack.
         fields: files of fields, the smallest first.
+        task: the only task; None measures all.
     """
-    print("| task | result | fields | file of fields, MB | result, MB | peak, MB | before, MB |")
+    print("| task | result | fields | result, MB | peak, MB | before, MB | reserved, MB |")
     print("|---|---|---|---|---|---|---|")
     stack = [("files", (file.name, file.path.read_bytes())) for file in files]
     with (
         process.served(PIMC_MAX_FIELDS=str(10**6)) as service,  # a square may be a few more
         httpx.Client(base_url=service.url, timeout=None) as client,  # noqa: S113 - runs take minutes
     ):
-        for task, result in (
-            ("classify-pixels", "application/geo+json"),
-            ("classify-pixels", "text/csv"),
-            ("classify-pixels", "application/vnd.apache.parquet"),
-            ("forecast", "application/geo+json"),
-            ("embed", "application/geo+json"),
-        ):
-            for file in fields:
+        for name, result in _RESULTS:
+            for file in fields if task in {None, name} else ():
                 before = service.resident()
                 service.forget_peak()
                 content = file.path.read_bytes()
-                response = client.post(
-                    f"/{task}",
-                    files=[*stack, ("fields", (file.name, content))],
-                    headers={"Accept": result},
-                )
+                sent = [*stack, ("fields", (file.name, content))]
+                response = client.post(f"/{name}", files=sent, headers={"Accept": result})
                 response.raise_for_status()
-                count = content.count(b'"Feature"')
-                sizes = (len(content), len(response.content), service.peak(), before)
+                peak, count = service.peak(), content.count(b'"Feature"')
+                checked = client.post(f"/validate?task={name}", files=sent).json()
+                reserved = checked["estimate"]["memory_bytes"]
+                sizes = (len(response.content), peak, before, reserved)
                 megabytes = " | ".join(f"{size / 1e6:.0f}" for size in sizes)
-                print(f"| {task} | {result} | {count:,} | {megabytes} |", flush=True)
+                print(f"| {name} | {result} | {count:,} | {megabytes} |", flush=True)
 
 
 def main() -> None:
@@ -152,6 +160,7 @@ def main() -> None:
     parser.add_argument("--fields", type=int, default=10_000, help="number of fields")
     parser.add_argument("--pairs", type=int, default=2, help="pairs of runs")
     parser.add_argument("--memory", action="store_true", help="measure memory, not time")
+    parser.add_argument("--task", help="with --memory: the only task")
     options = parser.parse_args()
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -160,7 +169,7 @@ def main() -> None:
         fields = write_fields(folder / "fields.geojson", options.side, options.fields)
         if options.memory:
             few = write_fields(folder / "few.geojson", options.side, options.fields // 100)
-            measure_memory(files, (few, fields))
+            measure_memory(files, (few, fields), options.task)
         else:
             compare(files, fields, options.pairs)
 

@@ -23,7 +23,17 @@ from benchmarks.serving import served
 from tests.kits.client import Reply, serving
 from tests.kits.cluster import Fleet, Worker, dask_cluster, joined, outcome, ready
 from tests.kits.gate import HELD, zoo_with_a_held_model
-from tests.kits.jobs import ASYNC, FIELD, Backend, Files, finished, stack, submitted, waited
+from tests.kits.jobs import (
+    ASYNC,
+    FIELD,
+    Backend,
+    Files,
+    finished,
+    stack,
+    submitted,
+    taught,
+    waited,
+)
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.postgres import Postgres
 from tests.kits.programs import self_signed
@@ -58,6 +68,7 @@ def test_workers_read_uploads_from_a_bucket(
         ("/classify-pixels", files, {"outputs": "class,confidence", "smooth": "2"}),
         ("/classify-pixels", [*files, fields], {}),
         ("/landcover", files, {"stride": "16"}),
+        ("/classify-pixels", files, {"model": "crops"}),  # a caller's own
     ]
     (tmp_path / "workers").mkdir()
     with ExitStack() as stack:
@@ -75,6 +86,7 @@ def test_workers_read_uploads_from_a_bucket(
         settings = {"model_dir": zoo, "dask_scheduler": cluster.address}
         api = stack.enter_context(served(**settings, **shared.settings))
         joined(api, 2)
+        assert api.post("/heads", json=taught("crops")).status_code == 201
         for path, sent, data in cases:
             # What a client waits for is computed in the service.
             expected = api.post(path, files=sent, data=data)
