@@ -45,6 +45,7 @@ _DEGREES = CRS.from_epsg(4326)
 _COLUMNS_AVERAGED = 65
 _EQUAL_AREA = 0.005
 """Share by which a pixel's area on the ground may differ from that in the projection's plane."""
+_TURN = 360.0
 _NODES = 9
 """Number of points along each side of a grid at which the projection's areas are checked."""
 # Largest distance between points at which areas are computed. Linear interpolation between them has
@@ -137,6 +138,10 @@ class Grid:
             xs: easting or longitude of each point (N) in the grid's CRS.
             ys: northing or latitude (N).
         """
+        beyond = self.beyond_antimeridian
+        if beyond is not None:
+            west, east = beyond
+            xs = np.where(xs < west, xs + _TURN, np.where(xs > east, xs - _TURN, xs))
         with np.errstate(invalid="ignore"):
             columns, rows = np.floor(~self.transform @ (xs, ys))
         # A point outside the projection is NaN, for which these comparisons are False.
@@ -252,6 +257,20 @@ class Grid:
         element = (1 - e2) * np.cos(latitude) / (1 - e2 * np.sin(latitude) ** 2) ** 2
         extent = abs(self.transform.determinant) * unit**2
         return np.asarray(radius**2 * extent * element.mean(axis=1) / 1e4)
+
+    @cached_property
+    def beyond_antimeridian(self) -> tuple[float, float] | None:
+        """West and east of a grid in degrees of which one is beyond 180; None of any other grid.
+
+        Longitudes from -180 to 180 that lie outside these are a turn away from the grid's.
+        """
+        if not self.crs.is_geographic:
+            return None
+        corners = ((0, 0), (self.width, 0), (0, self.height), (self.width, self.height))
+        place = self.transform
+        xs = [place.a * column + place.b * row + place.c for column, row in corners]
+        west, east = min(xs), max(xs)
+        return (west, east) if west < -_TURN / 2 or east > _TURN / 2 else None
 
     def around(self, crs: CRS) -> tuple[float, float, float, float] | None:
         """West, south, east and north of a box around the grid in another CRS; None if unknown.

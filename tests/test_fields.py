@@ -22,6 +22,7 @@ import pyogrio
 import pytest
 import rasterio
 import rasterio.io
+import rasterio.warp
 import shapely
 from affine import Affine
 from exactextract import exact_extract
@@ -549,6 +550,41 @@ def test_a_field_larger_than_the_projection_covers_the_raster(
     (found,) = posted(api, stack, fields=world).json()["features"]
     assert found["properties"]["status"] == "ok"
     assert found["properties"]["pixels"] == pytest.approx(H * W)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32760", "EPSG:4326"])
+def test_a_field_and_points_across_the_antimeridian(
+    api: httpx.Client, tmp_path: Path, crs: str
+) -> None:
+    """As GeoJSON has it: cut at 180 degrees, with longitudes from -180 to 180."""
+    west, south, east, north = 179.998, -17.003, -179.998, -17.001
+    if crs == "EPSG:4326":
+        transform = Affine(0.0001, 0, 179.997, 0, -0.0001, -17)
+    else:
+        (left,), (top,) = rasterio.warp.transform("EPSG:4326", crs, [179.997], [-17.0])
+        transform = Affine(10, 0, left, 0, -10, top)
+    random = np.random.default_rng(4)
+    files = [
+        write(
+            tmp_path / f"s_2021-0{month}-01.tif",
+            random.integers(300, 4000, (3, H, W)).astype(np.uint16),
+            descriptions=BANDS, nodata=0, crs=crs, transform=transform,
+        )
+        for month in range(1, DATES + 1)
+    ]  # fmt: skip
+    halves = MultiPolygon([box(west, south, 180, north), box(-180, south, east, north)])
+    both, one = (
+        posted(api, files, fields=mapping(shape)).json()["features"][0]["properties"]
+        for shape in (halves, halves.geoms[0])
+    )
+    assert one["status"] == both["status"] == "ok"
+    assert both["pixels"] == pytest.approx(2 * one["pixels"], rel=1e-3)
+    points = {"type": "FeatureCollection", "features": [
+        {"type": "Feature", "geometry": mapping(half.centroid), "properties": {}}
+        for half in halves.geoms
+    ]}  # fmt: skip
+    found = posted(api, files, points=json.dumps(points)).json()["features"]
+    assert [point["properties"]["status"] for point in found] == ["ok", "ok"]
 
 
 def test_a_third_and_a_fourth_coordinate_are_ignored(

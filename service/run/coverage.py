@@ -67,7 +67,9 @@ class FieldGrid:
         self._shapes = np.full(len(fields), None, np.object_)
         self.usable = np.array([shape is not None for shape in fields.shapes], np.bool_)
         """Whether each field (N) has a shape, wherever it lies."""
-        in_crs = _near(fields, grid)
+        if fields.crs.is_geographic:
+            fields = replace(fields, shapes=_turned(fields.shapes, grid))
+        in_crs = _turned(_near(fields, grid), grid)
         known = np.array([shape is not None for shape in in_crs], np.bool_)
         to_pixels = ~grid.transform
 
@@ -184,6 +186,29 @@ def _near(fields: Fields, grid: Grid) -> NDArray[np.object_]:
         shapes = shapes.copy()
         shapes[chosen] = replace(fields.part(chosen), shapes=cut).in_crs(grid.crs)
     return shapes
+
+
+def _turned(shapes: NDArray[np.object_], grid: Grid) -> NDArray[np.object_]:
+    """The shapes (N) with the longitudes of a raster in degrees that crosses the antimeridian.
+
+    GeoJSON cuts a polygon there, and its longitudes are those from -180 to 180.
+    """
+    beyond = grid.beyond_antimeridian
+    if beyond is None:
+        return shapes
+    west, east = beyond
+    found = shapes.copy()
+    for number, shape in enumerate(shapes):
+        parts = shapely.get_parts(shape)
+        bounds = shapely.bounds(parts)
+        turn = 360.0 * ((bounds[:, 2] <= west) * 1 - (bounds[:, 0] >= east) * 1)
+        if turn.any():
+            moved = [
+                shapely.transform(part, lambda at, by=by: at + np.array([by, 0]))
+                for part, by in zip(parts, turn, strict=True)
+            ]
+            found[number] = shapely.multipolygons(moved)
+    return found
 
 
 def check_coverage(fields: Fields, grid: Grid) -> None:
