@@ -12,6 +12,7 @@ import torch
 from training.augment import PatchAugmentation, PixelAugmentation
 from training.datasets import PatchSet, Scene
 from training.datasets.synthetic import make_dates, make_pixels, make_scene
+from training.errors import TrainingError
 from training.pairs import (
     ImageryViewSampler,
     PairSampler,
@@ -130,7 +131,7 @@ def test_pixels_with_too_few_dates_are_not_drawn():
     assert (batch.positions[:, 1] >= 20).all()
     assert all((g.valid.sum(dim=1) >= 4).all() for g in batch.groups)
     scene.valid[:] = False
-    with pytest.raises(ValueError, match="no pixel has 4 usable dates"):
+    with pytest.raises(TrainingError, match="no pixel has 4 usable dates"):
         sampler([scene]).batch(seed=0, step=0)
 
 

@@ -51,6 +51,7 @@ from training.config import (
     changed,
     configuration,
 )
+from training.errors import TrainingError
 from training.evaluate import evaluate
 from training.export import VersionNotRaised, export_run
 from training.finetune import (
@@ -72,7 +73,7 @@ from training.legends import CDL
 from training.parity import ParityError, check_parity, pixel_inputs
 from training.pretrain import PretrainConfig, pretrain
 from training.pretraining_data import Places, SourcesConfig
-from training.score_tables import place_confusions, write_section
+from training.score_tables import outputs_row, place_confusions, write_section
 from training.validation_outputs import load
 
 pytestmark = pytest.mark.slow
@@ -716,3 +717,11 @@ def test_one_network_starts_from_the_first_of_several(tmp_path: Path) -> None:
         torch.testing.assert_close(alone.raw(patches), first)
         assert not torch.allclose(first, second)
     assert alone.head.temperature == 1.5
+
+
+def test_seeds_that_were_scored_on_different_places_make_no_row() -> None:
+    scored = {"logits": np.eye(2), "labels": np.array([0, 1]), "places": np.array([0, 1])}
+    other = {**scored, "places": np.array([0, 2])}
+    assert outputs_row("a", [scored, scored]).seeds == 2
+    with pytest.raises(TrainingError, match="were scored on different places: give runs"):
+        outputs_row("a", [scored, other])

@@ -46,6 +46,7 @@ from training.config import (
 )
 from training.datasets.stacks import read_romania
 from training.datasets.synthetic_ground import SYNTHETIC
+from training.errors import TrainingError
 from training.finetune import RUN, load_finished, task_of
 from training.forecasting import SCORED_CUT, PixelForecast, cut
 from training.landcover import PatchClassification
@@ -116,11 +117,15 @@ def evaluate(runs: Sequence[Path], *, zoo: Path, report: Path) -> list[Table]:
 
 
 def outputs_of(folder: Path) -> Outputs:
-    """Outputs of a finished run on the validation places; computed once, then stored."""
+    """Outputs of a finished run on the validation places; computed once, then stored.
+
+    Raises:
+        TrainingError: the run was trained on the validation places.
+    """
     if not (folder / validation_outputs.FILE).exists():
         run, task, graph, _ = load_finished(folder)
         if run.everything:
-            raise ValueError(
+            raise TrainingError(
                 f"{folder.name} was trained on the validation places, so it cannot be scored "
                 "there: give a run without --everything"
             )

@@ -25,6 +25,7 @@ from training.augment import (
     augment_pixels,
 )
 from training.datasets import PatchSet, PixelSet, Scene
+from training.errors import TrainingError
 
 # A date is used as an image only if at least this share of the area is clear.
 _CLEAR_SHARE = 0.9
@@ -222,9 +223,10 @@ class PairSampler:
             if enough > 0.5:
                 break
         if best is None or best[0] == 0.0:
-            raise ValueError(
+            raise TrainingError(
                 f"{scene.source}: no pixel has {self.min_observations} usable dates in a time "
-                f"window of {self.window_days} days"
+                f"window of {self.window_days} days: give a stack with more clear dates, or a "
+                "smaller --set min_observations"
             )
         _, start, values, valid, dates = best
         days = np.array([(d - start).days for d in dates], dtype=np.float32)

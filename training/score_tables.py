@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.calibration import cross_fitted_scores, macro_f1
+from training.errors import TrainingError
 from training.forecasting import forecast_scores
 from training.task import Outputs
 
@@ -74,11 +75,18 @@ class Table:
 
 
 def outputs_row(name: str, seeds: Sequence[Outputs]) -> Row:
-    """The row of a model from its outputs of each seed, on the same places."""
+    """The row of a model from its outputs of each seed, on the same places.
+
+    Raises:
+        TrainingError: the places of two seeds differ.
+    """
     first = seeds[0]
     for other in seeds[1:]:
         if not np.array_equal(first["places"], other["places"]):
-            raise ValueError(f"the seeds of {name} were scored on different places")
+            raise TrainingError(
+                f"runs of {name} that differ in the seed were scored on different places: give "
+                "runs with the same --data"
+            )
     scores = _class_scores(seeds) if "logits" in first else _errors(seeds)
     return Row(name=name, seeds=len(seeds), scores=scores)
 
