@@ -143,11 +143,11 @@ def _to_sink(
         window, values = item
         clean = smoothed(values, radius) if radius else values
         flat = clean.reshape(len(clean), -1)
-        index = np.flatnonzero(~np.isnan(flat[0]))
+        positions = np.flatnonzero(~np.isnan(flat[0]))
         return WindowPredictions(
-            index=index,
-            predictions=np.ascontiguousarray(flat[:, index].T),
-            classes=None if classes is None else classes[window.toslices()].ravel()[index],
+            positions=positions,
+            predictions=np.ascontiguousarray(flat[:, positions].T),
+            classes=None if classes is None else classes[window.toslices()].ravel()[positions],
         )
 
     return work.run_pass(

@@ -161,7 +161,7 @@ class Work:
 class WindowPredictions:
     """The predictions of one window."""
 
-    index: NDArray[np.intp]
+    positions: NDArray[np.intp]
     """Positions (n) in the flattened window that have a prediction."""
     predictions: Floats
     """Predictions of these positions (n, …)."""
@@ -174,7 +174,7 @@ class WindowPredictions:
 def spread(window: Window, found: WindowPredictions) -> Arrays:
     """Predictions (n, K) as an array `values` (K, h, w) of the window, NaN without a prediction."""
     values = np.full((found.predictions.shape[1], window.height * window.width), np.nan, np.float32)
-    values[:, found.index] = found.predictions.T
+    values[:, found.positions] = found.predictions.T
     return {"values": values.reshape(-1, window.height, window.width)}
 
 
@@ -207,7 +207,7 @@ class LayerArrays:
         missing = np.isnan(np.einsum("ij->i", flat))
         hectares = self.grid.hectares(window).ravel()
         meaning = self.run.predictions
-        counts = meaning.tally().count(predictions, hectares[found.index], found.classes)
+        counts = meaning.tally().count(predictions, hectares[found.positions], found.classes)
         arrays = {f"{_COUNTS}{name}": values for name, values in counts.items()}
         arrays["valid"] = (~missing).sum()
         layers = layers_of(self.run)
@@ -218,7 +218,7 @@ class LayerArrays:
             bands[ATTRIBUTION] = found.attribution.T
         for name, values in bands.items():
             layer = layers[name].empty(window.height * window.width)
-            layer[:, found.index] = values
+            layer[:, found.positions] = values
             arrays[name] = layer.reshape(-1, window.height, window.width)
         return arrays
 

@@ -204,8 +204,8 @@ class _MeansPass(_FieldPass):
                 covered = self.grid.coverage(window)
                 wanted = np.zeros(clear.seen.size, np.bool_)
                 wanted[covered.cells] = True
-                index = clear.index[wanted[clear.index]]
-                predicted = stages.infer(replace(clear, index=index))
+                positions = clear.positions[wanted[clear.positions]]
+                predicted = stages.infer(replace(clear, positions=positions))
                 return self._arrays(window, covered, predicted, clear.seen)
 
             yield Stages(
@@ -233,7 +233,7 @@ class _MeansPass(_FieldPass):
         position = np.full(int(window.height * window.width), -1)
         good = ~np.isnan(predicted.predictions).any(axis=1)
         predictions = predicted.predictions[good]
-        position[predicted.index[good]] = np.arange(len(predictions))
+        position[predicted.positions[good]] = np.arange(len(predictions))
         classes = bool(self.run.model.card.classes)
         width = self.run.model.width[0]
         sums: dict[str, list[NDArray[np.float64]]] = defaultdict(list)

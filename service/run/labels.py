@@ -47,11 +47,11 @@ def label_pixels(
     kinds = shapely.get_type_id(shapes)
     points = np.flatnonzero(np.isin(kinds, [shapely.GeometryType.POINT,
                                             shapely.GeometryType.MULTIPOINT]))  # fmt: skip
-    places, index = shapely.get_coordinates(shapes[points], return_index=True)
+    places, owners = shapely.get_coordinates(shapes[points], return_index=True)
     rows, columns, inside = grid.pixels_at(places[:, 0], places[:, 1])
     polygons = np.flatnonzero((kinds >= 0) & ~np.isin(np.arange(len(kinds)), points))
     row, column, which = _in_polygons(labels.part(polygons), grid, before_part)
-    labelled = np.concatenate([points[index[inside]], polygons[which]])
+    labelled = np.concatenate([points[owners[inside]], polygons[which]])
     order = np.argsort(labelled, kind="stable")
     return (
         np.concatenate([rows[inside], row])[order],

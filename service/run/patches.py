@@ -142,15 +142,15 @@ class PatchPass:
         def infer(imagery: Floats) -> WindowPredictions:
             views = patches.cut(imagery)
             h, w = views.shape[:2]
-            index, predictions = [], []
+            positions, predictions = [], []
             for start in range(0, h * w, model.chunk):
                 check(cancelled)
                 part = np.arange(start, min(start + model.chunk, h * w))
                 clear, filled = fill_gaps(views[part // w, part % w])
-                index.append(part[clear])
+                positions.append(part[clear])
                 predictions.append(model.patches(filled))
             return WindowPredictions(
-                index=np.concatenate(index), predictions=np.concatenate(predictions)
+                positions=np.concatenate(positions), predictions=np.concatenate(predictions)
             )
 
         with self.composite.open() as file:
@@ -169,8 +169,10 @@ def _average(work: Work, patches: PatchGrid, raw: ScratchRaster, sink: Sink) -> 
         window, probabilities = item
         mean = box_mean(probabilities, patches.reach + 1)[:, -window.height :, -window.width :]
         flat = mean.reshape(len(mean), -1)
-        index = np.flatnonzero(~np.isnan(flat[0]))
-        return WindowPredictions(index=index, predictions=np.ascontiguousarray(flat[:, index].T))
+        positions = np.flatnonzero(~np.isnan(flat[0]))
+        return WindowPredictions(
+            positions=positions, predictions=np.ascontiguousarray(flat[:, positions].T)
+        )
 
     with raw.open() as file:
         # Three arrays: as read, as cumulative sums in float64, and as means.

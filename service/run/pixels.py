@@ -135,7 +135,7 @@ class ClearPixels:
 
     sits: Sits
     """The window's values and validity."""
-    index: NDArray[np.intp]
+    positions: NDArray[np.intp]
     """Positions (n) of these pixels in the flattened window."""
     seen: NDArray[np.integer[Any]]
     """Number of clear dates of every pixel (h, w)."""
@@ -175,22 +175,22 @@ class PixelStages:
         # Sums in the smallest type that can hold T: uint8 is six times as fast as uint32.
         kind = np.uint8 if T < 256 else np.uint32
         seen = np.add.reduce(sits.valid[-T:].view(np.uint8), axis=0, dtype=kind)
-        index = np.flatnonzero(seen >= self._model.card.min_observations)
-        return ClearPixels(sits=sits, index=index, seen=seen)
+        positions = np.flatnonzero(seen >= self._model.card.min_observations)
+        return ClearPixels(sits=sits, positions=positions, seen=seen)
 
     def infer(self, clear: ClearPixels) -> WindowPredictions:
         """The infer stage: predict for these pixels, and return the window's memory to the pool."""
         T, C, h, w = clear.sits.values.shape
         values = clear.sits.values.reshape(T, C, h * w)
         valid = clear.sits.valid.reshape(T, h * w)
-        index = clear.index
-        predictions = np.empty((len(index), *self._model.width), np.float32)
-        attribution = np.empty((len(index), T), np.float32) if self._attributed else None
+        positions = clear.positions
+        predictions = np.empty((len(positions), *self._model.width), np.float32)
+        attribution = np.empty((len(positions), T), np.float32) if self._attributed else None
         # In chunks, so that only one chunk at a time is copied into (N, T, C), and a cancelled run
         # stops after the current chunk.
-        for start in range(0, len(index), self._model.chunk):
+        for start in range(0, len(positions), self._model.chunk):
             check(self._cancelled)
-            chunk = index[start : start + self._model.chunk]
+            chunk = positions[start : start + self._model.chunk]
             chunk_values, chunk_valid = _chosen(values, chunk), _chosen(valid, chunk)
             part = slice(start, start + len(chunk))
             time = self._days, self._day_of_year
@@ -206,19 +206,23 @@ class PixelStages:
                     self._model, *seen, *time, found, before_each=lambda: check(self._cancelled)
                 )
         self.give_back(clear.sits)
-        return WindowPredictions(index=index, predictions=predictions, attribution=attribution)
+        return WindowPredictions(
+            positions=positions, predictions=predictions, attribution=attribution
+        )
 
     def give_back(self, sits: Sits) -> None:
         """Return the memory of a window to the pool; the window must not be used afterwards."""
         self._buffers.give_back(sits.values, sits.valid)
 
 
-def _chosen(planes: NDArray[Any], index: NDArray[np.intp]) -> NDArray[Any]:
+def _chosen(planes: NDArray[Any], positions: NDArray[np.intp]) -> NDArray[Any]:
     """The pixels at ascending positions (n) of planes (..., N), shape (..., n)."""
-    if index[-1] - index[0] + 1 == len(index):  # usual case, all pixels: a view instead of a copy
-        return planes[..., index[0] : index[-1] + 1]
-    out = spaced(planes.shape[:-1], index.shape, planes.dtype.type)
-    out[...] = planes[..., index]  # `np.take` would copy all planes first
+    if positions[-1] - positions[0] + 1 == len(
+        positions
+    ):  # usual case, all pixels: a view instead of a copy
+        return planes[..., positions[0] : positions[-1] + 1]
+    out = spaced(planes.shape[:-1], positions.shape, planes.dtype.type)
+    out[...] = planes[..., positions]  # `np.take` would copy all planes first
     return out
 
 

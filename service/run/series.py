@@ -253,11 +253,11 @@ def _prepare(
 
 
 def _history(
-    card: ModelCard, dates: Sequence[date], values: Floats, window: ResolvedTimeWindow
+    card: ModelCard, dates: Sequence[date], values: Floats, time_window: ResolvedTimeWindow
 ) -> History | None:
-    if card.task != "forecast" or not window.used:
+    if card.task != "forecast" or not time_window.used:
         return None
-    end = window.used[-1] + 1
+    end = time_window.used[-1] + 1
     valid = ~np.isnan(values[:end, 0])
     return History(dates=tuple(dates[:end]), values=values[None, :end], valid=valid[None])
 
