@@ -546,7 +546,10 @@ def test_an_unreachable_reference_is_an_error_that_names_only_the_host(
 ) -> None:
     with pytest.raises(UnreachableReference) as caught:
         fetch(f"http://127.0.0.1:{host.port}/x.tif?key=1", folder, allowed_hosts="127.0.0.1")
-    assert caught.value.detail == "items.0.href: '127.0.0.1' returned status 404"
+    assert caught.value.detail == (
+        "items.0.href: '127.0.0.1' returned status 404 and not the file: check the URL, or retry "
+        "later"
+    )
     with pytest.raises(UnreachableReference, match=r"'gone\.example' has no address"):
         fetch("http://gone.example/a.tif", folder, allowed_hosts="gone.example", resolver=names())
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -294,8 +294,8 @@ def _on_cluster(
         from service.run.cluster import Cluster, ClusterExecutor
     except ImportError as error:
         raise SettingsError(
-            f"PIMC_DASK_SCHEDULER needs packages that are not installed ({error}): install the "
-            "extra `cluster`"
+            f"PIMC_DASK_SCHEDULER needs packages that are not installed ({error}): pip install "
+            "--editable '.[service,cluster]'"
         ) from error
     cluster = Cluster(settings.dask_scheduler, closing)
     metrics.watch_cluster(

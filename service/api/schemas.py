@@ -759,7 +759,8 @@ class MeasureForm(RasterForm):
         del task
         if self.subscriber is not None:
             raise InvalidRequest.of(
-                "subscriber", "only jobs call a subscriber, and /series makes no job: leave it out"
+                "subscriber",
+                "only jobs call a subscriber, and /series makes no job: leave out `subscriber`",
             )
         for name in ("model", "start"):
             if getattr(self, name) is not None and not self.plots:

@@ -537,7 +537,9 @@ class RemoteFile:
                 f"or a login; {self.hint}"
             )
         if status != HTTPStatus.PARTIAL_CONTENT:
-            raise self.remote.unreachable(f"returned status {status}")
+            raise self.remote.unreachable(
+                f"returned status {status} and not the file: check the URL, or retry later"
+            )
         unit, _, rest = response.headers.get("content-range", "").partition(" ")
         span, _, size = rest.partition("/")
         if unit != "bytes" or span.partition("-")[0] != str(begin) or not size.isdecimal():

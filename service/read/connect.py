@@ -361,7 +361,9 @@ class Connections:
                 f"'{remote.host}' rejected the server's request (status {status}): {text[:_SHOWN]}",
             )
         if status != HTTPStatus.OK:
-            raise remote.unreachable(f"returned status {status}")
+            raise remote.unreachable(
+                f"returned status {status} and not a document: check the URL, or retry later"
+            )
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -280,7 +280,10 @@ async def download(web: Connections, remote: Remote, target: Path) -> Path:
     """
     async with web.response(remote) as response:
         if response.status_code != HTTPStatus.OK:
-            raise remote.unreachable(f"returned status {response.status_code}")
+            raise remote.unreachable(
+                f"returned status {response.status_code} and not the file: check the URL, or retry "
+                "later"
+            )
         async with await anyio.open_file(target, "xb") as file:
             async for chunk in web.body(response, remote):
                 await file.write(chunk)

@@ -160,7 +160,9 @@ async def execute_process(
 
     async def read(admitted: Admitted) -> Received:
         if media_type(request) != JSON:
-            raise UnsupportedMedia(f"an execution must be {JSON}; send forms to /{task}")
+            raise UnsupportedMedia(
+                f"the body of an execution must be {JSON}: send JSON, or send the form to /{task}"
+            )
         body = await read_json(request, app.limits, admitted)
         execute = await to_thread.run_sync(read_execute, body)
         inputs = await to_thread.run_sync(read_inputs, task, execute)
