@@ -319,6 +319,7 @@ def test_each_failing_field_is_listed(
         assert found == failing
 
 
+@pytest.mark.slow
 def test_too_many_points_are_rejected(zoo: Path, folder: Path) -> None:
     with served(model_dir=zoo) as client:
         response = posted(client, stack(folder), data={"points": json.dumps(LONG)})

@@ -24,6 +24,7 @@ from service.read.layouts import StackOptions
 from service.read.stack import open_stack
 from service.run.plan import plan_raster
 from service.run.raster import make_work, run_raster
+from tests.kits.marks import in_all_tests
 from tests.kits.rasters import NORTH_UP, UTM, write
 
 H, W = 40, 50
@@ -151,6 +152,7 @@ def test_a_series_has_the_attributions_of_its_pixel(
     assert "attribution" not in plain[0]
 
 
+@pytest.mark.slow
 def test_windows_give_the_attributions_of_the_whole(
     zoo: Path, stack: list[SourceFile], tmp_path: Path
 ) -> None:
@@ -185,7 +187,7 @@ def built_in() -> Iterator[Engine]:
         yield engine
 
 
-@pytest.mark.parametrize("pulse", [3, 9, 12, 15])
+@pytest.mark.parametrize("pulse", [9, *in_all_tests(3, 12, 15)])
 def test_the_one_date_that_differs_matters_most(built_in: Engine, pulse: int) -> None:
     """Bare soil all year but for one green date: the other dates stand in for one another."""
     soil = {"B02": 0.08, "B04": 0.15, "B08": 0.22}

@@ -34,6 +34,7 @@ from service.read.geotiff import SourceFile
 from service.run.backtest import sample_pixels
 from service.run.request import RasterRequest
 from tests.kits.jobs import waited
+from tests.kits.marks import in_all_tests
 from tests.kits.rasters import NORTH_UP, UTM, write
 
 H, W = 6, 8  # of which the sample takes every pixel
@@ -100,7 +101,7 @@ def hindcasts(
     )
 
 
-@pytest.mark.parametrize("noise", [0.07, 0.1, 0.3])
+@pytest.mark.parametrize("noise", [0.1, *in_all_tests(0.07, 0.3)])
 def test_the_factor_makes_the_band_right(noise: float) -> None:
     found = backtest(hindcasts(days=3000, noise=noise))
     assert found.correction.factor == pytest.approx(noise / 0.1, rel=0.1)
@@ -111,6 +112,7 @@ def test_the_factor_makes_the_band_right(noise: float) -> None:
     assert found.overall.coverage == pytest.approx(inside.mean(), abs=0.03)
 
 
+@pytest.mark.slow
 def test_a_short_history_changes_the_band_less_and_never_beyond_its_bounds() -> None:
     factors = [backtest(hindcasts(days=d, noise=0.3)).correction.factor for d in (20, 200, 1500)]
     assert (factors[0] < factors[1]).all()
@@ -332,6 +334,7 @@ def test_every_pixel_is_corrected_by_the_record(api: httpx.Client, scene: Scene)
     assert "backtest" not in summary(api, scene, backtest="false")
 
 
+@pytest.mark.slow
 def test_points_fields_and_series_test_themselves(api: httpx.Client, scene: Scene) -> None:
     rows, columns = np.divmod(np.arange(H * W), W)
     xs, ys = zip(*(NORTH_UP * (c + 0.5, r + 0.5) for r, c in zip(rows, columns, strict=True)),
@@ -389,6 +392,7 @@ def test_points_fields_and_series_test_themselves(api: httpx.Client, scene: Scen
     assert one["features"][0]["properties"]["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_a_short_history_is_told_only_if_asked(api: httpx.Client, scene: Scene) -> None:
     short = slice(-4, None)
     found = summary(api, scene, dates=short)
@@ -429,6 +433,7 @@ def test_other_tasks_have_no_backtest(api: httpx.Client, scene: Scene) -> None:
     assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
 
 
+@pytest.mark.slow
 def test_a_job_has_the_same_backtest(api: httpx.Client, scene: Scene) -> None:
     response = posted(api, scene, headers={"Prefer": "respond-async"})
     assert response.status_code == 202, response.text

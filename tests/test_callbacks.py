@@ -188,6 +188,7 @@ def test_a_receiver_that_fails_is_called_again_also_after_a_restart(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_callback_is_given_up_after_the_last_pause(
     plan: Plan, tmp_path: Path, receiver: Receiver
 ) -> None:

@@ -32,6 +32,7 @@ from service.write.predictions import NO_CLASS, probabilities_of_bytes, probabil
 from service.write.sieve import areas_of, sieved
 from tests.kits.client import connected
 from tests.kits.jobs import waited
+from tests.kits.marks import in_all_tests
 from tests.kits.rasters import write
 
 H, W, DATES = 48, 64, 4
@@ -199,7 +200,7 @@ def _wrapped(mask: np.ndarray, other: np.ndarray, step: int, axis: int) -> int:
     return int((one & two).sum())
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *in_all_tests(1, 2)])
 @pytest.mark.parametrize("least", [0.02, 0.055, 0.31])
 def test_the_sieve_equals_a_plain_implementation_of_its_rule(seed: int, least: float) -> None:
     classes = noise(seed, (12, 14), 2 + seed % 3)
@@ -296,7 +297,8 @@ def test_a_cleaned_map_is_that_of_the_plain_probabilities(
 
 
 @pytest.mark.parametrize(
-    "options", [{"smooth": 3}, {"min_area": 0.15}, {"smooth": 1, "min_area": 0.3}]
+    "options",
+    [{"smooth": 1, "min_area": 0.3}, *in_all_tests({"smooth": 3}, {"min_area": 0.15})],
 )
 def test_results_do_not_depend_on_the_windows(
     zoo: Path, stack: list[SourceFile], tmp_path: Path, options: dict[str, Any],
@@ -358,7 +360,9 @@ def pixels(content: bytes) -> np.ndarray:
         return file.read(1)
 
 
-@pytest.mark.parametrize("how", ["smooth=2", "min_area=0.2", "smooth=2&min_area=0.2"])
+@pytest.mark.parametrize(
+    "how", ["smooth=2&min_area=0.2", *in_all_tests("smooth=2", "min_area=0.2")]
+)
 def test_a_finished_job_is_cleaned_without_running_again(
     api: httpx.Client, stack: list[SourceFile], how: str
 ) -> None:
@@ -423,6 +427,7 @@ def test_probabilities_as_bytes_are_those_of_float32_rounded(
     assert item["properties"]["pimc:parameters"]["dtype"] == "uint8"
 
 
+@pytest.mark.slow
 def test_a_map_is_smoothed_from_bytes(
     api: httpx.Client, stack: list[SourceFile], in_bytes: str
 ) -> None:
@@ -437,6 +442,7 @@ def test_a_map_is_smoothed_from_bytes(
     assert decided.mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_the_sdk_reads_probabilities_of_bytes(
     api: httpx.Client, stack: list[SourceFile], kind: str
@@ -467,6 +473,7 @@ def test_bytes_need_the_raster_of_probabilities(
     assert "add it to `outputs`" in response.json()["detail"]
 
 
+@pytest.mark.slow
 def test_a_finished_map_is_outlined_without_running_again(
     api: httpx.Client, stack: list[SourceFile]
 ) -> None:
@@ -487,6 +494,7 @@ def test_a_finished_map_is_outlined_without_running_again(
 # The SDK, and what does not fit --------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_the_sdk_cleans_a_finished_job(
     api: httpx.Client, stack: list[SourceFile], kind: str
@@ -501,6 +509,7 @@ def test_the_sdk_cleans_a_finished_job(
     assert found.legend[0].name == "first"
 
 
+@pytest.mark.slow
 def test_a_job_without_what_a_derived_map_needs_says_so(
     api: httpx.Client, stack: list[SourceFile]
 ) -> None:

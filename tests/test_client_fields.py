@@ -16,6 +16,7 @@ from shapely.geometry import box
 
 from pimc_client import Reference, Table
 from tests.kits.client import connected, parts_of
+from tests.kits.marks import in_all_tests
 
 KINDS = pytest.mark.parametrize("kind", ["sync", "async"])
 ROOT = Path(__file__).parents[1]
@@ -199,7 +200,7 @@ def test_a_table_that_cannot_be_written_is_named_before_anything_is_sent(
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("suffix", ["csv", "geojson", None])
+@pytest.mark.parametrize("suffix", ["csv", *in_all_tests("geojson", None)])
 def test_the_command_writes_the_table(tmp_path, suffix):
     from tests.kits.client import Reply, serving
 

@@ -451,6 +451,7 @@ def test_a_file_that_is_not_a_raster_is_named_with_what_to_do(
 # --- real products --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_herault_folders(shared_data: Path) -> None:
     """Ten real SAFE folders, each file under its path, as a client that sends folders names it."""
     root = shared_data / "herault_safe_2018" / "eodata"

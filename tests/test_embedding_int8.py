@@ -103,6 +103,7 @@ def test_rioxarray_reads_the_values(small: Path, plain: np.ndarray) -> None:
         check_near(array.to_numpy(), plain)
 
 
+@pytest.mark.slow
 def test_overviews_are_means_of_values_that_are_there(api: httpx.Client, tmp_path: Path) -> None:
     values = np.full((3, 512, 512), 1000, np.uint16)
     values[:, :, 1::2] = 0

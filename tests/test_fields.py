@@ -292,6 +292,7 @@ def test_results_do_not_depend_on_the_windows(
                 np.testing.assert_allclose(numbers, others, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_fields_that_overlap_are_counted_in_parts_of_bounded_size(
     zoo: Path, stack: list[SourceFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,6 +261,7 @@ def test_tags_that_are_not_utf_8_are_ignored(tmp_path: Path) -> None:
 
 
 # rasterio's own log callback cannot decode some of what GDAL says of such files; it goes on.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_files_raise_only_errors_of_the_service(tmp_path: Path) -> None:
     """Bytes changed at random, mostly in the header: a normal result or one of our errors."""

@@ -285,6 +285,7 @@ def test_progress_grows_with_every_window(api: httpx.Client, gate: Gate, large: 
 # Failures -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_job_fails_if_pixels_do_not_decode(
     api: httpx.Client, state: Path, tmp_path: Path
 ) -> None:
@@ -347,6 +348,7 @@ def test_a_dismissed_finished_job_is_removed_with_its_files(
     problem_of(api.get(f"/jobs/{job}/result"), "result_not_ready", 409)
 
 
+@pytest.mark.slow
 def test_a_result_is_sent_completely_if_the_job_is_dismissed_meanwhile(
     api: httpx.Client, state: Path, files: Files
 ) -> None:

@@ -506,6 +506,7 @@ def test_a_store_of_the_release_before_is_upgraded(tmp_path: Path) -> None:
             assert store.find("anna", "gone").status == "failed"
 
 
+@pytest.mark.slow
 def test_a_dismissed_job_frees_its_space_at_once(
     ready: Plan, tmp_path: Path, backend: Backend
 ) -> None:

@@ -272,6 +272,7 @@ def test_folds_hold_whole_places_and_spread_the_classes() -> None:
     )
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_scikit_learn() -> None:
     from sklearn.metrics import confusion_matrix, f1_score  # takes seconds
 

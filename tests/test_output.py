@@ -22,6 +22,7 @@ from service.grid import Grid
 from service.write.cog import RasterWriter, create_raster
 from service.write.legend import sidecar_of
 from service.write.predictions import Layer
+from tests.kits.marks import in_all_tests
 from tests.kits.patience import PATIENCE
 from tests.kits.programs import qgis_python
 
@@ -68,7 +69,7 @@ def write(folder, layers, area, step=100):
     return files, complete
 
 
-@pytest.mark.parametrize("size", [(1, 1), (101, 64), (700, 530), (1100, 1030)])
+@pytest.mark.parametrize("size", [(1, 1), (101, 64), (700, 530), *in_all_tests((1100, 1030))])
 def test_valid_cogs_with_every_pixel(tmp_path, size):
     files, complete = write(tmp_path, (CLASSES, PAIR), grid(*size))
     assert set(files) == {"class", "pair"}
@@ -260,6 +261,7 @@ def test_any_crs_and_any_transform(tmp_path, crs, transform):
             np.testing.assert_array_equal(file.read(), complete[name])
 
 
+@pytest.mark.slow
 def test_many_bands(tmp_path):
     deep = Layer(name="deep", bands=tuple(f"embedding_{d}" for d in range(96)))
     files, complete = write(tmp_path, (deep,), grid(150, 140))

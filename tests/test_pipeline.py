@@ -40,6 +40,7 @@ from service.run.points import run_points
 from service.run.raster import make_work, run_raster
 from service.run.windows import windows
 from tests.kits import rasters
+from tests.kits.marks import in_all_tests
 
 DATES = [date(2021, 1, 10) + timedelta(days=30 * n) for n in range(6)]
 TINY = 20_000
@@ -371,7 +372,7 @@ def patch_answers(scene, stride):
     return means, softmax(means)
 
 
-@pytest.mark.parametrize("stride", [64, 40, 16, 5])
+@pytest.mark.parametrize("stride", [64, 16, *in_all_tests(40, 5)])
 @pytest.mark.parametrize("which", ["imagery", "cloudy"])
 def test_landcover_averages_the_patches_that_hold_a_cell(engine, request, tmp_path, which, stride):
     scene = request.getfixturevalue(which)

@@ -179,6 +179,7 @@ def test_polygons_of_every_type(api: httpx.Client, stack: list[SourceFile]) -> N
     assert sum(row["pixels"] for row in summary["classes"]) == frame["pixels"].sum()
 
 
+@pytest.mark.slow
 def test_a_job_holds_polygons(api: httpx.Client, stack: list[SourceFile]) -> None:
     job = posted(api, stack, {"Prefer": "respond-async"}, outputs="polygons").json()["jobID"]
     assert waited(api, job)["status"] == "successful"

@@ -276,6 +276,7 @@ def test_a_file_is_checked_again(root: Path, folder: Path) -> None:
 RULES = Settings(allowed_roots=("/usr/lib",), allowed_hosts="127.0.0.1")
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.one_of(

@@ -448,6 +448,7 @@ def run(api: httpx.Client, *words: str) -> Any:
     return CliRunner().invoke(app, ["--url", str(api.base_url), "similar", *words])
 
 
+@pytest.mark.slow
 def test_the_command_compares(
     api: httpx.Client, stack: list[SourceFile], embeddings: Path, tmp_path: Path
 ) -> None:

@@ -193,6 +193,7 @@ anything = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(anything, anything, anything, anything)
 def test_any_json_is_an_item_or_refused(a: object, b: object, c: object, d: object) -> None:
     odd = {

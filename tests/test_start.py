@@ -26,6 +26,8 @@ from service.settings import Settings, SettingsError
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.process import RUNNING
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -69,7 +71,6 @@ def started(log: Path, *command: str, **settings: str) -> Iterator[int]:
         process.wait(timeout=PATIENCE)
 
 
-@pytest.mark.slow
 def test_a_public_address_needs_keys_or_an_explicit_setting(tmp_path: Path) -> None:
     """Which addresses and settings, `test_settings` shows."""
     host = socket.gethostname()
@@ -98,7 +99,6 @@ def test_each_invalid_setting_is_one_line_of_error(tmp_path: Path) -> None:
     assert "swordfish" not in output
 
 
-@pytest.mark.slow
 def test_invalid_checksums_end_the_start(tmp_path: Path) -> None:
     sums = tmp_path / "sums"
     settings = Settings(model_checksums=sums)
@@ -114,7 +114,6 @@ def test_invalid_checksums_end_the_start(tmp_path: Path) -> None:
     assert errors[0]["message"].endswith("line 1 of sums is not 'sha256  folder/file'")
 
 
-@pytest.mark.slow
 def test_an_unreadable_file_of_keys_ends_the_start(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     app = create_app(Settings(api_keys_file=keys, state_dir=tmp_path / "state"), built_in=None)
@@ -136,7 +135,6 @@ def test_an_unreadable_file_of_keys_ends_the_start(tmp_path: Path) -> None:
     assert "swordfish" not in output
 
 
-@pytest.mark.slow
 def test_missing_cuda_ends_the_start_with_one_line_of_error(tmp_path: Path) -> None:
     with Engine(Registry.load(write_zoo(tmp_path / "zoo")), threads=1) as engine:
         if engine.provider == CUDA:
@@ -149,7 +147,6 @@ def test_missing_cuda_ends_the_start_with_one_line_of_error(tmp_path: Path) -> N
     assert not any("stack" in line for line in errors)
 
 
-@pytest.mark.slow
 def test_a_rejected_bundle_is_logged_and_the_zoo_is_served(tmp_path: Path) -> None:
     bad = tmp_path / "models" / "handed-in"
     bad.mkdir(parents=True)
@@ -182,7 +179,6 @@ def own_address() -> str:
     return address
 
 
-@pytest.mark.slow
 def test_an_app_on_another_server_rejects_remote_clients_without_keys(
     tmp_path: Path,
 ) -> None:
@@ -239,7 +235,6 @@ start.main()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc"
 )

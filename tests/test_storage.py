@@ -59,6 +59,8 @@ from tests.kits.replicas import (
 )
 from tests.kits.s3 import S3, Way, way
 
+pytestmark = pytest.mark.slow
+
 WEEK = 7 * 24 * 3600.0
 LARGE = 20 * 2**20  # three parts of an upload
 
@@ -709,7 +711,6 @@ def test_a_result_that_breaks_off_is_not_taken_for_whole(
         assert got + later.content == content
 
 
-@pytest.mark.slow
 def test_a_job_outlives_its_replica(
     zoo: Path, large: Files, bucket: Backend, s3: S3, tmp_path: Path
 ) -> None:

@@ -205,6 +205,7 @@ def test_a_receiver_that_fails_fails_no_request(
         assert asked.is_set()
 
 
+@pytest.mark.slow
 def test_without_tracing_nothing_is_made_or_imported(zoo: Path) -> None:
     with served(model_dir=zoo) as api:
         problem = api.post("/embed", json={"series": []})

@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import numpy as np
 import psycopg
-import pytest
 
 from models.registry import Registry
 from service.api.schemas import read_series
@@ -27,6 +26,7 @@ from service.jobs.s3 import storage_of
 from service.jobs.store import JobStore
 from service.run.plan import Plan, plan_request
 from tests.kits.gate import Gate
+from tests.kits.marks import in_all_tests
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.process import Process
 from tests.kits.rasters import write
@@ -45,8 +45,8 @@ SERIES = {
     ]
 }
 ENDED = {"successful", "failed", "dismissed"}
-BACKENDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.slow))
-"""Databases of jobs, as parameters; `make check` tests PostgreSQL in test_replicas.py alone."""
+BACKENDS = ("sqlite", *in_all_tests("postgresql"))
+"""Databases of jobs, as parameters; PostgreSQL is a program that `make check` does not need."""
 
 Files = list[tuple[str, Any]]
 

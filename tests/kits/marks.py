@@ -1,0 +1,16 @@
+"""Which cases of a test `make check` leaves out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def in_all_tests(*values: Any) -> list[Any]:
+    """Values of a parameter that only `make test` tries; one that `make check` tries stands first.
+
+    Args:
+        values: the further values; each is one parameter, also if it is a tuple.
+    """
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
