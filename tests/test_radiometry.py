@@ -262,6 +262,29 @@ def test_a_single_date_that_may_hold_the_offset_is_named(
     assert offsets(stack) == [0] * 6
 
 
+@pytest.mark.parametrize(("add", "named"), [(0.1, True), (0.13, False)])
+def test_green_land_of_little_contrast_is_named_by_its_darkest_pixels(
+    tmp_path: Path, add: float, named: bool
+) -> None:
+    """Dense vegetation is close to 0 in blue and red, so that the offset lifts both to 0.1."""
+    files = [land(tmp_path / f"2021{n + 4:02d}05.tif") for n in range(6)]
+    rng = np.random.default_rng(1)
+    green = np.array([0.01, 0.012, 0.4])[:, None, None] * rng.uniform(0.5, 1.5, (3, 20, 20)) + add
+    write(files[3].path, (green * 10_000).astype(np.uint16), descriptions=BANDS)
+    stack = opened(files)
+    assert codes(stack) == ["baseline_offset_suspected"] * named
+    assert offsets(stack) == [0] * 6
+
+
+def test_dates_hardly_brighter_than_the_others_are_not_suspected(tmp_path: Path) -> None:
+    """Bright soil, whose dark end lies about 0.09: half of the dates are above it."""
+    bright = {"levels": (0.11, 0.12, 0.25)}
+    files = [
+        field(tmp_path / f"2021{n + 4:02d}05.tif", add=n % 2 * 100, **bright) for n in range(6)
+    ]
+    assert codes(opened(files)) == []
+
+
 def test_places_of_large_rasters_are_compared_with_themselves(tmp_path: Path) -> None:
     """Of many dates each is read at one place: no other's pixels may stand for its own."""
     files = []

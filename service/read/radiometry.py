@@ -63,6 +63,12 @@ _CLEAR_ENOUGH = 0.1
 # Haze takes more of the contrast of red, by its interquartile range, than another season does, and
 # clouds among land add to it.
 _USUAL_CONTRAST = np.array([0.31, 3.0])
+# Vegetation over all of a raster has less contrast than that, but its darkest pixels lie close to
+# 0, so that with the offset they lie close to 0.1 in both bands, which haze rarely makes them do.
+_GREEN_CONTRAST = np.array([0.1, 3.0])
+_AT_THE_OFFSET = 0.112
+# With the offset, the dark end of a date lies at least this far above that of dates near it.
+_LEAST_RISE = 0.05
 # Haze and thin clouds brighten some dates that have no offset. If a larger share of dates is
 # bright, the offset is the likely reason.
 _SHARE_OF_RAISED = 0.3
@@ -458,7 +464,8 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
             sample = sample.corrected(side, _with_offset(source))
             continue
         others = [t for t in known if t not in low]
-        above = _above_near(sample, dark, contrast, without)
+        rise = _rise(sample, dark, without)
+        above = _above_near(sample, rise, contrast, without)
         probable = [t for t in others if above[t] <= _OFFSET_TOLERANCE]
         with_offset = _above_others(sample, without, probable)
         if with_offset:  # some of the other dates may have the offset as well
@@ -469,7 +476,8 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
         unlike_land = -BASELINE_OFFSET < median < _BRIGHT_IN_ITSELF
         all_raised = not low and not with_offset and (bool(raised) or unlike_land)
         few = 0 if with_offset else max(2, _SHARE_OF_RAISED * len(known))
-        some_raised = (low or with_offset) and len(raised) > few
+        risen = any((rise[t] >= _LEAST_RISE).all() for t in others)
+        some_raised = (low or with_offset) and len(raised) > few and risen
         if not some_raised and doubtful:
             raised = doubtful
         if some_raised or doubtful or (all_raised and (late or large or len(known) > 1)):
@@ -485,9 +493,36 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
     return sample, warnings
 
 
+def _near(sample: _Sample, t: int, without: Sequence[int]) -> list[int]:
+    """The positions of the dates without the offset that are nearest to a date in time."""
+    days = _day_numbers(sample)
+    near = sorted((abs(days[u] - days[t]), u) for u in without if u != t)
+    return [u for _, u in near[:_ALIKE_DATES]]
+
+
+def _rise(
+    sample: _Sample, dark: NDArray[np.float64], without: Sequence[int]
+) -> NDArray[np.float64]:
+    """How far the dark end of each date lies above that of dates near it, reflectance.
+
+    Args:
+        sample: the sample.
+        dark: the dark end of the dark bands (T, 2), NaN without enough pixels.
+        without: positions of dates without the offset, on the sample's T axis.
+
+    Returns:
+        (T, 2), NaN where there is no such date.
+    """
+    rise = np.full(dark.shape, np.nan)
+    for t in range(len(dark)):
+        if near := _near(sample, t, without):
+            rise[t] = dark[t] - np.median(dark[near], axis=0)
+    return rise
+
+
 def _above_near(
     sample: _Sample,
-    dark: NDArray[np.float64],
+    rise: NDArray[np.float64],
     contrast: NDArray[np.float64],
     without: Sequence[int],
 ) -> NDArray[np.float64]:
@@ -495,7 +530,7 @@ def _above_near(
 
     Args:
         sample: the sample.
-        dark: the dark end of the dark bands (T, 2), NaN without enough pixels.
+        rise: how far the dark end of each date lies above that of dates near it (T, 2).
         contrast: interquartile range of the last dark band (T), NaN without enough pixels.
         without: positions of dates without the offset, on the sample's T axis.
 
@@ -504,7 +539,6 @@ def _above_near(
         the offset allows, the date has another contrast, or too few pixels are clear.
     """
     values, bands = sample.values(), _dark_bands(sample)
-    days = _day_numbers(sample)
     distance = np.full(len(values), np.inf)
     if not without or len(bands) < 2:  # in a single band, haze has the same effect as the offset
         return distance
@@ -513,14 +547,14 @@ def _above_near(
         if not present.shape[1] or sample.valid[t].sum() < _CLEAR_ENOUGH * present.shape[1]:
             continue
         few = min(_DARKEST_PIXELS, present.shape[1]) - 1
-        if (np.partition(present, few, axis=1)[:, few] < _BELOW_THE_OFFSET).any():
+        darkest = np.partition(present, few, axis=1)[:, few]
+        if (darkest < _BELOW_THE_OFFSET).any():
             continue
-        near = sorted((abs(days[u] - days[t]), u) for u in without if u != t)[:_ALIKE_DATES]
-        usual = np.median(dark[[u for _, u in near]], axis=0)
-        least, most = np.median(contrast[[u for _, u in near]]) * _USUAL_CONTRAST
+        limits = _GREEN_CONTRAST if darkest.max() <= _AT_THE_OFFSET else _USUAL_CONTRAST
+        least, most = np.median(contrast[_near(sample, t, without)]) * limits
         if not least <= contrast[t] <= most:
             continue
-        distance[t] = np.abs(dark[t] - usual + BASELINE_OFFSET).max(initial=0)
+        distance[t] = np.abs(rise[t] + BASELINE_OFFSET).max(initial=0)
     return np.where(np.isnan(distance), np.inf, distance)
 
 
