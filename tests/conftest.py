@@ -33,8 +33,19 @@ LONGEST = (
 """Files that take longest, in this order: of two processes neither is left with one at the end."""
 
 
+SERVERS = {"postgres", "s3"}
+"""Fixtures that start a server of another program, which takes longer than the tests of it."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first; the others keep their order."""
+    """Mark tests that need a server as slow. The longest files come first, the others as they are.
+
+    A parameter that alone needs a server is marked where it stands, with `in_all_tests`.
+    """
+    for item in items:
+        if isinstance(item, pytest.Function) and SERVERS & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 

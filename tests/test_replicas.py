@@ -61,8 +61,6 @@ from tests.kits.replicas import (
     windows,
 )
 
-pytestmark = pytest.mark.slow
-
 WEEK = 7 * 24 * 3600.0
 
 
@@ -410,6 +408,7 @@ def logged(service: Service, message: str) -> None:
     assert soon(lambda: any(f'"{message}"' in line for line in list(service.log))), message
 
 
+@pytest.mark.slow
 def test_a_job_outlives_its_replica(
     zoo: Path, large: Files, shared: Backend, tmp_path: Path
 ) -> None:
@@ -555,6 +554,7 @@ def command(name: str, folder: Path, of: Backend) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_backup_of_replicas_is_restored_into_either_database(
     zoo: Path,
     large: Files,

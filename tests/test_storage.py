@@ -46,6 +46,7 @@ from tests.kits.jobs import (
     until,
     waited,
 )
+from tests.kits.marks import in_all_tests
 from tests.kits.patience import soon
 from tests.kits.postgres import Postgres
 from tests.kits.replicas import (
@@ -58,8 +59,6 @@ from tests.kits.replicas import (
     windows,
 )
 from tests.kits.s3 import S3, Way, way
-
-pytestmark = pytest.mark.slow
 
 WEEK = 7 * 24 * 3600.0
 LARGE = 20 * 2**20  # three parts of an upload
@@ -79,7 +78,7 @@ def plan(zoo: Path) -> Iterator[Plan]:
 # Both kinds -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", *in_all_tests("s3")])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     """An empty storage of either kind."""
     made: Storage
@@ -711,6 +710,7 @@ def test_a_result_that_breaks_off_is_not_taken_for_whole(
         assert got + later.content == content
 
 
+@pytest.mark.slow
 def test_a_job_outlives_its_replica(
     zoo: Path, large: Files, bucket: Backend, s3: S3, tmp_path: Path
 ) -> None:
