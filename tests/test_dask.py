@@ -20,7 +20,7 @@ from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_bundle
 from models.registry import Registry
 from service.api.schemas import read_parameters
-from service.errors import ForbiddenReference, PIMCError
+from service.errors import ForbiddenReference, PIMCError, UnreachableReference
 from service.grid import Window
 from service.infer.engine import Engine, load_models
 from service.jobs.s3 import storage_for
@@ -412,6 +412,7 @@ def test_errors_of_workers_reach_the_service_unchanged() -> None:
         copy = copied(error)
         assert type(copy) is kind
         assert vars(copy) == vars(error)
+    assert copied(UnreachableReference("away", later=True)).later
     refused = copied(Refused("why", "tcp://a:1", ForbiddenReference("no")))
     assert (refused.detail, refused.worker) == ("why", "tcp://a:1")
     assert refused.error.detail == "no"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from rasterio.windows import Window
 from benchmarks.remote import degrees, write_cog
 from benchmarks.remote import stack as tile_stack
 from benchmarks.serving import served
+from service.jobs import runner
 from tests.kits.client import Reply, serving
 from tests.kits.cluster import Fleet, Worker, dask_cluster, joined, outcome, ready
 from tests.kits.gate import HELD, zoo_with_a_held_model
@@ -231,6 +233,36 @@ def test_a_file_that_is_replaced_while_a_job_waits_fails_it(
         problem = api.get(f"/jobs/{job}/result").json()
         assert problem["code"] == "unreachable_reference"
         assert "replaced the file" in problem["detail"]
+
+
+def test_a_job_waits_for_a_host_that_its_workers_cannot_reach(
+    zoo: Path, tile: Tile, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(runner, "_REST_SECONDS", 0.01)
+    caplog.set_level(logging.WARNING)
+
+    def waited_for() -> list[Any]:
+        return [r for r in caplog.records if r.getMessage() == "job waits for a host"]
+
+    def away(request: BaseHTTPRequestHandler) -> bool:
+        if waited_for():
+            return False
+        request.close_connection = True
+        return True
+
+    with ExitStack() as stack:
+        fleet = fetching(tmp_path, zoo, stack)
+        api = stack.enter_context(served(**fleet.settings))
+        part = degrees(Window(200, 200, 300, 260))
+        expected = api.post("/classify-pixels", json=tile.body(bbox=part))
+        job = posted(api, "/classify-pixels", tile.body(bbox=part))
+        # Without a worker it waits, once the service has read its sample again.
+        assert soon(lambda: list(fleet.state.rglob("*.pass")) != [])
+        tile.server.before = away
+        fleet.cluster.join()
+        assert finished(api, job) == expected.content
+        assert "'127.0.0.1'" in vars(waited_for()[0])["reason"]
 
 
 def test_a_worker_that_may_not_read_from_the_host_is_refused(
