@@ -396,7 +396,7 @@ def test_a_thread_of_jobs_that_died_is_not_ready(
     with served(model_dir=zoo) as api:
         assert api.get("/health/ready").status_code == 200
 
-        def broken(store: JobStore) -> None:
+        def broken(store: JobStore, resting: object) -> None:
             raise MemoryError("nobody foresaw this")
 
         with monkeypatch.context() as patched:

@@ -284,7 +284,7 @@ def test_the_pauses_of_an_outage_are_bounded_however_long_it_lasts(
     ):
         store.accept(plan, tmp_path, owner="")
         job = store.take()
-        monkeypatch.setattr(store, "take", lambda: job)
+        monkeypatch.setattr(store, "take", lambda _: job)
         monkeypatch.setattr(store, "prepare", unreachable)
         for name in ("put_back", "tidy"):  # each would be synced to disk
             monkeypatch.setattr(store, name, lambda _: None)
