@@ -137,7 +137,7 @@ def test_a_small_file_and_one_of_another_kind_come_whole(web: RangeServer, tmp_p
         assert remote.whole
         assert remote.path.read_bytes() == (web.folder / name).read_bytes()
     assert small.path.stat().st_size < FIRST_BYTES
-    with pytest.raises(BodyTooLarge, match=r"as JPEG 2000, .* Take the same image as a GeoTIFF"):
+    with pytest.raises(BodyTooLarge, match=r"as JPEG 2000, .* name the same image as a GeoTIFF"):
         fetched(web, "other.jp2", tmp_path / "other.jp2", None, max_body_bytes=2 * FIRST_BYTES)
 
 

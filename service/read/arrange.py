@@ -362,8 +362,8 @@ def _assumed_mask(clouds: Sequence[Sequence[MaskRule]]) -> list[StackWarning]:
     names = dict.fromkeys(r.name for own in clouds for r in own if r.name in ASSUMED)
     if not names:
         return []
-    read = "; ".join(f"of {name}, {ASSUMED[name]}" for name in names)
-    detail = f"no provider defines the numbers of this mask: {read}; if that is not so, give `mask`"
+    read = "; ".join(f"in {name} {ASSUMED[name]}" for name in names)
+    detail = f"no provider defines the numbers of this mask: {read}; if this is wrong, give `mask`"
     return [StackWarning(code="mask_assumed", detail=detail)]
 
 

@@ -488,11 +488,11 @@ class RemoteFile:
             if not first.startswith(JP2_SIGNATURE):
                 raise web.too_large(self.remote)
             raise BodyTooLarge(
-                f"{self.remote.field}: '{self.remote.host}' has this file as JPEG 2000, of which "
-                f"the server reads no part without the whole ({known.size} bytes); only "
-                f"{web.left} bytes of the largest allowed size are left. Take the same image as a "
-                "GeoTIFF, of which only the area is read (Earth Search and Planetary Computer "
-                "have Sentinel-2 as COGs), or request fewer dates"
+                f"{self.remote.field}: '{self.remote.host}' has this file as JPEG 2000, which the "
+                f"server can only fetch as a whole ({known.size} bytes), and only {web.left} bytes "
+                "of the largest allowed size are left: name the same image as a GeoTIFF, of which "
+                "only the area is read (Earth Search and Planetary Computer have Sentinel-2 as "
+                "COGs), or request fewer dates"
             )
         async with AsyncExitStack() as stack:
             response = None
