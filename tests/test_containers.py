@@ -408,7 +408,7 @@ def test_damaged_jp2_files_raise_only_errors_of_the_service(tmp_path: Path) -> N
     assert 20 < refused < 200
 
 
-# --- what is no raster ----------------------------------------------------------------------
+# --- what is not a raster -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

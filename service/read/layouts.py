@@ -298,7 +298,7 @@ def _tag_days(files: Sequence[DescribedFile]) -> list[date | None]:
     texts = [file.tag_text for file in files]
     if any(days) or None in texts:
         return days
-    # A slash in a tag is no folder.
+    # A slash in a tag does not separate folders.
     return named_days([(text or "").replace("/", "-") for text in texts])
 
 
