@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -60,10 +60,15 @@ def labels(shapes: list[object] = SHAPES) -> Fields:
     )
 
 
+@cache
+def squares() -> np.ndarray:
+    """Each pixel as a polygon, (H, W)."""
+    return np.array([[pixels(c, r, c + 1, r + 1) for c in range(W)] for r in range(H)])
+
+
 def expected(shape: shapely.Geometry) -> set[tuple[int, int]]:
     """The pixels that a polygon covers by at least half, else those that it covers most."""
-    squares = np.array([[pixels(c, r, c + 1, r + 1) for c in range(W)] for r in range(H)])
-    share = shapely.area(shapely.intersection(squares, shape)) / 100
+    share = shapely.area(shapely.intersection(squares(), shape)) / 100
     least = min(0.5, share.max())
     return {tuple(place) for place in np.argwhere(share >= least - 1e-6)} if least > 0 else set()
 
