@@ -43,6 +43,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+MOST_ERRORS = 20
+"""Largest number of parameters that one error lists."""
+_TEXT_LENGTH = 100
+"""Largest number of characters of a client's text in a message."""
+_MESSAGE_LENGTH = 4_000
+"""Largest number of characters of a message. Messages shorten a client's text themselves; this
+bound holds for those that do not."""
+
 
 class PIMCError(Exception):
     """Any error that is reported to the client.
@@ -55,8 +63,8 @@ class PIMCError(Exception):
     title: ClassVar[str] = "Internal error"
 
     def __init__(self, detail: str) -> None:
-        super().__init__(detail)
-        self.detail = detail
+        self.detail = shown(detail, _MESSAGE_LENGTH)
+        super().__init__(self.detail)
 
     @staticmethod
     def of_code(code: str, detail: str, errors: Sequence[Mapping[str, str]] = ()) -> PIMCError:
@@ -93,7 +101,10 @@ class InvalidRequest(RequestError):
 
     def __init__(self, detail: str, errors: Sequence[Mapping[str, str]] = ()) -> None:
         super().__init__(detail)
-        self.errors = tuple(errors)
+        self.errors = tuple(
+            {"field": shown(one["field"]), "detail": shown(one["detail"], _MESSAGE_LENGTH)}
+            for one in errors[:MOST_ERRORS]
+        )
 
     @classmethod
     def of(cls, field: str, detail: str) -> InvalidRequest:
@@ -527,6 +538,9 @@ class StackWarning:
     detail: str
     """Message for people."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "detail", shown(self.detail, _MESSAGE_LENGTH))
+
 
 def warning_list(warnings: Iterable[StackWarning]) -> list[Any]:
     """Warnings as JSON, as responses and summaries contain them."""
@@ -536,8 +550,23 @@ def warning_list(warnings: Iterable[StackWarning]) -> list[Any]:
 def first_names(names: Sequence[object], most: int) -> str:
     """Names for a message: at most a number of them, and how many more there are."""
     more = len(names) - most
-    shown = ", ".join(str(name) for name in names[:most])
-    return f"{shown} and {more} more" if more > 0 else shown
+    first = ", ".join(shown(name) for name in names[:most])
+    return f"{first} and {more} more" if more > 0 else first
+
+
+def shown(value: object, most: int = _TEXT_LENGTH) -> str:
+    """A client's text for a message or the log, without its middle if it is long.
+
+    Args:
+        value: the text, or a value whose text is shown.
+        most: largest number of characters of the text that are kept.
+    """
+    text = str(value)
+    left_out = len(text) - most
+    if left_out <= 0:
+        return text
+    end = most // 4
+    return f"{text[: most - end]}… ({left_out} characters left out) …{text[-end:]}"
 
 
 class Cancelled(Exception):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.errors import NotAcceptable
+from service.errors import NotAcceptable, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def negotiate(accept: str, offers: Sequence[str], *, lenient: bool = False) -> s
         return offers[0]
     if qualities[best] == 0:
         raise NotAcceptable(
-            f"Accept is '{accept}', but this request has a response only as "
+            f"Accept is '{shown(accept)}', but this request has a response only as "
             f"{', '.join(offers)}: accept one of these types"
         )
     return best

@@ -29,6 +29,7 @@ from service.errors import (
     Unauthorized,
     no_descriptors,
     no_room,
+    shown,
 )
 from service.telemetry import TRACE_ID
 
@@ -43,7 +44,6 @@ _TYPES: Mapping[str, str] = {
 """Types that OGC API - Processes names; the others are this service's own."""
 METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 _LOG = logging.getLogger(__name__)
-_LONGEST_PATH = 200
 _CLOSED = 499  # nginx's status for a client that has disconnected
 
 
@@ -144,7 +144,7 @@ def _on_http(request: Request, error: Exception) -> Response:
     """Handle errors that Starlette raises."""
     if not isinstance(error, HTTPException):
         return fault(request)
-    path = request.scope["path"][:_LONGEST_PATH]
+    path = shown(request.scope["path"])
     if error.status_code == STATUS[NotFound.code]:
         return problem(
             request,

@@ -46,7 +46,7 @@ from service.api.schemas import (
     unknown_parameter,
 )
 from service.api.uploads import JSON
-from service.errors import InvalidRequest, UnknownProcess
+from service.errors import InvalidRequest, UnknownProcess, shown
 from service.run.request import RasterRequest, Runnable, TaskRequest
 from service.settings import project_version
 from service.write.predictions import ATTRIBUTION, POLYGONS
@@ -132,7 +132,7 @@ def task_of(process: str) -> Runnable:
         if task == process:
             return task
     there = ", ".join(PROCESSES)
-    raise UnknownProcess(f"there is no process '{process[:64]}'; available: {there}")
+    raise UnknownProcess(f"there is no process '{shown(process)}'; available: {there}")
 
 
 # Descriptions -------------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ def _chosen(given: str, offers: Sequence[str], field: str) -> str:
         offered = MediaRange.parse(offer)
         if wanted and offered and wanted.match(offered):
             return offer
-    raise InvalidRequest.of(field, f"'{given[:100]}' is not one of {', '.join(offers)}")
+    raise InvalidRequest.of(field, f"'{shown(given)}' is not one of {', '.join(offers)}")
 
 
 # Inputs -------------------------------------------------------------------------------------------
@@ -549,10 +549,10 @@ def read_inputs(task: Runnable, execute: Execute) -> Inputs:
     for name in execute.outputs:
         if name not in outputs:
             there = ", ".join(outputs)
-            raise InvalidRequest.of(f"outputs.{name[:64]}", f"unknown output; available: {there}")
+            raise InvalidRequest.of(f"outputs.{shown(name)}", f"unknown output; available: {there}")
     for name in given:
         if name not in known:
-            raise InvalidRequest.of(f"inputs.{name[:64]}", unknown_parameter(name, known))
+            raise InvalidRequest.of(f"inputs.{shown(name)}", unknown_parameter(name, known))
     sources = [name for name in _sources(task) if name in given]
     if len(sources) != 1:
         given_sources = ", ".join(sources) or "none"
@@ -632,9 +632,7 @@ def bbox_of(value: Any) -> Any:  # noqa: ANN401 - JSON
         return value
     crs = value.get("crs", CRS84)
     if crs not in (CRS84, _CRS84H):
-        raise InvalidRequest.of(
-            "inputs.bbox.crs", f"'{str(crs)[:100]}' is not supported: give {CRS84}"
-        )
+        raise InvalidRequest.of("inputs.bbox.crs", f"'{shown(crs)}' is not supported: give {CRS84}")
     numbers = value.get("bbox")
     if isinstance(numbers, list) and len(numbers) == 6:
         return [*numbers[:2], *numbers[3:5]]

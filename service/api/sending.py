@@ -25,7 +25,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.errors import InvalidRange, Overloaded, PIMCError
+from service.errors import InvalidRange, Overloaded, PIMCError, shown
 from service.jobs.storage import Opened, RemoteFile, opened
 
 HEAD_ONLY = "pimc.head_only"
@@ -156,7 +156,7 @@ def chosen_range(header: str | None, size: int) -> tuple[int, int] | None:
     unit = _BYTES.fullmatch(header) if header else None
     if header is None or unit is None:
         if header and "=" not in header:
-            raise InvalidRange(f"'{header[:64]}' is not a range such as bytes=0-1023", size)
+            raise InvalidRange(f"'{shown(header)}' is not a range such as bytes=0-1023", size)
         return None
     spans = [_span(spec.strip(), size) for spec in unit[1].split(",")]
     return spans[0] if len(spans) == 1 else None
@@ -165,7 +165,7 @@ def chosen_range(header: str | None, size: int) -> tuple[int, int] | None:
 def _span(spec: str, size: int) -> tuple[int, int]:
     found = _SPEC.fullmatch(spec)
     if found is None or found[1] == found[2] == "":
-        raise InvalidRange(f"'{spec[:64]}' is not a range of bytes such as 0-1023 or -1024", size)
+        raise InvalidRange(f"'{shown(spec)}' is not a range of bytes such as 0-1023 or -1024", size)
     if found[1] == "":
         start, end = max(0, size - int(found[2])), size
     else:

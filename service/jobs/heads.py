@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from models.registry import BundleError, load_bundle
-from service.errors import InvalidRequest, NameTaken, Overloaded, UnknownModel, no_room
+from service.errors import InvalidRequest, NameTaken, Overloaded, UnknownModel, no_room, shown
 from service.infer.engine import Engine
 from service.infer.model import LoadedModel
 from service.jobs.database import DuplicateRow
@@ -358,7 +358,7 @@ def _taken(name: str) -> NameTaken:
 
 def _unknown(name: str) -> UnknownModel:
     return UnknownModel(
-        f"you have no model '{name[:64]}' of your own; GET /heads lists those you have"
+        f"you have no model '{shown(name)}' of your own; GET /heads lists those you have"
     )
 
 

@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
+from service.errors import shown
 from service.jobs.files import remove
 from service.jobs.storage import MARK, FolderStorage, Storage, StorageUnreachable
 from service.settings import Settings, SettingsError
@@ -433,4 +434,4 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     codes = _CODE.findall(text)
     line = text.partition("\n")[0].partition("<?xml")[0].strip(" :")
-    return (f"{line}: {codes[0]}" if codes else line)[:300]
+    return shown(f"{line}: {codes[0]}" if codes else line, 300)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
-from service.errors import BodyTooLarge, InvalidRequest, NotAGeoTIFF, StackWarning
+from service.errors import BodyTooLarge, InvalidRequest, NotAGeoTIFF, StackWarning, shown
 from service.read.geotiff import Georeference, Header, SourceFile, label
 from service.read.jp2_guard import SIGNATURE
 from service.read.metadata import band_of, quality_of, stem
@@ -151,13 +151,13 @@ def _members(
 
 def _holds_none(name: str, left_out: Sequence[tuple[str, str]]) -> str:
     """The message that no file of a zip is read."""
-    rasters = [f"'{member}': {why}" for member, why in left_out if _RASTER.search(member)]
+    rasters = [f"'{shown(member)}': {why}" for member, why in left_out if _RASTER.search(member)]
     if rasters:
         return (
             f"no raster in the zip '{name}' can be read ({rasters[0]}): write the zip again with "
             "deflate and without a password"
         )
-    zips = [member for member, _ in left_out if member.lower().endswith(".zip")]
+    zips = [shown(member) for member, _ in left_out if member.lower().endswith(".zip")]
     inner = f", but the zip '{zips[0]}': send that zip itself" if zips else ": add the rasters"
     return f"the zip '{name}' holds no .tif or .jp2 file{inner}"
 

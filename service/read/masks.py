@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, shown
 from service.read.metadata import (
     CFMASK,
     CLASSI,
@@ -423,15 +423,16 @@ def _rule(text: str) -> MaskRule:
     name, colon, number = text.lower().partition(":")
     if name not in RULES:
         raise InvalidRequest.of(
-            "mask", f"'{text}' is not a cloud mask: give auto, none, or any of {', '.join(RULES)}"
+            "mask",
+            f"'{shown(text)}' is not a cloud mask: give auto, none, or any of {', '.join(RULES)}",
         )
     if not colon:
         return MaskRule(name=name)
     if name not in LIMITS:
         raise InvalidRequest.of(
             "mask",
-            f"'{text}' has a number, which only {' and '.join(LIMITS)} take, as in cldprb:40: give "
-            f"'{name}'",
+            f"'{shown(text)}' has a number, which only {' and '.join(LIMITS)} take, as in "
+            f"cldprb:40: give '{name}'",
         )
     try:
         limit = float(number)
@@ -440,7 +441,7 @@ def _rule(text: str) -> MaskRule:
     if not 0 < limit <= 100:
         raise InvalidRequest.of(
             "mask",
-            f"'{text}' is not valid: give the limit in per cent, above 0 and at most 100, as in "
-            "cldprb:40",
+            f"'{shown(text)}' is not valid: give the limit in per cent, above 0 and at most 100, "
+            "as in cldprb:40",
         )
     return MaskRule(name=name, limit=limit)

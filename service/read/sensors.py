@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from service.errors import StackWarning, WrongSensor
+from service.errors import StackWarning, WrongSensor, shown
 from service.read.geotiff import Header
 
 
@@ -153,7 +153,7 @@ def sensor_of(header: Header) -> tuple[Sensor, str] | None:
     for pattern, sensor in _BANDS:
         found = next((text for text in described if pattern.search(text)), None)
         if found:
-            return _of_generation(sensor, header), f"its band '{found}'"
+            return _of_generation(sensor, header), f"its band '{shown(found)}'"
     if {"green_i", "yellow"} <= {text.lower().replace(" ", "_") for text in described}:
         return PLANETSCOPE, "its bands"
     return None

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 from affine import Affine
 from rasterio.crs import CRS
 
-from service.errors import InvalidRequest, MissingBands, first_names
+from service.errors import InvalidRequest, MissingBands, first_names, shown
 from service.grid import CRSError, crs_of
 from service.read.masks import AUTO, MaskRule
 from service.read.metadata import CLDPRB, CLOUD, TWINS, band_of, quality_of
@@ -222,7 +222,7 @@ def read_items(document: Document, field_name: str, base: str | None = None) -> 
     if kind != "FeatureCollection" or not isinstance(features, list):
         raise InvalidRequest.of(
             field_name,
-            f"neither a STAC ItemCollection nor an Item: its type is {str(kind)[:50]!r}; for a "
+            f"neither a STAC ItemCollection nor an Item: its type is {shown(kind)!r}; for a "
             "STAC API give `url` and `collections`",
         )
     found: dict[tuple[str | None, str], StacItem] = {}

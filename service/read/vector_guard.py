@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import pyarrow.parquet
 
-from service.errors import NotAVectorFile, TooManyFields
+from service.errors import NotAVectorFile, TooManyFields, shown
 
 MAX_DECODED_BYTES = 512 * 2**20
 """Largest size of a GeoPackage, and of the decoded columns of a GeoParquet file, bytes."""
@@ -98,20 +98,20 @@ def _check_schema(database: sqlite3.Connection, name: str) -> None:
     tables = []
     for kind, one, sql in schema:
         if kind == "view":
-            _reject(name, f"the view '{one:.60}'")
+            _reject(name, f"the view '{shown(one)}'")
         if kind != "table":
             continue
         words = str(sql).split(maxsplit=6)
         if [word.upper() for word in words[:2]] != ["CREATE", "VIRTUAL"]:
             tables.append(one)
         elif "RTREE" not in str(sql).upper():
-            _reject(name, f"the virtual table '{one:.60}'")
+            _reject(name, f"the virtual table '{shown(one)}'")
     if len(tables) > _MAX_TABLES:
         _reject(name, f"more than {_MAX_TABLES} tables")
     for table in tables:
         for column in database.execute("SELECT * FROM pragma_table_xinfo(?)", (table,)):
             _, label, _, _, default, _, hidden = column
-            what = f"of the column '{label:.60}' of the table '{table:.60}'"
+            what = f"of the column '{shown(label)}' of the table '{shown(table)}'"
             if hidden in _GENERATED:
                 _reject(name, f"the generated values {what}")
             if default is not None and len(str(default)) > _MAX_DEFAULT:

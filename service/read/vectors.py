@@ -21,7 +21,14 @@ import shapely
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 
-from service.errors import InvalidFields, NotAVectorFile, StackWarning, TooManyFields, first_names
+from service.errors import (
+    InvalidFields,
+    NotAVectorFile,
+    StackWarning,
+    TooManyFields,
+    first_names,
+    shown,
+)
 from service.grid import CRSError, crs_of, transformed
 from service.read.drivers import keep_needed_vector_drivers
 from service.read.geotiff import SourceFile
@@ -45,8 +52,6 @@ _MAX_DEPTH = 32
 _MAX_REPAIRED = 2_000
 """Most vertices of a shape that is repaired: n edges can cross each other n x n / 2 times."""
 _NAMED_AT_MOST = 5
-_NAME_LENGTH = 64
-"""Largest number of characters of a client's text in a message."""
 POLYGON_TYPES = (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
 _POLYGONS = frozenset(POLYGON_TYPES)
 _POINTS = frozenset({shapely.GeometryType.POINT, shapely.GeometryType.MULTIPOINT})
@@ -230,7 +235,7 @@ def _read_geojson(source: SourceFile, most: int) -> _Read:
         ) from error
     if kind not in ("Feature", "Polygon", "MultiPolygon", "FeatureCollection"):
         raise NotAVectorFile(
-            f"'{source.name}' is JSON of type {str(kind)[:_NAME_LENGTH]!r}: send a GeoJSON "
+            f"'{source.name}' is JSON of type {shown(kind)!r}: send a GeoJSON "
             "FeatureCollection"
         )
     if kind == "FeatureCollection" and not found.has_list:
@@ -612,4 +617,4 @@ def _repeated(ids: Sequence[Any]) -> tuple[StackWarning, ...]:
 
 
 def _named(ids: Sequence[Any]) -> str:
-    return first_names([str(one)[:60] for one in ids], _NAMED_AT_MOST)
+    return first_names(ids, _NAMED_AT_MOST)

@@ -18,7 +18,7 @@ from service.api.openapi import DESCRIPTION, DocumentedApp
 from service.api.schemas import LandingPage, Link
 from service.api.sending import StoredFile
 from service.api.uploads import JSON
-from service.errors import NotFound
+from service.errors import NotFound, shown
 from service.settings import Settings
 
 _STATIC = Path(__file__).parents[1] / "static"
@@ -108,7 +108,7 @@ async def demo_file(name: str, app: App) -> Response:
     """
     path = _demo_files(app.settings.demo_dir).get(name)
     if path is None:
-        raise NotFound(f"the demo has no file '{name[:64]}': GET /explorer/demo lists its files")
+        raise NotFound(f"the demo has no file '{shown(name)}': GET /explorer/demo lists its files")
     return StoredFile(path, media_type="image/tiff")
 
 
@@ -121,7 +121,7 @@ async def explorer_asset(asset: str) -> Response:
     """
     path = _PARTS.get(asset)
     if path is None:
-        raise NotFound(f"there is no /explorer/{asset[:64]}")
+        raise NotFound(f"there is no /explorer/{shown(asset)}")
     # The browser checks for changes each time, so that one page never mixes parts of two releases.
     return _cached(path, _KINDS[path.suffix], "no-cache")
 
@@ -178,5 +178,5 @@ async def documentation_asset(asset: str) -> Response:
     """
     kind = _ASSETS.get(asset)
     if kind is None:
-        raise NotFound(f"there is no /docs/{asset[:64]}")
+        raise NotFound(f"there is no /docs/{shown(asset)}")
     return _cached(_SWAGGER / asset, kind, "public, max-age=86400")

@@ -12,7 +12,7 @@ from service.api.negotiation import negotiate
 from service.api.openapi import STAC_ITEM, problems
 from service.api.responses import GEOJSON
 from service.api.schemas import ModelList
-from service.errors import UnknownModel
+from service.errors import UnknownModel, shown
 from service.infer.engine import Engine
 from service.write.stac_item import model_item
 
@@ -49,7 +49,7 @@ async def read_model(name: str, request: Request, app: App, caller: Caller) -> M
     if model is None:
         usable = {*app.engine.models, *app.engine.own(caller or "")}
         served = ", ".join(sorted(usable)) or "none"
-        raise UnknownModel(f"there is no model '{name}'; available: {served}")
+        raise UnknownModel(f"there is no model '{shown(name)}'; available: {served}")
     accept = request.headers.get("accept", "")
     if negotiate(accept, ("application/json", GEOJSON), lenient=True) == GEOJSON:
         item = model_item(model.card, f"{root_of(request)}/models/{model.card.id}")
