@@ -31,6 +31,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from service.errors import shown
 from service.settings import LogLevel
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -50,6 +51,10 @@ _BATCH_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.
 """Upper bounds of the buckets of the time of one batch, seconds."""
 _SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Upper bounds of the buckets of the size of a batch: batches are padded to powers of two."""
+_LINE_LENGTH = 4_000
+"""Largest number of characters of one text of a log line."""
+_STACK_LENGTH = 32_000
+"""Largest number of characters of a stack trace in the log."""
 # The fields that every LogRecord has; all others came with `extra`.
 _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
@@ -226,6 +231,7 @@ class Metrics:
         awaited: Callable[[], int],
         uploads: Callable[[], int],
         spooled: Callable[[], int],
+        parsed: Callable[[], int],
     ) -> None:
         """Add gauges of admission; they are read whenever a client reads the metrics.
 
@@ -235,6 +241,7 @@ class Metrics:
             awaited: returns the number of requests that wait for a run slot.
             uploads: returns the number of uploads in flight.
             spooled: returns the bytes of bodies on disk.
+            parsed: returns the bytes of memory that are reserved for JSON bodies.
         """
         for name, text, read in (
             ("pimc_run_slots", "Requests that may run at once", lambda: run_slots),
@@ -242,6 +249,11 @@ class Metrics:
             ("pimc_run_slots_awaited", "Requests that wait for a run slot", awaited),
             ("pimc_uploads_in_flight", "Uploads that have not ended", uploads),
             ("pimc_spooled_bytes", "Bytes of request bodies on disk", spooled),
+            (
+                "pimc_json_bytes",
+                "Bytes of memory that JSON bodies hold, as text and parsed",
+                parsed,
+            ),
         ):
             self._watch(name, text, read)
 
@@ -593,9 +605,10 @@ class JsonFormatter(logging.Formatter):
         if job_id is not None:
             entry["job_id"] = job_id
         entry |= {k: v for k, v in vars(record).items() if k not in _RECORD_FIELDS}
+        entry = {k: shown(v, _LINE_LENGTH) if isinstance(v, str) else v for k, v in entry.items()}
         entry.pop("color_message", None)  # uvicorn's copy of the message for terminals
         if record.exc_info:
-            entry["stack"] = self.formatException(record.exc_info)
+            entry["stack"] = shown(self.formatException(record.exc_info), _STACK_LENGTH)
         return json.dumps(entry, default=str)
 
 

@@ -60,7 +60,7 @@ ROOM = 2**30
 
 @pytest.mark.anyio
 async def test_slots_are_released_after_an_error() -> None:
-    admission = Admission(1, upload_rate=RATE, spool_bytes=ROOM)
+    admission = Admission(1, upload_rate=RATE, spool_bytes=ROOM, memory_bytes=ROOM)
 
     async def fail() -> None:
         async with admission.admit("a") as admitted, admission.runs.slot("a"):
@@ -81,7 +81,7 @@ async def test_slots_are_released_after_an_error() -> None:
 
 @pytest.mark.anyio
 async def test_the_slots_of_all_callers_together_are_limited() -> None:
-    admission = Admission(1, upload_rate=RATE, spool_bytes=ROOM)
+    admission = Admission(1, upload_rate=RATE, spool_bytes=ROOM, memory_bytes=ROOM)
     async with AsyncExitStack() as stack:
         for caller in range(16):
             admitted = await stack.enter_async_context(admission.admit(str(caller)))
@@ -92,7 +92,7 @@ async def test_the_slots_of_all_callers_together_are_limited() -> None:
 
 @pytest.mark.anyio
 async def test_one_caller_may_use_half_of_the_space_for_bodies() -> None:
-    admission = Admission(1, upload_rate=RATE, spool_bytes=1000)
+    admission = Admission(1, upload_rate=RATE, spool_bytes=1000, memory_bytes=1000)
     async with admission.admit("a") as first:
         first.received(300)
         first.received(200)

@@ -437,6 +437,39 @@ def test_missing_files_are_an_error(api: httpx.Client, files: Files, field: str)
     assert [error["field"] for error in body["errors"]] == [field]
 
 
+TEXT = "x" * 20_000
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda api, f: api.get(f"/models/{TEXT[:4_000]}"),
+        lambda api, f: api.get(f"/{TEXT[:4_000]}"),
+        lambda api, f: posted(api, f, params={f"p{n}": "" for n in range(1_000)}),
+        lambda api, f: api.post("/embed", content=b"x", headers={"Content-Type": TEXT}),
+        lambda api, f: api.post("/embed", content=b"x", headers={"Content-Encoding": TEXT}),
+        lambda api, f: posted(api, f, headers={"Accept": f"text/{TEXT}"}),
+        lambda api, f: posted(api, f, data={TEXT: "1"}),
+        lambda api, f: posted(api, f, data={"mask": TEXT}),
+        lambda api, f: posted(api, f, data={"scale": TEXT}),
+        lambda api, f: posted(api, f, data={"dates": TEXT}),
+        lambda api, f: posted(api, f, data={"dates": ",".join(TEXT)}),
+        lambda api, f: posted(api, f, data={"outputs": ",".join(TEXT)}),
+        lambda api, f: posted(api, f, data={"fields": json.dumps({"type": TEXT})}),
+        lambda api, f: posted(api, f, "validate", data={"mask": TEXT}, params={"task": "embed"}),
+        lambda api, f: api.post("/embed", json=series(dates=[TEXT, "2021-01-01"])),
+        lambda api, f: api.post("/embed", json=series(**{TEXT: 1})),
+        lambda api, f: api.post("/processes/embed/execution", json={"inputs": {TEXT: 1}}),
+    ],
+)
+def test_an_error_shows_only_a_part_of_a_long_text(
+    api: httpx.Client, folder: Path, ask: Callable[[httpx.Client, Files], httpx.Response]
+) -> None:
+    response = ask(api, stack(folder))
+    assert response.status_code >= 400
+    assert len(response.content) < 5_000, response.text
+
+
 # API keys ---------------------------------------------------------------------------------------
 
 

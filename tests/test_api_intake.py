@@ -79,13 +79,13 @@ def taken(pieces: list[bytes], folder: Path, limits: Limits | None = None, **how
 
 
 async def form_of(request: Request, folder: Path, limits: Limits) -> Form:
-    admission = Admission(1, upload_rate=limits.rate, spool_bytes=10**10)
+    admission = Admission(1, upload_rate=limits.rate, spool_bytes=10**10, memory_bytes=10**10)
     async with admission.admit("") as admitted:
         return await read_form(request, folder, limits, admitted)
 
 
 async def json_of(request: Request, limits: Limits) -> bytes:
-    admission = Admission(1, upload_rate=limits.rate, spool_bytes=10**10)
+    admission = Admission(1, upload_rate=limits.rate, spool_bytes=10**10, memory_bytes=10**10)
     async with admission.admit("") as admitted:
         return await read_json(request, limits, admitted)
 

@@ -45,6 +45,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file in which many patches lie."""
+    path = tmp_path_factory.mktemp("large")
+    bands = np.random.default_rng(2).integers(500, 4000, (len(BANDS), 96, 96), np.uint16)
+    write(path / "s_2021-01-05.tif", bands, descriptions=BANDS)
+    return path
+
+
+@pytest.fixture(scope="module")
 def silent() -> Iterator[socket.socket]:
     """A host that accepts connections and never responds."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -54,12 +63,12 @@ def silent() -> Iterator[socket.socket]:
 
 @pytest.fixture(scope="module")
 def api(
-    tmp_path_factory: pytest.TempPathFactory, folder: Path, silent: socket.socket
+    tmp_path_factory: pytest.TempPathFactory, folder: Path, large: Path, silent: socket.socket
 ) -> Iterator[httpx.Client]:
     zoo = write_zoo(tmp_path_factory.mktemp("zoo"))
     settings: dict[str, Any] = {
         "model_dir": zoo,
-        "allowed_roots": (folder,),
+        "allowed_roots": (folder, large),
         "allowed_hosts": f"127.0.0.1:{silent.getsockname()[1]},127.0.0.0/8",
     }
     with served(**settings) as client:
@@ -97,6 +106,7 @@ def square(row: int, column: int, side: int) -> dict[str, Any]:
 
 
 POINTS = collection(*[point(n, n) for n in range(40)])
+CENTRES = collection(*[point(32 + n % 32, 32 + n // 2) for n in range(40)])
 FIELDS = collection(*[square(6 * n, 6 * n, 5) for n in range(7)])
 LABELS = collection(
     *[square(4 * n, 4 * n, 4) for n in range(12)], **{"class": ["wheat", "maize"] * 6}
@@ -106,6 +116,7 @@ SERIES = [
      **{band: [0.1 + 0.001 * n] * 12 for band in BANDS}}
     for n in range(64)
 ]  # fmt: skip
+LABELLED = [{**one, "class": f"class {n % 2}"} for n, one in enumerate(SERIES)]
 
 
 @dataclass
@@ -167,10 +178,17 @@ COVER = "service.run.coverage:FieldGrid.coverage"
 RECORD = "service.write.predictions:ClassPredictions.record"
 OUTLINE = "service.write.polygons:_with_nodes"
 FIT = "service.learn.kernel:_left_out"
+PATCH = "service.infer.model:LoadedModel.patches"
+CHECKED = "service.run.series:_prepare"
+RESULT = "service.run.series:_result"
 
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "map: sample": ("/classify-pixels", {}, DECODE),
     "map: windows": ("/classify-pixels", {}, PREDICT),
+    "map of embeddings": ("/embed", {}, PREDICT),
+    "map of forecasts": ("/forecast", {}, PREDICT),
+    "map of patches": ("/landcover", {"stride": 1}, PATCH),
+    "points of patches": ("/landcover", {"points": CENTRES}, PATCH),
     "map: outlines": ("/classify-pixels", {"outputs": ["polygons"]}, OUTLINE),
     "points": ("/classify-pixels", {"points": POINTS}, PREDICT),
     "points: records": ("/classify-pixels", {"points": POINTS}, RECORD),
@@ -180,6 +198,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "fields": ("/classify-pixels", {"fields": FIELDS}, COVER),
     "fields: records": ("/classify-pixels", {"fields": FIELDS}, RECORD),
     "series": ("/classify-pixels", {"series": SERIES}, PREDICT),
+    "series: checks": ("/classify-pixels", {"series": SERIES}, CHECKED),
+    "series: results": ("/classify-pixels", {"series": SERIES}, RESULT),
+    "validate: series": ("/validate?task=classify-pixels", {"series": SERIES}, CHECKED),
     "series: attribution": (
         "/classify-pixels", {"series": SERIES, "outputs": ["attribution"]}, PREDICT,
     ),
@@ -194,6 +215,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "own classes: labels": ("/heads", {"name": "own", "labels": LABELS}, COVER),
     "own classes: features": ("/heads", {"name": "own", "labels": LABELS}, PREDICT),
     "own classes: fit": ("/heads", {"name": "own", "labels": LABELS}, FIT),
+    "own classes: series": ("/heads", {"name": "own", "series": LABELLED}, CHECKED),
+    "own classes: features of series": ("/heads", {"name": "own", "series": LABELLED}, PREDICT),
     "process": (
         "/processes/classify-pixels/execution", {"points": POINTS}, PREDICT,
     ),
@@ -225,7 +248,6 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LoadedModel, "chunk", property(lambda _: 8))
     monkeypatch.setattr(windows, "COVERED_CELLS", 40)
     monkeypatch.setattr("service.infer.attribution._ROWS", 1)
-    monkeypatch.setattr("service.run.series._BATCH_BYTES", 2000)
 
 
 @pytest.mark.slow
@@ -233,12 +255,13 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_loop_ends_once_the_client_has_left(
     api: httpx.Client,
     folder: Path,
+    large: Path,
     noticed: threading.Event,
     monkeypatch: pytest.MonkeyPatch,
     case: str,
 ) -> None:
     path, parameters, where = CASES[case]
-    body = body_of(path, parameters, folder)
+    body = body_of(path, parameters, large if path == "/landcover" else folder)
     whole, gate = Gate(noticed), Gate(noticed, holds=True)
     with monkeypatch.context() as counting:
         patched(counting, where, whole)

@@ -23,6 +23,7 @@ from service.api.http_protocol import Connections, ProtocolFactory
 from service.api.responses import COG, CSV, PARQUET
 from service.api.sending import chosen_range
 from service.errors import InvalidRange
+from service.jobs.store import Job, JobStore
 from tests.kits.jobs import ASYNC, SERIES, Files, stack, waited
 from tests.kits.metrics import metric
 from tests.kits.patience import PATIENCE, soon
@@ -394,6 +395,38 @@ def test_clients_that_never_read_cost_neither_memory_nor_disk(
         held.close()
         assert soon(lambda: service.metric("pimc_downloads") == 0)
         assert len(api.get(f"/jobs/{job}/result", headers=accept).content) > MEGABYTES * 2**20
+
+
+@pytest.mark.parametrize("kind", ["series", "points", "execution", "map"])
+def test_many_readers_of_a_result_parse_its_request_once(
+    api: httpx.Client, files: Files, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A request may have 31 MB, which take a second and hundreds of megabytes to parse."""
+    if kind == "execution":
+        sent = {"inputs": {"series": [{"value": one} for one in SERIES["series"]]}}
+        job = api.post("/processes/embed/execution", json=sent, headers=ASYNC).json()["jobID"]
+        paths = [f"/jobs/{job}/results", f"/jobs/{job}/result"]
+    elif kind == "series":
+        job = api.post("/embed", json=SERIES, headers=ASYNC).json()["jobID"]
+        paths = [f"/jobs/{job}/result", f"/jobs/{job}/results"]
+    else:
+        point = {"type": "Point", "coordinates": [3.0001, 50.5499]}
+        feature = {"type": "Feature", "properties": {}, "geometry": point}
+        points = json.dumps({"type": "FeatureCollection", "features": [feature]})
+        job = done(api, files, **({"points": points} if kind == "points" else {}))
+        paths = [f"/jobs/{job}/result", f"/jobs/{job}/results"]
+    assert waited(api, job)["status"] == "successful"
+    parsed = []
+    whole = JobStore._stored_request
+
+    def counted(store: JobStore, one: Job) -> Any:
+        parsed.append(one.id)
+        return whole(store, one)
+
+    monkeypatch.setattr(JobStore, "_stored_request", counted)
+    for path in paths * 5:
+        assert api.get(path).status_code == 200, path
+    assert len(parsed) <= 1
 
 
 @pytest.mark.slow

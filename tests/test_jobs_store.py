@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sqlite3
 import subprocess
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from rasterio.windows import Window
 
 from benchmarks.serving import served
 from service.errors import InsufficientStorage, InvalidRequest, ResultNotReady, UnknownJob
+from service.jobs.serialise import document_bytes, json_parts
 from service.jobs.storage import FolderStorage
 from service.jobs.store import Idempotency, Job, JobStatus, JobStore
 from service.jobs.window_journal import WindowFile
@@ -538,3 +540,23 @@ def test_a_list_continues_after_a_job(ready: Plan, tmp_path: Path, backend: Back
         assert [job.id for job in store.latest("anna", 9, before=newest[1])] == newest[2:]
         with pytest.raises(UnknownJob):
             store.latest("ben", 9, before=newest[1])
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {},
+        {"results": [], "warnings": [{"code": "a", "detail": 'ü "quoted"'}], "model": "m@1"},
+        {"results": [{"id": "a", "values": [1.5, None, True, 1e-300, [], {}]}, {}, [1, [2]]]},
+        {"summary": {"classes": {"first": {"pixels": 3, "hectares": 0.03}}, "none": None}},
+    ],
+)
+def test_a_document_that_is_encoded_in_parts_is_the_document(document: dict[str, Any]) -> None:
+    whole = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    assert document_bytes(document) == whole.encode()
+    assert json.loads("".join(json_parts(document))) == document
+
+
+def test_a_document_with_a_number_that_json_lacks_is_an_error() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        document_bytes({"results": [{"values": [math.nan]}]})

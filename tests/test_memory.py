@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -32,14 +33,22 @@ from benchmarks.mutations import (
 )
 from benchmarks.process import Served, served
 from benchmarks.tiny_zoo import write_zoo
+from models.registry import Registry
+from service.api.schemas import read_series
 from service.container import usable_memory
 from service.errors import Cancelled, Overloaded, RasterTooLarge
+from service.infer.engine import Engine
+from service.jobs.serialise import document_bytes
+from service.json_memory import parsed_bytes
 from service.read.geotiff import BlockCache
 from service.read.layouts import StackOptions
 from service.read.radiometry import calibrate
 from service.read.reader import footprint
 from service.read.stack import Stack, open_stack
+from service.run.execute import execute
+from service.run.executors import ThreadExecutor
 from service.run.memory import MemoryBudget, Need
+from service.run.plan import plan_request
 from tests.kits.patience import PATIENCE
 from tests.kits.rasters import NORTH_UP, UTM, write
 
@@ -412,3 +421,145 @@ def test_a_block_that_can_never_fit_is_rejected_before_it_is_read(
     assert "PIMC_MEMORY_BUDGET" in detail
     assert "gdal_translate -of COG" in detail
     assert service.metric("pimc_memory_budget_bytes") == BUDGET
+
+
+# JSON -----------------------------------------------------------------------------------------
+
+HEADERS = {"Content-Type": "application/json"}
+ONE = (
+    b'{"id":"a","dates":["2021-01-05","2021-02-05"],"B02":[0.05,0.06],"B04":[0.07,0.07],'
+    b'"B08":[0.3,0.31]},'
+)
+DOCUMENTS = {
+    "series": b'{"series":[%s]}' % (ONE * 8_000)[:-1],
+    "series of many dates": b'{"series":[{"id":"a","dates":[%s],"B02":[%s],"B04":[%s],"B08":[%s]}]}'
+    % (
+        (b'"2021-01-05",' * 9_000)[:-1],
+        *[(b"0.05125," * 9_000)[:-1]] * 3,
+    ),
+    "numbers of a band": b'{"series":[{"id":"a","dates":["2021-01-05"],"B02":[%s1]}]}'
+    % (b"1," * 400_000),
+    "fractions of a band": b'{"series":[{"id":"a","dates":["2021-01-05"],"B02":[%s1]}]}'
+    % (b"1.5," * 400_000),
+    "invalid series": b'{"series":[%s{}]}' % (b"{}," * 60_000),
+    "unknown parameters": b"{%s}" % b",".join(b'"k%d":0' % n for n in range(120_000)),
+    "items": b'{"items":[%s1]}' % (b"1," * 400_000),
+    "properties": b'{"items":[{"href":"/a"}],"points":{"type":"FeatureCollection","features":'
+    b'[{"type":"Feature","geometry":{"type":"Point","coordinates":[1,1]},"properties":{"a":[%s1]}}]}}'
+    % (b"1," * 400_000),
+    "points": b'{"items":[{"href":"/a"}],"points":{"type":"FeatureCollection","features":[%s1]}}'
+    % (b"1," * 400_000),
+    "fields": b'{"items":[{"href":"/a"}],"fields":{"type":"FeatureCollection","features":[{"type":'
+    b'"Feature","geometry":{"type":"Polygon","coordinates":[[%s[3,50]]]}}]}}'
+    % (b"[3.5,50]," * 50_000),
+    "lists": b'{"items":[{"href":"/a"}],"fields":{"a":[%s[]]}}' % (b"[]," * 70_000),
+    "text": b'{"items":[{"href":"%s"}]}' % ("\u00fc".encode() * 4_000_000),
+}  # fmt: skip
+
+
+def send(service: Served, body: bytes, path: str = "/classify-pixels") -> httpx.Response:
+    return httpx.post(f"{service.url}{path}", content=body, headers=HEADERS, timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A service that reads files by reference."""
+    zoo, root = write_zoo(tmp_path_factory.mktemp("zoo")), tmp_path_factory.mktemp("root")
+    with served(
+        PIMC_MODEL_DIR=str(zoo), PIMC_MEMORY_BUDGET=str(BUDGET), PIMC_ALLOWED_ROOTS=str(root)
+    ) as running:
+        yield running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        *(("/classify-pixels", kind) for kind in DOCUMENTS),
+        *(("/heads", kind) for kind in ("series", "fields", "text")),
+        *(("/processes/embed/execution", kind) for kind in ("series", "items", "text")),
+    ],
+)
+def test_json_takes_at_most_what_is_reserved_for_it(reading: Served, path: str, kind: str) -> None:
+    body = DOCUMENTS[kind]
+    reserved = parsed_bytes(body)
+    if path.startswith("/processes"):
+        body = b'{"inputs":%s}' % body
+        reserved *= 2  # parsed again as the body of the task, or too large for that
+    reading.forget_peak()
+    before = reading.peak()
+    response = send(reading, body, path)
+    assert response.status_code in {200, 403, 413, 422}, response.text
+    grown = reading.peak() - before
+    # More than the noise of a process that has served little so far.
+    assert grown < reserved + 32 * MIB, f"{grown / MIB:.0f} of {reserved / MIB:.0f} MiB"
+    assert reading.metric("pimc_json_bytes") == 0
+
+
+@pytest.mark.slow
+def test_callers_with_large_json_stay_within_the_budget(reading: Served) -> None:
+    """Without a bound each of them takes more than the whole budget."""
+    huge = b'{"series":[{"id":"a","dates":["2021-01-05"],"B02":[%s1]}]}' % (b"1," * 15 * MIB)
+    reading.forget_peak()
+    before = reading.peak()
+    with ThreadPoolExecutor(8) as pool:
+        refused = list(pool.map(lambda _: send(reading, huge), range(4)))
+        medium = list(pool.map(lambda _: send(reading, DOCUMENTS["series"]), range(8)))
+    grown = reading.peak() - before
+    codes = {response.json()["code"] for response in refused}
+    assert codes <= {"body_too_large", "overloaded"}, codes
+    assert "PIMC_MEMORY_BUDGET" in refused[0].json()["detail"]
+    assert {response.status_code for response in medium} <= {200, 503}
+    assert 200 in {response.status_code for response in medium}
+    assert grown < BUDGET + 64 * MIB, f"{grown / MIB:.0f} MiB"
+    assert reading.metric("pimc_json_bytes") == 0
+
+
+@pytest.mark.slow
+def test_json_in_a_form_stays_within_the_budget(reading: Served, tmp_path: Path) -> None:
+    files = [("files", ("s_2021-01-01.tif", fat(tmp_path / "a.tif", 64)))]
+    reading.forget_peak()
+    before = reading.peak()
+
+    def form(name: str, text: str) -> httpx.Response:
+        return httpx.post(
+            f"{reading.url}/classify-pixels", files=files, data={name: text}, timeout=PATIENCE
+        )
+
+    several = 7 * MIB
+    texts = [
+        ("points", '{"a":[' + "[]," * (several // 3) + "1]}"),
+        ("area", "[" + "1," * (several // 2) + "1]"),
+        ("dates", "x," * (several // 2)),
+        ("scale", "1," * (several // 2)),
+        ("outputs", "class," * (several // 6)),
+        ("mask", "scl," * (several // 4)),
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        responses = list(pool.map(lambda one: form(*one), texts))
+    assert {response.status_code for response in responses} <= {413, 422, 503}
+    grown = reading.peak() - before
+    assert grown < BUDGET // 2 + 64 * MIB, f"{grown / MIB:.0f} MiB"
+
+
+def test_the_series_of_a_request_are_counted(tmp_path: Path) -> None:
+    count, dates = 500, 6
+    one = {"dates": [f"2021-{month:02}-05" for month in range(1, dates + 1)]}
+    one |= {band: [0.1] * dates for band in BANDS}
+    text = json.dumps({"series": [{"id": str(n), **one} for n in range(count)]}).encode()
+    cancelled = threading.Event()
+    with Engine(Registry.load(write_zoo(tmp_path)), providers="cpu") as engine:
+        for task in ("classify-pixels", "forecast"):
+            tracemalloc.start()
+            request = read_series(task, text).request(task)
+            plan = plan_request(request, engine, max_raster_bytes=1, rasters=False)
+            executor = ThreadExecutor()
+            result = execute(plan, tmp_path, executor=executor, cancelled=cancelled)
+            written = document_bytes(result.document)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert len(written) > 0
+            assert peak < plan.need.total, (task, peak)
+        budget = MemoryBudget(MIB)
+        with pytest.raises(RasterTooLarge, match=r"500 series .* Send fewer series"):
+            plan_request(request, engine, max_raster_bytes=1, rasters=False, budget=budget)

@@ -218,7 +218,7 @@ def test_series_stop_when_the_run_is_cancelled(classifier, monkeypatch):
         return predict(self, *given)
 
     monkeypatch.setattr(type(classifier), "pixels", counted)
-    monkeypatch.setattr("service.run.series._BATCH_BYTES", 1)  # a batch for each series
+    monkeypatch.setattr("service.run.series.SERIES_BATCH_BYTES", 1)  # a batch for each series
     run = plan_series(classifier, [series(str(n)) for n in range(5)])
     with pytest.raises(Cancelled):
         run_series(run, cancelled=cancelled)

@@ -194,6 +194,22 @@ def test_a_log_record_is_always_one_line() -> None:
     assert json.loads(line)["message"] == "a\nb c"
 
 
+def test_a_log_record_is_bounded_whatever_a_client_sent() -> None:
+    long = "x" * 100_000
+    try:
+        int(long)
+    except ValueError as error:
+        stack = (type(error), ValueError(long), error.__traceback__)
+    record = logging.makeLogRecord(
+        {"name": "n", "levelname": "INFO", "msg": "%s", "args": (long,), "exc_info": stack}
+    )
+    record.path = long
+    entry = json.loads(JsonFormatter().format(record))
+    assert max(len(entry["message"]), len(entry["path"])) < 5_000
+    assert len(entry["stack"]) < 33_000
+    assert entry["stack"].startswith("Traceback")
+
+
 def test_the_servers_own_log_is_json_too() -> None:
     config = log_config("warning")
     assert config["root"] == {"level": "WARNING", "handlers": ["stderr"]}

@@ -25,7 +25,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from service.errors import BodyStalled, Overloaded, TooManyRequests
+from service.errors import BodyStalled, BodyTooLarge, Overloaded, TooManyRequests
 
 REQUESTS = "requests"
 """Name of the quota of requests at once."""
@@ -37,7 +37,6 @@ _UPLOADS_PER_QUEUE_SLOT = 2
 _RETRY_SECONDS = 5
 _FRESH_SECONDS = 1.0
 """Seconds at the start of an upload in which it cannot be behind the minimum rate."""
-_JSON_BYTES_PER_QUEUE_SLOT = 32 * 2**20
 
 
 class Admitted:
@@ -88,6 +87,19 @@ class Admitted:
         self._received += count
         self._rooms[in_memory].take(self.caller, count)
         self._taken[in_memory] += count
+
+    def reserve(self, count: int) -> None:
+        """Reserve memory for parsing the body and for what is parsed, until the request ends.
+
+        Args:
+            count: number of bytes.
+
+        Raises:
+            BodyTooLarge: one caller may never use so much.
+            Overloaded: the bytes exceed the space that is left.
+        """
+        self._rooms[True].take(self.caller, count, held=self._taken[True])
+        self._taken[True] += count
 
     def paused(self, seconds: float) -> None:
         """Leave out of the upload's time the seconds in which the server did not read."""
@@ -142,16 +154,23 @@ class Room:
         """Bytes in use."""
         self._by_caller: Counter[str] = Counter()
 
-    def take(self, caller: str, count: int) -> None:
+    def take(self, caller: str, count: int, held: int = 0) -> None:
         """Take bytes.
 
         Args:
             caller: the caller's id, or the client's address.
             count: number of bytes.
+            held: bytes that the same request has taken already.
 
         Raises:
+            BodyTooLarge: the request needs more than a caller's half.
             Overloaded: fewer bytes are free, or the caller's half is used up.
         """
+        if held + count > self._most // 2:
+            raise BodyTooLarge(
+                f"the body needs {held + count} bytes {self._name}, and a caller may use "
+                f"{self._most // 2}: send several requests, each with a part of it"
+            )
         mine = self._by_caller[caller]
         if self.taken + count > self._most or mine + count > self._most // 2:
             raise Overloaded(
@@ -178,6 +197,7 @@ class Admission:
         run_slots: number of requests that may run at once.
         upload_rate: bytes per second that an upload must keep.
         spool_bytes: largest size on disk of all bodies in flight, bytes.
+        memory_bytes: largest memory of all JSON bodies in flight, as text and parsed, bytes.
         most_requests: returns the largest number of requests of a caller at once; None limits them
             by its queue slots only.
         given_up: called for each upload that was ended because another request needed its
@@ -190,6 +210,7 @@ class Admission:
         *,
         upload_rate: float,
         spool_bytes: int,
+        memory_bytes: int,
         most_requests: Callable[[str], int | None] = lambda _: None,
         given_up: Callable[[], None] = lambda: None,
     ) -> None:
@@ -200,7 +221,7 @@ class Admission:
         self._given_up = given_up
         self._slots = _QUEUE_SLOTS_PER_RUN_SLOT * run_slots
         self._disk = Room("on disk (PIMC_MAX_SPOOL_BYTES)", spool_bytes)
-        self._memory = Room("in memory", self._slots * _JSON_BYTES_PER_QUEUE_SLOT)
+        self._memory = Room("of memory (PIMC_MEMORY_BUDGET)", memory_bytes)
         self._admitted: dict[Admitted, None] = {}
 
     @property
@@ -231,6 +252,11 @@ class Admission:
     def spooled(self) -> int:
         """Bytes of bodies on disk."""
         return self._disk.taken
+
+    @property
+    def parsed(self) -> int:
+        """Bytes of memory that are reserved for JSON bodies."""
+        return self._memory.taken
 
     @asynccontextmanager
     async def admit(self, caller: str) -> AsyncIterator[Admitted]:

@@ -173,6 +173,7 @@ def create_app(
                 settings.max_concurrency,
                 upload_rate=settings.upload_rate,
                 spool_bytes=settings.spool_bytes,
+                memory_bytes=budget.document_bytes,
                 most_requests=allowances.requests,
                 given_up=metrics.upload_given_up,
             )
@@ -182,6 +183,7 @@ def create_app(
                 awaited=lambda: admission.runs.awaited,
                 uploads=lambda: admission.uploads,
                 spooled=lambda: admission.spooled,
+                parsed=lambda: admission.parsed,
             )
             await to_thread.run_sync(runner.start)
             stack.push_async_callback(to_thread.run_sync, runner.join)

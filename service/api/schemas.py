@@ -7,7 +7,7 @@ parameter completes "NAME: …"; "default" states what holds if the parameter is
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import date, datetime
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from models.card import Modality, ModelCard, Task
-from service.errors import ForbiddenReference, InvalidRequest
+from service.errors import MOST_ERRORS, ForbiddenReference, InvalidRequest, shown
 from service.infer.smooth import MAX_RADIUS
 from service.read.geotiff import SourceFile
 from service.read.layouts import Layout, StackOptions
@@ -62,10 +62,14 @@ SensorName = Literal["sentinel-2", "hls", "landsat", "modis", "planetscope"]
 QuantileOutput = Literal["q10", "q50", "q90"]
 # The parameters that take several values.
 _LISTED = frozenset({"dates", "bands", "bbox", "outputs", "scale", "offset"})
-_MAX_ERRORS = 20
-_SHOWN = 100
-"""Characters of a client's name of a parameter that an error shows."""
+_VECTORS = frozenset({"fields", "labels"})
+"""Parameters that are read as files of features, with limits of their own."""
+_LONGEST_NAME = 100
+"""Longest name for which a parameter with a similar name is looked for, characters."""
 _MAX_STRUCTURE = 500_000
+_MOST_DATED = 1_000
+_MOST_FAULTS = 10_000
+"""Number of invalid values beyond which none is listed: each takes a kilobyte to describe."""
 PLAUSIBLE_DATES = (date(1970, 1, 1), date(2099, 12, 31))
 _ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _BASELINE = re.compile(r"N?(\d{1,2})\.(\d{2})")
@@ -76,7 +80,7 @@ _Form = TypeVar("_Form", bound="StackForm")
 def _iso_date(value: object) -> object:
     # By default pydantic reads "20210105" as seconds since 1970.
     if isinstance(value, str) and not _ISO_DATE.fullmatch(value):
-        raise ValueError(f"'{value}' is not an ISO date such as 2021-01-05")
+        raise ValueError(f"'{shown(value)}' is not an ISO date such as 2021-01-05")
     if not isinstance(value, str | date):
         raise ValueError(  # noqa: TRY004 - pydantic reports a ValueError
             f"a date must be a text such as 2021-01-05, and is of type {type(value).__name__}"
@@ -138,10 +142,13 @@ def _dated(value: object) -> object:
     parts = listed(value)
     if not isinstance(parts, list):
         return value
+    if len(parts) > _MOST_DATED:
+        raise ValueError(f"{len(parts)} numbers; at most {_MOST_DATED} are allowed")
     pairs = [_dated_number(part) for part in parts]
     if len({since for since, _ in pairs}) < len(pairs):
         raise ValueError(
-            f"'{value}' has several numbers for one date or processing baseline: give one for each"
+            f"'{shown(value)}' has several numbers for one date or processing baseline: give one "
+            "for each"
         )
     if len(pairs) == 1 and pairs[0][0] == date.min:
         return pairs[0][1]
@@ -149,6 +156,8 @@ def _dated(value: object) -> object:
 
 
 def _dated_number(part: object) -> tuple[date | str, float]:
+    if not isinstance(part, str | int | float):
+        raise ValueError("a number is required, or a text such as 2022-01-25:-0.1")  # noqa: TRY004 - as above
     text, colon, number = str(part).rpartition(":")
     baseline = _BASELINE.fullmatch(text.strip())
     try:
@@ -157,7 +166,7 @@ def _dated_number(part: object) -> tuple[date | str, float]:
         return date.fromisoformat(text.strip()) if colon else date.min, _finite(number)
     except ValueError as error:
         raise ValueError(
-            f"'{part}' is not a number such as -0.1, a number from a date on such as "
+            f"'{shown(part)}' is not a number such as -0.1, a number from a date on such as "
             "2022-01-25:-0.1, or a number from a processing baseline on such as 04.00:-0.1"
         ) from error
 
@@ -165,7 +174,7 @@ def _dated_number(part: object) -> tuple[date | str, float]:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is not a finite number")
+        raise ValueError(f"{shown(text)} is not a finite number")
     return number
 
 
@@ -198,7 +207,8 @@ _DATED_SCHEMA = WithJsonSchema(
         "examples": [-0.1, "2022-01-25:-0.1", "04.00:-0.1"],
     }
 )
-_AtLeastOne = Field(min_length=1)
+# With fail_fast, because a list of millions of invalid values would make as many errors.
+_AtLeastOne = Field(min_length=1, fail_fast=True)
 _Band = Annotated[str, Field(min_length=1, max_length=64)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _ModelName = Annotated[
@@ -258,7 +268,7 @@ class Point(_Loose):
     """A GeoJSON Point, EPSG:4326."""
 
     type: Literal["Point"]
-    coordinates: Annotated[list[_Number], Field(min_length=2, max_length=4)]
+    coordinates: Annotated[list[_Number], Field(min_length=2, max_length=4, fail_fast=True)]
 
     @model_validator(mode="after")
     def _on_earth(self) -> Self:
@@ -284,7 +294,9 @@ class PointCollection(_Loose):
     """Points to predict for: a GeoJSON FeatureCollection of Points, EPSG:4326."""
 
     type: Literal["FeatureCollection"]
-    features: Annotated[list[PointFeature], Field(min_length=1, max_length=MAX_POINTS)]
+    features: Annotated[
+        list[PointFeature], Field(min_length=1, max_length=MAX_POINTS, fail_fast=True)
+    ]
 
     @model_validator(mode="before")
     @classmethod
@@ -294,7 +306,7 @@ class PointCollection(_Loose):
         name = str((crs.get("properties") or {}).get("name", "")) if isinstance(crs, dict) else ""
         if name and not name.endswith(("CRS84", ":4326")):
             raise ValueError(
-                f"points must be in EPSG:4326, but 'crs' is {name}: convert them to degrees"
+                f"points must be in EPSG:4326, but 'crs' is {shown(name)}: convert them to degrees"
             )
         return value
 
@@ -304,16 +316,18 @@ class PointCollection(_Loose):
         return tuple((p.geometry.coordinates[0], p.geometry.coordinates[1]) for p in self.features)
 
 
-_Position = Annotated[list[_Number], Field(min_length=2, max_length=4)]
-_Ring = Annotated[list[_Position], Field(min_length=4, max_length=MAX_VERTICES)]
-_Rings = Annotated[list[_Ring], Field(min_length=1, max_length=MAX_RINGS)]
+_Position = Annotated[list[_Number], Field(min_length=2, max_length=4, fail_fast=True)]
+_Ring = Annotated[list[_Position], Field(min_length=4, max_length=MAX_VERTICES, fail_fast=True)]
+_Rings = Annotated[list[_Ring], Field(min_length=1, max_length=MAX_RINGS, fail_fast=True)]
 
 
 class Area(_Loose):
     """A GeoJSON Polygon or MultiPolygon, also as a Feature or a collection of one, EPSG:4326."""
 
     type: Literal["Polygon", "MultiPolygon"]
-    coordinates: _Rings | Annotated[list[_Rings], Field(min_length=1, max_length=MAX_RINGS)]
+    coordinates: (
+        _Rings | Annotated[list[_Rings], Field(min_length=1, max_length=MAX_RINGS, fail_fast=True)]
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -841,7 +855,9 @@ class _AsObjects(_Strict):
 class _Items(_AsObjects):
     """Files that the request names instead of sending them."""
 
-    items: Annotated[tuple[ItemBody, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+    items: Annotated[
+        tuple[ItemBody, ...], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
+    ]
 
     @model_validator(mode="after")
     def _dated_once(self) -> Self:
@@ -885,7 +901,7 @@ ITEMS: Mapping[
     "series": MeasureItems,
 }
 _Name = Annotated[str, Field(min_length=1, max_length=300)]
-_Names = Annotated[tuple[_Name, ...], Field(max_length=1000)]
+_Names = Annotated[tuple[_Name, ...], Field(max_length=1000, fail_fast=True)]
 
 
 _MOMENT = re.compile(
@@ -912,11 +928,13 @@ def interval(value: str | None) -> str | None:
     for end in ends:
         if not (end in {"", ".."} and len(ends) == 2) and not _is_moment(end):
             raise ValueError(
-                f"'{end}' is not a date such as 2021, 2021-05, 2021-05-01 or 2021-05-01T00:00:00Z"
+                f"'{shown(end)}' is not a date such as 2021, 2021-05, 2021-05-01 or "
+                "2021-05-01T00:00:00Z"
             )
     if len(ends) > 2 or not any(end.strip(".") for end in ends):
         raise ValueError(
-            f"'{value}' is not one date, or two dates separated by `/` of which one may be `..`"
+            f"'{shown(value)}' is not one date, or two dates separated by `/` of which one may be "
+            "`..`"
         )
     return value
 
@@ -1216,7 +1234,9 @@ class _HeadObjects(HeadForm):
 class HeadItems(_HeadObjects):
     """JSON body of `POST /heads` that names its files."""
 
-    items: Annotated[tuple[ItemBody, ...], Field(min_length=1, max_length=MAX_ITEMS)]
+    items: Annotated[
+        tuple[ItemBody, ...], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
+    ]
 
     @model_validator(mode="after")
     def _dated_once(self) -> Self:
@@ -1652,6 +1672,8 @@ def _read_form(model: type[_Form], raw: Mapping[str, Sequence[str]]) -> _Form:
     given: dict[str, object] = {}
     for name, values in raw.items():
         filled = [value for value in values if value.strip()]
+        if name not in _VECTORS:
+            _check_texts(filled)
         if name in _LISTED:
             given[name] = filled
         elif name == "mask":
@@ -1718,6 +1740,9 @@ def read_stac(
 
 def _named(body: bytes, field: str, model: type[_Model], *, allowed: bool) -> _Model | None:
     """Validate a body that names files by a parameter; None if the parameter is missing."""
+    # Without parsing a body of series: only with escapes can the name be spelled in another way.
+    if f'"{field}"'.encode() not in body and b"\\u" not in body:
+        return None
     if getattr(_checked(_Reference, body), field) is None:
         return None
     if not allowed:
@@ -1844,9 +1869,19 @@ def _checked(model: type[_Model], given: bytes | Mapping[str, object]) -> _Model
             return model.model_validate_json(given)
         return model.model_validate(given)
     except ValidationError as error:
+        if error.error_count() > _MOST_FAULTS:
+            raise InvalidRequest.of(
+                "body", f"{error.error_count()} values are not valid: send a few to see the reasons"
+            ) from None
         raise invalid_request(
             error.errors(include_url=False, include_input=False), model.model_fields
         ) from error
+
+
+def _check_texts(values: Iterable[str]) -> None:
+    """`_check_shape` of a form's parameters, some of which are JSON."""
+    for text in values:
+        _check_shape(text.encode())
 
 
 def _check_shape(body: bytes) -> None:
@@ -1879,11 +1914,11 @@ def invalid_request(
     # pydantic also reports a list as too short if none of its entries is valid; leave that out.
     within = {error["loc"][:-1] for error in errors} | {error["loc"][:-2] for error in errors}
     errors = [e for e in errors if e["type"] != "too_short" or e["loc"] not in within]
-    found = [_field_error(error, known) for error in errors[:_MAX_ERRORS]]
+    found = [_field_error(error, known) for error in errors[:MOST_ERRORS]]
     names = ", ".join(error["field"] for error in found)
     if len(errors) == 1:
         return InvalidRequest("{field}: {detail}".format(**found[0]), found)
-    more = ", …" if len(errors) > _MAX_ERRORS else ""
+    more = ", …" if len(errors) > MOST_ERRORS else ""
     return InvalidRequest(f"{len(errors)} parameters are not valid: {names}{more}", found)
 
 
@@ -1900,7 +1935,7 @@ _OTHER_NAMES: Mapping[str, str] = {
 
 def _suggestion(name: str, known: Collection[str]) -> str | None:
     """The parameter whose name is similar to an unknown name, in spelling or in other services."""
-    if len(name) > _SHOWN:  # comparing takes time and memory in proportion
+    if len(name) > _LONGEST_NAME:  # comparing takes time and memory in proportion
         return None
     plain = name.lower().replace("-", "_").removesuffix("[]")
     if plain in known:
@@ -1923,4 +1958,4 @@ def _field_error(error: Mapping[str, Any], known: Collection[str]) -> dict[str, 
     detail = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         detail = unknown_parameter(str(path[0]), known) if len(path) == 1 else "unknown parameter"
-    return {"field": ".".join(str(part)[:_SHOWN] for part in path) or "body", "detail": detail}
+    return {"field": ".".join(shown(part) for part in path) or "body", "detail": detail}

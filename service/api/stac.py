@@ -56,7 +56,7 @@ async def stac_request(
     Raises:
         PIMCError: the items or their files cannot be fetched, or do not fit the model.
     """
-    request = parameters.request(task, (), polygons)
+    request = await to_thread.run_sync(parameters.request, task, (), polygons)
     measured = isinstance(request, MeasureRequest)
     bands = BANDS if measured else await to_thread.run_sync(bands_of, request, app.engine, owner)
     optional = FURTHER_BANDS if measured else ()

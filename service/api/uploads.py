@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.errors import HeaderParseError
@@ -20,7 +20,8 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from service.api.admission import Admitted
-from service.errors import BodyTooLarge, InvalidRequest, UnsupportedMedia
+from service.errors import BodyTooLarge, InvalidRequest, UnsupportedMedia, shown
+from service.json_memory import parsed_bytes
 from service.read.geotiff import SourceFile, label
 
 FORM = "multipart/form-data"
@@ -78,13 +79,13 @@ def media_type(request: Request) -> str:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise UnsupportedMedia(
-            f"the body has Content-Encoding '{encoding}', but only 'identity' is supported: send "
-            "the body without compression"
+            f"the body has Content-Encoding '{shown(encoding)}', but only 'identity' is supported: "
+            "send the body without compression"
         )
     given = request.headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()
     if kind not in {FORM, JSON}:
-        found = f"Content-Type '{kind}'" if kind else "no Content-Type"
+        found = f"Content-Type '{shown(kind)}'" if kind else "no Content-Type"
         raise UnsupportedMedia(f"the body has {found}: send {FORM} or {JSON}")
     return kind
 
@@ -98,7 +99,8 @@ async def read_json(request: Request, limits: Limits, admitted: Admitted) -> byt
         admitted: the admitted request, which counts the bytes.
 
     Raises:
-        BodyTooLarge: the body exceeds the limit for JSON or for any body.
+        BodyTooLarge: the body exceeds the limit for JSON or for any body, or needs more memory
+            once parsed than a caller may use.
         BodyStalled: the upload was too slow.
         Overloaded: the body exceeds the space for bodies.
     """
@@ -107,7 +109,9 @@ async def read_json(request: Request, limits: Limits, admitted: Admitted) -> byt
     async for batch in _batches(request, limit, limits, admitted, in_memory=True):
         for chunk in batch:
             body += chunk
-    return bytes(body)
+    text = bytes(body)
+    admitted.reserve(await to_thread.run_sync(parsed_bytes, text))
+    return text
 
 
 async def read_form(
@@ -123,7 +127,8 @@ async def read_form(
         vector: name of the part that may be a file of points or polygons.
 
     Raises:
-        BodyTooLarge: the body exceeds the limit, whatever `Content-Length` states.
+        BodyTooLarge: the body exceeds the limit, whatever `Content-Length` states, or its
+            parameters need more memory once parsed than a caller may use.
         BodyStalled: the upload was too slow.
         Overloaded: the body exceeds the space for bodies.
         InvalidRequest: the form is not valid, or has too many parts or an empty file.
@@ -138,9 +143,17 @@ async def read_form(
     try:
         async for batch in _batches(request, limits.body_bytes, limits, admitted):
             await to_thread.run_sync(reader.feed, batch)
-        return await to_thread.run_sync(reader.finish)
+        form = await to_thread.run_sync(reader.finish)
+        parsed = {name: texts for name, texts in form.fields.items() if name != vector}
+        admitted.reserve(await to_thread.run_sync(_parsed_fields, parsed))
+        return form
     finally:
         reader.close()
+
+
+def _parsed_fields(fields: Mapping[str, Sequence[str]]) -> int:
+    """Memory that the parameters of a form take once parsed, bytes; some are JSON."""
+    return sum(parsed_bytes(text.encode()) for values in fields.values() for text in values)
 
 
 async def _batches(

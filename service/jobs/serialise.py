@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -157,6 +157,17 @@ def request_of(document: Mapping[str, Any], folder: Path) -> TaskRequest:
     )
 
 
+def outline_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's document without what may be long: files, items, points and series."""
+    if "series" in document:
+        return {**document, "series": {**document["series"], "series": []}}
+    fields = document["fields"]
+    points: dict[str, Any] = {
+        n: [] for n in ("points", "place_points") if fields.get(n) is not None
+    }
+    return {**document, "files": [], "fields": {**fields, **points, "items": [], "left_out": []}}
+
+
 def _task(name: Runnable) -> Task:
     """The task of the model that a run needs."""
     return "embed" if name == "similar" else name
@@ -272,5 +283,30 @@ def document_bytes(document: Mapping[str, Any]) -> bytes:
     Raises:
         ValueError: the document holds NaN or infinity.
     """
-    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode()
+    return "".join(json_parts(document, _ENCODE)).encode()
+
+
+_ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def json_parts(value: object, encode: Callable[[object], str] = json.dumps) -> Iterator[str]:
+    """The parts of a JSON text: of objects each entry, of lists each item.
+
+    Python runs no other thread while it encodes a value. Of a document of many megabytes in one
+    piece that takes seconds, in which the server responds to nobody.
+
+    Args:
+        value: the value; names in its objects are texts.
+        encode: encodes a text, or an item of a list.
+    """
+    if isinstance(value, Mapping):
+        for number, (name, entry) in enumerate(value.items()):
+            yield ("," if number else "{") + encode(name) + ":"
+            yield from json_parts(entry, encode)
+        yield "}" if value else "{}"
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield ("," if number else "[") + encode(item)
+        yield "]" if value else "[]"
+    else:
+        yield encode(value)

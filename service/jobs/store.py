@@ -57,6 +57,7 @@ from service.errors import (
     ResultNotReady,
     TooManyRequests,
     UnknownJob,
+    shown,
 )
 from service.jobs import outbox
 from service.jobs.database import (
@@ -79,6 +80,8 @@ from service.jobs.schema import (
 from service.jobs.serialise import (
     StoredResult,
     document_bytes,
+    json_parts,
+    outline_of,
     request_document,
     request_of,
     result_head,
@@ -108,6 +111,8 @@ HEADS = "heads"
 # Names in stored requests, also of earlier releases.
 _UPGRADE, _DELIVERY, _SUBMITTED = "upgrade", "answer", "submitted"
 _LOCKS = 16
+_OUTLINES = 128
+"""Number of requests that are kept in memory without what may be long."""
 _BY_KEY = "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?"
 _DAY = 24 * 3600
 JOBS, PIXELS, STORAGE = "jobs", "pixels", "storage"
@@ -348,6 +353,8 @@ class JobStore:
         self.storage = FolderStorage(folder) if storage is None else storage
         self._next_look = time.monotonic() + _LOOK_SECONDS
         self._ready_locks = [threading.Lock() for _ in range(_LOCKS)]
+        self._outlines: dict[str, Mapping[str, Any]] = {}  # in the order in which they were made
+        self._outlining = threading.Lock()
         dialect = Sqlite(folder / DATABASE) if database_url is None else Postgres(database_url)
         self.shared = dialect.shared
         """Whether replicas share the jobs."""
@@ -469,7 +476,7 @@ class JobStore:
                 take_over(paths, folder, job_folder / INPUT)
             else:
                 job_folder.mkdir()
-            write_request(job_folder, json.dumps(document))
+            write_request(job_folder, "".join(json_parts(document)))
             sync_folder(self._jobs)
             now = time.time()
             size = size_of(job_folder)
@@ -773,25 +780,52 @@ class JobStore:
             ) from error
         return request_of(document, self.folder(job) / INPUT)
 
+    def outline(self, job: Job) -> TaskRequest:
+        """The request of a job without its files, items, points and series.
+
+        Raises:
+            ResultNotReady: the job's files are removed.
+        """
+        return request_of(self._outline(job), self.folder(job) / INPUT)
+
     def delivery(self, job: Job) -> Mapping[str, Any] | None:
         """How a job's results are returned, as stored by `accept`.
 
         Raises:
             ResultNotReady: the job's files are removed.
         """
-        try:
-            found: Mapping[str, Any] | None = self._stored_request(job).get(_DELIVERY)
-        except FileNotFoundError as error:
-            raise removed(job) from error
+        found: Mapping[str, Any] | None = self._outline(job).get(_DELIVERY)
         return found
 
     def submitted(self, job: Job) -> str | None:
         """The span of the request that submitted a job, as a `traceparent`; None if not traced."""
         try:
-            found: str | None = self._stored_request(job).get(_SUBMITTED)
-        except (FileNotFoundError, StorageUnreachable):  # which ends its run soon
+            found: str | None = self._outline(job).get(_SUBMITTED)
+        except (ResultNotReady, StorageUnreachable):  # which ends its run soon
             return None
         return found
+
+    def _outline(self, job: Job) -> Mapping[str, Any]:
+        """The document of a job's request without what may be long.
+
+        The last ones are kept, and one request at a time is parsed for it: of a request of 31 MB
+        that takes a second and hundreds of megabytes.
+
+        Raises:
+            ResultNotReady: the job's files are removed.
+        """
+        found = self._outlines.get(job.id)
+        if found is not None:
+            return found
+        with self._outlining:
+            if job.id not in self._outlines:
+                try:
+                    self._outlines[job.id] = outline_of(self._stored_request(job))
+                except FileNotFoundError as error:
+                    raise removed(job) from error
+                if len(self._outlines) > _OUTLINES:
+                    del self._outlines[next(iter(self._outlines))]
+            return self._outlines[job.id]
 
     def _stored_request(self, job: Job) -> Mapping[str, Any]:
         """The document of a job's request, as `accept` stored it.
@@ -1494,7 +1528,7 @@ def _lost(job: Job) -> LeaseLost:
 
 def _unknown(name: str) -> UnknownJob:
     return UnknownJob(
-        f"there is no job '{name[:64]}' of this caller: check the id and the API key "
+        f"there is no job '{shown(name)}' of this caller: check the id and the API key "
         "(finished jobs expire; GET /jobs lists those that are kept)"
     )
 

@@ -25,7 +25,14 @@ from typing import Self
 import anyio
 import httpx
 
-from service.errors import BodyTooLarge, ForbiddenReference, InvalidRequest, UnreachableReference
+from service.errors import (
+    BodyTooLarge,
+    ForbiddenReference,
+    InvalidRequest,
+    UnreachableReference,
+    shown,
+)
+from service.json_memory import parsed_bytes
 from service.read.geotiff import label
 from service.settings import HostRule, Settings
 
@@ -39,6 +46,8 @@ _KEPT = 16
 MOST_AT_ONCE = 64
 """Largest number of HTTP requests in flight, of all requests to the service together."""
 _MAX_DOCUMENT_BYTES = 32 * 2**20
+_MAX_PARSED_BYTES = 512 * 2**20
+"""Largest memory of a JSON document once parsed."""
 _LOGIN = frozenset({401, 403})
 _WRONG = frozenset({400, 422})
 _SHOWN = 200
@@ -358,11 +367,18 @@ class Connections:
             text = "".join(c for c in data.decode("utf-8", "replace") if c.isprintable())
             raise InvalidRequest.of(
                 remote.field,
-                f"'{remote.host}' rejected the server's request (status {status}): {text[:_SHOWN]}",
+                f"'{remote.host}' rejected the server's request (status {status}): "
+                f"{shown(text, _SHOWN)}",
             )
         if status != HTTPStatus.OK:
             raise remote.unreachable(
                 f"returned status {status} and not a document: check the URL, or retry later"
+            )
+        if parsed_bytes(data) > _MAX_PARSED_BYTES:
+            raise BodyTooLarge(
+                f"{remote.field}: '{remote.host}' returned a document that needs "
+                f"{parsed_bytes(data)} bytes of memory, the limit is {_MAX_PARSED_BYTES}: ask for "
+                "fewer items"
             )
         try:
             return data.decode("utf-8")

@@ -453,7 +453,7 @@ def _read_geoparquet(source: SourceFile, most: int) -> _Read:
             encoding = geo["columns"][main].get("encoding", "WKB")
             if encoding != "WKB":
                 raise NotAVectorFile(
-                    f"'{source.name}' holds geometry in the encoding {str(encoding)[:_NAME_LENGTH]}"
+                    f"'{source.name}' holds geometry in the encoding {shown(encoding)}"
                     ": write it as WKB, the default of GeoPandas"
                 )
             if stated is None:

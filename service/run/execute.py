@@ -85,11 +85,10 @@ def execute(
     """
     request, run = plan.request, plan.run
     annotate(task=request.operation, model=plan.model.card.id, pixels=plan.pixels)
-    if isinstance(run, SeriesRun):
-        return _as_requested(plan, _series(request.task, run, cancelled))
-    if plan.need is None:
-        raise TypeError("the plan of a raster states the memory that it needs")
     budget = budget or MemoryBudget()
+    if isinstance(run, SeriesRun):
+        with budget.take(plan.need, cancelled=cancelled, patience=patience):
+            return _as_requested(plan, _series(request.task, run, cancelled))
     with budget.take(plan.need, cancelled=cancelled, patience=patience):
         points = request.points if isinstance(request, RasterRequest) else None
         if points is not None:

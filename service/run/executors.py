@@ -11,13 +11,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from service.errors import Cancelled
 from service.read.geotiff import BlockCache
@@ -221,6 +221,17 @@ def check(cancelled: threading.Event | None) -> None:
     """
     if cancelled is not None and cancelled.is_set():
         raise Cancelled("the run was cancelled")
+
+
+def unless_cancelled(items: Iterable[Any], cancelled: threading.Event | None) -> Iterator[Any]:
+    """The items one by one, until the run is cancelled.
+
+    Raises:
+        Cancelled: `cancelled` is set.
+    """
+    for item in items:
+        check(cancelled)
+        yield item
 
 
 class _Stage:

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from service.container import usable_memory
 from service.errors import Overloaded, RasterTooLarge
 from service.grid import Grid
@@ -28,6 +30,8 @@ from service.read.reader import CELL_BYTES, Footprint, footprint
 from service.read.stack import Stack
 from service.run.executors import ThreadExecutor, check
 from service.run.labels import MOST_OF_A_POLYGON
+from service.run.request import SeriesInput
+from service.run.series import SERIES_BATCH_BYTES
 from service.run.windows import AT_ONCE, COVERAGE_BYTES, OVER, WINDOW_BYTES
 from service.write.cog import finishing_bytes
 from service.write.polygons import polygon_bytes
@@ -39,6 +43,8 @@ _SHARE = 2
 inference need the rest."""
 _WINDOWS_PER_BUDGET = 32
 """A window takes at most the budget divided by this."""
+_DOCUMENTS = 2
+"""JSON bodies may take the budget divided by this, in addition to the budget."""
 _MIN_BUDGET = 64 * 2**20
 """Smallest budget, bytes."""
 _NUMBER_BYTES = 64
@@ -46,6 +52,11 @@ _NUMBER_BYTES = 64
 _FURTHER_NUMBERS = 5
 """Numbers of a measured date beside its bands (three indices, the clear share and the date), and of
 a field beside its prediction (pixels, hectares, clear dates, confidence, status)."""
+_SERIES_BYTES = 6_000
+"""Memory of one series of a request beside its numbers: its objects, as given, checked, and in the
+result."""
+_DATE_BYTES = 200
+"""Memory of one date of a series: as an object, and its part of the checked arrays."""
 _POSITION_BYTES = 2 * 3 * 8
 """Row, column and label of a labelled pixel, as found and in order, bytes."""
 _POLL_SECONDS = 0.1
@@ -100,6 +111,15 @@ class MemoryBudget:
     def awaited(self) -> int:
         """Number of runs that wait for memory."""
         return len(self._waiting)
+
+    @property
+    def document_bytes(self) -> int:
+        """Memory of all JSON bodies of requests, bytes, in addition to that of runs.
+
+        A request keeps what it has parsed while its run waits for memory. Both from one budget,
+        requests could hold all of it and wait for each other.
+        """
+        return self.limit // _DOCUMENTS
 
     @property
     def window_bytes(self) -> int:
@@ -346,6 +366,31 @@ def measuring_need(stack: Stack, window_bytes: int, *, points: int, fields: int)
         arrays=max(cells + (points + fields) * place_bytes, sample_bytes(stack, used)),
         what=f"series of {points + fields} places at {len(used)} dates",
         remedy="Send fewer places at a time",
+    )
+
+
+def series_need(
+    model: LoadedModel, series: Sequence[SeriesInput], *, attribution: bool = False
+) -> Need:
+    """The memory of predicting for series of JSON.
+
+    Args:
+        model: the model.
+        series: the series.
+        attribution: whether the attribution of each date is requested.
+    """
+    dates = sum(len(one.dates) for one in series)
+    days = len({day for one in series for day in one.dates})
+    bands = max((len(one.bands) for one in series), default=0)
+    # A prediction as the model returns it, as objects, and as text.
+    numbers = int(np.prod(model.width)) * len(series) + (dates if attribution else 0)
+    return Need(
+        arrays=2 * min(SERIES_BATCH_BYTES, min(model.chunk, len(series)) * days * (4 * bands + 1))
+        + len(series) * _SERIES_BYTES
+        + dates * (_DATE_BYTES + bands * _NUMBER_BYTES)
+        + numbers * 2 * _NUMBER_BYTES,
+        what=f"{len(series)} series of {dates} dates together, and their results,",
+        remedy="Send fewer series at a time",
     )
 
 

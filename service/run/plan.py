@@ -37,6 +37,7 @@ from service.run.memory import (
     points_need,
     raster_need,
     sampling_need,
+    series_need,
 )
 from service.run.places import read_places
 from service.run.request import (
@@ -297,8 +298,8 @@ class Plan:
     fields: Fields | None = None
     """Polygons to predict for, or places to compare every pixel with; None predicts for points,
     series or the whole raster."""
-    need: Need | None = None
-    """Memory that the run reserves; None for series, which are in memory already."""
+    need: Need
+    """Memory that the run reserves."""
     planning: Timing
     """Time of reading the files' headers and the sampled pixels."""
 
@@ -352,15 +353,26 @@ def plan_request(
     budget = budget or MemoryBudget()
     begun = time.perf_counter()
     if isinstance(request, SeriesRequest):
-        series = plan_series(
-            engine.find(request.model, request.task, "pixel", owner=owner),
-            request.series,
-            start=request.start,
-            horizon=request.horizon,
-            attribution=request.attribution,
-            backtest=bool(request.backtest),
+        predictor = engine.find(request.model, request.task, "pixel", owner=owner)
+        need = series_need(predictor, request.series, attribution=request.attribution)
+        with budget.take(need, cancelled=cancelled, patience=patience):
+            series = plan_series(
+                predictor,
+                request.series,
+                start=request.start,
+                horizon=request.horizon,
+                attribution=request.attribution,
+                backtest=bool(request.backtest),
+                cancelled=cancelled,
+            )
+        return Plan(
+            request=request,
+            model=series.model,
+            run=series,
+            need=need,
+            pixels=0,
+            planning=Timing(),
         )
-        return Plan(request=request, model=series.model, run=series, pixels=0, planning=Timing())
     if isinstance(request, SimilarRequest):
         fields: Fields | None = read_places(request, max_fields)
     else:

@@ -39,7 +39,7 @@ from service.run.backtest import (
     run_backtest,
     sample_of,
 )
-from service.run.executors import Timing, check
+from service.run.executors import Timing, check, unless_cancelled
 from service.run.request import SeriesInput
 from service.run.time_window import outside_time_window, partial_season, resolve_time_window
 from service.tracing import span
@@ -53,7 +53,8 @@ from service.write.predictions import (
 )
 
 Floats = NDArray[np.float32]
-_BATCH_BYTES = 64 * 2**20
+SERIES_BATCH_BYTES = 64 * 2**20
+"""Memory of the input of the series that are inferred at once, bytes."""
 _NAMED_AT_MOST = 5
 
 
@@ -111,6 +112,7 @@ def plan_series(
     horizon: int | None = None,
     attribution: bool = False,
     backtest: bool = False,
+    cancelled: threading.Event | None = None,
 ) -> SeriesRun:
     """Check that each series fits the model.
 
@@ -121,8 +123,10 @@ def plan_series(
         horizon: number of steps of a forecast; None takes the card's maximum.
         attribution: whether the attribution of each date to a class is requested.
         backtest: whether forecasts are backtested on the earlier dates of the series.
+        cancelled: an event that ends the check when it is set.
 
     Raises:
+        Cancelled: `cancelled` was set.
         InvalidRequest: a band has more or fewer values than dates, `series` is empty, or the model
             does not have the horizon.
         MissingBands: a band that the model needs is missing.
@@ -137,6 +141,7 @@ def plan_series(
     prepared: list[_Series] = []
     too_short: list[TooFewDates] = []
     for one in series:
+        check(cancelled)
         try:
             prepared.append(_prepare(model.card, one, start, warned))
         except TooFewDates as error:
@@ -152,7 +157,10 @@ def plan_series(
     return SeriesRun(
         model=model,
         series=tuple(prepared),
-        interpretations=tuple(_interpretation(model.card, one, horizon) for one in prepared),
+        interpretations=tuple(
+            _interpretation(model.card, one, horizon)
+            for one in unless_cancelled(prepared, cancelled)
+        ),
         warnings=(
             *_gathered(warned),
             *((no_backtest(model.card),) if backtest and not possible else ()),
@@ -178,7 +186,9 @@ def run_series(run: SeriesRun, *, cancelled: threading.Event | None = None) -> S
     predictions = predict_series(run, cancelled)
     backtested = _backtest(run, predictions, cancelled) if run.backtest else None
     missing = () if any(p is not None for p in predictions) else (_all_missing(run.model.card),)
-    results = tuple(map(_result, run.series, run.interpretations, predictions))
+    results = tuple(
+        map(_result, unless_cancelled(run.series, cancelled), run.interpretations, predictions)
+    )
     if run.attribution:
         for series, result, prediction in zip(run.series, results, predictions, strict=True):
             if prediction is not None:
@@ -203,7 +213,7 @@ def _backtest(
     chosen = sample_of(np.arange(len(there)))
     found = run_backtest(run.model, [there[n][1] for n in chosen], cancelled=cancelled)
     if found is not None:
-        for n, history, prediction in there:
+        for n, history, prediction in unless_cancelled(there, cancelled):
             predictions[n] = found.corrected(
                 prediction[None],
                 history.values,
@@ -339,7 +349,7 @@ def predict_series(run: SeriesRun, cancelled: threading.Event | None) -> list[Fl
         if one.time_window and int((~np.isnan(one.values[:, 0])).sum()) >= least
     ]
     predictions: list[Floats | None] = [None] * len(series)
-    for part in _batches(model.card, series, enough):
+    for part in _batches(model, series, enough):
         check(cancelled)
         batch = [series[n] for n in part]
         for n, prediction in zip(part, _infer_batch(model, batch), strict=True):
@@ -348,11 +358,15 @@ def predict_series(run: SeriesRun, cancelled: threading.Event | None) -> list[Fl
 
 
 def _batches(
-    card: ModelCard, series: Sequence[_Series], numbers: Sequence[int]
+    model: LoadedModel, series: Sequence[_Series], numbers: Sequence[int]
 ) -> Iterator[Sequence[int]]:
-    """Numbers of series in parts, whose input fits into `_BATCH_BYTES` even if all days differ."""
+    """Numbers of series in parts, whose input fits into `SERIES_BATCH_BYTES` for all days.
+
+    A part has at most `model.chunk` series, so that a cancelled run stops after it.
+    """
     most_days = len(np.unique(np.concatenate([series[n].days for n in numbers]))) if numbers else 1
-    size = max(1, _BATCH_BYTES // (most_days * (4 * len(card.bands) + 1)))
+    fitting = SERIES_BATCH_BYTES // (most_days * (4 * len(model.card.bands) + 1))
+    size = max(1, min(model.chunk, fitting))
     for at in range(0, len(numbers), size):
         yield numbers[at : at + size]
 

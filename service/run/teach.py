@@ -334,7 +334,12 @@ class _Teaching:
         self._check_bands(bands, "some series")
         dates = int(np.median([len(set(one.series.dates)) for one in given]))
         features = self._features(bands, dates)
-        run = plan_series(features, [one.series for one in given], start=self.request.start)
+        run = plan_series(
+            features,
+            [one.series for one in given],
+            start=self.request.start,
+            cancelled=self.cancelled,
+        )
         warnings += run.warnings
         width = features.width[0]
         with self.charge(len(given)):

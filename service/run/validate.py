@@ -114,6 +114,7 @@ def validation(
             model=planned.model.card.id,
             predicts_for=planned.predicts_for,
             pixels=len(run.series),
+            memory_bytes=planned.need.total,
         )
     return _of_raster(planned, run, window_bytes, cancelled)
 
@@ -195,7 +196,7 @@ def _of_raster(
         raster_pixels=planned.pixels,
         dates=len(run.used),
         read_bytes=read * run.pixel_bytes,
-        memory_bytes=planned.need.total if planned.need else 0,
+        memory_bytes=planned.need.total,
     )
 
 

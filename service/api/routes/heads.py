@@ -163,7 +163,7 @@ async def _read_request(
         found = await to_thread.run_sync(partial(read_head_stac, text, allowed=allowed))
         if found is None:
             body = await to_thread.run_sync(read_head_series, text)
-            return body.request()
+            return await to_thread.run_sync(body.request)
         stac, parameters = found
         labels = await vector_file(LABELS, parameters.labels, folder)
         if labels is None:

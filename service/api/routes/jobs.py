@@ -41,7 +41,7 @@ from service.api.responses import (
 )
 from service.api.results import links_to
 from service.api.schemas import CallbackSecret, JobInfo, JobList, Link, interval, listed
-from service.errors import NotFound, ResultNotReady
+from service.errors import NotFound, ResultNotReady, shown
 from service.infer.smooth import MAX_RADIUS
 from service.jobs.callbacks import caller_secret, secret_text
 from service.jobs.outbox import Event
@@ -193,7 +193,7 @@ async def read_result(job_id: str, request: Request, app: App, caller: Caller) -
     if job.status == "failed":
         return problem(request, job.error)
     readers = app.downloads.readers
-    stored = await to_thread.run_sync(app.jobs.request, job, limiter=readers)
+    stored = await to_thread.run_sync(app.jobs.outline, job, limiter=readers)
     media = negotiate(request.headers.get("accept", ""), offers(stored))
     result = await to_thread.run_sync(app.jobs.result, job, limiter=readers)
     make = partial(stored_response, app.jobs, job, result, media)
@@ -307,7 +307,7 @@ async def read_output(
         return derived_file(path, output, media, result, missing=removed(job))
     if output not in result.files:
         available = ", ".join(result.files) or "none, as the result is not a raster"
-        raise NotFound(f"job {job.id} has no output '{output[:64]}'; available: {available}")
+        raise NotFound(f"job {job.id} has no output '{shown(output)}'; available: {available}")
     if output == POLYGONS:
         media = negotiate(request.headers.get("accept", ""), (PARQUET, GEOJSON), lenient=True)
         make = partial(stored_response, app.jobs, job, result, media)
@@ -330,7 +330,7 @@ def _derived(
     name = f"{output}-{how.name}"
 
     def make(path: Path) -> None:
-        original = app.jobs.request(job)
+        original = app.jobs.outline(job)
         smoothed_by = original.smooth or 0 if isinstance(original, RasterRequest) else 0
         with app.jobs.on_disk(job, result) as copy:
             files = on_this_machine(copy.files)

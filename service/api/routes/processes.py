@@ -82,8 +82,10 @@ from service.errors import (
     NotFound,
     ResultsNotReady,
     UnsupportedMedia,
+    shown,
 )
 from service.jobs.store import Job, removed
+from service.json_memory import parsed_bytes
 from service.read.geotiff import SourceFile
 from service.read.placement import Place
 from service.read.references import fetch_items
@@ -274,7 +276,7 @@ async def read_results_output(
             make = partial(output_response, results, one)
             return await to_thread.run_sync(make, limiter=app.downloads.makers)
     there = ", ".join(one.name for one in delivery.outputs)
-    raise NotFound(f"job {job.id} has no result '{output[:64]}'; available: {there}")
+    raise NotFound(f"job {job.id} has no result '{shown(output)}'; available: {there}")
 
 
 def _finished(app: AppState, request: Request, job: Job) -> tuple[Results, Delivery]:
@@ -292,7 +294,7 @@ def _finished(app: AppState, request: Request, job: Job) -> tuple[Results, Deliv
     results, stored = _stored(app, request, job), app.jobs.delivery(job)
     if stored is not None:
         return results, Delivery.of(stored)
-    return results, default_delivery(app.jobs.request(job), results.result.files)
+    return results, default_delivery(app.jobs.outline(job), results.result.files)
 
 
 # Inputs -------------------------------------------------------------------------------------------
@@ -359,12 +361,19 @@ class _Inputs:
                 "allowed: link to a smaller document"
             )
         text = await to_thread.run_sync(file.path.read_bytes)
+        self.admitted.reserve(await to_thread.run_sync(parsed_bytes, text))
         try:
             return await to_thread.run_sync(from_json, text)
         except ValueError as error:
             raise InvalidRequest.of(
                 given.field, f"the linked document is not valid JSON: {error}"
             ) from error
+
+    async def text(self, body: Mapping[str, Any]) -> bytes:
+        """A body of the task as JSON, with memory for parsing it again."""
+        text = await to_thread.run_sync(lambda: json.dumps(body).encode())
+        self.admitted.reserve(await to_thread.run_sync(parsed_bytes, text))
+        return text
 
     def _apart(self) -> Path:
         """A new folder, so that names of fetched files do not collide."""
@@ -430,10 +439,10 @@ async def _request_of(
     settings = app.settings
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
     if inputs.source == "series":
-        series = await to_thread.run_sync(read_series, task, json.dumps(body).encode())
-        return series.request(cast(Task, task))  # others take no series
+        series = await to_thread.run_sync(read_series, task, await fetch.text(body))
+        return await to_thread.run_sync(series.request, cast(Task, task))  # others take no series
     if inputs.source == "stac":
-        text = json.dumps(body).encode()
+        text = await fetch.text(body)
         found = await to_thread.run_sync(partial(read_stac, task, text, allowed=allowed))
         if found is None:
             raise InvalidRequest.of("stac", "a STAC document, a search or a URL is required")
@@ -452,7 +461,7 @@ async def _request_of(
         return await with_zips_opened(request, folder, app)
     # Binary values have no address: a placeholder lets the other parameters be validated.
     body["items"] = [{"href": getattr(one, "href", "value")} for one in inputs.files]
-    text = json.dumps(body).encode()
+    text = await fetch.text(body)
     named = await to_thread.run_sync(partial(read_items, task, text, allowed=True))
     if named is None:
         raise TypeError("the body names files")

@@ -5,7 +5,6 @@ Each route calls `serve`, which handles a request from its body to its response.
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
 import asyncio
-import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -44,8 +43,9 @@ from service.api.schemas import (
 )
 from service.api.stac import stac_request
 from service.api.uploads import FIELDS, FILES, FORM, media_type, read_form, read_json
-from service.errors import InvalidRequest, NotReady
+from service.errors import MOST_ERRORS, InvalidRequest, NotReady, first_names
 from service.jobs.callbacks import check_subscriber
+from service.jobs.serialise import json_parts
 from service.jobs.store import Idempotency, Job, fingerprint
 from service.read.containers import unpack
 from service.read.geotiff import SourceFile
@@ -402,7 +402,8 @@ def check_query(request: Request, known: set[str]) -> None:
     if misplaced:
         errors = [{"field": name, "detail": "send it in the body"} for name in misplaced]
         raise InvalidRequest(
-            f"parameters in the query: send {', '.join(misplaced)} in the body", errors
+            f"parameters in the query: send {first_names(misplaced, MOST_ERRORS)} in the body",
+            errors,
         )
 
 
@@ -479,7 +480,8 @@ async def read_request(
         if not form.files:
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
         polygons = form.vectors.get(FIELDS) or await vector_file(FIELDS, parameters.fields, folder)
-        return await with_zips_opened(parameters.request(task, form.files, polygons), folder, app)
+        parsed = await to_thread.run_sync(parameters.request, task, form.files, polygons)
+        return await with_zips_opened(parsed, folder, app)
     text = await read_json(request, app.limits, admitted)
     settings = app.settings
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
@@ -531,7 +533,7 @@ async def read_request(
         )
     if task in {"series", "similar"}:
         raise TypeError(f"validation accepted a body of series for /{task}, which needs imagery")
-    return series.request(cast(Task, task))
+    return await to_thread.run_sync(series.request, cast(Task, task))
 
 
 def part_of(stack: StackOptions) -> Place | None:
@@ -556,7 +558,11 @@ async def vector_file(
     """
     if given is None:
         return None
-    text = given if isinstance(given, str) else json.dumps(given)
     path = folder / f"{name}.bin"
-    await to_thread.run_sync(partial(path.write_text, text, encoding="utf-8"))
+
+    def write() -> None:
+        text = given if isinstance(given, str) else "".join(json_parts(given))
+        path.write_text(text, encoding="utf-8")
+
+    await to_thread.run_sync(write)
     return SourceFile(name=name, path=path)
