@@ -178,6 +178,7 @@ COVER = "service.run.coverage:FieldGrid.coverage"
 RECORD = "service.write.predictions:ClassPredictions.record"
 OUTLINE = "service.write.polygons:_with_nodes"
 FIT = "service.learn.kernel:_left_out"
+READ = "service.read.vectors:_json_object"
 PATCH = "service.infer.model:LoadedModel.patches"
 CHECKED = "service.run.series:_prepare"
 RESULT = "service.run.series:_result"
@@ -196,6 +197,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "/classify-pixels", {"points": POINTS, "outputs": ["attribution"]}, PREDICT,
     ),
     "fields": ("/classify-pixels", {"fields": FIELDS}, COVER),
+    "fields: reading": ("/classify-pixels", {"fields": FIELDS}, READ),
+    "similar: reading": ("/similar", {"fields": FIELDS}, READ),
+    "measured fields: reading": ("/series", {"fields": FIELDS}, READ),
+    "own classes: reading": ("/heads", {"name": "own", "labels": LABELS}, READ),
     "fields: records": ("/classify-pixels", {"fields": FIELDS}, RECORD),
     "series": ("/classify-pixels", {"series": SERIES}, PREDICT),
     "series: checks": ("/classify-pixels", {"series": SERIES}, CHECKED),
@@ -277,6 +282,56 @@ def test_a_loop_ends_once_the_client_has_left(
     # Threads that read, predict and write at once may each have begun a turn.
     assert gate.calls <= min(4, whole.calls / 2), (gate.calls, whole.calls)
     assert api.get("/health/live").status_code == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "body", "parser"),
+    [
+        ("/classify-pixels", {"series": SERIES}, "service.api.routes.tasks:read_series"),
+        (
+            "/heads",
+            {"name": "own", "series": LABELLED},
+            "service.api.routes.heads:read_head_series",
+        ),
+        (
+            "/processes/embed/execution",
+            {"inputs": {"series": [{"value": one} for one in SERIES]}},
+            "service.api.routes.processes:read_execute",
+        ),
+    ],
+)
+def test_one_long_body_is_parsed_at_a_time_and_none_whose_client_has_left(
+    api: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, body: Any, parser: str
+) -> None:
+    monkeypatch.setattr(disconnect, "SHORT_BODY", 0)
+    waits, gone, opened = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
+    watch, unless_gone = disconnect._watch_disconnect, disconnect.unless_gone
+
+    async def watched(*arguments: Any) -> None:
+        await watch(*arguments)
+        gone.release()
+
+    async def waiting(*arguments: Any) -> Any:
+        waits.release()
+        return await unless_gone(*arguments)
+
+    monkeypatch.setattr(disconnect, "_watch_disconnect", watched)
+    monkeypatch.setattr(disconnect, "unless_gone", waiting)
+    gate = Gate(opened, holds=True)
+    patched(monkeypatch, parser, gate)
+    with connected(api) as first, connected(api) as second:
+        first.sendall(sent(path, body))
+        assert gate.reached.wait(PATIENCE)
+        second.sendall(sent(path, body))
+        # Its body has been read to the end, so that its parser is next.
+        assert waits.acquire(timeout=PATIENCE)
+        assert waits.acquire(timeout=PATIENCE)
+    assert gone.acquire(timeout=PATIENCE)
+    assert gone.acquire(timeout=PATIENCE)
+    opened.set()
+    assert soon(lambda: "pimc_requests_in_flight 1.0" in api.get("/metrics").text)
+    assert gate.calls == 1
 
 
 @pytest.mark.slow

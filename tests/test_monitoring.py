@@ -56,7 +56,12 @@ def labels() -> dict[str, set[str]]:
     metrics.watch_cluster(workers=lambda: 1, threads=lambda: 2, refused=lambda: 0)
     metrics.cluster_window("written")
     metrics.watch_admission(
-        run_slots=1, held=lambda: 0, awaited=lambda: 0, uploads=lambda: 0, spooled=lambda: 0
+        run_slots=1,
+        held=lambda: 0,
+        awaited=lambda: 0,
+        uploads=lambda: 0,
+        spooled=lambda: 0,
+        parsed=lambda: 0,
     )
     metrics.download_rejected("caller")
     metrics.callback("success", "delivered")

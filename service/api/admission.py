@@ -216,6 +216,9 @@ class Admission:
     ) -> None:
         self.runs = FairSlots(run_slots)
         """The run slots."""
+        self.parsers = anyio.CapacityLimiter(1)
+        """Limiter of the threads that parse long bodies: Python runs one of them at a time anyway,
+        and requests whose client leaves meanwhile are not parsed."""
         self._upload_rate = upload_rate
         self._most_requests = most_requests
         self._given_up = given_up

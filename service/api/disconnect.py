@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Protocol, TypeVar
 
@@ -16,6 +16,8 @@ from service.errors import Cancelled
 
 Result_co = TypeVar("Result_co", covariant=True)
 Result = TypeVar("Result")
+SHORT_BODY = 2**20
+"""Largest size of a body that is parsed at once, bytes."""
 
 
 class Run(Protocol[Result_co]):
@@ -28,6 +30,25 @@ class Run(Protocol[Result_co]):
             Cancelled: `cancelled` was set before the end.
         """
         ...
+
+
+async def parse_body(
+    request: Request, parse: Callable[[], Result], *, size: int, turns: anyio.CapacityLimiter
+) -> Result:
+    """Parse a body in a thread; a long one in turn, and only if the client is still connected.
+
+    Args:
+        request: the request, whose body has been read to the end.
+        parse: parses the body.
+        size: size of the body, bytes.
+        turns: limiter of the threads that parse long bodies.
+
+    Raises:
+        Cancelled: the client disconnected before the body was parsed.
+    """
+    if size <= SHORT_BODY:
+        return await to_thread.run_sync(parse)
+    return await unless_gone(request, to_thread.run_sync(parse, limiter=turns))
 
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
@@ -47,7 +68,7 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
             return await work
         finally:
             watcher.cancel()
-    raise Cancelled("the client disconnected while its files were fetched")
+    raise Cancelled("the client disconnected while its request was read")
 
 
 async def run_watched(

@@ -1685,9 +1685,15 @@ def _read_form(model: type[_Form], raw: Mapping[str, Sequence[str]]) -> _Form:
     return _checked(model, {name: value for name, value in given.items() if value != []})
 
 
+Items = tuple[tuple[ItemBody, ...], RasterForm]
+"""Named files, and the other parameters."""
+Stac = tuple[StacSearch | dict[str, Any] | str, RasterForm]
+"""A search, document or URL of STAC items, and the other parameters."""
+
+
 def read_items(
     task: Operation, body: bytes, *, allowed: bool, modality: Modality | None = None
-) -> tuple[tuple[ItemBody, ...], RasterForm] | None:
+) -> Items | None:
     """Validate a JSON body that names files; None if it names none.
 
     Args:
@@ -1715,7 +1721,7 @@ def read_items(
 
 def read_stac(
     task: Operation, body: bytes, *, allowed: bool, modality: Modality | None = None
-) -> tuple[StacSearch | dict[str, Any] | str, RasterForm] | None:
+) -> Stac | None:
     """Validate a JSON body that names STAC items or searches for them; None if it does not.
 
     Args:
@@ -1787,7 +1793,13 @@ def read_series(task: Operation, body: bytes) -> SeriesBody:
     return _checked(SERIES[task], body)
 
 
-def read_head_items(body: bytes, *, allowed: bool) -> tuple[tuple[ItemBody, ...], HeadForm] | None:
+HeadFiles = tuple[tuple[ItemBody, ...], HeadForm]
+"""Named files, and the other parameters of `POST /heads`."""
+HeadItemsOfStac = tuple[StacSearch | dict[str, Any] | str, HeadForm]
+"""A search, document or URL of STAC items, and the other parameters of `POST /heads`."""
+
+
+def read_head_items(body: bytes, *, allowed: bool) -> HeadFiles | None:
     """Validate a JSON body of `POST /heads` that names files; None if it names none.
 
     Args:
@@ -1810,9 +1822,7 @@ def read_head_items(body: bytes, *, allowed: bool) -> tuple[tuple[ItemBody, ...]
     return named.items, HeadForm.model_construct(**fields)
 
 
-def read_head_stac(
-    body: bytes, *, allowed: bool
-) -> tuple[StacSearch | dict[str, Any] | str, HeadForm] | None:
+def read_head_stac(body: bytes, *, allowed: bool) -> HeadItemsOfStac | None:
     """Validate a JSON body of `POST /heads` that names STAC items; None if it does not.
 
     Args:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,12 +116,15 @@ class Fields:
         return shapes
 
 
-def read_fields(source: SourceFile, most: int) -> Fields:
+def read_fields(
+    source: SourceFile, most: int, before_each: Callable[[], None] = lambda: None
+) -> Fields:
     """Read polygons from a file.
 
     Args:
         source: the file.
         most: largest number of features.
+        before_each: called before each feature; an error of it ends the reading.
 
     Returns:
         The fields; `warnings` name repaired and unusable features and repeated ids.
@@ -131,15 +134,18 @@ def read_fields(source: SourceFile, most: int) -> Fields:
         TooManyFields: the file has more features than `most`.
         InvalidFields: no feature has a polygon.
     """
-    return _read_vectors(source, most, points=False)
+    return _read_vectors(source, most, before_each, points=False)
 
 
-def read_labels(source: SourceFile, most: int) -> Fields:
+def read_labels(
+    source: SourceFile, most: int, before_each: Callable[[], None] = lambda: None
+) -> Fields:
     """Read points and polygons from a file.
 
     Args:
         source: the file.
         most: largest number of features.
+        before_each: called before each feature; an error of it ends the reading.
 
     Returns:
         The features; `warnings` name repaired and unusable features and repeated ids.
@@ -149,7 +155,7 @@ def read_labels(source: SourceFile, most: int) -> Fields:
         TooManyFields: the file has more features than `most`.
         InvalidFields: no feature has a point or a polygon.
     """
-    return _read_vectors(source, most, points=True)
+    return _read_vectors(source, most, before_each, points=True)
 
 
 def points_in_degrees(lonlat: Sequence[tuple[float, float]], ids: Sequence[Any]) -> Fields:
@@ -168,21 +174,24 @@ def points_in_degrees(lonlat: Sequence[tuple[float, float]], ids: Sequence[Any])
     )
 
 
-def _read_vectors(source: SourceFile, most: int, *, points: bool) -> Fields:
+def _read_vectors(
+    source: SourceFile, most: int, before_each: Callable[[], None], *, points: bool
+) -> Fields:
     with source.path.open("rb") as file:
         head = file.read(100)
     if head.startswith(b"SQLite format 3\0") and head[_APPLICATION_ID] in _GEOPACKAGES:
         ids, properties, shapes, crs = _read_geopackage(source, most)
     elif head.startswith(b"PAR1"):
-        ids, properties, shapes, crs = _read_geoparquet(source, most)
+        ids, properties, shapes, crs = _read_geoparquet(source, most, before_each)
     elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-        ids, properties, shapes, crs = _read_geojson(source, most)
+        ids, properties, shapes, crs = _read_geojson(source, most, before_each)
     else:
         raise NotAVectorFile(
             f"'{source.name}' is not GeoJSON, GeoPackage or GeoParquet (it starts with "
             f"{head[:8]!r}): export the features as one of these"
         )
-    shapes, warnings = _usable(source.name, ids, shapely.force_2d(shapes), points=points)
+    flat = shapely.force_2d(shapes)
+    shapes, warnings = _usable(source.name, ids, flat, before_each, points=points)
     return Fields(
         ids=tuple(ids),
         properties=tuple(properties),
@@ -203,7 +212,7 @@ def _check_count(name: str, count: int, most: int) -> None:
         )
 
 
-def _read_geojson(source: SourceFile, most: int) -> _Read:
+def _read_geojson(source: SourceFile, most: int, before_each: Callable[[], None]) -> _Read:
     remedy = "send GeoPackage or GeoParquet, or the features in several requests"
     size = source.path.stat().st_size
     if size > _MAX_TEXT_BYTES:
@@ -218,7 +227,7 @@ def _read_geojson(source: SourceFile, most: int) -> _Read:
             f"'{source.name}' holds about {lists} vertices and other lists, and the limit is "
             f"{_MAX_LISTS}: {remedy}"
         )
-    found = _Features(source.name, most)
+    found = _Features(source.name, most, before_each)
     try:
         text = content.decode("utf-8-sig")
         del content
@@ -256,11 +265,13 @@ class _Features:
     Args:
         name: name of the file.
         most: largest number of features.
+        before_each: called before each feature.
     """
 
-    def __init__(self, name: str, most: int) -> None:
+    def __init__(self, name: str, most: int, before_each: Callable[[], None]) -> None:
         self._name = name
         self._most = most
+        self._before_each = before_each
         self.ids: list[Any] = []
         self.properties: list[dict[str, Any]] = []
         self.shapes: list[Any] = []
@@ -324,6 +335,7 @@ class _Features:
             TooManyFields: there are as many features as allowed already.
             ValueError: a property nests too deep.
         """
+        self._before_each()
         if not isinstance(feature, dict):
             raise NotAVectorFile(
                 f"'{self._name}' has a feature that is not an object: send a GeoJSON "
@@ -437,7 +449,7 @@ def _shapes_of(wkb: Sequence[bytes | None]) -> NDArray[np.object_]:
     return np.asarray(shapes, np.object_)
 
 
-def _read_geoparquet(source: SourceFile, most: int) -> _Read:
+def _read_geoparquet(source: SourceFile, most: int, before_each: Callable[[], None]) -> _Read:
     try:
         with pyarrow.parquet.ParquetFile(source.path, thrift_string_size_limit=2**26) as file:
             _check_count(source.name, file.metadata.num_rows, most)
@@ -453,15 +465,15 @@ def _read_geoparquet(source: SourceFile, most: int) -> _Read:
             encoding = geo["columns"][main].get("encoding", "WKB")
             if encoding != "WKB":
                 raise NotAVectorFile(
-                    f"'{source.name}' holds geometry in the encoding {shown(encoding)}"
-                    ": write it as WKB, the default of GeoPandas"
+                    f"'{source.name}' holds geometry in the encoding {shown(encoding)}: "
+                    "write it as WKB, the default of GeoPandas"
                 )
             if stated is None:
                 raise NotAVectorFile(
                     f"'{source.name}' states no CRS (`crs` is null): set one, or send GeoJSON in "
                     "EPSG:4326"
                 )
-            rows = _rows(source.name, file, at_once)
+            rows = _rows(source.name, file, at_once, before_each)
         is_degrees = stated == "OGC:CRS84" or stated.get("id", {}).get("code") == "CRS84"
         crs = _DEGREES if is_degrees else crs_of(json.dumps(stated))
         shapes = _shapes_of([row.pop(main) for row in rows])
@@ -474,7 +486,9 @@ def _read_geoparquet(source: SourceFile, most: int) -> _Read:
     return ids, properties, shapes, crs
 
 
-def _rows(name: str, file: pyarrow.parquet.ParquetFile, at_once: int) -> list[dict[str, Any]]:
+def _rows(
+    name: str, file: pyarrow.parquet.ParquetFile, at_once: int, before_each: Callable[[], None]
+) -> list[dict[str, Any]]:
     """The rows of a GeoParquet file, decoded in parts of some rows.
 
     Raises:
@@ -483,6 +497,7 @@ def _rows(name: str, file: pyarrow.parquet.ParquetFile, at_once: int) -> list[di
     rows: list[dict[str, Any]] = []
     size = 0
     for batch in map(_decoded, file.iter_batches(batch_size=at_once, use_threads=False)):
+        before_each()
         size += batch.nbytes
         if size > MAX_DECODED_BYTES:
             raise NotAVectorFile(
@@ -533,7 +548,12 @@ def _json_value(value: Any, depth: int = 0) -> Any:  # noqa: ANN401 - whatever a
 
 
 def _usable(
-    name: str, ids: Sequence[Any], shapes: NDArray[np.object_], *, points: bool
+    name: str,
+    ids: Sequence[Any],
+    shapes: NDArray[np.object_],
+    before_each: Callable[[], None],
+    *,
+    points: bool,
 ) -> tuple[NDArray[np.object_], list[StackWarning]]:
     """The valid shapes, None for features without one, and warnings about the others.
 
@@ -541,6 +561,7 @@ def _usable(
         name: name of the file.
         ids: ids of its features (N).
         shapes: shapes of its features (N).
+        before_each: called before each feature.
         points: whether points are allowed as well as polygons.
 
     Raises:
@@ -557,6 +578,7 @@ def _usable(
     found = np.full(len(shapes), None, np.object_)
     repaired, unusable = [], []
     for n, (shape, kind) in enumerate(zip(shapes, kinds, strict=True)):
+        before_each()
         if kind not in kept or shapely.is_empty(shape):
             unusable.append(ids[n])
             continue

@@ -204,7 +204,11 @@ def measure(
         raise InvalidRequest.of(
             "fields", "send either `points` or `fields`, the places whose series are measured"
         )
-    fields = None if request.fields is None else read_fields(request.fields, max_fields)
+    fields = (
+        None
+        if request.fields is None
+        else read_fields(request.fields, max_fields, lambda: check(cancelled))
+    )
     opened = open_stack(
         request.files,
         request.stack,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from service.errors import InvalidRequest
 from service.read.vectors import Fields, points_in_degrees, read_labels
 from service.run.request import SimilarRequest
@@ -12,12 +14,15 @@ MAX_BANDS = 100
 """Places of a request for `similarities`, which has a band for each."""
 
 
-def read_places(request: SimilarRequest, most: int) -> Fields:
+def read_places(
+    request: SimilarRequest, most: int, before_each: Callable[[], None] = lambda: None
+) -> Fields:
     """The places of a request, as points and polygons.
 
     Args:
         request: the request.
         most: largest number of features of a file.
+        before_each: called before each of these features; an error of it ends the reading.
 
     Raises:
         InvalidRequest: no places or both kinds, or too many of them.
@@ -28,7 +33,7 @@ def read_places(request: SimilarRequest, most: int) -> Fields:
             "points", "send either `points` or `fields`: the places to compare every pixel with"
         )
     if request.place_file is not None:
-        places = read_labels(request.place_file, most)
+        places = read_labels(request.place_file, most, before_each)
     else:
         points = request.place_points or ()
         given = [point.feature.get("id") for point in points]

@@ -374,9 +374,13 @@ def plan_request(
             planning=Timing(),
         )
     if isinstance(request, SimilarRequest):
-        fields: Fields | None = read_places(request, max_fields)
+        fields: Fields | None = read_places(request, max_fields, lambda: check(cancelled))
     else:
-        fields = None if request.fields is None else read_fields(request.fields, max_fields)
+        fields = (
+            None
+            if request.fields is None
+            else read_fields(request.fields, max_fields, lambda: check(cancelled))
+        )
     model = engine.find(request.model, request.task, _modality(request), owner=owner)
     run = _plan_files(request, model, max_raster_bytes, places=fields, rasters=rasters)
     run = _with_backtest(run, request, places=request.points is not None or fields is not None)

@@ -265,7 +265,7 @@ class _Teaching:
             raise InvalidRequest.of(
                 "labels", "a file of points or polygons with a property `class` is required"
             )
-        found = read_labels(request.labels, self.max_labels)
+        found = read_labels(request.labels, self.max_labels, partial(check, self.cancelled))
         labels = _labels(found.properties)
         bands = stack_bands(request.files, request.stack)
         self._check_bands(bands, "the stack")

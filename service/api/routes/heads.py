@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from service.api.admission import Admitted
 from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder, root_of
-from service.api.disconnect import run_watched, unless_gone
+from service.api.disconnect import parse_body, run_watched, unless_gone
 from service.api.openapi import HEAD, HEAD_BODY, problems
 from service.api.responses import server_timing, warning_headers
 from service.api.routes.tasks import (
@@ -27,9 +27,12 @@ from service.api.routes.tasks import (
     vector_file,
 )
 from service.api.schemas import (
+    HeadFiles,
     HeadForm,
+    HeadItemsOfStac,
     HeadList,
     HeadResponse,
+    HeadSeries,
     WarningEntry,
     read_head_items,
     read_head_parameters,
@@ -158,12 +161,17 @@ async def _read_request(
     text = await read_json(request, app.limits, admitted)
     settings = app.settings
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
-    named = await to_thread.run_sync(partial(read_head_items, text, allowed=allowed))
+    named, found, series = await parse_body(
+        request,
+        partial(_parsed, text, allowed=allowed),
+        size=len(text),
+        turns=app.admission.parsers,
+    )
     if named is None:
-        found = await to_thread.run_sync(partial(read_head_stac, text, allowed=allowed))
         if found is None:
-            body = await to_thread.run_sync(read_head_series, text)
-            return await to_thread.run_sync(body.request)
+            if series is None:
+                raise TypeError("a body without files and items was not read as series")
+            return await to_thread.run_sync(series.request)
         stac, parameters = found
         labels = await vector_file(LABELS, parameters.labels, folder)
         if labels is None:
@@ -188,6 +196,19 @@ async def _read_request(
             admitted.received(file.path.stat().st_size)
     labels = await vector_file(LABELS, parameters.labels, folder)
     return await _of_files(parameters, files, labels, folder, app)
+
+
+def _parsed(
+    text: bytes, *, allowed: bool
+) -> tuple[HeadFiles | None, HeadItemsOfStac | None, HeadSeries | None]:
+    """A JSON body: the one of files, STAC items and series that it holds."""
+    named = read_head_items(text, allowed=allowed)
+    if named is not None:
+        return named, None, None
+    found = read_head_stac(text, allowed=allowed)
+    if found is not None:
+        return None, found, None
+    return None, None, read_head_series(text)
 
 
 async def _of_files(

@@ -32,7 +32,7 @@ from service.api.dependencies import (
     Preferences,
     root_of,
 )
-from service.api.disconnect import unless_gone
+from service.api.disconnect import SHORT_BODY, parse_body, unless_gone
 from service.api.openapi import EXECUTION, EXECUTION_BODY, RESULTS, problems
 from service.api.problems import problem
 from service.api.processes import (
@@ -166,8 +166,9 @@ async def execute_process(
                 f"the body of an execution must be {JSON}: send JSON, or send the form to /{task}"
             )
         body = await read_json(request, app.limits, admitted)
-        execute = await to_thread.run_sync(read_execute, body)
-        inputs = await to_thread.run_sync(read_inputs, task, execute)
+        execute, inputs = await parse_body(
+            request, partial(_parsed, task, body), size=len(body), turns=app.admission.parsers
+        )
         fetch = _Inputs(app, folder, admitted)
         with inputs_named(task):
             task_request = await unless_gone(
@@ -193,6 +194,11 @@ async def execute_process(
         )
 
     return await serve(request, app, folder, caller, preferences, read)
+
+
+def _parsed(task: Runnable, body: bytes) -> tuple[Execute, Inputs]:
+    execute = read_execute(body)
+    return execute, read_inputs(task, execute)
 
 
 def _respond(
@@ -439,7 +445,9 @@ async def _request_of(
     settings = app.settings
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
     if inputs.source == "series":
-        series = await to_thread.run_sync(read_series, task, await fetch.text(body))
+        text = await fetch.text(body)
+        limiter = app.admission.parsers if len(text) > SHORT_BODY else None
+        series = await to_thread.run_sync(read_series, task, text, limiter=limiter)
         return await to_thread.run_sync(series.request, cast(Task, task))  # others take no series
     if inputs.source == "stac":
         text = await fetch.text(body)
@@ -465,7 +473,7 @@ async def _request_of(
     named = await to_thread.run_sync(partial(read_items, task, text, allowed=True))
     if named is None:
         raise TypeError("the body names files")
-    wanted = named[1].request(task, (), polygons)
+    wanted = await to_thread.run_sync(named[1].request, task, (), polygons)
     files = await fetch.files(
         inputs.files, place=part_of(wanted.stack), on_demand=on_demand or wanted.of_places
     )

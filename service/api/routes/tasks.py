@@ -28,14 +28,17 @@ from service.api.dependencies import (
     Preferences,
     RequestPreferences,
 )
-from service.api.disconnect import run_watched, unless_gone
+from service.api.disconnect import parse_body, run_watched, unless_gone
 from service.api.negotiation import negotiate
 from service.api.openapi import body, responses
 from service.api.quotas import cost
 from service.api.responses import make_response, needs_files, offers
 from service.api.routes.jobs import accepted
 from service.api.schemas import (
+    Items,
     Operation,
+    SeriesBody,
+    Stac,
     read_items,
     read_parameters,
     read_series,
@@ -485,13 +488,14 @@ async def read_request(
     text = await read_json(request, app.limits, admitted)
     settings = app.settings
     allowed = bool(settings.allowed_roots or settings.allowed_hosts)
-    named = await to_thread.run_sync(
-        partial(read_items, task, text, allowed=allowed, modality=modality)
+    parse = partial(_parsed, task, text, allowed=allowed, modality=modality)
+    named, found, series = await parse_body(
+        request, parse, size=len(text), turns=app.admission.parsers
     )
     if named is not None:
         items, parameters = named
         polygons = await vector_file(FIELDS, parameters.fields, folder)
-        wanted = parameters.request(task, (), polygons)
+        wanted = await to_thread.run_sync(parameters.request, task, (), polygons)
         with span("fetch", items=len(items)):
             fetching = fetch_items(
                 items,
@@ -506,9 +510,6 @@ async def read_request(
             if file.path.is_relative_to(folder):  # downloaded
                 admitted.received(file.path.stat().st_size)
         return await with_zips_opened(replace(wanted, files=files), folder, app)
-    found = await to_thread.run_sync(
-        partial(read_stac, task, text, allowed=allowed, modality=modality)
-    )
     if found is not None:
         stac, parameters = found
         polygons = await vector_file(FIELDS, parameters.fields, folder)
@@ -526,7 +527,8 @@ async def read_request(
         with span("fetch"):
             by_stac = await unless_gone(request, fetch)
         return await with_zips_opened(by_stac, folder, app)
-    series = await to_thread.run_sync(read_series, task, text)
+    if series is None:
+        raise TypeError("a body without files and items was not read as series")
     if modality == "patch":
         raise InvalidRequest.of(
             "modality", "'patch' needs imagery, and a series has none: send 'pixel'"
@@ -534,6 +536,19 @@ async def read_request(
     if task in {"series", "similar"}:
         raise TypeError(f"validation accepted a body of series for /{task}, which needs imagery")
     return await to_thread.run_sync(series.request, cast(Task, task))
+
+
+def _parsed(
+    task: Operation, text: bytes, *, allowed: bool, modality: Modality | None
+) -> tuple[Items | None, Stac | None, SeriesBody | None]:
+    """A JSON body: the one of files, STAC items and series that it holds."""
+    named = read_items(task, text, allowed=allowed, modality=modality)
+    if named is not None:
+        return named, None, None
+    found = read_stac(task, text, allowed=allowed, modality=modality)
+    if found is not None:
+        return None, found, None
+    return None, None, read_series(task, text)
 
 
 def part_of(stack: StackOptions) -> Place | None:
