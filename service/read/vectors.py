@@ -244,8 +244,7 @@ def _read_geojson(source: SourceFile, most: int, before_each: Callable[[], None]
         ) from error
     if kind not in ("Feature", "Polygon", "MultiPolygon", "FeatureCollection"):
         raise NotAVectorFile(
-            f"'{source.name}' is JSON of type {shown(kind)!r}: send a GeoJSON "
-            "FeatureCollection"
+            f"'{source.name}' is JSON of type {shown(kind)!r}: send a GeoJSON FeatureCollection"
         )
     if kind == "FeatureCollection" and not found.has_list:
         raise NotAVectorFile(
