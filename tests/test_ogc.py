@@ -962,7 +962,7 @@ def test_req_core_job_results_failed(
         for path in paths:
             path.unlink()
     done = waited(api, job)
-    assert (done["status"], "no such file" in done["message"]) == ("failed", True)
+    assert (done["status"], "does not name a file" in done["message"]) == ("failed", True)
     found = problem_of(api.get(f"/jobs/{job}/results"), 403)
     assert found["code"] == "forbidden_reference"
     problem_of(api.get(f"/jobs/{job}/results/class"), 403)
