@@ -213,6 +213,28 @@ def test_statistics_of_averaged_weights_are_those_of_their_own_activations(data:
     assert not graph.training
 
 
+def test_a_run_keeps_a_share_of_the_network_that_it_starts_from(
+    data: Path, apart: list[Path], tmp_path: Path
+) -> None:
+    """Weights and statistics of the result lie between those before and those after training."""
+    found = {}
+    for keep in (0.0, 0.25):
+        how = Optimisation(epochs=1, batch=16, learning_rate=3e-3, statistics=2, keep=keep)
+        shape = config(COARSE).model_copy(update={"optimisation": how})
+        run = Run(config=shape, data=data, pretrained=(apart[0],))
+        finetune(run, tmp_path / str(keep), device="cpu", threads=1)
+        found[keep] = torch.load(tmp_path / str(keep) / "weights.pt", weights_only=True)
+    before, after, kept = torch.load(apart[0], weights_only=True), found[0.0], found[0.25]
+    assert not torch.allclose(before["encoder.stem.0.weight"], after["encoder.stem.0.weight"])
+    assert not torch.allclose(
+        before["encoder.stem.1.running_var"], after["encoder.stem.1.running_var"]
+    )
+    # The temperature is fitted last, on the outputs of the result.
+    for name in before.keys() - {"head.temperature"}:
+        if before[name].is_floating_point():
+            torch.testing.assert_close(kept[name], 0.25 * before[name] + 0.75 * after[name])
+
+
 def test_a_run_is_scored_on_other_imagery_and_the_card_states_it(
     data: Path, apart: list[Path], tmp_path: Path
 ) -> None:

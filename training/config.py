@@ -104,6 +104,10 @@ class Optimisation(_Frozen):
     """Batches on which batch normalisation is measured again once the weights are averaged. Its
     running mean and variance lag behind the weights; after few epochs of finetuning they are
     still those of the earlier data."""
+    keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the weights before training in the result, the mean of both networks: a short
+    training on other data then costs less of what the network knew (Wortsman et al. 2022, arXiv
+    2109.01903). The statistics of batch normalisation are averaged too."""
     stop: Annotated[int, Field(ge=1)] | None = None
     """Epochs after which training ends although the schedule is longer (`epochs`); None trains to
     the end of the schedule. Averaging the weights replaces the rest of the schedule."""

@@ -238,6 +238,7 @@ def fit(
         stops early; in evaluation mode, on the CPU.
     """
     graph = graph.to(device)
+    start = copy.deepcopy(graph.state_dict()) if how.keep else {}
     average = AveragedModel(
         graph,
         multi_avg_fn=get_ema_multi_avg_fn(how.average),  # type: ignore[no-untyped-call]  # torch's own
@@ -272,7 +273,23 @@ def fit(
     graph.load_state_dict(reached.best["weights"] if reached.best else average.module.state_dict())
     if how.statistics:
         measure_statistics(task, graph, how, device)
+    if how.keep:
+        graph.load_state_dict(mixed(start, graph.state_dict(), how.keep))
     return graph.cpu().eval()
+
+
+def mixed(start: Mapping[str, Tensor], end: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
+    """Weighted mean of the weights and statistics of two networks of one shape, by name.
+
+    Args:
+        start: weights before training.
+        end: weights after it; counters stay as they are here.
+        keep: weight of `start`, 0 to 1.
+    """
+    return {
+        name: value.lerp(start[name], keep) if value.is_floating_point() else value
+        for name, value in end.items()
+    }
 
 
 def measure_statistics(
