@@ -106,9 +106,10 @@ DESCRIPTIONS: Mapping[str, Description] = {
             "with ImageNet weights (Apache-2.0), finetuned. Reflectance above 0.275 is clipped, as "
             "in EuroSAT's images, which are level 1C images of Europe; a fifth of the training "
             "patches had the air's scattering removed, so that level 2A is classified as well. "
-            "Arable fields in autumn and winter are often taken for pasture, orchards or water, "
-            "and forest in imagery that resampling smoothed, such as a stack in another "
-            "projection, for pasture, herbaceous vegetation or sea."
+            "Half of its last training patches were smoothed, as resampling to another grid does, "
+            "and a quarter are from four small areas of level 2A. Smooth forest is still often "
+            "taken for pasture, herbaceous vegetation or sea where most trees have no leaves, and "
+            "arable fields in autumn and winter for pasture, orchards or water."
         ),
     ),
 }
