@@ -503,7 +503,7 @@ def test_a_host_that_is_no_longer_allowed_is_not_called(
 
 @pytest.mark.parametrize(
     ("secrets", "reason"),
-    [("", "must be signed"), ("whsec_c2hvcnQ=", "24 to 64"), ("plain", "24 to 64"),
+    [("", "need a secret that signs them"), ("whsec_c2hvcnQ=", "24 to 64"), ("plain", "24 to 64"),
      (f"{SECRET},whsec_%", "24 to 64")],
 )  # fmt: skip
 def test_hosts_need_a_good_secret(

@@ -282,7 +282,7 @@ def test_a_worker_that_may_not_read_from_the_host_is_refused(
         problem = api.get(f"/jobs/{job}/result").json()
         assert problem["code"] == "forbidden_reference"
         refused = ready(api)["refused"]
-        assert "it may from data.example.org" in refused[closed.process.address()]
+        assert "but only from data.example.org" in refused[closed.process.address()]
         assert tile.by_workers == 0
 
 
