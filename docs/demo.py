@@ -564,7 +564,7 @@ def make_maps(paths: Sequence[Path], trees: Path) -> None:
     )
     console.print(
         f"Class Forest of landcover against the same: {forest:.1%} of {cells:,} cells agree; "
-        "EuroSAT's images are sharp, and this stack was resampled (docs/decisions/eurosat.md)"
+        "landcover-eurosat was trained on this forest too (docs/decisions/eurosat.md)"
     )
     console.print(
         f"Maps and pictures are in {OUT.name}/; `make explore` shows the stack in a browser"
