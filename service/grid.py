@@ -101,17 +101,17 @@ class Grid:
         """
         if not crs:
             raise NoGeoreference(
-                f"'{name}' has no CRS: assign one, as with gdal_edit.py -a_srs EPSG:32631"
+                f"'{name}' has no CRS: assign one, as with gdal_translate -a_srs EPSG:32631"
             )
         if transform == Affine.identity():
             raise NoGeoreference(
                 f"'{name}' has the CRS {crs_name(crs)} but no transform: assign one, as with "
-                "gdal_edit.py -a_ullr"
+                "gdal_translate -a_ullr"
             )
         if not (math.isfinite(transform.determinant) and transform.determinant):
             raise NoGeoreference(
                 f"'{name}' has a transform whose pixels have no area: assign another, as with "
-                "gdal_edit.py -a_ullr"
+                "gdal_translate -a_ullr"
             )
         return cls(crs=crs, transform=transform, width=width, height=height)
 

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import date, timedelta
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import geopandas
@@ -45,6 +46,7 @@ from pimc_client import (
     UnknownModel,
     WrongTask,
 )
+from service.api import admission
 from tests.kits.client import connected
 from tests.kits.patience import PATIENCE, soon
 from tests.kits.rasters import write
@@ -563,6 +565,8 @@ def full(url):
         "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 1000\r\n\r\n--b"
     )
     with ExitStack() as stack:
+        # An upload that does not continue holds its slot only for its first second.
+        stack.enter_context(patch.object(admission, "_FRESH_SECONDS", PATIENCE))
         # Closed connections of the test before may hold slots for a moment.
         assert soon(lambda: metric(url, "pimc_uploads_in_flight") == 0)
         for _ in range(2):
