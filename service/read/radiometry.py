@@ -208,13 +208,14 @@ def calibrate(
         warnings += more
     if sample.valid.any():
         values = sample.values()
-        _check_medians(sample, values)
+        clear = values.transpose(0, 2, 1)[sample.valid]
+        _check_medians(sample, values, clear)
         warnings += [
-            *_dark(sample, values),
-            *_darker_than_land(sample, values),
-            *_like_landsat(sample, values),
+            *_dark(sample, clear),
+            *_darker_than_land(sample, clear),
+            *_like_landsat(sample, clear),
             *_other_units(sample, values),
-            *_swapped(sample, values),
+            *_swapped(sample, clear),
         ]
     corrected = _with_planes(stack, sample)
     stated = _offsets_in_words(corrected, positions)
@@ -446,6 +447,8 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
     contrast = np.subtract(*reversed(quartiles))[:, -1]
     warnings: list[StackWarning] = []
     without = np.flatnonzero((dark < _NO_LONGER_DARK).any(axis=1)).tolist()
+    rise = _rise(sample, dark, without)
+    above = _above_near(sample, rise, contrast, without)
     for late in (False, True):
         side = [t for t in ts if (_is_late(sample, t)) is late]
         known = [t for t in side if np.isfinite(dark[t]).all()]
@@ -464,8 +467,6 @@ def _unstated_offset(sample: _Sample) -> _Corrected:
             sample = sample.corrected(side, _with_offset(source))
             continue
         others = [t for t in known if t not in low]
-        rise = _rise(sample, dark, without)
-        above = _above_near(sample, rise, contrast, without)
         probable = [t for t in others if above[t] <= _OFFSET_TOLERANCE]
         with_offset = _above_others(sample, without, probable)
         if with_offset:  # some of the other dates may have the offset as well
@@ -691,33 +692,22 @@ def why_missing(
 # Checks -----------------------------------------------------------------------------------------
 
 
-def _check_medians(sample: _Sample, values: Floats) -> None:
-    """Check the median of all dates, and of each date.
+def _check_medians(sample: _Sample, values: Floats, clear: Floats) -> None:
+    """Check the median of all dates, of each band, and of each date.
+
+    Args:
+        sample: the sample.
+        values: its reflectance (T, C, N) float32, unitless.
+        clear: the clear ones of them (n, C).
 
     Raises:
         ImplausibleReflectance: one of the medians is outside `PLAUSIBLE`.
     """
-    low, high = PLAUSIBLE
-    median = float(np.median(values.transpose(0, 2, 1)[sample.valid]))
-    # The message names a single file only if its median differs from that of the other files.
-    if not low <= median <= high:
-        plane = sample.planes[0][0]
-        stored = (median - plane.offset) / plane.scale
-        raise ImplausibleReflectance(
-            f"the median of the clear pixels sampled is {median:.4g}, outside {low} to {high}, "
-            f"with scale {plane.scale:g} and offset {plane.offset:g} (stored: {stored:.6g}); "
-            f"{_likely_fix(stored, plane)}"
-        )
+    # The message names a single band or file only if its median differs from that of the others.
+    _check_median("the median", float(np.median(clear)), sample.planes[0][0])
     for c, name in enumerate(sample.bands):
-        median = float(np.median(values[:, c][sample.valid]))
-        if not low <= median <= high:
-            plane = sample.planes[0][c]
-            stored = (median - plane.offset) / plane.scale
-            raise ImplausibleReflectance(
-                f"the median of {name} of the clear pixels sampled is {median:.4g}, outside {low} "
-                f"to {high}, with scale {plane.scale:g} and offset {plane.offset:g} (stored: "
-                f"{stored:.6g}); {_likely_fix(stored, plane)}"
-            )
+        _check_median(f"the median of {name}", float(np.median(clear[:, c])), sample.planes[0][c])
+    low, high = PLAUSIBLE
     medians = _by_date_of_all_bands(values, sample.valid, 50)
     for t, own in medians.items():
         if low <= own <= high:
@@ -731,6 +721,18 @@ def _check_medians(sample: _Sample, values: Floats) -> None:
             f"{float(np.median(list(medians.values()))):.4g}; this file is in other units than "
             f"the others: {_likely_fix(stored, plane)} for it"
         )
+
+
+def _check_median(what: str, median: float, plane: Plane) -> None:
+    low, high = PLAUSIBLE
+    if low <= median <= high:
+        return
+    stored = (median - plane.offset) / plane.scale
+    raise ImplausibleReflectance(
+        f"{what} of the clear pixels sampled is {median:.4g}, outside {low} to {high}, with scale "
+        f"{plane.scale:g} and offset {plane.offset:g} (stored: {stored:.6g}); "
+        f"{_likely_fix(stored, plane)}"
+    )
 
 
 def _likely_fix(stored: float, plane: Plane) -> str:
@@ -753,9 +755,9 @@ def _likely_fix(stored: float, plane: Plane) -> str:
     return fix
 
 
-def _dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+def _dark(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
     """The warning that the scale may have been applied twice: all values are nearly 0."""
-    bright = _bright(values.transpose(0, 2, 1)[sample.valid])
+    bright = _bright(clear)
     if bright < _NEVER_SO_DARK:
         yield StackWarning(
             code="scale_suspected",
@@ -765,16 +767,14 @@ def _dark(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
         )
 
 
-def _darker_than_land(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+def _darker_than_land(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
     """The warning that land is darker than land is, as reflectance x 1000 with the usual scale.
 
     Water is as dark in the near infrared, but there it is darker than blue and red.
     """
     if not {"B02", "B04", "B08"} <= set(sample.bands):
         return
-    blue, red, nir = (
-        values[:, sample.bands.index(name)][sample.valid] for name in ("B02", "B04", "B08")
-    )
+    blue, red, nir = (clear[:, sample.bands.index(name)] for name in ("B02", "B04", "B08"))
     level = _bright(nir)
     land = np.median(nir) > max(np.median(red), np.median(blue)) > 0
     if land and _NEVER_SO_DARK < level < _NO_LAND_SO_DARK:
@@ -786,7 +786,7 @@ def _darker_than_land(sample: _Sample, values: Floats) -> Iterator[StackWarning]
         )
 
 
-def _like_landsat(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+def _like_landsat(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
     """The warning that integers without a stated scale seem to be those of Landsat.
 
     Collection 2 stores (reflectance + 0.2) / 0.0000275, so that black is 7273.
@@ -794,7 +794,7 @@ def _like_landsat(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
     planes = [plane for own in sample.planes for plane in own]
     if any(not plane.integer or plane.scale_source is not None for plane in planes):
         return
-    darkest = float(np.percentile(values.transpose(0, 2, 1)[sample.valid], _DARK_PERCENTILE))
+    darkest = float(np.percentile(clear, _DARK_PERCENTILE))
     if darkest > _NEVER_ALL_SO_BRIGHT:
         yield StackWarning(
             code="scale_suspected",
@@ -807,7 +807,8 @@ def _like_landsat(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
 
 def _other_units(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
     """The warnings that files are in smaller or larger units than the others, such as per cent."""
-    levels, usual = _levels(sample, values)
+    levels = _by_date_of_all_bands(np.abs(values), sample.valid, _BRIGHT_PERCENTILE)
+    usual = float(np.median(list(levels.values()))) if len(levels) > 2 else 0.0
     ts = [t for t, level in levels.items() if level < min(_DARK_DATE, _DARKER_THAN_OTHERS * usual)]
     if ts:
         yield StackWarning(
@@ -829,17 +830,11 @@ def _other_units(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
         )
 
 
-def _levels(sample: _Sample, values: Floats) -> tuple[dict[int, float], float]:
-    """The brightest tenth of each date's clear values, and its median; 0 with few dates."""
-    levels = _by_date_of_all_bands(np.abs(values), sample.valid, _BRIGHT_PERCENTILE)
-    return levels, float(np.median(list(levels.values()))) if len(levels) > 2 else 0.0
-
-
-def _swapped(sample: _Sample, values: Floats) -> Iterator[StackWarning]:
+def _swapped(sample: _Sample, clear: Floats) -> Iterator[StackWarning]:
     """The warning that red is brighter than near infrared, which neither land nor water is."""
     if not {"B04", "B08"} <= set(sample.bands):
         return
-    red, nir = (values[:, sample.bands.index(name)][sample.valid] for name in ("B04", "B08"))
+    red, nir = (clear[:, sample.bands.index(name)] for name in ("B04", "B08"))
     share = float(np.mean((red > _BRIGHT_RED) & (red > _RED_OVER_NIR * nir)))
     if share > 0.5:
         yield StackWarning(

@@ -217,10 +217,9 @@ class PixelStages:
 
 def _chosen(planes: NDArray[Any], positions: NDArray[np.intp]) -> NDArray[Any]:
     """The pixels at ascending positions (n) of planes (..., N), shape (..., n)."""
-    if positions[-1] - positions[0] + 1 == len(
-        positions
-    ):  # usual case, all pixels: a view instead of a copy
-        return planes[..., positions[0] : positions[-1] + 1]
+    begin, end = positions[0], positions[-1] + 1
+    if end - begin == len(positions):  # usual case, all pixels: a view instead of a copy
+        return planes[..., begin:end]
     out = spaced(planes.shape[:-1], positions.shape, planes.dtype.type)
     out[...] = planes[..., positions]  # `np.take` would copy all planes first
     return out
