@@ -19,10 +19,13 @@ from PIL import Image
 from rasterio.features import rasterize
 from rasterio.transform import from_origin
 from rasterio.warp import transform_geom
+from typer.testing import CliRunner
 
 from models.registry import load_bundle
+from training.__main__ import app
 from training.augment import NO_PATCH_AUGMENTATION
 from training.calibration import fit_temperature, probabilities
+from training.card import card_fields, commands
 from training.config import LandcoverConfig, Optimisation, PatchEncoderConfig, Run
 from training.datasets import Scene
 from training.datasets.eurosat import CLASSES, RGB
@@ -197,6 +200,37 @@ class TestBatches:
         places = len(np.unique(task.areas.places))
         entry = {"name": "hesbaye_a_monthly", "use": "labels, level 2A", "n": 4 * places}
         assert [part for part in task.data() if part["name"] != "eurosat"] == [entry]
+
+
+class TestLeftOut:
+    def call(self, data: Path, folder: Path, *regions: str) -> list[str]:
+        fields = config().model_dump(mode="json", exclude={"task", "name"})
+        settings = [f"--set={name}={json.dumps(value)}" for name, value in fields.items()]
+        named = [f"--left-out={region}" for region in regions]
+        options = ["--data", str(data), "--run", str(folder), "--device", "cpu"]
+        return ["finetune", "my-cover", "--task", "landcover", *named, *options, *settings]
+
+    def test_the_command_leaves_regions_out_and_the_card_states_it(
+        self, data: Path, tmp_path: Path
+    ) -> None:
+        result = CliRunner().invoke(app, self.call(data, tmp_path, "south_tyrol"))
+        assert result.exit_code == 0, result.output
+        run, task, _, metrics = load_finished(tmp_path)
+        assert run == Run(config=config(), data=data, left_out=("south_tyrol",))
+        assert task.left_out is not None
+        assert " --left-out south_tyrol " in commands(run)[-1]
+        training = card_fields(run, task, metrics, "mine")["training"]
+        assert training["places"] == "all but the validation places and the regions south_tyrol"
+
+    def test_a_region_that_the_data_do_not_have_is_one_sentence(
+        self, data: Path, tmp_path: Path
+    ) -> None:
+        result = CliRunner().invoke(app, self.call(data, tmp_path / "run", "nowhere"))
+        assert result.exit_code == 2
+        assert "'nowhere' is no region of the data of my-cover" in result.output
+        assert "south_tyrol, hesbaye" in result.output
+        assert isinstance(result.exception, SystemExit)
+        assert not (tmp_path / "run").exists()
 
 
 def test_areas_are_left_out_in_turn_and_their_calibration_goes_into_the_bundle(

@@ -23,7 +23,7 @@ from training.config import ZOO, Run, changed
 from training.datasets import PixelSet
 from training.datasets.points import bavaria_2018, pune_2019, s2_points, us_regions, victoria_2018
 from training.export import VersionNotRaised, export_run
-from training.finetune import finetune, load_finished
+from training.finetune import NotLeftOut, finetune, load_finished
 from training.forecasting import PixelForecast
 from training.landcover import PatchClassification
 from training.legends import WORLDCOVER, landcover_sets
@@ -67,6 +67,15 @@ class TestRegions:
         sources = {task.table.sources[i] for i in np.unique(task.left_out.source)}
         assert sources == {"hesbaye_a_monthly", "hesbaye_b_monthly"}
         assert task.table.regions.index("hesbaye") not in task.train.region
+
+    def test_without_a_region_to_score_nothing_is_trained(
+        self, shared_data: Path, tmp_path: Path
+    ) -> None:
+        both = ("us-west", "us-south")
+        run = Run(config=ZOO["forecast-vi"], data=shared_data, left_out=both)
+        with pytest.raises(NotLeftOut, match="leave out fewer regions"):
+            finetune(run, tmp_path / "run", device="cpu", threads=1)
+        assert not (tmp_path / "run").exists()
 
     def test_the_us_regions_are_two_states(
         self, shared_data: Path, landcover: list[PixelSet]

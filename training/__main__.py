@@ -120,6 +120,10 @@ def finetune(
     romania: Annotated[
         Path | None, typer.Option(help="The Romania cube of nrt 0.2.1, for forecasts.")
     ] = None,
+    left_out: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave this region out of training; repeatable."),
+    ] = None,
     everything: Annotated[
         bool, typer.Option(help="Train on the validation places too; no score is reported.")
     ] = False,
@@ -148,6 +152,7 @@ def finetune(
         pretrained=tuple(pretrained or ()),
         everything=everything,
         protocol=protocol.value,
+        left_out=tuple(left_out or ()),
         romania=romania,
     )
     words = [name, *([protocol.value] if protocol != Protocol.finetune else [])]

@@ -219,13 +219,21 @@ def training_facts(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "command": " && ".join(commands(run)),
         "config": json.loads(run.config.model_dump_json()),
         "protocol": run.protocol,
-        "places": "all" if run.everything else "all but the validation places",
+        "places": _places(run),
         "seed": run.config.optimisation.seed,
         "log": {key: metrics[key] for key in ("epochs", "loss", _CHOSEN) if key in metrics},
         "seconds_of_last_command": metrics["seconds"],
         "machine": _machine_of(metrics),
         "torch": torch.__version__,
     }
+
+
+def _places(run: Run) -> str:
+    """The places that a run is trained on, in words."""
+    but = [] if run.everything else ["the validation places"]
+    if run.left_out:
+        but.append(f"the regions {', '.join(run.left_out)}")
+    return " but ".join(["all", *([" and ".join(but)] if but else [])])
 
 
 def _machine_of(metrics: Mapping[str, Any]) -> str:
@@ -253,6 +261,7 @@ def commands(run: Run, folder: Path | None = None) -> list[str]:
         words += ["--pretrained", checkpoint.as_posix()]
         earlier += [c for c in _commands_before(checkpoint) if c not in earlier]
     words += ["--romania CUBE"] if run.romania else []
+    words += [f"--left-out {shlex.quote(region)}" for region in run.left_out]
     if run.everything:
         words.append("--everything")
     if run.protocol != "finetune":

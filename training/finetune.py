@@ -83,6 +83,10 @@ class NothingToStopOn(TrainingError):
     """Early stopping in a run that trains on the validation places too."""
 
 
+class NotLeftOut(TrainingError):
+    """A region to leave out that the data do not have, or without which nothing can be scored."""
+
+
 class ManyEncoders(TrainingError):
     """A probe needs one encoder, and the configuration has several."""
 
@@ -158,6 +162,8 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
         NothingToStopOn: the run stops early but leaves no validation places out of training.
         NoGraph: a probe without a graph is trained on every place, which leaves nothing to score.
         NoImageNetWeights: the run starts from ImageNet weights, which are not installed.
+        NotLeftOut: the data have no region of a name in `left_out`, or no validation places beside
+            the regions left out.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -176,6 +182,7 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
     where = torch.device("cpu" if chosen == "auto" else chosen)
     _same_run(run, folder)
     task = task_of(run)
+    _check_regions(run, task)
     graph = new_graph(run, task)
     if not run.pretrained and starts_from_imagenet(run.config):
         start_from_imagenet(graph)
@@ -209,6 +216,27 @@ def finetune(run: Run, folder: Path, *, device: str = "auto", threads: int = 0) 
     }
     (folder / METRICS).write_text(json.dumps(summary, indent=1))
     return Finished(graph=graph, scores=scores, folder=folder)
+
+
+def _check_regions(run: Run, task: Task[Any]) -> None:
+    """Check that the regions to leave out exist, and that places to score remain.
+
+    Raises:
+        NotLeftOut: one does not exist, or none remain.
+    """
+    for name in run.left_out:
+        if name not in task.regions:
+            regions = ", ".join(task.regions) or "none"
+            raise NotLeftOut(
+                f"'{name}' is no region of the data of {run.config.name}, whose regions are: "
+                f"{regions}"
+            )
+    # Without validation places no temperature is fitted and nothing is scored.
+    if run.left_out and not run.everything and not len(task.validation):
+        raise NotLeftOut(
+            f"without {', '.join(run.left_out)} the data of {run.config.name} have no validation "
+            "places: leave out fewer regions"
+        )
 
 
 def _probe(run: Run, task: Task[Any], graph: Graph, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any, Protocol, TypeVar
 
 from numpy.random import Generator
@@ -36,6 +36,10 @@ class Task(Protocol[GraphT]):
 
     def graph(self) -> GraphT:
         """A new, untrained graph."""
+
+    @property
+    def validation(self) -> Sized:
+        """The samples of the validation places that are scored."""
 
     @property
     def steps(self) -> int:
