@@ -8,7 +8,6 @@ import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -24,13 +23,12 @@ from service.jobs.storage import FolderStorage
 from service.jobs.store import JobStore
 from service.settings import SettingsError
 from tests.kits.client import Received, Reply, serving
+from tests.kits.forks import ran
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import SERIES, Files, result, stack, submitted, until, waited
 from tests.kits.patience import PATIENCE, soon
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def service(command: str, folder: Path, state: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "service", command, str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "PIMC_STATE_DIR": str(state)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    return ran("service", command, str(folder), variables={"PIMC_STATE_DIR": str(state)})
 
 
 def test_jobs_continue_from_a_backup_that_was_made_while_they_ran(

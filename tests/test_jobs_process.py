@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +18,7 @@ import rasterio
 import shapely
 from rasterio.warp import transform_bounds
 
+from tests.kits.forks import ran
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import (
     ASYNC,
@@ -37,7 +35,6 @@ from tests.kits.jobs import (
     waited,
 )
 from tests.kits.patience import PATIENCE, soon
-from tests.kits.process import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -199,19 +196,8 @@ def test_a_stopping_service_waits_for_the_grace_period_only(
 
 def start_error(state: Path, zoo: Path) -> str:
     """The error of a service that does not start: one line without a traceback."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "service"],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PIMC_PORT": "0",
-            "PIMC_MODEL_DIR": str(zoo),
-            "PIMC_STATE_DIR": str(state),
-        },
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    settings = {"PIMC_PORT": "0", "PIMC_MODEL_DIR": str(zoo), "PIMC_STATE_DIR": str(state)}
+    ended = ran("service", variables=settings)
     assert ended.returncode == 2, ended.stderr
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"PIMC_STATE_DIR: {state} ")

@@ -7,8 +7,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +29,7 @@ from service.jobs.window_journal import WindowFile
 from service.run.plan import Plan
 from service.run.request import Subscriber
 from service.settings import Settings, SettingsError, read_settings
+from tests.kits.forks import ran
 from tests.kits.gate import HELD, Gate, zoo_with_a_held_model
 from tests.kits.jobs import (
     ASYNC,
@@ -48,9 +47,8 @@ from tests.kits.jobs import (
     until,
     waited,
 )
-from tests.kits.patience import PATIENCE, soon
+from tests.kits.patience import soon
 from tests.kits.postgres import Postgres
-from tests.kits.process import ROOT
 from tests.kits.replicas import (
     STEPS,
     expire,
@@ -541,15 +539,8 @@ def test_own_classes_are_the_same_at_every_replica(zoo: Path, shared: Backend) -
 
 def command(name: str, folder: Path, of: Backend) -> str:
     """What `python -m service backup` or `restore` prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "service", name, str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "PIMC_STATE_DIR": str(of.state), **of.variables},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    variables = {"PIMC_STATE_DIR": str(of.state), **of.variables}
+    done = ran("service", name, str(folder), variables=variables)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import httpx
 
+from tests.kits.forks import Forked
 from tests.kits.gate import Gate
 from tests.kits.metrics import metric
 from tests.kits.patience import soon
@@ -105,8 +106,8 @@ def _scheduler(port: str, protocol: str, **variables: str) -> Process:
 
 def _started(module: Sequence[str], **variables: str) -> Process:
     """A module of Dask or of this kit, with its arguments, as a process."""
-    address = r"(?:Scheduler at|Start worker at): +(\S+)"
-    return Process([sys.executable, "-m", *module], address, variables=variables)
+    process = Forked(*module, variables=variables)
+    return Process(process, r"(?:Scheduler at|Start worker at): +(\S+)")
 
 
 @contextmanager

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
 import sqlite3
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from service.infer.engine import Engine
 from service.jobs.s3 import storage_of
 from service.jobs.store import JobStore
 from service.run.plan import Plan, plan_request
+from tests.kits.forks import Forked
 from tests.kits.gate import Gate
 from tests.kits.marks import in_all_tests
 from tests.kits.patience import PATIENCE, soon
@@ -264,10 +262,8 @@ class Service(Process):
         **variables: str,
     ) -> None:
         module = ["tests.kits.gate", str(gate.file)] if gate else ["service"]
-        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-        super().__init__(
-            [sys.executable, "-m", *module],
-            r"running on (http://127\.0\.0\.1:\d+)",
+        process = Forked(
+            *module,
             variables={
                 "PIMC_PORT": "0",
                 "PIMC_PROVIDERS": "cpu",
@@ -275,8 +271,9 @@ class Service(Process):
                 "PIMC_STATE_DIR": str(state),
                 **variables,
             },
-            before=limit if file_bytes else None,
+            file_bytes=file_bytes,
         )
+        super().__init__(process, r"running on (http://127\.0\.0\.1:\d+)")
         self.api = httpx.Client(base_url=self.address(), timeout=PATIENCE)
 
     def end(self) -> int:

@@ -6,13 +6,12 @@ import os
 import re
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from queue import Queue
 
+from tests.kits.forks import ROOT, Forked
 from tests.kits.patience import PATIENCE
 
-ROOT = Path(__file__).parents[2]
 RUNNING = re.compile(r"running on http://\S*?:(\d+)")
 """The line of a log that names the port."""
 
@@ -21,34 +20,29 @@ class Process:
     """A process whose log, on standard error, names the address at which it listens.
 
     Args:
-        command: program and arguments; it runs in the root of the repository.
+        process: the process.
         address: pattern of the address in the log, as a group.
-        variables: environment in addition to that of the tests.
-        before: called in the process before the program begins.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        address: str,
-        *,
-        variables: dict[str, str] | None = None,
-        before: Callable[[], object] | None = None,
-    ) -> None:
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            preexec_fn=before,
-        )
+    def __init__(self, process: Forked | subprocess.Popen[str], address: str) -> None:
+        self.process = process
         self.log: list[str] = []
         self._found: Queue[str | None] = Queue()
         # The log is read continuously, because a full pipe would block the process.
         self._reader = threading.Thread(target=self._listen, args=(address,), daemon=True)
         self._reader.start()
+
+    @staticmethod
+    def program(command: Sequence[str]) -> subprocess.Popen[str]:
+        """Start a program with its arguments, in the root of the repository."""
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
 
     def _listen(self, address: str) -> None:
         for line in self.process.stderr or ():

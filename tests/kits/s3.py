@@ -67,9 +67,8 @@ class S3:
 def server() -> Iterator[S3]:
     """A running server, which ends with the tests, however they end."""
     command = ["setpriv", "--pdeathsig=KILL", sys.executable, "-m", "moto.server"]
-    process = Process(
-        [*command, "-H", "127.0.0.1", "-p", "0"], r"Running on (http://127\.0\.0\.1:\d+)"
-    )
+    program = Process.program([*command, "-H", "127.0.0.1", "-p", "0"])
+    process = Process(program, r"Running on (http://127\.0\.0\.1:\d+)")
     try:
         yield S3(process.address())
     finally:
