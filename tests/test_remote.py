@@ -34,7 +34,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RangeServer]:
 
 @pytest.fixture(scope="module")
 def names(web: RangeServer) -> list[str]:
-    return stack(web.folder, web.folder / "tile.tif", 8)
+    return stack(web.folder, web.folder / "tile.tif", 4)
 
 
 @pytest.fixture(scope="module")
