@@ -884,10 +884,11 @@ def teach(
         _print_json(found.model.card)
         return
     metrics = found.model.metrics
-    low, high = metrics["macro_f1_interval"] or (float("nan"), float("nan"))
+    interval = metrics["macro_f1_interval"]  # labels of a single place have none
+    between = "" if interval is None else f" ({interval[0]:.2f} to {interval[1]:.2f})"
     typer.echo(
-        f"{found.model.id}: macro-F1 {metrics['macro_f1']:.2f} ({low:.2f} to {high:.2f}), accuracy "
-        f"{metrics['accuracy']:.2f}, on held-out places"
+        f"{found.model.id}: macro-F1 {metrics['macro_f1']:.2f}{between}, accuracy "
+        f"{metrics['accuracy']:.2f}, on {metrics['split']}"
     )
     rows = [
         (entry.name, str(metrics["labels"][entry.name]), "" if f1 is None else f"{f1:.2f}")

@@ -385,7 +385,7 @@ def test_what_weakens_a_model_is_warned_of(api, files) -> None:
     response = make(api, files, features)
     assert response.status_code == 201, response.text
     warnings = {w["code"]: w["detail"] for w in response.json()["warnings"]}
-    assert "class 'grass' has 1 place" in warnings["few_places"]
+    assert "class 'grass' has 1 place, and without it" in warnings["few_places"]
     assert warnings["labels_conflict"].startswith("1 pixels have labels of several classes")
     assert warnings["label_outside"].startswith("2 of ")
     assert warnings["label_cloudy"].startswith("3 of ")
@@ -451,7 +451,7 @@ def test_the_command_teaches_and_forgets(api, stack, tmp_path) -> None:
     done = run(["teach", "mine", str(stack), "--labels", str(tmp_path / "labels.geojson")])
     assert done.exit_code == 0, done.output
     assert "mine@1.0.0: macro-F1 " in done.output
-    assert "on held-out places" in done.output
+    assert "on places left out, in folds" in done.output
     for name in NAMES:
         assert name in done.output
     assert run(["models"]).output.count("mine@1.0.0") == 1

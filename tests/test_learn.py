@@ -218,6 +218,24 @@ def test_classes_apart_are_told_apart_and_noise_is_not() -> None:
     assert apart.probabilities.max(axis=1).mean() == pytest.approx(31 / 32, abs=0.02)
 
 
+def test_a_class_of_one_place_neither_lowers_confidence_nor_has_a_score() -> None:
+    random = np.random.default_rng(8)
+    classes = np.repeat(np.arange(6), 10).astype(np.intp)
+    folds = np.where(classes < 3, np.arange(60) % 3, classes - 3).astype(np.intp)
+    x = simple(random.normal(size=(60, 5)) + 8.0 * np.eye(6)[classes] @ random.normal(size=(6, 5)))
+    found = kernel.fit({"a": x}, classes, folds)
+    assert found.tested.tolist() == (classes < 3).tolist()
+    rest = classes < 3
+    alone = kernel.fit({"a": simple(x.values[rest])}, classes[rest], folds[rest])
+    assert (found.probabilities[rest].argmax(axis=1) == classes[rest]).all()
+    sure = found.probabilities[rest].max(axis=1).mean()
+    assert sure == pytest.approx(alone.probabilities.max(axis=1).mean(), abs=0.05)
+    card = scores(found.probabilities, classes, folds, found.tested)
+    assert (card["n"], card["macro_f1"], card["f1"]) == (30, 1.0, [1.0] * 3 + [None] * 3)
+    # If no class has a second fold, all labels count.
+    assert kernel.known_elsewhere(classes, classes).all()
+
+
 def test_the_better_features_are_chosen() -> None:
     random = np.random.default_rng(7)
     classes = np.arange(40).astype(np.intp) % 2
@@ -280,7 +298,7 @@ def test_scores_are_those_of_scikit_learn() -> None:
     truth = random.integers(0, 3, 200)
     probabilities = random.dirichlet([1, 1, 1], 200)
     places = random.integers(0, 20, 200)
-    found = scores(probabilities, truth, places)
+    found = scores(probabilities, truth, places, np.ones(200, np.bool_))
     guess = probabilities.argmax(axis=1)
     assert found["confusion"] == confusion_matrix(truth, guess).tolist()
     assert found["macro_f1"] == pytest.approx(f1_score(truth, guess, average="macro"), abs=1e-4)

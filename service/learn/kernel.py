@@ -99,6 +99,8 @@ class Fitted:
     probabilities: Floats
     """Probabilities of each label (n, K), by a head whose fit, choice and temperatures did not use
     the label's place."""
+    tested: NDArray[np.bool_]
+    """Whether that head knew the label's class (n): see `known_elsewhere`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,13 +152,14 @@ def fit(
                     features=name, kernel=kind, width=width * own.typical, ridge=ridge
                 )
                 left_out[candidate] = _left_out(own.kernel(candidate), ridge, classes, folds)
-    choice = _choice(left_out, classes, np.ones(len(classes), np.bool_))
+    tested = known_elsewhere(classes, folds)
+    choice = _choice(left_out, classes, np.ones(len(classes), np.bool_), tested)
     probabilities = np.empty((len(classes), int(classes.max()) + 1))
     for fold in np.unique(folds):
         check()
         # Everything is chosen without the fold whose predictions are reported.
         own_fold = folds == fold
-        fold_choice = _choice(left_out, classes, ~own_fold)
+        fold_choice = _choice(left_out, classes, ~own_fold, tested)
         probabilities[own_fold] = softmax(fold_choice.logits(left_out, own_fold))
     chosen = features[choice.features]
     return Fitted(
@@ -165,7 +168,21 @@ def fit(
             {kind: scaled[choice.features, kind] for kind in _SETTINGS}, chosen, choice, classes
         ),
         probabilities=probabilities,
+        tested=tested,
     )
+
+
+def known_elsewhere(classes: NDArray[np.intp], folds: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Whether the class of each label (n) has labels in another fold as well.
+
+    A head that is fitted without the only fold of a class cannot predict that class. Its errors on
+    that fold do not show how well the head of all labels, which knows the class, predicts it; they
+    would only lower its confidence. If every class has one fold, all labels count.
+    """
+    counts = np.zeros((int(folds.max()) + 1, int(classes.max()) + 1), np.bool_)
+    counts[folds, classes] = True
+    known = counts.sum(axis=0)[classes] > 1
+    return np.asarray(known | (not known.any()))
 
 
 def _head(
@@ -258,12 +275,17 @@ def _left_out(
 
 
 def _choice(
-    left_out: Mapping[Candidate, Floats], classes: NDArray[np.intp], rows: NDArray[np.bool_]
+    left_out: Mapping[Candidate, Floats],
+    classes: NDArray[np.intp],
+    rows: NDArray[np.bool_],
+    tested: NDArray[np.bool_],
 ) -> Choice:
     """The candidate of each kernel with the smallest loss on the labels of `rows`.
 
-    If there are several sets of features, the set whose head has the smallest loss is chosen.
+    If there are several sets of features, the set whose head has the smallest loss is chosen. The
+    temperature of the sum is fitted to those of the labels that are `tested`.
     """
+    calibrated = rows & tested if (rows & tested).any() else rows
     found = {one: _temperature(scores[rows], classes[rows]) for one, scores in left_out.items()}
     heads: list[tuple[float, Choice]] = []
     for name in dict.fromkeys(one.features for one in left_out):
@@ -273,7 +295,8 @@ def _choice(
             best = min(own, key=lambda one: found[one][1])
             parts[best] = found[best][0]
         plain = Choice(parts=parts, temperature=1.0)
-        temperature, loss = _temperature(plain.logits(left_out, rows), classes[rows])
+        _, loss = _temperature(plain.logits(left_out, rows), classes[rows])
+        temperature, _ = _temperature(plain.logits(left_out, calibrated), classes[calibrated])
         heads.append((loss, replace(plain, temperature=temperature)))
     return min(heads, key=lambda head: head[0])[1]
 

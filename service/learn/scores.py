@@ -66,26 +66,33 @@ def place_interval(
     drawn = random.multinomial(P, np.full(P, 1 / P), size=_DRAWS).astype(np.float64)
     matrices = (drawn @ by_place.reshape(P, -1)).reshape(_DRAWS, count, count)
     scores = f1_scores(matrices)
-    known = ~np.isnan(scores)
+    known = ~np.isnan(scores) & np.isin(np.arange(count), truth)
     means = np.where(known, scores, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
     low, high = np.percentile(means, _INTERVAL)
     return float(low), float(high)
 
 
 def scores(
-    probabilities: Floats, truth: NDArray[np.intp], places: NDArray[np.intp]
+    probabilities: Floats,
+    classes: NDArray[np.intp],
+    places: NDArray[np.intp],
+    tested: NDArray[np.bool_],
 ) -> dict[str, Any]:
     """The scores for a model card, as JSON values.
 
     Args:
         probabilities: predicted probabilities of each label (n, K).
-        truth: class of each label (n).
+        classes: class of each label (n).
         places: place of each label (n), counting from 0.
+        tested: the labels (n) to score, at least one; a class without any has no F1.
     """
     count = probabilities.shape[1]
+    probabilities, truth = probabilities[tested], classes[tested]
+    places = np.unique(places[tested], return_inverse=True)[1]
     found = probabilities.argmax(axis=1)
     matrix = confusion_matrix(truth, found, count)
-    f1 = f1_scores(matrix)
+    # A class without tested labels may still be predicted, wrongly.
+    f1 = np.where(np.isin(np.arange(count), truth), f1_scores(matrix), np.nan)
     interval = place_interval(truth, found, places, count)
     return {
         "n": len(truth),

@@ -228,9 +228,13 @@ class _Teaching:
         classes = np.array([names.index(labels[n].name) for n in samples.labels[kept]], np.intp)
         where, nearest = self._places(labels, samples, kept, warnings)
         for name, some in _few_places(names, classes, where):
+            has = (
+                "place, and without it no label is left to predict it from: it has no score"
+                if some == 1
+                else "places, so its score by place means little"
+            )
             detail = (
-                f"class '{name}' has {some} {'place' if some == 1 else 'places'}, so its score by "
-                f"place means little: label it in at least {_FEWEST_PLACES} places"
+                f"class '{name}' has {some} {has}. Label it in at least {_FEWEST_PLACES} places"
             )
             warnings.append(StackWarning(code="few_places", detail=detail))
         fitted = fit(
@@ -240,7 +244,7 @@ class _Teaching:
             partial(check, self.cancelled),
         )
         metrics = {
-            **scores(fitted.probabilities, classes, where),
+            **scores(fitted.probabilities, classes, where, fitted.tested),
             "split": f"{'places' if where.max() else 'labels of one place'} left out, in folds",
             "labels": dict(Counter(labels[n].name for n in np.unique(samples.labels[kept]))),
             "places": int(where.max()) + 1,

@@ -91,8 +91,10 @@ export class Teacher {
       const response = await send("heads", { method: "POST", body: form, headers: { Accept: "application/json" } });
       const { card, warnings } = JSON.parse(await response.blob.text());
       const { macro_f1: f1, macro_f1_interval: interval, n, places } = card.metrics;
-      score.textContent = `'${card.name}' is ready: macro-F1 ${f1.toFixed(2)} (95 % interval ${interval.map((end) => end.toFixed(2)).join(" to ")}) `
-        + `on places left out of the fit; ${n} pixels in ${places} places. To map the area, select it under Model and choose Run.`;
+      // Labels of a single place have no interval by place.
+      const range = interval ? ` (95 % interval ${interval.map((end) => end.toFixed(2)).join(" to ")})` : "";
+      score.textContent = `'${card.name}' is ready: macro-F1 ${f1.toFixed(2)}${range} `
+        + `on ${card.metrics.split}; ${n} pixels tested, ${places} ${places === 1 ? "place" : "places"}. To map the area, select it under Model and choose Run.`;
       score.append(...this.page.warnings(warnings));
       this.page.taught(card.name);
     } catch (error) {
