@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     Json,
     Tag,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     field_validator,
@@ -28,6 +29,7 @@ from pydantic import (
 )
 
 from models.card import Modality, ModelCard, Task
+from service.api.json_pieces import MOST_FAULTS, Faults, LongList, is_long, members, validate
 from service.errors import MOST_ERRORS, ForbiddenReference, InvalidRequest, shown
 from service.infer.smooth import MAX_RADIUS
 from service.read.geotiff import SourceFile
@@ -68,8 +70,6 @@ _LONGEST_NAME = 100
 """Longest name for which a parameter with a similar name is looked for, characters."""
 _MAX_STRUCTURE = 500_000
 _MOST_DATED = 1_000
-_MOST_FAULTS = 10_000
-"""Number of invalid values beyond which none is listed: each takes a kilobyte to describe."""
 PLAUSIBLE_DATES = (date(1970, 1, 1), date(2099, 12, 31))
 _ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _BASELINE = re.compile(r"N?(\d{1,2})\.(\d{2})")
@@ -1012,6 +1012,11 @@ class StacDocument(_Loose):
 
     type: Literal["FeatureCollection", "Feature"]
 
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The document as it was sent."""
+        return {"type": self.type, **(self.model_extra or {})}
+
 
 def _kind_of_stac(value: object) -> str:
     if isinstance(value, str):
@@ -1740,16 +1745,13 @@ def read_stac(
     named = _named(body, "stac", STAC[task], allowed=allowed)
     if named is None:
         return None
-    stac = named.stac.model_dump() if isinstance(named.stac, StacDocument) else named.stac
+    stac = named.stac.plain if isinstance(named.stac, StacDocument) else named.stac
     return stac, FORMS[task].model_construct(**_plain(task, named, modality))
 
 
 def _named(body: bytes, field: str, model: type[_Model], *, allowed: bool) -> _Model | None:
     """Validate a body that names files by a parameter; None if the parameter is missing."""
-    # Without parsing a body of series: only with escapes can the name be spelled in another way.
-    if f'"{field}"'.encode() not in body and b"\\u" not in body:
-        return None
-    if getattr(_checked(_Reference, body), field) is None:
+    if not _gives(body, field):
         return None
     if not allowed:
         raise ForbiddenReference(
@@ -1839,7 +1841,7 @@ def read_head_stac(body: bytes, *, allowed: bool) -> HeadItemsOfStac | None:
     named = _named(body, "stac", HeadStac, allowed=allowed)
     if named is None:
         return None
-    stac = named.stac.model_dump() if isinstance(named.stac, StacDocument) else named.stac
+    stac = named.stac.plain if isinstance(named.stac, StacDocument) else named.stac
     fields = {name: getattr(named, name) for name in HeadForm.model_fields}
     return stac, HeadForm.model_construct(**fields)
 
@@ -1872,20 +1874,78 @@ class _Reference(_Loose):
     stac: Any = None
 
 
+def _gives(body: bytes, field: str) -> bool:
+    """Whether a JSON body has a parameter that is not null."""
+    # Without parsing a body of series: only with escapes can the name be spelled in another way.
+    if f'"{field}"'.encode() not in body and b"\\u" not in body:
+        return False
+    _check_shape(body)
+    found = members(body) if is_long(body) else None
+    if found is None:
+        return getattr(_checked(_Reference, body), field) is not None
+    value = found.get(field)
+    return value is not None and body[value.begin : value.end] != b"null"
+
+
 def _checked(model: type[_Model], given: bytes | Mapping[str, object]) -> _Model:
     try:
         if isinstance(given, bytes):
             _check_shape(given)
-            return model.model_validate_json(given)
+            return validate(model, given, _long_lists(model), documents=_DOCUMENTS)
         return model.model_validate(given)
     except ValidationError as error:
-        if error.error_count() > _MOST_FAULTS:
-            raise InvalidRequest.of(
-                "body", f"{error.error_count()} values are not valid: send a few to see the reasons"
-            ) from None
-        raise invalid_request(
-            error.errors(include_url=False, include_input=False), model.model_fields
-        ) from error
+        faults = Faults()
+        faults.add(error)
+        raise _rejection(faults, model) from error
+    except Faults as faults:
+        raise _rejection(faults, model) from None
+
+
+def _rejection(faults: Faults, model: type[BaseModel]) -> InvalidRequest:
+    if faults.count > MOST_FAULTS:
+        return InvalidRequest.of(
+            "body", f"{faults.count} values are not valid: send a few to see the reasons"
+        )
+    return invalid_request(faults.errors, model.model_fields)
+
+
+_DOCUMENTS = frozenset({"fields", "labels", "stac", "inputs", "area"})
+"""Parameters whose values are documents, with limits of their own."""
+_SERIES_LIST = LongList(
+    path=("series",),
+    entries=TypeAdapter(list[SeriesEntry]),
+    stand_in=b'{"id": "", "dates": ["2021-01-01"]}',
+)
+_LABELLED_LIST = LongList(
+    path=("series",),
+    entries=TypeAdapter(list[LabelledEntry]),
+    stand_in=b'{"class": "", "dates": ["2021-01-01"]}',
+)
+_POINT_LIST = LongList(
+    path=("points", "features"),
+    entries=TypeAdapter(Annotated[list[PointFeature], Field(fail_fast=True)]),
+    stand_in=b'{"type": "Feature", "geometry": {"type": "Point", "coordinates": [0, 0]}}',
+    most=MAX_POINTS,
+    fails_fast=True,
+)
+_PLAIN = TypeAdapter(list[Any])
+_INPUT_LIST = LongList(path=("inputs", "series"), entries=_PLAIN, stand_in=b"null")
+
+
+def _long_lists(model: type[BaseModel]) -> tuple[LongList, ...]:
+    """The lists of a JSON body that may have many entries."""
+    if issubclass(model, Execute):
+        return (_INPUT_LIST,)
+    if issubclass(model, HeadSeries):
+        return (_LABELLED_LIST,)
+    if issubclass(model, SeriesBody):
+        return (_SERIES_LIST,)
+    documents = (
+        LongList(path=(name, "features"), entries=_PLAIN, stand_in=b"null", bounded=False)
+        for name in ("fields", "labels", "stac")
+    )
+    lists = (_POINT_LIST, *documents)
+    return tuple(long for long in lists if long.path[0] in model.model_fields)
 
 
 def _check_texts(values: Iterable[str]) -> None:

@@ -15,24 +15,22 @@ from starlette.responses import JSONResponse
 from service.api.admission import Admitted
 from service.api.auth import share_of
 from service.api.dependencies import KNOWN_CALLER, App, AppState, Caller, Folder, root_of
-from service.api.disconnect import parse_body, run_watched, unless_gone
+from service.api.disconnect import run_watched, unless_gone
 from service.api.openapi import HEAD, HEAD_BODY, problems
 from service.api.responses import server_timing, warning_headers
 from service.api.routes.tasks import (
     PATIENCE,
     check_query,
+    parsed_json,
     part_of,
     run_slot,
     unpacked,
     vector_file,
 )
 from service.api.schemas import (
-    HeadFiles,
     HeadForm,
-    HeadItemsOfStac,
     HeadList,
     HeadResponse,
-    HeadSeries,
     WarningEntry,
     read_head_items,
     read_head_parameters,
@@ -40,7 +38,7 @@ from service.api.schemas import (
     read_head_stac,
 )
 from service.api.stac import stac_head
-from service.api.uploads import FILES, FORM, LABELS, media_type, read_form, read_json
+from service.api.uploads import FILES, FORM, LABELS, media_type, read_form
 from service.errors import InvalidRequest, NotReady
 from service.read.geotiff import SourceFile
 from service.read.layouts import StackOptions
@@ -158,14 +156,8 @@ async def _read_request(
             raise InvalidRequest.of(FILES, "at least one GeoTIFF is required")
         labels = form.vectors.get(LABELS) or await vector_file(LABELS, parameters.labels, folder)
         return await _of_files(parameters, form.files, labels, folder, app)
-    text = await read_json(request, app.limits, admitted)
-    settings = app.settings
-    allowed = bool(settings.allowed_roots or settings.allowed_hosts)
-    named, found, series = await parse_body(
-        request,
-        partial(_parsed, text, allowed=allowed),
-        size=len(text),
-        turns=app.admission.parsers,
+    named, found, series = await parsed_json(
+        request, app, admitted, read_head_items, read_head_stac, read_head_series
     )
     if named is None:
         if found is None:
@@ -185,7 +177,7 @@ async def _read_request(
         fetching = fetch_items(
             items,
             folder,
-            settings,
+            app.settings,
             place=part_of(parameters.stack),
             on_demand=True,
             remotes=app.remotes,
@@ -196,19 +188,6 @@ async def _read_request(
             admitted.received(file.path.stat().st_size)
     labels = await vector_file(LABELS, parameters.labels, folder)
     return await _of_files(parameters, files, labels, folder, app)
-
-
-def _parsed(
-    text: bytes, *, allowed: bool
-) -> tuple[HeadFiles | None, HeadItemsOfStac | None, HeadSeries | None]:
-    """A JSON body: the one of files, STAC items and series that it holds."""
-    named = read_head_items(text, allowed=allowed)
-    if named is not None:
-        return named, None, None
-    found = read_head_stac(text, allowed=allowed)
-    if found is not None:
-        return None, found, None
-    return None, None, read_head_series(text)
 
 
 async def _of_files(

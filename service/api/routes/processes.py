@@ -6,7 +6,6 @@ page. An execution is converted to a request of the task and then served like ev
 """
 
 # No `from __future__ import annotations` here: FastAPI and pydantic need the types at run time.
-import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -84,6 +83,7 @@ from service.errors import (
     UnsupportedMedia,
     shown,
 )
+from service.jobs.serialise import json_parts
 from service.jobs.store import Job, removed
 from service.json_memory import parsed_bytes
 from service.read.geotiff import SourceFile
@@ -377,7 +377,7 @@ class _Inputs:
 
     async def text(self, body: Mapping[str, Any]) -> bytes:
         """A body of the task as JSON, with memory for parsing it again."""
-        text = await to_thread.run_sync(lambda: json.dumps(body).encode())
+        text = await to_thread.run_sync(lambda: "".join(json_parts(body)).encode())
         self.admitted.reserve(await to_thread.run_sync(parsed_bytes, text))
         return text
 

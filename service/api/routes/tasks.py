@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Protocol, TypeVar, cast
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
@@ -35,10 +35,7 @@ from service.api.quotas import cost
 from service.api.responses import make_response, needs_files, offers
 from service.api.routes.jobs import accepted
 from service.api.schemas import (
-    Items,
     Operation,
-    SeriesBody,
-    Stac,
     read_items,
     read_parameters,
     read_series,
@@ -59,6 +56,28 @@ from service.run.execute import Result, execute
 from service.run.plan import Plan, plan_request
 from service.run.request import RasterRequest, Runnable, TaskRequest
 from service.tracing import span
+
+_Items = TypeVar("_Items")
+_Stac = TypeVar("_Stac")
+_Series = TypeVar("_Series")
+_Read_co = TypeVar("_Read_co", covariant=True)
+
+
+class ByReference(Protocol[_Read_co]):
+    """Reads a JSON body that names files or STAC items."""
+
+    def __call__(self, body: bytes, *, allowed: bool) -> _Read_co | None:
+        """Read the body; None if it names none.
+
+        Args:
+            body: the body, unparsed.
+            allowed: whether the server reads files by reference.
+
+        Raises:
+            RequestError: the body is not valid, or names files that the server does not read.
+        """
+        ...
+
 
 PATIENCE = 30.0
 """Longest time for which a request that holds a run slot waits for memory, seconds."""
@@ -485,12 +504,14 @@ async def read_request(
         polygons = form.vectors.get(FIELDS) or await vector_file(FIELDS, parameters.fields, folder)
         parsed = await to_thread.run_sync(parameters.request, task, form.files, polygons)
         return await with_zips_opened(parsed, folder, app)
-    text = await read_json(request, app.limits, admitted)
     settings = app.settings
-    allowed = bool(settings.allowed_roots or settings.allowed_hosts)
-    parse = partial(_parsed, task, text, allowed=allowed, modality=modality)
-    named, found, series = await parse_body(
-        request, parse, size=len(text), turns=app.admission.parsers
+    named, found, series = await parsed_json(
+        request,
+        app,
+        admitted,
+        partial(read_items, task, modality=modality),
+        partial(read_stac, task, modality=modality),
+        partial(read_series, task),
     )
     if named is not None:
         items, parameters = named
@@ -538,17 +559,42 @@ async def read_request(
     return await to_thread.run_sync(series.request, cast(Task, task))
 
 
-def _parsed(
-    task: Operation, text: bytes, *, allowed: bool, modality: Modality | None
-) -> tuple[Items | None, Stac | None, SeriesBody | None]:
-    """A JSON body: the one of files, STAC items and series that it holds."""
-    named = read_items(task, text, allowed=allowed, modality=modality)
-    if named is not None:
-        return named, None, None
-    found = read_stac(task, text, allowed=allowed, modality=modality)
-    if found is not None:
-        return None, found, None
-    return None, None, read_series(task, text)
+async def parsed_json(
+    request: Request,
+    app: AppState,
+    admitted: Admitted,
+    items: ByReference[_Items],
+    stac: ByReference[_Stac],
+    series: Callable[[bytes], _Series],
+) -> tuple[_Items | None, _Stac | None, _Series | None]:
+    """Read a JSON body: the one of files, STAC items and series that it holds.
+
+    Args:
+        request: the request, whose body has not been read.
+        app: application state.
+        admitted: the admitted request, which counts the bytes of its body.
+        items: reads a body that names files; None if it names none.
+        stac: reads a body that names STAC items; None if it names none.
+        series: reads a body of series.
+
+    Raises:
+        Overloaded: the body exceeds the space for bodies.
+        RequestError: the body is not valid.
+        Cancelled: the client disconnected before the body was parsed.
+    """
+    text = await read_json(request, app.limits, admitted)
+    allowed = bool(app.settings.allowed_roots or app.settings.allowed_hosts)
+
+    def parse() -> tuple[_Items | None, _Stac | None, _Series | None]:
+        named = items(text, allowed=allowed)
+        if named is not None:
+            return named, None, None
+        found = stac(text, allowed=allowed)
+        if found is not None:
+            return None, found, None
+        return None, None, series(text)
+
+    return await parse_body(request, parse, size=len(text), turns=app.admission.parsers)
 
 
 def part_of(stack: StackOptions) -> Place | None:
