@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,22 @@ from models.graph import PixelGraph
 from models.heads import ForecastHead
 from training.band import Band, Forecasts, apply_band, fit_band
 from training.bundle_weights import NotUnfolded, load_folded
-from training.config import BANDS, INDICES
+from training.config import BANDS, INDICES, ZOO, Run, changed
+from training.datasets import PixelSet
+from training.finetune import finetune, load_finished
+from training.forecasting import SCORED_SOURCE
 from training.graph_export import folded
 from training.onnx_export import to_onnx
 from training.parity import pixel_inputs
+from training.regions import (
+    NoRegions,
+    Plan,
+    _forecasts_from_every_month,
+    evaluate_runs,
+    forecast_region,
+    read_report,
+)
+from training.series import tabulate
 
 R, N, H, S, D = 3, 40, 4, 3, 16
 
@@ -174,3 +188,98 @@ class TestBundleWeights:
         with pytest.raises(NotUnfolded, match=r"model\.onnx holds no .* of the shape"):
             load_folded(forecast_graph(width=12), exported[1])
         assert onnx.load(exported[1]).graph.initializer
+
+
+def season(source: str, region: str, peak: int, n: int = 48, years: int = 2) -> PixelSet:
+    """Pixels with a season that is highest at a day of the year; every fourth is for validation."""
+    rng = np.random.default_rng(peak)
+    dates = tuple(date(2020, 1, 5) + timedelta(days=10 * i) for i in range(36 * years))
+    days = np.array([day.timetuple().tm_yday for day in dates])
+    height = rng.uniform(0.6, 1.4, (n, 1)) * np.exp(-0.5 * ((days - peak) / 50) ** 2)
+    bands = np.stack([0.06 - 0.03 * height, 0.1 - 0.05 * height, 0.2 + 0.2 * height], axis=-1)
+    values = (bands + rng.normal(0, 0.004, bands.shape)).clip(0.005).astype(np.float32)
+    return PixelSet(
+        source=source,
+        bands=BANDS,
+        dates=dates,
+        values=values,
+        valid=rng.random(values.shape[:2]) < 0.9,
+        places=np.arange(n),
+        validation=np.arange(n) % 4 == 0,
+        region=region,
+    )
+
+
+@pytest.mark.slow
+class TestRuns:
+    """Networks of all regions, calibrated by a run that left some out."""
+
+    @pytest.fixture(scope="class")
+    def runs(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+        folder = tmp_path_factory.mktemp("runs")
+        sets = [
+            season(SCORED_SOURCE, "us-west", 190, years=1),
+            season("flanders_2017_2018", "flanders", 150),
+            season("hesbaye_a_monthly", "hesbaye", 170),
+            season("s2_points", "world", 220),
+        ]
+        settings = ["encoder.width=8", "encoder.embedding=16", "members=2"]
+        settings += ["optimisation.epochs=2", "optimisation.batch=32"]
+        config = changed(ZOO["forecast-vi"], settings)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("training.forecasting.series_sets", lambda *_: sets)
+            patch.setattr("training.regions.pune_2019", lambda _: [season("pune", "pune", 260)])
+            first = Run(config=config, data=folder)
+            left_out = {"without": ("flanders", "hesbaye"), "one": ("flanders",), "first": ()}
+            for name, regions in left_out.items():
+                run = first.model_copy(update={"left_out": regions})
+                finetune(run, folder / name, device="cpu", threads=1)
+            weights = (folder / "first" / "weights.pt",)
+            last = first.model_copy(update={"pretrained": weights, "everything": True})
+            finetune(last, folder / "last", device="cpu", threads=1)
+            yield folder
+
+    def plan(self, runs: Path) -> Plan:
+        run = Run.model_validate_json((runs / "last" / "run.json").read_bytes())
+        report = runs / "results.md"
+        return Plan(run=run, folder=runs / "regions", report=report, command="the command")
+
+    def test_regions_are_scored_by_the_run_that_did_not_see_them(self, runs: Path) -> None:
+        plan = self.plan(runs)
+        report = evaluate_runs(runs / "last", runs / "without", plan)
+        assert list(report.regions) == ["flanders", "hesbaye", "pune"]
+        _, task, graph, _ = load_finished(runs / "without")
+        there = task.table.take(task.table.in_regions(["flanders"]))
+        away = _forecasts_from_every_month(task, graph, there)
+        flanders = report.regions["flanders"]
+        assert flanders["rmse"] == forecast_region(away, away["quantiles"])["rmse"]
+        # One place in four, by networks that were trained on the others.
+        beside = flanders["beside_training_places"]
+        assert beside["n"] < 0.5 * flanders["n"]
+        assert beside["rmse"] != flanders["rmse"]
+        # The band of the bundle, around the forecasts of its own networks.
+        _, task, graph, _ = load_finished(runs / "last")
+        pune = tabulate([season("pune", "pune", 260)], task.config.window, least=6)
+        made = _forecasts_from_every_month(task, graph, pune)
+        found = Forecasts(**{name: made[name] for name in Forecasts.__dataclass_fields__})
+        stored = dict(report.calibration["band"])
+        assert stored.pop("disagreement") == 10.0
+        band = Band(**{name: np.asarray(value) for name, value in stored.items()})
+        assert report.regions["pune"]["coverage"] == pytest.approx(coverage(band, found), abs=2e-3)
+        text = (runs / "results.md").read_text()
+        assert f"| flanders | {flanders['n']} | {flanders['rmse']:.3f} |" in text
+        assert f"| flanders | {beside['n']} | {beside['rmse']:.3f} |" in text
+        assert read_report(plan.folder) == report
+
+    def test_the_validation_places_are_scored_by_the_run_that_did_not_see_them(
+        self, runs: Path
+    ) -> None:
+        report = evaluate_runs(runs / "last", runs / "without", self.plan(runs))
+        before, after = (load_finished(runs / name) for name in ("first", "last"))
+        scored = before[3]["scores"]["rmse_mean"]
+        assert report.calibration["validation_places"][0]["rmse"] == scored
+        assert scored != after[1].scores(after[2])["rmse_mean"]
+
+    def test_a_run_that_left_one_region_out_is_named(self, runs: Path) -> None:
+        with pytest.raises(NoRegions, match="one leaves out 1 regions"):
+            evaluate_runs(runs / "last", runs / "one", self.plan(runs))

@@ -224,6 +224,19 @@ def regions(
             "trained on, without training."
         ),
     ] = None,
+    trained: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a finished run of forecasts to calibrate by the run of --without."
+        ),
+    ] = None,
+    without: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a finished run of the same configuration that left regions out "
+            "(finetune --left-out)."
+        ),
+    ] = None,
     romania: Annotated[Path | None, typer.Option(help="The Romania cube of nrt 0.2.1.")] = None,
     report: Annotated[Path, typer.Option(help="The Markdown file.")] = Path("docs/results.md"),
     device: Device = "auto",
@@ -232,7 +245,10 @@ def regions(
 ) -> None:
     """Hold each region out in turn: train the missing runs, score, calibrate across regions."""
     from training.recalibrate import run_of_card
-    from training.regions import Plan, evaluate_bundle, evaluate_regions
+    from training.regions import Plan, evaluate_bundle, evaluate_regions, evaluate_runs
+
+    if (trained is None) != (without is None) or (bundle and trained):
+        raise typer.BadParameter("--trained and --without go together, and without --bundle")
 
     config = changed(configuration(name), settings or [])
     if bundle:
@@ -241,6 +257,8 @@ def regions(
     started = (pretrained,) if pretrained else ()
     words = [f"--pretrained {pretrained.as_posix()}"] if pretrained else []
     words += [f"--bundle {bundle.as_posix()}"] if bundle else []
+    runs = {"trained": trained, "without": without}
+    words += [f"--{option} {path.as_posix()}" for option, path in runs.items() if path]
     words += ["--romania CUBE"] if romania else []
     words += [f"--set {shlex.quote(setting)}" for setting in settings or []]
     plan = Plan(
@@ -253,7 +271,11 @@ def regions(
         threads=threads,
         command=" ".join([f"python -m training regions {name}", *words]),
     )
-    done = evaluate_bundle(bundle, plan) if bundle else evaluate_regions(plan)
+    if trained and without:
+        _use_threads(threads)
+        done = evaluate_runs(trained, without, plan)
+    else:
+        done = evaluate_bundle(bundle, plan) if bundle else evaluate_regions(plan)
     Console().print_json(json.dumps({"calibration": done.calibration, "regions": done.regions}))
 
 

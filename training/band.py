@@ -86,7 +86,11 @@ class Band:
 
 
 def fit_band(
-    near: Sequence[Forecasts], far: Sequence[Forecasts], others: Sequence[Floats] = ()
+    near: Sequence[Forecasts],
+    far: Sequence[Forecasts],
+    others: Sequence[Floats] = (),
+    *,
+    embeddings: tuple[Sequence[Floats], Sequence[Floats]] | None = None,
 ) -> Band:
     """Fit classifier and factors; regions have the same weight, whatever their size.
 
@@ -95,8 +99,13 @@ def fit_band(
         far: forecasts in regions that the networks were not trained in.
         others: embeddings (N, D) of further series unlike those of the validation places, for the
             classifier alone.
+        embeddings: of the series of the validation places and of others (each N, D), by the
+            networks that the band is for; None where the forecasts are theirs.
     """
-    ours, theirs = [f.embedding for f in near], [*(f.embedding for f in far), *others]
+    ours, theirs = embeddings or (
+        [f.embedding for f in near],
+        [*(f.embedding for f in far), *others],
+    )
     x = np.concatenate([*ours, *theirs]).astype(np.float64)
     label = np.repeat([0, 1], [sum(map(len, ours)), sum(map(len, theirs))])
     share = np.concatenate(

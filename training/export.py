@@ -35,7 +35,7 @@ from training.finetune import WEIGHTS, load_finished
 from training.graph_export import folded, in_half, quantise
 from training.onnx_export import OPSET, to_onnx
 from training.parity import HALF_TOLERANCE, Served, check_parity, check_parity_int8, random_inputs
-from training.regions import apply_calibration, read_report
+from training.regions import BAND, apply_calibration, read_report
 from training.task import Graph, Inputs, Outputs, Task
 from training.validation_outputs import scores_of
 
@@ -85,7 +85,10 @@ def export_run(
         report = read_report(regions)
         apply_calibration(graph, report.calibration)
         fields["regions"] = report.regions
-        fields["training"]["calibration"] = report.calibration
+        calibration = dict(report.calibration)
+        if "band" in calibration:
+            fields["metrics"]["band"] = calibration.pop("note", BAND)
+        fields["training"]["calibration"] = calibration
     one = [
         torch.from_numpy(array if key == "days" else array[:1])
         for key, array in real.items()

@@ -19,15 +19,9 @@ from training.config import Run
 from training.errors import TrainingError
 from training.export import VersionNotRaised, measured_loss, replaced_bundle, write_bundle
 from training.finetune import task_of
-from training.regions import Report, apply_calibration, read_report
+from training.regions import BAND, Report, apply_calibration, read_report
 
 _TEMPERATURE = "head.temperature"
-_BAND = (
-    "The coverage in `evaluation` is that of the networks' own band. The band was calibrated "
-    "afterwards: `regions` has its coverage where the networks were not trained, "
-    "`training.calibration.validation_places` that on the validation places, before "
-    "(`coverage_beside`) and after."
-)
 
 
 class NotCalibrated(TrainingError):
@@ -98,7 +92,7 @@ def _with_band(folder: Path, card: ModelCard, report: Report, *, version: str, d
     fields = {
         **card.model_dump(),
         "regions": report.regions,
-        "metrics": {**card.metrics, "band": _BAND},
+        "metrics": {**card.metrics, "band": BAND},
         "training": {**card.training, "calibration": report.calibration},
     }
     return write_bundle(

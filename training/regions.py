@@ -57,6 +57,13 @@ Ints = NDArray[np.int64]
 REGIONS = "regions.json"
 WHOLE = "all-regions"
 """Folder of the run that leaves no region out; it scores regions that are never trained on."""
+BAND = (
+    "The coverage in `evaluation` is that of the networks' own band. The band was calibrated "
+    "afterwards: `regions` has its coverage where the networks were not trained, "
+    "`training.calibration.validation_places` that on the validation places, before "
+    "(`coverage_beside`) and after."
+)
+"""What a card says about the band of a forecast."""
 _OUTPUTS_FILE = "left_out.npz"
 _EUROSAT = "eurosat"
 _AREA_COLUMNS = ("accuracy", "confidence", "calibration_error")
@@ -67,7 +74,11 @@ _PIXELS = 300
 _YEAR = 365
 # Fewest regions on which a band is fitted: one is left out in turn.
 _FEWEST_REGIONS = 2
-_Forecaster = Callable[[PixelForecast, PixelGraph, SeriesTable], Outputs]
+_Forecasting = Callable[[PixelForecast, PixelGraph, SeriesTable], Outputs]
+_BESIDE = (
+    "n", "rmse", "persistence", "rmse_where_last_year", "last_year", "coverage", "coverage_beside",
+    "coverage_by_step", "by_month",
+)  # fmt: skip
 
 
 class NoRegions(TrainingError):
@@ -162,34 +173,135 @@ def evaluate_bundle(bundle: Path, plan: Plan) -> Report:
             f"{found.card.id} was trained on all regions but {len(new)}, and a band needs "
             f"{_FEWEST_REGIONS} to be fitted and scored on: give further data sets"
         )
-    plan.folder.mkdir(parents=True, exist_ok=True)
-
-    def stored(name: str, of: _Forecaster, table: SeriesTable) -> Outputs:
-        return _stored(plan.folder / f"{name}.npz", partial(of, task, graph, table))
-
-    def monthly(name: str) -> Outputs:
-        return stored(name, _forecasts_from_every_month, table.take(table.in_regions([name])))
-
-    far = {name: monthly(name) for name in new}
-    kept = {
-        str(sets[0].region): stored(
-            str(sets[0].region), _forecasts_from_every_month, _table_of(sets, task)
-        )
-        for sets in evaluation_sets(plan.run)
-    }
-    near = [
-        stored("validation-scored", _from_the_scored_cut, task.validation),
-        stored("validation-months", _forecasts_from_every_month, task.validation),
-    ]
-    scored = set(np.unique(table.region[table.source == table.sources.index(SCORED_SOURCE)]))
-    others = [
-        monthly(name)["embedding"]
-        for i, name in enumerate(table.regions)
-        if i in seen and i not in scored
-    ]
-    report = _band_report({**far, **kept}, far, near, others)
+    networks = _Forecaster(task=task, graph=graph, folder=plan.folder)
+    far = {name: networks.monthly(name) for name in new}
+    kept = networks.never_trained_on(plan.run)
+    others = [networks.monthly(name)["embedding"] for name in networks.others(new)]
+    report = _band_report({**far, **kept}, far, networks.near(), others)
     _write(plan, report, _forecast_lines(report.regions))
     return report
+
+
+def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
+    """Calibrate forecasts that were trained on all regions; write section and `regions.json`.
+
+    Their errors where they were not trained are taken from a run of the same configuration that
+    left several regions out. Each of these is scored by that run, under the band fitted on the
+    other ones. The band's factors are fitted on all of them, its classifier on the embeddings of
+    the networks that the band is for.
+
+    Args:
+        trained: folder of the finished run to calibrate. If it was trained on the validation
+            places too, the run that it started from stands in its place there.
+        without: folder of the finished run that left regions out.
+        plan: `run` gives data for evaluation only; `only`, `baselines` and `device` do not count.
+
+    Raises:
+        NoRegions: a run is not of forecasts, or the second leaves out too few regions.
+    """
+    run, ours = _forecaster(trained, plan.folder / "trained")
+    away_run, away = _forecaster(without, plan.folder / "without")
+    if len(away_run.left_out) < _FEWEST_REGIONS:
+        raise NoRegions(
+            f"{without} leaves out {len(away_run.left_out)} regions, and a band needs "
+            f"{_FEWEST_REGIONS} to be fitted and scored on: give --left-out more often"
+        )
+    before = ours
+    if run.everything:
+        _, before = _forecaster(run.pretrained[0].parent, plan.folder / "before")
+    names = away_run.left_out
+    far = {name: away.monthly(name) for name in names}
+    others = [away.monthly(name)["embedding"] for name in away.others(names)]
+    scored = _band_report(far, far, away.near(), others).regions
+    regions = {name: dict(scores) for name, scores in scored.items()}
+    band = fit_band(
+        [_uncalibrated(o) for o in before.near()],
+        [_uncalibrated(o) for o in far.values()],
+        embeddings=(
+            [o["embedding"] for o in ours.near()],
+            [ours.monthly(name)["embedding"] for name in (*names, *ours.others(names))],
+        ),
+    )
+    for name, own in ours.never_trained_on(plan.run).items():
+        regions[name] = forecast_region(own, band.scaled(_uncalibrated(own)))
+    for name in names:
+        # Places that these networks did not see, in regions that they did.
+        own = before.held_out(name)
+        beside = forecast_region(own, band.scaled(_uncalibrated(own)))
+        regions[name] |= {"beside_training_places": {key: beside[key] for key in _BESIDE}}
+    calibration = {
+        **_calibration(band, before.near()),
+        "note": (
+            f"{BAND} {', '.join(names)}: `regions` has the scores of a run of the same "
+            "configuration that left all of them out, each under the band fitted on the other "
+            "ones; `beside_training_places` has those of the networks trained on other places of "
+            "them."
+        ),
+    }
+    report = Report(calibration=calibration, regions=regions)
+    _write(plan, report, _runs_lines(names, regions))
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Forecaster:
+    """Networks, and their forecasts as they are kept in a folder."""
+
+    task: PixelForecast
+    graph: PixelGraph
+    folder: Path
+
+    def _kept(self, name: str, make: _Forecasting, table: SeriesTable) -> Outputs:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.npz"
+        return _stored(path, partial(make, self.task, self.graph, table))
+
+    def monthly(self, region: str) -> Outputs:
+        """Forecasts of a region from every month."""
+        table = self.task.table
+        chosen = table.take(table.in_regions([region]))
+        return self._kept(region, _forecasts_from_every_month, chosen)
+
+    def held_out(self, region: str) -> Outputs:
+        """The same on the region's places for validation."""
+        table = self.task.table
+        chosen = table.take(table.in_regions([region]) & table.validation)
+        return self._kept(f"{region}-held-out", _forecasts_from_every_month, chosen)
+
+    def never_trained_on(self, run: Run) -> dict[str, Outputs]:
+        """Forecasts of the regions for evaluation only, from every month."""
+        return {
+            str(sets[0].region): self._kept(
+                str(sets[0].region), _forecasts_from_every_month, _table_of(sets, self.task)
+            )
+            for sets in evaluation_sets(run)
+        }
+
+    def near(self) -> list[Outputs]:
+        """Forecasts on the validation places, from the scored cut and from every month."""
+        places = self.task.validation
+        return [
+            self._kept("validation-scored", _from_the_scored_cut, places),
+            self._kept("validation-months", _forecasts_from_every_month, places),
+        ]
+
+    def others(self, names: Sequence[str]) -> list[str]:
+        """Regions that are neither among `names` nor those of the scored source."""
+        table = self.task.table
+        scored = np.unique(table.region[table.source == table.sources.index(SCORED_SOURCE)])
+        return [n for i, n in enumerate(table.regions) if n not in names and i not in scored]
+
+
+def _forecaster(run: Path, folder: Path) -> tuple[Run, _Forecaster]:
+    """A finished run, and its networks with their forecasts in a folder.
+
+    Raises:
+        NoRegions: the run is not of forecasts.
+    """
+    settings, task, graph, _ = load_finished(run)
+    if not isinstance(task, PixelForecast):
+        raise NoRegions(f"{run} is of {task.config.task}: give a run of forecasts")
+    return settings, _Forecaster(task=task, graph=graph, folder=folder)
 
 
 def _band_report(
@@ -216,14 +328,17 @@ def _band_report(
     for name, own in outputs.items():
         band = fitted([n for n in far if n != name])
         regions[name] = forecast_region(own, band.scaled(_uncalibrated(own)))
-    band = fitted(list(far))
+    return Report(calibration=_calibration(fitted(list(far)), near), regions=regions)
+
+
+def _calibration(band: Band, near: Sequence[Outputs]) -> dict[str, Any]:
+    """A band, and its scores on forecasts of the validation places."""
     keys = ("n", "rmse", "coverage", "coverage_beside", "coverage_by_step")
     validation = [forecast_region(o, band.scaled(_uncalibrated(o))) for o in near]
-    calibration = {
+    return {
         "band": band.document(),
         "validation_places": [{key: scores[key] for key in keys} for scores in validation],
     }
-    return Report(calibration=calibration, regions=regions)
 
 
 def _uncalibrated(own: Outputs) -> Forecasts:
@@ -719,6 +834,31 @@ def _forecast_lines(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         "targets. `pune` is never trained on. One seed."
     )
     yield ""
+    yield from _forecast_table(regions)
+
+
+def _runs_lines(names: Sequence[str], regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield (
+        f"{', '.join(names)}: scored by a run of the same configuration that left all of them out "
+        "of training, each under the band fitted on the other ones. The other rows are of the "
+        "bundle's networks and its band. Forecasts start on the first day of every month that the "
+        "series allow; targets are the clear observations as they are. RMSE is the mean of the "
+        "RMSE of NDVI, EVI and SAVI. Last year is the clear date nearest to the day one year "
+        "before, within ten days, if there is one; `where last year is known` is our RMSE on the "
+        "same targets. One seed."
+    )
+    yield ""
+    yield from _forecast_table(regions)
+    yield ""
+    yield (
+        "The same regions by networks that were trained on other places of them, with the "
+        "bundle's band:"
+    )
+    yield ""
+    yield from _forecast_table({name: regions[name]["beside_training_places"] for name in names})
+
+
+def _forecast_table(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield (
         "| region | n | RMSE | persistence | where last year is known | last year | coverage | "
         "by step | by month | not calibrated |"
