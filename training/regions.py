@@ -225,9 +225,11 @@ def evaluate_runs(trained: Path, without: Path, plan: Plan) -> Report:
     for name, own in ours.never_trained_on(plan.run).items():
         regions[name] = forecast_region(own, band.scaled(_uncalibrated(own)))
     for name in names:
-        # Places that these networks did not see, in regions that they did.
-        own = before.held_out(name)
-        beside = forecast_region(own, band.scaled(_uncalibrated(own)))
+        # Places that these networks did not see, in regions that they did; Victoria has none.
+        held_out = before.held_out(name)
+        if held_out is None:
+            continue
+        beside = forecast_region(held_out, band.scaled(_uncalibrated(held_out)))
         regions[name] |= {"beside_training_places": {key: beside[key] for key in _BESIDE}}
     calibration = {
         **_calibration(band, before.near()),
@@ -262,10 +264,12 @@ class _Forecaster:
         chosen = table.take(table.in_regions([region]))
         return self._kept(region, _forecasts_from_every_month, chosen)
 
-    def held_out(self, region: str) -> Outputs:
-        """The same on the region's places for validation."""
+    def held_out(self, region: str) -> Outputs | None:
+        """The same on the region's places for validation; None if it has none."""
         table = self.task.table
         chosen = table.take(table.in_regions([region]) & table.validation)
+        if not len(chosen):
+            return None
         return self._kept(f"{region}-held-out", _forecasts_from_every_month, chosen)
 
     def never_trained_on(self, run: Run) -> dict[str, Outputs]:
@@ -855,7 +859,8 @@ def _runs_lines(names: Sequence[str], regions: Mapping[str, Mapping[str, Any]]) 
         "bundle's band:"
     )
     yield ""
-    yield from _forecast_table({name: regions[name]["beside_training_places"] for name in names})
+    beside = "beside_training_places"
+    yield from _forecast_table({n: regions[n][beside] for n in names if beside in regions[n]})
 
 
 def _forecast_table(regions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
