@@ -24,11 +24,14 @@ os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 
 LONGEST = (
-    "test_training_finetune", "test_openapi_fuzz", "test_client_service", "test_training_regions",
-    "test_docs_samples", "test_models", "test_training_landcover", "test_load", "test_deploy",
-    "test_start", "test_blocks", "test_jobs_process", "test_pretrain", "test_training_ablation",
-    "test_jobs", "test_replicas", "test_references", "test_pipeline", "test_backtest",
-    "test_validate", "test_clean_maps", "test_polygons",
+    "test_explorer", "test_storage", "test_dask_files", "test_real_input", "test_docs_samples",
+    "test_stac", "test_training_landcover", "test_client_service", "test_dask", "test_load",
+    "test_on_demand", "test_memory", "test_models", "test_ogc", "test_training_finetune",
+    "test_training_ablation", "test_level2a", "test_jobs", "test_deploy", "test_openapi_fuzz",
+    "test_start", "test_jobs_resume", "test_jobs_process", "test_hostile", "test_threads",
+    "test_replicas", "test_heads", "test_downloads", "test_graph_export", "test_backtest",
+    "test_forecast_band", "test_fuzz", "test_pretrain", "test_training_regions", "test_blocks",
+    "test_pipeline", "test_validate", "test_clean_maps",
 )  # fmt: skip
 """Files that take longest, in this order: of two processes neither is left with one at the end."""
 

@@ -51,7 +51,7 @@ def test_no_mutated_file_crashes_hangs_or_discloses_internals(tmp_path: Path) ->
     """A hang is found by the run itself, case by case."""
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.fuzz", "--cases", str(CASES),
-         "--first", "1000000", "--workers", "2"],
+         "--first", "1000000", "--workers", "1"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     report = json.loads(run.stdout.splitlines()[-1])
