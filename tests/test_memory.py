@@ -302,8 +302,11 @@ BUDGET = 300 * MIB
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    zoo = write_zoo(tmp_path_factory.mktemp("zoo"))
-    with served(PIMC_MODEL_DIR=str(zoo), PIMC_MEMORY_BUDGET=str(BUDGET)) as running:
+    """A service that also reads files by reference."""
+    zoo, root = write_zoo(tmp_path_factory.mktemp("zoo")), tmp_path_factory.mktemp("root")
+    with served(
+        PIMC_MODEL_DIR=str(zoo), PIMC_MEMORY_BUDGET=str(BUDGET), PIMC_ALLOWED_ROOTS=str(root)
+    ) as running:
         yield running
 
 
@@ -461,16 +464,6 @@ def send(service: Served, body: bytes, path: str = "/classify-pixels") -> httpx.
     return httpx.post(f"{service.url}{path}", content=body, headers=HEADERS, timeout=PATIENCE)
 
 
-@pytest.fixture(scope="module")
-def reading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A service that reads files by reference."""
-    zoo, root = write_zoo(tmp_path_factory.mktemp("zoo")), tmp_path_factory.mktemp("root")
-    with served(
-        PIMC_MODEL_DIR=str(zoo), PIMC_MEMORY_BUDGET=str(BUDGET), PIMC_ALLOWED_ROOTS=str(root)
-    ) as running:
-        yield running
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "kind"),
@@ -480,50 +473,50 @@ def reading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         *(("/processes/embed/execution", kind) for kind in ("series", "items", "text")),
     ],
 )
-def test_json_takes_at_most_what_is_reserved_for_it(reading: Served, path: str, kind: str) -> None:
+def test_json_takes_at_most_what_is_reserved_for_it(service: Served, path: str, kind: str) -> None:
     body = DOCUMENTS[kind]
     reserved = parsed_bytes(body)
     if path.startswith("/processes"):
         body = b'{"inputs":%s}' % body
         reserved *= 2  # parsed again as the body of the task, or too large for that
-    reading.forget_peak()
-    before = reading.peak()
-    response = send(reading, body, path)
+    service.forget_peak()
+    before = service.peak()
+    response = send(service, body, path)
     assert response.status_code in {200, 403, 413, 422}, response.text
-    grown = reading.peak() - before
+    grown = service.peak() - before
     # More than the noise of a process that has served little so far.
     assert grown < reserved + 32 * MIB, f"{grown / MIB:.0f} of {reserved / MIB:.0f} MiB"
-    assert reading.metric("pimc_json_bytes") == 0
+    assert service.metric("pimc_json_bytes") == 0
 
 
 @pytest.mark.slow
-def test_callers_with_large_json_stay_within_the_budget(reading: Served) -> None:
+def test_callers_with_large_json_stay_within_the_budget(service: Served) -> None:
     """Without a bound each of them takes more than the whole budget."""
     huge = b'{"series":[{"id":"a","dates":["2021-01-05"],"B02":[%s1]}]}' % (b"1," * 15 * MIB)
-    reading.forget_peak()
-    before = reading.peak()
+    service.forget_peak()
+    before = service.peak()
     with ThreadPoolExecutor(8) as pool:
-        refused = list(pool.map(lambda _: send(reading, huge), range(4)))
-        medium = list(pool.map(lambda _: send(reading, DOCUMENTS["series"]), range(8)))
-    grown = reading.peak() - before
+        refused = list(pool.map(lambda _: send(service, huge), range(4)))
+        medium = list(pool.map(lambda _: send(service, DOCUMENTS["series"]), range(8)))
+    grown = service.peak() - before
     codes = {response.json()["code"] for response in refused}
     assert codes <= {"body_too_large", "overloaded"}, codes
     assert "PIMC_MEMORY_BUDGET" in refused[0].json()["detail"]
     assert {response.status_code for response in medium} <= {200, 503}
     assert 200 in {response.status_code for response in medium}
     assert grown < BUDGET + 64 * MIB, f"{grown / MIB:.0f} MiB"
-    assert reading.metric("pimc_json_bytes") == 0
+    assert service.metric("pimc_json_bytes") == 0
 
 
 @pytest.mark.slow
-def test_json_in_a_form_stays_within_the_budget(reading: Served, tmp_path: Path) -> None:
+def test_json_in_a_form_stays_within_the_budget(service: Served, tmp_path: Path) -> None:
     files = [("files", ("s_2021-01-01.tif", fat(tmp_path / "a.tif", 64)))]
-    reading.forget_peak()
-    before = reading.peak()
+    service.forget_peak()
+    before = service.peak()
 
     def form(name: str, text: str) -> httpx.Response:
         return httpx.post(
-            f"{reading.url}/classify-pixels", files=files, data={name: text}, timeout=PATIENCE
+            f"{service.url}/classify-pixels", files=files, data={name: text}, timeout=PATIENCE
         )
 
     several = 7 * MIB
@@ -538,7 +531,7 @@ def test_json_in_a_form_stays_within_the_budget(reading: Served, tmp_path: Path)
     with ThreadPoolExecutor(4) as pool:
         responses = list(pool.map(lambda one: form(*one), texts))
     assert {response.status_code for response in responses} <= {413, 422, 503}
-    grown = reading.peak() - before
+    grown = service.peak() - before
     assert grown < BUDGET // 2 + 64 * MIB, f"{grown / MIB:.0f} MiB"
 
 
