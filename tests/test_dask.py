@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import pickle
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import onnx
 import pytest
 from distributed import Client
 
@@ -48,7 +50,20 @@ WINDOWS = 10
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo_with_a_held_model(tmp_path_factory.mktemp("zoo"))
+    """The held model has a second file, as which it is loaded where a processor multiplies int8."""
+    made = zoo_with_a_held_model(tmp_path_factory.mktemp("zoo"))
+    card = json.loads((made / HELD / "card.json").read_text())
+    model = onnx.load(made / HELD / "model.onnx")
+    model.doc_string = "int8"
+    onnx.save(model, made / HELD / "int8.onnx")
+    content = (made / HELD / "int8.onnx").read_bytes()
+    card["variants"].append(
+        card["variants"][0]
+        | {"name": "int8", "file": "int8.onnx", "bytes": len(content)}
+        | {"sha256": hashlib.sha256(content).hexdigest(), "loss": {"accuracy": 0.0}}
+    )
+    (made / HELD / "card.json").write_text(json.dumps(card))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -178,13 +193,15 @@ def test_windows_of_a_worker_that_hangs_are_given_to_another(
 def test_a_job_waits_for_a_scheduler_and_for_workers_like_the_service(
     fleet: Fleet,
     tmp_path: Path,
+    zoo: Path,
     files: Files,
     expected: bytes,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.WARNING)
+    fleet.cluster.variables["PIMC_PRECISION"] = "float32"
     fleet.cluster.kill_scheduler()
-    with served(**fleet.settings) as api:
+    with served(**fleet.settings, precision="float32") as api:
         assert "no connection" in ready(api)["fault"]
         job = held_job(api, files)
         assert api.post("/classify-pixels", files=files).status_code == 200
@@ -197,8 +214,9 @@ def test_a_job_waits_for_a_scheduler_and_for_workers_like_the_service(
         write_bundle(others, HELD, "classify-pixels", "pixel", version="0.0.2", default=False)
         model = fleet.cluster.join(PIMC_MODEL_DIR=str(others))
         version = fleet.cluster.join(version="9.9.9")
-        assert soon(lambda: len(ready(api)["refused"]) == 2)
-        assert metric(api, "pimc_cluster_workers_refused") == 2
+        precision = fleet.cluster.join(int8=True, PIMC_PRECISION="auto")
+        assert soon(lambda: len(ready(api)["refused"]) == 3)
+        assert metric(api, "pimc_cluster_workers_refused") == 3
         refused = ready(api)["refused"]
         of_model = refused[model.process.address()]
         assert f"{HELD}@0.0.2 with sha256" in of_model
@@ -206,6 +224,11 @@ def test_a_job_waits_for_a_scheduler_and_for_workers_like_the_service(
         of_version = refused[version.process.address()]
         assert "has version 9.9.9 of this project" in of_version
         assert project_version() in of_version
+        of_precision = refused[precision.process.address()]
+        for variant, file in (("int8", "int8.onnx"), ("float32", "model.onnx")):
+            sha256 = hashlib.sha256((zoo / HELD / file).read_bytes()).hexdigest()
+            assert f"as {variant} with sha256 {sha256}" in of_precision
+        assert "PIMC_PRECISION" in of_precision
         for address, reason in refused.items():
             assert f"worker {address} " in reason
             assert reason in ready(api)["fault"]
@@ -215,6 +238,7 @@ def test_a_job_waits_for_a_scheduler_and_for_workers_like_the_service(
         assert len(set(good.windows)) == WINDOWS
         assert not model.windows
         assert not version.windows
+        assert not precision.windows
         assert ready(api)["fault"] is None
 
 

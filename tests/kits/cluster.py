@@ -1,6 +1,6 @@
 """A Dask cluster of processes on the loopback interface, for tests.
 
-    python -m tests.kits.cluster FOLDER SCHEDULER [VERSION]    runs a worker
+    python -m tests.kits.cluster FOLDER SCHEDULER [VERSION [int8]]    runs a worker
 
 A worker has a folder of its own. It appends each window that it begins to the file `windows`, and
 then waits at the gate `gate` if the window is of the held model.
@@ -64,11 +64,14 @@ class DaskCluster:
     address: str
     workers: list[Worker] = field(default_factory=list)
 
-    def join(self, *, version: str = "", held_after: int = -1, **variables: str) -> Worker:
+    def join(
+        self, *, version: str = "", int8: bool = False, held_after: int = -1, **variables: str
+    ) -> Worker:
         """Start a worker, without waiting until it has joined.
 
         Args:
             version: version of the project that it claims to have; empty for its own.
+            int8: whether its processor is said to multiply int8, whatever this one does.
             held_after: number of windows of the held model that it computes before its gate holds
                 the next; -1 for an open gate.
             variables: environment in addition to that of all workers.
@@ -78,6 +81,7 @@ class DaskCluster:
         if held_after >= 0:
             Gate(folder / "gate").hold(after=held_after)
         arguments = ["tests.kits.cluster", str(folder), self.address, version]
+        arguments += ["int8"] * int8
         worker = Worker(folder, _started(arguments, **{**self.variables, **variables}))
         self.workers.append(worker)
         return worker
@@ -192,15 +196,18 @@ def outcome(api: httpx.Client, name: str) -> float:
     return metric(api, f'pimc_cluster_windows_total{{outcome="{name}"}}')
 
 
-def _work(folder: Path, address: str, version: str) -> None:
+def _work(folder: Path, address: str, version: str, *, int8: bool) -> None:
     """Run a worker until it is killed."""
     from distributed.cli.dask_worker import main
 
+    from service.infer import session
     from service.infer.engine import load_models
     from service.run import worker as tasks
     from service.run.pixels import PixelStages
 
     with ExitStack() as stack:
+        if int8:
+            stack.enter_context(patch.object(session, "multiplies_int8", lambda: True))
         if version:
             stack.enter_context(patch.object(tasks, "project_version", lambda: version))
         without = partial(load_models, built_in=None)  # they take longer than the rest of a start
@@ -224,4 +231,4 @@ def _work(folder: Path, address: str, version: str) -> None:
 
 
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]), sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else "")
+    _work(Path(sys.argv[1]), sys.argv[2], "".join(sys.argv[3:4]), int8="int8" in sys.argv[4:])
