@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import logging.config
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -234,6 +236,15 @@ class DrainingServer(uvicorn.Server):
         else:
             self.should_exit = True
             self.force_exit = self.force_exit or sig == signal.SIGINT
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and leave the objects of the start out of garbage collections.
+
+        A collection of all objects holds up every thread, for as long as it takes to look at each.
+        """
+        await super().startup(sockets)
+        gc.collect()
+        gc.freeze()
 
     async def on_tick(self, counter: int) -> bool:
         """Check ten times a second whether to close."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import socket
@@ -15,10 +16,13 @@ from pathlib import Path
 import anyio
 import httpx
 import pytest
+import uvicorn
+from fastapi import FastAPI
 
 from benchmarks.serving import served
 from benchmarks.tiny_zoo import write_zoo
 from models.registry import ZOO, Registry
+from service.__main__ import DrainingServer
 from service.api.app import create_app
 from service.infer.engine import Engine, load_models
 from service.infer.session import CUDA
@@ -240,6 +244,26 @@ start.main()
 )
 def test_the_memory_of_a_peak_is_returned_to_the_system() -> None:
     subprocess.run([sys.executable, "-c", _PEAK], cwd=ROOT, timeout=PATIENCE, check=True)
+
+
+def test_objects_of_the_start_are_left_out_of_garbage_collections() -> None:
+    app = FastAPI()
+    config = uvicorn.Config(app, port=0, log_config=None, lifespan="off")
+    server = DrainingServer(config, app, grace_seconds=1)
+
+    async def run() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(server.serve)
+            while not server.started:
+                await anyio.sleep(0.01)
+            server.should_exit = True
+
+    before = gc.get_freeze_count()
+    try:
+        anyio.run(run)
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
 
 
 def test_importing_the_service_does_not_import_training_packages() -> None:
