@@ -634,6 +634,19 @@ def test_bands_corrected_for_slopes_count_before_the_same_ones_without(tmp_path:
     assert "_SRE_B02.tif': B02, and other files have them" in warning.detail
 
 
+def test_acolites_reflectance_of_the_surface_counts_before_that_of_the_top(tmp_path: Path) -> None:
+    name = "S2A_MSI_{day}_10_10_21_T32TPS_L2R_{kind}_{nm}.tif"
+    files = [
+        in_folder(tmp_path, name.format(day=day, kind=kind, nm=nm), band, t + 2 * (kind == "rhot"))
+        for t, day in ((1, "2021_01_05"), (2, "2021_01_15"))
+        for kind in ("rhot", "rhos")
+        for nm, band in zip(("492", "665", "833"), NEEDED, strict=True)
+    ]
+    stack = opened(files)
+    assert band_numbers(stack) == expected(1, 2)
+    assert stack.dates == (date(2021, 1, 5), date(2021, 1, 15))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_granules_of_a_day_stay_apart_in_any_order(tmp_path: Path, seed: int) -> None:
     files = [

@@ -95,6 +95,15 @@ def test_cloud_score_counts_from_its_limit_on() -> None:
     assert not masks.cloud_score(np.array([0, 1, 60, 100], np.uint8)).any()
 
 
+@pytest.mark.parametrize("numbers", [[0.0004, 0.0009], [4.0, 5.5]])
+def test_classes_that_are_fractions_are_refused_by_the_files_name(numbers: list[float]) -> None:
+    decode = MaskRule(name="scl").decoder("S2/20210105.tif")
+    with pytest.raises(InvalidRequest, match=r"SCL of 'S2/20210105.tif' holds .* whole numbers"):
+        decode(np.array(numbers, np.float32))
+    whole = np.array([4.0, 9.0, np.nan], np.float32)
+    np.testing.assert_array_equal(decode(whole), [True, False, False])
+
+
 def test_the_limit_of_cldprb_is_that_of_the_request() -> None:
     (rule,) = parse_mask("cldprb:20") or ()
     numbers = np.array([19, 20, 100], np.uint8)
@@ -104,12 +113,16 @@ def test_the_limit_of_cldprb_is_that_of_the_request() -> None:
 
 
 def test_a_name_with_two_meanings_is_decoded_by_the_file() -> None:
-    fmask, cloud = MaskRule(name="fmask"), MaskRule(name="cloud")
-    assert fmask.decoder("HLS.S30.T31UES.2018011T104421.v2.0.Fmask.tif") is masks.fmask
-    assert fmask.decoder("ga_s2am_oa_3-2-1_31UES_2018-01-11_final_fmask.tif") is masks.fmask_classes
-    assert cloud.decoder("SENTINEL-2_MSI_31UES_CLOUD_2018-01-11.tif") is masks.scl
-    assert cloud.decoder("LANDSAT_OLI_195025_CLOUD_2018-01-11.tif") is masks.qa_pixel
-    assert cloud.decoder("HLS_MSI_31UES_CLOUD_2018-01-11.tif") is masks.fmask
+    numbers = np.arange(256, dtype=np.uint16)
+    for rule, file, meant in (
+        ("fmask", "HLS.S30.T31UES.2018011T104421.v2.0.Fmask.tif", masks.fmask),
+        ("fmask", "ga_s2am_oa_3-2-1_31UES_2018-01-11_final_fmask.tif", masks.fmask_classes),
+        ("cloud", "SENTINEL-2_MSI_31UES_CLOUD_2018-01-11.tif", masks.scl),
+        ("cloud", "LANDSAT_OLI_195025_CLOUD_2018-01-11.tif", masks.qa_pixel),
+        ("cloud", "HLS_MSI_31UES_CLOUD_2018-01-11.tif", masks.fmask),
+    ):
+        decoded = MaskRule(name=rule).decoder(file)(numbers)
+        np.testing.assert_array_equal(decoded, meant(numbers), err_msg=file)
 
 
 @pytest.mark.parametrize(

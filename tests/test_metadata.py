@@ -71,6 +71,23 @@ from service.read.metadata import (
         ("Зелёный", "B03"),
         ("ближний ИК", "B08"),
         ("近红外", "B08"),
+        # Wavelengths: ACOLITE's names of surface and top-of-atmosphere reflectance, and units.
+        ("S2A_MSI_2021_02_03_10_10_21_T32TPS_L2R_rhos_492", "B02"),
+        ("S2B_MSI_2021_02_03_10_10_21_T32TPS_L2R_rhot_833", "B08"),
+        ("rhos_665", "B04"),
+        ("490 nm", "B02"),
+        ("492.4nm", "B02"),
+        ("Reflectance 865 nanometers", "B8A"),
+        ("B04 (664.6 nm)", "B04"),
+        # Landsat 8 and 9, which have no band of Sentinel-2's colours.
+        ("rhos_655", None),
+        ("rhos_483", None),
+        ("B04 (490 nm)", None),
+        # A number is no wavelength, and water's reflectance is not that of the surface.
+        ("S2_665", None),
+        ("Rrs_492", None),
+        ("rhow_B4", None),
+        ("C2RCC_rrs_B4", None),
         ("红光", "B04"),
         # Places and other words, not colours.
         ("Cabo_Verde_2021", None),
@@ -230,6 +247,14 @@ def test_a_bands_time_has_the_files_unit() -> None:
         ("probability", "CLOUD_PROBABILITY"),
         ("20180111T105421_20180111T105422_T31UES_probability", "CLOUD_PROBABILITY"),
         ("water_probability", None),
+        # SNAP's names of a product's layers, and swisstopo's of its masks.
+        ("quality_scene_classification", "SCL"),
+        ("quality_cloud_confidence", "CLDPRB"),
+        ("quality_snow_confidence", "SNWPRB"),
+        ("quality_aot", None),
+        ("cloudAndCloudShadowMask", "CLOUD_MASK"),
+        ("cloudProbability", "CLDPRB"),
+        ("terrainShadowMask", None),
         ("MSK_CLASSI_B00", "MSK_CLASSI"),
         ("MSK_CLASSI_OPAQUE", "MSK_CLASSI"),
         ("MSK_CLASSI_CIRRUS", "MSK_CLASSI_CIRRUS"),
@@ -282,6 +307,10 @@ def test_quality_of(text: str | None, band: str | None) -> None:
         ("S2_2021w02.tif", "'2021w02': a week and no day"),
         ("S2_210105.tif", "'210105': the year may have two digits"),
         ("21-JAN-05.tif", "'21-JAN-05': the year may come first or last"),
+        (
+            "S2_1609840800.tif",
+            "'1609840800': it may be a time since 1970 or a running number",
+        ),
         ("S2_B04.tif", None),
         ("11_abc_22.tif", None),
     ],
@@ -293,6 +322,13 @@ def test_what_stands_in_place_of_a_date(name: str, why: str | None) -> None:
 def test_a_bands_tags_name_it_as_openeo_writes_them() -> None:
     assert tagged_band({"description": "B04"}) == "B04"
     assert tagged_band({"description": "CLM"}) == "CLM"
+
+
+def test_a_bands_wavelength_names_it_where_no_name_does() -> None:
+    assert tagged_band({"wavelength": "664.6", "wavelength_units": "Nanometers"}) == "B04"
+    assert tagged_band({"central_wavelength_um": "0.8328"}) == "B08"
+    assert tagged_band({"wavelength": "655"}) is None
+    assert tagged_band({"name": "B02", "wavelength": "664.6"}) == "B02"
 
 
 def test_a_last_part_that_is_not_a_suffix_stays() -> None:
@@ -326,6 +362,13 @@ J5, J15, J25 = date(2021, 1, 5), date(2021, 1, 15), date(2021, 1, 25)
         (["31/U/ES/2021/1/5/0/B04.tif", "31/U/ES/2021/1/15/0/B04.tif"], [J5, J15]),
         (["2021/01/05/B04.tif", "2021/01/15/B04.tif"], [J5, J15]),
         (["2021/31/U/B04.tif"], [None]),
+        # Times since 1970, of passes at 10:10 and 10:20 or at midnight.
+        (["S2_1609841400_B04.tif", "S2_1610706000_B04.tif"], [J5, J15]),
+        (["S2_1609804800000.tif", "S2_1610668800000.tif"], [J5, J15]),
+        (["S2_1609804800000000000.tif", "S2_1610668800000000000.tif"], [J5, J15]),
+        # Numbers at other times of the day, or on one day, are no times.
+        (["S2_1609841400.tif", "S2_1610740000.tif"], [None, None]),
+        (["S2_1609841400.tif", "S2_1609841460.tif"], [None, None]),
         # The day of the year after a separator.
         (["S2_2021-005.tif", "S2_2021-015.tif"], [J5, J15]),
         (["2021/005/B04.tif", "2021/015/B04.tif"], [J5, J15]),

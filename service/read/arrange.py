@@ -219,22 +219,21 @@ def _with_bands(slots: Sequence[BandAssignment], query: LayoutQuery) -> list[Ban
 
 
 _SIZE_WORD = re.compile(r"r?(10|20|60)m")
-_FLAT, _PLAIN = "fre", "sre"
-"""Words in Theia's file names: reflectance with and without slope correction. A product has both.
-"""
+_BETTER: Mapping[str, str] = {"sre": "fre", "rhot": "rhos"}
+"""Words in file names of products that hold a band twice, to the words of the copy that is used:
+Theia's reflectance with slope correction (fre), ACOLITE's of the surface (rhos)."""
+_COPIES = frozenset({*_BETTER, *_BETTER.values()})
 
 
 def _finest(slots: Sequence[BandAssignment]) -> list[BandAssignment]:
-    """The slots without other copies of a band: coarser ones, or those without slope correction.
+    """The slots without other copies of a band: coarser ones, or those with less correction.
 
-    Products contain 10 m bands again at 20 m, and Theia's products contain each band twice.
+    Products contain 10 m bands again at 20 m, and those of Theia and ACOLITE each band twice.
     """
     copies: dict[tuple[object, ...], list[BandAssignment]] = defaultdict(list)
-    flat = any(_FLAT in _name_words(slot) for slot in slots)
     for slot in slots:
         words = frozenset(word for word in _name_words(slot) if not _SIZE_WORD.fullmatch(word))
-        if flat:
-            words -= {_FLAT, _PLAIN}
+        words -= _COPIES
         single = slot.file.count == 1
         copies[tuple(slot.numbers) if single else id(slot), slot.day, words].append(slot)
     coarser: set[int] = set()
@@ -243,8 +242,9 @@ def _finest(slots: Sequence[BandAssignment]) -> list[BandAssignment]:
         coarser |= {
             id(slot) for slot, size in zip(own, sizes, strict=True) if size > 1.5 * min(sizes)
         }
-        if flat and any(_FLAT in _name_words(slot) for slot in own):
-            coarser |= {id(slot) for slot in own if _PLAIN in _name_words(slot)}
+        there = {word for slot in own for word in _name_words(slot)}
+        lesser = {word for word, better in _BETTER.items() if better in there}
+        coarser |= {id(slot) for slot in own if lesser & set(_name_words(slot))}
     return [slot for slot in slots if id(slot) not in coarser]
 
 

@@ -83,6 +83,26 @@ def _without(data: Numbers, bits: Sequence[int]) -> Clear:
     return np.asarray(known & (integers & sum(1 << bit for bit in bits) == 0))
 
 
+def _whole(decode: Decoder, band: str, file: str, data: Numbers) -> Clear:
+    """Decode classes or bits.
+
+    Raises:
+        InvalidRequest: the data are fractions: scaled as if they were reflectance, or interpolated
+            between classes. A class from 4 to 7 may then be a blend of cloud and nothing.
+    """
+    if data.dtype.kind == "f":
+        fractions = data[np.isfinite(data) & (data != np.trunc(data))]
+        if fractions.size:
+            raise InvalidRequest.of(
+                "mask",
+                f"{band} of '{shown(file)}' holds {fractions[0]:.4g}, and its definition has only "
+                "whole numbers: write the band as the provider delivers it, neither scaled with "
+                "the reflectance nor resampled by another method than the nearest pixel, or give "
+                "mask=none or mask=cloud",
+            )
+    return decode(data)
+
+
 def scl(data: Numbers) -> Clear:
     """Sen2Cor's scene classification of Sentinel-2 level 2A: classes 4 to 7 are clear.
 
@@ -380,10 +400,18 @@ class MaskRule:
 
         Args:
             file: the file's name, with its folders.
+
+        Returns:
+            The function. It raises `InvalidRequest` for fractions where the band's definition has
+            only whole numbers.
         """
         if self.name in LIMITS:
             limit = LIMITS[self.name] if self.limit is None else self.limit
             return partial(RULES[self.name][1], limit=limit)
+        decode = self._of_whole_numbers(file)
+        return decode if self.name in ASSUMED else partial(_whole, decode, self.band, file)
+
+    def _of_whole_numbers(self, file: str) -> Decoder:
         if self.name == "fmask" and _DEA.search(file):
             return fmask_classes
         if self.name == "cloud" and _HLS.search(file):

@@ -102,7 +102,32 @@ _FAMILIES = (
 _NOT_A_BAND = re.compile(
     r"ndvi|evi2?|m?savi|m?ndwi|ndmi|nbr|ndre|gndvi|index|ratio|labels?|std(ev|dev)?|sd|var"
     r"|variance|sigma|uncertainty|error|count|quality|qa|doy|masks?|msk"
+    # Reflectance of water (ACOLITE, C2RCC), which is not that of the surface.
+    r"|rrs|rhown?|nlw"
 )
+# ACOLITE's rhos_492 (surface) and rhot_492 (top of the atmosphere), or any number with its unit.
+_WAVELENGTH = re.compile(
+    r"(?<![a-z])rho[st][ _](\d{3,4})(?!\d)"
+    r"|(?<![\d.])(\d{3,4}(?:\.\d+)?)[ _]?n(?:m|anomet\w*)(?![a-z])",
+    re.IGNORECASE,
+)
+# The centres of the bands of Sentinel-2 A to D, nm. No range has a band of Landsat's in the colours
+# that models take; other sensors with bands in them are told by their names.
+_CENTRES: Mapping[str, tuple[float, float]] = {
+    "B01": (442, 444.5),
+    "B02": (489, 497.5),
+    "B03": (558.5, 561.5),
+    "B04": (664, 667.5),
+    "B05": (703, 707.5),
+    "B06": (738.5, 742),
+    "B07": (779, 786),
+    "B08": (832, 843),
+    "B8A": (863.5, 866.5),
+    "B09": (943, 946),
+    "B10": (1372, 1377.5),
+    "B11": (1609, 1615),
+    "B12": (2185, 2203),
+}
 _CODE = re.compile(r"b(?:and|anda|ande)?0?([1-9]|1[0-2]|8a)")
 _BAND_WORD = re.compile(r"b(?:and|anda|ande)")
 _NUMBER = re.compile(r"0?([1-9]|1[0-2]|8a)")
@@ -112,12 +137,13 @@ _NUMBER = re.compile(r"0?([1-9]|1[0-2]|8a)")
 _QUALITY_WORDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (band, re.compile(rf"(?:^| )(?:{words})(?= |$)"))
     for band, words in (
-        (SCL, "(?:scl|scene ?classification) mask"),
+        # SNAP names the layers of a product quality_scene_classification and so on.
+        (SCL, "(?:scl|scene ?classification) mask|quality scene classification$"),
         (QA60, "qa60"),
         (CLOUD_PROBABILITY, "s2cloudless prob(?:ability)?"),
         (S2CLOUDLESS, "s2cloudless mask"),
-        (CLDPRB, "cldprb|cld prb|cloud prob(?:ability)?|cld"),
-        (SNWPRB, "snwprb|snw"),
+        (CLDPRB, "cldprb|cld prb|cloud ?prob(?:ability)?|cld|quality cloud confidence$"),
+        (SNWPRB, "snwprb|snw|quality snow confidence$"),
         (CLASSI_CIRRUS, "msk classi cirrus"),
         (CLASSI_SNOW, "msk classi snow(?: ice)?"),
         (CLASSI, "msk classi"),
@@ -131,7 +157,7 @@ _QUALITY_WORDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         (UDM2, "udm2"),
         (UDM, "(?:dn )?udm1?"),
         (CLOUD_SCORE, "cs cdf|cs$"),
-        (CLOUD_MASK, "cloud ?masks?|clouds|mask clouds?"),
+        (CLOUD_MASK, "cloud ?masks?|clouds|mask clouds?|cloudandcloudshadowmask"),
         (VALID, "(?:valid|clear|usable)(?: ?(?:mask|pixels?))?$"),
         (CLOUD, r"cloud(?= \d|$)"),
         (CLOUD_PROBABILITY, r"(?:^(?:\S*\d\S* )*)probability$"),
@@ -215,6 +241,8 @@ _ORDINAL = re.compile(rf"(?<!\d)(?P<year>{_YEAR})(?P<sep>[-_./])(?P<doy>[0-3]\d\
 _SHORT_YEAR = re.compile(
     r"(?<!\d)(?P<day>\d{1,2})(?P<sep>[-_. ]?)(?P<month>[A-Za-z]{3,10})(?P=sep)(?P<year>\d\d)(?!\d)"
 )
+# A time since 1970 in seconds, milliseconds, microseconds or nanoseconds, from 2001 to 2033.
+_NAMED_COUNT = re.compile(r"(?<![0-9A-Za-z.])1\d{9}(?:\d{3}|\d{6}|\d{9})?(?![0-9A-Za-z])")
 # What is seen in place of a date, for messages.
 _UNCLEAR = (
     (_DAY_FIRST, "the day or the month may come first"),
@@ -226,6 +254,7 @@ _UNCLEAR = (
         "the year may have two digits",
     ),
     (_SHORT_YEAR, "the year may come first or last"),
+    (_NAMED_COUNT, "it may be a time since 1970 or a running number"),
 )
 _SUFFIX = re.compile(r"\.(?:tiff?|jp2|j2k|img|vrt|nc|zip)$", re.IGNORECASE)
 # Tags of the acquisition precede tags that may hold the time of writing.
@@ -273,6 +302,10 @@ _EPOCHS: Mapping[int, float] = {
     for digits in sizes
 }
 _COUNT = re.compile(r"(?!19|20)[1-9][0-9]*")
+_DAY_SECONDS = 86400
+_PASS_SECONDS = 7200
+"""Counts in names are times only if they lie within this time of the day: a satellite passes at one
+hour, and dates are at midnight; running numbers are at any hour."""
 _EPOCH = datetime(1970, 1, 1)
 _SINCE = re.compile(r"(days|hours|minutes|seconds) since ", re.IGNORECASE)
 _SECONDS: Mapping[str, int] = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
@@ -288,6 +321,10 @@ _NAME_TAGS = (
     "common_name",
     "standard_name",
 )
+
+# ENVI's headers, and GDAL's domain IMAGERY. Numbers below the limit are micrometres, else nm.
+_CENTRE_TAGS = ("wavelength", "central_wavelength", "center_wavelength", "central_wavelength_um")
+_MOST_MICROMETRES = 20.0
 
 
 def band_of(text: str | None) -> str | None:
@@ -329,6 +366,7 @@ def _band(text: str) -> str | None:
         if _BAND_WORD.fullmatch(word) and (number := _NUMBER.fullmatch(following))
     }
     named = _phrases(words) or _foreign(words)
+    named |= {band for match in _WAVELENGTH.finditer(text) if (band := _at(match[1] or match[2]))}
     if len(codes) > 1 or (not codes and len(named) != 1):
         return None
     (band,) = codes or named
@@ -341,6 +379,12 @@ _usual_band = lru_cache(maxsize=1024)(_band)
 
 def _canonical(digits: str) -> str:
     return "B8A" if digits == "8a" else f"B{int(digits):02d}"
+
+
+def _at(nanometres: str | float) -> str | None:
+    """The band whose centre is at a wavelength, nm; None if no band of Sentinel-2 is there."""
+    number = float(nanometres)
+    return next((band for band, (low, high) in _CENTRES.items() if low <= number <= high), None)
 
 
 def _phrases(words: list[str]) -> set[str]:
@@ -571,7 +615,10 @@ def _unusual(
     if all(ordinal) and _are_days_of_the_year(names):
         return ordinal
     short_year = found(_short_year_dates)
-    return short_year if all(short_year) and _year_is_last(names) else []
+    if all(short_year):
+        return short_year if _year_is_last(names) else []
+    counted = found(_counted_dates)
+    return counted if all(counted) and _are_times(names) else []
 
 
 def _day_is_first(names: Sequence[str]) -> bool:
@@ -601,6 +648,26 @@ def _year_is_last(names: Sequence[str]) -> bool:
     matches = [match for match in matches if match["month"].lower() in _MONTHS]
     days, years = ({match[part] for match in matches} for part in ("day", "year"))
     return len(years) <= len(days)
+
+
+def _times(text: str) -> Iterator[datetime]:
+    """Every time since 1970 in a text, in order."""
+    for match in _NAMED_COUNT.finditer(text):
+        yield _EPOCH + timedelta(seconds=int(match[0]) * _EPOCHS[len(match[0])])
+
+
+def _counted_dates(text: str) -> Iterator[date]:
+    return (moment.date() for moment in _times(text))
+
+
+def _are_times(names: Sequence[str]) -> bool:
+    """Whether 1612346400 can only be a time: several days, all at about one time of the day."""
+    moments = sorted({moment for name in names for moment in _times(name)})
+    if len({moment.date() for moment in moments}) < 2:
+        return False
+    hours = sorted((moment - _EPOCH).seconds for moment in moments)
+    gaps = [b - a for a, b in pairwise([*hours, hours[0] + _DAY_SECONDS])]
+    return max(gaps) >= _DAY_SECONDS - _PASS_SECONDS
 
 
 def unclear_date(name: str) -> str | None:
@@ -670,7 +737,10 @@ def with_full_name(item: tuple[str, str]) -> tuple[str, str]:
 def tagged_band(tags: Mapping[str, str]) -> str | None:
     """The band, or quality band, that a band's own tags (lower-case keys) name."""
     texts = [tags[key] for key in _NAME_TAGS if key in tags]
-    return next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
+    named = next((band for text in texts if (band := band_of(text) or quality_of(text))), None)
+    if named or (centre := tagged_number(tags, *_CENTRE_TAGS)) is None:
+        return named
+    return _at(centre * 1000 if centre < _MOST_MICROMETRES else centre)
 
 
 def tagged_number(tags: Mapping[str, str], *keys: str) -> float | None:

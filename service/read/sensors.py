@@ -80,9 +80,18 @@ _FOREIGN = tuple(
     for pattern, name, label in (
         (rf"{_START}(?:CBERS|CB4A?){_END}|{_START}CBERS[_\- ]?4A?{_END}", "cbers", "CBERS"),
         (rf"{_START}RE[1-5]_3A{_END}|RapidEye", "rapideye", "RapidEye"),
-        (rf"{_START}S3[AB]_OL_|{_START}Sentinel[_\- ]?3[AB]?{_END}", "sentinel-3", "Sentinel-3"),
+        (
+            rf"{_START}S3[AB]_OL_|{_START}S3[AB]_OLCI{_END}|{_START}Sentinel[_\- ]?3[AB]?{_END}",
+            "sentinel-3",
+            "Sentinel-3",
+        ),
         (rf"{_START}SPOT[_\- ]?[1-7]{_END}", "spot", "SPOT"),
         (rf"{_START}V(?:NP|J1)(?:09|43)[A-Z]?\w?\d?{_END}|{_START}VIIRS{_END}", "viirs", "VIIRS"),
+        # Their narrow bands lie at the wavelengths of Sentinel-2's.
+        (rf"{_START}(?:PRISMA|PRS_L\d\w?){_END}", "prisma", "PRISMA"),
+        (rf"{_START}ENMAP\d*{_END}", "enmap", "EnMAP"),
+        (rf"{_START}DESIS{_END}", "desis", "DESIS"),
+        (rf"{_START}EMIT{_END}", "emit", "EMIT"),
         (rf"{_START}NAIP{_END}|{_START}m_\d{{7}}_[ns][ew]_\d\d_", "naip", "NAIP"),
     )
 )
@@ -95,7 +104,8 @@ _NAMES: tuple[tuple[re.Pattern[str], Sensor], ...] = tuple(
         (rf"{_START}L[ET]0[4-7]{_END}", TM),
         (rf"{_START}LND0[89]{_END}|{_START}ga_ls[89]c?_|{_START}LC8\d{{13}}", OLI_SCALED),
         (rf"{_START}LND0[4-7]{_END}|{_START}ga_ls[57][te]?_|{_START}L[ET][4-7]\d{{13}}", TM_SCALED),
-        (rf"{_START}landsat[_\- ]?0?[89]{_END}", OLI),
+        (rf"{_START}L[89]_OLI{_END}|{_START}landsat[_\- ]?0?[89]{_END}", OLI),  # L8_OLI: ACOLITE
+        (rf"{_START}L[4-7]_E?TM{_END}", TM),
         (rf"{_START}landsat[_\- ]?0?[4-7]{_END}", TM),
         (rf"{_START}landsat{_END}", LANDSAT),
         (rf"{_START}(?:MOD|MYD|MCD)(?:09|13|43)[A-Z]?\d?{_END}", MODIS),

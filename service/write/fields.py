@@ -20,8 +20,6 @@ _MAX_CELLS = 10**8
 _MEASURED = frozenset({"ok", "no_data"})
 """Statuses of places with a measured series."""
 _NAMED_AT_MOST = 5
-_NAME_LENGTH = 60
-"""Largest number of characters of a property's name in a message."""
 _GEO = {
     "version": "1.1.0",
     "primary_column": "geometry",
@@ -76,7 +74,7 @@ def replaced_properties(
     )
     if not names:
         return ()
-    shown = first_names([str(name)[:_NAME_LENGTH] for name in names], _NAMED_AT_MOST)
+    shown = first_names(list(names), _NAMED_AT_MOST)
     detail = (
         f"the results replace {len(names)} properties of the same name ({shown}): rename them in "
         "the request to keep both"
